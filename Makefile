@@ -1,0 +1,26 @@
+# `make` lists the targets. ARGS goes to the command: make test ARGS="-k masks"
+.PHONY: help setup quickstart test test-slow lint clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
+
+setup:  ## make .venv and install everything into it; at once when that is done
+	@sh scripts/setup.sh
+
+quickstart: setup  ## train a small DALL-E on this computer and draw with it, into runs/quickstart
+	.venv/bin/python scripts/quickstart.py $(ARGS)
+
+test: setup  ## ruff, then every test that takes seconds
+	.venv/bin/ruff check
+	.venv/bin/python -m pytest $(ARGS)
+
+test-slow: setup  ## the tests that take minutes
+	.venv/bin/python -m pytest -m slow $(ARGS)
+
+lint: setup  ## ruff's rules and its format
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+clean:  ## remove .venv and all caches; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

@@ -1,0 +1,167 @@
+"""CLIP for reranking: open_clip's towers, trained here on our text ids, or a public model.
+
+open_clip is imported when a model is built, not before: it takes seconds.
+
+    B batch, N pictures, L text length, E embedding width
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle.types import TextCodec, check_pixels
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # Radford et al., released code
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_LOGIT_SCALE = 100.0  # Radford et al., section 2.5
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Shape of a CLIP with a vision transformer; the defaults are ViT-B/16 of Radford et al. (Table 20).
+
+    The paper does not say which CLIP reranked its pictures.
+    """
+
+    embed_width: int = 512
+    """Width of the shared space."""
+    image_size: int = 224
+    """Pixels on a side; other pictures are resized."""
+    patch_size: int = 16
+    """Pixels on a side of a patch."""
+    vision_width: int = 768
+    """Width of the vision transformer."""
+    vision_layers: int = 12
+    """Its layers."""
+    text_len: int = 77
+    """Text ids, the end mark among them."""
+    text_vocab: int = 16384
+    """Ids of the text tokenizer."""
+    text_width: int = 512
+    """Width of the text transformer."""
+    text_layers: int = 12
+    """Its layers."""
+    head_width: int = 64
+    """Width of a head, in both towers."""
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        for name in ("vision_width", "text_width"):
+            if getattr(self, name) % self.head_width:
+                raise ValueError(f"{name} {getattr(self, name)} is not a multiple of head_width {self.head_width}")
+
+    @property
+    def pad(self) -> int:
+        """Text id that fills up."""
+        return self.text_vocab
+
+    @property
+    def end(self) -> int:
+        """Text id that ends a caption: the highest, so open_clip reads its state."""
+        return self.text_vocab + 1
+
+
+class CLIP(nn.Module):
+    """open_clip's two towers over our pixels and text ids."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        from open_clip.model import CLIP as OpenCLIP
+        from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+        vision = CLIPVisionCfg(
+            layers=config.vision_layers, width=config.vision_width, head_width=config.head_width,
+            patch_size=config.patch_size, image_size=config.image_size,
+        )  # fmt: skip
+        text = CLIPTextCfg(
+            context_length=config.text_len, vocab_size=config.text_vocab + 2, width=config.text_width,
+            heads=config.text_width // config.head_width, layers=config.text_layers,
+        )  # fmt: skip
+        self.config = config
+        self.net = OpenCLIP(config.embed_width, vision, text)
+
+    def pack_text(self, captions: Sequence[Sequence[int]]) -> Tensor:
+        """Text ids of captions -> int64 (B, L): ids, the end mark, pads; longer captions are cut."""
+        rows = torch.full((len(captions), self.config.text_len), self.config.pad)
+        for row, ids in zip(rows, captions, strict=True):
+            kept = [*ids[: self.config.text_len - 1], self.config.end]
+            row[: len(kept)] = torch.tensor(kept)
+        return rows
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [0, 1] -> unit vectors (B, E)."""
+        return self.net.encode_image(prepare_pixels(pixels, self.config.image_size), normalize=True)
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Packed text (B, L) -> unit vectors (B, E)."""
+        return self.net.encode_text(text, normalize=True)
+
+    def logit_scale(self) -> Tensor:
+        """The learned factor on cosines, at most 100."""
+        return self.net.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+
+
+def prepare_pixels(pixels: Tensor, size: int, mean=PIXEL_MEAN, std=PIXEL_STD) -> Tensor:
+    """Bicubic resize to size x size where needed, then CLIP's normalisation; differentiable."""
+    check_pixels(pixels)
+    if pixels.shape[2:] != (size, size):
+        pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    shift, scale = (pixels.new_tensor(values)[:, None, None] for values in (mean, std))
+    return (pixels - shift) / scale
+
+
+class CLIPScorer:
+    """A `Scorer`: cosine of pictures and caption by a CLIP that reads our text ids."""
+
+    def __init__(self, model: CLIP, text: TextCodec):
+        if text.vocab_size > model.config.text_vocab:
+            raise ValueError(
+                f"the text tokenizer has {text.vocab_size} ids, this CLIP reads {model.config.text_vocab}: "
+                "they do not belong together"
+            )
+        self.model, self.text = model, text
+
+    def score(self, pixels: Tensor, caption: str) -> Tensor:
+        """Pixels (N, 3, H, W) in [0, 1] -> cosines (N,)."""
+        ids = self.model.pack_text([self.text.encode(caption)]).to(pixels.device)
+        return (self.model.encode_image(pixels) @ self.model.encode_text(ids).T)[:, 0]
+
+
+class PretrainedScorer:
+    """A `Scorer` by any open_clip model: an architecture's name and a file of weights.
+
+    Nothing is downloaded unless `download` is set; then `weights` may be one of open_clip's tags.
+    A caption longer than the model's context is cut and counted in `truncated`.
+    """
+
+    def __init__(self, name: str, weights: str, device: str | torch.device = "cpu", download: bool = False):
+        import open_clip
+
+        if not download and not Path(weights).is_file():
+            raise ValueError(f"no file {weights}; give a file of weights for {name}, or allow the download")
+        if name not in open_clip.list_models():
+            raise ValueError(f"open_clip knows no model {name!r}; see open_clip.list_models()")
+        self.model = open_clip.create_model(name, pretrained=weights, device=device).eval()
+        self.tokenizer = open_clip.get_tokenizer(name)
+        preprocess = getattr(self.model.visual, "preprocess_cfg", {})
+        size = self.model.visual.image_size
+        self.size = size if isinstance(size, int) else size[0]
+        self.mean, self.std = preprocess.get("mean", PIXEL_MEAN), preprocess.get("std", PIXEL_STD)
+        self.truncated = 0
+
+    def score(self, pixels: Tensor, caption: str) -> Tensor:
+        """Pixels (N, 3, H, W) in [0, 1] -> cosines (N,)."""
+        ids = self.tokenizer([caption]).to(pixels.device)
+        self.truncated += self._is_cut(caption)
+        images = self.model.encode_image(prepare_pixels(pixels, self.size, self.mean, self.std), normalize=True)
+        return (images @ self.model.encode_text(ids, normalize=True).T)[:, 0]
+
+    def _is_cut(self, caption: str) -> bool:
+        encode = getattr(self.tokenizer, "encode", None)
+        room = getattr(self.tokenizer, "context_length", 77) - 2  # start and end marks
+        return bool(encode) and len(encode(caption)) > room

@@ -1,0 +1,220 @@
+"""Configuration: frozen dataclass <-> dict <-> YAML 1.2 <-> command line, strict in each direction.
+
+A run is described by one dataclass whose defaults are the paper's. YAML files hold only what differs;
+several merge in order, and dotted words on the command line win whatever their place:
+
+    python scripts/train_dvae.py --config configs/dvae/small.yaml --train.batch-size 64
+
+A key that does not exist is an error that names the nearest one; so is a value of the wrong type.
+"""
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cattrs
+import tyro
+from cattrs.gen import make_dict_structure_fn
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be: says which key, what was found, what was expected."""
+
+
+# ---------------------------------------------------------------------------------------------
+# dict <-> dataclass
+# ---------------------------------------------------------------------------------------------
+
+def _exactly(kind: type):
+    """A hook that takes a value of this type and nothing that merely converts to it."""
+
+    def structure(value: Any, _: Any) -> Any:
+        if kind is float and type(value) is int:
+            return float(value)
+        if kind is Path and type(value) is str:
+            return Path(value)
+        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+            raise TypeError(f"expected {kind.__name__}, got {value!r}")
+        return value
+
+    return structure
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    for kind in (bool, int, float, str, Path):
+        converter.register_structure_hook(kind, _exactly(kind))
+    converter.register_unstructure_hook(Path, str)
+    converter.register_structure_hook_factory(
+        dataclasses.is_dataclass,
+        lambda cls: make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True),
+    )
+    return converter
+
+
+_CONVERTER = _converter()
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain dicts, lists, strings and numbers (what JSON and YAML hold)."""
+    return _plain(_CONVERTER.unstructure(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def from_dict(cls: type[T], data: dict[str, Any], source: str = "configuration") -> T:
+    """A dataclass from plain data; fields left out keep their defaults.
+
+    Raises:
+        ConfigError: unknown key (with the nearest name), wrong type, or a value the class refuses.
+    """
+    _check_keys(cls, data, source)
+    try:
+        return _CONVERTER.structure(data, cls)
+    except Exception as error:
+        raise ConfigError(f"{source}: {'; '.join(_reasons(error))}") from None
+
+
+def _reasons(error: BaseException, path: str = "") -> list[str]:
+    """One line per leaf of cattrs' tree of errors, with the dotted place."""
+    if isinstance(error, cattrs.errors.BaseValidationError):
+        lines = []
+        for inner in error.exceptions:
+            notes = [n for n in getattr(inner, "__notes__", []) if hasattr(n, "name") or hasattr(n, "index")]
+            step = str(getattr(notes[0], "name", getattr(notes[0], "index", ""))) if notes else ""
+            lines += _reasons(inner, f"{path}.{step}" if path and step else path or step)
+        return lines
+    return [f"{path}: {error}" if path else str(error)]
+
+
+def _check_keys(cls: type, data: Any, source: str, path: str = "") -> None:
+    """Unknown keys, at any depth, before anything else is said."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: {path or 'the whole file'} must be a mapping of names to values, got {data!r}")
+    fields = typing.get_type_hints(cls)
+    for key, value in data.items():
+        place = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{source}: no key {place!r}{hint} (known here: {', '.join(fields)})")
+        if inner := _dataclass_in(fields[key]):
+            if value is not None:
+                _check_keys(inner, value, source, place)
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass of a field, also of `X | None`."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+
+
+# ---------------------------------------------------------------------------------------------
+# YAML
+# ---------------------------------------------------------------------------------------------
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """A YAML 1.2 file as plain data (so 1e-4 is a number and `no` a word)."""
+    path = Path(path)
+    try:
+        data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file {path}; the shipped ones lie under configs/") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    return {} if data is None else data
+
+
+def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    """`update` over `base`, mappings merged at every depth, everything else replaced."""
+    merged = dict(base)
+    for key, value in update.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def load(cls: type[T], files: Sequence[Path | str], schema: type | None = None) -> T:
+    """A dataclass from files merged in order.
+
+    Args:
+        cls: what to build.
+        files: YAML files.
+        schema: the dataclass whose files these are, where a script reads another stage's file: the
+            file is checked against it, and the sections that `cls` lacks are left out.
+    """
+    data: dict[str, Any] = {}
+    for file in files:
+        read = read_yaml(file)
+        from_dict(schema or cls, read, str(file))
+        data = merge(data, read)
+    if schema:
+        known = typing.get_type_hints(cls)
+        data = {key: value for key, value in data.items() if key in known}
+    return from_dict(cls, data, ", ".join(map(str, files)) or "configuration")
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+def parse(
+    cls: type[T],
+    argv: Sequence[str] | None = None,
+    *,
+    preset: Path | str | None = None,
+    schema: type | None = None,
+    description: str | None = None,
+) -> T:
+    """A run from the command line: `--config FILE` (repeatable), then dotted words that win.
+
+    Args:
+        cls: the run's dataclass.
+        argv: words; None takes the process's own.
+        preset: the file used when no argument at all is given; the run says so.
+        schema: see `load`.
+        description: shown by `--help` above the fields.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if preset and not words:
+        print(f"no arguments: taking --config {preset} (see --help for everything that can be set)")
+        words = ["--config", str(preset)]
+    files, rest = _split_config(words)
+    try:
+        default = load(cls, files, schema)
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
+    text = f"{description or cls.__doc__}\n\n--config FILE (repeatable) reads YAML; dotted words after it win."
+    return tyro.cli(cls, args=rest, default=default, description=text)
+
+
+def _split_config(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Takes every `--config FILE` or `--config=FILE` out of the words."""
+    files, rest = [], []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if word == "--config":
+            if not queue:
+                raise SystemExit("error: --config needs a file, for example --config configs/dvae/shapes.yaml")
+            files.append(queue.pop(0))
+        elif word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        else:
+            rest.append(word)
+    return files, rest

@@ -1,0 +1,298 @@
+"""The embedded data set: an endless, seeded stream of drawn scenes with captions.
+
+One or two plain shapes stand on a coloured ground: "a red circle above a blue square on a yellow
+background". Every number is drawn from (seed, index), so picture i is always picture i. Shapes are
+large (0.42 of the width or more): a small dVAE with patches of a twelfth of the picture can show them.
+
+Two parts of the scenes are never drawn for training: `held_out`, a tenth of all scenes chosen by hash,
+and `new_pairs`, scenes with a colour-shape pair that no training scene has on any object.
+
+    B batch, K two object slots, R resolution in pixels; lengths are in picture widths, x right, y down.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 39, 40),
+    "green": (44, 150, 60),
+    "blue": (40, 80, 210),
+    "yellow": (250, 215, 50),
+    "purple": (150, 60, 180),
+    "cyan": (80, 205, 230),
+    "black": (25, 25, 25),
+    "white": (245, 245, 245),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = ("small", "large")
+RELATIONS = ("left of", "above")  # of the first thing to the second
+PLACES = {  # of a thing that stands alone: steps from the middle (x, y)
+    "at the top left": (-1, -1),
+    "at the top": (0, -1),
+    "at the top right": (1, -1),
+    "on the left": (-1, 0),
+    "in the middle": (0, 0),
+    "on the right": (1, 0),
+    "at the bottom left": (-1, 1),
+    "at the bottom": (0, 1),
+    "at the bottom right": (1, 1),
+}
+# One colour-shape pair in eight, each shape once: training never shows them.
+NEW_PAIRS = frozenset({("red", "circle"), ("blue", "square"), ("yellow", "triangle"), ("black", "cross")})
+SPLITS = ("train", "held_out", "new_pairs")
+
+EXTENT = {"small": (0.42, 0.47), "large": (0.60, 0.67)}  # width of a thing
+PLACE_STEP = {"small": 0.25, "large": 0.155}  # from the middle to a place at the side
+PLACE_JITTER = {"small": 0.02, "large": 0.008}
+
+_OPPOSITE = {"left of": "right of", "above": "below"}
+_DIRECTION = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn object."""
+
+    colour: str
+    shape: str
+
+    def __str__(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption says. Two things have a relation; one thing has a place and a size.
+
+    The first of two things is the left or the upper one, so that each scene has one spelling.
+    """
+
+    background: str
+    things: tuple[Thing, ...]
+    relation: str | None = None
+    place: str | None = None
+    size: str | None = None
+
+    @property
+    def split(self) -> str:
+        """Which of SPLITS the scene belongs to."""
+        if any((thing.colour, thing.shape) in NEW_PAIRS for thing in self.things):
+            return "new_pairs"
+        digest = hashlib.blake2b(repr(self).encode(), digest_size=2).digest()
+        return "held_out" if int.from_bytes(digest) % 10 == 0 else "train"
+
+
+def draw_scene(rng: np.random.Generator, split: str) -> Scene:
+    """A scene of the split: two things in two thirds of the cases, all colours in it different."""
+    while True:
+        scene = _any_scene(rng)
+        if scene.split == split:
+            return scene
+
+
+def _any_scene(rng: np.random.Generator) -> Scene:
+    background, *colours = rng.permutation(list(COLOURS))[:3].tolist()
+    shapes = [SHAPES[i] for i in rng.integers(len(SHAPES), size=2)]
+    things = tuple(Thing(c, s) for c, s in zip(colours, shapes, strict=True))
+    if rng.random() < 2 / 3:
+        return Scene(background, things, relation=RELATIONS[rng.integers(2)])
+    place = list(PLACES)[rng.integers(len(PLACES))]
+    return Scene(background, things[:1], place=place, size=SIZES[rng.integers(2)])
+
+
+def change_one_attribute(scene: Scene, rng: np.random.Generator) -> Scene:
+    """A scene that differs from the given one in one attribute: a colour, a shape, the ground,
+    the relation (two things swap places or turn) or the place or size of one thing."""
+    choices = ["background", "colour", "shape", "relation"] if scene.relation else [
+        "background", "colour", "shape", "place", "size"]  # fmt: skip
+    what = choices[rng.integers(len(choices))]
+    used = {scene.background, *(thing.colour for thing in scene.things)}
+    which = int(rng.integers(len(scene.things)))
+    if what == "background":
+        return replace(scene, background=_other(COLOURS, used, rng))
+    if what == "colour":
+        return _with_thing(scene, which, colour=_other(COLOURS, used, rng))
+    if what == "shape":
+        return _with_thing(scene, which, shape=_other(SHAPES, {scene.things[which].shape}, rng))
+    if what == "place":
+        return replace(scene, place=_other(PLACES, {scene.place}, rng))
+    if what == "size":
+        return replace(scene, size=_other(SIZES, {scene.size}, rng))
+    turned = replace(scene, relation=_other(RELATIONS, {scene.relation}, rng))
+    swapped = replace(scene, things=scene.things[::-1])
+    return (turned, swapped)[rng.integers(2)]
+
+
+def _other(names: Sequence[str] | dict, used: set, rng: np.random.Generator) -> str:
+    free = [name for name in names if name not in used]
+    return free[rng.integers(len(free))]
+
+
+def _with_thing(scene: Scene, which: int, **changes: str) -> Scene:
+    things = list(scene.things)
+    things[which] = replace(things[which], **changes)
+    return replace(scene, things=tuple(things))
+
+
+# ---------------------------------------------------------------------------------------------
+# Captions
+# ---------------------------------------------------------------------------------------------
+
+def captions(scene: Scene) -> list[str]:
+    """Every wording of a scene."""
+    ground = f"a {scene.background} background"
+    if scene.relation is None:
+        thing = f"a {scene.size} {scene.things[0]}"
+        return [
+            f"{thing} {scene.place} on {ground}",
+            f"on {ground}, {thing} {scene.place}",
+            f"{ground} with {thing} {scene.place}",
+        ]
+    a, b = (f"a {thing}" for thing in scene.things)
+    relation, opposite = _DIRECTION[scene.relation], _DIRECTION[_OPPOSITE[scene.relation]]
+    return [
+        f"{a} {relation} {b} on {ground}",
+        f"{b} {opposite} {a} on {ground}",
+        f"on {ground}, {a} {relation} {b}",
+        f"{ground} with {b} {opposite} {a}",
+        f"{a} with {b} {opposite} it on {ground}",
+    ]
+
+
+_THING = re.compile(rf"(?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
+_GROUND = re.compile(rf"({'|'.join(COLOURS)}) background")
+_PLACE = re.compile("|".join(sorted(PLACES, key=len, reverse=True)))
+_RELATION = re.compile(r"left of|right of|above|below")
+
+
+def parse_caption(caption: str) -> Scene:
+    """The scene that a caption in one of our wordings describes; ValueError for any other text."""
+    things = _THING.findall(caption)
+    ground = _GROUND.search(caption)
+    relation = _RELATION.search(caption)
+    place = _PLACE.search(caption)
+    if ground and len(things) == 1 and place and things[0][0]:
+        size, colour, shape = things[0]
+        return Scene(ground[1], (Thing(colour, shape),), place=place[0], size=size)
+    if ground and len(things) == 2 and relation:
+        first, second = (Thing(colour, shape) for _, colour, shape in things)
+        if caption.endswith(f"it on a {ground[1]} background"):  # "a with b below it": b is below a
+            first, second = second, first
+        if relation[0] in RELATIONS:
+            return Scene(ground[1], (first, second), relation=relation[0])
+        forward = {opposite: name for name, opposite in _OPPOSITE.items()}[relation[0]]
+        return Scene(ground[1], (second, first), relation=forward)
+    raise ValueError(
+        f"not a caption of the shapes set: {caption!r}; expected a wording like "
+        f"{captions(Scene('yellow', (Thing('red', 'circle'), Thing('blue', 'square')), 'above'))[0]!r}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------
+
+def draw_layout(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Where the things stand: (K, 3) of centre x, centre y, extent; extent 0 for an empty slot."""
+    boxes = np.zeros((2, 3))
+    if scene.relation is None:
+        step, jitter = PLACE_STEP[scene.size], PLACE_JITTER[scene.size]
+        boxes[0, 2] = rng.uniform(*EXTENT[scene.size])
+        boxes[0, :2] = 0.5 + step * np.array(PLACES[scene.place]) + rng.uniform(-jitter, jitter, 2)
+        return boxes
+    boxes[:, 2] = rng.uniform(*EXTENT["small"], 2)
+    slack = 0.5 - boxes[:, 2] - 0.02  # each thing keeps a hundredth away from the edge and the middle
+    along = 0.01 + boxes[:, 2] / 2 + rng.uniform(0, 1, 2) * slack + np.array([0, 0.5])
+    across = rng.uniform(0.36, 0.64, 2)
+    boxes[:, :2] = np.stack([along, across] if scene.relation == "left of" else [across, along], 1)
+    return boxes
+
+
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Distance to the outline of a shape of extent 1 about the origin, negative inside."""
+    if shape == "circle":
+        return np.hypot(x, y) - 0.5
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - 0.45
+    if shape == "cross":
+        long, short = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
+        return np.maximum(long - 0.5, short - 0.17)
+    if shape == "triangle":  # upright, base and height 1
+        return np.maximum((2 * np.abs(x) - y - 0.5) / np.sqrt(5), y - 0.5)
+    raise ValueError(f"unknown shape {shape!r}; expected one of {', '.join(SHAPES)}")
+
+
+def render(scenes: Sequence[Scene], boxes: np.ndarray, resolution: int) -> np.ndarray:
+    """Anti-aliased pictures.
+
+    Args:
+        scenes: B scenes.
+        boxes: (B, K, 3) from `draw_layout`.
+        resolution: R, pixels on a side.
+
+    Returns:
+        float32 (B, 3, R, R) in [0, 1].
+    """
+    centres = ((np.arange(resolution) + 0.5) / resolution).astype(np.float32)
+    grounds = np.array([COLOURS[scene.background] for scene in scenes], np.float32)
+    pictures = np.tile(grounds[:, :, None, None], (1, 1, resolution, resolution))
+    for b, scene in enumerate(scenes):
+        for thing, (cx, cy, extent) in zip(scene.things, boxes[b].astype(np.float32), strict=False):
+            x, y = (centres[None, :] - cx) / extent, (centres[:, None] - cy) / extent
+            distance = signed_distance(thing.shape, x, y) * extent * resolution  # in pixels
+            cover = np.clip(0.5 - distance, 0, 1)
+            colour = np.array(COLOURS[thing.colour], np.float32)[:, None, None]
+            pictures[b] += cover * (colour - pictures[b])
+    return pictures / 255
+
+
+class ShapesPairs:
+    """Endless captioned pictures. Picture i depends on (seed, split, i) alone.
+
+    Args:
+        resolution: pixels on a side.
+        seed: another seed is another set.
+        split: "train", "held_out" or "new_pairs".
+        siblings: every odd picture differs from the one before it in one attribute (for CLIP).
+    """
+
+    size = None
+
+    def __init__(self, resolution: int, seed: int = 0, split: str = "train", siblings: bool = False):
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
+        if resolution < 16:
+            raise ValueError(f"resolution {resolution} is too small to draw shapes; expected 16 or more")
+        self.resolution, self.seed, self.split, self.siblings = resolution, seed, split, siblings
+
+    def _generator(self, index: int) -> np.random.Generator:
+        stream = SPLITS.index(self.split) << 32 | self.seed
+        return np.random.Generator(np.random.Philox(key=[stream, index]))
+
+    def scene(self, index: int) -> Scene:
+        """The scene of picture `index`."""
+        return self._draw(index, self._generator(index))
+
+    def _draw(self, index: int, rng: np.random.Generator) -> Scene:
+        if not (self.siblings and index % 2):
+            return draw_scene(rng, self.split)
+        elder = self.scene(index - 1)
+        while True:
+            scene = change_one_attribute(elder, rng)
+            if scene.split == self.split:
+                return scene
+
+    def pixels(self, indices: Sequence[int], augment: str = "none", seed: int = 0) -> np.ndarray:
+        """float32 (B, 3, R, R) in [0, 1]; drawn pictures are never cropped."""
+        generators = [self._generator(index) for index in indices]
+        scenes = [self._draw(index, rng) for index, rng in zip(indices, generators, strict=True)]
+        boxes = np.stack([draw_layout(s, rng) for s, rng in zip(scenes, generators, strict=True)])
+        return render(scenes, boxes, self.resolution)
+
+    def captions(self, indices: Sequence[int]) -> list[list[str]]:
+        """All wordings of each picture."""
+        return [captions(self.scene(index)) for index in indices]

@@ -1,0 +1,249 @@
+"""The dVAE, stage one (paper section 2.1, appendix A.1; module names of OpenAI's release).
+
+Bottleneck ResNets without normalisation: the encoder turns pixels into logits over a vocabulary of
+codes at each position, the decoder turns (relaxed) one-hot codes into the parameters of a
+logit-Laplace distribution over the pixels.
+
+Departures, all off by default: `post_gain`, `logit_gain`, `code_std` and `min_log_scale` help
+small models over the first hundred steps (LOG.md says what each does).
+
+    B batch, H W pixels, h w grid, K vocabulary, D width
+"""
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle.dvae.losses import map_pixels, unmap_pixels
+from dalle.types import check_pixels, check_tokens
+
+
+@dataclass(frozen=True)
+class DVAEConfig:
+    """Shape of the dVAE; the defaults are the paper's."""
+
+    widths: tuple[int, ...] = (256, 512, 1024, 2048)
+    """Channels of each group of resblocks, finest first (A.1, release: 4 groups, n_hid 256)."""
+    blocks_per_group: int = 2
+    """Resblocks in a group (release)."""
+    downsampling: int = 8
+    """Pixels on a side of one token: a power of two, at most 2^(groups - 1) (2.1)."""
+    vocab_size: int = 8192
+    """K, the number of codes (2.1)."""
+    code_width: int = 128
+    """Width of a code vector: output of the decoder's first 1x1 convolution (release)."""
+    channels: int = 3
+    """Colour channels; the decoder puts out twice as many: mu and ln b (A.3)."""
+    post_gain: float | None = None
+    """Factor on each residual path; None is 1 / (number of resblocks)^2 (A.1, release)."""
+    logit_gain: float = 1.0
+    """Initial size of the encoder's logits against the release's."""
+    code_std: float | None = None
+    """Initial standard deviation of the code vectors; None is 1 / sqrt(K) (release)."""
+    min_log_scale: float | None = None
+    """Floor on the predicted ln b; None leaves it free (A.3)."""
+
+    def __post_init__(self):
+        stages = math.log2(self.downsampling)
+        if stages != int(stages) or not 0 <= stages <= len(self.widths) - 1:
+            raise ValueError(
+                f"downsampling must be a power of two up to 2^(groups - 1) = {2 ** (len(self.widths) - 1)}, "
+                f"got {self.downsampling} with {len(self.widths)} groups; add a width or lower it"
+            )
+        if bad := [w for w in self.widths if w < 4 or w % 4]:
+            raise ValueError(f"widths must be positive multiples of 4 (bottleneck = width / 4), got {bad[0]}")
+        for name in ("blocks_per_group", "vocab_size", "code_width", "channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def poolings(self) -> int:
+        """Groups that are followed by a factor of two."""
+        return int(math.log2(self.downsampling))
+
+    @property
+    def residual_gain(self) -> float:
+        """Factor on each residual path."""
+        return (len(self.widths) * self.blocks_per_group) ** -2 if self.post_gain is None else self.post_gain
+
+
+class Conv2d(nn.Module):
+    """A "same" convolution with the release's parameter names and initialisation (A.1).
+
+    `full_precision` keeps it in fp32 under any autocast: both sides of the relaxation.
+    """
+
+    def __init__(self, n_in: int, n_out: int, kernel: int, full_precision: bool = False):
+        super().__init__()
+        self.full_precision = full_precision
+        self.padding = (kernel - 1) // 2
+        self.w = nn.Parameter(torch.empty(n_out, n_in, kernel, kernel))
+        self.b = nn.Parameter(torch.zeros(n_out))
+        nn.init.normal_(self.w, std=1 / math.sqrt(n_in * kernel**2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.full_precision:
+            return F.conv2d(x, self.w, self.b, padding=self.padding)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x.float(), self.w.float(), self.b.float(), padding=self.padding)
+
+
+class Block(nn.Module):
+    """Resblock: id_path(x) + gain * res_path(x), four convolutions each after a ReLU.
+
+    The 1x1 convolution comes last in the encoder (kernels 3, 3, 3, 1), first in the decoder.
+    """
+
+    def __init__(self, n_in: int, n_out: int, kernels: tuple[int, int, int, int], gain: float):
+        super().__init__()
+        hidden = n_out // 4
+        sizes = [n_in, hidden, hidden, hidden, n_out]
+        self.gain = gain
+        self.id_path = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, kernel in enumerate(kernels, start=1):
+            layers[f"relu_{i}"] = nn.ReLU()
+            layers[f"conv_{i}"] = Conv2d(sizes[i - 1], sizes[i], kernel)
+        self.res_path = nn.Sequential(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.id_path(x) + self.gain * self.res_path(x)
+
+
+EncoderBlock = partial(Block, kernels=(3, 3, 3, 1))
+DecoderBlock = partial(Block, kernels=(1, 3, 3, 3))
+
+
+def _group(block, widths: list[int], gain: float, after: tuple[str, nn.Module] | None) -> nn.Sequential:
+    """Blocks from widths[0] to widths[1], widths[1] to widths[2], ..., then an optional resize."""
+    layers = OrderedDict(
+        (f"block_{i}", block(n_in, n_out, gain=gain))
+        for i, (n_in, n_out) in enumerate(zip(widths, widths[1:], strict=False), start=1)
+    )
+    if after:
+        layers[after[0]] = after[1]
+    return nn.Sequential(layers)
+
+
+class Encoder(nn.Module):
+    """Mapped pixels (B, 3, H, W) -> logits over the codes (B, K, h, w)."""
+
+    def __init__(self, config: DVAEConfig):
+        super().__init__()
+        last = config.widths[0]
+        layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(config.channels, last, 7))
+        for i, width in enumerate(config.widths):
+            pool = ("pool", nn.MaxPool2d(2)) if i < config.poolings else None
+            sizes = [last] + [width] * config.blocks_per_group
+            layers[f"group_{i + 1}"] = _group(EncoderBlock, sizes, config.residual_gain, pool)
+            last = width
+        output = Conv2d(last, config.vocab_size, 1, full_precision=True)
+        output.w.data.mul_(config.logit_gain)
+        layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=output))
+        self.blocks = nn.Sequential(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+class Decoder(nn.Module):
+    """Codes, one-hot or relaxed, (B, K, h, w) -> mu and ln b (B, 2 * 3, H, W)."""
+
+    def __init__(self, config: DVAEConfig):
+        super().__init__()
+        last = config.code_width
+        codebook = Conv2d(config.vocab_size, last, 1, full_precision=True)
+        if config.code_std is not None:
+            nn.init.normal_(codebook.w, std=config.code_std)
+        layers: OrderedDict[str, nn.Module] = OrderedDict(input=codebook)
+        for i, width in enumerate(reversed(config.widths)):
+            up = ("upsample", nn.Upsample(scale_factor=2, mode="nearest")) if i < config.poolings else None
+            sizes = [last] + [width] * config.blocks_per_group
+            layers[f"group_{i + 1}"] = _group(DecoderBlock, sizes, config.residual_gain, up)
+            last = width
+        output = Conv2d(last, 2 * config.channels, 1)
+        layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=output))
+        self.blocks = nn.Sequential(layers)
+        self.min_log_scale = config.min_log_scale
+
+    def forward(self, codes: Tensor) -> Tensor:
+        out = self.blocks(codes)
+        if self.min_log_scale is None:
+            return out
+        mu, log_b = out.chunk(2, dim=1)
+        return torch.cat([mu, log_b.clamp(min=self.min_log_scale)], dim=1)
+
+
+class DVAE(nn.Module):
+    """Encoder and decoder, and the two doors others use: `encode` and `decode`.
+
+    Fully convolutional: any picture whose sides are multiples of `downsampling`.
+    """
+
+    def __init__(self, config: DVAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels on a side of one token."""
+        return self.config.downsampling
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of codes."""
+        return self.config.vocab_size
+
+    def codebook_logits(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [0, 1] -> logits over the codes (B, K, h, w), fp32."""
+        return self.encoder(map_pixels(pixels))
+
+    def reconstruct(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (B, K, h, w), one-hot or relaxed -> mu and ln b, each (B, 3, H, W) in fp32."""
+        mu, log_b = self.decoder(codes).float().chunk(2, dim=1)
+        return mu, log_b
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Most likely codes (2.2: argmax, no Gumbel noise).
+
+        Args:
+            pixels: float (B, 3, H, W) in [0, 1], sides multiples of `downsampling`.
+
+        Returns:
+            int64 (B, h * w) in raster order.
+        """
+        check_pixels(pixels, self.downsampling)
+        return self.codebook_logits(pixels).argmax(dim=1).flatten(1)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Pictures of tokens: phi^-1(sigmoid(mu)), the log scale is dropped (A.3).
+
+        Args:
+            tokens: int64 (B, h * w).
+            grid: (h, w); square unless given.
+
+        Returns:
+            float32 (B, 3, H, W) in [0, 1].
+        """
+        check_tokens(tokens, self.vocab_size, "image_tokens")
+        side = math.isqrt(tokens.shape[1])
+        h, w = grid or (side, side)
+        if h * w != tokens.shape[1]:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {h} x {w}; give grid=(rows, columns)")
+        codes = F.one_hot(tokens.view(-1, h, w), self.vocab_size).permute(0, 3, 1, 2)
+        mu, _ = self.reconstruct(codes.to(self.decoder.blocks.input.w.dtype))
+        return self.to_pixels(mu)
+
+    @staticmethod
+    def to_pixels(mu: Tensor) -> Tensor:
+        """phi^-1(sigmoid(mu)): the picture of a location, in [0, 1] (A.3)."""
+        return unmap_pixels(torch.sigmoid(mu))

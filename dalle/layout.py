@@ -1,0 +1,157 @@
+"""The stream of tokens: text_len text slots, then rows x columns image slots (paper section 2.2, Figure 10).
+
+The only place with sequence arithmetic. The joint vocabulary holds
+
+    [0, text_vocab)                    text ids
+    text_vocab + p                     the pad of text position p: each has its own (2.2)
+    text_vocab + text_len + [0, image_vocab)   image ids
+
+and, as inputs only, start-of-text and start-of-image behind it. Inputs are shifted right, so slot p
+reads id p - 1 and predicts id p; slot 0 reads start-of-text and the first image slot reads
+start-of-image. The last text id is therefore never read, and a caption has room for text_len - 1
+tokens: start-of-text counts among the 256, as Figure 10 draws it.
+
+    B batch, T text_len, N = T + rows * columns, V joint vocabulary
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dalle.types import check_tokens
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Lengths, offsets and rules of the stream; the defaults are the paper's.
+
+    Args:
+        text_len: text slots, start-of-text among them.
+        grid: image slots as (rows, columns), or one number for a square.
+        text_vocab: text ids without pads.
+        image_vocab: codes of the image tokenizer.
+    """
+
+    text_len: int = 256
+    grid: int | tuple[int, int] = 32
+    text_vocab: int = 16384
+    image_vocab: int = 8192
+
+    def __post_init__(self):
+        if isinstance(self.grid, int):
+            object.__setattr__(self, "grid", (self.grid, self.grid))
+        if len(self.grid) != 2 or min(self.grid) < 1:
+            raise ValueError(f"grid must be (rows, columns), both positive, got {self.grid}")
+        if self.text_len < 2:
+            raise ValueError(f"text_len must be at least 2 (start-of-text and one token), got {self.text_len}")
+        if min(self.text_vocab, self.image_vocab) < 1:
+            raise ValueError(f"vocabularies must be positive, got {self.text_vocab} and {self.image_vocab}")
+
+    @property
+    def rows(self) -> int:
+        """Rows of image tokens."""
+        return self.grid[0]
+
+    @property
+    def columns(self) -> int:
+        """Columns of image tokens."""
+        return self.grid[1]
+
+    @property
+    def image_len(self) -> int:
+        """Image slots."""
+        return self.rows * self.columns
+
+    @property
+    def length(self) -> int:
+        """N, all slots."""
+        return self.text_len + self.image_len
+
+    @property
+    def caption_room(self) -> int:
+        """Most tokens of a caption."""
+        return self.text_len - 1
+
+    @property
+    def image_offset(self) -> int:
+        """Joint id of image code 0."""
+        return self.text_vocab + self.text_len
+
+    @property
+    def vocab(self) -> int:
+        """V, what the model predicts over."""
+        return self.image_offset + self.image_vocab
+
+    @property
+    def start_of_text(self) -> int:
+        """Input id of slot 0."""
+        return self.vocab
+
+    @property
+    def start_of_image(self) -> int:
+        """Input id of the first image slot."""
+        return self.vocab + 1
+
+    @property
+    def input_vocab(self) -> int:
+        """What the model reads: the joint vocabulary and the two starts."""
+        return self.vocab + 2
+
+    def pad_text(self, captions: Sequence[Sequence[int]], truncate: bool = False) -> Tensor:
+        """Text ids of captions -> text_tokens int64 (B, T), filled up with each position's pad.
+
+        Raises:
+            ValueError: an id outside the vocabulary, or more than `caption_room` ids without `truncate`.
+        """
+        tokens = self.text_vocab + torch.arange(self.text_len).repeat(len(captions), 1)
+        for row, ids in enumerate(captions):
+            if len(ids) > self.caption_room and not truncate:
+                raise ValueError(
+                    f"caption {row} has {len(ids)} tokens, the layout has room for {self.caption_room}; "
+                    "shorten it or ask for truncation"
+                )
+            kept = torch.tensor(list(ids[: self.caption_room]), dtype=torch.int64)
+            check_tokens(kept[None], self.text_vocab, "text ids")
+            tokens[row, : len(kept)] = kept
+        return tokens
+
+    def pack(self, text_tokens: Tensor, image_tokens: Tensor) -> Tensor:
+        """text_tokens (B, T) and image_tokens (B, n) -> joint ids (B, T + n); n may stop short."""
+        if text_tokens.shape[1] != self.text_len or image_tokens.shape[1] > self.image_len:
+            raise ValueError(
+                f"expected ({self.text_len}) text tokens and at most {self.image_len} ({self.rows} x {self.columns}) "
+                f"image tokens, got {text_tokens.shape[1]} and {image_tokens.shape[1]}; is it another grid?"
+            )
+        check_tokens(text_tokens, self.image_offset, "text_tokens")
+        check_tokens(image_tokens, self.image_vocab, "image_tokens")
+        return torch.cat([text_tokens, image_tokens + self.image_offset], dim=1)
+
+    def unpack(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Joint ids (B, T + n) -> text_tokens (B, T), image_tokens (B, n)."""
+        return ids[:, : self.text_len], ids[:, self.text_len :] - self.image_offset
+
+    def shift(self, ids: Tensor) -> Tensor:
+        """What each slot reads: joint ids (B, n) -> input ids (B, min(n + 1, N))."""
+        start = ids.new_full((len(ids), 1), self.start_of_text)
+        inputs = torch.cat([start, ids], dim=1)[:, : self.length]
+        inputs[:, self.text_len : self.text_len + 1] = self.start_of_image
+        return inputs
+
+    def loss_mask(self, ids: Tensor) -> Tensor:
+        """Which targets count: bool (B, n).
+
+        Every image token; every caption token and the first pad, which says that the caption ends.
+        Later pads follow from the first and are left out (the paper is silent).
+        """
+        text, image = self.unpack(ids)
+        is_pad = text >= self.text_vocab
+        first_pad = is_pad & (is_pad.cumsum(dim=1) == 1)
+        return torch.cat([~is_pad | first_pad, torch.ones_like(image, dtype=torch.bool)], dim=1)
+
+    def allowed_text(self, device: torch.device | None = None) -> Tensor:
+        """bool (T, text_vocab + T): text ids anywhere, a pad only at its own position."""
+        words = torch.ones(self.text_len, self.text_vocab, dtype=torch.bool, device=device)
+        pads = torch.eye(self.text_len, dtype=torch.bool, device=device)
+        return torch.cat([words, pads], dim=1)

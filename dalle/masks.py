@@ -1,0 +1,72 @@
+"""Who sees whom: the sparse attention masks (paper Figure 11) and which layer uses which (2.2).
+
+One predicate defines each kind; a dense mask, a row of it while sampling, or a block mask are ways of
+evaluating the predicate. Text sees the text before it; every image slot sees all text. Among image
+slots, with q, k their raster indices, d = q - k >= 0 and W columns, a query sees
+
+    row      d <= W: itself and the W slots before it, across row ends (11a)
+    column   d mod W == 0: the column above it (11b; 11c is the same, transposed for speed)
+    conv     d < W (kernel + 1) / 2 and the circular column distance <= (kernel - 1) / 2 (11d)
+    causal   everything before it
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dalle.layout import TokenLayout
+
+KINDS = ("row", "column", "conv", "causal")
+Predicate = Callable[[Tensor, Tensor], Tensor]
+
+
+def visible(kind: str, layout: TokenLayout, kernel: int = 11) -> Predicate:
+    """The predicate (q, k) -> bool over slots of the stream, elementwise with broadcasting.
+
+    Args:
+        kind: one of KINDS.
+        layout: lengths of the stream.
+        kernel: side of the convolution, odd, at most the number of columns; only "conv" reads it.
+
+    Raises:
+        ValueError: unknown kind, or a kernel that is even or wider than the grid.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown attention kind {kind!r}; expected one of {', '.join(KINDS)}")
+    if kind == "conv" and (kernel < 1 or kernel % 2 == 0 or kernel > layout.columns):
+        raise ValueError(f"kernel must be odd and at most the {layout.columns} columns of the grid, got {kernel}")
+    text, width = layout.text_len, layout.columns
+
+    def sees(q: Tensor, k: Tensor) -> Tensor:
+        d = q - k
+        causal = d >= 0
+        if kind == "causal":
+            return causal
+        return causal & ((k < text) | image_sees(d))
+
+    def image_sees(d: Tensor) -> Tensor:
+        if kind == "row":
+            return d <= width
+        if kind == "column":
+            return d % width == 0
+        beside = torch.minimum(d % width, width - d % width)
+        return (d < width * (kernel + 1) // 2) & (beside <= (kernel - 1) // 2)
+
+    return sees
+
+
+def dense_mask(kind: str, layout: TokenLayout, kernel: int = 11) -> Tensor:
+    """bool (N, N), True = visible, raster order; row q is what slot q sees."""
+    slots = torch.arange(layout.length)
+    return visible(kind, layout, kernel)(slots[:, None], slots[None, :])
+
+
+def layer_kinds(depth: int) -> list[str]:
+    """Kind of each attention layer (2.2): row, column, row, row, ... and conv in the last.
+
+    Counting from 1, layer i is column if (i - 2) mod 4 == 0; 64 layers have 47 row, 16 column, 1 conv.
+    """
+    if depth < 1:
+        raise ValueError(f"depth must be positive, got {depth}")
+    return ["column" if i % 4 == 2 else "row" for i in range(1, depth)] + ["conv"]

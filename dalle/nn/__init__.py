@@ -1,0 +1,1 @@
+"""Layers that know no family: attention, its cache, transformer blocks."""

@@ -1,0 +1,99 @@
+"""The reranker: a small CLIP trained on the same pairs (paper section 2.6; Radford et al. 2021)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle.clip import CLIP, CLIPConfig
+from dalle.data import PairsConfig, open_pairs
+from dalle.data.order import samples_of_step
+from dalle.models import build, describe
+from dalle.objectives import CLIPObjective
+from dalle.stages.runs import TrainingRun, take_text
+from dalle.text import TextTokenizer
+from dalle.train import Schedule, TrainConfig, fit
+from dalle.train.ema import EMAConfig
+from dalle.train.optim import OptimizerConfig
+from dalle.train.precision import resolve_device
+from dalle.types import Pairs
+
+CLIP_TRAINING = TrainConfig(
+    batch_size=32_768,
+    optimizer=OptimizerConfig(
+        lr=Schedule(5e-4, 0.0, 390_000), warmup=2_000, beta2=0.98, eps=1e-6, weight_decay=0.2, clip=None
+    ),
+    ema=EMAConfig(decay=0.99, every=25),
+)
+"""Radford et al., Tables 18 and 20: batch 32,768, 32 epochs of 400M pairs, cosine step size."""
+
+
+@dataclass(frozen=True)
+class CLIPRun(TrainingRun):
+    """Trains a CLIP to rank pictures by their caption."""
+
+    steps: int = 390_000
+    """Updates in all (Radford et al.: 32 epochs)."""
+    tokenizer: Path | None = None
+    """Text tokenizer; the newest under runs/ unless given."""
+    data: PairsConfig = PairsConfig()
+    """Pictures and captions."""
+    siblings: bool = False
+    """Every second pair differs from the one before in one attribute; shapes only."""
+    model: CLIPConfig = CLIPConfig()
+    """Shape of both towers."""
+    objective: CLIPObjective = CLIPObjective()
+    """The loss; nothing to set."""
+    train: TrainConfig = CLIP_TRAINING
+    """Optimizer, averaging, rhythm."""
+    eval_pictures: int = 128
+    """Held-out pairs measured at each evaluation."""
+
+
+def train_clip(run: CLIPRun) -> Path:
+    """Trains, writing checkpoints and log.jsonl with the share of pictures matched to their caption."""
+    out = run.directory("clip")
+    device = resolve_device(run.device)
+    text = take_text(run.tokenizer)
+    if text.vocab_size > run.model.text_vocab:
+        raise ValueError(f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {run.model.text_vocab}; raise it")
+    pairs, held_out = (open_pairs(run.data, split, run.siblings) for split in ("train", "held_out"))
+    torch.manual_seed(run.seed)
+    model = build("clip", run.model).to(device)
+
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        samples = list(samples_of_step(step, run.train.batch_size, pairs.size, run.seed))
+        return pairs_batch(pairs, samples, model, text, run.seed)
+
+    count = min(run.eval_pictures, held_out.size or run.eval_pictures)
+    pixels, packed = pairs_batch(held_out, [(0, i) for i in range(count)], model, text, run.seed)
+
+    def evaluate(model: CLIP, step: int) -> dict[str, float]:
+        loss = run.objective(model, (pixels.to(device), packed.to(device)), step)
+        return {"loss": float(loss.total), **{name: float(value) for name, value in loss.metrics.items()}}
+
+    fit(
+        model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
+        meta=describe("clip", model, run.record(), {"text": text.to_dict(), "text_hash": text.hash}),
+        evaluate=evaluate, resume=run.resume,
+    )  # fmt: skip
+    return out
+
+
+def pairs_batch(
+    pairs: Pairs, samples: list[tuple[int, int]], model: CLIP, text: TextTokenizer, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Pixels (B, 3, R, R) and packed text (B, L) of (epoch, index) samples, one caption drawn for each."""
+    indices = [index for _, index in samples]
+    if pairs.size is None:
+        pixels = pairs.pixels(indices)
+    else:  # Listing 2: no flips, captions may speak of left and right
+        parts = [pairs.pixels([index], "transformer", seed + (epoch << 32)) for epoch, index in samples]
+        pixels = np.concatenate(parts)
+    chosen = []
+    for (epoch, index), captions in zip(samples, pairs.captions(indices), strict=True):
+        rng = np.random.Generator(np.random.Philox(key=[seed << 32 | epoch, index]))
+        chosen.append(text.encode(captions[rng.integers(len(captions))]))
+    return torch.from_numpy(pixels), model.pack_text(chosen)

@@ -1,0 +1,107 @@
+"""Stage one: the dVAE (paper sections 2.1, A.1 to A.3)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle.data import PairsConfig, open_pairs
+from dalle.data.order import samples_of_step
+from dalle.dvae import DVAE, DVAEConfig
+from dalle.images import sheet, to_pil
+from dalle.models import build, describe
+from dalle.objectives import DVAEObjective, collapse_warning, dvae_scores
+from dalle.stages.runs import TrainingRun
+from dalle.train import Schedule, TrainConfig, fit
+from dalle.train.ema import EMAConfig
+from dalle.train.optim import OptimizerConfig
+from dalle.train.precision import resolve_device
+from dalle.types import Pairs
+
+PAPER_TRAINING = TrainConfig(
+    batch_size=512,
+    optimizer=OptimizerConfig(
+        lr=Schedule(1e-4, 1.25e-6, 1_200_000), warmup=0, beta2=0.999, weight_decay=1e-4, clip=None
+    ),
+    ema=EMAConfig(decay=0.999, every=1),
+)
+"""A.2: batch 512, cosine step size, AdamW, averaging with 0.999 at each update."""
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """How pictures become tokens once the dVAE is trained; read by encode_images."""
+
+    pictures: int = 100_000
+    """Pictures to encode, at most."""
+    crops: int = 1
+    """Random crops of each picture (Listing 2); an endless set has none."""
+    batch_size: int = 64
+    """Pictures encoded at once."""
+
+
+@dataclass(frozen=True)
+class DVAERun(TrainingRun):
+    """Trains the dVAE on pictures (stage one, paper section 2.1)."""
+
+    steps: int = 3_000_000
+    """Updates in all (A.2); schedules keep their own lengths."""
+    data: PairsConfig = PairsConfig()
+    """Pictures."""
+    model: DVAEConfig = DVAEConfig()
+    """Shape of the dVAE."""
+    objective: DVAEObjective = DVAEObjective()
+    """Schedules of the loss."""
+    train: TrainConfig = PAPER_TRAINING
+    """Optimizer, averaging, rhythm."""
+    encode: EncodeConfig = EncodeConfig()
+    """For encode_images."""
+    eval_pictures: int = 64
+    """Held-out pictures measured at each evaluation."""
+
+
+def train_dvae(run: DVAERun) -> Path:
+    """Trains, writing checkpoints, log.jsonl and a sheet of reconstructions at each evaluation."""
+    out = run.directory("dvae")
+    device = resolve_device(run.device)
+    pairs, held_out = open_pairs(run.data), open_pairs(run.data, "held_out")
+    torch.manual_seed(run.seed)
+    model = build("dvae", run.model).to(device, memory_format=torch.channels_last)
+    count = min(run.eval_pictures, held_out.size or run.eval_pictures)
+    pixels = torch.from_numpy(held_out.pixels(range(count)))
+
+    def batches(step: int) -> Tensor:
+        return pictures_of_step(pairs, step, run.train.batch_size, run.seed)
+
+    def evaluate(model: DVAE, step: int) -> dict[str, float]:
+        return evaluate_dvae(model, pixels.to(device), run.objective.tau(step), out / f"reconstructions-{step:08d}.png")
+
+    fit(
+        model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
+        meta=describe("dvae", model, run.record()), evaluate=evaluate, resume=run.resume,
+    )  # fmt: skip
+    return out
+
+
+def pictures_of_step(pairs: Pairs, step: int, batch_size: int, seed: int) -> Tensor:
+    """Pixels (B, 3, R, R) of a step, cropped by Listing 1."""
+    samples = list(samples_of_step(step, batch_size, pairs.size, seed))
+    if pairs.size is None:
+        return torch.from_numpy(pairs.pixels([index for _, index in samples]))
+    # the crop of a sample depends on (seed, epoch, index)
+    parts = [pairs.pixels([index], "dvae", seed + (epoch << 32)) for epoch, index in samples]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float, picture: Path) -> dict[str, float]:
+    """Meters of held-out pictures; writes original, soft and hard reconstruction side by side."""
+    parts = [dvae_scores(model, part, tau) for part in pixels.split(64)]
+    scores = {name: float(torch.stack([part[0][name].float() for part in parts]).mean()) for name in parts[0][0]}
+    if sentence := collapse_warning(scores, model.vocab_size):
+        tqdm.write(f"warning: {sentence}")
+    rows = zip(*(to_pil(images[:8]) for images in (pixels, parts[0][1], parts[0][2])), strict=True)
+    sheet([list(row) for row in rows], scale=max(1, 128 // pixels.shape[-1])).save(picture)
+    return scores

@@ -1,0 +1,106 @@
+"""Where runs lie and how a stage finds what an earlier one made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dalle.config import to_dict
+from dalle.models import Part, load_part
+from dalle.text import TextTokenizer
+from dalle.train.state import read_json
+
+ROOT = Path("runs")
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+MAKERS = {
+    "text": "python scripts/train_tokenizer.py --config configs/transformer/shapes.yaml",
+    "dvae": "python scripts/train_dvae.py --config configs/dvae/shapes.yaml",
+    "tokens": "python scripts/encode_images.py --config configs/dvae/shapes.yaml",
+    "transformer": "python scripts/train_transformer.py --config configs/transformer/shapes.yaml",
+    "clip": "python scripts/train_clip.py --config configs/clip/shapes.yaml",
+}
+_MARKS = {"text": "text.json", "tokens": "meta.json"}
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What every training script takes."""
+
+    out: Path | None = None
+    """Directory of the run; runs/<stage> unless given."""
+    steps: int = 430_000
+    """Updates in all; schedules keep their own lengths."""
+    seed: int = 0
+    """Of weights, order and noise."""
+    device: str = "auto"
+    """cuda, mps or cpu; auto takes the first there is."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto goes on with the run that lies in --out; never refuses it."""
+    parallel: Literal["none"] = "none"
+    """One process."""
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps must be positive, got {self.steps}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
+
+    def directory(self, stage: str) -> Path:
+        """Where the run writes."""
+        return self.out or ROOT / stage
+
+    def record(self) -> dict[str, Any]:
+        """The configuration for the checkpoint, less what may change on resuming."""
+        free = {"out", "steps", "device", "resume", "parallel"}
+        return {key: value for key, value in to_dict(self).items() if key not in free}
+
+
+def newest(stage: str, root: Path | None = None) -> Path:
+    """The newest result of a stage under runs/; ValueError names the command that makes one."""
+    found = [path for path in _results(stage, root or ROOT)]
+    if not found:
+        raise ValueError(f"no {stage} under {root or ROOT}/; make one:\n    {MAKERS[stage]}")
+    return max(found, key=lambda path: _mark(stage, path).stat().st_mtime)
+
+
+def _mark(stage: str, folder: Path) -> Path:
+    return folder / _MARKS.get(stage, "checkpoints/latest")
+
+
+def _results(stage: str, root: Path) -> list[Path]:
+    """Folders one or two levels below the root that hold a whole result of the stage."""
+    folders = [*root.glob("*/"), *root.glob("*/*/")]
+    return [f for f in folders if not f.name.startswith(".") and _mark(stage, f).is_file() and _kind(stage, f) == stage]
+
+
+def _kind(stage: str, folder: Path) -> str | None:
+    if stage == "text":
+        return "text"
+    if stage == "tokens":
+        return read_json(folder / "meta.json").get("kind")
+    pointer = folder / "checkpoints" / "latest"
+    return read_json(pointer.parent / pointer.read_text(encoding="utf-8").strip() / "meta.json").get("kind")
+
+
+def take(stage: str, given: Path | None) -> Path:
+    """The path given, or the newest under runs/; says which it took."""
+    path = given or newest(stage)
+    if not path.exists():
+        raise ValueError(f"no {stage} at {path}; make one:\n    {MAKERS[stage]}")
+    print(f"taking {stage} from {path}")
+    return path
+
+
+def take_part(stage: str, given: Path | None, device: Any = "cpu") -> Part:
+    """A model of an earlier stage, with its averaged weights; warns when its training is not complete."""
+    part = load_part(take(stage, given), stage, device)
+    step, steps = part.meta.get("step"), part.meta.get("steps")
+    if step is not None and step < steps:
+        print(f"note: this {stage} was trained for {step} of {steps} steps only")
+    return part
+
+
+def take_text(given: Path | None) -> TextTokenizer:
+    """The text tokenizer of an earlier stage: a run or a file."""
+    path = take("text", given)
+    return TextTokenizer.load(path / "text.json" if path.is_dir() else path)

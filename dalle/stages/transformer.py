@@ -1,0 +1,129 @@
+"""Stage two: the transformer over text and image tokens (paper section 2.2, B.1, B.2)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle.data import PairsConfig, TokenCache
+from dalle.data.order import samples_of_step
+from dalle.layout import TokenLayout
+from dalle.models import build, describe
+from dalle.objectives import TransformerObjective
+from dalle.stages.runs import TrainingRun, take, take_text
+from dalle.text import TextTokenizer, TextTokenizerConfig
+from dalle.train import TrainConfig, fit
+from dalle.train.precision import resolve_device
+from dalle.transformer import TransformerConfig
+
+
+@dataclass(frozen=True)
+class TransformerRun(TrainingRun):
+    """Trains the transformer on a token cache (stage two, paper section 2.2)."""
+
+    tokens: Path | None = None
+    """Token cache; the newest under runs/ unless given."""
+    tokenizer: Path | None = None
+    """Text tokenizer; the newest under runs/ unless given."""
+    data: PairsConfig = PairsConfig()
+    """Captions; read by train_tokenizer only."""
+    text: TextTokenizerConfig = TextTokenizerConfig()
+    """The vocabulary; read by train_tokenizer only."""
+    model: TransformerConfig = TransformerConfig()
+    """Shape of the transformer."""
+    objective: TransformerObjective = TransformerObjective()
+    """Weights of the loss."""
+    train: TrainConfig = TrainConfig()
+    """Optimizer, averaging, rhythm."""
+    bpe_dropout: float = 0.1
+    """Share of merges skipped at random while training (B.2)."""
+    caption_dropout: float = 0.0
+    """Share of captions emptied while training, for classifier-free guidance (not in the paper)."""
+    eval_pictures: int = 256
+    """Pictures at the end of the cache kept for evaluation."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("bpe_dropout", "caption_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+
+
+class TokenBatches:
+    """Joint ids of a step: a caption of each picture, encoded with dropout, and its image tokens.
+
+    Which caption and which merges are skipped depends on (seed, epoch, picture) alone. `truncated`
+    counts captions that were cut.
+    """
+
+    def __init__(self, cache: TokenCache, text: TextTokenizer, layout: TokenLayout, run: TransformerRun):
+        self.cache, self.text, self.layout, self.run = cache, text, layout, run
+        self.size = cache.size - run.eval_pictures
+        self.truncated = 0
+
+    def __call__(self, step: int) -> Tensor:
+        """int64 (B, N)."""
+        samples = list(samples_of_step(step, self.run.train.batch_size, self.size, self.run.seed))
+        captions = [self._caption(epoch, index) for epoch, index in samples]
+        return self._pack(captions, [index for _, index in samples])
+
+    def held_out(self) -> Tensor:
+        """The last pictures of the cache, first caption each, without dropout."""
+        indices = list(range(self.size, self.cache.size))
+        return self._pack([self.text.encode(self.cache.captions[i][0]) for i in indices], indices)
+
+    def _pack(self, captions: list[list[int]], indices: list[int]) -> Tensor:
+        self.truncated += sum(len(ids) > self.layout.caption_room for ids in captions)
+        return self.layout.pack(self.layout.pad_text(captions, truncate=True), self.cache.image_tokens(indices))
+
+    def _caption(self, epoch: int, index: int) -> list[int]:
+        rng = np.random.Generator(np.random.Philox(key=[self.run.seed << 32 | epoch, index]))
+        if rng.random() < self.run.caption_dropout:
+            return []
+        captions = self.cache.captions[index]
+        caption = captions[rng.integers(len(captions))]
+        return self.text.encode(caption, self.run.bpe_dropout, (self.run.seed, epoch, index))
+
+
+def train_transformer(run: TransformerRun) -> Path:
+    """Trains, writing checkpoints and log.jsonl with nats per text and per image token."""
+    out = run.directory("transformer")
+    device = resolve_device(run.device)
+    text, cache = take_text(run.tokenizer), TokenCache(take("tokens", run.tokens))
+    check_inputs(run, text, cache)
+    torch.manual_seed(run.seed)
+    model = build("transformer", run.model).to(device)
+    batches = TokenBatches(cache, text, model.layout, run)
+    held_out = batches.held_out().split(run.train.batch_size)
+
+    def evaluate(model, step: int) -> dict[str, float]:
+        losses = [run.objective(model, ids.to(device), step) for ids in held_out]
+        weights = torch.tensor([len(ids) for ids in held_out]) / run.eval_pictures
+        named = {"loss": [loss.total for loss in losses]}
+        named |= {name: [loss.metrics[name] for loss in losses] for name in losses[0].metrics}
+        return {name: float(torch.stack(values).cpu() @ weights) for name, values in named.items()}
+
+    links = {"text": text.to_dict(), "text_hash": text.hash, "dvae": cache.meta["dvae"]}
+    fit(
+        model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
+        meta=describe("transformer", model, run.record(), links), evaluate=evaluate, resume=run.resume,
+    )  # fmt: skip
+    if batches.truncated:
+        tqdm.write(f"note: {batches.truncated} captions were longer than {model.layout.caption_room} tokens and cut")
+    return out
+
+
+def check_inputs(run: TransformerRun, text: TextTokenizer, cache: TokenCache) -> None:
+    """ValueError, before the first step, for parts that do not fit the model's shape."""
+    model = run.model
+    if tuple(cache.meta["grid"]) != model.grid:
+        raise ValueError(f"{cache.folder} has a grid of {cache.meta['grid']}, model.grid is {list(model.grid)}; set it")
+    if cache.meta["vocab"] != model.image_vocab:
+        raise ValueError(f"{cache.folder} has {cache.meta['vocab']} codes, model.image_vocab is {model.image_vocab}; set it")
+    if text.vocab_size > model.text_vocab:
+        raise ValueError(f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {model.text_vocab}; raise it")
+    if cache.size <= run.eval_pictures:
+        raise ValueError(f"{cache.folder} has {cache.size} pictures, eval_pictures takes {run.eval_pictures}; lower it")

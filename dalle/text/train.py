@@ -1,0 +1,98 @@
+"""Training the byte-pair encoding (section 2.2): youtokentome finds the merges, we keep them.
+
+Nothing else needs youtokentome: its model file is plain text and is read here once.
+"""
+
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+from dalle.text.bpe import UNKNOWN_ID, TextTokenizer, TextTokenizerConfig, normalize
+
+
+def train_text_tokenizer(captions: Iterable[str], config: TextTokenizerConfig | None = None) -> TextTokenizer:
+    """Learn an alphabet and merges from captions.
+
+    Keep the result, for training again may differ: among pairs that are equally frequent youtokentome takes
+    whichever its threads find first, even with n_threads=1. The vocabulary is smaller than config.vocab_size
+    if the captions have no more pairs to merge. ValueError if there is nothing to learn from or the
+    vocabulary cannot hold the bytes and the alphabet.
+    """
+    youtokentome = _import_youtokentome()
+    config = config or TextTokenizerConfig()
+    with tempfile.TemporaryDirectory() as folder:
+        text, model = Path(folder, "captions.txt"), Path(folder, "bpe.model")
+        _write_pieces(captions, text)
+        _run_youtokentome(youtokentome, text, model, config)
+        return _read_youtokentome(model, config)
+
+
+def _import_youtokentome() -> ModuleType:
+    try:
+        import youtokentome
+    except ImportError as error:
+        raise ImportError(
+            "training a text tokenizer needs youtokentome: "
+            "pip install cython setuptools wheel && pip install --no-build-isolation youtokentome"
+        ) from error
+    return youtokentome
+
+
+def _write_pieces(captions: Iterable[str], path: Path) -> None:
+    """One caption a line, a space between pieces: youtokentome does not merge across spaces."""
+    if isinstance(captions, str):
+        raise TypeError("captions must be an iterable of str, not one str: put it in a list")
+    n_pieces = 0
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for caption in captions:
+            pieces = normalize(caption)
+            n_pieces += len(pieces)
+            file.write(" ".join(pieces) + "\n")
+    if n_pieces == 0:
+        raise ValueError("there is nothing to train on: give at least one caption with a word in it")
+
+
+def _run_youtokentome(youtokentome: ModuleType, text: Path, model: Path, config: TextTokenizerConfig) -> None:
+    """Write the model file of the largest vocabulary that fits; with too few pairs it is smaller."""
+    reserved = _offset(config)
+    try:
+        youtokentome.BPE.train(
+            data=str(text),
+            model=str(model),
+            vocab_size=max(config.vocab_size - reserved, 1),
+            coverage=config.character_coverage,
+            n_threads=1,
+            unk_id=UNKNOWN_ID,
+            pad_id=-1,  # -1: no such id
+            bos_id=-1,
+            eos_id=-1,
+        )
+    except ValueError as error:
+        needed = re.search(r"vocab_size>=(\d+)", str(error))
+        if needed is None:
+            raise
+        raise ValueError(
+            f"vocab_size {config.vocab_size} is too small: these captions need at least "
+            f"{reserved + int(needed[1])} ids for unknown, bytes and alphabet, and more for merges"
+        ) from error
+
+
+def _read_youtokentome(path: Path, config: TextTokenizerConfig) -> TextTokenizer:
+    """Read `n_characters n_merges`, then lines `codepoint id`, lines `left right merged`, special ids."""
+    head, *lines = [[int(number) for number in line.split()] for line in path.read_text().splitlines()]
+    n_characters, n_merges = head
+    by_id = sorted((token, chr(codepoint)) for codepoint, token in lines[:n_characters])
+    rules = lines[n_characters : n_characters + n_merges]
+    assert [token for token, _ in by_id] + [merged for *_, merged in rules] == list(
+        range(UNKNOWN_ID + 1, UNKNOWN_ID + 1 + n_characters + n_merges)
+    ), "youtokentome numbers the characters, then the merges, without gaps"
+    offset = _offset(config)
+    characters = "".join(character for _, character in by_id)
+    return TextTokenizer(config, characters, [(left + offset, right + offset) for left, right, _ in rules])
+
+
+def _offset(config: TextTokenizerConfig) -> int:
+    """Our id less youtokentome's, for all but unknown: it knows no bytes."""
+    return config.first_character_id - (UNKNOWN_ID + 1)

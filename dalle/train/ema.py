@@ -1,0 +1,65 @@
+"""Exponentially averaged weights (appendices A.2, B.2), corrected for their start at zero.
+
+After n updates with decay d the plain average still holds the share d^n of its start: 67 % after the
+1,000 steps of a run that averages every 25 with 0.99. So the sum starts at 0 and is divided by 1 - d^n.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """How the weights are averaged; the defaults are the transformer's (B.2)."""
+
+    decay: float = 0.99
+    """Coefficient of the old average."""
+    every: int = 25
+    """Updates between two averagings."""
+
+
+class AveragedWeights:
+    """The running sum of a model's parameters, by name."""
+
+    def __init__(self, model: nn.Module, config: EMAConfig):
+        self.config = config
+        self.updates = 0
+        self.sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """After update `step` (counted from 1): takes the weights in if it is their turn."""
+        if step % self.config.every == 0:
+            self.updates += 1
+            weights = [p.detach() for _, p in model.named_parameters()]
+            torch._foreach_lerp_(list(self.sums.values()), weights, 1 - self.config.decay)
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The corrected averages; empty before the first update."""
+        return corrected(self.sums, self.config.decay, self.updates)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The model holds the averages inside the block and its own weights after it."""
+        own = {name: p.detach().clone() for name, p in model.named_parameters()}
+        _assign(model, self.averaged())
+        try:
+            yield
+        finally:
+            _assign(model, own)
+
+
+def corrected(sums: dict[str, Tensor], decay: float, updates: int) -> dict[str, Tensor]:
+    """Sums divided by 1 - decay^updates; empty without updates."""
+    return {name: s / (1 - decay**updates) for name, s in sums.items()} if updates else {}
+
+
+@torch.no_grad()
+def _assign(model: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if name in values:
+            parameter.copy_(values[name])

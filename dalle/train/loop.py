@@ -1,0 +1,204 @@
+"""The loop. It receives a model, an objective and a rule for the batch of a step, and knows no family.
+
+Every step is a function of the state, the seed and the step's number: the batch and the random
+numbers are drawn from (seed, step). So N steps equal k, a resume, and N - k, bit for bit.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dalle.train.ema import AveragedWeights, EMAConfig
+from dalle.train.log import JSONLines, first_nonfinite, to_numbers
+from dalle.train.optim import OptimizerConfig, build_optimizer
+from dalle.train.precision import Precision, autocast, resolve_precision
+from dalle.train.state import TrainState, latest_checkpoint, read_json, restore, save_checkpoint
+from dalle.types import Loss, Objective
+
+Batches = Callable[[int], Any]
+"""The batch of a step."""
+Evaluate = Callable[[nn.Module, int], dict[str, float]]
+"""Measures the averaged weights at a step."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained; the defaults are the transformer's (B.2)."""
+
+    batch_size: int = 1024
+    """Pictures in an update (B.2)."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW."""
+    ema: EMAConfig = EMAConfig()
+    """Averaging of the weights."""
+    precision: Precision = "auto"
+    """fp32, bf16 (autocast), or auto: bf16 where the device has it in hardware."""
+    log_every: int = 10
+    """Updates between two lines of the log."""
+    eval_every: int = 1000
+    """Updates between two evaluations; the last step is always evaluated."""
+    save_every: int = 1000
+    """Updates between two checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    batches: Batches,
+    config: TrainConfig,
+    *,
+    steps: int,
+    seed: int,
+    run_dir: Path,
+    meta: dict[str, Any],
+    evaluate: Evaluate | None = None,
+    resume: Literal["auto", "never"] = "auto",
+) -> TrainState:
+    """Trains until `steps` updates are done, from the newest checkpoint of `run_dir` if there is one.
+
+    Args:
+        model: on its device.
+        objective: (model, batch, step) -> Loss.
+        batches: step -> batch; the same step must give the same batch.
+        config: optimizer, averaging, rhythm of logs, evaluations and checkpoints.
+        steps: updates in all.
+        seed: of all random numbers.
+        run_dir: receives log.jsonl and checkpoints/.
+        meta: what makes a checkpoint describe itself: kind, config, run, links.
+        evaluate: called with the averaged weights in place.
+        resume: "auto" goes on where the run stopped, "never" refuses a directory that holds a run.
+
+    Raises:
+        ValueError: the directory holds another run.
+        FloatingPointError: the loss or the gradient is not finite; names the first bad tensor.
+    """
+    state = TrainState(model, build_optimizer(model, config.optimizer), AveragedWeights(model, config.ema))
+    _prepare(run_dir, state, meta, resume)
+    log = JSONLines(run_dir / "log.jsonl", state.step)
+    device = next(model.parameters()).device
+    precision = resolve_precision(config.precision, device)
+    bar = tqdm(total=steps, initial=state.step, desc=str(meta["kind"]), unit="step", disable=None)
+    model.train()
+    while state.step < steps:
+        started = time.perf_counter()
+        batch = to_device(batches(state.step), device)
+        waited = time.perf_counter() - started
+        loss, norm = train_step(state, batch, objective, config.optimizer, precision, seed)
+        bar.update()
+        last = state.step == steps
+        if state.step % config.log_every == 0 or state.step == 1 or last:
+            numbers = to_numbers({"loss": loss.total, "gradient_norm": norm, **loss.metrics})
+            numbers |= {"step_size": config.optimizer.rate(state.step - 1), "data_wait": waited}
+            numbers["seconds"] = time.perf_counter() - started
+            log.write(state.step, numbers)
+            bar.set_postfix(loss=f"{numbers['loss']:.4f}")
+        if evaluate and (state.step % config.eval_every == 0 or last):
+            scores = _evaluate(evaluate, state, seed)
+            log.write(state.step, {f"eval/{name}": value for name, value in scores.items()})
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            tqdm.write(f"{meta['kind']} step {state.step}: {shown}")
+        if state.step % config.save_every == 0 or last:
+            save_checkpoint(run_dir, state, meta | {"steps": steps}, config.keep)
+    bar.close()
+    return state
+
+
+def train_step(
+    state: TrainState, batch: Any, objective: Objective, optim: OptimizerConfig, precision: str, seed: int
+) -> tuple[Loss, Tensor]:
+    """One update: loss, gradient, clip, AdamW, averaging. Returns the loss and the gradient's norm."""
+    device = next(state.model.parameters()).device
+
+    def forward() -> Loss:
+        torch.manual_seed(step_seed(seed, state.step))
+        with autocast(precision, device):
+            return objective(state.model, batch, state.step)
+
+    loss = forward()
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.total.backward()
+    limit = float("inf") if optim.clip is None else optim.clip
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
+    if not (torch.isfinite(loss.total) and torch.isfinite(norm)):
+        where = first_nonfinite(state.model, forward)
+        raise FloatingPointError(
+            f"step {state.step + 1}: loss {float(loss.total)}, gradient norm {float(norm)}; first bad tensor: {where}. "
+            "The last checkpoint is whole; lower the step size, or check the data"
+        )
+    for group in state.optimizer.param_groups:
+        group["lr"] = optim.rate(state.step)
+    state.optimizer.step()
+    state.step += 1
+    state.ema.update(state.model, state.step)
+    return loss, norm
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A seed of its own for every step of every run."""
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Tensors of a batch (also in tuples, lists and dicts) on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def _evaluate(evaluate: Evaluate, state: TrainState, seed: int) -> dict[str, float]:
+    """Scores of the averaged weights; training's random numbers and mode stay as they were."""
+    state.model.eval()
+    with torch.random.fork_rng(), state.ema.applied(state.model), torch.no_grad():
+        torch.manual_seed(seed)
+        scores = evaluate(state.model, state.step)
+    state.model.train()
+    return to_numbers(scores)
+
+
+def _prepare(run_dir: Path, state: TrainState, meta: dict[str, Any], resume: str) -> None:
+    """Makes the run's directory, or takes up the run that lies there."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / ".writable").touch()
+        (run_dir / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {run_dir} ({error.strerror}); give another --out") from None
+    found = latest_checkpoint(run_dir)
+    if found is None:
+        return
+    if resume == "never":
+        raise ValueError(f"{run_dir} holds a run; give another --out, or --resume auto to go on with it")
+    changes = differences(read_json(found / "meta.json").get("run", {}), meta.get("run", {}))
+    if changes:
+        raise ValueError(f"{run_dir} holds a run with another configuration ({'; '.join(changes)}); give another --out")
+    restore(found, state)
+    print(f"{meta['kind']}: going on from step {state.step} of {run_dir}")
+
+
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Where two plain configurations differ, one line each: "train.batch_size: 16 was, 32 is"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            lines += differences(old.get(key), new.get(key), f"{place}.{key}" if place else key)
+        return lines
+    return [] if old == new else [f"{place} was {old!r}, is {new!r}"]
+
+

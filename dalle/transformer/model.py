@@ -1,0 +1,174 @@
+"""The sparse transformer, stage two (paper section 2.2, appendix B.1).
+
+A decoder over text_len text slots and rows x columns image slots. It sees ids and knows no image
+tokenizer. Every layer is attention of one kind (dalle/masks.py) and an MLP, pre-norm.
+
+    B batch, T text_len, N all slots, n slots of this call, D width, V joint vocabulary
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dalle.layout import TokenLayout
+from dalle.masks import dense_mask, layer_kinds
+from dalle.nn.attention import BACKENDS
+from dalle.nn.blocks import FP32LayerNorm, Layer
+from dalle.nn.cache import LayerCache
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Shape of the transformer; the defaults are the paper's 12 billion."""
+
+    depth: int = 64
+    """Attention layers; each is followed by an MLP (2.2)."""
+    heads: int = 62
+    """Attention heads (2.2)."""
+    head_width: int = 64
+    """Width of a head (2.2); the model is heads * head_width = 3968 wide."""
+    text_len: int = 256
+    """Text slots, start-of-text among them (2.2)."""
+    grid: tuple[int, int] = (32, 32)
+    """Rows and columns of image tokens (2.1)."""
+    text_vocab: int = 16384
+    """Text ids without the pads (2.2)."""
+    image_vocab: int = 8192
+    """Codes of the image tokenizer (2.1)."""
+    conv_kernel: int = 11
+    """Side of the convolutional mask of the last layer (2.2)."""
+    sparse: bool = True
+    """Row, column and conv layers (2.2); false makes every layer causal."""
+    init_scale: float = 0.125
+    """Weights start as N(0, init_scale / sqrt(inputs)) (Child et al.)."""
+    backend: str = "sdpa"
+    """How attention is computed: dense or sdpa."""
+
+    def __post_init__(self):
+        for name in ("depth", "heads", "head_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"unknown backend {self.backend!r}; expected one of {', '.join(BACKENDS)}")
+        if self.sparse:
+            dense_mask("conv", TokenLayout(2, self.grid, 1, 1), self.conv_kernel)  # refuses a kernel that cannot be
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.heads * self.head_width
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Lengths and offsets of the stream."""
+        return TokenLayout(self.text_len, self.grid, self.text_vocab, self.image_vocab)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Attention kind of each layer."""
+        return layer_kinds(self.depth) if self.sparse else ["causal"] * self.depth
+
+
+class Transformer(nn.Module):
+    """Joint ids -> logits. `hidden` is the trunk; `text_logits` and `image_logits` are its heads."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.config = config
+        self.layout = layout = config.layout
+        self.token_embedding = nn.Embedding(layout.input_vocab, config.width)
+        self.text_position = nn.Embedding(layout.text_len, config.width)
+        self.row = nn.Embedding(layout.rows, config.width)
+        self.column = nn.Embedding(layout.columns, config.width)
+        self.layers = nn.ModuleList(Layer(config.width, config.heads, config.backend) for _ in range(config.depth))
+        self.final_norm = FP32LayerNorm(config.width)
+        self.to_logits = nn.Linear(config.width, layout.vocab, bias=False)
+        for kind in sorted(set(config.kinds)):
+            self.register_buffer(f"{kind}_mask", dense_mask(kind, layout, config.conv_kernel), persistent=False)
+        self.register_buffer("allowed_text", layout.allowed_text(), persistent=False)
+        initialise(self)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits of every position: joint ids (B, n) -> fp32 (B, n, V); logits[:, p] predicts ids[:, p].
+
+        Tokens that cannot stand at a position (the other modality, another position's pad) have -inf.
+        """
+        hidden = self.hidden(ids)
+        text, image = hidden[:, : self.layout.text_len], hidden[:, self.layout.text_len :]
+        logits = hidden.new_full((*hidden.shape[:2], self.layout.vocab), -torch.inf)
+        logits[:, : text.shape[1], : self.layout.image_offset] = self.text_logits(text)
+        logits[:, text.shape[1] :, self.layout.image_offset :] = self.image_logits(image)
+        return logits
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Joint ids (B, n) -> final states (B, n, D); state p reads ids before p."""
+        return self.read(self.layout.shift(ids)[:, : ids.shape[1]])
+
+    def read(self, inputs: Tensor, start: int = 0, caches: list[LayerCache] | None = None) -> Tensor:
+        """Input ids (B, n) of slots start .. start + n -> final states (B, n, D)."""
+        end = start + inputs.shape[1]
+        x = self.embed(inputs, start)
+        for i, (layer, kind) in enumerate(zip(self.layers, self.config.kinds, strict=True)):
+            mask = getattr(self, f"{kind}_mask")[start:end, :end]
+            x = layer(x, mask, start, caches[i] if caches else None)
+        return self.final_norm(x)
+
+    def embed(self, inputs: Tensor, start: int = 0) -> Tensor:
+        """Token plus position: text slots have one embedding each, image slots row + column.
+
+        Slots that read a pad have no position beside it: each pad is its position's own (Figure 10).
+        """
+        return self.token_embedding(inputs) + self._position(inputs, start)
+
+    def _position(self, inputs: Tensor, start: int) -> Tensor:
+        slots = torch.arange(start, start + inputs.shape[1], device=inputs.device)
+        text, image = slots[slots < self.layout.text_len], slots[slots >= self.layout.text_len] - self.layout.text_len
+        is_pad = (inputs >= self.layout.text_vocab) & (inputs < self.layout.image_offset)
+        at_text = self.text_position(text) * ~is_pad[:, : len(text), None]
+        at_image = self.row(image // self.layout.columns) + self.column(image % self.layout.columns)
+        return torch.cat([at_text, at_image.expand(len(inputs), -1, -1)], dim=1)
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """States (B, n, D) of the first n text slots -> fp32 (B, n, text_vocab + T)."""
+        logits = self._logits(hidden, self.to_logits.weight[: self.layout.image_offset])
+        return logits.masked_fill(~self.allowed_text[: hidden.shape[1]], -torch.inf)
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        """States (B, n, D) of image slots -> fp32 (B, n, image_vocab)."""
+        return self._logits(hidden, self.to_logits.weight[self.layout.image_offset :])
+
+    @staticmethod
+    def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):  # B.2: logits in fp32
+            return hidden.float() @ weight.float().T
+
+    def caches(self, batch: int) -> list[LayerCache]:
+        """Empty caches, one a layer, for `batch` streams."""
+        c = self.config
+        like = self.to_logits.weight
+        return [LayerCache.empty(batch, c.heads, self.layout.length, c.head_width, like) for _ in self.layers]
+
+
+def initialise(model: Transformer) -> None:
+    """Child et al. (2019): the loss starts at ln(vocabulary), residual paths start small.
+
+    Weights N(0, s / sqrt(inputs)) with s = init_scale, the last matrix of each resblock smaller by
+    sqrt(2 depth), token embeddings N(0, s / sqrt(D)), position embeddings N(0, s / sqrt(D n)) where n
+    are summed, biases and the output matrix 0.
+    """
+    config = model.config
+    scale = config.init_scale
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            last = name.endswith((".out", ".project"))
+            gain = scale / math.sqrt(2 * config.depth) if last else scale
+            nn.init.normal_(module.weight, std=gain / math.sqrt(module.in_features))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.normal_(model.token_embedding.weight, std=scale / math.sqrt(config.width))
+    nn.init.normal_(model.text_position.weight, std=scale / math.sqrt(config.width))
+    for position in (model.row, model.column):
+        nn.init.normal_(position.weight, std=scale / math.sqrt(2 * config.width))
+    nn.init.zeros_(model.to_logits.weight)

@@ -1,0 +1,112 @@
+"""What the parts say to each other: protocols, the loss record, and the contracts at every door.
+
+Pixels are float (B, 3, H, W) in [0, 1] everywhere; only the dVAE maps them inward.
+Tokens are int64. A contract is checked with a sentence, not with a crash further down.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Loss:
+    """A scalar to minimise and what to log beside it (detached scalars, tensors or numbers)."""
+
+    total: Tensor
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class ImageTokenizer(Protocol):
+    """Turns pixels into a grid of integers and back. The dVAE is one; a VQGAN would be another."""
+
+    downsampling: int
+    vocab_size: int
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> int64 (B, h * w), raster order."""
+        ...
+
+    def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """int64 (B, h * w) -> (B, 3, H, W) in [0, 1]; the grid is square unless given."""
+        ...
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Says how well pictures fit a caption; differentiable in the pixels."""
+
+    def score(self, pixels: Tensor, caption: str) -> Tensor:
+        """(N, 3, H, W) in [0, 1] -> (N,), higher is better."""
+        ...
+
+
+class Objective(Protocol):
+    """What the training loop minimises; it alone knows the model's family."""
+
+    def __call__(self, model: torch.nn.Module, batch: Any, step: int) -> Loss: ...
+
+
+class Pairs(Protocol):
+    """Captioned pictures by number. `size` is None for an endless set."""
+
+    resolution: int
+    size: int | None
+
+    def pixels(self, indices: Sequence[int], augment: str = "none", seed: int = 0) -> np.ndarray:
+        """float32 (B, 3, R, R) in [0, 1]; random crops are drawn from (seed, index)."""
+        ...
+
+    def captions(self, indices: Sequence[int]) -> list[list[str]]:
+        """Every caption of each picture."""
+        ...
+
+
+class TextCodec(Protocol):
+    """Turns captions into ids; the text tokenizer is one."""
+
+    vocab_size: int
+    hash: str
+
+    def encode(self, caption: str, dropout: float = 0.0, seed: tuple[int, ...] | int | None = None) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def save(self, path: Path | str) -> None: ...
+
+
+def check_pixels(pixels: Tensor, multiple_of: int = 1) -> None:
+    """ValueError unless pixels are float (B, 3, H, W), finite, in [0, 1], sides a multiple."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels must be (B, 3, H, W), got {tuple(pixels.shape)}")
+    if not pixels.is_floating_point():
+        raise ValueError(f"pixels must be float in [0, 1], got {pixels.dtype}; divide uint8 pictures by 255")
+    if pixels.shape[2] % multiple_of or pixels.shape[3] % multiple_of:
+        raise ValueError(
+            f"picture sides must be multiples of {multiple_of}, got {tuple(pixels.shape[2:])}; crop or resize first"
+        )
+    low, high = pixels.detach().aminmax()
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise ValueError("pixels hold NaN or infinite values")
+    if low < -1e-3 or high > 1 + 1e-3:
+        hint = "divide by 255" if high > 2 else "map [-1, 1] by (x + 1) / 2" if low < 0 else "clamp to [0, 1]"
+        raise ValueError(f"pixels must lie in [0, 1], got [{float(low):.3g}, {float(high):.3g}]; {hint}")
+
+
+def check_tokens(tokens: Tensor, vocab_size: int, name: str = "tokens") -> None:
+    """ValueError, naming position and value, unless tokens are int64 (B, N) in [0, vocab_size)."""
+    if tokens.ndim != 2 or tokens.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64 (B, N), got {tokens.dtype} {tuple(tokens.shape)}")
+    bad = (tokens < 0) | (tokens >= vocab_size)
+    if bad.any():
+        row, position = bad.nonzero()[0].tolist()
+        value = int(tokens[row, position])
+        raise ValueError(f"{name} must be in [0, {vocab_size}), got {value} at row {row}, position {position}")

@@ -1,0 +1,120 @@
+"""Imports go downward only. The table below is the one place that says which module stands where.
+
+    L0 <- L1 <- L2 <- L3 <- L4 <- L5 stages <- scripts
+
+Within L3 nobody imports a neighbour: the families know neither each other nor `data` and `train`,
+and those two see L0 and L1 only. `dalle/__init__.py`, which re-exports lazily, is exempt.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = [
+    {"config", "types"},
+    {"layout", "masks", "sampling", "images"},
+    {"nn"},
+    {"text", "dvae", "transformer", "clip", "data", "train"},
+    {"objectives", "rerank", "models", "pretrained", "evals", "pipeline"},
+    {"stages"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def may_import(importer: str, imported: str) -> bool:
+    if importer == imported:
+        return True
+    if importer in ("data", "train"):
+        return LEVEL[imported] <= 1
+    return LEVEL[imported] < LEVEL[importer] or LEVEL[imported] == LEVEL[importer] != 3
+
+
+def targets(node: ast.AST, package: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The dalle modules that one statement of a module in `package` imports, as tuples of name parts."""
+    if isinstance(node, ast.Import):
+        found = [tuple(alias.name.split(".")) for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        start = package[: len(package) - node.level + 1] if node.level else ()
+        module = tuple(node.module.split(".")) if node.module else ()
+        found = [(*start, *module, alias.name) for alias in node.names]
+    else:
+        found = []
+    return [parts for parts in found if parts[0] == "dalle"]
+
+
+def violations(root: Path) -> list[str]:
+    """One line for each import under root/dalle that breaks the rules."""
+    wrong = []
+    for file in sorted((root / "dalle").rglob("*.py")):
+        name = file.relative_to(root)
+        parts = name.with_suffix("").parts
+        if parts == ("dalle", "__init__"):
+            continue
+        if parts[1] not in LEVEL:
+            wrong.append(f"{name}: {parts[1]} has no layer; give it one in LAYERS")
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+        hidden = {id(inner) for function in functions for inner in ast.walk(function)}
+        for node in ast.walk(tree):
+            for target in targets(node, parts[:-1]):
+                place = f"{name}:{getattr(node, 'lineno', 0)}: {'.'.join(target)}"
+                if id(node) in hidden:
+                    wrong.append(f"{place} is imported inside a function")
+                elif len(target) < 2 or target[1] not in LEVEL:
+                    wrong.append(f"{place} is no module with a layer; import from the module that defines it")
+                elif not may_import(parts[1], target[1]):
+                    wrong.append(f"{place} may not be imported by {parts[1]}")
+    return wrong
+
+
+def test_the_package_keeps_its_layers() -> None:
+    assert (ROOT / "dalle" / "__init__.py").is_file()
+    assert violations(ROOT) == []
+
+
+def plant(root: Path, name: str, code: str) -> Path:
+    file = root / "dalle" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(code)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("layout.py", "from dalle.nn.cache import Cache"),  # upward
+        ("nn/blocks.py", "import dalle.transformer.model"),
+        ("text/bpe.py", "from ..dvae import model"),  # family to family
+        ("clip/__init__.py", "from .. import text"),
+        ("dvae/model.py", "from dalle.train.loop import fit"),  # family to service
+        ("train/loop.py", "from dalle import data"),  # service to service
+        ("data/pairs.py", "from ..nn import resnet"),  # a service above L1
+        ("pipeline.py", "from .stages.sample import run"),
+        ("stages/sample.py", "def run():\n    from dalle.pipeline import DALLE"),  # downward, but hidden
+        ("models.py", "class A:\n    async def f(self):\n        import dalle.dvae"),
+        ("evals/fid.py", "from dalle import DALLE"),  # the package's front door
+        ("rerank.py", "import dalle"),
+        ("gadgets.py", "import math"),  # a module without a layer
+    ],
+)
+def test_a_wrong_import_is_caught(tmp_path: Path, name: str, code: str) -> None:
+    assert len(violations(plant(tmp_path, name, code))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("__init__.py", "def __getattr__(name):\n    from dalle.pipeline import DALLE\n    return DALLE"),
+        ("masks.py", "from dalle.layout import TokenLayout\nfrom . import images"),
+        ("transformer/generate.py", "from .model import Transformer\nfrom ..nn.cache import Cache"),
+        ("train/loop.py", "from ..types import Loss\nfrom .state import State"),
+        ("pipeline.py", "import dalle.dvae\nfrom . import rerank, text"),
+        ("stages/train_dvae.py", "from dalle.data import pairs\nfrom dalle.train.loop import fit"),
+        ("clip/model.py", "def build():\n    import open_clip"),  # an optional dependency
+    ],
+)
+def test_a_right_import_passes(tmp_path: Path, name: str, code: str) -> None:
+    assert violations(plant(tmp_path, name, code)) == []
