@@ -13,7 +13,8 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ class ConfigError(ValueError):
 # ---------------------------------------------------------------------------------------------
 # dict <-> dataclass
 # ---------------------------------------------------------------------------------------------
+
 
 def _exactly(kind: type):
     """A hook that takes a value of this type and nothing that merely converts to it."""
@@ -113,9 +115,8 @@ def _check_keys(cls: type, data: Any, source: str, path: str = "") -> None:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{source}: no key {place!r}{hint} (known here: {', '.join(fields)})")
-        if inner := _dataclass_in(fields[key]):
-            if value is not None:
-                _check_keys(inner, value, source, place)
+        if (inner := _dataclass_in(fields[key])) and value is not None:
+            _check_keys(inner, value, source, place)
 
 
 def _dataclass_in(hint: Any) -> type | None:
@@ -127,6 +128,7 @@ def _dataclass_in(hint: Any) -> type | None:
 # ---------------------------------------------------------------------------------------------
 # YAML
 # ---------------------------------------------------------------------------------------------
+
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """A YAML 1.2 file as plain data (so 1e-4 is a number and `no` a word)."""
@@ -173,6 +175,7 @@ def load(cls: type[T], files: Sequence[Path | str], schema: type | None = None) 
 # Command line
 # ---------------------------------------------------------------------------------------------
 
+
 def parse(
     cls: type[T],
     argv: Sequence[str] | None = None,
@@ -201,6 +204,17 @@ def parse(
         raise SystemExit(f"error: {error}") from None
     text = f"{description or cls.__doc__}\n\n--config FILE (repeatable) reads YAML; dotted words after it win."
     return tyro.cli(cls, args=rest, default=default, description=text)
+
+
+@contextmanager
+def tell_errors() -> Iterator[None]:
+    """A user's mistake (ValueError) as one line and exit status 1; a bug keeps its traceback."""
+    try:
+        yield
+    except (ValueError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from the last checkpoint") from None
 
 
 def _split_config(words: Sequence[str]) -> tuple[list[str], list[str]]:

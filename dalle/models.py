@@ -56,7 +56,13 @@ def build(kind: str, config: Any) -> nn.Module:
 def describe(kind: str, model: nn.Module, run: Any, links: dict[str, Any] | None = None) -> dict[str, Any]:
     """The meta of a checkpoint: all that is needed to build and join the model again."""
     versions = {"torch": torch.__version__}
-    return {"kind": kind, "config": to_dict(model.config), "run": run, "links": links or {}, "versions": versions}
+    return {
+        "kind": kind,
+        "config": to_dict(model.config),
+        "run": run,
+        "links": links or {},
+        "versions": versions,
+    }
 
 
 def load_part(path: Path | str, kind: str, device: str | torch.device = "cpu", averaged: bool = True) -> Part:

@@ -1,6 +1,6 @@
 """DALL-E joined: caption -> tokens -> pictures -> ranked pictures (paper sections 2 and 2.6).
 
-    N pictures, T text slots, h w grid
+N pictures, T text slots, h w grid
 """
 
 import warnings
@@ -192,7 +192,9 @@ class DALLE:
         """
         directory = Path(directory)
         if not (directory / "config.json").is_file():
-            raise ValueError(f"{directory} is no model directory (it has no config.json); make one with save_pretrained")
+            raise ValueError(
+                f"{directory} is no model directory (it has no config.json); make one with save_pretrained"
+            )
         config = read_json(directory / "config.json")
         check_meta(config, "dalle", directory)
         text = TextTokenizer.load(directory / "text.json")
@@ -250,7 +252,9 @@ class DALLE:
             order, ranked = rank(self.scorer, pixels, prompt, chunk)
             scores = ranked[:n].tolist()
         kept = order[:n]
-        return Generation(prompt, seed, to_pil(pixels[kept]), scores, tokens[kept.to(tokens.device)].cpu(), kept.tolist())
+        return Generation(
+            prompt, seed, to_pil(pixels[kept]), scores, tokens[kept.to(tokens.device)].cpu(), kept.tolist()
+        )
 
     def _draw(self, prompt, text, prefix, count, seed, chunk, progress, options) -> Tensor:
         """Image tokens int64 (count, h * w) of candidates 0 .. count - 1, `chunk` at a time."""

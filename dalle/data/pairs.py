@@ -1,6 +1,6 @@
 """Captioned pictures by number: the embedded shapes, or a folder of pictures with text files.
 
-    B batch, R resolution
+B batch, R resolution
 """
 
 import hashlib
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dalle.data.shapes import ShapesPairs
 from dalle.data.transforms import transform
@@ -50,6 +52,14 @@ def open_pairs(config: PairsConfig, split: str = "train", siblings: bool = False
     if config.path == "shapes":
         return ShapesPairs(config.resolution, config.seed, split, siblings)
     return FolderPairs(Path(config.path), config.resolution, split, config.held_out)
+
+
+def pixels_of_samples(pairs: Pairs, samples: Sequence[tuple[int, int]], augment: str, seed: int) -> Tensor:
+    """Pixels (B, 3, R, R) of (epoch, index) samples; a crop depends on (seed, epoch, index) alone."""
+    if pairs.size is None:
+        return torch.from_numpy(pairs.pixels([index for _, index in samples]))
+    parts = [pairs.pixels([index], augment, seed + (epoch << 32)) for epoch, index in samples]
+    return torch.from_numpy(np.concatenate(parts))
 
 
 class FolderPairs:

@@ -47,7 +47,7 @@ SPLITS = ("train", "held_out", "new_pairs")
 
 EXTENT = {"small": (0.42, 0.47), "large": (0.60, 0.67)}  # width of a thing
 PLACE_STEP = {"small": 0.25, "large": 0.155}  # from the middle to a place at the side
-PLACE_JITTER = {"small": 0.02, "large": 0.008}
+PLACE_JITTER = {"small": 0.014, "large": 0.008}  # the largest thing at a side just stays inside
 
 _OPPOSITE = {"left of": "right of", "above": "below"}
 _DIRECTION = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
@@ -142,6 +142,7 @@ def _with_thing(scene: Scene, which: int, **changes: str) -> Scene:
 # Captions
 # ---------------------------------------------------------------------------------------------
 
+
 def captions(scene: Scene) -> list[str]:
     """Every wording of a scene."""
     ground = f"a {scene.background} background"
@@ -171,30 +172,33 @@ _RELATION = re.compile(r"left of|right of|above|below")
 
 def parse_caption(caption: str) -> Scene:
     """The scene that a caption in one of our wordings describes; ValueError for any other text."""
-    things = _THING.findall(caption)
-    ground = _GROUND.search(caption)
-    relation = _RELATION.search(caption)
-    place = _PLACE.search(caption)
-    if ground and len(things) == 1 and place and things[0][0]:
+    scene = _find_scene(caption)
+    if scene is None or caption not in captions(scene):
+        example = "a red circle above a blue square on a yellow background"
+        raise ValueError(f"not a caption of the shapes set: {caption!r}; expected a wording like {example!r}")
+    return scene
+
+
+def _find_scene(text: str) -> Scene | None:
+    things, ground = _THING.findall(text), _GROUND.search(text)
+    relation, place = _RELATION.search(text), _PLACE.search(text)
+    if ground and len(things) == 1 and place:
         size, colour, shape = things[0]
         return Scene(ground[1], (Thing(colour, shape),), place=place[0], size=size)
     if ground and len(things) == 2 and relation:
         first, second = (Thing(colour, shape) for _, colour, shape in things)
-        if caption.endswith(f"it on a {ground[1]} background"):  # "a with b below it": b is below a
+        if text.endswith(f"it on a {ground[1]} background"):  # "a with b below it": b is below a
             first, second = second, first
         if relation[0] in RELATIONS:
             return Scene(ground[1], (first, second), relation=relation[0])
-        forward = {opposite: name for name, opposite in _OPPOSITE.items()}[relation[0]]
-        return Scene(ground[1], (second, first), relation=forward)
-    raise ValueError(
-        f"not a caption of the shapes set: {caption!r}; expected a wording like "
-        f"{captions(Scene('yellow', (Thing('red', 'circle'), Thing('blue', 'square')), 'above'))[0]!r}"
-    )
+        return Scene(ground[1], (second, first), relation="left of" if relation[0] == "right of" else "above")
+    return None
 
 
 # ---------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------
+
 
 def draw_layout(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """Where the things stand: (K, 3) of centre x, centre y, extent; extent 0 for an empty slot."""

@@ -1,8 +1,8 @@
 """The token cache: pictures turned into tokens once, before stage two (paper section 2.2).
 
-    DIR/tokens.npy       uint16 (count, rows * columns), memory-mapped
-    DIR/captions.jsonl   the captions of each picture, one JSON list a line
-    DIR/meta.json        grid, vocabulary, hash of the dVAE, where the pictures came from
+DIR/tokens.npy       uint16 (count, rows * columns), memory-mapped
+DIR/captions.jsonl   the captions of each picture, one JSON list a line
+DIR/meta.json        grid, vocabulary, hash of the dVAE, where the pictures came from
 """
 
 import json
@@ -27,7 +27,9 @@ class TokenCache:
             self.tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
             lines = (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} is not a token cache ({error}); make one with scripts/encode_images.py") from None
+            raise ValueError(
+                f"{folder} is not a token cache ({error}); make one with scripts/encode_images.py"
+            ) from None
         if self.meta.get("kind") != "tokens":
             raise ValueError(f"{folder} holds {self.meta.get('kind')!r}, expected a token cache")
         self.captions: list[list[str]] = [json.loads(line) for line in lines]
@@ -81,7 +83,9 @@ def write_tokens(
             done += len(codes)
     tokens.flush()
     assert done == count, f"{done} of {count} pictures were encoded"
-    (partial / "meta.json").write_text(json.dumps({"kind": "tokens", **meta, "count": count}, indent=1), encoding="utf-8")
+    (partial / "meta.json").write_text(
+        json.dumps({"kind": "tokens", **meta, "count": count}, indent=1), encoding="utf-8"
+    )
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return TokenCache(folder)

@@ -14,6 +14,7 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -122,8 +123,7 @@ DecoderBlock = partial(Block, kernels=(1, 3, 3, 3))
 def _group(block, widths: list[int], gain: float, after: tuple[str, nn.Module] | None) -> nn.Sequential:
     """Blocks from widths[0] to widths[1], widths[1] to widths[2], ..., then an optional resize."""
     layers = OrderedDict(
-        (f"block_{i}", block(n_in, n_out, gain=gain))
-        for i, (n_in, n_out) in enumerate(zip(widths, widths[1:], strict=False), start=1)
+        (f"block_{i}", block(n_in, n_out, gain=gain)) for i, (n_in, n_out) in enumerate(pairwise(widths), start=1)
     )
     if after:
         layers[after[0]] = after[1]

@@ -16,10 +16,10 @@ from torch import Tensor
 from dalle.data.shapes import SHAPES, signed_distance
 
 MIN_OVERLAP = 0.88  # intersection over union: drawings have 0.95 or more, a circle over a square 0.84
-MAX_DOUBT = 0.6  # what the best shape lacks of a perfect overlap, as a part of what the second lacks
+MAX_DOUBT = 0.65  # what the best shape lacks of a perfect overlap, as a part of what the second lacks
 
 # Lengths below are in square roots of the blot's area.
-FRAME, FRAME_HALF = 32, 1.1  # F, and half the width of the frame: the farthest tip is 1.05 from the middle
+FRAME, FRAME_HALF = 32, 1.1  # F, and half the width of the frame: the tip of a triangle is 0.94 from its centroid
 SCALES = (0.92, 0.96, 1.0, 1.04, 1.08)  # of the size that the blot's area gives
 SHIFTS = (-0.1, -0.05, 0.0, 0.05, 0.1)  # from the position that its centroid gives
 BLURS = (0.0, 0.07, 0.14)  # standard deviations
@@ -61,9 +61,7 @@ def fit_shapes(cover: Tensor) -> list[Fit]:
     best = overlap.argmax(1)
     x, y, extent = (poses[best, pose[torch.arange(len(best)), best]] * unit[:, None]).T
     rows = zip(best, good, centroid[:, 0] + x, centroid[:, 1] + y, extent, first, strict=True)
-    return [
-        Fit(SHAPES[s] if ok else None, (float(x), float(y)), float(e), float(o)) for s, ok, x, y, e, o in rows
-    ]
+    return [Fit(SHAPES[s] if ok else None, (float(x), float(y)), float(e), float(o)) for s, ok, x, y, e, o in rows]
 
 
 def _frame() -> np.ndarray:
@@ -86,9 +84,7 @@ def _templates() -> tuple[Tensor, Tensor]:
         covers[s, p] = np.clip(0.5 - distance / softness, 0, 1)
     templates = np.concatenate([blur @ covers @ blur for blur in map(_blur, BLURS)], 1)
     poses = np.tile(poses, (1, len(BLURS), 1))
-    return torch.from_numpy(templates.astype(np.float32)).flatten(2), torch.from_numpy(
-        poses.astype(np.float32)
-    )
+    return torch.from_numpy(templates.astype(np.float32)).flatten(2), torch.from_numpy(poses.astype(np.float32))
 
 
 def _poses(shape: str) -> list[tuple[float, float, float]]:

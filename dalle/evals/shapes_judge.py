@@ -29,9 +29,7 @@ RING = 2  # width of the border that names the ground
 SEED = 5  # width of the square that seeds a thing; an arm of the smallest cross is 7 wide
 REACH = 7  # how far a thing's pixels may lie from a seed: the tip of a triangle does
 RIM = 4  # width of the soft edge about a thing: a patch of a 12 x 12 grid
-MAX_COLOUR_ERROR = (
-    0.21  # RGB in [0, 1]; a mixture of two colours, red and blue, is 0.217 from a third, purple
-)
+MAX_COLOUR_ERROR = 0.21  # RGB in [0, 1]; a mixture of two colours, red and blue, is 0.217 from a third, purple
 MIN_THING = 0.03  # of the picture's area; the smallest thing drawn covers 0.09
 MAX_LITTER = 2 / 144  # area that is neither ground nor thing: two patches of a 12 x 12 grid
 
@@ -146,7 +144,7 @@ def read_pictures(pixels: np.ndarray | Tensor, chunk: int = 256) -> list[Reading
 
 
 def _checked(pixels: np.ndarray | Tensor) -> Tensor:
-    pixels = torch.as_tensor(pixels).detach().cpu()
+    pixels = pixels.detach().cpu() if isinstance(pixels, Tensor) else torch.from_numpy(np.array(pixels))
     if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3] or pixels.shape[2] < 32:
         raise ValueError(f"pixels of shape {tuple(pixels.shape)}; expected (B, 3, R, R) with R at least 32")
     if not pixels.is_floating_point():
@@ -163,7 +161,7 @@ def _read(pixels: Tensor) -> list[Reading]:
     names = away.min(1).indices  # (B, W, W)
     ground = _border_name(names)  # (B,)
     base = _mean_colour(pixels, names == ground[:, None, None])  # (B, 3)
-    picture, name, tint, masks = _things(pixels, away, names, ground)  # (N,), (N,), (N, 3), (N, W, W)
+    picture, name, tint, masks = _things(pixels, away, ground)  # (N,), (N,), (N, 3), (N, W, W)
 
     occupied = torch.zeros(names.shape).index_add_(0, picture, masks.float())  # (B, W, W)
     own = _territory(masks, occupied[picture] > masks.float())
@@ -205,13 +203,13 @@ def _border_name(names: Tensor) -> Tensor:
     return names[:, ring].mode(1).values
 
 
-def _things(pixels: Tensor, away: Tensor, names: Tensor, ground: Tensor) -> tuple[Tensor, ...]:
+def _things(pixels: Tensor, away: Tensor, ground: Tensor) -> tuple[Tensor, ...]:
     """Finds the things in pictures.
 
     Returns:
         picture (N,) that each thing is in, its name (N,), its tint (N, 3), and its pixels, bool (N, W, W).
     """
-    picture, name, tint, seeds = _colours_seen(pixels, names, ground)
+    picture, name, tint, seeds = _colours_seen(pixels, away, ground)
     seen = F.one_hot(ground, len(COLOURS)).bool()  # (B, C)
     seen[picture, name] = True
     nearest = away.masked_fill(~seen[:, :, None, None], torch.inf).min(1).indices
@@ -220,27 +218,26 @@ def _things(pixels: Tensor, away: Tensor, names: Tensor, ground: Tensor) -> tupl
     regions = _regions(planes).flatten(1)  # (M, W * W)
     found = [(m, i) for m, row in enumerate(regions) for i in row.unique().tolist() if i]
     plane, region = torch.tensor(found, dtype=torch.long).reshape(-1, 2).T
-    masks = (regions[plane] == region[:, None]).unflatten(1, names.shape[1:])
+    masks = (regions[plane] == region[:, None]).unflatten(1, planes.shape[1:])
     big = masks.float().mean((1, 2)) >= MIN_THING
     plane = plane[big]
     return picture[plane], name[plane], tint[plane], masks[big]
 
 
-def _colours_seen(pixels: Tensor, names: Tensor, ground: Tensor) -> tuple[Tensor, ...]:
-    """Finds the colours besides the ground's of which a picture has whole SEED x SEED squares.
+def _colours_seen(pixels: Tensor, away: Tensor, ground: Tensor) -> tuple[Tensor, ...]:
+    """Finds the colours besides the ground's of which a picture has whole SEED x SEED squares, with a
+    middle near enough to that colour.
 
     Returns:
-        for each of M: picture (M,), name (M,), mean colour (M, 3), the squares' middles, bool (M, W, W).
+        for each of M: picture (M,), name (M,), mean colour (M, 3), those middles, bool (M, W, W).
     """
-    plain = _highest(names, SEED // 2) == -_highest(-names, SEED // 2)
-    middles = torch.stack(
-        [plain & (names == c) & (ground != c)[:, None, None] for c in range(len(COLOURS))], 1
-    )
+    error, names = away.min(1)
+    plain = (_highest(names, SEED // 2) == -_highest(-names, SEED // 2)) & (error <= MAX_COLOUR_ERROR)
+    middles = torch.stack([plain & (names == c) & (ground != c)[:, None, None] for c in range(len(COLOURS))], 1)
     picture, name = middles.flatten(2).any(2).nonzero().T
     seeds = middles[picture, name]
     tint = _mean_colour(pixels[picture], seeds)
-    near = _near(tint, name)
-    return picture[near], name[near], tint[near], seeds[near]
+    return picture, name, tint, seeds
 
 
 def _regions(mask: Tensor) -> Tensor:

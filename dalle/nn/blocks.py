@@ -1,6 +1,6 @@
 """Pre-norm transformer blocks (paper section 2.2, after Child et al. 2019).
 
-    B batch, N slots, D width, H heads
+B batch, N slots, D width, H heads
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Keys and values of the slots already read, so that sampling reads each slot once.
 
-    B batch, H heads, N slots, d width of a head
+B batch, H heads, N slots, d width of a head
 """
 
 from dataclasses import dataclass

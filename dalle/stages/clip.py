@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dalle.clip import CLIP, CLIPConfig
-from dalle.data import PairsConfig, open_pairs
+from dalle.data import PairsConfig, open_pairs, pixels_of_samples
 from dalle.data.order import samples_of_step
 from dalle.models import build, describe
 from dalle.objectives import CLIPObjective
@@ -58,7 +58,9 @@ def train_clip(run: CLIPRun) -> Path:
     device = resolve_device(run.device)
     text = take_text(run.tokenizer)
     if text.vocab_size > run.model.text_vocab:
-        raise ValueError(f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {run.model.text_vocab}; raise it")
+        raise ValueError(
+            f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {run.model.text_vocab}; raise it"
+        )
     pairs, held_out = (open_pairs(run.data, split, run.siblings) for split in ("train", "held_out"))
     torch.manual_seed(run.seed)
     model = build("clip", run.model).to(device)
@@ -87,13 +89,9 @@ def pairs_batch(
 ) -> tuple[Tensor, Tensor]:
     """Pixels (B, 3, R, R) and packed text (B, L) of (epoch, index) samples, one caption drawn for each."""
     indices = [index for _, index in samples]
-    if pairs.size is None:
-        pixels = pairs.pixels(indices)
-    else:  # Listing 2: no flips, captions may speak of left and right
-        parts = [pairs.pixels([index], "transformer", seed + (epoch << 32)) for epoch, index in samples]
-        pixels = np.concatenate(parts)
+    pixels = pixels_of_samples(pairs, samples, "transformer", seed)  # no flips: captions speak of left and right
     chosen = []
     for (epoch, index), captions in zip(samples, pairs.captions(indices), strict=True):
         rng = np.random.Generator(np.random.Philox(key=[seed << 32 | epoch, index]))
         chosen.append(text.encode(captions[rng.integers(len(captions))]))
-    return torch.from_numpy(pixels), model.pack_text(chosen)
+    return pixels, model.pack_text(chosen)

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle.data import PairsConfig, open_pairs
+from dalle.data import PairsConfig, open_pairs, pixels_of_samples
 from dalle.data.order import samples_of_step
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.images import sheet, to_pil
@@ -19,7 +18,6 @@ from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
 from dalle.train.optim import OptimizerConfig
 from dalle.train.precision import resolve_device
-from dalle.types import Pairs
 
 PAPER_TRAINING = TrainConfig(
     batch_size=512,
@@ -74,7 +72,8 @@ def train_dvae(run: DVAERun) -> Path:
     pixels = torch.from_numpy(held_out.pixels(range(count)))
 
     def batches(step: int) -> Tensor:
-        return pictures_of_step(pairs, step, run.train.batch_size, run.seed)
+        samples = list(samples_of_step(step, run.train.batch_size, pairs.size, run.seed))
+        return pixels_of_samples(pairs, samples, "dvae", run.seed)  # Listing 1
 
     def evaluate(model: DVAE, step: int) -> dict[str, float]:
         return evaluate_dvae(model, pixels.to(device), run.objective.tau(step), out / f"reconstructions-{step:08d}.png")
@@ -84,16 +83,6 @@ def train_dvae(run: DVAERun) -> Path:
         meta=describe("dvae", model, run.record()), evaluate=evaluate, resume=run.resume,
     )  # fmt: skip
     return out
-
-
-def pictures_of_step(pairs: Pairs, step: int, batch_size: int, seed: int) -> Tensor:
-    """Pixels (B, 3, R, R) of a step, cropped by Listing 1."""
-    samples = list(samples_of_step(step, batch_size, pairs.size, seed))
-    if pairs.size is None:
-        return torch.from_numpy(pairs.pixels([index for _, index in samples]))
-    # the crop of a sample depends on (seed, epoch, index)
-    parts = [pairs.pixels([index], "dvae", seed + (epoch << 32)) for epoch, index in samples]
-    return torch.from_numpy(np.concatenate(parts))
 
 
 def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float, picture: Path) -> dict[str, float]:

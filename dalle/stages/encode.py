@@ -4,13 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from dalle.config import to_dict
-from dalle.data import PairsConfig, TokenCache, open_pairs
+from dalle.data import PairsConfig, TokenCache, open_pairs, pixels_of_samples
 from dalle.data.tokens import write_tokens
 from dalle.stages.dvae import EncodeConfig
 from dalle.stages.runs import ROOT, take_part
@@ -44,13 +42,17 @@ def encode_images(run: EncodeRun) -> TokenCache:
     pictures = run.encode.pictures if pairs.size is None else min(run.encode.pictures, pairs.size)
     crops = 1 if pairs.size is None else run.encode.crops
     side = run.data.resolution // part.model.downsampling
-    meta = {"grid": [side, side], "vocab": part.model.vocab_size, "dvae": part.hash, "data": to_dict(run.data)}
+    meta = {
+        "grid": [side, side],
+        "vocab": part.model.vocab_size,
+        "dvae": part.hash,
+        "data": to_dict(run.data),
+    }
 
     def encode(numbers: list[int]) -> tuple[Tensor, list[list[str]]]:
-        indices = [number % pictures for number in numbers]
-        pixels = [pairs.pixels([i], "transformer", run.seed + (n // pictures << 32)) for n, i in zip(numbers, indices)]
-        tokens = part.model.encode(torch.from_numpy(np.concatenate(pixels)).to(device))
-        return tokens, pairs.captions(indices)
+        samples = [divmod(number, pictures) for number in numbers]  # (which crop, index)
+        pixels = pixels_of_samples(pairs, samples, "transformer", run.seed)
+        return part.model.encode(pixels.to(device)), pairs.captions([index for _, index in samples])
 
     batches = _batches(pictures * crops, run.encode.batch_size)
     cache = write_tokens(out, encode, batches, pictures * crops, meta)

@@ -122,8 +122,12 @@ def check_inputs(run: TransformerRun, text: TextTokenizer, cache: TokenCache) ->
     if tuple(cache.meta["grid"]) != model.grid:
         raise ValueError(f"{cache.folder} has a grid of {cache.meta['grid']}, model.grid is {list(model.grid)}; set it")
     if cache.meta["vocab"] != model.image_vocab:
-        raise ValueError(f"{cache.folder} has {cache.meta['vocab']} codes, model.image_vocab is {model.image_vocab}; set it")
+        raise ValueError(
+            f"{cache.folder} has {cache.meta['vocab']} codes, model.image_vocab is {model.image_vocab}; set it"
+        )
     if text.vocab_size > model.text_vocab:
-        raise ValueError(f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {model.text_vocab}; raise it")
+        raise ValueError(
+            f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {model.text_vocab}; raise it"
+        )
     if cache.size <= run.eval_pictures:
         raise ValueError(f"{cache.folder} has {cache.size} pictures, eval_pictures takes {run.eval_pictures}; lower it")

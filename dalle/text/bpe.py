@@ -88,9 +88,7 @@ def normalize(caption: str) -> list[str]:
     return PIECES.findall(ftfy.fix_text(caption).lower())
 
 
-def apply_merges(
-    symbols: list[int], merges: dict[tuple[int, int], int], skip: Callable[[], bool]
-) -> list[int]:
+def apply_merges(symbols: list[int], merges: dict[tuple[int, int], int], skip: Callable[[], bool]) -> list[int]:
     """Merge neighbours, the oldest merge first, until none is left (Provilkov et al. 2020, Algorithm 1).
 
     In every round each candidate is left out if skip() says so, and comes back in the next round; a round
@@ -147,9 +145,7 @@ class TextTokenizer:
         first = self.config.first_character_id
         for i, pair in enumerate(self.merges):
             if not all(first <= part < first + len(self.characters) + i for part in pair):
-                raise ValueError(
-                    f"merge {i} joins the ids {pair}, which are not characters or earlier merges"
-                )
+                raise ValueError(f"merge {i} joins the ids {pair}, which are not characters or earlier merges")
         if len(self) > self.config.vocab_size:
             raise ValueError(f"{len(self)} ids are more than the vocab_size of {self.config.vocab_size}")
 
@@ -161,9 +157,7 @@ class TextTokenizer:
             tokens.append(tokens[left] + tokens[right])
         return tokens
 
-    def encode(
-        self, caption: str, dropout: float = 0.0, seed: tuple[int, ...] | int | None = None
-    ) -> list[int]:
+    def encode(self, caption: str, dropout: float = 0.0, seed: tuple[int, ...] | int | None = None) -> list[int]:
         """Token ids of a caption, as many as it takes.
 
         Args:
@@ -213,9 +207,7 @@ class TextTokenizer:
     def _token(self, position: int, token: int) -> bytes:
         token = index(token)
         if not 0 <= token < len(self):
-            raise ValueError(
-                f"token {token} at position {position} is not in the vocabulary 0 .. {len(self) - 1}"
-            )
+            raise ValueError(f"token {token} at position {position} is not in the vocabulary 0 .. {len(self) - 1}")
         return self._token_bytes[token]
 
     def to_dict(self) -> dict[str, Any]:
@@ -232,9 +224,7 @@ class TextTokenizer:
     def from_dict(cls, data: dict[str, Any]) -> "TextTokenizer":
         """The inverse of to_dict; ValueError if data is anything else."""
         if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
-            raise ValueError(
-                f"expected the format {FORMAT!r} in version {VERSION}, as TextTokenizer.save writes it"
-            )
+            raise ValueError(f"expected the format {FORMAT!r} in version {VERSION}, as TextTokenizer.save writes it")
         try:
             return cls(TextTokenizerConfig(**data["config"]), data["characters"], data["merges"])
         except (KeyError, TypeError) as error:

@@ -200,5 +200,3 @@ def differences(old: Any, new: Any, place: str = "") -> list[str]:
             lines += differences(old.get(key), new.get(key), f"{place}.{key}" if place else key)
         return lines
     return [] if old == new else [f"{place} was {old!r}, is {new!r}"]
-
-

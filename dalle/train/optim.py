@@ -47,4 +47,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     decay, keep = ([p for _, p in group if p.requires_grad] for group in decay_groups(model))
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": keep, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.rate(0), betas=betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.rate(0), betas=betas, eps=config.eps, fused=True
+    )

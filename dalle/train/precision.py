@@ -8,7 +8,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> str:
-    """"auto" becomes bf16 where the device multiplies it in hardware, else fp32."""
+    """ "auto" becomes bf16 where the device multiplies it in hardware, else fp32."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -29,7 +29,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def resolve_device(name: str) -> torch.device:
-    """"auto" becomes cuda, mps or cpu, the first there is."""
+    """ "auto" becomes cuda, mps or cpu, the first there is."""
     if name != "auto":
         return torch.device(name)
     if torch.cuda.is_available():

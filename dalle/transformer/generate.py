@@ -1,8 +1,9 @@
 """Drawing image tokens, one slot after the other, with a cache (paper section 3: temperature 1).
 
-    B streams, T text_len, N image slots, p tokens already given
+B streams, T text_len, N image slots, p tokens already given
 """
 
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -80,6 +81,4 @@ def draw_tokens(
 
 def generate(model: Transformer, text_tokens: Tensor, uniforms: Tensor, **options) -> Tensor:
     """All image tokens at once, int64 (C, n, N); arguments as `draw_tokens`."""
-    for tokens in draw_tokens(model, text_tokens, uniforms, **options):
-        pass
-    return tokens
+    return deque(draw_tokens(model, text_tokens, uniforms, **options), maxlen=1).pop()

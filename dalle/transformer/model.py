@@ -124,7 +124,10 @@ class Transformer(nn.Module):
 
     def _position(self, inputs: Tensor, start: int) -> Tensor:
         slots = torch.arange(start, start + inputs.shape[1], device=inputs.device)
-        text, image = slots[slots < self.layout.text_len], slots[slots >= self.layout.text_len] - self.layout.text_len
+        text, image = (
+            slots[slots < self.layout.text_len],
+            slots[slots >= self.layout.text_len] - self.layout.text_len,
+        )
         is_pad = (inputs >= self.layout.text_vocab) & (inputs < self.layout.image_offset)
         at_text = self.text_position(text) * ~is_pad[:, : len(text), None]
         at_image = self.row(image // self.layout.columns) + self.column(image % self.layout.columns)

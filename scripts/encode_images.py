@@ -1,0 +1,13 @@
+"""Turn pictures into tokens with a trained dVAE (paper section 2.2), once, before stage two.
+
+python scripts/encode_images.py --config configs/dvae/shapes.yaml
+python scripts/encode_images.py --config configs/dvae/small.yaml --data.path my/pictures --dvae runs/dvae
+"""
+
+from dalle.config import parse, tell_errors
+from dalle.stages.dvae import DVAERun
+from dalle.stages.encode import EncodeRun, encode_images
+
+if __name__ == "__main__":
+    with tell_errors():
+        encode_images(parse(EncodeRun, schema=DVAERun, description=__doc__))

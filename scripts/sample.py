@@ -1,0 +1,12 @@
+"""Draw pictures for a caption, rank them by CLIP, write the best (paper section 2.6).
+
+python scripts/sample.py --model runs/quickstart/model --prompt "a red circle above a blue square on a white background"
+python scripts/sample.py --prompt "..." --best-of 64 --keep 8       joins the newest parts under runs/
+"""
+
+from dalle.config import parse, tell_errors
+from dalle.stages.sample import SampleRun, sample
+
+if __name__ == "__main__":
+    with tell_errors():
+        sample(parse(SampleRun, description=__doc__))

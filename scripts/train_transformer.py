@@ -1,0 +1,19 @@
+"""Train the transformer on a token cache (paper section 2.2): stage two.
+
+python scripts/train_transformer.py                                 the shapes preset, earlier stages made first
+python scripts/train_transformer.py --config configs/transformer/small.yaml --tokens runs/tokens
+"""
+
+import sys
+
+from dalle.config import parse, tell_errors
+from dalle.stages.quickstart import make_missing_stages
+from dalle.stages.runs import CONFIGS
+from dalle.stages.transformer import TransformerRun, train_transformer
+
+if __name__ == "__main__":
+    with tell_errors():
+        run = parse(TransformerRun, preset=CONFIGS / "transformer" / "shapes.yaml", description=__doc__)
+        if len(sys.argv) == 1:
+            make_missing_stages()
+        train_transformer(run)
