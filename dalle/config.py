@@ -80,16 +80,22 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(cls: type[T], data: dict[str, Any], source: str = "configuration") -> T:
-    """A dataclass from plain data; fields left out keep their defaults.
+    """A dataclass from plain data; fields left out, at any depth, keep the defaults of `cls`.
 
     Raises:
         ConfigError: unknown key (with the nearest name), wrong type, or a value the class refuses.
     """
     _check_keys(cls, data, source)
     try:
-        return _CONVERTER.structure(data, cls)
+        return _CONVERTER.structure(merge(_defaults(cls), data), cls)
     except Exception as error:
         raise ConfigError(f"{source}: {'; '.join(_reasons(error))}") from None
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """Plain defaults: a section that names one value keeps the others of *this* class's section."""
+    fields = {field.name: field.default for field in dataclasses.fields(cls)}
+    return {name: to_dict(value) for name, value in fields.items() if value is not dataclasses.MISSING}
 
 
 def _reasons(error: BaseException, path: str = "") -> list[str]:
@@ -101,7 +107,8 @@ def _reasons(error: BaseException, path: str = "") -> list[str]:
             step = str(getattr(notes[0], "name", getattr(notes[0], "index", ""))) if notes else ""
             lines += _reasons(inner, f"{path}.{step}" if path and step else path or step)
         return lines
-    return [f"{path}: {error}" if path else str(error)]
+    said = "missing" if isinstance(error, KeyError) else str(error)
+    return [f"{path}: {said}" if path else said]
 
 
 def _check_keys(cls: type, data: Any, source: str, path: str = "") -> None:
@@ -137,6 +144,8 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no configuration file {path}; the shipped ones lie under configs/") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} ({error.strerror}); give a YAML file") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     return {} if data is None else data
@@ -203,6 +212,7 @@ def parse(
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
     text = f"{description or cls.__doc__}\n\n--config FILE (repeatable) reads YAML; dotted words after it win."
+    text = text.replace("\npython ", "\n  python ")  # tyro joins lines that start with a letter
     return tyro.cli(cls, args=rest, default=default, description=text)
 
 

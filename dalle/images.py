@@ -1,5 +1,6 @@
 """Pictures: load, resize, crop, draw as a sheet. Pixels are float (B, 3, H, W) in [0, 1]."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +21,10 @@ def load_image(source: Path | str | Image.Image) -> Image.Image:
         image.load()
     except FileNotFoundError:
         raise ValueError(f"no picture at {source}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read {source} as a picture: {error}") from None
-    image = ImageOps.exif_transpose(image)
+    with contextlib.suppress(Exception):  # an EXIF block that cannot be read says nothing
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "I;16", "I;16B", "I;16L"):
         values = np.asarray(image, dtype=np.float64)
         return Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")

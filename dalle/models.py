@@ -16,7 +16,7 @@ from dalle.clip import CLIP, CLIPConfig
 from dalle.config import from_dict, to_dict
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.train.ema import corrected
-from dalle.train.state import FORMAT, latest_checkpoint, load_strict, read_json, read_tensors, write_tensors
+from dalle.train.state import check_meta, latest_checkpoint, load_strict, read_json, read_tensors, write_tensors
 from dalle.transformer import Transformer, TransformerConfig
 
 KINDS: dict[str, tuple[type, type[nn.Module]]] = {
@@ -89,7 +89,10 @@ def _from_model_directory(path: Path, kind: str, device: str | torch.device) -> 
     check_meta(config, "dalle", path)
     if kind not in config["parts"]:
         raise ValueError(f"{path} holds no {kind}; it has {', '.join(config['parts'])}")
-    return _part(kind, config["parts"][kind], read_tensors(path / f"{kind}.safetensors"), path, device)
+    links = config["links"]
+    links = {"text": read_json(path / "text.json"), "text_hash": links["text"], "dvae": links["dvae"]}
+    meta = config["parts"][kind] | {"links": links}
+    return _part(kind, meta, read_tensors(path / f"{kind}.safetensors"), path, device)
 
 
 def _part(kind: str, meta: dict[str, Any], tensors: dict[str, Tensor], source: Path, device) -> Part:
@@ -97,15 +100,6 @@ def _part(kind: str, meta: dict[str, Any], tensors: dict[str, Tensor], source: P
     model = build(kind, from_dict(config_class, meta["config"], str(source)))
     load_strict(model, tensors, source)
     return Part(kind, model.to(device).eval().requires_grad_(False), meta, source)
-
-
-def check_meta(meta: Any, kind: str, source: Path) -> None:
-    """ValueError unless a description is of this kind and of a format we read."""
-    found = meta.get("kind") if isinstance(meta, dict) else None
-    if found != kind:
-        raise ValueError(f"{source} holds {found or 'something unknown'!r}, expected {kind!r}")
-    if meta.get("format") != FORMAT:
-        raise ValueError(f"{source} has format {meta.get('format')}, this version reads {FORMAT}; upgrade the library")
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -118,5 +112,5 @@ def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

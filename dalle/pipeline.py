@@ -18,11 +18,11 @@ from dalle.clip import CLIP, CLIPScorer
 from dalle.config import to_dict
 from dalle.dvae import DVAE
 from dalle.images import load_image, sheet, shorter_side, to_pil, to_pixels
-from dalle.models import FORMAT, Part, check_meta, load_part, save_weights, weights_hash
+from dalle.models import Part, load_part, save_weights, weights_hash
 from dalle.rerank import rank
 from dalle.sampling import check_sampling, uniforms
 from dalle.text import TextTokenizer
-from dalle.train.state import read_json, write_json
+from dalle.train.state import FORMAT, check_meta, read_json, write_json
 from dalle.transformer import Transformer
 from dalle.transformer.generate import draw_tokens
 from dalle.types import ImageTokenizer, Scorer
@@ -149,7 +149,7 @@ class DALLE:
         top_p: float | None = None, guidance: float | None = None, truncate: bool = False,
     ) -> Iterator[list[Image.Image]]:  # fmt: skip
         """Yields n pictures after each row of tokens, grey where nothing is drawn yet; unranked."""
-        _check_counts(n, n)
+        _check_counts(n, n, n)
         check_sampling(temperature, top_k, top_p)
         layout = self.transformer.layout
         text = self._text_tokens(prompt, truncate)
@@ -163,7 +163,8 @@ class DALLE:
         """Writes a model directory: config.json, text.json and a safetensors file a part.
 
         Raises:
-            ValueError: an image tokenizer or scorer that is not one of the library's own models.
+            ValueError: an image tokenizer or scorer that is not one of the library's own models, or a
+                directory that cannot be made.
         """
         directory = Path(directory)
         parts: dict[str, torch.nn.Module] = {"dvae": self.dvae, "transformer": self.transformer}
@@ -172,7 +173,10 @@ class DALLE:
         for kind, expected in (("dvae", DVAE), ("clip", CLIP)):
             if kind in parts and not isinstance(parts[kind], expected):
                 raise ValueError(f"only a {expected.__name__} of this library can be saved as {kind}; save it yourself")
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot write to {directory} ({error.strerror}); give another directory") from None
         links = {"text": self.text.hash, "dvae": weights_hash(self.dvae)}
         for kind, model in parts.items():
             save_weights(model, directory / f"{kind}.safetensors")
@@ -240,7 +244,7 @@ class DALLE:
         return self.text_tokens([prompt], truncate)
 
     def _ranked(self, prompt, text, prefix, n, best_of, seed, chunk, progress, options) -> Generation:
-        _check_counts(n, best_of)
+        _check_counts(n, best_of, chunk)
         check_sampling(options["temperature"], options["top_k"], options["top_p"])
         if self.scorer is None and best_of > n:
             warnings.warn(f"this model has no scorer: drawing {n} pictures, unranked", stacklevel=3)
@@ -259,14 +263,16 @@ class DALLE:
     def _draw(self, prompt, text, prefix, count, seed, chunk, progress, options) -> Tensor:
         """Image tokens int64 (count, h * w) of candidates 0 .. count - 1, `chunk` at a time."""
         slots = self.transformer.layout.image_len
-        steps = slots - (0 if prefix is None else prefix.shape[1])
+        kept = 0 if prefix is None else prefix.shape[1]
         parts = []
         starts = range(0, count, chunk)
-        with tqdm(total=steps * len(starts), desc="drawing", unit="token", disable=None if progress else True) as bar:
-            for start in starts:
+        with tqdm(
+            total=(slots - kept) * len(starts), desc="drawing", unit="token", disable=None if progress else True
+        ) as bar:
+            for i, start in enumerate(starts):
                 noise = uniforms(seed, prompt, range(start, min(start + chunk, count)), slots)[None]
                 for tokens in draw_tokens(self.transformer, text, noise, prefix, **options):
-                    bar.update()
+                    bar.update(i * (slots - kept) + tokens.shape[2] - kept - bar.n)
                 parts.append(tokens[0].clone())
         return torch.cat(parts)
 
@@ -282,8 +288,10 @@ class DALLE:
         return torch.nn.functional.pad(drawn, (0, 0, 0, height - drawn.shape[2]), value=0.5)
 
 
-def _check_counts(n: int, best_of: int) -> None:
+def _check_counts(n: int, best_of: int, chunk: int) -> None:
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     if best_of < n:
         raise ValueError(f"best_of must be at least n, got best_of={best_of}, n={n}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")

@@ -7,6 +7,7 @@ same picture whatever the batch, the order or the number of candidates.
 """
 
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -20,13 +21,14 @@ def uniforms(seed: int, caption: str, candidates: range, positions: int) -> Tens
     """
     digest = hashlib.blake2b(f"{seed}\n{caption}".encode(), digest_size=8).digest()
     key = int.from_bytes(digest)
-    rows = [np.random.Generator(np.random.Philox(key=[key, i])).random(positions) for i in candidates]
+    keys = [np.array([key, i], dtype=np.uint64) for i in candidates]  # a plain list would pass through float64
+    rows = [np.random.Generator(np.random.Philox(key=pair)).random(positions) for pair in keys]
     return torch.from_numpy(np.stack(rows))
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """ValueError for settings that mean nothing, before any work is done."""
-    if not temperature >= 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 (most likely token) or positive, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
@@ -58,9 +60,9 @@ def draw(
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None:
+        values, ids = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
+    if top_p is not None and top_p < 1:
         logits = _nucleus(logits, top_p)
     cumulative = torch.softmax(logits, dim=-1).double().cumsum(dim=-1)
     target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]

@@ -89,6 +89,8 @@ def check_pixels(pixels: Tensor, multiple_of: int = 1) -> None:
         raise ValueError(f"pixels must be (B, 3, H, W), got {tuple(pixels.shape)}")
     if not pixels.is_floating_point():
         raise ValueError(f"pixels must be float in [0, 1], got {pixels.dtype}; divide uint8 pictures by 255")
+    if not pixels.numel():
+        raise ValueError(f"pixels must hold a picture, got none: {tuple(pixels.shape)}")
     if pixels.shape[2] % multiple_of or pixels.shape[3] % multiple_of:
         raise ValueError(
             f"picture sides must be multiples of {multiple_of}, got {tuple(pixels.shape[2:])}; crop or resize first"

@@ -25,7 +25,7 @@ from dalle.data.shapes import (
     signed_distance,
 )
 
-AREAS = {"circle": np.pi / 4, "square": 0.9**2, "triangle": 1 / 2, "cross": 2 * 0.34 - 0.34**2}  # of extent 1
+AREAS = {"circle": np.pi / 4, "square": 1, "triangle": 1 / 2, "cross": 2 * 0.34 - 0.34**2}  # of extent 1
 
 
 def every_scene() -> list[Scene]:

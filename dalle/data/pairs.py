@@ -69,6 +69,8 @@ class FolderPairs:
     """
 
     def __init__(self, folder: Path, resolution: int, split: str, held_out: float):
+        if split not in ("train", "held_out"):
+            raise ValueError(f"unknown split {split!r}; expected train or held_out")
         if not folder.is_dir():
             raise ValueError(f"no folder {folder}; expected pictures with a .txt of the same name beside each")
         pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
@@ -111,7 +113,7 @@ def _share(path: Path, folder: Path) -> float:
 
 def _read_captions(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
     captions = [line for line in lines if line]

@@ -221,7 +221,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if shape == "circle":
         return np.hypot(x, y) - 0.5
     if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 0.45
+        return np.maximum(np.abs(x), np.abs(y)) - 0.5
     if shape == "cross":
         long, short = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
         return np.maximum(long - 0.5, short - 0.17)

@@ -24,16 +24,16 @@ class TokenCache:
         folder = Path(folder)
         try:
             self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            kind, (rows, columns) = self.meta["kind"], self.meta["grid"]
             self.tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-            lines = (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
+            lines = (folder / "captions.jsonl").read_text(encoding="utf-8").split("\n")
+            self.captions: list[list[str]] = [json.loads(line) for line in lines if line]
+        except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
             raise ValueError(
                 f"{folder} is not a token cache ({error}); make one with scripts/encode_images.py"
             ) from None
-        if self.meta.get("kind") != "tokens":
-            raise ValueError(f"{folder} holds {self.meta.get('kind')!r}, expected a token cache")
-        self.captions: list[list[str]] = [json.loads(line) for line in lines]
-        rows, columns = self.meta["grid"]
+        if kind != "tokens":
+            raise ValueError(f"{folder} holds {kind!r}, expected a token cache")
         if self.tokens.shape != (len(self.captions), rows * columns):
             raise ValueError(
                 f"{folder}: tokens are {self.tokens.shape}, expected ({len(self.captions)}, {rows * columns}) "
@@ -61,7 +61,7 @@ def write_tokens(
     """Fills a cache; it takes its name only when it is whole.
 
     Args:
-        folder: where it shall lie; a cache that lies there is replaced.
+        folder: where it shall lie; a cache that lies there is replaced, anything else refused.
         encode: sample numbers -> image tokens int64 (b, rows * columns) and captions.
         batches: sample numbers, `count` in all.
         count: pictures.
@@ -69,6 +69,8 @@ def write_tokens(
     """
     if meta["vocab"] > 65536:
         raise ValueError(f"a token cache holds 16-bit codes; the vocabulary of {meta['vocab']} is too large")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "tokens.npy").is_file()):
+        raise ValueError(f"{folder} is no token cache; its contents would be lost, choose another place")
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -49,8 +49,8 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
     Returns:
         (B, h, w), ln K - H; 0 for equal logits, ln K for a one-hot.
     """
-    log_q = torch.log_softmax(logits.float(), dim=1)
-    return math.log(logits.shape[1]) + (log_q.exp() * log_q).sum(dim=1)
+    log_q = torch.log_softmax(logits.float().movedim(1, -1), dim=-1)  # codes last: faster in channels_last
+    return math.log(logits.shape[1]) + (log_q.exp() * log_q).sum(dim=-1)
 
 
 def gumbel_softmax(logits: Tensor, tau: float) -> Tensor:
@@ -58,9 +58,10 @@ def gumbel_softmax(logits: Tensor, tau: float) -> Tensor:
 
     Used forward and backward; no straight-through.
     """
-    logits = logits.float()
-    noise = -torch.empty_like(logits).exponential_().clamp_min(torch.finfo(torch.float32).tiny).log()
-    return torch.softmax((logits + noise) / tau, dim=1)
+    logits = logits.float().movedim(1, -1)
+    uniform = torch.rand_like(logits).clamp_min(torch.finfo(torch.float32).tiny)
+    gumbel = -(-uniform.log()).log()
+    return torch.softmax((logits + gumbel) / tau, dim=-1).movedim(-1, 1)
 
 
 def reconstruction_loss(pixels: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:

@@ -50,8 +50,7 @@ class DVAEConfig:
     """Floor on the predicted ln b; None leaves it free (A.3)."""
 
     def __post_init__(self):
-        stages = math.log2(self.downsampling)
-        if stages != int(stages) or not 0 <= stages <= len(self.widths) - 1:
+        if self.downsampling not in [2**poolings for poolings in range(len(self.widths))]:
             raise ValueError(
                 f"downsampling must be a power of two up to 2^(groups - 1) = {2 ** (len(self.widths) - 1)}, "
                 f"got {self.downsampling} with {len(self.widths)} groups; add a width or lower it"

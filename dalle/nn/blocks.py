@@ -36,6 +36,9 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         if cache is not None:
             k, v = cache.append(start, k, v)
+        if x.shape[1] == 1:  # sampling: read only the keys that this slot sees
+            seen = mask[0].nonzero()[:, 0]
+            k, v, mask = k.index_select(2, seen), v.index_select(2, seen), mask[:, seen]
         mixed = attend(q, k.to(q.dtype), v.to(q.dtype), mask, self.backend)
         return self.out(rearrange(mixed, "b h n d -> b n (h d)"))
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from dalle.objectives import DVAEObjective, collapse_warning, dvae_scores
 from dalle.stages.runs import TrainingRun
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
+from dalle.train.loop import step_seed
 from dalle.train.optim import OptimizerConfig
 from dalle.train.precision import resolve_device
 
@@ -57,6 +59,8 @@ class DVAERun(TrainingRun):
     """Optimizer, averaging, rhythm."""
     encode: EncodeConfig = EncodeConfig()
     """For encode_images."""
+    crop: int | None = None
+    """Train on random squares of this side, since the dVAE is fully convolutional; None takes whole pictures."""
     eval_pictures: int = 64
     """Held-out pictures measured at each evaluation."""
 
@@ -73,7 +77,8 @@ def train_dvae(run: DVAERun) -> Path:
 
     def batches(step: int) -> Tensor:
         samples = list(samples_of_step(step, run.train.batch_size, pairs.size, run.seed))
-        return pixels_of_samples(pairs, samples, "dvae", run.seed)  # Listing 1
+        pixels = pixels_of_samples(pairs, samples, "dvae", run.seed)  # Listing 1
+        return pixels if run.crop is None else random_squares(pixels, run.crop, step_seed(run.seed, step))
 
     def evaluate(model: DVAE, step: int) -> dict[str, float]:
         return evaluate_dvae(model, pixels.to(device), run.objective.tau(step), out / f"reconstructions-{step:08d}.png")
@@ -83,6 +88,17 @@ def train_dvae(run: DVAERun) -> Path:
         meta=describe("dvae", model, run.record()), evaluate=evaluate, resume=run.resume,
     )  # fmt: skip
     return out
+
+
+def random_squares(pixels: Tensor, side: int, seed: int) -> Tensor:
+    """A square of each picture, anywhere: (B, 3, H, W) -> (B, 3, side, side)."""
+    if side > min(pixels.shape[2:]):
+        raise ValueError(f"crop {side} is larger than the pictures, {tuple(pixels.shape[2:])}; lower it")
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(pixels.shape[2] - side + 1, size=len(pixels))
+    columns = rng.integers(pixels.shape[3] - side + 1, size=len(pixels))
+    squares = zip(pixels, rows, columns, strict=True)
+    return torch.stack([picture[:, y : y + side, x : x + side] for picture, y, x in squares])
 
 
 def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float, picture: Path) -> dict[str, float]:

@@ -11,7 +11,7 @@ from dalle.config import to_dict
 from dalle.data import PairsConfig, TokenCache, open_pairs, pixels_of_samples
 from dalle.data.tokens import write_tokens
 from dalle.stages.dvae import EncodeConfig
-from dalle.stages.runs import ROOT, take_part
+from dalle.stages.runs import ROOT, make_directory, take_part
 from dalle.train.precision import resolve_device
 
 
@@ -36,6 +36,7 @@ class EncodeRun:
 def encode_images(run: EncodeRun) -> TokenCache:
     """Writes the cache; it takes its name only when it is whole."""
     out = run.out or ROOT / "tokens"
+    make_directory(out.parent)
     device = resolve_device(run.device)
     part = take_part("dvae", run.dvae, device)
     pairs = open_pairs(run.data)

@@ -19,7 +19,7 @@ from dalle.evals.shapes_judge import judge
 from dalle.pipeline import DALLE
 from dalle.rerank import rank
 from dalle.sampling import uniforms
-from dalle.stages.runs import ROOT
+from dalle.stages.runs import ROOT, make_directory
 from dalle.train.precision import resolve_device
 from dalle.train.state import write_json
 from dalle.transformer.generate import generate
@@ -66,6 +66,8 @@ class Drawn:
 
 def evaluate(run: EvaluateRun) -> dict[str, dict[str, float]]:
     """Scores of both held-out sets; writes --json."""
+    if run.json:
+        make_directory(run.json.parent)
     model = DALLE.from_pretrained(run.model, resolve_device(run.device))
     report = {}
     for split in ("held_out", "new_pairs"):

@@ -20,10 +20,11 @@ from dalle.stages.dvae import DVAERun, train_dvae
 from dalle.stages.encode import EncodeRun, encode_images
 from dalle.stages.evaluate import Drawn, caption_accuracy
 from dalle.stages.plots import plot_losses
-from dalle.stages.runs import CONFIGS, ROOT, newest
+from dalle.stages.runs import CONFIGS, ROOT, make_directory, newest
 from dalle.stages.tokenizer import TokenizerRun, train_tokenizer
 from dalle.stages.transformer import TransformerRun, train_transformer
 from dalle.train.log import read_log
+from dalle.train.precision import resolve_device
 from dalle.train.state import write_json
 
 SHEET_PICTURES = 12
@@ -43,19 +44,15 @@ class QuickstartRun:
     """Candidates of each caption, ranked by the CLIP trained here."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first there is."""
-    configs: str = "shapes"
-    """Which configs/<family>/<name>.yaml to take."""
-    config: Path | None = None
-    """A directory of configuration files instead of configs/."""
+    configs: Path = CONFIGS
+    """Directory with <family>/shapes.yaml of each family."""
 
 
 def quickstart(run: QuickstartRun) -> dict[str, Any]:
     """Every stage, then samples.png, reconstructions.png, losses.png, report.json and model/."""
     out = _prepare(run.out)
     seconds: dict[str, float] = {}
-    files = {
-        family: (run.config or CONFIGS) / family / f"{run.configs}.yaml" for family in ("dvae", "transformer", "clip")
-    }
+    files = {family: run.configs / family / "shapes.yaml" for family in ("dvae", "transformer", "clip")}
     common = {"seed": run.seed, "device": run.device}
     text_run = load(TokenizerRun, [files["transformer"]], schema=TransformerRun)
     dvae_run = load(DVAERun, [files["dvae"]])
@@ -64,7 +61,8 @@ def quickstart(run: QuickstartRun) -> dict[str, Any]:
     clip_run = load(CLIPRun, [files["clip"]])
 
     with _stage("tokenizer", seconds):
-        train_tokenizer(replace(text_run, out=out / "text"))
+        if not (out / "text" / "text.json").exists():  # trained again it may differ (dalle/text/train.py)
+            train_tokenizer(replace(text_run, out=out / "text"))
     with _stage("dvae", seconds):
         train_dvae(replace(dvae_run, out=out / "dvae", **common))
     with _stage("encode", seconds):
@@ -75,7 +73,8 @@ def quickstart(run: QuickstartRun) -> dict[str, Any]:
     with _stage("clip", seconds):
         train_clip(replace(clip_run, out=out / "clip", **parts, **common))
     with _stage("sample", seconds):
-        model = DALLE.from_parts(*(load_part(out / kind, kind) for kind in ("dvae", "transformer", "clip")))
+        device = resolve_device(run.device)
+        model = DALLE.from_parts(*(load_part(out / kind, kind, device) for kind in ("dvae", "transformer", "clip")))
         model.save_pretrained(out / "model")
         accuracy, drawn = caption_accuracy(model, "held_out", run.captions, run.best_of, seed=run.seed)
         new_pairs, _ = caption_accuracy(model, "new_pairs", run.captions, run.best_of, seed=run.seed)
@@ -124,11 +123,7 @@ def _prepare(out: Path) -> Path:
         old = next(name for name in names if not name.exists())
         out.rename(old)
         print(f"{out} held a finished quick start: moved to {old}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write to {out} ({error.strerror}); give another --out") from None
-    return out
+    return make_directory(out)
 
 
 @contextmanager
@@ -179,7 +174,6 @@ def _print(out: Path, report: dict[str, Any]) -> None:
     for name in names:
         pair = report["caption_accuracy"][name], report["caption_accuracy_new_pairs"][name]
         print(f"  {name:16}{pair[0]:16.3f}{pair[1]:25.3f}")
+    prompt = "a red cross above a blue circle on a white background"
     print(f"Look at {out / 'samples.png'}. Draw your own:")
-    print(
-        f'  python scripts/sample.py --model {out / "model"} --prompt "a red cross above a blue circle on a white background"'
-    )
+    print(f'  python scripts/sample.py --model {out / "model"} --prompt "{prompt}"')

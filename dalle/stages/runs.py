@@ -51,7 +51,7 @@ class TrainingRun:
 
     def record(self) -> dict[str, Any]:
         """The configuration for the checkpoint, less what may change on resuming."""
-        free = {"out", "steps", "device", "resume", "parallel"}
+        free = {"out", "steps", "device", "resume", "parallel", "tokens", "tokenizer"}  # the links name the last two
         return {key: value for key, value in to_dict(self).items() if key not in free}
 
 
@@ -80,6 +80,15 @@ def _kind(stage: str, folder: Path) -> str | None:
         return read_json(folder / "meta.json").get("kind")
     pointer = folder / "checkpoints" / "latest"
     return read_json(pointer.parent / pointer.read_text(encoding="utf-8").strip() / "meta.json").get("kind")
+
+
+def make_directory(folder: Path) -> Path:
+    """The directory, made where there is none; ValueError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}); give another place") from None
+    return folder
 
 
 def take(stage: str, given: Path | None) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle.pipeline import DALLE, Generation
-from dalle.stages.runs import ROOT, take_part, take_text
+from dalle.stages.runs import ROOT, make_directory, take_part, take_text
 from dalle.train.precision import resolve_device
 from dalle.train.state import write_json
 
@@ -60,19 +60,28 @@ def sample(run: SampleRun) -> Path:
     if run.keep < 1 or run.best_of < run.keep:
         raise ValueError(f"best-of must be at least keep, and keep at least 1; got {run.best_of} and {run.keep}")
     out = _new_directory(run)
-    model = open_model(run)
+    try:
+        _draw_into(out, open_model(run), run)
+    except BaseException:
+        if not any(out.iterdir()):
+            out.rmdir()
+        raise
+    return out
+
+
+def _draw_into(out: Path, model: DALLE, run: SampleRun) -> None:
     options = {
         "n": run.keep, "best_of": run.best_of, "seed": run.seed, "temperature": run.temperature,
         "top_k": run.top_k, "top_p": run.top_p, "guidance": run.guidance, "truncate": run.truncate,
     }  # fmt: skip
     if run.image:
-        rows = run.rows or model.transformer.layout.rows // 2
+        rows = model.transformer.layout.rows // 2 if run.rows is None else run.rows
         generation = model.complete(run.prompt, run.image, rows, **options)
+        options |= {"image": str(run.image), "rows": rows}
     else:
         generation = model.generate(run.prompt, **options)
     _write(out, generation, options, model.hash)
     print(f"{out}: {len(generation.images)} of {run.best_of} pictures for {run.prompt!r}")
-    return out
 
 
 def open_model(run: SampleRun) -> DALLE:
@@ -87,18 +96,14 @@ def open_model(run: SampleRun) -> DALLE:
 def _new_directory(run: SampleRun) -> Path:
     """An empty directory: --out, or runs/samples/<words of the caption>[-2, -3, ...]."""
     if run.out:
-        if run.out.exists() and any(run.out.iterdir()):
+        if run.out.is_dir() and any(run.out.iterdir()):
             raise ValueError(f"{run.out} is not empty; give another --out")
         folder = run.out
     else:
         words = re.sub(r"[^a-z0-9]+", "-", run.prompt.lower()).strip("-")[:60] or "prompt"
         names = (words if i == 1 else f"{words}-{i}" for i in range(1, 10**6))
         folder = next(ROOT / "samples" / name for name in names if not (ROOT / "samples" / name).exists())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder} ({error.strerror}); give another --out") from None
-    return folder
+    return make_directory(folder)
 
 
 def _write(out: Path, generation: Generation, options: dict[str, Any], model_hash: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dalle.data import PairsConfig, open_pairs
-from dalle.stages.runs import ROOT
+from dalle.stages.runs import ROOT, make_directory
 from dalle.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 from dalle.types import Pairs
 
@@ -28,8 +28,7 @@ class TokenizerRun:
 
 def train_tokenizer(run: TokenizerRun) -> TextTokenizer:
     """Reads captions, learns merges, writes <out>/text.json."""
-    out = run.out or ROOT / "text"
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_directory(run.out or ROOT / "text")
     pairs = open_pairs(run.data)
     text = train_text_tokenizer(_captions(pairs, run.captions), run.text)
     text.save(out / "text.json")

@@ -251,6 +251,10 @@ class TextTokenizer:
         """Read what save wrote; ValueError naming the file if it is something else."""
         try:
             return cls.from_dict(json.loads(Path(path).read_bytes()))
+        except OSError as error:
+            raise ValueError(
+                f"cannot read {os.fspath(path)} ({error.strerror}); expected a JSON file that TextTokenizer.save wrote"
+            ) from error
         except ValueError as error:  # also what json and a wrong encoding raise
             raise ValueError(
                 f"{os.fspath(path)} is not a text tokenizer: {error}. Give a JSON file that "

@@ -18,7 +18,7 @@ from dalle.train.ema import AveragedWeights, EMAConfig
 from dalle.train.log import JSONLines, first_nonfinite, to_numbers
 from dalle.train.optim import OptimizerConfig, build_optimizer
 from dalle.train.precision import Precision, autocast, resolve_precision
-from dalle.train.state import TrainState, latest_checkpoint, read_json, restore, save_checkpoint
+from dalle.train.state import TrainState, check_meta, latest_checkpoint, read_json, restore, save_checkpoint
 from dalle.types import Loss, Objective
 
 Batches = Callable[[int], Any]
@@ -100,7 +100,7 @@ def fit(
         bar.update()
         last = state.step == steps
         if state.step % config.log_every == 0 or state.step == 1 or last:
-            numbers = to_numbers({"loss": loss.total, "gradient_norm": norm, **loss.metrics})
+            numbers = to_numbers({"loss": loss.total.detach(), "gradient_norm": norm, **loss.metrics})
             numbers |= {"step_size": config.optimizer.rate(state.step - 1), "data_wait": waited}
             numbers["seconds"] = time.perf_counter() - started
             log.write(state.step, numbers)
@@ -135,8 +135,8 @@ def train_step(
     if not (torch.isfinite(loss.total) and torch.isfinite(norm)):
         where = first_nonfinite(state.model, forward)
         raise FloatingPointError(
-            f"step {state.step + 1}: loss {float(loss.total)}, gradient norm {float(norm)}; first bad tensor: {where}. "
-            "The last checkpoint is whole; lower the step size, or check the data"
+            f"step {state.step + 1}: loss {float(loss.total.detach())}, gradient norm {float(norm)}; "
+            f"first bad tensor: {where}. The last checkpoint is whole; lower the step size, or check the data"
         )
     for group in state.optimizer.param_groups:
         group["lr"] = optim.rate(state.step)
@@ -185,11 +185,18 @@ def _prepare(run_dir: Path, state: TrainState, meta: dict[str, Any], resume: str
         return
     if resume == "never":
         raise ValueError(f"{run_dir} holds a run; give another --out, or --resume auto to go on with it")
-    changes = differences(read_json(found / "meta.json").get("run", {}), meta.get("run", {}))
+    old = read_json(found / "meta.json")
+    check_meta(old, meta["kind"], run_dir)
+    changes = differences(old["run"], meta["run"]) + differences(_hashes(old), _hashes(meta), "links")
     if changes:
         raise ValueError(f"{run_dir} holds a run with another configuration ({'; '.join(changes)}); give another --out")
     restore(found, state)
     print(f"{meta['kind']}: going on from step {state.step} of {run_dir}")
+
+
+def _hashes(meta: dict[str, Any]) -> dict[str, str]:
+    """Hashes of what a run was trained with."""
+    return {name: value for name, value in meta["links"].items() if isinstance(value, str)}
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:

@@ -37,7 +37,8 @@ def decay_groups(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decay, keep = [], []
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+        embedding = id(parameter) in embeddings or name.endswith("embedding")  # open_clip's are bare parameters
+        matrix = parameter.ndim >= 2 and not embedding
         (decay if matrix else keep).append((name, parameter))
     return decay, keep
 

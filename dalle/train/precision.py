@@ -31,7 +31,18 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def resolve_device(name: str) -> torch.device:
     """ "auto" becomes cuda, mps or cpu, the first there is."""
     if name != "auto":
-        return torch.device(name)
+        return _named_device(name)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _named_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; expected auto, cpu, cuda, cuda:1 or mps") from None
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if device.type in there and not there[device.type]():
+        raise ValueError(f"this computer has no {device.type} that torch can use; give --device auto")
+    return device

@@ -53,7 +53,8 @@ def save_checkpoint(run_dir: Path, state: TrainState, meta: dict[str, Any], keep
     os.replace(partial, root / name)
     _sync_folder(root)
     write_text(root / "latest", name)
-    for old in sorted(root.glob("step-*"))[:-keep]:
+    older = sorted(folder for folder in root.glob("step-*") if folder.name < name)
+    for old in older[: max(0, len(older) + 1 - keep)]:
         shutil.rmtree(old)
     return root / name
 
@@ -69,6 +70,15 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return folder
 
 
+def check_meta(meta: Any, kind: str, source: Path) -> None:
+    """ValueError unless a description is of this kind and of a format we read."""
+    found = meta.get("kind") if isinstance(meta, dict) else None
+    if found != kind:
+        raise ValueError(f"{source} holds {found or 'something unknown'!r}, expected {kind!r}")
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"{source} has format {meta.get('format')}, this version reads {FORMAT}; upgrade the library")
+
+
 def restore(folder: Path, state: TrainState) -> None:
     """Puts a checkpoint's weights, moments, averages and step into the state; strict."""
     meta = read_json(folder / "meta.json")
@@ -81,8 +91,9 @@ def restore(folder: Path, state: TrainState) -> None:
     for key, tensor in read_tensors(folder / "optimizer.safetensors").items():
         name, moment = key.rsplit("/", 1)
         parameter = names[name]
-        device = "cpu" if moment == "step" and parameter.device.type == "cpu" else parameter.device
-        state.optimizer.state[parameter][moment] = tensor.to(device)
+        like = tensor if moment == "step" else parameter  # the fused kernel wants the parameter's strides
+        value = torch.empty_like(like, dtype=tensor.dtype, device=parameter.device)
+        state.optimizer.state[parameter][moment] = value.copy_(tensor)
     state.step = meta["step"]
 
 
@@ -133,7 +144,7 @@ def read_json(path: Path) -> Any:
     """JSON; ValueError for a file that is missing or something else."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no file {path}; expected a run or model directory of this library") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None

@@ -1,0 +1,162 @@
+"""Shared by the tests: every stage at a width of seconds, and a model directory that took two steps.
+
+The tiny sizes stand in one place, YAML; `tiny_configs` is a directory like configs/ that holds them.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dalle.config import load
+from dalle.models import load_part
+from dalle.pipeline import DALLE
+from dalle.stages.clip import CLIPRun, train_clip
+from dalle.stages.dvae import DVAERun, train_dvae
+from dalle.stages.encode import EncodeRun, encode_images
+from dalle.stages.tokenizer import TokenizerRun, train_tokenizer
+from dalle.stages.transformer import TransformerRun, train_transformer
+
+PROJECT = Path(__file__).parents[1]
+PROMPT = "a red cross above a blue circle on a white background"
+
+TRAIN = """\
+train:
+  batch_size: 4
+  precision: fp32
+  ema: {decay: 0.9, every: 2}
+  log_every: 1
+  eval_every: 2
+  save_every: 2
+"""
+TINY = {  # 32 x 32 pixels, 4 x 4 tokens
+    "dvae": """\
+steps: 2
+device: cpu
+data: {path: shapes, resolution: 32}
+model: {widths: [4, 8, 8, 8], blocks_per_group: 1, downsampling: 8, vocab_size: 16, code_width: 8}
+encode: {pictures: 24, batch_size: 8}
+crop: null
+eval_pictures: 4
+""",
+    "transformer": """\
+steps: 2
+device: cpu
+data: {path: shapes, resolution: 32}
+text: {vocab_size: 400}
+model:
+  depth: 2
+  heads: 2
+  head_width: 8
+  text_len: 20
+  grid: [4, 4]
+  text_vocab: 400
+  image_vocab: 16
+  conv_kernel: 3
+eval_pictures: 4
+""",
+    "clip": """\
+steps: 2
+device: cpu
+data: {path: shapes, resolution: 32}
+model:
+  embed_width: 8
+  image_size: 32
+  patch_size: 16
+  vision_width: 16
+  vision_layers: 1
+  text_len: 20
+  text_vocab: 400
+  text_width: 16
+  text_layers: 1
+  head_width: 8
+eval_pictures: 4
+""",
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny tensors gain nothing by threads, and other work goes on beside the tests."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory like configs/, each family's shapes.yaml at the tiny size."""
+    folder = tmp_path_factory.mktemp("configs")
+    for family, text in TINY.items():
+        (folder / family).mkdir()
+        (folder / family / "shapes.yaml").write_text(text + TRAIN)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tiny_configs: Path) -> SimpleNamespace:
+    """The run of each stage at the tiny size: .text .dvae .encode .transformer .clip"""
+    files = {family: tiny_configs / family / "shapes.yaml" for family in TINY}
+    return SimpleNamespace(
+        text=load(TokenizerRun, [files["transformer"]], schema=TransformerRun),
+        dvae=load(DVAERun, [files["dvae"]]),
+        encode=load(EncodeRun, [files["dvae"]], schema=DVAERun),
+        transformer=load(TransformerRun, [files["transformer"]]),
+        clip=load(CLIPRun, [files["clip"]]),
+    )
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory, tiny_runs: SimpleNamespace) -> Path:
+    """Every stage once, two steps each: text/ dvae/ tokens/ transformer/ clip/ model/. Copy before you change it."""
+    out = tmp_path_factory.mktemp("chain")
+    train_tokenizer(replace(tiny_runs.text, out=out / "text", captions=2000))
+    train_dvae(replace(tiny_runs.dvae, out=out / "dvae"))
+    encode_images(replace(tiny_runs.encode, out=out / "tokens", dvae=out / "dvae"))
+    train_transformer(inputs(tiny_runs.transformer, out, out=out / "transformer"))
+    train_clip(inputs(tiny_runs.clip, out, out=out / "clip"))
+    parts = (load_part(out / kind, kind) for kind in ("dvae", "transformer", "clip"))
+    DALLE.from_parts(*parts).save_pretrained(out / "model")
+    return out
+
+
+def inputs(run, chain: Path, **changes):
+    """A run that reads the earlier stages of `chain`, and other changes."""
+    paths = {"tokenizer": chain / "text"} if hasattr(run, "tokenizer") else {}
+    paths |= {"tokens": chain / "tokens"} if hasattr(run, "tokens") else {}
+    return replace(run, **paths, **changes)
+
+
+@pytest.fixture(scope="session")
+def with_inputs() -> Callable:
+    """`inputs`, for tests."""
+    return inputs
+
+
+@pytest.fixture
+def dalle(chain: Path) -> DALLE:
+    """A model of its own for each test."""
+    return DALLE.from_pretrained(chain / "model")
+
+
+@pytest.fixture(scope="session")
+def prompt() -> str:
+    """A caption that the tiny model reads."""
+    return PROMPT
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[..., subprocess.CompletedProcess]:
+    """python(words, cwd): a fresh interpreter with one thread; scripts are named as scripts/NAME.py."""
+
+    def run(words: list[str | Path], cwd: Path, seconds: float = 180) -> subprocess.CompletedProcess:
+        words = [PROJECT / word if str(word).startswith("scripts/") else word for word in words]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), "COLUMNS": "120"}
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=seconds)
+
+    return run

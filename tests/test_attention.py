@@ -1,0 +1,72 @@
+"""Attention under the masks of the model: the fused kernel against the softmax written out (dalle/nn/attention.py)."""
+
+import math
+
+import pytest
+import torch
+
+from dalle.layout import TokenLayout
+from dalle.masks import KINDS, dense_mask
+from dalle.nn.attention import attend
+
+LAYOUTS = [TokenLayout(2, (1, 3), 5, 5), TokenLayout(5, (4, 4), 5, 5), TokenLayout(7, (3, 8), 5, 5)]
+
+
+def random_inputs(layout, width=8, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weight = torch.randn(4, 2, 3, layout.length, width, generator=generator)
+    return [t.to(dtype).requires_grad_() for t in (q, k, v)], weight
+
+
+def values_and_gradients(backend, inputs, mask, weight):
+    out = attend(*inputs, mask, backend)
+    return out, *torch.autograd.grad((out.float() * weight).sum(), inputs)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.rows}x{layout.columns}")
+@pytest.mark.parametrize("kind", KINDS)
+def test_sdpa_equals_dense_in_value_and_gradient(kind, layout, dtype, tolerance):
+    mask = dense_mask(kind, layout, kernel=3)
+    inputs, weight = random_inputs(layout, dtype=dtype)
+    dense, sdpa = (values_and_gradients(backend, inputs, mask, weight) for backend in ("dense", "sdpa"))
+    assert dense[0].dtype == sdpa[0].dtype == dtype
+    torch.testing.assert_close(sdpa, dense, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", ["dense", "sdpa"])
+def test_one_query_over_cached_keys_equals_its_row_of_the_whole(backend):
+    layout = LAYOUTS[1]
+    mask = dense_mask("conv", layout, kernel=3)
+    (q, k, v), _ = random_inputs(layout)
+    whole = attend(q, k, v, mask, backend)
+    for slot in range(layout.length):
+        end = slot + 1
+        one = attend(q[:, :, slot:end], k[:, :, :end], v[:, :, :end], mask[slot:end, :end], backend)
+        torch.testing.assert_close(one, whole[:, :, slot:end])
+
+
+def test_dense_is_one_softmax_over_all_visible_keys():
+    """Paper 2.2: one normalisation for text and image keys together."""
+    layout = LAYOUTS[0]
+    mask = dense_mask("column", layout)
+    q, k, v = (t.detach() for t in random_inputs(layout, width=4)[0])
+    out = attend(q, k, v, mask, "dense")
+    for slot in range(layout.length):
+        seen = mask[slot].nonzero().flatten()
+        shares = torch.tensor([math.exp((q[1, 2, slot] @ k[1, 2, i]).item() / 2) for i in seen])
+        expected = (shares / shares.sum()) @ v[1, 2, seen]
+        torch.testing.assert_close(out[1, 2, slot], expected)
+
+
+def test_large_scores_do_not_overflow():
+    layout = LAYOUTS[1]
+    (q, k, v), _ = random_inputs(layout)
+    for backend in ("dense", "sdpa"):
+        assert torch.isfinite(attend(100 * q, 100 * k, v, dense_mask("row", layout), backend)).all()
+
+
+def test_an_unknown_backend_is_refused():
+    (q, k, v), _ = random_inputs(LAYOUTS[0])
+    with pytest.raises(ValueError, match="unknown attention backend 'flash9'; expected one of dense, sdpa"):
+        attend(q, k, v, dense_mask("row", LAYOUTS[0]), "flash9")

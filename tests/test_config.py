@@ -1,0 +1,377 @@
+"""Configuration: strict in each direction, and `--help` explains every field (dalle/config.py)."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import re
+import runpy
+import sys
+import typing
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from dalle.config import ConfigError, from_dict, load, merge, parse, read_yaml, tell_errors, to_dict
+from dalle.stages.clip import CLIPRun
+from dalle.stages.dvae import DVAERun
+from dalle.stages.encode import EncodeRun
+from dalle.stages.evaluate import EvaluateRun
+from dalle.stages.quickstart import QuickstartRun
+from dalle.stages.sample import SampleRun
+from dalle.stages.tokenizer import TokenizerRun
+from dalle.stages.transformer import TransformerRun
+from dalle.train import Schedule
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+RUNS = {
+    "train_tokenizer": TokenizerRun,
+    "train_dvae": DVAERun,
+    "encode_images": EncodeRun,
+    "train_transformer": TransformerRun,
+    "train_clip": CLIPRun,
+    "sample": SampleRun,
+    "evaluate": EvaluateRun,
+    "quickstart": QuickstartRun,
+}
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+class TestUnknownKeys:
+    @pytest.mark.parametrize(
+        ("data", "place", "nearest"),
+        [
+            ({"stpes": 3}, "stpes", "steps"),
+            ({"model": {"width": [8]}}, "model.width", "widths"),
+            ({"train": {"optimizer": {"weight-decay": 0.1}}}, "train.optimizer.weight-decay", "weight_decay"),
+            ({"objective": {"tau": {"begin": 1.0, "star": 1.0}}}, "objective.tau.begin", None),
+            ({"objective": {"tau": {"star": 1.0}}}, "objective.tau.star", "start"),
+        ],
+    )
+    def test_the_place_and_the_nearest_name_are_told_at_any_depth(self, data, place, nearest):
+        with pytest.raises(ConfigError, match=re.escape(f"no key '{place}'")) as caught:
+            from_dict(DVAERun, data)
+        assert nearest is None or f"did you mean {nearest!r}?" in str(caught.value)
+
+    def test_a_key_like_no_other_gets_the_list(self):
+        with pytest.raises(ConfigError, match=r"no key 'qqq' \(known here: .*steps.*model") as caught:
+            from_dict(DVAERun, {"qqq": 1})
+        assert "did you mean" not in str(caught.value)
+
+    def test_the_file_is_named(self, tmp_path):
+        file = write(tmp_path / "my.yaml", "stpes: 3")
+        with pytest.raises(ConfigError, match=r"my\.yaml: no key 'stpes'"):
+            load(DVAERun, [file])
+
+
+class TestTypes:
+    @pytest.mark.parametrize(
+        ("data", "place", "said"),
+        [
+            ({"steps": "ten"}, "steps", "expected int, got 'ten'"),
+            ({"steps": 10.0}, "steps", "expected int, got 10.0"),
+            ({"steps": True}, "steps", "expected int, got True"),
+            ({"device": 3}, "device", "expected str, got 3"),
+            ({"train": {"optimizer": {"beta1": "0.9"}}}, "train.optimizer.beta1", "expected float, got '0.9'"),
+            ({"train": {"optimizer": {"beta1": True}}}, "train.optimizer.beta1", "expected float, got True"),
+            ({"model": {"widths": [8, "16"]}}, "model.widths", "expected int, got '16'"),
+            ({"train": {"precision": "fp64"}}, "train.precision", "fp64"),
+            ({"resume": "maybe"}, "resume", "maybe"),
+            ({"train": 3}, "train", "must be a mapping"),
+            ({"model": [1, 2]}, "model", "must be a mapping"),
+            ({"steps": {"a": 1}}, "steps", "expected int"),
+            ({"steps": None}, "steps", "expected int, got None"),
+        ],
+    )
+    def test_a_wrong_one_is_refused_with_place_and_value(self, data, place, said):
+        with pytest.raises(ConfigError, match=re.escape(place)) as caught:
+            from_dict(DVAERun, data)
+        assert said in str(caught.value)
+
+    @pytest.mark.parametrize("data", [{"model": None}, {"train": {"optimizer": None}}])
+    def test_an_empty_section_is_refused_by_name(self, data):
+        with pytest.raises(ConfigError, match=r"model: |optimizer: "):
+            from_dict(DVAERun, data)
+
+    def test_a_whole_number_is_a_float_where_one_is_asked_for(self):
+        eps = from_dict(DVAERun, {"train": {"optimizer": {"eps": 1}}}).train.optimizer.eps
+        assert type(eps) is float
+
+    def test_none_and_a_number_are_both_right_where_the_field_says_so(self):
+        for clip in (None, 2.0):
+            assert from_dict(DVAERun, {"train": {"optimizer": {"clip": clip}}}).train.optimizer.clip == clip
+
+    def test_all_wrong_values_are_told_at_once(self):
+        with pytest.raises(ConfigError, match=r"steps: .*; seed: "):
+            from_dict(DVAERun, {"steps": "a", "seed": "b"})
+
+    def test_what_the_class_itself_refuses_is_told_with_its_place(self):
+        with pytest.raises(ConfigError, match=r"my\.yaml: objective\.tau: a schedule needs at least 1 step, got 0"):
+            from_dict(DVAERun, {"objective": {"tau": {"start": 1.0, "end": 0.1, "steps": 0}}}, "my.yaml")
+
+    def test_a_missing_field_without_a_default_is_named(self):
+        with pytest.raises(ConfigError, match="end: missing"):
+            from_dict(Schedule, {"start": 1.0})
+
+
+class TestDefaults:
+    def test_a_section_that_names_one_value_keeps_the_others_of_its_run(self):
+        """Not those of the section's class, which are the transformer's."""
+        run = from_dict(DVAERun, {"train": {"optimizer": {"weight_decay": 0.5}}})
+        optimizer = dataclasses.replace(DVAERun().train.optimizer, weight_decay=0.5)
+        assert run.train == dataclasses.replace(DVAERun().train, optimizer=optimizer)
+        assert run.train.batch_size != TransformerRun().train.batch_size
+
+    def test_file_and_command_line_mean_the_same(self, tmp_path):
+        file = write(tmp_path / "a.yaml", "train: {optimizer: {lr: {end: 0.5}}, keep: 7}\nobjective: {tau: {steps: 9}}")
+        words = ["--train.optimizer.lr.end", "0.5", "--train.keep", "7", "--objective.tau.steps", "9"]
+        assert load(DVAERun, [file]) == parse(DVAERun, words)
+
+
+class TestYAML:
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            ("1e-4", 1e-4),  # YAML 1.1 readers give a string
+            ("1.0e-4", 1e-4),
+            ("no", "no"),  # YAML 1.1: False
+            ("on", "on"),
+            ("012", 12),  # YAML 1.1: octal
+            ("1:30", "1:30"),  # YAML 1.1: sixty-one and a half
+            ("null", None),
+            ("true", True),
+        ],
+    )
+    def test_it_is_version_1_2(self, tmp_path, text, value):
+        read = read_yaml(write(tmp_path / "a.yaml", f"x: {text}"))["x"]
+        assert (read, type(read)) == (value, type(value))
+
+    def test_a_step_size_may_be_written_1e_4(self, tmp_path):
+        file = write(tmp_path / "a.yaml", "train: {optimizer: {lr: {start: 1e-4, end: 1e-5}}}")
+        assert load(DVAERun, [file]).train.optimizer.lr.start == 1e-4
+
+    def test_a_file_of_comments_is_all_defaults(self, tmp_path):
+        assert load(DVAERun, [write(tmp_path / "a.yaml", "# nothing\n")]) == DVAERun()
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("- a\n- b", "whole file must be a mapping"),
+            ("a: [1", "is not YAML"),
+            ("steps: 1\nsteps: 2", "is not YAML"),
+            ("steps: !!python/object:os.system 1", "is not YAML"),
+        ],
+    )
+    def test_what_is_no_configuration_is_refused_by_name(self, tmp_path, text, said):
+        with pytest.raises(ConfigError, match=said) as caught:
+            load(DVAERun, [write(tmp_path / "a.yaml", text)])
+        assert "a.yaml" in str(caught.value)
+
+    def test_a_file_that_is_not_text_is_refused_by_name(self, tmp_path):
+        (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(ConfigError, match=r"a\.yaml is not YAML"):
+            read_yaml(tmp_path / "a.yaml")
+
+    def test_a_missing_file_says_where_the_shipped_ones_are(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"no configuration file .*none\.yaml; .* configs/"):
+            read_yaml(tmp_path / "none.yaml")
+
+    def test_a_directory_is_refused_by_name(self, tmp_path):
+        with pytest.raises(ConfigError, match="cannot read"):
+            read_yaml(tmp_path)
+
+
+class TestMerging:
+    def test_later_files_win_and_leave_the_rest(self, tmp_path):
+        a = write(tmp_path / "a.yaml", "steps: 1\ntrain: {batch_size: 2, keep: 3}")
+        b = write(tmp_path / "b.yaml", "steps: 10\ntrain: {batch_size: 20}")
+        run = load(DVAERun, [a, b])
+        assert (run.steps, run.train.batch_size, run.train.keep) == (10, 20, 3)
+        assert load(DVAERun, [b, a]).steps == 1
+
+    def test_lists_are_replaced_and_not_joined(self):
+        assert merge({"widths": [1, 2, 3]}, {"widths": [4]}) == {"widths": [4]}
+
+    def test_it_changes_neither_side(self):
+        base, update = {"a": {"b": 1}}, {"a": {"c": 2}}
+        assert merge(base, update) == {"a": {"b": 1, "c": 2}}
+        assert (base, update) == ({"a": {"b": 1}}, {"a": {"c": 2}})
+
+    def test_each_file_is_checked_by_itself(self, tmp_path):
+        """What the second would have covered up in the first is still an error of the first."""
+        a = write(tmp_path / "a.yaml", "steps: ten")
+        b = write(tmp_path / "b.yaml", "steps: 10")
+        with pytest.raises(ConfigError, match=r"a\.yaml: steps"):
+            load(DVAERun, [a, b])
+
+
+class TestCommandLine:
+    @pytest.fixture
+    def file(self, tmp_path) -> str:
+        return str(write(tmp_path / "a.yaml", "steps: 7\ntrain: {batch_size: 2, keep: 3}"))
+
+    @pytest.mark.parametrize("dotted", [["--train.batch-size", "9"], ["--train.batch_size", "9"]])
+    def test_dotted_words_win_before_and_after_the_file(self, file, dotted):
+        for words in ([*dotted, "--config", file], ["--config", file, *dotted], [f"--config={file}", *dotted]):
+            run = parse(DVAERun, words)
+            assert (run.train.batch_size, run.train.keep, run.steps) == (9, 3, 7)
+
+    def test_several_files_merge_in_their_order_wherever_they_stand(self, file, tmp_path):
+        other = str(write(tmp_path / "b.yaml", "steps: 8"))
+        assert parse(DVAERun, ["--config", file, "--seed", "1", "--config", other]).steps == 8
+        assert parse(DVAERun, ["--config", other, "--config", file]).steps == 7
+
+    def test_tuples_none_and_paths_can_be_given(self):
+        words = ["--model.widths", "8", "16", "--train.optimizer.clip", "None", "--out", "somewhere"]
+        run = parse(DVAERun, [*words, "--model.downsampling", "2"])
+        assert (run.model.widths, run.train.optimizer.clip, run.out) == ((8, 16), None, Path("somewhere"))
+
+    @pytest.mark.parametrize("words", [["--stpes", "3"], ["--steps", "x"], ["--steps", "0"], ["--resume", "maybe"]])
+    def test_a_wrong_word_ends_the_run_with_its_name(self, words, capsys):
+        with pytest.raises(SystemExit) as caught:
+            parse(DVAERun, words)
+        assert caught.value.code not in (0, None)
+        assert words[0].removeprefix("--") in capsys.readouterr().err
+
+    def test_a_wrong_file_ends_the_run_with_one_line(self, tmp_path):
+        file = write(tmp_path / "a.yaml", "stpes: 3")
+        with pytest.raises(SystemExit, match=r"^error: .*a\.yaml: no key 'stpes'; did you mean 'steps'"):
+            parse(DVAERun, ["--config", str(file)])
+
+    def test_config_without_a_file_is_an_error(self):
+        with pytest.raises(SystemExit, match="--config needs a file"):
+            parse(DVAERun, ["--steps", "3", "--config"])
+
+    def test_without_any_argument_the_preset_is_taken_and_named(self, file, capsys):
+        assert parse(DVAERun, [], preset=file).steps == 7
+        assert f"no arguments: taking --config {file}" in capsys.readouterr().out
+
+    def test_with_an_argument_the_preset_is_not_taken(self, file, capsys):
+        assert parse(DVAERun, ["--seed", "1"], preset=file).steps == DVAERun().steps
+        assert capsys.readouterr().out == ""
+
+    def test_a_users_mistake_is_one_line_and_a_bug_keeps_its_traceback(self):
+        with pytest.raises(SystemExit, match=r"^error: too small$"), tell_errors():
+            raise ValueError("too small")
+        with pytest.raises(KeyError), tell_errors():
+            raise KeyError("a bug")
+
+
+class TestReadingAnotherStagesFile:
+    @pytest.fixture
+    def file(self, tmp_path) -> Path:
+        text = "steps: 7\ndata: {path: shapes, resolution: 48}\ntext: {vocab_size: 400}\nmodel: {depth: 2}"
+        return write(tmp_path / "transformer.yaml", text)
+
+    def test_the_tokenizer_takes_its_sections_of_the_transformers_file(self, file):
+        run = parse(TokenizerRun, ["--config", str(file), "--captions", "5"], schema=TransformerRun)
+        assert (run.text.vocab_size, run.data.path, run.captions) == (400, "shapes", 5)
+
+    def test_without_the_schema_the_other_sections_are_an_error(self, file):
+        with pytest.raises(ConfigError, match="no key 'steps'"):
+            load(TokenizerRun, [file])
+
+    def test_what_the_schema_does_not_know_is_still_an_error(self, tmp_path):
+        file = write(tmp_path / "a.yaml", "modell: {depth: 2}")
+        with pytest.raises(ConfigError, match=r"no key 'modell'; did you mean 'model'"):
+            load(TokenizerRun, [file], schema=TransformerRun)
+
+    def test_wrong_values_in_sections_left_out_are_still_errors(self, tmp_path):
+        file = write(tmp_path / "a.yaml", "model: {depth: 0}")
+        with pytest.raises(ConfigError, match="depth must be positive"):
+            load(TokenizerRun, [file], schema=TransformerRun)
+
+
+# ---------------------------------------------------------------------------------------------
+# Every run
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=lambda cls: cls.__name__)
+class TestRoundTrip:
+    def test_through_a_dict(self, run):
+        assert from_dict(run, to_dict(run())) == run()
+
+    def test_through_json(self, run):
+        assert from_dict(run, json.loads(json.dumps(to_dict(run())))) == run()
+
+    def test_through_yaml(self, run, tmp_path):
+        text = StringIO()
+        YAML(typ="safe", pure=True).dump(to_dict(run()), text)
+        assert load(run, [write(tmp_path / "a.yaml", text.getvalue())]) == run()
+
+    def test_with_every_path_given(self, run):
+        paths = [name for name, hint in typing.get_type_hints(run).items() if Path in (hint, *typing.get_args(hint))]
+        assert paths
+        changed = dataclasses.replace(run(), **{name: Path("some") / name for name in paths})
+        assert from_dict(run, to_dict(changed)) == changed
+
+
+def sentences(cls: type) -> dict[str, str]:
+    """The sentence under each field, those of the parent classes among them."""
+    found: dict[str, str] = {}
+    for owner in reversed(cls.__mro__[:-1]):
+        body = ast.parse(inspect.getsource(owner)).body[0].body
+        for field, text in pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[field.target.id] = text.value.value
+    return found
+
+
+def every_field(cls: type, prefix: str = ""):
+    """(dotted option, sentence) of each field at any depth; None for a section with options of its own."""
+    hints, told = typing.get_type_hints(cls), sentences(cls)
+    for field in dataclasses.fields(cls):
+        assert field.name in told, f"{cls.__name__}.{field.name} has no sentence"
+        if dataclasses.is_dataclass(hints[field.name]):
+            inner = f"{prefix}{field.name}."
+            options = list(every_field(hints[field.name], inner))
+            if any(option and "." not in option.removeprefix(f"--{inner}".replace("_", "-")) for option, _ in options):
+                yield None, told[field.name]
+            yield from options
+        else:
+            yield f"--{prefix}{field.name}".replace("_", "-"), told[field.name]
+
+
+def flat(text: str) -> str:
+    """Words alone: no frames, no line breaks."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+def test_every_script_is_tested_here():
+    assert {path.stem for path in SCRIPTS.glob("*.py")} >= set(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_help_explains_every_field(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+    shown = flat(capsys.readouterr().out)
+    assert caught.value.code == 0
+    assert "--config FILE" in shown
+    fields = list(every_field(RUNS[name]))
+    assert [option for option, _ in fields if option and not re.search(rf"{option}[ ,]", shown)] == []
+    assert [sentence for _, sentence in fields if flat(sentence) not in shown] == []
+
+
+def test_help_shows_each_command_on_its_own_line(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        parse(DVAERun, ["--help"], description="What it does.\n\npython a.py --x\npython a.py --y\n")
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert {"python a.py --x", "python a.py --y"} <= set(lines)
+
+
+def test_a_script_runs_from_any_directory(python, tmp_path):
+    done = python(["scripts/train_tokenizer.py", "--help"], cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Learn the text vocabulary" in done.stdout

@@ -1,0 +1,196 @@
+"""Every YAML under configs/ is built, the paper's with the paper's numbers, and takes two steps at a tiny width."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle.config import from_dict, load, merge, read_yaml
+from dalle.data import TokenCache
+from dalle.models import build, load_part
+from dalle.pipeline import DALLE
+from dalle.stages.clip import CLIPRun, train_clip
+from dalle.stages.dvae import DVAERun, train_dvae
+from dalle.stages.encode import EncodeRun, encode_images
+from dalle.stages.tokenizer import TokenizerRun, train_tokenizer
+from dalle.stages.transformer import TransformerRun, train_transformer
+from dalle.train import Schedule
+from dalle.train.log import read_log
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RUNS = {"dvae": DVAERun, "transformer": TransformerRun, "clip": CLIPRun}
+FILES = sorted(CONFIGS.glob("*/*.yaml"))
+SIZES = ["shapes", "small", "paper"]
+
+
+def read(family: str, size: str):
+    return load(RUNS[family], [CONFIGS / family / f"{size}.yaml"])
+
+
+def test_each_family_has_each_size():
+    assert {(file.parent.name, file.stem) for file in FILES} >= {(family, size) for family in RUNS for size in SIZES}
+
+
+def names(file: Path) -> str:
+    return f"{file.parent.name}/{file.stem}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=names)
+def test_it_builds(file):
+    run = load(RUNS[file.parent.name], [file])
+    with torch.device("meta"):
+        model = build(file.parent.name, run.model)
+    assert sum(p.numel() for p in model.parameters()) > 0
+
+
+@pytest.mark.parametrize("file", FILES, ids=names)
+def test_it_says_how_to_run_it(file):
+    head = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert any(
+        f"python scripts/train_{file.parent.name}.py --config configs/{names(file)}.yaml" in line for line in head
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_families_fit_together(size):
+    dvae, transformer, clip = (read(family, size) for family in RUNS)
+    side = dvae.data.resolution // dvae.model.downsampling
+    assert transformer.model.grid == (side, side)
+    assert transformer.model.image_vocab == dvae.model.vocab_size
+    assert transformer.text.vocab_size <= min(transformer.model.text_vocab, clip.model.text_vocab)
+    assert transformer.data == dvae.data
+
+
+@pytest.mark.parametrize("family", RUNS)
+def test_the_step_size_has_come_down_when_the_run_ends(family):
+    """In the sizes of ours: a schedule longer than the run would never get there."""
+    for size in ("shapes", "small"):
+        run = read(family, size)
+        assert run.train.optimizer.lr.steps <= run.steps
+
+
+# ---------------------------------------------------------------------------------------------
+# The paper's numbers
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_papers_files_hold_nearly_nothing():
+    """The defaults are the paper's; a file says only what a run must be told."""
+    assert read_yaml(CONFIGS / "transformer" / "paper.yaml") == read_yaml(CONFIGS / "clip" / "paper.yaml") == {}
+    assert read_yaml(CONFIGS / "dvae" / "paper.yaml").keys() == {"encode"}
+
+
+def test_the_papers_dvae():
+    """2.1, A.1 to A.3."""
+    run = read("dvae", "paper")
+    assert (run.steps, run.train.batch_size, run.data.resolution) == (3_000_000, 512, 256)
+    assert run.objective.tau == Schedule(1.0, 1 / 16, 150_000, "cosine")
+    assert run.objective.beta == Schedule(0.0, 6.6, 5_000, "cosine")
+    optimizer = run.train.optimizer
+    assert optimizer.lr == Schedule(1e-4, 1.25e-6, 1_200_000, "cosine")
+    assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.999, 1e-8)
+    assert (optimizer.weight_decay, optimizer.warmup, optimizer.clip) == (1e-4, 0, None)
+    assert (run.train.ema.decay, run.train.ema.every) == (0.999, 1)
+    assert (run.model.vocab_size, run.model.downsampling) == (8192, 8)
+    assert run.model.residual_gain == 1 / 64  # four groups of two resblocks
+
+
+def test_the_papers_transformer():
+    """2.2, B.1, B.2."""
+    run = read("transformer", "paper")
+    model = run.model
+    assert (model.depth, model.heads, model.head_width, model.width) == (64, 62, 64, 3968)
+    assert (model.text_len, model.grid, model.text_vocab, model.image_vocab) == (256, (32, 32), 16384, 8192)
+    assert (model.kinds.count("row"), model.kinds.count("column"), model.kinds.count("conv")) == (47, 16, 1)
+    assert (run.steps, run.train.batch_size) == (430_000, 1024)
+    optimizer = run.train.optimizer
+    assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.96, 1e-8)
+    assert (optimizer.weight_decay, optimizer.clip, optimizer.warmup) == (4.5e-2, 4.0, 5000)
+    assert optimizer.lr.start == 4.5e-4
+    assert (run.train.ema.decay, run.train.ema.every) == (0.99, 25)
+    assert (run.objective.text_weight, run.bpe_dropout, run.caption_dropout) == (1 / 8, 0.1, 0.0)
+    assert run.text.vocab_size == 16384
+
+
+def test_the_papers_transformer_has_twelve_billion_parameters():
+    with torch.device("meta"):
+        model = build("transformer", read("transformer", "paper").model)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(12e9, rel=0.05)
+
+
+def test_the_papers_clip_is_vit_b_16():
+    """Radford et al., Tables 18 to 20; 86 million parameters of the picture's tower."""
+    run = read("clip", "paper")
+    with torch.device("meta"):
+        model = build("clip", run.model)
+    assert sum(p.numel() for p in model.net.visual.parameters()) == pytest.approx(86.2e6, rel=0.01)
+    assert (run.train.batch_size, run.train.optimizer.weight_decay, run.train.optimizer.warmup) == (32_768, 0.2, 2_000)
+
+
+def test_the_small_transformer_has_tens_of_millions_of_parameters():
+    with torch.device("meta"):
+        model = build("transformer", read("transformer", "small").model)
+    assert 30e6 < sum(p.numel() for p in model.parameters()) < 60e6
+
+
+# ---------------------------------------------------------------------------------------------
+# Two steps
+# ---------------------------------------------------------------------------------------------
+
+COMMON = {"steps": 2, "device": "cpu", "data": {"path": "shapes", "resolution": 16}, "eval_pictures": 4}
+RHYTHM = {"batch_size": 4, "precision": "fp32", "log_every": 1}
+
+
+def shrunk(family: str, size: str):
+    """The file's run with its own losses, optimizer and switches, at the width and resolution of a test."""
+    run = read(family, size)
+    if family == "dvae":
+        side = 4 * run.model.downsampling
+        model = {"widths": [4] * len(run.model.widths), "vocab_size": 16, "code_width": 8}
+        crop = None if run.crop is None else side // 2
+        changes = {"model": model, "encode": {"pictures": 24}, "data": {"resolution": side}, "crop": crop}
+    elif family == "transformer":
+        model = {"depth": 4, "heads": 2, "head_width": 8, "text_len": 20, "grid": [4, 4], "conv_kernel": 3}
+        changes = {"model": model | {"text_vocab": 400, "image_vocab": 16}, "text": {"vocab_size": 400}}
+    else:
+        widths = {"embed_width": 8, "vision_width": 16, "text_width": 16, "head_width": 8}
+        layers = {"vision_layers": 1, "text_layers": 1, "image_size": 16, "patch_size": 8}
+        changes = {"model": widths | layers | {"text_len": 20, "text_vocab": 400}}
+    data = merge(read_yaml(CONFIGS / family / f"{size}.yaml"), merge(COMMON, changes | {"train": RHYTHM}))
+    return from_dict(RUNS[family], data)
+
+
+def finite(run: Path) -> bool:
+    lines = read_log(run / "log.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    return all(torch.isfinite(torch.tensor(list(line.values()))).all() for line in lines)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_stages_run_in_order_and_join(tmp_path, size):
+    dvae, transformer, clip = (shrunk(family, size) for family in RUNS)
+    text = TokenizerRun(out=tmp_path / "text", data=transformer.data, text=transformer.text, captions=1000)
+    encode = EncodeRun(
+        out=tmp_path / "tokens", dvae=tmp_path / "dvae", data=dvae.data, encode=dvae.encode, device="cpu"
+    )
+    parts = {"tokenizer": tmp_path / "text"}
+    train_tokenizer(text)
+    train_dvae(dataclasses.replace(dvae, out=tmp_path / "dvae"))
+    cache: TokenCache = encode_images(encode)
+    train_transformer(
+        dataclasses.replace(transformer, out=tmp_path / "transformer", tokens=tmp_path / "tokens", **parts)
+    )
+    train_clip(dataclasses.replace(clip, out=tmp_path / "clip", **parts))
+    assert cache.tokens.shape == (24, 16)
+    assert all(finite(tmp_path / family) for family in RUNS)
+    model = DALLE.from_parts(*(load_part(tmp_path / family, family) for family in RUNS))
+    assert len(model.generate("a red cross above a blue circle on a white background", n=1, best_of=2).images) == 1
+
+
+def test_shrinking_keeps_the_files_own_settings():
+    """Or the two steps above would prove nothing about the file."""
+    for size in SIZES:
+        kept, whole = shrunk("dvae", size), read("dvae", size)
+        assert (kept.objective, kept.train.optimizer) == (whole.objective, whole.train.optimizer)
+        assert (kept.model.post_gain, kept.model.downsampling) == (whole.model.post_gain, whole.model.downsampling)

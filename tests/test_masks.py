@@ -1,0 +1,298 @@
+"""Who sees whom (section 2.2, Figure 11): dalle/masks.py, and a model that keeps to it."""
+
+import pytest
+import torch
+
+from dalle.layout import TokenLayout
+from dalle.masks import KINDS, dense_mask, layer_kinds, visible
+from dalle.transformer import Transformer, TransformerConfig
+
+TOY = TokenLayout(text_len=6, grid=4, text_vocab=10, image_vocab=10)  # Figure 11: 22 x 22
+PAPER = TokenLayout()
+
+
+def from_strings(text):
+    return torch.tensor([[character == "1" for character in line] for line in text.split()])
+
+
+# The image part of Figure 11, a line a query, a character a key; the grid is 4 x 4.
+
+FIGURE = {
+    "row": """
+        1000000000000000
+        1100000000000000
+        1110000000000000
+        1111000000000000
+        1111100000000000
+        0111110000000000
+        0011111000000000
+        0001111100000000
+        0000111110000000
+        0000011111000000
+        0000001111100000
+        0000000111110000
+        0000000011111000
+        0000000001111100
+        0000000000111110
+        0000000000011111
+    """,
+    "column": """
+        1000000000000000
+        0100000000000000
+        0010000000000000
+        0001000000000000
+        1000100000000000
+        0100010000000000
+        0010001000000000
+        0001000100000000
+        1000100010000000
+        0100010001000000
+        0010001000100000
+        0001000100010000
+        1000100010001000
+        0100010001000100
+        0010001000100010
+        0001000100010001
+    """,
+    "conv": """
+        1000000000000000
+        1100000000000000
+        0110000000000000
+        1011000000000000
+        1101100000000000
+        1110110000000000
+        0111011000000000
+        1011101100000000
+        0101110110000000
+        0010111011000000
+        0001011101100000
+        0000101110110000
+        0000010111011000
+        0000001011101100
+        0000000101110110
+        0000000010111011
+    """,
+    "causal": """
+        1000000000000000
+        1100000000000000
+        1110000000000000
+        1111000000000000
+        1111100000000000
+        1111110000000000
+        1111111000000000
+        1111111100000000
+        1111111110000000
+        1111111111000000
+        1111111111100000
+        1111111111110000
+        1111111111111000
+        1111111111111100
+        1111111111111110
+        1111111111111111
+    """,
+}
+
+TEXT = """
+    1000000000000000000000
+    1100000000000000000000
+    1110000000000000000000
+    1111000000000000000000
+    1111100000000000000000
+    1111110000000000000000
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_image_tokens_see_what_figure_11_draws(kind):
+    assert torch.equal(dense_mask(kind, TOY, kernel=3)[6:, 6:], from_strings(FIGURE[kind]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_is_causal_and_never_sees_the_image(kind):
+    assert torch.equal(dense_mask(kind, TOY, kernel=3)[:6], from_strings(TEXT))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_image_token_sees_all_text(kind):
+    assert dense_mask(kind, TOY, kernel=3)[6:, :6].all()
+
+
+def test_column_is_the_transpose_of_blocks():
+    """Figure 11c: with rows and columns of the image swapped, column attention is causal within blocks of 4."""
+    swapped = torch.arange(16).view(4, 4).T.flatten()
+    blocks = torch.block_diag(*[torch.ones(4, 4).tril()] * 4).bool()
+    assert torch.equal(dense_mask("column", TOY)[6:, 6:][swapped][:, swapped], blocks)
+
+
+# Paper size.
+
+
+@pytest.mark.parametrize(
+    ("kind", "pairs"), [("conv", 61_344), ("row", 33_264), ("column", 16_896), ("causal", 524_800)]
+)
+def test_visible_image_pairs_at_paper_size(kind, pairs):
+    """row: 1024 * 33 - (1 + ... + 32); column: 32 * (1 + ... + 32); causal: 1 + ... + 1024."""
+    assert int(dense_mask(kind, PAPER)[256:, 256:].sum()) == pairs
+
+
+def test_paper_size_convolution_has_66_keys_at_most():
+    assert int(dense_mask("conv", PAPER)[256:, 256:].sum(dim=1).max()) == 66
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_slot_sees_itself_and_nothing_later(kind):
+    mask = dense_mask(kind, PAPER)
+    assert mask.shape == (1280, 1280)
+    assert mask.diagonal().all()
+    assert not mask.triu(1).any()
+
+
+# Other grids.
+
+
+@pytest.mark.parametrize("grid", [(2, 5), (5, 3), (1, 4), (4, 1)])
+def test_oblong_grids_count_rows_by_their_columns(grid):
+    layout = TokenLayout(3, grid, 5, 5)
+    rows, columns = grid
+    row, column = (dense_mask(kind, layout)[3:, 3:] for kind in ("row", "column"))
+    for q in range(rows * columns):
+        for k in range(rows * columns):
+            assert row[q, k] == (0 <= q - k <= columns)
+            assert column[q, k] == (k <= q and q % columns == k % columns)
+
+
+def test_oblong_convolution():
+    """Two rows of 5 end at the query; a key is at most one column away, around the edge: d in {0, 1, 4, 5, 6, 9}."""
+    expected = """
+        1000000000
+        1100000000
+        0110000000
+        0011000000
+        1001100000
+        1100110000
+        1110011000
+        0111001100
+        0011100110
+        1001110011
+    """
+    assert torch.equal(dense_mask("conv", TokenLayout(2, (2, 5), 5, 5), kernel=3)[2:, 2:], from_strings(expected))
+
+
+def test_a_kernel_of_one_sees_the_token_itself():
+    assert torch.equal(dense_mask("conv", TOY, kernel=1)[6:, 6:], torch.eye(16, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_predicate_is_the_dense_mask_at_any_slots(kind):
+    q, k = torch.tensor([21, 8, 6, 3])[:, None], torch.tensor([0, 5, 6, 7, 20])
+    assert torch.equal(visible(kind, TOY, kernel=3)(q, k), dense_mask(kind, TOY, kernel=3)[q, k])
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernel", "message"),
+    [
+        ("diagonal", 3, "unknown attention kind 'diagonal'; expected one of row, column, conv, causal"),
+        ("conv", 2, "kernel must be odd and at most the 4 columns of the grid, got 2"),
+        ("conv", 5, "at most the 4 columns of the grid, got 5"),
+        ("conv", -1, "got -1"),
+    ],
+)
+def test_a_mask_that_cannot_be_is_refused(kind, kernel, message):
+    with pytest.raises(ValueError, match=message):
+        dense_mask(kind, TOY, kernel)
+
+
+# Which layer has which kind (2.2).
+
+
+def test_sixty_four_layers_are_47_row_16_column_and_1_conv():
+    kinds = layer_kinds(64)
+    assert [kinds.count(kind) for kind in ("row", "column", "conv")] == [47, 16, 1]
+    assert [i for i, kind in enumerate(kinds, start=1) if kind == "column"] == list(range(2, 63, 4))
+
+
+@pytest.mark.parametrize(
+    ("depth", "kinds"),
+    [
+        (1, "conv"),
+        (2, "row conv"),
+        (3, "row column conv"),
+        (8, "row column row row row column row conv"),
+        (11, "row column row row row column row row row column conv"),
+    ],
+)
+def test_kinds_of_shallow_models(depth, kinds):
+    assert layer_kinds(depth) == kinds.split()
+
+
+@pytest.mark.parametrize("depth", range(1, 65))
+def test_layer_i_is_column_if_i_minus_2_divides_by_4_and_the_last_is_conv(depth):
+    *before, last = layer_kinds(depth)
+    assert len(before) == depth - 1
+    assert last == "conv"
+    for i, kind in enumerate(before, start=1):
+        assert kind == ("column" if (i - 2) % 4 == 0 else "row")
+
+
+def test_depth_must_be_positive():
+    with pytest.raises(ValueError, match="depth must be positive, got 0"):
+        layer_kinds(0)
+
+
+# A model depends on what its masks show, and on nothing else.
+
+
+class OneKind(TransformerConfig):
+    """Every layer of the same kind."""
+
+    kind = "row"
+
+    @property
+    def kinds(self):
+        return [self.kind] * self.depth
+
+
+def reach(model, slots):
+    """bool (N, N): [q, k] says whether the logits of slot q have a gradient by what slot k reads."""
+    ids = torch.cat([torch.arange(6), 16 + torch.arange(slots - 6) % 10])[None]
+    inputs = model.layout.shift(ids)[:, :slots]
+    embedded = model.embed(inputs).detach().requires_grad_()
+    model.embed = lambda inputs, start: embedded
+    logits = model(ids)[0]
+    rows = [logits[q][torch.isfinite(logits[q])].square().sum() for q in range(slots)]
+    gradients = [torch.autograd.grad(row, embedded, retain_graph=True)[0] for row in rows]
+    return torch.stack([gradient[0] != 0 for gradient in gradients]).any(dim=-1)
+
+
+def lively(config):
+    torch.manual_seed(0)
+    model = Transformer(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+SMALL = {
+    "heads": 2,
+    "head_width": 4,
+    "text_len": 6,
+    "grid": (4, 4),
+    "text_vocab": 10,
+    "image_vocab": 10,
+    "conv_kernel": 3,
+}
+
+
+@pytest.mark.parametrize("backend", ["dense", "sdpa"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_layer_reaches_exactly_what_its_mask_shows(monkeypatch, kind, backend):
+    monkeypatch.setattr(OneKind, "kind", kind)
+    model = lively(OneKind(depth=1, backend=backend, **SMALL))
+    assert torch.equal(reach(model, TOY.length), dense_mask(kind, TOY, kernel=3))
+
+
+def test_layers_of_all_kinds_reach_nothing_later():
+    reached = reach(lively(TransformerConfig(depth=4, **SMALL)), TOY.length)
+    assert not reached.triu(1).any()
+    assert reached[6:, :6].all()
+    assert reached[-1].all()

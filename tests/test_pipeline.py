@@ -1,0 +1,416 @@
+"""DALLE: caption to ranked pictures, on a tiny model that took two steps (dalle/pipeline.py)."""
+
+import json
+import shutil
+from dataclasses import replace
+from io import BytesIO
+
+import pytest
+import torch
+from PIL import Image
+
+import dalle as package
+from dalle.clip import CLIPScorer, PretrainedScorer
+from dalle.images import to_pil, to_pixels
+from dalle.models import Part, load_part, save_weights, weights_hash
+from dalle.pipeline import DALLE, Generation
+from dalle.text import TextTokenizerConfig, train_text_tokenizer
+from dalle.types import ImageTokenizer, Scorer
+
+QUIET = {"progress": False}
+
+
+def pictures(images: list[Image.Image]) -> list[bytes]:
+    return [image.tobytes() for image in images]
+
+
+def tokens_of(generation: Generation) -> dict[int, list[int]]:
+    """Image tokens of each candidate."""
+    return dict(zip(generation.candidates, generation.image_tokens.tolist(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def model(chain) -> DALLE:
+    """Shared by the tests that only read it."""
+    return DALLE.from_pretrained(chain / "model")
+
+
+@pytest.fixture(scope="module")
+def parts(chain) -> dict[str, Part]:
+    return {kind: load_part(chain / kind, kind) for kind in ("dvae", "transformer", "clip")}
+
+
+class TestGenerate:
+    def test_it_gives_n_pictures_of_the_models_size(self, model, prompt):
+        generation = model.generate(prompt, n=3, best_of=5, **QUIET)
+        assert [image.size for image in generation.images] == [(32, 32)] * 3
+        assert generation.image_tokens.shape == (3, 16)
+        assert generation.image_tokens.dtype == torch.int64
+        assert (generation.prompt, generation.seed) == (prompt, 0)
+
+    def test_the_best_come_first_by_the_scorer(self, model, prompt):
+        generation = model.generate(prompt, n=6, best_of=6, **QUIET)
+        assert generation.scores == sorted(generation.scores, reverse=True)
+        assert sorted(generation.candidates) == list(range(6))
+        scores = model.scorer.score(model.decode(generation.image_tokens), prompt)
+        assert scores.tolist() == pytest.approx(generation.scores, abs=1e-5)
+
+    def test_n_of_best_of_are_the_first_of_all(self, model, prompt):
+        some, every = (model.generate(prompt, n=n, best_of=6, **QUIET) for n in (2, 6))
+        assert some.candidates == every.candidates[:2]
+        assert pictures(some.images) == pictures(every.images[:2])
+
+    def test_the_same_seed_gives_the_same_pictures(self, model, prompt):
+        one, other = (model.generate(prompt, n=2, best_of=2, seed=7, **QUIET) for _ in range(2))
+        assert pictures(one.images) == pictures(other.images)
+
+    def test_another_seed_or_caption_gives_others(self, model, prompt):
+        found = [
+            model.generate(text, n=1, best_of=1, seed=seed, **QUIET).image_tokens.tolist()
+            for text, seed in ((prompt, 0), (prompt, 1), ("a small red cross in the middle", 0))
+        ]
+        assert found[0] != found[1]
+        assert found[0] != found[2]
+
+    @pytest.mark.parametrize("settings", [{"best_of": 2}, {"chunk": 1}, {"chunk": 4}, {"best_of": 7, "chunk": 3}])
+    def test_a_candidate_depends_on_seed_caption_and_number_alone(self, model, prompt, settings):
+        count = settings.get("best_of", 6)
+        six = tokens_of(model.generate(prompt, n=6, best_of=6, **QUIET))
+        found = tokens_of(model.generate(prompt, n=count, **{"best_of": 6} | settings, **QUIET))
+        assert {i: found[i] for i in range(min(6, count))} == {i: six[i] for i in range(min(6, count))}
+
+    def test_global_random_numbers_neither_matter_nor_change(self, model, prompt):
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        one = model.generate(prompt, n=1, best_of=1, **QUIET)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(2)
+        assert torch.equal(model.generate(prompt, n=1, best_of=1, **QUIET).image_tokens, one.image_tokens)
+
+    def test_temperature_0_and_top_k_1_take_the_likeliest_tokens(self, model, prompt):
+        for settings in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}):
+            rows = model.generate(prompt, n=3, best_of=3, **settings, **QUIET).image_tokens
+            assert (rows == rows[0]).all()
+
+    def test_guidance_changes_what_is_drawn_and_1_is_the_plain_model(self, dalle, prompt):
+        with torch.no_grad():
+            dalle.transformer.to_logits.weight.normal_(generator=torch.Generator().manual_seed(0))
+        plain, one, guided = (
+            dalle.generate(prompt, n=1, best_of=1, guidance=g, **QUIET).image_tokens for g in (None, 1.0, 100.0)
+        )
+        assert torch.equal(plain, one)
+        assert not torch.equal(plain, guided)
+
+    def test_the_pictures_are_the_decoded_tokens(self, model, prompt):
+        generation = model.generate(prompt, n=2, best_of=2, **QUIET)
+        assert pictures(generation.images) == pictures(to_pil(model.decode(generation.image_tokens)))
+
+    def test_without_a_scorer_n_pictures_come_unranked_and_it_says_so(self, model, prompt):
+        plain = DALLE(model.dvae, model.transformer, model.text)
+        with pytest.warns(UserWarning, match="no scorer: drawing 2 pictures, unranked"):
+            generation = plain.generate(prompt, n=2, best_of=8, **QUIET)
+        assert (generation.scores, generation.candidates) == (None, [0, 1])
+
+    def test_any_scorer_ranks(self, model, prompt):
+        class Darkness:
+            def score(self, pixels, caption):
+                return -pixels.mean(dim=(1, 2, 3))
+
+        generation = DALLE(model.dvae, model.transformer, model.text, Darkness()).generate(
+            prompt, n=4, best_of=4, **QUIET
+        )
+        means = model.decode(generation.image_tokens).mean(dim=(1, 2, 3)).tolist()
+        assert means == sorted(means)
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            ({"n": 0}, "n must be at least 1, got 0"),
+            ({"n": -1}, "n must be at least 1, got -1"),
+            ({"n": 4, "best_of": 3}, "best_of must be at least n, got best_of=3, n=4"),
+            ({"temperature": -0.5}, "temperature must be 0 .* or positive, got -0.5"),
+            ({"temperature": float("nan")}, "temperature must be"),
+            ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+            ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+            ({"top_k": 0}, "top_k must be at least 1, got 0"),
+            ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ],
+    )
+    def test_settings_that_mean_nothing_are_refused_before_anything_is_drawn(
+        self, model, prompt, settings, said, monkeypatch
+    ):
+        monkeypatch.setattr(DALLE, "_draw", None)
+        with pytest.raises(ValueError, match=said):
+            model.generate(prompt, **settings)
+
+    @pytest.mark.parametrize("text", ["", "   ", "\n"])
+    def test_an_empty_prompt_is_refused(self, model, text):
+        for call in (model.generate, lambda prompt: next(model.stream(prompt))):
+            with pytest.raises(ValueError, match="the prompt is empty"):
+                call(text)
+
+    def test_a_prompt_too_long_is_refused_unless_it_may_be_cut(self, model, prompt):
+        long = " and ".join([prompt] * 4)
+        with pytest.raises(ValueError, match=r"has \d+ tokens, the layout has room for 19"):
+            model.generate(long, n=1, best_of=1, **QUIET)
+        assert len(model.generate(long, n=1, best_of=1, truncate=True, **QUIET).images) == 1
+
+    def test_a_caption_in_any_script_is_read(self, model):
+        assert len(model.generate("ein Kreis, 円", n=1, best_of=1, truncate=True, **QUIET).images) == 1
+
+
+class TestComplete:
+    @pytest.fixture
+    def picture(self) -> Image.Image:
+        noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+        return to_pil(noise)[0]
+
+    @pytest.mark.parametrize("rows", [1, 2, 3])
+    def test_the_top_rows_keep_the_pictures_tokens(self, model, prompt, picture, rows):
+        generation = model.complete(prompt, picture, rows=rows, n=3, best_of=3, **QUIET)
+        kept = model.dvae.encode(to_pixels([picture]))[0, : rows * 4]
+        assert (generation.image_tokens[:, : rows * 4] == kept).all()
+        assert not (generation.image_tokens[0] == generation.image_tokens[1]).all()
+
+    def test_a_file_of_any_size_will_do(self, model, prompt, picture, tmp_path):
+        picture.resize((50, 37)).save(tmp_path / "a.png")
+        generation = model.complete(prompt, tmp_path / "a.png", rows=2, n=1, best_of=1, **QUIET)
+        assert generation.images[0].size == (32, 32)
+
+    @pytest.mark.parametrize("rows", [0, 4, -1, 100])
+    def test_rows_out_of_range_are_refused(self, model, prompt, picture, rows):
+        with pytest.raises(ValueError, match=f"rows must be 1 to 3, got {rows}"):
+            model.complete(prompt, picture, rows=rows)
+
+    def test_a_missing_picture_is_named(self, model, prompt, tmp_path):
+        with pytest.raises(ValueError, match=r"no picture at .*none\.png"):
+            model.complete(prompt, tmp_path / "none.png", rows=1)
+
+    def test_the_rest_is_what_the_model_draws_there(self, model, prompt, picture):
+        """The random numbers of the rows below are those of `generate`, so a candidate's own rows give it back."""
+        own = model.generate(prompt, n=1, best_of=1, **QUIET)
+        again = model._ranked(
+            prompt, model.text_tokens([prompt]), own.image_tokens[:, :8], 1, 1, 0, 64, False,
+            {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": None},
+        )  # fmt: skip
+        assert torch.equal(again.image_tokens, own.image_tokens)
+
+
+class TestStream:
+    def test_it_yields_after_each_row_and_ends_with_the_candidates(self, model, prompt):
+        steps = list(model.stream(prompt, n=2, seed=5))
+        assert [len(step) for step in steps] == [2] * 4
+        plain = DALLE(model.dvae, model.transformer, model.text)
+        assert pictures(steps[-1]) == pictures(plain.generate(prompt, n=2, best_of=2, seed=5, **QUIET).images)
+
+    def test_what_is_not_drawn_yet_is_grey(self, model, prompt):
+        for row, (picture,) in enumerate(model.stream(prompt), start=1):
+            assert picture.size == (32, 32)
+            if row < 4:
+                below = picture.crop((0, 8 * row, 32, 32))
+                assert below.getcolors() == [(below.width * below.height, (128, 128, 128))]
+
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [({"n": 0}, "n must be at least 1"), ({"temperature": -1}, "temperature"), ({"top_p": 2}, "top_p")],
+    )
+    def test_settings_that_mean_nothing_are_refused(self, model, prompt, settings, said):
+        with pytest.raises(ValueError, match=said):
+            next(model.stream(prompt, **settings))
+
+
+class TestGeneration:
+    def test_a_notebook_shows_a_png(self, model, prompt):
+        generation = model.generate(prompt, n=5, best_of=5, **QUIET)
+        png = generation._repr_png_()
+        assert png.startswith(b"\x89PNG\r\n\x1a\n")
+        assert Image.open(BytesIO(png)).size == generation.grid().size
+
+    def test_the_sheet_has_rows_of_at_most_four(self, model, prompt):
+        five = model.generate(prompt, n=5, best_of=5, **QUIET)
+        wide, tall = five.grid(columns=5).size, five.grid(columns=1).size
+        assert wide == tall[::-1]
+        assert wide[0] > five.grid().size[0] > tall[0]
+
+
+class TestSaving:
+    def test_a_model_opened_again_draws_the_same(self, dalle, prompt, tmp_path):
+        dalle.save_pretrained(tmp_path / "model")
+        again = DALLE.from_pretrained(tmp_path / "model")
+        assert again.hash == dalle.hash
+        one, other = (m.generate(prompt, n=2, best_of=4, **QUIET) for m in (dalle, again))
+        assert pictures(one.images) == pictures(other.images)
+        assert one.scores == other.scores
+
+    def test_the_hash_names_the_weights(self, dalle):
+        before = dalle.hash
+        with torch.no_grad():
+            dalle.dvae.decoder.blocks.input.b[0] += 1
+        assert dalle.hash.split("-")[0] != before.split("-")[0]
+        assert dalle.hash.split("-")[1] == before.split("-")[1]
+
+    def test_joined_from_runs_it_is_the_same_model(self, parts, model):
+        assert DALLE.from_parts(**parts).hash == model.hash
+
+    def test_without_a_scorer_there_is_no_clip_in_the_directory(self, dalle, tmp_path):
+        dalle.scorer = None
+        dalle.save_pretrained(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "config.json", "dvae.safetensors", "text.json", "transformer.safetensors",
+        ]  # fmt: skip
+        assert DALLE.from_pretrained(tmp_path).scorer is None
+
+    def test_a_scorer_of_elsewhere_is_not_saved_and_nothing_is_written(self, dalle, tmp_path):
+        dalle.scorer = PretrainedScorer.__new__(PretrainedScorer)
+        dalle.scorer.model = torch.nn.Linear(1, 1)
+        with pytest.raises(ValueError, match="only a CLIP of this library can be saved"):
+            dalle.save_pretrained(tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+
+    def test_a_place_that_cannot_be_written_is_named(self, dalle, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        with pytest.raises(ValueError, match=r"cannot write to .*file"):
+            dalle.save_pretrained(tmp_path / "file" / "model")
+
+    @pytest.mark.parametrize("kind", ["dvae", "transformer", "clip"])
+    def test_a_part_can_be_read_from_a_model_directory(self, chain, parts, kind):
+        found = load_part(chain / "model", kind)
+        assert found.hash == parts[kind].hash == weights_hash(found.model)
+        assert found.links["text_hash"] == parts["transformer"].links["text_hash"]
+
+
+class TestOpening:
+    @pytest.fixture
+    def folder(self, chain, tmp_path):
+        shutil.copytree(chain / "model", tmp_path / "model")
+        return tmp_path / "model"
+
+    def test_a_directory_of_something_else_is_refused(self, chain, tmp_path):
+        for path in (chain / "dvae", tmp_path / "none"):
+            with pytest.raises(ValueError, match="is no model directory"):
+                DALLE.from_pretrained(path)
+
+    @pytest.mark.parametrize("file", ["dvae.safetensors", "transformer.safetensors", "clip.safetensors", "text.json"])
+    def test_a_missing_file_is_named(self, folder, file):
+        (folder / file).unlink()
+        with pytest.raises(ValueError, match=file):
+            DALLE.from_pretrained(folder)
+
+    @pytest.mark.parametrize("file", ["dvae.safetensors", "transformer.safetensors", "config.json", "text.json"])
+    def test_a_truncated_file_is_named(self, folder, file):
+        (folder / file).write_bytes((folder / file).read_bytes()[:50])
+        with pytest.raises(ValueError, match=file):
+            DALLE.from_pretrained(folder)
+
+    def test_a_newer_format_is_named(self, folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"format": 99}))
+        with pytest.raises(ValueError, match="has format 99, this version reads 1"):
+            DALLE.from_pretrained(folder)
+
+    def test_another_dvae_in_the_directory_is_refused(self, folder, parts):
+        other = load_part(folder, "dvae").model
+        with torch.no_grad():
+            other.encoder.blocks.input.b += 1
+        save_weights(other, folder / "dvae.safetensors")
+        with pytest.raises(ValueError, match="do not belong together"):
+            DALLE.from_pretrained(folder)
+
+    def test_another_text_tokenizer_in_the_directory_is_refused(self, folder):
+        train_text_tokenizer(["other words"], TextTokenizerConfig(vocab_size=300)).save(folder / "text.json")
+        with pytest.raises(ValueError, match="do not belong together"):
+            DALLE.from_pretrained(folder)
+
+
+class TestJoining:
+    def test_another_dvae_is_refused(self, parts):
+        changed = replace(parts["dvae"], model=load_part(parts["dvae"].source, "dvae").model)
+        with torch.no_grad():
+            changed.model.encoder.blocks.input.b += 1
+        with pytest.raises(ValueError, match=r"was trained on tokens of dVAE .*: they do not belong together"):
+            DALLE.from_parts(changed, parts["transformer"], None)
+
+    def test_another_text_tokenizer_is_refused(self, parts):
+        other = train_text_tokenizer(["other words"], TextTokenizerConfig(vocab_size=300))
+        with pytest.raises(ValueError, match="was trained with another text tokenizer than the one given"):
+            DALLE.from_parts(parts["dvae"], parts["transformer"], None, other)
+
+    def test_the_same_text_tokenizer_is_taken(self, parts, model):
+        assert DALLE.from_parts(parts["dvae"], parts["transformer"], None, model.text).scorer is None
+
+    def test_a_clip_of_another_text_tokenizer_is_refused(self, parts):
+        clip = replace(parts["clip"], meta=parts["clip"].meta | {"links": {"text_hash": "other"}})
+        with pytest.raises(ValueError, match="was trained with another text tokenizer than"):
+            DALLE.from_parts(parts["dvae"], parts["transformer"], clip)
+
+    @pytest.mark.parametrize("kind", ["dvae", "transformer"])
+    def test_a_part_from_a_model_directory_joins_too(self, chain, parts, kind, model):
+        """`save_pretrained` keeps what the parts were trained with."""
+        found = parts | {kind: load_part(chain / "model", kind)}
+        assert DALLE.from_parts(found["dvae"], found["transformer"], None).hash == model.hash
+
+    def test_codes_that_do_not_fit_are_refused(self, model):
+        class Other:
+            downsampling, vocab_size = 4, 17
+            encode = decode = None
+
+        with pytest.raises(ValueError, match="has 17 codes, the transformer draws 16"):
+            DALLE(Other(), model.transformer, model.text)
+
+    def test_more_text_ids_than_the_transformer_reads_are_refused(self, model):
+        words = [f"{a}{b}" for a in "abcdefghijklmnopqrst" for b in "uvwxyzabcdefghij"]
+        text = train_text_tokenizer([" ".join(words)] * 3, TextTokenizerConfig(vocab_size=1000))
+        assert text.vocab_size > 400
+        with pytest.raises(ValueError, match="the transformer reads 400: they do not belong together"):
+            DALLE(model.dvae, model.transformer, text)
+
+    def test_the_parts_keep_their_protocols(self, model):
+        assert isinstance(model.dvae, ImageTokenizer)
+        assert isinstance(model.scorer, Scorer)
+        assert isinstance(model.scorer, CLIPScorer)
+
+
+# ---------------------------------------------------------------------------------------------
+# What importing and sampling need
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_public_names_are_there():
+    for name in package.__all__:
+        assert getattr(package, name).__name__ == name
+    assert set(package.__all__) <= set(dir(package))
+
+
+def test_a_wrong_public_name_lists_the_right_ones():
+    with pytest.raises(AttributeError, match=r"no attribute 'DALE'; public names: .*DALLE"):
+        package.DALE  # noqa: B018
+
+
+def test_importing_the_package_does_no_work(python, tmp_path):
+    code = (
+        "import sys, dalle; print([m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy') or 'dalle.' in m])"
+    )
+    assert python(["-c", code], cwd=tmp_path).stdout.strip() == "[]"
+
+
+SAMPLING = """
+import sys, warnings
+sys.modules["youtokentome"] = None  # importing it raises
+from dalle import DALLE
+model = DALLE.from_pretrained(sys.argv[1])
+generation = model.generate(sys.argv[2], n=1, best_of=1, progress=False)
+print(generation.image_tokens.tolist()[0])
+print("open_clip" in sys.modules, "matplotlib" in sys.modules)
+"""
+
+
+def test_sampling_needs_neither_youtokentome_nor_without_a_scorer_open_clip(dalle, prompt, python, tmp_path):
+    dalle.scorer = None
+    dalle.save_pretrained(tmp_path / "model")
+    done = python(["-c", SAMPLING, tmp_path / "model", prompt], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    tokens, imported = done.stdout.splitlines()
+    assert imported == "False False"
+    assert json.loads(tokens) == dalle.generate(prompt, n=1, best_of=1, **QUIET).image_tokens.tolist()[0]

@@ -1,0 +1,179 @@
+"""Logits -> ids (section 3): dalle/sampling.py."""
+
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from dalle.sampling import check_sampling, draw, uniforms
+
+
+def numbers(n, seed=0):
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def draw_many(logits, n=20_000, **options):
+    """Counts of n draws from one row of logits."""
+    return torch.bincount(draw(logits.expand(n, -1), numbers(n), **options), minlength=len(logits))
+
+
+# The random numbers.
+
+
+def test_a_candidate_has_its_numbers_whatever_the_others():
+    three = uniforms(0, "a red square", range(3), 10)
+    assert torch.equal(three[1:], uniforms(0, "a red square", range(1, 3), 10))
+    assert torch.equal(three[[2]], uniforms(0, "a red square", range(2, 3), 10))
+
+
+def test_a_position_has_its_number_however_many_follow():
+    assert torch.equal(uniforms(3, "dog", range(2), 30)[:, :10], uniforms(3, "dog", range(2), 10))
+
+
+def test_numbers_differ_by_seed_caption_candidate_and_position():
+    settings = itertools.product([0, 1, 2**40], ["", "a", "b", "a b", "ä"], [range(2), range(1000, 1001)])
+    everything = torch.cat([uniforms(*setting, 8).flatten() for setting in settings])
+    assert len(everything.unique()) == len(everything) == 3 * 5 * 3 * 8
+
+
+def test_seed_and_caption_do_not_run_together():
+    assert not torch.equal(uniforms(1, "2", range(1), 4), uniforms(12, "", range(1), 4))
+
+
+@pytest.mark.parametrize("caption", ["a", "b", "c", "d"])
+def test_the_key_holds_all_64_bits_of_the_hash(caption):
+    """Philox with a 128-bit key: the hash of seed and caption below, the candidate above."""
+    key = int.from_bytes(hashlib.blake2b(f"5\n{caption}".encode(), digest_size=8).digest())
+    expected = np.random.Generator(np.random.Philox(key=key + (7 << 64))).random(6)
+    assert uniforms(5, caption, range(7, 8), 6)[0].tolist() == expected.tolist()
+
+
+def test_numbers_are_uniform_and_do_not_touch_global_state():
+    before = np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    many = uniforms(0, "dog", range(100), 100)
+    after = np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    assert before[0] == after[0]
+    assert torch.equal(before[1], after[1])
+    assert (many.shape, many.dtype) == ((100, 100), torch.float64)
+    assert many.min() >= 0
+    assert many.max() < 1
+    counts = torch.histc(many, bins=10, min=0, max=1)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 33.7  # chi-square, 9 degrees: once in 10,000
+
+
+# Drawing.
+
+
+def test_draws_are_distributed_as_softmax():
+    logits = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0])
+    expected = 20_000 * torch.softmax(logits, dim=0)
+    assert ((draw_many(logits) - expected) ** 2 / expected).sum() < 23.5  # 4 degrees: once in 10,000
+
+
+def test_temperature_divides_the_logits():
+    logits = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0])
+    assert torch.equal(draw_many(logits, temperature=0.5), draw_many(2 * logits))
+
+
+def test_a_draw_inverts_the_cumulative_distribution():
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(6, 4)
+    uniform = torch.tensor([0.0, 0.09, 0.11, 0.31, 0.59, 0.61])
+    assert draw(logits, uniform).tolist() == [0, 0, 1, 2, 2, 3]
+
+
+def test_rows_are_drawn_apart():
+    logits = torch.tensor([[0.0, -torch.inf, -torch.inf], [-torch.inf, -torch.inf, 0.0], [-torch.inf, 0.0, -torch.inf]])
+    assert draw(logits, numbers(3)).tolist() == [0, 2, 1]
+
+
+def test_temperature_zero_takes_the_most_likely():
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(draw(logits, numbers(50), temperature=0), logits.argmax(dim=1))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30])
+def test_a_low_temperature_approaches_the_most_likely(temperature):
+    logits = 10 * torch.randn(50, 9, generator=torch.Generator().manual_seed(0)) + 100
+    assert torch.equal(draw(logits, numbers(50), temperature=temperature), logits.argmax(dim=1))
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.9}, {"temperature": 3.0}, {"temperature": 0.0}])
+def test_minus_infinity_is_never_drawn(uniform, options):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, 30, generator=generator)
+    logits[torch.rand(200, 30, generator=generator) < 0.7] = -torch.inf
+    logits[:, 7] = 0.0
+    drawn = draw(logits, torch.full((200,), uniform, dtype=torch.float64), **options)
+    assert torch.isfinite(logits.gather(1, drawn[:, None])).all()
+
+
+def test_16_bit_logits_are_drawn_in_full_precision():
+    """In bf16 the cumulative distribution would stop growing long before 8192 equal shares are summed."""
+    drawn = draw(torch.zeros(1, 8192, dtype=torch.bfloat16).expand(9, -1), torch.arange(9) / 9)
+    assert drawn.tolist() == [8192 * i // 9 for i in range(9)]
+
+
+# Truncation, against a written-out reference.
+
+
+def kept_ids(logits, top_k=None, top_p=None):
+    """Ids that may be drawn, and their probabilities: first the k most likely, then the fewest that reach p."""
+    ids = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k]
+    shares = np.exp([logits[i] for i in ids])
+    shares /= shares.sum()
+    if top_p is not None:
+        count = next(n for n in range(1, len(ids) + 1) if shares[:n].sum() >= top_p)
+        ids, shares = ids[:count], shares[:count] / shares[:count].sum()
+    return dict(zip(ids, shares, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_k": 3}, {"top_p": 0.7}, {"top_k": 4, "top_p": 0.8}, {"top_k": 1}, {"top_p": 0.01}]
+)
+def test_truncated_draws_follow_the_reference(options):
+    logits = torch.tensor([0.3, 2.1, -0.4, 1.2, 0.9, -2.0, 1.8])
+    counts = draw_many(logits, **options)
+    kept = kept_ids(logits.tolist(), **options)
+    assert set(counts.nonzero().flatten().tolist()) == set(kept)
+    for i, share in kept.items():
+        assert counts[i] / 20_000 == pytest.approx(share, abs=0.015)  # 4 standard deviations at most
+
+
+def test_truncation_is_each_rows_own():
+    logits = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]])
+    for u in (0.0, 0.5, 0.99):
+        assert draw(logits, torch.full((2,), u), top_k=1).tolist() == [2, 0]
+        assert draw(logits, torch.full((2,), u), top_p=0.3).tolist() == [2, 0]
+
+
+def test_top_k_keeps_k_even_where_logits_are_equal():
+    assert (draw_many(torch.zeros(10), top_k=3) > 0).sum() == 3
+
+
+@pytest.mark.parametrize("options", [{"top_k": 8192}, {"top_k": 9000}, {"top_p": 1.0}, {"top_k": None, "top_p": None}])
+def test_truncation_that_keeps_everything_changes_nothing(options):
+    logits = torch.randn(64, 8192, generator=torch.Generator().manual_seed(0))
+    uniform = torch.cat([numbers(32), 1 - numbers(32, seed=1) * 1e-7])
+    assert torch.equal(draw(logits, uniform, **options), draw(logits, uniform))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "message"),
+    [
+        (-0.1, None, None, r"temperature must be 0 \(most likely token\) or positive, got -0.1"),
+        (float("nan"), None, None, "got nan"),
+        (float("inf"), None, None, "got inf"),
+        (1.0, 0, None, "top_k must be at least 1, got 0"),
+        (1.0, None, 0.0, r"top_p must be in \(0, 1\], got 0.0"),
+        (1.0, None, 1.1, "got 1.1"),
+        (1.0, None, float("nan"), "got nan"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(temperature, top_k, top_p, message):
+    with pytest.raises(ValueError, match=message):
+        check_sampling(temperature, top_k, top_p)
+    with pytest.raises(ValueError, match=message):
+        draw(torch.zeros(1, 4), torch.zeros(1), temperature, top_k, top_p)

@@ -1,0 +1,77 @@
+"""Values that change with the step (appendices A.2, B.2): at the start, on the way, at the end, beyond."""
+
+import math
+
+import pytest
+
+from dalle.objectives import DVAEObjective
+from dalle.stages.dvae import PAPER_TRAINING
+from dalle.train import Schedule, TrainConfig
+from dalle.train.optim import OptimizerConfig
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear"])
+@pytest.mark.parametrize(("step", "value"), [(0, 2.0), (50, 5.0), (100, 8.0), (101, 8.0), (10**9, 8.0), (-1, 2.0)])
+def test_both_shapes_meet_at_the_start_half_way_and_from_the_end_on(shape, step, value):
+    assert Schedule(2.0, 8.0, 100, shape)(step) == pytest.approx(value)
+
+
+def test_a_quarter_of_the_way_a_line_has_a_quarter_and_a_cosine_less():
+    assert Schedule(0.0, 1.0, 100, "linear")(25) == pytest.approx(0.25)
+    assert Schedule(0.0, 1.0, 100, "cosine")(25) == pytest.approx((1 - math.sqrt(0.5)) / 2)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear"])
+def test_a_schedule_never_turns_back(shape):
+    values = [Schedule(1e-4, 1.25e-6, 997, shape)(step) for step in range(1000)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_the_end_is_met_exactly():
+    assert Schedule(1.0, 1 / 16, 150_000)(150_000) == 1 / 16
+
+
+def test_a_schedule_over_no_steps_is_refused():
+    with pytest.raises(ValueError, match="at least 1 step, got 0"):
+        Schedule(0.0, 1.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "tau", "beta", "lr"),
+    [
+        (0, 1.0, 0.0, 1e-4),
+        (2_500, 1.0, 3.3, 1e-4),
+        (5_000, 1.0, 6.6, 1e-4),
+        (75_000, (1 + 1 / 16) / 2, 6.6, 9.9e-5),
+        (150_000, 1 / 16, 6.6, 9.6e-5),
+        (600_000, 1 / 16, 6.6, (1e-4 + 1.25e-6) / 2),
+        (1_200_000, 1 / 16, 6.6, 1.25e-6),
+        (3_000_000, 1 / 16, 6.6, 1.25e-6),
+    ],
+)
+def test_the_dvae_follows_the_papers_schedules(step, tau, beta, lr):
+    """A.2, at named updates."""
+    objective = DVAEObjective()
+    assert objective.tau(step) == pytest.approx(tau, rel=0.01)
+    assert objective.beta(step) == pytest.approx(beta, rel=0.01)
+    assert PAPER_TRAINING.optimizer.rate(step) == pytest.approx(lr, rel=0.01)
+
+
+class TestWarmup:
+    def test_the_first_update_has_one_share_and_the_last_of_the_warm_up_the_whole(self):
+        config = OptimizerConfig(lr=Schedule(1.0, 1.0), warmup=10)
+        assert [config.rate(step) for step in (0, 4, 9, 10, 1000)] == pytest.approx([0.1, 0.5, 1.0, 1.0, 1.0])
+
+    def test_no_warm_up_starts_whole(self):
+        assert OptimizerConfig(lr=Schedule(1.0, 1.0), warmup=0).rate(0) == 1.0
+
+    def test_it_multiplies_the_schedule_which_runs_from_the_first_update(self):
+        config = OptimizerConfig(lr=Schedule(1.0, 0.0, 100, "linear"), warmup=10)
+        assert config.rate(4) == pytest.approx(0.5 * 0.96)
+
+    def test_the_transformers_is_the_papers(self):
+        """B.2: 5,000 updates up to 4.5e-4."""
+        config = TrainConfig().optimizer
+        assert config.rate(0) == pytest.approx(4.5e-4 / 5000)
+        assert config.rate(2499) == pytest.approx(4.5e-4 / 2)
+        assert config.rate(4999) == config.rate(429_999) == pytest.approx(4.5e-4)
