@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalle.rng import generator
+
 
 def uniforms(seed: int, caption: str, candidates: range, positions: int) -> Tensor:
     """The random numbers of some candidates: float64 (n, positions) in [0, 1).
 
-    Philox is counter-based: the key is (hash of seed and caption, candidate), the counter the position.
+    The stream is a hash of seed and caption, the index the candidate.
     """
     digest = hashlib.blake2b(f"{seed}\n{caption}".encode(), digest_size=8).digest()
     key = int.from_bytes(digest)
-    keys = [np.array([key, i], dtype=np.uint64) for i in candidates]  # a plain list would pass through float64
-    rows = [np.random.Generator(np.random.Philox(key=pair)).random(positions) for pair in keys]
+    rows = [generator(key, i).random(positions) for i in candidates]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -64,8 +65,9 @@ def draw(
         logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
     if top_p is not None and top_p < 1:
         logits = _nucleus(logits, top_p)
-    cumulative = torch.softmax(logits, dim=-1).double().cumsum(dim=-1)
-    target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
+    precise = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
+    cumulative = torch.softmax(logits, dim=-1).to(precise).cumsum(dim=-1)
+    target = uniform.to(precise).to(logits.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 

@@ -517,6 +517,13 @@ def test_evaluation_sees_the_averaged_weights_in_eval_mode_and_training_goes_on_
     assert seen[2][2] == pytest.approx((weights[2] * 4 + weights[1] * 2 + weights[0]) / 7)
 
 
+def test_evaluation_draws_the_same_random_numbers_each_time_and_leaves_trainings_alone():
+    found, before = fresh_state(), torch.get_rng_state()
+    scores = [loop._evaluate(lambda model, step: {"drawn": torch.rand(())}, found, seed=3) for _ in range(2)]
+    assert scores[0] == scores[1]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # ---------------------------------------------------------------------------------------------
 # The log
 # ---------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from dalle.rng import generator
+
 
 def samples_of_step(step: int, batch_size: int, size: int | None, seed: int) -> Iterator[tuple[int, int]]:
     """(epoch, index) of each sample of a step.
@@ -22,4 +24,4 @@ def samples_of_step(step: int, batch_size: int, size: int | None, seed: int) -> 
 
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(size)
+    return generator(seed, epoch).permutation(size)

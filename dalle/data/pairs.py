@@ -15,6 +15,7 @@ from torch import Tensor
 from dalle.data.shapes import ShapesPairs
 from dalle.data.transforms import transform
 from dalle.images import load_image
+from dalle.rng import epoch_stream, generator
 from dalle.types import Pairs
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -58,7 +59,7 @@ def pixels_of_samples(pairs: Pairs, samples: Sequence[tuple[int, int]], augment:
     """Pixels (B, 3, R, R) of (epoch, index) samples; a crop depends on (seed, epoch, index) alone."""
     if pairs.size is None:
         return torch.from_numpy(pairs.pixels([index for _, index in samples]))
-    parts = [pairs.pixels([index], augment, seed + (epoch << 32)) for epoch, index in samples]
+    parts = [pairs.pixels([index], augment, epoch_stream(seed, epoch)) for epoch, index in samples]
     return torch.from_numpy(np.concatenate(parts))
 
 
@@ -94,7 +95,7 @@ class FolderPairs:
         return np.stack(pictures).transpose(0, 3, 1, 2).astype(np.float32) / 255
 
     def _picture(self, index: int, augment: str, seed: int) -> np.ndarray:
-        rng = np.random.Generator(np.random.Philox(key=[seed, index]))
+        rng = generator(seed, index)
         try:
             return np.asarray(transform(load_image(self.paths[index]), self.resolution, augment, rng))
         except ValueError as error:

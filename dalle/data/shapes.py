@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dalle.rng import generator
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 39, 40),
     "green": (44, 150, 60),
@@ -275,7 +277,7 @@ class ShapesPairs:
 
     def _generator(self, index: int) -> np.random.Generator:
         stream = SPLITS.index(self.split) << 32 | self.seed
-        return np.random.Generator(np.random.Philox(key=[stream, index]))
+        return generator(stream, index)
 
     def scene(self, index: int) -> Scene:
         """The scene of picture `index`."""

@@ -38,8 +38,6 @@ class DVAEConfig:
     """K, the number of codes (2.1)."""
     code_width: int = 128
     """Width of a code vector: output of the decoder's first 1x1 convolution (release)."""
-    channels: int = 3
-    """Colour channels; the decoder puts out twice as many: mu and ln b (A.3)."""
     post_gain: float | None = None
     """Factor on each residual path; None is 1 / (number of resblocks)^2 (A.1, release)."""
     logit_gain: float = 1.0
@@ -57,7 +55,7 @@ class DVAEConfig:
             )
         if bad := [w for w in self.widths if w < 4 or w % 4]:
             raise ValueError(f"widths must be positive multiples of 4 (bottleneck = width / 4), got {bad[0]}")
-        for name in ("blocks_per_group", "vocab_size", "code_width", "channels"):
+        for name in ("blocks_per_group", "vocab_size", "code_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
@@ -135,7 +133,7 @@ class Encoder(nn.Module):
     def __init__(self, config: DVAEConfig):
         super().__init__()
         last = config.widths[0]
-        layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(config.channels, last, 7))
+        layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(3, last, 7))
         for i, width in enumerate(config.widths):
             pool = ("pool", nn.MaxPool2d(2)) if i < config.poolings else None
             sizes = [last] + [width] * config.blocks_per_group
@@ -165,13 +163,22 @@ class Decoder(nn.Module):
             sizes = [last] + [width] * config.blocks_per_group
             layers[f"group_{i + 1}"] = _group(DecoderBlock, sizes, config.residual_gain, up)
             last = width
-        output = Conv2d(last, 2 * config.channels, 1)
+        output = Conv2d(last, 6, 1)  # mu and ln b of each colour (A.3)
         layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=output))
         self.blocks = nn.Sequential(layers)
         self.min_log_scale = config.min_log_scale
 
     def forward(self, codes: Tensor) -> Tensor:
-        out = self.blocks(codes)
+        return self._after_codebook(self.blocks.input(codes))
+
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """The same for tokens int64 (B, h, w), without making them one-hot."""
+        codebook = self.blocks.input
+        vectors = F.embedding(tokens, codebook.w[:, :, 0, 0].T) + codebook.b  # (B, h, w, D)
+        return self._after_codebook(vectors.movedim(-1, 1))
+
+    def _after_codebook(self, x: Tensor) -> Tensor:
+        out = self.blocks[1:](x)
         if self.min_log_scale is None:
             return out
         mu, log_b = out.chunk(2, dim=1)
@@ -238,8 +245,7 @@ class DVAE(nn.Module):
         h, w = grid or (side, side)
         if h * w != tokens.shape[1]:
             raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {h} x {w}; give grid=(rows, columns)")
-        codes = F.one_hot(tokens.view(-1, h, w), self.vocab_size).permute(0, 3, 1, 2)
-        mu, _ = self.reconstruct(codes.to(self.decoder.blocks.input.w.dtype))
+        mu, _ = self.decoder.look_up(tokens.view(-1, h, w)).float().chunk(2, dim=1)
         return self.to_pixels(mu)
 
     @staticmethod

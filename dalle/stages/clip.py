@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from dalle.data import PairsConfig, open_pairs, pixels_of_samples
 from dalle.data.order import samples_of_step
 from dalle.models import build, describe
 from dalle.objectives import CLIPObjective
+from dalle.rng import epoch_stream, generator
 from dalle.stages.runs import TrainingRun, take_text
 from dalle.text import TextTokenizer
 from dalle.train import Schedule, TrainConfig, fit
@@ -92,6 +92,6 @@ def pairs_batch(
     pixels = pixels_of_samples(pairs, samples, "transformer", seed)  # no flips: captions speak of left and right
     chosen = []
     for (epoch, index), captions in zip(samples, pairs.captions(indices), strict=True):
-        rng = np.random.Generator(np.random.Philox(key=[seed << 32 | epoch, index]))
+        rng = generator(epoch_stream(seed, epoch), index)
         chosen.append(text.encode(captions[rng.integers(len(captions))]))
     return pixels, model.pack_text(chosen)

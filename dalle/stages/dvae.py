@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -14,6 +13,7 @@ from dalle.dvae import DVAE, DVAEConfig
 from dalle.images import sheet, to_pil
 from dalle.models import build, describe
 from dalle.objectives import DVAEObjective, collapse_warning, dvae_scores
+from dalle.rng import generator
 from dalle.stages.runs import TrainingRun
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
@@ -94,7 +94,7 @@ def random_squares(pixels: Tensor, side: int, seed: int) -> Tensor:
     """A square of each picture, anywhere: (B, 3, H, W) -> (B, 3, side, side)."""
     if side > min(pixels.shape[2:]):
         raise ValueError(f"crop {side} is larger than the pictures, {tuple(pixels.shape[2:])}; lower it")
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     rows = rng.integers(pixels.shape[2] - side + 1, size=len(pixels))
     columns = rng.integers(pixels.shape[3] - side + 1, size=len(pixels))
     squares = zip(pixels, rows, columns, strict=True)

@@ -62,7 +62,7 @@ def quickstart(run: QuickstartRun) -> dict[str, Any]:
 
     with _stage("tokenizer", seconds):
         if not (out / "text" / "text.json").exists():  # trained again it may differ (dalle/text/train.py)
-            train_tokenizer(replace(text_run, out=out / "text"))
+            train_tokenizer(replace(text_run, out=out / "text", captions=4000))
     with _stage("dvae", seconds):
         train_dvae(replace(dvae_run, out=out / "dvae", **common))
     with _stage("encode", seconds):

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -13,6 +12,7 @@ from dalle.data.order import samples_of_step
 from dalle.layout import TokenLayout
 from dalle.models import build, describe
 from dalle.objectives import TransformerObjective
+from dalle.rng import epoch_stream, generator
 from dalle.stages.runs import TrainingRun, take, take_text
 from dalle.text import TextTokenizer, TextTokenizerConfig
 from dalle.train import TrainConfig, fit
@@ -80,7 +80,7 @@ class TokenBatches:
         return self.layout.pack(self.layout.pad_text(captions, truncate=True), self.cache.image_tokens(indices))
 
     def _caption(self, epoch: int, index: int) -> list[int]:
-        rng = np.random.Generator(np.random.Philox(key=[self.run.seed << 32 | epoch, index]))
+        rng = generator(epoch_stream(self.run.seed, epoch), index)
         if rng.random() < self.run.caption_dropout:
             return []
         captions = self.cache.captions[index]

@@ -60,7 +60,9 @@ def draw_tokens(
     if kept == slots:
         yield tokens.view(captions, candidates, slots)
         return
-    noise = uniforms.reshape(-1, slots).to(text_tokens.device)
+    noise = uniforms.reshape(-1, slots)
+    if text_tokens.device.type != "mps":  # MPS has no float64: there `draw` moves a column at a time
+        noise = noise.to(text_tokens.device)
     guided = guidance is not None and guidance != 1
     if guided:  # a second stream of the same picture under an empty caption
         empty = layout.pad_text([[]]).to(text_tokens).expand(captions, -1)
