@@ -21,7 +21,7 @@ COMMANDS = [
 ]
 SCRIPTS = [command for command in COMMANDS if command.startswith("python scripts/")]
 
-DVAE = "--model.widths 8 8 --model.downsampling 2 --model.vocab-size 16 --data.resolution 16"
+DVAE = "--model.widths 8 8 --model.downsampling 2 --model.vocab-size 16 --data.resolution 16 --crop 16"
 TRANSFORMER = (
     "--model.depth 2 --model.heads 1 --model.head-width 8 --model.grid 8 8 --model.image-vocab 16 "
     "--model.conv-kernel 3 --eval-pictures 4"
@@ -123,6 +123,7 @@ def tiny_configs(place: Path) -> Path:
     changes = {
         "dvae": {
             "steps": 2,
+            "crop": 16,
             "data": {"resolution": 32},
             "model": {"widths": [8, 8, 8], "vocab_size": 16},
             "train": {"batch_size": 4},

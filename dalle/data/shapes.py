@@ -47,7 +47,7 @@ PLACES = {  # of a thing that stands alone: steps from the middle (x, y)
 NEW_PAIRS = frozenset({("red", "circle"), ("blue", "square"), ("yellow", "triangle"), ("black", "cross")})
 SPLITS = ("train", "held_out", "new_pairs")
 
-EXTENT = {"small": (0.42, 0.47), "large": (0.60, 0.67)}  # width of a thing
+EXTENT = {"small": (0.42, 0.45), "large": (0.60, 0.65)}  # width of a thing
 PLACE_STEP = {"small": 0.25, "large": 0.155}  # from the middle to a place at the side
 PLACE_JITTER = {"small": 0.014, "large": 0.008}  # the largest thing at a side just stays inside
 
