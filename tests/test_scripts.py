@@ -165,6 +165,10 @@ class TestSample:
         assert script("sample", *words, "--image", "half.png", "--out", "mine").code == 0
         assert read_json(tmp_path / "mine" / "sample.json")["rows"] == 2
 
+    def test_it_writes_the_joined_parts_as_a_model_directory(self, script, words, chain, tmp_path):
+        assert script("sample", *words, "--save-model", "joined").code == 0
+        assert DALLE.from_pretrained(tmp_path / "joined").hash == DALLE.from_pretrained(chain / "model").hash
+
     def test_no_rows_are_refused(self, script, words, tmp_path):
         Image.new("RGB", (40, 40), "red").save(tmp_path / "half.png")
         done = script("sample", *words, "--image", "half.png", "--rows", "0")

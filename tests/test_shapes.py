@@ -242,3 +242,21 @@ class TestChangeOneAttribute:
             colours = [changed.background, *(thing.colour for thing in changed.things)]
             assert len(set(colours)) == len(colours)
             assert parse_caption(captions(changed)[0]) == changed
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_siblings_differ_in_one_attribute_and_stay_in_their_split(split):
+    pairs = ShapesPairs(32, split=split, siblings=True)
+    scenes = [pairs.scene(index) for index in range(400)]
+    assert {scene.split for scene in scenes} == {split}
+    neighbours = sum(_differences(a, b) == 1 for a, b in zip(scenes[::2], scenes[1::2], strict=True))
+    assert neighbours >= (200 if split == "train" else 150)  # few held-out scenes have no held-out neighbour
+
+
+def _differences(a, b) -> int:
+    """Attributes in which two scenes differ; two things that swap places are one difference."""
+    if len(a.things) == 2 and a.things == b.things[::-1]:
+        return 1 + (a.background != b.background)
+    fields = sum(getattr(a, name) != getattr(b, name) for name in ("background", "relation", "place", "size"))
+    pairs = zip(a.things, b.things, strict=False)
+    return fields + sum((x.colour != y.colour) + (x.shape != y.shape) for x, y in pairs)

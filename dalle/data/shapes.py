@@ -287,10 +287,11 @@ class ShapesPairs:
         if not (self.siblings and index % 2):
             return draw_scene(rng, self.split)
         elder = self.scene(index - 1)
-        while True:
+        for _ in range(100):
             scene = change_one_attribute(elder, rng)
             if scene.split == self.split:
                 return scene
+        return draw_scene(rng, self.split)  # a held-out scene may have no held-out neighbour
 
     def pixels(self, indices: Sequence[int], augment: str = "none", seed: int = 0) -> np.ndarray:
         """float32 (B, 3, R, R) in [0, 1]; drawn pictures are never cropped."""

@@ -51,7 +51,8 @@ class TrainingRun:
 
     def record(self) -> dict[str, Any]:
         """The configuration for the checkpoint, less what may change on resuming."""
-        free = {"out", "steps", "device", "resume", "parallel", "tokens", "tokenizer"}  # the links name the last two
+        free = {"out", "steps", "device", "resume", "parallel", "encode"}
+        free |= {"tokens", "tokenizer"}  # the links name what they held
         return {key: value for key, value in to_dict(self).items() if key not in free}
 
 

@@ -49,6 +49,8 @@ class SampleRun:
     """Cut a caption that is too long instead of refusing it."""
     out: Path | None = None
     """Directory for the pictures; a new one under runs/samples unless given."""
+    save_model: Path | None = None
+    """Also write the joined parts as a model directory here, for from_pretrained and --model."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first there is."""
 
@@ -61,7 +63,10 @@ def sample(run: SampleRun) -> Path:
         raise ValueError(f"best-of must be at least keep, and keep at least 1; got {run.best_of} and {run.keep}")
     out = _new_directory(run)
     try:
-        _draw_into(out, open_model(run), run)
+        model = open_model(run)
+        if run.save_model:
+            model.save_pretrained(run.save_model)
+        _draw_into(out, model, run)
     except BaseException:
         if not any(out.iterdir()):
             out.rmdir()
