@@ -305,9 +305,7 @@ def test_dropout_depends_on_the_seed_alone(tokenizer):
     assert encode(5) == encode((5,))
     assert all(encode(other) != first for other in [(1, 2, 4), (1, 3, 3), (2, 2, 3), (12, 3), 1])
     assert random.getstate() == state
-    assert {tokenizer.decode(ids) for ids in first} == {
-        tokenizer.decode(tokenizer.encode(c)) for c in CAPTIONS[:20]
-    }
+    assert {tokenizer.decode(ids) for ids in first} == {tokenizer.decode(tokenizer.encode(c)) for c in CAPTIONS[:20]}
 
 
 def test_full_dropout_spells_letters(tokenizer):
@@ -453,9 +451,7 @@ def damaged(data, **changes):
 def test_load_refuses_another_file_and_names_it(tokenizer, tmp_path, write, reason):
     path = tmp_path / "other.json"
     path.write_text(write(tokenizer.to_dict()))
-    with pytest.raises(
-        ValueError, match=rf"other\.json is not a text tokenizer: .*({reason}).*train_tokenizer"
-    ):
+    with pytest.raises(ValueError, match=rf"other\.json is not a text tokenizer: .*({reason}).*train_tokenizer"):
         TextTokenizer.load(path)
 
 

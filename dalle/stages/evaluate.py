@@ -35,7 +35,7 @@ class EvaluateRun:
     """Held-out captions of each kind."""
     best_of: int = 16
     """Candidates of each caption."""
-    chunk: int = 256
+    chunk: int = 512
     """Pictures drawn at once."""
     seed: int = 0
     """Of captions and candidates."""
@@ -79,7 +79,7 @@ def evaluate(run: EvaluateRun) -> dict[str, dict[str, float]]:
 
 
 def caption_accuracy(
-    model: DALLE, split: str, count: int, best_of: int = 16, chunk: int = 256, seed: int = 0
+    model: DALLE, split: str, count: int, best_of: int = 16, chunk: int = 512, seed: int = 0
 ) -> tuple[dict[str, float], Drawn]:
     """Share of pictures that the judge finds right.
 
