@@ -221,10 +221,10 @@ def tell_errors() -> Iterator[None]:
     """A user's mistake (ValueError) as one line and exit status 1; a bug keeps its traceback."""
     try:
         yield
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on from the last checkpoint") from None
+        raise SystemExit("stopped; a training goes on from its last checkpoint with the same command") from None
 
 
 def _split_config(words: Sequence[str]) -> tuple[list[str], list[str]]:

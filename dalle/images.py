@@ -25,6 +25,8 @@ def load_image(source: Path | str | Image.Image) -> Image.Image:
         raise ValueError(f"cannot read {source} as a picture: {error}") from None
     with contextlib.suppress(Exception):  # an EXIF block that cannot be read says nothing
         image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError(f"cannot read {source} as a picture: its values are floats; save it in 8 bits")
     if image.mode in ("I", "I;16", "I;16B", "I;16L"):
         values = np.asarray(image, dtype=np.float64)
         return Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")

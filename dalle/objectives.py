@@ -28,6 +28,10 @@ class DVAEObjective:
     beta: Schedule = Schedule(0.0, 6.6, 5_000)
     """Weight of the KL (A.2)."""
 
+    def __post_init__(self):
+        if min(self.tau.start, self.tau.end) <= 0:
+            raise ValueError(f"tau must stay above 0, got {self.tau}")
+
     def __call__(self, model: DVAE, batch: Tensor, step: int) -> Loss:
         """batch: pixels (B, 3, H, W) in [0, 1]."""
         check_pixels(batch, model.downsampling)

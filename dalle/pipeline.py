@@ -150,7 +150,7 @@ class DALLE:
     ) -> Iterator[list[Image.Image]]:  # fmt: skip
         """Yields n pictures after each row of tokens, grey where nothing is drawn yet; unranked."""
         _check_counts(n, n, n)
-        check_sampling(temperature, top_k, top_p)
+        check_sampling(temperature, top_k, top_p, guidance)
         layout = self.transformer.layout
         text = self._text_tokens(prompt, truncate)
         noise = uniforms(seed, prompt, range(n), layout.image_len)[None]
@@ -201,6 +201,8 @@ class DALLE:
             )
         config = read_json(directory / "config.json")
         check_meta(config, "dalle", directory)
+        if missing := {"hash", "links", "parts"} - config.keys():
+            raise ValueError(f"{directory / 'config.json'} lacks {', '.join(sorted(missing))}; it is damaged")
         text = TextTokenizer.load(directory / "text.json")
         kinds = ["dvae", "transformer"] + ["clip"] * ("clip" in config["parts"])
         loaded = {kind: load_part(directory, kind, device).model for kind in kinds}
@@ -209,6 +211,8 @@ class DALLE:
         found = {"text": text.hash, "dvae": weights_hash(model.dvae)}
         if found != config["links"]:
             raise ValueError(f"{directory}: the files do not belong together: {found}, expected {config['links']}")
+        if model.hash != config["hash"]:
+            raise ValueError(f"{directory}: the weights have hash {model.hash}, expected {config['hash']}")
         return model
 
     @classmethod
@@ -229,15 +233,19 @@ class DALLE:
 
     @property
     def hash(self) -> str:
-        """Names the weights: hashes of the dVAE and the transformer."""
-        return f"{weights_hash(self.dvae)}-{weights_hash(self.transformer)}"
+        """Names the weights: hashes of the dVAE, the transformer and, if it is our own, the CLIP."""
+        clip = getattr(self.scorer, "model", None)
+        models = [self.dvae, self.transformer] + [clip] * isinstance(clip, CLIP)
+        return "-".join(weights_hash(model) for model in models)
 
     def text_tokens(self, prompts: Sequence[str], truncate: bool = False) -> Tensor:
         """Captions -> int64 (len(prompts), T); ValueError for an empty or too long one."""
         for prompt in prompts:
-            if not prompt.strip():
-                raise ValueError("the prompt is empty; say what the picture shall show")
+            if not isinstance(prompt, str):
+                raise ValueError(f"the prompt must be text, got {type(prompt).__name__}")
         ids = [self.text.encode(prompt) for prompt in prompts]
+        if not all(ids):
+            raise ValueError("the prompt is empty; say what the picture shall show")
         return self.transformer.layout.pad_text(ids, truncate).to(self.device)
 
     def _text_tokens(self, prompt: str, truncate: bool) -> Tensor:
@@ -245,7 +253,7 @@ class DALLE:
 
     def _ranked(self, prompt, text, prefix, n, best_of, seed, chunk, progress, options) -> Generation:
         _check_counts(n, best_of, chunk)
-        check_sampling(options["temperature"], options["top_k"], options["top_p"])
+        check_sampling(**options)
         if self.scorer is None and best_of > n:
             warnings.warn(f"this model has no scorer: drawing {n} pictures, unranked", stacklevel=3)
             best_of = n

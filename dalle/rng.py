@@ -1,15 +1,18 @@
-"""Random numbers by name: the same (stream, index) always gives the same numbers.
+"""Random numbers by name: the same purpose and numbers always give the same generator.
 
-Philox is counter-based, so a generator costs microseconds and needs no state to be saved.
+Philox is counter-based, so a generator costs microseconds and needs no state to be saved. The purpose keeps
+apart what else has the same numbers: the scene of picture 7 and the choice of a caption for picture 7.
 """
+
+import hashlib
 
 import numpy as np
 
 
-def generator(stream: int, index: int = 0) -> np.random.Generator:
-    """A generator of its own for every pair of whole numbers below 2^64."""
-    key = np.array([stream % 2**64, index % 2**64], dtype=np.uint64)  # through a list, large keys become floats
-    return np.random.Generator(np.random.Philox(key=key))
+def generator(purpose: str, *key: int | str) -> np.random.Generator:
+    """A generator of its own for every purpose ("scene", "caption", ...) and key; text stands last in a key."""
+    digest = hashlib.blake2b("\n".join([purpose, *map(str, key)]).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype="<u8")))
 
 
 def epoch_stream(seed: int, epoch: int) -> int:

@@ -6,7 +6,6 @@ same picture whatever the batch, the order or the number of candidates.
     B batch, V vocabulary, n candidates, N positions
 """
 
-import hashlib
 import math
 
 import numpy as np
@@ -17,17 +16,12 @@ from dalle.rng import generator
 
 
 def uniforms(seed: int, caption: str, candidates: range, positions: int) -> Tensor:
-    """The random numbers of some candidates: float64 (n, positions) in [0, 1).
-
-    The stream is a hash of seed and caption, the index the candidate.
-    """
-    digest = hashlib.blake2b(f"{seed}\n{caption}".encode(), digest_size=8).digest()
-    key = int.from_bytes(digest)
-    rows = [generator(key, i).random(positions) for i in candidates]
+    """The random numbers of some candidates: float64 (n, positions) in [0, 1)."""
+    rows = [generator("candidate", seed, i, caption).random(positions) for i in candidates]
     return torch.from_numpy(np.stack(rows))
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None, guidance: float | None = None) -> None:
     """ValueError for settings that mean nothing, before any work is done."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 (most likely token) or positive, got {temperature}")
@@ -35,6 +29,8 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"guidance must be a number, 1 for the plain model, got {guidance}")
 
 
 def draw(

@@ -54,10 +54,11 @@ class Objective(Protocol):
 
 
 class Pairs(Protocol):
-    """Captioned pictures by number. `size` is None for an endless set."""
+    """Captioned pictures by number. `size` is None for an endless set; `hash` names which pictures they are."""
 
     resolution: int
     size: int | None
+    hash: str
 
     def pixels(self, indices: Sequence[int], augment: str = "none", seed: int = 0) -> np.ndarray:
         """float32 (B, 3, R, R) in [0, 1]; random crops are drawn from (seed, index)."""

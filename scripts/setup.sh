@@ -68,7 +68,6 @@ fi
 compiles() { printf '#include <string>\n' | "$1" -x c++ -fsyntax-only - 2>/dev/null; }
 compiles g++ || compiles c++ ||
     lack 'a C++ compiler, g++ or c++ (youtokentome is compiled here)' g++ gcc-c++ 'xcode-select --install'
-command -v make >/dev/null 2>&1 || lack 'make' make make 'xcode-select --install'
 
 if [ -n "$missing" ]; then
     cat >&2 <<END

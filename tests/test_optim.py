@@ -1,4 +1,4 @@
-"""AdamW's groups: weight decay on matrices and convolutions only (appendix B.2)."""
+"""AdamW's groups: weight decay on matrices and convolutions only (appendix B.2). Muon for the layers, if asked."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from dalle.models import build
 from dalle.train import Schedule
-from dalle.train.optim import OptimizerConfig, build_optimizer, decay_groups
+from dalle.train.optim import OptimizerConfig, build_optimizers, decay_groups, layer_matrices, set_rate
 
 
 @pytest.fixture(params=["dvae", "transformer", "clip"])
@@ -50,7 +50,7 @@ def test_the_position_and_class_embeddings_of_clip_do_not_decay(tiny_runs):
 def test_decay_shrinks_matrices_by_step_size_times_decay_and_leaves_the_rest():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = build_optimizer(model, OptimizerConfig(lr=Schedule(0.1, 0.1), warmup=0, weight_decay=0.5))
+    (optimizer,) = build_optimizers(model, OptimizerConfig(lr=Schedule(0.1, 0.1), warmup=0, weight_decay=0.5))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -61,7 +61,7 @@ def test_decay_shrinks_matrices_by_step_size_times_decay_and_leaves_the_rest():
 
 
 def test_the_settings_reach_adamw():
-    optimizer = build_optimizer(nn.Linear(2, 2), OptimizerConfig())
+    (optimizer,) = build_optimizers(nn.Linear(2, 2), OptimizerConfig())
     matrix, vector = optimizer.param_groups
     assert (matrix["betas"], matrix["eps"], matrix["weight_decay"]) == ((0.9, 0.96), 1e-8, 4.5e-2)
     assert vector["weight_decay"] == 0
@@ -70,6 +70,80 @@ def test_the_settings_reach_adamw():
 def test_frozen_parameters_are_left_out():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
-    held = [p for group in build_optimizer(model, OptimizerConfig()).param_groups for p in group["params"]]
+    held = [p for group in build_optimizers(model, OptimizerConfig())[0].param_groups for p in group["params"]]
     assert len(held) == 2
     assert all(p.requires_grad for p in held)
+
+
+# ---------------------------------------------------------------------------------------------
+# Muon
+# ---------------------------------------------------------------------------------------------
+
+
+class Stack(nn.Module):
+    """An embedding, two layers of a matrix, a bias and a gain, and an output."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 6)
+        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6)) for _ in range(2))
+        self.output = nn.Linear(6, 5)
+
+
+def test_the_paper_has_no_muon():
+    assert OptimizerConfig().muon is None
+    (only,) = build_optimizers(Stack(), OptimizerConfig())
+    assert isinstance(only, torch.optim.AdamW)
+
+
+def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest():
+    model = Stack()
+    muon, adamw = build_optimizers(model, OptimizerConfig(muon=5.0))
+    names = {p: name for name, p in model.named_parameters()}
+    assert {names[p] for p in muon.param_groups[0]["params"]} == {"layers.0.1.weight", "layers.1.1.weight"}
+    rest = [names[p] for group in adamw.param_groups for p in group["params"]]
+    assert sorted(rest) == sorted(set(names.values()) - {"layers.0.1.weight", "layers.1.1.weight"})
+
+
+def test_muon_takes_every_matrix_of_the_transformers_layers(tiny_runs):
+    model = build("transformer", tiny_runs.transformer.model)
+    expected = {n for n, p in model.named_parameters() if n.startswith("layers.") and p.ndim == 2}
+    assert names(layer_matrices(model)) == expected
+    assert len(expected) == 4 * tiny_runs.transformer.model.depth  # qkv, out, expand, project
+
+
+def test_an_update_of_muon_has_equal_singular_values():
+    """Up to the about 0.7 to 1.2 of five Newton-Schulz steps, whatever the gradient's are; its directions are kept."""
+    model = Stack()
+    weight = model.layers[0][1].weight
+    before = weight.detach().clone()
+    gradient = torch.diag(torch.tensor([1.0, 0.8, 0.5, 0.3, 0.2, 0.1]))
+    config = OptimizerConfig(lr=Schedule(0.1, 0.1), warmup=0, weight_decay=0.0, muon=2.0)
+    muon, _ = build_optimizers(model, config)
+    weight.grad = gradient
+    model.layers[1][1].weight.grad = torch.zeros(6, 6)
+    muon.step()
+    update = (before - weight.detach()) / 0.2  # step size 0.1, twice
+    assert torch.linalg.svdvals(update).min() > 0.6
+    assert torch.linalg.svdvals(update).max() < 1.3
+    assert (update - torch.diag(update.diagonal())).abs().max() < 0.02
+
+
+def test_the_step_size_of_muon_follows_that_of_adamw():
+    config = OptimizerConfig(lr=Schedule(0.1, 0.0, 10, "linear"), warmup=2, muon=5.0)
+    muon, adamw = optimizers = build_optimizers(Stack(), config)
+    for step in (0, 1, 5):
+        set_rate(optimizers, config, step)
+        assert {group["lr"] for group in adamw.param_groups} == {config.rate(step)}
+        assert muon.param_groups[0]["lr"] == pytest.approx(5 * config.rate(step))
+
+
+def test_a_model_without_layers_refuses_muon():
+    with pytest.raises(ValueError, match="Linear has no stack of layers for Muon"):
+        build_optimizers(nn.Linear(2, 2), OptimizerConfig(muon=5.0))
+
+
+@pytest.mark.parametrize("muon", [0.0, -1.0, float("nan")])
+def test_muons_step_size_is_positive(muon):
+    with pytest.raises(ValueError, match="muon must be positive"):
+        OptimizerConfig(muon=muon)

@@ -1,4 +1,4 @@
-"""Every command of the README runs: at the size of seconds here, in full under `slow`."""
+"""The README's script commands and Python run at the size of seconds; the quick start in full under `slow`."""
 
 import json
 import os
@@ -93,6 +93,9 @@ def test_the_script_commands_run_in_the_order_of_the_readme(workplace):
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr, name
     assert list((workplace / "runs" / "samples").glob("*/00.png"))
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = run(f"python -c {shlex.quote(block)}", workplace)
+    assert done.returncode == 0, done.stderr
 
 
 def smaller(command: str) -> str:

@@ -77,7 +77,6 @@ LACKS = {
     "no-venv": ("ensurepip", "python3-venv"),
     "no-headers": ("Python.h", "python3-dev", "python3-devel"),
     "g++": ("C++ compiler", "g++", "gcc-c++", "xcode-select --install"),
-    "make": ("- make", "apt-get install make", "dnf install make"),
 }
 
 
@@ -104,7 +103,7 @@ def test_what_is_missing_is_named_and_nothing_is_made(project: Project, thing: s
 
 
 def test_all_that_is_missing_is_named_at_once(project: Project) -> None:
-    things = ["no-venv", "no-headers", "g++", "make"]
+    things = ["no-venv", "no-headers", "g++"]
     for thing in things:
         take_away(project, thing)
     result = project.setup()

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 
 from dalle.data.shapes import (
+    CELLS,
     COLOURS,
+    LATTICE,
     NEW_PAIRS,
     PLACES,
     RELATIONS,
     SHAPES,
     SIZES,
     SPLITS,
+    STARTS,
     Scene,
     ShapesPairs,
     Thing,
@@ -201,15 +204,28 @@ class TestPictures:
                 axis = RELATIONS.index(scene.relation)
                 assert high[0, axis] < low[1, axis]
 
-    def test_the_extreme_places_stay_inside(self):
-        class Extreme:
-            def uniform(self, low, high, size=None):
-                return high if size is None else np.full(size, high)
+    @pytest.mark.parametrize("split", SPLITS)
+    def test_things_start_at_and_extend_over_whole_cells(self, split):
+        rng = np.random.default_rng(0)
+        for _ in range(500):
+            boxes = LATTICE * draw_layout(draw_scene(rng, split), rng)
+            start = boxes[:, :2] - boxes[:, 2:] / 2
+            np.testing.assert_allclose(start, start.round(), atol=1e-9)
+            assert set(boxes[:, 2].round(9)) <= {0, 5, 8}
 
+    def test_every_start_of_every_place_occurs(self):
+        rng = np.random.default_rng(0)
         for size, place in itertools.product(SIZES, PLACES):
             scene = Scene("red", (Thing("blue", "circle"),), place=place, size=size)
-            x, y, extent = draw_layout(scene, Extreme())[0]
-            assert max(x, y) + extent / 2 <= 1
+            boxes = LATTICE * np.stack([draw_layout(scene, rng)[0] for _ in range(200)])
+            starts = {tuple(b) for b in np.column_stack([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, 2]]).round(9)}
+            x, y = PLACES[place]
+            expected = {
+                (left, top, extent)
+                for extent in [CELLS[size]]
+                for left, top in itertools.product(STARTS[extent][x + 1], STARTS[extent][y + 1])
+            }
+            assert starts == expected
 
     def test_unknown_shape(self):
         with pytest.raises(ValueError, match="unknown shape 'star'; expected one of circle"):

@@ -23,7 +23,7 @@ from dalle.stages.transformer import train_transformer
 from dalle.train import Schedule, TrainConfig, fit, loop, state
 from dalle.train.ema import AveragedWeights, EMAConfig, corrected
 from dalle.train.log import JSONLines, read_log
-from dalle.train.optim import OptimizerConfig, build_optimizer
+from dalle.train.optim import OptimizerConfig, build_optimizers
 from dalle.train.state import TrainState, latest_checkpoint, restore
 from dalle.types import Loss
 
@@ -131,6 +131,16 @@ def test_resuming_is_exact_in_bf16_too(kind, start, tmp_path):
     assert_same_state(tmp_path / "whole", tmp_path / "split")
 
 
+@pytest.mark.parametrize("kind", ["transformer", "clip"])
+def test_resuming_is_exact_with_muon_too(kind, start, tiny_runs, tmp_path):
+    optimizer = {"optimizer": replace(getattr(tiny_runs, kind).train.optimizer, muon=5.0)}
+    start(kind, tmp_path / "whole", steps=4, train=optimizer)
+    for steps in (1, 4):
+        start(kind, tmp_path / "split", steps=steps, train=optimizer)
+    assert_same_state(tmp_path / "whole", tmp_path / "split")
+    assert any(name.endswith("momentum_buffer") for name in tensors(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("kind", STAGES)
 def test_evaluating_changes_nothing(kind, start, whole, tmp_path):
     start(kind, tmp_path, train={"eval_every": 1})
@@ -204,7 +214,7 @@ def folders(run: Path) -> list[str]:
 
 def fresh_state() -> TrainState:
     model = Line()
-    return TrainState(model, build_optimizer(model, CONFIG.optimizer), AveragedWeights(model, CONFIG.ema))
+    return TrainState(model, build_optimizers(model, CONFIG.optimizer), AveragedWeights(model, CONFIG.ema))
 
 
 @pytest.fixture
@@ -464,7 +474,7 @@ def one_step(clip: float | None) -> tuple[Line, Tensor]:
     torch.manual_seed(0)
     model = Line()
     optim = OptimizerConfig(lr=Schedule(0.1, 0.1), warmup=0, weight_decay=0.0, clip=clip)
-    made = TrainState(model, build_optimizer(model, optim), AveragedWeights(model, EMAConfig()))
+    made = TrainState(model, build_optimizers(model, optim), AveragedWeights(model, EMAConfig()))
     _, norm = loop.train_step(made, torch.full((4, 1), 100.0), squared_error, optim, "fp32", 0)
     return model, norm
 

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 
 from dalle.layout import TokenLayout
 from dalle.masks import KINDS
+from dalle.nn.attention import BACKENDS
 from dalle.sampling import uniforms
+from dalle.train.precision import compile_parts
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.generate import draw_tokens, generate
 from dalle.transformer.losses import TEXT_WEIGHT, cross_entropies, weighted_cross_entropy
+from dalle.transformer.sizes import SIZES, parameter_counts
 
 SMALL = {"heads": 2, "head_width": 8, "text_len": 6, "text_vocab": 11, "image_vocab": 13, "conv_kernel": 3}
 GRIDS = [(4, 4), (2, 5), (5, 3)]
@@ -73,7 +76,7 @@ def without_values(monkeypatch):
     """Only the shapes of parameters: no initialisation and no masks, which are slow on the meta device at first."""
     for name in ("normal_", "kaiming_uniform_", "uniform_"):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
-    monkeypatch.setattr("dalle.transformer.model.dense_mask", lambda *_: torch.empty(0))
+    monkeypatch.setattr("dalle.transformer.model.Pattern", lambda *_: torch.nn.Module())
     monkeypatch.setattr(TokenLayout, "allowed_text", lambda _: torch.empty(0))
 
 
@@ -87,6 +90,32 @@ def test_parameters_at_paper_size(monkeypatch):
     assert count == parameters_by_formula(64, 3968, 256, (32, 32), 16384, 8192)
     matrices = sum(p.numel() for name, p in model.named_parameters() if name.startswith("layers") and p.ndim == 2)
     assert matrices == 12 * 3968**2 * 64 == 12_092_178_432
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "millions"),
+    [
+        ("tiny", 128, 7), ("60m", 512, 63), ("120m", 768, 123), ("350m", 1024, 353), ("1.3b", 2048, 1310),
+        ("2.8b", 1920, 2928), ("5.6b", 2688, 5685), ("12b", 3968, 12290),
+    ],
+)  # fmt: skip
+def test_parameters_of_the_named_sizes_by_module_and_by_formula(name, width, millions, monkeypatch):
+    without_values(monkeypatch)
+    with torch.device("meta"):
+        model = Transformer(SIZES[name])
+    counts = parameter_counts(SIZES[name])
+    found = sum(parameter.numel() for parameter in model.parameters())
+    assert SIZES[name].width == width
+    assert sum(counts.values()) == found
+    assert round(found / 1e6) == millions
+    for part in ("layers", "final_norm", "to_logits"):
+        assert counts[part] == sum(p.numel() for p in getattr(model, part).parameters())
+
+
+def test_the_effective_parameter_counts_of_the_paper():
+    """12 D^2 a layer: 2.8, 5.6 and 12 billion (section 2.5, Table 1)."""
+    effective = [12 * c.width**2 * c.depth / 1e9 for c in (SIZES["2.8b"], SIZES["5.6b"], SIZES["12b"])]
+    assert effective == pytest.approx([2.8, 5.6, 12.1], abs=0.06)
 
 
 def test_parameters_at_small_size():
@@ -105,7 +134,7 @@ def test_the_masks_are_no_part_of_a_checkpoint():
         ({"depth": 0}, "depth must be positive, got 0"),
         ({"heads": 0}, "heads must be positive, got 0"),
         ({"head_width": -8}, "head_width must be positive, got -8"),
-        ({"backend": "flash9"}, "unknown backend 'flash9'; expected one of dense, sdpa"),
+        ({"backend": "flash9"}, "unknown backend 'flash9'; expected one of dense, sdpa, blocks"),
         ({"conv_kernel": 4}, "kernel must be odd"),
         ({"grid": (8, 8)}, "at most the 8 columns of the grid, got 11"),
         ({"grid": (0, 32)}, "both positive"),
@@ -139,10 +168,10 @@ def test_initial_standard_deviations():
     model = Transformer(TransformerConfig(depth, 4, 32, 64, (32, 32), text_vocab=200, image_vocab=100))
     layer = model.layers[1]
     expected = {
-        layer.attention.qkv.weight: 0.125 / math.sqrt(d),
-        layer.attention.out.weight: 0.125 / math.sqrt(d) / math.sqrt(2 * depth),
-        layer.mlp.expand.weight: 0.125 / math.sqrt(d),
-        layer.mlp.project.weight: 0.125 / math.sqrt(4 * d) / math.sqrt(2 * depth),
+        layer.attention.f.qkv.weight: 0.125 / math.sqrt(d),
+        layer.attention.f.out.weight: 0.125 / math.sqrt(d) / math.sqrt(2 * depth),
+        layer.mlp.f.expand.weight: 0.125 / math.sqrt(d),
+        layer.mlp.f.project.weight: 0.125 / math.sqrt(4 * d) / math.sqrt(2 * depth),
         model.token_embedding.weight: 0.125 / math.sqrt(d),
         model.text_position.weight: 0.125 / math.sqrt(d),
         model.row.weight: 0.125 / math.sqrt(2 * d),
@@ -227,22 +256,23 @@ def test_train_and_eval_mode_give_the_same():
 
 def test_backends_agree_in_logits_and_gradients():
     results = []
-    for backend in ("dense", "sdpa"):
+    for backend in BACKENDS:
         model = small(backend=backend)
         text, image = cross_entropies(model, ids_of(model))
         gradients = torch.autograd.grad(text + image, list(model.parameters()))
         results.append((model(ids_of(model)), *gradients))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
 
 
 def test_logits_and_final_states_are_fp32_under_autocast():
     model = small()
     ids = ids_of(model)
     seen = []
-    model.layers[0].attention.qkv.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    model.layers[0].attention.f.qkv.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, hidden = model(ids), model.hidden(ids)
-        text = model.text_logits(hidden[:, :6])
+        text = model.text_logits(hidden[:, :6], torch.arange(6))
     assert seen == [torch.bfloat16] * 2
     assert logits.dtype == hidden.dtype == text.dtype == torch.float32
     torch.testing.assert_close(text[..., :11], hidden[:, :6] @ model.to_logits.weight[:11].T)
@@ -455,3 +485,61 @@ def test_a_few_steps_learn_a_small_batch():
 
 def test_the_layout_of_a_model_is_that_of_its_configuration():
     assert small(grid=(2, 5)).layout == TokenLayout(6, (2, 5), 11, 13)
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory: chunks of logits, resblocks computed again
+# ---------------------------------------------------------------------------------------------
+
+
+def losses_and_gradients(model: Transformer, chunk: int) -> list[torch.Tensor]:
+    model.zero_grad()
+    text, image = cross_entropies(model, ids_of(model), chunk)
+    weighted_cross_entropy(text, image).backward()
+    return [text.detach(), image.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_chunks_of_logits_change_neither_the_losses_nor_the_gradients(chunk):
+    model = small()
+    torch.testing.assert_close(losses_and_gradients(model, chunk), losses_and_gradients(model, 10**6))
+
+
+def test_no_more_than_a_chunk_of_logits_is_made_at_once(monkeypatch):
+    model = small()
+    rows, plain = [], Transformer._logits
+
+    def counted(hidden, weight):
+        rows.append(hidden.shape[0])
+        return plain(hidden, weight)
+
+    monkeypatch.setattr(Transformer, "_logits", staticmethod(counted))
+    losses_and_gradients(model, 5)
+    assert max(rows) == 5
+    assert sum(rows) > 10
+
+
+def test_computing_resblocks_again_changes_no_gradient():
+    model = small()
+    expected = losses_and_gradients(model, 10**6)
+    for block in model.resblocks():
+        block.recompute = True
+    calls = []
+    model.layers[0].mlp.f.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(losses_and_gradients(model, 10**6), expected, rtol=0, atol=0)
+    assert len(calls) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Compilation
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_compile_without_a_break_and_keep_their_names(backend, recompute):
+    model = small(backend=backend, recompute=recompute)
+    expected, names = losses_and_gradients(model, 10**6), list(model.state_dict())
+    compile_parts(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(losses_and_gradients(model, 10**6), expected)
+    assert list(model.state_dict()) == names

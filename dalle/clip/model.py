@@ -49,6 +49,9 @@ class CLIPConfig:
     """Width of a head, in both towers."""
 
     def __post_init__(self):
+        for name in ("embed_width", "image_size", "patch_size", "text_len", "text_vocab", "head_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         for name in ("vision_width", "text_width"):
@@ -84,11 +87,13 @@ class CLIP(nn.Module):
         )  # fmt: skip
         self.config = config
         self.net = OpenCLIP(config.embed_width, vision, text)
+        self.truncated = 0
 
     def pack_text(self, captions: Sequence[Sequence[int]]) -> Tensor:
-        """Text ids of captions -> int64 (B, L): ids, the end mark, pads; longer captions are cut."""
+        """Text ids of captions -> int64 (B, L): ids, the end mark, pads; longer captions are cut and counted."""
         rows = torch.full((len(captions), self.config.text_len), self.config.pad)
         for row, ids in zip(rows, captions, strict=True):
+            self.truncated += len(ids) > self.config.text_len - 1
             kept = [*ids[: self.config.text_len - 1], self.config.end]
             row[: len(kept)] = torch.tensor(kept)
         return rows

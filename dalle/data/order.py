@@ -24,4 +24,4 @@ def samples_of_step(step: int, batch_size: int, size: int | None, seed: int) -> 
 
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    return generator(seed, epoch).permutation(size)
+    return generator("order", seed, epoch).permutation(size)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dalle.data.shapes import ShapesPairs
@@ -40,19 +41,21 @@ class PairsConfig:
             raise ValueError(f"held_out must lie between 0 and 1, got {self.held_out}")
 
 
-def open_pairs(config: PairsConfig, split: str = "train", siblings: bool = False) -> Pairs:
+def open_pairs(config: PairsConfig, split: str = "train", siblings: bool = False, pictures: bool = True) -> Pairs:
     """The pairs of a split, "train" or "held_out" ("new_pairs" too for shapes).
 
     Args:
         config: which set.
         split: which part.
         siblings: for shapes, every second picture differs from the one before in one attribute.
+        pictures: look at the pictures of a folder at once, so that a bad one is named before work begins.
     """
     if config.path is None:
         raise ValueError("no data: give --data.path FOLDER, or --data.path shapes for the embedded set")
     if config.path == "shapes":
         return ShapesPairs(config.resolution, config.seed, split, siblings)
-    return FolderPairs(Path(config.path), config.resolution, split, config.held_out)
+    smallest = {"train": config.resolution}.get(split, 8) if pictures else 0
+    return FolderPairs(Path(config.path), config.resolution, split, config.held_out, smallest)
 
 
 def pixels_of_samples(pairs: Pairs, samples: Sequence[tuple[int, int]], augment: str, seed: int) -> Tensor:
@@ -66,10 +69,11 @@ def pixels_of_samples(pairs: Pairs, samples: Sequence[tuple[int, int]], augment:
 class FolderPairs:
     """Pictures below a folder, each with a caption file of the same stem in the same folder.
 
-    Pictures without captions are left out and counted in `without_caption`.
+    Pictures without captions are left out and counted in `without_caption`. With `smallest`, pictures that are
+    none, or have fewer pixels on a side, are refused at once.
     """
 
-    def __init__(self, folder: Path, resolution: int, split: str, held_out: float):
+    def __init__(self, folder: Path, resolution: int, split: str, held_out: float, smallest: int = 0):
         if split not in ("train", "held_out"):
             raise ValueError(f"unknown split {split!r}; expected train or held_out")
         if not folder.is_dir():
@@ -85,7 +89,11 @@ class FolderPairs:
         if not chosen:
             raise ValueError(f"{folder}: none of {len(texts)} pairs falls into split {split!r}; raise --data.held-out")
         self.paths = list(chosen)
+        if smallest:
+            _check_headers(self.paths, smallest)
         self.size = len(self.paths)
+        names = "\n".join(path.relative_to(folder).as_posix() for path in self.paths)
+        self.hash = hashlib.blake2b(names.encode(), digest_size=8).hexdigest()
         self.resolution = resolution
         self._captions = [_read_captions(text) for text in chosen.values()]
 
@@ -95,7 +103,7 @@ class FolderPairs:
         return np.stack(pictures).transpose(0, 3, 1, 2).astype(np.float32) / 255
 
     def _picture(self, index: int, augment: str, seed: int) -> np.ndarray:
-        rng = generator(seed, index)
+        rng = generator("crop", seed, index)
         try:
             return np.asarray(transform(load_image(self.paths[index]), self.resolution, augment, rng))
         except ValueError as error:
@@ -104,6 +112,21 @@ class FolderPairs:
     def captions(self, indices: Sequence[int]) -> list[list[str]]:
         """Every caption of each picture."""
         return [self._captions[index] for index in indices]
+
+
+def _check_headers(paths: Sequence[Path], smallest: int) -> None:
+    """Opens every picture's header before work begins; ValueError names those that are none, or too small."""
+    bad = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                if min(image.size) < smallest:
+                    bad.append(f"{path} ({image.width} x {image.height} is smaller than {smallest})")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            bad.append(f"{path} (not a picture)")
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise ValueError(f"{len(bad)} of {len(paths)} pictures cannot be used: {', '.join(bad[:5])}{more}; remove them")
 
 
 def _share(path: Path, folder: Path) -> float:

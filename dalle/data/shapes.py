@@ -1,8 +1,9 @@
 """The embedded data set: an endless, seeded stream of drawn scenes with captions.
 
 One or two plain shapes stand on a coloured ground: "a red circle above a blue square on a yellow
-background". Every number is drawn from (seed, index), so picture i is always picture i. Shapes are
-large (0.42 of the width or more): a small dVAE with patches of a twelfth of the picture can show them.
+background". Every number is drawn from (seed, index), so picture i is always picture i. Things start at,
+and extend over, whole twelfths of the picture, five or more: a small dVAE whose patches are twelfths can
+show them, and the edge of a shape crosses its patches in few ways (LOG.md).
 
 Two parts of the scenes are never drawn for training: `held_out`, a tenth of all scenes chosen by hash,
 and `new_pairs`, scenes with a colour-shape pair that no training scene has on any object.
@@ -47,9 +48,15 @@ PLACES = {  # of a thing that stands alone: steps from the middle (x, y)
 NEW_PAIRS = frozenset({("red", "circle"), ("blue", "square"), ("yellow", "triangle"), ("black", "cross")})
 SPLITS = ("train", "held_out", "new_pairs")
 
-EXTENT = {"small": (0.42, 0.45), "large": (0.60, 0.65)}  # width of a thing
-PLACE_STEP = {"small": 0.25, "large": 0.155}  # from the middle to a place at the side
-PLACE_JITTER = {"small": 0.014, "large": 0.008}  # the largest thing at a side just stays inside
+LATTICE = 12  # cells on a side
+STARTS = {  # extent of a thing in cells: where it may start, at the left or top, in the middle, at the right or bottom
+    5: ((0, 1), (3, 4), (6, 7)),
+    8: ((0,), (2,), (4,)),
+}
+PAIR_STARTS = ((0, 6), (0, 7), (1, 7))  # of two things, along the axis of their relation: a cell or two between them
+CELLS = {"small": 5, "large": 8}  # width of a thing
+EXTENT = {size: cells / LATTICE for size, cells in CELLS.items()}  # the same in picture widths
+PLACE_STEP = {"small": 3 / LATTICE, "large": 2 / LATTICE}  # from the middle to a place at the side, about
 
 _OPPOSITE = {"left of": "right of", "above": "below"}
 _DIRECTION = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
@@ -204,18 +211,17 @@ def _find_scene(text: str) -> Scene | None:
 
 def draw_layout(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """Where the things stand: (K, 3) of centre x, centre y, extent; extent 0 for an empty slot."""
-    boxes = np.zeros((2, 3))
+    cells = np.zeros((2, 3))  # left, top, extent
     if scene.relation is None:
-        step, jitter = PLACE_STEP[scene.size], PLACE_JITTER[scene.size]
-        boxes[0, 2] = rng.uniform(*EXTENT[scene.size])
-        boxes[0, :2] = 0.5 + step * np.array(PLACES[scene.place]) + rng.uniform(-jitter, jitter, 2)
-        return boxes
-    boxes[:, 2] = rng.uniform(*EXTENT["small"], 2)
-    slack = 0.5 - boxes[:, 2] - 0.02  # each thing keeps a hundredth away from the edge and the middle
-    along = 0.01 + boxes[:, 2] / 2 + rng.uniform(0, 1, 2) * slack + np.array([0, 0.5])
-    across = rng.uniform(0.36, 0.64, 2)
-    boxes[:, :2] = np.stack([along, across] if scene.relation == "left of" else [across, along], 1)
-    return boxes
+        extent = CELLS[scene.size]
+        cells[0] = *(rng.choice(STARTS[extent][step + 1]) for step in PLACES[scene.place]), extent
+    else:
+        along = PAIR_STARTS[rng.integers(len(PAIR_STARTS))]
+        across = rng.integers(3, 5, size=2)
+        cells[:, :2] = np.stack([along, across] if scene.relation == "left of" else [across, along], 1)
+        cells[:, 2] = CELLS["small"]
+    cells[:, :2] += cells[:, 2:] / 2
+    return cells / LATTICE
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -274,10 +280,10 @@ class ShapesPairs:
         if resolution < 16:
             raise ValueError(f"resolution {resolution} is too small to draw shapes; expected 16 or more")
         self.resolution, self.seed, self.split, self.siblings = resolution, seed, split, siblings
+        self.hash = f"shapes-{resolution}-{seed}-{split}" + "-siblings" * siblings
 
     def _generator(self, index: int) -> np.random.Generator:
-        stream = SPLITS.index(self.split) << 32 | self.seed
-        return generator(stream, index)
+        return generator("scene", self.seed, SPLITS.index(self.split), index)
 
     def scene(self, index: int) -> Scene:
         """The scene of picture `index`."""

@@ -5,6 +5,7 @@ DIR/captions.jsonl   the captions of each picture, one JSON list a line
 DIR/meta.json        grid, vocabulary, hash of the dVAE, where the pictures came from
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -45,6 +46,15 @@ class TokenCache:
     def size(self) -> int:
         """Number of pictures."""
         return len(self.captions)
+
+    @property
+    def hash(self) -> str:
+        """Of tokens and captions, 16 hex characters."""
+        digest = hashlib.sha256()
+        for name in ("tokens.npy", "captions.jsonl"):
+            with (self.folder / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:16]
 
     def image_tokens(self, indices: list[int]) -> Tensor:
         """int64 (B, rows * columns)."""

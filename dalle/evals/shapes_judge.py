@@ -45,8 +45,8 @@ class SeenThing:
 
     @property
     def size(self) -> str:
-        """small or large, divided half way between the two ranges."""
-        return "small" if self.extent < (EXTENT["small"][1] + EXTENT["large"][0]) / 2 else "large"
+        """small or large, divided half way between the two."""
+        return "small" if self.extent < (EXTENT["small"] + EXTENT["large"]) / 2 else "large"
 
     @property
     def place(self) -> tuple[int, int]:

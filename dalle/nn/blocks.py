@@ -1,4 +1,4 @@
-"""Pre-norm transformer blocks (paper section 2.2, after Child et al. 2019).
+"""Pre-norm transformer blocks (paper section 2.2, after Child et al. 2019; gradient scales 2.4, Figure 4).
 
 B batch, N slots, D width, H heads
 """
@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from dalle.nn.attention import attend
+from dalle.nn.attention import Pattern, attend
 from dalle.nn.cache import LayerCache
 
 
@@ -21,7 +22,7 @@ class FP32LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention under a mask, with an optional cache of earlier slots."""
+    """Multi-head self-attention over what the layer's kind lets it see, with an optional cache of earlier slots."""
 
     def __init__(self, width: int, heads: int, backend: str = "sdpa"):
         super().__init__()
@@ -31,15 +32,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor, start: int = 0, cache: LayerCache | None = None) -> Tensor:
-        """x (B, n, D) of slots start .. start + n; mask bool (n, start + n)."""
+    def forward(self, x: Tensor, pattern: Pattern, start: int = 0, cache: LayerCache | None = None) -> Tensor:
+        """x (B, n, D) of slots start .. start + n; earlier slots are in the cache."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         if cache is not None:
             k, v = cache.append(start, k, v)
-        if x.shape[1] == 1:  # sampling: read only the keys that this slot sees
-            seen = mask[0].nonzero()[:, 0]
-            k, v, mask = k.index_select(2, seen), v.index_select(2, seen), mask[:, seen]
-        mixed = attend(q, k.to(q.dtype), v.to(q.dtype), mask, self.backend)
+        mixed = attend(q, k.to(q.dtype), v.to(q.dtype), pattern, start, self.backend)
         return self.out(rearrange(mixed, "b h n d -> b n (h d)"))
 
 
@@ -55,16 +53,57 @@ class MLP(nn.Module):
         return self.project(F.silu(1.702 * self.expand(x)) / 1.702)
 
 
+class Resblock(nn.Module):
+    """The path beside the trunk: f(norm(x)), in fp32 but for what autocast does inside f.
+
+    `gradient_scale` is a scalar tensor, or None: the gradient is multiplied by it before it enters f and
+    divided by it before it joins the trunk's; NaN and Inf become 0 in both places, so that one bad block
+    does not spoil those before it (Figure 4). The gradients of its own parameters stay multiplied.
+    """
+
+    def __init__(self, width: int, f: nn.Module, recompute: bool = False):
+        super().__init__()
+        self.norm, self.f, self.recompute = FP32LayerNorm(width), f, recompute
+        self.gradient_scale: Tensor | None = None
+
+    def forward(self, x: Tensor, *rest) -> Tensor:
+        """x (B, n, D) and what f takes besides."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._path, x, *rest, use_reentrant=False)
+        return self._path(x, *rest)
+
+    def _path(self, x: Tensor, *rest) -> Tensor:
+        if self.gradient_scale is None:
+            return self.f(self.norm(x), *rest)
+        inside = scale_gradient(x, 1 / self.gradient_scale)
+        return scale_gradient(self.f(self.norm(inside), *rest).float(), self.gradient_scale)
+
+
 class Layer(nn.Module):
     """Two resblocks: attention, then MLP, each x + f(norm(x)); the trunk stays fp32."""
 
-    def __init__(self, width: int, heads: int, backend: str = "sdpa"):
+    def __init__(self, width: int, heads: int, backend: str = "sdpa", recompute: bool = False):
         super().__init__()
-        self.attention_norm = FP32LayerNorm(width)
-        self.attention = Attention(width, heads, backend)
-        self.mlp_norm = FP32LayerNorm(width)
-        self.mlp = MLP(width)
+        self.attention = Resblock(width, Attention(width, heads, backend), recompute)
+        self.mlp = Resblock(width, MLP(width), recompute)
 
-    def forward(self, x: Tensor, mask: Tensor, start: int = 0, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask, start, cache)  # (B, n, D)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, pattern: Pattern, start: int = 0, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(x, pattern, start, cache)  # (B, n, D)
+        return x + self.mlp(x)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return torch.nan_to_num(gradient * factor, nan=0.0, posinf=0.0, neginf=0.0), None
+
+
+def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
+    """x, whose gradient is multiplied by a factor, NaN and Inf then set to 0."""
+    return _ScaleGradient.apply(x, factor)

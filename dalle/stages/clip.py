@@ -5,19 +5,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dalle.clip import CLIP, CLIPConfig
 from dalle.data import PairsConfig, open_pairs, pixels_of_samples
 from dalle.data.order import samples_of_step
 from dalle.models import build, describe
 from dalle.objectives import CLIPObjective
-from dalle.rng import epoch_stream, generator
+from dalle.rng import generator
 from dalle.stages.runs import TrainingRun, take_text
 from dalle.text import TextTokenizer
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
 from dalle.train.optim import OptimizerConfig
-from dalle.train.precision import resolve_device
+from dalle.train.precision import compile_parts, resolve_device
 from dalle.types import Pairs
 
 CLIP_TRAINING = TrainConfig(
@@ -51,6 +52,11 @@ class CLIPRun(TrainingRun):
     eval_pictures: int = 128
     """Held-out pairs measured at each evaluation."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eval_pictures < 1:
+            raise ValueError(f"eval_pictures must be positive, got {self.eval_pictures}")
+
 
 def train_clip(run: CLIPRun) -> Path:
     """Trains, writing checkpoints and log.jsonl with the share of pictures matched to their caption."""
@@ -64,6 +70,8 @@ def train_clip(run: CLIPRun) -> Path:
     pairs, held_out = (open_pairs(run.data, split, run.siblings) for split in ("train", "held_out"))
     torch.manual_seed(run.seed)
     model = build("clip", run.model).to(device)
+    if run.compile:
+        compile_parts(model)
 
     def batches(step: int) -> tuple[Tensor, Tensor]:
         samples = list(samples_of_step(step, run.train.batch_size, pairs.size, run.seed))
@@ -76,11 +84,14 @@ def train_clip(run: CLIPRun) -> Path:
         loss = run.objective(model, (pixels.to(device), packed.to(device)), step)
         return {"loss": float(loss.total), **{name: float(value) for name, value in loss.metrics.items()}}
 
+    links = {"text": text.to_dict(), "text_hash": text.hash, "data": pairs.hash}
     fit(
         model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
-        meta=describe("clip", model, run.record(), {"text": text.to_dict(), "text_hash": text.hash}),
+        meta=describe("clip", model, run.record(), links),
         evaluate=evaluate, resume=run.resume,
     )  # fmt: skip
+    if model.truncated:
+        tqdm.write(f"note: {model.truncated} captions were longer than {run.model.text_len - 1} tokens and cut")
     return out
 
 
@@ -92,6 +103,6 @@ def pairs_batch(
     pixels = pixels_of_samples(pairs, samples, "transformer", seed)  # no flips: captions speak of left and right
     chosen = []
     for (epoch, index), captions in zip(samples, pairs.captions(indices), strict=True):
-        rng = generator(epoch_stream(seed, epoch), index)
+        rng = generator("caption", seed, epoch, index)
         chosen.append(text.encode(captions[rng.integers(len(captions))]))
     return pixels, model.pack_text(chosen)

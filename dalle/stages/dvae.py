@@ -19,7 +19,7 @@ from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
 from dalle.train.loop import step_seed
 from dalle.train.optim import OptimizerConfig
-from dalle.train.precision import resolve_device
+from dalle.train.precision import compile_parts, resolve_device
 
 PAPER_TRAINING = TrainConfig(
     batch_size=512,
@@ -41,6 +41,11 @@ class EncodeConfig:
     """Random crops of each picture (Listing 2); an endless set has none."""
     batch_size: int = 64
     """Pictures encoded at once."""
+
+    def __post_init__(self):
+        for name in ("pictures", "crops", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,13 @@ class DVAERun(TrainingRun):
     eval_pictures: int = 64
     """Held-out pictures measured at each evaluation."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eval_pictures < 1:
+            raise ValueError(f"eval_pictures must be positive, got {self.eval_pictures}")
+        if self.crop is not None and self.crop < self.model.downsampling:
+            raise ValueError(f"crop must hold a token of {self.model.downsampling} pixels, got {self.crop}")
+
 
 def train_dvae(run: DVAERun) -> Path:
     """Trains, writing checkpoints, log.jsonl and a sheet of reconstructions at each evaluation."""
@@ -72,6 +84,8 @@ def train_dvae(run: DVAERun) -> Path:
     pairs, held_out = open_pairs(run.data), open_pairs(run.data, "held_out")
     torch.manual_seed(run.seed)
     model = build("dvae", run.model).to(device, memory_format=torch.channels_last)
+    if run.compile:
+        compile_parts(model)
     count = min(run.eval_pictures, held_out.size or run.eval_pictures)
     pixels = torch.from_numpy(held_out.pixels(range(count)))
 
@@ -85,7 +99,7 @@ def train_dvae(run: DVAERun) -> Path:
 
     fit(
         model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
-        meta=describe("dvae", model, run.record()), evaluate=evaluate, resume=run.resume,
+        meta=describe("dvae", model, run.record(), {"data": pairs.hash}), evaluate=evaluate, resume=run.resume,
     )  # fmt: skip
     return out
 
@@ -94,7 +108,7 @@ def random_squares(pixels: Tensor, side: int, seed: int) -> Tensor:
     """A square of each picture, anywhere: (B, 3, H, W) -> (B, 3, side, side)."""
     if side > min(pixels.shape[2:]):
         raise ValueError(f"crop {side} is larger than the pictures, {tuple(pixels.shape[2:])}; lower it")
-    rng = generator(seed)
+    rng = generator("squares", seed)
     rows = rng.integers(pixels.shape[2] - side + 1, size=len(pixels))
     columns = rng.integers(pixels.shape[3] - side + 1, size=len(pixels))
     squares = zip(pixels, rows, columns, strict=True)

@@ -48,6 +48,7 @@ def encode_images(run: EncodeRun) -> TokenCache:
         "vocab": part.model.vocab_size,
         "dvae": part.hash,
         "data": to_dict(run.data),
+        "crops": crops,
     }
 
     def encode(numbers: list[int]) -> tuple[Tensor, list[list[str]]]:

@@ -20,7 +20,7 @@ from dalle.pipeline import DALLE
 from dalle.rerank import rank
 from dalle.sampling import uniforms
 from dalle.stages.runs import ROOT, make_directory
-from dalle.train.precision import resolve_device
+from dalle.train.precision import autocast, resolve_device, resolve_precision
 from dalle.train.state import write_json
 from dalle.transformer.generate import generate
 
@@ -43,6 +43,13 @@ class EvaluateRun:
     """cuda, mps or cpu; auto takes the first there is."""
     json: Path | None = None
     """File for the report; printed too."""
+
+    def __post_init__(self):
+        for name in ("captions", "best_of", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.json and self.json.is_dir():
+            raise ValueError(f"{self.json} is a directory; expected the name of a file")
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ def evaluate(run: EvaluateRun) -> dict[str, dict[str, float]]:
     if run.json:
         make_directory(run.json.parent)
     model = DALLE.from_pretrained(run.model, resolve_device(run.device))
+    if model.scorer is None:
+        raise ValueError(f"{run.model} has no CLIP to rank with; train one and save the parts together")
     report = {}
     for split in ("held_out", "new_pairs"):
         report[split], _ = caption_accuracy(model, split, run.captions, run.best_of, run.chunk, run.seed)
@@ -136,7 +145,8 @@ def draw(model: DALLE, texts: Sequence[str], best_of: int, chunk: int, seed: int
         for start in range(0, len(texts), together):
             part = list(texts[start : start + together])
             noise = torch.stack([uniforms(seed, text, range(best_of), slots) for text in part])
-            tokens = generate(model.transformer, model.text_tokens(part), noise)
+            with autocast(resolve_precision("auto", model.device), model.device):
+                tokens = generate(model.transformer, model.text_tokens(part), noise)
             for text, candidates in zip(part, tokens, strict=True):
                 pixels = model.decode(candidates.clone())
                 best.append(int(rank(model.scorer, pixels, text)[0][0]))

@@ -20,7 +20,7 @@ from dalle.stages.dvae import DVAERun, train_dvae
 from dalle.stages.encode import EncodeRun, encode_images
 from dalle.stages.evaluate import Drawn, caption_accuracy
 from dalle.stages.plots import plot_losses
-from dalle.stages.runs import CONFIGS, ROOT, make_directory, newest
+from dalle.stages.runs import CONFIGS, ROOT, is_complete, make_directory
 from dalle.stages.tokenizer import TokenizerRun, train_tokenizer
 from dalle.stages.transformer import TransformerRun, train_transformer
 from dalle.train.log import read_log
@@ -47,11 +47,17 @@ class QuickstartRun:
     configs: Path = CONFIGS
     """Directory with <family>/shapes.yaml of each family."""
 
+    def __post_init__(self):
+        for name in ("captions", "best_of"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
 
 def quickstart(run: QuickstartRun) -> dict[str, Any]:
     """Every stage, then samples.png, reconstructions.png, losses.png, report.json and model/."""
     out = _prepare(run.out)
     seconds: dict[str, float] = {}
+    resumed = any(out.iterdir())
     files = {family: run.configs / family / "shapes.yaml" for family in ("dvae", "transformer", "clip")}
     common = {"seed": run.seed, "device": run.device}
     text_run = load(TokenizerRun, [files["transformer"]], schema=TransformerRun)
@@ -83,6 +89,7 @@ def quickstart(run: QuickstartRun) -> dict[str, Any]:
     report = {
         "caption_accuracy": accuracy,
         "caption_accuracy_new_pairs": new_pairs,
+        "resumed": resumed,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "codebook": _codebook(out / "dvae"),
         "sizes": {kind: _size(getattr(model, kind)) for kind in ("dvae", "transformer")}
@@ -109,10 +116,8 @@ def make_missing_stages() -> None:
         "tokens": lambda: encode_images(load(EncodeRun, [dvae], schema=DVAERun)),
     }
     for stage, make in makers.items():
-        try:
-            newest(stage)
-        except ValueError:
-            print(f"no {stage} under {ROOT}/: making it first")
+        if not is_complete(stage):
+            print(f"no whole {stage} under {ROOT}/: making it first")
             make()
 
 
@@ -168,6 +173,8 @@ def _peak_memory() -> float:
 
 def _print(out: Path, report: dict[str, Any]) -> None:
     total = report["seconds"]["total"]
+    if report["resumed"]:
+        print("\nThis run went on where another had stopped: its seconds leave out what was done before.")
     print(f"\n{total:.0f} s, {report['peak_memory_gib']} GiB. Share of pictures that show what their caption says:")
     names = list(report["caption_accuracy"])
     print(f"  {'':16}{'held-out scenes':>16}{'new colour-shape pairs':>25}")

@@ -38,6 +38,8 @@ class TrainingRun:
     """auto goes on with the run that lies in --out; never refuses it."""
     parallel: Literal["none"] = "none"
     """One process."""
+    compile: bool = False
+    """Compile each layer: minutes at the start, faster steps (fewer, larger kernels)."""
 
     def __post_init__(self):
         if self.steps < 1:
@@ -51,9 +53,20 @@ class TrainingRun:
 
     def record(self) -> dict[str, Any]:
         """The configuration for the checkpoint, less what may change on resuming."""
-        free = {"out", "steps", "device", "resume", "parallel", "encode"}
+        free = {"out", "steps", "device", "resume", "parallel", "compile", "encode"}
         free |= {"tokens", "tokenizer"}  # the links name what they held
         return {key: value for key, value in to_dict(self).items() if key not in free}
+
+
+def is_complete(stage: str, root: Path | None = None) -> bool:
+    """Whether the newest result of a stage under runs/ is there and, if it is trained, trained to its end."""
+    if not _results(stage, root or ROOT):
+        return False
+    pointer = newest(stage, root) / "checkpoints" / "latest"
+    if not pointer.is_file():
+        return True
+    meta = read_json(pointer.parent / pointer.read_text(encoding="utf-8").strip() / "meta.json")
+    return meta["step"] >= meta["steps"]
 
 
 def newest(stage: str, root: Path | None = None) -> Path:
@@ -75,18 +88,25 @@ def _results(stage: str, root: Path) -> list[Path]:
 
 
 def _kind(stage: str, folder: Path) -> str | None:
-    if stage == "text":
-        return "text"
-    if stage == "tokens":
-        return read_json(folder / "meta.json").get("kind")
-    pointer = folder / "checkpoints" / "latest"
-    return read_json(pointer.parent / pointer.read_text(encoding="utf-8").strip() / "meta.json").get("kind")
+    """Which stage made a folder; None for one that is damaged or something else."""
+    if stage == "text":  # a model directory holds a text.json too
+        return None if (folder / "config.json").exists() else "text"
+    try:
+        if stage != "tokens":
+            folder = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
+        meta = read_json(folder / "meta.json")
+    except ValueError:
+        return None
+    return meta.get("kind") if isinstance(meta, dict) else None
 
 
 def make_directory(folder: Path) -> Path:
-    """The directory, made where there is none; ValueError where it cannot be."""
+    """The directory, made where there is none; ValueError where it cannot be, or cannot be written to."""
+    probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}); give another place") from None
     return folder

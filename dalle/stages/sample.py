@@ -61,6 +61,11 @@ def sample(run: SampleRun) -> Path:
         raise ValueError('no caption; give --prompt "a red circle above a blue square on a white background"')
     if run.keep < 1 or run.best_of < run.keep:
         raise ValueError(f"best-of must be at least keep, and keep at least 1; got {run.best_of} and {run.keep}")
+    if run.rows is not None and run.image is None:
+        raise ValueError("--rows says how much of a picture to keep; give the picture with --image")
+    parts = [name for name in ("dvae", "transformer", "clip", "tokenizer") if getattr(run, name)]
+    if run.model and parts:
+        raise ValueError(f"--model holds every part; leave out --{' --'.join(parts)}, or --model")
     out = _new_directory(run)
     try:
         model = open_model(run)
@@ -86,7 +91,8 @@ def _draw_into(out: Path, model: DALLE, run: SampleRun) -> None:
     else:
         generation = model.generate(run.prompt, **options)
     _write(out, generation, options, model.hash)
-    print(f"{out}: {len(generation.images)} of {run.best_of} pictures for {run.prompt!r}")
+    drawn = run.best_of if generation.scores else len(generation.images)
+    print(f"{out}: {len(generation.images)} of {drawn} pictures for {run.prompt!r}")
 
 
 def open_model(run: SampleRun) -> DALLE:

@@ -25,11 +25,15 @@ class TokenizerRun:
     captions: int = 100_000
     """Pictures whose captions are read, at most."""
 
+    def __post_init__(self):
+        if self.captions < 1:
+            raise ValueError(f"captions must be positive, got {self.captions}")
+
 
 def train_tokenizer(run: TokenizerRun) -> TextTokenizer:
     """Reads captions, learns merges, writes <out>/text.json."""
     out = make_directory(run.out or ROOT / "text")
-    pairs = open_pairs(run.data)
+    pairs = open_pairs(run.data, pictures=False)
     text = train_text_tokenizer(_captions(pairs, run.captions), run.text)
     text.save(out / "text.json")
     shown = next(_captions(pairs, 1))

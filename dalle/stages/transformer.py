@@ -12,11 +12,11 @@ from dalle.data.order import samples_of_step
 from dalle.layout import TokenLayout
 from dalle.models import build, describe
 from dalle.objectives import TransformerObjective
-from dalle.rng import epoch_stream, generator
+from dalle.rng import generator
 from dalle.stages.runs import TrainingRun, take, take_text
 from dalle.text import TextTokenizer, TextTokenizerConfig
 from dalle.train import TrainConfig, fit
-from dalle.train.precision import resolve_device
+from dalle.train.precision import compile_parts, resolve_device
 from dalle.transformer import TransformerConfig
 
 
@@ -47,6 +47,8 @@ class TransformerRun(TrainingRun):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.eval_pictures < 1:
+            raise ValueError(f"eval_pictures must be positive, got {self.eval_pictures}")
         for name in ("bpe_dropout", "caption_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -61,18 +63,25 @@ class TokenBatches:
 
     def __init__(self, cache: TokenCache, text: TextTokenizer, layout: TokenLayout, run: TransformerRun):
         self.cache, self.text, self.layout, self.run = cache, text, layout, run
-        self.size = cache.size - run.eval_pictures
+        self.pictures = cache.size // cache.meta.get("crops", 1)
+        self.trained = self.pictures - run.eval_pictures
         self.truncated = 0
 
     def __call__(self, step: int) -> Tensor:
         """int64 (B, N)."""
-        samples = list(samples_of_step(step, self.run.train.batch_size, self.size, self.run.seed))
-        captions = [self._caption(epoch, index) for epoch, index in samples]
-        return self._pack(captions, [index for _, index in samples])
+        size = self.cache.size // self.pictures * self.trained
+        samples = samples_of_step(step, self.run.train.batch_size, size, self.run.seed)
+        rows = [(epoch, self._row(sample)) for epoch, sample in samples]
+        return self._pack([self._caption(epoch, row) for epoch, row in rows], [row for _, row in rows])
+
+    def _row(self, sample: int) -> int:
+        """The row of the cache: all pictures in one crop, then all in the next; no crop of a held-out one."""
+        crop, picture = divmod(sample, self.trained)
+        return crop * self.pictures + picture
 
     def held_out(self) -> Tensor:
-        """The last pictures of the cache, first caption each, without dropout."""
-        indices = list(range(self.size, self.cache.size))
+        """The last pictures, in their first crop, first caption each, without dropout."""
+        indices = list(range(self.trained, self.pictures))
         return self._pack([self.text.encode(self.cache.captions[i][0]) for i in indices], indices)
 
     def _pack(self, captions: list[list[int]], indices: list[int]) -> Tensor:
@@ -80,7 +89,7 @@ class TokenBatches:
         return self.layout.pack(self.layout.pad_text(captions, truncate=True), self.cache.image_tokens(indices))
 
     def _caption(self, epoch: int, index: int) -> list[int]:
-        rng = generator(epoch_stream(self.run.seed, epoch), index)
+        rng = generator("caption", self.run.seed, epoch, index)
         if rng.random() < self.run.caption_dropout:
             return []
         captions = self.cache.captions[index]
@@ -96,6 +105,8 @@ def train_transformer(run: TransformerRun) -> Path:
     check_inputs(run, text, cache)
     torch.manual_seed(run.seed)
     model = build("transformer", run.model).to(device)
+    if run.compile:
+        compile_parts(model)
     batches = TokenBatches(cache, text, model.layout, run)
     held_out = batches.held_out().split(run.train.batch_size)
 
@@ -106,7 +117,7 @@ def train_transformer(run: TransformerRun) -> Path:
         named |= {name: [loss.metrics[name] for loss in losses] for name in losses[0].metrics}
         return {name: float(torch.stack(values).cpu() @ weights) for name, values in named.items()}
 
-    links = {"text": text.to_dict(), "text_hash": text.hash, "dvae": cache.meta["dvae"]}
+    links = {"text": text.to_dict(), "text_hash": text.hash, "dvae": cache.meta["dvae"], "tokens": cache.hash}
     fit(
         model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
         meta=describe("transformer", model, run.record(), links), evaluate=evaluate, resume=run.resume,
@@ -129,5 +140,6 @@ def check_inputs(run: TransformerRun, text: TextTokenizer, cache: TokenCache) ->
         raise ValueError(
             f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {model.text_vocab}; raise it"
         )
-    if cache.size <= run.eval_pictures:
-        raise ValueError(f"{cache.folder} has {cache.size} pictures, eval_pictures takes {run.eval_pictures}; lower it")
+    pictures = cache.size // cache.meta.get("crops", 1)
+    if pictures <= run.eval_pictures:
+        raise ValueError(f"{cache.folder} has {pictures} pictures, eval_pictures takes {run.eval_pictures}; lower it")

@@ -21,6 +21,12 @@ class EMAConfig:
     every: int = 25
     """Updates between two averagings."""
 
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
+        if self.every < 1:
+            raise ValueError(f"every must be positive, got {self.every}")
+
 
 class AveragedWeights:
     """The running sum of a model's parameters, by name."""

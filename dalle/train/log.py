@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Numbers = dict[str, float]
+Numbers = dict[str, float | list[float]]
 
 
 def to_numbers(metrics: dict[str, Any]) -> Numbers:

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from dalle.train.ema import AveragedWeights, EMAConfig
 from dalle.train.log import JSONLines, first_nonfinite, to_numbers
-from dalle.train.optim import OptimizerConfig, build_optimizer
+from dalle.train.optim import OptimizerConfig, build_optimizers, set_rate
 from dalle.train.precision import Precision, autocast, resolve_precision
+from dalle.train.scaling import GradientScales
 from dalle.train.state import TrainState, check_meta, latest_checkpoint, read_json, restore, save_checkpoint
 from dalle.types import Loss, Objective
 
@@ -34,11 +35,12 @@ class TrainConfig:
     batch_size: int = 1024
     """Pictures in an update (B.2)."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW."""
+    """AdamW, or Muon and AdamW."""
     ema: EMAConfig = EMAConfig()
     """Averaging of the weights."""
     precision: Precision = "auto"
-    """fp32, bf16 (autocast), or auto: bf16 where the device has it in hardware."""
+    """fp32, bf16 or fp16 (autocast; fp16 with a gradient scale per resblock, 2.4), or auto: bf16 where the
+    device has it in hardware, else fp32."""
     log_every: int = 10
     """Updates between two lines of the log."""
     eval_every: int = 1000
@@ -85,11 +87,14 @@ def fit(
         ValueError: the directory holds another run.
         FloatingPointError: the loss or the gradient is not finite; names the first bad tensor.
     """
-    state = TrainState(model, build_optimizer(model, config.optimizer), AveragedWeights(model, config.ema))
-    _prepare(run_dir, state, meta, resume)
-    log = JSONLines(run_dir / "log.jsonl", state.step)
     device = next(model.parameters()).device
     precision = resolve_precision(config.precision, device)
+    state = TrainState(
+        model, build_optimizers(model, config.optimizer), AveragedWeights(model, config.ema),
+        gradient_scales(model) if precision == "fp16" else None,
+    )  # fmt: skip
+    _prepare(run_dir, state, meta, resume)
+    log = JSONLines(run_dir / "log.jsonl", state.step)
     bar = tqdm(total=steps, initial=state.step, desc=str(meta["kind"]), unit="step", disable=None)
     model.train()
     while state.step < steps:
@@ -101,6 +106,8 @@ def fit(
         last = state.step == steps
         if state.step % config.log_every == 0 or state.step == 1 or last:
             numbers = to_numbers({"loss": loss.total.detach(), "gradient_norm": norm, **loss.metrics})
+            if state.scales:
+                numbers["log2_scales"] = state.scales.values.log2().tolist()
             numbers |= {"step_size": config.optimizer.rate(state.step - 1), "data_wait": waited}
             numbers["seconds"] = time.perf_counter() - started
             log.write(state.step, numbers)
@@ -119,7 +126,10 @@ def fit(
 def train_step(
     state: TrainState, batch: Any, objective: Objective, optim: OptimizerConfig, precision: str, seed: int
 ) -> tuple[Loss, Tensor]:
-    """One update: loss, gradient, clip, AdamW, averaging. Returns the loss and the gradient's norm."""
+    """One update: loss, gradient, clip, optimizers, averaging. Returns the loss and the gradient's norm.
+
+    With gradient scales an update whose gradient is not finite is skipped, and counts as a step.
+    """
     device = next(state.model.parameters()).device
 
     def forward() -> Loss:
@@ -128,22 +138,36 @@ def train_step(
             return objective(state.model, batch, state.step)
 
     loss = forward()
-    state.optimizer.zero_grad(set_to_none=True)
+    for optimizer in state.optimizers:
+        optimizer.zero_grad(set_to_none=True)
     loss.total.backward()
+    finite = state.scales.unscale() if state.scales else None
     limit = float("inf") if optim.clip is None else optim.clip
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
-    if not (torch.isfinite(loss.total) and torch.isfinite(norm)):
+    good = bool(torch.isfinite(norm))
+    if not torch.isfinite(loss.total) or not (good or state.scales):
         where = first_nonfinite(state.model, forward)
         raise FloatingPointError(
             f"step {state.step + 1}: loss {float(loss.total.detach())}, gradient norm {float(norm)}; "
             f"first bad tensor: {where}. The last checkpoint is whole; lower the step size, or check the data"
         )
-    for group in state.optimizer.param_groups:
-        group["lr"] = optim.rate(state.step)
-    state.optimizer.step()
+    if good:
+        set_rate(state.optimizers, optim, state.step)
+        for optimizer in state.optimizers:
+            optimizer.step()
+    if state.scales:
+        state.scales.update(finite)
+        loss.metrics["skipped"] = float(not good)
     state.step += 1
     state.ema.update(state.model, state.step)
     return loss, norm
+
+
+def gradient_scales(model: nn.Module) -> GradientScales:
+    """A scale for each of the model's resblocks; ValueError for a model that cannot be scaled so."""
+    if not hasattr(model, "resblocks"):
+        raise ValueError(f"{type(model).__name__} has no gradient scales for fp16; set train.precision to bf16 or fp32")
+    return GradientScales(model.resblocks())
 
 
 def step_seed(seed: int, step: int) -> int:

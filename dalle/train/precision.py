@@ -1,10 +1,11 @@
-"""Which number format the matrix products use: fp32, or bf16 under autocast."""
+"""How the numbers are computed: device, number format (fp32, or bf16 or fp16 under autocast), compilation."""
 
 from typing import Literal
 
 import torch
+from torch import nn
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> str:
@@ -25,7 +26,8 @@ def _cpu_has_bf16() -> bool:
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context for a forward pass."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -42,7 +44,21 @@ def _named_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"unknown device {name!r}; expected auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"unknown device {name!r}; expected auto, cpu, cuda, cuda:1 or mps")
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if device.type in there and not there[device.type]():
         raise ValueError(f"this computer has no {device.type} that torch can use; give --device auto")
     return device
+
+
+def compile_parts(model: nn.Module, **options) -> None:
+    """Compiles each repeated layer by itself, or each child of a model without any; names of weights stay as they are.
+
+    Args:
+        model: layers are the members of its `nn.ModuleList`s.
+        options: for `torch.compile`.
+    """
+    layers = [layer for stack in model.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
+    for part in layers or model.children():
+        part.compile(**options)

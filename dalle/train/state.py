@@ -2,7 +2,8 @@
 
     run/checkpoints/step-00001000/model.safetensors      weights
                                   ema.safetensors        running sums of the averaged weights
-                                  optimizer.safetensors  AdamW's moments, "parameter/moment"
+                                  optimizer.safetensors  the optimizers' moments, "parameter/moment"
+                                  scales.safetensors     gradient scales, with fp16 only
                                   meta.json              format, kind, config, run, step, ema, links
     run/checkpoints/latest                               name of the newest complete folder
 
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dalle.train.ema import AveragedWeights, EMAConfig
+from dalle.train.scaling import GradientScales
 
 FORMAT = 1
 
@@ -31,8 +33,9 @@ class TrainState:
     """All that changes while training. Random numbers and data follow from seed and step."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     ema: AveragedWeights
+    scales: GradientScales | None = None
     step: int = 0
 
 
@@ -47,6 +50,8 @@ def save_checkpoint(run_dir: Path, state: TrainState, meta: dict[str, Any], keep
     write_tensors(partial / "model.safetensors", state.model.state_dict())
     write_tensors(partial / "ema.safetensors", state.ema.sums)
     write_tensors(partial / "optimizer.safetensors", _optimizer_tensors(state))
+    if state.scales:
+        write_tensors(partial / "scales.safetensors", state.scales.state_dict())
     write_json(partial / "meta.json", {"format": FORMAT, **meta, "step": state.step, "ema": ema})
     _sync_folder(partial)
     shutil.rmtree(root / name, ignore_errors=True)
@@ -88,12 +93,15 @@ def restore(folder: Path, state: TrainState) -> None:
     for name, tensor in read_tensors(folder / "ema.safetensors").items():
         state.ema.sums[name].copy_(tensor)
     names = dict(state.model.named_parameters())
+    owners = {p: o for o in state.optimizers for group in o.param_groups for p in group["params"]}
     for key, tensor in read_tensors(folder / "optimizer.safetensors").items():
         name, moment = key.rsplit("/", 1)
         parameter = names[name]
         like = tensor if moment == "step" else parameter  # the fused kernel wants the parameter's strides
         value = torch.empty_like(like, dtype=tensor.dtype, device=parameter.device)
-        state.optimizer.state[parameter][moment] = value.copy_(tensor)
+        owners[parameter].state[parameter][moment] = value.copy_(tensor)
+    if state.scales:
+        state.scales.load_state_dict(read_tensors(folder / "scales.safetensors"))
     state.step = meta["step"]
 
 
@@ -114,7 +122,8 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     names = {parameter: name for name, parameter in state.model.named_parameters()}
     return {
         f"{names[parameter]}/{moment}": value
-        for parameter, moments in state.optimizer.state.items()
+        for optimizer in state.optimizers
+        for parameter, moments in optimizer.state.items()
         for moment, value in moments.items()
     }
 

@@ -1,32 +1,63 @@
 """What the transformer minimises (paper section 2.2, appendix B.2).
 
 The cross-entropies of text and of image tokens are each divided by the number of such tokens in the
-batch, then weighted 1/8 and 7/8. Each modality has a softmax over its own vocabulary.
+batch, then weighted 1/8 and 7/8. Each modality has a softmax over its own vocabulary, and logits exist
+for a chunk of positions at a time: at paper size those of a batch would outweigh the model.
 
-    B batch, T text_len, N all slots
+    B batch, T text_len, N all slots, R positions, D width
 """
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dalle.transformer.model import Transformer
 
 TEXT_WEIGHT = 1 / 8  # 2.2
+CHUNK = 4096  # positions; their logits over 8192 codes take 128 MiB
 
 
-def cross_entropies(model: Transformer, ids: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropies(model: Transformer, ids: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """Mean negative log likelihood in nats per text token and per image token.
 
     Args:
         ids: joint ids (B, N).
+        chunk: positions whose logits exist at once.
     """
     layout = model.layout
     hidden = model.hidden(ids)
-    counts = layout.loss_mask(ids)[:, : layout.text_len]
-    text_logits = model.text_logits(hidden[:, : layout.text_len])[counts]
-    image_logits = model.image_logits(hidden[:, layout.text_len :])
     text, image = layout.unpack(ids)
-    return F.cross_entropy(text_logits, text[counts]), F.cross_entropy(image_logits.flatten(0, 1), image.flatten())
+    counts = layout.loss_mask(ids)[:, : layout.text_len]
+    slots = torch.arange(layout.text_len, device=ids.device).expand_as(counts)[counts]
+    states = hidden[:, : layout.text_len][counts], hidden[:, layout.text_len :].flatten(0, 1)
+    return (
+        chunked_cross_entropy(model.text_logits, (states[0], slots), text[counts], chunk),
+        chunked_cross_entropy(model.image_logits, (states[1],), image.flatten(), chunk),
+    )
+
+
+def chunked_cross_entropy(
+    to_logits: Callable[..., Tensor], inputs: tuple[Tensor, ...], targets: Tensor, chunk: int
+) -> Tensor:
+    """Mean cross-entropy of R positions, made `chunk` at a time and again in the backward pass.
+
+    Args:
+        to_logits: inputs of some positions -> logits (positions, vocabulary).
+        inputs: what it takes, each (R, ...).
+        targets: int64 (R,).
+        chunk: positions at once; all R in one go are not computed twice.
+    """
+
+    def nats(targets: Tensor, *inputs: Tensor) -> Tensor:
+        return F.cross_entropy(to_logits(*inputs), targets, reduction="sum")
+
+    if len(targets) <= chunk:
+        return nats(targets, *inputs) / len(targets)
+    parts = zip(targets.split(chunk), *(i.split(chunk) for i in inputs), strict=True)
+    return sum(checkpoint(nats, *part, use_reentrant=False) for part in parts) / len(targets)
 
 
 def weighted_cross_entropy(text: Tensor, image: Tensor, text_weight: float = TEXT_WEIGHT) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dalle.layout import TokenLayout
-from dalle.masks import dense_mask, layer_kinds
-from dalle.nn.attention import BACKENDS
-from dalle.nn.blocks import FP32LayerNorm, Layer
+from dalle.masks import layer_kinds, visible
+from dalle.nn.attention import BACKENDS, Pattern
+from dalle.nn.blocks import FP32LayerNorm, Layer, Resblock
 from dalle.nn.cache import LayerCache
 
 
@@ -44,7 +44,9 @@ class TransformerConfig:
     init_scale: float = 0.125
     """Weights start as N(0, init_scale / sqrt(inputs)) (Child et al.)."""
     backend: str = "sdpa"
-    """How attention is computed: dense or sdpa."""
+    """How attention is computed: dense, sdpa or blocks (dalle/nn/attention.py)."""
+    recompute: bool = False
+    """Keep only the trunk; the inside of each resblock is computed again in the backward pass (2.4)."""
 
     def __post_init__(self):
         for name in ("depth", "heads", "head_width"):
@@ -53,7 +55,7 @@ class TransformerConfig:
         if self.backend not in BACKENDS:
             raise ValueError(f"unknown backend {self.backend!r}; expected one of {', '.join(BACKENDS)}")
         if self.sparse:
-            dense_mask("conv", TokenLayout(2, self.grid, 1, 1), self.conv_kernel)  # refuses a kernel that cannot be
+            visible("conv", TokenLayout(2, self.grid, 1, 1), self.conv_kernel)  # refuses a kernel that cannot be
 
     @property
     def width(self) -> int:
@@ -82,11 +84,12 @@ class Transformer(nn.Module):
         self.text_position = nn.Embedding(layout.text_len, config.width)
         self.row = nn.Embedding(layout.rows, config.width)
         self.column = nn.Embedding(layout.columns, config.width)
-        self.layers = nn.ModuleList(Layer(config.width, config.heads, config.backend) for _ in range(config.depth))
+        self.layers = nn.ModuleList(
+            Layer(config.width, config.heads, config.backend, config.recompute) for _ in range(config.depth)
+        )
         self.final_norm = FP32LayerNorm(config.width)
         self.to_logits = nn.Linear(config.width, layout.vocab, bias=False)
-        for kind in sorted(set(config.kinds)):
-            self.register_buffer(f"{kind}_mask", dense_mask(kind, layout, config.conv_kernel), persistent=False)
+        self.patterns = nn.ModuleDict({k: Pattern(k, layout, config.conv_kernel) for k in sorted(set(config.kinds))})
         self.register_buffer("allowed_text", layout.allowed_text(), persistent=False)
         initialise(self)
 
@@ -98,7 +101,8 @@ class Transformer(nn.Module):
         hidden = self.hidden(ids)
         text, image = hidden[:, : self.layout.text_len], hidden[:, self.layout.text_len :]
         logits = hidden.new_full((*hidden.shape[:2], self.layout.vocab), -torch.inf)
-        logits[:, : text.shape[1], : self.layout.image_offset] = self.text_logits(text)
+        slots = torch.arange(text.shape[1], device=ids.device)
+        logits[:, : text.shape[1], : self.layout.image_offset] = self.text_logits(text, slots)
         logits[:, text.shape[1] :, self.layout.image_offset :] = self.image_logits(image)
         return logits
 
@@ -108,11 +112,9 @@ class Transformer(nn.Module):
 
     def read(self, inputs: Tensor, start: int = 0, caches: list[LayerCache] | None = None) -> Tensor:
         """Input ids (B, n) of slots start .. start + n -> final states (B, n, D)."""
-        end = start + inputs.shape[1]
         x = self.embed(inputs, start)
         for i, (layer, kind) in enumerate(zip(self.layers, self.config.kinds, strict=True)):
-            mask = getattr(self, f"{kind}_mask")[start:end, :end]
-            x = layer(x, mask, start, caches[i] if caches else None)
+            x = layer(x, self.patterns[kind], start, caches[i] if caches else None)
         return self.final_norm(x)
 
     def embed(self, inputs: Tensor, start: int = 0) -> Tensor:
@@ -133,13 +135,13 @@ class Transformer(nn.Module):
         at_image = self.row(image // self.layout.columns) + self.column(image % self.layout.columns)
         return torch.cat([at_text, at_image.expand(len(inputs), -1, -1)], dim=1)
 
-    def text_logits(self, hidden: Tensor) -> Tensor:
-        """States (B, n, D) of the first n text slots -> fp32 (B, n, text_vocab + T)."""
+    def text_logits(self, hidden: Tensor, slots: Tensor) -> Tensor:
+        """States (..., D) of text slots (...) -> fp32 (..., text_vocab + T)."""
         logits = self._logits(hidden, self.to_logits.weight[: self.layout.image_offset])
-        return logits.masked_fill(~self.allowed_text[: hidden.shape[1]], -torch.inf)
+        return logits.masked_fill(~self.allowed_text[slots], -torch.inf)
 
     def image_logits(self, hidden: Tensor) -> Tensor:
-        """States (B, n, D) of image slots -> fp32 (B, n, image_vocab)."""
+        """States (..., D) of image slots -> fp32 (..., image_vocab)."""
         return self._logits(hidden, self.to_logits.weight[self.layout.image_offset :])
 
     @staticmethod
@@ -147,10 +149,15 @@ class Transformer(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):  # B.2: logits in fp32
             return hidden.float() @ weight.float().T
 
+    def resblocks(self) -> list[Resblock]:
+        """The 2 * depth resblocks in order (2.4: each has a gradient scale of its own)."""
+        return [block for layer in self.layers for block in (layer.attention, layer.mlp)]
+
     def caches(self, batch: int) -> list[LayerCache]:
-        """Empty caches, one a layer, for `batch` streams."""
-        c = self.config
-        like = self.to_logits.weight
+        """Empty caches, one a layer, for `batch` streams; in autocast's number format where it is on."""
+        c, like = self.config, self.to_logits.weight
+        if torch.is_autocast_enabled(like.device.type):
+            like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
         return [LayerCache.empty(batch, c.heads, self.layout.length, c.head_width, like) for _ in self.layers]
 
 

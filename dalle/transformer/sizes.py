@@ -1,0 +1,54 @@
+"""Named sizes of the transformer. The three largest are the paper's: 64 layers of heads 64 wide (appendix D).
+
+Only depth and heads differ; text, grid and vocabularies are the paper's in all of them.
+"""
+
+from dalle.masks import dense_mask
+from dalle.transformer.model import TransformerConfig
+
+SIZES: dict[str, TransformerConfig] = {
+    "tiny": TransformerConfig(depth=4, heads=2),
+    "60m": TransformerConfig(depth=12, heads=8),
+    "120m": TransformerConfig(depth=12, heads=12),
+    "350m": TransformerConfig(depth=24, heads=16),
+    "1.3b": TransformerConfig(depth=24, heads=32),
+    "2.8b": TransformerConfig(depth=64, heads=30),
+    "5.6b": TransformerConfig(depth=64, heads=42),
+    "12b": TransformerConfig(),
+}
+
+
+def parameter_counts(config: TransformerConfig) -> dict[str, int]:
+    """Parameters of each part by formula.
+
+    Returns:
+        embeddings: tokens, text positions, rows and columns; layers: 12 D^2 + 13 D each, the 12 D^2 being
+        the paper's "effective parameter count"; final_norm; to_logits.
+    """
+    layout, width = config.layout, config.width
+    embedded = layout.input_vocab + layout.text_len + layout.rows + layout.columns
+    return {
+        "embeddings": embedded * width,
+        "layers": config.depth * (12 * width**2 + 13 * width),  # 13 D: norms 4 D, biases 9 D
+        "final_norm": 2 * width,
+        "to_logits": layout.vocab * width,
+    }
+
+
+def training_flops(config: TransformerConfig) -> dict[str, int]:
+    """Floating-point operations of forward and backward over one stream, 2 a multiplication with addition.
+
+    Only what must be computed: attention counts the pairs that the masks show, logits each position's own
+    vocabulary, and nothing is counted twice for being computed again in the backward pass.
+
+    Returns:
+        matrices: 6 * 12 D^2 a token and layer; attention: 12 D a visible pair and layer; logits.
+    """
+    layout, width = config.layout, config.width
+    pairs = {kind: int(dense_mask(kind, layout, config.conv_kernel).sum()) for kind in set(config.kinds)}
+    vocabulary = layout.text_len * layout.image_offset + layout.image_len * layout.image_vocab
+    return {
+        "matrices": 72 * width**2 * layout.length * config.depth,
+        "attention": 12 * width * sum(pairs[kind] for kind in config.kinds),
+        "logits": 6 * width * vocabulary,
+    }
