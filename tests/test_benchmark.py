@@ -34,7 +34,9 @@ def test_the_paper_takes_six_operations_a_parameter_and_token():
 
 def test_the_report_compares_backends(tmp_path):
     path = tmp_path / "report.json"
-    run = TrainBenchmark(model=CONFIG, backends=("dense", "blocks"), rounds=2, precision="fp32", device="cpu", json=path)
+    run = TrainBenchmark(
+        model=CONFIG, backends=("dense", "blocks"), rounds=2, precision="fp32", device="cpu", json=path
+    )
     benchmark_training(run)
     report = json.loads(path.read_text(encoding="utf-8"))
     assert report["parameters"] == sum(p.numel() for p in Transformer(CONFIG).parameters())

@@ -27,6 +27,7 @@ from dalle.data.shapes import (
     render,
     signed_distance,
 )
+from dalle.rng import generator
 
 AREAS = {"circle": np.pi / 4, "square": 1, "triangle": 1 / 2, "cross": 2 * 0.34 - 0.34**2}  # of extent 1
 
@@ -276,3 +277,23 @@ def _differences(a, b) -> int:
     fields = sum(getattr(a, name) != getattr(b, name) for name in ("background", "relation", "place", "size"))
     pairs = zip(a.things, b.things, strict=False)
     return fields + sum((x.colour != y.colour) + (x.shape != y.shape) for x, y in pairs)
+
+
+def test_the_wording_says_nothing_about_what_differs():
+    """Scene and wording come from streams of their own: else the wording would give the sibling away to CLIP."""
+    pairs = ShapesPairs(32, siblings=True)
+    counts = np.zeros((2, 5))
+    for index in range(1, 4001, 2):
+        one, two = pairs.scene(index - 1), pairs.scene(index)
+        if one.relation and two.relation:
+            wording = generator("caption", 0, 0, index).integers(5)
+            counts[int(one.background != two.background), wording] += 1
+    expected = counts.sum(1, keepdims=True) * counts.sum(0) / counts.sum()
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    assert chi_squared < 18.5  # 4 degrees of freedom, one in a thousand
+
+
+def test_streams_of_different_purposes_are_different():
+    draws = {purpose: generator(purpose, 1, 2).random() for purpose in ("scene", "caption", "crop", "order")}
+    assert len(set(draws.values())) == 4
+    assert generator("scene", 1, 2).random() == draws["scene"] != generator("scene", 2, 1).random()

@@ -95,8 +95,8 @@ def test_parameters_at_paper_size(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "width", "millions"),
     [
-        ("tiny", 128, 7), ("60m", 512, 63), ("120m", 768, 123), ("350m", 1024, 353), ("1.3b", 2048, 1310),
-        ("2.8b", 1920, 2928), ("5.6b", 2688, 5685), ("12b", 3968, 12290),
+        ("tiny", 128, 7), ("60m", 512, 63), ("120m", 768, 123), ("350m", 1024, 353), ("1.3b", 2048, 1311),
+        ("2.8b", 1920, 2929), ("5.6b", 2688, 5686), ("12b", 3968, 12294),
     ],
 )  # fmt: skip
 def test_parameters_of_the_named_sizes_by_module_and_by_formula(name, width, millions, monkeypatch):
@@ -525,7 +525,7 @@ def test_computing_resblocks_again_changes_no_gradient():
     for block in model.resblocks():
         block.recompute = True
     calls = []
-    model.layers[0].mlp.f.register_forward_hook(lambda *_: calls.append(1))
+    model.layers[0].mlp.f.expand.register_forward_pre_hook(lambda *_: calls.append(1))
     torch.testing.assert_close(losses_and_gradients(model, 10**6), expected, rtol=0, atol=0)
     assert len(calls) == 2
 
@@ -540,6 +540,7 @@ def test_computing_resblocks_again_changes_no_gradient():
 def test_layers_compile_without_a_break_and_keep_their_names(backend, recompute):
     model = small(backend=backend, recompute=recompute)
     expected, names = losses_and_gradients(model, 10**6), list(model.state_dict())
+    torch.compiler.reset()
     compile_parts(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(losses_and_gradients(model, 10**6), expected)
     assert list(model.state_dict()) == names

@@ -18,7 +18,7 @@ from dalle.data.shapes import ShapesPairs, captions, change_one_attribute
 from dalle.evals.shapes_judge import judge
 from dalle.pipeline import DALLE
 from dalle.rerank import rank
-from dalle.sampling import uniforms
+from dalle.sampling import check_sampling, uniforms
 from dalle.stages.runs import ROOT, make_directory
 from dalle.train.precision import autocast, resolve_device, resolve_precision
 from dalle.train.state import write_json
@@ -35,6 +35,8 @@ class EvaluateRun:
     """Held-out captions of each kind."""
     best_of: int = 16
     """Candidates of each caption."""
+    temperature: float = 1.0
+    """Of the samples; 1 as the paper."""
     chunk: int = 512
     """Pictures drawn at once."""
     seed: int = 0
@@ -48,6 +50,7 @@ class EvaluateRun:
         for name in ("captions", "best_of", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_sampling(self.temperature, None, None)
         if self.json and self.json.is_dir():
             raise ValueError(f"{self.json} is a directory; expected the name of a file")
 
@@ -80,15 +83,18 @@ def evaluate(run: EvaluateRun) -> dict[str, dict[str, float]]:
         raise ValueError(f"{run.model} has no CLIP to rank with; train one and save the parts together")
     report = {}
     for split in ("held_out", "new_pairs"):
-        report[split], _ = caption_accuracy(model, split, run.captions, run.best_of, run.chunk, run.seed)
+        report[split], _ = caption_accuracy(
+            model, split, run.captions, run.best_of, run.chunk, run.seed, run.temperature
+        )
         print(split, "  ".join(f"{name} {value:.3f}" for name, value in report[split].items()))
     if run.json:
-        write_json(run.json, {"model": model.hash, "captions": run.captions, "seed": run.seed, **report})
+        settings = {"captions": run.captions, "seed": run.seed, "temperature": run.temperature}
+        write_json(run.json, {"model": model.hash, **settings, **report})
     return report
 
 
 def caption_accuracy(
-    model: DALLE, split: str, count: int, best_of: int = 16, chunk: int = 512, seed: int = 0
+    model: DALLE, split: str, count: int, best_of: int = 16, chunk: int = 512, seed: int = 0, temperature: float = 1.0
 ) -> tuple[dict[str, float], Drawn]:
     """Share of pictures that the judge finds right.
 
@@ -99,6 +105,7 @@ def caption_accuracy(
         best_of: candidates n.
         chunk: pictures drawn at once.
         seed: of captions and candidates.
+        temperature: of the samples.
 
     Returns:
         true: true pictures; mismatched: true pictures against a caption that differs in one attribute;
@@ -115,7 +122,7 @@ def caption_accuracy(
     pixels = torch.from_numpy(pairs.pixels(range(count)))
     with torch.no_grad():
         through = torch.cat([model.decode(model.dvae.encode(p.to(model.device))).cpu() for p in pixels.split(chunk)])
-    drawn = draw(model, texts, best_of, chunk, seed)
+    drawn = draw(model, texts, best_of, chunk, seed, temperature)
     right = judge(drawn.pixels.flatten(0, 1), [text for text in texts for _ in range(best_of)]).reshape(count, best_of)
     rows = np.arange(count)
     scores = {
@@ -136,7 +143,7 @@ def _one_wording(scene, rng: np.random.Generator) -> str:
     return wordings[rng.integers(len(wordings))]
 
 
-def draw(model: DALLE, texts: Sequence[str], best_of: int, chunk: int, seed: int) -> Drawn:
+def draw(model: DALLE, texts: Sequence[str], best_of: int, chunk: int, seed: int, temperature: float = 1.0) -> Drawn:
     """`best_of` candidates of every caption, several captions at once, ranked by the model's scorer."""
     slots = model.transformer.layout.image_len
     together = max(1, chunk // best_of)
@@ -146,7 +153,7 @@ def draw(model: DALLE, texts: Sequence[str], best_of: int, chunk: int, seed: int
             part = list(texts[start : start + together])
             noise = torch.stack([uniforms(seed, text, range(best_of), slots) for text in part])
             with autocast(resolve_precision("auto", model.device), model.device):
-                tokens = generate(model.transformer, model.text_tokens(part), noise)
+                tokens = generate(model.transformer, model.text_tokens(part), noise, temperature=temperature)
             for text, candidates in zip(part, tokens, strict=True):
                 pixels = model.decode(candidates.clone())
                 best.append(int(rank(model.scorer, pixels, text)[0][0]))
