@@ -307,7 +307,7 @@ class TestOpening:
     def test_a_newer_format_is_named(self, folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"format": 99}))
-        with pytest.raises(ValueError, match="has format 99, this version reads 1"):
+        with pytest.raises(ValueError, match="has format 99, this version reads 2"):
             DALLE.from_pretrained(folder)
 
     def test_another_dvae_in_the_directory_is_refused(self, folder, parts):
@@ -349,7 +349,7 @@ class TestJoining:
     def test_a_part_from_a_model_directory_joins_too(self, chain, parts, kind, model):
         """`save_pretrained` keeps what the parts were trained with."""
         found = parts | {kind: load_part(chain / "model", kind)}
-        assert DALLE.from_parts(found["dvae"], found["transformer"], None).hash == model.hash
+        assert DALLE.from_parts(found["dvae"], found["transformer"], None).hash == model.hash.rsplit("-", 1)[0]
 
     def test_codes_that_do_not_fit_are_refused(self, model):
         class Other:

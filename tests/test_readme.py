@@ -35,6 +35,7 @@ SMALLER = {  # words put behind a command so that it takes seconds
     "train_transformer": f"{TRANSFORMER} {STEPS}",
     "train_clip": f"{CLIP} {STEPS}",
     "sample": "--device cpu --best-of 4 --keep 2",
+    "benchmark": "--model.depth 2 --model.heads 2 --model.text-len 8 --model.grid 4 4 --model.conv-kernel 3 --rounds 1",
     "evaluate": "--captions 2 --best-of 2 --device cpu",
 }
 
@@ -104,6 +105,8 @@ def smaller(command: str) -> str:
     words = SMALLER[name]
     if own and name == "train_tokenizer":
         words += " --text.vocab-size 400"
+    if own and name == "train_clip":
+        words += " --model.head-width 32"
     return words
 
 

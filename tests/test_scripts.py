@@ -240,7 +240,7 @@ class TestQuickstart:
         with monkeypatch.context() as patch:
             patch.setattr(loop, "train_step", power_cut)
             done = script("quickstart", *words, "--best-of", "2")
-        assert done.err == "stopped; the same command goes on from the last checkpoint"
+        assert done.err == "stopped; a training goes on from its last checkpoint with the same command"
         text = (tmp_path / "quick" / "text" / "text.json").read_bytes()
         done = script("quickstart", *words, "--best-of", "2")
         assert done.code == 0, done.err

@@ -108,7 +108,7 @@ def test_all_that_is_missing_is_named_at_once(project: Project) -> None:
         take_away(project, thing)
     result = project.setup()
     assert_refused(project, result, *(word for thing in things for word in LACKS[thing][:1]))
-    assert "sudo apt-get install python3-venv python3-dev g++ make\n" in result.stderr
+    assert "sudo apt-get install python3-venv python3-dev g++\n" in result.stderr
     assert "sudo dnf install python3 python3-devel gcc-c++ make\n" in result.stderr
 
 

@@ -139,9 +139,9 @@ class TestSoftPictures:
         assert accuracy(patched(pixels), texts) >= 0.93
         assert accuracy(patched(pixels), changed(texts)) <= 0.02
 
-    @pytest.mark.parametrize(("step", "most"), [(6, 0.3), (8, 0.2)])
+    @pytest.mark.parametrize(("step", "most"), [(6, 0.5), (8, 0.2)])
     def test_pictures_without_detail_fail_on_shape(self, step, most):
-        """A small thing is three or four blocks wide; the shapes that can still be told are mostly crosses."""
+        """A small thing is three or four blocks wide; crosses and squares that fall on blocks can still be told."""
         pixels, texts = drawn("train", 48)
         assert accuracy(stepped(pixels, step), texts) <= most
         assert accuracy(stepped(pixels, step), changed(texts)) <= 0.02

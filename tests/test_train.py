@@ -588,7 +588,7 @@ class TestLoading:
 
     def test_a_newer_format(self, broken):
         broken[1](format=99)
-        with pytest.raises(ValueError, match="has format 99, this version reads 1; upgrade the library"):
+        with pytest.raises(ValueError, match="has format 99, this version reads 2; use the version"):
             load_part(broken[0], "dvae")
 
     def test_a_newer_format_on_resuming(self, broken, start):

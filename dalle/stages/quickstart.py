@@ -123,7 +123,7 @@ def make_missing_stages() -> None:
     }
     for stage, make in makers.items():
         if not is_complete(stage):
-            print(f"no whole {stage} under {ROOT}/: making it first")
+            print(f"no {stage} under {ROOT}/ that is whole: making it first")
             make()
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dalle.train.ema import AveragedWeights, EMAConfig
 from dalle.train.scaling import GradientScales
 
-FORMAT = 1
+FORMAT = 2  # 1 had the transformer's norms beside its resblocks
 
 
 @dataclass
@@ -81,7 +81,9 @@ def check_meta(meta: Any, kind: str, source: Path) -> None:
     if found != kind:
         raise ValueError(f"{source} holds {found or 'something unknown'!r}, expected {kind!r}")
     if meta.get("format") != FORMAT:
-        raise ValueError(f"{source} has format {meta.get('format')}, this version reads {FORMAT}; upgrade the library")
+        raise ValueError(
+            f"{source} has format {meta.get('format')}, this version reads {FORMAT}; use the version that wrote it"
+        )
 
 
 def restore(folder: Path, state: TrainState) -> None:
