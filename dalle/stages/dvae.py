@@ -19,7 +19,7 @@ from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
 from dalle.train.loop import step_seed
 from dalle.train.optim import OptimizerConfig
-from dalle.train.precision import compile_parts, resolve_device
+from dalle.train.precision import Precision, compile_parts, resolve_device
 
 PAPER_TRAINING = TrainConfig(
     batch_size=512,
@@ -41,6 +41,8 @@ class EncodeConfig:
     """Random crops of each picture (Listing 2); an endless set has none."""
     batch_size: int = 64
     """Pictures encoded at once."""
+    precision: Precision = "fp32"
+    """fp32, bf16, fp16, or auto: bf16 where the device has it in hardware. One code in a hundred differs."""
 
     def __post_init__(self):
         for name in ("pictures", "crops", "batch_size"):

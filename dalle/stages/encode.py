@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -12,7 +13,7 @@ from dalle.data import PairsConfig, TokenCache, open_pairs, pixels_of_samples
 from dalle.data.tokens import write_tokens
 from dalle.stages.dvae import EncodeConfig
 from dalle.stages.runs import ROOT, make_directory, take_part
-from dalle.train.precision import resolve_device
+from dalle.train.precision import autocast, resolve_device, resolve_precision
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ def encode_images(run: EncodeRun) -> TokenCache:
     out = run.out or ROOT / "tokens"
     make_directory(out.parent)
     device = resolve_device(run.device)
+    precision = resolve_precision(run.encode.precision, device)
     part = take_part("dvae", run.dvae, device)
+    part.model.to(memory_format=torch.channels_last)
     pairs = open_pairs(run.data)
     pictures = run.encode.pictures if pairs.size is None else min(run.encode.pictures, pairs.size)
     crops = 1 if pairs.size is None else run.encode.crops
@@ -49,12 +52,15 @@ def encode_images(run: EncodeRun) -> TokenCache:
         "dvae": part.hash,
         "data": to_dict(run.data),
         "crops": crops,
+        "precision": precision,
     }
 
     def encode(numbers: list[int]) -> tuple[Tensor, list[list[str]]]:
         samples = [divmod(number, pictures) for number in numbers]  # (which crop, index)
         pixels = pixels_of_samples(pairs, samples, "transformer", run.seed)
-        return part.model.encode(pixels.to(device)), pairs.captions([index for _, index in samples])
+        with autocast(precision, device):
+            tokens = part.model.encode(pixels.to(device, memory_format=torch.channels_last))
+        return tokens, pairs.captions([index for _, index in samples])
 
     batches = _batches(pictures * crops, run.encode.batch_size)
     cache = write_tokens(out, encode, batches, pictures * crops, meta)
