@@ -22,7 +22,7 @@ from dalle.models import Part, load_part, save_weights, weights_hash
 from dalle.rerank import rank
 from dalle.sampling import check_sampling, uniforms
 from dalle.text import TextTokenizer
-from dalle.train.state import FORMAT, check_meta, read_json, write_json
+from dalle.train.state import FORMAT, check_meta, make_directory, read_json, write_json
 from dalle.transformer import Transformer
 from dalle.transformer.generate import draw_tokens
 from dalle.types import ImageTokenizer, Scorer
@@ -173,10 +173,7 @@ class DALLE:
         for kind, expected in (("dvae", DVAE), ("clip", CLIP)):
             if kind in parts and not isinstance(parts[kind], expected):
                 raise ValueError(f"only a {expected.__name__} of this library can be saved as {kind}; save it yourself")
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot write to {directory} ({error.strerror}); give another directory") from None
+        make_directory(directory)
         links = {"text": self.text.hash, "dvae": weights_hash(self.dvae)}
         for kind, model in parts.items():
             save_weights(model, directory / f"{kind}.safetensors")

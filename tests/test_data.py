@@ -508,3 +508,22 @@ def test_tokens_that_would_run_code_are_refused(tmp_path):
     np.save(tmp_path / "tokens" / "tokens.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="is not a token cache"):
         TokenCache(tmp_path / "tokens")
+
+
+def test_pictures_that_cannot_be_used_are_named_before_work_begins(tmp_path):
+    for name, side in (("a", 40), ("b", 12)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+    (tmp_path / "c.png").write_bytes(b"not a picture")
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("a caption")
+    with pytest.raises(ValueError, match=r"2 of 3 .*b\.png \(12 x 12 is smaller than 32\), .*c\.png \(not a picture\)"):
+        FolderPairs(tmp_path, 32, "train", 1e-9, smallest=32)
+    assert FolderPairs(tmp_path, 32, "train", 1e-9).size == 3
+
+
+def test_another_set_of_pictures_has_another_hash(folder):
+    before = folder_pairs(folder).hash
+    assert folder_pairs(folder).hash == before
+    Image.new("RGB", (40, 40)).save(folder / "zz.png")
+    (folder / "zz.txt").write_text("one more")
+    assert folder_pairs(folder, held_out=1e-9).hash != before

@@ -95,3 +95,9 @@ def test_the_correction_divides_by_one_less_the_share_of_the_start():
     sums = {"w": torch.tensor([0.19])}
     assert corrected(sums, 0.9, 2)["w"].item() == pytest.approx(1.0)
     assert corrected(sums, 0.9, 0) == {}
+
+
+@pytest.mark.parametrize(("decay", "every"), [(1.0, 1), (2.0, 1), (-0.1, 1), (0.9, 0)])
+def test_averages_that_cannot_be_are_refused(decay, every):
+    with pytest.raises(ValueError, match=r"decay must lie|every must be positive"):
+        EMAConfig(decay, every)

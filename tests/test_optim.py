@@ -147,3 +147,17 @@ def test_a_model_without_layers_refuses_muon():
 def test_muons_step_size_is_positive(muon):
     with pytest.raises(ValueError, match="muon must be positive"):
         OptimizerConfig(muon=muon)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup": -5}, "cannot be negative"),
+        ({"lr": Schedule(-1.0, 0.1)}, "cannot be negative"),
+        ({"clip": -1.0}, "clip must be positive"),
+        ({"clip": float("nan")}, "clip must be positive"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**settings)

@@ -8,6 +8,7 @@ from io import BytesIO
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import dalle as package
 from dalle.clip import CLIPScorer, PretrainedScorer
@@ -302,6 +303,20 @@ class TestOpening:
     def test_a_truncated_file_is_named(self, folder, file):
         (folder / file).write_bytes((folder / file).read_bytes()[:50])
         with pytest.raises(ValueError, match=file):
+            DALLE.from_pretrained(folder)
+
+    @pytest.mark.parametrize("part", ["transformer", "clip"])
+    def test_other_weights_than_those_saved_are_refused(self, folder, part):
+        path = folder / f"{part}.safetensors"
+        save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+        with pytest.raises(ValueError, match="the weights have hash"):
+            DALLE.from_pretrained(folder)
+
+    def test_a_config_without_links_is_named(self, folder):
+        config = json.loads((folder / "config.json").read_text())
+        del config["links"]
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"config\.json lacks links; it is damaged"):
             DALLE.from_pretrained(folder)
 
     def test_a_newer_format_is_named(self, folder):

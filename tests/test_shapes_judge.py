@@ -139,11 +139,14 @@ class TestSoftPictures:
         assert accuracy(patched(pixels), texts) >= 0.93
         assert accuracy(patched(pixels), changed(texts)) <= 0.02
 
-    @pytest.mark.parametrize(("step", "most"), [(6, 0.5), (8, 0.2)])
+    @pytest.mark.parametrize(("step", "most"), [(6, 0.35), (8, 0.25)])
     def test_pictures_without_detail_fail_on_shape(self, step, most):
-        """A small thing is three or four blocks wide; crosses and squares that fall on blocks can still be told."""
+        """A small thing is three or four blocks wide. Crosses, and squares whose sides fall on blocks, keep their
+        shape in blocks, so only scenes without them are asked."""
         pixels, texts = drawn("train", 48)
-        assert accuracy(stepped(pixels, step), texts) <= most
+        asked = [i for i, text in enumerate(texts) if not {"cross", "square"} & set(text.split())]
+        assert len(asked) > 50
+        assert accuracy(stepped(pixels, step)[asked], [texts[i] for i in asked]) <= most
         assert accuracy(stepped(pixels, step), changed(texts)) <= 0.02
 
     def test_a_shape_in_blocks_is_not_taken_for_another(self):

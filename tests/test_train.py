@@ -10,16 +10,19 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dalle.data import TokenCache
 from dalle.models import load_part, weights_hash
 from dalle.pipeline import DALLE
 from dalle.stages.clip import train_clip
 from dalle.stages.dvae import train_dvae
-from dalle.stages.transformer import train_transformer
+from dalle.stages.transformer import TokenBatches, train_transformer
+from dalle.text import TextTokenizer
 from dalle.train import Schedule, TrainConfig, fit, loop, state
 from dalle.train.ema import AveragedWeights, EMAConfig, corrected
 from dalle.train.log import JSONLines, read_log
@@ -139,6 +142,31 @@ def test_resuming_is_exact_with_muon_too(kind, start, tiny_runs, tmp_path):
         start(kind, tmp_path / "split", steps=steps, train=optimizer)
     assert_same_state(tmp_path / "whole", tmp_path / "split")
     assert any(name.endswith("momentum_buffer") for name in tensors(tmp_path / "whole"))
+
+
+def test_going_on_with_other_tokens_is_refused(tiny_runs, with_inputs, chain, tmp_path):
+    run = with_inputs(tiny_runs.transformer, chain, out=tmp_path / "run", steps=1)
+    train_transformer(run)
+    tokens = tmp_path / "tokens"
+    shutil.copytree(chain / "tokens", tokens)
+    array = np.load(tokens / "tokens.npy")
+    np.save(tokens / "tokens.npy", array[::-1])
+    with pytest.raises(ValueError, match=r"another configuration \(links\.tokens was"):
+        train_transformer(replace(run, tokens=tokens, steps=2))
+
+
+def test_no_crop_of_a_held_out_picture_is_trained_on(chain, tiny_runs, tmp_path):
+    """A cache of two crops of twelve pictures; the last four pictures are held out."""
+    shutil.copytree(chain / "tokens", tmp_path / "tokens")
+    meta = tmp_path / "tokens" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"crops": 2}))
+    cache = TokenCache(tmp_path / "tokens")
+    run = replace(tiny_runs.transformer, eval_pictures=4)
+    batches = TokenBatches(cache, TextTokenizer.load(chain / "text" / "text.json"), run.model.layout, run)
+    rows = [batches._row(sample) for sample in range(cache.size - 2 * 4)]
+    assert cache.size == 24
+    assert rows == [*range(8), *range(12, 20)]
+    assert torch.equal(run.model.layout.unpack(batches.held_out())[1], cache.image_tokens([8, 9, 10, 11]))
 
 
 @pytest.mark.parametrize("kind", STAGES)

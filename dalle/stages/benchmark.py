@@ -5,9 +5,7 @@ the ratios within a round are reported.
 """
 
 import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,13 +16,13 @@ import torch
 
 from dalle.models import build
 from dalle.objectives import TransformerObjective
-from dalle.stages.runs import make_directory
 from dalle.train.ema import AveragedWeights, EMAConfig
+from dalle.train.log import peak_memory
 from dalle.train.loop import gradient_scales, train_step
 from dalle.train.optim import OptimizerConfig, build_optimizers
 from dalle.train.precision import Precision, compile_parts, resolve_device, resolve_precision
 from dalle.train.schedules import Schedule
-from dalle.train.state import TrainState, write_json
+from dalle.train.state import TrainState, make_directory, write_json
 from dalle.transformer import TransformerConfig
 from dalle.transformer.sizes import SIZES, training_flops
 
@@ -81,7 +79,7 @@ def benchmark_training(run: TrainBenchmark) -> dict[str, Any]:
         "matmul_flops_per_second": rate,
         "precision": precision,
         "backends": {name: _line(name, rounds, run, sum(flops.values()), rate) for name in steppers},
-        "peak_memory_gib": _peak_memory(device),
+        "peak_memory_gib": peak_memory(device),
         "hardware": hardware(device),
     }
     if run.json:
@@ -145,14 +143,6 @@ def hardware(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Largest memory in GiB: of the device, or of this process."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -12,8 +12,9 @@ from dalle.config import to_dict
 from dalle.data import PairsConfig, TokenCache, open_pairs, pixels_of_samples
 from dalle.data.tokens import write_tokens
 from dalle.stages.dvae import EncodeConfig
-from dalle.stages.runs import ROOT, make_directory, take_part
+from dalle.stages.runs import ROOT, take_part
 from dalle.train.precision import autocast, resolve_device, resolve_precision
+from dalle.train.state import make_directory
 
 
 @dataclass(frozen=True)

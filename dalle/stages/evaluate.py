@@ -19,9 +19,9 @@ from dalle.evals.shapes_judge import judge
 from dalle.pipeline import DALLE
 from dalle.rerank import rank
 from dalle.sampling import check_sampling, uniforms
-from dalle.stages.runs import ROOT, make_directory
+from dalle.stages.runs import ROOT
 from dalle.train.precision import autocast, resolve_device, resolve_precision
-from dalle.train.state import write_json
+from dalle.train.state import make_directory, write_json
 from dalle.transformer.generate import generate
 
 

@@ -1,7 +1,5 @@
 """From nothing to ranked pictures: every stage at the size of the drawn shapes, then a measurement."""
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -21,12 +19,12 @@ from dalle.stages.dvae import DVAERun, train_dvae
 from dalle.stages.encode import EncodeRun, encode_images
 from dalle.stages.evaluate import Drawn, caption_accuracy
 from dalle.stages.plots import plot_losses
-from dalle.stages.runs import CONFIGS, ROOT, is_complete, make_directory
+from dalle.stages.runs import CONFIGS, ROOT, is_complete
 from dalle.stages.tokenizer import TokenizerRun, train_tokenizer
 from dalle.stages.transformer import TransformerRun, train_transformer
-from dalle.train.log import read_log
+from dalle.train.log import peak_memory, read_log
 from dalle.train.precision import resolve_device
-from dalle.train.state import write_json
+from dalle.train.state import make_directory, write_json
 
 SHEET_PICTURES = 12
 
@@ -104,7 +102,7 @@ def quickstart(run: QuickstartRun) -> dict[str, Any]:
         "temperature": run.temperature,
         "seed": run.seed,
         "model": model.hash,
-        "peak_memory_gib": round(_peak_memory(), 2),
+        "peak_memory_gib": peak_memory(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -169,12 +167,6 @@ def _codebook(run: Path) -> dict[str, float]:
 
 def _size(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _peak_memory() -> float:
-    """Largest resident set of this process in GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def _print(out: Path, report: dict[str, Any]) -> None:

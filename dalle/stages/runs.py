@@ -100,18 +100,6 @@ def _kind(stage: str, folder: Path) -> str | None:
     return meta.get("kind") if isinstance(meta, dict) else None
 
 
-def make_directory(folder: Path) -> Path:
-    """The directory, made where there is none; ValueError where it cannot be, or cannot be written to."""
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder} ({error.strerror}); give another place") from None
-    return folder
-
-
 def take(stage: str, given: Path | None) -> Path:
     """The path given, or the newest under runs/; says which it took."""
     path = given or newest(stage)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dalle.pipeline import DALLE, Generation
-from dalle.stages.runs import ROOT, make_directory, take_part, take_text
+from dalle.stages.runs import ROOT, take_part, take_text
 from dalle.train.precision import resolve_device
-from dalle.train.state import write_json
+from dalle.train.state import make_directory, write_json
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def _draw_into(out: Path, model: DALLE, run: SampleRun) -> None:
         options |= {"image": str(run.image), "rows": rows}
     else:
         generation = model.generate(run.prompt, **options)
+    options["best_of"] = drawn = run.best_of if generation.scores else len(generation.images)
     _write(out, generation, options, model.hash)
-    drawn = run.best_of if generation.scores else len(generation.images)
     print(f"{out}: {len(generation.images)} of {drawn} pictures for {run.prompt!r}")
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dalle.data import PairsConfig, open_pairs
-from dalle.stages.runs import ROOT, make_directory
+from dalle.stages.runs import ROOT
 from dalle.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
+from dalle.train.state import make_directory
 from dalle.types import Pairs
 
 

@@ -1,6 +1,8 @@
 """What a run tells: a line of JSON per logged step, a progress bar, and names for what went wrong."""
 
 import json
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,14 @@ def read_log(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def peak_memory(device: torch.device | None = None) -> float:
+    """Largest memory so far in GiB: of a CUDA device, else of this process."""
+    if device is not None and device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)
 
 
 def first_nonfinite(model: nn.Module, forward) -> str:

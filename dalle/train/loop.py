@@ -15,11 +15,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dalle.train.ema import AveragedWeights, EMAConfig
-from dalle.train.log import JSONLines, first_nonfinite, to_numbers
+from dalle.train.log import JSONLines, Numbers, first_nonfinite, to_numbers
 from dalle.train.optim import OptimizerConfig, build_optimizers, set_rate
 from dalle.train.precision import Precision, autocast, resolve_precision
 from dalle.train.scaling import GradientScales
-from dalle.train.state import TrainState, check_meta, latest_checkpoint, read_json, restore, save_checkpoint
+from dalle.train.state import (
+    TrainState,
+    check_meta,
+    latest_checkpoint,
+    make_directory,
+    read_json,
+    restore,
+    save_checkpoint,
+)  # fmt: skip
 from dalle.types import Loss, Objective
 
 Batches = Callable[[int], Any]
@@ -105,12 +113,8 @@ def fit(
         bar.update()
         last = state.step == steps
         if state.step % config.log_every == 0 or state.step == 1 or last:
-            numbers = to_numbers({"loss": loss.total.detach(), "gradient_norm": norm, **loss.metrics})
-            if state.scales:
-                numbers["log2_scales"] = state.scales.values.log2().tolist()
-            numbers |= {"step_size": config.optimizer.rate(state.step - 1), "data_wait": waited}
-            numbers["seconds"] = time.perf_counter() - started
-            log.write(state.step, numbers)
+            numbers = step_numbers(state, loss, norm, config.optimizer)
+            log.write(state.step, numbers | {"data_wait": waited, "seconds": time.perf_counter() - started})
             bar.set_postfix(loss=f"{numbers['loss']:.4f}")
         if evaluate and (state.step % config.eval_every == 0 or last):
             scores = _evaluate(evaluate, state, seed)
@@ -121,6 +125,14 @@ def fit(
             save_checkpoint(run_dir, state, meta | {"steps": steps}, config.keep)
     bar.close()
     return state
+
+
+def step_numbers(state: TrainState, loss: Loss, norm: Tensor, optim: OptimizerConfig) -> Numbers:
+    """What is logged of the update just made."""
+    numbers = to_numbers({"loss": loss.total.detach(), "gradient_norm": norm, **loss.metrics})
+    if state.scales:
+        numbers["log2_scales"] = state.scales.values.log2().tolist()
+    return numbers | {"step_size": optim.rate(state.step - 1)}
 
 
 def train_step(
@@ -198,12 +210,7 @@ def _evaluate(evaluate: Evaluate, state: TrainState, seed: int) -> dict[str, flo
 
 def _prepare(run_dir: Path, state: TrainState, meta: dict[str, Any], resume: str) -> None:
     """Makes the run's directory, or takes up the run that lies there."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / ".writable").touch()
-        (run_dir / ".writable").unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to {run_dir} ({error.strerror}); give another --out") from None
+    make_directory(run_dir)
     found = latest_checkpoint(run_dir)
     if found is None:
         return

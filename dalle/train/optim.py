@@ -1,7 +1,7 @@
 """AdamW with the paper's groups: weight decay on matrices only (appendices A.2, B.2).
 
 Short runs may leave the matrices of the layers to Muon (Jordan et al. 2024), which makes the singular values
-of an update equal; at the size of the quick start it needs a third of AdamW's steps (LOG.md).
+of an update equal; at the size of the quick start it needs fewer steps than AdamW (LOG.md).
 """
 
 from dataclasses import dataclass

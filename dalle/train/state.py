@@ -130,6 +130,18 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     }
 
 
+def make_directory(folder: Path) -> Path:
+    """The directory, made where there is none; ValueError where it cannot be, or cannot be written to."""
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}); give another --out, or another path") from None
+    return folder
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file, on disk when this returns."""
     save_file({name: t.detach().contiguous().cpu().clone() for name, t in tensors.items()}, path)
