@@ -24,6 +24,8 @@ from dalle.pipeline import DALLE
 from dalle.stages import quickstart as stage
 from dalle.stages import runs
 from dalle.stages.dvae import train_dvae
+from dalle.stages.evaluate import EvaluateRun
+from dalle.stages.quickstart import QuickstartRun
 from dalle.stages.tokenizer import train_tokenizer
 from dalle.train import loop
 from dalle.train.state import latest_checkpoint, read_json
@@ -355,6 +357,15 @@ class TestMissingStages:
 
 class TestMistakes:
     @pytest.mark.parametrize(
+        ("run", "settings"),
+        [(EvaluateRun, {"best_of": 0}), (EvaluateRun, {"chunk": 0}), (QuickstartRun, {"captions": 0}),
+         (QuickstartRun, {"best_of": -1}), (QuickstartRun, {"temperature": -1.0})],
+    )  # fmt: skip
+    def test_numbers_that_mean_nothing_are_refused_before_any_work(self, run, settings):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} must be"):
+            run(**settings)
+
+    @pytest.mark.parametrize(
         ("name", "words", "said"),
         [
             ("train_dvae", ("--seed", "1"), "no data: give --data.path FOLDER"),
@@ -367,8 +378,6 @@ class TestMistakes:
             ("sample", (*PROMPT, "--model", "nowhere"), "nowhere is no model directory"),
             ("sample", (*PROMPT, "--model", "a", "--dvae", "b"), "--model holds every part; leave out --dvae"),
             ("sample", (*PROMPT, "--rows", "2"), "give the picture with --image"),
-            ("evaluate", ("--best-of", "0"), "best_of must be positive"),
-            ("quickstart", ("--captions", "0"), "captions must be positive"),
             ("evaluate", ("--model", "nowhere"), "nowhere is no model directory"),
             ("quickstart", ("--configs", "nowhere"), "no configuration file"),
         ],
