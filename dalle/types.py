@@ -69,6 +69,30 @@ class Pairs(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Record:
+    """One captioned picture as it lies on disk."""
+
+    name: str
+    """Names it for people: "cats/0001.jpg", "train-0003.tar/000123"."""
+    picture: bytes
+    """The file, not yet decoded."""
+    captions: list[str]
+    """As written; may be empty, and says nothing of their worth."""
+
+
+class Source(Protocol):
+    """Captioned pictures by number, as they lie in a folder, a table or tars. `hash` names which they are."""
+
+    hash: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Record:
+        """ValueError, naming the sample and the cause, for one that cannot be read."""
+        ...
+
+
 class TextCodec(Protocol):
     """Turns captions into ids; the text tokenizer is one."""
 
