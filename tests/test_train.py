@@ -28,7 +28,7 @@ from dalle.train.ema import AveragedWeights, EMAConfig, corrected
 from dalle.train.log import JSONLines, read_log
 from dalle.train.optim import OptimizerConfig, build_optimizers
 from dalle.train.state import TrainState, latest_checkpoint, restore
-from dalle.types import Loss
+from dalle.types import Batch, Loss
 
 STAGES = {"dvae": train_dvae, "transformer": train_transformer, "clip": train_clip}
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -428,10 +428,12 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_nan_in_pixels_is_named(start, tmp_path, monkeypatch):
-    def with_nan(pairs, samples, augment, seed):
-        return torch.full((len(samples), 3, 32, 32), torch.nan)
+    def with_nan(pairs, samples, *rest, **more):
+        return Batch(
+            np.full((len(samples), 3, 32, 32), np.nan, np.float32), [["nothing"]] * len(samples), list(samples)
+        )
 
-    monkeypatch.setattr("dalle.stages.dvae.pixels_of_samples", with_nan)
+    monkeypatch.setattr("dalle.data.shapes.ShapesPairs.load", with_nan)
     with pytest.raises(ValueError, match="pixels hold NaN"):
         start("dvae", tmp_path)
 

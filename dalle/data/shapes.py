@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dalle.rng import generator
+from dalle.types import Batch
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 39, 40),
@@ -299,12 +300,21 @@ class ShapesPairs:
                 return scene
         return draw_scene(rng, self.split)  # a held-out scene may have no held-out neighbour
 
-    def pixels(self, indices: Sequence[int], augment: str = "none", seed: int = 0) -> np.ndarray:
+    def pixels(self, indices: Sequence[int]) -> np.ndarray:
         """float32 (B, 3, R, R) in [0, 1]; drawn pictures are never cropped."""
+        if not len(indices):
+            return np.zeros((0, 3, self.resolution, self.resolution), np.float32)
         generators = [self._generator(index) for index in indices]
         scenes = [self._draw(index, rng) for index, rng in zip(indices, generators, strict=True)]
         boxes = np.stack([draw_layout(s, rng) for s, rng in zip(scenes, generators, strict=True)])
         return render(scenes, boxes, self.resolution)
+
+    def load(
+        self, samples: Sequence[tuple[int, int]], augment: str = "none", seed: int = 0, replace: bool = False
+    ) -> Batch:
+        """Pictures and wordings of (epoch, index) samples; whatever the epoch, they are the same."""
+        indices = [index for _, index in samples]
+        return Batch(self.pixels(indices), self.captions(indices), list(samples))
 
     def captions(self, indices: Sequence[int]) -> list[list[str]]:
         """All wordings of each picture."""

@@ -1,13 +1,16 @@
 """Where runs lie and how a stage finds what an earlier one made."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dalle.config import to_dict
+from dalle.data import PairsLoader, StepOfPairs
 from dalle.models import Part, load_part
 from dalle.text import TextTokenizer
-from dalle.train.state import read_json
+from dalle.train.precision import resolve_device
+from dalle.train.state import make_directory, read_json
 
 ROOT = Path("runs")
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -55,7 +58,20 @@ class TrainingRun:
         """The configuration for the checkpoint, less what may change on resuming."""
         free = {"out", "steps", "device", "resume", "parallel", "compile", "encode"}
         free |= {"tokens", "tokenizer"}  # the links name what they held
-        return {key: value for key, value in to_dict(self).items() if key not in free}
+        kept = {key: value for key, value in to_dict(self).items() if key not in free}
+        if "data" in kept:  # the batches are the same for any of these
+            drop = ("workers", "prefetch", "cache_path", "max_skipped")
+            kept["data"] = {key: value for key, value in kept["data"].items() if key not in drop}
+        return kept
+
+
+def loader(task: StepOfPairs, run: Any, out: Path, receive: Callable[[Any], Any] = lambda made: made) -> PairsLoader:
+    """The batches of a training run, by as many workers as `--data.workers` says; <out>/skipped.jsonl names what
+    is skipped."""
+    data = run.data
+    log = make_directory(out) / "skipped.jsonl"
+    pin = resolve_device(run.device).type == "cuda"
+    return PairsLoader(task, run.steps, data.workers, data.prefetch, log, data.max_skipped, receive, pin)
 
 
 def is_complete(stage: str, root: Path | None = None) -> bool:

@@ -34,7 +34,7 @@ class TokenizerRun:
 def train_tokenizer(run: TokenizerRun) -> TextTokenizer:
     """Reads captions, learns merges, writes <out>/text.json."""
     out = make_directory(run.out or ROOT / "text")
-    pairs = open_pairs(run.data, pictures=False)
+    pairs = open_pairs(run.data)
     text = train_text_tokenizer(_captions(pairs, run.captions), run.text)
     text.save(out / "text.json")
     shown = next(_captions(pairs, 1))
