@@ -235,22 +235,24 @@ class SourcePairs:
 
 def first_pairs(pairs: Pairs, count: int) -> Batch:
     """The first usable pairs, `count` at most, without augmentation; a note tells what was left out."""
-    whole = pairs.load([], "none")
-    at, parts = 0, [whole.pixels]
-    while len(whole.samples) < count and (pairs.size is None or at < pairs.size):
-        end = at + count - len(whole.samples)
-        batch = pairs.load([(0, index) for index in range(at, end if pairs.size is None else min(end, pairs.size))])
-        parts.append(batch.pixels)
-        whole.captions += batch.captions
-        whole.samples += batch.samples
-        whole.skipped += batch.skipped
+    at, parts = 0, []
+    found, skipped = 0, []
+    while found < count and (pairs.size is None or at < pairs.size):
+        end = at + count - found if pairs.size is None else min(at + count - found, pairs.size)
+        parts.append(pairs.load([(0, index) for index in range(at, end)]))
+        found += len(parts[-1].samples)
+        skipped += parts[-1].skipped
         at = end
-    if not whole.samples:
-        raise ValueError(f"no usable sample to evaluate on: {_examples(whole.skipped)}")
-    if whole.skipped:
-        tqdm.write(f"note: of the pairs to evaluate on, left out {_examples(whole.skipped)}")
-    whole.pixels = np.concatenate(parts)
-    return whole
+    if not found:
+        raise ValueError(f"no usable sample to evaluate on: {_examples(skipped)}")
+    if skipped:
+        tqdm.write(f"note: of the pairs to evaluate on, left out {_examples(skipped)}")
+    return Batch(
+        np.concatenate([part.pixels for part in parts]),
+        [captions for part in parts for captions in part.captions],
+        [sample for part in parts for sample in part.samples],
+        skipped,
+    )
 
 
 def draw_captions(batch: Batch, seed: int) -> list[str]:

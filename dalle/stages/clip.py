@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from dalle.clip import CLIP, CLIPConfig
 from dalle.data import PairsConfig, StepOfPairs, draw_captions, first_pairs, open_pairs
+from dalle.data.shapes_broken import broken_pictures
 from dalle.models import build, describe
 from dalle.objectives import CLIPObjective
 from dalle.stages.runs import TrainingRun, loader, take_text
@@ -17,7 +19,7 @@ from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
 from dalle.train.optim import OptimizerConfig
 from dalle.train.precision import compile_parts, resolve_device
-from dalle.types import Batch
+from dalle.types import Batch, Pairs
 
 CLIP_TRAINING = TrainConfig(
     batch_size=32_768,
@@ -41,6 +43,8 @@ class CLIPRun(TrainingRun):
     """Pictures and captions."""
     siblings: bool = False
     """Every second pair differs from the one before in one attribute; shapes only."""
+    broken: bool = False
+    """Beside each picture stands one with a thing out of shape, which its caption must not prefer; shapes only."""
     model: CLIPConfig = CLIPConfig()
     """Shape of both towers."""
     objective: CLIPObjective = CLIPObjective()
@@ -71,17 +75,18 @@ def train_clip(run: CLIPRun) -> Path:
     if run.compile:
         compile_parts(model)
 
-    def pack(batch: tuple[Tensor, list[list[int]]]) -> tuple[Tensor, Tensor]:
-        return batch[0], model.pack_text(batch[1])
+    def pack(batch: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        pixels, ids, *broken = batch
+        return pixels, model.pack_text(ids), *broken
 
-    finish = CLIPBatch(text, run.seed)
+    finish, finish_held_out = (CLIPBatch(text, run.seed, p if run.broken else None) for p in (pairs, held_out))
     count = min(run.eval_pictures, held_out.size or run.eval_pictures)
-    pixels, packed = pack(finish(first_pairs(held_out, count)))
+    measured = tuple(tensor.to(device) for tensor in pack(finish_held_out(first_pairs(held_out, count))))
     # Listing 2 does not flip: captions speak of left and right
     task = StepOfPairs(pairs, run.train.batch_size, run.seed, "transformer", finish)
 
     def evaluate(model: CLIP, step: int) -> dict[str, float]:
-        loss = run.objective(model, (pixels.to(device), packed.to(device)), step)
+        loss = run.objective(model, measured, step)
         return {"loss": float(loss.total), **{name: float(value) for name, value in loss.metrics.items()}}
 
     links = {"text": text.to_dict(), "text_hash": text.hash, "data": pairs.hash}
@@ -103,9 +108,13 @@ class CLIPBatch:
     """Turns captions into ids."""
     seed: int
     """Of the drawing."""
+    broken: Pairs | None = None
+    """The shapes, where beside each picture stands one with a thing out of shape."""
 
-    def __call__(self, batch: Batch, step: int = 0) -> tuple[Tensor, list[list[int]]]:
-        """(B, 3, R, R) and B lists of ids."""
-        return torch.from_numpy(batch.pixels), [
-            self.text.encode(caption) for caption in draw_captions(batch, self.seed)
-        ]
+    def __call__(self, batch: Batch, step: int = 0) -> tuple[Any, ...]:
+        """(B, 3, R, R), B lists of ids, and (B, 3, R, R) of broken pictures where they are asked for."""
+        ids = [self.text.encode(caption) for caption in draw_captions(batch, self.seed)]
+        pixels = torch.from_numpy(batch.pixels)
+        if self.broken is None:
+            return pixels, ids
+        return pixels, ids, torch.from_numpy(broken_pictures(self.broken, [index for _, index in batch.samples]))
