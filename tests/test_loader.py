@@ -4,8 +4,10 @@ import io
 import json
 import os
 import signal
+import tarfile
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,14 +147,17 @@ def test_workers_end_with_the_loader():
     assert not started & set(torch.multiprocessing.active_children())
 
 
-def test_workers_stay_a_bounded_number_of_batches_ahead(tmp_path):
-    @dataclass(frozen=True)
-    class Noting:
-        def __call__(self, step):
-            (tmp_path / str(step)).touch()
-            return step
+@dataclass(frozen=True)
+class Noting:
+    place: Path
 
-    with Loader(Noting(), 100, workers=2, prefetch=2) as batches:
+    def __call__(self, step):
+        (self.place / str(step)).touch()
+        return step
+
+
+def test_workers_stay_a_bounded_number_of_batches_ahead(tmp_path):
+    with Loader(Noting(tmp_path), 100, workers=2, prefetch=2) as batches:
         for step in range(5):
             batches(step)
         assert len(list(tmp_path.iterdir())) <= 5 + 2 * 2
@@ -335,48 +340,69 @@ def test_one_caption_is_drawn_for_each_epoch():
 # Whole runs.
 
 
-def write_set(folder, bad: dict[int, str]):
-    """Twenty pairs in a folder, some of them broken as said."""
+BAD = {
+    2: "truncated", 5: "wrong type", 9: "caption not UTF-8", 12: "empty caption", 17: "missing twin",
+    14: "broken tar member",
+}  # fmt: skip
+
+
+def members(bad: dict[int, str]):
+    """(name, bytes) of twenty pairs, some of them broken as said."""
     for i in range(20):
         data, text = encoded(size=(40, 36), seed=i), f"a picture, number {i}".encode()
         data = {"truncated": data[:200], "wrong type": b"<html>"}.get(bad.get(i), data)
         text = {"caption not UTF-8": "schön".encode("latin-1"), "empty caption": b"\n"}.get(bad.get(i), text)
-        (folder / f"{i:02}.png").write_bytes(data)
+        yield f"{i:02}.png", data
         if bad.get(i) != "missing twin":
-            (folder / f"{i:02}.txt").write_bytes(text)
+            yield f"{i:02}.txt", text
 
 
-BAD = {2: "truncated", 5: "wrong type", 9: "caption not UTF-8", 12: "empty caption", 17: "missing twin"}
+def write_folder(place: Path, bad: dict[int, str]) -> Path:
+    place.mkdir()
+    for name, data in members(bad):
+        (place / name).write_bytes(data)
+    return place
 
 
-def own_run(tiny_runs, path, out, workers, steps=8):
-    data = replace(tiny_runs.dvae.data, path=str(path), held_out=0.1, workers=workers)
-    return replace(tiny_runs.dvae, data=data, out=out, steps=steps, eval_pictures=2)
+def write_tar(file: Path, bad: dict[int, str]) -> Path:
+    with tarfile.open(file, "w") as tar:
+        for name, data in members(bad):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        damaged = [tar.getmember(f"{i:02}.png").offset for i, cause in bad.items() if cause == "broken tar member"]
+    data = bytearray(file.read_bytes())
+    for at in damaged:
+        data[at + 130] ^= 0xFF
+    file.write_bytes(data)
+    return file
 
 
-def weights(out):
-    return (latest_checkpoint(out) / "model.safetensors").read_bytes()
+def own_run(tiny_runs, tmp_path, path, out, workers, steps=8):
+    """Eight steps of four: an epoch of twenty, and more."""
+    there = tmp_path / "held-out"
+    data = replace(
+        tiny_runs.dvae.data, path=str(path), workers=workers,
+        held_out_path=str(there if there.exists() else write_folder(there, {})),
+    )  # fmt: skip
+    return replace(tiny_runs.dvae, data=data, out=tmp_path / out, steps=steps, eval_pictures=2)
 
 
-def test_five_kinds_of_broken_samples_are_trained_past_and_named(tmp_path, tiny_runs):
-    (tmp_path / "set").mkdir()
-    write_set(tmp_path / "set", BAD)
-    train_dvae(own_run(tiny_runs, tmp_path / "set", tmp_path / "run", workers=1))  # 32 samples: an epoch and more
+@pytest.mark.parametrize(("form", "workers"), [(write_folder, 0), (write_tar, 2)])
+def test_each_kind_of_broken_sample_is_trained_past_and_named(tmp_path, tiny_runs, form, workers):
+    bad = {i: cause for i, cause in BAD.items() if form is write_tar or cause != "broken tar member"}
+    train_dvae(own_run(tiny_runs, tmp_path, form(tmp_path / "set.tar", bad), "run", workers))
     lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
-    named = {int(line["name"][:2]): line["cause"] for line in lines}
-    assert len(lines) == len(named)
-    held_out = open_pairs(replace(tiny_runs.dvae.data, path=str(tmp_path / "set"), held_out=0.1), "held_out")
-    kept_apart = {int(held_out.name(i)[:2]) for i in range(held_out.size)}
-    assert named == {i: cause for i, cause in BAD.items() if i not in kept_apart}
-    assert len(read_log(tmp_path / "run" / "log.jsonl")) > 8
+    assert len(lines) == len(bad)
+    assert {int(Path(line["name"]).stem): line["cause"] for line in lines} == bad
+    assert [line["step"] for line in read_log(tmp_path / "run" / "log.jsonl") if "loss" in line] == list(range(1, 9))
 
 
 def test_a_run_goes_on_with_another_number_of_workers_to_the_same_weights(tmp_path, tiny_runs):
-    (tmp_path / "set").mkdir()
-    write_set(tmp_path / "set", BAD)
-    train_dvae(own_run(tiny_runs, tmp_path / "set", tmp_path / "whole", workers=0))
-    train_dvae(own_run(tiny_runs, tmp_path / "set", tmp_path / "parts", workers=2, steps=3))
-    train_dvae(own_run(tiny_runs, tmp_path / "set", tmp_path / "parts", workers=1))
-    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
-    logs = [(tmp_path / name / "skipped.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    tar = write_tar(tmp_path / "set.tar", BAD)
+    for out, workers, steps in (("whole", 0, 8), ("parts", 2, 3), ("parts", 1, 8)):
+        train_dvae(own_run(tiny_runs, tmp_path, tar, out, workers, steps))
+    models = [(latest_checkpoint(tmp_path / out) / "model.safetensors").read_bytes() for out in ("whole", "parts")]
+    assert models[0] == models[1]
+    logs = [(tmp_path / out / "skipped.jsonl").read_text().splitlines() for out in ("whole", "parts")]
     assert sorted(logs[0]) == sorted(logs[1])

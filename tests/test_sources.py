@@ -432,23 +432,6 @@ def test_a_folder_that_is_itself_a_link_and_links_within_are_followed(tmp_path):
 # Tars.
 
 
-def damaged_tar(place: Path) -> Path:
-    """Five kinds of broken members among sound ones: a.tar holds 000 to 019."""
-    members = []
-    for i in range(20):
-        image, text = pair(f"{i:03}", i)
-        if i == 3:
-            image = (image[0], picture(i, (64, 64), "PNG")[:60])
-        if i == 5:
-            image = (image[0], b"<html>not found</html>")
-        if i == 8:
-            text = (text[0], "schön".encode("latin-1"))
-        if i == 11:
-            text = (text[0], b" \n")
-        members += [image] if i == 14 else [image, text]
-    return write_tar(place / "a.tar", members)
-
-
 def test_a_damaged_header_costs_one_member(tmp_path):
     file = one_tar(tmp_path)
     with tarfile.open(file) as tar:
@@ -459,6 +442,30 @@ def test_a_damaged_header_costs_one_member(tmp_path):
     source = open_source(file)
     assert [source.captions(i) for i in range(len(source))] == [caption(i) for i in range(COUNT) if i != 5]
     assert [(skip.name, skip.cause) for skip in source.skipped] == [("all.tar/000005.png", "broken tar member")]
+
+
+def test_a_stretch_of_rubbish_costs_what_lay_there(tmp_path):
+    file = one_tar(tmp_path)
+    with tarfile.open(file) as tar:
+        first, last = (tar.getmember(name).offset for name in ("000004.png", "000006.txt"))
+    data = file.read_bytes()
+    for rubbish in (bytes(last - first), b"\xff" * (last - first)):
+        file.write_bytes(data[:first] + rubbish + data[last:])
+        source = open_source(file)
+        assert [source.captions(i) for i in range(len(source))] == [caption(i) for i in range(COUNT) if not 4 <= i <= 6]
+        assert {skip.name: skip.cause for skip in source.skipped}["all.tar/000006"] == "missing twin"
+
+
+def test_a_header_whose_size_is_no_number_is_damaged(tmp_path):
+    file = one_tar(tmp_path)
+    with tarfile.open(file) as tar:
+        at = tar.getmember("000005.png").offset
+    data = bytearray(file.read_bytes())
+    data[at + 124 : at + 136] = b"99999999999\0"
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])  # and yet the checksum is right
+    file.write_bytes(data)
+    assert len(open_source(file)) == COUNT - 1
 
 
 def test_a_tar_that_breaks_off_keeps_what_is_whole(tmp_path):

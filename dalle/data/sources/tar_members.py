@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 BLOCK = 512
 CHUNK = 2048 * BLOCK
+LONG = 2**20
+"""Bytes of a long name or of remarks about a member, at most."""
 REGULAR = (b"0", b"\0", b"7")
 
 
@@ -42,6 +44,8 @@ def members(descriptor: int) -> Iterator[Member]:
         name = special.get("path") or _name(block)
         if data + size > end:
             yield Member(name, data, 0, "the tar breaks off within it")
+        elif kind in (b"L", b"x") and size > LONG:
+            yield Member(name, data, 0, f"{size} bytes of names")
         elif kind == b"L":
             special = special | {"path": _text(os.pread(descriptor, size, data))}
             continue
@@ -56,10 +60,11 @@ def members(descriptor: int) -> Iterator[Member]:
 
 
 def is_header(block: bytes) -> bool:
-    """Whether 512 bytes bear their own checksum."""
+    """Whether 512 bytes bear their own checksum, and a size that can be read."""
     if len(block) < BLOCK:
         return False
     try:
+        _number(block[124:136])
         wanted = int(block[148:156].split(b"\0")[0].strip() or b"-1", 8)
     except ValueError:
         return False

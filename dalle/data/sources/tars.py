@@ -151,12 +151,14 @@ def _group(found: Sequence[Member], tar: str) -> tuple[list[tuple], bytes, list[
     damaged: dict[str, Skip] = {}
     for member in found:
         key, what = _key(member.name)
-        damage = member.damage or _unsafe(member.name)
-        if what and not damage and what in keys.get(key, ()):
-            damage = "" if what == "picture" else f"a second .{what}"
+        damage, cause = member.damage, "broken tar member"
+        if not damage and _unsafe(member.name):
+            damage, cause = "its name leads out of the folder", "leaves the folder"
+        if not damage and what in ("txt", "json") and what in keys.get(key, ()):
+            damage = f"a second .{what}"
         if damage and (what or not member.name):
-            cause = "leaves the folder" if damage == _unsafe(member.name) else "broken tar member"
-            damaged.setdefault(key or str(member.offset), Skip(None, f"{tar}/{member.name}", cause, damage))
+            name = member.name or f"byte {member.offset}"
+            damaged.setdefault(key or name, Skip(None, f"{tar}/{name}", cause, damage))
         elif what:
             keys.setdefault(key, {}).setdefault(what, (member.offset, member.size))
     rows, names, skipped = [], bytearray(), list(damaged.values())
@@ -186,6 +188,5 @@ def _key(name: str) -> tuple[str, str]:
     return key, "picture" if f".{suffix}" in SUFFIXES else suffix if suffix in ("txt", "json") else ""
 
 
-def _unsafe(name: str) -> str:
-    parts = PurePosixPath(name).parts
-    return "its name leads out of the folder" if name.startswith("/") or ".." in parts else ""
+def _unsafe(name: str) -> bool:
+    return name.startswith("/") or ".." in PurePosixPath(name).parts
