@@ -295,7 +295,7 @@ def test_a_missing_column_is_named_with_those_there(tmp_path, form, columns):
 
 def test_columns_without_a_usual_name_are_asked_for(tmp_path):
     (tmp_path / "a.csv").write_text("x,y\n1,2\n")
-    with pytest.raises(ValueError, match=r"no column that sounds like a image|no column that sounds like an image"):
+    with pytest.raises(ValueError, match="has no column that sounds like image data, only 'x', 'y'; name it by --data"):
         open_source(tmp_path / "a.csv")
 
 
@@ -351,7 +351,7 @@ def test_captions_in_a_table_that_are_not_utf8_are_named(tmp_path):
         open_source(tmp_path / "a.csv").read(0)
 
 
-@pytest.mark.parametrize("path", ["../secret.png", "/etc/hostname", "images/../../secret.png", "link.png"])
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "images/../../secret.png", "link.png"])
 def test_paths_in_a_table_never_leave_its_folder(tmp_path, path):
     (tmp_path / "set" / "images").mkdir(parents=True)
     (tmp_path / "secret.png").write_bytes(picture(1))

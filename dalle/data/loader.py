@@ -96,7 +96,7 @@ class Loader:
                 DataLoader(
                     _Steps(self.make), batch_size=None, sampler=range(step, self.steps), num_workers=self.workers,
                     prefetch_factor=self.prefetch, timeout=PATIENCE, multiprocessing_context=self.start_method,
-                    pin_memory=self.pin,
+                    pin_memory=self.pin, collate_fn=_as_it_is,
                 )
             )  # fmt: skip
         try:
@@ -172,6 +172,11 @@ def useful_workers() -> int:
     """One for each core that this process may use but one, eight at most."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, cores - 1)
+
+
+def _as_it_is(item: Any) -> Any:
+    """In place of torch's own, which makes lists of tuples and tensors of numbers."""
+    return item
 
 
 @dataclass(frozen=True)

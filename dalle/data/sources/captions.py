@@ -61,7 +61,7 @@ def choose_columns(names: list[str], image: str | None, caption: str | None, pla
     for what, columns in (("image", [image]), ("caption", captions)):
         for column in columns:
             if column not in names:
-                problem = f"no column {column!r}" if column else f"no column that sounds like a {what}"
+                problem = f"no column {column!r}" if column else f"no column that sounds like {what} data"
                 raise ValueError(
                     f"{place} has {problem}, only {', '.join(map(repr, names))}; name it by --data.{what}-column"
                 )

@@ -105,7 +105,7 @@ def walk(root: Path, skipped: list[Skip]) -> Iterator[tuple[str, Sequence[str]]]
         folder = todo.pop()
         files, folders = [], []
         with os.scandir(root / folder) as entries:
-            for entry in entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
                 if entry.name.startswith("."):
                     continue
                 place = f"{folder}/{entry.name}" if folder else entry.name
@@ -115,5 +115,5 @@ def walk(root: Path, skipped: list[Skip]) -> Iterator[tuple[str, Sequence[str]]]
                     folders.append(place)
                 elif entry.is_file():
                     files.append(entry.name)
-        todo += sorted(folders, reverse=True)
-        yield folder, sorted(files)
+        todo += reversed(folders)
+        yield folder, files

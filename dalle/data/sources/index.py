@@ -140,25 +140,24 @@ def _build(partial: Path, files: Sequence[Path], dtype: np.dtype, build: Callabl
         writer.close(**meta)
         if not writer.keep or final is None:
             return Index(partial, dtype)
-        if not _take_name(partial, final):
-            shutil.rmtree(partial)
-        return Index(final, dtype)
+        return _take_name(partial, final, dtype)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _take_name(partial: Path, final: Path) -> bool:
-    """False where another process was first."""
+def _take_name(partial: Path, final: Path, dtype: np.dtype) -> Index:
+    """Renames a whole index, or takes the one that another process has made meanwhile."""
     with suppress(OSError):
         os.replace(partial, final)
-        return True
+        return Index(final, dtype)
     with suppress(OSError, ValueError, LookupError):
-        json.loads((final / "meta.json").read_text(encoding="utf-8"))
-        return False
+        found = Index(final, dtype)
+        shutil.rmtree(partial)
+        return found
     shutil.rmtree(final)  # what lies there is damaged
     os.replace(partial, final)
-    return True
+    return Index(final, dtype)
 
 
 def progress(files: Sequence[Path], what: str):
