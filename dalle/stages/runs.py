@@ -8,7 +8,7 @@ from typing import Any, Literal
 from dalle.config import to_dict
 from dalle.data import PairsLoader, StepOfPairs
 from dalle.models import Part, load_part
-from dalle.text import TextTokenizer
+from dalle.text import MergeTokenizer, load_text
 from dalle.train.precision import resolve_device
 from dalle.train.state import make_directory, read_json
 
@@ -22,6 +22,8 @@ MAKERS = {
     "transformer": "python scripts/train_transformer.py --config configs/transformer/shapes.yaml",
     "clip": "python scripts/train_clip.py --config configs/clip/shapes.yaml",
 }
+FREE_OF_DATA = ("workers", "prefetch", "cache_path", "max_skipped")
+"""Settings of the data that leave every picture as it is."""
 _MARKS = {"text": "text.json", "tokens": "meta.json"}
 
 
@@ -57,11 +59,10 @@ class TrainingRun:
     def record(self) -> dict[str, Any]:
         """The configuration for the checkpoint, less what may change on resuming."""
         free = {"out", "steps", "device", "resume", "parallel", "compile", "encode"}
-        free |= {"tokens", "tokenizer"}  # the links name what they held
+        free |= {"tokens", "tokenizer", "dvae"}  # the links name what they held
         kept = {key: value for key, value in to_dict(self).items() if key not in free}
-        if "data" in kept:  # the batches are the same for any of these
-            drop = ("workers", "prefetch", "cache_path", "max_skipped")
-            kept["data"] = {key: value for key, value in kept["data"].items() if key not in drop}
+        if "data" in kept:
+            kept["data"] = {key: value for key, value in kept["data"].items() if key not in FREE_OF_DATA}
         return kept
 
 
@@ -134,7 +135,7 @@ def take_part(stage: str, given: Path | None, device: Any = "cpu") -> Part:
     return part
 
 
-def take_text(given: Path | None) -> TextTokenizer:
-    """The text tokenizer of an earlier stage: a run or a file."""
+def take_text(given: Path | None) -> MergeTokenizer:
+    """The text tokenizer of an earlier stage, or a file of another library that `load_text` reads."""
     path = take("text", given)
-    return TextTokenizer.load(path / "text.json" if path.is_dir() else path)
+    return load_text(path / "text.json" if path.is_dir() else path)
