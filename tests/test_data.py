@@ -1,6 +1,5 @@
 """Pictures, captions and tokens by number: dalle/data (order, transforms, pairs, tokens)."""
 
-import json
 import shutil
 from itertools import islice
 
@@ -9,12 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle.data import PairsConfig, TokenCache, open_pairs, pixels_of_samples
+from dalle.data import PairsConfig, open_pairs, pixels_of_samples
 from dalle.data.order import samples_of_step
 from dalle.data.pairs import SourcePairs
 from dalle.data.skipped import Unusable
 from dalle.data.sources import FolderSource
-from dalle.data.tokens import write_tokens
 from dalle.data.transforms import AUGMENTS, Crop, apply_crop, dvae_crop, transform, transformer_crop
 
 # Order: which samples a step takes.
@@ -397,133 +395,6 @@ def test_a_held_out_share_must_leave_something(share):
 
 def test_augments_are_named_once():
     assert AUGMENTS == ("dvae", "transformer", "none")
-
-
-# The token cache.
-
-META = {"grid": [2, 3], "vocab": 65536, "dvae": "abc", "data": {"path": "shapes"}}
-CAPTIONS = [["one"], ["two", "zwö\u2028 \x85 \x1c \n ü"], [], ["four"], ["five"]]
-TOKENS = torch.randint(65536, (5, 6), generator=torch.Generator().manual_seed(0))
-TOKENS[0, :2] = torch.tensor([0, 65535])
-
-
-def write(folder, meta=META, batch_size=2):
-    def encode(numbers):
-        return TOKENS[numbers], [CAPTIONS[i] for i in numbers]
-
-    batches = iter([list(range(5))[i : i + batch_size] for i in range(0, 5, batch_size)])
-    return write_tokens(folder, encode, batches, 5, meta)
-
-
-def test_tokens_and_captions_come_back(tmp_path):
-    write(tmp_path / "tokens")
-    cache = TokenCache(tmp_path / "tokens")
-    assert cache.size == 5
-    assert cache.captions == CAPTIONS
-    assert cache.meta == {"kind": "tokens", "count": 5, **META}
-    tokens = cache.image_tokens([4, 0, 0])
-    assert tokens.dtype == torch.int64
-    assert torch.equal(tokens, TOKENS[[4, 0, 0]])
-
-
-def test_the_cache_does_not_depend_on_the_batch_size(tmp_path):
-    for batch_size in (1, 5):
-        write(tmp_path / str(batch_size), batch_size=batch_size)
-    for name in ("tokens.npy", "captions.jsonl", "meta.json"):
-        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "5" / name).read_bytes()
-
-
-def test_a_cache_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path):
-    write(tmp_path / "tokens", {**META, "dvae": "old"})
-    (tmp_path / "tokens" / "leftover").touch()
-    assert write(tmp_path / "tokens").meta["dvae"] == "abc"
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["captions.jsonl", "meta.json", "tokens", "tokens.npy"]
-
-
-def test_a_write_that_breaks_off_leaves_the_old_cache(tmp_path):
-    write(tmp_path / "tokens")
-
-    def encode(numbers):
-        raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError, match="out of memory"):
-        write_tokens(tmp_path / "tokens", encode, iter([[0]]), 5, META)
-    assert torch.equal(TokenCache(tmp_path / "tokens").image_tokens(list(range(5))), TOKENS)
-    assert write(tmp_path / "tokens").size == 5  # the leftovers are no obstacle
-
-
-def test_a_folder_with_other_things_is_not_replaced(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="is no token cache; its contents would be lost"):
-        write(tmp_path)
-    assert (tmp_path / "thesis.txt").exists()
-    with pytest.raises(ValueError, match="is no token cache"):
-        write(tmp_path / "thesis.txt")
-
-
-def test_an_empty_folder_is_filled(tmp_path):
-    (tmp_path / "tokens").mkdir()
-    assert write(tmp_path / "tokens").size == 5
-
-
-def test_a_vocabulary_beyond_16_bits_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="16-bit codes; the vocabulary of 65537 is too large"):
-        write(tmp_path / "tokens", {**META, "vocab": 65537})
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_is_no_cache_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nothing is not a token cache .* make one with scripts/encode_images\.py"):
-        TokenCache(tmp_path / "nothing")
-
-
-@pytest.mark.parametrize("name", ["tokens.npy", "captions.jsonl", "meta.json"])
-def test_a_missing_file_is_named(tmp_path, name):
-    write(tmp_path / "tokens")
-    (tmp_path / "tokens" / name).unlink()
-    with pytest.raises(ValueError, match=f"is not a token cache .*{name}"):
-        TokenCache(tmp_path / "tokens")
-
-
-@pytest.mark.parametrize("share", [0, 0.3, 0.8, 0.97])
-@pytest.mark.parametrize("name", ["tokens.npy", "captions.jsonl", "meta.json"])
-def test_a_file_that_breaks_off_is_refused(tmp_path, name, share):
-    write(tmp_path / "tokens")
-    content = (tmp_path / "tokens" / name).read_bytes()
-    (tmp_path / "tokens" / name).write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=r"tokens.*(is not a token cache|the cache is damaged)"):
-        TokenCache(tmp_path / "tokens")
-
-
-@pytest.mark.parametrize(
-    "meta", [[], {"kind": "tokens"}, {"kind": "tokens", "grid": 3}, {"kind": "tokens", "grid": [2]}]
-)
-def test_meta_data_of_another_shape_are_refused(tmp_path, meta):
-    write(tmp_path / "tokens")
-    (tmp_path / "tokens" / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match="tokens is not a token cache"):
-        TokenCache(tmp_path / "tokens")
-
-
-def test_another_kind_of_folder_is_refused(tmp_path):
-    write(tmp_path / "tokens")
-    (tmp_path / "tokens" / "meta.json").write_text(json.dumps({**META, "kind": "dvae"}))
-    with pytest.raises(ValueError, match="holds 'dvae', expected a token cache"):
-        TokenCache(tmp_path / "tokens")
-
-
-def test_a_grid_that_does_not_match_the_tokens_is_refused(tmp_path):
-    write(tmp_path / "tokens")
-    (tmp_path / "tokens" / "meta.json").write_text(json.dumps({**META, "kind": "tokens", "grid": [3, 3]}))
-    with pytest.raises(ValueError, match=r"tokens are \(5, 6\), expected \(5, 9\) .* the cache is damaged"):
-        TokenCache(tmp_path / "tokens")
-
-
-def test_tokens_that_would_run_code_are_refused(tmp_path):
-    write(tmp_path / "tokens")
-    np.save(tmp_path / "tokens" / "tokens.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="is not a token cache"):
-        TokenCache(tmp_path / "tokens")
 
 
 def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path):

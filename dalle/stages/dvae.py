@@ -43,9 +43,15 @@ class EncodeConfig:
     """Pictures encoded at once."""
     precision: Precision = "fp32"
     """fp32, bf16, fp16, or auto: bf16 where the device has it in hardware. One code in a hundred differs."""
+    shard: int = 8192
+    """Pictures in a file of the cache; what a stop loses at most."""
+    part: int | None = None
+    """Which share of the files this process makes, from 0; torchrun's RANK unless given."""
+    parts: int | None = None
+    """Processes that share the work; torchrun's WORLD_SIZE unless given."""
 
     def __post_init__(self):
-        for name in ("pictures", "crops", "batch_size"):
+        for name in ("pictures", "crops", "batch_size", "shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
