@@ -21,7 +21,7 @@ from dalle.images import load_image, sheet, shorter_side, to_pil, to_pixels
 from dalle.models import Part, load_part, save_weights, weights_hash
 from dalle.rerank import rank
 from dalle.sampling import check_sampling, uniforms
-from dalle.text import TextTokenizer
+from dalle.text import MergeTokenizer, load_text, text_from_dict
 from dalle.train.state import FORMAT, check_meta, make_directory, read_json, write_json
 from dalle.transformer import Transformer
 from dalle.transformer.generate import draw_tokens
@@ -65,7 +65,7 @@ class DALLE:
         self,
         dvae: ImageTokenizer,
         transformer: Transformer,
-        text: TextTokenizer,
+        text: MergeTokenizer,
         scorer: Scorer | None = None,
     ):
         layout = transformer.layout
@@ -200,7 +200,7 @@ class DALLE:
         check_meta(config, "dalle", directory)
         if missing := {"hash", "links", "parts"} - config.keys():
             raise ValueError(f"{directory / 'config.json'} lacks {', '.join(sorted(missing))}; it is damaged")
-        text = TextTokenizer.load(directory / "text.json")
+        text = load_text(directory / "text.json")
         kinds = ["dvae", "transformer"] + ["clip"] * ("clip" in config["parts"])
         loaded = {kind: load_part(directory, kind, device).model for kind in kinds}
         scorer = CLIPScorer(loaded["clip"], text) if "clip" in loaded else None
@@ -213,9 +213,11 @@ class DALLE:
         return model
 
     @classmethod
-    def from_parts(cls, dvae: Part, transformer: Part, clip: Part | None, text: TextTokenizer | None = None) -> "DALLE":
+    def from_parts(
+        cls, dvae: Part, transformer: Part, clip: Part | None, text: MergeTokenizer | None = None
+    ) -> "DALLE":
         """Joins parts loaded from runs; refuses parts that were not trained for one another."""
-        own = TextTokenizer.from_dict(transformer.links["text"])
+        own = text_from_dict(transformer.links["text"])
         if text is not None and text.hash != own.hash:
             raise ValueError(f"{transformer.source} was trained with another text tokenizer than the one given")
         if transformer.links["dvae"] != dvae.hash:

@@ -53,6 +53,34 @@ class Objective(Protocol):
     def __call__(self, model: torch.nn.Module, batch: Any, step: int) -> Loss: ...
 
 
+@dataclass(frozen=True)
+class Skip:
+    """One sample that cannot be used."""
+
+    index: int | None
+    """Its number among the pairs; None where it has none, as a picture without captions."""
+    name: str
+    """Names it for people."""
+    cause: str
+    """One of `dalle.data.skipped.CAUSES`, or "filter:NAME"."""
+    detail: str = ""
+    """What was found."""
+
+
+@dataclass
+class Batch:
+    """Captioned pictures, ready to train on."""
+
+    pixels: np.ndarray
+    """float32 (B, 3, R, R) in [0, 1]."""
+    captions: list[list[str]]
+    """Every caption of each."""
+    samples: list[tuple[int, int]]
+    """(epoch, index) of each."""
+    skipped: list[Skip] = field(default_factory=list)
+    """Those that were met and left out."""
+
+
 class Pairs(Protocol):
     """Captioned pictures by number. `size` is None for an endless set; `hash` names which pictures they are."""
 
@@ -60,12 +88,18 @@ class Pairs(Protocol):
     size: int | None
     hash: str
 
-    def pixels(self, indices: Sequence[int], augment: str = "none", seed: int = 0) -> np.ndarray:
-        """float32 (B, 3, R, R) in [0, 1]; random crops are drawn from (seed, index)."""
+    def load(
+        self, samples: Sequence[tuple[int, int]], augment: str = "none", seed: int = 0, replace: bool = False
+    ) -> Batch:
+        """The pictures of (epoch, index) samples; a random crop depends on (seed, epoch, index) alone.
+
+        One that cannot be used is left out, or replaced by another of the set where `replace` is set, so that
+        the batch keeps its size; either way it is told in `skipped`.
+        """
         ...
 
     def captions(self, indices: Sequence[int]) -> list[list[str]]:
-        """Every caption of each picture."""
+        """Every caption of each picture, read without the pictures; none for one that cannot be used."""
         ...
 
 
@@ -82,14 +116,30 @@ class Record:
 
 
 class Source(Protocol):
-    """Captioned pictures by number, as they lie in a folder, a table or tars. `hash` names which they are."""
+    """Captioned pictures by number, as they lie in a folder, a table or tars. `hash` names which they are.
+
+    `skipped` tells what was found to be unusable while opening; such samples have no number.
+    """
 
     hash: str
+    skipped: Sequence[Skip]
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Record:
         """ValueError, naming the sample and the cause, for one that cannot be read."""
+        ...
+
+    def captions(self, index: int) -> list[str]:
+        """Those of `read`, without reading the picture."""
+        ...
+
+    def name(self, index: int) -> str:
+        """That of `read`; says which part of a split the sample falls into."""
+        ...
+
+    def shares(self) -> np.ndarray:
+        """uint32 (N,), a hash of each name."""
         ...
 
 

@@ -2,14 +2,16 @@
 
 python scripts/benchmark.py train --model.depth 8 --model.heads 8 --batch-size 2
 python scripts/benchmark.py train --size 120m --precision bf16 --json report.json
+python scripts/benchmark.py data --sources my/pictures my/tars --workers 0 2 --resolutions 64 256
 """
 
 import sys
 
 from dalle.config import parse, tell_errors
 from dalle.stages.benchmark import TrainBenchmark, benchmark_training
+from dalle.stages.benchmark_data import DataBenchmark, benchmark_data
 
-BENCHMARKS = {"train": (TrainBenchmark, benchmark_training)}
+BENCHMARKS = {"train": (TrainBenchmark, benchmark_training), "data": (DataBenchmark, benchmark_data)}
 
 if __name__ == "__main__":
     with tell_errors():

@@ -2,6 +2,8 @@
 
 python scripts/encode_images.py --config configs/dvae/shapes.yaml
 python scripts/encode_images.py --config configs/dvae/small.yaml --data.path my/pictures --dvae runs/dvae
+torchrun --nproc-per-node 8 scripts/encode_images.py ...            eight processes share the work; so does
+python scripts/encode_images.py ... --encode.part 0 --encode.parts 8     each of eight such commands
 """
 
 from dalle.config import parse, tell_errors

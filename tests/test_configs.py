@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from dalle.config import from_dict, load, merge, read_yaml
-from dalle.data import TokenCache
 from dalle.models import build, load_part
 from dalle.pipeline import DALLE
 from dalle.stages.clip import CLIPRun, train_clip
@@ -178,12 +177,12 @@ def test_the_stages_run_in_order_and_join(tmp_path, size):
     parts = {"tokenizer": tmp_path / "text"}
     train_tokenizer(text)
     train_dvae(dataclasses.replace(dvae, out=tmp_path / "dvae"))
-    cache: TokenCache = encode_images(encode)
+    cache = encode_images(encode)
     train_transformer(
         dataclasses.replace(transformer, out=tmp_path / "transformer", tokens=tmp_path / "tokens", **parts)
     )
     train_clip(dataclasses.replace(clip, out=tmp_path / "clip", **parts))
-    assert cache.tokens.shape == (24, 16)
+    assert (cache.size, cache.grid) == (24, (4, 4))
     assert all(finite(tmp_path / family) for family in RUNS)
     model = DALLE.from_parts(*(load_part(tmp_path / family, family) for family in RUNS))
     assert len(model.generate("a red cross above a blue circle on a white background", n=1, best_of=2).images) == 1

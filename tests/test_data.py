@@ -1,6 +1,5 @@
 """Pictures, captions and tokens by number: dalle/data (order, transforms, pairs, tokens)."""
 
-import json
 import shutil
 from itertools import islice
 
@@ -9,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle.data import PairsConfig, TokenCache, open_pairs, pixels_of_samples
+from dalle.data import PairsConfig, open_pairs, pixels_of_samples
 from dalle.data.order import samples_of_step
-from dalle.data.pairs import FolderPairs
-from dalle.data.tokens import write_tokens
+from dalle.data.pairs import SourcePairs
+from dalle.data.skipped import Unusable
+from dalle.data.sources import FolderSource
 from dalle.data.transforms import AUGMENTS, Crop, apply_crop, dvae_crop, transform, transformer_crop
 
 # Order: which samples a step takes.
@@ -197,7 +197,18 @@ def add_pair(folder, name, captions="a caption\n", level=0, size=(24, 20)):
 
 
 def folder_pairs(folder, split="train", resolution=16, held_out=0.05):
-    return FolderPairs(folder, resolution, split, held_out)
+    return SourcePairs(FolderSource(folder), resolution, split, held_out)
+
+
+def pixels_of(pairs, indices, augment="none", seed=0):
+    return pairs.load([(0, index) for index in indices], augment, seed).pixels
+
+
+def causes(pairs, index=0, augment="none"):
+    """(cause, detail) of a sample that must not be usable."""
+    batch = pairs.load([(0, index)], augment)
+    assert (batch.samples, batch.captions, len(batch.pixels)) == ([], [], 0)
+    return [(skip.index, skip.name, skip.cause, skip.detail) for skip in batch.skipped]
 
 
 @pytest.fixture
@@ -210,7 +221,7 @@ def folder(tmp_path):
 
 
 def names(pairs, folder):
-    return [path.relative_to(folder).as_posix() for path in pairs.paths]
+    return [pairs.name(index) for index in range(pairs.size)]
 
 
 def test_captions_are_the_lines_of_the_file_beside_the_picture(tmp_path):
@@ -234,7 +245,7 @@ def test_equal_stems_in_two_folders_have_their_own_captions(folder):
 
 def test_pixels_are_those_of_the_numbered_pictures(folder):
     pairs = folder_pairs(folder)
-    pixels = pairs.pixels([3, 0, 3])
+    pixels = pixels_of(pairs, [3, 0, 3])
     assert (pixels.shape, pixels.dtype) == ((3, 3, 16, 16), np.float32)
     for row, index in enumerate([3, 0, 3]):
         name = names(pairs, folder)[index]
@@ -278,7 +289,7 @@ def test_pictures_without_captions_are_counted(folder):
     for i in range(3):
         add_pair(folder, f"birds/{i}.png", captions=None)
     pairs = folder_pairs(folder)
-    assert pairs.without_caption == 3
+    assert [(skip.name, skip.cause) for skip in pairs.skipped] == [(f"birds/{i}.png", "missing twin") for i in range(3)]
     assert not any(name.startswith("birds") for name in names(pairs, folder))
 
 
@@ -301,35 +312,38 @@ def test_an_empty_split_is_refused(tmp_path):
 
 def test_an_unknown_split_is_refused(folder):
     with pytest.raises(ValueError, match="unknown split 'new_pairs'; expected train or held_out"):
-        folder_pairs(folder, "new_pairs")
+        open_pairs(PairsConfig(str(folder)), "new_pairs")
 
 
 @pytest.mark.parametrize("text", ["", " \n\n"])
 def test_an_empty_caption_file_is_named(tmp_path, text):
     add_pair(tmp_path, "a.png", text)
-    with pytest.raises(ValueError, match=r"a\.txt holds no caption; write one a line or remove the file"):
-        folder_pairs(tmp_path, held_out=1e-9)
+    assert causes(folder_pairs(tmp_path, held_out=1e-9)) == [(0, "a.png", "empty caption", "")]
 
 
 def test_captions_that_are_not_utf8_are_named(tmp_path):
     add_pair(tmp_path, "a.png").with_suffix(".txt").write_bytes("schön".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
-        folder_pairs(tmp_path, held_out=1e-9)
+    pairs = folder_pairs(tmp_path, held_out=1e-9)
+    [(_, name, cause, _)] = causes(pairs)
+    assert (name, cause) == ("a.txt", "caption not UTF-8")
+    assert pairs.captions([0]) == [[]]
+    with pytest.raises(Unusable, match=r"a\.txt: caption not UTF-8"):
+        pairs.source.read(0)
 
 
 def test_a_broken_picture_is_named(tmp_path):
     add_pair(tmp_path, "a.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"a\.png.*as a picture"):
-        folder_pairs(tmp_path, held_out=1e-9).pixels([0])
+    [(index, name, cause, _)] = causes(folder_pairs(tmp_path, held_out=1e-9))
+    assert (index, name, cause) == (0, "a.png", "wrong type")
 
 
 @pytest.mark.parametrize("augment", ["dvae", "transformer"])
 def test_a_picture_too_small_to_crop_is_named(tmp_path, augment):
     add_pair(tmp_path, "tiny.png", size=(30, 15))
     pairs = folder_pairs(tmp_path, held_out=1e-9)
-    with pytest.raises(ValueError, match=r"tiny\.png: picture of 30 x 15 is smaller than the 16 x 16 asked for"):
-        pairs.pixels([0], augment)
-    assert pairs.pixels([0]).shape == (1, 3, 16, 16)  # without augmentation it is enlarged
+    detail = "picture of 30 x 15 is smaller than the 16 x 16 asked for"
+    assert causes(pairs, augment=augment) == [(0, "tiny.png", "too small", detail)]
+    assert pixels_of(pairs, [0]).shape == (1, 3, 16, 16)  # without augmentation it is enlarged
 
 
 def noisy_pairs(folder):
@@ -342,9 +356,9 @@ def noisy_pairs(folder):
 @pytest.mark.parametrize("augment", ["dvae", "transformer"])
 def test_a_crop_depends_on_seed_and_index_alone(tmp_path, augment):
     pairs = noisy_pairs(tmp_path)
-    both = pairs.pixels([0, 2], augment, seed=1)
-    assert (both[1] == pairs.pixels([2], augment, seed=1)[0]).all()
-    assert (both[0] != pairs.pixels([0], augment, seed=2)[0]).any()
+    both = pixels_of(pairs, [0, 2], augment, seed=1)
+    assert (both[1] == pixels_of(pairs, [2], augment, seed=1)[0]).all()
+    assert (both[0] != pixels_of(pairs, [0], augment, seed=2)[0]).any()
 
 
 def test_a_sample_is_cropped_anew_each_epoch(tmp_path):
@@ -383,142 +397,15 @@ def test_augments_are_named_once():
     assert AUGMENTS == ("dvae", "transformer", "none")
 
 
-# The token cache.
-
-META = {"grid": [2, 3], "vocab": 65536, "dvae": "abc", "data": {"path": "shapes"}}
-CAPTIONS = [["one"], ["two", "zwö\u2028 \x85 \x1c \n ü"], [], ["four"], ["five"]]
-TOKENS = torch.randint(65536, (5, 6), generator=torch.Generator().manual_seed(0))
-TOKENS[0, :2] = torch.tensor([0, 65535])
-
-
-def write(folder, meta=META, batch_size=2):
-    def encode(numbers):
-        return TOKENS[numbers], [CAPTIONS[i] for i in numbers]
-
-    batches = iter([list(range(5))[i : i + batch_size] for i in range(0, 5, batch_size)])
-    return write_tokens(folder, encode, batches, 5, meta)
-
-
-def test_tokens_and_captions_come_back(tmp_path):
-    write(tmp_path / "tokens")
-    cache = TokenCache(tmp_path / "tokens")
-    assert cache.size == 5
-    assert cache.captions == CAPTIONS
-    assert cache.meta == {"kind": "tokens", "count": 5, **META}
-    tokens = cache.image_tokens([4, 0, 0])
-    assert tokens.dtype == torch.int64
-    assert torch.equal(tokens, TOKENS[[4, 0, 0]])
-
-
-def test_the_cache_does_not_depend_on_the_batch_size(tmp_path):
-    for batch_size in (1, 5):
-        write(tmp_path / str(batch_size), batch_size=batch_size)
-    for name in ("tokens.npy", "captions.jsonl", "meta.json"):
-        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "5" / name).read_bytes()
-
-
-def test_a_cache_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path):
-    write(tmp_path / "tokens", {**META, "dvae": "old"})
-    (tmp_path / "tokens" / "leftover").touch()
-    assert write(tmp_path / "tokens").meta["dvae"] == "abc"
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["captions.jsonl", "meta.json", "tokens", "tokens.npy"]
-
-
-def test_a_write_that_breaks_off_leaves_the_old_cache(tmp_path):
-    write(tmp_path / "tokens")
-
-    def encode(numbers):
-        raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError, match="out of memory"):
-        write_tokens(tmp_path / "tokens", encode, iter([[0]]), 5, META)
-    assert torch.equal(TokenCache(tmp_path / "tokens").image_tokens(list(range(5))), TOKENS)
-    assert write(tmp_path / "tokens").size == 5  # the leftovers are no obstacle
-
-
-def test_a_folder_with_other_things_is_not_replaced(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="is no token cache; its contents would be lost"):
-        write(tmp_path)
-    assert (tmp_path / "thesis.txt").exists()
-    with pytest.raises(ValueError, match="is no token cache"):
-        write(tmp_path / "thesis.txt")
-
-
-def test_an_empty_folder_is_filled(tmp_path):
-    (tmp_path / "tokens").mkdir()
-    assert write(tmp_path / "tokens").size == 5
-
-
-def test_a_vocabulary_beyond_16_bits_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="16-bit codes; the vocabulary of 65537 is too large"):
-        write(tmp_path / "tokens", {**META, "vocab": 65537})
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_is_no_cache_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nothing is not a token cache .* make one with scripts/encode_images\.py"):
-        TokenCache(tmp_path / "nothing")
-
-
-@pytest.mark.parametrize("name", ["tokens.npy", "captions.jsonl", "meta.json"])
-def test_a_missing_file_is_named(tmp_path, name):
-    write(tmp_path / "tokens")
-    (tmp_path / "tokens" / name).unlink()
-    with pytest.raises(ValueError, match=f"is not a token cache .*{name}"):
-        TokenCache(tmp_path / "tokens")
-
-
-@pytest.mark.parametrize("share", [0, 0.3, 0.8, 0.97])
-@pytest.mark.parametrize("name", ["tokens.npy", "captions.jsonl", "meta.json"])
-def test_a_file_that_breaks_off_is_refused(tmp_path, name, share):
-    write(tmp_path / "tokens")
-    content = (tmp_path / "tokens" / name).read_bytes()
-    (tmp_path / "tokens" / name).write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=r"tokens.*(is not a token cache|the cache is damaged)"):
-        TokenCache(tmp_path / "tokens")
-
-
-@pytest.mark.parametrize(
-    "meta", [[], {"kind": "tokens"}, {"kind": "tokens", "grid": 3}, {"kind": "tokens", "grid": [2]}]
-)
-def test_meta_data_of_another_shape_are_refused(tmp_path, meta):
-    write(tmp_path / "tokens")
-    (tmp_path / "tokens" / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match="tokens is not a token cache"):
-        TokenCache(tmp_path / "tokens")
-
-
-def test_another_kind_of_folder_is_refused(tmp_path):
-    write(tmp_path / "tokens")
-    (tmp_path / "tokens" / "meta.json").write_text(json.dumps({**META, "kind": "dvae"}))
-    with pytest.raises(ValueError, match="holds 'dvae', expected a token cache"):
-        TokenCache(tmp_path / "tokens")
-
-
-def test_a_grid_that_does_not_match_the_tokens_is_refused(tmp_path):
-    write(tmp_path / "tokens")
-    (tmp_path / "tokens" / "meta.json").write_text(json.dumps({**META, "kind": "tokens", "grid": [3, 3]}))
-    with pytest.raises(ValueError, match=r"tokens are \(5, 6\), expected \(5, 9\) .* the cache is damaged"):
-        TokenCache(tmp_path / "tokens")
-
-
-def test_tokens_that_would_run_code_are_refused(tmp_path):
-    write(tmp_path / "tokens")
-    np.save(tmp_path / "tokens" / "tokens.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="is not a token cache"):
-        TokenCache(tmp_path / "tokens")
-
-
-def test_pictures_that_cannot_be_used_are_named_before_work_begins(tmp_path):
+def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path):
     for name, side in (("a", 40), ("b", 12)):
         Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
     (tmp_path / "c.png").write_bytes(b"not a picture")
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text("a caption")
-    with pytest.raises(ValueError, match=r"2 of 3 .*b\.png \(12 x 12 is smaller than 32\), .*c\.png \(not a picture\)"):
-        FolderPairs(tmp_path, 32, "train", 1e-9, smallest=32)
-    assert FolderPairs(tmp_path, 32, "train", 1e-9).size == 3
+    batch = folder_pairs(tmp_path, resolution=32, held_out=1e-9).load([(0, 0), (0, 1), (0, 2)], "dvae")
+    assert batch.samples == [(0, 0)]
+    assert [(skip.name, skip.cause) for skip in batch.skipped] == [("b.png", "too small"), ("c.png", "wrong type")]
 
 
 def test_another_set_of_pictures_has_another_hash(folder):

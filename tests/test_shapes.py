@@ -29,7 +29,7 @@ from dalle.data.shapes import (
     signed_distance,
 )
 from dalle.rng import generator
-from dalle.stages.clip import pairs_batch
+from dalle.stages.clip import CLIPBatch
 
 AREAS = {"circle": np.pi / 4, "square": 1, "triangle": 1 / 2, "cross": 2 * 0.34 - 0.34**2}  # of extent 1
 
@@ -285,7 +285,7 @@ def test_the_wording_says_nothing_about_what_differs():
     """Scene and wording come from streams of their own: else the wording would give the sibling away to CLIP."""
     pairs, said = ShapesPairs(16, siblings=True), []
     text = SimpleNamespace(encode=lambda caption: said.append(caption) or [0])
-    pairs_batch(pairs, [(0, i) for i in range(4000)], SimpleNamespace(pack_text=list), text, seed=0)
+    CLIPBatch(text, seed=0)(pairs.load([(0, i) for i in range(4000)]))
     counts = np.zeros((2, 5))
     for index in range(1, 4000, 2):
         one, two = pairs.scene(index - 1), pairs.scene(index)

@@ -17,10 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dalle.data import TokenCache
+from dalle.data.token_writer import TokenWriter
+from dalle.data.tokens import TokenPlan
 from dalle.models import load_part, weights_hash
 from dalle.pipeline import DALLE
 from dalle.stages.clip import train_clip
 from dalle.stages.dvae import train_dvae
+from dalle.stages.encode import encode_images
 from dalle.stages.transformer import TokenBatches, train_transformer
 from dalle.text import TextTokenizer
 from dalle.train import Schedule, TrainConfig, fit, loop, state
@@ -28,7 +31,7 @@ from dalle.train.ema import AveragedWeights, EMAConfig, corrected
 from dalle.train.log import JSONLines, read_log
 from dalle.train.optim import OptimizerConfig, build_optimizers
 from dalle.train.state import TrainState, latest_checkpoint, restore
-from dalle.types import Loss
+from dalle.types import Batch, Loss
 
 STAGES = {"dvae": train_dvae, "transformer": train_transformer, "clip": train_clip}
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
@@ -147,26 +150,54 @@ def test_resuming_is_exact_with_muon_too(kind, start, tiny_runs, tmp_path):
 def test_going_on_with_other_tokens_is_refused(tiny_runs, with_inputs, chain, tmp_path):
     run = with_inputs(tiny_runs.transformer, chain, out=tmp_path / "run", steps=1)
     train_transformer(run)
-    tokens = tmp_path / "tokens"
-    shutil.copytree(chain / "tokens", tokens)
-    array = np.load(tokens / "tokens.npy")
-    np.save(tokens / "tokens.npy", (array + 1) % 16)
-    with pytest.raises(ValueError, match=r"another configuration \(links\.tokens was"):
-        train_transformer(replace(run, tokens=tokens, steps=2))
+    own = TokenCache(chain / "tokens")
+    encode = replace(tiny_runs.encode, data=replace(tiny_runs.encode.data, seed=1))
+    other = encode_images(replace(encode, dvae=chain / "dvae", out=tmp_path / "tokens"))
+    with pytest.raises(ValueError, match=rf"another configuration \(links\.tokens was '{own.hash}', is '{other.hash}'"):
+        train_transformer(replace(run, tokens=tmp_path / "tokens", steps=2))
 
 
-def test_no_crop_of_a_held_out_picture_is_trained_on(chain, tiny_runs, tmp_path):
-    """A cache of two crops of twelve pictures; the last four pictures are held out."""
-    shutil.copytree(chain / "tokens", tmp_path / "tokens")
-    meta = tmp_path / "tokens" / "meta.json"
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"crops": 2}))
-    cache = TokenCache(tmp_path / "tokens")
-    run = replace(tiny_runs.transformer, eval_pictures=4)
-    batches = TokenBatches(cache, TextTokenizer.load(chain / "text" / "text.json"), run.model.layout, run)
-    rows = [batches._row(sample) for sample in range(cache.size - 2 * 4)]
-    assert cache.size == 24
-    assert rows == [*range(8), *range(12, 20)]
-    assert torch.equal(run.model.layout.unpack(batches.held_out())[1], cache.image_tokens([8, 9, 10, 11]))
+def test_tokens_of_another_dvae_are_refused_with_both_hashes(tiny_runs, with_inputs, chain, tmp_path):
+    train_dvae(replace(tiny_runs.dvae, out=tmp_path / "other", seed=9, steps=1))
+    run = with_inputs(tiny_runs.transformer, chain, out=tmp_path / "run", steps=1)
+    hashes = [load_part(path / name, "dvae").hash for path, name in ((chain, "dvae"), (tmp_path, "other"))]
+    with pytest.raises(ValueError, match=f"tokens of dVAE {hashes[0]}, .*other is {hashes[1]}: they do not belong"):
+        train_transformer(replace(run, dvae=tmp_path / "other"))
+    train_transformer(replace(run, dvae=chain / "dvae"))
+
+
+@pytest.fixture
+def two_crops(tmp_path) -> TokenCache:
+    """Twelve pictures in two crops, tokens 0 .. 15; a caption names its picture."""
+    plan = TokenPlan(dvae="d", data="p", grid=(4, 4), vocab=16, pictures=12, crops=2, shard=5)
+    writer = TokenWriter(tmp_path / "tokens", plan)
+    tokens = np.random.default_rng(0).integers(16, size=(12, 2, 16))
+    for shard in writer.missing():
+        numbers = plan.numbers(shard)
+        writer.write(shard, tokens[numbers], numbers, [[f"number {n}"] for n in numbers])
+    return writer.finish()
+
+
+def test_no_crop_of_a_held_out_picture_is_trained_on(two_crops, chain, tiny_runs):
+    """The last four of twelve pictures are held out, and an epoch is both crops of the other eight."""
+    run = replace(tiny_runs.transformer, eval_pictures=4, train=replace(tiny_runs.transformer.train, batch_size=16))
+    batches = TokenBatches(two_crops, TextTokenizer.load(chain / "text" / "text.json"), run.model.layout, run)
+    _, image = run.model.layout.unpack(batches(0))
+    pictures = [p for p in range(8) for _ in range(2)]
+    expected = two_crops.image_tokens(pictures, [0, 1] * 8)
+    assert sorted(image.tolist()) == sorted(expected.tolist())
+    assert torch.equal(run.model.layout.unpack(batches.held_out())[1], two_crops.image_tokens([8, 9, 10, 11]))
+
+
+def test_caption_and_picture_of_a_sample_belong_together(two_crops, chain, tiny_runs):
+    run = replace(tiny_runs.transformer, eval_pictures=4, bpe_dropout=0.0)
+    text = TextTokenizer.load(chain / "text" / "text.json")
+    batches = TokenBatches(two_crops, text, run.model.layout, run)
+    captions = {tuple(run.model.layout.pad_text([text.encode(f"number {n}")])[0].tolist()): n for n in range(8)}
+    for step in range(4):
+        for words, image in zip(*(part.tolist() for part in run.model.layout.unpack(batches(step))), strict=True):
+            picture = captions[tuple(words)]
+            assert image in two_crops.image_tokens([picture] * 2, [0, 1]).tolist()
 
 
 @pytest.mark.parametrize("kind", STAGES)
@@ -428,10 +459,12 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_nan_in_pixels_is_named(start, tmp_path, monkeypatch):
-    def with_nan(pairs, samples, augment, seed):
-        return torch.full((len(samples), 3, 32, 32), torch.nan)
+    def with_nan(pairs, samples, *rest, **more):
+        return Batch(
+            np.full((len(samples), 3, 32, 32), np.nan, np.float32), [["nothing"]] * len(samples), list(samples)
+        )
 
-    monkeypatch.setattr("dalle.stages.dvae.pixels_of_samples", with_nan)
+    monkeypatch.setattr("dalle.data.shapes.ShapesPairs.load", with_nan)
     with pytest.raises(ValueError, match="pixels hold NaN"):
         start("dvae", tmp_path)
 

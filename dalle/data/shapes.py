@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dalle.rng import generator
+from dalle.types import Batch
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 39, 40),
@@ -310,9 +311,16 @@ class ShapesPairs:
         scenes = [self._draw(index, rng) for index, rng in zip(indices, generators, strict=True)]
         return scenes, np.stack([draw_layout(s, rng) for s, rng in zip(scenes, generators, strict=True)])
 
-    def pixels(self, indices: Sequence[int], augment: str = "none", seed: int = 0) -> np.ndarray:
+    def pixels(self, indices: Sequence[int]) -> np.ndarray:
         """float32 (B, 3, R, R) in [0, 1]; drawn pictures are never cropped."""
         return render(*self.drawn(indices), self.resolution)
+
+    def load(
+        self, samples: Sequence[tuple[int, int]], augment: str = "none", seed: int = 0, replace: bool = False
+    ) -> Batch:
+        """Pictures and wordings of (epoch, index) samples; whatever the epoch, they are the same."""
+        indices = [index for _, index in samples]
+        return Batch(self.pixels(indices), self.captions(indices), list(samples))
 
     def captions(self, indices: Sequence[int]) -> list[list[str]]:
         """All wordings of each picture."""

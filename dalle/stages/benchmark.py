@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dalle.layout import TokenLayout
 from dalle.models import build
 from dalle.objectives import TransformerObjective
 from dalle.train.ema import AveragedWeights, EMAConfig
@@ -25,6 +27,7 @@ from dalle.train.schedules import Schedule
 from dalle.train.state import TrainState, make_directory, write_json
 from dalle.transformer import TransformerConfig
 from dalle.transformer.sizes import SIZES, training_flops
+from dalle.types import Objective
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,12 @@ def benchmark_training(run: TrainBenchmark) -> dict[str, Any]:
         make_directory(run.json.parent)
     device = resolve_device(run.device)
     precision = resolve_precision(run.precision, device)
-    steppers = {backend: _Stepper(run, backend, device, precision) for backend in run.backends}
-    rounds = [{name: _seconds(step, device) for name, step in steppers.items()} for _ in range(run.rounds + 1)][1:]
+    steppers = {backend: _stepper(run, backend, device, precision) for backend in run.backends}
+    ids = random_ids(run.config.layout, run.batch_size).to(device)
+    rounds = [
+        {name: seconds(lambda step=step: step(ids), device) for name, step in steppers.items()}
+        for _ in range(run.rounds + 1)
+    ][1:]
     flops = {name: count * run.batch_size for name, count in training_flops(run.config).items()}
     rate = matmul_rate(device, precision)
     report = {
@@ -88,27 +95,38 @@ def benchmark_training(run: TrainBenchmark) -> dict[str, Any]:
     return report
 
 
-class _Stepper:
-    """A model with its optimizer; a call is one training step."""
+class Stepper:
+    """A model with its optimizer; a call with a batch is one training step."""
 
-    def __init__(self, run: TrainBenchmark, backend: str, device: torch.device, precision: str):
+    def __init__(self, kind: str, config: Any, objective: Objective, device: torch.device, precision: str):
         torch.manual_seed(0)
-        model = build("transformer", replace(run.config, backend=backend)).to(device)
-        layout = model.layout
-        text = torch.randint(layout.text_vocab, (run.batch_size, layout.text_len))
-        image = torch.randint(layout.image_vocab, (run.batch_size, layout.image_len))
-        self.ids, self.precision = layout.pack(text, image).to(device), precision
+        model = build(kind, config).to(device)
+        self.objective, self.precision = objective, precision
         self.optim = OptimizerConfig(lr=Schedule(1e-4, 1e-4), warmup=0)
         scales = gradient_scales(model) if precision == "fp16" else None
         self.state = TrainState(model, build_optimizers(model, self.optim), AveragedWeights(model, EMAConfig()), scales)
-        if run.compile:
-            compile_parts(model)
 
-    def __call__(self) -> None:
-        train_step(self.state, self.ids, TransformerObjective(), self.optim, self.precision, seed=0)
+    def __call__(self, batch: Any) -> None:
+        train_step(self.state, batch, self.objective, self.optim, self.precision, seed=0)
 
 
-def _seconds(step: Callable[[], None], device: torch.device) -> float:
+def _stepper(run: TrainBenchmark, backend: str, device: torch.device, precision: str) -> Stepper:
+    config = replace(run.config, backend=backend)
+    stepper = Stepper("transformer", config, TransformerObjective(), device, precision)
+    if run.compile:
+        compile_parts(stepper.state.model)
+    return stepper
+
+
+def random_ids(layout: TokenLayout, batch_size: int) -> Tensor:
+    """Joint ids int64 (B, N) that mean nothing."""
+    text = torch.randint(layout.text_vocab, (batch_size, layout.text_len))
+    image = torch.randint(layout.image_vocab, (batch_size, layout.image_len))
+    return layout.pack(text, image)
+
+
+def seconds(step: Callable[[], Any], device: torch.device) -> float:
+    """How long a call takes, the device's work included."""
     _wait(device)
     started = time.perf_counter()
     step()
@@ -122,11 +140,11 @@ def _wait(device: torch.device) -> None:
 
 
 def _line(name: str, rounds: list[dict[str, float]], run: TrainBenchmark, flops: int, rate: float) -> dict[str, float]:
-    seconds = statistics.median(times[name] for times in rounds)
+    median = statistics.median(times[name] for times in rounds)
     return {
-        "seconds": seconds,
-        "tokens_per_second": run.batch_size * run.config.layout.length / seconds,
-        "share_of_matmul_rate": flops / seconds / rate,
+        "seconds": median,
+        "tokens_per_second": run.batch_size * run.config.layout.length / median,
+        "share_of_matmul_rate": flops / median / rate,
         f"times_as_fast_as_{run.backends[0]}": statistics.median(t[run.backends[0]] / t[name] for t in rounds),
     }
 
@@ -135,7 +153,7 @@ def matmul_rate(device: torch.device, precision: str, side: int = 2048) -> float
     """Floating-point operations a second of a large matrix product here and now: the best of eight."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     a = torch.randn(side, side, device=device, dtype=dtype)
-    times = [_seconds(lambda: a @ a, device) for _ in range(8)]
+    times = [seconds(lambda: a @ a, device) for _ in range(8)]
     return 2 * side**3 / min(times)
 
 

@@ -2,25 +2,24 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from dalle.clip import CLIP, CLIPConfig
-from dalle.data import PairsConfig, open_pairs, pixels_of_samples
-from dalle.data.order import samples_of_step
+from dalle.data import PairsConfig, StepOfPairs, draw_captions, first_pairs, open_pairs
 from dalle.data.shapes_broken import broken_pictures
 from dalle.models import build, describe
 from dalle.objectives import CLIPObjective
-from dalle.rng import generator
-from dalle.stages.runs import TrainingRun, take_text
+from dalle.stages.runs import TrainingRun, loader, take_text
 from dalle.text import TextTokenizer
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
 from dalle.train.optim import OptimizerConfig
 from dalle.train.precision import compile_parts, resolve_device
-from dalle.types import Pairs
+from dalle.types import Batch, Pairs
 
 CLIP_TRAINING = TrainConfig(
     batch_size=32_768,
@@ -76,41 +75,46 @@ def train_clip(run: CLIPRun) -> Path:
     if run.compile:
         compile_parts(model)
 
-    def batch_of(pairs: Pairs, samples: list[tuple[int, int]]) -> tuple[Tensor, ...]:
-        batch = pairs_batch(pairs, samples, model, text, run.seed)
-        if not run.broken:
-            return batch
-        return *batch, torch.from_numpy(broken_pictures(pairs, [index for _, index in samples]))
+    def pack(batch: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        pixels, ids, *broken = batch
+        return pixels, model.pack_text(ids), *broken
 
-    def batches(step: int) -> tuple[Tensor, ...]:
-        return batch_of(pairs, list(samples_of_step(step, run.train.batch_size, pairs.size, run.seed)))
-
+    finish, finish_held_out = (CLIPBatch(text, run.seed, p if run.broken else None) for p in (pairs, held_out))
     count = min(run.eval_pictures, held_out.size or run.eval_pictures)
-    measured = tuple(tensor.to(device) for tensor in batch_of(held_out, [(0, i) for i in range(count)]))
+    measured = tuple(tensor.to(device) for tensor in pack(finish_held_out(first_pairs(held_out, count))))
+    # Listing 2 does not flip: captions speak of left and right
+    task = StepOfPairs(pairs, run.train.batch_size, run.seed, "transformer", finish)
 
     def evaluate(model: CLIP, step: int) -> dict[str, float]:
         loss = run.objective(model, measured, step)
         return {"loss": float(loss.total), **{name: float(value) for name, value in loss.metrics.items()}}
 
     links = {"text": text.to_dict(), "text_hash": text.hash, "data": pairs.hash}
-    fit(
-        model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
-        meta=describe("clip", model, run.record(), links),
-        evaluate=evaluate, resume=run.resume,
-    )  # fmt: skip
+    with loader(task, run, out, pack) as batches:
+        fit(
+            model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
+            meta=describe("clip", model, run.record(), links), evaluate=evaluate, resume=run.resume,
+        )  # fmt: skip
     if model.truncated:
         tqdm.write(f"note: {model.truncated} captions were longer than {run.model.text_len - 1} tokens and cut")
     return out
 
 
-def pairs_batch(
-    pairs: Pairs, samples: list[tuple[int, int]], model: CLIP, text: TextTokenizer, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Pixels (B, 3, R, R) and packed text (B, L) of (epoch, index) samples, one caption drawn for each."""
-    indices = [index for _, index in samples]
-    pixels = pixels_of_samples(pairs, samples, "transformer", seed)  # no flips: captions speak of left and right
-    chosen = []
-    for (epoch, index), captions in zip(samples, pairs.captions(indices), strict=True):
-        rng = generator("caption", seed, epoch, index)
-        chosen.append(text.encode(captions[rng.integers(len(captions))]))
-    return pixels, model.pack_text(chosen)
+@dataclass(frozen=True)
+class CLIPBatch:
+    """Pixels and text ids of a step, one caption drawn for each picture."""
+
+    text: TextTokenizer
+    """Turns captions into ids."""
+    seed: int
+    """Of the drawing."""
+    broken: Pairs | None = None
+    """The shapes, where beside each picture stands one with a thing out of shape."""
+
+    def __call__(self, batch: Batch, step: int = 0) -> tuple[Any, ...]:
+        """(B, 3, R, R), B lists of ids, and (B, 3, R, R) of broken pictures where they are asked for."""
+        ids = [self.text.encode(caption) for caption in draw_captions(batch, self.seed)]
+        pixels = torch.from_numpy(batch.pixels)
+        if self.broken is None:
+            return pixels, ids
+        return pixels, ids, torch.from_numpy(broken_pictures(self.broken, [index for _, index in batch.samples]))

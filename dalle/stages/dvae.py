@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle.data import PairsConfig, open_pairs, pixels_of_samples
-from dalle.data.order import samples_of_step
+from dalle.data import PairsConfig, StepOfPairs, first_pairs, open_pairs
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.images import sheet, to_pil
 from dalle.models import build, describe
 from dalle.objectives import DVAEObjective, collapse_warning, dvae_scores
 from dalle.rng import generator
-from dalle.stages.runs import TrainingRun
+from dalle.stages.runs import TrainingRun, loader
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
 from dalle.train.loop import step_seed
 from dalle.train.optim import OptimizerConfig
 from dalle.train.precision import Precision, compile_parts, resolve_device
+from dalle.types import Batch
 
 PAPER_TRAINING = TrainConfig(
     batch_size=512,
@@ -43,9 +43,15 @@ class EncodeConfig:
     """Pictures encoded at once."""
     precision: Precision = "fp32"
     """fp32, bf16, fp16, or auto: bf16 where the device has it in hardware. One code in a hundred differs."""
+    shard: int = 8192
+    """Pictures in a file of the cache; what a stop loses at most."""
+    part: int | None = None
+    """Which share of the files this process makes, from 0; torchrun's RANK unless given."""
+    parts: int | None = None
+    """Processes that share the work; torchrun's WORLD_SIZE unless given."""
 
     def __post_init__(self):
-        for name in ("pictures", "crops", "batch_size"):
+        for name in ("pictures", "crops", "batch_size", "shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
@@ -89,21 +95,33 @@ def train_dvae(run: DVAERun) -> Path:
     if run.compile:
         compile_parts(model)
     count = min(run.eval_pictures, held_out.size or run.eval_pictures)
-    pixels = torch.from_numpy(held_out.pixels(range(count)))
-
-    def batches(step: int) -> Tensor:
-        samples = list(samples_of_step(step, run.train.batch_size, pairs.size, run.seed))
-        pixels = pixels_of_samples(pairs, samples, "dvae", run.seed)  # Listing 1
-        return pixels if run.crop is None else random_squares(pixels, run.crop, step_seed(run.seed, step))
+    pixels = torch.from_numpy(first_pairs(held_out, count).pixels)
+    task = StepOfPairs(pairs, run.train.batch_size, run.seed, "dvae", DVAEBatch(run.crop, run.seed))  # Listing 1
 
     def evaluate(model: DVAE, step: int) -> dict[str, float]:
         return evaluate_dvae(model, pixels.to(device), run.objective.tau(step), out / f"reconstructions-{step:08d}.png")
 
-    fit(
-        model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
-        meta=describe("dvae", model, run.record(), {"data": pairs.hash}), evaluate=evaluate, resume=run.resume,
-    )  # fmt: skip
+    with loader(task, run, out) as batches:
+        fit(
+            model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
+            meta=describe("dvae", model, run.record(), {"data": pairs.hash}), evaluate=evaluate, resume=run.resume,
+        )  # fmt: skip
     return out
+
+
+@dataclass(frozen=True)
+class DVAEBatch:
+    """Pixels of a step: whole pictures, or a random square of each."""
+
+    crop: int | None
+    """Side of the square."""
+    seed: int
+    """Of the squares."""
+
+    def __call__(self, batch: Batch, step: int) -> Tensor:
+        """(B, 3, H, W)."""
+        pixels = torch.from_numpy(batch.pixels)
+        return pixels if self.crop is None else random_squares(pixels, self.crop, step_seed(self.seed, step))
 
 
 def random_squares(pixels: Tensor, side: int, seed: int) -> Tensor:

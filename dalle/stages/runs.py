@@ -1,13 +1,16 @@
 """Where runs lie and how a stage finds what an earlier one made."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dalle.config import to_dict
+from dalle.data import PairsLoader, StepOfPairs
 from dalle.models import Part, load_part
-from dalle.text import TextTokenizer
-from dalle.train.state import read_json
+from dalle.text import MergeTokenizer, load_text
+from dalle.train.precision import resolve_device
+from dalle.train.state import make_directory, read_json
 
 ROOT = Path("runs")
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -19,6 +22,8 @@ MAKERS = {
     "transformer": "python scripts/train_transformer.py --config configs/transformer/shapes.yaml",
     "clip": "python scripts/train_clip.py --config configs/clip/shapes.yaml",
 }
+FREE_OF_DATA = ("workers", "prefetch", "cache_path", "max_skipped")
+"""Settings of the data that leave every picture as it is."""
 _MARKS = {"text": "text.json", "tokens": "meta.json"}
 
 
@@ -54,8 +59,20 @@ class TrainingRun:
     def record(self) -> dict[str, Any]:
         """The configuration for the checkpoint, less what may change on resuming."""
         free = {"out", "steps", "device", "resume", "parallel", "compile", "encode"}
-        free |= {"tokens", "tokenizer"}  # the links name what they held
-        return {key: value for key, value in to_dict(self).items() if key not in free}
+        free |= {"tokens", "tokenizer", "dvae"}  # the links name what they held
+        kept = {key: value for key, value in to_dict(self).items() if key not in free}
+        if "data" in kept:
+            kept["data"] = {key: value for key, value in kept["data"].items() if key not in FREE_OF_DATA}
+        return kept
+
+
+def loader(task: StepOfPairs, run: Any, out: Path, receive: Callable[[Any], Any] = lambda made: made) -> PairsLoader:
+    """The batches of a training run, by as many workers as `--data.workers` says; <out>/skipped.jsonl names what
+    is skipped."""
+    data = run.data
+    log = make_directory(out) / "skipped.jsonl"
+    pin = resolve_device(run.device).type == "cuda"
+    return PairsLoader(task, run.steps, data.workers, data.prefetch, log, data.max_skipped, receive, pin)
 
 
 def is_complete(stage: str, root: Path | None = None) -> bool:
@@ -118,7 +135,7 @@ def take_part(stage: str, given: Path | None, device: Any = "cpu") -> Part:
     return part
 
 
-def take_text(given: Path | None) -> TextTokenizer:
-    """The text tokenizer of an earlier stage: a run or a file."""
+def take_text(given: Path | None) -> MergeTokenizer:
+    """The text tokenizer of an earlier stage, or a file of another library that `load_text` reads."""
     path = take("text", given)
-    return TextTokenizer.load(path / "text.json" if path.is_dir() else path)
+    return load_text(path / "text.json" if path.is_dir() else path)

@@ -1,5 +1,6 @@
 """Stage two: the transformer over text and image tokens (paper section 2.2, B.1, B.2)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from dalle.layout import TokenLayout
 from dalle.models import build, describe
 from dalle.objectives import TransformerObjective
 from dalle.rng import generator
+from dalle.stages.encode import take_image_tokenizer
 from dalle.stages.runs import TrainingRun, take, take_text
-from dalle.text import TextTokenizer, TextTokenizerConfig
+from dalle.text import MergeTokenizer, TextTokenizerConfig
 from dalle.train import TrainConfig, fit
 from dalle.train.precision import compile_parts, resolve_device
 from dalle.transformer import TransformerConfig
@@ -27,7 +29,10 @@ class TransformerRun(TrainingRun):
     tokens: Path | None = None
     """Token cache; the newest under runs/ unless given."""
     tokenizer: Path | None = None
-    """Text tokenizer; the newest under runs/ unless given."""
+    """Text tokenizer; the newest under runs/ unless given. A Hugging Face tokenizer.json or a youtokentome model
+    is read too."""
+    dvae: Path | None = None
+    """The dVAE that the tokens must be of; given, a cache of another one is refused."""
     data: PairsConfig = PairsConfig()
     """Captions; read by train_tokenizer only."""
     text: TextTokenizerConfig = TextTokenizerConfig()
@@ -61,40 +66,40 @@ class TokenBatches:
     counts captions that were cut.
     """
 
-    def __init__(self, cache: TokenCache, text: TextTokenizer, layout: TokenLayout, run: TransformerRun):
+    def __init__(self, cache: TokenCache, text: MergeTokenizer, layout: TokenLayout, run: TransformerRun):
         self.cache, self.text, self.layout, self.run = cache, text, layout, run
-        self.pictures = cache.size // cache.meta.get("crops", 1)
-        self.trained = self.pictures - run.eval_pictures
+        self.trained = cache.size - run.eval_pictures
         self.truncated = 0
 
     def __call__(self, step: int) -> Tensor:
-        """int64 (B, N)."""
-        size = self.cache.size // self.pictures * self.trained
-        samples = samples_of_step(step, self.run.train.batch_size, size, self.run.seed)
-        rows = [(epoch, self._row(sample)) for epoch, sample in samples]
-        return self._pack([self._caption(epoch, row) for epoch, row in rows], [row for _, row in rows])
-
-    def _row(self, sample: int) -> int:
-        """The row of the cache: all pictures in one crop, then all in the next; no crop of a held-out one."""
-        crop, picture = divmod(sample, self.trained)
-        return crop * self.pictures + picture
+        """int64 (B, N). A sample is one crop of one picture: all pictures in one crop, then all in the next."""
+        size = self.cache.crops * self.trained
+        drawn = samples_of_step(step, self.run.train.batch_size, size, self.run.seed)
+        samples = [(epoch, *divmod(sample, self.trained)) for epoch, sample in drawn]
+        _, crops, pictures = zip(*samples, strict=True)
+        captions = [
+            self._caption(epoch, crop * self.cache.size + picture, texts)
+            for (epoch, crop, picture), texts in zip(samples, self.cache.captions(pictures), strict=True)
+        ]
+        return self._pack(captions, pictures, crops)
 
     def held_out(self) -> Tensor:
         """The last pictures, in their first crop, first caption each, without dropout."""
-        indices = list(range(self.trained, self.pictures))
-        return self._pack([self.text.encode(self.cache.captions[i][0]) for i in indices], indices)
+        pictures = range(self.trained, self.cache.size)
+        return self._pack([self.text.encode(texts[0]) for texts in self.cache.captions(pictures)], pictures)
 
-    def _pack(self, captions: list[list[int]], indices: list[int]) -> Tensor:
+    def _pack(self, captions: list[list[int]], pictures: Sequence[int], crops: Sequence[int] | None = None) -> Tensor:
         self.truncated += sum(len(ids) > self.layout.caption_room for ids in captions)
-        return self.layout.pack(self.layout.pad_text(captions, truncate=True), self.cache.image_tokens(indices))
+        text_tokens = self.layout.pad_text(captions, truncate=True)
+        return self.layout.pack(text_tokens, self.cache.image_tokens(pictures, crops))
 
-    def _caption(self, epoch: int, index: int) -> list[int]:
-        rng = generator("caption", self.run.seed, epoch, index)
+    def _caption(self, epoch: int, row: int, captions: list[str]) -> list[int]:
+        """One of a picture's captions as ids; every crop of the picture is a row of its own."""
+        rng = generator("caption", self.run.seed, epoch, row)
         if rng.random() < self.run.caption_dropout:
             return []
-        captions = self.cache.captions[index]
         caption = captions[rng.integers(len(captions))]
-        return self.text.encode(caption, self.run.bpe_dropout, (self.run.seed, epoch, index))
+        return self.text.encode(caption, self.run.bpe_dropout, (self.run.seed, epoch, row))
 
 
 def train_transformer(run: TransformerRun) -> Path:
@@ -127,11 +132,16 @@ def train_transformer(run: TransformerRun) -> Path:
     return out
 
 
-def check_inputs(run: TransformerRun, text: TextTokenizer, cache: TokenCache) -> None:
+def check_inputs(run: TransformerRun, text: MergeTokenizer, cache: TokenCache) -> None:
     """ValueError, before the first step, for parts that do not fit the model's shape."""
     model = run.model
-    if tuple(cache.meta["grid"]) != model.grid:
-        raise ValueError(f"{cache.folder} has a grid of {cache.meta['grid']}, model.grid is {list(model.grid)}; set it")
+    if run.dvae and (weights := take_image_tokenizer(run.dvae, torch.device("cpu"))[1]) != cache.meta["dvae"]:
+        raise ValueError(
+            f"{cache.folder} holds tokens of dVAE {cache.meta['dvae']}, {run.dvae} is {weights}: "
+            "they do not belong together; encode the pictures again"
+        )
+    if cache.grid != model.grid:
+        raise ValueError(f"{cache.folder} has a grid of {list(cache.grid)}, model.grid is {list(model.grid)}; set it")
     if cache.meta["vocab"] != model.image_vocab:
         raise ValueError(
             f"{cache.folder} has {cache.meta['vocab']} codes, model.image_vocab is {model.image_vocab}; set it"
@@ -140,6 +150,5 @@ def check_inputs(run: TransformerRun, text: TextTokenizer, cache: TokenCache) ->
         raise ValueError(
             f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {model.text_vocab}; raise it"
         )
-    pictures = cache.size // cache.meta.get("crops", 1)
-    if pictures <= run.eval_pictures:
-        raise ValueError(f"{cache.folder} has {pictures} pictures, eval_pictures takes {run.eval_pictures}; lower it")
+    if cache.size <= run.eval_pictures:
+        raise ValueError(f"{cache.folder} has {cache.size} pictures, eval_pictures takes {run.eval_pictures}; lower it")

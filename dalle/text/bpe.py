@@ -19,20 +19,17 @@ Ids:
 Start and pad tokens belong to the layout of the sequence, not to this vocabulary.
 """
 
-import hashlib
 import json
 import os
-import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
-from itertools import pairwise
-from operator import index
 from pathlib import Path
 from typing import Any
 
 import ftfy
+
+from dalle.text.merges import MergeTokenizer
 
 FORMAT, VERSION = "dalle-text-tokenizer", 1
 UNKNOWN_ID = 0
@@ -40,7 +37,6 @@ FIRST_BYTE_ID = 1
 WORD_START = "\u2581"
 UNKNOWN_TEXT = "\ufffd"
 MAX_PIECE = 64  # characters; encoding a piece is quadratic in its length, so an endless word is cut
-CACHED_PIECES = 65536
 
 # Runs of a-z are words. Runs of other letters stay together too, or a caption in another script would be
 # spelt letter by letter. Digits, punctuation and symbols are a piece each.
@@ -88,24 +84,7 @@ def normalize(caption: str) -> list[str]:
     return PIECES.findall(ftfy.fix_text(caption).lower())
 
 
-def apply_merges(symbols: list[int], merges: dict[tuple[int, int], int], skip: Callable[[], bool]) -> list[int]:
-    """Merge neighbours, the oldest merge first, until none is left (Provilkov et al. 2020, Algorithm 1).
-
-    In every round each candidate is left out if skip() says so, and comes back in the next round; a round
-    without candidates is the last. A merge's id is also its rank, so the smallest id has priority; among
-    equals the leftmost. At dropout 0 youtokentome agrees. With dropout it draws also for merges that are no
-    longer possible, each of which gives the others one more chance, so it drops less than Algorithm 1.
-    """
-    while True:
-        pairs = enumerate(pairwise(symbols))
-        candidates = [(merges[pair], at) for at, pair in pairs if pair in merges and not skip()]
-        if not candidates:
-            return symbols
-        merged, at = min(candidates)
-        symbols[at : at + 2] = [merged]
-
-
-class TextTokenizer:
+class TextTokenizer(MergeTokenizer):
     """A trained vocabulary: an alphabet and merges in order of priority.
 
     Args:
@@ -120,10 +99,10 @@ class TextTokenizer:
         self.merges = [(left, right) for left, right in merges]
         first = config.first_character_id
         self._character_ids = {character: first + i for i, character in enumerate(characters)}
-        self._merge_ids = {pair: first + len(characters) + i for i, pair in enumerate(self.merges)}
+        ids = range(first + len(characters), first + len(characters) + len(self.merges))
+        super().__init__({pair: (i, i) for i, pair in zip(ids, self.merges, strict=True)})
         self._check_vocabulary()
         self._token_bytes = self._spell_out_tokens()
-        self._encode_piece = lru_cache(CACHED_PIECES)(self._encode_piece_uncached)
 
     def __len__(self) -> int:
         return self.config.first_character_id + len(self.characters) + len(self.merges)
@@ -132,12 +111,6 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         """The number of ids there are; fewer than config.vocab_size if the captions gave too few merges."""
         return len(self)
-
-    def __reduce__(self):
-        return TextTokenizer.from_dict, (self.to_dict(),)
-
-    def __repr__(self) -> str:
-        return f"TextTokenizer(vocab_size={self.vocab_size}, hash={self.hash[:16]})"
 
     def _check_vocabulary(self) -> None:
         if WORD_START not in self._character_ids or len(self._character_ids) != len(self.characters):
@@ -157,30 +130,11 @@ class TextTokenizer:
             tokens.append(tokens[left] + tokens[right])
         return tokens
 
-    def encode(self, caption: str, dropout: float = 0.0, seed: tuple[int, ...] | int | None = None) -> list[int]:
-        """Token ids of a caption, as many as it takes.
+    def pieces(self, caption: str) -> list[str]:
+        """Runs of letters, and whatever else one by one: see `normalize`."""
+        return normalize(caption)
 
-        Args:
-            dropout: probability of skipping a merge; 10 % in the paper's training (section 2.2).
-            seed: with dropout, what the result depends on besides the caption, such as (seed, epoch, sample).
-        """
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout must be a probability in [0, 1], not {dropout!r}")
-        pieces = normalize(caption)
-        if dropout == 0:
-            return [token for piece in pieces for token in self._encode_piece(piece)]
-        draw = _generator(seed).random
-
-        def skip() -> bool:
-            return draw() < dropout
-
-        words = [apply_merges(self._symbols(piece), self._merge_ids, skip) for piece in pieces]
-        return [token for word in words for token in word]
-
-    def _encode_piece_uncached(self, piece: str) -> list[int]:
-        return apply_merges(self._symbols(piece), self._merge_ids, skip=lambda: False)
-
-    def _symbols(self, piece: str) -> list[int]:
+    def symbols(self, piece: str) -> list[int]:
         """A piece before merging: the word-start mark, then its characters, bytes or unknowns."""
         symbols = [self._character_ids[WORD_START]]
         for character in piece:
@@ -198,17 +152,11 @@ class TextTokenizer:
         Spaces are put between pieces except where SPACING takes them out again, for where the original had
         spaces is not encoded. Bytes that are not UTF-8 become U+FFFD.
         """
-        spelling = b"".join(self._token(position, token) for position, token in enumerate(ids))
+        spelling = b"".join(self._token_bytes[self.check_token(at, token)] for at, token in enumerate(ids))
         text = " ".join(spelling.decode("utf-8", errors="replace").replace(WORD_START, " ").split())
         for pattern, replacement in SPACING:
             text = pattern.sub(replacement, text)
         return text
-
-    def _token(self, position: int, token: int) -> bytes:
-        token = index(token)
-        if not 0 <= token < len(self):
-            raise ValueError(f"token {token} at position {position} is not in the vocabulary 0 .. {len(self) - 1}")
-        return self._token_bytes[token]
 
     def to_dict(self) -> dict[str, Any]:
         """All there is to it, in types that JSON knows, as a checkpoint holds it."""
@@ -230,22 +178,6 @@ class TextTokenizer:
         except (KeyError, TypeError) as error:
             raise ValueError(f"the text tokenizer is incomplete or damaged ({error!r})") from error
 
-    @cached_property
-    def hash(self) -> str:
-        """SHA-256 of the canonical JSON; equal hashes encode alike."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write JSON under a temporary name, then rename: the old file or the new one is there, whole."""
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(self.to_dict()), encoding="ascii")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
     @classmethod
     def load(cls, path: str | os.PathLike) -> "TextTokenizer":
         """Read what save wrote; ValueError naming the file if it is something else."""
@@ -260,11 +192,3 @@ class TextTokenizer:
                 f"{os.fspath(path)} is not a text tokenizer: {error}. Give a JSON file that "
                 "TextTokenizer.save wrote, or train one with scripts/train_tokenizer.py"
             ) from error
-
-
-def _generator(seed: tuple[int, ...] | int | None) -> random.Random:
-    """A generator of its own; the same seed gives the same draws on every machine."""
-    if seed is None:
-        raise ValueError("encoding with dropout is random: give a seed, such as (seed, epoch, sample)")
-    numbers = [index(number) for number in (seed if isinstance(seed, tuple) else (seed,))]
-    return random.Random(repr(numbers))

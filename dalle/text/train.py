@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from dalle.text.bpe import UNKNOWN_ID, TextTokenizer, TextTokenizerConfig, normalize
+from dalle.text.youtokentome import parse_model
 
 
 def train_text_tokenizer(captions: Iterable[str], config: TextTokenizerConfig | None = None) -> TextTokenizer:
@@ -80,17 +81,12 @@ def _run_youtokentome(youtokentome: ModuleType, text: Path, model: Path, config:
 
 
 def _read_youtokentome(path: Path, config: TextTokenizerConfig) -> TextTokenizer:
-    """Read `n_characters n_merges`, then lines `codepoint id`, lines `left right merged`, special ids."""
-    head, *lines = [[int(number) for number in line.split()] for line in path.read_text().splitlines()]
-    n_characters, n_merges = head
-    by_id = sorted((token, chr(codepoint)) for codepoint, token in lines[:n_characters])
-    rules = lines[n_characters : n_characters + n_merges]
-    assert [token for token, _ in by_id] + [merged for *_, merged in rules] == list(
-        range(UNKNOWN_ID + 1, UNKNOWN_ID + 1 + n_characters + n_merges)
-    ), "youtokentome numbers the characters, then the merges, without gaps"
+    model = parse_model(path.read_text(encoding="utf-8"))
+    ids = [token for token, _ in model["characters"]] + [merged for *_, merged in model["merges"]]
+    assert ids == list(range(UNKNOWN_ID + 1, UNKNOWN_ID + 1 + len(ids))), "characters, then merges, without gaps"
     offset = _offset(config)
-    characters = "".join(character for _, character in by_id)
-    return TextTokenizer(config, characters, [(left + offset, right + offset) for left, right, _ in rules])
+    characters = "".join(character for _, character in model["characters"])
+    return TextTokenizer(config, characters, [(left + offset, right + offset) for left, right, _ in model["merges"]])
 
 
 def _offset(config: TextTokenizerConfig) -> int:

@@ -1,0 +1,199 @@
+"""Batches ahead of time: worker processes compute the batch of a step while the model is at work.
+
+What a worker is given is the number of a step, and a batch is a function of (seed, step). So any number of
+workers, and any resume, gives the same next batch; there is no state to keep and no buffer to fill.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from dalle.data.order import samples_of_step
+from dalle.data.skipped import Skipped
+from dalle.types import Batch, Pairs, Skip
+
+PATIENCE = 600
+"""Seconds without a batch after which a worker is given up."""
+
+
+@dataclass(frozen=True)
+class StepOfPairs:
+    """What a worker does: reads the samples of a step and makes a batch of them.
+
+    Calling it gives (batch, what was skipped).
+    """
+
+    pairs: Pairs
+    """Where the samples come from."""
+    batch_size: int
+    """Samples in a step, over all processes."""
+    seed: int
+    """Of order and crops."""
+    augment: str
+    """The listing that crops."""
+    finish: Callable[[Batch, int], Any]
+    """(pairs, step) -> batch; a function or object that another process can import."""
+    rank: int = 0
+    """Which of the training processes."""
+    world: int = 1
+    """Of how many."""
+
+    def __call__(self, step: int) -> tuple[Any, list[Skip]]:
+        samples = samples_of_step(step, self.batch_size, self.pairs.size, self.seed, self.rank, self.world)
+        batch = self.pairs.load(samples, self.augment, self.seed, replace=True)
+        return self.finish(batch, step), batch.skipped
+
+
+class Loader:
+    """The batch of a step, computed in this process or ahead of time in others.
+
+    Use it as a context, so that the workers end with it; step after step is what they are ahead of, and any other
+    step starts them anew.
+
+    Args:
+        make: step -> item, the same for the same step; with workers, it must be picklable where processes are
+            spawned.
+        steps: no step beyond is prepared.
+        workers: processes; 0 for none.
+        prefetch: items that each worker keeps ready.
+        receive: (step, item) -> batch, here.
+        start_method: "fork", "spawn", "forkserver"; the system's own unless given.
+        pin: put tensors into memory from which a CUDA device copies quickly.
+
+    Raises:
+        ValueError: what `make` raised, without the worker's traceback.
+        RuntimeError: a worker died or hangs.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], Any],
+        steps: int,
+        workers: int = 0,
+        prefetch: int = 2,
+        receive: Callable[[int, Any], Any] = lambda step, item: item,
+        start_method: str | None = None,
+        pin: bool = False,
+    ):
+        self.make, self.steps, self.workers, self.prefetch = make, steps, workers, prefetch
+        self.receive, self.start_method, self.pin = receive, start_method, pin
+        self._stream: Any = None
+        self._next = -1
+
+    def __call__(self, step: int) -> Any:
+        item = self._take(step) if self.workers and step < self.steps else self.make(step)
+        return self.receive(step, item)
+
+    def _take(self, step: int) -> Any:
+        if self._stream is None or step != self._next:
+            self.close()
+            self._stream = iter(
+                DataLoader(
+                    _Steps(self.make), batch_size=None, sampler=range(step, self.steps), num_workers=self.workers,
+                    prefetch_factor=self.prefetch, timeout=PATIENCE, multiprocessing_context=self.start_method,
+                    pin_memory=self.pin, collate_fn=_as_it_is,
+                )
+            )  # fmt: skip
+        try:
+            item = next(self._stream)
+        except RuntimeError as error:
+            self.close()
+            said = str(error).splitlines()[0] if "DataLoader" in str(error) else str(error)
+            raise RuntimeError(
+                f"the data of step {step + 1} did not come: {said} A worker that is killed mostly lacks memory: lower "
+                "--data.workers or --data.prefetch, in a container give more shared memory (docker --shm-size), and "
+                "with --data.workers 0 an error shows where it is made"
+            ) from error
+        if isinstance(item, _Mistake):
+            self.close()
+            raise ValueError(item.said)
+        self._next = step + 1
+        return item
+
+    def close(self) -> None:
+        """Ends the workers; the next step starts them anew."""
+        self._stream, self._next = None, -1
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+
+class PairsLoader(Loader):
+    """The batches of pairs; what is skipped goes to `skipped`, which is told at the end.
+
+    Args:
+        task: what a worker does.
+        steps: no step beyond is prepared.
+        workers: as in PairsConfig: -1 takes as many as serve.
+        prefetch: items that each worker keeps ready.
+        log: names what is skipped; None only counts.
+        max_skipped: the share above which a run ends.
+        receive: turns what `task.finish` made into a batch, in this process.
+        pin: as in Loader.
+    """
+
+    def __init__(
+        self,
+        task: StepOfPairs,
+        steps: int,
+        workers: int = 0,
+        prefetch: int = 2,
+        log: Path | None = None,
+        max_skipped: float = 0.01,
+        receive: Callable[[Any], Any] = lambda made: made,
+        pin: bool = False,
+    ):
+        opening: Sequence[Skip] = getattr(task.pairs, "skipped", ())
+        self.skipped = Skipped(log, task.pairs.size, opening, max_skipped)
+        count = workers if workers >= 0 else 0 if task.pairs.size is None else useful_workers()
+
+        def take(step: int, item: tuple[Any, list[Skip]]) -> Any:
+            made, skips = item
+            self.skipped.add(skips, step, (step + 1) * task.batch_size)
+            return receive(made)
+
+        super().__init__(task, steps, count, prefetch, take, pin=pin)
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if self.skipped.counts:
+            tqdm.write(f"note: {self.skipped}")
+
+
+def useful_workers() -> int:
+    """One for each core that this process may use but one, eight at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores - 1)
+
+
+def _as_it_is(item: Any) -> Any:
+    """In place of torch's own, which makes lists of tuples and tensors of numbers."""
+    return item
+
+
+@dataclass(frozen=True)
+class _Mistake:
+    """A ValueError on its way out of a worker."""
+
+    said: str
+
+
+@dataclass(frozen=True)
+class _Steps(Dataset):
+    """Steps as torch's DataLoader wants them: numbered items."""
+
+    make: Callable[[int], Any]
+
+    def __getitem__(self, step: int) -> Any:
+        try:
+            return self.make(step)
+        except ValueError as error:
+            return _Mistake(str(error))

@@ -1,0 +1,66 @@
+"""Captioned pictures as they lie on disk, whatever the form: one path, one way to read."""
+
+from pathlib import Path
+
+from dalle.data.sources import hub
+from dalle.data.sources.folder import FolderSource
+from dalle.data.sources.hub import HubSource
+from dalle.data.sources.place import Kind, Place, find_place
+from dalle.data.sources.table import TableSource
+from dalle.data.sources.tars import TarSource
+from dalle.types import Source
+
+__all__ = [
+    "FolderSource",
+    "HubSource",
+    "Kind",
+    "Place",
+    "TableSource",
+    "TarSource",
+    "find_place",
+    "has_parts",
+    "open_source",
+]
+
+
+def open_source(
+    path: str | Path,
+    kind: Kind = "auto",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    *,
+    part: str = "all",
+    pictures: str | Path | None = None,
+    cache: str | Path | None = None,
+) -> Source:
+    """The captioned pictures at a path.
+
+    Args:
+        path: a folder of pictures with .txt or .json beside them, of tars, or of tables; a table; a tar; a
+            pattern with *, ? and {000..099}; or a folder written by Hugging Face `datasets`.
+        kind: "folder", "table", "tars" or "hub" where the path does not tell.
+        image_column: of a table; found among the usual names unless given.
+        caption_column: of a table, or the key in JSON; several with commas between.
+        part: "all", or the "train" or "held_out" part of a set that has them (see `has_parts`).
+        pictures: where the relative paths of a table start; its own folder unless given.
+        cache: where the indexes of tars and tables lie; see `take_index`.
+
+    Raises:
+        ValueError: nothing there, or nothing to read in it; says what was expected.
+    """
+    place = find_place(str(path), kind)
+    if place.kind == "folder":
+        return FolderSource(Path(place.path), caption_column)
+    if place.kind == "hub":
+        return HubSource(place.path, image_column, caption_column, part)
+    files = {"all": place.files, "train": place.train, "held_out": place.held_out}[part]
+    folder = Path(cache) if cache else None
+    if place.kind == "tars":
+        return TarSource(files, caption_column, folder)
+    return TableSource(files, image_column, caption_column, Path(pictures) if pictures else None, folder)
+
+
+def has_parts(path: str, kind: Kind = "auto") -> bool:
+    """Whether a set comes with a part of its own for evaluation, as train-*.tar and val.tar."""
+    place = find_place(path, kind)
+    return bool(place.held_out) or (place.kind == "hub" and hub.has_held_out(place.path))

@@ -1,0 +1,89 @@
+"""The rows of CSV, TSV and JSONL, one after another; what cannot be read is noted and passed over."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dalle.data.sources.captions import choose_columns, listed
+from dalle.data.sources.index import Writer
+from dalle.types import Skip
+
+
+class Row(NamedTuple):
+    """A row as it is indexed. `picture` is None where the bytes stand in row `row` of a row group of Parquet."""
+
+    name: str
+    picture: str | None
+    captions: list[str]
+    group: int = 0
+    row: int = 0
+
+
+def text_rows(file: Path, image: str | None, caption: str | None, writer: Writer) -> Iterator[Row]:
+    """The rows of CSV, TSV or JSONL; one that cannot be read is noted and passed over."""
+    columns: tuple[str, list[str]] | None = None
+    read = json_values if file.suffix.lower() in (".jsonl", ".ndjson") else csv_values
+    try:
+        for line, values in read(file):
+            if isinstance(values, str):
+                writer.skipped.append(Skip(None, f"{file.name}:{line}", "broken row", values))
+                continue
+            columns = columns or choose_columns(list(values), image, caption, str(file))
+            picture = values.get(columns[0])
+            if not isinstance(picture, str) or not picture.strip():
+                writer.skipped.append(Skip(None, f"{file.name}:{line}", "missing twin", "a row without a picture"))
+                continue
+            picture = picture.strip()
+            yield Row(picture, picture, listed([values.get(column) for column in columns[1]]))
+    except OSError as error:
+        writer.skipped.append(Skip(None, file.name, "unreadable shard", error.strerror or str(error)))
+        writer.keep = False
+
+
+def csv_values(file: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
+    """(line, values by column), or (line, what is wrong). Quotes mean nothing in TSV, but around a whole field."""
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        header = lines.readline()
+        lines.seek(0)
+        tabs = file.suffix.lower() == ".tsv"
+        mark = "\t" if tabs else "," if "," in header or ";" not in header else ";"
+        rows = csv.reader(lines, delimiter=mark, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+        names = [name.strip() for name in next(rows, [])]
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield rows.line_num, str(error)
+                continue
+            if not row:
+                continue
+            if len(row) != len(names):
+                yield rows.line_num, f"{len(row)} fields, the header has {len(names)}"
+                continue
+            yield rows.line_num, dict(zip(names, map(_unquote, row) if tabs else row, strict=True))
+
+
+def _unquote(field: str) -> str:
+    whole = len(field) > 1 and field[0] == field[-1] == '"'
+    return field[1:-1].replace('""', '"') if whole else field
+
+
+def json_values(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(line, values by key), or (line, what is wrong)."""
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                yield number, f"no JSON: {error}"
+                continue
+            yield (
+                number,
+                values if isinstance(values, dict) else 'expected a mapping, as {"image": ..., "caption": ...}',
+            )
