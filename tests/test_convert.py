@@ -11,12 +11,14 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from PIL import Image
 
+from dalle.config import parse
 from dalle.data import long_json
-from dalle.data.published import published_files, read_published
+from dalle.data.published import Format, published_files, read_published
 from dalle.stages.convert import ConvertRun, convert_captions
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_captions.py"
@@ -355,6 +357,14 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert table(tmp_path / "table.jsonl") == {"pictures/1.jpg": ["one"]}
     with pytest.raises(SystemExit, match="error: --pictures is missing"):
         command(words, monkeypatch)
+
+
+def test_the_page_on_data_has_a_command_for_each_format():
+    page = (SCRIPT.parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    commands = [line.split()[2:] for line in page.splitlines() if line.startswith("python scripts/convert_captions.py")]
+    runs = [parse(ConvertRun, words) for words in commands]
+    assert {run.format for run in runs} == set(get_args(Format))
+    assert all(run.captions and run.pictures for run in runs)
 
 
 def command(words: list[str], monkeypatch) -> None:
