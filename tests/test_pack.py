@@ -1,14 +1,19 @@
 """Any source becomes WebDataset tars: dalle/data/pack.py."""
 
 import io
+import runpy
+import sys
 import tarfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from dalle.data.pack import write_tars
 from dalle.types import Record
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "write_tars.py"
 
 
 def picture(kind: str, colour: int = 0) -> bytes:
@@ -94,3 +99,24 @@ def test_what_cannot_be_is_refused(tmp_path):
     write_tars(good, tmp_path)
     with pytest.raises(ValueError, match="holds tars already"):
         write_tars(good, tmp_path)
+
+
+def test_the_command_packs_a_folder_that_then_opens_as_tars(tmp_path, monkeypatch, capsys):
+    sources = pytest.importorskip("dalle.data.sources")
+    (tmp_path / "mine").mkdir()
+    for i in range(5):
+        (tmp_path / "mine" / f"{i}.png").write_bytes(picture("PNG", i))
+        (tmp_path / "mine" / f"{i}.txt").write_text(f"number {i}\nقط {i}", encoding="utf-8")
+    (tmp_path / "mine" / "3.png").write_bytes(b"broken")
+    monkeypatch.chdir(tmp_path)
+    words = ["write_tars.py", "--path", "mine", "--out", "tars", "--shard-size", "2"]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "4 pictures in 2 tars; 1 left out" in capsys.readouterr().out
+    packed = sources.open_source("tars")
+    read = [packed.read(i) for i in range(len(packed))]
+    assert [record.captions for record in read] == [[f"number {i}", f"قط {i}"] for i in (0, 1, 2, 4)]
+    assert [record.picture for record in read] == [picture("PNG", i) for i in (0, 1, 2, 4)]
+    monkeypatch.setattr(sys, "argv", words[:3])
+    with pytest.raises(SystemExit, match="error: --out is missing"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
