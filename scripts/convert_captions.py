@@ -1,0 +1,14 @@
+"""Turn the captions of a public set, and the pictures that you fetched of it, into a table; see docs/data.md.
+
+python scripts/convert_captions.py --format coco --captions annotations/captions_train2017.json \
+    --pictures train2017 --out coco.jsonl
+python scripts/convert_captions.py --format redcaps --captions annotations --pictures images --out redcaps.jsonl
+python scripts/convert_captions.py --format narratives --captions narratives --pictures open_images --out open.jsonl
+"""
+
+from dalle.config import parse, tell_errors
+from dalle.stages.convert import ConvertRun, convert_captions
+
+if __name__ == "__main__":
+    with tell_errors():
+        convert_captions(parse(ConvertRun, description=__doc__))
