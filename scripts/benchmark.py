@@ -2,16 +2,32 @@
 
 python scripts/benchmark.py train --model.depth 8 --model.heads 8 --batch-size 2
 python scripts/benchmark.py train --size 120m --precision bf16 --json report.json
+python scripts/benchmark.py train --against dalle-pytorch --precision fp32
 python scripts/benchmark.py data --sources my/pictures my/tars --workers 0 2 --resolutions 64 256
+python scripts/benchmark.py attention --heads 4
+python scripts/benchmark.py memory --size 60m
+python scripts/benchmark.py underflow
+python scripts/benchmark.py scales --run runs/transformer --picture scales.png
 """
 
 import sys
 
 from dalle.config import parse, tell_errors
+from dalle.stages.attention import AttentionBenchmark, benchmark_attention
 from dalle.stages.benchmark import TrainBenchmark, benchmark_training
 from dalle.stages.benchmark_data import DataBenchmark, benchmark_data
+from dalle.stages.memory import MemoryBenchmark, benchmark_memory
+from dalle.stages.plots import ScalesPicture, draw_scales
+from dalle.stages.underflow import UnderflowExperiment, run_underflow
 
-BENCHMARKS = {"train": (TrainBenchmark, benchmark_training), "data": (DataBenchmark, benchmark_data)}
+BENCHMARKS = {
+    "train": (TrainBenchmark, benchmark_training),
+    "data": (DataBenchmark, benchmark_data),
+    "attention": (AttentionBenchmark, benchmark_attention),
+    "memory": (MemoryBenchmark, benchmark_memory),
+    "underflow": (UnderflowExperiment, run_underflow),
+    "scales": (ScalesPicture, draw_scales),
+}
 
 if __name__ == "__main__":
     with tell_errors():

@@ -6,18 +6,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dalle.config import from_dict, to_dict
 from dalle.layout import TokenLayout
 from dalle.masks import KINDS
-from dalle.nn.attention import BACKENDS
+from dalle.nn.attention import CHOICES
+from dalle.nn.blocks import Attention
+from dalle.nn.pattern import Pattern
 from dalle.sampling import uniforms
 from dalle.train.precision import compile_parts
+from dalle.train.scaling import GradientScales
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.generate import draw_tokens, generate
-from dalle.transformer.losses import TEXT_WEIGHT, cross_entropies, weighted_cross_entropy
+from dalle.transformer.losses import LOGITS, TEXT_WEIGHT, cross_entropies, weighted_cross_entropy
 from dalle.transformer.sizes import SIZES, parameter_counts
 
 SMALL = {"heads": 2, "head_width": 8, "text_len": 6, "text_vocab": 11, "image_vocab": 13, "conv_kernel": 3}
 GRIDS = [(4, 4), (2, 5), (5, 3)]
+TRAINABLE = [backend for backend in CHOICES if backend != "flex"]  # which has no gradients on a CPU
 
 
 class OneKind(TransformerConfig):
@@ -73,10 +78,9 @@ def parameters_by_formula(depth, d, text_len, grid, text_vocab, image_vocab):
 
 
 def without_values(monkeypatch):
-    """Only the shapes of parameters: no initialisation and no masks, which are slow on the meta device at first."""
+    """Only the shapes of parameters: no initialisation, which is slow on the meta device at first."""
     for name in ("normal_", "kaiming_uniform_", "uniform_"):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
-    monkeypatch.setattr("dalle.transformer.model.Pattern", lambda *_: torch.nn.Module())
     monkeypatch.setattr(TokenLayout, "allowed_text", lambda _: torch.empty(0))
 
 
@@ -125,7 +129,40 @@ def test_parameters_at_small_size():
 
 def test_the_masks_are_no_part_of_a_checkpoint():
     model = small()
+    model(ids_of(model))
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("backend", "made"), [("dense", ["dense"]), ("sdpa", ["dense"]), ("blocks", ["near"]), ("auto", ["near"])]
+)
+def test_a_model_builds_only_the_masks_that_its_backend_reads(monkeypatch, backend, made):
+    asked, kept = set(), Pattern._kept
+
+    def watched(self, name, device, make):
+        asked.add((self.kind, name.removeprefix("_")))
+        return kept(self, name, device, make)
+
+    monkeypatch.setattr(Pattern, "_kept", watched)
+    model = small(backend=backend)
+    assert asked == set()
+    cross_entropies(model, ids_of(model))
+    assert asked == {(kind, form) for kind in ("row", "column", "conv") for form in made}
+
+
+def test_causal_layers_of_fused_attention_need_no_mask():
+    model = small(sparse=False, backend="auto")
+    model.hidden(ids_of(model))
+    assert model.patterns["causal"]._dense is None
+    assert model.backends() == {"causal": "sdpa"}
+
+
+def test_a_checkpoint_configuration_of_an_earlier_version_still_reads():
+    """Before `causal_every` and `auto` were there, `backend: sdpa` was the default and was written down."""
+    old = to_dict(TransformerConfig()) | {"backend": "sdpa"}
+    del old["causal_every"]
+    config = from_dict(TransformerConfig, old, "old checkpoint")
+    assert (config.backend, config.kinds) == ("sdpa", TransformerConfig().kinds)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +171,8 @@ def test_the_masks_are_no_part_of_a_checkpoint():
         ({"depth": 0}, "depth must be positive, got 0"),
         ({"heads": 0}, "heads must be positive, got 0"),
         ({"head_width": -8}, "head_width must be positive, got -8"),
-        ({"backend": "flash9"}, "unknown backend 'flash9'; expected one of dense, sdpa, blocks"),
+        ({"backend": "flash9"}, "unknown backend 'flash9'; expected one of auto, dense, sdpa, blocks, flex"),
+        ({"causal_every": 0}, "causal_every must be positive, or null for none, got 0"),
         ({"conv_kernel": 4}, "kernel must be odd"),
         ({"grid": (8, 8)}, "at most the 8 columns of the grid, got 11"),
         ({"grid": (0, 32)}, "both positive"),
@@ -147,6 +185,29 @@ def test_a_configuration_that_cannot_be_is_refused(change, message):
 
 def test_a_model_without_sparse_layers_needs_no_kernel():
     assert TransformerConfig(depth=3, grid=(2, 2), sparse=False).kinds == ["causal"] * 3
+
+
+@pytest.mark.parametrize(
+    ("every", "kinds"),
+    [
+        (None, "row column row row row column row conv"),
+        (1, "causal causal causal causal causal causal causal causal"),
+        (3, "row column causal row row causal row conv"),
+        (4, "row column row causal row column row causal"),
+        (9, "row column row row row column row conv"),
+    ],
+)
+def test_every_so_many_layers_one_is_causal(every, kinds):
+    assert TransformerConfig(depth=8, causal_every=every).kinds == kinds.split()
+
+
+def test_a_model_with_causal_layers_among_sparse_ones_samples_and_learns():
+    model = small(causal_every=2)
+    assert list(model.patterns) == ["causal", "row"]
+    text, noise = text_of(model, 1), noise_for(model, 1, 2)
+    assert torch.equal(generate(model, text, noise)[0], generate_slowly(model, text, noise[0]))
+    sum(cross_entropies(model, ids_of(model))).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.layers.parameters())
 
 
 # The start of training.
@@ -190,6 +251,32 @@ def test_initial_biases_and_output_matrix_are_zero_and_norms_are_one():
             assert not parameter.any(), name
         elif "norm" in name:
             assert (parameter == 1).all(), name
+
+
+# Ids that cannot be.
+
+
+@pytest.mark.parametrize(
+    ("row", "slot", "wrong", "message"),
+    [
+        (1, 2, 17, r"text ids must be in \[0, 17\), got 17 at row 1, position 2"),
+        (0, 5, -1, r"text ids must be in \[0, 17\), got -1 at row 0, position 5"),
+        (3, 6, 4, r"image ids less their offset must be in \[0, 13\), got -13 at row 3, position 0"),
+        (2, 9, 30, r"image ids less their offset must be in \[0, 13\), got 13 at row 2, position 3"),
+    ],
+)
+def test_an_id_that_cannot_stand_where_it_stands_is_named(row, slot, wrong, message):
+    model = small()
+    ids = ids_of(model)
+    ids[row, slot] = wrong
+    for call in (model, model.hidden, lambda ids: cross_entropies(model, ids)):
+        with pytest.raises(ValueError, match=message):
+            call(ids)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ValueError, match="width 10 does not divide into 3 heads"):
+        Attention(10, 3)
 
 
 # Embeddings (Figure 10).
@@ -256,13 +343,20 @@ def test_train_and_eval_mode_give_the_same():
 
 def test_backends_agree_in_logits_and_gradients():
     results = []
-    for backend in BACKENDS:
+    for backend in TRAINABLE:
         model = small(backend=backend)
         text, image = cross_entropies(model, ids_of(model))
         gradients = torch.autograd.grad(text + image, list(model.parameters()))
         results.append((model(ids_of(model)), *gradients))
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_flex_agrees_in_logits():
+    """In the model, column layers exchange rows and columns before q, k and v are made."""
+    model, other = small(grid=(2, 5), backend="dense"), small(grid=(2, 5), backend="flex")
+    with torch.no_grad():
+        torch.testing.assert_close(other(ids_of(other)), model(ids_of(model)), rtol=1e-4, atol=1e-5)
 
 
 def test_logits_and_final_states_are_fp32_under_autocast():
@@ -492,31 +586,38 @@ def test_the_layout_of_a_model_is_that_of_its_configuration():
 # ---------------------------------------------------------------------------------------------
 
 
-def losses_and_gradients(model: Transformer, chunk: int) -> list[torch.Tensor]:
+def losses_and_gradients(model: Transformer, logits: int) -> list[torch.Tensor]:
     model.zero_grad()
-    text, image = cross_entropies(model, ids_of(model), chunk)
+    text, image = cross_entropies(model, ids_of(model), logits)
     weighted_cross_entropy(text, image).backward()
     return [text.detach(), image.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7])
-def test_chunks_of_logits_change_neither_the_losses_nor_the_gradients(chunk):
+@pytest.mark.parametrize("logits", [1, 40, 100])
+def test_chunks_of_logits_change_neither_the_losses_nor_the_gradients(logits):
     model = small()
-    torch.testing.assert_close(losses_and_gradients(model, chunk), losses_and_gradients(model, 10**6))
+    torch.testing.assert_close(losses_and_gradients(model, logits), losses_and_gradients(model, 10**6))
 
 
 def test_no_more_than_a_chunk_of_logits_is_made_at_once(monkeypatch):
     model = small()
-    rows, plain = [], Transformer._logits
+    made, plain = [], Transformer._logits
 
     def counted(hidden, weight):
-        rows.append(hidden.shape[0])
-        return plain(hidden, weight)
+        logits = plain(hidden, weight)
+        made.append(logits.numel())
+        return logits
 
     monkeypatch.setattr(Transformer, "_logits", staticmethod(counted))
-    losses_and_gradients(model, 5)
-    assert max(rows) == 5
-    assert sum(rows) > 10
+    losses_and_gradients(model, 100)
+    assert 50 < max(made) <= 100
+    assert len(made) > 10
+
+
+def test_at_paper_size_logits_of_fewer_than_1280_positions_exist_at_once():
+    layout = TokenLayout()
+    assert LOGITS // layout.image_vocab == 1024
+    assert LOGITS // layout.image_offset == 504
 
 
 def test_computing_resblocks_again_changes_no_gradient():
@@ -535,7 +636,7 @@ def test_computing_resblocks_again_changes_no_gradient():
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TRAINABLE)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_layers_compile_without_a_break_and_keep_their_names(backend, recompute):
     model = small(backend=backend, recompute=recompute)
@@ -544,3 +645,13 @@ def test_layers_compile_without_a_break_and_keep_their_names(backend, recompute)
     compile_parts(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(losses_and_gradients(model, 10**6), expected)
     assert list(model.state_dict()) == names
+
+
+def test_layers_with_gradient_scales_compile_without_a_break():
+    model = small()
+    scales = GradientScales(model.resblocks())
+    expected = losses_and_gradients(model, 10**6)
+    torch.compiler.reset()
+    compile_parts(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(losses_and_gradients(model, 10**6), expected, rtol=1e-4, atol=1e-3)
+    assert scales.unscale().all()

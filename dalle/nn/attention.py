@@ -1,12 +1,14 @@
 """Attention of queries over the keys that a kind of layer lets them see: one function, several backends.
 
     dense    the softmax over all keys written out, the reference
-    sdpa     torch's fused kernel with a mask
+    sdpa     torch's fused kernel, with a mask or causal
     blocks   scores only where a kind can see: the text, and the rows above or the own column
+    flex     FlexAttention over blocks of visible pairs (dalle/nn/flex.py); gradients on CUDA only
+    auto     one of these, by `choose`
 
 All are equal in value and gradient (tests/test_attention.py).
 
-    B batch, H heads, Q queries, K keys, d width of a head, T text_len, R rows and C columns of the grid
+    B batch, H heads, Q queries, K keys, d width of a head, T text_len
     G groups of M image queries that share their L near keys
 """
 
@@ -14,61 +16,24 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from dalle.layout import TokenLayout
-from dalle.masks import dense_mask, visible
+from dalle.nn.flex import flex_attend, flex_refusal
+from dalle.nn.pattern import Pattern
 
-BACKENDS = ("dense", "sdpa", "blocks")
-
-
-class Pattern(nn.Module):
-    """Who sees whom in layers of one kind, worked out once for a layout.
-
-    Args:
-        kind: see dalle/masks.py.
-        layout: lengths of the stream.
-        kernel: side of the convolution.
-    """
-
-    def __init__(self, kind: str, layout: TokenLayout, kernel: int = 11):
-        super().__init__()
-        self.kind, self.layout = kind, layout
-        self.rows_above = {"row": 1, "conv": (kernel + 1) // 2}.get(kind, 0)
-        self.register_buffer("mask", dense_mask(kind, layout, kernel), persistent=False)  # (N, N)
-        if kind != "causal":
-            self.register_buffer("near", self._near_mask(kernel), persistent=False)  # (G, M, L)
-
-    def group(self, x: Tensor) -> Tensor:
-        """Image slots in raster order (B, H, R * C, d) -> (B, H, G, M, d): by rows, or by columns for "column"."""
-        order = "b h (r c) d -> b h c r d" if self.kind == "column" else "b h (r c) d -> b h r c d"
-        return rearrange(x, order, r=self.layout.rows)
-
-    def ungroup(self, x: Tensor) -> Tensor:
-        """The way back: (B, H, G, M, d) -> (B, H, R * C, d)."""
-        return rearrange(x, "b h c r d -> b h (r c) d" if self.kind == "column" else "b h r c d -> b h (r c) d")
-
-    def near_keys(self, x: Tensor) -> Tensor:
-        """Grouped keys (B, H, G, M, d) -> (B, H, G, L, d): each group's own and those of the rows above it."""
-        above, rows = self.rows_above, x.shape[2]
-        if not above:
-            return x
-        padded = F.pad(x, (0, 0, 0, 0, above, 0))
-        return torch.cat([padded[:, :, i : i + rows] for i in range(above + 1)], dim=3)
-
-    def _near_mask(self, kernel: int) -> Tensor:
-        layout = self.layout
-        index = (
-            torch.arange(layout.image_len, dtype=torch.float32)[None, None, :, None] + 1
-        )  # 0 marks what is not there
-        queries = self.group(index)  # (1, 1, G, M, 1)
-        keys = self.near_keys(queries).transpose(-1, -2)  # (1, 1, G, 1, L)
-        sees = visible(self.kind, layout, kernel)(queries.long() + layout.text_len, keys.long() + layout.text_len)
-        return (sees & (keys > 0))[0, 0]
+BACKENDS = ("dense", "sdpa", "blocks", "flex")
+CHOICES = ("auto", *BACKENDS)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, start: int = 0, backend: str = "sdpa") -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    start: int = 0,
+    backend: str = "auto",
+    transposed: bool = False,
+) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over the visible keys; one softmax for text and image keys (2.2).
 
     Args:
@@ -76,17 +41,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, start: int = 0, ba
         k, v: (B, H, start + Q, d), of all slots up to there.
         pattern: the kind of the layer.
         start: first slot of the queries.
-        backend: one of BACKENDS; "blocks" needs the whole stream and takes "dense" for parts of it.
+        backend: one of CHOICES; "blocks" and "flex" need the whole stream, parts of it take "dense" and "sdpa".
+        transposed: q, k, v and the result are `pattern.transposed`; so "flex" wants its column layers.
 
     Returns:
         (B, H, Q, d).
+
+    Raises:
+        ValueError: an unknown backend, or one that the device cannot run.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown attention backend {backend!r}; expected one of {', '.join(BACKENDS)}")
-    whole = q.shape[2] == pattern.layout.length
-    if backend == "blocks" and whole and pattern.kind != "causal":
+    backend = resolve(backend, pattern, q.shape[2], q.device, q.dtype, q.shape[3])
+    return attend_by(backend, q, k, v, pattern, start, transposed)
+
+
+def attend_by(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, start: int = 0, transposed: bool = False
+) -> Tensor:
+    """`attend` by a backend that `resolve` gave: what compiled layers call."""
+    if transposed != wants_transposed(backend, pattern):
+        there, back = (pattern.raster, pattern.transposed) if transposed else (pattern.transposed, pattern.raster)
+        return back(attend_by(backend, there(q), there(k), there(v), pattern, start, not transposed))
+    if backend == "blocks":
         return _by_blocks(q, k, v, pattern)
-    mask = pattern.mask[start : start + q.shape[2], : k.shape[2]]
+    if backend == "flex":
+        return flex_attend(q, k, v, pattern)
+    if backend == "sdpa" and pattern.kind == "causal" and start == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    mask = pattern.dense(q.device)[start : start + q.shape[2], : k.shape[2]]
     if q.shape[2] == 1:  # sampling: read only the keys that this slot sees
         seen = mask[0].nonzero()[:, 0]
         k, v, mask = k.index_select(2, seen), v.index_select(2, seen), mask[:, seen]
@@ -95,14 +76,62 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, start: int = 0, ba
     return _scores(q, k, mask).softmax(-1).to(v.dtype) @ v
 
 
+def resolve(
+    backend: str, pattern: Pattern, queries: int, device: torch.device, dtype: torch.dtype, head_width: int
+) -> str:
+    """The backend that computes so many queries: "auto" by `choose`, parts of a stream by dense or sdpa.
+
+    Raises:
+        ValueError: an unknown backend, or one that the device cannot run.
+    """
+    if backend not in CHOICES:
+        raise ValueError(f"unknown attention backend {backend!r}; expected one of {', '.join(CHOICES)}")
+    if backend == "auto":
+        backend = choose(pattern.kind, device, dtype, head_width)
+    if backend == "flex" and (refusal := flex_refusal(device, head_width)):
+        raise ValueError(refusal)
+    if queries < pattern.layout.length:
+        return "dense" if backend in ("dense", "blocks") else "sdpa"
+    return "dense" if backend == "blocks" and pattern.kind == "causal" else backend
+
+
+def choose(kind: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
+    """What "auto" takes for a whole stream.
+
+    Causal layers: torch's fused causal kernel. Sparse layers: on CUDA in 16 bit `flex`, whose blocks skip two
+    thirds of the pairs; everywhere else `blocks`, the fastest measured on CPUs (LOG.md).
+    """
+    if kind == "causal":
+        return "sdpa"
+    if device.type == "cuda" and dtype != torch.float32 and flex_refusal(device, head_width) is None:
+        return "flex"
+    return "blocks"
+
+
+def wants_transposed(backend: str, pattern: Pattern) -> bool:
+    """Whether a resolved backend works with rows and columns of the image exchanged (Figure 11c)."""
+    return backend == "flex" and pattern.kind == "column"
+
+
+def prepare(backend: str, pattern: Pattern, device: torch.device, start: int = 0) -> None:
+    """Makes what a resolved backend reads of the pattern, so that compiled code finds it made."""
+    if backend == "flex":
+        pattern.blocks(device)
+    elif backend == "blocks":
+        pattern.near(device)
+    elif backend == "dense" or pattern.kind != "causal" or start:
+        pattern.dense(device)
+
+
 def _by_blocks(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     text, shape = pattern.layout.text_len, q.shape
     text_k, text_v = k[:, :, :text], v[:, :, :text]
-    text_out = _scores(q[:, :, :text], text_k, pattern.mask[:text, :text]).softmax(-1).to(v.dtype) @ text_v
+    text_out = F.scaled_dot_product_attention(q[:, :, :text], text_k, text_v, is_causal=True)
     image_q = pattern.group(q[:, :, text:])  # (B, H, G, M, d)
     near_k, near_v = (pattern.near_keys(pattern.group(x[:, :, text:])) for x in (k, v))  # (B, H, G, L, d)
     to_text = _scores(image_q.flatten(2, 3), text_k).view(*image_q.shape[:-1], text)
-    weights = torch.cat([to_text, _scores(image_q, near_k, pattern.near)], dim=-1).softmax(-1).to(v.dtype)
+    to_near = _scores(image_q, near_k, pattern.near(q.device))
+    weights = torch.cat([to_text, to_near], dim=-1).softmax(-1).to(v.dtype)
     from_text = (weights[..., :text].flatten(2, 3) @ text_v).view(image_q.shape)
     image_out = pattern.ungroup(from_text + weights[..., text:] @ near_v)
     return torch.cat([text_out, image_out], dim=2).view(shape)

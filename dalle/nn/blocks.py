@@ -9,8 +9,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dalle.nn.attention import Pattern, attend
+from dalle.nn.attention import attend_by, wants_transposed
 from dalle.nn.cache import LayerCache
+from dalle.nn.pattern import Pattern
 
 
 class FP32LayerNorm(nn.LayerNorm):
@@ -24,21 +25,26 @@ class FP32LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Multi-head self-attention over what the layer's kind lets it see, with an optional cache of earlier slots."""
 
-    def __init__(self, width: int, heads: int, backend: str = "sdpa"):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} does not divide into {heads} heads")
-        self.heads, self.backend = heads, backend
+        self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, pattern: Pattern, start: int = 0, cache: LayerCache | None = None) -> Tensor:
-        """x (B, n, D) of slots start .. start + n; earlier slots are in the cache."""
+    def forward(
+        self, x: Tensor, pattern: Pattern, backend: str, start: int = 0, cache: LayerCache | None = None
+    ) -> Tensor:
+        """x (B, n, D) of slots start .. start + n; earlier slots are in the cache; backend as `resolve` gave it."""
+        transposed = wants_transposed(backend, pattern)  # x is one array where q, k and v are three
+        x = pattern.transposed(x) if transposed else x
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         if cache is not None:
             k, v = cache.append(start, k, v)
-        mixed = attend(q, k.to(q.dtype), v.to(q.dtype), pattern, start, self.backend)
-        return self.out(rearrange(mixed, "b h n d -> b n (h d)"))
+        mixed = attend_by(backend, q, k.to(q.dtype), v.to(q.dtype), pattern, start, transposed)
+        x = self.out(rearrange(mixed, "b h n d -> b n (h d)"))
+        return pattern.raster(x) if transposed else x
 
 
 class MLP(nn.Module):
@@ -82,13 +88,15 @@ class Resblock(nn.Module):
 class Layer(nn.Module):
     """Two resblocks: attention, then MLP, each x + f(norm(x)); the trunk stays fp32."""
 
-    def __init__(self, width: int, heads: int, backend: str = "sdpa", recompute: bool = False):
+    def __init__(self, width: int, heads: int, recompute: bool = False):
         super().__init__()
-        self.attention = Resblock(width, Attention(width, heads, backend), recompute)
+        self.attention = Resblock(width, Attention(width, heads), recompute)
         self.mlp = Resblock(width, MLP(width), recompute)
 
-    def forward(self, x: Tensor, pattern: Pattern, start: int = 0, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attention(x, pattern, start, cache)  # (B, n, D)
+    def forward(
+        self, x: Tensor, pattern: Pattern, backend: str, start: int = 0, cache: LayerCache | None = None
+    ) -> Tensor:
+        x = x + self.attention(x, pattern, backend, start, cache)  # (B, n, D)
         return x + self.mlp(x)
 
 

@@ -1,33 +1,33 @@
-"""How fast and how large: the training step of a transformer, backends side by side in one run.
+"""How fast a training step of the transformer is: backends, and DALLE-pytorch, side by side in one run.
 
-Times on a shared machine swing, so every round times each backend once, and the medians of the rounds and of
+Times on a shared machine swing, so every round times each contender once, and the medians of the rounds and of
 the ratios within a round are reported.
+
+    model FLOP/s utilisation = operations that the model needs (transformer/sizes.py) / seconds / peak FLOP/s
+
+The peak is the maker's, given as --peak-flops; beside it stands the share of what a large matrix product reaches
+on the device in that run.
 """
 
-import platform
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from dalle.layout import TokenLayout
-from dalle.models import build
+from dalle.nn.attention import CHOICES
 from dalle.objectives import TransformerObjective
-from dalle.train.ema import AveragedWeights, EMAConfig
+from dalle.stages.dalle_pytorch import MIX, DallePytorchStep
+from dalle.stages.measure import Stepper, hardware, matmul_rate, save_report, seconds_of
 from dalle.train.log import peak_memory
-from dalle.train.loop import gradient_scales, train_step
-from dalle.train.optim import OptimizerConfig, build_optimizers
-from dalle.train.precision import Precision, compile_parts, resolve_device, resolve_precision
-from dalle.train.schedules import Schedule
-from dalle.train.state import TrainState, make_directory, write_json
+from dalle.train.precision import Precision, autocast, resolve_device, resolve_precision
+from dalle.train.state import make_directory
 from dalle.transformer import TransformerConfig
 from dalle.transformer.sizes import SIZES, training_flops
-from dalle.types import Objective
+
+CONTENDERS = (*CHOICES, "causal")
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,24 @@ class TrainBenchmark:
     model: TransformerConfig = TransformerConfig(depth=8, heads=8)
     """Shape of the transformer; its backend is replaced by --backends."""
     backends: tuple[str, ...] = ("dense", "sdpa", "blocks")
-    """Ways of computing attention to compare; ratios are against the first."""
+    """Ways of computing attention to compare (also flex, auto, and causal: the same without sparse layers);
+    ratios are against the first."""
+    against: Literal["none", "dalle-pytorch"] = "none"
+    """Another package to time in the same run, in fp32 as it trains: dalle-pytorch 1.6.6, if it is installed."""
+    attn_types: tuple[str, ...] = MIX
+    """Kinds of that package's layers, repeated to the depth: axial_row, axial_col, conv_like or full."""
     batch_size: int = 2
     """Streams in a step."""
     rounds: int = 5
-    """Steps timed of each backend, after one that is not."""
+    """Steps timed of each contender, after one that is not."""
     precision: Precision = "auto"
     """fp32, bf16 or fp16; auto takes bf16 where the device has it in hardware."""
     compile: bool = False
     """Compile each layer."""
+    recompute: bool = False
+    """Compute the inside of each resblock again in the backward pass."""
+    peak_flops: float | None = None
+    """The device's peak FLOP/s in that precision, for the utilisation: 989e12 for an H100 or H200 in bf16."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first there is."""
     json: Path | None = None
@@ -58,115 +67,104 @@ class TrainBenchmark:
             raise ValueError(f"unknown size {self.size!r}; expected one of {', '.join(SIZES)}")
         if min(self.batch_size, self.rounds) < 1 or not self.backends:
             raise ValueError("batch-size and rounds must be positive, and backends name at least one")
+        if unknown := set(self.backends) - set(CONTENDERS):
+            raise ValueError(f"unknown backend {min(unknown)!r}; expected one of {', '.join(CONTENDERS)}")
+        if self.peak_flops is not None and not self.peak_flops > 0:
+            raise ValueError(f"peak-flops must be positive, got {self.peak_flops}")
 
     @property
     def config(self) -> TransformerConfig:
         """The shape to time."""
-        return SIZES[self.size] if self.size else self.model
+        return replace(SIZES[self.size] if self.size else self.model, recompute=self.recompute)
 
 
 def benchmark_training(run: TrainBenchmark) -> dict[str, Any]:
-    """Times every backend; writes --json."""
+    """Times every contender; writes --json.
+
+    Raises:
+        ValueError: a backend or the other package cannot run here.
+    """
     if run.json:
         make_directory(run.json.parent)
     device = resolve_device(run.device)
     precision = resolve_precision(run.precision, device)
-    steppers = {backend: _stepper(run, backend, device, precision) for backend in run.backends}
-    ids = random_ids(run.config.layout, run.batch_size).to(device)
-    rounds = [
-        {name: seconds(lambda step=step: step(ids), device) for name, step in steppers.items()}
-        for _ in range(run.rounds + 1)
-    ][1:]
-    flops = {name: count * run.batch_size for name, count in training_flops(run.config).items()}
+    steps: dict[str, Any] = {backend: OurStep(run, backend, device, precision) for backend in run.backends}
+    if run.against == "dalle-pytorch":
+        steps["dalle-pytorch"] = DallePytorchStep(run.config, run.batch_size, run.attn_types, device)
+    executed = {name: _executed(step, run.compile) for name, step in steps.items()}
+    rounds = [{name: seconds_of(step, device) for name, step in steps.items()} for _ in range(run.rounds)]
     rate = matmul_rate(device, precision)
     report = {
-        "parameters": sum(p.numel() for p in next(iter(steppers.values())).state.model.parameters()),
         "tokens": run.batch_size * run.config.layout.length,
-        "flops": flops,
+        "mfu": "flops / seconds / peak_flops",
+        "peak_flops": run.peak_flops,
         "matmul_flops_per_second": rate,
-        "precision": precision,
-        "backends": {name: _line(name, rounds, run, sum(flops.values()), rate) for name in steppers},
+        "compile": run.compile,
+        "recompute": run.recompute,
+        "contenders": {
+            name: step.facts() | {"flops_executed": executed[name]} | _speed(name, rounds, run, step.flops, rate)
+            for name, step in steps.items()
+        },
         "peak_memory_gib": peak_memory(device),
         "hardware": hardware(device),
     }
-    if run.json:
-        write_json(run.json, report)
+    save_report(report, run.json)
     _print(report)
     return report
 
 
-class Stepper:
-    """A model with its optimizer; a call with a batch is one training step."""
+class OurStep:
+    """A model with its optimizer; a call is one training step."""
 
-    def __init__(self, kind: str, config: Any, objective: Objective, device: torch.device, precision: str):
-        torch.manual_seed(0)
-        model = build(kind, config).to(device)
-        self.objective, self.precision = objective, precision
-        self.optim = OptimizerConfig(lr=Schedule(1e-4, 1e-4), warmup=0)
-        scales = gradient_scales(model) if precision == "fp16" else None
-        self.state = TrainState(model, build_optimizers(model, self.optim), AveragedWeights(model, EMAConfig()), scales)
+    def __init__(self, run: TrainBenchmark, backend: str, device: torch.device, precision: str):
+        changes = {"sparse": False, "backend": "auto"} if backend == "causal" else {"backend": backend}
+        config = replace(run.config, **changes)
+        self.step = Stepper("transformer", config, TransformerObjective(), device, precision, run.compile)
+        self.model, layout = self.step.model, config.layout
+        text = torch.randint(layout.text_vocab, (run.batch_size, layout.text_len))
+        image = torch.randint(layout.image_vocab, (run.batch_size, layout.image_len))
+        self.flops = run.batch_size * sum(training_flops(config).values())
+        self.ids, self.precision = layout.pack(text, image).to(device), precision
 
-    def __call__(self, batch: Any) -> None:
-        train_step(self.state, batch, self.objective, self.optim, self.precision, seed=0)
+    def __call__(self) -> None:
+        self.step(self.ids)
 
-
-def _stepper(run: TrainBenchmark, backend: str, device: torch.device, precision: str) -> Stepper:
-    config = replace(run.config, backend=backend)
-    stepper = Stepper("transformer", config, TransformerObjective(), device, precision)
-    if run.compile:
-        compile_parts(stepper.state.model)
-    return stepper
-
-
-def random_ids(layout: TokenLayout, batch_size: int) -> Tensor:
-    """Joint ids int64 (B, N) that mean nothing."""
-    text = torch.randint(layout.text_vocab, (batch_size, layout.text_len))
-    image = torch.randint(layout.image_vocab, (batch_size, layout.image_len))
-    return layout.pack(text, image)
+    def facts(self) -> dict[str, Any]:
+        """What is timed."""
+        with autocast(self.precision, self.ids.device):
+            backends = self.model.backends()
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return {"parameters": parameters, "precision": self.precision, "attention": backends, "flops": self.flops}
 
 
-def seconds(step: Callable[[], Any], device: torch.device) -> float:
-    """How long a call takes, the device's work included."""
-    _wait(device)
-    started = time.perf_counter()
-    step()
-    _wait(device)
-    return time.perf_counter() - started
+def _executed(step: Any, compiled: bool) -> int | None:
+    """Operations of one step as torch counts them, which also warms it up; not counted in compiled code."""
+    if compiled:
+        step()
+        return None
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _line(name: str, rounds: list[dict[str, float]], run: TrainBenchmark, flops: int, rate: float) -> dict[str, float]:
-    median = statistics.median(times[name] for times in rounds)
+def _speed(
+    name: str, rounds: list[dict[str, float]], run: TrainBenchmark, flops: int | None, rate: float
+) -> dict[str, Any]:
+    """What the clock says; shares of a rate for those whose needed operations are known."""
+    seconds = statistics.median(times[name] for times in rounds)
+    ours = flops is not None
+    rivals = [run.backends[0], *(["dalle-pytorch"] if ours and "dalle-pytorch" in rounds[0] else [])]
     return {
-        "seconds": median,
-        "tokens_per_second": run.batch_size * run.config.layout.length / median,
-        "share_of_matmul_rate": flops / median / rate,
-        f"times_as_fast_as_{run.backends[0]}": statistics.median(t[run.backends[0]] / t[name] for t in rounds),
+        "seconds": seconds,
+        "tokens_per_second": run.batch_size * run.config.layout.length / seconds,
+        **({"share_of_matmul_rate": flops / seconds / rate} if ours else {}),
+        **({"mfu": flops / seconds / run.peak_flops} if ours and run.peak_flops else {}),
+        **{f"times_as_fast_as_{r}": statistics.median(t[r] / t[name] for t in rounds) for r in rivals},
     }
 
 
-def matmul_rate(device: torch.device, precision: str, side: int = 2048) -> float:
-    """Floating-point operations a second of a large matrix product here and now: the best of eight."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    times = [seconds(lambda: a @ a, device) for _ in range(8)]
-    return 2 * side**3 / min(times)
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
 def _print(report: dict[str, Any]) -> None:
-    tera = sum(report["flops"].values()) / 1e12
-    print(f"{report['parameters'] / 1e6:.1f}M parameters, {report['tokens']} tokens, {tera:.3f} TFLOP a step", end="")
-    print(f", {report['precision']}, {report['hardware']}, peak {report['peak_memory_gib']} GiB")
-    for name, line in report["backends"].items():
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in line.items())
-        print(f"  {name:8}{shown}")
+    print(f"{report['tokens']} tokens, {report['hardware']}, peak {report['peak_memory_gib']} GiB for all together")
+    for name, line in report["contenders"].items():
+        shown = (f"{key} {f'{value:.4g}' if isinstance(value, float) else value}" for key, value in line.items())
+        print(f"  {name:14}{'  '.join(shown)}")

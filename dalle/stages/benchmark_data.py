@@ -26,14 +26,14 @@ from dalle.data.tokens import TokenPlan
 from dalle.dvae import DVAEConfig
 from dalle.layout import TokenLayout
 from dalle.objectives import DVAEObjective, TransformerObjective
-from dalle.stages.benchmark import Stepper, hardware, seconds
+from dalle.stages.measure import Stepper, hardware, save_report, seconds_of
 from dalle.stages.runs import take_text
 from dalle.stages.transformer import TokenBatches, TransformerRun
 from dalle.text import MergeTokenizer, TextTokenizerConfig, train_text_tokenizer
 from dalle.train import TrainConfig
 from dalle.train.loop import to_device
 from dalle.train.precision import Precision, resolve_device, resolve_precision
-from dalle.train.state import make_directory, write_json
+from dalle.train.state import make_directory
 from dalle.transformer import TransformerConfig
 from dalle.types import Batch
 
@@ -114,8 +114,7 @@ def benchmark_data(run: DataBenchmark) -> dict[str, Any]:
         "cases": {case.name: line(case, rounds, cases[0].name) for case in cases},
         "hardware": hardware(device),
     }
-    if run.json:
-        write_json(run.json, report)
+    save_report(report, run.json)
     _print(report)
     return report
 
@@ -179,12 +178,12 @@ def measure(case: Case, batches: int, device: torch.device) -> dict[str, float]:
     waits, steps = [], []
     with case.load() as load:
         load(0)  # workers start, files open
-        alone = seconds(lambda: [load(i) for i in range(1, batches + 1)], device) / batches
+        alone = seconds_of(lambda: [load(i) for i in range(1, batches + 1)], device) / batches
         for i in range(batches + 1, 2 * batches + 1):
             started = time.perf_counter()
             batch = to_device(load(i), device)
             waits.append(time.perf_counter() - started)
-            steps.append(seconds(lambda batch=batch: case.step(batch), device))
+            steps.append(seconds_of(lambda batch=batch: case.step(batch), device))
     return {"batch": alone, "wait": statistics.fmean(waits), "step": statistics.fmean(steps)}
 
 

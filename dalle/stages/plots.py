@@ -1,10 +1,16 @@
 """Curves of runs as one picture."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from dalle.train.log import read_log
+from dalle.train.state import make_directory
 
 CURVES = {
     "dvae": ["loss", "reconstruction_soft", "perplexity"],
@@ -25,7 +31,68 @@ def plot_losses(runs: dict[str, Path], picture: Path) -> None:
         for axis, name in zip(row, CURVES[kind], strict=False):
             points = [(line["step"], line[name]) for line in lines if name in line]
             axis.plot(*zip(*points, strict=True), linewidth=1)
-            axis.set_title(f"{kind}: {name}", fontsize=9)
-            axis.set_xlabel("step", fontsize=8)
-            axis.grid(alpha=0.3)
+            _label(axis, f"{kind}: {name}", "step")
     figure.savefig(picture, dpi=110)
+
+
+@dataclass(frozen=True)
+class ScalesPicture:
+    """Draws Figure 12 for a run in fp16: the gradient scale of each resblock against updates."""
+
+    run: Path = Path("runs/transformer")
+    """Directory of the run; its log.jsonl is read."""
+    picture: Path = Path("scales.png")
+    """Where the picture goes."""
+
+
+def draw_scales(wish: ScalesPicture) -> None:
+    """Reads the run and writes the picture."""
+    make_directory(wish.picture.parent)
+    plot_scales(wish.run, wish.picture)
+    print(f"wrote {wish.picture}")
+
+
+def plot_scales(run: Path, picture: Path) -> None:
+    """Figure 12 of the paper for any run in fp16: log2 of each resblock's gradient scale against updates.
+
+    Raises:
+        ValueError: the run's log has no gradient scales.
+    """
+    path = run / "log.jsonl"
+    if not path.is_file():
+        raise ValueError(f"no log {path}; give the directory of a training run")
+    lines = [line for line in read_log(path) if "log2_scales" in line]
+    if not lines:
+        raise ValueError(f"{path} has no gradient scales; only runs with train.precision fp16 have them")
+    steps, scales = [line["step"] for line in lines], np.array([line["log2_scales"] for line in lines])
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    for axis, start, kind in zip(figure.subplots(1, 2, sharey=True), (0, 1), ("attention", "MLP"), strict=True):
+        curves = scales[:, start::2].T
+        for curve, colour in zip(curves, _shades(len(curves)), strict=True):
+            axis.plot(steps, curve, linewidth=0.8, color=colour)
+        _label(axis, f"log2 scale, {kind} resblocks: first dark, last bright", "update")
+    figure.savefig(picture, dpi=100)
+
+
+def plot_underflow(lines: dict[str, list[dict[str, Any]]], picture: Path) -> None:
+    """Left the loss of each run against updates; right the share of zero gradients at the start, by resblock."""
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    loss, zeros = figure.subplots(1, 2)
+    for name, run in lines.items():
+        loss.plot([line["step"] for line in run], [line["nats"] for line in run], linewidth=1, label=name)
+        shares = np.mean([line["zero_share"] for line in run[:3]], axis=0)
+        zeros.plot(range(1, len(shares) + 1), shares, linewidth=1, label=name)
+    _label(loss, "loss, nats", "update")
+    _label(zeros, "share of gradients that are zero", "resblock")
+    loss.legend(fontsize=8)
+    figure.savefig(picture, dpi=100)
+
+
+def _shades(count: int) -> Sequence[Any]:
+    return colormaps["viridis"](np.linspace(0, 0.95, count))
+
+
+def _label(axis: Any, title: str, below: str) -> None:
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel(below, fontsize=8)
+    axis.grid(alpha=0.3)

@@ -17,25 +17,26 @@ from torch.utils.checkpoint import checkpoint
 from dalle.transformer.model import Transformer
 
 TEXT_WEIGHT = 1 / 8  # 2.2
-CHUNK = 4096  # positions; their logits over 8192 codes take 128 MiB
+LOGITS = 2**23  # at once, 32 MiB: 1,024 positions over the paper's 8,192 codes
 
 
-def cross_entropies(model: Transformer, ids: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+def cross_entropies(model: Transformer, ids: Tensor, logits: int = LOGITS) -> tuple[Tensor, Tensor]:
     """Mean negative log likelihood in nats per text token and per image token.
 
     Args:
         ids: joint ids (B, N).
-        chunk: positions whose logits exist at once.
+        logits: how many exist at once (at least one position's).
     """
     layout = model.layout
+    at_once = [max(1, logits // vocab) for vocab in (layout.image_offset, layout.image_vocab)]
     hidden = model.hidden(ids)
     text, image = layout.unpack(ids)
     counts = layout.loss_mask(ids)[:, : layout.text_len]
     slots = torch.arange(layout.text_len, device=ids.device).expand_as(counts)[counts]
     states = hidden[:, : layout.text_len][counts], hidden[:, layout.text_len :].flatten(0, 1)
     return (
-        chunked_cross_entropy(model.text_logits, (states[0], slots), text[counts], chunk),
-        chunked_cross_entropy(model.image_logits, (states[1],), image.flatten(), chunk),
+        chunked_cross_entropy(model.text_logits, (states[0], slots), text[counts], at_once[0]),
+        chunked_cross_entropy(model.image_logits, (states[1],), image.flatten(), at_once[1]),
     )
 
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from dalle.layout import TokenLayout
 from dalle.masks import layer_kinds, visible
-from dalle.nn.attention import BACKENDS, Pattern
+from dalle.nn.attention import CHOICES, prepare, resolve
 from dalle.nn.blocks import FP32LayerNorm, Layer, Resblock
 from dalle.nn.cache import LayerCache
+from dalle.nn.pattern import Pattern
+from dalle.types import check_tokens
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,12 @@ class TransformerConfig:
     """Side of the convolutional mask of the last layer (2.2)."""
     sparse: bool = True
     """Row, column and conv layers (2.2); false makes every layer causal."""
+    causal_every: int | None = None
+    """Every so many layers one is causal instead, counted from 1; not in the paper, which has none."""
     init_scale: float = 0.125
     """Weights start as N(0, init_scale / sqrt(inputs)) (Child et al.)."""
-    backend: str = "sdpa"
-    """How attention is computed: dense, sdpa or blocks (dalle/nn/attention.py)."""
+    backend: str = "auto"
+    """How attention is computed: dense, sdpa, blocks, flex, or auto: by device (dalle/nn/attention.py)."""
     recompute: bool = False
     """Keep only the trunk; the inside of each resblock is computed again in the backward pass (2.4)."""
 
@@ -52,8 +56,10 @@ class TransformerConfig:
         for name in ("depth", "heads", "head_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.backend not in BACKENDS:
-            raise ValueError(f"unknown backend {self.backend!r}; expected one of {', '.join(BACKENDS)}")
+        if self.causal_every is not None and self.causal_every < 1:
+            raise ValueError(f"causal_every must be positive, or null for none, got {self.causal_every}")
+        if self.backend not in CHOICES:
+            raise ValueError(f"unknown backend {self.backend!r}; expected one of {', '.join(CHOICES)}")
         if self.sparse:
             visible("conv", TokenLayout(2, self.grid, 1, 1), self.conv_kernel)  # refuses a kernel that cannot be
 
@@ -70,7 +76,8 @@ class TransformerConfig:
     @property
     def kinds(self) -> list[str]:
         """Attention kind of each layer."""
-        return layer_kinds(self.depth) if self.sparse else ["causal"] * self.depth
+        kinds = layer_kinds(self.depth) if self.sparse else ["causal"] * self.depth
+        return ["causal" if self.causal_every and i % self.causal_every == 0 else k for i, k in enumerate(kinds, 1)]
 
 
 class Transformer(nn.Module):
@@ -84,12 +91,10 @@ class Transformer(nn.Module):
         self.text_position = nn.Embedding(layout.text_len, config.width)
         self.row = nn.Embedding(layout.rows, config.width)
         self.column = nn.Embedding(layout.columns, config.width)
-        self.layers = nn.ModuleList(
-            Layer(config.width, config.heads, config.backend, config.recompute) for _ in range(config.depth)
-        )
+        self.layers = nn.ModuleList(Layer(config.width, config.heads, config.recompute) for _ in range(config.depth))
         self.final_norm = FP32LayerNorm(config.width)
         self.to_logits = nn.Linear(config.width, layout.vocab, bias=False)
-        self.patterns = nn.ModuleDict({k: Pattern(k, layout, config.conv_kernel) for k in sorted(set(config.kinds))})
+        self.patterns = {kind: Pattern(kind, layout, config.conv_kernel) for kind in sorted(set(config.kinds))}
         self.register_buffer("allowed_text", layout.allowed_text(), persistent=False)
         initialise(self)
 
@@ -107,15 +112,42 @@ class Transformer(nn.Module):
         return logits
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """Joint ids (B, n) -> final states (B, n, D); state p reads ids before p."""
+        """Joint ids (B, n) -> final states (B, n, D); state p reads ids before p.
+
+        Raises:
+            ValueError: an id that cannot stand where it stands. Only ids on the CPU are checked; those of
+                another device were when `TokenLayout.pack` made them.
+        """
+        if ids.device.type == "cpu":
+            text, image = self.layout.unpack(ids)
+            check_tokens(text, self.layout.image_offset, "text ids")
+            check_tokens(image, self.layout.image_vocab, "image ids less their offset")
         return self.read(self.layout.shift(ids)[:, : ids.shape[1]])
 
     def read(self, inputs: Tensor, start: int = 0, caches: list[LayerCache] | None = None) -> Tensor:
         """Input ids (B, n) of slots start .. start + n -> final states (B, n, D)."""
         x = self.embed(inputs, start)
+        backends = self.backends(inputs.shape[1])
+        for kind, backend in backends.items():
+            prepare(backend, self.patterns[kind], x.device, start)
         for i, (layer, kind) in enumerate(zip(self.layers, self.config.kinds, strict=True)):
-            x = layer(x, self.patterns[kind], start, caches[i] if caches else None)
+            x = layer(x, self.patterns[kind], backends[kind], start, caches[i] if caches else None)
         return self.final_norm(x)
+
+    def backends(self, slots: int | None = None) -> dict[str, str]:
+        """What computes the attention of each kind, here and under the present autocast, for a call of so many slots.
+
+        Raises:
+            ValueError: the device cannot run the backend that the configuration names.
+        """
+        c, device, dtype = self.config, self.to_logits.weight.device, self._dtype()
+        slots = slots or self.layout.length
+        return {k: resolve(c.backend, p, slots, device, dtype, c.head_width) for k, p in self.patterns.items()}
+
+    def _dtype(self) -> torch.dtype:
+        """What matrix products are computed in."""
+        device = self.to_logits.weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.to_logits.weight.dtype
 
     def embed(self, inputs: Tensor, start: int = 0) -> Tensor:
         """Token plus position: text slots have one embedding each, image slots row + column.
@@ -126,10 +158,8 @@ class Transformer(nn.Module):
 
     def _position(self, inputs: Tensor, start: int) -> Tensor:
         slots = torch.arange(start, start + inputs.shape[1], device=inputs.device)
-        text, image = (
-            slots[slots < self.layout.text_len],
-            slots[slots >= self.layout.text_len] - self.layout.text_len,
-        )
+        texts = min(max(self.layout.text_len - start, 0), len(slots))
+        text, image = slots[:texts], slots[texts:] - self.layout.text_len
         is_pad = (inputs >= self.layout.text_vocab) & (inputs < self.layout.image_offset)
         at_text = self.text_position(text) * ~is_pad[:, : len(text), None]
         at_image = self.row(image // self.layout.columns) + self.column(image % self.layout.columns)
@@ -155,9 +185,7 @@ class Transformer(nn.Module):
 
     def caches(self, batch: int) -> list[LayerCache]:
         """Empty caches, one a layer, for `batch` streams; in autocast's number format where it is on."""
-        c, like = self.config, self.to_logits.weight
-        if torch.is_autocast_enabled(like.device.type):
-            like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
+        c, like = self.config, self.to_logits.weight.new_empty(0, dtype=self._dtype())
         return [LayerCache.empty(batch, c.heads, self.layout.length, c.head_width, like) for _ in self.layers]
 
 

@@ -3,6 +3,8 @@
 Only depth and heads differ; text, grid and vocabularies are the paper's in all of them.
 """
 
+import torch
+
 from dalle.masks import dense_mask
 from dalle.transformer.model import TransformerConfig
 
@@ -45,7 +47,8 @@ def training_flops(config: TransformerConfig) -> dict[str, int]:
         matrices: 6 * 12 D^2 a token and layer; attention: 12 D a visible pair and layer; logits.
     """
     layout, width = config.layout, config.width
-    pairs = {kind: int(dense_mask(kind, layout, config.conv_kernel).sum()) for kind in set(config.kinds)}
+    with torch.device("cpu"):
+        pairs = {kind: int(dense_mask(kind, layout, config.conv_kernel).sum()) for kind in set(config.kinds)}
     vocabulary = layout.text_len * layout.image_offset + layout.image_len * layout.image_vocab
     return {
         "matrices": 72 * width**2 * layout.length * config.depth,
