@@ -202,7 +202,7 @@ def test_the_paper_sizes_agree_with_two_matrix_products():
     cells, weights = covered_pixels(640, 330)
     matrix = np.zeros((330, 640))
     np.add.at(matrix, (np.arange(330)[:, None], cells), weights)
-    assert matrix.sum(axis=1) == pytest.approx(1, abs=1e-5)
+    assert matrix.sum(axis=1) == pytest.approx(1, abs=1e-4)  # edges in single precision
     values = np.einsum("yi,xj,ijc->yxc", matrix, matrix, np.asarray(image).astype(float), optimize=True)
     window = np.asarray(apply_crop(image, Crop(0, 0, 640, 330, 40, 7, flip=True), 256)).astype(int)
     assert abs(window[:, ::-1] - values[7:263, 40:296]).max() < 0.501

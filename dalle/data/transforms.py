@@ -96,7 +96,7 @@ def covered_pixels(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]
     """Which pixels of a row each pixel of the resized row covers, and by what share of its length.
 
     In single precision, as TensorFlow computes them. Returns indices (size_out, K) and float32 weights (size_out, K),
-    whose rows sum to 1.
+    whose rows sum to 1 within the precision of the edges.
     """
     scale = np.float32((size_in - 1) / (size_out - 1) if size_out > 1 else size_in)
     left, right = (np.arange(start, start + size_out, dtype=np.float32) * scale for start in (0, 1))
