@@ -1,4 +1,4 @@
-"""Pictures, captions and tokens by number: dalle/data (order, transforms, pairs, tokens)."""
+"""Pictures, captions and tokens by number: dalle/data (order, pairs, tokens)."""
 
 import shutil
 from itertools import islice
@@ -13,7 +13,6 @@ from dalle.data.order import samples_of_step
 from dalle.data.pairs import SourcePairs
 from dalle.data.skipped import Unusable
 from dalle.data.sources import FolderSource
-from dalle.data.transforms import AUGMENTS, Crop, apply_crop, dvae_crop, transform, transformer_crop
 
 # Order: which samples a step takes.
 
@@ -53,135 +52,6 @@ def test_a_batch_may_span_epochs():
 
 def test_an_endless_set_is_read_once_in_its_own_order():
     assert list(samples_of_step(3, 4, None, seed=5)) == [(0, 12), (0, 13), (0, 14), (0, 15)]
-
-
-# Random crops (Listings 1 and 2).
-
-
-class Draws:
-    """A generator whose draws are given; it keeps the bounds that it was asked for, the upper one excluded."""
-
-    def __init__(self, *values):
-        self.values, self.bounds = list(values), []
-
-    def integers(self, low, high=None, size=None):
-        bounds = (0, low) if high is None else (low, high)
-        self.bounds += [bounds] * (size or 1)
-        drawn = [self.random() for _ in range(size or 1)]
-        return np.array(drawn) if size else drawn[0]
-
-    def random(self):
-        return self.values.pop(0)
-
-
-def test_listing_1_by_given_draws():
-    """400 x 300 at R = 256: a square of 300, resized to 288 .. 300 (12/8 R is beyond it), flipped below 0.5."""
-    rng = Draws(100, 0, 290, 5, 34, 0.49)
-    assert dvae_crop(400, 300, 256, rng) == Crop(100, 0, 300, 290, 5, 34, flip=True)
-    assert rng.bounds == [(0, 101), (0, 1), (288, 301), (0, 35), (0, 35)]
-
-
-def test_listing_1_of_a_large_picture():
-    rng = Draws(0, 200, 384, 128, 0, 0.5)
-    assert dvae_crop(1000, 1200, 256, rng) == Crop(0, 200, 1000, 384, 128, 0, flip=False)
-    assert rng.bounds == [(0, 1), (0, 201), (288, 385), (0, 129), (0, 129)]
-
-
-def test_listing_1_of_a_picture_smaller_than_nine_eighths():
-    rng = Draws(0, 0, 260, 1, 2, 0.9)
-    assert dvae_crop(260, 260, 256, rng) == Crop(0, 0, 260, 260, 1, 2, flip=False)
-    assert rng.bounds == [(0, 1), (0, 1), (260, 261), (0, 5), (0, 5)]
-
-
-def test_listing_2_by_given_draws():
-    """640 x 480 at R = 256: slack 160, so left is 3/8 to 5/8 of it, 5/8 excluded; resized to 256 .. 288."""
-    rng = Draws(60, 0, 288, 32, 7)
-    assert transformer_crop(640, 480, 256, rng) == Crop(60, 0, 480, 288, 32, 7)
-    assert rng.bounds == [(60, 100), (0, 1), (256, 289), (0, 33), (0, 33)]
-
-
-def test_listing_2_of_a_tall_picture_with_little_slack():
-    """Slack 1: 3 * 1 // 8 = 0 and 5 * 1 // 8 = 0, so the only offset is 0; the picture ends at 270."""
-    rng = Draws(0, 0, 270, 14, 14)
-    assert transformer_crop(270, 271, 256, rng) == Crop(0, 0, 270, 270, 14, 14)
-    assert rng.bounds == [(0, 1), (0, 1), (256, 271), (0, 15), (0, 15)]
-
-
-@pytest.mark.parametrize("crop_of", [dvae_crop, transformer_crop])
-def test_crops_of_any_size_lie_inside_and_never_enlarge(crop_of):
-    rng = np.random.default_rng(0)
-    for _ in range(2000):
-        resolution = int(rng.integers(1, 65))
-        width, height = (int(side) for side in rng.integers(resolution, 4 * resolution + 1, size=2))
-        crop = crop_of(width, height, resolution, rng)
-        assert crop.side == min(width, height)
-        assert 0 <= crop.left <= width - crop.side
-        assert 0 <= crop.top <= height - crop.side
-        assert resolution <= crop.resized <= crop.side
-        assert 0 <= crop.inner_left <= crop.resized - resolution
-        assert 0 <= crop.inner_top <= crop.resized - resolution
-
-
-def test_listing_2_stays_in_the_middle_quarter_and_never_flips():
-    rng = np.random.default_rng(0)
-    crops = [transformer_crop(100, 36, 16, rng) for _ in range(2000)]
-    assert {crop.left for crop in crops} == set(range(24, 40))  # slack 64
-    assert not any(crop.flip for crop in crops)
-
-
-def test_listing_1_reaches_every_offset_and_flips_half_the_time():
-    rng = np.random.default_rng(0)
-    crops = [dvae_crop(48, 36, 16, rng) for _ in range(2000)]
-    assert {crop.left for crop in crops} == set(range(13))
-    assert {crop.resized for crop in crops} == set(range(18, 25))
-    assert sum(crop.flip for crop in crops) == pytest.approx(1000, abs=100)
-
-
-@pytest.mark.parametrize("crop_of", [dvae_crop, transformer_crop])
-def test_a_picture_smaller_than_the_resolution_is_refused(crop_of):
-    with pytest.raises(ValueError, match="picture of 300 x 255 is smaller than the 256 x 256 asked for"):
-        crop_of(300, 255, 256, np.random.default_rng(0))
-
-
-def coordinates(width, height):
-    """A picture whose red is x and whose green is y."""
-    y, x = np.mgrid[:height, :width]
-    return Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_a_crop_takes_the_square_in_the_square(flip):
-    picture = apply_crop(coordinates(60, 50), Crop(7, 3, 40, 40, 10, 20, flip), 16)
-    x, y = np.arange(7 + 10, 7 + 10 + 16), np.arange(3 + 20, 3 + 20 + 16)
-    array = np.asarray(picture)
-    assert picture.size == (16, 16)
-    assert (array[..., 0] == (x[::-1] if flip else x)).all()
-    assert (array[..., 1] == y[:, None]).all()
-
-
-def test_a_crop_is_resized_by_area():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-    expected = np.asarray(image)[4:20, 10:26].reshape(8, 2, 8, 2, 3).mean(axis=(1, 3))
-    resized = np.asarray(apply_crop(image, Crop(10, 4, 16, 8, 0, 0), 8)).astype(float)
-    assert abs(resized - expected).max() <= 1
-
-
-def test_transform_without_augmentation_is_the_middle_and_draws_nothing():
-    array = np.asarray(transform(coordinates(60, 20), 20, "none", rng=None))
-    assert (array[..., 0] == np.arange(20, 40)).all()
-
-
-def test_transform_follows_the_listing_that_is_named():
-    image = coordinates(60, 50)
-    for augment, crop_of in (("dvae", dvae_crop), ("transformer", transformer_crop)):
-        crop = crop_of(60, 50, 16, np.random.default_rng(4))
-        expected = apply_crop(image, crop, 16)
-        assert transform(image, 16, augment, np.random.default_rng(4)).tobytes() == expected.tobytes()
-
-
-def test_an_unknown_augment_is_refused():
-    with pytest.raises(ValueError, match="unknown augment 'clip'; expected one of dvae, transformer, none"):
-        transform(coordinates(20, 20), 16, "clip", np.random.default_rng(0))
 
 
 # Folders of pictures.
@@ -391,10 +261,6 @@ def test_no_data_says_what_to_give():
 def test_a_held_out_share_must_leave_something(share):
     with pytest.raises(ValueError, match="held_out must lie between 0 and 1"):
         PairsConfig(held_out=share)
-
-
-def test_augments_are_named_once():
-    assert AUGMENTS == ("dvae", "transformer", "none")
 
 
 def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path):

@@ -1,10 +1,16 @@
 """Random crops of the paper (Listings 1 and 2) and the fixed crop of evaluation.
 
-Where and how large is drawn exactly as listed. The resize by area is Pillow's box filter, which
-weights pixels at the rim of a box by how much of them it covers, without the listings' align_corners.
+Where and how large is drawn exactly as listed. The resize is TensorFlow 1's by area with align_corners: pixel i of
+a row covers [i * scale, (i + 1) * scale) of the picture, scale = (size_in - 1) / (size_out - 1), and is the mean of
+what it covers, each pixel weighted by the fraction covered. The first pixel thus begins at the left rim; the last
+one reaches beyond the right rim, where the picture's last pixel goes on. Then values are clipped, rounded (half to
+even, as TensorFlow) and stored in 8 bits. Pillow's BOX and torch's mode="area" take whole pixels only.
+
+    R resolution, S side of the square taken, K pixels that a covered length touches at most
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -59,12 +65,47 @@ def _middle(slack: int, rng: np.random.Generator) -> int:
 
 
 def apply_crop(image: Image.Image, crop: Crop, resolution: int) -> Image.Image:
-    """The R x R picture that a crop describes."""
+    """The R x R picture that a crop of an RGB picture describes."""
     box = (crop.left, crop.top, crop.left + crop.side, crop.top + crop.side)
-    image = image.resize((crop.resized, crop.resized), Image.Resampling.BOX, box=box)
-    x, y = crop.inner_left, crop.inner_top
-    image = image.crop((x, y, x + resolution, y + resolution))
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flip else image
+    pixels = _resize_window(np.asarray(image.crop(box)), crop, resolution)
+    pixels = pixels.clip(0, 255).round().astype(np.uint8)  # numpy too rounds half to even
+    return Image.fromarray(pixels[:, ::-1] if crop.flip else pixels)
+
+
+def _resize_window(square: np.ndarray, crop: Crop, resolution: int) -> np.ndarray:
+    """The window of a resized square, and no more than it: uint8 (S, S, 3) -> float32 (R, R, 3)."""
+    cells, weights = covered_pixels(crop.side, crop.resized)
+    rows, columns = (slice(start, start + resolution) for start in (crop.inner_top, crop.inner_left))
+    first, last = cells[columns].min(), cells[columns].max() + 1
+    lines = square[:, first:last].reshape(crop.side, -1)  # (S, columns touched * 3)
+    lines = _weighted_sum(lines, cells[rows], weights[rows]).reshape(resolution, last - first, 3)
+    lines = lines.swapaxes(0, 1).reshape(last - first, -1)  # (columns touched, R * 3)
+    return _weighted_sum(lines, cells[columns] - first, weights[columns]).reshape(-1, resolution, 3).swapaxes(0, 1)
+
+
+def _weighted_sum(lines: np.ndarray, cells: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Line i of the result is the sum over k of weights[i, k] * lines[cells[i, k]]."""
+    total = weights[:, :1] * lines[cells[:, 0]]
+    for k in range(1, cells.shape[1]):
+        total += weights[:, k, None] * lines[cells[:, k]]
+    return total
+
+
+@lru_cache(maxsize=1024)
+def covered_pixels(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which pixels of a row each pixel of the resized row covers, and by what share of its length.
+
+    In single precision, as TensorFlow computes them. Returns indices (size_out, K) and float32 weights (size_out, K),
+    whose rows sum to 1 within the precision of the edges.
+    """
+    scale = np.float32((size_in - 1) / (size_out - 1) if size_out > 1 else size_in)
+    left, right = (np.arange(start, start + size_out, dtype=np.float32) * scale for start in (0, 1))
+    start = np.floor(left).astype(np.int64)
+    cells = start[:, None] + np.arange(int((np.ceil(right) - start).max()))
+    weights = (np.minimum(cells + 1, right[:, None]) - np.maximum(cells, left[:, None])).clip(0) / scale
+    cells, weights = cells.clip(0, size_in - 1), weights.astype(np.float32)
+    cells.flags.writeable = weights.flags.writeable = False  # the cache hands out the same arrays
+    return cells, weights
 
 
 def transform(image: Image.Image, resolution: int, augment: str, rng: np.random.Generator) -> Image.Image:
