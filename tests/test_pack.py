@@ -102,7 +102,6 @@ def test_what_cannot_be_is_refused(tmp_path):
 
 
 def test_the_command_packs_a_folder_that_then_opens_as_tars(tmp_path, monkeypatch, capsys):
-    sources = pytest.importorskip("dalle.data.sources")
     (tmp_path / "mine").mkdir()
     for i in range(5):
         (tmp_path / "mine" / f"{i}.png").write_bytes(picture("PNG", i))

@@ -1,24 +1,182 @@
-"""Filters of section 2.3. A stand-in with the names that `dalle.data.pairs` calls; it drops nothing."""
+"""Which captioned pictures are left out (paper section 2.3): text filters, picture filters, a list of names.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+On by default are the two that the paper states exactly and that a real caption does not meet by chance: captions
+that are only boilerplate, and pictures so long that a square crop would cut away what the caption mentions. Off
+unless asked for are those for which the paper gives no number ("too short") or that rest on a judge which errs on
+few words (the language): a user's "cat" stays. Duplicates need a look at the whole set: scripts/check_data.py finds
+them and writes the list of names that `drop_list` takes.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
 
 
 @dataclass(frozen=True)
 class FiltersConfig:
-    """Which samples are dropped."""
+    """Each filter drops what it names and counts it; None or 0 or false switches it off."""
+
+    boilerplate: bool = True
+    """Drop captions that are a date and the words around it ("photographed on 3 May 2009"), or a camera's file
+    name, and nothing else (2.3)."""
+    max_aspect: float | None = 2.0
+    """Drop pictures whose longer side is more than so many times the shorter (2.3: outside [1/2, 2])."""
+    min_words: int = 0
+    """Drop captions of fewer words (2.3, where the number is not given)."""
+    language: str | None = None
+    """Drop captions that are surely in another language than this two-letter code; the paper keeps "en" (2.3).
+    Needs `pip install py3langid`; wrong for some of one or two words."""
+    min_side: int = 0
+    """Drop pictures with fewer pixels on the shorter side. Training crops need the resolution in any case."""
+    drop_list: Path | None = None
+    """Drop the samples whose names this file holds, one a line; scripts/check_data.py writes one of duplicates."""
+
+    def __post_init__(self):
+        if self.max_aspect is not None and not self.max_aspect >= 1:
+            raise ValueError(
+                f"max_aspect is longer side / shorter side, so at least 1 (or None), got {self.max_aspect}"
+            )
+        for name in ("min_words", "min_side"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 (off) or more, got {getattr(self, name)}")
+        if self.language is not None and not re.fullmatch("[a-z]{2,3}", self.language):
+            raise ValueError(f"language must be a code such as en, de or zh (or None), got {self.language!r}")
+
+
+PAPER_FILTERS = FiltersConfig(min_words=3, language="en")
+"""All that section 2.3 names; three words is our number where the paper has none."""
+
+_OFF = FiltersConfig(boilerplate=False, max_aspect=None)
 
 
 class Filters:
-    """Names the filter that drops a sample."""
+    """The filters of a configuration, in the order of its fields.
+
+    Raises:
+        ValueError: a drop list that cannot be read, or an unknown language.
+        ImportError: a language, and py3langid is not installed.
+    """
 
     def __init__(self, config: FiltersConfig):
         self.config = config
+        self._caption_tests: dict[str, Callable[[str], bool]] = {}
+        if config.boilerplate:
+            self._caption_tests["boilerplate"] = is_boilerplate
+        if config.min_words:
+            self._caption_tests["too short"] = lambda caption: count_words(caption) < config.min_words
+        if config.language:
+            probably = language_detector(config.language)
+            self._caption_tests["language"] = lambda caption: probably(caption) not in (None, config.language)
+        self._names = _read_names(config.drop_list) if config.drop_list else frozenset()
+
+    def __reduce__(self):
+        return Filters, (self.config,)  # worker processes build their own
 
     def reason(self, captions: Sequence[str], width: int, height: int, name: str | None = None) -> str | None:
-        """The name of the first filter that drops a sample."""
+        """The first filter that drops a sample ("boilerplate", "aspect", ...), or None for one that stays.
+
+        A filter of captions drops a sample when it leaves none of the captions that there were.
+        """
+        if name is not None and name in self._names:
+            return "drop list"
+        if self.config.max_aspect and max(width, height) > self.config.max_aspect * min(width, height):
+            return "aspect"
+        if min(width, height) < self.config.min_side:
+            return "too small"
+        for filter_name, drops in self._caption_tests.items():
+            left = [caption for caption in captions if not drops(caption)]
+            if captions and not left:
+                return filter_name
+            captions = left
         return None
 
     def captions(self, captions: Sequence[str]) -> list[str]:
-        """Those that are kept."""
-        return list(captions)
+        """The captions that stay."""
+        return [caption for caption in captions if not any(drops(caption) for drops in self._caption_tests.values())]
+
+
+def one_by_one(config: FiltersConfig) -> dict[str, FiltersConfig]:
+    """Each filter that is on, alone, under the name that `Filters.reason` gives it: for a dry run."""
+    names = {"max_aspect": "aspect", "min_words": "too short", "min_side": "too small", "drop_list": "drop list"}
+    chosen = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {names.get(key, key): replace(_OFF, **{key: value}) for key, value in chosen.items() if value}
+
+
+def _read_names(path: Path) -> frozenset[str]:
+    try:
+        return frozenset(path.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the drop list {path} ({error}); give a text file of names, one a line") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# Captions
+# ---------------------------------------------------------------------------------------------
+
+# Scripts without spaces between words: each character counts as one.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+(?:['\u2019][^\W_]+)*")
+
+
+def count_words(caption: str) -> int:
+    """Runs of letters and digits; each character of Chinese and Japanese."""
+    return len(_WORD.findall(caption))
+
+
+_MONTH = (
+    r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?"
+    r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
+)
+_WEEKDAY = r"(?:mon|tues?|wed(?:nes)?|thu(?:rs)?|fri|sat(?:ur)?|sun)(?:day)?\.?"
+_DAY, _YEAR = r"(?:3[01]|[12]\d|0?[1-9])(?:st|nd|rd|th)?", r"(?:1[89]|20)\d\d"
+_SHORT_YEAR = rf"(?:{_YEAR}|['\u2019]?\d\d)"
+_DATES = "|".join(
+    [
+        rf"{_YEAR}[-/.:]\d\d?[-/.:]\d\d?",  # 2009-05-12
+        rf"\d\d?[-/.]\d\d?[-/.]{_SHORT_YEAR}",  # 12.05.2009, 5/12/09
+        rf"{_DAY}(?:\s+of)?[\s-]+{_MONTH},?[\s-]*{_SHORT_YEAR}",  # 12th of May, 2009; 12-May-09
+        rf"{_MONTH}\s*{_DAY},?\s+{_SHORT_YEAR}",  # May 12, 2009
+        rf"{_DAY}(?:\s+of)?\s+{_MONTH}",  # 12 May
+        rf"{_MONTH}\s+{_DAY}",  # May 12
+        rf"{_MONTH},?\s+{_YEAR}",  # May 2009
+        rf"{_YEAR}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])(?:[_-]?\d{{6}})?",  # 20090512_143205
+    ]
+)
+_DATE = re.compile(rf"(?<!\w)(?:{_DATES})(?!\w)")
+_CAMERA_FILE = re.compile(r"(?<!\w)(?:img|dsc[nf]?|pict|sam|mvi|gopr|p)[\s_-]?\d{3,}(?:[\s_-]\d+)?(?:\.\w{3,4})?(?!\w)")
+_AROUND_DATES = re.compile(
+    rf"(?<!\w)(?:\d\d?[:.]\d\d(?:[:.]\d\d)?\s*(?:[ap]\.?m\.?)?|{_WEEKDAY}|{_YEAR}"
+    r"|photo(?:s|graph(?:s|ed)?)?|pictures?|pics?|images?|snapshots?|shots?|scan(?:ned)?|taken|shot|captured|recorded"
+    r"|uploaded|posted|published|created|added|dated?|time|stamp|file|camera|digital|on|at|in|of|the|this|was|is|it"
+    r"|a|an|by|from|and|&)(?!\w)"
+)
+
+
+def is_boilerplate(caption: str) -> bool:
+    """Whether a caption holds a date or a camera's file name, and besides only words like "photographed on"."""
+    text = caption.lower()
+    rest = _DATE.sub(" ", _CAMERA_FILE.sub(" ", text))
+    return rest != text and not re.search(r"\w", _AROUND_DATES.sub(" ", rest))
+
+
+@cache
+def language_detector(language: str) -> Callable[[str], str | None]:
+    """Caption -> code of its language, or None where the detector is not sure (probability of half or less).
+
+    py3langid is langid.py (Lui and Baldwin 2012) kept up: one wheel for all systems, its model inside, no download.
+    """
+    try:
+        from py3langid import langid
+    except ImportError:
+        raise ImportError("filtering by language needs py3langid: pip install 'py3langid>=0.4'") from None
+    identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+    if language not in identifier.labels:
+        known = ", ".join(sorted(identifier.labels))
+        raise ValueError(f"no language {language!r} is known; expected one of {known}")
+
+    def probably(caption: str) -> str | None:
+        found, probability = identifier.classify(caption)
+        return found if probability > 0.5 else None
+
+    return probably
