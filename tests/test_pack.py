@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dalle.data.pack import write_tars
+from dalle.data.sources import open_source
 from dalle.types import Record
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "write_tars.py"
@@ -112,7 +113,7 @@ def test_the_command_packs_a_folder_that_then_opens_as_tars(tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", words)
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert "4 pictures in 2 tars; 1 left out" in capsys.readouterr().out
-    packed = sources.open_source("tars")
+    packed = open_source("tars")
     read = [packed.read(i) for i in range(len(packed))]
     assert [record.captions for record in read] == [[f"number {i}", f"قط {i}"] for i in (0, 1, 2, 4)]
     assert [record.picture for record in read] == [picture("PNG", i) for i in (0, 1, 2, 4)]
