@@ -165,6 +165,13 @@ def test_no_data_is_said(tmp_path, monkeypatch, path, said):
         check_data(CheckRun(data=PairsConfig(path=path)))
 
 
+def test_a_second_path_is_said_not_to_be_read(folder, broken_tar, tmp_path, capsys):
+    run = run_of(folder, tmp_path / "out")
+    report = check_data(replace(run, data=replace(run.data, held_out_path=str(broken_tar))))
+    assert report["samples"] == 7
+    assert f"note: {broken_tar} is not read" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [({"sheet": -1}, "sheet"), ({"text_len": 1}, "text_len"), ({"max_broken": 1.5}, "max_broken"),
