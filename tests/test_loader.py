@@ -99,6 +99,12 @@ def test_spawned_workers_give_the_same_batches():
         assert [batches(step)[0] for step in range(2)] == stream(0, steps=2)
 
 
+def test_starting_workers_draws_nothing_from_the_generator_of_the_training():
+    state = torch.get_rng_state()
+    stream(2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_step_out_of_turn_is_given_all_the_same():
     alone = stream(0)
     with PairsLoader(task(), 6, workers=2) as batches:
