@@ -376,6 +376,7 @@ def write_tar(file: Path, bad: dict[int, str]) -> Path:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    with tarfile.open(file) as tar:  # only a tar that is read knows where its members lie
         damaged = [tar.getmember(f"{i:02}.png").offset for i, cause in bad.items() if cause == "broken tar member"]
     data = bytearray(file.read_bytes())
     for at in damaged:
