@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dalle.evals.shapes_judge import judge
+from dalle.images import to_pixels
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -40,10 +43,10 @@ SMALLER = {  # words put behind a command so that it takes seconds
 }
 
 
-def run(command: str, cwd: Path) -> subprocess.CompletedProcess:
+def run(command: str, cwd: Path, threads: int | None = 1) -> subprocess.CompletedProcess:
     words = shlex.split(command)
     words[0] = sys.executable if words[0] == "python" else words[0]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
@@ -170,3 +173,24 @@ def test_the_quick_start_reaches_its_numbers(tmp_path):
     assert accuracy["reconstruction"] >= 0.97
     assert accuracy["first"] >= 0.85
     assert accuracy["reranked"] >= 0.95
+    for name in ("scripts", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for command in (c for c in SCRIPTS if "runs/quickstart/model" in c):
+        done = run(command, tmp_path, threads=None)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.slow
+def test_the_stages_of_the_shapes_in_full(tmp_path):
+    """The README's stage commands as they stand, one after the other: about a quarter of an hour on two cores."""
+    for name in ("scripts", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    stages = [c for c in SCRIPTS if "shapes.yaml" in c] + [c for c in SCRIPTS if "sample.py --prompt" in c]
+    assert len(stages) == 6
+    for command in stages:
+        done = run(command, tmp_path, threads=None)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    (prompt,) = re.findall(r'sample.py --prompt "([^"]+)"', README)
+    pictures = [Image.open(path) for path in sorted((tmp_path / "runs" / "samples").glob("*/0*.png"))]
+    assert len(pictures) == 4
+    assert judge(to_pixels(pictures), [prompt] * 4).any()
