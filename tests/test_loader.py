@@ -99,6 +99,12 @@ def test_spawned_workers_give_the_same_batches():
         assert [batches(step)[0] for step in range(2)] == stream(0, steps=2)
 
 
+def test_starting_workers_draws_nothing_from_the_generator_of_the_training():
+    state = torch.get_rng_state()
+    stream(2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_step_out_of_turn_is_given_all_the_same():
     alone = stream(0)
     with PairsLoader(task(), 6, workers=2) as batches:
@@ -370,7 +376,7 @@ def write_tar(file: Path, bad: dict[int, str]) -> Path:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    with tarfile.open(file) as tar:  # while it is written, members do not know where they lie
+    with tarfile.open(file) as tar:  # only a tar that is read knows where its members lie
         damaged = [tar.getmember(f"{i:02}.png").offset for i, cause in bad.items() if cause == "broken tar member"]
     data = bytearray(file.read_bytes())
     for at in damaged:

@@ -32,6 +32,7 @@ TRANSFORMER = (
 CLIP = "--model.image-size 16 --model.vision-width 32 --model.text-width 32 --data.resolution 24 --eval-pictures 4"
 STEPS = "--steps 2 --train.batch-size 4 --device cpu"
 SMALLER = {  # words put behind a command so that it takes seconds
+    "check_data": "--data.resolution 16",
     "train_tokenizer": "--captions 200",
     "train_dvae": f"{DVAE} {STEPS} --eval-pictures 4",
     "encode_images": "--data.resolution 16 --encode.pictures 20 --device cpu",

@@ -369,7 +369,7 @@ class TestMistakes:
         ("name", "words", "said"),
         [
             ("train_dvae", ("--seed", "1"), "no data: give --data.path FOLDER"),
-            ("train_dvae", ("--data.path", "nowhere"), "no folder nowhere"),
+            ("train_dvae", ("--data.path", "nowhere"), "nothing lies at nowhere; give a folder"),
             ("train_dvae", ("--config", "nowhere.yaml"), r"no configuration file nowhere\.yaml"),
             ("train_dvae", (*TINY_DVAE, "--device", "gpu"), "unknown device 'gpu'; expected auto, cpu"),
             ("train_tokenizer", ("--data.path", "shapes", "--captions", "9", "--text.vocab-size", "200"), "too small"),

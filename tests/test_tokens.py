@@ -390,7 +390,8 @@ def test_another_seed_is_another_cache(greys, tmp_path):
 
 def test_data_that_moved_are_the_same_data(greys):
     def key(path):
-        run = EncodeRun(data=replace(EncodeRun().data, resolution=32, path=path))
+        places = {name: path for name in ("path", "pictures", "held_out_path")}
+        run = EncodeRun(data=replace(EncodeRun().data, resolution=32, **places))
         return stage.Encoder(Brightness(), greys.pairs, run, torch.device("cpu")).plan("w", "d").key
 
     assert key("here") == key("there")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -97,6 +98,7 @@ class Loader:
                     _Steps(self.make), batch_size=None, sampler=range(step, self.steps), num_workers=self.workers,
                     prefetch_factor=self.prefetch, timeout=PATIENCE, multiprocessing_context=self.start_method,
                     pin_memory=self.pin, collate_fn=_as_it_is,
+                    generator=torch.Generator(),  # else starting workers would draw from the one of the training
                 )
             )  # fmt: skip
         try:

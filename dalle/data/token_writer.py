@@ -119,5 +119,6 @@ class TokenWriter:
 
 
 def _strangers(folder: Path) -> list[str]:
-    """What is in a folder besides leftovers of an encoding that stopped at once."""
-    return [path.name for path in folder.iterdir() if not path.name.startswith(".partial-")]
+    """What is in a folder besides leftovers of an encoding that stopped at once, and the plan of a part just ahead."""
+    names = (path.name for path in folder.iterdir())
+    return [name for name in names if name != "plan.json" and not name.startswith(".partial-")]

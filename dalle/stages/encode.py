@@ -121,8 +121,8 @@ class Encoder:
         """What the tokens depend on, all of it."""
         config = self.run.encode
         settings = to_dict(self.run.data)
-        for name in ("path", *FREE_OF_DATA):  # which pictures they are says the hash; they may lie elsewhere
-            settings.pop(name)
+        for name in ("path", "pictures", "held_out_path", *FREE_OF_DATA):
+            settings.pop(name)  # which pictures they are says the hash; they may lie elsewhere
         transform = {"listing": 2, "version": TRANSFORM, "seed": self.run.seed, "precision": self.precision}
         transform["data"] = settings
         pictures = config.pictures if self.pairs.size is None else min(config.pictures, self.pairs.size)

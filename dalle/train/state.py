@@ -136,7 +136,7 @@ def make_directory(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may try at the same time
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}); give another --out, or another path") from None
     return folder
