@@ -22,7 +22,7 @@ LIKENESS = 0.1
 """The difference of two small copies, against what is in the picture, up to which they are the same."""
 SIDE = 32
 """T: of the grey picture whose frequencies are taken, and of small copies."""
-MARGIN = 64.0
+MARGIN = 128.0
 """Of a frequency, in grey levels summed over T x T with cosine weights; flat pictures stay below."""
 
 
