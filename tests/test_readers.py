@@ -208,6 +208,11 @@ def test_merges_as_strings_and_as_pairs():
         assert HuggingFaceTokenizer({"model": {**BPE, "merges": merges}}).encode("aab") == [0, 2]
 
 
+def test_special_tokens_are_read_back_as_nothing():
+    special = [{"id": 3, "content": "<s>", "special": True}]
+    assert HuggingFaceTokenizer({"model": BPE, "added_tokens": special}).decode([3, 0, 3, 1, 3]) == "a b"
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -83,14 +83,12 @@ class HuggingFaceTokenizer(MergeTokenizer):
 
     def _text(self, token: int) -> str:
         """How a token is written, with a space where a word begins or ends."""
-        if token == self._unknown:
-            return UNKNOWN_TEXT
-        text = self._spelling.get(token, "")
+        text = UNKNOWN_TEXT if token == self._unknown else self._spelling.get(token, "")
         if self._suffix:
             return text.removesuffix(self._suffix) + " " * text.endswith(self._suffix)
         if self._byte_level:
             return text
-        return text.replace(MARK, " ") if self._marked else text + " "
+        return text.replace(MARK, " ") if self._marked else text + " " * bool(text)
 
     def to_dict(self) -> dict[str, Any]:
         """What ids depend on, in types that JSON knows."""
@@ -131,7 +129,8 @@ def _merges(model: dict[str, Any]) -> Merges:
     for rank, pair in enumerate(model["merges"]):
         left, right = pair.split(" ") if isinstance(pair, str) else pair
         try:
-            merges[vocab[left], vocab[right]] = rank, vocab[left + right]
+            parts = vocab[left], vocab[right]  # before the whole, which lacks what a part lacks
+            merges[parts] = rank, vocab[left + right]
         except KeyError as error:
             raise ValueError(
                 f"merge {rank} of tokenizer.json, {pair!r}, needs {error}, which its vocabulary lacks"
