@@ -29,6 +29,9 @@ def load_image(source: Path | str | Image.Image) -> Image.Image:
         raise ValueError(f"cannot read {source} as a picture: its values are floats; save it in 8 bits")
     if image.mode in ("I", "I;16", "I;16B", "I;16L"):
         values = np.asarray(image, dtype=np.float64)
+        if values.min() < 0 or values.max() > 65535:
+            reach = f"{values.min():.0f} to {values.max():.0f}"
+            raise ValueError(f"cannot read {source} as a picture: its values go from {reach}; save it in 8 or 16 bits")
         return Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")

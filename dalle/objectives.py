@@ -129,14 +129,25 @@ class TransformerObjective:
 
 @dataclass(frozen=True)
 class CLIPObjective:
-    """Symmetric cross-entropy over the scaled cosines of a batch (Radford et al., Figure 3)."""
+    """Symmetric cross-entropy over the scaled cosines of a batch (Radford et al., Figure 3).
 
-    def __call__(self, model: CLIP, batch: tuple[Tensor, Tensor], step: int) -> Loss:
-        """batch: pixels (B, 3, H, W) in [0, 1] and packed text (B, L)."""
+    A batch may also hold pictures that no caption describes, one beside each pair: then each caption must
+    prefer its picture to all of these too.
+    """
+
+    def __call__(self, model: CLIP, batch: tuple[Tensor, ...], step: int) -> Loss:
+        """batch: pixels (B, 3, H, W) in [0, 1], packed text (B, L), perhaps other pictures (B, 3, H, W)."""
         from open_clip.loss import ClipLoss
 
-        images, text = model.encode_image(batch[0]), model.encode_text(batch[1])
-        scale = model.logit_scale()
-        total = ClipLoss()(images.float(), text.float(), scale)
-        right = (images @ text.T).argmax(dim=1) == torch.arange(len(images), device=images.device)
-        return Loss(total, {"picture_to_caption": right.float().mean(), "logit_scale": scale.detach()})
+        pixels, packed, *others = batch
+        text = model.encode_text(packed).float()
+        images, *spoilt = model.encode_image(torch.cat([pixels, *others])).float().split(len(pixels))
+        scale, own = model.logit_scale(), torch.arange(len(pixels), device=pixels.device)
+        total = ClipLoss()(images, text, scale)
+        right = ((images @ text.T).argmax(dim=1) == own).float().mean()
+        metrics = {"picture_to_caption": right, "logit_scale": scale.detach()}
+        if spoilt:
+            cosines = text @ torch.cat([images, *spoilt]).T  # (B, 2 B): a caption's own picture stands at its number
+            total = total + F.cross_entropy(scale * cosines, own)
+            metrics["whole_over_broken"] = ((images - spoilt[0]) * text).sum(dim=1).gt(0).float().mean()
+        return Loss(total, metrics)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,23 @@ class TestObjective:
         loss = CLIPObjective()(model, (pixels[:1], model.pack_text([[1]])), 0)
         assert loss.total.item() == pytest.approx(0.0, abs=1e-6)
         assert loss.metrics["picture_to_caption"] == 1.0
+
+    def test_pictures_without_a_caption_are_what_each_caption_must_not_prefer(self, model, pixels):
+        """The cross-entropy of each caption over all six pictures comes on top of the symmetric one."""
+        text, others = model.pack_text([[1], [2, 3], [4]]), pixels.flip(3)
+        loss = CLIPObjective()(model, (pixels, text, others), 0)
+        cosines = model.encode_text(text) @ model.encode_image(torch.cat([pixels, others])).T
+        scaled = cosines * model.net.logit_scale.exp()
+        more = -sum(scaled[i, i] - scaled[i].logsumexp(0) for i in range(3)) / 3
+        torch.testing.assert_close(loss.total, CLIPObjective()(model, (pixels, text), 0).total + more)
+        better = sum(cosines[i, i] > cosines[i, i + 3] for i in range(3)) / 3
+        assert loss.metrics["whole_over_broken"] == better
+
+    @pytest.mark.parametrize("pool", ["class", "average"])
+    def test_attention_written_out_is_the_fused_one(self, pool, pixels):
+        model = CLIP(replace(CONFIG, vision_pool=pool)).eval()
+        fused = model.net.encode_image(prepare_pixels(pixels, 16), normalize=True)
+        torch.testing.assert_close(model.encode_image(pixels), fused)
 
     def test_both_towers_and_the_scale_learn(self, model, pixels):
         CLIPObjective()(model, (pixels, model.pack_text([[1], [2, 3], [4]])), 0).total.backward()

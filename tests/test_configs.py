@@ -156,7 +156,8 @@ def shrunk(family: str, size: str):
     else:
         widths = {"embed_width": 8, "vision_width": 16, "text_width": 16, "head_width": 8}
         layers = {"vision_layers": 1, "text_layers": 1, "image_size": 16, "patch_size": 8}
-        changes = {"model": widths | layers | {"text_len": 20, "text_vocab": 400}}
+        model = widths | layers | {"text_len": 20, "text_vocab": 400}
+        changes = {"model": model, "data": {"resolution": 24}}  # twelve cells, so that things can be broken
     data = merge(read_yaml(CONFIGS / family / f"{size}.yaml"), merge(COMMON, changes | {"train": RHYTHM}))
     return from_dict(RUNS[family], data)
 

@@ -94,6 +94,13 @@ def test_16_bits_are_scaled_to_8(tmp_path, suffix):
     assert levels(load_image(saved(image, tmp_path / f"a.{suffix}"))) == [[0, 1, 127, 128, 255]]
 
 
+@pytest.mark.parametrize("value", [-1, 70000])
+def test_more_than_16_bits_are_refused_with_their_range(tmp_path, value):
+    image = Image.fromarray(np.array([[0, value]], dtype=np.int32))
+    with pytest.raises(ValueError, match=r"its values go from .* to .*; save it in 8 or 16 bits"):
+        load_image(saved(image, tmp_path / "a.tif"))
+
+
 def test_cmyk_becomes_rgb(tmp_path):
     loaded = load_image(saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "a.jpg"))
     red, green, blue = loaded.getpixel((4, 4))

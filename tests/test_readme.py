@@ -26,7 +26,7 @@ TRANSFORMER = (
     "--model.depth 2 --model.heads 1 --model.head-width 8 --model.grid 8 8 --model.image-vocab 16 "
     "--model.conv-kernel 3 --eval-pictures 4"
 )
-CLIP = "--model.image-size 16 --model.vision-width 32 --model.text-width 32 --data.resolution 16 --eval-pictures 4"
+CLIP = "--model.image-size 16 --model.vision-width 32 --model.text-width 32 --data.resolution 24 --eval-pictures 4"
 STEPS = "--steps 2 --train.batch-size 4 --device cpu"
 SMALLER = {  # words put behind a command so that it takes seconds
     "train_tokenizer": "--captions 200",
@@ -143,7 +143,7 @@ def tiny_configs(place: Path) -> Path:
         },
         "clip": {
             "steps": 2,
-            "data": {"resolution": 32},
+            "data": {"resolution": 36},
             "model": {"image_size": 32, "vision_width": 32, "text_width": 32},
             "train": {"batch_size": 4},
             "eval_pictures": 4,

@@ -6,12 +6,15 @@ open_clip is imported when a model is built, not before: it takes seconds.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dalle.types import TextCodec, check_pixels
 
@@ -37,6 +40,8 @@ class CLIPConfig:
     """Width of the vision transformer."""
     vision_layers: int = 12
     """Its layers."""
+    vision_pool: Literal["class", "average"] = "class"
+    """What stands for the picture: the state of a class token (Radford et al.), or the average of all patches."""
     text_len: int = 77
     """Text ids, the end mark among them."""
     text_vocab: int = 16384
@@ -80,6 +85,7 @@ class CLIP(nn.Module):
         vision = CLIPVisionCfg(
             layers=config.vision_layers, width=config.vision_width, head_width=config.head_width,
             patch_size=config.patch_size, image_size=config.image_size,
+            pool_type={"class": "tok", "average": "avg"}[config.vision_pool],
         )  # fmt: skip
         text = CLIPTextCfg(
             context_length=config.text_len, vocab_size=config.text_vocab + 2, width=config.text_width,
@@ -100,15 +106,22 @@ class CLIP(nn.Module):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] -> unit vectors (B, E)."""
-        return self.net.encode_image(prepare_pixels(pixels, self.config.image_size), normalize=True)
+        with _attention(pixels.device):
+            return self.net.encode_image(prepare_pixels(pixels, self.config.image_size), normalize=True)
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Packed text (B, L) -> unit vectors (B, E)."""
-        return self.net.encode_text(text, normalize=True)
+        with _attention(text.device):
+            return self.net.encode_text(text, normalize=True)
 
     def logit_scale(self) -> Tensor:
         """The learned factor on cosines, at most 100."""
         return self.net.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+
+
+def _attention(device: torch.device) -> AbstractContextManager:
+    """On a CPU torch's fused attention takes half of a training step at these lengths; written out it is a tenth."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def prepare_pixels(pixels: Tensor, size: int, mean=PIXEL_MEAN, std=PIXEL_STD) -> Tensor:

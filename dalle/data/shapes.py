@@ -126,7 +126,7 @@ def change_one_attribute(scene: Scene, rng: np.random.Generator) -> Scene:
     if what == "colour":
         return _with_thing(scene, which, colour=_other(COLOURS, used, rng))
     if what == "shape":
-        return _with_thing(scene, which, shape=_other(SHAPES, {scene.things[which].shape}, rng))
+        return other_shape(scene, which, rng)
     if what == "place":
         return replace(scene, place=_other(PLACES, {scene.place}, rng))
     if what == "size":
@@ -134,6 +134,11 @@ def change_one_attribute(scene: Scene, rng: np.random.Generator) -> Scene:
     turned = replace(scene, relation=_other(RELATIONS, {scene.relation}, rng))
     swapped = replace(scene, things=scene.things[::-1])
     return (turned, swapped)[rng.integers(2)]
+
+
+def other_shape(scene: Scene, which: int, rng: np.random.Generator) -> Scene:
+    """The scene with another shape for one of its things."""
+    return _with_thing(scene, which, shape=_other(SHAPES, {scene.things[which].shape}, rng))
 
 
 def _other(names: Sequence[str] | dict, used: set, rng: np.random.Generator) -> str:
@@ -299,12 +304,15 @@ class ShapesPairs:
                 return scene
         return draw_scene(rng, self.split)  # a held-out scene may have no held-out neighbour
 
-    def pixels(self, indices: Sequence[int], augment: str = "none", seed: int = 0) -> np.ndarray:
-        """float32 (B, 3, R, R) in [0, 1]; drawn pictures are never cropped."""
+    def drawn(self, indices: Sequence[int]) -> tuple[list[Scene], np.ndarray]:
+        """The scenes of pictures and where their things stand, (B, K, 3) as `draw_layout`."""
         generators = [self._generator(index) for index in indices]
         scenes = [self._draw(index, rng) for index, rng in zip(indices, generators, strict=True)]
-        boxes = np.stack([draw_layout(s, rng) for s, rng in zip(scenes, generators, strict=True)])
-        return render(scenes, boxes, self.resolution)
+        return scenes, np.stack([draw_layout(s, rng) for s, rng in zip(scenes, generators, strict=True)])
+
+    def pixels(self, indices: Sequence[int], augment: str = "none", seed: int = 0) -> np.ndarray:
+        """float32 (B, 3, R, R) in [0, 1]; drawn pictures are never cropped."""
+        return render(*self.drawn(indices), self.resolution)
 
     def captions(self, indices: Sequence[int]) -> list[list[str]]:
         """All wordings of each picture."""

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from dalle.clip import CLIP, CLIPConfig
 from dalle.data import PairsConfig, open_pairs, pixels_of_samples
 from dalle.data.order import samples_of_step
+from dalle.data.shapes_broken import broken_pictures
 from dalle.models import build, describe
 from dalle.objectives import CLIPObjective
 from dalle.rng import generator
@@ -43,6 +44,8 @@ class CLIPRun(TrainingRun):
     """Pictures and captions."""
     siblings: bool = False
     """Every second pair differs from the one before in one attribute; shapes only."""
+    broken: bool = False
+    """Beside each picture stands one with a thing out of shape, which its caption must not prefer; shapes only."""
     model: CLIPConfig = CLIPConfig()
     """Shape of both towers."""
     objective: CLIPObjective = CLIPObjective()
@@ -73,15 +76,20 @@ def train_clip(run: CLIPRun) -> Path:
     if run.compile:
         compile_parts(model)
 
-    def batches(step: int) -> tuple[Tensor, Tensor]:
-        samples = list(samples_of_step(step, run.train.batch_size, pairs.size, run.seed))
-        return pairs_batch(pairs, samples, model, text, run.seed)
+    def batch_of(pairs: Pairs, samples: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+        batch = pairs_batch(pairs, samples, model, text, run.seed)
+        if not run.broken:
+            return batch
+        return *batch, torch.from_numpy(broken_pictures(pairs, [index for _, index in samples]))
+
+    def batches(step: int) -> tuple[Tensor, ...]:
+        return batch_of(pairs, list(samples_of_step(step, run.train.batch_size, pairs.size, run.seed)))
 
     count = min(run.eval_pictures, held_out.size or run.eval_pictures)
-    pixels, packed = pairs_batch(held_out, [(0, i) for i in range(count)], model, text, run.seed)
+    measured = tuple(tensor.to(device) for tensor in batch_of(held_out, [(0, i) for i in range(count)]))
 
     def evaluate(model: CLIP, step: int) -> dict[str, float]:
-        loss = run.objective(model, (pixels.to(device), packed.to(device)), step)
+        loss = run.objective(model, measured, step)
         return {"loss": float(loss.total), **{name: float(value) for name, value in loss.metrics.items()}}
 
     links = {"text": text.to_dict(), "text_hash": text.hash, "data": pairs.hash}
