@@ -28,7 +28,7 @@ def test_half_precision_is_emulated_where_figure_4_has_it():
 def test_one_scale_follows_the_rules_of_the_usual_scaler():
     scale = OneScale(nn.Linear(2, 2))
     theirs = torch.amp.GradScaler("cpu")
-    assert scale.values.item() == theirs.get_scale.__self__._init_scale == 2.0**16
+    assert scale.values.item() == theirs.get_scale() == 2.0**16
     scale.update(torch.tensor([False]))
     assert scale.values.item() == 2.0**16 * theirs.get_backoff_factor()
     for _ in range(theirs.get_growth_interval() - 1):

@@ -26,7 +26,7 @@ from dalle.train.ema import AveragedWeights, EMAConfig
 from dalle.train.log import peak_memory
 from dalle.train.loop import gradient_scales, train_step
 from dalle.train.optim import OptimizerConfig, build_optimizers
-from dalle.train.precision import Precision, autocast, compile_parts, resolve_device, resolve_precision
+from dalle.train.precision import Precision, compile_parts, resolve_device, resolve_precision
 from dalle.train.schedules import Schedule
 from dalle.train.state import TrainState, make_directory
 from dalle.transformer import TransformerConfig
@@ -141,10 +141,12 @@ class OurStep:
 
     def facts(self) -> dict[str, Any]:
         """What is timed."""
-        with autocast(self.precision, self.ids.device):
-            backends = self.model.backends()
-        parameters = sum(p.numel() for p in self.model.parameters())
-        return {"parameters": parameters, "precision": self.precision, "attention": backends, "flops": self.flops}
+        return {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "precision": self.precision,
+            "attention": self.model.backends(),
+            "flops": self.flops,
+        }
 
 
 def _executed(step: Any, compiled: bool) -> int | None:
