@@ -5,7 +5,6 @@ python scripts/benchmark.py train --size 120m --precision bf16 --json report.jso
 python scripts/benchmark.py train --against dalle-pytorch --precision fp32
 python scripts/benchmark.py attention --heads 4
 python scripts/benchmark.py memory --size 60m
-python scripts/benchmark.py underflow
 python scripts/benchmark.py scales --run runs/transformer --picture scales.png
 """
 
@@ -16,13 +15,11 @@ from dalle.stages.attention import AttentionBenchmark, benchmark_attention
 from dalle.stages.benchmark import TrainBenchmark, benchmark_training
 from dalle.stages.memory import MemoryBenchmark, benchmark_memory
 from dalle.stages.plots import ScalesPicture, draw_scales
-from dalle.stages.underflow import UnderflowExperiment, run_underflow
 
 BENCHMARKS = {
     "train": (TrainBenchmark, benchmark_training),
     "attention": (AttentionBenchmark, benchmark_attention),
     "memory": (MemoryBenchmark, benchmark_memory),
-    "underflow": (UnderflowExperiment, run_underflow),
     "scales": (ScalesPicture, draw_scales),
 }
 
