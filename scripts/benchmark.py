@@ -6,7 +6,6 @@ python scripts/benchmark.py train --against dalle-pytorch --precision fp32
 python scripts/benchmark.py data --sources my/pictures my/tars --workers 0 2 --resolutions 64 256
 python scripts/benchmark.py attention --heads 4
 python scripts/benchmark.py memory --size 60m
-python scripts/benchmark.py underflow
 python scripts/benchmark.py scales --run runs/transformer --picture scales.png
 """
 
@@ -18,14 +17,12 @@ from dalle.stages.benchmark import TrainBenchmark, benchmark_training
 from dalle.stages.benchmark_data import DataBenchmark, benchmark_data
 from dalle.stages.memory import MemoryBenchmark, benchmark_memory
 from dalle.stages.plots import ScalesPicture, draw_scales
-from dalle.stages.underflow import UnderflowExperiment, run_underflow
 
 BENCHMARKS = {
     "train": (TrainBenchmark, benchmark_training),
     "data": (DataBenchmark, benchmark_data),
     "attention": (AttentionBenchmark, benchmark_attention),
     "memory": (MemoryBenchmark, benchmark_memory),
-    "underflow": (UnderflowExperiment, run_underflow),
     "scales": (ScalesPicture, draw_scales),
 }
 

@@ -1,6 +1,7 @@
 """The benchmark runs and reports, and its operations are counted right."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -15,7 +16,7 @@ from dalle.stages.benchmark import TrainBenchmark, benchmark_training
 from dalle.stages.dalle_pytorch import DallePytorchStep
 from dalle.stages.memory import VARIANTS, MemoryBenchmark, benchmark_memory, plain_cross_entropies
 from dalle.stages.plots import ScalesPicture, draw_scales
-from dalle.train.log import JSONLines
+from dalle.train.log import JSONLines, peak_memory
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.losses import cross_entropies
 from dalle.transformer.sizes import training_flops
@@ -142,6 +143,15 @@ def test_plain_losses_equal_the_chunked_ones():
     nn.init.normal_(model.to_logits.weight)
     ids = model.layout.pack(model.layout.pad_text([[3, 1], [], [5]]), torch.randint(13, (3, 16)))
     torch.testing.assert_close(plain_cross_entropies(model, ids), cross_entropies(model, ids, 20))
+
+
+def test_peak_memory_of_a_process_is_not_that_of_its_parent():
+    """Linux hands the parent's peak on to `getrusage` of the child, which would hide what a variant saves."""
+    ballast = torch.ones(2**28)
+    program = "from dalle.train.log import peak_memory; print(peak_memory())"
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 0 < float(child.stdout) < peak_memory() - 0.25
+    del ballast
 
 
 class Inline:

@@ -50,7 +50,7 @@ def attend(
     Raises:
         ValueError: an unknown backend, or one that the device cannot run.
     """
-    backend = resolve(backend, pattern, q.shape[2], q.device, q.dtype, q.shape[3])
+    backend = resolve(backend, pattern, q.shape[2], q.device, q.shape[3])
     return attend_by(backend, q, k, v, pattern, start, transposed)
 
 
@@ -76,9 +76,7 @@ def attend_by(
     return _scores(q, k, mask).softmax(-1).to(v.dtype) @ v
 
 
-def resolve(
-    backend: str, pattern: Pattern, queries: int, device: torch.device, dtype: torch.dtype, head_width: int
-) -> str:
+def resolve(backend: str, pattern: Pattern, queries: int, device: torch.device, head_width: int) -> str:
     """The backend that computes so many queries: "auto" by `choose`, parts of a stream by dense or sdpa.
 
     Raises:
@@ -87,7 +85,7 @@ def resolve(
     if backend not in CHOICES:
         raise ValueError(f"unknown attention backend {backend!r}; expected one of {', '.join(CHOICES)}")
     if backend == "auto":
-        backend = choose(pattern.kind, device, dtype, head_width)
+        backend = choose(pattern.kind, device)
     if backend == "flex" and (refusal := flex_refusal(device, head_width)):
         raise ValueError(refusal)
     if queries < pattern.layout.length:
@@ -95,17 +93,13 @@ def resolve(
     return "dense" if backend == "blocks" and pattern.kind == "causal" else backend
 
 
-def choose(kind: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
+def choose(kind: str, device: torch.device) -> str:
     """What "auto" takes for a whole stream.
 
-    Causal layers: torch's fused causal kernel. Sparse layers: on CUDA in 16 bit `flex`, whose blocks skip two
-    thirds of the pairs; everywhere else `blocks`, the fastest measured on CPUs (LOG.md).
+    Causal layers: torch's fused causal kernel. Sparse layers: on a CPU `blocks`, the fastest measured there
+    (LOG.md); elsewhere torch's kernel under a mask, until `flex` and `blocks` have been measured on a GPU.
     """
-    if kind == "causal":
-        return "sdpa"
-    if device.type == "cuda" and dtype != torch.float32 and flex_refusal(device, head_width) is None:
-        return "flex"
-    return "blocks"
+    return "blocks" if kind != "causal" and device.type == "cpu" else "sdpa"
 
 
 def wants_transposed(backend: str, pattern: Pattern) -> bool:

@@ -23,8 +23,10 @@ def flex_attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     Raises:
         ValueError: gradients are wanted on a CPU, for which FlexAttention has none.
     """
-    if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise ValueError(f"backend flex has no gradients on cpu; {REMEDY}")
+    if q.device.type == "cpu":
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise ValueError(f"backend flex has no gradients on cpu; {REMEDY}")
+        q, k, v = q.detach(), k.detach(), v.detach()  # it refuses such tensors even where no gradient is recorded
     # on CUDA a compiled kernel, by whoever compiles the layer or by us; on CPU the same rule over all pairs
     plain = q.device.type == "cpu" or torch.compiler.is_compiling()
     return (flex_attention if plain else _compiled())(q, k, v, block_mask=pattern.blocks(q.device))

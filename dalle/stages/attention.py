@@ -63,10 +63,9 @@ def benchmark_attention(run: AttentionBenchmark) -> dict[str, Any]:
     works |= {(f"causal {name}", "causal"): _work(name, "causal", run, inputs) for name in causal}
     rounds = [{key: seconds_of(work, device) for key, work in works.items()} for _ in range(run.rounds + 3)][3:]
     mixes = [_mix(times, counts) for times in rounds]
-    head_width = run.model.head_width
     report = {
         "layers": dict(counts),
-        "chosen_by_auto": {kind: choose(kind, device, DTYPES[precision], head_width) for kind in counts},
+        "chosen_by_auto": {kind: choose(kind, device) for kind in counts},
         "seconds_of_the_mix": {name: statistics.median(mix[name] for mix in mixes) for name in mixes[0]},
         "times_as_fast": {
             f"{ours} as {theirs}": statistics.median(mix[theirs] / mix[ours] for mix in mixes)
@@ -74,7 +73,12 @@ def benchmark_attention(run: AttentionBenchmark) -> dict[str, Any]:
             for theirs in (f"causal {name}" for name in causal)
         },
         "seconds_of_a_layer": {" ".join(key): statistics.median(times[key] for times in rounds) for key in works},
-        "shape": {"batch": run.batch_size, "heads": run.heads, "slots": run.model.layout.length, "width": head_width},
+        "shape": {
+            "batch": run.batch_size,
+            "heads": run.heads,
+            "slots": run.model.layout.length,
+            "width": run.model.head_width,
+        },
         "precision": precision,
         "hardware": hardware(device),
     }
@@ -99,7 +103,7 @@ def _work(backend: str, kind: str, run: AttentionBenchmark, inputs: list[Tensor]
     """Forward and backward of one layer, its image states in the order in which the model hands them over."""
     pattern = Pattern(kind, run.model.layout, run.model.conv_kernel)
     q, k, v, gradient = inputs
-    backend = resolve(backend, pattern, q.shape[2], q.device, q.dtype, q.shape[3])
+    backend = resolve(backend, pattern, q.shape[2], q.device, q.shape[3])
     transposed = wants_transposed(backend, pattern)
     return lambda: torch.autograd.grad(attend_by(backend, q, k, v, pattern, 0, transposed), (q, k, v), gradient)
 

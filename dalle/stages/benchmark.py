@@ -22,7 +22,7 @@ from dalle.objectives import TransformerObjective
 from dalle.stages.dalle_pytorch import MIX, DallePytorchStep
 from dalle.stages.measure import Stepper, hardware, matmul_rate, save_report, seconds_of
 from dalle.train.log import peak_memory
-from dalle.train.precision import Precision, autocast, resolve_device, resolve_precision
+from dalle.train.precision import Precision, resolve_device, resolve_precision
 from dalle.train.state import make_directory
 from dalle.transformer import TransformerConfig
 from dalle.transformer.sizes import SIZES, training_flops
@@ -131,10 +131,12 @@ class OurStep:
 
     def facts(self) -> dict[str, Any]:
         """What is timed."""
-        with autocast(self.precision, self.ids.device):
-            backends = self.model.backends()
-        parameters = sum(p.numel() for p in self.model.parameters())
-        return {"parameters": parameters, "precision": self.precision, "attention": backends, "flops": self.flops}
+        return {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "precision": self.precision,
+            "attention": self.model.backends(),
+            "flops": self.flops,
+        }
 
 
 def _executed(step: Any, compiled: bool) -> int | None:

@@ -74,20 +74,6 @@ def plot_scales(run: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=100)
 
 
-def plot_underflow(lines: dict[str, list[dict[str, Any]]], picture: Path) -> None:
-    """Left the loss of each run against updates; right the share of zero gradients at the start, by resblock."""
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    loss, zeros = figure.subplots(1, 2)
-    for name, run in lines.items():
-        loss.plot([line["step"] for line in run], [line["nats"] for line in run], linewidth=1, label=name)
-        shares = np.mean([line["zero_share"] for line in run[:3]], axis=0)
-        zeros.plot(range(1, len(shares) + 1), shares, linewidth=1, label=name)
-    _label(loss, "loss, nats", "update")
-    _label(zeros, "share of gradients that are zero", "resblock")
-    loss.legend(fontsize=8)
-    figure.savefig(picture, dpi=100)
-
-
 def _shades(count: int) -> Sequence[Any]:
     return colormaps["viridis"](np.linspace(0, 0.95, count))
 

@@ -18,7 +18,7 @@ from dalle.stages.encode import take_image_tokenizer
 from dalle.stages.runs import TrainingRun, take, take_text
 from dalle.text import MergeTokenizer, TextTokenizerConfig
 from dalle.train import TrainConfig, fit
-from dalle.train.precision import autocast, compile_parts, resolve_device, resolve_precision
+from dalle.train.precision import compile_parts, resolve_device
 from dalle.transformer import TransformerConfig
 
 
@@ -110,8 +110,8 @@ def train_transformer(run: TransformerRun) -> Path:
     check_inputs(run, text, cache)
     torch.manual_seed(run.seed)
     model = build("transformer", run.model).to(device)
-    with autocast(resolve_precision(run.train.precision, device), device):  # refuses, before any work, what cannot run
-        print("attention: " + ", ".join(f"{kind} by {backend}" for kind, backend in model.backends().items()))
+    # `backends` refuses, before any work, what cannot run
+    print("attention: " + ", ".join(f"{kind} by {backend}" for kind, backend in model.backends().items()))
     if run.compile:
         compile_parts(model)
     batches = TokenBatches(cache, text, model.layout, run)

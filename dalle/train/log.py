@@ -1,6 +1,7 @@
 """What a run tells: a line of JSON per logged step, a progress bar, and names for what went wrong."""
 
 import json
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -44,9 +45,12 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def peak_memory(device: torch.device | None = None) -> float:
-    """Largest memory so far in GiB: of a CUDA device, else of this process."""
+    """Largest memory so far in GiB: of a CUDA device, else of this process, without that of the one that started it."""
     if device is not None and device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    status = Path("/proc/self/status")  # Linux, where getrusage starts at the parent's peak
+    if status.is_file() and (found := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
+        return round(int(found[1]) / 2**20, 2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)
 

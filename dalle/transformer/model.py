@@ -135,19 +135,13 @@ class Transformer(nn.Module):
         return self.final_norm(x)
 
     def backends(self, slots: int | None = None) -> dict[str, str]:
-        """What computes the attention of each kind, here and under the present autocast, for a call of so many slots.
+        """What computes the attention of each kind, on the model's device, for a call of so many slots.
 
         Raises:
             ValueError: the device cannot run the backend that the configuration names.
         """
-        c, device, dtype = self.config, self.to_logits.weight.device, self._dtype()
-        slots = slots or self.layout.length
-        return {k: resolve(c.backend, p, slots, device, dtype, c.head_width) for k, p in self.patterns.items()}
-
-    def _dtype(self) -> torch.dtype:
-        """What matrix products are computed in."""
-        device = self.to_logits.weight.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.to_logits.weight.dtype
+        c, device, slots = self.config, self.to_logits.weight.device, slots or self.layout.length
+        return {kind: resolve(c.backend, p, slots, device, c.head_width) for kind, p in self.patterns.items()}
 
     def embed(self, inputs: Tensor, start: int = 0) -> Tensor:
         """Token plus position: text slots have one embedding each, image slots row + column.
@@ -185,7 +179,9 @@ class Transformer(nn.Module):
 
     def caches(self, batch: int) -> list[LayerCache]:
         """Empty caches, one a layer, for `batch` streams; in autocast's number format where it is on."""
-        c, like = self.config, self.to_logits.weight.new_empty(0, dtype=self._dtype())
+        c, like = self.config, self.to_logits.weight
+        if torch.is_autocast_enabled(like.device.type):
+            like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
         return [LayerCache.empty(batch, c.heads, self.layout.length, c.head_width, like) for _ in self.layers]
 
 
