@@ -64,7 +64,7 @@ eval_pictures: 4
     "clip": """\
 steps: 2
 device: cpu
-data: {path: shapes, resolution: 32}
+data: {path: shapes, resolution: 36}
 model:
   embed_width: 8
   image_size: 32
