@@ -645,3 +645,13 @@ def test_many_tars_are_indexed_by_several_processes(tmp_path):
     source = open_source(tmp_path)
     assert [source.name(i) for i in (0, 1, 33)] == ["00.tar/a", "00.tar/b", "16.tar/b"]
     assert level(source.read(33).picture) == 17
+
+
+@pytest.mark.parametrize("write", [folder, one_tar, tars])
+def test_a_part_that_a_set_does_not_have_is_refused(tmp_path, write):
+    place = write(tmp_path)
+    with pytest.raises(ValueError, match="has no part of its own for evaluation"):
+        open_source(place, part="held_out")
+    with pytest.raises(ValueError, match="unknown part 'val'; expected one of all, train, held_out"):
+        open_source(place, part="val")
+    assert len(open_source(place, part="train")) == COUNT

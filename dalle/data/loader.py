@@ -155,14 +155,13 @@ class PairsLoader(Loader):
     ):
         opening: Sequence[Skip] = getattr(task.pairs, "skipped", ())
         self.skipped = Skipped(log, task.pairs.size, opening, max_skipped)
-        count = workers if workers >= 0 else 0 if task.pairs.size is None else useful_workers()
 
         def take(step: int, item: tuple[Any, list[Skip]]) -> Any:
             made, skips = item
             self.skipped.add(skips, step, (step + 1) * task.batch_size)
             return receive(made)
 
-        super().__init__(task, steps, count, prefetch, take, pin=pin)
+        super().__init__(task, steps, worker_count(workers, task.pairs.size), prefetch, take, pin=pin)
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
@@ -170,8 +169,13 @@ class PairsLoader(Loader):
             tqdm.write(f"note: {self.skipped}")
 
 
-def useful_workers() -> int:
-    """One for each core that this process may use but one, eight at most."""
+def worker_count(asked: int, size: int | None) -> int:
+    """As many as asked for; for -1 one for each core that this process may use but one, eight at most, and none for
+    an endless set (size None), which is drawn and not read."""
+    if asked >= 0:
+        return asked
+    if size is None:
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, cores - 1)
 

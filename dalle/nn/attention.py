@@ -6,7 +6,8 @@
     flex     FlexAttention over blocks of visible pairs (dalle/nn/flex.py); gradients on CUDA only
     auto     one of these, by `choose`
 
-All are equal in value and gradient (tests/test_attention.py).
+All are equal in value and gradient (tests/test_attention.py); of flex the values on a CPU have been seen to be, its
+gradients are tested where there is a GPU.
 
     B batch, H heads, Q queries, K keys, d width of a head, T text_len
     G groups of M image queries that share their L near keys

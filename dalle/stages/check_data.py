@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dalle.data import PairsConfig, open_source
 from dalle.data.examine import Examiner, Findings, decoded, examine, find_duplicates, tile
 from dalle.data.filters import PAPER_FILTERS, FiltersConfig, language_detector
-from dalle.data.loader import useful_workers
+from dalle.data.loader import worker_count
 from dalle.data.skipped import Skipped, check_share
 from dalle.images import captioned_sheet
 from dalle.layout import TokenLayout
@@ -73,7 +73,7 @@ def check_data(run: CheckRun) -> dict[str, Any]:
     out = make_directory(run.out or ROOT / "check")
     if run.drop_list:
         make_directory(run.drop_list.parent)
-    workers = useful_workers() if run.data.workers < 0 else run.data.workers
+    workers = worker_count(run.data.workers, len(source))
     text = take_text(run.tokenizer) if run.tokenizer else None
     tiles = {i * len(source) // run.sheet for i in range(run.sheet)}
     examiner = Examiner(source, _known(run.data.filters), text, tiles)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dalle.config import to_dict
 from dalle.data import Loader, PairsConfig, TokenCache, open_pairs
-from dalle.data.loader import useful_workers
+from dalle.data.loader import worker_count
 from dalle.data.skipped import Skipped
 from dalle.data.token_writer import TokenWriter
 from dalle.data.tokens import TokenPlan
@@ -138,9 +138,10 @@ class Encoder:
         done = sorted(set(writer.own()) - set(missing))
         counts = [sum(len(writer.plan.numbers(shard)) for shard in part) for part in (done, writer.own())]
         seen, step = counts[0], 0
+        data = self.run.data
         with (
             tqdm(total=counts[1], initial=seen, desc="tokens", unit="picture", disable=None) as bar,
-            Loader(task, len(task), self._workers(), self.run.data.prefetch) as load,
+            Loader(task, len(task), worker_count(data.workers, self.pairs.size), data.prefetch) as load,
         ):
             for shard in missing:
                 found = Pictures(self.crops, self.side**2)
@@ -153,10 +154,6 @@ class Encoder:
                         step += 1
                     bar.update(len(numbers))
                 yield shard, found.whole()
-
-    def _workers(self) -> int:
-        workers = self.run.data.workers
-        return workers if workers >= 0 else 0 if self.pairs.size is None else useful_workers()
 
     def _encode(self, batch: Batch) -> Tensor:
         """int64 (b, rows * columns)."""

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -38,7 +39,7 @@ def apply_merges(symbols: list[int], merges: Merges, skip: Callable[[], bool]) -
         symbols[at : at + 2] = [merged]
 
 
-class MergeTokenizer:
+class MergeTokenizer(ABC):
     """Captions to ids. A subclass splits, spells, decodes, and holds itself as plain data.
 
     Args:
@@ -52,26 +53,26 @@ class MergeTokenizer:
         self._merges = merges
         self._encode_piece = lru_cache(CACHED_PIECES)(self._encode_piece_uncached)
 
+    @abstractmethod
     def pieces(self, caption: str) -> list[str]:
         """What merges never cross."""
-        raise NotImplementedError
 
+    @abstractmethod
     def symbols(self, piece: str) -> list[int]:
         """The ids of a piece before merging."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """A readable caption."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """All there is to it, in types that JSON knows, as a checkpoint holds it."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def from_dict(cls, data: dict[str, Any]) -> "MergeTokenizer":
         """The inverse of to_dict; ValueError if data is anything else."""
-        raise NotImplementedError
 
     def __reduce__(self):
         return type(self).from_dict, (self.to_dict(),)

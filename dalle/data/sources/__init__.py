@@ -22,6 +22,8 @@ __all__ = [
     "open_source",
 ]
 
+PARTS = ("all", "train", "held_out")
+
 
 def open_source(
     path: str | Path,
@@ -46,9 +48,13 @@ def open_source(
         cache: where the indexes of tars and tables lie; see `take_index`.
 
     Raises:
-        ValueError: nothing there, or nothing to read in it; says what was expected.
+        ValueError: nothing there, nothing to read in it, or no such part; says what was expected.
     """
+    if part not in PARTS:
+        raise ValueError(f"unknown part {part!r}; expected one of {', '.join(PARTS)}")
     place = find_place(str(path), kind)
+    if part == "held_out" and not has_parts(str(path), kind):
+        raise ValueError(f"{path} has no part of its own for evaluation (val*.tar, a split validation); open all of it")
     if place.kind == "folder":
         return FolderSource(Path(place.path), caption_column)
     if place.kind == "hub":
