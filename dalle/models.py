@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from dalle.clip import CLIP, CLIPConfig
 from dalle.config import from_dict, to_dict
 from dalle.dvae import DVAE, DVAEConfig
+from dalle.files import read_json, read_tensors, write_tensors
+from dalle.train.checkpoint import check_meta, latest_checkpoint
 from dalle.train.ema import corrected
-from dalle.train.state import check_meta, latest_checkpoint, load_strict, read_json, read_tensors, write_tensors
+from dalle.train.state import load_strict
 from dalle.transformer import Transformer, TransformerConfig
 
 KINDS: dict[str, tuple[type, type[nn.Module]]] = {

@@ -17,12 +17,13 @@ from tqdm import tqdm
 from dalle.clip import CLIP, CLIPScorer
 from dalle.config import to_dict
 from dalle.dvae import DVAE
+from dalle.files import make_directory, read_json, write_json
 from dalle.images import load_image, sheet, shorter_side, to_pil, to_pixels
 from dalle.models import Part, load_part, save_weights, weights_hash
 from dalle.rerank import rank
 from dalle.sampling import check_sampling, uniforms
 from dalle.text import MergeTokenizer, load_text, text_from_dict
-from dalle.train.state import FORMAT, check_meta, make_directory, read_json, write_json
+from dalle.train.checkpoint import FORMAT, check_meta
 from dalle.transformer import Transformer
 from dalle.transformer.generate import draw_tokens
 from dalle.types import ImageTokenizer, Scorer

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"config", "types"},
-    {"rng", "layout", "masks", "sampling", "images"},
+    {"files", "rng", "layout", "masks", "sampling", "images"},
     {"nn"},
     {"text", "dvae", "transformer", "clip", "data", "train"},
     {"objectives", "rerank", "models", "pretrained", "evals", "pipeline"},

@@ -19,8 +19,8 @@ from dalle.data.decode import decode, open_picture
 from dalle.data.pairs import SourcePairs
 from dalle.data.skipped import CAUSES, Skipped, Unusable
 from dalle.stages.dvae import train_dvae
+from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.log import read_log
-from dalle.train.state import latest_checkpoint
 from dalle.types import Record, Skip
 
 

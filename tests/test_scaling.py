@@ -9,12 +9,13 @@ from torch import nn
 
 from dalle.nn.blocks import Resblock, scale_gradient
 from dalle.objectives import TransformerObjective
+from dalle.train.checkpoint import restore, save_checkpoint
 from dalle.train.ema import AveragedWeights, EMAConfig
-from dalle.train.loop import gradient_scales, train_step
 from dalle.train.optim import OptimizerConfig, build_optimizers
 from dalle.train.scaling import GradientScales
 from dalle.train.schedules import Schedule
-from dalle.train.state import TrainState, restore, save_checkpoint
+from dalle.train.state import TrainState
+from dalle.train.step import gradient_scales, train_step
 from dalle.transformer import Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from dalle.data import TokenCache
+from dalle.files import read_json
 from dalle.models import load_part
 from dalle.pipeline import DALLE
 from dalle.stages import quickstart as stage
@@ -28,7 +29,7 @@ from dalle.stages.evaluate import EvaluateRun
 from dalle.stages.quickstart import QuickstartRun
 from dalle.stages.tokenizer import train_tokenizer
 from dalle.train import loop
-from dalle.train.state import latest_checkpoint, read_json
+from dalle.train.checkpoint import latest_checkpoint
 
 PROJECT = Path(__file__).parents[1]
 CONFIGS = PROJECT / "configs"

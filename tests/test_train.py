@@ -26,11 +26,12 @@ from dalle.stages.dvae import train_dvae
 from dalle.stages.encode import encode_images
 from dalle.stages.transformer import TokenBatches, train_transformer
 from dalle.text import TextTokenizer
-from dalle.train import Schedule, TrainConfig, fit, loop, state
+from dalle.train import Schedule, TrainConfig, checkpoint, fit, loop
+from dalle.train.checkpoint import latest_checkpoint, restore
 from dalle.train.ema import AveragedWeights, EMAConfig, corrected
 from dalle.train.log import JSONLines, read_log
 from dalle.train.optim import OptimizerConfig, build_optimizers
-from dalle.train.state import TrainState, latest_checkpoint, restore
+from dalle.train.state import TrainState
 from dalle.types import Batch, Loss
 
 STAGES = {"dvae": train_dvae, "transformer": train_transformer, "clip": train_clip}
@@ -282,10 +283,10 @@ def crash(monkeypatch):
 
     def arm(where: str, n: int) -> None:
         owner, name = {
-            "write_tensors": (state, "write_tensors"),
-            "replace": (state.os, "replace"),
-            "sync": (state.os, "fsync"),
-            "rmtree": (state.shutil, "rmtree"),
+            "write_tensors": (checkpoint, "write_tensors"),
+            "replace": (os, "replace"),
+            "sync": (os, "fsync"),
+            "rmtree": (shutil, "rmtree"),
         }[where]
         whole, calls = getattr(owner, name), 0
 
@@ -337,7 +338,7 @@ def test_there_are_no_writes_that_the_crashes_above_miss(tmp_path, monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(state, "write_tensors", counting("write_tensors", state.write_tensors))
+    monkeypatch.setattr(checkpoint, "write_tensors", counting("write_tensors", checkpoint.write_tensors))
     monkeypatch.setattr(os, "replace", counting("replace", os.replace))
     monkeypatch.setattr(os, "fsync", counting("sync", os.fsync))
     fit_line(tmp_path, steps=1)

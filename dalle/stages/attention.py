@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle.files import make_directory
 from dalle.nn.attention import CHOICES, attend_by, choose, resolve, wants_transposed
 from dalle.nn.pattern import Pattern
 from dalle.stages.measure import DTYPES, hardware, save_report, seconds_of
 from dalle.train.precision import Precision, resolve_device, resolve_precision
-from dalle.train.state import make_directory
 from dalle.transformer import TransformerConfig
 
 

@@ -17,13 +17,13 @@ from typing import Any, Literal
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dalle.files import make_directory
 from dalle.nn.attention import CHOICES
 from dalle.objectives import TransformerObjective
 from dalle.stages.dalle_pytorch import MIX, DallePytorchStep
 from dalle.stages.measure import Stepper, hardware, matmul_rate, save_report, seconds_of
 from dalle.train.log import peak_memory
 from dalle.train.precision import Precision, resolve_device, resolve_precision
-from dalle.train.state import make_directory
 from dalle.transformer import TransformerConfig
 from dalle.transformer.sizes import SIZES, training_flops
 

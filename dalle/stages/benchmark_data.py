@@ -24,6 +24,7 @@ from dalle.data.shapes import ShapesPairs
 from dalle.data.token_writer import TokenWriter
 from dalle.data.tokens import TokenPlan
 from dalle.dvae import DVAEConfig
+from dalle.files import make_directory
 from dalle.layout import TokenLayout
 from dalle.objectives import DVAEObjective, TransformerObjective
 from dalle.stages.measure import Stepper, hardware, save_report, seconds_of
@@ -31,9 +32,8 @@ from dalle.stages.runs import take_text
 from dalle.stages.transformer import TokenBatches, TransformerRun
 from dalle.text import MergeTokenizer, TextTokenizerConfig, train_text_tokenizer
 from dalle.train import TrainConfig
-from dalle.train.loop import to_device
 from dalle.train.precision import Precision, resolve_device, resolve_precision
-from dalle.train.state import make_directory
+from dalle.train.step import to_device
 from dalle.transformer import TransformerConfig
 from dalle.types import Batch
 

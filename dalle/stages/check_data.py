@@ -16,11 +16,11 @@ from dalle.data.examine import Examiner, Findings, decoded, examine, find_duplic
 from dalle.data.filters import PAPER_FILTERS, FiltersConfig, language_detector
 from dalle.data.loader import worker_count
 from dalle.data.skipped import Skipped, check_share
+from dalle.files import make_directory, write_json, write_text
 from dalle.images import captioned_sheet
 from dalle.layout import TokenLayout
 from dalle.stages.runs import ROOT, take_text
 from dalle.stages.summary import aspect, counts_of, plain, said, share, summary, tell_bars, tell_summary
-from dalle.train.state import make_directory, write_json, write_text
 from dalle.types import Skip, Source
 
 NAMED = 100

@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dalle.data.published import Format, Naming, Published, published_files, read_published
-from dalle.train.state import make_directory
+from dalle.files import make_directory
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MEMORY = 65536  # KiB that the database keeps

@@ -16,9 +16,9 @@ from dalle.rng import generator
 from dalle.stages.runs import TrainingRun, loader
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
-from dalle.train.loop import step_seed
 from dalle.train.optim import OptimizerConfig
 from dalle.train.precision import Precision, compile_parts, resolve_device
+from dalle.train.step import step_seed
 from dalle.types import Batch
 
 PAPER_TRAINING = TrainConfig(

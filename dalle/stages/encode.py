@@ -16,10 +16,10 @@ from dalle.data.loader import worker_count
 from dalle.data.skipped import Skipped
 from dalle.data.token_writer import TokenWriter
 from dalle.data.tokens import TokenPlan
+from dalle.files import make_directory
 from dalle.stages.dvae import EncodeConfig
 from dalle.stages.runs import FREE_OF_DATA, ROOT, take_part
 from dalle.train.precision import autocast, resolve_device, resolve_precision
-from dalle.train.state import make_directory
 from dalle.types import Batch, ImageTokenizer, Pairs, check_tokens
 
 TRANSFORM = 1

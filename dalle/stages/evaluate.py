@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from dalle.data.shapes import ShapesPairs, captions, change_one_attribute
 from dalle.evals.shapes_judge import judge
+from dalle.files import make_directory, write_json
 from dalle.pipeline import DALLE
 from dalle.rerank import rank
 from dalle.sampling import check_sampling, uniforms
 from dalle.stages.runs import ROOT
 from dalle.train.precision import autocast, resolve_device, resolve_precision
-from dalle.train.state import make_directory, write_json
 from dalle.transformer.generate import generate
 
 

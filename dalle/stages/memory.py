@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle.files import make_directory
 from dalle.models import build
 from dalle.stages.measure import hardware, save_report
 from dalle.train.log import peak_memory
 from dalle.train.precision import Precision, autocast, resolve_device, resolve_precision
-from dalle.train.state import make_directory
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.losses import cross_entropies, weighted_cross_entropy
 from dalle.transformer.sizes import SIZES, parameter_counts

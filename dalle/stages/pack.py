@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from dalle.data.pack import Packed, write_tars
 from dalle.data.sources import Kind, open_source
-from dalle.train.state import make_directory
+from dalle.files import make_directory
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from dalle.files import make_directory
 from dalle.train.log import read_log
-from dalle.train.state import make_directory
 
 CURVES = {
     "dvae": ["loss", "reconstruction_soft", "perplexity"],

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dalle.config import load
+from dalle.files import make_directory, write_json
 from dalle.images import captioned_sheet, sheet, to_pil
 from dalle.models import load_part
 from dalle.pipeline import DALLE
@@ -24,7 +25,6 @@ from dalle.stages.tokenizer import TokenizerRun, train_tokenizer
 from dalle.stages.transformer import TransformerRun, train_transformer
 from dalle.train.log import peak_memory, read_log
 from dalle.train.precision import resolve_device
-from dalle.train.state import make_directory, write_json
 
 SHEET_PICTURES = 12
 

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from dalle.config import to_dict
 from dalle.data import PairsLoader, StepOfPairs
+from dalle.files import make_directory, read_json
 from dalle.models import Part, load_part
 from dalle.text import MergeTokenizer, load_text
 from dalle.train.precision import resolve_device
-from dalle.train.state import make_directory, read_json
 
 ROOT = Path("runs")
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dalle.files import make_directory, write_json
 from dalle.pipeline import DALLE, Generation
 from dalle.stages.runs import ROOT, take_part, take_text
 from dalle.train.precision import resolve_device
-from dalle.train.state import make_directory, write_json
 
 
 @dataclass(frozen=True)

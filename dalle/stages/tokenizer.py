@@ -8,11 +8,11 @@ from typing import Any
 from tqdm import tqdm
 
 from dalle.data import PairsConfig, open_pairs
+from dalle.files import make_directory, write_json
 from dalle.rng import generator
 from dalle.stages.runs import ROOT
 from dalle.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 from dalle.text.report import fit_of_captions
-from dalle.train.state import make_directory, write_json
 from dalle.transformer import TransformerConfig
 from dalle.types import Pairs
 
