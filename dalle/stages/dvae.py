@@ -17,7 +17,8 @@ from dalle.stages.runs import TrainingRun, loader
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
 from dalle.train.optim import OptimizerConfig
-from dalle.train.precision import Precision, compile_parts, resolve_device
+from dalle.train.parallel import Parallel
+from dalle.train.precision import Precision, compile_parts
 from dalle.train.step import step_seed
 from dalle.types import Batch
 
@@ -87,8 +88,12 @@ class DVAERun(TrainingRun):
 
 def train_dvae(run: DVAERun) -> Path:
     """Trains, writing checkpoints, log.jsonl and a sheet of reconstructions at each evaluation."""
-    out = run.directory("dvae")
-    device = resolve_device(run.device)
+    with run.processes() as parallel:
+        return _train_dvae(run, parallel)
+
+
+def _train_dvae(run: DVAERun, parallel: Parallel) -> Path:
+    out, device, rank, world = run.directory("dvae"), parallel.device, parallel.rank, parallel.world
     pairs, held_out = open_pairs(run.data), open_pairs(run.data, "held_out")
     torch.manual_seed(run.seed)
     model = build("dvae", run.model).to(device, memory_format=torch.channels_last)
@@ -96,15 +101,18 @@ def train_dvae(run: DVAERun) -> Path:
         compile_parts(model)
     count = min(run.eval_pictures, held_out.size or run.eval_pictures)
     pixels = torch.from_numpy(first_pairs(held_out, count).pixels)
-    task = StepOfPairs(pairs, run.train.batch_size, run.seed, "dvae", DVAEBatch(run.crop, run.seed))  # Listing 1
+    finish = DVAEBatch(run.crop, run.seed, rank, world)
+    task = StepOfPairs(pairs, run.train.batch_size, run.seed, "dvae", finish, rank, world)  # Listing 1
 
     def evaluate(model: DVAE, step: int) -> dict[str, float]:
-        return evaluate_dvae(model, pixels.to(device), run.objective.tau(step), out / f"reconstructions-{step:08d}.png")
+        picture = out / f"reconstructions-{step:08d}.png" if parallel.is_main else None
+        return evaluate_dvae(model, pixels.to(device), run.objective.tau(step), picture)
 
     with loader(task, run, out) as batches:
         fit(
             model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
             meta=describe("dvae", model, run.record(), {"data": pairs.hash}), evaluate=evaluate, resume=run.resume,
+            parallel=parallel,
         )  # fmt: skip
     return out
 
@@ -144,12 +152,14 @@ def random_squares(pixels: Tensor, side: int, seed: int, rank: int = 0, world: i
     return torch.stack([picture[:, y : y + side, x : x + side] for picture, y, x in squares])
 
 
-def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float, picture: Path) -> dict[str, float]:
-    """Meters of held-out pictures; writes original, soft and hard reconstruction side by side."""
+def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float, picture: Path | None) -> dict[str, float]:
+    """Meters of held-out pictures; writes original, soft and hard reconstruction side by side, if told where."""
     parts = [dvae_scores(model, part, tau) for part in pixels.split(64)]
     scores = {name: float(torch.stack([part[0][name].float() for part in parts]).mean()) for name in parts[0][0]}
     if sentence := collapse_warning(scores, model.vocab_size):
         tqdm.write(f"warning: {sentence}")
+    if picture is None:
+        return scores
     rows = zip(*(to_pil(images[:8]) for images in (pixels, parts[0][1], parts[0][2])), strict=True)
     sheet([list(row) for row in rows], scale=max(1, 128 // pixels.shape[-1])).save(picture)
     return scores

@@ -18,7 +18,8 @@ from dalle.stages.encode import take_image_tokenizer
 from dalle.stages.runs import TrainingRun, take, take_text
 from dalle.text import MergeTokenizer, TextTokenizerConfig
 from dalle.train import TrainConfig, fit
-from dalle.train.precision import compile_parts, resolve_device
+from dalle.train.parallel import Parallel
+from dalle.train.precision import compile_parts
 from dalle.transformer import TransformerConfig
 
 
@@ -114,8 +115,12 @@ class TokenBatches:
 
 def train_transformer(run: TransformerRun) -> Path:
     """Trains, writing checkpoints and log.jsonl with nats per text and per image token."""
-    out = run.directory("transformer")
-    device = resolve_device(run.device)
+    with run.processes() as parallel:
+        return _train_transformer(run, parallel)
+
+
+def _train_transformer(run: TransformerRun, parallel: Parallel) -> Path:
+    out, device = run.directory("transformer"), parallel.device
     text, cache = take_text(run.tokenizer), TokenCache(take("tokens", run.tokens))
     check_inputs(run, text, cache)
     torch.manual_seed(run.seed)
@@ -124,7 +129,7 @@ def train_transformer(run: TransformerRun) -> Path:
     print("attention: " + ", ".join(f"{kind} by {backend}" for kind, backend in model.backends().items()))
     if run.compile:
         compile_parts(model)
-    batches = TokenBatches(cache, text, model.layout, run)
+    batches = TokenBatches(cache, text, model.layout, run, parallel.rank, parallel.world)
     held_out = batches.held_out().split(run.train.batch_size)
 
     def evaluate(model, step: int) -> dict[str, float]:
@@ -138,6 +143,7 @@ def train_transformer(run: TransformerRun) -> Path:
     fit(
         model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
         meta=describe("transformer", model, run.record(), links), evaluate=evaluate, resume=run.resume,
+        parallel=parallel,
     )  # fmt: skip
     if batches.truncated:
         tqdm.write(f"note: {batches.truncated} captions were longer than {model.layout.caption_room} tokens and cut")
