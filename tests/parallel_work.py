@@ -2,7 +2,7 @@
 
     python tests/parallel_work.py MODE OUT [SHARD]
 
-under the variables of torchrun; a test calls `work` itself for the run of a single process.
+under the variables of torchrun; a test calls `train` itself for the run of a single process.
 """
 
 import json
@@ -22,6 +22,7 @@ from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
 from dalle.train.optim import OptimizerConfig
 from dalle.train.parallel import Parallel
+from dalle.train.shards import local
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.types import WHOLE, Loss, Part
 
@@ -95,17 +96,20 @@ def dvae() -> nn.Module:
     return DVAE(DVAE_CONFIG).to(memory_format=torch.channels_last)
 
 
-CASES = {
+PLAIN = {
     "transformer": Case(transformer(), TransformerObjective(), token_batch),
-    "accumulate": Case(transformer(), TransformerObjective(), token_batch, {"accumulate": 2}),
-    "resumed": Case(transformer(), TransformerObjective(), token_batch, stops=(2, STEPS)),
-    "recompute": Case(transformer(recompute=True), TransformerObjective(), token_batch),
     "bf16": Case(transformer(), TransformerObjective(), token_batch, {"precision": "bf16"}),
-    "fp16": Case(transformer(recompute=True), Loud(), token_batch, {"precision": "fp16"}),
+    "fp16": Case(transformer(), Loud(), token_batch, {"precision": "fp16"}),
     "dvae": Case(dvae, DVAEObjective(beta=Schedule(1.0, 1.0)), pixel_batch),
-    "dvae-accumulate": Case(dvae, DVAEObjective(beta=Schedule(1.0, 1.0)), pixel_batch, {"accumulate": 2}),
     "clip": Case(lambda: CLIP(CLIP_CONFIG), CLIPObjective(), pair_batch),
 }
+SEVERAL = PLAIN | {
+    "transformer": replace(
+        PLAIN["transformer"], model=transformer(recompute=True), train={"accumulate": 2}, stops=(2, STEPS)
+    ),
+    "fp16": replace(PLAIN["fp16"], model=transformer(recompute=True)),
+}
+"""What several processes do: the same trainings, stopped, recomputed and in several passes, which changes no result."""
 
 
 def share(batch: Any, rank: int, world: int) -> Any:
@@ -114,30 +118,32 @@ def share(batch: Any, rank: int, world: int) -> Any:
     return batch.chunk(world)[rank]
 
 
-def work(parallel: Parallel, out: Path, names: list[str] | None = None) -> None:
-    """Trains every case, each in its own folder of `out`."""
-    for name in names or CASES:
-        case = CASES[name]
+def train(case: Case, parallel: Parallel, out: Path) -> None:
+    """One case, into a run directory."""
 
-        def evaluate(model: nn.Module, step: int, case: Case = case) -> dict[str, float]:
-            return {"loss": float(case.objective(model, case.batch(50), step).total)}
+    def evaluate(model: nn.Module, step: int) -> dict[str, float]:
+        return {"loss": float(case.objective(model, case.batch(50), step).total)}
 
-        for steps in case.stops:
-            torch.manual_seed(0)
-            model = case.model()
-            fit(
-                model, case.objective, lambda step, case=case: share(case.batch(step), parallel.rank, parallel.world),
-                replace(TRAIN, **case.train), steps=steps, seed=7, run_dir=out / name,
-                meta={"kind": name, "run": {}, "links": {}}, evaluate=evaluate, parallel=parallel,
-            )  # fmt: skip
+    for steps in case.stops:
+        torch.manual_seed(0)
+        fit(
+            case.model(), case.objective, lambda step: share(case.batch(step), parallel.rank, parallel.world),
+            replace(TRAIN, **case.train), steps=steps, seed=7, run_dir=out,
+            meta={"kind": "case", "run": {}, "links": {}}, evaluate=evaluate, parallel=parallel,
+        )  # fmt: skip
 
 
 def words(parallel: Parallel) -> dict[str, Any]:
-    """What the processes say to each other; the gradient of `gather` is that of this process's own rows."""
+    """What the processes say to each other and how much each holds of a transformer.
+
+    The gradient of `gather` is that of this process's own rows.
+    """
     rank = parallel.rank
     rows = torch.full((2, 3), float(rank), requires_grad=True)
     gathered = parallel.gather(rows)
     (gathered * (rank + 1)).sum().backward()
+    model = Transformer(TRANSFORMER_CONFIG)
+    parallel.wrap(model, "fp32")
     return {
         "sum": float(parallel.all_sum(torch.tensor(rank + 1.0))),
         "mean": float(parallel.all_mean(torch.tensor(float(rank)))),
@@ -145,6 +151,9 @@ def words(parallel: Parallel) -> dict[str, Any]:
         "gathered": gathered[:, 0].tolist(),
         "gradient": rows.grad[:, 0].tolist(),
         "main": parallel.is_main,
+        "mesh": dict(zip(parallel.mesh.mesh_dim_names, parallel.mesh.shape, strict=True)) if parallel.mesh else {},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "held": sum(local(p).numel() for p in model.parameters()),
     }
 
 
@@ -153,7 +162,8 @@ def main(mode: str, out: str, shard: str | None = None) -> None:
     with Parallel.start(mode, "cpu", int(shard) if shard else None) as parallel:
         (Path(out) / f"words-{parallel.rank}.json").write_text(json.dumps(words(parallel)))
         print(f"printed by process {parallel.rank}")
-        work(parallel, Path(out))
+        for name, case in SEVERAL.items():
+            train(case, parallel, Path(out) / name)
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def _check_start(mode: Mode, shard: int | None) -> int:
             f"torchrun --nproc-per-node 2 SCRIPT ... --parallel {mode}"
         )
     if mode == "hsdp":
-        size = shard or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        size = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if shard is None else shard
         if size < 1 or world % size:
             raise ValueError(
                 f"{world} processes do not divide into groups of {size} that share one set of parameters; "
