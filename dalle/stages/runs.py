@@ -10,6 +10,7 @@ from dalle.data import PairsLoader, StepOfPairs
 from dalle.files import make_directory, read_json
 from dalle.models import Part, load_part
 from dalle.text import MergeTokenizer, load_text
+from dalle.train.loop import Resume
 from dalle.train.precision import resolve_device
 
 ROOT = Path("runs")
@@ -39,8 +40,9 @@ class TrainingRun:
     """Of weights, order and noise."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first there is."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto goes on with the run that lies in --out; never refuses it."""
+    resume: Resume = "auto"
+    """auto goes on with the run that lies in --out; changed does so even if its configuration was another, from here
+    on with the new one (but for the averaging's decay); never refuses it."""
     parallel: Literal["none"] = "none"
     """One process."""
     compile: bool = False
