@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.files import (
+    SUMS,
     find_damage,
     hashes,
     on_cpu,
@@ -55,10 +56,10 @@ class Snapshot:
     """What meta.json will hold."""
 
     @classmethod
-    def of(cls, state: TrainState, meta: dict[str, Any]) -> "Snapshot":
-        """Copies all of the state."""
+    def of(cls, state: TrainState, meta: dict[str, Any], rank: int = 0) -> "Snapshot":
+        """Copies this process's share of the state; what all processes have alike is the first one's."""
         tensors = {
-            file: sharded.copy_to_cpu(held) if sharded.is_sharded(held) else on_cpu(held)
+            file: sharded.copy_to_cpu(held) if sharded.is_sharded(held) else on_cpu(held) if rank == 0 else {}
             for file, held in state.tensors().items()
         }
         return cls(tensors, deepcopy({"format": FORMAT, **meta, **state.numbers()}))
@@ -73,7 +74,8 @@ def save_checkpoint(
     run_dir: Path, state: TrainState, meta: dict[str, Any], keep: int, keep_every: int | None = None
 ) -> Path:
     """Writes a checkpoint of the state and removes all but the newest `keep` and every `keep_every`-th step's."""
-    return write_checkpoint(run_dir, Snapshot.of(state, meta), keep, keep_every, Ranks())
+    ranks = Ranks()
+    return write_checkpoint(run_dir, Snapshot.of(state, meta, ranks.rank), keep, keep_every, ranks)
 
 
 def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: int, keep_every: int | None, ranks: Ranks) -> Path:
@@ -189,8 +191,8 @@ def damage(folder: Path, rank: int = 0, world: int = 1, parts: tuple[str, ...] |
         meta = read_json(folder / "meta.json")
     except ValueError as error:
         return str(error)
-    if isinstance(meta, dict) and meta.get("format") == 2:
-        return None  # it knows no hashes
+    if isinstance(meta, dict) and meta.get("format") == 2 and not (folder / SUMS).exists():
+        return None  # it is from before there were hashes
     files = ("meta.json", *(f"{part}{end}" for part in parts or () for end in (".safetensors", "/")))
     return find_damage(folder, lambda name: parts is None or name.startswith(files), rank, world)
 
@@ -215,11 +217,13 @@ def restore(folder: Path, state: TrainState, ranks: Ranks | None = None) -> None
         ValueError: a file is missing or no safetensors file, or holds other tensors than the state.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
-    for file, held in state.tensors().items():
+    held = state.tensors()
+    spread = any(map(sharded.is_sharded, held.values()))  # the moments to come too, of which a fresh state has none
+    for file in held:
         place = sharded.find(folder, file)
         if place is None and file not in ("model", "ema", "optimizer"):
             continue  # new to the run
-        if place and (place.is_dir() or sharded.is_sharded(held)):
+        if place and (place.is_dir() or spread):
             tensors |= state.targets({file: sharded.look_up(place)})
             sharded.read_into(place, tensors[file], ranks)
         else:

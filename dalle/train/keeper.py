@@ -35,7 +35,7 @@ class Saver:
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Copies the state and begins to write it, once the checkpoint before is written."""
         self.wait()
-        snapshot = Snapshot.of(state, meta)
+        snapshot = Snapshot.of(state, meta, self.ranks.rank)
         written = self.thread.submit(write_checkpoint, self.run_dir, snapshot, self.keep, self.keep_every, self.ranks)
         self.writing = state.step, written
 

@@ -51,7 +51,7 @@ class StopRequest:
     def close(self) -> None:
         """Gives the signals back to whoever had them."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not Python's own
 
 
 def tell_stopped(kind: str, asked: str, step: int, steps: int, place: Any) -> None:
