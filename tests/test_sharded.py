@@ -4,6 +4,7 @@ What a process finds comes back by a pipe, as numpy arrays.
 """
 
 import datetime
+import json
 import multiprocessing
 import os
 import pickle
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from dalle.config import to_dict
 from dalle.files import find_damage, write_sums, write_tensors
 from dalle.models import load_part, save_weights
 from dalle.train import sharded
@@ -179,10 +181,6 @@ def test_another_number_of_processes_takes_up_a_run(writers, readers, saved):
     assert step == 3
 
 
-def test_the_number_of_processes_changes_no_bit_of_a_checkpoint(saved):
-    assert same(saved((2,))[1], saved(())[1])
-
-
 def test_shards_are_safetensors_of_which_each_process_writes_its_share(saved):
     run, expected = saved((2,))
     folder = run / "checkpoints" / "step-00000002"
@@ -223,10 +221,6 @@ def test_a_sharded_checkpoint_is_a_part_and_becomes_one_file(saved, tmp_path):
 
 
 def describe() -> str:
-    import json
-
-    from dalle.config import to_dict
-
     return json.dumps(to_dict(CONFIG))
 
 
@@ -372,6 +366,7 @@ def cannot_write(rank: int, run: Path, shape: tuple[int, ...]) -> str:
     one_update(state, 1)
     saver = Saver(run, keep=1, keep_every=None)
     saver.save(state, META)
+    saver.wait()
     one_update(state, 2)
     if rank == 1:
 

@@ -484,9 +484,8 @@ def slow_writes() -> None:
     write = checkpoint.write_tensors
 
     def slowly(*args, **kwargs):
-        time.sleep(0.02)
+        time.sleep(0.01)
         write(*args, **kwargs)
-        time.sleep(0.02)
 
     checkpoint.write_tensors = slowly
 
@@ -511,37 +510,37 @@ def begun(run: Path, pattern: str) -> set[tuple[Path, int]]:
 
 
 def kill_somewhere(run, rng: random.Random) -> str:
-    """Starts the training, waits for an event, then a moment, and kills it; which event, and if a save was open."""
-    event = rng.choice(["step", "save", "file"])
-    pattern = ".partial-step-*/*.safetensors" if event == "file" else ".partial-step-*"
-    wanted, left, left_open = (
-        lines(run.out) + rng.randint(1, 3),
-        begun(run.out, pattern),
-        begun(run.out, ".partial-step-*"),
-    )
+    """Trains, waits for some events, then a moment, and kills it; what was seen, and whether a save was open."""
+    event, count = rng.choice(["step", "save", "file"]), rng.randint(1, 3)
+    pattern = ".partial-step-*/model.safetensors" if event == "file" else ".partial-step-*"
+    wanted, left, left_open = lines(run.out) + 2 * count, begun(run.out, pattern), begun(run.out, ".partial-step-*")
     process = FORK.Process(target=train_slowly, args=(run,))
     process.start()
+    seen: set[Path] = set()
     while process.is_alive():
-        if lines(run.out) >= wanted if event == "step" else begun(run.out, pattern) - left:
+        seen |= {path for path, when in begun(run.out, pattern) - left}
+        if lines(run.out) >= wanted if event == "step" else len(seen) >= count:
             break
         time.sleep(0.001)
-    time.sleep(rng.uniform(0, 0.03))
+    time.sleep(rng.uniform(0, 0.06))
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL, f"ended by itself with {process.exitcode}"
-    return event + ", in a save" * bool(begun(run.out, ".partial-step-*") - left_open)
+    newest = latest_checkpoint(run.out)
+    step = int(newest.name.removeprefix("step-")) if newest else 0
+    return f"{event} {count}, whole {step}" + ", in a save" * bool(begun(run.out, ".partial-step-*") - left_open)
 
 
 @pytest.mark.slow
 def test_twenty_kills_change_no_bit(tiny_runs, tmp_path):
     """The dVAE's stage with a data worker: SIGKILL at 20 instants, among them during saves."""
-    base = replace(tiny_runs.dvae, steps=120, data=replace(tiny_runs.dvae.data, workers=1))
+    base = replace(tiny_runs.dvae, steps=160, data=replace(tiny_runs.dvae.data, workers=1))
     whole, run = replace(base, out=tmp_path / "whole"), replace(base, out=tmp_path / "run")
     train_dvae(whole)
     rng, seen = random.Random(0), []
     while len(seen) < 20:
         seen.append(kill_somewhere(run, rng))
-    print(f"killed at: {seen}; last checkpoint before the end {latest_checkpoint(run.out)}")
+    print(f"killed at: {seen}")
     assert sum("in a save" in what for what in seen) >= 3
     train_dvae(run)
     assert files(latest_checkpoint(run.out)) == files(latest_checkpoint(whole.out))
