@@ -10,6 +10,7 @@ A key that does not exist is an error that names the nearest one; so is a value 
 
 import dataclasses
 import difflib
+import errno
 import sys
 import types
 import typing
@@ -25,6 +26,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 T = TypeVar("T")
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What a disk says that is full, or fails."""
 
 
 class ConfigError(ValueError):
@@ -218,10 +221,14 @@ def parse(
 
 @contextmanager
 def tell_errors() -> Iterator[None]:
-    """A user's mistake (ValueError) as one line and exit status 1; a bug keeps its traceback."""
+    """A user's mistake (ValueError) or a full disk as one line and exit status 1; a bug keeps its traceback."""
     try:
         yield
     except (ValueError, FloatingPointError, ImportError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; a training goes on from its last checkpoint with the same command") from None

@@ -1,7 +1,11 @@
-"""Files written whole or not at all, and read without running what is in them: safetensors, JSON, text."""
+"""Files written whole or not at all, read without running what is in them, and known by their hashes."""
 
+import errno
+import hashlib
 import json
 import os
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,28 @@ def make_directory(folder: Path) -> Path:
     return folder
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file, on disk when this returns."""
-    save_file({name: t.detach().contiguous().cpu().clone() for name, t in tensors.items()}, path)
+def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the CPU's memory, each of its own."""
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], copy: bool = True) -> None:
+    """A safetensors file, on disk when this returns.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        copy: False for tensors that are `on_cpu` already.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to.
+    """
+    try:
+        save_file(on_cpu(tensors) if copy else tensors, path)
+    except SafetensorError as error:  # its only sign of a full disk is a number in a sentence
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else str(error), str(path)) from None
     sync(path)
 
 
@@ -73,3 +96,52 @@ def sync_folder(folder: Path) -> None:
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+
+
+SUMS = "SHA256SUMS"
+"""A list of hashes beside the files, as `sha256sum --check SHA256SUMS` reads it."""
+
+
+def hashes(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """sha256 of files, by their path in the folder."""
+    found = {}
+    for path in files:
+        with path.open("rb") as file:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def write_sums(folder: Path, sums: dict[str, str] | None = None) -> None:
+    """SHA256SUMS of a folder, by the hashes given or those of all its files."""
+    if sums is None:
+        sums = hashes(folder, (path for path in folder.rglob("*") if path.is_file() and path.name != SUMS))
+    write_text(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+
+
+def find_damage(
+    folder: Path, wanted: Callable[[str], bool] = lambda name: True, rank: int = 0, world: int = 1
+) -> str | None:
+    """The first file that is not as its folder's SHA256SUMS says, in a sentence; None if all are.
+
+    Args:
+        folder: where SHA256SUMS lies.
+        wanted: which of the files to read; all unless given.
+        rank: of `world` processes that share the reading, which one.
+        world: how many.
+    """
+    try:
+        lines = [line.split("  ", 1) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines()]
+        sums = {name: digest for digest, name in lines}
+    except (OSError, ValueError):
+        return f"{folder / SUMS} is missing or not a list of hashes"
+    unknown = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")} - sums.keys()
+    if unknown:
+        return f"{folder / min(unknown)} is not in {SUMS}"
+    for name in sorted(filter(wanted, sums))[rank::world]:
+        path = folder / name
+        try:
+            if hashes(folder, [path])[name] != sums[name]:
+                return f"{path} is truncated or changed: its sha256 is not that of {SUMS}"
+        except (OSError, ValueError) as error:
+            return f"{path} cannot be read ({getattr(error, 'strerror', None) or error})"
+    return None

@@ -1,6 +1,6 @@
 """From a kind to its model, and back from a checkpoint that describes itself.
 
-A part is read from a run (its newest checkpoint), from one checkpoint, or from a model directory
+A part is read from a run (its newest checkpoint, sharded or not), from one checkpoint, or from a model directory
 written by `DALLE.save_pretrained`. The averaged weights are taken unless the raw ones are asked for.
 """
 
@@ -16,8 +16,9 @@ from dalle.clip import CLIP, CLIPConfig
 from dalle.config import from_dict, to_dict
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.files import read_json, read_tensors, write_tensors
-from dalle.train.checkpoint import check_meta, latest_checkpoint
+from dalle.train.checkpoint import check_meta, damage, latest_checkpoint
 from dalle.train.ema import corrected
+from dalle.train.sharded import read_whole
 from dalle.train.state import load_strict
 from dalle.transformer import Transformer, TransformerConfig
 
@@ -71,7 +72,7 @@ def load_part(path: Path | str, kind: str, device: str | torch.device = "cpu", a
     """A model in eval mode from a run, a checkpoint or a model directory.
 
     Raises:
-        ValueError: nothing there, another kind, another format, a damaged file.
+        ValueError: nothing there, another kind, another format, a damaged file (by its hash).
     """
     path = Path(path)
     if (path / "config.json").is_file():
@@ -79,10 +80,12 @@ def load_part(path: Path | str, kind: str, device: str | torch.device = "cpu", a
     folder = latest_checkpoint(path) or path
     meta = read_json(folder / "meta.json")
     check_meta(meta, kind, folder)
-    tensors = read_tensors(folder / "model.safetensors")
+    if damaged := damage(folder, parts=("model", "ema") if averaged else ("model",)):
+        raise ValueError(f"{damaged}; an earlier checkpoint beside it may be whole")
+    tensors = read_whole(folder, "model")
     if averaged:
         ema = meta["ema"]
-        tensors |= corrected(read_tensors(folder / "ema.safetensors"), ema["decay"], ema["updates"])
+        tensors |= corrected(read_whole(folder, "ema"), ema["decay"], ema["updates"])
     return _part(kind, meta, tensors, folder, device)
 
 

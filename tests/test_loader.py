@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import tarfile
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,7 +126,9 @@ class Failing:
     def __call__(self, step):
         if step == 1 and self.how == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
-        if step == 1:
+        if step == 1 and self.how == "hangs":
+            time.sleep(600)
+        if step == 1 and self.how == "raises":
             raise ValueError("row 7 of the table is upside down")
         return step
 
@@ -142,6 +145,25 @@ def test_a_worker_that_dies_is_named():
     said = r"the data of step \d did not come: .*pid.*lower --data\.workers"
     with Loader(Failing("dies"), 3, workers=1, prefetch=1) as batches, pytest.raises(RuntimeError, match=said):
         list(map(batches, range(3)))
+
+
+def test_a_worker_that_hangs_is_named_and_ended():
+    before = set(torch.multiprocessing.active_children())
+    said = r"the data of step 2 did not come: worker 1 \(pid \d+\) hangs: nothing in 2 s\."
+    with Loader(Failing("hangs"), 3, workers=2, prefetch=1, patience=2) as batches:
+        assert batches(0) == 0
+        with pytest.raises(RuntimeError, match=said):
+            batches(1)
+    assert not set(torch.multiprocessing.active_children()) - before
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_workers_outlive_a_signal_that_is_for_the_training(name):
+    with Loader(Failing("works"), 50, workers=1, prefetch=1) as batches:
+        assert batches(0) == 0
+        for worker in batches._stream._workers:
+            os.kill(worker.pid, getattr(signal, name))
+        assert [batches(step) for step in range(1, 10)] == list(range(1, 10))
 
 
 def test_workers_end_with_the_loader():

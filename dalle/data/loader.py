@@ -5,6 +5,7 @@ workers, and any resume, gives the same next batch; there is no state to keep an
 """
 
 import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +66,11 @@ class Loader:
         receive: (step, item) -> batch, here.
         start_method: "fork", "spawn", "forkserver"; the system's own unless given.
         pin: put tensors into memory from which a CUDA device copies quickly.
+        patience: seconds to wait for an item.
 
     Raises:
         ValueError: what `make` raised, without the worker's traceback.
-        RuntimeError: a worker died or hangs.
+        RuntimeError: a worker died, or has hung for as long as the patience lasts; names its process.
     """
 
     def __init__(
@@ -80,11 +82,12 @@ class Loader:
         receive: Callable[[int, Any], Any] = lambda step, item: item,
         start_method: str | None = None,
         pin: bool = False,
+        patience: float = PATIENCE,
     ):
         self.make, self.steps, self.workers, self.prefetch = make, steps, workers, prefetch
-        self.receive, self.start_method, self.pin = receive, start_method, pin
+        self.receive, self.start_method, self.pin, self.patience = receive, start_method, pin, patience
         self._stream: Any = None
-        self._next = -1
+        self._first = self._next = -1
 
     def __call__(self, step: int) -> Any:
         item = self._take(step) if self.workers and step < self.steps else self.make(step)
@@ -93,19 +96,23 @@ class Loader:
     def _take(self, step: int) -> Any:
         if self._stream is None or step != self._next:
             self.close()
+            self._first = step
             self._stream = iter(
                 DataLoader(
                     _Steps(self.make), batch_size=None, sampler=range(step, self.steps), num_workers=self.workers,
-                    prefetch_factor=self.prefetch, timeout=PATIENCE, multiprocessing_context=self.start_method,
-                    pin_memory=self.pin, collate_fn=_as_it_is,
+                    prefetch_factor=self.prefetch, timeout=self.patience, multiprocessing_context=self.start_method,
+                    pin_memory=self.pin, collate_fn=_as_it_is, worker_init_fn=_leave_signals_to_the_training,
                     generator=torch.Generator(),  # else starting workers would draw from the one of the training
                 )
             )  # fmt: skip
         try:
             item = next(self._stream)
         except RuntimeError as error:
-            self.close()
             said = str(error).splitlines()[0] if "DataLoader" in str(error) else str(error)
+            if "timed out" in said:  # the workers take turns
+                number = (step - self._first) % self.workers
+                said = f"worker {number} (pid {self._stream._workers[number].pid}) hangs: nothing in {self.patience} s."
+            self.close()
             raise RuntimeError(
                 f"the data of step {step + 1} did not come: {said} A worker that is killed mostly lacks memory: lower "
                 "--data.workers or --data.prefetch, in a container give more shared memory (docker --shm-size), and "
@@ -118,8 +125,13 @@ class Loader:
         return item
 
     def close(self) -> None:
-        """Ends the workers; the next step starts them anew."""
-        self._stream, self._next = None, -1
+        """Ends the workers, also those that hang; the next step starts them anew."""
+        stream, self._stream, self._next = self._stream, None, -1
+        if stream is not None:
+            stream._shutdown_workers()
+            for worker in stream._workers:
+                worker.kill()
+                worker.join()
 
     def __enter__(self) -> "Loader":
         return self
@@ -181,6 +193,14 @@ def worker_count(asked: int, size: int | None) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
+def _leave_signals_to_the_training(worker: int) -> None:
+    """A scheduler and a terminal signal every process at once; a worker that obeyed would take the training with it
+    before it has saved. It ends with the loader, or when the training process is gone."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _as_it_is(item: Any) -> Any:

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dalle.config import to_dict
 from dalle.data import PairsLoader, StepOfPairs
 from dalle.files import make_directory, read_json
 from dalle.models import Part, load_part
 from dalle.text import MergeTokenizer, load_text
+from dalle.train.loop import Resume
 from dalle.train.parallel import Mode, Parallel
 from dalle.train.precision import resolve_device
 
@@ -40,8 +41,9 @@ class TrainingRun:
     """Of weights, order and noise."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first there is."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto goes on with the run that lies in --out; never refuses it."""
+    resume: Resume = "auto"
+    """auto goes on with the run that lies in --out; changed does so even if its configuration was another, from here
+    on with the new one (but for the averaging's decay); never refuses it."""
     parallel: Mode = "none"
     """How the processes that torchrun starts share the work: none is one process, ddp copies the model, fsdp slices
     it, hsdp slices it within a machine and copies it between machines."""

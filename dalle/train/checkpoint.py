@@ -4,48 +4,141 @@
                                   ema.safetensors        running sums of the averaged weights
                                   optimizer.safetensors  the optimizers' moments, "parameter/moment"
                                   scales.safetensors     gradient scales, with fp16 only
-                                  meta.json              format, kind, config, run, step, ema, links
+                                  NAME.safetensors       whatever else has a memory
+                                  meta.json              format, kind, config, run, step, ema, links, versions
+                                  SHA256SUMS             of all of these, written last
     run/checkpoints/latest                               name of the newest complete folder
 
-A folder is written under another name, synced, renamed; the pointer moves last.
+A folder is written under another name, synced, renamed; the pointer moves last. What lies on many processes is a
+folder of shards in place of a file (dalle/train/sharded.py). Random numbers, the step size and the place in the data
+follow from the seed and the step.
 """
 
 import os
 import shutil
+import time
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dalle.files import read_json, read_tensors, sync_folder, write_json, write_tensors, write_text
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle.files import (
+    SUMS,
+    find_damage,
+    hashes,
+    on_cpu,
+    read_json,
+    read_tensors,
+    sync_folder,
+    write_json,
+    write_sums,
+    write_tensors,
+    write_text,
+)
+from dalle.train import sharded
+from dalle.train.ranks import Ranks
 from dalle.train.state import TrainState
 
-FORMAT = 2  # 1 had the transformer's norms beside its resblocks
+FORMAT = 3  # 1 had the transformer's norms beside its resblocks, 2 had no SHA256SUMS
+READABLE = (2, 3)
 
 
-def save_checkpoint(run_dir: Path, state: TrainState, meta: dict[str, Any], keep: int, write: bool = True) -> Path:
-    """Writes a checkpoint of the state and removes all but the newest `keep`.
+@dataclass(frozen=True)
+class Snapshot:
+    """A state as it was at one step, in the CPU's memory: what may be written while training goes on."""
 
-    Of several processes each must call it, since sliced tensors are gathered, and one only may `write`.
+    tensors: dict[str, dict[str, Tensor]]
+    """This process's, by file and name."""
+    meta: dict[str, Any]
+    """What meta.json will hold."""
+
+    @classmethod
+    def of(cls, state: TrainState, meta: dict[str, Any], rank: int = 0) -> "Snapshot":
+        """Copies this process's share of the state; what all processes have alike is the first one's."""
+        tensors = {
+            file: sharded.copy_to_cpu(held) if sharded.is_sharded(held) else on_cpu(held) if rank == 0 else {}
+            for file, held in state.tensors().items()
+        }
+        return cls(tensors, deepcopy({"format": FORMAT, **meta, **state.numbers()}))
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"step-{self.meta['step']:08d}"
+
+
+def save_checkpoint(
+    run_dir: Path, state: TrainState, meta: dict[str, Any], keep: int, keep_every: int | None = None
+) -> Path:
+    """Writes a checkpoint of the state and removes all but the newest `keep` and every `keep_every`-th step's."""
+    ranks = Ranks()
+    return write_checkpoint(run_dir, Snapshot.of(state, meta, ranks.rank), keep, keep_every, ranks)
+
+
+def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: int, keep_every: int | None, ranks: Ranks) -> Path:
+    """`save_checkpoint` of a snapshot; all processes call it together.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to; earlier checkpoints are as they were.
     """
     root = run_dir / "checkpoints"
-    name = f"step-{state.step:08d}"
-    tensors_by_file = state.tensors()
-    if not write:
-        return root / name
-    partial = root / f".partial-{name}"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = root / f".partial-{snapshot.name}"
+    try:
+        ranks.first(lambda: _clear(root, partial))
+        sums = _write_tensors(partial, snapshot, ranks)
+        ranks.first(lambda: _complete(partial, snapshot, sums))
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint is of use to no one, and the room may be
+        raise
+    ranks.first(lambda: _remove_older(root, snapshot, keep, keep_every))
+    return root / snapshot.name
+
+
+def _clear(root: Path, partial: Path) -> None:
+    """Takes away what earlier crashes left, and makes the folder to write in."""
+    for left in root.glob(".partial-step-*"):
+        shutil.rmtree(left)
     partial.mkdir(parents=True)
-    for file, tensors in tensors_by_file.items():
-        write_tensors(partial / f"{file}.safetensors", tensors)
-    write_json(partial / "meta.json", {"format": FORMAT, **meta, **state.numbers()})
+
+
+def _write_tensors(partial: Path, snapshot: Snapshot, ranks: Ranks) -> dict[str, str]:
+    """Writes every tensor; sha256 of each file, those of other processes too."""
+    written: list[Path] = []
+    for file, tensors in snapshot.tensors.items():
+        if sharded.is_sharded(tensors):
+            written += sharded.write_shards(partial / file, tensors, ranks)
+        else:
+            path = partial / f"{file}.safetensors"
+            ranks.first(lambda path=path, tensors=tensors: write_tensors(path, tensors, copy=False))
+            written += [path] if ranks.rank == 0 else []
+    return {name: digest for sums in ranks.together(lambda: hashes(partial, written)) for name, digest in sums.items()}
+
+
+def _complete(partial: Path, snapshot: Snapshot, sums: dict[str, str]) -> None:
+    """Meta and hashes, then the rename, then the pointer."""
+    folder = partial.with_name(snapshot.name)
+    write_json(partial / "meta.json", snapshot.meta)
+    write_sums(partial, sums | hashes(partial, [partial / "meta.json"]))
     sync_folder(partial)
-    shutil.rmtree(root / name, ignore_errors=True)
-    os.replace(partial, root / name)
-    sync_folder(root)
-    write_text(root / "latest", name)
-    older = sorted(folder for folder in root.glob("step-*") if folder.name < name)
-    for old in older[: max(0, len(older) + 1 - keep)]:
-        shutil.rmtree(old)
-    return root / name
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    sync_folder(folder.parent)
+    write_text(folder.with_name("latest"), folder.name)
+
+
+def _remove_older(root: Path, snapshot: Snapshot, keep: int, keep_every: int | None) -> None:
+    older = [folder for folder in _steps(root) if folder.name < snapshot.name]
+    for folder in older[: max(0, len(older) + 1 - keep)]:
+        if not keep_every or int(folder.name.removeprefix("step-")) % keep_every:
+            shutil.rmtree(folder)
+
+
+def _steps(root: Path) -> list[Path]:
+    """The checkpoints there are, oldest first."""
+    return sorted(folder for folder in root.glob("step-*") if folder.name.removeprefix("step-").isdigit())
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -59,23 +152,85 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return folder
 
 
+def newest_whole(run_dir: Path, ranks: Ranks) -> Path | None:
+    """The newest checkpoint of a run whose files are all as they were written, or None if it has none at all.
+
+    Says which file is damaged when it takes an earlier one. All processes call it together, each reads its share.
+
+    Raises:
+        ValueError: there are checkpoints, and each is damaged.
+    """
+    damages: list[str] = []
+    for folder in ranks.first(lambda: _candidates(run_dir)):
+        found = ranks.together(lambda folder=folder: damage(folder, ranks.rank, ranks.world))
+        if not any(found):
+            if damages and ranks.rank == 0:
+                tqdm.write(f"warning: {'; '.join(damages)}; taking {folder.name}, the newest that is whole")
+            return folder
+        damages.append(next(filter(None, found)))
+    if damages:
+        raise ValueError(
+            f"no checkpoint of {run_dir} is whole: {'; '.join(damages)}. Restore one, or give another --out"
+        )
+    return None
+
+
+def _candidates(run_dir: Path) -> list[Path]:
+    """What the pointer names, then what is older; without a pointer, whatever there is."""
+    root = run_dir / "checkpoints"
+    pointer = root / "latest"
+    newest = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+    if newest is None:
+        return _steps(root)[::-1]
+    return [root / newest, *(folder for folder in _steps(root)[::-1] if folder.name < newest)]
+
+
+def damage(folder: Path, rank: int = 0, world: int = 1, parts: tuple[str, ...] | None = None) -> str | None:
+    """What is wrong with the files of a checkpoint, in a sentence, or None; `parts` limits it to some tensors."""
+    try:
+        meta = read_json(folder / "meta.json")
+    except ValueError as error:
+        return str(error)
+    if isinstance(meta, dict) and meta.get("format") == 2 and not (folder / SUMS).exists():
+        return None  # it is from before there were hashes
+    files = ("meta.json", *(f"{part}{end}" for part in parts or () for end in (".safetensors", "/")))
+    return find_damage(folder, lambda name: parts is None or name.startswith(files), rank, world)
+
+
 def check_meta(meta: Any, kind: str, source: Path) -> None:
     """ValueError unless a description is of this kind and of a format we read."""
     found = meta.get("kind") if isinstance(meta, dict) else None
     if found != kind:
         raise ValueError(f"{source} holds {found or 'something unknown'!r}, expected {kind!r}")
-    if meta.get("format") != FORMAT:
+    if meta.get("format") not in READABLE:
         raise ValueError(
             f"{source} has format {meta.get('format')}, this version reads {FORMAT}; use the version that wrote it"
         )
 
 
-def restore(folder: Path, state: TrainState) -> None:
-    """Puts a checkpoint's weights, moments, averages and step into the state; strict."""
-    tensors = {path.stem: read_tensors(path) for path in _files(folder, state)}
+def restore(folder: Path, state: TrainState, ranks: Ranks | None = None) -> None:
+    """Puts a checkpoint's weights, moments, averages and step into the state; strict.
+
+    However many processes wrote it, and however many read it; these call it together.
+
+    Raises:
+        ValueError: a file is missing or no safetensors file, or holds other tensors than the state.
+    """
+    tensors: dict[str, dict[str, Tensor]] = {}
+    held = state.tensors()
+    spread = any(map(sharded.is_sharded, held.values()))  # the moments to come too, of which a fresh state has none
+    for file in held:
+        place = sharded.find(folder, file)
+        if place is None and file not in ("model", "ema", "optimizer"):
+            continue  # new to the run
+        if place and (place.is_dir() or spread):
+            tensors |= state.targets({file: sharded.look_up(place)})
+            sharded.read_into(place, tensors[file], ranks)
+        else:
+            tensors[file] = read_tensors(folder / f"{file}.safetensors")
     state.load(tensors, read_json(folder / "meta.json"), folder)
 
 
-def _files(folder: Path, state: TrainState) -> list[Path]:
-    """Those that the state needs, there or not: reading names what is missing."""
-    return [folder / f"{name}.safetensors" for name in state.tensors()]
+def saved_at(folder: Path) -> str:
+    """When a checkpoint was written: local time, to the second."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((folder / "meta.json").stat().st_mtime))

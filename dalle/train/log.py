@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dalle.files import write_text
 from dalle.train.shards import local
 
 Numbers = dict[str, float | list[float]]
@@ -27,7 +28,7 @@ class JSONLines:
     def __init__(self, path: Path, step: int):
         self.path = path
         kept = [line for line in read_log(path) if line["step"] <= step] if path.exists() else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, numbers: Numbers) -> None:
         """Appends one line."""

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dalle.files import make_directory, read_json
-from dalle.train.checkpoint import check_meta, latest_checkpoint, restore, save_checkpoint
+from dalle.files import read_json
+from dalle.train.checkpoint import check_meta, newest_whole, restore, saved_at
 from dalle.train.ema import AveragedWeights, EMAConfig
+from dalle.train.keeper import Keeper
 from dalle.train.log import JSONLines, Numbers, Silence, to_numbers
 from dalle.train.optim import OptimizerConfig, build_optimizers
 from dalle.train.parallel import Parallel
@@ -29,6 +30,8 @@ Batches = Callable[[int], Any]
 """The batch of a step."""
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
 """Measures the averaged weights at a step."""
+Resume = Literal["auto", "changed", "never"]
+"""Go on with the run that lies there; even if its configuration was another; or refuse it."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,22 @@ class TrainConfig:
     save_every: int = 1000
     """Updates between two checkpoints; the last step is always saved."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept; there must be room for one more while it is written."""
+    keep_every: int | None = None
+    """Keep besides each checkpoint of a step that this divides; None keeps the newest only."""
 
     def __post_init__(self):
         for name in ("batch_size", "accumulate", "log_every", "eval_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.save_every):
+            raise ValueError(
+                f"keep_every must be a multiple of save_every, {self.save_every}, or null, got {self.keep_every}"
+            )
+
+
+RHYTHM = tuple(f"train.{name} " for name in ("log_every", "save_every", "keep", "keep_every"))
+"""Settings that change no weight, so that a run may go on with others."""
 
 
 def fit(
@@ -72,7 +85,7 @@ def fit(
     run_dir: Path,
     meta: dict[str, Any],
     evaluate: Evaluate | None = None,
-    resume: Literal["auto", "never"] = "auto",
+    resume: Resume = "auto",
     parallel: Parallel | None = None,
 ) -> TrainState:
     """Trains until `steps` updates are done, from the newest checkpoint of `run_dir` if there is one.
@@ -87,24 +100,39 @@ def fit(
         run_dir: receives log.jsonl and checkpoints/.
         meta: what makes a checkpoint describe itself: kind, config, run, links.
         evaluate: called with the averaged weights in place.
-        resume: "auto" goes on where the run stopped, "never" refuses a directory that holds a run.
+        resume: "auto" goes on where the run stopped, "changed" even with another configuration, "never" refuses a
+            directory that holds a run.
         parallel: the processes that train together, each calling this; one alone unless given.
 
     Raises:
-        ValueError: the directory holds another run, or the batch does not divide among the processes.
+        ValueError: the directory holds another run, or another process is at work in it, or no checkpoint is whole,
+            or the batch does not divide among the processes.
         FloatingPointError: the loss or the gradient is not finite; names the first bad tensor.
+        OSError: a checkpoint could not be written.
+        Stopped: (a SystemExit of status 75) a signal asked the run to stop; it has saved.
     """
+    parallel = parallel or Parallel(device=next(model.parameters()).device)
+    with Keeper(run_dir, meta, steps, config.save_every, config.keep, config.keep_every) as keeper:
+        return _train(model, objective, batches, config, steps, seed, run_dir, meta, evaluate, resume, parallel, keeper)
+
+
+def _train(
+    model: nn.Module, objective: Objective, batches: Batches, config: TrainConfig, steps: int, seed: int, run_dir: Path,
+    meta: dict[str, Any], evaluate: Evaluate | None, resume: Resume, parallel: Parallel, keeper: Keeper,
+) -> TrainState:  # fmt: skip
+    """`fit` inside its keeper."""
     device = next(model.parameters()).device
     precision = resolve_precision(config.precision, device)
-    parallel = parallel or Parallel(device=device)
     check_parts(config, parallel)
     parallel.wrap(model, precision)
     state = TrainState(
         model, build_optimizers(model, config.optimizer), AveragedWeights(model, config.ema),
         gradient_scales(model) if precision == "fp16" else None,
     )  # fmt: skip
-    _prepare(run_dir, state, meta, resume)
+    changes = _prepare(run_dir, state, meta | {"steps": steps}, resume, keeper)
     log = JSONLines(run_dir / "log.jsonl", state.step) if parallel.is_main else Silence()
+    if changes:
+        log.write(state.step, {"changes": changes})
     quiet = None if parallel.is_main else True
     bar = tqdm(total=steps, initial=state.step, desc=str(meta["kind"]), unit="step", disable=quiet)
     model.train()
@@ -124,9 +152,7 @@ def fit(
             log.write(state.step, {f"eval/{name}": value for name, value in scores.items()})
             shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
             tqdm.write(f"{meta['kind']} step {state.step}: {shown}")
-        if state.step % config.save_every == 0 or last:
-            save_checkpoint(run_dir, state, meta | {"steps": steps}, config.keep, write=parallel.is_main)
-            parallel.barrier()
+        keeper.after_step(state)
     bar.close()
     return state
 
@@ -169,21 +195,28 @@ def _evaluate(evaluate: Evaluate, state: TrainState, seed: int, precision: str, 
     return to_numbers(scores)
 
 
-def _prepare(run_dir: Path, state: TrainState, meta: dict[str, Any], resume: str) -> None:
-    """Makes the run's directory, or takes up the run that lies there."""
-    make_directory(run_dir)
-    found = latest_checkpoint(run_dir)
+def _prepare(run_dir: Path, state: TrainState, meta: dict[str, Any], resume: str, keeper: Keeper) -> list[str]:
+    """Takes up the run that lies in the directory, if there is one; in what its configuration was another."""
+    found = newest_whole(run_dir, keeper.ranks)
     if found is None:
-        return
+        return []
     if resume == "never":
         raise ValueError(f"{run_dir} holds a run; give another --out, or --resume auto to go on with it")
     old = read_json(found / "meta.json")
     check_meta(old, meta["kind"], run_dir)
     changes = differences(old["run"], meta["run"]) + differences(_hashes(old), _hashes(meta), "links")
-    if changes:
-        raise ValueError(f"{run_dir} holds a run with another configuration ({'; '.join(changes)}); give another --out")
-    restore(found, state)
-    print(f"{meta['kind']}: going on from step {state.step} of {run_dir}")
+    changes = [change for change in changes if not change.startswith(RHYTHM)]
+    if changes and resume != "changed":
+        raise ValueError(
+            f"{run_dir} holds a run with another configuration ({'; '.join(changes)}); give another --out, or "
+            "--resume changed to go on with the new one"
+        )
+    restore(found, state, keeper.ranks)
+    if keeper.ranks.rank == 0:
+        print(f"{meta['kind']}: going on from step {state.step} of {meta['steps']} ({found}, saved {saved_at(found)})")
+        if changes:
+            print(f"note: with another configuration from here on: {'; '.join(changes)}")
+    return changes
 
 
 def _hashes(meta: dict[str, Any]) -> dict[str, str]:

@@ -24,7 +24,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, the same in every process, sliced as another one is; no process waits for another."""
-    if not is_sharded(like):
+    if is_sharded(tensor) or not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor  # seconds that a single process need not spend
 

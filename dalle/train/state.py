@@ -1,8 +1,9 @@
 """All that changes while training, as named tensors and plain numbers.
 
-Random numbers and the place in the data are not among it: they follow from seed and step.
+Random numbers, the step size and the place in the data are not among it: they follow from seed and step.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,11 +13,15 @@ from torch import Tensor, nn
 
 from dalle.train.ema import AveragedWeights, EMAConfig
 from dalle.train.scaling import GradientScales
-from dalle.train.shards import placed, whole
+from dalle.train.shards import placed
 
 
 class Stateful(Protocol):
-    """A part of training with a memory of its own."""
+    """A part of training with a memory of its own.
+
+    A tensor that differs between processes is a DTensor over them (`sharded.of_each_process` makes one). After a
+    change of their number it comes back whole, (processes that were, ...).
+    """
 
     def state_dict(self) -> dict[str, Tensor]:
         """Its tensors, by name."""
@@ -48,18 +53,29 @@ class TrainState:
     """Whatever else has a memory, by name."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Every tensor, by file and name, whole: where parameters are sliced, every process must ask."""
+        """Every tensor, by file and name; a slice where parameters are sliced."""
         scales = {"scales": self.scales.state_dict()} if self.scales else {}
         extras = {name: part.state_dict() for name, part in self.extras.items()}
         held = {"model": self.model.state_dict(), "ema": self.ema.sums, "optimizer": _moments(self)}
-        held |= scales | {name: tensors for name, tensors in extras.items() if tensors}
-        return {file: {name: whole(tensor) for name, tensor in tensors.items()} for file, tensors in held.items()}
+        return held | scales | {name: tensors for name, tensors in extras.items() if tensors}
 
     def numbers(self) -> dict[str, Any]:
         """Everything that is no tensor."""
         ema = {"decay": self.ema.config.decay, "every": self.ema.config.every, "updates": self.ema.updates}
         extras = {name: part.numbers() for name, part in self.extras.items()}
         return {"step": self.step, "ema": ema} | ({"extras": extras} if extras else {})
+
+    def targets(self, found: dict[str, dict[str, tuple[torch.Size, torch.dtype]]]) -> dict[str, dict[str, Tensor]]:
+        """Tensors to fill with what a checkpoint holds, shared over processes as the state's own are.
+
+        Args:
+            found: shape and dtype of what is there, by file and name.
+        """
+        like = self.tensors() | {"optimizer": _parameters_of_moments(self, found.get("optimizer", {}))}
+        return {
+            file: {name: _target(like.get(file, {}).get(name), *info) for name, info in infos.items()}
+            for file, infos in found.items()
+        }
 
     def load(self, tensors: dict[str, dict[str, Tensor]], numbers: dict[str, Any], source: Path) -> None:
         """Puts all of it back; strict.
@@ -73,11 +89,12 @@ class TrainState:
         for name, tensor in tensors["ema"].items():
             self.ema.sums[name].copy_(placed(tensor, self.ema.sums[name]))
         _load_moments(self, tensors["optimizer"])
-        if self.scales:
+        if self.scales and "scales" in tensors:
             self.scales.load_state_dict(tensors["scales"])
         for name, part in self.extras.items():
-            part.load_state_dict(tensors.get(name, {}))
-            part.load_numbers(numbers["extras"][name])
+            if name in numbers.get("extras", {}):  # else it is new to the run
+                part.load_state_dict(tensors.get(name, {}))
+                part.load_numbers(numbers["extras"][name])
         self.step = numbers["step"]
 
 
@@ -114,3 +131,17 @@ def _load_moments(state: TrainState, moments: dict[str, Tensor]) -> None:
         like = tensor if moment == "step" else parameter  # the fused kernel wants the parameter's strides
         value = torch.empty_like(like, dtype=tensor.dtype, device=parameter.device)
         owners[parameter].state[parameter][moment] = value.copy_(placed(tensor, value))
+        owners[parameter].state[parameter][moment] = value.copy_(tensor)
+
+
+def _parameters_of_moments(state: TrainState, names: Iterable[str]) -> dict[str, Tensor]:
+    """The parameter that each "parameter/moment" belongs to."""
+    parameters = dict(state.model.named_parameters())
+    return {name: parameters[name.rsplit("/", 1)[0]] for name in names}
+
+
+def _target(like: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """An empty tensor placed as another one of the same shape is; without one, whole and on the CPU."""
+    if like is not None and like.shape == shape:
+        return torch.empty_like(like, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype)
