@@ -47,8 +47,25 @@ class Scorer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Work:
+    """What an update on a batch asks of the machine."""
+
+    samples: int
+    """Pictures or pairs in it."""
+    tokens: int = 0
+    """Tokens that the model reads; 0 where it reads none."""
+    flops: float = 0.0
+    """Floating-point operations that forward and backward need, 2 a multiplication with addition; 0 if not known."""
+
+
 class Objective(Protocol):
-    """What the training loop minimises; it alone knows the model's family."""
+    """What the training loop minimises; it alone knows the model's family.
+
+    Two methods may be there beside, for the log:
+    `work(model, batch) -> Work`, asked once, since all batches of a run are alike; and
+    `chance(model) -> {metric: value}`, what a model that knows nothing reaches.
+    """
 
     def __call__(self, model: torch.nn.Module, batch: Any, step: int) -> Loss: ...
 

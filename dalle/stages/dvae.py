@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from dalle.stages.runs import TrainingRun, loader
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
 from dalle.train.optim import OptimizerConfig
+from dalle.train.plateau import NEVER
 from dalle.train.precision import Precision, compile_parts, resolve_device
 from dalle.train.step import step_seed
 from dalle.types import Batch
@@ -24,7 +26,13 @@ from dalle.types import Batch
 PAPER_TRAINING = TrainConfig(
     batch_size=512,
     optimizer=OptimizerConfig(
-        lr=Schedule(1e-4, 1.25e-6, 1_200_000), warmup=0, beta2=0.999, weight_decay=1e-4, clip=None
+        lr=Schedule(1e-4, 1.25e-6, 1_200_000),
+        warmup=0,
+        plateau=NEVER,
+        beta2=0.999,
+        weight_decay=1e-4,
+        clip=None,
+        variance_clip=None,
     ),
     ema=EMAConfig(decay=0.999, every=1),
 )
@@ -98,13 +106,14 @@ def train_dvae(run: DVAERun) -> Path:
     pixels = torch.from_numpy(first_pairs(held_out, count).pixels)
     task = StepOfPairs(pairs, run.train.batch_size, run.seed, "dvae", DVAEBatch(run.crop, run.seed))  # Listing 1
 
-    def evaluate(model: DVAE, step: int) -> dict[str, float]:
-        return evaluate_dvae(model, pixels.to(device), run.objective.tau(step), out / f"reconstructions-{step:08d}.png")
+    def evaluate(model: DVAE, step: int) -> dict[str, Any]:
+        return evaluate_dvae(model, pixels.to(device), run.objective.tau(step))
 
     with loader(task, run, out) as batches:
         fit(
             model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
             meta=describe("dvae", model, run.record(), {"data": pairs.hash}), evaluate=evaluate, resume=run.resume,
+            log=run.log,
         )  # fmt: skip
     return out
 
@@ -135,12 +144,11 @@ def random_squares(pixels: Tensor, side: int, seed: int) -> Tensor:
     return torch.stack([picture[:, y : y + side, x : x + side] for picture, y, x in squares])
 
 
-def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float, picture: Path) -> dict[str, float]:
-    """Meters of held-out pictures; writes original, soft and hard reconstruction side by side."""
+def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float) -> dict[str, Any]:
+    """Meters of held-out pictures; "reconstructions" shows original, soft and hard reconstruction side by side."""
     parts = [dvae_scores(model, part, tau) for part in pixels.split(64)]
     scores = {name: float(torch.stack([part[0][name].float() for part in parts]).mean()) for name in parts[0][0]}
     if sentence := collapse_warning(scores, model.vocab_size):
         tqdm.write(f"warning: {sentence}")
     rows = zip(*(to_pil(images[:8]) for images in (pixels, parts[0][1], parts[0][2])), strict=True)
-    sheet([list(row) for row in rows], scale=max(1, 128 // pixels.shape[-1])).save(picture)
-    return scores
+    return scores | {"reconstructions": sheet([list(row) for row in rows], scale=max(1, 128 // pixels.shape[-1]))}

@@ -11,6 +11,7 @@ from dalle.files import make_directory, read_json
 from dalle.models import Part, load_part
 from dalle.text import MergeTokenizer, load_text
 from dalle.train.precision import resolve_device
+from dalle.train.writers import LogConfig
 
 ROOT = Path("runs")
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -45,6 +46,8 @@ class TrainingRun:
     """One process."""
     compile: bool = False
     """Compile each layer: minutes at the start, faster steps (fewer, larger kernels)."""
+    log: LogConfig = LogConfig()
+    """Where the run tells what it does, beside log.jsonl."""
 
     def __post_init__(self):
         if self.steps < 1:
@@ -58,7 +61,7 @@ class TrainingRun:
 
     def record(self) -> dict[str, Any]:
         """The configuration for the checkpoint, less what may change on resuming."""
-        free = {"out", "steps", "device", "resume", "parallel", "compile", "encode"}
+        free = {"out", "steps", "device", "resume", "parallel", "compile", "encode", "log"}
         free |= {"tokens", "tokenizer", "dvae"}  # the links name what they held
         kept = {key: value for key, value in to_dict(self).items() if key not in free}
         if "data" in kept:

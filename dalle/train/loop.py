@@ -4,30 +4,38 @@ Every step is a function of the state, the seed and the step's number: the batch
 numbers are drawn from (seed, step). So N steps equal k, a resume, and N - k, bit for bit.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from dalle.files import make_directory, read_json
 from dalle.train.checkpoint import check_meta, latest_checkpoint, restore, save_checkpoint
 from dalle.train.ema import AveragedWeights, EMAConfig
-from dalle.train.log import JSONLines, Numbers, to_numbers
+from dalle.train.log import Numbers, to_numbers
+from dalle.train.meters import Meter, peak_flops
+from dalle.train.nonfinite import Nonfinite
 from dalle.train.optim import OptimizerConfig, build_optimizers
+from dalle.train.plateau import Plateau
 from dalle.train.precision import Precision, resolve_precision
 from dalle.train.state import TrainState
 from dalle.train.step import gradient_scales, to_device, train_step
-from dalle.types import Loss, Objective
+from dalle.train.writers import LogConfig, Logs
+from dalle.types import Loss, Objective, Work
 
 Batches = Callable[[int], Any]
 """The batch of a step."""
-Evaluate = Callable[[nn.Module, int], dict[str, float]]
-"""Measures the averaged weights at a step."""
+Evaluate = Callable[[nn.Module, int], dict[str, Any]]
+"""Measures the averaged weights at a step; pictures among the values are saved and shown."""
+
+
+LOG = LogConfig()
+"""log.jsonl alone."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +57,15 @@ class TrainConfig:
     """Updates between two evaluations; the last step is always evaluated."""
     save_every: int = 1000
     """Updates between two checkpoints; the last step is always saved."""
+    max_nonfinite: int = 8
+    """Updates in a row, skipped because loss or gradient is not finite, that end the run; 1 ends it at the first.
+    The paper skipped 5 % (E.2): 8 in a row are no chance. In fp16, where only the gradient is not finite, 125 times as
+    many, since a scale comes down once in 125 updates (D)."""
     keep: int = 2
     """Checkpoints kept."""
 
     def __post_init__(self):
-        for name in ("batch_size", "log_every", "eval_every", "save_every", "keep"):
+        for name in ("batch_size", "log_every", "eval_every", "save_every", "keep", "max_nonfinite"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
@@ -70,6 +82,7 @@ def fit(
     meta: dict[str, Any],
     evaluate: Evaluate | None = None,
     resume: Literal["auto", "never"] = "auto",
+    log: LogConfig = LOG,
 ) -> TrainState:
     """Trains until `steps` updates are done, from the newest checkpoint of `run_dir` if there is one.
 
@@ -84,10 +97,11 @@ def fit(
         meta: what makes a checkpoint describe itself: kind, config, run, links.
         evaluate: called with the averaged weights in place.
         resume: "auto" goes on where the run stopped, "never" refuses a directory that holds a run.
+        log: where the run tells what it does, beside log.jsonl.
 
     Raises:
         ValueError: the directory holds another run.
-        FloatingPointError: the loss or the gradient is not finite; names the first bad tensor.
+        FloatingPointError: loss or gradient were not finite too often in a row; names the first bad tensor.
     """
     device = next(model.parameters()).device
     precision = resolve_precision(config.precision, device)
@@ -95,48 +109,77 @@ def fit(
         model, build_optimizers(model, config.optimizer), AveragedWeights(model, config.ema),
         gradient_scales(model) if precision == "fp16" else None,
     )  # fmt: skip
+    state.extras["nonfinite"] = Nonfinite(config.max_nonfinite)
+    if config.optimizer.plateau.halvings:
+        state.extras["plateau"] = Plateau(config.optimizer.plateau)
     _prepare(run_dir, state, meta, resume)
-    log = JSONLines(run_dir / "log.jsonl", state.step)
+    logs = Logs(run_dir, state.step, log, meta)
     bar = tqdm(total=steps, initial=state.step, desc=str(meta["kind"]), unit="step", disable=None)
+    meter, work = Meter(device, peak_flops(device, precision, log.peak_flops)), None
     model.train()
     while state.step < steps:
-        started = time.perf_counter()
-        batch = to_device(batches(state.step), device)
-        waited = time.perf_counter() - started
+        with meter.waiting():
+            batch = to_device(batches(state.step), device)
+        work = work or work_of(objective, model, batch)
         loss, norm = train_step(state, batch, objective, config.optimizer, precision, seed)
+        meter.update(work)
         bar.update()
         last = state.step == steps
         if state.step % config.log_every == 0 or state.step == 1 or last:
-            numbers = step_numbers(state, loss, norm, config.optimizer)
-            log.write(state.step, numbers | {"data_wait": waited, "seconds": time.perf_counter() - started})
-            bar.set_postfix(loss=f"{numbers['loss']:.4f}")
+            numbers = step_numbers(state, loss, norm)
+            logs.write(state.step, numbers | (chance(objective, model) if state.step == 1 else {}) | meter.lap())
+            bar.set_postfix(loss=f"{numbers['loss']:.4f}", skipped=numbers["skipped"])
         if evaluate and (state.step % config.eval_every == 0 or last):
-            scores = _evaluate(evaluate, state, seed)
-            log.write(state.step, {f"eval/{name}": value for name, value in scores.items()})
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            tqdm.write(f"{meta['kind']} step {state.step}: {shown}")
+            with meter.pause():
+                tqdm.write(f"{meta['kind']} step {state.step}: {_told(_evaluate(evaluate, state, seed), state, logs)}")
         if state.step % config.save_every == 0 or last:
-            save_checkpoint(run_dir, state, meta | {"steps": steps}, config.keep)
+            with meter.pause():
+                save_checkpoint(run_dir, state, meta | {"steps": steps}, config.keep)
     bar.close()
+    logs.close()
     return state
 
 
-def step_numbers(state: TrainState, loss: Loss, norm: Tensor, optim: OptimizerConfig) -> Numbers:
+def step_numbers(state: TrainState, loss: Loss, norm: Tensor) -> Numbers:
     """What is logged of the update just made."""
     numbers = to_numbers({"loss": loss.total.detach(), "gradient_norm": norm, **loss.metrics})
     if state.scales:
         numbers["log2_scales"] = state.scales.values.log2().tolist()
-    return numbers | {"step_size": optim.rate(state.step - 1)}
+    if plateau := state.extras.get("plateau"):
+        numbers["halvings"] = plateau.halved
+    return numbers | {"step_size": float(state.optimizers[-1].param_groups[0]["lr"])}
 
 
-def _evaluate(evaluate: Evaluate, state: TrainState, seed: int) -> dict[str, float]:
+def work_of(objective: Objective, model: nn.Module, batch: Any) -> Work:
+    """What an update asks of the machine, if the objective tells."""
+    tell = getattr(objective, "work", None)
+    return tell(model, batch) if tell else Work(0)
+
+
+def chance(objective: Objective, model: nn.Module) -> Numbers:
+    """What a model that knows nothing reaches, as {"chance/NAME": value}, if the objective tells."""
+    tell = getattr(objective, "chance", None)
+    return {f"chance/{name}": value for name, value in tell(model).items()} if tell else {}
+
+
+def _evaluate(evaluate: Evaluate, state: TrainState, seed: int) -> dict[str, Any]:
     """Scores of the averaged weights; training's random numbers and mode stay as they were."""
     state.model.eval()
     with torch.random.fork_rng(), state.ema.applied(state.model), torch.no_grad():
         torch.manual_seed(seed)
         scores = evaluate(state.model, state.step)
     state.model.train()
-    return to_numbers(scores)
+    return scores
+
+
+def _told(scores: dict[str, Any], state: TrainState, logs: Logs) -> str:
+    """Logs numbers and pictures of an evaluation; the numbers in words."""
+    pictures = {name: value for name, value in scores.items() if isinstance(value, Image.Image)}
+    numbers = to_numbers({name: value for name, value in scores.items() if name not in pictures})
+    logs.write(state.step, {f"eval/{name}": value for name, value in numbers.items()})
+    for name, picture in pictures.items():
+        logs.picture(state.step, name, picture)
+    return "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
 
 
 def _prepare(run_dir: Path, state: TrainState, meta: dict[str, Any], resume: str) -> None:

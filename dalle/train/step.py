@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle.train.log import first_nonfinite
+from dalle.train.nonfinite import Nonfinite, all_processes, first_nonfinite
 from dalle.train.optim import OptimizerConfig, set_rate
 from dalle.train.precision import autocast
 from dalle.train.scaling import GradientScales
@@ -18,7 +18,10 @@ def train_step(
 ) -> tuple[Loss, Tensor]:
     """One update: loss, gradient, clip, optimizers, averaging. Returns the loss and the gradient's norm.
 
-    With gradient scales an update whose gradient is not finite is skipped, and counts as a step.
+    An update whose loss or gradient is not finite is skipped, and counts as a step (dalle/train/nonfinite.py).
+
+    Raises:
+        FloatingPointError: too many in a row; names the first bad tensor.
     """
     device = next(state.model.parameters()).device
 
@@ -32,24 +35,33 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
     loss.total.backward()
     finite = state.scales.unscale() if state.scales else None
-    limit = float("inf") if optim.clip is None else optim.clip
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
-    good = bool(torch.isfinite(norm))
-    if not torch.isfinite(loss.total) or not (good or state.scales):
+    parameters = [p for p in state.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    good = all_processes(torch.isfinite(norm) & torch.isfinite(loss.total.detach()))
+    nonfinite = state.extras.setdefault("nonfinite", Nonfinite(limit=1))
+    if good:
+        nonfinite.made()
+        if optim.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, optim.clip, norm)
+        plateau = state.extras.get("plateau")
+        set_rate(state.optimizers, optim, state.step, plateau.factor if plateau else 1.0)
+        for optimizer in state.optimizers:
+            optimizer.step()
+        if plateau:
+            plateau.see(loss.total)
+    elif nonfinite.skip(scaled=state.scales is not None and all_processes(torch.isfinite(loss.total))):
         where = first_nonfinite(state.model, forward)
         raise FloatingPointError(
             f"step {state.step + 1}: loss {float(loss.total.detach())}, gradient norm {float(norm)}; "
-            f"first bad tensor: {where}. The last checkpoint is whole; lower the step size, or check the data"
+            f"first bad tensor: {where}. Not finite for {nonfinite.in_a_row} in a row, which train.max_nonfinite ends. "
+            "The last checkpoint is whole; lower the step size, or check the data"
         )
-    if good:
-        set_rate(state.optimizers, optim, state.step)
-        for optimizer in state.optimizers:
-            optimizer.step()
     if state.scales:
         state.scales.update(finite)
-        loss.metrics["skipped"] = float(not good)
     state.step += 1
-    state.ema.update(state.model, state.step)
+    if good:
+        state.ema.update(state.model, state.step)
+    loss.metrics["skipped"] = nonfinite.skipped
     return loss, norm
 
 
