@@ -37,6 +37,7 @@ def train_step(
     finite = state.scales.unscale() if state.scales else None
     parameters = [p for p in state.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients: over all shards
     good = all_processes(torch.isfinite(norm) & torch.isfinite(loss.total.detach()))
     nonfinite = state.extras.setdefault("nonfinite", Nonfinite(limit=1))
     if good:
