@@ -3,12 +3,15 @@
 The training loop calls objective(model, batch, step) and knows nothing else.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.clip import CLIP
 from dalle.dvae import DVAE
@@ -16,7 +19,8 @@ from dalle.dvae.losses import gumbel_softmax, kl_loss, reconstruction_loss
 from dalle.train.schedules import Schedule
 from dalle.transformer import Transformer
 from dalle.transformer.losses import TEXT_WEIGHT, cross_entropies, weighted_cross_entropy
-from dalle.types import WHOLE, Loss, Part, check_pixels
+from dalle.transformer.sizes import training_flops
+from dalle.types import WHOLE, Loss, Part, Work, check_pixels
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,13 @@ class DVAEObjective:
             **usage,
         }
         return Loss(soft + beta * kl, metrics)
+
+    def work(self, model: DVAE, batch: Tensor) -> Work:
+        """Of the convolutions, counted on a twin without memory; backward takes twice the forward pass."""
+        with FakeTensorMode(), torch.device("cpu"), FlopCounterMode(display=False) as counter:
+            twin = DVAE(model.config)
+            twin.reconstruct(twin.codebook_logits(torch.empty(1, *batch.shape[1:])))
+        return Work(len(batch), flops=3 * len(batch) * counter.get_total_flops())
 
 
 def code_usage(tokens: Tensor, vocab_size: int, part: Part = WHOLE) -> dict[str, Tensor]:
@@ -133,6 +144,17 @@ class TransformerObjective:
         total = weighted_cross_entropy(text, image, self.text_weight)
         return Loss(total, {"text_nats": text.detach(), "image_nats": image.detach()})
 
+    def work(self, model: Transformer, batch: Tensor) -> Work:
+        """By formula (dalle/transformer/sizes.py)."""
+        return Work(len(batch), batch.numel(), len(batch) * sum(training_flops(model.config).values()))
+
+    def chance(self, model: Transformer) -> dict[str, float]:
+        """ln(vocabulary): nats a token of one who guesses evenly. A text slot may also hold its pad."""
+        layout = model.layout
+        text, image = math.log(layout.text_vocab + 1), math.log(layout.image_vocab)
+        total = self.text_weight * text + (1 - self.text_weight) * image
+        return {"loss": total, "text_nats": text, "image_nats": image}
+
 
 @dataclass(frozen=True)
 class CLIPObjective:
@@ -158,3 +180,7 @@ class CLIPObjective:
             total = total + F.cross_entropy(torch.cat([to_images, to_spoilt], dim=1), own)
             metrics["whole_over_broken"] = ((images - spoilt[0]) * text).sum(dim=1).gt(0).float().mean()
         return Loss(total, metrics)
+
+    def work(self, model: CLIP, batch: tuple[Tensor, ...]) -> Work:
+        """Pairs only: open_clip's towers have no formula here."""
+        return Work(len(batch[0]))

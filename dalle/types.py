@@ -52,6 +52,20 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What an update on a batch asks of the machine."""
+
+    samples: int
+    """Pictures or pairs in it."""
+    tokens: int = 0
+    """Tokens that the model reads; 0 where it reads none."""
+    flops: float = 0.0
+    """Floating-point operations that forward and backward need, 2 a multiplication with addition; 0 if not known."""
+
+
+
+
+@dataclass(frozen=True)
 class Part:
     """Which part of a step's batch a call of an objective sees: one process's, or one pass's of several."""
 
@@ -76,6 +90,9 @@ class Objective(Protocol):
     The mean of what it returns for the parts of a batch must be what it returns for the batch. Where a mean is over a
     number that varies (text tokens, not pictures), a method `counts(model, batch) -> Tensor` says how many a part has,
     and `part.counts` how many there are in all. `part` is given only where there are several.
+
+    Two more methods may be there, for the log: `work(model, batch) -> Work`, asked once, since all batches of a run are
+    alike; and `chance(model) -> {metric: value}`, what a model that knows nothing reaches.
     """
 
     def __call__(self, model: torch.nn.Module, batch: Any, step: int, part: Part = WHOLE) -> Loss: ...

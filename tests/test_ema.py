@@ -97,6 +97,28 @@ def test_the_correction_divides_by_one_less_the_share_of_the_start():
     assert corrected(sums, 0.9, 0) == {}
 
 
+def test_an_average_kept_on_the_cpu_is_the_same_average(model):
+    here, there = (AveragedWeights(model, EMAConfig(0.9, 1, device)) for device in ("same", "cpu"))
+    for step in (1, 2, 3):
+        set_weights(model, float(step))
+        for average in (here, there):
+            average.update(model, step)
+    assert all(s.device.type == "cpu" for s in there.sums.values())
+    assert all(torch.equal(here.averaged()[name], there.averaged()[name]) for name in here.sums)
+    assert all(s is not p for s, p in zip(there.sums.values(), model.parameters(), strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to keep the average off")
+def test_an_average_kept_off_the_gpu_is_applied_to_weights_on_it(model):
+    model = model.cuda()
+    average = AveragedWeights(model, EMAConfig(0.9, 1, "cpu"))
+    average.update(model, 1)
+    assert all(s.device.type == "cpu" for s in average.sums.values())
+    own = [p.detach().clone() for p in model.parameters()]
+    with average.applied(model):
+        torch.testing.assert_close(list(model.parameters()), own)
+
+
 @pytest.mark.parametrize(("decay", "every"), [(1.0, 1), (2.0, 1), (-0.1, 1), (0.9, 0)])
 def test_averages_that_cannot_be_are_refused(decay, every):
     with pytest.raises(ValueError, match=r"decay must lie|every must be positive"):

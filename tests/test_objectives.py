@@ -8,10 +8,12 @@ import torch.nn.functional as F
 
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.dvae.losses import gumbel_softmax, kl_to_uniform, logit_laplace_log_prob, map_pixels
+from dalle.dvae.model import Conv2d
 from dalle.objectives import DVAEObjective, TransformerObjective, code_usage, collapse_warning, dvae_scores
 from dalle.train.schedules import Schedule
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.losses import cross_entropies
+from dalle.transformer.sizes import training_flops
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +96,46 @@ def test_a_collapsed_codebook_is_announced_with_a_remedy(perplexity, warned):
 def test_the_warning_scales_with_the_codebook():
     assert collapse_warning({"perplexity": 50.0}, 8192)
     assert not collapse_warning({"perplexity": 100.0}, 8192)
+
+
+# ---------------------------------------------------------------------------------------------
+# What an update asks of the machine
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_dvaes_operations_are_those_of_its_convolutions(model, pixels):
+    """By hand: 2 K operations for each output value of a convolution over K inputs, three times for the backward."""
+    forward = []
+
+    def count(module, inputs, output):
+        forward.append(2 * output.numel() * module.w[0].numel())
+
+    convolutions = [module for module in model.modules() if isinstance(module, Conv2d)]
+    hooks = [module.register_forward_hook(count) for module in convolutions]
+    model.reconstruct(gumbel_softmax(model.codebook_logits(pixels), 1.0))
+    for hook in hooks:
+        hook.remove()
+    work = DVAEObjective().work(model, pixels)
+    assert (work.samples, work.tokens) == (3, 0)
+    assert work.flops == 3 * sum(forward) > 0
+
+
+def test_the_transformers_operations_are_those_of_its_formula():
+    config = TransformerConfig(2, 2, 8, 4, (3, 3), 8, 8, conv_kernel=3)
+    ids = torch.zeros(5, config.layout.length, dtype=torch.int64)
+    work = TransformerObjective().work(Transformer(config), ids)
+    assert (work.samples, work.tokens) == (5, 5 * 13)
+    assert work.flops == 5 * sum(training_flops(config).values())
+
+
+def test_chance_is_ln_vocabulary_and_the_loss_of_an_even_guess():
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(2, 2, 8, 4, (3, 3), 8, 6, conv_kernel=3))  # the output matrix starts at 0
+    ids = model.layout.pack(torch.randint(8, (2, 4)), torch.randint(6, (2, 9)))
+    objective = TransformerObjective()
+    loss, known = objective(model, ids, 0), objective.chance(model)
+    assert known["image_nats"] == pytest.approx(math.log(6))
+    assert known["text_nats"] == pytest.approx(math.log(8 + 1))  # or the pad
+    for name in ("image_nats", "text_nats"):
+        assert float(loss.metrics[name]) == pytest.approx(known[name], rel=1e-6)
+    assert float(loss.total.detach()) == pytest.approx(known["loss"], rel=1e-6)

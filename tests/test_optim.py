@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dalle.models import build
+from dalle.stages.clip import CLIP_TRAINING
+from dalle.stages.dvae import PAPER_TRAINING
 from dalle.train import Schedule
 from dalle.train.optim import OptimizerConfig, build_optimizers, decay_groups, layer_matrices, set_rate
 
@@ -159,5 +161,88 @@ def test_muons_step_size_is_positive(muon):
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**settings)
+
+
+# ---------------------------------------------------------------------------------------------
+# The running variance is bounded (B.2)
+# ---------------------------------------------------------------------------------------------
+
+
+def adamw_by_hand(weight: Tensor, gradients: list[Tensor], optim: OptimizerConfig, rate: float) -> Tensor:
+    """AdamW as it is written, the variance clipped by value before it is used."""
+    mean, variance = torch.zeros_like(weight), torch.zeros_like(weight)
+    for step, gradient in enumerate(gradients, 1):
+        mean = optim.beta1 * mean + (1 - optim.beta1) * gradient
+        variance = optim.beta2 * variance + (1 - optim.beta2) * gradient.square()
+        if optim.variance_clip is not None:
+            variance = variance.clamp(max=optim.variance_clip)
+        corrected = variance / (1 - optim.beta2**step)
+        weight = weight - rate * mean / (1 - optim.beta1**step) / (corrected.sqrt() + optim.eps)
+    return weight
+
+
+@pytest.mark.parametrize("limit", [5.0, 1.0, None])
+def test_the_variance_is_clipped_before_parameter_and_moment_see_it(limit):
+    """Gradients up to 4, as clipping their norm leaves; the first values reach the limit, the last never do."""
+    optim = OptimizerConfig(lr=Schedule(0.01, 0.01), warmup=0, weight_decay=0.0, variance_clip=limit)
+    layer = nn.Linear(4, 1, bias=False).double()
+    start = layer.weight.detach().clone()
+    gradients = [torch.tensor([[4.0, -4.0, 2.0, 0.1]], dtype=torch.float64) * (-1) ** (i // 7) for i in range(80)]
+    (optimizer,) = build_optimizers(layer, optim)
+    for gradient in gradients:
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), adamw_by_hand(start, gradients, optim, 0.01))
+    variance = optimizer.state[layer.weight]["exp_avg_sq"]
+    assert (variance > 5 + 1e-9).tolist() == [[limit is None] * 2 + [False] * 2]
+    if limit == 5:
+        assert variance[0, :2].tolist() == pytest.approx([5.0, 5.0])
+
+
+def test_a_gradient_beyond_all_bounds_leaves_the_variance_finite_and_positive():
+    layer = nn.Linear(1, 1, bias=False)
+    (optimizer,) = build_optimizers(layer, OptimizerConfig(lr=Schedule(0.01, 0.01), warmup=0, clip=None))
+    for gradient in (1.0, 1e10, 1.0, 0.0, 0.0):
+        layer.weight.grad = torch.full((1, 1), gradient)
+        optimizer.step()
+        variance = optimizer.state[layer.weight]["exp_avg_sq"]
+        assert torch.isfinite(layer.weight).all()
+        assert (variance >= 0).all()
+    assert float(variance) <= 5
+
+
+def test_parameters_are_bounded_in_parts(monkeypatch):
+    """Whatever fits at once, every parameter is bounded."""
+    monkeypatch.setattr("dalle.train.optim.AT_ONCE", 5)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3), nn.Linear(3, 1))
+    optimizers = build_optimizers(model, OptimizerConfig(lr=Schedule(0.0, 0.0), warmup=0, variance_clip=1e-3))
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.1)
+        optimizers[0].step()
+    variances = [moments["exp_avg_sq"] for moments in optimizers[0].state.values()]
+    assert len(variances) == 6
+    assert all(torch.allclose(v, torch.full_like(v, 1e-3)) for v in variances)
+
+
+def test_the_dvae_and_clip_have_no_bound_and_no_plateau_of_their_papers():
+    for training in (PAPER_TRAINING, CLIP_TRAINING):
+        assert training.optimizer.variance_clip is None
+        assert training.optimizer.plateau.halvings == 0
+    assert OptimizerConfig().variance_clip == 5
+    assert OptimizerConfig().plateau.halvings == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"variance_clip": 0.0}, "variance_clip"),
+        ({"variance_clip": 5.0, "beta2": 0.0}, "beta2 must be positive"),
+        ({"moments": "8bit"}, "set optimizer.variance_clip to null"),
+    ],
+)
+def test_settings_of_the_variance_that_mean_nothing_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**settings)

@@ -37,7 +37,7 @@ from dalle.types import Batch, Loss
 
 STAGES = {"dvae": train_dvae, "transformer": train_transformer, "clip": train_clip}
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
-CLOCKS = {"seconds", "data_wait"}
+CLOCKS = {"seconds", "data_wait", "memory_gib", "samples_per_second", "tokens_per_second"}
 STEPS = 7
 
 
@@ -255,6 +255,7 @@ CONFIG = TrainConfig(
     log_every=1,
     save_every=1,
     keep=2,
+    max_nonfinite=1,
 )
 
 
@@ -366,7 +367,7 @@ def test_a_folder_that_a_crash_left_ahead_never_pushes_out_the_newest(keep, tmp_
 
 def test_a_checkpoint_describes_itself(chain):
     meta = json.loads((latest_checkpoint(chain / "transformer") / "meta.json").read_text())
-    assert meta.keys() == {"format", "kind", "config", "run", "links", "versions", "steps", "step", "ema"}
+    assert meta.keys() == {"format", "kind", "config", "run", "links", "versions", "steps", "step", "ema", "extras"}
     assert meta["kind"] == "transformer"
     assert meta["config"]["depth"] == 2
     assert meta["run"]["train"]["batch_size"] == 4
@@ -486,7 +487,7 @@ def test_a_nan_weight_is_named(kind, start, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "train_step", poisoned)
     with pytest.raises(FloatingPointError, match=r"^step 2: .* first bad tensor: parameter ") as caught:
-        start(kind, tmp_path)
+        start(kind, tmp_path, train={"max_nonfinite": 1})
     assert f"parameter {planted[0]}." in str(caught.value)
 
 

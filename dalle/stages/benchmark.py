@@ -3,10 +3,9 @@
 Times on a shared machine swing, so every round times each contender once, and the medians of the rounds and of
 the ratios within a round are reported.
 
-    model FLOP/s utilisation = operations that the model needs (transformer/sizes.py) / seconds / peak FLOP/s
-
-The peak is the maker's, given as --peak-flops; beside it stands the share of what a large matrix product reaches
-on the device in that run.
+The utilisation, MFU, is that of training's log (dalle/train/meters.py, by the operations of transformer/sizes.py).
+The peak is the maker's, known or given as --peak-flops; beside it stands the share of what a large matrix product
+reaches on the device in that run.
 """
 
 import statistics
@@ -23,6 +22,7 @@ from dalle.objectives import TransformerObjective
 from dalle.stages.dalle_pytorch import MIX, DallePytorchStep
 from dalle.stages.measure import Stepper, hardware, matmul_rate, save_report, seconds_of
 from dalle.train.log import peak_memory
+from dalle.train.meters import mfu, peak_flops
 from dalle.train.precision import Precision, resolve_device, resolve_precision
 from dalle.transformer import TransformerConfig
 from dalle.transformer.sizes import SIZES, training_flops
@@ -56,7 +56,7 @@ class TrainBenchmark:
     recompute: bool = False
     """Compute the inside of each resblock again in the backward pass."""
     peak_flops: float | None = None
-    """The device's peak FLOP/s in that precision, for the utilisation: 989e12 for an H100 or H200 in bf16."""
+    """The device's peak FLOP/s in that precision, for the utilisation; known GPUs need none (dalle/train/meters.py)."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first there is."""
     json: Path | None = None
@@ -93,16 +93,16 @@ def benchmark_training(run: TrainBenchmark) -> dict[str, Any]:
         steps["dalle-pytorch"] = DallePytorchStep(run.config, run.batch_size, run.attn_types, device)
     executed = {name: _executed(step, run.compile) for name, step in steps.items()}
     rounds = [{name: seconds_of(step, device) for name, step in steps.items()} for _ in range(run.rounds)]
-    rate = matmul_rate(device, precision)
+    rate, peak = matmul_rate(device, precision), peak_flops(device, precision, run.peak_flops)
     report = {
         "tokens": run.batch_size * run.config.layout.length,
         "mfu": "flops / seconds / peak_flops",
-        "peak_flops": run.peak_flops,
+        "peak_flops": peak,
         "matmul_flops_per_second": rate,
         "compile": run.compile,
         "recompute": run.recompute,
         "contenders": {
-            name: step.facts() | {"flops_executed": executed[name]} | _speed(name, rounds, run, step.flops, rate)
+            name: step.facts() | {"flops_executed": executed[name]} | _speed(name, rounds, run, step.flops, rate, peak)
             for name, step in steps.items()
         },
         "peak_memory_gib": peak_memory(device),
@@ -150,7 +150,12 @@ def _executed(step: Any, compiled: bool) -> int | None:
 
 
 def _speed(
-    name: str, rounds: list[dict[str, float]], run: TrainBenchmark, flops: int | None, rate: float
+    name: str,
+    rounds: list[dict[str, float]],
+    run: TrainBenchmark,
+    flops: int | None,
+    rate: float,
+    peak: float | None,
 ) -> dict[str, Any]:
     """What the clock says; shares of a rate for those whose needed operations are known."""
     seconds = statistics.median(times[name] for times in rounds)
@@ -160,7 +165,7 @@ def _speed(
         "seconds": seconds,
         "tokens_per_second": run.batch_size * run.config.layout.length / seconds,
         **({"share_of_matmul_rate": flops / seconds / rate} if ours else {}),
-        **({"mfu": flops / seconds / run.peak_flops} if ours and run.peak_flops else {}),
+        **({"mfu": mfu(flops, seconds, peak)} if ours and peak else {}),
         **{f"times_as_fast_as_{r}": statistics.median(t[r] / t[name] for t in rounds) for r in rivals},
     }
 

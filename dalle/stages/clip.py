@@ -13,19 +13,28 @@ from dalle.data import PairsConfig, StepOfPairs, draw_captions, first_pairs, ope
 from dalle.data.shapes_broken import broken_pictures
 from dalle.models import build, describe
 from dalle.objectives import CLIPObjective
+from dalle.stages.drawing import retrieval_sheet
 from dalle.stages.runs import TrainingRun, loader, take_text
 from dalle.text import TextTokenizer
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
 from dalle.train.optim import OptimizerConfig
 from dalle.train.parallel import Parallel
+from dalle.train.plateau import NEVER
 from dalle.train.precision import compile_parts
 from dalle.types import Batch, Pairs
 
 CLIP_TRAINING = TrainConfig(
     batch_size=32_768,
     optimizer=OptimizerConfig(
-        lr=Schedule(5e-4, 0.0, 390_000), warmup=2_000, beta2=0.98, eps=1e-6, weight_decay=0.2, clip=None
+        lr=Schedule(5e-4, 0.0, 390_000),
+        warmup=2_000,
+        plateau=NEVER,
+        beta2=0.98,
+        eps=1e-6,
+        weight_decay=0.2,
+        clip=None,
+        variance_clip=None,
     ),
     ema=EMAConfig(decay=0.99, every=25),
 )
@@ -67,7 +76,7 @@ class CLIPRun(TrainingRun):
 
 
 def train_clip(run: CLIPRun) -> Path:
-    """Trains, writing checkpoints and log.jsonl with the share of pictures matched to their caption."""
+    """Trains, writing checkpoints and log.jsonl with the share of pictures matched to their caption, and what it finds."""
     with run.processes() as parallel:
         return _train_clip(run, parallel)
 
@@ -91,20 +100,22 @@ def _train_clip(run: CLIPRun, parallel: Parallel) -> Path:
 
     finish, finish_held_out = (CLIPBatch(text, run.seed, p if run.broken else None) for p in (pairs, held_out))
     count = min(run.eval_pictures, held_out.size or run.eval_pictures)
-    measured = tuple(tensor.to(device) for tensor in pack(finish_held_out(first_pairs(held_out, count))))
+    chosen = first_pairs(held_out, count)
+    measured = tuple(tensor.to(device) for tensor in pack(finish_held_out(chosen)))
+    captions = draw_captions(chosen, run.seed)
     # Listing 2 does not flip: captions speak of left and right
     task = StepOfPairs(pairs, run.train.batch_size, run.seed, "transformer", finish, parallel.rank, parallel.world)
 
-    def evaluate(model: CLIP, step: int) -> dict[str, float]:
+    def evaluate(model: CLIP, step: int) -> dict[str, Any]:
         loss = run.objective(model, measured, step)
-        return {"loss": float(loss.total), **{name: float(value) for name, value in loss.metrics.items()}}
+        return {"loss": loss.total, **loss.metrics, "retrieved": retrieval_sheet(model, *measured[:2], captions)}
 
     links = {"text": text.to_dict(), "text_hash": text.hash, "data": pairs.hash}
     with loader(task, run, out, pack) as batches:
         fit(
             model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
             meta=describe("clip", model, run.record(), links), evaluate=evaluate, resume=run.resume,
-            parallel=parallel,
+            parallel=parallel, log=run.log,
         )  # fmt: skip
     if model.truncated:
         tqdm.write(f"note: {model.truncated} captions were longer than {run.model.text_len - 1} tokens and cut")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
 from dalle.train.optim import OptimizerConfig
 from dalle.train.parallel import Parallel
+from dalle.train.plateau import NEVER
 from dalle.train.precision import Precision, compile_parts
 from dalle.train.step import step_seed
 from dalle.types import Batch
@@ -25,7 +27,13 @@ from dalle.types import Batch
 PAPER_TRAINING = TrainConfig(
     batch_size=512,
     optimizer=OptimizerConfig(
-        lr=Schedule(1e-4, 1.25e-6, 1_200_000), warmup=0, beta2=0.999, weight_decay=1e-4, clip=None
+        lr=Schedule(1e-4, 1.25e-6, 1_200_000),
+        warmup=0,
+        plateau=NEVER,
+        beta2=0.999,
+        weight_decay=1e-4,
+        clip=None,
+        variance_clip=None,
     ),
     ema=EMAConfig(decay=0.999, every=1),
 )
@@ -104,15 +112,14 @@ def _train_dvae(run: DVAERun, parallel: Parallel) -> Path:
     finish = DVAEBatch(run.crop, run.seed, rank, world)
     task = StepOfPairs(pairs, run.train.batch_size, run.seed, "dvae", finish, rank, world)  # Listing 1
 
-    def evaluate(model: DVAE, step: int) -> dict[str, float]:
-        picture = out / f"reconstructions-{step:08d}.png" if parallel.is_main else None
-        return evaluate_dvae(model, pixels.to(device), run.objective.tau(step), picture)
+    def evaluate(model: DVAE, step: int) -> dict[str, Any]:
+        return evaluate_dvae(model, pixels.to(device), run.objective.tau(step))
 
     with loader(task, run, out) as batches:
         fit(
             model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
             meta=describe("dvae", model, run.record(), {"data": pairs.hash}), evaluate=evaluate, resume=run.resume,
-            parallel=parallel,
+            parallel=parallel, log=run.log,
         )  # fmt: skip
     return out
 
@@ -152,14 +159,11 @@ def random_squares(pixels: Tensor, side: int, seed: int, rank: int = 0, world: i
     return torch.stack([picture[:, y : y + side, x : x + side] for picture, y, x in squares])
 
 
-def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float, picture: Path | None) -> dict[str, float]:
-    """Meters of held-out pictures; writes original, soft and hard reconstruction side by side, if told where."""
+def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float) -> dict[str, Any]:
+    """Meters of held-out pictures; "reconstructions" shows original, soft and hard reconstruction side by side."""
     parts = [dvae_scores(model, part, tau) for part in pixels.split(64)]
     scores = {name: float(torch.stack([part[0][name].float() for part in parts]).mean()) for name in parts[0][0]}
     if sentence := collapse_warning(scores, model.vocab_size):
         tqdm.write(f"warning: {sentence}")
-    if picture is None:
-        return scores
     rows = zip(*(to_pil(images[:8]) for images in (pixels, parts[0][1], parts[0][2])), strict=True)
-    sheet([list(row) for row in rows], scale=max(1, 128 // pixels.shape[-1])).save(picture)
-    return scores
+    return scores | {"reconstructions": sheet([list(row) for row in rows], scale=max(1, 128 // pixels.shape[-1]))}

@@ -13,6 +13,7 @@ from dalle.text import MergeTokenizer, load_text
 from dalle.train.loop import Resume
 from dalle.train.parallel import Mode, Parallel
 from dalle.train.precision import resolve_device
+from dalle.train.writers import LogConfig
 
 ROOT = Path("runs")
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -51,6 +52,8 @@ class TrainingRun:
     """For hsdp: processes that share one set of parameters; those of a machine unless given."""
     compile: bool = False
     """Compile each layer: minutes at the start, faster steps (fewer, larger kernels)."""
+    log: LogConfig = LogConfig()
+    """Where the run tells what it does, beside log.jsonl."""
 
     def __post_init__(self):
         if self.steps < 1:
@@ -68,7 +71,7 @@ class TrainingRun:
 
     def record(self) -> dict[str, Any]:
         """The configuration for the checkpoint, less what may change on resuming."""
-        free = {"out", "steps", "device", "resume", "parallel", "shard", "compile", "encode"}
+        free = {"out", "steps", "device", "resume", "parallel", "shard", "compile", "encode", "log"}
         free |= {"tokens", "tokenizer", "dvae"}  # the links name what they held
         kept = {key: value for key, value in to_dict(self).items() if key not in free}
         if "train" in kept:

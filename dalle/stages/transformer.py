@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from dalle.layout import TokenLayout
 from dalle.models import build, describe
 from dalle.objectives import TransformerObjective
 from dalle.rng import generator
+from dalle.stages.drawing import Drawings
 from dalle.stages.encode import take_image_tokenizer
 from dalle.stages.runs import TrainingRun, take, take_text
 from dalle.text import MergeTokenizer, TextTokenizerConfig
@@ -21,6 +23,7 @@ from dalle.train import TrainConfig, fit
 from dalle.train.parallel import Parallel
 from dalle.train.precision import compile_parts
 from dalle.transformer import TransformerConfig
+from dalle.types import ImageTokenizer
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class TransformerRun(TrainingRun):
     """Text tokenizer; the newest under runs/ unless given. A Hugging Face tokenizer.json or a youtokentome model
     is read too."""
     dvae: Path | None = None
-    """The dVAE that the tokens must be of; given, a cache of another one is refused."""
+    """The dVAE that the tokens must be of; given, a cache of another one is refused, and each evaluation draws."""
     data: PairsConfig = PairsConfig()
     """Captions; read by train_tokenizer only."""
     text: TextTokenizerConfig = TextTokenizerConfig()
@@ -50,11 +53,15 @@ class TransformerRun(TrainingRun):
     """Share of captions emptied while training, for classifier-free guidance (not in the paper)."""
     eval_pictures: int = 256
     """Pictures at the end of the cache kept for evaluation."""
+    drawings: int = 8
+    """Held-out captions drawn at each evaluation into <out>/drawings-STEP.png, with --dvae; 0 draws none."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.eval_pictures < 1:
             raise ValueError(f"eval_pictures must be positive, got {self.eval_pictures}")
+        if self.drawings < 0:
+            raise ValueError(f"drawings cannot be negative, got {self.drawings}")
         for name in ("bpe_dropout", "caption_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -99,6 +106,11 @@ class TokenBatches:
         pictures = range(self.trained, self.cache.size)
         return self._pack([self.text.encode(texts[0]) for texts in self.cache.captions(pictures)], pictures)
 
+    def captions(self, count: int) -> list[str]:
+        """The first captions of the first held-out pictures."""
+        pictures = range(self.trained, min(self.trained + count, self.cache.size))
+        return [texts[0] for texts in self.cache.captions(pictures)]
+
     def _pack(self, captions: list[list[int]], pictures: Sequence[int], crops: Sequence[int] | None = None) -> Tensor:
         self.truncated += sum(len(ids) > self.layout.caption_room for ids in captions)
         text_tokens = self.layout.pad_text(captions, truncate=True)
@@ -114,7 +126,7 @@ class TokenBatches:
 
 
 def train_transformer(run: TransformerRun) -> Path:
-    """Trains, writing checkpoints and log.jsonl with nats per text and per image token."""
+    """Trains, writing checkpoints and log.jsonl with nats per text and per image token, and drawings if asked."""
     with run.processes() as parallel:
         return _train_transformer(run, parallel)
 
@@ -122,7 +134,7 @@ def train_transformer(run: TransformerRun) -> Path:
 def _train_transformer(run: TransformerRun, parallel: Parallel) -> Path:
     out, device = run.directory("transformer"), parallel.device
     text, cache = take_text(run.tokenizer), TokenCache(take("tokens", run.tokens))
-    check_inputs(run, text, cache)
+    image_tokenizer = check_inputs(run, text, cache, device)
     torch.manual_seed(run.seed)
     model = build("transformer", run.model).to(device)
     # `backends` refuses, before any work, what cannot run
@@ -131,29 +143,35 @@ def _train_transformer(run: TransformerRun, parallel: Parallel) -> Path:
         compile_parts(model)
     batches = TokenBatches(cache, text, model.layout, run, parallel.rank, parallel.world)
     held_out = batches.held_out().split(run.train.batch_size)
+    captions = batches.captions(run.drawings if image_tokenizer else 0)
+    draw = Drawings(image_tokenizer, text, captions, run.seed) if captions else None
 
-    def evaluate(model, step: int) -> dict[str, float]:
+    def evaluate(model, step: int) -> dict[str, Any]:
         losses = [run.objective(model, ids.to(device), step) for ids in held_out]
         weights = torch.tensor([len(ids) for ids in held_out]) / run.eval_pictures
         named = {"loss": [loss.total for loss in losses]}
         named |= {name: [loss.metrics[name] for loss in losses] for name in losses[0].metrics}
-        return {name: float(torch.stack(values).cpu() @ weights) for name, values in named.items()}
+        scores = {name: float(torch.stack(values).cpu() @ weights) for name, values in named.items()}
+        return scores | ({"drawings": draw(model)} if draw else {})
 
     links = {"text": text.to_dict(), "text_hash": text.hash, "dvae": cache.meta["dvae"], "tokens": cache.hash}
     fit(
         model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
         meta=describe("transformer", model, run.record(), links), evaluate=evaluate, resume=run.resume,
-        parallel=parallel,
+        parallel=parallel, log=run.log,
     )  # fmt: skip
     if batches.truncated:
         tqdm.write(f"note: {batches.truncated} captions were longer than {model.layout.caption_room} tokens and cut")
     return out
 
 
-def check_inputs(run: TransformerRun, text: MergeTokenizer, cache: TokenCache) -> None:
-    """ValueError, before the first step, for parts that do not fit the model's shape."""
+def check_inputs(
+    run: TransformerRun, text: MergeTokenizer, cache: TokenCache, device: torch.device
+) -> ImageTokenizer | None:
+    """ValueError, before the first step, for parts that do not fit the model's shape; the dVAE, if one is given."""
     model = run.model
-    if run.dvae and (weights := take_image_tokenizer(run.dvae, torch.device("cpu"))[1]) != cache.meta["dvae"]:
+    tokenizer, weights = take_image_tokenizer(run.dvae, device) if run.dvae else (None, cache.meta["dvae"])
+    if weights != cache.meta["dvae"]:
         raise ValueError(
             f"{cache.folder} holds tokens of dVAE {cache.meta['dvae']}, {run.dvae} is {weights}: "
             "they do not belong together; encode the pictures again"
@@ -170,3 +188,4 @@ def check_inputs(run: TransformerRun, text: MergeTokenizer, cache: TokenCache) -
         )
     if cache.size <= run.eval_pictures:
         raise ValueError(f"{cache.folder} has {cache.size} pictures, eval_pictures takes {run.eval_pictures}; lower it")
+    return tokenizer

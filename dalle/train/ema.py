@@ -7,6 +7,7 @@ After n updates with decay d the plain average still holds the share d^n of its 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ class EMAConfig:
     """Coefficient of the old average."""
     every: int = 25
     """Updates between two averagings."""
+    device: Literal["same", "cpu"] = "same"
+    """Where the average is kept: same as the weights, or cpu: off the GPU, as the paper's (B.2)."""
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:
@@ -34,15 +37,19 @@ class AveragedWeights:
     def __init__(self, model: nn.Module, config: EMAConfig):
         self.config = config
         self.updates = 0
-        self.sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        self.sums = {name: self._moved(torch.zeros_like(p)) for name, p in model.named_parameters()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """After update `step` (counted from 1): takes the weights in if it is their turn."""
         if step % self.config.every == 0:
             self.updates += 1
-            weights = [p.detach() for _, p in model.named_parameters()]
+            weights = [self._moved(p.detach()) for _, p in model.named_parameters()]
             torch._foreach_lerp_(list(self.sums.values()), weights, 1 - self.config.decay)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """Where the average is kept; the copy is waited for."""
+        return tensor if self.config.device == "same" else tensor.to(self.config.device)
 
     def averaged(self) -> dict[str, Tensor]:
         """The corrected averages; empty before the first update."""

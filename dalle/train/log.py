@@ -1,18 +1,16 @@
-"""What a run tells: a line of JSON per logged step, a progress bar, and names for what went wrong."""
+"""What every run tells: a line of JSON per logged step (dalle/train/writers.py has what else may be told)."""
 
 import json
+import math
 import re
 import resource
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from dalle.files import write_text
-from dalle.train.shards import local
 
 Numbers = dict[str, float | list[float]]
 
@@ -31,15 +29,22 @@ class JSONLines:
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, numbers: Numbers) -> None:
-        """Appends one line."""
+        """Appends one line; numbers that are not finite, which JSON cannot hold, are left out."""
+        finite = {name: value for name, value in numbers.items() if isinstance(value, list) or math.isfinite(value)}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
+            file.write(json.dumps({"step": step, **finite}) + "\n")
 
 
 class Silence:
     """The log of a process that is not the first: keeps nothing."""
 
     def write(self, step: int, numbers: Numbers) -> None:
+        """Does nothing."""
+
+    def picture(self, step: int, name: str, image: Any) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
         """Does nothing."""
 
 
@@ -63,45 +68,3 @@ def peak_memory(device: torch.device | None = None) -> float:
         return round(int(found[1]) / 2**20, 2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)
-
-
-def first_nonfinite(model: nn.Module, forward) -> str:
-    """Where NaN or infinity first appears: a parameter, else a module's output, else a gradient.
-
-    Args:
-        model: the model.
-        forward: runs the failing step's forward pass again.
-    """
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(local(parameter)).all():
-            return f"parameter {name}"
-    found: list[str] = []
-
-    def watch(name: str):
-        def hook(module, inputs, output):
-            if not found and any(not torch.isfinite(t).all() for t in _tensors(output)):
-                found.append(f"output of {name or 'the model'}")
-
-        return hook
-
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if found:
-        return found[0]
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
-            return f"gradient of {name}"
-    return "the loss itself"
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        yield value
-    elif isinstance(value, tuple | list):
-        for inner in value:
-            yield from _tensors(inner)

@@ -4,13 +4,13 @@ Every step is a function of the state, the seed and the step's number: the batch
 numbers are drawn from (seed, step). So N steps equal k, a resume, and N - k, bit for bit.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -18,20 +18,29 @@ from dalle.files import read_json
 from dalle.train.checkpoint import check_meta, newest_whole, restore, saved_at
 from dalle.train.ema import AveragedWeights, EMAConfig
 from dalle.train.keeper import Keeper
-from dalle.train.log import JSONLines, Numbers, Silence, to_numbers
+from dalle.train.log import Numbers, Silence, to_numbers
+from dalle.train.low_rank import PowerSGDConfig
+from dalle.train.meters import Meter, peak_flops
+from dalle.train.nonfinite import Nonfinite
 from dalle.train.optim import OptimizerConfig, build_optimizers
 from dalle.train.parallel import Parallel
+from dalle.train.plateau import Plateau
+from dalle.train.powersgd import build_powersgd
 from dalle.train.precision import Precision, autocast, resolve_precision
 from dalle.train.state import TrainState
 from dalle.train.step import gradient_scales, to_device, train_step
-from dalle.types import Loss, Objective
+from dalle.train.writers import LogConfig, Logs
+from dalle.types import Loss, Objective, Work
 
 Batches = Callable[[int], Any]
 """The batch of a step."""
-Evaluate = Callable[[nn.Module, int], dict[str, float]]
-"""Measures the averaged weights at a step."""
+Evaluate = Callable[[nn.Module, int], dict[str, Any]]
+"""Measures the averaged weights at a step; pictures among the values are saved and shown."""
 Resume = Literal["auto", "changed", "never"]
 """Go on with the run that lies there; even if its configuration was another; or refuse it."""
+
+LOG = LogConfig()
+"""log.jsonl alone."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +58,25 @@ class TrainConfig:
     precision: Precision = "auto"
     """fp32, bf16 or fp16 (autocast; fp16 with a gradient scale per resblock, 2.4), or auto: bf16 where the
     device has it in hardware, else fp32."""
+    powersgd: PowerSGDConfig = PowerSGDConfig()
+    """How replicas average their gradients (2.5)."""
     log_every: int = 10
     """Updates between two lines of the log."""
     eval_every: int = 1000
     """Updates between two evaluations; the last step is always evaluated."""
     save_every: int = 1000
     """Updates between two checkpoints; the last step is always saved."""
+    max_nonfinite: int = 8
+    """Updates in a row, skipped because loss or gradient is not finite, that end the run; 1 ends it at the first.
+    The paper skipped 5 % (E.2): 8 in a row are no chance. In fp16, where only the gradient is not finite, 125 times as
+    many, since a scale comes down once in 125 updates (D)."""
     keep: int = 2
     """Newest checkpoints kept; there must be room for one more while it is written."""
     keep_every: int | None = None
     """Keep besides each checkpoint of a step that this divides; None keeps the newest only."""
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulate", "log_every", "eval_every", "save_every", "keep"):
+        for name in ("batch_size", "accumulate", "log_every", "eval_every", "save_every", "keep", "max_nonfinite"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.save_every):
@@ -87,6 +102,7 @@ def fit(
     evaluate: Evaluate | None = None,
     resume: Resume = "auto",
     parallel: Parallel | None = None,
+    log: LogConfig = LOG,
 ) -> TrainState:
     """Trains until `steps` updates are done, from the newest checkpoint of `run_dir` if there is one.
 
@@ -103,58 +119,75 @@ def fit(
         resume: "auto" goes on where the run stopped, "changed" even with another configuration, "never" refuses a
             directory that holds a run.
         parallel: the processes that train together, each calling this; one alone unless given.
+        log: where the run tells what it does, beside log.jsonl.
 
     Raises:
         ValueError: the directory holds another run, or another process is at work in it, or no checkpoint is whole,
             or the batch does not divide among the processes.
-        FloatingPointError: the loss or the gradient is not finite; names the first bad tensor.
+        FloatingPointError: loss or gradient were not finite too often in a row; names the first bad tensor.
         OSError: a checkpoint could not be written.
         Stopped: (a SystemExit of status 75) a signal asked the run to stop; it has saved.
     """
     parallel = parallel or Parallel(device=next(model.parameters()).device)
-    with Keeper(run_dir, meta, steps, config.save_every, config.keep, config.keep_every) as keeper:
-        return _train(model, objective, batches, config, steps, seed, run_dir, meta, evaluate, resume, parallel, keeper)
-
-
-def _train(
-    model: nn.Module, objective: Objective, batches: Batches, config: TrainConfig, steps: int, seed: int, run_dir: Path,
-    meta: dict[str, Any], evaluate: Evaluate | None, resume: Resume, parallel: Parallel, keeper: Keeper,
-) -> TrainState:  # fmt: skip
-    """`fit` inside its keeper."""
-    device = next(model.parameters()).device
-    precision = resolve_precision(config.precision, device)
     check_parts(config, parallel)
-    parallel.wrap(model, precision)
+    meta = meta | {"steps": steps}
+    with Keeper(run_dir, meta, steps, config.save_every, config.keep, config.keep_every) as keeper:
+        state = start(model, config, seed, parallel)
+        changes = _prepare(run_dir, state, meta, resume, keeper)
+        logs = Logs(run_dir, state.step, log, meta) if parallel.is_main else Silence()
+        if changes:
+            logs.write(state.step, {"changes": changes})
+        peak = peak_flops(parallel.device, resolve_precision(config.precision, parallel.device), log.peak_flops)
+        _train(state, objective, batches, config, seed, evaluate, parallel, keeper, logs, peak)
+        logs.close()
+    return state
+
+
+def start(model: nn.Module, config: TrainConfig, seed: int, parallel: Parallel) -> TrainState:
+    """Everything that training changes, as it is before the first update; the model is handed to the processes."""
+    precision = resolve_precision(config.precision, parallel.device)
+    parallel.wrap(model, precision, averaged=config.powersgd.rank is None)
     state = TrainState(
         model, build_optimizers(model, config.optimizer), AveragedWeights(model, config.ema),
         gradient_scales(model) if precision == "fp16" else None,
     )  # fmt: skip
-    changes = _prepare(run_dir, state, meta | {"steps": steps}, resume, keeper)
-    log = JSONLines(run_dir / "log.jsonl", state.step) if parallel.is_main else Silence()
-    if changes:
-        log.write(state.step, {"changes": changes})
-    quiet = None if parallel.is_main else True
-    bar = tqdm(total=steps, initial=state.step, desc=str(meta["kind"]), unit="step", disable=quiet)
+    state.extras["nonfinite"] = Nonfinite(config.max_nonfinite)
+    if config.optimizer.plateau.halvings:
+        state.extras["plateau"] = Plateau(config.optimizer.plateau)
+    if powersgd := build_powersgd(model, config.powersgd, seed, parallel.replicas):
+        state.extras["powersgd"] = powersgd
+    return state
+
+
+def _train(
+    state: TrainState, objective: Objective, batches: Batches, config: TrainConfig, seed: int,
+    evaluate: Evaluate | None, parallel: Parallel, keeper: Keeper, logs: Logs | Silence, peak: float | None,
+) -> None:  # fmt: skip
+    """The steps of `fit`."""
+    model, device, steps, kind = state.model, parallel.device, keeper.steps, keeper.meta["kind"]
+    precision = resolve_precision(config.precision, device)
+    bar = tqdm(total=steps, initial=state.step, desc=kind, unit="step", disable=None if parallel.is_main else True)
+    meter, work = Meter(device, parallel.world, peak), None
     model.train()
     while state.step < steps:
-        started = time.perf_counter()
-        batch = to_device(batches(state.step), device)
-        waited = time.perf_counter() - started
+        with meter.waiting():
+            batch = to_device(batches(state.step), device)
+        work = work or work_of(objective, model, batch)
         loss, norm = train_step(state, batch, objective, config.optimizer, precision, seed, parallel, config.accumulate)
+        meter.update(work)
         bar.update()
         last = state.step == steps
         if state.step % config.log_every == 0 or state.step == 1 or last:
-            numbers = step_numbers(state, loss, norm, config.optimizer)
-            log.write(state.step, numbers | {"data_wait": waited, "seconds": time.perf_counter() - started})
-            bar.set_postfix(loss=f"{numbers['loss']:.4f}")
-        if evaluate and (state.step % config.eval_every == 0 or last):
-            scores = _evaluate(evaluate, state, seed, precision, parallel)
-            log.write(state.step, {f"eval/{name}": value for name, value in scores.items()})
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            tqdm.write(f"{meta['kind']} step {state.step}: {shown}")
-        keeper.after_step(state)
+            numbers = step_numbers(state, loss, norm)
+            logs.write(state.step, numbers | (chance(objective, model) if state.step == 1 else {}) | meter.lap())
+            bar.set_postfix(loss=f"{numbers['loss']:.4f}", skipped=numbers["skipped"])
+        with meter.pause():
+            if evaluate and (state.step % config.eval_every == 0 or last):
+                told = _told(_evaluate(evaluate, state, seed, precision, parallel), state, logs)
+                if parallel.is_main:
+                    tqdm.write(f"{kind} step {state.step}: {told}")
+            keeper.after_step(state)
     bar.close()
-    return state
 
 
 def check_parts(config: TrainConfig, parallel: Parallel) -> None:
@@ -172,15 +205,29 @@ def check_parts(config: TrainConfig, parallel: Parallel) -> None:
         )
 
 
-def step_numbers(state: TrainState, loss: Loss, norm: Tensor, optim: OptimizerConfig) -> Numbers:
+def step_numbers(state: TrainState, loss: Loss, norm: Tensor) -> Numbers:
     """What is logged of the update just made."""
     numbers = to_numbers({"loss": loss.total.detach(), "gradient_norm": norm, **loss.metrics})
     if state.scales:
         numbers["log2_scales"] = state.scales.values.log2().tolist()
-    return numbers | {"step_size": optim.rate(state.step - 1)}
+    if plateau := state.extras.get("plateau"):
+        numbers["halvings"] = plateau.halved
+    return numbers | {"step_size": float(state.optimizers[-1].param_groups[0]["lr"])}
 
 
-def _evaluate(evaluate: Evaluate, state: TrainState, seed: int, precision: str, parallel: Parallel) -> dict[str, float]:
+def work_of(objective: Objective, model: nn.Module, batch: Any) -> Work:
+    """What an update asks of the machine, if the objective tells."""
+    tell = getattr(objective, "work", None)
+    return tell(model, batch) if tell else Work(0)
+
+
+def chance(objective: Objective, model: nn.Module) -> Numbers:
+    """What a model that knows nothing reaches, as {"chance/NAME": value}, if the objective tells."""
+    tell = getattr(objective, "chance", None)
+    return {f"chance/{name}": value for name, value in tell(model).items()} if tell else {}
+
+
+def _evaluate(evaluate: Evaluate, state: TrainState, seed: int, precision: str, parallel: Parallel) -> dict[str, Any]:
     """Scores of the averaged weights; training's random numbers and mode stay as they were.
 
     Every process measures the same, in the number format of training, since slices of a layer are gathered in it.
@@ -192,7 +239,17 @@ def _evaluate(evaluate: Evaluate, state: TrainState, seed: int, precision: str, 
             scores = parallel.run(state.model, evaluate, state.step)
         parallel.release()
     state.model.train()
-    return to_numbers(scores)
+    return scores
+
+
+def _told(scores: dict[str, Any], state: TrainState, logs: Logs | Silence) -> str:
+    """Logs numbers and pictures of an evaluation; the numbers in words."""
+    pictures = {name: value for name, value in scores.items() if isinstance(value, Image.Image)}
+    numbers = to_numbers({name: value for name, value in scores.items() if name not in pictures})
+    logs.write(state.step, {f"eval/{name}": value for name, value in numbers.items()})
+    for name, picture in pictures.items():
+        logs.picture(state.step, name, picture)
+    return "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
 
 
 def _prepare(run_dir: Path, state: TrainState, meta: dict[str, Any], resume: str, keeper: Keeper) -> list[str]:

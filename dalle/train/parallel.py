@@ -54,6 +54,7 @@ class Parallel:
         self.mode, self.device, self.rank, self.world = mode, device or torch.device("cpu"), rank, world
         self.mesh: Any = None
         self.door: Any = None
+        self.averaged = True
         self._scalars: list[nn.Parameter] = []
         self._stdout = sys.stdout
         if self.sharded:
@@ -94,19 +95,32 @@ class Parallel:
         """Whether each process holds slices only."""
         return self.mode in ("fsdp", "hsdp")
 
+    @property
+    def replicas(self) -> Any:
+        """The process group of those that hold the same parameters as this one; None if no other does."""
+        if self.mode == "ddp":
+            return dist.group.WORLD
+        return self.mesh["replicate"].get_group() if self.mode == "hsdp" else None
+
     # -----------------------------------------------------------------------------------------
     # The model
     # -----------------------------------------------------------------------------------------
 
-    def wrap(self, model: nn.Module, precision: str) -> None:
+    def wrap(self, model: nn.Module, precision: str, averaged: bool = True) -> None:
         """Hands the model to DDP or FSDP2, before optimizers are built; its names of weights stay as they are.
 
         Under fsdp and hsdp the groups of `model.shards()` are gathered one by one, in 16 bit under bf16 and fp16 (as
         autocast would make them), the next one ahead of time; everything else once a step in fp32: norms,
         embeddings, outputs (appendix D, guideline 2). Gradients are averaged in fp32.
+
+        Args:
+            model: the same weights in every process.
+            precision: fp32, bf16 or fp16.
+            averaged: whether replicas average their gradients here; else each keeps its own, for PowerSGD.
         """
+        self.averaged = averaged
         if self.mode == "ddp":
-            self.door = DistributedDataParallel(Door(model), **{BUFFERS_OPTION: False})
+            self.door = DistributedDataParallel(Door(model), **{BUFFERS_OPTION: False}) if averaged else Door(model)
         elif self.sharded:
             self.door = self._shard(model.to(memory_format=torch.contiguous_format), precision)
 
@@ -116,13 +130,14 @@ class Parallel:
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         groups = model.shards() if hasattr(model, "shards") else []
+        mesh = self.mesh if self.averaged else self.mesh["shard"]
         for group in groups:
-            fully_shard(group, mesh=self.mesh, mp_policy=policy)
+            fully_shard(group, mesh=mesh, mp_policy=policy)
         for before, after in pairwise(groups):
             before[0].set_modules_to_forward_prefetch([after[0]])
             after[0].set_modules_to_backward_prefetch([before[0]])
         self._scalars = [p for p in model.parameters() if p.ndim == 0]  # FSDP2 takes none
-        return fully_shard(Door(model), mesh=self.mesh, ignored_params=set(self._scalars))
+        return fully_shard(Door(model), mesh=mesh, ignored_params=set(self._scalars))
 
     def run(self, model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
         """function(model, *args) as the one forward pass that DDP and FSDP watch, whatever methods it calls.
@@ -153,11 +168,11 @@ class Parallel:
         ddp averages in the last pass only. fsdp reduces slices in each, or every process would hold the gradient
         of all parameters; hsdp does so within a machine and averages between machines in the last.
         """
-        if self.mode == "ddp" and not last:
+        if self.mode == "ddp" and self.averaged and not last:
             with self.door.no_sync():
                 yield
             return
-        if self.mode == "hsdp":
+        if self.mode == "hsdp" and self.averaged:
             self.door.set_requires_all_reduce(last)
         yield
 

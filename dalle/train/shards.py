@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -32,16 +32,21 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
 
 
-def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
-    """Scales the gradients so that their norm, over all parameters and all slices, is at most `limit`.
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The norm over all gradients and all slices of them: a plain scalar, the same in every process."""
+    norms = torch.stack([whole(get_total_norm(kind)) for kind in _kinds(parameters)])
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(norms)
 
-    Returns:
-        the norm before, a plain scalar, the same in every process.
-    """
-    having = [p for p in parameters if p.grad is not None]
-    kinds = [kind for sharded in (False, True) if (kind := [p for p in having if is_sharded(p) == sharded])]
-    norms = torch.stack([whole(get_total_norm([p.grad for p in kind])) for kind in kinds])
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(norms)
-    for kind in kinds:
-        clip_grads_with_norm_(kind, limit, norm)
-    return norm
+
+def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, limit: float) -> None:
+    """Scales the gradients, whose norm is given, so that it is at most `limit`."""
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+    for kind in _kinds(parameters):
+        torch._foreach_mul_([local(gradient) for gradient in kind], scale)
+
+
+def _kinds(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The gradients: whole ones, and those of which each process holds a slice."""
+    having = [p.grad for p in parameters if p.grad is not None]
+    kinds = ([g for g in having if is_sharded(g) == sharded] for sharded in (False, True))
+    return [kind for kind in kinds if kind]

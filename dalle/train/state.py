@@ -4,14 +4,15 @@ Random numbers, the step size and the place in the data are not among it: they f
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dalle.train.ema import AveragedWeights, EMAConfig
+from dalle.train.ema import AveragedWeights
+from dalle.train.moments import plain, put
 from dalle.train.scaling import GradientScales
 from dalle.train.shards import placed
 
@@ -84,8 +85,9 @@ class TrainState:
             ValueError: a tensor of the model is missing, left over or misshapen.
         """
         load_strict(self.model, tensors["model"], source)
-        self.ema.config = EMAConfig(numbers["ema"]["decay"], numbers["ema"]["every"])
-        self.ema.updates = numbers["ema"]["updates"]
+        ema = numbers["ema"]
+        self.ema.config = replace(self.ema.config, decay=ema["decay"], every=ema["every"])
+        self.ema.updates = ema["updates"]
         for name, tensor in tensors["ema"].items():
             self.ema.sums[name].copy_(placed(tensor, self.ema.sums[name]))
         _load_moments(self, tensors["optimizer"])
@@ -115,10 +117,11 @@ def _moments(state: TrainState) -> dict[str, Tensor]:
     """The optimizers' moments, "parameter/moment"."""
     names = {parameter: name for name, parameter in state.model.named_parameters()}
     return {
-        f"{names[parameter]}/{moment}": value
+        f"{names[parameter]}/{name}": tensor
         for optimizer in state.optimizers
         for parameter, moments in optimizer.state.items()
         for moment, value in moments.items()
+        for name, tensor in plain(moment, value).items()
     }
 
 
@@ -127,11 +130,7 @@ def _load_moments(state: TrainState, moments: dict[str, Tensor]) -> None:
     owners = {p: o for o in state.optimizers for group in o.param_groups for p in group["params"]}
     for key, tensor in moments.items():
         name, moment = key.rsplit("/", 1)
-        parameter = names[name]
-        like = tensor if moment == "step" else parameter  # the fused kernel wants the parameter's strides
-        value = torch.empty_like(like, dtype=tensor.dtype, device=parameter.device)
-        owners[parameter].state[parameter][moment] = value.copy_(placed(tensor, value))
-        owners[parameter].state[parameter][moment] = value.copy_(tensor)
+        put(owners[names[name]], names[name], moment, tensor)
 
 
 def _parameters_of_moments(state: TrainState, names: Iterable[str]) -> dict[str, Tensor]:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle.train.log import first_nonfinite
+from dalle.train.nonfinite import Nonfinite, first_nonfinite
 from dalle.train.optim import OptimizerConfig, set_rate
 from dalle.train.parallel import Parallel
 from dalle.train.precision import autocast
 from dalle.train.scaling import GradientScales
-from dalle.train.shards import clip_gradients
+from dalle.train.shards import clip_gradients, gradient_norm
 from dalle.train.state import TrainState
 from dalle.types import Loss, Objective
 
@@ -29,43 +29,75 @@ def train_step(
 ) -> tuple[Loss, Tensor]:
     """One update: loss, gradient, clip, optimizers, averaging. Returns the loss and the gradient's norm.
 
-    With gradient scales an update whose gradient is not finite is skipped, and counts as a step.
+    An update whose loss or gradient is not finite is skipped, and counts as a step (dalle/train/nonfinite.py).
 
     Args:
         batch: this process's part.
         parallel: the processes; one alone unless given.
         passes: forward and backward passes that the part is divided among; they change memory and no result.
+
+    Raises:
+        FloatingPointError: too many in a row; names the first bad tensor.
     """
     parallel = parallel or Parallel()
     forwards = forward_passes(state, batch, objective, precision, seed, parallel, passes)
+    loss, finite = gradients(state, forwards, parallel)
+    norm = gradient_norm(state.model.parameters())
+    good = bool(parallel.all_true(torch.isfinite(norm) & torch.isfinite(loss.total.detach())))
+    nonfinite = state.extras.setdefault("nonfinite", Nonfinite(limit=1))
+    if good:
+        nonfinite.made()
+        optimize(state, norm, loss, optim)
+    elif nonfinite.skip(scaled=state.scales is not None and bool(torch.isfinite(loss.total))):
+        where = first_nonfinite(state.model, lambda: [forward() for forward in forwards], parallel.all_true)
+        raise FloatingPointError(
+            f"step {state.step + 1}: loss {float(loss.total.detach())}, gradient norm {float(norm)}; "
+            f"first bad tensor: {where}. Not finite for {nonfinite.in_a_row} in a row, which train.max_nonfinite ends. "
+            "The last checkpoint is whole; lower the step size, or check the data"
+        )
+    if state.scales:
+        state.scales.update(finite)
+    state.step += 1
+    if good:
+        state.ema.update(state.model, state.step)
+    loss.metrics["skipped"] = nonfinite.skipped
+    return loss, norm
+
+
+def gradients(
+    state: TrainState, forwards: list[Callable[[], Loss]], parallel: Parallel
+) -> tuple[Loss, Tensor | None]:
+    """Runs the passes of a step and leaves its gradients, those of all processes averaged, in the parameters.
+
+    Returns:
+        the loss of the whole batch; bool (resblocks,), which have finite gradients, with gradient scales only.
+    """
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
     losses = []
     for number, forward in enumerate(forwards, start=1):
-        with parallel.collecting(last=number == passes):
+        with parallel.collecting(last=number == len(forwards)):
             losses.append(forward())
             losses[-1].total.backward()
-    parallel.finish_gradients(state.model, passes)
+    parallel.finish_gradients(state.model, len(forwards))
     loss = mean_loss(losses, parallel)
     finite = parallel.all_true(state.scales.unscale()) if state.scales else None
-    norm = clip_gradients(state.model.parameters(), float("inf") if optim.clip is None else optim.clip)
-    good = bool(torch.isfinite(norm))
-    if not torch.isfinite(loss.total) or not (good or state.scales):
-        where = first_nonfinite(state.model, lambda: [forward() for forward in forwards])
-        raise FloatingPointError(
-            f"step {state.step + 1}: loss {float(loss.total.detach())}, gradient norm {float(norm)}; "
-            f"first bad tensor: {where}. The last checkpoint is whole; lower the step size, or check the data"
-        )
-    if good:
-        set_rate(state.optimizers, optim, state.step)
-        for optimizer in state.optimizers:
-            optimizer.step()
-    if state.scales:
-        state.scales.update(finite)
-        loss.metrics["skipped"] = float(not good)
-    state.step += 1
-    state.ema.update(state.model, state.step)
-    return loss, norm
+    if powersgd := state.extras.get("powersgd"):
+        powersgd.reduce(state.step)
+        loss.metrics |= powersgd.traffic()
+    return loss, finite
+
+
+def optimize(state: TrainState, norm: Tensor, loss: Loss, optim: OptimizerConfig) -> None:
+    """Clips the gradients, of that norm, and makes the update."""
+    if optim.clip is not None:
+        clip_gradients(state.model.parameters(), norm, optim.clip)
+    plateau = state.extras.get("plateau")
+    set_rate(state.optimizers, optim, state.step, plateau.factor if plateau else 1.0)
+    for optimizer in state.optimizers:
+        optimizer.step()
+    if plateau:
+        plateau.see(float(loss.total.detach()))
 
 
 def forward_passes(

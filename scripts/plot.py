@@ -1,0 +1,13 @@
+"""Draw the curves of one or many runs, from their log.jsonl, as one picture.
+
+python scripts/plot.py runs/transformer
+python scripts/plot.py runs/small runs/small-muon --labels AdamW Muon --smooth 0.9 --log-x --out compared.png
+python scripts/plot.py runs/transformer --metrics gradient_norm step_size skipped tokens_per_second mfu data_wait
+"""
+
+from dalle.config import parse, tell_errors
+from dalle.stages.plots import CurvesPicture, draw_curves
+
+if __name__ == "__main__":
+    with tell_errors():
+        draw_curves(parse(CurvesPicture, description=__doc__))
