@@ -18,7 +18,9 @@ from dalle.files import make_directory, read_json
 from dalle.train.checkpoint import check_meta, latest_checkpoint, restore, save_checkpoint
 from dalle.train.ema import AveragedWeights, EMAConfig
 from dalle.train.log import JSONLines, Numbers, to_numbers
+from dalle.train.low_rank import PowerSGDConfig
 from dalle.train.optim import OptimizerConfig, build_optimizers
+from dalle.train.powersgd import build_powersgd
 from dalle.train.precision import Precision, resolve_precision
 from dalle.train.state import TrainState
 from dalle.train.step import gradient_scales, to_device, train_step
@@ -43,6 +45,8 @@ class TrainConfig:
     precision: Precision = "auto"
     """fp32, bf16 or fp16 (autocast; fp16 with a gradient scale per resblock, 2.4), or auto: bf16 where the
     device has it in hardware, else fp32."""
+    powersgd: PowerSGDConfig = PowerSGDConfig()
+    """How replicas average their gradients (2.5)."""
     log_every: int = 10
     """Updates between two lines of the log."""
     eval_every: int = 1000
@@ -95,6 +99,8 @@ def fit(
         model, build_optimizers(model, config.optimizer), AveragedWeights(model, config.ema),
         gradient_scales(model) if precision == "fp16" else None,
     )  # fmt: skip
+    if powersgd := build_powersgd(model, config.powersgd, seed):
+        state.extras["powersgd"] = powersgd
     _prepare(run_dir, state, meta, resume)
     log = JSONLines(run_dir / "log.jsonl", state.step)
     bar = tqdm(total=steps, initial=state.step, desc=str(meta["kind"]), unit="step", disable=None)

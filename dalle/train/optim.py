@@ -5,10 +5,12 @@ of an update equal; at the size of the quick start it needs fewer steps than Ada
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from dalle.train.formats import keep_moments
 from dalle.train.schedules import Schedule
 
 
@@ -30,6 +32,8 @@ class OptimizerConfig:
     """Multiplier, on matrices only: not on gains, biases and embeddings (B.2)."""
     clip: float | None = 4.0
     """Largest global norm of the gradient (B.2); None does not clip."""
+    moments: Literal["fp32", "paper"] = "fp32"
+    """How Adam's moments of the layers' matrices are stored: paper rounds them to 1-6-9 and 0-6-10, emulated (B.2)."""
     muon: float | None = None
     """Step size of Muon over AdamW's, for the matrices of the layers; None gives them to AdamW (B.2)."""
 
@@ -82,6 +86,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": keep, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
     optimizers.append(torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=config.eps, fused=True))
+    if config.moments == "paper":
+        keep_moments(optimizers, [p for _, p in layer_matrices(model)])
     set_rate(optimizers, config, 0)
     return optimizers
 

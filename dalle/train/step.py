@@ -32,6 +32,9 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
     loss.total.backward()
     finite = state.scales.unscale() if state.scales else None
+    if powersgd := state.extras.get("powersgd"):
+        powersgd.reduce(state.step)
+        finite = finite if finite is None else powersgd.share(finite)
     limit = float("inf") if optim.clip is None else optim.clip
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
     good = bool(torch.isfinite(norm))
@@ -45,6 +48,8 @@ def train_step(
         set_rate(state.optimizers, optim, state.step)
         for optimizer in state.optimizers:
             optimizer.step()
+    if powersgd:
+        loss.metrics |= powersgd.traffic()
     if state.scales:
         state.scales.update(finite)
         loss.metrics["skipped"] = float(not good)
