@@ -38,7 +38,6 @@ WAYS: dict[str, dict[str, str]] = {  # settings of PowerSGD, and how moments are
     "moments 1-6-9 and 0-6-10": {"moments": "paper"},
     "moments fp16": {"moments": "fp16"},
 }
-PICTURES = {"gradients": tuple(WAYS)[:5], "number formats": tuple(WAYS)[:1] + tuple(WAYS)[4:]}
 COLOURS_OF_CHANNEL = 4
 
 
@@ -97,13 +96,24 @@ def benchmark_compression(run: CompressionBenchmark) -> dict[str, Any]:
     }
     save_report(report, run.json)
     if run.picture:
-        panels = {title: {way: curves[way]["loss"] for way in ways} for title, ways in PICTURES.items()}
-        plot_curves(panels, run.picture, smooth=tail)
+        plot_curves(panels(curves), run.picture, smooth=tail)
     print(f"{'':36}loss    image nats  text nats  MB sent  (means of the last {tail} of {run.steps} updates)")
     for way, line in report["ways"].items():
         sent = f"{line['sent_mb']:7.2f}"
         print(f"{way:36}{line['loss']:.4f}  {line['image_nats']:.4f}      {line['text_nats']:.4f}    {sent}")
     return report
+
+
+def panels(curves: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
+    """The losses, and how far those of factored gradients lie above those of whole ones."""
+    losses = {way: numbers["loss"] for way, numbers in curves.items()}
+    whole = losses["whole gradients"]
+    above = {
+        way: [ours - theirs for ours, theirs in zip(values, whole, strict=True)]
+        for way, values in losses.items()
+        if "q" in WAYS[way]
+    }
+    return {"loss": losses, "loss above that of whole gradients": above}
 
 
 def _replica(rank: int, run: CompressionBenchmark, folder: Path) -> None:

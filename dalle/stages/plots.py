@@ -81,7 +81,8 @@ def plot_curves(panels: dict[str, dict[str, list[float]]], picture: Path, smooth
         for name, values in curves.items():
             means = np.convolve(values, np.full(smooth, 1 / smooth), mode="valid")
             axis.plot(np.arange(smooth, len(values) + 1), means, linewidth=1, label=name)
-        axis.set_yscale("log")
+        if min(map(min, curves.values())) > 0:
+            axis.set_yscale("log")
         axis.legend(fontsize=7)
         _label(axis, title, "update")
     figure.savefig(picture, dpi=110)
