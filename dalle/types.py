@@ -63,8 +63,6 @@ class Work:
     """Floating-point operations that forward and backward need, 2 a multiplication with addition; 0 if not known."""
 
 
-
-
 @dataclass(frozen=True)
 class Part:
     """Which part of a step's batch a call of an objective sees: one process's, or one pass's of several."""

@@ -6,6 +6,7 @@ python scripts/benchmark.py train --against dalle-pytorch --precision fp32
 python scripts/benchmark.py data --sources my/pictures my/tars --workers 0 2 --resolutions 64 256
 python scripts/benchmark.py attention --heads 4
 python scripts/benchmark.py memory --size 60m
+python scripts/benchmark.py compression --steps 300 --picture curves.png
 python scripts/benchmark.py scales --run runs/transformer --picture scales.png
 """
 
@@ -15,6 +16,7 @@ from dalle.config import parse, tell_errors
 from dalle.stages.attention import AttentionBenchmark, benchmark_attention
 from dalle.stages.benchmark import TrainBenchmark, benchmark_training
 from dalle.stages.benchmark_data import DataBenchmark, benchmark_data
+from dalle.stages.compression import CompressionBenchmark, benchmark_compression
 from dalle.stages.memory import MemoryBenchmark, benchmark_memory
 from dalle.stages.plots import ScalesPicture, draw_scales
 
@@ -23,6 +25,7 @@ BENCHMARKS = {
     "data": (DataBenchmark, benchmark_data),
     "attention": (AttentionBenchmark, benchmark_attention),
     "memory": (MemoryBenchmark, benchmark_memory),
+    "compression": (CompressionBenchmark, benchmark_compression),
     "scales": (ScalesPicture, draw_scales),
 }
 

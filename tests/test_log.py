@@ -73,7 +73,7 @@ def test_evaluations_and_checkpoints_are_not_training(clock):
 def test_what_is_not_known_is_not_told(clock):
     """No tokens for pictures, no utilisation without a peak or without operations, no rates for a bare function."""
     for peak, work in [(None, Work(4, 0, 100.0)), (1000.0, Work(4))]:
-        meter = Meter(CPU, peak)
+        meter = Meter(CPU, peak=peak)
         clock(1.0)
         meter.update(work)
         assert meter.lap().keys() == {"seconds", "data_wait", "memory_gib", "samples_per_second"}

@@ -20,7 +20,7 @@ def halved_at(losses: list[float], **settings) -> list[int]:
     plateau, found = Plateau(PlateauConfig(**settings)), []
     for update, loss in enumerate(losses, 1):
         before = plateau.halved
-        plateau.see(torch.tensor(loss))
+        plateau.see(loss)
         if plateau.halved > before:
             found.append(update)
     return found
@@ -29,7 +29,7 @@ def halved_at(losses: list[float], **settings) -> list[int]:
 def test_the_paper_halves_five_times_and_ends_at_a_32nd():
     plateau = Plateau(PlateauConfig(window=1, patience=1))
     for _ in range(100):
-        plateau.see(torch.tensor(1.0))
+        plateau.see(1.0)
     assert PlateauConfig().halvings == plateau.halved == 5
     assert OptimizerConfig().rate(5000) * plateau.factor == pytest.approx(1.40625e-5)
 

@@ -76,7 +76,7 @@ class CLIPRun(TrainingRun):
 
 
 def train_clip(run: CLIPRun) -> Path:
-    """Trains, writing checkpoints and log.jsonl with the share of pictures matched to their caption, and what it finds."""
+    """Trains, writing checkpoints, the share of pictures matched to their caption, and sheets of what it finds."""
     with run.processes() as parallel:
         return _train_clip(run, parallel)
 

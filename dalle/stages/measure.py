@@ -16,28 +16,37 @@ from dalle.train.precision import compile_parts
 from dalle.train.schedules import Schedule
 from dalle.train.state import TrainState
 from dalle.train.step import gradient_scales, train_step
-from dalle.types import Objective
+from dalle.types import Loss, Objective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+OPTIM = OptimizerConfig(lr=Schedule(1e-4, 1e-4), warmup=0)
+"""Of whatever is only timed."""
 
 
 class Stepper:
     """A model with its optimizer; a call with a batch is one training step."""
 
     def __init__(
-        self, kind: str, config: Any, objective: Objective, device: torch.device, precision: str, compiled: bool = False
+        self,
+        kind: str,
+        config: Any,
+        objective: Objective,
+        device: torch.device,
+        precision: str,
+        compiled: bool = False,
+        optim: OptimizerConfig = OPTIM,
     ):
         torch.manual_seed(0)
         self.model = model = build(kind, config).to(device)
-        self.objective, self.precision = objective, precision
-        self.optim = OptimizerConfig(lr=Schedule(1e-4, 1e-4), warmup=0)
+        self.objective, self.precision, self.optim = objective, precision, optim
         scales = gradient_scales(model) if precision == "fp16" else None
         self.state = TrainState(model, build_optimizers(model, self.optim), AveragedWeights(model, EMAConfig()), scales)
         if compiled:
             compile_parts(model)
 
-    def __call__(self, batch: Any) -> None:
-        train_step(self.state, batch, self.objective, self.optim, self.precision, seed=0)
+    def __call__(self, batch: Any) -> Loss:
+        return train_step(self.state, batch, self.objective, self.optim, self.precision, seed=0)[0]
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:

@@ -177,6 +177,20 @@ def plot_scales(run: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=100)
 
 
+def plot_curves(panels: dict[str, dict[str, list[float]]], picture: Path, smooth: int = 1) -> None:
+    """Panels beside each other, {title: {name: a value for each update}}, each value a mean over the last `smooth`."""
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    for axis, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, values in curves.items():
+            means = np.convolve(values, np.full(smooth, 1 / smooth), mode="valid")
+            axis.plot(np.arange(smooth, len(values) + 1), means, linewidth=1, label=name)
+        if min(map(min, curves.values())) > 0:
+            axis.set_yscale("log")
+        axis.legend(fontsize=7)
+        _label(axis, title, "update")
+    figure.savefig(picture, dpi=110)
+
+
 def _shades(count: int) -> Sequence[Any]:
     return colormaps["viridis"](np.linspace(0, 0.95, count))
 

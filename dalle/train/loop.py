@@ -154,7 +154,7 @@ def start(model: nn.Module, config: TrainConfig, seed: int, parallel: Parallel) 
     state.extras["nonfinite"] = Nonfinite(config.max_nonfinite)
     if config.optimizer.plateau.halvings:
         state.extras["plateau"] = Plateau(config.optimizer.plateau)
-    if powersgd := build_powersgd(model, config.powersgd, seed, parallel.replicas):
+    if parallel.replicas and (powersgd := build_powersgd(model, config.powersgd, seed, parallel.replicas)):
         state.extras["powersgd"] = powersgd
     return state
 

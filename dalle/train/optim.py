@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dalle.train.formats import keep_moments
 from dalle.train.moments import adamw_8bit
 from dalle.train.plateau import PlateauConfig
 from dalle.train.schedules import Schedule
@@ -41,9 +42,10 @@ class OptimizerConfig:
     """Largest global norm of the gradient (B.2); None does not clip."""
     variance_clip: float | None = 5.0
     """Largest running variance, not corrected for its start, before it is used (B.2); None does not clip."""
-    moments: Literal["fp32", "8bit"] = "fp32"
-    """How AdamW keeps mean and variance of matrices: fp32, or 8bit: in 8 bits by torchao, which needs
-    variance_clip null. Gains, biases and embeddings always have fp32 (D, guideline 2)."""
+    moments: Literal["fp32", "8bit", "paper"] = "fp32"
+    """How AdamW keeps mean and variance of matrices: fp32; paper: rounded to 1-6-9 and 0-6-10, emulated (B.2); or
+    8bit: in 8 bits by torchao, which needs variance_clip null. Gains, biases and embeddings always have fp32 (D,
+    guideline 2)."""
     muon: float | None = None
     """Step size of Muon over AdamW's, for the matrices of the layers; None gives them to AdamW (B.2)."""
 
@@ -109,6 +111,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
         optimizers.append(torch.optim.AdamW(groups, fused=True, **settings))
         if config.variance_clip is not None:
             bound_variance(optimizers[-1], config.variance_clip)
+    if config.moments == "paper":
+        keep_moments(optimizers, [p for _, p in layer_matrices(model)])
     set_rate(optimizers, config, 0)
     return optimizers
 

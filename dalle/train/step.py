@@ -64,9 +64,7 @@ def train_step(
     return loss, norm
 
 
-def gradients(
-    state: TrainState, forwards: list[Callable[[], Loss]], parallel: Parallel
-) -> tuple[Loss, Tensor | None]:
+def gradients(state: TrainState, forwards: list[Callable[[], Loss]], parallel: Parallel) -> tuple[Loss, Tensor | None]:
     """Runs the passes of a step and leaves its gradients, those of all processes averaged, in the parameters.
 
     Returns:
