@@ -32,6 +32,7 @@ from dalle.train.checkpoint import latest_checkpoint, restore
 from dalle.train.ema import AveragedWeights, EMAConfig, corrected
 from dalle.train.log import JSONLines, read_log
 from dalle.train.optim import OptimizerConfig, build_optimizers
+from dalle.train.parallel import Parallel
 from dalle.train.state import TrainState
 from dalle.types import Batch, Loss
 
@@ -594,7 +595,9 @@ def test_evaluation_sees_the_averaged_weights_in_eval_mode_and_training_goes_on_
 
 def test_evaluation_draws_the_same_random_numbers_each_time_and_leaves_trainings_alone():
     found, before = fresh_state(), torch.get_rng_state()
-    scores = [loop._evaluate(lambda model, step: {"drawn": torch.rand(())}, found, seed=3) for _ in range(2)]
+    scores = [
+        loop._evaluate(lambda model, step: {"drawn": torch.rand(())}, found, 3, "fp32", Parallel()) for _ in range(2)
+    ]
     assert scores[0] == scores[1]
     assert torch.equal(torch.get_rng_state(), before)
 
