@@ -117,20 +117,29 @@ class DVAEBatch:
     """Side of the square."""
     seed: int
     """Of the squares."""
+    rank: int = 0
+    """Which of the training processes."""
+    world: int = 1
+    """Of how many."""
 
     def __call__(self, batch: Batch, step: int) -> Tensor:
         """(B, 3, H, W)."""
         pixels = torch.from_numpy(batch.pixels)
-        return pixels if self.crop is None else random_squares(pixels, self.crop, step_seed(self.seed, step))
+        if self.crop is None:
+            return pixels
+        return random_squares(pixels, self.crop, step_seed(self.seed, step), self.rank, self.world)
 
 
-def random_squares(pixels: Tensor, side: int, seed: int) -> Tensor:
-    """A square of each picture, anywhere: (B, 3, H, W) -> (B, 3, side, side)."""
+def random_squares(pixels: Tensor, side: int, seed: int, rank: int = 0, world: int = 1) -> Tensor:
+    """A square of each picture, anywhere: (B, 3, H, W) -> (B, 3, side, side).
+
+    They are drawn for the pictures of all `world` processes, whose shares are equal, and those of `rank` taken: the
+    same square of a picture whatever the number of processes.
+    """
     if side > min(pixels.shape[2:]):
         raise ValueError(f"crop {side} is larger than the pictures, {tuple(pixels.shape[2:])}; lower it")
-    rng = generator("squares", seed)
-    rows = rng.integers(pixels.shape[2] - side + 1, size=len(pixels))
-    columns = rng.integers(pixels.shape[3] - side + 1, size=len(pixels))
+    rng, own = generator("squares", seed), slice(rank * len(pixels), (rank + 1) * len(pixels))
+    rows, columns = (rng.integers(free - side + 1, size=world * len(pixels))[own] for free in pixels.shape[2:])
     squares = zip(pixels, rows, columns, strict=True)
     return torch.stack([picture[:, y : y + side, x : x + side] for picture, y, x in squares])
 

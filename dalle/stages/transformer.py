@@ -63,18 +63,28 @@ class TokenBatches:
     """Joint ids of a step: a caption of each picture, encoded with dropout, and its image tokens.
 
     Which caption and which merges are skipped depends on (seed, epoch, picture) alone. `truncated`
-    counts captions that were cut.
+    counts captions that were cut. Of `world` processes each takes its share of the step: joined in the order of
+    `rank` they are the step of one.
     """
 
-    def __init__(self, cache: TokenCache, text: MergeTokenizer, layout: TokenLayout, run: TransformerRun):
+    def __init__(
+        self,
+        cache: TokenCache,
+        text: MergeTokenizer,
+        layout: TokenLayout,
+        run: TransformerRun,
+        rank: int = 0,
+        world: int = 1,
+    ):
         self.cache, self.text, self.layout, self.run = cache, text, layout, run
+        self.rank, self.world = rank, world
         self.trained = cache.size - run.eval_pictures
         self.truncated = 0
 
     def __call__(self, step: int) -> Tensor:
-        """int64 (B, N). A sample is one crop of one picture: all pictures in one crop, then all in the next."""
+        """int64 (B / world, N). A sample is one crop of one picture: all pictures in one crop, then all in the next."""
         size = self.cache.crops * self.trained
-        drawn = samples_of_step(step, self.run.train.batch_size, size, self.run.seed)
+        drawn = samples_of_step(step, self.run.train.batch_size, size, self.run.seed, self.rank, self.world)
         samples = [(epoch, *divmod(sample, self.trained)) for epoch, sample in drawn]
         _, crops, pictures = zip(*samples, strict=True)
         captions = [
