@@ -1,9 +1,11 @@
 """Captioned pictures in every form on disk (dalle/data/sources): the same records, whatever the form."""
 
+import gc
 import io
 import os
 import pickle
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from PIL import Image
 from dalle.data.pairs import PairsConfig, open_pairs
 from dalle.data.skipped import Unusable
 from dalle.data.sources import find_place, has_parts, open_source
+from dalle.data.sources.names import Names
 from dalle.data.sources.place import expand_braces
 
 
@@ -461,6 +464,40 @@ def test_memory_holds_neither_names_nor_captions(tmp_path, form):
     source = open_source(tmp_path)
     assert len(source) == 5000
     assert len(pickle.dumps(source)) < 2000
+
+
+def kept(make) -> int:
+    """Bytes of Python and numpy objects that `make` leaves behind; mapped files are none of them."""
+    tracemalloc.start()
+    made = make()
+    gc.collect()
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    return used if made is not None else 0
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "tar"])
+def test_a_pair_more_costs_a_few_bytes(tmp_path, form):
+    """Its number in the split, 4 bytes: no name, no caption, no object."""
+
+    def write(count):
+        place = tmp_path / f"{count}.{form}"
+        if form == "tar":
+            return write_tar(place, [(f"{i:06}.{kind}", b"x") for i in range(count) for kind in ("png", "txt")])
+        row = "{0}.png,caption {0}" if form == "csv" else '{{"image": "{0}.png", "text": "caption {0}"}}'
+        place.write_text("\n".join([*["image,caption"] * (form == "csv"), *(row.format(i) for i in range(count))]))
+        return place
+
+    def cost(count):
+        config = PairsConfig(str(write(count)), resolution=16, cache_path=str(tmp_path / "index"))
+        return kept(lambda: [open_pairs(config), open_pairs(config, "held_out")])
+
+    cost(500)  # what is imported and cached on the way
+    assert (cost(10_000) - cost(1000)) / 9000 < 12
+
+
+def test_the_name_of_a_picture_costs_its_letters_and_eight_bytes():
+    assert kept(lambda: Names(f"cats/{i:06}.png" for i in range(20_000))) < 20_000 * (15 + 8) + 10_000
 
 
 def indexes(place: Path) -> list[str]:

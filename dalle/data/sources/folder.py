@@ -103,17 +103,19 @@ def walk(root: Path, skipped: list[Skip]) -> Iterator[tuple[str, Sequence[str]]]
     resolved, todo = root.resolve(), [""]
     while todo:
         folder = todo.pop()
-        files, folders = [], []
+        files, folders, foreign = [], [], []
         with os.scandir(root / folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
+            for entry in entries:
                 if entry.name.startswith("."):
                     continue
                 place = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(resolved):
-                    skipped.append(Skip(None, place, "leaves the folder", f"it is {os.readlink(entry.path)}"))
+                    foreign.append(Skip(None, place, "leaves the folder", f"it is {os.readlink(entry.path)}"))
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append(place)
                 elif entry.is_file():
                     files.append(entry.name)
-        todo += reversed(folders)
+        skipped += sorted(foreign, key=lambda skip: skip.name)
+        todo += sorted(folders, reverse=True)
+        files.sort()
         yield folder, files
