@@ -220,6 +220,54 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['"image"; "caption"\na.png; "a dog, a cat"\n', 'image;"caption"\na.png;"a dog, a cat"\n',
+     '"image, file";"caption"\na.png;"a dog, a cat"\n'],
+)  # fmt: skip
+def test_the_mark_between_columns_is_looked_for_outside_quotes(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    column = "image, file" if "file" in text else None
+    assert open_source(tmp_path / "a.csv", image_column=column).captions(0) == ["a dog, a cat"]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_utf_16_is_told_with_what_to_do(tmp_path, form):
+    (tmp_path / f"a.{form}").write_bytes("image,caption\na.png,hello\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a\..* is UTF-16, expected UTF-8; save it anew"):
+        open_source(tmp_path)
+
+
+def test_json_nested_without_end_is_a_broken_row_and_no_more(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[" * 100_000 + '\n{"image": "a.png", "caption": "x"}\n')
+    source = open_source(tmp_path / "a.jsonl")
+    assert (len(source), [skip.cause for skip in source.skipped]) == (1, ["broken row"])
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.png").write_bytes(picture(1))
+    (tmp_path / "set" / "a.json").write_text("[" * 100_000)
+    with pytest.raises(Unusable, match="broken row"):
+        open_source(tmp_path / "set").read(0)
+
+
+def test_several_keys_of_json_may_be_named_with_spaces(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "a.json").write_text('{"alt": "one", "title": "two"}')
+    assert open_source(tmp_path, caption_column="alt, title").captions(0) == ["one", "two"]
+
+
+def test_links_in_a_circle_are_no_files(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "b.png").symlink_to(tmp_path / "b.png")
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("words")
+    (tmp_path / "again").symlink_to(tmp_path)
+    source = open_source(tmp_path)
+    assert [source.name(i) for i in range(len(source))] == ["a.png"]
+    (tmp_path / "table.csv").write_text("image,caption\nb.png,words\n")
+    with pytest.raises(Unusable, match=r"b\.png: missing twin"):
+        open_source(tmp_path / "table.csv").read(0)
+
+
 def test_lines_of_json_that_cannot_be_read_are_named(tmp_path):
     lines = [
         '{"image": "a.png", "text": "one"}',

@@ -92,7 +92,7 @@ def read_inside(root: Path, name: str, cause: str) -> bytes:
         if not path.is_relative_to(root):
             raise Unusable(name, "leaves the folder", f"it is {path}")
         return path.read_bytes()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         if isinstance(error, Unusable):
             raise
         raise Unusable(name, cause, getattr(error, "strerror", None) or str(error)) from None
@@ -109,11 +109,13 @@ def walk(root: Path, skipped: list[Skip]) -> Iterator[tuple[str, Sequence[str]]]
                 if entry.name.startswith("."):
                     continue
                 place = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(resolved):
+                if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(resolved):
                     foreign.append(Skip(None, place, "leaves the folder", f"it is {os.readlink(entry.path)}"))
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append(place)
-                elif entry.is_file():
+                elif (
+                    os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+                ):  # links in a circle are none
                     files.append(entry.name)
         skipped += sorted(foreign, key=lambda skip: skip.name)
         todo += sorted(folders, reverse=True)
