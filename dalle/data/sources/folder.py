@@ -113,9 +113,7 @@ def walk(root: Path, skipped: list[Skip]) -> Iterator[tuple[str, Sequence[str]]]
                     foreign.append(Skip(None, place, "leaves the folder", f"it is {os.readlink(entry.path)}"))
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append(place)
-                elif (
-                    os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
-                ):  # links in a circle are none
+                elif entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):  # links in a circle are none
                     files.append(entry.name)
         skipped += sorted(foreign, key=lambda skip: skip.name)
         todo += sorted(folders, reverse=True)
