@@ -19,6 +19,8 @@ from dalle.data import Loader, PairsConfig, PairsLoader, StepOfPairs, draw_capti
 from dalle.data.decode import decode, open_picture
 from dalle.data.pairs import SourcePairs
 from dalle.data.skipped import CAUSES, Skipped, Unusable
+from dalle.data.transforms import transform
+from dalle.rng import epoch_stream, generator
 from dalle.stages.dvae import train_dvae
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.log import read_log
@@ -356,6 +358,23 @@ def test_a_much_larger_jpeg_is_decoded_small_and_looks_the_same():
     assert abs(difference).max() <= 4
     kept = decode(open_picture(encoded("JPEG", (150, 100)), "a"), "a", 128)
     assert kept.size == (150, 100)  # half of it would be too small
+
+
+@pytest.mark.parametrize("augment", ["dvae", "transformer"])
+def test_a_large_jpeg_is_decoded_whole_unless_a_draft_is_asked_for(tmp_path, augment):
+    big = encoded("JPEG", (200, 160))
+    (tmp_path / "a.jpg").write_bytes(big)
+    (tmp_path / "a.txt").write_text("noise")
+    config = PairsConfig(str(tmp_path), resolution=16, held_out=1e-9)
+    pairs = [open_pairs(replace(config, draft=asked)) for asked in (False, True)]
+    whole, draft = (each.load([(0, 0)], augment, 3).pixels for each in pairs)
+    for side, pixels in ((None, whole), (32, draft)):
+        image = decode(open_picture(big, "a"), "a", side)
+        crop = transform(image, 16, augment, generator("crop", epoch_stream(3, 0), 0))
+        np.testing.assert_array_equal(pixels[0], np.asarray(crop, np.float32).transpose(2, 0, 1) / np.float32(255))
+    assert abs(whole - draft).max() > 0.05
+    looks = [each.load([(0, 0)]).pixels for each in pairs]
+    np.testing.assert_array_equal(*looks)  # evaluation never takes a draft
 
 
 def test_one_caption_is_drawn_for_each_epoch():

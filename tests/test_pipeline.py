@@ -322,7 +322,7 @@ class TestOpening:
     def test_a_newer_format_is_named(self, folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"format": 99}))
-        with pytest.raises(ValueError, match="has format 99, this version reads 2"):
+        with pytest.raises(ValueError, match="has format 99, this version reads 3"):
             DALLE.from_pretrained(folder)
 
     def test_another_dvae_in_the_directory_is_refused(self, folder, parts):

@@ -1,9 +1,11 @@
 """Captioned pictures in every form on disk (dalle/data/sources): the same records, whatever the form."""
 
+import gc
 import io
 import os
 import pickle
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from PIL import Image
 from dalle.data.pairs import PairsConfig, open_pairs
 from dalle.data.skipped import Unusable
 from dalle.data.sources import find_place, has_parts, open_source
+from dalle.data.sources.names import Names
 from dalle.data.sources.place import expand_braces
 
 
@@ -215,6 +218,54 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
     assert [(skip.name, skip.cause) for skip in source.skipped] == [
         ("a.csv:3", "broken row"), ("a.csv:4", "missing twin"), ("a.csv:5", "broken row"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['"image"; "caption"\na.png; "a dog, a cat"\n', 'image;"caption"\na.png;"a dog, a cat"\n',
+     '"image, file";"caption"\na.png;"a dog, a cat"\n'],
+)  # fmt: skip
+def test_the_mark_between_columns_is_looked_for_outside_quotes(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    column = "image, file" if "file" in text else None
+    assert open_source(tmp_path / "a.csv", image_column=column).captions(0) == ["a dog, a cat"]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_utf_16_is_told_with_what_to_do(tmp_path, form):
+    (tmp_path / f"a.{form}").write_bytes("image,caption\na.png,hello\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a\..* is UTF-16, expected UTF-8; save it anew"):
+        open_source(tmp_path)
+
+
+def test_json_nested_without_end_is_a_broken_row_and_no_more(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[" * 100_000 + '\n{"image": "a.png", "caption": "x"}\n')
+    source = open_source(tmp_path / "a.jsonl")
+    assert (len(source), [skip.cause for skip in source.skipped]) == (1, ["broken row"])
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.png").write_bytes(picture(1))
+    (tmp_path / "set" / "a.json").write_text("[" * 100_000)
+    with pytest.raises(Unusable, match="broken row"):
+        open_source(tmp_path / "set").read(0)
+
+
+def test_several_keys_of_json_may_be_named_with_spaces(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "a.json").write_text('{"alt": "one", "title": "two"}')
+    assert open_source(tmp_path, caption_column="alt, title").captions(0) == ["one", "two"]
+
+
+def test_links_in_a_circle_are_no_files(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "b.png").symlink_to(tmp_path / "b.png")
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("words")
+    (tmp_path / "again").symlink_to(tmp_path)
+    source = open_source(tmp_path)
+    assert [source.name(i) for i in range(len(source))] == ["a.png"]
+    (tmp_path / "table.csv").write_text("image,caption\nb.png,words\n")
+    with pytest.raises(Unusable, match=r"b\.png: missing twin"):
+        open_source(tmp_path / "table.csv").read(0)
 
 
 def test_lines_of_json_that_cannot_be_read_are_named(tmp_path):
@@ -461,6 +512,40 @@ def test_memory_holds_neither_names_nor_captions(tmp_path, form):
     source = open_source(tmp_path)
     assert len(source) == 5000
     assert len(pickle.dumps(source)) < 2000
+
+
+def kept(make) -> int:
+    """Bytes of Python and numpy objects that `make` leaves behind; mapped files are none of them."""
+    tracemalloc.start()
+    made = make()
+    gc.collect()
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    return used if made is not None else 0
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "tar"])
+def test_a_pair_more_costs_a_few_bytes(tmp_path, form):
+    """Its number in the split, 4 bytes: no name, no caption, no object."""
+
+    def write(count):
+        place = tmp_path / f"{count}.{form}"
+        if form == "tar":
+            return write_tar(place, [(f"{i:06}.{kind}", b"x") for i in range(count) for kind in ("png", "txt")])
+        row = "{0}.png,caption {0}" if form == "csv" else '{{"image": "{0}.png", "text": "caption {0}"}}'
+        place.write_text("\n".join([*["image,caption"] * (form == "csv"), *(row.format(i) for i in range(count))]))
+        return place
+
+    def cost(count):
+        config = PairsConfig(str(write(count)), resolution=16, cache_path=str(tmp_path / "index"))
+        return kept(lambda: [open_pairs(config), open_pairs(config, "held_out")])
+
+    cost(500)  # what is imported and cached on the way
+    assert (cost(10_000) - cost(1000)) / 9000 < 12
+
+
+def test_the_name_of_a_picture_costs_its_letters_and_eight_bytes():
+    assert kept(lambda: Names(f"cats/{i:06}.png" for i in range(20_000))) < 20_000 * (15 + 8) + 10_000
 
 
 def indexes(place: Path) -> list[str]:

@@ -22,7 +22,7 @@ from dalle.stages.runs import FREE_OF_DATA, ROOT, take_part
 from dalle.train.precision import autocast, resolve_device, resolve_precision
 from dalle.types import Batch, ImageTokenizer, Pairs, check_tokens
 
-TRANSFORM = 1
+TRANSFORM = 2
 """Raised when a crop or a resize becomes another, so that tokens of before are not taken for those of after."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from dalle.files import make_directory, write_json
 from dalle.pipeline import DALLE, Generation
-from dalle.stages.runs import ROOT, take_part, take_text
+from dalle.stages.runs import ROOT, newest, take_part, take_text
 from dalle.train.precision import resolve_device
 
 
@@ -100,8 +100,20 @@ def open_model(run: SampleRun) -> DALLE:
     device = resolve_device(run.device)
     if run.model:
         return DALLE.from_pretrained(run.model, device)
-    dvae, transformer, clip = (take_part(kind, getattr(run, kind), device) for kind in ("dvae", "transformer", "clip"))
+    dvae, transformer = (take_part(kind, getattr(run, kind), device) for kind in ("dvae", "transformer"))
+    clip = take_part("clip", run.clip, device) if _ranks(run) else None
     return DALLE.from_parts(dvae, transformer, clip, take_text(run.tokenizer) if run.tokenizer else None)
+
+
+def _ranks(run: SampleRun) -> bool:
+    """Whether a CLIP takes part: where all candidates are kept it is not missed if there is none."""
+    if run.clip is None and run.best_of == run.keep:
+        try:
+            newest("clip")
+        except ValueError:
+            print("note: there is no CLIP, so the pictures come unranked")
+            return False
+    return True
 
 
 def _new_directory(run: SampleRun) -> Path:

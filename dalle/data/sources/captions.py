@@ -31,10 +31,10 @@ def from_json(data: bytes, name: str, columns: str | None = None) -> list[str]:
         value = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise Unusable(name, "caption not UTF-8", str(error)) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Unusable(name, "broken row", f"no JSON: {error}") from None
     if isinstance(value, Mapping):
-        keys = columns.split(",") if columns else [find_name(value, CAPTION_NAMES)]
+        keys = [word.strip() for word in columns.split(",")] if columns else [find_name(value, CAPTION_NAMES)]
         value = [value.get(key) for key in keys]
     return listed(value)
 

@@ -92,7 +92,7 @@ def read_inside(root: Path, name: str, cause: str) -> bytes:
         if not path.is_relative_to(root):
             raise Unusable(name, "leaves the folder", f"it is {path}")
         return path.read_bytes()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         if isinstance(error, Unusable):
             raise
         raise Unusable(name, cause, getattr(error, "strerror", None) or str(error)) from None
@@ -103,17 +103,19 @@ def walk(root: Path, skipped: list[Skip]) -> Iterator[tuple[str, Sequence[str]]]
     resolved, todo = root.resolve(), [""]
     while todo:
         folder = todo.pop()
-        files, folders = [], []
+        files, folders, foreign = [], [], []
         with os.scandir(root / folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
+            for entry in entries:
                 if entry.name.startswith("."):
                     continue
                 place = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(resolved):
-                    skipped.append(Skip(None, place, "leaves the folder", f"it is {os.readlink(entry.path)}"))
+                if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(resolved):
+                    foreign.append(Skip(None, place, "leaves the folder", f"it is {os.readlink(entry.path)}"))
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append(place)
-                elif entry.is_file():
+                elif entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path):  # links in a circle are none
                     files.append(entry.name)
-        todo += reversed(folders)
+        skipped += sorted(foreign, key=lambda skip: skip.name)
+        todo += sorted(folders, reverse=True)
+        files.sort()
         yield folder, files

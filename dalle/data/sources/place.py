@@ -95,8 +95,13 @@ def _matches(pattern: str) -> Iterator[Path]:
 
 def _files(root: Path, kind: str) -> list[Path]:
     suffixes = (".tar",) if kind == "tars" else TABLES
-    entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith(".") and entry.is_file())
-    return [entry for entry in entries if entry.suffix.lower() in suffixes]
+    found = []
+    with os.scandir(root) as entries:
+        for entry in entries:  # the name is asked first: a folder may hold millions of other files
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if suffix in suffixes and not entry.name.startswith(".") and entry.is_file():
+                found.append(root / entry.name)
+    return sorted(found)
 
 
 def _kind_of_folder(root: Path) -> Kind:

@@ -1,7 +1,9 @@
 """The rows of CSV, TSV and JSONL, one after another; what cannot be read is noted and passed over."""
 
+import codecs
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ def text_rows(file: Path, image: str | None, caption: str | None, writer: Writer
     columns: tuple[str, list[str]] | None = None
     read = json_values if file.suffix.lower() in (".jsonl", ".ndjson") else csv_values
     try:
+        _check_encoding(file)
         for line, values in read(file):
             if isinstance(values, str):
                 writer.skipped.append(Skip(None, f"{file.name}:{line}", "broken row", values))
@@ -42,14 +45,21 @@ def text_rows(file: Path, image: str | None, caption: str | None, writer: Writer
         writer.keep = False
 
 
+def _check_encoding(file: Path) -> None:
+    with file.open("rb") as opened:
+        if opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f"{file} is UTF-16, expected UTF-8; save it anew (in Excel as CSV UTF-8)")
+
+
 def csv_values(file: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
     """(line, values by column), or (line, what is wrong). Quotes mean nothing in TSV, but around a whole field."""
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        header = lines.readline()
+        marks = re.sub('"[^"]*"', "", lines.readline())
         lines.seek(0)
         tabs = file.suffix.lower() == ".tsv"
-        mark = "\t" if tabs else "," if "," in header or ";" not in header else ";"
-        rows = csv.reader(lines, delimiter=mark, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+        mark = "\t" if tabs else "," if "," in marks or ";" not in marks else ";"
+        quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+        rows = csv.reader(lines, delimiter=mark, quoting=quoting, skipinitialspace=not tabs)
         names = [name.strip() for name in next(rows, [])]
         while True:
             try:
@@ -80,7 +90,7 @@ def json_values(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 continue
             try:
                 values = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield number, f"no JSON: {error}"
                 continue
             yield (
