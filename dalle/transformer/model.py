@@ -125,7 +125,7 @@ class Transformer(nn.Module):
         return self.read(self.layout.shift(ids)[:, : ids.shape[1]])
 
     def read(self, inputs: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
-        """Input ids (B, n) of the first n slots -> final states (B, n, D); caches, one a layer, take what `step` needs."""
+        """Input ids (B, n) of the first n slots -> final states (B, n, D); `caches` take what `step` needs."""
         x = self.embed(inputs)
         backends = self.backends(inputs.shape[1])
         for kind, backend in backends.items():
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
 
         Args:
             tokens: int64 (B,), those of image slot `slot - 1`.
-            slot: image slot that reads them, 1 .. rows * columns - 1, an int or a tensor (1,) (see `LayerCache.attend`).
+            slot: the image slot that reads them, at least 1; an int or a tensor (1,), see `LayerCache.attend`.
             caches: hold the slots before it, and take this one.
 
         Returns:
