@@ -33,6 +33,12 @@ def in_format(model: Transformer, dtype: torch.dtype) -> Transformer:
     return copy.deepcopy(model, shared)
 
 
+def own_format(model: Transformer) -> torch.autocast:
+    """The context in which a model from `in_format` reads whole streams."""
+    weight = model.layers[0].attention.f.qkv.weight
+    return torch.autocast(weight.device.type, dtype=weight.dtype, enabled=weight.dtype != torch.float32)
+
+
 @torch.inference_mode()
 def draw_tokens(
     model: Transformer,
@@ -110,8 +116,7 @@ class Drawing:
             return
         self.caches = self.model.caches(len(text_tokens), candidates)
         ids = layout.shift(layout.pack(text_tokens, kept))
-        dtype = self.model.layers[0].attention.f.qkv.weight.dtype
-        with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with own_format(self.model):
             state = self.model.read(ids, self.caches)[:, -1]
         self.state = state.repeat_interleave(candidates, dim=0)  # (B, D)
 
