@@ -82,7 +82,7 @@ class DALLE:
 
         Args:
             prompt: the caption, or several: then a list comes back, and captions with few candidates are drawn
-                together. What another block of captions is drawn with touches its last bits alone.
+                together.
             n: pictures to keep.
             best_of: candidates to draw; the paper draws 512. Memory does not depend on it.
             seed: with the prompt and a candidate's number it fixes that candidate's random numbers.
@@ -96,8 +96,8 @@ class DALLE:
         Raises:
             ValueError: an empty or too long prompt, best_of < n, settings out of range.
         """
-        settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
         drawn = self._ranked(prompts, None, n, best_of, seed, truncate, progress, settings)
         return drawn[0] if isinstance(prompt, str) else drawn
 
@@ -108,7 +108,7 @@ class DALLE:
         """As `generate`, keeping the top rows of tokens of a picture, or all outside a box (section 3.3).
 
         Args:
-            image: the picture; its middle square is resized to the model's size.
+            image: its middle square is resized to the model's size.
             rows: rows of tokens to keep, 1 to the grid's rows - 1.
             box: instead, (top, left) in tokens: what lies from there to the lower right corner is drawn anew. A
                 token drawn sees the kept ones that come before it, row by row; those to the left of the box in
@@ -176,7 +176,7 @@ class DALLE:
             image: the picture (its middle square, through the image tokenizer), or image tokens (N, h * w).
 
         Returns:
-            `.text` and `.image`: numbers for a picture, tensors (N,) for image tokens.
+            Numbers for a picture, tensors (N,) for image tokens.
         """
         text = self._text_tokens([caption], truncate, stacklevel=3)
         tokens = image.to(self.device) if isinstance(image, Tensor) else self._encode(image)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import dalle as package
 from dalle import drawing
 from dalle.clip import CLIPScorer, PretrainedScorer
-from dalle.drawing import Block, Drawer, blocks, fitting_batch, fitting_chunk
+from dalle.drawing import Block, Drawer, Settings, blocks, fitting_batch, fitting_chunk
 from dalle.generation import Generation, best_of_shares
 from dalle.images import to_pil, to_pixels
 from dalle.models import Part, load_part, save_weights, weights_hash
