@@ -155,7 +155,7 @@ def test_json_lines_are_captions_too(run):
     assert [one["prompt"] for one in records("all")[::2]] == ["a blue circle", "a red cross"]
 
 
-@pytest.mark.parametrize("kind", ["file", "one"])
+@pytest.mark.parametrize("kind", ["file", pytest.param("one", marks=pytest.mark.slow)])
 def test_two_processes_write_what_one_writes(run, chain, prompt, tmp_path, kind):
     """They share the captions of a file, and the candidates of one caption."""
     if kind == "file":
