@@ -14,7 +14,7 @@ _HOMES = {
     "DALLE": "dalle.pipeline",
     "DVAE": "dalle.dvae",
     "DVAEConfig": "dalle.dvae",
-    "Generation": "dalle.pipeline",
+    "Generation": "dalle.generation",
     "TextTokenizer": "dalle.text",
     "TokenLayout": "dalle.layout",
     "Transformer": "dalle.transformer",

@@ -5,51 +5,27 @@ N pictures, T text slots, h w grid
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from dalle.clip import CLIP, CLIPScorer
-from dalle.config import to_dict
-from dalle.dvae import DVAE
-from dalle.files import make_directory, read_json, write_json
-from dalle.images import load_image, sheet, shorter_side, to_pil, to_pixels
-from dalle.models import Part, load_part, save_weights, weights_hash
-from dalle.rerank import rank
-from dalle.sampling import check_sampling, uniforms
-from dalle.text import MergeTokenizer, load_text, text_from_dict
-from dalle.train.checkpoint import FORMAT, check_meta
+from dalle.directory import read_directory, write_directory
+from dalle.drawing import Block, Drawer, Settings, check_counts, open_corner
+from dalle.generation import Generation, LogLikelihood
+from dalle.images import load_image, shorter_side, to_pil, to_pixels
+from dalle.models import Part, weights_hash
+from dalle.text import MergeTokenizer, text_from_dict
+from dalle.text.report import pieces_outside
+from dalle.train.precision import Precision, resolve_precision
 from dalle.transformer import Transformer
-from dalle.transformer.generate import draw_tokens
-from dalle.types import ImageTokenizer, Scorer
+from dalle.transformer.generate import OPEN, in_format, own_format
+from dalle.transformer.losses import log_likelihood
+from dalle.types import ImageTokenizer, Scorer, check_tokens
 
-
-@dataclass
-class Generation:
-    """Pictures of one prompt, best first; shows itself in a notebook."""
-
-    prompt: str
-    seed: int
-    images: list[Image.Image]
-    scores: list[float] | None
-    image_tokens: Tensor
-    candidates: list[int]
-    """Which candidate each picture is: with the seed it names the picture for good."""
-
-    def grid(self, columns: int = 4) -> Image.Image:
-        """All pictures on one sheet, row by row."""
-        rows = [self.images[i : i + columns] for i in range(0, len(self.images), columns)]
-        return sheet(rows, scale=max(1, 256 // self.images[0].width))
-
-    def _repr_png_(self) -> bytes:
-        buffer = BytesIO()
-        self.grid().save(buffer, format="PNG")
-        return buffer.getvalue()
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DALLE:
@@ -81,6 +57,7 @@ class DALLE:
                 "they do not belong together"
             )
         self.dvae, self.transformer, self.text, self.scorer = dvae, transformer, text, scorer
+        self._hash: str | None = None  # of the weights before they were rounded
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +66,7 @@ class DALLE:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         n: int = 4,
         best_of: int = 64,
         seed: int = 0,
@@ -98,67 +75,131 @@ class DALLE:
         top_p: float | None = None,
         guidance: float | None = None,
         truncate: bool = False,
-        chunk: int = 64,
         progress: bool = True,
-    ) -> Generation:
+        **settings,
+    ) -> Generation | list[Generation]:
         """Draws `best_of` candidates for a caption and keeps the n that the scorer ranks highest.
 
         Args:
-            prompt: the caption.
+            prompt: the caption, or several: then a list comes back, and captions with few candidates are drawn
+                together.
             n: pictures to keep.
-            best_of: candidates to draw; the paper draws 512.
+            best_of: candidates to draw; the paper draws 512. Memory does not depend on it.
             seed: with the prompt and a candidate's number it fixes that candidate's random numbers.
             temperature: 1 as the paper; 0 takes the most likely tokens.
             top_k, top_p: draw among the likeliest tokens only.
             guidance: strength of classifier-free guidance; needs a model trained with caption dropout.
             truncate: cut a caption that is too long instead of refusing it.
-            chunk: candidates drawn at once; bounds the memory.
             progress: show a bar.
+            settings: `batch`, `chunk`, `share`, `graph`: see `dalle.drawing.Settings`.
 
         Raises:
             ValueError: an empty or too long prompt, best_of < n, settings out of range.
         """
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-        text = self._text_tokens(prompt, truncate)
-        return self._ranked(prompt, text, None, n, best_of, seed, chunk, progress, options)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+        drawn = self._ranked(prompts, None, n, best_of, seed, truncate, progress, settings)
+        return drawn[0] if isinstance(prompt, str) else drawn
 
     def complete(
-        self, prompt: str, image: Image.Image | Path | str, rows: int, n: int = 4, best_of: int = 64, seed: int = 0,
-        temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-        guidance: float | None = None, truncate: bool = False, chunk: int = 64, progress: bool = True,
+        self, prompt: str, image: Image.Image | Path | str, rows: int | None = None, box: tuple[int, int] | None = None,
+        n: int = 4, best_of: int = 64, seed: int = 0, truncate: bool = False, progress: bool = True, **settings,
     ) -> Generation:  # fmt: skip
-        """As `generate`, keeping the top rows of tokens of a picture (section 3.3).
+        """As `generate`, keeping the top rows of tokens of a picture, or all outside a box (section 3.3).
 
         Args:
-            image: the picture; its middle square is resized to the model's size.
+            image: its middle square is resized to the model's size.
             rows: rows of tokens to keep, 1 to the grid's rows - 1.
+            box: instead, (top, left) in tokens: what lies from there to the lower right corner is drawn anew. A
+                token drawn sees the kept ones that come before it, row by row; those to the left of the box in
+                lower rows stay, but the rows above them are drawn without knowing them.
+            settings: see `dalle.drawing.Settings`; the rest as `generate`.
+
+        Raises:
+            ValueError: rows or a box beyond the grid; as `generate`.
         """
         layout = self.transformer.layout
-        if not 0 < rows < layout.rows:
-            raise ValueError(f"rows must be 1 to {layout.rows - 1}, got {rows}")
+        top, left = open_corner(layout.grid, rows, box)
         if layout.rows != layout.columns:
             raise ValueError(f"complete needs a square grid, the model's is {layout.rows} x {layout.columns}")
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-        text = self._text_tokens(prompt, truncate)
-        square = shorter_side(load_image(image), layout.rows * self.dvae.downsampling)
-        tokens = self.dvae.encode(to_pixels([square]).to(self.device))
-        prefix = tokens[:, : rows * layout.columns]
-        return self._ranked(prompt, text, prefix, n, best_of, seed, chunk, progress, options)
+        tokens = self._encode(image).clone()
+        tokens.view(-1, *layout.grid)[:, top:, left:] = OPEN
+        return self._ranked([prompt], tokens, n, best_of, seed, truncate, progress, settings)[0]
+
+    def regenerate(
+        self, generation: Generation, picture: int = 0, rows: int | None = None, box: tuple[int, int] | None = None,
+        n: int = 4, best_of: int = 64, seed: int | None = None, truncate: bool = False, progress: bool = True,
+        **settings,
+    ) -> Generation:  # fmt: skip
+        """Draws a part of a picture of a Generation anew, from its tokens: what is kept stays token by token.
+
+        Args:
+            picture: which of its pictures.
+            rows, box: what to keep, as `complete`.
+            seed: one more than the generation's unless given: the same seed draws the same candidates.
+            settings: see `dalle.drawing.Settings`; the rest as `generate`.
+        """
+        top, left = open_corner(self.transformer.layout.grid, rows, box)
+        count = len(generation.image_tokens)
+        if not 0 <= picture < count:
+            raise ValueError(f"picture must be 0 to {count - 1}, got {picture}")
+        tokens = generation.image_tokens[[picture]].to(self.device)
+        tokens.view(-1, *self.transformer.layout.grid)[:, top:, left:] = OPEN
+        seed = generation.seed + 1 if seed is None else seed
+        return self._ranked([generation.prompt], tokens, n, best_of, seed, truncate, progress, settings)[0]
 
     def stream(
-        self, prompt: str, n: int = 1, seed: int = 0, temperature: float = 1.0, top_k: int | None = None,
-        top_p: float | None = None, guidance: float | None = None, truncate: bool = False,
-    ) -> Iterator[list[Image.Image]]:  # fmt: skip
-        """Yields n pictures after each row of tokens, grey where nothing is drawn yet; unranked."""
-        _check_counts(n, n, n)
-        check_sampling(temperature, top_k, top_p, guidance)
-        layout = self.transformer.layout
-        text = self._text_tokens(prompt, truncate)
-        noise = uniforms(seed, prompt, range(n), layout.image_len)[None]
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-        for tokens in draw_tokens(self.transformer, text, noise, **options):
-            if tokens.shape[2] % layout.columns == 0:
-                yield to_pil(self._partial(tokens[0]))
+        self, prompt: str, n: int = 1, seed: int = 0, truncate: bool = False, **settings
+    ) -> Iterator[list[Image.Image]]:
+        """Yields n pictures after each row of tokens, grey where nothing is drawn yet; candidates 0 .. n, unranked.
+
+        Args:
+            settings: see `dalle.drawing.Settings`; the rest as `generate`.
+        """
+        check_counts(n, n)
+        columns = self.transformer.layout.columns
+        text = self._text_tokens([prompt], truncate, stacklevel=3)
+        drawer = Drawer(self.dvae, self.transformer, None, Settings(**settings))
+        if n > drawer.batch:
+            raise ValueError(f"n must be at most the {drawer.batch} rows of a step, got {n}; raise batch")
+        block = Block([0], range(drawer.batch), n)
+        for tokens in drawer.tokens([prompt], text, None, seed, block):
+            if tokens.shape[2] % columns == 0:
+                yield to_pil(self._partial(tokens[0, :n]))
+
+    def log_likelihood(
+        self, caption: str, image: Image.Image | Path | str | Tensor, truncate: bool = False
+    ) -> LogLikelihood:
+        """How likely the model finds a caption, and a picture after it, in nats.
+
+        Args:
+            image: the picture (its middle square, through the image tokenizer), or image tokens (N, h * w).
+
+        Returns:
+            Numbers for a picture, tensors (N,) for image tokens.
+        """
+        text = self._text_tokens([caption], truncate, stacklevel=3)
+        tokens = image.to(self.device) if isinstance(image, Tensor) else self._encode(image)
+        check_tokens(tokens, self.transformer.layout.image_vocab, "image tokens")
+        ids = self.transformer.layout.pack(text.expand(len(tokens), -1), tokens)
+        with own_format(self.transformer):
+            found = [log_likelihood(self.transformer, one) for one in ids.split(16)]
+        nats = [torch.cat(part).cpu() for part in zip(*found, strict=True)]
+        return LogLikelihood(*nats) if isinstance(image, Tensor) else LogLikelihood(*(float(part) for part in nats))
+
+    def in_precision(self, precision: Precision) -> "DALLE":
+        """The same model with the matrices of the transformer's layers in bf16 or fp16; all else is shared.
+
+        Drawing reads half the memory then. "auto" takes bf16 where the device multiplies it in hardware. The hash
+        stays that of the weights before they were rounded.
+        """
+        dtype = FORMATS[resolve_precision(precision, self.device)]
+        transformer = in_format(self.transformer, dtype)
+        if transformer is self.transformer:
+            return self
+        rounded = DALLE(self.dvae, transformer, self.text, self.scorer)
+        rounded._hash = self.hash
+        return rounded
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Writes a model directory: config.json, text.json and a safetensors file a part.
@@ -167,51 +208,28 @@ class DALLE:
             ValueError: an image tokenizer or scorer that is not one of the library's own models, or a
                 directory that cannot be made.
         """
-        directory = Path(directory)
+        if self._hash is not None:
+            raise ValueError("the weights were rounded by in_precision; save the model that it was made from")
         parts: dict[str, torch.nn.Module] = {"dvae": self.dvae, "transformer": self.transformer}
         if self.scorer is not None:
             parts["clip"] = getattr(self.scorer, "model", None)
-        for kind, expected in (("dvae", DVAE), ("clip", CLIP)):
-            if kind in parts and not isinstance(parts[kind], expected):
-                raise ValueError(f"only a {expected.__name__} of this library can be saved as {kind}; save it yourself")
-        make_directory(directory)
-        links = {"text": self.text.hash, "dvae": weights_hash(self.dvae)}
-        for kind, model in parts.items():
-            save_weights(model, directory / f"{kind}.safetensors")
-        self.text.save(directory / "text.json")
-        described = {kind: {"config": to_dict(model.config)} for kind, model in parts.items()}
-        write_json(
-            directory / "config.json",
-            {"format": FORMAT, "kind": "dalle", "hash": self.hash, "links": links, "parts": described},
-        )
+        write_directory(Path(directory), parts, self.text, self.hash)
 
     @classmethod
-    def from_pretrained(cls, directory: Path | str, device: str | torch.device = "cpu") -> "DALLE":
-        """Opens a model directory written by `save_pretrained`. Nothing is downloaded.
+    def from_pretrained(
+        cls, directory: Path | str, device: str | torch.device = "cpu", precision: Precision = "fp32"
+    ) -> "DALLE":
+        """Opens a model directory written by `save_pretrained`. Nothing is downloaded; precision as `in_precision`.
 
         Raises:
             ValueError: no such directory, a damaged file, or parts that do not belong together.
         """
-        directory = Path(directory)
-        if not (directory / "config.json").is_file():
-            raise ValueError(
-                f"{directory} is no model directory (it has no config.json); make one with save_pretrained"
-            )
-        config = read_json(directory / "config.json")
-        check_meta(config, "dalle", directory)
-        if missing := {"hash", "links", "parts"} - config.keys():
-            raise ValueError(f"{directory / 'config.json'} lacks {', '.join(sorted(missing))}; it is damaged")
-        text = load_text(directory / "text.json")
-        kinds = ["dvae", "transformer"] + ["clip"] * ("clip" in config["parts"])
-        loaded = {kind: load_part(directory, kind, device).model for kind in kinds}
-        scorer = CLIPScorer(loaded["clip"], text) if "clip" in loaded else None
-        model = cls(loaded["dvae"], loaded["transformer"], text, scorer)
-        found = {"text": text.hash, "dvae": weights_hash(model.dvae)}
-        if found != config["links"]:
-            raise ValueError(f"{directory}: the files do not belong together: {found}, expected {config['links']}")
-        if model.hash != config["hash"]:
-            raise ValueError(f"{directory}: the weights have hash {model.hash}, expected {config['hash']}")
-        return model
+        parts, text, expected = read_directory(Path(directory), device)
+        scorer = CLIPScorer(parts["clip"], text) if "clip" in parts else None
+        model = cls(parts["dvae"], parts["transformer"], text, scorer)
+        if model.hash != expected:
+            raise ValueError(f"{directory}: the weights have hash {model.hash}, expected {expected}")
+        return model.in_precision(precision)
 
     @classmethod
     def from_parts(
@@ -234,59 +252,49 @@ class DALLE:
     @property
     def hash(self) -> str:
         """Names the weights: hashes of the dVAE, the transformer and, if it is our own, the CLIP."""
+        if self._hash is not None:
+            return self._hash
         clip = getattr(self.scorer, "model", None)
         models = [self.dvae, self.transformer] + [clip] * isinstance(clip, CLIP)
         return "-".join(weights_hash(model) for model in models)
 
     def text_tokens(self, prompts: Sequence[str], truncate: bool = False) -> Tensor:
         """Captions -> int64 (len(prompts), T); ValueError for an empty or too long one."""
+        return self._text_tokens(prompts, truncate, stacklevel=None)
+
+    def _text_tokens(self, prompts: Sequence[str], truncate: bool, stacklevel: int | None) -> Tensor:
+        """And warns, at the caller so many frames up, of letters that the vocabulary lacks."""
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise ValueError(f"the prompt must be text, got {type(prompt).__name__}")
         ids = [self.text.encode(prompt) for prompt in prompts]
         if not all(ids):
             raise ValueError("the prompt is empty; say what the picture shall show")
+        for prompt in prompts if stacklevel else ():
+            if pieces := pieces_outside(self.text, prompt):
+                told = ", ".join(map(repr, pieces[:5])) + ", ..." * (len(pieces) > 5)
+                message = f"the vocabulary lacks letters of {told}: the model may not know what they mean"
+                warnings.warn(message, stacklevel=stacklevel)
         return self.transformer.layout.pad_text(ids, truncate).to(self.device)
-
-    def _text_tokens(self, prompt: str, truncate: bool) -> Tensor:
-        return self.text_tokens([prompt], truncate)
-
-    def _ranked(self, prompt, text, prefix, n, best_of, seed, chunk, progress, options) -> Generation:
-        _check_counts(n, best_of, chunk)
-        check_sampling(**options)
-        if self.scorer is None and best_of > n:
-            warnings.warn(f"this model has no scorer: drawing {n} pictures, unranked", stacklevel=3)
-            best_of = n
-        tokens = self._draw(prompt, text, prefix, best_of, seed, chunk, progress, options)
-        pixels = torch.cat([self.decode(part) for part in tokens.split(chunk)])
-        order, scores = torch.arange(best_of), None
-        if self.scorer is not None:
-            order, ranked = rank(self.scorer, pixels, prompt, chunk)
-            scores = ranked[:n].tolist()
-        kept = order[:n]
-        return Generation(
-            prompt, seed, to_pil(pixels[kept]), scores, tokens[kept.to(tokens.device)].cpu(), kept.tolist()
-        )
-
-    def _draw(self, prompt, text, prefix, count, seed, chunk, progress, options) -> Tensor:
-        """Image tokens int64 (count, h * w) of candidates 0 .. count - 1, `chunk` at a time."""
-        slots = self.transformer.layout.image_len
-        kept = 0 if prefix is None else prefix.shape[1]
-        parts = []
-        starts = range(0, count, chunk)
-        with tqdm(
-            total=(slots - kept) * len(starts), desc="drawing", unit="token", disable=None if progress else True
-        ) as bar:
-            for i, start in enumerate(starts):
-                noise = uniforms(seed, prompt, range(start, min(start + chunk, count)), slots)[None]
-                for tokens in draw_tokens(self.transformer, text, noise, prefix, **options):
-                    bar.update(i * (slots - kept) + tokens.shape[2] - kept - bar.n)
-                parts.append(tokens[0].clone())
-        return torch.cat(parts)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Image tokens int64 (N, h * w) -> pixels (N, 3, H, W) in [0, 1]."""
         return self.dvae.decode(tokens, self.transformer.layout.grid)
+
+    def _ranked(self, prompts, prefix, n, best_of, seed, truncate, progress, settings) -> list[Generation]:
+        check_counts(n, best_of)
+        drawing = Settings(**settings)
+        text = self._text_tokens(prompts, truncate, stacklevel=4)
+        if self.scorer is None and best_of > n:
+            warnings.warn(f"this model has no scorer: drawing {n} pictures, unranked", stacklevel=3)
+            best_of = n
+        drawer = Drawer(self.dvae, self.transformer, self.scorer, drawing)
+        return drawer.ranked(prompts, text, prefix, n, best_of, seed, progress)
+
+    def _encode(self, image: Image.Image | Path | str) -> Tensor:
+        """The middle square of a picture as image tokens (1, h * w)."""
+        square = shorter_side(load_image(image), self.transformer.layout.rows * self.dvae.downsampling)
+        return self.dvae.encode(to_pixels([square]).to(self.device))
 
     def _partial(self, tokens: Tensor) -> Tensor:
         """Pictures of whole rows of tokens (N, r * w), grey below them."""
@@ -294,12 +302,3 @@ class DALLE:
         drawn = self.dvae.decode(tokens.clone(), (tokens.shape[1] // layout.columns, layout.columns))
         height = layout.rows * self.dvae.downsampling
         return torch.nn.functional.pad(drawn, (0, 0, 0, height - drawn.shape[2]), value=0.5)
-
-
-def _check_counts(n: int, best_of: int, chunk: int) -> None:
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    if best_of < n:
-        raise ValueError(f"best_of must be at least n, got best_of={best_of}, n={n}")
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")

@@ -3,6 +3,8 @@
 python scripts/benchmark.py train --model.depth 8 --model.heads 8 --batch-size 2
 python scripts/benchmark.py train --size 120m --precision bf16 --json report.json
 python scripts/benchmark.py train --against dalle-pytorch --precision fp32
+python scripts/benchmark.py sample --batch 1 8 64 --json report.json
+python scripts/benchmark.py sample --against dalle-pytorch --tokens 32
 python scripts/benchmark.py data --sources my/pictures my/tars --workers 0 2 --resolutions 64 256
 python scripts/benchmark.py attention --heads 4
 python scripts/benchmark.py memory --size 60m
@@ -16,12 +18,14 @@ from dalle.config import parse, tell_errors
 from dalle.stages.attention import AttentionBenchmark, benchmark_attention
 from dalle.stages.benchmark import TrainBenchmark, benchmark_training
 from dalle.stages.benchmark_data import DataBenchmark, benchmark_data
+from dalle.stages.benchmark_sample import SampleBenchmark, benchmark_sampling
 from dalle.stages.compression import CompressionBenchmark, benchmark_compression
 from dalle.stages.memory import MemoryBenchmark, benchmark_memory
 from dalle.stages.plots import ScalesPicture, draw_scales
 
 BENCHMARKS = {
     "train": (TrainBenchmark, benchmark_training),
+    "sample": (SampleBenchmark, benchmark_sampling),
     "data": (DataBenchmark, benchmark_data),
     "attention": (AttentionBenchmark, benchmark_attention),
     "memory": (MemoryBenchmark, benchmark_memory),

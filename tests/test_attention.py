@@ -24,7 +24,7 @@ def random_inputs(layout, width=8, dtype=torch.float32):
 
 
 def values_and_gradients(backend, inputs, pattern, weight):
-    out = attend(*inputs, pattern, 0, backend)
+    out = attend(*inputs, pattern, backend)
     return out, *torch.autograd.grad((out.float() * weight).sum(), inputs)
 
 
@@ -64,7 +64,7 @@ def test_blocks_score_only_the_text_and_the_near_keys(kind):
 def test_flex_equals_dense_in_value(kind, layout, dtype, tolerance):
     pattern = Pattern(kind, layout, kernel=3)
     q, k, v = (t.detach() for t in random_inputs(layout, dtype=dtype)[0])
-    dense, flex = (attend(q, k, v, pattern, 0, backend) for backend in ("dense", "flex"))
+    dense, flex = (attend(q, k, v, pattern, backend) for backend in ("dense", "flex"))
     assert flex.dtype == dtype
     torch.testing.assert_close(flex, dense, rtol=tolerance, atol=tolerance)
 
@@ -73,10 +73,10 @@ def test_attention_of_transposed_slots_is_the_transposed_attention():
     """Only flex works in that order; the others come back from it."""
     pattern = Pattern("column", LAYOUTS[2])
     q, k, v = (t.detach() for t in random_inputs(LAYOUTS[2])[0])
-    expected = pattern.transposed(attend(q, k, v, pattern, 0, "dense"))
+    expected = pattern.transposed(attend(q, k, v, pattern, "dense"))
     exchanged = [pattern.transposed(x) for x in (q, k, v)]
     for backend in ("dense", "blocks", "flex"):
-        torch.testing.assert_close(attend(*exchanged, pattern, 0, backend, transposed=True), expected)
+        torch.testing.assert_close(attend(*exchanged, pattern, backend, transposed=True), expected)
 
 
 @on_gpu
@@ -180,9 +180,9 @@ def test_a_backend_that_the_device_cannot_run_is_refused(monkeypatch, device, tr
 def test_gradients_of_flex_on_a_cpu_are_refused():
     pattern, (inputs, _) = Pattern("row", LAYOUTS[1]), random_inputs(LAYOUTS[1])
     with pytest.raises(ValueError, match="backend flex has no gradients on cpu; set"):
-        attend(*inputs, pattern, 0, "flex")
+        attend(*inputs, pattern, "flex")
     with torch.no_grad():
-        assert attend(*inputs, pattern, 0, "flex").shape == inputs[0].shape
+        assert attend(*inputs, pattern, "flex").shape == inputs[0].shape
     assert flex_refusal(CPU, 8) is None
 
 
@@ -204,7 +204,7 @@ def test_what_sampling_builds_serves_training_too(kind):
     pattern, (inputs, weight) = Pattern(kind, LAYOUTS[1], 3), random_inputs(LAYOUTS[1])
     for backend in ("dense", "sdpa", "blocks"):
         with torch.inference_mode():
-            attend(*inputs, pattern, 0, backend)
+            attend(*inputs, pattern, backend)
         values_and_gradients(backend, inputs, pattern, weight)
 
 
@@ -219,15 +219,14 @@ def test_groups_go_back_to_raster_order(kind, layout):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("backend", CHOICES)
 @pytest.mark.parametrize("kind", ["conv", "causal"])
-def test_one_query_over_cached_keys_equals_its_row_of_the_whole(backend, kind):
+def test_the_beginning_of_a_stream_has_the_attention_of_the_whole(backend, kind):
     layout = LAYOUTS[1]
     pattern = Pattern(kind, layout, kernel=3)
     q, k, v = (t.detach() for t in random_inputs(layout)[0])
-    whole = attend(q, k, v, pattern, 0, backend)
-    for slot in range(layout.length):
-        end = slot + 1
-        one = attend(q[:, :, slot:end], k[:, :, :end], v[:, :, :end], pattern, slot, backend)
-        torch.testing.assert_close(one, whole[:, :, slot:end])
+    whole = attend(q, k, v, pattern, backend)
+    for end in range(1, layout.length):
+        beginning = attend(q[:, :, :end], k[:, :, :end], v[:, :, :end], pattern, backend)
+        torch.testing.assert_close(beginning, whole[:, :, :end])
 
 
 def test_dense_is_one_softmax_over_all_visible_keys():
@@ -235,7 +234,7 @@ def test_dense_is_one_softmax_over_all_visible_keys():
     layout = LAYOUTS[0]
     pattern = Pattern("column", layout)
     q, k, v = (t.detach() for t in random_inputs(layout, width=4)[0])
-    out = attend(q, k, v, pattern, 0, "dense")
+    out = attend(q, k, v, pattern, "dense")
     for slot in range(layout.length):
         seen = pattern.dense(CPU)[slot].nonzero().flatten()
         shares = torch.tensor([math.exp((q[1, 2, slot] @ k[1, 2, i]).item() / 2) for i in seen])
@@ -247,10 +246,10 @@ def test_large_scores_do_not_overflow():
     layout = LAYOUTS[1]
     q, k, v = (t.detach() for t in random_inputs(layout)[0])
     for backend in CHOICES:
-        assert torch.isfinite(attend(100 * q, 100 * k, v, Pattern("row", layout), 0, backend)).all()
+        assert torch.isfinite(attend(100 * q, 100 * k, v, Pattern("row", layout), backend)).all()
 
 
 def test_an_unknown_backend_is_refused():
     (q, k, v), _ = random_inputs(LAYOUTS[0])
     with pytest.raises(ValueError, match="unknown attention backend 'flash9'; expected one of auto, dense"):
-        attend(q, k, v, Pattern("row", LAYOUTS[0]), 0, "flash9")
+        attend(q, k, v, Pattern("row", LAYOUTS[0]), "flash9")

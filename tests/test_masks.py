@@ -257,7 +257,7 @@ def reach(model, slots):
     ids = torch.cat([torch.arange(6), 16 + torch.arange(slots - 6) % 10])[None]
     inputs = model.layout.shift(ids)[:, :slots]
     embedded = model.embed(inputs).detach().requires_grad_()
-    model.embed = lambda inputs, start: embedded
+    model.embed = lambda inputs: embedded
     logits = model(ids)[0]
     rows = [logits[q][torch.isfinite(logits[q])].square().sum() for q in range(slots)]
     gradients = [torch.autograd.grad(row, embedded, retain_graph=True)[0] for row in rows]

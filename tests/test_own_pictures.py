@@ -8,7 +8,7 @@ from PIL import Image
 from test_loader import BAD, write_folder
 from test_loader import write_tar as write_broken_tar
 
-from dalle.train.state import read_json
+from dalle.files import read_json
 
 COLOURS = {"red": (200, 30, 30), "grün": (30, 160, 60), "синий": (40, 60, 200), "黄色": (240, 220, 60)}
 

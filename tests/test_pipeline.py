@@ -11,10 +11,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dalle as package
+from dalle import drawing
 from dalle.clip import CLIPScorer, PretrainedScorer
+from dalle.drawing import Block, Drawer, Settings, blocks, fitting_batch, fitting_chunk
+from dalle.generation import Generation, best_of_shares
 from dalle.images import to_pil, to_pixels
 from dalle.models import Part, load_part, save_weights, weights_hash
-from dalle.pipeline import DALLE, Generation
+from dalle.pipeline import DALLE
 from dalle.text import TextTokenizerConfig, train_text_tokenizer
 from dalle.types import ImageTokenizer, Scorer
 
@@ -137,12 +140,14 @@ class TestMistakes:
             ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
             ({"top_k": 0}, "top_k must be at least 1, got 0"),
             ({"chunk": 0}, "chunk must be at least 1, got 0"),
+            ({"batch": 0}, "batch must be at least 1, got 0"),
+            ({"guidance": float("inf")}, "guidance must be a number"),
         ],
     )
     def test_settings_that_mean_nothing_are_refused_before_anything_is_drawn(
         self, model, prompt, settings, said, monkeypatch
     ):
-        monkeypatch.setattr(DALLE, "_draw", None)
+        monkeypatch.setattr(Drawer, "ranked", None)
         with pytest.raises(ValueError, match=said):
             model.generate(prompt, **settings)
 
@@ -158,8 +163,14 @@ class TestMistakes:
             model.generate(long, n=1, best_of=1, **QUIET)
         assert len(model.generate(long, n=1, best_of=1, truncate=True, **QUIET).images) == 1
 
-    def test_a_caption_in_any_script_is_read(self, model):
-        assert len(model.generate("ein Kreis, 円", n=1, best_of=1, truncate=True, **QUIET).images) == 1
+    def test_a_caption_in_any_script_is_read_and_letters_that_the_vocabulary_lacks_are_named(self, model):
+        with pytest.warns(UserWarning, match="the vocabulary lacks letters of '円'") as found:
+            assert len(model.generate("ein kreis, 円", n=1, best_of=1, truncate=True, **QUIET).images) == 1
+        assert found[0].filename == __file__
+
+    def test_a_caption_of_known_letters_gives_no_warning(self, model, prompt, recwarn):
+        model.generate(prompt, n=1, best_of=1, **QUIET)
+        assert not [one for one in recwarn if "vocabulary" in str(one.message)]
 
 
 class TestComplete:
@@ -185,6 +196,32 @@ class TestComplete:
         with pytest.raises(ValueError, match=f"rows must be 1 to 3, got {rows}"):
             model.complete(prompt, picture, rows=rows)
 
+    @pytest.mark.parametrize("box", [(2, 1), (0, 2), (3, 3)])
+    def test_all_outside_a_box_keeps_the_pictures_tokens(self, model, prompt, picture, box):
+        generation = model.complete(prompt, picture, box=box, n=3, best_of=3, **QUIET)
+        kept = model.dvae.encode(to_pixels([picture])).view(4, 4)
+        inside = torch.zeros(4, 4, dtype=torch.bool)
+        inside[box[0] :, box[1] :] = True
+        drawn = generation.image_tokens.view(3, 4, 4)
+        assert (drawn[:, ~inside] == kept[~inside]).all()
+        assert len(drawn[:, inside].unique(dim=0)) > 1
+
+    def test_rows_are_a_box_as_wide_as_the_picture(self, model, prompt, picture):
+        rows, box = (
+            model.complete(prompt, picture, n=2, best_of=2, **keep, **QUIET) for keep in ({"rows": 1}, {"box": (1, 0)})
+        )
+        assert torch.equal(rows.image_tokens, box.image_tokens)
+
+    @pytest.mark.parametrize("box", [(0, 0), (4, 0), (0, 4), (-1, 2)])
+    def test_a_box_beyond_the_grid_is_refused(self, model, prompt, picture, box):
+        with pytest.raises(ValueError, match=r"box must be \(top, left\) within 4 x 4 and not \(0, 0\), got"):
+            model.complete(prompt, picture, box=box)
+
+    @pytest.mark.parametrize("keep", [{}, {"rows": 1, "box": (1, 1)}])
+    def test_rows_or_a_box_are_asked_for(self, model, prompt, picture, keep):
+        with pytest.raises(ValueError, match="give rows, how many to keep, or box"):
+            model.complete(prompt, picture, **keep)
+
     def test_a_missing_picture_is_named(self, model, prompt, tmp_path):
         with pytest.raises(ValueError, match=r"no picture at .*none\.png"):
             model.complete(prompt, tmp_path / "none.png", rows=1)
@@ -192,11 +229,206 @@ class TestComplete:
     def test_the_rest_is_what_the_model_draws_there(self, model, prompt, picture):
         """The random numbers of the rows below are those of `generate`, so a candidate's own rows give it back."""
         own = model.generate(prompt, n=1, best_of=1, **QUIET)
-        again = model._ranked(
-            prompt, model.text_tokens([prompt]), own.image_tokens[:, :8], 1, 1, 0, 64, False,
-            {"temperature": 1.0, "top_k": None, "top_p": None, "guidance": None},
-        )  # fmt: skip
+        again = model.regenerate(own, rows=2, n=1, best_of=1, seed=0, **QUIET)
         assert torch.equal(again.image_tokens, own.image_tokens)
+
+
+class TestRegenerate:
+    def test_what_is_kept_stays_and_the_rest_is_drawn_by_another_seed(self, model, prompt):
+        first = model.generate(prompt, n=2, best_of=3, **QUIET)
+        again = model.regenerate(first, picture=1, rows=2, n=3, best_of=3, **QUIET)
+        assert (again.prompt, again.seed) == (prompt, 1)
+        assert (again.image_tokens[:, :8] == first.image_tokens[1, :8]).all()
+        assert not (again.image_tokens[:, 8:] == first.image_tokens[1, 8:]).all()
+        with pytest.raises(ValueError, match="picture must be 0 to 1, got 2"):
+            model.regenerate(first, picture=2, rows=2)
+
+
+class TestSeveralCaptions:
+    CAPTIONS = ("a red cross above a blue circle", "a small red cross in the middle", "a blue circle")
+
+    @pytest.mark.parametrize("settings", [{"best_of": 2}, {"best_of": 2, "batch": 4}, {"best_of": 3, "batch": 2}])
+    def test_each_has_the_pictures_that_it_has_alone(self, model, settings):
+        together = model.generate(self.CAPTIONS, n=2, **settings, **QUIET)
+        assert [one.prompt for one in together] == list(self.CAPTIONS)
+        for caption, one in zip(self.CAPTIONS, together, strict=True):
+            alone = model.generate(caption, n=2, **settings, **QUIET)
+            assert (alone.candidates, pictures(alone.images)) == (one.candidates, pictures(one.images))
+
+    @pytest.mark.parametrize("best_of", [2, 20])
+    def test_their_order_does_not_matter(self, model, best_of):
+        one, other = (model.generate(c, n=2, best_of=best_of, **QUIET) for c in (self.CAPTIONS, self.CAPTIONS[::-1]))
+        for a, b in zip(one, other[::-1], strict=True):
+            assert torch.equal(a.image_tokens, b.image_tokens)
+
+    def test_an_empty_one_among_them_is_refused(self, model):
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            model.generate(["a circle", " "], n=1, best_of=1)
+
+    def test_none_give_none(self, model):
+        assert model.generate([], n=1, best_of=1, **QUIET) == []
+
+
+class TestBlocks:
+    """Bits: every block has the same rows, whatever is wanted of it."""
+
+    def test_a_caption_alone_has_whole_blocks(self):
+        assert list(blocks(1, 5, 4)) == [Block([0], range(4), 4), Block([0], range(4, 8), 1)]
+
+    def test_captions_with_few_candidates_are_drawn_together_in_one_shape(self):
+        assert list(blocks(3, 2, 4)) == [Block([0, 1], range(2), 2), Block([2, 2], range(2), 2)]
+        assert list(blocks(2, 3, 4)) == [Block([0], range(4), 3), Block([1], range(4), 3)]
+
+    @pytest.mark.parametrize("settings", [{}, {"guidance": 2.0}, {"temperature": 0.7, "top_k": 9, "top_p": 0.9}])
+    def test_logits_and_tokens_are_the_same_bits_for_any_number_order_and_chunk(
+        self, dalle, prompt, settings, monkeypatch
+    ):
+        with torch.no_grad():
+            dalle.transformer.to_logits.weight.normal_(generator=torch.Generator().manual_seed(0))
+        seen, plain = {}, drawing.draw_tokens
+
+        def watched(model, text, noise, *rest, **options):
+            seen.setdefault(float(noise[0, 0, 0]), []).append(noise.shape)
+            return plain(model, text, noise, *rest, **options)
+
+        monkeypatch.setattr(drawing, "draw_tokens", watched)
+        ways = [{"best_of": 9}, {"best_of": 1}, {"best_of": 5, "chunk": 1}, {"best_of": 9, "chunk": 3}, {"best_of": 4}]
+        options = {"batch": 4, **settings, **QUIET}
+        found = [tokens_of(dalle.generate(prompt, n=min(4, way["best_of"]), **way, **options)) for way in ways]
+        shared = {}
+        for tokens in found:
+            for candidate, row in tokens.items():
+                assert shared.setdefault(candidate, row) == row
+        assert {shape for shapes in seen.values() for shape in shapes} == {(1, 4, 16)}
+
+    def test_memory_does_not_grow_with_the_number_of_candidates(self, model, prompt, monkeypatch):
+        """No more pictures than a chunk are decoded at once, and no more than n and a chunk are kept."""
+        sizes, plain = [], model.dvae.decode
+        monkeypatch.setattr(model.dvae, "decode", lambda tokens, grid: sizes.append(len(tokens)) or plain(tokens, grid))
+        kept, add = [], drawing.Best.add
+        monkeypatch.setattr(drawing.Best, "add", lambda self, *new: add(self, *new) or kept.append(len(self.kept)))
+        model.generate(prompt, n=3, best_of=40, batch=8, chunk=4, **QUIET)
+        assert sizes == [4] * 10
+        assert max(kept) == 3
+
+    def test_rows_and_pictures_at_once_follow_the_free_memory(self, model, monkeypatch):
+        monkeypatch.setattr(drawing, "free_memory", lambda device: None)
+        assert (fitting_batch(model.transformer), fitting_chunk(torch.device("cpu"), 256**2)) == (16, 64)
+        each = drawing.cache_bytes(model.transformer.config, 4)[1]
+        monkeypatch.setattr(drawing, "free_memory", lambda device: 6 * each)
+        assert (fitting_batch(model.transformer), fitting_batch(model.transformer, 2)) == (4, 2)
+        monkeypatch.setattr(drawing, "free_memory", lambda device: 2**34)
+        assert fitting_chunk(torch.device("cpu"), 256**2) == 16
+        monkeypatch.setattr(drawing, "free_memory", lambda device: 1)
+        assert fitting_batch(model.transformer) == fitting_chunk(torch.device("cpu"), 256**2) == 1
+
+    def test_free_memory_is_said_or_unknown(self):
+        free = drawing.free_memory(torch.device("cpu"))
+        assert free is None or free > 2**20
+
+
+class TestShares:
+    @pytest.mark.parametrize("world", [1, 2, 3, 5])
+    def test_the_best_of_the_shares_are_the_best_of_all(self, model, prompt, world):
+        options = {"n": 3, "best_of": 10, "batch": 4, **QUIET}
+        whole = model.generate(prompt, **options)
+        parts = [model.generate([prompt], share=(rank, world), **options) for rank in range(world)]
+        assert sum(one.drawn for part in parts for one in part) == 10
+        joined = best_of_shares([one for part in parts for one in part], 3)
+        assert (joined.candidates, joined.scores, joined.drawn) == (whole.candidates, whole.scores, 10)
+        assert torch.equal(joined.image_tokens, whole.image_tokens)
+        assert pictures(joined.images) == pictures(whole.images)
+        assert not joined.partial
+
+    @pytest.mark.parametrize("share", [(2, 2), (-1, 2), (0, 0)])
+    def test_a_share_that_is_none_is_refused(self, share):
+        with pytest.raises(ValueError, match="share must be"):
+            Settings(share=share)
+
+
+class TestInterruption:
+    @pytest.fixture
+    def interrupt(self, monkeypatch):
+        """Control-C comes while block number `at` is drawn."""
+
+        def arrange(at: int) -> None:
+            plain, calls = drawing.draw_tokens, iter(range(100))
+
+            def some(*words, **options):
+                if next(calls) == at:
+                    raise KeyboardInterrupt
+                return plain(*words, **options)
+
+            monkeypatch.setattr(drawing, "draw_tokens", some)
+
+        return arrange
+
+    def test_what_is_ranked_is_kept_and_it_says_so(self, model, prompt, interrupt):
+        whole = model.generate(prompt, n=2, best_of=8, batch=4, **QUIET)
+        assert (whole.partial, whole.drawn, whole.best_of) == (False, 8, 8)
+        interrupt(2)
+        with pytest.warns(UserWarning, match="interrupted: 8 of 100 candidates are ranked"):
+            part = model.generate(prompt, n=2, best_of=100, batch=4, **QUIET)
+        assert (part.partial, part.drawn, part.best_of) == (True, 8, 100)
+        assert (part.candidates, pictures(part.images)) == (whole.candidates, pictures(whole.images))
+
+    def test_with_nothing_ranked_the_interruption_goes_on(self, model, prompt, interrupt):
+        interrupt(0)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(prompt, n=1, best_of=1, **QUIET)
+
+    def test_captions_without_a_picture_are_left_out(self, model, prompt, interrupt):
+        interrupt(1)
+        with pytest.warns(UserWarning, match="interrupted"):
+            found = model.generate([prompt, "a blue circle"], n=1, best_of=4, batch=4, **QUIET)
+        assert [one.prompt for one in found] == [prompt]
+
+
+class TestLogLikelihood:
+    def test_it_is_the_sum_of_what_the_model_says_of_each_token(self, model, prompt):
+        tokens = torch.randint(16, (3, 16), generator=torch.Generator().manual_seed(0))
+        found = model.log_likelihood(prompt, tokens)
+        layout = model.transformer.layout
+        ids = layout.pack(model.text_tokens([prompt]).expand(3, -1), tokens)
+        with torch.no_grad():
+            nats = torch.log_softmax(model.transformer(ids), dim=-1).gather(2, ids[:, :, None])[:, :, 0]
+        words = len(model.text.encode(prompt)) + 1  # and the first pad, which ends it
+        torch.testing.assert_close(found.text, nats[:, :words].sum(dim=1))
+        torch.testing.assert_close(found.image, nats[:, layout.text_len :].sum(dim=1))
+
+    def test_a_picture_has_that_of_its_tokens(self, model, prompt, tmp_path):
+        picture = to_pil(torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3)))[0]
+        picture.save(tmp_path / "a.png")
+        tokens = model.dvae.encode(to_pixels([picture]))
+        by_tokens, by_picture = model.log_likelihood(prompt, tokens), model.log_likelihood(prompt, tmp_path / "a.png")
+        assert isinstance(by_picture.image, float)
+        assert by_picture == pytest.approx([float(part) for part in by_tokens])
+
+    def test_tokens_beyond_the_vocabulary_and_empty_captions_are_refused(self, model, prompt):
+        with pytest.raises(ValueError, match=r"image tokens must be in \[0, 16\), got 16"):
+            model.log_likelihood(prompt, torch.full((1, 16), 16))
+        with pytest.raises(ValueError, match=r"expected .* at most 16 .* got"):
+            model.log_likelihood(prompt, torch.zeros(1, 17, dtype=torch.int64))
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            model.log_likelihood("", torch.zeros(1, 16, dtype=torch.int64))
+
+
+class TestPrecision:
+    def test_matrices_in_bf16_draw_and_keep_the_hash(self, chain, model, prompt, tmp_path):
+        half = DALLE.from_pretrained(chain / "model", precision="bf16")
+        assert half.hash == model.hash
+        assert half.transformer.layers[0].mlp.f.expand.weight.dtype == torch.bfloat16
+        assert model.transformer.layers[0].mlp.f.expand.weight.dtype == torch.float32
+        assert len(half.generate(prompt, n=2, best_of=2, **QUIET).images) == 2
+        tokens = torch.zeros(1, 16, dtype=torch.int64)
+        plain, rounded = (m.log_likelihood(prompt, tokens).image for m in (model, half))
+        torch.testing.assert_close(rounded, plain, rtol=0.01, atol=0)
+        with pytest.raises(ValueError, match="the weights were rounded"):
+            half.save_pretrained(tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+
+    def test_fp32_is_the_model_itself(self, model):
+        assert model.in_precision("fp32") is model
 
 
 class TestStream:
@@ -215,7 +447,12 @@ class TestStream:
 
     @pytest.mark.parametrize(
         ("settings", "said"),
-        [({"n": 0}, "n must be at least 1"), ({"temperature": -1}, "temperature"), ({"top_p": 2}, "top_p")],
+        [
+            ({"n": 0}, "n must be at least 1"),
+            ({"temperature": -1}, "temperature"),
+            ({"top_p": 2}, "top_p"),
+            ({"n": 5, "batch": 4}, "n must be at most the 4 rows of a step, got 5; raise batch"),
+        ],
     )
     def test_settings_that_mean_nothing_are_refused(self, model, prompt, settings, said):
         with pytest.raises(ValueError, match=said):

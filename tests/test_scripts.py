@@ -159,7 +159,7 @@ class TestSample:
         model = DALLE.from_pretrained(chain / "model")
         assert said.pop("model") == model.hash
         (picture,) = said.pop("pictures")
-        again = model.generate(said.pop("prompt"), **said)
+        again = model.in_precision(said.pop("precision")).generate(said.pop("prompt"), **said)
         assert again.candidates == [picture["candidate"]]
         assert again.images[0].tobytes() == Image.open(tmp_path / "mine" / picture["file"]).tobytes()
 
@@ -379,6 +379,12 @@ class TestMistakes:
             ("sample", (*PROMPT, "--model", "nowhere"), "nowhere is no model directory"),
             ("sample", (*PROMPT, "--model", "a", "--dvae", "b"), "--model holds every part; leave out --dvae"),
             ("sample", (*PROMPT, "--rows", "2"), "give the picture with --image"),
+            ("sample", (*PROMPT, "--prompts", "a.txt", "--out", "b"), "leave out --prompt, or --prompts"),
+            ("sample", ("--prompts", "a.txt"), "--prompts needs --out"),
+            ("sample", ("--prompts", "a.txt", "--out", "b", "--image", "c.png"), "--image goes with one --prompt"),
+            ("sample", (*PROMPT, "--temperature", "-1"), "temperature must be 0"),
+            ("sample", (*PROMPT, "--top-p", "2"), "top_p must be in"),
+            ("sample", (*PROMPT, "--batch", "0"), "batch must be at least 1"),
             ("evaluate", ("--model", "nowhere"), "nowhere is no model directory"),
             ("quickstart", ("--configs", "nowhere"), "no configuration file"),
         ],

@@ -16,7 +16,7 @@ from dalle.sampling import uniforms
 from dalle.train.precision import compile_parts
 from dalle.train.scaling import GradientScales
 from dalle.transformer import Transformer, TransformerConfig
-from dalle.transformer.generate import draw_tokens, generate
+from dalle.transformer.generate import OPEN, draw_tokens, generate, in_format
 from dalle.transformer.losses import LOGITS, TEXT_WEIGHT, cross_entropies, weighted_cross_entropy
 from dalle.transformer.sizes import SIZES, parameter_counts
 
@@ -375,26 +375,78 @@ def test_logits_and_final_states_are_fp32_under_autocast():
 # With a cache and without.
 
 
+def states_by_steps(model, ids, begun, candidates=1, as_tensor=False):
+    """Final states (C n, slots, D) of image slots begun .. N: a beginning read at once, then one token a step."""
+    layout, caches = model.layout, model.caches(len(ids), candidates)
+    text, image = layout.unpack(ids)
+    state = model.read(layout.shift(layout.pack(text, image[:, :begun])), caches)[:, -1]
+    states = [state.repeat_interleave(candidates, dim=0)]
+    for slot in range(begun + 1, layout.image_len):
+        read = image[:, slot - 1].repeat_interleave(candidates, dim=0)
+        states.append(model.step(read, torch.tensor([slot]) if as_tensor else slot, caches))
+    return torch.stack(states, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["views", "fixed shapes"])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_slots_read_one_by_one_have_the_states_of_the_whole(monkeypatch, kind, grid):
+def test_steps_have_the_logits_of_the_whole_at_every_slot_after_any_beginning(monkeypatch, kind, grid, as_tensor):
     monkeypatch.setattr(OneKind, "kind", kind)
     model = lively(OneKind(depth=2, grid=grid, **SMALL))
     ids = ids_of(model)
-    inputs, caches = model.layout.shift(ids), model.caches(len(ids))
-    with torch.no_grad():
-        states = [model.read(inputs[:, slot : slot + 1], slot, caches) for slot in range(model.layout.length)]
-        torch.testing.assert_close(torch.cat(states, dim=1), model.hidden(ids), rtol=1e-4, atol=1e-5)
+    whole = model.image_logits(model.hidden(ids)[:, model.layout.text_len :])
+    for begun in range(model.layout.image_len):
+        steps = model.image_logits(states_by_steps(model, ids, begun, as_tensor=as_tensor))
+        torch.testing.assert_close(steps, whole[:, begun:], rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("split", [1, 3, 6, 7, 12, 15])
-def test_a_stream_read_in_two_parts_has_the_states_of_the_whole(split):
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_the_cache_is_filled_by_any_backend(backend):
+    model = small(grid=(2, 5), backend=backend)
+    ids = ids_of(model)
+    whole = model.hidden(ids)[:, model.layout.text_len :]
+    torch.testing.assert_close(states_by_steps(model, ids, 0), whole, rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_candidates_share_their_captions_keys_and_have_image_keys_of_their_own():
     model = small(grid=(2, 5))
     ids = ids_of(model)
-    inputs, caches = model.layout.shift(ids), model.caches(len(ids))
-    with torch.no_grad():
-        parts = model.read(inputs[:, :split], 0, caches), model.read(inputs[:, split:], split, caches)
-        torch.testing.assert_close(torch.cat(parts, dim=1), model.hidden(ids), rtol=1e-4, atol=1e-5)
+    states = states_by_steps(model, ids, 3, candidates=3)
+    whole = model.hidden(ids)[:, model.layout.text_len + 3 :]
+    torch.testing.assert_close(states, whole.repeat_interleave(3, dim=0), rtol=1e-4, atol=2e-5)
+    caches = model.caches(len(ids), 3)
+    model.read(model.layout.shift(model.layout.pack(text_of(model), ids[:, :0])), caches)
+    assert caches[0].text.shape == (2, 4 * 2, 6, 8)
+    assert caches[0].image.shape == (2, 4 * 2 * 3, 6, 8)
+
+
+@torch.no_grad()
+def test_steps_in_bf16_are_those_of_autocast():
+    model = small(grid=(2, 5))
+    ids = ids_of(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = model.hidden(ids)[:, model.layout.text_len :]
+        half = in_format(model, torch.bfloat16)
+        caches = half.caches(1, 1)
+    assert caches[0].image.dtype == half.layers[0].mlp.f.expand.weight.dtype == torch.bfloat16
+    assert half.to_logits.weight is model.to_logits.weight
+    assert model.layers[0].mlp.f.expand.weight.dtype == torch.float32
+    assert half.patterns["row"] is model.patterns["row"]
+    assert in_format(half, torch.bfloat16) is half
+    torch.testing.assert_close(steps_after(half, ids, 4), whole[:, 5:], rtol=0.1, atol=0.1)
+
+
+def steps_after(model, ids, begun):
+    """The states that steps give, outside of autocast, after a beginning read under it."""
+    text, image = model.layout.unpack(ids)
+    caches = model.caches(len(ids), 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.read(model.layout.shift(model.layout.pack(text, image[:, :begun])), caches)
+    slots = range(begun + 1, model.layout.image_len)
+    return torch.stack([model.step(image[:, slot - 1], slot, caches) for slot in slots], dim=1)
 
 
 @torch.no_grad()
@@ -446,6 +498,24 @@ def test_a_whole_picture_as_prefix_comes_back_once():
     drawn = list(draw_tokens(model, text_of(model, 1), noise_for(model, 1, 3), prefix=prefix))
     assert len(drawn) == 1
     assert torch.equal(drawn[0], prefix.expand(1, 3, -1))
+
+
+@pytest.mark.parametrize("guidance", [None, 3.0])
+def test_tokens_kept_among_those_drawn_stay_and_are_read_by_what_follows(guidance):
+    """The right half of the two lower rows is drawn: a box that reaches the lower right corner."""
+    model = small(depth=3)
+    text, noise = text_of(model, 2), noise_for(model, 2, 2)
+    wanted = torch.randint(13, (2, 16), generator=torch.Generator().manual_seed(5))
+    wanted[:, [10, 11, 14, 15]] = OPEN
+    drawn = generate(model, text, noise, prefix=wanted, guidance=guidance)
+    kept = wanted != OPEN
+    assert torch.equal(drawn[:, 0][kept], wanted[kept])
+    for i in range(2):
+        for j in range(2):
+            first = generate(model, text[[i]], noise[[i]][:, [j]], prefix=wanted[[i], :10], guidance=guidance)
+            both = torch.cat([first[0, :, :12], wanted[[i], 12:14]], dim=1)
+            last = generate(model, text[[i]], noise[[i]][:, [j]], prefix=both, guidance=guidance)
+            assert torch.equal(drawn[i, j], last[0, 0])
 
 
 def test_every_slot_is_yielded_as_it_is_drawn():

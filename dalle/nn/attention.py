@@ -31,18 +31,15 @@ def attend(
     k: Tensor,
     v: Tensor,
     pattern: Pattern,
-    start: int = 0,
     backend: str = "auto",
     transposed: bool = False,
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over the visible keys; one softmax for text and image keys (2.2).
 
     Args:
-        q: (B, H, Q, d), of slots start .. start + Q.
-        k, v: (B, H, start + Q, d), of all slots up to there.
+        q, k, v: (B, H, Q, d), of the first Q slots.
         pattern: the kind of the layer.
-        start: first slot of the queries.
-        backend: one of CHOICES; "blocks" and "flex" need the whole stream, parts of it take "dense" and "sdpa".
+        backend: one of CHOICES; "blocks" and "flex" need the whole stream, its beginning takes "dense" and "sdpa".
         transposed: q, k, v and the result are `pattern.transposed`; so "flex" wants its column layers.
 
     Returns:
@@ -52,33 +49,28 @@ def attend(
         ValueError: an unknown backend, or one that the device cannot run.
     """
     backend = resolve(backend, pattern, q.shape[2], q.device, q.shape[3])
-    return attend_by(backend, q, k, v, pattern, start, transposed)
+    return attend_by(backend, q, k, v, pattern, transposed)
 
 
-def attend_by(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, start: int = 0, transposed: bool = False
-) -> Tensor:
+def attend_by(backend: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, transposed: bool = False) -> Tensor:
     """`attend` by a backend that `resolve` gave: what compiled layers call."""
     if transposed != wants_transposed(backend, pattern):
         there, back = (pattern.raster, pattern.transposed) if transposed else (pattern.transposed, pattern.raster)
-        return back(attend_by(backend, there(q), there(k), there(v), pattern, start, not transposed))
+        return back(attend_by(backend, there(q), there(k), there(v), pattern, not transposed))
     if backend == "blocks":
         return _by_blocks(q, k, v, pattern)
     if backend == "flex":
         return flex_attend(q, k, v, pattern)
-    if backend == "sdpa" and pattern.kind == "causal" and start == 0:
+    if backend == "sdpa" and pattern.kind == "causal":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    mask = pattern.dense(q.device)[start : start + q.shape[2], : k.shape[2]]
-    if q.shape[2] == 1:  # sampling: read only the keys that this slot sees
-        seen = mask[0].nonzero()[:, 0]
-        k, v, mask = k.index_select(2, seen), v.index_select(2, seen), mask[:, seen]
+    mask = pattern.dense(q.device)[: q.shape[2], : q.shape[2]]
     if backend == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return _scores(q, k, mask).softmax(-1).to(v.dtype) @ v
 
 
 def resolve(backend: str, pattern: Pattern, queries: int, device: torch.device, head_width: int) -> str:
-    """The backend that computes so many queries: "auto" by `choose`, parts of a stream by dense or sdpa.
+    """The backend that computes so many queries: "auto" by `choose`, the beginning of a stream by dense or sdpa.
 
     Raises:
         ValueError: an unknown backend, or one that the device cannot run.
@@ -108,13 +100,13 @@ def wants_transposed(backend: str, pattern: Pattern) -> bool:
     return backend == "flex" and pattern.kind == "column"
 
 
-def prepare(backend: str, pattern: Pattern, device: torch.device, start: int = 0) -> None:
+def prepare(backend: str, pattern: Pattern, device: torch.device) -> None:
     """Makes what a resolved backend reads of the pattern, so that compiled code finds it made."""
     if backend == "flex":
         pattern.blocks(device)
     elif backend == "blocks":
         pattern.near(device)
-    elif backend == "dense" or pattern.kind != "causal" or start:
+    elif backend == "dense" or pattern.kind != "causal":
         pattern.dense(device)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle.nn.attention import attend_by, wants_transposed
-from dalle.nn.cache import LayerCache
+from dalle.nn.cache import LayerCache, scaled
 from dalle.nn.pattern import Pattern
 
 
@@ -23,7 +23,7 @@ class FP32LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over what the layer's kind lets it see, with an optional cache of earlier slots."""
+    """Multi-head self-attention over what the layer's kind lets it see."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -33,18 +33,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(
-        self, x: Tensor, pattern: Pattern, backend: str, start: int = 0, cache: LayerCache | None = None
-    ) -> Tensor:
-        """x (B, n, D) of slots start .. start + n; earlier slots are in the cache; backend as `resolve` gave it."""
+    def forward(self, x: Tensor, pattern: Pattern, backend: str, cache: LayerCache | None = None) -> Tensor:
+        """x (B, n, D) of the first n slots, which a cache takes for `step`; backend as `resolve` gave it."""
         transposed = wants_transposed(backend, pattern)  # x is one array where q, k and v are three
         x = pattern.transposed(x) if transposed else x
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         if cache is not None:
-            k, v = cache.append(start, k, v)
-        mixed = attend_by(backend, q, k.to(q.dtype), v.to(q.dtype), pattern, start, transposed)
+            cache.fill(*((pattern.raster(k), pattern.raster(v)) if transposed else (k, v)), pattern.layout.text_len)
+        mixed = attend_by(backend, q, k, v, pattern, transposed)
         x = self.out(rearrange(mixed, "b h n d -> b n (h d)"))
         return pattern.raster(x) if transposed else x
+
+    def step(self, x: Tensor, cache: LayerCache, slot: int | Tensor) -> Tensor:
+        """x (B, D) of one image slot of every stream; what came before is in the cache."""
+        shape = {"c": cache.captions, "h": self.heads, "three": 3}
+        q, k, v = rearrange(self.qkv(x), "(c n) (three h d) -> three (c h) n d", **shape)
+        mixed = cache.attend(scaled(q), k, v, slot)
+        return self.out(rearrange(mixed, "(c h) n d -> (c n) (h d)", h=self.heads))
 
 
 class MLP(nn.Module):
@@ -93,11 +98,15 @@ class Layer(nn.Module):
         self.attention = Resblock(width, Attention(width, heads), recompute)
         self.mlp = Resblock(width, MLP(width), recompute)
 
-    def forward(
-        self, x: Tensor, pattern: Pattern, backend: str, start: int = 0, cache: LayerCache | None = None
-    ) -> Tensor:
-        x = x + self.attention(x, pattern, backend, start, cache)  # (B, n, D)
+    def forward(self, x: Tensor, pattern: Pattern, backend: str, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(x, pattern, backend, cache)  # (B, n, D)
         return x + self.mlp(x)
+
+    def step(self, x: Tensor, cache: LayerCache, slot: int | Tensor) -> Tensor:
+        """One image slot of every stream (B, D), computed in the number format of the matrices."""
+        attention, mlp = self.attention.f, self.mlp.f
+        x = x + attention.step(self.attention.norm(x).to(attention.qkv.weight.dtype), cache, slot)
+        return x + mlp(self.mlp.norm(x).to(mlp.expand.weight.dtype))
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -105,7 +105,7 @@ def _work(backend: str, kind: str, run: AttentionBenchmark, inputs: list[Tensor]
     q, k, v, gradient = inputs
     backend = resolve(backend, pattern, q.shape[2], q.device, q.shape[3])
     transposed = wants_transposed(backend, pattern)
-    return lambda: torch.autograd.grad(attend_by(backend, q, k, v, pattern, 0, transposed), (q, k, v), gradient)
+    return lambda: torch.autograd.grad(attend_by(backend, q, k, v, pattern, transposed), (q, k, v), gradient)
 
 
 def _mix(times: dict[tuple[str, str], float], counts: Counter) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""One training step of DALLE-pytorch (lucidrains, version 1.6.6) with the shapes of ours, for the benchmark alone.
+"""DALLE-pytorch (lucidrains, version 1.6.6) with the shapes of ours, training and drawing, for the benchmarks alone.
 
 Its import still asks for two modules that have since vanished from other packages; stand-ins are there while it
 is imported and gone afterwards. It trains in fp32, shifts tokens and rotates queries and keys by default, its MLP
@@ -36,18 +36,7 @@ class DallePytorchStep:
 
     def __init__(self, config: TransformerConfig, batch_size: int, attn_types: tuple[str, ...], device: torch.device):
         rows, columns = config.grid
-        if rows != columns or rows & (rows - 1):
-            raise ValueError(f"dalle-pytorch takes square grids of a power of 2, got {rows} x {columns}")
-        package = _import()
-        torch.manual_seed(0)
-        codes = package.DiscreteVAE(
-            image_size=2 * rows, num_layers=1, num_tokens=config.image_vocab, codebook_dim=8, hidden_dim=8
-        )  # frozen and never called: ids come in
-        self.attn_types = attn_types
-        self.model = package.DALLE(
-            dim=config.width, vae=codes, num_text_tokens=config.text_vocab, text_seq_len=config.text_len,
-            depth=config.depth, heads=config.heads, dim_head=config.head_width, attn_types=attn_types,
-        ).to(device)  # fmt: skip
+        self.attn_types, self.model = attn_types, _build(config, attn_types).to(device)
         self.text = torch.randint(1, config.text_vocab, (batch_size, config.text_len), device=device)
         self.image = torch.randint(config.image_vocab, (batch_size, rows * columns), device=device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -64,6 +53,49 @@ class DallePytorchStep:
         """What is timed."""
         parameters = sum(p.numel() for p in self.trained)
         return {"parameters": parameters, "precision": "fp32", "attn_types": list(self.attn_types)}
+
+
+class DallePytorchDraw:
+    """A model of that package that draws image tokens of one picture, its cache on.
+
+    Its `generate_images(use_cache=True)` drops the cache on the way to the model unless guidance is on too, so the
+    model is called here as that function calls it, with the cache. Arguments and errors as `DallePytorchStep`.
+    """
+
+    def __init__(self, config: TransformerConfig, attn_types: tuple[str, ...], device: torch.device):
+        self.attn_types, self.model = attn_types, _build(config, attn_types).to(device).eval()
+        self.text = torch.randint(1, config.text_vocab, (1, config.text_len), device=device)
+        self.offset, self.codes = config.text_vocab + config.text_len, config.image_vocab
+
+    @torch.no_grad()
+    def __call__(self, tokens: int) -> torch.Tensor:
+        """The first so many image tokens, int64 (1, tokens)."""
+        image, cache = self.text[:, :0], {}
+        for _ in range(tokens):
+            logits = self.model(self.text, image, cache=cache)[:, -1, self.offset :]
+            kept = logits.topk(max(1, self.codes // 2), dim=-1)  # its own default: the likelier half
+            drawn = kept.indices.gather(1, torch.multinomial(kept.values.softmax(-1), 1))
+            image = torch.cat([image, drawn], dim=1)
+        return image
+
+    def facts(self) -> dict[str, Any]:
+        """What is timed."""
+        return {"precision": "fp32", "attn_types": list(self.attn_types), "cache": True}
+
+
+def _build(config: TransformerConfig, attn_types: tuple[str, ...]) -> torch.nn.Module:
+    rows, columns = config.grid
+    if rows != columns or rows & (rows - 1):
+        raise ValueError(f"dalle-pytorch takes square grids of a power of 2, got {rows} x {columns}")
+    package = _import()
+    torch.manual_seed(0)
+    codes = package.DiscreteVAE(
+        image_size=2 * rows, num_layers=1, num_tokens=config.image_vocab, codebook_dim=8, hidden_dim=8
+    )  # frozen and never called: ids come in
+    return package.DALLE(
+        dim=config.width, vae=codes, num_text_tokens=config.text_vocab, text_seq_len=config.text_len,
+        depth=config.depth, heads=config.heads, dim_head=config.head_width, attn_types=attn_types,
+    )  # fmt: skip
 
 
 def _import() -> ModuleType:

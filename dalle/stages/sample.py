@@ -1,22 +1,28 @@
 """From a caption to ranked pictures on disk (paper section 2.6: best of 512 by CLIP)."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dalle.drawing import Settings, fitting_batch
 from dalle.files import make_directory, write_json
-from dalle.pipeline import DALLE, Generation
+from dalle.generation import Generation, best_of_shares
+from dalle.pipeline import DALLE
+from dalle.stages.captions import words
+from dalle.stages.processes import Processes, processes
 from dalle.stages.runs import ROOT, newest, take_part, take_text
-from dalle.train.precision import resolve_device
+from dalle.stages.sample_file import FileSampler, write_pictures
+from dalle.train.precision import Precision, resolve_device, resolve_precision
 
 
 @dataclass(frozen=True)
 class SampleRun:
-    """Draws pictures for a caption, ranks them by CLIP and writes the best."""
+    """Draws pictures for a caption, or for each of a file, ranks them by CLIP and writes the best."""
 
     prompt: str = ""
     """The caption."""
+    prompts: Path | None = None
+    """Instead, a file with a caption a line, or of JSON lines with "prompt" or "caption" (.jsonl)."""
     model: Path | None = None
     """Model directory; without it the parts below are joined."""
     tokenizer: Path | None = None
@@ -45,59 +51,118 @@ class SampleRun:
     """A picture whose top rows are kept; the model draws the rest."""
     rows: int | None = None
     """Rows of tokens to keep of --image; half of them unless given."""
+    batch: int | None = None
+    """Rows of every step of drawing; 16 on a CPU and 64 elsewhere, or less where memory is short, unless given."""
+    chunk: int | None = None
+    """Pictures decoded and scored at once; as many as half of the free memory holds unless given."""
+    precision: Precision = "auto"
+    """Of the transformer's matrices: fp32, bf16 or fp16; auto takes bf16 where the device has it in hardware."""
+    graph: bool = False
+    """On CUDA, record a step of drawing as one graph of kernels and replay it."""
     truncate: bool = False
     """Cut a caption that is too long instead of refusing it."""
     out: Path | None = None
-    """Directory for the pictures; a new one under runs/samples unless given."""
+    """Directory for the pictures; a new one under runs/samples unless given. With --prompts it is needed, and a
+    run that stopped goes on there."""
     save_model: Path | None = None
     """Also write the joined parts as a model directory here, for from_pretrained and --model."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first there is."""
 
+    def check(self) -> None:
+        """ValueError for words that do not go together, before any work."""
+        if not self.prompt.strip() and not self.prompts:
+            raise ValueError('no caption; give --prompt "a red circle above a blue square on a white background"')
+        if self.prompt.strip() and self.prompts:
+            raise ValueError("--prompts is a file of captions; leave out --prompt, or --prompts")
+        if self.keep < 1 or self.best_of < self.keep:
+            raise ValueError(f"best-of must be at least keep, and keep at least 1; got {self.best_of} and {self.keep}")
+        if self.rows is not None and self.image is None:
+            raise ValueError("--rows says how much of a picture to keep; give the picture with --image")
+        if self.prompts and self.image:
+            raise ValueError("--image goes with one --prompt; leave out --prompts, or --image")
+        if self.prompts and not self.out:
+            raise ValueError("--prompts needs --out, where the run is found again if it stops")
+        parts = [name for name in ("dvae", "transformer", "clip", "tokenizer") if getattr(self, name)]
+        if self.model and parts:
+            raise ValueError(f"--model holds every part; leave out --{' --'.join(parts)}, or --model")
+        Settings(**self.drawing)
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """What `DALLE.generate` takes as settings."""
+        names = ("temperature", "top_k", "top_p", "guidance", "batch", "chunk", "graph")
+        return {name: getattr(self, name) for name in names}
+
 
 def sample(run: SampleRun) -> Path:
-    """Writes 00.png, 01.png, ... (best first), grid.png and sample.json; never over another sample."""
-    if not run.prompt.strip():
-        raise ValueError('no caption; give --prompt "a red circle above a blue square on a white background"')
-    if run.keep < 1 or run.best_of < run.keep:
-        raise ValueError(f"best-of must be at least keep, and keep at least 1; got {run.best_of} and {run.keep}")
-    if run.rows is not None and run.image is None:
-        raise ValueError("--rows says how much of a picture to keep; give the picture with --image")
-    parts = [name for name in ("dvae", "transformer", "clip", "tokenizer") if getattr(run, name)]
-    if run.model and parts:
-        raise ValueError(f"--model holds every part; leave out --{' --'.join(parts)}, or --model")
-    out = _new_directory(run)
+    """One caption: 00.png, 01.png, ... (best first), grid.png and sample.json; never over another sample.
+
+    A file of captions: see dalle/stages/sample_file.py. Under torchrun the processes share the candidates of one
+    caption, and the captions of a file.
+    """
+    run.check()
+    with processes() as group:
+        return _sample_file(run, group) if run.prompts else _sample_one(run, group)
+
+
+def _sample_file(run: SampleRun, group: Processes) -> Path:
+    model = open_model(run, group).in_precision(run.precision)
+    counts = {"n": run.keep, "best_of": run.best_of, "seed": run.seed, "truncate": run.truncate}
+    facts = {"precision": resolve_precision(run.precision, model.device)}
+    sampler = FileSampler(model, run.prompts, run.out, counts | run.drawing, facts, group)
     try:
-        model = open_model(run)
-        if run.save_model:
+        count = sampler.run()
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; the same command goes on in {run.out}") from None
+    if group.rank == 0:
+        print(f"{run.out}: {run.keep} of {run.best_of} pictures for each of {count} captions")
+    return run.out
+
+
+def _sample_one(run: SampleRun, group: Processes) -> Path:
+    out = _new_directory(run) if group.rank == 0 else None
+    out = group.gather(out)[0]
+    try:
+        model = open_model(run, group)
+        if run.save_model and group.rank == 0:
             model.save_pretrained(run.save_model)
-        _draw_into(out, model, run)
+        model = model.in_precision(run.precision)
+        _draw_into(out, model, run, group)
     except BaseException:
-        if not any(out.iterdir()):
+        if group.rank == 0 and not any(out.iterdir()):
             out.rmdir()
         raise
     return out
 
 
-def _draw_into(out: Path, model: DALLE, run: SampleRun) -> None:
-    options = {
-        "n": run.keep, "best_of": run.best_of, "seed": run.seed, "temperature": run.temperature,
-        "top_k": run.top_k, "top_p": run.top_p, "guidance": run.guidance, "truncate": run.truncate,
-    }  # fmt: skip
+def _draw_into(out: Path, model: DALLE, run: SampleRun, group: Processes) -> None:
+    batch = run.batch or fitting_batch(model.transformer, 1 if run.guidance in (None, 1) else 2)
+    options = {"n": run.keep, "best_of": run.best_of, "seed": run.seed, "truncate": run.truncate, **run.drawing}
+    options["batch"] = min(group.gather(batch))
+    asked = options | {"share": (group.rank, group.count), "progress": group.rank == 0}
+    best_of, drawn = run.best_of if model.scorer else run.keep, []
     if run.image:
         rows = model.transformer.layout.rows // 2 if run.rows is None else run.rows
-        generation = model.complete(run.prompt, run.image, rows, **options)
         options |= {"image": str(run.image), "rows": rows}
+        if group.rank * options["batch"] < best_of:  # else the others draw all blocks
+            drawn = [model.complete(run.prompt, run.image, rows, **asked)]
     else:
-        generation = model.generate(run.prompt, **options)
-    options["best_of"] = drawn = run.best_of if generation.scores else len(generation.images)
-    _write(out, generation, options, model.hash)
-    print(f"{out}: {len(generation.images)} of {drawn} pictures for {run.prompt!r}")
+        drawn = model.generate([run.prompt], **asked)
+    parts = [one for some in group.gather(drawn) for one in some]
+    if group.rank:
+        return
+    generation = best_of_shares(parts, run.keep)
+    options["best_of"] = generation.drawn
+    options["precision"] = resolve_precision(run.precision, model.device)
+    _write(out, model, generation, options)
+    said = f", interrupted at {generation.drawn} of {run.best_of}" * generation.partial
+    print(f"{out}: {len(generation.images)} of {generation.drawn} pictures for {run.prompt!r}{said}")
 
 
-def open_model(run: SampleRun) -> DALLE:
-    """The model directory, or the parts joined; refuses parts that do not belong together."""
-    device = resolve_device(run.device)
+def open_model(run: SampleRun, group: Processes) -> DALLE:
+    """The model directory, or the parts joined, as they were saved; refuses parts that do not belong together."""
+    device = group.device(resolve_device(run.device))
     if run.model:
         return DALLE.from_pretrained(run.model, device)
     dvae, transformer = (take_part(kind, getattr(run, kind), device) for kind in ("dvae", "transformer"))
@@ -123,20 +188,14 @@ def _new_directory(run: SampleRun) -> Path:
             raise ValueError(f"{run.out} is not empty; give another --out")
         folder = run.out
     else:
-        words = re.sub(r"[^a-z0-9]+", "-", run.prompt.lower()).strip("-")[:60] or "prompt"
-        names = (words if i == 1 else f"{words}-{i}" for i in range(1, 10**6))
+        name = words(run.prompt)
+        names = (name if i == 1 else f"{name}-{i}" for i in range(1, 10**6))
         folder = next(ROOT / "samples" / name for name in names if not (ROOT / "samples" / name).exists())
     return make_directory(folder)
 
 
-def _write(out: Path, generation: Generation, options: dict[str, Any], model_hash: str) -> None:
-    pictures = []
-    for i, image in enumerate(generation.images):
-        image.save(out / f"{i:02d}.png")
-        score = generation.scores[i] if generation.scores else None
-        pictures.append({"file": f"{i:02d}.png", "candidate": generation.candidates[i], "score": score})
-    generation.grid().save(out / "grid.png")
-    write_json(
-        out / "sample.json",
-        {"prompt": generation.prompt, **options, "model": model_hash, "pictures": pictures},
-    )
+def _write(out: Path, model: DALLE, generation: Generation, options: dict[str, Any]) -> None:
+    records = write_pictures(model, generation, out, "", model.hash)
+    shown = ("file", "candidate", "score", "log_likelihood")
+    pictures = [{key: record[key] for key in shown} for record in records]
+    write_json(out / "sample.json", {"prompt": generation.prompt, **options, "model": model.hash, "pictures": pictures})

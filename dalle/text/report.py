@@ -5,7 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from dalle.text.bpe import UNKNOWN_ID, TextTokenizer
+from dalle.text.bpe import UNKNOWN_ID, UNKNOWN_TEXT, TextTokenizer
+from dalle.text.merges import MergeTokenizer
+
+
+def pieces_outside(text: MergeTokenizer, caption: str) -> list[str]:
+    """Pieces of a caption with letters that the vocabulary lacks: they become bytes, or unknown."""
+    if isinstance(text, TextTokenizer):
+        alphabet = set(text.characters)
+        return [piece for piece in text.pieces(caption) if not alphabet.issuperset(piece)]
+    return [piece for piece in text.pieces(caption) if UNKNOWN_TEXT in text.decode(text.symbols(piece))]
 
 
 def fit_of_captions(text: TextTokenizer, captions: Iterable[str], room: int) -> dict[str, Any]:

@@ -1,29 +1,42 @@
 """Drawing image tokens, one slot after the other, with a cache (paper section 3: temperature 1).
 
-B streams, T text_len, N image slots, p tokens already given
+C captions, n candidates of each, B = C n rows (twice that under guidance), T text slots, N image slots
 """
 
+import copy
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dalle.nn.cache import LayerCache
 from dalle.sampling import draw
 from dalle.transformer.model import Transformer
 
+OPEN = -1
+"""Stands in a beginning for a token that is to be drawn."""
 
-@torch.inference_mode()
-def prefill(model: Transformer, ids: Tensor, copies: int = 1) -> tuple[Tensor, list[LayerCache]]:
-    """Reads joint ids (B, T + p) once, then repeats each stream `copies` times.
 
-    Returns:
-        the state that predicts the next token (B * copies, D), and the caches.
+def in_format(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The same model with the matrices of its layers in another number format, and all else shared.
+
+    Norms, embeddings and the output matrix stay as they are (appendix B.2: logits in fp32).
     """
-    caches = model.caches(len(ids))
-    state = model.read(model.layout.shift(ids), 0, caches)[:, -1]
-    return state.repeat_interleave(copies, dim=0), [cache.repeat(copies) for cache in caches]
+    linear = [module for module in model.layers.modules() if isinstance(module, nn.Linear)]
+    if all(module.weight.dtype == dtype for module in linear):
+        return model
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    shared |= {id(pattern): pattern for pattern in model.patterns.values()}
+    for module in linear:
+        for p in module.parameters():
+            shared[id(p)] = nn.Parameter(p.detach().to(dtype), requires_grad=False)
+    return copy.deepcopy(model, shared)
+
+
+def own_format(model: Transformer) -> torch.autocast:
+    """The context in which a model from `in_format` reads whole streams."""
+    weight = model.layers[0].attention.f.qkv.weight
+    return torch.autocast(weight.device.type, dtype=weight.dtype, enabled=weight.dtype != torch.float32)
 
 
 @torch.inference_mode()
@@ -36,49 +49,126 @@ def draw_tokens(
     top_k: int | None = None,
     top_p: float | None = None,
     guidance: float | None = None,
+    graph: bool = False,
 ) -> Iterator[Tensor]:
     """Image tokens for captions, yielded after each slot as far as they are drawn.
+
+    The layers compute in autocast's number format where it is on, else in that of their matrices.
 
     Args:
         text_tokens: int64 (C, T) from `TokenLayout.pad_text`.
         uniforms: (C, n, N), the random numbers of n candidates of each caption (`sampling.uniforms`).
-        prefix: int64 (C, p), image tokens to keep at the start.
+        prefix: int64 (C, p), image tokens to keep at the start; among them OPEN is drawn.
         temperature, top_k, top_p: see `sampling.draw`.
         guidance: s in unconditional + s (conditional - unconditional) logits, where the unconditional
             stream has an empty caption; None or 1 is the plain model.
+        graph: on CUDA, record a step once and replay it (`Drawing.advance`).
 
     Yields:
-        int64 (C, n, drawn), drawn = p + 1 .. N (once the prefix alone, if it is already whole).
+        int64 (C, n, drawn), drawn = kept + 1 .. N (once the prefix alone, if it is already whole); a view that
+        later slots fill up. Nothing waits for the device.
     """
-    layout = model.layout
-    captions, candidates, slots = uniforms.shape
-    if prefix is None:
-        prefix = text_tokens.new_zeros(captions, 0)
-    kept = prefix.shape[1]
-    tokens = text_tokens.new_empty(captions * candidates, slots)
-    tokens[:, :kept] = prefix.repeat_interleave(candidates, dim=0)
-    if kept == slots:
-        yield tokens.view(captions, candidates, slots)
+    kind = text_tokens.device.type
+    if torch.is_autocast_enabled(kind):
+        model = in_format(model, torch.get_autocast_dtype(kind))
+    drawing = Drawing(model, text_tokens, uniforms, prefix, guidance)
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    if drawing.kept == model.layout.image_len:
+        yield drawing.result(drawing.kept)
         return
-    noise = uniforms.reshape(-1, slots)
-    if text_tokens.device.type != "mps":  # MPS has no float64: there `draw` moves a column at a time
-        noise = noise.to(text_tokens.device)
-    guided = guidance is not None and guidance != 1
-    if guided:  # a second stream of the same picture under an empty caption
-        empty = layout.pad_text([[]]).to(text_tokens).expand(captions, -1)
-        text_tokens, prefix = torch.cat([text_tokens, empty]), prefix.repeat(2, 1)
-    state, caches = prefill(model, layout.pack(text_tokens, prefix), candidates)
-    for slot in range(kept, slots):
-        logits = model.image_logits(state)
-        if guided:
+    advance = drawing.recorded() if graph else drawing.advance
+    for slot in range(drawing.kept, model.layout.image_len):
+        work = advance if slot > drawing.kept else drawing.choose
+        with torch.autocast(kind, enabled=False):
+            work(slot if kind == "cpu" else drawing.slots[slot : slot + 1], settings)
+        yield drawing.result(slot + 1)
+
+
+class Drawing:
+    """What is drawn so far of n candidates of C captions, and the state from which the next token is drawn."""
+
+    def __init__(
+        self, model: Transformer, text_tokens: Tensor, uniforms: Tensor, prefix: Tensor | None, guidance: float | None
+    ):
+        captions, candidates, slots = uniforms.shape
+        device = text_tokens.device
+        self.model, self.shape = model, (captions, candidates)
+        self.guidance = None if guidance == 1 else guidance
+        precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self.noise = uniforms.reshape(-1, slots).to(precise).to(device)
+        self.slots = torch.arange(slots, device=device)
+        wanted = torch.full((captions, slots), OPEN, device=device)
+        if prefix is not None:
+            wanted[:, : prefix.shape[1]] = prefix
+        is_open = (wanted == OPEN).any(dim=0)
+        self.kept = int(is_open.int().argmax()) if is_open.any() else slots
+        self.tokens = wanted.repeat_interleave(candidates, dim=0)  # (B, N)
+        self.wanted = self.tokens.clone() if (wanted[:, self.kept :] != OPEN).any() else None
+        self._begin(text_tokens, wanted[:, : self.kept])
+
+    def _begin(self, text_tokens: Tensor, kept: Tensor) -> None:
+        """Reads captions and kept tokens once, for all candidates of each."""
+        layout, (captions, candidates) = self.model.layout, self.shape
+        if self.guidance is not None:  # a second stream of the same picture under an empty caption
+            empty = layout.pad_text([[]]).to(text_tokens).expand(captions, -1)
+            text_tokens, kept = torch.cat([text_tokens, empty]), kept.repeat(2, 1)
+        if kept.shape[1] == layout.image_len:
+            return
+        self.caches = self.model.caches(len(text_tokens), candidates)
+        ids = layout.shift(layout.pack(text_tokens, kept))
+        with own_format(self.model):
+            state = self.model.read(ids, self.caches)[:, -1]
+        self.state = state.repeat_interleave(candidates, dim=0)  # (B, D)
+
+    def choose(self, slot: int | Tensor, settings: dict) -> None:
+        """Draws the tokens of a slot from the state."""
+        at = self.slots[slot : slot + 1] if isinstance(slot, int) else slot
+        logits = self.model.image_logits(self.state)
+        if self.guidance is not None:
             conditional, unconditional = logits.chunk(2)
-            logits = unconditional + guidance * (conditional - unconditional)
-        tokens[:, slot] = draw(logits, noise[:, slot], temperature, top_k, top_p)
-        yield tokens.view(captions, candidates, slots)[:, :, : slot + 1]
-        if slot + 1 < slots:
-            ids = tokens[:, slot : slot + 1] + layout.image_offset
-            ids = ids.repeat(2, 1) if guided else ids
-            state = model.read(ids, layout.text_len + slot + 1, caches)[:, -1]
+            logits = unconditional + self.guidance * (conditional - unconditional)
+        drawn = draw(logits, self.noise.index_select(1, at)[:, 0], **settings)[:, None]
+        if self.wanted is not None:
+            wanted = self.wanted.index_select(1, at)
+            drawn = torch.where(wanted == OPEN, drawn, wanted)
+        self.tokens.index_copy_(1, at, drawn)
+        self.last = drawn[:, 0]
+
+    def advance(self, slot: int | Tensor, settings: dict) -> None:
+        """Reads the tokens drawn last and draws those of a slot."""
+        last = self.last if self.guidance is None else self.last.repeat(2)
+        self.state = self.model.step(last, slot, self.caches)
+        self.choose(slot, settings)
+
+    def result(self, slots: int) -> Tensor:
+        """int64 (C, n, slots)."""
+        return self.tokens[:, :slots].view(*self.shape, slots)
+
+    def recorded(self) -> Callable[[Tensor, dict], None]:
+        """`advance` as one graph of CUDA kernels, recorded when first called and then replayed."""
+        slot, graph = self.slots[:1].clone(), None
+
+        def replay(at: Tensor, settings: dict) -> None:
+            nonlocal graph
+            slot.copy_(at)
+            if graph is None:
+                graph = self._record(slot, settings)
+            graph.replay()
+
+        return replay
+
+    def _record(self, slot: Tensor, settings: dict) -> torch.cuda.CUDAGraph:
+        self.last = last = self.last.clone()  # read and written by every replay
+        with torch.cuda.stream(side := torch.cuda.Stream()):
+            side.wait_stream(torch.cuda.default_stream())
+            self.advance(slot, settings)  # libraries choose their kernels; the first replay draws the slot again
+        torch.cuda.default_stream().wait_stream(side)
+        self.last, graph = last, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.advance(slot, settings)
+            last.copy_(self.last)
+        self.last = last
+        return graph
 
 
 def generate(model: Transformer, text_tokens: Tensor, uniforms: Tensor, **options) -> Tensor:

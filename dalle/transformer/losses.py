@@ -70,6 +70,39 @@ def chunked_cross_entropy(
     return sum(checkpoint(nats, *part, use_reentrant=False) for part in parts) / count
 
 
+@torch.no_grad()
+def log_likelihood(model: Transformer, ids: Tensor, logits: int = LOGITS) -> tuple[Tensor, Tensor]:
+    """Log likelihood of each stream's caption and of its image tokens after it, in nats.
+
+    Args:
+        ids: joint ids (B, N).
+        logits: how many exist at once (at least one position's).
+
+    Returns:
+        text (B,): sum over the caption's tokens and the pad that ends it; image (B,): sum over image tokens.
+    """
+    layout, hidden = model.layout, model.hidden(ids)
+    text, image = layout.unpack(ids)
+    counts = layout.loss_mask(ids)[:, : layout.text_len]
+    at_once = [max(1, logits // (vocab * len(ids))) for vocab in (layout.image_offset, layout.image_vocab)]
+    of_text = _log_probabilities(model.text_logits, hidden[:, : layout.text_len], text, at_once[0])
+    of_image = _log_probabilities(
+        lambda states, slots: model.image_logits(states), hidden[:, layout.text_len :], image, at_once[1]
+    )
+    return (of_text * counts).sum(dim=1), of_image.sum(dim=1)
+
+
+def _log_probabilities(to_logits: Callable[..., Tensor], states: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """States (B, n, D) and targets (B, n) -> nats (B, n), so many positions at a time."""
+    slots = torch.arange(states.shape[1], device=states.device)
+    parts = zip(states.split(chunk, 1), slots.split(chunk), targets.split(chunk, 1), strict=True)
+    nats = [
+        -F.cross_entropy(to_logits(some, at).flatten(0, 1), goal.flatten(), reduction="none").view(goal.shape)
+        for some, at, goal in parts
+    ]
+    return torch.cat(nats, dim=1)
+
+
 def weighted_cross_entropy(text: Tensor, image: Tensor, text_weight: float = TEXT_WEIGHT) -> Tensor:
     """The two means joined: text_weight * text + (1 - text_weight) * image."""
     return text_weight * text + (1 - text_weight) * image

@@ -16,7 +16,7 @@ from dalle.layout import TokenLayout
 from dalle.masks import layer_kinds, visible
 from dalle.nn.attention import CHOICES, prepare, resolve
 from dalle.nn.blocks import FP32LayerNorm, Layer, Resblock
-from dalle.nn.cache import LayerCache
+from dalle.nn.cache import LayerCache, Places
 from dalle.nn.pattern import Pattern
 from dalle.types import check_tokens
 
@@ -124,14 +124,33 @@ class Transformer(nn.Module):
             check_tokens(image, self.layout.image_vocab, "image ids less their offset")
         return self.read(self.layout.shift(ids)[:, : ids.shape[1]])
 
-    def read(self, inputs: Tensor, start: int = 0, caches: list[LayerCache] | None = None) -> Tensor:
-        """Input ids (B, n) of slots start .. start + n -> final states (B, n, D)."""
-        x = self.embed(inputs, start)
+    def read(self, inputs: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
+        """Input ids (B, n) of the first n slots -> final states (B, n, D); `caches` take what `step` needs."""
+        x = self.embed(inputs)
         backends = self.backends(inputs.shape[1])
         for kind, backend in backends.items():
-            prepare(backend, self.patterns[kind], x.device, start)
+            prepare(backend, self.patterns[kind], x.device)
         for i, (layer, kind) in enumerate(zip(self.layers, self.config.kinds, strict=True)):
-            x = layer(x, self.patterns[kind], backends[kind], start, caches[i] if caches else None)
+            x = layer(x, self.patterns[kind], backends[kind], caches[i] if caches else None)
+        return self.final_norm(x)
+
+    def step(self, tokens: Tensor, slot: int | Tensor, caches: list[LayerCache]) -> Tensor:
+        """Reads one image token of every stream, in sampling.
+
+        Args:
+            tokens: int64 (B,), those of image slot `slot - 1`.
+            slot: the image slot that reads them, at least 1; an int or a tensor (1,), see `LayerCache.attend`.
+            caches: hold the slots before it, and take this one.
+
+        Returns:
+            (B, D), the state that predicts the token of the slot.
+        """
+        row, column = slot // self.layout.columns, slot % self.layout.columns
+        x = self.token_embedding(tokens + self.layout.image_offset) + (
+            self.row.weight[row] + self.column.weight[column]
+        )
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer.step(x, cache, slot)
         return self.final_norm(x)
 
     def backends(self, slots: int | None = None) -> dict[str, str]:
@@ -143,17 +162,16 @@ class Transformer(nn.Module):
         c, device, slots = self.config, self.to_logits.weight.device, slots or self.layout.length
         return {kind: resolve(c.backend, p, slots, device, c.head_width) for kind, p in self.patterns.items()}
 
-    def embed(self, inputs: Tensor, start: int = 0) -> Tensor:
+    def embed(self, inputs: Tensor) -> Tensor:
         """Token plus position: text slots have one embedding each, image slots row + column.
 
         Slots that read a pad have no position beside it: each pad is its position's own (Figure 10).
         """
-        return self.token_embedding(inputs) + self._position(inputs, start)
+        return self.token_embedding(inputs) + self._position(inputs)
 
-    def _position(self, inputs: Tensor, start: int) -> Tensor:
-        slots = torch.arange(start, start + inputs.shape[1], device=inputs.device)
-        texts = min(max(self.layout.text_len - start, 0), len(slots))
-        text, image = slots[:texts], slots[texts:] - self.layout.text_len
+    def _position(self, inputs: Tensor) -> Tensor:
+        slots = torch.arange(inputs.shape[1], device=inputs.device)
+        text, image = slots[: self.layout.text_len], slots[self.layout.text_len :] - self.layout.text_len
         is_pad = (inputs >= self.layout.text_vocab) & (inputs < self.layout.image_offset)
         at_text = self.text_position(text) * ~is_pad[:, : len(text), None]
         at_image = self.row(image // self.layout.columns) + self.column(image % self.layout.columns)
@@ -181,12 +199,11 @@ class Transformer(nn.Module):
         """What sharded training gathers at once, in order of use: all in it is computed in 16 bit under autocast."""
         return [[layer.attention.f, layer.mlp.f] for layer in self.layers]
 
-    def caches(self, batch: int) -> list[LayerCache]:
-        """Empty caches, one a layer, for `batch` streams; in autocast's number format where it is on."""
-        c, like = self.config, self.to_logits.weight
-        if torch.is_autocast_enabled(like.device.type):
-            like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
-        return [LayerCache.empty(batch, c.heads, self.layout.length, c.head_width, like) for _ in self.layers]
+    def caches(self, captions: int, candidates: int) -> list[LayerCache]:
+        """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
+        c, like = self.config, self.layers[0].attention.f.qkv.weight
+        places = {kind: Places(kind, self.layout, c.conv_kernel).to(like.device) for kind in self.patterns}
+        return [LayerCache(places[kind], captions, candidates, c.heads, c.head_width, like) for kind in c.kinds]
 
 
 def initialise(model: Transformer) -> None:

@@ -6,6 +6,7 @@ Only depth and heads differ; text, grid and vocabularies are the paper's in all 
 import torch
 
 from dalle.masks import dense_mask
+from dalle.nn.cache import Places
 from dalle.transformer.model import TransformerConfig
 
 SIZES: dict[str, TransformerConfig] = {
@@ -55,3 +56,31 @@ def training_flops(config: TransformerConfig) -> dict[str, int]:
         "attention": 12 * width * sum(pairs[kind] for kind in config.kinds),
         "logits": 6 * width * vocabulary,
     }
+
+
+def cache_bytes(config: TransformerConfig, itemsize: int) -> tuple[int, int]:
+    """Memory of the cache that sampling keeps: for a caption, shared by its candidates, and for each candidate.
+
+    Args:
+        itemsize: bytes of a number, 2 in bf16.
+    """
+    places = _places(config)
+    text = 2 * config.depth * config.text_len * config.width * itemsize
+    return text, sum(places[kind].bytes(config.width, itemsize) for kind in config.kinds)
+
+
+def read_bytes(config: TransformerConfig, candidates: int, itemsize: int) -> int:
+    """Bytes that a step of sampling must read for so many candidates of one caption, rings being full.
+
+    Each matrix once (the output matrix in 4 bytes, its image part), the caption's keys and values once, and of
+    every candidate those of the places that a step reads.
+    """
+    places, width = _places(config), config.width
+    matrices = 12 * width**2 * config.depth * itemsize + config.image_vocab * width * 4
+    near = sum(2 * places[kind].size * width * itemsize for kind in config.kinds)
+    return matrices + cache_bytes(config, itemsize)[0] + candidates * near
+
+
+def _places(config: TransformerConfig) -> dict[str, Places]:
+    with torch.device("cpu"):
+        return {kind: Places(kind, config.layout, config.conv_kernel) for kind in set(config.kinds)}
