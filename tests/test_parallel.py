@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from parallel_work import BATCH, PLAIN, TRAIN, dvae, pair_batch, pixel_batch, token_batch, train
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dalle.dvae.losses import gumbel_softmax
@@ -28,6 +27,7 @@ from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.log import read_log
 from dalle.train.loop import check_parts
 from dalle.train.parallel import Parallel
+from dalle.train.sharded import read_whole
 from dalle.train.shards import clip_gradients, gradient_norm, local, placed, whole
 from dalle.train.step import mean_loss, split
 from dalle.types import Loss, Part
@@ -87,7 +87,7 @@ def several(tmp_path_factory):
 def tensors(run: Path) -> dict[str, Tensor]:
     """Weights, running sums and moments of a run's last checkpoint."""
     folder = latest_checkpoint(run)
-    return {f"{file}/{name}": t for file in FILES for name, t in load_file(folder / f"{file}.safetensors").items()}
+    return {f"{file}/{name}": tensor for file in FILES for name, tensor in read_whole(folder, file).items()}
 
 
 def assert_close_runs(one: Path, other: Path, tolerance: float) -> None:
@@ -96,7 +96,7 @@ def assert_close_runs(one: Path, other: Path, tolerance: float) -> None:
     worst = max(a, key=lambda name: (a[name] - b[name]).abs().max())
     torch.testing.assert_close(b[worst], a[worst], rtol=0, atol=tolerance, msg=lambda text: f"{worst}: {text}")
     for line, twin in zip(read_log(one / "log.jsonl"), read_log(other / "log.jsonl"), strict=True):
-        for clock in ("seconds", "data_wait"):
+        for clock in ("seconds", "data_wait", "memory_gib", "samples_per_second", "tokens_per_second"):
             line.pop(clock, None), twin.pop(clock, None)
         assert twin.keys() == line.keys()
         for name, value in line.items():
@@ -119,7 +119,7 @@ def test_the_tests_above_could_fail(single):
     """The weights move by far more than the tolerance."""
     for name, case in PLAIN.items():
         torch.manual_seed(0)
-        trained = load_file(latest_checkpoint(single / name) / "model.safetensors")
+        trained = read_whole(latest_checkpoint(single / name), "model")
         moved = [(trained[key] - tensor).abs().max() for key, tensor in case.model().state_dict().items()]
         assert max(moved) > 5 * TOLERANCE[name]
 
@@ -127,7 +127,7 @@ def test_the_tests_above_could_fail(single):
 @pytest.mark.parametrize("mode", MODES)
 def test_an_overflow_anywhere_lowers_the_scales_everywhere(mode, single, several):
     lines = [line for line in read_log(several(mode)[0] / "fp16" / "log.jsonl") if "loss" in line]
-    assert [line["skipped"] for line in lines] == [0, 1, 0]
+    assert [line["skipped"] for line in lines] == [0, 1, 1]
     assert min(lines[1]["log2_scales"]) < 13 < max(lines[0]["log2_scales"])
 
 
@@ -173,8 +173,9 @@ def test_accumulating_changes_no_result(case, passes, single, tmp_path):
         torch.testing.assert_close(b[name], a[name], rtol=0, atol=TOLERANCE[case])
     lines = [[line for line in read_log(run / "log.jsonl") if "loss" in line] for run in (single / case, tmp_path)]
     for line, twin in zip(*lines, strict=True):
-        for name in ("loss", "gradient_norm"):
-            assert twin[name] == pytest.approx(line[name], rel=1e-3 if case == "fp16" else 1e-5, nan_ok=True)
+        assert twin.keys() == line.keys()  # a norm that is not finite is left out
+        for name in {"loss", "gradient_norm"} & line.keys():
+            assert twin[name] == pytest.approx(line[name], rel=1e-3 if case == "fp16" else 1e-5)
 
 
 def test_the_mean_over_parts_is_the_batchs():

@@ -54,7 +54,8 @@ class TransformerRun(TrainingRun):
     eval_pictures: int = 256
     """Pictures at the end of the cache kept for evaluation."""
     drawings: int = 8
-    """Held-out captions drawn at each evaluation into <out>/drawings-STEP.png, with --dvae; 0 draws none."""
+    """Held-out captions drawn at each evaluation into <out>/drawings-STEP.png, with --dvae; 0 draws none, nor do
+    fsdp and hsdp."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -143,7 +144,8 @@ def _train_transformer(run: TransformerRun, parallel: Parallel) -> Path:
         compile_parts(model)
     batches = TokenBatches(cache, text, model.layout, run, parallel.rank, parallel.world)
     held_out = batches.held_out().split(run.train.batch_size)
-    captions = batches.captions(run.drawings if image_tokenizer else 0)
+    drawn = run.drawings if image_tokenizer and not parallel.sharded else 0  # a step of drawing needs whole weights
+    captions = batches.captions(drawn)
     draw = Drawings(image_tokenizer, text, captions, run.seed) if captions else None
 
     def evaluate(model, step: int) -> dict[str, Any]:
