@@ -5,7 +5,8 @@ YAML files are often lost), and loads strictly: what is neither in the model nor
 out is an error. Programs that load what happens to match run half-empty models without a word.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from dalle.pretrained.pickle_names import SavedTensor
 
@@ -100,7 +102,7 @@ def fill(family: Family, tensors: Mapping[str, SavedTensor], source: Path | str)
     """
     comparison = fit(family, tensors)
     comparison.check(source)
-    with torch.device("meta"):
+    with without_values():
         model = family.build(comparison.config)
     floats = {}
     for name, tensor in _own_names(family, tensors)[0].items():
@@ -115,11 +117,27 @@ def fill(family: Family, tensors: Mapping[str, SavedTensor], source: Path | str)
     return model.eval().requires_grad_(False)
 
 
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Modules made here have shapes and no numbers, whatever their size."""
+    with torch.device("meta"), _NoDraws():
+        yield
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves out drawing initial weights: without numbers it does nothing, but torch imports 900 modules for it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
 def _empty_model(family: Family, shapes: Shapes) -> tuple[Any, nn.Module]:
     """(configuration, a model without values) for the shapes of a file."""
     try:
         config = family.configure(shapes)
-        with torch.device("meta"):
+        with without_values():
             return config, family.build(config)
     except KeyError as error:
         raise ValueError(f"it looks like {family.name}, but lacks {error.args[0]}") from None

@@ -98,7 +98,7 @@ def build(config: PublishedCLIP, quick_gelu: bool) -> nn.Module:
     )  # fmt: skip
     model = CLIP(config.embed_width, vision, text, quick_gelu=quick_gelu)
     with torch.device("cpu"):  # no part of a state dict, so it must have values when the rest is made without
-        model.attn_mask = model.build_causal_mask()
+        model.attn_mask = torch.full((config.text_len, config.text_len), -torch.inf).triu(1)
     return model
 
 

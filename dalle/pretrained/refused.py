@@ -1,4 +1,4 @@
-"""Checkpoints that are known and cannot be held, each with its reason."""
+"""Checkpoints that are known and cannot be held, or not yet, each with its reason."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -25,6 +25,15 @@ BY_NAMES = {
 }  # fmt: skip
 """Reason -> patterns of names, each of which must be met."""
 
+NOT_YET = {
+    "DALLE-pytorch": ("text_emb.weight", "image_emb.weight", "transformer.layers.*to_qkv.weight"),
+    "ruDALL-E": ("text_embeddings.weight", "transformer.layers.*.attention.query_key_value.weight"),
+    "minDALL-E": ("tok_emb_txt.weight", "tok_emb_img.weight"),
+    "the VQGAN of taming-transformers": ("*decoder.up.*.block.*.conv1.weight", "*quantize.*"),
+    "the VQGAN of LlamaGen": ("decoder.conv_blocks.*", "quantize.embedding.weight"),
+}
+"""Formats that could be held, and have no reader yet -> patterns of names."""
+
 
 def refuse_path(path: Path) -> None:
     """ValueError for a file or folder of Flax: only dalle-mini publishes those."""
@@ -38,8 +47,11 @@ def refuse_path(path: Path) -> None:
 
 
 def refuse_tensors(path: Path, names: Iterable[str]) -> None:
-    """ValueError for names of tensors that a refused format is known by."""
+    """ValueError for names of tensors by which a format is known that has no reader, or can have none."""
     names = list(names)
     for reason, patterns in BY_NAMES.items():
         if all(any(fnmatchcase(name, pattern) for name in names) for pattern in patterns):
             raise ValueError(f"{path} cannot be held here. It is of {reason}")
+    for program, patterns in NOT_YET.items():
+        if all(any(fnmatchcase(name, pattern) for name in names) for pattern in patterns):
+            raise ValueError(f"{path} is of {program}, for which there is no reader yet")

@@ -15,9 +15,10 @@ from tyro.conf import Positional
 from dalle.config import from_dict, to_dict
 from dalle.files import read_json, write_json
 from dalle.models import KINDS
-from dalle.pretrained.family import Fit, fit
+from dalle.pretrained.family import Fit, fit, without_values
 from dalle.pretrained.load import Found, find, is_published
 from dalle.pretrained.openai_dvae import PARTS
+from dalle.pretrained.refused import refuse_path
 from dalle.pretrained.saved_file import open_saved
 from dalle.train.checkpoint import check_meta, latest_checkpoint
 
@@ -61,8 +62,11 @@ def _describe(path: Path) -> dict[str, Any]:
         return _model_directory(path)
     if folder := latest_checkpoint(path) or (path if (path / "meta.json").is_file() else None):
         return _own_checkpoint(folder)
-    find(path)  # says why, where the folder is known
-    raise AssertionError(f"{path} is neither a file nor a folder that is known")
+    refuse_path(path)
+    raise ValueError(
+        f"{path} is neither a run, a checkpoint nor a model directory, and has neither encoder.pkl nor decoder.pkl; "
+        "of another program's folder give the file"
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -143,7 +147,7 @@ def _own_part(kind: str, settings: dict[str, Any], file: Path, source: Path) -> 
     config_class, model_class = KINDS[kind]
     config = from_dict(config_class, settings, str(source))
     found = {name: tensor.shape for name, tensor in open_saved(file).tree.items()}
-    with torch.device("meta"):
+    with without_values():
         model = model_class(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = [name for name in found.keys() & expected.keys() if found[name] != expected[name]]
