@@ -5,7 +5,7 @@ open_clip is imported when a model is built, not before: it takes seconds.
     B batch, N pictures, L text length, E embedding width
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,24 +155,16 @@ class CLIPScorer:
         return (self.model.encode_image(pixels) @ self.model.encode_text(ids).T)[:, 0]
 
 
-class PretrainedScorer:
-    """A `Scorer` by any open_clip model: an architecture's name and a file of weights.
+class OpenClipScorer:
+    """A `Scorer` by any model of open_clip and the tokenizer that belongs to it.
 
-    Nothing is downloaded unless `download` is set; then `weights` may be one of open_clip's tags.
     A caption longer than the model's context is cut and counted in `truncated`.
     """
 
-    def __init__(self, name: str, weights: str, device: str | torch.device = "cpu", download: bool = False):
-        import open_clip
-
-        if not download and not Path(weights).is_file():
-            raise ValueError(f"no file {weights}; give a file of weights for {name}, or allow the download")
-        if name not in open_clip.list_models():
-            raise ValueError(f"open_clip knows no model {name!r}; see open_clip.list_models()")
-        self.model = open_clip.create_model(name, pretrained=weights, device=device).eval()
-        self.tokenizer = open_clip.get_tokenizer(name)
-        preprocess = getattr(self.model.visual, "preprocess_cfg", {})
-        size = self.model.visual.image_size
+    def __init__(self, model: nn.Module, tokenizer: Callable[[list[str]], Tensor]):
+        self.model, self.tokenizer = model, tokenizer
+        preprocess = getattr(model.visual, "preprocess_cfg", {})
+        size = model.visual.image_size
         self.size = size if isinstance(size, int) else size[0]
         self.mean, self.std = preprocess.get("mean", PIXEL_MEAN), preprocess.get("std", PIXEL_STD)
         self.truncated = 0
@@ -188,3 +180,20 @@ class PretrainedScorer:
         encode = getattr(self.tokenizer, "encode", None)
         room = getattr(self.tokenizer, "context_length", 77) - 2  # start and end marks
         return bool(encode) and len(encode(caption)) > room
+
+
+class PretrainedScorer(OpenClipScorer):
+    """An open_clip model by its architecture's name and a file of weights.
+
+    Nothing is downloaded unless `download` is set; then `weights` may be one of open_clip's tags.
+    """
+
+    def __init__(self, name: str, weights: str, device: str | torch.device = "cpu", download: bool = False):
+        import open_clip
+
+        if not download and not Path(weights).is_file():
+            raise ValueError(f"no file {weights}; give a file of weights for {name}, or allow the download")
+        if name not in open_clip.list_models():
+            raise ValueError(f"open_clip knows no model {name!r}; see open_clip.list_models()")
+        model = open_clip.create_model(name, pretrained=weights, device=device).eval()
+        super().__init__(model, open_clip.get_tokenizer(name))

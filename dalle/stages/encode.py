@@ -33,7 +33,8 @@ class EncodeRun:
     out: Path | None = None
     """Directory of the cache; runs/tokens unless given. An encoding that stopped there goes on."""
     dvae: Path | None = None
-    """Run, checkpoint or model directory of the dVAE; the newest under runs/ unless given."""
+    """Run, checkpoint or model directory of the dVAE; the newest under runs/ unless given. Also a published image
+    tokenizer: the folder of OpenAI's encoder.pkl and decoder.pkl, or one file of another (dalle/pretrained/load.py)."""
     seed: int = 0
     """Of the random crops."""
     device: str = "auto"

@@ -9,6 +9,7 @@ from dalle.config import to_dict
 from dalle.data import PairsLoader, StepOfPairs
 from dalle.files import make_directory, read_json
 from dalle.models import Part, load_part
+from dalle.pretrained.load import is_published, load_image_tokenizer
 from dalle.text import MergeTokenizer, load_text
 from dalle.train.loop import Resume
 from dalle.train.parallel import Mode, Parallel
@@ -142,8 +143,14 @@ def take(stage: str, given: Path | None) -> Path:
 
 
 def take_part(stage: str, given: Path | None, device: Any = "cpu") -> Part:
-    """A model of an earlier stage, with its averaged weights; warns when its training is not complete."""
-    part = load_part(take(stage, given), stage, device)
+    """A model of an earlier stage, with its averaged weights; warns when its training is not complete.
+
+    As the dVAE it also takes a published image tokenizer: OpenAI's encoder.pkl and decoder.pkl in one folder, say.
+    """
+    path = take(stage, given)
+    if stage == "dvae" and is_published(path):
+        return Part(stage, load_image_tokenizer(path, device), {}, path)
+    part = load_part(path, stage, device)
     step, steps = part.meta.get("step"), part.meta.get("steps")
     if step is not None and step < steps:
         print(f"note: this {stage} was trained for {step} of {steps} steps only")

@@ -1,0 +1,57 @@
+"""Checkpoints that are known and cannot be held, or not yet, each with its reason."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from dalle.files import read_json
+
+DALLE_MINI = (
+    "dalle-mini (also Craiyon): an encoder that reads the whole caption and a decoder that attends to it, as in BART; "
+    "the transformer here is one stream with one kind of attention, and cannot compute that"
+)
+
+BY_NAMES = {
+    "min-dalle, a copy of dalle-mini: its encoder and decoder are those of BART, the transformer here is one stream": (
+        "layers.*.glu.fc0.weight",
+    ),
+    "LlamaGen's transformer: captions enter it as vectors of a T5 encoder, which is no part of this library": (
+        "cls_embedding.*", "layers.*.attention.wqkv.weight",
+    ),
+    "the class-conditional transformer of taming-transformers: it reads no captions": (
+        "transformer.tok_emb.weight", "transformer.blocks.*.attn.key.weight",
+    ),
+    "GLIDE or another diffusion model: it draws no tokens": ("input_blocks.*", "middle_block.*"),
+}  # fmt: skip
+"""Reason -> patterns of names, each of which must be met."""
+
+NOT_YET = {
+    "DALLE-pytorch": ("text_emb.weight", "image_emb.weight", "transformer.layers.*to_qkv.weight"),
+    "ruDALL-E": ("text_embeddings.weight", "transformer.layers.*.attention.query_key_value.weight"),
+    "minDALL-E": ("tok_emb_txt.weight", "tok_emb_img.weight"),
+    "the VQGAN of taming-transformers": ("*decoder.up.*.block.*.conv1.weight", "*quantize.*"),
+    "the VQGAN of LlamaGen": ("decoder.conv_blocks.*", "quantize.embedding.weight"),
+}
+"""Formats that could be held, and have no reader yet -> patterns of names."""
+
+
+def refuse_path(path: Path) -> None:
+    """ValueError for a file or folder of Flax: only dalle-mini publishes those."""
+    flax = path.suffix == ".msgpack" or (path / "flax_model.msgpack").is_file()
+    config = path / "config.json"
+    if not flax and config.is_file():
+        settings = read_json(config)
+        flax = isinstance(settings, dict) and settings.get("model_type") == "dallebart"
+    if flax:
+        raise ValueError(f"{path} cannot be held here. It is of {DALLE_MINI}")
+
+
+def refuse_tensors(path: Path, names: Iterable[str]) -> None:
+    """ValueError for names of tensors by which a format is known that has no reader, or can have none."""
+    names = list(names)
+    for reason, patterns in BY_NAMES.items():
+        if all(any(fnmatchcase(name, pattern) for name in names) for pattern in patterns):
+            raise ValueError(f"{path} cannot be held here. It is of {reason}")
+    for program, patterns in NOT_YET.items():
+        if all(any(fnmatchcase(name, pattern) for name in names) for pattern in patterns):
+            raise ValueError(f"{path} is of {program}, for which there is no reader yet")
