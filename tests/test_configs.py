@@ -20,7 +20,7 @@ from dalle.train.log import read_log
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = {"dvae": DVAERun, "transformer": TransformerRun, "clip": CLIPRun}
 FILES = sorted(CONFIGS.glob("*/*.yaml"))
-SIZES = ["shapes", "small", "paper"]
+SIZES = ["shapes", "small", "clipart", "paper"]
 
 
 def read(family: str, size: str):
@@ -64,7 +64,7 @@ def test_the_families_fit_together(size):
 @pytest.mark.parametrize("family", RUNS)
 def test_the_step_size_has_come_down_when_the_run_ends(family):
     """In the sizes of ours: a schedule longer than the run would never get there."""
-    for size in ("shapes", "small"):
+    for size in ("shapes", "small", "clipart"):
         run = read(family, size)
         assert run.train.optimizer.lr.steps <= run.steps
 

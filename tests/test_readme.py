@@ -41,6 +41,9 @@ SMALLER = {  # words put behind a command so that it takes seconds
     "sample": "--device cpu --best-of 4 --keep 2",
     "benchmark": "--model.depth 2 --model.heads 2 --model.text-len 8 --model.grid 4 4 --model.conv-kernel 3 --rounds 1",
     "evaluate": "--captions 2 --best-of 2 --device cpu",
+    "plot": "",
+    "plan": "--model.depth 2 --model.heads 2",
+    "inspect_checkpoint": "",
 }
 
 
@@ -55,14 +58,17 @@ def run(command: str, cwd: Path, threads: int | None = 1) -> subprocess.Complete
 def workplace(tmp_path_factory) -> Path:
     """A directory that looks like a checkout after a (tiny) quick start, with a folder of own pictures."""
     place = tmp_path_factory.mktemp("readme")
-    for name in ("scripts", "configs"):
+    for name in ("scripts", "configs", "docs"):
         (place / name).symlink_to(ROOT / name)
     pictures = place / "my" / "pictures"
     pictures.mkdir(parents=True)
+    rows = ["image,caption"]
     for i in range(60):
         Image.new("RGB", (200, 160), (4 * i, 100, 255 - 4 * i)).save(pictures / f"{i:02d}.png")
         caption = f"colour number {i} of the words that make a vocabulary"
         (pictures / f"{i:02d}.txt").write_text(caption, encoding="utf-8")
+        rows.append(f"pictures/{i:02d}.png,{caption}")
+    (place / "my" / "pairs.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return place
 
 
@@ -105,7 +111,7 @@ def test_the_script_commands_run_in_the_order_of_the_readme(workplace):
 
 def smaller(command: str) -> str:
     name = Path(command.split()[1]).stem
-    own = "my/pictures" in command or "my-" in command
+    own = "my/p" in command or "my-" in command
     words = SMALLER[name]
     if own and name == "train_tokenizer":
         words += " --text.vocab-size 400"
@@ -174,7 +180,7 @@ def test_the_quick_start_reaches_its_numbers(tmp_path):
     assert accuracy["reconstruction"] >= 0.97
     assert accuracy["first"] >= 0.85
     assert accuracy["reranked"] >= 0.95
-    for name in ("scripts", "configs"):
+    for name in ("scripts", "configs", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     for command in (c for c in SCRIPTS if "runs/quickstart/model" in c):
         done = run(command, tmp_path, threads=None)

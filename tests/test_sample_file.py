@@ -43,7 +43,7 @@ def records(folder: str) -> list[dict]:
 def test_each_caption_has_its_pictures_a_sheet_and_records(run, chain):
     sample(run)
     names = {f"000/{stem}-{end}.png" for stem in STEMS for end in ("00", "01", "grid")}
-    assert contents("all").keys() == names | {"run.json", "samples.jsonl"}
+    assert contents("all").keys() == names | {"run.json", "samples.jsonl", "sheet.png"}
     found = records("all")
     assert [one["caption"] for one in found] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [one["prompt"] for one in found[::2]] == CAPTIONS

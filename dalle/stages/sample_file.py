@@ -4,6 +4,7 @@ OUT/run.json                       settings, model and captions by hash: a run g
 OUT/000/000012-a-red-cross-00.png  the best picture of caption 12, then -01.png, ..., and -grid.png
 OUT/parts/000012.jsonl             records of the captions from 12 on, written when their pictures are whole
 OUT/samples.jsonl                  all records in order, at the end; parts/ is gone then
+OUT/sheet.png                      the best pictures of the first captions
 """
 
 import json
@@ -18,11 +19,13 @@ from PIL import Image
 from dalle.drawing import fitting_batch
 from dalle.files import make_directory, read_json, write_json, write_text
 from dalle.generation import Generation
+from dalle.images import captioned_sheet
 from dalle.pipeline import DALLE
 from dalle.stages.captions import check_captions, groups, words
 from dalle.stages.processes import Processes
 
 PER_FOLDER = 1000  # captions
+ON_SHEET = 24  # captions
 
 
 @dataclass
@@ -111,7 +114,21 @@ class FileSampler:
                 for first, _ in groups(self.prompts, together):
                     joined.write((self.out / "parts" / f"{first:06d}.jsonl").read_text(encoding="utf-8"))
             os.replace(partial, self.out / "samples.jsonl")
+            save(sheet_of_bests(self.out), self.out / "sheet.png")
         shutil.rmtree(self.out / "parts", ignore_errors=True)
+
+
+def sheet_of_bests(out: Path) -> Image.Image:
+    """The best picture of each of the first captions, its caption below it."""
+    bests: dict[int, tuple[str, Image.Image]] = {}
+    with (out / "samples.jsonl").open(encoding="utf-8") as lines:
+        for record in map(json.loads, lines):
+            if len(bests) == ON_SHEET and record["caption"] not in bests:
+                break
+            if record["caption"] not in bests:
+                bests[record["caption"]] = record["prompt"], Image.open(out / record["file"])
+    cells = list(bests.values())
+    return captioned_sheet(cells, columns=6, scale=max(1, 128 // cells[0][1].width))
 
 
 def write_pictures(model: DALLE, generation: Generation, folder: Path, stem: str, model_hash: str) -> list[dict]:
