@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from dalle.data import TokenCache
-from dalle.files import read_json
+from dalle.files import SUMS, hashes, read_json, write_sums
 from dalle.models import load_part
 from dalle.pipeline import DALLE
 from dalle.stages import quickstart as stage
@@ -352,6 +352,8 @@ class TestMissingStages:
         shutil.copytree(chain / "dvae", tmp_path / "dvae")
         meta = latest_checkpoint(tmp_path / "dvae") / "meta.json"
         meta.write_text(json.dumps(read_json(meta) | {"steps": 100}))
+        (meta.parent / SUMS).unlink()
+        write_sums(meta.parent, hashes(meta.parent, [path for path in meta.parent.iterdir() if path.is_file()]))
         runs.take_part("dvae", tmp_path / "dvae")
         assert "was trained for 2 of 100 steps only" in capsys.readouterr().out
 

@@ -33,6 +33,8 @@ from dalle.train.signals import SAME_PRESS, Stopped
 from dalle.types import Loss
 
 FORK = multiprocessing.get_context("fork")
+CLEAN = multiprocessing.get_context("forkserver")  # what forks after a backward pass may not have one of its own
+CLEAN.set_forkserver_preload(["dalle.stages.dvae"])
 PROJECT = Path(__file__).parents[1]
 CONFIG = TrainConfig(
     batch_size=4, optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup=0), ema=EMAConfig(decay=0.9, every=1),
@@ -440,7 +442,7 @@ def test_a_directory_is_one_runs_until_its_process_is_gone(with_child, tmp_path)
 def test_a_directory_is_free_after_a_run_and_after_one_that_broke(tmp_path):
     with pytest.raises(ZeroDivisionError):
         fit_line(tmp_path, steps=2, objective=at_step(2, lambda: 1 / 0))
-    process = FORK.Process(target=fit_line, args=(tmp_path, 3))
+    process = CLEAN.Process(target=fit_line, args=(tmp_path, 3))
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -467,7 +469,7 @@ def in_a_small_disk(run: Path, limit: int, said: Path) -> None:
 def test_a_disk_that_takes_no_more_keeps_the_last_checkpoint_and_says_so(tmp_path):
     fit_line(tmp_path / "run", steps=3, width=100)
     before = files(tmp_path / "run" / "checkpoints")
-    process = FORK.Process(target=in_a_small_disk, args=(tmp_path / "run", 20_000, tmp_path / "said"))
+    process = CLEAN.Process(target=in_a_small_disk, args=(tmp_path / "run", 20_000, tmp_path / "said"))
     process.start()
     process.join()
     assert process.exitcode == 1
@@ -514,7 +516,7 @@ def kill_somewhere(run, rng: random.Random) -> str:
     event, count = rng.choice(["step", "save", "file"]), rng.randint(1, 3)
     pattern = ".partial-step-*/model.safetensors" if event == "file" else ".partial-step-*"
     wanted, left, left_open = lines(run.out) + 2 * count, begun(run.out, pattern), begun(run.out, ".partial-step-*")
-    process = FORK.Process(target=train_slowly, args=(run,))
+    process = CLEAN.Process(target=train_slowly, args=(run,))
     process.start()
     seen: set[Path] = set()
     while process.is_alive():
