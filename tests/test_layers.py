@@ -17,7 +17,7 @@ LAYERS = [
     {"files", "rng", "layout", "masks", "sampling", "images"},
     {"nn"},
     {"text", "dvae", "transformer", "clip", "data", "train"},
-    {"objectives", "rerank", "models", "pretrained", "evals", "pipeline"},
+    {"objectives", "rerank", "models", "pretrained", "evals", "pipeline", "plan", "finetune"},
     {"stages"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -207,6 +207,10 @@ class DVAE(nn.Module):
         """Number of codes."""
         return self.config.vocab_size
 
+    def shards(self) -> list[list[nn.Module]]:
+        """What sharded training gathers at once, in order of use: all in it is computed in 16 bit under autocast."""
+        return [[block] for block in self.modules() if isinstance(block, Block)]
+
     def codebook_logits(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] -> logits over the codes (B, K, h, w), fp32."""
         return self.encoder(map_pixels(pixels))

@@ -177,6 +177,10 @@ class Transformer(nn.Module):
         """The 2 * depth resblocks in order (2.4: each has a gradient scale of its own)."""
         return [block for layer in self.layers for block in (layer.attention, layer.mlp)]
 
+    def shards(self) -> list[list[nn.Module]]:
+        """What sharded training gathers at once, in order of use: all in it is computed in 16 bit under autocast."""
+        return [[layer.attention.f, layer.mlp.f] for layer in self.layers]
+
     def caches(self, batch: int) -> list[LayerCache]:
         """Empty caches, one a layer, for `batch` streams; in autocast's number format where it is on."""
         c, like = self.config, self.to_logits.weight
