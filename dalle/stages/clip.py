@@ -14,6 +14,7 @@ from dalle.data.shapes_broken import broken_pictures
 from dalle.models import build, describe
 from dalle.objectives import CLIPObjective
 from dalle.stages.runs import TrainingRun, loader, take_text
+from dalle.stages.start import begin, one_batch, repeated
 from dalle.text import TextTokenizer
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
@@ -62,6 +63,7 @@ class CLIPRun(TrainingRun):
 
 def train_clip(run: CLIPRun) -> Path:
     """Trains, writing checkpoints and log.jsonl with the share of pictures matched to their caption."""
+    run = one_batch(run)
     out = run.directory("clip")
     device = resolve_device(run.device)
     text = take_text(run.tokenizer)
@@ -72,6 +74,8 @@ def train_clip(run: CLIPRun) -> Path:
     pairs, held_out = (open_pairs(run.data, split, run.siblings) for split in ("train", "held_out"))
     torch.manual_seed(run.seed)
     model = build("clip", run.model).to(device)
+    links = {"text": text.to_dict(), "text_hash": text.hash, "data": pairs.hash}
+    init = begin("clip", run, model, links)
     if run.compile:
         compile_parts(model)
 
@@ -89,11 +93,10 @@ def train_clip(run: CLIPRun) -> Path:
         loss = run.objective(model, measured, step)
         return {"loss": float(loss.total), **{name: float(value) for name, value in loss.metrics.items()}}
 
-    links = {"text": text.to_dict(), "text_hash": text.hash, "data": pairs.hash}
     with loader(task, run, out, pack) as batches:
         fit(
-            model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
-            meta=describe("clip", model, run.record(), links), evaluate=evaluate, resume=run.resume,
+            model, run.objective, repeated(run, batches), run.train, steps=run.steps, seed=run.seed, run_dir=out,
+            meta=describe("clip", model, run.record(), links) | init, evaluate=evaluate, resume=run.resume,
         )  # fmt: skip
     if model.truncated:
         tqdm.write(f"note: {model.truncated} captions were longer than {run.model.text_len - 1} tokens and cut")

@@ -16,6 +16,7 @@ from dalle.objectives import TransformerObjective
 from dalle.rng import generator
 from dalle.stages.encode import take_image_tokenizer
 from dalle.stages.runs import TrainingRun, take, take_text
+from dalle.stages.start import begin, one_batch, repeated
 from dalle.text import MergeTokenizer, TextTokenizerConfig
 from dalle.train import TrainConfig, fit
 from dalle.train.precision import compile_parts, resolve_device
@@ -104,12 +105,15 @@ class TokenBatches:
 
 def train_transformer(run: TransformerRun) -> Path:
     """Trains, writing checkpoints and log.jsonl with nats per text and per image token."""
+    run = one_batch(run)
     out = run.directory("transformer")
     device = resolve_device(run.device)
     text, cache = take_text(run.tokenizer), TokenCache(take("tokens", run.tokens))
     check_inputs(run, text, cache)
     torch.manual_seed(run.seed)
     model = build("transformer", run.model).to(device)
+    links = {"text": text.to_dict(), "text_hash": text.hash, "dvae": cache.meta["dvae"], "tokens": cache.hash}
+    init = begin("transformer", run, model, links)
     # `backends` refuses, before any work, what cannot run
     print("attention: " + ", ".join(f"{kind} by {backend}" for kind, backend in model.backends().items()))
     if run.compile:
@@ -124,10 +128,9 @@ def train_transformer(run: TransformerRun) -> Path:
         named |= {name: [loss.metrics[name] for loss in losses] for name in losses[0].metrics}
         return {name: float(torch.stack(values).cpu() @ weights) for name, values in named.items()}
 
-    links = {"text": text.to_dict(), "text_hash": text.hash, "dvae": cache.meta["dvae"], "tokens": cache.hash}
     fit(
-        model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
-        meta=describe("transformer", model, run.record(), links), evaluate=evaluate, resume=run.resume,
+        model, run.objective, repeated(run, batches), run.train, steps=run.steps, seed=run.seed, run_dir=out,
+        meta=describe("transformer", model, run.record(), links) | init, evaluate=evaluate, resume=run.resume,
     )  # fmt: skip
     if batches.truncated:
         tqdm.write(f"note: {batches.truncated} captions were longer than {model.layout.caption_room} tokens and cut")
