@@ -13,6 +13,8 @@ from dalle.plan.dry import DryStep
 
 MODES = ("none", "ddp", "fsdp", "hsdp")
 FP32, HALF = 4, 2
+BOUNDED_AT_ONCE = FP32 * 2**26
+"""Bytes of the variance that are clipped at once, at most."""
 Moments = Literal["fp32", "8bit"]
 
 
@@ -32,6 +34,8 @@ class Shares:
     """How AdamW keeps its moments."""
     ema_on_gpu: bool = True
     """Whether the averaged weights lie on the GPU."""
+    bounds_variance: bool = False
+    """Whether the running variance is clipped before each update, a part of it at a time."""
     error_buffers: bool = False
     """Whether PowerSGD keeps what it has not sent."""
 
@@ -63,7 +67,8 @@ def memory(step: DryStep, how: Shares) -> dict[str, float]:
     peak = sum(parts.values())
     if not sharded and how.accumulate == 1:
         states = peak - sum(parts[name] for name in ("gradients", "copies", "activations", "working"))
-        peak = states + max(parts["gradients"], step.together)
+        bounding = min(slice_of_all, BOUNDED_AT_ONCE) if how.bounds_variance else 0.0
+        peak = states + max(parts["gradients"] + bounding, step.together)
     return parts | {"peak": peak}
 
 

@@ -199,6 +199,7 @@ def _memory(run: Any, mode: str, steps: dict[str, DryStep], precision: str) -> d
         accumulate=_accumulate(run),
         moments=getattr(optimizer, "moments", "fp32"),
         ema_on_gpu=getattr(run.train.ema, "device", "same") == "same",
+        bounds_variance=getattr(optimizer, "variance_clip", None) is not None,
         error_buffers=replicas > 1 and getattr(powersgd, "rank", None) is not None,
     )
     return {name: memory(step, how) for name, step in steps.items()}
