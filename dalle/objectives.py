@@ -16,7 +16,7 @@ from dalle.dvae.losses import gumbel_softmax, kl_loss, reconstruction_loss
 from dalle.train.schedules import Schedule
 from dalle.transformer import Transformer
 from dalle.transformer.losses import TEXT_WEIGHT, cross_entropies, weighted_cross_entropy
-from dalle.types import Loss, check_pixels
+from dalle.types import WHOLE, Loss, Part, check_pixels
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class DVAEObjective:
         if min(self.tau.start, self.tau.end) <= 0:
             raise ValueError(f"tau must stay above 0, got {self.tau}")
 
-    def __call__(self, model: DVAE, batch: Tensor, step: int) -> Loss:
-        """batch: pixels (B, 3, H, W) in [0, 1]."""
+    def __call__(self, model: DVAE, batch: Tensor, step: int, part: Part = WHOLE) -> Loss:
+        """batch: pixels (B, 3, H, W) in [0, 1]. The use of the codes is that of all processes together."""
         check_pixels(batch, model.downsampling)
         tau, beta = self.tau(step), self.beta(step)
         logits = model.codebook_logits(batch)
-        mu, log_b = model.reconstruct(gumbel_softmax(logits, tau))
+        mu, log_b = model.reconstruct(gumbel_softmax(logits, tau, part.index * len(batch)))
         soft = reconstruction_loss(batch, mu, log_b)
         kl = kl_loss(logits, batch[0].numel())
-        usage = code_usage(logits.detach().argmax(dim=1).flatten(), model.vocab_size)
+        usage = code_usage(logits.detach().argmax(dim=1).flatten(), model.vocab_size, part)
         positions = logits[0, 0].numel()
         metrics = {
             "reconstruction_soft": soft.detach(),
@@ -52,14 +52,16 @@ class DVAEObjective:
         return Loss(soft + beta * kl, metrics)
 
 
-def code_usage(tokens: Tensor, vocab_size: int) -> dict[str, Tensor]:
+def code_usage(tokens: Tensor, vocab_size: int, part: Part = WHOLE) -> dict[str, Tensor]:
     """How the codes are used: how many, perplexity exp(H) of their shares, share never seen.
 
     Args:
         tokens: int64, any number.
         vocab_size: K.
+        part: adds up the tokens of all processes.
     """
-    share = torch.bincount(tokens, minlength=vocab_size).float() / len(tokens)
+    times = part.sum(torch.bincount(tokens, minlength=vocab_size)).float()
+    share = times / times.sum()
     used = (share > 0).sum()
     return {
         "codes_used": used,
@@ -120,9 +122,14 @@ class TransformerObjective:
         if not 0 <= self.text_weight <= 1:
             raise ValueError(f"text_weight must lie in [0, 1], got {self.text_weight}")
 
-    def __call__(self, model: Transformer, batch: Tensor, step: int) -> Loss:
+    def counts(self, model: Transformer, batch: Tensor) -> Tensor:
+        """Text tokens in joint ids (B, N); every picture has as many image tokens."""
+        return model.layout.loss_mask(batch)[:, : model.layout.text_len].sum()
+
+    def __call__(self, model: Transformer, batch: Tensor, step: int, part: Part = WHOLE) -> Loss:
         """batch: joint ids (B, N)."""
-        text, image = cross_entropies(model, batch)
+        share = None if part.counts is None else part.counts / part.count  # so that the parts' mean is the batch's
+        text, image = cross_entropies(model, batch, text_tokens=share)
         total = weighted_cross_entropy(text, image, self.text_weight)
         return Loss(total, {"text_nats": text.detach(), "image_nats": image.detach()})
 
@@ -132,22 +139,22 @@ class CLIPObjective:
     """Symmetric cross-entropy over the scaled cosines of a batch (Radford et al., Figure 3).
 
     A batch may also hold pictures that no caption describes, one beside each pair: then each caption must
-    prefer its picture to all of these too.
+    prefer its picture to all of these too. Every caption meets the pictures of all processes, and so for the pictures.
     """
 
-    def __call__(self, model: CLIP, batch: tuple[Tensor, ...], step: int) -> Loss:
+    def __call__(self, model: CLIP, batch: tuple[Tensor, ...], step: int, part: Part = WHOLE) -> Loss:
         """batch: pixels (B, 3, H, W) in [0, 1], packed text (B, L), perhaps other pictures (B, 3, H, W)."""
-        from open_clip.loss import ClipLoss
-
         pixels, packed, *others = batch
         text = model.encode_text(packed).float()
         images, *spoilt = model.encode_image(torch.cat([pixels, *others])).float().split(len(pixels))
-        scale, own = model.logit_scale(), torch.arange(len(pixels), device=pixels.device)
-        total = ClipLoss()(images, text, scale)
-        right = ((images @ text.T).argmax(dim=1) == own).float().mean()
+        all_text, all_images = part.gather(text), part.gather(images)  # (processes * B, E)
+        scale, own = model.logit_scale(), part.index * len(pixels) + torch.arange(len(pixels), device=pixels.device)
+        to_text, to_images = scale * images @ all_text.T, scale * text @ all_images.T
+        total = (F.cross_entropy(to_text, own) + F.cross_entropy(to_images, own)) / 2
+        right = (to_text.argmax(dim=1) == own).float().mean()
         metrics = {"picture_to_caption": right, "logit_scale": scale.detach()}
-        if spoilt:
-            cosines = text @ torch.cat([images, *spoilt]).T  # (B, 2 B): a caption's own picture stands at its number
-            total = total + F.cross_entropy(scale * cosines, own)
+        if spoilt:  # a caption's own picture stands at its number among all pictures, whole and broken
+            to_spoilt = scale * text @ part.gather(spoilt[0]).T
+            total = total + F.cross_entropy(torch.cat([to_images, to_spoilt], dim=1), own)
             metrics["whole_over_broken"] = ((images - spoilt[0]) * text).sum(dim=1).gt(0).float().mean()
         return Loss(total, metrics)

@@ -4,7 +4,7 @@ Pixels are float (B, 3, H, W) in [0, 1] everywhere; only the dVAE maps them inwa
 Tokens are int64. A contract is checked with a sentence, not with a crash further down.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -47,10 +47,38 @@ class Scorer(Protocol):
         ...
 
 
-class Objective(Protocol):
-    """What the training loop minimises; it alone knows the model's family."""
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
-    def __call__(self, model: torch.nn.Module, batch: Any, step: int) -> Loss: ...
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of a step's batch a call of an objective sees: one process's, or one pass's of several."""
+
+    index: int = 0
+    """Its place; the parts in order are the batch."""
+    count: int = 1
+    """Parts in all, of equal size."""
+    counts: Tensor | None = None
+    """The objective's own `counts`, summed over all parts; None where there is one part, or the objective has none."""
+    sum: Callable[[Tensor], Tensor] = _same
+    """Adds up a tensor over the processes, without gradient."""
+    gather: Callable[[Tensor], Tensor] = _same
+    """(B, ...) of each process -> those of all in order, with gradient."""
+
+
+WHOLE = Part()
+
+
+class Objective(Protocol):
+    """What the training loop minimises; it alone knows the model's family.
+
+    The mean of what it returns for the parts of a batch must be what it returns for the batch. Where a mean is over a
+    number that varies (text tokens, not pictures), a method `counts(model, batch) -> Tensor` says how many a part has,
+    and `part.counts` how many there are in all. `part` is given only where there are several.
+    """
+
+    def __call__(self, model: torch.nn.Module, batch: Any, step: int, part: Part = WHOLE) -> Loss: ...
 
 
 @dataclass(frozen=True)

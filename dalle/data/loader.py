@@ -136,8 +136,9 @@ class PairsLoader(Loader):
         steps: no step beyond is prepared.
         workers: as in PairsConfig: -1 takes as many as serve.
         prefetch: items that each worker keeps ready.
-        log: names what is skipped; None only counts.
-        max_skipped: the share above which a run ends.
+        log: names what is skipped; None only counts. Of several processes each writes its own, skipped-RANK.jsonl
+            after the first, and what opening found is told by the first alone.
+        max_skipped: the share above which a run ends; each process judges by what it has read itself.
         receive: turns what `task.finish` made into a batch, in this process.
         pin: as in Loader.
     """
@@ -153,12 +154,14 @@ class PairsLoader(Loader):
         receive: Callable[[Any], Any] = lambda made: made,
         pin: bool = False,
     ):
-        opening: Sequence[Skip] = getattr(task.pairs, "skipped", ())
+        opening: Sequence[Skip] = () if task.rank else getattr(task.pairs, "skipped", ())
+        if log and task.rank:
+            log = log.with_stem(f"{log.stem}-{task.rank}")
         self.skipped = Skipped(log, task.pairs.size, opening, max_skipped)
 
         def take(step: int, item: tuple[Any, list[Skip]]) -> Any:
             made, skips = item
-            self.skipped.add(skips, step, (step + 1) * task.batch_size)
+            self.skipped.add(skips, step, (step + 1) * task.batch_size // task.world)
             return receive(made)
 
         super().__init__(task, steps, worker_count(workers, task.pairs.size), prefetch, take, pin=pin)
@@ -171,13 +174,13 @@ class PairsLoader(Loader):
 
 def worker_count(asked: int, size: int | None) -> int:
     """As many as asked for; for -1 one for each core that this process may use but one, eight at most, and none for
-    an endless set (size None), which is drawn and not read."""
+    an endless set (size None), which is drawn and not read. Processes that torchrun starts share a machine's cores."""
     if asked >= 0:
         return asked
     if size is None:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores - 1)
+    return min(8, max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 def _as_it_is(item: Any) -> Any:

@@ -29,8 +29,10 @@ def samples_of_step(
     their rank are the step of a single process.
 
     Raises:
-        ValueError: the batch does not divide into shares.
+        ValueError: the batch does not divide into shares, or there is no such rank.
     """
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must lie in 0 .. {world - 1} for {world} processes, got {rank}")
     if batch_size % world:
         raise ValueError(f"a batch of {batch_size} does not divide among {world} processes; make it a multiple")
     share = batch_size // world

@@ -53,15 +53,28 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
     return math.log(logits.shape[1]) + (log_q.exp() * log_q).sum(dim=-1)
 
 
-def gumbel_softmax(logits: Tensor, tau: float) -> Tensor:
+def gumbel_softmax(logits: Tensor, tau: float, first: int = 0) -> Tensor:
     """A relaxed sample of a one-hot over dim 1 (2.1): softmax((logits + Gumbel noise) / tau), fp32.
 
-    Used forward and backward; no straight-through.
+    Used forward and backward; no straight-through. The noise of a picture follows from torch's seed and its place in
+    the batch, of which these logits may be a part that begins at place `first`.
     """
     logits = logits.float().movedim(1, -1)
-    uniform = torch.rand_like(logits).clamp_min(torch.finfo(torch.float32).tiny)
+    uniform = uniform_by_place(logits, first).clamp_min(torch.finfo(torch.float32).tiny)
     gumbel = -(-uniform.log()).log()
     return torch.softmax((logits + gumbel) / tau, dim=-1).movedim(-1, 1)
+
+
+def uniform_by_place(like: Tensor, first: int) -> Tensor:
+    """Numbers in [0, 1) of a tensor's shape and device, row by row: row i is that of place first + i in any batch.
+
+    One number is drawn from torch's own CPU generator; processes of the same seed and step so draw the same.
+    """
+    seed = int(torch.randint(2**62, ()))
+    numbers, rng = torch.empty(like.shape, device=like.device), torch.Generator(like.device)
+    for place, row in enumerate(numbers, first):
+        row.uniform_(generator=rng.manual_seed(seed + place))
+    return numbers
 
 
 def reconstruction_loss(pixels: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:

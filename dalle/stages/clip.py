@@ -19,7 +19,8 @@ from dalle.text import TextTokenizer
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
 from dalle.train.optim import OptimizerConfig
-from dalle.train.precision import compile_parts, resolve_device
+from dalle.train.parallel import Parallel
+from dalle.train.precision import compile_parts
 from dalle.types import Batch, Pairs
 
 CLIP_TRAINING = TrainConfig(
@@ -59,13 +60,22 @@ class CLIPRun(TrainingRun):
         super().__post_init__()
         if self.eval_pictures < 1:
             raise ValueError(f"eval_pictures must be positive, got {self.eval_pictures}")
+        if self.train.accumulate > 1:
+            raise ValueError(
+                "train.accumulate changes the loss of CLIP, in which each caption meets every picture of the batch; "
+                "set it to 1, and lower train.batch_size or start more processes where memory is short"
+            )
 
 
 def train_clip(run: CLIPRun) -> Path:
     """Trains, writing checkpoints and log.jsonl with the share of pictures matched to their caption."""
     run = one_batch(run)
-    out = run.directory("clip")
-    device = resolve_device(run.device)
+    with run.processes() as parallel:
+        return _train_clip(run, parallel)
+
+
+def _train_clip(run: CLIPRun, parallel: Parallel) -> Path:
+    out, device = run.directory("clip"), parallel.device
     text = take_text(run.tokenizer)
     if text.vocab_size > run.model.text_vocab:
         raise ValueError(
@@ -87,7 +97,7 @@ def train_clip(run: CLIPRun) -> Path:
     count = min(run.eval_pictures, held_out.size or run.eval_pictures)
     measured = tuple(tensor.to(device) for tensor in pack(finish_held_out(first_pairs(held_out, count))))
     # Listing 2 does not flip: captions speak of left and right
-    task = StepOfPairs(pairs, run.train.batch_size, run.seed, "transformer", finish)
+    task = StepOfPairs(pairs, run.train.batch_size, run.seed, "transformer", finish, parallel.rank, parallel.world)
 
     def evaluate(model: CLIP, step: int) -> dict[str, float]:
         loss = run.objective(model, measured, step)
@@ -97,6 +107,7 @@ def train_clip(run: CLIPRun) -> Path:
         fit(
             model, run.objective, repeated(run, batches), run.train, steps=run.steps, seed=run.seed, run_dir=out,
             meta=describe("clip", model, run.record(), links) | init, evaluate=evaluate, resume=run.resume,
+            parallel=parallel,
         )  # fmt: skip
     if model.truncated:
         tqdm.write(f"note: {model.truncated} captions were longer than {run.model.text_len - 1} tokens and cut")

@@ -18,7 +18,8 @@ from dalle.stages.start import begin, one_batch, repeated
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
 from dalle.train.optim import OptimizerConfig
-from dalle.train.precision import Precision, compile_parts, resolve_device
+from dalle.train.parallel import Parallel
+from dalle.train.precision import Precision, compile_parts
 from dalle.train.step import step_seed
 from dalle.types import Batch
 
@@ -89,8 +90,12 @@ class DVAERun(TrainingRun):
 def train_dvae(run: DVAERun) -> Path:
     """Trains, writing checkpoints, log.jsonl and a sheet of reconstructions at each evaluation."""
     run = one_batch(run)
-    out = run.directory("dvae")
-    device = resolve_device(run.device)
+    with run.processes() as parallel:
+        return _train_dvae(run, parallel)
+
+
+def _train_dvae(run: DVAERun, parallel: Parallel) -> Path:
+    out, device, rank, world = run.directory("dvae"), parallel.device, parallel.rank, parallel.world
     pairs, held_out = open_pairs(run.data), open_pairs(run.data, "held_out")
     torch.manual_seed(run.seed)
     model = build("dvae", run.model).to(device, memory_format=torch.channels_last)
@@ -100,15 +105,18 @@ def train_dvae(run: DVAERun) -> Path:
         compile_parts(model)
     count = min(run.eval_pictures, held_out.size or run.eval_pictures)
     pixels = torch.from_numpy(first_pairs(held_out, count).pixels)
-    task = StepOfPairs(pairs, run.train.batch_size, run.seed, "dvae", DVAEBatch(run.crop, run.seed))  # Listing 1
+    finish = DVAEBatch(run.crop, run.seed, rank, world)
+    task = StepOfPairs(pairs, run.train.batch_size, run.seed, "dvae", finish, rank, world)  # Listing 1
 
     def evaluate(model: DVAE, step: int) -> dict[str, float]:
-        return evaluate_dvae(model, pixels.to(device), run.objective.tau(step), out / f"reconstructions-{step:08d}.png")
+        picture = out / f"reconstructions-{step:08d}.png" if parallel.is_main else None
+        return evaluate_dvae(model, pixels.to(device), run.objective.tau(step), picture)
 
     with loader(task, run, out) as batches:
         fit(
             model, run.objective, repeated(run, batches), run.train, steps=run.steps, seed=run.seed, run_dir=out,
             meta=describe("dvae", model, run.record(), links) | init, evaluate=evaluate, resume=run.resume,
+            parallel=parallel,
         )  # fmt: skip
     return out
 
@@ -121,30 +129,41 @@ class DVAEBatch:
     """Side of the square."""
     seed: int
     """Of the squares."""
+    rank: int = 0
+    """Which of the training processes."""
+    world: int = 1
+    """Of how many."""
 
     def __call__(self, batch: Batch, step: int) -> Tensor:
         """(B, 3, H, W)."""
         pixels = torch.from_numpy(batch.pixels)
-        return pixels if self.crop is None else random_squares(pixels, self.crop, step_seed(self.seed, step))
+        if self.crop is None:
+            return pixels
+        return random_squares(pixels, self.crop, step_seed(self.seed, step), self.rank, self.world)
 
 
-def random_squares(pixels: Tensor, side: int, seed: int) -> Tensor:
-    """A square of each picture, anywhere: (B, 3, H, W) -> (B, 3, side, side)."""
+def random_squares(pixels: Tensor, side: int, seed: int, rank: int = 0, world: int = 1) -> Tensor:
+    """A square of each picture, anywhere: (B, 3, H, W) -> (B, 3, side, side).
+
+    They are drawn for the pictures of all `world` processes, whose shares are equal, and those of `rank` taken: the
+    same square of a picture whatever the number of processes.
+    """
     if side > min(pixels.shape[2:]):
         raise ValueError(f"crop {side} is larger than the pictures, {tuple(pixels.shape[2:])}; lower it")
-    rng = generator("squares", seed)
-    rows = rng.integers(pixels.shape[2] - side + 1, size=len(pixels))
-    columns = rng.integers(pixels.shape[3] - side + 1, size=len(pixels))
+    rng, own = generator("squares", seed), slice(rank * len(pixels), (rank + 1) * len(pixels))
+    rows, columns = (rng.integers(free - side + 1, size=world * len(pixels))[own] for free in pixels.shape[2:])
     squares = zip(pixels, rows, columns, strict=True)
     return torch.stack([picture[:, y : y + side, x : x + side] for picture, y, x in squares])
 
 
-def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float, picture: Path) -> dict[str, float]:
-    """Meters of held-out pictures; writes original, soft and hard reconstruction side by side."""
+def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float, picture: Path | None) -> dict[str, float]:
+    """Meters of held-out pictures; writes original, soft and hard reconstruction side by side, if told where."""
     parts = [dvae_scores(model, part, tau) for part in pixels.split(64)]
     scores = {name: float(torch.stack([part[0][name].float() for part in parts]).mean()) for name in parts[0][0]}
     if sentence := collapse_warning(scores, model.vocab_size):
         tqdm.write(f"warning: {sentence}")
+    if picture is None:
+        return scores
     rows = zip(*(to_pil(images[:8]) for images in (pixels, parts[0][1], parts[0][2])), strict=True)
     sheet([list(row) for row in rows], scale=max(1, 128 // pixels.shape[-1])).save(picture)
     return scores

@@ -10,6 +10,7 @@ from dalle.data import PairsLoader, StepOfPairs
 from dalle.files import make_directory, read_json
 from dalle.models import Part, load_part
 from dalle.text import MergeTokenizer, load_text
+from dalle.train.parallel import Mode, Parallel
 from dalle.train.precision import resolve_device
 
 ROOT = Path("runs")
@@ -41,8 +42,11 @@ class TrainingRun:
     """cuda, mps or cpu; auto takes the first there is."""
     resume: Literal["auto", "never"] = "auto"
     """auto goes on with the run that lies in --out; never refuses it."""
-    parallel: Literal["none"] = "none"
-    """One process."""
+    parallel: Mode = "none"
+    """How the processes that torchrun starts share the work: none is one process, ddp copies the model, fsdp slices
+    it, hsdp slices it within a machine and copies it between machines."""
+    shard: int | None = None
+    """For hsdp: processes that share one set of parameters; those of a machine unless given."""
     init_from: Path | None = None
     """Begin with the weights of this run, checkpoint or model directory of the same family; vocabularies may grow."""
     freeze: tuple[str, ...] = ()
@@ -60,17 +64,23 @@ class TrainingRun:
         if self.overfit is not None and self.overfit < 1:
             raise ValueError(f"overfit must be positive, got {self.overfit}")
 
+    def processes(self) -> Parallel:
+        """Joins those that train together; ValueError where they were not started so."""
+        return Parallel.start(self.parallel, self.device, self.shard)
+
     def directory(self, stage: str) -> Path:
         """Where the run writes."""
         return self.out or ROOT / stage
 
     def record(self) -> dict[str, Any]:
         """The configuration for the checkpoint, less what may change on resuming."""
-        free = {"out", "steps", "device", "resume", "parallel", "compile", "encode"}
+        free = {"out", "steps", "device", "resume", "parallel", "shard", "compile", "encode"}
         free |= {"tokens", "tokenizer", "dvae"}  # the links name what they held
         free |= {"init_from"}  # as `begin` says
         free |= {name for name in ("freeze", "overfit") if not getattr(self, name)}  # older runs do not know them
         kept = {key: value for key, value in to_dict(self).items() if key not in free}
+        if "train" in kept:
+            kept["train"] = {key: value for key, value in kept["train"].items() if key != "accumulate"}
         if "data" in kept:
             kept["data"] = {key: value for key, value in kept["data"].items() if key not in FREE_OF_DATA}
         return kept

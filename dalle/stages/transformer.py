@@ -19,7 +19,8 @@ from dalle.stages.runs import TrainingRun, take, take_text
 from dalle.stages.start import begin, one_batch, repeated
 from dalle.text import MergeTokenizer, TextTokenizerConfig
 from dalle.train import TrainConfig, fit
-from dalle.train.precision import compile_parts, resolve_device
+from dalle.train.parallel import Parallel
+from dalle.train.precision import compile_parts
 from dalle.transformer import TransformerConfig
 
 
@@ -64,18 +65,28 @@ class TokenBatches:
     """Joint ids of a step: a caption of each picture, encoded with dropout, and its image tokens.
 
     Which caption and which merges are skipped depends on (seed, epoch, picture) alone. `truncated`
-    counts captions that were cut.
+    counts captions that were cut. Of `world` processes each takes its share of the step: joined in the order of
+    `rank` they are the step of one.
     """
 
-    def __init__(self, cache: TokenCache, text: MergeTokenizer, layout: TokenLayout, run: TransformerRun):
+    def __init__(
+        self,
+        cache: TokenCache,
+        text: MergeTokenizer,
+        layout: TokenLayout,
+        run: TransformerRun,
+        rank: int = 0,
+        world: int = 1,
+    ):
         self.cache, self.text, self.layout, self.run = cache, text, layout, run
+        self.rank, self.world = rank, world
         self.trained = cache.size - run.eval_pictures
         self.truncated = 0
 
     def __call__(self, step: int) -> Tensor:
-        """int64 (B, N). A sample is one crop of one picture: all pictures in one crop, then all in the next."""
+        """int64 (B / world, N). A sample is one crop of one picture: all pictures in one crop, then all in the next."""
         size = self.cache.crops * self.trained
-        drawn = samples_of_step(step, self.run.train.batch_size, size, self.run.seed)
+        drawn = samples_of_step(step, self.run.train.batch_size, size, self.run.seed, self.rank, self.world)
         samples = [(epoch, *divmod(sample, self.trained)) for epoch, sample in drawn]
         _, crops, pictures = zip(*samples, strict=True)
         captions = [
@@ -106,8 +117,12 @@ class TokenBatches:
 def train_transformer(run: TransformerRun) -> Path:
     """Trains, writing checkpoints and log.jsonl with nats per text and per image token."""
     run = one_batch(run)
-    out = run.directory("transformer")
-    device = resolve_device(run.device)
+    with run.processes() as parallel:
+        return _train_transformer(run, parallel)
+
+
+def _train_transformer(run: TransformerRun, parallel: Parallel) -> Path:
+    out, device = run.directory("transformer"), parallel.device
     text, cache = take_text(run.tokenizer), TokenCache(take("tokens", run.tokens))
     check_inputs(run, text, cache)
     torch.manual_seed(run.seed)
@@ -118,7 +133,7 @@ def train_transformer(run: TransformerRun) -> Path:
     print("attention: " + ", ".join(f"{kind} by {backend}" for kind, backend in model.backends().items()))
     if run.compile:
         compile_parts(model)
-    batches = TokenBatches(cache, text, model.layout, run)
+    batches = TokenBatches(cache, text, model.layout, run, parallel.rank, parallel.world)
     held_out = batches.held_out().split(run.train.batch_size)
 
     def evaluate(model, step: int) -> dict[str, float]:
@@ -131,6 +146,7 @@ def train_transformer(run: TransformerRun) -> Path:
     fit(
         model, run.objective, repeated(run, batches), run.train, steps=run.steps, seed=run.seed, run_dir=out,
         meta=describe("transformer", model, run.record(), links) | init, evaluate=evaluate, resume=run.resume,
+        parallel=parallel,
     )  # fmt: skip
     if batches.truncated:
         tqdm.write(f"note: {batches.truncated} captions were longer than {model.layout.caption_room} tokens and cut")

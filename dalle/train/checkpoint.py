@@ -21,14 +21,20 @@ from dalle.train.state import TrainState
 FORMAT = 2  # 1 had the transformer's norms beside its resblocks
 
 
-def save_checkpoint(run_dir: Path, state: TrainState, meta: dict[str, Any], keep: int) -> Path:
-    """Writes a checkpoint of the state and removes all but the newest `keep`."""
+def save_checkpoint(run_dir: Path, state: TrainState, meta: dict[str, Any], keep: int, write: bool = True) -> Path:
+    """Writes a checkpoint of the state and removes all but the newest `keep`.
+
+    Of several processes each must call it, since sliced tensors are gathered, and one only may `write`.
+    """
     root = run_dir / "checkpoints"
     name = f"step-{state.step:08d}"
+    tensors_by_file = state.tensors()
+    if not write:
+        return root / name
     partial = root / f".partial-{name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file, tensors in state.tensors().items():
+    for file, tensors in tensors_by_file.items():
         write_tensors(partial / f"{file}.safetensors", tensors)
     write_json(partial / "meta.json", {"format": FORMAT, **meta, **state.numbers()})
     sync_folder(partial)

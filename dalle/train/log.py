@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dalle.train.shards import local
+
 Numbers = dict[str, float | list[float]]
 
 
@@ -31,6 +33,13 @@ class JSONLines:
         """Appends one line."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
+
+
+class Silence:
+    """The log of a process that is not the first: keeps nothing."""
+
+    def write(self, step: int, numbers: Numbers) -> None:
+        """Does nothing."""
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
@@ -63,7 +72,7 @@ def first_nonfinite(model: nn.Module, forward) -> str:
         forward: runs the failing step's forward pass again.
     """
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not torch.isfinite(local(parameter)).all():
             return f"parameter {name}"
     found: list[str] = []
 
@@ -84,7 +93,7 @@ def first_nonfinite(model: nn.Module, forward) -> str:
     if found:
         return found[0]
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+        if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
             return f"gradient of {name}"
     return "the loss itself"
 

@@ -14,6 +14,8 @@ gradient before the cast down and divides it after (dalle/nn/blocks.py), by a sc
 import torch
 from torch import Tensor, nn
 
+from dalle.train.shards import local
+
 START = 2.0**13
 GROWTH = 2.0 ** (1 / 1000)
 BACKOFF = 2.0**-0.5
@@ -39,10 +41,10 @@ class GradientScales:
 
     @torch.no_grad()
     def unscale(self) -> Tensor:
-        """Divides the gradients of each resblock by its scale; bool (blocks,), which of them are finite."""
+        """Divides the gradients of each resblock by its scale; bool (blocks,), which of them are finite here."""
         finite = []
         for block, value in zip(self.resblocks, self.values, strict=True):
-            gradients = [p.grad for p in block.parameters() if p.grad is not None]
+            gradients = [local(p.grad) for p in block.parameters() if p.grad is not None]
             if gradients:
                 torch._foreach_div_(gradients, value)
             finite.append(all_finite(gradients, value.device))

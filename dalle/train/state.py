@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dalle.train.ema import AveragedWeights, EMAConfig
 from dalle.train.scaling import GradientScales
+from dalle.train.shards import placed, whole
 
 
 class Stateful(Protocol):
@@ -47,11 +48,12 @@ class TrainState:
     """Whatever else has a memory, by name."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Every tensor, by file and name."""
+        """Every tensor, by file and name, whole: where parameters are sliced, every process must ask."""
         scales = {"scales": self.scales.state_dict()} if self.scales else {}
         extras = {name: part.state_dict() for name, part in self.extras.items()}
         held = {"model": self.model.state_dict(), "ema": self.ema.sums, "optimizer": _moments(self)}
-        return held | scales | {name: tensors for name, tensors in extras.items() if tensors}
+        held |= scales | {name: tensors for name, tensors in extras.items() if tensors}
+        return {file: {name: whole(tensor) for name, tensor in tensors.items()} for file, tensors in held.items()}
 
     def numbers(self) -> dict[str, Any]:
         """Everything that is no tensor."""
@@ -69,7 +71,7 @@ class TrainState:
         self.ema.config = EMAConfig(numbers["ema"]["decay"], numbers["ema"]["every"])
         self.ema.updates = numbers["ema"]["updates"]
         for name, tensor in tensors["ema"].items():
-            self.ema.sums[name].copy_(tensor)
+            self.ema.sums[name].copy_(placed(tensor, self.ema.sums[name]))
         _load_moments(self, tensors["optimizer"])
         if self.scales:
             self.scales.load_state_dict(tensors["scales"])
@@ -89,7 +91,7 @@ def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> N
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             raise ValueError(f"{source}: {name!r} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}")
-    model.load_state_dict(tensors)
+    model.load_state_dict({name: placed(tensor, own[name]) for name, tensor in tensors.items()})
 
 
 def _moments(state: TrainState) -> dict[str, Tensor]:
@@ -111,4 +113,4 @@ def _load_moments(state: TrainState, moments: dict[str, Tensor]) -> None:
         parameter = names[name]
         like = tensor if moment == "step" else parameter  # the fused kernel wants the parameter's strides
         value = torch.empty_like(like, dtype=tensor.dtype, device=parameter.device)
-        owners[parameter].state[parameter][moment] = value.copy_(tensor)
+        owners[parameter].state[parameter][moment] = value.copy_(placed(tensor, value))

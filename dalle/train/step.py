@@ -1,5 +1,7 @@
 """One update, a function of state, batch, seed and step: loss, gradient, clip, optimizers, averaging."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,36 +9,49 @@ from torch import Tensor, nn
 
 from dalle.train.log import first_nonfinite
 from dalle.train.optim import OptimizerConfig, set_rate
+from dalle.train.parallel import Parallel
 from dalle.train.precision import autocast
 from dalle.train.scaling import GradientScales
+from dalle.train.shards import clip_gradients
 from dalle.train.state import TrainState
 from dalle.types import Loss, Objective
 
 
 def train_step(
-    state: TrainState, batch: Any, objective: Objective, optim: OptimizerConfig, precision: str, seed: int
+    state: TrainState,
+    batch: Any,
+    objective: Objective,
+    optim: OptimizerConfig,
+    precision: str,
+    seed: int,
+    parallel: Parallel | None = None,
+    passes: int = 1,
 ) -> tuple[Loss, Tensor]:
     """One update: loss, gradient, clip, optimizers, averaging. Returns the loss and the gradient's norm.
 
     With gradient scales an update whose gradient is not finite is skipped, and counts as a step.
+
+    Args:
+        batch: this process's part.
+        parallel: the processes; one alone unless given.
+        passes: forward and backward passes that the part is divided among; they change memory and no result.
     """
-    device = next(state.model.parameters()).device
-
-    def forward() -> Loss:
-        torch.manual_seed(step_seed(seed, state.step))
-        with autocast(precision, device):
-            return objective(state.model, batch, state.step)
-
-    loss = forward()
+    parallel = parallel or Parallel()
+    forwards = forward_passes(state, batch, objective, precision, seed, parallel, passes)
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    loss.total.backward()
-    finite = state.scales.unscale() if state.scales else None
-    limit = float("inf") if optim.clip is None else optim.clip
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), limit)
+    losses = []
+    for number, forward in enumerate(forwards, start=1):
+        with parallel.collecting(last=number == passes):
+            losses.append(forward())
+            losses[-1].total.backward()
+    parallel.finish_gradients(state.model, passes)
+    loss = mean_loss(losses, parallel)
+    finite = parallel.all_true(state.scales.unscale()) if state.scales else None
+    norm = clip_gradients(state.model.parameters(), float("inf") if optim.clip is None else optim.clip)
     good = bool(torch.isfinite(norm))
     if not torch.isfinite(loss.total) or not (good or state.scales):
-        where = first_nonfinite(state.model, forward)
+        where = first_nonfinite(state.model, lambda: [forward() for forward in forwards])
         raise FloatingPointError(
             f"step {state.step + 1}: loss {float(loss.total.detach())}, gradient norm {float(norm)}; "
             f"first bad tensor: {where}. The last checkpoint is whole; lower the step size, or check the data"
@@ -53,8 +68,64 @@ def train_step(
     return loss, norm
 
 
+def forward_passes(
+    state: TrainState, batch: Any, objective: Objective, precision: str, seed: int, parallel: Parallel, passes: int
+) -> list[Callable[[], Loss]]:
+    """The forward passes of a step in this process; each may be run again and gives the same.
+
+    Every process and every pass has the same seed; an objective that draws tells its part by `Part.index`.
+    """
+    step, device = state.step, next(state.model.parameters()).device
+    pieces = split(batch, passes)
+    count = getattr(objective, "counts", None)
+    several = passes * parallel.world > 1
+    counts = parallel.all_sum(sum(count(state.model, piece) for piece in pieces)) if several and count else None
+
+    def run(model: nn.Module, number: int) -> tuple[Tensor, dict[str, Any]]:
+        part = (parallel.part(number, passes, counts),) if several else ()
+        loss = objective(model, pieces[number], step, *part)
+        return loss.total, loss.metrics
+
+    def forward(number: int) -> Loss:
+        torch.manual_seed(step_seed(seed, step))
+        with autocast(precision, device):
+            return Loss(*parallel.run(state.model, run, number))
+
+    return [partial(forward, number) for number in range(passes)]
+
+
+def mean_loss(losses: list[Loss], parallel: Parallel) -> Loss:
+    """Total and metrics of a step: the mean over its passes and over the processes, detached."""
+    if len(losses) * parallel.world == 1:
+        return losses[0]
+    names = list(losses[0].metrics)
+    device = losses[0].total.device
+    rows = [[loss.total.detach(), *(loss.metrics[name] for name in names)] for loss in losses]
+    table = torch.stack([torch.stack([torch.as_tensor(v, device=device).float() for v in row]) for row in rows])
+    total, *values = parallel.all_mean(table.mean(dim=0)).unbind()
+    return Loss(total, dict(zip(names, values, strict=True)))
+
+
+def split(batch: Any, count: int) -> list[Any]:
+    """A batch as `count` equal parts in order; ValueError where it does not divide."""
+    if count == 1:
+        return [batch]
+    if isinstance(batch, dict):
+        return [dict(zip(batch, parts, strict=True)) for parts in split(tuple(batch.values()), count)]
+    if isinstance(batch, tuple | list):
+        return [type(batch)(parts) for parts in zip(*(split(value, count) for value in batch), strict=True)]
+    if len(batch) % count:
+        raise ValueError(f"{len(batch)} samples do not divide among {count} passes; change batch_size or accumulate")
+    return list(batch.chunk(count))
+
+
 def gradient_scales(model: nn.Module) -> GradientScales:
-    """A scale for each of the model's resblocks; ValueError for a model that cannot be scaled so."""
+    """A scale for each of the model's resblocks; ValueError for a model that cannot be scaled so.
+
+    The paper divides the loss by the pictures of all M processes and multiplies the scales by M. Here each process
+    takes the mean of its own part, M times as large, and the fp32 means of the gradients divide by M: the same numbers
+    stand in fp16, and a scale means the same on any number of processes.
+    """
     if not hasattr(model, "resblocks"):
         raise ValueError(f"{type(model).__name__} has no gradient scales for fp16; set train.precision to bf16 or fp32")
     return GradientScales(model.resblocks())

@@ -20,12 +20,15 @@ TEXT_WEIGHT = 1 / 8  # 2.2
 LOGITS = 2**23  # at once, 32 MiB: 1,024 positions over the paper's 8,192 codes
 
 
-def cross_entropies(model: Transformer, ids: Tensor, logits: int = LOGITS) -> tuple[Tensor, Tensor]:
+def cross_entropies(
+    model: Transformer, ids: Tensor, logits: int = LOGITS, text_tokens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean negative log likelihood in nats per text token and per image token.
 
     Args:
         ids: joint ids (B, N).
         logits: how many exist at once (at least one position's).
+        text_tokens: what the text's sum is divided by; the number of text tokens in `ids` unless given.
     """
     layout = model.layout
     at_once = [max(1, logits // vocab) for vocab in (layout.image_offset, layout.image_vocab)]
@@ -35,13 +38,17 @@ def cross_entropies(model: Transformer, ids: Tensor, logits: int = LOGITS) -> tu
     slots = torch.arange(layout.text_len, device=ids.device).expand_as(counts)[counts]
     states = hidden[:, : layout.text_len][counts], hidden[:, layout.text_len :].flatten(0, 1)
     return (
-        chunked_cross_entropy(model.text_logits, (states[0], slots), text[counts], at_once[0]),
+        chunked_cross_entropy(model.text_logits, (states[0], slots), text[counts], at_once[0], text_tokens),
         chunked_cross_entropy(model.image_logits, (states[1],), image.flatten(), at_once[1]),
     )
 
 
 def chunked_cross_entropy(
-    to_logits: Callable[..., Tensor], inputs: tuple[Tensor, ...], targets: Tensor, chunk: int
+    to_logits: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    targets: Tensor,
+    chunk: int,
+    count: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy of R positions, made `chunk` at a time and again in the backward pass.
 
@@ -50,15 +57,17 @@ def chunked_cross_entropy(
         inputs: what it takes, each (R, ...).
         targets: int64 (R,).
         chunk: positions at once; all R in one go are not computed twice.
+        count: what the sum is divided by; R unless given.
     """
+    count = len(targets) if count is None else count
 
     def nats(targets: Tensor, *inputs: Tensor) -> Tensor:
         return F.cross_entropy(to_logits(*inputs), targets, reduction="sum")
 
     if len(targets) <= chunk:
-        return nats(targets, *inputs) / len(targets)
+        return nats(targets, *inputs) / count
     parts = zip(targets.split(chunk), *(i.split(chunk) for i in inputs), strict=True)
-    return sum(checkpoint(nats, *part, use_reentrant=False) for part in parts) / len(targets)
+    return sum(checkpoint(nats, *part, use_reentrant=False) for part in parts) / count
 
 
 def weighted_cross_entropy(text: Tensor, image: Tensor, text_weight: float = TEXT_WEIGHT) -> Tensor:
