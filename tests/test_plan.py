@@ -105,6 +105,7 @@ def test_operations_of_the_transformer_by_formula():
         ("transformer", LONG, "bf16"),
         ("transformer", LONG, "fp16"),
         ("transformer", replace(LONG, recompute=True), "bf16"),
+        ("transformer", replace(BALANCED, recompute=True, depth=12), "fp32"),
         ("transformer", replace(LONG, backend="blocks"), "fp32"),
         ("transformer", BALANCED, "fp32"),
         ("transformer", BALANCED, "bf16"),

@@ -7,8 +7,11 @@ of a CPU, whose fused attention holds what a GPU's does: queries, keys, values a
     B batch, T text_len, N all slots
 """
 
+import gc
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.clip import CLIP
 from dalle.dvae import DVAE
-from dalle.dvae.losses import gumbel_softmax, kl_loss, reconstruction_loss
+from dalle.dvae.losses import kl_loss, reconstruction_loss
 from dalle.models import build
 from dalle.train.precision import autocast
 from dalle.train.step import gradient_scales
@@ -95,6 +98,7 @@ class LiveBytes(TorchDispatchMode):
         self.copies -= size if copied else 0
 
     def _complete(self, parameter: nn.Parameter) -> None:
+        gc.collect()
         self.gradients += parameter.grad.untyped_storage().nbytes()
 
 
@@ -116,7 +120,7 @@ def dry_step(kind: str, config: Any, batch: int, precision: str, pixels: tuple[i
         "clip": (_image_tower, _text_tower, ("image tower", "text tower")),
     }[kind]
     count = FlopCounterMode(display=False)  # under LiveBytes, since it takes some operators apart
-    with FakeTensorMode(allow_non_fake_inputs=True), count, LiveBytes() as live:
+    with FakeTensorMode(allow_non_fake_inputs=True), _collected_in_order(), count, LiveBytes() as live:
         model = build(kind, config)
         if precision == "fp16":
             gradient_scales(model)
@@ -144,6 +148,21 @@ def dry_step(kind: str, config: Any, batch: int, precision: str, pixels: tuple[i
         working=live.peak - start - kept,
         together=live.peak_of_all - start,
     )
+
+
+@contextmanager
+def _collected_in_order() -> Iterator[None]:
+    """Recomputing leaves cycles of references, which Python's collector frees now or then: here when a gradient is
+    complete, so that the count is the same each time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    gc.freeze()  # what is there already need not be looked at
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_on:
+            gc.enable()
 
 
 def _count(module: nn.Module) -> int:
@@ -183,7 +202,10 @@ def _encoder(model: DVAE, batch: int, pixels: tuple[int, int]) -> Tensor:
 def _decoder(model: DVAE, logits: Tensor) -> Tensor:
     side = model.config.downsampling
     pixels = torch.zeros(len(logits), 3, logits.shape[2] * side, logits.shape[3] * side)
-    soft = reconstruction_loss(pixels, *model.reconstruct(gumbel_softmax(logits, 1.0)))
+    last = logits.float().movedim(1, -1)
+    noise = -(-torch.rand_like(last).log()).log()  # as `gumbel_softmax`, whose seed has a content
+    codes = torch.softmax((last + noise) / 1.0, dim=-1).movedim(-1, 1)
+    soft = reconstruction_loss(pixels, *model.reconstruct(codes))
     return soft + kl_loss(logits, pixels[0].numel())
 
 
