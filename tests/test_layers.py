@@ -17,7 +17,19 @@ LAYERS = [
     {"files", "rng", "layout", "masks", "sampling", "images"},
     {"nn"},
     {"text", "dvae", "transformer", "clip", "data", "train"},
-    {"objectives", "rerank", "models", "pretrained", "evals", "generation", "drawing", "directory", "pipeline"},
+    {
+        "objectives",
+        "rerank",
+        "models",
+        "pretrained",
+        "evals",
+        "generation",
+        "drawing",
+        "directory",
+        "pipeline",
+        "plan",
+        "finetune",
+    },
     {"stages"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -15,6 +15,7 @@ from dalle.models import build, describe
 from dalle.objectives import CLIPObjective
 from dalle.stages.drawing import retrieval_sheet
 from dalle.stages.runs import TrainingRun, loader, take_text
+from dalle.stages.start import begin, one_batch, repeated
 from dalle.text import TextTokenizer
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
@@ -77,6 +78,7 @@ class CLIPRun(TrainingRun):
 
 def train_clip(run: CLIPRun) -> Path:
     """Trains, writing checkpoints, the share of pictures matched to their caption, and sheets of what it finds."""
+    run = one_batch(run)
     with run.processes() as parallel:
         return _train_clip(run, parallel)
 
@@ -91,6 +93,8 @@ def _train_clip(run: CLIPRun, parallel: Parallel) -> Path:
     pairs, held_out = (open_pairs(run.data, split, run.siblings) for split in ("train", "held_out"))
     torch.manual_seed(run.seed)
     model = build("clip", run.model).to(device)
+    links = {"text": text.to_dict(), "text_hash": text.hash, "data": pairs.hash}
+    init = begin("clip", run, model, links)
     if run.compile:
         compile_parts(model)
 
@@ -110,11 +114,10 @@ def _train_clip(run: CLIPRun, parallel: Parallel) -> Path:
         loss = run.objective(model, measured, step)
         return {"loss": loss.total, **loss.metrics, "retrieved": retrieval_sheet(model, *measured[:2], captions)}
 
-    links = {"text": text.to_dict(), "text_hash": text.hash, "data": pairs.hash}
     with loader(task, run, out, pack) as batches:
         fit(
-            model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
-            meta=describe("clip", model, run.record(), links), evaluate=evaluate, resume=run.resume,
+            model, run.objective, repeated(run, batches), run.train, steps=run.steps, seed=run.seed, run_dir=out,
+            meta=describe("clip", model, run.record(), links) | init, evaluate=evaluate, resume=run.resume,
             parallel=parallel, log=run.log,
         )  # fmt: skip
     if model.truncated:

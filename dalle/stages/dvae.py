@@ -15,6 +15,7 @@ from dalle.models import build, describe
 from dalle.objectives import DVAEObjective, collapse_warning, dvae_scores
 from dalle.rng import generator
 from dalle.stages.runs import TrainingRun, loader
+from dalle.stages.start import begin, one_batch, repeated
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
 from dalle.train.optim import OptimizerConfig
@@ -96,6 +97,7 @@ class DVAERun(TrainingRun):
 
 def train_dvae(run: DVAERun) -> Path:
     """Trains, writing checkpoints, log.jsonl and a sheet of reconstructions at each evaluation."""
+    run = one_batch(run)
     with run.processes() as parallel:
         return _train_dvae(run, parallel)
 
@@ -105,6 +107,8 @@ def _train_dvae(run: DVAERun, parallel: Parallel) -> Path:
     pairs, held_out = open_pairs(run.data), open_pairs(run.data, "held_out")
     torch.manual_seed(run.seed)
     model = build("dvae", run.model).to(device, memory_format=torch.channels_last)
+    links = {"data": pairs.hash}
+    init = begin("dvae", run, model, links)
     if run.compile:
         compile_parts(model)
     count = min(run.eval_pictures, held_out.size or run.eval_pictures)
@@ -117,8 +121,8 @@ def _train_dvae(run: DVAERun, parallel: Parallel) -> Path:
 
     with loader(task, run, out) as batches:
         fit(
-            model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
-            meta=describe("dvae", model, run.record(), {"data": pairs.hash}), evaluate=evaluate, resume=run.resume,
+            model, run.objective, repeated(run, batches), run.train, steps=run.steps, seed=run.seed, run_dir=out,
+            meta=describe("dvae", model, run.record(), links) | init, evaluate=evaluate, resume=run.resume,
             parallel=parallel, log=run.log,
         )  # fmt: skip
     return out

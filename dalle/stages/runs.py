@@ -51,6 +51,12 @@ class TrainingRun:
     it, hsdp slices it within a machine and copies it between machines."""
     shard: int | None = None
     """For hsdp: processes that share one set of parameters; those of a machine unless given."""
+    init_from: Path | None = None
+    """Begin with the weights of this run, checkpoint or model directory of the same family; vocabularies may grow."""
+    freeze: tuple[str, ...] = ()
+    """Names of parameters that are not trained; * stands for anything: "layers.0.*"."""
+    overfit: int | None = None
+    """Train on the first batch alone, of so many samples, again and again: a check that the loss can fall."""
     compile: bool = False
     """Compile each layer: minutes at the start, faster steps (fewer, larger kernels)."""
     log: LogConfig = LogConfig()
@@ -61,6 +67,8 @@ class TrainingRun:
             raise ValueError(f"steps must be positive, got {self.steps}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
+        if self.overfit is not None and self.overfit < 1:
+            raise ValueError(f"overfit must be positive, got {self.overfit}")
 
     def processes(self) -> Parallel:
         """Joins those that train together; ValueError where they were not started so."""
@@ -74,6 +82,8 @@ class TrainingRun:
         """The configuration for the checkpoint, less what may change on resuming."""
         free = {"out", "steps", "device", "resume", "parallel", "shard", "compile", "encode", "log"}
         free |= {"tokens", "tokenizer", "dvae"}  # the links name what they held
+        free |= {"init_from"}  # as `begin` says
+        free |= {name for name in ("freeze", "overfit") if not getattr(self, name)}  # older runs do not know them
         kept = {key: value for key, value in to_dict(self).items() if key not in free}
         if "train" in kept:
             kept["train"] = {key: value for key, value in kept["train"].items() if key != "accumulate"}

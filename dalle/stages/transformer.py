@@ -18,6 +18,7 @@ from dalle.rng import generator
 from dalle.stages.drawing import Drawings
 from dalle.stages.encode import take_image_tokenizer
 from dalle.stages.runs import TrainingRun, take, take_text
+from dalle.stages.start import begin, one_batch, repeated
 from dalle.text import MergeTokenizer, TextTokenizerConfig
 from dalle.train import TrainConfig, fit
 from dalle.train.parallel import Parallel
@@ -128,6 +129,7 @@ class TokenBatches:
 
 def train_transformer(run: TransformerRun) -> Path:
     """Trains, writing checkpoints and log.jsonl with nats per text and per image token, and drawings if asked."""
+    run = one_batch(run)
     with run.processes() as parallel:
         return _train_transformer(run, parallel)
 
@@ -138,6 +140,8 @@ def _train_transformer(run: TransformerRun, parallel: Parallel) -> Path:
     image_tokenizer = check_inputs(run, text, cache, device)
     torch.manual_seed(run.seed)
     model = build("transformer", run.model).to(device)
+    links = {"text": text.to_dict(), "text_hash": text.hash, "dvae": cache.meta["dvae"], "tokens": cache.hash}
+    init = begin("transformer", run, model, links)
     # `backends` refuses, before any work, what cannot run
     print("attention: " + ", ".join(f"{kind} by {backend}" for kind, backend in model.backends().items()))
     if run.compile:
@@ -156,10 +160,9 @@ def _train_transformer(run: TransformerRun, parallel: Parallel) -> Path:
         scores = {name: float(torch.stack(values).cpu() @ weights) for name, values in named.items()}
         return scores | ({"drawings": draw(model)} if draw else {})
 
-    links = {"text": text.to_dict(), "text_hash": text.hash, "dvae": cache.meta["dvae"], "tokens": cache.hash}
     fit(
-        model, run.objective, batches, run.train, steps=run.steps, seed=run.seed, run_dir=out,
-        meta=describe("transformer", model, run.record(), links), evaluate=evaluate, resume=run.resume,
+        model, run.objective, repeated(run, batches), run.train, steps=run.steps, seed=run.seed, run_dir=out,
+        meta=describe("transformer", model, run.record(), links) | init, evaluate=evaluate, resume=run.resume,
         parallel=parallel, log=run.log,
     )  # fmt: skip
     if batches.truncated:

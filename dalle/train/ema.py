@@ -32,19 +32,19 @@ class EMAConfig:
 
 
 class AveragedWeights:
-    """The running sum of a model's parameters, by name."""
+    """The running sum of a model's trainable parameters, by name; one that is frozen is its own average."""
 
     def __init__(self, model: nn.Module, config: EMAConfig):
         self.config = config
         self.updates = 0
-        self.sums = {name: self._moved(torch.zeros_like(p)) for name, p in model.named_parameters()}
+        self.sums = {name: self._moved(torch.zeros_like(p)) for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """After update `step` (counted from 1): takes the weights in if it is their turn."""
         if step % self.config.every == 0:
             self.updates += 1
-            weights = [self._moved(p.detach()) for _, p in model.named_parameters()]
+            weights = [self._moved(p.detach()) for name, p in model.named_parameters() if name in self.sums]
             torch._foreach_lerp_(list(self.sums.values()), weights, 1 - self.config.decay)
 
     def _moved(self, tensor: Tensor) -> Tensor:

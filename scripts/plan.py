@@ -1,0 +1,16 @@
+"""Before you rent: memory, operations, traffic, days and cost of a training, without starting it.
+
+python scripts/plan.py --config configs/transformer/paper.yaml --gpus 1024 --gpu v100-16gb --train.precision fp16
+python scripts/plan.py --config configs/dvae/small.yaml --gpus 1 --gpu rtx-4090 --mfu 0.3 --price 0.5 --json plan.json
+"""
+
+import sys
+
+from dalle.config import parse, tell_errors
+from dalle.stages.kinds import take_kind
+from dalle.stages.plan import PLANS, plan_training
+
+if __name__ == "__main__":
+    with tell_errors():
+        kind, words = take_kind(sys.argv[1:])
+        plan_training(kind, parse(PLANS[kind], words, description=__doc__))

@@ -1,0 +1,17 @@
+"""Find a step size: the same short training at several multiples of the configured one.
+
+python scripts/sweep.py 0.25 0.5 1 2 4 --config configs/transformer/shapes.yaml --steps 100
+"""
+
+import sys
+from itertools import takewhile
+
+from dalle.config import parse, tell_errors
+from dalle.stages.kinds import TRAININGS, take_kind
+from dalle.stages.sweep import sweep
+
+if __name__ == "__main__":
+    with tell_errors():
+        factors = list(takewhile(lambda word: word[:1].isdigit(), sys.argv[1:]))
+        kind, words = take_kind(sys.argv[1 + len(factors) :])
+        sweep(kind, parse(TRAININGS[kind][0], words, description=__doc__), [float(factor) for factor in factors])
