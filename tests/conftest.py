@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dalle.config import load
+from dalle.files import SUMS, hashes, read_json, write_json, write_sums
 from dalle.models import load_part
 from dalle.pipeline import DALLE
 from dalle.stages.clip import CLIPRun, train_clip
@@ -25,6 +26,7 @@ from dalle.stages.transformer import TransformerRun, train_transformer
 
 PROJECT = Path(__file__).parents[1]
 PROMPT = "a red cross above a blue circle on a white background"
+
 
 TRAIN = """\
 train:
@@ -160,3 +162,15 @@ def python() -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=seconds)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def change_meta() -> Callable[..., None]:
+    """change_meta(checkpoint, key=value): other words in its meta.json, hashed as if they had been written so."""
+
+    def change(checkpoint: Path, **changes: object) -> None:
+        write_json(checkpoint / "meta.json", read_json(checkpoint / "meta.json") | changes)
+        (checkpoint / SUMS).unlink()
+        write_sums(checkpoint, hashes(checkpoint, [path for path in checkpoint.iterdir() if path.is_file()]))
+
+    return change

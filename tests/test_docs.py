@@ -44,7 +44,10 @@ def planned(command: str) -> str:
     return said.getvalue()
 
 
-@pytest.mark.parametrize(("command", "shown"), PLANNED, ids=[str(i) for i in range(len(PLANNED))])
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [pytest.param(*block, id=str(i), marks=[pytest.mark.slow] * (i > 0)) for i, block in enumerate(PLANNED)],
+)
 def test_the_page_shows_what_plan_prints(command, shown):
     assert planned(command) == shown, "python tests/test_docs.py writes the blocks anew"
 

@@ -240,12 +240,10 @@ def test_a_fresh_run_does_not_go_on_from_other_weights(chain, start, tmp_path):
         start("clip", tmp_path / "fresh", steps=3, init_from=chain / "clip")
 
 
-def test_another_tokenizer_is_noted(chain, start, tmp_path, capsys):
+def test_another_tokenizer_is_noted(chain, change_meta, start, tmp_path, capsys):
     changed = tmp_path / "source"
     shutil.copytree(chain / "transformer", changed)
-    meta = meta_of(changed)
-    meta["links"]["text_hash"] = "other"
-    (latest_checkpoint(changed) / "meta.json").write_text(json.dumps(meta))
+    change_meta(latest_checkpoint(changed), links=meta_of(changed)["links"] | {"text_hash": "other"})
     start("transformer", tmp_path / "tuned", init_from=changed)
     assert "the source was trained with another text tokenizer: its text ids may mean something else" in (
         capsys.readouterr().out

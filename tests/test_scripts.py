@@ -3,7 +3,6 @@
 The chain runs in fresh processes; the rest runs the scripts' files in this one.
 """
 
-import json
 import os
 import re
 import runpy
@@ -19,7 +18,7 @@ import torch
 from PIL import Image
 
 from dalle.data import TokenCache
-from dalle.files import SUMS, hashes, read_json, write_sums
+from dalle.files import read_json
 from dalle.models import load_part
 from dalle.pipeline import DALLE
 from dalle.stages import quickstart as stage
@@ -348,12 +347,9 @@ class TestMissingStages:
             os.utime(pointer, (1000 + i % 2, 1000 + i % 2))
         assert runs.newest("dvae") == Path("runs/quick/b")
 
-    def test_training_that_is_not_finished_is_noted(self, chain, tmp_path, capsys):
+    def test_training_that_is_not_finished_is_noted(self, chain, change_meta, tmp_path, capsys):
         shutil.copytree(chain / "dvae", tmp_path / "dvae")
-        meta = latest_checkpoint(tmp_path / "dvae") / "meta.json"
-        meta.write_text(json.dumps(read_json(meta) | {"steps": 100}))
-        (meta.parent / SUMS).unlink()
-        write_sums(meta.parent, hashes(meta.parent, [path for path in meta.parent.iterdir() if path.is_file()]))
+        change_meta(latest_checkpoint(tmp_path / "dvae"), steps=100)
         runs.take_part("dvae", tmp_path / "dvae")
         assert "was trained for 2 of 100 steps only" in capsys.readouterr().out
 

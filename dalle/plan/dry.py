@@ -28,7 +28,7 @@ from dalle.dvae.losses import kl_loss, reconstruction_loss
 from dalle.models import build
 from dalle.train.precision import autocast
 from dalle.train.step import gradient_scales
-from dalle.transformer import Transformer, TransformerConfig
+from dalle.transformer import Transformer
 from dalle.transformer.losses import LOGITS, chunked_cross_entropy
 
 
@@ -219,15 +219,3 @@ def _text_tower(model: CLIP, images: Tensor) -> Tensor:
 
     text = model.net.encode_text(torch.zeros(len(images), model.config.text_len, dtype=torch.int64), normalize=True)
     return ClipLoss()(images.float(), text.float(), model.logit_scale())
-
-
-def cache_bytes(config: TransformerConfig, precision: str) -> int:
-    """Bytes of keys and values that sampling keeps for one candidate."""
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-        model = build("transformer", config)
-        before = live.now
-        with autocast(precision, torch.device("cpu")):
-            caches = model.caches(1)
-        held = live.now - before
-        del caches
-    return held

@@ -15,11 +15,6 @@ def ring(size: float, processes: int) -> float:
     return size * (processes - 1) / processes
 
 
-def sent_share(width: int, rank: int, shards: int) -> float:
-    """PowerSGD's factors against the gradients of the layers' matrices (Table 2): 5 r / 8 d for 8 shards."""
-    return rank * (shards + 2) / (2 * width * shards)
-
-
 def traffic(
     mode: str, step: DryStep, gpus: int, per_machine: int, shards: int, half: bool, share: float = 1.0,
     accumulate: int = 1,

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from dalle.files import make_directory, write_json
-from dalle.plan.dry import DryStep, cache_bytes, dry_step
+from dalle.plan.dry import DryStep, dry_step
 from dalle.plan.hardware import GPU, GPUS
-from dalle.plan.memory import Shares, memory, starts_whole
-from dalle.plan.traffic import sent_share, traffic
+from dalle.plan.memory import FP32, HALF, Shares, memory, starts_whole
+from dalle.plan.traffic import traffic
 from dalle.stages.clip import CLIPRun
 from dalle.stages.dvae import DVAERun
 from dalle.stages.plan_table import print_plan
 from dalle.stages.transformer import TransformerRun
-from dalle.transformer.sizes import training_flops
+from dalle.train.low_rank import RANKS, compression_rate
+from dalle.transformer.sizes import cache_bytes, training_flops
 
 HEADROOM = 0.9
 """Share of a GPU's memory that a step may fill: the rest goes to CUDA itself, to NCCL and to gaps between blocks."""
-RANKS = {1920: 512, 2688: 640, 3968: 896}
-"""Width -> PowerSGD's rank (Table 1)."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,9 @@ def plan_training(kind: str, run: Any) -> dict[str, Any]:
         "traffic": {mode: _traffic(kind, run, mode, own, gpu, precision) for mode in modes(run)},
     }
     if kind == "transformer":
-        report["cache_per_candidate"] = {name: cache_bytes(run.model, name) for name in ("fp32", precision)}
+        report["cache_per_candidate"] = {
+            name: cache_bytes(run.model, FP32 if name == "fp32" else HALF)[1] for name in ("fp32", precision)
+        }
     report["time"] = _time(run, report["flops"]["needed"], gpu, precision)
     if run.json:
         write_json(run.json, report)
@@ -210,7 +211,7 @@ def _traffic(kind: str, run: Any, mode: str, step: DryStep, gpu: GPU, precision:
     place = (mode, step, run.gpus, gpu.per_machine, shards, half)
     found = {"whole": traffic(*place, accumulate=_accumulate(run))}
     rank = _rank(kind, run)
-    if rank and mode in ("ddp", "hsdp") and (share := sent_share(run.model.width, rank, shards)) < 1:
+    if rank and mode in ("ddp", "hsdp") and (share := 1 - compression_rate(run.model.width, rank, shards)) < 1:
         found["powersgd"] = traffic(*place, share=share, accumulate=_accumulate(run)) | {"rank": rank}
     for sent in found.values():
         sent["seconds"] = sent["inside"] / gpu.inside + sent["between"] / gpu.between

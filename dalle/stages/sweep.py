@@ -22,7 +22,7 @@ def sweep(kind: str, run: TrainingRun, factors: Sequence[float]) -> dict[float, 
     out, optimizer, losses = run.out or Path("runs/sweep"), run.train.optimizer, {}
     for factor in factors:
         lr = replace(optimizer.lr, start=factor * optimizer.lr.start, end=factor * optimizer.lr.end)
-        train = replace(run.train, optimizer=replace(optimizer, lr=lr))
+        train = replace(run.train, optimizer=replace(optimizer, lr=lr), max_nonfinite=1)
         folder = out / f"lr-{lr.start:g}"
         try:
             TRAININGS[kind][1](replace(run, train=train, out=folder))
