@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dalle.drawing import Settings, fitting_batch
 from dalle.files import make_directory, write_json
 from dalle.generation import Generation, best_of_shares
+from dalle.models import Part
 from dalle.pipeline import DALLE
 from dalle.stages.captions import words
 from dalle.stages.processes import Processes, processes
@@ -166,19 +169,24 @@ def open_model(run: SampleRun, group: Processes) -> DALLE:
     if run.model:
         return DALLE.from_pretrained(run.model, device)
     dvae, transformer = (take_part(kind, getattr(run, kind), device) for kind in ("dvae", "transformer"))
-    clip = take_part("clip", run.clip, device) if _ranks(run) else None
+    clip = _ranker(run, transformer, device)
     return DALLE.from_parts(dvae, transformer, clip, take_text(run.tokenizer) if run.tokenizer else None)
 
 
-def _ranks(run: SampleRun) -> bool:
-    """Whether a CLIP takes part: where all candidates are kept it is not missed if there is none."""
-    if run.clip is None and run.best_of == run.keep:
-        try:
-            newest("clip")
-        except ValueError:
-            print("note: there is no CLIP, so the pictures come unranked")
-            return False
-    return True
+def _ranker(run: SampleRun, transformer: Part, device: torch.device) -> Part | None:
+    """The CLIP; where all candidates are kept and none is named, none is missed that is not there or does not fit."""
+    if run.clip is not None or run.best_of != run.keep:
+        return take_part("clip", run.clip, device)
+    try:
+        found = newest("clip")
+    except ValueError:
+        print("note: there is no CLIP, so the pictures come unranked")
+        return None
+    clip = take_part("clip", found, device)
+    if clip.links["text_hash"] != transformer.links["text_hash"]:
+        print(f"note: {found} was trained with another text tokenizer, so the pictures come unranked")
+        return None
+    return clip
 
 
 def _new_directory(run: SampleRun) -> Path:
