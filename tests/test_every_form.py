@@ -183,8 +183,7 @@ def test_a_training_ends_in_one_sentence_above_the_set_rate(mostly_broken, tiny_
     assert "more than 1.0%" in said[0]
     assert "truncated; each is named in stopped/skipped.jsonl" in said[0]
     faults, tried = map(int, re.match(r"error: (\d+) of (\d+) samples", said[0]).groups())
-    assert 100 < faults <= 130
-    assert tried == 160  # 80 were asked for, and as many more in their place
+    assert 100 < faults < tried <= 160  # of those asked for and those read in their place, some are good
     assert "raise --data.max-skipped" in said[0]
     assert "Traceback" not in stopped.stderr
     named = [json.loads(line) for line in (tmp_path / "stopped" / "skipped.jsonl").read_text().splitlines()]
