@@ -1,18 +1,23 @@
 """Captions in other alphabets go through the whole chain by the byte fallback: tokenizer, cache, training, drawing.
 
-The vocabulary is that of the shapes, which has English letters only, so every other letter is spelt in bytes.
+The vocabulary is that of the shapes, which has English letters only, so every other letter is spelt in bytes. A
+vocabulary learnt from such captions holds their letters.
 """
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dalle.data import TokenCache
+from dalle.files import read_json
 from dalle.models import load_part
 from dalle.pipeline import DALLE
+from dalle.stages.clip import train_clip
 from dalle.stages.encode import encode_images
+from dalle.stages.tokenizer import train_tokenizer
 from dalle.stages.transformer import train_transformer
 from dalle.text import TextTokenizer
 from dalle.text.bpe import FIRST_BYTE_ID, normalize
@@ -40,12 +45,17 @@ def world(chain, tiny_runs, tmp_path_factory):
     encode_images(replace(tiny_runs.encode, out=out / "tokens", dvae=chain / "dvae", data=data))
     run = replace(tiny_runs.transformer, model=replace(tiny_runs.transformer.model, text_len=80))
     train_transformer(replace(run, out=out / "transformer", tokens=out / "tokens", tokenizer=chain / "text"))
+    data = replace(data, held_out_path=data.path)
+    run = replace(tiny_runs.clip, data=data, model=replace(tiny_runs.clip.model, text_len=80))
+    train_clip(replace(run, out=out / "clip", tokenizer=chain / "text"))
+    train_tokenizer(replace(tiny_runs.text, out=out / "text", data=data))
     return out
 
 
 @pytest.fixture(scope="module")
 def model(world, chain) -> DALLE:
-    return DALLE.from_parts(load_part(chain / "dvae", "dvae"), load_part(world / "transformer", "transformer"), None)
+    places = {"dvae": chain / "dvae", "transformer": world / "transformer", "clip": world / "clip"}
+    return DALLE.from_parts(*(load_part(place, kind) for kind, place in places.items()))
 
 
 def test_the_cache_holds_the_captions_as_they_were(world):
@@ -66,11 +76,29 @@ def test_every_letter_is_kept(chain, name):
 
 
 @pytest.mark.parametrize("name", CAPTIONS)
-def test_a_picture_is_drawn(model, name):
-    """And the model was given the whole caption, in the order in which it is read."""
+def test_pictures_are_drawn_and_ranked(model, name):
+    """And the models were given the whole caption, in the order in which it is read."""
     (tokens,) = model.text_tokens([CAPTIONS[name]]).tolist()
     own = [token for token in tokens if token < model.transformer.layout.text_vocab]
     assert model.text.decode(own).replace(" ", "") == "".join(normalize(CAPTIONS[name]))
-    drawn = model.generate(CAPTIONS[name], n=1, best_of=1, progress=False)
-    assert drawn.images[0].size == (32, 32)
+    drawn = model.generate(CAPTIONS[name], n=2, best_of=2, progress=False)
+    assert [image.size for image in drawn.images] == [(32, 32)] * 2
     assert drawn.prompt == CAPTIONS[name]
+    first, second = drawn.scores
+    assert first >= second
+
+
+def test_the_ranker_tells_captions_of_one_alphabet_apart(model):
+    """It reads the letters, not a row of unknowns."""
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    texts = [CAPTIONS["arabic"], CAPTIONS["arabic"].replace("حمراء", "زرقاء"), CAPTIONS["chinese"]]
+    assert len({float(model.scorer.score(pixels, text)) for text in texts}) == 3
+
+
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_a_vocabulary_learnt_from_such_captions_spells_no_letter(world, name):
+    text = TextTokenizer.load(world / "text" / "text.json")
+    ids = text.encode(CAPTIONS[name])
+    assert not [token for token in ids if FIRST_BYTE_ID <= token < FIRST_BYTE_ID + 256]
+    assert text.decode(ids).replace(" ", "") == "".join(normalize(CAPTIONS[name]))
+    assert read_json(world / "text" / "report.json")["coverage"] == 1

@@ -4,8 +4,11 @@ import io
 import json
 import os
 import signal
+import struct
 import tarfile
 import time
+import warnings
+import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -301,6 +304,12 @@ def test_the_samples_seen_are_those_of_the_set_at_most():
         Skipped(None, 500).add(skips(101), 9, 10**6)  # many epochs do not thin them out
 
 
+def test_a_sample_read_in_place_of_another_counts_as_seen():
+    with pytest.raises(ValueError, match=r"101 of 151 samples cannot be used \(66\.9%"):
+        Skipped(None, 10**6).add(skips(101), 0, 50, replaced=True)  # fifty asked for, and so many tried to find them
+    Skipped(None, 10**6).add(skips(101), 0, 9_999, replaced=True)
+
+
 def test_what_a_filter_drops_never_ends_a_run():
     skipped = Skipped(None, 1000)
     skipped.add(skips(900, "filter:aspect"), 0, 1000)
@@ -345,6 +354,34 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(Unusable, match="decompression bomb"):
         open_picture(encoded("PNG", (64, 64)), "a.png")
+
+
+def png_that_says(width: int, height: int) -> bytes:
+    """A picture whose header promises any size."""
+    data = bytearray(encoded("PNG", (8, 8)))
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(("size", "bomb"), [((9459, 9459), False), ((10_000, 9_000), True), ((17_000, 10_000), True),
+                                            ((60_000, 60_000), True)])  # fmt: skip
+def test_a_picture_of_more_than_ninety_megapixels_is_a_bomb(size, bomb):
+    """Where Pillow only warns, and where it refuses."""
+    if not bomb:
+        assert open_picture(png_that_says(*size), "a.png").size == size
+        return
+    with pytest.raises(Unusable, match=r"a\.png: decompression bomb \(.*pixels") as caught:
+        open_picture(png_that_says(*size), "a.png")
+    assert caught.value.cause == "decompression bomb"
+
+
+def test_a_warning_of_pillow_that_is_made_an_error_is_a_bomb_too():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(Unusable, match="decompression bomb"):
+            open_picture(png_that_says(17_000, 10_000), "a.png")
 
 
 def test_a_much_larger_jpeg_is_decoded_small_and_looks_the_same():

@@ -369,6 +369,25 @@ def test_a_folder_that_is_itself_a_link_and_links_within_are_followed(tmp_path):
     assert (len(source), source.read(COUNT).captions) == (COUNT + 1, ["again"])
 
 
+def test_twins_may_be_in_capitals(tmp_path):
+    """As cameras and old systems write names."""
+    for name, suffix, text in (("A", "TXT", "one\ntwo"), ("B", "JSON", '{"caption": "three"}')):
+        (tmp_path / f"{name}.JPG").write_bytes(picture(1))
+        (tmp_path / f"{name}.{suffix}").write_text(text)
+    (tmp_path / "list.csv").write_text("image,caption\nA.JPG,other\n")  # and so they are pictures with captions
+    source = open_source(tmp_path)
+    assert source.skipped == []
+    assert [source.read(i).captions for i in range(2)] == [["one", "two"], ["three"]]
+
+
+def test_the_small_letters_go_before_capitals_and_text_before_json(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(1))
+    for suffix, text in (("JSON", '"four"'), ("json", '"three"'), ("TXT", "two"), ("txt", "one")):
+        (tmp_path / f"a.{suffix}").write_text(text)
+        source = open_source(tmp_path)
+        assert source.captions(0) == [text.strip('"')]
+
+
 # Tars.
 
 
@@ -441,6 +460,18 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, name):
     source = open_source(file)
     assert [source.name(i) for i in range(len(source))] == ["a.tar/good"]
     assert [skip.cause for skip in source.skipped] == ["leaves the folder"]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("where", ["first", "middle", "last"])
+def test_a_long_name_hides_no_way_out(tmp_path, form, where):
+    """Beyond 100 bytes the name stands in another field, or in a member of its own."""
+    folders = ["some-folder"] * 11
+    folders[{"first": 0, "middle": 5, "last": 10}[where]] = ".."
+    file = write_tar(tmp_path / "a.tar", pair("/".join([*folders, "escape"]), 1) + pair("good", 2), format=form)
+    source = open_source(file)
+    assert [source.name(i) for i in range(len(source))] == ["a.tar/good"]
+    assert {skip.cause for skip in source.skipped} == {"leaves the folder"}
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])

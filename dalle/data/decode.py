@@ -10,20 +10,27 @@ from dalle.images import load_image
 MAGIC = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 """How a JPEG, PNG, GIF, WebP, BMP or TIFF begins."""
 
+MOST_PIXELS = 2**30 // 12
+"""A larger picture (10,000 x 9,000) takes more than a quarter of a gigabyte and is taken for a bomb. Pillow warns from
+here on, and refuses twice as many itself."""
+
 
 def open_picture(picture: bytes, name: str) -> Image.Image:
     """The picture with its header read, not yet decoded; Unusable says why not."""
     if not picture:
         raise Unusable(name, "truncated", "no bytes")
     try:
-        return Image.open(io.BytesIO(picture))
-    except Image.DecompressionBombError as error:
+        image = Image.open(io.BytesIO(picture))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Unusable(name, "decompression bomb", str(error)) from None
     except UnidentifiedImageError:
         known = picture.startswith(MAGIC)
         raise Unusable(name, "unreadable picture" if known else "wrong type", f"begins {picture[:8]!r}") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise Unusable(name, _cause(error), str(error)) from None
+    if image.width * image.height > MOST_PIXELS:
+        raise Unusable(name, "decompression bomb", f"{image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
+    return image
 
 
 def decode(image: Image.Image, name: str, side: int | None = None) -> Image.Image:

@@ -173,7 +173,7 @@ class PairsLoader(Loader):
 
         def take(step: int, item: tuple[Any, list[Skip]]) -> Any:
             made, skips = item
-            self.skipped.add(skips, step, (step + 1) * task.batch_size // task.world)
+            self.skipped.add(skips, step, (step + 1) * task.batch_size // task.world, replaced=True)
             return receive(made)
 
         super().__init__(task, steps, worker_count(workers, task.pairs.size), prefetch, take, pin=pin)

@@ -81,13 +81,14 @@ class Skipped:
         self._known = np.zeros((size or 0) // 8 + 1, np.uint8)  # a bit a sample; pages never touched cost nothing
         self._faults, self._begun = 0, False
 
-    def add(self, skips: Sequence[Skip], step: int, seen: int) -> None:
+    def add(self, skips: Sequence[Skip], step: int, seen: int, replaced: bool = False) -> None:
         """Takes what a step skipped. A first step of 0 begins the log anew, any other goes on with it.
 
         Args:
             skips: possibly known already.
             step: which.
-            seen: samples that training has asked for since it began.
+            seen: samples that were asked for since the run began.
+            replaced: in place of each that could not be used another was read, which adds to those seen.
 
         Raises:
             ValueError: more than LEAST and more than the share `limit` of those seen.
@@ -97,6 +98,7 @@ class Skipped:
         new = [skip for skip in skips if self._count(skip)]
         if new:
             self._write(new, "a")
+            seen += self._faults * replaced
             seen = max(1, seen if self.size is None else min(seen, self.size))
             check_share(self._faults, seen, self.limit, str(self))
 

@@ -1,6 +1,7 @@
 """Captions as people store them: lines of text, JSON, columns of a table."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -40,7 +41,12 @@ def from_json(data: bytes, name: str, columns: str | None = None) -> list[str]:
 
 
 def listed(value: Any) -> list[str]:
-    """Captions out of text, lists of text, at any depth; whatever else stands there is none."""
+    """Captions out of text, lists of text, at any depth; whatever else stands there is none.
+
+    Bytes are UTF-8; what is not is kept as lone surrogates, for `check_utf8` to find.
+    """
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
     if isinstance(value, str):
         return [value.strip()] if value.strip() else []
     if isinstance(value, list | tuple):
@@ -48,10 +54,26 @@ def listed(value: Any) -> list[str]:
     return []
 
 
+def check_utf8(captions: list[str], name: str) -> list[str]:
+    """The captions; Unusable where one holds bytes that were no text."""
+    try:
+        "".join(captions).encode()
+    except UnicodeEncodeError as error:
+        raise Unusable(name, "caption not UTF-8", str(error)) from None
+    return captions
+
+
 def find_name(names: Iterable[str], wanted: Iterable[str]) -> str | None:
     """The first of the wanted names that is there, in any case."""
     lower = {str(name).lower(): name for name in reversed(list(names))}
     return next((lower[name] for name in wanted if name in lower), None)
+
+
+def check_names(names: list[str], place: str) -> None:
+    """ValueError names the columns that are there more than once; nobody could say which is meant."""
+    twice = [name for name, count in Counter(names).items() if name and count > 1]
+    if twice:
+        raise ValueError(f"{place} has several columns of the name {', '.join(map(repr, twice))}; rename all but one")
 
 
 def choose_columns(names: list[str], image: str | None, caption: str | None, place: str) -> tuple[str, list[str]]:

@@ -11,7 +11,8 @@ from dalle.data.sources.captions import SUFFIXES, from_json, from_text
 from dalle.data.sources.names import Names, share
 from dalle.types import Record, Skip
 
-CAPTION_SUFFIXES = (".txt", ".json")
+CAPTION_SUFFIXES = (".txt", ".TXT", ".json", ".JSON")
+"""Of the twin of a picture; the first that is there is read."""
 
 
 class FolderSource:
@@ -76,13 +77,13 @@ class FolderSource:
         """Those of `read`, without reading the picture."""
         stem = os.path.splitext(self._names[index])[0]
         suffixes = CAPTION_SUFFIXES[::-1] if self.caption_column else CAPTION_SUFFIXES
-        found = [stem + suffix for suffix in suffixes if (self._root / (stem + suffix)).is_file()]
-        if not found:
+        found = next((stem + suffix for suffix in suffixes if (self._root / (stem + suffix)).is_file()), None)
+        if found is None:
             raise Unusable(self._names[index], "missing twin", "its .txt or .json is gone")
-        data = read_inside(self._root, found[0], "missing twin")
-        if found[0].endswith(".json"):
-            return from_json(data, found[0], self.caption_column)
-        return from_text(data, found[0])
+        data = read_inside(self._root, found, "missing twin")
+        if found.lower().endswith(".json"):
+            return from_json(data, found, self.caption_column)
+        return from_text(data, found)
 
 
 def read_inside(root: Path, name: str, cause: str) -> bytes:
@@ -96,6 +97,12 @@ def read_inside(root: Path, name: str, cause: str) -> bytes:
         if isinstance(error, Unusable):
             raise
         raise Unusable(name, cause, getattr(error, "strerror", None) or str(error)) from None
+
+
+def read_listed(root: Path, path: str) -> bytes:
+    """The picture of a path in a table; backslashes are slashes, as Windows writes them, unless a file is so named."""
+    windows = "\\" in path and not os.path.lexists(os.path.join(root, path))
+    return read_inside(root, path.replace("\\", "/") if windows else path, "missing twin")
 
 
 def walk(root: Path, skipped: list[Skip]) -> Iterator[tuple[str, Sequence[str]]]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from dalle.data.skipped import Unusable
-from dalle.data.sources.captions import choose_columns, listed
-from dalle.data.sources.folder import read_inside
+from dalle.data.sources.captions import check_utf8, choose_columns, listed
+from dalle.data.sources.folder import read_listed
 from dalle.data.sources.names import share
 from dalle.types import Record, Skip
 
@@ -59,15 +59,17 @@ class HubSource:
         if isinstance(picture, Mapping):
             picture = picture.get("bytes") or picture.get("path")
         if isinstance(picture, str):
-            picture = read_inside(self._root, picture, "missing twin")
+            picture = read_listed(self._root, picture)
         if not isinstance(picture, bytes):
             raise Unusable(name, "missing twin", "a row without a picture")
-        return Record(name, picture, listed([row[column] for column in self._captions]))
+        return Record(name, picture, self._listed(row, name))
 
     def captions(self, index: int) -> list[str]:
         """Those of `read`, without reading the picture."""
-        row = self._texts[index]
-        return listed([row[column] for column in self._captions])
+        return self._listed(self._texts[index], self.name(index))
+
+    def _listed(self, row: Mapping[str, Any], name: str) -> list[str]:
+        return check_utf8(listed([row[column] for column in self._captions]), name)
 
 
 def is_saved(folder: Path) -> bool:

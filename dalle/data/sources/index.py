@@ -21,9 +21,11 @@ from tqdm import tqdm
 
 from dalle.types import Skip
 
-FORMAT = 1
+FORMAT = 2
 """Raised when what an index holds changes."""
 FOLDER = ".dalle-index"
+TRIES = 5
+"""Times that a damaged index is removed while other processes may do the same."""
 
 
 class Writer:
@@ -148,16 +150,18 @@ def _build(partial: Path, files: Sequence[Path], dtype: np.dtype, build: Callabl
 
 def _take_name(partial: Path, final: Path, dtype: np.dtype) -> Index:
     """Renames a whole index, or takes the one that another process has made meanwhile."""
-    with suppress(OSError):
-        os.replace(partial, final)
-        return Index(final, dtype)
-    with suppress(OSError, ValueError, LookupError):
-        found = Index(final, dtype)
-        shutil.rmtree(partial)
-        return found
-    shutil.rmtree(final)  # what lies there is damaged
-    os.replace(partial, final)
-    return Index(final, dtype)
+    own = Index(partial, dtype)  # what is mapped stays so, whatever another process does to the name
+    for _ in range(TRIES):
+        with suppress(OSError):
+            os.replace(partial, final)
+            own.folder = final
+            return own
+        with suppress(OSError, ValueError, LookupError):
+            found = Index(final, dtype)
+            shutil.rmtree(partial)
+            return found
+        shutil.rmtree(final, ignore_errors=True)  # what lies there is damaged
+    return own
 
 
 def progress(files: Sequence[Path], what: str):

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dalle.data.skipped import Unusable
-from dalle.data.sources.captions import IMAGE_NAMES, choose_columns, find_name, listed
+from dalle.data.sources.captions import IMAGE_NAMES, check_names, choose_columns, find_name, listed
 from dalle.data.sources.index import Writer
 from dalle.data.sources.rows import Row
 from dalle.types import Skip
@@ -27,8 +27,11 @@ def parquet_rows(file: Path, image: str | None, caption: str | None, writer: Wri
         writer.keep &= not isinstance(error, OSError)
         return
     names = table.schema_arrow.names
+    check_names(names, str(file))
     column, captions = choose_columns(names, image, caption, str(file))
-    paths = str(table.schema_arrow.field(column).type) in ("string", "large_string", "string_view")
+    kind = table.schema_arrow.field(column).type
+    kind = kind.value_type if hasattr(kind, "index_type") else kind  # of what pandas calls a category
+    paths = str(kind) in ("string", "large_string", "string_view")
     wanted, count = list(dict.fromkeys([*captions, *([column] if paths else [])])), 0
     for group in range(table.num_row_groups):
         rows = table.metadata.row_group(group).num_rows
@@ -38,7 +41,7 @@ def parquet_rows(file: Path, image: str | None, caption: str | None, writer: Wri
                 if not paths:
                     yield Row(f"{file.name}/{count + row}", None, texts, group, row)
                 elif value[column]:
-                    yield Row(value[column], value[column], texts)
+                    yield Row(value[column].replace("\\", "/"), value[column], texts)
                 else:
                     skip = Skip(None, f"{file.name}/{count + row}", "missing twin", "a row without a picture")
                     writer.skipped.append(skip)

@@ -4,17 +4,22 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dalle.data.sources.captions import choose_columns, listed
+from dalle.data.sources.captions import check_names, choose_columns, listed
 from dalle.data.sources.index import Writer
 from dalle.types import Skip
 
+LOOKED_AT = 10_000
+"""Rows in which columns are looked for, at most: lines of JSON may lack some of them."""
+
 
 class Row(NamedTuple):
-    """A row as it is indexed. `picture` is None where the bytes stand in row `row` of a row group of Parquet."""
+    """A row as it is indexed: its name, always with slashes; its picture's path as it stands there; its captions.
+    `picture` is None where the bytes stand in row `row` of a row group of Parquet."""
 
     name: str
     picture: str | None
@@ -25,10 +30,10 @@ class Row(NamedTuple):
 
 def text_rows(file: Path, image: str | None, caption: str | None, writer: Writer) -> Iterator[Row]:
     """The rows of CSV, TSV or JSONL; one that cannot be read is noted and passed over."""
-    columns: tuple[str, list[str]] | None = None
     read = json_values if file.suffix.lower() in (".jsonl", ".ndjson") else csv_values
     try:
         _check_encoding(file)
+        columns = _find_columns(read(file), image, caption, str(file))
         for line, values in read(file):
             if isinstance(values, str):
                 writer.skipped.append(Skip(None, f"{file.name}:{line}", "broken row", values))
@@ -39,10 +44,29 @@ def text_rows(file: Path, image: str | None, caption: str | None, writer: Writer
                 writer.skipped.append(Skip(None, f"{file.name}:{line}", "missing twin", "a row without a picture"))
                 continue
             picture = picture.strip()
-            yield Row(picture, picture, listed([values.get(column) for column in columns[1]]))
+            yield Row(picture.replace("\\", "/"), picture, listed([values.get(column) for column in columns[1]]))
     except OSError as error:
         writer.skipped.append(Skip(None, file.name, "unreadable shard", error.strerror or str(error)))
         writer.keep = False
+
+
+def _find_columns(
+    rows: Iterable[tuple[int, dict[str, Any] | str]], image: str | None, caption: str | None, place: str
+) -> tuple[str, list[str]] | None:
+    """The columns of the first rows that together have them; None where no row can be read."""
+    names: dict[str, None] = {}
+    problem: ValueError | None = None
+    for _, values in islice(rows, LOOKED_AT):
+        if isinstance(values, str) or values.keys() <= names.keys():
+            continue
+        names |= dict.fromkeys(values)
+        try:
+            return choose_columns(list(names), image, caption, place)
+        except ValueError as error:
+            problem = error
+    if problem:
+        raise problem
+    return None
 
 
 def _check_encoding(file: Path) -> None:
@@ -60,7 +84,11 @@ def csv_values(file: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
         mark = "\t" if tabs else "," if "," in marks or ";" not in marks else ";"
         quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
         rows = csv.reader(lines, delimiter=mark, quoting=quoting, skipinitialspace=not tabs)
-        names = [name.strip() for name in next(rows, [])]
+        try:
+            names = [name.strip() for name in next(rows, [])]
+        except csv.Error as error:
+            raise ValueError(f"the first line of {file} cannot be read ({error}); it must name the columns") from None
+        check_names(names, str(file))
         while True:
             try:
                 row = next(rows)

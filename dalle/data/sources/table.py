@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle.data.skipped import Unusable
-from dalle.data.sources.folder import read_inside
+from dalle.data.sources.captions import check_utf8
+from dalle.data.sources.folder import read_listed
 from dalle.data.sources.index import Writer, progress, take_index
 from dalle.data.sources.names import share
 from dalle.data.sources.parquet import embedded_picture, parquet_rows
@@ -85,7 +85,7 @@ class TableSource:
         name, picture, _ = self._row(index)
         captions = self.captions(index)
         if picture is not None:
-            return Record(name, read_inside(self._root, picture, "missing twin"), captions)
+            return Record(name, read_listed(self._root, picture), captions)
         record = self._index.samples[index]
         file = self.files[record["file"]]
         data = embedded_picture(file, int(record["group"]), int(record["row"]), self.image_column, name)
@@ -94,8 +94,4 @@ class TableSource:
     def captions(self, index: int) -> list[str]:
         """Those of `read`, without reading the picture."""
         name, _, captions = self._row(index)
-        try:
-            "".join(captions).encode()
-        except UnicodeEncodeError as error:  # bytes that were no text, kept as lone surrogates
-            raise Unusable(name, "caption not UTF-8", str(error)) from None
-        return captions
+        return check_utf8(captions, name)
