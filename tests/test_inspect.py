@@ -187,8 +187,7 @@ NO_READER = {
     ],
     "ruDALL-E": ["text_embeddings.weight", "transformer.layers.0.attention.query_key_value.weight"],
     "minDALL-E": ["tok_emb_txt.weight", "tok_emb_img.weight"],
-    "taming-transformers": ["decoder.up.0.block.0.conv1.weight", "quantize.embedding.weight"],
-    "LlamaGen": ["decoder.conv_blocks.0.res.0.conv1.weight", "quantize.embedding.weight"],
+    "inverse wavelets": ["decoder.decoder.up.0.block.0.conv1.weight", "quantize.embed.weight"],
 }  # fmt: skip
 
 

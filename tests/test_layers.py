@@ -16,7 +16,7 @@ LAYERS = [
     {"config", "types"},
     {"files", "rng", "layout", "masks", "sampling", "images"},
     {"nn"},
-    {"text", "dvae", "transformer", "clip", "data", "train"},
+    {"text", "dvae", "vqgan", "transformer", "clip", "data", "train"},
     {"objectives", "rerank", "models", "pretrained", "evals", "generation", "drawing", "directory", "pipeline"},
     {"stages"},
 ]

@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dalle.pretrained import openai_clip, openai_dvae
+from dalle.pretrained import openai_clip, openai_dvae, vqgan
 from dalle.pretrained.family import Family, fill
 from dalle.pretrained.pickle_names import SavedTensor
 from dalle.pretrained.refused import refuse_path, refuse_tensors
 from dalle.pretrained.saved_file import open_saved, weights_of
 
-FAMILIES = (openai_dvae.FAMILY, openai_clip.OPENAI, openai_clip.OPEN_CLIP)
+FAMILIES = (
+    openai_dvae.FAMILY, openai_clip.OPENAI, openai_clip.OPEN_CLIP, vqgan.TAMING, vqgan.GUMBEL, vqgan.LLAMAGEN,
+)  # fmt: skip
 """In the order in which they are tried."""
 
 
@@ -49,6 +51,8 @@ def find(path: Path | str) -> Found:
     family = next((family for family in FAMILIES if family.recognises(tensors)), None)
     if family is openai_dvae.FAMILY:
         tensors = openai_dvae.gather(path)
+    elif family and family.settle:
+        family = family.settle(family, saved.tree, tensors)
     return Found(path, saved.container, family, tensors)
 
 
