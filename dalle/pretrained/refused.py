@@ -26,7 +26,6 @@ BY_NAMES = {
 """Reason -> patterns of names, each of which must be met."""
 
 NOT_YET = {
-    "DALLE-pytorch": ("text_emb.weight", "image_emb.weight", "transformer.layers.*to_qkv.weight"),
     "ruDALL-E": ("text_embeddings.weight", "transformer.layers.*.attention.query_key_value.weight"),
     "minDALL-E": ("tok_emb_txt.weight", "tok_emb_img.weight"),
     "the VQGAN of ruDALL-E with inverse wavelets": ("decoder.decoder.up.*.block.*.conv1.weight",),
