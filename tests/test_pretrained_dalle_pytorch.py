@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from dalle_pytorch_reference import CODES, HPARAMS, SIDE, TEXT, VAE, WORDS, logits, make_file, make_weights
+from vqgan_reference import make_state, names_of_taming
 
 from dalle.directory import write_directory
+from dalle.dvae import DVAE, DVAEConfig
 from dalle.pretrained.family import fit
 from dalle.pretrained.load import find, load_image_tokenizer, load_transformer
 from dalle.pretrained.whole import load_whole
@@ -16,6 +18,7 @@ from dalle.stages.dalle_pytorch import _import
 from dalle.stages.inspect_checkpoint import InspectRun, inspect_checkpoint
 from dalle.text.huggingface import HuggingFaceTokenizer
 from dalle.transformer.generate import draw_tokens, generate, in_format
+from dalle.vqgan import VQGAN
 
 CASES: dict[str, dict[str, Any]] = {
     "as trained by default": {},
@@ -142,6 +145,22 @@ def test_a_full_caption_fits_and_one_more_does_not(tmp_path: Path) -> None:
         layout.pad_text([[1] * (TEXT + 1)])
 
 
+def test_inside_may_lie_a_vqgan_or_openais_dvae(tmp_path: Path) -> None:
+    plain = {name: tensor for name, tensor in make_weights().items() if not name.startswith("vae.")}
+    vqgan = {f"vae.model.{name}": tensor for name, tensor in make_state(names_of_taming).items()}
+    dvae = DVAE(DVAEConfig(widths=(8, 8), blocks_per_group=1, downsampling=2, vocab_size=CODES, code_width=4))
+    dvae_names = {f"vae.{n.replace('oder', '', 1)}": tensor for n, tensor in dvae.state_dict().items()}
+    for inner, kind in ((vqgan | {"vae.model.loss.x": torch.zeros(1)}, VQGAN), (dvae_names, DVAE)):
+        torch.save(make_file(plain | inner) | {"vae_params": None}, tmp_path / "dalle.pt")
+        model = load_image_tokenizer(tmp_path / "dalle.pt")
+        assert isinstance(model, kind)
+        load_transformer(tmp_path / "dalle.pt")
+    assert torch.equal(model.encode(torch.ones(1, 3, 8, 8) / 3), dvae.encode(torch.ones(1, 3, 8, 8) / 3))
+    torch.save(make_file(plain), tmp_path / "dalle.pt")
+    with pytest.raises(ValueError, match=r"is a transformer .* not a published image tokenizer"):
+        load_image_tokenizer(tmp_path / "dalle.pt")
+
+
 def test_old_names_of_axial_positions(tmp_path: Path) -> None:
     weights = make_weights(rotary_emb=False)
     for axis in "01":
@@ -180,6 +199,7 @@ REFUSED = {
     "DeepSpeed's layers": (lambda file: file["hparams"].update(attn_types=("sparse",)), "kind 'sparse'"),
     "another depth": (lambda file: file["hparams"].update(depth=9), "tells 9 layers"),
     "no number": (lambda file: file["hparams"].update(heads="many"), "heads 'many'"),
+    "a text longer than all": (lambda file: file["hparams"].update(text_seq_len=99), "positive"),
     "another text": (lambda file: file["hparams"].update(text_seq_len=5), r"lacks|another shape"),
     "a missing tensor": (
         lambda file: file["weights"].pop("transformer.layers.layers.2.1.fn.norm.bias"),

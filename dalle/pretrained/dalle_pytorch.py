@@ -59,7 +59,7 @@ def configure(shapes: Shapes, tree: Any = None) -> DallePytorchConfig:
             f"hparams tells {depth} layers of width {width}; the tensors are of {layers} layers or another"
         )
     rotary = shapes.get("angles")
-    side = isqrt(rotary[1] - text_len - 1) if rotary else shapes["image_position.0"][1]
+    side = isqrt(max(0, rotary[1] - text_len - 1)) if rotary else shapes["image_position.0"][1]
     kinds = hparams.get("attn_types") or ("full",)
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     return DallePytorchConfig(

@@ -70,7 +70,8 @@ def _inside(found: Found) -> Found:
     if found.family is None or found.family.kind != "transformer" or not tensors:
         return found
     tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    inner = _found(found.path, found.container, {"hparams": found.tree.get("vae_params")}, tensors)
+    told = found.tree.get("vae_params") if isinstance(found.tree, dict) else None
+    inner = _found(found.path, found.container, {"hparams": told}, tensors)
     return replace(inner, tensors=openai_dvae.whole_names(tensors)) if inner.family is openai_dvae.FAMILY else inner
 
 
