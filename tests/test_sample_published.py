@@ -46,6 +46,19 @@ def test_a_transformer_of_others_is_drawn_and_ranked(files: Path, tmp_path: Path
     assert -1 <= told["pictures"][0]["score"] <= 1
 
 
+def test_a_file_of_captions_goes_on_with_the_same_clip_only(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "captions.txt").write_text("a b\nb a\n")
+    asked = {"prompt": "", "prompts": tmp_path / "captions.txt", "clip": files / "clip.pt"}
+    for _ in range(2):
+        out = sample(foreign(files, tmp_path / "out", **asked, quick_gelu=True))
+    assert len(list(out.rglob("*.png"))) >= 2
+    changed = torch.load(files / "clip.pt", weights_only=True)
+    changed["text_projection"] = changed["text_projection"] + 1
+    torch.save(changed, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="clip"):
+        sample(foreign(files, tmp_path / "out", **asked | {"clip": tmp_path / "other.pt"}, quick_gelu=True))
+
+
 def test_a_published_clip_ranks_our_own_pictures(files: Path, chain: Path, prompt: str, tmp_path: Path) -> None:
     scores = []
     for name, quick_gelu in (("openai.pt", None), ("clip.pt", True), ("clip.pt", False)):
@@ -61,6 +74,7 @@ REFUSED = {
     "a second transformer": ({"transformer": Path("runs/transformer")}, "leave out --transformer"),
     "a CLIP that reads our text ids": ({"clip": Path("runs/clip")}, "whose CLIP reads another text"),
     "an activation that nobody tells": ({"clip": Path("clip.pt")}, "does not tell its activation"),
+    "an activation of nothing": ({"quick_gelu": True}, "give it with --clip"),
     "an image tokenizer as the transformer": ({"model": Path("clip.pt")}, "not a published"),
 }
 
@@ -68,6 +82,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused(files: Path, tmp_path: Path, case: str) -> None:
     changed, said = REFUSED[case]
-    changed = {name: files / path if path and len(path.parts) == 1 else path for name, path in changed.items()}
+    inside = {name: files / path for name, path in changed.items() if isinstance(path, Path) and len(path.parts) == 1}
+    changed = changed | inside
     with pytest.raises(ValueError, match=said):
         sample(foreign(files, tmp_path / "out", **changed))

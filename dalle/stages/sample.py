@@ -9,6 +9,7 @@ import torch
 from dalle.drawing import Settings, fitting_batch
 from dalle.files import make_directory, write_json
 from dalle.generation import Generation, best_of_shares
+from dalle.models import weights_hash
 from dalle.pipeline import DALLE
 from dalle.pretrained.openai_clip import load_scorer
 from dalle.pretrained.whole import load_whole
@@ -98,6 +99,8 @@ class SampleRun:
             raise ValueError("--model is a transformer; leave out --transformer, or --model")
         if self.model and parts and not self.foreign:
             raise ValueError(f"--model holds every part; leave out --{' --'.join(parts)}, or --model")
+        if self.quick_gelu is not None and not (self.clip and self.clip.is_file()):
+            raise ValueError("--quick-gelu is of a CLIP's file; give it with --clip")
         Settings(**self.drawing)
 
     @property
@@ -127,6 +130,8 @@ def _sample_file(run: SampleRun, group: Processes) -> Path:
     model = open_model(run, group).in_precision(run.precision)
     counts = {"n": run.keep, "best_of": run.best_of, "seed": run.seed, "truncate": run.truncate}
     facts = {"precision": resolve_precision(run.precision, model.device)}
+    if run.clip and run.clip.is_file():  # the model's hash names only what is our own
+        facts["clip"] = weights_hash(model.scorer.model)
     sampler = FileSampler(model, run.prompts, run.out, counts | run.drawing, facts, group)
     try:
         count = sampler.run()
