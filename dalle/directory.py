@@ -12,6 +12,7 @@ from dalle.files import make_directory, read_json, write_json
 from dalle.models import load_part, save_weights, weights_hash
 from dalle.text import MergeTokenizer, load_text
 from dalle.train.checkpoint import FORMAT, check_meta
+from dalle.transformer import Transformer
 
 
 def write_directory(directory: Path, parts: dict[str, nn.Module], text: MergeTokenizer, model_hash: str) -> None:
@@ -23,7 +24,7 @@ def write_directory(directory: Path, parts: dict[str, nn.Module], text: MergeTok
     Raises:
         ValueError: a part that is not one of the library's own models, or a directory that cannot be made.
     """
-    for kind, expected in (("dvae", DVAE), ("clip", CLIP)):
+    for kind, expected in (("dvae", DVAE), ("transformer", Transformer), ("clip", CLIP)):
         if kind in parts and not isinstance(parts[kind], expected):
             raise ValueError(f"only a {expected.__name__} of this library can be saved as {kind}; save it yourself")
     make_directory(directory)

@@ -170,7 +170,10 @@ def fitting_batch(model: Transformer, streams: int = 1) -> int:
     """Rows of a block: a power of two, at most 16 on a CPU and 64 elsewhere, whose caches fit the free memory."""
     device = model.to_logits.weight.device
     rows = ROWS.get(device.type, OTHER_ROWS)
-    _, each = cache_bytes(model.config, model.layers[0].attention.f.qkv.weight.itemsize)
+    if isinstance(model, Transformer):
+        _, each = cache_bytes(model.config, model.layers[0].attention.f.qkv.weight.itemsize)
+    else:  # a transformer of others, see dalle/pretrained/foreign.py
+        each = model.row_bytes()
     free = free_memory(device)
     while free is not None and rows > 1 and rows * streams * each > FREE_SHARE * free:
         rows //= 2

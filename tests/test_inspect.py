@@ -181,14 +181,9 @@ def test_dalle_mini_is_refused_with_the_reason(tmp_path: Path, script) -> None:
 
 
 NO_READER = {
-    "DALLE-pytorch": [
-        "text_emb.weight", "image_emb.weight", "transformer.layers.layers.0.0.fn.fn.fn.to_qkv.weight",
-        "vae.enc.blocks.group_1.block_1.res_path.conv_1.w",
-    ],
     "ruDALL-E": ["text_embeddings.weight", "transformer.layers.0.attention.query_key_value.weight"],
     "minDALL-E": ["tok_emb_txt.weight", "tok_emb_img.weight"],
-    "taming-transformers": ["decoder.up.0.block.0.conv1.weight", "quantize.embedding.weight"],
-    "LlamaGen": ["decoder.conv_blocks.0.res.0.conv1.weight", "quantize.embedding.weight"],
+    "inverse wavelets": ["decoder.decoder.up.0.block.0.conv1.weight", "quantize.embed.weight"],
 }  # fmt: skip
 
 

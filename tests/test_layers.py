@@ -16,20 +16,9 @@ LAYERS = [
     {"config", "types"},
     {"files", "rng", "layout", "masks", "sampling", "images"},
     {"nn"},
-    {"text", "dvae", "transformer", "clip", "data", "train"},
-    {
-        "objectives",
-        "rerank",
-        "models",
-        "pretrained",
-        "evals",
-        "generation",
-        "drawing",
-        "directory",
-        "pipeline",
-        "plan",
-        "finetune",
-    },
+    {"text", "dvae", "vqgan", "transformer", "clip", "data", "train"},
+    {"objectives", "rerank", "models", "pretrained", "evals", "generation", "drawing", "directory", "pipeline"}
+    | {"plan", "finetune"},
     {"stages"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

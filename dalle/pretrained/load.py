@@ -1,19 +1,23 @@
 """The one door to checkpoints of other programs: whose file is it, and the model in it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from dalle.pretrained import openai_clip, openai_dvae
+from dalle.pretrained import dalle_pytorch, dalle_pytorch_vae, openai_clip, openai_dvae, vqgan
 from dalle.pretrained.family import Family, fill
 from dalle.pretrained.pickle_names import SavedTensor
 from dalle.pretrained.refused import refuse_path, refuse_tensors
 from dalle.pretrained.saved_file import open_saved, weights_of
 
-FAMILIES = (openai_dvae.FAMILY, openai_clip.OPENAI, openai_clip.OPEN_CLIP)
+FAMILIES = (
+    dalle_pytorch.FAMILY, openai_dvae.FAMILY, openai_clip.OPENAI, openai_clip.OPEN_CLIP, vqgan.TAMING, vqgan.GUMBEL,
+    vqgan.LLAMAGEN, dalle_pytorch_vae.FAMILY,
+)  # fmt: skip
 """In the order in which they are tried."""
 
 
@@ -26,6 +30,8 @@ class Found:
     family: Family | None
     """None where nobody is known who writes such names."""
     tensors: Mapping[str, SavedTensor]
+    tree: Any = None
+    """All that lies in the file."""
 
 
 def is_published(path: Path) -> bool:
@@ -46,25 +52,52 @@ def find(path: Path | str) -> Found:
     saved = open_saved(path)
     tensors = weights_of(saved.tree)
     refuse_tensors(path, tensors)
+    found = _found(path, saved.container, saved.tree, tensors)
+    return replace(found, tensors=openai_dvae.gather(path)) if found.family is openai_dvae.FAMILY else found
+
+
+def _found(path: Path, container: str, tree: Any, tensors: Mapping[str, SavedTensor]) -> Found:
     family = next((family for family in FAMILIES if family.recognises(tensors)), None)
-    if family is openai_dvae.FAMILY:
-        tensors = openai_dvae.gather(path)
-    return Found(path, saved.container, family, tensors)
+    if family and family.settle:
+        family = family.settle(family, tree, tensors)
+    return Found(path, container, family, tensors, tree)
+
+
+def _inside(found: Found) -> Found:
+    """The image tokenizer that lies in a transformer's file; itself where there is none."""
+    prefix = dalle_pytorch.INSIDE
+    tensors = {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}
+    if found.family is None or found.family.kind != "transformer" or not tensors:
+        return found
+    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    told = found.tree.get("vae_params") if isinstance(found.tree, dict) else None
+    inner = _found(found.path, found.container, {"hparams": told}, tensors)
+    return replace(inner, tensors=openai_dvae.whole_names(tensors)) if inner.family is openai_dvae.FAMILY else inner
 
 
 def load_image_tokenizer(path: Path | str, device: str | torch.device = "cpu") -> nn.Module:
     """An `ImageTokenizer` from a published file, or from a folder of OpenAI's encoder.pkl and decoder.pkl.
 
+    Of DALLE-pytorch's dalle.pt it is the one that lies in it.
+
     Raises:
         ValueError: no image tokenizer that is known, or one whose tensors are not all there.
     """
-    return _load(path, "image tokenizer").to(device)
+    return _load(_inside(find(path)), "image tokenizer").to(device)
 
 
-def _load(path: Path | str, kind: str) -> nn.Module:
-    found = find(path)
+def load_transformer(path: Path | str, device: str | torch.device = "cpu") -> nn.Module:
+    """A transformer of others that can be drawn with; `dalle.pretrained.whole.load_whole` joins it with the rest.
+
+    Raises:
+        ValueError: no transformer that is known, or one whose tensors are not all there.
+    """
+    return _load(find(path), "transformer").to(device)
+
+
+def _load(found: Found, kind: str) -> nn.Module:
     if found.family is None or found.family.kind != kind:
         what = f"a {found.family.kind} ({found.family.name})" if found.family else "of nobody that is known"
         names = ", ".join(family.name for family in FAMILIES if family.kind == kind)
-        raise ValueError(f"{path} is {what}, not a published {kind}; known are: {names}")
-    return fill(found.family, found.tensors, path)
+        raise ValueError(f"{found.path} is {what}, not a published {kind}; known are: {names}")
+    return fill(found.family, found.tensors, found.path)

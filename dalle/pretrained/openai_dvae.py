@@ -72,7 +72,7 @@ def gather(path: Path) -> dict[str, SavedTensor]:
     for file in files:
         saved = open_saved(file)
         _check_module(saved)
-        tensors |= _whole_names(weights_of(saved.tree))
+        tensors |= whole_names(weights_of(saved.tree))
     return tensors
 
 
@@ -81,7 +81,7 @@ def load(path: Path) -> DVAE:
     return fill(FAMILY, gather(path), path)
 
 
-def _whole_names(tensors: dict[str, SavedTensor]) -> dict[str, SavedTensor]:
+def whole_names(tensors: dict[str, SavedTensor]) -> dict[str, SavedTensor]:
     """blocks.* of one half -> encoder.blocks.* or decoder.blocks.*; DALLE-pytorch says enc and dec."""
     if "blocks.input.w" in tensors:
         kernel = tensors["blocks.input.w"].shape[-1]

@@ -26,11 +26,9 @@ BY_NAMES = {
 """Reason -> patterns of names, each of which must be met."""
 
 NOT_YET = {
-    "DALLE-pytorch": ("text_emb.weight", "image_emb.weight", "transformer.layers.*to_qkv.weight"),
     "ruDALL-E": ("text_embeddings.weight", "transformer.layers.*.attention.query_key_value.weight"),
     "minDALL-E": ("tok_emb_txt.weight", "tok_emb_img.weight"),
-    "the VQGAN of taming-transformers": ("*decoder.up.*.block.*.conv1.weight", "*quantize.*"),
-    "the VQGAN of LlamaGen": ("decoder.conv_blocks.*", "quantize.embedding.weight"),
+    "the VQGAN of ruDALL-E with inverse wavelets": ("decoder.decoder.up.*.block.*.conv1.weight",),
 }
 """Formats that could be held, and have no reader yet -> patterns of names."""
 

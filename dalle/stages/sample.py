@@ -9,13 +9,16 @@ import torch
 from dalle.drawing import Settings, fitting_batch
 from dalle.files import make_directory, write_json
 from dalle.generation import Generation, best_of_shares
-from dalle.models import Part
+from dalle.models import Part, weights_hash
 from dalle.pipeline import DALLE
+from dalle.pretrained.openai_clip import load_scorer
+from dalle.pretrained.whole import load_whole
 from dalle.stages.captions import words
 from dalle.stages.processes import Processes, processes
 from dalle.stages.runs import ROOT, newest, take_part, take_text
 from dalle.stages.sample_file import FileSampler, write_pictures
 from dalle.train.precision import Precision, resolve_device, resolve_precision
+from dalle.types import Scorer
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class SampleRun:
     prompts: Path | None = None
     """Instead, a file with a caption a line, or of JSON lines with "prompt" or "caption" (.jsonl)."""
     model: Path | None = None
-    """Model directory; without it the parts below are joined."""
+    """Model directory; without it the parts below are joined. Or the file of another program's transformer, such as
+    DALLE-pytorch's dalle.pt: then --tokenizer is needed, and --clip (a file) to rank; --dvae if none is in the file."""
     tokenizer: Path | None = None
     """Text tokenizer, to be sure that it is the one the transformer was trained with."""
     dvae: Path | None = None
@@ -35,7 +39,9 @@ class SampleRun:
     transformer: Path | None = None
     """Run of the transformer; the newest under runs/ unless given."""
     clip: Path | None = None
-    """Run of the CLIP; the newest under runs/ unless given."""
+    """Run of the CLIP; the newest under runs/ unless given. Or a file of OpenAI's or open_clip's."""
+    quick_gelu: bool | None = None
+    """Activation of an open_clip file's CLIP, which no file tells: true for "-quickgelu" models, else false."""
     best_of: int = 64
     """Candidates to draw; the paper draws 512."""
     keep: int = 8
@@ -87,9 +93,20 @@ class SampleRun:
         if self.prompts and not self.out:
             raise ValueError("--prompts needs --out, where the run is found again if it stops")
         parts = [name for name in ("dvae", "transformer", "clip", "tokenizer") if getattr(self, name)]
-        if self.model and parts:
+        if self.foreign and not self.tokenizer:
+            raise ValueError(f"{self.model} does not hold its text tokenizer; give --tokenizer, and --clip to rank")
+        if self.foreign and self.transformer:
+            raise ValueError("--model is a transformer; leave out --transformer, or --model")
+        if self.model and parts and not self.foreign:
             raise ValueError(f"--model holds every part; leave out --{' --'.join(parts)}, or --model")
+        if self.quick_gelu is not None and not (self.clip and self.clip.is_file()):
+            raise ValueError("--quick-gelu is of a CLIP's file; give it with --clip")
         Settings(**self.drawing)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether --model is another program's file."""
+        return self.model is not None and self.model.is_file()
 
     @property
     def drawing(self) -> dict[str, Any]:
@@ -113,6 +130,8 @@ def _sample_file(run: SampleRun, group: Processes) -> Path:
     model = open_model(run, group).in_precision(run.precision)
     counts = {"n": run.keep, "best_of": run.best_of, "seed": run.seed, "truncate": run.truncate}
     facts = {"precision": resolve_precision(run.precision, model.device)}
+    if run.clip and run.clip.is_file():  # the model's hash names only what is our own
+        facts["clip"] = weights_hash(model.scorer.model)
     sampler = FileSampler(model, run.prompts, run.out, counts | run.drawing, facts, group)
     try:
         count = sampler.run()
@@ -166,11 +185,30 @@ def _draw_into(out: Path, model: DALLE, run: SampleRun, group: Processes) -> Non
 def open_model(run: SampleRun, group: Processes) -> DALLE:
     """The model directory, or the parts joined, as they were saved; refuses parts that do not belong together."""
     device = group.device(resolve_device(run.device))
+    if run.foreign:
+        return _open_foreign(run, device)
     if run.model:
         return DALLE.from_pretrained(run.model, device)
     dvae, transformer = (take_part(kind, getattr(run, kind), device) for kind in ("dvae", "transformer"))
-    clip = _ranker(run, transformer, device)
-    return DALLE.from_parts(dvae, transformer, clip, take_text(run.tokenizer) if run.tokenizer else None)
+    published = _published_clip(run, device)
+    clip = _ranker(run, transformer, device) if published is None else None
+    model = DALLE.from_parts(dvae, transformer, clip, take_text(run.tokenizer) if run.tokenizer else None)
+    model.scorer = published or model.scorer
+    return model
+
+
+def _open_foreign(run: SampleRun, device: torch.device) -> DALLE:
+    """Another program's transformer, ranked by a published CLIP if one is given: a CLIP of ours reads our text ids."""
+    scorer = _published_clip(run, device)
+    if run.clip and scorer is None:
+        raise ValueError(f"{run.clip} is a run of this library, whose CLIP reads another text; give a file of OpenAI's")
+    dvae = take_part("dvae", run.dvae, device).model if run.dvae else None
+    return load_whole(run.model, take_text(run.tokenizer), dvae, scorer, device)
+
+
+def _published_clip(run: SampleRun, device: torch.device) -> Scorer | None:
+    """The CLIP of a file that --clip names."""
+    return load_scorer(run.clip, device, run.quick_gelu) if run.clip and run.clip.is_file() else None
 
 
 def _ranker(run: SampleRun, transformer: Part, device: torch.device) -> Part | None:

@@ -1,0 +1,264 @@
+"""VQGAN (Esser et al. 2021, "Taming transformers"), to encode and decode pictures; module names of its release.
+
+ResNets with group norm, and attention of one head at the coarsest levels, on both sides of a codebook. Whose
+file it is decides how a code is chosen, `VQGANConfig.choice`. There is no training here: no discriminator, no
+commitment loss.
+
+    B batch, H W pixels, h w grid, K vocabulary, D width of a code
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle.types import check_pixels, check_tokens
+
+GROUPS, EPS = 32, 1e-6  # of every group norm (release)
+CHOICES = ("nearest", "cosine", "logits")
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """Shape of a VQGAN; the defaults are the published f16 with 16384 codes."""
+
+    widths: tuple[int, ...] = (128, 128, 256, 256, 512)
+    """Channels of each level, finest first; each but the first halves the picture."""
+    blocks: int = 2
+    """Residual blocks of a level of the encoder; the decoder has one more."""
+    attention: tuple[int, ...] = (4,)
+    """Levels whose blocks are each followed by attention."""
+    latent: int = 256
+    """Channels between encoder and codebook."""
+    code_width: int = 256
+    """D, width of a code vector."""
+    vocab_size: int = 16384
+    """K, the number of codes."""
+    choice: str = "nearest"
+    """Which code stands for a vector: the nearest, the one at the smallest angle ("cosine", of unit vectors, LlamaGen),
+    or the largest of K logits ("logits", Gumbel)."""
+
+    def __post_init__(self):
+        if self.choice not in CHOICES:
+            raise ValueError(f"choice must be one of {', '.join(CHOICES)}, got {self.choice!r}")
+        if bad := [width for width in self.widths if width < GROUPS or width % GROUPS]:
+            raise ValueError(f"widths must be positive multiples of {GROUPS}, the groups of the norms, got {bad[0]}")
+        if any(level not in range(len(self.widths)) for level in self.attention):
+            raise ValueError(f"attention must name levels below {len(self.widths)}, got {self.attention}")
+        for name in ("blocks", "latent", "code_width", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels on a side of one token."""
+        return 2 ** (len(self.widths) - 1)
+
+
+def _norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(GROUPS, width, eps=EPS)
+
+
+class Block(nn.Module):
+    """x + two 3 x 3 convolutions, each after a norm and swish; a 1 x 1 convolution on the way past if widths differ."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.norm1, self.conv1 = _norm(n_in), nn.Conv2d(n_in, n_out, 3, padding=1)
+        self.norm2, self.conv2 = _norm(n_out), nn.Conv2d(n_out, n_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(inner)))
+
+
+class Attention(nn.Module):
+    """x + attention of every place to every place, by one head as wide as the level."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = _norm(width)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (part(normed).flatten(2).transpose(1, 2)[:, None] for part in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, h w, D)
+        return x + self.proj_out(mixed.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Half the sides, by a convolution that looks right and down."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the sides: each place four times, then a convolution."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Blocks of one resolution, each followed by attention or none, then a resize or none."""
+
+    def __init__(self, n_in: int, n_out: int, blocks: int, attention: bool, **resize: nn.Module):
+        super().__init__()
+        self.block = nn.ModuleList(Block(n_in if i == 0 else n_out, n_out) for i in range(blocks))
+        self.attn = nn.ModuleList(Attention(n_out) for _ in range(blocks * attention))
+        for name, module in resize.items():
+            self.add_module(name, module)
+        self.resize = tuple(resize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            x = self.attn[i](x) if self.attn else x
+        for name in self.resize:
+            x = getattr(self, name)(x)
+        return x
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the coarsest resolution."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.block_1, self.attn_1, self.block_2 = Block(width, width), Attention(width), Block(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Pixels in [-1, 1] (B, 3, H, W) -> latents (B, latent, h, w)."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        widths, last = config.widths, len(config.widths) - 1
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            resize = {"downsample": Downsample(width)} if level < last else {}
+            before = widths[max(0, level - 1)]
+            self.down.append(Level(before, width, config.blocks, level in config.attention, **resize))
+        self.mid, self.norm_out = Middle(widths[-1]), _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.latent, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents (B, latent, h, w) -> pixels about [-1, 1] (B, 3, H, W); `up` is finest first, and used from its end."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        widths, last = config.widths, len(config.widths) - 1
+        self.conv_in = nn.Conv2d(config.latent, widths[-1], 3, padding=1)
+        self.mid, self.up = Middle(widths[-1]), nn.ModuleList()
+        for level, width in enumerate(widths):
+            resize = {"upsample": Upsample(width)} if level else {}
+            before = widths[min(last, level + 1)]
+            self.up.append(Level(before, width, config.blocks + 1, level in config.attention, **resize))
+        self.norm_out, self.conv_out = _norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Codebook(nn.Module):
+    """K code vectors, and which of them stands for a vector."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        self.choice = config.choice
+        self.embedding = nn.Embedding(config.vocab_size, config.code_width)
+        if self.choice == "logits":
+            self.proj = nn.Conv2d(config.code_width, config.vocab_size, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Vectors (B, D, h, w) -> codes int64 (B, h, w)."""
+        if self.choice == "logits":
+            return self.proj(z).argmax(dim=1)
+        codes, z = self.vectors(), z.movedim(1, -1)  # (B, h, w, D)
+        if self.choice == "cosine":
+            z = F.normalize(z, dim=-1)
+        return (codes.square().sum(dim=1) - 2 * z @ codes.T).argmin(dim=-1)  # |z|^2 is the same for all codes
+
+    def vectors(self) -> Tensor:
+        """(K, D), of unit length where the angle decides."""
+        codes = self.embedding.weight
+        return F.normalize(codes, dim=-1) if self.choice == "cosine" else codes
+
+
+class VQGAN(nn.Module):
+    """An `ImageTokenizer`: any picture whose sides are multiples of `downsampling`."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder, self.quantize = Encoder(config), Decoder(config), Codebook(config)
+        self.quant_conv = nn.Conv2d(config.latent, config.code_width, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_width, config.latent, 1)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels on a side of one token."""
+        return self.config.downsampling
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of codes."""
+        return self.config.vocab_size
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The code of each place; a Gumbel model's most likely one, without noise.
+
+        Args:
+            pixels: float (B, 3, H, W) in [0, 1], sides multiples of `downsampling`.
+
+        Returns:
+            int64 (B, h * w) in raster order.
+        """
+        check_pixels(pixels, self.downsampling)
+        return self.quantize(self.quant_conv(self.encoder(2 * pixels - 1))).flatten(1)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Pictures of tokens.
+
+        Args:
+            tokens: int64 (B, h * w).
+            grid: (h, w); square unless given.
+
+        Returns:
+            float32 (B, 3, H, W) in [0, 1].
+        """
+        check_tokens(tokens, self.vocab_size, "image_tokens")
+        side = math.isqrt(tokens.shape[1])
+        h, w = grid or (side, side)
+        if h * w != tokens.shape[1]:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {h} x {w}; give grid=(rows, columns)")
+        z = F.embedding(tokens, self.quantize.vectors()).movedim(2, 1).unflatten(2, (h, w))  # (B, D, h, w)
+        return ((self.decoder(self.post_quant_conv(z)).float() + 1) / 2).clamp(0, 1)
