@@ -8,27 +8,32 @@ from torch import Tensor, nn
 from dalle.pretrained.saved_file import open_saved, weights_of
 
 
-def read_weights(path: Path, how: str) -> dict[str, Tensor]:
-    """Tensors of a file by name; ValueError, with `how` to get it, where there is none."""
+def read_weights(path: Path, how: str, under: str = "") -> dict[str, Tensor]:
+    """Tensors of a file by name; ValueError, with `how` to get it, where there is none.
+
+    Args:
+        under: read only those whose names begin so, and take that off.
+    """
     if not path.is_file():
         raise ValueError(f"no file {path}. {how}")
-    return {name: saved.read() for name, saved in weights_of(open_saved(path).tree).items()}
+    saved = weights_of(open_saved(path).tree)
+    return {name.removeprefix(under): one.read() for name, one in saved.items() if name.startswith(under)}
 
 
-def load_named(model: nn.Module, path: Path, how: str, ignored: str = "num_batches_tracked") -> None:
+def load_named(model: nn.Module, path: Path, how: str, under: str = "") -> None:
     """Fills a module from a file, strictly.
 
     Args:
         model: takes the weights.
         path: the file.
         how: told with an error: how to get the right file.
-        ignored: what may lack: names that end so.
+        under: what the names in the file begin with; others are left unread.
 
     Raises:
         ValueError: no such file; tensors that lack, are foreign, or of another shape.
     """
-    tensors, own = read_weights(path, how), model.state_dict()
-    missing = [name for name in own if name not in tensors and not name.endswith(ignored)]
+    tensors, own = read_weights(path, how, under), model.state_dict()
+    missing = [name for name in own if name not in tensors and not name.endswith("num_batches_tracked")]
     wrong = [name for name in tensors if name not in own or own[name].shape != tensors[name].shape]
     if missing or wrong:
         told = "; ".join(
@@ -37,7 +42,7 @@ def load_named(model: nn.Module, path: Path, how: str, ignored: str = "num_batch
             if names
         )
         raise ValueError(f"{path} is not the file that is needed: {told}. {how}")
-    model.load_state_dict(tensors, strict=False)
+    model.load_state_dict(tensors, strict=False, assign=True)
 
 
 def file_hash(path: Path) -> str:

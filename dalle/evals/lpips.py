@@ -39,9 +39,10 @@ class LPIPS:
     def __init__(self, backbone: Path, weights: Path, device: str | torch.device = "cpu"):
         from torchvision.models import alexnet
 
-        net = alexnet(weights=None)
-        load_named(net, backbone, HOW)
-        self.net = net.features.to(device).eval().requires_grad_(False)
+        with torch.device("meta"):  # its classifier, which is not needed, is nine tenths of it
+            self.net = alexnet(weights=None).features[: LAYERS[-1] + 1]
+        load_named(self.net, backbone, HOW, "features.")
+        self.net.to(device).eval().requires_grad_(False)
         found = read_weights(weights, HOW)
         names = [f"lin{i}.model.1.weight" for i in range(len(LAYERS))]
         widths = [layer.out_channels for layer in self.net if isinstance(layer, nn.Conv2d)]

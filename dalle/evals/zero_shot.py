@@ -35,7 +35,7 @@ def class_vectors(clip: Embedder, names: Sequence[str], templates: Sequence[str]
 @torch.no_grad()
 def predictions(clip: Embedder, pixels: Tensor, classes: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) -> classes int64 (B, C), best first."""
-    return (clip.embed_pictures(pixels) @ classes.T).argsort(1, descending=True, stable=True)
+    return (clip.embed_pictures(pixels) @ classes.T).argsort(dim=1, descending=True, stable=True)
 
 
 def accuracy(ranked: Tensor, labels: Tensor) -> dict[str, float]:
