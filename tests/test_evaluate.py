@@ -71,7 +71,9 @@ class TestReport:
         assert f"{rests['hashes']['dvae']}-{rests['hashes']['transformer']}-{rests['hashes']['clip']}" == model.hash
         assert rests["hashes"]["text"] == model.text.hash
         assert rests["hashes"]["extractor"] == rests["hashes"]["clip"]
-        assert rests["data"] | {"hash": ""} == {"path": "shapes", "hash": "", "pairs_at_most": 12, "resolution": 32}
+        facts = HeldOut(run.data, 32, 12, 5, 0).facts()
+        assert (facts["path"], facts["pairs_at_most"], facts["resolution"]) == ("shapes", 12, 32)
+        assert rests["data"] == facts
         assert "Lanczos" in rests["resize"]["pictures"]
         assert report["seed"] == 0
 
@@ -102,6 +104,15 @@ class TestOwnPictures:
         sizes = [len(batch.captions) for batch in pairs.batches()]
         assert sizes == [3, 3, 1]
         assert sum(len(batch.captions) for batch in HeldOut(data, 32, 100, 4, 0).batches()) == 9
+
+    def test_other_pictures_are_other_facts(self, folder):
+        """Else statistics of real pictures would be taken for those of others."""
+        data = PairsConfig(path=str(folder), held_out_path=str(folder), workers=0)
+        facts = HeldOut(data, 32, 9, 3, 0).facts()
+        for changed, count, side in (
+            (replace(data, filters=replace(data.filters, min_words=3)), 9, 32), (data, 8, 32), (data, 9, 16),
+        ):  # fmt: skip
+            assert HeldOut(changed, side, count, 3, 0).facts() != facts
 
     def test_classes_that_no_caption_names(self, folder):
         data = PairsConfig(path=str(folder), held_out_path=str(folder), workers=0)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle.config import to_dict
 from dalle.data import PairsConfig, draw_captions, open_pairs
 from dalle.types import Batch
 
@@ -73,6 +74,7 @@ class HeldOut:
             "hash": self.pairs.hash,
             "pairs_at_most": self.count,
             "resolution": self.data.resolution,
+            "filters": to_dict(self.data.filters),
         }
 
 

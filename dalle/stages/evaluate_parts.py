@@ -33,7 +33,7 @@ RESIZE = "shorter side by Pillow's Lanczos, then the middle square"
 
 
 class Bench:
-    """A model on the bench, with the pairs and tools to measure it by. What cannot be opened is refused here.
+    """A model, with the pairs and tools to measure it by. What cannot be opened is refused here.
 
     Args:
         run: what is asked for.
@@ -213,8 +213,9 @@ def rerank_part(bench: Bench) -> dict[str, Any]:
 def _draw(bench: Bench, n: int, keep: int) -> Iterator[tuple[list[str], list]]:
     """Captions and what is drawn for them, a few at a time."""
     run, model = bench.run, bench.model.in_precision("auto")
-    for start in range(0, len(bench.prompts), run.batch):
-        captions = bench.prompts[start : start + run.batch]
+    together = max(1, run.batch // keep)  # so that memory does not grow with the candidates that are kept
+    for start in range(0, len(bench.prompts), together):
+        captions = bench.prompts[start : start + together]
         found = model.generate(captions, keep, n, run.seed, run.temperature, truncate=True)
         if len(found) < len(captions) or any(one.partial for one in found):
             raise KeyboardInterrupt
