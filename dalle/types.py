@@ -47,6 +47,19 @@ class Scorer(Protocol):
         ...
 
 
+@runtime_checkable
+class Embedder(Protocol):
+    """Puts pictures and captions into one space, where the cosine of two says how well they fit."""
+
+    def embed_pictures(self, pixels: Tensor) -> Tensor:
+        """(N, 3, H, W) in [0, 1] -> unit vectors (N, E)."""
+        ...
+
+    def embed_captions(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> unit vectors (N, E)."""
+        ...
+
+
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 

@@ -1,6 +1,7 @@
-"""Measure a shapes model: how many pictures show what their caption says, by a judge that reads pixels.
+"""Measure a model: by the judge of the drawn shapes, or its parts and pictures on held-out pairs.
 
 python scripts/evaluate.py --model runs/quickstart/model --json report.json
+python scripts/evaluate.py --model runs/my-model --parts dvae transformer clip --data.path my/pictures
 """
 
 from dalle.config import parse, tell_errors

@@ -139,7 +139,7 @@ def prepare_pixels(pixels: Tensor, size: int, mean=PIXEL_MEAN, std=PIXEL_STD) ->
 
 
 class CLIPScorer:
-    """A `Scorer`: cosine of pictures and caption by a CLIP that reads our text ids."""
+    """A `Scorer` and `Embedder`: cosine of pictures and caption by a CLIP that reads our text ids."""
 
     def __init__(self, model: CLIP, text: TextCodec):
         if text.vocab_size > model.config.text_vocab:
@@ -151,12 +151,20 @@ class CLIPScorer:
 
     def score(self, pixels: Tensor, caption: str) -> Tensor:
         """Pixels (N, 3, H, W) in [0, 1] -> cosines (N,)."""
-        ids = self.model.pack_text([self.text.encode(caption)]).to(pixels.device)
-        return (self.model.encode_image(pixels) @ self.model.encode_text(ids).T)[:, 0]
+        return (self.embed_pictures(pixels) @ self.embed_captions([caption]).T)[:, 0]
+
+    def embed_pictures(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) in [0, 1] -> unit vectors (N, E)."""
+        return self.model.encode_image(pixels)
+
+    def embed_captions(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> unit vectors (N, E)."""
+        device = self.model.net.logit_scale.device
+        return self.model.encode_text(self.model.pack_text([self.text.encode(one) for one in captions]).to(device))
 
 
 class OpenClipScorer:
-    """A `Scorer` by any model of open_clip and the tokenizer that belongs to it.
+    """A `Scorer` and `Embedder` by any model of open_clip and the tokenizer that belongs to it.
 
     A caption longer than the model's context is cut and counted in `truncated`.
     """
@@ -171,10 +179,17 @@ class OpenClipScorer:
 
     def score(self, pixels: Tensor, caption: str) -> Tensor:
         """Pixels (N, 3, H, W) in [0, 1] -> cosines (N,)."""
-        ids = self.tokenizer([caption]).to(pixels.device)
-        self.truncated += self._is_cut(caption)
-        images = self.model.encode_image(prepare_pixels(pixels, self.size, self.mean, self.std), normalize=True)
-        return (images @ self.model.encode_text(ids, normalize=True).T)[:, 0]
+        return (self.embed_pictures(pixels) @ self.embed_captions([caption]).T)[:, 0]
+
+    def embed_pictures(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) in [0, 1] -> unit vectors (N, E)."""
+        return self.model.encode_image(prepare_pixels(pixels, self.size, self.mean, self.std), normalize=True)
+
+    def embed_captions(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> unit vectors (N, E)."""
+        self.truncated += sum(map(self._is_cut, captions))
+        ids = self.tokenizer(list(captions)).to(self.model.logit_scale.device)
+        return self.model.encode_text(ids, normalize=True)
 
     def _is_cut(self, caption: str) -> bool:
         encode = getattr(self.tokenizer, "encode", None)

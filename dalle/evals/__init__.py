@@ -1,1 +1,1 @@
-"""Measurements of pictures and models: each file answers one question with one number."""
+"""Measurements of pictures and models: each file answers one question."""

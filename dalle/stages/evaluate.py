@@ -1,162 +1,128 @@
-"""How many pictures show what their caption says: the shapes judge over held-out captions.
+"""One command measures a model as the paper did, and as its successors do: a report of numbers and what they rest on.
 
-The judge reads pixels and takes no part in the ranking.
-
-    C captions, n candidates of each
+| part | what is measured |
+|---|---|
+| shapes | how many pictures show what their caption says, for a model of the drawn shapes |
+| dvae | likelihood, PSNR, SSIM, LPIPS, use of the codes, on held-out pictures |
+| transformer | nats per token and bits per dimension, on held-out pairs |
+| clip | retrieval, zero-shot classes, words written on pictures |
+| pictures | Frechet distance and inception score behind each blur, CLIP score (Figure 9) |
+| rerank | what the best of 1, 2, 4, ... candidates is worth (Figure 9c) |
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from dalle.data.shapes import ShapesPairs, captions, change_one_attribute
-from dalle.evals.shapes_judge import judge
+from dalle.data import PairsConfig
+from dalle.evals.blur import RADII
+from dalle.evals.shapes import caption_accuracy
+from dalle.evals.zero_shot import TEMPLATES
 from dalle.files import make_directory, write_json
 from dalle.pipeline import DALLE
-from dalle.rerank import rank
-from dalle.sampling import check_sampling, uniforms
+from dalle.sampling import check_sampling
+from dalle.stages.evaluate_parts import PARTS, Bench
 from dalle.stages.runs import ROOT
-from dalle.train.precision import autocast, resolve_device, resolve_precision
-from dalle.transformer.generate import generate
+from dalle.train.precision import resolve_device
+
+Part = Literal["shapes", "dvae", "transformer", "clip", "pictures", "rerank"]
 
 
 @dataclass(frozen=True)
 class EvaluateRun:
-    """Measures a shapes model over captions that training never saw."""
+    """Measures a model on captions and pictures that training never saw."""
 
     model: Path = ROOT / "quickstart" / "model"
     """Model directory."""
+    parts: tuple[Part, ...] = ("shapes",)
+    """What to measure: shapes dvae transformer clip pictures rerank, one or several."""
+    data: PairsConfig = PairsConfig(path="shapes")
+    """Held-out pictures and captions of every part but shapes; the resolution is the model's."""
+    pairs: int = 1000
+    """Held-out pairs to read at most; the paper's distances are of 30,000."""
     captions: int = 200
-    """Held-out captions of each kind."""
+    """Captions to draw for: of each kind for shapes, of the held-out pairs for pictures and rerank."""
     best_of: int = 16
-    """Candidates of each caption."""
+    """Candidates of each caption; the paper draws 512."""
     temperature: float = 1.0
     """Of the samples; 1 as the paper."""
     chunk: int = 512
-    """Pictures drawn at once."""
+    """Pictures drawn at once for shapes."""
+    batch: int = 32
+    """Pairs measured at once."""
+    blur: tuple[float, ...] = RADII
+    """Radii of the Gaussian filters before features are taken (Figure 9)."""
+    extractor: str | None = None
+    """File of the Inception weights for FID and inception score; the word clip takes the CLIP's own space."""
+    clip: Path | None = None
+    """File of OpenAI's CLIP that measures in place of the model's own; the ranking stays the model's."""
+    classes: Path | None = None
+    """Text file with a class name a line, for pictures whose caption is their class: zero-shot and written words."""
+    templates: tuple[str, ...] = TEMPLATES
+    """Wordings of a class for the CLIP; {} is its name."""
+    lpips_backbone: Path | None = None
+    """torchvision's AlexNet, for LPIPS."""
+    lpips_weights: Path | None = None
+    """The weights of LPIPS for AlexNet."""
+    statistics: Path = ROOT / "statistics"
+    """Folder where the statistics of real pictures are kept from one run to the next."""
     seed: int = 0
-    """Of captions and candidates."""
+    """Of captions, candidates and everything else that is drawn."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first there is."""
     json: Path | None = None
     """File for the report; printed too."""
 
     def __post_init__(self):
-        for name in ("captions", "best_of", "chunk"):
+        for name in ("captions", "best_of", "chunk", "pairs", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         check_sampling(self.temperature, None, None)
         if self.json and self.json.is_dir():
             raise ValueError(f"{self.json} is a directory; expected the name of a file")
+        if not self.parts or len(set(self.parts)) < len(self.parts):
+            raise ValueError(f"parts must name one part or more, each once; got {' '.join(self.parts) or 'none'}")
+        if not self.blur or min(self.blur) < 0 or len(set(self.blur)) < len(self.blur):
+            raise ValueError(f"blur must be radii of 0 or more, each once; got {self.blur}")
+        if (self.lpips_backbone is None) != (self.lpips_weights is None):
+            raise ValueError("LPIPS needs both --lpips-backbone and --lpips-weights; give both, or neither")
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Candidates for captions, and which one CLIP put first."""
-
-    captions: list[str]
-    pixels: Tensor
-    """(C, n, 3, R, R)."""
-    best: list[int]
-    """The candidate ranked first, for each caption."""
-
-    def first(self) -> Tensor:
-        """Candidate 0 of each caption (C, 3, R, R)."""
-        return self.pixels[:, 0]
-
-    def ranked(self) -> Tensor:
-        """The candidate ranked first of each caption (C, 3, R, R)."""
-        return self.pixels[range(len(self.best)), self.best]
-
-
-def evaluate(run: EvaluateRun) -> dict[str, dict[str, float]]:
-    """Scores of both held-out sets; writes --json."""
+def evaluate(run: EvaluateRun) -> dict[str, Any]:
+    """Measures each part; prints its numbers, and writes --json after each, so that a long run leaves what it has."""
     if run.json:
         make_directory(run.json.parent)
-    model = DALLE.from_pretrained(run.model, resolve_device(run.device))
-    if model.scorer is None:
+    device = resolve_device(run.device)
+    model = DALLE.from_pretrained(run.model, device)
+    if model.scorer is None and {"shapes", "rerank"} & {*run.parts}:
         raise ValueError(f"{run.model} has no CLIP to rank with; train one and save the parts together")
-    report = {}
-    for split in ("held_out", "new_pairs"):
-        report[split], _ = caption_accuracy(
-            model, split, run.captions, run.best_of, run.chunk, run.seed, run.temperature
-        )
-        print(split, "  ".join(f"{name} {value:.3f}" for name, value in report[split].items()))
-    if run.json:
-        settings = {"captions": run.captions, "seed": run.seed, "temperature": run.temperature}
-        write_json(run.json, {"model": model.hash, **settings, **report})
+    report: dict[str, Any] = {"model": model.hash}
+    report |= {name: getattr(run, name) for name in ("captions", "seed", "temperature", "best_of")}
+    others = [part for part in run.parts if part != "shapes"]
+    bench = Bench(run, model, device) if others else None
+    if bench:
+        report["rests_on"] = bench.facts()
+    for part in run.parts:
+        found = _shapes(run, model) if part == "shapes" else {part: PARTS[part](bench)}
+        report |= found
+        for name, values in found.items():
+            _tell(name, values)
+        if run.json:
+            write_json(run.json, report)
     return report
 
 
-def caption_accuracy(
-    model: DALLE, split: str, count: int, best_of: int = 16, chunk: int = 512, seed: int = 0, temperature: float = 1.0
-) -> tuple[dict[str, float], Drawn]:
-    """Share of pictures that the judge finds right.
-
-    Args:
-        model: trained on the shapes set, with a scorer.
-        split: "held_out" or "new_pairs".
-        count: captions C.
-        best_of: candidates n.
-        chunk: pictures drawn at once.
-        seed: of captions and candidates.
-        temperature: of the samples.
-
-    Returns:
-        true: true pictures; mismatched: true pictures against a caption that differs in one attribute;
-        reconstruction: true pictures through hard codes; first: the first sample; reranked: the one CLIP
-        puts first; random_of_n, oracle_of_n: a random one, any of the n; chance: first samples against
-        other pictures' captions. And the drawn pictures.
-    """
-    layout = model.transformer.layout
-    pairs = ShapesPairs(layout.rows * model.dvae.downsampling, seed, split)
-    rng = np.random.default_rng(seed)
-    scenes = [pairs.scene(index) for index in range(count)]
-    texts = [_one_wording(scene, rng) for scene in scenes]
-    mismatched = [_one_wording(change_one_attribute(scene, rng), rng) for scene in scenes]
-    pixels = torch.from_numpy(pairs.pixels(range(count)))
-    with torch.no_grad():
-        through = torch.cat([model.decode(model.dvae.encode(p.to(model.device))).cpu() for p in pixels.split(chunk)])
-    drawn = draw(model, texts, best_of, chunk, seed, temperature)
-    right = judge(drawn.pixels.flatten(0, 1), [text for text in texts for _ in range(best_of)]).reshape(count, best_of)
-    rows = np.arange(count)
-    scores = {
-        "true": judge(pixels, texts).mean(),
-        "mismatched": judge(pixels, mismatched).mean(),
-        "reconstruction": judge(through, texts).mean(),
-        "first": right[:, 0].mean(),
-        "reranked": right[rows, drawn.best].mean(),
-        f"random_of_{best_of}": right[rows, rng.integers(best_of, size=count)].mean(),
-        f"oracle_of_{best_of}": right.any(axis=1).mean(),
-        "chance": judge(drawn.first(), np.roll(texts, 1).tolist()).mean(),
-    }
-    return {name: float(value) for name, value in scores.items()}, drawn
+def _shapes(run: EvaluateRun, model: DALLE) -> dict[str, dict[str, float]]:
+    """Both held-out sets of the shapes."""
+    options = (run.captions, run.best_of, run.chunk, run.seed, run.temperature)
+    return {split: caption_accuracy(model, split, *options)[0] for split in ("held_out", "new_pairs")}
 
 
-def _one_wording(scene, rng: np.random.Generator) -> str:
-    wordings = captions(scene)
-    return wordings[rng.integers(len(wordings))]
-
-
-def draw(model: DALLE, texts: Sequence[str], best_of: int, chunk: int, seed: int, temperature: float = 1.0) -> Drawn:
-    """`best_of` candidates of every caption, several captions at once, ranked by the model's scorer."""
-    slots = model.transformer.layout.image_len
-    together = max(1, chunk // best_of)
-    pictures, best = [], []
-    with tqdm(total=len(texts) * best_of, desc="drawing", unit="picture", disable=None) as bar:
-        for start in range(0, len(texts), together):
-            part = list(texts[start : start + together])
-            noise = torch.stack([uniforms(seed, text, range(best_of), slots) for text in part])
-            with autocast(resolve_precision("auto", model.device), model.device):
-                tokens = generate(model.transformer, model.text_tokens(part), noise, temperature=temperature)
-            for text, candidates in zip(part, tokens, strict=True):
-                pixels = model.decode(candidates.clone())
-                best.append(int(rank(model.scorer, pixels, text)[0][0]))
-                pictures.append(pixels.cpu())
-            bar.update(len(part) * best_of)
-    return Drawn(list(texts), torch.stack(pictures), best)
+def _tell(name: str, values: dict[str, Any]) -> None:
+    """A line for each group of numbers."""
+    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+    if numbers:
+        print(name, "  ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
+    for key, inner in values.items():
+        if isinstance(inner, dict):
+            _tell(f"{name} {key}", inner)

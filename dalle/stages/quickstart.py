@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dalle.config import load
+from dalle.evals.shapes import Drawn, caption_accuracy
 from dalle.files import make_directory, write_json
 from dalle.images import captioned_sheet, sheet, to_pil
 from dalle.models import load_part
@@ -18,7 +19,6 @@ from dalle.sampling import check_sampling
 from dalle.stages.clip import CLIPRun, train_clip
 from dalle.stages.dvae import DVAERun, train_dvae
 from dalle.stages.encode import EncodeRun, encode_images
-from dalle.stages.evaluate import Drawn, caption_accuracy
 from dalle.stages.plots import plot_losses
 from dalle.stages.runs import CONFIGS, ROOT, is_complete
 from dalle.stages.tokenizer import TokenizerRun, train_tokenizer

@@ -1,0 +1,33 @@
+"""CLIP score: how well pictures fit their captions by a CLIP (Hessel et al. 2021).
+
+The mean of 2.5 max(cosine, 0). It depends on the CLIP, and says little of the CLIP that ranked the pictures.
+
+    B pictures of a batch
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from dalle.evals.means import Means
+from dalle.types import Embedder
+
+WEIGHT = 2.5  # Hessel et al.
+
+
+def run(clip: Embedder, batches: Iterable[tuple[Tensor, Sequence[str]]]) -> dict[str, float]:
+    """Mean cosine and CLIP score of pixels (B, 3, H, W) in [0, 1] and a caption for each."""
+    means = Means()
+    for pixels, captions in batches:
+        means.add(clip_scores(clip, pixels, captions))
+    return means.values()
+
+
+@torch.no_grad()
+def clip_scores(clip: Embedder, pixels: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+    """Cosine and CLIP score (B,) of pixels (B, 3, H, W) in [0, 1] and a caption for each."""
+    if len(pixels) != len(captions):
+        raise ValueError(f"{len(pixels)} pictures with {len(captions)} captions; expected one caption each")
+    cosines = (clip.embed_pictures(pixels) * clip.embed_captions(captions)).sum(1)
+    return {"cosine": cosines, "clip_score": WEIGHT * cosines.clamp(min=0)}
