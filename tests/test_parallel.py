@@ -11,11 +11,12 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from parallel_work import BATCH, PLAIN, TRAIN, dvae, pair_batch, pixel_batch, token_batch, train
+from parallel_work import BATCH, FACTORED, PLAIN, TRAIN, dvae, pair_batch, pixel_batch, token_batch, train
 from torch import Tensor
 
 from dalle.dvae.losses import gumbel_softmax
@@ -158,6 +159,76 @@ def test_what_processes_say_to_each_other(mode, several):
         assert said["held"] == pytest.approx(said["parameters"] / held, rel=0.1)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_replicas_that_average_by_factors_stay_alike_and_learn(mode, several):
+    """fsdp has no replicas: nothing is factored."""
+    out = several(mode)[0]
+    losses = [line["loss"] for line in read_log(out / "factored" / "log.jsonl") if "loss" in line]
+    assert all(after < before for before, after in pairwise(losses))
+    for name in FACTORED:
+        held = [json.loads((out / f"{name}-{rank}.json").read_text()) for rank in range(WORLD[mode])]
+        assert {"ddp": held[0] == held[1], "fsdp": held[0] != held[1], "hsdp": held[:2] == held[2:]}[mode]
+        sent = [line["sent_share"] for line in read_log(out / name / "log.jsonl") if "sent_share" in line]
+        assert bool(sent) == (mode != "fsdp")
+        assert all((share < 0.7) == (name != "whole") for share in sent)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_going_on_with_factored_gradients_changes_no_bit(mode, several):
+    whole_run, resumed = (several(mode)[0] / name for name in ("factored", "resumed"))
+    a, b = tensors(whole_run), tensors(resumed)
+    if mode != "fsdp":
+        a, b = a | errors_owed(whole_run), b | errors_owed(resumed)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def errors_owed(run: Path) -> dict[str, Tensor]:
+    owed = read_whole(latest_checkpoint(run), "powersgd")
+    assert all(error.any() for error in owed.values())
+    return owed
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rank_too_high_to_save_anything_trains_as_without(mode, single, several):
+    a, b = tensors(single / "transformer"), tensors(several(mode)[0] / "whole")
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=0, atol=TOLERANCE["transformer"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_is_bad_in_one_process_is_skipped_and_named_by_all(mode, several):
+    out = several(mode)[0]
+    said = [json.loads((out / f"failures-{rank}.json").read_text()) for rank in range(WORLD[mode])]
+    assert all(words == said[0] for words in said)
+    assert "step 5: loss nan" in said[0]["spoilt"]
+    assert "first bad tensor: gradient of " in said[0]["spoilt"]
+    assert "first bad tensor: parameter to_logits.weight." in said[0]["half_bad"]
+    assert [line["skipped"] for line in read_log(out / "spoilt" / "log.jsonl") if "skipped" in line] == [0, 1, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_named(tmp_path):
+    (tmp_path / "hang.py").write_text(HANG)
+    first, _ = processes([str(tmp_path / "hang.py")], 2, tmp_path)
+    assert first.returncode != 0
+    assert "A process hung or is gone: [Rank 0]: Ranks 1 failed" in first.stderr
+
+
+HANG = """
+import time
+from datetime import timedelta
+import torch
+from dalle.train import parallel
+parallel.ANSWER = timedelta(seconds=3)
+with parallel.Parallel.start("ddp", "cpu", timeout=timedelta(seconds=5)) as several:
+    several.all_sum(torch.ones(1))
+    if several.rank == 1:
+        time.sleep(15)
+    several.all_sum(torch.ones(1))
+"""
+
+
 # ---------------------------------------------------------------------------------------------
 # Parts of a batch, without processes
 # ---------------------------------------------------------------------------------------------
@@ -284,6 +355,18 @@ def torchrun(monkeypatch):
 def test_a_parallel_mode_without_torchrun_is_refused_with_the_command(mode, torchrun):
     with pytest.raises(ValueError, match=f"--parallel {mode} needs torchrun.*torchrun --nproc-per-node 2"):
         TrainingRun(parallel=mode).processes()
+
+
+@pytest.mark.parametrize("mode", ["fsdp", "hsdp"])
+def test_compiled_slices_are_refused(mode, torchrun):
+    torchrun(2)
+    with pytest.raises(ValueError, match=f"--compile with --parallel {mode} is untested"):
+        TrainingRun(parallel=mode, compile=True).processes()
+
+
+def test_no_patience_is_refused():
+    with pytest.raises(ValueError, match="timeout must be positive, got 0"):
+        TrainingRun(timeout=0)
 
 
 def test_torchrun_without_a_parallel_mode_is_refused(torchrun):

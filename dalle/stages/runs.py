@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class TrainingRun:
     it, hsdp slices it within a machine and copies it between machines."""
     shard: int | None = None
     """For hsdp: processes that share one set of parameters; those of a machine unless given."""
+    timeout: float = 15.0
+    """Minutes that a process waits for the others before it ends with an error: how long a hang lasts at most."""
     compile: bool = False
     """Compile each layer: minutes at the start, faster steps (fewer, larger kernels)."""
     log: LogConfig = LogConfig()
@@ -61,10 +64,16 @@ class TrainingRun:
             raise ValueError(f"steps must be positive, got {self.steps}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be positive, got {self.timeout}")
 
     def processes(self) -> Parallel:
         """Joins those that train together; ValueError where they were not started so."""
-        return Parallel.start(self.parallel, self.device, self.shard)
+        if self.compile and self.parallel in ("fsdp", "hsdp"):
+            raise ValueError(
+                f"--compile with --parallel {self.parallel} is untested; leave --compile out, or take --parallel ddp"
+            )
+        return Parallel.start(self.parallel, self.device, self.shard, timedelta(minutes=self.timeout))
 
     def directory(self, stage: str) -> Path:
         """Where the run writes."""
@@ -72,7 +81,7 @@ class TrainingRun:
 
     def record(self) -> dict[str, Any]:
         """The configuration for the checkpoint, less what may change on resuming."""
-        free = {"out", "steps", "device", "resume", "parallel", "shard", "compile", "encode", "log"}
+        free = {"out", "steps", "device", "resume", "parallel", "shard", "timeout", "compile", "encode", "log"}
         free |= {"tokens", "tokenizer", "dvae"}  # the links name what they held
         kept = {key: value for key, value in to_dict(self).items() if key not in free}
         if "train" in kept:
