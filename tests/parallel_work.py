@@ -23,6 +23,7 @@ from dalle.train.ema import EMAConfig
 from dalle.train.low_rank import PowerSGDConfig
 from dalle.train.optim import OptimizerConfig
 from dalle.train.parallel import Parallel
+from dalle.train.plateau import PlateauConfig
 from dalle.train.shards import local
 from dalle.train.state import TrainState
 from dalle.transformer import Transformer, TransformerConfig
@@ -158,12 +159,18 @@ FACTORED = {
     "whole": Case(transformer(), TransformerObjective(), token_batch, {"powersgd": PowerSGDConfig(1000)}),
     "factored": Case(
         transformer(), TransformerObjective(), remembered,
-        {"powersgd": PowerSGDConfig(4), "accumulate": 2, "save_every": 3}, stops=(8,),
+        {
+            "powersgd": PowerSGDConfig(4), "accumulate": 2, "save_every": 3, "precision": "fp16",
+            "ema": EMAConfig(decay=0.9, every=2, device="cpu"),
+            "optimizer": replace(TRAIN.optimizer, plateau=PlateauConfig(halvings=2, window=2, patience=1, gain=10.0)),
+        },
+        stops=(8,),
     ),
     "factored_clip": Case(lambda: CLIP(CLIP_CONFIG), CLIPObjective(), pair_batch, {"powersgd": PowerSGDConfig(4)}),
 }  # fmt: skip
 FACTORED["resumed"] = replace(FACTORED["factored"], stops=(6, 8))
-"""Replicas average by factors (PowerSGD); a rank of 1000 would make them larger, so gradients are sent whole."""
+"""Replicas average by factors (PowerSGD), beside all else that a run remembers. A rank of 1000 would make factors
+larger than gradients, which are then sent whole."""
 
 
 def share(batch: Any, rank: int, world: int) -> Any:
