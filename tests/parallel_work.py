@@ -20,9 +20,12 @@ from dalle.dvae import DVAE, DVAEConfig
 from dalle.objectives import CLIPObjective, DVAEObjective, TransformerObjective
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.ema import EMAConfig
+from dalle.train.low_rank import PowerSGDConfig
 from dalle.train.optim import OptimizerConfig
 from dalle.train.parallel import Parallel
+from dalle.train.plateau import PlateauConfig
 from dalle.train.shards import local
+from dalle.train.state import TrainState
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.types import WHOLE, Loss, Part
 
@@ -112,13 +115,71 @@ SEVERAL = PLAIN | {
 """What several processes do: the same trainings, stopped, recomputed and in several passes, which changes no result."""
 
 
+@dataclass(frozen=True)
+class Spoilt:
+    """The transformer's loss; in the second step and from the fourth on NaN in the last process alone."""
+
+    inner: TransformerObjective = TransformerObjective()
+
+    def __call__(self, model: Transformer, batch: Tensor, step: int, part: Part = WHOLE) -> Loss:
+        loss = self.inner(model, batch, step, part)
+        bad = step in (1, 3, 4) and part.index == part.count - 1
+        return Loss(loss.total * (float("nan") if bad else 1.0), loss.metrics)
+
+
+def half_bad() -> nn.Module:
+    """A transformer with NaN in the last row of a matrix, which under fsdp the last process alone holds."""
+    model = Transformer(TRANSFORMER_CONFIG)
+    with torch.no_grad():
+        model.to_logits.weight[-1] = float("nan")
+    return model
+
+
+BROKEN = {
+    "spoilt": Case(transformer(), Spoilt(), token_batch, {"max_nonfinite": 2, "eval_every": 9}, stops=(6,)),
+    "half_bad": Case(half_bad, TransformerObjective(), token_batch, {"max_nonfinite": 1, "eval_every": 9}),
+}
+
+
+def failure(case: Case, parallel: Parallel, out: Path) -> str:
+    """What a training that breaks says in this process."""
+    try:
+        train(case, parallel, out)
+    except FloatingPointError as error:
+        return str(error)
+    return "nothing"
+
+
+def remembered(step: int) -> Tensor:
+    """The same batch in every step, so that its loss goes down."""
+    return token_batch(0)
+
+
+FACTORED = {
+    "whole": Case(transformer(), TransformerObjective(), token_batch, {"powersgd": PowerSGDConfig(1000)}),
+    "factored": Case(
+        transformer(), TransformerObjective(), remembered,
+        {
+            "powersgd": PowerSGDConfig(4), "accumulate": 2, "save_every": 3, "precision": "fp16",
+            "ema": EMAConfig(decay=0.9, every=2, device="cpu"),
+            "optimizer": replace(TRAIN.optimizer, plateau=PlateauConfig(halvings=2, window=2, patience=1, gain=10.0)),
+        },
+        stops=(8,),
+    ),
+    "factored_clip": Case(lambda: CLIP(CLIP_CONFIG), CLIPObjective(), pair_batch, {"powersgd": PowerSGDConfig(4)}),
+}  # fmt: skip
+FACTORED["resumed"] = replace(FACTORED["factored"], stops=(6, 8))
+"""Replicas average by factors (PowerSGD), beside all else that a run remembers. A rank of 1000 would make factors
+larger than gradients, which are then sent whole."""
+
+
 def share(batch: Any, rank: int, world: int) -> Any:
     if isinstance(batch, tuple):
         return tuple(share(value, rank, world) for value in batch)
     return batch.chunk(world)[rank]
 
 
-def train(case: Case, parallel: Parallel, out: Path) -> None:
+def train(case: Case, parallel: Parallel, out: Path) -> TrainState:
     """One case, into a run directory."""
 
     def evaluate(model: nn.Module, step: int) -> dict[str, float]:
@@ -126,11 +187,12 @@ def train(case: Case, parallel: Parallel, out: Path) -> None:
 
     for steps in case.stops:
         torch.manual_seed(0)
-        fit(
+        state = fit(
             case.model(), case.objective, lambda step: share(case.batch(step), parallel.rank, parallel.world),
             replace(TRAIN, **case.train), steps=steps, seed=7, run_dir=out,
             meta={"kind": "case", "run": {}, "links": {}}, evaluate=evaluate, parallel=parallel,
         )  # fmt: skip
+    return state
 
 
 def words(parallel: Parallel) -> dict[str, Any]:
@@ -162,8 +224,13 @@ def main(mode: str, out: str, shard: str | None = None) -> None:
     with Parallel.start(mode, "cpu", int(shard) if shard else None) as parallel:
         (Path(out) / f"words-{parallel.rank}.json").write_text(json.dumps(words(parallel)))
         print(f"printed by process {parallel.rank}")
-        for name, case in SEVERAL.items():
-            train(case, parallel, Path(out) / name)
+        for name, case in (SEVERAL | FACTORED).items():
+            state = train(case, parallel, Path(out) / name)
+            if name in FACTORED:
+                held = {parameter: local(p).tolist() for parameter, p in state.model.named_parameters()}
+                (Path(out) / f"{name}-{parallel.rank}.json").write_text(json.dumps(held))
+        said = {name: failure(case, parallel, Path(out) / name) for name, case in BROKEN.items()}
+        (Path(out) / f"failures-{parallel.rank}.json").write_text(json.dumps(said))
 
 
 if __name__ == "__main__":

@@ -128,6 +128,22 @@ def errors_of_another_model_are_refused() -> None:
             powersgd.load_state_dict(wrong)
 
 
+def what_is_factored_no_more_is_owed_no_more() -> None:
+    """As when shards, and so what their factors save, are of another number."""
+    fewer = PowerSGD(parameters(), {"wide": 1}, PowerSGDConfig(3), seed=7)
+    more = averager()
+    for powersgd in (fewer, more):
+        give(powersgd, 0)
+        powersgd.reduce(0)
+    few, many = fewer.state_dict(), more.state_dict()
+    fewer.load_state_dict(many)
+    assert torch.equal(fewer.factored["wide"].error, many["error/wide"])
+    fresh = averager()
+    fresh.load_state_dict(few)
+    assert torch.equal(fresh.factored["wide"].error, few["error/wide"])
+    assert not fresh.factored["tall"].error.any()
+
+
 def a_gradient_that_is_not_finite_anywhere_is_inf_everywhere_and_touches_no_error() -> None:
     powersgd = averager()
     give(powersgd, 0)
@@ -318,6 +334,9 @@ def shards_are_factored_each_by_itself() -> None:
     assert (powersgd.factored["0.0.weight"].error == 1).all()
     with pytest.raises(ValueError, match="checkpoint"):
         build_powersgd(model, PowerSGDConfig(4, q="updated"), seed=7, group=group)
+    uneven = nn.Sequential(nn.ModuleList([nn.Linear(20, 13)]))  # 7 rows and 6
+    fully_shard(uneven[0][0], mesh=mesh["shard"])
+    assert not build_powersgd(uneven, PowerSGDConfig(4), seed=7, group=group).factored
 
 
 def main(folder: Path, rank: int, world: int, scenarios: list[str]) -> None:

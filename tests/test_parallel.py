@@ -11,14 +11,16 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from parallel_work import BATCH, PLAIN, TRAIN, dvae, pair_batch, pixel_batch, token_batch, train
+from parallel_work import BATCH, FACTORED, PLAIN, TRAIN, dvae, pair_batch, pixel_batch, token_batch, train
 from torch import Tensor
 
 from dalle.dvae.losses import gumbel_softmax
+from dalle.files import read_json
 from dalle.models import load_part
 from dalle.objectives import CLIPObjective, DVAEObjective, TransformerObjective
 from dalle.stages.clip import CLIPRun
@@ -84,10 +86,10 @@ def several(tmp_path_factory):
     return start
 
 
-def tensors(run: Path) -> dict[str, Tensor]:
+def tensors(run: Path, files: tuple[str, ...] = FILES) -> dict[str, Tensor]:
     """Weights, running sums and moments of a run's last checkpoint."""
     folder = latest_checkpoint(run)
-    return {f"{file}/{name}": tensor for file in FILES for name, tensor in read_whole(folder, file).items()}
+    return {f"{file}/{name}": tensor for file in files for name, tensor in read_whole(folder, file).items()}
 
 
 def assert_close_runs(one: Path, other: Path, tolerance: float) -> None:
@@ -156,6 +158,73 @@ def test_what_processes_say_to_each_other(mode, several):
         assert said["mesh"] == {"ddp": {}, "fsdp": {"shard": 2}, "hsdp": {"replicate": 2, "shard": 2}}[mode]
         held = {"ddp": 1, "fsdp": 2, "hsdp": 2}[mode]
         assert said["held"] == pytest.approx(said["parameters"] / held, rel=0.1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_replicas_that_average_by_factors_stay_alike_and_learn(mode, several):
+    """fsdp has no replicas: nothing is factored."""
+    out = several(mode)[0]
+    losses = [line["loss"] for line in read_log(out / "factored" / "log.jsonl") if "loss" in line]
+    assert all(after < before for before, after in pairwise(losses))
+    for name in FACTORED:
+        held = [json.loads((out / f"{name}-{rank}.json").read_text()) for rank in range(WORLD[mode])]
+        assert {"ddp": held[0] == held[1], "fsdp": held[0] != held[1], "hsdp": held[:2] == held[2:]}[mode]
+        sent = [line["sent_share"] for line in read_log(out / name / "log.jsonl") if "sent_share" in line]
+        assert bool(sent) == (mode != "fsdp")
+        assert all((share < 0.7) == (name != "whole") for share in sent)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_going_on_changes_no_bit_of_what_a_run_remembers(mode, several):
+    """Weights, averages, moments, scales, errors of PowerSGD; counts of skipped updates and of halvings."""
+    runs = [several(mode)[0] / name for name in ("factored", "resumed")]
+    a, b = (tensors(run, (*FILES, "scales", *(["powersgd"] if mode != "fsdp" else []))) for run in runs)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert all(tensor.any() for name, tensor in a.items() if name.startswith("powersgd/"))
+    numbers, twins = (read_json(latest_checkpoint(run) / "meta.json") for run in runs)
+    assert numbers["extras"] == twins["extras"]
+    assert numbers["extras"]["plateau"]["halved"] == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rank_too_high_to_save_anything_trains_as_without(mode, single, several):
+    a, b = tensors(single / "transformer"), tensors(several(mode)[0] / "whole")
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=0, atol=TOLERANCE["transformer"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_is_bad_in_one_process_is_skipped_and_named_by_all(mode, several):
+    out = several(mode)[0]
+    said = [json.loads((out / f"failures-{rank}.json").read_text()) for rank in range(WORLD[mode])]
+    assert all(words == said[0] for words in said)
+    assert "step 5: loss nan" in said[0]["spoilt"]
+    assert "first bad tensor: gradient of " in said[0]["spoilt"]
+    assert "first bad tensor: parameter to_logits.weight." in said[0]["half_bad"]
+    assert [line["skipped"] for line in read_log(out / "spoilt" / "log.jsonl") if "skipped" in line] == [0, 1, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_named(tmp_path):
+    (tmp_path / "hang.py").write_text(HANG)
+    first, _ = processes([str(tmp_path / "hang.py")], 2, tmp_path)
+    assert first.returncode != 0
+    assert "A process hung or is gone: [Rank 0]: Ranks 1 failed" in first.stderr
+
+
+HANG = """
+import time
+from datetime import timedelta
+import torch
+from dalle.train import parallel
+parallel.ANSWER = timedelta(seconds=3)
+with parallel.Parallel.start("ddp", "cpu", timeout=timedelta(seconds=5)) as several:
+    several.all_sum(torch.ones(1))
+    if several.rank == 1:
+        time.sleep(15)
+    several.all_sum(torch.ones(1))
+"""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -284,6 +353,18 @@ def torchrun(monkeypatch):
 def test_a_parallel_mode_without_torchrun_is_refused_with_the_command(mode, torchrun):
     with pytest.raises(ValueError, match=f"--parallel {mode} needs torchrun.*torchrun --nproc-per-node 2"):
         TrainingRun(parallel=mode).processes()
+
+
+@pytest.mark.parametrize("mode", ["fsdp", "hsdp"])
+def test_compiled_slices_are_refused(mode, torchrun):
+    torchrun(2)
+    with pytest.raises(ValueError, match=f"--compile with --parallel {mode} is untested"):
+        TrainingRun(parallel=mode, compile=True).processes()
+
+
+def test_no_patience_is_refused():
+    with pytest.raises(ValueError, match="timeout must be positive, got 0"):
+        TrainingRun(timeout=0)
 
 
 def test_torchrun_without_a_parallel_mode_is_refused(torchrun):

@@ -21,6 +21,7 @@ SCENARIOS = [
     "parameters_that_are_not_factored_equal_a_plain_all_reduce",
     "resuming_changes_no_bit",
     "errors_of_another_model_are_refused",
+    "what_is_factored_no_more_is_owed_no_more",
     "a_gradient_that_is_not_finite_anywhere_is_inf_everywhere_and_touches_no_error",
     "a_buffer_that_overflowed_starts_again_and_the_others_keep_what_they_owe",
     "what_is_sent_is_counted",

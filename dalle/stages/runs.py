@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class TrainingRun:
     """Names of parameters that are not trained; * stands for anything: "layers.0.*"."""
     overfit: int | None = None
     """Train on the first batch alone, of so many samples, again and again: a check that the loss can fall."""
+    timeout: float = 15.0
+    """Minutes that a process waits for the others before it ends with an error: how long a hang lasts at most."""
     compile: bool = False
     """Compile each layer: minutes at the start, faster steps (fewer, larger kernels)."""
     log: LogConfig = LogConfig()
@@ -69,10 +72,16 @@ class TrainingRun:
             raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
         if self.overfit is not None and self.overfit < 1:
             raise ValueError(f"overfit must be positive, got {self.overfit}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be positive, got {self.timeout}")
 
     def processes(self) -> Parallel:
         """Joins those that train together; ValueError where they were not started so."""
-        return Parallel.start(self.parallel, self.device, self.shard)
+        if self.compile and self.parallel in ("fsdp", "hsdp"):
+            raise ValueError(
+                f"--compile with --parallel {self.parallel} is untested; leave --compile out, or take --parallel ddp"
+            )
+        return Parallel.start(self.parallel, self.device, self.shard, timedelta(minutes=self.timeout))
 
     def directory(self, stage: str) -> Path:
         """Where the run writes."""
@@ -80,7 +89,7 @@ class TrainingRun:
 
     def record(self) -> dict[str, Any]:
         """The configuration for the checkpoint, less what may change on resuming."""
-        free = {"out", "steps", "device", "resume", "parallel", "shard", "compile", "encode", "log"}
+        free = {"out", "steps", "device", "resume", "parallel", "shard", "timeout", "compile", "encode", "log"}
         free |= {"tokens", "tokenizer", "dvae"}  # the links name what they held
         free |= {"init_from"}  # as `begin` says
         free |= {name for name in ("freeze", "overfit") if not getattr(self, name)}  # older runs do not know them

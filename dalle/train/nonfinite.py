@@ -5,7 +5,7 @@ next batch. With gradient scales (fp16) it is part of the method: the paper skip
 scale that is too large comes down only once in 125 updates. Elsewhere it is a bad batch, or a broken run.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -56,43 +56,52 @@ class Nonfinite:
 
 
 def first_nonfinite(
-    model: nn.Module, forward: Callable[[], Any], all_true: Callable[[Tensor], Tensor] = lambda flag: flag
+    model: nn.Module, forward: Callable[[], Any], all_true: Callable[[Tensor], Tensor] = lambda flags: flags
 ) -> str:
-    """Where NaN or infinity first appears: a parameter, else a module's output, else a gradient.
+    """Where NaN or infinity first appears in any process: a parameter, else a module's output, else a gradient.
 
-    Each process names what it holds itself.
+    Every process gives the same answer, also where another one holds what is bad.
 
     Args:
         model: the model.
         forward: runs the failing step's forward pass again.
-        all_true: whether a bool scalar is true in every process; they must all run `forward`, or none.
+        all_true: bool (flags,) -> which are true in every process; they must all run `forward`, or none.
     """
-    finite = {name: torch.isfinite(local(p)).all() for name, p in model.named_parameters()}
-    bad = next((name for name, good in finite.items() if not good), None)
-    if not all_true(torch.stack([*finite.values()]).all()):
-        return f"parameter {bad}" if bad else "a parameter in another process's slice"
-    found: list[str] = []
+    parameters = dict(model.named_parameters())
+    yes = torch.ones((), dtype=torch.bool, device=local(next(iter(parameters.values()))).device)
+    if bad := _first_false({f"parameter {name}": _finite([p], yes) for name, p in parameters.items()}, all_true):
+        return bad
+    outputs: dict[str, Tensor] = {}
 
     def watch(name: str):
         def hook(module, inputs, output):
-            if not found and any(not torch.isfinite(t).all() for t in _tensors(output)):
-                found.append(f"output of {name or 'the model'}")
+            outputs[name] = outputs.get(name, yes) & _finite(_tensors(output), yes)
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    hooks = [module.register_forward_hook(watch(f"output of {name or 'the model'}"))
+             for name, module in model.named_modules()]  # fmt: skip
     try:
         with torch.no_grad():
             forward()
     finally:
         for hook in hooks:
             hook.remove()
-    if found:
-        return found[0]
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all():
-            return f"gradient of {name}"
-    return "the loss itself"
+    gradients = {name: [] if p.grad is None else [p.grad] for name, p in parameters.items()}
+    found = _first_false(outputs, all_true)
+    found = found or _first_false({f"gradient of {name}": _finite(g, yes) for name, g in gradients.items()}, all_true)
+    return found or "the loss itself"
+
+
+def _finite(tensors: Iterable[Tensor], yes: Tensor) -> Tensor:
+    """bool scalar: whether all of these are, as far as this process holds them; `yes` for none."""
+    return torch.stack([yes, *(torch.isfinite(local(tensor)).all() for tensor in tensors)]).all()
+
+
+def _first_false(flags: dict[str, Tensor], all_true: Callable[[Tensor], Tensor]) -> str | None:
+    """The first name, in their order, whose flag is false in any process."""
+    together = all_true(torch.stack([*flags.values()])).tolist() if flags else []
+    return next((name for name, good in zip(flags, together, strict=True) if not good), None)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

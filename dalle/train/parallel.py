@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from inspect import signature
 from itertools import pairwise
 from typing import Any, Literal
@@ -27,6 +28,10 @@ from dalle.train.shards import local
 from dalle.types import Part
 
 Mode = Literal["none", "ddp", "fsdp", "hsdp"]
+TIMEOUT = timedelta(minutes=15)
+"""How long a process waits for the others in a step: longer than a data worker may take (10 minutes)."""
+ANSWER = timedelta(seconds=20)
+"""How long one that hung may take to answer."""
 
 
 class Parallel:
@@ -56,6 +61,7 @@ class Parallel:
         self.door: Any = None
         self.averaged = True
         self._scalars: list[nn.Parameter] = []
+        self._roll: Any = None
         self._stdout = sys.stdout
         if self.sharded:
             from torch.distributed.device_mesh import init_device_mesh  # seconds that a single process need not spend
@@ -65,10 +71,13 @@ class Parallel:
             self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
     @classmethod
-    def start(cls, mode: Mode, device: str = "auto", shard: int | None = None) -> "Parallel":
+    def start(
+        cls, mode: Mode, device: str = "auto", shard: int | None = None, timeout: timedelta = TIMEOUT
+    ) -> "Parallel":
         """Joins the processes that torchrun started; with mode "none" a single one.
 
-        Only the first process prints from then on.
+        Only the first process prints from then on. One that waits longer than `timeout` for the others ends with an
+        error that names who does not answer (over NCCL it is the watchdog that ends it and tells the collective).
 
         Raises:
             ValueError: mode, torchrun, devices and `shard` do not go together.
@@ -79,8 +88,9 @@ class Parallel:
         rank, own = int(os.environ["RANK"]), _own_device(device)
         if own.type == "cuda":
             torch.cuda.set_device(own)
-        dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timeout)
         parallel = cls(mode, own, rank, world, shard or int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+        parallel._roll = dist.new_group(backend="gloo")
         if not parallel.is_main:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed by `close`
         return parallel
@@ -228,7 +238,12 @@ class Parallel:
     def __enter__(self) -> "Parallel":
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self._roll is not None and isinstance(error, RuntimeError) and "timed out" in str(error).lower():
+            try:
+                dist.monitored_barrier(self._roll, ANSWER, wait_all_ranks=True)
+            except RuntimeError as missing:
+                error.add_note(f"A process hung or is gone: {missing}")
         self.close()
 
 

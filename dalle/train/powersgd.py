@@ -103,7 +103,8 @@ class PowerSGD:
             shards = _place(parameters[name])[1]
             if shards > 1 and config.q == "updated":
                 raise ValueError("a checkpoint cannot carry the Q of each shard; set powersgd.q to fixed or redrawn")
-            ranks = plan_ranks(shard.shape, matrices[name], math.ceil(config.rank / shards))
+            even = shard.numel() * shards == parameters[name].numel()  # else shards would not agree, and some are empty
+            ranks = plan_ranks(shard.shape, matrices[name], math.ceil(config.rank / shards)) if even else None
             if ranks:
                 self.factored[name] = Factored(torch.zeros_like(shard, dtype=torch.float32), ranks)
                 self._draw(name, 0)
@@ -247,10 +248,16 @@ class PowerSGD:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Takes them up on every replica; ValueError for those of other parameters."""
+        """Takes them up on every replica; ValueError for those of other parameters.
+
+        Another number of shards may factor other parameters: what is owed to one that is sent whole now is dropped,
+        and one that is new owes nothing.
+        """
         own = {f"error/{name}": one.error for name, one in self.factored.items()} | self._changing_qs()
-        if wrong := sorted(own.keys() ^ tensors.keys()):
-            raise ValueError(f"the saved errors of PowerSGD are of another model or rank, first {wrong[0]!r}")
+        wrong = sorted(tensors.keys() - own.keys() - {f"error/{name}" for name in self.parameters})
+        if wrong or (own and not own.keys() & tensors.keys()):
+            raise ValueError(f"the saved errors of PowerSGD are of another model or rank, first {[*wrong, *own][0]!r}")
+        tensors = {name: tensor for name, tensor in tensors.items() if name in own}
         for name, tensor in tensors.items():
             if local(tensor).shape != own[name].shape:
                 shapes = f"{tuple(local(tensor).shape)}, expected {tuple(own[name].shape)}"
