@@ -18,6 +18,7 @@ from dalle.data.tokens import TokenPlan, shard_name
 from dalle.stages import encode as stage
 from dalle.stages.dvae import EncodeConfig, train_dvae
 from dalle.stages.encode import EncodeRun, encode_images, turn
+from dalle.stages.transformer import train_transformer
 from dalle.types import Batch, ImageTokenizer, Skip
 
 PLAN = TokenPlan(dvae="abc", data="def", grid=(2, 3), vocab=65536, pictures=11, crops=2, shard=4)
@@ -403,6 +404,10 @@ def test_tokens_of_another_dvae_are_refused_with_both_hashes(chain, tiny_runs, t
     train_dvae(replace(tiny_runs.dvae, out=tmp_path / "other", seed=9, steps=1))
     with pytest.raises(ValueError, match=f"dvae was '{own}', is '[0-9a-f]{{16}}'"):
         encode_images(replace(run, dvae=tmp_path / "other"))
+    training = replace(tiny_runs.transformer, tokenizer=chain / "text", out=tmp_path / "transformer")
+    said = f"holds tokens of dVAE {own}, .*other is [0-9a-f]{{16}}: they do not belong together"
+    with pytest.raises(ValueError, match=said):
+        train_transformer(replace(training, tokens=tmp_path / "tokens", dvae=tmp_path / "other"))
 
 
 def test_a_resolution_that_gives_no_whole_tokens_is_refused(greys, tmp_path):
