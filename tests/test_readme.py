@@ -113,6 +113,8 @@ def smaller(command: str) -> str:
     name = Path(command.split()[1]).stem
     own = "my/p" in command or "my-" in command
     words = SMALLER[name]
+    if "--pairs" in command:
+        words += " --pairs 8"
     if "--best-of 8 --keep 8" in command:  # none is left out, so no CLIP is needed
         words += " --best-of 2"
     if own and name == "train_tokenizer":
