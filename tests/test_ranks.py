@@ -106,7 +106,7 @@ def test_each_process_judges_by_what_it_has_read_itself():
     with PairsLoader(task, 100) as batches:
         for step in range(50):
             assert batches(step) == step
-        with pytest.raises(ValueError, match="102 of 5100 samples cannot be used"):
+        with pytest.raises(ValueError, match="102 of 5202 samples cannot be used"):
             batches(50)
 
 
