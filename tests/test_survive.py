@@ -548,7 +548,7 @@ def test_twenty_kills_change_no_bit(tiny_runs, tmp_path):
     assert sum("in a save" in what for what in seen) >= 3
     train_dvae(run)
     assert files(latest_checkpoint(run.out)) == files(latest_checkpoint(whole.out))
-    clocks = {"seconds", "data_wait"}
+    clocks = {"seconds", "data_wait", "samples_per_second"}
     logs = [
         [
             {k: v for k, v in line.items() if k not in clocks and "memory" not in k}
