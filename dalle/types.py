@@ -4,6 +4,7 @@ Pixels are float (B, 3, H, W) in [0, 1] everywhere; only the dVAE maps them inwa
 Tokens are int64. A contract is checked with a sentence, not with a crash further down.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -232,6 +233,17 @@ def check_pixels(pixels: Tensor, multiple_of: int = 1) -> None:
     if low < -1e-3 or high > 1 + 1e-3:
         hint = "divide by 255" if high > 2 else "map [-1, 1] by (x + 1) / 2" if low < 0 else "clamp to [0, 1]"
         raise ValueError(f"pixels must lie in [0, 1], got [{float(low):.3g}, {float(high):.3g}]; {hint}")
+
+
+def grid_of(tokens: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """(rows, columns) of image tokens (B, N): those given, else a square; ValueError unless N tokens fill it."""
+    side = math.isqrt(tokens.shape[1])
+    rows, columns = grid or (side, side)
+    if rows * columns != tokens.shape[1]:
+        raise ValueError(
+            f"{tokens.shape[1]} tokens do not fill a grid of {rows} x {columns}; give grid=(rows, columns)"
+        )
+    return rows, columns
 
 
 def check_tokens(tokens: Tensor, vocab_size: int, name: str = "tokens") -> None:

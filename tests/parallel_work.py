@@ -206,7 +206,11 @@ def words(parallel: Parallel) -> dict[str, Any]:
     (gathered * (rank + 1)).sum().backward()
     model = Transformer(TRANSFORMER_CONFIG)
     parallel.wrap(model, "fp32")
+    for_factors = Transformer(TRANSFORMER_CONFIG)
+    parallel.wrap(for_factors, "fp32", averaged=False)
+    mlp = for_factors.layers[0].mlp.f
     return {
+        "cuts": [p.placements[0].dim for p in (mlp.expand.weight, mlp.project.weight)] if parallel.sharded else [],
         "sum": float(parallel.all_sum(torch.tensor(rank + 1.0))),
         "mean": float(parallel.all_mean(torch.tensor(float(rank)))),
         "true": parallel.all_true(torch.tensor([True, rank == 0])).tolist(),

@@ -155,6 +155,9 @@ def test_what_processes_say_to_each_other(mode, several):
         assert said["gathered"] == [float(r) for r in range(world) for _ in range(2)]
         assert said["gradient"] == [total] * 2  # each process r weighs all rows by r + 1
         assert said["main"] == (rank == 0)
+        assert said["cuts"] == (
+            [0, 1] if mode != "ddp" else []
+        )  # by outputs, but the second of the MLP by inputs (E.2)
         assert said["mesh"] == {"ddp": {}, "fsdp": {"shard": 2}, "hsdp": {"replicate": 2, "shard": 2}}[mode]
         held = {"ddp": 1, "fsdp": 2, "hsdp": 2}[mode]
         assert said["held"] == pytest.approx(said["parameters"] / held, rel=0.1)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.dvae.losses import map_pixels, unmap_pixels
-from dalle.types import check_pixels, check_tokens
+from dalle.types import check_pixels, check_tokens, grid_of
 
 
 @dataclass(frozen=True)
@@ -245,10 +245,7 @@ class DVAE(nn.Module):
             float32 (B, 3, H, W) in [0, 1].
         """
         check_tokens(tokens, self.vocab_size, "image_tokens")
-        side = math.isqrt(tokens.shape[1])
-        h, w = grid or (side, side)
-        if h * w != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {h} x {w}; give grid=(rows, columns)")
+        h, w = grid_of(tokens, grid)
         mu, _ = self.decoder.look_up(tokens.view(-1, h, w)).float().chunk(2, dim=1)
         return self.to_pixels(mu)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.pretrained.family import Family, Shapes
-from dalle.types import check_pixels, check_tokens
+from dalle.types import check_pixels, check_tokens, grid_of
 
 LICENCE = "MIT, of github.com/lucidrains/DALLE-pytorch; weights are of whoever trained them"
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # the package's default
@@ -119,10 +119,7 @@ class DiscreteVAE(nn.Module):
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Pictures of tokens: int64 (B, h * w), square unless grid says (h, w) -> float32 (B, 3, H, W) in [0, 1]."""
         check_tokens(tokens, self.vocab_size, "image_tokens")
-        side = math.isqrt(tokens.shape[1])
-        h, w = grid or (side, side)
-        if h * w != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {h} x {w}; give grid=(rows, columns)")
+        h, w = grid_of(tokens, grid)
         z = F.embedding(tokens, self.codebook.weight).movedim(2, 1).unflatten(2, (h, w))
         means, deviations = self._normalization(z)
         return (self.decoder(z) * deviations + means).float().clamp(0, 1)

@@ -13,7 +13,7 @@ from dalle.models import Part, load_part
 from dalle.pretrained.load import is_published, load_image_tokenizer
 from dalle.text import MergeTokenizer, load_text
 from dalle.train.loop import Resume
-from dalle.train.parallel import Mode, Parallel
+from dalle.train.parallel import TIMEOUT, Mode, Parallel
 from dalle.train.precision import resolve_device
 from dalle.train.writers import LogConfig
 
@@ -58,7 +58,7 @@ class TrainingRun:
     """Names of parameters that are not trained; * stands for anything: "layers.0.*"."""
     overfit: int | None = None
     """Train on the first batch alone, of so many samples, again and again: a check that the loss can fall."""
-    timeout: float = 15.0
+    timeout: float = TIMEOUT / timedelta(minutes=1)
     """Minutes that a process waits for the others before it ends with an error: how long a hang lasts at most."""
     compile: bool = False
     """Compile each layer: minutes at the start, faster steps (fewer, larger kernels)."""

@@ -5,6 +5,7 @@ numbers are drawn from (seed, step). So N steps equal k, a resume, and N - k, bi
 """
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -134,12 +135,11 @@ def fit(
     with Keeper(run_dir, meta, steps, config.save_every, config.keep, config.keep_every) as keeper:
         state = start(model, config, seed, parallel)
         changes = _prepare(run_dir, state, meta, resume, keeper)
-        logs = Logs(run_dir, state.step, log, meta) if parallel.is_main else Silence()
-        if changes:
-            logs.write(state.step, {"changes": changes})
         peak = peak_flops(parallel.device, resolve_precision(config.precision, parallel.device), log.peak_flops)
-        _train(state, objective, batches, config, seed, evaluate, parallel, keeper, logs, peak)
-        logs.close()
+        with closing(Logs(run_dir, state.step, log, meta) if parallel.is_main else Silence()) as logs:
+            if changes:
+                logs.write(state.step, {"changes": changes})
+            _train(state, objective, batches, config, seed, evaluate, parallel, keeper, logs, peak)
     return state
 
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dalle.train.low_rank import shard_side
 from dalle.train.precision import resolve_device
 from dalle.train.shards import local
 from dalle.types import Part
@@ -136,18 +137,20 @@ class Parallel:
 
     def _shard(self, model: nn.Module, precision: str) -> nn.Module:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.tensor import Shard
 
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         groups = model.shards() if hasattr(model, "shards") else []
         mesh = self.mesh if self.averaged else self.mesh["shard"]
+        cut = None if self.averaged else lambda p: Shard(shard_side(p.shape, mesh.size()))  # where factors are smallest
         for group in groups:
-            fully_shard(group, mesh=mesh, mp_policy=policy)
+            fully_shard(group, mesh=mesh, mp_policy=policy, shard_placement_fn=cut)
         for before, after in pairwise(groups):
             before[0].set_modules_to_forward_prefetch([after[0]])
             after[0].set_modules_to_backward_prefetch([before[0]])
         self._scalars = [p for p in model.parameters() if p.ndim == 0]  # FSDP2 takes none
-        return fully_shard(Door(model), mesh=mesh, ignored_params=set(self._scalars))
+        return fully_shard(Door(model), mesh=mesh, ignored_params=set(self._scalars), shard_placement_fn=cut)
 
     def run(self, model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
         """function(model, *args) as the one forward pass that DDP and FSDP watch, whatever methods it calls.

@@ -7,14 +7,13 @@ commitment loss.
     B batch, H W pixels, h w grid, K vocabulary, D width of a code
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.types import check_pixels, check_tokens
+from dalle.types import check_pixels, check_tokens, grid_of
 
 GROUPS, EPS = 32, 1e-6  # of every group norm (release)
 CHOICES = ("nearest", "cosine", "logits")
@@ -256,9 +255,6 @@ class VQGAN(nn.Module):
             float32 (B, 3, H, W) in [0, 1].
         """
         check_tokens(tokens, self.vocab_size, "image_tokens")
-        side = math.isqrt(tokens.shape[1])
-        h, w = grid or (side, side)
-        if h * w != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {h} x {w}; give grid=(rows, columns)")
+        h, w = grid_of(tokens, grid)
         z = F.embedding(tokens, self.quantize.vectors()).movedim(2, 1).unflatten(2, (h, w))  # (B, D, h, w)
         return ((self.decoder(self.post_quant_conv(z)).float() + 1) / 2).clamp(0, 1)
