@@ -71,10 +71,10 @@ def test_the_same_source_gives_the_same_bytes(tmp_path):
 def test_what_cannot_be_packed_is_told_and_keeps_its_number(tmp_path):
     good = picture("PNG")
     records = [None, Record("text", b"no picture", ["a"]), Record("mute", good, [" \n"]), Record("good", good, ["b"])]
-    records.append(Record("icon", picture("ICO"), ["c"]))
+    records.append(Record("icon", picture("PCX"), ["c"]))
     done = write_tars(Listed(records), tmp_path)
     assert list(members(tmp_path / "00000.tar")) == ["000000003.png", "000000003.txt"]
-    said = ["sample 0: lost", "text: not a picture", "mute: no caption", "icon: a picture of type ICO"]
+    said = ["sample 0: lost", "text: not a picture", "mute: no caption", "icon: a picture of type PCX"]
     assert [text[: len(start)] for text, start in zip(done.left_out, said, strict=True)] == said
 
 
