@@ -9,12 +9,14 @@ python scripts/benchmark.py data --sources my/pictures my/tars --workers 0 2 --r
 python scripts/benchmark.py attention --heads 4
 python scripts/benchmark.py memory --size 60m
 python scripts/benchmark.py compression --steps 300 --picture curves.png
+python scripts/benchmark.py agreement --model runs/quickstart/model --candidates 64
 python scripts/benchmark.py scales --run runs/transformer --picture scales.png
 """
 
 import sys
 
 from dalle.config import parse, tell_errors
+from dalle.stages.agreement import AgreementBenchmark, benchmark_agreement
 from dalle.stages.attention import AttentionBenchmark, benchmark_attention
 from dalle.stages.benchmark import TrainBenchmark, benchmark_training
 from dalle.stages.benchmark_data import DataBenchmark, benchmark_data
@@ -30,6 +32,7 @@ BENCHMARKS = {
     "attention": (AttentionBenchmark, benchmark_attention),
     "memory": (MemoryBenchmark, benchmark_memory),
     "compression": (CompressionBenchmark, benchmark_compression),
+    "agreement": (AgreementBenchmark, benchmark_agreement),
     "scales": (ScalesPicture, draw_scales),
 }
 
