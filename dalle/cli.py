@@ -3,11 +3,9 @@
     dalle train-dvae --steps 100                         as python scripts/train_dvae.py --steps 100
     torchrun --nproc-per-node 8 -m dalle encode-images   as torchrun --nproc-per-node 8 scripts/encode_images.py
 
-The script itself is run, so both forms have the same words. `dalle --help` reads the first line of each script and
-imports none of them.
+The script itself is run, so both forms have the same words. `dalle --help` imports none of them.
 """
 
-import ast
 import difflib
 import sys
 from collections.abc import Sequence
@@ -17,25 +15,36 @@ from pathlib import Path
 from dalle import __version__
 from dalle.shipped import COMMAND, SCRIPTS, program
 
-COMMANDS = {
-    "quickstart": "everything at once",
-    "check-data": "data",
-    "convert-captions": "data",
-    "write-tars": "data",
-    "train-tokenizer": "train, in this order",
-    "train-dvae": "train, in this order",
-    "encode-images": "train, in this order",
-    "train-transformer": "train, in this order",
-    "train-clip": "train, in this order",
-    "sample": "use and measure",
-    "evaluate": "use and measure",
-    "inspect-checkpoint": "use and measure",
-    "plot": "use and measure",
-    "plan": "plan a training",
-    "sweep": "plan a training",
-    "benchmark": "plan a training",
+GROUPS = {
+    "everything at once": {
+        "quickstart": "train a small DALL-E on drawn shapes and draw with it",
+    },
+    "data": {
+        "check-data": "read all of your data once: what is in it, what is broken",
+        "convert-captions": "make a table of a public set of captions",
+        "write-tars": "pack pictures and captions into tars",
+    },
+    "training, in this order": {
+        "train-tokenizer": "learn the text vocabulary",
+        "train-dvae": "train the dVAE: stage one",
+        "encode-images": "turn pictures into tokens with it",
+        "train-transformer": "train the transformer on them: stage two",
+        "train-clip": "train a CLIP, to rank pictures",
+    },
+    "drawing and measuring": {
+        "sample": "draw pictures for a caption and keep the best",
+        "evaluate": "measure a model or its parts",
+        "inspect-checkpoint": "say what a checkpoint is, without running what is in it",
+        "plot": "draw the curves of runs",
+    },
+    "planning": {
+        "plan": "memory, time, traffic and cost of a training, before it",
+        "sweep": "find a step size by short trainings",
+        "benchmark": "measure speed and memory on this machine",
+    },
 }
-"""Each command, under the heading where --help lists it. scripts/train_dvae.py is the script of train-dvae."""
+"""Each command and its line in --help, under a heading. The script of train-dvae is scripts/train_dvae.py."""
+COMMANDS = {name: line for group in GROUPS.values() for name, line in group.items()}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -63,26 +72,13 @@ def script_of(name: str) -> Path:
     return SCRIPTS / f"{name.replace('-', '_')}.py"
 
 
-def summary(name: str) -> str:
-    """The first line of a command's script."""
-    text = ast.get_docstring(ast.parse(script_of(name).read_text(encoding="utf-8")))
-    return text.splitlines()[0]
-
-
 def listing() -> str:
-    """What `dalle --help` prints: each command with one line, under its heading."""
-    lines = [f"usage: {COMMAND} COMMAND [words]", "", "Train DALL-E, draw with it, measure it."]
+    """What `dalle --help` prints: each command with its line, under its heading."""
     width = max(map(len, COMMANDS))
-    heading = None
-    for name, its_heading in COMMANDS.items():
-        if its_heading != heading:
-            heading = its_heading
-            lines += ["", f"{heading}:"]
-        lines.append(f"  {name:{width}}  {summary(name)}")
-    lines += [
-        "",
-        f"`{COMMAND} COMMAND --help` explains every word of a command; `{COMMAND} --version` says which this is.",
-    ]
+    lines = [f"usage: {COMMAND} COMMAND [words] | {COMMAND} --version", "", "Train DALL-E, draw with it, measure it."]
+    for heading, group in GROUPS.items():
+        lines += ["", f"{heading}:", *(f"  {name:{width}}  {line}" for name, line in group.items())]
+    lines += ["", f"{COMMAND} COMMAND --help explains every word of a command."]
     return "\n".join(lines)
 
 

@@ -2,13 +2,12 @@
 
 import runpy
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import dalle
-from dalle.cli import COMMANDS, listing, main, script_of, summary
+from dalle.cli import COMMANDS, GROUPS, listing, main, script_of
 from dalle.config import ConfigError, read_yaml
 from dalle.shipped import CONFIGS, as_typed, find_config
 
@@ -20,19 +19,15 @@ def test_the_table_and_the_scripts_are_one_to_one():
     assert sorted(script_of(name) for name in COMMANDS) == SCRIPTS
 
 
-def test_headings_are_not_scattered():
-    headings = list(COMMANDS.values())
-    changes = sum(one != other for one, other in pairwise(headings))
-    assert changes + 1 == len(set(headings))
+def test_a_command_stands_in_one_group():
+    assert sum(map(len, GROUPS.values())) == len(COMMANDS)
 
 
-def test_the_list_has_one_line_for_each():
+def test_the_list_has_one_line_for_each_and_fits_a_terminal():
     lines = listing().splitlines()
-    assert max(map(len, lines)) <= 120
-    for name in COMMANDS:
-        (line,) = (line for line in lines if line.startswith(f"  {name} "))
-        assert line.endswith(summary(name))
-        assert summary(name) == script_of(name).read_text().splitlines()[0].strip('"')
+    assert max(map(len, lines)) <= 80
+    for name, line in COMMANDS.items():
+        assert [said for said in lines if said.split()[:1] == [name]] == [f"  {name:18}  {line}"]
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
@@ -91,7 +86,8 @@ def test_a_command_has_the_help_of_its_script(name, capsys, monkeypatch):
     code_here, text_here = said(lambda: main([name, *words]), capsys)
     assert code == code_here == 0
     assert f"usage: dalle {name} " in text_here
-    assert "scripts/" not in text_here
+    assert "python scripts/" in text
+    assert "python scripts/" not in text_here
     assert flags(text_here) == flags(text) != []
 
 
