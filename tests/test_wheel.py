@@ -13,6 +13,7 @@ import tarfile
 import tomllib
 import zipfile
 from email import message_from_bytes
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,6 +161,7 @@ class TestInstalled:
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "runs" / "text" / "text.json").is_file()
 
+    @pytest.mark.slow
     def test_draws(self, borrowed, chain, prompt, tmp_path):
         draws(borrowed, chain, prompt, tmp_path)
 
@@ -174,15 +176,16 @@ def draws(programs: Path, chain: Path, prompt: str, place: Path) -> None:
 
 @pytest.mark.slow
 def test_a_clean_environment(built, chain, prompt, tmp_path):
-    """Everything by pip alone, as a stranger does it. youtokentome does not build so; only training a text needs it."""
+    """As a stranger installs it: the steps of README.md, by uv where it is there (it keeps what it fetched)."""
     programs = fresh(tmp_path / "env")
-    needed = [word for word in METADATA["dependencies"] if not word.startswith("youtokentome")]
-    pip = [programs / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    done = run([*pip, *needed], tmp_path, seconds=1800)
-    if done.returncode != 0 and any(word in done.stderr for word in ("connection", "Could not find a version")):
-        pytest.skip(f"no package index: {done.stderr.strip().splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
-    done = run([*pip, "--no-deps", built.wheel], tmp_path)
-    assert done.returncode == 0, done.stderr
+    python = programs / "python"
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", python]
+    pip = uv if find_spec("uv") else [python, "-m", "pip", "install", "--quiet"]
+    steps = (["cython", "setuptools", "wheel"], ["--no-build-isolation", "youtokentome"], [built.wheel])
+    for words in steps:
+        done = run([*pip, *words], tmp_path, seconds=1800)
+        if words is steps[0] and done.returncode != 0:
+            pytest.skip(f"no package index: {done.stderr.strip().splitlines()[-1]}")
+        assert done.returncode == 0, done.stderr
     assert run([programs / "dalle", "--help"], tmp_path).stdout == listing() + "\n"
     draws(programs, chain, prompt, tmp_path)
