@@ -10,6 +10,8 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 import dalle
+from dalle.data.filters import FiltersConfig
+from dalle.stages.evaluate import EvaluateRun
 
 PROJECT = Path(__file__).parents[1]
 METADATA = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -48,9 +50,12 @@ class TestCitation:
         assert paper["type"] == "conference-paper"
 
 
+KINDS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+"""What Keep a Changelog has headings for."""
+
+
 class TestChangelog:
     TEXT = (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8")
-    KINDS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security", "Known limits"}
 
     def test_the_newest_version_is_this_one(self):
         versions = re.findall(r"^## \[(.+?)\](?: - (\S+))?$", self.TEXT, flags=re.MULTILINE)
@@ -60,7 +65,7 @@ class TestChangelog:
         assert days == sorted(days, reverse=True)
 
     def test_headings_are_the_forms(self):
-        assert set(re.findall(r"^### (.+)$", self.TEXT, flags=re.MULTILINE)) <= self.KINDS
+        assert set(re.findall(r"^### (.+)$", self.TEXT, flags=re.MULTILINE)) <= KINDS
 
 
 class TestLimits:
@@ -81,9 +86,11 @@ class TestLimits:
     def test_each_script_and_switch_exists(self):
         for script in re.findall(r"scripts/\w+\.py", self.TEXT):
             assert (PROJECT / script).is_file()
-        from dalle.data.filters import FiltersConfig
-
+        known = {*EvaluateRun.__dataclass_fields__, "data.filters.drop_list"}
         assert "drop_list" in FiltersConfig.__dataclass_fields__
+        switches = re.findall(r"`--([a-z.-]+)", self.TEXT)
+        assert switches
+        assert {switch.replace("-", "_") for switch in switches} <= known
 
     def test_its_lines_of_python_run(self, chain, tmp_path, monkeypatch, prompt):
         (code,) = re.findall(r"```python\n(.*?)```", self.TEXT, flags=re.DOTALL)
