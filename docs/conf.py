@@ -31,9 +31,10 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 88
 add_module_names = False
+smartquotes = False  # -- and " stay as they are typed
+highlight_language = "text"  # of blocks that name none
 
 myst_heading_anchors = 3
-myst_links_external_new_tab = False
 
 html_theme = "furo"
 html_title = f"{project} {version}"
@@ -44,7 +45,8 @@ html_show_sphinx = False
 
 def as_plain_text(app, what, name, obj, options, lines: list[str]) -> None:
     """Makes a docstring the markup that shows it as it reads: |x| and a * b are no markup, what is indented stays so."""
-    told: list[str] = []
+    # an empty first line keeps napoleon from reading "words: more words" of a field as its type
+    told: list[str] = [""] if what in ("attribute", "data", "property") else []
     literal = False
     for line in lines:
         if line and not line.startswith("    "):
