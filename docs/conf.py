@@ -44,7 +44,7 @@ html_show_sphinx = False
 
 
 def as_plain_text(app, what, name, obj, options, lines: list[str]) -> None:
-    """Makes a docstring the markup that shows it as it reads: |x| and a * b are no markup, what is indented stays so."""
+    """Turns a docstring into markup that shows it as it reads: |x| and a * b as they are, indented blocks too."""
     # an empty first line keeps napoleon from reading "words: more words" of a field as its type
     told: list[str] = [""] if what in ("attribute", "data", "property") else []
     literal = False
