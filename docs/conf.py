@@ -45,8 +45,8 @@ html_show_sphinx = False
 
 def as_plain_text(app, what, name, obj, options, lines: list[str]) -> None:
     """Turns a docstring into markup that shows it as it reads: |x| and a * b as they are, indented blocks too."""
-    # an empty first line keeps napoleon from reading "words: more words" of a field as its type
-    told: list[str] = [""] if what in ("attribute", "data", "property") else []
+    # an empty comment in front keeps napoleon from reading "words: more words" of a field as its type
+    told = ["..", ""] if what in ("attribute", "data", "property") else []
     literal = False
     for line in lines:
         if line and not line.startswith("    "):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dalle.evals.shapes_judge import judge
 from dalle import cli
+from dalle.evals.shapes_judge import judge
 from dalle.images import to_pixels
 
 ROOT = Path(__file__).parents[1]

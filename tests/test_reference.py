@@ -103,7 +103,7 @@ class TestDocstringsAsMarkup:
         assert convert(text) == text
 
     def test_a_colon_in_a_field_is_no_type(self, convert):
-        assert convert("What stands: the state.", "attribute") == "\nWhat stands: the state."
+        assert convert("What stands: the state.", "attribute") == "..\n\nWhat stands: the state."
 
 
 @pytest.mark.slow
