@@ -1,5 +1,5 @@
 # `make` lists the targets. ARGS goes to the command: make test ARGS="-k masks"
-.PHONY: help setup quickstart test test-slow lint clean
+.PHONY: help setup quickstart test test-slow lint docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -21,6 +21,11 @@ lint: setup  ## ruff's rules and its format
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 
+docs: setup  ## the pages and the reference of the public names, as a site in docs/_build/index.html
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --group docs
+	.venv/bin/sphinx-build -c docs -W --keep-going -q $(ARGS) . docs/_build
+	@echo docs/_build/index.html
+
 clean:  ## remove .venv and all caches; runs/ stays
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist docs/_build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

@@ -11,6 +11,7 @@ A key that does not exist is an error that names the nearest one; so is a value 
 import dataclasses
 import difflib
 import errno
+import re
 import sys
 import types
 import typing
@@ -24,6 +25,8 @@ import tyro
 from cattrs.gen import make_dict_structure_fn
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+
+from dalle.shipped import CONFIGS, as_typed, find_config
 
 T = TypeVar("T")
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -141,17 +144,23 @@ def _dataclass_in(hint: Any) -> type | None:
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
-    """A YAML 1.2 file as plain data (so 1e-4 is a number and `no` a word)."""
-    path = Path(path)
+    """A YAML 1.2 file as plain data (so 1e-4 is a number and `no` a word); see `find_config` for the shipped ones."""
+    path = find_config(path)
     try:
         data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"no configuration file {path}; the shipped ones lie under configs/") from None
+        raise ConfigError(f"no configuration file {path}; {_shipped_hint(path)}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error.strerror}); give a YAML file") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     return {} if data is None else data
+
+
+def _shipped_hint(path: Path) -> str:
+    names = [f"configs/{file.relative_to(CONFIGS).as_posix()}" for file in sorted(CONFIGS.glob("*/*.yaml"))]
+    near = difflib.get_close_matches(path.as_posix(), names, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else f"shipped are {', '.join(names)}"
 
 
 def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
@@ -213,10 +222,12 @@ def parse(
     try:
         default = load(cls, files, schema)
     except ConfigError as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(as_typed(f"error: {error}")) from None
     text = f"{description or cls.__doc__}\n\n--config FILE (repeatable) reads YAML; dotted words after it win."
-    text = text.replace("\npython ", "\n  python ")  # tyro joins lines that start with a letter
-    return tyro.cli(cls, args=rest, default=default, description=text)
+    text = re.sub(
+        r"^(?=python |torchrun )", "  ", text, flags=re.MULTILINE
+    )  # tyro joins lines that start with a letter
+    return tyro.cli(cls, args=rest, default=default, description=as_typed(text))
 
 
 @contextmanager
@@ -225,7 +236,7 @@ def tell_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, FloatingPointError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(as_typed(f"error: {error}")) from None
     except OSError as error:
         if error.errno not in DISK:
             raise

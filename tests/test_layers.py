@@ -1,6 +1,6 @@
 """Imports go downward only. The table below is the one place that says which module stands where.
 
-    L0 <- L1 <- L2 <- L3 <- L4 <- L5 stages <- scripts
+    L0 <- L1 <- L2 <- L3 <- L4 <- L5 stages <- scripts <- cli
 
 Within L3 nobody imports a neighbour: the families know neither each other nor `data` and `train`,
 and those two see L0 and L1 only. `dalle/__init__.py`, which re-exports lazily, is exempt.
@@ -13,13 +13,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"config", "types"},
+    {"config", "types", "shipped", "__version__"},
     {"files", "rng", "layout", "masks", "sampling", "images"},
     {"nn"},
     {"text", "dvae", "vqgan", "transformer", "clip", "data", "train"},
     {"objectives", "rerank", "models", "pretrained", "evals", "generation", "drawing", "directory", "pipeline"}
     | {"plan", "finetune"},
     {"stages"},
+    {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

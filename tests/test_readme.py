@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dalle import cli
 from dalle.evals.shapes_judge import judge
 from dalle.images import to_pixels
 
@@ -79,8 +80,14 @@ def test_the_readme_has_the_two_commands_and_the_stages():
 
 
 def test_every_command_is_of_a_kind_that_is_tested():
-    known = ("make ", "sh scripts/setup.sh", "pip install", "python scripts/")
+    known = ("make ", "sh scripts/setup.sh", "pip install", "python scripts/", "dalle ")
     assert [command for command in COMMANDS if not command.startswith(known)] == []
+
+
+def test_dalle_knows_its_commands():
+    """That a command of `dalle` does as its script does, tests/test_cli.py says."""
+    words = [command.split()[1] for command in COMMANDS if command.startswith("dalle ")]
+    assert set(words) <= {"--help", "--version", *cli.COMMANDS}
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])

@@ -16,6 +16,7 @@ from dalle.images import captioned_sheet, sheet, to_pil
 from dalle.models import load_part
 from dalle.pipeline import DALLE
 from dalle.sampling import check_sampling
+from dalle.shipped import as_typed
 from dalle.stages.clip import CLIPRun, train_clip
 from dalle.stages.dvae import DVAERun, train_dvae
 from dalle.stages.encode import EncodeRun, encode_images
@@ -181,4 +182,4 @@ def _print(out: Path, report: dict[str, Any]) -> None:
         print(f"  {name:16}{pair[0]:16.3f}{pair[1]:25.3f}")
     prompt = "a red cross above a blue circle on a white background"
     print(f"Look at {out / 'samples.png'}. Draw your own:")
-    print(f'  python scripts/sample.py --model {out / "model"} --prompt "{prompt}"')
+    print(as_typed(f'  python scripts/sample.py --model {out / "model"} --prompt "{prompt}"'))

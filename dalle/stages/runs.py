@@ -11,6 +11,7 @@ from dalle.data import PairsLoader, StepOfPairs
 from dalle.files import make_directory, read_json
 from dalle.models import Part, load_part
 from dalle.pretrained.load import is_published, load_image_tokenizer
+from dalle.shipped import CONFIGS as CONFIGS  # scripts take it from here
 from dalle.text import MergeTokenizer, load_text
 from dalle.train.loop import Resume
 from dalle.train.parallel import TIMEOUT, Mode, Parallel
@@ -18,7 +19,6 @@ from dalle.train.precision import resolve_device
 from dalle.train.writers import LogConfig
 
 ROOT = Path("runs")
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 MAKERS = {
     "text": "python scripts/train_tokenizer.py --config configs/transformer/shapes.yaml",
