@@ -14,11 +14,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"config", "types"},
-    {"files", "rng", "layout", "masks", "sampling", "images"},
+    {"files", "rng", "layout", "masks", "sampling", "images", "migrations"},
     {"nn"},
     {"text", "dvae", "vqgan", "transformer", "clip", "data", "train"},
     {"objectives", "rerank", "models", "pretrained", "evals", "generation", "drawing", "directory", "pipeline"}
-    | {"plan", "finetune"},
+    | {"plan", "finetune", "hub", "card"},
     {"stages"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
