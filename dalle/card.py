@@ -17,6 +17,8 @@ from dalle.migrations import check_meta
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md")
 LIBRARY = "zeroshot-text2image"
+Report = dict[str, Any] | Path | str
+"""Figures of a run, or the file of its report.json."""
 PLACE = "path/of/this/folder"
 """In the card's example until the model has an id."""
 LISTED = 8
@@ -32,16 +34,14 @@ DRAWING = """\
 from dalle import DALLE
 
 model = DALLE.from_pretrained("{place}")
-model.generate("a caption such as those it was trained on", n=4, best_of=16).grid()"""
+model.generate("a red circle", n=4, best_of=16).grid()  # a caption such as those it was trained on"""
 OPENING = """\
 from dalle import Part
 
 model = Part.from_pretrained("{place}", "{kind}").model"""
 
 
-def write_card(
-    directory: Path, report: dict[str, Any] | Path | str | None = None, license: str | None = None
-) -> ModelCard:
+def write_card(directory: Path, report: Report | None = None, license: str | None = None) -> ModelCard:
     """Writes README.md into a model directory, over what was there.
 
     Args:
@@ -57,14 +57,11 @@ def write_card(
     return card
 
 
-def model_card(
-    directory: Path, report: dict[str, Any] | Path | str | None = None, license: str | None = None
-) -> ModelCard:
+def model_card(directory: Path, report: Report | None = None, license: str | None = None) -> ModelCard:
     """The card that `write_card` writes."""
     config = check_meta(read_json(directory / "config.json"), "dalle", directory)
     parts, links = config["parts"], config["links"]
-    figures = report if isinstance(report, dict) or report is None else _read(Path(report))
-    _check_report(figures or {}, parts)
+    figures = read_report(report, parts)
     kind = "dalle" if {"dvae", "transformer"} <= parts.keys() else next(iter(parts))
     title, about = ABOUT[kind]
     tags = ["dalle", "text-to-image"] if kind == "dalle" else ["dalle", kind]
@@ -79,9 +76,32 @@ def model_card(
         parts=[_part(directory, name, part) for name, part in parts.items()],
         text_hash=links.get("text"),
         dvae_hash=None if "dvae" in parts else links.get("dvae"),
-        figures=list(flatten(figures or {})),
+        figures=list(flatten(figures)),
         license=license,
     )
+
+
+def read_report(report: Report | None, parts: dict[str, Any]) -> dict[str, Any]:
+    """The figures, none without a report.
+
+    Args:
+        report: see `Report`; its "model", if there, names the weights it is of.
+        parts: as in config.json, with their hashes.
+
+    Raises:
+        ValueError: a file that cannot be read, or figures of other weights.
+    """
+    if report is not None and not isinstance(report, dict):
+        if not Path(report).is_file():
+            raise ValueError(f"no report {report}; give the report.json of a run")
+        source, report = report, read_json(Path(report))
+        if not isinstance(report, dict):
+            raise ValueError(f"{source} is no report: expected names and values")
+    report = report or {}
+    named, own = report.get("model"), [part["hash"] for part in parts.values()]
+    if isinstance(named, str) and not set(own) <= set(named.split("-")):
+        raise ValueError(f"the report is of the model {named}, the weights here are {'-'.join(own)}; give its own")
+    return report
 
 
 def addressed(card: str, repo_id: str) -> str:
@@ -105,7 +125,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     if isinstance(value, list | tuple):
-        return ", ".join(map(_shown, value[:LISTED])) + ", ..." * (len(value) > LISTED)
+        return f"({', '.join(map(_shown, value[:LISTED]))}{', ...' * (len(value) > LISTED)})"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -114,25 +134,8 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"no report {path}; give the report.json of a run")
-    report = read_json(path)
-    if not isinstance(report, dict):
-        raise ValueError(f"{path} is no report: expected names and values")
-    return report
-
-
-def _check_report(report: dict[str, Any], parts: dict[str, Any]) -> None:
-    """ValueError for figures of other weights, where the report names its model."""
-    named = report.get("model")
-    own = {part["hash"] for part in parts.values()}
-    if isinstance(named, str) and not own <= set(named.split("-")):
-        raise ValueError(f"the report is of the model {named}, the weights here are {'-'.join(sorted(own))}")
-
-
 def _part(directory: Path, kind: str, part: dict[str, Any]) -> dict[str, str]:
-    settings = ", ".join(f"{name} {_shown(value)}" for name, value in part["config"].items())
+    settings = ", ".join(f"{name} {_shown(value)}" for name, value in part["config"].items() if value is not None)
     parameters = f"{_count(directory / f'{kind}.safetensors'):,}"
     return {"kind": kind, "hash": part["hash"], "parameters": parameters, "settings": settings}
 

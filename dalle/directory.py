@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dalle.card import write_card
+from dalle.card import Report, read_report, write_card
 from dalle.clip import CLIP, CLIPConfig
 from dalle.config import to_dict
 from dalle.dvae import DVAE, DVAEConfig
@@ -37,7 +37,7 @@ def write_directory(
     parts: dict[str, nn.Module],
     text: MergeTokenizer | None = None,
     dvae_hash: str | None = None,
-    report: dict[str, Any] | Path | str | None = None,
+    report: Report | None = None,
     license: str | None = None,
 ) -> None:
     """Writes a model directory.
@@ -56,12 +56,13 @@ def write_directory(
     for kind, (_, expected) in KINDS.items():
         if kind in parts and not isinstance(parts[kind], expected):
             raise ValueError(f"only a {expected.__name__} of this library can be saved as {kind}; save it yourself")
+    described = {kind: {"config": to_dict(one.config), "hash": weights_hash(one)} for kind, one in parts.items()}
+    report = read_report(report, described)
     make_directory(directory)
     for kind, model in parts.items():
         save_weights(model, directory / f"{kind}.safetensors")
     if text is not None:
         text.save(directory / "text.json")
-    described = {kind: {"config": to_dict(one.config), "hash": weights_hash(one)} for kind, one in parts.items()}
     links = {"text": text.hash} if text is not None else {}
     if dvae_hash := described["dvae"]["hash"] if "dvae" in parts else dvae_hash:
         links["dvae"] = dvae_hash

@@ -4,16 +4,16 @@ A source is a folder, or else an id "owner/name". Only an id is downloaded, into
 switches hold: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors
 
-from dalle.card import CARD, addressed
+from dalle.card import CARD, Report, addressed
 from dalle.files import read_json
 from dalle.migrations import check_meta
 
@@ -23,16 +23,14 @@ LOGIN = "log in with `hf auth login`, set HF_TOKEN, or give token="
 class Pushable:
     """What can be saved as a model directory can be pushed as one."""
 
-    def save_pretrained(
-        self, directory: Path | str, report: dict[str, Any] | Path | str | None = None, license: str | None = None
-    ) -> None:
+    def save_pretrained(self, directory: Path | str, report: Report | None = None, license: str | None = None) -> None:
         """Writes a model directory."""
         raise NotImplementedError
 
     def push_to_hub(
         self,
         repo_id: str,
-        report: dict[str, Any] | Path | str | None = None,
+        report: Report | None = None,
         license: str | None = None,
         private: bool | None = None,
         revision: str | None = None,
@@ -79,11 +77,11 @@ def find(source: Path | str, files: list[str], revision: str | None = None, toke
         if revision is not None:
             raise ValueError(f"{source} is a path here, which has no revision {revision!r}; leave out revision")
         return path
-    repo_id = path.as_posix()
+    repo_id = str(source).replace(os.sep, "/")
     if not _is_id(repo_id):
         raise ValueError(
-            f"there is no folder {source}, and it is no id of the Hub (owner/name) either; "
-            "make a model directory with save_pretrained"
+            f"{source} is no model directory: there is no such folder, and it is no id of the Hub (owner/name) either; "
+            "make one with save_pretrained"
         )
     with _told(repo_id, revision):
         folder = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, token=token, allow_patterns=files))
@@ -182,6 +180,8 @@ def _told(repo_id: str, revision: str | None) -> Iterator[None]:
             f"there is no folder {repo_id} here, it is not whole in the cache of the Hub, and the Hub cannot be "
             "reached (no network, or HF_HUB_OFFLINE is set): check the path, or connect once"
         )
+    except ValueError as error:  # of the card
+        said = f"{repo_id}: {' '.join(str(error).split())}"
     except (errors.HTTPError, OSError) as error:
         said = f"{repo_id}: the Hub cannot be reached, or broke off ({error}); try again"
     else:

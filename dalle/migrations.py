@@ -52,7 +52,7 @@ def check_meta(meta: Any, kind: str, source: Path) -> Description:
     number = meta.get("format")
     if type(number) is not int or number < min(MIGRATIONS):
         raise ValueError(
-            f"{source} has format {number}, this version reads {min(MIGRATIONS)} to {FORMAT}; "
+            f"{source} has format {number!r}, this version reads {min(MIGRATIONS)} to {FORMAT}; "
             "use the version that wrote it"
         )
     if number > FORMAT:

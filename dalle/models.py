@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dalle.card import Report
 from dalle.config import from_dict, to_dict
 from dalle.directory import KINDS, files_of, read_config, weights_hash, write_directory
 from dalle.files import read_json, read_tensors
@@ -42,9 +43,7 @@ class Part(Pushable):
         """What it was trained with: "text" (the tokenizer itself), "text_hash", "dvae" (a hash)."""
         return self.meta.get("links", {})
 
-    def save_pretrained(
-        self, directory: Path | str, report: dict[str, Any] | Path | str | None = None, license: str | None = None
-    ) -> None:
+    def save_pretrained(self, directory: Path | str, report: Report | None = None, license: str | None = None) -> None:
         """Writes a model directory of this part alone, with the text tokenizer it reads.
 
         Args:

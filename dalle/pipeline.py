@@ -6,12 +6,12 @@ N pictures, T text slots, h w grid
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle.card import Report
 from dalle.clip import CLIP, CLIPScorer
 from dalle.directory import files_of, read_config, write_directory
 from dalle.drawing import Block, Drawer, Settings, check_counts, open_corner
@@ -203,9 +203,7 @@ class DALLE(Pushable):
         rounded._hash = self.hash
         return rounded
 
-    def save_pretrained(
-        self, directory: Path | str, report: dict[str, Any] | Path | str | None = None, license: str | None = None
-    ) -> None:
+    def save_pretrained(self, directory: Path | str, report: Report | None = None, license: str | None = None) -> None:
         """Writes a model directory: config.json, text.json, a safetensors file a part, and the card, README.md.
 
         Args:

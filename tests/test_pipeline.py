@@ -527,10 +527,9 @@ class TestOpening:
         return tmp_path / "model"
 
     def test_a_directory_of_something_else_is_refused(self, chain, tmp_path):
-        with pytest.raises(ValueError, match="is no model directory"):
-            DALLE.from_pretrained(chain / "dvae")
-        with pytest.raises(ValueError, match="there is no folder .*none, and it is no id of the Hub"):
-            DALLE.from_pretrained(tmp_path / "none")
+        for path in (chain / "dvae", tmp_path / "none"):
+            with pytest.raises(ValueError, match="is no model directory"):
+                DALLE.from_pretrained(path)
 
     @pytest.mark.parametrize("file", ["dvae.safetensors", "transformer.safetensors", "clip.safetensors", "text.json"])
     def test_a_missing_file_is_named(self, folder, file):
