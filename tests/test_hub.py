@@ -1,4 +1,4 @@
-"""Models to and from the Hub: cards, parts alone, paths before ids, errors in sentences; the Hub is tests/hub_server.py.
+"""Models to and from the Hub: cards, parts alone, paths before ids, errors in sentences. The Hub is hub_server.py.
 
 The client is huggingface_hub itself. Nothing here asks the Hub of the world.
 """
@@ -292,7 +292,7 @@ class TestDownload:
         ("change", "options", "said"),
         [
             (lambda hub: hub.repos.clear(), {}, "the Hub has no such repository, or it is private"),
-            (lambda hub: hub.hidden.update({NAME: "RepoNotFound"}), {}, "private and your token may not see it.*hf auth"),
+            (lambda hub: hub.hidden.update({NAME: "RepoNotFound"}), {}, "private and your token may not.*hf auth login"),
             (lambda hub: hub.hidden.update({NAME: "GatedRepo"}), {}, "open only to those whom its owner lets in"),
             (lambda hub: None, {"revision": "v9"}, "has no revision 'v9'"),
             (lambda hub: None, {"token": True}, "token=True asks for the token of a login, and there is none"),
@@ -310,7 +310,7 @@ class TestDownload:
     def test_a_later_format_is_told(self, published):
         files = published.repos[NAME]["main"]
         files["config.json"] = json.dumps(json.loads(files["config.json"]) | {"format": 99}).encode()
-        with pytest.raises(ValueError, match="has format 99.* update the library"):
+        with pytest.raises(ValueError, match=r"has format 99.* update the library"):
             DALLE.from_pretrained(NAME)
 
     def test_offline_and_not_cached_is_told(self, published, monkeypatch):
