@@ -12,10 +12,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 
 from dalle.files import read_json, write_text
-from dalle.migrations import check_meta
+from dalle.migrations import read_config
 
 CARD = "README.md"
-TEMPLATE = Path(__file__).with_name("model_card.md")
+TEMPLATE = Path(__file__).with_name("model_card.jinja")
 LIBRARY = "zeroshot-text2image"
 Report = dict[str, Any] | Path | str
 """Figures of a run, or the file of its report.json."""
@@ -59,7 +59,7 @@ def write_card(directory: Path, report: Report | None = None, license: str | Non
 
 def model_card(directory: Path, report: Report | None = None, license: str | None = None) -> ModelCard:
     """The card that `write_card` writes."""
-    config = check_meta(read_json(directory / "config.json"), "dalle", directory)
+    config = read_config(directory)
     parts, links = config["parts"], config["links"]
     figures = read_report(report, parts)
     kind = "dalle" if {"dvae", "transformer"} <= parts.keys() else next(iter(parts))

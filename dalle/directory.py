@@ -6,7 +6,6 @@ of the weights ("parts"), of the text tokenizer and of the dVAE that made the im
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +14,8 @@ from dalle.card import Report, read_report, write_card
 from dalle.clip import CLIP, CLIPConfig
 from dalle.config import to_dict
 from dalle.dvae import DVAE, DVAEConfig
-from dalle.files import make_directory, read_json, write_json, write_tensors
-from dalle.migrations import FORMAT, check_meta
+from dalle.files import make_directory, write_json, write_tensors
+from dalle.migrations import FORMAT
 from dalle.text import MergeTokenizer
 from dalle.transformer import Transformer, TransformerConfig
 
@@ -68,20 +67,6 @@ def write_directory(
         links["dvae"] = dvae_hash
     write_json(directory / "config.json", {"format": FORMAT, "kind": "dalle", "links": links, "parts": described})
     write_card(directory, report, license)
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json, as the present format has it.
-
-    Raises:
-        ValueError: no model directory, a damaged config.json, or a format that is not read.
-    """
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} is no model directory (it has no config.json); make one with save_pretrained")
-    config = check_meta(read_json(directory / "config.json"), "dalle", directory)
-    if missing := {"links", "parts"} - config.keys():
-        raise ValueError(f"{directory / 'config.json'} lacks {', '.join(sorted(missing))}; it is damaged")
-    return config
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

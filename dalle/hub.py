@@ -14,8 +14,7 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from dalle.card import CARD, Report, addressed
-from dalle.files import read_json
-from dalle.migrations import check_meta
+from dalle.migrations import read_config
 
 LOGIN = "log in with `hf auth login`, set HF_TOKEN, or give token="
 
@@ -108,7 +107,7 @@ def list_files(directory: Path) -> dict[str, Path]:
     Raises:
         ValueError: no model directory, or a file that it names is missing.
     """
-    config = check_meta(read_json(directory / "config.json"), "dalle", directory)
+    config = read_config(directory)
     names = [CARD, "config.json", *(["text.json"] if "text" in config["links"] else [])]
     found = {name: directory / name for name in names + [f"{kind}.safetensors" for kind in config["parts"]]}
     for path in found.values():

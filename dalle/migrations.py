@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dalle.files import read_json
+
 FORMAT = 4
 """What is written."""
 
@@ -23,11 +25,11 @@ def _to_3(meta: Description) -> Description:
 
 
 def _to_4(meta: Description) -> Description:
-    if meta["kind"] != "dalle" or not isinstance(meta.get("parts"), dict):
+    if meta["kind"] != "dalle":
         return meta
     meta = dict(meta)
     hashes = dict(zip(("dvae", "transformer", "clip"), str(meta.pop("hash", "")).split("-"), strict=False))
-    meta["parts"] = {kind: part | {"hash": hashes.get(kind, "")} for kind, part in meta["parts"].items()}
+    meta["parts"] = {kind: {**part, "hash": hashes.get(kind)} for kind, part in meta["parts"].items()}
     return meta
 
 
@@ -63,3 +65,25 @@ def check_meta(meta: Any, kind: str, source: Path) -> Description:
     for step in range(number, FORMAT):
         meta = MIGRATIONS[step](meta) | {"format": step + 1}
     return meta
+
+
+def read_config(directory: Path) -> Description:
+    """config.json of a model directory, as `FORMAT` has it.
+
+    Raises:
+        ValueError: no model directory, a damaged config.json, or a format that is not read.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} is no model directory (it has no config.json); make one with save_pretrained")
+    written = read_json(path)
+    if isinstance(written, dict) and written.get("kind") == "dalle":
+        for name in ("links", "parts"):
+            if not isinstance(written.get(name), dict):
+                raise ValueError(f"{path} lacks {name}; it is damaged")
+        if wrong := [kind for kind, part in written["parts"].items() if not isinstance(part, dict)]:
+            raise ValueError(f"{path} tells nothing of {', '.join(wrong)}; it is damaged")
+    config = check_meta(written, "dalle", directory)
+    if wrong := [kind for kind, part in config["parts"].items() if not (part.get("config") and part.get("hash"))]:
+        raise ValueError(f"{path} lacks the config or the hash of {', '.join(wrong)}; it is damaged")
+    return config

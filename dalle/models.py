@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from dalle.card import Report
 from dalle.config import from_dict, to_dict
-from dalle.directory import KINDS, files_of, read_config, weights_hash, write_directory
+from dalle.directory import KINDS, files_of, weights_hash, write_directory
 from dalle.files import read_json, read_tensors
 from dalle.hub import Pushable, find
-from dalle.migrations import check_meta
+from dalle.migrations import check_meta, read_config
 from dalle.text import load_text, text_from_dict
 from dalle.train.checkpoint import damage, latest_checkpoint
 from dalle.train.ema import corrected

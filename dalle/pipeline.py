@@ -13,11 +13,12 @@ from torch import Tensor
 
 from dalle.card import Report
 from dalle.clip import CLIP, CLIPScorer
-from dalle.directory import files_of, read_config, write_directory
+from dalle.directory import files_of, write_directory
 from dalle.drawing import Block, Drawer, Settings, check_counts, open_corner
 from dalle.generation import Generation, LogLikelihood
 from dalle.hub import Pushable, find
 from dalle.images import load_image, shorter_side, to_pil, to_pixels
+from dalle.migrations import read_config
 from dalle.models import Part, load_part, weights_hash
 from dalle.text import MergeTokenizer, text_from_dict
 from dalle.text.report import pieces_outside
@@ -204,7 +205,7 @@ class DALLE(Pushable):
         return rounded
 
     def save_pretrained(self, directory: Path | str, report: Report | None = None, license: str | None = None) -> None:
-        """Writes a model directory: config.json, text.json, a safetensors file a part, and the card, README.md.
+        """Writes a model directory: config.json, text.json, a safetensors file a part, and the card, README.md, anew.
 
         Args:
             directory: made if there is none.

@@ -16,10 +16,11 @@ from hub_server import READ_ONLY, TOKEN, Hub, running
 from huggingface_hub import ModelCard
 
 from dalle.card import flatten
-from dalle.files import write_json
+from dalle.files import read_json, write_json
 from dalle.models import Part, load_part
 from dalle.pipeline import DALLE
 from dalle.stages.push import PushRun, push_model
+from dalle.stages.sample import SampleRun, sample
 
 NAME = "someone/shapes"
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -292,7 +293,7 @@ class TestDownload:
         ("change", "options", "said"),
         [
             (lambda hub: hub.repos.clear(), {}, "the Hub has no such repository, or it is private"),
-            (lambda hub: hub.hidden.update({NAME: "RepoNotFound"}), {}, "private and your token may not.*hf auth login"),
+            (lambda hub: hub.hidden.update({NAME: "RepoNotFound"}), {}, "private and your token may not.*hf auth"),
             (lambda hub: hub.hidden.update({NAME: "GatedRepo"}), {}, "open only to those whom its owner lets in"),
             (lambda hub: None, {"revision": "v9"}, "has no revision 'v9'"),
             (lambda hub: None, {"token": True}, "token=True asks for the token of a login, and there is none"),
@@ -306,6 +307,10 @@ class TestDownload:
         with pytest.raises(ValueError, match=said) as caught:
             DALLE.from_pretrained(NAME, **options)
         assert "\n" not in str(caught.value)
+
+    def test_sample_draws_with_an_id(self, published, dalle, prompt, tmp_path):
+        run = SampleRun(prompt, model=Path(NAME), best_of=3, keep=2, seed=4, device="cpu", out=tmp_path / "out")
+        assert read_json(sample(run) / "sample.json")["model"] == dalle.hash
 
     def test_a_later_format_is_told(self, published):
         files = published.repos[NAME]["main"]

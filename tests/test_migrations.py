@@ -12,7 +12,7 @@ import pytest
 
 from dalle import migrations
 from dalle.files import read_json
-from dalle.migrations import FORMAT, MIGRATIONS, check_meta
+from dalle.migrations import FORMAT, MIGRATIONS, check_meta, read_config
 from dalle.models import load_part
 from dalle.pipeline import DALLE
 
@@ -94,3 +94,25 @@ def test_steps_follow_one_another(monkeypatch):
 def test_what_cannot_be_read_is_told(meta, said):
     with pytest.raises(ValueError, match=said):
         check_meta(meta, "clip", OLD)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"parts": None}, "lacks parts"),
+        ({"links": []}, "lacks links"),
+        ({"parts": {"dvae": 1}}, "tells nothing of dvae"),
+        ({"parts": {"dvae": {}}}, "lacks the config or the hash of dvae"),
+        ({"format": 4}, "lacks the config or the hash of dvae, transformer, clip"),
+    ],
+)
+def test_a_damaged_config_is_named(tmp_path, change, said):
+    (tmp_path / "config.json").write_text(json.dumps(read_json(OLD / "config.json") | change))
+    with pytest.raises(ValueError, match=rf"config\.json {said}; it is damaged"):
+        read_config(tmp_path)
+
+
+def test_a_config_of_something_else_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(ValueError, match="holds 'something unknown', expected 'dalle'"):
+        read_config(tmp_path)

@@ -14,7 +14,7 @@ from tyro.conf import Positional
 
 from dalle.config import from_dict, to_dict
 from dalle.files import read_json, write_json
-from dalle.migrations import check_meta
+from dalle.migrations import check_meta, read_config
 from dalle.models import KINDS
 from dalle.pretrained.family import Fit, fit, without_values
 from dalle.pretrained.load import Found, find, is_published
@@ -134,9 +134,9 @@ def _own_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _model_directory(path: Path) -> dict[str, Any]:
-    written = read_json(path / "config.json")
-    config = check_meta(written, "dalle", path)
-    told: dict[str, Any] = {"family": "model directory of this library", "format": written["format"]}
+    config = read_config(path)
+    written = read_json(path / "config.json")["format"]
+    told: dict[str, Any] = {"family": "model directory of this library", "format": written}
     for kind, part in config["parts"].items():
         if kind not in KINDS:
             raise ValueError(f"{path} holds {kind!r}, known are {', '.join(KINDS)}")
