@@ -15,6 +15,7 @@ _HOMES = {
     "DVAE": "dalle.dvae",
     "DVAEConfig": "dalle.dvae",
     "Generation": "dalle.generation",
+    "Part": "dalle.models",
     "TextTokenizer": "dalle.text",
     "TokenLayout": "dalle.layout",
     "Transformer": "dalle.transformer",

@@ -33,9 +33,12 @@ GROUPS = {
     },
     "drawing and measuring": {
         "sample": "draw pictures for a caption and keep the best",
+        "app": "a web page that draws",
         "evaluate": "measure a model or its parts",
         "inspect-checkpoint": "say what a checkpoint is, without running what is in it",
         "plot": "draw the curves of runs",
+        "report": "a run as one page of HTML",
+        "push-model": "give a model to the Hugging Face Hub",
     },
     "planning": {
         "plan": "memory, time, traffic and cost of a training, before it",

@@ -1,60 +1,83 @@
-"""A model directory: config.json, text.json and a safetensors file a part, which belong together by their hashes."""
+"""A model directory: config.json, text.json, README.md and a safetensors file a part.
 
+One form serves the whole model and a part alone. The files belong together by their hashes: config.json names those
+of the weights ("parts"), of the text tokenizer and of the dVAE that made the image tokens ("links").
+"""
+
+import hashlib
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from dalle.clip import CLIP
+from dalle.card import Report, read_report, write_card
+from dalle.clip import CLIP, CLIPConfig
 from dalle.config import to_dict
-from dalle.dvae import DVAE
-from dalle.files import make_directory, read_json, write_json
-from dalle.models import load_part, save_weights, weights_hash
-from dalle.text import MergeTokenizer, load_text
-from dalle.train.checkpoint import FORMAT, check_meta
-from dalle.transformer import Transformer
+from dalle.dvae import DVAE, DVAEConfig
+from dalle.files import make_directory, write_json, write_tensors
+from dalle.migrations import FORMAT
+from dalle.text import MergeTokenizer
+from dalle.transformer import Transformer, TransformerConfig
+
+KINDS: dict[str, tuple[type, type[nn.Module]]] = {
+    "dvae": (DVAEConfig, DVAE),
+    "transformer": (TransformerConfig, Transformer),
+    "clip": (CLIPConfig, CLIP),
+}
 
 
-def write_directory(directory: Path, parts: dict[str, nn.Module], text: MergeTokenizer, model_hash: str) -> None:
+def files_of(*kinds: str) -> list[str]:
+    """Names of the files that opening these parts needs."""
+    return ["config.json", "text.json", *(f"{kind}.safetensors" for kind in kinds)]
+
+
+def write_directory(
+    directory: Path,
+    parts: dict[str, nn.Module],
+    text: MergeTokenizer | None = None,
+    dvae_hash: str | None = None,
+    report: Report | None = None,
+    license: str | None = None,
+) -> None:
     """Writes a model directory.
 
     Args:
-        parts: "dvae", "transformer" and perhaps "clip".
+        directory: made if there is none.
+        parts: any of "dvae", "transformer" and "clip".
+        text: the tokenizer that the parts read.
+        dvae_hash: of the dVAE whose tokens a transformer draws; of the one among the parts, if there is one.
+        report, license: for the card, see `dalle.card.write_card`.
 
     Raises:
-        ValueError: a part that is not one of the library's own models, or a directory that cannot be made.
+        ValueError: a part that is not one of the library's own models, a directory that cannot be made, or a report
+            of another model.
     """
-    for kind, expected in (("dvae", DVAE), ("transformer", Transformer), ("clip", CLIP)):
+    for kind, (_, expected) in KINDS.items():
         if kind in parts and not isinstance(parts[kind], expected):
             raise ValueError(f"only a {expected.__name__} of this library can be saved as {kind}; save it yourself")
+    described = {kind: {"config": to_dict(one.config), "hash": weights_hash(one)} for kind, one in parts.items()}
+    report = read_report(report, described)
     make_directory(directory)
-    links = {"text": text.hash, "dvae": weights_hash(parts["dvae"])}
     for kind, model in parts.items():
         save_weights(model, directory / f"{kind}.safetensors")
-    text.save(directory / "text.json")
-    described = {kind: {"config": to_dict(model.config)} for kind, model in parts.items()}
-    write_json(
-        directory / "config.json",
-        {"format": FORMAT, "kind": "dalle", "hash": model_hash, "links": links, "parts": described},
-    )
+    if text is not None:
+        text.save(directory / "text.json")
+    links = {"text": text.hash} if text is not None else {}
+    if dvae_hash := described["dvae"]["hash"] if "dvae" in parts else dvae_hash:
+        links["dvae"] = dvae_hash
+    write_json(directory / "config.json", {"format": FORMAT, "kind": "dalle", "links": links, "parts": described})
+    write_card(directory, report, license)
 
 
-def read_directory(directory: Path, device: str | torch.device) -> tuple[dict[str, nn.Module], MergeTokenizer, str]:
-    """The parts by kind, the text tokenizer, and the hash that the weights must have.
+def save_weights(model: nn.Module, path: Path) -> None:
+    """The weights in use as one safetensors file."""
+    write_tensors(path, model.state_dict())
 
-    Raises:
-        ValueError: no such directory, a damaged file, or parts that do not belong together.
-    """
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} is no model directory (it has no config.json); make one with save_pretrained")
-    config = read_json(directory / "config.json")
-    check_meta(config, "dalle", directory)
-    if missing := {"hash", "links", "parts"} - config.keys():
-        raise ValueError(f"{directory / 'config.json'} lacks {', '.join(sorted(missing))}; it is damaged")
-    text = load_text(directory / "text.json")
-    kinds = ["dvae", "transformer"] + ["clip"] * ("clip" in config["parts"])
-    parts = {kind: load_part(directory, kind, device).model for kind in kinds}
-    found = {"text": text.hash, "dvae": weights_hash(parts["dvae"])}
-    if found != config["links"]:
-        raise ValueError(f"{directory}: the files do not belong together: {found}, expected {config['links']}")
-    return parts, text, config["hash"]
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over names, shapes and bytes of the weights in order of name, 16 hex characters."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -11,12 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle.card import Report
 from dalle.clip import CLIP, CLIPScorer
-from dalle.directory import read_directory, write_directory
+from dalle.directory import files_of, write_directory
 from dalle.drawing import Block, Drawer, Settings, check_counts, open_corner
 from dalle.generation import Generation, LogLikelihood
+from dalle.hub import Pushable, find
 from dalle.images import load_image, shorter_side, to_pil, to_pixels
-from dalle.models import Part, weights_hash
+from dalle.migrations import read_config
+from dalle.models import Part, load_part, weights_hash
 from dalle.text import MergeTokenizer, text_from_dict
 from dalle.text.report import pieces_outside
 from dalle.train.precision import Precision, resolve_precision
@@ -28,7 +31,7 @@ from dalle.types import ImageTokenizer, Scorer, check_tokens
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class DALLE:
+class DALLE(Pushable):
     """The parts joined. `from_pretrained` opens a model directory; `save_pretrained` writes one.
 
     Args:
@@ -201,8 +204,12 @@ class DALLE:
         rounded._hash = self.hash
         return rounded
 
-    def save_pretrained(self, directory: Path | str) -> None:
-        """Writes a model directory: config.json, text.json and a safetensors file a part.
+    def save_pretrained(self, directory: Path | str, report: Report | None = None, license: str | None = None) -> None:
+        """Writes a model directory: config.json, text.json, a safetensors file a part, and the card, README.md, anew.
+
+        Args:
+            directory: made if there is none.
+            report, license: for the card, see `dalle.card.write_card`.
 
         Raises:
             ValueError: an image tokenizer or scorer that is not one of the library's own models, or a
@@ -213,23 +220,32 @@ class DALLE:
         parts: dict[str, torch.nn.Module] = {"dvae": self.dvae, "transformer": self.transformer}
         if self.scorer is not None:
             parts["clip"] = getattr(self.scorer, "model", None)
-        write_directory(Path(directory), parts, self.text, self.hash)
+        write_directory(Path(directory), parts, self.text, report=report, license=license)
 
     @classmethod
     def from_pretrained(
-        cls, directory: Path | str, device: str | torch.device = "cpu", precision: Precision = "fp32"
+        cls,
+        source: Path | str,
+        device: str | torch.device = "cpu",
+        precision: Precision = "fp32",
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> "DALLE":
-        """Opens a model directory written by `save_pretrained`. Nothing is downloaded; precision as `in_precision`.
+        """Opens a model directory written by `save_pretrained`, here or on the Hub.
+
+        Args:
+            source: a path, which is read without the network, or else an id of the Hub, "owner/name".
+            device: where the parts go.
+            precision: as `in_precision`.
+            revision, token: of the Hub, see `dalle.hub.find`.
 
         Raises:
-            ValueError: no such directory, a damaged file, or parts that do not belong together.
+            ValueError: no such directory, a damaged file, or parts that do not belong together; as `dalle.hub.find`.
         """
-        parts, text, expected = read_directory(Path(directory), device)
-        scorer = CLIPScorer(parts["clip"], text) if "clip" in parts else None
-        model = cls(parts["dvae"], parts["transformer"], text, scorer)
-        if model.hash != expected:
-            raise ValueError(f"{directory}: the weights have hash {model.hash}, expected {expected}")
-        return model.in_precision(precision)
+        directory = find(source, files_of("dvae", "transformer", "clip"), revision, token)
+        kinds = ["dvae", "transformer", *(["clip"] if "clip" in read_config(directory)["parts"] else [])]
+        parts = {kind: load_part(directory, kind, device) for kind in kinds}
+        return cls.from_parts(parts["dvae"], parts["transformer"], parts.get("clip")).in_precision(precision)
 
     @classmethod
     def from_parts(

@@ -14,11 +14,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"config", "types", "shipped", "__version__"},
-    {"files", "rng", "layout", "masks", "sampling", "images"},
+    {"files", "rng", "layout", "masks", "sampling", "images", "migrations"},
     {"nn"},
     {"text", "dvae", "vqgan", "transformer", "clip", "data", "train"},
     {"objectives", "rerank", "models", "pretrained", "evals", "generation", "drawing", "directory", "pipeline"}
-    | {"plan", "finetune"},
+    | {"plan", "finetune", "hub", "card"},
     {"stages"},
     {"cli", "__main__"},
 ]

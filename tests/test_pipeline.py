@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 import dalle as package
 from dalle import drawing
 from dalle.clip import CLIPScorer, PretrainedScorer
+from dalle.directory import save_weights, weights_hash
 from dalle.drawing import Block, Drawer, Settings, blocks, fitting_batch, fitting_chunk
 from dalle.generation import Generation, best_of_shares
 from dalle.images import to_pil, to_pixels
-from dalle.models import Part, load_part, save_weights, weights_hash
+from dalle.models import Part, load_part
 from dalle.pipeline import DALLE
 from dalle.text import TextTokenizerConfig, train_text_tokenizer
 from dalle.types import ImageTokenizer, Scorer
@@ -496,7 +497,7 @@ class TestSaving:
         dalle.scorer = None
         dalle.save_pretrained(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == [
-            "config.json", "dvae.safetensors", "text.json", "transformer.safetensors",
+            "README.md", "config.json", "dvae.safetensors", "text.json", "transformer.safetensors",
         ]  # fmt: skip
         assert DALLE.from_pretrained(tmp_path).scorer is None
 
@@ -559,7 +560,7 @@ class TestOpening:
     def test_a_newer_format_is_named(self, folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"format": 99}))
-        with pytest.raises(ValueError, match="has format 99, this version reads 3"):
+        with pytest.raises(ValueError, match="has format 99, this version reads 4 and older: a later version"):
             DALLE.from_pretrained(folder)
 
     def test_another_dvae_in_the_directory_is_refused(self, folder, parts):
@@ -567,6 +568,11 @@ class TestOpening:
         with torch.no_grad():
             other.encoder.blocks.input.b += 1
         save_weights(other, folder / "dvae.safetensors")
+        with pytest.raises(ValueError, match="the weights have hash"):
+            DALLE.from_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["parts"]["dvae"]["hash"] = weights_hash(other)
+        (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match="do not belong together"):
             DALLE.from_pretrained(folder)
 

@@ -135,7 +135,7 @@ def test_the_whole_draws_pictures(tmp_path: Path, text) -> None:
     found = model.log_likelihood("a b", generation.image_tokens)
     assert torch.isfinite(found.image).all()
     with pytest.raises(ValueError, match="only a Transformer of this library"):
-        write_directory(tmp_path / "model", {"transformer": model.transformer}, text, "")
+        write_directory(tmp_path / "model", {"transformer": model.transformer}, text)
 
 
 def test_a_full_caption_fits_and_one_more_does_not(tmp_path: Path) -> None:

@@ -170,6 +170,7 @@ class TestSample:
     def test_it_writes_the_joined_parts_as_a_model_directory(self, script, words, chain, tmp_path):
         assert script("sample", *words, "--save-model", "joined").code == 0
         assert DALLE.from_pretrained(tmp_path / "joined").hash == DALLE.from_pretrained(chain / "model").hash
+        assert "None is given" in (tmp_path / "joined" / "README.md").read_text()
 
     def test_no_rows_are_refused(self, script, words, tmp_path):
         Image.new("RGB", (40, 40), "red").save(tmp_path / "half.png")
@@ -217,6 +218,8 @@ class TestQuickstart:
         assert (report["seed"], report["captions"], report["best_of"]) == (0, 2, 16)
         model = DALLE.from_pretrained(out / "model")
         assert model.hash == report["model"]
+        accuracy = report["caption_accuracy"]["reranked"]
+        assert f"| caption_accuracy.reranked | {accuracy:.4g} |" in (out / "model" / "README.md").read_text()
         assert f"--model {Path('quick/model')} --prompt" in done.out
         assert len(model.generate(prompt, n=1, best_of=2, progress=False).images) == 1
 

@@ -24,8 +24,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from dalle.config import to_dict
+from dalle.directory import save_weights
 from dalle.files import find_damage, write_sums, write_tensors
-from dalle.models import load_part, save_weights
+from dalle.models import load_part
 from dalle.train import sharded
 from dalle.train.checkpoint import damage, newest_whole, restore, save_checkpoint
 from dalle.train.ema import AveragedWeights, EMAConfig

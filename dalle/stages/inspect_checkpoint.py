@@ -14,13 +14,14 @@ from tyro.conf import Positional
 
 from dalle.config import from_dict, to_dict
 from dalle.files import read_json, write_json
+from dalle.migrations import check_meta, read_config
 from dalle.models import KINDS
 from dalle.pretrained.family import Fit, fit, without_values
 from dalle.pretrained.load import Found, find, is_published
 from dalle.pretrained.openai_dvae import PARTS
 from dalle.pretrained.refused import refuse_path
 from dalle.pretrained.saved_file import open_saved
-from dalle.train.checkpoint import check_meta, latest_checkpoint
+from dalle.train.checkpoint import latest_checkpoint
 
 SHOWN = 5  # names of a list that are printed; the JSON has them all
 
@@ -133,14 +134,14 @@ def _own_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _model_directory(path: Path) -> dict[str, Any]:
-    config = read_json(path / "config.json")
-    check_meta(config, "dalle", path)
-    told: dict[str, Any] = {"family": "model directory of this library", "format": config["format"]}
+    config = read_config(path)
+    written = read_json(path / "config.json")["format"]
+    told: dict[str, Any] = {"family": "model directory of this library", "format": written}
     for kind, part in config["parts"].items():
         if kind not in KINDS:
             raise ValueError(f"{path} holds {kind!r}, known are {', '.join(KINDS)}")
         told[kind] = _own_part(kind, part["config"], path / f"{kind}.safetensors", path)
-    return told | {"hash": config.get("hash")}
+    return told | {"hash": "-".join(part["hash"] for part in config["parts"].values())}
 
 
 def _own_part(kind: str, settings: dict[str, Any], file: Path, source: Path) -> dict[str, Any]:

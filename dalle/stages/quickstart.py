@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dalle.card import write_card
 from dalle.config import load
 from dalle.evals.shapes import Drawn, caption_accuracy
 from dalle.files import make_directory, write_json
@@ -108,6 +109,7 @@ def quickstart(run: QuickstartRun) -> dict[str, Any]:
         "torch": torch.__version__,
     }
     write_json(out / "report.json", report)
+    write_card(out / "model", report)
     _print(out, report)
     return report
 

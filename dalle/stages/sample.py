@@ -30,8 +30,9 @@ class SampleRun:
     prompts: Path | None = None
     """Instead, a file with a caption a line, or of JSON lines with "prompt" or "caption" (.jsonl)."""
     model: Path | None = None
-    """Model directory; without it the parts below are joined. Or the file of another program's transformer, such as
-    DALLE-pytorch's dalle.pt: then --tokenizer is needed, and --clip (a file) to rank; --dvae if none is in the file."""
+    """Model directory, or owner/name of one on the Hub; without it the parts below are joined. Or the file of another
+    program's transformer, such as DALLE-pytorch's dalle.pt: then --tokenizer is needed, and --clip (a file) to rank;
+    --dvae if none is in the file."""
     tokenizer: Path | None = None
     """Text tokenizer, to be sure that it is the one the transformer was trained with."""
     dvae: Path | None = None

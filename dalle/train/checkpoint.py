@@ -38,12 +38,10 @@ from dalle.files import (
     write_tensors,
     write_text,
 )
+from dalle.migrations import FORMAT
 from dalle.train import sharded
 from dalle.train.ranks import Ranks
 from dalle.train.state import TrainState
-
-FORMAT = 3  # 1 had the transformer's norms beside its resblocks, 2 had no SHA256SUMS
-READABLE = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -195,17 +193,6 @@ def damage(folder: Path, rank: int = 0, world: int = 1, parts: tuple[str, ...] |
         return None  # it is from before there were hashes
     files = ("meta.json", *(f"{part}{end}" for part in parts or () for end in (".safetensors", "/")))
     return find_damage(folder, lambda name: parts is None or name.startswith(files), rank, world)
-
-
-def check_meta(meta: Any, kind: str, source: Path) -> None:
-    """ValueError unless a description is of this kind and of a format we read."""
-    found = meta.get("kind") if isinstance(meta, dict) else None
-    if found != kind:
-        raise ValueError(f"{source} holds {found or 'something unknown'!r}, expected {kind!r}")
-    if meta.get("format") not in READABLE:
-        raise ValueError(
-            f"{source} has format {meta.get('format')}, this version reads {FORMAT}; use the version that wrote it"
-        )
 
 
 def restore(folder: Path, state: TrainState, ranks: Ranks | None = None) -> None:

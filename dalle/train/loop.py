@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dalle.files import read_json
-from dalle.train.checkpoint import check_meta, newest_whole, restore, saved_at
+from dalle.migrations import check_meta
+from dalle.train.checkpoint import newest_whole, restore, saved_at
 from dalle.train.ema import AveragedWeights, EMAConfig
 from dalle.train.keeper import Keeper
 from dalle.train.log import Numbers, Silence, to_numbers
@@ -259,8 +260,7 @@ def _prepare(run_dir: Path, state: TrainState, meta: dict[str, Any], resume: str
         return []
     if resume == "never":
         raise ValueError(f"{run_dir} holds a run; give another --out, or --resume auto to go on with it")
-    old = read_json(found / "meta.json")
-    check_meta(old, meta["kind"], run_dir)
+    old = check_meta(read_json(found / "meta.json"), meta["kind"], run_dir)
     changes = differences(old["run"], meta["run"]) + differences(_hashes(old), _hashes(meta), "links")
     changes = [change for change in changes if not change.startswith(RHYTHM)]
     if changes and resume != "changed":
