@@ -98,6 +98,7 @@ def spread(weights: Tensor, layout: TokenLayout, words: int) -> Spread:
 def attention_picture(
     model: DALLE, caption: str, image: Image.Image | Path | str | Tensor,
     places: Sequence[tuple[int, int]] | None = None, layers: Sequence[int] | None = None,
+    truncate: bool = False,
 ) -> Image.Image:  # fmt: skip
     """Where layers look while they draw tokens of a picture: a line for each layer, a column for each token.
 
@@ -109,9 +110,10 @@ def attention_picture(
         image: the picture (its middle square is resized to the model's size), or image tokens (1, R * C).
         places: (row, column) of the tokens; three in the middle column unless given.
         layers: their numbers, from 0; the last of each kind unless given.
+        truncate: cut a caption that is too long instead of refusing it.
 
     Raises:
-        ValueError: a place or layer that is not there; a transformer of another library.
+        ValueError: a place or layer that is not there; an empty or too long caption; a transformer of another library.
     """
     _check(model.transformer)
     layout, kinds = model.transformer.layout, model.transformer.config.kinds
@@ -123,9 +125,10 @@ def attention_picture(
     if not chosen or not all(0 <= layer < len(kinds) for layer in chosen):
         raise ValueError(f"layers must be numbers from 0 to {len(kinds) - 1}, got {chosen}")
     tokens = image.to(model.device) if isinstance(image, Tensor) else model.encode(image)
-    ids = layout.pack(model.text_tokens([caption]), tokens)
+    ids = layout.pack(model.text_tokens([caption], truncate), tokens)
     pixels = model.decode(tokens)[0].movedim(0, -1).float().cpu().numpy()
-    words = ["start", *(model.text.decode([one]).strip() or "?" for one in model.text.encode(caption))]
+    read = model.text.encode(caption)[: layout.caption_room]
+    words = ["start", *(model.text.decode([one]).strip() or "?" for one in read)]
     queries = [layout.text_len + row * layout.columns + column for row, column in places]
     figure = Figure(figsize=(2.1 * len(places) + 2.6, 2.35 * len(chosen)), layout="constrained")
     axes = iter(figure.subplots(len(chosen), len(places) + 1, squeeze=False))

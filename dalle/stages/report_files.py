@@ -47,10 +47,8 @@ def overview(folder: Folder) -> str:
         rows.append((kind, f"{step:,} of {run.meta.get('steps', step):,}", last or "none yet"))
     body = table(rows, ("training", "updates", "held-out pictures, last measured")) if rows else ""
     for name, report in folder.evaluations.items():
-        facts = {key: value for key, value in report.items() if not isinstance(value, dict)}
-        facts |= {f"{kind}: parameters": count for kind, count in report.get("sizes", {}).items()}
-        facts |= {f"seconds: {stage}": value for stage, value in report.get("seconds", {}).items()}
-        body += f"<h3>{escape(name)}</h3>" + table(list(facts.items()))
+        facts = [(key, value) for key, value in report.items() if not isinstance(value, dict | list)]
+        body += f"<h3>{escape(name)}</h3>{table(facts)}"
     if not body:
         raise ValueError("no training to tell of; the folder holds none")
     return body
@@ -100,16 +98,25 @@ def sheets(folder: Folder) -> str:
 
 
 def sampled(folder: Folder) -> Iterator[str]:
-    """Pictures that scripts/sample.py left, with their scores."""
+    """Pictures that scripts/sample.py left, with their scores, and the quick start's sheet."""
     for place in folder.samples[-MOST_SAMPLED:]:
-        record = read_json(place / "sample.json")
-        figures = []
-        for one in record["pictures"][:8]:
-            score = "" if one["score"] is None else f"score {one['score']:.3f}"
-            file = place / Path(one["file"]).name  # never out of the folder
-            figures.append(picture(load_image(file), record["prompt"], score, small=True))
-        said = f"the best of {record['best_of']}, temperature {record['temperature']}, seed {record['seed']}"
-        yield f'<h3>{escape(record["prompt"])}</h3><p class="pale">{escape(said)}</p>{pictures(figures)}'
+        try:
+            yield _sample(place, read_json(place / "sample.json"))
+        except KeyError as error:
+            raise ValueError(f"{place / 'sample.json'} lacks {error}; it is not of scripts/sample.py") from None
+    if (sheet := folder.root / "samples.png").is_file():
+        said = "samples.png: held-out captions, left the first candidate, right the best"
+        yield f"<h3>samples.png</h3>{picture(load_image(sheet), said, said)}"
+
+
+def _sample(place: Path, record: dict[str, Any]) -> str:
+    figures = []
+    for one in record["pictures"][:8]:
+        score = "" if one["score"] is None else f"score {one['score']:.3f}"
+        file = place / Path(one["file"]).name  # never out of the folder
+        figures.append(picture(load_image(file), record["prompt"], score, small=True))
+    said = f"the best of {record['best_of']}, temperature {record['temperature']}, seed {record['seed']}"
+    return f'<h3>{escape(record["prompt"])}</h3><p class="pale">{escape(said)}</p>{pictures(figures)}'
 
 
 def evaluation(folder: Folder) -> str:
@@ -129,9 +136,25 @@ def evaluation(folder: Folder) -> str:
             parts.append("<p>Share of pictures that show what their caption says, by a judge that reads pixels.</p>")
             rows = [(key, float(value), float(new.get(key, "nan"))) for key, value in seen.items()]
             parts.append(table(rows, ("", "held-out scenes", "new pairs of colour and shape")))
-        rest = {key: value for key, value in report.items() if not key.startswith("caption_accuracy")}
-        parts.append(table([(key, "none" if value is None else value) for key, value in flat(rest)]))
+        parts.append(f'<div class="cards">{"".join(_blur(report))}</div>')
+        rest = {key: value for key, value in report.items() if isinstance(value, dict | list)}
+        parts.append(table([pair for pair in flat(rest) if not pair[0].startswith("caption_accuracy")]))
     return "".join(parts)
+
+
+def _blur(report: dict[str, Any]) -> Iterator[str]:
+    """Distance and score against the radius of the blur (Figure 9)."""
+    by_radius = dict_of(dict_of(report.get("pictures")).get("blur"))
+    metrics = dict.fromkeys(name for values in by_radius.values() for name in dict_of(values))
+    for name in metrics:
+        found = [(float(radius), values.get(name)) for radius, values in by_radius.items()]
+        if len(found) > 1 and all(isinstance(value, int | float) for _, value in found):
+            yield chart(name, [Curve(name, found, "dots")], "radius of the blur in pixels")
+
+
+def dict_of(value: Any) -> dict[str, Any]:
+    """The object of JSON that is expected here; empty for anything else."""
+    return value if isinstance(value, dict) else {}
 
 
 def flat(data: Any, name: str = "") -> list[tuple[str, Any]]:
@@ -148,26 +171,17 @@ def configuration(folder: Folder) -> str:
         if "run" not in run.meta:
             continue
         here, defaults = dict(flat(run.meta["run"])), dict(flat(to_dict(TRAININGS[kind][0]())))
-        differs = [(name, _word(value), _word(defaults.get(name))) for name, value in here.items()
+        differs = [(name, value, defaults.get(name)) for name, value in here.items()
                    if name not in defaults or value != defaults[name]]  # fmt: skip
         parts.append(f"<h3>{escape(kind)}: {len(differs)} of {len(here)} settings differ from the defaults</h3>")
         parts.append(table(differs, ("setting", "this run", "default (the paper's)")))
         names = {name for name, *_ in differs}
-        rows = [(name, _word(value)) for name, value in here.items()]
+        rows = [(name, value) for name, value in here.items()]
         marked = [i for i, (name, _) in enumerate(rows) if name in names]
         parts.append(f"<details><summary>all settings</summary>{table(rows, marked=marked)}</details>")
     if not parts:
         raise ValueError(f"no configuration; a training's checkpoint holds it:\n{MAKERS['transformer']}")
     return "".join(parts)
-
-
-def _word(value: Any) -> str:
-    """As YAML has it."""
-    return (
-        {None: "null", True: "true", False: "false"}[value]
-        if value is None or value is True or value is False
-        else str(value)
-    )
 
 
 def checkpoints(folder: Folder) -> str:

@@ -63,9 +63,8 @@ def examine(path: Path) -> Folder:
         models = [folder for folder in (path, path / "model", *below) if _is_model(folder)]
         sampled = sorted(path.glob("*/sample.json")) + sorted(path.glob("*/*/sample.json"))
         samples = [file.parent for file in [path / "sample.json", *sampled] if file.is_file()]
-        jsons = sorted(path.glob("*.json"))
-        found = Folder(path, {run.kind: run for run in reversed(runs)}, next(iter(models), None), {}, samples)
-        found.evaluations = _evaluations(jsons)
+        by_kind = {kind: run for kind in KINDS for run in reversed(runs) if run.kind == kind}
+        found = Folder(path, by_kind, next(iter(models), None), _evaluations(path.glob("*.json")), samples)
     else:
         raise ValueError(f"nothing at {path}; give the folder of a run, as runs/quickstart")
     if not (found.runs or found.model or found.evaluations or found.samples):
@@ -99,7 +98,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def _evaluations(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    found = {file.name: _object(file) for file in files}
+    found = {file.name: _object(file) for file in sorted(files)}
     return {name: data for name, data in found.items() if EVALUATED & data.keys()}
 
 

@@ -42,11 +42,13 @@ code { font: 0.88em ui-monospace, monospace; overflow-wrap: anywhere; }
 figure { margin: 0; max-width: 100%; }
 figcaption { font-size: 0.85rem; color: var(--pale); overflow-wrap: anywhere; }
 img { display: block; max-width: 100%; height: auto; border-radius: 3px; background: #fff; }
-img.small { image-rendering: pixelated; width: 8rem; }
+img.small { width: 8rem; }
+img.sharp { image-rendering: pixelated; }
 .wide { overflow-x: auto; margin: 0.5rem 0; }
 table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { text-align: left; padding: 0.2rem 0.8rem 0.2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td { font-variant-numeric: tabular-nums; }
+pre { overflow-x: auto; font-size: 0.88em; margin: 0.2rem 0 1rem; }
 tr.differs td { background: var(--mark); }
 details { margin: 0.5rem 0; }
 footer { margin: 3rem 0 2rem; font-size: 0.85rem; color: var(--pale); }
@@ -76,11 +78,13 @@ def picture(image: Image.Image, alt: str, caption: str = "", small: bool = False
     Args:
         alt: what it shows, for who cannot see it.
         caption: stands below it; none unless given.
-        small: enlarged without smoothing.
+        small: eight letters wide; enlarged without smoothing.
     """
     kind, data = _coded(image)
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    size = f'width="{image.width}" height="{image.height}"' if not small else 'class="small"'
+    size = f'width="{image.width}" height="{image.height}"'
+    if small:
+        size = f'class="small{" sharp" * (image.width < 128)}"'
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f'<figure><img {size} src="{source}" alt="{escape(alt)}">{below}</figure>'
 
@@ -109,7 +113,7 @@ def pictures(figures: Iterable[str]) -> str:
 
 
 def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = (), marked: Sequence[int] = ()) -> str:
-    """A table of plain values; numbers stand at the right, `marked` rows have a ground of their own."""
+    """A table of plain values; `marked` rows have a ground of their own."""
     top = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>" if head else ""
     lines = [
         f"<tr{' class=differs' if i in marked else ''}>{''.join(map(_cell, row))}</tr>" for i, row in enumerate(rows)
@@ -118,14 +122,21 @@ def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = (), marked: Seque
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f'<td class="number">{escape(number(value))}</td>'
-    return f"<td>{escape(value)}</td>"
+    return f"<td>{escape(said(value))}</td>"
 
 
-def number(value: float) -> str:
-    """Four digits that count; whole numbers whole."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+def said(value: Any) -> str:
+    """A value of JSON in words: whole numbers whole, others with four digits that count, the rest as YAML has it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _left_out(line: str) -> str:
+    why, _, commands = line.partition("\n")
+    return f"<p>{escape(why)}</p>" + (f"<pre>{escape(commands)}</pre>" if commands else "")
 
 
 def page(title: str, lead: str, sections: Sequence[Section], missing: Sequence[str]) -> str:
@@ -135,14 +146,14 @@ def page(title: str, lead: str, sections: Sequence[Section], missing: Sequence[s
         title: plain text.
         lead: HTML below the heading.
         sections: in order.
-        missing: a plain line for each section that is left out.
+        missing: for each section that is left out a plain line, and the commands that make it on lines below.
     """
     links = [f'<a href="#{section.name}">{escape(section.title)}</a>' for section in sections]
     parts = [
         f'<section id="{section.name}"><h2>{escape(section.title)}</h2>{section.body}</section>' for section in sections
     ]
     if missing:
-        lines = "".join(f"<p>{escape(line)}</p>" for line in missing)
+        lines = "".join(map(_left_out, missing))
         links.append('<a href="#missing">Left out</a>')
         parts.append(f'<section id="missing"><h2>Left out</h2>{lines}</section>')
     return f"""<!doctype html>

@@ -3,7 +3,6 @@
 Each method gives HTML. ValueError says, in a line, why there is none and which command makes it.
 """
 
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from dalle.generation import Generation
 from dalle.layout import TokenLayout
 from dalle.models import KINDS, load_part
 from dalle.pipeline import DALLE
-from dalle.stages.report_files import sampled
+from dalle.stages.report_files import dict_of, sampled
 from dalle.stages.report_folder import Folder
 from dalle.stages.report_html import escape, picture, pictures
 from dalle.stages.report_svg import Curve, chart
@@ -71,14 +70,12 @@ class Bench:
 
     @cached_property
     def held_out(self) -> Batch:
-        """The first held-out pairs of the data that the transformer, or the dVAE, was trained on."""
-        kinds = [kind for kind in ("transformer", "dvae") if "data" in self._record(kind)]
-        path = self._record(kinds[0])["data"].get("path") if kinds else None
-        if path is None:
+        """The first held-out pairs of the data that the dVAE, or the transformer, was trained on."""
+        told = [self._record(kind).get("data", {}) for kind in ("dvae", "transformer")]
+        named = [data for data in told if data.get("path")]
+        if not named:
             raise ValueError("the folder does not say which pictures it was trained on")
-        data = from_dict(PairsConfig, self._record(kinds[0])["data"])
-        pixels = self._record(kinds[0])["data"]["resolution"]
-        return first_pairs(open_pairs(replace(data, resolution=pixels), "held_out"), HELD_OUT)
+        return first_pairs(open_pairs(from_dict(PairsConfig, named[0]), "held_out"), HELD_OUT)
 
     def _record(self, kind: str) -> dict[str, Any]:
         run = self.folder.runs.get(kind)
@@ -110,16 +107,15 @@ class Bench:
         return self.model.generate(self.captions, n=best_of, best_of=best_of, **settings)
 
     def samples(self) -> str:
-        """The best pictures of each caption with their scores; those found in the folder before them."""
-        parts = list(sampled(self.folder))
+        """The best pictures of each caption, and the worst, with their scores; then those found in the folder."""
+        found, parts = list(sampled(self.folder)), []
         try:
-            for one in self.drawn:
-                parts.append(f"<h3>{escape(one.prompt)}</h3>" + pictures(self._scored(one)))
+            parts += [f"<h3>{escape(one.prompt)}</h3>{pictures(self._scored(one))}" for one in self.drawn]
             parts.insert(0, f'<p class="pale">{self._how()}</p>')
-        except ValueError as error:
-            if not parts:
-                raise ValueError(f"no samples: {error}") from None
-        return "".join(parts)
+        except ValueError:
+            if not found:
+                raise
+        return "".join(parts + found)
 
     def _how(self) -> str:
         ranked = (
@@ -129,23 +125,23 @@ class Bench:
 
     @staticmethod
     def _scored(one: Generation) -> list[str]:
-        scores = one.scores or [None] * len(one.images)
-        said = ["" if score is None else f"score {score:.3f}" for score in scores]
-        return [
-            picture(image, one.prompt, words, small=True)
-            for image, words in list(zip(one.images, said, strict=True))[:SHOWN]
-        ]
+        if one.scores is None:
+            return [picture(image, one.prompt, small=True) for image in one.images[:SHOWN]]
+        said = [f"score {score:.3f}" for score in one.scores]
+        said[-1] = f"worst of {len(said)}: {one.scores[-1]:.3f}"
+        shown = [*range(len(said))][: SHOWN - 1] + [len(said) - 1] * (len(said) >= SHOWN)
+        return [picture(one.images[i], one.prompt, said[i], small=True) for i in shown]
 
     def rerank(self) -> str:
         """What the best of N is worth: as an evaluation measured it, else by the candidates drawn here."""
         charts = []
         for name, report in self.folder.evaluations.items():
-            found = report.get("rerank", {})
-            for metric in [key for key, value in found.items() if isinstance(value, dict)]:
-                curve = [(int(n), float(value)) for n, value in found[metric].items() if value is not None]
-                charts.append(
-                    chart(f"{metric} of the best ({name})", [Curve(metric, curve, "dots")], "N", doubling=True)
-                )
+            for metric, by_n in dict_of(report.get("rerank")).items():
+                curve = [(int(n), value) for n, value in dict_of(by_n).items() if isinstance(value, int | float)]
+                if curve:
+                    charts.append(
+                        chart(f"{metric} of the best ({name})", [Curve(metric, curve, "dots")], "N", doubling=True)
+                    )
         if not charts:
             if self.model.scorer is None:
                 raise ValueError(f"no reranking: there is no CLIP; train one:\n{MAKERS['clip']}")
@@ -159,7 +155,7 @@ class Bench:
     def attention(self) -> str:
         """Of the best picture of the first caption, for the last layer of each kind."""
         one = self.drawn[0]
-        shown = look.attention_picture(self.model, one.prompt, one.image_tokens[[0]])
+        shown = look.attention_picture(self.model, one.prompt, one.image_tokens[[0]], truncate=True)
         said = (
             "Where the last layer of each kind looks while it draws the token in the red square: the mean of its "
             "heads, brightest at the place of the most weight. A place shows the token that was read there."

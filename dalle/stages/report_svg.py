@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dalle.stages.report_html import escape
 
 WIDTH, HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 26, 30
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 38, 30
 MOST = 400
 """Points of a curve that are drawn, at most."""
 Points = Sequence[tuple[float, float]]
@@ -83,13 +83,11 @@ def _drawn(curve: Curve, place) -> str:
 
 
 def _legend(curves: Sequence[Curve]) -> str:
-    """In the upper right corner, where losses leave room."""
+    """A line below the title; none for one curve."""
     signs = {"line": "\N{EM DASH}", "dots": "\N{BLACK CIRCLE}", "level": "\N{MIDDLE DOT}" * 3}
-    parts = []
-    for i, curve in enumerate(curves):
-        label = f'<tspan fill="var(--c{curve.colour})">{signs[curve.style]}</tspan> {escape(curve.name)}'
-        parts.append(f'<text x="{WIDTH - RIGHT}" y="{TOP + 8 + 12 * i}" text-anchor="end" {_font(10)}>{label}</text>')
-    return "".join(parts) if len(curves) > 1 else ""
+    names = [f'<tspan fill="var(--c{c.colour})">{signs[c.style]}</tspan> {escape(c.name)}' for c in curves]
+    spaced = "\N{NO-BREAK SPACE}\N{NO-BREAK SPACE} ".join(names)
+    return f'<text x="{WIDTH / 2}" y="29" text-anchor="middle" {_font(10)}>{spaced}</text>' if len(curves) > 1 else ""
 
 
 def _text(x: float, y: float, words: str, anchor: str, size: int = 10) -> str:
