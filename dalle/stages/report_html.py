@@ -92,12 +92,13 @@ def picture(image: Image.Image, alt: str, caption: str = "", small: bool = False
 def _coded(image: Image.Image) -> tuple[str, bytes]:
     """Without loss where that is small enough."""
     image = image.convert("RGB")
-    if len(data := _bytes(image, "PNG", optimize=True)) <= MOST_BYTES:
+    if len(data := _bytes(image, "PNG")) <= MOST_BYTES:
         return "png", data
-    for quality in (90, 75, 50):
-        image.thumbnail((MOST_SIDE, MOST_SIDE))
-        if len(data := _bytes(image, "WEBP", quality=quality)) <= MOST_BYTES:
-            break
+    side = MOST_SIDE
+    while len(data) > MOST_BYTES:
+        image.thumbnail((side, side))
+        data = _bytes(image, "WEBP", quality=85)
+        side = side * 3 // 4
     return "webp", data
 
 

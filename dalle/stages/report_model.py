@@ -63,10 +63,13 @@ class Bench:
 
     @cached_property
     def dvae(self) -> ImageTokenizer:
-        """That of the model, or of the dVAE's run alone."""
-        if self.run.draw and not self.folder.model and "dvae" in self.folder.runs:
-            return load_part(self.folder.runs["dvae"].folder, "dvae", resolve_device(self.run.device)).model
-        return self.model.dvae
+        """That of the model; where the rest of it is not there or not whole, that of the dVAE's run."""
+        try:
+            return self.model.dvae
+        except ValueError:
+            if not self.run.draw or "dvae" not in self.folder.runs:
+                raise
+        return load_part(self.folder.runs["dvae"].folder, "dvae", resolve_device(self.run.device)).model
 
     @cached_property
     def held_out(self) -> Batch:
