@@ -18,6 +18,7 @@ from PIL import Image
 
 from dalle.files import read_json, write_json
 from dalle.stages.report import ReportRun, write_report
+from dalle.stages.report_files import settings
 from dalle.stages.report_folder import examine
 from dalle.stages.report_html import MOST_BYTES, Section, escape, page, picture
 from dalle.stages.report_svg import Curve, chart, thin, ticks
@@ -100,7 +101,7 @@ def read(report: Path) -> Page:
 
 
 SECTIONS = [
-    "overview", "curves", "time", "samples", "rerank", "attention", "codebook", "masks", "evaluation",
+    "overview", "samples", "rerank", "attention", "curves", "time", "codebook", "masks", "evaluation",
     "configuration", "checkpoints", "versions",
 ]  # fmt: skip
 
@@ -224,6 +225,19 @@ class TestParts:
             found = self.made(place)
             assert found.sections[:3] == ["overview", "rerank", "evaluation"]
         assert (tmp_path / "report.html").is_file()
+
+    def test_a_file_of_captions_shows_its_sheet(self, tmp_path):
+        (tmp_path / "many").mkdir()
+        (tmp_path / "many" / "samples.jsonl").write_text("{}\n")
+        Image.new("RGB", (70, 50), "green").save(tmp_path / "many" / "sheet.png")
+        found = self.made(tmp_path / "many")
+        assert "samples" in found.sections
+        assert [one.size for one in found.pictures()] == [(70, 50)]
+
+    def test_settings_are_told_exactly(self):
+        assert settings({"a": {"lr": 1.25e-6, "on": True}, "b": [1, 0.1234567], "c": None, "d": "red"}) == {
+            "a.lr": "1.25e-06", "a.on": "true", "b": "[1, 0.1234567]", "c": "null", "d": "red",
+        }  # fmt: skip
 
     def test_a_run_that_has_no_checkpoint_yet(self, chain, tmp_path):
         (tmp_path / "run").mkdir()

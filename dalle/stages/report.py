@@ -79,11 +79,11 @@ def _sections(folder: Folder, bench: Bench) -> list[tuple[str, str, Callable[[],
     """In the order of the page: anchor, heading, what makes it."""
     return [
         ("overview", "Overview", lambda: report_files.overview(folder)),
-        ("curves", "Curves", lambda: report_files.curves(folder)),
-        ("time", "Pictures over time", lambda: report_files.sheets(folder)),
         ("samples", "Samples", bench.samples),
         ("rerank", "Reranking", bench.rerank),
         ("attention", "Attention", bench.attention),
+        ("curves", "Curves", lambda: report_files.curves(folder)),
+        ("time", "Pictures over time", lambda: report_files.sheets(folder)),
         ("codebook", "Codebook", bench.codebook),
         ("masks", "Masks", bench.masks),
         ("evaluation", "Evaluation", lambda: report_files.evaluation(folder)),

@@ -3,6 +3,7 @@
 Each function gives HTML. ValueError says, in a line, why there is none and which command makes it.
 """
 
+import json
 import os
 import platform
 from collections.abc import Iterator
@@ -33,7 +34,9 @@ RATES = ("gradient_norm", "step_size", "samples_per_second")
 """Curves that every kind has, beside those of its losses."""
 MOST_SHEETS = 4
 MOST_SAMPLED = 3
-"""Sample folders that are shown."""
+"""Sample folders that are shown, the last by name."""
+MOST_CHECKPOINTS = 3
+"""Checkpoints whose hashes are told, the newest first."""
 
 
 def overview(folder: Folder) -> str:
@@ -100,6 +103,10 @@ def sheets(folder: Folder) -> str:
 def sampled(folder: Folder) -> Iterator[str]:
     """Pictures that scripts/sample.py left, with their scores, and the quick start's sheet."""
     for place in folder.samples[-MOST_SAMPLED:]:
+        if not (place / "sample.json").is_file():
+            said = f"{place.name}: the best picture of each of the first captions"
+            yield f"<h3>{escape(place.name)}</h3>{picture(load_image(place / 'sheet.png'), said, said)}"
+            continue
         try:
             yield _sample(place, read_json(place / "sample.json"))
         except KeyError as error:
@@ -132,7 +139,7 @@ def evaluation(folder: Folder) -> str:
     for name, report in folder.evaluations.items():
         parts.append(f"<h3>{escape(name)}</h3>")
         if {"caption_accuracy", "caption_accuracy_new_pairs"} <= report.keys():
-            seen, new = report["caption_accuracy"], report["caption_accuracy_new_pairs"]
+            seen, new = dict_of(report["caption_accuracy"]), dict_of(report["caption_accuracy_new_pairs"])
             parts.append("<p>Share of pictures that show what their caption says, by a judge that reads pixels.</p>")
             rows = [(key, float(value), float(new.get(key, "nan"))) for key, value in seen.items()]
             parts.append(table(rows, ("", "held-out scenes", "new pairs of colour and shape")))
@@ -165,30 +172,33 @@ def flat(data: Any, name: str = "") -> list[tuple[str, Any]]:
 
 
 def configuration(folder: Folder) -> str:
-    """Of each run: what differs from the defaults, which are the paper's, then all of it."""
+    """Of each run: what differs from the defaults, which are the papers', then all of it."""
     parts = []
     for kind, run in folder.runs.items():
         if "run" not in run.meta:
             continue
-        here, defaults = dict(flat(run.meta["run"])), dict(flat(to_dict(TRAININGS[kind][0]())))
-        differs = [(name, value, defaults.get(name)) for name, value in here.items()
-                   if name not in defaults or value != defaults[name]]  # fmt: skip
-        parts.append(f"<h3>{escape(kind)}: {len(differs)} of {len(here)} settings differ from the defaults</h3>")
-        parts.append(table(differs, ("setting", "this run", "default (the paper's)")))
-        names = {name for name, *_ in differs}
-        rows = [(name, value) for name, value in here.items()]
-        marked = [i for i, (name, _) in enumerate(rows) if name in names]
-        parts.append(f"<details><summary>all settings</summary>{table(rows, marked=marked)}</details>")
+        here, defaults = settings(run.meta["run"]), settings(to_dict(TRAININGS[kind][0]()))
+        differs = {name for name, value in here.items() if value != defaults.get(name)}
+        rows = [(name, here[name], defaults.get(name, "")) for name in here if name in differs]
+        parts.append(f"<h3>{escape(kind)}: {len(rows)} of {len(here)} settings differ from the defaults</h3>")
+        parts.append(table(rows, ("setting", "this run", "default")))
+        marked = [i for i, name in enumerate(here) if name in differs]
+        parts.append(f"<details><summary>all settings</summary>{table(list(here.items()), marked=marked)}</details>")
     if not parts:
         raise ValueError(f"no configuration; a training's checkpoint holds it:\n{MAKERS['transformer']}")
     return "".join(parts)
+
+
+def settings(data: dict[str, Any]) -> dict[str, str]:
+    """Dotted names and exact values, as JSON has them but for the quotes of words."""
+    return {name: one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for name, one in flat(data)}
 
 
 def checkpoints(folder: Folder) -> str:
     """Which weights these are: the hashes beside each checkpoint, and those of the model directory."""
     parts = []
     for kind, run in folder.runs.items():
-        for step in sorted(run.folder.glob("checkpoints/*/"))[::-1]:
+        for step in sorted(run.folder.glob("checkpoints/*/"))[: -MOST_CHECKPOINTS - 1 : -1]:
             if (step / SUMS).is_file():
                 lines = (step / SUMS).read_text(encoding="utf-8").splitlines()
                 rows = [line.split("  ", 1)[::-1] for line in lines if "  " in line]

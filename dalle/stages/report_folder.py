@@ -46,7 +46,7 @@ class Folder:
     evaluations: dict[str, dict[str, Any]]
     """By the name of the file."""
     samples: list[Path]
-    """Folders with a sample.json."""
+    """Folders of scripts/sample.py: of a caption (sample.json), or of a file of captions (samples.jsonl)."""
 
 
 def examine(path: Path) -> Folder:
@@ -61,8 +61,8 @@ def examine(path: Path) -> Folder:
         below = [child for child in sorted(path.iterdir()) if child.is_dir()]
         runs = [run for run in map(_run, [path, *below]) if run]
         models = [folder for folder in (path, path / "model", *below) if _is_model(folder)]
-        sampled = sorted(path.glob("*/sample.json")) + sorted(path.glob("*/*/sample.json"))
-        samples = [file.parent for file in [path / "sample.json", *sampled] if file.is_file()]
+        marks = [f"{below}{name}" for below in ("", "*/", "*/*/") for name in ("sample.json", "samples.jsonl")]
+        samples = [file.parent for mark in marks for file in sorted(path.glob(mark))]
         by_kind = {kind: run for kind in KINDS for run in reversed(runs) if run.kind == kind}
         found = Folder(path, by_kind, next(iter(models), None), _evaluations(path.glob("*.json")), samples)
     else:

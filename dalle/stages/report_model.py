@@ -96,10 +96,11 @@ class Bench:
 
     @property
     def temperature(self) -> float:
-        """That asked for, else that of the folder's report.json, else 1 as the paper."""
+        """That asked for, else the quick start's or another evaluation's in the folder, else 1 as the paper."""
         if self.run.temperature is not None:
             return self.run.temperature
-        known = [report.get("temperature") for report in self.folder.evaluations.values()]
+        reports = sorted(self.folder.evaluations.values(), key=lambda one: "caption_accuracy" not in one)
+        known = [report.get("temperature") for report in reports]
         return next((float(one) for one in known if isinstance(one, int | float)), 1.0)
 
     @cached_property
