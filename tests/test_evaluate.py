@@ -1,16 +1,22 @@
 """scripts/evaluate.py: every part on a tiny model, what the report holds, and mistakes told in one line."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from dalle.data import PairsConfig
+from dalle.dvae import DVAE
 from dalle.files import read_json
+from dalle.images import to_pixels
+from dalle.models import weights_hash
 from dalle.pipeline import DALLE
-from dalle.stages.evaluate import EvaluateRun, evaluate
+from dalle.pretrained.openai_clip import load_scorer
+from dalle.stages.evaluate import EvaluateRun, evaluate, finite
 from dalle.stages.evaluate_data import HeldOut, read_classes
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 30), "blue": (30, 40, 230)}
@@ -128,6 +134,89 @@ class TestOwnPictures:
                 read_classes(tmp_path / "few.txt")
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """clip.pt of open_clip's layout, which does not tell its activation."""
+    open_clip = pytest.importorskip("open_clip.model")
+    torch.manual_seed(0)
+    vision = open_clip.CLIPVisionCfg(layers=1, width=64, patch_size=16, image_size=32)
+    text = open_clip.CLIPTextCfg(context_length=16, vocab_size=49408, width=64, heads=1, layers=1)
+    file = tmp_path_factory.mktemp("published") / "clip.pt"
+    torch.save(open_clip.CLIP(16, vision, text, quick_gelu=True).state_dict(), file)
+    return file
+
+
+class TestPublishedCLIP:
+    def test_it_measures_and_the_ranking_stays_the_models(self, run, report, published):
+        for quick_gelu in (True, False):
+            found = evaluate(replace(run, parts=("clip", "rerank"), clip=published, quick_gelu=quick_gelu))
+            assert found["rests_on"]["hashes"]["clip"] != report["rests_on"]["hashes"]["clip"]
+            assert found["rerank"]["score"] == pytest.approx(report["rerank"]["score"])
+            assert "ranked_by" not in found
+
+    def test_it_ranks_where_asked_to(self, run, report, published):
+        asked = replace(run, parts=("rerank",), clip=published, rank_by="clip")
+        found = [evaluate(replace(asked, quick_gelu=quick_gelu)) for quick_gelu in (True, False)]
+        scorer = load_scorer(published, "cpu", True)
+        prompts = HeldOut(run.data, 32, 12, 5, 0).prompts(3)
+        model = DALLE.from_pretrained(run.model)
+        drawn = model.generate(prompts, 4, 4, 0, progress=False, truncate=True)
+        scores = [scorer.score(to_pixels(one.images), prompt) for one, prompt in zip(drawn, prompts, strict=True)]
+        expected = sum(float(one.max()) for one in scores) / 3
+        assert found[0]["rerank"]["score"]["4"] == pytest.approx(expected, abs=1e-3)  # pictures of 8 bits here
+        assert found[0]["rerank"]["score"] != found[1]["rerank"]["score"]
+        assert found[0]["ranked_by"] == found[0]["rests_on"]["hashes"]["clip"] == weights_hash(scorer.model)
+        assert found[0]["model"] == report["model"]
+
+    def test_who_ranks_is_told_of_the_pictures(self, run, published):
+        asked = replace(run, parts=("pictures",), extractor="clip", clip=published, quick_gelu=True)
+        assert evaluate(asked)["pictures"]["measured_by_the_clip_that_ranked"] is False
+        assert evaluate(replace(asked, rank_by="clip"))["pictures"]["measured_by_the_clip_that_ranked"] is True
+
+    def test_a_model_without_a_clip_is_ranked_by_it(self, run, dalle, published, tmp_path):
+        dalle.scorer = None
+        dalle.save_pretrained(tmp_path / "model")
+        asked = replace(run, model=tmp_path / "model", parts=("shapes",), clip=published, quick_gelu=True)
+        with pytest.raises(ValueError, match="--clip FILE --rank-by clip"):
+            evaluate(asked)
+        assert evaluate(replace(asked, rank_by="clip", captions=2, best_of=2))["held_out"]["true"] == 1
+
+    def test_an_activation_that_no_file_tells_is_asked_for(self, run, published):
+        with pytest.raises(ValueError, match="does not tell its activation"):
+            evaluate(replace(run, clip=published))
+
+
+def strict(text: str) -> dict:
+    """JSON as its standard has it: no NaN, no Infinity."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+class TestInfinity:
+    def test_a_picture_kept_exactly_leaves_valid_json(self, run, monkeypatch, tmp_path):
+        monkeypatch.setattr(DVAE, "decode", lambda model, tokens, grid=None: self.seen)
+        monkeypatch.setattr(DVAE, "encode", self.encode)
+        found = evaluate(replace(run, parts=("dvae",), json=tmp_path / "report.json"))
+        written = strict((tmp_path / "report.json").read_text(encoding="utf-8"))
+        assert written == found
+        assert written["dvae"]["psnr"] is None
+        assert written["dvae"]["ssim"] == pytest.approx(1)
+        assert written["not_finite"] == {"dvae.psnr": "inf"}
+
+    def encode(self, pixels):
+        self.seen = pixels
+        return torch.zeros(len(pixels), 16, dtype=torch.int64)
+
+    def test_every_depth_and_sign(self):
+        report = {"a": {"b": math.nan, "c": 1.5}, "d": -math.inf, "e": [1], "f": "inf", "g": True}
+        kept = {"a": {"b": None, "c": 1.5}, "d": None, "e": [1], "f": "inf", "g": True}
+        assert finite(report) == kept | {"not_finite": {"a.b": "nan", "d": "-inf"}}
+        assert finite({"a": 1.0}) == {"a": 1.0}
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("changes", "said"),
@@ -138,6 +227,8 @@ class TestMistakes:
             ({"blur": (0, -1)}, "radii of 0 or more"),
             ({"blur": ()}, "radii of 0 or more"),
             ({"lpips_weights": Path("alex.pth")}, "give both, or neither"),
+            ({"quick_gelu": True}, "give it with --clip"),
+            ({"rank_by": "clip"}, "give it with --clip"),
         ],
     )
     def test_fields(self, changes, said):

@@ -18,7 +18,7 @@ LAYERS = [
     {"nn"},
     {"text", "dvae", "vqgan", "transformer", "clip", "data", "train"},
     {"objectives", "rerank", "models", "pretrained", "evals", "generation", "drawing", "directory", "pipeline"}
-    | {"plan", "finetune", "hub", "card"},
+    | {"plan", "finetune", "look", "hub", "card"},
     {"stages"},
     {"cli", "__main__"},
 ]

@@ -10,6 +10,7 @@
 | rerank | what the best of 1, 2, 4, ... candidates is worth (Figure 9c) |
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,9 @@ from dalle.evals.blur import RADII
 from dalle.evals.shapes import caption_accuracy
 from dalle.evals.zero_shot import TEMPLATES
 from dalle.files import make_directory, write_json
+from dalle.models import weights_hash
 from dalle.pipeline import DALLE
+from dalle.pretrained.openai_clip import load_scorer
 from dalle.sampling import check_sampling
 from dalle.stages.evaluate_parts import PARTS, Bench
 from dalle.stages.runs import ROOT
@@ -55,7 +58,12 @@ class EvaluateRun:
     extractor: str | None = None
     """File of the Inception weights for FID and inception score; the word clip takes the CLIP's own space."""
     clip: Path | None = None
-    """File of OpenAI's CLIP that measures in place of the model's own; the ranking stays the model's."""
+    """File of OpenAI's or open_clip's CLIP that measures in place of the model's own; the ranking stays the model's
+    unless --rank-by clip."""
+    quick_gelu: bool | None = None
+    """Activation of an open_clip file's CLIP, which no file tells: true for "-quickgelu" models, else false."""
+    rank_by: Literal["model", "clip"] = "model"
+    """Whose CLIP ranks the candidates: the model's own, or that of --clip, as scripts/sample.py does with one."""
     classes: Path | None = None
     """Text file with a class name a line, for pictures whose caption is their class: zero-shot and written words."""
     templates: tuple[str, ...] = TEMPLATES
@@ -71,7 +79,8 @@ class EvaluateRun:
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first there is."""
     json: Path | None = None
-    """File for the report; printed too."""
+    """File for the report; printed too. A number that is not finite (the PSNR of a picture that is kept exactly) is
+    null there, and named with its value under not_finite."""
 
     def __post_init__(self):
         for name in ("captions", "best_of", "chunk", "pairs", "batch"):
@@ -84,6 +93,8 @@ class EvaluateRun:
             raise ValueError(f"parts must name one part or more, each once; got {' '.join(self.parts) or 'none'}")
         if not self.blur or min(self.blur) < 0 or len(set(self.blur)) < len(self.blur):
             raise ValueError(f"blur must be radii of 0 or more, each once; got {self.blur}")
+        if self.clip is None and (self.quick_gelu is not None or self.rank_by == "clip"):
+            raise ValueError("--quick-gelu and --rank-by clip are of a CLIP's file; give it with --clip")
         if (self.lpips_backbone is None) != (self.lpips_weights is None):
             raise ValueError("LPIPS needs both --lpips-backbone and --lpips-weights; give both, or neither")
 
@@ -94,12 +105,19 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
         make_directory(run.json.parent)
     device = resolve_device(run.device)
     model = DALLE.from_pretrained(run.model, device)
-    if model.scorer is None and {"shapes", "rerank"} & {*run.parts}:
-        raise ValueError(f"{run.model} has no CLIP to rank with; train one and save the parts together")
     report: dict[str, Any] = {"model": model.hash}
+    clip = load_scorer(run.clip, device, run.quick_gelu) if run.clip else None
+    if run.rank_by == "clip":
+        model.scorer = clip
+        report["ranked_by"] = weights_hash(clip.model)
+    if model.scorer is None and {"shapes", "rerank"} & {*run.parts}:
+        raise ValueError(
+            f"{run.model} has no CLIP to rank with; train one and save the parts together, "
+            "or give a published one by --clip FILE --rank-by clip"
+        )
     report |= {name: getattr(run, name) for name in ("captions", "seed", "temperature", "best_of")}
     others = [part for part in run.parts if part != "shapes"]
-    bench = Bench(run, model, device) if others else None
+    bench = Bench(run, model, device, clip) if others else None
     if bench:
         report["rests_on"] = bench.facts()
     for part in run.parts:
@@ -108,8 +126,27 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
         for name, values in found.items():
             _tell(name, values)
         if run.json:
-            write_json(run.json, report)
-    return report
+            write_json(run.json, finite(report))
+    return finite(report)
+
+
+def finite(report: dict[str, Any]) -> dict[str, Any]:
+    """The same report as JSON can hold it: numbers that are not finite are None, and told under "not_finite".
+
+    "not_finite" is there only if there are such numbers: {"dvae.psnr": "inf"}.
+    """
+    told: dict[str, str] = {}
+
+    def plain(value: Any, name: str) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner, f"{name}.{key}" if name else key) for key, inner in value.items()}
+        if isinstance(value, float) and not math.isfinite(value):
+            told[name] = str(value)
+            return None
+        return value
+
+    made = plain(report, "")
+    return made | ({"not_finite": told} if told else {})
 
 
 def _shapes(run: EvaluateRun, model: DALLE) -> dict[str, dict[str, float]]:

@@ -22,7 +22,6 @@ from dalle.evals.shapes_judge import judge
 from dalle.images import to_pixels
 from dalle.models import weights_hash
 from dalle.pipeline import DALLE
-from dalle.pretrained.openai_clip import load_scorer
 from dalle.stages.evaluate_data import HeldOut, read_classes
 from dalle.types import Embedder
 
@@ -39,28 +38,24 @@ class Bench:
         run: what is asked for.
         model: the model.
         device: where it is.
+        clip: measures in place of the model's own.
 
     Raises:
         ValueError: no data, or a part without the tool that it needs.
     """
 
-    def __init__(self, run: "EvaluateRun", model: DALLE, device: torch.device):
+    def __init__(self, run: "EvaluateRun", model: DALLE, device: torch.device, clip: Embedder | None = None):
         self.run, self.model, self.device = run, model, device
         layout = model.transformer.layout
         if layout.rows != layout.columns:
             raise ValueError(f"held-out pictures are square, the model's grid is {layout.rows} x {layout.columns}")
         self.held_out = HeldOut(run.data, layout.rows * model.dvae.downsampling, run.pairs, run.batch, run.seed)
-        self.clip = self._clip()
+        self.clip = clip or (model.scorer if isinstance(model.scorer, Embedder) else None)
         self.extractor = self._extractor() if "pictures" in run.parts or run.extractor else None
         self.lpips = LPIPS(run.lpips_backbone, run.lpips_weights, device) if run.lpips_weights else None
         self.classes = read_classes(run.classes) if run.classes else None
         if "clip" in run.parts:
             self.need_clip()
-
-    def _clip(self) -> Embedder | None:
-        if self.run.clip:
-            return load_scorer(self.run.clip, self.device)
-        return self.model.scorer if isinstance(self.model.scorer, Embedder) else None
 
     def need_clip(self) -> Embedder:
         """The CLIP that measures; ValueError without one."""
@@ -178,7 +173,7 @@ def pictures_part(bench: Bench) -> dict[str, Any]:
         "blur": pictures.compare(found, real, run.seed),
     }  # fmt: skip
     if bench.clip:
-        measured_by_ranker = n > 1 and not run.clip
+        measured_by_ranker = n > 1 and bench.clip is bench.model.scorer
         report |= fit.values() | {"measured_by_the_clip_that_ranked": measured_by_ranker}
     return report
 
