@@ -23,7 +23,7 @@ lint: setup  ## ruff's rules and its format
 
 docs: setup  ## the pages and the reference of the public names, as a site in docs/_build/index.html
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --group docs
-	.venv/bin/sphinx-build -c docs -W --keep-going -q $(ARGS) . docs/_build
+	.venv/bin/sphinx-build -c docs -E -W --keep-going -q $(ARGS) . docs/_build
 	@echo docs/_build/index.html
 
 clean:  ## remove .venv and all caches; runs/ stays

@@ -39,6 +39,8 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"{project} {version}"
 html_extra_path = ["site"]  # index.html, which leads to docs/index.html
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
 
@@ -63,5 +65,14 @@ def _escaped(line: str) -> str:
     return "".join(part if part.startswith("`") else re.sub(r"([*|]|_\b)", r"\\\1", part) for part in parts)
 
 
+def with_colons(app, doctree) -> None:
+    """Puts a colon between a parameter and its words, where Sphinx has two hyphens."""
+    from docutils import nodes
+
+    for text in [node for node in doctree.findall(nodes.Text) if node == " -- "]:
+        text.parent.replace(text, nodes.Text(": "))
+
+
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", as_plain_text, priority=400)  # before napoleon's
+    app.connect("doctree-read", with_colons)

@@ -30,27 +30,35 @@ NOT_COPIED = shutil.ignore_patterns(
 BUILD = """\
 import sys
 from setuptools import build_meta
-out = sys.argv[1]  # the hooks write their own words there
-build_meta.build_wheel(out)
-build_meta.build_sdist(out)
+hook, out = sys.argv[1:]
+getattr(build_meta, f"build_{hook}")(out)
 """
+
+
+def build(hook: str, tree: Path, out: Path) -> None:
+    """Calls a hook of the build backend, as pip and `python -m build` do."""
+    words = [sys.executable, "-c", BUILD, hook, str(out)]
+    done = subprocess.run(words, cwd=tree, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> SimpleNamespace:
-    """Wheel and sdist by the build backend's own hooks: .wheel .sdist, and the names in them .in_wheel .in_sdist"""
+    """The sdist of this tree and the wheel of that sdist, and the names in them: .wheel .sdist .in_wheel .in_sdist"""
     pytest.importorskip("setuptools", minversion="77", reason="the build backend is not installed")
     tree, out = tmp_path_factory.mktemp("tree") / "project", tmp_path_factory.mktemp("dist")
     shutil.copytree(PROJECT, tree, ignore=NOT_COPIED)
     (tree / "runs").mkdir()
     (tree / "runs" / "secret.json").write_text("{}")
-    done = subprocess.run([sys.executable, "-c", BUILD, out], cwd=tree, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
-    with zipfile.ZipFile(wheel) as archive:
-        in_wheel = set(archive.namelist())
+    build("sdist", tree, out)
+    (sdist,) = out.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         in_sdist = {name.partition("/")[2] for name in archive.getnames()} - {""}
+        archive.extractall(out, filter="data")
+    build("wheel", out / sdist.name.removesuffix(".tar.gz"), out)
+    (wheel,) = out.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        in_wheel = set(archive.namelist())
     return SimpleNamespace(wheel=wheel, sdist=sdist, in_wheel=in_wheel, in_sdist=in_sdist)
 
 
