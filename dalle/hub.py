@@ -172,13 +172,13 @@ def _told(repo_id: str, revision: str | None) -> Iterator[None]:
         said = f"{repo_id} has no revision {revision!r}; look at its branches and tags on the Hub"
     except errors.LocalTokenNotFoundError:
         said = f"token=True asks for the token of a login, and there is none: {LOGIN}"
-    except errors.HfHubHTTPError as error:
-        said = _refused(repo_id, error)
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         said = (
             f"there is no folder {repo_id} here, it is not whole in the cache of the Hub, and the Hub cannot be "
             "reached (no network, or HF_HUB_OFFLINE is set): check the path, or connect once"
         )
+    except errors.HfHubHTTPError as error:
+        said = _refused(repo_id, error)
     except ValueError as error:  # of the card
         said = f"{repo_id}: {' '.join(str(error).split())}"
     except (errors.HTTPError, OSError) as error:
