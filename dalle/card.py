@@ -25,7 +25,7 @@ LISTED = 8
 """Values of a list that a figure shows."""
 
 ABOUT = {
-    "dalle": ("DALL-E", "Draws pictures for captions and ranks them."),
+    "dalle": ("DALL-E", "Draws pictures for captions."),
     "dvae": ("The dVAE of a DALL-E", "Turns pictures into tokens, and tokens into pictures."),
     "transformer": ("The transformer of a DALL-E", "Draws the image tokens of a picture for a caption."),
     "clip": ("The CLIP of a DALL-E", "Says how well a picture fits a caption."),
@@ -34,7 +34,14 @@ DRAWING = """\
 from dalle import DALLE
 
 model = DALLE.from_pretrained("{place}")
-model.generate("a red circle", n=4, best_of=16).grid()  # a caption such as those it was trained on"""
+# a caption such as those it was trained on: 16 candidates, of which CLIP picks four
+model.generate("a red circle", n=4, best_of=16).grid()"""
+UNRANKED = """\
+from dalle import DALLE
+
+model = DALLE.from_pretrained("{place}")
+# a caption such as those it was trained on
+model.generate("a red circle", n=4, best_of=4).grid()"""
 OPENING = """\
 from dalle import Part
 
@@ -64,6 +71,7 @@ def model_card(directory: Path, report: Report | None = None, license: str | Non
     figures = read_report(report, parts)
     kind = "dalle" if {"dvae", "transformer"} <= parts.keys() else next(iter(parts))
     title, about = ABOUT[kind]
+    example = (DRAWING if "clip" in parts else UNRANKED) if kind == "dalle" else OPENING
     tags = ["dalle", "text-to-image"] if kind == "dalle" else ["dalle", kind]
     task = "text-to-image" if kind == "dalle" else None
     data = ModelCardData(license=license, library_name=LIBRARY, pipeline_tag=task, tags=tags)
@@ -72,7 +80,7 @@ def model_card(directory: Path, report: Report | None = None, license: str | Non
         template_path=str(TEMPLATE),
         title=title,
         about=about,
-        usage=(DRAWING if kind == "dalle" else OPENING).format(place=PLACE, kind=kind),
+        usage=example.format(place=PLACE, kind=kind),
         parts=[_part(directory, name, part) for name, part in parts.items()],
         text_hash=links.get("text"),
         dvae_hash=None if "dvae" in parts else links.get("dvae"),
@@ -102,6 +110,13 @@ def read_report(report: Report | None, parts: dict[str, Any]) -> dict[str, Any]:
     if isinstance(named, str) and not set(own) <= set(named.split("-")):
         raise ValueError(f"the report is of the model {named}, the weights here are {'-'.join(own)}; give its own")
     return report
+
+
+def read_card(directory: Path, report: Report | None = None, license: str | None = None) -> str:
+    """The README.md that lies in a model directory; made anew if there is none, or a report or a licence is given."""
+    if report is None and license is None and (directory / CARD).is_file():
+        return (directory / CARD).read_text(encoding="utf-8")
+    return str(model_card(directory, report, license))
 
 
 def addressed(card: str, repo_id: str) -> str:

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import huggingface_hub
 from huggingface_hub import errors
 
-from dalle.card import CARD, Report, addressed
+from dalle.card import CARD, Report, addressed, read_card
 from dalle.migrations import read_config
 
 LOGIN = "log in with `hf auth login`, set HF_TOKEN, or give token="
@@ -54,8 +54,9 @@ class Pushable:
         """
         check_login(repo_id, token)
         with TemporaryDirectory() as folder:
-            self.save_pretrained(Path(folder) / "model", report, license)
-            return push(Path(folder) / "model", repo_id, private, revision, token, message)
+            directory = Path(folder) / "model"
+            self.save_pretrained(directory, report, license)
+            return push(directory, repo_id, read_card(directory), private, revision, token, message)
 
 
 def find(source: Path | str, files: list[str], revision: str | None = None, token: str | bool | None = None) -> Path:
@@ -82,6 +83,11 @@ def find(source: Path | str, files: list[str], revision: str | None = None, toke
             f"{source} is no model directory: there is no such folder, and it is no id of the Hub (owner/name) either; "
             "make one with save_pretrained"
         )
+    if Path(owner := repo_id.partition("/")[0]).is_dir():
+        raise ValueError(
+            f"{source} is no model directory: there is no such folder in {owner}, which is a folder here; "
+            "if you mean the repository of the Hub, go to another directory"
+        )
     with _told(repo_id, revision):
         folder = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, token=token, allow_patterns=files))
     if not (folder / "config.json").is_file():
@@ -90,25 +96,22 @@ def find(source: Path | str, files: list[str], revision: str | None = None, toke
 
 
 def _is_id(name: str) -> bool:
-    """Whether it is "owner/name"; a name in a folder that exists here is a path with a slip of the pen."""
-    owner, slash, rest = name.partition("/")
-    if not slash or "/" in rest or Path(owner).is_dir():
-        return False
+    """Whether it may be "owner/name"."""
     try:
         huggingface_hub.utils.validate_repo_id(name)
     except errors.HFValidationError:
         return False
-    return True
+    return "/" in name
 
 
 def list_files(directory: Path) -> dict[str, Path]:
-    """What of a model directory is pushed, by name: card, config, text tokenizer, weights; nothing else.
+    """What of a model directory is pushed beside the card, by name: config, text tokenizer, weights; nothing else.
 
     Raises:
         ValueError: no model directory, or a file that it names is missing.
     """
     config = read_config(directory)
-    names = [CARD, "config.json", *(["text.json"] if "text" in config["links"] else [])]
+    names = ["config.json", *(["text.json"] if "text" in config["links"] else [])]
     found = {name: directory / name for name in names + [f"{kind}.safetensors" for kind in config["parts"]]}
     for path in found.values():
         if not path.is_file():
@@ -118,12 +121,8 @@ def list_files(directory: Path) -> dict[str, Path]:
 
 def check_login(repo_id: str, token: str | bool | None = None) -> None:
     """ValueError for something that is no id, or where no token is known, before any work."""
-    if not isinstance(repo_id, str) or repo_id.count("/") != 1:
-        raise ValueError(f"expected the id of a repository, owner/name, got {repo_id!r}")
-    try:
-        huggingface_hub.utils.validate_repo_id(repo_id)
-    except errors.HFValidationError as error:
-        raise ValueError(f"{repo_id!r} cannot be an id of the Hub: {error}") from None
+    if not _is_id(repo_id):
+        raise ValueError(f"expected the id of a repository of the Hub, owner/name, got {repo_id!r}")
     if not isinstance(token, str) and (token is False or huggingface_hub.get_token() is None):
         raise ValueError(f"to push to {repo_id} you need an account of the Hub and a token that may write: {LOGIN}")
 
@@ -131,29 +130,25 @@ def check_login(repo_id: str, token: str | bool | None = None) -> None:
 def push(
     directory: Path,
     repo_id: str,
+    card: str,
     private: bool | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     message: str | None = None,
 ) -> str:
-    """Uploads a model directory as it lies, in one commit; see `Pushable.push_to_hub`."""
+    """Uploads a model directory with this card, in one commit; see `Pushable.push_to_hub`."""
     check_login(repo_id, token)
-    operations = [
-        huggingface_hub.CommitOperationAdd(name, _content(name, path, repo_id))
-        for name, path in list_files(directory).items()
-    ]
+    contents: dict[str, Path | bytes] = {CARD: addressed(card, repo_id).encode(), **list_files(directory)}
+    operations = [huggingface_hub.CommitOperationAdd(name, content) for name, content in contents.items()]
     api = huggingface_hub.HfApi(token=token)
     with _told(repo_id, revision):
         api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise ValueError("the repository is there already and is public; make it private on its page of the Hub")
         if revision not in (None, "main"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         message = message or "Upload of a model directory"
         return api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url
-
-
-def _content(name: str, path: Path, repo_id: str) -> Path | bytes:
-    """The file; of the card, its text with the id where it told a path."""
-    return addressed(path.read_text(encoding="utf-8"), repo_id).encode() if name == CARD else path
 
 
 @contextmanager
@@ -172,14 +167,14 @@ def _told(repo_id: str, revision: str | None) -> Iterator[None]:
         said = f"{repo_id} has no revision {revision!r}; look at its branches and tags on the Hub"
     except errors.LocalTokenNotFoundError:
         said = f"token=True asks for the token of a login, and there is none: {LOGIN}"
-    except errors.HfHubHTTPError as error:
-        said = _refused(repo_id, error)
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         said = (
             f"there is no folder {repo_id} here, it is not whole in the cache of the Hub, and the Hub cannot be "
             "reached (no network, or HF_HUB_OFFLINE is set): check the path, or connect once"
         )
-    except ValueError as error:  # of the card
+    except errors.HfHubHTTPError as error:
+        said = _refused(repo_id, error)
+    except ValueError as error:  # of the card, or of what is already there
         said = f"{repo_id}: {' '.join(str(error).split())}"
     except (errors.HTTPError, OSError) as error:
         said = f"{repo_id}: the Hub cannot be reached, or broke off ({error}); try again"

@@ -42,11 +42,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.asked.append(f"{self.command} {self.path}")
         path = unquote(urlsplit(self.path).path)
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path):
-            repo_id, what, revision = match.groups()
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
+            repo_id, what, revision = match[1], match[2] or "revision", match[3] or "main"
             files = self.files(repo_id, revision)
             if files is not None and what == "revision":
-                self.answer({"id": repo_id, "sha": commit(files), "siblings": [{"rfilename": name} for name in files]})
+                self.answer({
+                    "id": repo_id, "sha": commit(files), "siblings": [{"rfilename": name} for name in files],
+                    "private": repo_id in self.server.hidden,
+                })  # fmt: skip
             elif files is not None:
                 self.answer([entry(name, content) for name, content in files.items()])
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):

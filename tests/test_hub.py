@@ -113,6 +113,11 @@ class TestCard:
         exec(code.replace("n=4, best_of=16", "n=1, best_of=1, progress=False"), found)
         assert found["model"].hash == dalle.hash
 
+    def test_without_a_scorer_the_example_ranks_nothing(self, dalle, tmp_path):
+        dalle.scorer = None
+        dalle.save_pretrained(tmp_path)
+        assert "best_of=4)" in (tmp_path / "README.md").read_text()
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_example_of_a_part_opens_it(self, chain, tmp_path, monkeypatch, kind):
         part = load_part(chain / kind, kind)
@@ -234,7 +239,7 @@ class TestPaths:
     def test_a_slip_in_a_folder_that_exists_is_no_id(self, offline, tmp_path, monkeypatch):
         (tmp_path / "runs").mkdir()
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(ValueError, match="runs/modell is no model directory: there is no such folder"):
+        with pytest.raises(ValueError, match=r"runs/modell is no model directory: .* runs, which is a folder here"):
             DALLE.from_pretrained("runs/modell")
 
 
@@ -371,6 +376,12 @@ class TestPush:
         assert hub.hidden == {NAME: "RepoNotFound"}
         assert DALLE.from_pretrained(NAME).hash == dalle.hash
 
+    def test_a_private_push_to_a_public_repository_is_refused(self, hub, dalle):
+        hub.repos[NAME] = {"main": {}}
+        with pytest.raises(ValueError, match="is there already and is public; make it private"):
+            dalle.push_to_hub(NAME, private=True, token=TOKEN)
+        assert hub.repos[NAME] == {"main": {}}
+
     def test_a_branch_is_made(self, hub, dalle):
         dalle.push_to_hub(NAME, revision="v2", token=TOKEN)
         assert hub.repos[NAME]["main"] == {}
@@ -384,7 +395,7 @@ class TestPush:
 
     @pytest.mark.parametrize("wrong", ["shapes", "a/b/c", "some..one/shapes", ""])
     def test_an_id_that_cannot_be_is_told(self, hub, dalle, wrong):
-        with pytest.raises(ValueError, match="id of"):
+        with pytest.raises(ValueError, match="expected the id of a repository of the Hub, owner/name"):
             dalle.push_to_hub(wrong, token=TOKEN)
         assert hub.asked == []
 
@@ -451,7 +462,7 @@ class TestPushModel:
         [
             (PushRun(), "say which: python scripts/push_model.py DIRECTORY"),
             (PushRun(Path("nowhere"), to=NAME), "no directory nowhere"),
-            (PushRun(Path(), to=""), "expected the id of a repository, owner/name"),
+            (PushRun(Path(), to=""), "expected the id of a repository of the Hub, owner/name"),
             (PushRun(Path(), to=NAME), "you need an account of the Hub"),
             (PushRun(Path(), dry_run=True), "expected a run or model directory"),
         ],

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 from tyro.conf import Positional
 
-from dalle.card import CARD, addressed, write_card
+from dalle.card import CARD, addressed, read_card
 from dalle.hub import check_login, list_files, push
 from dalle.models import Part
 
@@ -46,33 +46,27 @@ def push_model(run: PushRun) -> str | None:
     if not run.dry_run:
         check_login(run.to)
     with TemporaryDirectory() as folder:
-        directory = _prepare(run, Path(folder) / "model")
+        directory = _model_directory(run.path, Path(folder) / "model")
+        card = read_card(directory, run.report, run.license)
         if run.dry_run:
-            return _tell(directory, run.to)
-        address = push(directory, run.to, run.private or None, run.revision, message=run.message)
+            return _tell(directory, card, run.to)
+        address = push(directory, run.to, card, run.private or None, run.revision, message=run.message)
     print(f"{run.path} is at {address}")
     return address
 
 
-def _prepare(run: PushRun, room: Path) -> Path:
-    """The model directory with the card that shall go; the user's own files stay as they are."""
-    if not (run.path / "config.json").is_file():
-        Part.from_pretrained(run.path).save_pretrained(room, run.report, run.license)
-        return room
-    if run.report is None and run.license is None and (run.path / CARD).is_file():
-        return run.path
-    room.mkdir()
-    for path in run.path.iterdir():
-        if path.is_file() and path.name != CARD:
-            (room / path.name).symlink_to(path.resolve())
-    write_card(room, run.report, run.license)
+def _model_directory(path: Path, room: Path) -> Path:
+    """The path, or of a run its part as a model directory in `room`."""
+    if (path / "config.json").is_file():
+        return path
+    Part.from_pretrained(path).save_pretrained(room)
     return room
 
 
-def _tell(directory: Path, to: str) -> None:
+def _tell(directory: Path, card: str, to: str) -> None:
+    card = addressed(card, to) if to else card
     print(f"would go to {to or 'the repository that --to names'}:")
-    for name, path in list_files(directory).items():
-        print(f"  {path.stat().st_size:>14,} bytes  {name}")
-    card = (directory / CARD).read_text(encoding="utf-8")
-    print(f"\n{CARD}:\n\n{addressed(card, to) if to else card}")
-    print("Nothing was uploaded.")
+    sizes = {CARD: len(card.encode())} | {name: path.stat().st_size for name, path in list_files(directory).items()}
+    for name, size in sizes.items():
+        print(f"  {size:>14,} bytes  {name}")
+    print(f"\n{CARD}:\n\n{card}\nNothing was uploaded.")
