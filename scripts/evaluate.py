@@ -2,6 +2,7 @@
 
 python scripts/evaluate.py --model runs/quickstart/model --json report.json
 python scripts/evaluate.py --model runs/my-model --parts dvae transformer clip --data.path my/pictures
+python scripts/evaluate.py --parts rerank --clip ViT-B-32.pt --rank-by clip      ranked by a published CLIP
 """
 
 from dalle.config import parse, tell_errors

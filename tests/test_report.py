@@ -255,10 +255,13 @@ class TestParts:
         shutil.copytree(chain, tmp_path / "run")
         next((tmp_path / "run" / "dvae").glob("reconstructions-*.png")).write_bytes(b"no picture")
         (tmp_path / "run" / "model" / "transformer.safetensors").write_bytes(b"no weights")
+        (tmp_path / "run" / "clip" / "checkpoints" / "latest").write_text("step-99999999")
         (tmp_path / "run" / "strange.json").write_text('["rests_on"]')
         found = self.made(tmp_path / "run")
         assert "Pictures over time: cannot read" in found.text
+        assert "Samples, Reranking, Attention: " in found.text
         assert "not a safetensors file" in found.text
+        assert "picture_to_caption" in found.text  # of the log, whose checkpoint is lost
         assert {"curves", "configuration", "codebook"} <= set(found.sections)
 
 

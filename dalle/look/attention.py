@@ -107,7 +107,7 @@ def attention_picture(
 
     Args:
         caption: the caption.
-        image: the picture (its middle square is resized to the model's size), or image tokens (1, R * C).
+        image: the picture (its middle square is resized to the model's size), or its image tokens, R * C of them.
         places: (row, column) of the tokens; three in the middle column unless given.
         layers: their numbers, from 0; the last of each kind unless given.
         truncate: cut a caption that is too long instead of refusing it.
@@ -124,7 +124,9 @@ def attention_picture(
             raise ValueError(f"place must lie in the grid of {layout.rows} x {layout.columns}, got ({row}, {column})")
     if not chosen or not all(0 <= layer < len(kinds) for layer in chosen):
         raise ValueError(f"layers must be numbers from 0 to {len(kinds) - 1}, got {chosen}")
-    tokens = image.to(model.device) if isinstance(image, Tensor) else model.encode(image)
+    tokens = image.reshape(1, -1).to(model.device) if isinstance(image, Tensor) else model.encode(image)
+    if tokens.shape[1] != layout.image_len:
+        raise ValueError(f"expected the {layout.image_len} image tokens of one picture, got {tuple(image.shape)}")
     ids = layout.pack(model.text_tokens([caption], truncate), tokens)
     pixels = model.decode(tokens)[0].movedim(0, -1).float().cpu().numpy()
     read = model.text.encode(caption)[: layout.caption_room]

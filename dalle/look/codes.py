@@ -30,7 +30,8 @@ def codebook_pictures(
     Args:
         model: any image tokenizer.
         codes: which; all unless given.
-        around: tokens of the same code on each side of the middle one, so that the picture's edge does not show.
+        around: tokens of the same code on each side of the middle one, to keep off the picture's edge. The edge is
+            out of reach with 3 blocks_per_group (1 + 1/2 + 1/4 ...) of them, over the groups: 12 in the paper's dVAE.
         batch: codes decoded at once.
 
     Returns:

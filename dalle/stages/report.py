@@ -55,12 +55,15 @@ def write_report(run: ReportRun) -> Path:
     folder = examine(run.run)
     out = run.out or folder.root / "report.html"
     make_directory(out.parent)
-    sections, missing = [], report_files.kinds_missing(folder)
+    sections: list[Section] = []
+    reasons: dict[str, list[str]] = {}
     for name, title, make in _sections(folder, Bench(folder, run)):
         try:
             sections.append(Section(name, title, make()))
         except ValueError as error:
-            missing.append(f"{title}: {error}")
+            reasons.setdefault(str(error), []).append(title)
+    missing = [f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items()]
+    missing += report_files.kinds_missing(folder)
     kinds = ", ".join(folder.runs) or ("model" if folder.model else "evaluation" if folder.evaluations else "samples")
     lead = f'<p class="pale">{escape(kinds)}</p>'
     write_text(out, page(_name(run.run), lead, sections, missing))

@@ -19,7 +19,7 @@ from dalle.look.curves import CURVES, points, scales_picture
 from dalle.models import KINDS
 from dalle.stages.kinds import TRAININGS
 from dalle.stages.report_folder import Folder, TrainedRun
-from dalle.stages.report_html import escape, picture, pictures, table
+from dalle.stages.report_html import escape, picture, pictures, said, table
 from dalle.stages.report_svg import Curve, chart
 from dalle.stages.runs import MAKERS
 
@@ -50,8 +50,8 @@ def overview(folder: Folder) -> str:
         rows.append((kind, f"{step:,} of {run.meta.get('steps', step):,}", last or "none yet"))
     body = table(rows, ("training", "updates", "held-out pictures, last measured")) if rows else ""
     for name, report in folder.evaluations.items():
-        facts = [(key, value) for key, value in report.items() if not isinstance(value, dict | list)]
-        body += f"<h3>{escape(name)}</h3>{table(facts)}"
+        facts = [f"{key} {said(value)}" for key, value in report.items() if not isinstance(value, dict | list)]
+        body += f"<p>{escape(name)}: {escape(', '.join(facts))}</p>"
     if not body:
         raise ValueError("no training to tell of; the folder holds none")
     return body
@@ -66,8 +66,8 @@ def curves(folder: Folder) -> str:
         charts = [made for name in (*CURVES[kind], *RATES) if (made := _chart(run, name))]
         parts.append(f'<h3>{escape(kind)}</h3><div class="cards">{"".join(charts)}</div>' if charts else "")
         if any("log2_scales" in line for line in run.lines):
-            said = "log2 of each resblock's gradient scale (Figure 12)"
-            parts.append(picture(scales_picture(run.folder), said, said))
+            name = "log2 of each resblock's gradient scale (Figure 12)"
+            parts.append(picture(scales_picture(run.folder), name, name))
     return "".join(parts)
 
 
@@ -104,16 +104,16 @@ def sampled(folder: Folder) -> Iterator[str]:
     """Pictures that scripts/sample.py left, with their scores, and the quick start's sheet."""
     for place in folder.samples[-MOST_SAMPLED:]:
         if not (place / "sample.json").is_file():
-            said = f"{place.name}: the best picture of each of the first captions"
-            yield f"<h3>{escape(place.name)}</h3>{picture(load_image(place / 'sheet.png'), said, said)}"
+            shown = f"{place.name}: the best picture of each of the first captions"
+            yield f"<h3>{escape(place.name)}</h3>{picture(load_image(place / 'sheet.png'), shown, shown)}"
             continue
         try:
             yield _sample(place, read_json(place / "sample.json"))
         except KeyError as error:
             raise ValueError(f"{place / 'sample.json'} lacks {error}; it is not of scripts/sample.py") from None
     if (sheet := folder.root / "samples.png").is_file():
-        said = "samples.png: held-out captions, left the first candidate, right the best"
-        yield f"<h3>samples.png</h3>{picture(load_image(sheet), said, said)}"
+        shown = "samples.png: held-out captions, left the first candidate, right the best"
+        yield f"<h3>samples.png</h3>{picture(load_image(sheet), shown, shown)}"
 
 
 def _sample(place: Path, record: dict[str, Any]) -> str:
@@ -122,8 +122,8 @@ def _sample(place: Path, record: dict[str, Any]) -> str:
         score = "" if one["score"] is None else f"score {one['score']:.3f}"
         file = place / Path(one["file"]).name  # never out of the folder
         figures.append(picture(load_image(file), record["prompt"], score, small=True))
-    said = f"the best of {record['best_of']}, temperature {record['temperature']}, seed {record['seed']}"
-    return f'<h3>{escape(record["prompt"])}</h3><p class="pale">{escape(said)}</p>{pictures(figures)}'
+    how = f"the best of {record['best_of']}, temperature {record['temperature']}, seed {record['seed']}"
+    return f'<h3>{escape(record["prompt"])}</h3><p class="pale">{escape(how)}</p>{pictures(figures)}'
 
 
 def evaluation(folder: Folder) -> str:

@@ -76,8 +76,11 @@ def examine(path: Path) -> Folder:
 
 
 def _run(folder: Path) -> TrainedRun | None:
-    checkpoint = latest_checkpoint(folder)
-    meta = read_json(checkpoint / "meta.json") if checkpoint else {}
+    try:
+        checkpoint = latest_checkpoint(folder)
+    except ValueError:  # its pointer leads nowhere: what else is there can be shown
+        checkpoint = None
+    meta = _object(checkpoint / "meta.json") if checkpoint else {}
     log = folder / "log.jsonl"
     if not checkpoint and not log.is_file():
         return None

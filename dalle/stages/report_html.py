@@ -36,13 +36,14 @@ nav { display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; margin: 0.75rem 0; }
 a { color: var(--c0); }
 code { font: 0.88em ui-monospace, monospace; overflow-wrap: anywhere; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
+.rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 31rem), 1fr)); gap: 0 1.5rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 0.5rem; }
 .card svg { display: block; width: 100%; height: auto; }
 .pictures { display: flex; flex-wrap: wrap; gap: 0.75rem; align-items: flex-end; }
 figure { margin: 0; max-width: 100%; }
 figcaption { font-size: 0.85rem; color: var(--pale); overflow-wrap: anywhere; }
 img { display: block; max-width: 100%; height: auto; border-radius: 3px; background: #fff; }
-img.small { width: 8rem; }
+img.small { width: 7rem; }
 img.sharp { image-rendering: pixelated; }
 .wide { overflow-x: auto; margin: 0.5rem 0; }
 table { border-collapse: collapse; font-size: 0.9rem; }
@@ -78,7 +79,7 @@ def picture(image: Image.Image, alt: str, caption: str = "", small: bool = False
     Args:
         alt: what it shows, for who cannot see it.
         caption: stands below it; none unless given.
-        small: eight letters wide; enlarged without smoothing.
+        small: seven letters wide; enlarged without smoothing.
     """
     kind, data = _coded(image)
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
@@ -127,11 +128,11 @@ def _cell(value: Any) -> str:
 
 
 def said(value: Any) -> str:
-    """A value of JSON in words: whole numbers whole, others with four digits that count, the rest as YAML has it."""
+    """A value of JSON in words: whole and large numbers whole, others with four digits, the rest as YAML has it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int):
-        return f"{value:,}"
+    if isinstance(value, int) or (isinstance(value, float) and 1e4 <= abs(value) < 1e15):
+        return f"{value:,.0f}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

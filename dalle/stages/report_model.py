@@ -114,8 +114,8 @@ class Bench:
         """The best pictures of each caption, and the worst, with their scores; then those found in the folder."""
         found, parts = list(sampled(self.folder)), []
         try:
-            parts += [f"<h3>{escape(one.prompt)}</h3>{pictures(self._scored(one))}" for one in self.drawn]
-            parts.insert(0, f'<p class="pale">{self._how()}</p>')
+            rows = [f"<div><h3>{escape(one.prompt)}</h3>{pictures(self._scored(one))}</div>" for one in self.drawn]
+            parts = [f'<p class="pale">{self._how()}</p><div class="rows">{"".join(rows)}</div>']
         except ValueError:
             if not found:
                 raise
