@@ -1,6 +1,8 @@
 """The web page of a model, served from this computer: see app_page.py for the page, app_work.py for its work."""
 
 import os
+import signal
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,6 +60,7 @@ def app(run: AppRun) -> None:
     if run.model is None:
         raise ValueError("say which model: python scripts/app.py runs/quickstart/model")
     load_gradio()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Control-C does: the folder is removed
     model = DALLE.from_pretrained(run.model, resolve_device(run.device))
     with TemporaryDirectory(prefix="dalle-app-") as folder:
         page = launch(run, model, Path(folder))

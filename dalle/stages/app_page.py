@@ -4,9 +4,10 @@ Everything comes from this server: the fonts are the system's, and nothing is to
 """
 
 import html
+import inspect
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -26,19 +27,25 @@ from dalle.stages.app_work import (
     ended,
     kept_part,
     label,
+    number,
     open_upload,
     standing,
     write_zip,
 )
 
 CSS = """
-.gradio-container {max-width: 1120px !important; margin: 0 auto;}
-#head h1 {margin: 0; font-weight: 600;} #head p {margin: 0; color: var(--body-text-color-subdued);}
-.tiles {display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 8px;}
+.gradio-container {max-width: 1120px !important; margin: 0 auto;} .gradio-container main {width: 100%;}
+#head h1 {margin: 0; font-weight: 600;} #head p {margin: 0; opacity: .75;}
+.tiles, #best .grid-container {display: grid; gap: 8px;
+  grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)) !important;}
 .tiles img {width: 100%; border-radius: 6px; display: block;}
 .tiles img, #kept img, #best img {image-rendering: pixelated;}
 #kept img {width: 192px; border-radius: 6px; display: block; margin: 0 auto;}
-#status {min-height: 1.5em;}
+#live {padding: 0 8px;}
+#best .grid-wrap {height: auto; min-height: 0; max-height: none; overflow: visible;}
+#best .thumbnail-lg {aspect-ratio: auto; height: auto; display: block;}
+#best .thumbnail-lg img {aspect-ratio: 1; height: auto;}
+#best .caption-label {position: static; max-width: none; border: 0; border-radius: 0; text-align: center;}
 footer {display: none !important;}
 """
 EXAMPLE = "a red circle above a blue square on a white background"
@@ -68,7 +75,7 @@ class Page:
     def __init__(self, model: DALLE, limits: Limits, facts: dict[str, Any]):
         self.gr = load_gradio()
         self.model, self.limits, self.facts = model, limits, facts
-        self.stops: dict[str | None, Event] = {}
+        self.stops: dict[str, Event] = {}
         """Of each visitor who draws: set, it ends the drawing."""
 
     def look(self) -> dict[str, Any]:
@@ -81,8 +88,8 @@ class Page:
     def build(self):
         """The `gradio.Blocks`."""
         gr = self.gr
-        with gr.Blocks(title="DALL-E", analytics_enabled=False, delete_cache=(AGE // 4, AGE)) as page:
-            gr.Markdown(f"# DALL·E\n{self._about()}", elem_id="head")
+        with gr.Blocks(title="DALL-E", analytics_enabled=False, fill_width=True, delete_cache=(AGE // 4, AGE)) as page:
+            gr.Markdown(f"# DALL-E\n{self._about()}", elem_id="head")
             with gr.Row(equal_height=False):
                 with gr.Column(scale=2, min_width=320):
                     self._controls()
@@ -96,38 +103,29 @@ class Page:
         side = layout.rows * self.model.dvae.downsampling
         width = layout.columns * self.model.dvae.downsampling
         ranked = "ranked by CLIP" if self.model.scorer else "unranked: the model has no CLIP"
-        return f"Pictures of {width} × {side} pixels, drawn as {layout.image_len} tokens, {ranked}."
+        return f"Pictures of {width} x {side} pixels, drawn as {layout.image_len} tokens, {ranked}."
 
     def _controls(self) -> None:
         gr, layout = self.gr, self.model.transformer.layout
         self.caption = gr.Textbox(label="Caption", placeholder=EXAMPLE, lines=2, max_lines=6, autofocus=True)
         with gr.Row():
             self.draw_button = gr.Button("Draw", variant="primary")
-            self.stop_button = gr.Button("Stop", variant="stop", interactive=False)
+            self.stop_button = gr.Button("Stop", interactive=False)
         with gr.Row():
             self.n = gr.Number(DEFAULTS.keep, label="Pictures", precision=0, min_width=80)
             self.best_of = gr.Number(
                 DEFAULTS.best_of, label="Best of", precision=0, min_width=80, visible=bool(self.model.scorer)
             )
-            self.seed = gr.Number(None, label="Seed", placeholder="random", precision=0, min_width=80)
+            self.seed = gr.Textbox(label="Seed", placeholder="random", min_width=80)
         with gr.Accordion("Sampling", open=False):
             self.temperature = gr.Slider(
                 0, 2, DEFAULTS.temperature, step=0.05, label="Temperature",
                 info="1 as the paper; less gives likelier, smoother pictures",
             )  # fmt: skip
             with gr.Row():
-                self.top_k = gr.Number(
-                    DEFAULTS.top_k, label="Top-k", placeholder="all", precision=0, min_width=80,
-                    info="among the k likeliest tokens",
-                )  # fmt: skip
-                self.top_p = gr.Number(
-                    DEFAULTS.top_p, label="Top-p", placeholder="1", step=0.05, min_width=80,
-                    info="among those that reach p",
-                )  # fmt: skip
-                self.guidance = gr.Number(
-                    DEFAULTS.guidance, label="Guidance", placeholder="off", step=0.5, min_width=80,
-                    info="after caption dropout only",
-                )  # fmt: skip
+                self.top_k = _blank(gr, "Top-k", DEFAULTS.top_k, "all", "among the k likeliest tokens")
+                self.top_p = _blank(gr, "Top-p", DEFAULTS.top_p, "1", "among those that reach p")
+                self.guidance = _blank(gr, "Guidance", DEFAULTS.guidance, "off", "after caption dropout only")
         with gr.Accordion("Complete a picture", open=False, visible=layout.rows == layout.columns > 1):
             self.image = _local_file(gr)(label="Picture", file_types=["image"], height=110, elem_id="picture")
             self.rows = gr.Slider(
@@ -138,10 +136,10 @@ class Page:
 
     def _results(self) -> None:
         gr = self.gr
-        self.status = gr.Markdown("", elem_id="status")
+        self.status = gr.Markdown("The pictures appear here, row by row.", elem_id="status")
         self.live = gr.HTML(visible=False, elem_id="live")
         self.best = gr.Gallery(
-            label="Best first", columns=4, object_fit="contain", format="png", interactive=False, height="auto",
+            show_label=False, columns=4, object_fit="contain", format="png", interactive=False, height="auto",
             buttons=["download", "fullscreen"], elem_id="best", visible=False,
         )  # fmt: skip
         self.download = gr.DownloadButton("Download pictures and sample.json", visible=False, size="sm")
@@ -155,33 +153,46 @@ class Page:
             self.image, self.rows,
         ]  # fmt: skip
         shown = [self.status, self.live, self.best, self.download]
-        begun = gr.on([self.draw_button.click, self.caption.submit], self.begin, None, buttons, queue=False, **private)
-        drawn = begun.then(self.draw, asked, shown, concurrency_limit=1, **private)
-        drawn.then(self.end, None, buttons, queue=False, **private)
-        self.stop_button.click(self.stop, None, [self.status, self.stop_button], queue=False, **private)
+        begin, draw, end, stop = (self._for_visitor(one) for one in (self.begin, self.draw, self.end, self.stop))
+        begun = gr.on([self.draw_button.click, self.caption.submit], begin, None, buttons, queue=False, **private)
+        drawn = begun.then(draw, asked, shown, concurrency_limit=1, **private)
+        drawn.then(end, None, buttons, queue=False, **private)
+        self.stop_button.click(stop, None, [self.status, self.stop_button], queue=False, **private)
         preview = [self.image, self.rows]
         self.image.change(self.preview, preview, self.kept, **private)
         self.rows.change(self.preview, preview, self.kept, trigger_mode="always_last", **private)
-        page.unload(self.leave)
+        page.unload(self._for_visitor(self.leave))
 
-    def begin(self, request) -> tuple:
+    def _for_visitor(self, method: Callable) -> Callable:
+        """A method as Gradio calls it, which takes the visitor's session first."""
+        gr = self.gr
+
+        def call(request: gr.Request, *values):
+            return method(request.session_hash, *values)
+
+        def loop(request: gr.Request, *values):
+            yield from method(request.session_hash, *values)
+
+        return loop if inspect.isgeneratorfunction(method) else call
+
+    def begin(self, visitor: str) -> tuple:
         """A drawing is asked for: from now on it can be stopped, also while it waits for its turn."""
-        self.stops[request.session_hash] = Event()
+        self.stops[visitor] = Event()
         return self.gr.update(interactive=False), self.gr.update(interactive=True)
 
-    def end(self, request) -> tuple:
+    def end(self, visitor: str) -> tuple:
         """The drawing has ended, whatever way."""
-        self.stops.pop(request.session_hash, None)
+        self.stops.pop(visitor, None)
         return self.gr.update(interactive=True), self.gr.update(interactive=False)
 
-    def stop(self, request) -> tuple:
+    def stop(self, visitor: str) -> tuple:
         """Ends the visitor's drawing after the row that is being drawn."""
-        self.leave(request)
+        self.leave(visitor)
         return "Stopping ...", self.gr.update(interactive=False)
 
-    def leave(self, request) -> None:
+    def leave(self, visitor: str) -> None:
         """The visitor stops the drawing, or has gone."""
-        if (event := self.stops.get(request.session_hash)) is not None:
+        if (event := self.stops.get(visitor)) is not None:
             event.set()
 
     def preview(self, image: str | None, rows: int) -> str:
@@ -191,17 +202,20 @@ class Page:
         with self._told():
             return _tile(kept_part(open_upload(Path(image), self.limits), rows, self.model), "what is kept")
 
-    def draw(self, caption, seed, n, best_of, temperature, top_k, top_p, guidance, image, rows, request) -> Iterator:
+    def draw(
+        self, visitor: str, caption, seed, n, best_of, temperature, top_k, top_p, guidance, image, rows
+    ) -> Iterator[tuple]:
         """Rows as they are drawn, the best so far after each block, and the download at the end."""
         image = Path(image) if image else None
-        asked = Request(
-            caption or "", seed, n, best_of, temperature, top_k, top_p, guidance, image, rows if image else None
-        )
-        stop = self.stops.get(request.session_hash) or Event()
+        stop = self.stops.get(visitor) or Event()
         with self._told():
             if stop.is_set():
                 yield self._shown("Stopped before it began.")
                 return
+            asked = Request(
+                caption or "", number("seed", seed, int), n, best_of, temperature, number("top_k", top_k, int),
+                number("top_p", top_p, float), number("guidance", guidance, float), image, rows if image else None,
+            )  # fmt: skip
             work = Work(self.model, asked, self.limits)
             for warning in work.warnings:
                 self.gr.Warning(html.escape(warning))
@@ -253,6 +267,12 @@ class Page:
 
 def _tile(picture: Image.Image, alt: str) -> str:
     return f'<img src="{data_url(picture)}" alt="{alt}">'
+
+
+def _blank(gr: ModuleType, name: str, value: float | None, blank: str, info: str):
+    """A field for a number that may be left blank; Gradio's own shows a blank as 0."""
+    shown = "" if value is None else f"{value:g}"
+    return gr.Textbox(shown, label=name, placeholder=blank, info=info, min_width=80)
 
 
 def _local_file(gr: ModuleType) -> type:

@@ -1,4 +1,4 @@
-"""What the web page asks of the library, without the page: requests and their limits, uploads, drawing, the download."""
+"""What the web page does, without the page: requests and their limits, uploads, drawing, the download."""
 
 import base64
 import secrets
@@ -81,6 +81,17 @@ class Request:
     def sampling(self) -> dict[str, Any]:
         """How tokens are drawn, as `dalle.drawing.Settings` takes it."""
         return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "guidance")}
+
+
+def number(name: str, text: str | None, kind: type[int] | type[float]) -> int | float | None:
+    """What stands in a field, None if it is blank; ValueError for what is no number."""
+    if not (text or "").strip():
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} must be {wanted}, or blank; got {text[:40]!r}") from None
 
 
 class Work:
@@ -172,10 +183,9 @@ def ended(generation: Generation, took: float) -> str:
 
 def label(generation: Generation, place: int) -> str:
     """The words under a picture: its place, and what the scorer gave."""
-    candidate = f"candidate {generation.candidates[place]}"
     if generation.scores is None:
-        return candidate
-    return f"{place + 1}: score {generation.scores[place]:.3f} ({candidate})"
+        return f"candidate {generation.candidates[place]}"
+    return f"{place + 1}: score {generation.scores[place]:.3f}"
 
 
 def data_url(picture: Image.Image) -> str:
