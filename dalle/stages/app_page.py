@@ -156,7 +156,8 @@ class Page:
         begin, draw, end, stop = (self._for_visitor(one) for one in (self.begin, self.draw, self.end, self.stop))
         begun = gr.on([self.draw_button.click, self.caption.submit], begin, None, buttons, queue=False, **private)
         drawn = begun.then(draw, asked, shown, concurrency_limit=1, **private)
-        drawn.then(end, None, buttons, queue=False, **private)
+        drawn.success(end, None, buttons, queue=False, **private)
+        drawn.failure(end, None, buttons, queue=False, **private)
         self.stop_button.click(stop, None, [self.status, self.stop_button], queue=False, **private)
         preview = [self.image, self.rows]
         self.image.change(self.preview, preview, self.kept, **private)
