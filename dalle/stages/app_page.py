@@ -127,7 +127,8 @@ class Page:
                 self.top_p = _blank(gr, "Top-p", DEFAULTS.top_p, "1", "among those that reach p")
                 self.guidance = _blank(gr, "Guidance", DEFAULTS.guidance, "off", "after caption dropout only")
         with gr.Accordion("Complete a picture", open=False, visible=layout.rows == layout.columns > 1):
-            self.image = _local_file(gr)(label="Picture", file_types=["image"], height=110, elem_id="picture")
+            self.image = gr.File(label="Picture", file_types=["image"], height=110, elem_id="picture")
+            _uploads_only(gr, self.image)
             self.rows = gr.Slider(
                 1, max(layout.rows - 1, 2), max(layout.rows // 2, 1), step=1, label="Rows of tokens to keep",
                 info=f"of {layout.rows}; the model draws what is grey",
@@ -276,16 +277,13 @@ def _blank(gr: ModuleType, name: str, value: float | None, blank: str, info: str
     return gr.Textbox(shown, label=name, placeholder=blank, info=info, min_width=80)
 
 
-def _local_file(gr: ModuleType) -> type:
-    """Gradio's File, but for uploads only: it never fetches a picture from another server."""
+def _uploads_only(gr: ModuleType, file: Any) -> None:
+    """Keeps a file field from fetching from another server what a hand-made request names there."""
+    take = file.async_move_resource_to_block_cache
 
-    class LocalFile(gr.File):
-        def get_block_name(self) -> str:
-            return "file"
+    async def take_upload(path: str | None) -> str | None:
+        if "://" in str(path or ""):
+            raise gr.Error("a picture is uploaded, not fetched from an address", print_exception=False)
+        return await take(path)
 
-        async def async_move_resource_to_block_cache(self, url_or_file_path):
-            if "://" in str(url_or_file_path or ""):
-                raise gr.Error("a picture is uploaded, not fetched from an address", print_exception=False)
-            return await super().async_move_resource_to_block_cache(url_or_file_path)
-
-    return LocalFile
+    file.async_move_resource_to_block_cache = take_upload  # a subclass would make Gradio write a stub file beside us
