@@ -26,7 +26,7 @@ from dalle.stages.app_work import Limits
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:gradio")
 PROJECT = Path(__file__).parents[1]
-CAPTION = "a small yellow square at the top left on a purple background"
+CAPTION = "a green triangle to the right of a red circle on a white background"
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,19 @@ class TestServer:
         reply = call(server, "preview", [as_file(upload(server, "cat.png", b"<b>no picture</b>")), 2])
         assert reply["output"]["error"].startswith("cat.png: wrong type")
         assert "<b>" not in reply["output"]["error"]
+
+    def test_a_bug_is_told_without_its_words(self, server, picture, monkeypatch):
+        def broken(*_):
+            raise RuntimeError("/a/path/of/the/server")
+
+        monkeypatch.setattr("dalle.stages.app_page.kept_part", broken)
+        reply = call(server, "preview", [as_file(upload(server, "cat.png", picture.read_bytes())), 2])
+        assert reply["output"]["error"] == "this failed (RuntimeError); the server's log says more"
+
+    def test_a_port_that_is_taken_is_told(self, server, model, tmp_path):
+        port = server.blocks.server_port
+        with pytest.raises(ValueError, match=f"cannot listen at 127.0.0.1, port {port}; give another"):
+            launch(AppRun(port=port, device="cpu"), model, tmp_path)
 
     def test_the_queue_draws_one_at_a_time(self, server):
         draws = [one for one in server.blocks.fns.values() if one.name == "loop"]
@@ -259,6 +272,7 @@ class TestBrowser:
         fill(page, prompt, best_of=500)
         draw(page)
         page.get_by_text("Drawing candidates 17 to 32 of 500").wait_for()
+        assert page.get_by_label("Caption", exact=True).is_disabled()
         page.get_by_role("button", name="Stop").click()
         page.get_by_text("Stopped after").wait_for()
         idle(page)
@@ -357,10 +371,11 @@ def shoot(directory: Path, picture: Path) -> None:
     with TemporaryDirectory() as folder, sync_playwright() as play:
         blocks = launch(AppRun(port=0), DALLE.from_pretrained(directory), Path(folder))
         browser = play.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1180, "height": 600})
+        page = browser.new_page(viewport={"width": 1180, "height": 520})
         page.goto(blocks.local_url)
         page.get_by_text("Sampling").click()
-        page.get_by_label("number input for Temperature").fill("0.4")
+        page.get_by_label("number input for Temperature").fill("0.6")
+        page.get_by_text("Sampling").click()
         fill(page, CAPTION, n=8, best_of=32, seed="1")
         draw(page)
         page.get_by_text("8 pictures, the best of 32").wait_for(timeout=600_000)

@@ -83,6 +83,9 @@ def launch(run: AppRun, model: DALLE, folder: Path):
     blocks = page.build()
     try:
         blocks.launch(**_server(run), **page.look())
+        if run.share and not blocks.share_url:
+            blocks.close(verbose=False)
+            raise ValueError("Gradio's server gave no public address; leave out --share, or try again later")
     except OSError:
         raise ValueError(f"cannot listen at {run.host}, port {run.port}; give another --host or --port") from None
     return blocks

@@ -46,6 +46,8 @@ CSS = """
 #best .thumbnail-lg {aspect-ratio: auto; height: auto; display: block;}
 #best .thumbnail-lg img {aspect-ratio: 1; height: auto;}
 #best .caption-label {position: static; max-width: none; border: 0; border-radius: 0; text-align: center;}
+#best:has(.preview) .gallery-container {min-height: 400px;}
+#best .preview .media-button img {width: 256px; max-width: 100%; object-fit: contain;}
 footer {display: none !important;}
 """
 EXAMPLE = "a red circle above a blue square on a white background"
@@ -83,7 +85,7 @@ class Page:
         theme = self.gr.themes.Default(
             primary_hue="indigo", neutral_hue="zinc", font=["system-ui", "sans-serif"], font_mono=["monospace"]
         )
-        return {"theme": theme, "css": CSS}
+        return {"theme": theme.set(block_info_text_color="*neutral_500"), "css": CSS}
 
     def build(self):
         """The `gradio.Blocks`."""
@@ -148,17 +150,17 @@ class Page:
     def _connect(self, page) -> None:
         gr = self.gr
         private = {"api_visibility": "private", "show_progress": "hidden"}
-        buttons = [self.draw_button, self.stop_button]
+        switched = [self.draw_button, self.stop_button, self.caption]
         asked = [
             self.caption, self.seed, self.n, self.best_of, self.temperature, self.top_k, self.top_p, self.guidance,
             self.image, self.rows,
         ]  # fmt: skip
         shown = [self.status, self.live, self.best, self.download]
         begin, draw, end, stop = (self._for_visitor(one) for one in (self.begin, self.draw, self.end, self.stop))
-        begun = gr.on([self.draw_button.click, self.caption.submit], begin, None, buttons, queue=False, **private)
+        begun = gr.on([self.draw_button.click, self.caption.submit], begin, None, switched, queue=False, **private)
         drawn = begun.then(draw, asked, shown, concurrency_limit=1, **private)
-        drawn.success(end, None, buttons, queue=False, **private)
-        drawn.failure(end, None, buttons, queue=False, **private)
+        drawn.success(end, None, switched, queue=False, **private)
+        drawn.failure(end, None, switched, queue=False, **private)
         self.stop_button.click(stop, None, [self.status, self.stop_button], queue=False, **private)
         preview = [self.image, self.rows]
         self.image.change(self.preview, preview, self.kept, **private)
@@ -179,13 +181,18 @@ class Page:
 
     def begin(self, visitor: str) -> tuple:
         """A drawing is asked for: from now on it can be stopped, also while it waits for its turn."""
-        self.stops[visitor] = Event()
-        return self.gr.update(interactive=False), self.gr.update(interactive=True)
+        if visitor not in self.stops or self.stops[visitor].is_set():
+            self.stops[visitor] = Event()
+        return self._switched(busy=True)
 
     def end(self, visitor: str) -> tuple:
         """The drawing has ended, whatever way."""
         self.stops.pop(visitor, None)
-        return self.gr.update(interactive=True), self.gr.update(interactive=False)
+        return self._switched(busy=False)
+
+    def _switched(self, busy: bool) -> tuple:
+        """Updates of the buttons and the caption."""
+        return tuple(self.gr.update(interactive=can) for can in (not busy, busy, not busy))
 
     def stop(self, visitor: str) -> tuple:
         """Ends the visitor's drawing after the row that is being drawn."""
@@ -202,21 +209,21 @@ class Page:
         if image is None:
             return ""
         with self._told():
-            return _tile(kept_part(open_upload(Path(image), self.limits), rows, self.model), "what is kept")
+            return _tile(kept_part(open_upload(Path(image), self.limits), int(rows), self.model), "what is kept")
 
     def draw(
         self, visitor: str, caption, seed, n, best_of, temperature, top_k, top_p, guidance, image, rows
     ) -> Iterator[tuple]:
         """Rows as they are drawn, the best so far after each block, and the download at the end."""
         image = Path(image) if image else None
-        stop = self.stops.get(visitor) or Event()
+        stop = self.stops.setdefault(visitor, Event())
         with self._told():
             if stop.is_set():
                 yield self._shown("Stopped before it began.")
                 return
             asked = Request(
                 caption or "", number("seed", seed, int), n, best_of, temperature, number("top_k", top_k, int),
-                number("top_p", top_p, float), number("guidance", guidance, float), image, rows if image else None,
+                number("top_p", top_p, float), number("guidance", guidance, float), image, int(rows) if image else None,
             )  # fmt: skip
             work = Work(self.model, asked, self.limits)
             for warning in work.warnings:
@@ -262,8 +269,8 @@ class Page:
         except ValueError as error:
             raise self.gr.Error(html.escape(str(error)), print_exception=False) from None
         except Exception as error:
-            LOG.exception("drawing failed")
-            message = f"drawing failed ({type(error).__name__}); the server's log says more"
+            LOG.exception("the page failed")
+            message = f"this failed ({type(error).__name__}); the server's log says more"
             raise self.gr.Error(message, print_exception=False) from None
 
 
