@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from dalle.generation import Generation
 from dalle.images import to_pil
+from dalle.layout import TokenLayout
 from dalle.rerank import Best
 from dalle.sampling import check_sampling, uniforms
 from dalle.transformer import Transformer
@@ -99,6 +101,29 @@ def blocks(captions: int, best_of: int, batch: int) -> Iterator[Block]:
 
 
 @dataclass
+class Progress:
+    """Where the drawing for a prompt stands: after each row of tokens, and once more when a block is ranked."""
+
+    candidates: range
+    """Those that are drawn together just now."""
+    best_of: int
+    """Candidates to draw in all."""
+    image_tokens: Tensor
+    """int64 (k, drawn): the first k of them as far as they are drawn, k at most the pictures asked for."""
+    images: list[Image.Image]
+    """These k as pictures, grey where nothing is drawn yet."""
+    generation: Generation | None
+    """When the block is ranked: the best so far; the last one is what `DALLE.generate` gives."""
+
+
+def partial_pictures(dvae: ImageTokenizer, layout: TokenLayout, tokens: Tensor) -> list[Image.Image]:
+    """Pictures of whole rows of tokens (N, r * w), grey below them."""
+    drawn = dvae.decode(tokens.clone(), (tokens.shape[1] // layout.columns, layout.columns))
+    below = layout.rows * dvae.downsampling - drawn.shape[2]
+    return to_pil(torch.nn.functional.pad(drawn, (0, 0, 0, below), value=0.5))
+
+
+@dataclass
 class Drawer:
     """The parts that turn text tokens into ranked pictures."""
 
@@ -119,6 +144,36 @@ class Drawer:
         kept = None if prefix is None else prefix[numbers]
         return draw_tokens(self.transformer, text[numbers], noise, kept, **self.settings.options())
 
+    def share(self, captions: int, best_of: int) -> list[Block]:
+        """The blocks that are ours (`Settings.share`)."""
+        return list(blocks(captions, best_of, self.batch))[self.settings.share[0] :: self.settings.share[1]]
+
+    def steps(
+        self, prompts: Sequence[str], text: Tensor, prefix: Tensor | None, seed: int, mine: Sequence[Block],
+        best: list[Best],
+    ) -> Iterator[tuple[Block, Tensor, bool]]:  # fmt: skip
+        """Draws blocks and ranks them into `best`.
+
+        Yields after each slot (block, its tokens so far, False), and once more with True when it is ranked.
+        """
+        for block in mine:
+            for tokens in self.tokens(prompts, text, prefix, seed, block):
+                yield block, tokens, False
+            self._take(best, block, tokens)
+            yield block, tokens, True
+
+    def watched(
+        self, prompt: str, text: Tensor, prefix: Tensor | None, n: int, best_of: int, seed: int
+    ) -> Iterator[Progress]:
+        """The n best of best_of candidates of a prompt, seen after each row of tokens and each block."""
+        best, layout = Best(n, prompt, self.scorer), self.transformer.layout
+        for block, tokens, whole in self.steps([prompt], text, prefix, seed, self.share(1, best_of), [best]):
+            if whole or tokens.shape[2] % layout.columns == 0:
+                shown = tokens[0, : min(n, block.wanted)].clone()
+                ranked = self._generation(best, seed, best_of) if whole else None
+                candidates = block.candidates[: block.wanted]
+                yield Progress(candidates, best_of, shown, partial_pictures(self.dvae, layout, shown), ranked)
+
     def ranked(
         self, prompts: Sequence[str], text: Tensor, prefix: Tensor | None, n: int, best_of: int, seed: int,
         progress: bool,
@@ -131,17 +186,17 @@ class Drawer:
         best = [Best(n, prompt, self.scorer) for prompt in prompts]
         slots = self.transformer.layout.image_len
         open_slots = slots if prefix is None else int((prefix[0] == OPEN).sum())
-        mine = list(blocks(len(prompts), best_of, self.batch))[self.settings.share[0] :: self.settings.share[1]]
+        mine = self.share(len(prompts), best_of)
         count = sum(block.count for block in mine)
         bar = tqdm(total=count * open_slots, desc="drawing", unit="token", unit_scale=True,
                    disable=None if progress else True)  # fmt: skip
         try:
             with bar:
-                for block in mine:
-                    for tokens in self.tokens(prompts, text, prefix, seed, block):
+                for block, tokens, whole in self.steps(prompts, text, prefix, seed, mine, best):
+                    if whole:
+                        bar.set_postfix_str(f"{sum(one.seen for one in best)} of {count} candidates")
+                    else:
                         bar.update(block.count * (tokens.shape[2] > slots - open_slots))
-                    self._take(best, block, tokens)
-                    bar.set_postfix_str(f"{sum(one.seen for one in best)} of {count} candidates")
         except KeyboardInterrupt:
             seen = sum(one.seen for one in best)
             if not seen:

@@ -14,10 +14,10 @@ from torch import Tensor
 from dalle.card import Report
 from dalle.clip import CLIP, CLIPScorer
 from dalle.directory import files_of, write_directory
-from dalle.drawing import Block, Drawer, Settings, check_counts, open_corner
+from dalle.drawing import Block, Drawer, Progress, Settings, check_counts, open_corner, partial_pictures
 from dalle.generation import Generation, LogLikelihood
 from dalle.hub import Pushable, find
-from dalle.images import load_image, shorter_side, to_pil, to_pixels
+from dalle.images import load_image, shorter_side, to_pixels
 from dalle.migrations import read_config
 from dalle.models import Part, load_part, weights_hash
 from dalle.text import MergeTokenizer, text_from_dict
@@ -121,13 +121,8 @@ class DALLE(Pushable):
         Raises:
             ValueError: rows or a box beyond the grid; as `generate`.
         """
-        layout = self.transformer.layout
-        top, left = open_corner(layout.grid, rows, box)
-        if layout.rows != layout.columns:
-            raise ValueError(f"complete needs a square grid, the model's is {layout.rows} x {layout.columns}")
-        tokens = self.encode(image).clone()
-        tokens.view(-1, *layout.grid)[:, top:, left:] = OPEN
-        return self._ranked([prompt], tokens, n, best_of, seed, truncate, progress, settings)[0]
+        beginning = self._beginning(image, rows, box)
+        return self._ranked([prompt], beginning, n, best_of, seed, truncate, progress, settings)[0]
 
     def regenerate(
         self, generation: Generation, picture: int = 0, rows: int | None = None, box: tuple[int, int] | None = None,
@@ -168,7 +163,25 @@ class DALLE(Pushable):
         block = Block([0], range(drawer.batch), n)
         for tokens in drawer.tokens([prompt], text, None, seed, block):
             if tokens.shape[2] % columns == 0:
-                yield to_pil(self._partial(tokens[0, :n]))
+                yield partial_pictures(self.dvae, self.transformer.layout, tokens[0, :n])
+
+    def watch(
+        self, prompt: str, image: Image.Image | Path | str | None = None, rows: int | None = None, n: int = 4,
+        best_of: int = 64, seed: int = 0, truncate: bool = False, **settings,
+    ) -> Iterator[Progress]:  # fmt: skip
+        """As `generate`, or as `complete` where a picture is given, seen at work; all is checked before it returns.
+
+        Yields after each row of tokens and each block that is ranked. Who leaves the loop stops the drawing.
+
+        Args:
+            image, rows: see `complete`.
+            settings: see `dalle.drawing.Settings`; the rest as `generate`.
+        """
+        if image is None and rows is not None:
+            raise ValueError("rows says how much of a picture to keep; give the picture as image")
+        drawer, text, best_of = self._ready([prompt], n, best_of, truncate, settings, stacklevel=4)
+        beginning = None if image is None else self._beginning(image, rows, None)
+        return drawer.watched(prompt, text, beginning, n, best_of, seed)
 
     def log_likelihood(
         self, caption: str, image: Image.Image | Path | str | Tensor, truncate: bool = False
@@ -303,18 +316,26 @@ class DALLE(Pushable):
         return self.dvae.decode(tokens, self.transformer.layout.grid)
 
     def _ranked(self, prompts, prefix, n, best_of, seed, truncate, progress, settings) -> list[Generation]:
-        check_counts(n, best_of)
-        drawing = Settings(**settings)
-        text = self._text_tokens(prompts, truncate, stacklevel=4)
-        if self.scorer is None and best_of > n:
-            warnings.warn(f"this model has no scorer: drawing {n} pictures, unranked", stacklevel=3)
-            best_of = n
-        drawer = Drawer(self.dvae, self.transformer, self.scorer, drawing)
+        drawer, text, best_of = self._ready(prompts, n, best_of, truncate, settings, stacklevel=5)
         return drawer.ranked(prompts, text, prefix, n, best_of, seed, progress)
 
-    def _partial(self, tokens: Tensor) -> Tensor:
-        """Pictures of whole rows of tokens (N, r * w), grey below them."""
+    def _ready(self, prompts, n, best_of, truncate, settings, stacklevel) -> tuple[Drawer, Tensor, int]:
+        """What draws, the text tokens and how many candidates, all checked; warns the caller so many frames up."""
+        check_counts(n, best_of)
+        drawing = Settings(**settings)
+        text = self._text_tokens(prompts, truncate, stacklevel)
+        if self.scorer is None and best_of > n:
+            warnings.warn(f"this model has no scorer: drawing {n} pictures, unranked", stacklevel=stacklevel - 1)
+            best_of = n
+        return Drawer(self.dvae, self.transformer, self.scorer, drawing), text, best_of
+
+    def _beginning(self, image: Image.Image | Path | str, rows: int | None, box: tuple[int, int] | None) -> Tensor:
+        """The tokens of a picture that are kept, OPEN where they are drawn anew: (1, h * w)."""
         layout = self.transformer.layout
-        drawn = self.dvae.decode(tokens.clone(), (tokens.shape[1] // layout.columns, layout.columns))
-        height = layout.rows * self.dvae.downsampling
-        return torch.nn.functional.pad(drawn, (0, 0, 0, height - drawn.shape[2]), value=0.5)
+        top, left = open_corner(layout.grid, rows, box)
+        if layout.rows != layout.columns:
+            raise ValueError(f"complete needs a square grid, the model's is {layout.rows} x {layout.columns}")
+        tokens = self.encode(image).clone()
+        tokens.view(-1, *layout.grid)[:, top:, left:] = OPEN
+        return tokens
+

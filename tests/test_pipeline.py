@@ -460,6 +460,59 @@ class TestStream:
             next(model.stream(prompt, **settings))
 
 
+class TestWatch:
+    def test_its_last_generation_is_what_generate_gives(self, model, prompt):
+        asked = {"n": 3, "best_of": 10, "seed": 5, "batch": 4}
+        steps = list(model.watch(prompt, **asked))
+        whole = model.generate(prompt, **asked, **QUIET)
+        assert torch.equal(steps[-1].generation.image_tokens, whole.image_tokens)
+        assert (steps[-1].generation.scores, steps[-1].generation.candidates) == (whole.scores, whole.candidates)
+        assert pictures(steps[-1].generation.images) == pictures(whole.images)
+        assert [step.generation.drawn for step in steps if step.generation] == [4, 8, 10]
+
+    def test_it_completes_as_complete_does(self, model, prompt):
+        picture = Image.new("RGB", (40, 40), "red")
+        asked = {"n": 2, "best_of": 5, "batch": 4, "rows": 2}
+        steps = list(model.watch(prompt, picture, **asked))
+        assert torch.equal(
+            steps[-1].generation.image_tokens, model.complete(prompt, picture, **asked, **QUIET).image_tokens
+        )
+        assert [step.image_tokens.shape[1] for step in steps] == [12, 16, 16] * 2
+
+    def test_each_row_is_the_beginning_of_the_whole_pictures(self, model, prompt):
+        every = model.generate(prompt, n=6, best_of=6, batch=4, **QUIET)
+        tokens = dict(zip(every.candidates, every.image_tokens, strict=True))
+        steps = list(model.watch(prompt, n=3, best_of=6, batch=4))
+        assert [(step.candidates, len(step.images)) for step in steps] == [(range(4), 3)] * 5 + [(range(4, 6), 2)] * 5
+        for step in steps:
+            for candidate, drawn in zip(step.candidates, step.image_tokens, strict=False):
+                assert torch.equal(drawn.cpu(), tokens[candidate][: drawn.shape[0]])
+        top = steps[1].images[0].crop((0, 16, 32, 32))
+        assert top.getcolors() == [(32 * 16, (128, 128, 128))]
+
+    def test_leaving_the_loop_stops_the_drawing(self, model, prompt, monkeypatch):
+        plain, slots = Drawer.tokens, []
+
+        def counted(*args):
+            for tokens in plain(*args):
+                slots.append(tokens.shape[2])
+                yield tokens
+
+        monkeypatch.setattr(Drawer, "tokens", counted)
+        next(model.watch(prompt, best_of=8, batch=4))
+        assert slots == [1, 2, 3, 4]
+
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [({"best_of": 2}, "best_of must be at least n"), ({"top_p": 2}, "top_p"), ({"rows": 1}, "give the picture")],
+    )
+    def test_all_is_checked_before_the_first_step(self, model, prompt, settings, said):
+        with pytest.raises(ValueError, match=said):
+            model.watch(prompt, **settings)
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            model.watch("")
+
+
 class TestGeneration:
     def test_a_notebook_shows_a_png(self, model, prompt):
         generation = model.generate(prompt, n=5, best_of=5, **QUIET)

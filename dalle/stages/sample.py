@@ -178,7 +178,7 @@ def _draw_into(out: Path, model: DALLE, run: SampleRun, group: Processes) -> Non
     generation = best_of_shares(parts, run.keep)
     options["best_of"] = generation.drawn
     options["precision"] = resolve_precision(run.precision, model.device)
-    _write(out, model, generation, options)
+    write_sample(out, model, generation, options)
     said = f", interrupted at {generation.drawn} of {run.best_of}" * generation.partial
     print(f"{out}: {len(generation.images)} of {generation.drawn} pictures for {run.prompt!r}{said}")
 
@@ -241,7 +241,8 @@ def _new_directory(run: SampleRun) -> Path:
     return make_directory(folder)
 
 
-def _write(out: Path, model: DALLE, generation: Generation, options: dict[str, Any]) -> None:
+def write_sample(out: Path, model: DALLE, generation: Generation, options: dict[str, Any]) -> None:
+    """00.png, 01.png, ... (best first), grid.png and sample.json, which holds the options too."""
     records = write_pictures(model, generation, out, "", model.hash)
     shown = ("file", "candidate", "score", "log_likelihood")
     pictures = [{key: record[key] for key in shown} for record in records]

@@ -1,0 +1,14 @@
+"""Serve a web page that draws pictures for captions, ranks them and completes uploaded ones (paper sections 2.6, 3.3).
+
+python scripts/app.py runs/quickstart/model                        http://127.0.0.1:7860, for this computer alone
+python scripts/app.py runs/quickstart/model --host 0.0.0.0         for the whole network; it asks no password
+
+It needs gradio: pip install 'zeroshot-text2image[app]'.
+"""
+
+from dalle.config import parse, tell_errors
+from dalle.stages.app import AppRun, app
+
+if __name__ == "__main__":
+    with tell_errors():
+        app(parse(AppRun, description=__doc__))
