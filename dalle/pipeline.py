@@ -122,7 +122,7 @@ class DALLE:
         top, left = open_corner(layout.grid, rows, box)
         if layout.rows != layout.columns:
             raise ValueError(f"complete needs a square grid, the model's is {layout.rows} x {layout.columns}")
-        tokens = self._encode(image).clone()
+        tokens = self.encode(image).clone()
         tokens.view(-1, *layout.grid)[:, top:, left:] = OPEN
         return self._ranked([prompt], tokens, n, best_of, seed, truncate, progress, settings)[0]
 
@@ -179,7 +179,7 @@ class DALLE:
             Numbers for a picture, tensors (N,) for image tokens.
         """
         text = self._text_tokens([caption], truncate, stacklevel=3)
-        tokens = image.to(self.device) if isinstance(image, Tensor) else self._encode(image)
+        tokens = image.to(self.device) if isinstance(image, Tensor) else self.encode(image)
         check_tokens(tokens, self.transformer.layout.image_vocab, "image tokens")
         ids = self.transformer.layout.pack(text.expand(len(tokens), -1), tokens)
         with own_format(self.transformer):
@@ -277,6 +277,11 @@ class DALLE:
                 warnings.warn(message, stacklevel=stacklevel)
         return self.transformer.layout.pad_text(ids, truncate).to(self.device)
 
+    def encode(self, image: Image.Image | Path | str) -> Tensor:
+        """The middle square of a picture, resized to the model's size, as image tokens int64 (1, h * w)."""
+        square = shorter_side(load_image(image), self.transformer.layout.rows * self.dvae.downsampling)
+        return self.dvae.encode(to_pixels([square]).to(self.device))
+
     def decode(self, tokens: Tensor) -> Tensor:
         """Image tokens int64 (N, h * w) -> pixels (N, 3, H, W) in [0, 1]."""
         return self.dvae.decode(tokens, self.transformer.layout.grid)
@@ -290,11 +295,6 @@ class DALLE:
             best_of = n
         drawer = Drawer(self.dvae, self.transformer, self.scorer, drawing)
         return drawer.ranked(prompts, text, prefix, n, best_of, seed, progress)
-
-    def _encode(self, image: Image.Image | Path | str) -> Tensor:
-        """The middle square of a picture as image tokens (1, h * w)."""
-        square = shorter_side(load_image(image), self.transformer.layout.rows * self.dvae.downsampling)
-        return self.dvae.encode(to_pixels([square]).to(self.device))
 
     def _partial(self, tokens: Tensor) -> Tensor:
         """Pictures of whole rows of tokens (N, r * w), grey below them."""

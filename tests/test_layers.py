@@ -18,7 +18,7 @@ LAYERS = [
     {"nn"},
     {"text", "dvae", "vqgan", "transformer", "clip", "data", "train"},
     {"objectives", "rerank", "models", "pretrained", "evals", "generation", "drawing", "directory", "pipeline"}
-    | {"plan", "finetune"},
+    | {"plan", "finetune", "look"},
     {"stages"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

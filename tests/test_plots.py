@@ -9,7 +9,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dalle.stages.plots import CurvesPicture, draw_curves, plot_losses, smoothed
+from dalle.look.curves import smoothed
+from dalle.stages.plots import CurvesPicture, draw_curves, plot_losses
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "plot.py"
 

@@ -20,6 +20,7 @@ from dalle.stages.clip import CLIPRun, train_clip
 from dalle.stages.dvae import DVAERun, train_dvae
 from dalle.stages.encode import EncodeRun, encode_images
 from dalle.stages.plots import plot_losses
+from dalle.stages.report import ReportRun, write_report
 from dalle.stages.runs import CONFIGS, ROOT, is_complete
 from dalle.stages.tokenizer import TokenizerRun, train_tokenizer
 from dalle.stages.transformer import TransformerRun, train_transformer
@@ -56,7 +57,7 @@ class QuickstartRun:
 
 
 def quickstart(run: QuickstartRun) -> dict[str, Any]:
-    """Every stage, then samples.png, reconstructions.png, losses.png, report.json and model/."""
+    """Every stage, then samples.png, reconstructions.png, losses.png, report.json, report.html and model/."""
     out = _prepare(run.out)
     seconds: dict[str, float] = {}
     resumed = any(out.iterdir())
@@ -107,6 +108,7 @@ def quickstart(run: QuickstartRun) -> dict[str, Any]:
         "torch": torch.__version__,
     }
     write_json(out / "report.json", report)
+    write_report(ReportRun(out, seed=run.seed, device=run.device))
     _print(out, report)
     return report
 
@@ -180,5 +182,5 @@ def _print(out: Path, report: dict[str, Any]) -> None:
         pair = report["caption_accuracy"][name], report["caption_accuracy_new_pairs"][name]
         print(f"  {name:16}{pair[0]:16.3f}{pair[1]:25.3f}")
     prompt = "a red cross above a blue circle on a white background"
-    print(f"Look at {out / 'samples.png'}. Draw your own:")
+    print(f"Look at {out / 'samples.png'} and, in a browser, {out / 'report.html'}. Draw your own:")
     print(f'  python scripts/sample.py --model {out / "model"} --prompt "{prompt}"')
