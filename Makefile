@@ -1,5 +1,5 @@
 # `make` lists the targets. ARGS goes to the command: make test ARGS="-k masks"
-.PHONY: help setup quickstart test test-slow lint docs clean
+.PHONY: help setup quickstart notebooks test test-slow lint docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -9,6 +9,9 @@ setup:  ## make .venv and install everything into it; at once when that is done
 
 quickstart: setup  ## train a small DALL-E on this computer and draw with it, into runs/quickstart
 	.venv/bin/python scripts/quickstart.py $(ARGS)
+
+notebooks: setup  ## run all notebooks anew, with the quick start's model, and keep their pictures
+	.venv/bin/python scripts/notebooks.py $(ARGS)
 
 test: setup  ## ruff, then every test that takes seconds
 	.venv/bin/ruff check

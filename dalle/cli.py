@@ -43,6 +43,7 @@ GROUPS = {
     "planning": {
         "plan": "memory, time, traffic and cost of a training, before it",
         "sweep": "find a step size by short trainings",
+        "notebooks": "run the notebooks anew and keep their pictures",
         "benchmark": "measure speed and memory on this machine",
     },
 }

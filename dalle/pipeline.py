@@ -338,4 +338,3 @@ class DALLE(Pushable):
         tokens = self.encode(image).clone()
         tokens.view(-1, *layout.grid)[:, top:, left:] = OPEN
         return tokens
-

@@ -475,3 +475,11 @@ def test_only_training_needs_youtokentome(tokenizer, tmp_path):
     command = [sys.executable, "-c", WITHOUT_YOUTOKENTOME, str(tmp_path / "text.json")]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "pip install cython setuptools wheel && pip install --no-build-isolation youtokentome" in output
+
+
+def test_training_says_nothing(capfd):
+    pytest.importorskip("youtokentome")
+    train_text_tokenizer(["a red circle", "a blue square"] * 3, TextTokenizerConfig(300))
+    assert capfd.readouterr() == ("", "")
+    os.write(2, b"heard again")
+    assert capfd.readouterr().err == "heard again"

@@ -3,9 +3,11 @@
 Nothing else needs youtokentome: its model file is plain text and is read here once.
 """
 
+import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -59,17 +61,18 @@ def _run_youtokentome(youtokentome: ModuleType, text: Path, model: Path, config:
     """Write the model file of the largest vocabulary that fits; with too few pairs it is smaller."""
     reserved = _offset(config)
     try:
-        youtokentome.BPE.train(
-            data=str(text),
-            model=str(model),
-            vocab_size=max(config.vocab_size - reserved, 1),
-            coverage=config.character_coverage,
-            n_threads=1,
-            unk_id=UNKNOWN_ID,
-            pad_id=-1,  # -1: no such id
-            bos_id=-1,
-            eos_id=-1,
-        )
+        with _quiet():
+            youtokentome.BPE.train(
+                data=str(text),
+                model=str(model),
+                vocab_size=max(config.vocab_size - reserved, 1),
+                coverage=config.character_coverage,
+                n_threads=1,
+                unk_id=UNKNOWN_ID,
+                pad_id=-1,  # -1: no such id
+                bos_id=-1,
+                eos_id=-1,
+            )
     except ValueError as error:
         needed = re.search(r"vocab_size>=(\d+)", str(error))
         if needed is None:
@@ -78,6 +81,19 @@ def _run_youtokentome(youtokentome: ModuleType, text: Path, model: Path, config:
             f"vocab_size {config.vocab_size} is too small: these captions need at least "
             f"{reserved + int(needed[1])} ids for unknown, bytes and alphabet, and more for merges"
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing reaches the process's stderr: youtokentome tells its settings there, past Python; errors it raises."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _read_youtokentome(path: Path, config: TextTokenizerConfig) -> TextTokenizer:

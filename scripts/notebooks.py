@@ -1,0 +1,15 @@
+"""Run the notebooks anew and keep their pictures in them.
+
+python scripts/notebooks.py                                        all of notebooks/, with the quick start's model
+python scripts/notebooks.py notebooks/1_caption_to_picture.ipynb   one
+python scripts/notebooks.py --quickstart runs/quickstart-1         with the model of another quick start
+
+To read or change one, open it: pip install jupyterlab && jupyter lab notebooks/1_caption_to_picture.ipynb
+"""
+
+from dalle.config import parse, tell_errors
+from dalle.stages.notebooks import NotebooksRun, run_notebooks
+
+if __name__ == "__main__":
+    with tell_errors():
+        run_notebooks(parse(NotebooksRun, description=__doc__))
