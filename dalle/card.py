@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import huggingface_hub
 from safetensors import SafetensorError, safe_open
 
 from dalle.files import read_json, write_text
@@ -48,7 +48,7 @@ from dalle import Part
 model = Part.from_pretrained("{place}", "{kind}").model"""
 
 
-def write_card(directory: Path, report: Report | None = None, license: str | None = None) -> ModelCard:
+def write_card(directory: Path, report: Report | None = None, license: str | None = None) -> None:
     """Writes README.md into a model directory, over what was there.
 
     Args:
@@ -59,23 +59,21 @@ def write_card(directory: Path, report: Report | None = None, license: str | Non
     Raises:
         ValueError: no model directory, a report that cannot be read, or one of another model.
     """
-    card = model_card(directory, report, license)
-    write_text(directory / CARD, f"{card}")
-    return card
+    write_text(directory / CARD, model_card(directory, report, license))
 
 
-def model_card(directory: Path, report: Report | None = None, license: str | None = None) -> ModelCard:
-    """The card that `write_card` writes."""
+def model_card(directory: Path, report: Report | None = None, license: str | None = None) -> str:
+    """The text that `write_card` writes."""
     config = read_config(directory)
-    parts, links = config["parts"], config["links"]
+    parts, links, license = config["parts"], config["links"], license or None
     figures = read_report(report, parts)
     kind = "dalle" if {"dvae", "transformer"} <= parts.keys() else next(iter(parts))
     title, about = ABOUT[kind]
     example = (DRAWING if "clip" in parts else UNRANKED) if kind == "dalle" else OPENING
     tags = ["dalle", "text-to-image"] if kind == "dalle" else ["dalle", kind]
     task = "text-to-image" if kind == "dalle" else None
-    data = ModelCardData(license=license, library_name=LIBRARY, pipeline_tag=task, tags=tags)
-    return ModelCard.from_template(
+    data = huggingface_hub.ModelCardData(license=license, library_name=LIBRARY, pipeline_tag=task, tags=tags)
+    card = huggingface_hub.ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         title=title,
@@ -87,6 +85,7 @@ def model_card(directory: Path, report: Report | None = None, license: str | Non
         figures=list(flatten(figures)),
         license=license,
     )
+    return str(card)
 
 
 def read_report(report: Report | None, parts: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def read_card(directory: Path, report: Report | None = None, license: str | None
     """The README.md that lies in a model directory; made anew if there is none, or a report or a licence is given."""
     if report is None and license is None and (directory / CARD).is_file():
         return (directory / CARD).read_text(encoding="utf-8")
-    return str(model_card(directory, report, license))
+    return model_card(directory, report, license)
 
 
 def addressed(card: str, repo_id: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import huggingface_hub
-from huggingface_hub import errors
+from huggingface_hub import errors, utils
 
 from dalle.card import CARD, Report, addressed, read_card
 from dalle.migrations import read_config
@@ -98,7 +98,7 @@ def find(source: Path | str, files: list[str], revision: str | None = None, toke
 def _is_id(name: str) -> bool:
     """Whether it may be "owner/name"."""
     try:
-        huggingface_hub.utils.validate_repo_id(name)
+        utils.validate_repo_id(name)
     except errors.HFValidationError:
         return False
     return "/" in name

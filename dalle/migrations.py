@@ -78,9 +78,10 @@ def read_config(directory: Path) -> Description:
         raise ValueError(f"{directory} is no model directory (it has no config.json); make one with save_pretrained")
     written = read_json(path)
     if isinstance(written, dict) and written.get("kind") == "dalle":
-        for name in ("links", "parts"):
-            if not isinstance(written.get(name), dict):
-                raise ValueError(f"{path} lacks {name}; it is damaged")
+        if lacking := [name for name in ("links", "parts") if not isinstance(written.get(name), dict)]:
+            raise ValueError(f"{path} lacks {', '.join(lacking)}; it is damaged")
+        if not written["parts"]:
+            raise ValueError(f"{path} names no parts; it is damaged")
         if wrong := [kind for kind, part in written["parts"].items() if not isinstance(part, dict)]:
             raise ValueError(f"{path} tells nothing of {', '.join(wrong)}; it is damaged")
     config = check_meta(written, "dalle", directory)

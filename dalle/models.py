@@ -4,7 +4,7 @@ A part is read from a run (its newest checkpoint, sharded or not), from one chec
 written by `save_pretrained`. The averaged weights are taken unless the raw ones are asked for.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from dalle.train.state import load_strict
 
 @dataclass
 class Part(Pushable):
-    """A loaded model and what its checkpoint says of it."""
+    """A loaded model and what its checkpoint says of it; `Part("dvae", model)` of a model made otherwise."""
 
     kind: str
     model: nn.Module
-    meta: dict[str, Any]
-    source: Path
+    meta: dict[str, Any] = field(default_factory=dict)
+    source: Path = Path("this model")
 
     @property
     def hash(self) -> str:

@@ -265,6 +265,9 @@ class DALLE(Pushable):
         cls, dvae: Part, transformer: Part, clip: Part | None, text: MergeTokenizer | None = None
     ) -> "DALLE":
         """Joins parts loaded from runs; refuses parts that were not trained for one another."""
+        for part, needed in ((transformer, {"text", "dvae"}), (clip, {"text_hash"})):
+            if part and (missing := needed - part.links.keys()):
+                raise ValueError(f"{part.source} does not tell the {' and '.join(sorted(missing))} it was trained with")
         own = text_from_dict(transformer.links["text"])
         if text is not None and text.hash != own.hash:
             raise ValueError(f"{transformer.source} was trained with another text tokenizer than the one given")

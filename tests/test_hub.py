@@ -130,6 +130,10 @@ class TestCard:
         dvae = part.links["dvae"] if kind == "transformer" else None
         assert ("those of the dVAE" in text, dvae is None or dvae in text) == (kind == "transformer", True)
 
+    def test_an_empty_licence_is_none(self, dalle, tmp_path):
+        dalle.save_pretrained(tmp_path, license="")
+        assert "license" not in ModelCard.load(tmp_path / "README.md").data.to_dict()
+
     def test_a_report_may_be_a_file(self, dalle, tmp_path):
         write_json(tmp_path / "report.json", {"loss": 3.25})
         dalle.save_pretrained(tmp_path / "model", report=tmp_path / "report.json")
@@ -190,6 +194,16 @@ class TestParts:
             assert sorted(contents(tmp_path / kind)) == sorted(
                 ["README.md", "config.json", f"{kind}.safetensors", *text]
             )
+
+    def test_a_model_of_ones_own_is_a_part_too(self, dalle, tmp_path):
+        Part("dvae", dalle.dvae).save_pretrained(tmp_path)
+        assert Part.from_pretrained(tmp_path).hash == dalle.hash.split("-")[0]
+
+    def test_without_its_text_tokenizer_a_transformer_joins_nothing(self, dalle, tmp_path):
+        Part("transformer", dalle.transformer).save_pretrained(tmp_path)
+        alone = Part.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="does not tell the dvae and text it was trained with"):
+            DALLE.from_parts(Part("dvae", dalle.dvae), alone, None)
 
     def test_of_several_parts_one_must_be_named(self, chain):
         with pytest.raises(ValueError, match="holds dvae, transformer, clip; say which as kind"):

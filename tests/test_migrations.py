@@ -101,6 +101,7 @@ def test_what_cannot_be_read_is_told(meta, said):
     [
         ({"parts": None}, "lacks parts"),
         ({"links": []}, "lacks links"),
+        ({"parts": {}}, "names no parts"),
         ({"parts": {"dvae": 1}}, "tells nothing of dvae"),
         ({"parts": {"dvae": {}}}, "lacks the config or the hash of dvae"),
         ({"format": 4}, "lacks the config or the hash of dvae, transformer, clip"),
