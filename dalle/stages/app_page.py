@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import TemporaryDirectory
 from threading import Event
 from types import ModuleType
 from typing import Any
@@ -47,7 +47,7 @@ CSS = """
 #best .thumbnail-lg img {aspect-ratio: 1; height: auto;}
 #best .caption-label {position: static; max-width: none; border: 0; border-radius: 0; text-align: center;}
 #best:has(.preview) .gallery-container {min-height: 400px;}
-#best .preview .media-button img {width: 256px; max-width: 100%; object-fit: contain;}
+#best .preview .media-button img {width: 256px; max-width: 100%; margin: 0 auto; object-fit: contain;}
 footer {display: none !important;}
 """
 EXAMPLE = "a red circle above a blue square on a white background"
@@ -242,7 +242,7 @@ class Page:
             yield self._shown("Stopped before the first pictures were whole.")
             return
         told = ended(work.generation, time.monotonic() - began)
-        with TemporaryDirectory(dir=gettempdir()) as folder:
+        with TemporaryDirectory() as folder:
             path = write_zip(Path(folder), self.model, work.generation, work.options(self.facts))
             yield self._shown(told, generation=work.generation, download=str(path))
 
