@@ -6,7 +6,9 @@ import importlib
 import io
 import json
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,6 +94,15 @@ def test_it_is_small_and_tells_nothing_of_the_machine(path):
     assert [found for one in text if (found := MACHINE.search(one))] == []
 
 
+@pytest.mark.parametrize(
+    "told",
+    ["/home/someone/runs", "wrote /tmp/x.png", "/root/.cache", "<PIL.Image at 0x7f3a2b1c>", "http://localhost:8888/lab",
+     "lib/python3.11/site-packages/torch", "/Users/me/dalle"],
+)  # fmt: skip
+def test_what_tells_of_a_machine_is_found(told):
+    assert MACHINE.search(told)
+
+
 @book
 def test_it_begins_with_a_title_and_text_stands_between_the_cells(path):
     found = json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -167,16 +178,29 @@ def test_tidy_takes_out_what_differs_between_machines():
     assert found.cells[0].outputs[1].text == "said"
 
 
-def test_mistakes_are_told_in_a_sentence(tmp_path, chain, monkeypatch):
+def test_mistakes_are_told_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    made = tmp_path / "made"
+    (made / "model").mkdir(parents=True)
+    (made / "model" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no model at .*make quickstart"):
         run_notebooks(NotebooksRun())
     with pytest.raises(ValueError, match="no notebooks in notebooks/"):
-        run_notebooks(NotebooksRun(quickstart=chain))
+        run_notebooks(NotebooksRun(quickstart=made))
     with pytest.raises(ValueError, match=r"no notebook at none\.ipynb"):
-        run_notebooks(NotebooksRun((Path("none.ipynb"),), quickstart=chain))
+        run_notebooks(NotebooksRun((Path("none.ipynb"),), quickstart=made))
     with pytest.raises(ValueError, match="minutes must be positive"):
         NotebooksRun(minutes=0)
+
+
+def test_help_teaches_by_examples(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scripts/notebooks.py", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(PROJECT / "scripts" / "notebooks.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "python scripts/notebooks.py notebooks/1_caption_to_picture.ipynb" in shown
+    assert "--small" in shown
 
 
 # ---------------------------------------------------------------------------------------------
