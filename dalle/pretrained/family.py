@@ -44,8 +44,8 @@ class Family:
     """The file's name of a tensor -> the model's."""
     ignored: tuple[str, ...] = ()
     """Patterns of names, of the file, that a model has no use for: losses of training, masks made anew."""
-    settle: Callable[["Family", Any, Iterable[str]], "Family"] | None = None
-    """Itself, all that lies in a file, the names of its tensors -> itself with what no single name or shape tells."""
+    settle: Callable[["Family", Path, Any, Mapping[str, SavedTensor]], "Family"] | None = None
+    """Itself, the file, all that lies in it, its tensors -> itself with what no single name or shape tells."""
 
     def recognises(self, names: Iterable[str]) -> bool:
         """Whether a file with tensors of these names is of this family."""

@@ -21,13 +21,18 @@ BY_NAMES = {
     "the class-conditional transformer of taming-transformers: it reads no captions": (
         "transformer.tok_emb.weight", "transformer.blocks.*.attn.key.weight",
     ),
+    "minDALL-E as it was transferred to ImageNet: it draws a class or anything at all, and reads no captions": (
+        "sos*", "tok_emb_img.weight",
+    ),
+    "minDALL-E as it was transferred to ImageNet, with its image tokenizer: it reads no captions": (
+        "stage2.sos*", "stage2.tok_emb_img.weight",
+    ),
     "GLIDE or another diffusion model: it draws no tokens": ("input_blocks.*", "middle_block.*"),
 }  # fmt: skip
 """Reason -> patterns of names, each of which must be met."""
 
 NOT_YET = {
     "ruDALL-E": ("text_embeddings.weight", "transformer.layers.*.attention.query_key_value.weight"),
-    "minDALL-E": ("tok_emb_txt.weight", "tok_emb_img.weight"),
     "the VQGAN of ruDALL-E with inverse wavelets": ("decoder.decoder.up.*.block.*.conv1.weight",),
 }
 """Formats that could be held, and have no reader yet -> patterns of names."""
