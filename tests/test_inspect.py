@@ -181,7 +181,6 @@ def test_dalle_mini_is_refused_with_the_reason(tmp_path: Path, script) -> None:
 
 
 NO_READER = {
-    "ruDALL-E": ["text_embeddings.weight", "transformer.layers.0.attention.query_key_value.weight"],
     "inverse wavelets": ["decoder.decoder.up.0.block.0.conv1.weight", "quantize.embed.weight"],
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dalle.pretrained import dalle_pytorch, dalle_pytorch_vae, mindalle, openai_clip, openai_dvae, vqgan
+from dalle.pretrained import dalle_pytorch, dalle_pytorch_vae, mindalle, openai_clip, openai_dvae, rudalle, vqgan
 from dalle.pretrained.archive import is_archive, unpacked
 from dalle.pretrained.family import Family, fill
 from dalle.pretrained.pickle_names import SavedTensor
@@ -17,8 +17,8 @@ from dalle.pretrained.refused import refuse_path, refuse_tensors
 from dalle.pretrained.saved_file import open_saved, weights_of
 
 FAMILIES = (
-    dalle_pytorch.FAMILY, mindalle.FAMILY, openai_dvae.FAMILY, openai_clip.OPENAI, openai_clip.OPEN_CLIP,
-    vqgan.TAMING, vqgan.GUMBEL, vqgan.LLAMAGEN, dalle_pytorch_vae.FAMILY,
+    dalle_pytorch.FAMILY, mindalle.FAMILY, rudalle.FAMILY, openai_dvae.FAMILY, openai_clip.OPENAI,
+    openai_clip.OPEN_CLIP, vqgan.TAMING, vqgan.GUMBEL, vqgan.LLAMAGEN, dalle_pytorch_vae.FAMILY,
 )  # fmt: skip
 """In the order in which they are tried."""
 

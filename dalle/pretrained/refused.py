@@ -32,7 +32,6 @@ BY_NAMES = {
 """Reason -> patterns of names, each of which must be met."""
 
 NOT_YET = {
-    "ruDALL-E": ("text_embeddings.weight", "transformer.layers.*.attention.query_key_value.weight"),
     "the VQGAN of ruDALL-E with inverse wavelets": ("decoder.decoder.up.*.block.*.conv1.weight",),
 }
 """Formats that could be held, and have no reader yet -> patterns of names."""

@@ -8,6 +8,8 @@ from dalle.pipeline import DALLE
 from dalle.pretrained import mindalle
 from dalle.pretrained.archive import is_archive
 from dalle.pretrained.load import at_hand, load_image_tokenizer, load_transformer
+from dalle.pretrained.rudalle import lowercase
+from dalle.pretrained.rudalle_model import Rudalle
 from dalle.text import MergeTokenizer
 from dalle.types import ImageTokenizer, Scorer
 
@@ -27,8 +29,10 @@ def load_whole(
     """A `DALLE` from a published transformer.
 
     Args:
-        path: the file, for example DALLE-pytorch's dalle.pt; or minDALL-E's archive 1.3B.tar.gz, or its folder.
+        path: the file: DALLE-pytorch's dalle.pt or ruDALL-E's pytorch_model.bin; or minDALL-E's archive 1.3B.tar.gz,
+            or its folder.
         text: the text tokenizer of its training (`dalle.text.load_text` reads many); minDALL-E has it, no other does.
+            ruDALL-E's bpe.model is made to read lowercase.
         dvae: the image tokenizer of its training; unless given, the one that lies in the file or folder.
         scorer: ranks pictures.
 
@@ -39,5 +43,10 @@ def load_whole(
         if text is None and not mindalle.is_folder(place):
             raise ValueError(f"{path} does not hold its text tokenizer; give the one that it was trained with")
         text = mindalle.load_tokenizer(place) if text is None else text
+        transformer = load_transformer(place, device)
+        if isinstance(transformer, Rudalle):
+            text = lowercase(text)
+            if dvae is None:
+                raise ValueError(f"{path} is ruDALL-E's transformer alone; give its image tokenizer too, a VQGAN")
         dvae = load_image_tokenizer(place, device) if dvae is None else dvae
-        return DALLE(dvae, load_transformer(place, device), text, scorer)
+        return DALLE(dvae, transformer, text, scorer)
