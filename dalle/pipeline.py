@@ -300,5 +300,5 @@ class DALLE:
         """Pictures of whole rows of tokens (N, r * w), grey below them."""
         layout = self.transformer.layout
         drawn = self.dvae.decode(tokens.clone(), (tokens.shape[1] // layout.columns, layout.columns))
-        height = layout.rows * self.dvae.downsampling
-        return torch.nn.functional.pad(drawn, (0, 0, 0, height - drawn.shape[2]), value=0.5)
+        side = drawn.shape[3] // layout.columns  # of a token
+        return torch.nn.functional.pad(drawn, (0, 0, 0, layout.rows * side - drawn.shape[2]), value=0.5)

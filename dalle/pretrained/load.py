@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from dalle.pretrained import dalle_pytorch, dalle_pytorch_vae, mindalle, openai_clip, openai_dvae, rudalle, vqgan
+from dalle.pretrained import (
+    dalle_pytorch,
+    dalle_pytorch_vae,
+    mindalle,
+    openai_clip,
+    openai_dvae,
+    rudalle,
+    vqgan,
+    vqgan_wavelets,
+)
 from dalle.pretrained.archive import is_archive, unpacked
 from dalle.pretrained.family import Family, fill
 from dalle.pretrained.pickle_names import SavedTensor
@@ -18,7 +27,7 @@ from dalle.pretrained.saved_file import open_saved, weights_of
 
 FAMILIES = (
     dalle_pytorch.FAMILY, mindalle.FAMILY, rudalle.FAMILY, openai_dvae.FAMILY, openai_clip.OPENAI,
-    openai_clip.OPEN_CLIP, vqgan.TAMING, vqgan.GUMBEL, vqgan.LLAMAGEN, dalle_pytorch_vae.FAMILY,
+    openai_clip.OPEN_CLIP, vqgan_wavelets.FAMILY, vqgan.TAMING, vqgan.GUMBEL, vqgan.LLAMAGEN, dalle_pytorch_vae.FAMILY,
 )  # fmt: skip
 """In the order in which they are tried."""
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are known and cannot be held, or not yet, each with its reason."""
+"""Checkpoints that are known and cannot be held, each with its reason."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -31,11 +31,6 @@ BY_NAMES = {
 }  # fmt: skip
 """Reason -> patterns of names, each of which must be met."""
 
-NOT_YET = {
-    "the VQGAN of ruDALL-E with inverse wavelets": ("decoder.decoder.up.*.block.*.conv1.weight",),
-}
-"""Formats that could be held, and have no reader yet -> patterns of names."""
-
 
 def refuse_path(path: Path) -> None:
     """ValueError for a file or folder of Flax: only dalle-mini publishes those."""
@@ -49,11 +44,8 @@ def refuse_path(path: Path) -> None:
 
 
 def refuse_tensors(path: Path, names: Iterable[str]) -> None:
-    """ValueError for names of tensors by which a format is known that has no reader, or can have none."""
+    """ValueError for names of tensors by which a format is known that can have no reader."""
     names = list(names)
     for reason, patterns in BY_NAMES.items():
         if all(any(fnmatchcase(name, pattern) for name in names) for pattern in patterns):
             raise ValueError(f"{path} cannot be held here. It is of {reason}")
-    for program, patterns in NOT_YET.items():
-        if all(any(fnmatchcase(name, pattern) for name in names) for pattern in patterns):
-            raise ValueError(f"{path} is of {program}, for which there is no reader yet")
