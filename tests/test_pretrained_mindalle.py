@@ -21,6 +21,7 @@ from mindalle_reference import (
 )
 from vqgan_reference import CODES
 
+from dalle.nn.cache import bytes_of
 from dalle.pretrained.family import fit, without_values
 from dalle.pretrained.load import find, load_image_tokenizer, load_transformer
 from dalle.pretrained.mindalle import FAMILY, FILES, STAGE2, load_tokenizer
@@ -116,6 +117,11 @@ def test_candidates_differ_and_a_slot_may_be_a_tensor(folder: Path) -> None:
         states.append([model.step(IMAGE[:, 8 + i], slot, caches) for i, slot in enumerate(steps)])
     for one, other in zip(*states, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_the_memory_of_a_candidate_is_what_its_caches_hold(folder: Path) -> None:
+    model = load_transformer(folder)
+    assert model.row_bytes() == bytes_of(model.caches(1, 1))[1] > 0
 
 
 def test_16_bit_matrices_draw(folder: Path) -> None:
@@ -318,6 +324,12 @@ def member(name: str, content: bytes = b"x", kind: bytes = tarfile.REGTYPE, link
     return add
 
 
+def long_header(archive: tarfile.TarFile) -> None:
+    info = tarfile.TarInfo("1.3B/x")
+    info.pax_headers = {"comment": "x" * 2**23}
+    archive.addfile(info)
+
+
 HOSTILE: dict[str, tuple[Callable, str]] = {
     "an absolute path": (member("/tmp/evil"), "leads outside"),
     "a path upward": (member("1.3B/../../evil"), "leads outside"),
@@ -329,6 +341,7 @@ HOSTILE: dict[str, tuple[Callable, str]] = {
     "a file twice": (member("1.3B/config.yaml"), "two members"),
     "a file in two places": (member("other/config.yaml"), "twice"),
     "a bomb": (member("1.3B/zeros", bytes(2**23)), "a bomb"),
+    "a bomb in a header": (lambda archive: long_header(archive), "a bomb"),
     "a claim beyond any disk": (member("1.3B/zeros", size=2**50), "a bomb"),
 }
 
@@ -363,5 +376,5 @@ def test_archives_that_are_none(folder: Path, tmp_path: Path) -> None:
             load_whole(tmp_path / "broken.tar.gz")
     with tarfile.open(tmp_path / "other.tar.gz", "w:gz") as archive:
         member("readme.txt")(archive)
-    with pytest.raises(ValueError, match=r"an archive without config\.yaml; only minDALL-E's"):
+    with pytest.raises(ValueError, match=r"an archive without config\.yaml, so not minDALL-E's"):
         load_whole(tmp_path / "other.tar.gz")

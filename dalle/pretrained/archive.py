@@ -4,6 +4,7 @@ Names of its members are compared and never used as paths. An archive with a mem
 link or a device, with one name twice, or that swells like a bomb, is refused whole.
 """
 
+import gzip
 import shutil
 import tarfile
 import tempfile
@@ -18,6 +19,22 @@ from tqdm import tqdm
 SWELLS = 20  # times the archive, at most; weights hardly shrink
 SLACK = 2**20  # bytes that are none of a bomb, however small the archive
 BLOCK = 2**20
+BOMB = f"{{}} swells to more than {SWELLS} times its size: a bomb, no archive of weights"
+
+
+class _Bounded:
+    """The bytes of a stream, so many and no more: headers too can swell."""
+
+    def __init__(self, stream: IO[bytes], room: int, path: Path):
+        self.stream, self.room, self.path = stream, room, path
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; ValueError once there is no room."""
+        content = self.stream.read(size)
+        self.room -= len(content)
+        if self.room < 0:
+            raise ValueError(BOMB.format(self.path))
+        return content
 
 
 def is_archive(path: Path) -> bool:
@@ -43,27 +60,33 @@ def unpacked(path: Path, names: Collection[str]) -> Iterator[Path]:
         try:
             taken = _unpack(path, names, Path(folder))
         except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-            raise ValueError(f"{path} cannot be unpacked: {error or type(error).__name__}") from None
+            raise ValueError(
+                f"{path} cannot be unpacked: {error or type(error).__name__}. If it is no tar.gz of minDALL-E, unpack "
+                "it and give the file inside"
+            ) from None
         if missing := [name for name in names if name not in taken]:
-            raise ValueError(f"{path} is an archive without {missing[0]}; only minDALL-E's is known")
+            raise ValueError(
+                f"{path} is an archive without {missing[0]}, so not minDALL-E's; unpack it and give the file inside"
+            )
         yield Path(folder)
 
 
 def _unpack(path: Path, names: Collection[str], folder: Path) -> set[str]:
     """Reads the archive once, from end to end; the files that it took."""
-    room = SWELLS * path.stat().st_size + SLACK
+    size = path.stat().st_size
+    room = SWELLS * size + SLACK
     seen: set[str] = set()
     taken: set[str] = set()
     with (
         path.open("rb") as file,
-        tqdm.wrapattr(file, "read", total=path.stat().st_size, desc=f"unpacking {path.name}", disable=None) as bar,
-        tarfile.open(fileobj=bar, mode="r|gz") as archive,
+        tqdm.wrapattr(file, "read", total=size, desc=f"unpacking {path.name}", disable=None) as bar,
+        gzip.GzipFile(fileobj=bar) as swollen,
+        tarfile.open(fileobj=_Bounded(swollen, room, path), mode="r|") as archive,
     ):
         for member in archive:
             _check(path, member, seen)
-            room -= member.size
-            if room < 0:
-                raise ValueError(f"{path} swells to more than {SWELLS} times its size: a bomb, no archive of weights")
+            if member.size > room:  # also one with holes, whose bytes are not all there
+                raise ValueError(BOMB.format(path))
             if member.isfile() and (name := _wanted(member.name, names)):
                 if name in taken:
                     raise ValueError(f"{path} holds {name} twice; which one is meant cannot be told")

@@ -102,7 +102,10 @@ def fill(family: Family, tensors: Mapping[str, SavedTensor], source: Path | str)
     Raises:
         ValueError: tensors that are missing, unknown or of another shape.
     """
-    comparison = fit(family, tensors)
+    try:
+        comparison = fit(family, tensors)
+    except ValueError as error:
+        raise ValueError(f"{source}, of {family.name}, cannot be held here: {error}") from None
     comparison.check(source)
     with without_values():
         model = family.build(comparison.config)

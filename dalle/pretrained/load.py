@@ -78,7 +78,7 @@ def find(path: Path | str) -> Found:
         return Found(path, "two whole modules", openai_dvae.FAMILY, openai_dvae.gather(path))
     saved = open_saved(path)
     tensors = weights_of(saved.tree)
-    refuse_tensors(path, tensors)
+    refuse_tensors(path, tensors, saved.tree)
     found = _found(path, saved.container, saved.tree, tensors)
     return replace(found, tensors=openai_dvae.gather(path)) if found.family is openai_dvae.FAMILY else found
 

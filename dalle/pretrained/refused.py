@@ -3,12 +3,18 @@
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from dalle.files import read_json
 
 DALLE_MINI = (
     "dalle-mini (also Craiyon): an encoder that reads the whole caption and a decoder that attends to it, as in BART; "
     "the transformer here is one stream with one kind of attention, and cannot compute that"
+)
+
+GATHER = (
+    "the weights lie in pieces that DeepSpeed alone joins; run the zero_to_fp32.py that it left there, and save the "
+    "result as `weights` beside the hparams of auxiliary.pt"
 )
 
 BY_NAMES = {
@@ -41,11 +47,16 @@ def refuse_path(path: Path) -> None:
         flax = isinstance(settings, dict) and settings.get("model_type") == "dallebart"
     if flax:
         raise ValueError(f"{path} cannot be held here. It is of {DALLE_MINI}")
+    if path.is_dir() and any(path.glob("global_step*")):
+        raise ValueError(f"{path} is a folder of DeepSpeed: {GATHER}")
 
 
-def refuse_tensors(path: Path, names: Iterable[str]) -> None:
-    """ValueError for names of tensors by which a format is known that can have no reader."""
+def refuse_tensors(path: Path, names: Iterable[str], tree: Any = None) -> None:
+    """ValueError for names of tensors by which a format is known that can have no reader, and for a file, `tree`, of
+    DALLE-pytorch whose weights are elsewhere."""
     names = list(names)
+    if isinstance(tree, dict) and {"hparams", "vae_params"} <= tree.keys() and not names:
+        raise ValueError(f"{path} is the part of DALLE-pytorch's checkpoint beside DeepSpeed's folder: {GATHER}")
     for reason, patterns in BY_NAMES.items():
         if all(any(fnmatchcase(name, pattern) for name in names) for pattern in patterns):
             raise ValueError(f"{path} cannot be held here. It is of {reason}")
