@@ -76,7 +76,7 @@ class Fit:
 
 
 def fit(family: Family, tensors: Mapping[str, SavedTensor]) -> Fit:
-    """Compares a file with the model of its family, without reading a number.
+    """Compares a file with the model of its family, without reading a number of it (but ruDALL-E's masks).
 
     Raises:
         ValueError: sizes that the family's model cannot have.

@@ -78,7 +78,8 @@ class Attention(nn.Module):
         return self._bounded(self.out(rearrange(mixed, "(c h) n d -> (c n) (h d)", h=self.heads)))
 
     def _project(self, x: Tensor) -> Tensor:
-        return torch.cat([matrix(x) for matrix in self.qkv], dim=-1)
+        parts = [matrix(x) for matrix in self.qkv]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _bounded(self, x: Tensor) -> Tensor:
         return x if self.bound is None else x.clamp(-self.bound, self.bound)
@@ -187,12 +188,8 @@ class PlainTransformer(ForeignTransformer):
 
     def row_bytes(self) -> int:
         """Memory that drawing keeps of one candidate."""
-        return 2 * len(self.kinds) * self.layout.image_len * self.config.blocks.width * self.matrix_bytes
-
-    @property
-    def matrix_bytes(self) -> int:
-        """Of one number of the layers' matrices."""
-        return self.layers[0].attention.f.out.weight.itemsize
+        itemsize = self.layers[0].attention.f.out.weight.itemsize
+        return 2 * len(self.kinds) * self.layout.image_len * self.config.blocks.width * itemsize
 
 
 def fp32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

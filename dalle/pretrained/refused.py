@@ -39,7 +39,7 @@ BY_NAMES = {
 
 
 def refuse_path(path: Path) -> None:
-    """ValueError for a file or folder of Flax: only dalle-mini publishes those."""
+    """ValueError for a file or folder of Flax, for only dalle-mini publishes those, and for a folder of DeepSpeed."""
     flax = path.suffix == ".msgpack" or (path / "flax_model.msgpack").is_file()
     config = path / "config.json"
     if not flax and config.is_file():

@@ -1,7 +1,7 @@
 """What a checkpoint is, without loading it: whose, how large, for which vocabulary, what it lacks, its hash.
 
 Any file of weights may be asked about, trusted or not: nothing of it is run, and the numbers of its tensors are
-read only for the hash.
+read only for the hash, but for ruDALL-E's masks, which tell its version.
 """
 
 import hashlib
