@@ -119,7 +119,8 @@ class Progress:
 def partial_pictures(dvae: ImageTokenizer, layout: TokenLayout, tokens: Tensor) -> list[Image.Image]:
     """Pictures of whole rows of tokens (N, r * w), grey below them."""
     drawn = dvae.decode(tokens.clone(), (tokens.shape[1] // layout.columns, layout.columns))
-    below = layout.rows * dvae.downsampling - drawn.shape[2]
+    side = drawn.shape[3] // layout.columns  # of a token
+    below = layout.rows * side - drawn.shape[2]
     return to_pil(torch.nn.functional.pad(drawn, (0, 0, 0, below), value=0.5))
 
 

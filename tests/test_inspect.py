@@ -178,17 +178,3 @@ def test_dalle_mini_is_refused_with_the_reason(tmp_path: Path, script) -> None:
         assert "encoder" in done.err
     torch.save({f"layers.0.glu.fc0.{w}": torch.zeros(1) for w in ("weight", "bias")}, tmp_path / "encoder_mini.pt")
     assert "min-dalle" in script(tmp_path / "encoder_mini.pt").err
-
-
-NO_READER = {
-    "ruDALL-E": ["text_embeddings.weight", "transformer.layers.0.attention.query_key_value.weight"],
-    "minDALL-E": ["tok_emb_txt.weight", "tok_emb_img.weight"],
-    "inverse wavelets": ["decoder.decoder.up.0.block.0.conv1.weight", "quantize.embed.weight"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("program", NO_READER)
-def test_a_format_without_a_reader_yet_is_called_by_its_name(tmp_path: Path, program: str) -> None:
-    torch.save({"weights": {name: torch.zeros(1) for name in NO_READER[program]}}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=f"{program}.* no reader yet"):
-        inspect_checkpoint(InspectRun(tmp_path / "x.pt"))

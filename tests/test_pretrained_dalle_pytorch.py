@@ -1,5 +1,6 @@
 """dalle.pt of DALLE-pytorch 1.6.6: files of its layout, against the package written out, and that against it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +193,26 @@ def test_inspection(tmp_path: Path) -> None:
     assert set(report["ignored"]) == {name for name in weights if name.startswith("vae.")}
 
 
+def before_scales(file: dict[str, Any]) -> None:
+    """As versions 0.x wrote it: nothing told of the version, and no LayerScale around a path."""
+    for name in ("version", "vae_class_name", "opt_state", "scheduler_state"):
+        del file[name]
+    kept = {name: t for name, t in file["weights"].items() if not name.endswith("scale")}
+    file["weights"] = {re.sub(r"(layers\.\d+\.[01]\.)fn\.", r"\1", name): tensor for name, tensor in kept.items()}
+
+
+def test_a_folder_of_deepspeed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "dalle-ds-cp/global_step100").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"a folder of DeepSpeed: .*zero_to_fp32"):
+        inspect_checkpoint(InspectRun(tmp_path / "dalle-ds-cp"))
+
+
 REFUSED = {
     "another version": (lambda file: file.update(version="1.4.2"), r"version 1\.4\.2"),
-    "no version": (lambda file: file.pop("version"), r"before 1\.0"),
+    "a version of 2021": (lambda file: file.update(version="0.14.3"), r"of DALLE-pytorch, .* version 0\.14\.3"),
+    "no version": (lambda file: file.pop("version"), r"of DALLE-pytorch, cannot be held here: .*before 1\.0"),
+    "no version and no scales": (lambda file: before_scales(file), r"of DALLE-pytorch, .*before 1\.0"),
+    "no weights": (lambda file: file.pop("weights"), "beside DeepSpeed's folder"),
     "no hyper-parameters": (lambda file: file.pop("hparams"), "no hparams"),
     "DeepSpeed's layers": (lambda file: file["hparams"].update(attn_types=("sparse",)), "kind 'sparse'"),
     "another depth": (lambda file: file["hparams"].update(depth=9), "tells 9 layers"),

@@ -128,6 +128,25 @@ HELD = {
         for behavior in ("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous")
         for invert in (False, True)
     },
+    **{
+        f"BERT {name}": (
+            {
+                "type": "BertNormalizer",
+                "clean_text": clean,
+                "handle_chinese_chars": chinese,
+                "strip_accents": accents,
+                "lowercase": lower,
+            },
+            {"type": "BertPreTokenizer"},
+            {**UNKNOWN, "end_of_word_suffix": "</w>"},
+        )
+        for name, clean, chinese, accents, lower in (
+            ("by default", True, True, None, True),
+            ("cased", True, True, None, False),
+            ("without accents", False, True, True, False),
+            ("untouched", False, False, False, False),
+        )
+    },
     "split at a string": (None, split({"String": "."}, "MergedWithNext"), UNKNOWN),
 }
 
@@ -154,12 +173,18 @@ def train_huggingface(normalize, pre_tokenizer, model):
     return tokenizers.Tokenizer.from_str(json.dumps(data)), data
 
 
+def settled(letter):
+    """Whether it was there before the tables of BERT's parts were made, and was not counted otherwise since."""
+    return unicodedata.ucd_3_2_0.category(letter) != "Cn" and letter not in "\u166d\u1734\u1885\u1886"
+
+
 @pytest.mark.parametrize("name", HELD)
 def test_ids_are_those_of_the_library(name):
     theirs, data = train_huggingface(*HELD[name])
     ours = HuggingFaceTokenizer(data)
     assert ours.vocab_size == theirs.get_vocab_size()
-    texts = [*CAPTIONS, *random_strings(), *LETTERS, "", " ", "\n"]
+    letters = [text for text in LETTERS if not name.startswith("BERT") or settled(text[1])]
+    texts = [*CAPTIONS, *random_strings(), *letters, "", " ", "\n"]
     for text, expected in zip(texts, theirs.encode_batch(texts, add_special_tokens=False), strict=True):
         assert ours.encode(text) == expected.ids, ascii(text)
 
@@ -221,9 +246,9 @@ def test_special_tokens_are_read_back_as_nothing():
         ({"model": {**BPE, "continuing_subword_prefix": "##"}}, "continuing_subword_prefix to '##'"),
         ({"model": {**BPE, "dropout": 0.1}}, "dropout to 0.1"),
         ({"model": {**BPE, "merges": ["a c"]}}, "merge 0 of tokenizer.json, 'a c', needs 'c'"),
-        ({"normalizer": {"type": "BertNormalizer"}}, "the normalizer 'BertNormalizer'"),
+        ({"normalizer": {"type": "Precompiled"}}, "the normalizer 'Precompiled'"),
         ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "StripAccents"}]}}, "normalizer 'StripAccents'"),
-        ({"pre_tokenizer": {"type": "BertPreTokenizer"}}, "the pre-tokenizer 'BertPreTokenizer'"),
+        ({"pre_tokenizer": {"type": "UnicodeScripts"}}, "the pre-tokenizer 'UnicodeScripts'"),
         ({"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "often"}}, "the prepend scheme 'often'"),
         ({"pre_tokenizer": split({"Regex": "("})}, r"the pattern '\(' .* cannot be held"),
         ({"pre_tokenizer": split({"Glob": "*"})}, "the pattern .*Glob.* not held"),

@@ -7,11 +7,16 @@ import torch
 import torch.nn.functional as F
 from vqgan_reference import CODES, LATENT, WIDTHS, make_state, names_of_llamagen, names_of_taming, picture, vectors
 
+from vqgan_reference import decoded as bands_of  # isort: skip
+
+from dalle.evals.dvae import run as evaluate_dvae
 from dalle.models import weights_hash
 from dalle.pretrained.family import fit, without_values
 from dalle.pretrained.load import find, load_image_tokenizer
 from dalle.pretrained.pickle_names import SavedTensor
 from dalle.pretrained.vqgan import GUMBEL, TAMING
+from dalle.pretrained.vqgan_wavelets import FAMILY as FAMILY_OF_WAVELETS
+from dalle.pretrained.vqgan_wavelets import InverseWavelets
 from dalle.stages.encode import take_image_tokenizer
 from dalle.types import ImageTokenizer
 from dalle.vqgan import VQGAN, VQGANConfig
@@ -55,6 +60,83 @@ def test_gumbel_of_taming_and_rudalle(tmp_path: Path) -> None:
     assert torch.equal(model.encode(PIXELS), tokens.flatten(1))
     expected = picture(state["quantize.embed.weight"][tokens].movedim(-1, 1), state, names_of_taming)
     torch.testing.assert_close(model.decode(tokens.flatten(1), (4, 6)), expected, atol=1e-4, rtol=1e-4)
+
+
+HALF = 0.5**0.5
+FILTERS = {"g0_col": [HALF, HALF], "g1_col": [HALF, -HALF], "g0_row": [HALF, HALF], "g1_row": [HALF, -HALF]}
+
+
+def with_wavelets(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """A Gumbel file's tensors as ruDALL-E's other file has them: the decoder one level deeper, with 12 channels."""
+    draws, wide = torch.Generator().manual_seed(2), {}
+    for name, tensor in state.items():
+        inside = name.startswith(("decoder.", "post_quant_conv."))
+        wide[f"{prefix}{'decoder.' * inside}{name}"] = tensor
+    wide[f"{prefix}decoder.decoder.conv_out.weight"] = torch.randn(12, WIDTHS[0], 3, 3, generator=draws) / 60
+    wide[f"{prefix}decoder.decoder.conv_out.bias"] = torch.randn(12, generator=draws) / 60
+    for name, numbers in FILTERS.items():
+        wide[f"{prefix}decoder.idwt.{name}"] = torch.tensor(numbers).view(
+            (1, 1, 2, 1) if "col" in name else (1, 1, 1, 2)
+        )
+    unused = {"weight": torch.zeros(LATENT, LATENT, 1, 1), "bias": torch.zeros(LATENT)}
+    return wide | {f"{prefix}post_quant_conv.{name}": tensor for name, tensor in unused.items()}
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_rudalle_with_wavelets(tmp_path: Path, prefix: str) -> None:
+    state = make_state(names_of_taming, gumbel=True)
+    wide = with_wavelets(state, prefix)
+    torch.save({"state_dict": wide}, tmp_path / "dwt.ckpt")
+    model = load_image_tokenizer(tmp_path / "dwt.ckpt")
+    assert isinstance(model, ImageTokenizer)
+    logits = F.conv2d(
+        vectors(PIXELS, state, names_of_taming), state["quantize.proj.weight"], state["quantize.proj.bias"]
+    )
+    tokens = logits.argmax(1)
+    assert torch.equal(model.encode(PIXELS), tokens.flatten(1))
+    inner = {n.removeprefix(f"{prefix}decoder."): t for n, t in wide.items() if n.startswith(f"{prefix}decoder.")}
+    bands = bands_of(state["quantize.embed.weight"][tokens].movedim(-1, 1), inner, names_of_taming)
+    expected = torch.empty(2, 3, 32, 48)
+    for colour in range(3):
+        low = bands[:, colour]
+        down, across, both = (bands[:, 3 + 3 * colour + band] for band in range(3))
+        expected[:, colour, 0::2, 0::2] = (low + down + across + both) / 2
+        expected[:, colour, 1::2, 0::2] = (low - down + across - both) / 2
+        expected[:, colour, 0::2, 1::2] = (low + down - across - both) / 2
+        expected[:, colour, 1::2, 1::2] = (low - down - across + both) / 2
+    found = model.decode(tokens.flatten(1), (4, 6))
+    torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=1e-4)
+    assert 0 < found.min() < found.max() < 1
+    assert "drawn at 8 x 8" in FAMILY_OF_WAVELETS.vocabulary(model.config)
+    with pytest.raises(ValueError, match="pictures of 16 x 24 come out at 32 x 48"):
+        evaluate_dvae(model, [PIXELS])
+
+
+def test_the_wavelets_are_those_of_pywavelets() -> None:
+    pywt = pytest.importorskip("pywt", reason="PyWavelets is not installed")
+    bands = torch.randn(1, 12, 4, 6, generator=torch.Generator().manual_seed(3))
+    wavelets = InverseWavelets()
+    wavelets.load_state_dict(
+        {n: torch.tensor(numbers).view(getattr(wavelets, n).shape) for n, numbers in FILTERS.items()}
+    )
+    low, high = bands[0, :3].numpy(), bands[0, 3:].unflatten(0, (3, 3)).numpy()
+    expected = [pywt.idwt2((low[i], tuple(high[i])), "db1") for i in range(3)]
+    torch.testing.assert_close(wavelets(bands)[0], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("change", ["a filter is missing", "a channel is missing", "an unknown tensor"])
+def test_wavelets_that_are_not_all_there_are_refused(tmp_path: Path, change: str) -> None:
+    wide = with_wavelets(make_state(names_of_taming, gumbel=True), "model.")
+    match change:
+        case "a filter is missing":
+            del wide["model.decoder.idwt.g1_row"]
+        case "a channel is missing":
+            wide["model.decoder.decoder.conv_out.bias"] = torch.zeros(3)
+        case _:
+            wide["model.decoder.idwt.g2_row"] = torch.zeros(1)
+    torch.save({"state_dict": wide}, tmp_path / "dwt.ckpt")
+    with pytest.raises(ValueError, match=r"wavelets\.g1_row|another shape.*conv_out|beside the model.*g2_row"):
+        load_image_tokenizer(tmp_path / "dwt.ckpt")
 
 
 @pytest.mark.parametrize("key", ["model", "ema", "state_dict"])
@@ -159,10 +241,6 @@ class TestRefusals:
         state["encoder.down.0.block.0.conv1.weight"] = torch.zeros(24, 24, 3, 3)
         with pytest.raises(ValueError, match="multiples of 32"):
             self.load(tmp_path, state)
-
-    def test_wavelets(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="wavelets"):
-            self.load(tmp_path, {"decoder.decoder.up.0.block.0.conv1.weight": torch.zeros(1)})
 
 
 def test_doors_check_what_comes_in() -> None:

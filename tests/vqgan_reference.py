@@ -145,5 +145,9 @@ def vectors(pixels: Tensor, state: State, names) -> Tensor:
 
 def picture(codes: Tensor, state: State, names) -> Tensor:
     """Code vectors (B, D, h, w) -> pixels in [0, 1]."""
-    out = _half(_conv(codes, state, "post_quant_conv"), state, "decoder", names)
-    return (out / 2 + 0.5).clamp(0, 1)
+    return (decoded(codes, state, names) / 2 + 0.5).clamp(0, 1)
+
+
+def decoded(codes: Tensor, state: State, names) -> Tensor:
+    """Code vectors (B, D, h, w) -> what the decoder gives."""
+    return _half(_conv(codes, state, "post_quant_conv"), state, "decoder", names)

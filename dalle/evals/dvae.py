@@ -39,6 +39,9 @@ def run(
         times += torch.bincount(tokens.flatten().cpu(), minlength=model.vocab_size)
         grid = tuple(side // model.downsampling for side in pixels.shape[2:])
         through = model.decode(tokens, grid)
+        if through.shape != pixels.shape:
+            was, came = (" x ".join(map(str, some.shape[2:])) for some in (pixels, through))
+            raise ValueError(f"pictures of {was} come out at {came}: there is nothing to compare pixel by pixel")
         error = (through - pixels).abs().mean((1, 2, 3))
         means.add({"psnr": psnr(pixels, through), "ssim": ssim(pixels, through), "absolute_error": error})
         if lpips is not None:

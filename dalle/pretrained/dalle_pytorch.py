@@ -7,17 +7,19 @@ Its text tokenizers are not in the file: CLIP's byte-pair encoding unless anothe
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
 from dalle.pretrained.dalle_pytorch_model import DallePytorch
 from dalle.pretrained.dalle_pytorch_stream import DallePytorchConfig
 from dalle.pretrained.dalle_pytorch_vae import LICENCE
 from dalle.pretrained.family import Family, Shapes
+from dalle.pretrained.pickle_names import SavedTensor
 
 VERSION = "1.6."
 INSIDE = "vae."
@@ -98,7 +100,7 @@ def _number(hparams: Mapping[str, Any], name: str, default: int | None = None) -
     return value
 
 
-def _settle(family: Family, tree: Any, names: Iterable[str]) -> Family:
+def _settle(family: Family, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]) -> Family:
     return replace(family, configure=partial(configure, tree=tree))
 
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from dalle.nn.blocks import FP32LayerNorm
 from dalle.nn.cache import LayerCache, scaled
 from dalle.pretrained.dalle_pytorch_stream import DallePytorchConfig, Memory, image_sees, rotate, shifted
-from dalle.pretrained.foreign import ForeignPlaces, stream_mask
-from dalle.types import check_tokens
+from dalle.pretrained.foreign import ForeignPlaces, ForeignTransformer, stream_mask
 
 Trunks = tuple[Tensor, Tensor]
 
@@ -118,12 +117,11 @@ class Layer(nn.Module):
         return (first, second + added) if self.reversible else (first + added,) * 2
 
 
-class DallePytorch(nn.Module):
-    """Joint ids -> logits, and what drawing asks of a transformer (see `dalle.transformer.Transformer`)."""
+class DallePytorch(ForeignTransformer):
+    """The package's DALLE, without the image tokenizer in it."""
 
     def __init__(self, config: DallePytorchConfig):
-        super().__init__()
-        self.config, self.layout = config, config.layout
+        super().__init__(config)
         layout, width = self.layout, config.width
         if not config.shared:
             self.text_embedding = nn.Embedding(layout.image_offset, width)
@@ -140,23 +138,6 @@ class DallePytorch(nn.Module):
         self.to_logits = nn.Linear(width, layout.vocab)
         with torch.device("cpu"):  # no part of a file, so they must have values when the rest is made without
             self.sees = {kind: image_sees(kind, layout.rows) for kind in sorted(set(config.kinds))}
-        self.patterns: dict[str, Tensor] = {}
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits of every position: joint ids (B, n) -> fp32 (B, n, V); the other modality has -inf."""
-        hidden = self.hidden(ids)
-        text, image = hidden[:, : self.layout.text_len], hidden[:, self.layout.text_len :]
-        logits = hidden.new_full((*hidden.shape[:2], self.layout.vocab), -torch.inf)
-        logits[:, : text.shape[1], : self.layout.image_offset] = self.text_logits(text)
-        logits[:, text.shape[1] :, self.layout.image_offset :] = self.image_logits(image)
-        return logits
-
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Joint ids (B, n) -> final states (B, n, D); state p reads ids before p."""
-        text, image = self.layout.unpack(ids)
-        check_tokens(text, self.layout.image_offset, "text ids")
-        check_tokens(image, self.layout.image_vocab, "image ids less their offset")
-        return self.read(self.layout.shift(ids)[:, : ids.shape[1]])
 
     def read(self, inputs: Tensor, caches: list[Memory] | None = None) -> Tensor:
         """Input ids (B, n) of the first n slots -> final states (B, n, D); `caches` take what `step` needs."""

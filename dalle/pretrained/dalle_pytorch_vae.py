@@ -7,9 +7,10 @@ normalised pixels back, which the package itself shows as they are, and which ar
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.pretrained.family import Family, Shapes
+from dalle.pretrained.pickle_names import SavedTensor
 from dalle.types import check_pixels, check_tokens, grid_of
 
 LICENCE = "MIT, of github.com/lucidrains/DALLE-pytorch; weights are of whoever trained them"
@@ -138,7 +140,7 @@ def _up(n_in: int, n_out: int) -> nn.Sequential:
     return nn.Sequential(nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1), nn.ReLU())
 
 
-def _settle(family: Family, tree: Any, names: Iterable[str]) -> Family:
+def _settle(family: Family, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]) -> Family:
     hparams = tree.get("hparams") if isinstance(tree, dict) else None
     return replace(family, configure=partial(configure, hparams=hparams if isinstance(hparams, dict) else None))
 

@@ -44,8 +44,8 @@ class Family:
     """The file's name of a tensor -> the model's."""
     ignored: tuple[str, ...] = ()
     """Patterns of names, of the file, that a model has no use for: losses of training, masks made anew."""
-    settle: Callable[["Family", Any, Iterable[str]], "Family"] | None = None
-    """Itself, all that lies in a file, the names of its tensors -> itself with what no single name or shape tells."""
+    settle: Callable[["Family", Path, Any, Mapping[str, SavedTensor]], "Family"] | None = None
+    """Itself, the file, all that lies in it, its tensors -> itself with what no single name or shape tells."""
 
     def recognises(self, names: Iterable[str]) -> bool:
         """Whether a file with tensors of these names is of this family."""
@@ -76,7 +76,7 @@ class Fit:
 
 
 def fit(family: Family, tensors: Mapping[str, SavedTensor]) -> Fit:
-    """Compares a file with the model of its family, without reading a number.
+    """Compares a file with the model of its family, without reading a number of it (but ruDALL-E's masks).
 
     Raises:
         ValueError: sizes that the family's model cannot have.
@@ -102,7 +102,10 @@ def fill(family: Family, tensors: Mapping[str, SavedTensor], source: Path | str)
     Raises:
         ValueError: tensors that are missing, unknown or of another shape.
     """
-    comparison = fit(family, tensors)
+    try:
+        comparison = fit(family, tensors)
+    except ValueError as error:
+        raise ValueError(f"{source}, of {family.name}, cannot be held here: {error}") from None
     comparison.check(source)
     with without_values():
         model = family.build(comparison.config)

@@ -1,6 +1,7 @@
 """The one door to checkpoints of other programs: whose file is it, and the model in it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from dalle.pretrained import dalle_pytorch, dalle_pytorch_vae, openai_clip, openai_dvae, vqgan
+from dalle.pretrained import (
+    dalle_pytorch,
+    dalle_pytorch_vae,
+    mindalle,
+    openai_clip,
+    openai_dvae,
+    rudalle,
+    vqgan,
+    vqgan_wavelets,
+)
+from dalle.pretrained.archive import is_archive, unpacked
 from dalle.pretrained.family import Family, fill
 from dalle.pretrained.pickle_names import SavedTensor
 from dalle.pretrained.refused import refuse_path, refuse_tensors
 from dalle.pretrained.saved_file import open_saved, weights_of
 
 FAMILIES = (
-    dalle_pytorch.FAMILY, openai_dvae.FAMILY, openai_clip.OPENAI, openai_clip.OPEN_CLIP, vqgan.TAMING, vqgan.GUMBEL,
-    vqgan.LLAMAGEN, dalle_pytorch_vae.FAMILY,
+    dalle_pytorch.FAMILY, mindalle.FAMILY, rudalle.FAMILY, openai_dvae.FAMILY, openai_clip.OPENAI,
+    openai_clip.OPEN_CLIP, vqgan_wavelets.FAMILY, vqgan.TAMING, vqgan.GUMBEL, vqgan.LLAMAGEN, dalle_pytorch_vae.FAMILY,
 )  # fmt: skip
 """In the order in which they are tried."""
 
@@ -35,23 +46,39 @@ class Found:
 
 
 def is_published(path: Path) -> bool:
-    """Whether a path is a file, or the folder of OpenAI's two: none of this library's own runs or model directories."""
-    return path.is_file() or any((path / f"{part}.pkl").is_file() for part in openai_dvae.PARTS)
+    """Whether a path is a file, OpenAI's folder of two or minDALL-E's: none of this library's runs or directories."""
+    return path.is_file() or mindalle.is_folder(path) or any((path / f"{p}.pkl").is_file() for p in openai_dvae.PARTS)
+
+
+@contextmanager
+def at_hand(path: Path | str) -> Iterator[Path]:
+    """The path itself, or a folder to which minDALL-E's archive is unpacked, removed afterwards.
+
+    Raises:
+        ValueError: an archive of something else, or one that is damaged or hostile.
+    """
+    if is_archive(Path(path)):
+        with unpacked(Path(path), mindalle.FILES) as folder:
+            yield folder
+    else:
+        yield Path(path)
 
 
 def find(path: Path | str) -> Found:
-    """Whose checkpoint it is.
+    """Whose checkpoint it is; of minDALL-E's folder the transformer.
 
     Raises:
         ValueError: a file that cannot be read, that would run code, or that is known and cannot be held.
     """
     path = Path(path)
     refuse_path(path)
+    if mindalle.is_folder(path):
+        path = path / mindalle.STAGE2
     if path.is_dir():
         return Found(path, "two whole modules", openai_dvae.FAMILY, openai_dvae.gather(path))
     saved = open_saved(path)
     tensors = weights_of(saved.tree)
-    refuse_tensors(path, tensors)
+    refuse_tensors(path, tensors, saved.tree)
     found = _found(path, saved.container, saved.tree, tensors)
     return replace(found, tensors=openai_dvae.gather(path)) if found.family is openai_dvae.FAMILY else found
 
@@ -59,7 +86,7 @@ def find(path: Path | str) -> Found:
 def _found(path: Path, container: str, tree: Any, tensors: Mapping[str, SavedTensor]) -> Found:
     family = next((family for family in FAMILIES if family.recognises(tensors)), None)
     if family and family.settle:
-        family = family.settle(family, tree, tensors)
+        family = family.settle(family, path, tree, tensors)
     return Found(path, container, family, tensors, tree)
 
 
@@ -78,12 +105,14 @@ def _inside(found: Found) -> Found:
 def load_image_tokenizer(path: Path | str, device: str | torch.device = "cpu") -> nn.Module:
     """An `ImageTokenizer` from a published file, or from a folder of OpenAI's encoder.pkl and decoder.pkl.
 
-    Of DALLE-pytorch's dalle.pt it is the one that lies in it.
+    Of DALLE-pytorch's dalle.pt and of minDALL-E's folder or archive it is the one that lies in it.
 
     Raises:
         ValueError: no image tokenizer that is known, or one whose tensors are not all there.
     """
-    return _load(_inside(find(path)), "image tokenizer").to(device)
+    with at_hand(path) as place:
+        inner = place / mindalle.STAGE1 if mindalle.is_folder(place) else place
+        return _load(_inside(find(inner)), "image tokenizer").to(device)
 
 
 def load_transformer(path: Path | str, device: str | torch.device = "cpu") -> nn.Module:
@@ -92,7 +121,8 @@ def load_transformer(path: Path | str, device: str | torch.device = "cpu") -> nn
     Raises:
         ValueError: no transformer that is known, or one whose tensors are not all there.
     """
-    return _load(find(path), "transformer").to(device)
+    with at_hand(path) as place:
+        return _load(find(place), "transformer").to(device)
 
 
 def _load(found: Found, kind: str) -> nn.Module:

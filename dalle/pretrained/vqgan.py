@@ -7,12 +7,14 @@ names cannot be told apart: LlamaGen's unit vectors are known by its names alone
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dalle.pretrained.family import Family, Shapes
+from dalle.pretrained.pickle_names import SavedTensor
 from dalle.vqgan import VQGAN, VQGANConfig
 
 
@@ -72,8 +74,8 @@ def _of_llamagen(name: str, levels: int) -> str:
     return f"{half}.{rest}"
 
 
-def _settle_llamagen(family: Family, tree: Any, names: Iterable[str]) -> Family:
-    levels = _count(names, r"decoder\.conv_blocks\.(\d+)\.res\.0\.conv1\.weight")
+def _settle_llamagen(family: Family, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]) -> Family:
+    levels = _count(tensors, r"decoder\.conv_blocks\.(\d+)\.res\.0\.conv1\.weight")
     return replace(family, rename=partial(_of_llamagen, levels=levels))
 
 

@@ -1,7 +1,7 @@
 """What a checkpoint is, without loading it: whose, how large, for which vocabulary, what it lacks, its hash.
 
 Any file of weights may be asked about, trusted or not: nothing of it is run, and the numbers of its tensors are
-read only for the hash.
+read only for the hash, but for ruDALL-E's masks, which tell its version.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from dalle.files import read_json, write_json
 from dalle.migrations import check_meta, read_config
 from dalle.models import KINDS
 from dalle.pretrained.family import Fit, fit, without_values
-from dalle.pretrained.load import Found, find, is_published
+from dalle.pretrained.load import Found, at_hand, find, is_published
 from dalle.pretrained.openai_dvae import PARTS
 from dalle.pretrained.refused import refuse_path
 from dalle.pretrained.saved_file import open_saved
@@ -58,7 +58,8 @@ def inspect_checkpoint(run: InspectRun) -> dict[str, Any]:
 
 def _describe(path: Path) -> dict[str, Any]:
     if is_published(path):
-        return _published(find(path))
+        with at_hand(path) as place:
+            return _published(find(place))
     if (path / "config.json").is_file() and "parts" in read_json(path / "config.json"):
         return _model_directory(path)
     if folder := latest_checkpoint(path) or (path if (path / "meta.json").is_file() else None):

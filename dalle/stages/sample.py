@@ -11,8 +11,9 @@ from dalle.files import make_directory, write_json
 from dalle.generation import Generation, best_of_shares
 from dalle.models import Part, weights_hash
 from dalle.pipeline import DALLE
+from dalle.pretrained.load import is_published
 from dalle.pretrained.openai_clip import load_scorer
-from dalle.pretrained.whole import load_whole
+from dalle.pretrained.whole import holds_text, load_whole
 from dalle.stages.captions import words
 from dalle.stages.processes import Processes, processes
 from dalle.stages.runs import ROOT, newest, take_part, take_text
@@ -32,7 +33,7 @@ class SampleRun:
     model: Path | None = None
     """Model directory, or owner/name of one on the Hub; without it the parts below are joined. Or the file of another
     program's transformer, such as DALLE-pytorch's dalle.pt: then --tokenizer is needed, and --clip (a file) to rank;
-    --dvae if none is in the file."""
+    --dvae if none is in the file. Or minDALL-E's folder or 1.3B.tar.gz, which hold all but --clip."""
     tokenizer: Path | None = None
     """Text tokenizer, to be sure that it is the one the transformer was trained with."""
     dvae: Path | None = None
@@ -94,7 +95,7 @@ class SampleRun:
         if self.prompts and not self.out:
             raise ValueError("--prompts needs --out, where the run is found again if it stops")
         parts = [name for name in ("dvae", "transformer", "clip", "tokenizer") if getattr(self, name)]
-        if self.foreign and not self.tokenizer:
+        if self.foreign and not self.tokenizer and not holds_text(self.model):
             raise ValueError(f"{self.model} does not hold its text tokenizer; give --tokenizer, and --clip to rank")
         if self.foreign and self.transformer:
             raise ValueError("--model is a transformer; leave out --transformer, or --model")
@@ -106,8 +107,8 @@ class SampleRun:
 
     @property
     def foreign(self) -> bool:
-        """Whether --model is another program's file."""
-        return self.model is not None and self.model.is_file()
+        """Whether --model is another program's file or folder."""
+        return self.model is not None and is_published(self.model)
 
     @property
     def drawing(self) -> dict[str, Any]:
@@ -204,7 +205,8 @@ def _open_foreign(run: SampleRun, device: torch.device) -> DALLE:
     if run.clip and scorer is None:
         raise ValueError(f"{run.clip} is a run of this library, whose CLIP reads another text; give a file of OpenAI's")
     dvae = take_part("dvae", run.dvae, device).model if run.dvae else None
-    return load_whole(run.model, take_text(run.tokenizer), dvae, scorer, device)
+    text = take_text(run.tokenizer) if run.tokenizer else None
+    return load_whole(run.model, text, dvae, scorer, device)
 
 
 def _published_clip(run: SampleRun, device: torch.device) -> Scorer | None:

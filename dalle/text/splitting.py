@@ -15,6 +15,7 @@ Split = Callable[[list[str]], list[str]]
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 MARK = "\u2581"
+PUNCTUATION = r"[\p{P}$+<=>^`|~]"
 
 
 def compile_pattern(pattern: str) -> Any:
@@ -64,8 +65,33 @@ def normalizer(data: dict[str, Any] | None) -> Normalize:
             return lambda text: found.sub(lambda _: content, text)
         case {"type": "Prepend", "prepend": start}:
             return lambda text: start + text if text else text
+        case {"type": "BertNormalizer", "clean_text": clean, "handle_chinese_chars": chinese, "lowercase": lower}:
+            accents = data.get("strip_accents")
+            return _bert(clean, chinese, lower if accents is None else accents, lower)
         case _:
             _refuse("normalizer", data)
+
+
+CONTROL = r"(?![\t\n\r])[\p{Cc}\p{Cf}\p{Co}]|\uFFFD"  # the original has the letters of Unicode 8
+CHINESE = "[\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
+CHINESE += "\U0002b920-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f]"  # U+2B820 to 2B91F are left out there too
+
+
+def _bert(clean: bool, chinese: bool, strip_accents: bool, lower: bool) -> Normalize:
+    """Without control letters, any white space a space, spaces around Chinese letters, no accents, lowercase."""
+    steps: list[Normalize] = []
+    if clean:
+        control, space = compile_pattern(CONTROL), compile_pattern(r"\s")
+        steps.append(lambda text: space.sub(" ", control.sub("", text)))
+    if chinese:
+        letters = compile_pattern(CHINESE)
+        steps.append(lambda text: letters.sub(lambda found: f" {found[0]} ", text))
+    if strip_accents:
+        marks = compile_pattern(r"\p{Mn}")
+        steps.append(lambda text: marks.sub("", unicodedata.normalize("NFD", text)))
+    if lower:
+        steps.append(normalizer({"type": "Lowercase"}))
+    return _in_turn(steps)
 
 
 def _in_turn(functions: list[Callable]) -> Callable:
@@ -96,7 +122,9 @@ def splitter(data: dict[str, Any] | None) -> Split:
         case {"type": "Digits"}:
             return _by_pattern(r"\p{N}" if data.get("individual_digits") else r"\p{N}+", "Isolated")
         case {"type": "Punctuation"}:
-            return _by_pattern(r"[\p{P}$+<=>^`|~]", data.get("behavior", "Isolated"))
+            return _by_pattern(PUNCTUATION, data.get("behavior", "Isolated"))
+        case {"type": "BertPreTokenizer"}:
+            return _in_turn([_each(_finder(r"\S+")), _by_pattern(PUNCTUATION, "Isolated")])
         case {"type": "Split", "pattern": pattern, "behavior": behavior}:
             found, invert = _pattern(pattern), data.get("invert", False)
             return _each(lambda text: _split(text, found, behavior, invert))

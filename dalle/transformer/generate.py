@@ -35,7 +35,7 @@ def in_format(model: Transformer, dtype: torch.dtype) -> Transformer:
 
 def own_format(model: Transformer) -> torch.autocast:
     """The context in which a model from `in_format` reads whole streams."""
-    weight = model.layers[0].attention.f.qkv.weight
+    weight = next(module.weight for module in model.layers.modules() if isinstance(module, nn.Linear))
     return torch.autocast(weight.device.type, dtype=weight.dtype, enabled=weight.dtype != torch.float32)
 
 

@@ -257,4 +257,8 @@ class VQGAN(nn.Module):
         check_tokens(tokens, self.vocab_size, "image_tokens")
         h, w = grid_of(tokens, grid)
         z = F.embedding(tokens, self.quantize.vectors()).movedim(2, 1).unflatten(2, (h, w))  # (B, D, h, w)
-        return ((self.decoder(self.post_quant_conv(z)).float() + 1) / 2).clamp(0, 1)
+        return ((self.picture(z).float() + 1) / 2).clamp(0, 1)
+
+    def picture(self, z: Tensor) -> Tensor:
+        """Code vectors (B, D, h, w) -> pixels about [-1, 1] (B, 3, H, W)."""
+        return self.decoder(self.post_quant_conv(z))
