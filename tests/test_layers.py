@@ -17,8 +17,8 @@ LAYERS = [
     {"files", "rng", "layout", "masks", "sampling", "images", "migrations"},
     {"nn"},
     {"text", "dvae", "vqgan", "transformer", "clip", "data", "train"},
-    {"objectives", "rerank", "models", "pretrained", "evals", "generation", "drawing", "directory", "pipeline"}
-    | {"plan", "finetune", "look", "hub", "card"},
+    {"objectives", "rerank", "models", "pretrained", "evals", "generation", "drawing", "directory"}
+    | {"joined", "pipeline", "plan", "finetune", "look", "hub", "card"},
     {"stages"},
     {"cli", "__main__"},
 ]

@@ -11,7 +11,6 @@ from typing import Literal
 
 from dalle.plan.dry import DryStep
 
-MODES = ("none", "ddp", "fsdp", "hsdp")
 FP32, HALF = 4, 2
 BOUNDED_AT_ONCE = FP32 * 2**26
 """Bytes of the variance that are clipped at once, at most."""
@@ -23,7 +22,7 @@ class Shares:
     """How a training is shared, as far as memory is concerned."""
 
     mode: str
-    """One of MODES."""
+    """none, ddp, fsdp or hsdp."""
     shards: int = 1
     """S."""
     half: bool = True
