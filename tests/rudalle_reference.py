@@ -107,7 +107,7 @@ def logits(state: State, version: str, text: list[int], image: list[int], depth:
             seen = [other for other in range(slot + 1) if sees(kind_of(i, depth), version, slot, other)]
             weights = (torch.einsum("hd,khd->hk", q[slot], k[seen]) / math.sqrt(WIDTH / HEADS)).softmax(1)
             out.append(torch.einsum("hk,khd->hd", weights, v[seen]).flatten())
-        return linear(torch.stack(out), f"{name}.dense")
+        return linear(torch.stack(out), f"{name}.dense").clamp(-65504, 65504)
 
     for i in range(depth):
         at = f"transformer.layers.{i}"

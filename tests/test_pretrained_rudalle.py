@@ -78,6 +78,17 @@ def test_logits_equal_those_of_the_package_written_out(tmp_path: Path, case: str
     assert (found[:, TEXT:, : WORDS + TEXT] == -torch.inf).all()
 
 
+def test_what_attention_gives_is_bounded(tmp_path: Path) -> None:
+    weights = make_weights("v3", depth=2)
+    for end in ("weight", "bias"):
+        weights[f"transformer.layers.1.attention.dense.{end}"] *= 1e5
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    model = load_transformer(tmp_path / "pytorch_model.bin")
+    found = model(model.layout.pack(model.layout.pad_text(CAPTIONS[:1]), IMAGE[:1]))[0, TEXT:, WORDS + TEXT :]
+    expected = logits(weights, "v3", framed(CAPTIONS[0]), IMAGE[0].tolist(), 2)[TEXT - 1 : -1, WORDS + TEXT :]
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
 def test_the_versions_differ(tmp_path: Path) -> None:
     weights = make_weights("v3")
     found = []
