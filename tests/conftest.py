@@ -4,6 +4,8 @@ The tiny sizes stand in one place, YAML; `tiny_configs` is a directory like conf
 """
 
 import os
+import runpy
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -160,6 +162,41 @@ def python() -> Callable[..., subprocess.CompletedProcess]:
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), "COLUMNS": "120"}
         command = [sys.executable, *map(str, words)]
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=seconds)
+
+    return run
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
+    """script(name, *words): scripts/NAME.py in this process, in an empty directory or `cwd`.
+
+    Gives .code .out .err as a shell would; an error that the script does not tell in a sentence is the test's.
+    """
+
+    def run(name: str, *words: str | Path, cwd: Path = tmp_path) -> SimpleNamespace:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *map(str, words)])
+        capsys.readouterr()
+        code, said = 0, ""
+        try:
+            runpy.run_path(str(PROJECT / "scripts" / f"{name}.py"), run_name="__main__")
+        except SystemExit as stop:
+            code, said = (1, stop.code) if isinstance(stop.code, str) else (stop.code or 0, "")
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=code, out=printed.out, err=printed.err + said)
+
+    return run
+
+
+@pytest.fixture
+def typed(script: Callable) -> Callable[[str, Path], str]:
+    """typed("python scripts/NAME.py ...", cwd): the same for a command that must end well; what it printed."""
+
+    def run(command: str, cwd: Path) -> str:
+        path, *words = shlex.split(command)[1:]
+        done = script(Path(path).stem, *words, cwd=cwd)
+        assert done.code == 0, f"{command}\n{done.out}\n{done.err}"
+        return done.out
 
     return run
 

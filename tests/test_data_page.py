@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -80,22 +79,15 @@ def sets_of_links(place: Path) -> None:
     pictures(place / "images", "birds/1.jpg")
 
 
-def given(command: str, monkeypatch) -> None:
-    """Runs a script's command in this process."""
-    name = Path(shlex.split(command)[1]).stem
-    monkeypatch.setattr(sys, "argv", shlex.split(f"{command} {SMALLER[name]}")[1:])
-    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")  # an error is a SystemExit that says it
-
-
 def test_every_command_of_the_page_is_of_a_kind_that_is_tested():
     others = [command for command in COMMANDS if command not in SCRIPTS]
     assert [command.split()[0] for command in others] == ["sed", "img2dataset"]
     assert {Path(command.split()[1]).stem for command in SCRIPTS} == set(SMALLER)
 
 
-def test_the_commands_of_the_page_run_in_their_order(place, monkeypatch):
+def test_the_commands_of_the_page_run_in_their_order(place, typed):
     for command in SCRIPTS:
-        given(command, monkeypatch)
+        typed(f"{command} {SMALLER[Path(shlex.split(command)[1]).stem]}", place)
     assert len(open_source(place / "my" / "tars")) == 24
     assert (place / "twice.txt").read_text() == "twice.png\n"
     assert (place / "runs" / "dvae" / "checkpoints" / "latest").is_file()

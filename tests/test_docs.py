@@ -7,8 +7,6 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -76,14 +74,14 @@ def workplace(chain, tiny_configs, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=[c.split("--out runs/")[1] for c in COMMANDS])
-def test_the_commands_of_training_run(command, workplace):
+def test_the_commands_of_training_run(command, workplace, typed, python):
     name = command.split("--out runs/")[1]
-    words = shlex.split(f"{command} {QUICK} {SMALLER[name]}")
-    starters = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-    words = starters[words[0]] + words[1:]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(workplace)}
-    done = subprocess.run(words, cwd=workplace, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = f"{command} {QUICK} {SMALLER[name]}"
+    if command.startswith("torchrun "):
+        done = python(["-m", "torch.distributed.run", *shlex.split(command)[1:]], workplace)
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        typed(command, workplace)
     assert list((workplace / "runs" / name).rglob("log.jsonl"))
 
 

@@ -268,14 +268,13 @@ def test_each_family_is_planned(family, tmp_path, capsys):
     assert set(alone["memory"]) == {"none"}
 
 
-def test_the_script(python, tmp_path):
-    words = ["--config", CONFIGS / "dvae" / "shapes.yaml", "--gpus", "1", "--train.batch-size", "32"]
-    done = python(["scripts/plan.py", *words], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "32 pictures an update, 32 a pass" in done.stdout
+def test_the_script(script):
+    done = script("plan", "--config", CONFIGS / "dvae" / "shapes.yaml", "--gpus", "1", "--train.batch-size", "32")
+    assert done.code == 0, done.err
+    assert "32 pictures an update, 32 a pass" in done.out
 
 
-def test_the_script_says_what_is_wrong(python, tmp_path):
-    done = python(["scripts/plan.py"], tmp_path)
-    assert done.returncode == 1
-    assert "give --config" in done.stderr
+def test_the_script_says_what_is_wrong(script):
+    done = script("plan")
+    assert done.code == 1
+    assert "give --config" in done.err

@@ -5,10 +5,7 @@ The chain runs in fresh processes; the rest runs the scripts' files in this one.
 
 import os
 import re
-import runpy
 import shutil
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,25 +29,6 @@ from dalle.train.checkpoint import latest_checkpoint
 
 PROJECT = Path(__file__).parents[1]
 CONFIGS = PROJECT / "configs"
-SCRIPTS = PROJECT / "scripts"
-
-
-@pytest.fixture
-def script(tmp_path, monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
-    """script(name, *words): runs scripts/NAME.py in an empty directory; gives .code .out .err as a shell would."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(name: str, *words) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *map(str, words)])
-        code, said = 0, ""
-        try:
-            runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
-        except SystemExit as stop:
-            code, said = (1, stop.code) if isinstance(stop.code, str) else (stop.code or 0, "")
-        printed = capsys.readouterr()
-        return SimpleNamespace(code=code, out=printed.out, err=printed.err + said)
-
-    return run
 
 
 # ---------------------------------------------------------------------------------------------
