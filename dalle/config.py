@@ -11,6 +11,7 @@ A key that does not exist is an error that names the nearest one; so is a value 
 import dataclasses
 import difflib
 import errno
+import os
 import re
 import sys
 import types
@@ -230,13 +231,24 @@ def parse(
     return tyro.cli(cls, args=rest, default=default, description=as_typed(text))
 
 
+def overview(words: Sequence[str], description: str, more: str) -> None:
+    """Ends the process with this help where the words ask for help alone, before what else is explained is chosen."""
+    if words and all(word in ("-h", "--help") for word in words):
+        print(as_typed(f"{description.strip()}\n\n{more}"))
+        raise SystemExit(0)
+
+
 @contextmanager
 def tell_errors() -> Iterator[None]:
     """A user's mistake (ValueError) or a full disk as one line and exit status 1; a bug keeps its traceback."""
     try:
         yield
+        sys.stdout.flush()
     except (ValueError, FloatingPointError, ImportError) as error:
         raise SystemExit(as_typed(f"error: {error}")) from None
+    except BrokenPipeError:  # what reads the output, `| head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tells of it again at its end
+        raise SystemExit("stopped: nothing reads the output any more") from None
     except OSError as error:
         if error.errno not in DISK:
             raise

@@ -15,7 +15,7 @@ python scripts/benchmark.py scales --run runs/transformer --picture scales.png
 
 import sys
 
-from dalle.config import parse, tell_errors
+from dalle.config import overview, parse, tell_errors
 from dalle.stages.agreement import AgreementBenchmark, benchmark_agreement
 from dalle.stages.attention import AttentionBenchmark, benchmark_attention
 from dalle.stages.benchmark import TrainBenchmark, benchmark_training
@@ -38,6 +38,7 @@ BENCHMARKS = {
 
 if __name__ == "__main__":
     with tell_errors():
+        overview(sys.argv[1:], __doc__, "--help after one of these words explains what it takes.")
         name = sys.argv[1] if len(sys.argv) > 1 else ""
         if name not in BENCHMARKS:
             raise ValueError(f"say what to measure: python scripts/benchmark.py {{{','.join(BENCHMARKS)}}} [--help]")

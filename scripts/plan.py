@@ -6,11 +6,12 @@ python scripts/plan.py --config configs/dvae/small.yaml --gpus 1 --gpu rtx-4090 
 
 import sys
 
-from dalle.config import parse, tell_errors
-from dalle.stages.kinds import take_kind
+from dalle.config import overview, parse, tell_errors
+from dalle.stages.kinds import EACH_KIND, take_kind
 from dalle.stages.plan import PLANS, plan_training
 
 if __name__ == "__main__":
     with tell_errors():
+        overview(sys.argv[1:], __doc__, EACH_KIND)
         kind, words = take_kind(sys.argv[1:])
         plan_training(kind, parse(PLANS[kind], words, description=__doc__))

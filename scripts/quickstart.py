@@ -1,6 +1,6 @@
 """Train all of DALL-E small on drawn shapes and make pictures from captions it never saw.
 
-python scripts/quickstart.py                                        about a quarter of an hour on two cores
+python scripts/quickstart.py                                        about twenty minutes on two cores
 """
 
 from dalle.config import parse, tell_errors

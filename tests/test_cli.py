@@ -91,6 +91,15 @@ def test_a_command_has_the_help_of_its_script(name, capsys, monkeypatch):
     assert flags(text_here) == flags(text) != []
 
 
+@pytest.mark.parametrize("name", WORDS)
+def test_help_alone_explains_what_to_choose_first(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dalle"])
+    code, text = said(lambda: main([name, "--help"]), capsys)
+    assert code == 0
+    assert f"\ndalle {name} " in text
+    assert "--help after " in text
+
+
 def flags(text: str) -> list[str]:
     """The words that a help explains, with their defaults."""
     return [line for line in map(str.strip, text.splitlines()) if line.startswith(("│ --", "--"))]

@@ -4,8 +4,10 @@ import ast
 import dataclasses
 import inspect
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 import typing
 from io import StringIO
@@ -262,6 +264,14 @@ class TestCommandLine:
             raise ValueError("too small")
         with pytest.raises(KeyError), tell_errors():
             raise KeyError("a bug")
+
+    def test_an_output_that_nothing_reads_any_more_is_one_line(self):
+        code = "from dalle.config import tell_errors\nwith tell_errors():\n    for i in range(10**5):\n        print(i)"
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (1, "stopped: nothing reads the output any more\n")
 
 
 class TestReadingAnotherStagesFile:

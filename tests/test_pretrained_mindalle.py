@@ -369,6 +369,8 @@ def test_archives_that_are_none(folder: Path, tmp_path: Path) -> None:
     whole = pack(folder, tmp_path / "1.3B.tar.gz").read_bytes()
     for content, said in (
         (whole[: len(whole) // 2], "cannot be unpacked"),
+        (whole[:-1], "cannot be unpacked"),
+        (whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:], "CRC check failed"),
         (b"\x1f\x8b" + b"\x00" * 50, "cannot be unpacked"),
     ):
         (tmp_path / "broken.tar.gz").write_bytes(content)

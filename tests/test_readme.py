@@ -171,7 +171,7 @@ def tiny_configs(place: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_quick_start_reaches_its_numbers(tmp_path):
-    """`make quickstart` in full: about a quarter of an hour on two cores."""
+    """`make quickstart` in full: about twenty minutes on two cores."""
     script = ROOT / "scripts" / "quickstart.py"
     done = subprocess.run([sys.executable, script], cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -190,7 +190,7 @@ def test_the_quick_start_reaches_its_numbers(tmp_path):
 
 @pytest.mark.slow
 def test_the_stages_of_the_shapes_in_full(tmp_path):
-    """The README's stage commands as they stand, one after the other: about a quarter of an hour on two cores."""
+    """The README's stage commands as they stand, one after the other: about twenty minutes on two cores."""
     for name in ("scripts", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     stages = [c for c in SCRIPTS if "shapes.yaml" in c] + [c for c in SCRIPTS if "sample.py --prompt" in c]

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from dalle.files import read_json, write_json
+from dalle.models import Part
 from dalle.stages.report import ReportRun, write_report
 from dalle.stages.report_files import settings
 from dalle.stages.report_folder import examine
@@ -137,7 +138,10 @@ class TestWhole:
     def test_hashes_are_those_on_disk(self, read, whole):
         sums = next(whole.glob("dvae/checkpoints/step-*/SHA256SUMS")).read_text().split()
         assert sums[0] in read.text
-        assert read_json(whole / "model" / "config.json")["hash"] in read.text
+        config = read_json(whole / "model" / "config.json")
+        for kind, part in config["parts"].items():
+            assert f"{kind}: weights{part['hash']}" in read.text
+        assert config["links"]["text"] in read.text
 
     def test_captions_are_text_and_never_markup(self, read, report):
         assert "<script>red</script> & <b>circle</b>" in read.text
@@ -196,6 +200,22 @@ class TestParts:
         found = self.made(tmp_path / "model", prompts=(prompt,), best_of=2)
         assert {"samples", "rerank", "attention"} <= set(found.sections)
 
+    @pytest.mark.parametrize("kind", ["dvae", "transformer", "clip"])
+    def test_a_directory_of_one_part(self, chain, tmp_path, kind):
+        Part.from_pretrained(chain / kind).save_pretrained(tmp_path / "model")
+        found = self.made(tmp_path / "model")
+        assert "checkpoints" in found.sections
+        assert ("masks" in found.sections) == (kind == "transformer")
+        assert ("codebook" in found.sections) == (kind == "dvae")
+
+    def test_a_transformer_of_another_version_has_no_masks(self, chain, tmp_path):
+        shutil.copytree(chain / "transformer", tmp_path / "run")
+        file = next((tmp_path / "run").glob("checkpoints/step-*/meta.json"))
+        meta = read_json(file)
+        for config, said in (({"rings": 3}, "Masks: .*rings"), (None, "Masks: ")):
+            write_json(file, meta | {"config": config})
+            assert re.search(said, self.made(tmp_path / "run").text)
+
     def test_a_model_without_a_clip_is_unranked(self, dalle, tmp_path, prompt):
         dalle.scorer = None
         dalle.save_pretrained(tmp_path / "model")
@@ -218,6 +238,12 @@ class TestParts:
         found = self.made(tmp_path / "run", draw=False)
         assert {"samples", "attention", "codebook"}.isdisjoint(found.sections)
         assert "nothing is drawn under --no-draw" in found.text
+
+    def test_a_model_directory_of_format_3_tells_each_hash(self, tmp_path):
+        shutil.copytree(Path(__file__).parent / "format_3", tmp_path / "model")
+        text = self.made(tmp_path / "model", draw=False).text
+        hashes = read_json(tmp_path / "model" / "config.json")["hash"].split("-")
+        assert all(f"weights{one}" in text for one in hashes)
 
     def test_an_evaluation_alone(self, whole, tmp_path):
         shutil.copy(whole / "evaluation.json", tmp_path / "numbers.json")

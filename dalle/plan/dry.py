@@ -131,6 +131,7 @@ def dry_step(kind: str, config: Any, batch: int, precision: str, pixels: tuple[i
             leaf = state.detach().requires_grad_()
             loss = second(model, leaf)
             kept, copies = live.less() - start, live.copies
+        gc.freeze()  # nor the forward pass: each collection looks at what came since
         loss.backward()
         after_second = _operations(count)
         state.backward(leaf.grad)

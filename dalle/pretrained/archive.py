@@ -81,7 +81,7 @@ def _unpack(path: Path, names: Collection[str], folder: Path) -> set[str]:
         path.open("rb") as file,
         tqdm.wrapattr(file, "read", total=size, desc=f"unpacking {path.name}", disable=None) as bar,
         gzip.GzipFile(fileobj=bar) as swollen,
-        tarfile.open(fileobj=_Bounded(swollen, room, path), mode="r|") as archive,
+        tarfile.open(fileobj=(content := _Bounded(swollen, room, path)), mode="r|") as archive,
     ):
         for member in archive:
             _check(path, member, seen)
@@ -92,6 +92,8 @@ def _unpack(path: Path, names: Collection[str], folder: Path) -> set[str]:
                     raise ValueError(f"{path} holds {name} twice; which one is meant cannot be told")
                 taken.add(name)
                 _copy(archive.extractfile(member), folder / name, member.size)
+        while content.read(BLOCK):  # to the end of gzip, beyond that of tar: only there the sum of all is checked
+            pass
     return taken
 
 

@@ -97,8 +97,8 @@ class RudalleTokenizer(YoutokentomeTokenizer):
     """Its bpe.model: ids of lowercase captions, without begin and end, which the layout adds."""
 
     def pieces(self, caption: str) -> list[str]:
-        """Words between spaces."""
-        return super().pieces(caption.lower())
+        """Words between spaces, less any white space at both ends, which the package strips first."""
+        return super().pieces(caption.lower().strip())
 
     def to_dict(self) -> dict[str, Any]:
         """The model as plain data."""

@@ -16,6 +16,8 @@ TRAININGS: dict[str, tuple[type[TrainingRun], Callable[[Any], Path]]] = {
     "clip": (CLIPRun, train_clip),
 }
 
+EACH_KIND = f"--help after --kind {{{','.join(TRAININGS)}}}, or after --config FILE, explains every word."
+
 
 def take_kind(words: Sequence[str]) -> tuple[str, list[str]]:
     """The family that command line words speak of, and the words without --kind.

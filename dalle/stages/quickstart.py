@@ -186,4 +186,5 @@ def _print(out: Path, report: dict[str, Any]) -> None:
         print(f"  {name:16}{pair[0]:16.3f}{pair[1]:25.3f}")
     prompt = "a red cross above a blue circle on a white background"
     print(f"Look at {out / 'samples.png'} and, in a browser, {out / 'report.html'}. Draw your own:")
-    print(as_typed(f'  python scripts/sample.py --model {out / "model"} --prompt "{prompt}"'))
+    words = f'--model {out / "model"} --prompt "{prompt}" --temperature {report["temperature"]}'
+    print(as_typed(f"  python scripts/sample.py {words}"))

@@ -16,6 +16,7 @@ from dalle.config import to_dict
 from dalle.files import SUMS, read_json
 from dalle.images import load_image
 from dalle.look.curves import CURVES, points, scales_picture
+from dalle.migrations import read_config
 from dalle.models import KINDS
 from dalle.stages.kinds import TRAININGS
 from dalle.stages.report_folder import Folder, TrainedRun
@@ -206,9 +207,10 @@ def checkpoints(folder: Folder) -> str:
         if links := [(key, value) for key, value in run.meta.get("links", {}).items() if isinstance(value, str)]:
             parts.append(f"<p>The {escape(kind)} was trained with:</p>{table(links)}")
     if folder.model:
-        config = read_json(folder.model / "config.json")
-        rows = [("weights (config.json)", config.get("hash", "")), *config.get("links", {}).items()]
-        parts.append(f"<h3>model directory</h3>{table(rows)}")
+        config = read_config(folder.model)
+        rows = [(f"{kind}: weights", part["hash"]) for kind, part in config["parts"].items()]
+        rows += [(f"trained with: {name}", link) for name, link in config["links"].items()]
+        parts.append(f"<h3>model directory</h3>{table(rows, ('config.json', 'sha256'))}")
     if not parts:
         raise ValueError(f"no checkpoint; a training writes them:\n{MAKERS['transformer']}")
     return "".join(parts)

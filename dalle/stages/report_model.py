@@ -14,9 +14,8 @@ from dalle.config import from_dict
 from dalle.data import PairsConfig, draw_captions, first_pairs, open_pairs
 from dalle.dvae import DVAE
 from dalle.evals.best_of_n import best_of_n
-from dalle.files import read_json
 from dalle.generation import Generation
-from dalle.layout import TokenLayout
+from dalle.migrations import read_config
 from dalle.models import KINDS, load_part
 from dalle.pipeline import DALLE
 from dalle.stages.report_files import dict_of, sampled
@@ -25,6 +24,7 @@ from dalle.stages.report_html import escape, picture, pictures
 from dalle.stages.report_svg import Curve, chart
 from dalle.stages.runs import MAKERS
 from dalle.train.precision import resolve_device
+from dalle.transformer import TransformerConfig
 from dalle.types import Batch, ImageTokenizer
 
 if TYPE_CHECKING:
@@ -63,13 +63,15 @@ class Bench:
 
     @cached_property
     def dvae(self) -> ImageTokenizer:
-        """That of the model; where the rest of it is not there or not whole, that of the dVAE's run."""
+        """That of the model; where the rest of it is not there or not whole, that of the dVAE's run or directory."""
         try:
             return self.model.dvae
         except ValueError:
-            if not self.run.draw or "dvae" not in self.folder.runs:
+            run = self.folder.runs.get("dvae")
+            place = run.folder if run else self.folder.model
+            if not self.run.draw or place is None:
                 raise
-        return load_part(self.folder.runs["dvae"].folder, "dvae", resolve_device(self.run.device)).model
+        return load_part(place, "dvae", resolve_device(self.run.device)).model
 
     @cached_property
     def held_out(self) -> Batch:
@@ -194,28 +196,26 @@ class Bench:
     def masks(self) -> str:
         """Figure 11 as the paper draws it, and at the model's own size."""
         config = self._transformer()
-        layout = TokenLayout(config["text_len"], tuple(config["grid"]), config["text_vocab"], config["image_vocab"])
-        kernel = config["conv_kernel"]
+        layout = config.layout
         cell = max(1, MASK_SIDE // layout.length)
-        own = look.figure_11(layout, kernel, cell)
+        own = look.figure_11(layout, config.conv_kernel, cell)
         said = f"this model: {layout.text_len} text slots, {layout.rows} x {layout.columns} image slots"
         figures = [picture(look.figure_11(), "the masks of Figure 11", "as the paper draws them: 6 text, 4 x 4 image")]
         note = "A line is a query, a column a key; orange is text that it sees, blue are image slots."
-        if not config["sparse"]:
+        if not config.sparse:
             note += " This model has causal layers only: sparse is false."
         return f"<p>{note}</p>" + pictures([*figures, picture(own, said, said)])
 
-    def _transformer(self) -> dict[str, Any]:
+    def _transformer(self) -> TransformerConfig:
         """The transformer's shape, without opening its weights."""
         if run := self.folder.runs.get("transformer"):
-            config = run.meta.get("config")
-        elif self.folder.model:
-            config = read_json(self.folder.model / "config.json")["parts"]["transformer"]["config"]
+            place, part = run.folder, run.meta
         else:
-            config = None
-        if config is None:
+            place = self.folder.model
+            part = read_config(place)["parts"].get("transformer", {}) if place else {}
+        if "config" not in part:
             raise ValueError(f"no masks: there is no transformer; train one:\n{MAKERS['transformer']}")
-        return config
+        return from_dict(TransformerConfig, part["config"], str(place))
 
 
 def _device(model: Any) -> torch.device:
