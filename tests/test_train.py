@@ -658,7 +658,7 @@ class TestLoading:
 
     def test_a_newer_format(self, broken):
         broken[1](format=99)
-        with pytest.raises(ValueError, match="has format 99, this version reads 3; use the version"):
+        with pytest.raises(ValueError, match="has format 99, this version reads 4 and older.*update the library"):
             load_part(broken[0], "dvae")
 
     def test_a_newer_format_on_resuming(self, broken, start):
@@ -762,5 +762,5 @@ class TestLoading:
 
     def test_nothing_is_pickled(self, chain):
         """Every file is JSON, text, a picture, safetensors, or numpy without objects."""
-        allowed = {".json", ".jsonl", ".safetensors", ".png", ".npy", ""}  # "": latest, SHA256SUMS, .lock
+        allowed = {".json", ".jsonl", ".md", ".safetensors", ".png", ".npy", ""}  # "": latest, SHA256SUMS, .lock
         assert {path.suffix for path in chain.rglob("*") if path.is_file()} <= allowed
