@@ -153,7 +153,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         raise ConfigError(f"no configuration file {path}; {_shipped_hint(path)}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error.strerror}); give a YAML file") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError, KeyError, RecursionError) as error:  # the others of !!bool foo and the like
         raise ConfigError(f"{path} is not YAML: {error}") from None
     return {} if data is None else data
 

@@ -81,7 +81,7 @@ def find(source: Path | str, files: list[str], revision: str | None = None, toke
     if not _is_id(repo_id):
         raise ValueError(
             f"{source} is no model directory: there is no such folder, and it is no id of the Hub (owner/name) either; "
-            "make one with save_pretrained"
+            "make one with save_pretrained, or python scripts/quickstart.py"
         )
     if Path(owner := repo_id.partition("/")[0]).is_dir():
         raise ValueError(

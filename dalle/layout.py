@@ -108,8 +108,9 @@ class TokenLayout:
         tokens = self.text_vocab + torch.arange(self.text_len).repeat(len(captions), 1)
         for row, ids in enumerate(captions):
             if len(ids) > self.caption_room and not truncate:
+                which = f"caption {row}" if len(captions) > 1 else "the caption"
                 raise ValueError(
-                    f"caption {row} has {len(ids)} tokens, the layout has room for {self.caption_room}; "
+                    f"{which} has {len(ids)} tokens, the layout has room for {self.caption_room}; "
                     "shorten it or ask for truncation"
                 )
             kept = torch.tensor(list(ids[: self.caption_room]), dtype=torch.int64)

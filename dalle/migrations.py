@@ -82,6 +82,8 @@ def read_config(directory: Path) -> Description:
             raise ValueError(f"{path} lacks {', '.join(lacking)}; it is damaged")
         if not written["parts"]:
             raise ValueError(f"{path} names no parts; it is damaged")
+        if wrong := [kind for kind in written["parts"] if not kind.isidentifier()]:  # a part's name is its file's
+            raise ValueError(f"{path} names parts that cannot be, {', '.join(map(repr, wrong))}; it is damaged")
         if wrong := [kind for kind, part in written["parts"].items() if not isinstance(part, dict)]:
             raise ValueError(f"{path} tells nothing of {', '.join(wrong)}; it is damaged")
     config = check_meta(written, "dalle", directory)

@@ -111,7 +111,7 @@ class DALLE(Joined):
     def stream(
         self, prompt: str, n: int = 1, seed: int = 0, truncate: bool = False, **settings
     ) -> Iterator[list[Image.Image]]:
-        """Yields n pictures after each row of tokens, grey where nothing is drawn yet; candidates 0 .. n, unranked.
+        """Yields n pictures after each row of tokens, grey where nothing is drawn yet; candidates 0 .. n - 1, unranked.
 
         Args:
             settings: see `dalle.drawing.Settings`; the rest as `generate`.

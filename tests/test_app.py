@@ -99,7 +99,7 @@ class TestWork:
             ({"caption": ""}, "the prompt is empty"),
             ({"caption": " \n "}, "the prompt is empty"),
             ({"caption": "a" * 1001}, "the caption has 1,001 letters, at most 1,000 are read"),
-            ({"caption": "a red cross and " * 30}, r"caption 0 has \d+ tokens, the layout has room for 19"),
+            ({"caption": "a red cross and " * 30}, r"the caption has \d+ tokens, the layout has room for 19"),
             ({"n": 0}, "n must be at least 1"),
             ({"n": None}, "n is blank; give a number from 1 to 16"),
             ({"n": 17, "best_of": 20}, "n must be at most 16 here, got 17"),

@@ -168,6 +168,8 @@ class TestYAML:
             ("- a\n- b", "whole file must be a mapping"),
             ("a: [1", "is not YAML"),
             ("steps: 1\nsteps: 2", "is not YAML"),
+            ("steps: !!bool foo", "is not YAML"),
+            ("steps: 2020-02-31", "is not YAML"),
             ("steps: !!python/object:os.system 1", "is not YAML"),
         ],
     )

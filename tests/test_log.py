@@ -321,3 +321,10 @@ def test_the_log_may_change_on_going_on(tiny_runs):
 def test_yaml_may_say_where_to(tmp_path):
     (tmp_path / "more.yaml").write_text("log: {to: [tensorboard], peak_flops: 989e12}\n")
     assert load(TransformerRun, [tmp_path / "more.yaml"]).log == LogConfig(to=("tensorboard",), peak_flops=989e12)
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 3, "lo', b"null\n", b"3\n", b'"step"\n', b'{"loss": 1}\n', b"\xff\x00\n"])
+def test_a_log_ends_where_a_line_is_none(tmp_path, tail):
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(b'{"step": 1, "loss": 2.0}\n{"step": 2}\n' + tail)
+    assert read_log(file) == [{"step": 1, "loss": 2.0}, {"step": 2}]

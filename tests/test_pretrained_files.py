@@ -18,7 +18,7 @@ from torch import nn
 
 from dalle.pretrained.pickle_names import Held, SavedTensor
 from dalle.pretrained.safe_pickle import Forbidden, read_pickle
-from dalle.pretrained.saved_file import open_saved, weights_of
+from dalle.pretrained.saved_file import _Storages, open_saved, weights_of
 
 # --------------------------------------------------------------------------------- files of torch
 
@@ -371,6 +371,13 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path, offset: int, sha
 def test_values_that_hold_themselves_end() -> None:
     laughs = b"\x80\x02K\x01" + b"2\x86" * 60 + b"."
     assert read_pickle(io.BytesIO(laughs))
+    nested = b")" + b"2\x86" * 60
+    for content in (nested + b"Q", nested + b")R", b"}" + nested + b"K\x01s", b"\x8f(" + nested + b"\x90",
+                    b"(" + nested + b"\x91", b"cbuiltins\nset\n]" + nested + b"a\x85R",
+                    b"ctorch\ndevice\n" + nested + b"\x85R",
+                    b"c_codecs\nencode\nX\x01\x00\x00\x00a" + nested + b"\x86R"):  # fmt: skip
+        with pytest.raises(ValueError, match=r"reference to|call of|tuple of tuples|encoding|a device"):
+            read_pickle(io.BytesIO(b"\x80\x04" + content + b"."), _Storages(Path("x"), lambda key, size: bytearray()))
     module = Held("torch.nn.modules.container.Sequential")
     module.state = {"_modules": {"a": module, "b": module}}
     with pytest.raises(ValueError, match="holds itself"):

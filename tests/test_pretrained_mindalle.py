@@ -259,6 +259,8 @@ def without(token: str) -> Callable[[Path], None]:
     return apply
 
 
+SWELLING = "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12))
+SWELLING = f"a0: &a0 [x]\n{SWELLING}stage2: {{type: *a12}}\n"  # 9 to the 12th, were it written out
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a missing tensor": (change_state(lambda s: s.pop("blocks.1.attn.key.bias")), r"lacks 1 tensors.*qkv\.1\.bias"),
     "an unknown tensor": (change_state(lambda s: s.update({"more.weight": torch.zeros(1)})), r"beside.*more\.weight"),
@@ -276,6 +278,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "heads that do not divide": (config(n_heads=5), "24 does not divide into 5 heads"),
     "a switch that is none": (config(gelu_use_approx="maybe"), "gelu_use_approx 'maybe'"),
     "another kind of model": (config(type="igpt"), "type 'igpt'; only transformer1d"),
+    "a value that swells": (lambda folder: (folder / "config.yaml").write_text(SWELLING), r"type \[\[\[.*only"),
     "no configuration": (lambda folder: (folder / "config.yaml").unlink(), r"no config\.yaml in"),
     "no YAML": (lambda folder: (folder / "config.yaml").write_text("a: [1\n"), r"config\.yaml is not YAML"),
     "no mapping": (lambda folder: (folder / "config.yaml").write_text("- 1\n"), "no mapping"),

@@ -285,6 +285,9 @@ def test_inspection_names_it_and_its_licence(tmp_path: Path) -> None:
     assert report["sizes"]["version"] == "v2"
     assert "Apache-2.0" in report["licence"]
     assert len(report["ignored"]) == 3
+    torch.save(make_weights("v2") | {"to_logits.0.bias": torch.ones(WIDTH, dtype=torch.bool)}, tmp_path / "other.bin")
+    report = inspect_checkpoint(InspectRun(tmp_path / "other.bin"))
+    assert (report["fits"], report["mistyped"]) == (False, ["logits_norm.bias: torch.bool, not torch.float32"])
 
 
 def change(**changed: Any) -> Callable[[dict], None]:
@@ -300,6 +303,8 @@ REFUSED: dict[str, tuple[Callable[[dict], Any], str]] = {
     "another shape": (change(**{"to_logits.1.bias": torch.zeros(7)}), r"another shape.*to_logits\.bias"),
     "columns that are not rows": (
         change(**{"image_col_embeddings.weight": torch.zeros(5, WIDTH)}), r"another shape.*column_position"),
+    "whole numbers": (
+        lambda w: w.update({n: t.long() for n, t in w.items()}), r"another kind of number.*int64, not torch\.float32"),
     "an infinite number": (change(**{"to_logits.1.bias": torch.full((WORDS + TEXT + CODES,), torch.inf)}), "infinite"),
     "no mask": (lambda w: w.pop("transformer.conv_mask"), "lacks conv_mask; by its masks v2 is told from v3"),
     "a mask of another size": (change(**{"transformer.row_mask": torch.ones(3, 3)}), "row_mask is of shape"),

@@ -357,7 +357,29 @@ def test_each_names_a_token_out_of_range_and_a_caption_that_is_none(any_tokenize
         any_tokenizer.encode(None)
 
 
-@pytest.mark.parametrize("content", ["", "hello", "[]", "{}", '{"format": "huggingface-bpe", "version": 9}', "\x00"])
+DAMAGED = {
+    "vocabulary": {"vocab": [1]},
+    "no ids": {"vocab": {"a": "0"}},
+    "ids below 0": {"vocab": {"a": -3}, "merges": []},
+    "merges": {"merges": None},
+    "a merge": {"merges": [1]},
+    "unknown": {"unk_token": "zz"},
+    "suffix": {"end_of_word_suffix": 3},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_tokenizer_json_is_named(tmp_path, name):
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+    for data in ({"model": model | DAMAGED[name]}, {"model": model, "normalizer": "x"}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+        with pytest.raises(ValueError, match=r"tokenizer\.json is not a text tokenizer that can be read"):
+            load_text(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "hello", "[]", "{}", '{"format": "huggingface-bpe", "version": 9}', "\x00", "[" * 10**5]
+)
 def test_another_file_is_refused(tmp_path, content):
     (tmp_path / "other").write_text(content)
     with pytest.raises(ValueError, match="other is not a text tokenizer"):

@@ -158,6 +158,15 @@ class TestWhole:
         assert not re.search(r"https?://|//[a-z]|url\(|@import", re.sub(r"base64,[^\"]*", "", text))
         assert len(text) < 3_000_000
 
+    @pytest.mark.parametrize(
+        "record", [[], {"prompt": "a"}, {"pictures": None}, {"pictures": [{"file": 3, "score": 1}]}]
+    )
+    def test_a_sample_of_something_else_is_told(self, whole, tmp_path, record):
+        shutil.copy(whole / "evaluation.json", tmp_path)
+        (tmp_path / "sample.json").write_text(json.dumps(record))
+        text = write_report(ReportRun(tmp_path)).read_text(encoding="utf-8")
+        assert "sample.json is not of scripts/sample.py" in text
+
     def test_a_sample_never_leads_out_of_its_folder(self, whole, tmp_path):
         folder = tmp_path / "run"
         shutil.copytree(whole / "samples" / "one", folder)
@@ -272,6 +281,18 @@ class TestParts:
         assert "curves" in found.sections
         assert "checkpoints" not in found.sections
 
+    def test_a_loss_without_a_finite_value_takes_no_other_curve_away(self, tmp_path):
+        lines = [{"step": i, "loss": math.nan, "image_nats": 10**400 if i == 2 else i} for i in (1, 2, 3)]
+        lines.append({"step": 4, "eval/loss": None, "eval/image_nats": 2.5})
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        numbers = {"rests_on": {}, "rerank": {"score": {"1": math.nan}, "right": {"1": 0.5, "2": 0.75}}}
+        numbers["pictures"] = {"blur": {r: {"psnr": math.inf, "fid": 9.0} for r in ("0", "1")}}
+        (tmp_path / "numbers.json").write_text(json.dumps(numbers))
+        found = self.made(tmp_path)
+        names = [attributes["aria-label"] for tag, attributes in found.tags if tag == "svg"]
+        assert names == ["right of the best (numbers.json)", "image_nats", "fid"]
+        assert "image_nats 2.5" in found.text
+
     def test_gradient_scales_are_drawn_where_logged(self, tmp_path):
         lines = [{"step": i, "loss": 1.0, "image_nats": 1.0, "log2_scales": [13.0, 12.0]} for i in (1, 2)]
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -293,7 +314,7 @@ class TestParts:
 
 class TestMistakes:
     def test_nothing_there(self, tmp_path):
-        with pytest.raises(ValueError, match=r"nothing at .*absent; give the folder of a run"):
+        with pytest.raises(ValueError, match=r"nothing at .*absent; give the folder of a run, or make one"):
             write_report(ReportRun(tmp_path / "absent"))
         with pytest.raises(ValueError, match="holds no run, model, samples or evaluation"):
             write_report(ReportRun(tmp_path))

@@ -658,12 +658,12 @@ class TestLoading:
 
     def test_a_newer_format(self, broken):
         broken[1](format=99)
-        with pytest.raises(ValueError, match="has format 99, this version reads 4 and older.*update the library"):
+        with pytest.raises(ValueError, match=r"has format 99, this version reads 4 and older.*update the library"):
             load_part(broken[0], "dvae")
 
     def test_a_newer_format_on_resuming(self, broken, start):
         broken[1](format=99)
-        with pytest.raises(ValueError, match="has format 99"):
+        with pytest.raises(ValueError, match=r"has format 99"):
             start("dvae", broken[0].parents[1])
 
     @pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors"])

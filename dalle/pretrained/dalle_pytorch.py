@@ -13,6 +13,7 @@ from functools import partial
 from itertools import cycle, islice
 from math import isqrt
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 from dalle.pretrained.dalle_pytorch_model import DallePytorch
@@ -96,7 +97,7 @@ def _hparams(tree: Any) -> Mapping[str, Any]:
 def _number(hparams: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = hparams.get(name, default)
     if type(value) is not int or not 0 < value < 2**31:
-        raise ValueError(f"hparams has {name} {value!r:.40}, expected a positive number")
+        raise ValueError(f"hparams has {name} {shown(value):.40}, expected a positive number")
     return value
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import torch
@@ -64,9 +65,11 @@ def _normalization(hparams: Mapping[str, Any] | None) -> tuple[tuple[float, ...]
     try:
         means, deviations = (tuple(map(float, values[:3])) for values in given)
     except (TypeError, ValueError):
-        raise ValueError(f"a normalisation of {given!r:.80}; expected means and deviations of three channels") from None
+        raise ValueError(
+            f"a normalisation of {shown(given):.80}; expected means and deviations of three channels"
+        ) from None
     if len(means) != 3 or len(deviations) != 3 or not all(0 < value < math.inf for value in deviations):
-        raise ValueError(f"a normalisation of {given!r:.80}; expected means and deviations of three channels")
+        raise ValueError(f"a normalisation of {shown(given):.80}; expected means and deviations of three channels")
     return means, deviations
 
 

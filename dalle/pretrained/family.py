@@ -62,6 +62,7 @@ class Fit:
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
+    mistyped: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
 
     def check(self, source: Path | str) -> None:
@@ -70,6 +71,7 @@ class Fit:
             (self.missing, "lacks"),
             (self.extra, "holds, beside the model,"),
             (self.misshapen, "holds in another shape than the rest calls for"),
+            (self.mistyped, "holds in another kind of number than the model"),
         ):
             if names:
                 raise ValueError(f"{source} {fault} {len(names)} tensors, first {names[0]}")
@@ -84,14 +86,17 @@ def fit(family: Family, tensors: Mapping[str, SavedTensor]) -> Fit:
     kept, ignored = _own_names(family, tensors)
     found = {name: tensor.shape for name, tensor in kept.items()}
     config, model = _empty_model(family, found)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     both = sorted(found.keys() & expected.keys())
+    other = [n for n in both if kept[n].dtype.is_floating_point != state[n].is_floating_point()]
     return Fit(
         config=config,
         parameters=sum(p.numel() for p in model.parameters()),
         missing=sorted(expected.keys() - found.keys()),
         extra=sorted(found.keys() - expected.keys()),
         misshapen=[f"{n}: {found[n]}, not {expected[n]}" for n in both if found[n] != expected[n]],
+        mistyped=[f"{n}: {kept[n].dtype}, not {state[n].dtype}" for n in other],
         ignored=ignored,
     )
 
@@ -100,7 +105,7 @@ def fill(family: Family, tensors: Mapping[str, SavedTensor], source: Path | str)
     """The family's model with a file's weights, in fp32 and eval mode, its parameters frozen.
 
     Raises:
-        ValueError: tensors that are missing, unknown or of another shape.
+        ValueError: tensors that are missing, unknown, of another shape, or whole numbers where the model has none.
     """
     try:
         comparison = fit(family, tensors)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import isqrt
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 from dalle.config import ConfigError, read_yaml
@@ -28,7 +29,7 @@ CONFIG, STAGE1, STAGE2 = "config.yaml", "stage1_last.ckpt", "stage2_last.ckpt"
 VOCABULARY, MERGES = "tokenizer/bpe-16k-vocab.json", "tokenizer/bpe-16k-merges.txt"
 FILES = (CONFIG, VOCABULARY, MERGES, STAGE1, STAGE2)
 UNKNOWN, PAD, SUFFIX = "[UNK]", "[PAD]", "</w>"
-LICENCE = "CC-BY-NC-SA 4.0 for the transformer, which forbids commercial use; its image tokenizer Apache-2.0"
+LICENCE = "CC-BY-NC-SA 4.0 for the transformer, which forbids commercial use; not stated for its image tokenizer"
 
 _OTHERS = {
     "tok_emb_txt": "text_embedding", "tok_emb_img": "image_embedding", "pos_emb_txt": "text_position",
@@ -76,7 +77,7 @@ def read_told(folder: Path) -> Told:
     if not isinstance(stage2, dict) or not isinstance(stage2.get("hparams", {}), dict):
         raise ValueError(f"{CONFIG} has no mapping of the name stage2")
     if (kind := stage2.get("type", "transformer1d")) != "transformer1d":
-        raise ValueError(f"{CONFIG} tells a model of type {kind!r:.40}; only transformer1d reads captions")
+        raise ValueError(f"{CONFIG} tells a model of type {shown(kind):.40}; only transformer1d reads captions")
     return Told(stage2, read_vocabulary(folder / VOCABULARY)[PAD])
 
 
@@ -95,12 +96,12 @@ def configure(shapes: Shapes, folder: Path) -> MinDalleConfig:
     for name, size in found.items():
         said = (told.stage2 if name.startswith("vocab") else hparams).get(name, PUBLISHED[name])
         if said != size:
-            raise ValueError(f"{CONFIG} tells {name} {said!r:.40}, the tensors are of {size}")
+            raise ValueError(f"{CONFIG} tells {name} {shown(said):.40}, the tensors are of {size}")
     if isqrt(slots) ** 2 != slots:
         raise ValueError(f"{slots} image tokens are no square")
     heads = hparams.get("n_heads", PUBLISHED["n_heads"])
     if type(heads) is not int or heads < 1:
-        raise ValueError(f"{CONFIG} tells n_heads {heads!r:.40}, expected a positive number")
+        raise ValueError(f"{CONFIG} tells n_heads {shown(heads):.40}, expected a positive number")
     if not 0 <= told.pad < text_vocab:
         raise ValueError(f"{VOCABULARY} numbers {PAD} {told.pad}, the tensors are of {text_vocab} text ids")
     return MinDalleConfig(
@@ -128,7 +129,7 @@ PUBLISHED = {
 def _switch(hparams: Mapping[str, Any], name: str, default: bool) -> bool:
     value = hparams.get(name, default)
     if type(value) is not bool:
-        raise ValueError(f"{CONFIG} tells {name} {value!r:.40}, expected true or false")
+        raise ValueError(f"{CONFIG} tells {name} {shown(value):.40}, expected true or false")
     return value
 
 

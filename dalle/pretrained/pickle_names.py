@@ -6,6 +6,7 @@ A name that is neither in MAKERS nor `is_held` is not data, and dalle/pretrained
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from reprlib import repr as shown
 from typing import Any
 
 import torch
@@ -86,15 +87,28 @@ def _view(storage: Storage, offset: int, shape: tuple, stride: tuple, *_: Any) -
 def _view_as(storage: Storage, offset: int, shape: tuple, stride: tuple, grad: Any, hooks: Any, dtype: Any, *_: Any):
     """The form in which newer number formats are written: untyped bytes and a dtype."""
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"a tensor of unknown number format {dtype!r:.80}")
+        raise ValueError(f"a tensor of unknown number format {shown(dtype):.80}")
     typed = Storage(dtype, lambda: storage.read().view(dtype), storage.count // dtype.itemsize)
     return _view(typed, offset, shape, stride)
 
 
 def _encode(text: str, encoding: str) -> bytes:
     if encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
-        raise ValueError(f"text in encoding {encoding!r:.40}")
+        raise ValueError(f"text in encoding {shown(encoding):.40}")
     return text.encode(encoding)
+
+
+def key(value: Any) -> Any:
+    """What dictionaries and sets are found by: no tuple of tuples, whose hash may take for ever."""
+    if type(value) in (tuple, frozenset) and any(type(inner) in (tuple, frozenset) for inner in value):
+        raise ValueError("a key that is a tuple of tuples")
+    return value
+
+
+def _device(*words: Any) -> str:
+    if {*map(type, words)} - {str, int}:
+        raise ValueError("a device that is neither a name nor a number")
+    return ":".join(map(str, words))
 
 
 def _object(kind: Any, *_: Any) -> Held:
@@ -106,14 +120,14 @@ def _object(kind: Any, *_: Any) -> Held:
 MAKERS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": dict,
     "collections.defaultdict": lambda default=None: {},
-    "builtins.set": set,
-    "builtins.frozenset": frozenset,
+    "builtins.set": lambda values=(): set(map(key, values)),
+    "builtins.frozenset": lambda values=(): frozenset(map(key, values)),
     "builtins.bytearray": lambda text=b"", encoding="latin1": _encode(text, encoding) if type(text) is str else text,
     "builtins.complex": complex,
     "_codecs.encode": _encode,
     "copyreg._reconstructor": _object,
     "torch.Size": lambda sizes=(): tuple(sizes),
-    "torch.device": lambda *words: ":".join(map(str, words)),
+    "torch.device": _device,
     "torch._utils._rebuild_tensor": _view,
     "torch._utils._rebuild_tensor_v2": _view,
     "torch._utils._rebuild_tensor_v3": _view_as,

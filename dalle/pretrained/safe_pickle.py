@@ -9,9 +9,10 @@ lie elsewhere in the file (dalle/pretrained/saved_file.py), so names and shapes 
 
 import pickletools
 from collections.abc import Callable, Iterator
+from reprlib import repr as shown
 from typing import Any, Protocol
 
-from dalle.pretrained.pickle_names import DTYPES, MAKERS, NUMBER_FORMATS, OLD, Held, Name, is_held
+from dalle.pretrained.pickle_names import DTYPES, MAKERS, NUMBER_FORMATS, OLD, Held, Name, is_held, key
 
 MAX_SHOWN = 5
 
@@ -202,10 +203,10 @@ class _Reader:
         values = self.pop_mark()
         if type(self.stack[-1]) is not set:
             raise ValueError(f"members of a {type(self.stack[-1]).__name__}")
-        self.stack[-1].update(values)
+        self.stack[-1].update(map(key, values))
 
     def do_frozenset(self) -> None:
-        self.stack.append(frozenset(self.pop_mark()))
+        self.stack.append(frozenset(map(key, self.pop_mark())))
 
     # names, calls, objects
 
@@ -229,7 +230,7 @@ class _Reader:
 
     def call(self, kind: Any, arguments: Any) -> Any:
         if not isinstance(kind, Name) or type(arguments) is not tuple:
-            raise ValueError(f"a call of {kind!r:.80}")
+            raise ValueError(f"a call of {shown(kind):.80}")
         if kind.full in self.makers:
             return self.makers[kind.full](*arguments)
         return Held(kind.full, arguments)  # of a forbidden name too: the file is refused when all are known
@@ -278,4 +279,4 @@ class _Reader:
 def _pairs(values: Any) -> Iterator[tuple[Any, Any]]:
     if len(values) % 2:
         raise ValueError("a key without a value")
-    return zip(values[::2], values[1::2], strict=True)
+    return zip(map(key, values[::2]), values[1::2], strict=True)

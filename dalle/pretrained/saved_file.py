@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import torch
@@ -178,11 +179,17 @@ class _Storages:
 
     def __call__(self, identity: Any) -> Any:
         if type(identity) is not tuple or not identity or identity[0] not in ("storage", "module"):
-            raise ValueError(f"a reference to {identity!r:.80}")
+            raise ValueError(f"a reference to {shown(identity):.80}")
         if identity[0] == "module":  # legacy files keep the source of a class beside it
             return identity[1]
         kind, key, count = identity[1], identity[2], identity[4]
-        if not isinstance(kind, Name) or kind.full not in DTYPES or type(count) is not int or count < 0:
+        if (
+            not isinstance(kind, Name)
+            or kind.full not in DTYPES
+            or type(key) not in (str, int)
+            or type(count) is not int
+            or count < 0
+        ):
             raise ValueError("a storage of unknown kind or size")
         if len(identity) > 5 and identity[5] is not None:
             raise ValueError("a view of a storage, as torch wrote before 0.4")
@@ -243,7 +250,7 @@ def _legacy(path: Path, stream: Any, data: Any, makers: dict[str, Callable] | No
     if protocol != LEGACY_PROTOCOL or type(system) is not dict or not system.get("little_endian"):
         raise ValueError("a torch file of unknown protocol, or of a big-endian machine")
     tree, keys = read_pickle(stream, storages), read_pickle(stream)
-    if type(keys) is not list or sorted(map(str, keys)) != sorted(storages.formats):
+    if type(keys) is not list or {*map(type, keys)} - {str, int} or sorted(map(str, keys)) != sorted(storages.formats):
         raise ValueError("its storages are not those that its tensors name")
     place = stream.tell()
     for key in map(str, keys):

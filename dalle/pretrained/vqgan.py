@@ -45,7 +45,7 @@ def _count(names: Iterable[str], pattern: str) -> int:
 TAMING = Family(
     name="VQGAN of taming-transformers",
     kind="image tokenizer",
-    licence="not stated for taming's weights (its code is MIT); minDALL-E's first stage Apache-2.0",
+    licence="not stated for taming's weights (its code is MIT), nor for minDALL-E's first stage (Apache-2.0)",
     marks=("encoder.down.*.block.*.conv1.weight", "decoder.up.*.block.*.conv1.weight", "quantize.embedding.weight"),
     configure=configure,
     build=VQGAN,

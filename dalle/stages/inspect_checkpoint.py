@@ -45,7 +45,7 @@ def inspect_checkpoint(run: InspectRun) -> dict[str, Any]:
     if run.path is None:
         raise ValueError("say which: python scripts/inspect_checkpoint.py FILE or DIRECTORY")
     if not run.path.exists():
-        raise ValueError(f"nothing at {run.path}")
+        raise ValueError(f"nothing at {run.path}; give the file of a checkpoint, or the folder of a run or model")
     if run.json and run.json.is_dir():
         raise ValueError(f"{run.json} is a directory; expected the name of a file")
     report = {"path": str(run.path), **_describe(run.path)}
@@ -99,9 +99,9 @@ def _fit(comparison: Fit, found: Found) -> dict[str, Any]:
         "sizes": _sizes(comparison.config),
         "vocabulary": found.family.vocabulary(comparison.config),
         "parameters": comparison.parameters,
-        "fits": not (comparison.missing or comparison.extra or comparison.misshapen),
     }
-    lists = {name: getattr(comparison, name) for name in ("missing", "extra", "misshapen", "ignored")}
+    lists = {name: getattr(comparison, name) for name in ("missing", "extra", "misshapen", "mistyped", "ignored")}
+    told["fits"] = not any(names for name, names in lists.items() if name != "ignored")
     return told | {name: names for name, names in lists.items() if names}
 
 

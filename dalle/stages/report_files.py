@@ -21,7 +21,7 @@ from dalle.models import KINDS
 from dalle.stages.kinds import TRAININGS
 from dalle.stages.report_folder import Folder, TrainedRun
 from dalle.stages.report_html import escape, picture, pictures, said, table
-from dalle.stages.report_svg import Curve, chart
+from dalle.stages.report_svg import Curve, chart, finite
 from dalle.stages.runs import MAKERS
 
 SHEETS = {"dvae": "reconstructions", "transformer": "drawings", "clip": "retrieved"}
@@ -45,9 +45,8 @@ def overview(folder: Folder) -> str:
     rows = []
     for kind, run in folder.runs.items():
         step = run.meta.get("step", run.lines[-1]["step"] if run.lines else 0)
-        measured = [line for line in run.lines if any(name.startswith("eval/") for name in line)]
-        names = [f"eval/{name}" for name in CURVES[kind]]
-        last = ", ".join(f"{n[5:]} {measured[-1][n]:.4g}" for n in names if measured and n in measured[-1])
+        measured = {name: points(run.lines, f"eval/{name}")[-1:] for name in CURVES[kind]}
+        last = ", ".join(f"{name} {value:.4g}" for name, found in measured.items() for _, value in found)
         rows.append((kind, f"{step:,} of {run.meta.get('steps', step):,}", last or "none yet"))
     body = table(rows, ("training", "updates", "held-out pictures, last measured")) if rows else ""
     for name, report in folder.evaluations.items():
@@ -74,9 +73,9 @@ def curves(folder: Folder) -> str:
 
 def _chart(run: TrainedRun, name: str) -> str | None:
     found = [
-        Curve("training", points(run.lines, name), "line", 0),
-        Curve("held out", points(run.lines, f"eval/{name}"), "dots", 1),
-        Curve("chance", points(run.lines, f"chance/{name}")[:1], "level", 2),
+        Curve("training", finite(points(run.lines, name)), "line", 0),
+        Curve("held out", finite(points(run.lines, f"eval/{name}")), "dots", 1),
+        Curve("chance", finite(points(run.lines, f"chance/{name}")[:1]), "level", 2),
     ]
     found = [curve for curve in found if curve.points]
     return chart(name, found) if any(curve.style != "level" for curve in found) else None
@@ -110,8 +109,8 @@ def sampled(folder: Folder) -> Iterator[str]:
             continue
         try:
             yield _sample(place, read_json(place / "sample.json"))
-        except KeyError as error:
-            raise ValueError(f"{place / 'sample.json'} lacks {error}; it is not of scripts/sample.py") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{place / 'sample.json'} is not of scripts/sample.py ({error!r})") from None
     if (sheet := folder.root / "samples.png").is_file():
         shown = "samples.png: held-out captions, left the first candidate, right the best"
         yield f"<h3>samples.png</h3>{picture(load_image(sheet), shown, shown)}"
@@ -156,7 +155,7 @@ def _blur(report: dict[str, Any]) -> Iterator[str]:
     metrics = dict.fromkeys(name for values in by_radius.values() for name in dict_of(values))
     for name in metrics:
         found = [(float(radius), values.get(name)) for radius, values in by_radius.items()]
-        if len(found) > 1 and all(isinstance(value, int | float) for _, value in found):
+        if all(isinstance(value, int | float) for _, value in found) and len(found := finite(found)) > 1:
             yield chart(name, [Curve(name, found, "dots")], "radius of the blur in pixels")
 
 

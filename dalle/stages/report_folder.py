@@ -66,7 +66,7 @@ def examine(path: Path) -> Folder:
         by_kind = {kind: run for kind in KINDS for run in reversed(runs) if run.kind == kind}
         found = Folder(path, by_kind, next(iter(models), None), _evaluations(path.glob("*.json")), samples)
     else:
-        raise ValueError(f"nothing at {path}; give the folder of a run, as runs/quickstart")
+        raise ValueError(f"nothing at {path}; give the folder of a run, or make one: python scripts/quickstart.py")
     if not (found.runs or found.model or found.evaluations or found.samples):
         raise ValueError(
             f"{path} holds no run, model, samples or evaluation of this library; give the folder of one, "

@@ -21,7 +21,7 @@ from dalle.pipeline import DALLE
 from dalle.stages.report_files import dict_of, sampled
 from dalle.stages.report_folder import Folder
 from dalle.stages.report_html import escape, picture, pictures
-from dalle.stages.report_svg import Curve, chart
+from dalle.stages.report_svg import Curve, chart, finite
 from dalle.stages.runs import MAKERS
 from dalle.train.precision import resolve_device
 from dalle.transformer import TransformerConfig
@@ -144,7 +144,7 @@ class Bench:
         for name, report in self.folder.evaluations.items():
             for metric, by_n in dict_of(report.get("rerank")).items():
                 curve = [(int(n), value) for n, value in dict_of(by_n).items() if isinstance(value, int | float)]
-                if curve:
+                if curve := finite(curve):
                     charts.append(
                         chart(f"{metric} of the best ({name})", [Curve(metric, curve, "dots")], "N", doubling=True)
                     )

@@ -10,6 +10,8 @@ WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 38, 30
 MOST = 400
 """Points of a curve that are drawn, at most."""
+LARGEST = 1e100
+"""Beyond it a value is none that a curve can show: JSON may hold whole numbers that no float holds."""
 Points = Sequence[tuple[float, float]]
 
 
@@ -100,7 +102,7 @@ def _font(size: int) -> str:
 
 def finite(points: Points) -> list[tuple[float, float]]:
     """Without those that cannot be drawn."""
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    return [(x, y) for x, y in points if abs(x) < LARGEST and abs(y) < LARGEST]  # not so for NaN
 
 
 def thin(points: Points, most: int = MOST) -> list[tuple[float, float]]:

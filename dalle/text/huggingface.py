@@ -114,6 +114,11 @@ def _check(model: Any, added: list[dict[str, Any]]) -> None:
     kind = model.get("type", "BPE") if isinstance(model, dict) else None
     if kind != "BPE" or not {"vocab", "merges"} <= model.keys():
         raise ValueError(f"tokenizer.json has a model of type {kind!r}; only BPE is read here")
+    ids = [*(model["vocab"] or {}).values(), *(token["id"] for token in added)]
+    if not ids or any(type(token) is not int or token < 0 for token in ids):
+        raise ValueError("tokenizer.json has tokens that are not numbered from 0")
+    if not isinstance(model.get("end_of_word_suffix") or "", str):
+        raise ValueError("tokenizer.json has an end_of_word_suffix that is no text")
     for name in ("continuing_subword_prefix", "dropout"):
         if model.get(name):
             raise ValueError(

@@ -29,15 +29,18 @@ def load_text(path: Path | str) -> MergeTokenizer:
         return TextTokenizer.load(path)  # says what is wrong
     try:
         data = json.loads(content)
+    except RecursionError:
+        raise ValueError(f"{path} is not a text tokenizer that can be read: nested too deep") from None
     except ValueError:
         return _youtokentome(path, content)
     try:
         if isinstance(data, dict) and "model" in data and "format" not in data:
             return HuggingFaceTokenizer(data)
         return text_from_dict(data)
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # the others of values of a wrong kind
+        said = error if isinstance(error, ValueError) else f"it is damaged ({error!r})"
         raise ValueError(
-            f"{path} is not a text tokenizer that can be read: {error}. Give a text.json of "
+            f"{path} is not a text tokenizer that can be read: {said}. Give a text.json of "
             "scripts/train_tokenizer.py, a Hugging Face tokenizer.json of BPE kind, or a youtokentome model"
         ) from error
 

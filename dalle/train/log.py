@@ -49,13 +49,16 @@ class Silence:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The lines of a log; a last line that broke off is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    """The lines of a log, up to the first that is none: one that broke off, or what another program wrote."""
+    lines: list[dict[str, float]] = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except (json.JSONDecodeError, RecursionError):
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
     return lines
 
 
