@@ -14,6 +14,9 @@ from torch import Tensor
 
 from dalle.rng import generator
 
+COLDEST = 1e-30
+"""Logits divided by less might be more than a float holds."""
+
 
 def uniforms(seed: int, caption: str, candidates: range, positions: int) -> Tensor:
     """The random numbers of some candidates: float64 (n, positions) in [0, 1)."""
@@ -23,8 +26,8 @@ def uniforms(seed: int, caption: str, candidates: range, positions: int) -> Tens
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None, guidance: float | None = None) -> None:
     """ValueError for settings that mean nothing, before any work is done."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be 0 (most likely token) or positive, got {temperature}")
+    if not (temperature == 0 or COLDEST <= temperature < math.inf):
+        raise ValueError(f"temperature must be 0 (most likely token) or at least {COLDEST}, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:

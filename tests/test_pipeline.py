@@ -135,7 +135,7 @@ class TestMistakes:
             ({"n": 0}, "n must be at least 1, got 0"),
             ({"n": -1}, "n must be at least 1, got -1"),
             ({"n": 4, "best_of": 3}, "best_of must be at least n, got best_of=3, n=4"),
-            ({"temperature": -0.5}, "temperature must be 0 .* or positive, got -0.5"),
+            ({"temperature": -0.5}, "temperature must be 0 .* or at least 1e-30, got -0.5"),
             ({"temperature": float("nan")}, "temperature must be"),
             ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
             ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),

@@ -163,7 +163,8 @@ def test_truncation_that_keeps_everything_changes_nothing(options):
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "message"),
     [
-        (-0.1, None, None, r"temperature must be 0 \(most likely token\) or positive, got -0.1"),
+        (-0.1, None, None, r"temperature must be 0 \(most likely token\) or at least 1e-30, got -0.1"),
+        (1e-40, None, None, r"or at least 1e-30, got 1e-40"),
         (float("nan"), None, None, "got nan"),
         (float("inf"), None, None, "got inf"),
         (1.0, 0, None, "top_k must be at least 1, got 0"),

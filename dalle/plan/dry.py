@@ -1,8 +1,8 @@
 """A training step with tensors that have shapes and no contents: what it computes and what it holds.
 
 The real modules run forward and backward under torch's FakeTensorMode, which allocates nothing, so a step of twelve
-billion parameters is counted on a laptop in seconds, and no formula can drift away from the code. Operators are those
-of a CPU, whose fused attention holds what a GPU's does: queries, keys, values and the result.
+billion parameters is counted on a laptop in half a minute, and no formula can drift away from the code. Operators are
+those of a CPU, whose fused attention holds what a GPU's does: queries, keys, values and the result.
 
     B batch, T text_len, N all slots
 """

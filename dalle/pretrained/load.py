@@ -127,7 +127,7 @@ def load_transformer(path: Path | str, device: str | torch.device = "cpu") -> nn
 
 def _load(found: Found, kind: str) -> nn.Module:
     if found.family is None or found.family.kind != kind:
-        what = f"a {found.family.kind} ({found.family.name})" if found.family else "of nobody that is known"
+        what = f"of kind {found.family.kind!r} ({found.family.name})" if found.family else "of nobody that is known"
         names = ", ".join(family.name for family in FAMILIES if family.kind == kind)
         raise ValueError(f"{found.path} is {what}, not a published {kind}; known are: {names}")
     return fill(found.family, found.tensors, found.path)
