@@ -16,22 +16,23 @@ def load_image(source: Path | str | Image.Image) -> Image.Image:
     Raises:
         ValueError: not a picture, or one that breaks off.
     """
+    name = "this" if isinstance(source, Image.Image) else source
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
         image.load()
     except FileNotFoundError:
-        raise ValueError(f"no picture at {source}") from None
+        raise ValueError(f"no picture at {name}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read {source} as a picture: {error}") from None
+        raise ValueError(f"cannot read {name} as a picture: {error}") from None
     with contextlib.suppress(Exception):  # an EXIF block that cannot be read says nothing
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise ValueError(f"cannot read {source} as a picture: its values are floats; save it in 8 bits")
+        raise ValueError(f"cannot read {name} as a picture: its values are floats; save it in 8 bits")
     if image.mode in ("I", "I;16", "I;16B", "I;16L"):
         values = np.asarray(image, dtype=np.float64)
         if values.min() < 0 or values.max() > 65535:
             reach = f"{values.min():.0f} to {values.max():.0f}"
-            raise ValueError(f"cannot read {source} as a picture: its values go from {reach}; save it in 8 or 16 bits")
+            raise ValueError(f"cannot read {name} as a picture: its values go from {reach}; save it in 8 or 16 bits")
         return Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")

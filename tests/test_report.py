@@ -178,13 +178,14 @@ class TestWhole:
         assert "Samples: no picture at" in text
 
 
-class TestParts:
-    def made(self, folder: Path, **settings) -> Page:
-        return Page(write_report(ReportRun(folder, device="cpu", **settings)).read_text(encoding="utf-8"))
+def made(folder: Path, **settings) -> Page:
+    return Page(write_report(ReportRun(folder, device="cpu", **settings)).read_text(encoding="utf-8"))
 
+
+class TestParts:
     def test_a_dvae_alone(self, chain, tmp_path):
         shutil.copytree(chain / "dvae", tmp_path / "dvae")
-        found = self.made(tmp_path / "dvae")
+        found = made(tmp_path / "dvae")
         assert {"curves", "time", "codebook", "configuration", "checkpoints"} <= set(found.sections)
         assert {"samples", "attention", "masks"}.isdisjoint(found.sections)
         assert "python scripts/sample.py --prompt WORDS --save-model runs/model" in found.text
@@ -193,26 +194,26 @@ class TestParts:
 
     def test_a_transformer_alone(self, chain, tmp_path):
         shutil.copytree(chain / "transformer", tmp_path / "run")
-        found = self.made(tmp_path / "run")
+        found = made(tmp_path / "run")
         assert {"curves", "masks", "configuration"} <= set(found.sections)
         assert "codebook" not in found.sections
 
     def test_a_clip_alone(self, chain, tmp_path):
         shutil.copytree(chain / "clip", tmp_path / "run")
-        assert {"curves", "time", "configuration", "checkpoints"} <= set(self.made(tmp_path / "run").sections)
+        assert {"curves", "time", "configuration", "checkpoints"} <= set(made(tmp_path / "run").sections)
 
     def test_a_model_directory_needs_captions_to_draw(self, chain, tmp_path, prompt):
         shutil.copytree(chain / "model", tmp_path / "model")
-        found = self.made(tmp_path / "model")
+        found = made(tmp_path / "model")
         assert {"codebook", "masks", "checkpoints"} <= set(found.sections)
         assert "give --prompts" in found.text
-        found = self.made(tmp_path / "model", prompts=(prompt,), best_of=2)
+        found = made(tmp_path / "model", prompts=(prompt,), best_of=2)
         assert {"samples", "rerank", "attention"} <= set(found.sections)
 
     @pytest.mark.parametrize("kind", ["dvae", "transformer", "clip"])
     def test_a_directory_of_one_part(self, chain, tmp_path, kind):
         Part.from_pretrained(chain / kind).save_pretrained(tmp_path / "model")
-        found = self.made(tmp_path / "model")
+        found = made(tmp_path / "model")
         assert "checkpoints" in found.sections
         assert ("masks" in found.sections) == (kind == "transformer")
         assert ("codebook" in found.sections) == (kind == "dvae")
@@ -223,19 +224,19 @@ class TestParts:
         meta = read_json(file)
         for config, said in (({"rings": 3}, "Masks: .*rings"), (None, "Masks: ")):
             write_json(file, meta | {"config": config})
-            assert re.search(said, self.made(tmp_path / "run").text)
+            assert re.search(said, made(tmp_path / "run").text)
 
     def test_a_model_without_a_clip_is_unranked(self, dalle, tmp_path, prompt):
         dalle.scorer = None
         dalle.save_pretrained(tmp_path / "model")
-        found = self.made(tmp_path / "model", prompts=(prompt,), best_of=2)
+        found = made(tmp_path / "model", prompts=(prompt,), best_of=2)
         assert "Unranked: there is no CLIP" in found.text
         assert "python scripts/train_clip.py" in found.text
         assert "rerank" not in found.sections
 
     def test_the_captions_are_held_out_ones_and_draw_as_the_model_does(self, chain, dalle, tmp_path):
         shutil.copytree(chain, tmp_path / "run")
-        found = self.made(tmp_path / "run", captions=2, best_of=2, temperature=0.7)
+        found = made(tmp_path / "run", captions=2, best_of=2, temperature=0.7)
         scores = [float(one) for one in re.findall(r"(?:score|worst of 2:) (-?[\d.]+)", found.text)]
         captions = re.findall(r"\n?([a-z ,]+?)score", found.text.split("seed 0.")[1])
         drawn = dalle.generate(captions[0].strip(), n=2, best_of=2, temperature=0.7, progress=False)
@@ -244,20 +245,20 @@ class TestParts:
     def test_nothing_is_drawn_where_that_is_asked(self, chain, tmp_path, monkeypatch):
         shutil.copytree(chain, tmp_path / "run")
         monkeypatch.setattr("dalle.stages.report_model.load_part", None)
-        found = self.made(tmp_path / "run", draw=False)
+        found = made(tmp_path / "run", draw=False)
         assert {"samples", "attention", "codebook"}.isdisjoint(found.sections)
         assert "nothing is drawn under --no-draw" in found.text
 
     def test_a_model_directory_of_format_3_tells_each_hash(self, tmp_path):
         shutil.copytree(Path(__file__).parent / "format_3", tmp_path / "model")
-        text = self.made(tmp_path / "model", draw=False).text
+        text = made(tmp_path / "model", draw=False).text
         hashes = read_json(tmp_path / "model" / "config.json")["hash"].split("-")
         assert all(f"weights{one}" in text for one in hashes)
 
     def test_an_evaluation_alone(self, whole, tmp_path):
         shutil.copy(whole / "evaluation.json", tmp_path / "numbers.json")
         for place in (tmp_path, tmp_path / "numbers.json"):
-            found = self.made(place)
+            found = made(place)
             assert found.sections[:3] == ["overview", "rerank", "evaluation"]
         assert (tmp_path / "report.html").is_file()
 
@@ -265,7 +266,7 @@ class TestParts:
         (tmp_path / "many").mkdir()
         (tmp_path / "many" / "samples.jsonl").write_text("{}\n")
         Image.new("RGB", (70, 50), "green").save(tmp_path / "many" / "sheet.png")
-        found = self.made(tmp_path / "many")
+        found = made(tmp_path / "many")
         assert "samples" in found.sections
         assert [one.size for one in found.pictures()] == [(70, 50)]
 
@@ -277,7 +278,7 @@ class TestParts:
     def test_a_run_that_has_no_checkpoint_yet(self, chain, tmp_path):
         (tmp_path / "run").mkdir()
         shutil.copy(chain / "clip" / "log.jsonl", tmp_path / "run")
-        found = self.made(tmp_path / "run")
+        found = made(tmp_path / "run")
         assert "curves" in found.sections
         assert "checkpoints" not in found.sections
 
@@ -288,7 +289,7 @@ class TestParts:
         numbers = {"rests_on": {}, "rerank": {"score": {"1": math.nan}, "right": {"1": 0.5, "2": 0.75}}}
         numbers["pictures"] = {"blur": {r: {"psnr": math.inf, "fid": 9.0} for r in ("0", "1")}}
         (tmp_path / "numbers.json").write_text(json.dumps(numbers))
-        found = self.made(tmp_path)
+        found = made(tmp_path)
         names = [attributes["aria-label"] for tag, attributes in found.tags if tag == "svg"]
         assert names == ["right of the best (numbers.json)", "image_nats", "fid"]
         assert "image_nats 2.5" in found.text
@@ -296,7 +297,7 @@ class TestParts:
     def test_gradient_scales_are_drawn_where_logged(self, tmp_path):
         lines = [{"step": i, "loss": 1.0, "image_nats": 1.0, "log2_scales": [13.0, 12.0]} for i in (1, 2)]
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert "gradient scale (Figure 12)" in self.made(tmp_path).text
+        assert "gradient scale (Figure 12)" in made(tmp_path).text
 
     def test_damaged_files_are_told_and_the_rest_is_there(self, chain, tmp_path):
         shutil.copytree(chain, tmp_path / "run")
@@ -304,7 +305,7 @@ class TestParts:
         (tmp_path / "run" / "model" / "transformer.safetensors").write_bytes(b"no weights")
         (tmp_path / "run" / "clip" / "checkpoints" / "latest").write_text("step-99999999")
         (tmp_path / "run" / "strange.json").write_text('["rests_on"]')
-        found = self.made(tmp_path / "run")
+        found = made(tmp_path / "run")
         assert "Pictures over time: cannot read" in found.text
         assert "Samples, Reranking, Attention: " in found.text
         assert "not a safetensors file" in found.text
@@ -312,11 +313,41 @@ class TestParts:
         assert {"curves", "configuration", "codebook"} <= set(found.sections)
 
 
+class TestOddValues:
+    """What other programs may have left in a folder is left out, and the page is made of the rest."""
+
+    @pytest.mark.parametrize(
+        "odd", [{"versions": None}, {"links": ["x"]}, {"step": None}, {"run": [1]}], ids=lambda odd: next(iter(odd))
+    )
+    def test_in_a_checkpoint(self, chain, tmp_path, odd):
+        shutil.copytree(chain / "clip", tmp_path / "run")
+        file = next((tmp_path / "run").glob("checkpoints/step-*/meta.json"))
+        write_json(file, read_json(file) | odd)
+        assert "checkpoints" in made(tmp_path / "run").sections
+
+    def test_of_an_unknown_kind_there_is_no_run(self, chain, tmp_path):
+        shutil.copytree(chain / "clip", tmp_path / "run")
+        file = next((tmp_path / "run").glob("checkpoints/step-*/meta.json"))
+        write_json(file, read_json(file) | {"kind": ["clip"]})
+        with pytest.raises(ValueError, match="holds no run"):
+            write_report(ReportRun(tmp_path / "run"))
+
+    def test_in_an_evaluation_and_in_a_log(self, tmp_path):
+        write_json(tmp_path / "e.json", {"caption_accuracy": {"true": None}, "caption_accuracy_new_pairs": {"true": 1}})
+        (tmp_path / "x.json").mkdir()
+        (tmp_path / "log.jsonl").write_text('{"step": 1, "image_nats": 1.0, "log2_scales": "x"}\n')
+        assert {"evaluation", "curves"} <= set(made(tmp_path).sections)
+
+
 class TestMistakes:
     def test_nothing_there(self, tmp_path):
         with pytest.raises(ValueError, match=r"nothing at .*absent; give the folder of a run, or make one"):
             write_report(ReportRun(tmp_path / "absent"))
         with pytest.raises(ValueError, match="holds no run, model, samples or evaluation"):
+            write_report(ReportRun(tmp_path))
+        (tmp_path / "log.jsonl").write_text('{"step": 1, "image_nats": 1.0}\n')
+        (tmp_path / "report.html").mkdir()
+        with pytest.raises(ValueError, match=r"report\.html is a directory"):
             write_report(ReportRun(tmp_path))
         write_json(tmp_path / "other.json", {"a": 1})
         with pytest.raises(ValueError, match="holds no run"):

@@ -135,7 +135,7 @@ def test_it_goes_on_with_the_rows_that_it_began_with(run, monkeypatch):
         ("c.jsonl", b'{"prompt": "a blue circle"}\n{"text": "b"}\n', 'c.jsonl, line 2 has no "prompt" or "caption"'),
         ("c.jsonl", b"a blue circle\n", "c.jsonl, line 1 is not JSON"),
         ("c.jsonl", b'["a"]\n', "c.jsonl, line 1 has no"),
-        ("c.txt", b"a blue circle\n" + b"a red cross and " * 30, r"c.txt, line 2: caption 0 has \d+ tokens"),
+        ("c.txt", b"a blue circle\n" + b"a red cross and " * 30, r"c.txt, line 2: the caption has \d+ tokens"),
         ("none.txt", None, r"cannot read none\.txt \(No such file"),
         ("c.txt", b"\xff\xfe", "c.txt is not text in UTF-8"),
     ],

@@ -101,7 +101,7 @@ def scales_picture(run: Path) -> Image.Image:
 
 def scales_figure(run: Path) -> Figure:
     """The figure of `scales_picture`."""
-    lines = [line for line in read_lines(Path(run)) if "log2_scales" in line]
+    lines = [line for line in read_lines(Path(run)) if isinstance(line.get("log2_scales"), list)]
     if not lines:
         raise ValueError(f"{run} has no gradient scales; only runs with train.precision fp16 have them")
     steps, scales = [line["step"] for line in lines], np.array([line["log2_scales"] for line in lines])

@@ -54,6 +54,8 @@ def write_report(run: ReportRun) -> Path:
     """
     folder = examine(run.run)
     out = run.out or folder.root / "report.html"
+    if out.is_dir():
+        raise ValueError(f"{out} is a directory; expected the name of a file")
     make_directory(out.parent)
     sections: list[Section] = []
     reasons: dict[str, list[str]] = {}

@@ -65,7 +65,7 @@ def curves(folder: Folder) -> str:
     for kind, run in folder.runs.items():
         charts = [made for name in (*CURVES[kind], *RATES) if (made := _chart(run, name))]
         parts.append(f'<h3>{escape(kind)}</h3><div class="cards">{"".join(charts)}</div>' if charts else "")
-        if any("log2_scales" in line for line in run.lines):
+        if any(isinstance(line.get("log2_scales"), list) for line in run.lines):
             name = "log2 of each resblock's gradient scale (Figure 12)"
             parts.append(picture(scales_picture(run.folder), name, name))
     return "".join(parts)
@@ -141,7 +141,7 @@ def evaluation(folder: Folder) -> str:
         if {"caption_accuracy", "caption_accuracy_new_pairs"} <= report.keys():
             seen, new = dict_of(report["caption_accuracy"]), dict_of(report["caption_accuracy_new_pairs"])
             parts.append("<p>Share of pictures that show what their caption says, by a judge that reads pixels.</p>")
-            rows = [(key, float(value), float(new.get(key, "nan"))) for key, value in seen.items()]
+            rows = [(key, value, new.get(key, "")) for key, value in seen.items()]
             parts.append(table(rows, ("", "held-out scenes", "new pairs of colour and shape")))
         parts.append(f'<div class="cards">{"".join(_blur(report))}</div>')
         rest = {key: value for key, value in report.items() if isinstance(value, dict | list)}

@@ -10,6 +10,8 @@ from dalle.look.curves import CURVES, Lines, read_lines
 from dalle.models import KINDS
 from dalle.train.checkpoint import latest_checkpoint
 
+KINDS_OF_VALUE = {"kind": str, "step": int, "config": dict, "run": dict, "links": dict, "versions": dict}
+"""What a checkpoint's meta.json holds; anything else under these names is left out."""
 EVALUATED = {"caption_accuracy", "rests_on", "held_out"}
 """A JSON file that has one of these is an evaluation's."""
 
@@ -81,6 +83,7 @@ def _run(folder: Path) -> TrainedRun | None:
     except ValueError:  # its pointer leads nowhere: what else is there can be shown
         checkpoint = None
     meta = _object(checkpoint / "meta.json") if checkpoint else {}
+    meta = {name: value for name, value in meta.items() if isinstance(value, KINDS_OF_VALUE.get(name, object))}
     log = folder / "log.jsonl"
     if not checkpoint and not log.is_file():
         return None
@@ -101,7 +104,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def _evaluations(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    found = {file.name: _object(file) for file in sorted(files)}
+    found = {file.name: _object(file) for file in sorted(files) if file.is_file()}
     return {name: data for name, data in found.items() if EVALUATED & data.keys()}
 
 
