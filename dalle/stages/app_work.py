@@ -65,12 +65,13 @@ class Request:
         """ValueError for what is beyond the limits, or means nothing."""
         if len(self.caption) > limits.caption:
             raise ValueError(f"the caption has {len(self.caption):,} letters, at most {limits.caption:,} are read")
-        for name, most in (("n", limits.pictures), ("best_of", limits.candidates)):
-            value = getattr(self, name)
+        for name, value, most in (("pictures", self.n, limits.pictures), ("best of", self.best_of, limits.candidates)):
             if value is None:
-                raise ValueError(f"{name} is blank; give a number from 1 to {most}")
-            if value > most:
-                raise ValueError(f"{name} must be at most {most} here, got {value}")
+                raise ValueError(f"the field of {name} is blank; give a number from 1 to {most}")
+            if not 1 <= value <= most:
+                raise ValueError(f"{name} must be 1 to {most} here, got {value}")
+        if self.best_of < self.n:
+            raise ValueError(f"best of must be at least as many as the pictures, got {self.best_of} for {self.n}")
         if self.temperature is None:
             raise ValueError("temperature is blank; give 1 as the paper, or less for likelier pictures")
         if self.seed is not None and not 0 <= self.seed <= LARGEST_SEED:
