@@ -132,7 +132,7 @@ class TestRefusals:
 
     def test_a_clip_is_no_image_tokenizer(self, tmp_path: Path, towers) -> None:
         torch.save(Published(towers).state_dict(), tmp_path / "clip.pt")
-        with pytest.raises(ValueError, match=r"a scorer \(OpenAI CLIP\), not a published image tokenizer"):
+        with pytest.raises(ValueError, match=r"of kind 'scorer' \(OpenAI CLIP\), not a published image tokenizer"):
             load_image_tokenizer(tmp_path / "clip.pt")
 
     def test_a_missing_tensor(self, tmp_path: Path, towers) -> None:

@@ -158,7 +158,7 @@ def test_inside_may_lie_a_vqgan_or_openais_dvae(tmp_path: Path) -> None:
         load_transformer(tmp_path / "dalle.pt")
     assert torch.equal(model.encode(torch.ones(1, 3, 8, 8) / 3), dvae.encode(torch.ones(1, 3, 8, 8) / 3))
     torch.save(make_file(plain), tmp_path / "dalle.pt")
-    with pytest.raises(ValueError, match=r"is a transformer .* not a published image tokenizer"):
+    with pytest.raises(ValueError, match=r"is of kind 'transformer' .* not a published image tokenizer"):
         load_image_tokenizer(tmp_path / "dalle.pt")
 
 
