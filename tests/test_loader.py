@@ -3,8 +3,11 @@
 import io
 import json
 import os
+import shutil
 import signal
 import struct
+import subprocess
+import sys
 import tarfile
 import time
 import warnings
@@ -178,6 +181,39 @@ def test_workers_end_with_the_loader():
         started = set(torch.multiprocessing.active_children()) - before
         assert len(started) == 2
     assert not started & set(torch.multiprocessing.active_children())
+
+
+KILLED = """
+import os, signal, sys
+from test_loader import Failing
+from dalle.data.loader import Loader
+if __name__ == "__main__":
+    batches = Loader(Failing("works"), 10**6, workers=1, start_method=sys.argv[1])
+    batches(0)
+    print(batches._stream._workers[0].pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix" or not shutil.which("ps"), reason="needs POSIX and ps")
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_end_when_the_training_is_killed(method, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [Path(__file__).parents[1], Path(__file__).parent]))}
+    command = [sys.executable, tmp_path / "killed.py", method]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as done:
+        worker = int(done.stdout.readline())
+    for _ in range(300):
+        if not alive(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("it is there half a minute later")
+
+
+def alive(pid: int) -> bool:
+    """A zombie, which nobody has waited for yet, is none."""
+    return subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout[:1] not in "Z"
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,11 @@ workers, and any resume, gives the same next batch; there is no state to keep an
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from dalle.types import Batch, Pairs, Skip
 
 PATIENCE = 600
 """Seconds without a batch after which a worker is given up."""
+WATCHED_EVERY = 2.0
+"""Seconds after which a worker looks again whether its training is still there."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Loader:
                 DataLoader(
                     _Steps(self.make), batch_size=None, sampler=range(step, self.steps), num_workers=self.workers,
                     prefetch_factor=self.prefetch, timeout=self.patience, multiprocessing_context=self.start_method,
-                    pin_memory=self.pin, collate_fn=_as_it_is, worker_init_fn=_leave_signals_to_the_training,
+                    pin_memory=self.pin, collate_fn=_as_it_is, worker_init_fn=partial(_serve, os.getpid()),
                     generator=torch.Generator(),  # else starting workers would draw from the one of the training
                 )
             )  # fmt: skip
@@ -195,12 +200,26 @@ def worker_count(asked: int, size: int | None) -> int:
     return min(8, max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
-def _leave_signals_to_the_training(worker: int) -> None:
+def _serve(training: int, worker: int) -> None:
     """A scheduler and a terminal signal every process at once; a worker that obeyed would take the training with it
-    before it has saved. It ends with the loader, or when the training process is gone."""
+    before it has saved. It ends with the loader, or when the training process, of that pid, is gone."""
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if os.name == "posix":  # torch watches the parent, which under forkserver is not the training
+        threading.Thread(target=_end_with, args=(training,), daemon=True).start()
+
+
+def _end_with(training: int) -> None:
+    """Ends this process within seconds after that one is gone."""
+    while True:
+        time.sleep(WATCHED_EVERY)
+        try:
+            os.kill(training, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        except PermissionError:  # it is there, and another user's
+            pass
 
 
 def _as_it_is(item: Any) -> Any:
