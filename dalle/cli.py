@@ -43,8 +43,10 @@ GROUPS = {
     "planning": {
         "plan": "memory, time, traffic and cost of a training, before it",
         "sweep": "find a step size by short trainings",
-        "notebooks": "run the notebooks anew and keep their pictures",
+    },
+    "this machine and this library": {
         "benchmark": "measure speed and memory on this machine",
+        "notebooks": "run the notebooks anew and keep their pictures",
     },
 }
 """Each command and its line in --help, under a heading. The script of train-dvae is scripts/train_dvae.py."""

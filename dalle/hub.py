@@ -5,6 +5,7 @@ switches hold: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,12 @@ from dalle.migrations import read_config
 LOGIN = "log in with `hf auth login`, set HF_TOKEN, or give token="
 
 
-class Pushable:
+class Pushable(ABC):
     """What can be saved as a model directory can be pushed as one."""
 
+    @abstractmethod
     def save_pretrained(self, directory: Path | str, report: Report | None = None, license: str | None = None) -> None:
         """Writes a model directory."""
-        raise NotImplementedError
 
     def push_to_hub(
         self,

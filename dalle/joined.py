@@ -21,22 +21,14 @@ from dalle.migrations import read_config
 from dalle.models import Part, load_part, weights_hash
 from dalle.text import MergeTokenizer, text_from_dict
 from dalle.text.report import pieces_outside
-from dalle.train.precision import Precision, resolve_precision
+from dalle.train.precision import DTYPES, Precision, resolve_precision
 from dalle.transformer import Transformer
 from dalle.transformer.generate import in_format
 from dalle.types import ImageTokenizer, Scorer
 
-FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class Joined(Pushable):
     """Image tokenizer, transformer, text tokenizer and scorer; `dalle.pipeline.DALLE` draws with them.
-
-    Args:
-        dvae: turns pixels into tokens and back.
-        transformer: draws image tokens for text tokens.
-        text: the text tokenizer that the transformer was trained with.
-        scorer: ranks pictures; without it they come unranked.
 
     Raises:
         ValueError: parts of different vocabularies.
@@ -145,7 +137,7 @@ class Joined(Pushable):
         Drawing reads half the memory then. "auto" takes bf16 where the device multiplies it in hardware. The hash
         stays that of the weights before they were rounded.
         """
-        dtype = FORMATS[resolve_precision(precision, self.device)]
+        dtype = DTYPES[resolve_precision(precision, self.device)]
         transformer = in_format(self.transformer, dtype)
         if transformer is self.transformer:
             return self

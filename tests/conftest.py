@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dalle.config import load
+from dalle.drawing import Drawer
 from dalle.files import SUMS, hashes, read_json, write_json, write_sums
 from dalle.models import load_part
 from dalle.pipeline import DALLE
@@ -199,6 +200,20 @@ def typed(script: Callable) -> Callable[[str, Path], str]:
         return done.out
 
     return run
+
+
+@pytest.fixture
+def slots_drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many slots are drawn, one entry after each: what a drawing that is stopped has not done is not in it."""
+    plain, slots = Drawer.tokens, []
+
+    def counted(*args):
+        for tokens in plain(*args):
+            slots.append(tokens.shape[2])
+            yield tokens
+
+    monkeypatch.setattr(Drawer, "tokens", counted)
+    return slots
 
 
 @pytest.fixture(scope="session")

@@ -215,6 +215,17 @@ def page(server, browser):
     assert server.outside == []
 
 
+def drawing_beside(browser, server, prompt: str, best_of: int):
+    """Another visitor's page, whose first rows are there."""
+    other = browser.new_page()
+    other.goto(server.url)
+    other.get_by_role("button", name="Draw", exact=True).wait_for()
+    fill(other, prompt, best_of=best_of)
+    draw(other)
+    other.locator("#live img").first.wait_for()
+    return other
+
+
 def fill(page, caption: str, n: int = 2, best_of: int = 5, seed: str = "3") -> None:
     for name, value in (("Caption", caption), ("Pictures", str(n)), ("Best of", str(best_of)), ("Seed", seed)):
         page.get_by_label(name, exact=True).fill(value)
@@ -316,12 +327,7 @@ class TestBrowser:
 
     @pytest.mark.slow
     def test_who_leaves_draws_no_further(self, page, prompt, slow_rows, server, browser):
-        other = browser.new_page()
-        other.goto(server.url)
-        other.get_by_role("button", name="Draw", exact=True).wait_for()
-        fill(other, prompt, best_of=500)
-        draw(other)
-        other.locator("#live img").first.wait_for()
+        other = drawing_beside(browser, server, prompt, best_of=500)
         other.close()
         deadline = time.monotonic() + 60
         drawn = -1
@@ -335,12 +341,7 @@ class TestBrowser:
 
     @pytest.mark.slow
     def test_who_waits_for_another_can_stop_too(self, page, prompt, slow_rows, server, browser):
-        other = browser.new_page()
-        other.goto(server.url)
-        other.get_by_role("button", name="Draw", exact=True).wait_for()
-        fill(other, prompt, best_of=48)
-        draw(other)
-        other.locator("#live img").first.wait_for()
+        other = drawing_beside(browser, server, prompt, best_of=48)
         fill(page, prompt, best_of=500)
         draw(page)
         page.get_by_role("button", name="Stop").click()

@@ -103,7 +103,7 @@ def test_what_cannot_be_read_is_told(meta, said):
         ({"links": []}, "lacks links"),
         ({"parts": {}}, "names no parts"),
         ({"parts": {"dvae": 1}}, "tells nothing of dvae"),
-        ({"parts": {"/root/secret": {}}}, "names parts that cannot be, '/root/secret'"),
+        ({"parts": {"/elsewhere/secret": {}}}, "names parts that cannot be, '/elsewhere/secret'"),
         ({"parts": {"dvae": {}, "../secret": {}}}, "names parts that cannot be, '../secret'"),
         ({"parts": {"dvae": {}}}, "lacks the config or the hash of dvae"),
         ({"format": 4}, "lacks the config or the hash of dvae, transformer, clip"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from dalle_pytorch_reference import CODES, HPARAMS, SIDE, TEXT, VAE, WORDS, logits, make_file, make_weights
+from foreign import check_drawing
 from vqgan_reference import make_state, names_of_taming
 
 from dalle.directory import write_directory
@@ -14,7 +15,6 @@ from dalle.dvae import DVAE, DVAEConfig
 from dalle.pretrained.family import fit
 from dalle.pretrained.load import find, load_image_tokenizer, load_transformer
 from dalle.pretrained.whole import load_whole
-from dalle.sampling import uniforms
 from dalle.stages.dalle_pytorch import _import
 from dalle.stages.inspect_checkpoint import InspectRun, inspect_checkpoint
 from dalle.text.huggingface import HuggingFaceTokenizer
@@ -99,19 +99,7 @@ def test_drawing_with_caches_takes_the_likeliest_tokens_of_whole_passes(tmp_path
 
 def test_candidates_differ_and_a_slot_may_be_a_tensor(tmp_path: Path) -> None:
     model = load_transformer(write(tmp_path)[0])
-    text = model.layout.pad_text(CAPTIONS)
-    noise = torch.stack([uniforms(0, str(i), range(3), SIDE * SIDE) for i in range(2)])
-    drawn = generate(model, text, noise, guidance=1.5)
-    assert len(drawn.flatten(0, 1).unique(dim=0)) == 6
-    ids = model.layout.shift(model.layout.pack(text, IMAGE[:, :8]))
-    states = []
-    for as_tensor in (False, True):
-        caches = model.caches(2, 1)
-        model.read(ids, caches)
-        steps = [torch.tensor([slot]) if as_tensor else slot for slot in (9, 10)]
-        states.append([model.step(IMAGE[:, 8 + i], slot, caches) for i, slot in enumerate(steps)])
-    for one, other in zip(*states, strict=True):
-        torch.testing.assert_close(one, other)
+    check_drawing(model, model.layout.pad_text(CAPTIONS), IMAGE, read=8)
 
 
 def test_16_bit_matrices_draw(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import check_drawing
 from mindalle_reference import (
     CAPTIONS,
     SIDE,
@@ -28,7 +29,6 @@ from dalle.pretrained.mindalle import FAMILY, FILES, STAGE2, load_tokenizer
 from dalle.pretrained.mindalle_model import MinDalle, MinDalleConfig
 from dalle.pretrained.pickle_names import SavedTensor
 from dalle.pretrained.whole import load_whole
-from dalle.sampling import uniforms
 from dalle.stages.inspect_checkpoint import InspectRun, inspect_checkpoint
 from dalle.stages.sample import SampleRun, sample
 from dalle.transformer.generate import draw_tokens, generate, in_format
@@ -105,18 +105,7 @@ def test_drawing_with_caches_takes_the_likeliest_tokens_of_whole_passes(folder: 
 
 def test_candidates_differ_and_a_slot_may_be_a_tensor(folder: Path) -> None:
     model = load_transformer(folder)
-    text = model.layout.pad_text([[5, 6], [7]])
-    noise = torch.stack([uniforms(0, str(i), range(3), SIDE * SIDE) for i in range(2)])
-    assert len(generate(model, text, noise, guidance=1.5).flatten(0, 1).unique(dim=0)) == 6
-    ids = model.layout.shift(model.layout.pack(text, IMAGE[:, :8]))
-    states = []
-    for as_tensor in (False, True):
-        caches = model.caches(2, 1)
-        model.read(ids, caches)
-        steps = [torch.tensor([slot]) if as_tensor else slot for slot in (9, 10)]
-        states.append([model.step(IMAGE[:, 8 + i], slot, caches) for i, slot in enumerate(steps)])
-    for one, other in zip(*states, strict=True):
-        torch.testing.assert_close(one, other)
+    check_drawing(model, model.layout.pad_text([[5, 6], [7]]), IMAGE, read=8)
 
 
 def test_the_memory_of_a_candidate_is_what_its_caches_hold(folder: Path) -> None:
@@ -334,7 +323,7 @@ def long_header(archive: tarfile.TarFile) -> None:
 
 
 HOSTILE: dict[str, tuple[Callable, str]] = {
-    "an absolute path": (member("/tmp/evil"), "leads outside"),
+    "an absolute path": (member("/evil"), "leads outside"),
     "a path upward": (member("1.3B/../../evil"), "leads outside"),
     "a path of Windows": (member("..\\evil"), "leads outside"),
     "a drive of Windows": (member("C:evil"), "leads outside"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import check_drawing
 from rudalle_reference import (
     BPE,
     CODES,
@@ -30,7 +31,6 @@ from dalle.pretrained.pickle_names import SavedTensor
 from dalle.pretrained.rudalle import FAMILY, lowercase
 from dalle.pretrained.rudalle_model import Rudalle, RudalleConfig
 from dalle.pretrained.whole import load_whole
-from dalle.sampling import uniforms
 from dalle.stages.inspect_checkpoint import InspectRun, inspect_checkpoint
 from dalle.stages.sample import SampleRun, sample
 from dalle.text import TextTokenizerConfig, load_text, train_text_tokenizer
@@ -125,18 +125,7 @@ def test_drawing_with_caches_takes_the_likeliest_tokens_of_whole_passes(tmp_path
 @pytest.mark.parametrize("version", ["v2", "v3"])
 def test_candidates_differ_and_a_slot_may_be_a_tensor(tmp_path: Path, version: str) -> None:
     model = load_transformer(write(tmp_path, version=version)[0])
-    text = model.layout.pad_text(CAPTIONS)
-    noise = torch.stack([uniforms(0, str(i), range(3), IMAGE_LEN) for i in range(2)])
-    assert len(generate(model, text, noise, guidance=1.5).flatten(0, 1).unique(dim=0)) == 6
-    ids = model.layout.shift(model.layout.pack(text, IMAGE[:, :20]))
-    states = []
-    for as_tensor in (False, True):
-        caches = model.caches(2, 1)
-        model.read(ids, caches)
-        steps = [torch.tensor([slot]) if as_tensor else slot for slot in (21, 22)]
-        states.append([model.step(IMAGE[:, 20 + i], slot, caches) for i, slot in enumerate(steps)])
-    for one, other in zip(*states, strict=True):
-        torch.testing.assert_close(one, other)
+    check_drawing(model, model.layout.pad_text(CAPTIONS), IMAGE, read=20)
 
 
 def test_16_bit_matrices_draw(tmp_path: Path) -> None:

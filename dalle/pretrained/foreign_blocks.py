@@ -6,6 +6,7 @@ is a sandwich (CogView), and a bound on what attention gives.
     B batch, n slots of this call, T text_len, N image tokens, D width, d width of a head
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -131,7 +132,7 @@ class Layer(nn.Module):
         return x + mlp.norm_out(mlp.f(mlp.norm(x).to(dtype)))
 
 
-class PlainTransformer(ForeignTransformer):
+class PlainTransformer(ForeignTransformer, ABC):
     """Reads a stream through such layers; a subclass embeds and makes logits.
 
     Args:
@@ -146,17 +147,17 @@ class PlainTransformer(ForeignTransformer):
         self.kinds, self.sees, self.seen = kinds, sees, seen
         self.layers = nn.ModuleList(Layer(config.blocks) for _ in kinds)
 
+    @abstractmethod
     def embed_text(self, text: Tensor) -> Tensor:
         """Input ids (B, t) of the first text slots -> (B, t, D)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embed_image(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Image tokens (B, p) that stand at positions (p,) of the image -> (B, p, D)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def final(self, x: Tensor) -> Tensor:
         """What leaves the layers -> final states."""
-        raise NotImplementedError
 
     def read(self, inputs: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
         """Input ids (B, n) of the first n slots -> final states (B, n, D); `caches` take what `step` needs."""

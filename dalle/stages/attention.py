@@ -17,8 +17,8 @@ from torch import Tensor
 from dalle.files import make_directory
 from dalle.nn.attention import CHOICES, attend_by, choose, resolve, wants_transposed
 from dalle.nn.pattern import Pattern
-from dalle.stages.measure import DTYPES, hardware, save_report, seconds_of
-from dalle.train.precision import Precision, resolve_device, resolve_precision
+from dalle.stages.measure import hardware, save_report, seconds_of
+from dalle.train.precision import DTYPES, Precision, resolve_device, resolve_precision
 from dalle.transformer import TransformerConfig
 
 

@@ -17,12 +17,11 @@ from dalle.nn.cache import bytes_of
 from dalle.stages.dalle_pytorch import MIX, DallePytorchDraw
 from dalle.stages.measure import hardware, save_report, seconds_of
 from dalle.train.log import peak_memory
-from dalle.train.precision import Precision, resolve_device, resolve_precision
+from dalle.train.precision import DTYPES, Precision, resolve_device, resolve_precision
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.generate import Drawing, in_format
 from dalle.transformer.sizes import SIZES, read_bytes
 
-FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AS_FAST = "times_as_fast_as_dalle-pytorch"
 COPIED = {"cuda": 2**31}  # bytes of the copy that measures the bandwidth
 COPIED_ELSEWHERE = 2**28
@@ -91,7 +90,7 @@ def benchmark_sampling(run: SampleBenchmark) -> dict[str, Any]:
     precision = resolve_precision(run.precision, device)
     torch.manual_seed(0)
     with torch.device(device):
-        model = in_format(Transformer(run.config).requires_grad_(False).eval(), FORMATS[precision])
+        model = in_format(Transformer(run.config).requires_grad_(False).eval(), DTYPES[precision])
     bandwidth = copy_rate(device)
     lines = [_of_batch(run, model, batch, device, bandwidth) for batch in run.batch]
     report = {

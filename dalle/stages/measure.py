@@ -12,13 +12,11 @@ from dalle.files import make_directory, write_json
 from dalle.models import build
 from dalle.train.ema import AveragedWeights, EMAConfig
 from dalle.train.optim import OptimizerConfig, build_optimizers
-from dalle.train.precision import compile_parts
+from dalle.train.precision import DTYPES, compile_parts
 from dalle.train.schedules import Schedule
 from dalle.train.state import TrainState
 from dalle.train.step import gradient_scales, train_step
 from dalle.types import Loss, Objective
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 OPTIM = OptimizerConfig(lr=Schedule(1e-4, 1e-4), warmup=0)
 """Of whatever is only timed."""

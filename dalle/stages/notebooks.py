@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from tyro.conf import Positional
 
+from dalle.files import write_text
 from dalle.stages.runs import ROOT
 
 FOLDER = Path("notebooks")
@@ -77,7 +78,7 @@ def run_notebook(path: Path, quickstart: Path, small: bool = False, minutes: flo
     except (RuntimeError, TimeoutError) as error:
         raise ValueError(f"{path}: the kernel did not start, died, or took too long: {error}") from None
     tidy(book)
-    nbformat.write(book, path)
+    write_text(path, nbformat.writes(book) + "\n")
 
 
 def _failed(book: Any) -> str:
