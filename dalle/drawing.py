@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dalle.generation import Generation
 from dalle.images import to_pil
 from dalle.layout import TokenLayout
+from dalle.nn.int8 import operand
 from dalle.rerank import Best
 from dalle.sampling import check_sampling, uniforms
 from dalle.transformer import Transformer
@@ -224,10 +225,10 @@ class Drawer:
 
 def fitting_batch(model: Transformer, streams: int = 1) -> int:
     """Rows of a block: a power of two, at most 16 on a CPU and 64 elsewhere, whose caches fit the free memory."""
-    device = model.to_logits.weight.device
+    device = operand(model.to_logits).device
     rows = ROWS.get(device.type, OTHER_ROWS)
     if isinstance(model, Transformer):
-        _, each = cache_bytes(model.config, model.layers[0].attention.f.qkv.weight.itemsize)
+        _, each = cache_bytes(model.config, operand(model.layers[0].attention.f.qkv).itemsize)
     else:  # a transformer of others, see dalle/pretrained/foreign.py
         each = model.row_bytes()
     free = free_memory(device)

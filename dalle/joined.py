@@ -19,11 +19,12 @@ from dalle.hub import Pushable, find
 from dalle.images import load_image, shorter_side, to_pixels
 from dalle.migrations import read_config
 from dalle.models import Part, load_part, weights_hash
+from dalle.nn.int8 import operand
 from dalle.text import MergeTokenizer, text_from_dict
 from dalle.text.report import pieces_outside
 from dalle.train.precision import DTYPES, Precision, resolve_precision
 from dalle.transformer import Transformer
-from dalle.transformer.generate import in_format
+from dalle.transformer.generate import in_format, in_int8
 from dalle.types import ImageTokenizer, Scorer
 
 
@@ -58,7 +59,7 @@ class Joined(Pushable):
     @property
     def device(self) -> torch.device:
         """Where the transformer is."""
-        return self.transformer.to_logits.weight.device
+        return operand(self.transformer.to_logits).device
 
     def save_pretrained(self, directory: Path | str, report: Report | None = None, license: str | None = None) -> None:
         """Writes a model directory: config.json, text.json, a safetensors file a part, and the card, README.md, anew.
@@ -84,6 +85,7 @@ class Joined(Pushable):
         source: Path | str,
         device: str | torch.device = "cpu",
         precision: Precision = "fp32",
+        int8: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> Self:
@@ -92,7 +94,7 @@ class Joined(Pushable):
         Args:
             source: a path, which is read without the network, or else an id of the Hub, "owner/name".
             device: where the parts go.
-            precision: as `in_precision`.
+            precision, int8: as `in_precision`.
             revision, token: of the Hub, see `dalle.hub.find`.
 
         Raises:
@@ -101,7 +103,7 @@ class Joined(Pushable):
         directory = find(source, files_of("dvae", "transformer", "clip"), revision, token)
         kinds = ["dvae", "transformer", *(["clip"] if "clip" in read_config(directory)["parts"] else [])]
         parts = {kind: load_part(directory, kind, device) for kind in kinds}
-        return cls.from_parts(parts["dvae"], parts["transformer"], parts.get("clip")).in_precision(precision)
+        return cls.from_parts(parts["dvae"], parts["transformer"], parts.get("clip")).in_precision(precision, int8)
 
     @classmethod
     def from_parts(cls, dvae: Part, transformer: Part, clip: Part | None, text: MergeTokenizer | None = None) -> Self:
@@ -131,14 +133,19 @@ class Joined(Pushable):
         models = [self.dvae, self.transformer] + [clip] * isinstance(clip, CLIP)
         return "-".join(weights_hash(model) for model in models)
 
-    def in_precision(self, precision: Precision) -> Self:
-        """The same model with the matrices of the transformer's layers in bf16 or fp16; all else is shared.
+    def in_precision(self, precision: Precision, int8: bool = False) -> Self:
+        """The same model with the matrices of the transformer's layers in fewer bits, for drawing; all else is shared.
 
-        Drawing reads half the memory then. "auto" takes bf16 where the device multiplies it in hardware. The hash
-        stays that of the weights before they were rounded.
+        The hash stays that of the weights before they were rounded.
+
+        Args:
+            precision: bf16 or fp16: half the memory. "auto" takes bf16 where the device multiplies it in hardware.
+            int8: keep the matrices in 8 bits with a scale a row: a quarter of the memory. What they are multiplied
+                by stays in `precision`.
         """
         dtype = DTYPES[resolve_precision(precision, self.device)]
         transformer = in_format(self.transformer, dtype)
+        transformer = in_int8(transformer) if int8 else transformer
         if transformer is self.transformer:
             return self
         rounded = type(self)(self.dvae, transformer, self.text, self.scorer)

@@ -1,12 +1,14 @@
 """Pictures of one seed, drawn in several ways: what is the same, and what is counted."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dalle import DALLE
-from dalle.stages.agreement import AgreementBenchmark, Way, benchmark_agreement, drawn, equal_shares, ways
+from dalle.stages.agreement import AgreementBenchmark, Way, benchmark_agreement, drawn, equal_shares, nats_lost, ways
 
 
 @pytest.fixture
@@ -17,7 +19,9 @@ def run(chain, prompt: str, tmp_path):
 
 
 def test_each_way_differs_from_the_reference_in_one_thing(run):
-    assert ways(run) == [Way(2, "fp32", "cpu"), Way(3, "fp32", "cpu"), Way(2, "bf16", "cpu")]
+    int8 = [Way(2, name, "cpu", int8=True) for name in ("fp32", "bf16")]
+    assert ways(run) == [Way(2, "fp32", "cpu"), Way(3, "fp32", "cpu"), Way(2, "bf16", "cpu"), *int8]
+    assert not set(int8) & set(ways(replace(run, int8=False)))
 
 
 def test_candidates_are_those_that_generate_draws(run, dalle: DALLE):
@@ -39,8 +43,30 @@ def test_the_report_names_each_way(run):
     benchmark_agreement(run)
     report = json.loads(run.json.read_text(encoding="utf-8"))
     assert report["pictures"] == 10
-    assert list(report["equal"]) == ["batch 3, fp32, cpu", "batch 2, bf16, cpu"]
+    assert list(report["equal"]) == [
+        "batch 3, fp32, cpu", "batch 2, bf16, cpu", "batch 2, fp32, int8 matrices, cpu",
+        "batch 2, bf16, int8 matrices, cpu",
+    ]  # fmt: skip
+    assert list(report["nats_lost_a_token"]) == list(report["equal"])[1:]
     assert all(0 <= share <= 1 for shares in report["equal"].values() for share in shares.values())
+
+
+def test_nats_lost_are_those_of_the_references_pictures(run, dalle: DALLE):
+    """An untrained model is near to uniform; one whose matrices are large is not, and rounding tells."""
+    model = copy.deepcopy(dalle)
+    with torch.no_grad():
+        model.transformer.to_logits.weight.normal_(generator=torch.Generator().manual_seed(0))
+    reference, other = Way(2, "fp32", "cpu"), Way(2, "fp32", "cpu", int8=True)
+    tokens = drawn(run, model, reference)
+    found = nats_lost(run, model, reference, [Way(3, "fp32", "cpu"), other], tokens)
+    assert list(found) == [str(other)]
+    rounded = model.in_precision("fp32", int8=True)
+    lost = [
+        (model.log_likelihood(prompt, some).image - rounded.log_likelihood(prompt, some).image) / tokens.shape[2]
+        for prompt, some in zip(run.prompts, tokens, strict=True)
+    ]
+    assert found[str(other)] == pytest.approx((torch.cat(lost).mean().item(), torch.cat(lost).std().item() / 10**0.5))
+    assert found[str(other)][0] != 0
 
 
 def test_nothing_to_compare_is_refused():

@@ -35,6 +35,12 @@ def test_the_report_tells_seconds_tokens_and_bytes_of_each_batch(tmp_path):
     assert (report["tokens_drawn"], report["image_tokens"], report["precision"]) == (16, 16, "fp32")
 
 
+def test_matrices_in_8_bits_are_counted_so(tmp_path):
+    report = benchmark_sampling(SampleBenchmark(**QUICK, batch=(2,), int8=True))
+    assert report["int8"]
+    assert report["batches"][0]["bytes_per_step"] == read_bytes(CONFIG, 2, 4, int8=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

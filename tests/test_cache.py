@@ -58,6 +58,7 @@ def test_bytes_of_a_step_count_each_matrix_once_and_each_candidates_keys():
     assert two - one == 2 * 2 * 3968 * (47 * 33 + 16 * 32 + 192)
     matrices = 64 * 12 * 3968**2 * 2 + 8192 * 3968 * 4
     assert one == matrices + (two - one) + cache_bytes(config, 2)[0]
+    assert read_bytes(config, 1, 2, int8=True) == one - matrices + 64 * 12 * 3968**2 + 8192 * 3968
 
 
 def test_the_two_parts_are_joined_by_one_softmax():

@@ -428,6 +428,17 @@ class TestPrecision:
             half.save_pretrained(tmp_path / "model")
         assert not (tmp_path / "model").exists()
 
+    def test_matrices_in_8_bits_draw_and_keep_the_hash(self, chain, model, prompt, tmp_path):
+        small = DALLE.from_pretrained(chain / "model", int8=True)
+        assert (small.hash, small.device) == (model.hash, model.device)
+        assert small.transformer.layers[0].mlp.f.expand.codes.dtype == torch.int8
+        assert len(small.generate(prompt, n=2, best_of=2, **QUIET).images) == 2
+        tokens = torch.zeros(1, 16, dtype=torch.int64)
+        plain, rounded = (m.log_likelihood(prompt, tokens).image for m in (model, small))
+        torch.testing.assert_close(rounded, plain, rtol=0.01, atol=0)
+        with pytest.raises(ValueError, match="the weights were rounded"):
+            small.save_pretrained(tmp_path / "model")
+
     def test_fp32_is_the_model_itself(self, model):
         assert model.in_precision("fp32") is model
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign import check_drawing
+from foreign import check_drawing, check_rounded
 from mindalle_reference import (
     CAPTIONS,
     SIDE,
@@ -31,7 +31,7 @@ from dalle.pretrained.pickle_names import SavedTensor
 from dalle.pretrained.whole import load_whole
 from dalle.stages.inspect_checkpoint import InspectRun, inspect_checkpoint
 from dalle.stages.sample import SampleRun, sample
-from dalle.transformer.generate import draw_tokens, generate, in_format
+from dalle.transformer.generate import generate
 from dalle.vqgan import VQGAN
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed: its CharBPETokenizer writes the files")
@@ -113,11 +113,9 @@ def test_the_memory_of_a_candidate_is_what_its_caches_hold(folder: Path) -> None
     assert model.row_bytes() == bytes_of(model.caches(1, 1))[1] > 0
 
 
-def test_16_bit_matrices_draw(folder: Path) -> None:
-    model = in_format(load_transformer(folder), torch.bfloat16)
-    noise = torch.rand(1, 2, SIDE * SIDE, dtype=torch.float64)
-    *_, drawn = draw_tokens(model, model.layout.pad_text([[5, 6]]), noise)
-    assert drawn.shape == (1, 2, SIDE * SIDE)
+def test_rounded_matrices_draw(folder: Path) -> None:
+    model = load_transformer(folder)
+    check_rounded(model, model.layout.pad_text([[5, 6], [7]]), IMAGE)
 
 
 def test_the_first_text_id_counts_for_nothing_and_the_pads_but_one_do_not(folder: Path) -> None:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle.nn.attention import attend_by, wants_transposed
 from dalle.nn.cache import LayerCache, scaled
+from dalle.nn.int8 import operand
 from dalle.nn.pattern import Pattern
 
 
@@ -105,8 +106,8 @@ class Layer(nn.Module):
     def step(self, x: Tensor, cache: LayerCache, slot: int | Tensor) -> Tensor:
         """One image slot of every stream (B, D), computed in the number format of the matrices."""
         attention, mlp = self.attention.f, self.mlp.f
-        x = x + attention.step(self.attention.norm(x).to(attention.qkv.weight.dtype), cache, slot)
-        return x + mlp(self.mlp.norm(x).to(mlp.expand.weight.dtype))
+        x = x + attention.step(self.attention.norm(x).to(operand(attention.qkv).dtype), cache, slot)
+        return x + mlp(self.mlp.norm(x).to(operand(mlp.expand).dtype))
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dalle.nn.blocks import FP32LayerNorm
 from dalle.nn.cache import LayerCache, scaled
+from dalle.nn.int8 import operand
 from dalle.pretrained.dalle_pytorch_stream import DallePytorchConfig, Memory, image_sees, rotate, shifted
 from dalle.pretrained.foreign import ForeignPlaces, ForeignTransformer, stream_mask
 
@@ -109,7 +110,7 @@ class Layer(nn.Module):
 
     def step(self, trunks: Trunks, memory: Memory, angles: Tensor | None, position: int | Tensor, at: Tensor) -> Trunks:
         """Both trunks (B, D) of one image token of every stream."""
-        dtype = self.attention.f.qkv.weight.dtype
+        dtype = operand(self.attention.f.qkv).dtype
         first = trunks[0] + self.attention.step(trunks[1], memory, at, dtype, memory.cache, angles, position)
         return self._after(first, trunks[1], self.mlp.step(first, memory, at, dtype))
 
@@ -198,13 +199,13 @@ class DallePytorch(ForeignTransformer):
 
     def caches(self, captions: int, candidates: int) -> list[Memory]:
         """Empty memories, one a layer, for candidates of each caption, in the number format of the matrices."""
-        c, like = self.config, self.layers[0].attention.f.qkv.weight
+        c, like = self.config, operand(self.layers[0].attention.f.qkv)
         places = {kind: ForeignPlaces(sees).to(like.device) for kind, sees in self.sees.items()}
         caches = [LayerCache(places[kind], captions, candidates, c.heads, c.head_width, like) for kind in c.kinds]
         return [Memory(cache, c, like.device) for cache in caches]
 
     def row_bytes(self) -> int:
         """Memory that drawing keeps of one candidate."""
-        c, itemsize = self.config, self.layers[0].attention.f.qkv.weight.itemsize
+        c, itemsize = self.config, operand(self.layers[0].attention.f.qkv).itemsize
         keys = 2 * self.layout.image_len * c.heads * c.head_width * itemsize
         return len(c.kinds) * (keys + 4 * c.width * c.grid[1] * c.shift)

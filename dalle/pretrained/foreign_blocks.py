@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dalle.nn.blocks import FP32LayerNorm
 from dalle.nn.cache import LayerCache, scaled
+from dalle.nn.int8 import operand
 from dalle.pretrained.foreign import ForeignPlaces, ForeignTransformer, stream_mask
 
 GELUS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -127,7 +128,7 @@ class Layer(nn.Module):
     def step(self, x: Tensor, cache: LayerCache, place: int | Tensor) -> Tensor:
         """One image token of every stream (B, D), computed in the number format of the matrices."""
         attention, mlp = self.attention, self.mlp
-        dtype = mlp.f.expand.weight.dtype
+        dtype = operand(mlp.f.expand).dtype
         x = x + attention.norm_out(attention.f.step(attention.norm(x).to(dtype), cache, place))
         return x + mlp.norm_out(mlp.f(mlp.norm(x).to(dtype)))
 
@@ -182,14 +183,14 @@ class PlainTransformer(ForeignTransformer, ABC):
 
     def caches(self, captions: int, candidates: int) -> list[LayerCache]:
         """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
-        blocks, like = self.config.blocks, self.layers[0].attention.f.out.weight
+        blocks, like = self.config.blocks, operand(self.layers[0].attention.f.out)
         places = {kind: ForeignPlaces(sees).to(like.device) for kind, sees in self.sees.items()}
         shape = captions, candidates, blocks.heads, blocks.width // blocks.heads, like
         return [LayerCache(places[kind], *shape) for kind in self.kinds]
 
     def row_bytes(self) -> int:
         """Memory that drawing keeps of one candidate."""
-        itemsize = self.layers[0].attention.f.out.weight.itemsize
+        itemsize = operand(self.layers[0].attention.f.out).itemsize
         return 2 * len(self.kinds) * self.layout.image_len * self.config.blocks.width * itemsize
 
 

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from dalle.pipeline import DALLE
 from dalle.stages.app_page import Page, load_gradio
 from dalle.stages.app_work import Limits
-from dalle.train.precision import Precision, resolve_device, resolve_precision
+from dalle.train.precision import Precision, resolve_device, told_precision
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class AppRun:
     """cuda, mps or cpu; auto takes the first there is."""
     precision: Precision = "auto"
     """Of the transformer's matrices: fp32, bf16 or fp16; auto takes bf16 where the device has it in hardware."""
+    int8: bool = False
+    """Keep the transformer's matrices in 8 bits, a quarter of the bytes of fp32, see `sample.py --help`."""
 
 
 class OnlyOurFiles:
@@ -78,8 +80,8 @@ def launch(run: AppRun, model: DALLE, folder: Path):
         folder: for uploads and pictures; the caller removes it.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # the only way to tell Gradio where
-    facts = {"precision": resolve_precision(run.precision, model.device)}
-    page = Page(model.in_precision(run.precision), run.limits, facts)
+    facts = {"precision": told_precision(run.precision, run.int8, model.device)}
+    page = Page(model.in_precision(run.precision, run.int8), run.limits, facts)
     blocks = page.build()
     try:
         blocks.launch(**_server(run), **page.look())

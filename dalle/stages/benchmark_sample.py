@@ -14,12 +14,13 @@ import torch
 
 from dalle.files import make_directory
 from dalle.nn.cache import bytes_of
+from dalle.nn.int8 import operand
 from dalle.stages.dalle_pytorch import MIX, DallePytorchDraw
 from dalle.stages.measure import hardware, save_report, seconds_of
 from dalle.train.log import peak_memory
 from dalle.train.precision import DTYPES, Precision, resolve_device, resolve_precision
 from dalle.transformer import Transformer, TransformerConfig
-from dalle.transformer.generate import Drawing, in_format
+from dalle.transformer.generate import Drawing, in_format, in_int8
 from dalle.transformer.sizes import SIZES, read_bytes
 
 AS_FAST = "times_as_fast_as_dalle-pytorch"
@@ -44,6 +45,8 @@ class SampleBenchmark:
     """How often each contender draws; the medians are reported."""
     precision: Precision = "auto"
     """fp32, bf16 or fp16; auto takes bf16 where the device has it in hardware."""
+    int8: bool = False
+    """Keep the layers' matrices in 8 bits."""
     graph: bool = False
     """On CUDA, record a step as one graph of kernels and replay it."""
     against: Literal["none", "dalle-pytorch"] = "none"
@@ -91,11 +94,13 @@ def benchmark_sampling(run: SampleBenchmark) -> dict[str, Any]:
     torch.manual_seed(0)
     with torch.device(device):
         model = in_format(Transformer(run.config).requires_grad_(False).eval(), DTYPES[precision])
+        model = in_int8(model) if run.int8 else model
     bandwidth = copy_rate(device)
     lines = [_of_batch(run, model, batch, device, bandwidth) for batch in run.batch]
     report = {
         "seconds_per_picture": min(line["seconds_per_picture"] for line in lines),
         "precision": precision,
+        "int8": run.int8,
         "graph": run.graph,
         "tokens_drawn": run.drawn,
         "image_tokens": run.config.layout.image_len,
@@ -129,7 +134,7 @@ def _of_batch(
     count, slots = run.drawn - 1, config.layout.image_len
     step = steps / count
     text, image = bytes_of(draw.drawing.caches)
-    read = read_bytes(config, batch, draw.itemsize)
+    read = read_bytes(config, batch, operand(model.layers[0].mlp.f.expand).itemsize, run.int8)
     return {
         "batch": batch,
         "seconds_per_picture": (begin + step * (slots - 1)) / batch,
@@ -152,7 +157,6 @@ class OurDraw:
         layout = model.layout
         self.text = layout.pad_text([torch.arange(min(20, layout.caption_room)).tolist()]).to(device)
         self.noise = torch.rand(1, batch, layout.image_len, dtype=torch.float64)
-        self.itemsize = model.layers[0].mlp.f.expand.weight.itemsize
 
     def begin(self) -> None:
         """Reads the caption and draws the first token; on CUDA with a graph, also records the step."""
@@ -169,8 +173,8 @@ class OurDraw:
 
     def products(self) -> None:
         """The layers' and the output matrix, and nothing else."""
-        weight = self.model.layers[0].mlp.f.expand.weight
-        narrow = torch.randn(self.batch, self.run.config.width, device=self.device, dtype=weight.dtype)
+        dtype = operand(self.model.layers[0].mlp.f.expand).dtype
+        narrow = torch.randn(self.batch, self.run.config.width, device=self.device, dtype=dtype)
         wide, state = narrow.repeat(1, 4), narrow.float()
         for _ in range(1, self.run.drawn):
             for layer in self.model.layers:

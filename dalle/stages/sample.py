@@ -18,7 +18,7 @@ from dalle.stages.captions import words
 from dalle.stages.processes import Processes, processes
 from dalle.stages.runs import ROOT, newest, take_part, take_text
 from dalle.stages.sample_file import FileSampler, write_pictures
-from dalle.train.precision import Precision, resolve_device, resolve_precision
+from dalle.train.precision import Precision, resolve_device, told_precision
 from dalle.types import Scorer
 
 
@@ -68,6 +68,9 @@ class SampleRun:
     """Pictures decoded and scored at once; as many as half of the free memory holds unless given."""
     precision: Precision = "auto"
     """Of the transformer's matrices: fp32, bf16 or fp16; auto takes bf16 where the device has it in hardware."""
+    int8: bool = False
+    """Keep the transformer's matrices in 8 bits, a quarter of the bytes of fp32: faster where reading them takes the
+    time, as on a CPU for a few candidates. `benchmark.py agreement` tells what it costs."""
     graph: bool = False
     """On CUDA, record a step of drawing as one graph of kernels and replay it."""
     truncate: bool = False
@@ -129,9 +132,9 @@ def sample(run: SampleRun) -> Path:
 
 
 def _sample_file(run: SampleRun, group: Processes) -> Path:
-    model = open_model(run, group).in_precision(run.precision)
+    model = open_model(run, group).in_precision(run.precision, run.int8)
     counts = {"n": run.keep, "best_of": run.best_of, "seed": run.seed, "truncate": run.truncate}
-    facts = {"precision": resolve_precision(run.precision, model.device)}
+    facts = {"precision": told_precision(run.precision, run.int8, model.device)}
     if run.clip and run.clip.is_file():  # the model's hash names only what is our own
         facts["clip"] = weights_hash(model.scorer.model)
     sampler = FileSampler(model, run.prompts, run.out, counts | run.drawing, facts, group)
@@ -151,7 +154,7 @@ def _sample_one(run: SampleRun, group: Processes) -> Path:
         model = open_model(run, group)
         if run.save_model and group.rank == 0:
             model.save_pretrained(run.save_model)
-        model = model.in_precision(run.precision)
+        model = model.in_precision(run.precision, run.int8)
         _draw_into(out, model, run, group)
     except BaseException:
         if group.rank == 0 and not any(out.iterdir()):
@@ -178,7 +181,7 @@ def _draw_into(out: Path, model: DALLE, run: SampleRun, group: Processes) -> Non
         return
     generation = best_of_shares(parts, run.keep)
     options["best_of"] = generation.drawn
-    options["precision"] = resolve_precision(run.precision, model.device)
+    options["precision"] = told_precision(run.precision, run.int8, model.device)
     write_sample(out, model, generation, options)
     said = f", interrupted at {generation.drawn} of {run.best_of}" * generation.partial
     print(f"{out}: {len(generation.images)} of {generation.drawn} pictures for {run.prompt!r}{said}")

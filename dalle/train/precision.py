@@ -20,6 +20,11 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
     return "fp32"
 
 
+def told_precision(precision: Precision, int8: bool, device: torch.device) -> str:
+    """What records say of how a model draws: "bf16", or "bf16, int8 matrices"."""
+    return resolve_precision(precision, device) + ", int8 matrices" * int8
+
+
 def _cpu_has_bf16() -> bool:
     check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(check and check())

@@ -6,10 +6,12 @@ C captions, n candidates of each, B = C n rows (twice that under guidance), T te
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dalle.nn.int8 import Int8Linear, operand
 from dalle.sampling import draw
 from dalle.transformer.model import Transformer
 
@@ -20,23 +22,44 @@ OPEN = -1
 def in_format(model: Transformer, dtype: torch.dtype) -> Transformer:
     """The same model with the matrices of its layers in another number format, and all else shared.
 
-    Norms, embeddings and the output matrix stay as they are (appendix B.2: logits in fp32).
+    Norms, embeddings and the output matrix stay as they are (appendix B.2: logits in fp32). So does a model from
+    `in_int8`.
     """
-    linear = [module for module in model.layers.modules() if isinstance(module, nn.Linear)]
+    linear = _matrices(model, nn.Linear)
     if all(module.weight.dtype == dtype for module in linear):
         return model
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    shared |= {id(pattern): pattern for pattern in model.patterns.values()}
+    shared = _tensors(model)
     for module in linear:
         for p in module.parameters():
             shared[id(p)] = nn.Parameter(p.detach().to(dtype), requires_grad=False)
     return copy.deepcopy(model, shared)
 
 
+def in_int8(model: Transformer) -> Transformer:
+    """The same model with matrices kept in 8 bits (dalle/nn/int8.py), and all else shared.
+
+    They are those of the layers and the output matrix; a transformer of others keeps the latter, which it may embed
+    with.
+    """
+    output = [model.to_logits] if isinstance(model, Transformer) else []
+    rounded = {id(linear): Int8Linear(linear) for linear in _matrices(model, nn.Linear) + output}
+    return copy.deepcopy(model, _tensors(model) | rounded)
+
+
+def _matrices(model: Transformer, kinds: type | tuple[type, ...]) -> list[nn.Module]:
+    return [module for module in model.layers.modules() if isinstance(module, kinds)]
+
+
+def _tensors(model: Transformer) -> dict[int, Any]:
+    """What a copy of the model shares with it, by identity."""
+    tensors = [*model.parameters(), *model.buffers(), *model.patterns.values()]
+    return {id(tensor): tensor for tensor in tensors}
+
+
 def own_format(model: Transformer) -> torch.autocast:
     """The context in which a model from `in_format` reads whole streams."""
-    weight = next(module.weight for module in model.layers.modules() if isinstance(module, nn.Linear))
-    return torch.autocast(weight.device.type, dtype=weight.dtype, enabled=weight.dtype != torch.float32)
+    like = operand(_matrices(model, (nn.Linear, Int8Linear))[0])
+    return torch.autocast(like.device.type, dtype=like.dtype, enabled=like.dtype != torch.float32)
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from dalle.masks import layer_kinds, visible
 from dalle.nn.attention import CHOICES, prepare, resolve
 from dalle.nn.blocks import FP32LayerNorm, Layer, Resblock
 from dalle.nn.cache import LayerCache, Places
+from dalle.nn.int8 import multiply, operand
 from dalle.nn.pattern import Pattern
 from dalle.types import check_tokens
 
@@ -159,7 +160,7 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the device cannot run the backend that the configuration names.
         """
-        c, device, slots = self.config, self.to_logits.weight.device, slots or self.layout.length
+        c, device, slots = self.config, operand(self.to_logits).device, slots or self.layout.length
         return {kind: resolve(c.backend, p, slots, device, c.head_width) for kind, p in self.patterns.items()}
 
     def embed(self, inputs: Tensor) -> Tensor:
@@ -179,17 +180,16 @@ class Transformer(nn.Module):
 
     def text_logits(self, hidden: Tensor, slots: Tensor) -> Tensor:
         """States (..., D) of text slots (...) -> fp32 (..., text_vocab + T)."""
-        logits = self._logits(hidden, self.to_logits.weight[: self.layout.image_offset])
+        logits = self._logits(hidden, slice(self.layout.image_offset))
         return logits.masked_fill(~self.allowed_text[slots], -torch.inf)
 
     def image_logits(self, hidden: Tensor) -> Tensor:
         """States (..., D) of image slots -> fp32 (..., image_vocab)."""
-        return self._logits(hidden, self.to_logits.weight[self.layout.image_offset :])
+        return self._logits(hidden, slice(self.layout.image_offset, None))
 
-    @staticmethod
-    def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    def _logits(self, hidden: Tensor, ids: slice) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):  # B.2: logits in fp32
-            return hidden.float() @ weight.float().T
+            return multiply(hidden.float(), self.to_logits, ids)
 
     def resblocks(self) -> list[Resblock]:
         """The 2 * depth resblocks in order (2.4: each has a gradient scale of its own)."""
@@ -201,7 +201,7 @@ class Transformer(nn.Module):
 
     def caches(self, captions: int, candidates: int) -> list[LayerCache]:
         """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
-        c, like = self.config, self.layers[0].attention.f.qkv.weight
+        c, like = self.config, operand(self.layers[0].attention.f.qkv)
         places = {kind: Places(kind, self.layout, c.conv_kernel).to(like.device) for kind in self.patterns}
         return [LayerCache(places[kind], captions, candidates, c.heads, c.head_width, like) for kind in c.kinds]
 

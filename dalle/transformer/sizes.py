@@ -69,14 +69,19 @@ def cache_bytes(config: TransformerConfig, itemsize: int) -> tuple[int, int]:
     return text, sum(places[kind].bytes(config.width, itemsize) for kind in config.kinds)
 
 
-def read_bytes(config: TransformerConfig, candidates: int, itemsize: int) -> int:
+def read_bytes(config: TransformerConfig, candidates: int, itemsize: int, int8: bool = False) -> int:
     """Bytes that a step of sampling must read for so many candidates of one caption, rings being full.
 
     Each matrix once (the output matrix in 4 bytes, its image part), the caption's keys and values once, and of
     every candidate those of the places that a step reads.
+
+    Args:
+        itemsize: bytes of a number, 2 in bf16.
+        int8: the matrices have 8 bits (`generate.in_int8`).
     """
     places, width = _places(config), config.width
-    matrices = 12 * width**2 * config.depth * itemsize + config.image_vocab * width * 4
+    layers, output = (1, 1) if int8 else (itemsize, 4)
+    matrices = 12 * width**2 * config.depth * layers + config.image_vocab * width * output
     near = sum(2 * places[kind].size * width * itemsize for kind in config.kinds)
     return matrices + cache_bytes(config, itemsize)[0] + candidates * near
 
