@@ -1,9 +1,11 @@
 """Candidates in blocks: drawn, decoded, scored, and all but the best forgotten (paper section 2.6: best of 512).
 
 The last bits of a matrix product depend on how many rows it has, and so may a token that is drawn by them. So a
-block always has the same number of rows, `Settings.batch`: candidates k batch .. (k + 1) batch of a caption are
-drawn together even if fewer are wanted. What block k holds depends on model, caption, seed and settings alone,
-whatever the number of candidates, their order, or the process that draws it.
+block always has the same number of rows, `Settings.batch`, and of captions, `Settings.together`: candidates
+k n .. (k + 1) n of each caption are drawn together even if fewer are wanted. What is drawn for a caption depends on
+model, caption, seed and settings alone, whatever the number of candidates, the order, or the process that draws it.
+Where `together` is not given, captions of which few candidates are wanted share a block, and the number of candidates
+is then among what the last bits depend on.
 
     C captions in a block, n candidates of each, C n = batch; N image slots, T text slots
 """
@@ -50,6 +52,9 @@ class Settings:
     batch: int | None = None
     """Rows of every step; with model, device and number format it settles the last bits, and so rarely a token.
     16 on a CPU and 64 elsewhere, or half, a quarter, ... of that where memory is short, unless given."""
+    together: int | None = None
+    """Captions in a block; as many as fit with all their candidates unless given. With `batch` it settles the last
+    bits: 1 draws the same pictures for any number of candidates and captions."""
     chunk: int | None = None
     """Pictures decoded and scored at once; as many as half of the free memory holds unless given."""
     share: tuple[int, int] = (0, 1)
@@ -59,7 +64,7 @@ class Settings:
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_k, self.top_p, self.guidance)
-        for name in ("batch", "chunk"):
+        for name in ("batch", "chunk", "together"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.share[0] < self.share[1]:
@@ -84,21 +89,30 @@ class Block:
         return len(set(self.captions)) * self.wanted
 
 
-def blocks(captions: int, best_of: int, batch: int) -> Iterator[Block]:
+def blocks(captions: int, best_of: int, batch: int, together: int | None = None) -> Iterator[Block]:
     """The blocks that hold candidates 0 .. best_of of each caption, all of one shape.
 
-    Captions are drawn together where two or more fit into a block with all their candidates; the last block is
-    filled up by its last caption.
+    Captions share a block, `together` of them; unless it is given, where two or more fit with all their candidates.
+    The last block is filled up by its last caption.
+
+    Raises:
+        ValueError: more captions than rows.
     """
-    together = batch // best_of
-    if captions > 1 and together > 1:
-        for start in range(0, captions, together):
-            numbers = list(range(start, min(start + together, captions)))
-            yield Block(numbers + numbers[-1:] * (together - len(numbers)), range(best_of), best_of)
-        return
-    for caption in range(captions):
-        for start in range(0, best_of, batch):
-            yield Block([caption], range(start, start + batch), min(batch, best_of - start))
+    check_together(together, batch)
+    fitting = max(1, batch // best_of) if captions > 1 else 1
+    count = together or fitting
+    each = best_of if together is None and count > 1 else batch // count
+    for start in range(0, captions, count):
+        numbers = list(range(start, min(start + count, captions)))
+        numbers += numbers[-1:] * (count - len(numbers))
+        for first in range(0, best_of, each):
+            yield Block(numbers, range(first, first + each), min(each, best_of - first))
+
+
+def check_together(together: int | None, batch: int) -> None:
+    """ValueError for more captions in a block than it has rows."""
+    if together is not None and together > batch:
+        raise ValueError(f"together must be at most the {batch} rows of a step, got {together}; raise batch")
 
 
 @dataclass
@@ -148,7 +162,8 @@ class Drawer:
 
     def share(self, captions: int, best_of: int) -> list[Block]:
         """The blocks that are ours (`Settings.share`)."""
-        return list(blocks(captions, best_of, self.batch))[self.settings.share[0] :: self.settings.share[1]]
+        every = list(blocks(captions, best_of, self.batch, self.settings.together))
+        return every[self.settings.share[0] :: self.settings.share[1]]
 
     def steps(
         self, prompts: Sequence[str], text: Tensor, prefix: Tensor | None, seed: int, mine: Sequence[Block],

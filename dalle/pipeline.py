@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle.drawing import Block, Drawer, Progress, Settings, check_counts, open_corner, partial_pictures
+from dalle.drawing import Drawer, Progress, Settings, blocks, check_counts, open_corner, partial_pictures
 from dalle.generation import Generation, LogLikelihood
 from dalle.joined import Joined
 from dalle.transformer.generate import OPEN, own_format
@@ -56,7 +56,7 @@ class DALLE(Joined):
             guidance: strength of classifier-free guidance; needs a model trained with caption dropout.
             truncate: cut a caption that is too long instead of refusing it.
             progress: show a bar.
-            settings: `batch`, `chunk`, `share`, `graph`: see `dalle.drawing.Settings`.
+            settings: `batch`, `together`, `chunk`, `share`, `graph`: see `dalle.drawing.Settings`.
 
         Raises:
             ValueError: an empty or too long prompt, best_of < n, settings out of range.
@@ -120,9 +120,9 @@ class DALLE(Joined):
         columns = self.transformer.layout.columns
         text = self._text_tokens([prompt], truncate, stacklevel=3)
         drawer = Drawer(self.dvae, self.transformer, None, Settings(**settings))
-        if n > drawer.batch:
-            raise ValueError(f"n must be at most the {drawer.batch} rows of a step, got {n}; raise batch")
-        block = Block([0], range(drawer.batch), n)
+        block = next(blocks(1, n, drawer.batch, drawer.settings.together))
+        if n > block.wanted:
+            raise ValueError(f"n must be at most the {block.wanted} rows of a step, got {n}; raise batch")
         for tokens in drawer.tokens([prompt], text, None, seed, block):
             if tokens.shape[2] % columns == 0:
                 yield partial_pictures(self.dvae, self.transformer.layout, tokens[0, :n])

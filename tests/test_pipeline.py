@@ -280,6 +280,36 @@ class TestBlocks:
         assert list(blocks(3, 2, 4)) == [Block([0, 1], range(2), 2), Block([2, 2], range(2), 2)]
         assert list(blocks(2, 3, 4)) == [Block([0], range(4), 3), Block([1], range(4), 3)]
 
+    def test_told_how_many_captions_every_block_has_so_many(self):
+        assert list(blocks(3, 3, 4, 2)) == [
+            Block([0, 1], range(2), 2), Block([0, 1], range(2, 4), 1),
+            Block([2, 2], range(2), 2), Block([2, 2], range(2, 4), 1),
+        ]  # fmt: skip
+        assert list(blocks(1, 1, 4, 2)) == [Block([0, 0], range(2), 1)]
+        assert list(blocks(2, 1, 4, 1)) == [Block([0], range(4), 1), Block([1], range(4), 1)]
+        with pytest.raises(ValueError, match="together must be at most the 4 rows of a step, got 5; raise batch"):
+            list(blocks(1, 1, 4, 5))
+
+    @pytest.mark.parametrize("together", [1, 2])
+    def test_told_so_the_shapes_and_bits_are_one_for_any_number_of_captions(self, dalle, together, monkeypatch):
+        with torch.no_grad():
+            dalle.transformer.to_logits.weight.normal_(generator=torch.Generator().manual_seed(0))
+        shapes, plain = set(), drawing.draw_tokens
+
+        def watched(model, text, noise, *rest, **options):
+            shapes.add(tuple(noise.shape))
+            return plain(model, text, noise, *rest, **options)
+
+        monkeypatch.setattr(drawing, "draw_tokens", watched)
+        captions, shared = TestSeveralCaptions.CAPTIONS, {}
+        for some, best_of in ((captions, 1), (captions[::-1], 5), (captions[1:2], 3), (captions[:2], 2)):
+            drawn = dalle.generate(some, n=best_of, best_of=best_of, batch=4, together=together, **QUIET)
+            for one in drawn:
+                for candidate, row in tokens_of(one).items():
+                    assert shared.setdefault((one.prompt, candidate), row) == row
+        assert shapes == {(together, 4 // together, 16)}
+        assert len(shared) == 3 * 5
+
     @pytest.mark.parametrize("settings", [{}, {"guidance": 2.0}, {"temperature": 0.7, "top_k": 9, "top_p": 0.9}])
     def test_logits_and_tokens_are_the_same_bits_for_any_number_order_and_chunk(
         self, dalle, prompt, settings, monkeypatch

@@ -81,6 +81,14 @@ def test_stopped_and_gone_on_it_writes_what_a_run_in_one_go_writes(run, monkeypa
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
+def test_more_captions_than_rows_are_refused_before_anything_is_written(run):
+    with pytest.raises(ValueError, match="together must be at most the 4 rows of a step, got 5; raise batch"):
+        sample(replace(run, together=5))
+    assert not Path("all").exists()
+    sample(replace(run, together=2))
+    assert len(records("all")) == 8
+
+
 def test_a_block_cut_short_is_not_taken_for_whole(run, monkeypatch):
     plain = DALLE.generate
 

@@ -64,6 +64,9 @@ class SampleRun:
     """Rows of tokens to keep of --image; half of them unless given."""
     batch: int | None = None
     """Rows of every step of drawing; 16 on a CPU and 64 elsewhere, or less where memory is short, unless given."""
+    together: int | None = None
+    """Captions of --prompts drawn together; as many as fit with all their candidates unless given. 1 draws the same
+    pictures, to the bit, for any number of candidates and captions."""
     chunk: int | None = None
     """Pictures decoded and scored at once; as many as half of the free memory holds unless given."""
     precision: Precision = "auto"
@@ -116,7 +119,7 @@ class SampleRun:
     @property
     def drawing(self) -> dict[str, Any]:
         """What `DALLE.generate` takes as settings."""
-        names = ("temperature", "top_k", "top_p", "guidance", "batch", "chunk", "graph")
+        names = ("temperature", "top_k", "top_p", "guidance", "batch", "together", "chunk", "graph")
         return {name: getattr(self, name) for name in names}
 
 
