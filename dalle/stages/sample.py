@@ -72,7 +72,7 @@ class SampleRun:
     precision: Precision = "auto"
     """Of the transformer's matrices: fp32, bf16 or fp16; auto takes bf16 where the device has it in hardware."""
     int8: bool = False
-    """Keep the transformer's matrices in 8 bits, a quarter of the bytes of fp32: on a CPU faster, on a GPU only smaller.
+    """Keep the transformer's matrices in 8 bits, a quarter of the bytes of fp32: on a CPU faster, on a GPU smaller.
     What it costs in likelihood is told by the benchmark `agreement`."""
     graph: bool = False
     """On CUDA, record a step of drawing as one graph of kernels and replay it."""
