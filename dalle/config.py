@@ -17,7 +17,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,8 @@ from cattrs.gen import make_dict_structure_fn
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from dalle.shipped import CONFIGS, as_typed, find_config
+from dalle.help import whole_sentences
+from dalle.shipped import CONFIGS, as_typed, find_config, typed_before
 
 T = TypeVar("T")
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -216,6 +217,7 @@ def parse(
         description: shown by `--help` above the fields.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    program = typed_before(words)
     if preset and not words:
         print(f"no arguments: taking --config {preset} (see --help for everything that can be set)")
         words = ["--config", str(preset)]
@@ -228,7 +230,8 @@ def parse(
     text = re.sub(
         r"^(?=python |torchrun )", "  ", text, flags=re.MULTILINE
     )  # tyro joins lines that start with a letter
-    return tyro.cli(cls, args=rest, default=default, description=as_typed(text))
+    with whole_sentences() if {"-h", "--help"} & {*rest} else nullcontext():
+        return tyro.cli(cls, prog=program, args=rest, default=default, description=as_typed(text))
 
 
 def overview(words: Sequence[str], description: str, more: str) -> None:

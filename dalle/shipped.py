@@ -35,6 +35,12 @@ def program(command: str) -> str:
     return f"{COMMAND} {command}"
 
 
+def typed_before(words: list[str]) -> str:
+    """What was typed before these words: the script, and what it chose by."""
+    chosen = max(1, len(sys.argv) - len(words))
+    return " ".join(sys.argv[: chosen if sys.argv[chosen:] == words else 1])
+
+
 def as_typed(text: str) -> str:
     """A text whose commands (python scripts/train_dvae.py) read as this process was started (dalle train-dvae)."""
     if not sys.argv[0].startswith(program("")):

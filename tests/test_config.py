@@ -387,3 +387,36 @@ def test_a_script_runs_from_any_directory(python, tmp_path):
     done = python(["scripts/train_tokenizer.py", "--help"], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Learn the text vocabulary" in done.stdout
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """A run."""
+
+    name: int = 1
+    """A sentence that
+    goes on (and on), to
+    its end."""
+
+
+def test_help_joins_the_lines_of_a_sentence(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        parse(Told, ["--help"])
+    assert "A sentence that goes on (and on), to its end. (default: 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "words", "program"),
+    [
+        (["scripts/benchmark.py", "train", "--help"], ["--help"], "scripts/benchmark.py train"),
+        (["dalle plan", "--kind", "dvae", "--help"], ["--help"], "dalle plan --kind dvae"),
+        (["dalle sample", "--help"], None, "dalle sample"),
+        (["pytest", "-q"], ["--help"], "pytest"),
+    ],
+)
+def test_the_usage_names_what_was_typed(typed, words, program, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", typed)
+    with pytest.raises(SystemExit):
+        parse(Told, words)
+    assert capsys.readouterr().out.startswith(f"usage: {program} [-h] ")

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"config", "types", "shipped", "__version__"},
+    {"config", "help", "types", "shipped", "__version__"},
     {"files", "rng", "layout", "masks", "sampling", "images", "migrations"},
     {"nn"},
     {"text", "dvae", "vqgan", "transformer", "clip", "data", "train"},
