@@ -201,12 +201,13 @@ class TestStart:
         with pytest.raises(ImportError, match=r"needs gradio: pip install 'zeroshot-text2image\[app\]'"):
             app(AppRun(chain / "model"))
 
-    def test_without_a_model_it_says_so(self, tmp_path):
-        pytest.importorskip("gradio")
+    def test_without_a_model_it_says_so_also_without_gradio(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "gradio", None)
         with pytest.raises(ValueError, match=r"say which model: python scripts/app\.py runs/quickstart/model"):
             app(AppRun())
-        with pytest.raises(ValueError, match="is no model directory"):
-            app(AppRun(tmp_path))
+        for path in (tmp_path, tmp_path / "nowhere"):
+            with pytest.raises(ValueError, match="is no model directory"):
+                app(AppRun(path))
 
     def test_it_listens_to_this_computer_alone_and_shares_nothing_unless_asked(self):
         assert (AppRun().host, AppRun().share) == ("127.0.0.1", False)

@@ -10,6 +10,8 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from dalle.hub import find
+from dalle.migrations import read_config
 from dalle.pipeline import DALLE
 from dalle.stages.app_page import Page, load_gradio
 from dalle.stages.app_work import Limits
@@ -61,6 +63,7 @@ def app(run: AppRun) -> None:
     """
     if run.model is None:
         raise ValueError("say which model: python scripts/app.py runs/quickstart/model")
+    read_config(find(run.model, ["config.json"]))  # a mistake is told at once, with Gradio or without
     load_gradio()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Control-C does: the folder is removed
     model = DALLE.from_pretrained(run.model, resolve_device(run.device))
