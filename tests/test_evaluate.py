@@ -16,7 +16,7 @@ from dalle.images import to_pixels
 from dalle.models import weights_hash
 from dalle.pipeline import DALLE
 from dalle.pretrained.openai_clip import load_scorer
-from dalle.stages.evaluate import EvaluateRun, evaluate, finite
+from dalle.stages.evaluate import EvaluateRun, _tell, evaluate, finite
 from dalle.stages.evaluate_data import HeldOut, read_classes
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 30), "blue": (30, 40, 230)}
@@ -184,6 +184,26 @@ class TestPublishedCLIP:
     def test_an_activation_that_no_file_tells_is_asked_for(self, run, published):
         with pytest.raises(ValueError, match="does not tell its activation"):
             evaluate(replace(run, clip=published))
+
+
+class TestRunOfTheLibrary:
+    @pytest.mark.parametrize("name", ["clip", "model"])
+    def test_as_clip_it_measures_what_it_does_in_the_model(self, run, report, chain, name):
+        found = evaluate(replace(run, parts=("clip",), clip=chain / name))
+        assert found["clip"] == report["clip"]
+
+    def test_a_directory_of_something_else_is_told(self, run, tmp_path):
+        with pytest.raises(ValueError, match="expected a run or model directory of this library"):
+            evaluate(replace(run, parts=("clip",), clip=tmp_path))
+
+    def test_the_activation_is_of_a_file(self, run, chain):
+        with pytest.raises(ValueError, match="--quick-gelu is of a CLIP's file"):
+            replace(run, clip=chain / "clip", quick_gelu=True)
+
+
+def test_counts_are_printed_whole(capsys):
+    _tell("dvae", {"psnr": 21.5, "pictures": 200, "codes": {"used": 7}})
+    assert capsys.readouterr().out == "dvae psnr 21.500  pictures 200\ndvae codes used 7\n"
 
 
 def strict(text: str) -> dict:

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from dalle.clip import CLIPScorer, OpenClipScorer
 from dalle.data import PairsConfig
 from dalle.evals.blur import RADII
 from dalle.evals.shapes import caption_accuracy
@@ -25,7 +28,8 @@ from dalle.pipeline import DALLE
 from dalle.pretrained.openai_clip import load_scorer
 from dalle.sampling import check_sampling
 from dalle.stages.evaluate_parts import PARTS, Bench
-from dalle.stages.runs import ROOT
+from dalle.stages.runs import ROOT, take_part
+from dalle.text import text_from_dict
 from dalle.train.precision import resolve_device
 
 Part = Literal["shapes", "dvae", "transformer", "clip", "pictures", "rerank"]
@@ -58,8 +62,8 @@ class EvaluateRun:
     extractor: str | None = None
     """File of the Inception weights for FID and inception score; the word clip takes the CLIP's own space."""
     clip: Path | None = None
-    """File of OpenAI's or open_clip's CLIP that measures in place of the model's own; the ranking stays the model's
-    unless --rank-by clip."""
+    """CLIP that measures in place of the model's own: a file of OpenAI's or open_clip's, or a run or model directory of
+    this library; the ranking stays the model's unless --rank-by clip."""
     quick_gelu: bool | None = None
     """Activation of an open_clip file's CLIP, which no file tells: true for "-quickgelu" models, else false."""
     rank_by: Literal["model", "clip"] = "model"
@@ -93,8 +97,10 @@ class EvaluateRun:
             raise ValueError(f"parts must name one part or more, each once; got {' '.join(self.parts) or 'none'}")
         if not self.blur or min(self.blur) < 0 or len(set(self.blur)) < len(self.blur):
             raise ValueError(f"blur must be radii of 0 or more, each once; got {self.blur}")
-        if self.clip is None and (self.quick_gelu is not None or self.rank_by == "clip"):
-            raise ValueError("--quick-gelu and --rank-by clip are of a CLIP's file; give it with --clip")
+        if self.clip is None and self.rank_by == "clip":
+            raise ValueError("--rank-by clip needs that CLIP; give it with --clip")
+        if self.quick_gelu is not None and (self.clip is None or self.clip.is_dir()):
+            raise ValueError("--quick-gelu is of a CLIP's file; give it with --clip")
         if (self.lpips_backbone is None) != (self.lpips_weights is None):
             raise ValueError("LPIPS needs both --lpips-backbone and --lpips-weights; give both, or neither")
 
@@ -106,7 +112,7 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
     device = resolve_device(run.device)
     model = DALLE.from_pretrained(run.model, device)
     report: dict[str, Any] = {"model": model.hash}
-    clip = load_scorer(run.clip, device, run.quick_gelu) if run.clip else None
+    clip = _clip(run, device) if run.clip else None
     if run.rank_by == "clip":
         model.scorer = clip
         report["ranked_by"] = weights_hash(clip.model)
@@ -128,6 +134,14 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
         if run.json:
             write_json(run.json, finite(report))
     return finite(report)
+
+
+def _clip(run: EvaluateRun, device: torch.device) -> CLIPScorer | OpenClipScorer:
+    """That of --clip; one of this library reads the text ids of the tokenizer that it was trained with."""
+    if not run.clip.is_dir():
+        return load_scorer(run.clip, device, run.quick_gelu)
+    part = take_part("clip", run.clip, device)
+    return CLIPScorer(part.model, text_from_dict(part.links["text"]))
 
 
 def finite(report: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +173,10 @@ def _tell(name: str, values: dict[str, Any]) -> None:
     """A line for each group of numbers."""
     numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
     if numbers:
-        print(name, "  ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
+        print(
+            name,
+            "  ".join(f"{key} {value if type(value) is int else f'{value:.3f}'}" for key, value in numbers.items()),
+        )
     for key, inner in values.items():
         if isinstance(inner, dict):
             _tell(f"{name} {key}", inner)
