@@ -9,6 +9,7 @@ python scripts/benchmark.py data --sources my/pictures my/tars --workers 0 2 --r
 python scripts/benchmark.py attention --heads 4
 python scripts/benchmark.py memory --size 60m
 python scripts/benchmark.py compression --steps 300 --picture curves.png
+python scripts/benchmark.py underflow --updates 6000 --picture underflow.png --scales scales.png --json underflow.json
 python scripts/benchmark.py agreement --model runs/quickstart/model --candidates 64
 python scripts/benchmark.py scales --run runs/transformer --picture scales.png
 """
@@ -24,6 +25,7 @@ from dalle.stages.benchmark_sample import SampleBenchmark, benchmark_sampling
 from dalle.stages.compression import CompressionBenchmark, benchmark_compression
 from dalle.stages.memory import MemoryBenchmark, benchmark_memory
 from dalle.stages.plots import ScalesPicture, draw_scales
+from dalle.stages.underflow import UnderflowBenchmark, benchmark_underflow
 
 BENCHMARKS = {
     "train": (TrainBenchmark, benchmark_training),
@@ -32,6 +34,7 @@ BENCHMARKS = {
     "attention": (AttentionBenchmark, benchmark_attention),
     "memory": (MemoryBenchmark, benchmark_memory),
     "compression": (CompressionBenchmark, benchmark_compression),
+    "underflow": (UnderflowBenchmark, benchmark_underflow),
     "agreement": (AgreementBenchmark, benchmark_agreement),
     "scales": (ScalesPicture, draw_scales),
 }

@@ -96,14 +96,19 @@ def scales_picture(run: Path) -> Image.Image:
     Raises:
         ValueError: the run's log has no gradient scales.
     """
-    return figure_picture(scales_figure(run), dpi=100)
+    return figure_picture(scales_figure(scale_lines(run)), dpi=100)
 
 
-def scales_figure(run: Path) -> Figure:
-    """The figure of `scales_picture`."""
+def scale_lines(run: Path) -> Lines:
+    """The lines of a run's log that have gradient scales; ValueError where none has."""
     lines = [line for line in read_lines(Path(run)) if isinstance(line.get("log2_scales"), list)]
     if not lines:
         raise ValueError(f"{run} has no gradient scales; only runs with train.precision fp16 have them")
+    return lines
+
+
+def scales_figure(lines: Lines) -> Figure:
+    """The figure of `scales_picture`, of such lines."""
     steps, scales = [line["step"] for line in lines], np.array([line["log2_scales"] for line in lines])
     figure = Figure(figsize=(7, 3), layout="constrained")
     for axis, start, kind in zip(figure.subplots(1, 2, sharey=True), (0, 1), ("attention", "MLP"), strict=True):

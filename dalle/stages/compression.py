@@ -73,8 +73,7 @@ class CompressionBenchmark:
                 "rank, steps, replicas and batch-size must be positive, and batch-size a multiple of replicas; "
                 f"got {self.rank}, {self.steps}, {self.replicas} and {self.batch_size}"
             )
-        if self.model.grid != (LATTICE, LATTICE) or self.model.image_vocab < COLOURS_OF_CHANNEL**3:
-            raise ValueError(f"model needs a grid of {LATTICE} x {LATTICE} and {COLOURS_OF_CHANNEL**3} image codes")
+        check_colours(self.model)
 
 
 def benchmark_compression(run: CompressionBenchmark) -> dict[str, Any]:
@@ -137,7 +136,8 @@ def _curve(way: str, run: CompressionBenchmark, data: "ColourTokens") -> dict[st
     optim = OptimizerConfig(
         lr=Schedule(run.lr, run.lr), warmup=run.steps // 10, moments="paper" if moments == "paper" else "fp32"
     )
-    step = Stepper("transformer", run.model, TransformerObjective(), torch.device("cpu"), "fp32", optim=optim)
+    cpu = torch.device("cpu")
+    step = Stepper("transformer", run.model, TransformerObjective(), cpu, "fp32", optim=optim, seed=run.seed)
     if moments == "fp16":
         keep_moments(step.state.optimizers, [p for _, p in layer_matrices(step.model)], HALF, HALF)
     powersgd = PowerSGDConfig(run.rank, start=0 if settings else run.steps, **settings)
@@ -154,6 +154,12 @@ def _curve(way: str, run: CompressionBenchmark, data: "ColourTokens") -> dict[st
     dist.all_reduce(means)
     names = ("loss", "image_nats", "text_nats", "sent_mb")
     return dict(zip(names, (means / run.replicas).T.tolist(), strict=True))
+
+
+def check_colours(model: TransformerConfig) -> None:
+    """ValueError for a model that cannot read `ColourTokens`."""
+    if model.grid != (LATTICE, LATTICE) or model.image_vocab < COLOURS_OF_CHANNEL**3:
+        raise ValueError(f"model needs a grid of {LATTICE} x {LATTICE} and {COLOURS_OF_CHANNEL**3} image codes")
 
 
 class ColourTokens:

@@ -34,8 +34,9 @@ class Stepper:
         precision: str,
         compiled: bool = False,
         optim: OptimizerConfig = OPTIM,
+        seed: int = 0,
     ):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         self.model = model = build(kind, config).to(device)
         self.objective, self.precision, self.optim = objective, precision, optim
         scales = gradient_scales(model) if precision == "fp16" else None

@@ -2,13 +2,23 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
 from dalle.files import make_directory
-from dalle.look.curves import curves_figure, label_axis, losses_figure, names_of, read_lines, scales_figure
+from dalle.look.curves import (
+    Lines,
+    curves_figure,
+    label_axis,
+    losses_figure,
+    names_of,
+    read_lines,
+    scale_lines,
+    scales_figure,
+)
 
 
 @dataclass(frozen=True)
@@ -74,24 +84,49 @@ class ScalesPicture:
 def draw_scales(wish: ScalesPicture) -> None:
     """Reads the run and writes the picture."""
     make_directory(wish.picture.parent)
-    plot_scales(wish.run, wish.picture)
+    plot_scales(scale_lines(wish.run), wish.picture)
     print(f"wrote {wish.picture}")
 
 
-def plot_scales(run: Path, picture: Path) -> None:
-    """Figure 12 of the paper for any run in fp16, see `dalle.look.scales_picture`."""
-    scales_figure(run).savefig(picture, dpi=100)
+def plot_scales(lines: Lines, picture: Path) -> None:
+    """Figure 12 of the paper for the log of any run in fp16, see `dalle.look.scales_picture`."""
+    scales_figure(lines).savefig(picture, dpi=100)
 
 
 def plot_curves(panels: dict[str, dict[str, list[float]]], picture: Path, smooth: int = 1) -> None:
     """Panels beside each other, {title: {name: a value for each update}}, each value a mean over the last `smooth`."""
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     for axis, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for name, values in curves.items():
-            means = np.convolve(values, np.full(smooth, 1 / smooth), mode="valid")
-            axis.plot(np.arange(smooth, len(values) + 1), means, linewidth=1, label=name)
-        if min(map(min, curves.values())) > 0:
-            axis.set_yscale("log")
-        axis.legend(fontsize=7)
-        label_axis(axis, title, "update")
+        _curves(axis, title, curves, smooth)
     figure.savefig(picture, dpi=110)
+
+
+def plot_underflow(
+    losses: dict[str, list[float]], zeros: dict[str, list[list[float]]], picture: Path, smooth: int
+) -> None:
+    """Losses of each way by update; then maps of shares of zeros, (looks, resblocks), over the updates."""
+    figure = Figure(figsize=(5 + 3.5 * len(zeros), 3.6), layout="constrained")
+    left, *maps = figure.subplots(1, 1 + len(zeros), width_ratios=[5, *[3.5] * len(zeros)])
+    _curves(left, "loss", losses, smooth)
+    updates = len(next(iter(losses.values())))
+    for axis, (way, shares) in zip(maps, zeros.items(), strict=True):
+        image = axis.imshow(
+            np.transpose(shares), cmap="magma", vmin=0, vmax=1, aspect="auto", interpolation="nearest",
+            extent=(0, updates, len(shares[0]) + 0.5, 0.5),
+        )  # fmt: skip
+        label_axis(axis, way, "update")
+        axis.grid(visible=False)
+        axis.set_ylabel("resblock, the first above", fontsize=8)
+    figure.colorbar(image, ax=maps, label="share of gradient elements that are 0")
+    figure.savefig(picture, dpi=110)
+
+
+def _curves(axis: Any, title: str, curves: dict[str, list[float]], smooth: int) -> None:
+    """Each value a mean over the last `smooth`; a logarithmic axis where all are positive."""
+    for name, values in curves.items():
+        means = np.convolve(values, np.full(smooth, 1 / smooth), mode="valid")
+        axis.plot(np.arange(smooth, len(values) + 1), means, linewidth=1, label=name)
+    if min(map(min, curves.values())) > 0:
+        axis.set_yscale("log")
+    axis.legend(fontsize=7)
+    label_axis(axis, title, "update")
