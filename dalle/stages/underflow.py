@@ -1,15 +1,19 @@
 """Underflow in fp16: one gradient scale for a model against one for each resblock (2.4, appendix D, Figure 12).
 
-A small model's gradients do not spread as those of a billion parameters do, so their spread is made: on its way back
-the trunk's gradient is multiplied by a power of two between layers. As in the paper, late layers have the smaller
-gradients. The forward pass stays as it is, and so do AdamW's updates, which do not depend on a gradient's size: in fp32
-the training is bit for bit the same with and without (clipping, which would see the size, is off).
+A small model's gradients do not spread as those of a billion parameters do, so their spread is made: the gradient is
+multiplied by a power of two on its way into a resblock and divided by it on its way out. Forward pass and trunk stay as
+they are, and so do AdamW's updates, which do not depend on a gradient's size: in fp32 the training is the same with and
+without but for rounding (clipping, which would see the size, is off). The last resblock is set apart from all others,
+which then learn only by a scale beyond what the last one bears; in the paper gradients fall from early to late ones.
 
 Autocast casts to fp16 on any device, so also on a CPU gradients really become 0 or Inf.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,7 +34,7 @@ from dalle.train.optim import OptimizerConfig
 from dalle.train.plateau import PlateauConfig
 from dalle.train.scaling import GradientScales
 from dalle.train.schedules import Schedule
-from dalle.transformer import Transformer, TransformerConfig
+from dalle.transformer import TransformerConfig
 
 LARGEST_POWER = 40
 """Of the factors on gradients: beyond it their squares, AdamW's variance, leave fp32."""
@@ -74,9 +78,9 @@ class UnderflowBenchmark:
         init_scale=1.0, backend="sdpa",
     )  # fmt: skip
     """Shape of the transformer; its image tokens are the pixels of a drawn picture."""
-    powers: tuple[int, ...] = (9, -8, -16, -20, -22, -24, -24, -24)
-    """log2 of the factor on the gradients of each layer."""
-    updates: int = 6000
+    powers: tuple[int, ...] = (*[-25] * 15, 8)
+    """log2 of the factor on the gradients of each resblock."""
+    updates: int = 2000
     """Of each training; a scale grows by one power of two in 1000."""
     batch_size: int = 2
     """Pictures in an update."""
@@ -86,6 +90,8 @@ class UnderflowBenchmark:
     """Of weights and pictures."""
     every: int = 50
     """Updates between two looks at gradients and scales."""
+    processes: int = 1
+    """Trainings at a time, of the three."""
     picture: Path | None = None
     """File for the losses, and for where gradients are zero."""
     scales: Path | None = None
@@ -94,15 +100,15 @@ class UnderflowBenchmark:
     """File for the report."""
 
     def __post_init__(self):
-        if min(self.updates, self.batch_size, self.every) < 1 or self.every > self.updates:
+        if min(self.updates, self.batch_size, self.every, self.processes) < 1 or self.every > self.updates:
             raise ValueError(
-                "updates, batch-size and every must be positive, and every at most updates; "
-                f"got {self.updates}, {self.batch_size} and {self.every}"
+                "updates, batch-size, every and processes must be positive, and every at most updates; "
+                f"got {self.updates}, {self.batch_size}, {self.every} and {self.processes}"
             )
-        if len(self.powers) != self.model.depth or max(map(abs, self.powers)) > LARGEST_POWER:
+        if len(self.powers) != 2 * self.model.depth or max(map(abs, self.powers)) > LARGEST_POWER:
             raise ValueError(
-                f"powers must be one for each of {self.model.depth} layers and within {LARGEST_POWER} of 0, so that "
-                f"fp32 holds the squares of gradients; got {self.powers}"
+                f"powers must be one for each of {2 * self.model.depth} resblocks and within {LARGEST_POWER} of 0, so "
+                f"that fp32 holds the squares of gradients; got {self.powers}"
             )
         check_colours(self.model)
 
@@ -114,7 +120,12 @@ def benchmark_underflow(run: UnderflowBenchmark) -> dict[str, Any]:
     """
     for path in filter(None, (run.json, run.picture, run.scales)):
         make_directory(path.parent)
-    curves = {way: _train(way, run) for way in WAYS}
+    if run.processes == 1:
+        trained = map(_train, WAYS, repeat(run))
+    else:
+        with ProcessPoolExecutor(run.processes, mp_context=get_context("spawn")) as pool:
+            trained = pool.map(_train, WAYS, repeat(run))
+    curves = dict(zip(WAYS, trained, strict=True))
     tail = max(1, run.updates // 20)
     report = {
         "ways": {way: _summary(lines, tail) for way, lines in curves.items()},
@@ -146,7 +157,7 @@ def _train(way: str, run: UnderflowBenchmark) -> list[dict[str, Any]]:
     if scales := WAYS[way]:
         step.state.scales = scales(step.model.resblocks())
     step.state.extras["nonfinite"] = Nonfinite(limit=8)
-    spread(step.model, run.powers)
+    spread(step.model.resblocks(), run.powers)
     data = ColourTokens(run.model.layout, run.seed)
     lines = []
     for update in tqdm(range(run.updates), desc=way, unit="update", disable=None):
@@ -160,17 +171,18 @@ def _train(way: str, run: UnderflowBenchmark) -> list[dict[str, Any]]:
 
 
 def optimizer(lr: float) -> OptimizerConfig:
-    """AdamW that does not see the size of gradients: no clipping, and an eps below any of them."""
+    """AdamW that hardly sees the size of gradients: no clipping, and an eps far below all but noise."""
     return OptimizerConfig(
-        lr=Schedule(lr, lr), warmup=100, eps=1e-30, clip=None, variance_clip=None, plateau=PlateauConfig(halvings=0)
+        lr=Schedule(lr, lr), warmup=100, eps=1e-18, clip=None, variance_clip=None, plateau=PlateauConfig(halvings=0)
     )
 
 
-def spread(model: Transformer, powers: Sequence[int]) -> None:
-    """Multiplies the gradients of each layer by two to such a power, those of the embeddings as the first layer's."""
-    for layer, power, later in zip(model.layers, powers, [*powers[1:], 0], strict=True):
-        factor = torch.tensor(2.0 ** (power - later))
-        layer.register_forward_hook(lambda _layer, _inputs, x, factor=factor: scale_gradient(x, factor))
+def spread(blocks: Sequence[Resblock], powers: Sequence[int]) -> None:
+    """Multiplies the gradients of the parameters of each block, and all within it, by two to such a power."""
+    for block, power in zip(blocks, powers, strict=True):
+        into, out = torch.tensor(2.0**power), torch.tensor(2.0**-power)
+        block.register_forward_pre_hook(lambda _, inputs, out=out: (scale_gradient(inputs[0], out), *inputs[1:]))
+        block.register_forward_hook(lambda _, _inputs, y, into=into: scale_gradient(y, into))
 
 
 def zero_shares(blocks: list[nn.Module]) -> list[float]:
