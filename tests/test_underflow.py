@@ -70,10 +70,10 @@ def test_in_fp32_training_is_the_same_but_for_rounding():
     for powers in [(0,) * 6, (8, 0, -5, -10, -20, -25)]:
         step = Stepper("transformer", SMALL, TransformerObjective(), CPU, "fp32", optim=optimizer(2e-3))
         spread(step.model.resblocks(), powers)
-        for update in range(6):
+        for update in range(5):
             weights.append({name: p.detach().clone() for name, p in step.model.named_parameters()})
             step(DATA(range(update, update + 1)))
-    start, plain, made = weights[0], weights[5], weights[-1]
+    start, plain, made = weights[0], weights[4], weights[-1]
     for name in start:
         if not name.endswith(NOISE):
             learned, differs = (torch.linalg.vector_norm(made[name] - other[name]) for other in (start, plain))
@@ -92,8 +92,8 @@ def test_one_scale_follows_the_law_of_torch():
     ours, theirs = OneScale(blocks), torch.amp.GradScaler("cpu")
     weight = torch.nn.Parameter(torch.ones(()))
     sgd = torch.optim.SGD([weight], lr=0.0)
-    for update in range(6500):
-        bad = update in (0, 1, 7, 2500, 2501)
+    for update in range(3700):
+        bad = update in (0, 1, 1500, 3600)
         weight.grad = None
         (theirs.scale(weight) * (torch.inf if bad else 1.0)).backward()
         theirs.step(sgd)
@@ -102,7 +102,7 @@ def test_one_scale_follows_the_law_of_torch():
         finite[update % len(blocks)] = not bad
         ours.update(finite)
         assert ours.values.tolist() == [theirs.get_scale()] * len(blocks), update
-    assert theirs.get_scale() == 2.0**13  # five times halved, twice doubled
+    assert theirs.get_scale() == 2.0**13  # four times halved, once doubled
 
 
 # ---------------------------------------------------------------------------------------------

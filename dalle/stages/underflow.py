@@ -141,10 +141,9 @@ def benchmark_underflow(run: UnderflowBenchmark) -> dict[str, Any]:
         plot_underflow(losses, zeros, run.picture, smooth=tail)
     if run.scales:
         plot_scales([line for line in curves[OURS] if "log2_scales" in line], run.scales)
-    print(f"{'':34}loss    skipped  zero gradients of the first and last resblock")
+    print(f"{'':34}loss    skipped  zeros among gradients (means of the last {tail} of {run.updates} updates)")
     for way, line in report["ways"].items():
-        first, last = line["zeros"][0], line["zeros"][-1]
-        print(f"{way:34}{line['loss']:.4f}  {line['skipped']:7d}  {first:.3f}  {last:.3f}")
+        print(f"{way:34}{line['loss']:.4f}  {line['skipped']:7d}  {fmean(line['zeros']):.3f}")
     return report
 
 
