@@ -4,7 +4,7 @@ A small model's gradients do not spread as those of a billion parameters do, so 
 multiplied by a power of two on its way into a resblock and divided by it on its way out. Forward pass and trunk stay as
 they are, and so do AdamW's updates, which do not depend on a gradient's size: in fp32 the training is the same with and
 without but for rounding (clipping, which would see the size, is off). The last resblock is set apart from all others,
-which then learn only by a scale beyond what the last one bears; in the paper gradients fall from early to late ones.
+whose gradients need a larger scale than the last one bears; in the paper gradients fall from early to late ones.
 
 Autocast casts to fp16 on any device, so also on a CPU gradients really become 0 or Inf.
 """
