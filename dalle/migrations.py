@@ -62,6 +62,8 @@ def check_meta(meta: Any, kind: str, source: Path) -> Description:
             f"{source} has format {number}, this version reads {FORMAT} and older: "
             "a later version of this library wrote it; update the library"
         )
+    if wrong := [name for name in ("config", "links") if not isinstance(meta.get(name, {}), dict)]:
+        raise ValueError(f"{source}: what is said of its {' and '.join(wrong)} is damaged")
     for step in range(number, FORMAT):
         meta = MIGRATIONS[step](meta) | {"format": step + 1}
     return meta
@@ -87,6 +89,11 @@ def read_config(directory: Path) -> Description:
         if wrong := [kind for kind, part in written["parts"].items() if not isinstance(part, dict)]:
             raise ValueError(f"{path} tells nothing of {', '.join(wrong)}; it is damaged")
     config = check_meta(written, "dalle", directory)
-    if wrong := [kind for kind, part in config["parts"].items() if not (part.get("config") and part.get("hash"))]:
+    if wrong := [kind for kind, part in config["parts"].items() if not _is_told(part)]:
         raise ValueError(f"{path} lacks the config or the hash of {', '.join(wrong)}; it is damaged")
     return config
+
+
+def _is_told(part: Description) -> bool:
+    settings, name = part.get("config"), part.get("hash")
+    return bool(settings and name) and isinstance(settings, dict) and isinstance(name, str)

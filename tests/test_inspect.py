@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import runpy
 import shutil
 import sys
@@ -105,6 +106,22 @@ def test_a_model_directory(chain: Path, script) -> None:
     assert done.code == 0, done.err
     assert "model directory of this library" in done.out
     assert done.out.count("fits yes") == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("config.json", "3", "is neither a run, a checkpoint nor a model directory"),
+        ("config.json", "null", "is neither a run"),
+        ("meta.json", '{"kind": ["dvae"]}', "holds ['dvae'], known are dvae, transformer, clip"),
+        ("meta.json", "3", "holds 'something unknown', known are"),
+        ("meta.json", '{"kind": "dvae", "format": 4}', "meta.json lacks config, step, steps; it is damaged"),
+    ],
+)
+def test_odd_descriptions_are_told(tmp_path: Path, name: str, text: str, said: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        inspect_checkpoint(InspectRun(tmp_path))
 
 
 def test_a_damaged_own_file(chain: Path, tmp_path: Path, script) -> None:

@@ -89,6 +89,7 @@ def test_steps_follow_one_another(monkeypatch):
         ({"kind": "clip", "format": True}, "has format True"),
         ({"kind": "dvae", "format": FORMAT}, "holds 'dvae', expected 'clip'"),
         ([], "holds 'something unknown', expected 'clip'"),
+        ({"kind": "clip", "format": FORMAT, "links": [], "config": 3}, "said of its config and links is damaged"),
     ],
 )
 def test_what_cannot_be_read_is_told(meta, said):
@@ -106,6 +107,8 @@ def test_what_cannot_be_read_is_told(meta, said):
         ({"parts": {"/elsewhere/secret": {}}}, "names parts that cannot be, '/elsewhere/secret'"),
         ({"parts": {"dvae": {}, "../secret": {}}}, "names parts that cannot be, '../secret'"),
         ({"parts": {"dvae": {}}}, "lacks the config or the hash of dvae"),
+        ({"format": 4, "parts": {"dvae": {"config": 3, "hash": "x"}}}, "lacks the config or the hash of dvae"),
+        ({"format": 4, "parts": {"dvae": {"config": {"a": 1}, "hash": 3}}}, "lacks the config or the hash of dvae"),
         ({"format": 4}, "lacks the config or the hash of dvae, transformer, clip"),
     ],
 )

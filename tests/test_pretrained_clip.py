@@ -135,6 +135,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"of kind 'scorer' \(OpenAI CLIP\), not a published image tokenizer"):
             load_image_tokenizer(tmp_path / "clip.pt")
 
+    def test_a_tensor_of_other_dimensions(self, tmp_path: Path, towers) -> None:
+        torch.save(Published(towers).state_dict() | {"visual.conv1.weight": torch.zeros(64)}, tmp_path / "clip.pt")
+        with pytest.raises(ValueError, match="but a tensor has too many or few dimensions"):
+            load_scorer(tmp_path / "clip.pt")
+
     def test_a_missing_tensor(self, tmp_path: Path, towers) -> None:
         state = dict(Published(towers).state_dict())
         del state["visual.ln_post.weight"]

@@ -203,7 +203,7 @@ class TestQuickstart:
 
     def test_a_finished_one_is_moved_aside(self, script, words, tmp_path):
         (tmp_path / "quick").mkdir()
-        (tmp_path / "quick" / "report.json").write_text("{}")
+        (tmp_path / "quick" / "report.html").write_text("")
         (tmp_path / "quick" / "precious.txt").write_text("mine")
         words[words.index("--configs") + 1] = tmp_path / "none"  # stops before training
         done = script("quickstart", *words)

@@ -151,6 +151,10 @@ def _empty_model(family: Family, shapes: Shapes) -> tuple[Any, nn.Module]:
             return config, family.build(config)
     except KeyError as error:
         raise ValueError(f"it looks like {family.name}, but lacks {error.args[0]}") from None
+    except ValueError as error:
+        if "to unpack" not in str(error):  # of a shape
+            raise
+        raise ValueError(f"it looks like {family.name}, but a tensor has too many or few dimensions: {error}") from None
     except (RuntimeError, ArithmeticError, IndexError, TypeError, AssertionError) as error:
         raise ValueError(f"it looks like {family.name}, but has impossible sizes: {error}") from None
 

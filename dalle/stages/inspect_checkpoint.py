@@ -60,7 +60,8 @@ def _describe(path: Path) -> dict[str, Any]:
     if is_published(path):
         with at_hand(path) as place:
             return _published(find(place))
-    if (path / "config.json").is_file() and "parts" in read_json(path / "config.json"):
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else None
+    if isinstance(config, dict) and "parts" in config:
         return _model_directory(path)
     if folder := latest_checkpoint(path) or (path if (path / "meta.json").is_file() else None):
         return _own_checkpoint(folder)
@@ -125,10 +126,12 @@ def sha256(path: Path) -> str:
 def _own_checkpoint(folder: Path) -> dict[str, Any]:
     meta = read_json(folder / "meta.json")
     kind = meta.get("kind") if isinstance(meta, dict) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{folder} holds {kind or 'something unknown'!r}, known are {', '.join(KINDS)}")
     check_meta(meta, kind, folder)
     links = {name: value for name, value in meta.get("links", {}).items() if name != "text"}
+    if lacking := [name for name in ("config", "step", "steps") if name not in meta]:
+        raise ValueError(f"{folder / 'meta.json'} lacks {', '.join(lacking)}; it is damaged")
     told = {"family": f"{kind} of this library", "format": meta["format"], "step": f"{meta['step']} of {meta['steps']}"}
     told |= _own_part(kind, meta["config"], folder / "model.safetensors", folder)
     return told | {"links": links, "versions": meta.get("versions", {})}

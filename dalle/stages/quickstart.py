@@ -132,7 +132,7 @@ def make_missing_stages() -> None:
 
 def _prepare(out: Path) -> Path:
     """The directory; a finished quick start in it is moved aside, never deleted."""
-    if (out / "report.json").exists():
+    if (out / "report.html").exists():  # written last
         names = (out.with_name(f"{out.name}-{i}") for i in range(1, 10**6))
         old = next(name for name in names if not name.exists())
         out.rename(old)
