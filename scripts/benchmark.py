@@ -9,7 +9,7 @@ python scripts/benchmark.py data --sources my/pictures my/tars --workers 0 2 --r
 python scripts/benchmark.py attention --heads 4
 python scripts/benchmark.py memory --size 60m
 python scripts/benchmark.py compression --steps 300 --picture curves.png
-python scripts/benchmark.py underflow --updates 2000 --picture underflow.png --scales scales.png --json underflow.json
+python scripts/benchmark.py underflow --picture underflow.png --scales scales.png --json underflow.json
 python scripts/benchmark.py agreement --model runs/quickstart/model --candidates 64
 python scripts/benchmark.py scales --run runs/transformer --picture scales.png
 """

@@ -78,9 +78,9 @@ class UnderflowBenchmark:
         init_scale=1.0, backend="sdpa",
     )  # fmt: skip
     """Shape of the transformer; its image tokens are the pixels of a drawn picture."""
-    powers: tuple[int, ...] = (*[-25] * 15, 8)
+    powers: tuple[int, ...] = (*[-22] * 15, 8)
     """log2 of the factor on the gradients of each resblock."""
-    updates: int = 2000
+    updates: int = 3000
     """Of each training; a scale grows by one power of two in 1000."""
     batch_size: int = 2
     """Pictures in an update."""
