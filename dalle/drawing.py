@@ -61,6 +61,8 @@ class Settings:
     """(i, k) draws only every k-th block, from the i-th: one of k processes that draw for the same caption."""
     graph: bool = False
     """On CUDA, record a step as one graph of kernels and replay it."""
+    compile: bool = False
+    """Compile a step by torch.compile; pays for many candidates, since it takes a minute or more."""
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_k, self.top_p, self.guidance)
@@ -72,7 +74,7 @@ class Settings:
 
     def options(self) -> dict:
         """What `draw_tokens` takes."""
-        return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "guidance", "graph")}
+        return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "guidance", "graph", "compile")}
 
 
 @dataclass

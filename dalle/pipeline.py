@@ -56,7 +56,7 @@ class DALLE(Joined):
             guidance: strength of classifier-free guidance; needs a model trained with caption dropout.
             truncate: cut a caption that is too long instead of refusing it.
             progress: show a bar.
-            settings: `batch`, `together`, `chunk`, `share`, `graph`: see `dalle.drawing.Settings`.
+            settings: `batch`, `together`, `chunk`, `share`, `graph`, `compile`: see `dalle.drawing.Settings`.
 
         Raises:
             ValueError: an empty or too long prompt, best_of < n, settings out of range.

@@ -439,6 +439,21 @@ def test_steps_in_bf16_are_those_of_autocast():
     torch.testing.assert_close(steps_after(half, ids, 4), whole[:, 5:], rtol=0.1, atol=0.1)
 
 
+def test_compiled_steps_draw_as_others_and_are_compiled_once_for_all_blocks():
+    model, other = small(grid=(2, 5)), small(grid=(2, 5))
+    text, noise = text_of(model)[:2], torch.rand(2, 3, 10, dtype=torch.float64)
+    plain = generate(model, text, noise)
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):  # each with caches of its own
+        assert torch.equal(generate(model, text, noise, compile=True), plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    assert torch.equal(generate(other, text, noise, compile=True), generate(other, text, noise))
+
+
 def steps_after(model, ids, begun):
     """The states that steps give, outside of autocast, after a beginning read under it."""
     text, image = model.layout.unpack(ids)

@@ -49,6 +49,8 @@ class SampleBenchmark:
     """Keep the layers' matrices in 8 bits."""
     graph: bool = False
     """On CUDA, record a step as one graph of kernels and replay it."""
+    compile: bool = False
+    """Compile a step; seconds of compiling are told apart and are in no other number."""
     against: Literal["none", "dalle-pytorch"] = "none"
     """Another package to time in the same run, with its cache on and in fp32: dalle-pytorch 1.6.6, if installed."""
     attn_types: tuple[str, ...] = MIX
@@ -102,6 +104,7 @@ def benchmark_sampling(run: SampleBenchmark) -> dict[str, Any]:
         "precision": precision,
         "int8": run.int8,
         "graph": run.graph,
+        "compile": run.compile,
         "tokens_drawn": run.drawn,
         "image_tokens": run.config.layout.image_len,
         "copy_bytes_per_second": bandwidth,
@@ -126,6 +129,7 @@ def _of_batch(
 ) -> dict[str, Any]:
     """Caption and first token are timed apart from the steps."""
     config, rounds = run.config, []
+    compiling = seconds_of(OurDraw(run, model, batch, device).compile, device) if run.compile else 0.0
     for _ in range(run.rounds):
         draw = OurDraw(run, model, batch, device)
         begin = seconds_of(draw.begin, device)
@@ -140,6 +144,7 @@ def _of_batch(
         "seconds_per_picture": (begin + step * (slots - 1)) / batch,
         "seconds_to_the_first_token": begin,
         "seconds_per_step": step,
+        "seconds_of_compiling": compiling,
         "tokens_per_second": batch / step,
         "times_of_matrix_products_alone": step / (products / count),
         "bytes_per_step": read,
@@ -160,11 +165,16 @@ class OurDraw:
 
     def begin(self) -> None:
         """Reads the caption and draws the first token; on CUDA with a graph, also records the step."""
-        self.drawing = Drawing(self.model, self.text, self.noise, None, None)
+        self.drawing = Drawing(self.model, self.text, self.noise, None, None, self.run.compile)
         self.advance = self.drawing.recorded() if self.run.graph else self.drawing.advance
         self.drawing.choose(self._slot(0), {})
         if self.run.graph:
             self.advance(self._slot(1), {})
+
+    def compile(self) -> None:
+        """What a compiled step takes before it can be timed: the first two tokens."""
+        self.begin()
+        self.advance(self._slot(1), {})
 
     def steps(self) -> None:
         """All tokens but the first."""
@@ -183,7 +193,7 @@ class OurDraw:
             self.model.image_logits(state)
 
     def _slot(self, slot: int) -> Any:
-        return slot if self.device.type == "cpu" else self.drawing.slots[slot : slot + 1]
+        return slot if self.drawing.by_number else self.drawing.slots[slot : slot + 1]
 
 
 def copy_rate(device: torch.device) -> float:

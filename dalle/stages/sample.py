@@ -76,6 +76,8 @@ class SampleRun:
     What it costs in likelihood is told by the benchmark `agreement`."""
     graph: bool = False
     """On CUDA, record a step of drawing as one graph of kernels and replay it."""
+    compile: bool = False
+    """Compile a step of drawing: faster, after a minute or more of compiling."""
     truncate: bool = False
     """Cut a caption that is too long instead of refusing it."""
     out: Path | None = None
@@ -119,7 +121,7 @@ class SampleRun:
     @property
     def drawing(self) -> dict[str, Any]:
         """What `DALLE.generate` takes as settings."""
-        names = ("temperature", "top_k", "top_p", "guidance", "batch", "together", "chunk", "graph")
+        names = ("temperature", "top_k", "top_p", "guidance", "batch", "together", "chunk", "graph", "compile")
         return {name: getattr(self, name) for name in names}
 
 

@@ -6,6 +6,7 @@ C captions, n candidates of each, B = C n rows (twice that under guidance), T te
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ def draw_tokens(
     top_p: float | None = None,
     guidance: float | None = None,
     graph: bool = False,
+    compile: bool = False,
 ) -> Iterator[Tensor]:
     """Image tokens for captions, yielded after each slot as far as they are drawn.
 
@@ -86,6 +88,7 @@ def draw_tokens(
         guidance: s in unconditional + s (conditional - unconditional) logits, where the unconditional
             stream has an empty caption; None or 1 is the plain model.
         graph: on CUDA, record a step once and replay it (`Drawing.advance`).
+        compile: `compiled_step`.
 
     Yields:
         int64 (C, n, drawn), drawn = kept + 1 .. N (once the prefix alone, if it is already whole); a view that
@@ -94,7 +97,7 @@ def draw_tokens(
     kind = text_tokens.device.type
     if torch.is_autocast_enabled(kind):
         model = in_format(model, torch.get_autocast_dtype(kind))
-    drawing = Drawing(model, text_tokens, uniforms, prefix, guidance)
+    drawing = Drawing(model, text_tokens, uniforms, prefix, guidance, compile)
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     if drawing.kept == model.layout.image_len:
         yield drawing.result(drawing.kept)
@@ -103,7 +106,7 @@ def draw_tokens(
     for slot in range(drawing.kept, model.layout.image_len):
         work = advance if slot > drawing.kept else drawing.choose
         with torch.autocast(kind, enabled=False):
-            work(slot if kind == "cpu" else drawing.slots[slot : slot + 1], settings)
+            work(slot if drawing.by_number else drawing.slots[slot : slot + 1], settings)
         yield drawing.result(slot + 1)
 
 
@@ -111,11 +114,14 @@ class Drawing:
     """What is drawn so far of n candidates of C captions, and the state from which the next token is drawn."""
 
     def __init__(
-        self, model: Transformer, text_tokens: Tensor, uniforms: Tensor, prefix: Tensor | None, guidance: float | None
-    ):
+        self, model: Transformer, text_tokens: Tensor, uniforms: Tensor, prefix: Tensor | None,
+        guidance: float | None, compile: bool = False,
+    ):  # fmt: skip
         captions, candidates, slots = uniforms.shape
         device = text_tokens.device
         self.model, self.shape = model, (captions, candidates)
+        self.step = compiled_step(model) if compile else model.step
+        self.by_number = device.type == "cpu" and not compile  # else every slot has the same shapes
         self.guidance = None if guidance == 1 else guidance
         precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.noise = uniforms.reshape(-1, slots).to(precise).to(device)
@@ -160,7 +166,7 @@ class Drawing:
     def advance(self, slot: int | Tensor, settings: dict) -> None:
         """Reads the tokens drawn last and draws those of a slot."""
         last = self.last if self.guidance is None else self.last.repeat(2)
-        self.state = self.model.step(last, slot, self.caches)
+        self.state = self.step(last, slot, self.caches)
         self.choose(slot, settings)
 
     def result(self, slots: int) -> Tensor:
@@ -192,6 +198,17 @@ class Drawing:
             last.copy_(self.last)
         self.last = last
         return graph
+
+
+def compiled_step(model: Transformer) -> Callable[..., Tensor]:
+    """`model.step` by torch.compile, for slots given as tensors; the first one of a shape takes a minute or more."""
+    return partial(_compiled(type(model).step), model)
+
+
+@cache
+def _compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One for all models of a class: torch tells them apart."""
+    return torch.compile(step, dynamic=False)
 
 
 def generate(model: Transformer, text_tokens: Tensor, uniforms: Tensor, **options) -> Tensor:
