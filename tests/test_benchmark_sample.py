@@ -41,6 +41,20 @@ def test_matrices_in_8_bits_are_counted_so(tmp_path):
     assert report["batches"][0]["bytes_per_step"] == read_bytes(CONFIG, 2, 4, int8=True)
 
 
+def test_a_step_is_compiled_before_it_is_timed(monkeypatch):
+    slots = []
+
+    def compiled(model):
+        return lambda tokens, slot, caches: slots.append(slot) or model.step(tokens, slot, caches)
+
+    monkeypatch.setattr("dalle.transformer.generate.compiled_step", compiled)
+    report = benchmark_sampling(SampleBenchmark(**QUICK, batch=(1,), tokens=4, compile=True))
+    assert report["compile"]
+    assert report["batches"][0]["seconds_of_compiling"] > 0
+    assert all(isinstance(slot, torch.Tensor) for slot in slots)
+    assert [int(slot) for slot in slots] == [1, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
