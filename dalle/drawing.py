@@ -62,7 +62,7 @@ class Settings:
     graph: bool = False
     """On CUDA, record a step as one graph of kernels and replay it."""
     compile: bool = False
-    """Compile a step by torch.compile; pays for many candidates, since it takes a minute or more."""
+    """Compile a step by torch.compile: half a minute or more at first, so it pays for many candidates."""
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_k, self.top_p, self.guidance)
@@ -100,9 +100,7 @@ def blocks(captions: int, best_of: int, batch: int, together: int | None = None)
     Raises:
         ValueError: more captions than rows.
     """
-    check_together(together, batch)
-    fitting = max(1, batch // best_of) if captions > 1 else 1
-    count = together or fitting
+    count = 1 if captions == 1 and together is None else captions_of_a_block(best_of, batch, together)
     each = best_of if together is None and count > 1 else batch // count
     for start in range(0, captions, count):
         numbers = list(range(start, min(start + count, captions)))
@@ -111,10 +109,15 @@ def blocks(captions: int, best_of: int, batch: int, together: int | None = None)
             yield Block(numbers, range(first, first + each), min(each, best_of - first))
 
 
-def check_together(together: int | None, batch: int) -> None:
-    """ValueError for more captions in a block than it has rows."""
+def captions_of_a_block(best_of: int, batch: int, together: int | None) -> int:
+    """How many of several captions share a block: `together`, or as many as fit with all their candidates.
+
+    Raises:
+        ValueError: more captions than rows.
+    """
     if together is not None and together > batch:
         raise ValueError(f"together must be at most the {batch} rows of a step, got {together}; raise batch")
+    return together or max(1, batch // best_of)
 
 
 @dataclass

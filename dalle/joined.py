@@ -85,17 +85,18 @@ class Joined(Pushable):
         source: Path | str,
         device: str | torch.device = "cpu",
         precision: Precision = "fp32",
-        int8: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
+        int8: bool = False,
     ) -> Self:
         """Opens a model directory written by `save_pretrained`, here or on the Hub.
 
         Args:
             source: a path, which is read without the network, or else an id of the Hub, "owner/name".
             device: where the parts go.
-            precision, int8: as `in_precision`.
+            precision: as `in_precision`.
             revision, token: of the Hub, see `dalle.hub.find`.
+            int8: as `in_precision`.
 
         Raises:
             ValueError: no such directory, a damaged file, or parts that do not belong together; as `dalle.hub.find`.
@@ -134,14 +135,16 @@ class Joined(Pushable):
         return "-".join(weights_hash(model) for model in models)
 
     def in_precision(self, precision: Precision, int8: bool = False) -> Self:
-        """The same model with the matrices of the transformer's layers in fewer bits, for drawing; all else is shared.
+        """The same model with the transformer's matrices in fewer bits, for drawing; all else is shared.
 
         The hash stays that of the weights before they were rounded.
 
         Args:
-            precision: bf16 or fp16: half the memory. "auto" takes bf16 where the device multiplies it in hardware.
-            int8: keep the matrices in 8 bits with a scale a row: a quarter of the memory. What they are multiplied
-                by stays in `precision`.
+            precision: bf16 or fp16 for those of the layers: half the memory. "auto" takes bf16 where the device
+                multiplies it in hardware.
+            int8: keep these and the output matrix in 8 bits with a scale a row: a quarter of the memory. The rest is
+                computed in `precision`, but for a CPU's products, see dalle/nn/int8.py. A model that has 8 bits
+                stays as it is.
         """
         dtype = DTYPES[resolve_precision(precision, self.device)]
         transformer = in_format(self.transformer, dtype)

@@ -79,7 +79,7 @@ class Part(Pushable):
         """
         if kind is None:
             kind = _only_kind(find(source, ["config.json"], revision, token))
-        if not isinstance(kind, str) or kind not in KINDS:
+        if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         return load_part(find(source, files_of(kind), revision, token), kind, device)
 
@@ -154,8 +154,12 @@ def _links(path: Path, named: dict[str, str]) -> dict[str, Any]:
 def _only_kind(path: Path) -> str:
     """What a model directory of one part, or a run, holds."""
     if not (path / "config.json").is_file():
-        meta = read_json((latest_checkpoint(path) or path) / "meta.json")
-        return meta.get("kind") if isinstance(meta, dict) else "something unknown"
+        folder = latest_checkpoint(path) or path
+        meta = read_json(folder / "meta.json")
+        kind = meta.get("kind") if isinstance(meta, dict) else None
+        if not isinstance(kind, str):
+            raise ValueError(f"{folder} holds {kind or 'something unknown'!r}, expected one of {', '.join(KINDS)}")
+        return kind
     parts = list(read_config(path)["parts"])
     if len(parts) != 1:
         raise ValueError(f"{path} holds {', '.join(parts)}; say which as kind")

@@ -74,3 +74,5 @@ def test_nothing_to_compare_is_refused():
         AgreementBenchmark(batch=())
     with pytest.raises(ValueError, match="candidates and batch must be positive"):
         AgreementBenchmark(candidates=0)
+    with pytest.raises(ValueError, match="two pictures or more are needed to tell an error"):
+        AgreementBenchmark(prompts=("a cat",), candidates=1)

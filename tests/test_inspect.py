@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from dalle.dvae import DVAE, DVAEConfig
+from dalle.models import Part
 from dalle.stages.inspect_checkpoint import InspectRun, inspect_checkpoint
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "inspect_checkpoint.py"
@@ -195,3 +196,10 @@ def test_dalle_mini_is_refused_with_the_reason(tmp_path: Path, script) -> None:
         assert "encoder" in done.err
     torch.save({f"layers.0.glu.fc0.{w}": torch.zeros(1) for w in ("weight", "bias")}, tmp_path / "encoder_mini.pt")
     assert "min-dalle" in script(tmp_path / "encoder_mini.pt").err
+
+
+@pytest.mark.parametrize("text", ["3", '{"kind": ["dvae"]}'])
+def test_a_part_of_an_odd_description_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(ValueError, match=r"holds .*, expected one of dvae, transformer, clip"):
+        Part.from_pretrained(tmp_path)

@@ -69,6 +69,8 @@ class AgreementBenchmark:
             raise ValueError("prompts, batch, precision and devices must each name at least one")
         if min(self.candidates, *self.batch) < 1:
             raise ValueError("candidates and batch must be positive")
+        if len(self.prompts) * self.candidates < 2:
+            raise ValueError("two pictures or more are needed to tell an error; raise candidates, or give more prompts")
 
 
 def benchmark_agreement(run: AgreementBenchmark) -> dict[str, Any]:

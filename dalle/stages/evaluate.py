@@ -173,10 +173,8 @@ def _tell(name: str, values: dict[str, Any]) -> None:
     """A line for each group of numbers."""
     numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
     if numbers:
-        print(
-            name,
-            "  ".join(f"{key} {value if type(value) is int else f'{value:.3f}'}" for key, value in numbers.items()),
-        )
+        shown = {key: str(value) if isinstance(value, int) else f"{value:.3f}" for key, value in numbers.items()}
+        print(name, "  ".join(f"{key} {value}" for key, value in shown.items()))
     for key, inner in values.items():
         if isinstance(inner, dict):
             _tell(f"{name} {key}", inner)

@@ -77,7 +77,7 @@ class SampleRun:
     graph: bool = False
     """On CUDA, record a step of drawing as one graph of kernels and replay it."""
     compile: bool = False
-    """Compile a step of drawing: faster, after a minute or more of compiling."""
+    """Compile a step of drawing: faster, after half a minute or more of compiling."""
     truncate: bool = False
     """Cut a caption that is too long instead of refusing it."""
     out: Path | None = None

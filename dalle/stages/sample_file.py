@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from dalle.drawing import check_together, fitting_batch
+from dalle.drawing import captions_of_a_block, fitting_batch
 from dalle.files import make_directory, read_json, write_json, write_text
 from dalle.generation import Generation
 from dalle.images import captioned_sheet
@@ -57,7 +57,7 @@ class FileSampler:
         truncate = self.settings.get("truncate", False)
         count, captions = check_captions(self.prompts, lambda caption: self.model.text_tokens([caption], truncate))
         settings = self._settled(captions)
-        together = settings.get("together") or max(1, settings["batch"] // settings["best_of"])
+        together = _together(settings)
         model_hash = self.model.hash
         if not (self.out / "samples.jsonl").exists():
             for i, (first, some) in enumerate(groups(self.prompts, together)):
@@ -80,7 +80,7 @@ class FileSampler:
             guided = settings.get("guidance") not in (None, 1)
             fitting = fitting_batch(self.model.transformer, 2 if guided else 1)
             settings["batch"] = found["settings"].get("batch") if found else min(self.processes.gather(fitting))
-        check_together(settings.get("together"), settings["batch"])
+        _together(settings)  # before anything is written
         ours = {"settings": settings, "model": self.model.hash, "captions": captions, **self.facts}
         if found is None:
             self.processes.wait()  # all have looked before one writes
@@ -117,6 +117,10 @@ class FileSampler:
             os.replace(partial, self.out / "samples.jsonl")
             save(sheet_of_bests(self.out), self.out / "sheet.png")
         shutil.rmtree(self.out / "parts", ignore_errors=True)
+
+
+def _together(settings: dict[str, Any]) -> int:
+    return captions_of_a_block(settings["best_of"], settings["batch"], settings.get("together"))
 
 
 def sheet_of_bests(out: Path) -> Image.Image:

@@ -42,8 +42,11 @@ def in_int8(model: Transformer) -> Transformer:
     They are those of the layers and the output matrix; a transformer of others keeps the latter, which it may embed
     with.
     """
-    output = [model.to_logits] if isinstance(model, Transformer) else []
-    rounded = {id(linear): Int8Linear(linear) for linear in _matrices(model, nn.Linear) + output}
+    linear = _matrices(model, nn.Linear)
+    if not linear:
+        return model
+    linear += [model.to_logits] if isinstance(model, Transformer) else []
+    rounded = {id(module): Int8Linear(module) for module in linear}
     return copy.deepcopy(model, _tensors(model) | rounded)
 
 
