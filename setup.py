@@ -1,4 +1,4 @@
-"""What pyproject.toml has no words for: a wheel carries configs/ and scripts/ inside the package (dalle/shipped.py)."""
+"""What pyproject.toml has no words for: a wheel carries configs/ and scripts/ inside the package (dalle/paths.py)."""
 
 from setuptools import find_packages, setup
 

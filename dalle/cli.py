@@ -13,7 +13,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from dalle import __version__
-from dalle.shipped import COMMAND, SCRIPTS, program
+from dalle.paths import COMMAND, SCRIPTS, program
 
 GROUPS = {
     "everything at once": {
@@ -81,7 +81,11 @@ def script_of(name: str) -> Path:
 def listing() -> str:
     """What `dalle --help` prints: each command with its line, under its heading."""
     width = max(map(len, COMMANDS))
-    lines = [f"usage: {COMMAND} COMMAND [words] | {COMMAND} --version", "", "Train DALL-E, draw with it, measure it."]
+    lines = [
+        f"usage: {COMMAND} COMMAND [words] | {COMMAND} --version",
+        "",
+        "Train DALL-E, draw with it, measure it.",
+    ]
     for heading, group in GROUPS.items():
         lines += ["", f"{heading}:", *(f"  {name:{width}}  {line}" for name, line in group.items())]
     lines += ["", f"{COMMAND} COMMAND --help explains every word of a command."]

@@ -27,8 +27,8 @@ from cattrs.gen import make_dict_structure_fn
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from dalle.help import whole_sentences
-from dalle.shipped import CONFIGS, as_typed, find_config, typed_before
+from dalle.config_help import whole_sentences
+from dalle.paths import CONFIGS, as_typed, find_config, typed_before
 
 T = TypeVar("T")
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -122,7 +122,9 @@ def _reasons(error: BaseException, path: str = "") -> list[str]:
 def _check_keys(cls: type, data: Any, source: str, path: str = "") -> None:
     """Unknown keys, at any depth, before anything else is said."""
     if not isinstance(data, dict):
-        raise ConfigError(f"{source}: {path or 'the whole file'} must be a mapping of names to values, got {data!r}")
+        raise ConfigError(
+            f"{source}: {path or 'the whole file'} must be a mapping of names to values, got {data!r}"
+        )
     fields = typing.get_type_hints(cls)
     for key, value in data.items():
         place = f"{path}.{key}" if path else str(key)
@@ -154,7 +156,12 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         raise ConfigError(f"no configuration file {path}; {_shipped_hint(path)}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error.strerror}); give a YAML file") from None
-    except (YAMLError, ValueError, KeyError, RecursionError) as error:  # the others of !!bool foo and the like
+    except (
+        YAMLError,
+        ValueError,
+        KeyError,
+        RecursionError,
+    ) as error:  # the others of !!bool foo and the like
         raise ConfigError(f"{path} is not YAML: {error}") from None
     return {} if data is None else data
 
@@ -226,7 +233,9 @@ def parse(
         default = load(cls, files, schema)
     except ConfigError as error:
         raise SystemExit(as_typed(f"error: {error}")) from None
-    text = f"{description or cls.__doc__}\n\n--config FILE (repeatable) reads YAML; dotted words after it win."
+    text = (
+        f"{description or cls.__doc__}\n\n--config FILE (repeatable) reads YAML; dotted words after it win."
+    )
     text = re.sub(
         r"^(?=python |torchrun )", "  ", text, flags=re.MULTILINE
     )  # tyro joins lines that start with a letter
@@ -250,14 +259,18 @@ def tell_errors() -> Iterator[None]:
     except (ValueError, FloatingPointError, ImportError) as error:
         raise SystemExit(as_typed(f"error: {error}")) from None
     except BrokenPipeError:  # what reads the output, `| head` say, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tells of it again at its end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # else Python tells of it again at its end
         raise SystemExit("stopped: nothing reads the output any more") from None
     except OSError as error:
         if error.errno not in DISK:
             raise
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped; a training goes on from its last checkpoint with the same command") from None
+        raise SystemExit(
+            "stopped; a training goes on from its last checkpoint with the same command"
+        ) from None
 
 
 def _split_config(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -268,7 +281,9 @@ def _split_config(words: Sequence[str]) -> tuple[list[str], list[str]]:
         word = queue.pop(0)
         if word == "--config":
             if not queue:
-                raise SystemExit("error: --config needs a file, for example --config configs/dvae/shapes.yaml")
+                raise SystemExit(
+                    "error: --config needs a file, for example --config configs/dvae/shapes.yaml"
+                )
             files.append(queue.pop(0))
         elif word.startswith("--config="):
             files.append(word.removeprefix("--config="))

@@ -45,7 +45,9 @@ class TokenLayout:
         if len(self.grid) != 2 or min(self.grid) < 1:
             raise ValueError(f"grid must be (rows, columns), both positive, got {self.grid}")
         if self.text_len < 2:
-            raise ValueError(f"text_len must be at least 2 (start-of-text and one token), got {self.text_len}")
+            raise ValueError(
+                f"text_len must be at least 2 (start-of-text and one token), got {self.text_len}"
+            )
         if min(self.text_vocab, self.image_vocab) < 1:
             raise ValueError(f"vocabularies must be positive, got {self.text_vocab} and {self.image_vocab}")
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.rng import generator
+from dalle.io.rng import generator
 
 COLDEST = 1e-30
 """Logits divided by less might be more than a float holds."""
@@ -24,10 +24,14 @@ def uniforms(seed: int, caption: str, candidates: range, positions: int) -> Tens
     return torch.from_numpy(np.stack(rows))
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None, guidance: float | None = None) -> None:
+def check_sampling(
+    temperature: float, top_k: int | None, top_p: float | None, guidance: float | None = None
+) -> None:
     """ValueError for settings that mean nothing, before any work is done."""
     if not (temperature == 0 or COLDEST <= temperature < math.inf):
-        raise ValueError(f"temperature must be 0 (most likely token) or at least {COLDEST}, got {temperature}")
+        raise ValueError(
+            f"temperature must be 0 (most likely token) or at least {COLDEST}, got {temperature}"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:

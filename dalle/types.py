@@ -119,7 +119,7 @@ class Skip:
     name: str
     """Names it for people."""
     cause: str
-    """One of `dalle.data.skipped.CAUSES`, or "filter:NAME"."""
+    """One of `dalle.data.bad_samples.CAUSES`, or "filter:NAME"."""
     detail: str = ""
     """What was found."""
 
@@ -206,7 +206,9 @@ class TextCodec(Protocol):
     vocab_size: int
     hash: str
 
-    def encode(self, caption: str, dropout: float = 0.0, seed: tuple[int, ...] | int | None = None) -> list[int]: ...
+    def encode(
+        self, caption: str, dropout: float = 0.0, seed: tuple[int, ...] | int | None = None
+    ) -> list[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -254,4 +256,6 @@ def check_tokens(tokens: Tensor, vocab_size: int, name: str = "tokens") -> None:
     if bad.any():
         row, position = bad.nonzero()[0].tolist()
         value = int(tokens[row, position])
-        raise ValueError(f"{name} must be in [0, {vocab_size}), got {value} at row {row}, position {position}")
+        raise ValueError(
+            f"{name} must be in [0, {vocab_size}), got {value} at row {row}, position {position}"
+        )

@@ -6,8 +6,8 @@ python scripts/app.py runs/quickstart/model --host 0.0.0.0         for the whole
 It needs gradio: pip install 'zeroshot-text2image[app]'.
 """
 
+from dalle.commands.app import AppRun, app
 from dalle.config import parse, tell_errors
-from dalle.stages.app import AppRun, app
 
 if __name__ == "__main__":
     with tell_errors():

@@ -16,16 +16,16 @@ python scripts/benchmark.py scales --run runs/transformer --picture scales.png
 
 import sys
 
+from dalle.benchmarks.attention import AttentionBenchmark, benchmark_attention
+from dalle.benchmarks.data import DataBenchmark, benchmark_data
+from dalle.benchmarks.memory import MemoryBenchmark, benchmark_memory
+from dalle.benchmarks.sample import SampleBenchmark, benchmark_sampling
+from dalle.benchmarks.studies.fp16_underflow import UnderflowBenchmark, benchmark_underflow
+from dalle.benchmarks.studies.powersgd import CompressionBenchmark, benchmark_compression
+from dalle.benchmarks.studies.reproducibility import AgreementBenchmark, benchmark_agreement
+from dalle.benchmarks.train import TrainBenchmark, benchmark_training
+from dalle.commands.plot import ScalesPicture, draw_scales
 from dalle.config import overview, parse, tell_errors
-from dalle.stages.agreement import AgreementBenchmark, benchmark_agreement
-from dalle.stages.attention import AttentionBenchmark, benchmark_attention
-from dalle.stages.benchmark import TrainBenchmark, benchmark_training
-from dalle.stages.benchmark_data import DataBenchmark, benchmark_data
-from dalle.stages.benchmark_sample import SampleBenchmark, benchmark_sampling
-from dalle.stages.compression import CompressionBenchmark, benchmark_compression
-from dalle.stages.memory import MemoryBenchmark, benchmark_memory
-from dalle.stages.plots import ScalesPicture, draw_scales
-from dalle.stages.underflow import UnderflowBenchmark, benchmark_underflow
 
 BENCHMARKS = {
     "train": (TrainBenchmark, benchmark_training),
@@ -44,6 +44,8 @@ if __name__ == "__main__":
         overview(sys.argv[1:], __doc__, "--help after one of these words explains what it takes.")
         name = sys.argv[1] if len(sys.argv) > 1 else ""
         if name not in BENCHMARKS:
-            raise ValueError(f"say what to measure: python scripts/benchmark.py {{{','.join(BENCHMARKS)}}} [--help]")
+            raise ValueError(
+                f"say what to measure: python scripts/benchmark.py {{{','.join(BENCHMARKS)}}} [--help]"
+            )
         run_class, measure = BENCHMARKS[name]
         measure(parse(run_class, sys.argv[2:], description=__doc__))

@@ -10,8 +10,8 @@ captions) and duplicates.png to --out. --data.filters are tried out one by one, 
 them, and nothing is dropped. Exit status: 0, or 1 when too much is broken, for a script that is to stop there.
 """
 
+from dalle.commands.check_data import CheckRun, check_data
 from dalle.config import parse, tell_errors
-from dalle.stages.check_data import CheckRun, check_data
 
 if __name__ == "__main__":
     with tell_errors():

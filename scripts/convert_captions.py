@@ -6,8 +6,8 @@ python scripts/convert_captions.py --format redcaps --captions annotations --pic
 python scripts/convert_captions.py --format narratives --captions narratives --pictures open_images --out open.jsonl
 """
 
+from dalle.commands.convert_captions import ConvertRun, convert_captions
 from dalle.config import parse, tell_errors
-from dalle.stages.convert import ConvertRun, convert_captions
 
 if __name__ == "__main__":
     with tell_errors():

@@ -6,9 +6,9 @@ torchrun --nproc-per-node 8 scripts/encode_images.py ...            eight proces
 python scripts/encode_images.py ... --encode.part 0 --encode.parts 8     each of eight such commands
 """
 
+from dalle.commands.encode_images import EncodeRun, encode_images
+from dalle.commands.train_dvae import DVAERun
 from dalle.config import parse, tell_errors
-from dalle.stages.dvae import DVAERun
-from dalle.stages.encode import EncodeRun, encode_images
 
 if __name__ == "__main__":
     with tell_errors():

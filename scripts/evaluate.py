@@ -5,8 +5,8 @@ python scripts/evaluate.py --model runs/my-model --parts dvae transformer clip -
 python scripts/evaluate.py --parts rerank --clip ViT-B-32.pt --rank-by clip      ranked by a published CLIP
 """
 
+from dalle.commands.evaluate import EvaluateRun, evaluate
 from dalle.config import parse, tell_errors
-from dalle.stages.evaluate import EvaluateRun, evaluate
 
 if __name__ == "__main__":
     with tell_errors():

@@ -4,8 +4,8 @@ python scripts/inspect_checkpoint.py dalle.pt                       family, size
 python scripts/inspect_checkpoint.py runs/dvae --json report.json   also a run, a checkpoint or a model directory
 """
 
+from dalle.commands.inspect_checkpoint import InspectRun, inspect_checkpoint
 from dalle.config import parse, tell_errors
-from dalle.stages.inspect_checkpoint import InspectRun, inspect_checkpoint
 
 if __name__ == "__main__":
     with tell_errors():

@@ -7,8 +7,8 @@ python scripts/notebooks.py --quickstart runs/quickstart-1         with the mode
 To read or change one, open it: pip install jupyterlab && jupyter lab notebooks/1_caption_to_picture.ipynb
 """
 
+from dalle.commands.notebooks import NotebooksRun, run_notebooks
 from dalle.config import parse, tell_errors
-from dalle.stages.notebooks import NotebooksRun, run_notebooks
 
 if __name__ == "__main__":
     with tell_errors():

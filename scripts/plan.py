@@ -6,9 +6,9 @@ python scripts/plan.py --config configs/dvae/small.yaml --gpus 1 --gpu rtx-4090 
 
 import sys
 
+from dalle.commands.plan import PLANS, plan_training
 from dalle.config import overview, parse, tell_errors
-from dalle.stages.kinds import EACH_KIND, take_kind
-from dalle.stages.plan import PLANS, plan_training
+from dalle.runs.kinds import EACH_KIND, take_kind
 
 if __name__ == "__main__":
     with tell_errors():

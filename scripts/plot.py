@@ -5,8 +5,8 @@ python scripts/plot.py runs/small runs/small-muon --labels AdamW Muon --smooth 0
 python scripts/plot.py runs/transformer --metrics gradient_norm step_size skipped tokens_per_second mfu data_wait
 """
 
+from dalle.commands.plot import CurvesPicture, draw_curves
 from dalle.config import parse, tell_errors
-from dalle.stages.plots import CurvesPicture, draw_curves
 
 if __name__ == "__main__":
     with tell_errors():

@@ -5,8 +5,8 @@ python scripts/push_model.py runs/quickstart/model --to owner/name --report runs
 python scripts/push_model.py runs/quickstart/dvae --to owner/name-dvae        the part that a run trained, alone
 """
 
+from dalle.commands.push_model import PushRun, push_model
 from dalle.config import parse, tell_errors
-from dalle.stages.push import PushRun, push_model
 
 if __name__ == "__main__":
     with tell_errors():

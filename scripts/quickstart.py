@@ -3,8 +3,8 @@
 python scripts/quickstart.py                                        about twenty minutes on two cores
 """
 
+from dalle.commands.quickstart import QuickstartRun, quickstart
 from dalle.config import parse, tell_errors
-from dalle.stages.quickstart import QuickstartRun, quickstart
 
 if __name__ == "__main__":
     with tell_errors():

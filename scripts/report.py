@@ -6,8 +6,8 @@ python scripts/report.py runs/my-model --prompts "a red cross above a blue circl
 python scripts/report.py evaluation.json                            the numbers of scripts/evaluate.py
 """
 
+from dalle.commands.report import ReportRun, write_report
 from dalle.config import parse, tell_errors
-from dalle.stages.report import ReportRun, write_report
 
 if __name__ == "__main__":
     with tell_errors():

@@ -7,8 +7,8 @@ python scripts/sample.py --model pytorch_model_v3.bin --tokenizer bpe.model \\
     --dvae vqgan.gumbelf8-sber.model.ckpt --prompt "..."            ruDALL-E
 """
 
+from dalle.commands.sample import SampleRun, sample
 from dalle.config import parse, tell_errors
-from dalle.stages.sample import SampleRun, sample
 
 if __name__ == "__main__":
     with tell_errors():

@@ -3,8 +3,8 @@
 python scripts/train_clip.py --config configs/clip/shapes.yaml
 """
 
+from dalle.commands.train_clip import CLIPRun, train_clip
 from dalle.config import parse, tell_errors
-from dalle.stages.clip import CLIPRun, train_clip
 
 if __name__ == "__main__":
     with tell_errors():

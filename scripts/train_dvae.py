@@ -4,9 +4,9 @@ python scripts/train_dvae.py                                        the shapes p
 python scripts/train_dvae.py --config configs/dvae/small.yaml --data.path my/pictures
 """
 
+from dalle.commands.train_dvae import DVAERun, train_dvae
 from dalle.config import parse, tell_errors
-from dalle.stages.dvae import DVAERun, train_dvae
-from dalle.stages.runs import CONFIGS
+from dalle.runs.args import CONFIGS
 
 if __name__ == "__main__":
     with tell_errors():

@@ -4,9 +4,9 @@ python scripts/train_tokenizer.py --config configs/transformer/shapes.yaml
 python scripts/train_tokenizer.py --data.path my/pictures --text.vocab-size 4096
 """
 
+from dalle.commands.train_tokenizer import TokenizerRun, train_tokenizer
+from dalle.commands.train_transformer import TransformerRun
 from dalle.config import parse, tell_errors
-from dalle.stages.tokenizer import TokenizerRun, train_tokenizer
-from dalle.stages.transformer import TransformerRun
 
 if __name__ == "__main__":
     with tell_errors():

@@ -6,10 +6,10 @@ python scripts/train_transformer.py --config configs/transformer/small.yaml --to
 
 import sys
 
+from dalle.commands.quickstart import make_missing_stages
+from dalle.commands.train_transformer import TransformerRun, train_transformer
 from dalle.config import parse, tell_errors
-from dalle.stages.quickstart import make_missing_stages
-from dalle.stages.runs import CONFIGS
-from dalle.stages.transformer import TransformerRun, train_transformer
+from dalle.runs.args import CONFIGS
 
 if __name__ == "__main__":
     with tell_errors():

@@ -4,8 +4,8 @@ python scripts/write_tars.py --path my/pictures --out my/tars
 python scripts/write_tars.py --path coco.jsonl --out coco-tars --shard-size 5000
 """
 
+from dalle.commands.write_tars import PackRun, pack
 from dalle.config import parse, tell_errors
-from dalle.stages.pack import PackRun, pack
 
 if __name__ == "__main__":
     with tell_errors():

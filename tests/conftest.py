@@ -16,16 +16,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dalle.commands.encode_images import EncodeRun, encode_images
+from dalle.commands.train_clip import CLIPRun, train_clip
+from dalle.commands.train_dvae import DVAERun, train_dvae
+from dalle.commands.train_tokenizer import TokenizerRun, train_tokenizer
+from dalle.commands.train_transformer import TransformerRun, train_transformer
 from dalle.config import load
-from dalle.drawing import Drawer
-from dalle.files import SUMS, hashes, read_json, write_json, write_sums
-from dalle.models import load_part
-from dalle.pipeline import DALLE
-from dalle.stages.clip import CLIPRun, train_clip
-from dalle.stages.dvae import DVAERun, train_dvae
-from dalle.stages.encode import EncodeRun, encode_images
-from dalle.stages.tokenizer import TokenizerRun, train_tokenizer
-from dalle.stages.transformer import TransformerRun, train_transformer
+from dalle.hub.registry import load_part
+from dalle.io.files import SUMS, hashes, read_json, write_json, write_sums
+from dalle.pipelines.best_of_n import Drawer
+from dalle.pipelines.dalle import DALLE
 
 PROJECT = Path(__file__).parents[1]
 PROMPT = "a red cross above a blue circle on a white background"

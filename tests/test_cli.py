@@ -9,8 +9,8 @@ import pytest
 import dalle
 from dalle.cli import COMMANDS, GROUPS, listing, main, script_of
 from dalle.config import ConfigError, read_yaml
-from dalle.models import load_part
-from dalle.shipped import CONFIGS, as_typed, find_config
+from dalle.hub.registry import load_part
+from dalle.paths import CONFIGS, as_typed, find_config
 
 PROJECT = Path(__file__).parents[1]
 SCRIPTS = sorted((PROJECT / "scripts").glob("*.py"))
@@ -153,14 +153,20 @@ class TestShippedConfigs:
         own.write_text("steps: 7\n")
         assert read_yaml("configs/dvae/shapes.yaml") == {"steps": 7}
 
-    @pytest.mark.parametrize("name", ["dvae/shapes.yaml", "x/configs/dvae/shapes.yaml", "configs/../README.md"])
+    @pytest.mark.parametrize(
+        "name", ["dvae/shapes.yaml", "x/configs/dvae/shapes.yaml", "configs/../README.md"]
+    )
     def test_no_other_path_is_looked_up(self, name, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         assert find_config(name) == Path(name)
 
     def test_a_mistyped_name_is_told_the_nearest(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(ConfigError, match=r"^no configuration file .*; did you mean configs/dvae/shapes\.yaml\?$"):
+        with pytest.raises(
+            ConfigError, match=r"^no configuration file .*; did you mean configs/dvae/shapes\.yaml\?$"
+        ):
             read_yaml("configs/dvae/shpes.yaml")
-        with pytest.raises(ConfigError, match=r"shipped are configs/clip/clipart\.yaml, .*transformer/small\.yaml$"):
+        with pytest.raises(
+            ConfigError, match=r"shipped are configs/clip/clipart\.yaml, .*transformer/small\.yaml$"
+        ):
             read_yaml("my.yaml")

@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from dalle.commands.encode_images import EncodeRun
+from dalle.commands.evaluate import EvaluateRun
+from dalle.commands.quickstart import QuickstartRun
+from dalle.commands.sample import SampleRun
+from dalle.commands.train_clip import CLIPRun
+from dalle.commands.train_dvae import DVAERun
+from dalle.commands.train_tokenizer import TokenizerRun
+from dalle.commands.train_transformer import TransformerRun
 from dalle.config import ConfigError, from_dict, load, merge, parse, read_yaml, tell_errors, to_dict
-from dalle.stages.clip import CLIPRun
-from dalle.stages.dvae import DVAERun
-from dalle.stages.encode import EncodeRun
-from dalle.stages.evaluate import EvaluateRun
-from dalle.stages.quickstart import QuickstartRun
-from dalle.stages.sample import SampleRun
-from dalle.stages.tokenizer import TokenizerRun
-from dalle.stages.transformer import TransformerRun
 from dalle.train import Schedule
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -81,7 +81,11 @@ class TestTypes:
             ({"steps": 10.0}, "steps", "expected int, got 10.0"),
             ({"steps": True}, "steps", "expected int, got True"),
             ({"device": 3}, "device", "expected str, got 3"),
-            ({"train": {"optimizer": {"beta1": "0.9"}}}, "train.optimizer.beta1", "expected float, got '0.9'"),
+            (
+                {"train": {"optimizer": {"beta1": "0.9"}}},
+                "train.optimizer.beta1",
+                "expected float, got '0.9'",
+            ),
             ({"train": {"optimizer": {"beta1": True}}}, "train.optimizer.beta1", "expected float, got True"),
             ({"model": {"widths": [8, "16"]}}, "model.widths", "expected int, got '16'"),
             ({"train": {"precision": "fp64"}}, "train.precision", "fp64"),
@@ -115,7 +119,9 @@ class TestTypes:
             from_dict(DVAERun, {"steps": "a", "seed": "b"})
 
     def test_what_the_class_itself_refuses_is_told_with_its_place(self):
-        with pytest.raises(ConfigError, match=r"my\.yaml: objective\.tau: a schedule needs at least 1 step, got 0"):
+        with pytest.raises(
+            ConfigError, match=r"my\.yaml: objective\.tau: a schedule needs at least 1 step, got 0"
+        ):
             from_dict(DVAERun, {"objective": {"tau": {"start": 1.0, "end": 0.1, "steps": 0}}}, "my.yaml")
 
     def test_a_missing_field_without_a_default_is_named(self):
@@ -132,7 +138,9 @@ class TestDefaults:
         assert run.train.batch_size != TransformerRun().train.batch_size
 
     def test_file_and_command_line_mean_the_same(self, tmp_path):
-        file = write(tmp_path / "a.yaml", "train: {optimizer: {lr: {end: 0.5}}, keep: 7}\nobjective: {tau: {steps: 9}}")
+        file = write(
+            tmp_path / "a.yaml", "train: {optimizer: {lr: {end: 0.5}}, keep: 7}\nobjective: {tau: {steps: 9}}"
+        )
         words = ["--train.optimizer.lr.end", "0.5", "--train.keep", "7", "--objective.tau.steps", "9"]
         assert load(DVAERun, [file]) == parse(DVAERun, words)
 
@@ -223,7 +231,11 @@ class TestCommandLine:
 
     @pytest.mark.parametrize("dotted", [["--train.batch-size", "9"], ["--train.batch_size", "9"]])
     def test_dotted_words_win_before_and_after_the_file(self, file, dotted):
-        for words in ([*dotted, "--config", file], ["--config", file, *dotted], [f"--config={file}", *dotted]):
+        for words in (
+            [*dotted, "--config", file],
+            ["--config", file, *dotted],
+            [f"--config={file}", *dotted],
+        ):
             run = parse(DVAERun, words)
             assert (run.train.batch_size, run.train.keep, run.steps) == (9, 3, 7)
 
@@ -237,7 +249,9 @@ class TestCommandLine:
         run = parse(DVAERun, [*words, "--model.downsampling", "2"])
         assert (run.model.widths, run.train.optimizer.clip, run.out) == ((8, 16), None, Path("somewhere"))
 
-    @pytest.mark.parametrize("words", [["--stpes", "3"], ["--steps", "x"], ["--steps", "0"], ["--resume", "maybe"]])
+    @pytest.mark.parametrize(
+        "words", [["--stpes", "3"], ["--steps", "x"], ["--steps", "0"], ["--resume", "maybe"]]
+    )
     def test_a_wrong_word_ends_the_run_with_its_name(self, words, capsys):
         with pytest.raises(SystemExit) as caught:
             parse(DVAERun, words)
@@ -320,7 +334,11 @@ class TestRoundTrip:
         assert load(run, [write(tmp_path / "a.yaml", text.getvalue())]) == run()
 
     def test_with_every_path_given(self, run):
-        paths = [name for name, hint in typing.get_type_hints(run).items() if Path in (hint, *typing.get_args(hint))]
+        paths = [
+            name
+            for name, hint in typing.get_type_hints(run).items()
+            if Path in (hint, *typing.get_args(hint))
+        ]
         assert paths
         changed = dataclasses.replace(run(), **{name: Path("some") / name for name in paths})
         assert from_dict(run, to_dict(changed)) == changed
@@ -345,7 +363,10 @@ def every_field(cls: type, prefix: str = ""):
         if dataclasses.is_dataclass(hints[field.name]):
             inner = f"{prefix}{field.name}."
             options = list(every_field(hints[field.name], inner))
-            if any(option and "." not in option.removeprefix(f"--{inner}".replace("_", "-")) for option, _ in options):
+            if any(
+                option and "." not in option.removeprefix(f"--{inner}".replace("_", "-"))
+                for option, _ in options
+            ):
                 yield None, told[field.name]
             yield from options
         else:

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from dalle.commands.encode_images import EncodeRun, encode_images
+from dalle.commands.train_clip import CLIPRun, train_clip
+from dalle.commands.train_dvae import DVAERun, train_dvae
+from dalle.commands.train_tokenizer import TokenizerRun, train_tokenizer
+from dalle.commands.train_transformer import TransformerRun, train_transformer
 from dalle.config import from_dict, load, merge, read_yaml
-from dalle.models import build, load_part
-from dalle.pipeline import DALLE
-from dalle.stages.clip import CLIPRun, train_clip
-from dalle.stages.dvae import DVAERun, train_dvae
-from dalle.stages.encode import EncodeRun, encode_images
-from dalle.stages.tokenizer import TokenizerRun, train_tokenizer
-from dalle.stages.transformer import TransformerRun, train_transformer
+from dalle.hub.registry import build, load_part
+from dalle.pipelines.dalle import DALLE
 from dalle.train import Schedule
-from dalle.train.log import read_log
+from dalle.train.loggers import read_log
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = {"dvae": DVAERun, "transformer": TransformerRun, "clip": CLIPRun}
@@ -28,7 +28,9 @@ def read(family: str, size: str):
 
 
 def test_each_family_has_each_size():
-    assert {(file.parent.name, file.stem) for file in FILES} >= {(family, size) for family in RUNS for size in SIZES}
+    assert {(file.parent.name, file.stem) for file in FILES} >= {
+        (family, size) for family in RUNS for size in SIZES
+    }
 
 
 def names(file: Path) -> str:
@@ -47,7 +49,8 @@ def test_it_builds(file):
 def test_it_says_how_to_run_it(file):
     head = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert any(
-        f"python scripts/train_{file.parent.name}.py --config configs/{names(file)}.yaml" in line for line in head
+        f"python scripts/train_{file.parent.name}.py --config configs/{names(file)}.yaml" in line
+        for line in head
     )
 
 
@@ -76,7 +79,9 @@ def test_the_step_size_has_come_down_when_the_run_ends(family):
 
 def test_the_papers_files_hold_nearly_nothing():
     """The defaults are the paper's; a file says only what a run must be told."""
-    assert read_yaml(CONFIGS / "transformer" / "paper.yaml") == read_yaml(CONFIGS / "clip" / "paper.yaml") == {}
+    assert (
+        read_yaml(CONFIGS / "transformer" / "paper.yaml") == read_yaml(CONFIGS / "clip" / "paper.yaml") == {}
+    )
     assert read_yaml(CONFIGS / "dvae" / "paper.yaml").keys() == {"encode"}
 
 
@@ -124,7 +129,11 @@ def test_the_papers_clip_is_vit_b_16():
     with torch.device("meta"):
         model = build("clip", run.model)
     assert sum(p.numel() for p in model.net.visual.parameters()) == pytest.approx(86.2e6, rel=0.01)
-    assert (run.train.batch_size, run.train.optimizer.weight_decay, run.train.optimizer.warmup) == (32_768, 0.2, 2_000)
+    assert (run.train.batch_size, run.train.optimizer.weight_decay, run.train.optimizer.warmup) == (
+        32_768,
+        0.2,
+        2_000,
+    )
 
 
 def test_the_small_transformer_has_tens_of_millions_of_parameters():
@@ -185,7 +194,10 @@ def test_the_stages_run_in_order_and_join(tmp_path, size):
     assert (cache.size, cache.grid) == (24, (4, 4))
     assert all(finite(tmp_path / family) for family in RUNS)
     model = DALLE.from_parts(*(load_part(tmp_path / family, family) for family in RUNS))
-    assert len(model.generate("a red cross above a blue circle on a white background", n=1, best_of=2).images) == 1
+    assert (
+        len(model.generate("a red cross above a blue circle on a white background", n=1, best_of=2).images)
+        == 1
+    )
 
 
 def test_shrinking_keeps_the_files_own_settings():
@@ -193,4 +205,7 @@ def test_shrinking_keeps_the_files_own_settings():
     for size in SIZES:
         kept, whole = shrunk("dvae", size), read("dvae", size)
         assert (kept.objective, kept.train.optimizer) == (whole.objective, whole.train.optimizer)
-        assert (kept.model.post_gain, kept.model.downsampling) == (whole.model.post_gain, whole.model.downsampling)
+        assert (kept.model.post_gain, kept.model.downsampling) == (
+            whole.model.post_gain,
+            whole.model.downsampling,
+        )

@@ -1,9 +1,9 @@
 """Imports go downward only. The table below is the one place that says which module stands where.
 
-    L0 <- L1 <- L2 <- L3 <- L4 <- L5 stages <- scripts <- cli
+    L0 <- L1 <- L2 <- L3 <- L4 <- L5 commands <- cli <- scripts
 
 Within L3 nobody imports a neighbour: the families know neither each other nor `data` and `train`,
-and those two see L0 and L1 only. `dalle/__init__.py`, which re-exports lazily, is exempt.
+and those two see L0 and L1 only (`data` also the shapes). `dalle/__init__.py`, which re-exports lazily, is exempt.
 """
 
 import ast
@@ -13,13 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"config", "help", "types", "shipped", "__version__"},
-    {"files", "rng", "layout", "masks", "sampling", "images", "migrations"},
-    {"nn"},
+    {"config", "config_help", "types", "paths", "__version__"},
+    {"io", "layout", "masks", "sampling", "schedules"},
+    {"nn", "shapes"},
     {"text", "dvae", "vqgan", "transformer", "clip", "data", "train"},
-    {"objectives", "rerank", "models", "pretrained", "evals", "generation", "drawing", "directory"}
-    | {"joined", "pipeline", "plan", "finetune", "look", "hub", "card"},
-    {"stages"},
+    {"hub", "pretrained", "evals", "pipelines", "planner", "viz"},
+    {"runs", "commands", "benchmarks", "report", "app"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -29,7 +28,7 @@ def may_import(importer: str, imported: str) -> bool:
     if importer == imported:
         return True
     if importer in ("data", "train"):
-        return LEVEL[imported] <= 1
+        return LEVEL[imported] <= 1 or (importer, imported) == ("data", "shapes")
     return LEVEL[imported] < LEVEL[importer] or LEVEL[imported] == LEVEL[importer] != 3
 
 
@@ -87,18 +86,21 @@ def plant(root: Path, name: str, code: str) -> Path:
 @pytest.mark.parametrize(
     ("name", "code"),
     [
-        ("layout.py", "from dalle.nn.cache import Cache"),  # upward
+        ("layout.py", "from dalle.nn.kv_cache import Cache"),  # upward
         ("nn/blocks.py", "import dalle.transformer.model"),
         ("text/bpe.py", "from ..dvae import model"),  # family to family
         ("clip/__init__.py", "from .. import text"),
-        ("dvae/model.py", "from dalle.train.loop import fit"),  # family to service
+        ("dvae/model.py", "from dalle.train.trainer import fit"),  # family to service
         ("train/loop.py", "from dalle import data"),  # service to service
         ("data/pairs.py", "from ..nn import resnet"),  # a service above L1
-        ("pipeline.py", "from .stages.sample import run"),
-        ("stages/sample.py", "def run():\n    from dalle.pipeline import DALLE"),  # downward, but hidden
-        ("models.py", "class A:\n    async def f(self):\n        import dalle.dvae"),
+        ("pipelines/dalle.py", "from dalle.commands.sample import run"),
+        (
+            "commands/sample.py",
+            "def run():\n    from dalle.pipelines.dalle import DALLE",
+        ),  # downward, but hidden
+        ("hub/registry.py", "class A:\n    async def f(self):\n        import dalle.dvae"),
         ("evals/fid.py", "from dalle import DALLE"),  # the package's front door
-        ("rerank.py", "import dalle"),
+        ("viz/masks.py", "import dalle"),
         ("gadgets.py", "import math"),  # a module without a layer
     ],
 )
@@ -109,12 +111,15 @@ def test_a_wrong_import_is_caught(tmp_path: Path, name: str, code: str) -> None:
 @pytest.mark.parametrize(
     ("name", "code"),
     [
-        ("__init__.py", "def __getattr__(name):\n    from dalle.pipeline import DALLE\n    return DALLE"),
-        ("masks.py", "from dalle.layout import TokenLayout\nfrom . import images"),
+        (
+            "__init__.py",
+            "def __getattr__(name):\n    from dalle.pipelines.dalle import DALLE\n    return DALLE",
+        ),
+        ("masks.py", "from dalle.layout import TokenLayout\nfrom . import sampling"),
         ("transformer/generate.py", "from .model import Transformer\nfrom ..nn.cache import Cache"),
         ("train/loop.py", "from ..types import Loss\nfrom .state import State"),
-        ("pipeline.py", "import dalle.dvae\nfrom . import rerank, text"),
-        ("stages/train_dvae.py", "from dalle.data import pairs\nfrom dalle.train.loop import fit"),
+        ("pipelines/dalle.py", "import dalle.dvae\nfrom .. import hub, text"),
+        ("commands/train_dvae.py", "from dalle.data import pairs\nfrom dalle.train.trainer import fit"),
         ("clip/model.py", "def build():\n    import open_clip"),  # an optional dependency
     ],
 )

@@ -27,7 +27,13 @@ def test_paper_size():
 
 
 def test_text_pads_image_and_starts_follow_one_another():
-    assert (TOY.image_offset, TOY.vocab, TOY.start_of_text, TOY.start_of_image, TOY.input_vocab) == (16, 23, 23, 24, 25)
+    assert (TOY.image_offset, TOY.vocab, TOY.start_of_text, TOY.start_of_image, TOY.input_vocab) == (
+        16,
+        23,
+        23,
+        24,
+        25,
+    )
 
 
 def test_an_oblong_grid():
@@ -103,7 +109,9 @@ def test_unpack_undoes_pack_however_much_of_the_image_there_is(given):
 
 
 def test_tokens_of_another_grid_are_refused():
-    with pytest.raises(ValueError, match=r"at most 6 \(2 x 3\) image tokens, got 6 and 9; is it another grid\?"):
+    with pytest.raises(
+        ValueError, match=r"at most 6 \(2 x 3\) image tokens, got 6 and 9; is it another grid\?"
+    ):
         TOY.pack(TEXT, torch.zeros(1, 9, dtype=torch.int64))
 
 
@@ -115,7 +123,11 @@ def test_text_of_another_length_is_refused():
 @pytest.mark.parametrize(
     ("text", "image", "message"),
     [
-        ([[3, 1, 4, 16, 14, 15]], [[0] * 6], r"text_tokens must be in \[0, 16\), got 16 at row 0, position 3"),
+        (
+            [[3, 1, 4, 16, 14, 15]],
+            [[0] * 6],
+            r"text_tokens must be in \[0, 16\), got 16 at row 0, position 3",
+        ),
         (
             [[3, 1, 4, 13, 14, 15]],
             [[0, 1, 2, 3, 7, 0]],

@@ -175,7 +175,9 @@ def test_oblong_convolution():
         0011100110
         1001110011
     """
-    assert torch.equal(dense_mask("conv", TokenLayout(2, (2, 5), 5, 5), kernel=3)[2:, 2:], from_strings(expected))
+    assert torch.equal(
+        dense_mask("conv", TokenLayout(2, (2, 5), 5, 5), kernel=3)[2:, 2:], from_strings(expected)
+    )
 
 
 def test_a_kernel_of_one_sees_the_token_itself():

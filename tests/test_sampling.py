@@ -84,7 +84,9 @@ def test_a_draw_inverts_the_cumulative_distribution():
 
 
 def test_rows_are_drawn_apart():
-    logits = torch.tensor([[0.0, -torch.inf, -torch.inf], [-torch.inf, -torch.inf, 0.0], [-torch.inf, 0.0, -torch.inf]])
+    logits = torch.tensor(
+        [[0.0, -torch.inf, -torch.inf], [-torch.inf, -torch.inf, 0.0], [-torch.inf, 0.0, -torch.inf]]
+    )
     assert draw(logits, numbers(3)).tolist() == [0, 2, 1]
 
 
@@ -100,7 +102,9 @@ def test_a_low_temperature_approaches_the_most_likely(temperature):
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
-@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.9}, {"temperature": 3.0}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 2}, {"top_p": 0.9}, {"temperature": 3.0}, {"temperature": 0.0}]
+)
 def test_minus_infinity_is_never_drawn(uniform, options):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(200, 30, generator=generator)
@@ -153,7 +157,9 @@ def test_top_k_keeps_k_even_where_logits_are_equal():
     assert (draw_many(torch.zeros(10), top_k=3) > 0).sum() == 3
 
 
-@pytest.mark.parametrize("options", [{"top_k": 8192}, {"top_k": 9000}, {"top_p": 1.0}, {"top_k": None, "top_p": None}])
+@pytest.mark.parametrize(
+    "options", [{"top_k": 8192}, {"top_k": 9000}, {"top_p": 1.0}, {"top_k": None, "top_p": None}]
+)
 def test_truncation_that_keeps_everything_changes_nothing(options):
     logits = torch.randn(64, 8192, generator=torch.Generator().manual_seed(0))
     uniform = torch.cat([numbers(32), 1 - numbers(32, seed=1) * 1e-7])

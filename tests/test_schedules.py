@@ -4,14 +4,16 @@ import math
 
 import pytest
 
-from dalle.objectives import DVAEObjective
-from dalle.stages.dvae import PAPER_TRAINING
+from dalle.commands.train_dvae import PAPER_TRAINING
+from dalle.dvae.objective import DVAEObjective
 from dalle.train import Schedule, TrainConfig
-from dalle.train.optim import OptimizerConfig
+from dalle.train.optimizer import OptimizerConfig
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
-@pytest.mark.parametrize(("step", "value"), [(0, 2.0), (50, 5.0), (100, 8.0), (101, 8.0), (10**9, 8.0), (-1, 2.0)])
+@pytest.mark.parametrize(
+    ("step", "value"), [(0, 2.0), (50, 5.0), (100, 8.0), (101, 8.0), (10**9, 8.0), (-1, 2.0)]
+)
 def test_both_shapes_meet_at_the_start_half_way_and_from_the_end_on(shape, step, value):
     assert Schedule(2.0, 8.0, 100, shape)(step) == pytest.approx(value)
 

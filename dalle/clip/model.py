@@ -58,10 +58,14 @@ class CLIPConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
         for name in ("vision_width", "text_width"):
             if getattr(self, name) % self.head_width:
-                raise ValueError(f"{name} {getattr(self, name)} is not a multiple of head_width {self.head_width}")
+                raise ValueError(
+                    f"{name} {getattr(self, name)} is not a multiple of head_width {self.head_width}"
+                )
 
     @property
     def pad(self) -> int:
@@ -83,14 +87,20 @@ class CLIP(nn.Module):
         from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
         vision = CLIPVisionCfg(
-            layers=config.vision_layers, width=config.vision_width, head_width=config.head_width,
-            patch_size=config.patch_size, image_size=config.image_size,
+            layers=config.vision_layers,
+            width=config.vision_width,
+            head_width=config.head_width,
+            patch_size=config.patch_size,
+            image_size=config.image_size,
             pool_type={"class": "tok", "average": "avg"}[config.vision_pool],
-        )  # fmt: skip
+        )
         text = CLIPTextCfg(
-            context_length=config.text_len, vocab_size=config.text_vocab + 2, width=config.text_width,
-            heads=config.text_width // config.head_width, layers=config.text_layers,
-        )  # fmt: skip
+            context_length=config.text_len,
+            vocab_size=config.text_vocab + 2,
+            width=config.text_width,
+            heads=config.text_width // config.head_width,
+            layers=config.text_layers,
+        )
         self.config = config
         self.net = OpenCLIP(config.embed_width, vision, text)
         self.truncated = 0
@@ -160,7 +170,9 @@ class CLIPScorer:
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
         """Captions -> unit vectors (N, E)."""
         device = self.model.net.logit_scale.device
-        return self.model.encode_text(self.model.pack_text([self.text.encode(one) for one in captions]).to(device))
+        return self.model.encode_text(
+            self.model.pack_text([self.text.encode(one) for one in captions]).to(device)
+        )
 
 
 class OpenClipScorer:

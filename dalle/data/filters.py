@@ -94,12 +94,21 @@ class Filters:
 
     def captions(self, captions: Sequence[str]) -> list[str]:
         """The captions that stay."""
-        return [caption for caption in captions if not any(drops(caption) for drops in self._caption_tests.values())]
+        return [
+            caption
+            for caption in captions
+            if not any(drops(caption) for drops in self._caption_tests.values())
+        ]
 
 
 def one_by_one(config: FiltersConfig) -> dict[str, FiltersConfig]:
     """Each filter that is on, alone, under the name that `Filters.reason` gives it: for a dry run."""
-    names = {"max_aspect": "aspect", "min_words": "too short", "min_side": "too small", "drop_list": "drop list"}
+    names = {
+        "max_aspect": "aspect",
+        "min_words": "too short",
+        "min_side": "too small",
+        "drop_list": "drop list",
+    }
     chosen = {field.name: getattr(config, field.name) for field in fields(config)}
     return {names.get(key, key): replace(_OFF, **{key: value}) for key, value in chosen.items() if value}
 
@@ -108,7 +117,9 @@ def _read_names(path: Path) -> frozenset[str]:
     try:
         return frozenset(path.read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the drop list {path} ({error}); give a text file of names, one a line") from None
+        raise ValueError(
+            f"cannot read the drop list {path} ({error}); give a text file of names, one a line"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -144,7 +155,9 @@ _DATES = "|".join(
     ]
 )
 _DATE = re.compile(rf"(?<!\w)(?:{_DATES})(?!\w)")
-_CAMERA_FILE = re.compile(r"(?<!\w)(?:img|dsc[nf]?|pict|sam|mvi|gopr|p)[\s_-]?\d{3,}(?:[\s_-]\d+)?(?:\.\w{3,4})?(?!\w)")
+_CAMERA_FILE = re.compile(
+    r"(?<!\w)(?:img|dsc[nf]?|pict|sam|mvi|gopr|p)[\s_-]?\d{3,}(?:[\s_-]\d+)?(?:\.\w{3,4})?(?!\w)"
+)
 _AROUND_DATES = re.compile(
     rf"(?<!\w)(?:\d\d?[:.]\d\d(?:[:.]\d\d)?\s*(?:[ap]\.?m\.?)?|{_WEEKDAY}|{_YEAR}"
     r"|photo(?:s|graph(?:s|ed)?)?|pictures?|pics?|images?|snapshots?|shots?|scan(?:ned)?|taken|shot|captured|recorded"

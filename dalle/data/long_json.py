@@ -53,8 +53,12 @@ class _JSONReader:
     def _more(self) -> None:
         left = self.buffer[self.at :]
         if len(left) > LONGEST:
-            raise ValueError(f"{self.file} is not JSON, or one value in it is longer than {LONGEST} characters")
-        read = self.text.read(max(CHUNK, len(left)))  # twice as much each time: a long value is not read over and over
+            raise ValueError(
+                f"{self.file} is not JSON, or one value in it is longer than {LONGEST} characters"
+            )
+        read = self.text.read(
+            max(CHUNK, len(left))
+        )  # twice as much each time: a long value is not read over and over
         self.buffer, self.at, self.ended = left + read, 0, not read
 
     def peek(self) -> str:
@@ -71,7 +75,9 @@ class _JSONReader:
     def take(self, character: str) -> None:
         """Passes over a character that must be there."""
         if self.peek() != character:
-            raise ValueError(f"{self.file} is not JSON as expected: {self.peek()!r} stands where {character!r} should")
+            raise ValueError(
+                f"{self.file} is not JSON as expected: {self.peek()!r} stands where {character!r} should"
+            )
         self.at += 1
 
     def value(self) -> Any:

@@ -1,4 +1,4 @@
-"""Writing a token cache (dalle/data/tokens.py): whole shards only, by one process or by several."""
+"""Writing a token cache (dalle/data/token_cache.py): whole shards only, by one process or by several."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from dalle.data.tokens import FORMAT, TokenCache, TokenPlan, read_plan, read_shard_info, shard_name
+from dalle.data.token_cache import FORMAT, TokenCache, TokenPlan, read_plan, read_shard_info, shard_name
 
 
 class TokenWriter:
@@ -31,9 +31,13 @@ class TokenWriter:
             plan.require(read_plan(folder), folder)
             return
         if (folder / "tokens.npy").is_file():
-            raise ValueError(f"{folder} holds a token cache of an earlier version; give another --out, or remove it")
+            raise ValueError(
+                f"{folder} holds a token cache of an earlier version; give another --out, or remove it"
+            )
         if folder.is_file() or (folder.is_dir() and any(_strangers(folder))):
-            raise ValueError(f"{folder} is no token cache; its contents would be mixed with one, choose another place")
+            raise ValueError(
+                f"{folder} is no token cache; its contents would be mixed with one, choose another place"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         self._write_json("plan.json", asdict(plan))
 
@@ -45,7 +49,9 @@ class TokenWriter:
         """Those of them that are not there yet."""
         return [shard for shard in self.own() if not (self.folder / shard_name(shard)).is_file()]
 
-    def write(self, shard: int, tokens: np.ndarray, numbers: Sequence[int], captions: Sequence[list[str]]) -> None:
+    def write(
+        self, shard: int, tokens: np.ndarray, numbers: Sequence[int], captions: Sequence[list[str]]
+    ) -> None:
         """Puts a shard in its place.
 
         Args:
@@ -57,7 +63,9 @@ class TokenWriter:
         rows, columns = self.plan.grid
         shape = (len(numbers), self.plan.crops, rows * columns)
         if tokens.shape != shape or len(captions) != len(numbers):
-            raise ValueError(f"expected tokens {shape} and as many captions, got {tokens.shape} and {len(captions)}")
+            raise ValueError(
+                f"expected tokens {shape} and as many captions, got {tokens.shape} and {len(captions)}"
+            )
         lines = [json.dumps(texts, ensure_ascii=False).encode("utf-8", "replace") for texts in captions]
         arrays = {
             "tokens": tokens.astype(np.uint16),

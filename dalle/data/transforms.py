@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from dalle.images import shorter_side
+from dalle.io.images import shorter_side
 
 AUGMENTS = ("dvae", "transformer", "none")
 
@@ -40,7 +40,9 @@ def dvae_crop(width: int, height: int, resolution: int, rng: np.random.Generator
     low, high = min(side, round(9 / 8 * resolution)), min(side, round(12 / 8 * resolution))
     resized = rng.integers(low, high + 1)
     inner = rng.integers(resized - resolution + 1, size=2)
-    return Crop(int(left), int(top), side, int(resized), int(inner[0]), int(inner[1]), bool(rng.random() < 0.5))
+    return Crop(
+        int(left), int(top), side, int(resized), int(inner[0]), int(inner[1]), bool(rng.random() < 0.5)
+    )
 
 
 def transformer_crop(width: int, height: int, resolution: int, rng: np.random.Generator) -> Crop:
@@ -55,7 +57,9 @@ def transformer_crop(width: int, height: int, resolution: int, rng: np.random.Ge
 def _side(width: int, height: int, resolution: int) -> int:
     side = min(width, height)
     if side < resolution:
-        raise ValueError(f"picture of {width} x {height} is smaller than the {resolution} x {resolution} asked for")
+        raise ValueError(
+            f"picture of {width} x {height} is smaller than the {resolution} x {resolution} asked for"
+        )
     return side
 
 
@@ -80,7 +84,11 @@ def _resize_window(square: np.ndarray, crop: Crop, resolution: int) -> np.ndarra
     lines = square[:, first:last].reshape(crop.side, -1)  # (S, columns touched * 3)
     lines = _weighted_sum(lines, cells[rows], weights[rows]).reshape(resolution, last - first, 3)
     lines = lines.swapaxes(0, 1).reshape(last - first, -1)  # (columns touched, R * 3)
-    return _weighted_sum(lines, cells[columns] - first, weights[columns]).reshape(-1, resolution, 3).swapaxes(0, 1)
+    return (
+        _weighted_sum(lines, cells[columns] - first, weights[columns])
+        .reshape(-1, resolution, 3)
+        .swapaxes(0, 1)
+    )
 
 
 def _weighted_sum(lines: np.ndarray, cells: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ codes at each position, the decoder turns (relaxed) one-hot codes into the param
 logit-Laplace distribution over the pixels.
 
 Departures, all off by default: `post_gain`, `logit_gain`, `code_std` and `min_log_scale` help
-small models over the first hundred steps (LOG.md says what each does).
+small models over the first hundred steps (docs/log.md says what each does).
 
     B batch, H W pixels, h w grid, K vocabulary, D width
 """
@@ -120,7 +120,8 @@ DecoderBlock = partial(Block, kernels=(1, 3, 3, 3))
 def _group(block, widths: list[int], gain: float, after: tuple[str, nn.Module] | None) -> nn.Sequential:
     """Blocks from widths[0] to widths[1], widths[1] to widths[2], ..., then an optional resize."""
     layers = OrderedDict(
-        (f"block_{i}", block(n_in, n_out, gain=gain)) for i, (n_in, n_out) in enumerate(pairwise(widths), start=1)
+        (f"block_{i}", block(n_in, n_out, gain=gain))
+        for i, (n_in, n_out) in enumerate(pairwise(widths), start=1)
     )
     if after:
         layers[after[0]] = after[1]

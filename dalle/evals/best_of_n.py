@@ -25,7 +25,9 @@ def chances(candidates: int, n: int) -> np.ndarray:
     """(M,) probability that each candidate, best first, is the best of n distinct ones; they add up to 1."""
     if not 1 <= n <= candidates:
         raise ValueError(f"n must be 1 to {candidates}, got {n}")
-    return np.array([math.comb(candidates - 1 - i, n - 1) / math.comb(candidates, n) for i in range(candidates)])
+    return np.array(
+        [math.comb(candidates - 1 - i, n - 1) / math.comb(candidates, n) for i in range(candidates)]
+    )
 
 
 def best_of_n(
@@ -41,7 +43,9 @@ def best_of_n(
     scores = np.asarray(scores, dtype=np.float64)
     values = scores if values is None else np.asarray(values, dtype=np.float64)
     if scores.ndim != 2 or scores.shape != values.shape or not scores.size:
-        raise ValueError(f"expected scores and values of one shape (C, M), got {scores.shape} and {values.shape}")
+        raise ValueError(
+            f"expected scores and values of one shape (C, M), got {scores.shape} and {values.shape}"
+        )
     if not (np.isfinite(scores).all() and np.isfinite(values).all()):
         raise ValueError("a score or value is not finite")
     order = np.argsort(-scores, axis=1, kind="stable")

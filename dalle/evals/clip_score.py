@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dalle.evals.means import Means
+from dalle.evals.running_mean import Means
 from dalle.types import Embedder
 
 WEIGHT = 2.5  # Hessel et al.

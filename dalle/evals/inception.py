@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.evals.foreign import file_hash, load_named
+from dalle.evals.weights import file_hash, load_named
 from dalle.types import check_pixels
 
 SIDE = 299

@@ -20,7 +20,9 @@ def inception_score(logits: Tensor, splits: int = SPLITS, seed: int = 0) -> tupl
         seed: of the order.
     """
     if logits.ndim != 2 or len(logits) < splits or splits < 1:
-        raise ValueError(f"{splits} parts need logits (N, classes) of as many pictures, got {tuple(logits.shape)}")
+        raise ValueError(
+            f"{splits} parts need logits (N, classes) of as many pictures, got {tuple(logits.shape)}"
+        )
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
     scores = [_score(part) for part in logits.cpu().double()[order].tensor_split(splits)]
     values = torch.stack(scores)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dalle.evals.foreign import file_hash, load_named, read_weights
+from dalle.evals.weights import file_hash, load_named, read_weights
 from dalle.types import check_pixels
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pixels in [-1, 1], released code
@@ -56,7 +56,9 @@ class LPIPS:
     def __call__(self, pixels: Tensor, others: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], twice -> (B,), 0 for equal pictures."""
         if min(pixels.shape[2:]) < SMALLEST:
-            raise ValueError(f"LPIPS needs pictures of {SMALLEST} x {SMALLEST} pixels or more, got {pixels.shape[2:]}")
+            raise ValueError(
+                f"LPIPS needs pictures of {SMALLEST} x {SMALLEST} pixels or more, got {pixels.shape[2:]}"
+            )
         total = 0
         for a, b, weight in zip(self._layers(pixels), self._layers(others), self.weights, strict=True):
             total = total + torch.einsum("bchw,c->bhw", (a - b).square(), weight).mean((1, 2))

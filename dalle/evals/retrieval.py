@@ -11,7 +11,9 @@ from torch import Tensor
 FIRST = (1, 5, 10)
 
 
-def retrieval(pictures: Tensor, captions: Tensor, owners: Sequence[int], first: Sequence[int] = FIRST) -> dict:
+def retrieval(
+    pictures: Tensor, captions: Tensor, owners: Sequence[int], first: Sequence[int] = FIRST
+) -> dict:
     """R@k both ways: the share of queries whose right answer is among the k with the highest cosine.
 
     A picture with several captions is served by any of them. Ties count against the model, so that a CLIP which gives
@@ -28,7 +30,9 @@ def retrieval(pictures: Tensor, captions: Tensor, owners: Sequence[int], first: 
     """
     owner = torch.as_tensor(owners, device=pictures.device)
     if len(owner) != len(captions) or not len(captions):
-        raise ValueError(f"{len(captions)} captions of {len(owner)} owners; expected one owner each, and one or more")
+        raise ValueError(
+            f"{len(captions)} captions of {len(owner)} owners; expected one owner each, and one or more"
+        )
     if not torch.equal(owner.unique(), torch.arange(len(pictures), device=pictures.device)):
         raise ValueError(f"the captions do not belong to {len(pictures)} pictures: each must have a caption")
     own = owner == torch.arange(len(pictures), device=pictures.device)[:, None]  # (P, C)

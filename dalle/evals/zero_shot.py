@@ -28,7 +28,9 @@ def class_vectors(clip: Embedder, names: Sequence[str], templates: Sequence[str]
         raise ValueError(f"template {wrong[0]!r} must have {{}} once, where the class's name goes")
     if not templates:
         raise ValueError('no templates; give one or more, for example "a photo of a {}."')
-    wordings = [clip.embed_captions([template.replace("{}", name) for name in names]) for template in templates]
+    wordings = [
+        clip.embed_captions([template.replace("{}", name) for name in names]) for template in templates
+    ]
     return torch.nn.functional.normalize(torch.stack(wordings).mean(0), dim=1)
 
 

@@ -3,10 +3,10 @@
     dense    the softmax over all keys written out, the reference
     sdpa     torch's fused kernel, with a mask or causal
     blocks   scores only where a kind can see: the text, and the rows above or the own column
-    flex     FlexAttention over blocks of visible pairs (dalle/nn/flex.py); gradients on CUDA only
+    flex     FlexAttention over blocks of visible pairs (dalle/nn/flex_attention.py); gradients on CUDA only
     auto     one of these, by `choose`
 
-All are equal in value and gradient (tests/test_attention.py); of flex the values on a CPU have been seen to be, its
+All are equal in value and gradient (tests/nn/test_attention.py); of flex the values on a CPU have been seen to be, its
 gradients are tested where there is a GPU.
 
     B batch, H heads, Q queries, K keys, d width of a head, T text_len
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle.nn.flex import flex_attend, flex_refusal
-from dalle.nn.pattern import Pattern
+from dalle.nn.flex_attention import flex_attend, flex_refusal
+from dalle.nn.sparse_mask import Pattern
 
 BACKENDS = ("dense", "sdpa", "blocks", "flex")
 CHOICES = ("auto", *BACKENDS)
@@ -52,10 +52,14 @@ def attend(
     return attend_by(backend, q, k, v, pattern, transposed)
 
 
-def attend_by(backend: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, transposed: bool = False) -> Tensor:
+def attend_by(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, transposed: bool = False
+) -> Tensor:
     """`attend` by a backend that `resolve` gave: what compiled layers call."""
     if transposed != wants_transposed(backend, pattern):
-        there, back = (pattern.raster, pattern.transposed) if transposed else (pattern.transposed, pattern.raster)
+        there, back = (
+            (pattern.raster, pattern.transposed) if transposed else (pattern.transposed, pattern.raster)
+        )
         return back(attend_by(backend, there(q), there(k), there(v), pattern, not transposed))
     if backend == "blocks":
         return _by_blocks(q, k, v, pattern)
@@ -90,7 +94,7 @@ def choose(kind: str, device: torch.device) -> str:
     """What "auto" takes for a whole stream.
 
     Causal layers: torch's fused causal kernel. Sparse layers: on a CPU `blocks`, the fastest measured there
-    (LOG.md); elsewhere torch's kernel under a mask, until `flex` and `blocks` have been measured on a GPU.
+    (docs/log.md); elsewhere torch's kernel under a mask, until `flex` and `blocks` have been measured on a GPU.
     """
     return "blocks" if kind != "causal" and device.type == "cpu" else "sdpa"
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle.nn.attention import attend_by, wants_transposed
-from dalle.nn.cache import LayerCache, scaled
 from dalle.nn.int8 import operand
-from dalle.nn.pattern import Pattern
+from dalle.nn.kv_cache import LayerCache, scaled
+from dalle.nn.sparse_mask import Pattern
 
 
 class FP32LayerNorm(nn.LayerNorm):
@@ -40,7 +40,9 @@ class Attention(nn.Module):
         x = pattern.transposed(x) if transposed else x
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         if cache is not None:
-            cache.fill(*((pattern.raster(k), pattern.raster(v)) if transposed else (k, v)), pattern.layout.text_len)
+            cache.fill(
+                *((pattern.raster(k), pattern.raster(v)) if transposed else (k, v)), pattern.layout.text_len
+            )
         mixed = attend_by(backend, q, k, v, pattern, transposed)
         x = self.out(rearrange(mixed, "b h n d -> b n (h d)"))
         return pattern.raster(x) if transposed else x

@@ -92,7 +92,9 @@ def _unpack(path: Path, names: Collection[str], folder: Path) -> set[str]:
                     raise ValueError(f"{path} holds {name} twice; which one is meant cannot be told")
                 taken.add(name)
                 _copy(archive.extractfile(member), folder / name, member.size)
-        while content.read(BLOCK):  # to the end of gzip, beyond that of tar: only there the sum of all is checked
+        while content.read(
+            BLOCK
+        ):  # to the end of gzip, beyond that of tar: only there the sum of all is checked
             pass
     return taken
 
@@ -120,6 +122,8 @@ def _copy(source: IO[bytes] | None, target: Path, size: int) -> None:
     assert source is not None, "a file has content"
     target.parent.mkdir(parents=True, exist_ok=True)
     if size > (free := shutil.disk_usage(target.parent).free):
-        raise ValueError(f"unpacking {target.name} takes {size} bytes, {free} are free; set TMPDIR to a larger disk")
+        raise ValueError(
+            f"unpacking {target.name} takes {size} bytes, {free} are free; set TMPDIR to a larger disk"
+        )
     with target.open("wb") as file:
         shutil.copyfileobj(source, file, BLOCK)

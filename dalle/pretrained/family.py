@@ -154,12 +154,16 @@ def _empty_model(family: Family, shapes: Shapes) -> tuple[Any, nn.Module]:
     except ValueError as error:
         if "to unpack" not in str(error):  # of a shape
             raise
-        raise ValueError(f"it looks like {family.name}, but a tensor has too many or few dimensions: {error}") from None
+        raise ValueError(
+            f"it looks like {family.name}, but a tensor has too many or few dimensions: {error}"
+        ) from None
     except (RuntimeError, ArithmeticError, IndexError, TypeError, AssertionError) as error:
         raise ValueError(f"it looks like {family.name}, but has impossible sizes: {error}") from None
 
 
-def _own_names(family: Family, tensors: Mapping[str, SavedTensor]) -> tuple[dict[str, SavedTensor], list[str]]:
+def _own_names(
+    family: Family, tensors: Mapping[str, SavedTensor]
+) -> tuple[dict[str, SavedTensor], list[str]]:
     """(by the model's names, names left out)."""
     ignored = [name for name in tensors if any(fnmatchcase(name, pattern) for pattern in family.ignored)]
     left_out = set(ignored)

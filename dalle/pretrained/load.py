@@ -9,26 +9,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from dalle.pretrained import (
-    dalle_pytorch,
-    dalle_pytorch_vae,
-    mindalle,
-    openai_clip,
-    openai_dvae,
-    rudalle,
-    vqgan,
-    vqgan_wavelets,
-)
+from dalle.pretrained import openai_clip, openai_dvae, vqgan
 from dalle.pretrained.archive import is_archive, unpacked
+from dalle.pretrained.dalle_pytorch import reader as dalle_pytorch
+from dalle.pretrained.dalle_pytorch import vae as dalle_pytorch_vae
 from dalle.pretrained.family import Family, fill
+from dalle.pretrained.mindalle import reader as mindalle
 from dalle.pretrained.pickle_names import SavedTensor
 from dalle.pretrained.refused import refuse_path, refuse_tensors
-from dalle.pretrained.saved_file import open_saved, weights_of
+from dalle.pretrained.rudalle import reader as rudalle
+from dalle.pretrained.rudalle import vqgan_dwt as vqgan_wavelets
+from dalle.pretrained.torch_file import open_saved, weights_of
 
 FAMILIES = (
-    dalle_pytorch.FAMILY, mindalle.FAMILY, rudalle.FAMILY, openai_dvae.FAMILY, openai_clip.OPENAI,
-    openai_clip.OPEN_CLIP, vqgan_wavelets.FAMILY, vqgan.TAMING, vqgan.GUMBEL, vqgan.LLAMAGEN, dalle_pytorch_vae.FAMILY,
-)  # fmt: skip
+    dalle_pytorch.FAMILY,
+    mindalle.FAMILY,
+    rudalle.FAMILY,
+    openai_dvae.FAMILY,
+    openai_clip.OPENAI,
+    openai_clip.OPEN_CLIP,
+    vqgan_wavelets.FAMILY,
+    vqgan.TAMING,
+    vqgan.GUMBEL,
+    vqgan.LLAMAGEN,
+    dalle_pytorch_vae.FAMILY,
+)
 """In the order in which they are tried."""
 
 
@@ -47,7 +52,11 @@ class Found:
 
 def is_published(path: Path) -> bool:
     """Whether a path is a file, OpenAI's folder of two or minDALL-E's: none of this library's runs or directories."""
-    return path.is_file() or mindalle.is_folder(path) or any((path / f"{p}.pkl").is_file() for p in openai_dvae.PARTS)
+    return (
+        path.is_file()
+        or mindalle.is_folder(path)
+        or any((path / f"{p}.pkl").is_file() for p in openai_dvae.PARTS)
+    )
 
 
 @contextmanager
@@ -99,7 +108,11 @@ def _inside(found: Found) -> Found:
     tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     told = found.tree.get("vae_params") if isinstance(found.tree, dict) else None
     inner = _found(found.path, found.container, {"hparams": told}, tensors)
-    return replace(inner, tensors=openai_dvae.whole_names(tensors)) if inner.family is openai_dvae.FAMILY else inner
+    return (
+        replace(inner, tensors=openai_dvae.whole_names(tensors))
+        if inner.family is openai_dvae.FAMILY
+        else inner
+    )
 
 
 def load_image_tokenizer(path: Path | str, device: str | torch.device = "cpu") -> nn.Module:
@@ -127,7 +140,11 @@ def load_transformer(path: Path | str, device: str | torch.device = "cpu") -> nn
 
 def _load(found: Found, kind: str) -> nn.Module:
     if found.family is None or found.family.kind != kind:
-        what = f"of kind {found.family.kind!r} ({found.family.name})" if found.family else "of nobody that is known"
+        what = (
+            f"of kind {found.family.kind!r} ({found.family.name})"
+            if found.family
+            else "of nobody that is known"
+        )
         names = ", ".join(family.name for family in FAMILIES if family.kind == kind)
         raise ValueError(f"{found.path} is {what}, not a published {kind}; known are: {names}")
     return fill(found.family, found.tensors, found.path)

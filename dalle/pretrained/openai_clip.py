@@ -16,7 +16,7 @@ from torch import nn
 
 from dalle.clip import OpenClipScorer
 from dalle.pretrained.family import Family, Shapes, fill
-from dalle.pretrained.saved_file import open_saved, weights_of
+from dalle.pretrained.torch_file import open_saved, weights_of
 
 HEAD_WIDTH = 64  # Radford et al.: in every published model; shapes do not tell
 NUMBERS = ("input_resolution", "context_length", "vocab_size")
@@ -89,13 +89,18 @@ def build(config: PublishedCLIP, quick_gelu: bool) -> nn.Module:
                 f"{name} {getattr(config, name)} is no multiple of {HEAD_WIDTH}, the width of CLIP's heads"
             )
     vision = CLIPVisionCfg(
-        layers=config.vision_layers, width=config.vision_width, patch_size=config.patch_size,
+        layers=config.vision_layers,
+        width=config.vision_width,
+        patch_size=config.patch_size,
         image_size=config.image_size,
-    )  # fmt: skip
+    )
     text = CLIPTextCfg(
-        context_length=config.text_len, vocab_size=config.text_vocab, width=config.text_width,
-        heads=config.text_width // HEAD_WIDTH, layers=config.text_layers,
-    )  # fmt: skip
+        context_length=config.text_len,
+        vocab_size=config.text_vocab,
+        width=config.text_width,
+        heads=config.text_width // HEAD_WIDTH,
+        layers=config.text_layers,
+    )
     model = CLIP(config.embed_width, vision, text, quick_gelu=quick_gelu)
     with torch.device("cpu"):  # no part of a state dict, so it must have values when the rest is made without
         model.attn_mask = torch.full((config.text_len, config.text_len), -torch.inf).triu(1)
@@ -123,7 +128,9 @@ OPEN_CLIP = replace(
 )
 
 
-def load_scorer(path: Path | str, device: str | torch.device = "cpu", quick_gelu: bool | None = None) -> OpenClipScorer:
+def load_scorer(
+    path: Path | str, device: str | torch.device = "cpu", quick_gelu: bool | None = None
+) -> OpenClipScorer:
     """A `Scorer` by a CLIP from a file.
 
     Args:
@@ -137,7 +144,9 @@ def load_scorer(path: Path | str, device: str | torch.device = "cpu", quick_gelu
     tensors = weights_of(open_saved(path).tree)
     family = OPENAI if OPENAI.recognises(tensors) else OPEN_CLIP
     if not family.recognises(tensors):
-        raise ValueError(f"{path} is no CLIP of OpenAI's layout; open others by name with PretrainedScorer(name, file)")
+        raise ValueError(
+            f"{path} is no CLIP of OpenAI's layout; open others by name with PretrainedScorer(name, file)"
+        )
     if family is OPEN_CLIP:
         if quick_gelu is None:
             raise ValueError(
@@ -148,7 +157,9 @@ def load_scorer(path: Path | str, device: str | torch.device = "cpu", quick_gelu
     elif quick_gelu is False:
         raise ValueError(f"{path} is OpenAI's, which is trained with quick_gelu")
     if (vocab := tensors[_named(tensors, "token_embedding.weight")].shape[0]) != CLIP_VOCAB:
-        raise ValueError(f"{path} reads {vocab} text ids, CLIP's tokenizer has {CLIP_VOCAB}: it needs another one")
+        raise ValueError(
+            f"{path} reads {vocab} text ids, CLIP's tokenizer has {CLIP_VOCAB}: it needs another one"
+        )
     return _scorer(fill(family, tensors, path), device)
 
 

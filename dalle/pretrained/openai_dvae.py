@@ -14,7 +14,7 @@ from pathlib import Path
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.pretrained.family import Family, Shapes, fill
 from dalle.pretrained.pickle_names import Held, SavedTensor
-from dalle.pretrained.saved_file import SavedFile, attributes, open_saved, weights_of
+from dalle.pretrained.torch_file import SavedFile, attributes, open_saved, weights_of
 
 PARTS = ("encoder", "decoder")
 LICENCE = "modified MIT, of github.com/openai/DALL-E"
@@ -38,7 +38,9 @@ def configure(shapes: Shapes) -> DVAEConfig:
     if not groups or "encoder.blocks.output.conv.w" not in shapes:
         raise ValueError("the encoder lacks its blocks or its output: not OpenAI's dVAE")
     return DVAEConfig(
-        widths=tuple(shapes[f"encoder.blocks.group_{i + 1}.block_1.res_path.conv_4.w"][0] for i in range(groups)),
+        widths=tuple(
+            shapes[f"encoder.blocks.group_{i + 1}.block_1.res_path.conv_4.w"][0] for i in range(groups)
+        ),
         blocks_per_group=blocks,
         downsampling=2 ** (groups - 1),
         vocab_size=shapes["encoder.blocks.output.conv.w"][0],
@@ -53,7 +55,9 @@ FAMILY = Family(
     marks=("*blocks.group_1.block_1.res_path.conv_1.w",),
     configure=configure,
     build=DVAE,
-    vocabulary=lambda config: f"{config.vocab_size} codes, {config.downsampling} x {config.downsampling} pixels each",
+    vocabulary=lambda config: (
+        f"{config.vocab_size} codes, {config.downsampling} x {config.downsampling} pixels each"
+    ),
 )
 
 
@@ -85,23 +89,32 @@ def whole_names(tensors: dict[str, SavedTensor]) -> dict[str, SavedTensor]:
     """blocks.* of one half -> encoder.blocks.* or decoder.blocks.*; DALLE-pytorch says enc and dec."""
     if "blocks.input.w" in tensors:
         kernel = tensors["blocks.input.w"].shape[-1]
-        return {f"{'encoder' if kernel > 1 else 'decoder'}.{name}": tensor for name, tensor in tensors.items()}
+        return {
+            f"{'encoder' if kernel > 1 else 'decoder'}.{name}": tensor for name, tensor in tensors.items()
+        }
     full = {"enc": "encoder", "dec": "decoder"}
     words = {name: name.partition(".") for name in tensors}
-    return {f"{full.get(words[name][0], words[name][0])}.{words[name][2]}": tensor for name, tensor in tensors.items()}
+    return {
+        f"{full.get(words[name][0], words[name][0])}.{words[name][2]}": tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _check_module(saved: SavedFile) -> None:
     """A whole module says what it computes: its poolings and gains must be those of the release."""
     if not isinstance(saved.tree, Held):
         return
-    groups = {name: part for name, part in _children(saved.tree, "blocks").items() if name.startswith("group_")}
+    groups = {
+        name: part for name, part in _children(saved.tree, "blocks").items() if name.startswith("group_")
+    }
     resizes = sum(inner in ("pool", "upsample") for group in groups.values() for inner in attributes(group))
     if groups and resizes != len(groups) - 1:
         raise ValueError(
             f"{saved.path}: {resizes} poolings in {len(groups)} groups; OpenAI's has one fewer than groups"
         )
-    blocks = [block for group in groups.values() for block in attributes(group).values() if isinstance(block, Held)]
+    blocks = [
+        block for group in groups.values() for block in attributes(group).values() if isinstance(block, Held)
+    ]
     gains = [block.state["post_gain"] for block in blocks if "post_gain" in (block.state or {})]
     if any(not math.isclose(gain, len(gains) ** -2) for gain in gains):
         raise ValueError(

@@ -54,16 +54,28 @@ class SavedTensor:
 DTYPES: dict[str, torch.dtype] = {
     f"torch.{name}Storage": dtype
     for name, dtype in {
-        "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
-        "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+        "Float": torch.float32,
+        "Double": torch.float64,
+        "Half": torch.float16,
+        "BFloat16": torch.bfloat16,
+        "Long": torch.int64,
+        "Int": torch.int32,
+        "Short": torch.int16,
+        "Char": torch.int8,
+        "Byte": torch.uint8,
         "Bool": torch.bool,
     }.items()
-} | {"torch.storage.UntypedStorage": torch.uint8}  # fmt: skip
+} | {"torch.storage.UntypedStorage": torch.uint8}
 
-NUMBER_FORMATS = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+NUMBER_FORMATS = {
+    f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
+}
 """Names of the number formats themselves."""
 
-OLD = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # names of Python 2, which protocols 0 to 2 still write
+OLD = {
+    "__builtin__": "builtins",
+    "copy_reg": "copyreg",
+}  # names of Python 2, which protocols 0 to 2 still write
 
 
 def _view(storage: Storage, offset: int, shape: tuple, stride: tuple, *_: Any) -> SavedTensor:
@@ -84,7 +96,9 @@ def _view(storage: Storage, offset: int, shape: tuple, stride: tuple, *_: Any) -
     return SavedTensor(storage.dtype, tuple(shape), read)
 
 
-def _view_as(storage: Storage, offset: int, shape: tuple, stride: tuple, grad: Any, hooks: Any, dtype: Any, *_: Any):
+def _view_as(
+    storage: Storage, offset: int, shape: tuple, stride: tuple, grad: Any, hooks: Any, dtype: Any, *_: Any
+):
     """The form in which newer number formats are written: untyped bytes and a dtype."""
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"a tensor of unknown number format {shown(dtype):.80}")
@@ -122,7 +136,9 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "collections.defaultdict": lambda default=None: {},
     "builtins.set": lambda values=(): set(map(key, values)),
     "builtins.frozenset": lambda values=(): frozenset(map(key, values)),
-    "builtins.bytearray": lambda text=b"", encoding="latin1": _encode(text, encoding) if type(text) is str else text,
+    "builtins.bytearray": lambda text=b"", encoding="latin1": (
+        _encode(text, encoding) if type(text) is str else text
+    ),
     "builtins.complex": complex,
     "_codecs.encode": _encode,
     "copyreg._reconstructor": _object,
@@ -138,15 +154,31 @@ MAKERS: dict[str, Callable[..., Any]] = {
 """What may be called, and what is done instead. None of it reaches beyond its arguments."""
 
 HELD = {
-    "builtins.object", "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "typing.Any",
-    "dall_e.encoder.Encoder", "dall_e.encoder.EncoderBlock", "dall_e.decoder.Decoder", "dall_e.decoder.DecoderBlock",
+    "builtins.object",
+    "argparse.Namespace",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "typing.Any",
+    "dall_e.encoder.Encoder",
+    "dall_e.encoder.EncoderBlock",
+    "dall_e.decoder.Decoder",
+    "dall_e.decoder.DecoderBlock",
     "dall_e.utils.Conv2d",
     *(f"builtins.{name}" for name in ("int", "float", "str", "bool", "list", "dict", "tuple")),
-    *(f"torch.nn.modules.{name}" for name in (
-        "container.Sequential", "activation.ReLU", "pooling.MaxPool2d", "linear.Identity", "upsampling.Upsample")),
+    *(
+        f"torch.nn.modules.{name}"
+        for name in (
+            "container.Sequential",
+            "activation.ReLU",
+            "pooling.MaxPool2d",
+            "linear.Identity",
+            "upsampling.Upsample",
+        )
+    ),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    "numpy.dtype", "numpy.ndarray",
-}  # fmt: skip
+    "numpy.dtype",
+    "numpy.ndarray",
+}
 """Classes whose objects are kept as `Held`: the dVAE's own, and what trainers leave beside the weights."""
 
 HELD_BELOW = ("omegaconf.", "pytorch_lightning.", "lightning.")

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dalle.files import read_json
+from dalle.io.files import read_json
 
 DALLE_MINI = (
     "dalle-mini (also Craiyon): an encoder that reads the whole caption and a decoder that attends to it, as in BART; "
@@ -22,19 +22,23 @@ BY_NAMES = {
         "layers.*.glu.fc0.weight",
     ),
     "LlamaGen's transformer: captions enter it as vectors of a T5 encoder, which is no part of this library": (
-        "cls_embedding.*", "layers.*.attention.wqkv.weight",
+        "cls_embedding.*",
+        "layers.*.attention.wqkv.weight",
     ),
     "the class-conditional transformer of taming-transformers: it reads no captions": (
-        "transformer.tok_emb.weight", "transformer.blocks.*.attn.key.weight",
+        "transformer.tok_emb.weight",
+        "transformer.blocks.*.attn.key.weight",
     ),
     "minDALL-E as it was transferred to ImageNet: it draws a class or anything at all, and reads no captions": (
-        "sos*", "tok_emb_img.weight",
+        "sos*",
+        "tok_emb_img.weight",
     ),
     "minDALL-E as it was transferred to ImageNet, with its image tokenizer: it reads no captions": (
-        "stage2.sos*", "stage2.tok_emb_img.weight",
+        "stage2.sos*",
+        "stage2.tok_emb_img.weight",
     ),
     "GLIDE or another diffusion model: it draws no tokens": ("input_blocks.*", "middle_block.*"),
-}  # fmt: skip
+}
 """Reason -> patterns of names, each of which must be met."""
 
 
@@ -56,7 +60,9 @@ def refuse_tensors(path: Path, names: Iterable[str], tree: Any = None) -> None:
     DALLE-pytorch whose weights are elsewhere."""
     names = list(names)
     if isinstance(tree, dict) and {"hparams", "vae_params"} <= tree.keys() and not names:
-        raise ValueError(f"{path} is the part of DALLE-pytorch's checkpoint beside DeepSpeed's folder: {GATHER}")
+        raise ValueError(
+            f"{path} is the part of DALLE-pytorch's checkpoint beside DeepSpeed's folder: {GATHER}"
+        )
     for reason, patterns in BY_NAMES.items():
         if all(any(fnmatchcase(name, pattern) for name in names) for pattern in patterns):
             raise ValueError(f"{path} cannot be held here. It is of {reason}")

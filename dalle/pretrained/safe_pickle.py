@@ -4,7 +4,7 @@ Python's own reader imports whatever a pickle names and calls it, which is how a
 Here a name stays a name. The few that make plain data have a stand-in (dalle/pretrained/pickle_names.py), objects
 of the classes that published checkpoints hold are kept as `Held`, their attributes as a dict, and every other name
 is refused, in protocols 0 to 5, whichever instruction asks for it. Tensors are described, not read: their bytes
-lie elsewhere in the file (dalle/pretrained/saved_file.py), so names and shapes cost nothing.
+lie elsewhere in the file (dalle/pretrained/torch_file.py), so names and shapes cost nothing.
 """
 
 import pickletools
@@ -65,14 +65,36 @@ def read_pickle(
 
 _MARK = object()
 _VALUES: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
-    "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_SET": set,
-}  # fmt: skip
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": set,
+}
 _LITERALS = {
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
-    "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
-}  # fmt: skip
+    "INT",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG",
+    "LONG1",
+    "LONG4",
+    "FLOAT",
+    "BINFLOAT",
+    "STRING",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "UNICODE",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+    "BYTEARRAY8",
+}
 
 
 class _Reader:

@@ -21,7 +21,9 @@ from dalle.vqgan import VQGAN, VQGANConfig
 def configure(shapes: Shapes, choice: str = "nearest") -> VQGANConfig:
     """Sizes from the shapes, by taming's names; ValueError for a codebook that was cut."""
     if "quantize.used" in shapes:
-        raise ValueError("its codes were numbered anew after training (quantize.used), which is not held here")
+        raise ValueError(
+            "its codes were numbered anew after training (quantize.used), which is not held here"
+        )
     levels = _count(shapes, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
     blocks = _count(shapes, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight")
     if not levels or not blocks:
@@ -30,7 +32,9 @@ def configure(shapes: Shapes, choice: str = "nearest") -> VQGANConfig:
     return VQGANConfig(
         widths=tuple(shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)),
         blocks=blocks,
-        attention=tuple(level for level in range(levels) if f"encoder.down.{level}.attn.0.q.weight" in shapes),
+        attention=tuple(
+            level for level in range(levels) if f"encoder.down.{level}.attn.0.q.weight" in shapes
+        ),
         latent=shapes["encoder.conv_out.weight"][0],
         code_width=code_width,
         vocab_size=vocab_size,
@@ -46,10 +50,16 @@ TAMING = Family(
     name="VQGAN of taming-transformers",
     kind="image tokenizer",
     licence="not stated for taming's weights (its code is MIT), nor for minDALL-E's first stage (Apache-2.0)",
-    marks=("encoder.down.*.block.*.conv1.weight", "decoder.up.*.block.*.conv1.weight", "quantize.embedding.weight"),
+    marks=(
+        "encoder.down.*.block.*.conv1.weight",
+        "decoder.up.*.block.*.conv1.weight",
+        "quantize.embedding.weight",
+    ),
     configure=configure,
     build=VQGAN,
-    vocabulary=lambda config: f"{config.vocab_size} codes, {config.downsampling} x {config.downsampling} pixels each",
+    vocabulary=lambda config: (
+        f"{config.vocab_size} codes, {config.downsampling} x {config.downsampling} pixels each"
+    ),
     ignored=("loss.*",),
 )
 GUMBEL = replace(

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from dalle.pipeline import DALLE
-from dalle.pretrained import mindalle
+from dalle.pipelines.dalle import DALLE
 from dalle.pretrained.archive import is_archive
 from dalle.pretrained.load import at_hand, load_image_tokenizer, load_transformer
-from dalle.pretrained.rudalle import lowercase
-from dalle.pretrained.rudalle_model import Rudalle
+from dalle.pretrained.mindalle import reader as mindalle
+from dalle.pretrained.rudalle.model import Rudalle
+from dalle.pretrained.rudalle.reader import lowercase
 from dalle.text import MergeTokenizer
 from dalle.types import ImageTokenizer, Scorer
 
@@ -41,12 +41,16 @@ def load_whole(
     """
     with at_hand(path) as place:
         if text is None and not mindalle.is_folder(place):
-            raise ValueError(f"{path} does not hold its text tokenizer; give the one that it was trained with")
+            raise ValueError(
+                f"{path} does not hold its text tokenizer; give the one that it was trained with"
+            )
         text = mindalle.load_tokenizer(place) if text is None else text
         transformer = load_transformer(place, device)
         if isinstance(transformer, Rudalle):
             text = lowercase(text)
             if dvae is None:
-                raise ValueError(f"{path} is ruDALL-E's transformer alone; give its image tokenizer too, a VQGAN")
+                raise ValueError(
+                    f"{path} is ruDALL-E's transformer alone; give its image tokenizer too, a VQGAN"
+                )
         dvae = load_image_tokenizer(place, device) if dvae is None else dvae
         return DALLE(dvae, transformer, text, scorer)

@@ -1,9 +1,9 @@
 """Captions to token ids and back: the byte-pair encoding of the paper's section 2.2."""
 
-from dalle.text.bpe import TextTokenizer, TextTokenizerConfig
-from dalle.text.merges import MergeTokenizer
-from dalle.text.readers import load_text, text_from_dict
-from dalle.text.train import train_text_tokenizer
+from dalle.text.bpe import MergeTokenizer
+from dalle.text.load import load_text, text_from_dict
+from dalle.text.tokenizer import TextTokenizer, TextTokenizerConfig
+from dalle.text.train_bpe import train_text_tokenizer
 
 __all__ = [
     "MergeTokenizer",

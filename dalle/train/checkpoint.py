@@ -10,7 +10,7 @@
     run/checkpoints/latest                               name of the newest complete folder
 
 A folder is written under another name, synced, renamed; the pointer moves last. What lies on many processes is a
-folder of shards in place of a file (dalle/train/sharded.py). Random numbers, the step size and the place in the data
+folder of shards in place of a file (dalle/train/sharded_checkpoint.py). Random numbers, the step size and the place in the data
 follow from the seed and the step.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle.files import (
+from dalle.io.files import (
     SUMS,
     find_damage,
     hashes,
@@ -38,8 +38,8 @@ from dalle.files import (
     write_tensors,
     write_text,
 )
-from dalle.migrations import FORMAT
-from dalle.train import sharded
+from dalle.io.format import FORMAT
+from dalle.train import sharded_checkpoint as sharded
 from dalle.train.ranks import Ranks
 from dalle.train.state import TrainState
 
@@ -76,7 +76,9 @@ def save_checkpoint(
     return write_checkpoint(run_dir, Snapshot.of(state, meta, ranks.rank), keep, keep_every, ranks)
 
 
-def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: int, keep_every: int | None, ranks: Ranks) -> Path:
+def write_checkpoint(
+    run_dir: Path, snapshot: Snapshot, keep: int, keep_every: int | None, ranks: Ranks
+) -> Path:
     """`save_checkpoint` of a snapshot; all processes call it together.
 
     Raises:
@@ -89,7 +91,9 @@ def write_checkpoint(run_dir: Path, snapshot: Snapshot, keep: int, keep_every: i
         sums = _write_tensors(partial, snapshot, ranks)
         ranks.first(lambda: _complete(partial, snapshot, sums))
     except OSError:
-        shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint is of use to no one, and the room may be
+        shutil.rmtree(
+            partial, ignore_errors=True
+        )  # half a checkpoint is of use to no one, and the room may be
         raise
     ranks.first(lambda: _remove_older(root, snapshot, keep, keep_every))
     return root / snapshot.name
@@ -112,7 +116,11 @@ def _write_tensors(partial: Path, snapshot: Snapshot, ranks: Ranks) -> dict[str,
             path = partial / f"{file}.safetensors"
             ranks.first(lambda path=path, tensors=tensors: write_tensors(path, tensors, copy=False))
             written += [path] if ranks.rank == 0 else []
-    return {name: digest for sums in ranks.together(lambda: hashes(partial, written)) for name, digest in sums.items()}
+    return {
+        name: digest
+        for sums in ranks.together(lambda: hashes(partial, written))
+        for name, digest in sums.items()
+    }
 
 
 def _complete(partial: Path, snapshot: Snapshot, sums: dict[str, str]) -> None:
@@ -146,7 +154,9 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
         return None
     folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
     if not (folder / "meta.json").is_file():
-        raise ValueError(f"{pointer} names {folder.name}, which is not there; restore it or remove {pointer.parent}")
+        raise ValueError(
+            f"{pointer} names {folder.name}, which is not there; restore it or remove {pointer.parent}"
+        )
     return folder
 
 
@@ -205,7 +215,9 @@ def restore(folder: Path, state: TrainState, ranks: Ranks | None = None) -> None
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     held = state.tensors()
-    spread = any(map(sharded.is_sharded, held.values()))  # the moments to come too, of which a fresh state has none
+    spread = any(
+        map(sharded.is_sharded, held.values())
+    )  # the moments to come too, of which a fresh state has none
     for file in held:
         place = sharded.find(folder, file)
         if place is None and file not in ("model", "ema", "optimizer"):

@@ -37,7 +37,9 @@ class AveragedWeights:
     def __init__(self, model: nn.Module, config: EMAConfig):
         self.config = config
         self.updates = 0
-        self.sums = {name: self._moved(torch.zeros_like(p)) for name, p in model.named_parameters() if p.requires_grad}
+        self.sums = {
+            name: self._moved(torch.zeros_like(p)) for name, p in model.named_parameters() if p.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:

@@ -42,7 +42,9 @@ class RunLock:
 
     def _refused(self, error: OSError) -> None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            print(f"note: {self.run_dir} cannot be locked ({error.strerror}); see that no other run writes there")
+            print(
+                f"note: {self.run_dir} cannot be locked ({error.strerror}); see that no other run writes there"
+            )
             return
         self.file.seek(0)
         holder = self.file.read().strip() or "another process"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle.train.shards import placed
+from dalle.train.dtensor import placed
 
 INNER = ("codes", "scale")
 """What changes in torchao's tensors; the table of the 256 values that codes stand for does not."""
@@ -51,13 +51,17 @@ def put(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, tensor: 
     moment, _, inner = name.partition(".")
     state, in_8bit = optimizer.state[parameter], hasattr(optimizer, "_new_buffer")
     if inner and not in_8bit:
-        raise ValueError("the checkpoint has moments of 8 bits; set optimizer.moments to 8bit to go on from it")
+        raise ValueError(
+            "the checkpoint has moments of 8 bits; set optimizer.moments to 8bit to go on from it"
+        )
     if moment not in state:
         if moment == "step":
             state[moment] = torch.empty_like(tensor, device="cpu" if in_8bit else parameter.device)
         elif in_8bit:
             state[moment] = optimizer._new_buffer(parameter, signed=moment == "exp_avg")
         else:
-            state[moment] = torch.empty_like(parameter, dtype=tensor.dtype)  # fused kernels want these strides
+            state[moment] = torch.empty_like(
+                parameter, dtype=tensor.dtype
+            )  # fused kernels want these strides
     target = getattr(state[moment], inner) if inner else state[moment]
     target.copy_(placed(tensor, target))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle.train.scaling import PATIENCE
-from dalle.train.shards import local
+from dalle.train.dtensor import local
+from dalle.train.grad_scaler import PATIENCE
 
 
 class Nonfinite:
@@ -69,7 +69,9 @@ def first_nonfinite(
     """
     parameters = dict(model.named_parameters())
     yes = torch.ones((), dtype=torch.bool, device=local(next(iter(parameters.values()))).device)
-    if bad := _first_false({f"parameter {name}": _finite([p], yes) for name, p in parameters.items()}, all_true):
+    if bad := _first_false(
+        {f"parameter {name}": _finite([p], yes) for name, p in parameters.items()}, all_true
+    ):
         return bad
     outputs: dict[str, Tensor] = {}
 
@@ -79,8 +81,10 @@ def first_nonfinite(
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(f"output of {name or 'the model'}"))
-             for name, module in model.named_modules()]  # fmt: skip
+    hooks = [
+        module.register_forward_hook(watch(f"output of {name or 'the model'}"))
+        for name, module in model.named_modules()
+    ]
     try:
         with torch.no_grad():
             forward()
@@ -89,7 +93,9 @@ def first_nonfinite(
             hook.remove()
     gradients = {name: [] if p.grad is None else [p.grad] for name, p in parameters.items()}
     found = _first_false(outputs, all_true)
-    found = found or _first_false({f"gradient of {name}": _finite(g, yes) for name, g in gradients.items()}, all_true)
+    found = found or _first_false(
+        {f"gradient of {name}": _finite(g, yes) for name, g in gradients.items()}, all_true
+    )
     return found or "the loss itself"
 
 

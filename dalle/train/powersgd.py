@@ -27,15 +27,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dalle.rng import generator
-from dalle.train.formats import MEAN, rounded
+from dalle.io.rng import generator
+from dalle.train.dtensor import local
+from dalle.train.float_formats import MEAN, rounded
 from dalle.train.low_rank import PowerSGDConfig, plan_ranks, stacked_matrices
-from dalle.train.shards import local
 
 EPS = 1e-6  # E.2, step 5
 
 
-def build_powersgd(model: nn.Module, config: PowerSGDConfig, seed: int, group: Any = None) -> "PowerSGD | None":
+def build_powersgd(
+    model: nn.Module, config: PowerSGDConfig, seed: int, group: Any = None
+) -> "PowerSGD | None":
     """PowerSGD over a model's trainable parameters, or None where no rank is given or there is one replica only.
 
     Args:
@@ -44,7 +46,11 @@ def build_powersgd(model: nn.Module, config: PowerSGDConfig, seed: int, group: A
         seed: of Q.
         group: the processes that hold the same parameters (the same shards of them); all unless given.
     """
-    if config.rank is None or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+    if (
+        config.rank is None
+        or not (dist.is_available() and dist.is_initialized())
+        or dist.get_world_size(group) == 1
+    ):
         return None
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return PowerSGD(parameters, stacked_matrices(model), config, seed, group)
@@ -102,8 +108,12 @@ class PowerSGD:
             shard = local(parameters[name]).detach()
             shards = _place(parameters[name])[1]
             if shards > 1 and config.q == "updated":
-                raise ValueError("a checkpoint cannot carry the Q of each shard; set powersgd.q to fixed or redrawn")
-            even = shard.numel() * shards == parameters[name].numel()  # else shards would not agree, and some are empty
+                raise ValueError(
+                    "a checkpoint cannot carry the Q of each shard; set powersgd.q to fixed or redrawn"
+                )
+            even = (
+                shard.numel() * shards == parameters[name].numel()
+            )  # else shards would not agree, and some are empty
             ranks = plan_ranks(shard.shape, matrices[name], math.ceil(config.rank / shards)) if even else None
             if ranks:
                 self.factored[name] = Factored(torch.zeros_like(shard, dtype=torch.float32), ranks)
@@ -256,7 +266,9 @@ class PowerSGD:
         own = {f"error/{name}": one.error for name, one in self.factored.items()} | self._changing_qs()
         wrong = sorted(tensors.keys() - own.keys() - {f"error/{name}" for name in self.parameters})
         if wrong or (own and not own.keys() & tensors.keys()):
-            raise ValueError(f"the saved errors of PowerSGD are of another model or rank, first {[*wrong, *own][0]!r}")
+            raise ValueError(
+                f"the saved errors of PowerSGD are of another model or rank, first {[*wrong, *own][0]!r}"
+            )
         tensors = {name: tensor for name, tensor in tensors.items() if name in own}
         for name, tensor in tensors.items():
             if local(tensor).shape != own[name].shape:

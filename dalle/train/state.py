@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dalle.train.dtensor import placed
 from dalle.train.ema import AveragedWeights
+from dalle.train.grad_scaler import GradientScales
 from dalle.train.moments import plain, put
-from dalle.train.scaling import GradientScales
-from dalle.train.shards import placed
 
 
 class Stateful(Protocol):
@@ -66,7 +66,9 @@ class TrainState:
         extras = {name: part.numbers() for name, part in self.extras.items()}
         return {"step": self.step, "ema": ema} | ({"extras": extras} if extras else {})
 
-    def targets(self, found: dict[str, dict[str, tuple[torch.Size, torch.dtype]]]) -> dict[str, dict[str, Tensor]]:
+    def targets(
+        self, found: dict[str, dict[str, tuple[torch.Size, torch.dtype]]]
+    ) -> dict[str, dict[str, Tensor]]:
         """Tensors to fill with what a checkpoint holds, shared over processes as the state's own are.
 
         Args:
@@ -109,7 +111,9 @@ def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> N
         raise ValueError(f"{source} holds {len(extra)} tensors the model lacks, first {extra[0]!r}")
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
-            raise ValueError(f"{source}: {name!r} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}")
+            raise ValueError(
+                f"{source}: {name!r} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
+            )
     model.load_state_dict({name: placed(tensor, own[name]) for name, tensor in tensors.items()})
 
 

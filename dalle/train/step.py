@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dalle.train.distributed import Parallel
+from dalle.train.dtensor import clip_gradients, gradient_norm
+from dalle.train.grad_scaler import GradientScales
 from dalle.train.nonfinite import Nonfinite, first_nonfinite
-from dalle.train.optim import OptimizerConfig, set_rate
-from dalle.train.parallel import Parallel
+from dalle.train.optimizer import OptimizerConfig, set_rate
 from dalle.train.precision import autocast
-from dalle.train.scaling import GradientScales
-from dalle.train.shards import clip_gradients, gradient_norm
 from dalle.train.state import TrainState
 from dalle.types import Loss, Objective
 
@@ -64,7 +64,9 @@ def train_step(
     return loss, norm
 
 
-def gradients(state: TrainState, forwards: list[Callable[[], Loss]], parallel: Parallel) -> tuple[Loss, Tensor | None]:
+def gradients(
+    state: TrainState, forwards: list[Callable[[], Loss]], parallel: Parallel
+) -> tuple[Loss, Tensor | None]:
     """Runs the passes of a step and leaves its gradients, those of all processes averaged, in the parameters.
 
     Returns:
@@ -99,7 +101,13 @@ def optimize(state: TrainState, norm: Tensor, loss: Loss, optim: OptimizerConfig
 
 
 def forward_passes(
-    state: TrainState, batch: Any, objective: Objective, precision: str, seed: int, parallel: Parallel, passes: int
+    state: TrainState,
+    batch: Any,
+    objective: Objective,
+    precision: str,
+    seed: int,
+    parallel: Parallel,
+    passes: int,
 ) -> list[Callable[[], Loss]]:
     """The forward passes of a step in this process; each may be run again and gives the same.
 
@@ -109,7 +117,9 @@ def forward_passes(
     pieces = split(batch, passes)
     count = getattr(objective, "counts", None)
     several = passes * parallel.world > 1
-    counts = parallel.all_sum(sum(count(state.model, piece) for piece in pieces)) if several and count else None
+    counts = (
+        parallel.all_sum(sum(count(state.model, piece) for piece in pieces)) if several and count else None
+    )
 
     def run(model: nn.Module, number: int) -> tuple[Tensor, dict[str, Any]]:
         part = (parallel.part(number, passes, counts),) if several else ()
@@ -131,7 +141,9 @@ def mean_loss(losses: list[Loss], parallel: Parallel) -> Loss:
     names = list(losses[0].metrics)
     device = losses[0].total.device
     rows = [[loss.total.detach(), *(loss.metrics[name] for name in names)] for loss in losses]
-    table = torch.stack([torch.stack([torch.as_tensor(v, device=device).float() for v in row]) for row in rows])
+    table = torch.stack(
+        [torch.stack([torch.as_tensor(v, device=device).float() for v in row]) for row in rows]
+    )
     total, *values = parallel.all_mean(table.mean(dim=0)).unbind()
     return Loss(total, dict(zip(names, values, strict=True)))
 
@@ -145,7 +157,9 @@ def split(batch: Any, count: int) -> list[Any]:
     if isinstance(batch, tuple | list):
         return [type(batch)(parts) for parts in zip(*(split(value, count) for value in batch), strict=True)]
     if len(batch) % count:
-        raise ValueError(f"{len(batch)} samples do not divide among {count} passes; change batch_size or accumulate")
+        raise ValueError(
+            f"{len(batch)} samples do not divide among {count} passes; change batch_size or accumulate"
+        )
     return list(batch.chunk(count))
 
 
@@ -157,7 +171,9 @@ def gradient_scales(model: nn.Module) -> GradientScales:
     stand in fp16, and a scale means the same on any number of processes.
     """
     if not hasattr(model, "resblocks"):
-        raise ValueError(f"{type(model).__name__} has no gradient scales for fp16; set train.precision to bf16 or fp32")
+        raise ValueError(
+            f"{type(model).__name__} has no gradient scales for fp16; set train.precision to bf16 or fp32"
+        )
     return GradientScales(model.resblocks())
 
 

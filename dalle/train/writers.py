@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from dalle.train.log import JSONLines, Numbers
+from dalle.train.loggers import JSONLines, Numbers
 
 KINDS = ("tensorboard", "wandb")
 
@@ -27,7 +27,9 @@ class LogConfig:
 
     def __post_init__(self):
         if unknown := sorted(set(self.to) - set(KINDS)):
-            raise ValueError(f"unknown log {unknown[0]!r}; expected tensorboard or wandb (log.jsonl is always written)")
+            raise ValueError(
+                f"unknown log {unknown[0]!r}; expected tensorboard or wandb (log.jsonl is always written)"
+            )
         if self.peak_flops is not None and not self.peak_flops > 0:
             raise ValueError(f"peak_flops must be positive, got {self.peak_flops}")
 
@@ -86,7 +88,11 @@ def spread(numbers: Numbers) -> dict[str, float]:
     """Plain numbers only: of a list, as the gradient scales, the least and the largest."""
     plain: dict[str, float] = {}
     for name, value in numbers.items():
-        plain |= {f"{name}/least": min(value), f"{name}/most": max(value)} if isinstance(value, list) else {name: value}
+        plain |= (
+            {f"{name}/least": min(value), f"{name}/most": max(value)}
+            if isinstance(value, list)
+            else {name: value}
+        )
     return plain
 
 
@@ -97,7 +103,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ImportError('--log.to tensorboard needs it: pip install "zeroshot-text2image[tensorboard]"') from None
+            raise ImportError(
+                '--log.to tensorboard needs it: pip install "zeroshot-text2image[tensorboard]"'
+            ) from None
         self.events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
@@ -128,9 +136,14 @@ class WandB:
             name.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
         known = "WANDB_MODE" in os.environ or wandb.api.api_key
         self.run = wandb.init(
-            project=project, name=run_dir.name, id=name.read_text(encoding="utf-8"), resume="allow", dir=str(run_dir),
-            config=meta.get("run"), mode=None if known else "offline",
-        )  # fmt: skip
+            project=project,
+            name=run_dir.name,
+            id=name.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(run_dir),
+            config=meta.get("run"),
+            mode=None if known else "offline",
+        )
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """A point of each curve."""

@@ -117,9 +117,14 @@ class Drawing:
     """What is drawn so far of n candidates of C captions, and the state from which the next token is drawn."""
 
     def __init__(
-        self, model: Transformer, text_tokens: Tensor, uniforms: Tensor, prefix: Tensor | None,
-        guidance: float | None, compile: bool = False,
-    ):  # fmt: skip
+        self,
+        model: Transformer,
+        text_tokens: Tensor,
+        uniforms: Tensor,
+        prefix: Tensor | None,
+        guidance: float | None,
+        compile: bool = False,
+    ):
         captions, candidates, slots = uniforms.shape
         device = text_tokens.device
         self.model, self.shape = model, (captions, candidates)
@@ -193,7 +198,9 @@ class Drawing:
         self.last = last = self.last.clone()  # read and written by every replay
         with torch.cuda.stream(side := torch.cuda.Stream()):
             side.wait_stream(torch.cuda.default_stream())
-            self.advance(slot, settings)  # libraries choose their kernels; the first replay draws the slot again
+            self.advance(
+                slot, settings
+            )  # libraries choose their kernels; the first replay draws the slot again
         torch.cuda.default_stream().wait_stream(side)
         self.last, graph = last, torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -92,7 +92,9 @@ def log_likelihood(model: Transformer, ids: Tensor, logits: int = LOGITS) -> tup
     return (of_text * counts).sum(dim=1), of_image.sum(dim=1)
 
 
-def _log_probabilities(to_logits: Callable[..., Tensor], states: Tensor, targets: Tensor, chunk: int) -> Tensor:
+def _log_probabilities(
+    to_logits: Callable[..., Tensor], states: Tensor, targets: Tensor, chunk: int
+) -> Tensor:
     """States (B, n, D) and targets (B, n) -> nats (B, n), so many positions at a time."""
     slots = torch.arange(states.shape[1], device=states.device)
     parts = zip(states.split(chunk, 1), slots.split(chunk), targets.split(chunk, 1), strict=True)

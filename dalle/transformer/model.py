@@ -16,9 +16,9 @@ from dalle.layout import TokenLayout
 from dalle.masks import layer_kinds, visible
 from dalle.nn.attention import CHOICES, prepare, resolve
 from dalle.nn.blocks import FP32LayerNorm, Layer, Resblock
-from dalle.nn.cache import LayerCache, Places
 from dalle.nn.int8 import multiply, operand
-from dalle.nn.pattern import Pattern
+from dalle.nn.kv_cache import LayerCache, Places
+from dalle.nn.sparse_mask import Pattern
 from dalle.types import check_tokens
 
 
@@ -62,7 +62,9 @@ class TransformerConfig:
         if self.backend not in CHOICES:
             raise ValueError(f"unknown backend {self.backend!r}; expected one of {', '.join(CHOICES)}")
         if self.sparse:
-            visible("conv", TokenLayout(2, self.grid, 1, 1), self.conv_kernel)  # refuses a kernel that cannot be
+            visible(
+                "conv", TokenLayout(2, self.grid, 1, 1), self.conv_kernel
+            )  # refuses a kernel that cannot be
 
     @property
     def width(self) -> int:
@@ -78,7 +80,10 @@ class TransformerConfig:
     def kinds(self) -> list[str]:
         """Attention kind of each layer."""
         kinds = layer_kinds(self.depth) if self.sparse else ["causal"] * self.depth
-        return ["causal" if self.causal_every and i % self.causal_every == 0 else k for i, k in enumerate(kinds, 1)]
+        return [
+            "causal" if self.causal_every and i % self.causal_every == 0 else k
+            for i, k in enumerate(kinds, 1)
+        ]
 
 
 class Transformer(nn.Module):
@@ -92,10 +97,14 @@ class Transformer(nn.Module):
         self.text_position = nn.Embedding(layout.text_len, config.width)
         self.row = nn.Embedding(layout.rows, config.width)
         self.column = nn.Embedding(layout.columns, config.width)
-        self.layers = nn.ModuleList(Layer(config.width, config.heads, config.recompute) for _ in range(config.depth))
+        self.layers = nn.ModuleList(
+            Layer(config.width, config.heads, config.recompute) for _ in range(config.depth)
+        )
         self.final_norm = FP32LayerNorm(config.width)
         self.to_logits = nn.Linear(config.width, layout.vocab, bias=False)
-        self.patterns = {kind: Pattern(kind, layout, config.conv_kernel) for kind in sorted(set(config.kinds))}
+        self.patterns = {
+            kind: Pattern(kind, layout, config.conv_kernel) for kind in sorted(set(config.kinds))
+        }
         self.register_buffer("allowed_text", layout.allowed_text(), persistent=False)
         initialise(self)
 
@@ -203,7 +212,9 @@ class Transformer(nn.Module):
         """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
         c, like = self.config, operand(self.layers[0].attention.f.qkv)
         places = {kind: Places(kind, self.layout, c.conv_kernel).to(like.device) for kind in self.patterns}
-        return [LayerCache(places[kind], captions, candidates, c.heads, c.head_width, like) for kind in c.kinds]
+        return [
+            LayerCache(places[kind], captions, candidates, c.heads, c.head_width, like) for kind in c.kinds
+        ]
 
 
 def initialise(model: Transformer) -> None:

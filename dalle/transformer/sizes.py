@@ -6,7 +6,7 @@ Only depth and heads differ; text, grid and vocabularies are the paper's in all 
 import torch
 
 from dalle.masks import dense_mask
-from dalle.nn.cache import Places
+from dalle.nn.kv_cache import Places
 from dalle.transformer.model import TransformerConfig
 
 SIZES: dict[str, TransformerConfig] = {

@@ -43,7 +43,9 @@ class VQGANConfig:
         if self.choice not in CHOICES:
             raise ValueError(f"choice must be one of {', '.join(CHOICES)}, got {self.choice!r}")
         if bad := [width for width in self.widths if width < GROUPS or width % GROUPS]:
-            raise ValueError(f"widths must be positive multiples of {GROUPS}, the groups of the norms, got {bad[0]}")
+            raise ValueError(
+                f"widths must be positive multiples of {GROUPS}, the groups of the norms, got {bad[0]}"
+            )
         if any(level not in range(len(self.widths)) for level in self.attention):
             raise ValueError(f"attention must name levels below {len(self.widths)}, got {self.attention}")
         for name in ("blocks", "latent", "code_width", "vocab_size"):

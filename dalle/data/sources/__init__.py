@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from dalle.data.sources import hub
-from dalle.data.sources.folder import FolderSource
-from dalle.data.sources.hub import HubSource
-from dalle.data.sources.place import Kind, Place, find_place
+from dalle.data.sources import hf_datasets
+from dalle.data.sources.detect import Kind, Place, find_place
+from dalle.data.sources.hf_datasets import HubSource
+from dalle.data.sources.image_folder import FolderSource
 from dalle.data.sources.table import TableSource
-from dalle.data.sources.tars import TarSource
+from dalle.data.sources.webdataset import TarSource
 from dalle.types import Source
 
 __all__ = [
@@ -54,7 +54,9 @@ def open_source(
         raise ValueError(f"unknown part {part!r}; expected one of {', '.join(PARTS)}")
     place = find_place(str(path), kind)
     if part == "held_out" and not has_parts(str(path), kind):
-        raise ValueError(f"{path} has no part of its own for evaluation (val*.tar, a split validation); open all of it")
+        raise ValueError(
+            f"{path} has no part of its own for evaluation (val*.tar, a split validation); open all of it"
+        )
     if place.kind == "folder":
         return FolderSource(Path(place.path), caption_column)
     if place.kind == "hub":
@@ -69,4 +71,4 @@ def open_source(
 def has_parts(path: str, kind: Kind = "auto") -> bool:
     """Whether a set comes with a part of its own for evaluation, as train-*.tar and val.tar."""
     place = find_place(path, kind)
-    return bool(place.held_out) or (place.kind == "hub" and hub.has_held_out(place.path))
+    return bool(place.held_out) or (place.kind == "hub" and hf_datasets.has_held_out(place.path))

@@ -5,15 +5,28 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dalle.data.skipped import Unusable
+from dalle.data.bad_samples import Unusable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """What is taken for a picture."""
 CAPTION_NAMES = ("captions", "caption", "text", "txt", "title", "description", "prompt", "sentence", "label")
 IMAGE_NAMES = (
-    "image", "img", "picture", "photo", "file_name", "filename", "filepath", "file_path", "image_path", "path",
-    "file", "jpg", "jpeg", "png", "webp",
-)  # fmt: skip
+    "image",
+    "img",
+    "picture",
+    "photo",
+    "file_name",
+    "filename",
+    "filepath",
+    "file_path",
+    "image_path",
+    "path",
+    "file",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+)
 """Names of columns that are tried in this order, in any case."""
 
 
@@ -73,10 +86,14 @@ def check_names(names: list[str], place: str) -> None:
     """ValueError names the columns that are there more than once; nobody could say which is meant."""
     twice = [name for name, count in Counter(names).items() if name and count > 1]
     if twice:
-        raise ValueError(f"{place} has several columns of the name {', '.join(map(repr, twice))}; rename all but one")
+        raise ValueError(
+            f"{place} has several columns of the name {', '.join(map(repr, twice))}; rename all but one"
+        )
 
 
-def choose_columns(names: list[str], image: str | None, caption: str | None, place: str) -> tuple[str, list[str]]:
+def choose_columns(
+    names: list[str], image: str | None, caption: str | None, place: str
+) -> tuple[str, list[str]]:
     """The column of pictures and those of captions (several, with commas); ValueError lists what there is."""
     image = image or find_name(names, IMAGE_NAMES)
     captions = [word.strip() for word in caption.split(",")] if caption else [find_name(names, CAPTION_NAMES)]

@@ -57,7 +57,13 @@ class Writer:
         for file in (self.samples, self.text):
             file.close()
         skipped = [asdict(skip) for skip in self.skipped]
-        whole = {"sizes": sizes, "hash": self._hash.hexdigest(), "keep": self.keep, "skipped": skipped, **meta}
+        whole = {
+            "sizes": sizes,
+            "hash": self._hash.hexdigest(),
+            "keep": self.keep,
+            "skipped": skipped,
+            **meta,
+        }
         (self.folder / "meta.json").write_text(json.dumps(whole), encoding="utf-8")
 
 
@@ -124,7 +130,9 @@ def _key(files: Sequence[Path], kind: str) -> str:
     digest = hashlib.blake2b(f"{FORMAT} {kind}".encode(), digest_size=12)
     for file in files:
         status = file.stat()
-        digest.update(f"\n{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
+        digest.update(
+            f"\n{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape")
+        )
     return digest.hexdigest()
 
 
@@ -135,7 +143,9 @@ def _partial(place: Path | None, key: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f".partial-{key[:6]}-", dir=place))
 
 
-def _build(partial: Path, files: Sequence[Path], dtype: np.dtype, build: Callable, final: Path | None) -> Index:
+def _build(
+    partial: Path, files: Sequence[Path], dtype: np.dtype, build: Callable, final: Path | None
+) -> Index:
     try:
         writer = Writer(partial, dtype)
         meta = build(writer, files)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dalle.data.skipped import Unusable
+from dalle.data.bad_samples import Unusable
 from dalle.data.sources.captions import IMAGE_NAMES, check_names, choose_columns, find_name, listed
 from dalle.data.sources.index import Writer
 from dalle.data.sources.rows import Row
@@ -46,7 +46,9 @@ def parquet_rows(file: Path, image: str | None, caption: str | None, writer: Wri
                     skip = Skip(None, f"{file.name}/{count + row}", "missing twin", "a row without a picture")
                     writer.skipped.append(skip)
         except (OSError, ValueError) as error:
-            writer.skipped.append(Skip(None, f"{file.name}, row group {group}", "unreadable shard", str(error)))
+            writer.skipped.append(
+                Skip(None, f"{file.name}, row group {group}", "unreadable shard", str(error))
+            )
         count += rows
     if not paths:
         _note_large_groups(table, column, file)

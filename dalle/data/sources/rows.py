@@ -41,10 +41,14 @@ def text_rows(file: Path, image: str | None, caption: str | None, writer: Writer
             columns = columns or choose_columns(list(values), image, caption, str(file))
             picture = values.get(columns[0])
             if not isinstance(picture, str) or not picture.strip():
-                writer.skipped.append(Skip(None, f"{file.name}:{line}", "missing twin", "a row without a picture"))
+                writer.skipped.append(
+                    Skip(None, f"{file.name}:{line}", "missing twin", "a row without a picture")
+                )
                 continue
             picture = picture.strip()
-            yield Row(picture.replace("\\", "/"), picture, listed([values.get(column) for column in columns[1]]))
+            yield Row(
+                picture.replace("\\", "/"), picture, listed([values.get(column) for column in columns[1]])
+            )
     except OSError as error:
         writer.skipped.append(Skip(None, file.name, "unreadable shard", error.strerror or str(error)))
         writer.keep = False
@@ -87,7 +91,9 @@ def csv_values(file: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
         try:
             names = [name.strip() for name in next(rows, [])]
         except csv.Error as error:
-            raise ValueError(f"the first line of {file} cannot be read ({error}); it must name the columns") from None
+            raise ValueError(
+                f"the first line of {file} cannot be read ({error}); it must name the columns"
+            ) from None
         check_names(names, str(file))
         while True:
             try:
@@ -123,5 +129,7 @@ def json_values(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 continue
             yield (
                 number,
-                values if isinstance(values, dict) else 'expected a mapping, as {"image": ..., "caption": ...}',
+                values
+                if isinstance(values, dict)
+                else 'expected a mapping, as {"image": ..., "caption": ...}',
             )

@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from dalle.data.sources.captions import check_utf8
-from dalle.data.sources.folder import read_listed
+from dalle.data.sources.image_folder import read_listed
 from dalle.data.sources.index import Writer, progress, take_index
 from dalle.data.sources.names import share
 from dalle.data.sources.parquet import embedded_picture, parquet_rows
 from dalle.data.sources.rows import text_rows
 from dalle.types import Record
 
-ROW = np.dtype([("share", "<u4"), ("at", "<u8"), ("size", "<u4"), ("file", "<u4"), ("group", "<u4"), ("row", "<u4")])
+ROW = np.dtype(
+    [("share", "<u4"), ("at", "<u8"), ("size", "<u4"), ("file", "<u4"), ("group", "<u4"), ("row", "<u4")]
+)
 
 
 class TableSource:

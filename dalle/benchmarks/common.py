@@ -1,0 +1,99 @@
+"""What every benchmark needs: a training step, a clock that waits for the device, its rate at matrix products."""
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dalle.hub.registry import build
+from dalle.io.files import make_directory, write_json
+from dalle.schedules import Schedule
+from dalle.train.ema import AveragedWeights, EMAConfig
+from dalle.train.optimizer import OptimizerConfig, build_optimizers
+from dalle.train.precision import DTYPES, compile_parts
+from dalle.train.state import TrainState
+from dalle.train.step import gradient_scales, train_step
+from dalle.types import Loss, Objective
+
+OPTIM = OptimizerConfig(lr=Schedule(1e-4, 1e-4), warmup=0)
+"""Of whatever is only timed."""
+
+
+class Stepper:
+    """A model with its optimizer; a call with a batch is one training step."""
+
+    def __init__(
+        self,
+        kind: str,
+        config: Any,
+        objective: Objective,
+        device: torch.device,
+        precision: str,
+        compiled: bool = False,
+        optim: OptimizerConfig = OPTIM,
+        seed: int = 0,
+    ):
+        torch.manual_seed(seed)
+        self.model = model = build(kind, config).to(device)
+        self.objective, self.precision, self.optim = objective, precision, optim
+        scales = gradient_scales(model) if precision == "fp16" else None
+        self.state = TrainState(
+            model, build_optimizers(model, self.optim), AveragedWeights(model, EMAConfig()), scales
+        )
+        if compiled:
+            compile_parts(model)
+
+    def __call__(self, batch: Any) -> Loss:
+        return train_step(self.state, batch, self.objective, self.optim, self.precision, seed=0)[0]
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of a call, the device's queue emptied before and after."""
+    _wait(device)
+    started = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_rate(device: torch.device, precision: str) -> float:
+    """Floating-point operations a second of a large matrix product here and now: the best of eight."""
+    side = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device, dtype=DTYPES[precision])
+    times = [seconds_of(lambda: a @ a, device) for _ in range(8)]
+    return 2 * side**3 / min(times)
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    found = {
+        "device": device.type,
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    return found | {
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "system": platform.system(),
+    }
+
+
+def save_report(report: dict[str, Any], path: Path | None) -> None:
+    """JSON where a benchmark's --json says."""
+    if path:
+        make_directory(path.parent)
+        write_json(path, report)

@@ -1,0 +1,136 @@
+"""DALLE-pytorch (lucidrains, version 1.6.6) with the shapes of ours, training and drawing, for the benchmarks alone.
+
+Its import still asks for two modules that have since vanished from other packages; stand-ins are there while it
+is imported and gone afterwards. It trains in fp32, shifts tokens and rotates queries and keys by default, its MLP
+is GEGLU (3 matrices of 4 D x D, ours has 2), and it computes the logits of both vocabularies at every position.
+"""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from dalle.transformer import TransformerConfig
+
+MIX = (
+    "axial_row",
+    "axial_col",
+    "axial_row",
+    "axial_row",
+)  # the nearest that it has to the paper's row and column
+
+
+class DallePytorchStep:
+    """A model of that package with AdamW; a call is one training step.
+
+    Args:
+        config: shapes; the grid must be square with a side that is a power of 2.
+        batch_size: streams in a step.
+        attn_types: its kinds of layers, repeated to the depth.
+        device: where it runs.
+
+    Raises:
+        ValueError: the package is not installed, or cannot have these shapes.
+    """
+
+    flops = None  # what it needs is not counted; what it executes is
+
+    def __init__(
+        self, config: TransformerConfig, batch_size: int, attn_types: tuple[str, ...], device: torch.device
+    ):
+        rows, columns = config.grid
+        self.attn_types, self.model = attn_types, _build(config, attn_types).to(device)
+        self.text = torch.randint(1, config.text_vocab, (batch_size, config.text_len), device=device)
+        self.image = torch.randint(config.image_vocab, (batch_size, rows * columns), device=device)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
+
+    def __call__(self) -> None:
+        loss = self.model(self.text, self.image, return_loss=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 4.0)
+        self.optimizer.step()
+
+    def facts(self) -> dict[str, Any]:
+        """What is timed."""
+        parameters = sum(p.numel() for p in self.trained)
+        return {"parameters": parameters, "precision": "fp32", "attn_types": list(self.attn_types)}
+
+
+class DallePytorchDraw:
+    """A model of that package that draws image tokens of one picture, its cache on.
+
+    Its `generate_images(use_cache=True)` drops the cache on the way to the model unless guidance is on too, so the
+    model is called here as that function calls it, with the cache. Arguments and errors as `DallePytorchStep`.
+    """
+
+    def __init__(self, config: TransformerConfig, attn_types: tuple[str, ...], device: torch.device):
+        self.attn_types, self.model = attn_types, _build(config, attn_types).to(device).eval()
+        self.text = torch.randint(1, config.text_vocab, (1, config.text_len), device=device)
+        self.offset, self.codes = config.text_vocab + config.text_len, config.image_vocab
+
+    @torch.no_grad()
+    def __call__(self, tokens: int) -> torch.Tensor:
+        """The first so many image tokens, int64 (1, tokens)."""
+        image, cache = self.text[:, :0], {}
+        for _ in range(tokens):
+            logits = self.model(self.text, image, cache=cache)[:, -1, self.offset :]
+            kept = logits.topk(max(1, self.codes // 2), dim=-1)  # its own default: the likelier half
+            drawn = kept.indices.gather(1, torch.multinomial(kept.values.softmax(-1), 1))
+            image = torch.cat([image, drawn], dim=1)
+        return image
+
+    def facts(self) -> dict[str, Any]:
+        """What is timed."""
+        return {"precision": "fp32", "attn_types": list(self.attn_types), "cache": True}
+
+
+def _build(config: TransformerConfig, attn_types: tuple[str, ...]) -> torch.nn.Module:
+    rows, columns = config.grid
+    if rows != columns or rows & (rows - 1):
+        raise ValueError(f"dalle-pytorch takes square grids of a power of 2, got {rows} x {columns}")
+    package = _import()
+    torch.manual_seed(0)
+    codes = package.DiscreteVAE(
+        image_size=2 * rows, num_layers=1, num_tokens=config.image_vocab, codebook_dim=8, hidden_dim=8
+    )  # frozen and never called: ids come in
+    return package.DALLE(
+        dim=config.width,
+        vae=codes,
+        num_text_tokens=config.text_vocab,
+        text_seq_len=config.text_len,
+        depth=config.depth,
+        heads=config.heads,
+        dim_head=config.head_width,
+        attn_types=attn_types,
+    )
+
+
+def _import() -> ModuleType:
+    try:
+        with _stand_ins():
+            return importlib.import_module("dalle_pytorch")
+    except ImportError as error:
+        raise ValueError(
+            f"--against dalle-pytorch cannot import it ({error}); pip install dalle-pytorch==1.6.6 beside this package"
+        ) from None
+
+
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    resources = ModuleType("pkg_resources")
+    resources.get_distribution = lambda name: SimpleNamespace(version="1.6.6")
+    distributed = ModuleType("pytorch_lightning.utilities.distributed")
+    distributed.rank_zero_only = lambda function: function
+    absent = [module for module in (resources, distributed) if module.__name__ not in sys.modules]
+    sys.modules.update({module.__name__: module for module in absent})
+    try:
+        yield
+    finally:
+        for module in absent:
+            sys.modules.pop(module.__name__, None)

@@ -1,0 +1,237 @@
+"""Between the stages: pictures become tokens once (paper section 2.2: argmax, no noise)."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle.commands.train_dvae import EncodeConfig
+from dalle.config import to_dict
+from dalle.data import Loader, PairsConfig, TokenCache, open_pairs
+from dalle.data.bad_samples import Skipped
+from dalle.data.dataloader import worker_count
+from dalle.data.token_cache import TokenPlan
+from dalle.data.token_writer import TokenWriter
+from dalle.io.files import make_directory
+from dalle.runs.args import FREE_OF_DATA, ROOT, take_part
+from dalle.train.precision import autocast, resolve_device, resolve_precision
+from dalle.types import Batch, ImageTokenizer, Pairs, check_tokens
+
+TRANSFORM = 2
+"""Raised when a crop or a resize becomes another, so that tokens of before are not taken for those of after."""
+
+
+@dataclass(frozen=True)
+class EncodeRun:
+    """Encodes pictures with a trained dVAE into a token cache for the transformer."""
+
+    out: Path | None = None
+    """Directory of the cache; runs/tokens unless given. An encoding that stopped there goes on."""
+    dvae: Path | None = None
+    """Run, checkpoint or model directory of the dVAE; the newest under runs/ unless given. Also a published image
+    tokenizer: the folder of OpenAI's encoder.pkl and decoder.pkl, or one file of another (dalle/pretrained/load.py)."""
+    seed: int = 0
+    """Of the random crops."""
+    device: str = "auto"
+    """cuda, mps or cpu; auto takes the first there is."""
+    data: PairsConfig = PairsConfig()
+    """Pictures and captions."""
+    encode: EncodeConfig = EncodeConfig()
+    """How many, how often, which share of the work."""
+
+
+def encode_images(run: EncodeRun) -> TokenCache | None:
+    """Encodes this process's shards. The cache, or None while the shards of other parts are missing."""
+    out = run.out or ROOT / "tokens"
+    make_directory(out.parent)
+    part, parts = turn(run.encode)
+    device = _device(run.device)
+    tokenizer, weights = take_image_tokenizer(run.dvae, device)
+    pairs = open_pairs(run.data)
+    encoder = Encoder(tokenizer, pairs, run, device)
+    writer = TokenWriter(out, encoder.plan(weights, pairs.hash), part, parts)
+    log = out / (f"skipped-{part}.jsonl" if parts > 1 else "skipped.jsonl")
+    skipped = Skipped(log, pairs.size, getattr(pairs, "skipped", ()), run.data.max_skipped)
+    for shard, found in encoder.shards(writer, skipped):
+        writer.write(shard, *found)
+    cache = writer.finish()
+    _tell(out, cache, f"part {part} of {parts}", skipped)
+    return cache
+
+
+def take_image_tokenizer(given: Path | None, device: torch.device) -> tuple[ImageTokenizer, str]:
+    """What --dvae names, and the hash of its weights: the one door for readers of other files."""
+    part = take_part("dvae", given, device)
+    return part.model.to(memory_format=torch.channels_last), part.hash
+
+
+@dataclass(frozen=True)
+class CropsOfShards:
+    """What a worker reads: step i is one crop of one batch of one shard. Steps go on from shard to shard."""
+
+    pairs: Pairs
+    """The pictures."""
+    plan: TokenPlan
+    """Which of them are in a shard, and how many crops there are."""
+    shards: tuple[int, ...]
+    """Those to read, ascending."""
+    batch_size: int
+    """Pictures in a step."""
+    seed: int
+    """Of the crops."""
+
+    def __len__(self) -> int:
+        pictures = (
+            len(self.plan.numbers(self.shards[-1])) if self.shards else 0
+        )  # the last may be a short one
+        return max(0, len(self.shards) - 1) * self._steps(self.plan.shard) + self._steps(pictures)
+
+    def _steps(self, pictures: int) -> int:
+        return -(-pictures // self.batch_size) * self.plan.crops
+
+    def batches(self, shard: int) -> list[range]:
+        """The pictures of a shard, batch by batch."""
+        numbers = self.plan.numbers(shard)
+        return [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
+
+    def __call__(self, step: int) -> Batch:
+        place, within = divmod(step, self._steps(self.plan.shard))
+        batch, crop = divmod(within, self.plan.crops)
+        samples = [(crop, number) for number in self.batches(self.shards[place])[batch]]
+        return self.pairs.load(samples, "transformer", self.seed)
+
+
+class Encoder:
+    """Turns pictures into tokens with any image tokenizer."""
+
+    def __init__(self, tokenizer: ImageTokenizer, pairs: Pairs, run: EncodeRun, device: torch.device):
+        self.tokenizer, self.pairs, self.run, self.device = tokenizer, pairs, run, device
+        self.precision = resolve_precision(run.encode.precision, device)
+        self.crops = 1 if pairs.size is None else run.encode.crops
+        if run.data.resolution % tokenizer.downsampling:
+            raise ValueError(
+                f"data.resolution {run.data.resolution} is no multiple of {tokenizer.downsampling}, "
+                "the pixels on a side of a token; change it"
+            )
+        self.side = run.data.resolution // tokenizer.downsampling
+
+    def plan(self, weights: str, data: str) -> TokenPlan:
+        """What the tokens depend on, all of it."""
+        config = self.run.encode
+        settings = to_dict(self.run.data)
+        for name in ("path", "pictures", "held_out_path", *FREE_OF_DATA):
+            settings.pop(name)  # which pictures they are says the hash; they may lie elsewhere
+        transform = {"listing": 2, "version": TRANSFORM, "seed": self.run.seed, "precision": self.precision}
+        transform["data"] = settings
+        pictures = config.pictures if self.pairs.size is None else min(config.pictures, self.pairs.size)
+        return TokenPlan(
+            dvae=weights,
+            data=data,
+            grid=(self.side, self.side),
+            vocab=self.tokenizer.vocab_size,
+            pictures=pictures,
+            crops=self.crops,
+            shard=config.shard,
+            transform=transform,
+        )
+
+    def shards(self, writer: TokenWriter, skipped: Skipped) -> Iterator[tuple[int, tuple]]:
+        """(shard, what `TokenWriter.write` takes) of each that is missing, read ahead by workers."""
+        missing = writer.missing()
+        task = CropsOfShards(
+            self.pairs, writer.plan, tuple(missing), self.run.encode.batch_size, self.run.seed
+        )
+        done = sorted(set(writer.own()) - set(missing))
+        counts = [sum(len(writer.plan.numbers(shard)) for shard in part) for part in (done, writer.own())]
+        seen, step = counts[0], 0
+        data = self.run.data
+        with (
+            tqdm(total=counts[1], initial=seen, desc="tokens", unit="picture", disable=None) as bar,
+            Loader(task, len(task), worker_count(data.workers, self.pairs.size), data.prefetch) as load,
+        ):
+            for shard in missing:
+                found = Pictures(self.crops, self.side**2)
+                for numbers in task.batches(shard):
+                    seen += len(numbers)
+                    for crop in range(self.crops):
+                        batch = load(step)
+                        found.add(batch, crop, self._encode(batch))
+                        skipped.add(batch.skipped, len(done) + step, seen)
+                        step += 1
+                    bar.update(len(numbers))
+                yield shard, found.whole()
+
+    def _encode(self, batch: Batch) -> Tensor:
+        """int64 (b, rows * columns)."""
+        if not batch.samples:
+            return torch.zeros(0, self.side**2, dtype=torch.int64)
+        pixels = torch.from_numpy(batch.pixels).to(self.device, memory_format=torch.channels_last)
+        with torch.inference_mode(), autocast(self.precision, self.device):
+            tokens = self.tokenizer.encode(pixels)
+        if tokens.shape != (len(pixels), self.side**2):
+            raise ValueError(
+                f"the image tokenizer gave {tuple(tokens.shape)} tokens, expected {(len(pixels), self.side**2)}"
+            )
+        check_tokens(tokens, self.tokenizer.vocab_size, "image tokens")
+        return tokens.cpu()
+
+
+class Pictures:
+    """Tokens and captions of a shard's pictures, crop by crop as they come."""
+
+    def __init__(self, crops: int, length: int):
+        self.crops, self.length = crops, length
+        self._tokens: dict[int, dict[int, np.ndarray]] = {}
+        self._captions: dict[int, list[str]] = {}
+
+    def add(self, batch: Batch, crop: int, tokens: Tensor) -> None:
+        """One crop of some pictures."""
+        for (_, number), row, captions in zip(
+            batch.samples, tokens.numpy().astype(np.uint16), batch.captions, strict=True
+        ):
+            self._tokens.setdefault(number, {})[crop] = row
+            self._captions[number] = captions
+
+    def whole(self) -> tuple[np.ndarray, list[int], list[list[str]]]:
+        """Tokens uint16 (n, crops, length), numbers and captions of the pictures of which every crop could be read."""
+        numbers = [number for number in sorted(self._tokens) if len(self._tokens[number]) == self.crops]
+        tokens = np.empty((len(numbers), self.crops, self.length), np.uint16)
+        for place, number in enumerate(numbers):
+            for crop, row in self._tokens[number].items():
+                tokens[place, crop] = row
+        return tokens, numbers, [self._captions[number] for number in numbers]
+
+
+def turn(config: EncodeConfig) -> tuple[int, int]:
+    """(part, parts) of this process: as set, else torchrun's RANK and WORLD_SIZE, else all of it."""
+    if (config.part is None) != (config.parts is None):
+        raise ValueError("give both --encode.part and --encode.parts, or neither")
+    if config.part is not None:
+        return config.part, config.parts
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _device(name: str) -> torch.device:
+    """The device; under torchrun each process takes the GPU of its own number."""
+    device = resolve_device(name)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def _tell(out: Path, cache: TokenCache | None, part: str, skipped: Skipped) -> None:
+    if skipped.counts:
+        print(f"note: {skipped}")
+    if cache is None:
+        print(f"{out}: {part} is done; the cache is whole when all parts are")
+        return
+    rows, columns = cache.grid
+    crops = f", {cache.crops} crops each" if cache.crops > 1 else ""
+    print(f"{out}: {cache.size} pictures of {rows} x {columns} tokens{crops}")
+    if left_out := cache.meta["left_out"]:
+        print(f"note: {left_out} of {cache.size + left_out} pictures could not be used and are left out")

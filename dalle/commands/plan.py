@@ -1,0 +1,260 @@
+"""Before you rent: what a configuration needs in memory, operations, traffic, days and money, for each parallel mode.
+
+Memory and operations are counted by a step without contents (dalle/planner/count.py); days follow from a share of the
+peak that you state (`mfu`, model FLOP/s utilisation: the operations that the model needs over what the GPU's maker
+promises), since nobody can count that. GiB is 2^30 bytes, GB/s is 10^9.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dalle.commands.train_clip import CLIPRun
+from dalle.commands.train_dvae import DVAERun
+from dalle.commands.train_transformer import TransformerRun
+from dalle.io.files import make_directory, write_json
+from dalle.planner.count import DryStep, dry_step
+from dalle.planner.gpus import GPU, GPUS
+from dalle.planner.memory import FP32, HALF, Shares, memory, starts_whole
+from dalle.planner.table import print_plan
+from dalle.planner.traffic import traffic
+from dalle.train.low_rank import RANKS, compression_rate
+from dalle.transformer.sizes import cache_bytes, training_flops
+
+HEADROOM = 0.9
+"""Share of a GPU's memory that a step may fill: the rest goes to CUDA itself, to NCCL and to gaps between blocks."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Tells what a training needs before it is started."""
+
+    gpus: int = 8
+    """GPUs in all."""
+    gpu: str = "h100"
+    """Their kind: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, h200, b200, t4, l4 or rtx-4090."""
+    memory_gib: float | None = None
+    """Of one GPU, for a kind that is not listed."""
+    peak_flops: float | None = None
+    """FLOP/s of one GPU in the precision of the training, for a kind that is not listed."""
+    inside_gb: float | None = None
+    """GB/s that a GPU sends within its machine, for a kind that is not listed."""
+    between_gb: float | None = None
+    """GB/s that a GPU sends to other machines, for a kind that is not listed."""
+    per_machine: int | None = None
+    """GPUs of a machine; as many as the maker's own unless given."""
+    mfu: float = 0.4
+    """Share of the peak that the training reaches."""
+    price: float | None = None
+    """Of a GPU for an hour, in whatever money."""
+    rank: int | None = None
+    """PowerSGD's, of all shards together; that of the configuration, or of Table 1, unless given."""
+    json: Path | None = None
+    """File for the plan; printed too."""
+
+    def check(self) -> None:
+        """ValueError for what cannot be."""
+        if self.gpu not in GPUS:
+            raise ValueError(f"unknown gpu {self.gpu!r}; expected one of {', '.join(GPUS)}")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"mfu must lie in (0, 1], got {self.mfu}")
+        for name in (
+            "gpus",
+            "memory_gib",
+            "peak_flops",
+            "inside_gb",
+            "between_gb",
+            "per_machine",
+            "price",
+            "rank",
+        ):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+    def hardware(self) -> GPU:
+        """The GPU with what was overruled."""
+        known, given = GPUS[self.gpu], {}
+        given |= {"memory": self.memory_gib} if self.memory_gib else {}
+        given |= {"fp32": self.peak_flops, "half": self.peak_flops} if self.peak_flops else {}
+        given |= {"inside": self.inside_gb * 1e9} if self.inside_gb else {}
+        given |= {"between": self.between_gb * 1e9} if self.between_gb else {}
+        return replace(known, **given, **({"per_machine": self.per_machine} if self.per_machine else {}))
+
+
+@dataclass(frozen=True)
+class DVAEPlan(DVAERun, PlanOptions):
+    """Tells what the dVAE of a configuration needs before it is trained."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check()
+
+
+@dataclass(frozen=True)
+class TransformerPlan(TransformerRun, PlanOptions):
+    """Tells what the transformer of a configuration needs before it is trained."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check()
+
+
+@dataclass(frozen=True)
+class CLIPPlan(CLIPRun, PlanOptions):
+    """Tells what the CLIP of a configuration needs before it is trained."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check()
+
+
+PLANS: dict[str, type] = {"dvae": DVAEPlan, "transformer": TransformerPlan, "clip": CLIPPlan}
+
+
+def plan_training(kind: str, run: Any) -> dict[str, Any]:
+    """Counts, prints a table, writes --json.
+
+    Raises:
+        ValueError: the batch does not divide among the GPUs.
+    """
+    if run.json:
+        make_directory(run.json.parent)
+    gpu = run.hardware()
+    precision = _precision(run.train.precision, gpu)
+    batch = _batch_of_pass(run)
+    steps = dry_steps(kind, run, batch, precision)
+    own = steps["recompute" if getattr(run.model, "recompute", False) else "keep"]
+    report = {
+        "kind": kind,
+        "parameters": own.parameters,
+        "gpus": run.gpus,
+        "gpu": run.gpu,
+        "hardware": asdict(gpu),
+        "precision": precision,
+        "batch": {"update": run.train.batch_size, "pass": batch, "accumulate": _accumulate(run)},
+        "flops": _flops(kind, run, own, batch),
+        "memory": {mode: _memory(run, mode, steps, precision) for mode in modes(run)},
+        "starts_whole": starts_whole(own),
+        "traffic": {mode: _traffic(kind, run, mode, own, gpu, precision) for mode in modes(run)},
+    }
+    if kind == "transformer":
+        report["cache_per_candidate"] = {
+            name: cache_bytes(run.model, FP32 if name == "fp32" else HALF)[1] for name in ("fp32", precision)
+        }
+    report["time"] = _time(run, report["flops"]["needed"], gpu, precision)
+    if run.json:
+        write_json(run.json, report)
+    print_plan(report, HEADROOM)
+    return report
+
+
+def modes(run: Any) -> list[str]:
+    """One GPU trains alone; more may share in three ways, hsdp only where there is more than one machine."""
+    if run.gpus == 1:
+        return ["none"]
+    return ["ddp", "fsdp"] + (["hsdp"] if _shards(run, "hsdp") < run.gpus else [])
+
+
+def dry_steps(kind: str, run: Any, batch: int, precision: str) -> dict[str, DryStep]:
+    """A step that keeps what is inside of each resblock, and for the transformer one that computes it again."""
+    if kind != "transformer":
+        pixels = None
+        if kind == "dvae":
+            side = run.crop or run.data.resolution
+            pixels = (side, side)
+        return {"keep": dry_step(kind, run.model, batch, precision, pixels)}
+    variants = {"keep": False, "recompute": True}
+    return {
+        name: dry_step(kind, replace(run.model, recompute=on), batch, precision)
+        for name, on in variants.items()
+    }
+
+
+def _precision(asked: str, gpu: GPU) -> str:
+    return asked if asked != "auto" else "bf16" if gpu.bf16 else "fp32"
+
+
+def _accumulate(run: Any) -> int:
+    return getattr(run.train, "accumulate", 1)
+
+
+def _batch_of_pass(run: Any) -> int:
+    parts = run.gpus * _accumulate(run)
+    if run.train.batch_size % parts:
+        raise ValueError(
+            f"train.batch_size {run.train.batch_size} does not divide among {run.gpus} GPUs and {_accumulate(run)} "
+            f"passes (train.accumulate); make it a multiple of {parts}"
+        )
+    return run.train.batch_size // parts
+
+
+def _shards(run: Any, mode: str) -> int:
+    if mode == "hsdp":
+        return getattr(run, "shard", None) or min(run.hardware().per_machine, run.gpus)
+    return run.gpus if mode == "fsdp" else 1
+
+
+def _rank(kind: str, run: Any) -> int | None:
+    """PowerSGD's rank, where it applies."""
+    if kind != "transformer":
+        return None
+    configured = getattr(getattr(run.train, "powersgd", None), "rank", None)
+    return run.rank or configured or RANKS.get(run.model.width)
+
+
+def _memory(run: Any, mode: str, steps: dict[str, DryStep], precision: str) -> dict[str, dict[str, float]]:
+    optimizer, powersgd = run.train.optimizer, getattr(run.train, "powersgd", None)
+    replicas = run.gpus // _shards(run, mode)
+    how = Shares(
+        mode=mode,
+        shards=_shards(run, mode),
+        half=precision != "fp32",
+        accumulate=_accumulate(run),
+        moments=getattr(optimizer, "moments", "fp32"),
+        ema_on_gpu=getattr(run.train.ema, "device", "same") == "same",
+        bounds_variance=getattr(optimizer, "variance_clip", None) is not None,
+        error_buffers=replicas > 1 and getattr(powersgd, "rank", None) is not None,
+    )
+    return {name: memory(step, how) for name, step in steps.items()}
+
+
+def _traffic(
+    kind: str, run: Any, mode: str, step: DryStep, gpu: GPU, precision: str
+) -> dict[str, dict[str, float]]:
+    shards, half = _shards(run, mode), precision != "fp32"
+    place = (mode, step, run.gpus, gpu.per_machine, shards, half)
+    found = {"whole": traffic(*place, accumulate=_accumulate(run))}
+    rank = _rank(kind, run)
+    if (
+        rank
+        and mode in ("ddp", "hsdp")
+        and (share := 1 - compression_rate(run.model.width, rank, shards)) < 1
+    ):
+        found["powersgd"] = traffic(*place, share=share, accumulate=_accumulate(run)) | {"rank": rank}
+    for sent in found.values():
+        sent["seconds"] = sent["inside"] / gpu.inside + sent["between"] / gpu.between
+    return found
+
+
+def _flops(kind: str, run: Any, step: DryStep, batch: int) -> dict[str, Any]:
+    """Of an update: what is computed, by part, and what the model needs; and 6 N for each token, the usual estimate."""
+    passes = run.train.batch_size // batch
+    computed = {part: passes * count for part, count in step.flops.items()}
+    needed = dict(computed)
+    if kind == "transformer":
+        of_stream = training_flops(run.model)
+        needed = {name: run.train.batch_size * count for name, count in of_stream.items()}
+    result: dict[str, Any] = {"computed": computed, "needed": sum(needed.values()), "needed_by_part": needed}
+    if kind == "transformer":
+        tokens = run.train.batch_size * run.model.layout.length
+        result |= {"tokens": tokens, "six_n_of_run": 6 * step.parameters * tokens * run.steps}
+    return result
+
+
+def _time(run: Any, needed: int, gpu: GPU, precision: str) -> dict[str, float]:
+    peak = gpu.fp32 if precision == "fp32" else gpu.half
+    seconds = needed / (run.mfu * peak * run.gpus)
+    hours = seconds * run.steps * run.gpus / 3600
+    found = {"mfu": run.mfu, "step_seconds": seconds, "steps": run.steps, "days": seconds * run.steps / 86400}
+    found |= {"flops_of_run": needed * run.steps, "gpu_hours": hours}
+    return found | ({"price": run.price * hours} if run.price else {})

@@ -1,0 +1,168 @@
+"""The reranker: a small CLIP trained on the same pairs (paper section 2.6; Radford et al. 2021)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle.clip import CLIP, CLIPConfig
+from dalle.clip.objective import CLIPObjective
+from dalle.data import PairsConfig, StepOfPairs, draw_captions, first_pairs, open_pairs
+from dalle.hub.registry import build, describe
+from dalle.runs.args import TrainingRun, loader, take_text
+from dalle.runs.init_weights import begin, one_batch, repeated
+from dalle.shapes.corruptions import broken_pictures
+from dalle.text import TextTokenizer
+from dalle.train import Schedule, TrainConfig, fit
+from dalle.train.distributed import Parallel
+from dalle.train.ema import EMAConfig
+from dalle.train.lr_schedule import NEVER
+from dalle.train.optimizer import OptimizerConfig
+from dalle.train.precision import compile_parts
+from dalle.types import Batch, Pairs
+from dalle.viz.sample_grids import retrieval_sheet
+
+CLIP_TRAINING = TrainConfig(
+    batch_size=32_768,
+    optimizer=OptimizerConfig(
+        lr=Schedule(5e-4, 0.0, 390_000),
+        warmup=2_000,
+        plateau=NEVER,
+        beta2=0.98,
+        eps=1e-6,
+        weight_decay=0.2,
+        clip=None,
+        variance_clip=None,
+    ),
+    ema=EMAConfig(decay=0.99, every=25),
+)
+"""Radford et al., Tables 18 and 20: batch 32,768, 32 epochs of 400M pairs, cosine step size."""
+
+
+@dataclass(frozen=True)
+class CLIPRun(TrainingRun):
+    """Trains a CLIP to rank pictures by their caption."""
+
+    steps: int = 390_000
+    """Updates in all (Radford et al.: 32 epochs)."""
+    tokenizer: Path | None = None
+    """Text tokenizer; the newest under runs/ unless given."""
+    data: PairsConfig = PairsConfig()
+    """Pictures and captions."""
+    siblings: bool = False
+    """Every second pair differs from the one before in one attribute; shapes only."""
+    broken: bool = False
+    """Beside each picture stands one with a thing out of shape, which its caption must not prefer; shapes only."""
+    model: CLIPConfig = CLIPConfig()
+    """Shape of both towers."""
+    objective: CLIPObjective = CLIPObjective()
+    """The loss; nothing to set."""
+    train: TrainConfig = CLIP_TRAINING
+    """Optimizer, averaging, rhythm."""
+    eval_pictures: int = 128
+    """Held-out pairs measured at each evaluation."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eval_pictures < 1:
+            raise ValueError(f"eval_pictures must be positive, got {self.eval_pictures}")
+        if self.train.accumulate > 1:
+            raise ValueError(
+                "train.accumulate changes the loss of CLIP, in which each caption meets every picture of the batch; "
+                "set it to 1, and lower train.batch_size or start more processes where memory is short"
+            )
+
+
+def train_clip(run: CLIPRun) -> Path:
+    """Trains, writing checkpoints, the share of pictures matched to their caption, and sheets of what it finds."""
+    run = one_batch(run)
+    with run.processes() as parallel:
+        return _train_clip(run, parallel)
+
+
+def _train_clip(run: CLIPRun, parallel: Parallel) -> Path:
+    out, device = run.directory("clip"), parallel.device
+    text = take_text(run.tokenizer)
+    if text.vocab_size > run.model.text_vocab:
+        raise ValueError(
+            f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {run.model.text_vocab}; raise it"
+        )
+    pairs, held_out = (open_pairs(run.data, split, run.siblings) for split in ("train", "held_out"))
+    torch.manual_seed(run.seed)
+    model = build("clip", run.model).to(device)
+    links = {"text": text.to_dict(), "text_hash": text.hash, "data": pairs.hash}
+    init = begin("clip", run, model, links)
+    if run.compile:
+        compile_parts(model)
+
+    def pack(batch: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        pixels, ids, *broken = batch
+        return pixels, model.pack_text(ids), *broken
+
+    finish, finish_held_out = (
+        CLIPBatch(text, run.seed, p if run.broken else None) for p in (pairs, held_out)
+    )
+    count = min(run.eval_pictures, held_out.size or run.eval_pictures)
+    chosen = first_pairs(held_out, count)
+    measured = tuple(tensor.to(device) for tensor in pack(finish_held_out(chosen)))
+    captions = draw_captions(chosen, run.seed)
+    # Listing 2 does not flip: captions speak of left and right
+    task = StepOfPairs(
+        pairs, run.train.batch_size, run.seed, "transformer", finish, parallel.rank, parallel.world
+    )
+
+    def evaluate(model: CLIP, step: int) -> dict[str, Any]:
+        loss = run.objective(model, measured, step)
+        return {
+            "loss": loss.total,
+            **loss.metrics,
+            "retrieved": retrieval_sheet(model, *measured[:2], captions),
+        }
+
+    with loader(task, run, out, pack) as batches:
+        fit(
+            model,
+            run.objective,
+            repeated(run, batches),
+            run.train,
+            steps=run.steps,
+            seed=run.seed,
+            run_dir=out,
+            meta=describe("clip", model, run.record(), links) | init,
+            evaluate=evaluate,
+            resume=run.resume,
+            parallel=parallel,
+            log=run.log,
+        )
+    if model.truncated:
+        tqdm.write(
+            f"note: {model.truncated} captions were longer than {run.model.text_len - 1} tokens and cut"
+        )
+    return out
+
+
+@dataclass(frozen=True)
+class CLIPBatch:
+    """Pixels and text ids of a step, one caption drawn for each picture."""
+
+    text: TextTokenizer
+    """Turns captions into ids."""
+    seed: int
+    """Of the drawing."""
+    broken: Pairs | None = None
+    """The shapes, where beside each picture stands one with a thing out of shape."""
+
+    def __call__(self, batch: Batch, step: int = 0) -> tuple[Any, ...]:
+        """(B, 3, R, R), B lists of ids, and (B, 3, R, R) of broken pictures where they are asked for."""
+        ids = [self.text.encode(caption) for caption in draw_captions(batch, self.seed)]
+        pixels = torch.from_numpy(batch.pixels)
+        if self.broken is None:
+            return pixels, ids
+        return (
+            pixels,
+            ids,
+            torch.from_numpy(broken_pictures(self.broken, [index for _, index in batch.samples])),
+        )

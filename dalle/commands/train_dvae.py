@@ -1,0 +1,189 @@
+"""Stage one: the dVAE (paper sections 2.1, A.1 to A.3)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle.data import PairsConfig, StepOfPairs, first_pairs, open_pairs
+from dalle.dvae import DVAE, DVAEConfig
+from dalle.dvae.metrics import collapse_warning, dvae_scores
+from dalle.dvae.objective import DVAEObjective
+from dalle.hub.registry import build, describe
+from dalle.io.images import sheet, to_pil
+from dalle.io.rng import generator
+from dalle.runs.args import TrainingRun, loader
+from dalle.runs.init_weights import begin, one_batch, repeated
+from dalle.train import Schedule, TrainConfig, fit
+from dalle.train.distributed import Parallel
+from dalle.train.ema import EMAConfig
+from dalle.train.lr_schedule import NEVER
+from dalle.train.optimizer import OptimizerConfig
+from dalle.train.precision import Precision, compile_parts
+from dalle.train.step import step_seed
+from dalle.types import Batch
+
+PAPER_TRAINING = TrainConfig(
+    batch_size=512,
+    optimizer=OptimizerConfig(
+        lr=Schedule(1e-4, 1.25e-6, 1_200_000),
+        warmup=0,
+        plateau=NEVER,
+        beta2=0.999,
+        weight_decay=1e-4,
+        clip=None,
+        variance_clip=None,
+    ),
+    ema=EMAConfig(decay=0.999, every=1),
+)
+"""A.2: batch 512, cosine step size, AdamW, averaging with 0.999 at each update."""
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """How pictures become tokens once the dVAE is trained; read by encode_images."""
+
+    pictures: int = 100_000
+    """Pictures to encode, at most."""
+    crops: int = 1
+    """Random crops of each picture (Listing 2); an endless set has none."""
+    batch_size: int = 64
+    """Pictures encoded at once."""
+    precision: Precision = "fp32"
+    """fp32, bf16, fp16, or auto: bf16 where the device has it in hardware. One code in a hundred differs."""
+    shard: int = 8192
+    """Pictures in a file of the cache; what a stop loses at most."""
+    part: int | None = None
+    """Which share of the files this process makes, from 0; torchrun's RANK unless given."""
+    parts: int | None = None
+    """Processes that share the work; torchrun's WORLD_SIZE unless given."""
+
+    def __post_init__(self):
+        for name in ("pictures", "crops", "batch_size", "shard"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class DVAERun(TrainingRun):
+    """Trains the dVAE on pictures (stage one, paper section 2.1)."""
+
+    steps: int = 3_000_000
+    """Updates in all (A.2); schedules keep their own lengths."""
+    data: PairsConfig = PairsConfig()
+    """Pictures."""
+    model: DVAEConfig = DVAEConfig()
+    """Shape of the dVAE."""
+    objective: DVAEObjective = DVAEObjective()
+    """Schedules of the loss."""
+    train: TrainConfig = PAPER_TRAINING
+    """Optimizer, averaging, rhythm."""
+    encode: EncodeConfig = EncodeConfig()
+    """For encode_images."""
+    crop: int | None = None
+    """Train on random squares of this side, since the dVAE is fully convolutional; None takes whole pictures."""
+    eval_pictures: int = 64
+    """Held-out pictures measured at each evaluation."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eval_pictures < 1:
+            raise ValueError(f"eval_pictures must be positive, got {self.eval_pictures}")
+        if self.crop is not None and self.crop < self.model.downsampling:
+            raise ValueError(f"crop must hold a token of {self.model.downsampling} pixels, got {self.crop}")
+
+
+def train_dvae(run: DVAERun) -> Path:
+    """Trains, writing checkpoints, log.jsonl and a sheet of reconstructions at each evaluation."""
+    run = one_batch(run)
+    with run.processes() as parallel:
+        return _train_dvae(run, parallel)
+
+
+def _train_dvae(run: DVAERun, parallel: Parallel) -> Path:
+    out, device, rank, world = run.directory("dvae"), parallel.device, parallel.rank, parallel.world
+    pairs, held_out = open_pairs(run.data), open_pairs(run.data, "held_out")
+    torch.manual_seed(run.seed)
+    model = build("dvae", run.model).to(device, memory_format=torch.channels_last)
+    links = {"data": pairs.hash}
+    init = begin("dvae", run, model, links)
+    if run.compile:
+        compile_parts(model)
+    count = min(run.eval_pictures, held_out.size or run.eval_pictures)
+    pixels = torch.from_numpy(first_pairs(held_out, count).pixels)
+    finish = DVAEBatch(run.crop, run.seed, rank, world)
+    task = StepOfPairs(pairs, run.train.batch_size, run.seed, "dvae", finish, rank, world)  # Listing 1
+
+    def evaluate(model: DVAE, step: int) -> dict[str, Any]:
+        return evaluate_dvae(model, pixels.to(device), run.objective.tau(step))
+
+    with loader(task, run, out) as batches:
+        fit(
+            model,
+            run.objective,
+            repeated(run, batches),
+            run.train,
+            steps=run.steps,
+            seed=run.seed,
+            run_dir=out,
+            meta=describe("dvae", model, run.record(), links) | init,
+            evaluate=evaluate,
+            resume=run.resume,
+            parallel=parallel,
+            log=run.log,
+        )
+    return out
+
+
+@dataclass(frozen=True)
+class DVAEBatch:
+    """Pixels of a step: whole pictures, or a random square of each."""
+
+    crop: int | None
+    """Side of the square."""
+    seed: int
+    """Of the squares."""
+    rank: int = 0
+    """Which of the training processes."""
+    world: int = 1
+    """Of how many."""
+
+    def __call__(self, batch: Batch, step: int) -> Tensor:
+        """(B, 3, H, W)."""
+        pixels = torch.from_numpy(batch.pixels)
+        if self.crop is None:
+            return pixels
+        return random_squares(pixels, self.crop, step_seed(self.seed, step), self.rank, self.world)
+
+
+def random_squares(pixels: Tensor, side: int, seed: int, rank: int = 0, world: int = 1) -> Tensor:
+    """A square of each picture, anywhere: (B, 3, H, W) -> (B, 3, side, side).
+
+    They are drawn for the pictures of all `world` processes, whose shares are equal, and those of `rank` taken: the
+    same square of a picture whatever the number of processes.
+    """
+    if side > min(pixels.shape[2:]):
+        raise ValueError(f"crop {side} is larger than the pictures, {tuple(pixels.shape[2:])}; lower it")
+    rng, own = generator("squares", seed), slice(rank * len(pixels), (rank + 1) * len(pixels))
+    rows, columns = (
+        rng.integers(free - side + 1, size=world * len(pixels))[own] for free in pixels.shape[2:]
+    )
+    squares = zip(pixels, rows, columns, strict=True)
+    return torch.stack([picture[:, y : y + side, x : x + side] for picture, y, x in squares])
+
+
+def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float) -> dict[str, Any]:
+    """Meters of held-out pictures; "reconstructions" shows original, soft and hard reconstruction side by side."""
+    parts = [dvae_scores(model, part, tau) for part in pixels.split(64)]
+    scores = {
+        name: float(torch.stack([part[0][name].float() for part in parts]).mean()) for name in parts[0][0]
+    }
+    if sentence := collapse_warning(scores, model.vocab_size):
+        tqdm.write(f"warning: {sentence}")
+    rows = zip(*(to_pil(images[:8]) for images in (pixels, parts[0][1], parts[0][2])), strict=True)
+    return scores | {
+        "reconstructions": sheet([list(row) for row in rows], scale=max(1, 128 // pixels.shape[-1]))
+    }

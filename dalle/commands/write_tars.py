@@ -1,0 +1,45 @@
+"""Whatever `--data.path` opens becomes WebDataset tars: few large files instead of many small ones."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dalle.data.sources import Kind, open_source
+from dalle.data.webdataset_writer import Packed, write_tars
+from dalle.io.files import make_directory
+
+
+@dataclass(frozen=True)
+class PackRun:
+    """Writes pictures and captions of any form into tars that `--data.path` opens."""
+
+    path: str | None = None
+    """What to pack, as `--data.path` takes it."""
+    out: Path | None = None
+    """Folder of the tars; must hold none yet."""
+    shard_size: int = 10_000
+    """Samples a tar."""
+    kind: Kind = "auto"
+    """folder, table, tars or hub, where the path does not tell."""
+    image_column: str | None = None
+    """Column of a table with the pictures; found among the usual names unless given."""
+    caption_column: str | None = None
+    """Column of a table, or key in JSON, with the captions; found among the usual names unless given."""
+    pictures: str | None = None
+    """Folder that a table's relative paths start from; the table's own unless given."""
+
+
+def pack(run: PackRun) -> Packed:
+    """Writes the tars and says what was left out."""
+    for name in ("path", "out"):
+        if getattr(run, name) is None:
+            raise ValueError(f"--{name} is missing; for example --path my/table.csv --out my/tars")
+    source = open_source(run.path, run.kind, run.image_column, run.caption_column, pictures=run.pictures)
+    make_directory(run.out)
+    with tqdm(total=len(source), desc="tars", unit="picture", disable=None) as bar:
+        done = write_tars(source, run.out, run.shard_size, bar.update)
+    print(f"{run.out}: {done.pictures} pictures in {done.tars} tars; {len(done.left_out)} left out")
+    for text in done.left_out[:5]:
+        print(f"  {text}")
+    return done

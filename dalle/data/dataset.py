@@ -1,0 +1,286 @@
+"""Captioned pictures by number: the embedded shapes, or the pictures of any source.
+
+B batch, R resolution
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle.data.bad_samples import Unusable, check_share, count_causes
+from dalle.data.filters import Filters, FiltersConfig
+from dalle.data.image_decode import decode, open_picture
+from dalle.data.sampler import Permutation
+from dalle.data.sources import Kind, has_parts, open_source
+from dalle.data.transforms import transform
+from dalle.io.rng import epoch_stream, generator
+from dalle.shapes.dataset import ShapesPairs
+from dalle.types import Batch, Pairs, Record, Skip, Source
+
+TRIES = 1000
+"""Samples tried in place of one that cannot be used."""
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Where pictures and captions come from."""
+
+    path: str | None = None
+    """Your pictures and captions, or the word "shapes" for the embedded set. A folder of pictures, each with
+    its captions in a .txt (one a line) or .json beside it; a table (.csv .tsv .jsonl .parquet) or a folder of
+    them; WebDataset tars: one, a folder of them, a pattern as "data/{000..099}.tar"; or a folder that Hugging
+    Face datasets wrote."""
+    kind: Kind = "auto"
+    """folder, table, tars or hub, where the path does not tell."""
+    image_column: str | None = None
+    """Column of a table with the pictures; found among the usual names (image, file_name, path, ...)."""
+    caption_column: str | None = None
+    """Column of a table, or key in JSON, with the captions; several with commas. Found like the pictures'."""
+    pictures: str | None = None
+    """Folder that a table's relative paths start from; the table's own unless given."""
+    resolution: int = 256
+    """Pixels on a side (2.1)."""
+    held_out: float = 0.05
+    """Share of the pictures kept for evaluation, chosen by name; a set with a part of its own for that (files
+    named val*, a split "validation") keeps that part instead."""
+    held_out_path: str | None = None
+    """Pictures for evaluation that lie elsewhere; then all of `path` is trained on."""
+    filters: FiltersConfig = FiltersConfig()
+    """Which samples are dropped (2.3)."""
+    draft: bool = False
+    """Decode large JPEGs at a half, a quarter or an eighth, never below twice the resolution, before they are
+    cropped: nearly twice as fast, but not the pixels that the listings give (docs/paper.md)."""
+    max_skipped: float = 0.01
+    """Share of broken samples above which a run ends, once there are more than a hundred."""
+    workers: int = -1
+    """Processes that read and decode ahead; 0 does it in the training process, -1 takes one for each core but
+    one, eight at most, and none for the shapes. The batches are the same for any number."""
+    prefetch: int = 2
+    """Batches that each of them keeps ready."""
+    cache_path: str | None = None
+    """Where indexes of tars and tables lie; a hidden folder beside the data, or ~/.cache/dalle, unless given."""
+    seed: int = 0
+    """Which drawing of the shapes set."""
+
+    def __post_init__(self):
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must lie between 0 and 1, got {self.held_out}")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"max_skipped must lie in [0, 1], got {self.max_skipped}")
+        if self.workers < -1:
+            raise ValueError(
+                f"workers must be -1 (as many as there are cores), 0 or more, got {self.workers}"
+            )
+        if self.prefetch < 1:
+            raise ValueError(f"prefetch must be positive, got {self.prefetch}")
+
+
+def open_pairs(config: PairsConfig, split: str = "train", siblings: bool = False) -> Pairs:
+    """The pairs of a split, "train" or "held_out" ("new_pairs" too for shapes).
+
+    Args:
+        config: which set.
+        split: which part.
+        siblings: for shapes, every second picture differs from the one before in one attribute.
+
+    Raises:
+        ValueError: no data, or too much of it is found to be broken while opening.
+    """
+    if config.path is None:
+        raise ValueError("no data: give --data.path FOLDER, or --data.path shapes for the embedded set")
+    if config.path == "shapes":
+        return ShapesPairs(config.resolution, config.seed, split, siblings)
+    if split not in ("train", "held_out"):
+        raise ValueError(f"unknown split {split!r}; expected train or held_out")
+    path, part, held_out = config.path, "all", config.held_out
+    if config.held_out_path is not None and split == "held_out":
+        path, held_out = config.held_out_path, None
+    elif has_parts(config.path, config.kind):
+        part, held_out = split, None
+    elif config.held_out_path is not None:
+        held_out = None
+    source = open_source(
+        path,
+        config.kind,
+        config.image_column,
+        config.caption_column,
+        part=part,
+        pictures=config.pictures,
+        cache=config.cache_path,
+    )
+    check_share(
+        len(source.skipped), len(source) + len(source.skipped), config.max_skipped, _examples(source.skipped)
+    )
+    return SourcePairs(source, config.resolution, split, held_out, Filters(config.filters), config.draft)
+
+
+def pixels_of_samples(pairs: Pairs, samples: Sequence[tuple[int, int]], augment: str, seed: int) -> Tensor:
+    """Pixels (B, 3, R, R) of (epoch, index) samples; a crop depends on (seed, epoch, index) alone."""
+    return torch.from_numpy(pairs.load(samples, augment, seed, replace=True).pixels)
+
+
+class SourcePairs:
+    """The pictures of a source, or of a part of it, by number.
+
+    Args:
+        source: all of them.
+        resolution: pixels on a side.
+        split: "train" or "held_out".
+        held_out: the share that is held out, chosen by name; None takes the whole source.
+        filters: what else is left out.
+        draft: decode large JPEGs smaller before a random crop.
+
+    Raises:
+        ValueError: no sample falls into the split.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        resolution: int,
+        split: str = "train",
+        held_out: float | None = None,
+        filters: Filters | None = None,
+        draft: bool = False,
+    ):
+        self.source, self.resolution, self.draft = source, resolution, draft
+        self.skipped: Sequence[Skip] = source.skipped
+        self._filters = filters or Filters(FiltersConfig())
+        self._numbers: np.ndarray | None = None
+        if held_out is not None:
+            chosen = (source.shares() < held_out * 2**32) == (split == "held_out")
+            dtype = np.uint32 if len(source) < 2**32 else np.uint64
+            self._numbers = np.flatnonzero(chosen).astype(dtype)
+            if not len(self._numbers):
+                raise ValueError(
+                    f"none of {len(source)} pairs falls into split {split!r}; raise --data.held-out"
+                )
+        self.size = len(source) if self._numbers is None else len(self._numbers)
+        part = f"{split} {held_out}" if held_out is not None else "whole"
+        self.hash = hashlib.blake2b(f"{source.hash} {part}".encode(), digest_size=8).hexdigest()
+
+    def name(self, index: int) -> str:
+        """Names a picture for people."""
+        return self.source.name(self._number(index))
+
+    def captions(self, indices: Sequence[int]) -> list[list[str]]:
+        """Every caption of each picture, read without the pictures; none for one that cannot be used."""
+        return [self._captions_or_none(index) for index in indices]
+
+    def _captions_or_none(self, index: int) -> list[str]:
+        try:
+            return self._filters.captions(self.source.captions(self._number(index)))
+        except Unusable:
+            return []
+
+    def load(
+        self, samples: Sequence[tuple[int, int]], augment: str = "none", seed: int = 0, replace: bool = False
+    ) -> Batch:
+        """The pictures of (epoch, index) samples; a random crop depends on (seed, epoch, index) alone.
+
+        Args:
+            samples: which.
+            augment: the listing that crops, or "none" for the middle.
+            seed: of the crops.
+            replace: in place of one that cannot be used take another, drawn from (seed, epoch, index).
+
+        Raises:
+            ValueError: nothing usable among many tried.
+        """
+        batch = Batch(np.zeros((0, 3, self.resolution, self.resolution), np.float32), [], [])
+        pictures = []
+        for epoch, index in samples:
+            for candidate in self._candidates(seed, epoch, index) if replace else [index]:
+                try:
+                    picture, captions = self._sample(candidate, augment, epoch_stream(seed, epoch))
+                except Unusable as error:
+                    batch.skipped.append(error.skip(candidate))
+                    continue
+                pictures.append(picture)
+                batch.captions.append(captions)
+                batch.samples.append((epoch, candidate))
+                break
+            else:
+                if replace:
+                    tried = batch.skipped[-min(TRIES, self.size) :]
+                    raise ValueError(f"no usable sample among {len(tried)} tried: {_examples(tried)}")
+        if pictures:
+            batch.pixels = np.stack(pictures).transpose(0, 3, 1, 2) / np.float32(255)
+        return batch
+
+    def _candidates(self, seed: int, epoch: int, index: int) -> Iterator[int]:
+        """The sample itself, then others in an order of its own: any broken stretch is spread over the whole set."""
+        yield index
+        others = Permutation(self.size, "replacement", seed, epoch, index)
+        for place in range(min(TRIES, self.size)):
+            other = int(others(np.array([place]))[0])
+            if other != index:
+                yield other
+
+    def _sample(self, index: int, augment: str, stream: int) -> tuple[np.ndarray, list[str]]:
+        """Values (R, R, 3) in [0, 255] and captions; Unusable says why not."""
+        record = self._read(index)
+        image = open_picture(record.picture, record.name)
+        if reason := self._filters.reason(record.captions, *image.size, name=record.name):
+            raise Unusable(record.name, f"filter:{reason}")
+        captions = self._filters.captions(record.captions)
+        rgb = decode(image, record.name, 2 * self.resolution if self.draft and augment != "none" else None)
+        return self._crop(rgb, record.name, augment, generator("crop", stream, index)), captions
+
+    def _read(self, index: int) -> Record:
+        record = self.source.read(self._number(index))
+        if not any(caption.strip() for caption in record.captions):
+            raise Unusable(record.name, "empty caption")
+        return record
+
+    def _crop(self, image: Image.Image, name: str, augment: str, rng: np.random.Generator) -> np.ndarray:
+        try:
+            return np.asarray(transform(image, self.resolution, augment, rng), np.float32)
+        except ValueError as error:
+            raise Unusable(name, "too small", str(error)) from None
+
+    def _number(self, index: int) -> int:
+        return index if self._numbers is None else int(self._numbers[index])
+
+
+def first_pairs(pairs: Pairs, count: int) -> Batch:
+    """The first usable pairs, `count` at most, without augmentation; a note tells what was left out."""
+    at, parts = 0, []
+    found, skipped = 0, []
+    while found < count and (pairs.size is None or at < pairs.size):
+        end = at + count - found if pairs.size is None else min(at + count - found, pairs.size)
+        parts.append(pairs.load([(0, index) for index in range(at, end)]))
+        found += len(parts[-1].samples)
+        skipped += parts[-1].skipped
+        at = end
+    if not found:
+        raise ValueError(f"no usable sample to evaluate on: {_examples(skipped)}")
+    if skipped:
+        tqdm.write(f"note: of the pairs to evaluate on, left out {_examples(skipped)}")
+    return Batch(
+        np.concatenate([part.pixels for part in parts]),
+        [captions for part in parts for captions in part.captions],
+        [sample for part in parts for sample in part.samples],
+        skipped,
+    )
+
+
+def draw_captions(batch: Batch, seed: int) -> list[str]:
+    """One caption of each picture; which depends on (seed, epoch, index) alone."""
+    drawn = []
+    for (epoch, index), captions in zip(batch.samples, batch.captions, strict=True):
+        drawn.append(captions[generator("caption", seed, epoch, index).integers(len(captions))])
+    return drawn
+
+
+def _examples(skips: Sequence[Skip]) -> str:
+    named = ", ".join(
+        f"{skip.name} ({skip.cause}{', ' * bool(skip.detail)}{skip.detail})" for skip in skips[:3]
+    )
+    return f"{count_causes(skips)}; for example {named}" if skips else ""

@@ -1,0 +1,70 @@
+"""Metrics of a dVAE: codebook usage, reconstruction with relaxed and hard codes, codebook collapse."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle.dvae.losses import gumbel_softmax, kl_loss, reconstruction_loss
+from dalle.dvae.model import DVAE
+from dalle.types import WHOLE, Part
+
+
+def code_usage(tokens: Tensor, vocab_size: int, part: Part = WHOLE) -> dict[str, Tensor]:
+    """How the codes are used: how many, perplexity exp(H) of their shares, share never seen.
+
+    Args:
+        tokens: int64, any number.
+        vocab_size: K.
+        part: adds up the tokens of all processes.
+    """
+    times = part.sum(torch.bincount(tokens, minlength=vocab_size)).float()
+    share = times / times.sum()
+    used = (share > 0).sum()
+    return {
+        "codes_used": used,
+        "perplexity": torch.special.entr(share).sum().exp(),
+        "dead_codes": 1 - used / vocab_size,
+    }
+
+
+@torch.no_grad()
+def dvae_scores(model: DVAE, pixels: Tensor, tau: float) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Meters of an evaluation, and the reconstructions by soft and by hard codes.
+
+    Args:
+        pixels: (B, 3, H, W) in [0, 1].
+        tau: temperature of the relaxed sample that makes the soft codes.
+
+    Returns:
+        nats per pixel value with soft and with hard (argmax) codes, mean absolute error of the hard
+        reconstruction, KL in nats a position, code usage; then pixels by soft and by hard codes.
+    """
+    logits = model.codebook_logits(pixels)
+    tokens = logits.argmax(dim=1)
+    hard_codes = F.one_hot(tokens, model.vocab_size).permute(0, 3, 1, 2).float()
+    (mu_soft, b_soft), (mu_hard, b_hard) = (
+        model.reconstruct(codes) for codes in (gumbel_softmax(logits, tau), hard_codes)
+    )
+    soft, hard = model.to_pixels(mu_soft), model.to_pixels(mu_hard)
+    scores = {
+        "reconstruction_soft": reconstruction_loss(pixels, mu_soft, b_soft),
+        "reconstruction_hard": reconstruction_loss(pixels, mu_hard, b_hard),
+        "absolute_error": (hard - pixels).abs().mean(),
+        "kl": kl_loss(logits, 1) / tokens[0].numel(),
+        **code_usage(tokens.flatten(), model.vocab_size),
+    }
+    return scores, soft, hard
+
+
+def collapse_warning(scores: dict[str, Any], vocab_size: int) -> str | None:
+    """A sentence with a remedy when the encoder has stopped using its codes, else None."""
+    perplexity = float(scores["perplexity"])
+    if perplexity >= max(2.0, 0.01 * vocab_size):
+        return None
+    return (
+        f"the codebook has collapsed: perplexity {perplexity:.1f} of {vocab_size} codes. Codes die while beta is small "
+        "or before the decoder has learned: raise objective.beta.start, raise model.logit-gain and set "
+        "model.code-std 1, lower the step size, or vary the pictures' grounds; then start again"
+    )

@@ -1,0 +1,54 @@
+"""Training objective of the dVAE: the relaxed evidence lower bound (Section 2.1, A.2)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dalle.dvae.losses import gumbel_softmax, kl_loss, reconstruction_loss
+from dalle.dvae.metrics import code_usage
+from dalle.dvae.model import DVAE
+from dalle.schedules import Schedule
+from dalle.types import WHOLE, Loss, Part, Work, check_pixels
+
+
+@dataclass(frozen=True)
+class DVAEObjective:
+    """The relaxed evidence lower bound (2.1, A.2); schedules as published."""
+
+    tau: Schedule = Schedule(1.0, 1 / 16, 150_000)
+    """Temperature of the relaxation (A.2)."""
+    beta: Schedule = Schedule(0.0, 6.6, 5_000)
+    """Weight of the KL (A.2)."""
+
+    def __post_init__(self):
+        if min(self.tau.start, self.tau.end) <= 0:
+            raise ValueError(f"tau must stay above 0, got {self.tau}")
+
+    def __call__(self, model: DVAE, batch: Tensor, step: int, part: Part = WHOLE) -> Loss:
+        """batch: pixels (B, 3, H, W) in [0, 1]. The use of the codes is that of all processes together."""
+        check_pixels(batch, model.downsampling)
+        tau, beta = self.tau(step), self.beta(step)
+        logits = model.codebook_logits(batch)
+        mu, log_b = model.reconstruct(gumbel_softmax(logits, tau, part.index * len(batch)))
+        soft = reconstruction_loss(batch, mu, log_b)
+        kl = kl_loss(logits, batch[0].numel())
+        usage = code_usage(logits.detach().argmax(dim=1).flatten(), model.vocab_size, part)
+        positions = logits[0, 0].numel()
+        metrics = {
+            "reconstruction_soft": soft.detach(),
+            "kl": kl.detach() * batch[0].numel() / positions,  # nats a position
+            "tau": tau,
+            "beta": beta,
+            **usage,
+        }
+        return Loss(soft + beta * kl, metrics)
+
+    def work(self, model: DVAE, batch: Tensor) -> Work:
+        """Of the convolutions, counted on a twin without memory; backward takes twice the forward pass."""
+        with FakeTensorMode(), torch.device("cpu"), FlopCounterMode(display=False) as counter:
+            twin = DVAE(model.config)
+            twin.reconstruct(twin.codebook_logits(torch.empty(1, *batch.shape[1:])))
+        return Work(len(batch), flops=3 * len(batch) * counter.get_total_flops())

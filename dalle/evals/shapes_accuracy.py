@@ -1,0 +1,122 @@
+"""How many pictures show what their caption says: the shapes judge over held-out captions.
+
+The judge reads pixels and takes no part in the ranking.
+
+    C captions, n candidates of each
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle.pipelines.dalle import DALLE
+from dalle.pipelines.rerank import rank
+from dalle.sampling import uniforms
+from dalle.shapes.dataset import ShapesPairs, captions, change_one_attribute
+from dalle.shapes.judge import judge
+from dalle.train.precision import autocast, resolve_precision
+from dalle.transformer.generate import generate
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Candidates for captions, and which one CLIP put first."""
+
+    captions: list[str]
+    pixels: Tensor
+    """(C, n, 3, R, R)."""
+    best: list[int]
+    """The candidate ranked first, for each caption."""
+
+    def first(self) -> Tensor:
+        """Candidate 0 of each caption (C, 3, R, R)."""
+        return self.pixels[:, 0]
+
+    def ranked(self) -> Tensor:
+        """The candidate ranked first of each caption (C, 3, R, R)."""
+        return self.pixels[range(len(self.best)), self.best]
+
+
+def caption_accuracy(
+    model: DALLE,
+    split: str,
+    count: int,
+    best_of: int = 16,
+    chunk: int = 512,
+    seed: int = 0,
+    temperature: float = 1.0,
+) -> tuple[dict[str, float], Drawn]:
+    """Share of pictures that the judge finds right.
+
+    Args:
+        model: trained on the shapes set, with a scorer.
+        split: "held_out" or "new_pairs".
+        count: captions C.
+        best_of: candidates n.
+        chunk: pictures drawn at once.
+        seed: of captions and candidates.
+        temperature: of the samples.
+
+    Returns:
+        true: true pictures; mismatched: true pictures against a caption that differs in one attribute;
+        reconstruction: true pictures through hard codes; first: the first sample; reranked: the one CLIP
+        puts first; random_of_n, oracle_of_n: a random one, any of the n; chance: first samples against
+        other pictures' captions. And the drawn pictures.
+    """
+    layout = model.transformer.layout
+    pairs = ShapesPairs(layout.rows * model.dvae.downsampling, seed, split)
+    rng = np.random.default_rng(seed)
+    scenes = [pairs.scene(index) for index in range(count)]
+    texts = [_one_wording(scene, rng) for scene in scenes]
+    mismatched = [_one_wording(change_one_attribute(scene, rng), rng) for scene in scenes]
+    pixels = torch.from_numpy(pairs.pixels(range(count)))
+    with torch.no_grad():
+        through = torch.cat(
+            [model.decode(model.dvae.encode(p.to(model.device))).cpu() for p in pixels.split(chunk)]
+        )
+    drawn = draw(model, texts, best_of, chunk, seed, temperature)
+    right = judge(drawn.pixels.flatten(0, 1), [text for text in texts for _ in range(best_of)]).reshape(
+        count, best_of
+    )
+    rows = np.arange(count)
+    scores = {
+        "true": judge(pixels, texts).mean(),
+        "mismatched": judge(pixels, mismatched).mean(),
+        "reconstruction": judge(through, texts).mean(),
+        "first": right[:, 0].mean(),
+        "reranked": right[rows, drawn.best].mean(),
+        f"random_of_{best_of}": right[rows, rng.integers(best_of, size=count)].mean(),
+        f"oracle_of_{best_of}": right.any(axis=1).mean(),
+        "chance": judge(drawn.first(), np.roll(texts, 1).tolist()).mean(),
+    }
+    return {name: float(value) for name, value in scores.items()}, drawn
+
+
+def _one_wording(scene, rng: np.random.Generator) -> str:
+    wordings = captions(scene)
+    return wordings[rng.integers(len(wordings))]
+
+
+def draw(
+    model: DALLE, texts: Sequence[str], best_of: int, chunk: int, seed: int, temperature: float = 1.0
+) -> Drawn:
+    """`best_of` candidates of every caption, several captions at once, ranked by the model's scorer."""
+    slots = model.transformer.layout.image_len
+    together = max(1, chunk // best_of)
+    pictures, best = [], []
+    with tqdm(total=len(texts) * best_of, desc="drawing", unit="picture", disable=None) as bar:
+        for start in range(0, len(texts), together):
+            part = list(texts[start : start + together])
+            noise = torch.stack([uniforms(seed, text, range(best_of), slots) for text in part])
+            with autocast(resolve_precision("auto", model.device), model.device):
+                tokens = generate(model.transformer, model.text_tokens(part), noise, temperature=temperature)
+            for text, candidates in zip(part, tokens, strict=True):
+                pixels = model.decode(candidates.clone())
+                best.append(int(rank(model.scorer, pixels, text)[0][0]))
+                pictures.append(pixels.cpu())
+            bar.update(len(part) * best_of)
+    return Drawn(list(texts), torch.stack(pictures), best)

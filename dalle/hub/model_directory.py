@@ -1,0 +1,89 @@
+"""A model directory: config.json, text.json, README.md and a safetensors file a part.
+
+One form serves the whole model and a part alone. The files belong together by their hashes: config.json names those
+of the weights ("parts"), of the text tokenizer and of the dVAE that made the image tokens ("links").
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dalle.clip import CLIP, CLIPConfig
+from dalle.config import to_dict
+from dalle.dvae import DVAE, DVAEConfig
+from dalle.hub.model_card import Report, read_report, write_card
+from dalle.io.files import make_directory, write_json, write_tensors
+from dalle.io.format import FORMAT
+from dalle.text import MergeTokenizer
+from dalle.transformer import Transformer, TransformerConfig
+
+KINDS: dict[str, tuple[type, type[nn.Module]]] = {
+    "dvae": (DVAEConfig, DVAE),
+    "transformer": (TransformerConfig, Transformer),
+    "clip": (CLIPConfig, CLIP),
+}
+
+
+def files_of(*kinds: str) -> list[str]:
+    """Names of the files that opening these parts needs."""
+    return ["config.json", "text.json", *(f"{kind}.safetensors" for kind in kinds)]
+
+
+def write_directory(
+    directory: Path,
+    parts: dict[str, nn.Module],
+    text: MergeTokenizer | None = None,
+    dvae_hash: str | None = None,
+    report: Report | None = None,
+    license: str | None = None,
+) -> None:
+    """Writes a model directory.
+
+    Args:
+        directory: made if there is none.
+        parts: any of "dvae", "transformer" and "clip".
+        text: the tokenizer that the parts read.
+        dvae_hash: of the dVAE whose tokens a transformer draws; of the one among the parts, if there is one.
+        report, license: for the card, see `dalle.hub.model_card.write_card`.
+
+    Raises:
+        ValueError: a part that is not one of the library's own models, a directory that cannot be made, or a report
+            of another model.
+    """
+    for kind, (_, expected) in KINDS.items():
+        if kind in parts and not isinstance(parts[kind], expected):
+            raise ValueError(
+                f"only a {expected.__name__} of this library can be saved as {kind}; save it yourself"
+            )
+    described = {
+        kind: {"config": to_dict(one.config), "hash": weights_hash(one)} for kind, one in parts.items()
+    }
+    report = read_report(report, described)
+    make_directory(directory)
+    for kind, model in parts.items():
+        save_weights(model, directory / f"{kind}.safetensors")
+    if text is not None:
+        text.save(directory / "text.json")
+    links = {"text": text.hash} if text is not None else {}
+    if dvae_hash := described["dvae"]["hash"] if "dvae" in parts else dvae_hash:
+        links["dvae"] = dvae_hash
+    write_json(
+        directory / "config.json", {"format": FORMAT, "kind": "dalle", "links": links, "parts": described}
+    )
+    write_card(directory, report, license)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """The weights in use as one safetensors file."""
+    write_tensors(path, model.state_dict())
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over names, shapes and bytes of the weights in order of name, 16 hex characters."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,149 @@
+"""Files written whole or not at all, read without running what is in them, and known by their hashes."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def make_directory(folder: Path) -> Path:
+    """The directory, made where there is none; ValueError where it cannot be, or cannot be written to."""
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)  # another process may try at the same time
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {folder} ({error.strerror}); give another --out, or another path"
+        ) from None
+    return folder
+
+
+def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the CPU's memory, each of its own."""
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], copy: bool = True) -> None:
+    """A safetensors file, on disk when this returns.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        copy: False for tensors that are `on_cpu` already.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to.
+    """
+    try:
+        save_file(on_cpu(tensors) if copy else tensors, path)
+    except SafetensorError as error:  # its only sign of a full disk is a number in a sentence
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else str(error), str(path)) from None
+    sync(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file; ValueError for one that is missing, truncated or something else."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"no file {path}; the checkpoint is incomplete") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
+
+
+def write_json(path: Path, data: Any) -> None:
+    """JSON, on disk when this returns; never half a file."""
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """JSON; ValueError for a file that is missing or something else."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"no file {path}; expected a run or model directory of this library") from None
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file replaced in one instant."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    os.replace(partial, path)
+
+
+def sync(path: Path) -> None:
+    """The file is on disk when this returns."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """The folder's list of names is on disk when this returns, where the system can do that."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+SUMS = "SHA256SUMS"
+"""A list of hashes beside the files, as `sha256sum --check SHA256SUMS` reads it."""
+
+
+def hashes(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """sha256 of files, by their path in the folder."""
+    found = {}
+    for path in files:
+        with path.open("rb") as file:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def write_sums(folder: Path, sums: dict[str, str] | None = None) -> None:
+    """SHA256SUMS of a folder, by the hashes given or those of all its files."""
+    if sums is None:
+        sums = hashes(folder, (path for path in folder.rglob("*") if path.is_file() and path.name != SUMS))
+    write_text(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+
+
+def find_damage(
+    folder: Path, wanted: Callable[[str], bool] = lambda name: True, rank: int = 0, world: int = 1
+) -> str | None:
+    """The first file that is not as its folder's SHA256SUMS says, in a sentence; None if all are.
+
+    Args:
+        folder: where SHA256SUMS lies.
+        wanted: which of the files to read; all unless given.
+        rank: of `world` processes that share the reading, which one.
+        world: how many.
+    """
+    try:
+        lines = [line.split("  ", 1) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines()]
+        sums = {name: digest for digest, name in lines}
+    except (OSError, ValueError):
+        return f"{folder / SUMS} is missing or not a list of hashes"
+    unknown = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")} - sums.keys()
+    if unknown:
+        return f"{folder / min(unknown)} is not in {SUMS}"
+    for name in sorted(filter(wanted, sums))[rank::world]:
+        path = folder / name
+        try:
+            if hashes(folder, [path])[name] != sums[name]:
+                return f"{path} is truncated or changed: its sha256 is not that of {SUMS}"
+        except (OSError, ValueError) as error:
+            return f"{path} cannot be read ({getattr(error, 'strerror', None) or error})"
+    return None

@@ -1,0 +1,125 @@
+"""Who sees whom in the layers of one kind, in the forms that the backends of attention take (paper Figure 11).
+
+Every form evaluates the one predicate of dalle/masks.py. It is made when a backend first asks for it and kept
+for the device it was asked for, so a model that never needs a mask of all N x N pairs never builds one.
+
+    B batch, H heads, N slots, d width of a head, R rows and C columns of the grid
+    G groups of M image slots that share their L near keys
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from dalle.layout import TokenLayout
+from dalle.masks import dense_mask, visible
+
+
+class Pattern:
+    """The visible pairs of one kind of layer.
+
+    Args:
+        kind: see dalle/masks.py.
+        layout: lengths of the stream.
+        kernel: side of the convolution.
+
+    Raises:
+        ValueError: as `masks.visible`.
+    """
+
+    def __init__(self, kind: str, layout: TokenLayout, kernel: int = 11):
+        visible(kind, layout, kernel)  # refuses what cannot be
+        self.kind, self.layout, self.kernel = kind, layout, kernel
+        self.rows_above = {"row": 1, "conv": (kernel + 1) // 2}.get(kind, 0)
+        self._dense = self._near = self._blocks = None  # (device, form)
+
+    def dense(self, device: torch.device) -> Tensor:
+        """bool (N, N), True = visible, raster order."""
+        return self._kept(
+            "_dense", device, lambda: dense_mask(self.kind, self.layout, self.kernel).to(device)
+        )
+
+    def near(self, device: torch.device) -> Tensor:
+        """bool (G, M, L): which of its near keys each image query sees."""
+        return self._kept("_near", device, lambda: self._near_mask().to(device))
+
+    def blocks(self, device: torch.device) -> BlockMask:
+        """FlexAttention's blocks of 128 x 128; for "column" over `transposed` slots, where they are dense (11c)."""
+        return self._kept("_blocks", device, lambda: self._block_mask(device))
+
+    def _kept(self, name: str, device: torch.device, make: Callable[[], Any]) -> Any:
+        kept = getattr(self, name)
+        if kept is None or kept[0] != device:
+            with torch.inference_mode(False), torch.no_grad():  # what sampling makes must also serve training
+                kept = (device, make())
+            setattr(self, name, kept)
+        return kept[1]
+
+    # Image slots by groups, for scores over near keys alone.
+
+    def group(self, x: Tensor) -> Tensor:
+        """Image slots in raster order (B, H, R * C, d) -> (B, H, G, M, d): by rows, or by columns for "column"."""
+        order = "b h (r c) d -> b h c r d" if self.kind == "column" else "b h (r c) d -> b h r c d"
+        return rearrange(x, order, r=self.layout.rows)
+
+    def ungroup(self, x: Tensor) -> Tensor:
+        """The way back: (B, H, G, M, d) -> (B, H, R * C, d)."""
+        return rearrange(
+            x, "b h c r d -> b h (r c) d" if self.kind == "column" else "b h r c d -> b h (r c) d"
+        )
+
+    def near_keys(self, x: Tensor) -> Tensor:
+        """Grouped keys (B, H, G, M, d) -> (B, H, G, L, d): each group's own and those of the rows above it."""
+        above, rows = self.rows_above, x.shape[2]
+        if not above:
+            return x
+        padded = F.pad(x, (0, 0, 0, 0, above, 0))
+        return torch.cat([padded[:, :, i : i + rows] for i in range(above + 1)], dim=3)
+
+    def _near_mask(self) -> Tensor:
+        layout = self.layout
+        slots = (
+            torch.arange(layout.image_len, dtype=torch.float32)[None, None, :, None] + 1
+        )  # 0: none above the top
+        queries = self.group(slots)  # (1, 1, G, M, 1)
+        keys = self.near_keys(queries).transpose(-1, -2)  # (1, 1, G, 1, L)
+        sees = visible(self.kind, layout, self.kernel)(
+            queries.long() + layout.text_len, keys.long() + layout.text_len
+        )
+        return (sees & (keys > 0))[0, 0]
+
+    # All slots with rows and columns of the image exchanged (Figure 11c), for blocks of pairs.
+
+    def transposed(self, x: Tensor) -> Tensor:
+        """(..., N, d) in raster order -> image slots column by column."""
+        return self._exchange(x, "... (r c) d -> ... (c r) d")
+
+    def raster(self, x: Tensor) -> Tensor:
+        """The way back."""
+        return self._exchange(x, "... (c r) d -> ... (r c) d")
+
+    def _exchange(self, x: Tensor, order: str) -> Tensor:
+        text, image = x.split([self.layout.text_len, self.layout.image_len], dim=-2)
+        return torch.cat([text, rearrange(image, order, r=self.layout.rows)], dim=-2)
+
+    def _block_mask(self, device: torch.device) -> BlockMask:
+        layout, sees = self.layout, visible(self.kind, self.layout, self.kernel)
+        text, rows, columns = layout.text_len, layout.rows, layout.columns
+
+        def raster_slot(slot: Tensor) -> Tensor:
+            image = slot - text
+            return torch.where(slot < text, slot, text + image % rows * columns + image // rows)
+
+        def straight(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return sees(q, k)
+
+        def exchanged(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return sees(raster_slot(q), raster_slot(k))
+
+        rule = exchanged if self.kind == "column" else straight
+        return create_block_mask(rule, None, None, layout.length, layout.length, device=device)

@@ -1,0 +1,41 @@
+"""GPUs by name: what their makers state. Every number can be overruled on the command line."""
+
+from dataclasses import dataclass
+
+from dalle.train.throughput import PEAK_FLOPS
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One GPU in a machine of several; peaks are dense, without sparsity."""
+
+    memory: float
+    """GiB."""
+    fp32: float
+    """FLOP/s of fp32 matrix products (without TF32)."""
+    half: float
+    """FLOP/s of bf16 or fp16 matrix products with sums in fp32."""
+    inside: float
+    """Bytes/s that it sends to the others of its machine."""
+    between: float
+    """Bytes/s that it sends to other machines: its share of the machine's network."""
+    per_machine: int = 8
+    """GPUs of a machine."""
+    bf16: bool = True
+    """Whether it multiplies bf16 in hardware; else 16 bit is fp16."""
+
+
+GPUS: dict[str, GPU] = {
+    # data sheets of the GPU, and of DGX-1 (4 x 100 Gb/s), DGX A100 (8 x 200 Gb/s), DGX H100, H200, B200 (8 x 400 Gb/s)
+    "v100-16gb": GPU(16, 15.7e12, PEAK_FLOPS["V100"], 150e9, 6.25e9, bf16=False),
+    "v100-32gb": GPU(32, 15.7e12, PEAK_FLOPS["V100"], 150e9, 6.25e9, bf16=False),
+    "a100-40gb": GPU(40, 19.5e12, PEAK_FLOPS["A100"], 300e9, 25e9),
+    "a100-80gb": GPU(80, 19.5e12, PEAK_FLOPS["A100"], 300e9, 25e9),
+    "h100": GPU(80, 67e12, PEAK_FLOPS["H100"], 450e9, 50e9),
+    "h200": GPU(141, 67e12, PEAK_FLOPS["H200"], 450e9, 50e9),
+    "b200": GPU(180, 80e12, PEAK_FLOPS["B200"], 900e9, 50e9),
+    # PCIe cards: 16 lanes of the 4th generation (T4: 3rd), one 25 Gb/s network for each
+    "t4": GPU(16, 8.1e12, PEAK_FLOPS["T4"], 16e9, 3.125e9, bf16=False),
+    "l4": GPU(24, 30.3e12, PEAK_FLOPS["L4"], 32e9, 3.125e9),
+    "rtx-4090": GPU(24, 82.6e12, PEAK_FLOPS["RTX 4090"], 32e9, 3.125e9),
+}

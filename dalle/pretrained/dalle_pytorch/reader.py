@@ -1,0 +1,136 @@
+"""dalle.pt of DALLE-pytorch (lucidrains), version 1.6: the transformer, and the image tokenizer that lies in it.
+
+Heads and kinds of layers show in no shape, so the file's own `hparams` are needed. Wrappers around a module depend on
+the options it was made with and nest the names; they are matched by their ends. Rotary angles are those of the file.
+Versions before 1.6 differ under the same names (shifts, masks, positions), were not compared, and are refused.
+Its text tokenizers are not in the file: CLIP's byte-pair encoding unless another was chosen in training.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import cycle, islice
+from math import isqrt
+from pathlib import Path
+from reprlib import repr as shown
+from typing import Any
+
+from dalle.pretrained.dalle_pytorch.masks import DallePytorchConfig
+from dalle.pretrained.dalle_pytorch.model import DallePytorch
+from dalle.pretrained.dalle_pytorch.vae import LICENCE
+from dalle.pretrained.family import Family, Shapes
+from dalle.pretrained.pickle_names import SavedTensor
+
+VERSION = "1.6."
+INSIDE = "vae."
+_LAYER = re.compile(
+    r"transformer\.layers\.(?:layers\.(\d+)\.([01])|blocks\.(\d+)\.([fg])\.net)\.(?:fn\.)*"
+    r"(scale|norm\.\w+|norm_out\.\w+|to_qkv\.weight|to_out\.0\.\w+|net\.[03]\.\w+)"
+)
+_PARTS = {"to_qkv": "f.qkv", "to_out.0": "f.out", "net.0": "f.expand", "net.3": "f.project"}
+_OTHERS = {
+    "text_emb.weight": "text_embedding.weight",
+    "image_emb.weight": "image_embedding.weight",
+    "text_pos_emb.weight": "text_position.weight",
+    "transformer.pos_emb": "angles",
+    "image_pos_emb.weights.0": "image_position.0",
+    "image_pos_emb.weights_0": "image_position.0",
+    "image_pos_emb.weights.1": "image_position.1",
+    "image_pos_emb.weights_1": "image_position.1",
+    "to_logits.0.weight": "final_norm.weight",
+    "to_logits.0.bias": "final_norm.bias",
+    "to_logits.1.weight": "to_logits.weight",
+    "to_logits.1.bias": "to_logits.bias",
+}
+
+
+def own_name(name: str) -> str:
+    """The file's name of a tensor -> the model's."""
+    match = _LAYER.fullmatch(name)
+    if not match:
+        return _OTHERS.get(name, name)
+    layer, path, rest = match[1] or match[3], match[2] or match[4], match[5]
+    for theirs, ours in _PARTS.items():
+        if rest.startswith(f"{theirs}."):
+            rest = ours + rest.removeprefix(theirs)
+    return f"layers.{layer}.{'attention' if path in '0f' else 'mlp'}.{rest}"
+
+
+def configure(shapes: Shapes, tree: Any = None) -> DallePytorchConfig:
+    """Sizes from the file's hyper-parameters and the shapes; ValueError for what cannot be held."""
+    hparams = _hparams(tree)
+    text_len, depth, width = (_number(hparams, name) for name in ("text_seq_len", "depth", "dim"))
+    text_vocab = _number(hparams, "num_text_tokens", 10000)
+    layers = sum(name.endswith(".attention.scale") for name in shapes)
+    if (depth, width) != (layers, shapes["final_norm.weight"][0]):
+        raise ValueError(
+            f"hparams tells {depth} layers of width {width}; the tensors are of {layers} layers or another"
+        )
+    rotary = shapes.get("angles")
+    side = isqrt(max(0, rotary[1] - text_len - 1)) if rotary else shapes["image_position.0"][1]
+    kinds = hparams.get("attn_types") or ("full",)
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    return DallePytorchConfig(
+        width=width,
+        heads=_number(hparams, "heads", 8),
+        head_width=_number(hparams, "dim_head", 64),
+        kinds=tuple(islice(cycle(map(str, kinds)), depth)),
+        text_len=text_len,
+        grid=(side, side),
+        text_vocab=text_vocab,
+        image_vocab=shapes["to_logits.weight"][0] - text_vocab - text_len,
+        shift=bool(hparams.get("shift_tokens", True)),
+        rotary=rotary[2] if rotary else 0,
+        sandwich=bool(hparams.get("sandwich_norm", False)),
+        reversible=bool(hparams.get("reversible", False)),
+        stable=bool(hparams.get("stable", False)),
+        shared=bool(hparams.get("share_input_output_emb", False)),
+    )
+
+
+def _hparams(tree: Any) -> Mapping[str, Any]:
+    hparams = tree.get("hparams") if isinstance(tree, dict) else None
+    if not isinstance(hparams, dict):
+        raise ValueError(
+            "it has no hparams, which tell heads and kinds of layers; give the dalle.pt of its training"
+        )
+    version = tree.get("version")
+    if not str(version).startswith(VERSION):
+        said = f"of version {version!s:.20}" if version else "of a version before 1.0 (it tells none)"
+        raise ValueError(
+            f"it is {said}; versions differ under the same names, and only {VERSION}x was compared"
+        )
+    return hparams
+
+
+def _number(hparams: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = hparams.get(name, default)
+    if type(value) is not int or not 0 < value < 2**31:
+        raise ValueError(f"hparams has {name} {shown(value):.40}, expected a positive number")
+    return value
+
+
+def _settle(family: Family, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]) -> Family:
+    return replace(family, configure=partial(configure, tree=tree))
+
+
+FAMILY = Family(
+    name="DALLE-pytorch",
+    kind="transformer",
+    licence=LICENCE,
+    marks=(
+        "to_logits.1.weight",
+        "*_emb.*weight",
+        "transformer.layers.*to_qkv.weight",
+        "transformer.layers.*net.3.weight",
+    ),
+    configure=configure,
+    build=DallePytorch,
+    vocabulary=lambda c: (
+        f"{c.text_vocab} text ids, {c.text_len} at a time; {c.image_vocab} codes in {c.grid[0]} rows"
+    ),
+    rename=own_name,
+    ignored=(f"{INSIDE}*", "text_emb.linear.*", "image_emb.linear.*", "logits_mask"),
+    settle=_settle,
+)

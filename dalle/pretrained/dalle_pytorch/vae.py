@@ -1,0 +1,171 @@
+"""The discrete VAE of DALLE-pytorch (lucidrains, 1.6.6): in vae.pt, or inside dalle.pt. Another network than ours.
+
+Convolutions by 4 x 4 with stride 2, residual blocks at the coarsest resolution, three channels out (no log scale).
+Pictures are normalised on the way in by means and deviations that its hyper-parameters tell; its decoder gives
+normalised pixels back, which the package itself shows as they are, and which are mapped back here.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from reprlib import repr as shown
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle.pretrained.family import Family, Shapes
+from dalle.pretrained.pickle_names import SavedTensor
+from dalle.types import check_pixels, check_tokens, grid_of
+
+LICENCE = "MIT, of github.com/lucidrains/DALLE-pytorch; weights are of whoever trained them"
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # the package's default
+
+
+@dataclass(frozen=True)
+class DiscreteVAEConfig:
+    """Shape of it, in this library's words."""
+
+    levels: int
+    """Halvings of the picture."""
+    blocks: int
+    """Residual blocks on each side."""
+    width: int
+    """Channels."""
+    vocab_size: int
+    """Codes."""
+    code_width: int
+    """Width of a code vector."""
+    means: tuple[float, ...] = HALF[0]
+    """Subtracted from each channel of a picture."""
+    deviations: tuple[float, ...] = HALF[1]
+    """Each channel is divided by."""
+
+
+def configure(shapes: Shapes, hparams: Mapping[str, Any] | None = None) -> DiscreteVAEConfig:
+    """Sizes from the shapes, the normalisation from the file's hyper-parameters; the package's default without them."""
+    levels = sum(bool(re.fullmatch(r"encoder\.\d+\.0\.weight", name)) for name in shapes)
+    blocks = sum(bool(re.fullmatch(r"encoder\.\d+\.net\.0\.weight", name)) for name in shapes)
+    if not levels:
+        raise ValueError("the encoder has no level")
+    vocab_size, code_width = shapes["codebook.weight"]
+    return DiscreteVAEConfig(
+        levels, blocks, shapes["encoder.0.0.weight"][0], vocab_size, code_width, *_normalization(hparams)
+    )
+
+
+def _normalization(hparams: Mapping[str, Any] | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    given = HALF if hparams is None else hparams.get("normalization", HALF)
+    if given is None:
+        return (0.0,) * 3, (1.0,) * 3
+    try:
+        means, deviations = (tuple(map(float, values[:3])) for values in given)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"a normalisation of {shown(given):.80}; expected means and deviations of three channels"
+        ) from None
+    if len(means) != 3 or len(deviations) != 3 or not all(0 < value < math.inf for value in deviations):
+        raise ValueError(
+            f"a normalisation of {shown(given):.80}; expected means and deviations of three channels"
+        )
+    return means, deviations
+
+
+class Block(nn.Module):
+    """x + three convolutions."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(x)
+
+
+class DiscreteVAE(nn.Module):
+    """An `ImageTokenizer`; parameters bear the package's names."""
+
+    def __init__(self, config: DiscreteVAEConfig):
+        super().__init__()
+        self.config, width = config, config.width
+        blocks = [Block(width) for _ in range(2 * config.blocks)]
+        first = nn.Conv2d(config.code_width, width, 1)  # only where there are blocks behind it
+        down = [_down(3 if i == 0 else width, width) for i in range(config.levels)]
+        up = [_up(width if config.blocks or i else config.code_width, width) for i in range(config.levels)]
+        self.codebook = nn.Embedding(config.vocab_size, config.code_width)
+        self.encoder = nn.Sequential(*down, *blocks[: config.blocks], nn.Conv2d(width, config.vocab_size, 1))
+        self.decoder = nn.Sequential(
+            *[first] * bool(config.blocks), *blocks[config.blocks :], *up, nn.Conv2d(width, 3, 1)
+        )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels on a side of one token."""
+        return 2**self.config.levels
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of codes."""
+        return self.config.vocab_size
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Most likely codes: float (B, 3, H, W) in [0, 1], sides multiples of `downsampling` -> int64 (B, h * w)."""
+        check_pixels(pixels, self.downsampling)
+        means, deviations = self._normalization(pixels)
+        return self.encoder((pixels - means) / deviations).argmax(dim=1).flatten(1)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Pictures of tokens: int64 (B, h * w), square unless grid says (h, w) -> float32 (B, 3, H, W) in [0, 1]."""
+        check_tokens(tokens, self.vocab_size, "image_tokens")
+        h, w = grid_of(tokens, grid)
+        z = F.embedding(tokens, self.codebook.weight).movedim(2, 1).unflatten(2, (h, w))
+        means, deviations = self._normalization(z)
+        return (self.decoder(z) * deviations + means).float().clamp(0, 1)
+
+    def _normalization(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        values = (self.config.means, self.config.deviations)
+        means, deviations = (
+            torch.tensor(part, device=like.device, dtype=like.dtype)[:, None, None] for part in values
+        )
+        return means, deviations
+
+
+def _down(n_in: int, n_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(n_in, n_out, 4, stride=2, padding=1), nn.ReLU())
+
+
+def _up(n_in: int, n_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1), nn.ReLU())
+
+
+def _settle(family: Family, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]) -> Family:
+    hparams = tree.get("hparams") if isinstance(tree, dict) else None
+    return replace(
+        family, configure=partial(configure, hparams=hparams if isinstance(hparams, dict) else None)
+    )
+
+
+FAMILY = Family(
+    name="discrete VAE of DALLE-pytorch",
+    kind="image tokenizer",
+    licence=LICENCE,
+    marks=("codebook.weight", "encoder.0.0.weight", "decoder.*.0.weight"),
+    configure=configure,
+    build=DiscreteVAE,
+    vocabulary=lambda config: (
+        f"{config.vocab_size} codes, {2**config.levels} x {2**config.levels} pixels each"
+    ),
+    settle=_settle,
+)

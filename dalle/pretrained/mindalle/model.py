@@ -1,0 +1,127 @@
+"""The transformer of minDALL-E 1.3B (Kakao Brain), to draw with.
+
+64 text ids and 256 image tokens, every one sees all before it. There is no start: the state of the last text id
+draws the first image token, and no state predicts the first text id. Empty slots of text are an ordinary id, [PAD].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dalle.nn.blocks import FP32LayerNorm
+from dalle.pretrained.external_blocks import BlockConfig, PlainTransformer, fp32_logits
+from dalle.pretrained.external_transformer import ForeignLayout
+
+
+@dataclass(frozen=True)
+class MinDalleLayout(ForeignLayout):
+    """Text ids, filled up with one `pad`, then image tokens."""
+
+    start: int | None = None
+    pad: int = 0
+
+    @property
+    def image_offset(self) -> int:
+        """Joint id of image code 0: no position has a pad of its own."""
+        return self.text_vocab
+
+    def pad_text(self, captions: Sequence[Sequence[int]], truncate: bool = False) -> Tensor:
+        """See `TokenLayout.pad_text`."""
+        tokens = super().pad_text(captions, truncate)
+        return torch.where(tokens >= self.text_vocab, self.pad, tokens)
+
+    def loss_mask(self, ids: Tensor) -> Tensor:
+        """Every image token, every caption token but the first, and the first pad."""
+        text, image = self.unpack(ids)
+        is_pad = text == self.pad
+        counts = ~is_pad | (is_pad & (is_pad.cumsum(dim=1) == 1))
+        counts[:, : self.unpredicted] = False
+        return torch.cat([counts, torch.ones_like(image, dtype=torch.bool)], dim=1)
+
+    def allowed_text(self, device: torch.device | None = None) -> Tensor:
+        """bool (T, text_vocab): any id anywhere."""
+        return torch.ones(self.text_len, self.text_vocab, dtype=torch.bool, device=device)
+
+
+@dataclass(frozen=True)
+class MinDalleConfig:
+    """Shape of it; the defaults are the published model's."""
+
+    width: int = 1536
+    """D."""
+    depth: int = 42
+    """Layers."""
+    heads: int = 24
+    """Attention heads."""
+    text_len: int = 64
+    """Text ids."""
+    grid: tuple[int, int] = (16, 16)
+    """Rows and columns of image tokens."""
+    text_vocab: int = 16384
+    """Text ids, [PAD] among them."""
+    image_vocab: int = 16384
+    """Codes of the image tokenizer."""
+    pad: int = 0
+    """The id of [PAD]."""
+    attention_bias: bool = True
+    """Of the matrices of attention."""
+    mlp_bias: bool = True
+    """Of the matrices of the MLP."""
+    gelu: str = "exact"
+    """Or "sigmoid": x sigmoid(1.702 x)."""
+
+    @property
+    def layout(self) -> MinDalleLayout:
+        """Lengths and offsets of the stream."""
+        return MinDalleLayout(self.text_len, self.grid, self.text_vocab, self.image_vocab, pad=self.pad)
+
+    @property
+    def blocks(self) -> BlockConfig:
+        """Shape of a layer."""
+        return BlockConfig(
+            self.width,
+            self.heads,
+            self.gelu,
+            matrices=3,
+            attention_bias=self.attention_bias,
+            mlp_bias=self.mlp_bias,
+        )
+
+
+class MinDalle(PlainTransformer):
+    """`to_logits` is the output matrix of image tokens, `to_text_logits` that of text."""
+
+    def __init__(self, config: MinDalleConfig):
+        layout, width = config.layout, config.width
+        with torch.device("cpu"):  # no part of a file, so it must have values when the rest is made without
+            causal = torch.ones(layout.image_len, layout.image_len, dtype=torch.bool).tril()
+        super().__init__(config, ("causal",) * config.depth, {"causal": causal}, layout.text_slots)
+        self.text_embedding = nn.Embedding(layout.text_vocab, width)
+        self.image_embedding = nn.Embedding(layout.image_vocab, width)
+        self.text_position = nn.Embedding(layout.text_len, width)
+        self.image_position = nn.Embedding(layout.image_len, width)
+        self.final_norm = FP32LayerNorm(width)
+        self.to_text_logits = nn.Linear(width, layout.text_vocab, bias=False)
+        self.to_logits = nn.Linear(width, layout.image_vocab, bias=False)
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """See `PlainTransformer`."""
+        return self.text_embedding(text) + self.text_position.weight[: text.shape[1]]
+
+    def embed_image(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """See `PlainTransformer`."""
+        return self.image_embedding(tokens) + self.image_position(positions)
+
+    def final(self, x: Tensor) -> Tensor:
+        """See `PlainTransformer`."""
+        return self.final_norm(x)
+
+    def text_logits(self, hidden: Tensor, slots: Tensor | None = None) -> Tensor:
+        """States (..., D) of text slots -> fp32 (..., text_vocab)."""
+        return fp32_logits(hidden, self.to_text_logits.weight)
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        """States (..., D) of image slots -> fp32 (..., image_vocab)."""
+        return fp32_logits(hidden, self.to_logits.weight)

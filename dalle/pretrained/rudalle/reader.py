@@ -1,0 +1,167 @@
+"""ruDALL-E (Sber): a state dict of the transformer alone. Malevich, Emojich, Surrealist XL, Kandinsky.
+
+The three masks lie in the file. They tell version 2 from 3 (dalle/pretrained/rudalle/model.py), whose tensors have the
+same names and shapes, and are held against those that are made here. The number of heads shows nowhere: it is known
+for the published widths. The text tokenizer is a youtokentome model, bpe.model, of lowercase captions; the image
+tokenizer is vqgan.gumbelf8-sber.model.ckpt, or its sibling with wavelets (dalle/pretrained/rudalle/vqgan_dwt.py).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle.pretrained.external_transformer import stream_mask
+from dalle.pretrained.family import Family, Shapes
+from dalle.pretrained.pickle_names import SavedTensor
+from dalle.pretrained.rudalle.model import BEGIN, END, VERSIONS, Rudalle, RudalleConfig, image_sees
+from dalle.text import MergeTokenizer
+from dalle.text.external.youtokentome import YoutokentomeTokenizer
+
+HEADS = {(24, 2048): 16, (64, 3840): 60, (12, 768): 12}
+"""(depth, width) -> heads, of Malevich and its siblings, Kandinsky, and the package's untrained "dummy"."""
+MASKS = {"row": "row_mask", "column": "col_mask", "square": "conv_mask"}
+SPECIAL = {"unknown": 1, "pad": 0, "begin": BEGIN, "end": END}
+FORMAT, VERSION = "youtokentome, lowercase", 1
+
+_OTHERS = {
+    "text_embeddings": "text_embedding",
+    "image_embeddings": "image_embedding",
+    "text_pos_embeddings": "text_position",
+    "image_row_embeddings": "row_position",
+    "image_col_embeddings": "column_position",
+    "to_logits.0": "logits_norm",
+    "to_logits.1": "to_logits",
+    "transformer.final_layernorm": "final_norm",
+}
+_PARTS = {
+    "input_layernorm": "attention.norm",
+    "before_first_addition_layernorm": "attention.norm_out",
+    "post_attention_layernorm": "mlp.norm",
+    "before_second_addition_layernorm": "mlp.norm_out",
+    "attention.query_key_value": "attention.f.qkv.0",
+    "attention.dense": "attention.f.out",
+    "mlp.dense_h_to_4h": "mlp.f.expand",
+    "mlp.dense_4h_to_h": "mlp.f.project",
+}
+
+
+def own_name(name: str) -> str:
+    """The file's name of a tensor -> the model's."""
+    stem, _, end = name.rpartition(".")
+    if match := re.fullmatch(r"transformer\.layers\.(\d+)\.(.+)", stem):
+        return f"layers.{match[1]}.{_PARTS.get(match[2], match[2])}.{end}"
+    return f"{_OTHERS.get(stem, stem)}.{end}"
+
+
+def configure(shapes: Shapes, masks: Mapping[str, SavedTensor]) -> RudalleConfig:
+    """Sizes from the shapes, the version from the masks; ValueError for heads or masks that are not known."""
+    text_len, side = shapes["text_position.weight"][0] - 1, shapes["row_position.weight"][0]
+    depth = len({match[1] for name in shapes if (match := re.match(r"layers\.(\d+)\.", name))})
+    text_ids, width = shapes["text_embedding.weight"]
+    if (depth, width) not in HEADS:
+        known = ", ".join(f"{d} layers of width {w}" for d, w in HEADS)
+        raise ValueError(
+            f"no tensor tells its heads; they are known for {known}, and it has {depth} of {width}"
+        )
+    return RudalleConfig(
+        width=width,
+        depth=depth,
+        heads=HEADS[depth, width],
+        text_len=text_len,
+        grid=(side, side),
+        text_vocab=text_ids - text_len,
+        image_vocab=shapes["image_embedding.weight"][0],
+        version=version_of(masks, text_len, side),
+        sandwich="layers.0.attention.norm_out.weight" in shapes,
+    )
+
+
+def version_of(masks: Mapping[str, SavedTensor], text_len: int, side: int) -> str:
+    """Which of VERSIONS the masks of a file are of.
+
+    Raises:
+        ValueError: a mask that is missing, or of neither version.
+    """
+    found = {kind: _read_mask(masks, name, text_len + side * side) for kind, name in MASKS.items()}
+    for version in VERSIONS:
+        expected = {kind: stream_mask(image_sees(kind, side, version), text_len) for kind in MASKS}
+        if all(torch.equal(found[kind], expected[kind]) for kind in MASKS):
+            return version
+    raise ValueError(
+        f"its masks are neither those of {' nor of '.join(VERSIONS)}: a grid or a kernel of its own"
+    )
+
+
+def _read_mask(masks: Mapping[str, SavedTensor], name: str, size: int) -> Tensor:
+    if name not in masks:
+        raise ValueError(f"it lacks {name}; by its masks v2 is told from v3, and nothing else tells")
+    if masks[name].shape != (size, size):
+        raise ValueError(f"its {name} is of shape {masks[name].shape}, the rest calls for {size} x {size}")
+    return masks[name].read() != 0
+
+
+class RudalleTokenizer(YoutokentomeTokenizer):
+    """Its bpe.model: ids of lowercase captions, without begin and end, which the layout adds."""
+
+    def pieces(self, caption: str) -> list[str]:
+        """Words between spaces, less any white space at both ends, which the package strips first."""
+        return super().pieces(caption.lower().strip())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The model as plain data."""
+        return super().to_dict() | {"format": FORMAT, "version": VERSION}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "RudalleTokenizer":
+        """The inverse of to_dict; ValueError if data is anything else."""
+        if (data.get("format"), data.get("version")) != (FORMAT, VERSION):
+            raise ValueError(f"expected the format {FORMAT!r} in version {VERSION}")
+        return cls({name: data[name] for name in ("characters", "merges", "special")})
+
+
+def lowercase(text: MergeTokenizer) -> RudalleTokenizer:
+    """The tokenizer of its bpe.model as the package uses it.
+
+    Raises:
+        ValueError: a tokenizer of another kind, or one with other ids of begin and end.
+    """
+    if not isinstance(text, YoutokentomeTokenizer):
+        raise ValueError(f"ruDALL-E reads a youtokentome model, its bpe.model, not a {type(text).__name__}")
+    if text.model["special"] != SPECIAL:
+        raise ValueError(f"ruDALL-E's bpe.model has the ids {SPECIAL}, this one {text.model['special']}")
+    return RudalleTokenizer(text.model)
+
+
+def _settle(family: Family, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]) -> Family:
+    names = (
+        *MASKS.values(),
+        *(f"transformer.{name}" for name in MASKS.values()),
+    )  # older files have them at the top
+    masks = {name.removeprefix("transformer."): tensors[name] for name in names if name in tensors}
+    return replace(family, configure=partial(configure, masks=masks))
+
+
+FAMILY = Family(
+    name="ruDALL-E",
+    kind="transformer",
+    licence="Apache-2.0, of github.com/ai-forever/ru-dalle; weights that others trained further may have another",
+    marks=(
+        "text_embeddings.weight",
+        "image_row_embeddings.weight",
+        "transformer.layers.*.attention.query_key_value.weight",
+    ),
+    configure=partial(configure, masks={}),
+    build=Rudalle,
+    vocabulary=lambda c: (
+        f"{c.text_vocab} text ids, {c.text_len} at a time; {c.image_vocab} codes in {c.grid[0]} rows"
+    ),
+    rename=own_name,
+    ignored=tuple(f"{prefix}{name}" for prefix in ("", "transformer.") for name in MASKS.values()),
+    settle=_settle,
+)

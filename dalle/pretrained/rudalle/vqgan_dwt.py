@@ -1,0 +1,97 @@
+"""ruDALL-E's VQGAN with wavelets, vqgan.gumbelf8-sber-dwt.model.ckpt: codes of 256 x 256 pixels, pictures of 512 x 512.
+
+The encoder is that of the Gumbel f8. The decoder gives 12 channels: a picture of half the size, then for each colour
+its differences down, across, and both; one step of the inverse wavelet transform makes pixels of them, with the
+filters that lie in the file (Haar's).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle.pretrained.family import Family
+from dalle.pretrained.vqgan import configure
+from dalle.vqgan import VQGAN, VQGANConfig
+
+BANDS = 4
+
+
+class InverseWavelets(nn.Module):
+    """One step of the inverse of a transform by filters of length 2."""
+
+    def __init__(self):
+        super().__init__()
+        for name, shape in (("col", (1, 1, 2, 1)), ("row", (1, 1, 1, 2))):
+            self.register_buffer(f"g0_{name}", torch.zeros(shape))
+            self.register_buffer(f"g1_{name}", torch.zeros(shape))
+
+    def forward(self, bands: Tensor) -> Tensor:
+        """(B, 12, H, W) -> (B, 3, 2 H, 2 W)."""
+        low, high = bands[:, :3], bands[:, 3:].unflatten(1, (3, BANDS - 1))
+        down, across, both = high.unbind(2)
+        rows = self.g0_row, self.g1_row  # the package takes them for columns, and the other way round
+        left, right = (_joined(*pair, *rows, dim=2) for pair in ((low, down), (across, both)))
+        return _joined(left, right, self.g0_col, self.g1_col, dim=3)
+
+
+def _joined(low: Tensor, high: Tensor, g0: Tensor, g1: Tensor, dim: int) -> Tensor:
+    """Twice the length along a side: each number of both becomes two, by the filters, which are added."""
+    shape, stride = ((1, 1, 2, 1), (2, 1)) if dim == 2 else ((1, 1, 1, 2), (1, 2))
+    filters = (g.view(shape).repeat(low.shape[1], 1, 1, 1) for g in (g0, g1))
+    first, second = (
+        F.conv_transpose2d(part, by, stride=stride, groups=low.shape[1])
+        for part, by in zip((low, high), filters, strict=True)
+    )
+    return first + second
+
+
+class WaveletVQGAN(VQGAN):
+    """A VQGAN whose pictures have twice the sides of those that it encodes."""
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__(config)
+        self.decoder.conv_out = nn.Conv2d(config.widths[0], 3 * BANDS, 3, padding=1)
+        self.wavelets = InverseWavelets()
+
+    def picture(self, z: Tensor) -> Tensor:
+        """See `VQGAN.picture`."""
+        return self.wavelets(super().picture(z))
+
+
+def own_name(name: str) -> str:
+    """The file's name of a tensor -> the model's."""
+    name = name.removeprefix("model.")
+    if name == "quantize.embed.weight":
+        return "quantize.embedding.weight"
+    half, _, rest = name.partition(".")
+    if half == "decoder" and rest.startswith(("decoder.", "post_quant_conv.")):
+        return rest
+    return rest.replace("idwt.", "wavelets.") if half == "decoder" and rest.startswith("idwt.") else name
+
+
+def _vocabulary(config: VQGANConfig) -> str:
+    side = config.downsampling
+    return f"{config.vocab_size} codes of {side} x {side} pixels each, drawn at {2 * side} x {2 * side}"
+
+
+FAMILY = Family(
+    name="VQGAN of ruDALL-E with wavelets",
+    kind="image tokenizer",
+    licence="Apache-2.0, of github.com/ai-forever/ru-dalle",
+    marks=(
+        "*encoder.down.*.block.*.conv1.weight",
+        "*decoder.decoder.up.*.block.*.conv1.weight",
+        "*decoder.idwt.*",
+        "*quantize.embed.weight",
+    ),
+    configure=configure,
+    build=WaveletVQGAN,
+    vocabulary=_vocabulary,
+    rename=own_name,
+    ignored=(
+        "model.post_quant_conv.*",
+        "post_quant_conv.*",
+        "loss.*",
+        "model.loss.*",
+    ),  # the decoder has its own
+)

@@ -1,0 +1,116 @@
+"""Number formats of 16 bits with a wider range than fp16 (appendices B.2, D, E), emulated by rounding fp32.
+
+fp16 has 1 sign, 5 exponent and 10 significand bits. The paper keeps Adam's mean, the error buffers and the
+messages of PowerSGD in 1-6-9 and Adam's variance, which has no sign, in 0-6-10: twice the binades. No
+hardware has these, so values stay fp32 here and are only rounded to the nearest that the format holds:
+memory is not saved, the effect on training is shown.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dalle.train.dtensor import local
+
+
+@dataclass(frozen=True)
+class Format:
+    """A floating-point format as IEEE 754 builds them: hidden bit, subnormals, top exponent for Inf and NaN."""
+
+    exponent: int
+    """Bits of the exponent; 6 at most, so that fp32 holds every value and its reciprocal."""
+    significand: int
+    """Bits of the significand after the hidden one."""
+    bias: int
+    """What is taken off the stored exponent."""
+    signed: bool = True
+    """Without a sign everything below 0 becomes 0."""
+
+    def __post_init__(self):
+        if not (
+            1 < self.exponent <= 6 and 0 < self.significand <= 22 and 0 < self.bias < 100 - self.significand
+        ):
+            raise ValueError(
+                f"fp32 cannot emulate {self}; exponent must lie in 2..6, and bias below 100 - significand"
+            )
+
+    @property
+    def largest(self) -> float:
+        """The largest finite value."""
+        return (2 - 2.0**-self.significand) * 2.0 ** (2**self.exponent - 2 - self.bias)
+
+    @property
+    def smallest_normal(self) -> float:
+        """The smallest positive value with all bits of the significand."""
+        return 2.0 ** (1 - self.bias)
+
+    @property
+    def smallest(self) -> float:
+        """The smallest positive value."""
+        return self.smallest_normal * 2.0**-self.significand
+
+
+MEAN = Format(6, 9, bias=59)
+"""1-6-9. The paper gives its largest value, just under 16 (E.2), and so its bias."""
+VARIANCE = Format(6, 10, bias=60, signed=False)
+"""0-6-10. Its bias is not stated: this is the largest that still holds 5, to which B.2 clips the variance."""
+HALF = Format(5, 10, bias=15)
+"""fp16, for comparison."""
+
+
+def rounded(x: Tensor, form: Format, saturate: bool = False) -> Tensor:
+    """The nearest values that a format holds, ties to even.
+
+    Args:
+        x: fp32, any shape.
+        form: the format.
+        saturate: what lies beyond the largest value, Inf too, becomes it (E.2, steps 4 and 7), and not Inf.
+    """
+    x = x if form.signed else x.clamp(min=0)
+    _, exponent = torch.frexp(x)  # |x| = f 2^exponent, f in [1/2, 1)
+    unit = (exponent - 1).clamp(
+        1 - form.bias, 127
+    ) - form.significand  # log2 of the distance between neighbours
+    near = (x * _two_to(-unit)).round() * _two_to(unit)
+    near = torch.where(x.isfinite(), near, x)
+    if saturate:
+        return near.clamp(-form.largest, form.largest)
+    return torch.where(near.abs() > form.largest, near * torch.inf, near)
+
+
+def _two_to(power: Tensor) -> Tensor:
+    """2^power as fp32, exact: the bits of the exponent."""
+    return ((power.int() + 127) << 23).view(torch.float32)
+
+
+def keep_moments(
+    optimizers: Iterable[torch.optim.Optimizer],
+    parameters: Iterable[Tensor],
+    mean: Format = MEAN,
+    variance: Format = VARIANCE,
+) -> None:
+    """From now on Adam's moments of these parameters are stored in these formats: rounded after every update.
+
+    Adam's own arithmetic stays fp32, and the update is made before its moments are rounded.
+
+    Args:
+        optimizers: Adam or AdamW; others are left alone.
+        parameters: "most" in the paper: gains, biases and embeddings keep fp32 moments (D, guideline 2).
+        mean: of the running mean.
+        variance: of the running variance.
+    """
+    chosen = {id(p) for p in parameters}
+
+    @torch.no_grad()
+    def store(optimizer: torch.optim.Optimizer, *_) -> None:
+        for parameter, moments in optimizer.state.items():
+            if id(parameter) in chosen:
+                for name, form in (("exp_avg", mean), ("exp_avg_sq", variance)):
+                    held = local(moments[name])
+                    held.copy_(rounded(held, form, saturate=True))
+
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+            optimizer.register_step_post_hook(store)

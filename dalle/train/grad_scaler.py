@@ -1,0 +1,76 @@
+"""The paper's fp16: one gradient scale per resblock (section 2.4, appendix D, guideline 1).
+
+A single scale for the whole model fails beyond a billion parameters: the gradients of late resblocks are so
+much smaller than those of early ones that no scale keeps both inside fp16. So each resblock multiplies its
+gradient before the cast down and divides it after (dalle/nn/blocks.py), by a scale that follows these laws:
+
+    it starts at 2^13 M, M the number of replicas;
+    an update with finite gradients in that resblock multiplies it by 2^(1/1000);
+    otherwise it is divided by sqrt(2), at most once in 125 updates;
+    it stays within [2^7 M, 2^24 M];
+    an update with any gradient that is not finite is skipped.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dalle.train.dtensor import local
+
+START = 2.0**13
+GROWTH = 2.0 ** (1 / 1000)
+BACKOFF = 2.0**-0.5
+PATIENCE = 125
+LOWEST, HIGHEST = 2.0**7, 2.0**24
+
+
+class GradientScales:
+    """The scales of a model's resblocks, in order.
+
+    Args:
+        resblocks: modules with an attribute `gradient_scale`; each is given its own here.
+        replicas: M, the number of data-parallel copies.
+    """
+
+    def __init__(self, resblocks: list[nn.Module], replicas: int = 1):
+        device = next(resblocks[0].parameters()).device
+        self.resblocks, self.replicas = resblocks, replicas
+        self.values = torch.full((len(resblocks),), START * replicas, device=device)
+        self.since_backoff = torch.full((len(resblocks),), PATIENCE, dtype=torch.int64, device=device)
+        for block, value in zip(resblocks, self.values.unbind(), strict=True):
+            block.gradient_scale = value  # a view: it follows `values`
+
+    @torch.no_grad()
+    def unscale(self) -> Tensor:
+        """Divides the gradients of each resblock by its scale; bool (blocks,), which of them are finite here."""
+        finite = []
+        for block, value in zip(self.resblocks, self.values, strict=True):
+            gradients = [local(p.grad) for p in block.parameters() if p.grad is not None]
+            if gradients:
+                torch._foreach_div_(gradients, value)
+            finite.append(all_finite(gradients, value.device))
+        return torch.stack(finite)
+
+    @torch.no_grad()
+    def update(self, finite: Tensor) -> None:
+        """Moves each scale by the laws above after an update in which these resblocks were finite."""
+        back = ~finite & (self.since_backoff >= PATIENCE)
+        factor = torch.where(finite, GROWTH, torch.where(back, BACKOFF, 1.0))
+        self.since_backoff.add_(1).masked_fill_(back, 1)
+        self.values.mul_(factor).clamp_(LOWEST * self.replicas, HIGHEST * self.replicas)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that changes."""
+        return {"values": self.values, "since_backoff": self.since_backoff}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """In place, so that the resblocks see it; ValueError for another number of resblocks."""
+        if tensors["values"].shape != self.values.shape:
+            raise ValueError(f"{len(tensors['values'])} gradient scales for {len(self.values)} resblocks")
+        self.values.copy_(tensors["values"])
+        self.since_backoff.copy_(tensors["since_backoff"])
+
+
+def all_finite(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """bool scalar: whether no element is Inf or NaN."""
+    return torch.stack([torch.tensor(True, device=device), *(g.isfinite().all() for g in gradients)]).all()

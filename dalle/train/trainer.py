@@ -1,0 +1,323 @@
+"""The loop. It receives a model, an objective and a rule for the batch of a step, and knows no family.
+
+Every step is a function of the state, the seed and the step's number: the batch and the random
+numbers are drawn from (seed, step). So N steps equal k, a resume, and N - k, bit for bit.
+"""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dalle.io.files import read_json
+from dalle.io.format import check_meta
+from dalle.train.checkpoint import newest_whole, restore, saved_at
+from dalle.train.checkpoint_saver import Keeper
+from dalle.train.distributed import Parallel
+from dalle.train.ema import AveragedWeights, EMAConfig
+from dalle.train.loggers import Numbers, Silence, to_numbers
+from dalle.train.low_rank import PowerSGDConfig
+from dalle.train.lr_schedule import Plateau
+from dalle.train.nonfinite import Nonfinite
+from dalle.train.optimizer import OptimizerConfig, build_optimizers
+from dalle.train.powersgd import build_powersgd
+from dalle.train.precision import Precision, autocast, resolve_precision
+from dalle.train.state import TrainState
+from dalle.train.step import gradient_scales, to_device, train_step
+from dalle.train.throughput import Meter, peak_flops
+from dalle.train.writers import LogConfig, Logs
+from dalle.types import Loss, Objective, Work
+
+Batches = Callable[[int], Any]
+"""The batch of a step."""
+Evaluate = Callable[[nn.Module, int], dict[str, Any]]
+"""Measures the averaged weights at a step; pictures among the values are saved and shown."""
+Resume = Literal["auto", "changed", "never"]
+"""Go on with the run that lies there; even if its configuration was another; or refuse it."""
+
+LOG = LogConfig()
+"""log.jsonl alone."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained; the defaults are the transformer's (B.2)."""
+
+    batch_size: int = 1024
+    """Pictures in an update, over all processes (B.2)."""
+    accumulate: int = 1
+    """Passes that each process's part of a batch is divided among: less memory, the same loss and gradient."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW, or Muon and AdamW."""
+    ema: EMAConfig = EMAConfig()
+    """Averaging of the weights."""
+    precision: Precision = "auto"
+    """fp32, bf16 or fp16 (autocast; fp16 with a gradient scale per resblock, 2.4), or auto: bf16 where the
+    device has it in hardware, else fp32."""
+    powersgd: PowerSGDConfig = PowerSGDConfig()
+    """How replicas average their gradients (2.5)."""
+    log_every: int = 10
+    """Updates between two lines of the log."""
+    eval_every: int = 1000
+    """Updates between two evaluations; the last step is always evaluated."""
+    save_every: int = 1000
+    """Updates between two checkpoints; the last step is always saved."""
+    max_nonfinite: int = 8
+    """Updates in a row, skipped because loss or gradient is not finite, that end the run; 1 ends it at the first.
+    The paper skipped 5 % (E.2): 8 in a row are no chance. In fp16, where only the gradient is not finite, 125 times as
+    many, since a scale comes down once in 125 updates (D)."""
+    keep: int = 2
+    """Newest checkpoints kept; there must be room for one more while it is written."""
+    keep_every: int | None = None
+    """Keep besides each checkpoint of a step that this divides; None keeps the newest only."""
+
+    def __post_init__(self):
+        for name in (
+            "batch_size",
+            "accumulate",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "keep",
+            "max_nonfinite",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.save_every):
+            raise ValueError(
+                f"keep_every must be a multiple of save_every, {self.save_every}, or null, got {self.keep_every}"
+            )
+
+
+RHYTHM = tuple(f"train.{name} " for name in ("log_every", "save_every", "keep", "keep_every"))
+"""Settings that change no weight, so that a run may go on with others."""
+
+
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    batches: Batches,
+    config: TrainConfig,
+    *,
+    steps: int,
+    seed: int,
+    run_dir: Path,
+    meta: dict[str, Any],
+    evaluate: Evaluate | None = None,
+    resume: Resume = "auto",
+    parallel: Parallel | None = None,
+    log: LogConfig = LOG,
+) -> TrainState:
+    """Trains until `steps` updates are done, from the newest checkpoint of `run_dir` if there is one.
+
+    Args:
+        model: on its device.
+        objective: (model, batch, step) -> Loss.
+        batches: step -> this process's part of the batch; the same step must give the same.
+        config: optimizer, averaging, rhythm of logs, evaluations and checkpoints.
+        steps: updates in all.
+        seed: of all random numbers.
+        run_dir: receives log.jsonl and checkpoints/.
+        meta: what makes a checkpoint describe itself: kind, config, run, links.
+        evaluate: called with the averaged weights in place.
+        resume: "auto" goes on where the run stopped, "changed" even with another configuration, "never" refuses a
+            directory that holds a run.
+        parallel: the processes that train together, each calling this; one alone unless given.
+        log: where the run tells what it does, beside log.jsonl.
+
+    Raises:
+        ValueError: the directory holds another run, or another process is at work in it, or no checkpoint is whole,
+            or the batch does not divide among the processes.
+        FloatingPointError: loss or gradient were not finite too often in a row; names the first bad tensor.
+        OSError: a checkpoint could not be written.
+        Stopped: (a SystemExit of status 75) a signal asked the run to stop; it has saved.
+    """
+    parallel = parallel or Parallel(device=next(model.parameters()).device)
+    check_parts(config, parallel)
+    meta = meta | {"steps": steps}
+    with Keeper(run_dir, meta, steps, config.save_every, config.keep, config.keep_every) as keeper:
+        state = start(model, config, seed, parallel)
+        changes = _prepare(run_dir, state, meta, resume, keeper)
+        peak = peak_flops(
+            parallel.device, resolve_precision(config.precision, parallel.device), log.peak_flops
+        )
+        with closing(Logs(run_dir, state.step, log, meta) if parallel.is_main else Silence()) as logs:
+            if changes:
+                logs.write(state.step, {"changes": changes})
+            _train(state, objective, batches, config, seed, evaluate, parallel, keeper, logs, peak)
+    return state
+
+
+def start(model: nn.Module, config: TrainConfig, seed: int, parallel: Parallel) -> TrainState:
+    """Everything that training changes, as it is before the first update; the model is handed to the processes."""
+    precision = resolve_precision(config.precision, parallel.device)
+    parallel.wrap(model, precision, averaged=config.powersgd.rank is None)
+    state = TrainState(
+        model,
+        build_optimizers(model, config.optimizer),
+        AveragedWeights(model, config.ema),
+        gradient_scales(model) if precision == "fp16" else None,
+    )
+    state.extras["nonfinite"] = Nonfinite(config.max_nonfinite)
+    if config.optimizer.plateau.halvings:
+        state.extras["plateau"] = Plateau(config.optimizer.plateau)
+    if parallel.replicas and (powersgd := build_powersgd(model, config.powersgd, seed, parallel.replicas)):
+        state.extras["powersgd"] = powersgd
+    return state
+
+
+def _train(
+    state: TrainState,
+    objective: Objective,
+    batches: Batches,
+    config: TrainConfig,
+    seed: int,
+    evaluate: Evaluate | None,
+    parallel: Parallel,
+    keeper: Keeper,
+    logs: Logs | Silence,
+    peak: float | None,
+) -> None:
+    """The steps of `fit`."""
+    model, device, steps, kind = state.model, parallel.device, keeper.steps, keeper.meta["kind"]
+    precision = resolve_precision(config.precision, device)
+    bar = tqdm(
+        total=steps, initial=state.step, desc=kind, unit="step", disable=None if parallel.is_main else True
+    )
+    meter, work = Meter(device, parallel.world, peak), None
+    model.train()
+    while state.step < steps:
+        with meter.waiting():
+            batch = to_device(batches(state.step), device)
+        work = work or work_of(objective, model, batch)
+        loss, norm = train_step(
+            state, batch, objective, config.optimizer, precision, seed, parallel, config.accumulate
+        )
+        meter.update(work)
+        bar.update()
+        last = state.step == steps
+        if state.step % config.log_every == 0 or state.step == 1 or last:
+            numbers = step_numbers(state, loss, norm)
+            logs.write(
+                state.step, numbers | (chance(objective, model) if state.step == 1 else {}) | meter.lap()
+            )
+            bar.set_postfix(loss=f"{numbers['loss']:.4f}", skipped=numbers["skipped"])
+        with meter.pause():
+            if evaluate and (state.step % config.eval_every == 0 or last):
+                told = _told(_evaluate(evaluate, state, seed, precision, parallel), state, logs)
+                if parallel.is_main:
+                    tqdm.write(f"{kind} step {state.step}: {told}")
+            keeper.after_step(state)
+    bar.close()
+
+
+def check_parts(config: TrainConfig, parallel: Parallel) -> None:
+    """ValueError where a batch does not divide into parts of one size, or an optimizer needs whole matrices."""
+    parts = parallel.world * config.accumulate
+    if config.batch_size % parts:
+        raise ValueError(
+            f"train.batch_size {config.batch_size} does not divide among {parallel.world} processes and "
+            f"{config.accumulate} passes in each (train.accumulate); make it a multiple of {parts}"
+        )
+    if parallel.sharded and config.optimizer.muon is not None:
+        raise ValueError(
+            f"Muon needs whole matrices, and --parallel {parallel.mode} slices them; "
+            "take --parallel ddp, or leave train.optimizer.muon out"
+        )
+
+
+def step_numbers(state: TrainState, loss: Loss, norm: Tensor) -> Numbers:
+    """What is logged of the update just made."""
+    numbers = to_numbers({"loss": loss.total.detach(), "gradient_norm": norm, **loss.metrics})
+    if state.scales:
+        numbers["log2_scales"] = state.scales.values.log2().tolist()
+    if plateau := state.extras.get("plateau"):
+        numbers["halvings"] = plateau.halved
+    return numbers | {"step_size": float(state.optimizers[-1].param_groups[0]["lr"])}
+
+
+def work_of(objective: Objective, model: nn.Module, batch: Any) -> Work:
+    """What an update asks of the machine, if the objective tells."""
+    tell = getattr(objective, "work", None)
+    return tell(model, batch) if tell else Work(0)
+
+
+def chance(objective: Objective, model: nn.Module) -> Numbers:
+    """What a model that knows nothing reaches, as {"chance/NAME": value}, if the objective tells."""
+    tell = getattr(objective, "chance", None)
+    return {f"chance/{name}": value for name, value in tell(model).items()} if tell else {}
+
+
+def _evaluate(
+    evaluate: Evaluate, state: TrainState, seed: int, precision: str, parallel: Parallel
+) -> dict[str, Any]:
+    """Scores of the averaged weights; training's random numbers and mode stay as they were.
+
+    Every process measures the same, in the number format of training, since slices of a layer are gathered in it.
+    """
+    state.model.eval()
+    with torch.random.fork_rng(), state.ema.applied(state.model), torch.no_grad():
+        torch.manual_seed(seed)
+        with autocast(precision, parallel.device):
+            scores = parallel.run(state.model, evaluate, state.step)
+        parallel.release()
+    state.model.train()
+    return scores
+
+
+def _told(scores: dict[str, Any], state: TrainState, logs: Logs | Silence) -> str:
+    """Logs numbers and pictures of an evaluation; the numbers in words."""
+    pictures = {name: value for name, value in scores.items() if isinstance(value, Image.Image)}
+    numbers = to_numbers({name: value for name, value in scores.items() if name not in pictures})
+    logs.write(state.step, {f"eval/{name}": value for name, value in numbers.items()})
+    for name, picture in pictures.items():
+        logs.picture(state.step, name, picture)
+    return "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+
+
+def _prepare(
+    run_dir: Path, state: TrainState, meta: dict[str, Any], resume: str, keeper: Keeper
+) -> list[str]:
+    """Takes up the run that lies in the directory, if there is one; in what its configuration was another."""
+    found = newest_whole(run_dir, keeper.ranks)
+    if found is None:
+        return []
+    if resume == "never":
+        raise ValueError(f"{run_dir} holds a run; give another --out, or --resume auto to go on with it")
+    old = check_meta(read_json(found / "meta.json"), meta["kind"], run_dir)
+    changes = differences(old["run"], meta["run"]) + differences(_hashes(old), _hashes(meta), "links")
+    changes = [change for change in changes if not change.startswith(RHYTHM)]
+    if changes and resume != "changed":
+        raise ValueError(
+            f"{run_dir} holds a run with another configuration ({'; '.join(changes)}); give another --out, or "
+            "--resume changed to go on with the new one"
+        )
+    restore(found, state, keeper.ranks)
+    if keeper.ranks.rank == 0:
+        print(
+            f"{meta['kind']}: going on from step {state.step} of {meta['steps']} ({found}, saved {saved_at(found)})"
+        )
+        if changes:
+            print(f"note: with another configuration from here on: {'; '.join(changes)}")
+    return changes
+
+
+def _hashes(meta: dict[str, Any]) -> dict[str, str]:
+    """Hashes of what a run was trained with."""
+    return {name: value for name, value in meta["links"].items() if isinstance(value, str)}
+
+
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Where two plain configurations differ, one line each: "train.batch_size: 16 was, 32 is"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            lines += differences(old.get(key), new.get(key), f"{place}.{key}" if place else key)
+        return lines
+    return [] if old == new else [f"{place} was {old!r}, is {new!r}"]

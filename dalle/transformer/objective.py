@@ -1,0 +1,47 @@
+"""Training objective of the transformer: weighted cross-entropy of text and image tokens (Section 2.2, B.2)."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dalle.transformer.losses import TEXT_WEIGHT, cross_entropies, weighted_cross_entropy
+from dalle.transformer.model import Transformer
+from dalle.transformer.sizes import training_flops
+from dalle.types import WHOLE, Loss, Part, Work
+
+
+@dataclass(frozen=True)
+class TransformerObjective:
+    """Weighted cross-entropies of text and image tokens (2.2, B.2)."""
+
+    text_weight: float = TEXT_WEIGHT
+    """Weight of the text; the image has the rest (2.2)."""
+
+    def __post_init__(self):
+        if not 0 <= self.text_weight <= 1:
+            raise ValueError(f"text_weight must lie in [0, 1], got {self.text_weight}")
+
+    def counts(self, model: Transformer, batch: Tensor) -> Tensor:
+        """Text tokens in joint ids (B, N); every picture has as many image tokens."""
+        return model.layout.loss_mask(batch)[:, : model.layout.text_len].sum()
+
+    def __call__(self, model: Transformer, batch: Tensor, step: int, part: Part = WHOLE) -> Loss:
+        """batch: joint ids (B, N)."""
+        share = (
+            None if part.counts is None else part.counts / part.count
+        )  # so that the parts' mean is the batch's
+        text, image = cross_entropies(model, batch, text_tokens=share)
+        total = weighted_cross_entropy(text, image, self.text_weight)
+        return Loss(total, {"text_nats": text.detach(), "image_nats": image.detach()})
+
+    def work(self, model: Transformer, batch: Tensor) -> Work:
+        """By formula (dalle/transformer/sizes.py)."""
+        return Work(len(batch), batch.numel(), len(batch) * sum(training_flops(model.config).values()))
+
+    def chance(self, model: Transformer) -> dict[str, float]:
+        """ln(vocabulary): nats a token of one who guesses evenly. A text slot may also hold its pad."""
+        layout = model.layout
+        text, image = math.log(layout.text_vocab + 1), math.log(layout.image_vocab)
+        total = self.text_weight * text + (1 - self.text_weight) * image
+        return {"loss": total, "text_nats": text, "image_nats": image}

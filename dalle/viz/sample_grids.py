@@ -1,0 +1,57 @@
+"""Sheets to look at while training: what the transformer draws for held-out captions, what CLIP finds for them."""
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle.clip import CLIP
+from dalle.io.images import captioned_sheet, sheet, to_pil
+from dalle.sampling import uniforms
+from dalle.text import MergeTokenizer
+from dalle.transformer import Transformer
+from dalle.transformer.generate import generate
+from dalle.types import ImageTokenizer
+
+SIDE = 160
+"""Pixels of a picture on a sheet, at least: room for its caption."""
+
+
+class Drawings:
+    """A sheet of drawings, by the same random numbers each time, so that sheets differ by the weights alone.
+
+    Args:
+        tokenizer: the image tokenizer that the transformer's tokens are of.
+        text: the text tokenizer.
+        captions: what to draw.
+        seed: of the draws.
+    """
+
+    def __init__(self, tokenizer: ImageTokenizer, text: MergeTokenizer, captions: list[str], seed: int):
+        self.tokenizer, self.text, self.captions, self.seed = tokenizer, text, captions, seed
+
+    def __call__(self, model: Transformer) -> Image.Image:
+        """Drawn at temperature 1, as the paper draws (section 3)."""
+        layout = model.layout
+        text_tokens = layout.pad_text([self.text.encode(caption) for caption in self.captions], truncate=True)
+        noise = torch.stack(
+            [uniforms(self.seed, caption, range(1), layout.image_len) for caption in self.captions]
+        )
+        tokens = generate(model, text_tokens.to(model.to_logits.weight.device), noise)[:, 0]
+        images = to_pil(self.tokenizer.decode(tokens, layout.grid))
+        cells = list(zip(self.captions, images, strict=True))
+        return captioned_sheet(cells, columns=4, scale=-(-SIDE // images[0].width))
+
+
+def retrieval_sheet(model: CLIP, pixels: Tensor, packed: Tensor, captions: list[str]) -> Image.Image:
+    """The first captions, each with its own picture at the left and the one of all that fits it best at the right.
+
+    Args:
+        pixels: (N, 3, R, R) to choose among, each caption's own at its number.
+        packed: (N, L) packed text.
+        captions: the words, of at least those to show.
+    """
+    found = (model.encode_text(packed).float() @ model.encode_image(pixels).float().T).argmax(dim=1)
+    shown = range(min(8, len(captions)))
+    own, best = to_pil(pixels[: len(shown)]), to_pil(pixels[found[: len(shown)]])
+    scale = -(-SIDE // own[0].width)
+    return captioned_sheet([(captions[i], sheet([[own[i], best[i]]], scale)) for i in shown], columns=4)

@@ -1,0 +1,254 @@
+"""The benchmark runs and reports, and its operations are counted right."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dalle.benchmarks.attention import AttentionBenchmark, benchmark_attention
+from dalle.benchmarks.dalle_pytorch import DallePytorchStep
+from dalle.benchmarks.memory import VARIANTS, MemoryBenchmark, benchmark_memory, plain_cross_entropies
+from dalle.benchmarks.train import TrainBenchmark, benchmark_training
+from dalle.commands.plot import ScalesPicture, draw_scales
+from dalle.train.loggers import JSONLines, peak_memory
+from dalle.transformer import Transformer, TransformerConfig
+from dalle.transformer.losses import cross_entropies
+from dalle.transformer.sizes import training_flops
+
+CONFIG = TransformerConfig(2, 2, 8, 6, (4, 4), 11, 13, conv_kernel=3, backend="dense")
+
+
+def test_operations_equal_those_that_torch_counts():
+    """Torch counts every pair of the dense attention; ours counts the visible ones."""
+    model = Transformer(CONFIG)
+    layout = model.layout
+    ids = layout.pack(torch.randint(11, (3, 6)), torch.randint(13, (3, 16)))
+    with FlopCounterMode(display=False) as counter:
+        sum(cross_entropies(model, ids)).backward()
+    counts = training_flops(CONFIG)
+    every_pair = 12 * CONFIG.width * layout.length**2 * CONFIG.depth
+    assert counter.get_total_flops() == 3 * (counts["matrices"] + counts["logits"] + every_pair)
+    assert counts["attention"] < every_pair
+
+
+def test_the_paper_takes_six_operations_a_parameter_and_token():
+    config = TransformerConfig()
+    assert training_flops(config)["matrices"] == 6 * 12 * 3968**2 * 64 * 1280
+
+
+QUICK = {"model": CONFIG, "precision": "fp32", "device": "cpu"}
+
+
+def test_the_report_compares_backends(tmp_path):
+    path = tmp_path / "report.json"
+    benchmark_training(
+        TrainBenchmark(
+            **QUICK, backends=("dense", "blocks", "auto", "causal"), rounds=2, peak_flops=1e12, json=path
+        )
+    )
+    report = json.loads(path.read_text(encoding="utf-8"))
+    lines = report["contenders"]
+    assert lines["dense"]["parameters"] == sum(p.numel() for p in Transformer(CONFIG).parameters())
+    assert lines["dense"]["times_as_fast_as_dense"] == 1
+    assert lines["blocks"]["seconds"] > 0
+    assert lines["auto"]["attention"] == {"conv": "blocks", "row": "blocks"}
+    assert report["hardware"]["torch"] == torch.__version__
+    for line in lines.values():
+        assert line["mfu"] == pytest.approx(line["flops"] / line["seconds"] / 1e12)
+    assert lines["causal"]["attention"] == {"causal": "sdpa"}
+    assert lines["causal"]["flops"] > lines["blocks"]["flops"] == sum(training_flops(CONFIG).values()) * 2
+    assert lines["blocks"]["flops_executed"] < lines["dense"]["flops_executed"]
+
+
+def test_recomputing_executes_more_operations_and_needs_no_more(tmp_path):
+    reports = [
+        benchmark_training(TrainBenchmark(**QUICK, backends=("dense",), rounds=1, recompute=recompute))
+        for recompute in (False, True)
+    ]
+    plain, again = (report["contenders"]["dense"] for report in reports)
+    assert again["flops_executed"] > 1.2 * plain["flops_executed"]
+    assert again["flops"] == plain["flops"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Against DALLE-pytorch: a package of that name that records what it is asked for
+# ---------------------------------------------------------------------------------------------
+
+
+class Recorder(nn.Module):
+    def __init__(self, **words):
+        super().__init__()
+        self.words = words
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, text, image, return_loss):
+        assert return_loss
+        self.shapes = tuple(text.shape), tuple(image.shape)
+        return self.weight.square().sum()
+
+
+@pytest.fixture
+def their_package(monkeypatch):
+    package = ModuleType("dalle_pytorch")
+    package.DALLE, package.DiscreteVAE = Recorder, lambda **words: SimpleNamespace(**words)
+    monkeypatch.setitem(sys.modules, "dalle_pytorch", package)
+
+
+def test_the_other_package_is_timed_with_the_same_shapes(their_package):
+    run = TrainBenchmark(**QUICK, backends=("blocks",), rounds=1, against="dalle-pytorch")
+    report = benchmark_training(run)
+    line = report["contenders"]["dalle-pytorch"]
+    assert line["precision"] == "fp32"
+    assert line["attn_types"] == ["axial_row", "axial_col", "axial_row", "axial_row"]
+    assert line["parameters"] == 3
+    assert report["contenders"]["blocks"]["times_as_fast_as_dalle-pytorch"] > 0
+    assert "mfu" not in line
+
+
+def test_its_step_trains_and_gets_our_shapes(their_package):
+    step = DallePytorchStep(CONFIG, 3, ("full",), torch.device("cpu"))
+    step()
+    assert step.model.shapes == ((3, 6), (3, 16))
+    assert (step.model.weight < 1).all()
+    words = step.model.words
+    assert (words["dim"], words["depth"], words["heads"], words["dim_head"]) == (16, 2, 2, 8)
+    assert (words["num_text_tokens"], words["text_seq_len"], words["vae"].num_tokens) == (11, 6, 13)
+    assert words["vae"].image_size // 2 ** words["vae"].num_layers == 4
+
+
+def test_a_grid_that_it_cannot_have_is_refused(their_package):
+    with pytest.raises(ValueError, match="square grids of a power of 2, got 4 x 6"):
+        DallePytorchStep(replace(CONFIG, grid=(4, 6)), 1, ("full",), torch.device("cpu"))
+
+
+def test_without_it_the_message_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dalle_pytorch", None)
+    with pytest.raises(ValueError, match=r"pip install dalle-pytorch==1\.6\.6"):
+        DallePytorchStep(CONFIG, 1, ("full",), torch.device("cpu"))
+    assert "pytorch_lightning.utilities.distributed" not in sys.modules
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory, attention, scales
+# ---------------------------------------------------------------------------------------------
+
+
+def test_plain_losses_equal_the_chunked_ones():
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    nn.init.normal_(model.to_logits.weight)
+    ids = model.layout.pack(model.layout.pad_text([[3, 1], [], [5]]), torch.randint(13, (3, 16)))
+    torch.testing.assert_close(plain_cross_entropies(model, ids), cross_entropies(model, ids, 20))
+
+
+def test_peak_memory_of_a_process_is_not_that_of_its_parent():
+    """Linux hands the parent's peak on to `getrusage` of the child, which would hide what a variant saves."""
+    ballast = torch.ones(2**28)
+    program = "from dalle.train.loggers import peak_memory; print(peak_memory())"
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 0 < float(child.stdout) < peak_memory() - 0.25
+    del ballast
+
+
+class Inline:
+    """A pool that works in this process."""
+
+    def __init__(self, **_):
+        pass
+
+    __enter__, __exit__ = lambda self: self, lambda self, *_: None
+
+    def submit(self, work, *words):
+        return SimpleNamespace(result=lambda: work(*words))
+
+
+def test_each_variant_of_memory_is_reported(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("dalle.benchmarks.memory.ProcessPoolExecutor", Inline)
+    path = tmp_path / "report.json"
+    benchmark_memory(MemoryBenchmark(**QUICK, batch_size=2, json=path))
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert list(report["peak_gib"]) == list(VARIANTS)
+    assert report["joint_logits_gib"] == 4 * 2 * 22 * (11 + 6 + 13) / 2**30
+    assert "chunked logits, recompute" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_chunks_of_logits_save_what_they_should_measured_in_processes_of_their_own():
+    """8,192 logits for each of 2 x 1,040 positions, 0.13 GiB in fp32, and their gradients are what chunks save."""
+    config = TransformerConfig(1, 2, 8, 16, (32, 32), 8192, 8192)
+    report = benchmark_memory(MemoryBenchmark(model=config, batch_size=2, precision="fp32", device="cpu"))
+    assert report["peak_gib"]["chunked logits"] < report["peak_gib"]["plain logits"] - 0.1
+
+
+def test_attention_is_timed_by_kind_and_summed_over_the_mix(tmp_path):
+    path = tmp_path / "report.json"
+    model = TransformerConfig(depth=6, heads=2, head_width=8, text_len=6, grid=(4, 4), conv_kernel=3)
+    benchmark_attention(
+        AttentionBenchmark(
+            model=model,
+            backends=("auto", "sdpa"),
+            heads=2,
+            rounds=1,
+            precision="fp32",
+            device="cpu",
+            json=path,
+        )
+    )
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["layers"] == {"row": 4, "column": 1, "conv": 1}
+    layer = report["seconds_of_a_layer"]
+    mix = 4 * layer["auto row"] + layer["auto column"] + layer["auto conv"]
+    assert report["seconds_of_the_mix"]["auto"] == pytest.approx(mix)
+    assert report["seconds_of_the_mix"]["causal sdpa"] == pytest.approx(6 * layer["causal sdpa causal"])
+    assert set(report["times_as_fast"]) == {"auto as causal sdpa", "sdpa as causal sdpa"}
+
+
+def test_figure_12_is_drawn_from_the_log_of_a_run(tmp_path):
+    log = JSONLines(tmp_path / "log.jsonl", 0)
+    for step in range(3):
+        log.write(step, {"loss": 1.0, "log2_scales": [13.0 + step] * 8})
+    draw_scales(ScalesPicture(tmp_path, tmp_path / "new" / "scales.png"))
+    assert (tmp_path / "new" / "scales.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_without_scales_cannot_be_drawn(tmp_path):
+    with pytest.raises(ValueError, match="give the directory of a training run"):
+        draw_scales(ScalesPicture(tmp_path, tmp_path / "scales.png"))
+    JSONLines(tmp_path / "log.jsonl", 0).write(1, {"loss": 1.0})
+    with pytest.raises(ValueError, match="only runs with train"):
+        draw_scales(ScalesPicture(tmp_path, tmp_path / "scales.png"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"size": "13b"}, "unknown size '13b'; expected one of tiny"),
+        ({"rounds": 0}, "must be positive"),
+        ({"backends": ()}, "name at least one"),
+        ({"backends": ("flash9",)}, "unknown backend 'flash9'; expected one of auto"),
+        ({"peak_flops": -1.0}, "peak-flops must be positive"),
+    ],
+)
+def test_bad_settings_are_named(words, message):
+    with pytest.raises(ValueError, match=message):
+        TrainBenchmark(**words)
+
+
+@pytest.mark.parametrize(
+    ("run_class", "words", "message"),
+    [
+        (MemoryBenchmark, {"size": "13b"}, "unknown size '13b'"),
+        (MemoryBenchmark, {"batch_size": 0}, "batch-size must be positive"),
+        (AttentionBenchmark, {"heads": 0}, "must be positive"),
+        (AttentionBenchmark, {"backends": ("flash9",)}, "unknown backend 'flash9'"),
+    ],
+)
+def test_bad_settings_of_the_others_are_named(run_class, words, message):
+    with pytest.raises(ValueError, match=message):
+        run_class(**words)

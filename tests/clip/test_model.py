@@ -1,0 +1,314 @@
+"""The reranker: our CLIP, its objective, and open_clip's models from a file (dalle/clip, Radford et al. 2021)."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from dalle.clip import CLIP, CLIPConfig, CLIPScorer, PretrainedScorer
+from dalle.clip.model import prepare_pixels
+from dalle.clip.objective import CLIPObjective
+from dalle.pipelines.rerank import rank
+from dalle.types import Scorer
+
+CONFIG = CLIPConfig(
+    embed_width=8,
+    image_size=16,
+    patch_size=8,
+    vision_width=16,
+    vision_layers=1,
+    text_len=6,
+    text_vocab=20,
+    text_width=16,
+    text_layers=1,
+    head_width=8,
+)
+
+
+class Letters:
+    """A text tokenizer of one id per letter: a is 0, b is 1, ..."""
+
+    vocab_size = 20
+
+    def encode(self, caption: str) -> list[int]:
+        return [ord(letter) - ord("a") for letter in caption]
+
+
+@pytest.fixture
+def model() -> CLIP:
+    torch.manual_seed(0)
+    return CLIP(CONFIG)
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+class TestConfig:
+    def test_a_patch_that_does_not_divide_the_picture_is_refused(self):
+        with pytest.raises(ValueError, match="image_size 224 is not a multiple of patch_size 15"):
+            CLIPConfig(patch_size=15)
+
+    @pytest.mark.parametrize("name", ["vision_width", "text_width"])
+    def test_heads_that_do_not_divide_a_width_are_refused(self, name):
+        with pytest.raises(ValueError, match=f"{name} 100 is not a multiple of head_width 64"):
+            CLIPConfig(**{name: 100})
+
+
+class TestPackText:
+    def test_ids_then_the_end_mark_then_pads(self, model):
+        packed = model.pack_text([[3, 4], []])
+        assert packed.dtype == torch.int64
+        assert packed.tolist() == [[3, 4, 21, 20, 20, 20], [21, 20, 20, 20, 20, 20]]
+
+    def test_the_end_mark_is_the_highest_id(self, model):
+        """open_clip reads the state at the argmax of the ids."""
+        packed = model.pack_text([[0], [19, 19, 19], [5] * 5, []])
+        assert packed.argmax(dim=1).tolist() == [1, 3, 5, 0]
+        assert packed.max() == CONFIG.end == model.net.vocab_size - 1
+
+    def test_a_caption_too_long_is_cut_and_keeps_its_end_mark(self, model):
+        assert model.pack_text([list(range(10))]).tolist() == [[0, 1, 2, 3, 4, 21]]
+
+    def test_what_stands_after_the_end_mark_does_not_count(self, model):
+        packed = model.pack_text([[3, 4]])
+        other = packed.clone()
+        other[0, 3:] = 7
+        torch.testing.assert_close(model.encode_text(packed), model.encode_text(other))
+
+    def test_every_id_of_the_caption_counts(self, model):
+        texts = model.encode_text(model.pack_text([[3, 4], [3, 5], [2, 4], [3, 4, 4]]))
+        assert len({tuple(text.tolist()) for text in texts.round(decimals=4)}) == 4
+
+
+class TestTowers:
+    def test_vectors_have_length_one(self, model, pixels):
+        for vectors in (model.encode_image(pixels), model.encode_text(model.pack_text([[1], [2], [3]]))):
+            assert vectors.shape == (3, 8)
+            torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
+
+    def test_pictures_of_another_size_are_resized(self, model):
+        large = torch.rand(2, 3, 40, 40)
+        resized = F.interpolate(large, size=(16, 16), mode="bicubic", antialias=True).clamp(0, 1)
+        torch.testing.assert_close(model.encode_image(large), model.encode_image(resized))
+
+    def test_pixels_outside_the_contract_are_refused(self, model, pixels):
+        with pytest.raises(ValueError, match="divide by 255"):
+            model.encode_image(pixels * 255)
+
+    def test_pixels_are_normalised_as_in_the_release(self):
+        grey = torch.full((1, 3, 4, 4), 0.5)
+        expected = (
+            torch.tensor([0.5] * 3) - torch.tensor([0.48145466, 0.4578275, 0.40821073])
+        ) / torch.tensor([0.26862954, 0.26130258, 0.27577711])
+        torch.testing.assert_close(prepare_pixels(grey, 4)[0, :, 0, 0], expected)
+
+    def test_the_scale_starts_at_one_over_0_07(self, model):
+        """Radford et al., section 2.5."""
+        assert model.logit_scale().item() == pytest.approx(1 / 0.07, rel=1e-4)
+
+    def test_the_scale_is_at_most_100(self, model):
+        with torch.no_grad():
+            model.net.logit_scale.fill_(10.0)
+        assert model.logit_scale().item() == 100.0
+
+
+class TestObjective:
+    def test_it_is_the_symmetric_cross_entropy_of_the_scaled_cosines(self, model, pixels):
+        """Radford et al., Figure 3, written out."""
+        text = model.pack_text([[1], [2, 3], [4]])
+        loss = CLIPObjective()(model, (pixels, text), 0)
+        cosines = model.encode_image(pixels) @ model.encode_text(text).T * model.net.logit_scale.exp()
+        terms = [cosines[i, i] - cosines[i].logsumexp(0) for i in range(3)]
+        terms += [cosines[i, i] - cosines[:, i].logsumexp(0) for i in range(3)]
+        torch.testing.assert_close(loss.total, -sum(terms) / 6)
+
+    def test_it_does_not_depend_on_the_order_of_the_pairs(self, model, pixels):
+        text, order = model.pack_text([[1], [2, 3], [4]]), [2, 0, 1]
+        losses = [
+            CLIPObjective()(model, batch, 0).total for batch in ((pixels, text), (pixels[order], text[order]))
+        ]
+        torch.testing.assert_close(*losses)
+
+    def test_a_batch_of_one_pair_has_nothing_to_confuse(self, model, pixels):
+        loss = CLIPObjective()(model, (pixels[:1], model.pack_text([[1]])), 0)
+        assert loss.total.item() == pytest.approx(0.0, abs=1e-6)
+        assert loss.metrics["picture_to_caption"] == 1.0
+
+    def test_pictures_without_a_caption_are_what_each_caption_must_not_prefer(self, model, pixels):
+        """The cross-entropy of each caption over all six pictures comes on top of the symmetric one."""
+        text, others = model.pack_text([[1], [2, 3], [4]]), pixels.flip(3)
+        loss = CLIPObjective()(model, (pixels, text, others), 0)
+        cosines = model.encode_text(text) @ model.encode_image(torch.cat([pixels, others])).T
+        scaled = cosines * model.net.logit_scale.exp()
+        more = -sum(scaled[i, i] - scaled[i].logsumexp(0) for i in range(3)) / 3
+        torch.testing.assert_close(loss.total, CLIPObjective()(model, (pixels, text), 0).total + more)
+        better = sum(cosines[i, i] > cosines[i, i + 3] for i in range(3)) / 3
+        assert loss.metrics["whole_over_broken"] == better
+
+    @pytest.mark.parametrize("pool", ["class", "average"])
+    def test_attention_written_out_is_the_fused_one(self, pool, pixels):
+        model = CLIP(replace(CONFIG, vision_pool=pool)).eval()
+        fused = model.net.encode_image(prepare_pixels(pixels, 16), normalize=True)
+        torch.testing.assert_close(model.encode_image(pixels), fused)
+
+    def test_both_towers_and_the_scale_learn(self, model, pixels):
+        CLIPObjective()(model, (pixels, model.pack_text([[1], [2, 3], [4]])), 0).total.backward()
+        for part in (model.net.visual.proj, model.net.text_projection, model.net.logit_scale):
+            assert part.grad.abs().sum() > 0
+
+    def test_training_on_three_pairs_tells_them_apart(self, model):
+        colours = torch.eye(3)[:, :, None, None].expand(3, 3, 16, 16)
+        batch = colours, model.pack_text([[1], [2, 3], [4]])
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        for step in range(40):
+            optimizer.zero_grad()
+            CLIPObjective()(model, batch, step).total.backward()
+            optimizer.step()
+        loss = CLIPObjective()(model, batch, 0)
+        assert loss.metrics["picture_to_caption"] == 1.0
+        assert loss.total < 0.1
+
+
+class TestScorer:
+    def test_it_keeps_the_protocol(self, model):
+        assert isinstance(CLIPScorer(model, Letters()), Scorer)
+
+    def test_a_score_is_the_cosine(self, model, pixels):
+        expected = model.encode_image(pixels) @ model.encode_text(model.pack_text([[1, 2]]))[0]
+        torch.testing.assert_close(CLIPScorer(model, Letters()).score(pixels, "bc"), expected)
+
+    @pytest.mark.parametrize("size", [16, 20])
+    def test_gradients_reach_the_pixels(self, model, size):
+        pixels = torch.rand(2, 3, size, size, requires_grad=True)
+        CLIPScorer(model, Letters()).score(pixels, "ab").sum().backward()
+        assert (pixels.grad.flatten(1).abs().sum(1) > 0).all()
+
+    def test_a_text_tokenizer_with_more_ids_is_refused(self, model):
+        text = Letters()
+        text.vocab_size = 21
+        with pytest.raises(ValueError, match="has 21 ids, this CLIP reads 20: they do not belong together"):
+            CLIPScorer(model, text)
+
+
+class Brightness:
+    """A scorer that needs no model."""
+
+    def score(self, pixels: torch.Tensor, caption: str) -> torch.Tensor:
+        return pixels.mean(dim=(1, 2, 3)).round(decimals=4)
+
+
+class TestRank:
+    grey = torch.tensor([0.2, 0.9, 0.5, 0.9])[:, None, None, None].expand(4, 3, 8, 8)
+
+    def test_the_best_comes_first_and_equals_keep_their_order(self):
+        order, scores = rank(Brightness(), self.grey, "a")
+        assert order.tolist() == [1, 3, 2, 0]
+        assert scores.tolist() == pytest.approx([0.9, 0.9, 0.5, 0.2])
+
+    @pytest.mark.parametrize("chunk", [1, 3, 4, 64])
+    def test_the_chunk_changes_nothing(self, chunk):
+        assert rank(Brightness(), self.grey, "a", chunk)[0].tolist() == [1, 3, 2, 0]
+
+    def test_a_score_that_is_not_finite_is_refused(self):
+        with pytest.raises(ValueError, match="not finite for 'a'"):
+            rank(Brightness(), self.grey * torch.nan, "a")
+
+
+# ---------------------------------------------------------------------------------------------
+# open_clip's models
+# ---------------------------------------------------------------------------------------------
+
+ARCHITECTURE = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 10, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def open_clip(tmp_path_factory):
+    """open_clip with a tiny architecture of the name "tiny-test"."""
+    open_clip = pytest.importorskip("open_clip")
+    folder = tmp_path_factory.mktemp("architectures")
+    (folder / "tiny-test.json").write_text(json.dumps(ARCHITECTURE))
+    open_clip.add_model_config(folder)
+    return open_clip
+
+
+@pytest.fixture(params=["safetensors", "pt"])
+def weights(request, open_clip, tmp_path):
+    """(file, model): random weights of the tiny architecture on disk."""
+    torch.manual_seed(0)
+    model = open_clip.create_model("tiny-test").eval()
+    file = tmp_path / f"weights.{request.param}"
+    if request.param == "pt":
+        torch.save(model.state_dict(), file)
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, file)
+    return file, model
+
+
+class Touch:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+class TestPretrainedScorer:
+    def test_it_scores_as_the_model_of_the_file(self, weights, open_clip):
+        file, model = weights
+        pixels = torch.rand(2, 3, 32, 32)
+        images = model.encode_image(prepare_pixels(pixels, 32), normalize=True)
+        text = model.encode_text(open_clip.get_tokenizer("tiny-test")(["a red circle"]), normalize=True)
+        scorer = PretrainedScorer("tiny-test", str(file))
+        torch.testing.assert_close(scorer.score(pixels, "a red circle"), (images @ text.T)[:, 0])
+        assert isinstance(scorer, Scorer)
+
+    def test_gradients_reach_pixels_of_any_size(self, weights):
+        pixels = torch.rand(1, 3, 48, 48, requires_grad=True)
+        PretrainedScorer("tiny-test", str(weights[0])).score(pixels, "a circle").sum().backward()
+        assert pixels.grad.abs().sum() > 0
+
+    def test_captions_that_are_cut_are_counted(self, weights):
+        """The context of ten holds eight ids beside the marks of start and end."""
+        scorer = PretrainedScorer("tiny-test", str(weights[0]))
+        pixels = torch.rand(1, 3, 32, 32)
+        for caption, cut in (("a " * 8, 0), ("a " * 9, 1), ("a", 1), ("a " * 30, 2)):
+            scorer.score(pixels, caption)
+            assert scorer.truncated == cut
+
+    def test_a_file_of_weights_runs_no_code(self, open_clip, tmp_path):
+        torch.save({"state_dict": Touch(tmp_path / "touched")}, tmp_path / "weights.pt")
+        with pytest.raises(pickle.UnpicklingError):
+            PretrainedScorer("tiny-test", str(tmp_path / "weights.pt"))
+        assert not (tmp_path / "touched").exists()
+
+    @pytest.fixture
+    def no_network(self, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise AssertionError("a download was tried")
+
+        monkeypatch.setattr("socket.socket.connect", refuse)
+        monkeypatch.setattr("open_clip.create_model", refuse)
+
+    @pytest.mark.parametrize("missing", ["none.pt", "openai", "laion2b_s34b_b79k"])
+    def test_nothing_is_downloaded_unless_allowed(self, open_clip, no_network, missing):
+        with pytest.raises(
+            ValueError, match=f"no file {missing}; give a file of weights .* or allow the download"
+        ):
+            PretrainedScorer("ViT-B-32", missing)
+
+    def test_an_unknown_architecture_is_named(self, weights, no_network):
+        with pytest.raises(ValueError, match="open_clip knows no model 'no-such'"):
+            PretrainedScorer("no-such", str(weights[0]))

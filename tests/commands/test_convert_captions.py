@@ -1,0 +1,414 @@
+"""Public caption sets become a table: dalle/data/caption_datasets.py and dalle/commands/convert_captions.py.
+
+Each test writes a small file in exactly the form in which the set is published.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from PIL import Image
+
+from dalle.commands.convert_captions import ConvertRun, convert_captions
+from dalle.config import parse
+from dalle.data import long_json
+from dalle.data.caption_datasets import Format, published_files, read_published
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_captions.py"
+
+
+def pictures(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name)
+    return folder
+
+
+def table(path: Path) -> dict[str, list[str]]:
+    """The rows, in their order; no picture twice."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert all(sorted(row) == ["captions", "image"] for row in rows)
+    assert len({row["image"] for row in rows}) == len(rows)
+    return {row["image"]: row["captions"] for row in rows}
+
+
+def convert(tmp_path: Path, format: str, captions: Path, **changes):
+    run = ConvertRun(format, captions, tmp_path / "pictures", tmp_path / "table.jsonl")
+    done = convert_captions(replace(run, **changes))
+    return done, table(tmp_path / "table.jsonl")
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+# One published form after another
+
+
+COCO = {
+    "info": {
+        "description": "COCO 2017 Dataset",
+        "url": "http://cocodataset.org",
+        "version": "1.0",
+        "year": 2017,
+    },
+    "licenses": [
+        {"url": "http://creativecommons.org/licenses/by-nc-sa/2.0/", "id": 1, "name": "Attribution"}
+    ],
+    "images": [
+        {"license": 1, "file_name": "000000203564.jpg", "height": 400, "width": 600, "id": 203564},
+        {"license": 1, "file_name": "000000179765.jpg", "height": 480, "width": 640, "id": 179765},
+        {"license": 1, "file_name": "000000322141.jpg", "height": 480, "width": 640, "id": 322141},
+    ],
+    "annotations": [
+        {"image_id": 179765, "id": 38, "caption": "A black motorcycle \u00e0 la caf\u00e9"},
+        {"image_id": 203564, "id": 37, "caption": "A clock with a wheel.\n"},
+        {"image_id": 322141, "id": 49, "caption": "A room with sinks"},
+        {"image_id": 203564, "id": 181, "caption": "A bicycle as a clock"},
+        {"image_id": 203564, "id": 182, "caption": "A clock with a wheel."},
+        {"image_id": 99, "id": 183, "caption": "Of nothing"},
+        {"image_id": 179765, "id": 184, "caption": " "},
+    ],
+}
+
+
+def test_coco_has_several_captions_of_a_picture_anywhere_in_the_file(tmp_path):
+    pictures(
+        tmp_path / "pictures", "train2017/000000179765.jpg", "train2017/000000203564.jpg", "val2017/1.jpg"
+    )
+    done, rows = convert(tmp_path, "coco", write(tmp_path / "captions_train2017.json", json.dumps(COCO)))
+    assert rows == {
+        "pictures/train2017/000000179765.jpg": ["A black motorcycle à la café"],
+        "pictures/train2017/000000203564.jpg": ["A clock with a wheel.", "A bicycle as a clock"],
+    }
+    assert (done.pictures, done.captions, done.without_caption) == (2, 3, 1)
+    assert done.left_out == {"no such picture": 1, "not readable": 1, "no caption": 1}
+    assert done.examples["no such picture"] == "000000322141.jpg"
+
+
+def test_karpathys_splits(tmp_path):
+    image = {
+        "filepath": "val2014",
+        "sentids": [1, 2],
+        "filename": "COCO_val2014_000000391895.jpg",
+        "imgid": 0,
+    }
+    image |= {"split": "test", "cocoid": 391895}
+    image["sentences"] = [
+        {"tokens": ["a", "man"], "raw": "A man with a helmet.", "imgid": 0, "sentid": 770337},
+        {"tokens": ["a", "bike"], "raw": "A bike on a road.", "imgid": 0, "sentid": 771687},
+    ]
+    pictures(tmp_path / "pictures", "val2014/COCO_val2014_000000391895.jpg")
+    file = write(tmp_path / "dataset_coco.json", json.dumps({"images": [image], "dataset": "coco"}))
+    _, rows = convert(tmp_path, "karpathy", file)
+    assert list(rows.values()) == [["A man with a helmet.", "A bike on a road."]]
+
+
+CC = [
+    "a very typical bus station\thttp://lh6.example.com/IMG.jpg",
+    'sierra looked "stunning" in this top\thttp://78.example.com/tumblr.jpg?a=1',
+    '" young confused girl standing\thttp://media.example.com/x.png',
+    "a line that lacks its address",
+]
+
+
+def test_conceptual_captions_by_number_quotes_mean_nothing(tmp_path):
+    pictures(tmp_path / "pictures", "00000/000000001.jpg", "00000/000000002.webp", "00000/000000004.jpg")
+    done, rows = convert(tmp_path, "cc", write(tmp_path / "Train_GCC-training.tsv", *CC))
+    assert rows == {
+        "pictures/00000/000000001.jpg": ['sierra looked "stunning" in this top'],
+        "pictures/00000/000000002.webp": ['" young confused girl standing'],
+    }
+    assert done.left_out == {"no such picture": 1, "not readable": 1}
+    assert done.without_caption == 1
+
+
+@pytest.mark.parametrize("naming", ["md5", "sha256"])
+def test_conceptual_12m_has_the_address_first_names_by_hash(tmp_path, naming):
+    lines = ["\t".join(line.split("\t")[::-1]) for line in CC[:3]]
+    name = hashlib.new(naming, b"http://lh6.example.com/IMG.jpg").hexdigest()
+    pictures(tmp_path / "pictures", f"{name[:2]}/{name}.jpg")
+    file = tmp_path / "cc12m.tsv.gz"
+    file.write_bytes(gzip.compress("\n".join(["url\tcaption", *lines]).encode()))
+    _, rows = convert(tmp_path, "cc12m", file, naming=naming)
+    assert rows == {f"pictures/{name[:2]}/{name}.jpg": ["a very typical bus station"]}
+
+
+@pytest.mark.parametrize(("format", "header"), [("cc", "caption\turl"), ("cc12m", "url\tcaption")])
+def test_a_header_for_the_downloader_is_no_record(tmp_path, format, header):
+    file = write(tmp_path / "captions.tsv", header, "first\tsecond")
+    (record,) = read_published(file, format)
+    assert record == ("0", ["first" if format == "cc" else "second"])
+
+
+def test_redcaps_finds_a_picture_in_the_folder_of_its_subreddit(tmp_path):
+    def post(subreddit, image_id, caption):
+        more = {
+            "author": "a",
+            "score": 9,
+            "created_utc": 1,
+            "permalink": f"/r/{subreddit}",
+            "crosspost_parents": None,
+        }
+        link = {
+            "url": f"https://i.redd.it/{image_id}.jpg",
+            "raw_caption": caption.upper(),
+            "caption": caption,
+        }
+        return {"image_id": image_id, "subreddit": subreddit} | link | more
+
+    info = {
+        "start_date": "2017-01-01",
+        "end_date": "2017-12-31",
+        "url": "https://redcaps.xyz",
+        "version": "1.0",
+    }
+    folder = tmp_path / "annotations"
+    for subreddit, posts in {"birds": [("1", "a wren"), ("2", "an owl")], "cats": [("1", "mlem")]}.items():
+        data = {"info": info, "annotations": [post(subreddit, *words) for words in posts]}
+        write(folder / f"{subreddit}_2017.json", json.dumps(data))
+    pictures(tmp_path / "pictures", "birds/1.jpg", "cats/1.jpg", "cats/2.jpg")
+    done, rows = convert(tmp_path, "redcaps", folder)
+    assert rows == {"pictures/birds/1.jpg": ["a wren"], "pictures/cats/1.jpg": ["mlem"]}
+    assert done.examples["no such picture"] == "birds/2"  # never the owl with a cat's picture
+
+
+def test_localized_narratives_with_and_without_leading_zeros(tmp_path):
+    def line(dataset, image, caption):
+        timed = [{"utterance": "In this", "start_time": 0.0, "end_time": 0.4}]
+        item = {"dataset_id": dataset, "image_id": image, "annotator_id": 93, "caption": caption}
+        return json.dumps(item | {"timed_caption": timed, "traces": [[{"x": 0.2, "y": -0.1, "t": 0}]]})
+
+    folder = tmp_path / "narratives"
+    write(folder / "coco_val_localized_narratives.jsonl", line("mscoco_val2017", "137576", "cows"), "{broken")
+    write(
+        folder / "open_images_train_v6_localized_narratives-00000-of-00010.jsonl",
+        line("open_images_train", "000a1249af2bc5f0", "a tree"),
+        line("open_images_train", "000a1249af2bc5f0", "a tall tree"),
+    )
+    pictures(tmp_path / "pictures", "000a1249af2bc5f0.jpg", "val2017/000000137576.jpg")
+    done, rows = convert(tmp_path, "narratives", folder)
+    assert rows == {
+        "pictures/000a1249af2bc5f0.jpg": ["a tree", "a tall tree"],
+        "pictures/val2017/000000137576.jpg": ["cows"],
+    }
+    assert done.examples == {"not readable": "coco_val_localized_narratives.jsonl, line 2: not a JSON object"}
+
+
+def test_flickr(tmp_path):
+    lines = ["1000092795.jpg#0\tTwo young guys .", "1000092795.jpg#1\tTwo friends .", "no number\tthere"]
+    pictures(tmp_path / "pictures", "1000092795.jpg")
+    done, rows = convert(tmp_path, "flickr", write(tmp_path / "results_20130124.token", *lines))
+    assert rows == {"pictures/1000092795.jpg": ["Two young guys .", "Two friends ."]}
+    assert done.left_out == {"not readable": 1}
+
+
+SVG = """\
+<?xml version="1.0" encoding="UTF-8" standalone="no"?>
+<svg xmlns="http://www.w3.org/2000/svg" xmlns:dc="http://purl.org/dc/elements/1.1/"
+     xmlns:cc="http://web.resource.org/cc/"
+     xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#" width="9" height="9">
+  <!-- a comment -->
+  <metadata><rdf:RDF><cc:Work rdf:about="">
+    <dc:publisher><cc:Agent><dc:title>Open Clip Art Library</dc:title></cc:Agent></dc:publisher>
+    <dc:title>{title}</dc:title>
+    <dc:subject><rdf:Bag><rdf:li>clip art</rdf:li><rdf:li>food</rdf:li>
+      <rdf:li>Soft  Drink</rdf:li></rdf:Bag></dc:subject>
+    <cc:license rdf:resource="http://creativecommons.org/licenses/publicdomain/"/>
+  </cc:Work></rdf:RDF></metadata>
+</svg>
+"""
+
+
+def test_open_clip_art_takes_title_and_new_keywords(tmp_path):
+    folder = tmp_path / "clipart"
+    write(folder / "food" / "cup.svg", SVG.format(title="soft drink in a cup"))
+    write(folder / "tools" / "cup.svg", SVG.format(title="hammer"))
+    write(folder / "plain.svg", '<svg xmlns="http://www.w3.org/2000/svg"/>')
+    write(folder / "broken.svg", "<svg><path>")
+    pictures(folder, "food/cup.png", "plain.png", "broken.png")
+    done, rows = convert(tmp_path, "openclipart", folder, pictures=folder)
+    assert rows == {"clipart/food/cup.png": ["soft drink in a cup, food"]}
+    assert done.left_out == {"no such picture": 1, "no caption": 1, "not readable": 1}
+
+
+# Which picture a record means
+
+
+def test_a_name_that_two_pictures_bear_is_left_out(tmp_path):
+    pictures(tmp_path / "pictures", "a/7.jpg", "b/7.jpg", "8.jpg")
+    done, rows = convert(tmp_path, "flickr", write(tmp_path / "x.token", "7.jpg#0\tseven", "8.jpg#0\teight"))
+    assert rows == {"pictures/8.jpg": ["eight"]}
+    assert done.left_out == {"several pictures of that name": 1}
+
+
+def test_the_very_name_goes_before_the_same_number(tmp_path):
+    pictures(tmp_path / "pictures", "7.jpg", "007.jpg")
+    _, rows = convert(tmp_path, "flickr", write(tmp_path / "x.token", "007.jpg#0\ta", "7.jpg#0\tb"))
+    assert rows == {"pictures/007.jpg": ["a"], "pictures/7.jpg": ["b"]}
+
+
+def test_captions_that_are_no_utf8_are_counted_not_mended(tmp_path):
+    pictures(tmp_path / "pictures", "1.jpg", "2.jpg")
+    file = tmp_path / "x.token"
+    file.write_bytes(b"1.jpg#0\tcaf\xe9\n2.jpg#0\t\xe7\x8c\xab \xd9\x82\xd8\xb7\n")
+    done, rows = convert(tmp_path, "flickr", file)
+    assert rows == {"pictures/2.jpg": ["猫 قط"]}
+    assert done.left_out == {"not UTF-8": 1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs file names that are any bytes")
+def test_a_file_name_that_is_no_utf8_is_counted(tmp_path):
+    pictures(tmp_path / "pictures", "1.jpg")
+    os.rename(tmp_path / "pictures" / "1.jpg", os.fsencode(tmp_path / "pictures") + b"/caf\xe9.jpg")
+    pictures(tmp_path / "pictures", "2.jpg")
+    done, _ = convert(tmp_path, "flickr", write(tmp_path / "x.token", "2.jpg#0\tx"))
+    assert done.left_out == {"a file name that is not UTF-8": 1}
+
+
+# The table
+
+
+def test_paths_start_at_the_table_or_at_the_pictures(tmp_path, capsys):
+    pictures(tmp_path / "pictures", "a/1.jpg")
+    file = write(tmp_path / "x.token", "1.jpg#0\tone")
+    for out, path in {
+        "pictures/t.jsonl": "a/1.jpg",
+        "t.jsonl": "pictures/a/1.jpg",
+        "else/t.jsonl": "a/1.jpg",
+    }.items():
+        convert_captions(ConvertRun("flickr", file, tmp_path / "pictures", tmp_path / out))
+        assert list(table(tmp_path / out)) == [path]
+        assert ("--data.pictures" in capsys.readouterr().out) == (out == "else/t.jsonl")
+
+
+def test_the_table_is_the_same_again_and_replaces_the_old_one(tmp_path):
+    pictures(tmp_path / "pictures", *(f"{i}.jpg" for i in range(20)))
+    lines = [f"{i}.jpg#{k}\tcaption {k} of {i}" for k in range(3) for i in (*range(10, 20), *range(10))]
+    convert(tmp_path, "flickr", write(tmp_path / "x.token", *lines))
+    first = (tmp_path / "table.jsonl").read_bytes()
+    convert(tmp_path, "flickr", write(tmp_path / "x.token", *sorted(lines)))
+    assert (tmp_path / "table.jsonl").read_bytes() == first
+    assert list(table(tmp_path / "table.jsonl")) == sorted(f"pictures/{i}.jpg" for i in range(20))
+
+
+def test_a_run_that_fails_leaves_the_old_table_and_nothing_else(tmp_path):
+    pictures(tmp_path / "pictures", "1.jpg")
+    convert(tmp_path, "flickr", write(tmp_path / "x.token", "1.jpg#0\tone"))
+    before = sorted(tmp_path.iterdir())
+    old = (tmp_path / "table.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="finds a picture"):
+        convert(tmp_path, "flickr", write(tmp_path / "x.token", "2.jpg#0\ttwo"))
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "table.jsonl").read_bytes() == old
+
+
+# Files that are not what they should be
+
+
+def test_long_json_is_read_piece_by_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(long_json, "CHUNK", 7)  # every value is cut somewhere
+    records = list(
+        read_published(write(tmp_path / "c.json", json.dumps(COCO, indent=1, ensure_ascii=False)), "coco")
+    )
+    assert [record.captions for record in records[:2]] == [
+        ["A black motorcycle à la café"],
+        ["A clock with a wheel."],
+    ]
+    assert len(records) == len(COCO["annotations"])
+
+
+@pytest.mark.parametrize("length", [1, 40, 400, -3])
+def test_json_that_breaks_off_says_so(tmp_path, length):
+    file = write(tmp_path / "c.json", json.dumps(COCO)[:length])
+    with pytest.raises(ValueError, match="breaks off"):
+        list(read_published(file, "coco"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "'\\[' stands where '{' should"),
+        ('{"info": {}}', "no list 'annotations'"),
+        ('{"annotations": [oops]}', "not JSON"),
+        ('{"annotations" 1}', "stands where ':' should"),
+    ],
+)
+def test_json_of_another_form_says_so(tmp_path, text, said):
+    with pytest.raises(ValueError, match=said):
+        list(read_published(write(tmp_path / "c.json", text), "redcaps"))
+
+
+def test_a_value_without_end_is_not_read_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(long_json, "LONGEST", 100)
+    monkeypatch.setattr(long_json, "CHUNK", 10)
+    with pytest.raises(ValueError, match="longer than 100"):
+        list(read_published(write(tmp_path / "c.json", '{"annotations": ["' + "x" * 1000), "redcaps"))
+
+
+def test_a_broken_gzip_is_told(tmp_path):
+    pictures(tmp_path / "pictures", "0.jpg")
+    file = tmp_path / "cc.tsv.gz"
+    file.write_bytes(gzip.compress(b"caption\thttp://a\n" * 100)[:-9])
+    with pytest.raises(ValueError, match="cannot read"):
+        convert(tmp_path, "cc", file)
+
+
+def test_what_is_missing_is_told(tmp_path):
+    pictures(tmp_path / "pictures", "0.jpg")
+    file = write(tmp_path / "cc" / "a.tsv", "x\thttp://a")
+    run = ConvertRun("cc", file, tmp_path / "pictures", tmp_path / "t.jsonl")
+    for name in ("format", "captions", "pictures"):
+        with pytest.raises(ValueError, match=f"--{name} is missing"):
+            convert_captions(replace(run, **{name: None}))
+    with pytest.raises(ValueError, match=r"no folder .*fetched"):
+        convert_captions(replace(run, pictures=tmp_path / "none"))
+    with pytest.raises(ValueError, match="no file or folder"):
+        convert_captions(replace(run, captions=tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"with \.json"):
+        published_files(tmp_path / "cc", "coco")
+    with pytest.raises(ValueError, match=r"must end in \.jsonl"):
+        replace(run, out=tmp_path / "table.csv")
+    with pytest.raises(ValueError, match="unknown format"):
+        read_published(file, "laion")
+    write(tmp_path / "cc" / "b.tsv", "y\thttp://b")
+    with pytest.raises(ValueError, match="2 files, each counts from 0"):
+        convert_captions(replace(run, captions=tmp_path / "cc"))
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "pictures", "1.jpg")
+    write(tmp_path / "x.token", "1.jpg#0\tone")
+    words = ["--format", "flickr", "--captions", "x.token"]
+    command([*words, "--pictures", "pictures"], monkeypatch)
+    assert "1 pictures with 1 captions" in capsys.readouterr().out
+    assert table(tmp_path / "table.jsonl") == {"pictures/1.jpg": ["one"]}
+    with pytest.raises(SystemExit, match="error: --pictures is missing"):
+        command(words, monkeypatch)
+
+
+def test_the_page_on_data_has_a_command_for_each_format():
+    page = (SCRIPT.parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    commands = [
+        line.split()[2:]
+        for line in page.splitlines()
+        if line.startswith("python scripts/convert_captions.py")
+    ]
+    runs = [parse(ConvertRun, words) for words in commands]
+    assert {run.format for run in runs} == set(get_args(Format))
+    assert all(run.captions and run.pictures for run in runs)
+
+
+def command(words: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert_captions.py", *words])
+    runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -1,0 +1,166 @@
+"""Curves of runs as pictures (scripts/plot.py, dalle/commands/plot.py)."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dalle.commands.plot import CurvesPicture, draw_curves, plot_losses
+from dalle.viz.curves import smoothed
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "plot.py"
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    """Two runs of a transformer, the second without evaluations."""
+    for name, shift in (("one", 0.0), ("two", 1.0)):
+        (tmp_path / name).mkdir()
+        lines = [
+            {
+                "step": 1,
+                "loss": 5 + shift,
+                "chance/loss": 6.0,
+                "gradient_norm": 1.0,
+                "log2_scales": [13.0, 13.0],
+            }
+        ]
+        lines += [{"step": step, "loss": 5 / step + shift, "gradient_norm": 1.0} for step in range(2, 6)]
+        lines += [{"step": 5, "eval/loss": 1.5}] if name == "one" else []
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [tmp_path / "one", tmp_path / "two"]
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """The figures that were saved."""
+    figures, save = [], Figure.savefig
+
+    def keep(figure, *rest, **more):
+        figures.append(figure)
+        save(figure, *rest, **more)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
+def curves(axis) -> list[tuple[list[float], list[float]]]:
+    return [
+        ([float(x) for x in line.get_xdata()], [float(y) for y in line.get_ydata()])
+        for line in axis.get_lines()
+    ]
+
+
+def test_each_run_has_its_curve_its_evaluations_and_its_chance(runs, drawn, tmp_path):
+    draw_curves(CurvesPicture(tuple(runs), out=tmp_path / "new" / "curves.png"))
+    (axis,) = drawn[0].axes
+    one, evaluated, chance, two, _ = curves(axis)
+    assert one == ([1, 2, 3, 4, 5], [5.0, 2.5, 5 / 3, 1.25, 1.0])
+    assert evaluated == ([5.0], [1.5])
+    assert chance[1] == [6.0, 6.0]
+    assert two[1][0] == 6.0
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["one", "two"]
+    assert Image.open(tmp_path / "new" / "curves.png").width > 300
+
+
+def test_metrics_labels_and_axes_are_as_asked(runs, drawn, tmp_path):
+    draw_curves(
+        CurvesPicture(
+            tuple(runs),
+            metrics=("gradient_norm", "loss"),
+            labels=("AdamW", "Muon"),
+            log_x=True,
+            log_y=True,
+            chance=False,
+            out=tmp_path / "curves.png",
+        )
+    )
+    first, second = drawn[0].axes
+    assert (first.get_title(), second.get_title()) == ("gradient_norm", "loss")
+    assert (first.get_xscale(), first.get_yscale()) == ("log", "log")
+    assert len(curves(second)) == 3
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["AdamW", "Muon"]
+
+
+def test_a_log_file_is_a_run_and_runs_of_one_name_are_told_apart(runs, drawn, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = runs[0].rename(tmp_path / "other" / "two")
+    draw_curves(CurvesPicture((other / "log.jsonl", runs[1]), out=tmp_path / "curves.png"))
+    names = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert names == [str(other / "log.jsonl"), str(runs[1])]
+
+
+def test_smoothing_is_a_running_mean_corrected_for_its_start():
+    assert smoothed([3.0, 1.0, 2.0], 0.0) == [3.0, 1.0, 2.0]
+    assert smoothed([3.0, 3.0, 3.0], 0.9) == pytest.approx([3.0] * 3)
+    assert smoothed([4.0, 1.0], 0.5) == pytest.approx([4.0, (4 + 2 * 1) / 3])
+
+
+def test_the_rows_of_the_quick_start(runs, drawn, tmp_path):
+    plot_losses({"transformer": runs[0], "clip": runs[1]}, tmp_path / "losses.png")
+    titles = [axis.get_title() for axis in drawn[0].axes if axis.get_visible()]
+    assert titles == [
+        "transformer: loss",
+        "transformer: image_nats",
+        "transformer: text_nats",
+        "clip: loss",
+        "clip: picture_to_caption",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({}, "say which runs to draw"),
+        ({"runs": ("nowhere",)}, "no log nowhere/log.jsonl; give the directory of a training run"),
+        (
+            {"runs": ("one",), "metrics": ("los",)},
+            "no run has 'los' in its log; there are chance/loss, eval/loss",
+        ),
+        ({"runs": ("empty",)}, "the logs are empty"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(words, message, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "log.jsonl").write_text("")
+    with pytest.raises(ValueError, match=message):
+        draw_curves(CurvesPicture(**words | {"runs": tuple(map(Path, words.get("runs", ())))}))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"smooth": 1.0}, "smooth must lie"),
+        ({"runs": (Path("a"),), "labels": ("a", "b")}, "2 labels for 1 runs"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        CurvesPicture(**words)
+
+
+def script(monkeypatch, *words) -> None:
+    monkeypatch.setattr(sys, "argv", ["scripts/plot.py", *map(str, words)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_the_script_takes_runs_by_place(runs, drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    script(monkeypatch, *runs, "--smooth", "0.5", "--log-x", "--labels", "a", "b")
+    assert "wrote curves.png" in capsys.readouterr().out
+    assert curves(drawn[0].axes[0])[0][1][1] == pytest.approx((5 + 2 * 2.5) / 3)
+
+
+def test_the_help_teaches(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script(monkeypatch, "--help")
+    assert stop.value.code == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "python scripts/plot.py runs/transformer" in said
+    for words in ("--smooth", "--log-x", "ln(vocabulary)", "eval/NAME"):
+        assert words in said

@@ -1,0 +1,242 @@
+"""Sets of every form on disk with something broken in each: check_data names it, a run ends on it, resuming is exact.
+
+What the sources themselves do is in test_sources.py and test_tables.py, the stage on tars and folders in
+test_check_data.py.
+"""
+
+import json
+import re
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.formats import COUNT, FORMS, IDS, picture
+from PIL import Image
+
+from dalle.data import PairsConfig, PairsLoader, StepOfPairs, draw_captions, open_pairs
+from dalle.io.files import read_json
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "check_data.py"
+GOOD = 8
+
+
+# check_data.
+
+
+def good_rows() -> list[tuple[str | None, object]]:
+    """(path, caption) of pictures that can be used."""
+    return [(f"images/{i}.png", f"a picture with the number {i}") for i in range(GOOD)]
+
+
+def write_pictures(place: Path) -> None:
+    (place / "images").mkdir(parents=True)
+    for i in range(GOOD):
+        (place / "images" / f"{i}.png").write_bytes(picture(20 * i))
+    (place / "images" / "cut.png").write_bytes(picture(1)[:50])
+    (place / "images" / "page.png").write_bytes(b"<html>404</html>")
+
+
+def broken_csv(place: Path) -> tuple[Path, dict[str, str]]:
+    """A table with a broken row of each kind, and what each is to be called."""
+    write_pictures(place)
+    rows = [f'{path},"{text}"' for path, text in good_rows()]
+    rows += [
+        "images/gone.png,one",
+        "images/cut.png,two",
+        "images/page.png,three",
+        "images/0.png,",
+        ",five",
+        "six",
+    ]
+    lines = "\n".join(["image,caption", *rows]).encode() + b"\nimages/1.png,caf\xe9\n../up.png,eight\n"
+    (place / "set.csv").write_bytes(lines)
+    (place.parent / "up.png").write_bytes(picture(1))
+    return place / "set.csv", {
+        "images/gone.png": "missing twin",
+        "images/cut.png": "truncated",
+        "images/page.png": "wrong type",
+        "images/0.png": "empty caption",
+        "set.csv:14": "missing twin",
+        "set.csv:15": "broken row",
+        "images/1.png": "caption not UTF-8",
+        "../up.png": "leaves the folder",
+    }
+
+
+def broken_jsonl(place: Path) -> tuple[Path, dict[str, str]]:
+    write_pictures(place)
+    rows = [json.dumps({"image": path, "caption": text}) for path, text in good_rows()]
+    rows += [
+        '{"image": "images/gone.png", "caption": "one"}',
+        '{"image": "images/0.png"}',
+        '{"caption": "three"}',
+    ]
+    rows += ["{broken", "[1]", '{"image": "images/cut.png", "caption": ["x", "y"]}']
+    (place / "set.jsonl").write_text("\n".join(rows))
+    return place / "set.jsonl", {
+        "images/gone.png": "missing twin",
+        "images/0.png": "empty caption",
+        "set.jsonl:11": "missing twin",
+        "set.jsonl:12": "broken row",
+        "set.jsonl:13": "broken row",
+        "images/cut.png": "truncated",
+    }
+
+
+def embedded(i: int, data: bytes | None) -> dict:
+    return {"image": data and {"bytes": data, "path": None}, "caption": f"a picture with the number {i}"}
+
+
+def embedded_rows() -> list[dict]:
+    rows = [embedded(i, picture(20 * i)) for i in range(GOOD)]
+    rows += [embedded(9, picture(1)[:50]), embedded(10, b"<html>404</html>"), embedded(11, None)]
+    return [*rows, {"image": {"bytes": picture(1), "path": None}, "caption": None}]
+
+
+EMBEDDED = dict(
+    zip(range(GOOD, GOOD + 4), ("truncated", "wrong type", "missing twin", "empty caption"), strict=True)
+)
+
+
+def broken_parquet(place: Path) -> tuple[Path, dict[str, str]]:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    place.mkdir()
+    parquet.write_table(pa.Table.from_pylist(embedded_rows()), place / "a.parquet", row_group_size=5)
+    (place / "b.parquet").write_bytes(b"PAR1 nothing")
+    return place, {f"a.parquet/{i}": cause for i, cause in EMBEDDED.items()} | {
+        "b.parquet": "unreadable shard"
+    }
+
+
+def broken_hub(place: Path) -> tuple[Path, dict[str, str]]:
+    datasets = pytest.importorskip("datasets")
+    rows = embedded_rows()
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    features = datasets.Features({"image": datasets.Image(decode=False), "caption": datasets.Value("string")})
+    datasets.Dataset.from_dict(columns, features).save_to_disk(str(place))
+    return place, {f"row {i}": cause for i, cause in EMBEDDED.items()}
+
+
+def check(path: Path, monkeypatch, capsys, *words) -> tuple[int, str]:
+    """Exit status of the command, and what it said."""
+    given = [
+        "check_data.py",
+        "--data.path",
+        str(path),
+        "--data.workers",
+        "0",
+        "--data.resolution",
+        "16",
+        *words,
+    ]
+    monkeypatch.setattr(sys, "argv", given)
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as stop:
+        said = stop.code if isinstance(stop.code, str) else ""
+        return (1 if said else stop.code or 0), capsys.readouterr().out + said
+    return 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", [broken_csv, broken_jsonl, broken_parquet, broken_hub])
+def test_check_data_names_what_is_broken_in_each_form_and_its_status_tells(
+    form, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    path, expected = form(tmp_path / "set")
+    status, said = check(path, monkeypatch, capsys)
+    report = read_json(tmp_path / "runs" / "check" / "report.json")
+    assert status == 0, said  # a few are borne
+    assert f"broken: {len(expected)} of {GOOD + len(expected)}" in said
+    assert {named["name"]: named["cause"] for named in report["broken"]["named"]} == expected
+    assert (report["usable"], report["captions"]) == (GOOD, GOOD)
+    lines = (tmp_path / "runs" / "check" / "skipped.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["name"] for line in lines) == sorted(expected)
+    assert Image.open(tmp_path / "runs" / "check" / "sheet.png").width > 0
+    status, said = check(path, monkeypatch, capsys, "--max-broken", "0")
+    assert status == 1
+    assert (
+        f"error: {len(expected)} of {GOOD + len(expected)} samples cannot be used, more than --max-broken 0"
+        in said
+    )
+
+
+# The order, and going on.
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A batch as what is compared."""
+
+    def __call__(self, batch, step):
+        return (
+            list(batch.samples),
+            torch.from_numpy(batch.pixels).sum((1, 2, 3)).tolist(),
+            draw_captions(batch, 5),
+        )
+
+
+@pytest.mark.parametrize(("form", "columns"), FORMS, ids=IDS)
+def test_every_form_goes_on_at_the_same_sample_with_any_number_of_workers(tmp_path, form, columns):
+    path = str(form(tmp_path))
+    pairs = open_pairs(PairsConfig(path, resolution=16, caption_column=columns, held_out_path=path))
+
+    def stream(workers: int, first: int, steps: int, rank: int = 0, world: int = 1) -> list:
+        task = StepOfPairs(pairs, 4, 7, "dvae", Seen(), rank, world)
+        with PairsLoader(task, steps, workers) as batches:
+            return [batches(step) for step in range(first, steps)]
+
+    steps = 2 * COUNT // 4  # two epochs
+    whole = stream(0, 0, steps)
+    assert stream(2, 0, 2) + stream(1, 2, steps) == whole
+    ranks = [stream(rank, 2, steps, rank, 2) for rank in range(2)]  # of two processes, the one with a worker
+    together = [tuple([*a, *b] for a, b in zip(*shares, strict=True)) for shares in zip(*ranks, strict=True)]
+    assert together == whole[2:]
+    for epoch in range(2):
+        seen = [sample for samples, *_ in whole for sample in samples if sample[0] == epoch]
+        assert sorted(index for _, index in seen) == list(range(COUNT))
+
+
+# A run that meets too much.
+
+
+@pytest.fixture
+def mostly_broken(tmp_path):
+    """130 of 160 pictures break off."""
+    (tmp_path / "set").mkdir()
+    for i in range(160):
+        data = picture(i, size=(40, 40))
+        (tmp_path / "set" / f"{i:03}.png").write_bytes(data if i % 16 < 3 else data[:50])
+        (tmp_path / "set" / f"{i:03}.txt").write_text(f"a picture with the number {i}")
+    return tmp_path / "set"
+
+
+def test_a_training_ends_in_one_sentence_above_the_set_rate(mostly_broken, tiny_configs, tmp_path, python):
+    words = [
+        "scripts/train_dvae.py",
+        "--config",
+        tiny_configs / "dvae" / "shapes.yaml",
+        "--data.path",
+        mostly_broken,
+    ]
+    words += ["--train.batch-size", "40", "--eval-pictures", "2", "--data.workers", "0", "--steps", "4"]
+    stopped = python([*words, "--out", "stopped"], tmp_path)
+    assert stopped.returncode == 1
+    said = [line for line in stopped.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert "samples cannot be used" in said[0]
+    assert "more than 1.0%" in said[0]
+    assert "truncated; each is named in stopped/skipped.jsonl" in said[0]
+    faults, tried = map(int, re.match(r"error: (\d+) of (\d+) samples", said[0]).groups())
+    assert 100 < faults < tried <= 160  # of those asked for and those read in their place, some are good
+    assert "raise --data.max-skipped" in said[0]
+    assert "Traceback" not in stopped.stderr
+    named = [json.loads(line) for line in (tmp_path / "stopped" / "skipped.jsonl").read_text().splitlines()]
+    assert len(named) > 100
+    assert {line["cause"] for line in named} == {"truncated"}
+    borne = python([*words, "--data.max-skipped", "0.9", "--out", "borne"], tmp_path)
+    assert borne.returncode == 0, borne.stderr
+    assert (tmp_path / "borne" / "checkpoints" / "latest").read_text().strip() == "step-00000004"

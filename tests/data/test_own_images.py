@@ -1,0 +1,82 @@
+"""A folder of pictures and a CSV become a small trained model by four commands, as a newcomer gives them."""
+
+import csv
+import json
+
+import pytest
+from data.test_dataloader import BAD, write_folder
+from data.test_dataloader import write_tar as write_broken_tar
+from PIL import Image
+
+from dalle.io.files import read_json
+
+COLOURS = {"red": (200, 30, 30), "grün": (30, 160, 60), "синий": (40, 60, 200), "黄色": (240, 220, 60)}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Forty pictures in two folders and pairs.csv, as Excel writes it; in some captions a comma and a line break."""
+    rows = [("file name", "image", "caption")]
+    for i in range(40):
+        name = f"photos/{'ab'[i % 2]}/Größe {i:02}.v2.JPG"
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        word, colour = list(COLOURS.items())[i % 4]
+        Image.new("RGB", (44 + i // 2, 40), colour).save(path)
+        rows.append((str(i), name, f'a "{word}" square, number {i}' + "\nseen twice" * (i % 9 == 0)))
+    with (tmp_path / "mine" / "pairs.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return tmp_path / "mine"
+
+
+@pytest.mark.filterwarnings("ignore:the vocabulary lacks letters")
+def test_four_commands_from_a_folder_and_a_csv_to_a_model_and_its_pictures(
+    pictures, tiny_configs, tmp_path, script
+):
+    def run(name, *words):
+        done = script(name, *words)
+        assert done.code == 0, done.err
+        return done.out
+
+    dvae, transformer = (tiny_configs / family / "shapes.yaml" for family in ("dvae", "transformer"))
+    data = ("--data.path", "mine")
+    run("train_tokenizer", "--config", transformer, *data)
+    run("train_dvae", "--config", dvae, *data)
+    run("encode_images", "--config", dvae, *data)
+    run("train_transformer", "--config", transformer, "--eval-pictures", "2")
+    prompt = ("--prompt", "eine größe 黄色 square", "--best-of", "1", "--keep", "1")
+    assert "no CLIP, so the pictures come unranked" in run(
+        "sample", *prompt, "--device", "cpu", "--out", "drawn"
+    )
+    said = read_json(tmp_path / "drawn" / "sample.json")
+    assert Image.open(tmp_path / "drawn" / said["pictures"][0]["file"]).size == (32, 32)
+    assert read_json(tmp_path / "runs" / "tokens" / "meta.json")["left_out"] == 0
+    assert not list((tmp_path / "runs").rglob("skipped*.jsonl"))
+
+
+def test_the_command_trains_past_five_kinds_of_broken_members_and_reports_exactly_those(
+    tiny_configs, tmp_path, script
+):
+    kinds = {i: cause for i, cause in BAD.items() if cause != "caption not UTF-8"}
+    assert len(kinds) == 5
+    write_broken_tar(tmp_path / "set.tar", kinds)
+    write_folder(tmp_path / "held-out", {})
+    words = ["--config", tiny_configs / "dvae" / "shapes.yaml", "--data.path", "set.tar", "--steps", "8"]
+    words += [
+        "--data.held-out-path",
+        "held-out",
+        "--eval-pictures",
+        "2",
+        "--data.workers",
+        "1",
+        "--out",
+        "run",
+    ]
+    done = script("train_dvae", *words)
+    assert done.code == 0, done.err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert sorted((int(line["name"].split("/")[1][:2]), line["cause"]) for line in lines) == sorted(
+        kinds.items()
+    )
+    assert "skipped 5 samples" in done.err + done.out
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step-00000008"

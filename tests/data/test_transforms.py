@@ -1,0 +1,277 @@
+"""Random crops of the paper (Listings 1 and 2): boxes for given draws, and the resize by area, against a slow twin."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle.data.transforms import (
+    AUGMENTS,
+    Crop,
+    apply_crop,
+    covered_pixels,
+    dvae_crop,
+    transform,
+    transformer_crop,
+)
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+# Where the crops lie.
+
+
+class Draws:
+    """A generator whose draws are given; it keeps the bounds that it was asked for, the upper one excluded."""
+
+    def __init__(self, *values):
+        self.values, self.bounds = list(values), []
+
+    def integers(self, low, high=None, size=None):
+        bounds = (0, low) if high is None else (low, high)
+        self.bounds += [bounds] * (size or 1)
+        drawn = [self.random() for _ in range(size or 1)]
+        return np.array(drawn) if size else drawn[0]
+
+    def random(self):
+        return self.values.pop(0)
+
+
+def test_listing_1_by_given_draws():
+    """400 x 300 at R = 256: a square of 300, resized to 288 .. 300 (12/8 R is beyond it), flipped below 0.5."""
+    rng = Draws(100, 0, 290, 5, 34, 0.49)
+    assert dvae_crop(400, 300, 256, rng) == Crop(100, 0, 300, 290, 5, 34, flip=True)
+    assert rng.bounds == [(0, 101), (0, 1), (288, 301), (0, 35), (0, 35)]
+
+
+def test_listing_1_of_a_large_picture():
+    rng = Draws(0, 200, 384, 128, 0, 0.5)
+    assert dvae_crop(1000, 1200, 256, rng) == Crop(0, 200, 1000, 384, 128, 0, flip=False)
+    assert rng.bounds == [(0, 1), (0, 201), (288, 385), (0, 129), (0, 129)]
+
+
+def test_listing_1_of_a_picture_smaller_than_nine_eighths():
+    rng = Draws(0, 0, 260, 1, 2, 0.9)
+    assert dvae_crop(260, 260, 256, rng) == Crop(0, 0, 260, 260, 1, 2, flip=False)
+    assert rng.bounds == [(0, 1), (0, 1), (260, 261), (0, 5), (0, 5)]
+
+
+def test_listing_2_by_given_draws():
+    """640 x 480 at R = 256: slack 160, so left is 3/8 to 5/8 of it, 5/8 excluded; resized to 256 .. 288."""
+    rng = Draws(60, 0, 288, 32, 7)
+    assert transformer_crop(640, 480, 256, rng) == Crop(60, 0, 480, 288, 32, 7)
+    assert rng.bounds == [(60, 100), (0, 1), (256, 289), (0, 33), (0, 33)]
+
+
+def test_listing_2_of_a_tall_picture_with_little_slack():
+    """Slack 1: 3 * 1 // 8 = 0 and 5 * 1 // 8 = 0, so the only offset is 0; the picture ends at 270."""
+    rng = Draws(0, 0, 270, 14, 14)
+    assert transformer_crop(270, 271, 256, rng) == Crop(0, 0, 270, 270, 14, 14)
+    assert rng.bounds == [(0, 1), (0, 1), (256, 271), (0, 15), (0, 15)]
+
+
+@pytest.mark.parametrize("crop_of", [dvae_crop, transformer_crop])
+def test_crops_of_any_size_lie_inside_and_never_enlarge(crop_of):
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        resolution = int(rng.integers(1, 65))
+        width, height = (int(side) for side in rng.integers(resolution, 4 * resolution + 1, size=2))
+        crop = crop_of(width, height, resolution, rng)
+        assert crop.side == min(width, height)
+        assert 0 <= crop.left <= width - crop.side
+        assert 0 <= crop.top <= height - crop.side
+        assert resolution <= crop.resized <= crop.side
+        assert 0 <= crop.inner_left <= crop.resized - resolution
+        assert 0 <= crop.inner_top <= crop.resized - resolution
+
+
+def test_listing_2_stays_in_the_middle_quarter_and_never_flips():
+    rng = np.random.default_rng(0)
+    crops = [transformer_crop(100, 36, 16, rng) for _ in range(2000)]
+    assert {crop.left for crop in crops} == set(range(24, 40))  # slack 64
+    assert not any(crop.flip for crop in crops)
+
+
+def test_listing_1_reaches_every_offset_and_flips_half_the_time():
+    rng = np.random.default_rng(0)
+    crops = [dvae_crop(48, 36, 16, rng) for _ in range(2000)]
+    assert {crop.left for crop in crops} == set(range(13))
+    assert {crop.resized for crop in crops} == set(range(18, 25))
+    assert sum(crop.flip for crop in crops) == pytest.approx(1000, abs=100)
+
+
+@pytest.mark.parametrize("crop_of", [dvae_crop, transformer_crop])
+def test_a_picture_smaller_than_the_resolution_is_refused(crop_of):
+    with pytest.raises(ValueError, match="picture of 300 x 255 is smaller than the 256 x 256 asked for"):
+        crop_of(300, 255, 256, np.random.default_rng(0))
+
+
+def coordinates(width, height):
+    """A picture whose red is x and whose green is y."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_crop_takes_the_square_in_the_square(flip):
+    picture = apply_crop(coordinates(60, 50), Crop(7, 3, 40, 40, 10, 20, flip), 16)
+    x, y = np.arange(7 + 10, 7 + 10 + 16), np.arange(3 + 20, 3 + 20 + 16)
+    array = np.asarray(picture)
+    assert picture.size == (16, 16)
+    assert (array[..., 0] == (x[::-1] if flip else x)).all()
+    assert (array[..., 1] == y[:, None]).all()
+
+
+# The resize by area.
+
+
+def by_area(square, size):
+    """The resize written out, pixel by pixel, in double precision: square (S, S, 3) -> (size, size, 3)."""
+    side = len(square)
+    scale = (side - 1) / (size - 1) if size > 1 else side / size  # align_corners
+
+    def covered(i):
+        """(pixel, length of it) for all that [i * scale, (i + 1) * scale) covers; beyond the rim the last goes on."""
+        start, end = i * scale, (i + 1) * scale
+        for cell in range(math.floor(start), math.ceil(end)):
+            yield min(cell, side - 1), min(cell + 1, end) - max(cell, start)
+
+    result = np.zeros((size, size, 3))
+    for y in range(size):
+        for x in range(size):
+            for row, height in covered(y):
+                for column, width in covered(x):
+                    result[y, x] += height * width * square[row, column]
+    return result / scale**2
+
+
+def resized(image, size):
+    """The whole picture by `apply_crop`, as values."""
+    return np.asarray(apply_crop(image, Crop(0, 0, image.width, size, 0, 0), size)).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("side", "size"),
+    [
+        (8, 8),
+        (9, 8),
+        (13, 8),
+        (17, 12),
+        (31, 16),
+        (40, 7),
+        (24, 5),
+        (23, 2),
+        (6, 1),
+        (2, 1),
+        (5, 4),
+        (37, 36),
+    ],
+)
+def test_a_resize_is_that_by_fractional_coverage(side, size):
+    image = noise(side, side)
+    expected = by_area(np.asarray(image).astype(float), size)
+    tie = abs(expected % 1 - 0.5) < 1e-3  # single precision may round these either way
+    wrong = (resized(image, size) != np.round(expected)) & ~tie
+    assert not wrong.any()
+    assert abs(resized(image, size) - expected).max() <= 0.501
+
+
+def test_a_row_by_hand():
+    """Five pixels to four: scale 4/3. The first covers one and a third; the last reaches beyond the rim."""
+    cells, weights = covered_pixels(5, 4)
+    row = np.zeros((4, 5))
+    np.add.at(row, (np.arange(4)[:, None], cells), weights)
+    expected = np.array([[3, 1, 0, 0, 0], [0, 2, 2, 0, 0], [0, 0, 1, 3, 0], [0, 0, 0, 0, 4]]) / 4
+    assert row == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_corners_are_aligned():
+    """The first pixel begins at the left rim; the last is the picture's last, whatever lies beside it."""
+    image = Image.fromarray(np.zeros((50, 50, 3), dtype=np.uint8))
+    image.paste("white", (49, 0, 50, 50))
+    values = resized(image, 12)
+    assert (values[:, -1] == 255).all()
+    assert (values[:, :-1] == 0).all()
+
+
+def test_a_square_of_the_right_size_stays_as_it_is():
+    assert (resized(noise(33, 33), 33) == np.asarray(noise(33, 33))).all()
+
+
+def test_halves_are_rounded_to_even():
+    """3 x 3 to 2 x 2 has a scale of 2, so the first pixel is the mean of four; 0.5 -> 0, 1.5 -> 2, 2.5 -> 2."""
+    for total, expected in ((2, 0), (6, 2), (10, 2), (14, 4)):
+        array = np.zeros((3, 3, 3), dtype=np.uint8)
+        array[0, 0] = total
+        assert resized(Image.fromarray(array), 2)[0, 0].tolist() == [expected] * 3
+
+
+def test_the_paper_sizes_agree_with_two_matrix_products():
+    """At R = 256 the slow twin takes minutes; dense matrices of the same weights do not."""
+    image = noise(640, 640)
+    cells, weights = covered_pixels(640, 330)
+    matrix = np.zeros((330, 640))
+    np.add.at(matrix, (np.arange(330)[:, None], cells), weights)
+    assert matrix.sum(axis=1) == pytest.approx(1, abs=1e-4)  # edges in single precision
+    values = np.einsum("yi,xj,ijc->yxc", matrix, matrix, np.asarray(image).astype(float), optimize=True)
+    window = np.asarray(apply_crop(image, Crop(0, 0, 640, 330, 40, 7, flip=True), 256)).astype(int)
+    assert abs(window[:, ::-1] - values[7:263, 40:296]).max() < 0.501
+
+
+def test_whole_pixels_would_be_another_thing():
+    """Pillow's box filter weights no pixel by the fraction covered; on noise that shows."""
+    image = noise(40, 40)
+    box = np.asarray(image.resize((30, 30), Image.Resampling.BOX)).astype(int)
+    assert abs(box - resized(image, 30)).mean() > 5
+
+
+def test_weights_are_shared_and_cannot_be_changed():
+    cells, weights = covered_pixels(20, 10)
+    assert covered_pixels(20, 10)[1] is weights
+    for array in (cells, weights):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+# The two together.
+
+
+def test_transform_without_augmentation_is_the_middle_and_draws_nothing():
+    array = np.asarray(transform(coordinates(60, 20), 20, "none", rng=None))
+    assert (array[..., 0] == np.arange(20, 40)).all()
+
+
+def test_transform_follows_the_listing_that_is_named():
+    image = coordinates(60, 50)
+    for augment, crop_of in (("dvae", dvae_crop), ("transformer", transformer_crop)):
+        crop = crop_of(60, 50, 16, np.random.default_rng(4))
+        expected = apply_crop(image, crop, 16)
+        assert transform(image, 16, augment, np.random.default_rng(4)).tobytes() == expected.tobytes()
+
+
+def test_an_unknown_augment_is_refused():
+    with pytest.raises(ValueError, match="unknown augment 'clip'; expected one of dvae, transformer, none"):
+        transform(coordinates(20, 20), 16, "clip", np.random.default_rng(0))
+
+
+def test_a_crop_is_a_function_of_the_generator_alone():
+    image = noise(70, 50)
+    for augment in ("dvae", "transformer"):
+        first, again, other = (
+            transform(image, 16, augment, np.random.default_rng(seed)).tobytes() for seed in (1, 1, 2)
+        )
+        assert first == again
+        assert first != other
+
+
+def test_augments_are_named_once():
+    assert AUGMENTS == ("dvae", "transformer", "none")
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_every_augment_gives_an_rgb_picture_of_the_resolution(augment):
+    picture = transform(noise(41, 67), 24, augment, np.random.default_rng(0))
+    assert (picture.size, picture.mode) == ((24, 24), "RGB")

@@ -1,0 +1,46 @@
+"""Every name in docs/paper.md exists."""
+
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NAMES = re.findall(r"`([^`]+)`", (ROOT / "docs" / "paper.md").read_text(encoding="utf-8"))
+PATHS = sorted({name for name in NAMES if "/" in name})
+DOTTED = sorted({name for name in NAMES if name.startswith("dalle.")})
+
+
+def test_the_page_names_code_and_tests():
+    assert len(PATHS) > 10
+    assert len(DOTTED) > 20
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_path_exists(path):
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("name", DOTTED)
+def test_name_exists(name):
+    resolve(name)
+
+
+def test_a_name_that_does_not_exist_is_caught():
+    with pytest.raises(AttributeError):
+        resolve("dalle.masks.no_such_mask")
+
+
+def resolve(name: str):
+    """The module, class, function or method of a dotted name."""
+    parts = name.split(".")
+    for split in range(len(parts), 0, -1):
+        try:
+            found = import_module(".".join(parts[:split]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[split:]:
+            found = getattr(found, attribute)
+        return found
+    raise AttributeError(name)

@@ -1,0 +1,375 @@
+"""The dVAE (sections 2.1, A.1): dalle/dvae/model.py, against the paper's counts and OpenAI's published modules."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dalle.dvae import DVAE, DVAEConfig
+from dalle.dvae.losses import gumbel_softmax, map_pixels, unmap_pixels
+from dalle.dvae.model import Block, Conv2d
+
+SMALL = DVAEConfig(widths=(8, 16, 32, 64), vocab_size=24, code_width=12)
+TINY = DVAEConfig(widths=(8, 8), downsampling=2, blocks_per_group=1, vocab_size=7, code_width=5)
+
+
+def build(config, seed=0):
+    """A dVAE whose biases are random too, as after training."""
+    torch.manual_seed(seed)
+    model = DVAE(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".b"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def random_pixels(*shape):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1))
+
+
+# Paper size: counts and names, without the memory.
+
+
+def released_shapes(widths, n_in, first, last, kernels):
+    """{key: shape} of one of the release's two state dicts."""
+    weights = {"input": first, "output.conv": last}
+    for group, width in enumerate(widths, start=1):
+        for block in (1, 2):
+            name, hidden = f"group_{group}.block_{block}", width // 4
+            sizes = [n_in, hidden, hidden, hidden, width]
+            if n_in != width:
+                weights[f"{name}.id_path"] = (width, n_in, 1, 1)
+            for i, kernel in enumerate(kernels):
+                weights[f"{name}.res_path.conv_{i + 1}"] = (sizes[i + 1], sizes[i], kernel, kernel)
+            n_in = width
+    shapes = {}
+    for name, shape in weights.items():
+        shapes[f"blocks.{name}.w"], shapes[f"blocks.{name}.b"] = shape, shape[:1]
+    return shapes
+
+
+@pytest.fixture(scope="module")
+def paper():
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.init, "normal_", lambda tensor, **_: tensor)  # nothing to fill
+        return DVAE(DVAEConfig())
+
+
+def shapes_of(module):
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("part", "parameters", "tensors"), [("encoder", 53_786_240, 74), ("decoder", 43_829_766, 76)]
+)
+def test_paper_size_has_the_releases_parameters(paper, part, parameters, tensors):
+    sizes = [tensor.numel() for tensor in getattr(paper, part).state_dict().values()]
+    assert (sum(sizes), len(sizes)) == (parameters, tensors)
+
+
+def test_encoder_has_the_releases_keys_and_shapes(paper):
+    first, last = (256, 3, 7, 7), (8192, 2048, 1, 1)
+    assert shapes_of(paper.encoder) == released_shapes([256, 512, 1024, 2048], 256, first, last, (3, 3, 3, 1))
+
+
+def test_decoder_has_the_releases_keys_and_shapes(paper):
+    first, last = (128, 8192, 1, 1), (6, 256, 1, 1)
+    assert shapes_of(paper.decoder) == released_shapes([2048, 1024, 512, 256], 128, first, last, (1, 3, 3, 3))
+
+
+def test_the_skip_path_has_a_convolution_only_where_the_width_changes(paper):
+    in_encoder, in_decoder = (
+        [name for name in part.state_dict() if name.endswith("id_path.w")]
+        for part in (paper.encoder, paper.decoder)
+    )
+    assert in_encoder == [f"blocks.group_{group}.block_1.id_path.w" for group in (2, 3, 4)]
+    assert in_decoder == [f"blocks.group_{group}.block_1.id_path.w" for group in (1, 2, 3, 4)]
+
+
+# Equal to the published modules on shared weights.
+
+
+@pytest.fixture
+def released():
+    return pytest.importorskip(
+        "dall_e", reason="OpenAI's package dall-e, the golden reference, is not installed"
+    )
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_value_and_gradient_equal_the_published_module(released, part):
+    ours = getattr(build(SMALL), part)
+    if part == "encoder":
+        theirs, x = released.Encoder(n_hid=8, vocab_size=24), random_pixels(2, 3, 32, 24)
+    else:
+        theirs, x = released.Decoder(n_hid=8, n_init=12, vocab_size=24), random_pixels(2, 24, 4, 3)
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(x), theirs(x))
+    ours(x).square().sum().backward()
+    theirs(x).square().sum().backward()
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter.grad, gradients[name].grad), name
+
+
+def test_encode_and_decode_follow_the_published_recipe(released):
+    model, pixels = build(SMALL), random_pixels(2, 3, 32, 32)
+    encoder = released.Encoder(n_hid=8, vocab_size=24)
+    decoder = released.Decoder(n_hid=8, n_init=12, vocab_size=24)
+    encoder.load_state_dict(model.encoder.state_dict())
+    decoder.load_state_dict(model.decoder.state_dict())
+    tokens = encoder(released.map_pixels(pixels)).argmax(dim=1)
+    codes = F.one_hot(tokens, 24).permute(0, 3, 1, 2).float()
+    pictures = released.unmap_pixels(torch.sigmoid(decoder(codes)[:, :3]))
+    assert torch.equal(model.encode(pixels), tokens.flatten(1))
+    torch.testing.assert_close(model.decode(tokens.flatten(1)), pictures)
+
+
+def test_initial_weights_are_normal_with_variance_one_over_fan_in():
+    torch.manual_seed(0)
+    conv = Conv2d(32, 64, 3)
+    assert conv.w.std().item() == pytest.approx(1 / math.sqrt(32 * 9), rel=0.03)
+    assert not conv.b.any()
+
+
+def test_residual_paths_are_scaled_by_one_over_the_squared_number_of_blocks():
+    assert DVAEConfig().residual_gain == 1 / 64  # 4 groups of 2 blocks
+    assert DVAEConfig(widths=(8, 8, 8), downsampling=4, blocks_per_group=1).residual_gain == 1 / 9
+    block = build(SMALL).encoder.blocks.group_2.block_1
+    x = random_pixels(1, 8, 4, 4)
+    torch.testing.assert_close(block(x), block.id_path(x) + block.res_path(x) / 64)
+
+
+# Any size by configuration.
+
+
+@pytest.mark.parametrize("blocks_per_group", [1, 3])
+@pytest.mark.parametrize(
+    ("downsampling", "widths"),
+    [(1, (8,)), (2, (8, 12)), (4, (4, 8, 8)), (8, (4, 8, 8, 4)), (1, (8, 8)), (2, (4,) * 5)],
+)
+def test_shapes_of_any_configuration(downsampling, widths, blocks_per_group):
+    config = DVAEConfig(widths, blocks_per_group, downsampling, vocab_size=11, code_width=6)
+    model, pixels = build(config), random_pixels(2, 3, 16, 24)
+    grid = (16 // downsampling, 24 // downsampling)
+    tokens = model.encode(pixels)
+    assert (tokens.shape, tokens.dtype) == ((2, grid[0] * grid[1]), torch.int64)
+    pictures = model.decode(tokens, grid)
+    assert (pictures.shape, pictures.dtype) == (pixels.shape, torch.float32)
+    assert pictures.min() >= 0
+    assert pictures.max() <= 1
+    assert (
+        len([name for name in model.state_dict() if name.endswith("conv_1.w")])
+        == 2 * len(widths) * blocks_per_group
+    )
+
+
+def test_the_grid_is_square_unless_given():
+    model = build(TINY)
+    assert model.decode(torch.zeros(1, 16, dtype=torch.int64)).shape == (1, 3, 8, 8)
+    assert model.decode(torch.zeros(1, 16, dtype=torch.int64), (2, 8)).shape == (1, 3, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"downsampling": 3}, r"power of two up to .* = 8, got 3"),
+        ({"downsampling": 16}, r"= 8, got 16 with 4 groups; add a width or lower it"),
+        ({"downsampling": 0}, "got 0"),
+        ({"downsampling": -2}, "got -2"),
+        ({"widths": ()}, "with 0 groups"),
+        ({"widths": (8, 16, 30, 64)}, "multiples of 4 .* got 30"),
+        ({"widths": (8, 16, 32, 0)}, "got 0"),
+        ({"widths": (8, 16, 32, -4)}, "got -4"),
+        ({"blocks_per_group": 0}, "blocks_per_group must be positive, got 0"),
+        ({"vocab_size": 0}, "vocab_size must be positive, got 0"),
+        ({"code_width": -1}, "code_width must be positive, got -1"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        DVAEConfig(**change)
+
+
+# What encode and decode promise.
+
+
+def test_encode_takes_the_most_likely_code_of_each_position_in_raster_order():
+    model, pixels = build(SMALL), random_pixels(1, 3, 16, 24)
+    with torch.no_grad():  # no code is more likely than the others on the whole
+        model.encoder.blocks.output.conv.b -= model.codebook_logits(pixels).mean(dim=(0, 2, 3))
+    logits, tokens = model.codebook_logits(pixels), model.encode(pixels)
+    assert logits.shape == (1, 24, 2, 3)
+    assert len(tokens.unique()) > 2
+    for row in range(2):
+        for column in range(3):
+            assert tokens[0, row * 3 + column] == logits[0, :, row, column].argmax()
+
+
+def test_encode_maps_pixels_inward_before_the_encoder():
+    model, pixels = build(SMALL), random_pixels(1, 3, 16, 16)
+    assert torch.equal(model.codebook_logits(pixels), model.encoder(0.8 * pixels + 0.1))
+
+
+def test_encode_and_decode_are_repeatable_and_keep_no_graph():
+    model, pixels = build(TINY), random_pixels(2, 3, 4, 4)
+    tokens = model.encode(pixels)
+    pictures = model.decode(tokens)
+    assert torch.equal(model.encode(pixels), tokens)
+    assert torch.equal(model.decode(tokens), pictures)
+    assert not pictures.requires_grad
+
+
+def test_each_token_draws_its_own_square():
+    """Without residual paths the decoder has 1x1 convolutions only, so a token reaches no further."""
+    model = build(DVAEConfig(widths=(8, 8, 8), downsampling=4, vocab_size=5, code_width=8, post_gain=0.0))
+    tokens = torch.zeros(1, 2 * 3, dtype=torch.int64)
+    changed = tokens.clone()
+    changed[0, 1 * 3 + 2] = 4  # row 1, column 2 of a grid of 2 x 3
+    difference = (model.decode(tokens, (2, 3)) != model.decode(changed, (2, 3))).any(dim=1)[0]
+    expected = torch.zeros(8, 12, dtype=torch.bool)
+    expected[4:8, 8:12] = True
+    assert torch.equal(difference, expected)
+
+
+def test_decode_drops_the_log_scale():
+    model, tokens = build(TINY), torch.arange(4)[None]
+    before = model.decode(tokens)
+    output = model.decoder.blocks.output.conv
+    with torch.no_grad():
+        output.w[3:] += 5
+        output.b[3:] -= 5
+    assert torch.equal(model.decode(tokens), before)
+    with torch.no_grad():
+        output.b[:3] += 0.5
+    assert not torch.equal(model.decode(tokens), before)
+
+
+def test_decode_is_the_unmapped_sigmoid_of_the_location():
+    model, tokens = build(TINY), torch.arange(4)[None]
+    codes = torch.zeros(1, 7, 2, 2)
+    codes[0, torch.arange(4), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])] = 1
+    mu, log_b = model.decoder(codes).chunk(2, dim=1)
+    torch.testing.assert_close(model.decode(tokens), ((torch.sigmoid(mu) - 0.1) / 0.8).clamp(0, 1))
+    torch.testing.assert_close(model.reconstruct(codes), (mu, log_b))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (torch.rand(3, 8, 8), r"must be \(B, 3, H, W\), got \(3, 8, 8\)"),
+        (torch.rand(1, 4, 8, 8), r"got \(1, 4, 8, 8\)"),
+        (torch.rand(1, 8, 8, 3), r"got \(1, 8, 8, 3\)"),
+        (torch.rand(0, 3, 8, 8), r"got none: \(0, 3, 8, 8\)"),
+        (torch.rand(1, 3, 0, 8), r"got none: \(1, 3, 0, 8\)"),
+        (
+            torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+            "must be float .* torch.uint8; divide uint8 pictures by 255",
+        ),
+        (torch.rand(1, 3, 9, 8), r"multiples of 2, got \(9, 8\); crop or resize first"),
+        (torch.rand(1, 3, 8, 7), r"multiples of 2, got \(8, 7\)"),
+        (torch.rand(1, 3, 8, 8) * 255, r"must lie in \[0, 1\], got .*; divide by 255"),
+        (torch.rand(1, 3, 8, 8) * 2 - 1, r"map \[-1, 1\] by \(x \+ 1\) / 2"),
+        (torch.full((1, 3, 8, 8), 1.2), "clamp to"),
+        (torch.full((1, 3, 8, 8), float("nan")), "NaN or infinite"),
+        (torch.rand(1, 3, 8, 8).index_fill(3, torch.tensor(5), float("inf")), "NaN or infinite"),
+    ],
+)
+def test_encode_refuses_what_are_no_pixels(pixels, message):
+    with pytest.raises(ValueError, match=message):
+        build(TINY).encode(pixels)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "grid", "message"),
+    [
+        (torch.tensor([[0, 1, 2, 3], [0, 1, 7, 3]]), None, r"in \[0, 7\), got 7 at row 1, position 2"),
+        (torch.tensor([[0, -1, 2, 3]]), None, r"in \[0, 7\), got -1 at row 0, position 1"),
+        (torch.zeros(1, 4), None, r"image_tokens must be int64 \(B, N\), got torch.float32"),
+        (torch.zeros(1, 2, 2, dtype=torch.int64), None, r"got torch.int64 \(1, 2, 2\)"),
+        (
+            torch.zeros(1, 6, dtype=torch.int64),
+            None,
+            r"6 tokens do not fill a grid of 2 x 2; give grid=\(rows, columns\)",
+        ),
+        (torch.zeros(1, 6, dtype=torch.int64), (2, 2), "6 tokens do not fill a grid of 2 x 2"),
+    ],
+)
+def test_decode_refuses_what_are_no_tokens(tokens, grid, message):
+    with pytest.raises(ValueError, match=message):
+        build(TINY).decode(tokens, grid)
+
+
+# Both sides of the relaxation are in fp32 whatever the precision of the rest (A.1, release).
+
+
+def test_the_relaxation_and_the_convolutions_beside_it_stay_fp32_under_autocast():
+    model, pixels = build(SMALL), random_pixels(2, 3, 16, 16)
+    seen = {}
+    layers = {
+        "first": model.encoder.blocks.input,
+        "logits": model.encoder.blocks.output.conv,
+        "codes": model.decoder.blocks.input,
+        "last": model.decoder.blocks.output.conv,
+    }
+    for name, layer in layers.items():
+        layer.register_forward_hook(
+            lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)})
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model.codebook_logits(pixels)
+        relaxed = gumbel_softmax(logits, 0.5)
+        mu, log_b = model.reconstruct(relaxed)
+    assert seen["first"][1].dtype == seen["last"][1].dtype == torch.bfloat16  # the rest is in 16 bit
+    assert logits.dtype == relaxed.dtype == mu.dtype == log_b.dtype == torch.float32
+    for name in ("logits", "codes"):
+        layer, (x, output) = layers[name], seen[name]
+        assert output.dtype == torch.float32
+        assert torch.equal(output, F.conv2d(x.float(), layer.w, layer.b))
+    assert seen["codes"][0] is relaxed
+
+
+# Departures for small models, off by default.
+
+
+def test_logit_gain_scales_the_initial_logits():
+    torch.manual_seed(0)
+    plain = DVAE(SMALL).codebook_logits(random_pixels(1, 3, 8, 8))
+    torch.manual_seed(0)
+    small = DVAE(DVAEConfig(SMALL.widths, vocab_size=24, code_width=12, logit_gain=0.25))
+    torch.testing.assert_close(small.codebook_logits(random_pixels(1, 3, 8, 8)), plain / 4)
+
+
+def test_code_std_is_the_initial_size_of_the_code_vectors():
+    model = DVAE(DVAEConfig(widths=(8,), downsampling=1, vocab_size=64, code_width=64, code_std=1.0))
+    assert model.decoder.blocks.input.w.std().item() == pytest.approx(1, rel=0.05)
+
+
+def test_min_log_scale_is_a_floor_on_the_log_scale_alone():
+    free = build(TINY)
+    bound = build(DVAEConfig((8, 8), 1, 2, vocab_size=7, code_width=5, min_log_scale=0.25))
+    codes = random_pixels(1, 7, 2, 2)
+    mu, log_b = free.reconstruct(codes)
+    assert log_b.min() < 0.25 < log_b.max()
+    torch.testing.assert_close(bound.reconstruct(codes), (mu, log_b.clamp(min=0.25)))
+
+
+def test_post_gain_replaces_the_factor_on_the_residual_paths():
+    x = random_pixels(1, 8, 4, 4)
+    block = Block(8, 8, (3, 3, 3, 1), gain=0.5)
+    torch.testing.assert_close(block(x), x + 0.5 * block.res_path(x))
+    assert build(DVAEConfig((8,), 1, 1, 7, 5, post_gain=0.5)).encoder.blocks.group_1.block_1.gain == 0.5
+
+
+def test_pixel_maps_equal_the_published_ones(released):
+    pixels = random_pixels(2, 3, 4, 4)
+    assert torch.equal(map_pixels(pixels), released.map_pixels(pixels))
+    assert torch.equal(unmap_pixels(pixels), released.unmap_pixels(pixels))
+
+
+def test_looking_codes_up_equals_the_one_hot_convolution():
+    model = DVAE(DVAEConfig(widths=(8, 8), downsampling=2, vocab_size=11, code_width=6))
+    tokens = torch.randint(11, (2, 3, 5))
+    one_hot = torch.nn.functional.one_hot(tokens, 11).movedim(-1, 1).float()
+    torch.testing.assert_close(model.decoder.look_up(tokens), model.decoder(one_hot), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,145 @@
+"""What each stage minimises and the meters beside it (dalle/*/objective.py), against formulas written out."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dalle.dvae import DVAE, DVAEConfig
+from dalle.dvae.losses import gumbel_softmax, kl_to_uniform, logit_laplace_log_prob, map_pixels
+from dalle.dvae.metrics import code_usage, collapse_warning, dvae_scores
+from dalle.dvae.model import Conv2d
+from dalle.dvae.objective import DVAEObjective
+from dalle.schedules import Schedule
+from dalle.transformer import Transformer, TransformerConfig
+from dalle.transformer.losses import cross_entropies
+from dalle.transformer.objective import TransformerObjective
+from dalle.transformer.sizes import training_flops
+
+
+@pytest.fixture(scope="module")
+def model() -> DVAE:
+    torch.manual_seed(0)
+    return DVAE(DVAEConfig(widths=(8, 8), blocks_per_group=1, downsampling=2, vocab_size=6, code_width=4))
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("step", "tau", "beta"), [(0, 1.0, 0.5), (5, 0.75, 1.75), (20, 0.5, 3.0)])
+def test_the_dvae_minimises_reconstruction_plus_beta_times_kl_per_pixel_value(model, pixels, step, tau, beta):
+    """Eq. 1 and A.2: both terms are sums over a picture divided by its pixel values."""
+    objective = DVAEObjective(tau=Schedule(1.0, 0.5, 10, "linear"), beta=Schedule(0.5, 3.0, 10, "linear"))
+    torch.manual_seed(3)
+    loss = objective(model, pixels, step)
+    torch.manual_seed(3)
+    logits = model.codebook_logits(pixels)
+    mu, log_b = model.reconstruct(gumbel_softmax(logits, tau))
+    nats = -logit_laplace_log_prob(map_pixels(pixels), mu, log_b).sum() / pixels.numel()
+    kl = kl_to_uniform(logits).sum() / pixels.numel()
+    torch.testing.assert_close(loss.total, nats + beta * kl)
+    assert loss.metrics["tau"] == pytest.approx(tau)
+    assert loss.metrics["beta"] == pytest.approx(beta)
+    torch.testing.assert_close(loss.metrics["kl"], kl_to_uniform(logits).mean().detach())
+
+
+def test_tau_stays_above_zero():
+    with pytest.raises(ValueError, match="tau must stay above 0"):
+        DVAEObjective(tau=Schedule(1.0, 0.0, 10))
+
+
+@pytest.mark.parametrize("text_weight", [None, 0.5])
+def test_the_transformer_minimises_the_weighted_sum(text_weight):
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(2, 2, 8, 4, (3, 3), 8, 8, conv_kernel=3, init_scale=1.0))
+    ids = model.layout.pack(torch.randint(8, (2, 4)), torch.randint(8, (2, 9)))
+    torch.nn.init.normal_(model.to_logits.weight)
+    objective = TransformerObjective() if text_weight is None else TransformerObjective(text_weight)
+    loss = objective(model, ids, 0)
+    text, image = cross_entropies(model, ids)
+    weight = 1 / 8 if text_weight is None else text_weight
+    torch.testing.assert_close(loss.total, weight * text + (1 - weight) * image)
+    assert float(loss.metrics["text_nats"]) == pytest.approx(float(text.detach()))
+    assert float(loss.metrics["image_nats"]) == pytest.approx(float(image.detach()))
+
+
+def test_code_usage_by_hand():
+    """Codes 0, 0, 1, 3 of 8: three used; shares 1/2, 1/4, 1/4 have entropy 1.5 bits."""
+    usage = code_usage(torch.tensor([0, 0, 1, 3]), 8)
+    assert usage["codes_used"] == 3
+    assert float(usage["perplexity"]) == pytest.approx(2**1.5)
+    assert float(usage["dead_codes"]) == pytest.approx(5 / 8)
+
+
+def test_scores_of_an_evaluation_are_those_of_hard_codes(model, pixels):
+    scores, soft, hard = dvae_scores(model, pixels, tau=0.5)
+    decoded = model.decode(model.encode(pixels))
+    torch.testing.assert_close(hard, decoded)
+    torch.testing.assert_close(scores["absolute_error"], (decoded - pixels).abs().mean())
+    codes = F.one_hot(model.encode(pixels).view(3, 4, 4), 6).permute(0, 3, 1, 2).float()
+    mu, log_b = model.reconstruct(codes)
+    nats = -logit_laplace_log_prob(map_pixels(pixels), mu, log_b).mean()
+    torch.testing.assert_close(scores["reconstruction_hard"], nats.detach())
+    assert soft.shape == pixels.shape
+    assert 0 <= float(scores["kl"]) <= math.log(6)
+
+
+@pytest.mark.parametrize(("perplexity", "warned"), [(1.2, True), (1.99, True), (2.1, False), (90.0, False)])
+def test_a_collapsed_codebook_is_announced_with_a_remedy(perplexity, warned):
+    sentence = collapse_warning({"perplexity": perplexity}, 64)
+    assert (sentence is not None) == warned
+    if warned:
+        assert "raise objective.beta.start" in sentence
+
+
+def test_the_warning_scales_with_the_codebook():
+    assert collapse_warning({"perplexity": 50.0}, 8192)
+    assert not collapse_warning({"perplexity": 100.0}, 8192)
+
+
+# ---------------------------------------------------------------------------------------------
+# What an update asks of the machine
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_dvaes_operations_are_those_of_its_convolutions(model, pixels):
+    """By hand: 2 K operations for each output value of a convolution over K inputs, three times for the backward."""
+    forward = []
+
+    def count(module, inputs, output):
+        forward.append(2 * output.numel() * module.w[0].numel())
+
+    convolutions = [module for module in model.modules() if isinstance(module, Conv2d)]
+    hooks = [module.register_forward_hook(count) for module in convolutions]
+    model.reconstruct(gumbel_softmax(model.codebook_logits(pixels), 1.0))
+    for hook in hooks:
+        hook.remove()
+    work = DVAEObjective().work(model, pixels)
+    assert (work.samples, work.tokens) == (3, 0)
+    assert work.flops == 3 * sum(forward) > 0
+
+
+def test_the_transformers_operations_are_those_of_its_formula():
+    config = TransformerConfig(2, 2, 8, 4, (3, 3), 8, 8, conv_kernel=3)
+    ids = torch.zeros(5, config.layout.length, dtype=torch.int64)
+    work = TransformerObjective().work(Transformer(config), ids)
+    assert (work.samples, work.tokens) == (5, 5 * 13)
+    assert work.flops == 5 * sum(training_flops(config).values())
+
+
+def test_chance_is_ln_vocabulary_and_the_loss_of_an_even_guess():
+    torch.manual_seed(0)
+    model = Transformer(
+        TransformerConfig(2, 2, 8, 4, (3, 3), 8, 6, conv_kernel=3)
+    )  # the output matrix starts at 0
+    ids = model.layout.pack(torch.randint(8, (2, 4)), torch.randint(6, (2, 9)))
+    objective = TransformerObjective()
+    loss, known = objective(model, ids, 0), objective.chance(model)
+    assert known["image_nats"] == pytest.approx(math.log(6))
+    assert known["text_nats"] == pytest.approx(math.log(8 + 1))  # or the pad
+    for name in ("image_nats", "text_nats"):
+        assert float(loss.metrics[name]) == pytest.approx(known[name], rel=1e-6)
+    assert float(loss.total.detach()) == pytest.approx(known["loss"], rel=1e-6)

@@ -1,0 +1,225 @@
+"""Metrics of pictures against independent formulas: likeness, blur, Frechet distance, inception score, statistics."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+from dalle.evals.blur import RADII, blur
+from dalle.evals.fid import Gaussian, Moments, frechet_distance
+from dalle.evals.image_features import compare, measure, reference
+from dalle.evals.inception_score import inception_score
+from dalle.evals.psnr_ssim import psnr, ssim
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class TestLikeness:
+    def test_psnr_of_a_known_error(self):
+        grey = torch.full((1, 3, 12, 12), 0.5)
+        assert psnr(grey, grey + 0.1).item() == pytest.approx(20, abs=1e-5)
+        assert psnr(grey, grey).item() == math.inf
+
+    def test_each_pair_has_its_own_value(self):
+        a, b = noise(3, 3, 12, 12), noise(3, 3, 12, 12, seed=1)
+        for metric in (psnr, ssim):
+            alone = torch.cat([metric(a[[i]], b[[i]]) for i in range(3)])
+            assert torch.allclose(metric(a, b), alone)
+
+    def test_ssim_is_wangs_formula_window_by_window(self):
+        a, b = noise(1, 2, 13, 14).double(), noise(1, 2, 13, 14, seed=1).double()
+        offsets = np.arange(11) - 5
+        weight = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
+        weight /= weight.sum()
+        values = []
+        for c in range(2):
+            for y in range(3):
+                for x in range(4):
+                    p, q = (z[0, c, y : y + 11, x : x + 11].numpy() for z in (a, b))
+                    mp, mq = (weight * p).sum(), (weight * q).sum()
+                    vp, vq = (weight * (p - mp) ** 2).sum(), (weight * (q - mq) ** 2).sum()
+                    cov = (weight * (p - mp) * (q - mq)).sum()
+                    c1, c2 = 0.01**2, 0.03**2
+                    values.append(
+                        (2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2))
+                    )
+        assert ssim(a, b).item() == pytest.approx(np.mean(values), abs=1e-10)
+
+    def test_ssim_of_a_picture_with_itself_is_one_and_with_its_negative_below_zero(self):
+        picture = noise(1, 3, 32, 32)
+        assert ssim(picture, picture).item() == pytest.approx(1)
+        assert ssim(picture, 1 - picture).item() < 0
+
+    def test_what_cannot_be_compared_is_refused(self):
+        with pytest.raises(ValueError, match="expected two times"):
+            psnr(noise(2, 3, 12, 12), noise(1, 3, 12, 12))
+        with pytest.raises(ValueError, match="11 x 11 pixels or more"):
+            ssim(noise(1, 3, 8, 8), noise(1, 3, 8, 8))
+
+
+class TestBlur:
+    @pytest.mark.parametrize("radius", RADII[1:])
+    def test_a_point_becomes_the_gaussian(self, radius):
+        side = 8 * radius + 3 + 2 * (8 * radius)
+        picture = torch.zeros(1, 1, side, side, dtype=torch.float64)
+        picture[0, 0, side // 2, side // 2] = 1
+        y, x = np.mgrid[:side, :side] - side // 2
+        wanted = np.exp(-(x**2 + y**2) / (2 * radius**2)) / (2 * math.pi * radius**2)
+        assert np.abs(blur(picture, radius)[0, 0].numpy() - wanted).max() < 1e-3 * wanted.max()
+
+    def test_the_mean_of_an_even_picture_stays_up_to_its_rim(self):
+        assert torch.allclose(blur(torch.full((2, 3, 9, 9), 0.3), 8), torch.full((2, 3, 9, 9), 0.3))
+
+    def test_radius_0_changes_no_bit_and_a_negative_one_is_refused(self):
+        picture = noise(1, 3, 8, 8)
+        assert torch.equal(blur(picture, 0), picture)
+        with pytest.raises(ValueError, match="cannot be negative"):
+            blur(picture, -1)
+
+    def test_it_is_near_pillows(self):
+        picture = Image.fromarray((noise(48, 48, 3) * 255).byte().numpy())
+        theirs = np.asarray(picture.filter(ImageFilter.GaussianBlur(2)), dtype=float)
+        ours = (
+            blur(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float(), 2)[0]
+            .permute(1, 2, 0)
+            .numpy()
+        )
+        assert np.abs(ours - theirs)[8:-8, 8:-8].mean() < 1.5  # Pillow's is made of boxes
+
+
+class TestFrechet:
+    def test_gaussians_with_commuting_covariances_have_the_closed_form(self):
+        mean = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+        a, b = torch.tensor([4.0, 1.0, 0.25]).double(), torch.tensor([1.0, 9.0, 0.0]).double()
+        turn, _ = torch.linalg.qr(noise(3, 3).double())
+        one = Gaussian(torch.zeros(3).double(), turn @ a.diag() @ turn.T, 10)
+        two = Gaussian(mean, turn @ b.diag() @ turn.T, 10)
+        wanted = float(mean @ mean + (a.sqrt() - b.sqrt()).square().sum())  # 5.25 + 1 + 4 + 0.25
+        assert wanted == 10.5
+        assert frechet_distance(one, two) == pytest.approx(wanted, abs=1e-6)
+        assert frechet_distance(two, one) == pytest.approx(wanted, abs=1e-6)
+        assert frechet_distance(one, one) == pytest.approx(0, abs=1e-6)
+
+    def test_any_covariances_agree_with_the_eigenvalues_of_their_product(self):
+        x, y = noise(9, 5).double(), noise(9, 5, seed=1).double() * 3
+        a, b = (Gaussian(z.mean(0), torch.from_numpy(np.cov(z.numpy().T)), 9) for z in (x, y))
+        root = np.linalg.eigvals(a.covariance.numpy() @ b.covariance.numpy()).real.clip(0) ** 0.5
+        wanted = (
+            float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace())
+            - 2 * root.sum()
+        )
+        assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-9)
+
+    def test_draws_of_known_gaussians_come_near_their_distance(self):
+        rng, one, two = torch.Generator().manual_seed(0), Moments(), Moments()
+        for _ in range(40):
+            one.add(torch.randn(1000, 4, generator=rng))
+            two.add(torch.randn(1000, 4, generator=rng) * 2 + 1)
+        assert frechet_distance(one.gaussian(), two.gaussian()) == pytest.approx(4 + 4, rel=0.03)
+
+    def test_moments_in_uneven_batches_are_numpys_even_far_from_zero(self):
+        vectors = noise(57, 6) + 3000
+        moments = Moments()
+        for part in vectors.split([1, 30, 20, 0, 6]):
+            moments.add(part)
+        found = moments.gaussian()
+        assert found.count == 57
+        assert np.allclose(found.mean, vectors.double().numpy().mean(0), rtol=1e-14)
+        assert np.allclose(found.covariance, np.cov(vectors.double().numpy().T), rtol=1e-9, atol=1e-12)
+
+    def test_what_cannot_be_is_refused(self):
+        moments = Moments()
+        moments.add(noise(1, 4))
+        with pytest.raises(ValueError, match="two vectors or more, got 1"):
+            moments.gaussian()
+        with pytest.raises(ValueError, match="of one width"):
+            moments.add(noise(2, 5))
+        with pytest.raises(ValueError, match="not finite"):
+            moments.add(torch.full((1, 4), torch.nan))
+        with pytest.raises(ValueError, match="different widths: 2 and 3"):
+            frechet_distance(
+                Gaussian(torch.zeros(2), torch.eye(2), 3), Gaussian(torch.zeros(3), torch.eye(3), 3)
+            )
+
+
+class TestInceptionScore:
+    def test_sure_of_as_many_classes_as_there_are_is_their_number(self):
+        logits = torch.eye(8).repeat(10, 1) * 100
+        assert inception_score(logits, splits=1)[0] == pytest.approx(8)
+
+    def test_unsure_or_always_the_same_is_one(self):
+        assert inception_score(torch.zeros(20, 5))[0] == pytest.approx(1)
+        assert inception_score(torch.tensor([[9.0, 0, 0]]).repeat(20, 1))[0] == pytest.approx(1)
+
+    def test_the_formula_and_the_spread_over_parts(self):
+        logits = noise(12, 4) * 5
+        p = logits.double().softmax(1).numpy()
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(3)).numpy()
+        scores = [
+            np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in np.array_split(p[order], 3)
+        ]
+        mean, deviation = inception_score(logits, splits=3, seed=3)
+        assert (mean, deviation) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
+
+    def test_fewer_pictures_than_parts_are_refused(self):
+        with pytest.raises(ValueError, match="10 parts"):
+            inception_score(noise(4, 5))
+
+
+class Corner:
+    """Features that a hand can compute: means of colours; counts its calls."""
+
+    hash, resize = "corner", "none"
+    calls = 0
+
+    def __call__(self, pixels):
+        self.calls += 1
+        means = pixels.mean((2, 3))
+        return means, means * 10
+
+
+class TestPictures:
+    def batches(self):
+        return noise(12, 3, 16, 16).split(5)
+
+    def test_each_radius_is_measured_on_filtered_pictures(self):
+        found = measure(Corner(), self.batches(), (0, 2))
+        wanted = blur(noise(12, 3, 16, 16), 2).mean((2, 3)).double()
+        assert torch.allclose(found[2].moments.gaussian().mean, wanted.mean(0))
+        assert not torch.allclose(
+            found[0].moments.gaussian().covariance, found[2].moments.gaussian().covariance
+        )
+
+    def test_the_same_pictures_have_distance_0_behind_every_blur(self, tmp_path):
+        real, _ = reference(Corner(), self.batches, {"data": 1}, tmp_path)
+        report = compare(measure(Corner(), self.batches()), real)
+        assert list(report) == ["0", "1", "2", "4", "8"]
+        for scores in report.values():
+            assert scores["frechet_distance"] == pytest.approx(0, abs=1e-6)
+            assert scores["inception_score"] >= 1
+
+    def test_statistics_are_kept_by_all_that_they_depend_on(self, tmp_path):
+        first, again, other = Corner(), Corner(), Corner()
+        kept, name = reference(first, self.batches, {"data": 1}, tmp_path, (0, 1))
+        found, same = reference(again, self.batches, {"data": 1}, tmp_path, (0, 1))
+        assert (first.calls, again.calls) == (6, 0)
+        assert torch.equal(kept[1].covariance, found[1].covariance)
+        assert found[1].count == 12
+        assert same == name
+        _, another = reference(other, self.batches, {"data": 2}, tmp_path, (0, 1))
+        assert other.calls == 6
+        assert another != name
+
+    def test_a_damaged_file_is_computed_again(self, tmp_path):
+        reference(Corner(), self.batches, {"data": 1}, tmp_path, (0,))
+        (file,) = tmp_path.glob("*.safetensors")
+        whole = file.read_bytes()
+        file.write_bytes(whole[:50])
+        again = Corner()
+        reference(again, self.batches, {"data": 1}, tmp_path, (0,))
+        assert again.calls == 3
+        assert file.read_bytes() == whole

@@ -1,0 +1,263 @@
+"""What tests/train/test_distributed.py has done by one process and by several: small trainings of every family.
+
+    python tests/helpers/distributed_work.py MODE OUT [SHARD]
+
+under the variables of torchrun; a test calls `train` itself for the run of a single process.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dalle.clip import CLIP, CLIPConfig
+from dalle.clip.objective import CLIPObjective
+from dalle.dvae import DVAE, DVAEConfig
+from dalle.dvae.objective import DVAEObjective
+from dalle.train import Schedule, TrainConfig, fit
+from dalle.train.distributed import Parallel
+from dalle.train.dtensor import local
+from dalle.train.ema import EMAConfig
+from dalle.train.low_rank import PowerSGDConfig
+from dalle.train.lr_schedule import PlateauConfig
+from dalle.train.optimizer import OptimizerConfig
+from dalle.train.state import TrainState
+from dalle.transformer import Transformer, TransformerConfig
+from dalle.transformer.objective import TransformerObjective
+from dalle.types import WHOLE, Loss, Part
+
+BATCH, STEPS = 8, 3
+TRAIN = TrainConfig(
+    batch_size=BATCH,
+    # eps: a gradient that is 0 but for rounding must not become a step of full size
+    optimizer=OptimizerConfig(lr=Schedule(1e-2, 1e-2), warmup=0, clip=0.5, eps=1e-4),
+    ema=EMAConfig(decay=0.9, every=1),
+    precision="fp32",
+    log_every=1,
+    eval_every=2,
+    save_every=STEPS,
+    keep=10,
+)
+DVAE_CONFIG = DVAEConfig(widths=(8, 8), blocks_per_group=1, downsampling=2, vocab_size=6, code_width=5)
+TRANSFORMER_CONFIG = TransformerConfig(3, 2, 8, 5, (3, 3), 11, 8, conv_kernel=3, init_scale=1.0)
+CLIP_CONFIG = CLIPConfig(8, 16, 8, 16, 2, "class", 6, 20, 16, 2, 8)
+
+
+def token_batch(step: int) -> Tensor:
+    """Joint ids with captions of many lengths, so that parts differ in their number of text tokens."""
+    rng = torch.Generator().manual_seed(step)
+    layout = TRANSFORMER_CONFIG.layout
+    lengths = torch.randint(5, (BATCH,), generator=rng).tolist()
+    captions = [torch.randint(11, (n,), generator=rng).tolist() for n in lengths]
+    return layout.pack(layout.pad_text(captions), torch.randint(8, (BATCH, 9), generator=rng))
+
+
+def pixel_batch(step: int, side: int = 8) -> Tensor:
+    return torch.rand(BATCH, 3, side, side, generator=torch.Generator().manual_seed(step))
+
+
+def pair_batch(step: int) -> tuple[Tensor, ...]:
+    """Pictures, captions, and pictures that no caption describes."""
+    rng = torch.Generator().manual_seed(step)
+    return pixel_batch(step, 16), torch.randint(20, (BATCH, 6), generator=rng), pixel_batch(step + 100, 16)
+
+
+@dataclass(frozen=True)
+class Loud:
+    """The transformer's loss, in the second step so large that fp16 overflows."""
+
+    inner: TransformerObjective = TransformerObjective()
+
+    def counts(self, model: Transformer, batch: Tensor) -> Tensor:
+        return self.inner.counts(model, batch)
+
+    def __call__(self, model: Transformer, batch: Tensor, step: int, part: Part = WHOLE) -> Loss:
+        loss = self.inner(model, batch, step, part)
+        return Loss(loss.total * (1e9 if step == 1 else 1.0), loss.metrics)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training."""
+
+    model: Callable[[], nn.Module]
+    objective: Any
+    batch: Callable[[int], Any]
+    train: dict[str, Any] = field(default_factory=dict)
+    stops: tuple[int, ...] = (STEPS,)
+    """Steps of each call of `fit`; the second goes on from the first's checkpoint."""
+
+
+def transformer(**changes) -> Callable[[], nn.Module]:
+    return lambda: Transformer(replace(TRANSFORMER_CONFIG, **changes))
+
+
+def dvae() -> nn.Module:
+    return DVAE(DVAE_CONFIG).to(memory_format=torch.channels_last)
+
+
+PLAIN = {
+    "transformer": Case(transformer(), TransformerObjective(), token_batch),
+    "bf16": Case(transformer(), TransformerObjective(), token_batch, {"precision": "bf16"}),
+    "fp16": Case(transformer(), Loud(), token_batch, {"precision": "fp16"}),
+    "dvae": Case(dvae, DVAEObjective(beta=Schedule(1.0, 1.0)), pixel_batch),
+    "clip": Case(lambda: CLIP(CLIP_CONFIG), CLIPObjective(), pair_batch),
+}
+SEVERAL = PLAIN | {
+    "transformer": replace(
+        PLAIN["transformer"], model=transformer(recompute=True), train={"accumulate": 2}, stops=(2, STEPS)
+    ),
+    "fp16": replace(PLAIN["fp16"], model=transformer(recompute=True)),
+}
+"""What several processes do: the same trainings, stopped, recomputed and in several passes, which changes no result."""
+
+
+@dataclass(frozen=True)
+class Spoilt:
+    """The transformer's loss; in the second step and from the fourth on NaN in the last process alone."""
+
+    inner: TransformerObjective = TransformerObjective()
+
+    def __call__(self, model: Transformer, batch: Tensor, step: int, part: Part = WHOLE) -> Loss:
+        loss = self.inner(model, batch, step, part)
+        bad = step in (1, 3, 4) and part.index == part.count - 1
+        return Loss(loss.total * (float("nan") if bad else 1.0), loss.metrics)
+
+
+def half_bad() -> nn.Module:
+    """A transformer with NaN in the last row of a matrix, which under fsdp the last process alone holds."""
+    model = Transformer(TRANSFORMER_CONFIG)
+    with torch.no_grad():
+        model.to_logits.weight[-1] = float("nan")
+    return model
+
+
+BROKEN = {
+    "spoilt": Case(transformer(), Spoilt(), token_batch, {"max_nonfinite": 2, "eval_every": 9}, stops=(6,)),
+    "half_bad": Case(half_bad, TransformerObjective(), token_batch, {"max_nonfinite": 1, "eval_every": 9}),
+}
+
+
+def failure(case: Case, parallel: Parallel, out: Path) -> str:
+    """What a training that breaks says in this process."""
+    try:
+        train(case, parallel, out)
+    except FloatingPointError as error:
+        return str(error)
+    return "nothing"
+
+
+def remembered(step: int) -> Tensor:
+    """The same batch in every step, so that its loss goes down."""
+    return token_batch(0)
+
+
+FACTORED = {
+    "whole": Case(transformer(), TransformerObjective(), token_batch, {"powersgd": PowerSGDConfig(1000)}),
+    "factored": Case(
+        transformer(),
+        TransformerObjective(),
+        remembered,
+        {
+            "powersgd": PowerSGDConfig(4),
+            "accumulate": 2,
+            "save_every": 3,
+            "precision": "fp16",
+            "ema": EMAConfig(decay=0.9, every=2, device="cpu"),
+            "optimizer": replace(
+                TRAIN.optimizer, plateau=PlateauConfig(halvings=2, window=2, patience=1, gain=10.0)
+            ),
+        },
+        stops=(8,),
+    ),
+    "factored_clip": Case(
+        lambda: CLIP(CLIP_CONFIG), CLIPObjective(), pair_batch, {"powersgd": PowerSGDConfig(4)}
+    ),
+}
+FACTORED["resumed"] = replace(FACTORED["factored"], stops=(6, 8))
+"""Replicas average by factors (PowerSGD), beside all else that a run remembers. A rank of 1000 would make factors
+larger than gradients, which are then sent whole."""
+
+
+def share(batch: Any, rank: int, world: int) -> Any:
+    if isinstance(batch, tuple):
+        return tuple(share(value, rank, world) for value in batch)
+    return batch.chunk(world)[rank]
+
+
+def train(case: Case, parallel: Parallel, out: Path) -> TrainState:
+    """One case, into a run directory."""
+
+    def evaluate(model: nn.Module, step: int) -> dict[str, float]:
+        return {"loss": float(case.objective(model, case.batch(50), step).total)}
+
+    for steps in case.stops:
+        torch.manual_seed(0)
+        state = fit(
+            case.model(),
+            case.objective,
+            lambda step: share(case.batch(step), parallel.rank, parallel.world),
+            replace(TRAIN, **case.train),
+            steps=steps,
+            seed=7,
+            run_dir=out,
+            meta={"kind": "case", "run": {}, "links": {}},
+            evaluate=evaluate,
+            parallel=parallel,
+        )
+    return state
+
+
+def words(parallel: Parallel) -> dict[str, Any]:
+    """What the processes say to each other and how much each holds of a transformer.
+
+    The gradient of `gather` is that of this process's own rows.
+    """
+    rank = parallel.rank
+    rows = torch.full((2, 3), float(rank), requires_grad=True)
+    gathered = parallel.gather(rows)
+    (gathered * (rank + 1)).sum().backward()
+    model = Transformer(TRANSFORMER_CONFIG)
+    parallel.wrap(model, "fp32")
+    for_factors = Transformer(TRANSFORMER_CONFIG)
+    parallel.wrap(for_factors, "fp32", averaged=False)
+    mlp = for_factors.layers[0].mlp.f
+    return {
+        "cuts": [p.placements[0].dim for p in (mlp.expand.weight, mlp.project.weight)]
+        if parallel.sharded
+        else [],
+        "sum": float(parallel.all_sum(torch.tensor(rank + 1.0))),
+        "mean": float(parallel.all_mean(torch.tensor(float(rank)))),
+        "true": parallel.all_true(torch.tensor([True, rank == 0])).tolist(),
+        "gathered": gathered[:, 0].tolist(),
+        "gradient": rows.grad[:, 0].tolist(),
+        "main": parallel.is_main,
+        "mesh": dict(zip(parallel.mesh.mesh_dim_names, parallel.mesh.shape, strict=True))
+        if parallel.mesh
+        else {},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "held": sum(local(p).numel() for p in model.parameters()),
+    }
+
+
+def main(mode: str, out: str, shard: str | None = None) -> None:
+    torch.set_num_threads(1)
+    with Parallel.start(mode, "cpu", int(shard) if shard else None) as parallel:
+        (Path(out) / f"words-{parallel.rank}.json").write_text(json.dumps(words(parallel)))
+        print(f"printed by process {parallel.rank}")
+        for name, case in (SEVERAL | FACTORED).items():
+            state = train(case, parallel, Path(out) / name)
+            if name in FACTORED:
+                held = {parameter: local(p).tolist() for parameter, p in state.model.named_parameters()}
+                (Path(out) / f"{name}-{parallel.rank}.json").write_text(json.dumps(held))
+        said = {name: failure(case, parallel, Path(out) / name) for name, case in BROKEN.items()}
+        (Path(out) / f"failures-{parallel.rank}.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

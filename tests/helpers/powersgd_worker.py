@@ -1,0 +1,364 @@
+"""Runs scenarios of PowerSGD as one of several processes: worker.py FOLDER RANK WORLD SCENARIO...
+
+Every scenario is a function below that asserts; FOLDER/RANK.json says which went wrong.
+"""
+
+import json
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dalle.schedules import Schedule
+from dalle.train.ema import AveragedWeights, EMAConfig
+from dalle.train.float_formats import MEAN, rounded
+from dalle.train.low_rank import PowerSGDConfig
+from dalle.train.optimizer import OptimizerConfig, build_optimizers
+from dalle.train.powersgd import PowerSGD, build_powersgd
+from dalle.train.state import TrainState
+from dalle.train.step import train_step
+from dalle.transformer import Transformer, TransformerConfig
+from dalle.transformer.objective import TransformerObjective
+
+SHAPES = {"wide": (12, 20), "tall": (24, 12), "qkv.weight": (36, 12), "table": (30, 12), "gain": (12,)}
+MATRICES = {"wide": 1, "tall": 1, "qkv.weight": 3}
+
+
+def parameters() -> dict[str, Tensor]:
+    return {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+
+
+def averager(**settings) -> PowerSGD:
+    return PowerSGD(parameters(), MATRICES, PowerSGDConfig(**{"rank": 3} | settings), seed=7)
+
+
+def give(averager: PowerSGD, step: int, low: bool = False) -> dict[str, Tensor]:
+    """Puts this process's gradients of a step in place, matrices of rank 1 if `low`, and returns copies."""
+    generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+    for p in averager.parameters.values():
+        p.grad = torch.randn(p.shape, generator=generator)
+        if low and p.ndim == 2:
+            p.grad = p.grad[:, :1] @ p.grad[:1]
+    return {name: p.grad.clone() for name, p in averager.parameters.items()}
+
+
+def mean(tensor: Tensor) -> Tensor:
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def same_everywhere(tensor: Tensor) -> bool:
+    copies = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(copies, tensor.contiguous())
+    return all(torch.equal(copy, tensor) for copy in copies)
+
+
+def gradients(averager: PowerSGD) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in averager.parameters.items()}
+
+
+def exact_where_the_gradients_have_no_higher_rank() -> None:
+    powersgd = averager()
+    own = give(powersgd, 0, low=True)  # rank 1 each, 2 together
+    powersgd.reduce(0)
+    for name, gradient in gradients(powersgd).items():
+        torch.testing.assert_close(gradient, mean(own[name]), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(own[name], mean(own[name]), atol=0.1)
+    assert powersgd.factored.keys() == MATRICES.keys()
+
+
+def what_was_taken_and_the_errors_are_the_sum_of_the_mean_gradients() -> None:
+    for q in ("fixed", "updated", "redrawn"):
+        powersgd = averager(q=q)
+        taken, true = ({name: torch.zeros(shape) for name, shape in SHAPES.items()} for _ in range(2))
+        for step in range(5):
+            own = give(powersgd, step)
+            powersgd.reduce(step)
+            for name, gradient in gradients(powersgd).items():
+                taken[name] += gradient
+                true[name] += mean(own[name])
+                owed = mean(powersgd.factored[name].error) if name in MATRICES else 0
+                torch.testing.assert_close(taken[name] + owed, true[name], rtol=1e-4, atol=1e-4)
+                if name in MATRICES:
+                    assert owed.norm() > 0.1 * true[name].norm()  # something was left out
+                assert same_everywhere(gradient)
+
+
+def parameters_that_are_not_factored_equal_a_plain_all_reduce() -> None:
+    powersgd = averager()
+    own = give(powersgd, 0)
+    powersgd.reduce(0)
+    for name in ("table", "gain"):  # in the same order on all processes
+        assert torch.equal(powersgd.parameters[name].grad, mean(own[name]))
+
+
+def resuming_changes_no_bit() -> None:
+    for settings in ({}, {"q": "updated"}, {"q": "redrawn"}, {"formats": "paper"}):
+        first, resumed = averager(**settings), averager(**settings)
+        for step in range(3):
+            give(first, step)
+            first.reduce(step)
+        owed = mean(first.factored["wide"].error)
+        saved = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+        torch.testing.assert_close(saved["error/wide"], owed, rtol=0.01, atol=1e-5)
+        assert all(same_everywhere(tensor) for tensor in saved.values())
+        resumed.load_state_dict(saved)
+        resumed.load_numbers(first.numbers())
+        for step in range(3, 6):
+            for powersgd in (first, resumed):
+                give(powersgd, step)
+                powersgd.reduce(step)
+            for name, gradient in gradients(first).items():
+                assert torch.equal(gradient, resumed.parameters[name].grad), settings
+        for name, one in first.factored.items():
+            assert torch.equal(one.error, resumed.factored[name].error)
+
+
+def errors_of_another_model_are_refused() -> None:
+    powersgd = averager()
+    saved = powersgd.state_dict()
+    for wrong in ({}, saved | {"error/other": torch.zeros(1)}, saved | {"error/wide": torch.zeros(3, 3)}):
+        with pytest.raises(ValueError, match="PowerSGD"):
+            powersgd.load_state_dict(wrong)
+
+
+def what_is_factored_no_more_is_owed_no_more() -> None:
+    """As when shards, and so what their factors save, are of another number."""
+    fewer = PowerSGD(parameters(), {"wide": 1}, PowerSGDConfig(3), seed=7)
+    more = averager()
+    for powersgd in (fewer, more):
+        give(powersgd, 0)
+        powersgd.reduce(0)
+    few, many = fewer.state_dict(), more.state_dict()
+    fewer.load_state_dict(many)
+    assert torch.equal(fewer.factored["wide"].error, many["error/wide"])
+    fresh = averager()
+    fresh.load_state_dict(few)
+    assert torch.equal(fresh.factored["wide"].error, few["error/wide"])
+    assert not fresh.factored["tall"].error.any()
+
+
+def a_gradient_that_is_not_finite_anywhere_is_inf_everywhere_and_touches_no_error() -> None:
+    powersgd = averager()
+    give(powersgd, 0)
+    powersgd.reduce(0)
+    before = {name: one.error.clone() for name, one in powersgd.factored.items()}
+    own = give(powersgd, 1)
+    if dist.get_rank() == 1:
+        powersgd.parameters["tall"].grad[3, 3] = torch.nan
+    powersgd.reduce(1)
+    assert powersgd.parameters["tall"].grad.isinf().all()
+    assert torch.equal(powersgd.parameters["wide"].grad, own["wide"])
+    for name, one in powersgd.factored.items():
+        assert torch.equal(one.error, before[name])
+    mine = torch.tensor([True, dist.get_rank() == 0])
+    assert powersgd.share(mine).tolist() == [True, False]
+
+
+def a_buffer_that_overflowed_starts_again_and_the_others_keep_what_they_owe() -> None:
+    powersgd = averager()
+    if dist.get_rank() == 1:
+        powersgd.factored["wide"].error[0, 0] = torch.inf
+    own = give(powersgd, 0)
+    powersgd.reduce(0)
+    assert powersgd.parameters["wide"].grad.isinf().all()
+    wide = powersgd.factored["wide"].error
+    assert torch.equal(wide, torch.zeros_like(wide) if dist.get_rank() == 1 else own["wide"])
+    assert torch.equal(powersgd.factored["tall"].error, own["tall"])
+    give(powersgd, 1)
+    powersgd.reduce(1)
+    assert all(gradient.isfinite().all() for gradient in gradients(powersgd).values())
+
+
+def what_is_sent_is_counted() -> None:
+    factors = 3 * (12 + 20) + 3 * (24 + 12) + 3 * 3 * (12 + 12)
+    others = 30 * 12 + 12
+    everything = others + 12 * 20 + 24 * 12 + 36 * 12
+    for formats, width in (("fp32", 4), ("paper", 2)):
+        powersgd = averager(formats=formats)
+        give(powersgd, 0)
+        powersgd.reduce(0)
+        assert powersgd.sent == width * factors + 4 * others
+        assert powersgd.traffic()["sent_share"] == powersgd.sent / (4 * everything)
+
+
+def before_its_start_all_is_sent_whole() -> None:
+    powersgd = averager(start=1)
+    own = give(powersgd, 0)
+    powersgd.reduce(0)
+    assert all(torch.equal(gradient, mean(own[name])) for name, gradient in gradients(powersgd).items())
+    own = give(powersgd, 1)
+    powersgd.reduce(1)
+    assert not torch.allclose(powersgd.parameters["wide"].grad, mean(own["wide"]), atol=0.1)
+
+
+def q_is_kept_updated_or_redrawn_and_equal_on_all_replicas() -> None:
+    for q in ("fixed", "updated", "redrawn"):
+        powersgd = averager(q=q)
+        qs = []
+        for step in range(3):
+            give(powersgd, step)
+            powersgd.reduce(step)
+            qs.append(powersgd.factored["qkv.weight"].qs[2].clone())
+            assert same_everywhere(qs[-1])
+        assert torch.equal(qs[0], qs[1]) == torch.equal(qs[1], qs[2]) == (q == "fixed")
+    assert not torch.equal(*powersgd.factored["qkv.weight"].qs[:2])
+
+
+def the_papers_formats_hold_buffers_and_lose_no_more_than_rounding() -> None:
+    powersgd = averager(formats="paper")
+    taken, true = ({name: torch.zeros(SHAPES[name]) for name in MATRICES} for _ in range(2))
+    for step in range(3):
+        own = give(powersgd, step)
+        powersgd.reduce(step)
+        for name in MATRICES:
+            taken[name] += powersgd.parameters[name].grad
+            true[name] += mean(own[name])
+    for name, one in powersgd.factored.items():
+        assert torch.equal(one.error, rounded(one.error, MEAN))
+        assert same_everywhere(powersgd.parameters[name].grad)
+        off = (taken[name] + mean(one.error) - true[name]).norm() / true[name].norm()
+        assert 0 < off < 0.01, off
+
+
+class Given(nn.Module):
+    """A matrix whose gradient is what is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(8, 20))
+
+    def forward(self, gradient: Tensor) -> Tensor:
+        return (self.weight * gradient).sum()
+
+
+def torchs_hook_does_the_same_when_its_q_is_put_back_or_left() -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+    for q in ("fixed", "updated"):
+        ours = PowerSGD(
+            {"weight": nn.Parameter(torch.zeros(8, 20))}, {"weight": 1}, PowerSGDConfig(3, q=q), seed=7
+        )
+        (start,) = (drawn.clone() for drawn in ours.factored["weight"].qs)
+        theirs = nn.parallel.DistributedDataParallel(Given())
+        state = PowerSGDState(None, 3, start_powerSGD_iter=2, min_compression_rate=1)
+        theirs.register_comm_hook(state, powerSGD_hook)
+        for step in range(6):
+            (own,) = give(ours, step).values()
+            if step == 2 or (step > 2 and q == "fixed"):
+                state.p_memory_dict[0] = torch.empty(8 * 3)
+                state.q_memory_dict[0] = start.flatten().clone()
+            theirs.zero_grad()
+            theirs(own).backward()
+            if step >= 2:
+                ours.reduce(step)
+                near = {"rtol": 1e-3, "atol": 1e-4}
+                torch.testing.assert_close(ours.parameters["weight"].grad, theirs.module.weight.grad, **near)
+                torch.testing.assert_close(
+                    ours.factored["weight"].error.flatten(), state.error_dict[0], **near
+                )
+
+
+CONFIG = TransformerConfig(2, 2, 8, 6, (4, 4), 11, 13, conv_kernel=3, backend="dense", init_scale=1.0)
+OPTIM = OptimizerConfig(lr=Schedule(1e-3, 1e-3), warmup=0)
+
+
+def trained(rank: int | None, share: slice) -> tuple[TrainState, dict]:
+    """A tiny transformer after three steps on this share of each batch of 4."""
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    state = TrainState(model, build_optimizers(model, OPTIM), AveragedWeights(model, EMAConfig()))
+    if rank:
+        state.extras["powersgd"] = build_powersgd(model, PowerSGDConfig(rank), seed=0)
+    for step in range(3):
+        torch.manual_seed(step)
+        text, image = torch.randint(11, (4, 6)), torch.randint(13, (4, 16))
+        ids = model.layout.pack(text, image)[share]
+        loss, _ = train_step(state, ids, TransformerObjective(), OPTIM, "fp32", seed=0)
+    return state, loss.metrics
+
+
+def a_training_step_averages_and_at_full_rank_equals_the_whole_batch() -> None:
+    mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    full, numbers = trained(1000, mine)
+    assert numbers["sent_share"] == 1  # factors would be larger: sent whole
+    alone, _ = trained(None, slice(None))
+    for a, b in zip(full.model.parameters(), alone.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+    low, numbers = trained(2, mine)
+    assert numbers["sent_share"] < 0.6
+    assert all(same_everywhere(p.detach()) for p in low.model.parameters())
+    names = low.extras["powersgd"].factored
+    assert names.keys() == {
+        name for name, p in low.model.named_parameters() if "layers" in name and p.ndim == 2
+    }
+    assert low.tensors()["powersgd"].keys() == {f"error/{name}" for name in names}
+
+
+def shards_are_factored_each_by_itself() -> None:
+    """hsdp, 2 replicas of 2 shards: the same as two plain PowerSGDs, each over one half of every matrix."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    place, group = mesh["shard"].get_local_rank(), mesh["replicate"].get_group()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ModuleList([nn.Linear(20, 12)]))
+    plain = nn.Linear(20, 12)
+    plain.load_state_dict(model[0][0].state_dict())
+    fully_shard(model[0][0], mesh=mesh["shard"])
+    powersgd = build_powersgd(model, PowerSGDConfig(4), seed=7, group=group)
+    half = nn.Parameter(torch.zeros(6, 20))
+    twin = PowerSGD({"w": half}, {"w": 1}, PowerSGDConfig(2), seed=7, group=group)
+    twin.factored["w"].qs = powersgd.factored["0.0.weight"].qs
+    for step in range(3):
+        torch.manual_seed(10 * step + dist.get_rank())
+        x = torch.randn(5, 20)
+        for net in (model[0][0], plain):
+            net.zero_grad()
+            net(x).square().mean().backward()
+        whole = plain.weight.grad.clone()
+        dist.all_reduce(whole, group=mesh["shard"].get_group())
+        half.grad = whole[6 * place : 6 * place + 6] / 2
+        for one in (powersgd, twin):
+            one.reduce(step)
+        gradient = model[0][0].weight.grad.to_local()
+        torch.testing.assert_close(gradient, half.grad)
+        pieces = [torch.empty_like(gradient) for _ in range(2)]
+        dist.all_gather(pieces, gradient.contiguous(), group=group)
+        assert torch.equal(*pieces)
+    saved = powersgd.state_dict()
+    assert saved["error/0.0.weight"].full_tensor().shape == (12, 20)
+    assert powersgd.factored["0.0.weight"].error.any()
+    powersgd.load_state_dict({name: error * 0 + 1 for name, error in saved.items()})
+    assert (powersgd.factored["0.0.weight"].error == 1).all()
+    with pytest.raises(ValueError, match="checkpoint"):
+        build_powersgd(model, PowerSGDConfig(4, q="updated"), seed=7, group=group)
+    uneven = nn.Sequential(nn.ModuleList([nn.Linear(20, 13)]))  # 7 rows and 6
+    fully_shard(uneven[0][0], mesh=mesh["shard"])
+    assert not build_powersgd(uneven, PowerSGDConfig(4), seed=7, group=group).factored
+
+
+def main(folder: Path, rank: int, world: int, scenarios: list[str]) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    wrong = {}
+    for name in scenarios:
+        try:
+            globals()[name]()
+        except Exception:
+            wrong[name] = traceback.format_exc()
+        dist.barrier()
+    (folder / f"{rank}.json").write_text(json.dumps(wrong))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

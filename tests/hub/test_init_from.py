@@ -1,0 +1,371 @@
+"""Beginning from other weights, frozen parameters, one batch again and again, and the sweep of step sizes."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dalle.clip import CLIPConfig
+from dalle.commands.lr_sweep import last_loss, sweep
+from dalle.commands.train_clip import train_clip
+from dalle.commands.train_dvae import train_dvae
+from dalle.commands.train_transformer import train_transformer
+from dalle.dvae import DVAEConfig
+from dalle.hub.init_from import GROWING, SAME, freeze, joint_ids, start_from
+from dalle.hub.registry import build, load_part, weights_hash
+from dalle.layout import TokenLayout
+from dalle.train import Schedule
+from dalle.train.checkpoint import latest_checkpoint
+from dalle.train.loggers import read_log
+from dalle.transformer import TransformerConfig
+
+STAGES = {"dvae": train_dvae, "transformer": train_transformer, "clip": train_clip}
+TRANSFORMER = TransformerConfig(
+    depth=2, heads=2, head_width=8, text_len=5, grid=(3, 3), text_vocab=11, image_vocab=7, conv_kernel=3
+)
+CLIP = CLIPConfig(
+    embed_width=8,
+    image_size=32,
+    patch_size=16,
+    vision_width=16,
+    vision_layers=1,
+    text_len=6,
+    text_vocab=11,
+    text_width=16,
+    text_layers=1,
+    head_width=8,
+)
+DVAE = DVAEConfig(widths=(4, 8), blocks_per_group=1, downsampling=2, vocab_size=6, code_width=4)
+LARGER = {
+    "transformer": replace(TRANSFORMER, text_len=8, grid=(4, 5), text_vocab=13, image_vocab=9),
+    "clip": replace(CLIP, text_len=9, text_vocab=14),
+    "dvae": replace(DVAE, vocab_size=8),
+}
+SMALL = {"transformer": TRANSFORMER, "clip": CLIP, "dvae": DVAE}
+
+
+def pair(kind: str, config=None):
+    """A source, and a fresh model of a larger (or another) configuration."""
+    torch.manual_seed(1)
+    source = build(kind, SMALL[kind])
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter)
+    torch.manual_seed(2)
+    return source, build(kind, config or LARGER[kind])
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows go where their meaning goes
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_the_same_shape_is_copied_whole(kind):
+    source, model = pair(kind, SMALL[kind])
+    assert start_from(kind, model, source) == []
+    assert weights_hash(model) == weights_hash(source)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_every_configuration_field_of_the_shape_is_either_equal_or_growing(kind):
+    known = {*SAME[kind], *GROWING[kind]}
+    free = {  # how it is computed or begins, not what shape it has
+        "transformer": {"conv_kernel", "sparse", "causal_every", "init_scale", "backend", "recompute"},
+        "dvae": {"post_gain", "logit_gain", "code_std", "min_log_scale"},
+        "clip": set(),
+    }[kind]
+    assert set(vars(SMALL[kind])) <= known | free
+
+
+def test_ids_are_moved_by_meaning():
+    old, new = (
+        TokenLayout(c.text_len, c.grid, c.text_vocab, c.image_vocab)
+        for c in (TRANSFORMER, LARGER["transformer"])
+    )
+    moved = joint_ids(old, new).tolist()
+    assert moved[:11] == list(range(11))  # text ids
+    assert moved[11:16] == [13, 14, 15, 16, 17]  # the pads of positions 0 to 4
+    assert moved[16:23] == [21, 22, 23, 24, 25, 26, 27]  # image codes, behind 13 ids and 8 pads
+    assert moved[23:] == [new.start_of_text, new.start_of_image]
+
+
+def test_a_larger_transformer_knows_what_the_small_one_knew():
+    source, model = pair("transformer")
+    fresh = {name: p.clone() for name, p in model.named_parameters()}
+    grown = start_from("transformer", model, source)
+    assert grown == ["text_len 5 -> 8", "grid (3, 3) -> (4, 5)", "text_vocab 11 -> 13", "image_vocab 7 -> 9"]
+    old, new = source.layout, model.layout
+    for name in ("token_embedding", "to_logits"):
+        rows, before = (getattr(m, name).weight for m in (model, source))
+        assert torch.equal(rows[:11], before[:11])
+        assert torch.equal(rows[11:13], fresh[f"{name}.weight"][11:13])  # new text ids
+        assert torch.equal(rows[13:18], before[11:16])  # pads
+        assert torch.equal(rows[18:21], fresh[f"{name}.weight"][18:21])  # pads of new positions
+        assert torch.equal(rows[new.image_offset :][:7], before[old.image_offset :][:7])
+    assert torch.equal(
+        model.token_embedding.weight[-2:], source.token_embedding.weight[-2:]
+    )  # the two starts
+    assert torch.equal(model.row.weight[:3], source.row.weight)
+    assert torch.equal(model.row.weight[3:], fresh["row.weight"][3:])
+    assert torch.equal(model.layers[1].mlp.f.expand.weight, source.layers[1].mlp.f.expand.weight)
+
+
+def test_a_larger_text_vocabulary_changes_no_logit_of_the_pictures():
+    source, model = pair("transformer", replace(TRANSFORMER, text_vocab=13))
+    start_from("transformer", model, source)
+    text = source.layout.pad_text([[3, 4], [10]])
+    image = torch.randint(7, (2, 9))
+    same_text = model.layout.pad_text([[3, 4], [10]])
+    before = source(source.layout.pack(text, image))[:, 5:, source.layout.image_offset :]
+    after = model(model.layout.pack(same_text, image))[:, 5:, model.layout.image_offset :]
+    torch.testing.assert_close(after, before)
+
+
+def test_a_larger_clip_reads_the_same_captions_the_same():
+    source, model = pair("clip")
+    start_from("clip", model, source)
+    captions = [[3, 4, 5], [10]]
+    pixels = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(
+        model.encode_text(model.pack_text(captions)), source.encode_text(source.pack_text(captions))
+    )
+    torch.testing.assert_close(model.encode_image(pixels), source.encode_image(pixels))
+
+
+def test_a_larger_codebook_decodes_old_codes_the_same():
+    source, model = pair("dvae")
+    start_from("dvae", model, source)
+    tokens = torch.randint(6, (2, 16))
+    torch.testing.assert_close(model.decode(tokens), source.decode(tokens))
+    pixels = torch.rand(1, 3, 8, 8)
+    torch.testing.assert_close(model.codebook_logits(pixels)[:, :6], source.codebook_logits(pixels))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "sentence"),
+    [
+        ("transformer", {"depth": 3}, "the source has depth 2, model.depth is 3; make them equal"),
+        ("transformer", {"heads": 4, "head_width": 4}, "the source has heads 2, model.heads is 4"),
+        (
+            "transformer",
+            {"text_vocab": 10},
+            "the source has text_vocab 11, model.text_vocab is only 10; it may grow",
+        ),
+        (
+            "transformer",
+            {"grid": (5, 2), "conv_kernel": 1},
+            r"the source has grid \(3, 3\), model.grid is only \(5, 2\)",
+        ),
+        ("clip", {"text_layers": 2}, "the source has text_layers 1"),
+        ("dvae", {"vocab_size": 5}, "the source has vocab_size 6, model.vocab_size is only 5"),
+        ("dvae", {"post_gain": 0.3}, "the source has residual_gain"),
+    ],
+)
+def test_what_does_not_fit_is_refused(kind, changes, sentence):
+    source, model = pair(kind, replace(SMALL[kind], **changes))
+    before = weights_hash(model)
+    with pytest.raises(ValueError, match=sentence):
+        start_from(kind, model, source)
+    assert weights_hash(model) == before
+
+
+# ---------------------------------------------------------------------------------------------
+# Freezing
+# ---------------------------------------------------------------------------------------------
+
+
+def test_patterns_fit_names():
+    model = build("transformer", TRANSFORMER)
+    frozen = freeze(model, ["layers.0.*", "row.weight"])
+    assert "row.weight" in frozen
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == set(frozen)
+    assert all(name.startswith("layers.0.") or name == "row.weight" for name in frozen)
+
+
+def test_a_pattern_that_fits_nothing_or_everything_is_refused():
+    model = build("transformer", TRANSFORMER)
+    with pytest.raises(
+        ValueError, match=r"--freeze 'layer\.0\.\*' fits no parameter; their names are such as token_"
+    ):
+        freeze(model, ["row.weight", "layer.0.*"])
+    with pytest.raises(ValueError, match=r"--freeze \* leaves nothing to train"):
+        freeze(model, ["*"])
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------
+# In the stages
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def start(tiny_runs, chain, with_inputs):
+    """start(kind, out, **changes): that stage's run on the inputs of `chain`."""
+
+    def run(kind, out, steps=2, train=None, **changes):
+        base = getattr(tiny_runs, kind)
+        return STAGES[kind](
+            with_inputs(
+                base, chain, out=out, steps=steps, train=replace(base.train, **(train or {})), **changes
+            )
+        )
+
+    return run
+
+
+def meta_of(run):
+    return json.loads((latest_checkpoint(run) / "meta.json").read_text())
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_a_run_begins_from_another_with_its_averaged_weights(kind, chain, start, tiny_runs, tmp_path, capsys):
+    optimizer = replace(getattr(tiny_runs, kind).train.optimizer, lr=Schedule(0.0, 0.0))
+    out = start(kind, tmp_path / "tuned", train={"optimizer": optimizer}, init_from=chain / kind)
+    source = load_part(chain / kind, kind)
+    tuned = load_part(out, kind, averaged=False)
+    assert tuned.hash == source.hash  # with a step size of 0 nothing moves
+    assert meta_of(out)["init"] == {"name": kind, "weights": source.hash}
+    assert "init_from" not in meta_of(out)["run"]
+    assert f"begins with the weights of {chain / kind}" in capsys.readouterr().out
+
+
+def test_a_model_directory_serves_too_and_a_vocabulary_grows(chain, start, tiny_runs, tmp_path, capsys):
+    model = replace(tiny_runs.transformer.model, text_len=24, text_vocab=450)
+    out = start("transformer", tmp_path / "tuned", init_from=chain / "model", model=model)
+    assert "text_len 20 -> 24, text_vocab 400 -> 450" in capsys.readouterr().out
+    assert load_part(out, "transformer").model.config.text_vocab == 450
+
+
+def test_going_on_does_not_read_the_source_again(chain, start, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(chain / "clip", source)
+    whole = start("clip", tmp_path / "whole", steps=4, init_from=source)
+    start("clip", tmp_path / "parts", steps=2, init_from=source)
+    shutil.rmtree(source)
+    start("clip", tmp_path / "parts", steps=3, init_from=source)
+    parts = start("clip", tmp_path / "parts", steps=4)  # the flag may be left out
+    assert load_part(parts, "clip").hash == load_part(whole, "clip").hash
+    assert meta_of(parts)["init"] == meta_of(whole)["init"]
+    with pytest.raises(ValueError, match=r"began from source, not from .*other; give another --out"):
+        start("clip", tmp_path / "parts", steps=5, init_from=tmp_path / "other")
+
+
+def test_a_fresh_run_does_not_go_on_from_other_weights(chain, start, tmp_path):
+    start("clip", tmp_path / "fresh")
+    with pytest.raises(ValueError, match=r"began from fresh weights, not from .*clip; give another --out"):
+        start("clip", tmp_path / "fresh", steps=3, init_from=chain / "clip")
+
+
+def test_another_tokenizer_is_noted(chain, change_meta, start, tmp_path, capsys):
+    changed = tmp_path / "source"
+    shutil.copytree(chain / "transformer", changed)
+    change_meta(latest_checkpoint(changed), links=meta_of(changed)["links"] | {"text_hash": "other"})
+    start("transformer", tmp_path / "tuned", init_from=changed)
+    assert "the source was trained with another text tokenizer: its text ids may mean something else" in (
+        capsys.readouterr().out
+    )
+
+
+PATTERNS = {
+    "dvae": ("encoder.*",),
+    "transformer": ("layers.0.*", "token_embedding.weight"),
+    "clip": ("net.visual.*",),
+}
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_frozen_parameters_stay_have_no_moments_and_are_their_own_average(kind, chain, start, tmp_path):
+    out = start(kind, tmp_path / "tuned", init_from=chain / kind, freeze=PATTERNS[kind], steps=4)
+    before, after = load_part(chain / kind, kind).model, load_part(out, kind).model
+    frozen = set(freeze(load_part(out, kind).model.requires_grad_(True), PATTERNS[kind]))
+    for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert torch.equal(p, q) == (name in frozen), name
+    folder = latest_checkpoint(out)
+    moments = {name.rsplit("/", 1)[0] for name in load_file(folder / "optimizer.safetensors")}
+    trained = {name for name, _ in after.named_parameters()} - frozen
+    assert moments == trained
+    assert set(load_file(folder / "ema.safetensors")) == trained
+
+
+def test_going_on_with_frozen_parameters_is_exact(start, tmp_path):
+    words = {"freeze": PATTERNS["transformer"]}
+    whole = start("transformer", tmp_path / "whole", steps=4, **words)
+    start("transformer", tmp_path / "parts", steps=2, **words)
+    parts = start("transformer", tmp_path / "parts", steps=4, **words)
+    for name in ("model", "ema", "optimizer"):
+        a, b = (load_file(latest_checkpoint(run) / f"{name}.safetensors") for run in (whole, parts))
+        assert all(torch.equal(a[key], b[key]) for key in a.keys() | b.keys())
+    with pytest.raises(ValueError, match="freeze was"):
+        start("transformer", tmp_path / "parts", steps=5)
+
+
+def test_runs_from_before_these_options_go_on(start, tmp_path):
+    out = start("clip", tmp_path / "run")
+    assert not {"freeze", "overfit", "init_from"} & meta_of(out)["run"].keys()
+
+
+# ---------------------------------------------------------------------------------------------
+# One batch; step sizes
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "steps"), [("transformer", "image_nats", 250), ("clip", "loss", 150)]
+)
+def test_one_batch_is_learned_by_heart(kind, name, steps, start, tiny_runs, tmp_path):
+    """The loss of the same few samples again and again goes near zero, or something is broken."""
+    optimizer = replace(
+        getattr(tiny_runs, kind).train.optimizer, lr=Schedule(1e-2, 1e-2), warmup=10, weight_decay=0.0
+    )
+    changes = {"bpe_dropout": 0.0} if kind == "transformer" else {}
+    train = {"optimizer": optimizer, "save_every": 1000, "eval_every": 1000}
+    out = start(kind, tmp_path / kind, steps=steps, overfit=4, train=train, **changes)
+    lines = [line for line in read_log(out / "log.jsonl") if name in line]
+    assert lines[0][name] > 1
+    assert lines[-1][name] < 0.1
+
+
+def test_one_batch_lowers_the_loss_of_the_dvae(start, tiny_runs, tmp_path):
+    optimizer = replace(tiny_runs.dvae.train.optimizer, lr=Schedule(3e-3, 3e-3), warmup=10)
+    train = {"optimizer": optimizer, "save_every": 1000, "eval_every": 1000}
+    out = start("dvae", tmp_path / "dvae", steps=60, overfit=2, train=train)
+    losses = [line["reconstruction_soft"] for line in read_log(out / "log.jsonl") if "loss" in line]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_every_step_of_overfitting_has_the_same_batch(start, tiny_runs, tmp_path):
+    optimizer = replace(tiny_runs.clip.train.optimizer, lr=Schedule(0.0, 0.0))
+    out = start("clip", tmp_path / "clip", steps=3, overfit=3, train={"optimizer": optimizer})
+    losses = {line["loss"] for line in read_log(out / "log.jsonl") if "loss" in line}
+    assert len(losses) == 1
+    assert meta_of(out)["run"]["overfit"] == 3
+    with pytest.raises(ValueError, match="overfit must be positive, got 0"):
+        replace(tiny_runs.clip, overfit=0)
+
+
+def test_a_sweep_trains_at_each_step_size_and_draws_one_picture(
+    chain, tiny_runs, with_inputs, tmp_path, capsys
+):
+    run = with_inputs(tiny_runs.clip, chain, out=tmp_path / "sweep", steps=3)
+    base = run.train.optimizer.lr.start
+    losses = sweep("clip", run, [0.5, 1.0])
+    assert list(losses) == [0.5 * base, base]
+    assert losses[base] == last_loss(tmp_path / "sweep" / f"lr-{base:g}")
+    assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 1000
+    assert capsys.readouterr().out.count("<- lowest") == 1
+
+
+def test_a_run_that_diverges_does_not_end_the_sweep(chain, tiny_runs, with_inputs, tmp_path, capsys):
+    run = with_inputs(tiny_runs.clip, chain, out=tmp_path / "sweep", steps=3)
+    optimizer = replace(run.train.optimizer, warmup=0)
+    losses = sweep("clip", replace(run, train=replace(run.train, optimizer=optimizer)), [1.0, 1e40])
+    assert losses[1e40 * run.train.optimizer.lr.start] == float("inf")
+    assert "diverged" in capsys.readouterr().out
+
+
+def test_a_sweep_needs_factors(tiny_runs):
+    with pytest.raises(ValueError, match="give factors on the step size, each above 0"):
+        sweep("clip", tiny_runs.clip, [])

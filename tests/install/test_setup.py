@@ -1,0 +1,209 @@
+"""scripts/setup.sh in a made-up project, with stand-ins for all it calls: nothing is installed here.
+
+PATH holds one folder, so that a thing is missing when its stand-in is. The stand-in for Python writes each
+command it gets to `log`, and its `-m venv` makes a .venv whose python, pip and uv are such stand-ins too.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SETUP = Path(__file__).parents[2] / "scripts" / "setup.sh"
+TOOLS = ["cat", "chmod", "cksum", "cp", "dirname", "mkdir", "rm"]
+
+PYTHON = """#!{sh}
+case "$*" in
+    *ensurepip*) [ ! -e "{bin}/no-venv" ] ;;
+    *Python.h*) [ ! -e "{bin}/no-headers" ] ;;
+    *version_info*) [ ! -e "{bin}/too-old" ] ;;
+    *base_prefix*) echo "the base of {name}" ;;
+    --version) echo "Python 3.9.2" ;;
+    "-m venv "*)
+        echo "venv" >>"{log}"
+        rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python
+        printf '#!{sh}\\necho "pip 1 from %s/.venv/lib (python 3)"\\n' "$PWD" >.venv/bin/pip
+        printf '#!{sh}\\necho "uv $*" >>"{log}"\\n[ ! -e "{bin}/uv-fails" ]\\n' >.venv/bin/uv
+        chmod +x .venv/bin/*
+        ;;
+    "-m pip "*) echo "$*" >>"{log}" ;;
+esac
+"""
+
+
+class Project:
+    """A copy of setup.sh beside a small pyproject.toml, and the folder of stand-ins that is its PATH."""
+
+    def __init__(self, base: Path) -> None:
+        self.root, self.bin, self.log = base / "a project", base / "bin", base / "log"
+        (self.root / "scripts").mkdir(parents=True)
+        self.bin.mkdir()
+        shutil.copy(SETUP, self.root / "scripts")
+        (self.root / "pyproject.toml").write_text("[project]\n")
+        for tool in TOOLS:
+            (self.bin / tool).symlink_to(shutil.which(tool))
+        self.add("python3", PYTHON.format(sh=shutil.which("sh"), bin=self.bin, log=self.log, name="python3"))
+        self.add("g++")
+        self.add("make")
+
+    def add(self, name: str, text: str = "") -> Path:
+        file = self.bin / name
+        file.write_text(text or f"#!{shutil.which('sh')}\n")
+        file.chmod(0o755)
+        return file
+
+    def setup(self, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+        command = [shutil.which("sh"), str(self.root / "scripts" / "setup.sh")]
+        env = {"PATH": str(self.bin), **env}
+        return subprocess.run(
+            command, cwd=cwd or self.root, env=env, capture_output=True, text=True, timeout=60
+        )
+
+    def commands(self) -> list[str]:
+        """The first two words of each command that did work, since the last call of this."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.log.unlink(missing_ok=True)
+        return [" ".join(line.split()[:2]) for line in lines]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+FULL = ["venv", "-m pip", "uv pip"]
+LACKS = {
+    "too-old": ("Python 3.11 or newer", "Python 3.9.2", "python3.11", "python3.11-venv", "python3.11-dev"),
+    "python3": ("Python 3.11 or newer", "python3", "python3-venv", "python3-dev", "brew install python"),
+    "no-venv": ("ensurepip", "python3-venv"),
+    "no-headers": ("Python.h", "python3-dev", "python3-devel"),
+    "g++": ("C++ compiler", "g++", "gcc-c++", "xcode-select --install"),
+}
+
+
+def take_away(project: Project, thing: str) -> None:
+    if thing in ("python3", "g++", "make"):
+        (project.bin / thing).unlink()
+    else:
+        project.add(thing)
+
+
+def assert_refused(project: Project, result: subprocess.CompletedProcess, *words: str) -> None:
+    assert result.returncode == 1
+    assert all(word in result.stderr for word in words), result.stderr
+    assert project.commands() == []
+    assert not (project.root / ".venv").exists()
+
+
+@pytest.mark.parametrize("thing", LACKS)
+def test_what_is_missing_is_named_and_nothing_is_made(project: Project, thing: str) -> None:
+    take_away(project, thing)
+    result = project.setup()
+    assert_refused(project, result, *LACKS[thing])
+    assert result.stderr.count("  - ") == 1
+
+
+def test_all_that_is_missing_is_named_at_once(project: Project) -> None:
+    things = ["no-venv", "no-headers", "g++"]
+    for thing in things:
+        take_away(project, thing)
+    result = project.setup()
+    assert_refused(project, result, *(word for thing in things for word in LACKS[thing][:1]))
+    assert "sudo apt-get install python3-venv python3-dev g++\n" in result.stderr
+    assert "sudo dnf install python3 python3-devel gcc-c++\n" in result.stderr
+
+
+def test_a_compiler_that_does_not_compile_is_none(project: Project) -> None:
+    project.add("g++", f"#!{shutil.which('sh')}\nexit 1\n")
+    assert_refused(project, project.setup(), "C++ compiler")
+    project.add("c++")
+    assert project.setup().returncode == 0
+
+
+def test_a_newer_python_stands_in_for_an_old_python3(project: Project) -> None:
+    text = (project.bin / "python3").read_text()
+    project.add("python3", f"#!{shutil.which('sh')}\nexit 1\n")
+    project.add("python3.12", text)
+    assert project.setup().returncode == 0
+    assert project.commands() == FULL
+
+
+def test_the_second_run_does_nothing(project: Project, tmp_path: Path) -> None:
+    first = project.setup(cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert project.commands() == FULL
+    for thing in LACKS:  # not even the checks
+        take_away(project, thing)
+    second = project.setup(cwd=tmp_path)
+    assert (second.returncode, second.stdout) == (0, "setup: .venv is up to date\n")
+    assert project.commands() == []
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "scripts/setup.sh"])
+def test_a_change_installs_again_into_the_same_venv(project: Project, name: str) -> None:
+    project.setup()
+    project.commands()
+    with (project.root / name).open("a") as file:
+        file.write("# changed\n")
+    assert project.setup().returncode == 0
+    assert project.commands() == FULL[1:]
+    project.setup()
+    assert project.commands() == []
+
+
+def test_a_failed_install_is_tried_again(project: Project) -> None:
+    failure = project.add("uv-fails")
+    for expected in (FULL, FULL[1:]):
+        assert project.setup().returncode != 0
+        assert project.commands() == expected
+    failure.unlink()
+    assert project.setup().returncode == 0
+    assert project.commands() == FULL[1:]
+
+
+def test_a_failed_upgrade_takes_the_old_stamp_with_it(project: Project) -> None:
+    project.setup()
+    before = (project.root / "pyproject.toml").read_text()
+    (project.root / "pyproject.toml").write_text("[project]\nname = 'other'\n")
+    failure = project.add("uv-fails")
+    assert project.setup().returncode != 0
+    failure.unlink()
+    project.commands()
+    (project.root / "pyproject.toml").write_text(before)  # what lies in .venv may be the other one's
+    project.setup()
+    assert project.commands() == FULL[1:]
+
+
+def test_a_broken_venv_is_remade(project: Project) -> None:
+    project.setup()
+    project.commands()
+    for name in ("python", "pip"):  # what is left of them when the system's Python goes
+        link = project.root / ".venv" / "bin" / name
+        link.unlink()
+        link.symlink_to("gone")
+    assert project.setup().returncode == 0
+    assert project.commands() == FULL
+
+
+def test_a_moved_venv_is_remade(project: Project, tmp_path: Path) -> None:
+    project.setup()
+    project.commands()
+    project.root = project.root.rename(tmp_path / "elsewhere")
+    assert project.setup().returncode == 0
+    assert project.commands() == FULL
+
+
+def test_another_interpreter_remakes_the_venv(project: Project) -> None:
+    project.setup()
+    project.commands()
+    text = PYTHON.format(sh=shutil.which("sh"), bin=project.bin, log=project.log, name="another")
+    other = str(project.add("another", text))
+    for env, expected in [({"PYTHON": other}, FULL), ({"PYTHON": other}, []), ({}, [])]:
+        assert project.setup(**env).returncode == 0
+        assert project.commands() == expected
+
+
+def test_an_interpreter_that_does_not_run_is_named(project: Project) -> None:
+    result = project.setup(PYTHON="nonesuch")
+    assert_refused(project, result, "nonesuch", "none that runs")

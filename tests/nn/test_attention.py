@@ -1,0 +1,262 @@
+"""Attention under the masks of the model: every backend against the softmax written out (dalle/nn/attention.py)."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+from dalle.layout import TokenLayout
+from dalle.masks import KINDS, dense_mask, visible
+from dalle.nn.attention import CHOICES, attend, choose, resolve
+from dalle.nn.flex_attention import flex_refusal
+from dalle.nn.sparse_mask import Pattern
+
+LAYOUTS = [TokenLayout(2, (1, 3), 5, 5), TokenLayout(5, (4, 4), 5, 5), TokenLayout(7, (3, 8), 5, 5)]
+CPU = torch.device("cpu")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has gradients on CUDA only")
+
+
+def random_inputs(layout, width=8, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weight = torch.randn(4, 2, 3, layout.length, width, generator=generator)
+    return [t.to(dtype).requires_grad_() for t in (q, k, v)], weight
+
+
+def values_and_gradients(backend, inputs, pattern, weight):
+    out = attend(*inputs, pattern, backend)
+    return out, *torch.autograd.grad((out.float() * weight).sum(), inputs)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.rows}x{layout.columns}")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["sdpa", "blocks", "auto"])
+def test_backends_equal_dense_in_value_and_gradient(backend, kind, layout, dtype, tolerance):
+    pattern = Pattern(kind, layout, kernel=3)
+    inputs, weight = random_inputs(layout, dtype=dtype)
+    dense, other = (values_and_gradients(name, inputs, pattern, weight) for name in ("dense", backend))
+    assert dense[0].dtype == other[0].dtype == dtype
+    torch.testing.assert_close(other, dense, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+def test_blocks_score_only_the_text_and_the_near_keys(kind):
+    """At the paper's size: 33 of 64, 32 of 32 and 66 of 224 near keys are seen where a query has all of them."""
+    layout = TokenLayout()
+    pattern = Pattern(kind, layout)
+    near = {"row": 2 * 32, "column": 32, "conv": 7 * 32}[kind]
+    assert pattern.near(CPU).shape == (32, 32, near)
+    assert pattern.near(CPU).sum() == dense_mask(kind, layout)[256:, 256:].sum()
+
+
+# ---------------------------------------------------------------------------------------------
+# FlexAttention
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "tolerance"),
+    [(LAYOUTS[1], torch.bfloat16, 5e-2), (TokenLayout(100, (9, 7), 5, 5), torch.float32, 1e-5)],
+    ids=["4x4-bf16", "9x7-fp32"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_flex_equals_dense_in_value(kind, layout, dtype, tolerance):
+    pattern = Pattern(kind, layout, kernel=3)
+    q, k, v = (t.detach() for t in random_inputs(layout, dtype=dtype)[0])
+    dense, flex = (attend(q, k, v, pattern, backend) for backend in ("dense", "flex"))
+    assert flex.dtype == dtype
+    torch.testing.assert_close(flex, dense, rtol=tolerance, atol=tolerance)
+
+
+def test_attention_of_transposed_slots_is_the_transposed_attention():
+    """Only flex works in that order; the others come back from it."""
+    pattern = Pattern("column", LAYOUTS[2])
+    q, k, v = (t.detach() for t in random_inputs(LAYOUTS[2])[0])
+    expected = pattern.transposed(attend(q, k, v, pattern, "dense"))
+    exchanged = [pattern.transposed(x) for x in (q, k, v)]
+    for backend in ("dense", "blocks", "flex"):
+        torch.testing.assert_close(attend(*exchanged, pattern, backend, transposed=True), expected)
+
+
+@on_gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize(
+    "layout", [TokenLayout(256, (32, 32), 5, 5), TokenLayout(100, (9, 14), 5, 5)], ids=str
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_flex_equals_dense_in_value_and_gradient_on_a_gpu(kind, layout, dtype, tolerance):
+    pattern = Pattern(kind, layout, kernel=3)
+    inputs, weight = random_inputs(layout, width=64, dtype=dtype)
+    inputs, weight = [t.detach().cuda().requires_grad_() for t in inputs], weight.cuda()
+    dense, flex = (values_and_gradients(name, inputs, pattern, weight) for name in ("dense", "flex"))
+    torch.testing.assert_close(flex, dense, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("kind", "empty"), [("causal", 45), ("row", 66), ("conv", 60), ("column", 73)])
+def test_so_many_percent_of_the_blocks_are_empty_at_paper_size(kind, empty):
+    """Blocks of 128 x 128 of 1,280 x 1,280 pairs; only the transposition (11c) makes those of "column" dense."""
+    assert Pattern(kind, TokenLayout()).blocks(CPU).sparsity() == pytest.approx(empty)
+
+
+def test_without_the_transposition_column_has_no_more_empty_blocks_than_causal():
+    sees = visible("column", TokenLayout())
+    raster = create_block_mask(lambda b, h, q, k: sees(q, k), None, None, 1280, 1280, device="cpu")
+    assert raster.sparsity() == pytest.approx(45)
+
+
+@pytest.mark.parametrize("layout", [TokenLayout(), TokenLayout(100, (9, 25), 5, 5)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_hold_every_visible_pair_and_full_ones_nothing_else(kind, layout):
+    """The kernel asks the predicate in the first kind of block and never in the second."""
+    pattern = Pattern(kind, layout)
+    mask = dense_mask(kind, layout).float()
+    if kind == "column":
+        mask = pattern.transposed(pattern.transposed(mask).T.contiguous()).T
+    side = -layout.length % 128
+    pairs = (
+        torch.nn.functional.pad(mask, (0, side, 0, side))
+        .unflatten(1, (-1, 128))
+        .unflatten(0, (-1, 128))
+        .sum((1, 3))
+    )
+    blocks = pattern.blocks(CPU)
+    partial = block_table(blocks.kv_num_blocks, blocks.kv_indices)
+    full = block_table(blocks.full_kv_num_blocks, blocks.full_kv_indices)
+    assert torch.equal(partial | full, pairs > 0)
+    assert (pairs[full] == 128 * 128).all()
+
+
+def block_table(counts, indices):
+    """bool (block rows, block columns) from FlexAttention's lists."""
+    counts, indices = counts[0, 0], indices[0, 0]
+    table = torch.zeros(len(counts), indices.shape[1], dtype=torch.bool)
+    for row, count in enumerate(counts):
+        table[row, indices[row, :count].long()] = True
+    return table
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.rows}x{layout.columns}")
+def test_transposed_slots_go_back_to_raster_order(layout):
+    pattern = Pattern("column", layout)
+    x = torch.arange(2 * layout.length * 5.0).view(2, layout.length, 5)
+    assert torch.equal(pattern.raster(pattern.transposed(x)), x)
+    first_column = x[:, layout.text_len :].unflatten(1, layout.grid)[:, :, 0]
+    assert torch.equal(
+        pattern.transposed(x)[:, layout.text_len : layout.text_len + layout.rows], first_column
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# What is chosen, and what is refused
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "chosen"),
+    [
+        ("row", "cpu", "blocks"),
+        ("column", "cpu", "blocks"),
+        ("conv", "cpu", "blocks"),
+        ("causal", "cpu", "sdpa"),
+        ("conv", "mps", "sdpa"),
+        ("row", "cuda", "sdpa"),
+        ("causal", "cuda", "sdpa"),
+    ],
+)
+def test_auto_chooses_by_kind_and_device(kind, device, chosen):
+    pattern = Pattern(kind, LAYOUTS[1], 3)
+    assert choose(kind, torch.device(device)) == chosen
+    assert resolve("auto", pattern, LAYOUTS[1].length, torch.device(device), 64) == chosen
+
+
+@pytest.mark.parametrize(
+    ("device", "triton", "width", "message"),
+    [
+        ("mps", True, 64, "backend flex does not run on mps; set model.backend to auto"),
+        ("cuda", False, 64, "backend flex needs triton on cuda"),
+        ("cuda", True, 8, "heads at least 16 wide, got 8"),
+    ],
+)
+def test_a_backend_that_the_device_cannot_run_is_refused(monkeypatch, device, triton, width, message):
+    monkeypatch.setattr("dalle.nn.flex_attention._triton", lambda: triton)
+    with pytest.raises(ValueError, match=message):
+        resolve("flex", Pattern("row", LAYOUTS[1]), LAYOUTS[1].length, torch.device(device), width)
+
+
+def test_gradients_of_flex_on_a_cpu_are_refused():
+    pattern, (inputs, _) = Pattern("row", LAYOUTS[1]), random_inputs(LAYOUTS[1])
+    with pytest.raises(ValueError, match="backend flex has no gradients on cpu; set"):
+        attend(*inputs, pattern, "flex")
+    with torch.no_grad():
+        assert attend(*inputs, pattern, "flex").shape == inputs[0].shape
+    assert flex_refusal(CPU, 8) is None
+
+
+@pytest.mark.parametrize("kernel", [2, 5])
+def test_a_kernel_that_cannot_be_is_refused_before_any_mask_is_made(kernel):
+    with pytest.raises(ValueError, match="kernel must be odd and at most the 4 columns"):
+        Pattern("conv", LAYOUTS[1], kernel)
+    with pytest.raises(ValueError, match="unknown attention kind 'diagonal'"):
+        Pattern("diagonal", LAYOUTS[1])
+
+
+# ---------------------------------------------------------------------------------------------
+# Details
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_sampling_builds_serves_training_too(kind):
+    pattern, (inputs, weight) = Pattern(kind, LAYOUTS[1], 3), random_inputs(LAYOUTS[1])
+    for backend in ("dense", "sdpa", "blocks"):
+        with torch.inference_mode():
+            attend(*inputs, pattern, backend)
+        values_and_gradients(backend, inputs, pattern, weight)
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.rows}x{layout.columns}")
+def test_groups_go_back_to_raster_order(kind, layout):
+    pattern = Pattern(kind, layout, kernel=3)
+    x = torch.arange(2 * 3 * layout.image_len * 5.0).view(2, 3, layout.image_len, 5)
+    assert torch.equal(pattern.ungroup(pattern.group(x)), x)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("backend", CHOICES)
+@pytest.mark.parametrize("kind", ["conv", "causal"])
+def test_the_beginning_of_a_stream_has_the_attention_of_the_whole(backend, kind):
+    layout = LAYOUTS[1]
+    pattern = Pattern(kind, layout, kernel=3)
+    q, k, v = (t.detach() for t in random_inputs(layout)[0])
+    whole = attend(q, k, v, pattern, backend)
+    for end in range(1, layout.length):
+        beginning = attend(q[:, :, :end], k[:, :, :end], v[:, :, :end], pattern, backend)
+        torch.testing.assert_close(beginning, whole[:, :, :end])
+
+
+def test_dense_is_one_softmax_over_all_visible_keys():
+    """Paper 2.2: one normalisation for text and image keys together."""
+    layout = LAYOUTS[0]
+    pattern = Pattern("column", layout)
+    q, k, v = (t.detach() for t in random_inputs(layout, width=4)[0])
+    out = attend(q, k, v, pattern, "dense")
+    for slot in range(layout.length):
+        seen = pattern.dense(CPU)[slot].nonzero().flatten()
+        shares = torch.tensor([math.exp((q[1, 2, slot] @ k[1, 2, i]).item() / 2) for i in seen])
+        expected = (shares / shares.sum()) @ v[1, 2, seen]
+        torch.testing.assert_close(out[1, 2, slot], expected)
+
+
+def test_large_scores_do_not_overflow():
+    layout = LAYOUTS[1]
+    q, k, v = (t.detach() for t in random_inputs(layout)[0])
+    for backend in CHOICES:
+        assert torch.isfinite(attend(100 * q, 100 * k, v, Pattern("row", layout), backend)).all()
+
+
+def test_an_unknown_backend_is_refused():
+    (q, k, v), _ = random_inputs(LAYOUTS[0])
+    with pytest.raises(ValueError, match="unknown attention backend 'flash9'; expected one of auto, dense"):
+        attend(q, k, v, Pattern("row", LAYOUTS[0]), "flash9")

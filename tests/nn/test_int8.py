@@ -1,0 +1,133 @@
+"""Matrices in 8 bits: what they round, what they share, and how near the model stays (dalle/nn/int8.py)."""
+
+import pytest
+import torch
+from torch import nn
+
+from dalle.nn.int8 import FEW_ROWS, STRIDE, Int8Linear, multiply, operand
+from dalle.transformer import Transformer, TransformerConfig
+from dalle.transformer.generate import draw_tokens, generate, in_format, in_int8, own_format
+
+CONFIG = TransformerConfig(2, 2, 32, 6, (2, 5), 11, 13, conv_kernel=3, init_scale=1.0)
+
+
+@pytest.fixture
+def model() -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(CONFIG).requires_grad_(False).eval()
+    nn.init.normal_(model.to_logits.weight, std=0.1)
+    return model
+
+
+def matrix_of(linear: Int8Linear) -> torch.Tensor:
+    return linear.codes.double() * linear.scale.double()[:, None]
+
+
+def linear(bias: bool = True, dtype: torch.dtype = torch.float32, inputs: int = 24) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inputs, 40, bias, dtype=dtype).requires_grad_(False)
+
+
+class TestInt8Linear:
+    def test_no_weight_is_further_than_half_a_code(self):
+        plain = linear()
+        plain.weight[3] *= 100  # a row of its own scale
+        rounded = Int8Linear(plain)
+        away = (matrix_of(rounded) - plain.weight.double()).abs() / rounded.scale.double()[:, None]
+        assert (
+            away.max() <= 0.75
+        )  # the largest weight of a row may lie 127 / 2^9 beyond, for the scale is in bf16
+        inside = plain.weight.abs() <= 127 * rounded.scale.float()[:, None]
+        assert away[inside].max() <= 0.5 + 1e-6
+        assert rounded.codes.abs().amax(dim=1).min() >= 126
+        assert rounded.codes.dtype == torch.int8
+
+    def test_a_row_of_zeros_stays_one(self):
+        plain = linear()
+        plain.weight[3] = 0
+        found = Int8Linear(plain)(torch.randn(5, 24))
+        assert torch.equal(found[:, 3], plain.bias[3].expand(5))
+
+    @pytest.mark.parametrize("inputs", [24, 127, STRIDE, 3 * STRIDE])
+    @pytest.mark.parametrize("rows", [(1,), (2, 3), (FEW_ROWS + 1,)])
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_it_multiplies_by_the_rounded_matrix(self, inputs, rows, bias, dtype):
+        plain = linear(bias, dtype, inputs)
+        rounded, x = Int8Linear(plain), torch.randn(*rows, inputs, dtype=dtype)
+        expected = x.double() @ matrix_of(rounded).T + (plain.bias.double() if bias else 0)
+        found = rounded(x)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
+
+    def test_columns_that_lie_apart_are_taken_together(self):
+        rounded, x = Int8Linear(linear(inputs=STRIDE)), torch.randn(STRIDE, 5).T
+        assert torch.equal(rounded(x), rounded(x.contiguous()))
+
+    @pytest.mark.parametrize("inputs", [24, STRIDE])
+    def test_some_rows_are_those_of_the_whole(self, inputs):
+        plain, x = linear(bias=False, inputs=inputs), torch.randn(4, inputs)
+        for layer in (plain, Int8Linear(plain)):
+            assert torch.equal(multiply(x, layer, slice(7, 19)), multiply(x, layer)[:, 7:19])
+        assert operand(Int8Linear(linear(dtype=torch.bfloat16))).dtype == torch.bfloat16
+
+
+class TestModel:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_only_the_matrices_are_rounded_and_all_else_is_shared(self, model, dtype):
+        rounded = in_int8(in_format(model, dtype))
+        plain = dict(model.named_modules())
+        for name, module in rounded.named_modules():
+            assert not isinstance(module, nn.Linear)
+            if isinstance(module, Int8Linear):
+                assert isinstance(plain[name], nn.Linear)
+                assert operand(module).dtype == (torch.float32 if name == "to_logits" else dtype)
+        shared = {name for name, p in rounded.named_parameters() if p is model.get_parameter(name)}
+        assert {
+            "token_embedding.weight",
+            "row.weight",
+            "final_norm.weight",
+            "layers.0.mlp.norm.bias",
+        } <= shared
+        assert ("layers.1.mlp.f.expand.bias" in shared) == (dtype == torch.float32)
+        assert rounded.patterns["row"] is model.patterns["row"]
+        assert model.layers[0].mlp.f.expand.weight.dtype == torch.float32
+
+    def test_it_is_the_plain_model_with_rounded_matrices(self, model):
+        rounded, same = in_int8(model), Transformer(CONFIG).requires_grad_(False).eval()
+        same.load_state_dict(model.state_dict())
+        for name, module in rounded.named_modules():
+            if isinstance(module, Int8Linear):
+                same.get_submodule(name).weight.copy_(matrix_of(module))
+        ids = ids_of(model)
+        torch.testing.assert_close(rounded(ids), same(ids), rtol=0.05, atol=0.05)
+        assert (rounded(ids) - model(ids)).abs().nan_to_num().max() < 0.2
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("guidance", [None, 1.5])
+    def test_steps_with_caches_take_the_tokens_of_whole_passes(self, model, dtype, guidance):
+        rounded = in_int8(in_format(model, dtype))
+        text, noise = model.layout.pad_text([[1, 2], [3]]), torch.rand(2, 3, 10, dtype=torch.float64)
+        assert operand(rounded.layers[0].mlp.f.expand).dtype == rounded.caches(1, 1)[0].image.dtype == dtype
+        drawn = generate(rounded, text, noise, guidance=guidance, temperature=0)
+        with own_format(rounded):
+            logits = rounded(model.layout.pack(text, drawn[:, 0]))[:, 6:, -13:]
+            empty = model.layout.pad_text([[]]).expand(2, -1)
+            other = rounded(model.layout.pack(empty, drawn[:, 0]))[:, 6:, -13:]
+        logits = logits if guidance is None else other + guidance * (logits - other)
+        missed = logits.amax(dim=2) - logits.gather(2, drawn[:, 0, :, None])[..., 0]
+        assert missed.max() < 0.05  # a tie within the rounding of bf16, else the likeliest
+
+    def test_under_autocast_it_stays_as_it_is(self, model):
+        rounded = in_int8(model)
+        text, noise = model.layout.pad_text([[1, 2]]), torch.rand(1, 3, 10, dtype=torch.float64)
+        *_, plain = draw_tokens(rounded, text, noise)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            *_, drawn = draw_tokens(rounded, text, noise)
+        assert torch.equal(drawn, plain)
+        assert in_format(rounded, torch.bfloat16) is in_int8(rounded) is rounded
+
+
+def ids_of(model: Transformer) -> torch.Tensor:
+    text = model.layout.pad_text([[1, 2, 3], []])
+    return model.layout.pack(text, torch.randint(13, (2, 10), generator=torch.Generator().manual_seed(0)))

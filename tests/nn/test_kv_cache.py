@@ -1,0 +1,92 @@
+"""What sampling keeps of earlier slots (paper Figure 11): dalle/nn/kv_cache.py, against dalle/masks.py."""
+
+import pytest
+import torch
+
+from dalle.layout import TokenLayout
+from dalle.masks import KINDS, dense_mask
+from dalle.nn.kv_cache import Places, bytes_of, scaled
+from dalle.transformer import Transformer, TransformerConfig
+from dalle.transformer.sizes import cache_bytes, read_bytes
+
+GRIDS = [(1, 3), (4, 4), (2, 5), (5, 3), (3, 8)]
+TINY = {"heads": 2, "head_width": 8, "text_len": 6, "text_vocab": 11, "image_vocab": 13, "conv_kernel": 3}
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_places_that_a_step_sees_hold_what_the_mask_shows_and_nothing_else(kind, grid):
+    """Slot numbers are written as a decoder writes keys, and read back."""
+    layout = TokenLayout(4, grid, 5, 5)
+    places, mask = Places(kind, layout, 3), dense_mask(kind, layout, 3)[4:, 4:]
+    held = torch.full((places.groups, places.size), -1)
+    for slot in range(layout.image_len):
+        held.view(-1)[places.own[slot]] = slot
+        seen = held[places.group[slot]][places.sees[slot]]
+        assert sorted(seen.tolist()) == mask[slot].nonzero().flatten().tolist()
+        assert places.reads[slot] == 1 + max(places.sees[slot].nonzero().flatten().tolist())
+
+
+def test_at_paper_size_a_step_reads_33_or_32_or_192_keys():
+    sizes = {kind: (places.groups, places.size) for kind in KINDS if (places := Places(kind, TokenLayout()))}
+    assert sizes == {"row": (1, 33), "column": (32, 32), "conv": (1, 192), "causal": (1, 1024)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal_every", [None, 3])
+@pytest.mark.parametrize("grid", GRIDS[1:], ids=str)
+def test_memory_by_formula_is_memory_as_measured(grid, causal_every, dtype):
+    config = TransformerConfig(depth=4, grid=grid, causal_every=causal_every, **TINY)
+    model = Transformer(config).to(dtype)
+    caches = model.caches(3, 5)
+    keys = torch.zeros(3, 2, config.text_len + 1, 8, dtype=dtype)
+    for cache in caches:
+        cache.fill(keys, keys, config.text_len)
+    assert bytes_of(caches) == cache_bytes(config, dtype.itemsize)
+
+
+def test_a_candidate_of_the_papers_model_takes_288_megabytes():
+    """47 row layers of 33 keys, 16 column layers of 1,024 and the conv layer's 192, 3,968 wide, in 16 bit."""
+    text, image = cache_bytes(TransformerConfig(), 2)
+    assert image == 2 * 2 * 3968 * (47 * 33 + 16 * 1024 + 192) == 287_711_744
+    assert text == 2 * 2 * 3968 * 64 * 256
+
+
+def test_bytes_of_a_step_count_each_matrix_once_and_each_candidates_keys():
+    config = TransformerConfig()
+    one, two = (read_bytes(config, rows, 2) for rows in (1, 2))
+    assert two - one == 2 * 2 * 3968 * (47 * 33 + 16 * 32 + 192)
+    matrices = 64 * 12 * 3968**2 * 2 + 8192 * 3968 * 4
+    assert one == matrices + (two - one) + cache_bytes(config, 2)[0]
+    assert read_bytes(config, 1, 2, int8=True) == one - matrices + 64 * 12 * 3968**2 + 8192 * 3968
+
+
+def test_the_two_parts_are_joined_by_one_softmax():
+    """Against keys laid end to end, with scores so large that two softmaxes would differ."""
+    config = TransformerConfig(depth=1, grid=(2, 5), sparse=False, **TINY)
+    (cache,) = Transformer(config).caches(2, 3)
+    generator = torch.Generator().manual_seed(0)
+    k, v = 3 * torch.randn(2, 2, 2, 6 + 4, 8, generator=generator)
+    cache.fill(k, v, 6)
+    q, own_k, own_v = 3 * torch.randn(3, 4, 3, 8, generator=generator)
+    mixed = cache.attend(scaled(q), own_k, own_v, 4)
+    every_k, every_v = (
+        torch.cat([old.flatten(0, 1)[:, None].expand(-1, 3, -1, -1), own[:, :, None]], dim=2)
+        for old, own in ((k, own_k), (v, own_v))
+    )
+    shares = torch.softmax((q[:, :, None] @ every_k.transpose(2, 3)) / 8**0.5, dim=-1)
+    torch.testing.assert_close(mixed, (shares @ every_v)[:, :, 0])
+
+
+def test_a_step_makes_no_copy_of_a_cache():
+    """Reading by an int gives views; nothing grows."""
+    config = TransformerConfig(depth=4, grid=(4, 4), **TINY)
+    caches = Transformer(config).caches(2, 3)
+    for cache in caches:
+        before = cache.image.data_ptr()
+        for slot in range(16):
+            keys, values, _ = cache._read(slot)
+            for part in (keys, values):
+                assert part.untyped_storage().data_ptr() == cache.image.untyped_storage().data_ptr()
+            cache._write(torch.ones(12, 8), torch.ones(12, 8), slot)
+        assert cache.image.data_ptr() == before

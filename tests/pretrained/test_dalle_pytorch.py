@@ -1,0 +1,246 @@
+"""dalle.pt of DALLE-pytorch 1.6.6: files of its layout, against the package written out, and that against it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.dalle_pytorch_reference import (
+    CODES,
+    HPARAMS,
+    SIDE,
+    TEXT,
+    VAE,
+    WORDS,
+    logits,
+    make_file,
+    make_weights,
+)
+from helpers.external import check_drawing, check_rounded
+from helpers.vqgan_reference import make_state, names_of_taming
+
+from dalle.benchmarks.dalle_pytorch import _import
+from dalle.commands.inspect_checkpoint import InspectRun, inspect_checkpoint
+from dalle.dvae import DVAE, DVAEConfig
+from dalle.hub.model_directory import write_directory
+from dalle.pretrained.family import fit
+from dalle.pretrained.load import find, load_image_tokenizer, load_transformer
+from dalle.pretrained.whole import load_whole
+from dalle.text.external.huggingface import HuggingFaceTokenizer
+from dalle.transformer.generate import generate
+from dalle.vqgan import VQGAN
+
+CASES: dict[str, dict[str, Any]] = {
+    "as trained by default": {},
+    "learned positions": {"rotary_emb": False},
+    "no shift": {"shift_tokens": False, "attn_types": ("full",)},
+    "reversible": {"reversible": True, "depth": 3},
+    "stable and sandwich": {"stable": True, "sandwich_norm": True, "depth": 2},
+    "shared embeddings": {"share_input_output_emb": True, "rotary_emb": False, "depth": 2},
+}
+CAPTIONS = [[3, 5, 0, 7], [1, 2, 3, 4, 5, 6]]  # the 0 within is a pad to the package
+IMAGE = torch.randint(CODES, (2, SIDE * SIDE), generator=torch.Generator().manual_seed(1))
+
+
+def write(path: Path, **changed: Any) -> tuple[Path, dict[str, torch.Tensor]]:
+    weights = make_weights(**changed)
+    torch.save(make_file(weights, **changed), path / "dalle.pt")
+    return path / "dalle.pt", weights
+
+
+def padded(caption: list[int]) -> list[int]:
+    return caption + [0] * (TEXT - len(caption))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_the_package_written_out(tmp_path: Path, case: str) -> None:
+    path, weights = write(tmp_path, **CASES[case])
+    model = load_transformer(path)
+    ids = model.layout.pack(model.layout.pad_text(CAPTIONS), IMAGE)
+    found = model(ids)
+    for row, caption in enumerate(CAPTIONS):
+        expected = logits(weights, padded(caption), IMAGE[row].tolist(), **CASES[case])
+        text, image = expected[:TEXT, : WORDS + TEXT], expected[TEXT:, WORDS + TEXT :]
+        torch.testing.assert_close(found[row, :TEXT, : WORDS + TEXT], text, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(found[row, TEXT:, WORDS + TEXT :], image, atol=2e-4, rtol=2e-4)
+    assert (found[:, :TEXT, WORDS + TEXT :] == -torch.inf).all()
+    assert (found[:, TEXT:, : WORDS + TEXT] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_equals_the_package(tmp_path: Path, case: str) -> None:
+    try:
+        package = _import()
+    except ValueError as error:
+        pytest.skip(str(error))
+    weights, kept = make_weights(**CASES[case]), package.DiscreteVAE.__init__.__globals__
+    kept["log2"] = lambda size: 5.0  # it wants sides that are powers of 2, of which none has 6 columns
+    vae = package.DiscreteVAE(**VAE)
+    original = package.DALLE(vae=vae, **(HPARAMS | CASES[case])).eval()
+    original.load_state_dict(weights, strict=True)
+    found = original(torch.tensor([padded(caption) for caption in CAPTIONS]), IMAGE)
+    for row, caption in enumerate(CAPTIONS):
+        expected = logits(weights, padded(caption), IMAGE[row].tolist(), **CASES[case])
+        text, image = found[row, :TEXT, : WORDS + TEXT], found[row, TEXT:, WORDS + TEXT :]
+        torch.testing.assert_close(expected[:TEXT, : WORDS + TEXT], text, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(expected[TEXT:, WORDS + TEXT :], image, atol=2e-4, rtol=2e-4)
+    path, _ = write(tmp_path, **CASES[case])
+    pixels = torch.rand(2, 3, 24, 24)
+    tokenizer = load_image_tokenizer(path)
+    assert torch.equal(tokenizer.encode(pixels), vae.get_codebook_indices(pixels))
+    shown = vae.decode(IMAGE) / 2 + 0.5
+    torch.testing.assert_close(tokenizer.decode(IMAGE), shown.clamp(0, 1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_drawing_with_caches_takes_the_likeliest_tokens_of_whole_passes(tmp_path: Path, case: str) -> None:
+    model = load_transformer(write(tmp_path, **CASES[case])[0])
+    text = model.layout.pad_text(CAPTIONS)
+    noise = torch.rand(2, 3, SIDE * SIDE, dtype=torch.float64)
+    for prefix in (None, IMAGE[:, : SIDE + 2]):
+        drawn = generate(model, text, noise, prefix=prefix, temperature=0)
+        assert torch.equal(drawn[:, 0], drawn[:, 2])
+        kept = 0 if prefix is None else prefix.shape[1]
+        likeliest = model(model.layout.pack(text, drawn[:, 0]))[:, TEXT:, WORDS + TEXT :].argmax(2)
+        assert torch.equal(drawn[:, 0, kept:], likeliest[:, kept:])
+        assert prefix is None or torch.equal(drawn[:, 1, :kept], prefix)
+
+
+def test_candidates_differ_and_a_slot_may_be_a_tensor(tmp_path: Path) -> None:
+    model = load_transformer(write(tmp_path)[0])
+    check_drawing(model, model.layout.pad_text(CAPTIONS), IMAGE, read=8)
+
+
+def test_rounded_matrices_draw(tmp_path: Path) -> None:
+    model = load_transformer(write(tmp_path)[0])
+    check_rounded(model, model.layout.pad_text(CAPTIONS), IMAGE)
+
+
+@pytest.fixture(scope="module")
+def text():
+    model = {"type": "BPE", "vocab": {"!": 0, "a": 1, "b": 2}, "merges": []}
+    return HuggingFaceTokenizer({"model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}})
+
+
+def test_the_whole_draws_pictures(tmp_path: Path, text) -> None:
+    model = load_whole(write(tmp_path)[0], text)
+    generation = model.generate("a b", n=2, best_of=2, seed=1, batch=2)
+    assert generation.images[0].size == (24, 24)
+    assert torch.equal(
+        generation.image_tokens, model.generate("a b", n=2, best_of=2, seed=1, batch=2).image_tokens
+    )
+    assert model.complete("a b", generation.images[0], rows=3, n=1, best_of=1).image_tokens.shape == (
+        1,
+        SIDE * SIDE,
+    )
+    found = model.log_likelihood("a b", generation.image_tokens)
+    assert torch.isfinite(found.image).all()
+    with pytest.raises(ValueError, match="only a Transformer of this library"):
+        write_directory(tmp_path / "model", {"transformer": model.transformer}, text)
+
+
+def test_a_full_caption_fits_and_one_more_does_not(tmp_path: Path) -> None:
+    layout = load_transformer(write(tmp_path)[0]).layout
+    assert layout.pad_text([[1] * TEXT]).tolist() == [[1] * TEXT]
+    with pytest.raises(ValueError, match="room for 6"):
+        layout.pad_text([[1] * (TEXT + 1)])
+
+
+def test_inside_may_lie_a_vqgan_or_openais_dvae(tmp_path: Path) -> None:
+    plain = {name: tensor for name, tensor in make_weights().items() if not name.startswith("vae.")}
+    vqgan = {f"vae.model.{name}": tensor for name, tensor in make_state(names_of_taming).items()}
+    dvae = DVAE(DVAEConfig(widths=(8, 8), blocks_per_group=1, downsampling=2, vocab_size=CODES, code_width=4))
+    dvae_names = {f"vae.{n.replace('oder', '', 1)}": tensor for n, tensor in dvae.state_dict().items()}
+    for inner, kind in ((vqgan | {"vae.model.loss.x": torch.zeros(1)}, VQGAN), (dvae_names, DVAE)):
+        torch.save(make_file(plain | inner) | {"vae_params": None}, tmp_path / "dalle.pt")
+        model = load_image_tokenizer(tmp_path / "dalle.pt")
+        assert isinstance(model, kind)
+        load_transformer(tmp_path / "dalle.pt")
+    assert torch.equal(model.encode(torch.ones(1, 3, 8, 8) / 3), dvae.encode(torch.ones(1, 3, 8, 8) / 3))
+    torch.save(make_file(plain), tmp_path / "dalle.pt")
+    with pytest.raises(ValueError, match=r"is of kind 'transformer' .* not a published image tokenizer"):
+        load_image_tokenizer(tmp_path / "dalle.pt")
+
+
+def test_old_names_of_axial_positions(tmp_path: Path) -> None:
+    weights = make_weights(rotary_emb=False)
+    for axis in "01":
+        weights[f"image_pos_emb.weights_{axis}"] = weights.pop(f"image_pos_emb.weights.{axis}")
+    torch.save(make_file(weights, rotary_emb=False), tmp_path / "dalle.pt")
+    found = find(tmp_path / "dalle.pt")
+    fit(found.family, found.tensors).check("dalle.pt")
+
+
+def test_its_vae_alone(tmp_path: Path) -> None:
+    weights = {n.removeprefix("vae."): t for n, t in make_weights().items() if n.startswith("vae.")}
+    for normalization in ({}, {"normalization": None}, {"normalization": ((0.0,) * 3, (1.0,) * 3)}):
+        torch.save({"hparams": VAE | normalization, "weights": weights}, tmp_path / "vae.pt")
+        model = load_image_tokenizer(tmp_path / "vae.pt")
+        assert (model.downsampling, model.vocab_size) == (4, CODES)
+        assert model.config.means == ((0.0,) * 3 if normalization else (0.5,) * 3)
+        assert model.decode(model.encode(torch.rand(1, 3, 8, 12)), (2, 3)).shape == (1, 3, 8, 12)
+    torch.save({"hparams": VAE | {"normalization": (0.5, 0.5)}, "weights": weights}, tmp_path / "vae.pt")
+    with pytest.raises(ValueError, match="normalisation"):
+        load_image_tokenizer(tmp_path / "vae.pt")
+
+
+def test_inspection(tmp_path: Path) -> None:
+    path, weights = write(tmp_path)
+    report = inspect_checkpoint(InspectRun(path))
+    assert (report["family"], report["kind"], report["fits"]) == ("DALLE-pytorch", "transformer", True)
+    assert report["sizes"]["kinds"][:2] == ["full", "axial_row"]
+    assert "30 text ids, 6 at a time; 24 codes" in report["vocabulary"]
+    assert set(report["ignored"]) == {name for name in weights if name.startswith("vae.")}
+
+
+def before_scales(file: dict[str, Any]) -> None:
+    """As versions 0.x wrote it: nothing told of the version, and no LayerScale around a path."""
+    for name in ("version", "vae_class_name", "opt_state", "scheduler_state"):
+        del file[name]
+    kept = {name: t for name, t in file["weights"].items() if not name.endswith("scale")}
+    file["weights"] = {
+        re.sub(r"(layers\.\d+\.[01]\.)fn\.", r"\1", name): tensor for name, tensor in kept.items()
+    }
+
+
+def test_a_folder_of_deepspeed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "dalle-ds-cp/global_step100").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"a folder of DeepSpeed: .*zero_to_fp32"):
+        inspect_checkpoint(InspectRun(tmp_path / "dalle-ds-cp"))
+
+
+REFUSED = {
+    "another version": (lambda file: file.update(version="1.4.2"), r"version 1\.4\.2"),
+    "a version of 2021": (
+        lambda file: file.update(version="0.14.3"),
+        r"of DALLE-pytorch, .* version 0\.14\.3",
+    ),
+    "no version": (lambda file: file.pop("version"), r"of DALLE-pytorch, cannot be held here: .*before 1\.0"),
+    "no version and no scales": (lambda file: before_scales(file), r"of DALLE-pytorch, .*before 1\.0"),
+    "no weights": (lambda file: file.pop("weights"), "beside DeepSpeed's folder"),
+    "no hyper-parameters": (lambda file: file.pop("hparams"), "no hparams"),
+    "DeepSpeed's layers": (lambda file: file["hparams"].update(attn_types=("sparse",)), "kind 'sparse'"),
+    "another depth": (lambda file: file["hparams"].update(depth=9), "tells 9 layers"),
+    "no number": (lambda file: file["hparams"].update(heads="many"), "heads 'many'"),
+    "a text longer than all": (lambda file: file["hparams"].update(text_seq_len=99), "positive"),
+    "another text": (lambda file: file["hparams"].update(text_seq_len=5), r"lacks|another shape"),
+    "a missing tensor": (
+        lambda file: file["weights"].pop("transformer.layers.layers.2.1.fn.norm.bias"),
+        r"lacks 1 tensors, first layers\.2\.mlp\.norm\.bias",
+    ),
+    "an unknown tensor": (
+        lambda file: file["weights"].update({"more.weight": torch.zeros(1)}),
+        r"more\.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(tmp_path: Path, case: str) -> None:
+    change, said = REFUSED[case]
+    file = make_file(make_weights())
+    change(file)
+    torch.save(file, tmp_path / "dalle.pt")
+    with pytest.raises(ValueError, match=said):
+        load_transformer(tmp_path / "dalle.pt")

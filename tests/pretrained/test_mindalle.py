@@ -1,0 +1,418 @@
+"""minDALL-E: its folder and archive at small width, against the model written out; its text ids against its library."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.external import check_drawing, check_rounded
+from helpers.mindalle_reference import (
+    CAPTIONS,
+    SIDE,
+    TEXT,
+    logits,
+    make_weights,
+    published_tokenizer,
+    write_config,
+    write_folder,
+)
+from helpers.vqgan_reference import CODES
+
+from dalle.commands.inspect_checkpoint import InspectRun, inspect_checkpoint
+from dalle.commands.sample import SampleRun, sample
+from dalle.nn.kv_cache import bytes_of
+from dalle.pretrained.family import fit, without_values
+from dalle.pretrained.load import find, load_image_tokenizer, load_transformer
+from dalle.pretrained.mindalle.model import MinDalle, MinDalleConfig
+from dalle.pretrained.mindalle.reader import FAMILY, FILES, STAGE2, load_tokenizer
+from dalle.pretrained.pickle_names import SavedTensor
+from dalle.pretrained.whole import load_whole
+from dalle.transformer.generate import generate
+from dalle.vqgan import VQGAN
+
+pytest.importorskip("tokenizers", reason="tokenizers is not installed: its CharBPETokenizer writes the files")
+
+CASES: dict[str, dict[str, Any]] = {
+    "as published": {},
+    "sigmoid": {"gelu_use_approx": True},
+    "no biases": {"attn_bias": False, "mlp_bias": False},
+}
+IMAGE = torch.randint(CODES, (2, SIDE * SIDE), generator=torch.Generator().manual_seed(1))
+AWKWARD = [
+    "",
+    "ÉCOLE  naïve\tΟΔΟΣ",
+    "red\u200bcircle 红色的圆x",
+    "[PAD]x",
+    "a" * 30,
+    "\x00\ufffd!?--'s",
+    "snow ☃ 🎨",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("1.3B")
+    write_folder(made)
+    return made
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_the_model_written_out(tmp_path: Path, case: str) -> None:
+    state = write_folder(tmp_path, **CASES[case])
+    model, text = load_transformer(tmp_path), load_tokenizer(tmp_path)
+    words = len(state["tok_emb_txt.weight"])
+    captions = [text.encode("a red")[:TEXT], text.encode(CAPTIONS[3])[:TEXT]]
+    tokens = model.layout.pad_text(captions)
+    found = model(model.layout.pack(tokens, IMAGE))
+    for row in range(2):
+        of_text, of_image = logits(state, tokens[row].tolist(), IMAGE[row].tolist()[:-1], **CASES[case])
+        torch.testing.assert_close(found[row, 1:TEXT, :words], of_text, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[row, TEXT:, words:], of_image, atol=1e-4, rtol=1e-4)
+    assert (found[:, :TEXT, words:] == -torch.inf).all()
+    assert (found[:, TEXT:, :words] == -torch.inf).all()
+
+
+def test_heads_and_gelu_of_the_configuration_count(tmp_path: Path) -> None:
+    state = write_folder(tmp_path, n_heads=3)
+    model = load_transformer(tmp_path)
+    tokens = model.layout.pad_text([[5, 6]])
+    found = model(model.layout.pack(tokens, IMAGE[:1]))[0, TEXT:, len(state["tok_emb_txt.weight"]) :]
+    of = {
+        heads: logits(state, tokens[0].tolist(), IMAGE[0].tolist()[:-1], n_heads=heads)[1] for heads in (3, 4)
+    }
+    torch.testing.assert_close(found, of[3], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, of[4], atol=1e-2)
+
+
+def test_text_ids_are_those_of_its_tokenizer(folder: Path) -> None:
+    theirs, ours = published_tokenizer(folder), load_tokenizer(folder)
+    layout = load_transformer(folder).layout
+    assert ours.vocab_size == theirs.get_vocab_size()
+    for caption in [*CAPTIONS, *AWKWARD]:
+        expected = theirs.encode(caption, add_special_tokens=False)
+        if "[PAD]" not in caption:  # a special token that a caption spells out is text here
+            assert layout.pad_text([ours.encode(caption)], truncate=True).tolist() == [expected.ids], ascii(
+                caption
+            )
+    assert ours.decode(ours.encode("A Red CIRCLE")) == "a red circle"
+    assert layout.pad == theirs.token_to_id("[PAD]")
+
+
+def test_drawing_with_caches_takes_the_likeliest_tokens_of_whole_passes(folder: Path) -> None:
+    model = load_transformer(folder)
+    text = model.layout.pad_text([[5, 6], [7] * TEXT])
+    noise = torch.rand(2, 3, SIDE * SIDE, dtype=torch.float64)
+    for prefix in (None, IMAGE[:, : SIDE + 2]):
+        drawn = generate(model, text, noise, prefix=prefix, temperature=0)
+        assert torch.equal(drawn[:, 0], drawn[:, 2])
+        kept = 0 if prefix is None else prefix.shape[1]
+        whole = model(model.layout.pack(text, drawn[:, 0]))[:, TEXT:, model.layout.image_offset :]
+        assert torch.equal(drawn[:, 0, kept:], whole.argmax(2)[:, kept:])
+        assert prefix is None or torch.equal(drawn[:, 1, :kept], prefix)
+
+
+def test_candidates_differ_and_a_slot_may_be_a_tensor(folder: Path) -> None:
+    model = load_transformer(folder)
+    check_drawing(model, model.layout.pad_text([[5, 6], [7]]), IMAGE, read=8)
+
+
+def test_the_memory_of_a_candidate_is_what_its_caches_hold(folder: Path) -> None:
+    model = load_transformer(folder)
+    assert model.row_bytes() == bytes_of(model.caches(1, 1))[1] > 0
+
+
+def test_rounded_matrices_draw(folder: Path) -> None:
+    model = load_transformer(folder)
+    check_rounded(model, model.layout.pad_text([[5, 6], [7]]), IMAGE)
+
+
+def test_the_first_text_id_counts_for_nothing_and_the_pads_but_one_do_not(folder: Path) -> None:
+    model = load_transformer(folder)
+    layout, pad = model.layout, model.layout.pad
+    text = layout.pad_text([[5, 6, 7]])
+    assert text.tolist() == [[5, 6, 7] + [pad] * (TEXT - 3)]
+    assert (
+        layout.loss_mask(layout.pack(text, IMAGE[:1]))[0, :TEXT].tolist()
+        == [False, True, True, True] + [False] * 3
+    )
+    with pytest.raises(ValueError, match=f"room for {TEXT}"):
+        layout.pad_text([[5] * (TEXT + 1)])
+
+
+# --------------------------------------------------------------------------------- whole
+
+
+def pack(
+    folder: Path, target: Path, top: str = "1.3B/", change: Callable[[tarfile.TarFile], None] | None = None
+) -> Path:
+    with tarfile.open(target, "w:gz") as archive:
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            archive.add(file, f"{top}{file.relative_to(folder)}")
+        if change:
+            change(archive)
+    return target
+
+
+def test_folder_and_archive_draw_the_same_pictures(folder: Path, tmp_path: Path) -> None:
+    tokens = []
+    for path in (folder, pack(folder, tmp_path / "1.3B.tar.gz"), pack(folder, tmp_path / "flat.tgz", top="")):
+        model = load_whole(path)
+        assert isinstance(model.dvae, VQGAN)
+        generation = model.generate("a red circle", n=2, best_of=2, seed=1, batch=2)
+        assert generation.images[0].size == (4 * SIDE, 4 * SIDE)
+        tokens.append(generation.image_tokens)
+    assert torch.equal(tokens[0], tokens[1])
+    assert torch.equal(tokens[0], tokens[2])
+    found = model.log_likelihood("a red circle", generation.image_tokens)
+    assert torch.isfinite(found.image).all()
+    again = model.complete("a red circle", generation.images[0], rows=2, n=1, best_of=1)
+    assert again.image_tokens.shape == (1, SIDE * SIDE)
+
+
+def test_the_log_likelihood_is_that_of_the_model_written_out(tmp_path: Path) -> None:
+    state = write_folder(tmp_path)
+    model = load_whole(tmp_path)
+    found = model.log_likelihood("a red circle", IMAGE[:1])
+    (tokens,) = model.text_tokens(["a red circle"]).tolist()
+    of_text, of_image = logits(state, tokens, IMAGE[0].tolist()[:-1])
+    counted = min(TEXT - 1, len(model.text.encode("a red circle")))
+    expected = of_text.log_softmax(1)[range(counted), tokens[1 : counted + 1]].sum()
+    torch.testing.assert_close(found.text[0], expected)
+    torch.testing.assert_close(found.image[0], of_image.log_softmax(1)[range(SIDE * SIDE), IMAGE[0]].sum())
+
+
+def test_as_the_script_draws_it(folder: Path, tmp_path: Path) -> None:
+    for path in (folder, pack(folder, tmp_path / "1.3B.tar.gz")):
+        out = tmp_path / f"{path.name}-out"
+        sample(
+            SampleRun(prompt="a red circle", model=path, best_of=2, keep=2, batch=2, out=out, device="cpu")
+        )
+        assert (out / "01.png").is_file()
+
+
+def test_inspection_names_it_and_its_licence(folder: Path, tmp_path: Path) -> None:
+    for path in (folder, pack(folder, tmp_path / "1.3B.tar.gz"), folder / STAGE2):
+        report = inspect_checkpoint(InspectRun(path))
+        assert (report["family"], report["kind"], report["fits"]) == ("minDALL-E", "transformer", True)
+        assert "CC-BY-NC-SA" in report["licence"]
+        assert report["sizes"]["heads"] == 4
+    assert report["path"] == str(folder / STAGE2)
+
+
+def test_the_published_size() -> None:
+    with without_values():
+        model = MinDalle(MinDalleConfig())
+    names = {ours: theirs for theirs in names_of_the_file() for ours in [FAMILY.rename(theirs)]}
+    assert names.keys() == model.state_dict().keys()
+    assert len(names) == 680
+    assert sum(p.numel() for p in model.parameters()) == 1_291_081_728
+
+
+def names_of_the_file() -> list[str]:
+    """Of the published stage 2, by its description."""
+    names = [f"{kind}_emb_{of}.weight" for kind in ("tok", "pos") for of in ("img", "txt")]
+    ends = [f"{norm}.{end}" for norm in ("ln1", "ln2") for end in ("weight", "bias")]
+    parts = ("attn.key", "attn.query", "attn.value", "attn.proj", "mlp.0", "mlp.2")
+    ends += [f"{part}.{end}" for part in parts for end in ("weight", "bias")]
+    names += [f"blocks.{i}.{end}" for i in range(42) for end in ends]
+    return [*names, "ln_f.weight", "ln_f.bias", "head_img.weight", "head_txt.weight"]
+
+
+def test_the_published_file_fits(tmp_path: Path) -> None:
+    """Shapes alone, under the published names, with the published config.yaml."""
+    with without_values():
+        shapes = {name: tuple(t.shape) for name, t in MinDalle(MinDalleConfig()).state_dict().items()}
+    tensors = {n: SavedTensor(torch.float32, shapes[FAMILY.rename(n)], list) for n in names_of_the_file()}
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/bpe-16k-vocab.json").write_text('{"[PAD]": 16383, "[UNK]": 16382}')
+    for text in ("stage2:\n  type: transformer1d\n  hparams:\n    n_heads: 24\n", "stage1: {}\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        family = FAMILY.settle(FAMILY, tmp_path / STAGE2, {}, tensors)
+        comparison = fit(family, tensors)
+        comparison.check("published")
+        assert comparison.config == MinDalleConfig(pad=16383)
+
+
+# --------------------------------------------------------------------------------- what is refused
+
+
+def change_state(change: Callable[[dict], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        state = torch.load(folder / STAGE2, weights_only=True)["state_dict"]
+        change(state)
+        torch.save({"state_dict": state}, folder / STAGE2)
+
+    return apply
+
+
+def config(**changed: Any) -> Callable[[Path], None]:
+    return lambda folder: write_config(
+        folder, len(json.loads((folder / "tokenizer/bpe-16k-vocab.json").read_text())), **changed
+    )
+
+
+def without(token: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "tokenizer/bpe-16k-vocab.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != token}))
+
+    return apply
+
+
+SWELLING = "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12))
+SWELLING = f"a0: &a0 [x]\n{SWELLING}stage2: {{type: *a12}}\n"  # 9 to the 12th, were it written out
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a missing tensor": (
+        change_state(lambda s: s.pop("blocks.1.attn.key.bias")),
+        r"lacks 1 tensors.*qkv\.1\.bias",
+    ),
+    "an unknown tensor": (
+        change_state(lambda s: s.update({"more.weight": torch.zeros(1)})),
+        r"beside.*more\.weight",
+    ),
+    "another shape": (
+        change_state(lambda s: s.update({"ln_f.bias": torch.zeros(3)})),
+        "another shape.*final_norm",
+    ),
+    "a transposed matrix": (
+        change_state(lambda s: s.update({"blocks.0.mlp.0.weight": s["blocks.0.mlp.0.weight"].T})),
+        "another shape.*expand",
+    ),
+    "not finite": (change_state(lambda s: s["ln_f.bias"].fill_(torch.nan)), "NaN"),
+    "biases that are not told": (config(attn_bias=False), "beside the model.*bias"),
+    "another depth": (config(n_layers=9), "n_layers 9, the tensors are of 3"),
+    "layers that are not dense": (config(n_dense_layers=2), "n_dense_layers 2"),
+    "another width": (config(embed_dim=99), "embed_dim 99"),
+    "another vocabulary": (config(vocab_size_img=9), "vocab_size_img 9"),
+    "the published numbers": (
+        lambda folder: (folder / "config.yaml").write_text("stage1: 1\n"),
+        "embed_dim 1536",
+    ),
+    "heads that are no number": (config(n_heads="many"), "n_heads 'many'"),
+    "heads that do not divide": (config(n_heads=5), "24 does not divide into 5 heads"),
+    "a switch that is none": (config(gelu_use_approx="maybe"), "gelu_use_approx 'maybe'"),
+    "another kind of model": (config(type="igpt"), "type 'igpt'; only transformer1d"),
+    "a value that swells": (
+        lambda folder: (folder / "config.yaml").write_text(SWELLING),
+        r"type \[\[\[.*only",
+    ),
+    "no configuration": (lambda folder: (folder / "config.yaml").unlink(), r"no config\.yaml in"),
+    "no YAML": (lambda folder: (folder / "config.yaml").write_text("a: [1\n"), r"config\.yaml is not YAML"),
+    "no mapping": (lambda folder: (folder / "config.yaml").write_text("- 1\n"), "no mapping"),
+    "no vocabulary": (
+        lambda folder: (folder / "tokenizer/bpe-16k-vocab.json").unlink(),
+        "no tokenizer/bpe-16k-vocab",
+    ),
+    "a vocabulary without pad": (without("[PAD]"), r"lacks \[PAD\]"),
+    "no merges": (
+        lambda folder: (folder / "tokenizer/bpe-16k-merges.txt").unlink(),
+        "merges.txt cannot be read",
+    ),
+    "merges of another file": (
+        lambda folder: (folder / "tokenizer/bpe-16k-merges.txt").write_text("#version\nx y z\n"),
+        "the line 'x y z'",
+    ),
+    "merges of another vocabulary": (
+        lambda folder: (folder / "tokenizer/bpe-16k-merges.txt").write_text("ж ж\n"),
+        "needs 'ж'",
+    ),
+    "no image tokenizer": (lambda folder: (folder / "stage1_last.ckpt").unlink(), "no file .*stage1_last"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(tmp_path: Path, case: str) -> None:
+    change, said = REFUSED[case]
+    write_folder(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        load_whole(tmp_path)
+
+
+TRANSFERRED = {
+    "by class": {"sos.weight": torch.zeros(10, 24)},
+    "without a condition": {"sos": torch.zeros(1, 1, 24)},
+}
+
+
+@pytest.mark.parametrize("case", TRANSFERRED)
+@pytest.mark.parametrize("prefix", ["", "stage2."])
+def test_its_transfer_to_imagenet_is_refused_by_name(tmp_path: Path, case: str, prefix: str) -> None:
+    state = {n: t for n, t in make_weights(30).items() if "txt" not in n and n != "head_img.weight"}
+    state |= {"head.weight": torch.zeros(CODES, 24)} | TRANSFERRED[case]
+    torch.save({"state_dict": {f"{prefix}{name}": t for name, t in state.items()}}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"minDALL-E as it was transferred to ImageNet.*reads no captions"):
+        find(tmp_path / "last.ckpt")
+
+
+def member(
+    name: str, content: bytes = b"x", kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0
+) -> Callable:
+    def add(archive: tarfile.TarFile) -> None:
+        info = tarfile.TarInfo(name)
+        info.size, info.type, info.linkname = size or len(content), kind, link
+        archive.addfile(info, None if size else io.BytesIO(content))
+
+    return add
+
+
+def long_header(archive: tarfile.TarFile) -> None:
+    info = tarfile.TarInfo("1.3B/x")
+    info.pax_headers = {"comment": "x" * 2**23}
+    archive.addfile(info)
+
+
+HOSTILE: dict[str, tuple[Callable, str]] = {
+    "an absolute path": (member("/evil"), "leads outside"),
+    "a path upward": (member("1.3B/../../evil"), "leads outside"),
+    "a path of Windows": (member("..\\evil"), "leads outside"),
+    "a drive of Windows": (member("C:evil"), "leads outside"),
+    "a link to a file": (member("1.3B/x", b"", tarfile.SYMTYPE, "/etc/passwd"), "is a link"),
+    "a hard link": (member("1.3B/x", b"", tarfile.LNKTYPE, "1.3B/config.yaml"), "is a link"),
+    "a device": (member("1.3B/x", b"", tarfile.CHRTYPE), "is a link or a device"),
+    "a file twice": (member("1.3B/config.yaml"), "two members"),
+    "a file in two places": (member("other/config.yaml"), "twice"),
+    "a bomb": (member("1.3B/zeros", bytes(2**23)), "a bomb"),
+    "a bomb in a header": (lambda archive: long_header(archive), "a bomb"),
+    "a claim beyond any disk": (member("1.3B/zeros", size=2**50), "a bomb"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_archive_is_refused_and_nothing_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    change, said = HOSTILE[case]
+    place, folder = tmp_path / "temporary", tmp_path / "1.3B"
+    place.mkdir()
+    (folder / "tokenizer").mkdir(parents=True)
+    for name in FILES:
+        (folder / name).write_text("beside what is hostile it does not matter")
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    hostile = pack(folder, tmp_path / "1.3B.tar.gz", change=change)
+    for load in (load_whole, load_transformer, load_image_tokenizer):
+        with pytest.raises(ValueError, match=said):
+            load(hostile)
+    assert list(place.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.3B", "1.3B.tar.gz", "temporary"]
+
+
+def test_archives_that_are_none(folder: Path, tmp_path: Path) -> None:
+    whole = pack(folder, tmp_path / "1.3B.tar.gz").read_bytes()
+    for content, said in (
+        (whole[: len(whole) // 2], "cannot be unpacked"),
+        (whole[:-1], "cannot be unpacked"),
+        (whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:], "CRC check failed"),
+        (b"\x1f\x8b" + b"\x00" * 50, "cannot be unpacked"),
+    ):
+        (tmp_path / "broken.tar.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            load_whole(tmp_path / "broken.tar.gz")
+    with tarfile.open(tmp_path / "other.tar.gz", "w:gz") as archive:
+        member("readme.txt")(archive)
+    with pytest.raises(ValueError, match=r"an archive without config\.yaml, so not minDALL-E's"):
+        load_whole(tmp_path / "other.tar.gz")

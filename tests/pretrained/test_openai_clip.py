@@ -1,0 +1,167 @@
+"""CLIP files of others: OpenAI's archives and state dicts, open_clip's checkpoints, with the scores of open_clip."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dalle.pretrained.load import find, load_image_tokenizer
+from dalle.pretrained.openai_clip import build, configure, load_scorer
+
+open_clip = pytest.importorskip("open_clip")
+CAPTION = "a red circle above a blue square"
+
+
+class Published(nn.Module):
+    """As OpenAI's archives are: the towers in half precision and three numbers beside them."""
+
+    def __init__(self, towers: nn.Module):
+        super().__init__()
+        state = towers.state_dict()
+        for name, child in towers.named_children():
+            self.add_module(name, child)
+        for name in ("positional_embedding", "text_projection", "logit_scale"):
+            self.register_parameter(name, nn.Parameter(state[name].clone()))
+        for name, value in (("input_resolution", 32), ("context_length", 16), ("vocab_size", 49408)):
+            self.register_buffer(name, torch.tensor(value))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.visual.conv1(pixels)
+
+
+@pytest.fixture(scope="module")
+def towers() -> nn.Module:
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    torch.manual_seed(0)
+    vision = CLIPVisionCfg(layers=2, width=64, patch_size=16, image_size=32)
+    text = CLIPTextCfg(context_length=16, vocab_size=49408, width=64, heads=1, layers=2)
+    model = CLIP(16, vision, text, quick_gelu=True).eval()
+    with torch.no_grad():  # as if it were trained: far enough from zero that the activations differ
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def expected(towers: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    ids = open_clip.SimpleTokenizer(context_length=16)([CAPTION])
+    image, text = (
+        towers.encode_image(normalised(pixels), normalize=True),
+        towers.encode_text(ids, normalize=True),
+    )
+    return (image @ text.T)[:, 0].detach()
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def normalised(pixels: torch.Tensor) -> torch.Tensor:
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    )
+    return (pixels - mean) / std
+
+
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
+def test_a_torchscript_archive_as_openai_publishes(tmp_path: Path, towers, pixels, expected) -> None:
+    torch.jit.save(torch.jit.trace(Published(towers), pixels[:1]), tmp_path / "ViT.pt")
+    assert find(tmp_path / "ViT.pt").family.name == "OpenAI CLIP"
+    scorer = load_scorer(tmp_path / "ViT.pt")
+    torch.testing.assert_close(scorer.score(pixels, CAPTION), expected)
+
+
+def test_its_state_dict(tmp_path: Path, towers, pixels, expected) -> None:
+    torch.save(Published(towers).state_dict(), tmp_path / "clip.pt")
+    torch.testing.assert_close(load_scorer(tmp_path / "clip.pt").score(pixels, CAPTION), expected)
+    with pytest.raises(ValueError, match="OpenAI's"):
+        load_scorer(tmp_path / "clip.pt", quick_gelu=False)
+
+
+def test_half_precision_is_widened(tmp_path: Path, towers, pixels, expected) -> None:
+    state = {n: t.half() if t.is_floating_point() else t for n, t in Published(towers).state_dict().items()}
+    torch.save(state, tmp_path / "clip.pt")
+    scorer = load_scorer(tmp_path / "clip.pt")
+    assert {p.dtype for p in scorer.model.parameters()} == {torch.float32}
+    torch.testing.assert_close(scorer.score(pixels, CAPTION), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_open_clip_must_be_told_its_activation(tmp_path: Path, towers, pixels, expected, prefix: str) -> None:
+    state = {prefix + name: tensor for name, tensor in towers.state_dict().items()}
+    torch.save({"epoch": 1, "name": "run", "state_dict": state, "optimizer": {}}, tmp_path / "epoch_1.pt")
+    with pytest.raises(ValueError, match="does not tell its activation"):
+        load_scorer(tmp_path / "epoch_1.pt")
+    torch.testing.assert_close(
+        load_scorer(tmp_path / "epoch_1.pt", quick_gelu=True).score(pixels, CAPTION), expected
+    )
+    other = load_scorer(tmp_path / "epoch_1.pt", quick_gelu=False).score(pixels, CAPTION)
+    assert (other - expected).abs().max() > 1e-4
+
+
+def test_scores_have_gradients_in_the_pixels_and_cut_captions_are_counted(
+    tmp_path: Path, towers, pixels
+) -> None:
+    torch.save(Published(towers).state_dict(), tmp_path / "clip.pt")
+    scorer = load_scorer(tmp_path / "clip.pt")
+    picture = pixels[:1].clone().requires_grad_()
+    scorer.score(picture, "a " * 40).sum().backward()
+    assert picture.grad.abs().sum() > 0
+    assert scorer.truncated == 1
+
+
+def test_a_resnet_by_its_shapes() -> None:
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    with torch.device("meta"):
+        vision = CLIPVisionCfg(layers=(1, 2, 1, 1), width=64, image_size=64, patch_size=None)
+        text = CLIPTextCfg(context_length=16, vocab_size=49408, width=64, heads=1, layers=1)
+        model = CLIP(32, vision, text, quick_gelu=True)
+        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        config = configure(shapes)
+        again = build(config, quick_gelu=True)
+    assert (config.vision_layers, config.image_size) == ((1, 2, 1, 1), 64)
+    assert {name: tuple(t.shape) for name, t in again.state_dict().items()} == shapes
+
+
+class TestRefusals:
+    def test_another_vocabulary(self, tmp_path: Path, towers) -> None:
+        state = towers.state_dict() | {"token_embedding.weight": torch.zeros(1000, 64)}
+        torch.save(state, tmp_path / "clip.pt")
+        with pytest.raises(ValueError, match=r"1000 text ids, CLIP's tokenizer has 49408"):
+            load_scorer(tmp_path / "clip.pt", quick_gelu=True)
+
+    def test_no_clip(self, tmp_path: Path) -> None:
+        torch.save({"weight": torch.zeros(2)}, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match="no CLIP of OpenAI's layout"):
+            load_scorer(tmp_path / "x.pt")
+
+    def test_a_clip_is_no_image_tokenizer(self, tmp_path: Path, towers) -> None:
+        torch.save(Published(towers).state_dict(), tmp_path / "clip.pt")
+        with pytest.raises(
+            ValueError, match=r"of kind 'scorer' \(OpenAI CLIP\), not a published image tokenizer"
+        ):
+            load_image_tokenizer(tmp_path / "clip.pt")
+
+    def test_a_tensor_of_other_dimensions(self, tmp_path: Path, towers) -> None:
+        torch.save(
+            Published(towers).state_dict() | {"visual.conv1.weight": torch.zeros(64)}, tmp_path / "clip.pt"
+        )
+        with pytest.raises(ValueError, match="but a tensor has too many or few dimensions"):
+            load_scorer(tmp_path / "clip.pt")
+
+    def test_a_missing_tensor(self, tmp_path: Path, towers) -> None:
+        state = dict(Published(towers).state_dict())
+        del state["visual.ln_post.weight"]
+        torch.save(state, tmp_path / "clip.pt")
+        with pytest.raises(ValueError, match=r"lacks 1 tensors, first visual\.ln_post\.weight"):
+            load_scorer(tmp_path / "clip.pt")
+        del state["ln_final.bias"], state["text_projection"]
+        torch.save(state, tmp_path / "clip.pt")
+        with pytest.raises(ValueError, match="no CLIP"):
+            load_scorer(tmp_path / "clip.pt")

@@ -1,0 +1,369 @@
+"""ruDALL-E: files of its layout in both versions, against the package written out; its text, sizes and refusals."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.external import check_drawing, check_rounded
+from helpers.rudalle_reference import (
+    BPE,
+    CODES,
+    DEPTH,
+    HEADS,
+    IMAGE_LEN,
+    SIDE,
+    TEXT,
+    WIDTH,
+    WORDS,
+    logits,
+    make_masks,
+    make_weights,
+)
+from helpers.vqgan_reference import make_state, names_of_taming
+
+from dalle.commands.inspect_checkpoint import InspectRun, inspect_checkpoint
+from dalle.commands.sample import SampleRun, sample
+from dalle.pretrained.family import fit, without_values
+from dalle.pretrained.load import load_image_tokenizer, load_transformer
+from dalle.pretrained.pickle_names import SavedTensor
+from dalle.pretrained.rudalle import reader as rudalle
+from dalle.pretrained.rudalle.model import Rudalle, RudalleConfig
+from dalle.pretrained.rudalle.reader import FAMILY, lowercase
+from dalle.pretrained.whole import load_whole
+from dalle.text import TextTokenizerConfig, load_text, train_text_tokenizer
+from dalle.transformer.generate import generate
+
+CASES: dict[str, dict[str, Any]] = {
+    "v2": {"version": "v2"},
+    "v3": {"version": "v3"},
+    "without sandwich": {"version": "v3", "sandwich": False, "depth": 2},
+    "no square, for a column is due": {"version": "v2", "depth": 6},
+}
+CAPTIONS = [[7, 5], [9, 8, 7, 6]]
+IMAGE = torch.randint(CODES, (2, IMAGE_LEN), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def small_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rudalle, "HEADS", rudalle.HEADS | {(depth, WIDTH): HEADS for depth in (2, 4, 6)})
+
+
+def write(path: Path, **options: Any) -> tuple[Path, dict[str, torch.Tensor]]:
+    weights = make_weights(**options)
+    torch.save(weights, path / "pytorch_model.bin")
+    return path / "pytorch_model.bin", weights
+
+
+def framed(caption: list[int]) -> list[int]:
+    return ([2, *caption, 3] + [0] * TEXT)[:TEXT]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_the_package_written_out(tmp_path: Path, case: str) -> None:
+    path, weights = write(tmp_path, **CASES[case])
+    version, depth = CASES[case]["version"], CASES[case].get("depth", DEPTH)
+    model = load_transformer(path)
+    assert model.config.version == version
+    found = model(model.layout.pack(model.layout.pad_text(CAPTIONS), IMAGE))
+    first = int(version == "v3")  # of the text ids that a state predicts
+    for row, caption in enumerate(CAPTIONS):
+        expected = logits(weights, version, framed(caption), IMAGE[row].tolist(), depth)[
+            : TEXT + IMAGE_LEN - first
+        ]
+        text, image = expected[: TEXT - first, : WORDS + TEXT], expected[TEXT - first :, WORDS + TEXT :]
+        torch.testing.assert_close(found[row, first:TEXT, : WORDS + TEXT], text, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(found[row, TEXT:, WORDS + TEXT :], image, atol=2e-4, rtol=2e-4)
+    assert (found[:, :TEXT, WORDS + TEXT :] == -torch.inf).all()
+    assert (found[:, TEXT:, : WORDS + TEXT] == -torch.inf).all()
+
+
+def test_what_attention_gives_is_bounded(tmp_path: Path) -> None:
+    weights = make_weights("v3", depth=2)
+    for end in ("weight", "bias"):
+        weights[f"transformer.layers.1.attention.dense.{end}"] *= 1e5
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    model = load_transformer(tmp_path / "pytorch_model.bin")
+    found = model(model.layout.pack(model.layout.pad_text(CAPTIONS[:1]), IMAGE[:1]))[0, TEXT:, WORDS + TEXT :]
+    expected = logits(weights, "v3", framed(CAPTIONS[0]), IMAGE[0].tolist(), 2)[TEXT - 1 : -1, WORDS + TEXT :]
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_the_versions_differ(tmp_path: Path) -> None:
+    weights = make_weights("v3")
+    found = []
+    for version in ("v2", "v3"):
+        torch.save(weights | make_masks(version), tmp_path / f"{version}.bin")
+        model = load_transformer(tmp_path / f"{version}.bin")
+        found.append(
+            model(model.layout.pack(model.layout.pad_text(CAPTIONS), IMAGE))[:, TEXT:, WORDS + TEXT :]
+        )
+    assert (found[0] - found[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("at_top", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.uint8])
+def test_masks_of_any_format_and_place_tell_the_version(
+    tmp_path: Path, at_top: bool, dtype: torch.dtype
+) -> None:
+    weights = make_weights("v2", at_top=at_top)
+    weights |= {name: tensor.to(dtype) for name, tensor in weights.items() if name.endswith("_mask")}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    assert load_transformer(tmp_path / "pytorch_model.bin").config.version == "v2"
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_drawing_with_caches_takes_the_likeliest_tokens_of_whole_passes(tmp_path: Path, version: str) -> None:
+    model = load_transformer(write(tmp_path, version=version)[0])
+    text = model.layout.pad_text(CAPTIONS)
+    noise = torch.rand(2, 3, IMAGE_LEN, dtype=torch.float64)
+    for prefix in (None, IMAGE[:, : 3 * SIDE + 2]):
+        drawn = generate(model, text, noise, prefix=prefix, temperature=0)
+        assert torch.equal(drawn[:, 0], drawn[:, 2])
+        kept = 0 if prefix is None else prefix.shape[1]
+        likeliest = model(model.layout.pack(text, drawn[:, 0]))[:, TEXT:, WORDS + TEXT :].argmax(2)
+        assert torch.equal(drawn[:, 0, kept:], likeliest[:, kept:])
+        assert prefix is None or torch.equal(drawn[:, 1, :kept], prefix)
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_candidates_differ_and_a_slot_may_be_a_tensor(tmp_path: Path, version: str) -> None:
+    model = load_transformer(write(tmp_path, version=version)[0])
+    check_drawing(model, model.layout.pad_text(CAPTIONS), IMAGE, read=20)
+
+
+def test_rounded_matrices_draw(tmp_path: Path) -> None:
+    model = load_transformer(write(tmp_path, version="v2")[0])
+    check_rounded(model, model.layout.pad_text(CAPTIONS), IMAGE)
+
+
+def test_captions_stand_between_begin_and_end(tmp_path: Path) -> None:
+    layout = load_transformer(write(tmp_path, version="v3")[0]).layout
+    assert layout.pad_text([[7, 5]]).tolist() == [[2, 7, 5, 3, WORDS + 4, WORDS + 5]]
+    assert layout.pad_text([[7] * (TEXT - 2)]).tolist() == [[2, *[7] * (TEXT - 2), 3]]
+    with pytest.raises(ValueError, match=f"room for {TEXT - 2}"):
+        layout.pad_text([[7] * (TEXT - 1)])
+    assert layout.pad_text([[7] * 9], truncate=True).tolist() == [
+        [2, *[7] * (TEXT - 1)]
+    ]  # its end is cut there too
+    ids = layout.pack(layout.pad_text([[7, 5]]), IMAGE[:1])
+    assert layout.loss_mask(ids)[0, :TEXT].tolist() == [False, True, True, True, True, False]
+
+
+# --------------------------------------------------------------------------------- whole
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """pytorch_model.bin, bpe.model, vqgan.ckpt."""
+    write(tmp_path, version="v3")
+    (tmp_path / "bpe.model").write_text(BPE, encoding="utf-8")
+    torch.save({"state_dict": make_state(names_of_taming, gumbel=True)}, tmp_path / "vqgan.ckpt")
+    return tmp_path
+
+
+def test_the_whole_draws_pictures_for_captions_in_any_case(parts: Path) -> None:
+    text, dvae = load_text(parts / "bpe.model"), load_image_tokenizer(parts / "vqgan.ckpt")
+    model = load_whole(parts / "pytorch_model.bin", text, dvae)
+    assert text.encode("AB Ж") != text.encode("ab ж")
+    assert (
+        model.text.encode("AB Ж")
+        == model.text.encode("\u3000ab ж\u00a0")
+        == text.encode("ab ж")
+        == [4, 8, 4, 7]
+    )
+    generation = model.generate("AB Ж", n=2, best_of=2, seed=1, batch=2)
+    assert generation.images[0].size == (4 * SIDE, 4 * SIDE)
+    assert torch.isfinite(model.log_likelihood("ab", generation.image_tokens).image).all()
+    copy = pickle.loads(pickle.dumps(model.text))
+    assert copy.hash == model.text.hash != text.hash
+    with pytest.raises(ValueError, match="give its image tokenizer too"):
+        load_whole(parts / "pytorch_model.bin", text)
+    with pytest.raises(ValueError, match="does not hold its text tokenizer"):
+        load_whole(parts / "pytorch_model.bin")
+
+
+def test_as_the_script_draws_it(parts: Path) -> None:
+    files = {"model": "pytorch_model.bin", "tokenizer": "bpe.model", "dvae": "vqgan.ckpt"}
+    options = {name: parts / file for name, file in files.items()} | {"best_of": 2, "keep": 2, "batch": 2}
+    out = sample(SampleRun(prompt="ab ж", **options, out=parts / "out", device="cpu"))
+    assert (out / "01.png").is_file()
+
+
+def test_its_tokenizer_is_a_youtokentome_model_with_its_ids(parts: Path) -> None:
+    with pytest.raises(ValueError, match="reads a youtokentome model"):
+        lowercase(train_text_tokenizer(["ab"], TextTokenizerConfig(vocab_size=300)))
+    (parts / "bpe.model").write_text(BPE.replace("1 0 2 3", "0 1 2 3"), encoding="utf-8")
+    with pytest.raises(ValueError, match="has the ids"):
+        lowercase(load_text(parts / "bpe.model"))
+
+
+def test_its_text_ids_are_those_of_youtokentome(tmp_path: Path) -> None:
+    youtokentome = pytest.importorskip("youtokentome", reason="youtokentome is not installed")
+    places = ("пляже", "горе")  # noqa: RUF001
+    captions = [f"Красная {shape} на {place}" for shape in ("собака", "кошка") for place in places]
+    (tmp_path / "captions.txt").write_text("\n".join(captions).lower(), encoding="utf-8")
+    youtokentome.BPE.train(
+        data=str(tmp_path / "captions.txt"), model=str(tmp_path / "bpe.model"), vocab_size=60
+    )
+    theirs, ours = youtokentome.BPE(str(tmp_path / "bpe.model")), lowercase(load_text(tmp_path / "bpe.model"))
+    for caption in [*captions, "  ПЛЯЖ\tи кот ☃☃ ", "\u3000ПЛЯЖ\u00a0"]:
+        assert ours.encode(caption) == theirs.encode([caption.lower().strip()])[0]
+
+
+# --------------------------------------------------------------------------------- sizes
+
+
+PUBLISHED = {
+    "XL": (RudalleConfig(), 1_310_410_880),
+    "Kandinsky": (RudalleConfig(width=3840, depth=64, heads=60), 11_519_306_624),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_the_published_files_fit(name: str, version: str) -> None:
+    """Shapes alone, under the published names, written down here; numbers only in the masks."""
+    config, parameters = PUBLISHED[name]
+    size, width = 128 + 1024, config.width
+    shapes: dict[str, tuple[int, ...]] = {
+        "text_embeddings.weight": (16384 + 128, width),
+        "image_embeddings.weight": (8192, width),
+        "text_pos_embeddings.weight": (129, width),
+        "image_row_embeddings.weight": (32, width),
+        "image_col_embeddings.weight": (32, width),
+        "to_logits.0.weight": (width,),
+        "to_logits.0.bias": (width,),
+        "to_logits.1.weight": (24704, width),
+        "to_logits.1.bias": (24704,),
+        "transformer.final_layernorm.weight": (width,),
+        "transformer.final_layernorm.bias": (width,),
+    }
+    norms = ("input", "post_attention", "before_first_addition", "before_second_addition")
+    of_a_layer = {f"{norm}_layernorm.{end}": (width,) for norm in norms for end in ("weight", "bias")}
+    for part, n_out, n_in in (
+        ("attention.query_key_value", 3, 1),
+        ("attention.dense", 1, 1),
+        ("mlp.dense_h_to_4h", 4, 1),
+        ("mlp.dense_4h_to_h", 1, 4),
+    ):
+        of_a_layer |= {f"{part}.weight": (n_out * width, n_in * width), f"{part}.bias": (n_out * width,)}
+    for i in range(config.depth):
+        shapes |= {f"transformer.layers.{i}.{end}": shape for end, shape in of_a_layer.items()}
+    tensors = {name: SavedTensor(torch.float32, shape, list) for name, shape in shapes.items()}
+    for mask, table in masks_of_the_published(version).items():
+        tensors[f"transformer.{mask}"] = SavedTensor(torch.bool, (size, size), lambda table=table: table)
+    assert FAMILY.recognises(tensors)
+    family = FAMILY.settle(FAMILY, Path("pytorch_model.bin"), {}, tensors)
+    comparison = fit(family, tensors)
+    comparison.check("published")
+    assert comparison.config == RudalleConfig(**vars(config) | {"version": version})
+    assert comparison.parameters == parameters == sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def masks_of_the_published(version: str) -> dict[str, torch.Tensor]:
+    """By rows and columns of the grid, at full size; counts of the square's cells are those of the package's masks."""
+    index = torch.arange(1024)
+    q, k = index[:, None], index[None]
+    apart = [(a - b).abs() for a, b in ((q // 32, k // 32), (q % 32, k % 32))]
+    near = [a <= 5 if version == "v3" else (a <= 5) | (a >= 27) for a in apart]
+    square = near[0] & near[1] & (k <= q)
+    assert int(square.sum()) == {"v2": 62_464, "v3": 52_354}[version]
+    pictures = {
+        "row_mask": (k <= q) & (q - k <= 32),
+        "col_mask": (k <= q) & (q % 32 == k % 32),
+        "conv_mask": square,
+    }
+    whole = {}
+    for name, picture in pictures.items():
+        whole[name] = torch.ones(1152, 1152, dtype=torch.bool).tril()
+        whole[name][128:, 128:] = picture
+    return whole
+
+
+def test_kinds_of_layers() -> None:
+    for depth, columns, last in ((24, 6, "square"), (64, 16, "square"), (6, 2, "column"), (1, 0, "square")):
+        kinds = RudalleConfig(depth=depth).kinds
+        assert (kinds.count("column"), kinds[-1], kinds.count("square")) == (
+            columns,
+            last,
+            int(last == "square"),
+        )
+
+
+def test_parameters_of_both_on_nothing() -> None:
+    for config, parameters in PUBLISHED.values():
+        with without_values():
+            assert sum(p.numel() for p in Rudalle(config).parameters()) == parameters
+
+
+def test_inspection_names_it_and_its_licence(tmp_path: Path) -> None:
+    report = inspect_checkpoint(InspectRun(write(tmp_path, version="v2")[0]))
+    assert (report["family"], report["kind"], report["fits"]) == ("ruDALL-E", "transformer", True)
+    assert report["sizes"]["version"] == "v2"
+    assert "Apache-2.0" in report["licence"]
+    assert len(report["ignored"]) == 3
+    torch.save(
+        make_weights("v2") | {"to_logits.0.bias": torch.ones(WIDTH, dtype=torch.bool)}, tmp_path / "other.bin"
+    )
+    report = inspect_checkpoint(InspectRun(tmp_path / "other.bin"))
+    assert (report["fits"], report["mistyped"]) == (
+        False,
+        ["logits_norm.bias: torch.bool, not torch.float32"],
+    )
+
+
+def change(**changed: Any) -> Callable[[dict], None]:
+    return lambda weights: weights.update(changed)
+
+
+REFUSED: dict[str, tuple[Callable[[dict], Any], str]] = {
+    "a missing tensor": (
+        lambda w: w.pop("transformer.layers.1.mlp.dense_4h_to_h.bias"),
+        r"lacks 1 tensors, first layers\.1\.mlp",
+    ),
+    "half a sandwich": (
+        lambda w: w.pop("transformer.layers.1.before_second_addition_layernorm.bias"),
+        r"lacks 1 .*norm_out\.bias",
+    ),
+    "an unknown tensor": (change(**{"more.weight": torch.zeros(1)}), r"beside the model.*more\.weight"),
+    "another shape": (change(**{"to_logits.1.bias": torch.zeros(7)}), r"another shape.*to_logits\.bias"),
+    "columns that are not rows": (
+        change(**{"image_col_embeddings.weight": torch.zeros(5, WIDTH)}),
+        r"another shape.*column_position",
+    ),
+    "whole numbers": (
+        lambda w: w.update({n: t.long() for n, t in w.items()}),
+        r"another kind of number.*int64, not torch\.float32",
+    ),
+    "an infinite number": (
+        change(**{"to_logits.1.bias": torch.full((WORDS + TEXT + CODES,), torch.inf)}),
+        "infinite",
+    ),
+    "no mask": (lambda w: w.pop("transformer.conv_mask"), "lacks conv_mask; by its masks v2 is told from v3"),
+    "a mask of another size": (change(**{"transformer.row_mask": torch.ones(3, 3)}), "row_mask is of shape"),
+    "a mask of neither version": (
+        lambda w: w["transformer.conv_mask"].__setitem__((-1, TEXT), 1),
+        "neither those of v2 nor of v3",
+    ),
+    "a row mask of its own": (
+        lambda w: w["transformer.row_mask"].__setitem__((-1, TEXT), 1),
+        "neither those of v2 nor of v3",
+    ),
+    "another depth": (
+        lambda w: [w.pop(n) for n in list(w) if ".layers.3." in n],
+        "no tensor tells its heads",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(tmp_path: Path, case: str) -> None:
+    make, said = REFUSED[case]
+    weights = make_weights("v3")
+    make(weights)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=said):
+        load_transformer(tmp_path / "pytorch_model.bin")

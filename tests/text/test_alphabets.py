@@ -1,0 +1,106 @@
+"""Captions in other alphabets go through the whole chain by the byte fallback: tokenizer, cache, training, drawing.
+
+The vocabulary is that of the shapes, which has English letters only, so every other letter is spelt in bytes. A
+vocabulary learnt from such captions holds their letters.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dalle.commands.encode_images import encode_images
+from dalle.commands.train_clip import train_clip
+from dalle.commands.train_tokenizer import train_tokenizer
+from dalle.commands.train_transformer import train_transformer
+from dalle.data import TokenCache
+from dalle.hub.registry import load_part
+from dalle.io.files import read_json
+from dalle.pipelines.dalle import DALLE
+from dalle.text import TextTokenizer
+from dalle.text.tokenizer import FIRST_BYTE_ID, normalize
+
+CAPTIONS = {
+    "chinese": "白色背景上的红色圆形在左边",
+    "cyrillic": "Красный круг над синим квадратом",
+    "emoji": "🔴 over 🟦 👩\u200d🚀 🇩🇪",
+    "arabic": "دائرة حمراء على خلفية بيضاء",
+    "hebrew": "עיגול אדום mixed with English",
+}
+
+
+@pytest.fixture(scope="module")
+def world(chain, tiny_runs, tmp_path_factory):
+    """A model that took two steps on twenty pictures with these captions, and their cache."""
+    out = tmp_path_factory.mktemp("world")
+    (out / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(20):
+        name, caption = list(CAPTIONS.items())[n % len(CAPTIONS)]
+        Image.fromarray(rng.integers(256, size=(40, 40, 3), dtype=np.uint8)).save(
+            out / "pictures" / f"{name}{n}.png"
+        )
+        (out / "pictures" / f"{name}{n}.txt").write_text(caption, encoding="utf-8")
+    data = replace(tiny_runs.encode.data, path=str(out / "pictures"), held_out=1e-9, workers=0)
+    encode_images(replace(tiny_runs.encode, out=out / "tokens", dvae=chain / "dvae", data=data))
+    run = replace(tiny_runs.transformer, model=replace(tiny_runs.transformer.model, text_len=80))
+    train_transformer(replace(run, out=out / "transformer", tokens=out / "tokens", tokenizer=chain / "text"))
+    data = replace(data, held_out_path=data.path)
+    run = replace(tiny_runs.clip, data=data, model=replace(tiny_runs.clip.model, text_len=80))
+    train_clip(replace(run, out=out / "clip", tokenizer=chain / "text"))
+    train_tokenizer(replace(tiny_runs.text, out=out / "text", data=data))
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(world, chain) -> DALLE:
+    places = {"dvae": chain / "dvae", "transformer": world / "transformer", "clip": world / "clip"}
+    return DALLE.from_parts(*(load_part(place, kind) for kind, place in places.items()))
+
+
+def test_the_cache_holds_the_captions_as_they_were(world):
+    cache = TokenCache(world / "tokens")
+    assert {text for texts in cache.captions(range(cache.size)) for text in texts} == set(CAPTIONS.values())
+
+
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_every_letter_is_kept(chain, name):
+    text = TextTokenizer.load(chain / "text" / "text.json")
+    caption = CAPTIONS[name]
+    ids = text.encode(caption)
+    letters = "".join(normalize(caption))
+    spelt = sum(FIRST_BYTE_ID <= token < FIRST_BYTE_ID + 256 for token in ids)
+    assert spelt == sum(len(letter.encode()) for letter in letters if letter not in text.characters) > 0
+    assert text.decode(ids).replace(" ", "") == letters
+    assert text.encode(text.decode(ids)) == ids
+
+
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_pictures_are_drawn_and_ranked(model, name):
+    """And the models were given the whole caption, in the order in which it is read."""
+    (tokens,) = model.text_tokens([CAPTIONS[name]]).tolist()
+    own = [token for token in tokens if token < model.transformer.layout.text_vocab]
+    assert model.text.decode(own).replace(" ", "") == "".join(normalize(CAPTIONS[name]))
+    drawn = model.generate(CAPTIONS[name], n=2, best_of=2, progress=False)
+    assert [image.size for image in drawn.images] == [(32, 32)] * 2
+    assert drawn.prompt == CAPTIONS[name]
+    first, second = drawn.scores
+    assert first >= second
+
+
+def test_the_ranker_tells_captions_of_one_alphabet_apart(model):
+    """It reads the letters, not a row of unknowns."""
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    texts = [CAPTIONS["arabic"], CAPTIONS["arabic"].replace("حمراء", "زرقاء"), CAPTIONS["chinese"]]
+    assert len({float(model.scorer.score(pixels, text)) for text in texts}) == 3
+
+
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_a_vocabulary_learnt_from_such_captions_spells_no_letter(world, name):
+    text = TextTokenizer.load(world / "text" / "text.json")
+    ids = text.encode(CAPTIONS[name])
+    assert not [token for token in ids if FIRST_BYTE_ID <= token < FIRST_BYTE_ID + 256]
+    assert text.decode(ids).replace(" ", "") == "".join(normalize(CAPTIONS[name]))
+    assert read_json(world / "text" / "report.json")["coverage"] == 1

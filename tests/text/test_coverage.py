@@ -1,0 +1,99 @@
+"""Learning the text vocabulary from a corpus: dalle/commands/train_tokenizer.py, dalle/text/coverage.py."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from dalle.commands import train_tokenizer as stage
+from dalle.commands.train_tokenizer import TokenizerRun, draw_numbers, read_captions, train_tokenizer
+from dalle.text import TextTokenizerConfig, train_text_tokenizer
+from dalle.text.coverage import fit_of_captions
+from dalle.transformer import TransformerConfig
+
+
+class Corpus:
+    """A million pictures with two captions each; .read says which were asked for, .most at once."""
+
+    def __init__(self, size=1_000_000):
+        self.size, self.read, self.most = size, [], 0
+
+    def captions(self, numbers):
+        numbers = list(numbers)
+        self.read += numbers
+        self.most = max(self.most, len(numbers))
+        return [[f"picture {n}", "a red dog"] for n in numbers]
+
+
+def test_a_sample_of_a_large_corpus_is_spread_and_depends_on_the_seed():
+    draws = {seed: list(draw_numbers(10**9, 1000, seed)) for seed in (0, 1)}
+    assert draws[0] == list(draw_numbers(10**9, 1000, 0)) != draws[1]
+    for numbers in draws.values():
+        assert all(number // 10**6 == stretch for stretch, number in enumerate(numbers))
+    share = sum(number % 10**6 for number in draws[0]) / 10**9
+    assert share == pytest.approx(0.5, abs=0.05)  # five standard deviations
+
+
+@pytest.mark.parametrize(("size", "most", "numbers"), [(5, 9, 5), (9, 9, 9), (None, 3, 3), (10, 9, 9)])
+def test_a_small_corpus_is_read_whole_and_an_endless_one_from_its_start(size, most, numbers):
+    drawn = list(draw_numbers(size, most, 0))
+    assert len(drawn) == len(set(drawn)) == numbers
+    assert drawn == list(range(numbers)) or size == 10
+
+
+def test_captions_are_streamed():
+    corpus = Corpus()
+    captions = read_captions(corpus, 1000, 0)
+    assert next(captions).startswith("picture ")
+    assert len(corpus.read) == 256
+    assert len(list(captions)) == 1999
+    assert (len(corpus.read), corpus.most) == (1000, 256)
+
+
+def test_training_again_on_the_same_sample_reads_the_same(monkeypatch, tmp_path):
+    corpora = [Corpus(), Corpus()]
+    for corpus, name in zip(corpora, "ab", strict=True):
+        monkeypatch.setattr(stage, "open_pairs", lambda *_, corpus=corpus, **__: corpus)
+        train_tokenizer(TokenizerRun(out=tmp_path / name, text=TextTokenizerConfig(300), captions=50))
+    assert corpora[0].read == corpora[1].read
+    assert len(corpora[0].read) == 100  # once to learn, once to measure
+
+
+def test_the_report_counts_by_hand():
+    text = train_text_tokenizer(["ab ab"] * 10, TextTokenizerConfig())  # a word is one token
+    report = fit_of_captions(text, ["ab", "ab ab ab", "ab é!", "ab " * 20], room=4)
+    assert report["captions"] == 4
+    letters, outside = 2 + 6 + 4 + 40, 2  # é and ! are spelt in 2 and 1 bytes, each behind a mark
+    assert report["coverage"] == pytest.approx(1 - outside / letters, abs=1e-6)
+    lengths = [1, 3, 1 + 3 + 2, 20]
+    assert report["tokens_per_caption"] == {
+        "mean": sum(lengths) / 4,
+        "median": 6,
+        "95_of_100": 20,
+        "most": 20,
+    }
+    assert (report["room"], report["truncated"], report["outside_the_alphabet"]) == (4, 0.5, "bytes")
+
+
+def test_no_captions_make_an_empty_report():
+    text = train_text_tokenizer(["ab"], TextTokenizerConfig(4, byte_fallback=False))
+    report = fit_of_captions(text, [], 4)
+    assert (report["captions"], report["truncated"], report["coverage"]) == (0, 0.0, 1.0)
+    assert report["outside_the_alphabet"] == "unknown (id 0)"
+
+
+def test_the_stage_prints_and_writes_the_report(tiny_runs, tmp_path, capsys):
+    run = replace(tiny_runs.text, out=tmp_path / "text", captions=500)
+    text = train_tokenizer(run)
+    report = json.loads((tmp_path / "text" / "report.json").read_text())
+    assert report["vocab_size"] == text.vocab_size
+    assert report["room"] == run.model.layout.caption_room == 19
+    assert report["coverage"] > 0.999
+    assert "95 of 100" in capsys.readouterr().out
+
+
+def test_the_room_is_that_of_the_transformer_to_be(tiny_runs, tmp_path):
+    model = TransformerConfig(1, 1, 8, 4, (4, 4), 400, 16, conv_kernel=3)
+    train_tokenizer(replace(tiny_runs.text, out=tmp_path / "text", captions=50, model=model))
+    report = json.loads((tmp_path / "text" / "report.json").read_text())
+    assert (report["room"], report["truncated"]) == (3, 1.0)

@@ -1,0 +1,489 @@
+"""The byte-pair encoding of captions (section 2.2): dalle/text."""
+
+import json
+import math
+import os
+import pickle
+import random
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise, product
+
+import pytest
+
+from dalle.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
+from dalle.text.tokenizer import FIRST_BYTE_ID, MAX_PIECE, UNKNOWN_ID, WORD_START, normalize
+
+COLOURS = ["red", "green", "blue", "yellow", "purple", "orange"]
+SHAPES = ["circle", "square", "triangle", "star", "photograph", "illustration"]
+PLACES = ["on the left", "under a dog's bowl", "(seen from above)", "in 1984, by night", "of 3.5 m"]
+CAPTIONS = [f"A {c} {s} {p}, the {c2}-{s}!" for c, c2, s, p in product(COLOURS, COLOURS, SHAPES, PLACES)]
+CONFIG = TextTokenizerConfig(vocab_size=390)
+N_BYTES = 256
+
+
+def train_both(captions, config):
+    """Our tokenizer and the youtokentome model that it was read from."""
+    youtokentome = pytest.importorskip("youtokentome")
+    models, train = [], youtokentome.BPE.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(youtokentome.BPE, "train", lambda **options: models.append(train(**options)))
+        tokenizer = train_text_tokenizer(captions, config)
+    return tokenizer, models[0]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_both(CAPTIONS, CONFIG)
+
+
+@pytest.fixture
+def tokenizer(trained):
+    return trained[0]
+
+
+def from_youtokentome(ids):
+    """youtokentome knows no bytes; unknown is 0 in both."""
+    return [i + N_BYTES if i != UNKNOWN_ID else UNKNOWN_ID for i in ids]
+
+
+def by_hand(*merges):
+    """A tokenizer with the merges given as "left right", the first with the highest priority."""
+    characters = "".join(sorted({WORD_START, *"".join(merges)} - {" "}))
+    ids = {character: 1 + N_BYTES + i for i, character in enumerate(characters)}
+    pairs = []
+    for merge in merges:
+        left, right = merge.split(" ")
+        pairs.append((ids[left], ids[right]))
+        ids[left + right] = 1 + N_BYTES + len(ids)
+    return TextTokenizer(TextTokenizerConfig(), characters, pairs)
+
+
+def to_youtokentome(tokenizer, path):
+    """The same vocabulary in the text format of youtokentome, loaded by youtokentome."""
+    n = len(tokenizer.characters)
+    lines = [(n, len(tokenizer.merges)), *((ord(c), 1 + i) for i, c in enumerate(tokenizer.characters))]
+    lines += [(x - N_BYTES, y - N_BYTES, 1 + n + i) for i, (x, y) in enumerate(tokenizer.merges)]
+    path.write_text("".join(" ".join(map(str, line)) + "\n" for line in [*lines, (UNKNOWN_ID, -1, -1, -1)]))
+    return pytest.importorskip("youtokentome").BPE(str(path))
+
+
+# Normalising: lower case, split on everything outside a-z (https://github.com/openai/DALL-E/issues/22).
+
+
+@pytest.mark.parametrize(
+    ("caption", "pieces"),
+    [
+        ("A Red DOG", ["a", "red", "dog"]),
+        ("  tabs\tand\nlines ", ["tabs", "and", "lines"]),
+        ("dog's", ["dog", "'", "s"]),
+        ("in 1984", ["in", "1", "9", "8", "4"]),
+        ("b2b", ["b", "2", "b"]),
+        ("snake_case!?", ["snake", "_", "case", "!", "?"]),
+        ("café", ["caf", "é"]),
+        ("Красная собака", ["красная", "собака"]),
+        ("schÃ¶n &amp; gut", ["sch", "ö", "n", "&", "gut"]),  # mended by ftfy
+        ("\u201cquoted\u201d", ['"', "quoted", '"']),
+        (f"a{WORD_START}b", ["a", "b"]),
+        ("a" * (MAX_PIECE + 1), ["a" * MAX_PIECE, "a"]),
+        (" ", []),
+    ],
+)
+def test_normalize(caption, pieces):
+    assert normalize(caption) == pieces
+
+
+# Ids: unknown, bytes, characters, merges.
+
+
+def test_ids_are_bytes_then_characters_then_merges(tokenizer):
+    assert len(tokenizer) == tokenizer.vocab_size == CONFIG.vocab_size
+    assert len(tokenizer) == 1 + N_BYTES + len(tokenizer.characters) + len(tokenizer.merges)
+    first_merge = 1 + N_BYTES + len(tokenizer.characters)
+    spelt = [tokenizer.decode([i]) for i in range(FIRST_BYTE_ID, FIRST_BYTE_ID + 128)]
+    assert spelt == [chr(i) if not chr(i).isspace() else "" for i in range(128)]
+    assert tokenizer.decode(range(1 + N_BYTES, first_merge)).replace(" ", "") == (
+        tokenizer.characters.replace(WORD_START, "")
+    )
+    for merged, pair in enumerate(tokenizer.merges, start=first_merge):
+        assert tokenizer.decode([merged]) == tokenizer.decode(pair)
+
+
+def test_merges_never_cross_a_piece(tokenizer):
+    words = {tokenizer.decode([i]) for i in range(1 + N_BYTES, len(tokenizer))}
+    assert all(word == "" or len(normalize(word)) == 1 for word in words)
+    assert {"photograph", "triangle"} <= words
+    assert not {"19", "'s", "1984", "-circle"} & words
+
+
+# Encoding without dropout is youtokentome's.
+
+
+def test_captions_encode_as_youtokentome_encodes_them(trained):
+    tokenizer, youtokentome = trained
+    texts = [" ".join(normalize(caption)) for caption in CAPTIONS]
+    expected = [from_youtokentome(ids) for ids in youtokentome.encode(texts)]
+    assert [tokenizer.encode(caption) for caption in CAPTIONS] == expected
+    assert sum(map(len, expected)) < 0.5 * sum(len(text.replace(" ", "")) for text in texts)
+
+
+def test_random_strings_encode_as_youtokentome_encodes_them(trained):
+    tokenizer, youtokentome = trained
+    rng = random.Random(0)
+    letters = tokenizer.characters.replace(WORD_START, "") + "      "
+    strings = ["".join(rng.choices(letters, k=rng.randrange(80))) for _ in range(3000)]
+    expected = youtokentome.encode([" ".join(normalize(string)) for string in strings])
+    assert [tokenizer.encode(string) for string in strings] == [from_youtokentome(ids) for ids in expected]
+
+
+def test_changing_a_result_does_not_change_the_next(tokenizer):
+    first = tokenizer.encode("red")
+    expected = list(first)
+    first.clear()
+    assert tokenizer.encode("red") == expected
+
+
+def test_without_byte_fallback_a_run_of_unknown_characters_is_one_unknown():
+    tokenizer, youtokentome = train_both(CAPTIONS, TextTokenizerConfig(vocab_size=150, byte_fallback=False))
+    for caption in ["a красная star", "dog zzjj dog", "日本", "aza"]:
+        assert tokenizer.encode(caption) == youtokentome.encode([" ".join(normalize(caption))])[0]
+    assert tokenizer.encode("zzjj")[1:] == [UNKNOWN_ID]
+    assert tokenizer.decode(tokenizer.encode("a zzjj star")) == "a \ufffd star"
+
+
+def test_byte_fallback_spells_what_the_alphabet_lacks(tokenizer):
+    mark = tokenizer.encode("é")[0]
+    assert tokenizer.decode([mark]) == ""
+    assert tokenizer.encode("é") == [mark, FIRST_BYTE_ID + 0xC3, FIRST_BYTE_ID + 0xA9]
+    for caption in ["красная собака", "赤い犬", "zj", "\N{DOG FACE} 犬!"]:
+        assert tokenizer.decode(tokenizer.encode(caption)) == caption
+
+
+# Decoding.
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "a dog's bowl, 12.5 m (or so) at 10:45!",
+        "black-and-white; won't and/or 'quoted'",
+        "",
+        *CAPTIONS[:3],
+    ],
+)
+def test_decode_gives_a_readable_caption_that_encodes_alike(tokenizer, caption):
+    ids = tokenizer.encode(caption)
+    assert tokenizer.decode(ids).replace("' quoted '", "'quoted'") == caption.lower()
+    assert tokenizer.encode(tokenizer.decode(ids)) == ids
+
+
+def test_decode_then_encode_gives_the_ids_back(tokenizer):
+    rng = random.Random(1)
+    printable = [chr(i) for i in range(32, 127)] + ["\u4e2d", "\u0436", "\N{DOG FACE}", "   "]
+    for _ in range(1000):
+        ids = tokenizer.encode("".join(rng.choices(printable, k=40)))
+        assert tokenizer.encode(tokenizer.decode(ids)) == ids
+
+
+def test_decode_replaces_bytes_that_are_not_utf8(tokenizer):
+    cut_short = tokenizer.encode("red é")[:-1]
+    assert tokenizer.decode(cut_short) == "red \ufffd"
+
+
+@pytest.mark.parametrize("token", [-1, 390])
+def test_decode_names_the_token_out_of_range(tokenizer, token):
+    with pytest.raises(ValueError, match=rf"token {token} at position 2 .* 0 \.\. 389"):
+        tokenizer.decode([3, 4, token])
+
+
+# BPE-dropout (Provilkov et al. 2020, Algorithm 1).
+
+
+def exact_dropout_distribution(tokenizer, word, dropout):
+    """{segmentation: probability}, by following every branch of Algorithm 1.
+
+    The best of n candidates survives with probability 1 - p, the second is best with p (1 - p), ...; with
+    p ** n none is left and the word stays as it is.
+    """
+    first_merge = len(tokenizer) - len(tokenizer.merges)
+    ids = {pair: first_merge + rank for rank, pair in enumerate(tokenizer.merges)}
+    mark, *letters = tokenizer.encode(word, dropout=1.0, seed=0)
+    open_states, result = {(mark, *letters): 1.0}, Counter()
+    while open_states:
+        state, probability = open_states.popitem()
+        candidates = sorted((ids[pair], at) for at, pair in enumerate(pairwise(state)) if pair in ids)
+        for merged, at in candidates:
+            following = (*state[:at], merged, *state[at + 2 :])
+            open_states[following] = open_states.get(following, 0) + probability * (1 - dropout)
+            probability *= dropout
+        result[state] += probability
+    return result
+
+
+def chi_square_excess(draws, distribution):
+    """Standard deviations by which chi-square exceeds its mean; classes expected under 5 times are pooled."""
+    n, expected, observed = sum(draws.values()), [0.0], [0]
+    assert set(draws) <= set(distribution)
+    for outcome, probability in distribution.items():
+        if n * probability >= 5:
+            expected.append(n * probability)
+            observed.append(draws[outcome])
+        else:
+            expected[0] += n * probability
+            observed[0] += draws[outcome]
+    classes = [(o, e) for o, e in zip(observed, expected, strict=True) if e >= 1]
+    freedom = len(classes) - 1
+    return (sum((o - e) ** 2 / e for o, e in classes) - freedom) / math.sqrt(2 * freedom)
+
+
+# Chi-square is a chance variable even for a right answer; 5 standard deviations of it are exceeded about once
+# in 1,000 seeds. test_another_dropout_would_be_noticed shows that wrong answers exceed them by far.
+TOO_FAR = 5
+N_DRAWS = 4000
+ONE_TREE = by_hand("a b", "c d", f"{WORD_START} ab", f"{WORD_START}ab cd")  # no merge excludes another
+OVERLAPPING = by_hand("e n", "o k", "t ok", "k e", "t o", "ke n", "tok en", f"{WORD_START} token")
+
+
+def draw_segmentations(tokenizer, word, dropout):
+    return Counter(tuple(tokenizer.encode(word, dropout, seed=(7, i))) for i in range(N_DRAWS))
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+@pytest.mark.parametrize(("tokenizer", "word"), [(ONE_TREE, "abcd"), (OVERLAPPING, "token")])
+def test_dropout_has_the_distribution_of_algorithm_1(tokenizer, word, dropout):
+    distribution = exact_dropout_distribution(tokenizer, word, dropout)
+    assert sum(distribution.values()) == pytest.approx(1)
+    assert chi_square_excess(draw_segmentations(tokenizer, word, dropout), distribution) < TOO_FAR
+
+
+def test_dropout_probabilities_by_hand():
+    """abc with the merges bc, ab, (ab)c: bc unless skipped; else ab unless skipped, then (ab)c likewise."""
+    tokenizer, p = by_hand("b c", "a b", "ab c"), 0.1
+    a, b, c, mark, bc, ab, abc = range(1 + N_BYTES, len(tokenizer))
+    assert exact_dropout_distribution(tokenizer, "abc", p) == pytest.approx(
+        {
+            (mark, a, bc): 1 - p,
+            (mark, abc): p * (1 - p) * (1 - p),
+            (mark, ab, c): p * (1 - p) * p,
+            (mark, a, b, c): p * p,
+        }
+    )
+
+
+def test_another_dropout_would_be_noticed():
+    draws = draw_segmentations(OVERLAPPING, "token", 0.13)
+    assert chi_square_excess(draws, exact_dropout_distribution(OVERLAPPING, "token", 0.1)) > 2 * TOO_FAR
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_dropout_agrees_with_youtokentome_where_no_merge_excludes_another(tmp_path, dropout):
+    youtokentome = to_youtokentome(ONE_TREE, tmp_path / "model")
+    draws = youtokentome.encode(["abcd"] * N_DRAWS, dropout_prob=dropout)
+    draws = Counter(tuple(from_youtokentome(ids)) for ids in draws)
+    assert chi_square_excess(draws, exact_dropout_distribution(ONE_TREE, "abcd", dropout)) < TOO_FAR
+
+
+def test_youtokentome_drops_less_where_merges_exclude_one_another(tmp_path):
+    """The departure that apply_merges describes: an impossible merge gives others another chance."""
+    youtokentome = to_youtokentome(OVERLAPPING, tmp_path / "model")
+    whole = youtokentome.encode(["token"])[0]
+    assert from_youtokentome(whole) == OVERLAPPING.encode("token")
+    theirs = youtokentome.encode(["token"] * N_DRAWS, dropout_prob=0.1).count(whole) / N_DRAWS
+    ours = exact_dropout_distribution(OVERLAPPING, "token", 0.1)[tuple(from_youtokentome(whole))]
+    assert ours < theirs - 0.05  # 7 standard deviations of theirs
+
+
+def test_dropout_depends_on_the_seed_alone(tokenizer):
+    def encode(seed):
+        return [tokenizer.encode(caption, 0.1, seed) for caption in CAPTIONS[:20]]
+
+    random.seed(3)
+    state = random.getstate()
+    first = encode((1, 2, 3))
+    assert encode((1, 2, 3)) == first
+    assert encode(5) == encode((5,))
+    assert all(encode(other) != first for other in [(1, 2, 4), (1, 3, 3), (2, 2, 3), (12, 3), 1])
+    assert random.getstate() == state
+    assert {tokenizer.decode(ids) for ids in first} == {
+        tokenizer.decode(tokenizer.encode(c)) for c in CAPTIONS[:20]
+    }
+
+
+def test_full_dropout_spells_letters(tokenizer):
+    ids = tokenizer.encode("red", dropout=1.0, seed=0)
+    assert [tokenizer.decode([i]) for i in ids] == ["", "r", "e", "d"]
+
+
+def test_dropout_needs_a_seed_and_a_probability(tokenizer):
+    with pytest.raises(ValueError, match="give a seed"):
+        tokenizer.encode("red", dropout=0.1)
+    for dropout in [-0.1, 1.1, float("nan")]:
+        with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+            tokenizer.encode("red", dropout, seed=0)
+
+
+@pytest.mark.parametrize("caption", [None, 3, b"red", ["red"]])
+def test_a_caption_must_be_a_str(tokenizer, caption):
+    with pytest.raises(TypeError, match="a caption must be a str"):
+        tokenizer.encode(caption)
+
+
+# Training.
+
+
+def test_training_again_gives_the_same_merges_where_no_counts_are_equal():
+    captions = ["a", *["ab"] * 2, *["abc"] * 4]  # (mark, a) 7 times, (a, b) 6 times, (b, c) 4 times
+    config = TextTokenizerConfig(1 + N_BYTES + 4 + 3)
+    first = train_text_tokenizer(captions, config)
+    assert [first.decode([i]) for i in range(len(first) - 3, len(first))] == ["a", "ab", "abc"]
+    for _ in range(10):
+        assert train_text_tokenizer(iter(captions[::-1]), config).hash == first.hash
+
+
+def test_training_again_gives_the_same_alphabet_and_size(tokenizer):
+    again = train_text_tokenizer(CAPTIONS, CONFIG)
+    assert (again.characters, again.vocab_size) == (tokenizer.characters, tokenizer.vocab_size)
+
+
+def test_few_captions_give_a_smaller_vocabulary():
+    tokenizer = train_text_tokenizer(["ab ab"], TextTokenizerConfig())
+    assert tokenizer.vocab_size == 1 + N_BYTES + 3 + 2  # mark, a, b; two merges make the word
+    assert len(tokenizer.encode("ab")) == 1
+
+
+@pytest.mark.parametrize("captions", [[], [""], [" ", "\n"]])
+def test_nothing_to_train_on(captions):
+    with pytest.raises(ValueError, match="nothing to train on"):
+        train_text_tokenizer(captions)
+
+
+@pytest.mark.parametrize(("byte_fallback", "needed"), [(True, 260), (False, 4)])
+def test_a_vocabulary_too_small_names_the_minimum(byte_fallback, needed):
+    for vocab_size in [1, 2, needed - 1]:
+        with pytest.raises(ValueError, match=f"need at least {needed} ids"):
+            train_text_tokenizer(["ab"], TextTokenizerConfig(vocab_size, byte_fallback))
+    assert train_text_tokenizer(["ab"], TextTokenizerConfig(needed, byte_fallback)).vocab_size == needed
+
+
+def test_character_coverage_leaves_rare_characters_to_bytes():
+    captions = ["a red star"] * 1000 + ["ж"]
+    rare = train_text_tokenizer(captions, TextTokenizerConfig(300))
+    kept = train_text_tokenizer(captions, TextTokenizerConfig(300, character_coverage=1.0))
+    assert "ж" not in rare.characters
+    assert "ж" in kept.characters
+    assert rare.decode(rare.encode("ж")) == kept.decode(kept.encode("ж")) == "ж"
+
+
+def test_one_str_is_not_an_iterable_of_captions():
+    with pytest.raises(TypeError, match="put it in a list"):
+        train_text_tokenizer("a red star")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"vocab_size": 0}, {"vocab_size": 1e4}, {"byte_fallback": None}, {"character_coverage": 0}],
+)
+def test_config_refuses(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        TextTokenizerConfig(**fields)
+
+
+# Files and checkpoints.
+
+
+def test_save_then_load_is_the_same_tokenizer(tokenizer, tmp_path):
+    path = tmp_path / "text.json"
+    tokenizer.save(path)
+    copies = [
+        TextTokenizer.load(path),
+        TextTokenizer.from_dict(tokenizer.to_dict()),
+        pickle.loads(pickle.dumps(tokenizer)),
+    ]
+    for copy in copies:
+        assert copy.hash == tokenizer.hash
+        assert copy.config == tokenizer.config
+        assert copy.encode(CAPTIONS[7]) == tokenizer.encode(CAPTIONS[7])
+        assert copy.encode(CAPTIONS[7], 0.5, 1) == tokenizer.encode(CAPTIONS[7], 0.5, 1)
+    assert os.listdir(tmp_path) == ["text.json"]
+
+
+def test_hash_changes_with_a_merge(tokenizer):
+    data = tokenizer.to_dict()
+    data["merges"] = data["merges"][:-1]
+    assert TextTokenizer.from_dict(data).hash != tokenizer.hash
+    assert len(tokenizer.hash) == 64
+
+
+def test_a_failed_save_leaves_the_old_file(tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "text.json"
+    path.write_text("old")
+
+    def fail(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        tokenizer.save(path)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["text.json"]
+
+
+def damaged(data, **changes):
+    return json.dumps({key: value for key, value in {**data, **changes}.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (lambda data: "\0\x01", "JSON|Expecting"),
+        (lambda data: json.dumps(data)[:-9], "Expecting|Unterminated"),
+        (lambda data: '{"model": 1}', "expected the format"),
+        (lambda data: "[]", "expected the format"),
+        (lambda data: damaged(data, version=99), "in version 1"),
+        (lambda data: damaged(data, merges=None), "incomplete or damaged .*merges"),
+        (lambda data: damaged(data, config={"vocab_size": 390, "vocab": 1}), "incomplete or damaged"),
+        (lambda data: damaged(data, characters="ab"), "the alphabet"),
+        (lambda data: damaged(data, characters=data["characters"] + "a"), "the alphabet"),
+        (lambda data: damaged(data, merges=[[9999, 260]]), "merge 0 joins"),
+        (lambda data: damaged(data, merges=[[5, 260]]), "merge 0 joins"),
+        (lambda data: damaged(data, config={"vocab_size": 389}), "more than the vocab_size"),
+    ],
+)
+def test_load_refuses_another_file_and_names_it(tokenizer, tmp_path, write, reason):
+    path = tmp_path / "other.json"
+    path.write_text(write(tokenizer.to_dict()))
+    with pytest.raises(
+        ValueError, match=rf"other\.json is not a text tokenizer: .*({reason}).*train_tokenizer"
+    ):
+        TextTokenizer.load(path)
+
+
+# Optional dependency.
+
+WITHOUT_YOUTOKENTOME = """
+import sys
+sys.modules["youtokentome"] = sys.modules["_youtokentome_cython"] = None
+from dalle.text import TextTokenizer, train_text_tokenizer
+tokenizer = TextTokenizer.load(sys.argv[1])
+assert tokenizer.decode(tokenizer.encode("A red star", 0.1, seed=1)) == "a red star"
+try:
+    train_text_tokenizer(["a"])
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_only_training_needs_youtokentome(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "text.json")
+    command = [sys.executable, "-c", WITHOUT_YOUTOKENTOME, str(tmp_path / "text.json")]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "pip install cython setuptools wheel && pip install --no-build-isolation youtokentome" in output
+
+
+def test_training_says_nothing(capfd):
+    pytest.importorskip("youtokentome")
+    train_text_tokenizer(["a red circle", "a blue square"] * 3, TextTokenizerConfig(300))
+    assert capfd.readouterr() == ("", "")
+    os.write(2, b"heard again")
+    assert capfd.readouterr().err == "heard again"

@@ -1,0 +1,241 @@
+"""fp16 with a gradient scale per resblock: the laws of the schedule and the flow of Figure 4 (2.4, appendix D)."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from dalle.nn.blocks import Resblock, scale_gradient
+from dalle.schedules import Schedule
+from dalle.train.checkpoint import restore, save_checkpoint
+from dalle.train.ema import AveragedWeights, EMAConfig
+from dalle.train.grad_scaler import GradientScales
+from dalle.train.optimizer import OptimizerConfig, build_optimizers
+from dalle.train.state import TrainState
+from dalle.train.step import gradient_scales, train_step
+from dalle.transformer import Transformer, TransformerConfig
+from dalle.transformer.objective import TransformerObjective
+
+CONFIG = TransformerConfig(
+    depth=2,
+    heads=2,
+    head_width=8,
+    text_len=4,
+    grid=(3, 3),
+    text_vocab=8,
+    image_vocab=8,
+    conv_kernel=3,
+    init_scale=1.0,
+)
+
+
+def blocks(count: int = 3) -> list[Resblock]:
+    torch.manual_seed(0)
+    return [Resblock(4, nn.Linear(4, 4)) for _ in range(count)]
+
+
+def good(*finite: bool) -> torch.Tensor:
+    return torch.tensor(finite)
+
+
+# ---------------------------------------------------------------------------------------------
+# The laws
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replicas", [1, 1024])
+def test_scales_start_at_two_to_the_thirteen_times_the_replicas(replicas):
+    assert GradientScales(blocks(), replicas).values.tolist() == [2.0**13 * replicas] * 3
+
+
+def test_a_thousand_finite_updates_double_a_scale():
+    scales = GradientScales(blocks(1))
+    for _ in range(1000):
+        scales.update(good(True))
+    assert scales.values.item() == pytest.approx(2.0**14, rel=1e-4)
+
+
+def test_an_overflow_divides_its_own_scale_by_the_root_of_two():
+    scales = GradientScales(blocks())
+    scales.update(good(True, False, True))
+    up, down = 2.0**13 * 2 ** (1 / 1000), 2.0**13 / math.sqrt(2)
+    assert scales.values.tolist() == pytest.approx([up, down, up])
+
+
+def test_a_scale_is_divided_at_most_once_in_125_updates():
+    scales = GradientScales(blocks(1))
+    values = []
+    for _ in range(251):
+        scales.update(good(False))
+        values.append(scales.values.item())
+    divisions = [i for i, (a, b) in enumerate(zip([2.0**13, *values], values, strict=False)) if b < a]
+    assert divisions == [0, 125, 250]
+
+
+def test_a_finite_update_between_two_overflows_lets_the_scale_grow_but_not_divide():
+    scales = GradientScales(blocks(1))
+    for finite in (False, True, False):
+        scales.update(good(finite))
+    assert scales.values.item() == pytest.approx(2.0**13 / math.sqrt(2) * 2 ** (1 / 1000))
+
+
+@pytest.mark.parametrize("replicas", [1, 1024])
+def test_scales_stay_between_their_bounds(replicas):
+    scales = GradientScales(blocks(2), replicas)
+    scales.values.copy_(torch.tensor([2.0**7 * replicas, 2.0**24 * replicas]))
+    scales.update(good(False, True))
+    assert scales.values.tolist() == [2.0**7 * replicas, 2.0**24 * replicas]
+
+
+def test_the_resblocks_see_a_changed_scale():
+    made = blocks(2)
+    scales = GradientScales(made)
+    scales.update(good(True, False))
+    assert [float(block.gradient_scale) for block in made] == scales.values.tolist()
+    scales.load_state_dict({"values": torch.tensor([1.0, 2.0]), "since_backoff": torch.tensor([3, 4])})
+    assert [float(block.gradient_scale) for block in made] == [1.0, 2.0]
+
+
+def test_scales_of_another_model_are_refused():
+    with pytest.raises(ValueError, match="2 gradient scales for 3 resblocks"):
+        GradientScales(blocks(3)).load_state_dict(GradientScales(blocks(2)).state_dict())
+
+
+# ---------------------------------------------------------------------------------------------
+# The flow of Figure 4
+# ---------------------------------------------------------------------------------------------
+
+
+def trunk(made: list[Resblock], x: torch.Tensor) -> torch.Tensor:
+    for block in made:
+        x = x + block(x)
+    return x
+
+
+def test_scaling_changes_no_gradient_in_fp32():
+    made = blocks()
+    x = torch.randn(2, 4, requires_grad=True)
+    trunk(made, x).square().sum().backward()
+    expected = [x.grad.clone(), *(p.grad.clone() for block in made for p in block.parameters())]
+    scales = GradientScales(made)
+    scales.values.copy_(torch.tensor([2.0**7, 2.0**13, 2.0**20]))
+    for tensor in (x, *(p for block in made for p in block.parameters())):
+        tensor.grad = None
+    trunk(made, x).square().sum().backward()
+    assert scales.unscale().all()
+    found = [x.grad, *(p.grad for block in made for p in block.parameters())]
+    torch.testing.assert_close(found, expected)
+
+
+def test_inside_a_resblock_the_gradient_is_scaled():
+    (block,) = made = blocks(1)
+    seen = []
+    block.f.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].clone()))
+    GradientScales(made)
+    block(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert (seen[0] == 2.0**13).all()
+
+
+def test_a_factor_beyond_the_range_becomes_zero_not_infinite():
+    x = torch.ones(3, requires_grad=True)
+    scale_gradient(x, torch.tensor(torch.inf)).sum().backward()
+    assert x.grad.tolist() == [0, 0, 0]
+
+
+def test_a_bad_resblock_spoils_neither_the_trunk_nor_the_scales_of_others():
+    made = blocks()
+    scales = GradientScales(made)
+    x = torch.randn(2, 4, requires_grad=True)
+    made[1].f.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * torch.inf,))
+    made[1].f.weight.register_hook(lambda gradient: gradient * torch.inf)
+    trunk(made, x).square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+    finite = scales.unscale()
+    assert finite.tolist() == [True, False, True]
+    scales.update(finite)
+    assert (scales.values > 2.0**13).tolist() == [True, False, True]
+
+
+def test_the_trunk_is_fp32_and_the_path_inside_fp16():
+    made = blocks(1)
+    GradientScales(made)
+    dtypes = []
+    made[0].f.register_forward_hook(
+        lambda module, inputs, output: dtypes.append((inputs[0].dtype, output.dtype))
+    )
+    with torch.autocast("cpu", dtype=torch.float16):
+        out = made[0](torch.randn(2, 4))
+    assert out.dtype == torch.float32
+    assert dtypes == [(torch.float32, torch.float16)]
+
+
+# ---------------------------------------------------------------------------------------------
+# In the loop
+# ---------------------------------------------------------------------------------------------
+
+
+def state_of(config: TransformerConfig = CONFIG) -> TrainState:
+    torch.manual_seed(0)
+    model = Transformer(config)
+    optimizers = build_optimizers(model, OPTIM)
+    return TrainState(model, optimizers, AveragedWeights(model, EMAConfig()), gradient_scales(model))
+
+
+OPTIM = OptimizerConfig(lr=Schedule(1e-3, 1e-3), warmup=0)
+
+
+def step(state: TrainState):
+    ids = state.model.layout.pack(torch.randint(8, (4, 4)), torch.randint(8, (4, 9)))
+    return train_step(state, ids, TransformerObjective(), OPTIM, "fp16", seed=0)
+
+
+def test_an_overflow_skips_the_update_and_counts_as_a_step():
+    state = state_of()
+    step(state)
+    before = [p.detach().clone() for p in state.model.parameters()]
+    handle = state.model.resblocks()[2].f.out.weight.register_hook(lambda gradient: gradient * torch.nan)
+    loss, norm = step(state)
+    handle.remove()
+    assert loss.metrics["skipped"] == 1
+    assert not torch.isfinite(norm)
+    assert all(torch.equal(p, old) for p, old in zip(state.model.parameters(), before, strict=True))
+    assert state.step == 2
+    assert (state.scales.values < 2.0**13).tolist() == [False, False, True, False]
+    assert step(state)[0].metrics["skipped"] == 1
+    assert any(not torch.equal(p, old) for p, old in zip(state.model.parameters(), before, strict=True))
+
+
+def test_an_infinite_loss_ends_the_run_all_the_same():
+    state = state_of()
+    with torch.no_grad():
+        state.model.to_logits.weight.fill_(torch.inf)
+    with pytest.raises(FloatingPointError, match="to_logits"):
+        step(state)
+
+
+def test_scales_are_in_the_checkpoint(tmp_path):
+    state = state_of()
+    step(state)
+    state.scales.update(good(True, False, True, True))
+    folder = save_checkpoint(tmp_path, state, {"kind": "transformer"}, keep=1)
+    other = state_of()
+    restore(folder, other)
+    assert other.scales.values.tolist() == state.scales.values.tolist()
+    assert other.scales.since_backoff.tolist() == state.scales.since_backoff.tolist()
+
+
+def test_a_model_without_resblocks_refuses_fp16():
+    with pytest.raises(ValueError, match="Linear has no gradient scales for fp16"):
+        gradient_scales(nn.Linear(2, 2))
+
+
+def test_recomputing_with_scales_gives_the_same_gradients():
+    gradients = []
+    for recompute in (False, True):
+        state = state_of(replace(CONFIG, recompute=recompute))
+        torch.manual_seed(1)
+        step(state)
+        gradients.append([p.grad.clone() for p in state.model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)

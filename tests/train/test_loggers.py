@@ -1,0 +1,361 @@
+"""What a run tells: rates, utilisation, TensorBoard, W&B, pictures (dalle/train/throughput.py, dalle/train/writers.py)."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dalle.commands.train_transformer import TransformerRun, train_transformer
+from dalle.config import load
+from dalle.train import Schedule, TrainConfig, fit
+from dalle.train import throughput as meters_module
+from dalle.train.ema import EMAConfig
+from dalle.train.loggers import read_log
+from dalle.train.optimizer import OptimizerConfig
+from dalle.train.throughput import Meter, known_peak_flops, mfu, peak_flops
+from dalle.train.writers import LogConfig, Logs, spread
+from dalle.types import Loss, Work
+
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------
+# Rates
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes on only when told: clock(seconds)."""
+    now = [100.0]
+    monkeypatch.setattr(meters_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def go_on(seconds: float) -> None:
+        now[0] += seconds
+
+    return go_on
+
+
+def test_rates_are_over_all_updates_since_the_last_line(clock):
+    meter = Meter(CPU, peak=1000.0)
+    for waited, computed in [(1.0, 3.0), (3.0, 1.0)]:
+        with meter.waiting():
+            clock(waited)
+        clock(computed)
+        meter.update(Work(samples=4, tokens=40, flops=800.0))
+    lap = meter.lap()
+    assert lap.pop("memory_gib") > 0
+    assert lap == {
+        "seconds": 4.0,
+        "data_wait": 0.5,
+        "samples_per_second": 1.0,
+        "tokens_per_second": 10.0,
+        "mfu": 0.2,
+    }
+    clock(2.0)
+    meter.update(Work(samples=4, tokens=40, flops=800.0))
+    assert meter.lap()["samples_per_second"] == 2.0
+
+
+def test_evaluations_and_checkpoints_are_not_training(clock):
+    meter = Meter(CPU)
+    clock(2.0)
+    with meter.pause():
+        clock(50.0)
+    meter.update(Work(samples=4))
+    lap = meter.lap()
+    assert lap["seconds"] == 2.0
+    assert lap["samples_per_second"] == 2.0
+
+
+def test_what_is_not_known_is_not_told(clock):
+    """No tokens for pictures, no utilisation without a peak or without operations, no rates for a bare function."""
+    for peak, work in [(None, Work(4, 0, 100.0)), (1000.0, Work(4))]:
+        meter = Meter(CPU, peak=peak)
+        clock(1.0)
+        meter.update(work)
+        assert meter.lap().keys() == {"seconds", "data_wait", "memory_gib", "samples_per_second"}
+    meter = Meter(CPU)
+    clock(1.0)
+    meter.update(None)
+    assert meter.lap().keys() == {"seconds", "data_wait", "memory_gib"}
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA GeForce RTX 3090", 71e12),
+        ("NVIDIA L400 of the future", None),
+    ],
+)
+def test_gpus_are_known_by_name_in_16_bit_only(name, flops):
+    assert known_peak_flops(name, "bf16") == flops
+    assert known_peak_flops(name, "fp32") is None
+
+
+def test_a_cpu_has_a_peak_only_if_told():
+    assert peak_flops(CPU, "bf16") is None
+    assert peak_flops(CPU, "fp32", 1e12) == 1e12
+    assert mfu(2e12, 4.0, 1e12) == 0.5
+
+
+# ---------------------------------------------------------------------------------------------
+# Where to
+# ---------------------------------------------------------------------------------------------
+
+META = {"kind": "line", "run": {"train": {"batch_size": 4}}, "links": {}}
+
+
+def picture(model: nn.Module) -> Image.Image:
+    """A grey as bright as the weight."""
+    return Image.new("RGB", (8, 4), (int(50 * float(model.weight.abs())),) * 3)
+
+
+def train(out: Path, steps: int = 4, log: LogConfig = LogConfig()):  # noqa: B008
+    """A line fitted, measured with a picture every second step."""
+    torch.manual_seed(0)
+
+    class Objective:
+        def __call__(self, model: nn.Module, batch: Tensor, step: int) -> Loss:
+            return Loss((model(batch) - 2 * batch).square().mean())
+
+        def work(self, model: nn.Module, batch: Tensor) -> Work:
+            return Work(len(batch), tokens=2 * len(batch), flops=6.0 * len(batch))
+
+        def chance(self, model: nn.Module) -> dict[str, float]:
+            return {"loss": 7.5}
+
+    config = TrainConfig(
+        batch_size=4,
+        precision="fp32",
+        log_every=1,
+        eval_every=2,
+        save_every=2,
+        ema=EMAConfig(0.5, 1),
+        optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup=0),
+    )
+    fit(
+        nn.Linear(1, 1),
+        Objective(),
+        lambda step: torch.linspace(-1, 1, 4)[:, None],
+        config,
+        steps=steps,
+        seed=0,
+        run_dir=out,
+        meta=META,
+        log=log,
+        evaluate=lambda model, step: {"weight": model.weight.detach(), "grey": picture(model)},
+    )
+    return read_log(out / "log.jsonl")
+
+
+def test_the_log_has_rates_and_chance_once(tmp_path):
+    lines = train(tmp_path, log=LogConfig(peak_flops=1e9))
+    trained = [line for line in lines if "loss" in line]
+    assert [line.get("chance/loss") for line in trained] == [7.5, None, None, None]
+    assert {"gradient_norm", "step_size", "skipped", "halvings", "seconds", "data_wait", "memory_gib"} < set(
+        trained[2]
+    )
+    for line in trained:
+        assert line["tokens_per_second"] == pytest.approx(2 * line["samples_per_second"])
+        assert line["mfu"] == pytest.approx(6 * line["samples_per_second"] / 1e9)
+        assert 0 <= line["data_wait"] <= 1
+
+
+def test_pictures_of_evaluations_are_saved_and_are_no_numbers(tmp_path):
+    lines = train(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["grey-00000002.png", "grey-00000004.png"]
+    assert [line.keys() for line in lines if "eval/weight" in line] == [{"step", "eval/weight"}] * 2
+
+
+def events(run: Path):
+    """What TensorBoard reads from a run."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = accumulator.EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    return found.Reload()
+
+
+def test_tensorboard_reads_the_same_numbers_and_pictures(tmp_path):
+    pytest.importorskip("tensorboard")
+    lines = train(tmp_path, log=LogConfig(to=("tensorboard",)))
+    found = events(tmp_path)
+    for name in ("loss", "gradient_norm", "eval/weight"):
+        written = [(line["step"], pytest.approx(line[name])) for line in lines if name in line]
+        assert [(point.step, point.value) for point in found.Scalars(name)] == written
+    assert [point.value for point in found.Scalars("chance/loss")] == [7.5]
+    assert [image.step for image in found.Images("grey")] == [2, 4]
+
+
+def test_tensorboard_after_a_crash_shows_each_step_once(tmp_path):
+    """Steps 3 and 4 are made twice: the first time they are after the last checkpoint."""
+    pytest.importorskip("tensorboard")
+    told = Logs(tmp_path, 0, LogConfig(to=("tensorboard",)), META)
+    for step in (1, 2, 3, 4):
+        told.write(step, {"loss": float(step)})
+    told.close()
+    again = Logs(tmp_path, 2, LogConfig(to=("tensorboard",)), META)
+    for step in (3, 4, 5):
+        again.write(step, {"loss": 10.0 + step})
+    again.close()
+    points = [(point.step, point.value) for point in events(tmp_path).Scalars("loss")]
+    assert points == [(1, 1.0), (2, 2.0), (3, 13.0), (4, 14.0), (5, 15.0)]
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stub that writes down what it is asked."""
+    asked = SimpleNamespace(init=[], logged=[], finished=0)
+
+    class Run:
+        def log(self, numbers, step):
+            asked.logged.append((step, numbers))
+
+        def finish(self):
+            asked.finished += 1
+
+    def init(**words):
+        asked.init.append(words)
+        return Run()
+
+    stub = SimpleNamespace(
+        init=init, Image=lambda image: ("image", image.size), api=SimpleNamespace(api_key=None)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    asked.module = stub
+    return asked
+
+
+def test_wandb_is_offline_unless_logged_in_and_gets_all(wandb, tmp_path):
+    train(tmp_path / "line", log=LogConfig(to=("wandb",), project="lines"))
+    (words,) = wandb.init
+    assert words["mode"] == "offline"
+    assert (words["project"], words["name"], words["dir"]) == ("lines", "line", str(tmp_path / "line"))
+    assert words["config"] == META["run"]
+    assert [step for step, numbers in wandb.logged if "loss" in numbers] == [1, 2, 3, 4]
+    assert (2, {"grey": ("image", (8, 4))}) in wandb.logged
+    assert wandb.finished == 1
+
+
+def test_wandb_is_left_to_its_own_settings_when_logged_in(wandb, tmp_path, monkeypatch):
+    wandb.module.api.api_key = "known"
+    train(tmp_path / "one", 1, LogConfig(to=("wandb",)))
+    wandb.module.api.api_key = None
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    train(tmp_path / "two", 1, LogConfig(to=("wandb",)))
+    assert [words["mode"] for words in wandb.init] == [None, None]
+
+
+def test_wandb_goes_on_with_the_same_run(wandb, tmp_path):
+    train(tmp_path, 2, LogConfig(to=("wandb",)))
+    train(tmp_path, 4, LogConfig(to=("wandb",)))
+    train(tmp_path / "other", 2, LogConfig(to=("wandb",)))
+    ids = [words["id"] for words in wandb.init]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_nothing_is_imported_unless_asked(tmp_path, monkeypatch):
+    for name in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    train(tmp_path, 1)
+
+
+@pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_missing_package_is_named(name, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(
+        ImportError, match=rf'--log.to {name} needs it: pip install "zeroshot-text2image\[{name}\]"'
+    ):
+        train(tmp_path, 1, LogConfig(to=(name,)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"to": ("tensorbord",)}, "unknown log 'tensorbord'"),
+        ({"peak_flops": 0.0}, "peak_flops must be positive"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LogConfig(**settings)
+
+
+def test_lists_are_told_by_their_ends():
+    assert spread({"loss": 1.0, "log2_scales": [13.0, 12.0, 20.0]}) == {
+        "loss": 1.0,
+        "log2_scales/least": 12.0,
+        "log2_scales/most": 20.0,
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# In the stages
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_transformer_draws_held_out_captions_with_its_dvae(chain, tiny_runs, with_inputs, tmp_path):
+    run = with_inputs(tiny_runs.transformer, chain, out=tmp_path / "with", dvae=chain / "dvae", drawings=3)
+    train_transformer(run)
+    train_transformer(replace(run, out=tmp_path / "without", dvae=None))
+    train_transformer(replace(run, out=tmp_path / "none", drawings=0))
+    (sheet,) = (tmp_path / "with").glob("drawings-*.png")
+    assert sheet.name == "drawings-00000002.png"
+    pixels = np.asarray(Image.open(sheet))
+    assert pixels.shape[1] > 3 * 160
+    assert pixels.std() > 5
+    assert not list((tmp_path / "without").glob("*.png")) + list((tmp_path / "none").glob("*.png"))
+    lines = [read_log(tmp_path / name / "log.jsonl")[-1] for name in ("with", "without")]
+    assert lines[0] == lines[1]  # drawing changes no score, and so no random number
+
+
+def test_the_first_loss_of_the_transformer_is_chance(chain):
+    """Its output matrix starts at 0: an even guess over ln(vocabulary)."""
+    first = read_log(chain / "transformer" / "log.jsonl")[0]
+    for name in ("loss", "text_nats", "image_nats"):
+        assert first[name] == pytest.approx(first[f"chance/{name}"], rel=1e-5)
+    assert first["chance/image_nats"] == pytest.approx(np.log(16))
+
+
+def test_clip_shows_what_it_finds(chain):
+    (sheet,) = (chain / "clip").glob("retrieved-*.png")
+    assert np.asarray(Image.open(sheet)).std() > 5
+
+
+def test_drawings_cannot_be_negative():
+    with pytest.raises(ValueError, match="drawings cannot be negative"):
+        TransformerRun(drawings=-1)
+
+
+def test_the_log_may_change_on_going_on(tiny_runs):
+    run = tiny_runs.transformer
+    assert replace(run, log=LogConfig(to=("wandb",))).record() == run.record()
+
+
+def test_yaml_may_say_where_to(tmp_path):
+    (tmp_path / "more.yaml").write_text("log: {to: [tensorboard], peak_flops: 989e12}\n")
+    assert load(TransformerRun, [tmp_path / "more.yaml"]).log == LogConfig(
+        to=("tensorboard",), peak_flops=989e12
+    )
+
+
+@pytest.mark.parametrize(
+    "tail", [b'{"step": 3, "lo', b"null\n", b"3\n", b'"step"\n', b'{"loss": 1}\n', b"\xff\x00\n"]
+)
+def test_a_log_ends_where_a_line_is_none(tmp_path, tail):
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(b'{"step": 1, "loss": 2.0}\n{"step": 2}\n' + tail)
+    assert read_log(file) == [{"step": 1, "loss": 2.0}, {"step": 2}]

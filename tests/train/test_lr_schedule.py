@@ -1,0 +1,130 @@
+"""The step size is halved when the training loss plateaus (B.2), on losses made by hand."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dalle.train import Schedule, TrainConfig, fit
+from dalle.train.checkpoint import latest_checkpoint
+from dalle.train.ema import EMAConfig
+from dalle.train.loggers import read_log
+from dalle.train.lr_schedule import NEVER, Plateau, PlateauConfig
+from dalle.train.optimizer import OptimizerConfig
+from dalle.types import Loss
+
+
+def halved_at(losses: list[float], **settings) -> list[int]:
+    """Updates, counted from 1, after which the step size was halved."""
+    plateau, found = Plateau(PlateauConfig(**settings)), []
+    for update, loss in enumerate(losses, 1):
+        before = plateau.halved
+        plateau.see(loss)
+        if plateau.halved > before:
+            found.append(update)
+    return found
+
+
+def test_the_paper_halves_five_times_and_ends_at_a_32nd():
+    plateau = Plateau(PlateauConfig(window=1, patience=1))
+    for _ in range(100):
+        plateau.see(1.0)
+    assert PlateauConfig().halvings == plateau.halved == 5
+    assert OptimizerConfig().rate(5000) * plateau.factor == pytest.approx(1.40625e-5)
+
+
+def test_a_falling_loss_is_no_plateau():
+    assert halved_at([10 - 0.1 * i for i in range(60)], window=2, patience=2) == []
+
+
+def test_a_flat_loss_halves_each_time_patience_runs_out():
+    """Readings after updates 2, 4, 6, ...: the first is the best, then three without a better one."""
+    assert halved_at([1.0] * 30, window=2, patience=3, halvings=3) == [8, 14, 20]
+
+
+def test_a_better_reading_begins_the_wait_anew():
+    losses = [3.0, 3.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0]
+    assert halved_at(losses, window=1, patience=3) == [9]
+
+
+def test_many_small_gains_add_up_to_one_that_counts():
+    """Each is below `gain`, but the best reading stands until it is beaten by as much."""
+    assert halved_at([1 - 0.004 * i for i in range(100)], window=1, patience=4, gain=0.01) == []
+    assert halved_at([1 - 0.002 * i for i in range(10)], window=1, patience=4, gain=0.01) == [5]
+
+
+def test_the_noise_of_updates_is_averaged_out():
+    noisy = [1.0 + (0.5 if i % 2 else -0.5) for i in range(40)]
+    assert halved_at(noisy, window=2, patience=2) == halved_at([1.0] * 40, window=2, patience=2)
+
+
+@pytest.mark.parametrize("settings", [{"halvings": -1}, {"window": 0}, {"patience": 0}, {"gain": -0.1}])
+def test_settings_that_mean_nothing_are_refused(settings):
+    with pytest.raises(ValueError, match="cannot be negative"):
+        PlateauConfig(**settings)
+
+
+# ---------------------------------------------------------------------------------------------
+# In the loop
+# ---------------------------------------------------------------------------------------------
+
+
+def flat(model: nn.Module, batch: Tensor, step: int) -> Loss:
+    """1, whatever the weights, with a gradient."""
+    out = model(batch).sum()
+    return Loss(1 + out - out.detach())
+
+
+def train(out: Path, steps: int, plateau: PlateauConfig) -> list[float]:
+    """The step sizes of a run on `flat`."""
+    torch.manual_seed(0)
+    config = TrainConfig(
+        batch_size=1,
+        ema=EMAConfig(0.9, 1),
+        precision="fp32",
+        log_every=1,
+        save_every=1,
+        optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup=0, plateau=plateau),
+    )
+    meta = {"kind": "flat", "run": {}, "links": {}}
+    fit(
+        nn.Linear(1, 1),
+        flat,
+        lambda step: torch.ones(1, 1),
+        config,
+        steps=steps,
+        seed=0,
+        run_dir=out,
+        meta=meta,
+    )
+    return [line["step_size"] for line in read_log(out / "log.jsonl")]
+
+
+SHORT = PlateauConfig(halvings=2, window=2, patience=1)
+
+
+def test_the_step_size_of_the_next_update_is_the_halved_one(tmp_path):
+    """Readings after 2 (the best), 4 and 6 (halved)."""
+    assert train(tmp_path, 8, SHORT) == pytest.approx([0.1] * 4 + [0.05] * 2 + [0.025] * 2)
+    assert [line["halvings"] for line in read_log(tmp_path / "log.jsonl")] == [0, 0, 0, 1, 1, 2, 2, 2]
+
+
+def test_without_it_the_schedule_alone_counts(tmp_path):
+    assert train(tmp_path, 8, NEVER) == pytest.approx([0.1] * 8)
+    assert "halvings" not in read_log(tmp_path / "log.jsonl")[0]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 5])
+def test_stopping_and_going_on_halves_at_the_same_update(stop, tmp_path):
+    """In the middle of a reading, after one, and after a halving."""
+    whole = train(tmp_path / "whole", 8, SHORT)
+    train(tmp_path / "split", stop, SHORT)
+    assert train(tmp_path / "split", 8, SHORT) == whole
+    files = [(latest_checkpoint(tmp_path / name) / "meta.json").read_text() for name in ("whole", "split")]
+    assert files[0] == files[1]
+
+
+def test_a_checkpoint_before_the_first_reading_is_plain_json(tmp_path):
+    train(tmp_path, 1, SHORT)
+    assert "Infinity" not in (latest_checkpoint(tmp_path) / "meta.json").read_text()

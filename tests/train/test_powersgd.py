@@ -1,0 +1,157 @@
+"""PowerSGD: what it promises to two replicas (tests/helpers/powersgd_worker.py has the scenarios), ranks and rates."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle.hub.registry import build
+from dalle.train.low_rank import (
+    RANKS,
+    PowerSGDConfig,
+    compression_rate,
+    plan_ranks,
+    shard_side,
+    stacked_matrices,
+)
+from dalle.train.powersgd import PowerSGD, build_powersgd, orthonormal
+from dalle.transformer.sizes import SIZES
+
+HERE = Path(__file__).parent
+SCENARIOS = [
+    "exact_where_the_gradients_have_no_higher_rank",
+    "what_was_taken_and_the_errors_are_the_sum_of_the_mean_gradients",
+    "parameters_that_are_not_factored_equal_a_plain_all_reduce",
+    "resuming_changes_no_bit",
+    "errors_of_another_model_are_refused",
+    "what_is_factored_no_more_is_owed_no_more",
+    "a_gradient_that_is_not_finite_anywhere_is_inf_everywhere_and_touches_no_error",
+    "a_buffer_that_overflowed_starts_again_and_the_others_keep_what_they_owe",
+    "what_is_sent_is_counted",
+    "before_its_start_all_is_sent_whole",
+    "q_is_kept_updated_or_redrawn_and_equal_on_all_replicas",
+    "the_papers_formats_hold_buffers_and_lose_no_more_than_rounding",
+    "torchs_hook_does_the_same_when_its_q_is_put_back_or_left",
+    "a_training_step_averages_and_at_full_rank_equals_the_whole_batch",
+]
+
+
+def failures(folder: Path, world: int, scenarios: list[str]) -> dict[str, str]:
+    """Scenario -> what went wrong in it, on the first process where it did."""
+    env = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, HERE / "powersgd_worker.py", folder]
+    workers = [
+        subprocess.Popen(
+            [*words, str(rank), str(world), *scenarios], env=env, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(world)
+    ]
+    said = [worker.communicate(timeout=300)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * world, "\n".join(said)
+    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+    return {name: text for one in reversed(found) for name, text in one.items()}
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return failures(tmp_path_factory.mktemp("replicas"), 2, SCENARIOS)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_two_replicas(scenario, of_two):
+    assert scenario not in of_two, of_two.get(scenario)
+
+
+@pytest.mark.slow
+def test_two_replicas_of_two_shards(tmp_path):
+    assert failures(tmp_path, 4, ["shards_are_factored_each_by_itself"]) == {}
+
+
+# ---------------------------------------------------------------------------------------------
+# Ranks and rates
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "rate"), [("2.8b", 512, 0.83), ("5.6b", 640, 0.85), ("12b", 896, 0.86)]
+)
+def test_the_ranks_and_rates_of_table_1(size, rank, rate):
+    width = SIZES[size].width
+    assert RANKS[width] == rank
+    assert compression_rate(width, rank) == pytest.approx(1 - 5 * rank / (8 * width))
+    assert compression_rate(width, rank) == pytest.approx(rate, abs=0.005)
+
+
+def shard_shapes(width: int, shards: int, by_paper: bool) -> dict[tuple[int, int], int]:
+    """Shape of one process's shard of each matrix of a layer -> matrices stacked in it."""
+    shards_of = {}
+    for shape, stacked in (((3, 1), 3), ((1, 1), 1), ((4, 1), 1), ((1, 4), 1)):
+        sides = [side * width for side in shape]
+        sides[shard_side(tuple(sides), shards) if by_paper else 0] //= shards
+        shards_of[tuple(sides)] = stacked
+    return shards_of
+
+
+def sent_share(width: int, rank: int, shards: int, by_paper: bool = True) -> float:
+    shapes = shard_shapes(width, shards, by_paper)
+    sent = 0
+    for (rows, columns), stacked in shapes.items():
+        ranks = plan_ranks((rows, columns), stacked, rank // shards)
+        assert len(ranks) == stacked
+        sent += sum(r * (rows // stacked + columns) for r in ranks)
+    return sent / sum(rows * columns for rows, columns in shapes)
+
+
+@pytest.mark.parametrize(("width", "rank"), RANKS.items())
+@pytest.mark.parametrize("shards", [1, 8])
+def test_the_factors_of_a_layer_have_the_size_of_table_2(width, rank, shards):
+    assert 1 - sent_share(width, rank, shards) == pytest.approx(compression_rate(width, rank, shards))
+
+
+def test_the_second_matrix_of_the_mlp_is_cut_by_inputs_since_that_sends_less():
+    assert shard_side((3968, 4 * 3968), 8) == 1
+    assert shard_side((4 * 3968, 3968), 8) == shard_side((3968, 3968), 8) == 0
+    assert shard_side((3968,), 8) == shard_side((4, 6), 8) == 0  # 6 does not divide evenly
+    assert sent_share(3968, 896, 8) < sent_share(3968, 896, 8, by_paper=False)
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((12, 12), 6), ((12, 20), 8), ((0, 20), 1), ((1, 20), 1)])
+def test_what_its_factors_would_not_make_smaller_is_sent_whole(shape, rank):
+    assert plan_ranks(shape, 1, rank) is None
+
+
+def test_only_matrices_of_layers_are_factored_and_queries_keys_and_values_apart(tiny_runs):
+    stacked = stacked_matrices(build("transformer", tiny_runs.transformer.model))
+    for layer in (0, 1):
+        assert stacked.pop(f"layers.{layer}.attention.f.qkv.weight") == 3
+        for name in ("attention.f.out", "mlp.f.expand", "mlp.f.project"):
+            assert stacked.pop(f"layers.{layer}.{name}.weight") == 1
+    assert stacked == {}
+
+
+def test_columns_are_orthonormal_and_so_the_norm_of_a_gradient_is_that_of_its_q():
+    """E.2 sums the squared norms of Q for the global norm."""
+    torch.manual_seed(0)
+    p, q = orthonormal(torch.randn(30, 5)), torch.randn(40, 5)
+    torch.testing.assert_close(p.T @ p, torch.eye(5))
+    torch.testing.assert_close((p @ q.T).norm(), q.norm())
+    for empty in (torch.zeros(30, 5), torch.ones(30, 5)):  # a span of fewer dimensions
+        p = orthonormal(empty)
+        torch.testing.assert_close(p.T @ p, torch.eye(5))
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"start": -1}])
+def test_settings_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        PowerSGDConfig(**wrong)
+
+
+def test_one_process_has_nothing_to_average():
+    model = torch.nn.Linear(4, 4)
+    assert build_powersgd(model, PowerSGDConfig(2), seed=0) is None
+    with pytest.raises(ValueError, match="rank"):
+        PowerSGD({}, {}, PowerSGDConfig())

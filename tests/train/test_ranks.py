@@ -1,0 +1,178 @@
+"""Several processes share each step: together they load what one loads, from every source (dalle/data, stages)."""
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers.formats import FORMS, IDS, csv_file
+
+from dalle.commands.train_clip import CLIPBatch
+from dalle.commands.train_dvae import DVAEBatch, random_squares
+from dalle.commands.train_transformer import TokenBatches
+from dalle.data import PairsConfig, PairsLoader, StepOfPairs, TokenCache, draw_captions, open_pairs
+from dalle.data.dataloader import worker_count
+from dalle.hub.registry import load_part
+from dalle.runs.args import take_text
+from dalle.shapes.dataset import ShapesPairs
+from dalle.types import Batch, Skip
+
+BATCH, STEPS, SEED = 6, 5, 3  # more than two epochs of twelve
+RANKS = (0, 1), (0, 2), (1, 2)
+"""One process, and either of two: (rank, world)."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A batch as a list: sample, drawn caption and pixels of each picture."""
+
+    def __call__(self, batch, step):
+        captions = draw_captions(batch, SEED)
+        return [
+            (sample, text, picture.tobytes())
+            for sample, text, picture in zip(batch.samples, captions, batch.pixels, strict=True)
+        ]
+
+
+def loaded(pairs, rank=0, world=1, first=0, last=STEPS, workers=0, augment="dvae"):
+    """Step by step, what a process is given."""
+    task = StepOfPairs(pairs, BATCH, SEED, augment, Listed(), rank=rank, world=world)
+    with PairsLoader(task, last, workers) as batches:
+        return [batches(step) for step in range(first, last)]
+
+
+def joined(parts):
+    """Steps of several processes, in the order of their ranks."""
+    return [list(itertools.chain.from_iterable(shares)) for shares in zip(*parts, strict=True)]
+
+
+@pytest.fixture(params=[*FORMS, None], ids=[*IDS, "shapes"])
+def pairs(request, tmp_path):
+    if request.param is None:
+        return ShapesPairs(16)
+    form, columns = request.param
+    return open_pairs(PairsConfig(str(form(tmp_path)), resolution=16, held_out=1e-9, caption_column=columns))
+
+
+def test_the_shares_of_every_source_are_the_step_of_one_process(pairs):
+    """Pictures, their random crops and the captions drawn; also where a run goes on with others."""
+    alone = loaded(pairs)
+    seen = Counter(sample for step in alone for sample, *_ in step)
+    wanted = (
+        {(0, i) for i in range(30)} if pairs.size is None else {(e, i) for e in range(2) for i in range(12)}
+    )
+    assert wanted <= set(seen)
+    assert set(seen.values()) == {1}
+    assert joined(loaded(pairs, rank, 2, 0, 3) for rank in range(2)) == alone[:3]
+    assert (
+        joined(loaded(pairs, rank, 3, 3, 5) for rank in range(3)) == alone[3:]
+    )  # a stop, then three processes
+
+
+def test_nor_does_the_number_of_workers_matter(tmp_path):
+    pairs = open_pairs(PairsConfig(str(csv_file(tmp_path)), resolution=16, held_out=1e-9))
+    alone = loaded(pairs)
+    assert joined(loaded(pairs, rank, 2, 0, 2, workers=rank) for rank in range(2)) == alone[:2]
+    assert joined(loaded(pairs, rank, 2, 2, 5, workers=2 - rank) for rank in range(2)) == alone[2:]
+    assert loaded(pairs, first=2, workers=1) == alone[2:]
+
+
+def test_broken_samples_are_replaced_by_the_same_ones_and_each_process_names_what_it_met(tmp_path):
+    pictures = csv_file(tmp_path).parent / "images"
+    for number in (2, 7):
+        (pictures / f"p{number:03}.png").write_bytes(b"")
+    with (tmp_path / "pairs.csv").open("a") as table:
+        table.write("only one field\n")
+    pairs = open_pairs(PairsConfig(str(tmp_path), resolution=16, held_out=1e-9))
+    alone, parts, named = loaded(pairs), [], []
+    for rank in range(2):
+        task = StepOfPairs(pairs, BATCH, SEED, "dvae", Listed(), rank=rank, world=2)
+        with PairsLoader(task, STEPS, log=tmp_path / "skipped.jsonl") as batches:
+            parts.append([batches(step) for step in range(STEPS)])
+            named.append(batches.skipped.counts)
+    assert joined(parts) == alone
+    assert [counts["broken row"] for counts in named] == [1, 0]  # what opening found is told once
+    texts = [(tmp_path / name).read_text() for name in ("skipped.jsonl", "skipped-1.jsonl")]
+    assert [text.count("pairs.csv:14") for text in texts] == [1, 0]
+    assert all(any(f"p{number:03}.png" in text for text in texts) for number in (2, 7))
+
+
+def test_each_process_judges_by_what_it_has_read_itself():
+    """Of a hundred that it reads two are broken: a rank of four, which reads a quarter, ends all the same."""
+    pairs = SimpleNamespace(size=10**6)
+    pairs.load = lambda samples, *_, replace: Batch(
+        np.zeros((len(samples), 3, 1, 1)),
+        [],
+        samples,
+        [Skip(index, "m", "truncated") for _, index in samples[:2]],
+    )
+    task = StepOfPairs(pairs, 400, SEED, "none", lambda batch, step: step, rank=3, world=4)
+    with PairsLoader(task, 100) as batches:
+        for step in range(50):
+            assert batches(step) == step
+        with pytest.raises(ValueError, match="102 of 5202 samples cannot be used"):
+            batches(50)
+
+
+def test_random_squares_are_those_of_one_process():
+    pixels = torch.rand(6, 3, 20, 24)
+    whole = random_squares(pixels, 8, 5)
+    for world in (2, 3):
+        parts = [random_squares(part, 8, 5, rank, world) for rank, part in enumerate(pixels.chunk(world))]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_the_batch_of_the_dvae_is_shared():
+    pairs = ShapesPairs(16)
+    whole, *halves = (
+        StepOfPairs(pairs, 6, 1, "dvae", DVAEBatch(8, 1, r, w), rank=r, world=w)(4)[0] for r, w in RANKS
+    )
+    assert torch.equal(torch.cat(halves), whole)
+
+
+def test_the_batch_of_clip_is_shared(chain):
+    pairs = ShapesPairs(48, siblings=True)
+    finish = CLIPBatch(take_text(chain / "text"), 1, pairs)
+    whole, *halves = (
+        StepOfPairs(pairs, 6, 1, "transformer", finish, rank=r, world=w)(2)[0] for r, w in RANKS
+    )
+    for i in (0, 2):
+        assert torch.equal(torch.cat([half[i] for half in halves]), whole[i])
+    assert halves[0][1] + halves[1][1] == whole[1]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_shares_of_a_token_cache_are_the_step_of_one_process(chain, tiny_runs, world):
+    """Also with captions left empty and merges skipped, at any step."""
+    run = replace(tiny_runs.transformer, bpe_dropout=0.3, caption_dropout=0.3)
+    cache, text = TokenCache(chain / "tokens"), take_text(chain / "text")
+    layout = load_part(chain / "transformer", "transformer").model.layout
+    alone = TokenBatches(cache, text, layout, run)
+    shares = [TokenBatches(cache, text, layout, run, rank=rank, world=world) for rank in range(world)]
+    for step in (0, 3, 4, 11):  # twenty pictures in steps of four
+        assert torch.equal(torch.cat([share(step) for share in shares]), alone(step))
+    assert torch.equal(shares[-1].held_out(), alone.held_out())
+
+
+def test_a_batch_that_does_not_divide_and_a_rank_that_is_none_are_refused(chain, tiny_runs):
+    cache, text = TokenCache(chain / "tokens"), take_text(chain / "text")
+    layout = load_part(chain / "transformer", "transformer").model.layout
+    with pytest.raises(
+        ValueError, match="a batch of 4 does not divide among 3 processes; make it a multiple"
+    ):
+        TokenBatches(cache, text, layout, tiny_runs.transformer, rank=0, world=3)(0)
+    with pytest.raises(ValueError, match=r"rank must lie in 0 \.\. 1 for 2 processes, got 2"):
+        TokenBatches(cache, text, layout, tiny_runs.transformer, rank=2, world=2)(0)
+
+
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(17)), raising=False)
+    assert worker_count(-1, 100) == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert worker_count(-1, 100) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "40")
+    assert worker_count(-1, 100) == 0
+    assert worker_count(5, 100) == 5

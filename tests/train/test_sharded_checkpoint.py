@@ -1,0 +1,432 @@
+"""Checkpoints of many processes (dalle/train/sharded_checkpoint.py): two or four over gloo, each a fork of the test.
+
+What a process finds comes back by a pipe, as numpy arrays.
+"""
+
+import datetime
+import json
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from dalle.config import to_dict
+from dalle.hub.model_directory import save_weights
+from dalle.hub.registry import load_part
+from dalle.io.files import find_damage, write_sums, write_tensors
+from dalle.train import sharded_checkpoint as sharded
+from dalle.train.checkpoint import damage, newest_whole, restore, save_checkpoint
+from dalle.train.checkpoint_saver import Saver
+from dalle.train.ema import AveragedWeights, EMAConfig
+from dalle.train.optimizer import OptimizerConfig, build_optimizers
+from dalle.train.ranks import Ranks
+from dalle.train.state import TrainState
+from dalle.transformer import Transformer, TransformerConfig
+
+CONFIG = TransformerConfig(
+    depth=1, heads=1, head_width=6, text_len=3, grid=(3, 3), text_vocab=5, image_vocab=7, conv_kernel=3
+)
+META = {"kind": "transformer", "config": None, "run": {}, "links": {}}
+
+
+def processes(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What function(rank, *args) gives in each of `world` processes that form a gloo group.
+
+    They are forks, so that torch is loaded once; they meet at a file, since the threads of a store do not fork.
+    """
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in range(world)]
+    with tempfile.TemporaryDirectory() as place:
+        return _results(
+            [receiver for receiver, _ in pipes],
+            [
+                context.Process(target=_process, args=(rank, world, f"{place}/store", sender, function, args))
+                for rank, (_, sender) in enumerate(pipes)
+            ],
+        )
+
+
+def _results(receivers: list[Any], started: list[Any]) -> list[Any]:
+    for process in started:
+        process.start()
+    results = [
+        receiver.recv() if receiver.poll(120) else "nothing came in two minutes" for receiver in receivers
+    ]
+    for process in started:
+        process.kill()
+        process.join()
+    wrong = [result for result in results if isinstance(result, str)]
+    assert not wrong, "\n".join(wrong)
+    return [result[0] for result in results]
+
+
+def _process(
+    rank: int, world: int, place: str, sender: Any, function: Callable[..., Any], args: tuple
+) -> None:
+    try:
+        store = dist.FileStore(place, world)
+        timeout = datetime.timedelta(seconds=90)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+        sender.send((function(rank, *args),))
+    except BaseException:
+        sender.send(traceback.format_exc())
+
+
+def model_of(seed: int) -> Transformer:
+    torch.manual_seed(seed)
+    return Transformer(CONFIG)
+
+
+def state_of(seed: int, shape: tuple[int, ...] = ()) -> TrainState:
+    """A fresh state, sharded over a mesh of that shape."""
+    model = model_of(seed)
+    if shape:
+        fully_shard(
+            model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        )
+    return TrainState(
+        model, build_optimizers(model, OptimizerConfig()), AveragedWeights(model, EMAConfig(0.5, 1))
+    )
+
+
+def one_update(state: TrainState, seed: int) -> None:
+    """A gradient that does not depend on the sharding, and an update."""
+    torch.manual_seed(seed)
+    for parameter in state.model.parameters():
+        whole = torch.randn(parameter.shape)
+        if isinstance(parameter, DTensor):
+            whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        parameter.grad = whole
+    for optimizer in state.optimizers:
+        optimizer.step()
+    state.step += 1
+    state.ema.update(state.model, state.step)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def contents(state: TrainState) -> dict[str, Tensor]:
+    """Every tensor of a state, whole."""
+    return {f"{file}/{name}": whole(t) for file, held in state.tensors().items() for name, t in held.items()}
+
+
+def numpy(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+
+
+def trained(rank: int, run: Path, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Two updates, then a checkpoint in the background while a third is made; what it must hold."""
+    state = state_of(0, shape)
+    one_update(state, 1)
+    one_update(state, 2)
+    saver = Saver(run, keep=2, keep_every=None)
+    saver.save(state, META)
+    expected = numpy(contents(state))
+    one_update(state, 3)
+    saver.wait()
+    return expected
+
+
+def resumed(rank: int, run: Path, shape: tuple[int, ...]) -> tuple[dict[str, Any], int]:
+    """What a state of other weights holds after taking up the run."""
+    state = state_of(9, shape)
+    ranks = Ranks()
+    restore(newest_whole(run, ranks), state, ranks)
+    for optimizer in state.optimizers:
+        for parameter, moments in optimizer.state.items():
+            assert type(moments["exp_avg"]) is type(parameter.data)
+    found = numpy(contents(state))
+    one_update(state, 3)  # goes on
+    return found, state.step
+
+
+def run_with(shape: tuple[int, ...], function: Callable[..., Any], run: Path) -> Any:
+    """The function in as many processes as the mesh has; in this one for no mesh."""
+    world = torch.Size(shape).numel()
+    return processes(world, function, run, shape)[0] if shape else function(0, run, ())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Callable[[tuple[int, ...]], tuple[Path, dict[str, Any]]]:
+    """saved(mesh): (a run by that many processes, what its checkpoint holds)."""
+    made = {}
+
+    def save(shape: tuple[int, ...]) -> tuple[Path, dict[str, Any]]:
+        if shape not in made:
+            run = tmp_path_factory.mktemp("run")
+            made[shape] = run, run_with(shape, trained, run)
+        return made[shape]
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("writers", "readers"),
+    [((2,), (2,)), ((2,), ()), ((), (2,)), ((2,), (4,)), ((2, 2), (2,)), ((2,), (2, 2))],
+)
+def test_another_number_of_processes_takes_up_a_run(writers, readers, saved):
+    """Bit for bit, also between fsdp and none, and between hsdp and fsdp."""
+    run, expected = saved(writers)
+    found, step = run_with(readers, resumed, run)
+    assert same(found, expected)
+    assert step == 3
+
+
+def test_shards_are_safetensors_of_which_each_process_writes_its_share(saved):
+    run, expected = saved((2,))
+    folder = run / "checkpoints" / "step-00000002"
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    shards = [
+        f"{part}/shard-0000{n}-model-00001-of-00001.safetensors"
+        for part in ("ema", "model", "optimizer")
+        for n in (1, 2)
+    ]
+    assert names == ["SHA256SUMS", *shards[:2], "meta.json", *shards[2:]]
+    sizes = [sum(t.numel() for t in load_file(folder / shard).values()) for shard in shards[2:4]]
+    assert sum(sizes) == sum(array.size for name, array in expected.items() if name.startswith("model/"))
+    assert max(sizes) < 0.7 * sum(sizes)
+
+
+def test_one_process_writes_plain_files(saved):
+    folder = saved(())[0] / "checkpoints" / "step-00000002"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "SHA256SUMS",
+        "ema.safetensors",
+        "meta.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+    ]
+
+
+def test_a_sharded_checkpoint_is_a_part_and_becomes_one_file(saved, tmp_path):
+    """load_part reads it by itself, and save_weights writes one safetensors file of it."""
+    run, expected = saved((2,))
+    meta = run / "checkpoints" / "step-00000002" / "meta.json"
+    text = meta.read_text()
+    try:
+        meta.write_text(text.replace('"config": null', f'"config": {describe()}'))
+        write_sums(meta.parent)
+        raw = load_part(run, "transformer", averaged=False)
+        averaged = load_part(run, "transformer")
+    finally:
+        meta.write_text(text)
+        write_sums(meta.parent)
+    save_weights(raw.model, tmp_path / "one.safetensors")
+    exported = {f"model/{name}": t.numpy() for name, t in load_file(tmp_path / "one.safetensors").items()}
+    assert same(exported, {name: array for name, array in expected.items() if name.startswith("model/")})
+    name = "to_logits.weight"
+    assert torch.allclose(averaged.model.state_dict()[name], torch.tensor(expected[f"ema/{name}"] / 0.75))
+
+
+def describe() -> str:
+    return json.dumps(to_dict(CONFIG))
+
+
+# ---------------------------------------------------------------------------------------------
+# Placements
+# ---------------------------------------------------------------------------------------------
+
+PLACEMENTS = {
+    "rows": [Shard(0), Replicate()],
+    "columns": [Replicate(), Shard(1)],
+    "blocks": [Shard(0), Shard(1)],
+    "rows twice": [Shard(0), Shard(0)],
+    "everywhere": [Replicate(), Replicate()],
+}
+SHAPES = [(5, 7), (4, 4), (1, 1), (3, 1)]
+
+
+def value(shape: tuple[int, ...]) -> Tensor:
+    return torch.arange(1.0, 1 + torch.Size(shape).numel()).reshape(shape)
+
+
+def placed(rank: int, folder: Path) -> bool:
+    mesh = init_device_mesh("cpu", (2, 2))
+    tensors: dict[str, Tensor] = {
+        f"{name} {shape}": distribute_tensor(value(shape), mesh, placements)
+        for name, placements in PLACEMENTS.items()
+        for shape in SHAPES
+    }
+    tensors["number"] = torch.tensor(3.0)
+    tensors["counts"] = torch.tensor([1, 2], dtype=torch.int64)
+    tensors["own"] = sharded.of_each_process(torch.tensor([10.0, rank]), init_device_mesh("cpu", (4,)))
+    tensors["half"] = distribute_tensor(value((5, 7)).bfloat16(), mesh, [Shard(0), Shard(1)])
+    sharded.write_shards(folder, sharded.copy_to_cpu(tensors), Ranks())
+    other = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    sharded.read_into(folder, other, Ranks())
+    return all(torch.equal(whole(tensors[name]), whole(other[name])) for name in tensors)
+
+
+def test_any_placement_is_written_and_read(tmp_path):
+    """Uneven and empty shares too, single numbers, integers, bf16, and what each process has of its own."""
+    assert processes(4, placed, tmp_path / "part") == [True] * 4
+    found = sharded.read_whole(tmp_path, "part")
+    for name in PLACEMENTS:
+        for shape in SHAPES:
+            assert torch.equal(found[f"{name} {shape}"], value(shape))
+    assert torch.equal(found["number"], torch.tensor(3.0))
+    assert torch.equal(found["counts"], torch.tensor([1, 2]))
+    assert torch.equal(found["own"], torch.tensor([[10.0, 0], [10, 1], [10, 2], [10, 3]]))
+    assert torch.equal(found["half"], value((5, 7)).bfloat16())
+
+
+# ---------------------------------------------------------------------------------------------
+# What goes wrong
+# ---------------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Runs when it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_a_hostile_metadata_file_runs_nothing(saved, tmp_path, monkeypatch):
+    """DCP's default reader would unpickle it: shown first, so that the trap is known to work."""
+    mark = tmp_path / "ran"
+    run, expected = saved((2,))
+    folder = run / "checkpoints" / "step-00000002"
+    hostile = [
+        place / ".metadata" for place in (folder, *(folder / part for part in ("model", "ema", "optimizer")))
+    ]
+    try:
+        for path in hostile:
+            path.write_bytes(pickle.dumps(Trap(mark)))
+        with pytest.raises(BaseException, match=r".*"):
+            torch.distributed.checkpoint.FileSystemReader(folder / "model").read_metadata()
+        assert mark.exists()
+        mark.unlink()
+        assert same(run_with((), resumed, run)[0], expected)
+        assert same(run_with((2,), resumed, run)[0], expected)
+        sharded.read_whole(folder, "model")
+        assert not mark.exists()
+    finally:
+        for path in hostile:
+            path.unlink(missing_ok=True)
+
+
+def test_nothing_is_unpickled_from_a_file(saved, monkeypatch):
+    run, expected = saved((2,))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was unpickled")
+
+    for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(owner, name, refuse)
+    assert same(run_with((), resumed, run)[0], expected)
+
+
+def damaged_shard(rank: int, run: Path, shape: tuple[int, ...]) -> tuple[str, int]:
+    """Two checkpoints; the second shard of the newer is damaged, and every process takes the older one."""
+    state = state_of(0, shape)
+    for seed in (1, 2):
+        one_update(state, seed)
+        folder = save_checkpoint(run, state, META, keep=2)
+    ranks = Ranks()
+    if rank == 0:
+        path = folder / "optimizer" / "shard-00002-model-00001-of-00001.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 1
+        path.write_bytes(data)
+    dist.barrier()
+    found = newest_whole(run, ranks)
+    restore(found, state, ranks)
+    return found.name, state.step
+
+
+def test_a_flipped_bit_in_one_shard_makes_all_processes_take_the_checkpoint_before(tmp_path):
+    assert processes(2, damaged_shard, tmp_path, (2,)) == [("step-00000001", 1)] * 2
+    assert "optimizer/shard-00002" in damage(tmp_path / "checkpoints" / "step-00000002")
+
+
+def test_a_shard_too_many_or_too_few_is_seen(saved):
+    folder = saved((2,))[0] / "checkpoints" / "step-00000002"
+    extra = folder / "model" / "shard-00003-model-00001-of-00001.safetensors"
+    write_tensors(extra, {"a": torch.zeros(1)})
+    try:
+        assert "shard-00003" in find_damage(folder)
+    finally:
+        extra.unlink()
+    shard = folder / "model" / "shard-00002-model-00001-of-00001.safetensors"
+    data = shard.read_bytes()
+    shard.unlink()
+    try:
+        assert "shard-00002-model-00001-of-00001.safetensors cannot be read" in find_damage(folder)
+    finally:
+        shard.write_bytes(data)
+
+
+def cannot_write(rank: int, run: Path, shape: tuple[int, ...]) -> str:
+    """The disk of the second process is full; every process is told, and the first checkpoint stays."""
+    state = state_of(0, shape)
+    one_update(state, 1)
+    saver = Saver(run, keep=1, keep_every=None)
+    saver.save(state, META)
+    saver.wait()
+    one_update(state, 2)
+    if rank == 1:
+
+        def full(self, path, mode):
+            raise OSError(28, os.strerror(28))
+
+        torch.distributed.checkpoint.filesystem.FileSystem.create_stream = full
+    saver.save(state, META)
+    try:
+        saver.wait()
+    except OSError as error:
+        return error.strerror
+    return "nothing"
+
+
+def test_a_full_disk_of_one_process_is_told_by_all(tmp_path):
+    said = processes(2, cannot_write, tmp_path, (2,))
+    assert said[0] == said[1]
+    assert "step 2 could not be written (No space left on device)" in said[0]
+    assert "step-00000001 is whole" in said[0]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001"]
+
+
+def test_ranks_speak(tmp_path):
+    assert processes(2, speaking) == [(1, [0, 10], "first", "error of 1")] * 2
+
+
+def speaking(rank: int) -> tuple:
+    ranks = Ranks()
+
+    def fail() -> None:
+        if rank == 1:
+            raise ValueError("error of 1")
+
+    try:
+        ranks.together(fail)
+    except ValueError as error:
+        said = str(error)
+    return (
+        ranks.highest(rank),
+        ranks.together(lambda: 10 * rank),
+        ranks.first(lambda: ["first", "second"][rank]),
+        said,
+    )

@@ -1,0 +1,763 @@
+"""The sparse transformer (sections 2.2, B.1, B.2): dalle/transformer."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dalle.config import from_dict, to_dict
+from dalle.layout import TokenLayout
+from dalle.masks import KINDS
+from dalle.nn.attention import CHOICES
+from dalle.nn.blocks import Attention
+from dalle.nn.sparse_mask import Pattern
+from dalle.sampling import uniforms
+from dalle.train.grad_scaler import GradientScales
+from dalle.train.precision import compile_parts
+from dalle.transformer import Transformer, TransformerConfig
+from dalle.transformer.generate import OPEN, draw_tokens, generate, in_format
+from dalle.transformer.losses import LOGITS, TEXT_WEIGHT, cross_entropies, weighted_cross_entropy
+from dalle.transformer.sizes import SIZES, parameter_counts
+
+SMALL = {"heads": 2, "head_width": 8, "text_len": 6, "text_vocab": 11, "image_vocab": 13, "conv_kernel": 3}
+GRIDS = [(4, 4), (2, 5), (5, 3)]
+TRAINABLE = [backend for backend in CHOICES if backend != "flex"]  # which has no gradients on a CPU
+
+
+class OneKind(TransformerConfig):
+    """Every layer of one kind."""
+
+    kind = "row"
+
+    @property
+    def kinds(self):
+        return [self.kind] * self.depth
+
+
+def lively(config, seed=0, std=0.4):
+    """A model whose every parameter matters: at initialisation the output matrix is 0."""
+    torch.manual_seed(seed)
+    model = Transformer(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
+def small(depth=4, grid=(4, 4), **options):
+    return lively(TransformerConfig(depth=depth, grid=grid, **SMALL, **options))
+
+
+CAPTIONS = [[3, 1, 4], [], [1, 5, 9, 2, 6], [7]]
+
+
+def text_of(model, count=None):
+    return model.layout.pad_text(CAPTIONS[:count])
+
+
+def ids_of(model, seed=0):
+    """A stream for each caption."""
+    layout = model.layout
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(layout.image_vocab, (len(CAPTIONS), layout.image_len), generator=generator)
+    return layout.pack(text_of(model), image)
+
+
+def noise_for(model, captions, candidates, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(captions, candidates, model.layout.image_len, generator=generator, dtype=torch.float64)
+
+
+# Size.
+
+
+def parameters_by_formula(depth, d, text_len, grid, text_vocab, image_vocab):
+    """Matrices 12 d^2 a layer; biases 3 d, d, 4 d, d and two norms of 2 d; embeddings, final norm, output matrix."""
+    vocab = text_vocab + text_len + image_vocab
+    return depth * (12 * d**2 + 13 * d) + (vocab + 2 + text_len + sum(grid)) * d + 2 * d + vocab * d
+
+
+def without_values(monkeypatch):
+    """Only the shapes of parameters: no initialisation, which is slow on the meta device at first."""
+    for name in ("normal_", "kaiming_uniform_", "uniform_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
+    monkeypatch.setattr(TokenLayout, "allowed_text", lambda _: torch.empty(0))
+
+
+def test_parameters_at_paper_size(monkeypatch):
+    without_values(monkeypatch)
+    config = TransformerConfig()
+    with torch.device("meta"):
+        model = Transformer(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert config.width == 3968
+    assert count == parameters_by_formula(64, 3968, 256, (32, 32), 16384, 8192)
+    matrices = sum(
+        p.numel() for name, p in model.named_parameters() if name.startswith("layers") and p.ndim == 2
+    )
+    assert matrices == 12 * 3968**2 * 64 == 12_092_178_432
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "millions"),
+    [
+        ("tiny", 128, 7),
+        ("60m", 512, 63),
+        ("120m", 768, 123),
+        ("350m", 1024, 353),
+        ("1.3b", 2048, 1311),
+        ("2.8b", 1920, 2929),
+        ("5.6b", 2688, 5686),
+        ("12b", 3968, 12294),
+    ],
+)
+def test_parameters_of_the_named_sizes_by_module_and_by_formula(name, width, millions, monkeypatch):
+    without_values(monkeypatch)
+    with torch.device("meta"):
+        model = Transformer(SIZES[name])
+    counts = parameter_counts(SIZES[name])
+    found = sum(parameter.numel() for parameter in model.parameters())
+    assert SIZES[name].width == width
+    assert sum(counts.values()) == found
+    assert round(found / 1e6) == millions
+    for part in ("layers", "final_norm", "to_logits"):
+        assert counts[part] == sum(p.numel() for p in getattr(model, part).parameters())
+
+
+def test_the_effective_parameter_counts_of_the_paper():
+    """12 D^2 a layer: 2.8, 5.6 and 12 billion (section 2.5, Table 1)."""
+    effective = [12 * c.width**2 * c.depth / 1e9 for c in (SIZES["2.8b"], SIZES["5.6b"], SIZES["12b"])]
+    assert effective == pytest.approx([2.8, 5.6, 12.1], abs=0.06)
+
+
+def test_parameters_at_small_size():
+    model = small(depth=3, grid=(2, 5))
+    assert sum(p.numel() for p in model.parameters()) == parameters_by_formula(3, 16, 6, (2, 5), 11, 13)
+
+
+def test_the_masks_are_no_part_of_a_checkpoint():
+    model = small()
+    model(ids_of(model))
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("backend", "made"), [("dense", ["dense"]), ("sdpa", ["dense"]), ("blocks", ["near"]), ("auto", ["near"])]
+)
+def test_a_model_builds_only_the_masks_that_its_backend_reads(monkeypatch, backend, made):
+    asked, kept = set(), Pattern._kept
+
+    def watched(self, name, device, make):
+        asked.add((self.kind, name.removeprefix("_")))
+        return kept(self, name, device, make)
+
+    monkeypatch.setattr(Pattern, "_kept", watched)
+    model = small(backend=backend)
+    assert asked == set()
+    cross_entropies(model, ids_of(model))
+    assert asked == {(kind, form) for kind in ("row", "column", "conv") for form in made}
+
+
+def test_causal_layers_of_fused_attention_need_no_mask():
+    model = small(sparse=False, backend="auto")
+    model.hidden(ids_of(model))
+    assert model.patterns["causal"]._dense is None
+    assert model.backends() == {"causal": "sdpa"}
+
+
+def test_a_checkpoint_configuration_of_an_earlier_version_still_reads():
+    """Before `causal_every` and `auto` were there, `backend: sdpa` was the default and was written down."""
+    old = to_dict(TransformerConfig()) | {"backend": "sdpa"}
+    del old["causal_every"]
+    config = from_dict(TransformerConfig, old, "old checkpoint")
+    assert (config.backend, config.kinds) == ("sdpa", TransformerConfig().kinds)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 0}, "depth must be positive, got 0"),
+        ({"heads": 0}, "heads must be positive, got 0"),
+        ({"head_width": -8}, "head_width must be positive, got -8"),
+        ({"backend": "flash9"}, "unknown backend 'flash9'; expected one of auto, dense, sdpa, blocks, flex"),
+        ({"causal_every": 0}, "causal_every must be positive, or null for none, got 0"),
+        ({"conv_kernel": 4}, "kernel must be odd"),
+        ({"grid": (8, 8)}, "at most the 8 columns of the grid, got 11"),
+        ({"grid": (0, 32)}, "both positive"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(**change)
+
+
+def test_a_model_without_sparse_layers_needs_no_kernel():
+    assert TransformerConfig(depth=3, grid=(2, 2), sparse=False).kinds == ["causal"] * 3
+
+
+@pytest.mark.parametrize(
+    ("every", "kinds"),
+    [
+        (None, "row column row row row column row conv"),
+        (1, "causal causal causal causal causal causal causal causal"),
+        (3, "row column causal row row causal row conv"),
+        (4, "row column row causal row column row causal"),
+        (9, "row column row row row column row conv"),
+    ],
+)
+def test_every_so_many_layers_one_is_causal(every, kinds):
+    assert TransformerConfig(depth=8, causal_every=every).kinds == kinds.split()
+
+
+def test_a_model_with_causal_layers_among_sparse_ones_samples_and_learns():
+    model = small(causal_every=2)
+    assert list(model.patterns) == ["causal", "row"]
+    text, noise = text_of(model, 1), noise_for(model, 1, 2)
+    assert torch.equal(generate(model, text, noise)[0], generate_slowly(model, text, noise[0]))
+    sum(cross_entropies(model, ids_of(model))).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.layers.parameters())
+
+
+# The start of training.
+
+
+def test_the_loss_starts_at_ln_of_the_vocabulary():
+    """Text chooses among 1000 ids and the pad of its position, the image among 500 codes."""
+    torch.manual_seed(0)
+    model = Transformer(
+        TransformerConfig(4, 2, 8, 6, (4, 4), text_vocab=1000, image_vocab=500, conv_kernel=3)
+    )
+    text, image = cross_entropies(model, ids_of(model))
+    assert text.item() == pytest.approx(math.log(1000), rel=0.01)
+    assert image.item() == pytest.approx(math.log(500), rel=0.01)
+
+
+def test_initial_standard_deviations():
+    """Child et al. 2019: 0.125 / sqrt(inputs); residual ends smaller by sqrt(2 depth), rows and columns by sqrt 2."""
+    torch.manual_seed(0)
+    d, depth = 128, 3
+    model = Transformer(TransformerConfig(depth, 4, 32, 64, (32, 32), text_vocab=200, image_vocab=100))
+    layer = model.layers[1]
+    expected = {
+        layer.attention.f.qkv.weight: 0.125 / math.sqrt(d),
+        layer.attention.f.out.weight: 0.125 / math.sqrt(d) / math.sqrt(2 * depth),
+        layer.mlp.f.expand.weight: 0.125 / math.sqrt(d),
+        layer.mlp.f.project.weight: 0.125 / math.sqrt(4 * d) / math.sqrt(2 * depth),
+        model.token_embedding.weight: 0.125 / math.sqrt(d),
+        model.text_position.weight: 0.125 / math.sqrt(d),
+        model.row.weight: 0.125 / math.sqrt(2 * d),
+        model.column.weight: 0.125 / math.sqrt(2 * d),
+    }
+    for parameter, std in expected.items():
+        tolerance = 5 / math.sqrt(2 * parameter.numel())  # 5 standard deviations of the estimate
+        assert parameter.std().item() == pytest.approx(std, rel=tolerance)
+        assert abs(parameter.mean().item()) < 5 * std / math.sqrt(parameter.numel())
+
+
+def test_initial_biases_and_output_matrix_are_zero_and_norms_are_one():
+    model = Transformer(TransformerConfig(depth=2, grid=(4, 4), **SMALL))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or name == "to_logits.weight":
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+
+
+# Ids that cannot be.
+
+
+@pytest.mark.parametrize(
+    ("row", "slot", "wrong", "message"),
+    [
+        (1, 2, 17, r"text ids must be in \[0, 17\), got 17 at row 1, position 2"),
+        (0, 5, -1, r"text ids must be in \[0, 17\), got -1 at row 0, position 5"),
+        (3, 6, 4, r"image ids less their offset must be in \[0, 13\), got -13 at row 3, position 0"),
+        (2, 9, 30, r"image ids less their offset must be in \[0, 13\), got 13 at row 2, position 3"),
+    ],
+)
+def test_an_id_that_cannot_stand_where_it_stands_is_named(row, slot, wrong, message):
+    model = small()
+    ids = ids_of(model)
+    ids[row, slot] = wrong
+    for call in (model, model.hidden, lambda ids: cross_entropies(model, ids)):
+        with pytest.raises(ValueError, match=message):
+            call(ids)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ValueError, match="width 10 does not divide into 3 heads"):
+        Attention(10, 3)
+
+
+# Embeddings (Figure 10).
+
+
+def test_each_slot_reads_its_token_and_its_position():
+    model = small(grid=(2, 5))
+    layout, ids = model.layout, ids_of(model)
+    embedded = model.embed(layout.shift(ids))
+    tokens, ids = model.token_embedding.weight, ids[0]  # caption of 3 tokens, pads at 3, 4 and 5
+    assert torch.equal(embedded[0, 0], tokens[layout.start_of_text] + model.text_position.weight[0])
+    assert torch.equal(embedded[0, 2], tokens[ids[1]] + model.text_position.weight[2])
+    for row in range(2):
+        for column in range(5):
+            read = ids[6 + 5 * row + column - 1] if row or column else layout.start_of_image
+            position = model.row.weight[row] + model.column.weight[column]
+            assert torch.equal(embedded[0, 6 + 5 * row + column], tokens[read] + position)
+
+
+def test_a_pad_is_its_own_position():
+    model = small()
+    embedded = model.embed(model.layout.shift(ids_of(model)))
+    pads = model.token_embedding.weight[11:17]
+    assert torch.equal(embedded[0, 4:6], pads[3:5])
+    assert torch.equal(embedded[1, 1:6], pads[:5])
+
+
+# Logits.
+
+
+def test_the_other_modality_and_other_positions_pads_have_minus_infinity():
+    model = small()
+    logits = model(ids_of(model))
+    finite = torch.zeros(22, 11 + 6 + 13, dtype=torch.bool)
+    finite[:6, :11] = True
+    finite[range(6), range(11, 17)] = True
+    finite[6:, 17:] = True
+    assert torch.equal(torch.isfinite(logits), finite.expand(4, -1, -1))
+    assert (logits[:, ~finite] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("n", [1, 4, 6, 7, 15])
+def test_a_beginning_has_the_logits_of_the_whole(n):
+    model = small()
+    ids = ids_of(model)
+    torch.testing.assert_close(model(ids[:, :n]), model(ids)[:, :n], rtol=1e-4, atol=1e-5)
+
+
+def test_logits_of_a_slot_do_not_depend_on_its_own_id_or_later_ones():
+    model = small()
+    ids = ids_of(model)
+    changed = ids.clone()
+    changed[:, 12:] = ids_of(model, seed=1)[:, 12:]
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :13], after[:, :13])
+    assert not torch.equal(before[:, 13], after[:, 13])
+
+
+def test_train_and_eval_mode_give_the_same():
+    model = small()
+    ids = ids_of(model)
+    assert torch.equal(model.train()(ids), model.eval()(ids))
+
+
+def test_backends_agree_in_logits_and_gradients():
+    results = []
+    for backend in TRAINABLE:
+        model = small(backend=backend)
+        text, image = cross_entropies(model, ids_of(model))
+        gradients = torch.autograd.grad(text + image, list(model.parameters()))
+        results.append((model(ids_of(model)), *gradients))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_flex_agrees_in_logits():
+    """In the model, column layers exchange rows and columns before q, k and v are made."""
+    model, other = small(grid=(2, 5), backend="dense"), small(grid=(2, 5), backend="flex")
+    with torch.no_grad():
+        torch.testing.assert_close(other(ids_of(other)), model(ids_of(model)), rtol=1e-4, atol=1e-5)
+
+
+def test_logits_and_final_states_are_fp32_under_autocast():
+    model = small()
+    ids = ids_of(model)
+    seen = []
+    model.layers[0].attention.f.qkv.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, hidden = model(ids), model.hidden(ids)
+        text = model.text_logits(hidden[:, :6], torch.arange(6))
+    assert seen == [torch.bfloat16] * 2
+    assert logits.dtype == hidden.dtype == text.dtype == torch.float32
+    torch.testing.assert_close(text[..., :11], hidden[:, :6] @ model.to_logits.weight[:11].T)
+
+
+# With a cache and without.
+
+
+def states_by_steps(model, ids, begun, candidates=1, as_tensor=False):
+    """Final states (C n, slots, D) of image slots begun .. N: a beginning read at once, then one token a step."""
+    layout, caches = model.layout, model.caches(len(ids), candidates)
+    text, image = layout.unpack(ids)
+    state = model.read(layout.shift(layout.pack(text, image[:, :begun])), caches)[:, -1]
+    states = [state.repeat_interleave(candidates, dim=0)]
+    for slot in range(begun + 1, layout.image_len):
+        read = image[:, slot - 1].repeat_interleave(candidates, dim=0)
+        states.append(model.step(read, torch.tensor([slot]) if as_tensor else slot, caches))
+    return torch.stack(states, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["views", "fixed shapes"])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_have_the_logits_of_the_whole_at_every_slot_after_any_beginning(
+    monkeypatch, kind, grid, as_tensor
+):
+    monkeypatch.setattr(OneKind, "kind", kind)
+    model = lively(OneKind(depth=2, grid=grid, **SMALL))
+    ids = ids_of(model)
+    whole = model.image_logits(model.hidden(ids)[:, model.layout.text_len :])
+    for begun in range(model.layout.image_len):
+        steps = model.image_logits(states_by_steps(model, ids, begun, as_tensor=as_tensor))
+        torch.testing.assert_close(steps, whole[:, begun:], rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_the_cache_is_filled_by_any_backend(backend):
+    model = small(grid=(2, 5), backend=backend)
+    ids = ids_of(model)
+    whole = model.hidden(ids)[:, model.layout.text_len :]
+    torch.testing.assert_close(states_by_steps(model, ids, 0), whole, rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_candidates_share_their_captions_keys_and_have_image_keys_of_their_own():
+    model = small(grid=(2, 5))
+    ids = ids_of(model)
+    states = states_by_steps(model, ids, 3, candidates=3)
+    whole = model.hidden(ids)[:, model.layout.text_len + 3 :]
+    torch.testing.assert_close(states, whole.repeat_interleave(3, dim=0), rtol=1e-4, atol=2e-5)
+    caches = model.caches(len(ids), 3)
+    model.read(model.layout.shift(model.layout.pack(text_of(model), ids[:, :0])), caches)
+    assert caches[0].text.shape == (2, 4 * 2, 6, 8)
+    assert caches[0].image.shape == (2, 4 * 2 * 3, 6, 8)
+
+
+@torch.no_grad()
+def test_steps_in_bf16_are_those_of_autocast():
+    model = small(grid=(2, 5))
+    ids = ids_of(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = model.hidden(ids)[:, model.layout.text_len :]
+        half = in_format(model, torch.bfloat16)
+        caches = half.caches(1, 1)
+    assert caches[0].image.dtype == half.layers[0].mlp.f.expand.weight.dtype == torch.bfloat16
+    assert half.to_logits.weight is model.to_logits.weight
+    assert model.layers[0].mlp.f.expand.weight.dtype == torch.float32
+    assert half.patterns["row"] is model.patterns["row"]
+    assert in_format(half, torch.bfloat16) is half
+    torch.testing.assert_close(steps_after(half, ids, 4), whole[:, 5:], rtol=0.1, atol=0.1)
+
+
+def test_compiled_steps_draw_as_others_and_are_compiled_once_for_all_blocks():
+    model, other = small(grid=(2, 5)), small(grid=(2, 5))
+    text, noise = text_of(model)[:2], torch.rand(2, 3, 10, dtype=torch.float64)
+    plain = generate(model, text, noise)
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):  # each with caches of its own
+        assert torch.equal(generate(model, text, noise, compile=True), plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    drawn = generate(other, text, noise)
+    assert not torch.equal(drawn, plain)
+    assert torch.equal(generate(other, text, noise, compile=True), drawn)
+
+
+def steps_after(model, ids, begun):
+    """The states that steps give, outside of autocast, after a beginning read under it."""
+    text, image = model.layout.unpack(ids)
+    caches = model.caches(len(ids), 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.read(model.layout.shift(model.layout.pack(text, image[:, :begun])), caches)
+    slots = range(begun + 1, model.layout.image_len)
+    return torch.stack([model.step(image[:, slot - 1], slot, caches) for slot in slots], dim=1)
+
+
+@torch.no_grad()
+def generate_slowly(model, text_tokens, noise, prefix=None, guidance=1.0):
+    """Image tokens (n, N) of candidates of one caption (1, T): every slot reads the whole stream anew."""
+    layout = model.layout
+    empty = layout.pad_text([[]])
+    rows = []
+    for numbers in noise:
+        image = prefix if prefix is not None else torch.zeros(1, 0, dtype=torch.int64)
+        for slot in range(image.shape[1], layout.image_len):
+            unknown = torch.cat([image, torch.zeros(1, 1, dtype=torch.int64)], dim=1)
+            conditional, unconditional = (
+                model(layout.pack(text, unknown))[0, -1, layout.image_offset :]
+                for text in (text_tokens, empty)
+            )
+            logits = unconditional + guidance * (conditional - unconditional)
+            token = (torch.softmax(logits, dim=0).double().cumsum(dim=0) <= numbers[slot]).sum()
+            image = torch.cat([image, token.view(1, 1)], dim=1)
+        rows.append(image[0])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_drawing_with_the_cache_equals_drawing_without(monkeypatch, kind, grid):
+    monkeypatch.setattr(OneKind, "kind", kind)
+    model = lively(OneKind(depth=2, grid=grid, **SMALL))
+    text, noise = text_of(model, 2), noise_for(model, 2, 3)
+    fast = generate(model, text, noise)
+    for caption in range(2):
+        assert torch.equal(fast[caption], generate_slowly(model, text[[caption]], noise[caption]))
+
+
+@pytest.mark.parametrize("guidance", [None, 3.0])
+@pytest.mark.parametrize("kept", [0, 1, 4, 7, 15])
+def test_any_prefix_is_kept_and_continued(kept, guidance):
+    model = small(depth=3)
+    text, noise = text_of(model, 2), noise_for(model, 2, 2)
+    prefix = torch.randint(13, (2, kept), generator=torch.Generator().manual_seed(5))
+    fast = generate(model, text, noise, prefix=prefix, guidance=guidance)
+    assert torch.equal(fast[:, :, :kept], prefix[:, None].expand(-1, 2, -1))
+    for i in range(2):
+        assert torch.equal(fast[i], generate_slowly(model, text[[i]], noise[i], prefix[[i]], guidance or 1.0))
+
+
+def test_a_whole_picture_as_prefix_comes_back_once():
+    model = small()
+    prefix = torch.arange(16)[None] % 13
+    drawn = list(draw_tokens(model, text_of(model, 1), noise_for(model, 1, 3), prefix=prefix))
+    assert len(drawn) == 1
+    assert torch.equal(drawn[0], prefix.expand(1, 3, -1))
+
+
+@pytest.mark.parametrize("guidance", [None, 3.0])
+def test_tokens_kept_among_those_drawn_stay_and_are_read_by_what_follows(guidance):
+    """The right half of the two lower rows is drawn: a box that reaches the lower right corner."""
+    model = small(depth=3)
+    text, noise = text_of(model, 2), noise_for(model, 2, 2)
+    wanted = torch.randint(13, (2, 16), generator=torch.Generator().manual_seed(5))
+    wanted[:, [10, 11, 14, 15]] = OPEN
+    drawn = generate(model, text, noise, prefix=wanted, guidance=guidance)
+    kept = wanted != OPEN
+    assert torch.equal(drawn[:, 0][kept], wanted[kept])
+    for i in range(2):
+        for j in range(2):
+            first = generate(model, text[[i]], noise[[i]][:, [j]], prefix=wanted[[i], :10], guidance=guidance)
+            both = torch.cat([first[0, :, :12], wanted[[i], 12:14]], dim=1)
+            last = generate(model, text[[i]], noise[[i]][:, [j]], prefix=both, guidance=guidance)
+            assert torch.equal(drawn[i, j], last[0, 0])
+
+
+def test_every_slot_is_yielded_as_it_is_drawn():
+    model = small(grid=(2, 5))
+    text, noise, prefix = text_of(model, 2), noise_for(model, 2, 2), torch.zeros(2, 3, dtype=torch.int64)
+    parts = [part.clone() for part in draw_tokens(model, text, noise, prefix=prefix)]
+    assert [part.shape for part in parts] == [(2, 2, drawn) for drawn in range(4, 11)]
+    for part in parts:
+        assert torch.equal(part, parts[-1][:, :, : part.shape[2]])
+
+
+# Guidance.
+
+
+def test_guidance_of_one_is_the_plain_model():
+    model = small()
+    text, noise = text_of(model), noise_for(model, len(CAPTIONS), 3)
+    assert torch.equal(generate(model, text, noise, guidance=1.0), generate(model, text, noise))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+def test_guidance_moves_away_from_the_logits_of_the_empty_caption(guidance):
+    model = small(grid=(2, 5))
+    text, noise = text_of(model, 3), noise_for(model, 3, 2)
+    fast = generate(model, text, noise, guidance=guidance)
+    assert not torch.equal(fast, generate(model, text, noise))
+    for caption in range(3):
+        slow = generate_slowly(model, text[[caption]], noise[caption], guidance=guidance)
+        assert torch.equal(fast[caption], slow)
+
+
+def test_without_guidance_on_an_empty_caption_nothing_changes():
+    model = small()
+    text, noise = model.layout.pad_text([[]]), noise_for(model, 1, 4)
+    assert torch.equal(generate(model, text, noise, guidance=3.0), generate(model, text, noise))
+
+
+# Candidates.
+
+
+def test_candidates_drawn_together_equal_candidates_drawn_alone():
+    model = small()
+    text = text_of(model, 1)
+    together = generate(model, text, uniforms(0, "dog", range(5), 16)[None])
+    for i in range(5):
+        assert torch.equal(
+            generate(model, text, uniforms(0, "dog", range(i, i + 1), 16)[None]), together[:, [i]]
+        )
+
+
+def test_captions_drawn_together_equal_captions_drawn_alone():
+    model = small()
+    text, noise = text_of(model), noise_for(model, len(CAPTIONS), 2)
+    together = generate(model, text, noise)
+    for i in range(len(CAPTIONS)):
+        assert torch.equal(generate(model, text[[i]], noise[[i]]), together[[i]])
+
+
+def test_sampling_options_reach_the_draw():
+    model = small()
+    text, noise = text_of(model), noise_for(model, len(CAPTIONS), 4)
+    greedy = generate(model, text, noise, temperature=0.0)
+    assert torch.equal(greedy, greedy[:, :1].expand(-1, 4, -1))
+    assert torch.equal(generate(model, text, noise, top_k=1), greedy)
+    assert torch.equal(generate(model, text, noise, top_p=1e-9), greedy)
+    assert not torch.equal(generate(model, text, noise), greedy)
+
+
+def test_drawing_leaves_gradients_and_random_state_alone():
+    model = small()
+    before = torch.get_rng_state()
+    tokens = generate(model, text_of(model), noise_for(model, len(CAPTIONS), 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert tokens.dtype == torch.int64
+    cross_entropies(model, ids_of(model))[1].backward()  # no tensor of the inference stays in the model
+
+
+# Losses (2.2, B.2).
+
+
+def test_losses_equal_cross_entropy_on_the_joint_logits_in_value_and_gradient():
+    model = small()
+    ids = ids_of(model)
+    losses = cross_entropies(model, ids)
+    logits, counts = model(ids), model.layout.loss_mask(ids)
+    expected = []
+    for part in (slice(0, 6), slice(6, None)):
+        kept = counts[:, part]
+        expected.append(F.cross_entropy(logits[:, part][kept], ids[:, part][kept]))
+    torch.testing.assert_close(losses, tuple(expected))
+    ours, theirs = (
+        torch.autograd.grad(text + 3 * image, list(model.parameters())) for text, image in (losses, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_each_modality_is_divided_by_its_own_number_of_tokens():
+    model = small()
+    ids = ids_of(model)
+    text, image = cross_entropies(model, ids)
+    log_p = model(ids).log_softmax(dim=-1).gather(2, ids[:, :, None])[:, :, 0]
+    text_targets = [4, 1, 6, 2]  # the caption and one pad; none is cut off
+    caption_log_p = torch.stack([log_p[i, :n].sum() for i, n in enumerate(text_targets)])
+    torch.testing.assert_close(text, -caption_log_p.sum() / sum(text_targets))
+    torch.testing.assert_close(image, -log_p[:, 6:].sum() / (4 * 16))
+
+
+def test_losses_do_not_depend_on_the_batch_size():
+    model = small()
+    ids = ids_of(model)
+    torch.testing.assert_close(cross_entropies(model, ids.repeat(3, 1)), cross_entropies(model, ids))
+
+
+def test_text_weighs_one_eighth_and_the_image_seven():
+    assert TEXT_WEIGHT == 1 / 8
+    text, image = torch.tensor(8.0), torch.tensor(16.0)
+    assert weighted_cross_entropy(text, image) == 1 + 14
+    assert weighted_cross_entropy(text, image, text_weight=0.5) == 12
+
+
+def test_a_few_steps_learn_a_small_batch():
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(depth=2, grid=(3, 3), **SMALL))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    ids = ids_of(model)
+    for _ in range(60):
+        loss = weighted_cross_entropy(*cross_entropies(model, ids))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5 * math.log(13)
+
+
+def test_the_layout_of_a_model_is_that_of_its_configuration():
+    assert small(grid=(2, 5)).layout == TokenLayout(6, (2, 5), 11, 13)
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory: chunks of logits, resblocks computed again
+# ---------------------------------------------------------------------------------------------
+
+
+def losses_and_gradients(model: Transformer, logits: int) -> list[torch.Tensor]:
+    model.zero_grad()
+    text, image = cross_entropies(model, ids_of(model), logits)
+    weighted_cross_entropy(text, image).backward()
+    return [
+        text.detach(),
+        image.detach(),
+        *(p.grad.clone() for p in model.parameters() if p.grad is not None),
+    ]
+
+
+@pytest.mark.parametrize("logits", [1, 40, 100])
+def test_chunks_of_logits_change_neither_the_losses_nor_the_gradients(logits):
+    model = small()
+    torch.testing.assert_close(losses_and_gradients(model, logits), losses_and_gradients(model, 10**6))
+
+
+def test_no_more_than_a_chunk_of_logits_is_made_at_once(monkeypatch):
+    model = small()
+    made, plain = [], Transformer._logits
+
+    def counted(*args):
+        logits = plain(*args)
+        made.append(logits.numel())
+        return logits
+
+    monkeypatch.setattr(Transformer, "_logits", counted)
+    losses_and_gradients(model, 100)
+    assert 50 < max(made) <= 100
+    assert len(made) > 10
+
+
+def test_at_paper_size_logits_of_fewer_than_1280_positions_exist_at_once():
+    layout = TokenLayout()
+    assert LOGITS // layout.image_vocab == 1024
+    assert LOGITS // layout.image_offset == 504
+
+
+def test_computing_resblocks_again_changes_no_gradient():
+    model = small()
+    expected = losses_and_gradients(model, 10**6)
+    for block in model.resblocks():
+        block.recompute = True
+    calls = []
+    model.layers[0].mlp.f.expand.register_forward_pre_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(losses_and_gradients(model, 10**6), expected, rtol=0, atol=0)
+    assert len(calls) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Compilation
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", TRAINABLE)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_compile_without_a_break_and_keep_their_names(backend, recompute):
+    model = small(backend=backend, recompute=recompute)
+    expected, names = losses_and_gradients(model, 10**6), list(model.state_dict())
+    torch.compiler.reset()
+    compile_parts(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(losses_and_gradients(model, 10**6), expected)
+    assert list(model.state_dict()) == names
+
+
+def test_layers_with_gradient_scales_compile_without_a_break():
+    model = small()
+    scales = GradientScales(model.resblocks())
+    expected = losses_and_gradients(model, 10**6)
+    torch.compiler.reset()
+    compile_parts(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(losses_and_gradients(model, 10**6), expected, rtol=1e-4, atol=1e-3)
+    assert scales.unscale().all()

@@ -1,0 +1,300 @@
+"""VQGANs of taming-transformers, ruDALL-E and LlamaGen, from files of their layout, against the network written out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.vqgan_reference import (
+    CODES,
+    LATENT,
+    WIDTHS,
+    make_state,
+    names_of_llamagen,
+    names_of_taming,
+    picture,
+    vectors,
+)
+
+from helpers.vqgan_reference import decoded as bands_of  # isort: skip
+
+from dalle.commands.encode_images import take_image_tokenizer
+from dalle.evals.reconstruction import run as evaluate_dvae
+from dalle.hub.registry import weights_hash
+from dalle.pretrained.family import fit, without_values
+from dalle.pretrained.load import find, load_image_tokenizer
+from dalle.pretrained.pickle_names import SavedTensor
+from dalle.pretrained.rudalle.vqgan_dwt import FAMILY as FAMILY_OF_WAVELETS
+from dalle.pretrained.rudalle.vqgan_dwt import InverseWavelets
+from dalle.pretrained.vqgan import GUMBEL, TAMING
+from dalle.types import ImageTokenizer
+from dalle.vqgan import VQGAN, VQGANConfig
+
+PIXELS = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+TRAINING = {
+    "loss.perceptual_loss.lin0.model.1.weight": torch.zeros(1, 4, 1, 1),
+    "loss.discriminator.main.0.bias": torch.zeros(2),
+}
+
+
+def distances(z: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
+    """(B, D, h, w) and (K, D) -> (B, h, w, K), each difference squared and summed."""
+    return (z.movedim(1, -1)[..., None, :] - book).square().sum(-1)
+
+
+@pytest.mark.parametrize("attention", [(2,), (1, 2), ()])
+def test_taming(tmp_path: Path, attention: tuple[int, ...]) -> None:
+    state = make_state(names_of_taming, blocks=2, attention=attention)
+    torch.save({"epoch": 3, "state_dict": state | TRAINING, "callbacks": {}}, tmp_path / "last.ckpt")
+    model = load_image_tokenizer(tmp_path / "last.ckpt")
+    assert isinstance(model, ImageTokenizer)
+    assert (model.downsampling, model.vocab_size, model.config.attention) == (4, CODES, attention)
+    book, z = state["quantize.embedding.weight"], vectors(PIXELS, state, names_of_taming)
+    tokens = distances(z, book).argmin(-1)
+    assert len(tokens.unique()) > 4
+    assert torch.equal(model.encode(PIXELS), tokens.flatten(1))
+    expected = picture(book[tokens].movedim(-1, 1), state, names_of_taming)
+    torch.testing.assert_close(model.decode(tokens.flatten(1), (4, 6)), expected, atol=1e-4, rtol=1e-4)
+    assert 0 <= expected.min() < 0.4
+    assert 0.6 < expected.max() <= 1
+
+
+def test_gumbel_of_taming_and_rudalle(tmp_path: Path) -> None:
+    state = make_state(names_of_taming, gumbel=True)
+    torch.save({"state_dict": state | TRAINING}, tmp_path / "vqgan.gumbelf8-sber.model.ckpt")
+    model = load_image_tokenizer(tmp_path / "vqgan.gumbelf8-sber.model.ckpt")
+    assert model.config.choice == "logits"
+    z = vectors(PIXELS, state, names_of_taming)
+    tokens = F.conv2d(z, state["quantize.proj.weight"], state["quantize.proj.bias"]).argmax(1)
+    assert torch.equal(model.encode(PIXELS), tokens.flatten(1))
+    expected = picture(state["quantize.embed.weight"][tokens].movedim(-1, 1), state, names_of_taming)
+    torch.testing.assert_close(model.decode(tokens.flatten(1), (4, 6)), expected, atol=1e-4, rtol=1e-4)
+
+
+HALF = 0.5**0.5
+FILTERS = {"g0_col": [HALF, HALF], "g1_col": [HALF, -HALF], "g0_row": [HALF, HALF], "g1_row": [HALF, -HALF]}
+
+
+def with_wavelets(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """A Gumbel file's tensors as ruDALL-E's other file has them: the decoder one level deeper, with 12 channels."""
+    draws, wide = torch.Generator().manual_seed(2), {}
+    for name, tensor in state.items():
+        inside = name.startswith(("decoder.", "post_quant_conv."))
+        wide[f"{prefix}{'decoder.' * inside}{name}"] = tensor
+    wide[f"{prefix}decoder.decoder.conv_out.weight"] = torch.randn(12, WIDTHS[0], 3, 3, generator=draws) / 60
+    wide[f"{prefix}decoder.decoder.conv_out.bias"] = torch.randn(12, generator=draws) / 60
+    for name, numbers in FILTERS.items():
+        wide[f"{prefix}decoder.idwt.{name}"] = torch.tensor(numbers).view(
+            (1, 1, 2, 1) if "col" in name else (1, 1, 1, 2)
+        )
+    unused = {"weight": torch.zeros(LATENT, LATENT, 1, 1), "bias": torch.zeros(LATENT)}
+    return wide | {f"{prefix}post_quant_conv.{name}": tensor for name, tensor in unused.items()}
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_rudalle_with_wavelets(tmp_path: Path, prefix: str) -> None:
+    state = make_state(names_of_taming, gumbel=True)
+    wide = with_wavelets(state, prefix)
+    torch.save({"state_dict": wide}, tmp_path / "dwt.ckpt")
+    model = load_image_tokenizer(tmp_path / "dwt.ckpt")
+    assert isinstance(model, ImageTokenizer)
+    logits = F.conv2d(
+        vectors(PIXELS, state, names_of_taming), state["quantize.proj.weight"], state["quantize.proj.bias"]
+    )
+    tokens = logits.argmax(1)
+    assert torch.equal(model.encode(PIXELS), tokens.flatten(1))
+    inner = {
+        n.removeprefix(f"{prefix}decoder."): t for n, t in wide.items() if n.startswith(f"{prefix}decoder.")
+    }
+    bands = bands_of(state["quantize.embed.weight"][tokens].movedim(-1, 1), inner, names_of_taming)
+    expected = torch.empty(2, 3, 32, 48)
+    for colour in range(3):
+        low = bands[:, colour]
+        down, across, both = (bands[:, 3 + 3 * colour + band] for band in range(3))
+        expected[:, colour, 0::2, 0::2] = (low + down + across + both) / 2
+        expected[:, colour, 1::2, 0::2] = (low - down + across - both) / 2
+        expected[:, colour, 0::2, 1::2] = (low + down - across - both) / 2
+        expected[:, colour, 1::2, 1::2] = (low - down - across + both) / 2
+    found = model.decode(tokens.flatten(1), (4, 6))
+    torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=1e-4)
+    assert 0 < found.min() < found.max() < 1
+    assert "drawn at 8 x 8" in FAMILY_OF_WAVELETS.vocabulary(model.config)
+    with pytest.raises(ValueError, match="pictures of 16 x 24 come out at 32 x 48"):
+        evaluate_dvae(model, [PIXELS])
+
+
+def test_the_wavelets_are_those_of_pywavelets() -> None:
+    pywt = pytest.importorskip("pywt", reason="PyWavelets is not installed")
+    bands = torch.randn(1, 12, 4, 6, generator=torch.Generator().manual_seed(3))
+    wavelets = InverseWavelets()
+    wavelets.load_state_dict(
+        {n: torch.tensor(numbers).view(getattr(wavelets, n).shape) for n, numbers in FILTERS.items()}
+    )
+    low, high = bands[0, :3].numpy(), bands[0, 3:].unflatten(0, (3, 3)).numpy()
+    expected = [pywt.idwt2((low[i], tuple(high[i])), "db1") for i in range(3)]
+    torch.testing.assert_close(wavelets(bands)[0], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("change", ["a filter is missing", "a channel is missing", "an unknown tensor"])
+def test_wavelets_that_are_not_all_there_are_refused(tmp_path: Path, change: str) -> None:
+    wide = with_wavelets(make_state(names_of_taming, gumbel=True), "model.")
+    match change:
+        case "a filter is missing":
+            del wide["model.decoder.idwt.g1_row"]
+        case "a channel is missing":
+            wide["model.decoder.decoder.conv_out.bias"] = torch.zeros(3)
+        case _:
+            wide["model.decoder.idwt.g2_row"] = torch.zeros(1)
+    torch.save({"state_dict": wide}, tmp_path / "dwt.ckpt")
+    with pytest.raises(
+        ValueError, match=r"wavelets\.g1_row|another shape.*conv_out|beside the model.*g2_row"
+    ):
+        load_image_tokenizer(tmp_path / "dwt.ckpt")
+
+
+@pytest.mark.parametrize("key", ["model", "ema", "state_dict"])
+def test_llamagen(tmp_path: Path, key: str) -> None:
+    state = make_state(names_of_llamagen, blocks=2)
+    torch.save({key: state | {"quantize.codebook_used": torch.zeros(65536)}, "steps": 1}, tmp_path / "vq.pt")
+    model = load_image_tokenizer(tmp_path / "vq.pt")
+    assert model.config.choice == "cosine"
+    book = F.normalize(state["quantize.embedding.weight"], dim=1)
+    z = vectors(PIXELS, state, names_of_llamagen)
+    tokens = distances(F.normalize(z, dim=1), book).argmin(-1)
+    assert not torch.equal(tokens, distances(z, state["quantize.embedding.weight"]).argmin(-1))
+    assert torch.equal(model.encode(PIXELS), tokens.flatten(1))
+    expected = picture(book[tokens].movedim(-1, 1), state, names_of_llamagen)
+    torch.testing.assert_close(model.decode(tokens.flatten(1), (4, 6)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_against_the_package_of_taming(tmp_path: Path) -> None:
+    parts = pytest.importorskip(
+        "taming.modules.diffusionmodules.model", reason="taming-transformers is not installed"
+    )
+    quantize = pytest.importorskip(
+        "taming.modules.vqvae.quantize", reason="taming-transformers is not installed"
+    )
+    torch.manual_seed(0)
+    shape = {
+        "ch": 32,
+        "out_ch": 3,
+        "ch_mult": (1, 2, 2),
+        "num_res_blocks": 2,
+        "attn_resolutions": [8],
+        "in_channels": 3,
+        "resolution": 32,
+        "z_channels": LATENT,
+        "double_z": False,
+    }
+    whole = torch.nn.ModuleDict(
+        {
+            "encoder": parts.Encoder(**shape),
+            "decoder": parts.Decoder(**shape),
+            "quantize": quantize.VectorQuantizer2(CODES, 6, beta=0.25),
+            "quant_conv": torch.nn.Conv2d(LATENT, 6, 1),
+            "post_quant_conv": torch.nn.Conv2d(6, LATENT, 1),
+        }
+    ).eval()
+    torch.save({"state_dict": whole.state_dict()}, tmp_path / "last.ckpt")
+    model = load_image_tokenizer(tmp_path / "last.ckpt")
+    codes, _, (_, _, tokens) = whole["quantize"](whole["quant_conv"](whole["encoder"](2 * PIXELS - 1)))
+    assert torch.equal(model.encode(PIXELS).flatten(), tokens.flatten())
+    expected = (whole["decoder"](whole["post_quant_conv"](codes)).clamp(-1, 1) + 1) * 0.5
+    torch.testing.assert_close(model.decode(tokens.view(2, -1), (4, 6)), expected, atol=1e-5, rtol=1e-5)
+
+
+PUBLISHED = {  # tensors and parameters without the losses, counted on the originals
+    "f16": (VQGANConfig(), 343, 76_073_859),
+    "LlamaGen VQ-16": (VQGANConfig(code_width=8, choice="cosine"), 343, 71_883_403),
+    "LlamaGen VQ-8": (
+        VQGANConfig(widths=(128, 256, 256, 512), attention=(3,), code_width=8, choice="cosine"),
+        299,
+        70_109_835,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name: str) -> None:
+    config, tensors, parameters = PUBLISHED[name]
+    with without_values():
+        model = VQGAN(config)
+    assert len(model.state_dict()) == tensors
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_the_published_gumbel_is_recognised() -> None:
+    config = VQGANConfig(widths=(128, 128, 256, 512), attention=(3,), vocab_size=8192, choice="logits")
+    with without_values():
+        state = VQGAN(config).state_dict()
+    found = {
+        name: SavedTensor(torch.float32, tuple(t.shape), lambda: torch.empty(0)) for name, t in state.items()
+    }
+    found["quantize.embed.weight"] = found.pop("quantize.embedding.weight")
+    assert GUMBEL.recognises(found)
+    assert not TAMING.recognises(found)
+    comparison = fit(GUMBEL, found)
+    comparison.check("published")
+    assert comparison.config == config
+    assert config.downsampling == 8
+
+
+def test_the_encode_stage_takes_one(tmp_path: Path) -> None:
+    torch.save({"state_dict": make_state(names_of_taming)}, tmp_path / "last.ckpt")
+    tokenizer, weights = take_image_tokenizer(tmp_path / "last.ckpt", torch.device("cpu"))
+    assert weights == weights_hash(tokenizer)
+    assert tokenizer.encode(PIXELS).shape == (2, 24)
+
+
+class TestRefusals:
+    def load(self, path: Path, state: dict) -> None:
+        torch.save({"state_dict": state}, path / "last.ckpt")
+        load_image_tokenizer(path / "last.ckpt")
+
+    def test_codes_numbered_anew(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="numbered anew"):
+            self.load(tmp_path, make_state(names_of_taming) | {"quantize.used": torch.arange(4)})
+
+    def test_a_missing_tensor(self, tmp_path: Path) -> None:
+        state = make_state(names_of_taming)
+        del state["decoder.up.2.attn.1.k.bias"]
+        with pytest.raises(ValueError, match=r"lacks 1 tensors, first decoder\.up\.2"):
+            self.load(tmp_path, state)
+
+    def test_an_unknown_tensor(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"beside the model.*encoder\.more"):
+            self.load(tmp_path, make_state(names_of_taming) | {"encoder.more": torch.zeros(1)})
+
+    def test_llamagen_with_a_level_too_few(self, tmp_path: Path) -> None:
+        state = {n: t for n, t in make_state(names_of_llamagen).items() if "decoder.conv_blocks.2" not in n}
+        with pytest.raises(ValueError, match=r"lacks|another shape"):
+            self.load(tmp_path, state)
+
+    def test_other_widths(self, tmp_path: Path) -> None:
+        state = make_state(names_of_taming)
+        state["encoder.down.0.block.0.conv1.weight"] = torch.zeros(24, 24, 3, 3)
+        with pytest.raises(ValueError, match="multiples of 32"):
+            self.load(tmp_path, state)
+
+
+def test_doors_check_what_comes_in() -> None:
+    model = VQGAN(VQGANConfig(widths=WIDTHS, attention=(), latent=LATENT, code_width=6, vocab_size=CODES))
+    with pytest.raises(ValueError, match="multiples of 4"):
+        model.encode(torch.rand(1, 3, 18, 16))
+    with pytest.raises(ValueError, match=r"\[0, 20\)"):
+        model.decode(torch.full((1, 4), CODES))
+    with pytest.raises(ValueError, match="do not fill"):
+        model.decode(torch.zeros(1, 6, dtype=torch.int64))
+    with pytest.raises(ValueError, match="choice must be"):
+        VQGANConfig(choice="best")
+    with pytest.raises(ValueError, match="attention must name levels"):
+        VQGANConfig(attention=(5,))
+    with pytest.raises(ValueError, match="blocks must be positive"):
+        VQGANConfig(blocks=0)
+
+
+def test_inspection_names_it(tmp_path: Path) -> None:
+    torch.save({"model": make_state(names_of_llamagen)}, tmp_path / "vq.pt")
+    found = find(tmp_path / "vq.pt")
+    assert found.family.name == "VQ of LlamaGen"
+    fit(found.family, found.tensors).check("vq.pt")
