@@ -15,7 +15,7 @@ _HOMES = {
     "DVAE": "dalle.dvae",
     "DVAEConfig": "dalle.dvae",
     "Generation": "dalle.pipelines.generation",
-    "Part": "dalle.hub.registry",
+    "LoadedModel": "dalle.hub.registry",
     "TextTokenizer": "dalle.text",
     "TokenLayout": "dalle.layout",
     "Transformer": "dalle.transformer",

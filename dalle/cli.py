@@ -22,17 +22,17 @@ GROUPS = {
     "data": {
         "check-data": "read all of your data once: what is in it, what is broken",
         "convert-captions": "make a table of a public set of captions",
-        "write-tars": "pack pictures and captions into tars",
+        "write-tars": "pack images and captions into tars",
     },
     "training, in this order": {
         "train-tokenizer": "learn the text vocabulary",
         "train-dvae": "train the dVAE: stage one",
-        "encode-images": "turn pictures into tokens with it",
+        "encode-images": "turn images into tokens with it",
         "train-transformer": "train the transformer on them: stage two",
-        "train-clip": "train a CLIP, to rank pictures",
+        "train-clip": "train a CLIP, to rank images",
     },
     "drawing and measuring": {
-        "sample": "draw pictures for a caption and keep the best",
+        "sample": "draw images for a caption and keep the best",
         "app": "a web page that draws",
         "evaluate": "measure a model or its parts",
         "inspect-checkpoint": "say what a checkpoint is, without running what is in it",
@@ -42,11 +42,11 @@ GROUPS = {
     },
     "planning": {
         "plan": "memory, time, traffic and cost of a training, before it",
-        "sweep": "find a step size by short trainings",
+        "sweep": "find a learning rate by short trainings",
     },
     "this machine and this library": {
         "benchmark": "measure speed and memory on this machine",
-        "notebooks": "run the notebooks anew and keep their pictures",
+        "notebooks": "run the notebooks anew and keep their images",
     },
 }
 """Each command and its line in --help, under a heading. The script of train-dvae is scripts/train_dvae.py."""

@@ -62,17 +62,17 @@ class TokenLayout:
         return self.grid[1]
 
     @property
-    def image_len(self) -> int:
+    def num_image_tokens(self) -> int:
         """Image slots."""
         return self.rows * self.columns
 
     @property
-    def length(self) -> int:
+    def seq_len(self) -> int:
         """N, all slots."""
-        return self.text_len + self.image_len
+        return self.text_len + self.num_image_tokens
 
     @property
-    def caption_room(self) -> int:
+    def max_caption_len(self) -> int:
         """Most tokens of a caption."""
         return self.text_len - 1
 
@@ -97,7 +97,7 @@ class TokenLayout:
         return self.vocab + 1
 
     @property
-    def input_vocab(self) -> int:
+    def embedding_size(self) -> int:
         """What the model reads: the joint vocabulary and the two starts."""
         return self.vocab + 2
 
@@ -105,26 +105,26 @@ class TokenLayout:
         """Text ids of captions -> text_tokens int64 (B, T), filled up with each position's pad.
 
         Raises:
-            ValueError: an id outside the vocabulary, or more than `caption_room` ids without `truncate`.
+            ValueError: an id outside the vocabulary, or more than `max_caption_len` ids without `truncate`.
         """
         tokens = self.text_vocab + torch.arange(self.text_len).repeat(len(captions), 1)
         for row, ids in enumerate(captions):
-            if len(ids) > self.caption_room and not truncate:
+            if len(ids) > self.max_caption_len and not truncate:
                 which = f"caption {row}" if len(captions) > 1 else "the caption"
                 raise ValueError(
-                    f"{which} has {len(ids)} tokens, the layout has room for {self.caption_room}; "
+                    f"{which} has {len(ids)} tokens, the layout has room for {self.max_caption_len}; "
                     "shorten it or ask for truncation"
                 )
-            kept = torch.tensor(list(ids[: self.caption_room]), dtype=torch.int64)
+            kept = torch.tensor(list(ids[: self.max_caption_len]), dtype=torch.int64)
             check_tokens(kept[None], self.text_vocab, "text ids")
             tokens[row, : len(kept)] = kept
         return tokens
 
     def pack(self, text_tokens: Tensor, image_tokens: Tensor) -> Tensor:
         """text_tokens (B, T) and image_tokens (B, n) -> joint ids (B, T + n); n may stop short."""
-        if text_tokens.shape[1] != self.text_len or image_tokens.shape[1] > self.image_len:
+        if text_tokens.shape[1] != self.text_len or image_tokens.shape[1] > self.num_image_tokens:
             raise ValueError(
-                f"expected ({self.text_len}) text tokens and at most {self.image_len} ({self.rows} x {self.columns}) "
+                f"expected ({self.text_len}) text tokens and at most {self.num_image_tokens} ({self.rows} x {self.columns}) "
                 f"image tokens, got {text_tokens.shape[1]} and {image_tokens.shape[1]}; is it another grid?"
             )
         check_tokens(text_tokens, self.image_offset, "text_tokens")
@@ -138,7 +138,7 @@ class TokenLayout:
     def shift(self, ids: Tensor) -> Tensor:
         """What each slot reads: joint ids (B, n) -> input ids (B, min(n + 1, N))."""
         start = ids.new_full((len(ids), 1), self.start_of_text)
-        inputs = torch.cat([start, ids], dim=1)[:, : self.length]
+        inputs = torch.cat([start, ids], dim=1)[:, : self.seq_len]
         inputs[:, self.text_len : self.text_len + 1] = self.start_of_image
         return inputs
 

@@ -60,7 +60,7 @@ def visible(kind: str, layout: TokenLayout, kernel: int = 11) -> Predicate:
 
 def dense_mask(kind: str, layout: TokenLayout, kernel: int = 11) -> Tensor:
     """bool (N, N), True = visible, raster order; row q is what slot q sees."""
-    slots = torch.arange(layout.length)
+    slots = torch.arange(layout.seq_len)
     return visible(kind, layout, kernel)(slots[:, None], slots[None, :])
 
 

@@ -1,7 +1,7 @@
 """Logits -> ids. The random numbers come from outside, so a draw is a plain function.
 
 Candidate i of a caption uses uniforms that depend on (seed, caption, i, position) alone: it is the
-same picture whatever the batch, the order or the number of candidates.
+same image whatever the batch, the order or the number of candidates.
 
     B batch, V vocabulary, n candidates, N positions
 """
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dalle.io.rng import generator
 
-COLDEST = 1e-30
+MIN_TEMPERATURE = 1e-30
 """Logits divided by less might be more than a float holds."""
 
 
-def uniforms(seed: int, caption: str, candidates: range, positions: int) -> Tensor:
+def candidate_noise(seed: int, caption: str, candidates: range, positions: int) -> Tensor:
     """The random numbers of some candidates: float64 (n, positions) in [0, 1)."""
     rows = [generator("candidate", seed, i, caption).random(positions) for i in candidates]
     return torch.from_numpy(np.stack(rows))
@@ -28,9 +28,9 @@ def check_sampling(
     temperature: float, top_k: int | None, top_p: float | None, guidance: float | None = None
 ) -> None:
     """ValueError for settings that mean nothing, before any work is done."""
-    if not (temperature == 0 or COLDEST <= temperature < math.inf):
+    if not (temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf):
         raise ValueError(
-            f"temperature must be 0 (most likely token) or at least {COLDEST}, got {temperature}"
+            f"temperature must be 0 (most likely token) or at least {MIN_TEMPERATURE}, got {temperature}"
         )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
@@ -40,7 +40,7 @@ def check_sampling(
         raise ValueError(f"guidance must be a number, 1 for the plain model, got {guidance}")
 
 
-def draw(
+def sample_tokens(
     logits: Tensor,
     uniform: Tensor,
     temperature: float = 1.0,

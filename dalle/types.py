@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass
 class Loss:
-    """A scalar to minimise and what to log beside it (detached scalars, tensors or numbers)."""
+    """A scalar to minimize and what to log beside it (detached scalars, tensors or numbers)."""
 
     total: Tensor
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Loss:
 class ImageTokenizer(Protocol):
     """Turns pixels into a grid of integers and back. The dVAE is one; a VQGAN would be another."""
 
-    downsampling: int
+    downsample_factor: int
     vocab_size: int
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class ImageTokenizer(Protocol):
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Says how well pictures fit a caption; differentiable in the pixels."""
+    """Says how well images fit a caption; differentiable in the pixels."""
 
     def score(self, pixels: Tensor, caption: str) -> Tensor:
         """(N, 3, H, W) in [0, 1] -> (N,), higher is better."""
@@ -50,9 +50,9 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Puts pictures and captions into one space, where the cosine of two says how well they fit."""
+    """Puts images and captions into one space, where the cosine of two says how well they fit."""
 
-    def embed_pictures(self, pixels: Tensor) -> Tensor:
+    def embed_images(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1] -> unit vectors (N, E)."""
         ...
 
@@ -66,11 +66,11 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepCost:
     """What an update on a batch asks of the machine."""
 
     samples: int
-    """Pictures or pairs in it."""
+    """Images or pairs in it."""
     tokens: int = 0
     """Tokens that the model reads; 0 where it reads none."""
     flops: float = 0.0
@@ -78,7 +78,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchShard:
     """Which part of a step's batch a call of an objective sees: one process's, or one pass's of several."""
 
     index: int = 0
@@ -93,29 +93,31 @@ class Part:
     """(B, ...) of each process -> those of all in order, with gradient."""
 
 
-WHOLE = Part()
+FULL_BATCH = BatchShard()
 
 
 class Objective(Protocol):
-    """What the training loop minimises; it alone knows the model's family.
+    """What the training loop minimizes; it alone knows the model's family.
 
     The mean of what it returns for the parts of a batch must be what it returns for the batch. Where a mean is over a
-    number that varies (text tokens, not pictures), a method `counts(model, batch) -> Tensor` says how many a part has,
+    number that varies (text tokens, not images), a method `counts(model, batch) -> Tensor` says how many a part has,
     and `part.counts` how many there are in all. `part` is given only where there are several.
 
-    Two more methods may be there, for the log: `work(model, batch) -> Work`, asked once, since all batches of a run are
+    Two more methods may be there, for the log: `work(model, batch) -> StepCost`, asked once, since all batches of a run are
     alike; and `chance(model) -> {metric: value}`, what a model that knows nothing reaches.
     """
 
-    def __call__(self, model: torch.nn.Module, batch: Any, step: int, part: Part = WHOLE) -> Loss: ...
+    def __call__(
+        self, model: torch.nn.Module, batch: Any, step: int, part: BatchShard = FULL_BATCH
+    ) -> Loss: ...
 
 
 @dataclass(frozen=True)
-class Skip:
+class BadSample:
     """One sample that cannot be used."""
 
     index: int | None
-    """Its number among the pairs; None where it has none, as a picture without captions."""
+    """Its number among the pairs; None where it has none, as an image without captions."""
     name: str
     """Names it for people."""
     cause: str
@@ -125,8 +127,8 @@ class Skip:
 
 
 @dataclass
-class Batch:
-    """Captioned pictures, ready to train on."""
+class ImageTextBatch:
+    """Captioned images, ready to train on."""
 
     pixels: np.ndarray
     """float32 (B, 3, R, R) in [0, 1]."""
@@ -134,12 +136,12 @@ class Batch:
     """Every caption of each."""
     samples: list[tuple[int, int]]
     """(epoch, index) of each."""
-    skipped: list[Skip] = field(default_factory=list)
+    skipped: list[BadSample] = field(default_factory=list)
     """Those that were met and left out."""
 
 
-class Pairs(Protocol):
-    """Captioned pictures by number. `size` is None for an endless set; `hash` names which pictures they are."""
+class CaptionedImages(Protocol):
+    """Captioned images by number. `size` is None for an endless set; `hash` names which images they are."""
 
     resolution: int
     size: int | None
@@ -147,8 +149,8 @@ class Pairs(Protocol):
 
     def load(
         self, samples: Sequence[tuple[int, int]], augment: str = "none", seed: int = 0, replace: bool = False
-    ) -> Batch:
-        """The pictures of (epoch, index) samples; a random crop depends on (seed, epoch, index) alone.
+    ) -> ImageTextBatch:
+        """The images of (epoch, index) samples; a random crop depends on (seed, epoch, index) alone.
 
         One that cannot be used is left out, or replaced by another of the set where `replace` is set, so that
         the batch keeps its size; either way it is told in `skipped`.
@@ -156,39 +158,39 @@ class Pairs(Protocol):
         ...
 
     def captions(self, indices: Sequence[int]) -> list[list[str]]:
-        """Every caption of each picture, read without the pictures; none for one that cannot be used."""
+        """Every caption of each image, read without the images; none for one that cannot be used."""
         ...
 
 
 @dataclass(frozen=True)
-class Record:
-    """One captioned picture as it lies on disk."""
+class RawSample:
+    """One captioned image as it lies on disk."""
 
     name: str
     """Names it for people: "cats/0001.jpg", "train-0003.tar/000123"."""
-    picture: bytes
+    image: bytes
     """The file, not yet decoded."""
     captions: list[str]
     """As written; may be empty, and says nothing of their worth."""
 
 
-class Source(Protocol):
-    """Captioned pictures by number, as they lie in a folder, a table or tars. `hash` names which they are.
+class DataSource(Protocol):
+    """Captioned images by number, as they lie in a folder, a table or tars. `hash` names which they are.
 
     `skipped` tells what was found to be unusable while opening; such samples have no number.
     """
 
     hash: str
-    skipped: Sequence[Skip]
+    skipped: Sequence[BadSample]
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> Record:
+    def read(self, index: int) -> RawSample:
         """ValueError, naming the sample and the cause, for one that cannot be read."""
         ...
 
     def captions(self, index: int) -> list[str]:
-        """Those of `read`, without reading the picture."""
+        """Those of `read`, without reading the image."""
         ...
 
     def name(self, index: int) -> str:
@@ -200,7 +202,7 @@ class Source(Protocol):
         ...
 
 
-class TextCodec(Protocol):
+class TextTokenizerLike(Protocol):
     """Turns captions into ids; the text tokenizer is one."""
 
     vocab_size: int
@@ -217,17 +219,17 @@ class TextCodec(Protocol):
     def save(self, path: Path | str) -> None: ...
 
 
-def check_pixels(pixels: Tensor, multiple_of: int = 1) -> None:
+def check_images(pixels: Tensor, multiple_of: int = 1) -> None:
     """ValueError unless pixels are float (B, 3, H, W), finite, in [0, 1], sides a multiple."""
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels must be (B, 3, H, W), got {tuple(pixels.shape)}")
     if not pixels.is_floating_point():
-        raise ValueError(f"pixels must be float in [0, 1], got {pixels.dtype}; divide uint8 pictures by 255")
+        raise ValueError(f"pixels must be float in [0, 1], got {pixels.dtype}; divide uint8 images by 255")
     if not pixels.numel():
-        raise ValueError(f"pixels must hold a picture, got none: {tuple(pixels.shape)}")
+        raise ValueError(f"pixels must hold an image, got none: {tuple(pixels.shape)}")
     if pixels.shape[2] % multiple_of or pixels.shape[3] % multiple_of:
         raise ValueError(
-            f"picture sides must be multiples of {multiple_of}, got {tuple(pixels.shape[2:])}; crop or resize first"
+            f"image sides must be multiples of {multiple_of}, got {tuple(pixels.shape[2:])}; crop or resize first"
         )
     low, high = pixels.detach().aminmax()
     if not (torch.isfinite(low) and torch.isfinite(high)):
@@ -237,7 +239,7 @@ def check_pixels(pixels: Tensor, multiple_of: int = 1) -> None:
         raise ValueError(f"pixels must lie in [0, 1], got [{float(low):.3g}, {float(high):.3g}]; {hint}")
 
 
-def grid_of(tokens: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
+def token_grid(tokens: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
     """(rows, columns) of image tokens (B, N): those given, else a square; ValueError unless N tokens fill it."""
     side = math.isqrt(tokens.shape[1])
     rows, columns = grid or (side, side)

@@ -5,13 +5,13 @@ python scripts/benchmark.py train --size 120m --precision bf16 --json report.jso
 python scripts/benchmark.py train --against dalle-pytorch --precision fp32
 python scripts/benchmark.py sample --batch 1 8 64 --json report.json
 python scripts/benchmark.py sample --against dalle-pytorch --tokens 32
-python scripts/benchmark.py data --sources my/pictures my/tars --workers 0 2 --resolutions 64 256
+python scripts/benchmark.py data --sources my/images my/tars --workers 0 2 --resolutions 64 256
 python scripts/benchmark.py attention --heads 4
 python scripts/benchmark.py memory --size 60m
-python scripts/benchmark.py compression --steps 300 --picture curves.png
-python scripts/benchmark.py underflow --picture underflow.png --scales scales.png --json underflow.json
+python scripts/benchmark.py compression --steps 300 --image curves.png
+python scripts/benchmark.py underflow --image underflow.png --scales scales.png --json underflow.json
 python scripts/benchmark.py agreement --model runs/quickstart/model --candidates 64
-python scripts/benchmark.py scales --run runs/transformer --picture scales.png
+python scripts/benchmark.py scales --run runs/transformer --image scales.png
 """
 
 import sys
@@ -24,7 +24,7 @@ from dalle.benchmarks.studies.fp16_underflow import UnderflowBenchmark, benchmar
 from dalle.benchmarks.studies.powersgd import CompressionBenchmark, benchmark_compression
 from dalle.benchmarks.studies.reproducibility import AgreementBenchmark, benchmark_agreement
 from dalle.benchmarks.train import TrainBenchmark, benchmark_training
-from dalle.commands.plot import ScalesPicture, draw_scales
+from dalle.commands.plot import ScalesImage, draw_scales
 from dalle.config import overview, parse, tell_errors
 
 BENCHMARKS = {
@@ -36,7 +36,7 @@ BENCHMARKS = {
     "compression": (CompressionBenchmark, benchmark_compression),
     "underflow": (UnderflowBenchmark, benchmark_underflow),
     "agreement": (AgreementBenchmark, benchmark_agreement),
-    "scales": (ScalesPicture, draw_scales),
+    "scales": (ScalesImage, draw_scales),
 }
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ python scripts/inspect_checkpoint.py dalle.pt                       family, size
 python scripts/inspect_checkpoint.py runs/dvae --json report.json   also a run, a checkpoint or a model directory
 """
 
-from dalle.commands.inspect_checkpoint import InspectRun, inspect_checkpoint
+from dalle.commands.inspect_checkpoint import InspectCheckpointArgs, inspect_checkpoint
 from dalle.config import parse, tell_errors
 
 if __name__ == "__main__":
     with tell_errors():
-        inspect_checkpoint(parse(InspectRun, description=__doc__))
+        inspect_checkpoint(parse(InspectCheckpointArgs, description=__doc__))

@@ -1,4 +1,4 @@
-"""Draw pictures for a caption, rank them by CLIP, write the best (paper section 2.6).
+"""Draw images for a caption, rank them by CLIP, write the best (paper section 2.6).
 
 python scripts/sample.py --model runs/quickstart/model --prompt "a red circle above a blue square on a white background"
 python scripts/sample.py --prompt "..." --best-of 64 --keep 8       joins the newest parts under runs/
@@ -7,9 +7,9 @@ python scripts/sample.py --model pytorch_model_v3.bin --tokenizer bpe.model \\
     --dvae vqgan.gumbelf8-sber.model.ckpt --prompt "..."            ruDALL-E
 """
 
-from dalle.commands.sample import SampleRun, sample
+from dalle.commands.sample import SampleArgs, sample
 from dalle.config import parse, tell_errors
 
 if __name__ == "__main__":
     with tell_errors():
-        sample(parse(SampleRun, description=__doc__))
+        sample(parse(SampleArgs, description=__doc__))

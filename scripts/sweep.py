@@ -1,4 +1,4 @@
-"""Find a step size: the same short training at several multiples of the configured one.
+"""Find a learning rate: the same short training at several multiples of the configured one.
 
 python scripts/sweep.py 0.25 0.5 1 2 4 --config configs/transformer/shapes.yaml --steps 100
 """

@@ -7,13 +7,13 @@ python scripts/train_transformer.py --config configs/transformer/small.yaml --to
 import sys
 
 from dalle.commands.quickstart import make_missing_stages
-from dalle.commands.train_transformer import TransformerRun, train_transformer
+from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
 from dalle.config import parse, tell_errors
 from dalle.runs.args import CONFIGS
 
 if __name__ == "__main__":
     with tell_errors():
-        run = parse(TransformerRun, preset=CONFIGS / "transformer" / "shapes.yaml", description=__doc__)
+        run = parse(TrainTransformerArgs, preset=CONFIGS / "transformer" / "shapes.yaml", description=__doc__)
         if len(sys.argv) == 1:
             make_missing_stages()
         train_transformer(run)

@@ -16,15 +16,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dalle.commands.encode_images import EncodeRun, encode_images
-from dalle.commands.train_clip import CLIPRun, train_clip
-from dalle.commands.train_dvae import DVAERun, train_dvae
-from dalle.commands.train_tokenizer import TokenizerRun, train_tokenizer
-from dalle.commands.train_transformer import TransformerRun, train_transformer
+from dalle.commands.encode_images import EncodeImagesArgs, encode_images
+from dalle.commands.train_clip import TrainCLIPArgs, train_clip
+from dalle.commands.train_dvae import TrainDVAEArgs, train_dvae
+from dalle.commands.train_tokenizer import TrainTokenizerArgs, train_tokenizer
+from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
 from dalle.config import load
-from dalle.hub.registry import load_part
-from dalle.io.files import SUMS, hashes, read_json, write_json, write_sums
-from dalle.pipelines.best_of_n import Drawer
+from dalle.hub.registry import load_model
+from dalle.io.files import CHECKSUMS, file_hashes, read_json, write_checksums, write_json
+from dalle.pipelines.best_of_n import CandidateSampler
 from dalle.pipelines.dalle import DALLE
 
 PROJECT = Path(__file__).parents[1]
@@ -45,10 +45,10 @@ TINY = {  # 32 x 32 pixels, 4 x 4 tokens
 steps: 2
 device: cpu
 data: {path: shapes, resolution: 32}
-model: {widths: [4, 8, 8, 8], blocks_per_group: 1, downsampling: 8, vocab_size: 16, code_width: 8}
-encode: {pictures: 24, batch_size: 8}
+model: {widths: [4, 8, 8, 8], blocks_per_group: 1, downsample_factor: 8, vocab_size: 16, codebook_dim: 8}
+encode: {images: 24, batch_size: 8}
 crop: null
-eval_pictures: 4
+eval_samples: 4
 """,
     "transformer": """\
 steps: 2
@@ -58,13 +58,13 @@ text: {vocab_size: 400}
 model:
   depth: 2
   heads: 2
-  head_width: 8
+  head_dim: 8
   text_len: 20
   grid: [4, 4]
   text_vocab: 400
   image_vocab: 16
   conv_kernel: 3
-eval_pictures: 4
+eval_samples: 4
 """,
     "clip": """\
 steps: 2
@@ -80,8 +80,8 @@ model:
   text_vocab: 400
   text_width: 16
   text_layers: 1
-  head_width: 8
-eval_pictures: 4
+  head_dim: 8
+eval_samples: 4
 """,
 }
 
@@ -107,11 +107,11 @@ def tiny_runs(tiny_configs: Path) -> SimpleNamespace:
     """The run of each stage at the tiny size: .text .dvae .encode .transformer .clip"""
     files = {family: tiny_configs / family / "shapes.yaml" for family in TINY}
     return SimpleNamespace(
-        text=load(TokenizerRun, [files["transformer"]], schema=TransformerRun),
-        dvae=load(DVAERun, [files["dvae"]]),
-        encode=load(EncodeRun, [files["dvae"]], schema=DVAERun),
-        transformer=load(TransformerRun, [files["transformer"]]),
-        clip=load(CLIPRun, [files["clip"]]),
+        text=load(TrainTokenizerArgs, [files["transformer"]], schema=TrainTransformerArgs),
+        dvae=load(TrainDVAEArgs, [files["dvae"]]),
+        encode=load(EncodeImagesArgs, [files["dvae"]], schema=TrainDVAEArgs),
+        transformer=load(TrainTransformerArgs, [files["transformer"]]),
+        clip=load(TrainCLIPArgs, [files["clip"]]),
     )
 
 
@@ -124,7 +124,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_runs: SimpleNamespace) 
     encode_images(replace(tiny_runs.encode, out=out / "tokens", dvae=out / "dvae"))
     train_transformer(inputs(tiny_runs.transformer, out, out=out / "transformer"))
     train_clip(inputs(tiny_runs.clip, out, out=out / "clip"))
-    parts = (load_part(out / kind, kind) for kind in ("dvae", "transformer", "clip"))
+    parts = (load_model(out / kind, kind) for kind in ("dvae", "transformer", "clip"))
     DALLE.from_parts(*parts).save_pretrained(out / "model")
     return out
 
@@ -205,14 +205,14 @@ def typed(script: Callable) -> Callable[[str, Path], str]:
 @pytest.fixture
 def slots_drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many slots are drawn, one entry after each: what a drawing that is stopped has not done is not in it."""
-    plain, slots = Drawer.tokens, []
+    plain, slots = CandidateSampler.tokens, []
 
     def counted(*args):
         for tokens in plain(*args):
             slots.append(tokens.shape[2])
             yield tokens
 
-    monkeypatch.setattr(Drawer, "tokens", counted)
+    monkeypatch.setattr(CandidateSampler, "tokens", counted)
     return slots
 
 
@@ -222,7 +222,9 @@ def change_meta() -> Callable[..., None]:
 
     def change(checkpoint: Path, **changes: object) -> None:
         write_json(checkpoint / "meta.json", read_json(checkpoint / "meta.json") | changes)
-        (checkpoint / SUMS).unlink()
-        write_sums(checkpoint, hashes(checkpoint, [path for path in checkpoint.iterdir() if path.is_file()]))
+        (checkpoint / CHECKSUMS).unlink()
+        write_checksums(
+            checkpoint, file_hashes(checkpoint, [path for path in checkpoint.iterdir() if path.is_file()])
+        )
 
     return change

@@ -9,7 +9,7 @@ import pytest
 import dalle
 from dalle.cli import COMMANDS, GROUPS, listing, main, script_of
 from dalle.config import ConfigError, read_yaml
-from dalle.hub.registry import load_part
+from dalle.hub.registry import load_model
 from dalle.paths import CONFIGS, as_typed, find_config
 
 PROJECT = Path(__file__).parents[1]
@@ -113,7 +113,7 @@ def test_a_command_trains_as_its_script(tiny_configs, tmp_path, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["train_dvae.py", *words, "script"])
     runpy.run_path(str(script_of("train-dvae")), run_name="__main__")
     assert main(["train_dvae", *words, "command"]) == 0
-    one, other = (load_part(tmp_path / name, "dvae").hash for name in ("script", "command"))
+    one, other = (load_model(tmp_path / name, "dvae").hash for name in ("script", "command"))
     assert one == other
 
 

@@ -17,27 +17,27 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from dalle.commands.encode_images import EncodeRun
-from dalle.commands.evaluate import EvaluateRun
-from dalle.commands.quickstart import QuickstartRun
-from dalle.commands.sample import SampleRun
-from dalle.commands.train_clip import CLIPRun
-from dalle.commands.train_dvae import DVAERun
-from dalle.commands.train_tokenizer import TokenizerRun
-from dalle.commands.train_transformer import TransformerRun
+from dalle.commands.encode_images import EncodeImagesArgs
+from dalle.commands.evaluate import EvaluateArgs
+from dalle.commands.quickstart import QuickstartArgs
+from dalle.commands.sample import SampleArgs
+from dalle.commands.train_clip import TrainCLIPArgs
+from dalle.commands.train_dvae import TrainDVAEArgs
+from dalle.commands.train_tokenizer import TrainTokenizerArgs
+from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.config import ConfigError, from_dict, load, merge, parse, read_yaml, tell_errors, to_dict
 from dalle.train import Schedule
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 RUNS = {
-    "train_tokenizer": TokenizerRun,
-    "train_dvae": DVAERun,
-    "encode_images": EncodeRun,
-    "train_transformer": TransformerRun,
-    "train_clip": CLIPRun,
-    "sample": SampleRun,
-    "evaluate": EvaluateRun,
-    "quickstart": QuickstartRun,
+    "train_tokenizer": TrainTokenizerArgs,
+    "train_dvae": TrainDVAEArgs,
+    "encode_images": EncodeImagesArgs,
+    "train_transformer": TrainTransformerArgs,
+    "train_clip": TrainCLIPArgs,
+    "sample": SampleArgs,
+    "evaluate": EvaluateArgs,
+    "quickstart": QuickstartArgs,
 }
 
 
@@ -59,18 +59,18 @@ class TestUnknownKeys:
     )
     def test_the_place_and_the_nearest_name_are_told_at_any_depth(self, data, place, nearest):
         with pytest.raises(ConfigError, match=re.escape(f"no key '{place}'")) as caught:
-            from_dict(DVAERun, data)
+            from_dict(TrainDVAEArgs, data)
         assert nearest is None or f"did you mean {nearest!r}?" in str(caught.value)
 
     def test_a_key_like_no_other_gets_the_list(self):
         with pytest.raises(ConfigError, match=r"no key 'qqq' \(known here: .*steps.*model") as caught:
-            from_dict(DVAERun, {"qqq": 1})
+            from_dict(TrainDVAEArgs, {"qqq": 1})
         assert "did you mean" not in str(caught.value)
 
     def test_the_file_is_named(self, tmp_path):
         file = write(tmp_path / "my.yaml", "stpes: 3")
         with pytest.raises(ConfigError, match=r"my\.yaml: no key 'stpes'"):
-            load(DVAERun, [file])
+            load(TrainDVAEArgs, [file])
 
 
 class TestTypes:
@@ -98,31 +98,36 @@ class TestTypes:
     )
     def test_a_wrong_one_is_refused_with_place_and_value(self, data, place, said):
         with pytest.raises(ConfigError, match=re.escape(place)) as caught:
-            from_dict(DVAERun, data)
+            from_dict(TrainDVAEArgs, data)
         assert said in str(caught.value)
 
     @pytest.mark.parametrize("data", [{"model": None}, {"train": {"optimizer": None}}])
     def test_an_empty_section_is_refused_by_name(self, data):
         with pytest.raises(ConfigError, match=r"model: |optimizer: "):
-            from_dict(DVAERun, data)
+            from_dict(TrainDVAEArgs, data)
 
     def test_a_whole_number_is_a_float_where_one_is_asked_for(self):
-        eps = from_dict(DVAERun, {"train": {"optimizer": {"eps": 1}}}).train.optimizer.eps
+        eps = from_dict(TrainDVAEArgs, {"train": {"optimizer": {"eps": 1}}}).train.optimizer.eps
         assert type(eps) is float
 
     def test_none_and_a_number_are_both_right_where_the_field_says_so(self):
         for clip in (None, 2.0):
-            assert from_dict(DVAERun, {"train": {"optimizer": {"clip": clip}}}).train.optimizer.clip == clip
+            assert (
+                from_dict(TrainDVAEArgs, {"train": {"optimizer": {"clip": clip}}}).train.optimizer.clip
+                == clip
+            )
 
     def test_all_wrong_values_are_told_at_once(self):
         with pytest.raises(ConfigError, match=r"steps: .*; seed: "):
-            from_dict(DVAERun, {"steps": "a", "seed": "b"})
+            from_dict(TrainDVAEArgs, {"steps": "a", "seed": "b"})
 
     def test_what_the_class_itself_refuses_is_told_with_its_place(self):
         with pytest.raises(
             ConfigError, match=r"my\.yaml: objective\.tau: a schedule needs at least 1 step, got 0"
         ):
-            from_dict(DVAERun, {"objective": {"tau": {"start": 1.0, "end": 0.1, "steps": 0}}}, "my.yaml")
+            from_dict(
+                TrainDVAEArgs, {"objective": {"tau": {"start": 1.0, "end": 0.1, "steps": 0}}}, "my.yaml"
+            )
 
     def test_a_missing_field_without_a_default_is_named(self):
         with pytest.raises(ConfigError, match="end: missing"):
@@ -132,17 +137,17 @@ class TestTypes:
 class TestDefaults:
     def test_a_section_that_names_one_value_keeps_the_others_of_its_run(self):
         """Not those of the section's class, which are the transformer's."""
-        run = from_dict(DVAERun, {"train": {"optimizer": {"weight_decay": 0.5}}})
-        optimizer = dataclasses.replace(DVAERun().train.optimizer, weight_decay=0.5)
-        assert run.train == dataclasses.replace(DVAERun().train, optimizer=optimizer)
-        assert run.train.batch_size != TransformerRun().train.batch_size
+        run = from_dict(TrainDVAEArgs, {"train": {"optimizer": {"weight_decay": 0.5}}})
+        optimizer = dataclasses.replace(TrainDVAEArgs().train.optimizer, weight_decay=0.5)
+        assert run.train == dataclasses.replace(TrainDVAEArgs().train, optimizer=optimizer)
+        assert run.train.batch_size != TrainTransformerArgs().train.batch_size
 
     def test_file_and_command_line_mean_the_same(self, tmp_path):
         file = write(
             tmp_path / "a.yaml", "train: {optimizer: {lr: {end: 0.5}}, keep: 7}\nobjective: {tau: {steps: 9}}"
         )
         words = ["--train.optimizer.lr.end", "0.5", "--train.keep", "7", "--objective.tau.steps", "9"]
-        assert load(DVAERun, [file]) == parse(DVAERun, words)
+        assert load(TrainDVAEArgs, [file]) == parse(TrainDVAEArgs, words)
 
 
 class TestYAML:
@@ -165,10 +170,10 @@ class TestYAML:
 
     def test_a_step_size_may_be_written_1e_4(self, tmp_path):
         file = write(tmp_path / "a.yaml", "train: {optimizer: {lr: {start: 1e-4, end: 1e-5}}}")
-        assert load(DVAERun, [file]).train.optimizer.lr.start == 1e-4
+        assert load(TrainDVAEArgs, [file]).train.optimizer.lr.start == 1e-4
 
     def test_a_file_of_comments_is_all_defaults(self, tmp_path):
-        assert load(DVAERun, [write(tmp_path / "a.yaml", "# nothing\n")]) == DVAERun()
+        assert load(TrainDVAEArgs, [write(tmp_path / "a.yaml", "# nothing\n")]) == TrainDVAEArgs()
 
     @pytest.mark.parametrize(
         ("text", "said"),
@@ -183,7 +188,7 @@ class TestYAML:
     )
     def test_what_is_no_configuration_is_refused_by_name(self, tmp_path, text, said):
         with pytest.raises(ConfigError, match=said) as caught:
-            load(DVAERun, [write(tmp_path / "a.yaml", text)])
+            load(TrainDVAEArgs, [write(tmp_path / "a.yaml", text)])
         assert "a.yaml" in str(caught.value)
 
     def test_a_file_that_is_not_text_is_refused_by_name(self, tmp_path):
@@ -204,9 +209,9 @@ class TestMerging:
     def test_later_files_win_and_leave_the_rest(self, tmp_path):
         a = write(tmp_path / "a.yaml", "steps: 1\ntrain: {batch_size: 2, keep: 3}")
         b = write(tmp_path / "b.yaml", "steps: 10\ntrain: {batch_size: 20}")
-        run = load(DVAERun, [a, b])
+        run = load(TrainDVAEArgs, [a, b])
         assert (run.steps, run.train.batch_size, run.train.keep) == (10, 20, 3)
-        assert load(DVAERun, [b, a]).steps == 1
+        assert load(TrainDVAEArgs, [b, a]).steps == 1
 
     def test_lists_are_replaced_and_not_joined(self):
         assert merge({"widths": [1, 2, 3]}, {"widths": [4]}) == {"widths": [4]}
@@ -221,7 +226,7 @@ class TestMerging:
         a = write(tmp_path / "a.yaml", "steps: ten")
         b = write(tmp_path / "b.yaml", "steps: 10")
         with pytest.raises(ConfigError, match=r"a\.yaml: steps"):
-            load(DVAERun, [a, b])
+            load(TrainDVAEArgs, [a, b])
 
 
 class TestCommandLine:
@@ -236,17 +241,17 @@ class TestCommandLine:
             ["--config", file, *dotted],
             [f"--config={file}", *dotted],
         ):
-            run = parse(DVAERun, words)
+            run = parse(TrainDVAEArgs, words)
             assert (run.train.batch_size, run.train.keep, run.steps) == (9, 3, 7)
 
     def test_several_files_merge_in_their_order_wherever_they_stand(self, file, tmp_path):
         other = str(write(tmp_path / "b.yaml", "steps: 8"))
-        assert parse(DVAERun, ["--config", file, "--seed", "1", "--config", other]).steps == 8
-        assert parse(DVAERun, ["--config", other, "--config", file]).steps == 7
+        assert parse(TrainDVAEArgs, ["--config", file, "--seed", "1", "--config", other]).steps == 8
+        assert parse(TrainDVAEArgs, ["--config", other, "--config", file]).steps == 7
 
     def test_tuples_none_and_paths_can_be_given(self):
         words = ["--model.widths", "8", "16", "--train.optimizer.clip", "None", "--out", "somewhere"]
-        run = parse(DVAERun, [*words, "--model.downsampling", "2"])
+        run = parse(TrainDVAEArgs, [*words, "--model.downsample_factor", "2"])
         assert (run.model.widths, run.train.optimizer.clip, run.out) == ((8, 16), None, Path("somewhere"))
 
     @pytest.mark.parametrize(
@@ -254,25 +259,25 @@ class TestCommandLine:
     )
     def test_a_wrong_word_ends_the_run_with_its_name(self, words, capsys):
         with pytest.raises(SystemExit) as caught:
-            parse(DVAERun, words)
+            parse(TrainDVAEArgs, words)
         assert caught.value.code not in (0, None)
         assert words[0].removeprefix("--") in capsys.readouterr().err
 
     def test_a_wrong_file_ends_the_run_with_one_line(self, tmp_path):
         file = write(tmp_path / "a.yaml", "stpes: 3")
         with pytest.raises(SystemExit, match=r"^error: .*a\.yaml: no key 'stpes'; did you mean 'steps'"):
-            parse(DVAERun, ["--config", str(file)])
+            parse(TrainDVAEArgs, ["--config", str(file)])
 
     def test_config_without_a_file_is_an_error(self):
         with pytest.raises(SystemExit, match="--config needs a file"):
-            parse(DVAERun, ["--steps", "3", "--config"])
+            parse(TrainDVAEArgs, ["--steps", "3", "--config"])
 
     def test_without_any_argument_the_preset_is_taken_and_named(self, file, capsys):
-        assert parse(DVAERun, [], preset=file).steps == 7
+        assert parse(TrainDVAEArgs, [], preset=file).steps == 7
         assert f"no arguments: taking --config {file}" in capsys.readouterr().out
 
     def test_with_an_argument_the_preset_is_not_taken(self, file, capsys):
-        assert parse(DVAERun, ["--seed", "1"], preset=file).steps == DVAERun().steps
+        assert parse(TrainDVAEArgs, ["--seed", "1"], preset=file).steps == TrainDVAEArgs().steps
         assert capsys.readouterr().out == ""
 
     def test_a_users_mistake_is_one_line_and_a_bug_keeps_its_traceback(self):
@@ -297,22 +302,24 @@ class TestReadingAnotherStagesFile:
         return write(tmp_path / "transformer.yaml", text)
 
     def test_the_tokenizer_takes_its_sections_of_the_transformers_file(self, file):
-        run = parse(TokenizerRun, ["--config", str(file), "--captions", "5"], schema=TransformerRun)
+        run = parse(
+            TrainTokenizerArgs, ["--config", str(file), "--captions", "5"], schema=TrainTransformerArgs
+        )
         assert (run.text.vocab_size, run.data.path, run.captions) == (400, "shapes", 5)
 
     def test_without_the_schema_the_other_sections_are_an_error(self, file):
         with pytest.raises(ConfigError, match="no key 'steps'"):
-            load(TokenizerRun, [file])
+            load(TrainTokenizerArgs, [file])
 
     def test_what_the_schema_does_not_know_is_still_an_error(self, tmp_path):
         file = write(tmp_path / "a.yaml", "modell: {depth: 2}")
         with pytest.raises(ConfigError, match=r"no key 'modell'; did you mean 'model'"):
-            load(TokenizerRun, [file], schema=TransformerRun)
+            load(TrainTokenizerArgs, [file], schema=TrainTransformerArgs)
 
     def test_wrong_values_in_sections_left_out_are_still_errors(self, tmp_path):
         file = write(tmp_path / "a.yaml", "model: {depth: 0}")
         with pytest.raises(ConfigError, match="depth must be positive"):
-            load(TokenizerRun, [file], schema=TransformerRun)
+            load(TrainTokenizerArgs, [file], schema=TrainTransformerArgs)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -399,7 +406,7 @@ def test_help_explains_every_field(name, monkeypatch, capsys):
 def test_help_shows_each_command_on_its_own_line(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit):
-        parse(DVAERun, ["--help"], description="What it does.\n\npython a.py --x\npython a.py --y\n")
+        parse(TrainDVAEArgs, ["--help"], description="What it does.\n\npython a.py --x\npython a.py --y\n")
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert {"python a.py --x", "python a.py --y"} <= set(lines)
 

@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle.commands.encode_images import EncodeRun, encode_images
-from dalle.commands.train_clip import CLIPRun, train_clip
-from dalle.commands.train_dvae import DVAERun, train_dvae
-from dalle.commands.train_tokenizer import TokenizerRun, train_tokenizer
-from dalle.commands.train_transformer import TransformerRun, train_transformer
+from dalle.commands.encode_images import EncodeImagesArgs, encode_images
+from dalle.commands.train_clip import TrainCLIPArgs, train_clip
+from dalle.commands.train_dvae import TrainDVAEArgs, train_dvae
+from dalle.commands.train_tokenizer import TrainTokenizerArgs, train_tokenizer
+from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
 from dalle.config import from_dict, load, merge, read_yaml
-from dalle.hub.registry import build, load_part
+from dalle.hub.registry import build_model, load_model
 from dalle.pipelines.dalle import DALLE
 from dalle.train import Schedule
 from dalle.train.loggers import read_log
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RUNS = {"dvae": DVAERun, "transformer": TransformerRun, "clip": CLIPRun}
+RUNS = {"dvae": TrainDVAEArgs, "transformer": TrainTransformerArgs, "clip": TrainCLIPArgs}
 FILES = sorted(CONFIGS.glob("*/*.yaml"))
 SIZES = ["shapes", "small", "clipart", "paper"]
 
@@ -41,7 +41,7 @@ def names(file: Path) -> str:
 def test_it_builds(file):
     run = load(RUNS[file.parent.name], [file])
     with torch.device("meta"):
-        model = build(file.parent.name, run.model)
+        model = build_model(file.parent.name, run.model)
     assert sum(p.numel() for p in model.parameters()) > 0
 
 
@@ -57,7 +57,7 @@ def test_it_says_how_to_run_it(file):
 @pytest.mark.parametrize("size", SIZES)
 def test_the_families_fit_together(size):
     dvae, transformer, clip = (read(family, size) for family in RUNS)
-    side = dvae.data.resolution // dvae.model.downsampling
+    side = dvae.data.resolution // dvae.model.downsample_factor
     assert transformer.model.grid == (side, side)
     assert transformer.model.image_vocab == dvae.model.vocab_size
     assert transformer.text.vocab_size <= min(transformer.model.text_vocab, clip.model.text_vocab)
@@ -96,7 +96,7 @@ def test_the_papers_dvae():
     assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.999, 1e-8)
     assert (optimizer.weight_decay, optimizer.warmup, optimizer.clip) == (1e-4, 0, None)
     assert (run.train.ema.decay, run.train.ema.every) == (0.999, 1)
-    assert (run.model.vocab_size, run.model.downsampling) == (8192, 8)
+    assert (run.model.vocab_size, run.model.downsample_factor) == (8192, 8)
     assert run.model.residual_gain == 1 / 64  # four groups of two resblocks
 
 
@@ -104,7 +104,7 @@ def test_the_papers_transformer():
     """2.2, B.1, B.2."""
     run = read("transformer", "paper")
     model = run.model
-    assert (model.depth, model.heads, model.head_width, model.width) == (64, 62, 64, 3968)
+    assert (model.depth, model.heads, model.head_dim, model.width) == (64, 62, 64, 3968)
     assert (model.text_len, model.grid, model.text_vocab, model.image_vocab) == (256, (32, 32), 16384, 8192)
     assert (model.kinds.count("row"), model.kinds.count("column"), model.kinds.count("conv")) == (47, 16, 1)
     assert (run.steps, run.train.batch_size) == (430_000, 1024)
@@ -119,15 +119,15 @@ def test_the_papers_transformer():
 
 def test_the_papers_transformer_has_twelve_billion_parameters():
     with torch.device("meta"):
-        model = build("transformer", read("transformer", "paper").model)
+        model = build_model("transformer", read("transformer", "paper").model)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(12e9, rel=0.05)
 
 
 def test_the_papers_clip_is_vit_b_16():
-    """Radford et al., Tables 18 to 20; 86 million parameters of the picture's tower."""
+    """Radford et al., Tables 18 to 20; 86 million parameters of the image's tower."""
     run = read("clip", "paper")
     with torch.device("meta"):
-        model = build("clip", run.model)
+        model = build_model("clip", run.model)
     assert sum(p.numel() for p in model.net.visual.parameters()) == pytest.approx(86.2e6, rel=0.01)
     assert (run.train.batch_size, run.train.optimizer.weight_decay, run.train.optimizer.warmup) == (
         32_768,
@@ -138,7 +138,7 @@ def test_the_papers_clip_is_vit_b_16():
 
 def test_the_small_transformer_has_tens_of_millions_of_parameters():
     with torch.device("meta"):
-        model = build("transformer", read("transformer", "small").model)
+        model = build_model("transformer", read("transformer", "small").model)
     assert 30e6 < sum(p.numel() for p in model.parameters()) < 60e6
 
 
@@ -146,7 +146,7 @@ def test_the_small_transformer_has_tens_of_millions_of_parameters():
 # Two steps
 # ---------------------------------------------------------------------------------------------
 
-COMMON = {"steps": 2, "device": "cpu", "data": {"path": "shapes", "resolution": 16}, "eval_pictures": 4}
+COMMON = {"steps": 2, "device": "cpu", "data": {"path": "shapes", "resolution": 16}, "eval_samples": 4}
 RHYTHM = {"batch_size": 4, "precision": "fp32", "log_every": 1}
 
 
@@ -154,15 +154,15 @@ def shrunk(family: str, size: str):
     """The file's run with its own losses, optimizer and switches, at the width and resolution of a test."""
     run = read(family, size)
     if family == "dvae":
-        side = 4 * run.model.downsampling
-        model = {"widths": [4] * len(run.model.widths), "vocab_size": 16, "code_width": 8}
+        side = 4 * run.model.downsample_factor
+        model = {"widths": [4] * len(run.model.widths), "vocab_size": 16, "codebook_dim": 8}
         crop = None if run.crop is None else side // 2
-        changes = {"model": model, "encode": {"pictures": 24}, "data": {"resolution": side}, "crop": crop}
+        changes = {"model": model, "encode": {"images": 24}, "data": {"resolution": side}, "crop": crop}
     elif family == "transformer":
-        model = {"depth": 4, "heads": 2, "head_width": 8, "text_len": 20, "grid": [4, 4], "conv_kernel": 3}
+        model = {"depth": 4, "heads": 2, "head_dim": 8, "text_len": 20, "grid": [4, 4], "conv_kernel": 3}
         changes = {"model": model | {"text_vocab": 400, "image_vocab": 16}, "text": {"vocab_size": 400}}
     else:
-        widths = {"embed_width": 8, "vision_width": 16, "text_width": 16, "head_width": 8}
+        widths = {"embed_width": 8, "vision_width": 16, "text_width": 16, "head_dim": 8}
         layers = {"vision_layers": 1, "text_layers": 1, "image_size": 16, "patch_size": 8}
         model = widths | layers | {"text_len": 20, "text_vocab": 400}
         changes = {"model": model, "data": {"resolution": 24}}  # twelve cells, so that things can be broken
@@ -179,8 +179,10 @@ def finite(run: Path) -> bool:
 @pytest.mark.parametrize("size", SIZES)
 def test_the_stages_run_in_order_and_join(tmp_path, size):
     dvae, transformer, clip = (shrunk(family, size) for family in RUNS)
-    text = TokenizerRun(out=tmp_path / "text", data=transformer.data, text=transformer.text, captions=1000)
-    encode = EncodeRun(
+    text = TrainTokenizerArgs(
+        out=tmp_path / "text", data=transformer.data, text=transformer.text, captions=1000
+    )
+    encode = EncodeImagesArgs(
         out=tmp_path / "tokens", dvae=tmp_path / "dvae", data=dvae.data, encode=dvae.encode, device="cpu"
     )
     parts = {"tokenizer": tmp_path / "text"}
@@ -193,7 +195,7 @@ def test_the_stages_run_in_order_and_join(tmp_path, size):
     train_clip(dataclasses.replace(clip, out=tmp_path / "clip", **parts))
     assert (cache.size, cache.grid) == (24, (4, 4))
     assert all(finite(tmp_path / family) for family in RUNS)
-    model = DALLE.from_parts(*(load_part(tmp_path / family, family) for family in RUNS))
+    model = DALLE.from_parts(*(load_model(tmp_path / family, family) for family in RUNS))
     assert (
         len(model.generate("a red cross above a blue circle on a white background", n=1, best_of=2).images)
         == 1
@@ -205,7 +207,7 @@ def test_shrinking_keeps_the_files_own_settings():
     for size in SIZES:
         kept, whole = shrunk("dvae", size), read("dvae", size)
         assert (kept.objective, kept.train.optimizer) == (whole.objective, whole.train.optimizer)
-        assert (kept.model.post_gain, kept.model.downsampling) == (
-            whole.model.post_gain,
-            whole.model.downsampling,
+        assert (kept.model.residual_scale, kept.model.downsample_factor) == (
+            whole.model.residual_scale,
+            whole.model.downsample_factor,
         )

@@ -18,16 +18,16 @@ IDS = torch.tensor([[3, 1, 4, 13, 14, 15, 16, 22, 18, 18, 21, 17]])
 
 def test_paper_size():
     layout = TokenLayout()
-    assert (layout.text_len, layout.image_len, layout.length) == (256, 1024, 1280)
+    assert (layout.text_len, layout.num_image_tokens, layout.seq_len) == (256, 1024, 1280)
     assert (layout.rows, layout.columns) == layout.grid == (32, 32)
-    assert layout.caption_room == 255
+    assert layout.max_caption_len == 255
     assert layout.image_offset == 16384 + 256
     assert layout.vocab == 16384 + 256 + 8192
-    assert layout.input_vocab == layout.vocab + 2
+    assert layout.embedding_size == layout.vocab + 2
 
 
 def test_text_pads_image_and_starts_follow_one_another():
-    assert (TOY.image_offset, TOY.vocab, TOY.start_of_text, TOY.start_of_image, TOY.input_vocab) == (
+    assert (TOY.image_offset, TOY.vocab, TOY.start_of_text, TOY.start_of_image, TOY.embedding_size) == (
         16,
         23,
         23,
@@ -37,7 +37,7 @@ def test_text_pads_image_and_starts_follow_one_another():
 
 
 def test_an_oblong_grid():
-    assert (TOY.rows, TOY.columns, TOY.image_len, TOY.length) == (2, 3, 6, 12)
+    assert (TOY.rows, TOY.columns, TOY.num_image_tokens, TOY.seq_len) == (2, 3, 6, 12)
 
 
 def test_one_number_is_a_square_grid():

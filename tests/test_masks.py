@@ -276,7 +276,7 @@ def lively(config):
 
 SMALL = {
     "heads": 2,
-    "head_width": 4,
+    "head_dim": 4,
     "text_len": 6,
     "grid": (4, 4),
     "text_vocab": 10,
@@ -290,11 +290,11 @@ SMALL = {
 def test_one_layer_reaches_exactly_what_its_mask_shows(monkeypatch, kind, backend):
     monkeypatch.setattr(OneKind, "kind", kind)
     model = lively(OneKind(depth=1, backend=backend, **SMALL))
-    assert torch.equal(reach(model, TOY.length), dense_mask(kind, TOY, kernel=3))
+    assert torch.equal(reach(model, TOY.seq_len), dense_mask(kind, TOY, kernel=3))
 
 
 def test_layers_of_all_kinds_reach_nothing_later():
-    reached = reach(lively(TransformerConfig(depth=4, **SMALL)), TOY.length)
+    reached = reach(lively(TransformerConfig(depth=4, **SMALL)), TOY.seq_len)
     assert not reached.triu(1).any()
     assert reached[6:, :6].all()
     assert reached[-1].all()

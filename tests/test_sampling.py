@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle.sampling import check_sampling, draw, uniforms
+from dalle.sampling import candidate_noise, check_sampling, sample_tokens
 
 
 def numbers(n, seed=0):
@@ -16,43 +16,45 @@ def numbers(n, seed=0):
 
 def draw_many(logits, n=20_000, **options):
     """Counts of n draws from one row of logits."""
-    return torch.bincount(draw(logits.expand(n, -1), numbers(n), **options), minlength=len(logits))
+    return torch.bincount(sample_tokens(logits.expand(n, -1), numbers(n), **options), minlength=len(logits))
 
 
 # The random numbers.
 
 
 def test_a_candidate_has_its_numbers_whatever_the_others():
-    three = uniforms(0, "a red square", range(3), 10)
-    assert torch.equal(three[1:], uniforms(0, "a red square", range(1, 3), 10))
-    assert torch.equal(three[[2]], uniforms(0, "a red square", range(2, 3), 10))
+    three = candidate_noise(0, "a red square", range(3), 10)
+    assert torch.equal(three[1:], candidate_noise(0, "a red square", range(1, 3), 10))
+    assert torch.equal(three[[2]], candidate_noise(0, "a red square", range(2, 3), 10))
 
 
 def test_a_position_has_its_number_however_many_follow():
-    assert torch.equal(uniforms(3, "dog", range(2), 30)[:, :10], uniforms(3, "dog", range(2), 10))
+    assert torch.equal(
+        candidate_noise(3, "dog", range(2), 30)[:, :10], candidate_noise(3, "dog", range(2), 10)
+    )
 
 
 def test_numbers_differ_by_seed_caption_candidate_and_position():
     settings = itertools.product([0, 1, 2**40], ["", "a", "b", "a b", "ä"], [range(2), range(1000, 1001)])
-    everything = torch.cat([uniforms(*setting, 8).flatten() for setting in settings])
+    everything = torch.cat([candidate_noise(*setting, 8).flatten() for setting in settings])
     assert len(everything.unique()) == len(everything) == 3 * 5 * 3 * 8
 
 
 def test_seed_and_caption_do_not_run_together():
-    assert not torch.equal(uniforms(1, "2", range(1), 4), uniforms(12, "", range(1), 4))
+    assert not torch.equal(candidate_noise(1, "2", range(1), 4), candidate_noise(12, "", range(1), 4))
 
 
 @pytest.mark.parametrize("caption", ["a", "b", "c", "d"])
 def test_the_numbers_are_philoxs_under_a_hash_of_all_they_depend_on(caption):
-    """They may never change: a seed and a candidate's number name a picture for good."""
+    """They may never change: a seed and a candidate's number name an image for good."""
     digest = hashlib.blake2b(f"candidate\n5\n7\n{caption}".encode(), digest_size=16).digest()
     expected = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(6)
-    assert uniforms(5, caption, range(7, 8), 6)[0].tolist() == expected.tolist()
+    assert candidate_noise(5, caption, range(7, 8), 6)[0].tolist() == expected.tolist()
 
 
 def test_numbers_are_uniform_and_do_not_touch_global_state():
     before = np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
-    many = uniforms(0, "dog", range(100), 100)
+    many = candidate_noise(0, "dog", range(100), 100)
     after = np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
     assert before[0] == after[0]
     assert torch.equal(before[1], after[1])
@@ -80,25 +82,25 @@ def test_temperature_divides_the_logits():
 def test_a_draw_inverts_the_cumulative_distribution():
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(6, 4)
     uniform = torch.tensor([0.0, 0.09, 0.11, 0.31, 0.59, 0.61])
-    assert draw(logits, uniform).tolist() == [0, 0, 1, 2, 2, 3]
+    assert sample_tokens(logits, uniform).tolist() == [0, 0, 1, 2, 2, 3]
 
 
 def test_rows_are_drawn_apart():
     logits = torch.tensor(
         [[0.0, -torch.inf, -torch.inf], [-torch.inf, -torch.inf, 0.0], [-torch.inf, 0.0, -torch.inf]]
     )
-    assert draw(logits, numbers(3)).tolist() == [0, 2, 1]
+    assert sample_tokens(logits, numbers(3)).tolist() == [0, 2, 1]
 
 
 def test_temperature_zero_takes_the_most_likely():
     logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(draw(logits, numbers(50), temperature=0), logits.argmax(dim=1))
+    assert torch.equal(sample_tokens(logits, numbers(50), temperature=0), logits.argmax(dim=1))
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30])
 def test_a_low_temperature_approaches_the_most_likely(temperature):
     logits = 10 * torch.randn(50, 9, generator=torch.Generator().manual_seed(0)) + 100
-    assert torch.equal(draw(logits, numbers(50), temperature=temperature), logits.argmax(dim=1))
+    assert torch.equal(sample_tokens(logits, numbers(50), temperature=temperature), logits.argmax(dim=1))
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
@@ -110,13 +112,13 @@ def test_minus_infinity_is_never_drawn(uniform, options):
     logits = torch.randn(200, 30, generator=generator)
     logits[torch.rand(200, 30, generator=generator) < 0.7] = -torch.inf
     logits[:, 7] = 0.0
-    drawn = draw(logits, torch.full((200,), uniform, dtype=torch.float64), **options)
+    drawn = sample_tokens(logits, torch.full((200,), uniform, dtype=torch.float64), **options)
     assert torch.isfinite(logits.gather(1, drawn[:, None])).all()
 
 
 def test_16_bit_logits_are_drawn_in_full_precision():
     """In bf16 the cumulative distribution would stop growing long before 8192 equal shares are summed."""
-    drawn = draw(torch.zeros(1, 8192, dtype=torch.bfloat16).expand(9, -1), torch.arange(9) / 9)
+    drawn = sample_tokens(torch.zeros(1, 8192, dtype=torch.bfloat16).expand(9, -1), torch.arange(9) / 9)
     assert drawn.tolist() == [8192 * i // 9 for i in range(9)]
 
 
@@ -149,8 +151,8 @@ def test_truncated_draws_follow_the_reference(options):
 def test_truncation_is_each_rows_own():
     logits = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]])
     for u in (0.0, 0.5, 0.99):
-        assert draw(logits, torch.full((2,), u), top_k=1).tolist() == [2, 0]
-        assert draw(logits, torch.full((2,), u), top_p=0.3).tolist() == [2, 0]
+        assert sample_tokens(logits, torch.full((2,), u), top_k=1).tolist() == [2, 0]
+        assert sample_tokens(logits, torch.full((2,), u), top_p=0.3).tolist() == [2, 0]
 
 
 def test_top_k_keeps_k_even_where_logits_are_equal():
@@ -163,7 +165,7 @@ def test_top_k_keeps_k_even_where_logits_are_equal():
 def test_truncation_that_keeps_everything_changes_nothing(options):
     logits = torch.randn(64, 8192, generator=torch.Generator().manual_seed(0))
     uniform = torch.cat([numbers(32), 1 - numbers(32, seed=1) * 1e-7])
-    assert torch.equal(draw(logits, uniform, **options), draw(logits, uniform))
+    assert torch.equal(sample_tokens(logits, uniform, **options), sample_tokens(logits, uniform))
 
 
 @pytest.mark.parametrize(
@@ -183,4 +185,4 @@ def test_settings_that_mean_nothing_are_refused(temperature, top_k, top_p, messa
     with pytest.raises(ValueError, match=message):
         check_sampling(temperature, top_k, top_p)
     with pytest.raises(ValueError, match=message):
-        draw(torch.zeros(1, 4), torch.zeros(1), temperature, top_k, top_p)
+        sample_tokens(torch.zeros(1, 4), torch.zeros(1), temperature, top_k, top_p)

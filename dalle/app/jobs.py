@@ -14,15 +14,15 @@ from typing import Any
 
 from PIL import Image
 
-from dalle.commands.sample import SampleRun, write_sample
-from dalle.data.image_decode import decode, open_picture
-from dalle.io.images import shorter_side
-from dalle.pipelines.best_of_n import Progress, Settings, fitting_batch
+from dalle.commands.sample import SampleArgs, write_sample
+from dalle.data.image_decode import decode, open_image
+from dalle.io.images import resize_center_crop
+from dalle.pipelines.best_of_n import GenerationProgress, SamplingConfig, auto_batch_size
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import Generation
 from dalle.pipelines.prompts_file import words
 
-DEFAULTS = SampleRun()
+DEFAULTS = SampleArgs()
 SEEDS = 2**31  # seeds that are made up lie below, so that they are easy to type again
 LARGEST_SEED = 2**53 - 1  # a browser's numbers are exact up to here
 
@@ -33,14 +33,14 @@ class Limits:
 
     caption: int = 1000
     """Letters of a caption."""
-    pictures: int = 16
-    """Pictures to keep."""
+    images: int = 16
+    """Images to keep."""
     candidates: int = 512
     """Candidates to draw; the paper draws 512."""
     upload: int = 10 * 2**20
-    """Bytes of a picture."""
+    """Bytes of an image."""
     pixels: int = 25_000_000
-    """Pixels of a picture."""
+    """Pixels of an image."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Request:
     top_p: float | None = DEFAULTS.top_p
     guidance: float | None = DEFAULTS.guidance
     image: Path | None = None
-    """A picture whose top rows are kept."""
+    """An image whose top rows are kept."""
     rows: int | None = None
     """Rows of tokens to keep of it."""
 
@@ -68,7 +68,7 @@ class Request:
                 f"the caption has {len(self.caption):,} letters, at most {limits.caption:,} are read"
             )
         for name, value, most in (
-            ("pictures", self.n, limits.pictures),
+            ("images", self.n, limits.images),
             ("best of", self.best_of, limits.candidates),
         ):
             if value is None:
@@ -77,19 +77,19 @@ class Request:
                 raise ValueError(f"{name} must be 1 to {most} here, got {value}")
         if self.best_of < self.n:
             raise ValueError(
-                f"best of must be at least as many as the pictures, got {self.best_of} for {self.n}"
+                f"best of must be at least as many as the images, got {self.best_of} for {self.n}"
             )
         if self.temperature is None:
-            raise ValueError("temperature is blank; give 1 as the paper, or less for likelier pictures")
+            raise ValueError("temperature is blank; give 1 as the paper, or less for likelier images")
         if self.seed is not None and not 0 <= self.seed <= LARGEST_SEED:
             raise ValueError(
                 f"the seed must be 0 to {LARGEST_SEED}, got {self.seed}; leave it blank for a new one"
             )
-        Settings(**self.sampling)
+        SamplingConfig(**self.sampling)
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """How tokens are drawn, as `dalle.pipelines.best_of_n.Settings` takes it."""
+        """How tokens are drawn, as `dalle.pipelines.best_of_n.SamplingConfig` takes it."""
         return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "guidance")}
 
 
@@ -122,7 +122,7 @@ class Work:
         self.seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
         self.best_of = request.best_of if model.scorer else request.n
         streams = 1 if request.guidance in (None, 1) else 2
-        self.settings = request.sampling | {"batch": fitting_batch(model.transformer, streams)}
+        self.settings = request.sampling | {"batch": auto_batch_size(model.transformer, streams)}
         kept = {}
         if request.image is not None:
             kept = {"image": open_upload(request.image, limits), "rows": request.rows}
@@ -136,7 +136,7 @@ class Work:
         self.generation: Generation | None = None
         """The best so far."""
 
-    def steps(self, stop: Event) -> Iterator[Progress]:
+    def steps(self, stop: Event) -> Iterator[GenerationProgress]:
         """After each row of tokens and each block; ends early once `stop` is set."""
         for progress in self._steps:
             self.generation = progress.generation or self.generation
@@ -145,7 +145,7 @@ class Work:
                 self._steps.close()
 
     def options(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """What scripts/sample.py would be given for the same pictures, for sample.json."""
+        """What scripts/sample.py would be given for the same images, for sample.json."""
         asked = {"n": self.request.n, "best_of": self.generation.drawn, "seed": self.seed} | self.settings
         if self.request.image is not None:
             asked |= {"image": self.request.image.name, "rows": self.request.rows}
@@ -153,30 +153,30 @@ class Work:
 
 
 def open_upload(path: Path, limits: Limits) -> Image.Image:
-    """An uploaded picture as RGB; ValueError, which names no path of the server, for one that cannot be used."""
+    """An uploaded image as RGB; ValueError, which names no path of the server, for one that cannot be used."""
     size = path.stat().st_size
     if size > limits.upload:
         raise ValueError(
             f"{path.name} has {size / 2**20:.1f} MiB; expected at most {limits.upload / 2**20:.0f}"
         )
-    picture = open_picture(path.read_bytes(), path.name)
-    if picture.width * picture.height > limits.pixels:
+    image = open_image(path.read_bytes(), path.name)
+    if image.width * image.height > limits.pixels:
         raise ValueError(
-            f"{path.name} has {picture.width} x {picture.height} pixels; expected at most {limits.pixels:,} in all"
+            f"{path.name} has {image.width} x {image.height} pixels; expected at most {limits.pixels:,} in all"
         )
-    return decode(picture, path.name)
+    return decode(image, path.name)
 
 
-def kept_part(picture: Image.Image, rows: int, model: DALLE) -> Image.Image:
-    """The middle square of a picture at the model's size, grey where the model is to draw."""
+def kept_part(image: Image.Image, rows: int, model: DALLE) -> Image.Image:
+    """The middle square of an image at the model's size, grey where the model is to draw."""
     layout = model.transformer.layout
-    square = shorter_side(picture, layout.rows * model.dvae.downsampling)
-    top = rows * model.dvae.downsampling
+    square = resize_center_crop(image, layout.rows * model.dvae.downsample_factor)
+    top = rows * model.dvae.downsample_factor
     square.paste((128, 128, 128), (0, top, square.width, square.height))
     return square
 
 
-def standing(progress: Progress, layout_columns: int, layout_rows: int) -> str:
+def standing(progress: GenerationProgress, layout_columns: int, layout_rows: int) -> str:
     """How far the drawing is, in words."""
     first, last = progress.candidates[0] + 1, progress.candidates[-1] + 1
     these = f"candidates {first} to {last}" if last > first else f"candidate {first}"
@@ -187,23 +187,23 @@ def standing(progress: Progress, layout_columns: int, layout_rows: int) -> str:
 def ended(generation: Generation, took: float) -> str:
     """What came out, in words."""
     count = len(generation.images)
-    pictures = "1 picture" if count == 1 else f"{count} pictures"
+    images = "1 image" if count == 1 else f"{count} images"
     ranked = f"the best of {generation.drawn}" if generation.scores else "unranked"
     stopped = f"Stopped after {generation.drawn} of {generation.best_of} candidates. " * generation.partial
-    return f"{stopped}{pictures[0].upper()}{pictures[1:]}, {ranked}. Seed {generation.seed}, {took:.1f} s."
+    return f"{stopped}{images[0].upper()}{images[1:]}, {ranked}. Seed {generation.seed}, {took:.1f} s."
 
 
 def label(generation: Generation, place: int) -> str:
-    """The words under a picture: its place, and what the scorer gave."""
+    """The words under an image: its place, and what the scorer gave."""
     if generation.scores is None:
         return f"candidate {generation.candidates[place]}"
     return f"{place + 1}: score {generation.scores[place]:.3f}"
 
 
-def data_url(picture: Image.Image) -> str:
-    """A picture as text that a page shows without a file on the server."""
+def data_url(image: Image.Image) -> str:
+    """An image as text that a page shows without a file on the server."""
     buffer = BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 

@@ -51,8 +51,8 @@ CSS = """
 footer {display: none !important;}
 """
 EXAMPLE = "a red circle above a blue square on a white background"
-BETWEEN = 0.15  # seconds; more pictures in a second than this tells are not sent to the browser
-AGE = 3600  # seconds after which pictures of the server's temporary folder are removed
+BETWEEN = 0.15  # seconds; more images in a second than this tells are not sent to the browser
+AGE = 3600  # seconds after which images of the server's temporary folder are removed
 LOG = logging.getLogger(__name__)
 
 
@@ -107,10 +107,10 @@ class Page:
 
     def _about(self) -> str:
         layout = self.model.transformer.layout
-        side = layout.rows * self.model.dvae.downsampling
-        width = layout.columns * self.model.dvae.downsampling
+        side = layout.rows * self.model.dvae.downsample_factor
+        width = layout.columns * self.model.dvae.downsample_factor
         ranked = "ranked by CLIP" if self.model.scorer else "unranked: the model has no CLIP"
-        return f"Pictures of {width} x {side} pixels, drawn as {layout.image_len} tokens, {ranked}."
+        return f"Images of {width} x {side} pixels, drawn as {layout.num_image_tokens} tokens, {ranked}."
 
     def _controls(self) -> None:
         gr, layout = self.gr, self.model.transformer.layout
@@ -119,7 +119,7 @@ class Page:
             self.draw_button = gr.Button("Draw", variant="primary")
             self.stop_button = gr.Button("Stop", interactive=False)
         with gr.Row():
-            self.n = gr.Number(DEFAULTS.keep, label="Pictures", precision=0, min_width=80)
+            self.n = gr.Number(DEFAULTS.keep, label="Images", precision=0, min_width=80)
             self.best_of = gr.Number(
                 DEFAULTS.best_of, label="Best of", precision=0, min_width=80, visible=bool(self.model.scorer)
             )
@@ -131,14 +131,14 @@ class Page:
                 DEFAULTS.temperature,
                 step=0.05,
                 label="Temperature",
-                info="1 as the paper; less gives likelier, smoother pictures",
+                info="1 as the paper; less gives likelier, smoother images",
             )
             with gr.Row():
                 self.top_k = _blank(gr, "Top-k", DEFAULTS.top_k, "all", "among the k likeliest tokens")
                 self.top_p = _blank(gr, "Top-p", DEFAULTS.top_p, "1", "among those that reach p")
                 self.guidance = _blank(gr, "Guidance", DEFAULTS.guidance, "off", "after caption dropout only")
-        with gr.Accordion("Complete a picture", open=False, visible=layout.rows == layout.columns > 1):
-            self.image = gr.File(label="Picture", file_types=["image"], height=110, elem_id="picture")
+        with gr.Accordion("Complete an image", open=False, visible=layout.rows == layout.columns > 1):
+            self.image = gr.File(label="Image", file_types=["image"], height=110, elem_id="image")
             _uploads_only(gr, self.image)
             self.rows = gr.Slider(
                 1,
@@ -152,7 +152,7 @@ class Page:
 
     def _results(self) -> None:
         gr = self.gr
-        self.status = gr.Markdown("The pictures appear here, row by row.", elem_id="status")
+        self.status = gr.Markdown("The images appear here, row by row.", elem_id="status")
         self.live = gr.HTML(visible=False, elem_id="live")
         self.best = gr.Gallery(
             show_label=False,
@@ -165,7 +165,7 @@ class Page:
             elem_id="best",
             visible=False,
         )
-        self.download = gr.DownloadButton("Download pictures and sample.json", visible=False, size="sm")
+        self.download = gr.DownloadButton("Download images and sample.json", visible=False, size="sm")
 
     def _connect(self, page) -> None:
         gr = self.gr
@@ -237,7 +237,7 @@ class Page:
             event.set()
 
     def preview(self, image: str | None, rows: int) -> str:
-        """What is kept of the picture."""
+        """What is kept of the image."""
         if image is None:
             return ""
         with self._told():
@@ -281,7 +281,7 @@ class Page:
                 yield self._shown(told, progress.images, progress.generation)
                 sent = time.monotonic()
         if work.generation is None:
-            yield self._shown("Stopped before the first pictures were whole.")
+            yield self._shown("Stopped before the first images were whole.")
             return
         told = ended(work.generation, time.monotonic() - began)
         with TemporaryDirectory() as folder:
@@ -291,11 +291,9 @@ class Page:
     def _shown(
         self, told: str, live: list[Image.Image] | None = None, generation=None, download: str | None = None
     ) -> tuple:
-        """Updates of the status, the pictures at work, the gallery and the download."""
+        """Updates of the status, the images at work, the gallery and the download."""
         update = self.gr.update
-        tiles = "".join(
-            _tile(picture, f"picture {i + 1}, being drawn") for i, picture in enumerate(live or [])
-        )
+        tiles = "".join(_tile(image, f"image {i + 1}, being drawn") for i, image in enumerate(live or []))
         gallery = update()
         if generation is not None:
             labels = [label(generation, i) for i in range(len(generation.images))]
@@ -318,8 +316,8 @@ class Page:
             raise self.gr.Error(message, print_exception=False) from None
 
 
-def _tile(picture: Image.Image, alt: str) -> str:
-    return f'<img src="{data_url(picture)}" alt="{alt}">'
+def _tile(image: Image.Image, alt: str) -> str:
+    return f'<img src="{data_url(image)}" alt="{alt}">'
 
 
 def _blank(gr: ModuleType, name: str, value: float | None, blank: str, info: str):
@@ -334,7 +332,7 @@ def _uploads_only(gr: ModuleType, file: Any) -> None:
 
     async def take_upload(path: str | None) -> str | None:
         if "://" in str(path or ""):
-            raise gr.Error("a picture is uploaded, not fetched from an address", print_exception=False)
+            raise gr.Error("an image is uploaded, not fetched from an address", print_exception=False)
         return await take(path)
 
     file.async_move_resource_to_block_cache = (

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dalle.benchmarks.common import hardware, save_report, seconds_of
 from dalle.io.files import make_directory
-from dalle.nn.attention import CHOICES, attend_by, choose, resolve, wants_transposed
-from dalle.nn.sparse_mask import Pattern
+from dalle.nn.attention import CHOICES, attend_with, auto_backend, resolve_backend, uses_column_major
+from dalle.nn.sparse_mask import SparseMask
 from dalle.train.precision import DTYPES, Precision, resolve_device, resolve_precision
 from dalle.transformer import TransformerConfig
 
@@ -67,7 +67,7 @@ def benchmark_attention(run: AttentionBenchmark) -> dict[str, Any]:
     mixes = [_mix(times, counts) for times in rounds]
     report = {
         "layers": dict(counts),
-        "chosen_by_auto": {kind: choose(kind, device) for kind in counts},
+        "chosen_by_auto": {kind: auto_backend(kind, device) for kind in counts},
         "seconds_of_the_mix": {name: statistics.median(mix[name] for mix in mixes) for name in mixes[0]},
         "times_as_fast": {
             f"{ours} as {theirs}": statistics.median(mix[theirs] / mix[ours] for mix in mixes)
@@ -80,8 +80,8 @@ def benchmark_attention(run: AttentionBenchmark) -> dict[str, Any]:
         "shape": {
             "batch": run.batch_size,
             "heads": run.heads,
-            "slots": run.model.layout.length,
-            "width": run.model.head_width,
+            "slots": run.model.layout.seq_len,
+            "width": run.model.head_dim,
         },
         "precision": precision,
         "hardware": hardware(device),
@@ -98,18 +98,20 @@ def benchmark_attention(run: AttentionBenchmark) -> dict[str, Any]:
 
 def _inputs(run: AttentionBenchmark, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shape = (4, run.batch_size, run.heads, run.model.layout.length, run.model.head_width)
+    shape = (4, run.batch_size, run.heads, run.model.layout.seq_len, run.model.head_dim)
     *inputs, gradient = torch.randn(shape, generator=generator).to(device, dtype)
     return [*(x.requires_grad_() for x in inputs), gradient]
 
 
 def _work(backend: str, kind: str, run: AttentionBenchmark, inputs: list[Tensor]) -> Callable[[], Any]:
     """Forward and backward of one layer, its image states in the order in which the model hands them over."""
-    pattern = Pattern(kind, run.model.layout, run.model.conv_kernel)
+    pattern = SparseMask(kind, run.model.layout, run.model.conv_kernel)
     q, k, v, gradient = inputs
-    backend = resolve(backend, pattern, q.shape[2], q.device, q.shape[3])
-    transposed = wants_transposed(backend, pattern)
-    return lambda: torch.autograd.grad(attend_by(backend, q, k, v, pattern, transposed), (q, k, v), gradient)
+    backend = resolve_backend(backend, pattern, q.shape[2], q.device, q.shape[3])
+    transposed = uses_column_major(backend, pattern)
+    return lambda: torch.autograd.grad(
+        attend_with(backend, q, k, v, pattern, transposed), (q, k, v), gradient
+    )
 
 
 def _mix(times: dict[tuple[str, str], float], counts: Counter) -> dict[str, float]:

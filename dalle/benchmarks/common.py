@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from dalle.hub.registry import build
+from dalle.hub.registry import build_model
 from dalle.io.files import make_directory, write_json
 from dalle.schedules import Schedule
-from dalle.train.ema import AveragedWeights, EMAConfig
+from dalle.train.ema import EMA, EMAConfig
 from dalle.train.optimizer import OptimizerConfig, build_optimizers
-from dalle.train.precision import DTYPES, compile_parts
+from dalle.train.precision import DTYPES, compile_layers
 from dalle.train.state import TrainState
-from dalle.train.step import gradient_scales, train_step
+from dalle.train.step import build_grad_scaler, train_step
 from dalle.types import Loss, Objective
 
 OPTIM = OptimizerConfig(lr=Schedule(1e-4, 1e-4), warmup=0)
@@ -37,14 +37,12 @@ class Stepper:
         seed: int = 0,
     ):
         torch.manual_seed(seed)
-        self.model = model = build(kind, config).to(device)
+        self.model = model = build_model(kind, config).to(device)
         self.objective, self.precision, self.optim = objective, precision, optim
-        scales = gradient_scales(model) if precision == "fp16" else None
-        self.state = TrainState(
-            model, build_optimizers(model, self.optim), AveragedWeights(model, EMAConfig()), scales
-        )
+        scales = build_grad_scaler(model) if precision == "fp16" else None
+        self.state = TrainState(model, build_optimizers(model, self.optim), EMA(model, EMAConfig()), scales)
         if compiled:
-            compile_parts(model)
+            compile_layers(model)
 
     def __call__(self, batch: Any) -> Loss:
         return train_step(self.state, batch, self.objective, self.optim, self.precision, seed=0)[0]

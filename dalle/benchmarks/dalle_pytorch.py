@@ -63,7 +63,7 @@ class DallePytorchStep:
 
 
 class DallePytorchDraw:
-    """A model of that package that draws image tokens of one picture, its cache on.
+    """A model of that package that draws image tokens of one image, its cache on.
 
     Its `generate_images(use_cache=True)` drops the cache on the way to the model unless guidance is on too, so the
     model is called here as that function calls it, with the cache. Arguments and errors as `DallePytorchStep`.
@@ -106,7 +106,7 @@ def _build(config: TransformerConfig, attn_types: tuple[str, ...]) -> torch.nn.M
         text_seq_len=config.text_len,
         depth=config.depth,
         heads=config.heads,
-        dim_head=config.head_width,
+        dim_head=config.head_dim,
         attn_types=attn_types,
     )
 

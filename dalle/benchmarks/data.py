@@ -1,4 +1,4 @@
-"""How fast data come: pictures and tokens a second, and how long a training step waits for them.
+"""How fast data come: images and tokens a second, and how long a training step waits for them.
 
 A case is one source, one number of workers and one resolution, or the token cache. It is timed twice: batches
 alone, as fast as they come, and batches with a training step after each, where the wait is what is left of a
@@ -20,23 +20,23 @@ import torch
 from torch import Tensor
 
 from dalle.benchmarks.common import Stepper, hardware, save_report, seconds_of
-from dalle.commands.train_transformer import TokenBatches, TransformerRun
-from dalle.data import Loader, PairsConfig, StepOfPairs, TokenCache, open_pairs
-from dalle.data.token_cache import TokenPlan
+from dalle.commands.train_transformer import TokenBatches, TrainTransformerArgs
+from dalle.data import DataConfig, Loader, StepOfPairs, TokenCache, open_dataset
+from dalle.data.token_cache import TokenCacheSpec
 from dalle.data.token_writer import TokenWriter
 from dalle.dvae import DVAEConfig
 from dalle.dvae.objective import DVAEObjective
 from dalle.io.files import make_directory
 from dalle.layout import TokenLayout
-from dalle.runs.args import take_text
-from dalle.shapes.dataset import ShapesPairs
-from dalle.text import MergeTokenizer, TextTokenizerConfig, train_text_tokenizer
+from dalle.runs.args import load_text_input
+from dalle.shapes.dataset import ShapesDataset
+from dalle.text import BPETokenizer, TextTokenizerConfig, train_text_tokenizer
 from dalle.train import TrainConfig
 from dalle.train.precision import Precision, resolve_device, resolve_precision
 from dalle.train.step import to_device
 from dalle.transformer import TransformerConfig
 from dalle.transformer.objective import TransformerObjective
-from dalle.types import Batch
+from dalle.types import ImageTextBatch
 
 STEPS = 10**6
 """Workers read ahead up to this step, which is never reached."""
@@ -44,18 +44,18 @@ STEPS = 10**6
 
 @dataclass(frozen=True)
 class DataBenchmark:
-    """Times sources of pictures and the token cache, alone and with a training step."""
+    """Times sources of images and the token cache, alone and with a training step."""
 
     sources: tuple[str, ...] = ("shapes",)
-    """Pictures and captions to compare, each as --data.path takes it; ratios are against the first case."""
+    """Images and captions to compare, each as --data.path takes it; ratios are against the first case."""
     workers: tuple[int, ...] = (0, 1)
     """Processes that read ahead."""
     resolutions: tuple[int, ...] = (64,)
     """Pixels on a side."""
-    data: PairsConfig = PairsConfig()
+    data: DataConfig = DataConfig()
     """What else is set of the sources."""
-    dvae: DVAEConfig = DVAEConfig(widths=(64, 128, 256), downsampling=4, vocab_size=1024)
-    """The model whose step the pictures are read for."""
+    dvae: DVAEConfig = DVAEConfig(widths=(64, 128, 256), downsample_factor=4, vocab_size=1024)
+    """The model whose step the images are read for."""
     model: TransformerConfig = TransformerConfig(depth=8, heads=8)
     """The model whose step the tokens are read for."""
     tokens: Path | None = None
@@ -63,7 +63,7 @@ class DataBenchmark:
     tokenizer: Path | None = None
     """Text tokenizer of its captions; made up unless given."""
     batch_size: int = 8
-    """Pictures in a step."""
+    """Images in a step."""
     batches: int = 4
     """Batches timed in a round, alone and then with a step each."""
     rounds: int = 3
@@ -91,7 +91,7 @@ class Case:
     name: str
     """What is read, in words."""
     unit: str
-    """What is counted, pictures or tokens."""
+    """What is counted, images or tokens."""
     count: int
     """How many of them are in a batch."""
     load: Callable[[], Loader]
@@ -107,7 +107,7 @@ def benchmark_data(run: DataBenchmark) -> dict[str, Any]:
     device = resolve_device(run.device)
     precision = resolve_precision(run.precision, device)
     with ExitStack() as stack:
-        cases = [*_pictures(run, device, precision), stack.enter_context(_tokens(run, device, precision))]
+        cases = [*_images(run, device, precision), stack.enter_context(_tokens(run, device, precision))]
         rounds = [
             {case.name: measure(case, run.batches, device) for case in cases} for _ in range(run.rounds)
         ]
@@ -122,18 +122,18 @@ def benchmark_data(run: DataBenchmark) -> dict[str, Any]:
     return report
 
 
-def _pictures(run: DataBenchmark, device: torch.device, precision: str) -> list[Case]:
+def _images(run: DataBenchmark, device: torch.device, precision: str) -> list[Case]:
     """Every source with every resolution and number of workers."""
     step = Stepper("dvae", run.dvae, DVAEObjective(), device, precision)
     cases = []
     for source in run.sources:
         for resolution in run.resolutions:
-            pairs = open_pairs(replace(run.data, path=source, resolution=resolution))
+            pairs = open_dataset(replace(run.data, path=source, resolution=resolution))
             task = StepOfPairs(pairs, run.batch_size, 0, "transformer", pixels_of)
             for workers in run.workers:
                 name = f"{source}, {resolution} x {resolution}, {workers} workers"
                 cases.append(
-                    Case(name, "pictures", run.batch_size, _loader(task, workers, run.data.prefetch), step)
+                    Case(name, "images", run.batch_size, _loader(task, workers, run.data.prefetch), step)
                 )
     return cases
 
@@ -142,7 +142,7 @@ def _loader(task: StepOfPairs, workers: int, prefetch: int) -> Callable[[], Load
     return lambda: Loader(task, STEPS, workers, prefetch, lambda step, item: item[0])
 
 
-def pixels_of(batch: Batch, step: int) -> Tensor:
+def pixels_of(batch: ImageTextBatch, step: int) -> Tensor:
     """(B, 3, R, R): what a dVAE is trained on."""
     return torch.from_numpy(batch.pixels)
 
@@ -152,36 +152,36 @@ def _tokens(run: DataBenchmark, device: torch.device, precision: str) -> Iterato
     """The token cache, read as the transformer's training does."""
     with tempfile.TemporaryDirectory() as folder:
         layout = run.model.layout
-        captions = ShapesPairs(16).captions(range(2000))
-        text = take_text(run.tokenizer) if run.tokenizer else _made_up_text(captions, layout.text_vocab)
+        captions = ShapesDataset(16).captions(range(2000))
+        text = load_text_input(run.tokenizer) if run.tokenizer else _made_up_text(captions, layout.text_vocab)
         cache = (
             TokenCache(run.tokens) if run.tokens else made_up_cache(Path(folder, "tokens"), layout, captions)
         )
-        training = TransformerRun(
-            model=run.model, train=TrainConfig(batch_size=run.batch_size), eval_pictures=1
+        training = TrainTransformerArgs(
+            model=run.model, train=TrainConfig(batch_size=run.batch_size), eval_samples=1
         )
         batches = TokenBatches(cache, text, layout, training)
         step = Stepper("transformer", run.model, TransformerObjective(), device, precision)
         yield Case(
-            "token cache", "tokens", run.batch_size * layout.length, lambda: Loader(batches, STEPS), step
+            "token cache", "tokens", run.batch_size * layout.seq_len, lambda: Loader(batches, STEPS), step
         )
 
 
-def _made_up_text(captions: list[list[str]], vocab_size: int) -> MergeTokenizer:
+def _made_up_text(captions: list[list[str]], vocab_size: int) -> BPETokenizer:
     words = (texts[0] for texts in captions)
     return train_text_tokenizer(words, TextTokenizerConfig(vocab_size=min(vocab_size, 1000)))
 
 
 def made_up_cache(folder: Path, layout: TokenLayout, captions: list[list[str]]) -> TokenCache:
     """A cache of random tokens, one row for each list of captions."""
-    plan = TokenPlan(
+    plan = TokenCacheSpec(
         "random", "random", (layout.rows, layout.columns), layout.image_vocab, len(captions), shard=500
     )
     writer = TokenWriter(folder, plan)
     rng = np.random.default_rng(0)
     for shard in writer.missing():
         numbers = plan.numbers(shard)
-        tokens = rng.integers(plan.vocab, size=(len(numbers), 1, layout.image_len))
+        tokens = rng.integers(plan.vocab, size=(len(numbers), 1, layout.num_image_tokens))
         writer.write(shard, tokens, numbers, [captions[number] for number in numbers])
     return writer.finish()
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle.benchmarks.common import hardware, save_report
-from dalle.hub.registry import build
+from dalle.hub.registry import build_model
 from dalle.io.files import make_directory
 from dalle.train.loggers import peak_memory
 from dalle.train.precision import Precision, autocast, resolve_device, resolve_precision
@@ -22,11 +22,11 @@ from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.losses import cross_entropies, weighted_cross_entropy
 from dalle.transformer.sizes import SIZES, parameter_counts
 
-VARIANTS = {  # chunked logits, recompute
+VARIANTS = {  # chunked logits, activation_checkpointing
     "plain logits": (False, False),
     "chunked logits": (True, False),
-    "plain logits, recompute": (False, True),
-    "chunked logits, recompute": (True, True),
+    "plain logits, activation_checkpointing": (False, True),
+    "chunked logits, activation_checkpointing": (True, True),
 }
 
 
@@ -71,7 +71,7 @@ def benchmark_memory(run: MemoryBenchmark) -> dict[str, Any]:
     report = {
         "peak_gib": peaks,
         "weights_and_gradients_gib": 2 * 4 * sum(parameter_counts(run.config).values()) / 2**30,
-        "joint_logits_gib": 4 * run.batch_size * layout.length * layout.vocab / 2**30,
+        "joint_logits_gib": 4 * run.batch_size * layout.seq_len * layout.vocab / 2**30,
         "batch_size": run.batch_size,
         "precision": resolve_precision(run.precision, device),
         "hardware": hardware(device),
@@ -83,14 +83,18 @@ def benchmark_memory(run: MemoryBenchmark) -> dict[str, Any]:
     return report
 
 
-def peak_of_step(run: MemoryBenchmark, chunked: bool, recompute: bool) -> float:
+def peak_of_step(run: MemoryBenchmark, chunked: bool, activation_checkpointing: bool) -> float:
     """Peak GiB of this process, or of CUDA in it, after a step."""
     device = resolve_device(run.device)
     torch.manual_seed(0)
-    model = build("transformer", replace(run.config, recompute=recompute)).to(device)
+    model = build_model(
+        "transformer", replace(run.config, activation_checkpointing=activation_checkpointing)
+    ).to(device)
     layout = model.layout
     text = torch.randint(layout.text_vocab, (run.batch_size, layout.text_len))
-    ids = layout.pack(text, torch.randint(layout.image_vocab, (run.batch_size, layout.image_len))).to(device)
+    ids = layout.pack(text, torch.randint(layout.image_vocab, (run.batch_size, layout.num_image_tokens))).to(
+        device
+    )
     with autocast(resolve_precision(run.precision, device), device):
         losses = cross_entropies(model, ids) if chunked else plain_cross_entropies(model, ids)
     weighted_cross_entropy(*losses).backward()

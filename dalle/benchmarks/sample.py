@@ -1,4 +1,4 @@
-"""How fast pictures are drawn: whole steps, their matrix products alone, and DALLE-pytorch, in one run.
+"""How fast images are drawn: whole steps, their matrix products alone, and DALLE-pytorch, in one run.
 
 A step reads every matrix once, whatever the batch; the bytes that it must read over the seconds that it takes are
 its share of the bandwidth, which a large copy measures beside it. Random weights of a shape time as trained ones.
@@ -15,12 +15,12 @@ import torch
 from dalle.benchmarks.common import hardware, save_report, seconds_of
 from dalle.benchmarks.dalle_pytorch import MIX, DallePytorchDraw
 from dalle.io.files import make_directory
-from dalle.nn.int8 import operand
-from dalle.nn.kv_cache import bytes_of
+from dalle.nn.int8 import weight_like
+from dalle.nn.kv_cache import kv_cache_bytes
 from dalle.train.loggers import peak_memory
 from dalle.train.precision import DTYPES, Precision, resolve_device, resolve_precision
 from dalle.transformer import Transformer, TransformerConfig
-from dalle.transformer.generate import Drawing, in_format, in_int8
+from dalle.transformer.generate import DecodeState, cast_linear_weights, quantize_int8
 from dalle.transformer.sizes import SIZES, read_bytes
 
 AS_FAST = "times_as_fast_as_dalle-pytorch"
@@ -39,7 +39,7 @@ class SampleBenchmark:
     batch: tuple[int, ...] = (1, 8, 64)
     """Candidates of one caption that are drawn together; several are measured one after the other."""
     tokens: int | None = None
-    """Image tokens to draw, from the first on; the whole picture unless given. Seconds a picture are then by
+    """Image tokens to draw, from the first on; the whole image unless given. Seconds an image are then by
     proportion, and the first tokens have fewer keys to read than the later ones."""
     rounds: int = 1
     """How often each contender draws; the medians are reported."""
@@ -65,7 +65,7 @@ class SampleBenchmark:
             raise ValueError(f"unknown size {self.size!r}; expected one of {', '.join(SIZES)}")
         if not self.batch or min(*self.batch, self.rounds) < 1:
             raise ValueError("batch and rounds must be positive, and batch name at least one")
-        slots = self.config.layout.image_len
+        slots = self.config.layout.num_image_tokens
         if self.tokens is not None and not 2 <= self.tokens <= slots:
             raise ValueError(f"tokens must be 2 to {slots}, got {self.tokens}")
 
@@ -76,8 +76,8 @@ class SampleBenchmark:
 
     @property
     def drawn(self) -> int:
-        """Image tokens that are drawn of each picture."""
-        return self.tokens or self.config.layout.image_len
+        """Image tokens that are drawn of each image."""
+        return self.tokens or self.config.layout.num_image_tokens
 
 
 @torch.inference_mode()
@@ -95,18 +95,18 @@ def benchmark_sampling(run: SampleBenchmark) -> dict[str, Any]:
     precision = resolve_precision(run.precision, device)
     torch.manual_seed(0)
     with torch.device(device):
-        model = in_format(Transformer(run.config).requires_grad_(False).eval(), DTYPES[precision])
-        model = in_int8(model) if run.int8 else model
+        model = cast_linear_weights(Transformer(run.config).requires_grad_(False).eval(), DTYPES[precision])
+        model = quantize_int8(model) if run.int8 else model
     bandwidth = copy_rate(device)
     lines = [_of_batch(run, model, batch, device, bandwidth) for batch in run.batch]
     report = {
-        "seconds_per_picture": min(line["seconds_per_picture"] for line in lines),
+        "seconds_per_image": min(line["seconds_per_image"] for line in lines),
         "precision": precision,
         "int8": run.int8,
         "graph": run.graph,
         "compile": run.compile,
         "tokens_drawn": run.drawn,
-        "image_tokens": run.config.layout.image_len,
+        "image_tokens": run.config.layout.num_image_tokens,
         "copy_bytes_per_second": bandwidth,
         "batches": lines,
         "peak_memory_gib": peak_memory(device),
@@ -115,9 +115,9 @@ def benchmark_sampling(run: SampleBenchmark) -> dict[str, Any]:
     if run.against == "dalle-pytorch":
         theirs = DallePytorchDraw(run.config, run.attn_types, device)
         seconds = statistics.median(seconds_of(lambda: theirs(run.drawn), device) for _ in range(run.rounds))
-        per_picture = seconds * run.config.layout.image_len / run.drawn
-        ratios = {str(line["batch"]): per_picture / line["seconds_per_picture"] for line in lines}
-        report["dalle-pytorch"] = {"batch": 1, "seconds_per_picture": per_picture, **theirs.facts()}
+        per_image = seconds * run.config.layout.num_image_tokens / run.drawn
+        ratios = {str(line["batch"]): per_image / line["seconds_per_image"] for line in lines}
+        report["dalle-pytorch"] = {"batch": 1, "seconds_per_image": per_image, **theirs.facts()}
         report[AS_FAST] = ratios  # by batch
     save_report(report, run.json)
     _print(report)
@@ -135,17 +135,17 @@ def _of_batch(
         begin = seconds_of(draw.begin, device)
         rounds.append((begin, seconds_of(draw.steps, device), seconds_of(draw.products, device)))
     begin, steps, products = (statistics.median(part) for part in zip(*rounds, strict=True))
-    count, slots = run.drawn - 1, config.layout.image_len
+    count, slots = run.drawn - 1, config.layout.num_image_tokens
     step = steps / count
-    text, image = bytes_of(draw.drawing.caches)
-    read = read_bytes(config, batch, operand(model.layers[0].mlp.f.expand).itemsize, run.int8)
+    text, image = kv_cache_bytes(draw.drawing.caches)
+    read = read_bytes(config, batch, weight_like(model.layers[0].mlp.f.expand).itemsize, run.int8)
     return {
         "batch": batch,
-        "seconds_per_picture": (begin + step * (slots - 1)) / batch,
+        "seconds_per_image": (begin + step * (slots - 1)) / batch,
         "seconds_to_the_first_token": begin,
         "seconds_per_step": step,
         "seconds_of_compiling": compiling,
-        "tokens_per_second": batch / step,
+        "tokens_per_sec": batch / step,
         "times_of_matrix_products_alone": step / (products / count),
         "bytes_per_step": read,
         "share_of_copy_rate": read / step / rate,
@@ -160,12 +160,12 @@ class OurDraw:
     def __init__(self, run: SampleBenchmark, model: Transformer, batch: int, device: torch.device):
         self.run, self.model, self.batch, self.device = run, model, batch, device
         layout = model.layout
-        self.text = layout.pad_text([torch.arange(min(20, layout.caption_room)).tolist()]).to(device)
-        self.noise = torch.rand(1, batch, layout.image_len, dtype=torch.float64)
+        self.text = layout.pad_text([torch.arange(min(20, layout.max_caption_len)).tolist()]).to(device)
+        self.noise = torch.rand(1, batch, layout.num_image_tokens, dtype=torch.float64)
 
     def begin(self) -> None:
         """Reads the caption and draws the first token; on CUDA with a graph, also records the step."""
-        self.drawing = Drawing(self.model, self.text, self.noise, None, None, self.run.compile)
+        self.drawing = DecodeState(self.model, self.text, self.noise, None, None, self.run.compile)
         self.advance = self.drawing.recorded() if self.run.graph else self.drawing.advance
         self.drawing.choose(self._slot(0), {})
         if self.run.graph:
@@ -183,7 +183,7 @@ class OurDraw:
 
     def products(self) -> None:
         """The layers' and the output matrix, and nothing else."""
-        dtype = operand(self.model.layers[0].mlp.f.expand).dtype
+        dtype = weight_like(self.model.layers[0].mlp.f.expand).dtype
         narrow = torch.randn(self.batch, self.run.config.width, device=self.device, dtype=dtype)
         wide, state = narrow.repeat(1, 4), narrow.float()
         for _ in range(1, self.run.drawn):

@@ -53,7 +53,7 @@ class TrainBenchmark:
     """fp32, bf16 or fp16; auto takes bf16 where the device has it in hardware."""
     compile: bool = False
     """Compile each layer."""
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """Compute the inside of each resblock again in the backward pass."""
     peak_flops: float | None = None
     """The device's peak FLOP/s in that precision, for the utilisation; known GPUs need none (dalle/train/throughput.py)."""
@@ -75,7 +75,10 @@ class TrainBenchmark:
     @property
     def config(self) -> TransformerConfig:
         """The shape to time."""
-        return replace(SIZES[self.size] if self.size else self.model, recompute=self.recompute)
+        return replace(
+            SIZES[self.size] if self.size else self.model,
+            activation_checkpointing=self.activation_checkpointing,
+        )
 
 
 def benchmark_training(run: TrainBenchmark) -> dict[str, Any]:
@@ -95,12 +98,12 @@ def benchmark_training(run: TrainBenchmark) -> dict[str, Any]:
     rounds = [{name: seconds_of(step, device) for name, step in steps.items()} for _ in range(run.rounds)]
     rate, peak = matmul_rate(device, precision), peak_flops(device, precision, run.peak_flops)
     report = {
-        "tokens": run.batch_size * run.config.layout.length,
+        "tokens": run.batch_size * run.config.layout.seq_len,
         "mfu": "flops / seconds / peak_flops",
         "peak_flops": peak,
         "matmul_flops_per_second": rate,
         "compile": run.compile,
-        "recompute": run.recompute,
+        "activation_checkpointing": run.activation_checkpointing,
         "contenders": {
             name: step.facts()
             | {"flops_executed": executed[name]}
@@ -124,7 +127,7 @@ class OurStep:
         self.step = Stepper("transformer", config, TransformerObjective(), device, precision, run.compile)
         self.model, layout = self.step.model, config.layout
         text = torch.randint(layout.text_vocab, (run.batch_size, layout.text_len))
-        image = torch.randint(layout.image_vocab, (run.batch_size, layout.image_len))
+        image = torch.randint(layout.image_vocab, (run.batch_size, layout.num_image_tokens))
         self.flops = run.batch_size * sum(training_flops(config).values())
         self.ids, self.precision = layout.pack(text, image).to(device), precision
 
@@ -165,7 +168,7 @@ def _speed(
     rivals = [run.backends[0], *(["dalle-pytorch"] if ours and "dalle-pytorch" in rounds[0] else [])]
     return {
         "seconds": seconds,
-        "tokens_per_second": run.batch_size * run.config.layout.length / seconds,
+        "tokens_per_sec": run.batch_size * run.config.layout.seq_len / seconds,
         **({"share_of_matmul_rate": flops / seconds / rate} if ours else {}),
         **({"mfu": mfu(flops, seconds, peak)} if ours and peak else {}),
         **{f"times_as_fast_as_{r}": statistics.median(t[r] / t[name] for t in rounds) for r in rivals},

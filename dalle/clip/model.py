@@ -2,7 +2,7 @@
 
 open_clip is imported when a model is built, not before: it takes seconds.
 
-    B batch, N pictures, L text length, E embedding width
+    B batch, N images, L text length, E embedding width
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dalle.types import TextCodec, check_pixels
+from dalle.types import TextTokenizerLike, check_images
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # Radford et al., released code
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -27,13 +27,13 @@ MAX_LOGIT_SCALE = 100.0  # Radford et al., section 2.5
 class CLIPConfig:
     """Shape of a CLIP with a vision transformer; the defaults are ViT-B/16 of Radford et al. (Table 20).
 
-    The paper does not say which CLIP reranked its pictures.
+    The paper does not say which CLIP reranked its images.
     """
 
     embed_width: int = 512
     """Width of the shared space."""
     image_size: int = 224
-    """Pixels on a side; other pictures are resized."""
+    """Pixels on a side; other images are resized."""
     patch_size: int = 16
     """Pixels on a side of a patch."""
     vision_width: int = 768
@@ -41,7 +41,7 @@ class CLIPConfig:
     vision_layers: int = 12
     """Its layers."""
     vision_pool: Literal["class", "average"] = "class"
-    """What stands for the picture: the state of a class token (Radford et al.), or the average of all patches."""
+    """What stands for the image: the state of a class token (Radford et al.), or the average of all patches."""
     text_len: int = 77
     """Text ids, the end mark among them."""
     text_vocab: int = 16384
@@ -50,11 +50,11 @@ class CLIPConfig:
     """Width of the text transformer."""
     text_layers: int = 12
     """Its layers."""
-    head_width: int = 64
+    head_dim: int = 64
     """Width of a head, in both towers."""
 
     def __post_init__(self):
-        for name in ("embed_width", "image_size", "patch_size", "text_len", "text_vocab", "head_width"):
+        for name in ("embed_width", "image_size", "patch_size", "text_len", "text_vocab", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.image_size % self.patch_size:
@@ -62,9 +62,9 @@ class CLIPConfig:
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
             )
         for name in ("vision_width", "text_width"):
-            if getattr(self, name) % self.head_width:
+            if getattr(self, name) % self.head_dim:
                 raise ValueError(
-                    f"{name} {getattr(self, name)} is not a multiple of head_width {self.head_width}"
+                    f"{name} {getattr(self, name)} is not a multiple of head_dim {self.head_dim}"
                 )
 
     @property
@@ -89,7 +89,7 @@ class CLIP(nn.Module):
         vision = CLIPVisionCfg(
             layers=config.vision_layers,
             width=config.vision_width,
-            head_width=config.head_width,
+            head_width=config.head_dim,
             patch_size=config.patch_size,
             image_size=config.image_size,
             pool_type={"class": "tok", "average": "avg"}[config.vision_pool],
@@ -98,7 +98,7 @@ class CLIP(nn.Module):
             context_length=config.text_len,
             vocab_size=config.text_vocab + 2,
             width=config.text_width,
-            heads=config.text_width // config.head_width,
+            heads=config.text_width // config.head_dim,
             layers=config.text_layers,
         )
         self.config = config
@@ -141,7 +141,7 @@ def _attention(device: torch.device) -> AbstractContextManager:
 
 def prepare_pixels(pixels: Tensor, size: int, mean=PIXEL_MEAN, std=PIXEL_STD) -> Tensor:
     """Bicubic resize to size x size where needed, then CLIP's normalisation; differentiable."""
-    check_pixels(pixels)
+    check_images(pixels)
     if pixels.shape[2:] != (size, size):
         pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
     shift, scale = (pixels.new_tensor(values)[:, None, None] for values in (mean, std))
@@ -149,9 +149,9 @@ def prepare_pixels(pixels: Tensor, size: int, mean=PIXEL_MEAN, std=PIXEL_STD) ->
 
 
 class CLIPScorer:
-    """A `Scorer` and `Embedder`: cosine of pictures and caption by a CLIP that reads our text ids."""
+    """A `Scorer` and `Embedder`: cosine of images and caption by a CLIP that reads our text ids."""
 
-    def __init__(self, model: CLIP, text: TextCodec):
+    def __init__(self, model: CLIP, text: TextTokenizerLike):
         if text.vocab_size > model.config.text_vocab:
             raise ValueError(
                 f"the text tokenizer has {text.vocab_size} ids, this CLIP reads {model.config.text_vocab}: "
@@ -161,9 +161,9 @@ class CLIPScorer:
 
     def score(self, pixels: Tensor, caption: str) -> Tensor:
         """Pixels (N, 3, H, W) in [0, 1] -> cosines (N,)."""
-        return (self.embed_pictures(pixels) @ self.embed_captions([caption]).T)[:, 0]
+        return (self.embed_images(pixels) @ self.embed_captions([caption]).T)[:, 0]
 
-    def embed_pictures(self, pixels: Tensor) -> Tensor:
+    def embed_images(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, H, W) in [0, 1] -> unit vectors (N, E)."""
         return self.model.encode_image(pixels)
 
@@ -191,9 +191,9 @@ class OpenClipScorer:
 
     def score(self, pixels: Tensor, caption: str) -> Tensor:
         """Pixels (N, 3, H, W) in [0, 1] -> cosines (N,)."""
-        return (self.embed_pictures(pixels) @ self.embed_captions([caption]).T)[:, 0]
+        return (self.embed_images(pixels) @ self.embed_captions([caption]).T)[:, 0]
 
-    def embed_pictures(self, pixels: Tensor) -> Tensor:
+    def embed_images(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, H, W) in [0, 1] -> unit vectors (N, E)."""
         return self.model.encode_image(prepare_pixels(pixels, self.size, self.mean, self.std), normalize=True)
 

@@ -7,19 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle.clip.model import CLIP
-from dalle.types import WHOLE, Loss, Part, Work
+from dalle.types import FULL_BATCH, BatchShard, Loss, StepCost
 
 
 @dataclass(frozen=True)
 class CLIPObjective:
     """Symmetric cross-entropy over the scaled cosines of a batch (Radford et al., Figure 3).
 
-    A batch may also hold pictures that no caption describes, one beside each pair: then each caption must
-    prefer its picture to all of these too. Every caption meets the pictures of all processes, and so for the pictures.
+    A batch may also hold images that no caption describes, one beside each pair: then each caption must
+    prefer its image to all of these too. Every caption meets the images of all processes, and so for the images.
     """
 
-    def __call__(self, model: CLIP, batch: tuple[Tensor, ...], step: int, part: Part = WHOLE) -> Loss:
-        """batch: pixels (B, 3, H, W) in [0, 1], packed text (B, L), perhaps other pictures (B, 3, H, W)."""
+    def __call__(
+        self, model: CLIP, batch: tuple[Tensor, ...], step: int, part: BatchShard = FULL_BATCH
+    ) -> Loss:
+        """batch: pixels (B, 3, H, W) in [0, 1], packed text (B, L), perhaps other images (B, 3, H, W)."""
         pixels, packed, *others = batch
         text = model.encode_text(packed).float()
         images, *spoilt = model.encode_image(torch.cat([pixels, *others])).float().split(len(pixels))
@@ -31,13 +33,13 @@ class CLIPObjective:
         to_text, to_images = scale * images @ all_text.T, scale * text @ all_images.T
         total = (F.cross_entropy(to_text, own) + F.cross_entropy(to_images, own)) / 2
         right = (to_text.argmax(dim=1) == own).float().mean()
-        metrics = {"picture_to_caption": right, "logit_scale": scale.detach()}
-        if spoilt:  # a caption's own picture stands at its number among all pictures, whole and broken
+        metrics = {"image_to_text_acc": right, "logit_scale": scale.detach()}
+        if spoilt:  # a caption's own image stands at its number among all images, whole and broken
             to_spoilt = scale * text @ part.gather(spoilt[0]).T
             total = total + F.cross_entropy(torch.cat([to_images, to_spoilt], dim=1), own)
-            metrics["whole_over_broken"] = ((images - spoilt[0]) * text).sum(dim=1).gt(0).float().mean()
+            metrics["hard_negative_acc"] = ((images - spoilt[0]) * text).sum(dim=1).gt(0).float().mean()
         return Loss(total, metrics)
 
-    def work(self, model: CLIP, batch: tuple[Tensor, ...]) -> Work:
+    def work(self, model: CLIP, batch: tuple[Tensor, ...]) -> StepCost:
         """Pairs only: open_clip's towers have no formula here."""
-        return Work(len(batch[0]))
+        return StepCost(len(batch[0]))

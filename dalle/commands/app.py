@@ -12,15 +12,15 @@ from tyro.conf import Positional
 
 from dalle.app.jobs import Limits
 from dalle.app.ui import Page, load_gradio
-from dalle.hub.hub import find
+from dalle.hub.hub import resolve_source
 from dalle.io.format import read_config
 from dalle.pipelines.dalle import DALLE
-from dalle.train.precision import Precision, resolve_device, told_precision
+from dalle.train.precision import Precision, precision_label, resolve_device
 
 
 @dataclass(frozen=True)
-class AppRun:
-    """Serves a web page that draws pictures for captions."""
+class AppArgs:
+    """Serves a web page that draws images for captions."""
 
     model: Positional[Path | None] = None
     """Model directory, such as runs/quickstart/model."""
@@ -54,7 +54,7 @@ class OnlyOurFiles:
         await self.app(scope, receive, send)
 
 
-def app(run: AppRun) -> None:
+def app(run: AppArgs) -> None:
     """Serves until it is interrupted.
 
     Raises:
@@ -63,7 +63,9 @@ def app(run: AppRun) -> None:
     """
     if run.model is None:
         raise ValueError("say which model: python scripts/app.py runs/quickstart/model")
-    read_config(find(run.model, ["config.json"]))  # a mistake is told at once, with Gradio or without
+    read_config(
+        resolve_source(run.model, ["config.json"])
+    )  # a mistake is told at once, with Gradio or without
     load_gradio()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Control-C does: the folder is removed
     model = DALLE.from_pretrained(run.model, resolve_device(run.device))
@@ -76,14 +78,14 @@ def app(run: AppRun) -> None:
             page.close(verbose=False)
 
 
-def launch(run: AppRun, model: DALLE, folder: Path):
+def launch(run: AppArgs, model: DALLE, folder: Path):
     """Starts the server in a thread of its own and gives its `gradio.Blocks`; `close` ends it.
 
     Args:
-        folder: for uploads and pictures; the caller removes it.
+        folder: for uploads and images; the caller removes it.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # the only way to tell Gradio where
-    facts = {"precision": told_precision(run.precision, run.int8, model.device)}
+    facts = {"precision": precision_label(run.precision, run.int8, model.device)}
     page = Page(model.in_precision(run.precision, run.int8), run.limits, facts)
     blocks = page.build()
     try:
@@ -98,7 +100,7 @@ def launch(run: AppRun, model: DALLE, folder: Path):
     return blocks
 
 
-def _server(run: AppRun) -> dict[str, Any]:
+def _server(run: AppArgs) -> dict[str, Any]:
     from starlette.middleware import Middleware  # comes with Gradio
 
     return {

@@ -11,17 +11,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dalle.data import PairsConfig, open_source
-from dalle.data.bad_samples import Skipped, check_share
+from dalle.data import DataConfig, open_source
+from dalle.data.bad_samples import BadSampleLog, check_bad_fraction
 from dalle.data.dataloader import worker_count
-from dalle.data.filters import PAPER_FILTERS, FiltersConfig, language_detector
+from dalle.data.filters import PAPER_FILTERS, FilterConfig, language_detector
 from dalle.data.histograms import aspect, counts_of, plain, said, share, summary, tell_bars, tell_summary
-from dalle.data.statistics import Examiner, Findings, decoded, examine, find_duplicates, tile
+from dalle.data.statistics import DatasetScanner, DatasetStats, decoded, examine, find_duplicates, tile
 from dalle.io.files import make_directory, write_json, write_text
-from dalle.io.images import captioned_sheet
+from dalle.io.images import captioned_grid
 from dalle.layout import TokenLayout
-from dalle.runs.args import ROOT, take_text
-from dalle.types import Skip, Source
+from dalle.runs.args import ROOT, load_text_input
+from dalle.types import BadSample, DataSource
 
 NAMED = 100
 """Broken samples and duplicates in report.json; all broken ones are in skipped.jsonl, all duplicates in the list."""
@@ -34,10 +34,10 @@ CAPTION = 100
 
 
 @dataclass(frozen=True)
-class CheckRun:
+class CheckDataArgs:
     """Reads every sample once and reports what is in the set, what is broken and what the filters would drop."""
 
-    data: PairsConfig = PairsConfig(filters=PAPER_FILTERS)
+    data: DataConfig = DataConfig(filters=PAPER_FILTERS)
     """The set, all of it, whatever is held out; and the filters to try, all of section 2.3 unless set."""
     out: Path | None = None
     """Directory of report and sheets; runs/check unless given."""
@@ -47,23 +47,23 @@ class CheckRun:
     text_len: int = TokenLayout().text_len
     """Text slots of the transformer to be, to tell the share of captions that would be cut."""
     sheet: int = 48
-    """Pictures on sheet.png, spread over the whole set; 0 for none."""
+    """Images on sheet.png, spread over the whole set; 0 for none."""
     drop_list: Path | None = None
-    """File for the names of duplicates, all but the first of each picture, for --data.filters.drop-list."""
+    """File for the names of duplicates, all but the first of each image, for --data.filters.drop-list."""
     max_broken: float | None = None
     """Share of broken samples above which the exit status is 1; 0 allows none. Unless given, it is as in training:
     more than --data.max-skipped and more than a hundred samples."""
 
     def __post_init__(self):
         if self.sheet < 0:
-            raise ValueError(f"sheet must be 0 (none) or more pictures, got {self.sheet}")
+            raise ValueError(f"sheet must be 0 (none) or more images, got {self.sheet}")
         if self.text_len < 2:
             raise ValueError(f"text_len must be 2 or more, got {self.text_len}")
         if self.max_broken is not None and not 0 <= self.max_broken <= 1:
             raise ValueError(f"max_broken is a share, so in [0, 1], got {self.max_broken}")
 
 
-def check_data(run: CheckRun) -> dict[str, Any]:
+def check_data(run: CheckDataArgs) -> dict[str, Any]:
     """Reads all, writes <out>/report.json, skipped.jsonl and the sheets, prints the report.
 
     Raises:
@@ -74,9 +74,9 @@ def check_data(run: CheckRun) -> dict[str, Any]:
     if run.drop_list:
         make_directory(run.drop_list.parent)
     workers = worker_count(run.data.workers, len(source))
-    text = take_text(run.tokenizer) if run.tokenizer else None
+    text = load_text_input(run.tokenizer) if run.tokenizer else None
     tiles = {i * len(source) // run.sheet for i in range(run.sheet)}
-    examiner = Examiner(source, _known(run.data.filters), text, tiles)
+    examiner = DatasetScanner(source, _known(run.data.filters), text, tiles)
     found, skipped = _read(examiner, workers, out)
     twice = list(find_duplicates(source, found, workers))
     report = _report(run, source, found, skipped, twice, examiner.filters)
@@ -89,12 +89,12 @@ def check_data(run: CheckRun) -> dict[str, Any]:
     return report
 
 
-def _open(data: PairsConfig) -> Source:
+def _open(data: DataConfig) -> DataSource:
     if data.path is None:
         raise ValueError("no data: give --data.path, a folder, a table or tars (docs/data.md)")
     if data.path == "shapes":
         raise ValueError(
-            "the shapes are drawn, there is nothing to check; give --data.path with your own pictures"
+            "the shapes are drawn, there is nothing to check; give --data.path with your own images"
         )
     if data.held_out_path:
         print(f"note: {data.held_out_path} is not read; check it in a run of its own")
@@ -103,12 +103,12 @@ def _open(data: PairsConfig) -> Source:
         data.kind,
         data.image_column,
         data.caption_column,
-        pictures=data.pictures,
+        images=data.images,
         cache=data.cache_path,
     )
 
 
-def _known(filters: FiltersConfig) -> FiltersConfig:
+def _known(filters: FilterConfig) -> FilterConfig:
     """The filters, without that of language where its detector is not installed."""
     try:
         if filters.language:
@@ -119,12 +119,12 @@ def _known(filters: FiltersConfig) -> FiltersConfig:
     return filters
 
 
-def _read(examiner: Examiner, workers: int, out: Path) -> tuple[Findings, Skipped]:
+def _read(examiner: DatasetScanner, workers: int, out: Path) -> tuple[DatasetStats, BadSampleLog]:
     """All findings, the first broken samples among them; skipped.jsonl names every one."""
-    source, found = examiner.source, Findings()
-    skipped = Skipped(out / "skipped.jsonl", len(source), source.skipped, limit=1)
+    source, found = examiner.source, DatasetStats()
+    skipped = BadSampleLog(out / "skipped.jsonl", len(source), source.skipped, limit=1)
     found.skipped += source.skipped[:NAMED]
-    with tqdm(total=len(source), desc="check", unit="picture", disable=None) as bar:
+    with tqdm(total=len(source), desc="check", unit="image", disable=None) as bar:
         for stretch, more in enumerate(examine(examiner, workers)):
             found.add(more)
             skipped.add(more.skipped, stretch, len(source))
@@ -133,10 +133,10 @@ def _read(examiner: Examiner, workers: int, out: Path) -> tuple[Findings, Skippe
     return found, skipped
 
 
-def _judge(broken: dict[str, Any], run: CheckRun, causes: str) -> None:
+def _judge(broken: dict[str, Any], run: CheckDataArgs, causes: str) -> None:
     """ValueError when more is broken than allowed."""
     if run.max_broken is None:
-        check_share(broken["samples"], broken["of"], run.data.max_skipped, causes)
+        check_bad_fraction(broken["samples"], broken["of"], run.data.max_skipped, causes)
     elif broken["samples"] > run.max_broken * broken["of"]:
         raise ValueError(
             f"{broken['samples']} of {broken['of']} samples cannot be used, more than --max-broken "
@@ -150,10 +150,10 @@ def _judge(broken: dict[str, Any], run: CheckRun, causes: str) -> None:
 
 
 def _report(
-    run: CheckRun,
-    source: Source,
-    found: Findings,
-    skipped: Skipped,
+    run: CheckDataArgs,
+    source: DataSource,
+    found: DatasetStats,
+    skipped: BadSampleLog,
     twice: Sequence[tuple[int, int]],
     filters: Sequence[str],
 ) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _report(
     small = sum(count for size, count in found.sizes.items() if min(size) < run.data.resolution)
     tokens = {}
     if run.tokenizer:
-        room = TokenLayout(text_len=run.text_len).caption_room
+        room = TokenLayout(text_len=run.text_len).max_caption_len
         cut = sum(count for length, count in found.tokens.items() if length > room)
         tokens = {"tokens": summary(found.tokens) | {"room": room, "cut": share(cut, found.tokens.total())}}
     return {
@@ -189,7 +189,7 @@ def _report(
     }
 
 
-def _entry(skip: Skip) -> dict[str, str]:
+def _entry(skip: BadSample) -> dict[str, str]:
     return {key: plain(value) for key, value in asdict(skip).items() if key != "index"}
 
 
@@ -198,7 +198,7 @@ def _entry(skip: Skip) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------
 
 
-def _draw(source: Source, found: Findings, twice: Sequence[tuple[int, int]], out: Path) -> None:
+def _draw(source: DataSource, found: DatasetStats, twice: Sequence[tuple[int, int]], out: Path) -> None:
     """sheet.png, and duplicates.png: each copy beside the first."""
     cells = []
     for pair in twice[:PAIRS_SHOWN]:
@@ -206,17 +206,17 @@ def _draw(source: Source, found: Findings, twice: Sequence[tuple[int, int]], out
     for name, shown in (("sheet.png", found.tiles), ("duplicates.png", cells)):
         (out / name).unlink(missing_ok=True)
         if shown:
-            texts = [(_short(plain(text)), picture) for text, picture in shown]
-            captioned_sheet(texts, min(COLUMNS, len(texts))).save(out / name)
+            texts = [(_short(plain(text)), image) for text, image in shown]
+            captioned_grid(texts, min(COLUMNS, len(texts))).save(out / name)
 
 
 def _short(text: str) -> str:
     return text if len(text) <= CAPTION else text[: CAPTION - 3] + "..."
 
 
-def _tell(report: dict[str, Any], run: CheckRun, out: Path) -> None:
+def _tell(report: dict[str, Any], run: CheckDataArgs, out: Path) -> None:
     broken, twice, small = report["broken"], report["duplicates"], report["smaller_than_resolution"]
-    print(f"{run.data.path}: {report['usable']} pictures with {report['captions']} captions can be used")
+    print(f"{run.data.path}: {report['usable']} images with {report['captions']} captions can be used")
     print(f"broken: {said(broken)}" + f"; all are named in {out / 'skipped.jsonl'}" * bool(broken["samples"]))
     for cause, count in broken["causes"].items():
         name = next((skip["name"] for skip in broken["named"] if skip["cause"] == cause), "")

@@ -1,7 +1,7 @@
-"""Captions of a public set and the folder of its pictures become one table that `--data.path` opens.
+"""Captions of a public set and the folder of its images become one table that `--data.path` opens.
 
-What is read goes into a database on disk, so that memory stays small whatever the size: the pictures of the folder,
-then each record that finds one. The table holds one row a picture, {"image": path, "captions": [...]}, in the order
+What is read goes into a database on disk, so that memory stays small whatever the size: the images of the folder,
+then each record that finds one. The table holds one row an image, {"image": path, "captions": [...]}, in the order
 of the paths, and takes its name only when it is whole.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dalle.data.caption_datasets import Format, Naming, Published, published_files, read_published
+from dalle.data.caption_datasets import CaptionRecord, Format, Naming, published_files, read_published
 from dalle.io.files import make_directory
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -25,19 +25,19 @@ MEMORY = 65536  # KiB that the database keeps
 
 
 @dataclass(frozen=True)
-class ConvertRun:
-    """Turns the published captions of a public set, and the pictures that you have of it, into a table."""
+class ConvertCaptionsArgs:
+    """Turns the published captions of a public set, and the images that you have of it, into a table."""
 
     format: Format | None = None
     """Whose captions; `dalle/data/caption_datasets.py` shows what each file looks like."""
     captions: Path | None = None
     """The published file, or a folder of several."""
-    pictures: Path | None = None
-    """Folder of the pictures, in any folders below it."""
+    images: Path | None = None
+    """Folder of the images, in any folders below it."""
     out: Path = Path("table.jsonl")
-    """The table; put it into the folder of the pictures, or above it, and its paths start at its own place."""
+    """The table; put it into the folder of the images, or above it, and its paths start at its own place."""
     naming: Naming = "number"
-    """How the pictures of cc and cc12m are called: by the record's number from 0, or by md5 or sha256 of the URL."""
+    """How the images of cc and cc12m are called: by the record's number from 0, or by md5 or sha256 of the URL."""
 
     def __post_init__(self):
         if self.out.suffix != ".jsonl":
@@ -46,14 +46,14 @@ class ConvertRun:
 
 @dataclass
 class Converted:
-    """What became of pictures and records."""
+    """What became of images and records."""
 
-    pictures: int = 0
-    """Rows written, one a picture."""
+    images: int = 0
+    """Rows written, one an image."""
     captions: int = 0
     """Captions in them."""
     without_caption: int = 0
-    """Pictures of the folder that no record names."""
+    """Images of the folder that no record names."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Records that are not in the table, by cause."""
     examples: dict[str, str] = field(default_factory=dict)
@@ -65,9 +65,7 @@ class Converted:
         self.examples.setdefault(cause, example.encode(errors="replace").decode())
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.pictures} pictures with {self.captions} captions; {self.without_caption} pictures without"
-        ]
+        lines = [f"{self.images} images with {self.captions} captions; {self.without_caption} images without"]
         lines += [
             f"left out, {cause}: {n} (first: {self.examples[cause]})"
             for cause, n in self.left_out.most_common()
@@ -75,17 +73,17 @@ class Converted:
         return "\n".join(lines)
 
 
-def convert_captions(run: ConvertRun) -> Converted:
+def convert_captions(run: ConvertCaptionsArgs) -> Converted:
     """Writes the table and says what was missing.
 
     Raises:
-        ValueError: captions of another format, or no record that finds a picture.
+        ValueError: captions of another format, or no record that finds an image.
     """
-    for name in ("format", "captions", "pictures"):
+    for name in ("format", "captions", "images"):
         if getattr(run, name) is None:
             raise ValueError(f"--{name} is missing; --help shows commands, docs/data.md those for each set")
-    if not run.pictures.is_dir():
-        raise ValueError(f"no folder {run.pictures}; expected the pictures of the set, already fetched")
+    if not run.images.is_dir():
+        raise ValueError(f"no folder {run.images}; expected the images of the set, already fetched")
     files = published_files(run.captions, run.format)
     if run.format in ("cc", "cc12m") and run.naming == "number" and len(files) > 1:
         raise ValueError(f"{run.captions} has {len(files)} files, each counts from 0; convert one at a time")
@@ -95,14 +93,14 @@ def convert_captions(run: ConvertRun) -> Converted:
         database = sqlite3.connect(Path(folder) / "pairs.sqlite")
         try:
             _prepare(database, folder)
-            _enter_pictures(database, run.pictures, done)
+            _enter_images(database, run.images, done)
             _enter_captions(database, run, files, done)
             _write_table(database, run, Path(folder) / "table.jsonl", done)
         finally:
             database.close()
     words = f"--data.path {run.out}"
     if _start_of_paths(run) != run.out.resolve().parent:
-        words += f" --data.pictures {run.pictures}"
+        words += f" --data.images {run.images}"
     print(f"{run.out}: {done}\nopen it by {words}")
     return done
 
@@ -113,26 +111,26 @@ def _prepare(database: sqlite3.Connection, folder: str) -> None:
     for setting in ("journal_mode=off", "synchronous=off", "locking_mode=exclusive", f"cache_size=-{MEMORY}"):
         database.execute(f"pragma {setting}")
     database.execute(
-        "create table pictures (id integer primary key, path text, place text, stem text, number text)"
+        "create table images (id integer primary key, path text, place text, stem text, number text)"
     )
-    database.execute("create table captions (picture integer, caption text)")
+    database.execute("create table captions (image integer, caption text)")
 
 
 # ---------------------------------------------------------------------------------------------
-# Pictures
+# Images
 # ---------------------------------------------------------------------------------------------
 
 
-def _enter_pictures(database: sqlite3.Connection, folder: Path, done: Converted) -> None:
-    rows = tqdm(_pictures(folder, done), desc="pictures", unit="picture", disable=None)
+def _enter_images(database: sqlite3.Connection, folder: Path, done: Converted) -> None:
+    rows = tqdm(_images(folder, done), desc="images", unit="image", disable=None)
     database.execute("begin")
-    database.executemany("insert into pictures (path, place, stem, number) values (?, ?, ?, ?)", rows)
+    database.executemany("insert into images (path, place, stem, number) values (?, ?, ?, ?)", rows)
     database.execute("commit")
     for column in ("path", "place", "stem", "number"):
-        database.execute(f"create index by_{column} on pictures ({column})")
+        database.execute(f"create index by_{column} on images ({column})")
 
 
-def _pictures(root: Path, done: Converted) -> Iterator[tuple[str, str, str, str | None]]:
+def _images(root: Path, done: Converted) -> Iterator[tuple[str, str, str, str | None]]:
     """Path below the root, the same without suffix, stem, and the stem as a number without leading zeros."""
     for folder, folders, files in os.walk(root):
         folders.sort()
@@ -160,7 +158,7 @@ def _is_text(text: str) -> bool:
 
 
 def _find(database: sqlite3.Connection, name: str) -> list[int]:
-    """The pictures that a record may mean: that path, else that place, else that stem, else that number.
+    """The images that a record may mean: that path, else that place, else that stem, else that number.
 
     A name with folders in it means one place below the root; without, a file in any folder.
     """
@@ -170,7 +168,7 @@ def _find(database: sqlite3.Connection, name: str) -> list[int]:
     if "/" not in name:
         asked += [("stem", place), ("number", _number(place))]
     for column, value in asked:
-        found = database.execute(f"select id from pictures where {column} = ? limit 2", (value,)).fetchall()
+        found = database.execute(f"select id from images where {column} = ? limit 2", (value,)).fetchall()
         if found:
             return [row[0] for row in found]
     return []
@@ -182,7 +180,7 @@ def _find(database: sqlite3.Connection, name: str) -> list[int]:
 
 
 def _enter_captions(
-    database: sqlite3.Connection, run: ConvertRun, files: list[Path], done: Converted
+    database: sqlite3.Connection, run: ConvertCaptionsArgs, files: list[Path], done: Converted
 ) -> None:
     root = run.captions if run.captions.is_dir() else None
     database.execute("begin")
@@ -197,7 +195,7 @@ def _enter_captions(
     database.execute("commit")
 
 
-def _enter(database: sqlite3.Connection, record: Published, done: Converted) -> None:
+def _enter(database: sqlite3.Connection, record: CaptionRecord, done: Converted) -> None:
     if record.name is None:
         done.leave_out("not readable", record.captions[0])
     elif not record.captions:
@@ -205,9 +203,9 @@ def _enter(database: sqlite3.Connection, record: Published, done: Converted) -> 
     elif not _is_text(record.name + "".join(record.captions)):
         done.leave_out("not UTF-8", record.name)
     elif not (found := _find(database, record.name)):
-        done.leave_out("no such picture", record.name)
+        done.leave_out("no such image", record.name)
     elif len(found) > 1:
-        done.leave_out("several pictures of that name", record.name)
+        done.leave_out("several images of that name", record.name)
     else:
         rows = [(found[0], caption) for caption in record.captions]
         database.executemany("insert into captions values (?, ?)", rows)
@@ -218,32 +216,30 @@ def _enter(database: sqlite3.Connection, record: Published, done: Converted) -> 
 # ---------------------------------------------------------------------------------------------
 
 
-def _write_table(database: sqlite3.Connection, run: ConvertRun, part: Path, done: Converted) -> None:
-    total = database.execute("select count(*) from pictures").fetchone()[0]
+def _write_table(database: sqlite3.Connection, run: ConvertCaptionsArgs, part: Path, done: Converted) -> None:
+    total = database.execute("select count(*) from images").fetchone()[0]
     chosen = database.execute(
-        "select path, caption from captions join pictures on pictures.id = picture order by path, captions.rowid"
+        "select path, caption from captions join images on images.id = image order by path, captions.rowid"
     )
-    prefix = run.pictures.resolve().relative_to(_start_of_paths(run))
+    prefix = run.images.resolve().relative_to(_start_of_paths(run))
     with part.open("w", encoding="utf-8") as table:
         for path, rows in groupby(chosen, key=lambda row: row[0]):
             captions = list(dict.fromkeys(caption for _, caption in rows))
             row = {"image": (prefix / path).as_posix(), "captions": captions}
             table.write(json.dumps(row, ensure_ascii=False) + "\n")
-            done.pictures += 1
+            done.images += 1
             done.captions += len(captions)
         table.flush()
         os.fsync(table.fileno())
-    done.without_caption = total - done.pictures
-    if not done.pictures:
-        there = database.execute("select path from pictures limit 1").fetchone()
-        lies = (
-            f"{total} pictures lie there, as {there[0]}" if there else f"no {', '.join(PICTURES)} lies there"
-        )
-        raise ValueError(f"no record of {run.captions} finds a picture in {run.pictures} ({lies})\n{done}")
+    done.without_caption = total - done.images
+    if not done.images:
+        there = database.execute("select path from images limit 1").fetchone()
+        lies = f"{total} images lie there, as {there[0]}" if there else f"no {', '.join(PICTURES)} lies there"
+        raise ValueError(f"no record of {run.captions} finds an image in {run.images} ({lies})\n{done}")
     part.replace(run.out)
 
 
-def _start_of_paths(run: ConvertRun) -> Path:
-    """Where the paths in the table start: its own folder if the pictures lie in or below it, else theirs."""
-    table, pictures = run.out.resolve().parent, run.pictures.resolve()
-    return table if pictures.is_relative_to(table) else pictures
+def _start_of_paths(run: ConvertCaptionsArgs) -> Path:
+    """Where the paths in the table start: its own folder if the images lie in or below it, else theirs."""
+    table, images = run.out.resolve().parent, run.images.resolve()
+    return table if images.is_relative_to(table) else images

@@ -1,4 +1,4 @@
-"""Between the stages: pictures become tokens once (paper section 2.2: argmax, no noise)."""
+"""Between the stages: images become tokens once (paper section 2.2: argmax, no noise)."""
 
 import os
 from collections.abc import Iterator
@@ -12,23 +12,23 @@ from tqdm import tqdm
 
 from dalle.commands.train_dvae import EncodeConfig
 from dalle.config import to_dict
-from dalle.data import Loader, PairsConfig, TokenCache, open_pairs
-from dalle.data.bad_samples import Skipped
+from dalle.data import DataConfig, Loader, TokenCache, open_dataset
+from dalle.data.bad_samples import BadSampleLog
 from dalle.data.dataloader import worker_count
-from dalle.data.token_cache import TokenPlan
+from dalle.data.token_cache import TokenCacheSpec
 from dalle.data.token_writer import TokenWriter
 from dalle.io.files import make_directory
-from dalle.runs.args import FREE_OF_DATA, ROOT, take_part
+from dalle.runs.args import FREE_OF_DATA, ROOT, load_stage
 from dalle.train.precision import autocast, resolve_device, resolve_precision
-from dalle.types import Batch, ImageTokenizer, Pairs, check_tokens
+from dalle.types import CaptionedImages, ImageTextBatch, ImageTokenizer, check_tokens
 
 TRANSFORM = 2
 """Raised when a crop or a resize becomes another, so that tokens of before are not taken for those of after."""
 
 
 @dataclass(frozen=True)
-class EncodeRun:
-    """Encodes pictures with a trained dVAE into a token cache for the transformer."""
+class EncodeImagesArgs:
+    """Encodes images with a trained dVAE into a token cache for the transformer."""
 
     out: Path | None = None
     """Directory of the cache; runs/tokens unless given. An encoding that stopped there goes on."""
@@ -39,24 +39,24 @@ class EncodeRun:
     """Of the random crops."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first there is."""
-    data: PairsConfig = PairsConfig()
-    """Pictures and captions."""
+    data: DataConfig = DataConfig()
+    """Images and captions."""
     encode: EncodeConfig = EncodeConfig()
     """How many, how often, which share of the work."""
 
 
-def encode_images(run: EncodeRun) -> TokenCache | None:
+def encode_images(run: EncodeImagesArgs) -> TokenCache | None:
     """Encodes this process's shards. The cache, or None while the shards of other parts are missing."""
     out = run.out or ROOT / "tokens"
     make_directory(out.parent)
     part, parts = turn(run.encode)
     device = _device(run.device)
     tokenizer, weights = take_image_tokenizer(run.dvae, device)
-    pairs = open_pairs(run.data)
+    pairs = open_dataset(run.data)
     encoder = Encoder(tokenizer, pairs, run, device)
     writer = TokenWriter(out, encoder.plan(weights, pairs.hash), part, parts)
     log = out / (f"skipped-{part}.jsonl" if parts > 1 else "skipped.jsonl")
-    skipped = Skipped(log, pairs.size, getattr(pairs, "skipped", ()), run.data.max_skipped)
+    skipped = BadSampleLog(log, pairs.size, getattr(pairs, "skipped", ()), run.data.max_skipped)
     for shard, found in encoder.shards(writer, skipped):
         writer.write(shard, *found)
     cache = writer.finish()
@@ -66,7 +66,7 @@ def encode_images(run: EncodeRun) -> TokenCache | None:
 
 def take_image_tokenizer(given: Path | None, device: torch.device) -> tuple[ImageTokenizer, str]:
     """What --dvae names, and the hash of its weights: the one door for readers of other files."""
-    part = take_part("dvae", given, device)
+    part = load_stage("dvae", given, device)
     return part.model.to(memory_format=torch.channels_last), part.hash
 
 
@@ -74,32 +74,30 @@ def take_image_tokenizer(given: Path | None, device: torch.device) -> tuple[Imag
 class CropsOfShards:
     """What a worker reads: step i is one crop of one batch of one shard. Steps go on from shard to shard."""
 
-    pairs: Pairs
-    """The pictures."""
-    plan: TokenPlan
+    pairs: CaptionedImages
+    """The images."""
+    plan: TokenCacheSpec
     """Which of them are in a shard, and how many crops there are."""
     shards: tuple[int, ...]
     """Those to read, ascending."""
     batch_size: int
-    """Pictures in a step."""
+    """Images in a step."""
     seed: int
     """Of the crops."""
 
     def __len__(self) -> int:
-        pictures = (
-            len(self.plan.numbers(self.shards[-1])) if self.shards else 0
-        )  # the last may be a short one
-        return max(0, len(self.shards) - 1) * self._steps(self.plan.shard) + self._steps(pictures)
+        images = len(self.plan.numbers(self.shards[-1])) if self.shards else 0  # the last may be a short one
+        return max(0, len(self.shards) - 1) * self._steps(self.plan.shard) + self._steps(images)
 
-    def _steps(self, pictures: int) -> int:
-        return -(-pictures // self.batch_size) * self.plan.crops
+    def _steps(self, images: int) -> int:
+        return -(-images // self.batch_size) * self.plan.crops
 
     def batches(self, shard: int) -> list[range]:
-        """The pictures of a shard, batch by batch."""
+        """The images of a shard, batch by batch."""
         numbers = self.plan.numbers(shard)
         return [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> ImageTextBatch:
         place, within = divmod(step, self._steps(self.plan.shard))
         batch, crop = divmod(within, self.plan.crops)
         samples = [(crop, number) for number in self.batches(self.shards[place])[batch]]
@@ -107,40 +105,42 @@ class CropsOfShards:
 
 
 class Encoder:
-    """Turns pictures into tokens with any image tokenizer."""
+    """Turns images into tokens with any image tokenizer."""
 
-    def __init__(self, tokenizer: ImageTokenizer, pairs: Pairs, run: EncodeRun, device: torch.device):
+    def __init__(
+        self, tokenizer: ImageTokenizer, pairs: CaptionedImages, run: EncodeImagesArgs, device: torch.device
+    ):
         self.tokenizer, self.pairs, self.run, self.device = tokenizer, pairs, run, device
         self.precision = resolve_precision(run.encode.precision, device)
         self.crops = 1 if pairs.size is None else run.encode.crops
-        if run.data.resolution % tokenizer.downsampling:
+        if run.data.resolution % tokenizer.downsample_factor:
             raise ValueError(
-                f"data.resolution {run.data.resolution} is no multiple of {tokenizer.downsampling}, "
+                f"data.resolution {run.data.resolution} is no multiple of {tokenizer.downsample_factor}, "
                 "the pixels on a side of a token; change it"
             )
-        self.side = run.data.resolution // tokenizer.downsampling
+        self.side = run.data.resolution // tokenizer.downsample_factor
 
-    def plan(self, weights: str, data: str) -> TokenPlan:
+    def plan(self, weights: str, data: str) -> TokenCacheSpec:
         """What the tokens depend on, all of it."""
         config = self.run.encode
         settings = to_dict(self.run.data)
-        for name in ("path", "pictures", "held_out_path", *FREE_OF_DATA):
-            settings.pop(name)  # which pictures they are says the hash; they may lie elsewhere
+        for name in ("path", "images", "held_out_path", *FREE_OF_DATA):
+            settings.pop(name)  # which images they are says the hash; they may lie elsewhere
         transform = {"listing": 2, "version": TRANSFORM, "seed": self.run.seed, "precision": self.precision}
         transform["data"] = settings
-        pictures = config.pictures if self.pairs.size is None else min(config.pictures, self.pairs.size)
-        return TokenPlan(
+        images = config.images if self.pairs.size is None else min(config.images, self.pairs.size)
+        return TokenCacheSpec(
             dvae=weights,
             data=data,
             grid=(self.side, self.side),
             vocab=self.tokenizer.vocab_size,
-            pictures=pictures,
+            images=images,
             crops=self.crops,
             shard=config.shard,
             transform=transform,
         )
 
-    def shards(self, writer: TokenWriter, skipped: Skipped) -> Iterator[tuple[int, tuple]]:
+    def shards(self, writer: TokenWriter, skipped: BadSampleLog) -> Iterator[tuple[int, tuple]]:
         """(shard, what `TokenWriter.write` takes) of each that is missing, read ahead by workers."""
         missing = writer.missing()
         task = CropsOfShards(
@@ -151,11 +151,11 @@ class Encoder:
         seen, step = counts[0], 0
         data = self.run.data
         with (
-            tqdm(total=counts[1], initial=seen, desc="tokens", unit="picture", disable=None) as bar,
+            tqdm(total=counts[1], initial=seen, desc="tokens", unit="image", disable=None) as bar,
             Loader(task, len(task), worker_count(data.workers, self.pairs.size), data.prefetch) as load,
         ):
             for shard in missing:
-                found = Pictures(self.crops, self.side**2)
+                found = Images(self.crops, self.side**2)
                 for numbers in task.batches(shard):
                     seen += len(numbers)
                     for crop in range(self.crops):
@@ -166,7 +166,7 @@ class Encoder:
                     bar.update(len(numbers))
                 yield shard, found.whole()
 
-    def _encode(self, batch: Batch) -> Tensor:
+    def _encode(self, batch: ImageTextBatch) -> Tensor:
         """int64 (b, rows * columns)."""
         if not batch.samples:
             return torch.zeros(0, self.side**2, dtype=torch.int64)
@@ -181,16 +181,16 @@ class Encoder:
         return tokens.cpu()
 
 
-class Pictures:
-    """Tokens and captions of a shard's pictures, crop by crop as they come."""
+class Images:
+    """Tokens and captions of a shard's images, crop by crop as they come."""
 
     def __init__(self, crops: int, length: int):
         self.crops, self.length = crops, length
         self._tokens: dict[int, dict[int, np.ndarray]] = {}
         self._captions: dict[int, list[str]] = {}
 
-    def add(self, batch: Batch, crop: int, tokens: Tensor) -> None:
-        """One crop of some pictures."""
+    def add(self, batch: ImageTextBatch, crop: int, tokens: Tensor) -> None:
+        """One crop of some images."""
         for (_, number), row, captions in zip(
             batch.samples, tokens.numpy().astype(np.uint16), batch.captions, strict=True
         ):
@@ -198,7 +198,7 @@ class Pictures:
             self._captions[number] = captions
 
     def whole(self) -> tuple[np.ndarray, list[int], list[list[str]]]:
-        """Tokens uint16 (n, crops, length), numbers and captions of the pictures of which every crop could be read."""
+        """Tokens uint16 (n, crops, length), numbers and captions of the images of which every crop could be read."""
         numbers = [number for number in sorted(self._tokens) if len(self._tokens[number]) == self.crops]
         tokens = np.empty((len(numbers), self.crops, self.length), np.uint16)
         for place, number in enumerate(numbers):
@@ -224,7 +224,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _tell(out: Path, cache: TokenCache | None, part: str, skipped: Skipped) -> None:
+def _tell(out: Path, cache: TokenCache | None, part: str, skipped: BadSampleLog) -> None:
     if skipped.counts:
         print(f"note: {skipped}")
     if cache is None:
@@ -232,6 +232,6 @@ def _tell(out: Path, cache: TokenCache | None, part: str, skipped: Skipped) -> N
         return
     rows, columns = cache.grid
     crops = f", {cache.crops} crops each" if cache.crops > 1 else ""
-    print(f"{out}: {cache.size} pictures of {rows} x {columns} tokens{crops}")
+    print(f"{out}: {cache.size} images of {rows} x {columns} tokens{crops}")
     if left_out := cache.meta["left_out"]:
-        print(f"note: {left_out} of {cache.size + left_out} pictures could not be used and are left out")
+        print(f"note: {left_out} of {cache.size + left_out} images could not be used and are left out")

@@ -2,11 +2,11 @@
 
 | part | what is measured |
 |---|---|
-| shapes | how many pictures show what their caption says, for a model of the drawn shapes |
-| dvae | likelihood, PSNR, SSIM, LPIPS, use of the codes, on held-out pictures |
+| shapes | how many images show what their caption says, for a model of the drawn shapes |
+| dvae | likelihood, PSNR, SSIM, LPIPS, use of the codes, on held-out images |
 | transformer | nats per token and bits per dimension, on held-out pairs |
-| clip | retrieval, zero-shot classes, words written on pictures |
-| pictures | Frechet distance and inception score behind each blur, CLIP score (Figure 9) |
+| clip | retrieval, zero-shot classes, words written on images |
+| images | Frechet distance and inception score behind each blur, CLIP score (Figure 9) |
 | rerank | what the best of 1, 2, 4, ... candidates is worth (Figure 9c) |
 """
 
@@ -19,7 +19,7 @@ import torch
 
 from dalle.clip import CLIPScorer, OpenClipScorer
 from dalle.commands.evaluate_parts import PARTS, Bench
-from dalle.data import PairsConfig
+from dalle.data import DataConfig
 from dalle.evals.blur import RADII
 from dalle.evals.shapes_accuracy import caption_accuracy
 from dalle.evals.zero_shot import TEMPLATES
@@ -27,34 +27,34 @@ from dalle.hub.registry import weights_hash
 from dalle.io.files import make_directory, write_json
 from dalle.pipelines.dalle import DALLE
 from dalle.pretrained.openai_clip import load_scorer
-from dalle.runs.args import ROOT, take_part
+from dalle.runs.args import ROOT, load_stage
 from dalle.sampling import check_sampling
-from dalle.text import text_from_dict
+from dalle.text import text_tokenizer_from_dict
 from dalle.train.precision import resolve_device
 
-Part = Literal["shapes", "dvae", "transformer", "clip", "pictures", "rerank"]
+Part = Literal["shapes", "dvae", "transformer", "clip", "images", "rerank"]
 
 
 @dataclass(frozen=True)
-class EvaluateRun:
-    """Measures a model on captions and pictures that training never saw."""
+class EvaluateArgs:
+    """Measures a model on captions and images that training never saw."""
 
     model: Path = ROOT / "quickstart" / "model"
     """Model directory."""
     parts: tuple[Part, ...] = ("shapes",)
-    """What to measure: shapes dvae transformer clip pictures rerank, one or several."""
-    data: PairsConfig = PairsConfig(path="shapes")
-    """Held-out pictures and captions of every part but shapes; the resolution is the model's."""
+    """What to measure: shapes dvae transformer clip images rerank, one or several."""
+    data: DataConfig = DataConfig(path="shapes")
+    """Held-out images and captions of every part but shapes; the resolution is the model's."""
     pairs: int = 1000
     """Held-out pairs to read at most; the paper's distances are of 30,000."""
     captions: int = 200
-    """Captions to draw for: of each kind for shapes, of the held-out pairs for pictures and rerank."""
+    """Captions to draw for: of each kind for shapes, of the held-out pairs for images and rerank."""
     best_of: int = 16
     """Candidates of each caption; the paper draws 512."""
     temperature: float = 1.0
     """Of the samples; 1 as the paper."""
     chunk: int = 512
-    """Pictures drawn at once for shapes."""
+    """Images drawn at once for shapes."""
     batch: int = 32
     """Pairs measured at once."""
     blur: tuple[float, ...] = RADII
@@ -69,7 +69,7 @@ class EvaluateRun:
     rank_by: Literal["model", "clip"] = "model"
     """Whose CLIP ranks the candidates: the model's own, or that of --clip, as scripts/sample.py does with one."""
     classes: Path | None = None
-    """Text file with a class name a line, for pictures whose caption is their class: zero-shot and written words."""
+    """Text file with a class name a line, for images whose caption is their class: zero-shot and written words."""
     templates: tuple[str, ...] = TEMPLATES
     """Wordings of a class for the CLIP; {} is its name."""
     lpips_backbone: Path | None = None
@@ -77,13 +77,13 @@ class EvaluateRun:
     lpips_weights: Path | None = None
     """The weights of LPIPS for AlexNet."""
     statistics: Path = ROOT / "statistics"
-    """Folder where the statistics of real pictures are kept from one run to the next."""
+    """Folder where the statistics of real images are kept from one run to the next."""
     seed: int = 0
     """Of captions, candidates and everything else that is drawn."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first there is."""
     json: Path | None = None
-    """File for the report; printed too. A number that is not finite (the PSNR of a picture that is kept exactly) is
+    """File for the report; printed too. A number that is not finite (the PSNR of an image that is kept exactly) is
     null there, and named with its value under not_finite."""
 
     def __post_init__(self):
@@ -107,7 +107,7 @@ class EvaluateRun:
             raise ValueError("LPIPS needs both --lpips-backbone and --lpips-weights; give both, or neither")
 
 
-def evaluate(run: EvaluateRun) -> dict[str, Any]:
+def evaluate(run: EvaluateArgs) -> dict[str, Any]:
     """Measures each part; prints its numbers, and writes --json after each, so that a long run leaves what it has."""
     if run.json:
         make_directory(run.json.parent)
@@ -138,12 +138,12 @@ def evaluate(run: EvaluateRun) -> dict[str, Any]:
     return finite(report)
 
 
-def _clip(run: EvaluateRun, device: torch.device) -> CLIPScorer | OpenClipScorer:
+def _clip(run: EvaluateArgs, device: torch.device) -> CLIPScorer | OpenClipScorer:
     """That of --clip; one of this library reads the text ids of the tokenizer that it was trained with."""
     if not run.clip.is_dir():
         return load_scorer(run.clip, device, run.quick_gelu)
-    part = take_part("clip", run.clip, device)
-    return CLIPScorer(part.model, text_from_dict(part.links["text"]))
+    part = load_stage("clip", run.clip, device)
+    return CLIPScorer(part.model, text_tokenizer_from_dict(part.links["text"]))
 
 
 def finite(report: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def finite(report: dict[str, Any]) -> dict[str, Any]:
     return made | ({"not_finite": told} if told else {})
 
 
-def _shapes(run: EvaluateRun, model: DALLE) -> dict[str, dict[str, float]]:
+def _shapes(run: EvaluateArgs, model: DALLE) -> dict[str, dict[str, float]]:
     """Both held-out sets of the shapes."""
     options = (run.captions, run.best_of, run.chunk, run.seed, run.temperature)
     return {split: caption_accuracy(model, split, *options)[0] for split in ("held_out", "new_pairs")}

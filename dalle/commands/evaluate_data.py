@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dalle.config import to_dict
-from dalle.data import PairsConfig, draw_captions, open_pairs
-from dalle.types import Batch
+from dalle.data import DataConfig, open_dataset, sample_captions
+from dalle.types import ImageTextBatch
 
 
 class HeldOut:
@@ -27,16 +27,16 @@ class HeldOut:
         ValueError: no such set.
     """
 
-    def __init__(self, data: PairsConfig, resolution: int, count: int, batch: int, seed: int):
+    def __init__(self, data: DataConfig, resolution: int, count: int, batch: int, seed: int):
         self.data, self.count, self.batch, self.seed = (
             replace(data, resolution=resolution),
             count,
             batch,
             seed,
         )
-        self.pairs = open_pairs(self.data, "held_out")
+        self.pairs = open_dataset(self.data, "held_out")
 
-    def batches(self, count: int | None = None) -> Iterator[Batch]:
+    def batches(self, count: int | None = None) -> Iterator[ImageTextBatch]:
         """The first `count` pairs that can be used, all of `self.count` unless given; ValueError where none can."""
         at, found, count = 0, 0, count or self.count
         while found < count and (self.pairs.size is None or at < self.pairs.size):
@@ -53,7 +53,7 @@ class HeldOut:
 
     def prompts(self, count: int) -> list[str]:
         """One caption of each of the first pairs."""
-        return [caption for batch in self.batches(count) for caption in draw_captions(batch, self.seed)]
+        return [caption for batch in self.batches(count) for caption in sample_captions(batch, self.seed)]
 
     def labelled(self, classes: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels (B, 3, R, R) and classes int64 (B,) of the pairs whose caption is the name of a class.
@@ -73,11 +73,11 @@ class HeldOut:
         if not found:
             raise ValueError(
                 f"no held-out caption of {self.data.path} is the name of a class, as {classes[0]!r}; "
-                "classes are for pictures whose caption is their class"
+                "classes are for images whose caption is their class"
             )
 
     def facts(self) -> dict[str, Any]:
-        """What names the pictures."""
+        """What names the images."""
         return {
             "path": self.data.path,
             "hash": self.pairs.hash,

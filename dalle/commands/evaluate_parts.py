@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dalle.commands.evaluate_data import HeldOut, read_classes
-from dalle.data import draw_captions
+from dalle.data import sample_captions
 from dalle.evals import (
     best_of_n,
     clip_score,
@@ -28,15 +28,15 @@ from dalle.evals import (
 )
 from dalle.evals.inception import HOW, Inception
 from dalle.evals.lpips import LPIPS
-from dalle.evals.running_mean import Means
+from dalle.evals.running_mean import MeanMetric
 from dalle.hub.registry import weights_hash
-from dalle.io.images import to_pixels
+from dalle.io.images import to_tensor
 from dalle.pipelines.dalle import DALLE
-from dalle.shapes.judge import judge
+from dalle.shapes.judge import matches_caption
 from dalle.types import Embedder
 
 if TYPE_CHECKING:
-    from dalle.commands.evaluate import EvaluateRun
+    from dalle.commands.evaluate import EvaluateArgs
 
 RESIZE = "shorter side by Pillow's Lanczos, then the middle square"
 
@@ -54,18 +54,18 @@ class Bench:
         ValueError: no data, or a part without the tool that it needs.
     """
 
-    def __init__(self, run: "EvaluateRun", model: DALLE, device: torch.device, clip: Embedder | None = None):
+    def __init__(self, run: "EvaluateArgs", model: DALLE, device: torch.device, clip: Embedder | None = None):
         self.run, self.model, self.device = run, model, device
         layout = model.transformer.layout
         if layout.rows != layout.columns:
             raise ValueError(
-                f"held-out pictures are square, the model's grid is {layout.rows} x {layout.columns}"
+                f"held-out images are square, the model's grid is {layout.rows} x {layout.columns}"
             )
         self.held_out = HeldOut(
-            run.data, layout.rows * model.dvae.downsampling, run.pairs, run.batch, run.seed
+            run.data, layout.rows * model.dvae.downsample_factor, run.pairs, run.batch, run.seed
         )
         self.clip = clip or (model.scorer if isinstance(model.scorer, Embedder) else None)
-        self.extractor = self._extractor() if "pictures" in run.parts or run.extractor else None
+        self.extractor = self._extractor() if "images" in run.parts or run.extractor else None
         self.lpips = LPIPS(run.lpips_backbone, run.lpips_weights, device) if run.lpips_weights else None
         self.classes = read_classes(run.classes) if run.classes else None
         if "clip" in run.parts:
@@ -85,7 +85,7 @@ class Bench:
         return Inception(Path(self.run.extractor), self.device)
 
     def pixels(self) -> Iterator[Tensor]:
-        """Held-out pictures (B, 3, R, R), on the model's device."""
+        """Held-out images (B, 3, R, R), on the model's device."""
         for batch in self.held_out.batches():
             yield torch.from_numpy(batch.pixels).to(self.device)
 
@@ -102,7 +102,7 @@ class Bench:
         weights |= {"clip": weights_hash(self.clip.model)} if self.clip else {}
         weights |= {"extractor": self.extractor.hash} if self.extractor else {}
         weights |= {"lpips": self.lpips.hash} if self.lpips else {}
-        resize = {"pictures": RESIZE} | ({"features": self.extractor.resize} if self.extractor else {})
+        resize = {"images": RESIZE} | ({"features": self.extractor.resize} if self.extractor else {})
         versions = {"torch": torch.__version__, "pillow": PIL.__version__}
         return {"hashes": weights, "data": self.held_out.facts(), "resize": resize, "versions": versions}
 
@@ -110,7 +110,7 @@ class Bench:
 def dvae_part(bench: Bench) -> dict[str, Any]:
     """Reconstructions by hard codes."""
     counted = Counted(bench.pixels())
-    return reconstruction.run(bench.model.dvae, counted, bench.lpips) | {"pictures": counted.count}
+    return reconstruction.run(bench.model.dvae, counted, bench.lpips) | {"images": counted.count}
 
 
 def transformer_part(bench: Bench) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def transformer_part(bench: Bench) -> dict[str, Any]:
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in bench.held_out.batches():
-            ids = [model.text.encode(caption) for caption in draw_captions(batch, bench.run.seed)]
+            ids = [model.text.encode(caption) for caption in sample_captions(batch, bench.run.seed)]
             text = model.transformer.layout.pad_text(ids, truncate=True).to(bench.device)
             yield torch.from_numpy(batch.pixels).to(bench.device), text
 
@@ -141,10 +141,10 @@ def clip_part(bench: Bench) -> dict[str, Any]:
     with torch.no_grad():
         for batch in bench.held_out.batches():
             first = sum(map(len, images))
-            images.append(clip.embed_pictures(torch.from_numpy(batch.pixels).to(bench.device)).cpu())
+            images.append(clip.embed_images(torch.from_numpy(batch.pixels).to(bench.device)).cpu())
             owners += [first + i for i, captions in enumerate(batch.captions) for _ in captions]
             texts.append(clip.embed_captions([one for captions in batch.captions for one in captions]).cpu())
-    report = {"pictures": sum(map(len, images)), "captions": len(owners)}
+    report = {"images": sum(map(len, images)), "captions": len(owners)}
     report |= {"retrieval": retrieval.retrieval(torch.cat(images), torch.cat(texts), owners)}
     if bench.classes is None:
         return report
@@ -159,21 +159,21 @@ def clip_part(bench: Bench) -> dict[str, Any]:
         ranked.append(zero_shot.predictions(clip, pixels, vectors).cpu())
         labels.append(right)
     report["zero_shot"] = zero_shot.accuracy(torch.cat(ranked), torch.cat(labels)) | {
-        "pictures": sum(map(len, labels)),
+        "images": sum(map(len, labels)),
         "templates": list(bench.run.templates),
     }
     report["written_words"] = typographic_attack.run(clip, labelled(), bench.classes, vectors, seed)
     return report
 
 
-def pictures_part(bench: Bench) -> dict[str, Any]:
-    """The best of the candidates for held-out captions, beside held-out pictures."""
-    run, fit = bench.run, Means()
+def images_part(bench: Bench) -> dict[str, Any]:
+    """The best of the candidates for held-out captions, beside held-out images."""
+    run, fit = bench.run, MeanMetric()
     n = run.best_of if bench.model.scorer else 1
 
     def drawn() -> Iterator[Tensor]:
         for captions, generations in _draw(bench, n, keep=1):
-            pixels = to_pixels([one.images[0] for one in generations]).to(bench.device)
+            pixels = to_tensor([one.images[0] for one in generations]).to(bench.device)
             if bench.clip:
                 fit.add(clip_score.clip_scores(bench.clip, pixels, captions))
             yield pixels
@@ -203,9 +203,9 @@ def rerank_part(bench: Bench) -> dict[str, Any]:
         for caption, generation in zip(captions, generations, strict=True):
             order = np.argsort(generation.candidates)
             scores.append(np.array(generation.scores)[order])
-            pixels = to_pixels([generation.images[i] for i in order])
+            pixels = to_tensor([generation.images[i] for i in order])
             if bench.run.data.path == "shapes":
-                right.append(judge(pixels, [caption] * m))
+                right.append(matches_caption(pixels, [caption] * m))
             for n, measured in kept.items() if bench.extractor else ():
                 best = int(scores[-1][:n].argmax())
                 measured.add(*bench.extractor(pixels[[best]].to(bench.device)))
@@ -258,6 +258,6 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "dvae": dvae_part,
     "transformer": transformer_part,
     "clip": clip_part,
-    "pictures": pictures_part,
+    "images": images_part,
     "rerank": rerank_part,
 }

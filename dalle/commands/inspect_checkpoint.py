@@ -13,21 +13,21 @@ import torch
 from tyro.conf import Positional
 
 from dalle.config import from_dict, to_dict
-from dalle.hub.registry import KINDS
+from dalle.hub.registry import MODEL_REGISTRY
 from dalle.io.files import read_json, write_json
 from dalle.io.format import check_meta, read_config
-from dalle.pretrained.family import Fit, fit, without_values
-from dalle.pretrained.load import Found, at_hand, find, is_published
+from dalle.pretrained.family import KeyComparison, compare_keys, without_values
+from dalle.pretrained.load import DetectedCheckpoint, at_hand, detect_checkpoint, is_external_checkpoint
 from dalle.pretrained.openai_dvae import PARTS
 from dalle.pretrained.refused import refuse_path
-from dalle.pretrained.torch_file import open_saved
+from dalle.pretrained.torch_file import read_torch_file
 from dalle.train.checkpoint import latest_checkpoint
 
 SHOWN = 5  # names of a list that are printed; the JSON has them all
 
 
 @dataclass(frozen=True)
-class InspectRun:
+class InspectCheckpointArgs:
     """Says what a checkpoint file, run or model directory holds."""
 
     path: Positional[Path | None] = None
@@ -36,7 +36,7 @@ class InspectRun:
     """File for the report; printed too."""
 
 
-def inspect_checkpoint(run: InspectRun) -> dict[str, Any]:
+def inspect_checkpoint(run: InspectCheckpointArgs) -> dict[str, Any]:
     """The report, printed and written.
 
     Raises:
@@ -59,9 +59,9 @@ def inspect_checkpoint(run: InspectRun) -> dict[str, Any]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    if is_published(path):
+    if is_external_checkpoint(path):
         with at_hand(path) as place:
-            return _published(find(place))
+            return _published(detect_checkpoint(place))
     config = read_json(path / "config.json") if (path / "config.json").is_file() else None
     if isinstance(config, dict) and "parts" in config:
         return _model_directory(path)
@@ -79,7 +79,7 @@ def _describe(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------
 
 
-def _published(found: Found) -> dict[str, Any]:
+def _published(found: DetectedCheckpoint) -> dict[str, Any]:
     files = [found.path] if found.path.is_file() else [found.path / f"{part}.pkl" for part in PARTS]
     told: dict[str, Any] = {"container": found.container, "tensors": len(found.tensors)}
     told["numbers"] = sum(_count(tensor.shape) for tensor in found.tensors.values())
@@ -89,14 +89,14 @@ def _published(found: Found) -> dict[str, Any]:
     else:
         told |= {"family": found.family.name, "kind": found.family.kind}
         try:
-            told |= _fit(fit(found.family, found.tensors), found)
+            told |= _fit(compare_keys(found.family, found.tensors), found)
         except ValueError as error:
             told |= {"fits": False, "note": str(error)}
         told["licence"] = found.family.licence
     return told | {"sha256": {file.name: sha256(file) for file in files}}
 
 
-def _fit(comparison: Fit, found: Found) -> dict[str, Any]:
+def _fit(comparison: KeyComparison, found: DetectedCheckpoint) -> dict[str, Any]:
     assert found.family is not None
     told = {
         "sizes": _sizes(comparison.config),
@@ -110,7 +110,7 @@ def _fit(comparison: Fit, found: Found) -> dict[str, Any]:
     return told | {name: names for name, names in lists.items() if names}
 
 
-def _nobody(found: Found) -> str:
+def _nobody(found: DetectedCheckpoint) -> str:
     if not found.tensors:
         return "no tensors under any name where programs keep weights"
     return f"tensors of nobody that is known, such as {', '.join(sorted(found.tensors)[:SHOWN])}"
@@ -130,8 +130,10 @@ def sha256(path: Path) -> str:
 def _own_checkpoint(folder: Path) -> dict[str, Any]:
     meta = read_json(folder / "meta.json")
     kind = meta.get("kind") if isinstance(meta, dict) else None
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"{folder} holds {kind or 'something unknown'!r}, known are {', '.join(KINDS)}")
+    if not isinstance(kind, str) or kind not in MODEL_REGISTRY:
+        raise ValueError(
+            f"{folder} holds {kind or 'something unknown'!r}, known are {', '.join(MODEL_REGISTRY)}"
+        )
     check_meta(meta, kind, folder)
     links = {name: value for name, value in meta.get("links", {}).items() if name != "text"}
     if lacking := [name for name in ("config", "step", "steps") if name not in meta]:
@@ -150,16 +152,16 @@ def _model_directory(path: Path) -> dict[str, Any]:
     written = read_json(path / "config.json")["format"]
     told: dict[str, Any] = {"family": "model directory of this library", "format": written}
     for kind, part in config["parts"].items():
-        if kind not in KINDS:
-            raise ValueError(f"{path} holds {kind!r}, known are {', '.join(KINDS)}")
+        if kind not in MODEL_REGISTRY:
+            raise ValueError(f"{path} holds {kind!r}, known are {', '.join(MODEL_REGISTRY)}")
         told[kind] = _own_part(kind, part["config"], path / f"{kind}.safetensors", path)
     return told | {"hash": "-".join(part["hash"] for part in config["parts"].values())}
 
 
 def _own_part(kind: str, settings: dict[str, Any], file: Path, source: Path) -> dict[str, Any]:
-    config_class, model_class = KINDS[kind]
+    config_class, model_class = MODEL_REGISTRY[kind]
     config = from_dict(config_class, settings, str(source))
-    found = {name: tensor.shape for name, tensor in open_saved(file).tree.items()}
+    found = {name: tensor.shape for name, tensor in read_torch_file(file).tree.items()}
     with without_values():
         model = model_class(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""A sweep of step sizes: the same short run at several multiples of the configured one, and one picture."""
+"""A sweep of learning rates: the same short run at several multiples of the configured one, and one image."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,20 +6,20 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from dalle.runs.args import TrainingRun
+from dalle.runs.args import TrainArgs
 from dalle.runs.kinds import TRAININGS
 from dalle.train.loggers import read_log
 
 
-def sweep(kind: str, run: TrainingRun, factors: Sequence[float]) -> dict[float, float]:
-    """Trains once for each factor into <out>/lr-<step size>, draws <out>/sweep.png, prints the losses.
+def sweep(kind: str, run: TrainArgs, factors: Sequence[float]) -> dict[float, float]:
+    """Trains once for each factor into <out>/lr-<learning rate>, draws <out>/sweep.png, prints the losses.
 
     Returns:
-        step size -> loss, the mean over the last tenth of the logged updates; infinite where a run diverged.
+        learning rate -> loss, the mean over the last tenth of the logged updates; infinite where a run diverged.
     """
     if min(factors, default=0) <= 0:
         raise ValueError(
-            "give factors on the step size, each above 0: python scripts/sweep.py 0.5 1 2 --config FILE"
+            "give factors on the learning rate, each above 0: python scripts/sweep.py 0.5 1 2 --config FILE"
         )
     out, optimizer, losses = run.out or Path("runs/sweep"), run.train.optimizer, {}
     for factor in factors:
@@ -30,10 +30,10 @@ def sweep(kind: str, run: TrainingRun, factors: Sequence[float]) -> dict[float, 
             TRAININGS[kind][1](replace(run, train=train, out=folder))
             losses[lr.start] = last_loss(folder)
         except FloatingPointError as error:
-            print(f"step size {lr.start:g} diverged: {error}")
+            print(f"learning rate {lr.start:g} diverged: {error}")
             losses[lr.start] = float("inf")
     draw_sweep(out, losses)
-    print("step size    loss")
+    print("learning rate    loss")
     for rate, loss in losses.items():
         print(f"{rate:9.3g}{loss:8.4f}{'  <- lowest' if loss == min(losses.values()) else ''}")
     return losses
@@ -52,16 +52,16 @@ def last_loss(folder: Path) -> float:
 
 
 def draw_sweep(out: Path, losses: dict[float, float]) -> None:
-    """<out>/sweep.png: the curves, and the last loss against the step size."""
+    """<out>/sweep.png: the curves, and the last loss against the learning rate."""
     figure = Figure(figsize=(9, 3), layout="constrained")
     curves, ends = figure.subplots(1, 2)
     for rate in losses:
         if points := curve(out / f"lr-{rate:g}"):
             curves.plot(*zip(*points, strict=True), linewidth=1, label=f"{rate:g}")
-    curves.legend(title="step size", fontsize=8)
+    curves.legend(title="learning rate", fontsize=8)
     ends.plot(list(losses), list(losses.values()), marker="o", linewidth=1)
     ends.set_xscale("log")
-    for axis, below in ((curves, "update"), (ends, "step size")):
+    for axis, below in ((curves, "update"), (ends, "learning rate")):
         axis.set_xlabel(below)
         axis.set_ylabel("loss")
         axis.grid(alpha=0.3)

@@ -30,7 +30,7 @@ class NotebooksRun:
     quickstart: Path = ROOT / "quickstart"
     """What the quick start made: its model is looked at."""
     small: bool = False
-    """At the size of a test: seconds, and pictures of nothing."""
+    """At the size of a test: seconds, and images of nothing."""
     minutes: float = 30.0
     """A cell may take so long."""
 
@@ -106,8 +106,8 @@ def tidy(book: Any) -> None:
         for output in cell.get("outputs", ()):
             data = output.get("data", {})
             if "image/png" in data:
-                data.pop("image/jpeg", None)  # a picture offers itself in both
-                data["text/plain"] = "a picture"  # else its address in memory
+                data.pop("image/jpeg", None)  # an image offers itself in both
+                data["text/plain"] = "an image"  # else its address in memory
             output.pop("metadata", None) if output.output_type == "stream" else output.update(metadata={})
 
 

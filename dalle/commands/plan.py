@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dalle.commands.train_clip import CLIPRun
-from dalle.commands.train_dvae import DVAERun
-from dalle.commands.train_transformer import TransformerRun
+from dalle.commands.train_clip import TrainCLIPArgs
+from dalle.commands.train_dvae import TrainDVAEArgs
+from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.io.files import make_directory, write_json
-from dalle.planner.count import DryStep, dry_step
+from dalle.planner.count import StepEstimate, estimate_step
 from dalle.planner.gpus import GPU, GPUS
-from dalle.planner.memory import FP32, HALF, Shares, memory, starts_whole
+from dalle.planner.memory import FP32, HALF, ParallelLayout, memory, starts_whole
 from dalle.planner.table import print_plan
 from dalle.planner.traffic import traffic
 from dalle.train.low_rank import RANKS, compression_rate
@@ -33,7 +33,7 @@ class PlanOptions:
     """GPUs in all."""
     gpu: str = "h100"
     """Their kind: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, h200, b200, t4, l4 or rtx-4090."""
-    memory_gib: float | None = None
+    max_memory_gib: float | None = None
     """Of one GPU, for a kind that is not listed."""
     peak_flops: float | None = None
     """FLOP/s of one GPU in the precision of the training, for a kind that is not listed."""
@@ -60,7 +60,7 @@ class PlanOptions:
             raise ValueError(f"mfu must lie in (0, 1], got {self.mfu}")
         for name in (
             "gpus",
-            "memory_gib",
+            "max_memory_gib",
             "peak_flops",
             "inside_gb",
             "between_gb",
@@ -74,7 +74,7 @@ class PlanOptions:
     def hardware(self) -> GPU:
         """The GPU with what was overruled."""
         known, given = GPUS[self.gpu], {}
-        given |= {"memory": self.memory_gib} if self.memory_gib else {}
+        given |= {"memory": self.max_memory_gib} if self.max_memory_gib else {}
         given |= {"fp32": self.peak_flops, "half": self.peak_flops} if self.peak_flops else {}
         given |= {"inside": self.inside_gb * 1e9} if self.inside_gb else {}
         given |= {"between": self.between_gb * 1e9} if self.between_gb else {}
@@ -82,7 +82,7 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class DVAEPlan(DVAERun, PlanOptions):
+class DVAEPlan(TrainDVAEArgs, PlanOptions):
     """Tells what the dVAE of a configuration needs before it is trained."""
 
     def __post_init__(self):
@@ -91,7 +91,7 @@ class DVAEPlan(DVAERun, PlanOptions):
 
 
 @dataclass(frozen=True)
-class TransformerPlan(TransformerRun, PlanOptions):
+class TransformerPlan(TrainTransformerArgs, PlanOptions):
     """Tells what the transformer of a configuration needs before it is trained."""
 
     def __post_init__(self):
@@ -100,7 +100,7 @@ class TransformerPlan(TransformerRun, PlanOptions):
 
 
 @dataclass(frozen=True)
-class CLIPPlan(CLIPRun, PlanOptions):
+class CLIPPlan(TrainCLIPArgs, PlanOptions):
     """Tells what the CLIP of a configuration needs before it is trained."""
 
     def __post_init__(self):
@@ -123,7 +123,9 @@ def plan_training(kind: str, run: Any) -> dict[str, Any]:
     precision = _precision(run.train.precision, gpu)
     batch = _batch_of_pass(run)
     steps = dry_steps(kind, run, batch, precision)
-    own = steps["recompute" if getattr(run.model, "recompute", False) else "keep"]
+    own = steps[
+        "activation_checkpointing" if getattr(run.model, "activation_checkpointing", False) else "keep"
+    ]
     report = {
         "kind": kind,
         "parameters": own.parameters,
@@ -155,17 +157,17 @@ def modes(run: Any) -> list[str]:
     return ["ddp", "fsdp"] + (["hsdp"] if _shards(run, "hsdp") < run.gpus else [])
 
 
-def dry_steps(kind: str, run: Any, batch: int, precision: str) -> dict[str, DryStep]:
+def dry_steps(kind: str, run: Any, batch: int, precision: str) -> dict[str, StepEstimate]:
     """A step that keeps what is inside of each resblock, and for the transformer one that computes it again."""
     if kind != "transformer":
         pixels = None
         if kind == "dvae":
             side = run.crop or run.data.resolution
             pixels = (side, side)
-        return {"keep": dry_step(kind, run.model, batch, precision, pixels)}
-    variants = {"keep": False, "recompute": True}
+        return {"keep": estimate_step(kind, run.model, batch, precision, pixels)}
+    variants = {"keep": False, "activation_checkpointing": True}
     return {
-        name: dry_step(kind, replace(run.model, recompute=on), batch, precision)
+        name: estimate_step(kind, replace(run.model, activation_checkpointing=on), batch, precision)
         for name, on in variants.items()
     }
 
@@ -202,10 +204,12 @@ def _rank(kind: str, run: Any) -> int | None:
     return run.rank or configured or RANKS.get(run.model.width)
 
 
-def _memory(run: Any, mode: str, steps: dict[str, DryStep], precision: str) -> dict[str, dict[str, float]]:
+def _memory(
+    run: Any, mode: str, steps: dict[str, StepEstimate], precision: str
+) -> dict[str, dict[str, float]]:
     optimizer, powersgd = run.train.optimizer, getattr(run.train, "powersgd", None)
     replicas = run.gpus // _shards(run, mode)
-    how = Shares(
+    how = ParallelLayout(
         mode=mode,
         shards=_shards(run, mode),
         half=precision != "fp32",
@@ -219,7 +223,7 @@ def _memory(run: Any, mode: str, steps: dict[str, DryStep], precision: str) -> d
 
 
 def _traffic(
-    kind: str, run: Any, mode: str, step: DryStep, gpu: GPU, precision: str
+    kind: str, run: Any, mode: str, step: StepEstimate, gpu: GPU, precision: str
 ) -> dict[str, dict[str, float]]:
     shards, half = _shards(run, mode), precision != "fp32"
     place = (mode, step, run.gpus, gpu.per_machine, shards, half)
@@ -236,7 +240,7 @@ def _traffic(
     return found
 
 
-def _flops(kind: str, run: Any, step: DryStep, batch: int) -> dict[str, Any]:
+def _flops(kind: str, run: Any, step: StepEstimate, batch: int) -> dict[str, Any]:
     """Of an update: what is computed, by part, and what the model needs; and 6 N for each token, the usual estimate."""
     passes = run.train.batch_size // batch
     computed = {part: passes * count for part, count in step.flops.items()}
@@ -246,7 +250,7 @@ def _flops(kind: str, run: Any, step: DryStep, batch: int) -> dict[str, Any]:
         needed = {name: run.train.batch_size * count for name, count in of_stream.items()}
     result: dict[str, Any] = {"computed": computed, "needed": sum(needed.values()), "needed_by_part": needed}
     if kind == "transformer":
-        tokens = run.train.batch_size * run.model.layout.length
+        tokens = run.train.batch_size * run.model.layout.seq_len
         result |= {"tokens": tokens, "six_n_of_run": 6 * step.parameters * tokens * run.steps}
     return result
 

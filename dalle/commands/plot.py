@@ -1,4 +1,4 @@
-"""Curves of one or many runs as one picture, from their log.jsonl (drawn by dalle/viz/curves.py)."""
+"""Curves of one or many runs as one image, from their log.jsonl (drawn by dalle/viz/curves.py)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,13 @@ from dalle.viz.curves import (
 
 
 @dataclass(frozen=True)
-class CurvesPicture:
-    """Draws curves of runs: a panel for each metric, a colour for each run."""
+class CurvesImage:
+    """Draws curves of runs: a panel for each metric, a color for each run."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Directories of training runs, or their log.jsonl."""
     metrics: tuple[str, ...] = ()
-    """Names of log.jsonl, as gradient_norm step_size tokens_per_second; the losses of the runs unless given.
+    """Names of log.jsonl, as grad_norm lr tokens_per_sec; the losses of the runs unless given.
     What evaluations measured of the same name (eval/NAME) stands beside as dots."""
     labels: tuple[str, ...] = ()
     """What the runs are called; the names of their directories unless given."""
@@ -41,7 +41,7 @@ class CurvesPicture:
     chance: bool = True
     """A dotted line at what a model that knows nothing reaches: ln(vocabulary) for nats a token."""
     out: Path = Path("curves.png")
-    """Where the picture goes."""
+    """Where the image goes."""
 
     def __post_init__(self):
         if not 0 <= self.smooth < 1:
@@ -50,8 +50,8 @@ class CurvesPicture:
             raise ValueError(f"{len(self.labels)} labels for {len(self.runs)} runs; give one for each")
 
 
-def draw_curves(wish: CurvesPicture) -> None:
-    """Reads the runs and writes the picture.
+def draw_curves(wish: CurvesImage) -> None:
+    """Reads the runs and writes the image.
 
     Raises:
         ValueError: no runs, a run without a log, a metric that no run has (names those that are there).
@@ -66,45 +66,45 @@ def draw_curves(wish: CurvesPicture) -> None:
     print(f"wrote {wish.out}")
 
 
-def plot_losses(runs: dict[str, Path], picture: Path) -> None:
+def plot_losses(runs: dict[str, Path], image: Path) -> None:
     """A row of curves for each run, {kind: directory}, against the step."""
-    losses_figure(runs).savefig(picture, dpi=110)
+    losses_figure(runs).savefig(image, dpi=110)
 
 
 @dataclass(frozen=True)
-class ScalesPicture:
+class ScalesImage:
     """Draws Figure 12 for a run in fp16: the gradient scale of each resblock against updates."""
 
     run: Path = Path("runs/transformer")
     """Directory of the run; its log.jsonl is read."""
-    picture: Path = Path("scales.png")
-    """Where the picture goes."""
+    image: Path = Path("scales.png")
+    """Where the image goes."""
 
 
-def draw_scales(wish: ScalesPicture) -> None:
-    """Reads the run and writes the picture."""
-    make_directory(wish.picture.parent)
-    plot_scales(scale_lines(wish.run), wish.picture)
-    print(f"wrote {wish.picture}")
+def draw_scales(wish: ScalesImage) -> None:
+    """Reads the run and writes the image."""
+    make_directory(wish.image.parent)
+    plot_scales(scale_lines(wish.run), wish.image)
+    print(f"wrote {wish.image}")
 
 
-def plot_scales(lines: Lines, picture: Path) -> None:
-    """Figure 12 of the paper for the log of any run in fp16, see `dalle.viz.scales_picture`."""
-    scales_figure(lines).savefig(picture, dpi=100)
+def plot_scales(lines: Lines, image: Path) -> None:
+    """Figure 12 of the paper for the log of any run in fp16, see `dalle.viz.scales_image`."""
+    scales_figure(lines).savefig(image, dpi=100)
 
 
-def plot_curves(panels: dict[str, dict[str, list[float]]], picture: Path, smooth: int = 1) -> None:
+def plot_curves(panels: dict[str, dict[str, list[float]]], image: Path, smooth: int = 1) -> None:
     """Panels beside each other, {title: {name: a value for each update}}, each value a mean over the last `smooth`."""
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     for axis, (title, curves) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
         _curves(axis, title, curves, smooth)
-    figure.savefig(picture, dpi=110)
+    figure.savefig(image, dpi=110)
 
 
 def plot_underflow(
-    losses: dict[str, list[float]], zeros: dict[str, list[list[float]]], picture: Path, smooth: int
+    losses: dict[str, list[float]], zeros: dict[str, list[list[float]]], path: Path, smooth: int
 ) -> None:
     """Losses of each way by update; then maps of shares of zeros, (looks, resblocks), over the updates."""
     figure = Figure(figsize=(5 + 3.5 * len(zeros), 3.6), layout="constrained")
@@ -125,7 +125,7 @@ def plot_underflow(
         axis.grid(visible=False)
         axis.set_ylabel("resblock, the first above", fontsize=8)
     figure.colorbar(image, ax=maps, label="share of gradient elements that are 0")
-    figure.savefig(picture, dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def _curves(axis: Any, title: str, curves: dict[str, list[float]], smooth: int) -> None:

@@ -6,13 +6,13 @@ from tempfile import TemporaryDirectory
 
 from tyro.conf import Positional
 
-from dalle.hub.hub import check_login, list_files, push
+from dalle.hub.hub import check_login, list_hub_files, push_to_hub
 from dalle.hub.model_card import CARD, addressed, read_card
-from dalle.hub.registry import Part
+from dalle.hub.registry import LoadedModel
 
 
 @dataclass(frozen=True)
-class PushRun:
+class PushModelArgs:
     """Uploads a model directory, or the part that a run trained."""
 
     path: Positional[Path | None] = None
@@ -33,7 +33,7 @@ class PushRun:
     """List the files with their sizes and print the card; nothing is uploaded, no login is needed."""
 
 
-def push_model(run: PushRun) -> str | None:
+def push_model(run: PushModelArgs) -> str | None:
     """Uploads, or with dry_run tells what would be; the address of the commit.
 
     Raises:
@@ -50,7 +50,7 @@ def push_model(run: PushRun) -> str | None:
         card = read_card(directory, run.report, run.license)
         if run.dry_run:
             return _tell(directory, card, run.to)
-        address = push(directory, run.to, card, run.private or None, run.revision, message=run.message)
+        address = push_to_hub(directory, run.to, card, run.private or None, run.revision, message=run.message)
     print(f"{run.path} is at {address}")
     return address
 
@@ -59,7 +59,7 @@ def _model_directory(path: Path, room: Path) -> Path:
     """The path, or of a run its part as a model directory in `room`."""
     if (path / "config.json").is_file():
         return path
-    Part.from_pretrained(path).save_pretrained(room)
+    LoadedModel.from_pretrained(path).save_pretrained(room)
     return room
 
 
@@ -67,7 +67,7 @@ def _tell(directory: Path, card: str, to: str) -> None:
     card = addressed(card, to) if to else card
     print(f"would go to {to or 'the repository that --to names'}:")
     sizes = {CARD: len(card.encode())} | {
-        name: path.stat().st_size for name, path in list_files(directory).items()
+        name: path.stat().st_size for name, path in list_hub_files(directory).items()
     }
     for name, size in sizes.items():
         print(f"  {size:>14,} bytes  {name}")

@@ -1,4 +1,4 @@
-"""From nothing to ranked pictures: every stage at the size of the drawn shapes, then a measurement."""
+"""From nothing to ranked images: every stage at the size of the drawn shapes, then a measurement."""
 
 import time
 from collections.abc import Callable
@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from dalle.commands.encode_images import EncodeRun, encode_images
+from dalle.commands.encode_images import EncodeImagesArgs, encode_images
 from dalle.commands.plot import plot_losses
-from dalle.commands.report import ReportRun, write_report
-from dalle.commands.train_clip import CLIPRun, train_clip
-from dalle.commands.train_dvae import DVAERun, train_dvae
-from dalle.commands.train_tokenizer import TokenizerRun, train_tokenizer
-from dalle.commands.train_transformer import TransformerRun, train_transformer
+from dalle.commands.report import ReportArgs, write_report
+from dalle.commands.train_clip import TrainCLIPArgs, train_clip
+from dalle.commands.train_dvae import TrainDVAEArgs, train_dvae
+from dalle.commands.train_tokenizer import TrainTokenizerArgs, train_tokenizer
+from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
 from dalle.config import load
-from dalle.evals.shapes_accuracy import Drawn, caption_accuracy
+from dalle.evals.shapes_accuracy import ShapesSamples, caption_accuracy
 from dalle.hub.model_card import write_card
-from dalle.hub.registry import load_part
+from dalle.hub.registry import load_model
 from dalle.io.files import make_directory, write_json
-from dalle.io.images import captioned_sheet, sheet, to_pil
+from dalle.io.images import captioned_grid, image_grid, to_pil
 from dalle.paths import as_typed
 from dalle.pipelines.dalle import DALLE
 from dalle.runs.args import CONFIGS, ROOT, is_complete
@@ -33,7 +33,7 @@ SHEET_PICTURES = 12
 
 
 @dataclass(frozen=True)
-class QuickstartRun:
+class QuickstartArgs:
     """Trains tokenizer, dVAE, transformer and CLIP on drawn shapes, then draws held-out captions."""
 
     out: Path = ROOT / "quickstart"
@@ -58,18 +58,18 @@ class QuickstartRun:
         check_sampling(self.temperature, None, None)
 
 
-def quickstart(run: QuickstartRun) -> dict[str, Any]:
+def quickstart(run: QuickstartArgs) -> dict[str, Any]:
     """Every stage, then samples.png, reconstructions.png, losses.png, report.json, report.html and model/."""
     out = _prepare(run.out)
     seconds: dict[str, float] = {}
     resumed = any(out.iterdir())
     files = {family: run.configs / family / "shapes.yaml" for family in ("dvae", "transformer", "clip")}
     common = {"seed": run.seed, "device": run.device}
-    text_run = load(TokenizerRun, [files["transformer"]], schema=TransformerRun)
-    dvae_run = load(DVAERun, [files["dvae"]])
-    encode_run = load(EncodeRun, [files["dvae"]], schema=DVAERun)
-    transformer_run = load(TransformerRun, [files["transformer"]])
-    clip_run = load(CLIPRun, [files["clip"]])
+    text_run = load(TrainTokenizerArgs, [files["transformer"]], schema=TrainTransformerArgs)
+    dvae_run = load(TrainDVAEArgs, [files["dvae"]])
+    encode_run = load(EncodeImagesArgs, [files["dvae"]], schema=TrainDVAEArgs)
+    transformer_run = load(TrainTransformerArgs, [files["transformer"]])
+    clip_run = load(TrainCLIPArgs, [files["clip"]])
 
     with _stage("tokenizer", seconds):
         if not (out / "text" / "text.json").exists():  # trained again it may differ (dalle/text/train_bpe.py)
@@ -88,7 +88,7 @@ def quickstart(run: QuickstartRun) -> dict[str, Any]:
     with _stage("sample", seconds):
         device = resolve_device(run.device)
         model = DALLE.from_parts(
-            *(load_part(out / kind, kind, device) for kind in ("dvae", "transformer", "clip"))
+            *(load_model(out / kind, kind, device) for kind in ("dvae", "transformer", "clip"))
         )
         model.save_pretrained(out / "model")
         options = {"seed": run.seed, "temperature": run.temperature}
@@ -115,7 +115,7 @@ def quickstart(run: QuickstartRun) -> dict[str, Any]:
     }
     write_json(out / "report.json", report)
     write_card(out / "model", report)
-    write_report(ReportRun(out, seed=run.seed, device=run.device))
+    write_report(ReportArgs(out, seed=run.seed, device=run.device))
     _print(out, report)
     return report
 
@@ -124,9 +124,9 @@ def make_missing_stages() -> None:
     """Tokenizer, dVAE and tokens at the size of the shapes, where there are none under runs/."""
     transformer, dvae = (CONFIGS / family / "shapes.yaml" for family in ("transformer", "dvae"))
     makers: dict[str, Callable[[], Any]] = {
-        "text": lambda: train_tokenizer(load(TokenizerRun, [transformer], schema=TransformerRun)),
-        "dvae": lambda: train_dvae(load(DVAERun, [dvae])),
-        "tokens": lambda: encode_images(load(EncodeRun, [dvae], schema=DVAERun)),
+        "text": lambda: train_tokenizer(load(TrainTokenizerArgs, [transformer], schema=TrainTransformerArgs)),
+        "dvae": lambda: train_dvae(load(TrainDVAEArgs, [dvae])),
+        "tokens": lambda: encode_images(load(EncodeImagesArgs, [dvae], schema=TrainDVAEArgs)),
     }
     for stage, make in makers.items():
         if not is_complete(stage):
@@ -154,15 +154,15 @@ def _stage(name: str, seconds: dict[str, float]):
     print(f"== {name} took {seconds[name]:.0f} s", flush=True)
 
 
-def _draw_sheets(out: Path, drawn: Drawn) -> None:
+def _draw_sheets(out: Path, drawn: ShapesSamples) -> None:
     """samples.png, first and best of n under each caption, and the last reconstructions."""
     count = min(SHEET_PICTURES, len(drawn.captions))
     first, best = to_pil(drawn.first()[:count]), to_pil(drawn.ranked()[:count])
     cells = [
-        (f"{caption} (left: first, right: best of {drawn.pixels.shape[1]})", sheet([[a, b]], scale=2))
+        (f"{caption} (left: first, right: best of {drawn.pixels.shape[1]})", image_grid([[a, b]], scale=2))
         for caption, a, b in zip(drawn.captions, first, best, strict=False)
     ]
-    captioned_sheet(cells, columns=4).save(out / "samples.png")
+    captioned_grid(cells, columns=4).save(out / "samples.png")
     newest_sheet = max((out / "dvae").glob("reconstructions-*.png"))
     (out / "reconstructions.png").write_bytes(newest_sheet.read_bytes())
     plot_losses({kind: out / kind for kind in ("dvae", "transformer", "clip")}, out / "losses.png")
@@ -170,8 +170,11 @@ def _draw_sheets(out: Path, drawn: Drawn) -> None:
 
 def _codebook(run: Path) -> dict[str, float]:
     """Codes used and perplexity at the dVAE's last evaluation."""
-    lines = [line for line in read_log(run / "log.jsonl") if "eval/codes_used" in line]
-    return {"used": int(lines[-1]["eval/codes_used"]), "perplexity": round(lines[-1]["eval/perplexity"], 1)}
+    lines = [line for line in read_log(run / "log.jsonl") if "eval/codebook_used" in line]
+    return {
+        "used": int(lines[-1]["eval/codebook_used"]),
+        "perplexity": round(lines[-1]["eval/perplexity"], 1),
+    }
 
 
 def _size(model: torch.nn.Module) -> int:
@@ -183,10 +186,10 @@ def _print(out: Path, report: dict[str, Any]) -> None:
     if report["resumed"]:
         print("\nThis run went on where another had stopped: its seconds leave out what was done before.")
     print(
-        f"\n{total:.0f} s, {report['peak_memory_gib']} GiB. Share of pictures that show what their caption says:"
+        f"\n{total:.0f} s, {report['peak_memory_gib']} GiB. Share of images that show what their caption says:"
     )
     names = list(report["caption_accuracy"])
-    print(f"  {'':16}{'held-out scenes':>16}{'new colour-shape pairs':>25}")
+    print(f"  {'':16}{'held-out scenes':>16}{'new color-shape pairs':>25}")
     for name in names:
         pair = report["caption_accuracy"][name], report["caption_accuracy_new_pairs"][name]
         print(f"  {name:16}{pair[0]:16.3f}{pair[1]:25.3f}")

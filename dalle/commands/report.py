@@ -1,4 +1,4 @@
-"""One page that shows a run: curves, pictures, attention, codes, masks, numbers, configuration, hashes."""
+"""One page that shows a run: curves, images, attention, codes, masks, numbers, configuration, hashes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from dalle.sampling import check_sampling
 
 
 @dataclass(frozen=True)
-class ReportRun:
+class ReportArgs:
     """Writes a page about any run folder: a training, the quick start, a model, samples, or an evaluation's JSON."""
 
     run: tyro.conf.Positional[Path] = Path("runs/quickstart")
@@ -46,7 +46,7 @@ class ReportRun:
         check_sampling(1.0 if self.temperature is None else self.temperature, None, None)
 
 
-def write_report(run: ReportRun) -> Path:
+def write_report(run: ReportArgs) -> Path:
     """Writes the page and returns its path. What the folder has no files for is left out, with a line that says so.
 
     Raises:
@@ -90,7 +90,7 @@ def _sections(folder: Folder, bench: Bench) -> list[tuple[str, str, Callable[[],
         ("rerank", "Reranking", bench.rerank),
         ("attention", "Attention", bench.attention),
         ("curves", "Curves", lambda: report_files.curves(folder)),
-        ("time", "Pictures over time", lambda: report_files.sheets(folder)),
+        ("time", "Images over time", lambda: report_files.sheets(folder)),
         ("codebook", "Codebook", bench.codebook),
         ("masks", "Masks", bench.masks),
         ("evaluation", "Evaluation", lambda: report_files.evaluation(folder)),

@@ -1,4 +1,4 @@
-"""From a caption to ranked pictures on disk (paper section 2.6: best of 512 by CLIP)."""
+"""From a caption to ranked images on disk (paper section 2.6: best of 512 by CLIP)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,25 +6,25 @@ from typing import Any
 
 import torch
 
-from dalle.hub.registry import Part, weights_hash
+from dalle.hub.registry import LoadedModel, weights_hash
 from dalle.io.files import make_directory, write_json
-from dalle.pipelines.best_of_n import Settings, fitting_batch
+from dalle.pipelines.best_of_n import SamplingConfig, auto_batch_size
 from dalle.pipelines.dalle import DALLE
-from dalle.pipelines.generation import Generation, best_of_shares
+from dalle.pipelines.generation import Generation, merge_generations
 from dalle.pipelines.prompts_file import words
-from dalle.pipelines.sample_prompts import FileSampler, write_pictures
-from dalle.pretrained.load import is_published
+from dalle.pipelines.sample_prompts import FileSampler, write_images
+from dalle.pretrained.load import is_external_checkpoint
 from dalle.pretrained.openai_clip import load_scorer
-from dalle.pretrained.whole import holds_text, load_whole
-from dalle.runs.args import ROOT, newest, take_part, take_text
-from dalle.train.precision import Precision, resolve_device, told_precision
+from dalle.pretrained.whole import holds_text, load_external_pipeline
+from dalle.runs.args import ROOT, latest_run, load_stage, load_text_input
+from dalle.train.precision import Precision, precision_label, resolve_device
 from dalle.train.processes import Processes, processes
 from dalle.types import Scorer
 
 
 @dataclass(frozen=True)
-class SampleRun:
-    """Draws pictures for a caption, or for each of a file, ranks them by CLIP and writes the best."""
+class SampleArgs:
+    """Draws images for a caption, or for each of a file, ranks them by CLIP and writes the best."""
 
     prompt: str = ""
     """The caption."""
@@ -47,9 +47,9 @@ class SampleRun:
     best_of: int = 64
     """Candidates to draw; the paper draws 512."""
     keep: int = 8
-    """Pictures to write, best first."""
+    """Images to write, best first."""
     seed: int = 0
-    """With the caption and a candidate's number it fixes that picture."""
+    """With the caption and a candidate's number it fixes that image."""
     temperature: float = 1.0
     """1 as the paper; 0 takes the most likely tokens."""
     top_k: int | None = None
@@ -59,16 +59,16 @@ class SampleRun:
     guidance: float | None = None
     """Strength of classifier-free guidance; for a model trained with caption dropout."""
     image: Path | None = None
-    """A picture whose top rows are kept; the model draws the rest."""
+    """An image whose top rows are kept; the model draws the rest."""
     rows: int | None = None
     """Rows of tokens to keep of --image; half of them unless given."""
     batch: int | None = None
     """Rows of every step of drawing; 16 on a CPU and 64 elsewhere, or less where memory is short, unless given."""
     together: int | None = None
     """Captions of --prompts drawn together; as many as fit with all their candidates unless given. 1 draws the same
-    pictures, to the bit, for any number of candidates and captions."""
+    images, to the bit, for any number of candidates and captions."""
     chunk: int | None = None
-    """Pictures decoded and scored at once; as many as half of the free memory holds unless given."""
+    """Images decoded and scored at once; as many as half of the free memory holds unless given."""
     precision: Precision = "auto"
     """Of the transformer's matrices: fp32, bf16 or fp16; auto takes bf16 where the device has it in hardware."""
     int8: bool = False
@@ -81,7 +81,7 @@ class SampleRun:
     truncate: bool = False
     """Cut a caption that is too long instead of refusing it."""
     out: Path | None = None
-    """Directory for the pictures; a new one under runs/samples unless given. With --prompts it is needed, and a
+    """Directory for the images; a new one under runs/samples unless given. With --prompts it is needed, and a
     run that stopped goes on there."""
     save_model: Path | None = None
     """Also write the joined parts as a model directory here, for from_pretrained and --model."""
@@ -101,7 +101,7 @@ class SampleRun:
                 f"best-of must be at least keep, and keep at least 1; got {self.best_of} and {self.keep}"
             )
         if self.rows is not None and self.image is None:
-            raise ValueError("--rows says how much of a picture to keep; give the picture with --image")
+            raise ValueError("--rows says how much of an image to keep; give the image with --image")
         if self.prompts and self.image:
             raise ValueError("--image goes with one --prompt; leave out --prompts, or --image")
         if self.prompts and not self.out:
@@ -117,12 +117,12 @@ class SampleRun:
             raise ValueError(f"--model holds every part; leave out --{' --'.join(parts)}, or --model")
         if self.quick_gelu is not None and not (self.clip and self.clip.is_file()):
             raise ValueError("--quick-gelu is of a CLIP's file; give it with --clip")
-        Settings(**self.drawing)
+        SamplingConfig(**self.drawing)
 
     @property
     def foreign(self) -> bool:
         """Whether --model is another program's file or folder."""
-        return self.model is not None and is_published(self.model)
+        return self.model is not None and is_external_checkpoint(self.model)
 
     @property
     def drawing(self) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class SampleRun:
         return {name: getattr(self, name) for name in names}
 
 
-def sample(run: SampleRun) -> Path:
+def sample(run: SampleArgs) -> Path:
     """One caption: 00.png, 01.png, ... (best first), grid.png and sample.json; never over another sample.
 
     A file of captions: see dalle/pipelines/sample_prompts.py. Under torchrun the processes share the candidates of one
@@ -152,10 +152,10 @@ def sample(run: SampleRun) -> Path:
         return _sample_file(run, group) if run.prompts else _sample_one(run, group)
 
 
-def _sample_file(run: SampleRun, group: Processes) -> Path:
+def _sample_file(run: SampleArgs, group: Processes) -> Path:
     model = open_model(run, group).in_precision(run.precision, run.int8)
     counts = {"n": run.keep, "best_of": run.best_of, "seed": run.seed, "truncate": run.truncate}
-    facts = {"precision": told_precision(run.precision, run.int8, model.device)}
+    facts = {"precision": precision_label(run.precision, run.int8, model.device)}
     if run.clip and run.clip.is_file():  # the model's hash names only what is our own
         facts["clip"] = weights_hash(model.scorer.model)
     sampler = FileSampler(model, run.prompts, run.out, counts | run.drawing, facts, group)
@@ -164,11 +164,11 @@ def _sample_file(run: SampleRun, group: Processes) -> Path:
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; the same command goes on in {run.out}") from None
     if group.rank == 0:
-        print(f"{run.out}: {run.keep} of {run.best_of} pictures for each of {count} captions")
+        print(f"{run.out}: {run.keep} of {run.best_of} images for each of {count} captions")
     return run.out
 
 
-def _sample_one(run: SampleRun, group: Processes) -> Path:
+def _sample_one(run: SampleArgs, group: Processes) -> Path:
     out = _new_directory(run) if group.rank == 0 else None
     out = group.gather(out)[0]
     try:
@@ -184,8 +184,8 @@ def _sample_one(run: SampleRun, group: Processes) -> Path:
     return out
 
 
-def _draw_into(out: Path, model: DALLE, run: SampleRun, group: Processes) -> None:
-    batch = run.batch or fitting_batch(model.transformer, 1 if run.guidance in (None, 1) else 2)
+def _draw_into(out: Path, model: DALLE, run: SampleArgs, group: Processes) -> None:
+    batch = run.batch or auto_batch_size(model.transformer, 1 if run.guidance in (None, 1) else 2)
     options = {
         "n": run.keep,
         "best_of": run.best_of,
@@ -206,63 +206,65 @@ def _draw_into(out: Path, model: DALLE, run: SampleRun, group: Processes) -> Non
     parts = [one for some in group.gather(drawn) for one in some]
     if group.rank:
         return
-    generation = best_of_shares(parts, run.keep)
+    generation = merge_generations(parts, run.keep)
     options["best_of"] = generation.drawn
-    options["precision"] = told_precision(run.precision, run.int8, model.device)
+    options["precision"] = precision_label(run.precision, run.int8, model.device)
     write_sample(out, model, generation, options)
     said = f", interrupted at {generation.drawn} of {run.best_of}" * generation.partial
-    print(f"{out}: {len(generation.images)} of {generation.drawn} pictures for {run.prompt!r}{said}")
+    print(f"{out}: {len(generation.images)} of {generation.drawn} images for {run.prompt!r}{said}")
 
 
-def open_model(run: SampleRun, group: Processes) -> DALLE:
+def open_model(run: SampleArgs, group: Processes) -> DALLE:
     """The model directory, or the parts joined, as they were saved; refuses parts that do not belong together."""
     device = group.device(resolve_device(run.device))
     if run.foreign:
         return _open_foreign(run, device)
     if run.model:
         return DALLE.from_pretrained(run.model, device)
-    dvae, transformer = (take_part(kind, getattr(run, kind), device) for kind in ("dvae", "transformer"))
+    dvae, transformer = (load_stage(kind, getattr(run, kind), device) for kind in ("dvae", "transformer"))
     published = _published_clip(run, device)
     clip = _ranker(run, transformer, device) if published is None else None
-    model = DALLE.from_parts(dvae, transformer, clip, take_text(run.tokenizer) if run.tokenizer else None)
+    model = DALLE.from_parts(
+        dvae, transformer, clip, load_text_input(run.tokenizer) if run.tokenizer else None
+    )
     model.scorer = published or model.scorer
     return model
 
 
-def _open_foreign(run: SampleRun, device: torch.device) -> DALLE:
+def _open_foreign(run: SampleArgs, device: torch.device) -> DALLE:
     """Another program's transformer, ranked by a published CLIP if one is given: a CLIP of ours reads our text ids."""
     scorer = _published_clip(run, device)
     if run.clip and scorer is None:
         raise ValueError(
             f"{run.clip} is a run of this library, whose CLIP reads another text; give a file of OpenAI's"
         )
-    dvae = take_part("dvae", run.dvae, device).model if run.dvae else None
-    text = take_text(run.tokenizer) if run.tokenizer else None
-    return load_whole(run.model, text, dvae, scorer, device)
+    dvae = load_stage("dvae", run.dvae, device).model if run.dvae else None
+    text = load_text_input(run.tokenizer) if run.tokenizer else None
+    return load_external_pipeline(run.model, text, dvae, scorer, device)
 
 
-def _published_clip(run: SampleRun, device: torch.device) -> Scorer | None:
+def _published_clip(run: SampleArgs, device: torch.device) -> Scorer | None:
     """The CLIP of a file that --clip names."""
     return load_scorer(run.clip, device, run.quick_gelu) if run.clip and run.clip.is_file() else None
 
 
-def _ranker(run: SampleRun, transformer: Part, device: torch.device) -> Part | None:
+def _ranker(run: SampleArgs, transformer: LoadedModel, device: torch.device) -> LoadedModel | None:
     """The CLIP; where all candidates are kept and none is named, none is missed that is not there or does not fit."""
     if run.clip is not None or run.best_of != run.keep:
-        return take_part("clip", run.clip, device)
+        return load_stage("clip", run.clip, device)
     try:
-        found = newest("clip")
+        found = latest_run("clip")
     except ValueError:
-        print("note: there is no CLIP, so the pictures come unranked")
+        print("note: there is no CLIP, so the images come unranked")
         return None
-    clip = take_part("clip", found, device)
+    clip = load_stage("clip", found, device)
     if clip.links["text_hash"] != transformer.links["text_hash"]:
-        print(f"note: {found} was trained with another text tokenizer, so the pictures come unranked")
+        print(f"note: {found} was trained with another text tokenizer, so the images come unranked")
         return None
     return clip
 
 
-def _new_directory(run: SampleRun) -> Path:
+def _new_directory(run: SampleArgs) -> Path:
     """An empty directory: --out, or runs/samples/<words of the caption>[-2, -3, ...]."""
     if run.out:
         if run.out.is_dir() and any(run.out.iterdir()):
@@ -277,10 +279,10 @@ def _new_directory(run: SampleRun) -> Path:
 
 def write_sample(out: Path, model: DALLE, generation: Generation, options: dict[str, Any]) -> None:
     """00.png, 01.png, ... (best first), grid.png and sample.json, which holds the options too."""
-    records = write_pictures(model, generation, out, "", model.hash)
+    records = write_images(model, generation, out, "", model.hash)
     shown = ("file", "candidate", "score", "log_likelihood")
-    pictures = [{key: record[key] for key in shown} for record in records]
+    images = [{key: record[key] for key in shown} for record in records]
     write_json(
         out / "sample.json",
-        {"prompt": generation.prompt, **options, "model": model.hash, "pictures": pictures},
+        {"prompt": generation.prompt, **options, "model": model.hash, "images": images},
     )

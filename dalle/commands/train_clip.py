@@ -10,20 +10,20 @@ from tqdm import tqdm
 
 from dalle.clip import CLIP, CLIPConfig
 from dalle.clip.objective import CLIPObjective
-from dalle.data import PairsConfig, StepOfPairs, draw_captions, first_pairs, open_pairs
-from dalle.hub.registry import build, describe
-from dalle.runs.args import TrainingRun, loader, take_text
-from dalle.runs.init_weights import begin, one_batch, repeated
-from dalle.shapes.corruptions import broken_pictures
+from dalle.data import DataConfig, StepOfPairs, first_samples, open_dataset, sample_captions
+from dalle.hub.registry import build_model, checkpoint_meta
+from dalle.runs.args import TrainArgs, load_text_input, loader
+from dalle.runs.init_weights import init_weights, overfit_batches, overfit_config
+from dalle.shapes.corruptions import corrupted_images
 from dalle.text import TextTokenizer
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.distributed import Parallel
 from dalle.train.ema import EMAConfig
 from dalle.train.lr_schedule import NEVER
 from dalle.train.optimizer import OptimizerConfig
-from dalle.train.precision import compile_parts
-from dalle.types import Batch, Pairs
-from dalle.viz.sample_grids import retrieval_sheet
+from dalle.train.precision import compile_layers
+from dalle.types import CaptionedImages, ImageTextBatch
+from dalle.viz.sample_grids import retrieval_grid
 
 CLIP_TRAINING = TrainConfig(
     batch_size=32_768,
@@ -39,64 +39,64 @@ CLIP_TRAINING = TrainConfig(
     ),
     ema=EMAConfig(decay=0.99, every=25),
 )
-"""Radford et al., Tables 18 and 20: batch 32,768, 32 epochs of 400M pairs, cosine step size."""
+"""Radford et al., Tables 18 and 20: batch 32,768, 32 epochs of 400M pairs, cosine learning rate."""
 
 
 @dataclass(frozen=True)
-class CLIPRun(TrainingRun):
-    """Trains a CLIP to rank pictures by their caption."""
+class TrainCLIPArgs(TrainArgs):
+    """Trains a CLIP to rank images by their caption."""
 
     steps: int = 390_000
     """Updates in all (Radford et al.: 32 epochs)."""
     tokenizer: Path | None = None
     """Text tokenizer; the newest under runs/ unless given."""
-    data: PairsConfig = PairsConfig()
-    """Pictures and captions."""
+    data: DataConfig = DataConfig()
+    """Images and captions."""
     siblings: bool = False
     """Every second pair differs from the one before in one attribute; shapes only."""
     broken: bool = False
-    """Beside each picture stands one with a thing out of shape, which its caption must not prefer; shapes only."""
+    """Beside each image stands one with a thing out of shape, which its caption must not prefer; shapes only."""
     model: CLIPConfig = CLIPConfig()
     """Shape of both towers."""
     objective: CLIPObjective = CLIPObjective()
     """The loss; nothing to set."""
     train: TrainConfig = CLIP_TRAINING
     """Optimizer, averaging, rhythm."""
-    eval_pictures: int = 128
+    eval_samples: int = 128
     """Held-out pairs measured at each evaluation."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.eval_pictures < 1:
-            raise ValueError(f"eval_pictures must be positive, got {self.eval_pictures}")
+        if self.eval_samples < 1:
+            raise ValueError(f"eval_samples must be positive, got {self.eval_samples}")
         if self.train.accumulate > 1:
             raise ValueError(
-                "train.accumulate changes the loss of CLIP, in which each caption meets every picture of the batch; "
+                "train.accumulate changes the loss of CLIP, in which each caption meets every image of the batch; "
                 "set it to 1, and lower train.batch_size or start more processes where memory is short"
             )
 
 
-def train_clip(run: CLIPRun) -> Path:
-    """Trains, writing checkpoints, the share of pictures matched to their caption, and sheets of what it finds."""
-    run = one_batch(run)
+def train_clip(run: TrainCLIPArgs) -> Path:
+    """Trains, writing checkpoints, the share of images matched to their caption, and sheets of what it finds."""
+    run = overfit_config(run)
     with run.processes() as parallel:
         return _train_clip(run, parallel)
 
 
-def _train_clip(run: CLIPRun, parallel: Parallel) -> Path:
+def _train_clip(run: TrainCLIPArgs, parallel: Parallel) -> Path:
     out, device = run.directory("clip"), parallel.device
-    text = take_text(run.tokenizer)
+    text = load_text_input(run.tokenizer)
     if text.vocab_size > run.model.text_vocab:
         raise ValueError(
             f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {run.model.text_vocab}; raise it"
         )
-    pairs, held_out = (open_pairs(run.data, split, run.siblings) for split in ("train", "held_out"))
+    pairs, held_out = (open_dataset(run.data, split, run.siblings) for split in ("train", "held_out"))
     torch.manual_seed(run.seed)
-    model = build("clip", run.model).to(device)
+    model = build_model("clip", run.model).to(device)
     links = {"text": text.to_dict(), "text_hash": text.hash, "data": pairs.hash}
-    init = begin("clip", run, model, links)
+    init = init_weights("clip", run, model, links)
     if run.compile:
-        compile_parts(model)
+        compile_layers(model)
 
     def pack(batch: tuple[Any, ...]) -> tuple[Tensor, ...]:
         pixels, ids, *broken = batch
@@ -105,10 +105,10 @@ def _train_clip(run: CLIPRun, parallel: Parallel) -> Path:
     finish, finish_held_out = (
         CLIPBatch(text, run.seed, p if run.broken else None) for p in (pairs, held_out)
     )
-    count = min(run.eval_pictures, held_out.size or run.eval_pictures)
-    chosen = first_pairs(held_out, count)
+    count = min(run.eval_samples, held_out.size or run.eval_samples)
+    chosen = first_samples(held_out, count)
     measured = tuple(tensor.to(device) for tensor in pack(finish_held_out(chosen)))
-    captions = draw_captions(chosen, run.seed)
+    captions = sample_captions(chosen, run.seed)
     # Listing 2 does not flip: captions speak of left and right
     task = StepOfPairs(
         pairs, run.train.batch_size, run.seed, "transformer", finish, parallel.rank, parallel.world
@@ -119,19 +119,19 @@ def _train_clip(run: CLIPRun, parallel: Parallel) -> Path:
         return {
             "loss": loss.total,
             **loss.metrics,
-            "retrieved": retrieval_sheet(model, *measured[:2], captions),
+            "retrieved": retrieval_grid(model, *measured[:2], captions),
         }
 
     with loader(task, run, out, pack) as batches:
         fit(
             model,
             run.objective,
-            repeated(run, batches),
+            overfit_batches(run, batches),
             run.train,
             steps=run.steps,
             seed=run.seed,
             run_dir=out,
-            meta=describe("clip", model, run.record(), links) | init,
+            meta=checkpoint_meta("clip", model, run.record(), links) | init,
             evaluate=evaluate,
             resume=run.resume,
             parallel=parallel,
@@ -146,23 +146,23 @@ def _train_clip(run: CLIPRun, parallel: Parallel) -> Path:
 
 @dataclass(frozen=True)
 class CLIPBatch:
-    """Pixels and text ids of a step, one caption drawn for each picture."""
+    """Pixels and text ids of a step, one caption drawn for each image."""
 
     text: TextTokenizer
     """Turns captions into ids."""
     seed: int
     """Of the drawing."""
-    broken: Pairs | None = None
-    """The shapes, where beside each picture stands one with a thing out of shape."""
+    broken: CaptionedImages | None = None
+    """The shapes, where beside each image stands one with a thing out of shape."""
 
-    def __call__(self, batch: Batch, step: int = 0) -> tuple[Any, ...]:
-        """(B, 3, R, R), B lists of ids, and (B, 3, R, R) of broken pictures where they are asked for."""
-        ids = [self.text.encode(caption) for caption in draw_captions(batch, self.seed)]
+    def __call__(self, batch: ImageTextBatch, step: int = 0) -> tuple[Any, ...]:
+        """(B, 3, R, R), B lists of ids, and (B, 3, R, R) of broken images where they are asked for."""
+        ids = [self.text.encode(caption) for caption in sample_captions(batch, self.seed)]
         pixels = torch.from_numpy(batch.pixels)
         if self.broken is None:
             return pixels, ids
         return (
             pixels,
             ids,
-            torch.from_numpy(broken_pictures(self.broken, [index for _, index in batch.samples])),
+            torch.from_numpy(corrupted_images(self.broken, [index for _, index in batch.samples])),
         )

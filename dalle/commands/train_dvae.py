@@ -8,23 +8,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle.data import PairsConfig, StepOfPairs, first_pairs, open_pairs
+from dalle.data import DataConfig, StepOfPairs, first_samples, open_dataset
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.dvae.metrics import collapse_warning, dvae_scores
 from dalle.dvae.objective import DVAEObjective
-from dalle.hub.registry import build, describe
-from dalle.io.images import sheet, to_pil
+from dalle.hub.registry import build_model, checkpoint_meta
+from dalle.io.images import image_grid, to_pil
 from dalle.io.rng import generator
-from dalle.runs.args import TrainingRun, loader
-from dalle.runs.init_weights import begin, one_batch, repeated
+from dalle.runs.args import TrainArgs, loader
+from dalle.runs.init_weights import init_weights, overfit_batches, overfit_config
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.distributed import Parallel
 from dalle.train.ema import EMAConfig
 from dalle.train.lr_schedule import NEVER
 from dalle.train.optimizer import OptimizerConfig
-from dalle.train.precision import Precision, compile_parts
+from dalle.train.precision import Precision, compile_layers
 from dalle.train.step import step_seed
-from dalle.types import Batch
+from dalle.types import ImageTextBatch
 
 PAPER_TRAINING = TrainConfig(
     batch_size=512,
@@ -39,42 +39,42 @@ PAPER_TRAINING = TrainConfig(
     ),
     ema=EMAConfig(decay=0.999, every=1),
 )
-"""A.2: batch 512, cosine step size, AdamW, averaging with 0.999 at each update."""
+"""A.2: batch 512, cosine learning rate, AdamW, averaging with 0.999 at each update."""
 
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """How pictures become tokens once the dVAE is trained; read by encode_images."""
+    """How images become tokens once the dVAE is trained; read by encode_images."""
 
-    pictures: int = 100_000
-    """Pictures to encode, at most."""
+    images: int = 100_000
+    """Images to encode, at most."""
     crops: int = 1
-    """Random crops of each picture (Listing 2); an endless set has none."""
+    """Random crops of each image (Listing 2); an endless set has none."""
     batch_size: int = 64
-    """Pictures encoded at once."""
+    """Images encoded at once."""
     precision: Precision = "fp32"
     """fp32, bf16, fp16, or auto: bf16 where the device has it in hardware. One code in a hundred differs."""
     shard: int = 8192
-    """Pictures in a file of the cache; what a stop loses at most."""
+    """Images in a file of the cache; what a stop loses at most."""
     part: int | None = None
     """Which share of the files this process makes, from 0; torchrun's RANK unless given."""
     parts: int | None = None
     """Processes that share the work; torchrun's WORLD_SIZE unless given."""
 
     def __post_init__(self):
-        for name in ("pictures", "crops", "batch_size", "shard"):
+        for name in ("images", "crops", "batch_size", "shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
-class DVAERun(TrainingRun):
-    """Trains the dVAE on pictures (stage one, paper section 2.1)."""
+class TrainDVAEArgs(TrainArgs):
+    """Trains the dVAE on images (stage one, paper section 2.1)."""
 
     steps: int = 3_000_000
     """Updates in all (A.2); schedules keep their own lengths."""
-    data: PairsConfig = PairsConfig()
-    """Pictures."""
+    data: DataConfig = DataConfig()
+    """Images."""
     model: DVAEConfig = DVAEConfig()
     """Shape of the dVAE."""
     objective: DVAEObjective = DVAEObjective()
@@ -84,36 +84,38 @@ class DVAERun(TrainingRun):
     encode: EncodeConfig = EncodeConfig()
     """For encode_images."""
     crop: int | None = None
-    """Train on random squares of this side, since the dVAE is fully convolutional; None takes whole pictures."""
-    eval_pictures: int = 64
-    """Held-out pictures measured at each evaluation."""
+    """Train on random squares of this side, since the dVAE is fully convolutional; None takes whole images."""
+    eval_samples: int = 64
+    """Held-out images measured at each evaluation."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.eval_pictures < 1:
-            raise ValueError(f"eval_pictures must be positive, got {self.eval_pictures}")
-        if self.crop is not None and self.crop < self.model.downsampling:
-            raise ValueError(f"crop must hold a token of {self.model.downsampling} pixels, got {self.crop}")
+        if self.eval_samples < 1:
+            raise ValueError(f"eval_samples must be positive, got {self.eval_samples}")
+        if self.crop is not None and self.crop < self.model.downsample_factor:
+            raise ValueError(
+                f"crop must hold a token of {self.model.downsample_factor} pixels, got {self.crop}"
+            )
 
 
-def train_dvae(run: DVAERun) -> Path:
+def train_dvae(run: TrainDVAEArgs) -> Path:
     """Trains, writing checkpoints, log.jsonl and a sheet of reconstructions at each evaluation."""
-    run = one_batch(run)
+    run = overfit_config(run)
     with run.processes() as parallel:
         return _train_dvae(run, parallel)
 
 
-def _train_dvae(run: DVAERun, parallel: Parallel) -> Path:
+def _train_dvae(run: TrainDVAEArgs, parallel: Parallel) -> Path:
     out, device, rank, world = run.directory("dvae"), parallel.device, parallel.rank, parallel.world
-    pairs, held_out = open_pairs(run.data), open_pairs(run.data, "held_out")
+    pairs, held_out = open_dataset(run.data), open_dataset(run.data, "held_out")
     torch.manual_seed(run.seed)
-    model = build("dvae", run.model).to(device, memory_format=torch.channels_last)
+    model = build_model("dvae", run.model).to(device, memory_format=torch.channels_last)
     links = {"data": pairs.hash}
-    init = begin("dvae", run, model, links)
+    init = init_weights("dvae", run, model, links)
     if run.compile:
-        compile_parts(model)
-    count = min(run.eval_pictures, held_out.size or run.eval_pictures)
-    pixels = torch.from_numpy(first_pairs(held_out, count).pixels)
+        compile_layers(model)
+    count = min(run.eval_samples, held_out.size or run.eval_samples)
+    pixels = torch.from_numpy(first_samples(held_out, count).pixels)
     finish = DVAEBatch(run.crop, run.seed, rank, world)
     task = StepOfPairs(pairs, run.train.batch_size, run.seed, "dvae", finish, rank, world)  # Listing 1
 
@@ -124,12 +126,12 @@ def _train_dvae(run: DVAERun, parallel: Parallel) -> Path:
         fit(
             model,
             run.objective,
-            repeated(run, batches),
+            overfit_batches(run, batches),
             run.train,
             steps=run.steps,
             seed=run.seed,
             run_dir=out,
-            meta=describe("dvae", model, run.record(), links) | init,
+            meta=checkpoint_meta("dvae", model, run.record(), links) | init,
             evaluate=evaluate,
             resume=run.resume,
             parallel=parallel,
@@ -140,7 +142,7 @@ def _train_dvae(run: DVAERun, parallel: Parallel) -> Path:
 
 @dataclass(frozen=True)
 class DVAEBatch:
-    """Pixels of a step: whole pictures, or a random square of each."""
+    """Pixels of a step: whole images, or a random square of each."""
 
     crop: int | None
     """Side of the square."""
@@ -151,7 +153,7 @@ class DVAEBatch:
     world: int = 1
     """Of how many."""
 
-    def __call__(self, batch: Batch, step: int) -> Tensor:
+    def __call__(self, batch: ImageTextBatch, step: int) -> Tensor:
         """(B, 3, H, W)."""
         pixels = torch.from_numpy(batch.pixels)
         if self.crop is None:
@@ -160,23 +162,23 @@ class DVAEBatch:
 
 
 def random_squares(pixels: Tensor, side: int, seed: int, rank: int = 0, world: int = 1) -> Tensor:
-    """A square of each picture, anywhere: (B, 3, H, W) -> (B, 3, side, side).
+    """A square of each image, anywhere: (B, 3, H, W) -> (B, 3, side, side).
 
-    They are drawn for the pictures of all `world` processes, whose shares are equal, and those of `rank` taken: the
-    same square of a picture whatever the number of processes.
+    They are drawn for the images of all `world` processes, whose shares are equal, and those of `rank` taken: the
+    same square of an image whatever the number of processes.
     """
     if side > min(pixels.shape[2:]):
-        raise ValueError(f"crop {side} is larger than the pictures, {tuple(pixels.shape[2:])}; lower it")
+        raise ValueError(f"crop {side} is larger than the images, {tuple(pixels.shape[2:])}; lower it")
     rng, own = generator("squares", seed), slice(rank * len(pixels), (rank + 1) * len(pixels))
     rows, columns = (
         rng.integers(free - side + 1, size=world * len(pixels))[own] for free in pixels.shape[2:]
     )
     squares = zip(pixels, rows, columns, strict=True)
-    return torch.stack([picture[:, y : y + side, x : x + side] for picture, y, x in squares])
+    return torch.stack([image[:, y : y + side, x : x + side] for image, y, x in squares])
 
 
 def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float) -> dict[str, Any]:
-    """Meters of held-out pictures; "reconstructions" shows original, soft and hard reconstruction side by side."""
+    """Meters of held-out images; "reconstructions" shows original, soft and hard reconstruction side by side."""
     parts = [dvae_scores(model, part, tau) for part in pixels.split(64)]
     scores = {
         name: float(torch.stack([part[0][name].float() for part in parts]).mean()) for name in parts[0][0]
@@ -185,5 +187,5 @@ def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float) -> dict[str, Any]:
         tqdm.write(f"warning: {sentence}")
     rows = zip(*(to_pil(images[:8]) for images in (pixels, parts[0][1], parts[0][2])), strict=True)
     return scores | {
-        "reconstructions": sheet([list(row) for row in rows], scale=max(1, 128 // pixels.shape[-1]))
+        "reconstructions": image_grid([list(row) for row in rows], scale=max(1, 128 // pixels.shape[-1]))
     }

@@ -7,31 +7,31 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dalle.data import PairsConfig, open_pairs
+from dalle.data import DataConfig, open_dataset
 from dalle.io.files import make_directory, write_json
 from dalle.io.rng import generator
 from dalle.runs.args import ROOT
 from dalle.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
-from dalle.text.coverage import fit_of_captions
+from dalle.text.coverage import vocabulary_coverage
 from dalle.transformer import TransformerConfig
-from dalle.types import Pairs
+from dalle.types import CaptionedImages
 
 MEASURED = 10_000
-"""Pictures whose captions the report is made from, at most."""
+"""Images whose captions the report is made from, at most."""
 
 
 @dataclass(frozen=True)
-class TokenizerRun:
+class TrainTokenizerArgs:
     """Learns the text vocabulary from captions and writes text.json."""
 
     out: Path | None = None
     """Directory of the run; runs/text unless given."""
-    data: PairsConfig = PairsConfig()
+    data: DataConfig = DataConfig()
     """Captions to learn from."""
     text: TextTokenizerConfig = TextTokenizerConfig()
     """The vocabulary."""
     captions: int = 100_000
-    """Pictures whose captions are read, at most; of more, so many are drawn, spread over the whole set. It bounds
+    """Images whose captions are read, at most; of more, so many are drawn, spread over the whole set. It bounds
     the memory: all that is read is held while merges are counted."""
     seed: int = 0
     """Of the draw."""
@@ -43,24 +43,24 @@ class TokenizerRun:
             raise ValueError(f"captions must be positive, got {self.captions}")
 
 
-def train_tokenizer(run: TokenizerRun) -> TextTokenizer:
+def train_tokenizer(run: TrainTokenizerArgs) -> TextTokenizer:
     """Reads captions, learns merges, writes <out>/text.json and how well it fits, <out>/report.json."""
     out = make_directory(run.out or ROOT / "text")
-    pairs = open_pairs(run.data)
+    pairs = open_dataset(run.data)
     text = train_text_tokenizer(read_captions(pairs, run.captions, run.seed), run.text)
-    room = run.model.layout.caption_room
-    report = fit_of_captions(text, read_captions(pairs, min(run.captions, MEASURED), run.seed), room)
+    room = run.model.layout.max_caption_len
+    report = vocabulary_coverage(text, read_captions(pairs, min(run.captions, MEASURED), run.seed), room)
     text.save(out / "text.json")
     write_json(out / "report.json", report)
     _tell(out, report)
     return text
 
 
-def read_captions(pairs: Pairs, most: int, seed: int) -> Iterator[str]:
-    """Every caption of up to `most` pictures, one picture after the other; memory does not grow with them."""
+def read_captions(pairs: CaptionedImages, most: int, seed: int) -> Iterator[str]:
+    """Every caption of up to `most` images, one image after the other; memory does not grow with them."""
     numbers = draw_numbers(pairs.size, most, seed)
     count = most if pairs.size is None else min(most, pairs.size)
-    with tqdm(total=count, desc="captions", unit="picture", disable=None) as bar:
+    with tqdm(total=count, desc="captions", unit="image", disable=None) as bar:
         while batch := [number for _, number in zip(range(256), numbers, strict=False)]:
             for captions in pairs.captions(batch):
                 yield from captions

@@ -10,25 +10,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.commands.encode_images import take_image_tokenizer
-from dalle.data import PairsConfig, TokenCache
-from dalle.data.sampler import samples_of_step
-from dalle.hub.registry import build, describe
+from dalle.data import DataConfig, TokenCache
+from dalle.data.sampler import batch_indices
+from dalle.hub.registry import build_model, checkpoint_meta
 from dalle.io.rng import generator
 from dalle.layout import TokenLayout
-from dalle.runs.args import TrainingRun, take, take_text
-from dalle.runs.init_weights import begin, one_batch, repeated
-from dalle.text import MergeTokenizer, TextTokenizerConfig
+from dalle.runs.args import TrainArgs, load_text_input, resolve_input
+from dalle.runs.init_weights import init_weights, overfit_batches, overfit_config
+from dalle.text import BPETokenizer, TextTokenizerConfig
 from dalle.train import TrainConfig, fit
 from dalle.train.distributed import Parallel
-from dalle.train.precision import compile_parts
+from dalle.train.precision import compile_layers
 from dalle.transformer import TransformerConfig
 from dalle.transformer.objective import TransformerObjective
 from dalle.types import ImageTokenizer
-from dalle.viz.sample_grids import Drawings
+from dalle.viz.sample_grids import SampleGrid
 
 
 @dataclass(frozen=True)
-class TransformerRun(TrainingRun):
+class TrainTransformerArgs(TrainArgs):
     """Trains the transformer on a token cache (stage two, paper section 2.2)."""
 
     tokens: Path | None = None
@@ -38,7 +38,7 @@ class TransformerRun(TrainingRun):
     is read too."""
     dvae: Path | None = None
     """The dVAE that the tokens must be of; given, a cache of another one is refused, and each evaluation draws."""
-    data: PairsConfig = PairsConfig()
+    data: DataConfig = DataConfig()
     """Captions; read by train_tokenizer only."""
     text: TextTokenizerConfig = TextTokenizerConfig()
     """The vocabulary; read by train_tokenizer only."""
@@ -52,16 +52,16 @@ class TransformerRun(TrainingRun):
     """Share of merges skipped at random while training (B.2)."""
     caption_dropout: float = 0.0
     """Share of captions emptied while training, for classifier-free guidance (not in the paper)."""
-    eval_pictures: int = 256
-    """Pictures at the end of the cache kept for evaluation."""
+    eval_samples: int = 256
+    """Images at the end of the cache kept for evaluation."""
     drawings: int = 8
     """Held-out captions drawn at each evaluation into <out>/drawings-STEP.png, with --dvae; 0 draws none, nor do
     fsdp and hsdp."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.eval_pictures < 1:
-            raise ValueError(f"eval_pictures must be positive, got {self.eval_pictures}")
+        if self.eval_samples < 1:
+            raise ValueError(f"eval_samples must be positive, got {self.eval_samples}")
         if self.drawings < 0:
             raise ValueError(f"drawings cannot be negative, got {self.drawings}")
         for name in ("bpe_dropout", "caption_dropout"):
@@ -70,9 +70,9 @@ class TransformerRun(TrainingRun):
 
 
 class TokenBatches:
-    """Joint ids of a step: a caption of each picture, encoded with dropout, and its image tokens.
+    """Joint ids of a step: a caption of each image, encoded with dropout, and its image tokens.
 
-    Which caption and which merges are skipped depends on (seed, epoch, picture) alone. `truncated`
+    Which caption and which merges are skipped depends on (seed, epoch, image) alone. `truncated`
     counts captions that were cut. Of `world` processes each takes its share of the step: joined in the order of
     `rank` they are the step of one.
     """
@@ -80,48 +80,48 @@ class TokenBatches:
     def __init__(
         self,
         cache: TokenCache,
-        text: MergeTokenizer,
+        text: BPETokenizer,
         layout: TokenLayout,
-        run: TransformerRun,
+        run: TrainTransformerArgs,
         rank: int = 0,
         world: int = 1,
     ):
         self.cache, self.text, self.layout, self.run = cache, text, layout, run
         self.rank, self.world = rank, world
-        self.trained = cache.size - run.eval_pictures
+        self.trained = cache.size - run.eval_samples
         self.truncated = 0
 
     def __call__(self, step: int) -> Tensor:
-        """int64 (B / world, N). A sample is one crop of one picture: all pictures in one crop, then all in the next."""
+        """int64 (B / world, N). A sample is one crop of one image: all images in one crop, then all in the next."""
         size = self.cache.crops * self.trained
-        drawn = samples_of_step(step, self.run.train.batch_size, size, self.run.seed, self.rank, self.world)
+        drawn = batch_indices(step, self.run.train.batch_size, size, self.run.seed, self.rank, self.world)
         samples = [(epoch, *divmod(sample, self.trained)) for epoch, sample in drawn]
-        _, crops, pictures = zip(*samples, strict=True)
+        _, crops, images = zip(*samples, strict=True)
         captions = [
-            self._caption(epoch, crop * self.cache.size + picture, texts)
-            for (epoch, crop, picture), texts in zip(samples, self.cache.captions(pictures), strict=True)
+            self._caption(epoch, crop * self.cache.size + image, texts)
+            for (epoch, crop, image), texts in zip(samples, self.cache.captions(images), strict=True)
         ]
-        return self._pack(captions, pictures, crops)
+        return self._pack(captions, images, crops)
 
     def held_out(self) -> Tensor:
-        """The last pictures, in their first crop, first caption each, without dropout."""
-        pictures = range(self.trained, self.cache.size)
-        return self._pack([self.text.encode(texts[0]) for texts in self.cache.captions(pictures)], pictures)
+        """The last images, in their first crop, first caption each, without dropout."""
+        images = range(self.trained, self.cache.size)
+        return self._pack([self.text.encode(texts[0]) for texts in self.cache.captions(images)], images)
 
     def captions(self, count: int) -> list[str]:
-        """The first captions of the first held-out pictures."""
-        pictures = range(self.trained, min(self.trained + count, self.cache.size))
-        return [texts[0] for texts in self.cache.captions(pictures)]
+        """The first captions of the first held-out images."""
+        images = range(self.trained, min(self.trained + count, self.cache.size))
+        return [texts[0] for texts in self.cache.captions(images)]
 
     def _pack(
-        self, captions: list[list[int]], pictures: Sequence[int], crops: Sequence[int] | None = None
+        self, captions: list[list[int]], images: Sequence[int], crops: Sequence[int] | None = None
     ) -> Tensor:
-        self.truncated += sum(len(ids) > self.layout.caption_room for ids in captions)
+        self.truncated += sum(len(ids) > self.layout.max_caption_len for ids in captions)
         text_tokens = self.layout.pad_text(captions, truncate=True)
-        return self.layout.pack(text_tokens, self.cache.image_tokens(pictures, crops))
+        return self.layout.pack(text_tokens, self.cache.image_tokens(images, crops))
 
     def _caption(self, epoch: int, row: int, captions: list[str]) -> list[int]:
-        """One of a picture's captions as ids; every crop of the picture is a row of its own."""
+        """One of an image's captions as ids; every crop of the image is a row of its own."""
         rng = generator("caption", self.run.seed, epoch, row)
         if rng.random() < self.run.caption_dropout:
             return []
@@ -129,36 +129,36 @@ class TokenBatches:
         return self.text.encode(caption, self.run.bpe_dropout, (self.run.seed, epoch, row))
 
 
-def train_transformer(run: TransformerRun) -> Path:
+def train_transformer(run: TrainTransformerArgs) -> Path:
     """Trains, writing checkpoints and log.jsonl with nats per text and per image token, and drawings if asked."""
-    run = one_batch(run)
+    run = overfit_config(run)
     with run.processes() as parallel:
         return _train_transformer(run, parallel)
 
 
-def _train_transformer(run: TransformerRun, parallel: Parallel) -> Path:
+def _train_transformer(run: TrainTransformerArgs, parallel: Parallel) -> Path:
     out, device = run.directory("transformer"), parallel.device
-    text, cache = take_text(run.tokenizer), TokenCache(take("tokens", run.tokens))
+    text, cache = load_text_input(run.tokenizer), TokenCache(resolve_input("tokens", run.tokens))
     image_tokenizer = check_inputs(run, text, cache, device)
     torch.manual_seed(run.seed)
-    model = build("transformer", run.model).to(device)
+    model = build_model("transformer", run.model).to(device)
     links = {"text": text.to_dict(), "text_hash": text.hash, "dvae": cache.meta["dvae"], "tokens": cache.hash}
-    init = begin("transformer", run, model, links)
+    init = init_weights("transformer", run, model, links)
     # `backends` refuses, before any work, what cannot run
     print("attention: " + ", ".join(f"{kind} by {backend}" for kind, backend in model.backends().items()))
     if run.compile:
-        compile_parts(model)
+        compile_layers(model)
     batches = TokenBatches(cache, text, model.layout, run, parallel.rank, parallel.world)
     held_out = batches.held_out().split(run.train.batch_size)
     drawn = (
         run.drawings if image_tokenizer and not parallel.sharded else 0
     )  # a step of drawing needs whole weights
     captions = batches.captions(drawn)
-    draw = Drawings(image_tokenizer, text, captions, run.seed) if captions else None
+    draw = SampleGrid(image_tokenizer, text, captions, run.seed) if captions else None
 
     def evaluate(model, step: int) -> dict[str, Any]:
         losses = [run.objective(model, ids.to(device), step) for ids in held_out]
-        weights = torch.tensor([len(ids) for ids in held_out]) / run.eval_pictures
+        weights = torch.tensor([len(ids) for ids in held_out]) / run.eval_samples
         named = {"loss": [loss.total for loss in losses]}
         named |= {name: [loss.metrics[name] for loss in losses] for name in losses[0].metrics}
         scores = {name: float(torch.stack(values).cpu() @ weights) for name, values in named.items()}
@@ -167,12 +167,12 @@ def _train_transformer(run: TransformerRun, parallel: Parallel) -> Path:
     fit(
         model,
         run.objective,
-        repeated(run, batches),
+        overfit_batches(run, batches),
         run.train,
         steps=run.steps,
         seed=run.seed,
         run_dir=out,
-        meta=describe("transformer", model, run.record(), links) | init,
+        meta=checkpoint_meta("transformer", model, run.record(), links) | init,
         evaluate=evaluate,
         resume=run.resume,
         parallel=parallel,
@@ -180,13 +180,13 @@ def _train_transformer(run: TransformerRun, parallel: Parallel) -> Path:
     )
     if batches.truncated:
         tqdm.write(
-            f"note: {batches.truncated} captions were longer than {model.layout.caption_room} tokens and cut"
+            f"note: {batches.truncated} captions were longer than {model.layout.max_caption_len} tokens and cut"
         )
     return out
 
 
 def check_inputs(
-    run: TransformerRun, text: MergeTokenizer, cache: TokenCache, device: torch.device
+    run: TrainTransformerArgs, text: BPETokenizer, cache: TokenCache, device: torch.device
 ) -> ImageTokenizer | None:
     """ValueError, before the first step, for parts that do not fit the model's shape; the dVAE, if one is given."""
     model = run.model
@@ -194,7 +194,7 @@ def check_inputs(
     if weights != cache.meta["dvae"]:
         raise ValueError(
             f"{cache.folder} holds tokens of dVAE {cache.meta['dvae']}, {run.dvae} is {weights}: "
-            "they do not belong together; encode the pictures again"
+            "they do not belong together; encode the images again"
         )
     if cache.grid != model.grid:
         raise ValueError(
@@ -208,8 +208,8 @@ def check_inputs(
         raise ValueError(
             f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {model.text_vocab}; raise it"
         )
-    if cache.size <= run.eval_pictures:
+    if cache.size <= run.eval_samples:
         raise ValueError(
-            f"{cache.folder} has {cache.size} pictures, eval_pictures takes {run.eval_pictures}; lower it"
+            f"{cache.folder} has {cache.size} images, eval_samples takes {run.eval_samples}; lower it"
         )
     return tokenizer

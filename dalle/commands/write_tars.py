@@ -11,8 +11,8 @@ from dalle.io.files import make_directory
 
 
 @dataclass(frozen=True)
-class PackRun:
-    """Writes pictures and captions of any form into tars that `--data.path` opens."""
+class WriteTarsArgs:
+    """Writes images and captions of any form into tars that `--data.path` opens."""
 
     path: str | None = None
     """What to pack, as `--data.path` takes it."""
@@ -23,23 +23,23 @@ class PackRun:
     kind: Kind = "auto"
     """folder, table, tars or hub, where the path does not tell."""
     image_column: str | None = None
-    """Column of a table with the pictures; found among the usual names unless given."""
+    """Column of a table with the images; found among the usual names unless given."""
     caption_column: str | None = None
     """Column of a table, or key in JSON, with the captions; found among the usual names unless given."""
-    pictures: str | None = None
+    images: str | None = None
     """Folder that a table's relative paths start from; the table's own unless given."""
 
 
-def pack(run: PackRun) -> Packed:
+def pack(run: WriteTarsArgs) -> Packed:
     """Writes the tars and says what was left out."""
     for name in ("path", "out"):
         if getattr(run, name) is None:
             raise ValueError(f"--{name} is missing; for example --path my/table.csv --out my/tars")
-    source = open_source(run.path, run.kind, run.image_column, run.caption_column, pictures=run.pictures)
+    source = open_source(run.path, run.kind, run.image_column, run.caption_column, images=run.images)
     make_directory(run.out)
-    with tqdm(total=len(source), desc="tars", unit="picture", disable=None) as bar:
+    with tqdm(total=len(source), desc="tars", unit="image", disable=None) as bar:
         done = write_tars(source, run.out, run.shard_size, bar.update)
-    print(f"{run.out}: {done.pictures} pictures in {done.tars} tars; {len(done.left_out)} left out")
+    print(f"{run.out}: {done.images} images in {done.tars} tars; {len(done.left_out)} left out")
     for text in done.left_out[:5]:
         print(f"  {text}")
     return done

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle.types import Skip
+from dalle.types import BadSample
 
 CAUSES = (
-    "unreadable picture",
+    "unreadable image",
     "truncated",
     "wrong type",
     "decompression bomb",
@@ -27,7 +27,7 @@ LEAST = 100
 """So many unusable samples never stop a run, whatever their share."""
 
 
-class Unusable(ValueError):
+class BadSampleError(ValueError):
     """A sample that cannot be used: its name, the cause (one of CAUSES) and what was found."""
 
     def __init__(self, name: str, cause: str, detail: str = ""):
@@ -35,11 +35,11 @@ class Unusable(ValueError):
         self.name, self.cause, self.detail = name, cause, detail
 
     def __reduce__(self):
-        return Unusable, (self.name, self.cause, self.detail)
+        return BadSampleError, (self.name, self.cause, self.detail)
 
-    def skip(self, index: int | None = None) -> Skip:
+    def skip(self, index: int | None = None) -> BadSample:
         """As a record for the log."""
-        return Skip(index, self.name, self.cause, self.detail)
+        return BadSample(index, self.name, self.cause, self.detail)
 
 
 def is_fault(cause: str) -> bool:
@@ -47,7 +47,7 @@ def is_fault(cause: str) -> bool:
     return not cause.startswith("filter:")
 
 
-def check_share(faults: int, seen: int, limit: float, where: str) -> None:
+def check_bad_fraction(faults: int, seen: int, limit: float, where: str) -> None:
     """ValueError when more than LEAST samples and more than a share `limit` of those seen are at fault."""
     if faults > LEAST and faults > limit * seen:
         raise ValueError(
@@ -56,13 +56,13 @@ def check_share(faults: int, seen: int, limit: float, where: str) -> None:
         )
 
 
-def count_causes(skips: Iterable[Skip]) -> str:
+def count_causes(skips: Iterable[BadSample]) -> str:
     """ "3: 2 truncated, 1 empty caption"."""
     counts = Counter(skip.cause for skip in skips)
     return f"{counts.total()}: " + ", ".join(f"{number} {cause}" for cause, number in counts.most_common())
 
 
-class Skipped:
+class BadSampleLog:
     """Counts by cause, and run/skipped.jsonl: one line for each sample, however often it is met.
 
     It goes on with the file of a stopped run. Nothing is written before the first sample is skipped.
@@ -75,7 +75,7 @@ class Skipped:
     """
 
     def __init__(
-        self, path: Path | None, size: int | None, opening: Sequence[Skip] = (), limit: float = 0.01
+        self, path: Path | None, size: int | None, opening: Sequence[BadSample] = (), limit: float = 0.01
     ):
         self.path, self.size, self.limit = path, size, limit
         self.counts: Counter[str] = Counter(skip.cause for skip in opening)
@@ -85,7 +85,7 @@ class Skipped:
         )  # a bit a sample; pages never touched cost nothing
         self._faults, self._begun = 0, False
 
-    def add(self, skips: Sequence[Skip], step: int, seen: int, replaced: bool = False) -> None:
+    def add(self, skips: Sequence[BadSample], step: int, seen: int, replaced: bool = False) -> None:
         """Takes what a step skipped. A first step of 0 begins the log anew, any other goes on with it.
 
         Args:
@@ -104,7 +104,7 @@ class Skipped:
             self._write(new, "a")
             seen += self._faults * replaced
             seen = max(1, seen if self.size is None else min(seen, self.size))
-            check_share(self._faults, seen, self.limit, str(self))
+            check_bad_fraction(self._faults, seen, self.limit, str(self))
 
     def _begin(self, fresh: bool) -> None:
         """What an earlier part of the run found, after what opening found."""
@@ -114,7 +114,7 @@ class Skipped:
         if there or self._opening:
             self._write([*self._opening, *kept], "w")
 
-    def _count(self, skip: Skip) -> bool:
+    def _count(self, skip: BadSample) -> bool:
         """Whether it is a new one."""
         byte, bit = divmod(skip.index, 8)
         if byte >= len(self._known) or self._known[byte] >> bit & 1:
@@ -124,7 +124,7 @@ class Skipped:
         self._faults += is_fault(skip.cause)
         return True
 
-    def _write(self, skips: Sequence[Skip], mode: str) -> None:
+    def _write(self, skips: Sequence[BadSample], mode: str) -> None:
         if self.path:
             with self.path.open(mode, encoding="utf-8") as file:
                 file.writelines(json.dumps(vars(skip)) + "\n" for skip in skips)
@@ -135,12 +135,12 @@ class Skipped:
         return f"skipped {self.counts.total()} samples" + f": {causes}{place}" * bool(causes)
 
 
-def _read(path: Path) -> Iterable[Skip]:
+def _read(path: Path) -> Iterable[BadSample]:
     """The numbered samples of a log; a last line that broke off is left out."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             try:
-                skip = Skip(**json.loads(line))
+                skip = BadSample(**json.loads(line))
             except (ValueError, TypeError):
                 return
             if skip.index is not None:

@@ -18,9 +18,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dalle.data.bad_samples import Skipped
-from dalle.data.sampler import samples_of_step
-from dalle.types import Batch, Pairs, Skip
+from dalle.data.bad_samples import BadSampleLog
+from dalle.data.sampler import batch_indices
+from dalle.types import BadSample, CaptionedImages, ImageTextBatch
 
 PATIENCE = 600
 """Seconds without a batch after which a worker is given up."""
@@ -35,7 +35,7 @@ class StepOfPairs:
     Calling it gives (batch, what was skipped).
     """
 
-    pairs: Pairs
+    pairs: CaptionedImages
     """Where the samples come from."""
     batch_size: int
     """Samples in a step, over all processes."""
@@ -43,15 +43,15 @@ class StepOfPairs:
     """Of order and crops."""
     augment: str
     """The listing that crops."""
-    finish: Callable[[Batch, int], Any]
+    finish: Callable[[ImageTextBatch, int], Any]
     """(pairs, step) -> batch; a function or object that another process can import."""
     rank: int = 0
     """Which of the training processes."""
     world: int = 1
     """Of how many."""
 
-    def __call__(self, step: int) -> tuple[Any, list[Skip]]:
-        samples = samples_of_step(step, self.batch_size, self.pairs.size, self.seed, self.rank, self.world)
+    def __call__(self, step: int) -> tuple[Any, list[BadSample]]:
+        samples = batch_indices(step, self.batch_size, self.pairs.size, self.seed, self.rank, self.world)
         batch = self.pairs.load(samples, self.augment, self.seed, replace=True)
         return self.finish(batch, step), batch.skipped
 
@@ -178,12 +178,12 @@ class PairsLoader(Loader):
         receive: Callable[[Any], Any] = lambda made: made,
         pin: bool = False,
     ):
-        opening: Sequence[Skip] = () if task.rank else getattr(task.pairs, "skipped", ())
+        opening: Sequence[BadSample] = () if task.rank else getattr(task.pairs, "skipped", ())
         if log and task.rank:
             log = log.with_stem(f"{log.stem}-{task.rank}")
-        self.skipped = Skipped(log, task.pairs.size, opening, max_skipped)
+        self.skipped = BadSampleLog(log, task.pairs.size, opening, max_skipped)
 
-        def take(step: int, item: tuple[Any, list[Skip]]) -> Any:
+        def take(step: int, item: tuple[Any, list[BadSample]]) -> Any:
             made, skips = item
             self.skipped.add(skips, step, (step + 1) * task.batch_size // task.world, replaced=True)
             return receive(made)

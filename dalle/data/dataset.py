@@ -1,4 +1,4 @@
-"""Captioned pictures by number: the embedded shapes, or the pictures of any source.
+"""Captioned images by number: the embedded shapes, or the images of any source.
 
 B batch, R resolution
 """
@@ -13,45 +13,45 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle.data.bad_samples import Unusable, check_share, count_causes
-from dalle.data.filters import Filters, FiltersConfig
-from dalle.data.image_decode import decode, open_picture
-from dalle.data.sampler import Permutation
-from dalle.data.sources import Kind, has_parts, open_source
+from dalle.data.bad_samples import BadSampleError, check_bad_fraction, count_causes
+from dalle.data.filters import FilterConfig, Filters
+from dalle.data.image_decode import decode, open_image
+from dalle.data.sampler import FeistelPermutation
+from dalle.data.sources import Kind, has_val_split, open_source
 from dalle.data.transforms import transform
 from dalle.io.rng import epoch_stream, generator
-from dalle.shapes.dataset import ShapesPairs
-from dalle.types import Batch, Pairs, Record, Skip, Source
+from dalle.shapes.dataset import ShapesDataset
+from dalle.types import BadSample, CaptionedImages, DataSource, ImageTextBatch, RawSample
 
 TRIES = 1000
 """Samples tried in place of one that cannot be used."""
 
 
 @dataclass(frozen=True)
-class PairsConfig:
-    """Where pictures and captions come from."""
+class DataConfig:
+    """Where images and captions come from."""
 
     path: str | None = None
-    """Your pictures and captions, or the word "shapes" for the embedded set. A folder of pictures, each with
+    """Your images and captions, or the word "shapes" for the embedded set. A folder of images, each with
     its captions in a .txt (one a line) or .json beside it; a table (.csv .tsv .jsonl .parquet) or a folder of
     them; WebDataset tars: one, a folder of them, a pattern as "data/{000..099}.tar"; or a folder that Hugging
     Face datasets wrote."""
     kind: Kind = "auto"
     """folder, table, tars or hub, where the path does not tell."""
     image_column: str | None = None
-    """Column of a table with the pictures; found among the usual names (image, file_name, path, ...)."""
+    """Column of a table with the images; found among the usual names (image, file_name, path, ...)."""
     caption_column: str | None = None
-    """Column of a table, or key in JSON, with the captions; several with commas. Found like the pictures'."""
-    pictures: str | None = None
+    """Column of a table, or key in JSON, with the captions; several with commas. Found like the images'."""
+    images: str | None = None
     """Folder that a table's relative paths start from; the table's own unless given."""
     resolution: int = 256
     """Pixels on a side (2.1)."""
     held_out: float = 0.05
-    """Share of the pictures kept for evaluation, chosen by name; a set with a part of its own for that (files
+    """Share of the images kept for evaluation, chosen by name; a set with a part of its own for that (files
     named val*, a split "validation") keeps that part instead."""
     held_out_path: str | None = None
-    """Pictures for evaluation that lie elsewhere; then all of `path` is trained on."""
-    filters: FiltersConfig = FiltersConfig()
+    """Images for evaluation that lie elsewhere; then all of `path` is trained on."""
+    filters: FilterConfig = FilterConfig()
     """Which samples are dropped (2.3)."""
     draft: bool = False
     """Decode large JPEGs at a half, a quarter or an eighth, never below twice the resolution, before they are
@@ -81,13 +81,13 @@ class PairsConfig:
             raise ValueError(f"prefetch must be positive, got {self.prefetch}")
 
 
-def open_pairs(config: PairsConfig, split: str = "train", siblings: bool = False) -> Pairs:
+def open_dataset(config: DataConfig, split: str = "train", siblings: bool = False) -> CaptionedImages:
     """The pairs of a split, "train" or "held_out" ("new_pairs" too for shapes).
 
     Args:
         config: which set.
         split: which part.
-        siblings: for shapes, every second picture differs from the one before in one attribute.
+        siblings: for shapes, every second image differs from the one before in one attribute.
 
     Raises:
         ValueError: no data, or too much of it is found to be broken while opening.
@@ -95,13 +95,13 @@ def open_pairs(config: PairsConfig, split: str = "train", siblings: bool = False
     if config.path is None:
         raise ValueError("no data: give --data.path FOLDER, or --data.path shapes for the embedded set")
     if config.path == "shapes":
-        return ShapesPairs(config.resolution, config.seed, split, siblings)
+        return ShapesDataset(config.resolution, config.seed, split, siblings)
     if split not in ("train", "held_out"):
         raise ValueError(f"unknown split {split!r}; expected train or held_out")
     path, part, held_out = config.path, "all", config.held_out
     if config.held_out_path is not None and split == "held_out":
         path, held_out = config.held_out_path, None
-    elif has_parts(config.path, config.kind):
+    elif has_val_split(config.path, config.kind):
         part, held_out = split, None
     elif config.held_out_path is not None:
         held_out = None
@@ -111,22 +111,24 @@ def open_pairs(config: PairsConfig, split: str = "train", siblings: bool = False
         config.image_column,
         config.caption_column,
         part=part,
-        pictures=config.pictures,
+        images=config.images,
         cache=config.cache_path,
     )
-    check_share(
+    check_bad_fraction(
         len(source.skipped), len(source) + len(source.skipped), config.max_skipped, _examples(source.skipped)
     )
-    return SourcePairs(source, config.resolution, split, held_out, Filters(config.filters), config.draft)
+    return ImageTextDataset(source, config.resolution, split, held_out, Filters(config.filters), config.draft)
 
 
-def pixels_of_samples(pairs: Pairs, samples: Sequence[tuple[int, int]], augment: str, seed: int) -> Tensor:
+def load_images(
+    pairs: CaptionedImages, samples: Sequence[tuple[int, int]], augment: str, seed: int
+) -> Tensor:
     """Pixels (B, 3, R, R) of (epoch, index) samples; a crop depends on (seed, epoch, index) alone."""
     return torch.from_numpy(pairs.load(samples, augment, seed, replace=True).pixels)
 
 
-class SourcePairs:
-    """The pictures of a source, or of a part of it, by number.
+class ImageTextDataset:
+    """The images of a source, or of a part of it, by number.
 
     Args:
         source: all of them.
@@ -142,7 +144,7 @@ class SourcePairs:
 
     def __init__(
         self,
-        source: Source,
+        source: DataSource,
         resolution: int,
         split: str = "train",
         held_out: float | None = None,
@@ -150,8 +152,8 @@ class SourcePairs:
         draft: bool = False,
     ):
         self.source, self.resolution, self.draft = source, resolution, draft
-        self.skipped: Sequence[Skip] = source.skipped
-        self._filters = filters or Filters(FiltersConfig())
+        self.skipped: Sequence[BadSample] = source.skipped
+        self._filters = filters or Filters(FilterConfig())
         self._numbers: np.ndarray | None = None
         if held_out is not None:
             chosen = (source.shares() < held_out * 2**32) == (split == "held_out")
@@ -166,23 +168,23 @@ class SourcePairs:
         self.hash = hashlib.blake2b(f"{source.hash} {part}".encode(), digest_size=8).hexdigest()
 
     def name(self, index: int) -> str:
-        """Names a picture for people."""
+        """Names an image for people."""
         return self.source.name(self._number(index))
 
     def captions(self, indices: Sequence[int]) -> list[list[str]]:
-        """Every caption of each picture, read without the pictures; none for one that cannot be used."""
+        """Every caption of each image, read without the images; none for one that cannot be used."""
         return [self._captions_or_none(index) for index in indices]
 
     def _captions_or_none(self, index: int) -> list[str]:
         try:
             return self._filters.captions(self.source.captions(self._number(index)))
-        except Unusable:
+        except BadSampleError:
             return []
 
     def load(
         self, samples: Sequence[tuple[int, int]], augment: str = "none", seed: int = 0, replace: bool = False
-    ) -> Batch:
-        """The pictures of (epoch, index) samples; a random crop depends on (seed, epoch, index) alone.
+    ) -> ImageTextBatch:
+        """The images of (epoch, index) samples; a random crop depends on (seed, epoch, index) alone.
 
         Args:
             samples: which.
@@ -193,16 +195,16 @@ class SourcePairs:
         Raises:
             ValueError: nothing usable among many tried.
         """
-        batch = Batch(np.zeros((0, 3, self.resolution, self.resolution), np.float32), [], [])
-        pictures = []
+        batch = ImageTextBatch(np.zeros((0, 3, self.resolution, self.resolution), np.float32), [], [])
+        images = []
         for epoch, index in samples:
             for candidate in self._candidates(seed, epoch, index) if replace else [index]:
                 try:
-                    picture, captions = self._sample(candidate, augment, epoch_stream(seed, epoch))
-                except Unusable as error:
+                    image, captions = self._sample(candidate, augment, epoch_stream(seed, epoch))
+                except BadSampleError as error:
                     batch.skipped.append(error.skip(candidate))
                     continue
-                pictures.append(picture)
+                images.append(image)
                 batch.captions.append(captions)
                 batch.samples.append((epoch, candidate))
                 break
@@ -210,46 +212,46 @@ class SourcePairs:
                 if replace:
                     tried = batch.skipped[-min(TRIES, self.size) :]
                     raise ValueError(f"no usable sample among {len(tried)} tried: {_examples(tried)}")
-        if pictures:
-            batch.pixels = np.stack(pictures).transpose(0, 3, 1, 2) / np.float32(255)
+        if images:
+            batch.pixels = np.stack(images).transpose(0, 3, 1, 2) / np.float32(255)
         return batch
 
     def _candidates(self, seed: int, epoch: int, index: int) -> Iterator[int]:
         """The sample itself, then others in an order of its own: any broken stretch is spread over the whole set."""
         yield index
-        others = Permutation(self.size, "replacement", seed, epoch, index)
+        others = FeistelPermutation(self.size, "replacement", seed, epoch, index)
         for place in range(min(TRIES, self.size)):
             other = int(others(np.array([place]))[0])
             if other != index:
                 yield other
 
     def _sample(self, index: int, augment: str, stream: int) -> tuple[np.ndarray, list[str]]:
-        """Values (R, R, 3) in [0, 255] and captions; Unusable says why not."""
+        """Values (R, R, 3) in [0, 255] and captions; BadSampleError says why not."""
         record = self._read(index)
-        image = open_picture(record.picture, record.name)
+        image = open_image(record.image, record.name)
         if reason := self._filters.reason(record.captions, *image.size, name=record.name):
-            raise Unusable(record.name, f"filter:{reason}")
+            raise BadSampleError(record.name, f"filter:{reason}")
         captions = self._filters.captions(record.captions)
         rgb = decode(image, record.name, 2 * self.resolution if self.draft and augment != "none" else None)
         return self._crop(rgb, record.name, augment, generator("crop", stream, index)), captions
 
-    def _read(self, index: int) -> Record:
+    def _read(self, index: int) -> RawSample:
         record = self.source.read(self._number(index))
         if not any(caption.strip() for caption in record.captions):
-            raise Unusable(record.name, "empty caption")
+            raise BadSampleError(record.name, "empty caption")
         return record
 
     def _crop(self, image: Image.Image, name: str, augment: str, rng: np.random.Generator) -> np.ndarray:
         try:
             return np.asarray(transform(image, self.resolution, augment, rng), np.float32)
         except ValueError as error:
-            raise Unusable(name, "too small", str(error)) from None
+            raise BadSampleError(name, "too small", str(error)) from None
 
     def _number(self, index: int) -> int:
         return index if self._numbers is None else int(self._numbers[index])
 
 
-def first_pairs(pairs: Pairs, count: int) -> Batch:
+def first_samples(pairs: CaptionedImages, count: int) -> ImageTextBatch:
     """The first usable pairs, `count` at most, without augmentation; a note tells what was left out."""
     at, parts = 0, []
     found, skipped = 0, []
@@ -263,7 +265,7 @@ def first_pairs(pairs: Pairs, count: int) -> Batch:
         raise ValueError(f"no usable sample to evaluate on: {_examples(skipped)}")
     if skipped:
         tqdm.write(f"note: of the pairs to evaluate on, left out {_examples(skipped)}")
-    return Batch(
+    return ImageTextBatch(
         np.concatenate([part.pixels for part in parts]),
         [captions for part in parts for captions in part.captions],
         [sample for part in parts for sample in part.samples],
@@ -271,15 +273,15 @@ def first_pairs(pairs: Pairs, count: int) -> Batch:
     )
 
 
-def draw_captions(batch: Batch, seed: int) -> list[str]:
-    """One caption of each picture; which depends on (seed, epoch, index) alone."""
+def sample_captions(batch: ImageTextBatch, seed: int) -> list[str]:
+    """One caption of each image; which depends on (seed, epoch, index) alone."""
     drawn = []
     for (epoch, index), captions in zip(batch.samples, batch.captions, strict=True):
         drawn.append(captions[generator("caption", seed, epoch, index).integers(len(captions))])
     return drawn
 
 
-def _examples(skips: Sequence[Skip]) -> str:
+def _examples(skips: Sequence[BadSample]) -> str:
     named = ", ".join(
         f"{skip.name} ({skip.cause}{', ' * bool(skip.detail)}{skip.detail})" for skip in skips[:3]
     )

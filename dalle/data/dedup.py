@@ -1,12 +1,12 @@
-"""Pictures that are there twice, also scaled or saved anew (paper section 2.3 filters; C).
+"""Images that are there twice, also scaled or saved anew (paper section 2.3 filters; C).
 
-A hash of 64 bits finds candidates, small copies of the pictures decide. The hash is the sign of the lowest 8 x 8
-frequencies of the grey picture (pHash), here against a margin instead of the median, so that the noise of saving
-does not toss the bits of flat pictures. Candidates differ in at most DISTANCE bits; they are found by bands
+A hash of 64 bits finds candidates, small copies of the images decide. The hash is the sign of the lowest 8 x 8
+frequencies of the grey image (pHash), here against a margin instead of the median, so that the noise of saving
+does not toss the bits of flat images. Candidates differ in at most DISTANCE bits; they are found by bands
 (Manku et al. 2007): of DISTANCE + 2 bands two or more must be equal, so sorting by each pair of bands brings all
 candidates side by side without comparing all with all.
 
-    N pictures, P pairs, T side of a small copy
+    N images, P pairs, T side of a small copy
 """
 
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ import numpy as np
 from PIL import Image
 
 DISTANCE = 4
-"""Bits in which the hashes of a picture and its copy may differ."""
+"""Bits in which the hashes of an image and its copy may differ."""
 LIKENESS = 0.1
-"""The difference of two small copies, against what is in the picture, up to which they are the same."""
+"""The difference of two small copies, against what is in the image, up to which they are the same."""
 SIDE = 32
-"""T: of the grey picture whose frequencies are taken, and of small copies."""
+"""T: of the grey image whose frequencies are taken, and of small copies."""
 MARGIN = 128.0
-"""Of a frequency, in grey levels summed over T x T with cosine weights; flat pictures stay below."""
+"""Of a frequency, in grey levels summed over T x T with cosine weights; flat images stay below."""
 
 
-def picture_hash(image: Image.Image) -> int:
-    """64 bits that stay almost the same when a picture is scaled, saved anew or made a little brighter."""
+def image_hash(image: Image.Image) -> int:
+    """64 bits that stay almost the same when an image is scaled, saved anew or made a little brighter."""
     grey = np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64)
     frequencies = _cosines() @ grey @ _cosines().T
     frequencies[0, 0] = 0  # the brightness
@@ -53,7 +53,7 @@ def alike(hashes: np.ndarray, distance: int = DISTANCE) -> list[list[int]]:
         distance: bits.
 
     Returns:
-        Numbers of pictures, ascending in each group.
+        Numbers of images, ascending in each group.
     """
     unique, member = np.unique(np.asarray(hashes, dtype=np.uint64), return_inverse=True)
     root = list(range(len(unique)))
@@ -101,16 +101,16 @@ def _count_bits(words: np.ndarray) -> np.ndarray:
     return np.unpackbits(words.view(np.uint8).reshape(-1, 8), axis=1).sum(axis=1)
 
 
-def copies(pictures: Sequence[np.ndarray]) -> list[int | None]:
-    """For each small copy, the number of the first one that shows the same picture, or None for a first one.
+def copies(images: Sequence[np.ndarray]) -> list[int | None]:
+    """For each small copy, the number of the first one that shows the same image, or None for a first one.
 
     Args:
-        pictures: of one group, from `small_copy`.
+        images: of one group, from `small_copy`.
     """
     originals: list[int] = []
     firsts: list[int | None] = []
-    for i, picture in enumerate(pictures):
-        same = [j for j in originals if unlikeness(pictures[j], picture) <= LIKENESS]
+    for i, image in enumerate(images):
+        same = [j for j in originals if unlikeness(images[j], image) <= LIKENESS]
         firsts.append(same[0] if same else None)
         if not same:
             originals.append(i)
@@ -118,13 +118,13 @@ def copies(pictures: Sequence[np.ndarray]) -> list[int | None]:
 
 
 def unlikeness(a: np.ndarray, b: np.ndarray) -> float:
-    """Root mean square of the difference of two small copies over that of the flatter one from its mean colour."""
+    """Root mean square of the difference of two small copies over that of the flatter one from its mean color."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     contents = min(_spread(a), _spread(b))
     return float(
         np.sqrt(np.square(a - b).mean()) / max(contents, 1.0)
-    )  # one level: flat pictures compare by colour
+    )  # one level: flat images compare by color
 
 
-def _spread(picture: np.ndarray) -> float:
-    return float(np.sqrt(np.square(picture - picture.mean(axis=(0, 1))).mean()))
+def _spread(image: np.ndarray) -> float:
+    return float(np.sqrt(np.square(image - image.mean(axis=(0, 1))).mean()))

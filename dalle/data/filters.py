@@ -1,7 +1,7 @@
-"""Which captioned pictures are left out (paper section 2.3): text filters, picture filters, a list of names.
+"""Which captioned images are left out (paper section 2.3): text filters, image filters, a list of names.
 
 On by default are the two that the paper states exactly and that a real caption does not meet by chance: captions
-that are only boilerplate, and pictures so long that a square crop would cut away what the caption mentions. Off
+that are only boilerplate, and images so long that a square crop would cut away what the caption mentions. Off
 unless asked for are those for which the paper gives no number ("too short") or that rest on a judge which errs on
 few words (the language): a user's "cat" stays. Duplicates need a look at the whole set: scripts/check_data.py finds
 them and writes the list of names that `drop_list` takes.
@@ -15,21 +15,21 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class FiltersConfig:
+class FilterConfig:
     """Each filter drops what it names and counts it; None or 0 or false switches it off."""
 
     boilerplate: bool = True
     """Drop captions that are a date and the words around it ("photographed on 3 May 2009"), or a camera's file
     name, and nothing else (2.3)."""
     max_aspect: float | None = 2.0
-    """Drop pictures whose longer side is more than so many times the shorter (2.3: outside [1/2, 2])."""
+    """Drop images whose longer side is more than so many times the shorter (2.3: outside [1/2, 2])."""
     min_words: int = 0
     """Drop captions of fewer words (2.3, where the number is not given)."""
     language: str | None = None
     """Drop captions that are surely in another language than this two-letter code; the paper keeps "en" (2.3).
     Needs `pip install py3langid`; wrong for some of one or two words."""
     min_side: int = 0
-    """Drop pictures with fewer pixels on the shorter side. Training crops need the resolution in any case."""
+    """Drop images with fewer pixels on the shorter side. Training crops need the resolution in any case."""
     drop_list: Path | None = None
     """Drop the samples whose names this file holds, one a line; scripts/check_data.py writes one of duplicates."""
 
@@ -45,10 +45,10 @@ class FiltersConfig:
             raise ValueError(f"language must be a code such as en, de or zh (or None), got {self.language!r}")
 
 
-PAPER_FILTERS = FiltersConfig(min_words=3, language="en")
+PAPER_FILTERS = FilterConfig(min_words=3, language="en")
 """All that section 2.3 names; three words is our number where the paper has none."""
 
-_OFF = FiltersConfig(boilerplate=False, max_aspect=None)
+_OFF = FilterConfig(boilerplate=False, max_aspect=None)
 
 
 class Filters:
@@ -59,7 +59,7 @@ class Filters:
         ImportError: a language, and py3langid is not installed.
     """
 
-    def __init__(self, config: FiltersConfig):
+    def __init__(self, config: FilterConfig):
         self.config = config
         self._caption_tests: dict[str, Callable[[str], bool]] = {}
         if config.boilerplate:
@@ -101,7 +101,7 @@ class Filters:
         ]
 
 
-def one_by_one(config: FiltersConfig) -> dict[str, FiltersConfig]:
+def one_by_one(config: FilterConfig) -> dict[str, FilterConfig]:
     """Each filter that is on, alone, under the name that `Filters.reason` gives it: for a dry run."""
     names = {
         "max_aspect": "aspect",
@@ -160,7 +160,7 @@ _CAMERA_FILE = re.compile(
 )
 _AROUND_DATES = re.compile(
     rf"(?<!\w)(?:\d\d?[:.]\d\d(?:[:.]\d\d)?\s*(?:[ap]\.?m\.?)?|{_WEEKDAY}|{_YEAR}"
-    r"|photo(?:s|graph(?:s|ed)?)?|pictures?|pics?|images?|snapshots?|shots?|scan(?:ned)?|taken|shot|captured|recorded"
+    r"|photo(?:s|graph(?:s|ed)?)?|images?|pics?|images?|snapshots?|shots?|scan(?:ned)?|taken|shot|captured|recorded"
     r"|uploaded|posted|published|created|added|dated?|time|stamp|file|camera|digital|on|at|in|of|the|this|was|is|it"
     r"|a|an|by|from|and|&)(?!\w)"
 )

@@ -65,7 +65,7 @@ def counts_of(counts: Counter, key: Callable[[Any], Any]) -> Counter:
 
 
 def aspect(size: tuple[int, int]) -> str:
-    """The shape of a picture of (width, height): "square", "wide, up to 4:3", "tall, beyond 2:1"."""
+    """The shape of an image of (width, height): "square", "wide, up to 4:3", "tall, beyond 2:1"."""
     longer, shorter = max(size), min(size)
     if longer == shorter:
         return "square"

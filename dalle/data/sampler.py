@@ -18,7 +18,7 @@ LEAST_BITS = 6
 """Smaller networks have too few keys; a set of three walks in 64 numbers."""
 
 
-def samples_of_step(
+def batch_indices(
     step: int, batch_size: int, size: int | None, seed: int, rank: int = 0, world: int = 1
 ) -> list[tuple[int, int]]:
     """(epoch, index) of each sample of a step.
@@ -50,12 +50,12 @@ def samples_of_step(
 
 
 @lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, size: int) -> "Permutation":
+def epoch_order(seed: int, epoch: int, size: int) -> "FeistelPermutation":
     """The order of an epoch: place -> index."""
-    return Permutation(size, "order", seed, epoch)
+    return FeistelPermutation(size, "order", seed, epoch)
 
 
-class Permutation:
+class FeistelPermutation:
     """A permutation of range(size), drawn from a purpose and a key, that takes no memory.
 
     Called with places, uint64 (n,), it gives the number at each, uint64 (n,).

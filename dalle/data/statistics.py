@@ -14,27 +14,27 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from dalle.data.bad_samples import Unusable
+from dalle.data.bad_samples import BadSampleError
 from dalle.data.dataloader import Loader
-from dalle.data.dedup import alike, copies, picture_hash, small_copy
-from dalle.data.filters import Filters, FiltersConfig, count_words, one_by_one
-from dalle.data.image_decode import decode, open_picture
-from dalle.types import Record, Skip, Source, TextCodec
+from dalle.data.dedup import alike, copies, image_hash, small_copy
+from dalle.data.filters import FilterConfig, Filters, count_words, one_by_one
+from dalle.data.image_decode import decode, open_image
+from dalle.types import BadSample, DataSource, RawSample, TextTokenizerLike
 
 STRETCH = 32
 """Samples that a worker reads at a time."""
 EXAMPLES = 5
 """Kept of what each filter drops."""
 TILE = 128
-"""Pixels on a side of a picture on a sheet."""
+"""Pixels on a side of an image on a sheet."""
 
 
 @dataclass
-class Findings:
+class DatasetStats:
     """What was found in some samples. Sizes, words and tokens are of those that can be used."""
 
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """Pictures by (width, height), upright."""
+    """Images by (width, height), upright."""
     words: Counter[int] = field(default_factory=Counter)
     """Captions by number of words."""
     tokens: Counter[int] = field(default_factory=Counter)
@@ -48,13 +48,13 @@ class Findings:
     numbers: array = field(default_factory=lambda: array("Q"))
     """Of the samples that can be used."""
     hashes: array = field(default_factory=lambda: array("Q"))
-    """Of their pictures."""
-    skipped: list[Skip] = field(default_factory=list)
+    """Of their images."""
+    skipped: list[BadSample] = field(default_factory=list)
     """Those that cannot."""
     tiles: list[tuple[str, Image.Image]] = field(default_factory=list)
-    """A caption and a small picture of each sample asked for."""
+    """A caption and a small image of each sample asked for."""
 
-    def add(self, other: "Findings") -> None:
+    def add(self, other: "DatasetStats") -> None:
         """Takes in those of the next stretch, but for `skipped`: a set may hold any number of them."""
         for name in ("sizes", "words", "tokens", "dropped"):
             getattr(self, name).update(getattr(other, name))
@@ -65,14 +65,14 @@ class Findings:
             self.examples[name] = [*self.examples.get(name, []), *more][:EXAMPLES]
 
 
-class Examiner:
+class DatasetScanner:
     """What a worker does: the findings of stretch after stretch of a source.
 
     Args:
         source: any.
         filters: to be tried one by one and together, on the samples that can be used.
         text: counts tokens.
-        tiles: numbers of the samples whose small pictures are wanted.
+        tiles: numbers of the samples whose small images are wanted.
 
     Raises:
         ValueError, ImportError: a filter cannot be set up.
@@ -80,9 +80,9 @@ class Examiner:
 
     def __init__(
         self,
-        source: Source,
-        filters: FiltersConfig,
-        text: TextCodec | None = None,
+        source: DataSource,
+        filters: FilterConfig,
+        text: TextTokenizerLike | None = None,
         tiles: Collection[int] = (),
     ):
         self.source, self.text, self.tiles = source, text, frozenset(tiles)
@@ -90,31 +90,31 @@ class Examiner:
         self._all = Filters(filters)
         self.filters = list(self._each)
 
-    def __call__(self, stretch: int) -> Findings:
-        found = Findings()
+    def __call__(self, stretch: int) -> DatasetStats:
+        found = DatasetStats()
         for number in range(stretch * STRETCH, min((stretch + 1) * STRETCH, len(self.source))):
             try:
                 self._look(number, found)
-            except Unusable as error:
+            except BadSampleError as error:
                 found.skipped.append(error.skip(number))
         return found
 
-    def _look(self, number: int, found: Findings) -> None:
+    def _look(self, number: int, found: DatasetStats) -> None:
         record = self.source.read(number)
         if not any(caption.strip() for caption in record.captions):
-            raise Unusable(record.name, "empty caption")
-        picture = decoded(record)
+            raise BadSampleError(record.name, "empty caption")
+        image = decoded(record)
         found.numbers.append(number)
-        found.hashes.append(picture_hash(picture))
-        found.sizes[picture.size] += 1
+        found.hashes.append(image_hash(image))
+        found.sizes[image.size] += 1
         found.words.update(map(count_words, record.captions))
         if self.text:
             found.tokens.update(len(self.text.encode(caption)) for caption in record.captions)
-        self._try_filters(record, picture.size, found)
+        self._try_filters(record, image.size, found)
         if number in self.tiles:
-            found.tiles.append((record.captions[0], tile(picture)))
+            found.tiles.append((record.captions[0], tile(image)))
 
-    def _try_filters(self, record: Record, size: tuple[int, int], found: Findings) -> None:
+    def _try_filters(self, record: RawSample, size: tuple[int, int], found: DatasetStats) -> None:
         def drops(filters: Filters) -> bool:
             return filters.reason(record.captions, *size, name=record.name) is not None
 
@@ -130,17 +130,17 @@ class Examiner:
         found.left_out += bool(dropping) or (len(record.captions) > 1 and drops(self._all))
 
 
-def decoded(record: Record) -> Image.Image:
-    """The whole picture of a record, RGB and upright; Unusable says why not."""
-    return decode(open_picture(record.picture, record.name), record.name)
+def decoded(record: RawSample) -> Image.Image:
+    """The whole image of a record, RGB and upright; BadSampleError says why not."""
+    return decode(open_image(record.image, record.name), record.name)
 
 
-def tile(picture: Image.Image) -> Image.Image:
-    """All of a picture within TILE x TILE, the rest grey."""
-    return ImageOps.pad(picture, (TILE, TILE), color="lightgrey")
+def tile(image: Image.Image) -> Image.Image:
+    """All of an image within TILE x TILE, the rest grey."""
+    return ImageOps.pad(image, (TILE, TILE), color="lightgrey")
 
 
-def examine(examiner: Examiner, workers: int = 0) -> Iterator[Findings]:
+def examine(examiner: DatasetScanner, workers: int = 0) -> Iterator[DatasetStats]:
     """The findings of each stretch, read ahead by `workers` processes or in this one."""
     yield from _each(examiner, -(-len(examiner.source) // STRETCH), workers)
 
@@ -159,7 +159,7 @@ def _each(task: Callable[[int], Any], steps: int, workers: int) -> Iterator[Any]
 class SmallCopies:
     """What a worker does: small copies of the samples of a stretch of `numbers`."""
 
-    source: Source
+    source: DataSource
     """Any."""
     numbers: Sequence[int]
     """Of the samples."""
@@ -169,17 +169,17 @@ class SmallCopies:
         return [small_copy(decoded(self.source.read(number))) for number in numbers]
 
 
-def find_duplicates(source: Source, found: Findings, workers: int = 0) -> Iterator[tuple[int, int]]:
-    """(number of a copy, number of the first that shows the same picture), by `alike`, then by `copies`.
+def find_duplicates(source: DataSource, found: DatasetStats, workers: int = 0) -> Iterator[tuple[int, int]]:
+    """(number of a copy, number of the first that shows the same image), by `alike`, then by `copies`.
 
-    The pictures of which others have nearly the same hash are read a second time, no more than a group in memory.
+    The images of which others have nearly the same hash are read a second time, no more than a group in memory.
     """
     groups = alike(np.array(found.hashes, dtype=np.uint64))
     numbers = [found.numbers[place] for group in groups for place in group]
     task = SmallCopies(source, numbers)
-    pictures = chain.from_iterable(_each(task, -(-len(numbers) // STRETCH), workers))
+    images = chain.from_iterable(_each(task, -(-len(numbers) // STRETCH), workers))
     for group in groups:
-        firsts = copies(list(islice(pictures, len(group))))
+        firsts = copies(list(islice(images, len(group))))
         for place, first in zip(group, firsts, strict=True):
             if first is not None:
                 yield found.numbers[place], found.numbers[group[first]]

@@ -1,17 +1,17 @@
-"""The token cache: pictures turned into tokens once, before stage two (paper section 2.2).
+"""The token cache: images turned into tokens once, before stage two (paper section 2.2).
 
-DIR/plan.json                   what the tokens are made of: weights, pictures, transform. Its hash is the key
+DIR/plan.json                   what the tokens are made of: weights, images, transform. Its hash is the key
 DIR/shard-000000.safetensors    tokens    uint16 (n, crops, rows * columns)
-                                numbers   int64 (n): which picture of the data each is
-                                captions  uint8: a JSON list of strings for each picture, end to end
+                                numbers   int64 (n): which image of the data each is
+                                captions  uint8: a JSON list of strings for each image, end to end
                                 offsets   int64 (n + 1): where each list begins
 DIR/meta.json                   the plan again, with count, size and hash of every shard; written last
 
-A shard holds a fixed range of the data, less the pictures that could not be read. It is written under another
+A shard holds a fixed range of the data, less the images that could not be read. It is written under another
 name and renamed, so a shard that is there is whole: an encoding that stopped goes on at the shard it stopped in,
 and several processes share the work by taking every n-th shard. Only the shards in use are mapped into memory.
 
-B pictures
+B images
 """
 
 import hashlib
@@ -34,25 +34,25 @@ MAKE = "make one with scripts/encode_images.py"
 
 
 @dataclass(frozen=True)
-class TokenPlan:
+class TokenCacheSpec:
     """All that tokens depend on. Caches of one key are one cache."""
 
     dvae: str
     """Hash of the weights that encode."""
     data: str
-    """Hash of the pictures."""
+    """Hash of the images."""
     grid: tuple[int, int]
     """Rows and columns of tokens."""
     vocab: int
     """Codes of the image tokenizer; they are kept in 16 bit."""
-    pictures: int
-    """Pictures of the data, read in their order; those that cannot be read are left out."""
+    images: int
+    """Images of the data, read in their order; those that cannot be read are left out."""
     crops: int = 1
-    """Crops of each picture."""
+    """Crops of each image."""
     shard: int = 8192
-    """Pictures of the data in a shard."""
+    """Images of the data in a shard."""
     transform: dict[str, Any] = field(default_factory=dict)
-    """What is done to a picture before it is encoded, and at which precision."""
+    """What is done to an image before it is encoded, and at which precision."""
 
     def __post_init__(self):
         if self.vocab > 65536:
@@ -66,11 +66,11 @@ class TokenPlan:
     @property
     def shards(self) -> int:
         """Files in the cache."""
-        return -(-self.pictures // self.shard)
+        return -(-self.images // self.shard)
 
     def numbers(self, shard: int) -> range:
-        """The pictures of the data that a shard is made from."""
-        return range(shard * self.shard, min((shard + 1) * self.shard, self.pictures))
+        """The images of the data that a shard is made from."""
+        return range(shard * self.shard, min((shard + 1) * self.shard, self.images))
 
     def require(self, other: dict[str, Any], folder: Path) -> None:
         """ValueError, naming both keys and what differs, unless `other`, found in a folder, is this plan."""
@@ -89,13 +89,13 @@ def _hash(plan: dict[str, Any]) -> str:
 
 
 class TokenCache:
-    """Tokens and captions by picture. Memory grows with the shards, by a few numbers each, not with the pictures."""
+    """Tokens and captions by image. Memory grows with the shards, by a few numbers each, not with the images."""
 
     def __init__(self, folder: Path | str):
         self.folder = folder = Path(folder)
         self.meta = meta = _read_meta(folder)
         try:
-            counts, sizes = ([shard[name] for shard in meta["shards"]] for name in ("pictures", "bytes"))
+            counts, sizes = ([shard[name] for shard in meta["shards"]] for name in ("images", "bytes"))
             self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
             self.key, self.hash = str(meta["key"]), str(meta["hash"])
             self.crops = int(meta["crops"])
@@ -110,37 +110,37 @@ class TokenCache:
 
     @property
     def size(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return int(self._starts[-1])
 
-    def image_tokens(self, pictures: Sequence[int], crops: Sequence[int] | None = None) -> Tensor:
+    def image_tokens(self, images: Sequence[int], crops: Sequence[int] | None = None) -> Tensor:
         """int64 (B, rows * columns), of the first crop unless told."""
-        tokens = np.empty((len(pictures), self.grid[0] * self.grid[1]), np.int64)
-        for row, (picture, crop) in enumerate(zip(pictures, crops or [0] * len(pictures), strict=True)):
-            shard, place = self._locate(picture)
+        tokens = np.empty((len(images), self.grid[0] * self.grid[1]), np.int64)
+        for row, (image, crop) in enumerate(zip(images, crops or [0] * len(images), strict=True)):
+            shard, place = self._locate(image)
             tokens[row] = shard["tokens"][place, crop]
         return torch.from_numpy(tokens)
 
-    def captions(self, pictures: Sequence[int]) -> list[list[str]]:
-        """Every caption of each picture."""
+    def captions(self, images: Sequence[int]) -> list[list[str]]:
+        """Every caption of each image."""
         lists = []
-        for picture in pictures:
-            shard, place = self._locate(picture)
+        for image in images:
+            shard, place = self._locate(image)
             start, end = shard["offsets"][place : place + 2].tolist()
             lists.append(json.loads(shard["captions"][start:end].tobytes()))
         return lists
 
-    def number(self, picture: int) -> int:
-        """Which picture of the data a picture of the cache is; they part where one could not be read."""
-        shard, place = self._locate(picture)
+    def number(self, image: int) -> int:
+        """Which image of the data an image of the cache is; they part where one could not be read."""
+        shard, place = self._locate(image)
         return int(shard["numbers"][place : place + 1][0])
 
-    def _locate(self, picture: int) -> tuple[dict[str, Any], int]:
-        """The shard of a picture and its place therein."""
-        if not 0 <= picture < self.size:
-            raise IndexError(f"{self.folder} holds pictures 0 .. {self.size - 1}, not {picture}")
-        shard = int(np.searchsorted(self._starts, picture, side="right")) - 1
-        return self._shard(shard), int(picture - self._starts[shard])
+    def _locate(self, image: int) -> tuple[dict[str, Any], int]:
+        """The shard of an image and its place therein."""
+        if not 0 <= image < self.size:
+            raise IndexError(f"{self.folder} holds images 0 .. {self.size - 1}, not {image}")
+        shard = int(np.searchsorted(self._starts, image, side="right")) - 1
+        return self._shard(shard), int(image - self._starts[shard])
 
     def _open(self, shard: int) -> dict[str, Any]:
         """Views into a mapped file, by name."""
@@ -160,11 +160,11 @@ def shard_name(shard: int) -> str:
 
 
 def read_shard_info(path: Path) -> dict[str, Any]:
-    """What a shard says of itself: key, pictures, hash. ValueError for a file that breaks off or is something else."""
+    """What a shard says of itself: key, images, hash. ValueError for a file that breaks off or is something else."""
     try:
         with safe_open(path, "np") as file:
             info = json.loads(file.metadata()["tokens"])
-            return {name: info[name] for name in ("key", "pictures", "hash")}
+            return {name: info[name] for name in ("key", "images", "hash")}
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or no shard of tokens ({error}); remove it and encode again"
@@ -192,7 +192,7 @@ def _unfinished(folder: Path) -> str | None:
     """What to say of a folder whose encoding has not come to its end."""
     try:
         plan = read_plan(folder)
-        shards = -(-plan["pictures"] // plan["shard"])
+        shards = -(-plan["images"] // plan["shard"])
     except (ValueError, LookupError, TypeError):
         return None
     there = sum((folder / shard_name(shard)).is_file() for shard in range(shards))

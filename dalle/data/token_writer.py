@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from dalle.data.token_cache import FORMAT, TokenCache, TokenPlan, read_plan, read_shard_info, shard_name
+from dalle.data.token_cache import FORMAT, TokenCache, TokenCacheSpec, read_plan, read_shard_info, shard_name
 
 
 class TokenWriter:
@@ -23,7 +23,7 @@ class TokenWriter:
         part, parts: this process takes shards part, part + parts, ...
     """
 
-    def __init__(self, folder: Path, plan: TokenPlan, part: int = 0, parts: int = 1):
+    def __init__(self, folder: Path, plan: TokenCacheSpec, part: int = 0, parts: int = 1):
         if not 0 <= part < parts:
             raise ValueError(f"part must lie in 0 .. {parts - 1} for {parts} parts, got {part}")
         self.folder, self.plan, self.part, self.parts = folder, plan, part, parts
@@ -57,7 +57,7 @@ class TokenWriter:
         Args:
             shard: which.
             tokens: integers (n, crops, rows * columns).
-            numbers: n pictures of the data, ascending, out of `plan.numbers(shard)`.
+            numbers: n images of the data, ascending, out of `plan.numbers(shard)`.
             captions: of each.
         """
         rows, columns = self.plan.grid
@@ -76,7 +76,7 @@ class TokenWriter:
         digest = hashlib.sha256()
         for array in arrays.values():
             digest.update(array.tobytes())
-        info = {"key": self.plan.key, "pictures": len(numbers), "hash": digest.hexdigest()}
+        info = {"key": self.plan.key, "images": len(numbers), "hash": digest.hexdigest()}
         partial = self._partial(shard_name(shard))
         save_file(arrays, partial, metadata={"tokens": json.dumps(info)})
         self._rename(partial, shard_name(shard))
@@ -100,16 +100,16 @@ class TokenWriter:
         return TokenCache(self.folder)
 
     def _meta(self, names: list[str], infos: list[dict[str, Any]]) -> dict[str, Any]:
-        pictures = sum(info["pictures"] for info in infos)
-        if not pictures:
-            raise ValueError(f"none of {self.plan.pictures} pictures could be read; the cache would be empty")
+        images = sum(info["images"] for info in infos)
+        if not images:
+            raise ValueError(f"none of {self.plan.images} images could be read; the cache would be empty")
         whole = hashlib.sha256("".join([self.plan.key, *(info["hash"] for info in infos)]).encode())
         shards = [
-            {"pictures": info["pictures"], "bytes": (self.folder / name).stat().st_size}
+            {"images": info["images"], "bytes": (self.folder / name).stat().st_size}
             for name, info in zip(names, infos, strict=True)
         ]
         head = {"kind": "tokens", "format": FORMAT, "key": self.plan.key, "hash": whole.hexdigest()[:16]}
-        return head | asdict(self.plan) | {"left_out": self.plan.pictures - pictures, "shards": shards}
+        return head | asdict(self.plan) | {"left_out": self.plan.images - images, "shards": shards}
 
     def _write_json(self, name: str, data: Any) -> None:
         partial = self._partial(name)

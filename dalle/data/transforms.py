@@ -1,9 +1,9 @@
 """Random crops of the paper (Listings 1 and 2) and the fixed crop of evaluation.
 
 Where and how large is drawn exactly as listed. The resize is TensorFlow 1's by area with align_corners: pixel i of
-a row covers [i * scale, (i + 1) * scale) of the picture, scale = (size_in - 1) / (size_out - 1), and is the mean of
+a row covers [i * scale, (i + 1) * scale) of the image, scale = (size_in - 1) / (size_out - 1), and is the mean of
 what it covers, each pixel weighted by the fraction covered. The first pixel thus begins at the left rim; the last
-one reaches beyond the right rim, where the picture's last pixel goes on. Then values are clipped, rounded (half to
+one reaches beyond the right rim, where the image's last pixel goes on. Then values are clipped, rounded (half to
 even, as TensorFlow) and stored in 8 bits. Pillow's BOX and torch's mode="area" take whole pixels only.
 
     R resolution, S side of the square taken, K pixels that a covered length touches at most
@@ -15,14 +15,14 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from dalle.io.images import shorter_side
+from dalle.io.images import resize_center_crop
 
 AUGMENTS = ("dvae", "transformer", "none")
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A square of the picture, the side it is resized to, a square of that, and a flip."""
+    """A square of the image, the side it is resized to, a square of that, and a flip."""
 
     left: int
     top: int
@@ -58,7 +58,7 @@ def _side(width: int, height: int, resolution: int) -> int:
     side = min(width, height)
     if side < resolution:
         raise ValueError(
-            f"picture of {width} x {height} is smaller than the {resolution} x {resolution} asked for"
+            f"image of {width} x {height} is smaller than the {resolution} x {resolution} asked for"
         )
     return side
 
@@ -69,7 +69,7 @@ def _middle(slack: int, rng: np.random.Generator) -> int:
 
 
 def apply_crop(image: Image.Image, crop: Crop, resolution: int) -> Image.Image:
-    """The R x R picture that a crop of an RGB picture describes."""
+    """The R x R image that a crop of an RGB image describes."""
     box = (crop.left, crop.top, crop.left + crop.side, crop.top + crop.side)
     pixels = _resize_window(np.asarray(image.crop(box)), crop, resolution)
     pixels = pixels.clip(0, 255).round().astype(np.uint8)  # numpy too rounds half to even
@@ -117,9 +117,9 @@ def covered_pixels(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def transform(image: Image.Image, resolution: int, augment: str, rng: np.random.Generator) -> Image.Image:
-    """An R x R picture by the listing of `augment`, or the middle square for "none"."""
+    """An R x R image by the listing of `augment`, or the middle square for "none"."""
     if augment == "none":
-        return shorter_side(image, resolution)
+        return resize_center_crop(image, resolution)
     if augment not in AUGMENTS:
         raise ValueError(f"unknown augment {augment!r}; expected one of {', '.join(AUGMENTS)}")
     crop = (dvae_crop if augment == "dvae" else transformer_crop)(*image.size, resolution, rng)

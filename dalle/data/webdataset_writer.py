@@ -1,4 +1,4 @@
-"""Any captioned pictures as WebDataset tars: KEY.jpg (.png, .webp, ...) and KEY.txt, one caption a line.
+"""Any captioned images as WebDataset tars: KEY.jpg (.png, .webp, ...) and KEY.txt, one caption a line.
 
 The same source gives the same bytes: keys count from 0 in the source's order, and no member has a time or an owner.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dalle.types import Record, Source
+from dalle.types import DataSource, RawSample
 
 SUFFIXES = {
     "JPEG": "jpg",
@@ -30,19 +30,19 @@ class Packed:
 
     tars: int = 0
     """How many tars."""
-    pictures: int = 0
+    images: int = 0
     """Samples in them."""
     left_out: list[str] = field(default_factory=list)
     """What cannot be packed, each by name and cause."""
 
 
 def write_tars(
-    source: Source, folder: Path, shard_size: int = 10_000, said: Callable[[int], None] = int
+    source: DataSource, folder: Path, shard_size: int = 10_000, said: Callable[[int], None] = int
 ) -> Packed:
     """Writes 00000.tar, 00001.tar, ... into a folder; each takes its name only when it is whole.
 
     Args:
-        source: what to pack; a picture's file is copied as it is, and captions are put in one line each.
+        source: what to pack; an image's file is copied as it is, and captions are put in one line each.
         folder: made where there is none; must hold no tar.
         shard_size: samples a tar.
         said: called with the number of samples that were taken up, from time to time.
@@ -70,14 +70,16 @@ def write_tars(
                 if written == shard_size:
                     break
         part.replace(part.with_suffix(""))
-        done.tars, done.pictures = done.tars + 1, done.pictures + written
-    if not done.pictures:
+        done.tars, done.images = done.tars + 1, done.images + written
+    if not done.images:
         more = f": {done.left_out[0]}" if done.left_out else ""
         raise ValueError(f"none of {len(source)} samples can be packed{more}")
     return done
 
 
-def _samples(source: Source, done: Packed, said: Callable[[int], None]) -> Iterator[list[tuple[str, bytes]]]:
+def _samples(
+    source: DataSource, done: Packed, said: Callable[[int], None]
+) -> Iterator[list[tuple[str, bytes]]]:
     """The members of each sample that can be packed."""
     for index in range(len(source)):
         said(1)
@@ -87,23 +89,23 @@ def _samples(source: Source, done: Packed, said: Callable[[int], None]) -> Itera
             done.left_out.append(str(error))
 
 
-def _members(record: Record, key: str) -> list[tuple[str, bytes]]:
+def _members(record: RawSample, key: str) -> list[tuple[str, bytes]]:
     captions = [" ".join(caption.split()) for caption in record.captions]
     text = "\n".join(filter(None, captions))
     if not text:
         raise ValueError(f"{record.name}: no caption")
-    return [(f"{key}.{_suffix(record)}", record.picture), (f"{key}.txt", text.encode())]
+    return [(f"{key}.{_suffix(record)}", record.image), (f"{key}.txt", text.encode())]
 
 
-def _suffix(record: Record) -> str:
+def _suffix(record: RawSample) -> str:
     """By what the file is, whatever it is called."""
     try:
-        with Image.open(io.BytesIO(record.picture)) as image:
+        with Image.open(io.BytesIO(record.image)) as image:
             kind = str(image.format)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{record.name}: not a picture ({error})") from None
+        raise ValueError(f"{record.name}: not an image ({error})") from None
     if kind not in SUFFIXES:
-        raise ValueError(f"{record.name}: a picture of type {kind}; expected {', '.join(SUFFIXES)}")
+        raise ValueError(f"{record.name}: an image of type {kind}; expected {', '.join(SUFFIXES)}")
     return SUFFIXES[kind]
 
 

@@ -1,4 +1,4 @@
-"""What the dVAE minimises (paper section 2.1, appendices A.2 and A.3).
+"""What the dVAE minimizes (paper section 2.1, appendices A.2 and A.3).
 
 Per image: ( -sum over pixel values of ln f(x) + beta * sum over positions of KL ) / pixel values,
 with f the logit-Laplace density and KL the exact divergence of the encoder's categorical from the
@@ -56,7 +56,7 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
 def gumbel_softmax(logits: Tensor, tau: float, first: int = 0) -> Tensor:
     """A relaxed sample of a one-hot over dim 1 (2.1): softmax((logits + Gumbel noise) / tau), fp32.
 
-    Used forward and backward; no straight-through. The noise of a picture follows from torch's seed and its place in
+    Used forward and backward; no straight-through. The noise of an image follows from torch's seed and its place in
     the batch, of which these logits may be a part that begins at place `first`.
     """
     logits = logits.float().movedim(1, -1)
@@ -83,10 +83,10 @@ def reconstruction_loss(pixels: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:
 
 
 def kl_loss(logits: Tensor, pixel_values: int) -> Tensor:
-    """Sum over positions of the KL, averaged over B, in nats per pixel value of a picture (A.2).
+    """Sum over positions of the KL, averaged over B, in nats per pixel value of an image (A.2).
 
     Args:
         logits: (B, K, h, w).
-        pixel_values: C * H * W of one picture.
+        pixel_values: C * H * W of one image.
     """
     return kl_to_uniform(logits).sum(dim=(1, 2)).mean() / pixel_values

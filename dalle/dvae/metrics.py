@@ -8,10 +8,10 @@ from torch import Tensor
 
 from dalle.dvae.losses import gumbel_softmax, kl_loss, reconstruction_loss
 from dalle.dvae.model import DVAE
-from dalle.types import WHOLE, Part
+from dalle.types import FULL_BATCH, BatchShard
 
 
-def code_usage(tokens: Tensor, vocab_size: int, part: Part = WHOLE) -> dict[str, Tensor]:
+def code_usage(tokens: Tensor, vocab_size: int, part: BatchShard = FULL_BATCH) -> dict[str, Tensor]:
     """How the codes are used: how many, perplexity exp(H) of their shares, share never seen.
 
     Args:
@@ -23,9 +23,9 @@ def code_usage(tokens: Tensor, vocab_size: int, part: Part = WHOLE) -> dict[str,
     share = times / times.sum()
     used = (share > 0).sum()
     return {
-        "codes_used": used,
+        "codebook_used": used,
         "perplexity": torch.special.entr(share).sum().exp(),
-        "dead_codes": 1 - used / vocab_size,
+        "codebook_dead_frac": 1 - used / vocab_size,
     }
 
 
@@ -49,9 +49,9 @@ def dvae_scores(model: DVAE, pixels: Tensor, tau: float) -> tuple[dict[str, Tens
     )
     soft, hard = model.to_pixels(mu_soft), model.to_pixels(mu_hard)
     scores = {
-        "reconstruction_soft": reconstruction_loss(pixels, mu_soft, b_soft),
-        "reconstruction_hard": reconstruction_loss(pixels, mu_hard, b_hard),
-        "absolute_error": (hard - pixels).abs().mean(),
+        "recon_loss": reconstruction_loss(pixels, mu_soft, b_soft),
+        "recon_loss_hard": reconstruction_loss(pixels, mu_hard, b_hard),
+        "mae": (hard - pixels).abs().mean(),
         "kl": kl_loss(logits, 1) / tokens[0].numel(),
         **code_usage(tokens.flatten(), model.vocab_size),
     }
@@ -65,6 +65,6 @@ def collapse_warning(scores: dict[str, Any], vocab_size: int) -> str | None:
         return None
     return (
         f"the codebook has collapsed: perplexity {perplexity:.1f} of {vocab_size} codes. Codes die while beta is small "
-        "or before the decoder has learned: raise objective.beta.start, raise model.logit-gain and set "
-        "model.code-std 1, lower the step size, or vary the pictures' grounds; then start again"
+        "or before the decoder has learned: raise objective.beta.start, raise model.logit-init-scale and set "
+        "model.codebook-init-std 1, lower the learning rate, or vary the images' grounds; then start again"
     )

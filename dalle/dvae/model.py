@@ -4,7 +4,7 @@ Bottleneck ResNets without normalisation: the encoder turns pixels into logits o
 codes at each position, the decoder turns (relaxed) one-hot codes into the parameters of a
 logit-Laplace distribution over the pixels.
 
-Departures, all off by default: `post_gain`, `logit_gain`, `code_std` and `min_log_scale` help
+Departures, all off by default: `residual_scale`, `logit_init_scale`, `codebook_init_std` and `min_log_scale` help
 small models over the first hundred steps (docs/log.md says what each does).
 
     B batch, H W pixels, h w grid, K vocabulary, D width
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.dvae.losses import map_pixels, unmap_pixels
-from dalle.types import check_pixels, check_tokens, grid_of
+from dalle.types import check_images, check_tokens, token_grid
 
 
 @dataclass(frozen=True)
@@ -32,42 +32,46 @@ class DVAEConfig:
     """Channels of each group of resblocks, finest first (A.1, release: 4 groups, n_hid 256)."""
     blocks_per_group: int = 2
     """Resblocks in a group (release)."""
-    downsampling: int = 8
+    downsample_factor: int = 8
     """Pixels on a side of one token: a power of two, at most 2^(groups - 1) (2.1)."""
     vocab_size: int = 8192
     """K, the number of codes (2.1)."""
-    code_width: int = 128
+    codebook_dim: int = 128
     """Width of a code vector: output of the decoder's first 1x1 convolution (release)."""
-    post_gain: float | None = None
+    residual_scale: float | None = None
     """Factor on each residual path; None is 1 / (number of resblocks)^2 (A.1, release)."""
-    logit_gain: float = 1.0
+    logit_init_scale: float = 1.0
     """Initial size of the encoder's logits against the release's."""
-    code_std: float | None = None
+    codebook_init_std: float | None = None
     """Initial standard deviation of the code vectors; None is 1 / sqrt(K) (release)."""
     min_log_scale: float | None = None
     """Floor on the predicted ln b; None leaves it free (A.3)."""
 
     def __post_init__(self):
-        if self.downsampling not in [2**poolings for poolings in range(len(self.widths))]:
+        if self.downsample_factor not in [2**poolings for poolings in range(len(self.widths))]:
             raise ValueError(
-                f"downsampling must be a power of two up to 2^(groups - 1) = {2 ** (len(self.widths) - 1)}, "
-                f"got {self.downsampling} with {len(self.widths)} groups; add a width or lower it"
+                f"downsample_factor must be a power of two up to 2^(groups - 1) = {2 ** (len(self.widths) - 1)}, "
+                f"got {self.downsample_factor} with {len(self.widths)} groups; add a width or lower it"
             )
         if bad := [w for w in self.widths if w < 4 or w % 4]:
             raise ValueError(f"widths must be positive multiples of 4 (bottleneck = width / 4), got {bad[0]}")
-        for name in ("blocks_per_group", "vocab_size", "code_width"):
+        for name in ("blocks_per_group", "vocab_size", "codebook_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     @property
     def poolings(self) -> int:
         """Groups that are followed by a factor of two."""
-        return int(math.log2(self.downsampling))
+        return int(math.log2(self.downsample_factor))
 
     @property
     def residual_gain(self) -> float:
         """Factor on each residual path."""
-        return (len(self.widths) * self.blocks_per_group) ** -2 if self.post_gain is None else self.post_gain
+        return (
+            (len(self.widths) * self.blocks_per_group) ** -2
+            if self.residual_scale is None
+            else self.residual_scale
+        )
 
 
 class Conv2d(nn.Module):
@@ -141,7 +145,7 @@ class Encoder(nn.Module):
             layers[f"group_{i + 1}"] = _group(EncoderBlock, sizes, config.residual_gain, pool)
             last = width
         output = Conv2d(last, config.vocab_size, 1, full_precision=True)
-        output.w.data.mul_(config.logit_gain)
+        output.w.data.mul_(config.logit_init_scale)
         layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=output))
         self.blocks = nn.Sequential(layers)
 
@@ -154,17 +158,17 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DVAEConfig):
         super().__init__()
-        last = config.code_width
+        last = config.codebook_dim
         codebook = Conv2d(config.vocab_size, last, 1, full_precision=True)
-        if config.code_std is not None:
-            nn.init.normal_(codebook.w, std=config.code_std)
+        if config.codebook_init_std is not None:
+            nn.init.normal_(codebook.w, std=config.codebook_init_std)
         layers: OrderedDict[str, nn.Module] = OrderedDict(input=codebook)
         for i, width in enumerate(reversed(config.widths)):
             up = ("upsample", nn.Upsample(scale_factor=2, mode="nearest")) if i < config.poolings else None
             sizes = [last] + [width] * config.blocks_per_group
             layers[f"group_{i + 1}"] = _group(DecoderBlock, sizes, config.residual_gain, up)
             last = width
-        output = Conv2d(last, 6, 1)  # mu and ln b of each colour (A.3)
+        output = Conv2d(last, 6, 1)  # mu and ln b of each color (A.3)
         layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=output))
         self.blocks = nn.Sequential(layers)
         self.min_log_scale = config.min_log_scale
@@ -189,7 +193,7 @@ class Decoder(nn.Module):
 class DVAE(nn.Module):
     """Encoder and decoder, and the two doors others use: `encode` and `decode`.
 
-    Fully convolutional: any picture whose sides are multiples of `downsampling`.
+    Fully convolutional: any image whose sides are multiples of `downsample_factor`.
     """
 
     def __init__(self, config: DVAEConfig):
@@ -199,9 +203,9 @@ class DVAE(nn.Module):
         self.decoder = Decoder(config)
 
     @property
-    def downsampling(self) -> int:
+    def downsample_factor(self) -> int:
         """Pixels on a side of one token."""
-        return self.config.downsampling
+        return self.config.downsample_factor
 
     @property
     def vocab_size(self) -> int:
@@ -226,17 +230,17 @@ class DVAE(nn.Module):
         """Most likely codes (2.2: argmax, no Gumbel noise).
 
         Args:
-            pixels: float (B, 3, H, W) in [0, 1], sides multiples of `downsampling`.
+            pixels: float (B, 3, H, W) in [0, 1], sides multiples of `downsample_factor`.
 
         Returns:
             int64 (B, h * w) in raster order.
         """
-        check_pixels(pixels, self.downsampling)
+        check_images(pixels, self.downsample_factor)
         return self.codebook_logits(pixels).argmax(dim=1).flatten(1)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Pictures of tokens: phi^-1(sigmoid(mu)), the log scale is dropped (A.3).
+        """Images of tokens: phi^-1(sigmoid(mu)), the log scale is dropped (A.3).
 
         Args:
             tokens: int64 (B, h * w).
@@ -246,11 +250,11 @@ class DVAE(nn.Module):
             float32 (B, 3, H, W) in [0, 1].
         """
         check_tokens(tokens, self.vocab_size, "image_tokens")
-        h, w = grid_of(tokens, grid)
+        h, w = token_grid(tokens, grid)
         mu, _ = self.decoder.look_up(tokens.view(-1, h, w)).float().chunk(2, dim=1)
         return self.to_pixels(mu)
 
     @staticmethod
     def to_pixels(mu: Tensor) -> Tensor:
-        """phi^-1(sigmoid(mu)): the picture of a location, in [0, 1] (A.3)."""
+        """phi^-1(sigmoid(mu)): the image of a location, in [0, 1] (A.3)."""
         return unmap_pixels(torch.sigmoid(mu))

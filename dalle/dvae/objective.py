@@ -11,7 +11,7 @@ from dalle.dvae.losses import gumbel_softmax, kl_loss, reconstruction_loss
 from dalle.dvae.metrics import code_usage
 from dalle.dvae.model import DVAE
 from dalle.schedules import Schedule
-from dalle.types import WHOLE, Loss, Part, Work, check_pixels
+from dalle.types import FULL_BATCH, BatchShard, Loss, StepCost, check_images
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class DVAEObjective:
         if min(self.tau.start, self.tau.end) <= 0:
             raise ValueError(f"tau must stay above 0, got {self.tau}")
 
-    def __call__(self, model: DVAE, batch: Tensor, step: int, part: Part = WHOLE) -> Loss:
+    def __call__(self, model: DVAE, batch: Tensor, step: int, part: BatchShard = FULL_BATCH) -> Loss:
         """batch: pixels (B, 3, H, W) in [0, 1]. The use of the codes is that of all processes together."""
-        check_pixels(batch, model.downsampling)
+        check_images(batch, model.downsample_factor)
         tau, beta = self.tau(step), self.beta(step)
         logits = model.codebook_logits(batch)
         mu, log_b = model.reconstruct(gumbel_softmax(logits, tau, part.index * len(batch)))
@@ -38,7 +38,7 @@ class DVAEObjective:
         usage = code_usage(logits.detach().argmax(dim=1).flatten(), model.vocab_size, part)
         positions = logits[0, 0].numel()
         metrics = {
-            "reconstruction_soft": soft.detach(),
+            "recon_loss": soft.detach(),
             "kl": kl.detach() * batch[0].numel() / positions,  # nats a position
             "tau": tau,
             "beta": beta,
@@ -46,9 +46,9 @@ class DVAEObjective:
         }
         return Loss(soft + beta * kl, metrics)
 
-    def work(self, model: DVAE, batch: Tensor) -> Work:
+    def work(self, model: DVAE, batch: Tensor) -> StepCost:
         """Of the convolutions, counted on a twin without memory; backward takes twice the forward pass."""
         with FakeTensorMode(), torch.device("cpu"), FlopCounterMode(display=False) as counter:
             twin = DVAE(model.config)
             twin.reconstruct(twin.codebook_logits(torch.empty(1, *batch.shape[1:])))
-        return Work(len(batch), flops=3 * len(batch) * counter.get_total_flops())
+        return StepCost(len(batch), flops=3 * len(batch) * counter.get_total_flops())

@@ -1,1 +1,1 @@
-"""Measurements of pictures and models: each file answers one question."""
+"""Measurements of images and models: each file answers one question."""

@@ -1,6 +1,6 @@
-"""Pictures seen from afar: a Gaussian filter, as the paper applies it before FID and IS (section 3.1, Figure 9).
+"""Images seen from afar: a Gaussian filter, as the paper applies it before FID and IS (section 3.1, Figure 9).
 
-The dVAE's tokens let the transformer leave out fine detail, so the paper measures drawn and real pictures both
+The dVAE's tokens let the transformer leave out fine detail, so the paper measures drawn and real images both
 behind filters of radius 0 to 8. It does not say what a radius is; here it is the Gaussian's standard deviation in
 pixels, as in Pillow. Beyond the rim the last pixel goes on.
 """

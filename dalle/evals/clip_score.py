@@ -1,8 +1,8 @@
-"""CLIP score: how well pictures fit their captions by a CLIP (Hessel et al. 2021).
+"""CLIP score: how well images fit their captions by a CLIP (Hessel et al. 2021).
 
-The mean of 2.5 max(cosine, 0). It depends on the CLIP, and says little of the CLIP that ranked the pictures.
+The mean of 2.5 max(cosine, 0). It depends on the CLIP, and says little of the CLIP that ranked the images.
 
-    B pictures of a batch
+    B images of a batch
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dalle.evals.running_mean import Means
+from dalle.evals.running_mean import MeanMetric
 from dalle.types import Embedder
 
 WEIGHT = 2.5  # Hessel et al.
@@ -18,7 +18,7 @@ WEIGHT = 2.5  # Hessel et al.
 
 def run(clip: Embedder, batches: Iterable[tuple[Tensor, Sequence[str]]]) -> dict[str, float]:
     """Mean cosine and CLIP score of pixels (B, 3, H, W) in [0, 1] and a caption for each."""
-    means = Means()
+    means = MeanMetric()
     for pixels, captions in batches:
         means.add(clip_scores(clip, pixels, captions))
     return means.values()
@@ -28,6 +28,6 @@ def run(clip: Embedder, batches: Iterable[tuple[Tensor, Sequence[str]]]) -> dict
 def clip_scores(clip: Embedder, pixels: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
     """Cosine and CLIP score (B,) of pixels (B, 3, H, W) in [0, 1] and a caption for each."""
     if len(pixels) != len(captions):
-        raise ValueError(f"{len(pixels)} pictures with {len(captions)} captions; expected one caption each")
-    cosines = (clip.embed_pictures(pixels) * clip.embed_captions(captions)).sum(1)
+        raise ValueError(f"{len(pixels)} images with {len(captions)} captions; expected one caption each")
+    cosines = (clip.embed_images(pixels) * clip.embed_captions(captions)).sum(1)
     return {"cosine": cosines, "clip_score": WEIGHT * cosines.clamp(min=0)}

@@ -1,6 +1,6 @@
 """Bits per dimension: both stages in one number, by the evidence lower bound (paper section 2, Eq. 1).
 
-For a picture x, a caption y and image tokens z, with beta = 1 (a larger one gives no bound) and any distribution q(z):
+For an image x, a caption y and image tokens z, with beta = 1 (a larger one gives no bound) and any distribution q(z):
 
     ln p(x, y)  >=  E_q[ ln p(x | z) ]  +  E_q[ ln p(z | y) ]  +  ln p(y)  +  H(q)
 
@@ -13,7 +13,7 @@ For a picture x, a caption y and image tokens z, with beta = 1 (a larger one giv
 
 The paper's likelihood is a density on (0, 1) and not the probability of an 8-bit value. Here a value v has the mass of
 the logit-Laplace over phi((v - 1/2) / 255) .. phi((v + 1/2) / 255), and the first and last value also what lies
-beyond them; so the 256 probabilities add up to 1 and bits per dimension compare with other models of 8-bit pictures.
+beyond them; so the 256 probabilities add up to 1 and bits per dimension compare with other models of 8-bit images.
 Bits per dimension of x, y are -ln p / ln 2 over the number of pixel values (3 H W); those of x alone, given y, leave
 ln p(y) out.
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dalle.dvae import DVAE
 from dalle.dvae.losses import EPSILON
-from dalle.evals.running_mean import Means
+from dalle.evals.running_mean import MeanMetric
 from dalle.transformer import Transformer
 from dalle.transformer.losses import log_likelihood
 
@@ -44,19 +44,19 @@ def run(
     Args:
         dvae: the image tokenizer; one without a likelihood has no bound.
         transformer: trained on its tokens.
-        batches: pixels (B, 3, H, W) in [0, 1] of 8-bit pictures and text_tokens (B, T), on the models' device.
+        batches: pixels (B, 3, H, W) in [0, 1] of 8-bit images and text_tokens (B, T), on the models' device.
         seed: of the tokens that are drawn.
 
     Returns:
-        "argmax" and "sampled", each with picture_nats (-ln p(x | z)), image_token_nats, text_nats, entropy_nats,
-        all a pair; bits_per_dim of picture and caption; bits_per_dim_given_caption.
+        "argmax" and "sampled", each with image_nats (-ln p(x | z)), image_token_nats, text_loss, entropy_nats,
+        all a pair; bits_per_dim of image and caption; bits_per_dim_given_caption.
     """
     if not isinstance(dvae, DVAE):
         raise ValueError(
             f"the bound needs a decoder with a likelihood, a DVAE; {type(dvae).__name__} has none"
         )
     rng = torch.Generator().manual_seed(seed)
-    means, values = {"argmax": Means(), "sampled": Means()}, 0
+    means, values = {"argmax": MeanMetric(), "sampled": MeanMetric()}, 0
     for pixels, text_tokens in batches:
         values = pixels[0].numel()
         log_q = dvae.codebook_logits(pixels).double().log_softmax(1).flatten(2).mT.cpu()  # (B, h * w, K)
@@ -71,15 +71,15 @@ def run(
 
 def _parts(dvae: DVAE, transformer: Transformer, pixels: Tensor, text_tokens: Tensor, tokens: Tensor):
     """-ln p(x | z), -ln p(z | y), -ln p(y) of each pair."""
-    grid = tuple(side // dvae.downsampling for side in pixels.shape[2:])
+    grid = tuple(side // dvae.downsample_factor for side in pixels.shape[2:])
     mu, log_b = dvae.decoder.look_up(tokens.view(-1, *grid)).double().chunk(2, dim=1)
-    picture = -log_mass(pixels, mu, log_b).sum((1, 2, 3))
-    text, image = log_likelihood(transformer, transformer.layout.pack(text_tokens, tokens))
-    return {"picture": picture, "image_token": -image, "text": -text}
+    image = -log_mass(pixels, mu, log_b).sum((1, 2, 3))
+    text, image_tokens = log_likelihood(transformer, transformer.layout.pack(text_tokens, tokens))
+    return {"image": image, "image_token": -image_tokens, "text": -text}
 
 
 def _joined(means: dict[str, float], values: int) -> dict[str, float]:
-    given = means["picture"] + means["image_token"] - means["entropy"]
+    given = means["image"] + means["image_token"] - means["entropy"]
     return {f"{name}_nats": value for name, value in means.items()} | {
         "bits_per_dim": (given + means["text"]) / (values * math.log(2)),
         "bits_per_dim_given_caption": given / (values * math.log(2)),

@@ -2,8 +2,8 @@
 
     |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))
 
-With features of Inception (inception.py) it is FID. It falls with the number of pictures, so only distances of the
-same number compare, and it means little with fewer pictures than features.
+With features of Inception (inception.py) it is FID. It falls with the number of images, so only distances of the
+same number compare, and it means little with fewer images than features.
 
     B vectors of a batch, N of all, D features
 """

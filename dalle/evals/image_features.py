@@ -1,9 +1,9 @@
-"""Drawn pictures beside real ones: Frechet distance and inception score behind each blur (section 3.1, Figure 9).
+"""Drawn images beside real ones: Frechet distance and inception score behind each blur (section 3.1, Figure 9).
 
-Statistics of the real pictures take as long as those of the drawn ones and are the same for every model, so they are
+Statistics of the real images take as long as those of the drawn ones and are the same for every model, so they are
 kept in a folder, by the hash of all that they depend on.
 
-    B pictures of a batch, D features
+    B images of a batch, D features
 """
 
 import hashlib
@@ -41,11 +41,11 @@ class CLIPFeatures:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> tuple[Tensor, None]:
-        return self.clip.embed_pictures(pixels).float().cpu(), None
+        return self.clip.embed_images(pixels).float().cpu(), None
 
 
 class Measured:
-    """What is kept of pictures at one blur: moments of the features, and logits where there are any."""
+    """What is kept of images at one blur: moments of the features, and logits where there are any."""
 
     def __init__(self):
         self.moments, self.logits = Moments(), []
@@ -89,12 +89,12 @@ def reference(
     folder: Path,
     radii: Sequence[float] = RADII,
 ) -> tuple[dict[float, Gaussian], str]:
-    """Statistics of real pictures, from the folder or computed and put there.
+    """Statistics of real images, from the folder or computed and put there.
 
     Args:
         extractor: its hash is part of the key.
-        batches: gives the pictures, where they are needed.
-        facts: what else the statistics depend on: which pictures, how many, their size.
+        batches: gives the images, where they are needed.
+        facts: what else the statistics depend on: which images, how many, their size.
         folder: where they are kept, a file of numbers and one of facts for each radius.
 
     Returns:

@@ -1,13 +1,13 @@
 """Features for FID and logits for the inception score, by the network of 2015 that both are defined with.
 
 The network is torchvision's Inception v3 with the pooling of the original: averages leave the padding out, and the
-last block takes the maximum (Szegedy et al.'s released graph, and every port of it). Pictures are resized to
+last block takes the maximum (Szegedy et al.'s released graph, and every port of it). Images are resized to
 299 x 299 as TensorFlow 1 did: bilinear, no antialiasing, pixel corners aligned at the upper left. Another resize
 gives other numbers (Parmar et al. 2022), so its name stands in each report.
 
 Weights come from a file of the layout `pt_inception-2015-12-05-6726825d.pth`, read without running what is in it.
 
-    B pictures
+    B images
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.evals.weights import file_hash, load_named
-from dalle.types import check_pixels
+from dalle.types import check_images
 
 SIDE = 299
 CLASSES = 1008  # of the released graph
@@ -61,7 +61,7 @@ class Inception:
 
         Pixels are rounded to 8 bits first, as those of files are.
         """
-        check_pixels(pixels)
+        check_images(pixels)
         values = (pixels.to(self.classes.device).float().clamp(0, 1) * 255).round()
         features = self.net((resize_tf1(values, SIDE) - 128) / 128)
         return features.cpu(), (features @ self.classes.T).cpu()

@@ -1,4 +1,4 @@
-"""How well the transformer predicts captions and pictures it never saw (paper section 2.2).
+"""How well the transformer predicts captions and images it never saw (paper section 2.2).
 
 B pairs of a batch
 """
@@ -21,7 +21,7 @@ def run(model: Transformer, batches: Iterable[Tensor]) -> dict[str, float]:
         batches: joint ids (B, N), on the model's device.
 
     Returns:
-        text_nats, image_nats (per token; a caption's end counts as one), loss (both weighted as in training), and
+        text_loss, image_loss (per token; a caption's end counts as one), loss (both weighted as in training), and
         the tokens that were counted.
     """
     nats, tokens = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
@@ -34,6 +34,6 @@ def run(model: Transformer, batches: Iterable[Tensor]) -> dict[str, float]:
         raise ValueError("no pairs to measure; expected one or more")
     text, image = (nats / tokens).tolist()
     total = weighted_cross_entropy(text, image, TEXT_WEIGHT)
-    return {"text_nats": text, "image_nats": image, "loss": total} | dict(
+    return {"text_loss": text, "image_loss": image, "loss": total} | dict(
         zip(("text_tokens", "image_tokens"), tokens.tolist(), strict=True)
     )

@@ -1,10 +1,10 @@
-"""LPIPS: how unlike two pictures look, by the layers of AlexNet (Zhang et al. 2018, version 0.1).
+"""LPIPS: how unlike two images look, by the layers of AlexNet (Zhang et al. 2018, version 0.1).
 
 Each layer's states are made unit vectors at every place; their squared differences, weighted by what people were
 found to see, are averaged over places and added up over layers. Two files hold the weights: torchvision's AlexNet,
 and the five layers' weights that Zhang et al. fitted.
 
-    B pictures
+    B images
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.evals.weights import file_hash, load_named, read_weights
-from dalle.types import check_pixels
+from dalle.types import check_images
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pixels in [-1, 1], released code
 LAYERS = (1, 4, 7, 9, 11)  # AlexNet's five ReLUs
@@ -54,10 +54,10 @@ class LPIPS:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, others: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1], twice -> (B,), 0 for equal pictures."""
+        """(B, 3, H, W) in [0, 1], twice -> (B,), 0 for equal images."""
         if min(pixels.shape[2:]) < SMALLEST:
             raise ValueError(
-                f"LPIPS needs pictures of {SMALLEST} x {SMALLEST} pixels or more, got {pixels.shape[2:]}"
+                f"LPIPS needs images of {SMALLEST} x {SMALLEST} pixels or more, got {pixels.shape[2:]}"
             )
         total = 0
         for a, b, weight in zip(self._layers(pixels), self._layers(others), self.weights, strict=True):
@@ -65,7 +65,7 @@ class LPIPS:
         return total
 
     def _layers(self, pixels: Tensor) -> list[Tensor]:
-        check_pixels(pixels)
+        check_images(pixels)
         shift, scale = (pixels.new_tensor(values)[:, None, None] for values in (SHIFT, SCALE))
         x, found = (2 * pixels - 1 - shift) / scale, []
         for i, layer in enumerate(self.net):

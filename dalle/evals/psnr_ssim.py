@@ -1,6 +1,6 @@
-"""How like two pictures are, pixel by pixel and window by window.
+"""How like two images are, pixel by pixel and window by window.
 
-B pictures of C channels, H x W pixels
+B images of C channels, H x W pixels
 """
 
 import torch
@@ -12,7 +12,7 @@ K1, K2 = 0.01, 0.03  # as there; pixels span 1
 
 
 def psnr(pixels: Tensor, others: Tensor) -> Tensor:
-    """Peak signal to noise of each pair in decibels, -10 log10(mean squared error): (B,); inf for equal pictures.
+    """Peak signal to noise of each pair in decibels, -10 log10(mean squared error): (B,); inf for equal images.
 
     Args:
         pixels, others: (B, C, H, W) in [0, 1].
@@ -24,7 +24,7 @@ def psnr(pixels: Tensor, others: Tensor) -> Tensor:
 def ssim(pixels: Tensor, others: Tensor) -> Tensor:
     """Structural similarity of each pair, at most 1 (Wang et al. 2004): (B,).
 
-    Means, variances and covariance in a Gaussian window of 11 x 11, wherever it lies wholly within the picture; the
+    Means, variances and covariance in a Gaussian window of 11 x 11, wherever it lies wholly within the image; the
     mean over places and channels.
 
     Args:
@@ -33,7 +33,7 @@ def ssim(pixels: Tensor, others: Tensor) -> Tensor:
     _check(pixels, others)
     if min(pixels.shape[2:]) < WINDOW:
         raise ValueError(
-            f"SSIM needs pictures of {WINDOW} x {WINDOW} pixels or more, got {tuple(pixels.shape[2:])}"
+            f"SSIM needs images of {WINDOW} x {WINDOW} pixels or more, got {tuple(pixels.shape[2:])}"
         )
     x, y = pixels.double(), others.double()
     offsets = torch.arange(WINDOW, dtype=torch.float64, device=x.device) - WINDOW // 2

@@ -1,11 +1,11 @@
-"""Means over all samples of values that come in batches."""
+"""MeanMetric over all samples of values that come in batches."""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
 
-class Means:
+class MeanMetric:
     """Every sample weighs the same, whatever its batch; float64."""
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""How many pictures show what their caption says: the shapes judge over held-out captions.
+"""How many images show what their caption says: the shapes judge over held-out captions.
 
 The judge reads pixels and takes no part in the ranking.
 
@@ -15,15 +15,15 @@ from tqdm import tqdm
 
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.rerank import rank
-from dalle.sampling import uniforms
-from dalle.shapes.dataset import ShapesPairs, captions, change_one_attribute
-from dalle.shapes.judge import judge
+from dalle.sampling import candidate_noise
+from dalle.shapes.dataset import ShapesDataset, captions, change_one_attribute
+from dalle.shapes.judge import matches_caption
 from dalle.train.precision import autocast, resolve_precision
 from dalle.transformer.generate import generate
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ShapesSamples:
     """Candidates for captions, and which one CLIP put first."""
 
     captions: list[str]
@@ -49,26 +49,26 @@ def caption_accuracy(
     chunk: int = 512,
     seed: int = 0,
     temperature: float = 1.0,
-) -> tuple[dict[str, float], Drawn]:
-    """Share of pictures that the judge finds right.
+) -> tuple[dict[str, float], ShapesSamples]:
+    """Share of images that the judge finds right.
 
     Args:
         model: trained on the shapes set, with a scorer.
         split: "held_out" or "new_pairs".
         count: captions C.
         best_of: candidates n.
-        chunk: pictures drawn at once.
+        chunk: images drawn at once.
         seed: of captions and candidates.
         temperature: of the samples.
 
     Returns:
-        true: true pictures; mismatched: true pictures against a caption that differs in one attribute;
-        reconstruction: true pictures through hard codes; first: the first sample; reranked: the one CLIP
+        true: true images; mismatched: true images against a caption that differs in one attribute;
+        reconstruction: true images through hard codes; first: the first sample; reranked: the one CLIP
         puts first; random_of_n, oracle_of_n: a random one, any of the n; chance: first samples against
-        other pictures' captions. And the drawn pictures.
+        other images' captions. And the drawn images.
     """
     layout = model.transformer.layout
-    pairs = ShapesPairs(layout.rows * model.dvae.downsampling, seed, split)
+    pairs = ShapesDataset(layout.rows * model.dvae.downsample_factor, seed, split)
     rng = np.random.default_rng(seed)
     scenes = [pairs.scene(index) for index in range(count)]
     texts = [_one_wording(scene, rng) for scene in scenes]
@@ -79,19 +79,19 @@ def caption_accuracy(
             [model.decode(model.dvae.encode(p.to(model.device))).cpu() for p in pixels.split(chunk)]
         )
     drawn = draw(model, texts, best_of, chunk, seed, temperature)
-    right = judge(drawn.pixels.flatten(0, 1), [text for text in texts for _ in range(best_of)]).reshape(
-        count, best_of
-    )
+    right = matches_caption(
+        drawn.pixels.flatten(0, 1), [text for text in texts for _ in range(best_of)]
+    ).reshape(count, best_of)
     rows = np.arange(count)
     scores = {
-        "true": judge(pixels, texts).mean(),
-        "mismatched": judge(pixels, mismatched).mean(),
-        "reconstruction": judge(through, texts).mean(),
+        "true": matches_caption(pixels, texts).mean(),
+        "mismatched": matches_caption(pixels, mismatched).mean(),
+        "reconstruction": matches_caption(through, texts).mean(),
         "first": right[:, 0].mean(),
         "reranked": right[rows, drawn.best].mean(),
         f"random_of_{best_of}": right[rows, rng.integers(best_of, size=count)].mean(),
         f"oracle_of_{best_of}": right.any(axis=1).mean(),
-        "chance": judge(drawn.first(), np.roll(texts, 1).tolist()).mean(),
+        "chance": matches_caption(drawn.first(), np.roll(texts, 1).tolist()).mean(),
     }
     return {name: float(value) for name, value in scores.items()}, drawn
 
@@ -103,20 +103,20 @@ def _one_wording(scene, rng: np.random.Generator) -> str:
 
 def draw(
     model: DALLE, texts: Sequence[str], best_of: int, chunk: int, seed: int, temperature: float = 1.0
-) -> Drawn:
+) -> ShapesSamples:
     """`best_of` candidates of every caption, several captions at once, ranked by the model's scorer."""
-    slots = model.transformer.layout.image_len
+    slots = model.transformer.layout.num_image_tokens
     together = max(1, chunk // best_of)
-    pictures, best = [], []
-    with tqdm(total=len(texts) * best_of, desc="drawing", unit="picture", disable=None) as bar:
+    images, best = [], []
+    with tqdm(total=len(texts) * best_of, desc="drawing", unit="image", disable=None) as bar:
         for start in range(0, len(texts), together):
             part = list(texts[start : start + together])
-            noise = torch.stack([uniforms(seed, text, range(best_of), slots) for text in part])
+            noise = torch.stack([candidate_noise(seed, text, range(best_of), slots) for text in part])
             with autocast(resolve_precision("auto", model.device), model.device):
                 tokens = generate(model.transformer, model.text_tokens(part), noise, temperature=temperature)
             for text, candidates in zip(part, tokens, strict=True):
                 pixels = model.decode(candidates.clone())
                 best.append(int(rank(model.scorer, pixels, text)[0][0]))
-                pictures.append(pixels.cpu())
+                images.append(pixels.cpu())
             bar.update(len(part) * best_of)
-    return Drawn(list(texts), torch.stack(pictures), best)
+    return ShapesSamples(list(texts), torch.stack(images), best)

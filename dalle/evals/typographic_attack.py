@@ -1,8 +1,8 @@
-"""Does the CLIP look at a picture or read it? A word of another class is written on each (Goh et al. 2021).
+"""Does the CLIP look at an image or read it? A word of another class is written on each (Goh et al. 2021).
 
-A CLIP that reads takes an apple with "iPod" on it for an iPod. Reranking by such a CLIP prefers pictures with words.
+A CLIP that reads takes an apple with "iPod" on it for an iPod. Reranking by such a CLIP prefers images with words.
 
-    B pictures, C classes
+    B images, C classes
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,12 +12,12 @@ import torch
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
-from dalle.evals.running_mean import Means
+from dalle.evals.running_mean import MeanMetric
 from dalle.evals.zero_shot import predictions
-from dalle.io.images import to_pil, to_pixels
+from dalle.io.images import to_pil, to_tensor
 from dalle.types import Embedder
 
-WIDTH = 0.9  # of the picture's width that a label takes at most
+WIDTH = 0.9  # of the image's width that a label takes at most
 HEIGHT = 0.25  # and of its height
 
 
@@ -28,10 +28,10 @@ def run(
     classes: Tensor,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Predictions before and after a wrong name is written on each picture.
+    """Predictions before and after a wrong name is written on each image.
 
     Args:
-        clip: names the pictures.
+        clip: names the images.
         batches: pixels (B, 3, H, W) in [0, 1] and the class of each, int64 (B,).
         names: of the C classes.
         classes: their vectors (C, E), by `zero_shot.class_vectors`.
@@ -41,7 +41,7 @@ def run(
         right_before, right_after: shares predicted right; follows_word: the share predicted as the word says;
         followed_before: the share that was predicted so before the word was there.
     """
-    rng, means = np.random.default_rng(seed), Means()
+    rng, means = np.random.default_rng(seed), MeanMetric()
     for pixels, labels in batches:
         labels = labels.cpu()
         words = (labels + torch.from_numpy(rng.integers(1, len(names), size=len(labels)))) % len(names)
@@ -59,10 +59,10 @@ def run(
 
 
 def write_words(pixels: Tensor, words: Sequence[str], rng: np.random.Generator) -> Tensor:
-    """Each picture (B, 3, H, W) with its word on a white label, anywhere in it, as large as fits."""
-    pictures = to_pil(pixels)
-    for picture, word in zip(pictures, words, strict=True):
-        pen, (width, height) = ImageDraw.Draw(picture), picture.size
+    """Each image (B, 3, H, W) with its word on a white label, anywhere in it, as large as fits."""
+    images = to_pil(pixels)
+    for image, word in zip(images, words, strict=True):
+        pen, (width, height) = ImageDraw.Draw(image), image.size
         font = _font(word, WIDTH * width, HEIGHT * height)
         left, top, right, bottom = pen.textbbox((0, 0), word, font=font)
         x, y = (
@@ -70,7 +70,7 @@ def write_words(pixels: Tensor, words: Sequence[str], rng: np.random.Generator) 
         )
         pen.rectangle((x - 1, y - 1, x + right - left, y + bottom - top), fill="white")
         pen.text((x - left, y - top), word, font=font, fill="black")
-    return to_pixels(pictures)
+    return to_tensor(images)
 
 
 def _font(word: str, width: float, height: float) -> ImageFont.FreeTypeFont:

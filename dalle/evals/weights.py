@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dalle.pretrained.torch_file import open_saved, weights_of
+from dalle.pretrained.torch_file import read_torch_file, weights_of
 
 
 def read_weights(path: Path, how: str, under: str = "") -> dict[str, Tensor]:
@@ -16,7 +16,7 @@ def read_weights(path: Path, how: str, under: str = "") -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ValueError(f"no file {path}. {how}")
-    saved = weights_of(open_saved(path).tree)
+    saved = weights_of(read_torch_file(path).tree)
     return {name.removeprefix(under): one.read() for name, one in saved.items() if name.startswith(under)}
 
 

@@ -1,8 +1,8 @@
-"""Naming what a picture shows, without training for it: the class whose name fits best (Radford et al. 2021, 3.1.4).
+"""Naming what an image shows, without training for it: the class whose name fits best (Radford et al. 2021, 3.1.4).
 
 A class is the mean of its name's embeddings in several wordings, made a unit vector.
 
-    B pictures, C classes, E embedding width
+    B images, C classes, E embedding width
 """
 
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ def class_vectors(clip: Embedder, names: Sequence[str], templates: Sequence[str]
 @torch.no_grad()
 def predictions(clip: Embedder, pixels: Tensor, classes: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) -> classes int64 (B, C), best first."""
-    return (clip.embed_pictures(pixels) @ classes.T).argsort(dim=1, descending=True, stable=True)
+    return (clip.embed_images(pixels) @ classes.T).argsort(dim=1, descending=True, stable=True)
 
 
 def accuracy(ranked: Tensor, labels: Tensor) -> dict[str, float]:
-    """The share of pictures whose class (B,) is the first, and among the first five, of those ranked (B, C)."""
+    """The share of images whose class (B,) is the first, and among the first five, of those ranked (B, C)."""
     hits = ranked == labels.to(ranked.device)[:, None]
     found = {f"top_{k}": float(hits[:, :k].any(1).double().mean()) for k in (1, 5) if k < ranked.shape[1]}
     return found | {"chance": 1 / ranked.shape[1]}

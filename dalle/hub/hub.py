@@ -20,7 +20,7 @@ from dalle.io.format import read_config
 LOGIN = "log in with `hf auth login`, set HF_TOKEN, or give token="
 
 
-class Pushable(ABC):
+class HubMixin(ABC):
     """What can be saved as a model directory can be pushed as one."""
 
     @abstractmethod
@@ -59,10 +59,10 @@ class Pushable(ABC):
         with TemporaryDirectory() as folder:
             directory = Path(folder) / "model"
             self.save_pretrained(directory, report, license)
-            return push(directory, repo_id, read_card(directory), private, revision, token, message)
+            return push_to_hub(directory, repo_id, read_card(directory), private, revision, token, message)
 
 
-def find(
+def resolve_source(
     source: Path | str, files: list[str], revision: str | None = None, token: str | bool | None = None
 ) -> Path:
     """The folder that a source names; of an id, the snapshot in the cache, downloaded if need be.
@@ -115,7 +115,7 @@ def _is_id(name: str) -> bool:
     return "/" in name
 
 
-def list_files(directory: Path) -> dict[str, Path]:
+def list_hub_files(directory: Path) -> dict[str, Path]:
     """What of a model directory is pushed beside the card, by name: config, text tokenizer, weights; nothing else.
 
     Raises:
@@ -140,7 +140,7 @@ def check_login(repo_id: str, token: str | bool | None = None) -> None:
         )
 
 
-def push(
+def push_to_hub(
     directory: Path,
     repo_id: str,
     card: str,
@@ -149,9 +149,9 @@ def push(
     token: str | bool | None = None,
     message: str | None = None,
 ) -> str:
-    """Uploads a model directory with this card, in one commit; see `Pushable.push_to_hub`."""
+    """Uploads a model directory with this card, in one commit; see `HubMixin.push_to_hub`."""
     check_login(repo_id, token)
-    contents: dict[str, Path | bytes] = {CARD: addressed(card, repo_id).encode(), **list_files(directory)}
+    contents: dict[str, Path | bytes] = {CARD: addressed(card, repo_id).encode(), **list_hub_files(directory)}
     operations = [huggingface_hub.CommitOperationAdd(name, content) for name, content in contents.items()]
     api = huggingface_hub.HfApi(token=token)
     with _told(repo_id, revision):

@@ -24,8 +24,8 @@ GROWING = {
 }
 """Fields of the configuration that may be larger than the source's."""
 SAME = {
-    "transformer": ("depth", "heads", "head_width"),
-    "dvae": ("widths", "blocks_per_group", "downsampling", "code_width", "residual_gain"),
+    "transformer": ("depth", "heads", "head_dim"),
+    "dvae": ("widths", "blocks_per_group", "downsample_factor", "codebook_dim", "residual_gain"),
     "clip": (
         "embed_width",
         "image_size",
@@ -35,14 +35,14 @@ SAME = {
         "vision_pool",
         "text_width",
         "text_layers",
-        "head_width",
+        "head_dim",
     ),
 }
 """Fields that must be equal to the source's."""
 
 
 @torch.no_grad()
-def start_from(kind: str, model: nn.Module, source: nn.Module) -> list[str]:
+def load_pretrained_weights(kind: str, model: nn.Module, source: nn.Module) -> list[str]:
     """Copies a source's weights into a fresh model of the same kind.
 
     Returns:
@@ -85,7 +85,7 @@ def _sizes(config: Any, name: str) -> tuple[int, ...]:
 
 
 def joint_ids(old: TokenLayout, new: TokenLayout) -> Tensor:
-    """Where each input id of one layout stands in a larger one: int64 (input_vocab of the old)."""
+    """Where each input id of one layout stands in a larger one: int64 (embedding_size of the old)."""
     parts = (
         torch.arange(old.text_vocab),
         new.text_vocab + torch.arange(old.text_len),  # the pad of each position

@@ -25,10 +25,10 @@ LISTED = 8
 """Values of a list that a figure shows."""
 
 ABOUT = {
-    "dalle": ("DALL-E", "Draws pictures for captions."),
-    "dvae": ("The dVAE of a DALL-E", "Turns pictures into tokens, and tokens into pictures."),
-    "transformer": ("The transformer of a DALL-E", "Draws the image tokens of a picture for a caption."),
-    "clip": ("The CLIP of a DALL-E", "Says how well a picture fits a caption."),
+    "dalle": ("DALL-E", "Draws images for captions."),
+    "dvae": ("The dVAE of a DALL-E", "Turns images into tokens, and tokens into images."),
+    "transformer": ("The transformer of a DALL-E", "Draws the image tokens of an image for a caption."),
+    "clip": ("The CLIP of a DALL-E", "Says how well an image fits a caption."),
 }
 DRAWING = """\
 from dalle import DALLE
@@ -43,9 +43,9 @@ model = DALLE.from_pretrained("{place}")
 # a caption such as those it was trained on
 model.generate("a red circle", n=4, best_of=4).grid()"""
 OPENING = """\
-from dalle import Part
+from dalle import LoadedModel
 
-model = Part.from_pretrained("{place}", "{kind}").model"""
+model = LoadedModel.from_pretrained("{place}", "{kind}").model"""
 
 
 def write_card(directory: Path, report: Report | None = None, license: str | None = None) -> None:

@@ -16,25 +16,25 @@ from dalle.dvae import DVAE, DVAEConfig
 from dalle.hub.model_card import Report, read_report, write_card
 from dalle.io.files import make_directory, write_json, write_tensors
 from dalle.io.format import FORMAT
-from dalle.text import MergeTokenizer
+from dalle.text import BPETokenizer
 from dalle.transformer import Transformer, TransformerConfig
 
-KINDS: dict[str, tuple[type, type[nn.Module]]] = {
+MODEL_REGISTRY: dict[str, tuple[type, type[nn.Module]]] = {
     "dvae": (DVAEConfig, DVAE),
     "transformer": (TransformerConfig, Transformer),
     "clip": (CLIPConfig, CLIP),
 }
 
 
-def files_of(*kinds: str) -> list[str]:
+def model_files(*kinds: str) -> list[str]:
     """Names of the files that opening these parts needs."""
     return ["config.json", "text.json", *(f"{kind}.safetensors" for kind in kinds)]
 
 
-def write_directory(
+def write_model_directory(
     directory: Path,
     parts: dict[str, nn.Module],
-    text: MergeTokenizer | None = None,
+    text: BPETokenizer | None = None,
     dvae_hash: str | None = None,
     report: Report | None = None,
     license: str | None = None,
@@ -52,7 +52,7 @@ def write_directory(
         ValueError: a part that is not one of the library's own models, a directory that cannot be made, or a report
             of another model.
     """
-    for kind, (_, expected) in KINDS.items():
+    for kind, (_, expected) in MODEL_REGISTRY.items():
         if kind in parts and not isinstance(parts[kind], expected):
             raise ValueError(
                 f"only a {expected.__name__} of this library can be saved as {kind}; save it yourself"

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from dalle.config import from_dict, to_dict
-from dalle.hub.hub import Pushable, find
+from dalle.hub.hub import HubMixin, resolve_source
 from dalle.hub.model_card import Report
-from dalle.hub.model_directory import KINDS, files_of, weights_hash, write_directory
+from dalle.hub.model_directory import MODEL_REGISTRY, model_files, weights_hash, write_model_directory
 from dalle.io.files import read_json, read_tensors
 from dalle.io.format import check_meta, read_config
-from dalle.text import load_text, text_from_dict
-from dalle.train.checkpoint import damage, latest_checkpoint
-from dalle.train.ema import corrected
+from dalle.text import load_text_tokenizer, text_tokenizer_from_dict
+from dalle.train.checkpoint import latest_checkpoint, verify_checkpoint
+from dalle.train.ema import bias_corrected
 from dalle.train.sharded_checkpoint import read_whole
 from dalle.train.state import load_strict
 
 
 @dataclass
-class Part(Pushable):
-    """A loaded model and what its checkpoint says of it; `Part("dvae", model)` of a model made otherwise."""
+class LoadedModel(HubMixin):
+    """A loaded model and what its checkpoint says of it; `LoadedModel("dvae", model)` of a model made otherwise."""
 
     kind: str
     model: nn.Module
@@ -55,9 +55,13 @@ class Part(Pushable):
         Raises:
             ValueError: a model that is not one of the library's own, or a directory that cannot be made.
         """
-        text = text_from_dict(self.links["text"]) if self.kind != "dvae" and "text" in self.links else None
+        text = (
+            text_tokenizer_from_dict(self.links["text"])
+            if self.kind != "dvae" and "text" in self.links
+            else None
+        )
         dvae_hash = self.links.get("dvae") if self.kind == "transformer" else None
-        write_directory(Path(directory), {self.kind: self.model}, text, dvae_hash, report, license)
+        write_model_directory(Path(directory), {self.kind: self.model}, text, dvae_hash, report, license)
 
     @classmethod
     def from_pretrained(
@@ -67,7 +71,7 @@ class Part(Pushable):
         device: str | torch.device = "cpu",
         revision: str | None = None,
         token: str | bool | None = None,
-    ) -> "Part":
+    ) -> "LoadedModel":
         """One part from a model directory, a run, or the Hub; of a whole model no other part is downloaded.
 
         Args:
@@ -77,25 +81,27 @@ class Part(Pushable):
             revision, token: of the Hub.
 
         Raises:
-            ValueError: nothing there, several parts and no kind, another kind, a damaged file; as `dalle.hub.hub.find`.
+            ValueError: nothing there, several parts and no kind, another kind, a damaged file; as `dalle.hub.hub.resolve_source`.
         """
         if kind is None:
-            kind = _only_kind(find(source, ["config.json"], revision, token))
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-        return load_part(find(source, files_of(kind), revision, token), kind, device)
+            kind = _only_kind(resolve_source(source, ["config.json"], revision, token))
+        if kind not in MODEL_REGISTRY:
+            raise ValueError(f"kind must be one of {', '.join(MODEL_REGISTRY)}, got {kind!r}")
+        return load_model(resolve_source(source, model_files(kind), revision, token), kind, device)
 
 
-def build(kind: str, config: Any) -> nn.Module:
+def build_model(kind: str, config: Any) -> nn.Module:
     """A fresh model of a kind."""
-    config_class, model_class = KINDS[kind]
+    config_class, model_class = MODEL_REGISTRY[kind]
     assert isinstance(config, config_class), (
         f"{kind} needs a {config_class.__name__}, got {type(config).__name__}"
     )
     return model_class(config)
 
 
-def describe(kind: str, model: nn.Module, run: Any, links: dict[str, Any] | None = None) -> dict[str, Any]:
+def checkpoint_meta(
+    kind: str, model: nn.Module, run: Any, links: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The meta of a checkpoint: all that is needed to build and join the model again."""
     versions = {"torch": torch.__version__}
     return {
@@ -107,7 +113,9 @@ def describe(kind: str, model: nn.Module, run: Any, links: dict[str, Any] | None
     }
 
 
-def load_part(path: Path | str, kind: str, device: str | torch.device = "cpu", averaged: bool = True) -> Part:
+def load_model(
+    path: Path | str, kind: str, device: str | torch.device = "cpu", averaged: bool = True
+) -> LoadedModel:
     """A model in eval mode from a run, a checkpoint or a model directory, all of them on disk.
 
     Raises:
@@ -118,16 +126,16 @@ def load_part(path: Path | str, kind: str, device: str | torch.device = "cpu", a
         return _from_model_directory(path, kind, device)
     folder = latest_checkpoint(path) or path
     meta = check_meta(read_json(folder / "meta.json"), kind, folder)
-    if damaged := damage(folder, parts=("model", "ema") if averaged else ("model",)):
+    if damaged := verify_checkpoint(folder, parts=("model", "ema") if averaged else ("model",)):
         raise ValueError(f"{damaged}; an earlier checkpoint beside it may be whole")
     tensors = read_whole(folder, "model")
     if averaged:
         ema = meta["ema"]
-        tensors |= corrected(read_whole(folder, "ema"), ema["decay"], ema["updates"])
+        tensors |= bias_corrected(read_whole(folder, "ema"), ema["decay"], ema["updates"])
     return _part(kind, meta, tensors, folder, device)
 
 
-def _from_model_directory(path: Path, kind: str, device: str | torch.device) -> Part:
+def _from_model_directory(path: Path, kind: str, device: str | torch.device) -> LoadedModel:
     config = read_config(path)
     if kind not in config["parts"]:
         raise ValueError(f"{path} holds no {kind}; it has {', '.join(config['parts'])}")
@@ -143,10 +151,10 @@ def _from_model_directory(path: Path, kind: str, device: str | torch.device) -> 
 
 
 def _links(path: Path, named: dict[str, str]) -> dict[str, Any]:
-    """`Part.links` of a model directory; ValueError where text.json is of another model."""
+    """`LoadedModel.links` of a model directory; ValueError where text.json is of another model."""
     links: dict[str, Any] = {"dvae": named["dvae"]} if "dvae" in named else {}
     if "text" in named:
-        text = load_text(path / "text.json")
+        text = load_text_tokenizer(path / "text.json")
         if text.hash != named["text"]:
             raise ValueError(
                 f"{path}: the files do not belong together: text.json has hash {text.hash}, expected {named['text']}"
@@ -163,7 +171,7 @@ def _only_kind(path: Path) -> str:
         kind = meta.get("kind") if isinstance(meta, dict) else None
         if not isinstance(kind, str):
             raise ValueError(
-                f"{folder} holds {kind or 'something unknown'!r}, expected one of {', '.join(KINDS)}"
+                f"{folder} holds {kind or 'something unknown'!r}, expected one of {', '.join(MODEL_REGISTRY)}"
             )
         return kind
     parts = list(read_config(path)["parts"])
@@ -172,8 +180,8 @@ def _only_kind(path: Path) -> str:
     return parts[0]
 
 
-def _part(kind: str, meta: dict[str, Any], tensors: dict[str, Tensor], source: Path, device) -> Part:
-    config_class, _ = KINDS[kind]
-    model = build(kind, from_dict(config_class, meta["config"], str(source)))
+def _part(kind: str, meta: dict[str, Any], tensors: dict[str, Tensor], source: Path, device) -> LoadedModel:
+    config_class, _ = MODEL_REGISTRY[kind]
+    model = build_model(kind, from_dict(config_class, meta["config"], str(source)))
     load_strict(model, tensors, source)
-    return Part(kind, model.to(device).eval().requires_grad_(False), meta, source)
+    return LoadedModel(kind, model.to(device).eval().requires_grad_(False), meta, source)

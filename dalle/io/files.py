@@ -100,11 +100,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-SUMS = "SHA256SUMS"
+CHECKSUMS = "SHA256SUMS"
 """A list of hashes beside the files, as `sha256sum --check SHA256SUMS` reads it."""
 
 
-def hashes(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+def file_hashes(folder: Path, files: Iterable[Path]) -> dict[str, str]:
     """sha256 of files, by their path in the folder."""
     found = {}
     for path in files:
@@ -113,14 +113,16 @@ def hashes(folder: Path, files: Iterable[Path]) -> dict[str, str]:
     return found
 
 
-def write_sums(folder: Path, sums: dict[str, str] | None = None) -> None:
+def write_checksums(folder: Path, sums: dict[str, str] | None = None) -> None:
     """SHA256SUMS of a folder, by the hashes given or those of all its files."""
     if sums is None:
-        sums = hashes(folder, (path for path in folder.rglob("*") if path.is_file() and path.name != SUMS))
-    write_text(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+        sums = file_hashes(
+            folder, (path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+        )
+    write_text(folder / CHECKSUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
 
 
-def find_damage(
+def verify_checksums(
     folder: Path, wanted: Callable[[str], bool] = lambda name: True, rank: int = 0, world: int = 1
 ) -> str | None:
     """The first file that is not as its folder's SHA256SUMS says, in a sentence; None if all are.
@@ -132,18 +134,20 @@ def find_damage(
         world: how many.
     """
     try:
-        lines = [line.split("  ", 1) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines()]
+        lines = [
+            line.split("  ", 1) for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+        ]
         sums = {name: digest for digest, name in lines}
     except (OSError, ValueError):
-        return f"{folder / SUMS} is missing or not a list of hashes"
+        return f"{folder / CHECKSUMS} is missing or not a list of hashes"
     unknown = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")} - sums.keys()
     if unknown:
-        return f"{folder / min(unknown)} is not in {SUMS}"
+        return f"{folder / min(unknown)} is not in {CHECKSUMS}"
     for name in sorted(filter(wanted, sums))[rank::world]:
         path = folder / name
         try:
-            if hashes(folder, [path])[name] != sums[name]:
-                return f"{path} is truncated or changed: its sha256 is not that of {SUMS}"
+            if file_hashes(folder, [path])[name] != sums[name]:
+                return f"{path} is truncated or changed: its sha256 is not that of {CHECKSUMS}"
         except (OSError, ValueError) as error:
             return f"{path} cannot be read ({getattr(error, 'strerror', None) or error})"
     return None

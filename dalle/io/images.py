@@ -1,4 +1,4 @@
-"""Pictures: load, resize, crop, draw as a sheet. Pixels are float (B, 3, H, W) in [0, 1]."""
+"""Images: load, resize, crop, draw as a sheet. Pixels are float (B, 3, H, W) in [0, 1]."""
 
 import contextlib
 from collections.abc import Sequence
@@ -11,29 +11,29 @@ from torch import Tensor
 
 
 def load_image(source: Path | str | Image.Image) -> Image.Image:
-    """An RGB picture, upright: EXIF rotation applied, alpha laid over white, 16-bit scaled to 8.
+    """An RGB image, upright: EXIF rotation applied, alpha laid over white, 16-bit scaled to 8.
 
     Raises:
-        ValueError: not a picture, or one that breaks off.
+        ValueError: not an image, or one that breaks off.
     """
     name = "this" if isinstance(source, Image.Image) else source
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
         image.load()
     except FileNotFoundError:
-        raise ValueError(f"no picture at {name}") from None
+        raise ValueError(f"no image at {name}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read {name} as a picture: {error}") from None
+        raise ValueError(f"cannot read {name} as an image: {error}") from None
     with contextlib.suppress(Exception):  # an EXIF block that cannot be read says nothing
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise ValueError(f"cannot read {name} as a picture: its values are floats; save it in 8 bits")
+        raise ValueError(f"cannot read {name} as an image: its values are floats; save it in 8 bits")
     if image.mode in ("I", "I;16", "I;16B", "I;16L"):
         values = np.asarray(image, dtype=np.float64)
         if values.min() < 0 or values.max() > 65535:
             reach = f"{values.min():.0f} to {values.max():.0f}"
             raise ValueError(
-                f"cannot read {name} as a picture: its values go from {reach}; save it in 8 or 16 bits"
+                f"cannot read {name} as an image: its values go from {reach}; save it in 8 or 16 bits"
             )
         return Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -42,29 +42,29 @@ def load_image(source: Path | str | Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def shorter_side(image: Image.Image, resolution: int) -> Image.Image:
+def resize_center_crop(image: Image.Image, resolution: int) -> Image.Image:
     """Evaluation preprocessing of the release: shorter side to R by Lanczos, then the middle square."""
     if min(image.size) < 8:
         raise ValueError(
-            f"picture of {image.width} x {image.height} is too small; expected 8 pixels or more a side"
+            f"image of {image.width} x {image.height} is too small; expected 8 pixels or more a side"
         )
     return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
 
 
-def to_pixels(images: Sequence[Image.Image]) -> Tensor:
-    """RGB pictures of one size -> float32 (B, 3, H, W) in [0, 1]."""
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """RGB images of one size -> float32 (B, 3, H, W) in [0, 1]."""
     arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """float (B, 3, H, W) in [0, 1] -> 8-bit RGB pictures."""
+    """float (B, 3, H, W) in [0, 1] -> 8-bit RGB images."""
     arrays = (pixels.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in arrays]
 
 
-def sheet(rows: Sequence[Sequence[Image.Image]], scale: int = 1, gap: int = 4) -> Image.Image:
-    """Rows of equal pictures on white, each enlarged `scale` times without smoothing."""
+def image_grid(rows: Sequence[Sequence[Image.Image]], scale: int = 1, gap: int = 4) -> Image.Image:
+    """Rows of equal images on white, each enlarged `scale` times without smoothing."""
     width, height = (side * scale for side in rows[0][0].size)
     columns = max(len(row) for row in rows)
     page = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * (height + gap) + gap), "white")
@@ -75,8 +75,8 @@ def sheet(rows: Sequence[Sequence[Image.Image]], scale: int = 1, gap: int = 4) -
     return page
 
 
-def captioned_sheet(cells: Sequence[tuple[str, Image.Image]], columns: int, scale: int = 1) -> Image.Image:
-    """Pictures with their captions under them, wrapped to the picture's width."""
+def captioned_grid(cells: Sequence[tuple[str, Image.Image]], columns: int, scale: int = 1) -> Image.Image:
+    """Images with their captions under them, wrapped to the image's width."""
     font = ImageFont.load_default(12)
     width, height = (side * scale for side in cells[0][1].size)
     texts = [_wrap(caption, font, width) for caption, _ in cells]

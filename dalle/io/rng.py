@@ -1,7 +1,7 @@
 """Random numbers by name: the same purpose and numbers always give the same generator.
 
 Philox is counter-based, so a generator costs microseconds and needs no state to be saved. The purpose keeps
-apart what else has the same numbers: the scene of picture 7 and the choice of a caption for picture 7.
+apart what else has the same numbers: the scene of image 7 and the choice of a caption for image 7.
 """
 
 import hashlib

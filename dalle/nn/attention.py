@@ -4,7 +4,7 @@
     sdpa     torch's fused kernel, with a mask or causal
     blocks   scores only where a kind can see: the text, and the rows above or the own column
     flex     FlexAttention over blocks of visible pairs (dalle/nn/flex_attention.py); gradients on CUDA only
-    auto     one of these, by `choose`
+    auto     one of these, by `auto_backend`
 
 All are equal in value and gradient (tests/nn/test_attention.py); of flex the values on a CPU have been seen to be, its
 gradients are tested where there is a GPU.
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle.nn.flex_attention import flex_attend, flex_refusal
-from dalle.nn.sparse_mask import Pattern
+from dalle.nn.sparse_mask import SparseMask
 
 BACKENDS = ("dense", "sdpa", "blocks", "flex")
 CHOICES = ("auto", *BACKENDS)
@@ -30,7 +30,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern,
+    pattern: SparseMask,
     backend: str = "auto",
     transposed: bool = False,
 ) -> Tensor:
@@ -48,19 +48,19 @@ def attend(
     Raises:
         ValueError: an unknown backend, or one that the device cannot run.
     """
-    backend = resolve(backend, pattern, q.shape[2], q.device, q.shape[3])
-    return attend_by(backend, q, k, v, pattern, transposed)
+    backend = resolve_backend(backend, pattern, q.shape[2], q.device, q.shape[3])
+    return attend_with(backend, q, k, v, pattern, transposed)
 
 
-def attend_by(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, transposed: bool = False
+def attend_with(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, pattern: SparseMask, transposed: bool = False
 ) -> Tensor:
-    """`attend` by a backend that `resolve` gave: what compiled layers call."""
-    if transposed != wants_transposed(backend, pattern):
+    """`attend` by a backend that `resolve_backend` gave: what compiled layers call."""
+    if transposed != uses_column_major(backend, pattern):
         there, back = (
             (pattern.raster, pattern.transposed) if transposed else (pattern.transposed, pattern.raster)
         )
-        return back(attend_by(backend, there(q), there(k), there(v), pattern, not transposed))
+        return back(attend_with(backend, there(q), there(k), there(v), pattern, not transposed))
     if backend == "blocks":
         return _by_blocks(q, k, v, pattern)
     if backend == "flex":
@@ -73,8 +73,10 @@ def attend_by(
     return _scores(q, k, mask).softmax(-1).to(v.dtype) @ v
 
 
-def resolve(backend: str, pattern: Pattern, queries: int, device: torch.device, head_width: int) -> str:
-    """The backend that computes so many queries: "auto" by `choose`, the beginning of a stream by dense or sdpa.
+def resolve_backend(
+    backend: str, pattern: SparseMask, queries: int, device: torch.device, head_dim: int
+) -> str:
+    """The backend that computes so many queries: "auto" by `auto_backend`, the beginning of a stream by dense or sdpa.
 
     Raises:
         ValueError: an unknown backend, or one that the device cannot run.
@@ -82,15 +84,15 @@ def resolve(backend: str, pattern: Pattern, queries: int, device: torch.device, 
     if backend not in CHOICES:
         raise ValueError(f"unknown attention backend {backend!r}; expected one of {', '.join(CHOICES)}")
     if backend == "auto":
-        backend = choose(pattern.kind, device)
-    if backend == "flex" and (refusal := flex_refusal(device, head_width)):
+        backend = auto_backend(pattern.kind, device)
+    if backend == "flex" and (refusal := flex_refusal(device, head_dim)):
         raise ValueError(refusal)
-    if queries < pattern.layout.length:
+    if queries < pattern.layout.seq_len:
         return "dense" if backend in ("dense", "blocks") else "sdpa"
     return "dense" if backend == "blocks" and pattern.kind == "causal" else backend
 
 
-def choose(kind: str, device: torch.device) -> str:
+def auto_backend(kind: str, device: torch.device) -> str:
     """What "auto" takes for a whole stream.
 
     Causal layers: torch's fused causal kernel. Sparse layers: on a CPU `blocks`, the fastest measured there
@@ -99,12 +101,12 @@ def choose(kind: str, device: torch.device) -> str:
     return "blocks" if kind != "causal" and device.type == "cpu" else "sdpa"
 
 
-def wants_transposed(backend: str, pattern: Pattern) -> bool:
+def uses_column_major(backend: str, pattern: SparseMask) -> bool:
     """Whether a resolved backend works with rows and columns of the image exchanged (Figure 11c)."""
     return backend == "flex" and pattern.kind == "column"
 
 
-def prepare(backend: str, pattern: Pattern, device: torch.device) -> None:
+def build_mask(backend: str, pattern: SparseMask, device: torch.device) -> None:
     """Makes what a resolved backend reads of the pattern, so that compiled code finds it made."""
     if backend == "flex":
         pattern.blocks(device)
@@ -114,7 +116,7 @@ def prepare(backend: str, pattern: Pattern, device: torch.device) -> None:
         pattern.dense(device)
 
 
-def _by_blocks(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def _by_blocks(q: Tensor, k: Tensor, v: Tensor, pattern: SparseMask) -> Tensor:
     text, shape = pattern.layout.text_len, q.shape
     text_k, text_v = k[:, :, :text], v[:, :, :text]
     text_out = F.scaled_dot_product_attention(q[:, :, :text], text_k, text_v, is_causal=True)

@@ -9,10 +9,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dalle.nn.attention import attend_by, wants_transposed
-from dalle.nn.int8 import operand
-from dalle.nn.kv_cache import LayerCache, scaled
-from dalle.nn.sparse_mask import Pattern
+from dalle.nn.attention import attend_with, uses_column_major
+from dalle.nn.int8 import weight_like
+from dalle.nn.kv_cache import KVCache, scale_query
+from dalle.nn.sparse_mask import SparseMask
 
 
 class FP32LayerNorm(nn.LayerNorm):
@@ -34,24 +34,24 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, pattern: Pattern, backend: str, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, pattern: SparseMask, backend: str, cache: KVCache | None = None) -> Tensor:
         """x (B, n, D) of the first n slots, which a cache takes for `step`; backend as `resolve` gave it."""
-        transposed = wants_transposed(backend, pattern)  # x is one array where q, k and v are three
+        transposed = uses_column_major(backend, pattern)  # x is one array where q, k and v are three
         x = pattern.transposed(x) if transposed else x
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         if cache is not None:
             cache.fill(
                 *((pattern.raster(k), pattern.raster(v)) if transposed else (k, v)), pattern.layout.text_len
             )
-        mixed = attend_by(backend, q, k, v, pattern, transposed)
+        mixed = attend_with(backend, q, k, v, pattern, transposed)
         x = self.out(rearrange(mixed, "b h n d -> b n (h d)"))
         return pattern.raster(x) if transposed else x
 
-    def step(self, x: Tensor, cache: LayerCache, slot: int | Tensor) -> Tensor:
+    def step(self, x: Tensor, cache: KVCache, slot: int | Tensor) -> Tensor:
         """x (B, D) of one image slot of every stream; what came before is in the cache."""
         shape = {"c": cache.captions, "h": self.heads, "three": 3}
         q, k, v = rearrange(self.qkv(x), "(c n) (three h d) -> three (c h) n d", **shape)
-        mixed = cache.attend(scaled(q), k, v, slot)
+        mixed = cache.attend(scale_query(q), k, v, slot)
         return self.out(rearrange(mixed, "(c h) n d -> (c n) (h d)", h=self.heads))
 
 
@@ -67,7 +67,7 @@ class MLP(nn.Module):
         return self.project(F.silu(1.702 * self.expand(x)) / 1.702)
 
 
-class Resblock(nn.Module):
+class ResidualBlock(nn.Module):
     """The path beside the trunk: f(norm(x)), in fp32 but for what autocast does inside f.
 
     `gradient_scale` is a scalar tensor, or None: the gradient is multiplied by it before it enters f and
@@ -75,14 +75,14 @@ class Resblock(nn.Module):
     does not spoil those before it (Figure 4). The gradients of its own parameters stay multiplied.
     """
 
-    def __init__(self, width: int, f: nn.Module, recompute: bool = False):
+    def __init__(self, width: int, f: nn.Module, activation_checkpointing: bool = False):
         super().__init__()
-        self.norm, self.f, self.recompute = FP32LayerNorm(width), f, recompute
+        self.norm, self.f, self.activation_checkpointing = FP32LayerNorm(width), f, activation_checkpointing
         self.gradient_scale: Tensor | None = None
 
     def forward(self, x: Tensor, *rest) -> Tensor:
         """x (B, n, D) and what f takes besides."""
-        if self.recompute and torch.is_grad_enabled():
+        if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(self._path, x, *rest, use_reentrant=False)
         return self._path(x, *rest)
 
@@ -93,23 +93,23 @@ class Resblock(nn.Module):
         return scale_gradient(self.f(self.norm(inside), *rest).float(), self.gradient_scale)
 
 
-class Layer(nn.Module):
+class TransformerBlock(nn.Module):
     """Two resblocks: attention, then MLP, each x + f(norm(x)); the trunk stays fp32."""
 
-    def __init__(self, width: int, heads: int, recompute: bool = False):
+    def __init__(self, width: int, heads: int, activation_checkpointing: bool = False):
         super().__init__()
-        self.attention = Resblock(width, Attention(width, heads), recompute)
-        self.mlp = Resblock(width, MLP(width), recompute)
+        self.attention = ResidualBlock(width, Attention(width, heads), activation_checkpointing)
+        self.mlp = ResidualBlock(width, MLP(width), activation_checkpointing)
 
-    def forward(self, x: Tensor, pattern: Pattern, backend: str, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, pattern: SparseMask, backend: str, cache: KVCache | None = None) -> Tensor:
         x = x + self.attention(x, pattern, backend, cache)  # (B, n, D)
         return x + self.mlp(x)
 
-    def step(self, x: Tensor, cache: LayerCache, slot: int | Tensor) -> Tensor:
+    def step(self, x: Tensor, cache: KVCache, slot: int | Tensor) -> Tensor:
         """One image slot of every stream (B, D), computed in the number format of the matrices."""
         attention, mlp = self.attention.f, self.mlp.f
-        x = x + attention.step(self.attention.norm(x).to(operand(attention.qkv).dtype), cache, slot)
-        return x + mlp(self.mlp.norm(x).to(operand(mlp.expand).dtype))
+        x = x + attention.step(self.attention.norm(x).to(weight_like(attention.qkv).dtype), cache, slot)
+        return x + mlp(self.mlp.norm(x).to(weight_like(mlp.expand).dtype))
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from dalle.nn.sparse_mask import Pattern
+from dalle.nn.sparse_mask import SparseMask
 
 NARROWEST = 16  # head width of the kernel on CUDA
 REMEDY = "set model.backend to auto, blocks, sdpa or dense"
 
 
-def flex_attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def flex_attend(q: Tensor, k: Tensor, v: Tensor, pattern: SparseMask) -> Tensor:
     """Attention of the whole stream; q, k, v and result (B, H, N, d), of column layers `pattern.transposed`.
 
     Raises:
@@ -41,14 +41,14 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def flex_refusal(device: torch.device, head_width: int) -> str | None:
+def flex_refusal(device: torch.device, head_dim: int) -> str | None:
     """Why FlexAttention cannot run there, as a sentence, or None."""
     if device.type not in ("cuda", "cpu"):
         return f"backend flex does not run on {device.type}; {REMEDY}"
     if device.type == "cuda" and not _triton():
         return f"backend flex needs triton on cuda, which is not installed; {REMEDY}"
-    if device.type == "cuda" and head_width < NARROWEST:
-        return f"backend flex needs heads at least {NARROWEST} wide, got {head_width}; {REMEDY}"
+    if device.type == "cuda" and head_dim < NARROWEST:
+        return f"backend flex needs heads at least {NARROWEST} wide, got {head_dim}; {REMEDY}"
     return None
 
 

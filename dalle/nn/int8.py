@@ -36,16 +36,16 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., inputs) -> (..., outputs), in the layer's number format."""
-        product = multiply(x.to(self.like.dtype), self)
+        product = int8_linear(x.to(self.like.dtype), self)
         return product if self.bias is None else product + self.bias
 
 
-def operand(linear: nn.Linear | Int8Linear) -> Tensor:
+def weight_like(linear: nn.Linear | Int8Linear) -> Tensor:
     """A tensor of the device and the number format that a linear layer computes on and in."""
     return linear.like if isinstance(linear, Int8Linear) else linear.weight
 
 
-def multiply(x: Tensor, linear: nn.Linear | Int8Linear, rows: slice = slice(None)) -> Tensor:
+def int8_linear(x: Tensor, linear: nn.Linear | Int8Linear, rows: slice = slice(None)) -> Tensor:
     """x (..., inputs) by some rows of a layer's matrix, without its bias, in the number format of x."""
     if isinstance(linear, nn.Linear):
         return F.linear(x, linear.weight[rows].to(x.dtype))

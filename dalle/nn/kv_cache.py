@@ -23,7 +23,7 @@ from dalle.layout import TokenLayout
 from dalle.masks import visible
 
 
-class Places:
+class KVCacheLayout:
     """Where the image keys of one kind of layer lie, and which of them each image slot sees.
 
     Args:
@@ -33,7 +33,7 @@ class Places:
     """
 
     def __init__(self, kind: str, layout: TokenLayout, kernel: int = 11):
-        rows, columns, slots = layout.rows, layout.columns, layout.image_len
+        rows, columns, slots = layout.rows, layout.columns, layout.num_image_tokens
         self.groups = columns if kind == "column" else 1
         near = {"row": columns + 1, "conv": columns * (kernel + 1) // 2, "column": rows, "causal": slots}
         self.size = min(near[kind], slots)  # P
@@ -54,7 +54,7 @@ class Places:
         self.hides = [not bool(sees[:count].all()) for sees, count in zip(self.sees, self.reads, strict=True)]
         self.to(torch.device("cpu"))
 
-    def to(self, device: torch.device) -> "Places":
+    def to(self, device: torch.device) -> "KVCacheLayout":
         """With the tables that a step on the device reads."""
         self.group, self.own, self.bias = (table.to(device) for table in (self.group, self.own, self.bias))
         self._group, self._own = self.group.tolist(), self.own.tolist()
@@ -65,7 +65,7 @@ class Places:
         return 2 * self.groups * self.size * width * itemsize
 
 
-class LayerCache:
+class KVCache:
     """Keys and values of one layer: (2, C H, T, d) of the captions, (2, C H n, G P, d) of the candidates.
 
     Args:
@@ -75,7 +75,9 @@ class LayerCache:
         like: a tensor of the wanted device and number format.
     """
 
-    def __init__(self, places: Places, captions: int, candidates: int, heads: int, width: int, like: Tensor):
+    def __init__(
+        self, places: KVCacheLayout, captions: int, candidates: int, heads: int, width: int, like: Tensor
+    ):
         self.places, self.captions, self.candidates, self.heads = places, captions, candidates, heads
         self.image = like.new_zeros(2, captions * heads * candidates, places.groups * places.size, width)
         self.text = like.new_zeros(2, captions * heads, 0, width)
@@ -135,12 +137,12 @@ class LayerCache:
         return *read.unbind(0), places.bias[slot]
 
 
-def bytes_of(caches: list[LayerCache]) -> tuple[int, int]:
+def kv_cache_bytes(caches: list[KVCache]) -> tuple[int, int]:
     """Memory that caches hold: for a caption, and for a candidate."""
     text = sum(cache.text.nbytes // cache.captions for cache in caches)
     return text, sum(cache.image.nbytes // (cache.captions * cache.candidates) for cache in caches)
 
 
-def scaled(q: Tensor) -> Tensor:
-    """Queries divided by sqrt(d), as `LayerCache.attend` wants them."""
+def scale_query(q: Tensor) -> Tensor:
+    """Queries divided by sqrt(d), as `KVCache.attend` wants them."""
     return q / math.sqrt(q.shape[-1])

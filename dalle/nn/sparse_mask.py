@@ -20,7 +20,7 @@ from dalle.layout import TokenLayout
 from dalle.masks import dense_mask, visible
 
 
-class Pattern:
+class SparseMask:
     """The visible pairs of one kind of layer.
 
     Args:
@@ -84,7 +84,7 @@ class Pattern:
     def _near_mask(self) -> Tensor:
         layout = self.layout
         slots = (
-            torch.arange(layout.image_len, dtype=torch.float32)[None, None, :, None] + 1
+            torch.arange(layout.num_image_tokens, dtype=torch.float32)[None, None, :, None] + 1
         )  # 0: none above the top
         queries = self.group(slots)  # (1, 1, G, M, 1)
         keys = self.near_keys(queries).transpose(-1, -2)  # (1, 1, G, 1, L)
@@ -104,7 +104,7 @@ class Pattern:
         return self._exchange(x, "... (c r) d -> ... (r c) d")
 
     def _exchange(self, x: Tensor, order: str) -> Tensor:
-        text, image = x.split([self.layout.text_len, self.layout.image_len], dim=-2)
+        text, image = x.split([self.layout.text_len, self.layout.num_image_tokens], dim=-2)
         return torch.cat([text, rearrange(image, order, r=self.layout.rows)], dim=-2)
 
     def _block_mask(self, device: torch.device) -> BlockMask:
@@ -122,4 +122,4 @@ class Pattern:
             return sees(raster_slot(q), raster_slot(k))
 
         rule = exchanged if self.kind == "column" else straight
-        return create_block_mask(rule, None, None, layout.length, layout.length, device=device)
+        return create_block_mask(rule, None, None, layout.seq_len, layout.seq_len, device=device)

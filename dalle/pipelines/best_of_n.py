@@ -1,7 +1,7 @@
 """Candidates in blocks: drawn, decoded, scored, and all but the best forgotten (paper section 2.6: best of 512).
 
 The last bits of a matrix product depend on how many rows it has, and so may a token that is drawn by them. So a
-block always has the same number of rows, `Settings.batch`, and of captions, `Settings.together`: candidates
+block always has the same number of rows, `SamplingConfig.batch`, and of captions, `SamplingConfig.together`: candidates
 k n .. (k + 1) n of each caption are drawn together even if fewer are wanted. What is drawn for a caption depends on
 model, caption, seed and settings alone, whatever the number of candidates, the order, or the process that draws it.
 Where `together` is not given, captions of which few candidates are wanted share a block, and the number of candidates
@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from dalle.io.images import to_pil
 from dalle.layout import TokenLayout
-from dalle.nn.int8 import operand
+from dalle.nn.int8 import weight_like
 from dalle.pipelines.generation import Generation
-from dalle.pipelines.rerank import Best
-from dalle.sampling import check_sampling, uniforms
+from dalle.pipelines.rerank import TopN
+from dalle.sampling import candidate_noise, check_sampling
 from dalle.transformer import Transformer
-from dalle.transformer.generate import OPEN, draw_tokens
+from dalle.transformer.generate import TO_GENERATE, generate_tokens
 from dalle.transformer.sizes import cache_bytes
 from dalle.types import ImageTokenizer, Scorer
 
@@ -38,7 +38,7 @@ BYTES_PER_PIXEL = 8192  # of the paper's dVAE at work: eight arrays of 256 chann
 
 
 @dataclass(frozen=True)
-class Settings:
+class SamplingConfig:
     """How tokens are drawn."""
 
     temperature: float = 1.0
@@ -54,9 +54,9 @@ class Settings:
     16 on a CPU and 64 elsewhere, or half, a quarter, ... of that where memory is short, unless given."""
     together: int | None = None
     """Captions in a block; as many as fit with all their candidates unless given. With `batch` it settles the last
-    bits: 1 draws the same pictures for any number of candidates and captions."""
+    bits: 1 draws the same images for any number of candidates and captions."""
     chunk: int | None = None
-    """Pictures decoded and scored at once; as many as half of the free memory holds unless given."""
+    """Images decoded and scored at once; as many as half of the free memory holds unless given."""
     share: tuple[int, int] = (0, 1)
     """(i, k) draws only every k-th block, from the i-th: one of k processes that draw for the same caption."""
     graph: bool = False
@@ -73,7 +73,7 @@ class Settings:
             raise ValueError(f"share must be (i, k) with i from 0 to k - 1, got {self.share}")
 
     def options(self) -> dict:
-        """What `draw_tokens` takes."""
+        """What `generate_tokens` takes."""
         return {
             name: getattr(self, name)
             for name in ("temperature", "top_k", "top_p", "guidance", "graph", "compile")
@@ -81,7 +81,7 @@ class Settings:
 
 
 @dataclass
-class Block:
+class CandidateBatch:
     """Captions by number and the candidates of each that are drawn together; `wanted` of them are kept."""
 
     captions: list[int]
@@ -94,7 +94,7 @@ class Block:
         return len(set(self.captions)) * self.wanted
 
 
-def blocks(captions: int, best_of: int, batch: int, together: int | None = None) -> Iterator[Block]:
+def blocks(captions: int, best_of: int, batch: int, together: int | None = None) -> Iterator[CandidateBatch]:
     """The blocks that hold candidates 0 .. best_of of each caption, all of one shape.
 
     Captions share a block, `together` of them; unless it is given, where two or more fit with all their candidates.
@@ -109,7 +109,7 @@ def blocks(captions: int, best_of: int, batch: int, together: int | None = None)
         numbers = list(range(start, min(start + count, captions)))
         numbers += numbers[-1:] * (count - len(numbers))
         for first in range(0, best_of, each):
-            yield Block(numbers, range(first, first + each), min(each, best_of - first))
+            yield CandidateBatch(numbers, range(first, first + each), min(each, best_of - first))
 
 
 def captions_of_a_block(best_of: int, batch: int, together: int | None) -> int:
@@ -124,7 +124,7 @@ def captions_of_a_block(best_of: int, batch: int, together: int | None) -> int:
 
 
 @dataclass
-class Progress:
+class GenerationProgress:
     """Where the drawing for a prompt stands: after each row of tokens, and once more when a block is ranked."""
 
     candidates: range
@@ -132,15 +132,15 @@ class Progress:
     best_of: int
     """Candidates to draw in all."""
     image_tokens: Tensor
-    """int64 (k, drawn): the first k of them as far as they are drawn, k at most the pictures asked for."""
+    """int64 (k, drawn): the first k of them as far as they are drawn, k at most the images asked for."""
     images: list[Image.Image]
-    """These k as pictures, grey where nothing is drawn yet."""
+    """These k as images, grey where nothing is drawn yet."""
     generation: Generation | None
     """When the block is ranked: the best so far; the last one is what `DALLE.generate` gives."""
 
 
-def partial_pictures(dvae: ImageTokenizer, layout: TokenLayout, tokens: Tensor) -> list[Image.Image]:
-    """Pictures of whole rows of tokens (N, r * w), grey below them."""
+def partial_images(dvae: ImageTokenizer, layout: TokenLayout, tokens: Tensor) -> list[Image.Image]:
+    """Images of whole rows of tokens (N, r * w), grey below them."""
     drawn = dvae.decode(tokens.clone(), (tokens.shape[1] // layout.columns, layout.columns))
     side = drawn.shape[3] // layout.columns  # of a token
     below = layout.rows * side - drawn.shape[2]
@@ -148,30 +148,35 @@ def partial_pictures(dvae: ImageTokenizer, layout: TokenLayout, tokens: Tensor) 
 
 
 @dataclass
-class Drawer:
-    """The parts that turn text tokens into ranked pictures."""
+class CandidateSampler:
+    """The parts that turn text tokens into ranked images."""
 
     dvae: ImageTokenizer
     transformer: Transformer
     scorer: Scorer | None
-    settings: Settings
+    settings: SamplingConfig
     batch: int = field(init=False)
 
     def __post_init__(self):
         guided = self.settings.guidance not in (None, 1)
-        self.batch = self.settings.batch or fitting_batch(self.transformer, 2 if guided else 1)
+        self.batch = self.settings.batch or auto_batch_size(self.transformer, 2 if guided else 1)
 
-    def tokens(self, prompts: Sequence[str], text: Tensor, prefix: Tensor | None, seed: int, block: Block):
+    def tokens(
+        self, prompts: Sequence[str], text: Tensor, prefix: Tensor | None, seed: int, block: CandidateBatch
+    ):
         """Image tokens of a block, (C, n, drawn) after each slot: text (captions, T), prefix (captions, N)."""
         layout, numbers = self.transformer.layout, torch.tensor(block.captions, device=text.device)
         noise = torch.stack(
-            [uniforms(seed, prompts[i], block.candidates, layout.image_len) for i in block.captions]
+            [
+                candidate_noise(seed, prompts[i], block.candidates, layout.num_image_tokens)
+                for i in block.captions
+            ]
         )
         kept = None if prefix is None else prefix[numbers]
-        return draw_tokens(self.transformer, text[numbers], noise, kept, **self.settings.options())
+        return generate_tokens(self.transformer, text[numbers], noise, kept, **self.settings.options())
 
-    def share(self, captions: int, best_of: int) -> list[Block]:
-        """The blocks that are ours (`Settings.share`)."""
+    def share(self, captions: int, best_of: int) -> list[CandidateBatch]:
+        """The blocks that are ours (`SamplingConfig.share`)."""
         every = list(blocks(captions, best_of, self.batch, self.settings.together))
         return every[self.settings.share[0] :: self.settings.share[1]]
 
@@ -181,9 +186,9 @@ class Drawer:
         text: Tensor,
         prefix: Tensor | None,
         seed: int,
-        mine: Sequence[Block],
-        best: list[Best],
-    ) -> Iterator[tuple[Block, Tensor, bool]]:
+        mine: Sequence[CandidateBatch],
+        best: list[TopN],
+    ) -> Iterator[tuple[CandidateBatch, Tensor, bool]]:
         """Draws blocks and ranks them into `best`.
 
         Yields after each slot (block, its tokens so far, False), and once more with True when it is ranked.
@@ -196,15 +201,17 @@ class Drawer:
 
     def watched(
         self, prompt: str, text: Tensor, prefix: Tensor | None, n: int, best_of: int, seed: int
-    ) -> Iterator[Progress]:
+    ) -> Iterator[GenerationProgress]:
         """The n best of best_of candidates of a prompt, seen after each row of tokens and each block."""
-        best, layout = Best(n, prompt, self.scorer), self.transformer.layout
+        best, layout = TopN(n, prompt, self.scorer), self.transformer.layout
         for block, tokens, whole in self.steps([prompt], text, prefix, seed, self.share(1, best_of), [best]):
             if whole or tokens.shape[2] % layout.columns == 0:
                 shown = tokens[0, : min(n, block.wanted)].clone()
                 ranked = self._generation(best, seed, best_of) if whole else None
                 candidates = block.candidates[: block.wanted]
-                yield Progress(candidates, best_of, shown, partial_pictures(self.dvae, layout, shown), ranked)
+                yield GenerationProgress(
+                    candidates, best_of, shown, partial_images(self.dvae, layout, shown), ranked
+                )
 
     def ranked(
         self,
@@ -218,12 +225,12 @@ class Drawer:
     ) -> list[Generation]:
         """The n best of best_of candidates of each prompt.
 
-        Interrupted (Control-C), it gives what is ranked so far and says so; prompts without any picture are left
+        Interrupted (Control-C), it gives what is ranked so far and says so; prompts without any image are left
         out, and if none has one the interruption goes on.
         """
-        best = [Best(n, prompt, self.scorer) for prompt in prompts]
-        slots = self.transformer.layout.image_len
-        open_slots = slots if prefix is None else int((prefix[0] == OPEN).sum())
+        best = [TopN(n, prompt, self.scorer) for prompt in prompts]
+        slots = self.transformer.layout.num_image_tokens
+        open_slots = slots if prefix is None else int((prefix[0] == TO_GENERATE).sum())
         mine = self.share(len(prompts), best_of)
         count = sum(block.count for block in mine)
         bar = tqdm(
@@ -247,18 +254,18 @@ class Drawer:
             warnings.warn(f"interrupted: {seen} of {count} candidates are ranked", stacklevel=4)
         return [self._generation(one, seed, best_of) for one in best if one.seen]
 
-    def _take(self, best: list[Best], block: Block, tokens: Tensor) -> None:
-        """Decodes and ranks a block, some pictures at a time."""
+    def _take(self, best: list[TopN], block: CandidateBatch, tokens: Tensor) -> None:
+        """Decodes and ranks a block, some images at a time."""
         layout = self.transformer.layout
         chunk = self.settings.chunk or fitting_chunk(
-            tokens.device, layout.image_len * self.dvae.downsampling**2
+            tokens.device, layout.num_image_tokens * self.dvae.downsample_factor**2
         )
         for i, caption in enumerate(dict.fromkeys(block.captions)):
             for start in range(0, block.wanted, chunk):
                 part = tokens[i, start : min(start + chunk, block.wanted)].clone()
                 best[caption].add(part, self.dvae.decode(part, layout.grid), block.candidates[start])
 
-    def _generation(self, best: Best, seed: int, best_of: int) -> Generation:
+    def _generation(self, best: TopN, seed: int, best_of: int) -> Generation:
         scores, candidates, tokens, pixels = zip(*best.kept, strict=True)
         return Generation(
             best.caption,
@@ -272,12 +279,12 @@ class Drawer:
         )
 
 
-def fitting_batch(model: Transformer, streams: int = 1) -> int:
+def auto_batch_size(model: Transformer, streams: int = 1) -> int:
     """Rows of a block: a power of two, at most 16 on a CPU and 64 elsewhere, whose caches fit the free memory."""
-    device = operand(model.to_logits).device
+    device = weight_like(model.to_logits).device
     rows = ROWS.get(device.type, OTHER_ROWS)
     if isinstance(model, Transformer):
-        _, each = cache_bytes(model.config, operand(model.layers[0].attention.f.qkv).itemsize)
+        _, each = cache_bytes(model.config, weight_like(model.layers[0].attention.f.qkv).itemsize)
     else:  # a transformer of others, see dalle/pretrained/external_transformer.py
         each = model.row_bytes()
     free = free_memory(device)
@@ -287,7 +294,7 @@ def fitting_batch(model: Transformer, streams: int = 1) -> int:
 
 
 def fitting_chunk(device: torch.device, pixels: int) -> int:
-    """Pictures of so many pixels that half of the free memory decodes at once, 64 at most."""
+    """Images of so many pixels that half of the free memory decodes at once, 64 at most."""
     free = free_memory(device)
     return 64 if free is None else max(1, min(64, int(free / 2 / (pixels * BYTES_PER_PIXEL))))
 
@@ -319,7 +326,7 @@ def open_corner(grid: tuple[int, int], rows: int | None, box: tuple[int, int] | 
 
 
 def check_counts(n: int, best_of: int) -> None:
-    """ValueError for numbers of pictures that mean nothing."""
+    """ValueError for numbers of images that mean nothing."""
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     if best_of < n:

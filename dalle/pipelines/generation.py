@@ -1,4 +1,4 @@
-"""What drawing gives: pictures of one prompt, best first."""
+"""What drawing gives: images of one prompt, best first."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle.io.images import sheet
+from dalle.io.images import image_grid
 
 
 @dataclass
 class Generation:
-    """Pictures of one prompt, best first; shows itself in a notebook."""
+    """Images of one prompt, best first; shows itself in a notebook."""
 
     prompt: str
     seed: int
@@ -23,7 +23,7 @@ class Generation:
     image_tokens: Tensor
     """int64 (n, h * w), on the CPU."""
     candidates: list[int]
-    """Which candidate each picture is: with the seed it names the picture for good."""
+    """Which candidate each image is: with the seed it names the image for good."""
     drawn: int
     """Candidates that were drawn."""
     best_of: int
@@ -31,13 +31,13 @@ class Generation:
 
     @property
     def partial(self) -> bool:
-        """Whether drawing was interrupted: the pictures are the best of those drawn until then."""
+        """Whether drawing was interrupted: the images are the best of those drawn until then."""
         return self.drawn < self.best_of
 
     def grid(self, columns: int = 4) -> Image.Image:
-        """All pictures on one sheet, row by row."""
+        """All images on one sheet, row by row."""
         rows = [self.images[i : i + columns] for i in range(0, len(self.images), columns)]
-        return sheet(rows, scale=max(1, 256 // self.images[0].width))
+        return image_grid(rows, scale=max(1, 256 // self.images[0].width))
 
     def _repr_png_(self) -> bytes:
         buffer = BytesIO()
@@ -45,15 +45,15 @@ class Generation:
         return buffer.getvalue()
 
 
-def best_of_shares(parts: Sequence[Generation], n: int) -> Generation:
-    """The n best of what several processes drew for one prompt (`dalle.pipelines.best_of_n.Settings.share`)."""
+def merge_generations(parts: Sequence[Generation], n: int) -> Generation:
+    """The n best of what several processes drew for one prompt (`dalle.pipelines.best_of_n.SamplingConfig.share`)."""
     scored = parts[0].scores is not None
-    pictures = [
+    ranked = [
         (-part.scores[i] if scored else 0.0, candidate, part.images[i], part.image_tokens[i])
         for part in parts
         for i, candidate in enumerate(part.candidates)
     ]
-    best = sorted(pictures, key=lambda one: one[:2])[:n]
+    best = sorted(ranked, key=lambda one: one[:2])[:n]
     scores, candidates, images, tokens = zip(*best, strict=True)
     return Generation(
         parts[0].prompt,
@@ -68,7 +68,7 @@ def best_of_shares(parts: Sequence[Generation], n: int) -> Generation:
 
 
 class LogLikelihood(NamedTuple):
-    """How likely the model finds a caption, and a picture's tokens after it, in nats; numbers, or one a picture."""
+    """How likely the model finds a caption, and an image's tokens after it, in nats; numbers, or one an image."""
 
     text: float | Tensor
     """Sum over the caption's tokens and its end."""

@@ -1,6 +1,6 @@
 """The parts of a DALL-E joined: what belongs together, its hash, and how it is saved and opened.
 
-N pictures, T text slots, h w grid
+N images, T text slots, h w grid
 """
 
 import warnings
@@ -13,22 +13,22 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.clip import CLIP, CLIPScorer
-from dalle.hub.hub import Pushable, find
+from dalle.hub.hub import HubMixin, resolve_source
 from dalle.hub.model_card import Report
-from dalle.hub.model_directory import files_of, write_directory
-from dalle.hub.registry import Part, load_part, weights_hash
+from dalle.hub.model_directory import model_files, write_model_directory
+from dalle.hub.registry import LoadedModel, load_model, weights_hash
 from dalle.io.format import read_config
-from dalle.io.images import load_image, shorter_side, to_pixels
-from dalle.nn.int8 import operand
-from dalle.text import MergeTokenizer, text_from_dict
-from dalle.text.coverage import pieces_outside
+from dalle.io.images import load_image, resize_center_crop, to_tensor
+from dalle.nn.int8 import weight_like
+from dalle.text import BPETokenizer, text_tokenizer_from_dict
+from dalle.text.coverage import out_of_vocabulary
 from dalle.train.precision import DTYPES, Precision, resolve_precision
 from dalle.transformer import Transformer
-from dalle.transformer.generate import in_format, in_int8
+from dalle.transformer.generate import cast_linear_weights, quantize_int8
 from dalle.types import ImageTokenizer, Scorer
 
 
-class Joined(Pushable):
+class Joined(HubMixin):
     """Image tokenizer, transformer, text tokenizer and scorer; `dalle.pipelines.dalle.DALLE` draws with them.
 
     Raises:
@@ -39,7 +39,7 @@ class Joined(Pushable):
         self,
         dvae: ImageTokenizer,
         transformer: Transformer,
-        text: MergeTokenizer,
+        text: BPETokenizer,
         scorer: Scorer | None = None,
     ):
         layout = transformer.layout
@@ -59,7 +59,7 @@ class Joined(Pushable):
     @property
     def device(self) -> torch.device:
         """Where the transformer is."""
-        return operand(self.transformer.to_logits).device
+        return weight_like(self.transformer.to_logits).device
 
     def save_pretrained(
         self, directory: Path | str, report: Report | None = None, license: str | None = None
@@ -79,7 +79,7 @@ class Joined(Pushable):
         parts: dict[str, torch.nn.Module] = {"dvae": self.dvae, "transformer": self.transformer}
         if self.scorer is not None:
             parts["clip"] = getattr(self.scorer, "model", None)
-        write_directory(Path(directory), parts, self.text, report=report, license=license)
+        write_model_directory(Path(directory), parts, self.text, report=report, license=license)
 
     @classmethod
     def from_pretrained(
@@ -97,22 +97,26 @@ class Joined(Pushable):
             source: a path, which is read without the network, or else an id of the Hub, "owner/name".
             device: where the parts go.
             precision: as `in_precision`.
-            revision, token: of the Hub, see `dalle.hub.hub.find`.
+            revision, token: of the Hub, see `dalle.hub.hub.resolve_source`.
             int8: as `in_precision`.
 
         Raises:
-            ValueError: no such directory, a damaged file, or parts that do not belong together; as `dalle.hub.hub.find`.
+            ValueError: no such directory, a damaged file, or parts that do not belong together; as `dalle.hub.hub.resolve_source`.
         """
-        directory = find(source, files_of("dvae", "transformer", "clip"), revision, token)
+        directory = resolve_source(source, model_files("dvae", "transformer", "clip"), revision, token)
         kinds = ["dvae", "transformer", *(["clip"] if "clip" in read_config(directory)["parts"] else [])]
-        parts = {kind: load_part(directory, kind, device) for kind in kinds}
+        parts = {kind: load_model(directory, kind, device) for kind in kinds}
         return cls.from_parts(parts["dvae"], parts["transformer"], parts.get("clip")).in_precision(
             precision, int8
         )
 
     @classmethod
     def from_parts(
-        cls, dvae: Part, transformer: Part, clip: Part | None, text: MergeTokenizer | None = None
+        cls,
+        dvae: LoadedModel,
+        transformer: LoadedModel,
+        clip: LoadedModel | None,
+        text: BPETokenizer | None = None,
     ) -> Self:
         """Joins parts loaded from runs; refuses parts that were not trained for one another."""
         for part, needed in ((transformer, {"text", "dvae"}), (clip, {"text_hash"})):
@@ -120,7 +124,7 @@ class Joined(Pushable):
                 raise ValueError(
                     f"{part.source} does not tell the {' and '.join(sorted(missing))} it was trained with"
                 )
-        own = text_from_dict(transformer.links["text"])
+        own = text_tokenizer_from_dict(transformer.links["text"])
         if text is not None and text.hash != own.hash:
             raise ValueError(
                 f"{transformer.source} was trained with another text tokenizer than the one given"
@@ -159,8 +163,8 @@ class Joined(Pushable):
                 stays as it is.
         """
         dtype = DTYPES[resolve_precision(precision, self.device)]
-        transformer = in_format(self.transformer, dtype)
-        transformer = in_int8(transformer) if int8 else transformer
+        transformer = cast_linear_weights(self.transformer, dtype)
+        transformer = quantize_int8(transformer) if int8 else transformer
         if transformer is self.transformer:
             return self
         rounded = type(self)(self.dvae, transformer, self.text, self.scorer)
@@ -178,18 +182,20 @@ class Joined(Pushable):
                 raise ValueError(f"the prompt must be text, got {type(prompt).__name__}")
         ids = [self.text.encode(prompt) for prompt in prompts]
         if not all(ids):
-            raise ValueError("the prompt is empty; say what the picture shall show")
+            raise ValueError("the prompt is empty; say what the image shall show")
         for prompt in prompts if stacklevel else ():
-            if pieces := pieces_outside(self.text, prompt):
+            if pieces := out_of_vocabulary(self.text, prompt):
                 told = ", ".join(map(repr, pieces[:5])) + ", ..." * (len(pieces) > 5)
                 message = f"the vocabulary lacks letters of {told}: the model may not know what they mean"
                 warnings.warn(message, stacklevel=stacklevel)
         return self.transformer.layout.pad_text(ids, truncate).to(self.device)
 
     def encode(self, image: Image.Image | Path | str) -> Tensor:
-        """The middle square of a picture, resized to the model's size, as image tokens int64 (1, h * w)."""
-        square = shorter_side(load_image(image), self.transformer.layout.rows * self.dvae.downsampling)
-        return self.dvae.encode(to_pixels([square]).to(self.device))
+        """The middle square of an image, resized to the model's size, as image tokens int64 (1, h * w)."""
+        square = resize_center_crop(
+            load_image(image), self.transformer.layout.rows * self.dvae.downsample_factor
+        )
+        return self.dvae.encode(to_tensor([square]).to(self.device))
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Image tokens int64 (N, h * w) -> pixels (N, 3, H, W) in [0, 1]."""

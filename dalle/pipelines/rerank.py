@@ -8,13 +8,13 @@ from dalle.types import Scorer
 
 @torch.no_grad()
 def rank(scorer: Scorer, pixels: Tensor, caption: str, chunk: int = 64) -> tuple[Tensor, Tensor]:
-    """Best first; equal scores keep the order of the candidates.
+    """TopN first; equal scores keep the order of the candidates.
 
     Args:
         scorer: any Scorer.
         pixels: (N, 3, H, W) in [0, 1].
         caption: the text.
-        chunk: pictures scored at once.
+        chunk: images scored at once.
 
     Returns:
         order int64 (N,) and scores (N,), both best first, on the CPU.
@@ -26,7 +26,7 @@ def rank(scorer: Scorer, pixels: Tensor, caption: str, chunk: int = 64) -> tuple
     return order, scores[order]
 
 
-class Best:
+class TopN:
     """The n best candidates of those that came by; the others are forgotten, so memory does not grow.
 
     Args:

@@ -1,10 +1,10 @@
-"""Pictures for every caption of a file: shared by processes, resumed where it stopped, in constant memory.
+"""Images for every caption of a file: shared by processes, resumed where it stopped, in constant memory.
 
 OUT/run.json                       settings, model and captions by hash: a run goes on only if they are the same
-OUT/000/000012-a-red-cross-00.png  the best picture of caption 12, then -01.png, ..., and -grid.png
-OUT/parts/000012.jsonl             records of the captions from 12 on, written when their pictures are whole
+OUT/000/000012-a-red-cross-00.png  the best image of caption 12, then -01.png, ..., and -grid.png
+OUT/parts/000012.jsonl             records of the captions from 12 on, written when their images are whole
 OUT/samples.jsonl                  all records in order, at the end; parts/ is gone then
-OUT/sheet.png                      the best pictures of the first captions
+OUT/sheet.png                      the best images of the first captions
 """
 
 import json
@@ -17,8 +17,8 @@ from typing import Any
 from PIL import Image
 
 from dalle.io.files import make_directory, read_json, write_json, write_text
-from dalle.io.images import captioned_sheet
-from dalle.pipelines.best_of_n import captions_of_a_block, fitting_batch
+from dalle.io.images import captioned_grid
+from dalle.pipelines.best_of_n import auto_batch_size, captions_of_a_block
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import Generation
 from dalle.pipelines.prompts_file import check_captions, groups, words
@@ -80,7 +80,7 @@ class FileSampler:
             raise ValueError(f"{self.out} is not empty and holds no run of captions; give another --out")
         if settings.get("batch") is None:
             guided = settings.get("guidance") not in (None, 1)
-            fitting = fitting_batch(self.model.transformer, 2 if guided else 1)
+            fitting = auto_batch_size(self.model.transformer, 2 if guided else 1)
             settings["batch"] = (
                 found["settings"].get("batch") if found else min(self.processes.gather(fitting))
             )
@@ -108,7 +108,7 @@ class FileSampler:
         lines = []
         for number, generation in enumerate(drawn[: len(captions)], start=first):
             name = f"{number:06d}-{words(generation.prompt)}"
-            records = write_pictures(self.model, generation, folder, f"{name}-", model_hash)
+            records = write_images(self.model, generation, folder, f"{name}-", model_hash)
             lines += [{"caption": number, **one, "file": f"{folder.name}/{one['file']}"} for one in records]
         write_text(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         print(f"{part.stem}: {drawn[0].prompt!r}" + f" and {len(captions) - 1} more" * (len(captions) > 1))
@@ -130,7 +130,7 @@ def _together(settings: dict[str, Any]) -> int:
 
 
 def sheet_of_bests(out: Path) -> Image.Image:
-    """The best picture of each of the first captions, its caption below it."""
+    """The best image of each of the first captions, its caption below it."""
     bests: dict[int, tuple[str, Image.Image]] = {}
     with (out / "samples.jsonl").open(encoding="utf-8") as lines:
         for record in map(json.loads, lines):
@@ -139,13 +139,13 @@ def sheet_of_bests(out: Path) -> Image.Image:
             if record["caption"] not in bests:
                 bests[record["caption"]] = record["prompt"], Image.open(out / record["file"])
     cells = list(bests.values())
-    return captioned_sheet(cells, columns=6, scale=max(1, 128 // cells[0][1].width))
+    return captioned_grid(cells, columns=6, scale=max(1, 128 // cells[0][1].width))
 
 
-def write_pictures(
+def write_images(
     model: DALLE, generation: Generation, folder: Path, stem: str, model_hash: str
 ) -> list[dict]:
-    """One PNG a picture, best first, and a sheet of all; gives a record of each."""
+    """One PNG an image, best first, and a sheet of all; gives a record of each."""
     likelihoods = model.log_likelihood(generation.prompt, generation.image_tokens, truncate=True)
     records = []
     for i, image in enumerate(generation.images):

@@ -25,15 +25,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from dalle.clip import CLIP
 from dalle.dvae import DVAE
 from dalle.dvae.losses import kl_loss, reconstruction_loss
-from dalle.hub.registry import build
+from dalle.hub.registry import build_model
 from dalle.train.precision import autocast
-from dalle.train.step import gradient_scales
+from dalle.train.step import build_grad_scaler
 from dalle.transformer import Transformer
 from dalle.transformer.losses import LOGITS, chunked_cross_entropy
 
 
 @dataclass(frozen=True)
-class DryStep:
+class StepEstimate:
     """What one forward and backward pass over a batch takes, in floating-point operations and bytes."""
 
     parameters: int
@@ -43,7 +43,7 @@ class DryStep:
     outside: int
     """Parameters outside of these groups."""
     flops: dict[str, int]
-    """Operations computed, by part; with `recompute` the second forward pass is among them."""
+    """Operations computed, by part; with `activation_checkpointing` the second forward pass is among them."""
     kept: int
     """Bytes that the forward pass holds for the backward pass, less parameters and their 16-bit copies."""
     copies: int
@@ -102,17 +102,17 @@ class LiveBytes(TorchDispatchMode):
         self.gradients += parameter.grad.untyped_storage().nbytes()
 
 
-def dry_step(
+def estimate_step(
     kind: str, config: Any, batch: int, precision: str, pixels: tuple[int, int] | None = None
-) -> DryStep:
+) -> StepEstimate:
     """Counts a step of a model.
 
     Args:
         kind: "dvae", "transformer" or "clip".
         config: of the model; a transformer's backend `auto` or `flex` is counted as torch's fused attention.
-        batch: pictures of one process.
+        batch: images of one process.
         precision: fp32, bf16 or fp16.
-        pixels: height and width of the pictures, for the dVAE.
+        pixels: height and width of the images, for the dVAE.
     """
     if kind == "transformer" and config.backend in ("auto", "flex"):
         config = replace(config, backend="sdpa")
@@ -123,9 +123,9 @@ def dry_step(
     }[kind]
     count = FlopCounterMode(display=False)  # under LiveBytes, since it takes some operators apart
     with FakeTensorMode(allow_non_fake_inputs=True), _collected_in_order(), count, LiveBytes() as live:
-        model = build(kind, config)
+        model = build_model(kind, config)
         if precision == "fp16":
-            gradient_scales(model)
+            build_grad_scaler(model)
         start = live.watch(model)
         with autocast(precision, torch.device("cpu")):
             state = first(model, batch)
@@ -141,7 +141,7 @@ def dry_step(
     parts = {names[0]: _operations(count) - of_second, names[1]: of_second}
     groups = [sum(map(_count, group)) for group in model.shards()]
     parameters = _count(model)
-    return DryStep(
+    return StepEstimate(
         parameters=parameters,
         largest=max(groups),
         outside=parameters - sum(groups),
@@ -188,7 +188,7 @@ def _split_attention(parts: dict[str, Counter[str]]) -> dict[str, int]:
 
 
 def _trunk(model: Transformer, batch: int) -> Tensor:
-    return model.read(torch.zeros(batch, model.layout.length, dtype=torch.int64))
+    return model.read(torch.zeros(batch, model.layout.seq_len, dtype=torch.int64))
 
 
 def _logits(model: Transformer, hidden: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ def _encoder(model: DVAE, batch: int, pixels: tuple[int, int]) -> Tensor:
 
 
 def _decoder(model: DVAE, logits: Tensor) -> Tensor:
-    side = model.config.downsampling
+    side = model.config.downsample_factor
     pixels = torch.zeros(len(logits), 3, logits.shape[2] * side, logits.shape[3] * side)
     last = logits.float().movedim(1, -1)
     noise = -(-torch.rand_like(last).log()).log()  # as `gumbel_softmax`, whose seed has a content

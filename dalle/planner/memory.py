@@ -9,7 +9,7 @@ one ahead of time; what lies outside of the layers is gathered once a step in fp
 from dataclasses import dataclass
 from typing import Literal
 
-from dalle.planner.count import DryStep
+from dalle.planner.count import StepEstimate
 
 FP32, HALF = 4, 2
 BOUNDED_AT_ONCE = FP32 * 2**26
@@ -18,7 +18,7 @@ Moments = Literal["fp32", "8bit"]
 
 
 @dataclass(frozen=True)
-class Shares:
+class ParallelLayout:
     """How a training is shared, as far as memory is concerned."""
 
     mode: str
@@ -39,7 +39,7 @@ class Shares:
     """Whether PowerSGD keeps what it has not sent."""
 
 
-def memory(step: DryStep, how: Shares) -> dict[str, float]:
+def memory(step: StepEstimate, how: ParallelLayout) -> dict[str, float]:
     """Bytes by part, and at the peak, where not all parts need be there at once.
 
     A single pass begins without gradients, and they grow while activations go. With several passes, or where layers
@@ -71,7 +71,7 @@ def memory(step: DryStep, how: Shares) -> dict[str, float]:
     return parts | {"peak": peak}
 
 
-def _gathered(step: DryStep, how: Shares) -> float:
+def _gathered(step: StepEstimate, how: ParallelLayout) -> float:
     if how.mode == "ddp":
         return FP32 * step.parameters  # its buckets hold the gradients once more
     if how.mode == "none" or how.shards == 1:
@@ -81,6 +81,6 @@ def _gathered(step: DryStep, how: Shares) -> float:
     return weights + gradients
 
 
-def starts_whole(step: DryStep) -> float:
+def starts_whole(step: StepEstimate) -> float:
     """Bytes that each process needs before it slices: it makes the whole model first."""
     return FP32 * step.parameters

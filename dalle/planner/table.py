@@ -22,7 +22,7 @@ def print_plan(report: dict[str, Any], headroom: float) -> None:
     gpu, batch, modes = report["hardware"], report["batch"], list(report["memory"])
     print(
         f"{report['kind']}: {report['parameters']:,} parameters, {report['precision']}; {report['gpus']} x "
-        f"{report['gpu']} of {gpu['memory']:g} GiB; {batch['update']} pictures an update, {batch['pass']} a pass"
+        f"{report['gpu']} of {gpu['memory']:g} GiB; {batch['update']} images an update, {batch['pass']} a pass"
     )
     _print_memory(report, modes, headroom * gpu["memory"])
     _print_operations(report)

@@ -6,7 +6,7 @@ Collectives are counted as rings, which send least: n processes gather or reduce
 (n - 1) / n B, and average them by twice that.
 """
 
-from dalle.planner.count import DryStep
+from dalle.planner.count import StepEstimate
 from dalle.planner.memory import FP32, HALF
 
 
@@ -17,7 +17,7 @@ def ring(size: float, processes: int) -> float:
 
 def traffic(
     mode: str,
-    step: DryStep,
+    step: StepEstimate,
     gpus: int,
     per_machine: int,
     shards: int,

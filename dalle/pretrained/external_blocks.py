@@ -17,8 +17,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dalle.nn.blocks import FP32LayerNorm
-from dalle.nn.int8 import operand
-from dalle.nn.kv_cache import LayerCache, scaled
+from dalle.nn.int8 import weight_like
+from dalle.nn.kv_cache import KVCache, scale_query
 from dalle.pretrained.external_transformer import ForeignPlaces, ForeignTransformer, stream_mask
 
 GELUS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         )
         self.out = nn.Linear(width, width, bias)
 
-    def forward(self, x: Tensor, mask: Tensor, seen: int, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, seen: int, cache: KVCache | None) -> Tensor:
         """x (B, n, D) of the first n slots under mask (n, n); a cache takes the first `seen` as text."""
         q, k, v = rearrange(self._project(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         if cache is not None:
@@ -74,11 +74,11 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self._bounded(self.out(rearrange(mixed, "b h n d -> b n (h d)")))
 
-    def step(self, x: Tensor, cache: LayerCache, place: int | Tensor) -> Tensor:
+    def step(self, x: Tensor, cache: KVCache, place: int | Tensor) -> Tensor:
         """x (B, D) of one image token of every stream."""
         shape = {"c": cache.captions, "h": self.heads, "three": 3}
         q, k, v = rearrange(self._project(x), "(c n) (three h d) -> three (c h) n d", **shape)
-        mixed = cache.attend(scaled(q), k, v, place)
+        mixed = cache.attend(scale_query(q), k, v, place)
         return self._bounded(self.out(rearrange(mixed, "(c h) n d -> (c n) (h d)", h=self.heads)))
 
     def _project(self, x: Tensor) -> Tensor:
@@ -122,15 +122,15 @@ class Layer(nn.Module):
         super().__init__()
         self.attention, self.mlp = Path(config, Attention(config)), Path(config, MLP(config))
 
-    def forward(self, x: Tensor, mask: Tensor, seen: int, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, seen: int, cache: KVCache | None) -> Tensor:
         """See `Attention.forward`."""
         x = x + self.attention(x, mask, seen, cache)
         return x + self.mlp(x)
 
-    def step(self, x: Tensor, cache: LayerCache, place: int | Tensor) -> Tensor:
+    def step(self, x: Tensor, cache: KVCache, place: int | Tensor) -> Tensor:
         """One image token of every stream (B, D), computed in the number format of the matrices."""
         attention, mlp = self.attention, self.mlp
-        dtype = operand(mlp.f.expand).dtype
+        dtype = weight_like(mlp.f.expand).dtype
         x = x + attention.norm_out(attention.f.step(attention.norm(x).to(dtype), cache, place))
         return x + mlp.norm_out(mlp.f(mlp.norm(x).to(dtype)))
 
@@ -162,7 +162,7 @@ class PlainTransformer(ForeignTransformer, ABC):
     def final(self, x: Tensor) -> Tensor:
         """What leaves the layers -> final states."""
 
-    def read(self, inputs: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
+    def read(self, inputs: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Input ids (B, n) of the first n slots -> final states (B, n, D); `caches` take what `step` needs."""
         n, slots = inputs.shape[1], self.layout.text_slots
         text, image = inputs[:, :slots], inputs[:, slots:] - self.layout.image_offset
@@ -173,7 +173,7 @@ class PlainTransformer(ForeignTransformer, ABC):
             x = layer(x, masks[kind], self.seen, caches[i] if caches else None)
         return self.final(x)
 
-    def step(self, tokens: Tensor, slot: int | Tensor, caches: list[LayerCache]) -> Tensor:
+    def step(self, tokens: Tensor, slot: int | Tensor, caches: list[KVCache]) -> Tensor:
         """Reads image tokens (B,) of image slot `slot - 1` -> states (B, D) that predict those of the slot."""
         position = slot - 1  # of the token that is read
         place = position + self.layout.text_slots - self.seen
@@ -183,17 +183,17 @@ class PlainTransformer(ForeignTransformer, ABC):
             x = layer.step(x, cache, place)
         return self.final(x)
 
-    def caches(self, captions: int, candidates: int) -> list[LayerCache]:
+    def caches(self, captions: int, candidates: int) -> list[KVCache]:
         """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
-        blocks, like = self.config.blocks, operand(self.layers[0].attention.f.out)
+        blocks, like = self.config.blocks, weight_like(self.layers[0].attention.f.out)
         places = {kind: ForeignPlaces(sees).to(like.device) for kind, sees in self.sees.items()}
         shape = captions, candidates, blocks.heads, blocks.width // blocks.heads, like
-        return [LayerCache(places[kind], *shape) for kind in self.kinds]
+        return [KVCache(places[kind], *shape) for kind in self.kinds]
 
     def row_bytes(self) -> int:
         """Memory that drawing keeps of one candidate."""
-        itemsize = operand(self.layers[0].attention.f.out).itemsize
-        return 2 * len(self.kinds) * self.layout.image_len * self.config.blocks.width * itemsize
+        itemsize = weight_like(self.layers[0].attention.f.out).itemsize
+        return 2 * len(self.kinds) * self.layout.num_image_tokens * self.config.blocks.width * itemsize
 
 
 def fp32_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

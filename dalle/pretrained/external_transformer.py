@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.layout import TokenLayout
-from dalle.nn.kv_cache import Places
+from dalle.nn.kv_cache import KVCacheLayout
 from dalle.types import check_tokens
 
 
@@ -32,7 +32,7 @@ class ForeignLayout(TokenLayout):
     zero_is_pad: bool = False
 
     @property
-    def caption_room(self) -> int:
+    def max_caption_len(self) -> int:
         """Most tokens of a caption: all text slots."""
         return self.text_len
 
@@ -59,8 +59,8 @@ class ForeignLayout(TokenLayout):
         The last image token is never read.
         """
         if self.start is None:
-            return ids[:, : self.length - 1]
-        return torch.cat([ids.new_full((len(ids), 1), self.start), ids], dim=1)[:, : self.length]
+            return ids[:, : self.seq_len - 1]
+        return torch.cat([ids.new_full((len(ids), 1), self.start), ids], dim=1)[:, : self.seq_len]
 
     def loss_mask(self, ids: Tensor) -> Tensor:
         """See `TokenLayout.loss_mask`."""
@@ -74,7 +74,7 @@ class ForeignLayout(TokenLayout):
         return self.text_len + 1 - self.unpredicted
 
 
-class ForeignPlaces(Places):
+class ForeignPlaces(KVCacheLayout):
     """Every image token's place in order; which of them each sees is a table.
 
     Args:

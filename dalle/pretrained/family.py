@@ -1,6 +1,6 @@
 """What each reader tells of its format, and the comparison of a file with the model it should fill.
 
-A reader recognises its format by names of tensors, takes every size from their shapes (file names and separate
+A reader recognizes its format by names of tensors, takes every size from their shapes (file names and separate
 YAML files are often lost), and loads strictly: what is neither in the model nor on its list of things to leave
 out is an error. Programs that load what happens to match run half-empty models without a word.
 """
@@ -23,7 +23,7 @@ Shapes = Mapping[str, Shape]
 
 
 @dataclass(frozen=True)
-class Family:
+class CheckpointFormat:
     """One published format."""
 
     name: str
@@ -44,17 +44,19 @@ class Family:
     """The file's name of a tensor -> the model's."""
     ignored: tuple[str, ...] = ()
     """Patterns of names, of the file, that a model has no use for: losses of training, masks made anew."""
-    settle: Callable[["Family", Path, Any, Mapping[str, SavedTensor]], "Family"] | None = None
+    settle: (
+        Callable[["CheckpointFormat", Path, Any, Mapping[str, SavedTensor]], "CheckpointFormat"] | None
+    ) = None
     """Itself, the file, all that lies in it, its tensors -> itself with what no single name or shape tells."""
 
-    def recognises(self, names: Iterable[str]) -> bool:
+    def recognizes(self, names: Iterable[str]) -> bool:
         """Whether a file with tensors of these names is of this family."""
         names = list(names)
         return all(any(fnmatchcase(name, mark) for name in names) for mark in self.marks)
 
 
 @dataclass(frozen=True)
-class Fit:
+class KeyComparison:
     """How a file's tensors compare with the model that their shapes call for."""
 
     config: Any
@@ -77,7 +79,7 @@ class Fit:
                 raise ValueError(f"{source} {fault} {len(names)} tensors, first {names[0]}")
 
 
-def fit(family: Family, tensors: Mapping[str, SavedTensor]) -> Fit:
+def compare_keys(family: CheckpointFormat, tensors: Mapping[str, SavedTensor]) -> KeyComparison:
     """Compares a file with the model of its family, without reading a number of it (but ruDALL-E's masks).
 
     Raises:
@@ -90,7 +92,7 @@ def fit(family: Family, tensors: Mapping[str, SavedTensor]) -> Fit:
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     both = sorted(found.keys() & expected.keys())
     other = [n for n in both if kept[n].dtype.is_floating_point != state[n].is_floating_point()]
-    return Fit(
+    return KeyComparison(
         config=config,
         parameters=sum(p.numel() for p in model.parameters()),
         missing=sorted(expected.keys() - found.keys()),
@@ -101,14 +103,16 @@ def fit(family: Family, tensors: Mapping[str, SavedTensor]) -> Fit:
     )
 
 
-def fill(family: Family, tensors: Mapping[str, SavedTensor], source: Path | str) -> nn.Module:
+def load_weights(
+    family: CheckpointFormat, tensors: Mapping[str, SavedTensor], source: Path | str
+) -> nn.Module:
     """The family's model with a file's weights, in fp32 and eval mode, its parameters frozen.
 
     Raises:
         ValueError: tensors that are missing, unknown, of another shape, or whole numbers where the model has none.
     """
     try:
-        comparison = fit(family, tensors)
+        comparison = compare_keys(family, tensors)
     except ValueError as error:
         raise ValueError(f"{source}, of {family.name}, cannot be held here: {error}") from None
     comparison.check(source)
@@ -143,7 +147,7 @@ class _NoDraws(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _empty_model(family: Family, shapes: Shapes) -> tuple[Any, nn.Module]:
+def _empty_model(family: CheckpointFormat, shapes: Shapes) -> tuple[Any, nn.Module]:
     """(configuration, a model without values) for the shapes of a file."""
     try:
         config = family.configure(shapes)
@@ -162,7 +166,7 @@ def _empty_model(family: Family, shapes: Shapes) -> tuple[Any, nn.Module]:
 
 
 def _own_names(
-    family: Family, tensors: Mapping[str, SavedTensor]
+    family: CheckpointFormat, tensors: Mapping[str, SavedTensor]
 ) -> tuple[dict[str, SavedTensor], list[str]]:
     """(by the model's names, names left out)."""
     ignored = [name for name in tensors if any(fnmatchcase(name, pattern) for pattern in family.ignored)]

@@ -13,13 +13,13 @@ from dalle.pretrained import openai_clip, openai_dvae, vqgan
 from dalle.pretrained.archive import is_archive, unpacked
 from dalle.pretrained.dalle_pytorch import reader as dalle_pytorch
 from dalle.pretrained.dalle_pytorch import vae as dalle_pytorch_vae
-from dalle.pretrained.family import Family, fill
+from dalle.pretrained.family import CheckpointFormat, load_weights
 from dalle.pretrained.mindalle import reader as mindalle
 from dalle.pretrained.pickle_names import SavedTensor
 from dalle.pretrained.refused import refuse_path, refuse_tensors
 from dalle.pretrained.rudalle import reader as rudalle
 from dalle.pretrained.rudalle import vqgan_dwt as vqgan_wavelets
-from dalle.pretrained.torch_file import open_saved, weights_of
+from dalle.pretrained.torch_file import read_torch_file, weights_of
 
 FAMILIES = (
     dalle_pytorch.FAMILY,
@@ -38,19 +38,19 @@ FAMILIES = (
 
 
 @dataclass(frozen=True)
-class Found:
+class DetectedCheckpoint:
     """A file or folder of another program; its numbers are not yet read."""
 
     path: Path
     container: str
-    family: Family | None
+    family: CheckpointFormat | None
     """None where nobody is known who writes such names."""
     tensors: Mapping[str, SavedTensor]
     tree: Any = None
     """All that lies in the file."""
 
 
-def is_published(path: Path) -> bool:
+def is_external_checkpoint(path: Path) -> bool:
     """Whether a path is a file, OpenAI's folder of two or minDALL-E's: none of this library's runs or directories."""
     return (
         path.is_file()
@@ -73,7 +73,7 @@ def at_hand(path: Path | str) -> Iterator[Path]:
         yield Path(path)
 
 
-def find(path: Path | str) -> Found:
+def detect_checkpoint(path: Path | str) -> DetectedCheckpoint:
     """Whose checkpoint it is; of minDALL-E's folder the transformer.
 
     Raises:
@@ -84,22 +84,22 @@ def find(path: Path | str) -> Found:
     if mindalle.is_folder(path):
         path = path / mindalle.STAGE2
     if path.is_dir():
-        return Found(path, "two whole modules", openai_dvae.FAMILY, openai_dvae.gather(path))
-    saved = open_saved(path)
+        return DetectedCheckpoint(path, "two whole modules", openai_dvae.FAMILY, openai_dvae.gather(path))
+    saved = read_torch_file(path)
     tensors = weights_of(saved.tree)
     refuse_tensors(path, tensors, saved.tree)
     found = _found(path, saved.container, saved.tree, tensors)
     return replace(found, tensors=openai_dvae.gather(path)) if found.family is openai_dvae.FAMILY else found
 
 
-def _found(path: Path, container: str, tree: Any, tensors: Mapping[str, SavedTensor]) -> Found:
-    family = next((family for family in FAMILIES if family.recognises(tensors)), None)
+def _found(path: Path, container: str, tree: Any, tensors: Mapping[str, SavedTensor]) -> DetectedCheckpoint:
+    family = next((family for family in FAMILIES if family.recognizes(tensors)), None)
     if family and family.settle:
         family = family.settle(family, path, tree, tensors)
-    return Found(path, container, family, tensors, tree)
+    return DetectedCheckpoint(path, container, family, tensors, tree)
 
 
-def _inside(found: Found) -> Found:
+def _inside(found: DetectedCheckpoint) -> DetectedCheckpoint:
     """The image tokenizer that lies in a transformer's file; itself where there is none."""
     prefix = dalle_pytorch.INSIDE
     tensors = {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}
@@ -125,20 +125,20 @@ def load_image_tokenizer(path: Path | str, device: str | torch.device = "cpu") -
     """
     with at_hand(path) as place:
         inner = place / mindalle.STAGE1 if mindalle.is_folder(place) else place
-        return _load(_inside(find(inner)), "image tokenizer").to(device)
+        return _load(_inside(detect_checkpoint(inner)), "image tokenizer").to(device)
 
 
 def load_transformer(path: Path | str, device: str | torch.device = "cpu") -> nn.Module:
-    """A transformer of others that can be drawn with; `dalle.pretrained.whole.load_whole` joins it with the rest.
+    """A transformer of others that can be drawn with; `dalle.pretrained.whole.load_external_pipeline` joins it with the rest.
 
     Raises:
         ValueError: no transformer that is known, or one whose tensors are not all there.
     """
     with at_hand(path) as place:
-        return _load(find(place), "transformer").to(device)
+        return _load(detect_checkpoint(place), "transformer").to(device)
 
 
-def _load(found: Found, kind: str) -> nn.Module:
+def _load(found: DetectedCheckpoint, kind: str) -> nn.Module:
     if found.family is None or found.family.kind != kind:
         what = (
             f"of kind {found.family.kind!r} ({found.family.name})"
@@ -147,4 +147,4 @@ def _load(found: Found, kind: str) -> nn.Module:
         )
         names = ", ".join(family.name for family in FAMILIES if family.kind == kind)
         raise ValueError(f"{found.path} is {what}, not a published {kind}; known are: {names}")
-    return fill(found.family, found.tensors, found.path)
+    return load_weights(found.family, found.tensors, found.path)

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from dalle.clip import OpenClipScorer
-from dalle.pretrained.family import Family, Shapes, fill
-from dalle.pretrained.torch_file import open_saved, weights_of
+from dalle.pretrained.family import CheckpointFormat, Shapes, load_weights
+from dalle.pretrained.torch_file import read_torch_file, weights_of
 
 HEAD_WIDTH = 64  # Radford et al.: in every published model; shapes do not tell
 NUMBERS = ("input_resolution", "context_length", "vocab_size")
@@ -107,7 +107,7 @@ def build(config: PublishedCLIP, quick_gelu: bool) -> nn.Module:
     return model
 
 
-OPENAI = Family(
+OPENAI = CheckpointFormat(
     name="OpenAI CLIP",
     kind="scorer",
     licence="MIT, of github.com/openai/CLIP",
@@ -141,9 +141,9 @@ def load_scorer(
     Raises:
         ValueError: not a CLIP of this layout, another text tokenizer, or the activation is not known.
     """
-    tensors = weights_of(open_saved(path).tree)
-    family = OPENAI if OPENAI.recognises(tensors) else OPEN_CLIP
-    if not family.recognises(tensors):
+    tensors = weights_of(read_torch_file(path).tree)
+    family = OPENAI if OPENAI.recognizes(tensors) else OPEN_CLIP
+    if not family.recognizes(tensors):
         raise ValueError(
             f"{path} is no CLIP of OpenAI's layout; open others by name with PretrainedScorer(name, file)"
         )
@@ -160,7 +160,7 @@ def load_scorer(
         raise ValueError(
             f"{path} reads {vocab} text ids, CLIP's tokenizer has {CLIP_VOCAB}: it needs another one"
         )
-    return _scorer(fill(family, tensors, path), device)
+    return _scorer(load_weights(family, tensors, path), device)
 
 
 def _named(tensors: dict, ending: str) -> str:

@@ -12,9 +12,9 @@ import math
 from pathlib import Path
 
 from dalle.dvae import DVAE, DVAEConfig
-from dalle.pretrained.family import Family, Shapes, fill
+from dalle.pretrained.family import CheckpointFormat, Shapes, load_weights
 from dalle.pretrained.pickle_names import Held, SavedTensor
-from dalle.pretrained.torch_file import SavedFile, attributes, open_saved, weights_of
+from dalle.pretrained.torch_file import SavedFile, attributes, read_torch_file, weights_of
 
 PARTS = ("encoder", "decoder")
 LICENCE = "modified MIT, of github.com/openai/DALL-E"
@@ -42,13 +42,13 @@ def configure(shapes: Shapes) -> DVAEConfig:
             shapes[f"encoder.blocks.group_{i + 1}.block_1.res_path.conv_4.w"][0] for i in range(groups)
         ),
         blocks_per_group=blocks,
-        downsampling=2 ** (groups - 1),
+        downsample_factor=2 ** (groups - 1),
         vocab_size=shapes["encoder.blocks.output.conv.w"][0],
-        code_width=shapes["decoder.blocks.input.w"][0],
+        codebook_dim=shapes["decoder.blocks.input.w"][0],
     )
 
 
-FAMILY = Family(
+FAMILY = CheckpointFormat(
     name="OpenAI dVAE",
     kind="image tokenizer",
     licence=LICENCE,
@@ -56,7 +56,7 @@ FAMILY = Family(
     configure=configure,
     build=DVAE,
     vocabulary=lambda config: (
-        f"{config.vocab_size} codes, {config.downsampling} x {config.downsampling} pixels each"
+        f"{config.vocab_size} codes, {config.downsample_factor} x {config.downsample_factor} pixels each"
     ),
 )
 
@@ -74,7 +74,7 @@ def gather(path: Path) -> dict[str, SavedTensor]:
             raise ValueError(f"{path} has no {missing[0]}; both encoder.pkl and decoder.pkl are needed")
     tensors: dict[str, SavedTensor] = {}
     for file in files:
-        saved = open_saved(file)
+        saved = read_torch_file(file)
         _check_module(saved)
         tensors |= whole_names(weights_of(saved.tree))
     return tensors
@@ -82,7 +82,7 @@ def gather(path: Path) -> dict[str, SavedTensor]:
 
 def load(path: Path) -> DVAE:
     """The dVAE of such a folder or file."""
-    return fill(FAMILY, gather(path), path)
+    return load_weights(FAMILY, gather(path), path)
 
 
 def whole_names(tensors: dict[str, SavedTensor]) -> dict[str, SavedTensor]:
@@ -115,7 +115,7 @@ def _check_module(saved: SavedFile) -> None:
     blocks = [
         block for group in groups.values() for block in attributes(group).values() if isinstance(block, Held)
     ]
-    gains = [block.state["post_gain"] for block in blocks if "post_gain" in (block.state or {})]
+    gains = [block.state["residual_scale"] for block in blocks if "residual_scale" in (block.state or {})]
     if any(not math.isclose(gain, len(gains) ** -2) for gain in gains):
         raise ValueError(
             f"{saved.path}: a residual gain of {gains[0]}, expected {len(gains) ** -2} for {len(gains)} blocks"

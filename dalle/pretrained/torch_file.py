@@ -52,7 +52,7 @@ class SavedFile:
     tree: Any
 
 
-def open_saved(path: Path | str) -> SavedFile:
+def read_torch_file(path: Path | str) -> SavedFile:
     """Reads all of a file but the numbers of its tensors.
 
     Raises:

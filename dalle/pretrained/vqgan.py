@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dalle.pretrained.family import Family, Shapes
+from dalle.pretrained.family import CheckpointFormat, Shapes
 from dalle.pretrained.pickle_names import SavedTensor
 from dalle.vqgan import VQGAN, VQGANConfig
 
@@ -28,7 +28,7 @@ def configure(shapes: Shapes, choice: str = "nearest") -> VQGANConfig:
     blocks = _count(shapes, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight")
     if not levels or not blocks:
         raise ValueError("the encoder lacks its levels: half a VQGAN, or none")
-    vocab_size, code_width = shapes["quantize.embedding.weight"]
+    vocab_size, codebook_dim = shapes["quantize.embedding.weight"]
     return VQGANConfig(
         widths=tuple(shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)),
         blocks=blocks,
@@ -36,7 +36,7 @@ def configure(shapes: Shapes, choice: str = "nearest") -> VQGANConfig:
             level for level in range(levels) if f"encoder.down.{level}.attn.0.q.weight" in shapes
         ),
         latent=shapes["encoder.conv_out.weight"][0],
-        code_width=code_width,
+        codebook_dim=codebook_dim,
         vocab_size=vocab_size,
         choice="logits" if "quantize.proj.weight" in shapes else choice,
     )
@@ -46,7 +46,7 @@ def _count(names: Iterable[str], pattern: str) -> int:
     return len({match[1] for name in names if (match := re.fullmatch(pattern, name))})
 
 
-TAMING = Family(
+TAMING = CheckpointFormat(
     name="VQGAN of taming-transformers",
     kind="image tokenizer",
     licence="not stated for taming's weights (its code is MIT), nor for minDALL-E's first stage (Apache-2.0)",
@@ -58,7 +58,7 @@ TAMING = Family(
     configure=configure,
     build=VQGAN,
     vocabulary=lambda config: (
-        f"{config.vocab_size} codes, {config.downsampling} x {config.downsampling} pixels each"
+        f"{config.vocab_size} codes, {config.downsample_factor} x {config.downsample_factor} pixels each"
     ),
     ignored=("loss.*",),
 )
@@ -84,7 +84,9 @@ def _of_llamagen(name: str, levels: int) -> str:
     return f"{half}.{rest}"
 
 
-def _settle_llamagen(family: Family, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]) -> Family:
+def _settle_llamagen(
+    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]
+) -> CheckpointFormat:
     levels = _count(tensors, r"decoder\.conv_blocks\.(\d+)\.res\.0\.conv1\.weight")
     return replace(family, rename=partial(_of_llamagen, levels=levels))
 

@@ -10,7 +10,7 @@ from dalle.pretrained.load import at_hand, load_image_tokenizer, load_transforme
 from dalle.pretrained.mindalle import reader as mindalle
 from dalle.pretrained.rudalle.model import Rudalle
 from dalle.pretrained.rudalle.reader import lowercase
-from dalle.text import MergeTokenizer
+from dalle.text import BPETokenizer
 from dalle.types import ImageTokenizer, Scorer
 
 
@@ -19,9 +19,9 @@ def holds_text(path: Path) -> bool:
     return mindalle.is_folder(path) or is_archive(path)
 
 
-def load_whole(
+def load_external_pipeline(
     path: Path | str,
-    text: MergeTokenizer | None = None,
+    text: BPETokenizer | None = None,
     dvae: ImageTokenizer | None = None,
     scorer: Scorer | None = None,
     device: str | torch.device = "cpu",
@@ -31,10 +31,10 @@ def load_whole(
     Args:
         path: the file: DALLE-pytorch's dalle.pt or ruDALL-E's pytorch_model.bin; or minDALL-E's archive 1.3B.tar.gz,
             or its folder.
-        text: the text tokenizer of its training (`dalle.text.load_text` reads many); minDALL-E has it, no other does.
+        text: the text tokenizer of its training (`dalle.text.load_text_tokenizer` reads many); minDALL-E has it, no other does.
             ruDALL-E's bpe.model is made to read lowercase.
         dvae: the image tokenizer of its training; unless given, the one that lies in the file or folder.
-        scorer: ranks pictures.
+        scorer: ranks images.
 
     Raises:
         ValueError: no such transformer, no text tokenizer, or parts that do not belong together.

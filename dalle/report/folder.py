@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dalle.hub.registry import KINDS
+from dalle.hub.registry import MODEL_REGISTRY
 from dalle.io.files import read_json
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.viz.curves import CURVES, Lines, read_lines
@@ -31,7 +31,7 @@ class TrainedRun:
     """Of its log."""
 
     def sheets(self, name: str) -> list[tuple[int, Path]]:
-        """(step, file) of the pictures that evaluations left, <name>-STEP.png, in order."""
+        """(step, file) of the images that evaluations left, <name>-STEP.png, in order."""
         found = [(path.stem.rpartition("-")[2], path) for path in self.folder.glob(f"{name}-*.png")]
         return sorted((int(step), path) for step, path in found if step.isdecimal())
 
@@ -67,7 +67,7 @@ def examine(path: Path) -> Folder:
             f"{below}{name}" for below in ("", "*/", "*/*/") for name in ("sample.json", "samples.jsonl")
         ]
         samples = [file.parent for mark in marks for file in sorted(path.glob(mark))]
-        by_kind = {kind: run for kind in KINDS for run in reversed(runs) if run.kind == kind}
+        by_kind = {kind: run for kind in MODEL_REGISTRY for run in reversed(runs) if run.kind == kind}
         found = Folder(path, by_kind, next(iter(models), None), _evaluations(path.glob("*.json")), samples)
     else:
         raise ValueError(
@@ -95,7 +95,7 @@ def _run(folder: Path) -> TrainedRun | None:
         return None
     lines = read_lines(folder) if log.is_file() else []
     kind = meta.get("kind") if checkpoint else _kind_of(lines)
-    return TrainedRun(kind, folder, checkpoint, meta, lines) if kind in KINDS else None
+    return TrainedRun(kind, folder, checkpoint, meta, lines) if kind in MODEL_REGISTRY else None
 
 
 def _kind_of(lines: Lines) -> str | None:

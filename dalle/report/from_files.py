@@ -13,25 +13,25 @@ from typing import Any
 import torch
 
 from dalle.config import to_dict
-from dalle.hub.registry import KINDS
-from dalle.io.files import SUMS, read_json
+from dalle.hub.registry import MODEL_REGISTRY
+from dalle.io.files import CHECKSUMS, read_json
 from dalle.io.format import read_config
 from dalle.io.images import load_image
 from dalle.report.folder import Folder, TrainedRun
-from dalle.report.html import escape, picture, pictures, said, table
+from dalle.report.html import escape, image_tag, images, said, table
 from dalle.report.svg import Curve, chart, finite
-from dalle.runs.args import MAKERS
+from dalle.runs.args import MAKE_COMMANDS
 from dalle.runs.kinds import TRAININGS
-from dalle.viz.curves import CURVES, points, scales_picture
+from dalle.viz.curves import CURVES, points, scales_image
 
 SHEETS = {"dvae": "reconstructions", "transformer": "drawings", "clip": "retrieved"}
-"""Pictures that the evaluations of a training leave."""
+"""Images that the evaluations of a training leave."""
 SAID = {
-    "reconstructions": "Held-out pictures; beside each its reconstruction by relaxed codes, then by hard codes.",
+    "reconstructions": "Held-out images; beside each its reconstruction by relaxed codes, then by hard codes.",
     "drawings": "Held-out captions drawn with the same random numbers each time, at temperature 1.",
-    "retrieved": "Under each caption its own picture, and beside it the one of all that CLIP finds to fit best.",
+    "retrieved": "Under each caption its own image, and beside it the one of all that CLIP finds to fit best.",
 }
-RATES = ("gradient_norm", "step_size", "samples_per_second")
+RATES = ("grad_norm", "lr", "samples_per_sec")
 """Curves that every kind has, beside those of its losses."""
 MOST_SHEETS = 4
 MOST_SAMPLED = 3
@@ -48,7 +48,7 @@ def overview(folder: Folder) -> str:
         measured = {name: points(run.lines, f"eval/{name}")[-1:] for name in CURVES[kind]}
         last = ", ".join(f"{name} {value:.4g}" for name, found in measured.items() for _, value in found)
         rows.append((kind, f"{step:,} of {run.meta.get('steps', step):,}", last or "none yet"))
-    body = table(rows, ("training", "updates", "held-out pictures, last measured")) if rows else ""
+    body = table(rows, ("training", "updates", "held-out images, last measured")) if rows else ""
     for name, report in folder.evaluations.items():
         facts = [
             f"{key} {said(value)}" for key, value in report.items() if not isinstance(value, dict | list)
@@ -62,14 +62,14 @@ def overview(folder: Folder) -> str:
 def curves(folder: Folder) -> str:
     """Every loss of every run, and its rates."""
     if not any(run.lines for run in folder.runs.values()):
-        raise ValueError(f"no log.jsonl; a training writes one:\n{MAKERS['transformer']}")
+        raise ValueError(f"no log.jsonl; a training writes one:\n{MAKE_COMMANDS['transformer']}")
     parts = []
     for kind, run in folder.runs.items():
         charts = [made for name in (*CURVES[kind], *RATES) if (made := _chart(run, name))]
         parts.append(f'<h3>{escape(kind)}</h3><div class="cards">{"".join(charts)}</div>' if charts else "")
-        if any(isinstance(line.get("log2_scales"), list) for line in run.lines):
+        if any(isinstance(line.get("grad_scale_log2"), list) for line in run.lines):
             name = "log2 of each resblock's gradient scale (Figure 12)"
-            parts.append(picture(scales_picture(run.folder), name, name))
+            parts.append(image_tag(scales_image(run.folder), name, name))
     return "".join(parts)
 
 
@@ -93,24 +93,24 @@ def sheets(folder: Folder) -> str:
                 found[i] for i in sorted({round(i * (len(found) - 1) / (MOST_SHEETS - 1)) for i in range(4)})
             ]
             figures = [
-                picture(load_image(file), f"{SHEETS[kind]} at update {at}", f"update {at:,}")
+                image_tag(load_image(file), f"{SHEETS[kind]} at update {at}", f"update {at:,}")
                 for at, file in shown
             ]
-            parts.append(f"<h3>{escape(kind)}</h3><p>{SAID[SHEETS[kind]]}</p>{pictures(figures)}")
+            parts.append(f"<h3>{escape(kind)}</h3><p>{SAID[SHEETS[kind]]}</p>{images(figures)}")
     if not parts:
         raise ValueError(
-            "no pictures over time; trainings write them at each evaluation (the transformer where --dvae is given):\n"
-            f"{MAKERS['dvae']}"
+            "no images over time; trainings write them at each evaluation (the transformer where --dvae is given):\n"
+            f"{MAKE_COMMANDS['dvae']}"
         )
     return "".join(parts)
 
 
 def sampled(folder: Folder) -> Iterator[str]:
-    """Pictures that scripts/sample.py left, with their scores, and the quick start's sheet."""
+    """Images that scripts/sample.py left, with their scores, and the quick start's sheet."""
     for place in folder.samples[-MOST_SAMPLED:]:
         if not (place / "sample.json").is_file():
-            shown = f"{place.name}: the best picture of each of the first captions"
-            yield f"<h3>{escape(place.name)}</h3>{picture(load_image(place / 'sheet.png'), shown, shown)}"
+            shown = f"{place.name}: the best image of each of the first captions"
+            yield f"<h3>{escape(place.name)}</h3>{image_tag(load_image(place / 'sheet.png'), shown, shown)}"
             continue
         try:
             yield _sample(place, read_json(place / "sample.json"))
@@ -118,17 +118,17 @@ def sampled(folder: Folder) -> Iterator[str]:
             raise ValueError(f"{place / 'sample.json'} is not of scripts/sample.py ({error!r})") from None
     if (sheet := folder.root / "samples.png").is_file():
         shown = "samples.png: held-out captions, left the first candidate, right the best"
-        yield f"<h3>samples.png</h3>{picture(load_image(sheet), shown, shown)}"
+        yield f"<h3>samples.png</h3>{image_tag(load_image(sheet), shown, shown)}"
 
 
 def _sample(place: Path, record: dict[str, Any]) -> str:
     figures = []
-    for one in record["pictures"][:8]:
+    for one in record["images"][:8]:
         score = "" if one["score"] is None else f"score {one['score']:.3f}"
         file = place / Path(one["file"]).name  # never out of the folder
-        figures.append(picture(load_image(file), record["prompt"], score, small=True))
+        figures.append(image_tag(load_image(file), record["prompt"], score, small=True))
     how = f"the best of {record['best_of']}, temperature {record['temperature']}, seed {record['seed']}"
-    return f'<h3>{escape(record["prompt"])}</h3><p class="pale">{escape(how)}</p>{pictures(figures)}'
+    return f'<h3>{escape(record["prompt"])}</h3><p class="pale">{escape(how)}</p>{images(figures)}'
 
 
 def evaluation(folder: Folder) -> str:
@@ -146,10 +146,10 @@ def evaluation(folder: Folder) -> str:
         if {"caption_accuracy", "caption_accuracy_new_pairs"} <= report.keys():
             seen, new = dict_of(report["caption_accuracy"]), dict_of(report["caption_accuracy_new_pairs"])
             parts.append(
-                "<p>Share of pictures that show what their caption says, by a judge that reads pixels.</p>"
+                "<p>Share of images that show what their caption says, by a judge that reads pixels.</p>"
             )
             rows = [(key, value, new.get(key, "")) for key, value in seen.items()]
-            parts.append(table(rows, ("", "held-out scenes", "new pairs of colour and shape")))
+            parts.append(table(rows, ("", "held-out scenes", "new pairs of color and shape")))
         parts.append(f'<div class="cards">{"".join(_blur(report))}</div>')
         rest = {key: value for key, value in report.items() if isinstance(value, dict | list)}
         parts.append(table([pair for pair in flat(rest) if not pair[0].startswith("caption_accuracy")]))
@@ -158,7 +158,7 @@ def evaluation(folder: Folder) -> str:
 
 def _blur(report: dict[str, Any]) -> Iterator[str]:
     """Distance and score against the radius of the blur (Figure 9)."""
-    by_radius = dict_of(dict_of(report.get("pictures")).get("blur"))
+    by_radius = dict_of(dict_of(report.get("images")).get("blur"))
     metrics = dict.fromkeys(name for values in by_radius.values() for name in dict_of(values))
     for name in metrics:
         found = [(float(radius), values.get(name)) for radius, values in by_radius.items()]
@@ -196,7 +196,9 @@ def configuration(folder: Folder) -> str:
             f"<details><summary>all settings</summary>{table(list(here.items()), marked=marked)}</details>"
         )
     if not parts:
-        raise ValueError(f"no configuration; a training's checkpoint holds it:\n{MAKERS['transformer']}")
+        raise ValueError(
+            f"no configuration; a training's checkpoint holds it:\n{MAKE_COMMANDS['transformer']}"
+        )
     return "".join(parts)
 
 
@@ -212,11 +214,11 @@ def checkpoints(folder: Folder) -> str:
     parts = []
     for kind, run in folder.runs.items():
         for step in sorted(run.folder.glob("checkpoints/*/"))[: -MOST_CHECKPOINTS - 1 : -1]:
-            if (step / SUMS).is_file():
-                lines = (step / SUMS).read_text(encoding="utf-8").splitlines()
+            if (step / CHECKSUMS).is_file():
+                lines = (step / CHECKSUMS).read_text(encoding="utf-8").splitlines()
                 rows = [line.split("  ", 1)[::-1] for line in lines if "  " in line]
                 parts.append(
-                    f"<h3>{escape(kind)}: {escape(step.name)}</h3>{table(rows, ('file', f'sha256 ({SUMS})'))}"
+                    f"<h3>{escape(kind)}: {escape(step.name)}</h3>{table(rows, ('file', f'sha256 ({CHECKSUMS})'))}"
                 )
         if links := [
             (key, value) for key, value in run.meta.get("links", {}).items() if isinstance(value, str)
@@ -228,7 +230,7 @@ def checkpoints(folder: Folder) -> str:
         rows += [(f"trained with: {name}", link) for name, link in config["links"].items()]
         parts.append(f"<h3>model directory</h3>{table(rows, ('config.json', 'sha256'))}")
     if not parts:
-        raise ValueError(f"no checkpoint; a training writes them:\n{MAKERS['transformer']}")
+        raise ValueError(f"no checkpoint; a training writes them:\n{MAKE_COMMANDS['transformer']}")
     return "".join(parts)
 
 
@@ -239,7 +241,7 @@ def versions(folder: Folder) -> str:
         rows += [
             (f"{kind}: trained with {name}", value) for name, value in run.meta.get("versions", {}).items()
         ]
-        for name in ("seconds", "memory_gib", "samples_per_second", "tokens_per_second", "mfu"):
+        for name in ("seconds", "max_memory_gib", "samples_per_sec", "tokens_per_sec", "mfu"):
             if logged := [value for _, value in points(run.lines, name)]:
                 rows.append((f"{kind}: {name}, median of the log", sorted(logged)[len(logged) // 2]))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -257,5 +259,7 @@ def kinds_missing(folder: Folder) -> list[str]:
     if folder.model or len(folder.runs) < 2:
         return []
     return [
-        f"{kind}: not trained here; train one:\n{MAKERS[kind]}" for kind in KINDS if kind not in folder.runs
+        f"{kind}: not trained here; train one:\n{MAKE_COMMANDS[kind]}"
+        for kind in MODEL_REGISTRY
+        if kind not in folder.runs
     ]

@@ -11,29 +11,29 @@ import torch
 
 from dalle import viz
 from dalle.config import from_dict
-from dalle.data import PairsConfig, draw_captions, first_pairs, open_pairs
+from dalle.data import DataConfig, first_samples, open_dataset, sample_captions
 from dalle.dvae import DVAE
 from dalle.evals.best_of_n import best_of_n
-from dalle.hub.registry import KINDS, load_part
+from dalle.hub.registry import MODEL_REGISTRY, load_model
 from dalle.io.format import read_config
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import Generation
 from dalle.report.folder import Folder
 from dalle.report.from_files import dict_of, sampled
-from dalle.report.html import escape, picture, pictures
+from dalle.report.html import escape, image_tag, images
 from dalle.report.svg import Curve, chart, finite
-from dalle.runs.args import MAKERS
+from dalle.runs.args import MAKE_COMMANDS
 from dalle.train.precision import resolve_device
 from dalle.transformer import TransformerConfig
-from dalle.types import Batch, ImageTokenizer
+from dalle.types import ImageTextBatch, ImageTokenizer
 
 if TYPE_CHECKING:
-    from dalle.commands.report import ReportRun
+    from dalle.commands.report import ReportArgs
 
 HELD_OUT = 64
-"""Pictures by which the use of the codes is counted."""
+"""Images by which the use of the codes is counted."""
 SHOWN = 4
-"""Pictures of a caption, and reconstructions."""
+"""Images of a caption, and reconstructions."""
 MASK_SIDE = 300
 """Pixels of a mask at the model's own size, at least."""
 
@@ -41,7 +41,7 @@ MASK_SIDE = 300
 class Bench:
     """The model of a folder, and what it draws for the report. Nothing is opened before it is asked for."""
 
-    def __init__(self, folder: Folder, run: "ReportRun"):
+    def __init__(self, folder: Folder, run: "ReportArgs"):
         self.folder, self.run = folder, run
 
     @cached_property
@@ -58,7 +58,7 @@ class Bench:
                 "python scripts/sample.py --prompt WORDS --save-model runs/model\npython scripts/report.py runs/model"
             )
         runs = self.folder.runs
-        parts = {kind: load_part(runs[kind].folder, kind, device) for kind in KINDS if kind in runs}
+        parts = {kind: load_model(runs[kind].folder, kind, device) for kind in MODEL_REGISTRY if kind in runs}
         return DALLE.from_parts(parts["dvae"], parts["transformer"], parts.get("clip"))
 
     @cached_property
@@ -71,16 +71,16 @@ class Bench:
             place = run.folder if run else self.folder.model
             if not self.run.draw or place is None:
                 raise
-        return load_part(place, "dvae", resolve_device(self.run.device)).model
+        return load_model(place, "dvae", resolve_device(self.run.device)).model
 
     @cached_property
-    def held_out(self) -> Batch:
+    def held_out(self) -> ImageTextBatch:
         """The first held-out pairs of the data that the dVAE, or the transformer, was trained on."""
         told = [self._record(kind).get("data", {}) for kind in ("dvae", "transformer")]
         named = [data for data in told if data.get("path")]
         if not named:
-            raise ValueError("the folder does not say which pictures it was trained on")
-        return first_pairs(open_pairs(from_dict(PairsConfig, named[0]), "held_out"), HELD_OUT)
+            raise ValueError("the folder does not say which images it was trained on")
+        return first_samples(open_dataset(from_dict(DataConfig, named[0]), "held_out"), HELD_OUT)
 
     def _record(self, kind: str) -> dict[str, Any]:
         run = self.folder.runs.get(kind)
@@ -92,7 +92,7 @@ class Bench:
         if self.run.prompts:
             return list(self.run.prompts)
         try:
-            return draw_captions(self.held_out, self.run.seed)[: self.run.captions]
+            return sample_captions(self.held_out, self.run.seed)[: self.run.captions]
         except ValueError as error:
             raise ValueError(f"no captions to draw ({error}); give --prompts") from None
 
@@ -113,11 +113,11 @@ class Bench:
         return self.model.generate(self.captions, n=best_of, best_of=best_of, **settings)
 
     def samples(self) -> str:
-        """The best pictures of each caption, and the worst, with their scores; then those found in the folder."""
+        """The best images of each caption, and the worst, with their scores; then those found in the folder."""
         found, parts = list(sampled(self.folder)), []
         try:
             rows = [
-                f"<div><h3>{escape(one.prompt)}</h3>{pictures(self._scored(one))}</div>" for one in self.drawn
+                f"<div><h3>{escape(one.prompt)}</h3>{images(self._scored(one))}</div>" for one in self.drawn
             ]
             parts = [f'<p class="pale">{self._how()}</p><div class="rows">{"".join(rows)}</div>']
         except ValueError:
@@ -136,11 +136,11 @@ class Bench:
     @staticmethod
     def _scored(one: Generation) -> list[str]:
         if one.scores is None:
-            return [picture(image, one.prompt, small=True) for image in one.images[:SHOWN]]
+            return [image_tag(image, one.prompt, small=True) for image in one.images[:SHOWN]]
         said = [f"score {score:.3f}" for score in one.scores]
         said[-1] = f"worst of {len(said)}: {one.scores[-1]:.3f}"
         shown = [*range(len(said))][: SHOWN - 1] + [len(said) - 1] * (len(said) >= SHOWN)
-        return [picture(one.images[i], one.prompt, said[i], small=True) for i in shown]
+        return [image_tag(one.images[i], one.prompt, said[i], small=True) for i in shown]
 
     def rerank(self) -> str:
         """What the best of N is worth: as an evaluation measured it, else by the candidates drawn here."""
@@ -161,7 +161,7 @@ class Bench:
                     )
         if not charts:
             if self.model.scorer is None:
-                raise ValueError(f"no reranking: there is no CLIP; train one:\n{MAKERS['clip']}")
+                raise ValueError(f"no reranking: there is no CLIP; train one:\n{MAKE_COMMANDS['clip']}")
             table = np.array([one.scores for one in self.drawn])
             curve = list(best_of_n(table).items())
             title = f"CLIP's score of the best of N, mean of {len(table)} captions"
@@ -170,60 +170,64 @@ class Bench:
         return f'<p>{said}</p><div class="cards">{"".join(charts)}</div>'
 
     def attention(self) -> str:
-        """Of the best picture of the first caption, for the last layer of each kind."""
+        """Of the best image of the first caption, for the last layer of each kind."""
         one = self.drawn[0]
-        shown = viz.attention_picture(self.model, one.prompt, one.image_tokens[[0]], truncate=True)
+        shown = viz.attention_image(self.model, one.prompt, one.image_tokens[[0]], truncate=True)
         said = (
             "Where the last layer of each kind looks while it draws the token in the red square: the mean of its "
             "heads, brightest at the place of the most weight. A place shows the token that was read there."
         )
-        return f"<p>{said}</p>" + picture(
+        return f"<p>{said}</p>" + image_tag(
             shown, f"attention per kind of layer for {one.prompt!r}", one.prompt
         )
 
     def codebook(self) -> str:
-        """The codes most used on held-out pictures, each decoded alone; how often each is used; relaxed and hard."""
+        """The codes most used on held-out images, each decoded alone; how often each is used; relaxed and hard."""
         model, parts = self.dvae, []
         try:
             pixels = torch.from_numpy(self.held_out.pixels)
             times = viz.count_codes(model, pixels.split(16))
             order = times.argsort(descending=True, stable=True)[: min(self.run.codes, int((times > 0).sum()))]
-            first = f"The {len(order)} codes most used in {len(pixels)} held-out pictures, most used first"
-            parts.append(picture(viz.code_use_picture(times), "how often each code is used"))
+            first = f"The {len(order)} codes most used in {len(pixels)} held-out images, most used first"
+            parts.append(image_tag(viz.code_use_image(times), "how often each code is used"))
             tokens = model.encode(pixels[:1].to(_device(model)))
-            grid = tuple(side // model.downsampling for side in pixels.shape[2:])
+            grid = tuple(side // model.downsample_factor for side in pixels.shape[2:])
             codes = viz.code_map(tokens, model.vocab_size, grid, cell=max(1, 192 // grid[0]))
             parts.append(
-                picture(codes, "the codes of the first picture", "codes of the first picture, a colour each")
+                image_tag(codes, "the codes of the first image", "codes of the first image, a color each")
             )
             if isinstance(model, DVAE):
                 tau = self._record("dvae").get("objective", {}).get("tau", {}).get("end", 1 / 16)
-                made = viz.reconstructions_picture(model, pixels[:SHOWN], tau)
+                made = viz.reconstructions_image(model, pixels[:SHOWN], tau)
                 parts.append(
-                    picture(
+                    image_tag(
                         made, "reconstructions by relaxed and by hard codes", "relaxed against hard codes"
                     )
                 )
         except ValueError as error:
             order = torch.arange(min(self.run.codes, model.vocab_size))
             first = f"The first {len(order)} of {model.vocab_size} codes, by number (their use is not known: {error})"
-        sheet = viz.codebook_sheet(model, order.tolist(), columns=16, scale=max(1, 20 // model.downsampling))
-        return f"<p>{escape(first)}; each decoded alone.</p>" + pictures([picture(sheet, first), *parts])
+        sheet = viz.codebook_sheet(
+            model, order.tolist(), columns=16, scale=max(1, 20 // model.downsample_factor)
+        )
+        return f"<p>{escape(first)}; each decoded alone.</p>" + images([image_tag(sheet, first), *parts])
 
     def masks(self) -> str:
         """Figure 11 as the paper draws it, and at the model's own size."""
         config = self._transformer()
         layout = config.layout
-        cell = max(1, MASK_SIDE // layout.length)
+        cell = max(1, MASK_SIDE // layout.seq_len)
         own = viz.figure_11(layout, config.conv_kernel, cell)
         said = f"this model: {layout.text_len} text slots, {layout.rows} x {layout.columns} image slots"
         figures = [
-            picture(viz.figure_11(), "the masks of Figure 11", "as the paper draws them: 6 text, 4 x 4 image")
+            image_tag(
+                viz.figure_11(), "the masks of Figure 11", "as the paper draws them: 6 text, 4 x 4 image"
+            )
         ]
         note = "A line is a query, a column a key; orange is text that it sees, blue are image slots."
         if not config.sparse:
             note += " This model has causal layers only: sparse is false."
-        return f"<p>{note}</p>" + pictures([*figures, picture(own, said, said)])
+        return f"<p>{note}</p>" + images([*figures, image_tag(own, said, said)])
 
     def _transformer(self) -> TransformerConfig:
         """The transformer's shape, without opening its weights."""
@@ -233,7 +237,7 @@ class Bench:
             place = self.folder.model
             part = read_config(place)["parts"].get("transformer", {}) if place else {}
         if "config" not in part:
-            raise ValueError(f"no masks: there is no transformer; train one:\n{MAKERS['transformer']}")
+            raise ValueError(f"no masks: there is no transformer; train one:\n{MAKE_COMMANDS['transformer']}")
         return from_dict(TransformerConfig, part["config"], str(place))
 
 

@@ -1,4 +1,4 @@
-"""What a report is made of: escaped text, pictures as data, tables, and the page around them.
+"""What a report is made of: escaped text, images as data, tables, and the page around them.
 
 The page is one file. It asks for nothing from outside, and its policy forbids the browser to: no scripts, no requests.
 """
@@ -15,9 +15,9 @@ from PIL import Image
 from dalle.data.histograms import plain
 
 MOST_BYTES = 300_000
-"""Of one picture; a larger one is made smaller, then coded with loss."""
+"""Of one image; a larger one is made smaller, then coded with loss."""
 MOST_SIDE = 1600
-"""Pixels on a side of a picture that is made smaller."""
+"""Pixels on a side of an image that is made smaller."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfd; --ink: #1c1e21; --pale: #676d76; --line: #dcdfe4; --card: #ffffff;
@@ -39,7 +39,7 @@ code { font: 0.88em ui-monospace, monospace; overflow-wrap: anywhere; }
 .rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 31rem), 1fr)); gap: 0 1.5rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 0.5rem; }
 .card svg { display: block; width: 100%; height: auto; }
-.pictures { display: flex; flex-wrap: wrap; gap: 0.75rem; align-items: flex-end; }
+.images { display: flex; flex-wrap: wrap; gap: 0.75rem; align-items: flex-end; }
 figure { margin: 0; max-width: 100%; }
 figcaption { font-size: 0.85rem; color: var(--pale); overflow-wrap: anywhere; }
 img { display: block; max-width: 100%; height: auto; border-radius: 3px; background: #fff; }
@@ -73,8 +73,8 @@ def escape(value: Any) -> str:
     return html.escape(plain(str(value)), quote=True)
 
 
-def picture(image: Image.Image, alt: str, caption: str = "", small: bool = False) -> str:
-    """A figure with the picture inside.
+def image_tag(image: Image.Image, alt: str, caption: str = "", small: bool = False) -> str:
+    """A figure with the image inside.
 
     Args:
         alt: what it shows, for who cannot see it.
@@ -109,9 +109,9 @@ def _bytes(image: Image.Image, form: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def pictures(figures: Iterable[str]) -> str:
+def images(figures: Iterable[str]) -> str:
     """Figures side by side."""
-    return f'<div class="pictures">{"".join(figures)}</div>'
+    return f'<div class="images">{"".join(figures)}</div>'
 
 
 def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = (), marked: Sequence[int] = ()) -> str:

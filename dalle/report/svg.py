@@ -1,4 +1,4 @@
-"""Curves as SVG inside the page, in the page's own colours, so that they can be read on light and dark grounds."""
+"""Curves as SVG inside the page, in the page's own colors, so that they can be read on light and dark grounds."""
 
 import math
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ class Curve:
     """(x, y) in order of x."""
     style: str = "line"
     """line; dots, joined by a thin line; or level, a dotted line at the first y."""
-    colour: int = 0
-    """Number of a colour of the page, 0 to 2."""
+    color: int = 0
+    """Number of a color of the page, 0 to 2."""
 
 
 def chart(title: str, curves: Sequence[Curve], below: str = "step", doubling: bool = False) -> str:
@@ -42,7 +42,7 @@ def chart(title: str, curves: Sequence[Curve], below: str = "step", doubling: bo
         ValueError: no point is finite.
     """
     across = math.log2 if doubling else float
-    curves = [Curve(c.name, thin(finite(c.points)), c.style, c.colour) for c in curves]
+    curves = [Curve(c.name, thin(finite(c.points)), c.style, c.color) for c in curves]
     xs = [across(x) for c in curves for x, _ in c.points if c.style != "level"]
     ys = [y for c in curves for _, y in c.points]
     if not xs:
@@ -74,26 +74,26 @@ def chart(title: str, curves: Sequence[Curve], below: str = "step", doubling: bo
 
 
 def _drawn(curve: Curve, place) -> str:
-    colour = f"var(--c{curve.colour})"
+    color = f"var(--c{curve.color})"
     if curve.style == "level":
         y = place(1, curve.points[0][1])[1]
         return (
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}" '
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{color}" '
             'stroke-dasharray="2 3"/>'
         )
     spots = [place(x, y) for x, y in curve.points]
     dots = curve.style == "dots" or len(spots) == 1
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-    drawn = f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{0.8 if dots else 1.4}"/>'
+    drawn = f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="{0.8 if dots else 1.4}"/>'
     return drawn + "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{colour}"/>' for x, y in spots * dots
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{color}"/>' for x, y in spots * dots
     )
 
 
 def _legend(curves: Sequence[Curve]) -> str:
     """A line below the title; none for one curve."""
     signs = {"line": "\N{EM DASH}", "dots": "\N{BLACK CIRCLE}", "level": "\N{MIDDLE DOT}" * 3}
-    names = [f'<tspan fill="var(--c{c.colour})">{signs[c.style]}</tspan> {escape(c.name)}' for c in curves]
+    names = [f'<tspan fill="var(--c{c.color})">{signs[c.style]}</tspan> {escape(c.name)}' for c in curves]
     spaced = "\N{NO-BREAK SPACE}\N{NO-BREAK SPACE} ".join(names)
     return (
         f'<text x="{WIDTH / 2}" y="29" text-anchor="middle" {_font(10)}>{spaced}</text>'

@@ -8,11 +8,11 @@ from typing import Any
 
 from dalle.config import to_dict
 from dalle.data import PairsLoader, StepOfPairs
-from dalle.hub.registry import Part, load_part
+from dalle.hub.registry import LoadedModel, load_model
 from dalle.io.files import make_directory, read_json
 from dalle.paths import CONFIGS as CONFIGS  # scripts take it from here
-from dalle.pretrained.load import is_published, load_image_tokenizer
-from dalle.text import MergeTokenizer, load_text
+from dalle.pretrained.load import is_external_checkpoint, load_image_tokenizer
+from dalle.text import BPETokenizer, load_text_tokenizer
 from dalle.train.distributed import TIMEOUT, Mode, Parallel
 from dalle.train.precision import resolve_device
 from dalle.train.trainer import Resume
@@ -20,7 +20,7 @@ from dalle.train.writers import LogConfig
 
 ROOT = Path("runs")
 
-MAKERS = {
+MAKE_COMMANDS = {
     "text": "python scripts/train_tokenizer.py --config configs/transformer/shapes.yaml",
     "dvae": "python scripts/train_dvae.py --config configs/dvae/shapes.yaml",
     "tokens": "python scripts/encode_images.py --config configs/dvae/shapes.yaml",
@@ -28,12 +28,12 @@ MAKERS = {
     "clip": "python scripts/train_clip.py --config configs/clip/shapes.yaml",
 }
 FREE_OF_DATA = ("workers", "prefetch", "cache_path", "max_skipped")
-"""Settings of the data that leave every picture as it is."""
+"""Settings of the data that leave every image as it is."""
 _MARKS = {"text": "text.json", "tokens": "meta.json"}
 
 
 @dataclass(frozen=True)
-class TrainingRun:
+class TrainArgs:
     """What every training script takes."""
 
     out: Path | None = None
@@ -129,18 +129,18 @@ def is_complete(stage: str, root: Path | None = None) -> bool:
     """Whether the newest result of a stage under runs/ is there and, if it is trained, trained to its end."""
     if not _results(stage, root or ROOT):
         return False
-    pointer = newest(stage, root) / "checkpoints" / "latest"
+    pointer = latest_run(stage, root) / "checkpoints" / "latest"
     if not pointer.is_file():
         return True
     meta = read_json(pointer.parent / pointer.read_text(encoding="utf-8").strip() / "meta.json")
     return meta["step"] >= meta["steps"]
 
 
-def newest(stage: str, root: Path | None = None) -> Path:
+def latest_run(stage: str, root: Path | None = None) -> Path:
     """The newest result of a stage under runs/; ValueError names the command that makes one."""
     found = [path for path in _results(stage, root or ROOT)]
     if not found:
-        raise ValueError(f"no {stage} under {root or ROOT}/; make one:\n    {MAKERS[stage]}")
+        raise ValueError(f"no {stage} under {root or ROOT}/; make one:\n    {MAKE_COMMANDS[stage]}")
     return max(found, key=lambda path: _mark(stage, path).stat().st_mtime)
 
 
@@ -175,31 +175,31 @@ def _kind(stage: str, folder: Path) -> str | None:
     return meta.get("kind") if isinstance(meta, dict) else None
 
 
-def take(stage: str, given: Path | None) -> Path:
+def resolve_input(stage: str, given: Path | None) -> Path:
     """The path given, or the newest under runs/; says which it took."""
-    path = given or newest(stage)
+    path = given or latest_run(stage)
     if not path.exists():
-        raise ValueError(f"no {stage} at {path}; make one:\n    {MAKERS[stage]}")
+        raise ValueError(f"no {stage} at {path}; make one:\n    {MAKE_COMMANDS[stage]}")
     print(f"taking {stage} from {path}")
     return path
 
 
-def take_part(stage: str, given: Path | None, device: Any = "cpu") -> Part:
+def load_stage(stage: str, given: Path | None, device: Any = "cpu") -> LoadedModel:
     """A model of an earlier stage, with its averaged weights; warns when its training is not complete.
 
     As the dVAE it also takes a published image tokenizer: OpenAI's encoder.pkl and decoder.pkl in one folder, say.
     """
-    path = take(stage, given)
-    if stage == "dvae" and is_published(path):
-        return Part(stage, load_image_tokenizer(path, device), {}, path)
-    part = load_part(path, stage, device)
+    path = resolve_input(stage, given)
+    if stage == "dvae" and is_external_checkpoint(path):
+        return LoadedModel(stage, load_image_tokenizer(path, device), {}, path)
+    part = load_model(path, stage, device)
     step, steps = part.meta.get("step"), part.meta.get("steps")
     if step is not None and step < steps:
         print(f"note: this {stage} was trained for {step} of {steps} steps only")
     return part
 
 
-def take_text(given: Path | None) -> MergeTokenizer:
-    """The text tokenizer of an earlier stage, or a file of another library that `load_text` reads."""
-    path = take("text", given)
-    return load_text(path / "text.json" if path.is_dir() else path)
+def load_text_input(given: Path | None) -> BPETokenizer:
+    """The text tokenizer of an earlier stage, or a file of another library that `load_text_tokenizer` reads."""
+    path = resolve_input("text", given)
+    return load_text_tokenizer(path / "text.json" if path.is_dir() else path)

@@ -7,16 +7,16 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from dalle.hub.init_from import freeze, start_from
-from dalle.hub.registry import load_part
+from dalle.hub.init_from import freeze, load_pretrained_weights
+from dalle.hub.registry import load_model
 from dalle.io.files import read_json
-from dalle.runs.args import TrainingRun
+from dalle.runs.args import TrainArgs
 from dalle.train.checkpoint import latest_checkpoint
 
-Run = TypeVar("Run", bound=TrainingRun)
+Run = TypeVar("Run", bound=TrainArgs)
 
 
-def begin(kind: str, run: TrainingRun, model: nn.Module, links: dict[str, Any]) -> dict[str, Any]:
+def init_weights(kind: str, run: TrainArgs, model: nn.Module, links: dict[str, Any]) -> dict[str, Any]:
     """Puts `--init-from` and `--freeze` into a fresh model; returns what the run's checkpoints say of it.
 
     A run that goes on keeps what its checkpoint holds and says: the source is not read again.
@@ -35,8 +35,8 @@ def begin(kind: str, run: TrainingRun, model: nn.Module, links: dict[str, Any]) 
         return _as_before(read_json(going_on / "meta.json").get("init"), run)
     if run.init_from is None:
         return {}
-    part = load_part(run.init_from, kind)
-    grown = start_from(kind, model, part.model)
+    part = load_model(run.init_from, kind)
+    grown = load_pretrained_weights(kind, model, part.model)
     print(f"{kind}: begins with the weights of {run.init_from}" + (f" ({', '.join(grown)})" if grown else ""))
     for name, maker, ids in (("text_hash", "text tokenizer", "text ids"), ("dvae", "dVAE", "image codes")):
         if {name} <= links.keys() & part.links.keys() and links[name] != part.links[name]:
@@ -44,21 +44,21 @@ def begin(kind: str, run: TrainingRun, model: nn.Module, links: dict[str, Any]) 
     return {"init": {"name": run.init_from.resolve().name, "weights": part.hash}}
 
 
-def _as_before(init: dict[str, str] | None, run: TrainingRun) -> dict[str, Any]:
+def _as_before(init: dict[str, str] | None, run: TrainArgs) -> dict[str, Any]:
     if run.init_from and (init is None or init["name"] != run.init_from.resolve().name):
         began = f"from {init['name']}" if init else "from fresh weights"
         raise ValueError(f"the run in --out began {began}, not from {run.init_from}; give another --out")
     return {"init": init} if init else {}
 
 
-def one_batch(run: Run) -> Run:
+def overfit_config(run: Run) -> Run:
     """With `--overfit N` the same run with batches of N."""
     if run.overfit is None:
         return run
     return replace(run, train=replace(run.train, batch_size=run.overfit))
 
 
-def repeated(run: TrainingRun, batches: Callable[[int], Any]) -> Callable[[int], Any]:
+def overfit_batches(run: TrainArgs, batches: Callable[[int], Any]) -> Callable[[int], Any]:
     """With `--overfit` the first batch for every step, else the batches."""
     if run.overfit is None:
         return batches

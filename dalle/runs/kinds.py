@@ -4,16 +4,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dalle.commands.train_clip import CLIPRun, train_clip
-from dalle.commands.train_dvae import DVAERun, train_dvae
-from dalle.commands.train_transformer import TransformerRun, train_transformer
+from dalle.commands.train_clip import TrainCLIPArgs, train_clip
+from dalle.commands.train_dvae import TrainDVAEArgs, train_dvae
+from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
 from dalle.config import ConfigError, from_dict, read_yaml
-from dalle.runs.args import TrainingRun
+from dalle.runs.args import TrainArgs
 
-TRAININGS: dict[str, tuple[type[TrainingRun], Callable[[Any], Path]]] = {
-    "dvae": (DVAERun, train_dvae),
-    "transformer": (TransformerRun, train_transformer),
-    "clip": (CLIPRun, train_clip),
+TRAININGS: dict[str, tuple[type[TrainArgs], Callable[[Any], Path]]] = {
+    "dvae": (TrainDVAEArgs, train_dvae),
+    "transformer": (TrainTransformerArgs, train_transformer),
+    "clip": (TrainCLIPArgs, train_clip),
 }
 
 EACH_KIND = f"--help after --kind {{{','.join(TRAININGS)}}}, or after --config FILE, explains every word."

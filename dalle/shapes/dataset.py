@@ -1,14 +1,14 @@
 """The embedded data set: an endless, seeded stream of drawn scenes with captions.
 
-One or two plain shapes stand on a coloured ground: "a red circle above a blue square on a yellow
-background". Every number is drawn from (seed, index), so picture i is always picture i. Things start at,
-and extend over, whole twelfths of the picture, five or more: a small dVAE whose patches are twelfths can
+One or two plain shapes stand on a colored ground: "a red circle above a blue square on a yellow
+background". Every number is drawn from (seed, index), so image i is always image i. Things start at,
+and extend over, whole twelfths of the image, five or more: a small dVAE whose patches are twelfths can
 show them, and the edge of a shape crosses its patches in few ways (docs/log.md).
 
 Two parts of the scenes are never drawn for training: `held_out`, a tenth of all scenes chosen by hash,
-and `new_pairs`, scenes with a colour-shape pair that no training scene has on any object.
+and `new_pairs`, scenes with a color-shape pair that no training scene has on any object.
 
-    B batch, K two object slots, R resolution in pixels; lengths are in picture widths, x right, y down.
+    B batch, K two object slots, R resolution in pixels; lengths are in image widths, x right, y down.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dalle.io.rng import generator
-from dalle.types import Batch
+from dalle.types import ImageTextBatch
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 39, 40),
     "green": (44, 150, 60),
     "blue": (40, 80, 210),
@@ -45,7 +45,7 @@ PLACES = {  # of a thing that stands alone: steps from the middle (x, y)
     "at the bottom": (0, 1),
     "at the bottom right": (1, 1),
 }
-# One colour-shape pair in eight, each shape once: training never shows them.
+# One color-shape pair in eight, each shape once: training never shows them.
 NEW_PAIRS = frozenset({("red", "circle"), ("blue", "square"), ("yellow", "triangle"), ("black", "cross")})
 SPLITS = ("train", "held_out", "new_pairs")
 
@@ -60,7 +60,7 @@ PAIR_STARTS = (
     (1, 7),
 )  # of two things, along the axis of their relation: a cell or two between them
 CELLS = {"small": 5, "large": 8}  # width of a thing
-EXTENT = {size: cells / LATTICE for size, cells in CELLS.items()}  # the same in picture widths
+EXTENT = {size: cells / LATTICE for size, cells in CELLS.items()}  # the same in image widths
 PLACE_STEP = {"small": 3 / LATTICE, "large": 2 / LATTICE}  # from the middle to a place at the side, about
 
 _OPPOSITE = {"left of": "right of", "above": "below"}
@@ -71,11 +71,11 @@ _DIRECTION = {"left of": "to the left of", "right of": "to the right of", "above
 class Thing:
     """One drawn object."""
 
-    colour: str
+    color: str
     shape: str
 
     def __str__(self) -> str:
-        return f"{self.colour} {self.shape}"
+        return f"{self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,14 @@ class Scene:
     @property
     def split(self) -> str:
         """Which of SPLITS the scene belongs to."""
-        if any((thing.colour, thing.shape) in NEW_PAIRS for thing in self.things):
+        if any((thing.color, thing.shape) in NEW_PAIRS for thing in self.things):
             return "new_pairs"
         digest = hashlib.blake2b(repr(self).encode(), digest_size=2).digest()
         return "held_out" if int.from_bytes(digest) % 10 == 0 else "train"
 
 
 def draw_scene(rng: np.random.Generator, split: str) -> Scene:
-    """A scene of the split: two things in two thirds of the cases, all colours in it different."""
+    """A scene of the split: two things in two thirds of the cases, all colors in it different."""
     while True:
         scene = _any_scene(rng)
         if scene.split == split:
@@ -109,9 +109,9 @@ def draw_scene(rng: np.random.Generator, split: str) -> Scene:
 
 
 def _any_scene(rng: np.random.Generator) -> Scene:
-    background, *colours = rng.permutation(list(COLOURS))[:3].tolist()
+    background, *colors = rng.permutation(list(COLORS))[:3].tolist()
     shapes = [SHAPES[i] for i in rng.integers(len(SHAPES), size=2)]
-    things = tuple(Thing(c, s) for c, s in zip(colours, shapes, strict=True))
+    things = tuple(Thing(c, s) for c, s in zip(colors, shapes, strict=True))
     if rng.random() < 2 / 3:
         return Scene(background, things, relation=RELATIONS[rng.integers(2)])
     place = list(PLACES)[rng.integers(len(PLACES))]
@@ -119,20 +119,20 @@ def _any_scene(rng: np.random.Generator) -> Scene:
 
 
 def change_one_attribute(scene: Scene, rng: np.random.Generator) -> Scene:
-    """A scene that differs from the given one in one attribute: a colour, a shape, the ground,
+    """A scene that differs from the given one in one attribute: a color, a shape, the ground,
     the relation (two things swap places or turn) or the place or size of one thing."""
     choices = (
-        ["background", "colour", "shape", "relation"]
+        ["background", "color", "shape", "relation"]
         if scene.relation
-        else ["background", "colour", "shape", "place", "size"]
+        else ["background", "color", "shape", "place", "size"]
     )
     what = choices[rng.integers(len(choices))]
-    used = {scene.background, *(thing.colour for thing in scene.things)}
+    used = {scene.background, *(thing.color for thing in scene.things)}
     which = int(rng.integers(len(scene.things)))
     if what == "background":
-        return replace(scene, background=_other(COLOURS, used, rng))
-    if what == "colour":
-        return _with_thing(scene, which, colour=_other(COLOURS, used, rng))
+        return replace(scene, background=_other(COLORS, used, rng))
+    if what == "color":
+        return _with_thing(scene, which, color=_other(COLORS, used, rng))
     if what == "shape":
         return other_shape(scene, which, rng)
     if what == "place":
@@ -186,8 +186,8 @@ def captions(scene: Scene) -> list[str]:
     ]
 
 
-_THING = re.compile(rf"(?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
-_GROUND = re.compile(rf"({'|'.join(COLOURS)}) background")
+_THING = re.compile(rf"(?:({'|'.join(SIZES)}) )?({'|'.join(COLORS)}) ({'|'.join(SHAPES)})")
+_GROUND = re.compile(rf"({'|'.join(COLORS)}) background")
 _PLACE = re.compile("|".join(sorted(PLACES, key=len, reverse=True)))
 _RELATION = re.compile(r"left of|right of|above|below")
 
@@ -205,10 +205,10 @@ def _find_scene(text: str) -> Scene | None:
     things, ground = _THING.findall(text), _GROUND.search(text)
     relation, place = _RELATION.search(text), _PLACE.search(text)
     if ground and len(things) == 1 and place:
-        size, colour, shape = things[0]
-        return Scene(ground[1], (Thing(colour, shape),), place=place[0], size=size)
+        size, color, shape = things[0]
+        return Scene(ground[1], (Thing(color, shape),), place=place[0], size=size)
     if ground and len(things) == 2 and relation:
-        first, second = (Thing(colour, shape) for _, colour, shape in things)
+        first, second = (Thing(color, shape) for _, color, shape in things)
         if text.endswith(f"it on a {ground[1]} background"):  # "a with b below it": b is below a
             first, second = second, first
         if relation[0] in RELATIONS:
@@ -218,7 +218,7 @@ def _find_scene(text: str) -> Scene | None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Pictures
+# Images
 # ---------------------------------------------------------------------------------------------
 
 
@@ -252,7 +252,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def render(scenes: Sequence[Scene], boxes: np.ndarray, resolution: int) -> np.ndarray:
-    """Anti-aliased pictures.
+    """Anti-aliased images.
 
     Args:
         scenes: B scenes.
@@ -263,26 +263,26 @@ def render(scenes: Sequence[Scene], boxes: np.ndarray, resolution: int) -> np.nd
         float32 (B, 3, R, R) in [0, 1].
     """
     centres = ((np.arange(resolution) + 0.5) / resolution).astype(np.float32)
-    grounds = np.array([COLOURS[scene.background] for scene in scenes], np.float32)
-    pictures = np.tile(grounds[:, :, None, None], (1, 1, resolution, resolution))
+    grounds = np.array([COLORS[scene.background] for scene in scenes], np.float32)
+    images = np.tile(grounds[:, :, None, None], (1, 1, resolution, resolution))
     for b, scene in enumerate(scenes):
         for thing, (cx, cy, extent) in zip(scene.things, boxes[b].astype(np.float32), strict=False):
             x, y = (centres[None, :] - cx) / extent, (centres[:, None] - cy) / extent
             distance = signed_distance(thing.shape, x, y) * extent * resolution  # in pixels
             cover = np.clip(0.5 - distance, 0, 1)
-            colour = np.array(COLOURS[thing.colour], np.float32)[:, None, None]
-            pictures[b] += cover * (colour - pictures[b])
-    return pictures / 255
+            color = np.array(COLORS[thing.color], np.float32)[:, None, None]
+            images[b] += cover * (color - images[b])
+    return images / 255
 
 
-class ShapesPairs:
-    """Endless captioned pictures. Picture i depends on (seed, split, i) alone.
+class ShapesDataset:
+    """Endless captioned images. Image i depends on (seed, split, i) alone.
 
     Args:
         resolution: pixels on a side.
         seed: another seed is another set.
         split: "train", "held_out" or "new_pairs".
-        siblings: every odd picture differs from the one before it in one attribute (for CLIP).
+        siblings: every odd image differs from the one before it in one attribute (for CLIP).
     """
 
     size = None
@@ -299,7 +299,7 @@ class ShapesPairs:
         return generator("scene", self.seed, SPLITS.index(self.split), index)
 
     def scene(self, index: int) -> Scene:
-        """The scene of picture `index`."""
+        """The scene of image `index`."""
         return self._draw(index, self._generator(index))
 
     def _draw(self, index: int, rng: np.random.Generator) -> Scene:
@@ -313,22 +313,22 @@ class ShapesPairs:
         return draw_scene(rng, self.split)  # a held-out scene may have no held-out neighbour
 
     def drawn(self, indices: Sequence[int]) -> tuple[list[Scene], np.ndarray]:
-        """The scenes of pictures and where their things stand, (B, K, 3) as `draw_layout`."""
+        """The scenes of images and where their things stand, (B, K, 3) as `draw_layout`."""
         generators = [self._generator(index) for index in indices]
         scenes = [self._draw(index, rng) for index, rng in zip(indices, generators, strict=True)]
         return scenes, np.stack([draw_layout(s, rng) for s, rng in zip(scenes, generators, strict=True)])
 
     def pixels(self, indices: Sequence[int]) -> np.ndarray:
-        """float32 (B, 3, R, R) in [0, 1]; drawn pictures are never cropped."""
+        """float32 (B, 3, R, R) in [0, 1]; drawn images are never cropped."""
         return render(*self.drawn(indices), self.resolution)
 
     def load(
         self, samples: Sequence[tuple[int, int]], augment: str = "none", seed: int = 0, replace: bool = False
-    ) -> Batch:
-        """Pictures and wordings of (epoch, index) samples; whatever the epoch, they are the same."""
+    ) -> ImageTextBatch:
+        """Images and wordings of (epoch, index) samples; whatever the epoch, they are the same."""
         indices = [index for _, index in samples]
-        return Batch(self.pixels(indices), self.captions(indices), list(samples))
+        return ImageTextBatch(self.pixels(indices), self.captions(indices), list(samples))
 
     def captions(self, indices: Sequence[int]) -> list[list[str]]:
-        """All wordings of each picture."""
+        """All wordings of each image."""
         return [captions(self.scene(index)) for index in indices]

@@ -1,16 +1,16 @@
-"""Does a picture show what its caption says? A judge for the shapes set that reads the pixels.
+"""Does an image show what its caption says? A judge for the shapes set that reads the pixels.
 
-The judge learns nothing and is never told where things ought to be. It reads a picture into a `Reading`
-(the ground colour and a list of things with colour, shape, centre and extent), reads the caption into a
+The judge learns nothing and is never told where things ought to be. It reads an image into a `Reading`
+(the ground color and a list of things with color, shape, centre and extent), reads the caption into a
 `Scene`, and names the attributes in which the two disagree:
 
-1. every pixel takes the name of the nearest colour; the name most common at the border is the ground;
-2. a square of pixels of one other name is a seed of a thing: edges, which are mixtures of two colours and
+1. every pixel takes the name of the nearest color; the name most common at the border is the ground;
+2. a square of pixels of one other name is a seed of a thing: edges, which are mixtures of two colors and
    often look like a third, are too thin, or too far from the third, to seed one;
-3. around a seed, the pixels nearer to the thing's colour than to the other colours seen are the thing;
+3. around a seed, the pixels nearer to the thing's color than to the other colors seen are the thing;
 4. the shape that overlaps best with them is its shape (shapes_fit.py).
 
-    B pictures, N things in them, C colours, M pairs of picture and colour in it, W working resolution.
+    B images, N things in them, C colors, M pairs of image and color in it, W working resolution.
 """
 
 from dataclasses import dataclass
@@ -21,26 +21,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle.shapes.dataset import COLOURS, EXTENT, PLACE_STEP, PLACES, Scene, parse_caption
+from dalle.shapes.dataset import COLORS, EXTENT, PLACE_STEP, PLACES, Scene, parse_caption
 from dalle.shapes.template_match import fit_shapes
 
-WORKING = 48  # pixels on a side of the pictures as read; the lengths in pixels below are in these
+WORKING = 48  # pixels on a side of the images as read; the lengths in pixels below are in these
 RING = 2  # width of the border that names the ground
 SEED = 5  # width of the square that seeds a thing; an arm of the smallest cross is 7 wide
 REACH = 7  # how far a thing's pixels may lie from a seed: the tip of a triangle does
 RIM = 4  # width of the soft edge about a thing: a patch of a 12 x 12 grid
-MAX_COLOUR_ERROR = (
-    0.21  # RGB in [0, 1]; a mixture of two colours, red and blue, is 0.217 from a third, purple
-)
-MIN_THING = 0.03  # of the picture's area; the smallest thing drawn covers 0.09
+MAX_COLOR_ERROR = 0.21  # RGB in [0, 1]; a mixture of two colors, red and blue, is 0.217 from a third, purple
+MIN_THING = 0.03  # of the image's area; the smallest thing drawn covers 0.09
 MAX_LITTER = 2 / 144  # area that is neither ground nor thing: two patches of a 12 x 12 grid
 
 
 @dataclass(frozen=True)
 class SeenThing:
-    """A thing as read; its shape is None when it is like none of ours. Lengths in picture widths."""
+    """A thing as read; its shape is None when it is like none of ours. Lengths in image widths."""
 
-    colour: str
+    color: str
     shape: str | None
     centre: tuple[float, float]
     extent: float
@@ -59,7 +57,7 @@ class SeenThing:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows. The ground is None when its colour is like none of ours; `litter` is the part
+    """What an image shows. The ground is None when its color is like none of ours; `litter` is the part
     of the area that is neither ground nor thing."""
 
     ground: str | None
@@ -72,8 +70,8 @@ class Reading:
 # ---------------------------------------------------------------------------------------------
 
 
-def judge(pixels: np.ndarray | Tensor, captions: list[str]) -> np.ndarray:
-    """Whether each picture shows what its caption says.
+def matches_caption(pixels: np.ndarray | Tensor, captions: list[str]) -> np.ndarray:
+    """Whether each image shows what its caption says.
 
     Args:
         pixels: (B, 3, R, R) floats in [0, 1], R at least 32.
@@ -86,24 +84,24 @@ def judge(pixels: np.ndarray | Tensor, captions: list[str]) -> np.ndarray:
         ValueError: pixels of another rank, type or range; another number of captions; a caption that is
             not of the shapes set.
     """
-    readings = read_pictures(pixels)
+    readings = read_images(pixels)
     if len(captions) != len(readings):
-        raise ValueError(f"{len(readings)} pictures with {len(captions)} captions; expected one caption each")
+        raise ValueError(f"{len(readings)} images with {len(captions)} captions; expected one caption each")
     scenes = [parse_caption(caption) for caption in captions]
     return np.array([not disagreements(r, s) for r, s in zip(readings, scenes, strict=True)], dtype=bool)
 
 
 def accuracy(pixels: np.ndarray | Tensor, captions: list[str]) -> float:
-    """The part of the pictures that show what their captions say; arguments and errors as for `judge`."""
+    """The part of the images that show what their captions say; arguments and errors as for `matches_caption`."""
     if len(captions) == 0:
-        raise ValueError("no pictures to judge; expected at least one")
-    return float(judge(pixels, captions).mean())
+        raise ValueError("no images to judge; expected at least one")
+    return float(matches_caption(pixels, captions).mean())
 
 
 def disagreements(reading: Reading, scene: Scene) -> list[str]:
-    """Names of the attributes in which a picture and a caption differ; empty when it shows the scene.
+    """Names of the attributes in which an image and a caption differ; empty when it shows the scene.
 
-    Names: background, count (of things, or litter), colour, shape, relation, place, size. Things are
+    Names: background, count (of things, or litter), color, shape, relation, place, size. Things are
     matched in the order that leaves the fewest disagreements.
     """
     wrong = ["background"] if reading.ground != scene.background else []
@@ -115,7 +113,7 @@ def disagreements(reading: Reading, scene: Scene) -> list[str]:
 def _compare(things: tuple[SeenThing, ...], scene: Scene) -> list[str]:
     wrong = []
     for seen, said in zip(things, scene.things, strict=True):
-        wrong += ["colour"] if seen.colour != said.colour else []
+        wrong += ["color"] if seen.color != said.color else []
         wrong += ["shape"] if seen.shape != said.shape else []
     if scene.relation is not None:
         return wrong if _related(*things, scene.relation) else [*wrong, "relation"]
@@ -134,13 +132,13 @@ def _related(first: SeenThing, second: SeenThing, relation: str) -> bool:
 # ---------------------------------------------------------------------------------------------
 
 
-def read_picture(pixels: np.ndarray | Tensor) -> Reading:
-    """Reads one picture, (3, R, R) floats in [0, 1]; ValueError as for `judge`."""
-    return read_pictures(pixels[None])[0]
+def read_image(pixels: np.ndarray | Tensor) -> Reading:
+    """Reads one image, (3, R, R) floats in [0, 1]; ValueError as for `matches_caption`."""
+    return read_images(pixels[None])[0]
 
 
-def read_pictures(pixels: np.ndarray | Tensor, chunk: int = 256) -> list[Reading]:
-    """Reads pictures, (B, 3, R, R) floats in [0, 1], `chunk` at a time; ValueError as for `judge`."""
+def read_images(pixels: np.ndarray | Tensor, chunk: int = 256) -> list[Reading]:
+    """Reads images, (B, 3, R, R) floats in [0, 1], `chunk` at a time; ValueError as for `matches_caption`."""
     pixels = _checked(pixels)
     return [reading for part in pixels.split(chunk) for reading in _read(part)]
 
@@ -162,60 +160,60 @@ def _read(pixels: Tensor) -> list[Reading]:
     away = _distances(pixels)  # (B, C, W, W)
     names = away.min(1).indices  # (B, W, W)
     ground = _border_name(names)  # (B,)
-    base = _mean_colour(pixels, names == ground[:, None, None])  # (B, 3)
-    picture, name, tint, masks = _things(pixels, away, ground)  # (N,), (N,), (N, 3), (N, W, W)
+    base = _mean_color(pixels, names == ground[:, None, None])  # (B, 3)
+    image, name, tint, masks = _things(pixels, away, ground)  # (N,), (N,), (N, 3), (N, W, W)
 
-    occupied = torch.zeros(names.shape).index_add_(0, picture, masks.float())  # (B, W, W)
-    own = _territory(masks, occupied[picture] > masks.float())
-    fits = fit_shapes(_coverage(pixels[picture], base[picture], tint) * own)
+    occupied = torch.zeros(names.shape).index_add_(0, image, masks.float())  # (B, W, W)
+    own = _territory(masks, occupied[image] > masks.float())
+    fits = fit_shapes(_coverage(pixels[image], base[image], tint) * own)
     litter = ((names != ground[:, None, None]) & ~_highest(occupied > 0, RIM)).float().mean((1, 2))
 
     things = [[] for _ in pixels]
-    for b, c, fit in zip(picture.tolist(), name.tolist(), fits, strict=True):
-        things[b].append(SeenThing(list(COLOURS)[c], fit.shape, fit.centre, fit.extent))
+    for b, c, fit in zip(image.tolist(), name.tolist(), fits, strict=True):
+        things[b].append(SeenThing(list(COLORS)[c], fit.shape, fit.centre, fit.extent))
     return [
-        Reading(list(COLOURS)[c] if ok else None, tuple(seen), part)
+        Reading(list(COLORS)[c] if ok else None, tuple(seen), part)
         for c, ok, seen, part in zip(ground, _near(base, ground), things, litter.tolist(), strict=True)
     ]
 
 
 def _palette() -> Tensor:
-    return torch.tensor(list(COLOURS.values())) / 255  # (C, 3)
+    return torch.tensor(list(COLORS.values())) / 255  # (C, 3)
 
 
 def _distances(pixels: Tensor) -> Tensor:
-    """(B, 3, W, W) -> (B, C, W, W), RGB distance of each pixel to each colour."""
-    return torch.stack([(pixels - colour[:, None, None]).square().sum(1).sqrt() for colour in _palette()], 1)
+    """(B, 3, W, W) -> (B, C, W, W), RGB distance of each pixel to each color."""
+    return torch.stack([(pixels - color[:, None, None]).square().sum(1).sqrt() for color in _palette()], 1)
 
 
-def _mean_colour(pixels: Tensor, where: Tensor) -> Tensor:
+def _mean_color(pixels: Tensor, where: Tensor) -> Tensor:
     """(N, 3, W, W) and bool (N, W, W) -> (N, 3)."""
     return (pixels * where[:, None]).sum((2, 3)) / where.sum((1, 2))[:, None]
 
 
 def _near(tint: Tensor, name: Tensor) -> Tensor:
-    """Whether each tint (N, 3) is near enough to the colour of its name (N,) to be called so."""
-    return (tint - _palette()[name]).square().sum(1).sqrt() <= MAX_COLOUR_ERROR
+    """Whether each tint (N, 3) is near enough to the color of its name (N,) to be called so."""
+    return (tint - _palette()[name]).square().sum(1).sqrt() <= MAX_COLOR_ERROR
 
 
 def _border_name(names: Tensor) -> Tensor:
-    """(B, W, W) -> (B,), the colour most common at the border."""
+    """(B, W, W) -> (B,), the color most common at the border."""
     ring = torch.ones(WORKING, WORKING, dtype=torch.bool)
     ring[RING:-RING, RING:-RING] = False
     return names[:, ring].mode(1).values
 
 
 def _things(pixels: Tensor, away: Tensor, ground: Tensor) -> tuple[Tensor, ...]:
-    """Finds the things in pictures.
+    """Finds the things in images.
 
     Returns:
-        picture (N,) that each thing is in, its name (N,), its tint (N, 3), and its pixels, bool (N, W, W).
+        image (N,) that each thing is in, its name (N,), its tint (N, 3), and its pixels, bool (N, W, W).
     """
-    picture, name, tint, seeds = _colours_seen(pixels, away, ground)
-    seen = F.one_hot(ground, len(COLOURS)).bool()  # (B, C)
-    seen[picture, name] = True
+    image, name, tint, seeds = _colors_seen(pixels, away, ground)
+    seen = F.one_hot(ground, len(COLORS)).bool()  # (B, C)
+    seen[image, name] = True
     nearest = away.masked_fill(~seen[:, :, None, None], torch.inf).min(1).indices
-    planes = (nearest[picture] == name[:, None, None]) & _highest(seeds, REACH)
+    planes = (nearest[image] == name[:, None, None]) & _highest(seeds, REACH)
 
     regions = _regions(planes).flatten(1)  # (M, W * W)
     found = [(m, i) for m, row in enumerate(regions) for i in row.unique().tolist() if i]
@@ -223,25 +221,25 @@ def _things(pixels: Tensor, away: Tensor, ground: Tensor) -> tuple[Tensor, ...]:
     masks = (regions[plane] == region[:, None]).unflatten(1, planes.shape[1:])
     big = masks.float().mean((1, 2)) >= MIN_THING
     plane = plane[big]
-    return picture[plane], name[plane], tint[plane], masks[big]
+    return image[plane], name[plane], tint[plane], masks[big]
 
 
-def _colours_seen(pixels: Tensor, away: Tensor, ground: Tensor) -> tuple[Tensor, ...]:
-    """Finds the colours besides the ground's of which a picture has whole SEED x SEED squares, with a
-    middle near enough to that colour.
+def _colors_seen(pixels: Tensor, away: Tensor, ground: Tensor) -> tuple[Tensor, ...]:
+    """Finds the colors besides the ground's of which an image has whole SEED x SEED squares, with a
+    middle near enough to that color.
 
     Returns:
-        for each of M: picture (M,), name (M,), mean colour (M, 3), those middles, bool (M, W, W).
+        for each of M: image (M,), name (M,), mean color (M, 3), those middles, bool (M, W, W).
     """
     error, names = away.min(1)
-    plain = (_highest(names, SEED // 2) == -_highest(-names, SEED // 2)) & (error <= MAX_COLOUR_ERROR)
+    plain = (_highest(names, SEED // 2) == -_highest(-names, SEED // 2)) & (error <= MAX_COLOR_ERROR)
     middles = torch.stack(
-        [plain & (names == c) & (ground != c)[:, None, None] for c in range(len(COLOURS))], 1
+        [plain & (names == c) & (ground != c)[:, None, None] for c in range(len(COLORS))], 1
     )
-    picture, name = middles.flatten(2).any(2).nonzero().T
-    seeds = middles[picture, name]
-    tint = _mean_colour(pixels[picture], seeds)
-    return picture, name, tint, seeds
+    image, name = middles.flatten(2).any(2).nonzero().T
+    seeds = middles[image, name]
+    tint = _mean_color(pixels[image], seeds)
+    return image, name, tint, seeds
 
 
 def _regions(mask: Tensor) -> Tensor:
@@ -255,7 +253,7 @@ def _regions(mask: Tensor) -> Tensor:
 
 
 def _territory(masks: Tensor, others: Tensor) -> Tensor:
-    """Each thing with the rim that is nearer to it than to the picture's other things, bool (N, W, W)."""
+    """Each thing with the rim that is nearer to it than to the image's other things, bool (N, W, W)."""
     own = masks
     near, far = masks, others
     for _ in range(RIM):
@@ -265,7 +263,7 @@ def _territory(masks: Tensor, others: Tensor) -> Tensor:
 
 
 def _coverage(pixels: Tensor, base: Tensor, tip: Tensor) -> Tensor:
-    """How far each pixel is on the way from the colour `base` to `tip`, (N, W, W) in [0, 1]."""
+    """How far each pixel is on the way from the color `base` to `tip`, (N, W, W) in [0, 1]."""
     along = (tip - base) / (tip - base).square().sum(1, keepdim=True)
     return torch.einsum("nchw,nc->nhw", pixels - base[:, :, None, None], along).clamp(0, 1)
 

@@ -30,7 +30,7 @@ BLURS = (0.0, 0.07, 0.14)  # standard deviations
 
 @dataclass(frozen=True)
 class Fit:
-    """The best shape for a blot, None when none is good; lengths in picture widths."""
+    """The best shape for a blot, None when none is good; lengths in image widths."""
 
     shape: str | None
     centre: tuple[float, float]  # x right, y down

@@ -39,7 +39,7 @@ def apply_merges(symbols: list[int], merges: Merges, skip: Callable[[], bool]) -
         symbols[at : at + 2] = [merged]
 
 
-class MergeTokenizer(ABC):
+class BPETokenizer(ABC):
     """Captions to ids. A subclass splits, spells, decodes, and holds itself as plain data.
 
     Args:
@@ -71,7 +71,7 @@ class MergeTokenizer(ABC):
 
     @classmethod
     @abstractmethod
-    def from_dict(cls, data: dict[str, Any]) -> "MergeTokenizer":
+    def from_dict(cls, data: dict[str, Any]) -> "BPETokenizer":
         """The inverse of to_dict; ValueError if data is anything else."""
 
     def __reduce__(self):

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from dalle.text.bpe import MergeTokenizer
+from dalle.text.bpe import BPETokenizer
 from dalle.text.tokenizer import UNKNOWN_ID, UNKNOWN_TEXT, TextTokenizer
 
 
-def pieces_outside(text: MergeTokenizer, caption: str) -> list[str]:
+def out_of_vocabulary(text: BPETokenizer, caption: str) -> list[str]:
     """Pieces of a caption with letters that the vocabulary lacks: they become bytes, or unknown."""
     if isinstance(text, TextTokenizer):
         alphabet = set(text.characters)
@@ -17,7 +17,7 @@ def pieces_outside(text: MergeTokenizer, caption: str) -> list[str]:
     return [piece for piece in text.pieces(caption) if UNKNOWN_TEXT in text.decode(text.symbols(piece))]
 
 
-def fit_of_captions(text: TextTokenizer, captions: Iterable[str], room: int) -> dict[str, Any]:
+def vocabulary_coverage(text: TextTokenizer, captions: Iterable[str], room: int) -> dict[str, Any]:
     """Measures a vocabulary on captions, which are read once and not kept.
 
     Args:

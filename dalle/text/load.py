@@ -4,19 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dalle.text.bpe import MergeTokenizer
+from dalle.text.bpe import BPETokenizer
 from dalle.text.external import huggingface, youtokentome
 from dalle.text.external.huggingface import HuggingFaceTokenizer
 from dalle.text.external.youtokentome import YoutokentomeTokenizer, parse_model
 from dalle.text.tokenizer import TextTokenizer
 
-KINDS: dict[str, type[MergeTokenizer]] = {
+KINDS: dict[str, type[BPETokenizer]] = {
     huggingface.FORMAT: HuggingFaceTokenizer,
     youtokentome.FORMAT: YoutokentomeTokenizer,
 }
 
 
-def load_text(path: Path | str) -> MergeTokenizer:
+def load_text_tokenizer(path: Path | str) -> BPETokenizer:
     """Reads text.json of this library, a Hugging Face tokenizer.json (BPE), or a model of youtokentome.
 
     Raises:
@@ -36,7 +36,7 @@ def load_text(path: Path | str) -> MergeTokenizer:
     try:
         if isinstance(data, dict) and "model" in data and "format" not in data:
             return HuggingFaceTokenizer(data)
-        return text_from_dict(data)
+        return text_tokenizer_from_dict(data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # the others of values of a wrong kind
         said = error if isinstance(error, ValueError) else f"it is damaged ({error!r})"
         raise ValueError(
@@ -45,7 +45,7 @@ def load_text(path: Path | str) -> MergeTokenizer:
         ) from error
 
 
-def _youtokentome(path: Path, content: bytes) -> MergeTokenizer:
+def _youtokentome(path: Path, content: bytes) -> BPETokenizer:
     if content[:1].isdigit():
         try:
             return YoutokentomeTokenizer(parse_model(content.decode()))
@@ -54,7 +54,7 @@ def _youtokentome(path: Path, content: bytes) -> MergeTokenizer:
     return TextTokenizer.load(path)
 
 
-def text_from_dict(data: dict[str, Any]) -> MergeTokenizer:
+def text_tokenizer_from_dict(data: dict[str, Any]) -> BPETokenizer:
     """The inverse of a tokenizer's `to_dict`, whichever it is."""
     kind = KINDS.get(data.get("format"), TextTokenizer) if isinstance(data, dict) else TextTokenizer
     return kind.from_dict(data)

@@ -29,7 +29,7 @@ from typing import Any
 
 import ftfy
 
-from dalle.text.bpe import MergeTokenizer
+from dalle.text.bpe import BPETokenizer
 
 FORMAT, VERSION = "dalle-text-tokenizer", 1
 UNKNOWN_ID = 0
@@ -84,7 +84,7 @@ def normalize(caption: str) -> list[str]:
     return PIECES.findall(ftfy.fix_text(caption).lower())
 
 
-class TextTokenizer(MergeTokenizer):
+class TextTokenizer(BPETokenizer):
     """A trained vocabulary: an alphabet and merges in order of priority.
 
     Args:

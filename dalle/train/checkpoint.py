@@ -10,7 +10,7 @@
     run/checkpoints/latest                               name of the newest complete folder
 
 A folder is written under another name, synced, renamed; the pointer moves last. What lies on many processes is a
-folder of shards in place of a file (dalle/train/sharded_checkpoint.py). Random numbers, the step size and the place in the data
+folder of shards in place of a file (dalle/train/sharded_checkpoint.py). Random numbers, the learning rate and the place in the data
 follow from the seed and the step.
 """
 
@@ -26,15 +26,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.io.files import (
-    SUMS,
-    find_damage,
-    hashes,
+    CHECKSUMS,
+    file_hashes,
     on_cpu,
     read_json,
     read_tensors,
     sync_folder,
+    verify_checksums,
+    write_checksums,
     write_json,
-    write_sums,
     write_tensors,
     write_text,
 )
@@ -118,7 +118,7 @@ def _write_tensors(partial: Path, snapshot: Snapshot, ranks: Ranks) -> dict[str,
             written += [path] if ranks.rank == 0 else []
     return {
         name: digest
-        for sums in ranks.together(lambda: hashes(partial, written))
+        for sums in ranks.together(lambda: file_hashes(partial, written))
         for name, digest in sums.items()
     }
 
@@ -127,7 +127,7 @@ def _complete(partial: Path, snapshot: Snapshot, sums: dict[str, str]) -> None:
     """Meta and hashes, then the rename, then the pointer."""
     folder = partial.with_name(snapshot.name)
     write_json(partial / "meta.json", snapshot.meta)
-    write_sums(partial, sums | hashes(partial, [partial / "meta.json"]))
+    write_checksums(partial, sums | file_hashes(partial, [partial / "meta.json"]))
     sync_folder(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -160,7 +160,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return folder
 
 
-def newest_whole(run_dir: Path, ranks: Ranks) -> Path | None:
+def latest_valid_checkpoint(run_dir: Path, ranks: Ranks) -> Path | None:
     """The newest checkpoint of a run whose files are all as they were written, or None if it has none at all.
 
     Says which file is damaged when it takes an earlier one. All processes call it together, each reads its share.
@@ -170,7 +170,7 @@ def newest_whole(run_dir: Path, ranks: Ranks) -> Path | None:
     """
     damages: list[str] = []
     for folder in ranks.first(lambda: _candidates(run_dir)):
-        found = ranks.together(lambda folder=folder: damage(folder, ranks.rank, ranks.world))
+        found = ranks.together(lambda folder=folder: verify_checkpoint(folder, ranks.rank, ranks.world))
         if not any(found):
             if damages and ranks.rank == 0:
                 tqdm.write(f"warning: {'; '.join(damages)}; taking {folder.name}, the newest that is whole")
@@ -193,16 +193,18 @@ def _candidates(run_dir: Path) -> list[Path]:
     return [root / newest, *(folder for folder in _steps(root)[::-1] if folder.name < newest)]
 
 
-def damage(folder: Path, rank: int = 0, world: int = 1, parts: tuple[str, ...] | None = None) -> str | None:
+def verify_checkpoint(
+    folder: Path, rank: int = 0, world: int = 1, parts: tuple[str, ...] | None = None
+) -> str | None:
     """What is wrong with the files of a checkpoint, in a sentence, or None; `parts` limits it to some tensors."""
     try:
         meta = read_json(folder / "meta.json")
     except ValueError as error:
         return str(error)
-    if isinstance(meta, dict) and meta.get("format") == 2 and not (folder / SUMS).exists():
+    if isinstance(meta, dict) and meta.get("format") == 2 and not (folder / CHECKSUMS).exists():
         return None  # it is from before there were hashes
     files = ("meta.json", *(f"{part}{end}" for part in parts or () for end in (".safetensors", "/")))
-    return find_damage(folder, lambda name: parts is None or name.startswith(files), rank, world)
+    return verify_checksums(folder, lambda name: parts is None or name.startswith(files), rank, world)
 
 
 def restore(folder: Path, state: TrainState, ranks: Ranks | None = None) -> None:

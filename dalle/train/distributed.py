@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dalle.train.dtensor import local
 from dalle.train.low_rank import shard_side
 from dalle.train.precision import resolve_device
-from dalle.types import Part
+from dalle.types import BatchShard
 
 Mode = Literal["none", "ddp", "fsdp", "hsdp"]
 TIMEOUT = timedelta(minutes=15)
@@ -174,11 +174,11 @@ class Parallel:
     # A step
     # -----------------------------------------------------------------------------------------
 
-    def part(self, number: int, passes: int, counts: Tensor | None) -> Part:
+    def part(self, number: int, passes: int, counts: Tensor | None) -> BatchShard:
         """What pass `number` of `passes` in this process sees of a step's batch."""
         if self.world == 1:
-            return Part(number, passes, counts)
-        return Part(self.rank * passes + number, self.world * passes, counts, self.all_sum, self.gather)
+            return BatchShard(number, passes, counts)
+        return BatchShard(self.rank * passes + number, self.world * passes, counts, self.all_sum, self.gather)
 
     @contextmanager
     def collecting(self, last: bool) -> Iterator[None]:

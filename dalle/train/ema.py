@@ -31,7 +31,7 @@ class EMAConfig:
             raise ValueError(f"every must be positive, got {self.every}")
 
 
-class AveragedWeights:
+class EMA:
     """The running sum of a model's trainable parameters, by name; one that is frozen is its own average."""
 
     def __init__(self, model: nn.Module, config: EMAConfig):
@@ -55,7 +55,7 @@ class AveragedWeights:
 
     def averaged(self) -> dict[str, Tensor]:
         """The corrected averages; empty before the first update."""
-        return corrected(self.sums, self.config.decay, self.updates)
+        return bias_corrected(self.sums, self.config.decay, self.updates)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -68,7 +68,7 @@ class AveragedWeights:
             _assign(model, own)
 
 
-def corrected(sums: dict[str, Tensor], decay: float, updates: int) -> dict[str, Tensor]:
+def bias_corrected(sums: dict[str, Tensor], decay: float, updates: int) -> dict[str, Tensor]:
     """Sums divided by 1 - decay^updates; empty without updates."""
     return {name: s / (1 - decay**updates) for name, s in sums.items()} if updates else {}
 

@@ -16,7 +16,7 @@ from dalle.train.dtensor import local
 
 
 @dataclass(frozen=True)
-class Format:
+class FloatFormat:
     """A floating-point format as IEEE 754 builds them: hidden bit, subnormals, top exponent for Inf and NaN."""
 
     exponent: int
@@ -52,15 +52,15 @@ class Format:
         return self.smallest_normal * 2.0**-self.significand
 
 
-MEAN = Format(6, 9, bias=59)
+MEAN = FloatFormat(6, 9, bias=59)
 """1-6-9. The paper gives its largest value, just under 16 (E.2), and so its bias."""
-VARIANCE = Format(6, 10, bias=60, signed=False)
+VARIANCE = FloatFormat(6, 10, bias=60, signed=False)
 """0-6-10. Its bias is not stated: this is the largest that still holds 5, to which B.2 clips the variance."""
-HALF = Format(5, 10, bias=15)
+HALF = FloatFormat(5, 10, bias=15)
 """fp16, for comparison."""
 
 
-def rounded(x: Tensor, form: Format, saturate: bool = False) -> Tensor:
+def rounded(x: Tensor, form: FloatFormat, saturate: bool = False) -> Tensor:
     """The nearest values that a format holds, ties to even.
 
     Args:
@@ -85,11 +85,11 @@ def _two_to(power: Tensor) -> Tensor:
     return ((power.int() + 127) << 23).view(torch.float32)
 
 
-def keep_moments(
+def store_moments(
     optimizers: Iterable[torch.optim.Optimizer],
     parameters: Iterable[Tensor],
-    mean: Format = MEAN,
-    variance: Format = VARIANCE,
+    mean: FloatFormat = MEAN,
+    variance: FloatFormat = VARIANCE,
 ) -> None:
     """From now on Adam's moments of these parameters are stored in these formats: rounded after every update.
 

@@ -23,7 +23,7 @@ PATIENCE = 125
 LOWEST, HIGHEST = 2.0**7, 2.0**24
 
 
-class GradientScales:
+class PerBlockGradScaler:
     """The scales of a model's resblocks, in order.
 
     Args:

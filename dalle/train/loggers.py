@@ -20,7 +20,7 @@ def to_numbers(metrics: dict[str, Any]) -> Numbers:
     return {name: float(value) for name, value in metrics.items()}
 
 
-class JSONLines:
+class JSONLLogger:
     """run/log.jsonl: {"step": 10, "loss": ...} a line. Opening at step k drops what a crash left after k."""
 
     def __init__(self, path: Path, step: int):
@@ -37,13 +37,13 @@ class JSONLines:
             file.write(json.dumps({"step": step, **finite}) + "\n")
 
 
-class Silence:
+class NullLogger:
     """The log of a process that is not the first: keeps nothing."""
 
     def write(self, step: int, numbers: Numbers) -> None:
         """Does nothing."""
 
-    def picture(self, step: int, name: str, image: Any) -> None:
+    def log_image(self, step: int, name: str, image: Any) -> None:
         """Does nothing."""
 
     def close(self) -> None:

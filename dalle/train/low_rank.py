@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from dalle.train.optimizer import layer_matrices
+from dalle.train.optimizer import hidden_matrices
 
 RANKS = {1920: 512, 2688: 640, 3968: 896}
 """Width -> rank (Table 1): the least multiple of 128 that left no gap in the training loss."""
@@ -46,7 +46,8 @@ def stacked_matrices(model: nn.Module) -> dict[str, int]:
     Queries, keys and values have a matrix each in the paper; here they share a parameter.
     """
     return {
-        name: 3 if name.endswith(("qkv.weight", "in_proj_weight")) else 1 for name, _ in layer_matrices(model)
+        name: 3 if name.endswith(("qkv.weight", "in_proj_weight")) else 1
+        for name, _ in hidden_matrices(model)
     }
 
 

@@ -1,7 +1,7 @@
-"""The step size is halved whenever the training loss plateaus, five times at most (appendix B.2).
+"""The learning rate is halved whenever the training loss plateaus, five times at most (appendix B.2).
 
 The paper does not say what a plateau is. Here the losses of `window` updates make one reading, their mean; when
-`patience` readings in a row are not lower than the best one by `gain`, the step size is halved.
+`patience` readings in a row are not lower than the best one by `gain`, the learning rate is halved.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PlateauConfig:
-    """When the step size is halved; the number of halvings is the transformer's (B.2), the rest our choice."""
+    """When the learning rate is halved; the number of halvings is the transformer's (B.2), the rest our choice."""
 
     halvings: int = 5
-    """Halvings at most (B.2): the last step size is 1/32 of the first. 0 never halves."""
+    """Halvings at most (B.2): the last learning rate is 1/32 of the first. 0 never halves."""
     window: int = 2000
     """Updates whose mean loss makes one reading."""
     patience: int = 5
@@ -31,11 +31,11 @@ class PlateauConfig:
 
 
 NEVER = PlateauConfig(halvings=0)
-"""The step size follows its schedule alone."""
+"""The learning rate follows its schedule alone."""
 
 
-class Plateau:
-    """Watches the training loss; `factor` is what the step size is multiplied by."""
+class ReduceLROnPlateau:
+    """Watches the training loss; `factor` is what the learning rate is multiplied by."""
 
     def __init__(self, config: PlateauConfig):
         self.config = config

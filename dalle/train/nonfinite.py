@@ -15,7 +15,7 @@ from dalle.train.dtensor import local
 from dalle.train.grad_scaler import PATIENCE
 
 
-class Nonfinite:
+class NonfiniteGuard:
     """Counts skipped updates.
 
     Args:

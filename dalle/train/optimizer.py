@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.schedules import Schedule
-from dalle.train.float_formats import keep_moments
+from dalle.train.float_formats import store_moments
 from dalle.train.lr_schedule import PlateauConfig
 from dalle.train.moments import adamw_8bit
 
@@ -25,11 +25,11 @@ class OptimizerConfig:
     """AdamW, and Muon if asked; the defaults are the transformer's (B.2)."""
 
     lr: Schedule = Schedule(4.5e-4, 4.5e-4)
-    """Step size."""
+    """Learning rate."""
     warmup: int = 5000
-    """Updates over which the step size rises linearly from 0 (B.2)."""
+    """Updates over which the learning rate rises linearly from 0 (B.2)."""
     plateau: PlateauConfig = PlateauConfig()
-    """Halving of the step size when the training loss stops falling (B.2)."""
+    """Halving of the learning rate when the training loss stops falling (B.2)."""
     beta1: float = 0.9
     """Decay of the running mean."""
     beta2: float = 0.96
@@ -47,12 +47,12 @@ class OptimizerConfig:
     8bit: in 8 bits by torchao, which needs variance_clip null. Gains, biases and embeddings always have fp32 (D,
     guideline 2)."""
     muon: float | None = None
-    """Step size of Muon over AdamW's, for the matrices of the layers; None gives them to AdamW (B.2)."""
+    """Learning rate of Muon over AdamW's, for the matrices of the layers; None gives them to AdamW (B.2)."""
 
     def __post_init__(self):
         if min(self.lr.start, self.lr.end) < 0 or self.warmup < 0:
             raise ValueError(
-                f"step sizes and warmup cannot be negative, got {self.lr} and warmup {self.warmup}"
+                f"learning rates and warmup cannot be negative, got {self.lr} and warmup {self.warmup}"
             )
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be positive, or null not to clip, got {self.clip}")
@@ -69,7 +69,7 @@ class OptimizerConfig:
             raise ValueError(f"muon must be positive, or null for AdamW alone, got {self.muon}")
 
     def rate(self, step: int) -> float:
-        """Step size of an update, counted from 0."""
+        """Learning rate of an update, counted from 0."""
         return self.lr(step) * (min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0)
 
 
@@ -86,7 +86,7 @@ def decay_groups(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple
     return decay, keep
 
 
-def layer_matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
+def hidden_matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
     """(name, parameter) of the matrices in stacks of layers: not embeddings, convolutions or outputs."""
     stacks = [stack for stack in model.modules() if isinstance(stack, nn.ModuleList)]
     stacked = {id(p) for stack in stacks for p in stack.parameters()}
@@ -102,7 +102,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     decay, keep = ([p for _, p in group if p.requires_grad] for group in decay_groups(model))
     optimizers: list[torch.optim.Optimizer] = []
     if config.muon is not None:
-        matrices = [p for _, p in layer_matrices(model) if p.requires_grad]
+        matrices = [p for _, p in hidden_matrices(model) if p.requires_grad]
         if not matrices:
             raise ValueError(
                 f"{type(model).__name__} has no stack of layers for Muon; leave optimizer.muon out"
@@ -120,7 +120,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
         if config.variance_clip is not None:
             bound_variance(optimizers[-1], config.variance_clip)
     if config.moments == "paper":
-        keep_moments(optimizers, [p for _, p in layer_matrices(model)])
+        store_moments(optimizers, [p for _, p in hidden_matrices(model)])
     set_rate(optimizers, config, 0)
     return optimizers
 
@@ -128,7 +128,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
 def set_rate(
     optimizers: list[torch.optim.Optimizer], config: OptimizerConfig, step: int, share: float = 1.0
 ) -> None:
-    """Gives every group the step size of an update, counted from 0, times a share (1/2 after one halving)."""
+    """Gives every group the learning rate of an update, counted from 0, times a share (1/2 after one halving)."""
     for optimizer in optimizers:
         factor = config.muon if isinstance(optimizer, torch.optim.Muon) else 1.0
         for group in optimizer.param_groups:

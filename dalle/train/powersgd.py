@@ -123,7 +123,7 @@ class PowerSGD:
         """Of the last update, for the log: MB that this process gave to the averaging, and the share of those of
         the same gradients whole in fp32."""
         whole = sum(4 * local(p).numel() for p in self.parameters.values())
-        return {"sent_mb": self.sent / 1e6, "sent_share": self.sent / whole}
+        return {"comm_mb": self.sent / 1e6, "comm_ratio": self.sent / whole}
 
     @torch.no_grad()
     def reduce(self, step: int) -> None:

@@ -20,7 +20,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
     return "fp32"
 
 
-def told_precision(precision: Precision, int8: bool, device: torch.device) -> str:
+def precision_label(precision: Precision, int8: bool, device: torch.device) -> str:
     """What records say of how a model draws: "bf16", or "bf16, int8 matrices"."""
     return resolve_precision(precision, device) + ", int8 matrices" * int8
 
@@ -58,7 +58,7 @@ def _named_device(name: str) -> torch.device:
     return device
 
 
-def compile_parts(model: nn.Module, **options) -> None:
+def compile_layers(model: nn.Module, **options) -> None:
     """Compiles each repeated layer by itself, or each child of a model without any; names of weights stay as they are.
 
     Args:

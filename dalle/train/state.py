@@ -1,6 +1,6 @@
 """All that changes while training, as named tensors and plain numbers.
 
-Random numbers, the step size and the place in the data are not among it: they follow from seed and step.
+Random numbers, the learning rate and the place in the data are not among it: they follow from seed and step.
 """
 
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dalle.train.dtensor import placed
-from dalle.train.ema import AveragedWeights
-from dalle.train.grad_scaler import GradientScales
+from dalle.train.ema import EMA
+from dalle.train.grad_scaler import PerBlockGradScaler
 from dalle.train.moments import plain, put
 
 
@@ -47,8 +47,8 @@ class TrainState:
 
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
-    ema: AveragedWeights
-    scales: GradientScales | None = None
+    ema: EMA
+    scales: PerBlockGradScaler | None = None
     step: int = 0
     extras: dict[str, Stateful] = field(default_factory=dict)
     """Whatever else has a memory, by name."""

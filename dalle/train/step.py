@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dalle.train.distributed import Parallel
 from dalle.train.dtensor import clip_gradients, gradient_norm
-from dalle.train.grad_scaler import GradientScales
-from dalle.train.nonfinite import Nonfinite, first_nonfinite
+from dalle.train.grad_scaler import PerBlockGradScaler
+from dalle.train.nonfinite import NonfiniteGuard, first_nonfinite
 from dalle.train.optimizer import OptimizerConfig, set_rate
 from dalle.train.precision import autocast
 from dalle.train.state import TrainState
@@ -44,7 +44,7 @@ def train_step(
     loss, finite = gradients(state, forwards, parallel)
     norm = gradient_norm(state.model.parameters())
     good = bool(parallel.all_true(torch.isfinite(norm) & torch.isfinite(loss.total.detach())))
-    nonfinite = state.extras.setdefault("nonfinite", Nonfinite(limit=1))
+    nonfinite = state.extras.setdefault("nonfinite", NonfiniteGuard(limit=1))
     if good:
         nonfinite.made()
         optimize(state, norm, loss, optim)
@@ -53,7 +53,7 @@ def train_step(
         raise FloatingPointError(
             f"step {state.step + 1}: loss {float(loss.total.detach())}, gradient norm {float(norm)}; "
             f"first bad tensor: {where}. Not finite for {nonfinite.in_a_row} in a row, which train.max_nonfinite ends. "
-            "The last checkpoint is whole; lower the step size, or check the data"
+            "The last checkpoint is whole; lower the learning rate, or check the data"
         )
     if state.scales:
         state.scales.update(finite)
@@ -163,10 +163,10 @@ def split(batch: Any, count: int) -> list[Any]:
     return list(batch.chunk(count))
 
 
-def gradient_scales(model: nn.Module) -> GradientScales:
+def build_grad_scaler(model: nn.Module) -> PerBlockGradScaler:
     """A scale for each of the model's resblocks; ValueError for a model that cannot be scaled so.
 
-    The paper divides the loss by the pictures of all M processes and multiplies the scales by M. Here each process
+    The paper divides the loss by the images of all M processes and multiplies the scales by M. Here each process
     takes the mean of its own part, M times as large, and the fp32 means of the gradients divide by M: the same numbers
     stand in fp16, and a scale means the same on any number of processes.
     """
@@ -174,7 +174,7 @@ def gradient_scales(model: nn.Module) -> GradientScales:
         raise ValueError(
             f"{type(model).__name__} has no gradient scales for fp16; set train.precision to bf16 or fp32"
         )
-    return GradientScales(model.resblocks())
+    return PerBlockGradScaler(model.resblocks())
 
 
 def step_seed(seed: int, step: int) -> int:

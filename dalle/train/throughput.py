@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from dalle.train.loggers import Numbers, peak_memory
-from dalle.types import Work
+from dalle.types import StepCost
 
 PEAK_FLOPS = {  # dense 16-bit tensor cores with fp32 sums, from the makers' data sheets; first match wins
     "B200": 2250e12,
@@ -48,7 +48,7 @@ def mfu(flops: float, seconds: float, peak: float) -> float:
     return flops / seconds / peak
 
 
-class Meter:
+class ThroughputMeter:
     """The clock of a run.
 
     Args:
@@ -81,7 +81,7 @@ class Meter:
         yield
         self.paused += time.perf_counter() - started
 
-    def update(self, work: Work | None) -> None:
+    def update(self, work: StepCost | None) -> None:
         """An update was made, of this work in this process."""
         self.updates += 1
         if work:
@@ -94,13 +94,13 @@ class Meter:
         seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
         numbers: Numbers = {
             "seconds": seconds / max(1, self.updates),
-            "data_wait": self.waited / seconds,
-            "memory_gib": peak_memory(self.device),
+            "data_time_frac": self.waited / seconds,
+            "max_memory_gib": peak_memory(self.device),
         }
         if self.samples:
-            numbers["samples_per_second"] = self.processes * self.samples / seconds
+            numbers["samples_per_sec"] = self.processes * self.samples / seconds
         if self.tokens:
-            numbers["tokens_per_second"] = self.processes * self.tokens / seconds
+            numbers["tokens_per_sec"] = self.processes * self.tokens / seconds
         if self.flops and self.peak:
             numbers["mfu"] = mfu(self.flops, seconds, self.peak)
         self._reset()

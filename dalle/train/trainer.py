@@ -17,27 +17,27 @@ from tqdm import tqdm
 
 from dalle.io.files import read_json
 from dalle.io.format import check_meta
-from dalle.train.checkpoint import newest_whole, restore, saved_at
+from dalle.train.checkpoint import latest_valid_checkpoint, restore, saved_at
 from dalle.train.checkpoint_saver import Keeper
 from dalle.train.distributed import Parallel
-from dalle.train.ema import AveragedWeights, EMAConfig
-from dalle.train.loggers import Numbers, Silence, to_numbers
+from dalle.train.ema import EMA, EMAConfig
+from dalle.train.loggers import NullLogger, Numbers, to_numbers
 from dalle.train.low_rank import PowerSGDConfig
-from dalle.train.lr_schedule import Plateau
-from dalle.train.nonfinite import Nonfinite
+from dalle.train.lr_schedule import ReduceLROnPlateau
+from dalle.train.nonfinite import NonfiniteGuard
 from dalle.train.optimizer import OptimizerConfig, build_optimizers
 from dalle.train.powersgd import build_powersgd
 from dalle.train.precision import Precision, autocast, resolve_precision
 from dalle.train.state import TrainState
-from dalle.train.step import gradient_scales, to_device, train_step
-from dalle.train.throughput import Meter, peak_flops
-from dalle.train.writers import LogConfig, Logs
-from dalle.types import Loss, Objective, Work
+from dalle.train.step import build_grad_scaler, to_device, train_step
+from dalle.train.throughput import ThroughputMeter, peak_flops
+from dalle.train.writers import LogConfig, Loggers
+from dalle.types import Loss, Objective, StepCost
 
 Batches = Callable[[int], Any]
 """The batch of a step."""
 Evaluate = Callable[[nn.Module, int], dict[str, Any]]
-"""Measures the averaged weights at a step; pictures among the values are saved and shown."""
+"""Measures the averaged weights at a step; images among the values are saved and shown."""
 Resume = Literal["auto", "changed", "never"]
 """Go on with the run that lies there; even if its configuration was another; or refuse it."""
 
@@ -50,7 +50,7 @@ class TrainConfig:
     """How a model is trained; the defaults are the transformer's (B.2)."""
 
     batch_size: int = 1024
-    """Pictures in an update, over all processes (B.2)."""
+    """Images in an update, over all processes (B.2)."""
     accumulate: int = 1
     """Passes that each process's part of a batch is divided among: less memory, the same loss and gradient."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -147,7 +147,7 @@ def fit(
         peak = peak_flops(
             parallel.device, resolve_precision(config.precision, parallel.device), log.peak_flops
         )
-        with closing(Logs(run_dir, state.step, log, meta) if parallel.is_main else Silence()) as logs:
+        with closing(Loggers(run_dir, state.step, log, meta) if parallel.is_main else NullLogger()) as logs:
             if changes:
                 logs.write(state.step, {"changes": changes})
             _train(state, objective, batches, config, seed, evaluate, parallel, keeper, logs, peak)
@@ -161,12 +161,12 @@ def start(model: nn.Module, config: TrainConfig, seed: int, parallel: Parallel) 
     state = TrainState(
         model,
         build_optimizers(model, config.optimizer),
-        AveragedWeights(model, config.ema),
-        gradient_scales(model) if precision == "fp16" else None,
+        EMA(model, config.ema),
+        build_grad_scaler(model) if precision == "fp16" else None,
     )
-    state.extras["nonfinite"] = Nonfinite(config.max_nonfinite)
+    state.extras["nonfinite"] = NonfiniteGuard(config.max_nonfinite)
     if config.optimizer.plateau.halvings:
-        state.extras["plateau"] = Plateau(config.optimizer.plateau)
+        state.extras["plateau"] = ReduceLROnPlateau(config.optimizer.plateau)
     if parallel.replicas and (powersgd := build_powersgd(model, config.powersgd, seed, parallel.replicas)):
         state.extras["powersgd"] = powersgd
     return state
@@ -181,7 +181,7 @@ def _train(
     evaluate: Evaluate | None,
     parallel: Parallel,
     keeper: Keeper,
-    logs: Logs | Silence,
+    logs: Loggers | NullLogger,
     peak: float | None,
 ) -> None:
     """The steps of `fit`."""
@@ -190,7 +190,7 @@ def _train(
     bar = tqdm(
         total=steps, initial=state.step, desc=kind, unit="step", disable=None if parallel.is_main else True
     )
-    meter, work = Meter(device, parallel.world, peak), None
+    meter, work = ThroughputMeter(device, parallel.world, peak), None
     model.train()
     while state.step < steps:
         with meter.waiting():
@@ -234,18 +234,18 @@ def check_parts(config: TrainConfig, parallel: Parallel) -> None:
 
 def step_numbers(state: TrainState, loss: Loss, norm: Tensor) -> Numbers:
     """What is logged of the update just made."""
-    numbers = to_numbers({"loss": loss.total.detach(), "gradient_norm": norm, **loss.metrics})
+    numbers = to_numbers({"loss": loss.total.detach(), "grad_norm": norm, **loss.metrics})
     if state.scales:
-        numbers["log2_scales"] = state.scales.values.log2().tolist()
+        numbers["grad_scale_log2"] = state.scales.values.log2().tolist()
     if plateau := state.extras.get("plateau"):
         numbers["halvings"] = plateau.halved
-    return numbers | {"step_size": float(state.optimizers[-1].param_groups[0]["lr"])}
+    return numbers | {"lr": float(state.optimizers[-1].param_groups[0]["lr"])}
 
 
-def work_of(objective: Objective, model: nn.Module, batch: Any) -> Work:
+def work_of(objective: Objective, model: nn.Module, batch: Any) -> StepCost:
     """What an update asks of the machine, if the objective tells."""
     tell = getattr(objective, "work", None)
-    return tell(model, batch) if tell else Work(0)
+    return tell(model, batch) if tell else StepCost(0)
 
 
 def chance(objective: Objective, model: nn.Module) -> Numbers:
@@ -271,13 +271,13 @@ def _evaluate(
     return scores
 
 
-def _told(scores: dict[str, Any], state: TrainState, logs: Logs | Silence) -> str:
-    """Logs numbers and pictures of an evaluation; the numbers in words."""
-    pictures = {name: value for name, value in scores.items() if isinstance(value, Image.Image)}
-    numbers = to_numbers({name: value for name, value in scores.items() if name not in pictures})
+def _told(scores: dict[str, Any], state: TrainState, logs: Loggers | NullLogger) -> str:
+    """Loggers numbers and images of an evaluation; the numbers in words."""
+    images = {name: value for name, value in scores.items() if isinstance(value, Image.Image)}
+    numbers = to_numbers({name: value for name, value in scores.items() if name not in images})
     logs.write(state.step, {f"eval/{name}": value for name, value in numbers.items()})
-    for name, picture in pictures.items():
-        logs.picture(state.step, name, picture)
+    for name, image in images.items():
+        logs.log_image(state.step, name, image)
     return "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
 
 
@@ -285,7 +285,7 @@ def _prepare(
     run_dir: Path, state: TrainState, meta: dict[str, Any], resume: str, keeper: Keeper
 ) -> list[str]:
     """Takes up the run that lies in the directory, if there is one; in what its configuration was another."""
-    found = newest_whole(run_dir, keeper.ranks)
+    found = latest_valid_checkpoint(run_dir, keeper.ranks)
     if found is None:
         return []
     if resume == "never":

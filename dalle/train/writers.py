@@ -1,4 +1,4 @@
-"""Where a run tells what it does: log.jsonl and pictures in its directory always, TensorBoard and W&B if asked."""
+"""Where a run tells what it does: log.jsonl and images in its directory always, TensorBoard and W&B if asked."""
 
 import os
 import uuid
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from dalle.train.loggers import JSONLines, Numbers
+from dalle.train.loggers import JSONLLogger, Numbers
 
 KINDS = ("tensorboard", "wandb")
 
@@ -34,17 +34,17 @@ class LogConfig:
             raise ValueError(f"peak_flops must be positive, got {self.peak_flops}")
 
 
-class Writer(Protocol):
+class Logger(Protocol):
     """One place beside the run's directory."""
 
     def write(self, step: int, numbers: Numbers) -> None: ...
 
-    def picture(self, step: int, name: str, image: Image.Image) -> None: ...
+    def log_image(self, step: int, name: str, image: Image.Image) -> None: ...
 
     def close(self) -> None: ...
 
 
-class Logs:
+class Loggers:
     """All places of a run.
 
     Args:
@@ -59,12 +59,12 @@ class Logs:
 
     def __init__(self, run_dir: Path, step: int, config: LogConfig, meta: dict[str, Any]):
         self.run_dir = run_dir
-        self.writers: list[Writer] = []
+        self.writers: list[Logger] = []
         if "tensorboard" in config.to:
             self.writers.append(TensorBoard(run_dir, step))
         if "wandb" in config.to:
             self.writers.append(WandB(run_dir, config.project, meta))
-        self.lines = JSONLines(run_dir / "log.jsonl", step)
+        self.lines = JSONLLogger(run_dir / "log.jsonl", step)
 
     def write(self, step: int, numbers: Numbers) -> None:
         """Numbers of a step."""
@@ -72,11 +72,11 @@ class Logs:
         for writer in self.writers:
             writer.write(step, spread(numbers))
 
-    def picture(self, step: int, name: str, image: Image.Image) -> None:
-        """A picture of a step."""
+    def log_image(self, step: int, name: str, image: Image.Image) -> None:
+        """An image of a step."""
         image.save(self.run_dir / f"{name}-{step:08d}.png")
         for writer in self.writers:
-            writer.picture(step, name, image)
+            writer.log_image(step, name, image)
 
     def close(self) -> None:
         """Everything is written."""
@@ -114,8 +114,8 @@ class TensorBoard:
             self.events.add_scalar(name, value, step)
         self.events.flush()  # a run may die at any instant
 
-    def picture(self, step: int, name: str, image: Image.Image) -> None:
-        """A picture under its name."""
+    def log_image(self, step: int, name: str, image: Image.Image) -> None:
+        """An image under its name."""
         self.events.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
@@ -149,8 +149,8 @@ class WandB:
         """A point of each curve."""
         self.run.log(numbers, step=step)
 
-    def picture(self, step: int, name: str, image: Image.Image) -> None:
-        """A picture under its name."""
+    def log_image(self, step: int, name: str, image: Image.Image) -> None:
+        """An image under its name."""
         self.run.log({name: self.image(image)}, step=step)
 
     def close(self) -> None:

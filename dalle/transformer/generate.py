@@ -1,4 +1,4 @@
-"""Drawing image tokens, one slot after the other, with a cache (paper section 3: temperature 1).
+"""DecodeState image tokens, one slot after the other, with a cache (paper section 3: temperature 1).
 
 C captions, n candidates of each, B = C n rows (twice that under guidance), T text slots, N image slots
 """
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle.nn.int8 import Int8Linear, operand
-from dalle.sampling import draw
+from dalle.nn.int8 import Int8Linear, weight_like
+from dalle.sampling import sample_tokens
 from dalle.transformer.model import Transformer
 
-OPEN = -1
+TO_GENERATE = -1
 """Stands in a beginning for a token that is to be drawn."""
 
 
-def in_format(model: Transformer, dtype: torch.dtype) -> Transformer:
+def cast_linear_weights(model: Transformer, dtype: torch.dtype) -> Transformer:
     """The same model with the matrices of its layers in another number format, and all else shared.
 
     Norms, embeddings and the output matrix stay as they are (appendix B.2: logits in fp32). So does a model from
-    `in_int8`.
+    `quantize_int8`.
     """
     linear = _matrices(model, nn.Linear)
     if all(module.weight.dtype == dtype for module in linear):
@@ -36,7 +36,7 @@ def in_format(model: Transformer, dtype: torch.dtype) -> Transformer:
     return copy.deepcopy(model, shared)
 
 
-def in_int8(model: Transformer) -> Transformer:
+def quantize_int8(model: Transformer) -> Transformer:
     """The same model with matrices kept in 8 bits (dalle/nn/int8.py), and all else shared.
 
     They are those of the layers and the output matrix; a transformer of others keeps the latter, which it may embed
@@ -60,14 +60,14 @@ def _tensors(model: Transformer) -> dict[int, Any]:
     return {id(tensor): tensor for tensor in tensors}
 
 
-def own_format(model: Transformer) -> torch.autocast:
-    """The context in which a model from `in_format` reads whole streams."""
-    like = operand(_matrices(model, (nn.Linear, Int8Linear))[0])
+def inference_autocast(model: Transformer) -> torch.autocast:
+    """The context in which a model from `cast_linear_weights` reads whole streams."""
+    like = weight_like(_matrices(model, (nn.Linear, Int8Linear))[0])
     return torch.autocast(like.device.type, dtype=like.dtype, enabled=like.dtype != torch.float32)
 
 
 @torch.inference_mode()
-def draw_tokens(
+def generate_tokens(
     model: Transformer,
     text_tokens: Tensor,
     uniforms: Tensor,
@@ -86,11 +86,11 @@ def draw_tokens(
     Args:
         text_tokens: int64 (C, T) from `TokenLayout.pad_text`.
         uniforms: (C, n, N), the random numbers of n candidates of each caption (`sampling.uniforms`).
-        prefix: int64 (C, p), image tokens to keep at the start; among them OPEN is drawn.
+        prefix: int64 (C, p), image tokens to keep at the start; among them TO_GENERATE is drawn.
         temperature, top_k, top_p: see `sampling.draw`.
         guidance: s in unconditional + s (conditional - unconditional) logits, where the unconditional
             stream has an empty caption; None or 1 is the plain model.
-        graph: on CUDA, record a step once and replay it (`Drawing.advance`).
+        graph: on CUDA, record a step once and replay it (`DecodeState.advance`).
         compile: `compiled_step`.
 
     Yields:
@@ -99,21 +99,21 @@ def draw_tokens(
     """
     kind = text_tokens.device.type
     if torch.is_autocast_enabled(kind):
-        model = in_format(model, torch.get_autocast_dtype(kind))
-    drawing = Drawing(model, text_tokens, uniforms, prefix, guidance, compile)
+        model = cast_linear_weights(model, torch.get_autocast_dtype(kind))
+    drawing = DecodeState(model, text_tokens, uniforms, prefix, guidance, compile)
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    if drawing.kept == model.layout.image_len:
+    if drawing.kept == model.layout.num_image_tokens:
         yield drawing.result(drawing.kept)
         return
     advance = drawing.recorded() if graph else drawing.advance
-    for slot in range(drawing.kept, model.layout.image_len):
+    for slot in range(drawing.kept, model.layout.num_image_tokens):
         work = advance if slot > drawing.kept else drawing.choose
         with torch.autocast(kind, enabled=False):
             work(slot if drawing.by_number else drawing.slots[slot : slot + 1], settings)
         yield drawing.result(slot + 1)
 
 
-class Drawing:
+class DecodeState:
     """What is drawn so far of n candidates of C captions, and the state from which the next token is drawn."""
 
     def __init__(
@@ -134,26 +134,26 @@ class Drawing:
         precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.noise = uniforms.reshape(-1, slots).to(precise).to(device)
         self.slots = torch.arange(slots, device=device)
-        wanted = torch.full((captions, slots), OPEN, device=device)
+        wanted = torch.full((captions, slots), TO_GENERATE, device=device)
         if prefix is not None:
             wanted[:, : prefix.shape[1]] = prefix
-        is_open = (wanted == OPEN).any(dim=0)
+        is_open = (wanted == TO_GENERATE).any(dim=0)
         self.kept = int(is_open.int().argmax()) if is_open.any() else slots
         self.tokens = wanted.repeat_interleave(candidates, dim=0)  # (B, N)
-        self.wanted = self.tokens.clone() if (wanted[:, self.kept :] != OPEN).any() else None
+        self.wanted = self.tokens.clone() if (wanted[:, self.kept :] != TO_GENERATE).any() else None
         self._begin(text_tokens, wanted[:, : self.kept])
 
     def _begin(self, text_tokens: Tensor, kept: Tensor) -> None:
         """Reads captions and kept tokens once, for all candidates of each."""
         layout, (captions, candidates) = self.model.layout, self.shape
-        if self.guidance is not None:  # a second stream of the same picture under an empty caption
+        if self.guidance is not None:  # a second stream of the same image under an empty caption
             empty = layout.pad_text([[]]).to(text_tokens).expand(captions, -1)
             text_tokens, kept = torch.cat([text_tokens, empty]), kept.repeat(2, 1)
-        if kept.shape[1] == layout.image_len:
+        if kept.shape[1] == layout.num_image_tokens:
             return
         self.caches = self.model.caches(len(text_tokens), candidates)
         ids = layout.shift(layout.pack(text_tokens, kept))
-        with own_format(self.model):
+        with inference_autocast(self.model):
             state = self.model.read(ids, self.caches)[:, -1]
         self.state = state.repeat_interleave(candidates, dim=0)  # (B, D)
 
@@ -164,10 +164,10 @@ class Drawing:
         if self.guidance is not None:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + self.guidance * (conditional - unconditional)
-        drawn = draw(logits, self.noise.index_select(1, at)[:, 0], **settings)[:, None]
+        drawn = sample_tokens(logits, self.noise.index_select(1, at)[:, 0], **settings)[:, None]
         if self.wanted is not None:
             wanted = self.wanted.index_select(1, at)
-            drawn = torch.where(wanted == OPEN, drawn, wanted)
+            drawn = torch.where(wanted == TO_GENERATE, drawn, wanted)
         self.tokens.index_copy_(1, at, drawn)
         self.last = drawn[:, 0]
 
@@ -222,5 +222,5 @@ def _compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def generate(model: Transformer, text_tokens: Tensor, uniforms: Tensor, **options) -> Tensor:
-    """All image tokens at once, int64 (C, n, N); arguments as `draw_tokens`."""
-    return deque(draw_tokens(model, text_tokens, uniforms, **options), maxlen=1).pop()
+    """All image tokens at once, int64 (C, n, N); arguments as `generate_tokens`."""
+    return deque(generate_tokens(model, text_tokens, uniforms, **options), maxlen=1).pop()

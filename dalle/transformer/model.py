@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from dalle.layout import TokenLayout
 from dalle.masks import layer_kinds, visible
-from dalle.nn.attention import CHOICES, prepare, resolve
-from dalle.nn.blocks import FP32LayerNorm, Layer, Resblock
-from dalle.nn.int8 import multiply, operand
-from dalle.nn.kv_cache import LayerCache, Places
-from dalle.nn.sparse_mask import Pattern
+from dalle.nn.attention import CHOICES, build_mask, resolve_backend
+from dalle.nn.blocks import FP32LayerNorm, ResidualBlock, TransformerBlock
+from dalle.nn.int8 import int8_linear, weight_like
+from dalle.nn.kv_cache import KVCache, KVCacheLayout
+from dalle.nn.sparse_mask import SparseMask
 from dalle.types import check_tokens
 
 
@@ -30,8 +30,8 @@ class TransformerConfig:
     """Attention layers; each is followed by an MLP (2.2)."""
     heads: int = 62
     """Attention heads (2.2)."""
-    head_width: int = 64
-    """Width of a head (2.2); the model is heads * head_width = 3968 wide."""
+    head_dim: int = 64
+    """Width of a head (2.2); the model is heads * head_dim = 3968 wide."""
     text_len: int = 256
     """Text slots, start-of-text among them (2.2)."""
     grid: tuple[int, int] = (32, 32)
@@ -44,21 +44,23 @@ class TransformerConfig:
     """Side of the convolutional mask of the last layer (2.2)."""
     sparse: bool = True
     """Row, column and conv layers (2.2); false makes every layer causal."""
-    causal_every: int | None = None
+    full_attention_every: int | None = None
     """Every so many layers one is causal instead, counted from 1; not in the paper, which has none."""
     init_scale: float = 0.125
     """Weights start as N(0, init_scale / sqrt(inputs)) (Child et al.)."""
     backend: str = "auto"
     """How attention is computed: dense, sdpa, blocks, flex, or auto: by device (dalle/nn/attention.py)."""
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """Keep only the trunk; the inside of each resblock is computed again in the backward pass (2.4)."""
 
     def __post_init__(self):
-        for name in ("depth", "heads", "head_width"):
+        for name in ("depth", "heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.causal_every is not None and self.causal_every < 1:
-            raise ValueError(f"causal_every must be positive, or null for none, got {self.causal_every}")
+        if self.full_attention_every is not None and self.full_attention_every < 1:
+            raise ValueError(
+                f"full_attention_every must be positive, or null for none, got {self.full_attention_every}"
+            )
         if self.backend not in CHOICES:
             raise ValueError(f"unknown backend {self.backend!r}; expected one of {', '.join(CHOICES)}")
         if self.sparse:
@@ -69,7 +71,7 @@ class TransformerConfig:
     @property
     def width(self) -> int:
         """D."""
-        return self.heads * self.head_width
+        return self.heads * self.head_dim
 
     @property
     def layout(self) -> TokenLayout:
@@ -81,7 +83,7 @@ class TransformerConfig:
         """Attention kind of each layer."""
         kinds = layer_kinds(self.depth) if self.sparse else ["causal"] * self.depth
         return [
-            "causal" if self.causal_every and i % self.causal_every == 0 else k
+            "causal" if self.full_attention_every and i % self.full_attention_every == 0 else k
             for i, k in enumerate(kinds, 1)
         ]
 
@@ -93,20 +95,21 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.layout = layout = config.layout
-        self.token_embedding = nn.Embedding(layout.input_vocab, config.width)
+        self.token_embedding = nn.Embedding(layout.embedding_size, config.width)
         self.text_position = nn.Embedding(layout.text_len, config.width)
         self.row = nn.Embedding(layout.rows, config.width)
         self.column = nn.Embedding(layout.columns, config.width)
         self.layers = nn.ModuleList(
-            Layer(config.width, config.heads, config.recompute) for _ in range(config.depth)
+            TransformerBlock(config.width, config.heads, config.activation_checkpointing)
+            for _ in range(config.depth)
         )
         self.final_norm = FP32LayerNorm(config.width)
         self.to_logits = nn.Linear(config.width, layout.vocab, bias=False)
         self.patterns = {
-            kind: Pattern(kind, layout, config.conv_kernel) for kind in sorted(set(config.kinds))
+            kind: SparseMask(kind, layout, config.conv_kernel) for kind in sorted(set(config.kinds))
         }
         self.register_buffer("allowed_text", layout.allowed_text(), persistent=False)
-        initialise(self)
+        init_weights(self)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits of every position: joint ids (B, n) -> fp32 (B, n, V); logits[:, p] predicts ids[:, p].
@@ -134,22 +137,22 @@ class Transformer(nn.Module):
             check_tokens(image, self.layout.image_vocab, "image ids less their offset")
         return self.read(self.layout.shift(ids)[:, : ids.shape[1]])
 
-    def read(self, inputs: Tensor, caches: list[LayerCache] | None = None) -> Tensor:
+    def read(self, inputs: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Input ids (B, n) of the first n slots -> final states (B, n, D); `caches` take what `step` needs."""
         x = self.embed(inputs)
         backends = self.backends(inputs.shape[1])
         for kind, backend in backends.items():
-            prepare(backend, self.patterns[kind], x.device)
+            build_mask(backend, self.patterns[kind], x.device)
         for i, (layer, kind) in enumerate(zip(self.layers, self.config.kinds, strict=True)):
             x = layer(x, self.patterns[kind], backends[kind], caches[i] if caches else None)
         return self.final_norm(x)
 
-    def step(self, tokens: Tensor, slot: int | Tensor, caches: list[LayerCache]) -> Tensor:
+    def step(self, tokens: Tensor, slot: int | Tensor, caches: list[KVCache]) -> Tensor:
         """Reads one image token of every stream, in sampling.
 
         Args:
             tokens: int64 (B,), those of image slot `slot - 1`.
-            slot: the image slot that reads them, at least 1; an int or a tensor (1,), see `LayerCache.attend`.
+            slot: the image slot that reads them, at least 1; an int or a tensor (1,), see `KVCache.attend`.
             caches: hold the slots before it, and take this one.
 
         Returns:
@@ -169,8 +172,11 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the device cannot run the backend that the configuration names.
         """
-        c, device, slots = self.config, operand(self.to_logits).device, slots or self.layout.length
-        return {kind: resolve(c.backend, p, slots, device, c.head_width) for kind, p in self.patterns.items()}
+        c, device, slots = self.config, weight_like(self.to_logits).device, slots or self.layout.seq_len
+        return {
+            kind: resolve_backend(c.backend, p, slots, device, c.head_dim)
+            for kind, p in self.patterns.items()
+        }
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Token plus position: text slots have one embedding each, image slots row + column.
@@ -198,9 +204,9 @@ class Transformer(nn.Module):
 
     def _logits(self, hidden: Tensor, ids: slice) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):  # B.2: logits in fp32
-            return multiply(hidden.float(), self.to_logits, ids)
+            return int8_linear(hidden.float(), self.to_logits, ids)
 
-    def resblocks(self) -> list[Resblock]:
+    def resblocks(self) -> list[ResidualBlock]:
         """The 2 * depth resblocks in order (2.4: each has a gradient scale of its own)."""
         return [block for layer in self.layers for block in (layer.attention, layer.mlp)]
 
@@ -208,16 +214,16 @@ class Transformer(nn.Module):
         """What sharded training gathers at once, in order of use: all in it is computed in 16 bit under autocast."""
         return [[layer.attention.f, layer.mlp.f] for layer in self.layers]
 
-    def caches(self, captions: int, candidates: int) -> list[LayerCache]:
+    def caches(self, captions: int, candidates: int) -> list[KVCache]:
         """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
-        c, like = self.config, operand(self.layers[0].attention.f.qkv)
-        places = {kind: Places(kind, self.layout, c.conv_kernel).to(like.device) for kind in self.patterns}
-        return [
-            LayerCache(places[kind], captions, candidates, c.heads, c.head_width, like) for kind in c.kinds
-        ]
+        c, like = self.config, weight_like(self.layers[0].attention.f.qkv)
+        places = {
+            kind: KVCacheLayout(kind, self.layout, c.conv_kernel).to(like.device) for kind in self.patterns
+        }
+        return [KVCache(places[kind], captions, candidates, c.heads, c.head_dim, like) for kind in c.kinds]
 
 
-def initialise(model: Transformer) -> None:
+def init_weights(model: Transformer) -> None:
     """Child et al. (2019): the loss starts at ln(vocabulary), residual paths start small.
 
     Weights N(0, s / sqrt(inputs)) with s = init_scale, the last matrix of each resblock smaller by

@@ -8,7 +8,7 @@ from torch import Tensor
 from dalle.transformer.losses import TEXT_WEIGHT, cross_entropies, weighted_cross_entropy
 from dalle.transformer.model import Transformer
 from dalle.transformer.sizes import training_flops
-from dalle.types import WHOLE, Loss, Part, Work
+from dalle.types import FULL_BATCH, BatchShard, Loss, StepCost
 
 
 @dataclass(frozen=True)
@@ -23,25 +23,25 @@ class TransformerObjective:
             raise ValueError(f"text_weight must lie in [0, 1], got {self.text_weight}")
 
     def counts(self, model: Transformer, batch: Tensor) -> Tensor:
-        """Text tokens in joint ids (B, N); every picture has as many image tokens."""
+        """Text tokens in joint ids (B, N); every image has as many image tokens."""
         return model.layout.loss_mask(batch)[:, : model.layout.text_len].sum()
 
-    def __call__(self, model: Transformer, batch: Tensor, step: int, part: Part = WHOLE) -> Loss:
+    def __call__(self, model: Transformer, batch: Tensor, step: int, part: BatchShard = FULL_BATCH) -> Loss:
         """batch: joint ids (B, N)."""
         share = (
             None if part.counts is None else part.counts / part.count
         )  # so that the parts' mean is the batch's
         text, image = cross_entropies(model, batch, text_tokens=share)
         total = weighted_cross_entropy(text, image, self.text_weight)
-        return Loss(total, {"text_nats": text.detach(), "image_nats": image.detach()})
+        return Loss(total, {"text_loss": text.detach(), "image_loss": image.detach()})
 
-    def work(self, model: Transformer, batch: Tensor) -> Work:
+    def work(self, model: Transformer, batch: Tensor) -> StepCost:
         """By formula (dalle/transformer/sizes.py)."""
-        return Work(len(batch), batch.numel(), len(batch) * sum(training_flops(model.config).values()))
+        return StepCost(len(batch), batch.numel(), len(batch) * sum(training_flops(model.config).values()))
 
     def chance(self, model: Transformer) -> dict[str, float]:
         """ln(vocabulary): nats a token of one who guesses evenly. A text slot may also hold its pad."""
         layout = model.layout
         text, image = math.log(layout.text_vocab + 1), math.log(layout.image_vocab)
         total = self.text_weight * text + (1 - self.text_weight) * image
-        return {"loss": total, "text_nats": text, "image_nats": image}
+        return {"loss": total, "text_loss": text, "image_loss": image}

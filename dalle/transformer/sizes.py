@@ -6,7 +6,7 @@ Only depth and heads differ; text, grid and vocabularies are the paper's in all 
 import torch
 
 from dalle.masks import dense_mask
-from dalle.nn.kv_cache import Places
+from dalle.nn.kv_cache import KVCacheLayout
 from dalle.transformer.model import TransformerConfig
 
 SIZES: dict[str, TransformerConfig] = {
@@ -29,7 +29,7 @@ def parameter_counts(config: TransformerConfig) -> dict[str, int]:
         the paper's "effective parameter count"; final_norm; to_logits.
     """
     layout, width = config.layout, config.width
-    embedded = layout.input_vocab + layout.text_len + layout.rows + layout.columns
+    embedded = layout.embedding_size + layout.text_len + layout.rows + layout.columns
     return {
         "embeddings": embedded * width,
         "layers": config.depth * (12 * width**2 + 13 * width),  # 13 D: norms 4 D, biases 9 D
@@ -50,9 +50,9 @@ def training_flops(config: TransformerConfig) -> dict[str, int]:
     layout, width = config.layout, config.width
     with torch.device("cpu"):
         pairs = {kind: int(dense_mask(kind, layout, config.conv_kernel).sum()) for kind in set(config.kinds)}
-    vocabulary = layout.text_len * layout.image_offset + layout.image_len * layout.image_vocab
+    vocabulary = layout.text_len * layout.image_offset + layout.num_image_tokens * layout.image_vocab
     return {
-        "matrices": 72 * width**2 * layout.length * config.depth,
+        "matrices": 72 * width**2 * layout.seq_len * config.depth,
         "attention": 12 * width * sum(pairs[kind] for kind in config.kinds),
         "logits": 6 * width * vocabulary,
     }
@@ -86,6 +86,6 @@ def read_bytes(config: TransformerConfig, candidates: int, itemsize: int, int8: 
     return matrices + cache_bytes(config, itemsize)[0] + candidates * near
 
 
-def _places(config: TransformerConfig) -> dict[str, Places]:
+def _places(config: TransformerConfig) -> dict[str, KVCacheLayout]:
     with torch.device("cpu"):
-        return {kind: Places(kind, config.layout, config.conv_kernel) for kind in set(config.kinds)}
+        return {kind: KVCacheLayout(kind, config.layout, config.conv_kernel) for kind in set(config.kinds)}

@@ -1,4 +1,4 @@
-"""What each layer attends to, for one caption and picture.
+"""What each layer attends to, for one caption and image.
 
 The weights are computed by a slow and plain path from the model's own queries and keys: no backend gives them away.
 
@@ -23,12 +23,12 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.layout import TokenLayout
-from dalle.nn.blocks import Layer
-from dalle.nn.sparse_mask import Pattern
+from dalle.nn.blocks import TransformerBlock
+from dalle.nn.sparse_mask import SparseMask
 from dalle.pipelines.dalle import DALLE
 from dalle.transformer import Transformer
-from dalle.transformer.generate import own_format
-from dalle.viz.figures import figure_picture
+from dalle.transformer.generate import inference_autocast
+from dalle.viz.figures import figure_image
 
 
 class LayerWeights(NamedTuple):
@@ -57,13 +57,13 @@ def attention_weights(model: Transformer, ids: Tensor) -> Iterator[LayerWeights]
     model.layout.unpack(ids)
     x = model.embed(model.layout.shift(ids)[:, : ids.shape[1]])  # (B, n, D)
     for number, (layer, kind) in enumerate(zip(model.layers, model.config.kinds, strict=True)):
-        with own_format(model):
+        with inference_autocast(model):
             weights = _weights(layer, x, model.patterns[kind])
             x = layer(x, model.patterns[kind], "dense")
         yield LayerWeights(number, kind, weights)
 
 
-def _weights(layer: Layer, x: Tensor, pattern: Pattern) -> Tensor:
+def _weights(layer: TransformerBlock, x: Tensor, pattern: SparseMask) -> Tensor:
     block, slots = layer.attention, x.shape[1]
     q, k, _ = rearrange(
         block.f.qkv(block.norm(x)), "b n (three h d) -> three b h n d", three=3, h=block.f.heads
@@ -92,12 +92,12 @@ def spread(weights: Tensor, layout: TokenLayout, words: int) -> Spread:
     Args:
         words: tokens of the caption.
     """
-    text, image = weights.float().cpu().split([layout.text_len, layout.image_len])
+    text, image = weights.float().cpu().split([layout.text_len, layout.num_image_tokens])
     grid = torch.cat([image[1:], image.new_zeros(1)]).view(layout.grid)
     return Spread(text[: words + 1].numpy(), float(text[words + 1 :].sum()), float(image[0]), grid.numpy())
 
 
-def attention_picture(
+def attention_image(
     model: DALLE,
     caption: str,
     image: Image.Image | Path | str | Tensor,
@@ -105,14 +105,14 @@ def attention_picture(
     layers: Sequence[int] | None = None,
     truncate: bool = False,
 ) -> Image.Image:
-    """Where layers look while they draw tokens of a picture: a line for each layer, a column for each token.
+    """Where layers look while they draw tokens of an image: a line for each layer, a column for each token.
 
-    Each panel is the picture, brighter where the layer looks (mean of its heads; the brightest place is white-hot);
+    Each panel is the image, brighter where the layer looks (mean of its heads; the brightest place is white-hot);
     the red square is the token that is drawn. Bars beside it: how much of the weight goes to the text, token by token.
 
     Args:
         caption: the caption.
-        image: the picture (its middle square is resized to the model's size), or its image tokens, R * C of them.
+        image: the image (its middle square is resized to the model's size), or its image tokens, R * C of them.
         places: (row, column) of the tokens; three in the middle column unless given.
         layers: their numbers, from 0; the last of each kind unless given.
         truncate: cut a caption that is too long instead of refusing it.
@@ -132,13 +132,13 @@ def attention_picture(
     if not chosen or not all(0 <= layer < len(kinds) for layer in chosen):
         raise ValueError(f"layers must be numbers from 0 to {len(kinds) - 1}, got {chosen}")
     tokens = image.reshape(1, -1).to(model.device) if isinstance(image, Tensor) else model.encode(image)
-    if tokens.shape[1] != layout.image_len:
+    if tokens.shape[1] != layout.num_image_tokens:
         raise ValueError(
-            f"expected the {layout.image_len} image tokens of one picture, got {tuple(image.shape)}"
+            f"expected the {layout.num_image_tokens} image tokens of one image, got {tuple(image.shape)}"
         )
     ids = layout.pack(model.text_tokens([caption], truncate), tokens)
     pixels = model.decode(tokens)[0].movedim(0, -1).float().cpu().numpy()
-    read = model.text.encode(caption)[: layout.caption_room]
+    read = model.text.encode(caption)[: layout.max_caption_len]
     words = ["start", *(model.text.decode([one]).strip() or "?" for one in read)]
     queries = [layout.text_len + row * layout.columns + column for row, column in places]
     figure = Figure(figsize=(2.1 * len(places) + 2.6, 2.35 * len(chosen)), layout="constrained")
@@ -147,7 +147,7 @@ def attention_picture(
         if layer in chosen:
             of_query = [spread(weights[0, :, query].mean(0), layout, len(words) - 1) for query in queries]
             _line(next(axes), f"{kind}, layer {layer + 1}", pixels, of_query, places, words)
-    return figure_picture(figure)
+    return figure_image(figure)
 
 
 def _line(
@@ -175,14 +175,14 @@ def _line(
 
 
 def _lit(pixels: np.ndarray, weights: np.ndarray, cell: int) -> np.ndarray:
-    """The picture in dim grey, lit by the weights."""
+    """The image in dim grey, lit by the weights."""
     heat = np.kron(weights / max(float(weights.max()), 1e-12), np.ones((cell, cell)))[..., None]
     grey = pixels.mean(-1, keepdims=True) * 0.35 + 0.05
     return (grey * (1 - heat) + colormaps["inferno"](heat[..., 0])[..., :3] * heat).clip(0, 1)
 
 
 def attention_matrix(weights: Tensor) -> Image.Image:
-    """Weights (n, n) of one head, or a mean of heads, as a picture: a pixel a pair, dark is none, bright is much.
+    """Weights (n, n) of one head, or a mean of heads, as an image: a pixel a pair, dark is none, bright is much.
 
     The square root is drawn, so that small weights show; the largest weight is brightest.
     """

@@ -1,6 +1,6 @@
-"""What the image tokenizer has learned: its codes as pictures, where and how often they are used.
+"""What the image tokenizer has learned: its codes as images, where and how often they are used.
 
-B pictures, K codes, h w grid
+B images, K codes, h w grid
 """
 
 import colorsys
@@ -16,13 +16,13 @@ from tqdm import tqdm
 from dalle.dvae import DVAE
 from dalle.dvae.metrics import dvae_scores
 from dalle.evals.reconstruction import code_use
-from dalle.io.images import captioned_sheet, sheet, to_pil
-from dalle.types import ImageTokenizer, check_pixels, check_tokens, grid_of
-from dalle.viz.figures import figure_picture
+from dalle.io.images import captioned_grid, image_grid, to_pil
+from dalle.types import ImageTokenizer, check_images, check_tokens, token_grid
+from dalle.viz.figures import figure_image
 
 
 @torch.no_grad()
-def codebook_pictures(
+def codebook_images(
     model: ImageTokenizer, codes: Sequence[int] | None = None, around: int = 4, batch: int = 64
 ) -> Tensor:
     """Each code decoded alone: the middle token of a grid that holds this code everywhere.
@@ -30,7 +30,7 @@ def codebook_pictures(
     Args:
         model: any image tokenizer.
         codes: which; all unless given.
-        around: tokens of the same code on each side of the middle one, to keep off the picture's edge. The edge is
+        around: tokens of the same code on each side of the middle one, to keep off the image's edge. The edge is
             out of reach with 3 blocks_per_group (1 + 1/2 + 1/4 ...) of them, over the groups: 12 in the paper's dVAE.
         batch: codes decoded at once.
 
@@ -46,13 +46,13 @@ def codebook_pictures(
     if not len(wanted) or around < 0:
         raise ValueError(f"expected one code or more and around of 0 or more, got {len(wanted)} and {around}")
     check_tokens(wanted[None], model.vocab_size, "codes")
-    side, token = 2 * around + 1, model.downsampling
+    side, token = 2 * around + 1, model.downsample_factor
     middle = slice(around * token, (around + 1) * token)
-    pictures = []
+    images = []
     for part in tqdm(wanted.split(batch), desc="codes", unit="batch", disable=None, leave=False):
         grids = part[:, None].expand(-1, side * side).to(_device(model))
-        pictures.append(model.decode(grids, (side, side))[:, :, middle, middle].float().cpu())
-    return torch.cat(pictures)
+        images.append(model.decode(grids, (side, side))[:, :, middle, middle].float().cpu())
+    return torch.cat(images)
 
 
 def codebook_sheet(
@@ -62,19 +62,19 @@ def codebook_sheet(
     scale: int | None = None,
     around: int = 4,
 ) -> Image.Image:
-    """`codebook_pictures` side by side, row by row in the order of the codes.
+    """`codebook_images` side by side, row by row in the order of the codes.
 
     Args:
         columns: codes in a row.
         scale: enlarges each; to 16 pixels or more unless given.
     """
-    images = to_pil(codebook_pictures(model, codes, around))
+    images = to_pil(codebook_images(model, codes, around))
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    return sheet(rows, scale or -(-16 // model.downsampling), gap=2)
+    return image_grid(rows, scale or -(-16 // model.downsample_factor), gap=2)
 
 
-def code_colours(vocab_size: int) -> np.ndarray:
-    """A colour of its own for each code, uint8 (K, 3): neighbours by number are far apart in hue."""
+def code_colors(vocab_size: int) -> np.ndarray:
+    """A color of its own for each code, uint8 (K, 3): neighbours by number are far apart in hue."""
     golden = 0.6180339887
     hues = [
         (i * golden % 1, 0.55 + 0.4 * (i % 3) / 2, 0.95 - 0.45 * (i // 3 % 3) / 2) for i in range(vocab_size)
@@ -87,7 +87,7 @@ def code_colours(vocab_size: int) -> np.ndarray:
 def code_map(
     tokens: Tensor, vocab_size: int, grid: tuple[int, int] | None = None, cell: int = 16
 ) -> Image.Image:
-    """The codes of one picture, each code a colour (which says nothing of what it means).
+    """The codes of one image, each code a color (which says nothing of what it means).
 
     Args:
         tokens: int64 (h * w) or (1, h * w).
@@ -97,14 +97,14 @@ def code_map(
     """
     tokens = tokens.detach().cpu().view(1, -1)
     check_tokens(tokens, vocab_size, "tokens")
-    height, width = grid_of(tokens, grid)
-    image = Image.fromarray(code_colours(vocab_size)[tokens.view(height, width).numpy()])
+    height, width = token_grid(tokens, grid)
+    image = Image.fromarray(code_colors(vocab_size)[tokens.view(height, width).numpy()])
     return image.resize((width * cell, height * cell), Image.Resampling.NEAREST)
 
 
 @torch.no_grad()
 def count_codes(model: ImageTokenizer, batches: Iterable[Tensor]) -> Tensor:
-    """How often each code is used in pictures: batches of pixels (B, 3, H, W) in [0, 1] -> int64 (K,)."""
+    """How often each code is used in images: batches of pixels (B, 3, H, W) in [0, 1] -> int64 (K,)."""
     times = torch.zeros(model.vocab_size, dtype=torch.int64)
     for pixels in batches:
         times += torch.bincount(
@@ -113,7 +113,7 @@ def count_codes(model: ImageTokenizer, batches: Iterable[Tensor]) -> Tensor:
     return times
 
 
-def code_use_picture(times: Tensor) -> Image.Image:
+def code_use_image(times: Tensor) -> Image.Image:
     """How often each code is used, (K,), the most used first, beside a codebook used evenly.
 
     The title says how many are used at all, and the perplexity exp(H) of their shares.
@@ -130,20 +130,21 @@ def code_use_picture(times: Tensor) -> Image.Image:
         label="share of the tokens",
     )
     axis.axhline(1 / len(times), linestyle=":", color="grey", label="all alike")
-    if found["codes_used"] > 1:
+    if found["codebook_used"] > 1:
         axis.set_yscale("log")
     axis.set_title(
-        f"{found['codes_used']} of {len(times)} codes used, perplexity {found['perplexity']:.1f}", fontsize=9
+        f"{found['codebook_used']} of {len(times)} codes used, perplexity {found['perplexity']:.1f}",
+        fontsize=9,
     )
     axis.set_xlabel("code, by how often it is used", fontsize=8)
     axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
-    return figure_picture(figure)
+    return figure_image(figure)
 
 
 @torch.no_grad()
-def reconstructions_picture(model: DVAE, pixels: Tensor, tau: float = 1 / 16, seed: int = 0) -> Image.Image:
-    """Pictures, their reconstructions through relaxed and through hard codes, and the difference of the two, times 4.
+def reconstructions_image(model: DVAE, pixels: Tensor, tau: float = 1 / 16, seed: int = 0) -> Image.Image:
+    """Images, their reconstructions through relaxed and through hard codes, and the difference of the two, times 4.
 
     Args:
         model: a dVAE; another image tokenizer has no relaxed codes.
@@ -157,17 +158,17 @@ def reconstructions_picture(model: DVAE, pixels: Tensor, tau: float = 1 / 16, se
         )
     if not tau > 0:
         raise ValueError(f"tau must be positive, got {tau}")
-    check_pixels(pixels, model.downsampling)
+    check_images(pixels, model.downsample_factor)
     pixels = pixels.to(_device(model))
     with torch.random.fork_rng(devices=[]):  # the noise begins with torch's own CPU generator
         torch.manual_seed(seed)
         _, relaxed, hard = dvae_scores(model, pixels, tau)
     difference = (4 * (relaxed - hard).abs()).clamp(0, 1)
     scale = max(1, 128 // pixels.shape[-1])
-    names = ["picture", f"relaxed, tau {tau:.3g}", "hard", "4 x their difference"]
+    names = ["image", f"relaxed, tau {tau:.3g}", "hard", "4 x their difference"]
     columns = zip(names, (pixels, relaxed, hard, difference), strict=True)
-    cells = [(name, sheet([[one] for one in to_pil(images)], scale)) for name, images in columns]
-    return captioned_sheet(cells, columns=4)
+    cells = [(name, image_grid([[one] for one in to_pil(images)], scale)) for name, images in columns]
+    return captioned_grid(cells, columns=4)
 
 
 def _device(model: ImageTokenizer) -> torch.device:

@@ -10,29 +10,29 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dalle.train.loggers import read_log
-from dalle.viz.figures import figure_picture
+from dalle.viz.figures import figure_image
 
 CURVES = {
-    "dvae": ["loss", "reconstruction_soft", "perplexity"],
-    "transformer": ["loss", "image_nats", "text_nats"],
-    "clip": ["loss", "picture_to_caption"],
+    "dvae": ["loss", "recon_loss", "perplexity"],
+    "transformer": ["loss", "image_loss", "text_loss"],
+    "clip": ["loss", "image_to_text_acc"],
 }
 METRICS = list(dict.fromkeys(name for names in CURVES.values() for name in names))
 """What is drawn unless told: of these, those that a run has."""
 Lines = list[dict[str, Any]]
 
 
-def curves_picture(
+def curves_image(
     runs: Mapping[str, Path] | Sequence[Path], metrics: Sequence[str] = (), **settings
 ) -> Image.Image:
-    """A panel for each metric, a colour for each run.
+    """A panel for each metric, a color for each run.
 
     Args:
         runs: directories of training runs, or their log.jsonl, perhaps by the name that each shall have.
         metrics, settings: as `curves_figure`.
     """
     named = runs if isinstance(runs, Mapping) else dict(zip(names_of(runs), runs, strict=True))
-    return figure_picture(
+    return figure_image(
         curves_figure({name: read_lines(Path(run)) for name, run in named.items()}, metrics, **settings)
     )
 
@@ -45,7 +45,7 @@ def curves_figure(
     log_y: bool = False,
     chance: bool = True,
 ) -> Figure:
-    """The figure of `curves_picture`.
+    """The figure of `curves_image`.
 
     Args:
         logs: the lines of each run's log (`read_lines`), by its name.
@@ -77,13 +77,13 @@ def curves_figure(
     return figure
 
 
-def losses_picture(runs: Mapping[str, Path]) -> Image.Image:
+def losses_image(runs: Mapping[str, Path]) -> Image.Image:
     """A row of curves for each run, {kind: directory} of "dvae", "transformer", "clip"."""
-    return figure_picture(losses_figure(runs))
+    return figure_image(losses_figure(runs))
 
 
 def losses_figure(runs: Mapping[str, Path]) -> Figure:
-    """The figure of `losses_picture`."""
+    """The figure of `losses_image`."""
     width = max(len(CURVES[kind]) for kind in runs)
     figure = Figure(figsize=(4 * width, 2.6 * len(runs)), layout="constrained")
     axes = figure.subplots(len(runs), width, squeeze=False)
@@ -96,33 +96,33 @@ def losses_figure(runs: Mapping[str, Path]) -> Figure:
     return figure
 
 
-def scales_picture(run: Path) -> Image.Image:
+def scales_image(run: Path) -> Image.Image:
     """Figure 12 of the paper for any run in fp16: log2 of each resblock's gradient scale against updates.
 
     Raises:
         ValueError: the run's log has no gradient scales.
     """
-    return figure_picture(scales_figure(scale_lines(run)), dpi=100)
+    return figure_image(scales_figure(scale_lines(run)), dpi=100)
 
 
 def scale_lines(run: Path) -> Lines:
     """The lines of a run's log that have gradient scales; ValueError where none has."""
-    lines = [line for line in read_lines(Path(run)) if isinstance(line.get("log2_scales"), list)]
+    lines = [line for line in read_lines(Path(run)) if isinstance(line.get("grad_scale_log2"), list)]
     if not lines:
         raise ValueError(f"{run} has no gradient scales; only runs with train.precision fp16 have them")
     return lines
 
 
 def scales_figure(lines: Lines) -> Figure:
-    """The figure of `scales_picture`, of such lines."""
-    steps, scales = [line["step"] for line in lines], np.array([line["log2_scales"] for line in lines])
+    """The figure of `scales_image`, of such lines."""
+    steps, scales = [line["step"] for line in lines], np.array([line["grad_scale_log2"] for line in lines])
     figure = Figure(figsize=(7, 3), layout="constrained")
     for axis, start, kind in zip(
         figure.subplots(1, 2, sharey=True), (0, 1), ("attention", "MLP"), strict=True
     ):
         curves = scales[:, start::2].T
-        for curve, colour in zip(curves, _shades(len(curves)), strict=True):
-            axis.plot(steps, curve, linewidth=0.8, color=colour)
+        for curve, color in zip(curves, _shades(len(curves)), strict=True):
+            axis.plot(steps, curve, linewidth=0.8, color=color)
         label_axis(axis, f"log2 scale, {kind} resblocks: first dark, last bright", "update")
     return figure
 
@@ -172,14 +172,14 @@ def _panel(
 ) -> None:
     """One metric of every run that has it: training as a line, evaluations as dots, chance dotted."""
     for number, (label, lines) in enumerate(logs.items()):
-        colour = f"C{number % 10}"
+        color = f"C{number % 10}"
         if trained := points(lines, name):
             steps, values = zip(*trained, strict=True)
-            axis.plot(steps, smoothed(values, smooth), linewidth=1, color=colour, label=label)
+            axis.plot(steps, smoothed(values, smooth), linewidth=1, color=color, label=label)
         if measured := points(lines, f"eval/{name}"):
-            axis.plot(*zip(*measured, strict=True), "o--", markersize=3, linewidth=0.6, color=colour)
+            axis.plot(*zip(*measured, strict=True), "o--", markersize=3, linewidth=0.6, color=color)
         if chance and (known := points(lines, f"chance/{name}")):
-            axis.axhline(known[0][1], linestyle=":", linewidth=1, color=colour)
+            axis.axhline(known[0][1], linestyle=":", linewidth=1, color=color)
     label_axis(axis, title or name, "step")
 
 

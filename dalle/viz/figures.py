@@ -1,4 +1,4 @@
-"""A drawing of matplotlib as a picture."""
+"""A drawing of matplotlib as an image."""
 
 from io import BytesIO
 
@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 
-def figure_picture(figure: Figure, dpi: int = 110) -> Image.Image:
+def figure_image(figure: Figure, dpi: int = 110) -> Image.Image:
     """RGB, `dpi` pixels to the inch of the figure's size."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)

@@ -5,18 +5,18 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.clip import CLIP
-from dalle.io.images import captioned_sheet, sheet, to_pil
-from dalle.sampling import uniforms
-from dalle.text import MergeTokenizer
+from dalle.io.images import captioned_grid, image_grid, to_pil
+from dalle.sampling import candidate_noise
+from dalle.text import BPETokenizer
 from dalle.transformer import Transformer
 from dalle.transformer.generate import generate
 from dalle.types import ImageTokenizer
 
 SIDE = 160
-"""Pixels of a picture on a sheet, at least: room for its caption."""
+"""Pixels of an image on a sheet, at least: room for its caption."""
 
 
-class Drawings:
+class SampleGrid:
     """A sheet of drawings, by the same random numbers each time, so that sheets differ by the weights alone.
 
     Args:
@@ -26,7 +26,7 @@ class Drawings:
         seed: of the draws.
     """
 
-    def __init__(self, tokenizer: ImageTokenizer, text: MergeTokenizer, captions: list[str], seed: int):
+    def __init__(self, tokenizer: ImageTokenizer, text: BPETokenizer, captions: list[str], seed: int):
         self.tokenizer, self.text, self.captions, self.seed = tokenizer, text, captions, seed
 
     def __call__(self, model: Transformer) -> Image.Image:
@@ -34,16 +34,19 @@ class Drawings:
         layout = model.layout
         text_tokens = layout.pad_text([self.text.encode(caption) for caption in self.captions], truncate=True)
         noise = torch.stack(
-            [uniforms(self.seed, caption, range(1), layout.image_len) for caption in self.captions]
+            [
+                candidate_noise(self.seed, caption, range(1), layout.num_image_tokens)
+                for caption in self.captions
+            ]
         )
         tokens = generate(model, text_tokens.to(model.to_logits.weight.device), noise)[:, 0]
         images = to_pil(self.tokenizer.decode(tokens, layout.grid))
         cells = list(zip(self.captions, images, strict=True))
-        return captioned_sheet(cells, columns=4, scale=-(-SIDE // images[0].width))
+        return captioned_grid(cells, columns=4, scale=-(-SIDE // images[0].width))
 
 
-def retrieval_sheet(model: CLIP, pixels: Tensor, packed: Tensor, captions: list[str]) -> Image.Image:
-    """The first captions, each with its own picture at the left and the one of all that fits it best at the right.
+def retrieval_grid(model: CLIP, pixels: Tensor, packed: Tensor, captions: list[str]) -> Image.Image:
+    """The first captions, each with its own image at the left and the one of all that fits it best at the right.
 
     Args:
         pixels: (N, 3, R, R) to choose among, each caption's own at its number.
@@ -54,4 +57,4 @@ def retrieval_sheet(model: CLIP, pixels: Tensor, packed: Tensor, captions: list[
     shown = range(min(8, len(captions)))
     own, best = to_pil(pixels[: len(shown)]), to_pil(pixels[found[: len(shown)]])
     scale = -(-SIDE // own[0].width)
-    return captioned_sheet([(captions[i], sheet([[own[i], best[i]]], scale)) for i in shown], columns=4)
+    return captioned_grid([(captions[i], image_grid([[own[i], best[i]]], scale)) for i in shown], columns=4)

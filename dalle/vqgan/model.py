@@ -1,4 +1,4 @@
-"""VQGAN (Esser et al. 2021, "Taming transformers"), to encode and decode pictures; module names of its release.
+"""VQGAN (Esser et al. 2021, "Taming transformers"), to encode and decode images; module names of its release.
 
 ResNets with group norm, and attention of one head at the coarsest levels, on both sides of a codebook. Whose
 file it is decides how a code is chosen, `VQGANConfig.choice`. There is no training here: no discriminator, no
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.types import check_pixels, check_tokens, grid_of
+from dalle.types import check_images, check_tokens, token_grid
 
 GROUPS, EPS = 32, 1e-6  # of every group norm (release)
 CHOICES = ("nearest", "cosine", "logits")
@@ -24,14 +24,14 @@ class VQGANConfig:
     """Shape of a VQGAN; the defaults are the published f16 with 16384 codes."""
 
     widths: tuple[int, ...] = (128, 128, 256, 256, 512)
-    """Channels of each level, finest first; each but the first halves the picture."""
+    """Channels of each level, finest first; each but the first halves the image."""
     blocks: int = 2
     """Residual blocks of a level of the encoder; the decoder has one more."""
     attention: tuple[int, ...] = (4,)
     """Levels whose blocks are each followed by attention."""
     latent: int = 256
     """Channels between encoder and codebook."""
-    code_width: int = 256
+    codebook_dim: int = 256
     """D, width of a code vector."""
     vocab_size: int = 16384
     """K, the number of codes."""
@@ -48,12 +48,12 @@ class VQGANConfig:
             )
         if any(level not in range(len(self.widths)) for level in self.attention):
             raise ValueError(f"attention must name levels below {len(self.widths)}, got {self.attention}")
-        for name in ("blocks", "latent", "code_width", "vocab_size"):
+        for name in ("blocks", "latent", "codebook_dim", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     @property
-    def downsampling(self) -> int:
+    def downsample_factor(self) -> int:
         """Pixels on a side of one token."""
         return 2 ** (len(self.widths) - 1)
 
@@ -193,9 +193,9 @@ class Codebook(nn.Module):
     def __init__(self, config: VQGANConfig):
         super().__init__()
         self.choice = config.choice
-        self.embedding = nn.Embedding(config.vocab_size, config.code_width)
+        self.embedding = nn.Embedding(config.vocab_size, config.codebook_dim)
         if self.choice == "logits":
-            self.proj = nn.Conv2d(config.code_width, config.vocab_size, 1)
+            self.proj = nn.Conv2d(config.codebook_dim, config.vocab_size, 1)
 
     def forward(self, z: Tensor) -> Tensor:
         """Vectors (B, D, h, w) -> codes int64 (B, h, w)."""
@@ -213,19 +213,19 @@ class Codebook(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """An `ImageTokenizer`: any picture whose sides are multiples of `downsampling`."""
+    """An `ImageTokenizer`: any image whose sides are multiples of `downsample_factor`."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
         self.config = config
         self.encoder, self.decoder, self.quantize = Encoder(config), Decoder(config), Codebook(config)
-        self.quant_conv = nn.Conv2d(config.latent, config.code_width, 1)
-        self.post_quant_conv = nn.Conv2d(config.code_width, config.latent, 1)
+        self.quant_conv = nn.Conv2d(config.latent, config.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent, 1)
 
     @property
-    def downsampling(self) -> int:
+    def downsample_factor(self) -> int:
         """Pixels on a side of one token."""
-        return self.config.downsampling
+        return self.config.downsample_factor
 
     @property
     def vocab_size(self) -> int:
@@ -237,17 +237,17 @@ class VQGAN(nn.Module):
         """The code of each place; a Gumbel model's most likely one, without noise.
 
         Args:
-            pixels: float (B, 3, H, W) in [0, 1], sides multiples of `downsampling`.
+            pixels: float (B, 3, H, W) in [0, 1], sides multiples of `downsample_factor`.
 
         Returns:
             int64 (B, h * w) in raster order.
         """
-        check_pixels(pixels, self.downsampling)
+        check_images(pixels, self.downsample_factor)
         return self.quantize(self.quant_conv(self.encoder(2 * pixels - 1))).flatten(1)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Pictures of tokens.
+        """Images of tokens.
 
         Args:
             tokens: int64 (B, h * w).
@@ -257,10 +257,10 @@ class VQGAN(nn.Module):
             float32 (B, 3, H, W) in [0, 1].
         """
         check_tokens(tokens, self.vocab_size, "image_tokens")
-        h, w = grid_of(tokens, grid)
+        h, w = token_grid(tokens, grid)
         z = F.embedding(tokens, self.quantize.vectors()).movedim(2, 1).unflatten(2, (h, w))  # (B, D, h, w)
-        return ((self.picture(z).float() + 1) / 2).clamp(0, 1)
+        return ((self.image(z).float() + 1) / 2).clamp(0, 1)
 
-    def picture(self, z: Tensor) -> Tensor:
+    def image(self, z: Tensor) -> Tensor:
         """Code vectors (B, D, h, w) -> pixels about [-1, 1] (B, 3, H, W)."""
         return self.decoder(self.post_quant_conv(z))

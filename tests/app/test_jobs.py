@@ -22,8 +22,8 @@ from dalle.app.jobs import (
     standing,
     write_zip,
 )
-from dalle.commands.app import AppRun, app
-from dalle.commands.sample import SampleRun, sample
+from dalle.commands.app import AppArgs, app
+from dalle.commands.sample import SampleArgs, sample
 from dalle.pipelines.dalle import DALLE
 
 LIMITS = Limits()
@@ -35,7 +35,7 @@ def model(chain) -> DALLE:
 
 
 @pytest.fixture
-def picture(tmp_path) -> Path:
+def image(tmp_path) -> Path:
     """A file of 60 x 40 pixels, red above green."""
     image = Image.new("RGB", (60, 40), "green")
     image.paste("red", (0, 0, 60, 20))
@@ -49,7 +49,7 @@ def request(prompt: str, **changes) -> Request:
 
 class TestWork:
     def test_the_defaults_are_those_of_sample_py(self):
-        plain, ours = SampleRun(), Request()
+        plain, ours = SampleArgs(), Request()
         assert (ours.n, ours.best_of) == (plain.keep, plain.best_of)
         assert ours.sampling == {name: getattr(plain, name) for name in ours.sampling}
 
@@ -62,10 +62,10 @@ class TestWork:
         assert work.generation.scores == whole.scores
         assert len(steps) == 4 + 1  # rows, and the block
 
-    def test_it_completes_what_complete_completes(self, model, prompt, picture):
-        work = Work(model, request(prompt, image=picture, rows=1), LIMITS)
+    def test_it_completes_what_complete_completes(self, model, prompt, image):
+        work = Work(model, request(prompt, image=image, rows=1), LIMITS)
         list(work.steps(Event()))
-        whole = model.complete(prompt, picture, rows=1, n=2, best_of=5, seed=3, progress=False)
+        whole = model.complete(prompt, image, rows=1, n=2, best_of=5, seed=3, progress=False)
         assert torch.equal(work.generation.image_tokens, whole.image_tokens)
 
     def test_a_blank_seed_is_made_up_and_shown(self, model, prompt):
@@ -83,7 +83,7 @@ class TestWork:
         assert len(slots_drawn) == 16 + 8
         assert (work.generation.drawn, work.generation.partial) == (16, True)
         assert ended(work.generation, 1.0).startswith(
-            "Stopped after 16 of 40 candidates. 2 pictures, the best of 16."
+            "Stopped after 16 of 40 candidates. 2 images, the best of 16."
         )
 
     @pytest.mark.parametrize(
@@ -93,11 +93,11 @@ class TestWork:
             ({"caption": " \n "}, "the prompt is empty"),
             ({"caption": "a" * 1001}, "the caption has 1,001 letters, at most 1,000 are read"),
             ({"caption": "a red cross and " * 30}, r"the caption has \d+ tokens, the layout has room for 19"),
-            ({"n": 0}, "pictures must be 1 to 16 here, got 0"),
-            ({"n": None}, "the field of pictures is blank; give a number from 1 to 16"),
-            ({"n": 17, "best_of": 20}, "pictures must be 1 to 16 here, got 17"),
+            ({"n": 0}, "images must be 1 to 16 here, got 0"),
+            ({"n": None}, "the field of images is blank; give a number from 1 to 16"),
+            ({"n": 17, "best_of": 20}, "images must be 1 to 16 here, got 17"),
             ({"best_of": 513}, "best of must be 1 to 512 here, got 513"),
-            ({"best_of": 1}, "best of must be at least as many as the pictures, got 1 for 2"),
+            ({"best_of": 1}, "best of must be at least as many as the images, got 1 for 2"),
             ({"temperature": -1}, "temperature must be 0"),
             ({"temperature": float("nan")}, "temperature must be 0"),
             ({"temperature": None}, "temperature is blank"),
@@ -110,10 +110,8 @@ class TestWork:
             ({"rows": 4}, "rows must be 1 to 3"),
         ],
     )
-    def test_what_cannot_be_drawn_is_told_before_anything_is_drawn(
-        self, model, prompt, picture, changes, said
-    ):
-        image = picture if "rows" in changes else None
+    def test_what_cannot_be_drawn_is_told_before_anything_is_drawn(self, model, prompt, image, changes, said):
+        image = image if "rows" in changes else None
         with pytest.raises(ValueError, match=said):
             Work(model, request(prompt, image=image, **changes), LIMITS)
 
@@ -128,7 +126,7 @@ class TestWork:
         list(work.steps(Event()))
         assert (work.generation.drawn, work.warnings) == (2, [])
         assert label(work.generation, 1) == "candidate 1"
-        assert "2 pictures, unranked" in ended(work.generation, 1.0)
+        assert "2 images, unranked" in ended(work.generation, 1.0)
 
     def test_how_far_it_is_and_the_scores_are_told(self, model, prompt):
         work = Work(model, request(prompt, best_of=20), LIMITS)
@@ -149,8 +147,8 @@ class TestWork:
 
 
 class TestUploads:
-    def test_the_kept_part_is_shown(self, model, picture):
-        shown = kept_part(open_upload(picture, LIMITS), 1, model)
+    def test_the_kept_part_is_shown(self, model, image):
+        shown = kept_part(open_upload(image, LIMITS), 1, model)
         assert shown.size == (32, 32)
         assert {shown.getpixel((5, y)) for y in range(8)} == {(255, 0, 0)}
         assert {shown.getpixel((5, y)) for y in range(8, 32)} == {(128, 128, 128)}
@@ -158,21 +156,21 @@ class TestUploads:
     @pytest.mark.parametrize(
         ("content", "limits", "said"),
         [
-            (b"no picture", LIMITS, "^cat.png: wrong type"),
+            (b"no image", LIMITS, "^cat.png: wrong type"),
             (b"", LIMITS, "^cat.png: truncated"),
             (b"\x89PNG\r\n\x1a\n broken", LIMITS, "^cat.png: "),
             (None, Limits(upload=50), "^cat.png has 0.0 MiB; expected at most 0"),
             (None, Limits(pixels=2399), "^cat.png has 60 x 40 pixels; expected at most 2,399 in all"),
         ],
     )
-    def test_what_is_no_picture_or_too_large_is_told_without_the_servers_paths(
-        self, picture, content, limits, said
+    def test_what_is_no_image_or_too_large_is_told_without_the_servers_paths(
+        self, image, content, limits, said
     ):
         if content is not None:
-            picture.write_bytes(content)
+            image.write_bytes(content)
         with pytest.raises(ValueError, match=said) as found:
-            open_upload(picture, limits)
-        assert str(picture.parent) not in str(found.value)
+            open_upload(image, limits)
+        assert str(image.parent) not in str(found.value)
 
 
 class TestZip:
@@ -182,7 +180,7 @@ class TestZip:
         path = write_zip(tmp_path, model, work.generation, work.options({"precision": "fp32"}))
         assert path.name == "a-red-cross-above-a-blue-circle-on-a-white-background-3.zip"
         assert list(tmp_path.iterdir()) == [path]
-        run = SampleRun(
+        run = SampleArgs(
             prompt,
             model=chain / "model",
             best_of=5,
@@ -212,12 +210,12 @@ class TestZip:
             "batch",
             "precision",
             "model",
-            "pictures",
+            "images",
         } == told.keys()
         assert told["model"] == model.hash
 
-    def test_a_completion_names_its_picture_without_the_servers_folders(self, model, prompt, picture):
-        work = Work(model, request(prompt, image=picture, rows=2), LIMITS)
+    def test_a_completion_names_its_image_without_the_servers_folders(self, model, prompt, image):
+        work = Work(model, request(prompt, image=image, rows=2), LIMITS)
         list(work.steps(Event()))
         assert work.options({})["image"] == "cat.png"
         assert work.options({})["rows"] == 2
@@ -227,17 +225,17 @@ class TestStart:
     def test_without_gradio_it_says_how_to_come_by_it(self, chain, monkeypatch):
         monkeypatch.setitem(sys.modules, "gradio", None)
         with pytest.raises(ImportError, match=r"needs gradio: pip install 'zeroshot-text2image\[app\]'"):
-            app(AppRun(chain / "model"))
+            app(AppArgs(chain / "model"))
 
     def test_without_a_model_it_says_so_also_without_gradio(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "gradio", None)
         with pytest.raises(
             ValueError, match=r"say which model: python scripts/app\.py runs/quickstart/model"
         ):
-            app(AppRun())
+            app(AppArgs())
         for path in (tmp_path, tmp_path / "nowhere"):
             with pytest.raises(ValueError, match="is no model directory"):
-                app(AppRun(path))
+                app(AppArgs(path))
 
     def test_it_listens_to_this_computer_alone_and_shares_nothing_unless_asked(self):
-        assert (AppRun().host, AppRun().share) == ("127.0.0.1", False)
+        assert (AppArgs().host, AppArgs().share) == ("127.0.0.1", False)

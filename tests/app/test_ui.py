@@ -1,6 +1,6 @@
 """The web page (dalle/app/ui.py): what its server gives away, and the page in a browser.
 
-python tests/app/test_ui.py runs/quickstart/model docs/app.png      a picture of the page after a drawing
+python tests/app/test_ui.py runs/quickstart/model docs/app.png      an image of the page after a drawing
 """
 
 import json
@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 
 from dalle.app.jobs import Limits
-from dalle.commands.app import AppRun, launch
-from dalle.pipelines.best_of_n import Drawer
+from dalle.commands.app import AppArgs, launch
+from dalle.pipelines.best_of_n import CandidateSampler
 from dalle.pipelines.dalle import DALLE
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:gradio")
@@ -35,7 +35,7 @@ def model(chain) -> DALLE:
 
 
 @pytest.fixture
-def picture(tmp_path) -> Path:
+def image(tmp_path) -> Path:
     Image.new("RGB", (60, 40), "green").save(tmp_path / "cat.png")
     return tmp_path / "cat.png"
 
@@ -56,7 +56,7 @@ def server(chain, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", connect)
         patch.setenv("GRADIO_TEMP_DIR", "set by launch")
-        run = AppRun(port=0, device="cpu", precision="fp32", limits=Limits(upload=200_000))
+        run = AppArgs(port=0, device="cpu", precision="fp32", limits=Limits(upload=200_000))
         blocks = launch(run, DALLE.from_pretrained(chain / "model"), folder)
         yield SimpleNamespace(url=blocks.local_url, blocks=blocks, folder=folder, outside=outside)
         blocks.close(verbose=False)
@@ -110,38 +110,38 @@ class TestServer:
         ("path", "said"),
         [
             ("/etc/passwd", None),
-            ("http://192.0.2.1/a.png", "a picture is uploaded, not fetched from an address"),
-            ("https://example.com/a.png", "a picture is uploaded, not fetched from an address"),
+            ("http://192.0.2.1/a.png", "an image is uploaded, not fetched from an address"),
+            ("https://example.com/a.png", "an image is uploaded, not fetched from an address"),
         ],
     )
-    def test_a_picture_that_was_not_uploaded_is_not_taken(self, server, path, said):
+    def test_a_image_that_was_not_uploaded_is_not_taken(self, server, path, said):
         """By a request that the page itself never sends."""
         reply = call(server, "preview", [as_file(path), 2])
         assert (reply["success"], reply["output"]["error"]) == (False, said)
         assert server.outside == []
 
-    def test_an_uploaded_picture_is_taken(self, server, picture):
-        path = upload(server, "cat.png", picture.read_bytes())
+    def test_an_uploaded_image_is_taken(self, server, image):
+        path = upload(server, "cat.png", image.read_bytes())
         assert Path(path).is_relative_to(server.folder)
         assert "data:image/png;base64," in call(server, "preview", [as_file(path), 2])["output"]["data"][0]
 
-    def test_what_is_no_picture_is_told_in_a_sentence(self, server):
-        reply = call(server, "preview", [as_file(upload(server, "cat.png", b"<b>no picture</b>")), 2])
+    def test_what_is_no_image_is_told_in_a_sentence(self, server):
+        reply = call(server, "preview", [as_file(upload(server, "cat.png", b"<b>no image</b>")), 2])
         assert reply["output"]["error"].startswith("cat.png: wrong type")
         assert "<b>" not in reply["output"]["error"]
 
-    def test_a_bug_is_told_without_its_words(self, server, picture, monkeypatch):
+    def test_a_bug_is_told_without_its_words(self, server, image, monkeypatch):
         def broken(*_):
             raise RuntimeError("/a/path/of/the/server")
 
         monkeypatch.setattr("dalle.app.ui.kept_part", broken)
-        reply = call(server, "preview", [as_file(upload(server, "cat.png", picture.read_bytes())), 2])
+        reply = call(server, "preview", [as_file(upload(server, "cat.png", image.read_bytes())), 2])
         assert reply["output"]["error"] == "this failed (RuntimeError); the server's log says more"
 
     def test_a_port_that_is_taken_is_told(self, server, model, tmp_path):
         port = server.blocks.server_port
         with pytest.raises(ValueError, match=f"cannot listen at 127.0.0.1, port {port}; give another"):
-            launch(AppRun(port=port, device="cpu"), model, tmp_path)
+            launch(AppArgs(port=port, device="cpu"), model, tmp_path)
 
     def test_the_queue_draws_one_at_a_time(self, server):
         draws = [one for one in server.blocks.fns.values() if one.name == "loop"]
@@ -238,7 +238,7 @@ def drawing_beside(browser, server, prompt: str, best_of: int):
 def fill(page, caption: str, n: int = 2, best_of: int = 5, seed: str = "3") -> None:
     for name, value in (
         ("Caption", caption),
-        ("Pictures", str(n)),
+        ("Images", str(n)),
         ("Best of", str(best_of)),
         ("Seed", seed),
     ):
@@ -257,7 +257,7 @@ def idle(page) -> None:
 @pytest.fixture
 def slow_rows(monkeypatch):
     """Tokens that take a while; gives the list of those drawn."""
-    plain, slots = Drawer.tokens, []
+    plain, slots = CandidateSampler.tokens, []
 
     def slowly(*args):
         for tokens in plain(*args):
@@ -265,12 +265,12 @@ def slow_rows(monkeypatch):
             time.sleep(0.1)
             yield tokens
 
-    monkeypatch.setattr(Drawer, "tokens", slowly)
+    monkeypatch.setattr(CandidateSampler, "tokens", slowly)
     return slots
 
 
 class TestBrowser:
-    def test_pictures_appear_row_by_row_then_ranked_with_scores_and_a_download(
+    def test_images_appear_row_by_row_then_ranked_with_scores_and_a_download(
         self, page, model, prompt, slow_rows, server
     ):
         fill(page, prompt)
@@ -283,15 +283,15 @@ class TestBrowser:
         whole = model.generate(prompt, n=2, best_of=5, seed=3, progress=False)
         expected = [f"{i + 1}: score {score:.3f}" for i, score in enumerate(whole.scores)]
         assert page.locator("#best .caption-label").all_inner_texts() == expected
-        assert page.get_by_text("2 pictures, the best of 5. Seed 3,").is_visible()
+        assert page.get_by_text("2 images, the best of 5. Seed 3,").is_visible()
         assert not page.locator("#live img").is_visible()
         with page.expect_download() as waiting:
-            page.get_by_text("Download pictures and sample.json").click()
+            page.get_by_text("Download images and sample.json").click()
         with zipfile.ZipFile(waiting.value.path()) as archive:
             told = json.loads(archive.read("sample.json"))
             assert Image.open(archive.open("00.png")).tobytes() == whole.images[0].tobytes()
         assert (told["prompt"], told["seed"], told["model"]) == (prompt, 3, model.hash)
-        assert [one["score"] for one in told["pictures"]] == pytest.approx(whole.scores)
+        assert [one["score"] for one in told["images"]] == pytest.approx(whole.scores)
 
     def test_stop_ends_the_drawing_and_shows_the_best_so_far(self, page, prompt, slow_rows):
         fill(page, prompt, best_of=500)
@@ -309,7 +309,7 @@ class TestBrowser:
 
     def test_a_mistake_is_a_message(self, page):
         draw(page)
-        page.get_by_text("the prompt is empty; say what the picture shall show").wait_for()
+        page.get_by_text("the prompt is empty; say what the image shall show").wait_for()
         assert "Traceback" not in page.content()
         idle(page)
 
@@ -321,22 +321,22 @@ class TestBrowser:
         assert page.evaluate("window.bad") is None
 
     @pytest.mark.slow
-    def test_an_uploaded_picture_is_completed(self, page, model, prompt, picture):
-        page.get_by_text("Complete a picture").click()
-        page.locator("#picture input[type=file]").set_input_files(picture)
+    def test_an_uploaded_image_is_completed(self, page, model, prompt, image):
+        page.get_by_text("Complete an image").click()
+        page.locator("#image input[type=file]").set_input_files(image)
         page.locator("#kept img").wait_for()
         fill(page, prompt)
         draw(page)
         page.locator("#best img").first.wait_for()
         idle(page)
-        whole = model.complete(prompt, picture, rows=2, n=2, best_of=5, seed=3, progress=False)
+        whole = model.complete(prompt, image, rows=2, n=2, best_of=5, seed=3, progress=False)
         assert page.locator("#best .caption-label").first.inner_text() == f"1: score {whole.scores[0]:.3f}"
 
     @pytest.mark.slow
-    def test_a_file_that_is_no_picture_is_a_message(self, page, tmp_path):
-        (tmp_path / "cat.png").write_bytes(b"no picture")
-        page.get_by_text("Complete a picture").click()
-        page.locator("#picture input[type=file]").set_input_files(tmp_path / "cat.png")
+    def test_a_file_that_is_no_image_is_a_message(self, page, tmp_path):
+        (tmp_path / "cat.png").write_bytes(b"no image")
+        page.get_by_text("Complete an image").click()
+        page.locator("#image input[type=file]").set_input_files(tmp_path / "cat.png")
         page.get_by_text("cat.png: wrong type").wait_for()
 
     @pytest.mark.slow
@@ -351,7 +351,7 @@ class TestBrowser:
             time.sleep(2)
         fill(page, prompt)
         draw(page)
-        page.get_by_text("2 pictures, the best of 5").wait_for()
+        page.get_by_text("2 images, the best of 5").wait_for()
 
     @pytest.mark.slow
     def test_who_waits_for_another_can_stop_too(self, page, prompt, slow_rows, server, browser):
@@ -360,7 +360,7 @@ class TestBrowser:
         draw(page)
         page.get_by_role("button", name="Stop").click()
         page.get_by_text("Stopped before it began.").wait_for()
-        other.get_by_text("2 pictures, the best of 48").wait_for()
+        other.get_by_text("2 images, the best of 48").wait_for()
         other.close()
 
 
@@ -387,12 +387,12 @@ def test_the_script_serves_and_leaves_nothing_behind(chain, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def shoot(directory: Path, picture: Path) -> None:
+def shoot(directory: Path, image: Path) -> None:
     """The page after a drawing, with a model of a directory."""
     from playwright.sync_api import sync_playwright
 
     with TemporaryDirectory() as folder, sync_playwright() as play:
-        blocks = launch(AppRun(port=0), DALLE.from_pretrained(directory), Path(folder))
+        blocks = launch(AppArgs(port=0), DALLE.from_pretrained(directory), Path(folder))
         browser = play.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1180, "height": 520})
         page.goto(blocks.local_url)
@@ -401,9 +401,9 @@ def shoot(directory: Path, picture: Path) -> None:
         page.get_by_text("Sampling").click()
         fill(page, CAPTION, n=8, best_of=32, seed="1")
         draw(page)
-        page.get_by_text("8 pictures, the best of 32").wait_for(timeout=600_000)
+        page.get_by_text("8 images, the best of 32").wait_for(timeout=600_000)
         page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth)")
-        page.screenshot(path=picture)
+        page.screenshot(path=image)
         browser.close()
         blocks.close(verbose=False)
 

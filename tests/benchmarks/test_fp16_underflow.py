@@ -17,18 +17,18 @@ from dalle.benchmarks.studies.fp16_underflow import (
     spread,
     zero_shares,
 )
-from dalle.benchmarks.studies.powersgd import ColourTokens
-from dalle.train.grad_scaler import GradientScales
+from dalle.benchmarks.studies.powersgd import ColorTokens
+from dalle.train.grad_scaler import PerBlockGradScaler
 from dalle.train.precision import autocast
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.objective import TransformerObjective
 
-SMALL = replace(UnderflowBenchmark().model, depth=3, head_width=8)
+SMALL = replace(UnderflowBenchmark().model, depth=3, head_dim=8)
 POWERS = (*[-28] * 5, 5)
 CPU = torch.device("cpu")
 NOISE = "f.qkv.bias"
 """A bias of all keys changes no softmax: its gradient is 0 but for rounding."""
-DATA = ColourTokens(SMALL.layout, seed=0)
+DATA = ColorTokens(SMALL.layout, seed=0)
 
 
 def model(*powers: int) -> Transformer:
@@ -42,7 +42,7 @@ def model(*powers: int) -> Transformer:
 
 
 def backward(made: Transformer, precision: str = "fp32") -> torch.Tensor:
-    """The loss of two pictures; its gradients stand in the parameters."""
+    """The loss of two images; its gradients stand in the parameters."""
     with autocast(precision, CPU):
         loss = TransformerObjective()(made, DATA(range(2)), 0).total
     loss.backward()
@@ -117,7 +117,7 @@ def test_resblocks_that_one_scale_leaves_without_gradients_have_them_by_their_ow
     exact = model(*POWERS)
     backward(exact)
     dead, alive = model(*POWERS), model(*POWERS)
-    one, own = OneScale(dead.resblocks()), GradientScales(alive.resblocks())
+    one, own = OneScale(dead.resblocks()), PerBlockGradScaler(alive.resblocks())
     one.values.fill_(2.0**10)
     own.values.copy_(torch.tensor([2.0**24] * 5 + [2.0**10]))
     for made, scales in ((dead, one), (alive, own)):
@@ -151,8 +151,8 @@ def test_shares_of_zeros_count_elements():
 # ---------------------------------------------------------------------------------------------
 
 
-def test_the_report_has_every_way_and_the_pictures_are_drawn(tmp_path):
-    places = {name: tmp_path / "a" / f"{name}.png" for name in ("picture", "scales")}
+def test_the_report_has_every_way_and_the_images_are_drawn(tmp_path):
+    places = {name: tmp_path / "a" / f"{name}.png" for name in ("image", "scales")}
     run = UnderflowBenchmark(
         model=SMALL, powers=POWERS, updates=4, every=2, batch_size=1, json=tmp_path / "b.json", **places
     )
@@ -166,9 +166,9 @@ def test_the_report_has_every_way_and_the_pictures_are_drawn(tmp_path):
         assert [line["step"] for line in looks] == [2, 4]
         assert all(len(line["zeros"]) == 6 for line in looks)
         assert report["ways"][way] == {"loss": lines[-1]["loss"], "skipped": 0, "zeros": looks[-1]["zeros"]}
-    scales = {way: report["curves"][way][-1].get("log2_scales") for way in WAYS}
+    scales = {way: report["curves"][way][-1].get("grad_scale_log2") for way in WAYS}
     assert scales == {"fp32": None, "fp16, one scale": [16.0] * 6, OURS: pytest.approx([13.004] * 6)}
-    assert len({lines[0]["loss"] for lines in report["curves"].values()}) == 1  # same weights, same pictures
+    assert len({lines[0]["loss"] for lines in report["curves"].values()}) == 1  # same weights, same images
     assert all(path.stat().st_size > 0 for path in places.values())
 
 

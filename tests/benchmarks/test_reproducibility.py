@@ -1,4 +1,4 @@
-"""Pictures of one seed, drawn in several ways: what is the same, and what is counted."""
+"""Images of one seed, drawn in several ways: what is the same, and what is counted."""
 
 import copy
 import json
@@ -45,17 +45,17 @@ def test_candidates_are_those_that_generate_draws(run, dalle: DALLE):
         assert torch.equal(row, generation.image_tokens[order].cpu())
 
 
-def test_shares_count_whole_pictures_and_single_tokens():
+def test_shares_count_whole_images_and_single_tokens():
     expected = torch.zeros(2, 2, 4, dtype=torch.int64)
     other = expected.clone()
     other[1, 1, 3] = 1
-    assert equal_shares(other, expected) == {"pictures": 0.75, "tokens": 0.9375}
+    assert equal_shares(other, expected) == {"images": 0.75, "tokens": 0.9375}
 
 
 def test_the_report_names_each_way(run):
     benchmark_agreement(run)
     report = json.loads(run.json.read_text(encoding="utf-8"))
-    assert report["pictures"] == 10
+    assert report["images"] == 10
     assert list(report["equal"]) == [
         "batch 3, fp32, cpu",
         "batch 2, bf16, cpu",
@@ -66,7 +66,7 @@ def test_the_report_names_each_way(run):
     assert all(0 <= share <= 1 for shares in report["equal"].values() for share in shares.values())
 
 
-def test_nats_lost_are_those_of_the_references_pictures(run, dalle: DALLE):
+def test_nats_lost_are_those_of_the_references_images(run, dalle: DALLE):
     """An untrained model is near to uniform; one whose matrices are large is not, and rounding tells."""
     model = copy.deepcopy(dalle)
     with torch.no_grad():
@@ -92,5 +92,5 @@ def test_nothing_to_compare_is_refused():
         AgreementBenchmark(batch=())
     with pytest.raises(ValueError, match="candidates and batch must be positive"):
         AgreementBenchmark(candidates=0)
-    with pytest.raises(ValueError, match="two pictures or more are needed to tell an error"):
+    with pytest.raises(ValueError, match="two images or more are needed to tell an error"):
         AgreementBenchmark(prompts=("a cat",), candidates=1)

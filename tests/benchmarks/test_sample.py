@@ -22,11 +22,11 @@ def test_the_report_tells_seconds_tokens_and_bytes_of_each_batch(tmp_path):
     benchmark_sampling(SampleBenchmark(**QUICK, batch=(1, 3), rounds=2, json=path))
     report = json.loads(path.read_text(encoding="utf-8"))
     assert [line["batch"] for line in report["batches"]] == [1, 3]
-    assert report["seconds_per_picture"] == min(line["seconds_per_picture"] for line in report["batches"])
+    assert report["seconds_per_image"] == min(line["seconds_per_image"] for line in report["batches"])
     for line in report["batches"]:
-        picture = (line["seconds_to_the_first_token"] + 15 * line["seconds_per_step"]) / line["batch"]
-        assert line["seconds_per_picture"] == pytest.approx(picture)
-        assert line["tokens_per_second"] == pytest.approx(line["batch"] / line["seconds_per_step"])
+        image = (line["seconds_to_the_first_token"] + 15 * line["seconds_per_step"]) / line["batch"]
+        assert line["seconds_per_image"] == pytest.approx(image)
+        assert line["tokens_per_sec"] == pytest.approx(line["batch"] / line["seconds_per_step"])
         assert line["bytes_per_step"] == read_bytes(CONFIG, line["batch"], 4)
         assert (line["cache_bytes_per_caption"], line["cache_bytes_per_candidate"]) == cache_bytes(CONFIG, 4)
         rate = line["bytes_per_step"] / line["seconds_per_step"]
@@ -107,8 +107,8 @@ def test_the_other_package_draws_token_by_token_with_one_cache():
 
 
 @pytest.mark.usefixtures("_their_package")
-def test_a_part_of_a_picture_counts_by_proportion():
+def test_a_part_of_a_image_counts_by_proportion():
     report = benchmark_sampling(SampleBenchmark(**QUICK, batch=(1,), tokens=4, against="dalle-pytorch"))
     assert report["tokens_drawn"] == 4
-    theirs, ours = (report["dalle-pytorch"]["seconds_per_picture"], report["seconds_per_picture"])
+    theirs, ours = (report["dalle-pytorch"]["seconds_per_image"], report["seconds_per_image"])
     assert report["times_as_fast_as_dalle-pytorch"]["1"] == pytest.approx(theirs / ours)

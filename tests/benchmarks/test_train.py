@@ -15,8 +15,8 @@ from dalle.benchmarks.attention import AttentionBenchmark, benchmark_attention
 from dalle.benchmarks.dalle_pytorch import DallePytorchStep
 from dalle.benchmarks.memory import VARIANTS, MemoryBenchmark, benchmark_memory, plain_cross_entropies
 from dalle.benchmarks.train import TrainBenchmark, benchmark_training
-from dalle.commands.plot import ScalesPicture, draw_scales
-from dalle.train.loggers import JSONLines, peak_memory
+from dalle.commands.plot import ScalesImage, draw_scales
+from dalle.train.loggers import JSONLLogger, peak_memory
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.losses import cross_entropies
 from dalle.transformer.sizes import training_flops
@@ -32,7 +32,7 @@ def test_operations_equal_those_that_torch_counts():
     with FlopCounterMode(display=False) as counter:
         sum(cross_entropies(model, ids)).backward()
     counts = training_flops(CONFIG)
-    every_pair = 12 * CONFIG.width * layout.length**2 * CONFIG.depth
+    every_pair = 12 * CONFIG.width * layout.seq_len**2 * CONFIG.depth
     assert counter.get_total_flops() == 3 * (counts["matrices"] + counts["logits"] + every_pair)
     assert counts["attention"] < every_pair
 
@@ -68,8 +68,12 @@ def test_the_report_compares_backends(tmp_path):
 
 def test_recomputing_executes_more_operations_and_needs_no_more(tmp_path):
     reports = [
-        benchmark_training(TrainBenchmark(**QUICK, backends=("dense",), rounds=1, recompute=recompute))
-        for recompute in (False, True)
+        benchmark_training(
+            TrainBenchmark(
+                **QUICK, backends=("dense",), rounds=1, activation_checkpointing=activation_checkpointing
+            )
+        )
+        for activation_checkpointing in (False, True)
     ]
     plain, again = (report["contenders"]["dense"] for report in reports)
     assert again["flops_executed"] > 1.2 * plain["flops_executed"]
@@ -175,7 +179,7 @@ def test_each_variant_of_memory_is_reported(monkeypatch, tmp_path, capsys):
     report = json.loads(path.read_text(encoding="utf-8"))
     assert list(report["peak_gib"]) == list(VARIANTS)
     assert report["joint_logits_gib"] == 4 * 2 * 22 * (11 + 6 + 13) / 2**30
-    assert "chunked logits, recompute" in capsys.readouterr().out
+    assert "chunked logits, activation_checkpointing" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -188,7 +192,7 @@ def test_chunks_of_logits_save_what_they_should_measured_in_processes_of_their_o
 
 def test_attention_is_timed_by_kind_and_summed_over_the_mix(tmp_path):
     path = tmp_path / "report.json"
-    model = TransformerConfig(depth=6, heads=2, head_width=8, text_len=6, grid=(4, 4), conv_kernel=3)
+    model = TransformerConfig(depth=6, heads=2, head_dim=8, text_len=6, grid=(4, 4), conv_kernel=3)
     benchmark_attention(
         AttentionBenchmark(
             model=model,
@@ -210,19 +214,19 @@ def test_attention_is_timed_by_kind_and_summed_over_the_mix(tmp_path):
 
 
 def test_figure_12_is_drawn_from_the_log_of_a_run(tmp_path):
-    log = JSONLines(tmp_path / "log.jsonl", 0)
+    log = JSONLLogger(tmp_path / "log.jsonl", 0)
     for step in range(3):
-        log.write(step, {"loss": 1.0, "log2_scales": [13.0 + step] * 8})
-    draw_scales(ScalesPicture(tmp_path, tmp_path / "new" / "scales.png"))
+        log.write(step, {"loss": 1.0, "grad_scale_log2": [13.0 + step] * 8})
+    draw_scales(ScalesImage(tmp_path, tmp_path / "new" / "scales.png"))
     assert (tmp_path / "new" / "scales.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_run_without_scales_cannot_be_drawn(tmp_path):
     with pytest.raises(ValueError, match="give the directory of a training run"):
-        draw_scales(ScalesPicture(tmp_path, tmp_path / "scales.png"))
-    JSONLines(tmp_path / "log.jsonl", 0).write(1, {"loss": 1.0})
+        draw_scales(ScalesImage(tmp_path, tmp_path / "scales.png"))
+    JSONLLogger(tmp_path / "log.jsonl", 0).write(1, {"loss": 1.0})
     with pytest.raises(ValueError, match="only runs with train"):
-        draw_scales(ScalesPicture(tmp_path, tmp_path / "scales.png"))
+        draw_scales(ScalesImage(tmp_path, tmp_path / "scales.png"))
 
 
 @pytest.mark.parametrize(

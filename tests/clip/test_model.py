@@ -26,7 +26,7 @@ CONFIG = CLIPConfig(
     text_vocab=20,
     text_width=16,
     text_layers=1,
-    head_width=8,
+    head_dim=8,
 )
 
 
@@ -51,13 +51,13 @@ def pixels() -> torch.Tensor:
 
 
 class TestConfig:
-    def test_a_patch_that_does_not_divide_the_picture_is_refused(self):
+    def test_a_patch_that_does_not_divide_the_image_is_refused(self):
         with pytest.raises(ValueError, match="image_size 224 is not a multiple of patch_size 15"):
             CLIPConfig(patch_size=15)
 
     @pytest.mark.parametrize("name", ["vision_width", "text_width"])
     def test_heads_that_do_not_divide_a_width_are_refused(self, name):
-        with pytest.raises(ValueError, match=f"{name} 100 is not a multiple of head_width 64"):
+        with pytest.raises(ValueError, match=f"{name} 100 is not a multiple of head_dim 64"):
             CLIPConfig(**{name: 100})
 
 
@@ -93,7 +93,7 @@ class TestTowers:
             assert vectors.shape == (3, 8)
             torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
 
-    def test_pictures_of_another_size_are_resized(self, model):
+    def test_images_of_another_size_are_resized(self, model):
         large = torch.rand(2, 3, 40, 40)
         resized = F.interpolate(large, size=(16, 16), mode="bicubic", antialias=True).clamp(0, 1)
         torch.testing.assert_close(model.encode_image(large), model.encode_image(resized))
@@ -139,10 +139,10 @@ class TestObjective:
     def test_a_batch_of_one_pair_has_nothing_to_confuse(self, model, pixels):
         loss = CLIPObjective()(model, (pixels[:1], model.pack_text([[1]])), 0)
         assert loss.total.item() == pytest.approx(0.0, abs=1e-6)
-        assert loss.metrics["picture_to_caption"] == 1.0
+        assert loss.metrics["image_to_text_acc"] == 1.0
 
-    def test_pictures_without_a_caption_are_what_each_caption_must_not_prefer(self, model, pixels):
-        """The cross-entropy of each caption over all six pictures comes on top of the symmetric one."""
+    def test_images_without_a_caption_are_what_each_caption_must_not_prefer(self, model, pixels):
+        """The cross-entropy of each caption over all six images comes on top of the symmetric one."""
         text, others = model.pack_text([[1], [2, 3], [4]]), pixels.flip(3)
         loss = CLIPObjective()(model, (pixels, text, others), 0)
         cosines = model.encode_text(text) @ model.encode_image(torch.cat([pixels, others])).T
@@ -150,7 +150,7 @@ class TestObjective:
         more = -sum(scaled[i, i] - scaled[i].logsumexp(0) for i in range(3)) / 3
         torch.testing.assert_close(loss.total, CLIPObjective()(model, (pixels, text), 0).total + more)
         better = sum(cosines[i, i] > cosines[i, i + 3] for i in range(3)) / 3
-        assert loss.metrics["whole_over_broken"] == better
+        assert loss.metrics["hard_negative_acc"] == better
 
     @pytest.mark.parametrize("pool", ["class", "average"])
     def test_attention_written_out_is_the_fused_one(self, pool, pixels):
@@ -164,15 +164,15 @@ class TestObjective:
             assert part.grad.abs().sum() > 0
 
     def test_training_on_three_pairs_tells_them_apart(self, model):
-        colours = torch.eye(3)[:, :, None, None].expand(3, 3, 16, 16)
-        batch = colours, model.pack_text([[1], [2, 3], [4]])
+        colors = torch.eye(3)[:, :, None, None].expand(3, 3, 16, 16)
+        batch = colors, model.pack_text([[1], [2, 3], [4]])
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         for step in range(40):
             optimizer.zero_grad()
             CLIPObjective()(model, batch, step).total.backward()
             optimizer.step()
         loss = CLIPObjective()(model, batch, 0)
-        assert loss.metrics["picture_to_caption"] == 1.0
+        assert loss.metrics["image_to_text_acc"] == 1.0
         assert loss.total < 0.1
 
 

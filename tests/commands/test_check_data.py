@@ -14,20 +14,20 @@ import pytest
 from PIL import Image
 
 from dalle.commands import check_data as stage
-from dalle.commands.check_data import CheckRun, check_data
-from dalle.data import PairsConfig, open_pairs
+from dalle.commands.check_data import CheckDataArgs, check_data
+from dalle.data import DataConfig, open_dataset
 from dalle.data import statistics as examination
-from dalle.data.filters import PAPER_FILTERS, FiltersConfig
+from dalle.data.filters import PAPER_FILTERS, FilterConfig
 from dalle.data.histograms import aspect, doublings, plain, share, summary, tell_bars, tell_summary
 from dalle.data.sources import open_source
-from dalle.data.statistics import TILE, Examiner, Findings, examine, find_duplicates
+from dalle.data.statistics import TILE, DatasetScanner, DatasetStats, examine, find_duplicates
 from dalle.text import TextTokenizerConfig, train_text_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "check_data.py"
 
 
 def scene(seed, size=(40, 36)):
-    """A smooth picture with large things in it."""
+    """A smooth image with large things in it."""
     coarse = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 7, 3), dtype=np.uint8))
     return coarse.resize(size, Image.Resampling.BICUBIC)
 
@@ -39,8 +39,8 @@ def encoded(image, form="PNG"):
 
 
 def run_of(path, out, filters=PAPER_FILTERS, workers=0, resolution=32, **settings):
-    data = PairsConfig(path=str(path), filters=filters, workers=workers, resolution=resolution)
-    return CheckRun(data=data, out=out, **settings)
+    data = DataConfig(path=str(path), filters=filters, workers=workers, resolution=resolution)
+    return CheckDataArgs(data=data, out=out, **settings)
 
 
 def put(folder, name, image, caption):
@@ -61,13 +61,13 @@ def broken_tar(tmp_path):
     file = tmp_path / "set.tar"
     with tarfile.open(file, "w") as tar:
         for i in range(20):
-            picture = encoded(scene(i))
-            picture = {"truncated": picture[:200], "wrong type": b"<html>"}.get(BAD.get(i), picture)
-            text = f"a picture with the number {i}".encode()
+            image = encoded(scene(i))
+            image = {"truncated": image[:200], "wrong type": b"<html>"}.get(BAD.get(i), image)
+            text = f"an image with the number {i}".encode()
             text = {"caption not UTF-8": "schön".encode("latin-1"), "empty caption": b"\n"}.get(
                 BAD.get(i), text
             )
-            for name, data in ((f"{i:02}.png", picture), (f"{i:02}.txt", text)):
+            for name, data in ((f"{i:02}.png", image), (f"{i:02}.txt", text)):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -112,7 +112,7 @@ def test_any_number_of_workers_gives_the_same(broken_tar, tmp_path, monkeypatch)
 def test_a_second_check_forgets_the_first(broken_tar, tmp_path):
     check_data(run_of(broken_tar, tmp_path / "out"))
     for i in range(3):
-        put(tmp_path / "good", f"{i}.png", scene(i), "a good picture")
+        put(tmp_path / "good", f"{i}.png", scene(i), "a good image")
     check_data(run_of(tmp_path / "good", tmp_path / "out", sheet=0))
     assert (tmp_path / "out" / "skipped.jsonl").read_text() == ""
     assert not (tmp_path / "out" / "sheet.png").exists()
@@ -166,7 +166,7 @@ def test_more_than_a_run_bears_fails(broken_tar, tmp_path, monkeypatch):
 def test_no_data_is_said(tmp_path, monkeypatch, path, said):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=said):
-        check_data(CheckRun(data=PairsConfig(path=path)))
+        check_data(CheckDataArgs(data=DataConfig(path=path)))
 
 
 def test_a_second_path_is_said_not_to_be_read(folder, broken_tar, tmp_path, capsys):
@@ -187,7 +187,7 @@ def test_a_second_path_is_said_not_to_be_read(folder, broken_tar, tmp_path, caps
 )
 def test_settings_that_cannot_be_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
-        CheckRun(**settings)
+        CheckDataArgs(**settings)
 
 
 # Sizes, captions, filters.
@@ -195,7 +195,7 @@ def test_settings_that_cannot_be_are_refused(settings, said):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six pictures, four of which some filter drops, two of which are the same."""
+    """Six images, four of which some filter drops, two of which are the same."""
     place = tmp_path / "set"
     put(place, "a.png", scene(1, (200, 200)), "a red house on the hill")
     put(place, "b.png", scene(2, (100, 40)), "a very long bridge over the river")
@@ -243,11 +243,11 @@ def test_each_filter_of_the_paper_is_tried_and_shows_what_it_would_drop(folder, 
 
 
 def test_all_filters_leave_out_what_training_leaves_out(folder, tmp_path):
-    filters = FiltersConfig(min_words=2, min_side=30)
+    filters = FilterConfig(min_words=2, min_side=30)
     report = check_data(run_of(folder, tmp_path / "out", filters))
     assert list(report["filters"]) == ["boilerplate", "aspect", "too short", "too small"]
-    pairs = open_pairs(
-        PairsConfig(path=str(folder), resolution=8, filters=filters, held_out_path=str(folder))
+    pairs = open_dataset(
+        DataConfig(path=str(folder), resolution=8, filters=filters, held_out_path=str(folder))
     )
     skips = pairs.load([(0, i) for i in range(pairs.size)]).skipped
     assert report["all_filters"]["samples"] == len(skips) == 4
@@ -258,7 +258,7 @@ def test_no_more_than_a_few_examples_of_a_filter(tmp_path, monkeypatch):
     monkeypatch.setattr(examination, "STRETCH", 4)
     for i in range(20):
         put(tmp_path / "set", f"{i:02}.png", scene(i), "cat")
-    numbers = check_data(run_of(tmp_path / "set", tmp_path / "out", FiltersConfig(min_words=2)))["filters"][
+    numbers = check_data(run_of(tmp_path / "set", tmp_path / "out", FilterConfig(min_words=2)))["filters"][
         "too short"
     ]
     assert numbers["samples"] == 20
@@ -298,9 +298,9 @@ def test_duplicates_are_found_and_listed_for_training(folder, tmp_path):
     assert report["duplicates"] == share(1, 7) | {"named": [{"copy": "e.jpg", "of": "a.png"}]}
     assert run.drop_list.read_text() == "e.jpg\n"
     assert Image.open(tmp_path / "out" / "duplicates.png").width > 2 * TILE
-    filters = FiltersConfig(boilerplate=False, max_aspect=None, drop_list=run.drop_list)
-    pairs = open_pairs(
-        PairsConfig(path=str(folder), resolution=8, filters=filters, held_out_path=str(folder))
+    filters = FilterConfig(boilerplate=False, max_aspect=None, drop_list=run.drop_list)
+    pairs = open_dataset(
+        DataConfig(path=str(folder), resolution=8, filters=filters, held_out_path=str(folder))
     )
     skipped = pairs.load([(0, i) for i in range(pairs.size)]).skipped
     assert [(skip.name, skip.cause) for skip in skipped] == [("e.jpg", "filter:drop list")]
@@ -322,10 +322,10 @@ def test_duplicates_over_stretches_point_to_the_first(tmp_path, monkeypatch, wor
             tmp_path / "set",
             f"{i:02}.png",
             scene(seed, (200, 160)).resize((200 - 5 * i, 160 - 4 * i)),
-            "a picture",
+            "an image",
         )
-    source, found = open_source(tmp_path / "set"), Findings()
-    for more in examine(Examiner(source, PAPER_FILTERS), workers):
+    source, found = open_source(tmp_path / "set"), DatasetStats()
+    for more in examine(DatasetScanner(source, PAPER_FILTERS), workers):
         found.add(more)
     expected = [(i, seeds.index(seed)) for i, seed in enumerate(seeds) if seeds.index(seed) != i]
     assert sorted(find_duplicates(source, found, workers)) == expected
@@ -334,7 +334,7 @@ def test_duplicates_over_stretches_point_to_the_first(tmp_path, monkeypatch, wor
 # Sheets.
 
 
-def test_the_sheet_shows_pictures_from_the_whole_set(tmp_path):
+def test_the_sheet_shows_images_from_the_whole_set(tmp_path):
     for i in range(30):
         put(
             tmp_path / "set",
@@ -432,7 +432,7 @@ def test_the_command_tells_all_and_its_status_serves_a_script(command, broken_ta
     status, said = command(*words)
     assert status == 0
     for line in (
-        "15 pictures with 15 captions can be used",
+        "15 images with 15 captions can be used",
         "broken: 5 of 20 (25.00%)",
         "1  truncated, for example set.tar/02",
         "smaller than --data.resolution 37, so that no crop fits: 15 of 15 (100.00%)",

@@ -16,7 +16,7 @@ from typing import get_args
 import pytest
 from PIL import Image
 
-from dalle.commands.convert_captions import ConvertRun, convert_captions
+from dalle.commands.convert_captions import ConvertCaptionsArgs, convert_captions
 from dalle.config import parse
 from dalle.data import long_json
 from dalle.data.caption_datasets import Format, published_files, read_published
@@ -24,7 +24,7 @@ from dalle.data.caption_datasets import Format, published_files, read_published
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_captions.py"
 
 
-def pictures(folder: Path, *names: str) -> Path:
+def images(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(folder / name)
@@ -32,7 +32,7 @@ def pictures(folder: Path, *names: str) -> Path:
 
 
 def table(path: Path) -> dict[str, list[str]]:
-    """The rows, in their order; no picture twice."""
+    """The rows, in their order; no image twice."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert all(sorted(row) == ["captions", "image"] for row in rows)
     assert len({row["image"] for row in rows}) == len(rows)
@@ -40,7 +40,7 @@ def table(path: Path) -> dict[str, list[str]]:
 
 
 def convert(tmp_path: Path, format: str, captions: Path, **changes):
-    run = ConvertRun(format, captions, tmp_path / "pictures", tmp_path / "table.jsonl")
+    run = ConvertCaptionsArgs(format, captions, tmp_path / "images", tmp_path / "table.jsonl")
     done = convert_captions(replace(run, **changes))
     return done, table(tmp_path / "table.jsonl")
 
@@ -81,18 +81,16 @@ COCO = {
 }
 
 
-def test_coco_has_several_captions_of_a_picture_anywhere_in_the_file(tmp_path):
-    pictures(
-        tmp_path / "pictures", "train2017/000000179765.jpg", "train2017/000000203564.jpg", "val2017/1.jpg"
-    )
+def test_coco_has_several_captions_of_a_image_anywhere_in_the_file(tmp_path):
+    images(tmp_path / "images", "train2017/000000179765.jpg", "train2017/000000203564.jpg", "val2017/1.jpg")
     done, rows = convert(tmp_path, "coco", write(tmp_path / "captions_train2017.json", json.dumps(COCO)))
     assert rows == {
-        "pictures/train2017/000000179765.jpg": ["A black motorcycle à la café"],
-        "pictures/train2017/000000203564.jpg": ["A clock with a wheel.", "A bicycle as a clock"],
+        "images/train2017/000000179765.jpg": ["A black motorcycle à la café"],
+        "images/train2017/000000203564.jpg": ["A clock with a wheel.", "A bicycle as a clock"],
     }
-    assert (done.pictures, done.captions, done.without_caption) == (2, 3, 1)
-    assert done.left_out == {"no such picture": 1, "not readable": 1, "no caption": 1}
-    assert done.examples["no such picture"] == "000000322141.jpg"
+    assert (done.images, done.captions, done.without_caption) == (2, 3, 1)
+    assert done.left_out == {"no such image": 1, "not readable": 1, "no caption": 1}
+    assert done.examples["no such image"] == "000000322141.jpg"
 
 
 def test_karpathys_splits(tmp_path):
@@ -107,7 +105,7 @@ def test_karpathys_splits(tmp_path):
         {"tokens": ["a", "man"], "raw": "A man with a helmet.", "imgid": 0, "sentid": 770337},
         {"tokens": ["a", "bike"], "raw": "A bike on a road.", "imgid": 0, "sentid": 771687},
     ]
-    pictures(tmp_path / "pictures", "val2014/COCO_val2014_000000391895.jpg")
+    images(tmp_path / "images", "val2014/COCO_val2014_000000391895.jpg")
     file = write(tmp_path / "dataset_coco.json", json.dumps({"images": [image], "dataset": "coco"}))
     _, rows = convert(tmp_path, "karpathy", file)
     assert list(rows.values()) == [["A man with a helmet.", "A bike on a road."]]
@@ -122,13 +120,13 @@ CC = [
 
 
 def test_conceptual_captions_by_number_quotes_mean_nothing(tmp_path):
-    pictures(tmp_path / "pictures", "00000/000000001.jpg", "00000/000000002.webp", "00000/000000004.jpg")
+    images(tmp_path / "images", "00000/000000001.jpg", "00000/000000002.webp", "00000/000000004.jpg")
     done, rows = convert(tmp_path, "cc", write(tmp_path / "Train_GCC-training.tsv", *CC))
     assert rows == {
-        "pictures/00000/000000001.jpg": ['sierra looked "stunning" in this top'],
-        "pictures/00000/000000002.webp": ['" young confused girl standing'],
+        "images/00000/000000001.jpg": ['sierra looked "stunning" in this top'],
+        "images/00000/000000002.webp": ['" young confused girl standing'],
     }
-    assert done.left_out == {"no such picture": 1, "not readable": 1}
+    assert done.left_out == {"no such image": 1, "not readable": 1}
     assert done.without_caption == 1
 
 
@@ -136,11 +134,11 @@ def test_conceptual_captions_by_number_quotes_mean_nothing(tmp_path):
 def test_conceptual_12m_has_the_address_first_names_by_hash(tmp_path, naming):
     lines = ["\t".join(line.split("\t")[::-1]) for line in CC[:3]]
     name = hashlib.new(naming, b"http://lh6.example.com/IMG.jpg").hexdigest()
-    pictures(tmp_path / "pictures", f"{name[:2]}/{name}.jpg")
+    images(tmp_path / "images", f"{name[:2]}/{name}.jpg")
     file = tmp_path / "cc12m.tsv.gz"
     file.write_bytes(gzip.compress("\n".join(["url\tcaption", *lines]).encode()))
     _, rows = convert(tmp_path, "cc12m", file, naming=naming)
-    assert rows == {f"pictures/{name[:2]}/{name}.jpg": ["a very typical bus station"]}
+    assert rows == {f"images/{name[:2]}/{name}.jpg": ["a very typical bus station"]}
 
 
 @pytest.mark.parametrize(("format", "header"), [("cc", "caption\turl"), ("cc12m", "url\tcaption")])
@@ -150,7 +148,7 @@ def test_a_header_for_the_downloader_is_no_record(tmp_path, format, header):
     assert record == ("0", ["first" if format == "cc" else "second"])
 
 
-def test_redcaps_finds_a_picture_in_the_folder_of_its_subreddit(tmp_path):
+def test_redcaps_finds_a_image_in_the_folder_of_its_subreddit(tmp_path):
     def post(subreddit, image_id, caption):
         more = {
             "author": "a",
@@ -176,10 +174,10 @@ def test_redcaps_finds_a_picture_in_the_folder_of_its_subreddit(tmp_path):
     for subreddit, posts in {"birds": [("1", "a wren"), ("2", "an owl")], "cats": [("1", "mlem")]}.items():
         data = {"info": info, "annotations": [post(subreddit, *words) for words in posts]}
         write(folder / f"{subreddit}_2017.json", json.dumps(data))
-    pictures(tmp_path / "pictures", "birds/1.jpg", "cats/1.jpg", "cats/2.jpg")
+    images(tmp_path / "images", "birds/1.jpg", "cats/1.jpg", "cats/2.jpg")
     done, rows = convert(tmp_path, "redcaps", folder)
-    assert rows == {"pictures/birds/1.jpg": ["a wren"], "pictures/cats/1.jpg": ["mlem"]}
-    assert done.examples["no such picture"] == "birds/2"  # never the owl with a cat's picture
+    assert rows == {"images/birds/1.jpg": ["a wren"], "images/cats/1.jpg": ["mlem"]}
+    assert done.examples["no such image"] == "birds/2"  # never the owl with a cat's image
 
 
 def test_localized_narratives_with_and_without_leading_zeros(tmp_path):
@@ -195,20 +193,20 @@ def test_localized_narratives_with_and_without_leading_zeros(tmp_path):
         line("open_images_train", "000a1249af2bc5f0", "a tree"),
         line("open_images_train", "000a1249af2bc5f0", "a tall tree"),
     )
-    pictures(tmp_path / "pictures", "000a1249af2bc5f0.jpg", "val2017/000000137576.jpg")
+    images(tmp_path / "images", "000a1249af2bc5f0.jpg", "val2017/000000137576.jpg")
     done, rows = convert(tmp_path, "narratives", folder)
     assert rows == {
-        "pictures/000a1249af2bc5f0.jpg": ["a tree", "a tall tree"],
-        "pictures/val2017/000000137576.jpg": ["cows"],
+        "images/000a1249af2bc5f0.jpg": ["a tree", "a tall tree"],
+        "images/val2017/000000137576.jpg": ["cows"],
     }
     assert done.examples == {"not readable": "coco_val_localized_narratives.jsonl, line 2: not a JSON object"}
 
 
 def test_flickr(tmp_path):
     lines = ["1000092795.jpg#0\tTwo young guys .", "1000092795.jpg#1\tTwo friends .", "no number\tthere"]
-    pictures(tmp_path / "pictures", "1000092795.jpg")
+    images(tmp_path / "images", "1000092795.jpg")
     done, rows = convert(tmp_path, "flickr", write(tmp_path / "results_20130124.token", *lines))
-    assert rows == {"pictures/1000092795.jpg": ["Two young guys .", "Two friends ."]}
+    assert rows == {"images/1000092795.jpg": ["Two young guys .", "Two friends ."]}
     assert done.left_out == {"not readable": 1}
 
 
@@ -235,42 +233,42 @@ def test_open_clip_art_takes_title_and_new_keywords(tmp_path):
     write(folder / "tools" / "cup.svg", SVG.format(title="hammer"))
     write(folder / "plain.svg", '<svg xmlns="http://www.w3.org/2000/svg"/>')
     write(folder / "broken.svg", "<svg><path>")
-    pictures(folder, "food/cup.png", "plain.png", "broken.png")
-    done, rows = convert(tmp_path, "openclipart", folder, pictures=folder)
+    images(folder, "food/cup.png", "plain.png", "broken.png")
+    done, rows = convert(tmp_path, "openclipart", folder, images=folder)
     assert rows == {"clipart/food/cup.png": ["soft drink in a cup, food"]}
-    assert done.left_out == {"no such picture": 1, "no caption": 1, "not readable": 1}
+    assert done.left_out == {"no such image": 1, "no caption": 1, "not readable": 1}
 
 
-# Which picture a record means
+# Which image a record means
 
 
-def test_a_name_that_two_pictures_bear_is_left_out(tmp_path):
-    pictures(tmp_path / "pictures", "a/7.jpg", "b/7.jpg", "8.jpg")
+def test_a_name_that_two_images_bear_is_left_out(tmp_path):
+    images(tmp_path / "images", "a/7.jpg", "b/7.jpg", "8.jpg")
     done, rows = convert(tmp_path, "flickr", write(tmp_path / "x.token", "7.jpg#0\tseven", "8.jpg#0\teight"))
-    assert rows == {"pictures/8.jpg": ["eight"]}
-    assert done.left_out == {"several pictures of that name": 1}
+    assert rows == {"images/8.jpg": ["eight"]}
+    assert done.left_out == {"several images of that name": 1}
 
 
 def test_the_very_name_goes_before_the_same_number(tmp_path):
-    pictures(tmp_path / "pictures", "7.jpg", "007.jpg")
+    images(tmp_path / "images", "7.jpg", "007.jpg")
     _, rows = convert(tmp_path, "flickr", write(tmp_path / "x.token", "007.jpg#0\ta", "7.jpg#0\tb"))
-    assert rows == {"pictures/007.jpg": ["a"], "pictures/7.jpg": ["b"]}
+    assert rows == {"images/007.jpg": ["a"], "images/7.jpg": ["b"]}
 
 
 def test_captions_that_are_no_utf8_are_counted_not_mended(tmp_path):
-    pictures(tmp_path / "pictures", "1.jpg", "2.jpg")
+    images(tmp_path / "images", "1.jpg", "2.jpg")
     file = tmp_path / "x.token"
     file.write_bytes(b"1.jpg#0\tcaf\xe9\n2.jpg#0\t\xe7\x8c\xab \xd9\x82\xd8\xb7\n")
     done, rows = convert(tmp_path, "flickr", file)
-    assert rows == {"pictures/2.jpg": ["猫 قط"]}
+    assert rows == {"images/2.jpg": ["猫 قط"]}
     assert done.left_out == {"not UTF-8": 1}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs file names that are any bytes")
 def test_a_file_name_that_is_no_utf8_is_counted(tmp_path):
-    pictures(tmp_path / "pictures", "1.jpg")
-    os.rename(tmp_path / "pictures" / "1.jpg", os.fsencode(tmp_path / "pictures") + b"/caf\xe9.jpg")
-    pictures(tmp_path / "pictures", "2.jpg")
+    images(tmp_path / "images", "1.jpg")
+    os.rename(tmp_path / "images" / "1.jpg", os.fsencode(tmp_path / "images") + b"/caf\xe9.jpg")
+    images(tmp_path / "images", "2.jpg")
     done, _ = convert(tmp_path, "flickr", write(tmp_path / "x.token", "2.jpg#0\tx"))
     assert done.left_out == {"a file name that is not UTF-8": 1}
 
@@ -278,35 +276,35 @@ def test_a_file_name_that_is_no_utf8_is_counted(tmp_path):
 # The table
 
 
-def test_paths_start_at_the_table_or_at_the_pictures(tmp_path, capsys):
-    pictures(tmp_path / "pictures", "a/1.jpg")
+def test_paths_start_at_the_table_or_at_the_images(tmp_path, capsys):
+    images(tmp_path / "images", "a/1.jpg")
     file = write(tmp_path / "x.token", "1.jpg#0\tone")
     for out, path in {
-        "pictures/t.jsonl": "a/1.jpg",
-        "t.jsonl": "pictures/a/1.jpg",
+        "images/t.jsonl": "a/1.jpg",
+        "t.jsonl": "images/a/1.jpg",
         "else/t.jsonl": "a/1.jpg",
     }.items():
-        convert_captions(ConvertRun("flickr", file, tmp_path / "pictures", tmp_path / out))
+        convert_captions(ConvertCaptionsArgs("flickr", file, tmp_path / "images", tmp_path / out))
         assert list(table(tmp_path / out)) == [path]
-        assert ("--data.pictures" in capsys.readouterr().out) == (out == "else/t.jsonl")
+        assert ("--data.images" in capsys.readouterr().out) == (out == "else/t.jsonl")
 
 
 def test_the_table_is_the_same_again_and_replaces_the_old_one(tmp_path):
-    pictures(tmp_path / "pictures", *(f"{i}.jpg" for i in range(20)))
+    images(tmp_path / "images", *(f"{i}.jpg" for i in range(20)))
     lines = [f"{i}.jpg#{k}\tcaption {k} of {i}" for k in range(3) for i in (*range(10, 20), *range(10))]
     convert(tmp_path, "flickr", write(tmp_path / "x.token", *lines))
     first = (tmp_path / "table.jsonl").read_bytes()
     convert(tmp_path, "flickr", write(tmp_path / "x.token", *sorted(lines)))
     assert (tmp_path / "table.jsonl").read_bytes() == first
-    assert list(table(tmp_path / "table.jsonl")) == sorted(f"pictures/{i}.jpg" for i in range(20))
+    assert list(table(tmp_path / "table.jsonl")) == sorted(f"images/{i}.jpg" for i in range(20))
 
 
 def test_a_run_that_fails_leaves_the_old_table_and_nothing_else(tmp_path):
-    pictures(tmp_path / "pictures", "1.jpg")
+    images(tmp_path / "images", "1.jpg")
     convert(tmp_path, "flickr", write(tmp_path / "x.token", "1.jpg#0\tone"))
     before = sorted(tmp_path.iterdir())
     old = (tmp_path / "table.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="finds a picture"):
+    with pytest.raises(ValueError, match="finds an image"):
         convert(tmp_path, "flickr", write(tmp_path / "x.token", "2.jpg#0\ttwo"))
     assert sorted(tmp_path.iterdir()) == before
     assert (tmp_path / "table.jsonl").read_bytes() == old
@@ -356,7 +354,7 @@ def test_a_value_without_end_is_not_read_for_ever(tmp_path, monkeypatch):
 
 
 def test_a_broken_gzip_is_told(tmp_path):
-    pictures(tmp_path / "pictures", "0.jpg")
+    images(tmp_path / "images", "0.jpg")
     file = tmp_path / "cc.tsv.gz"
     file.write_bytes(gzip.compress(b"caption\thttp://a\n" * 100)[:-9])
     with pytest.raises(ValueError, match="cannot read"):
@@ -364,14 +362,14 @@ def test_a_broken_gzip_is_told(tmp_path):
 
 
 def test_what_is_missing_is_told(tmp_path):
-    pictures(tmp_path / "pictures", "0.jpg")
+    images(tmp_path / "images", "0.jpg")
     file = write(tmp_path / "cc" / "a.tsv", "x\thttp://a")
-    run = ConvertRun("cc", file, tmp_path / "pictures", tmp_path / "t.jsonl")
-    for name in ("format", "captions", "pictures"):
+    run = ConvertCaptionsArgs("cc", file, tmp_path / "images", tmp_path / "t.jsonl")
+    for name in ("format", "captions", "images"):
         with pytest.raises(ValueError, match=f"--{name} is missing"):
             convert_captions(replace(run, **{name: None}))
     with pytest.raises(ValueError, match=r"no folder .*fetched"):
-        convert_captions(replace(run, pictures=tmp_path / "none"))
+        convert_captions(replace(run, images=tmp_path / "none"))
     with pytest.raises(ValueError, match="no file or folder"):
         convert_captions(replace(run, captions=tmp_path / "none"))
     with pytest.raises(ValueError, match=r"with \.json"):
@@ -387,13 +385,13 @@ def test_what_is_missing_is_told(tmp_path):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    pictures(tmp_path / "pictures", "1.jpg")
+    images(tmp_path / "images", "1.jpg")
     write(tmp_path / "x.token", "1.jpg#0\tone")
     words = ["--format", "flickr", "--captions", "x.token"]
-    command([*words, "--pictures", "pictures"], monkeypatch)
-    assert "1 pictures with 1 captions" in capsys.readouterr().out
-    assert table(tmp_path / "table.jsonl") == {"pictures/1.jpg": ["one"]}
-    with pytest.raises(SystemExit, match="error: --pictures is missing"):
+    command([*words, "--images", "images"], monkeypatch)
+    assert "1 images with 1 captions" in capsys.readouterr().out
+    assert table(tmp_path / "table.jsonl") == {"images/1.jpg": ["one"]}
+    with pytest.raises(SystemExit, match="error: --images is missing"):
         command(words, monkeypatch)
 
 
@@ -404,9 +402,9 @@ def test_the_page_on_data_has_a_command_for_each_format():
         for line in page.splitlines()
         if line.startswith("python scripts/convert_captions.py")
     ]
-    runs = [parse(ConvertRun, words) for words in commands]
+    runs = [parse(ConvertCaptionsArgs, words) for words in commands]
     assert {run.format for run in runs} == set(get_args(Format))
-    assert all(run.captions and run.pictures for run in runs)
+    assert all(run.captions and run.images for run in runs)
 
 
 def command(words: list[str], monkeypatch) -> None:

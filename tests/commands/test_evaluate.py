@@ -9,22 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle.commands.evaluate import EvaluateRun, _tell, evaluate, finite
+from dalle.commands.evaluate import EvaluateArgs, _tell, evaluate, finite
 from dalle.commands.evaluate_data import HeldOut, read_classes
-from dalle.data import PairsConfig
+from dalle.data import DataConfig
 from dalle.dvae import DVAE
 from dalle.hub.registry import weights_hash
 from dalle.io.files import read_json
-from dalle.io.images import to_pixels
+from dalle.io.images import to_tensor
 from dalle.pipelines.dalle import DALLE
 from dalle.pretrained.openai_clip import load_scorer
 
-COLOURS = {"red": (230, 20, 20), "green": (20, 200, 30), "blue": (30, 40, 230)}
+COLORS = {"red": (230, 20, 20), "green": (20, 200, 30), "blue": (30, 40, 230)}
 
 
 @pytest.fixture(scope="module")
-def run(chain: Path, tmp_path_factory) -> EvaluateRun:
-    return EvaluateRun(
+def run(chain: Path, tmp_path_factory) -> EvaluateArgs:
+    return EvaluateArgs(
         model=chain / "model",
         pairs=12,
         captions=3,
@@ -37,40 +37,38 @@ def run(chain: Path, tmp_path_factory) -> EvaluateRun:
 
 
 @pytest.fixture(scope="module")
-def report(run: EvaluateRun, tmp_path_factory) -> dict:
+def report(run: EvaluateArgs, tmp_path_factory) -> dict:
     file = tmp_path_factory.mktemp("evaluate") / "new" / "report.json"
-    parts = ("dvae", "transformer", "clip", "pictures", "rerank")
+    parts = ("dvae", "transformer", "clip", "images", "rerank")
     evaluate(replace(run, parts=parts, extractor="clip", json=file))
     return read_json(file)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures whose captions are their classes, all held out by another folder."""
+    """Images whose captions are their classes, all held out by another folder."""
     for i in range(9):
-        name = list(COLOURS)[i % 3]
-        Image.new("RGB", (40, 40), COLOURS[name]).save(tmp_path / f"{i}.png")
+        name = list(COLORS)[i % 3]
+        Image.new("RGB", (40, 40), COLORS[name]).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(name.title() if i < 6 else f"something {name}", encoding="utf-8")
     return tmp_path
 
 
 class TestReport:
     def test_each_part_has_its_numbers(self, report):
-        assert (
-            report["dvae"]["pictures"] == report["transformer"]["pairs"] == report["clip"]["pictures"] == 12
-        )
+        assert report["dvae"]["images"] == report["transformer"]["pairs"] == report["clip"]["images"] == 12
         assert {"nats_per_pixel_value", "psnr", "ssim", "perplexity"} <= report["dvae"].keys()
         assert report["transformer"]["image_tokens"] == 12 * 16
         assert {"argmax", "sampled"} == report["transformer"]["bound"].keys()
-        assert report["clip"]["retrieval"].keys() == {"picture_to_caption", "caption_to_picture"}
-        assert (report["pictures"]["drawn"], report["pictures"]["real"], report["pictures"]["best_of"]) == (
+        assert report["clip"]["retrieval"].keys() == {"image_to_text_acc", "caption_to_image"}
+        assert (report["images"]["drawn"], report["images"]["real"], report["images"]["best_of"]) == (
             3,
             12,
             4,
         )
-        assert report["pictures"]["space"] == "CLIP"
-        assert report["pictures"]["blur"].keys() == {"0", "2"}
-        assert report["pictures"]["measured_by_the_clip_that_ranked"] is True
+        assert report["images"]["space"] == "CLIP"
+        assert report["images"]["blur"].keys() == {"0", "2"}
+        assert report["images"]["measured_by_the_clip_that_ranked"] is True
         for name in ("score", "right", "frechet_distance"):
             assert report["rerank"][name].keys() == {"1", "2", "4"}
 
@@ -95,14 +93,14 @@ class TestReport:
         facts = HeldOut(run.data, 32, 12, 5, 0).facts()
         assert (facts["path"], facts["pairs_at_most"], facts["resolution"]) == ("shapes", 12, 32)
         assert rests["data"] == facts
-        assert "Lanczos" in rests["resize"]["pictures"]
+        assert "Lanczos" in rests["resize"]["images"]
         assert report["seed"] == 0
 
     def test_the_same_seed_gives_the_same_numbers(self, run, report):
         again = evaluate(replace(run, parts=("transformer", "rerank"), batch=7))
         assert again["rerank"]["score"] == pytest.approx(report["rerank"]["score"], abs=1e-5)
-        assert again["transformer"]["text_nats"] == pytest.approx(
-            report["transformer"]["text_nats"], rel=1e-5
+        assert again["transformer"]["text_loss"] == pytest.approx(
+            report["transformer"]["text_loss"], rel=1e-5
         )
 
     def test_no_number_is_missing_or_infinite(self, report):
@@ -110,16 +108,16 @@ class TestReport:
         assert "Infinity" not in json.dumps(report)
 
 
-class TestOwnPictures:
+class TestOwnImages:
     def test_classes_are_the_captions(self, run, folder, tmp_path_factory):
         classes = tmp_path_factory.mktemp("classes") / "names.txt"
         classes.write_text("red\ngreen\nblue\n", encoding="utf-8")
-        data = PairsConfig(path=str(folder), held_out_path=str(folder), workers=0)
+        data = DataConfig(path=str(folder), held_out_path=str(folder), workers=0)
         found = evaluate(
             replace(run, parts=("clip",), data=data, classes=classes, templates=("a {} circle",))
         )["clip"]
-        assert found["pictures"] == 9
-        assert found["zero_shot"]["pictures"] == 6  # captions of the other three are no class
+        assert found["images"] == 9
+        assert found["zero_shot"]["images"] == 6  # captions of the other three are no class
         assert found["zero_shot"]["chance"] == pytest.approx(1 / 3)
         assert set(found["written_words"]) == {
             "right_before",
@@ -129,15 +127,15 @@ class TestOwnPictures:
         }
 
     def test_pairs_come_in_order_and_no_more_than_asked_for(self, folder):
-        data = PairsConfig(path=str(folder), held_out_path=str(folder), workers=0)
+        data = DataConfig(path=str(folder), held_out_path=str(folder), workers=0)
         pairs = HeldOut(data, 32, 7, 3, 0)
         sizes = [len(batch.captions) for batch in pairs.batches()]
         assert sizes == [3, 3, 1]
         assert sum(len(batch.captions) for batch in HeldOut(data, 32, 100, 4, 0).batches()) == 9
 
-    def test_other_pictures_are_other_facts(self, folder):
-        """Else statistics of real pictures would be taken for those of others."""
-        data = PairsConfig(path=str(folder), held_out_path=str(folder), workers=0)
+    def test_other_images_are_other_facts(self, folder):
+        """Else statistics of real images would be taken for those of others."""
+        data = DataConfig(path=str(folder), held_out_path=str(folder), workers=0)
         facts = HeldOut(data, 32, 9, 3, 0).facts()
         for changed, count, side in (
             (replace(data, filters=replace(data.filters, min_words=3)), 9, 32),
@@ -147,7 +145,7 @@ class TestOwnPictures:
             assert HeldOut(changed, side, count, 3, 0).facts() != facts
 
     def test_classes_that_no_caption_names(self, folder):
-        data = PairsConfig(path=str(folder), held_out_path=str(folder), workers=0)
+        data = DataConfig(path=str(folder), held_out_path=str(folder), workers=0)
         with pytest.raises(ValueError, match=r"no held-out caption .* is the name of a class, as 'dog'"):
             list(HeldOut(data, 32, 9, 3, 0).labelled(["dog", "cat"]))
 
@@ -188,22 +186,18 @@ class TestPublishedCLIP:
         model = DALLE.from_pretrained(run.model)
         drawn = model.generate(prompts, 4, 4, 0, progress=False, truncate=True)
         scores = [
-            scorer.score(to_pixels(one.images), prompt) for one, prompt in zip(drawn, prompts, strict=True)
+            scorer.score(to_tensor(one.images), prompt) for one, prompt in zip(drawn, prompts, strict=True)
         ]
         expected = sum(float(one.max()) for one in scores) / 3
-        assert found[0]["rerank"]["score"]["4"] == pytest.approx(
-            expected, abs=1e-3
-        )  # pictures of 8 bits here
+        assert found[0]["rerank"]["score"]["4"] == pytest.approx(expected, abs=1e-3)  # images of 8 bits here
         assert found[0]["rerank"]["score"] != found[1]["rerank"]["score"]
         assert found[0]["ranked_by"] == found[0]["rests_on"]["hashes"]["clip"] == weights_hash(scorer.model)
         assert found[0]["model"] == report["model"]
 
-    def test_who_ranks_is_told_of_the_pictures(self, run, published):
-        asked = replace(run, parts=("pictures",), extractor="clip", clip=published, quick_gelu=True)
-        assert evaluate(asked)["pictures"]["measured_by_the_clip_that_ranked"] is False
-        assert (
-            evaluate(replace(asked, rank_by="clip"))["pictures"]["measured_by_the_clip_that_ranked"] is True
-        )
+    def test_who_ranks_is_told_of_the_images(self, run, published):
+        asked = replace(run, parts=("images",), extractor="clip", clip=published, quick_gelu=True)
+        assert evaluate(asked)["images"]["measured_by_the_clip_that_ranked"] is False
+        assert evaluate(replace(asked, rank_by="clip"))["images"]["measured_by_the_clip_that_ranked"] is True
 
     def test_a_model_without_a_clip_is_ranked_by_it(self, run, dalle, published, tmp_path):
         dalle.scorer = None
@@ -234,8 +228,8 @@ class TestRunOfTheLibrary:
 
 
 def test_counts_are_printed_whole(capsys):
-    _tell("dvae", {"psnr": 21.5, "pictures": 200, "codes": {"used": 7}})
-    assert capsys.readouterr().out == "dvae psnr 21.500  pictures 200\ndvae codes used 7\n"
+    _tell("dvae", {"psnr": 21.5, "images": 200, "codes": {"used": 7}})
+    assert capsys.readouterr().out == "dvae psnr 21.500  images 200\ndvae codes used 7\n"
 
 
 def strict(text: str) -> dict:
@@ -248,7 +242,7 @@ def strict(text: str) -> dict:
 
 
 class TestInfinity:
-    def test_a_picture_kept_exactly_leaves_valid_json(self, run, monkeypatch, tmp_path):
+    def test_a_image_kept_exactly_leaves_valid_json(self, run, monkeypatch, tmp_path):
         monkeypatch.setattr(DVAE, "decode", lambda model, tokens, grid=None: self.seen)
         monkeypatch.setattr(DVAE, "encode", self.encode)
         found = evaluate(replace(run, parts=("dvae",), json=tmp_path / "report.json"))
@@ -285,13 +279,13 @@ class TestMistakes:
     )
     def test_fields(self, changes, said):
         with pytest.raises(ValueError, match=said):
-            EvaluateRun(**changes)
+            EvaluateArgs(**changes)
 
-    def test_pictures_without_weights_say_how_to_get_them(self, run):
+    def test_images_without_weights_say_how_to_get_them(self, run):
         with pytest.raises(ValueError, match=r"pt_inception-2015-12-05-6726825d.pth.*--extractor"):
-            evaluate(replace(run, parts=("pictures",)))
+            evaluate(replace(run, parts=("images",)))
         with pytest.raises(ValueError, match=r"no file .*nowhere.pth"):
-            evaluate(replace(run, parts=("pictures",), extractor="nowhere.pth"))
+            evaluate(replace(run, parts=("images",), extractor="nowhere.pth"))
 
     def test_a_model_without_a_clip(self, run, dalle, tmp_path):
         dalle.scorer = None

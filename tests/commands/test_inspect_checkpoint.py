@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dalle.commands.inspect_checkpoint import InspectRun, inspect_checkpoint
+from dalle.commands.inspect_checkpoint import InspectCheckpointArgs, inspect_checkpoint
 from dalle.dvae import DVAE, DVAEConfig
-from dalle.hub.registry import Part
+from dalle.hub.registry import LoadedModel
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "inspect_checkpoint.py"
 
@@ -44,7 +44,9 @@ def state() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     return dict(
         DVAE(
-            DVAEConfig(widths=(8, 16), blocks_per_group=1, downsampling=2, vocab_size=24, code_width=12)
+            DVAEConfig(
+                widths=(8, 16), blocks_per_group=1, downsample_factor=2, vocab_size=24, codebook_dim=12
+            )
         ).state_dict()
     )
 
@@ -74,7 +76,7 @@ def test_what_is_missing_extra_and_misshapen_is_told(tmp_path: Path, state) -> N
     del changed["decoder.blocks.input.b"]
     changed["encoder.blocks.input.w"] = changed["encoder.blocks.input.w"][:, :2]
     torch.save(changed, tmp_path / "dvae.pt")
-    report = inspect_checkpoint(InspectRun(tmp_path / "dvae.pt"))
+    report = inspect_checkpoint(InspectCheckpointArgs(tmp_path / "dvae.pt"))
     assert report["fits"] is False
     assert (report["missing"], report["extra"]) == (["decoder.blocks.input.b"], ["encoder.more"])
     assert report["misshapen"] == ["encoder.blocks.input.w: (8, 2, 7, 7), not (8, 3, 7, 7)"]
@@ -83,16 +85,16 @@ def test_what_is_missing_extra_and_misshapen_is_told(tmp_path: Path, state) -> N
 def test_one_half_of_the_dvae_is_told_to_be_one(tmp_path: Path, state) -> None:
     half = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder")}
     torch.save(half, tmp_path / "encoder.pkl")
-    report = inspect_checkpoint(InspectRun(tmp_path / "encoder.pkl"))
+    report = inspect_checkpoint(InspectCheckpointArgs(tmp_path / "encoder.pkl"))
     assert (report["family"], report["fits"]) == ("OpenAI dVAE", False)
     assert "only the encoder" in report["note"]
 
 
 def test_a_file_of_nobody(tmp_path: Path) -> None:
     torch.save({"lonely.weight": torch.zeros(2)}, tmp_path / "x.pt")
-    assert "lonely.weight" in inspect_checkpoint(InspectRun(tmp_path / "x.pt"))["note"]
+    assert "lonely.weight" in inspect_checkpoint(InspectCheckpointArgs(tmp_path / "x.pt"))["note"]
     torch.save({"epoch": 3}, tmp_path / "x.pt")
-    assert "no tensors" in inspect_checkpoint(InspectRun(tmp_path / "x.pt"))["note"]
+    assert "no tensors" in inspect_checkpoint(InspectCheckpointArgs(tmp_path / "x.pt"))["note"]
 
 
 def test_names_of_strangers_cannot_write_on_the_terminal(tmp_path: Path, script) -> None:
@@ -128,7 +130,7 @@ def test_a_model_directory(chain: Path, script) -> None:
 def test_odd_descriptions_are_told(tmp_path: Path, name: str, text: str, said: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=re.escape(said)):
-        inspect_checkpoint(InspectRun(tmp_path))
+        inspect_checkpoint(InspectCheckpointArgs(tmp_path))
 
 
 def test_a_damaged_own_file(chain: Path, tmp_path: Path, script) -> None:
@@ -172,7 +174,7 @@ def test_what_it_will_not_open_is_one_line_and_exit_status_1(
     assert len(done.err.strip().splitlines()) == 1
     assert not (tmp_path / "ran").exists()
     with pytest.raises(ValueError, match=said):
-        inspect_checkpoint(InspectRun(tmp_path / "file"))
+        inspect_checkpoint(InspectCheckpointArgs(tmp_path / "file"))
 
 
 def test_as_a_user_types_it(tmp_path: Path, python) -> None:
@@ -186,10 +188,10 @@ def test_as_a_user_types_it(tmp_path: Path, python) -> None:
 
 def test_no_path_and_a_directory_for_the_report(tmp_path: Path, state) -> None:
     with pytest.raises(ValueError, match="say which"):
-        inspect_checkpoint(InspectRun())
+        inspect_checkpoint(InspectCheckpointArgs())
     torch.save(state, tmp_path / "dvae.pt")
     with pytest.raises(ValueError, match="is a directory"):
-        inspect_checkpoint(InspectRun(tmp_path / "dvae.pt", json=tmp_path))
+        inspect_checkpoint(InspectCheckpointArgs(tmp_path / "dvae.pt", json=tmp_path))
 
 
 def test_dalle_mini_is_refused_with_the_reason(tmp_path: Path, script) -> None:
@@ -210,4 +212,4 @@ def test_dalle_mini_is_refused_with_the_reason(tmp_path: Path, script) -> None:
 def test_a_part_of_an_odd_description_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "meta.json").write_text(text)
     with pytest.raises(ValueError, match=r"holds .*, expected one of dvae, transformer, clip"):
-        Part.from_pretrained(tmp_path)
+        LoadedModel.from_pretrained(tmp_path)

@@ -14,9 +14,9 @@ from dalle.commands.plan import PLANS, TransformerPlan, plan_training
 from dalle.config import load
 from dalle.dvae import DVAEConfig
 from dalle.dvae.objective import DVAEObjective
-from dalle.hub.registry import build
-from dalle.planner.count import DryStep, dry_step
-from dalle.planner.memory import Shares, memory
+from dalle.hub.registry import build_model
+from dalle.planner.count import StepEstimate, estimate_step
+from dalle.planner.memory import ParallelLayout, memory
 from dalle.planner.traffic import ring, traffic
 from dalle.runs.args import CONFIGS
 from dalle.runs.kinds import kind_of_file, take_kind
@@ -28,7 +28,7 @@ from dalle.transformer.sizes import training_flops
 TINY = TransformerConfig(
     depth=2,
     heads=2,
-    head_width=16,
+    head_dim=16,
     text_len=16,
     grid=(8, 8),
     text_vocab=300,
@@ -39,7 +39,7 @@ TINY = TransformerConfig(
 WIDE = replace(TINY, heads=16, depth=3, text_vocab=50, image_vocab=32)  # weights outweigh activations
 LONG = replace(TINY, text_len=64, grid=(24, 24), depth=3)  # the other way round
 BALANCED = replace(TINY, heads=4, grid=(16, 16), depth=4)
-DVAE = DVAEConfig(widths=(16, 32), downsampling=2, vocab_size=64, code_width=16)
+DVAE = DVAEConfig(widths=(16, 32), downsample_factor=2, vocab_size=64, codebook_dim=16)
 CLIP = CLIPConfig(
     embed_width=32,
     image_size=32,
@@ -50,7 +50,7 @@ CLIP = CLIPConfig(
     text_vocab=300,
     text_width=64,
     text_layers=2,
-    head_width=32,
+    head_dim=32,
 )
 
 
@@ -58,7 +58,7 @@ def ids(config: TransformerConfig, batch: int) -> torch.Tensor:
     """Captions that fill every text slot, as the plan counts them, and codes."""
     layout = config.layout
     text = torch.randint(layout.text_vocab, (batch, layout.text_len))
-    return layout.pack(text, torch.randint(layout.image_vocab, (batch, layout.image_len)))
+    return layout.pack(text, torch.randint(layout.image_vocab, (batch, layout.num_image_tokens)))
 
 
 def real(kind: str, config, precision: str = "fp32", batch: int = 4) -> tuple[Stepper, object]:
@@ -76,7 +76,7 @@ def real(kind: str, config, precision: str = "fp32", batch: int = 4) -> tuple[St
 
 CASES = [
     ("transformer", TINY),
-    ("transformer", replace(TINY, recompute=True)),
+    ("transformer", replace(TINY, activation_checkpointing=True)),
     ("dvae", DVAE),
     ("clip", CLIP),
 ]
@@ -84,11 +84,11 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "config"), CASES)
 def test_parameters_are_those_of_the_built_module(kind, config):
-    assert planned(kind, config).parameters == sum(p.numel() for p in build(kind, config).parameters())
+    assert planned(kind, config).parameters == sum(p.numel() for p in build_model(kind, config).parameters())
 
 
-def planned(kind: str, config, precision: str = "fp32", batch: int = 4) -> DryStep:
-    return dry_step(kind, config, batch, precision, (32, 32))
+def planned(kind: str, config, precision: str = "fp32", batch: int = 4) -> StepEstimate:
+    return estimate_step(kind, config, batch, precision, (32, 32))
 
 
 @pytest.mark.parametrize(("kind", "config"), [*CASES, ("transformer", replace(TINY, backend="blocks"))])
@@ -116,9 +116,9 @@ def test_operations_of_the_transformer_by_formula():
     needed = training_flops(TINY)
     assert flops["matrices"] == batch * needed["matrices"]
     assert flops["logits"] == batch * needed["logits"]
-    assert flops["attention"] == batch * TINY.depth * 7 * 2 * layout.length**2 * width
+    assert flops["attention"] == batch * TINY.depth * 7 * 2 * layout.seq_len**2 * width
     assert flops["attention"] > batch * needed["attention"]
-    again = planned("transformer", replace(TINY, recompute=True)).flops
+    again = planned("transformer", replace(TINY, activation_checkpointing=True)).flops
     assert again["attention"] == flops["attention"] * 9 // 7
     assert (
         again["matrices"] == flops["matrices"] + flops["matrices"] * 7 // 36
@@ -132,8 +132,8 @@ def test_operations_of_the_transformer_by_formula():
         ("transformer", LONG, "fp32"),
         ("transformer", LONG, "bf16"),
         ("transformer", LONG, "fp16"),
-        ("transformer", replace(LONG, recompute=True), "bf16"),
-        ("transformer", replace(BALANCED, recompute=True, depth=12), "fp32"),
+        ("transformer", replace(LONG, activation_checkpointing=True), "bf16"),
+        ("transformer", replace(BALANCED, activation_checkpointing=True, depth=12), "fp32"),
         ("transformer", replace(LONG, backend="blocks"), "fp32"),
         ("transformer", BALANCED, "fp32"),
         ("transformer", BALANCED, "bf16"),
@@ -146,7 +146,7 @@ def test_memory_of_a_real_step_within_15_percent(kind, config, precision):
     """Weights, gradients, moments, averages and activations at the peak of the second step, by torch's allocator."""
     measured = allocated_at_the_peak(kind, config, precision)
     bounded = getattr(OptimizerConfig(), "variance_clip", None) is not None
-    shares = Shares("none", half=precision != "fp32", bounds_variance=bounded)
+    shares = ParallelLayout("none", half=precision != "fp32", bounds_variance=bounded)
     plan = memory(planned(kind, config, precision), shares)["peak"]
     assert plan == pytest.approx(measured, rel=0.15)
 
@@ -199,7 +199,7 @@ def test_the_papers_memory_and_traffic(paper):
     weights = {mode: variants["keep"]["weights"] for mode, variants in paper["memory"].items()}
     assert weights["ddp"] == 4 * paper["parameters"] == 8 * weights["hsdp"] == 1024 * weights["fsdp"]
     for variants in paper["memory"].values():
-        assert variants["recompute"]["activations"] < variants["keep"]["activations"] / 4
+        assert variants["activation_checkpointing"]["activations"] < variants["keep"]["activations"] / 4
     hsdp = paper["traffic"]["hsdp"]
     assert hsdp["powersgd"]["rank"] == 896
     assert hsdp["powersgd"]["between"] < 0.2 * hsdp["whole"]["between"]
@@ -207,7 +207,9 @@ def test_the_papers_memory_and_traffic(paper):
     assert paper["cache_per_candidate"]["fp32"] == 2 * paper["cache_per_candidate"]["fp16"]
 
 
-STEP = DryStep(1000, largest=100, outside=200, flops={}, kept=5000, copies=1600, working=700, together=8000)
+STEP = StepEstimate(
+    1000, largest=100, outside=200, flops={}, kept=5000, copies=1600, working=700, together=8000
+)
 
 
 def test_bytes_sent_by_hand():
@@ -228,20 +230,20 @@ def test_bytes_sent_by_hand():
 
 
 def test_memory_by_hand():
-    alone = memory(STEP, Shares("none"))
+    alone = memory(STEP, ParallelLayout("none"))
     assert alone["peak"] == 4000 + 8000 + 4000 + 8000  # weights, moments, average, and the rest at its peak
     assert (
-        memory(STEP, Shares("none", bounds_variance=True))["peak"] == alone["peak"]
+        memory(STEP, ParallelLayout("none", bounds_variance=True))["peak"] == alone["peak"]
     )  # the step's own peak is higher
-    assert memory(replace(STEP, together=0), Shares("none", bounds_variance=True))["peak"] == 6 * 4000
-    assert memory(STEP, Shares("none", accumulate=2))["peak"] == 5 * 4000 + 1600 + 5000 + 700
-    assert memory(STEP, Shares("ddp"))["peak"] == alone["peak"] + 4000  # buckets
-    sliced = memory(STEP, Shares("fsdp", shards=4))
+    assert memory(replace(STEP, together=0), ParallelLayout("none", bounds_variance=True))["peak"] == 6 * 4000
+    assert memory(STEP, ParallelLayout("none", accumulate=2))["peak"] == 5 * 4000 + 1600 + 5000 + 700
+    assert memory(STEP, ParallelLayout("ddp"))["peak"] == alone["peak"] + 4000  # buckets
+    sliced = memory(STEP, ParallelLayout("fsdp", shards=4))
     assert sliced["weights"] == sliced["gradients"] == sliced["average"] == 1000
     assert sliced["gathered"] == (2 * 2 * 100 + 4 * 200) + (2 * 100 + 4 * 100 + 4 * 200)
-    assert memory(STEP, Shares("none", moments="8bit"))["moments"] == 2000
-    assert memory(STEP, Shares("none", ema_on_gpu=False))["average"] == 0
-    assert memory(STEP, Shares("ddp", error_buffers=True))["error_buffers"] == 4 * 800
+    assert memory(STEP, ParallelLayout("none", moments="8bit"))["moments"] == 2000
+    assert memory(STEP, ParallelLayout("none", ema_on_gpu=False))["average"] == 0
+    assert memory(STEP, ParallelLayout("ddp", error_buffers=True))["error_buffers"] == 4 * 800
 
 
 def test_kind_by_folder_by_fields_and_by_name(tmp_path):
@@ -286,7 +288,9 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 def test_an_unlisted_gpu_by_its_numbers():
-    run = TransformerPlan(gpu="t4", memory_gib=48, peak_flops=1e14, inside_gb=20, between_gb=1, per_machine=4)
+    run = TransformerPlan(
+        gpu="t4", max_memory_gib=48, peak_flops=1e14, inside_gb=20, between_gb=1, per_machine=4
+    )
     gpu = run.hardware()
     assert (gpu.memory, gpu.half, gpu.fp32, gpu.inside, gpu.between, gpu.per_machine) == (
         48,
@@ -318,7 +322,7 @@ def test_the_script(script):
         "plan", "--config", CONFIGS / "dvae" / "shapes.yaml", "--gpus", "1", "--train.batch-size", "32"
     )
     assert done.code == 0, done.err
-    assert "32 pictures an update, 32 a pass" in done.out
+    assert "32 images an update, 32 a pass" in done.out
 
 
 def test_the_script_says_what_is_wrong(script):

@@ -1,4 +1,4 @@
-"""Curves of runs as pictures (scripts/plot.py, dalle/commands/plot.py)."""
+"""Curves of runs as images (scripts/plot.py, dalle/commands/plot.py)."""
 
 import json
 import runpy
@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dalle.commands.plot import CurvesPicture, draw_curves, plot_losses
+from dalle.commands.plot import CurvesImage, draw_curves, plot_losses
 from dalle.viz.curves import smoothed
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plot.py"
@@ -25,11 +25,11 @@ def runs(tmp_path) -> list[Path]:
                 "step": 1,
                 "loss": 5 + shift,
                 "chance/loss": 6.0,
-                "gradient_norm": 1.0,
-                "log2_scales": [13.0, 13.0],
+                "grad_norm": 1.0,
+                "grad_scale_log2": [13.0, 13.0],
             }
         ]
-        lines += [{"step": step, "loss": 5 / step + shift, "gradient_norm": 1.0} for step in range(2, 6)]
+        lines += [{"step": step, "loss": 5 / step + shift, "grad_norm": 1.0} for step in range(2, 6)]
         lines += [{"step": 5, "eval/loss": 1.5}] if name == "one" else []
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return [tmp_path / "one", tmp_path / "two"]
@@ -56,7 +56,7 @@ def curves(axis) -> list[tuple[list[float], list[float]]]:
 
 
 def test_each_run_has_its_curve_its_evaluations_and_its_chance(runs, drawn, tmp_path):
-    draw_curves(CurvesPicture(tuple(runs), out=tmp_path / "new" / "curves.png"))
+    draw_curves(CurvesImage(tuple(runs), out=tmp_path / "new" / "curves.png"))
     (axis,) = drawn[0].axes
     one, evaluated, chance, two, _ = curves(axis)
     assert one == ([1, 2, 3, 4, 5], [5.0, 2.5, 5 / 3, 1.25, 1.0])
@@ -69,9 +69,9 @@ def test_each_run_has_its_curve_its_evaluations_and_its_chance(runs, drawn, tmp_
 
 def test_metrics_labels_and_axes_are_as_asked(runs, drawn, tmp_path):
     draw_curves(
-        CurvesPicture(
+        CurvesImage(
             tuple(runs),
-            metrics=("gradient_norm", "loss"),
+            metrics=("grad_norm", "loss"),
             labels=("AdamW", "Muon"),
             log_x=True,
             log_y=True,
@@ -80,7 +80,7 @@ def test_metrics_labels_and_axes_are_as_asked(runs, drawn, tmp_path):
         )
     )
     first, second = drawn[0].axes
-    assert (first.get_title(), second.get_title()) == ("gradient_norm", "loss")
+    assert (first.get_title(), second.get_title()) == ("grad_norm", "loss")
     assert (first.get_xscale(), first.get_yscale()) == ("log", "log")
     assert len(curves(second)) == 3
     assert [text.get_text() for text in first.get_legend().get_texts()] == ["AdamW", "Muon"]
@@ -89,7 +89,7 @@ def test_metrics_labels_and_axes_are_as_asked(runs, drawn, tmp_path):
 def test_a_log_file_is_a_run_and_runs_of_one_name_are_told_apart(runs, drawn, tmp_path):
     (tmp_path / "other").mkdir()
     other = runs[0].rename(tmp_path / "other" / "two")
-    draw_curves(CurvesPicture((other / "log.jsonl", runs[1]), out=tmp_path / "curves.png"))
+    draw_curves(CurvesImage((other / "log.jsonl", runs[1]), out=tmp_path / "curves.png"))
     names = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
     assert names == [str(other / "log.jsonl"), str(runs[1])]
 
@@ -105,10 +105,10 @@ def test_the_rows_of_the_quick_start(runs, drawn, tmp_path):
     titles = [axis.get_title() for axis in drawn[0].axes if axis.get_visible()]
     assert titles == [
         "transformer: loss",
-        "transformer: image_nats",
-        "transformer: text_nats",
+        "transformer: image_loss",
+        "transformer: text_loss",
         "clip: loss",
-        "clip: picture_to_caption",
+        "clip: image_to_text_acc",
     ]
 
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_drawn_is_named(words, message, runs, tmp_path, monkeypat
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "log.jsonl").write_text("")
     with pytest.raises(ValueError, match=message):
-        draw_curves(CurvesPicture(**words | {"runs": tuple(map(Path, words.get("runs", ())))}))
+        draw_curves(CurvesImage(**words | {"runs": tuple(map(Path, words.get("runs", ())))}))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_what_cannot_be_drawn_is_named(words, message, runs, tmp_path, monkeypat
 )
 def test_settings_that_mean_nothing_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
-        CurvesPicture(**words)
+        CurvesImage(**words)
 
 
 def script(monkeypatch, *words) -> None:

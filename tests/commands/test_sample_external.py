@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.dalle_pytorch_reference import make_file, make_weights
 
-from dalle.commands.sample import SampleRun, sample
+from dalle.commands.sample import SampleArgs, sample
 
 TEXT = {
     "model": {"type": "BPE", "vocab": {"!": 0, "a": 1, "b": 2}, "merges": []},
@@ -33,22 +33,22 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def foreign(files: Path, out: Path, **changed) -> SampleRun:
+def foreign(files: Path, out: Path, **changed) -> SampleArgs:
     options = {
         "prompt": "a b",
         "model": files / "dalle.pt",
         "tokenizer": files / "tokenizer.json",
         "device": "cpu",
     }
-    return SampleRun(**options | {"best_of": 2, "keep": 1, "batch": 2, "out": out} | changed)
+    return SampleArgs(**options | {"best_of": 2, "keep": 1, "batch": 2, "out": out} | changed)
 
 
 def test_a_transformer_of_others_is_drawn_and_ranked(files: Path, tmp_path: Path) -> None:
     out = sample(foreign(files, tmp_path / "out", clip=files / "openai.pt"))
     told = json.loads((out / "sample.json").read_text())
     assert (out / "00.png").is_file()
-    assert (told["best_of"], len(told["pictures"])) == (2, 1)
-    assert -1 <= told["pictures"][0]["score"] <= 1
+    assert (told["best_of"], len(told["images"])) == (2, 1)
+    assert -1 <= told["images"][0]["score"] <= 1
 
 
 def test_a_file_of_captions_goes_on_with_the_same_clip_only(files: Path, tmp_path: Path) -> None:
@@ -64,17 +64,17 @@ def test_a_file_of_captions_goes_on_with_the_same_clip_only(files: Path, tmp_pat
         sample(foreign(files, tmp_path / "out", **asked | {"clip": tmp_path / "other.pt"}, quick_gelu=True))
 
 
-def test_a_published_clip_ranks_our_own_pictures(
-    files: Path, chain: Path, prompt: str, tmp_path: Path
-) -> None:
+def test_a_published_clip_ranks_our_own_images(files: Path, chain: Path, prompt: str, tmp_path: Path) -> None:
     scores = []
     for name, quick_gelu in (("openai.pt", None), ("clip.pt", True), ("clip.pt", False)):
         parts = {"dvae": chain / "dvae", "transformer": chain / "transformer", "clip": files / name}
         out = tmp_path / f"{name}-{quick_gelu}"
         sample(
-            SampleRun(prompt=prompt, **parts, quick_gelu=quick_gelu, best_of=2, keep=1, out=out, device="cpu")
+            SampleArgs(
+                prompt=prompt, **parts, quick_gelu=quick_gelu, best_of=2, keep=1, out=out, device="cpu"
+            )
         )
-        scores.append(json.loads((out / "sample.json").read_text())["pictures"][0]["score"])
+        scores.append(json.loads((out / "sample.json").read_text())["images"][0]["score"])
     assert scores[0] == scores[1] != scores[2]
 
 

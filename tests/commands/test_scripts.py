@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from dalle.commands import quickstart as stage
-from dalle.commands.evaluate import EvaluateRun
-from dalle.commands.quickstart import QuickstartRun
+from dalle.commands.evaluate import EvaluateArgs
+from dalle.commands.quickstart import QuickstartArgs
 from dalle.commands.train_dvae import train_dvae
 from dalle.commands.train_tokenizer import train_tokenizer
 from dalle.data import TokenCache
-from dalle.hub.registry import load_part
+from dalle.hub.registry import load_model
 from dalle.io.files import read_json
 from dalle.pipelines.dalle import DALLE
 from dalle.runs import args as runs
@@ -49,7 +49,7 @@ def workplace(tmp_path_factory, tiny_configs, python) -> SimpleNamespace:
 
     run("train_tokenizer", "transformer", "--captions", "2000")
     run("train_dvae", "dvae", "--train.batch-size", "6")
-    run("encode_images", "dvae", "--encode.pictures", "20")
+    run("encode_images", "dvae", "--encode.images", "20")
     run("train_transformer", "transformer", "--steps", "3")
     run("train_clip", "clip", "--seed", "1")
     return SimpleNamespace(path=place, printed=printed)
@@ -94,11 +94,11 @@ class TestChain:
         ]
         assert Image.open(folder / "00.png").size == (32, 32)
         said = read_json(folder / "sample.json")
-        assert (said["prompt"], said["best_of"], len(said["pictures"])) == (prompt, 4, 2)
-        assert said["pictures"][0]["score"] >= said["pictures"][1]["score"]
+        assert (said["prompt"], said["best_of"], len(said["images"])) == (prompt, 4, 2)
+        assert said["images"][0]["score"] >= said["images"][1]["score"]
 
     def test_evaluate_measures_a_model_directory(self, workplace, python):
-        parts = (load_part(workplace.path / "runs" / kind, kind) for kind in ("dvae", "transformer", "clip"))
+        parts = (load_model(workplace.path / "runs" / kind, kind) for kind in ("dvae", "transformer", "clip"))
         model = DALLE.from_parts(*parts)
         model.save_pretrained(workplace.path / "model")
         words = ["--model", "model", "--captions", "3", "--best-of", "2", "--json", "out/report.json"]
@@ -150,17 +150,17 @@ class TestSample:
         assert done.code == 1
         assert list((tmp_path / "runs" / "samples").iterdir()) == []
 
-    def test_the_json_gives_the_pictures_back(self, script, words, chain, tmp_path):
+    def test_the_json_gives_the_images_back(self, script, words, chain, tmp_path):
         script("sample", *words, "--out", "mine", "--seed", "3", "--temperature", "0.7", "--top-k", "5")
         said = read_json(tmp_path / "mine" / "sample.json")
         model = DALLE.from_pretrained(chain / "model")
         assert said.pop("model") == model.hash
-        (picture,) = said.pop("pictures")
+        (image,) = said.pop("images")
         again = model.in_precision(said.pop("precision")).generate(said.pop("prompt"), **said)
-        assert again.candidates == [picture["candidate"]]
-        assert again.images[0].tobytes() == Image.open(tmp_path / "mine" / picture["file"]).tobytes()
+        assert again.candidates == [image["candidate"]]
+        assert again.images[0].tobytes() == Image.open(tmp_path / "mine" / image["file"]).tobytes()
 
-    def test_it_completes_a_picture(self, script, words, tmp_path):
+    def test_it_completes_a_image(self, script, words, tmp_path):
         Image.new("RGB", (40, 40), "red").save(tmp_path / "half.png")
         assert script("sample", *words, "--image", "half.png", "--out", "mine").code == 0
         assert read_json(tmp_path / "mine" / "sample.json")["rows"] == 2
@@ -199,7 +199,7 @@ class TestQuickstart:
     def words(self, tiny_configs, few_captions) -> list:
         return ["--configs", tiny_configs, "--captions", "2", "--device", "cpu", "--out", "quick"]
 
-    def test_it_writes_pictures_a_report_and_a_model(self, script, words, tmp_path, prompt):
+    def test_it_writes_images_a_report_and_a_model(self, script, words, tmp_path, prompt):
         done = script("quickstart", *words)
         assert done.code == 0, done.err
         out = tmp_path / "quick"
@@ -327,7 +327,7 @@ class TestMissingStages:
     def test_the_command_that_makes_it_is_named(self, script, name, words, lacks):
         done = script(name, *words)
         assert_told(done, rf"no {lacks} under runs/; make one:")
-        assert done.err.splitlines()[1].strip() == runs.MAKERS[lacks]
+        assert done.err.splitlines()[1].strip() == runs.MAKE_COMMANDS[lacks]
 
     @pytest.mark.parametrize(
         ("found", "lacks"), [("text", "tokens"), ("dvae", "transformer"), ("transformer", "clip")]
@@ -339,7 +339,7 @@ class TestMissingStages:
         name, words = ("train_transformer", TINY_TEXT) if lacks == "tokens" else ("sample", PROMPT)
         assert_told(script(name, *words), f"no {lacks} under runs/; make one:")
 
-    @pytest.mark.parametrize("command", runs.MAKERS.values())
+    @pytest.mark.parametrize("command", runs.MAKE_COMMANDS.values())
     def test_the_commands_named_exist(self, command):
         _, path, _, config = command.split()
         assert (PROJECT / path).is_file()
@@ -376,11 +376,11 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("run", "settings"),
         [
-            (EvaluateRun, {"best_of": 0}),
-            (EvaluateRun, {"chunk": 0}),
-            (QuickstartRun, {"captions": 0}),
-            (QuickstartRun, {"best_of": -1}),
-            (QuickstartRun, {"temperature": -1.0}),
+            (EvaluateArgs, {"best_of": 0}),
+            (EvaluateArgs, {"chunk": 0}),
+            (QuickstartArgs, {"captions": 0}),
+            (QuickstartArgs, {"best_of": -1}),
+            (QuickstartArgs, {"temperature": -1.0}),
         ],
     )
     def test_numbers_that_mean_nothing_are_refused_before_any_work(self, run, settings):
@@ -407,7 +407,7 @@ class TestMistakes:
                 (*PROMPT, "--model", "a", "--dvae", "b"),
                 "--model holds every part; leave out --dvae",
             ),
-            ("sample", (*PROMPT, "--rows", "2"), "give the picture with --image"),
+            ("sample", (*PROMPT, "--rows", "2"), "give the image with --image"),
             ("sample", (*PROMPT, "--prompts", "a.txt", "--out", "b"), "leave out --prompt, or --prompts"),
             ("sample", ("--prompts", "a.txt"), "--prompts needs --out"),
             (
@@ -454,7 +454,7 @@ class TestMistakes:
             (("--model.grid", "5", "5"), r"has a grid of \[4, 4\], model\.grid is \[5, 5\]; set it"),
             (("--model.image-vocab", "8"), r"has 16 codes, model\.image_vocab is 8; set it"),
             (("--model.text-vocab", "300"), r"has \d+ ids, model\.text_vocab is 300; raise it"),
-            (("--eval-pictures", "24"), "has 24 pictures, eval_pictures takes 24; lower it"),
+            (("--eval-samples", "24"), "has 24 images, eval_samples takes 24; lower it"),
         ],
     )
     def test_parts_that_do_not_fit_the_transformer_are_told_before_the_first_step(

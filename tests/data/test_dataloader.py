@@ -22,15 +22,23 @@ import torch
 from PIL import Image
 
 from dalle.commands.train_dvae import train_dvae
-from dalle.data import Loader, PairsConfig, PairsLoader, StepOfPairs, draw_captions, first_pairs, open_pairs
-from dalle.data.bad_samples import CAUSES, Skipped, Unusable
-from dalle.data.dataset import SourcePairs
-from dalle.data.image_decode import decode, open_picture
+from dalle.data import (
+    DataConfig,
+    Loader,
+    PairsLoader,
+    StepOfPairs,
+    first_samples,
+    open_dataset,
+    sample_captions,
+)
+from dalle.data.bad_samples import CAUSES, BadSampleError, BadSampleLog
+from dalle.data.dataset import ImageTextDataset
+from dalle.data.image_decode import decode, open_image
 from dalle.data.transforms import transform
 from dalle.io.rng import epoch_stream, generator
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.loggers import read_log
-from dalle.types import Record, Skip
+from dalle.types import BadSample, RawSample
 
 
 def encoded(form="PNG", size=(24, 20), seed=0, **options) -> bytes:
@@ -59,26 +67,26 @@ class Memory:
         return [f"{index} one", f"{index} two", f"{index} three"]
 
     def read(self, index):
-        return Record(
+        return RawSample(
             self.name(index), b"" if index in self.bad else encoded(seed=index), self.captions(index)
         )
 
 
 @dataclass(frozen=True)
 class Sums:
-    """A batch that is quick to compare: samples and a sum for each picture."""
+    """A batch that is quick to compare: samples and a sum for each image."""
 
     def __call__(self, batch, step):
         return (
             step,
             list(batch.samples),
             torch.from_numpy(batch.pixels).sum((1, 2, 3)).tolist(),
-            draw_captions(batch, 5),
+            sample_captions(batch, 5),
         )
 
 
 def pairs_of(size=10, bad=()):
-    return SourcePairs(Memory(size, bad), 16)
+    return ImageTextDataset(Memory(size, bad), 16)
 
 
 def task(pairs=None, batch_size=3, **changes):
@@ -269,21 +277,21 @@ def test_a_sample_that_is_not_replaced_is_left_out():
     batch = pairs_of(5, bad=[1]).load([(0, 0), (2, 1), (2, 2)])
     assert batch.samples == [(0, 0), (2, 2)]
     assert batch.captions[1] == ["2 one", "2 two", "2 three"]
-    assert batch.skipped == [Skip(1, "m1", "truncated", "no bytes")]
+    assert batch.skipped == [BadSample(1, "m1", "truncated", "no bytes")]
 
 
 def test_a_set_without_a_usable_sample_ends_with_examples():
     with pytest.raises(ValueError, match=r"no usable sample among 5 tried: 5: 5 truncated; for example m"):
         pairs_of(5, bad=range(5)).load([(0, 0)], replace=True)
     with pytest.raises(ValueError, match="no usable sample to evaluate on: 5: 5 truncated"):
-        first_pairs(pairs_of(5, bad=range(5)), 2)
+        first_samples(pairs_of(5, bad=range(5)), 2)
 
 
 def test_the_first_pairs_are_the_first_usable_ones(capsys):
-    batch = first_pairs(pairs_of(8, bad=[0, 2]), 4)
+    batch = first_samples(pairs_of(8, bad=[0, 2]), 4)
     assert batch.samples == [(0, 1), (0, 3), (0, 4), (0, 5)]
     assert len(batch.pixels) == len(batch.captions) == 4
-    assert len(first_pairs(pairs_of(3), 10).samples) == 3
+    assert len(first_samples(pairs_of(3), 10).samples) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -300,18 +308,18 @@ def test_each_skipped_sample_is_named_once_whoever_met_it(tmp_path, workers):
 
 def test_a_resumed_run_goes_on_with_its_list(tmp_path):
     log = tmp_path / "skipped.jsonl"
-    opening = [Skip(None, "x.png", "missing twin")]
+    opening = [BadSample(None, "x.png", "missing twin")]
     for _ in range(2):
-        skipped = Skipped(log, 1000, opening)
-        skipped.add([Skip(4, "m4", "truncated")], 5, 10)
-    skipped.add([Skip(5, "m5", "empty caption")], 6, 20)
+        skipped = BadSampleLog(log, 1000, opening)
+        skipped.add([BadSample(4, "m4", "truncated")], 5, 10)
+    skipped.add([BadSample(5, "m5", "empty caption")], 6, 20)
     assert skipped.counts == Counter({"missing twin": 1, "truncated": 1, "empty caption": 1})
     with log.open("a") as file:
         file.write('{"index": 6, "na')  # a run that died
-    again = Skipped(log, 1000, opening)
+    again = BadSampleLog(log, 1000, opening)
     again.add([], 7, 30)
     assert again.counts == skipped.counts
-    again.add([Skip(7, "m7", "truncated")], 7, 30)
+    again.add([BadSample(7, "m7", "truncated")], 7, 30)
     assert [json.loads(line)["name"] for line in log.read_text().splitlines()] == ["x.png", "m4", "m5", "m7"]
     assert str(skipped).startswith(
         "skipped 3 samples: 1 missing twin, 1 truncated, 1 empty caption; each is named in"
@@ -320,27 +328,27 @@ def test_a_resumed_run_goes_on_with_its_list(tmp_path):
 
 def test_a_run_that_begins_again_forgets_the_list_of_the_one_before(tmp_path):
     log = tmp_path / "skipped.jsonl"
-    Skipped(log, 1000).add([Skip(4, "of another set", "truncated")], 0, 10)
-    Skipped(log, 1000).add([], 0, 10)
+    BadSampleLog(log, 1000).add([BadSample(4, "of another set", "truncated")], 0, 10)
+    BadSampleLog(log, 1000).add([], 0, 10)
     assert log.read_text() == ""
 
 
 def test_nothing_is_written_when_nothing_is_skipped(tmp_path):
-    skipped = Skipped(tmp_path / "skipped.jsonl", 10)
+    skipped = BadSampleLog(tmp_path / "skipped.jsonl", 10)
     skipped.add([], 0, 5)
     assert not (tmp_path / "skipped.jsonl").exists()
     assert str(skipped) == "skipped 0 samples"
 
 
 def skips(count, cause="truncated"):
-    return [Skip(i, f"m{i}", cause) for i in range(count)]
+    return [BadSample(i, f"m{i}", cause) for i in range(count)]
 
 
 @pytest.mark.parametrize(
     ("count", "seen", "stops"), [(101, 10_000, True), (101, 10_101, False), (100, 100, False)]
 )
 def test_a_run_ends_above_one_percent_and_a_hundred_samples(count, seen, stops):
-    skipped = Skipped(None, 10**6)
+    skipped = BadSampleLog(None, 10**6)
     if not stops:
         return skipped.add(skips(count), 0, seen)
     with pytest.raises(
@@ -351,19 +359,19 @@ def test_a_run_ends_above_one_percent_and_a_hundred_samples(count, seen, stops):
 
 def test_the_samples_seen_are_those_of_the_set_at_most():
     with pytest.raises(ValueError, match="101 of 500 samples"):
-        Skipped(None, 500).add(skips(101), 9, 10**6)  # many epochs do not thin them out
+        BadSampleLog(None, 500).add(skips(101), 9, 10**6)  # many epochs do not thin them out
 
 
 def test_a_sample_read_in_place_of_another_counts_as_seen():
     with pytest.raises(ValueError, match=r"101 of 151 samples cannot be used \(66\.9%"):
-        Skipped(None, 10**6).add(
+        BadSampleLog(None, 10**6).add(
             skips(101), 0, 50, replaced=True
         )  # fifty asked for, and so many tried to find them
-    Skipped(None, 10**6).add(skips(101), 0, 9_999, replaced=True)
+    BadSampleLog(None, 10**6).add(skips(101), 0, 9_999, replaced=True)
 
 
 def test_what_a_filter_drops_never_ends_a_run():
-    skipped = Skipped(None, 1000)
+    skipped = BadSampleLog(None, 1000)
     skipped.add(skips(900, "filter:aspect"), 0, 1000)
     assert skipped.counts["filter:aspect"] == 900
 
@@ -372,12 +380,12 @@ def test_much_that_is_broken_is_said_when_the_set_is_opened(tmp_path):
     for i in range(150):
         (tmp_path / f"{i}.png").write_bytes(b"")
     (tmp_path / "1.txt").write_text("the only caption")
-    config = PairsConfig(str(tmp_path), held_out=1e-9)
+    config = DataConfig(str(tmp_path), held_out=1e-9)
     with pytest.raises(
         ValueError, match=r"149 of 150 samples cannot be used .*149 missing twin; for example 0\.png"
     ):
-        open_pairs(config)
-    assert open_pairs(replace(config, max_skipped=1.0)).size == 1
+        open_dataset(config)
+    assert open_dataset(replace(config, max_skipped=1.0)).size == 1
 
 
 # Decoding.
@@ -389,29 +397,29 @@ def test_much_that_is_broken_is_said_when_the_set_is_opened(tmp_path):
         (b"", "truncated"),
         (b"<html>404</html>", "wrong type"),
         (b"%PDF-1.7", "wrong type"),
-        (b"\x89PNG\r\n\x1a\nrubbish", "unreadable picture"),
+        (b"\x89PNG\r\n\x1a\nrubbish", "unreadable image"),
         (encoded("JPEG", (64, 64))[:600], "truncated"),
         (encoded("PNG", (64, 64))[:600], "truncated"),
         (encoded("GIF", (64, 64))[:1200], "truncated"),
-        (encoded("WEBP", (64, 64))[:600], "unreadable picture"),
-        (b"\xff\xd8\xff\xe0", "unreadable picture"),
+        (encoded("WEBP", (64, 64))[:600], "unreadable image"),
+        (b"\xff\xd8\xff\xe0", "unreadable image"),
     ],
 )
-def test_what_is_wrong_with_a_picture_is_told_apart(data, cause):
-    with pytest.raises(Unusable) as caught:
-        decode(open_picture(data, "a.png"), "a.png")
+def test_what_is_wrong_with_a_image_is_told_apart(data, cause):
+    with pytest.raises(BadSampleError) as caught:
+        decode(open_image(data, "a.png"), "a.png")
     assert (caught.value.name, caught.value.cause) == ("a.png", cause)
     assert cause in CAUSES
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(Unusable, match="decompression bomb"):
-        open_picture(encoded("PNG", (64, 64)), "a.png")
+    with pytest.raises(BadSampleError, match="decompression bomb"):
+        open_image(encoded("PNG", (64, 64)), "a.png")
 
 
 def png_that_says(width: int, height: int) -> bytes:
-    """A picture whose header promises any size."""
+    """An image whose header promises any size."""
     data = bytearray(encoded("PNG", (8, 8)))
     data[16:24] = struct.pack(">II", width, height)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
@@ -423,33 +431,33 @@ def png_that_says(width: int, height: int) -> bytes:
     ("size", "bomb"),
     [((9459, 9459), False), ((10_000, 9_000), True), ((17_000, 10_000), True), ((60_000, 60_000), True)],
 )
-def test_a_picture_of_more_than_ninety_megapixels_is_a_bomb(size, bomb):
+def test_a_image_of_more_than_ninety_megapixels_is_a_bomb(size, bomb):
     """Where Pillow only warns, and where it refuses."""
     if not bomb:
-        assert open_picture(png_that_says(*size), "a.png").size == size
+        assert open_image(png_that_says(*size), "a.png").size == size
         return
-    with pytest.raises(Unusable, match=r"a\.png: decompression bomb \(.*pixels") as caught:
-        open_picture(png_that_says(*size), "a.png")
+    with pytest.raises(BadSampleError, match=r"a\.png: decompression bomb \(.*pixels") as caught:
+        open_image(png_that_says(*size), "a.png")
     assert caught.value.cause == "decompression bomb"
 
 
 def test_a_warning_of_pillow_that_is_made_an_error_is_a_bomb_too():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(Unusable, match="decompression bomb"):
-            open_picture(png_that_says(17_000, 10_000), "a.png")
+        with pytest.raises(BadSampleError, match="decompression bomb"):
+            open_image(png_that_says(17_000, 10_000), "a.png")
 
 
 def test_a_much_larger_jpeg_is_decoded_small_and_looks_the_same():
     y, x = np.mgrid[:1200, :1600] / 1200
-    picture = Image.fromarray((255 * np.stack([x / 1.34, y, 0.5 + 0 * x], -1)).astype(np.uint8))
+    image = Image.fromarray((255 * np.stack([x / 1.34, y, 0.5 + 0 * x], -1)).astype(np.uint8))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=95)
-    small, whole = (decode(open_picture(buffer.getvalue(), "a"), "a", side) for side in (128, None))
+    image.save(buffer, "JPEG", quality=95)
+    small, whole = (decode(open_image(buffer.getvalue(), "a"), "a", side) for side in (128, None))
     assert (small.size, whole.size) == ((200, 150), (1600, 1200))
     difference = np.asarray(whole.resize((200, 150), Image.Resampling.BOX), int) - np.asarray(small, int)
     assert abs(difference).max() <= 4
-    kept = decode(open_picture(encoded("JPEG", (150, 100)), "a"), "a", 128)
+    kept = decode(open_image(encoded("JPEG", (150, 100)), "a"), "a", 128)
     assert kept.size == (150, 100)  # half of it would be too small
 
 
@@ -458,11 +466,11 @@ def test_a_large_jpeg_is_decoded_whole_unless_a_draft_is_asked_for(tmp_path, aug
     big = encoded("JPEG", (200, 160))
     (tmp_path / "a.jpg").write_bytes(big)
     (tmp_path / "a.txt").write_text("noise")
-    config = PairsConfig(str(tmp_path), resolution=16, held_out=1e-9)
-    pairs = [open_pairs(replace(config, draft=asked)) for asked in (False, True)]
+    config = DataConfig(str(tmp_path), resolution=16, held_out=1e-9)
+    pairs = [open_dataset(replace(config, draft=asked)) for asked in (False, True)]
     whole, draft = (each.load([(0, 0)], augment, 3).pixels for each in pairs)
     for side, pixels in ((None, whole), (32, draft)):
-        image = decode(open_picture(big, "a"), "a", side)
+        image = decode(open_image(big, "a"), "a", side)
         crop = transform(image, 16, augment, generator("crop", epoch_stream(3, 0), 0))
         np.testing.assert_array_equal(
             pixels[0], np.asarray(crop, np.float32).transpose(2, 0, 1) / np.float32(255)
@@ -474,9 +482,9 @@ def test_a_large_jpeg_is_decoded_whole_unless_a_draft_is_asked_for(tmp_path, aug
 
 def test_one_caption_is_drawn_for_each_epoch():
     pairs = pairs_of(4)
-    drawn = [draw_captions(pairs.load([(epoch, 2)]), seed=1)[0] for epoch in range(60)]
+    drawn = [sample_captions(pairs.load([(epoch, 2)]), seed=1)[0] for epoch in range(60)]
     assert set(drawn) == set(pairs.captions([2])[0])
-    assert drawn == [draw_captions(pairs.load([(epoch, 2)]), seed=1)[0] for epoch in range(60)]
+    assert drawn == [sample_captions(pairs.load([(epoch, 2)]), seed=1)[0] for epoch in range(60)]
 
 
 # Whole runs.
@@ -495,7 +503,7 @@ BAD = {
 def members(bad: dict[int, str]):
     """(name, bytes) of twenty pairs, some of them broken as said."""
     for i in range(20):
-        data, text = encoded(size=(40, 36), seed=i), f"a picture, number {i}".encode()
+        data, text = encoded(size=(40, 36), seed=i), f"an image, number {i}".encode()
         data = {"truncated": data[:200], "wrong type": b"<html>"}.get(bad.get(i), data)
         text = {"caption not UTF-8": "schön".encode("latin-1"), "empty caption": b"\n"}.get(bad.get(i), text)
         yield f"{i:02}.png", data
@@ -536,7 +544,7 @@ def own_run(tiny_runs, tmp_path, path, out, workers, steps=8):
         workers=workers,
         held_out_path=str(there if there.exists() else write_folder(there, {})),
     )
-    return replace(tiny_runs.dvae, data=data, out=tmp_path / out, steps=steps, eval_pictures=2)
+    return replace(tiny_runs.dvae, data=data, out=tmp_path / out, steps=steps, eval_samples=2)
 
 
 @pytest.mark.parametrize(("form", "workers"), [(write_folder, 0), (write_tar, 2)])

@@ -1,4 +1,4 @@
-"""Pictures, captions and tokens by number: dalle/data (order, pairs, tokens)."""
+"""Images, captions and tokens by number: dalle/data (order, pairs, tokens)."""
 
 import shutil
 from itertools import islice
@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle.data import PairsConfig, open_pairs, pixels_of_samples
-from dalle.data.bad_samples import Unusable
-from dalle.data.dataset import SourcePairs
-from dalle.data.sampler import samples_of_step
+from dalle.data import DataConfig, load_images, open_dataset
+from dalle.data.bad_samples import BadSampleError
+from dalle.data.dataset import ImageTextDataset
+from dalle.data.sampler import batch_indices
 from dalle.data.sources import FolderSource
 
 # Order: which samples a step takes.
@@ -19,7 +19,7 @@ from dalle.data.sources import FolderSource
 
 def epochs(batch_size, size, seed, count):
     """The first `count` samples, step after step."""
-    steps = (samples_of_step(step, batch_size, size, seed) for step in range(-(-count // batch_size)))
+    steps = (batch_indices(step, batch_size, size, seed) for step in range(-(-count // batch_size)))
     return list(islice((sample for step in steps for sample in step), count))
 
 
@@ -37,8 +37,8 @@ def test_epochs_and_seeds_have_permutations_of_their_own():
 
 
 def test_a_step_depends_on_its_number_and_the_seed_alone():
-    forwards = [list(samples_of_step(step, 6, 10, 3)) for step in range(8)]
-    backwards = [list(samples_of_step(step, 6, 10, 3)) for step in reversed(range(8))][::-1]
+    forwards = [list(batch_indices(step, 6, 10, 3)) for step in range(8)]
+    backwards = [list(batch_indices(step, 6, 10, 3)) for step in reversed(range(8))][::-1]
     assert forwards == backwards
 
 
@@ -47,14 +47,14 @@ def test_the_order_does_not_depend_on_the_batch_size():
 
 
 def test_a_batch_may_span_epochs():
-    assert [epoch for epoch, _ in samples_of_step(0, 7, 3, 0)] == [0, 0, 0, 1, 1, 1, 2]
+    assert [epoch for epoch, _ in batch_indices(0, 7, 3, 0)] == [0, 0, 0, 1, 1, 1, 2]
 
 
 def test_an_endless_set_is_read_once_in_its_own_order():
-    assert list(samples_of_step(3, 4, None, seed=5)) == [(0, 12), (0, 13), (0, 14), (0, 15)]
+    assert list(batch_indices(3, 4, None, seed=5)) == [(0, 12), (0, 13), (0, 14), (0, 15)]
 
 
-# Folders of pictures.
+# Folders of images.
 
 
 def add_pair(folder, name, captions="a caption\n", level=0, size=(24, 20)):
@@ -67,7 +67,7 @@ def add_pair(folder, name, captions="a caption\n", level=0, size=(24, 20)):
 
 
 def folder_pairs(folder, split="train", resolution=16, held_out=0.05):
-    return SourcePairs(FolderSource(folder), resolution, split, held_out)
+    return ImageTextDataset(FolderSource(folder), resolution, split, held_out)
 
 
 def pixels_of(pairs, indices, augment="none", seed=0):
@@ -94,7 +94,7 @@ def names(pairs, folder):
     return [pairs.name(index) for index in range(pairs.size)]
 
 
-def test_captions_are_the_lines_of_the_file_beside_the_picture(tmp_path):
+def test_captions_are_the_lines_of_the_file_beside_the_image(tmp_path):
     add_pair(tmp_path, "a.png", "one dog\n\n  two dogs \r\nö\n")
     pairs = folder_pairs(tmp_path, held_out=1e-9)
     assert pairs.size == 1
@@ -113,7 +113,7 @@ def test_equal_stems_in_two_folders_have_their_own_captions(folder):
         assert caption == f"{kind[:-1]} {int(file[:2])}"
 
 
-def test_pixels_are_those_of_the_numbered_pictures(folder):
+def test_pixels_are_those_of_the_numbered_images(folder):
     pairs = folder_pairs(folder)
     pixels = pixels_of(pairs, [3, 0, 3])
     assert (pixels.shape, pixels.dtype) == ((3, 3, 16, 16), np.float32)
@@ -125,8 +125,8 @@ def test_pixels_are_those_of_the_numbered_pictures(folder):
 
 def test_other_files_are_left_alone(folder):
     before = folder_pairs(folder).size
-    (folder / "notes.txt").write_text("no picture")
-    (folder / "list.csv").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "list.csv").write_text("no image")
     assert folder_pairs(folder).size == before
 
 
@@ -139,7 +139,7 @@ def test_the_splits_are_disjoint_and_together_everything(folder):
     assert 4 <= len(held_out) <= 20
 
 
-def test_a_picture_keeps_its_split_whatever_lies_beside_it(folder, tmp_path_factory):
+def test_a_image_keeps_its_split_whatever_lies_beside_it(folder, tmp_path_factory):
     held_out = names(folder_pairs(folder, "held_out", held_out=0.3), folder)
     elsewhere = tmp_path_factory.mktemp("moved") / "set"
     shutil.copytree(folder, elsewhere)
@@ -157,7 +157,7 @@ def test_a_larger_share_holds_out_more_and_keeps_what_was_held_out(folder):
     assert few < many
 
 
-def test_pictures_without_captions_are_counted(folder):
+def test_images_without_captions_are_counted(folder):
     for i in range(3):
         add_pair(folder, f"birds/{i}.png", captions=None)
     pairs = folder_pairs(folder)
@@ -169,12 +169,12 @@ def test_pictures_without_captions_are_counted(folder):
 
 def test_no_captions_at_all_is_refused(tmp_path):
     add_pair(tmp_path, "a.png", captions=None)
-    with pytest.raises(ValueError, match=r"has 1 pictures \(.png, .* none with a .txt of the same name"):
+    with pytest.raises(ValueError, match=r"has 1 images \(.png, .* none with a .txt of the same name"):
         folder_pairs(tmp_path)
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no folder .*nowhere; expected pictures with a .txt"):
+    with pytest.raises(ValueError, match=r"no folder .*nowhere; expected images with a .txt"):
         folder_pairs(tmp_path / "nowhere")
 
 
@@ -188,7 +188,7 @@ def test_an_empty_split_is_refused(tmp_path):
 
 def test_an_unknown_split_is_refused(folder):
     with pytest.raises(ValueError, match="unknown split 'new_pairs'; expected train or held_out"):
-        open_pairs(PairsConfig(str(folder)), "new_pairs")
+        open_dataset(DataConfig(str(folder)), "new_pairs")
 
 
 @pytest.mark.parametrize("text", ["", " \n\n"])
@@ -203,21 +203,21 @@ def test_captions_that_are_not_utf8_are_named(tmp_path):
     [(_, name, cause, _)] = causes(pairs)
     assert (name, cause) == ("a.txt", "caption not UTF-8")
     assert pairs.captions([0]) == [[]]
-    with pytest.raises(Unusable, match=r"a\.txt: caption not UTF-8"):
+    with pytest.raises(BadSampleError, match=r"a\.txt: caption not UTF-8"):
         pairs.source.read(0)
 
 
-def test_a_broken_picture_is_named(tmp_path):
-    add_pair(tmp_path, "a.png").write_bytes(b"no picture")
+def test_a_broken_image_is_named(tmp_path):
+    add_pair(tmp_path, "a.png").write_bytes(b"no image")
     [(index, name, cause, _)] = causes(folder_pairs(tmp_path, held_out=1e-9))
     assert (index, name, cause) == (0, "a.png", "wrong type")
 
 
 @pytest.mark.parametrize("augment", ["dvae", "transformer"])
-def test_a_picture_too_small_to_crop_is_named(tmp_path, augment):
+def test_a_image_too_small_to_crop_is_named(tmp_path, augment):
     add_pair(tmp_path, "tiny.png", size=(30, 15))
     pairs = folder_pairs(tmp_path, held_out=1e-9)
-    detail = "picture of 30 x 15 is smaller than the 16 x 16 asked for"
+    detail = "image of 30 x 15 is smaller than the 16 x 16 asked for"
     assert causes(pairs, augment=augment) == [(0, "tiny.png", "too small", detail)]
     assert pixels_of(pairs, [0]).shape == (1, 3, 16, 16)  # without augmentation it is enlarged
 
@@ -240,39 +240,39 @@ def test_a_crop_depends_on_seed_and_index_alone(tmp_path, augment):
 def test_a_sample_is_cropped_anew_each_epoch(tmp_path):
     pairs = noisy_pairs(tmp_path)
     samples = [(0, 1), (1, 1), (0, 2), (1, 1)]
-    pixels = pixels_of_samples(pairs, samples, "transformer", seed=7)
+    pixels = load_images(pairs, samples, "transformer", seed=7)
     assert (pixels.shape, pixels.dtype) == ((4, 3, 16, 16), torch.float32)
     assert not torch.equal(pixels[0], pixels[1])
     assert torch.equal(pixels[1], pixels[3])
-    assert torch.equal(pixels[[2]], pixels_of_samples(pairs, [(0, 2)], "transformer", seed=7))
-    assert not torch.equal(pixels[[2]], pixels_of_samples(pairs, [(0, 2)], "transformer", seed=8))
+    assert torch.equal(pixels[[2]], load_images(pairs, [(0, 2)], "transformer", seed=7))
+    assert not torch.equal(pixels[[2]], load_images(pairs, [(0, 2)], "transformer", seed=8))
 
 
 def test_open_pairs_opens_a_folder_or_the_shapes(folder):
-    config = PairsConfig(str(folder), resolution=16, held_out=0.3)
-    assert names(open_pairs(config, "held_out"), folder) == names(
+    config = DataConfig(str(folder), resolution=16, held_out=0.3)
+    assert names(open_dataset(config, "held_out"), folder) == names(
         folder_pairs(folder, "held_out", held_out=0.3), folder
     )
-    shapes = open_pairs(PairsConfig("shapes", resolution=32))
+    shapes = open_dataset(DataConfig("shapes", resolution=32))
     assert shapes.size is None
-    assert pixels_of_samples(shapes, [(0, 5)], "none", seed=0).shape == (1, 3, 32, 32)
+    assert load_images(shapes, [(0, 5)], "none", seed=0).shape == (1, 3, 32, 32)
 
 
 def test_no_data_says_what_to_give():
     with pytest.raises(ValueError, match=r"no data: give --data\.path FOLDER, or --data\.path shapes"):
-        open_pairs(PairsConfig())
+        open_dataset(DataConfig())
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1])
 def test_a_held_out_share_must_leave_something(share):
     with pytest.raises(ValueError, match="held_out must lie between 0 and 1"):
-        PairsConfig(held_out=share)
+        DataConfig(held_out=share)
 
 
-def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path):
+def test_images_that_cannot_be_used_are_left_out_and_named(tmp_path):
     for name, side in (("a", 40), ("b", 12)):
         Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
-    (tmp_path / "c.png").write_bytes(b"not a picture")
+    (tmp_path / "c.png").write_bytes(b"not an image")
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text("a caption")
     batch = folder_pairs(tmp_path, resolution=32, held_out=1e-9).load([(0, 0), (0, 1), (0, 2)], "dvae")
@@ -283,7 +283,7 @@ def test_pictures_that_cannot_be_used_are_left_out_and_named(tmp_path):
     ]
 
 
-def test_another_set_of_pictures_has_another_hash(folder):
+def test_another_set_of_images_has_another_hash(folder):
     before = folder_pairs(folder).hash
     assert folder_pairs(folder).hash == before
     Image.new("RGB", (40, 40)).save(folder / "zz.png")

@@ -1,4 +1,4 @@
-"""Pictures that are there twice: dalle/data/dedup.py."""
+"""Images that are there twice: dalle/data/dedup.py."""
 
 import io
 
@@ -11,15 +11,15 @@ from dalle.data.dedup import (
     LIKENESS,
     alike,
     copies,
+    image_hash,
     near_pairs,
-    picture_hash,
     small_copy,
     unlikeness,
 )
 
 
 def scene(seed, width=200, height=160):
-    """A smooth picture with large things in it."""
+    """A smooth image with large things in it."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
@@ -45,11 +45,11 @@ def bits(a, b):
 def test_a_copy_has_nearly_the_same_hash(seed):
     image = scene(seed)
     for copy in (saved_anew(image), saved_anew(image, 2.5, 90), ImageEnhance.Brightness(image).enhance(0.95)):
-        assert bits(picture_hash(image), picture_hash(copy)) <= DISTANCE
+        assert bits(image_hash(image), image_hash(copy)) <= DISTANCE
 
 
-def test_other_pictures_have_other_hashes():
-    hashes = [picture_hash(scene(seed)) for seed in range(40)]
+def test_other_images_have_other_hashes():
+    hashes = [image_hash(scene(seed)) for seed in range(40)]
     assert min(bits(a, b) for i, a in enumerate(hashes) for b in hashes[:i]) > DISTANCE
     assert all(0 <= value < 2**64 for value in hashes)
 
@@ -60,15 +60,15 @@ def test_a_hash_is_by_frequencies():
         y, x = (np.arange(32) + 0.5) * np.pi / 32 * np.array([[row], [column]])
         wave = 128 + 100 * np.outer(np.cos(y), np.cos(x))
         expected = 1 << (63 - (8 * row + column))
-        assert picture_hash(Image.fromarray(wave.round().astype(np.uint8))) == expected
+        assert image_hash(Image.fromarray(wave.round().astype(np.uint8))) == expected
 
 
-@pytest.mark.parametrize("colour", ["white", "black", "red"])
-def test_flat_pictures_hash_to_nothing(colour):
-    noisy = np.asarray(Image.new("RGB", (64, 64), colour)).astype(int)
+@pytest.mark.parametrize("color", ["white", "black", "red"])
+def test_flat_images_hash_to_nothing(color):
+    noisy = np.asarray(Image.new("RGB", (64, 64), color)).astype(int)
     noisy = noisy + np.random.default_rng(0).integers(-2, 3, noisy.shape)
-    assert picture_hash(Image.new("RGB", (64, 64), colour)) == 0
-    assert picture_hash(Image.fromarray(noisy.clip(0, 255).astype(np.uint8))) == 0
+    assert image_hash(Image.new("RGB", (64, 64), color)) == 0
+    assert image_hash(Image.fromarray(noisy.clip(0, 255).astype(np.uint8))) == 0
 
 
 # The search.
@@ -159,7 +159,7 @@ def test_pale_drawings_are_compared_by_what_is_drawn():
     assert unlikeness(drawings[0], drawings[0]) == 0
 
 
-def test_flat_pictures_are_compared_by_colour():
+def test_flat_images_are_compared_by_color():
     white, nearly, red = (small_copy(Image.new("RGB", (9, 9), c)) for c in ("white", "#fefefe", "red"))
     assert copies([white, white, red, red]) == [None, 0, None, 2]
     assert unlikeness(white, nearly) == pytest.approx(1)
@@ -167,11 +167,11 @@ def test_flat_pictures_are_compared_by_colour():
 
 def test_each_copy_names_the_first_of_its_kind():
     a, b = scene(0), scene(1)
-    pictures = [small_copy(image) for image in (a, b, saved_anew(b), saved_anew(a), a)]
-    assert copies(pictures) == [None, None, 1, 0, 0]
+    images = [small_copy(image) for image in (a, b, saved_anew(b), saved_anew(a), a)]
+    assert copies(images) == [None, None, 1, 0, 0]
 
 
 def test_channels_and_modes_do_not_matter():
     grey = scene(0).convert("L")
-    assert picture_hash(grey) == picture_hash(grey.convert("RGB"))
+    assert image_hash(grey) == image_hash(grey.convert("RGB"))
     assert (small_copy(grey) == small_copy(grey.convert("RGB"))).all()

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from dalle.data.filters import PAPER_FILTERS, Filters, FiltersConfig, count_words, is_boilerplate, one_by_one
+from dalle.data.filters import PAPER_FILTERS, FilterConfig, Filters, count_words, is_boilerplate, one_by_one
 
-OFF = FiltersConfig(boilerplate=False, max_aspect=None)
+OFF = FilterConfig(boilerplate=False, max_aspect=None)
 
 
 def reason(captions, width=300, height=300, name=None, base=OFF, **settings):
@@ -19,14 +19,14 @@ def reason(captions, width=300, height=300, name=None, base=OFF, **settings):
 
 @pytest.mark.parametrize("caption", ["cat", "a cat", "chat noir", "猫", "x", "may", "2001", "12 monkeys"])
 def test_a_users_small_captions_stay(caption):
-    filters = Filters(FiltersConfig())
+    filters = Filters(FilterConfig())
     assert filters.reason([caption], 30, 20) is None
     assert filters.captions([caption]) == [caption]
 
 
-def test_by_default_boilerplate_and_long_pictures_go():
-    assert Filters(FiltersConfig()).reason(["photographed on 3 May 2009"], 300, 300) == "boilerplate"
-    assert Filters(FiltersConfig()).reason(["a train"], 601, 300) == "aspect"
+def test_by_default_boilerplate_and_long_images_go():
+    assert Filters(FilterConfig()).reason(["photographed on 3 May 2009"], 300, 300) == "boilerplate"
+    assert Filters(FilterConfig()).reason(["a train"], 601, 300) == "aspect"
 
 
 def test_every_filter_can_be_off():
@@ -84,7 +84,7 @@ def test_captions_of_too_few_words_go():
 
 def test_a_sample_stays_while_one_caption_does():
     captions = ["cat", "IMG_2031", "a black cat"]
-    filters = Filters(FiltersConfig(min_words=2))
+    filters = Filters(FilterConfig(min_words=2))
     assert filters.reason(captions, 10, 10) is None
     assert filters.captions(captions) == ["a black cat"]
 
@@ -95,12 +95,12 @@ def test_the_filter_that_leaves_no_caption_gives_the_reason():
 
 
 def test_captions_and_reason_agree():
-    filters = Filters(FiltersConfig(min_words=2))
+    filters = Filters(FilterConfig(min_words=2))
     for captions in (["cat", "IMG_2031"], ["a cat", "cat"], ["photo 3.5.2009"], ["two cats"]):
         assert (filters.reason(captions, 9, 9) is None) == bool(filters.captions(captions))
 
 
-def test_a_picture_without_captions_is_not_a_matter_of_caption_filters():
+def test_a_image_without_captions_is_not_a_matter_of_caption_filters():
     assert reason([], min_words=3, boilerplate=True) is None
 
 
@@ -122,7 +122,7 @@ def test_names_of_a_list_go(tmp_path):
         "Photographed on May 3, 2009.",
         "Photograph taken on the 3rd of May, 2009",
         "Photo taken 2009-05-03 14:32:05",
-        "picture from 03/05/2009",
+        "image from 03/05/2009",
         "03.05.09",
         "3-May-09, 2:15 pm",
         "Sunday, May 3rd 2009",
@@ -258,17 +258,17 @@ def test_a_missing_detector_is_told(monkeypatch):
 )
 def test_settings_that_mean_nothing_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
-        FiltersConfig(**settings)
+        FilterConfig(**settings)
 
 
 def test_a_drop_list_that_is_not_there_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read the drop list .*nowhere.*a text file of names"):
-        Filters(FiltersConfig(drop_list=tmp_path / "nowhere"))
+        Filters(FilterConfig(drop_list=tmp_path / "nowhere"))
 
 
 def test_the_filters_one_by_one_cover_those_that_are_on(tmp_path):
     (tmp_path / "drop").touch()
-    config = FiltersConfig(True, 2.0, 3, None, 64, tmp_path / "drop")
+    config = FilterConfig(True, 2.0, 3, None, 64, tmp_path / "drop")
     alone = one_by_one(config)
     assert list(alone) == ["boilerplate", "aspect", "too short", "too small", "drop list"]
     assert alone["too short"] == replace(OFF, min_words=3)
@@ -282,5 +282,5 @@ def test_each_filter_alone_gives_its_own_name_as_the_reason():
 
 
 def test_filters_go_to_another_process():
-    again = pickle.loads(pickle.dumps(Filters(FiltersConfig(min_words=2))))
+    again = pickle.loads(pickle.dumps(Filters(FilterConfig(min_words=2))))
     assert again.reason(["cat"], 9, 9) == "too short"

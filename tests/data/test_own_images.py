@@ -1,4 +1,4 @@
-"""A folder of pictures and a CSV become a small trained model by four commands, as a newcomer gives them."""
+"""A folder of images and a CSV become a small trained model by four commands, as a newcomer gives them."""
 
 import csv
 import json
@@ -10,19 +10,19 @@ from PIL import Image
 
 from dalle.io.files import read_json
 
-COLOURS = {"red": (200, 30, 30), "grün": (30, 160, 60), "синий": (40, 60, 200), "黄色": (240, 220, 60)}
+COLORS = {"red": (200, 30, 30), "grün": (30, 160, 60), "синий": (40, 60, 200), "黄色": (240, 220, 60)}
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Forty pictures in two folders and pairs.csv, as Excel writes it; in some captions a comma and a line break."""
+def images(tmp_path):
+    """Forty images in two folders and pairs.csv, as Excel writes it; in some captions a comma and a line break."""
     rows = [("file name", "image", "caption")]
     for i in range(40):
         name = f"photos/{'ab'[i % 2]}/Größe {i:02}.v2.JPG"
         path = tmp_path / "mine" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        word, colour = list(COLOURS.items())[i % 4]
-        Image.new("RGB", (44 + i // 2, 40), colour).save(path)
+        word, color = list(COLORS.items())[i % 4]
+        Image.new("RGB", (44 + i // 2, 40), color).save(path)
         rows.append((str(i), name, f'a "{word}" square, number {i}' + "\nseen twice" * (i % 9 == 0)))
     with (tmp_path / "mine" / "pairs.csv").open("w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file).writerows(rows)
@@ -30,8 +30,8 @@ def pictures(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:the vocabulary lacks letters")
-def test_four_commands_from_a_folder_and_a_csv_to_a_model_and_its_pictures(
-    pictures, tiny_configs, tmp_path, script
+def test_four_commands_from_a_folder_and_a_csv_to_a_model_and_its_images(
+    images, tiny_configs, tmp_path, script
 ):
     def run(name, *words):
         done = script(name, *words)
@@ -43,13 +43,13 @@ def test_four_commands_from_a_folder_and_a_csv_to_a_model_and_its_pictures(
     run("train_tokenizer", "--config", transformer, *data)
     run("train_dvae", "--config", dvae, *data)
     run("encode_images", "--config", dvae, *data)
-    run("train_transformer", "--config", transformer, "--eval-pictures", "2")
+    run("train_transformer", "--config", transformer, "--eval-samples", "2")
     prompt = ("--prompt", "eine größe 黄色 square", "--best-of", "1", "--keep", "1")
-    assert "no CLIP, so the pictures come unranked" in run(
+    assert "no CLIP, so the images come unranked" in run(
         "sample", *prompt, "--device", "cpu", "--out", "drawn"
     )
     said = read_json(tmp_path / "drawn" / "sample.json")
-    assert Image.open(tmp_path / "drawn" / said["pictures"][0]["file"]).size == (32, 32)
+    assert Image.open(tmp_path / "drawn" / said["images"][0]["file"]).size == (32, 32)
     assert read_json(tmp_path / "runs" / "tokens" / "meta.json")["left_out"] == 0
     assert not list((tmp_path / "runs").rglob("skipped*.jsonl"))
 
@@ -65,7 +65,7 @@ def test_the_command_trains_past_five_kinds_of_broken_members_and_reports_exactl
     words += [
         "--data.held-out-path",
         "held-out",
-        "--eval-pictures",
+        "--eval-samples",
         "2",
         "--data.workers",
         "1",

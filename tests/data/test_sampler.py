@@ -6,11 +6,11 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from dalle.data.sampler import Permutation, samples_of_step
+from dalle.data.sampler import FeistelPermutation, batch_indices
 
 
 def order(size, *key):
-    return Permutation(size, "order", *key)(np.arange(size)).tolist()
+    return FeistelPermutation(size, "order", *key)(np.arange(size)).tolist()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 63, 64, 65, 1000, 4096, 100_003])
@@ -19,15 +19,15 @@ def test_every_number_comes_once(size):
 
 
 def test_a_place_is_found_alone_as_among_others():
-    all_places = Permutation(5000, "order", 1, 2)(np.arange(5000))
-    alone = [int(Permutation(5000, "order", 1, 2)(np.array([place]))[0]) for place in (0, 17, 4999)]
+    all_places = FeistelPermutation(5000, "order", 1, 2)(np.arange(5000))
+    alone = [int(FeistelPermutation(5000, "order", 1, 2)(np.array([place]))[0]) for place in (0, 17, 4999)]
     assert alone == all_places[[0, 17, 4999]].tolist()
 
 
 def test_a_billion_samples_need_no_table():
     size = 10**9
     places = np.concatenate([np.arange(50_000), np.arange(size - 50_000, size)])
-    numbers = Permutation(size, "order", 0, 0)(places)
+    numbers = FeistelPermutation(size, "order", 0, 0)(places)
     assert len(set(numbers.tolist())) == 100_000
     assert numbers.max() < size
     assert np.histogram(numbers, 10, (0, size))[0] == pytest.approx(10_000, abs=500)  # 5 standard deviations
@@ -36,7 +36,7 @@ def test_a_billion_samples_need_no_table():
 def test_the_order_is_pinned():
     """A change of these numbers changes the order of every run: old runs would go on with another one."""
     assert order(10, 0, 0) == PINNED
-    assert Permutation(10**9, "order", 3, 7)(np.arange(3)).tolist() == PINNED_LARGE
+    assert FeistelPermutation(10**9, "order", 3, 7)(np.arange(3)).tolist() == PINNED_LARGE
 
 
 PINNED = [2, 3, 9, 0, 5, 6, 8, 7, 4, 1]
@@ -63,7 +63,7 @@ def test_each_number_is_as_likely_at_each_place(size):
 
 
 def test_neighbours_in_the_order_are_no_neighbours_in_the_set():
-    numbers = Permutation(10_000, "order", 0, 0)(np.arange(10_000)).astype(np.int64)
+    numbers = FeistelPermutation(10_000, "order", 0, 0)(np.arange(10_000)).astype(np.int64)
     steps = np.diff(numbers)
     assert (abs(steps) == 1).sum() < 15  # 2 expected
     assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.05
@@ -79,13 +79,13 @@ def test_epochs_are_independent():
 @pytest.mark.parametrize("size", [None, 5, 17])
 def test_the_shares_of_a_step_together_are_the_step(world, size):
     for step in range(8):
-        shares = [samples_of_step(step, 6, size, 1, rank, world) for rank in range(world)]
-        assert [sample for share in shares for sample in share] == samples_of_step(step, 6, size, 1)
+        shares = [batch_indices(step, 6, size, 1, rank, world) for rank in range(world)]
+        assert [sample for share in shares for sample in share] == batch_indices(step, 6, size, 1)
         assert {len(share) for share in shares} == {6 // world}
 
 
 def test_every_sample_comes_once_an_epoch_over_all_ranks():
-    shares = [samples_of_step(step, 4, 8, 0, rank, world=2) for step in range(10) for rank in range(2)]
+    shares = [batch_indices(step, 4, 8, 0, rank, world=2) for step in range(10) for rank in range(2)]
     seen = Counter(sample for share in shares for sample in share)
     assert seen == Counter((epoch, index) for epoch in range(5) for index in range(8))
 
@@ -94,9 +94,9 @@ def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(
         ValueError, match="a batch of 10 does not divide among 4 processes; make it a multiple"
     ):
-        samples_of_step(0, 10, 100, 0, rank=0, world=4)
+        batch_indices(0, 10, 100, 0, rank=0, world=4)
 
 
 def test_an_empty_set_has_no_order():
     with pytest.raises(ValueError, match="at least one number, got 0"):
-        Permutation(0, "order", 0)
+        FeistelPermutation(0, "order", 0)

@@ -13,22 +13,22 @@ import torch
 from torch import nn
 
 from dalle.commands import encode_images as stage
-from dalle.commands.encode_images import EncodeRun, encode_images, turn
+from dalle.commands.encode_images import EncodeImagesArgs, encode_images, turn
 from dalle.commands.train_dvae import EncodeConfig, train_dvae
 from dalle.commands.train_transformer import train_transformer
 from dalle.data import TokenCache
-from dalle.data.token_cache import TokenPlan, shard_name
+from dalle.data.token_cache import TokenCacheSpec, shard_name
 from dalle.data.token_writer import TokenWriter
-from dalle.types import Batch, ImageTokenizer, Skip
+from dalle.types import BadSample, ImageTextBatch, ImageTokenizer
 
-PLAN = TokenPlan(dvae="abc", data="def", grid=(2, 3), vocab=65536, pictures=11, crops=2, shard=4)
+PLAN = TokenCacheSpec(dvae="abc", data="def", grid=(2, 3), vocab=65536, images=11, crops=2, shard=4)
 TOKENS = np.random.default_rng(0).integers(65536, size=(11, 2, 6))
 TOKENS[0, 0, :2] = 0, 65535
 CAPTIONS = [
     ["one"],
     ["two", "zwö\u2028 \x85 \x1c \n ü"],
     ["红色的圆"],
-    *[[f"picture {n}", "سماء"] for n in range(3, 11)],
+    *[[f"image {n}", "سماء"] for n in range(3, 11)],
 ]
 
 
@@ -64,7 +64,7 @@ def test_tokens_of_each_crop_and_captions_come_back(tmp_path):
 
 
 @pytest.mark.parametrize("left_out", [(5,), (0, 3, 10), (4, 5, 6, 7), (0, 1, 2, 3, 8, 9, 10)])
-def test_pictures_left_out_close_up_also_when_a_shard_is_empty(tmp_path, left_out):
+def test_images_left_out_close_up_also_when_a_shard_is_empty(tmp_path, left_out):
     cache = write(tmp_path / "tokens", left_out=left_out)
     kept = [n for n in range(11) if n not in left_out]
     assert (cache.size, cache.meta["left_out"]) == (len(kept), len(left_out))
@@ -73,10 +73,10 @@ def test_pictures_left_out_close_up_also_when_a_shard_is_empty(tmp_path, left_ou
     assert torch.equal(cache.image_tokens(range(cache.size)), torch.from_numpy(TOKENS[kept, 0]))
 
 
-@pytest.mark.parametrize("picture", [-1, 11])
-def test_a_picture_out_of_range_is_named(tmp_path, picture):
-    with pytest.raises(IndexError, match=rf"pictures 0 \.\. 10, not {picture}"):
-        write(tmp_path / "tokens").image_tokens([picture])
+@pytest.mark.parametrize("image", [-1, 11])
+def test_a_image_out_of_range_is_named(tmp_path, image):
+    with pytest.raises(IndexError, match=rf"images 0 \.\. 10, not {image}"):
+        write(tmp_path / "tokens").image_tokens([image])
 
 
 def test_a_cache_goes_to_another_process(tmp_path):
@@ -84,20 +84,20 @@ def test_a_cache_goes_to_another_process(tmp_path):
     assert copy.captions([7]) == [CAPTIONS[7]]
 
 
-def test_memory_does_not_grow_with_the_pictures(tmp_path):
-    """A cache of 200 times the pictures opens and reads in the same memory, less than its captions take."""
+def test_memory_does_not_grow_with_the_images(tmp_path):
+    """A cache of 200 times the images opens and reads in the same memory, less than its captions take."""
 
-    def peak(pictures):
-        plan = replace(PLAN, pictures=pictures, crops=1, shard=1000)
-        writer = TokenWriter(tmp_path / str(pictures), plan)
+    def peak(images):
+        plan = replace(PLAN, images=images, crops=1, shard=1000)
+        writer = TokenWriter(tmp_path / str(images), plan)
         for shard in writer.missing():
             numbers = plan.numbers(shard)
             tokens = np.zeros((len(numbers), 1, 6), np.uint16)
             writer.write(shard, tokens, numbers, [[f"a caption of some length, {n}"] for n in numbers])
         writer.finish()
         tracemalloc.start()
-        cache = TokenCache(tmp_path / str(pictures))
-        for n in range(0, pictures, max(1, pictures // 50)):
+        cache = TokenCache(tmp_path / str(images))
+        for n in range(0, images, max(1, images // 50)):
             assert cache.captions([n]) == [[f"a caption of some length, {n}"]]
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -209,7 +209,7 @@ def test_a_vocabulary_beyond_16_bits_is_refused():
 
 
 def test_a_cache_of_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="none of 11 pictures could be read"):
+    with pytest.raises(ValueError, match="none of 11 images could be read"):
         write(tmp_path / "tokens", left_out=range(11))
 
 
@@ -292,7 +292,7 @@ def test_another_kind_of_folder_is_refused(tmp_path):
 class Brightness(nn.Module):
     """An image tokenizer that is no dVAE: the code is the mean of 16 x 16 pixels in 8 steps."""
 
-    downsampling, vocab_size = 16, 8
+    downsample_factor, vocab_size = 16, 8
 
     def encode(self, pixels):
         return (nn.functional.avg_pool2d(pixels.mean(1, keepdim=True), 16) * 7.99).long().flatten(1)
@@ -302,7 +302,7 @@ class Brightness(nn.Module):
 
 
 class Greys:
-    """Ten grey pictures, each crop a little brighter; those in `broken` (number, crop) cannot be read."""
+    """Ten grey images, each crop a little brighter; those in `broken` (number, crop) cannot be read."""
 
     size, resolution, hash = 10, 32, "greys"
 
@@ -316,24 +316,24 @@ class Greys:
         levels = np.array([number / 10 + crop / 8 for crop, number in good], np.float32).clip(0, 1)
         pixels = np.broadcast_to(levels[:, None, None, None], (len(good), 3, 32, 32)).copy()
         skips = [
-            Skip(number, f"grey {number}", "truncated")
+            BadSample(number, f"grey {number}", "truncated")
             for crop, number in samples
             if (number, crop) in self.broken
         ]
-        return Batch(pixels, [[f"grey {number}"] for _, number in good], good, skips)
+        return ImageTextBatch(pixels, [[f"grey {number}"] for _, number in good], good, skips)
 
 
 @pytest.fixture
 def greys(monkeypatch) -> SimpleNamespace:
-    """Encoding ten grey pictures with `Brightness`; .pairs says what was read, .run(...) encodes."""
+    """Encoding ten grey images with `Brightness`; .pairs says what was read, .run(...) encodes."""
     place = SimpleNamespace(pairs=Greys())
     monkeypatch.setattr(stage, "take_image_tokenizer", lambda given, device: (Brightness(), "bright"))
     monkeypatch.setattr(stage, "open_pairs", lambda config: place.pairs)
 
     def run(out, seed=0, workers=0, **settings):
         config = EncodeConfig(**{"shard": 4, "batch_size": 3, **settings})
-        data = replace(EncodeRun().data, resolution=32, workers=workers)
-        return encode_images(EncodeRun(out=out, seed=seed, device="cpu", data=data, encode=config))
+        data = replace(EncodeImagesArgs().data, resolution=32, workers=workers)
+        return encode_images(EncodeImagesArgs(out=out, seed=seed, device="cpu", data=data, encode=config))
 
     place.run = run
     return place
@@ -350,13 +350,13 @@ def test_any_image_tokenizer_encodes(greys, tmp_path):
     assert {cache.meta[name] for name in ("dvae", "data")} == {"bright", "greys"}
 
 
-def test_a_picture_with_a_broken_crop_is_left_out_and_told(greys, tmp_path, capsys):
+def test_a_image_with_a_broken_crop_is_left_out_and_told(greys, tmp_path, capsys):
     greys.pairs = Greys(broken=[(1, 0), (1, 1), (4, 1), (8, 0)])
     cache = greys.run(tmp_path / "tokens", crops=2)
     assert [cache.number(i) for i in range(cache.size)] == [0, 2, 3, 5, 6, 7, 9]
     assert cache.captions([3]) == [["grey 5"]]
     printed = capsys.readouterr().out
-    assert "3 of 10 pictures could not be used and are left out" in printed
+    assert "3 of 10 images could not be used and are left out" in printed
     assert "skipped 3 samples: 3 truncated" in printed
     lines = [json.loads(line) for line in (tmp_path / "tokens" / "skipped.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["grey 1", "grey 4", "grey 8"]
@@ -373,7 +373,7 @@ def test_what_is_skipped_is_counted_over_stops(greys, tmp_path, capsys):
     assert len((tmp_path / "tokens" / "skipped.jsonl").read_text().splitlines()) == 2
 
 
-def test_batches_of_broken_pictures_only_are_no_obstacle(greys, tmp_path):
+def test_batches_of_broken_images_only_are_no_obstacle(greys, tmp_path):
     greys.pairs = Greys(broken=[(n, 0) for n in range(3)])
     assert greys.run(tmp_path / "tokens").size == 7
 
@@ -407,8 +407,8 @@ def test_another_seed_is_another_cache(greys, tmp_path):
 
 def test_data_that_moved_are_the_same_data(greys):
     def key(path):
-        places = {name: path for name in ("path", "pictures", "held_out_path")}
-        run = EncodeRun(data=replace(EncodeRun().data, resolution=32, **places))
+        places = {name: path for name in ("path", "images", "held_out_path")}
+        run = EncodeImagesArgs(data=replace(EncodeImagesArgs().data, resolution=32, **places))
         return stage.Encoder(Brightness(), greys.pairs, run, torch.device("cpu")).plan("w", "d").key
 
     assert key("here") == key("there")
@@ -429,7 +429,9 @@ def test_tokens_of_another_dvae_are_refused_with_both_hashes(chain, tiny_runs, t
 def test_a_resolution_that_gives_no_whole_tokens_is_refused(greys, tmp_path):
     with pytest.raises(ValueError, match="resolution 40 is no multiple of 16"):
         encode_images(
-            EncodeRun(out=tmp_path / "t", device="cpu", data=replace(EncodeRun().data, resolution=40))
+            EncodeImagesArgs(
+                out=tmp_path / "t", device="cpu", data=replace(EncodeImagesArgs().data, resolution=40)
+            )
         )
 
 

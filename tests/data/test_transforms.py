@@ -47,13 +47,13 @@ def test_listing_1_by_given_draws():
     assert rng.bounds == [(0, 101), (0, 1), (288, 301), (0, 35), (0, 35)]
 
 
-def test_listing_1_of_a_large_picture():
+def test_listing_1_of_a_large_image():
     rng = Draws(0, 200, 384, 128, 0, 0.5)
     assert dvae_crop(1000, 1200, 256, rng) == Crop(0, 200, 1000, 384, 128, 0, flip=False)
     assert rng.bounds == [(0, 1), (0, 201), (288, 385), (0, 129), (0, 129)]
 
 
-def test_listing_1_of_a_picture_smaller_than_nine_eighths():
+def test_listing_1_of_a_image_smaller_than_nine_eighths():
     rng = Draws(0, 0, 260, 1, 2, 0.9)
     assert dvae_crop(260, 260, 256, rng) == Crop(0, 0, 260, 260, 1, 2, flip=False)
     assert rng.bounds == [(0, 1), (0, 1), (260, 261), (0, 5), (0, 5)]
@@ -66,8 +66,8 @@ def test_listing_2_by_given_draws():
     assert rng.bounds == [(60, 100), (0, 1), (256, 289), (0, 33), (0, 33)]
 
 
-def test_listing_2_of_a_tall_picture_with_little_slack():
-    """Slack 1: 3 * 1 // 8 = 0 and 5 * 1 // 8 = 0, so the only offset is 0; the picture ends at 270."""
+def test_listing_2_of_a_tall_image_with_little_slack():
+    """Slack 1: 3 * 1 // 8 = 0 and 5 * 1 // 8 = 0, so the only offset is 0; the image ends at 270."""
     rng = Draws(0, 0, 270, 14, 14)
     assert transformer_crop(270, 271, 256, rng) == Crop(0, 0, 270, 270, 14, 14)
     assert rng.bounds == [(0, 1), (0, 1), (256, 271), (0, 15), (0, 15)]
@@ -104,23 +104,23 @@ def test_listing_1_reaches_every_offset_and_flips_half_the_time():
 
 
 @pytest.mark.parametrize("crop_of", [dvae_crop, transformer_crop])
-def test_a_picture_smaller_than_the_resolution_is_refused(crop_of):
-    with pytest.raises(ValueError, match="picture of 300 x 255 is smaller than the 256 x 256 asked for"):
+def test_a_image_smaller_than_the_resolution_is_refused(crop_of):
+    with pytest.raises(ValueError, match="image of 300 x 255 is smaller than the 256 x 256 asked for"):
         crop_of(300, 255, 256, np.random.default_rng(0))
 
 
 def coordinates(width, height):
-    """A picture whose red is x and whose green is y."""
+    """An image whose red is x and whose green is y."""
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_crop_takes_the_square_in_the_square(flip):
-    picture = apply_crop(coordinates(60, 50), Crop(7, 3, 40, 40, 10, 20, flip), 16)
+    image = apply_crop(coordinates(60, 50), Crop(7, 3, 40, 40, 10, 20, flip), 16)
     x, y = np.arange(7 + 10, 7 + 10 + 16), np.arange(3 + 20, 3 + 20 + 16)
-    array = np.asarray(picture)
-    assert picture.size == (16, 16)
+    array = np.asarray(image)
+    assert image.size == (16, 16)
     assert (array[..., 0] == (x[::-1] if flip else x)).all()
     assert (array[..., 1] == y[:, None]).all()
 
@@ -149,7 +149,7 @@ def by_area(square, size):
 
 
 def resized(image, size):
-    """The whole picture by `apply_crop`, as values."""
+    """The whole image by `apply_crop`, as values."""
     return np.asarray(apply_crop(image, Crop(0, 0, image.width, size, 0, 0), size)).astype(int)
 
 
@@ -189,7 +189,7 @@ def test_a_row_by_hand():
 
 
 def test_the_corners_are_aligned():
-    """The first pixel begins at the left rim; the last is the picture's last, whatever lies beside it."""
+    """The first pixel begins at the left rim; the last is the image's last, whatever lies beside it."""
     image = Image.fromarray(np.zeros((50, 50, 3), dtype=np.uint8))
     image.paste("white", (49, 0, 50, 50))
     values = resized(image, 12)
@@ -272,6 +272,6 @@ def test_augments_are_named_once():
 
 
 @pytest.mark.parametrize("augment", AUGMENTS)
-def test_every_augment_gives_an_rgb_picture_of_the_resolution(augment):
-    picture = transform(noise(41, 67), 24, augment, np.random.default_rng(0))
-    assert (picture.size, picture.mode) == ((24, 24), "RGB")
+def test_every_augment_gives_an_rgb_image_of_the_resolution(augment):
+    image = transform(noise(41, 67), 24, augment, np.random.default_rng(0))
+    assert (image.size, image.mode) == ((24, 24), "RGB")

@@ -12,14 +12,14 @@ from PIL import Image
 
 from dalle.data.sources import open_source
 from dalle.data.webdataset_writer import write_tars
-from dalle.types import Record
+from dalle.types import RawSample
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "write_tars.py"
 
 
-def picture(kind: str, colour: int = 0) -> bytes:
+def image(kind: str, color: int = 0) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (8, 8), (colour, 0, 0)).save(file, kind)
+    Image.new("RGB", (8, 8), (color, 0, 0)).save(file, kind)
     return file.getvalue()
 
 
@@ -33,7 +33,7 @@ class Listed:
     def __len__(self) -> int:
         return len(self.records)
 
-    def read(self, index: int) -> Record:
+    def read(self, index: int) -> RawSample:
         if self.records[index] is None:
             raise ValueError(f"sample {index}: lost")
         return self.records[index]
@@ -47,20 +47,20 @@ def members(file) -> dict[str, bytes]:
 
 def test_every_sample_is_in_one_tar_by_number_and_true_suffix(tmp_path):
     kinds = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
-    records = [Record(f"{i}.jpg", picture(kind), [f"caption {i}", "猫\nقط"]) for i, kind in enumerate(kinds)]
+    records = [RawSample(f"{i}.jpg", image(kind), [f"caption {i}", "猫\nقط"]) for i, kind in enumerate(kinds)]
     counted = []
     done = write_tars(Listed(records), tmp_path / "tars", shard_size=2, said=counted.append)
     files = sorted((tmp_path / "tars").iterdir())
     assert [file.name for file in files] == ["00000.tar", "00001.tar", "00002.tar"]
-    assert (done.tars, done.pictures, done.left_out, sum(counted)) == (3, 5, [], 5)
+    assert (done.tars, done.images, done.left_out, sum(counted)) == (3, 5, [], 5)
     assert list(members(files[0])) == ["000000000.jpg", "000000000.txt", "000000001.png", "000000001.txt"]
     assert list(members(files[2])) == ["000000004.bmp", "000000004.txt"]
-    assert members(files[1])["000000002.webp"] == records[2].picture
+    assert members(files[1])["000000002.webp"] == records[2].image
     assert members(files[1])["000000003.txt"].decode() == "caption 3\n猫 قط"
 
 
 def test_the_same_source_gives_the_same_bytes(tmp_path):
-    source = Listed([Record(str(i), picture("PNG", i), [f"c {i}"]) for i in range(7)])
+    source = Listed([RawSample(str(i), image("PNG", i), [f"c {i}"]) for i in range(7)])
     for name in "ab":
         write_tars(source, tmp_path / name, shard_size=3)
     first, second = ([file.read_bytes() for file in sorted((tmp_path / name).iterdir())] for name in "ab")
@@ -69,17 +69,17 @@ def test_the_same_source_gives_the_same_bytes(tmp_path):
 
 
 def test_what_cannot_be_packed_is_told_and_keeps_its_number(tmp_path):
-    good = picture("PNG")
+    good = image("PNG")
     records = [
         None,
-        Record("text", b"no picture", ["a"]),
-        Record("mute", good, [" \n"]),
-        Record("good", good, ["b"]),
+        RawSample("text", b"no image", ["a"]),
+        RawSample("mute", good, [" \n"]),
+        RawSample("good", good, ["b"]),
     ]
-    records.append(Record("icon", picture("PCX"), ["c"]))
+    records.append(RawSample("icon", image("PCX"), ["c"]))
     done = write_tars(Listed(records), tmp_path)
     assert list(members(tmp_path / "00000.tar")) == ["000000003.png", "000000003.txt"]
-    said = ["sample 0: lost", "text: not a picture", "mute: no caption", "icon: a picture of type PCX"]
+    said = ["sample 0: lost", "text: not an image", "mute: no caption", "icon: an image of type PCX"]
     assert [text[: len(start)] for text, start in zip(done.left_out, said, strict=True)] == said
 
 
@@ -90,14 +90,14 @@ def test_a_run_that_dies_leaves_no_tar_that_is_not_whole(tmp_path):
                 raise KeyboardInterrupt
             return super().read(index)
 
-    records = [Record(str(i), picture("PNG"), ["c"]) for i in range(5)]
+    records = [RawSample(str(i), image("PNG"), ["c"]) for i in range(5)]
     with pytest.raises(KeyboardInterrupt):
         write_tars(Dying(records), tmp_path, shard_size=2)
     assert [file.name for file in tmp_path.glob("*.tar")] == ["00000.tar"]
 
 
 def test_what_cannot_be_is_refused(tmp_path):
-    good = Listed([Record("a", picture("PNG"), ["a"])])
+    good = Listed([RawSample("a", image("PNG"), ["a"])])
     with pytest.raises(ValueError, match="shard_size must be positive"):
         write_tars(good, tmp_path, shard_size=0)
     with pytest.raises(ValueError, match="none of 2 samples can be packed: sample 0: lost"):
@@ -110,18 +110,18 @@ def test_what_cannot_be_is_refused(tmp_path):
 def test_the_command_packs_a_folder_that_then_opens_as_tars(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").mkdir()
     for i in range(5):
-        (tmp_path / "mine" / f"{i}.png").write_bytes(picture("PNG", i))
+        (tmp_path / "mine" / f"{i}.png").write_bytes(image("PNG", i))
         (tmp_path / "mine" / f"{i}.txt").write_text(f"number {i}\nقط {i}", encoding="utf-8")
     (tmp_path / "mine" / "3.png").write_bytes(b"broken")
     monkeypatch.chdir(tmp_path)
     words = ["write_tars.py", "--path", "mine", "--out", "tars", "--shard-size", "2"]
     monkeypatch.setattr(sys, "argv", words)
     runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert "4 pictures in 2 tars; 1 left out" in capsys.readouterr().out
+    assert "4 images in 2 tars; 1 left out" in capsys.readouterr().out
     packed = open_source("tars")
     read = [packed.read(i) for i in range(len(packed))]
     assert [record.captions for record in read] == [[f"number {i}", f"قط {i}"] for i in (0, 1, 2, 4)]
-    assert [record.picture for record in read] == [picture("PNG", i) for i in (0, 1, 2, 4)]
+    assert [record.image for record in read] == [image("PNG", i) for i in (0, 1, 2, 4)]
     monkeypatch.setattr(sys, "argv", words[:3])
     with pytest.raises(SystemExit, match="error: --out is missing"):
         runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -11,9 +11,9 @@ from data.test_dataloader import encoded
 from helpers.formats import write_tar
 from PIL import Image
 
-from dalle.commands.train_clip import CLIPRun
-from dalle.commands.train_dvae import DVAERun
-from dalle.commands.train_transformer import TransformerRun
+from dalle.commands.train_clip import TrainCLIPArgs
+from dalle.commands.train_dvae import TrainDVAEArgs
+from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.config import parse
 from dalle.data import TokenCache
 from dalle.io.files import read_json
@@ -21,7 +21,7 @@ from dalle.io.files import read_json
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "clipart.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
-SMALL = "--steps 2 --train.batch-size 4 --device cpu --eval-pictures 4"
+SMALL = "--steps 2 --train.batch-size 4 --device cpu --eval-samples 4"
 SMALLER = {  # words put behind a command so that it takes seconds
     "check_data": "--data.workers 0",
     "train_tokenizer": "",
@@ -62,9 +62,9 @@ def test_the_page_names_each_stage_once():
 
 def test_each_configuration_of_the_page_is_there_and_is_a_run():
     for name, schema in (
-        ("train_dvae", DVAERun),
-        ("train_transformer", TransformerRun),
-        ("train_clip", CLIPRun),
+        ("train_dvae", TrainDVAEArgs),
+        ("train_transformer", TrainTransformerArgs),
+        ("train_clip", TrainCLIPArgs),
     ):
         (words,) = [shlex.split(command)[2:] for command in COMMANDS if name_of(command) == name]
         file = words[words.index("--config") + 1]

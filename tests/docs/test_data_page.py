@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from commands.test_check_data import scene
-from commands.test_convert_captions import CC, COCO, SVG, pictures, write
-from helpers.formats import picture, write_tar
+from commands.test_convert_captions import CC, COCO, SVG, images, write
+from helpers.formats import image, write_tar
 
 from dalle.data import open_source
 
@@ -19,64 +19,64 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
 SCRIPTS = [command for command in COMMANDS if command.startswith("python scripts/")]
-TINY = "--model.widths 8 8 --model.downsampling 2 --model.vocab-size 16 --data.resolution 16 --crop 16 --device cpu"
+TINY = "--model.widths 8 8 --model.downsample_factor 2 --model.vocab-size 16 --data.resolution 16 --crop 16 --device cpu"
 SMALLER = {  # words put behind a command so that it takes seconds
     "write_tars": "",
     "check_data": "--data.workers 0 --data.resolution 16",
-    "train_dvae": f"{TINY} --data.workers 0 --steps 1 --train.batch-size 2 --eval-pictures 1 --data.held-out 0.3",
+    "train_dvae": f"{TINY} --data.workers 0 --steps 1 --train.batch-size 2 --eval-samples 1 --data.held-out 0.3",
     "convert_captions": "",
 }
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """Each set of the page, of a few pictures, in the folder in which the commands are given."""
-    own_pictures(tmp_path / "my")
+    """Each set of the page, of a few images, in the folder in which the commands are given."""
+    own_images(tmp_path / "my")
     whole_sets(tmp_path)
     sets_of_links(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def own_pictures(my: Path) -> None:
-    """my/pictures, one of them there twice, and my/table.csv."""
-    (my / "pictures").mkdir(parents=True)
+def own_images(my: Path) -> None:
+    """my/images, one of them there twice, and my/table.csv."""
+    (my / "images").mkdir(parents=True)
     rows = ["image,caption"]
     for i in range(24):
-        scene(i).save(my / "pictures" / f"{i}.png")
-        (my / "pictures" / f"{i}.txt").write_text(f"a picture of number {i}")
-        rows.append(f"pictures/{i}.png,a picture of number {i}")
-    scene(0).save(my / "pictures" / "twice.png")
-    (my / "pictures" / "twice.txt").write_text("seen before")
+        scene(i).save(my / "images" / f"{i}.png")
+        (my / "images" / f"{i}.txt").write_text(f"an image of number {i}")
+        rows.append(f"images/{i}.png,an image of number {i}")
+    scene(0).save(my / "images" / "twice.png")
+    (my / "images" / "twice.txt").write_text("seen before")
     (my / "table.csv").write_text("\n".join(rows))
 
 
 def whole_sets(place: Path) -> None:
     for part in ("train2017", "val2017"):
         write(place / "coco" / "annotations" / f"captions_{part}.json", json.dumps(COCO))
-        pictures(place / "coco" / part, "000000179765.jpg")
+        images(place / "coco" / part, "000000179765.jpg")
     name = "COCO_val2014_000000391895.jpg"
-    pictures(place / "coco" / "val2014", name)
+    images(place / "coco" / "val2014", name)
     image = {"filepath": "val2014", "filename": name, "sentences": [{"raw": "A man with a helmet."}]}
     write(place / "dataset_coco.json", json.dumps({"images": [image], "dataset": "coco"}))
     write(place / "results_20130124.token", "1000092795.jpg#0\tTwo young guys .")
-    pictures(place / "flickr30k-images", "1000092795.jpg")
+    images(place / "flickr30k-images", "1000092795.jpg")
     line = {"dataset_id": "open_images_train", "image_id": "000a1249af2bc5f0", "caption": "a tree"}
     write(place / "narratives" / "open_images_train_v6-00000-of-00010.jsonl", json.dumps(line))
-    pictures(place / "open-images", "000a1249af2bc5f0.jpg")
+    images(place / "open-images", "000a1249af2bc5f0.jpg")
     write(place / "clipart" / "food" / "cup.svg", SVG.format(title="soft drink in a cup"))
-    pictures(place / "clipart" / "food", "cup.png")
+    images(place / "clipart" / "food", "cup.png")
 
 
 def sets_of_links(place: Path) -> None:
     """As they are published, without a line that names the columns."""
     write(place / "Train_GCC-training.tsv", *CC[:2])
-    pictures(place / "cc3m", "00000/000000001.jpg")
+    images(place / "cc3m", "00000/000000001.jpg")
     write(place / "cc12m.tsv", *("\t".join(line.split("\t")[::-1]) for line in CC[:2]))
-    pictures(place / "cc12m", f"{hashlib.md5(CC[0].split(chr(9))[1].encode()).hexdigest()}.jpg")
+    images(place / "cc12m", f"{hashlib.md5(CC[0].split(chr(9))[1].encode()).hexdigest()}.jpg")
     post = {"image_id": "1", "subreddit": "birds", "url": "https://i.redd.it/1.jpg", "caption": "a wren"}
     write(place / "annotations" / "birds_2017.json", json.dumps({"info": {}, "annotations": [post]}))
-    pictures(place / "images", "birds/1.jpg")
+    images(place / "images", "birds/1.jpg")
 
 
 def test_every_command_of_the_page_is_of_a_kind_that_is_tested():
@@ -93,9 +93,9 @@ def test_the_commands_of_the_page_run_in_their_order(place, typed):
     assert (place / "runs" / "dvae" / "checkpoints" / "latest").is_file()
     for command in SCRIPTS:
         words = shlex.split(command)
-        if "convert_captions" in command:  # what was written is a set of one picture that can be read
-            out, where = (place / words[words.index(word) + 1] for word in ("--out", "--pictures"))
-            source = open_source(out, pictures=None if where.is_relative_to(out.parent) else where)
+        if "convert_captions" in command:  # what was written is a set of one image that can be read
+            out, where = (place / words[words.index(word) + 1] for word in ("--out", "--images"))
+            source = open_source(out, images=None if where.is_relative_to(out.parent) else where)
             assert len(source) == 1, command
             assert source.read(0).captions, command
     assert open_source(place / "coco", part="train").name(0) == "train2017/000000179765.jpg"
@@ -122,7 +122,7 @@ def test_what_the_downloader_writes_is_opened_as_it_is(tmp_path):
         "status": "success",
         "error_message": None,
     }
-    members = {"jpg": picture(3), "json": json.dumps(record).encode(), "txt": b"a bus"}
+    members = {"jpg": image(3), "json": json.dumps(record).encode(), "txt": b"a bus"}
     (tmp_path / "cc12m").mkdir()
     write_tar(
         tmp_path / "cc12m" / "00000.tar", [(f"000000000.{suffix}", data) for suffix, data in members.items()]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dalle.commands.plan import PLANS, plan_training
-from dalle.commands.train_transformer import TransformerRun
+from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.config import load, parse
 from dalle.runs.kinds import take_kind
 
@@ -57,7 +57,7 @@ def test_the_page_has_its_commands():
 
 @pytest.mark.parametrize("size", ["shapes", "small", "paper"])
 def test_the_losses_at_the_start_are_those_of_the_configurations(size):
-    model = load(TransformerRun, [ROOT / "configs" / "transformer" / f"{size}.yaml"]).model
+    model = load(TrainTransformerArgs, [ROOT / "configs" / "transformer" / f"{size}.yaml"]).model
     row = f"| {model.text_vocab:,} | {math.log(model.text_vocab):.2f} | {model.image_vocab:,} | "
     assert row + f"{math.log(model.image_vocab):.2f} |" in TRAINING.read_text(encoding="utf-8")
 

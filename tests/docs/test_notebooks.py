@@ -19,7 +19,7 @@ from dalle.commands.notebooks import NotebooksRun, run_notebook, run_notebooks, 
 
 PROJECT = Path(__file__).parents[2]
 BOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-NAMES = ["1_caption_to_picture", "2_train_three_stages", "3_look_inside", "4_your_data_and_checkpoints"]
+NAMES = ["1_caption_to_image", "2_train_three_stages", "3_look_inside", "4_your_data_and_checkpoints"]
 MOST_BYTES = 1_500_000
 MACHINE = re.compile(
     r"/(?:home|root|tmp|work|Users|usr|opt|var|mnt)/|[A-Z]:\\\\|0x[0-9a-f]{6,}|site-packages|https?://(?!arxiv)"
@@ -41,7 +41,7 @@ def outputs(path: Path) -> list[dict]:
     return [output for cell in cells(path, "code") for output in cell["outputs"]]
 
 
-def pictures(path: Path) -> list[Image.Image]:
+def images(path: Path) -> list[Image.Image]:
     encoded = [
         output["data"]["image/png"] for output in outputs(path) if "image/png" in output.get("data", {})
     ]
@@ -81,11 +81,11 @@ def test_nothing_failed_and_nothing_complained(path):
 
 
 @book
-def test_there_are_pictures_in_it_and_something_on_them(path):
-    found = pictures(path)
+def test_there_are_images_in_it_and_something_on_them(path):
+    found = images(path)
     assert len(found) >= 8
-    for picture in found:
-        assert len(picture.convert("RGB").resize((64, 64)).getcolors(4096)) > 3
+    for image in found:
+        assert len(image.convert("RGB").resize((64, 64)).getcolors(4096)) > 3
 
 
 @book
@@ -182,7 +182,7 @@ def test_tidy_takes_out_what_differs_between_machines():
     nbformat.validate(found)
     assert "2024" not in json.dumps(found)
     assert "version" not in json.dumps(found)
-    assert found.cells[0].outputs[0].data == {"image/png": "AAAA", "text/plain": "a picture"}
+    assert found.cells[0].outputs[0].data == {"image/png": "AAAA", "text/plain": "an image"}
     assert found.cells[0].outputs[1].text == "said"
 
 
@@ -207,7 +207,7 @@ def test_help_teaches_by_examples(monkeypatch, capsys):
         runpy.run_path(str(PROJECT / "scripts" / "notebooks.py"), run_name="__main__")
     shown = capsys.readouterr().out
     assert caught.value.code == 0
-    assert "python scripts/notebooks.py notebooks/1_caption_to_picture.ipynb" in shown
+    assert "python scripts/notebooks.py notebooks/1_caption_to_image.ipynb" in shown
     assert "--small" in shown
 
 
@@ -233,7 +233,7 @@ def place(tmp_path, monkeypatch, chain) -> SimpleNamespace:
 def test_it_runs_from_the_top_at_tiny_size(path, place):
     copy = Path(shutil.copy(path, place.path))
     run_notebook(copy, place.model, small=True)
-    assert len(pictures(copy)) == len(pictures(path))
+    assert len(images(copy)) == len(images(path))
     assert [source(cell) for cell in cells(copy, "code")] == [source(cell) for cell in cells(path, "code")]
     test_every_code_cell_was_run_in_order_and_shows_something(copy)
     test_nothing_failed_and_nothing_complained(copy)

@@ -10,8 +10,8 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 import dalle
-from dalle.commands.evaluate import EvaluateRun
-from dalle.data.filters import FiltersConfig
+from dalle.commands.evaluate import EvaluateArgs
+from dalle.data.filters import FilterConfig
 
 PROJECT = Path(__file__).parents[2]
 METADATA = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -86,8 +86,8 @@ class TestLimits:
     def test_each_script_and_switch_exists(self):
         for script in re.findall(r"scripts/\w+\.py", self.TEXT):
             assert (PROJECT / script).is_file()
-        known = {*EvaluateRun.__dataclass_fields__, "data.filters.drop_list"}
-        assert "drop_list" in FiltersConfig.__dataclass_fields__
+        known = {*EvaluateArgs.__dataclass_fields__, "data.filters.drop_list"}
+        assert "drop_list" in FilterConfig.__dataclass_fields__
         switches = re.findall(r"`--([a-z.-]+)", self.TEXT)
         assert switches
         assert {switch.replace("-", "_") for switch in switches} <= known
@@ -97,7 +97,7 @@ class TestLimits:
         code = code.replace("\n   ", "\n").strip().replace("runs/quickstart/model", str(chain / "model"))
         monkeypatch.chdir(tmp_path)
         exec(compile(code, "limits.md", "exec"), {})
-        with Image.open("drawn.png") as picture:
-            assert picture.text["Description"].endswith(
+        with Image.open("drawn.png") as image:
+            assert image.text["Description"].endswith(
                 "a red circle above a blue square on a white background"
             )

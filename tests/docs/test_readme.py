@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from dalle import cli
-from dalle.io.images import to_pixels
-from dalle.shapes.judge import judge
+from dalle.io.images import to_tensor
+from dalle.shapes.judge import matches_caption
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,18 +24,18 @@ COMMANDS = [
 ]
 SCRIPTS = [command for command in COMMANDS if command.startswith("python scripts/")]
 
-DVAE = "--model.widths 8 8 --model.downsampling 2 --model.vocab-size 16 --data.resolution 16 --crop 16"
+DVAE = "--model.widths 8 8 --model.downsample_factor 2 --model.vocab-size 16 --data.resolution 16 --crop 16"
 TRANSFORMER = (
-    "--model.depth 2 --model.heads 1 --model.head-width 8 --model.grid 8 8 --model.image-vocab 16 "
-    "--model.conv-kernel 3 --eval-pictures 4"
+    "--model.depth 2 --model.heads 1 --model.head-dim 8 --model.grid 8 8 --model.image-vocab 16 "
+    "--model.conv-kernel 3 --eval-samples 4"
 )
-CLIP = "--model.image-size 16 --model.vision-width 32 --model.text-width 32 --data.resolution 24 --eval-pictures 4"
+CLIP = "--model.image-size 16 --model.vision-width 32 --model.text-width 32 --data.resolution 24 --eval-samples 4"
 STEPS = "--steps 2 --train.batch-size 4 --device cpu"
 SMALLER = {  # words put behind a command so that it takes seconds
     "check_data": "--data.resolution 16",
     "train_tokenizer": "--captions 200",
-    "train_dvae": f"{DVAE} {STEPS} --eval-pictures 4",
-    "encode_images": "--data.resolution 16 --encode.pictures 20 --device cpu",
+    "train_dvae": f"{DVAE} {STEPS} --eval-samples 4",
+    "encode_images": "--data.resolution 16 --encode.images 20 --device cpu",
     "train_transformer": f"{TRANSFORMER} {STEPS}",
     "train_clip": f"{CLIP} {STEPS}",
     "sample": "--device cpu --best-of 4 --keep 2",
@@ -57,18 +57,18 @@ def run(command: str, cwd: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
-    """A directory that looks like a checkout after a (tiny) quick start, with a folder of own pictures."""
+    """A directory that looks like a checkout after a (tiny) quick start, with a folder of own images."""
     place = tmp_path_factory.mktemp("readme")
     for name in ("scripts", "configs", "docs"):
         (place / name).symlink_to(ROOT / name)
-    pictures = place / "my" / "pictures"
-    pictures.mkdir(parents=True)
+    images = place / "my" / "images"
+    images.mkdir(parents=True)
     rows = ["image,caption"]
     for i in range(60):
-        Image.new("RGB", (200, 160), (4 * i, 100, 255 - 4 * i)).save(pictures / f"{i:02d}.png")
-        caption = f"colour number {i} of the words that make a vocabulary"
-        (pictures / f"{i:02d}.txt").write_text(caption, encoding="utf-8")
-        rows.append(f"pictures/{i:02d}.png,{caption}")
+        Image.new("RGB", (200, 160), (4 * i, 100, 255 - 4 * i)).save(images / f"{i:02d}.png")
+        caption = f"color number {i} of the words that make a vocabulary"
+        (images / f"{i:02d}.txt").write_text(caption, encoding="utf-8")
+        rows.append(f"images/{i:02d}.png,{caption}")
     (place / "my" / "pairs.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return place
 
@@ -128,15 +128,15 @@ def smaller(command: str) -> str:
     if own and name == "train_tokenizer":
         words += " --text.vocab-size 400"
     if own and name == "train_clip":
-        words += " --model.head-width 32"
+        words += " --model.head-dim 32"
     return words
 
 
 def tiny_configs(place: Path) -> Path:
     """The shapes files with the sizes of this test."""
-    from dalle.commands.train_clip import CLIPRun
-    from dalle.commands.train_dvae import DVAERun
-    from dalle.commands.train_transformer import TransformerRun
+    from dalle.commands.train_clip import TrainCLIPArgs
+    from dalle.commands.train_dvae import TrainDVAEArgs
+    from dalle.commands.train_transformer import TrainTransformerArgs
     from dalle.config import from_dict, merge, read_yaml, to_dict
 
     changes = {
@@ -146,30 +146,34 @@ def tiny_configs(place: Path) -> Path:
             "data": {"resolution": 32},
             "model": {"widths": [8, 8, 8], "vocab_size": 16},
             "train": {"batch_size": 4},
-            "encode": {"pictures": 40},
+            "encode": {"images": 40},
         },
         "transformer": {
             "steps": 2,
             "model": {
                 "depth": 2,
                 "heads": 1,
-                "head_width": 8,
+                "head_dim": 8,
                 "grid": [8, 8],
                 "image_vocab": 16,
                 "conv_kernel": 3,
             },
             "train": {"batch_size": 4},
-            "eval_pictures": 4,
+            "eval_samples": 4,
         },
         "clip": {
             "steps": 2,
             "data": {"resolution": 36},
             "model": {"image_size": 32, "vision_width": 32, "text_width": 32},
             "train": {"batch_size": 4},
-            "eval_pictures": 4,
+            "eval_samples": 4,
         },
     }
-    for family, run_class in (("dvae", DVAERun), ("transformer", TransformerRun), ("clip", CLIPRun)):
+    for family, run_class in (
+        ("dvae", TrainDVAEArgs),
+        ("transformer", TrainTransformerArgs),
+        ("clip", TrainCLIPArgs),
+    ):
         data = merge(read_yaml(ROOT / "configs" / family / "shapes.yaml"), changes[family])
         folder = place / "tiny" / family
         folder.mkdir(parents=True)
@@ -210,6 +214,6 @@ def test_the_stages_of_the_shapes_in_full(tmp_path):
         done = run(command, tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     (prompt,) = re.findall(r'sample.py --prompt "([^"]+)"', README)
-    pictures = [Image.open(path) for path in sorted((tmp_path / "runs" / "samples").glob("*/0*.png"))]
-    assert len(pictures) == 4
-    assert judge(to_pixels(pictures), [prompt] * 4).any()
+    images = [Image.open(path) for path in sorted((tmp_path / "runs" / "samples").glob("*/0*.png"))]
+    assert len(images) == 4
+    assert matches_caption(to_tensor(images), [prompt] * 4).any()

@@ -99,7 +99,7 @@ def test_kl_is_computed_in_fp32():
     assert kl_to_uniform(torch.randn(1, 10, 2, 2, dtype=torch.bfloat16)).dtype == torch.float32
 
 
-# How the parts are normalised (A.2).
+# How the parts are normalized (A.2).
 
 
 def test_losses_do_not_depend_on_the_batch_size():
@@ -112,7 +112,7 @@ def test_losses_do_not_depend_on_the_batch_size():
     )
 
 
-def test_the_loss_is_the_joint_bound_of_each_picture_over_its_pixel_values():
+def test_the_loss_is_the_joint_bound_of_each_image_over_its_pixel_values():
     """A.2: both the reconstruction, joint over pixel values, and the KL, joint over positions, over H * W * 3."""
     pixels, logits, beta = torch.rand(3, 3, 8, 16), torch.randn(3, 10, 1, 2), 6.6
     mu, log_b = torch.randn(2, 3, 3, 8, 16)

@@ -10,8 +10,8 @@ from dalle.dvae import DVAE, DVAEConfig
 from dalle.dvae.losses import gumbel_softmax, map_pixels, unmap_pixels
 from dalle.dvae.model import Block, Conv2d
 
-SMALL = DVAEConfig(widths=(8, 16, 32, 64), vocab_size=24, code_width=12)
-TINY = DVAEConfig(widths=(8, 8), downsampling=2, blocks_per_group=1, vocab_size=7, code_width=5)
+SMALL = DVAEConfig(widths=(8, 16, 32, 64), vocab_size=24, codebook_dim=12)
+TINY = DVAEConfig(widths=(8, 8), downsample_factor=2, blocks_per_group=1, vocab_size=7, codebook_dim=5)
 
 
 def build(config, seed=0):
@@ -121,9 +121,9 @@ def test_encode_and_decode_follow_the_published_recipe(released):
     decoder.load_state_dict(model.decoder.state_dict())
     tokens = encoder(released.map_pixels(pixels)).argmax(dim=1)
     codes = F.one_hot(tokens, 24).permute(0, 3, 1, 2).float()
-    pictures = released.unmap_pixels(torch.sigmoid(decoder(codes)[:, :3]))
+    images = released.unmap_pixels(torch.sigmoid(decoder(codes)[:, :3]))
     assert torch.equal(model.encode(pixels), tokens.flatten(1))
-    torch.testing.assert_close(model.decode(tokens.flatten(1)), pictures)
+    torch.testing.assert_close(model.decode(tokens.flatten(1)), images)
 
 
 def test_initial_weights_are_normal_with_variance_one_over_fan_in():
@@ -135,7 +135,7 @@ def test_initial_weights_are_normal_with_variance_one_over_fan_in():
 
 def test_residual_paths_are_scaled_by_one_over_the_squared_number_of_blocks():
     assert DVAEConfig().residual_gain == 1 / 64  # 4 groups of 2 blocks
-    assert DVAEConfig(widths=(8, 8, 8), downsampling=4, blocks_per_group=1).residual_gain == 1 / 9
+    assert DVAEConfig(widths=(8, 8, 8), downsample_factor=4, blocks_per_group=1).residual_gain == 1 / 9
     block = build(SMALL).encoder.blocks.group_2.block_1
     x = random_pixels(1, 8, 4, 4)
     torch.testing.assert_close(block(x), block.id_path(x) + block.res_path(x) / 64)
@@ -146,19 +146,19 @@ def test_residual_paths_are_scaled_by_one_over_the_squared_number_of_blocks():
 
 @pytest.mark.parametrize("blocks_per_group", [1, 3])
 @pytest.mark.parametrize(
-    ("downsampling", "widths"),
+    ("downsample_factor", "widths"),
     [(1, (8,)), (2, (8, 12)), (4, (4, 8, 8)), (8, (4, 8, 8, 4)), (1, (8, 8)), (2, (4,) * 5)],
 )
-def test_shapes_of_any_configuration(downsampling, widths, blocks_per_group):
-    config = DVAEConfig(widths, blocks_per_group, downsampling, vocab_size=11, code_width=6)
+def test_shapes_of_any_configuration(downsample_factor, widths, blocks_per_group):
+    config = DVAEConfig(widths, blocks_per_group, downsample_factor, vocab_size=11, codebook_dim=6)
     model, pixels = build(config), random_pixels(2, 3, 16, 24)
-    grid = (16 // downsampling, 24 // downsampling)
+    grid = (16 // downsample_factor, 24 // downsample_factor)
     tokens = model.encode(pixels)
     assert (tokens.shape, tokens.dtype) == ((2, grid[0] * grid[1]), torch.int64)
-    pictures = model.decode(tokens, grid)
-    assert (pictures.shape, pictures.dtype) == (pixels.shape, torch.float32)
-    assert pictures.min() >= 0
-    assert pictures.max() <= 1
+    images = model.decode(tokens, grid)
+    assert (images.shape, images.dtype) == (pixels.shape, torch.float32)
+    assert images.min() >= 0
+    assert images.max() <= 1
     assert (
         len([name for name in model.state_dict() if name.endswith("conv_1.w")])
         == 2 * len(widths) * blocks_per_group
@@ -174,17 +174,17 @@ def test_the_grid_is_square_unless_given():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"downsampling": 3}, r"power of two up to .* = 8, got 3"),
-        ({"downsampling": 16}, r"= 8, got 16 with 4 groups; add a width or lower it"),
-        ({"downsampling": 0}, "got 0"),
-        ({"downsampling": -2}, "got -2"),
+        ({"downsample_factor": 3}, r"power of two up to .* = 8, got 3"),
+        ({"downsample_factor": 16}, r"= 8, got 16 with 4 groups; add a width or lower it"),
+        ({"downsample_factor": 0}, "got 0"),
+        ({"downsample_factor": -2}, "got -2"),
         ({"widths": ()}, "with 0 groups"),
         ({"widths": (8, 16, 30, 64)}, "multiples of 4 .* got 30"),
         ({"widths": (8, 16, 32, 0)}, "got 0"),
         ({"widths": (8, 16, 32, -4)}, "got -4"),
         ({"blocks_per_group": 0}, "blocks_per_group must be positive, got 0"),
         ({"vocab_size": 0}, "vocab_size must be positive, got 0"),
-        ({"code_width": -1}, "code_width must be positive, got -1"),
+        ({"codebook_dim": -1}, "codebook_dim must be positive, got -1"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(change, message):
@@ -215,15 +215,17 @@ def test_encode_maps_pixels_inward_before_the_encoder():
 def test_encode_and_decode_are_repeatable_and_keep_no_graph():
     model, pixels = build(TINY), random_pixels(2, 3, 4, 4)
     tokens = model.encode(pixels)
-    pictures = model.decode(tokens)
+    images = model.decode(tokens)
     assert torch.equal(model.encode(pixels), tokens)
-    assert torch.equal(model.decode(tokens), pictures)
-    assert not pictures.requires_grad
+    assert torch.equal(model.decode(tokens), images)
+    assert not images.requires_grad
 
 
 def test_each_token_draws_its_own_square():
     """Without residual paths the decoder has 1x1 convolutions only, so a token reaches no further."""
-    model = build(DVAEConfig(widths=(8, 8, 8), downsampling=4, vocab_size=5, code_width=8, post_gain=0.0))
+    model = build(
+        DVAEConfig(widths=(8, 8, 8), downsample_factor=4, vocab_size=5, codebook_dim=8, residual_scale=0.0)
+    )
     tokens = torch.zeros(1, 2 * 3, dtype=torch.int64)
     changed = tokens.clone()
     changed[0, 1 * 3 + 2] = 4  # row 1, column 2 of a grid of 2 x 3
@@ -265,7 +267,7 @@ def test_decode_is_the_unmapped_sigmoid_of_the_location():
         (torch.rand(1, 3, 0, 8), r"got none: \(1, 3, 0, 8\)"),
         (
             torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
-            "must be float .* torch.uint8; divide uint8 pictures by 255",
+            "must be float .* torch.uint8; divide uint8 images by 255",
         ),
         (torch.rand(1, 3, 9, 8), r"multiples of 2, got \(9, 8\); crop or resize first"),
         (torch.rand(1, 3, 8, 7), r"multiples of 2, got \(8, 7\)"),
@@ -337,18 +339,20 @@ def test_logit_gain_scales_the_initial_logits():
     torch.manual_seed(0)
     plain = DVAE(SMALL).codebook_logits(random_pixels(1, 3, 8, 8))
     torch.manual_seed(0)
-    small = DVAE(DVAEConfig(SMALL.widths, vocab_size=24, code_width=12, logit_gain=0.25))
+    small = DVAE(DVAEConfig(SMALL.widths, vocab_size=24, codebook_dim=12, logit_init_scale=0.25))
     torch.testing.assert_close(small.codebook_logits(random_pixels(1, 3, 8, 8)), plain / 4)
 
 
 def test_code_std_is_the_initial_size_of_the_code_vectors():
-    model = DVAE(DVAEConfig(widths=(8,), downsampling=1, vocab_size=64, code_width=64, code_std=1.0))
+    model = DVAE(
+        DVAEConfig(widths=(8,), downsample_factor=1, vocab_size=64, codebook_dim=64, codebook_init_std=1.0)
+    )
     assert model.decoder.blocks.input.w.std().item() == pytest.approx(1, rel=0.05)
 
 
 def test_min_log_scale_is_a_floor_on_the_log_scale_alone():
     free = build(TINY)
-    bound = build(DVAEConfig((8, 8), 1, 2, vocab_size=7, code_width=5, min_log_scale=0.25))
+    bound = build(DVAEConfig((8, 8), 1, 2, vocab_size=7, codebook_dim=5, min_log_scale=0.25))
     codes = random_pixels(1, 7, 2, 2)
     mu, log_b = free.reconstruct(codes)
     assert log_b.min() < 0.25 < log_b.max()
@@ -359,7 +363,7 @@ def test_post_gain_replaces_the_factor_on_the_residual_paths():
     x = random_pixels(1, 8, 4, 4)
     block = Block(8, 8, (3, 3, 3, 1), gain=0.5)
     torch.testing.assert_close(block(x), x + 0.5 * block.res_path(x))
-    assert build(DVAEConfig((8,), 1, 1, 7, 5, post_gain=0.5)).encoder.blocks.group_1.block_1.gain == 0.5
+    assert build(DVAEConfig((8,), 1, 1, 7, 5, residual_scale=0.5)).encoder.blocks.group_1.block_1.gain == 0.5
 
 
 def test_pixel_maps_equal_the_published_ones(released):
@@ -369,7 +373,7 @@ def test_pixel_maps_equal_the_published_ones(released):
 
 
 def test_looking_codes_up_equals_the_one_hot_convolution():
-    model = DVAE(DVAEConfig(widths=(8, 8), downsampling=2, vocab_size=11, code_width=6))
+    model = DVAE(DVAEConfig(widths=(8, 8), downsample_factor=2, vocab_size=11, codebook_dim=6))
     tokens = torch.randint(11, (2, 3, 5))
     one_hot = torch.nn.functional.one_hot(tokens, 11).movedim(-1, 1).float()
     torch.testing.assert_close(model.decoder.look_up(tokens), model.decoder(one_hot), rtol=1e-6, atol=1e-6)

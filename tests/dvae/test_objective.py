@@ -1,4 +1,4 @@
-"""What each stage minimises and the meters beside it (dalle/*/objective.py), against formulas written out."""
+"""What each stage minimizes and the meters beside it (dalle/*/objective.py), against formulas written out."""
 
 import math
 
@@ -21,7 +21,9 @@ from dalle.transformer.sizes import training_flops
 @pytest.fixture(scope="module")
 def model() -> DVAE:
     torch.manual_seed(0)
-    return DVAE(DVAEConfig(widths=(8, 8), blocks_per_group=1, downsampling=2, vocab_size=6, code_width=4))
+    return DVAE(
+        DVAEConfig(widths=(8, 8), blocks_per_group=1, downsample_factor=2, vocab_size=6, codebook_dim=4)
+    )
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def pixels() -> torch.Tensor:
 
 @pytest.mark.parametrize(("step", "tau", "beta"), [(0, 1.0, 0.5), (5, 0.75, 1.75), (20, 0.5, 3.0)])
 def test_the_dvae_minimises_reconstruction_plus_beta_times_kl_per_pixel_value(model, pixels, step, tau, beta):
-    """Eq. 1 and A.2: both terms are sums over a picture divided by its pixel values."""
+    """Eq. 1 and A.2: both terms are sums over an image divided by its pixel values."""
     objective = DVAEObjective(tau=Schedule(1.0, 0.5, 10, "linear"), beta=Schedule(0.5, 3.0, 10, "linear"))
     torch.manual_seed(3)
     loss = objective(model, pixels, step)
@@ -62,27 +64,27 @@ def test_the_transformer_minimises_the_weighted_sum(text_weight):
     text, image = cross_entropies(model, ids)
     weight = 1 / 8 if text_weight is None else text_weight
     torch.testing.assert_close(loss.total, weight * text + (1 - weight) * image)
-    assert float(loss.metrics["text_nats"]) == pytest.approx(float(text.detach()))
-    assert float(loss.metrics["image_nats"]) == pytest.approx(float(image.detach()))
+    assert float(loss.metrics["text_loss"]) == pytest.approx(float(text.detach()))
+    assert float(loss.metrics["image_loss"]) == pytest.approx(float(image.detach()))
 
 
 def test_code_usage_by_hand():
     """Codes 0, 0, 1, 3 of 8: three used; shares 1/2, 1/4, 1/4 have entropy 1.5 bits."""
     usage = code_usage(torch.tensor([0, 0, 1, 3]), 8)
-    assert usage["codes_used"] == 3
+    assert usage["codebook_used"] == 3
     assert float(usage["perplexity"]) == pytest.approx(2**1.5)
-    assert float(usage["dead_codes"]) == pytest.approx(5 / 8)
+    assert float(usage["codebook_dead_frac"]) == pytest.approx(5 / 8)
 
 
 def test_scores_of_an_evaluation_are_those_of_hard_codes(model, pixels):
     scores, soft, hard = dvae_scores(model, pixels, tau=0.5)
     decoded = model.decode(model.encode(pixels))
     torch.testing.assert_close(hard, decoded)
-    torch.testing.assert_close(scores["absolute_error"], (decoded - pixels).abs().mean())
+    torch.testing.assert_close(scores["mae"], (decoded - pixels).abs().mean())
     codes = F.one_hot(model.encode(pixels).view(3, 4, 4), 6).permute(0, 3, 1, 2).float()
     mu, log_b = model.reconstruct(codes)
     nats = -logit_laplace_log_prob(map_pixels(pixels), mu, log_b).mean()
-    torch.testing.assert_close(scores["reconstruction_hard"], nats.detach())
+    torch.testing.assert_close(scores["recon_loss_hard"], nats.detach())
     assert soft.shape == pixels.shape
     assert 0 <= float(scores["kl"]) <= math.log(6)
 
@@ -124,7 +126,7 @@ def test_the_dvaes_operations_are_those_of_its_convolutions(model, pixels):
 
 def test_the_transformers_operations_are_those_of_its_formula():
     config = TransformerConfig(2, 2, 8, 4, (3, 3), 8, 8, conv_kernel=3)
-    ids = torch.zeros(5, config.layout.length, dtype=torch.int64)
+    ids = torch.zeros(5, config.layout.seq_len, dtype=torch.int64)
     work = TransformerObjective().work(Transformer(config), ids)
     assert (work.samples, work.tokens) == (5, 5 * 13)
     assert work.flops == 5 * sum(training_flops(config).values())
@@ -138,8 +140,8 @@ def test_chance_is_ln_vocabulary_and_the_loss_of_an_even_guess():
     ids = model.layout.pack(torch.randint(8, (2, 4)), torch.randint(6, (2, 9)))
     objective = TransformerObjective()
     loss, known = objective(model, ids, 0), objective.chance(model)
-    assert known["image_nats"] == pytest.approx(math.log(6))
-    assert known["text_nats"] == pytest.approx(math.log(8 + 1))  # or the pad
-    for name in ("image_nats", "text_nats"):
+    assert known["image_loss"] == pytest.approx(math.log(6))
+    assert known["text_loss"] == pytest.approx(math.log(8 + 1))  # or the pad
+    for name in ("image_loss", "text_loss"):
         assert float(loss.metrics[name]) == pytest.approx(known[name], rel=1e-6)
     assert float(loss.total.detach()) == pytest.approx(known["loss"], rel=1e-6)

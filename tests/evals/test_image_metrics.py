@@ -1,4 +1,4 @@
-"""Metrics of pictures against independent formulas: likeness, blur, Frechet distance, inception score, statistics."""
+"""Metrics of images against independent formulas: likeness, blur, Frechet distance, inception score, statistics."""
 
 import math
 
@@ -49,10 +49,10 @@ class TestLikeness:
                     )
         assert ssim(a, b).item() == pytest.approx(np.mean(values), abs=1e-10)
 
-    def test_ssim_of_a_picture_with_itself_is_one_and_with_its_negative_below_zero(self):
-        picture = noise(1, 3, 32, 32)
-        assert ssim(picture, picture).item() == pytest.approx(1)
-        assert ssim(picture, 1 - picture).item() < 0
+    def test_ssim_of_a_image_with_itself_is_one_and_with_its_negative_below_zero(self):
+        image = noise(1, 3, 32, 32)
+        assert ssim(image, image).item() == pytest.approx(1)
+        assert ssim(image, 1 - image).item() < 0
 
     def test_what_cannot_be_compared_is_refused(self):
         with pytest.raises(ValueError, match="expected two times"):
@@ -65,26 +65,26 @@ class TestBlur:
     @pytest.mark.parametrize("radius", RADII[1:])
     def test_a_point_becomes_the_gaussian(self, radius):
         side = 8 * radius + 3 + 2 * (8 * radius)
-        picture = torch.zeros(1, 1, side, side, dtype=torch.float64)
-        picture[0, 0, side // 2, side // 2] = 1
+        image = torch.zeros(1, 1, side, side, dtype=torch.float64)
+        image[0, 0, side // 2, side // 2] = 1
         y, x = np.mgrid[:side, :side] - side // 2
         wanted = np.exp(-(x**2 + y**2) / (2 * radius**2)) / (2 * math.pi * radius**2)
-        assert np.abs(blur(picture, radius)[0, 0].numpy() - wanted).max() < 1e-3 * wanted.max()
+        assert np.abs(blur(image, radius)[0, 0].numpy() - wanted).max() < 1e-3 * wanted.max()
 
-    def test_the_mean_of_an_even_picture_stays_up_to_its_rim(self):
+    def test_the_mean_of_an_even_image_stays_up_to_its_rim(self):
         assert torch.allclose(blur(torch.full((2, 3, 9, 9), 0.3), 8), torch.full((2, 3, 9, 9), 0.3))
 
     def test_radius_0_changes_no_bit_and_a_negative_one_is_refused(self):
-        picture = noise(1, 3, 8, 8)
-        assert torch.equal(blur(picture, 0), picture)
+        image = noise(1, 3, 8, 8)
+        assert torch.equal(blur(image, 0), image)
         with pytest.raises(ValueError, match="cannot be negative"):
-            blur(picture, -1)
+            blur(image, -1)
 
     def test_it_is_near_pillows(self):
-        picture = Image.fromarray((noise(48, 48, 3) * 255).byte().numpy())
-        theirs = np.asarray(picture.filter(ImageFilter.GaussianBlur(2)), dtype=float)
+        image = Image.fromarray((noise(48, 48, 3) * 255).byte().numpy())
+        theirs = np.asarray(image.filter(ImageFilter.GaussianBlur(2)), dtype=float)
         ours = (
-            blur(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float(), 2)[0]
+            blur(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float(), 2)[0]
             .permute(1, 2, 0)
             .numpy()
         )
@@ -165,13 +165,13 @@ class TestInceptionScore:
         mean, deviation = inception_score(logits, splits=3, seed=3)
         assert (mean, deviation) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
 
-    def test_fewer_pictures_than_parts_are_refused(self):
+    def test_fewer_images_than_parts_are_refused(self):
         with pytest.raises(ValueError, match="10 parts"):
             inception_score(noise(4, 5))
 
 
 class Corner:
-    """Features that a hand can compute: means of colours; counts its calls."""
+    """Features that a hand can compute: means of colors; counts its calls."""
 
     hash, resize = "corner", "none"
     calls = 0
@@ -182,11 +182,11 @@ class Corner:
         return means, means * 10
 
 
-class TestPictures:
+class TestImages:
     def batches(self):
         return noise(12, 3, 16, 16).split(5)
 
-    def test_each_radius_is_measured_on_filtered_pictures(self):
+    def test_each_radius_is_measured_on_filtered_images(self):
         found = measure(Corner(), self.batches(), (0, 2))
         wanted = blur(noise(12, 3, 16, 16), 2).mean((2, 3)).double()
         assert torch.allclose(found[2].moments.gaussian().mean, wanted.mean(0))
@@ -194,7 +194,7 @@ class TestPictures:
             found[0].moments.gaussian().covariance, found[2].moments.gaussian().covariance
         )
 
-    def test_the_same_pictures_have_distance_0_behind_every_blur(self, tmp_path):
+    def test_the_same_images_have_distance_0_behind_every_blur(self, tmp_path):
         real, _ = reference(Corner(), self.batches, {"data": 1}, tmp_path)
         report = compare(measure(Corner(), self.batches()), real)
         assert list(report) == ["0", "1", "2", "4", "8"]

@@ -21,7 +21,7 @@ from dalle.evals import typographic_attack as typographic
 from dalle.evals.best_of_n import best_of_n, chances
 from dalle.evals.psnr_ssim import psnr, ssim
 from dalle.evals.retrieval import retrieval
-from dalle.evals.running_mean import Means
+from dalle.evals.running_mean import MeanMetric
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.types import Embedder
 
@@ -29,7 +29,7 @@ from dalle.types import Embedder
 @pytest.fixture(scope="module")
 def image_tokenizer() -> DVAE:
     torch.manual_seed(0)
-    config = DVAEConfig(widths=(8, 8), blocks_per_group=1, downsampling=2, vocab_size=6, code_width=4)
+    config = DVAEConfig(widths=(8, 8), blocks_per_group=1, downsample_factor=2, vocab_size=6, codebook_dim=4)
     return DVAE(config).eval().requires_grad_(False)
 
 
@@ -37,7 +37,7 @@ def image_tokenizer() -> DVAE:
 def stream() -> Transformer:
     torch.manual_seed(1)
     config = TransformerConfig(
-        depth=1, heads=1, head_width=8, text_len=5, grid=(8, 8), text_vocab=9, image_vocab=6, conv_kernel=3
+        depth=1, heads=1, head_dim=8, text_len=5, grid=(8, 8), text_vocab=9, image_vocab=6, conv_kernel=3
     )
     model = Transformer(config).eval().requires_grad_(False)
     torch.nn.init.normal_(model.to_logits.weight, std=0.5)
@@ -66,9 +66,9 @@ class TestDVAE:
             "kl": (q * (q * 6).log()).sum(1).mean(),
             "psnr": psnr(pixels, through).mean(),
             "ssim": ssim(pixels, through).mean(),
-            "absolute_error": (pixels - through).abs().mean(),
-            "codes_used": len(used),
-            "dead_codes": 1 - len(used) / 6,
+            "mae": (pixels - through).abs().mean(),
+            "codebook_used": len(used),
+            "codebook_dead_frac": 1 - len(used) / 6,
             "perplexity": (-(used * used.log()).sum()).exp(),
         }
         assert found == {
@@ -77,22 +77,22 @@ class TestDVAE:
 
     def test_codes_all_the_same_and_all_alike(self):
         assert dvae.code_use(torch.tensor([0, 7, 0, 0])) == {
-            "codes_used": 1,
-            "dead_codes": 0.75,
+            "codebook_used": 1,
+            "codebook_dead_frac": 0.75,
             "perplexity": 1,
         }
         assert dvae.code_use(torch.full((4,), 3))["perplexity"] == pytest.approx(4)
 
     def test_a_distance_beside_and_a_tokenizer_without_likelihood(self, image_tokenizer, pixels):
         class Plain:
-            downsampling, vocab_size = image_tokenizer.downsampling, image_tokenizer.vocab_size
+            downsample_factor, vocab_size = image_tokenizer.downsample_factor, image_tokenizer.vocab_size
             encode, decode = staticmethod(image_tokenizer.encode), staticmethod(image_tokenizer.decode)
 
         found = dvae.run(Plain(), [pixels], lpips=lambda a, b: torch.arange(5))
         assert found["lpips"] == 2
         assert "nats_per_pixel_value" not in found
 
-    def test_no_pictures_are_refused(self, image_tokenizer):
+    def test_no_images_are_refused(self, image_tokenizer):
         with pytest.raises(ValueError, match="nothing to measure"):
             dvae.run(image_tokenizer, [])
         with pytest.raises(ValueError, match="no codes"):
@@ -114,17 +114,17 @@ class TestTransformer:
         )  # and the pad that ends it
         assert found["text_tokens"] == 2 + 5 + 3
         assert found["image_tokens"] == 3 * 64
-        assert found["text_nats"] == pytest.approx(float(-words / 10), rel=1e-5)
-        assert found["image_nats"] == pytest.approx(float(-log_p[:, 5:].mean()), rel=1e-5)
-        assert found["loss"] == pytest.approx(found["text_nats"] / 8 + 7 / 8 * found["image_nats"])
+        assert found["text_loss"] == pytest.approx(float(-words / 10), rel=1e-5)
+        assert found["image_loss"] == pytest.approx(float(-log_p[:, 5:].mean()), rel=1e-5)
+        assert found["loss"] == pytest.approx(found["text_loss"] / 8 + 7 / 8 * found["image_loss"])
 
     def test_a_model_that_knows_nothing_has_the_logarithm_of_its_choices(self):
         model = Transformer(
             TransformerConfig(1, 1, 8, text_len=5, grid=(8, 8), text_vocab=9, image_vocab=6, conv_kernel=3)
         )
         found = transformer.run(model.eval(), [self.ids(model, [[1, 2], [3]])])
-        assert found["text_nats"] == pytest.approx(math.log(9 + 1), rel=1e-5)
-        assert found["image_nats"] == pytest.approx(math.log(6), rel=1e-5)
+        assert found["text_loss"] == pytest.approx(math.log(9 + 1), rel=1e-5)
+        assert found["image_loss"] == pytest.approx(math.log(6), rel=1e-5)
 
     def test_no_pairs_are_refused(self, stream):
         with pytest.raises(ValueError, match="no pairs"):
@@ -157,15 +157,15 @@ class TestBound:
         found = bound.run(image_tokenizer, stream, pairs, seed=4)
         tokens = image_tokenizer.encode(pixels)
         mu, log_b = image_tokenizer.decoder.look_up(tokens.view(-1, 8, 8)).chunk(2, dim=1)
-        picture = -bound.log_mass(pixels, mu, log_b).sum() / 5
+        image = -bound.log_mass(pixels, mu, log_b).sum() / 5
         ids = stream.layout.pack(text, tokens)
         nats = -stream(ids).log_softmax(2).gather(2, ids[..., None])[
             ..., 0
         ].double() * stream.layout.loss_mask(ids)
-        total = float(picture + nats.sum() / 5)
+        total = float(image + nats.sum() / 5)
         assert found["argmax"]["entropy_nats"] == 0
         assert found["argmax"]["bits_per_dim"] == pytest.approx(total / math.log(2) / 768, rel=1e-6)
-        given = total - found["argmax"]["text_nats"]
+        given = total - found["argmax"]["text_loss"]
         assert found["argmax"]["bits_per_dim_given_caption"] == pytest.approx(
             given / math.log(2) / 768, rel=1e-6
         )
@@ -183,14 +183,14 @@ class TestBound:
         )
         model = Transformer(config).eval().requires_grad_(False)
         torch.nn.init.normal_(model.to_logits.weight, std=0.5)
-        picture = torch.randint(256, (1, 3, 2, 4)) / 255
+        image = torch.randint(256, (1, 3, 2, 4)) / 255
         text = model.layout.pad_text([[1, 2]])
         tokens = torch.tensor(list(itertools.product(range(6), repeat=2)))
         mu, log_b = image_tokenizer.decoder.look_up(tokens.view(-1, 1, 2)).chunk(2, dim=1)
-        each = bound.log_mass(picture.expand(36, -1, -1, -1), mu, log_b).sum((1, 2, 3))
+        each = bound.log_mass(image.expand(36, -1, -1, -1), mu, log_b).sum((1, 2, 3))
         of_text, of_image = transformer.log_likelihood(model, model.layout.pack(text.expand(36, -1), tokens))
         exact = float(-(each + of_text + of_image).logsumexp(0)) / math.log(2) / 24
-        runs = [bound.run(image_tokenizer, model, [(picture, text)], seed) for seed in range(40)]
+        runs = [bound.run(image_tokenizer, model, [(image, text)], seed) for seed in range(40)]
         assert runs[0]["argmax"]["bits_per_dim"] >= exact
         assert np.mean([one["sampled"]["bits_per_dim"] for one in runs]) >= exact
 
@@ -200,7 +200,7 @@ class TestBound:
 
 
 class Table:
-    """An Embedder by hand: a picture is its first pixel's colour, a caption is looked up by its last word."""
+    """An Embedder by hand: an image is its first pixel's color, a caption is looked up by its last word."""
 
     WORDS: ClassVar = {
         "red": (1.0, 0, 0),
@@ -209,15 +209,15 @@ class Table:
         "grey": (0.577350, 0.577350, 0.577350),
     }
 
-    def embed_pictures(self, pixels: Tensor) -> Tensor:
+    def embed_images(self, pixels: Tensor) -> Tensor:
         return torch.nn.functional.normalize(pixels[:, :, 0, 0], dim=1)
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
         return torch.tensor([self.WORDS[one.rstrip(".").split()[-1]] for one in captions])
 
 
-def plain(*colours: Sequence[float], side: int = 32) -> Tensor:
-    return torch.tensor(colours)[:, :, None, None].expand(-1, -1, side, side).contiguous()
+def plain(*colors: Sequence[float], side: int = 32) -> Tensor:
+    return torch.tensor(colors)[:, :, None, None].expand(-1, -1, side, side).contiguous()
 
 
 RED, GREEN, BLUE = (1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0)
@@ -227,10 +227,10 @@ class TestCLIP:
     def test_our_scorers_embed(self, dalle, prompt):
         scorer = dalle.scorer
         assert isinstance(scorer, Embedder)
-        pictures = torch.rand(3, 3, 32, 32)
-        vectors, captions = scorer.embed_pictures(pictures), scorer.embed_captions([prompt, prompt])
+        images = torch.rand(3, 3, 32, 32)
+        vectors, captions = scorer.embed_images(images), scorer.embed_captions([prompt, prompt])
         assert torch.allclose(vectors.norm(dim=1), torch.ones(3))
-        assert torch.allclose(vectors @ captions[0], scorer.score(pictures, prompt))
+        assert torch.allclose(vectors @ captions[0], scorer.score(images, prompt))
 
     def test_clip_score_is_hessels(self):
         batches = [(plain(RED, GREEN), ["red", "blue"]), (plain(BLUE), ["grey"])]
@@ -242,7 +242,7 @@ class TestCLIP:
         opposed = Table()
         opposed.WORDS = {"red": (-1.0, 0, 0)}
         assert clip_score.run(opposed, [(plain(RED), ["red"])]) == {"cosine": -1, "clip_score": 0}
-        with pytest.raises(ValueError, match="1 pictures with 2 captions"):
+        with pytest.raises(ValueError, match="1 images with 2 captions"):
             clip_score.run(Table(), [(plain(RED), ["red", "red"])])
 
     def test_classes_and_templates(self):
@@ -262,11 +262,11 @@ class TestCLIP:
 
     def test_written_words_are_followed_by_one_who_reads(self):
         class Reader(Table):
-            """Takes a picture with a white label for the word that a hand wrote there: the next class."""
+            """Takes an image with a white label for the word that a hand wrote there: the next class."""
 
-            def embed_pictures(self, pixels: Tensor) -> Tensor:
+            def embed_images(self, pixels: Tensor) -> Tensor:
                 white = (pixels.amin(1) > 0.95).float().mean((1, 2)) > 0.01
-                own = super().embed_pictures(pixels[:, :, -1:, -1:])
+                own = super().embed_images(pixels[:, :, -1:, -1:])
                 return torch.where(white[:, None], own.roll(1, dims=1), own)
 
         names, classes = ["red", "green"], torch.eye(3)[:2]
@@ -274,27 +274,27 @@ class TestCLIP:
             (plain(RED, GREEN, side=96), torch.tensor([0, 1])),
             (plain(RED, side=96), torch.tensor([0])),
         ]
-        blind = typographic.run(Colours(), batches, names, classes)
+        blind = typographic.run(Colors(), batches, names, classes)
         assert blind == {"right_before": 1, "right_after": 1, "follows_word": 0, "followed_before": 0}
         classes = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])
         found = typographic.run(Reader(), batches[1:], names, classes)
         assert found == {"right_before": 1, "right_after": 0, "follows_word": 1, "followed_before": 0}
 
-    def test_the_word_is_written_within_the_picture_and_by_the_seed(self):
-        picture = plain(BLUE, side=64)
-        one, again = (typographic.write_words(picture, ["iPod"], np.random.default_rng(3)) for _ in range(2))
-        other = typographic.write_words(picture, ["iPod"], np.random.default_rng(4))
+    def test_the_word_is_written_within_the_image_and_by_the_seed(self):
+        image = plain(BLUE, side=64)
+        one, again = (typographic.write_words(image, ["iPod"], np.random.default_rng(3)) for _ in range(2))
+        other = typographic.write_words(image, ["iPod"], np.random.default_rng(4))
         assert torch.equal(one, again)
         assert not torch.equal(one, other)
         dark = (one.amax(1) < 0.2).float().mean().item()
         assert 0.005 < dark < 0.2
-        assert (one == picture).float().mean() > 0.6
+        assert (one == image).float().mean() > 0.6
 
 
-class Colours(Table):
-    """Sees the most saturated corner: a label in a corner does not hide the picture."""
+class Colors(Table):
+    """Sees the most saturated corner: a label in a corner does not hide the image."""
 
-    def embed_pictures(self, pixels: Tensor) -> Tensor:
+    def embed_images(self, pixels: Tensor) -> Tensor:
         corners = pixels[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
         spread = corners.amax(1) - corners.amin(1)
         chosen = corners[torch.arange(len(pixels)), :, spread.argmax(1)]
@@ -303,27 +303,27 @@ class Colours(Table):
 
 class TestRetrieval:
     def test_a_hand_case_with_several_captions(self):
-        pictures = torch.eye(3)
+        images = torch.eye(3)
         captions = torch.tensor([[0.9, 0.1, 0], [0.1, 0.8, 0], [0.7, 0.2, 0.1], [0.1, 0.1, 0.9]])
-        found = retrieval(pictures, captions, [0, 0, 1, 2], first=(1, 2))
-        assert found["picture_to_caption"] == {
+        found = retrieval(images, captions, [0, 0, 1, 2], first=(1, 2))
+        assert found["image_to_text_acc"] == {
             "R@1": 2 / 3,
             "R@2": 1.0,
-        }  # picture 1: 0.8 of a wrong one before 0.2
-        assert found["caption_to_picture"] == {"R@1": 0.5, "R@2": 1.0}
+        }  # image 1: 0.8 of a wrong one before 0.2
+        assert found["caption_to_image"] == {"R@1": 0.5, "R@2": 1.0}
 
     def test_the_shares_are_those_of_sorting(self):
         rng = torch.Generator().manual_seed(0)
-        pictures, captions = torch.randn(40, 8, generator=rng), torch.randn(40, 8, generator=rng)
-        found = retrieval(pictures, captions, range(40))
-        cosines = pictures @ captions.T
+        images, captions = torch.randn(40, 8, generator=rng), torch.randn(40, 8, generator=rng)
+        found = retrieval(images, captions, range(40))
+        cosines = images @ captions.T
         for k in (1, 5, 10):
             best = cosines.topk(k, dim=1).indices
-            assert found["picture_to_caption"][f"R@{k}"] == pytest.approx(
+            assert found["image_to_text_acc"][f"R@{k}"] == pytest.approx(
                 (best == torch.arange(40)[:, None]).any(1).float().mean().item()
             )
             best = cosines.topk(k, dim=0).indices
-            assert found["caption_to_picture"][f"R@{k}"] == pytest.approx(
+            assert found["caption_to_image"][f"R@{k}"] == pytest.approx(
                 (best == torch.arange(40)).any(0).float().mean().item()
             )
 
@@ -332,7 +332,7 @@ class TestRetrieval:
         for shares in retrieval(same, same, range(20)).values():
             assert set(shares.values()) == {0.0}
 
-    def test_a_picture_without_a_caption_is_refused(self):
+    def test_a_image_without_a_caption_is_refused(self):
         with pytest.raises(ValueError, match="each must have a caption"):
             retrieval(torch.eye(3), torch.eye(3), [0, 1, 1])
         with pytest.raises(ValueError, match="one owner each"):
@@ -386,7 +386,7 @@ class TestBestOfN:
 
 
 def test_means_weigh_samples_and_not_batches():
-    means = Means()
+    means = MeanMetric()
     means.add({"a": torch.tensor([1.0])})
     means.add({"a": torch.tensor([4.0, 7.0, 8.0])})
     assert means.values() == {"a": 5}

@@ -49,7 +49,7 @@ def lpips_files(tmp_path_factory) -> tuple[Path, Path]:
 CHANNELS = (64, 192, 384, 256, 256)
 
 
-def pictures(count: int, side: int, seed: int = 0) -> torch.Tensor:
+def images(count: int, side: int, seed: int = 0) -> torch.Tensor:
     coarse = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(coarse, size=(side, side), mode="bilinear").mul(255).round() / 255
 
@@ -76,7 +76,7 @@ class TestInception:
         theirs = published.FeatureExtractorInceptionV3(
             "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception_file)
         )
-        pixels = pictures(2, 48)
+        pixels = images(2, 48)
         with torch.no_grad():
             wanted = theirs((pixels * 255).round().byte())
         features, logits = Inception(inception_file)(pixels)
@@ -116,16 +116,16 @@ class TestLPIPS:
         own = {name: backbone[f"features.{name.split('.', 1)[1]}"] for name in own}
         theirs.net.load_state_dict(own)
         theirs.load_state_dict(torch.load(lpips_files[1], weights_only=True), strict=False)
-        a, b = pictures(3, 64), pictures(3, 64, seed=1)
+        a, b = images(3, 64), images(3, 64, seed=1)
         with torch.no_grad():
             wanted = theirs(a, b, normalize=True).flatten()
         found = LPIPS(*lpips_files)(a, b)
         assert found.min() > 0
         assert torch.allclose(found, wanted, rtol=1e-4)
 
-    def test_equal_pictures_and_the_formula(self, lpips_files):
+    def test_equal_images_and_the_formula(self, lpips_files):
         lpips = LPIPS(*lpips_files)
-        a, b = pictures(2, 32), pictures(2, 32, seed=1)
+        a, b = images(2, 32), images(2, 32, seed=1)
         assert lpips(a, a).tolist() == [0, 0]
         x, y = (
             (2 * p - 1 - torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
@@ -149,4 +149,4 @@ class TestLPIPS:
         with pytest.raises(ValueError, match="does not hold the weights of AlexNet's five layers"):
             LPIPS(backbone, backbone)
         with pytest.raises(ValueError, match="32 x 32 pixels or more"):
-            LPIPS(backbone, weights)(pictures(1, 16), pictures(1, 16))
+            LPIPS(backbone, weights)(images(1, 16), images(1, 16))

@@ -116,9 +116,9 @@ def make_file(weights: State, **changed: Any) -> dict[str, Any]:
     return about | {"weights": weights}
 
 
-def angles(head_width: int) -> Tensor:
+def angles(head_dim: int) -> Tensor:
     """(1, 1 + T + N, r): by place in text, by row, by column."""
-    r = head_width // 3
+    r = head_dim // 3
     slow = 1 / 10000 ** (torch.arange(0, r, 2)[: r // 2].float() / r)
     fast = torch.linspace(1.0, 5.0, r // 2) * torch.pi
     side = torch.linspace(-1, 1, SIDE)

@@ -29,7 +29,7 @@ from dalle.train.optimizer import OptimizerConfig
 from dalle.train.state import TrainState
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.objective import TransformerObjective
-from dalle.types import WHOLE, Loss, Part
+from dalle.types import FULL_BATCH, BatchShard, Loss
 
 BATCH, STEPS = 8, 3
 TRAIN = TrainConfig(
@@ -43,7 +43,7 @@ TRAIN = TrainConfig(
     save_every=STEPS,
     keep=10,
 )
-DVAE_CONFIG = DVAEConfig(widths=(8, 8), blocks_per_group=1, downsampling=2, vocab_size=6, code_width=5)
+DVAE_CONFIG = DVAEConfig(widths=(8, 8), blocks_per_group=1, downsample_factor=2, vocab_size=6, codebook_dim=5)
 TRANSFORMER_CONFIG = TransformerConfig(3, 2, 8, 5, (3, 3), 11, 8, conv_kernel=3, init_scale=1.0)
 CLIP_CONFIG = CLIPConfig(8, 16, 8, 16, 2, "class", 6, 20, 16, 2, 8)
 
@@ -62,7 +62,7 @@ def pixel_batch(step: int, side: int = 8) -> Tensor:
 
 
 def pair_batch(step: int) -> tuple[Tensor, ...]:
-    """Pictures, captions, and pictures that no caption describes."""
+    """Images, captions, and images that no caption describes."""
     rng = torch.Generator().manual_seed(step)
     return pixel_batch(step, 16), torch.randint(20, (BATCH, 6), generator=rng), pixel_batch(step + 100, 16)
 
@@ -76,7 +76,7 @@ class Loud:
     def counts(self, model: Transformer, batch: Tensor) -> Tensor:
         return self.inner.counts(model, batch)
 
-    def __call__(self, model: Transformer, batch: Tensor, step: int, part: Part = WHOLE) -> Loss:
+    def __call__(self, model: Transformer, batch: Tensor, step: int, part: BatchShard = FULL_BATCH) -> Loss:
         loss = self.inner(model, batch, step, part)
         return Loss(loss.total * (1e9 if step == 1 else 1.0), loss.metrics)
 
@@ -110,9 +110,12 @@ PLAIN = {
 }
 SEVERAL = PLAIN | {
     "transformer": replace(
-        PLAIN["transformer"], model=transformer(recompute=True), train={"accumulate": 2}, stops=(2, STEPS)
+        PLAIN["transformer"],
+        model=transformer(activation_checkpointing=True),
+        train={"accumulate": 2},
+        stops=(2, STEPS),
     ),
-    "fp16": replace(PLAIN["fp16"], model=transformer(recompute=True)),
+    "fp16": replace(PLAIN["fp16"], model=transformer(activation_checkpointing=True)),
 }
 """What several processes do: the same trainings, stopped, recomputed and in several passes, which changes no result."""
 
@@ -123,7 +126,7 @@ class Spoilt:
 
     inner: TransformerObjective = TransformerObjective()
 
-    def __call__(self, model: Transformer, batch: Tensor, step: int, part: Part = WHOLE) -> Loss:
+    def __call__(self, model: Transformer, batch: Tensor, step: int, part: BatchShard = FULL_BATCH) -> Loss:
         loss = self.inner(model, batch, step, part)
         bad = step in (1, 3, 4) and part.index == part.count - 1
         return Loss(loss.total * (float("nan") if bad else 1.0), loss.metrics)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from dalle.pretrained.external_transformer import ForeignTransformer
-from dalle.sampling import uniforms
-from dalle.transformer.generate import generate, in_format, in_int8, own_format
+from dalle.sampling import candidate_noise
+from dalle.transformer.generate import cast_linear_weights, generate, inference_autocast, quantize_int8
 
 
 def check_drawing(model: ForeignTransformer, text: Tensor, image: Tensor, read: int) -> None:
@@ -13,10 +13,12 @@ def check_drawing(model: ForeignTransformer, text: Tensor, image: Tensor, read: 
 
     Args:
         text: of two captions, as `pad_text` gives them.
-        image: tokens of two pictures, more than `read` + 2.
+        image: tokens of two images, more than `read` + 2.
         read: how many of them are read at once; two more are read one by one.
     """
-    noise = torch.stack([uniforms(0, str(i), range(3), model.layout.image_len) for i in range(2)])
+    noise = torch.stack(
+        [candidate_noise(0, str(i), range(3), model.layout.num_image_tokens) for i in range(2)]
+    )
     assert len(generate(model, text, noise, guidance=1.5).flatten(0, 1).unique(dim=0)) == 6
     ids = model.layout.shift(model.layout.pack(text, image[:, :read]))
     states = []
@@ -35,12 +37,12 @@ def check_rounded(model: ForeignTransformer, text: Tensor, image: Tensor) -> Non
     Args:
         text, image: as `check_drawing`.
     """
-    noise = torch.rand(2, 2, model.layout.image_len, dtype=torch.float64)
+    noise = torch.rand(2, 2, model.layout.num_image_tokens, dtype=torch.float64)
     ids = model.layout.pack(text, image)
     with torch.inference_mode():
         states = model.hidden(ids)
-    for rounded in (in_format(model, torch.bfloat16), in_int8(model)):
+    for rounded in (cast_linear_weights(model, torch.bfloat16), quantize_int8(model)):
         assert generate(rounded, text, noise).shape == noise.shape
-        with torch.inference_mode(), own_format(rounded):
+        with torch.inference_mode(), inference_autocast(rounded):
             away = rounded.hidden(ids) - states
         assert 0 < away.norm() < 0.1 * states.norm()

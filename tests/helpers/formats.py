@@ -1,4 +1,4 @@
-"""The same twelve captioned pictures in every form that --data.path opens; shared by the tests of data."""
+"""The same twelve captioned images in every form that --data.path opens; shared by the tests of data."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from PIL import Image
 COUNT = 12
 
 
-def picture(level: int, size=(24, 20), form="PNG") -> bytes:
+def image(level: int, size=(24, 20), form="PNG") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, (level, level, level)).save(buffer, form)
     return buffer.getvalue()
@@ -37,27 +37,27 @@ def write_tar(path: Path, members: list[tuple], **options) -> Path:
 
 
 def pair(key: str, i: int) -> list[tuple[str, bytes]]:
-    return [(f"{key}.png", picture(i)), (f"{key}.txt", "\n".join(caption(i)).encode())]
+    return [(f"{key}.png", image(i)), (f"{key}.txt", "\n".join(caption(i)).encode())]
 
 
 def folder(place: Path) -> Path:
     for i in range(COUNT):
-        (place / f"p{i:03}.png").write_bytes(picture(i))
+        (place / f"p{i:03}.png").write_bytes(image(i))
         (place / f"p{i:03}.txt").write_text("\n".join(caption(i)), encoding="utf-8")
     return place
 
 
 def folder_json(place: Path) -> Path:
     for i in range(COUNT):
-        (place / f"p{i:03}.png").write_bytes(picture(i))
+        (place / f"p{i:03}.png").write_bytes(image(i))
         (place / f"p{i:03}.json").write_text(json.dumps({"captions": caption(i), "licence": "CC0"}))
     return place
 
 
-def pictures(place: Path) -> Path:
+def images(place: Path) -> Path:
     (place / "images").mkdir()
     for i in range(COUNT):
-        (place / "images" / f"p{i:03}.png").write_bytes(picture(i))
+        (place / "images" / f"p{i:03}.png").write_bytes(image(i))
     return place
 
 
@@ -65,7 +65,7 @@ def csv_file(place: Path) -> Path:
     rows = ["\ufeffimage,caption,second"]  # as Excel writes it
     for i in range(COUNT):
         rows.append(f'images/p{i:03}.png,"{caption(i)[0]}",{caption(i)[1] if i % 3 == 0 else ""}')
-    (pictures(place) / "pairs.csv").write_text("\r\n".join(rows) + "\r\n", encoding="utf-8")
+    (images(place) / "pairs.csv").write_text("\r\n".join(rows) + "\r\n", encoding="utf-8")
     return place / "pairs.csv"
 
 
@@ -73,13 +73,13 @@ def tsv_file(place: Path) -> Path:
     rows = ["file_name\ttext\tsecond"]
     for i in range(COUNT):
         rows.append(f"images/p{i:03}.png\t{caption(i)[0]}\t{caption(i)[1] if i % 3 == 0 else ''}")
-    (pictures(place) / "pairs.tsv").write_text("\n".join(rows), encoding="utf-8")
+    (images(place) / "pairs.tsv").write_text("\n".join(rows), encoding="utf-8")
     return place / "pairs.tsv"
 
 
 def jsonl_file(place: Path) -> Path:
     rows = [json.dumps({"file_name": f"images/p{i:03}.png", "text": caption(i)}) for i in range(COUNT)]
-    (pictures(place) / "pairs.jsonl").write_text("\n".join(rows))
+    (images(place) / "pairs.jsonl").write_text("\n".join(rows))
     return place / "pairs.jsonl"
 
 
@@ -87,7 +87,7 @@ def parquet_bytes(place: Path) -> Path:
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pa.table(
         {
-            "image": [{"bytes": picture(i), "path": None} for i in range(COUNT)],
+            "image": [{"bytes": image(i), "path": None} for i in range(COUNT)],
             "caption": [caption(i) for i in range(COUNT)],
         }
     )
@@ -104,7 +104,7 @@ def parquet_paths(place: Path) -> Path:
             "second": [caption(i)[1] if i % 3 == 0 else None for i in range(COUNT)],
         }
     )
-    parquet.write_table(table, pictures(place) / "pairs.parquet", row_group_size=5)
+    parquet.write_table(table, images(place) / "pairs.parquet", row_group_size=5)
     return place / "pairs.parquet"
 
 
@@ -120,7 +120,7 @@ def tars(place: Path) -> Path:
 
 
 def tars_json(place: Path) -> Path:
-    members = [(f"{i:03}.webp", picture(i, form="WEBP")) for i in range(COUNT)]  # captions lie apart
+    members = [(f"{i:03}.webp", image(i, form="WEBP")) for i in range(COUNT)]  # captions lie apart
     members += [(f"{i:03}.json", json.dumps({"caption": caption(i)}).encode()) for i in range(COUNT)]
     return write_tar(place / "all.tar", members)
 
@@ -128,7 +128,7 @@ def tars_json(place: Path) -> Path:
 def hub(place: Path) -> Path:
     datasets = pytest.importorskip("datasets")
     rows = {
-        "image": [{"bytes": picture(i), "path": None} for i in range(COUNT)],
+        "image": [{"bytes": image(i), "path": None} for i in range(COUNT)],
         "caption": [caption(i) for i in range(COUNT)],
     }
     features = datasets.Features(

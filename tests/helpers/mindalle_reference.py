@@ -17,8 +17,8 @@ from helpers.vqgan_reference import CODES, make_state, names_of_taming
 State = dict[str, Tensor]
 WIDTH, DEPTH, HEADS, TEXT, SIDE = 24, 3, 4, 7, 4
 CAPTIONS = [
-    f"A {colour} {shape} on the {place}, café"
-    for colour in ("red", "blue", "golden")
+    f"A {color} {shape} on the {place}, café"
+    for color in ("red", "blue", "golden")
     for shape in ("circle", "square")
     for place in ("beach", "mountain")
 ]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalle.schedules import Schedule
-from dalle.train.ema import AveragedWeights, EMAConfig
+from dalle.train.ema import EMA, EMAConfig
 from dalle.train.float_formats import MEAN, rounded
 from dalle.train.low_rank import PowerSGDConfig
 from dalle.train.optimizer import OptimizerConfig, build_optimizers
@@ -185,7 +185,7 @@ def what_is_sent_is_counted() -> None:
         give(powersgd, 0)
         powersgd.reduce(0)
         assert powersgd.sent == width * factors + 4 * others
-        assert powersgd.traffic()["sent_share"] == powersgd.sent / (4 * everything)
+        assert powersgd.traffic()["comm_ratio"] == powersgd.sent / (4 * everything)
 
 
 def before_its_start_all_is_sent_whole() -> None:
@@ -273,7 +273,7 @@ def trained(rank: int | None, share: slice) -> tuple[TrainState, dict]:
     """A tiny transformer after three steps on this share of each batch of 4."""
     torch.manual_seed(0)
     model = Transformer(CONFIG)
-    state = TrainState(model, build_optimizers(model, OPTIM), AveragedWeights(model, EMAConfig()))
+    state = TrainState(model, build_optimizers(model, OPTIM), EMA(model, EMAConfig()))
     if rank:
         state.extras["powersgd"] = build_powersgd(model, PowerSGDConfig(rank), seed=0)
     for step in range(3):
@@ -287,12 +287,12 @@ def trained(rank: int | None, share: slice) -> tuple[TrainState, dict]:
 def a_training_step_averages_and_at_full_rank_equals_the_whole_batch() -> None:
     mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     full, numbers = trained(1000, mine)
-    assert numbers["sent_share"] == 1  # factors would be larger: sent whole
+    assert numbers["comm_ratio"] == 1  # factors would be larger: sent whole
     alone, _ = trained(None, slice(None))
     for a, b in zip(full.model.parameters(), alone.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
     low, numbers = trained(2, mine)
-    assert numbers["sent_share"] < 0.6
+    assert numbers["comm_ratio"] < 0.6
     assert all(same_everywhere(p.detach()) for p in low.model.parameters())
     names = low.extras["powersgd"].factored
     assert names.keys() == {

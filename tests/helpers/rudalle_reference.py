@@ -24,7 +24,7 @@ def kind_of(layer: int, depth: int) -> str:
 
 
 def sees(mask: str, version: str, q: int, k: int) -> bool:
-    """Whether slot q sees slot k, where the masks begin to count the picture at slot TEXT."""
+    """Whether slot q sees slot k, where the masks begin to count the image at slot TEXT."""
     if k > q or k < TEXT:
         return k <= q
     (row, column), (other, beside) = divmod(q - TEXT, SIDE), divmod(k - TEXT, SIDE)

@@ -151,7 +151,7 @@ def vectors(pixels: Tensor, state: State, names) -> Tensor:
     return _conv(_half(pixels * 2 - 1, state, "encoder", names), state, "quant_conv")
 
 
-def picture(codes: Tensor, state: State, names) -> Tensor:
+def image(codes: Tensor, state: State, names) -> Tensor:
     """Code vectors (B, D, h, w) -> pixels in [0, 1]."""
     return (decoded(codes, state, names) / 2 + 0.5).clamp(0, 1)
 

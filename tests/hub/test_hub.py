@@ -15,10 +15,10 @@ import pytest
 from helpers.hub_server import READ_ONLY, TOKEN, Hub, running
 from huggingface_hub import ModelCard
 
-from dalle.commands.push_model import PushRun, push_model
-from dalle.commands.sample import SampleRun, sample
+from dalle.commands.push_model import PushModelArgs, push_model
+from dalle.commands.sample import SampleArgs, sample
 from dalle.hub.model_card import flatten
-from dalle.hub.registry import Part, load_part
+from dalle.hub.registry import LoadedModel, load_model
 from dalle.io.files import read_json, write_json
 from dalle.pipelines.dalle import DALLE
 
@@ -128,7 +128,7 @@ class TestCard:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_example_of_a_part_opens_it(self, chain, tmp_path, monkeypatch, kind):
-        part = load_part(chain / kind, kind)
+        part = load_model(chain / kind, kind)
         part.save_pretrained(tmp_path / "path/of/this/folder")
         monkeypatch.chdir(tmp_path)
         text = (tmp_path / "path/of/this/folder/README.md").read_text()
@@ -166,7 +166,9 @@ class TestCard:
         assert not (tmp_path / "model").exists()
 
     def test_a_part_takes_the_report_of_the_whole(self, chain, dalle, tmp_path):
-        load_part(chain / "dvae", "dvae").save_pretrained(tmp_path, report={"model": dalle.hash, "loss": 1.5})
+        load_model(chain / "dvae", "dvae").save_pretrained(
+            tmp_path, report={"model": dalle.hash, "loss": 1.5}
+        )
         assert "| loss | 1.5 |" in (tmp_path / "README.md").read_text()
 
     def test_long_values_are_cut_and_lines_stay_lines(self):
@@ -196,41 +198,41 @@ class TestCard:
 class TestParts:
     def test_saved_one_by_one_they_join_to_the_same_model(self, chain, dalle, prompt, tmp_path):
         for kind in KINDS:
-            load_part(chain / kind, kind).save_pretrained(tmp_path / kind)
-        model = DALLE.from_parts(*(Part.from_pretrained(tmp_path / kind) for kind in KINDS))
+            load_model(chain / kind, kind).save_pretrained(tmp_path / kind)
+        model = DALLE.from_parts(*(LoadedModel.from_pretrained(tmp_path / kind) for kind in KINDS))
         assert model.hash == dalle.hash
         assert drawn(model, prompt) == drawn(dalle, prompt)
 
     def test_each_brings_what_it_needs(self, chain, tmp_path):
         for kind in KINDS:
-            load_part(chain / kind, kind).save_pretrained(tmp_path / kind)
+            load_model(chain / kind, kind).save_pretrained(tmp_path / kind)
             text = ["text.json"] if kind != "dvae" else []
             assert sorted(contents(tmp_path / kind)) == sorted(
                 ["README.md", "config.json", f"{kind}.safetensors", *text]
             )
 
     def test_a_model_of_ones_own_is_a_part_too(self, dalle, tmp_path):
-        Part("dvae", dalle.dvae).save_pretrained(tmp_path)
-        assert Part.from_pretrained(tmp_path).hash == dalle.hash.split("-")[0]
+        LoadedModel("dvae", dalle.dvae).save_pretrained(tmp_path)
+        assert LoadedModel.from_pretrained(tmp_path).hash == dalle.hash.split("-")[0]
 
     def test_without_its_text_tokenizer_a_transformer_joins_nothing(self, dalle, tmp_path):
-        Part("transformer", dalle.transformer).save_pretrained(tmp_path)
-        alone = Part.from_pretrained(tmp_path)
+        LoadedModel("transformer", dalle.transformer).save_pretrained(tmp_path)
+        alone = LoadedModel.from_pretrained(tmp_path)
         with pytest.raises(ValueError, match="does not tell the dvae and text it was trained with"):
-            DALLE.from_parts(Part("dvae", dalle.dvae), alone, None)
+            DALLE.from_parts(LoadedModel("dvae", dalle.dvae), alone, None)
 
     def test_of_several_parts_one_must_be_named(self, chain):
         with pytest.raises(ValueError, match="holds dvae, transformer, clip; say which as kind"):
-            Part.from_pretrained(chain / "model")
-        assert Part.from_pretrained(chain / "model", "clip").kind == "clip"
+            LoadedModel.from_pretrained(chain / "model")
+        assert LoadedModel.from_pretrained(chain / "model", "clip").kind == "clip"
         with pytest.raises(ValueError, match="kind must be one of dvae, transformer, clip, got 'vae'"):
-            Part.from_pretrained(chain / "model", "vae")
+            LoadedModel.from_pretrained(chain / "model", "vae")
 
     def test_a_run_is_a_source_too(self, chain):
-        assert Part.from_pretrained(chain / "dvae").hash == load_part(chain / "dvae", "dvae").hash
+        assert LoadedModel.from_pretrained(chain / "dvae").hash == load_model(chain / "dvae", "dvae").hash
 
     def test_a_part_is_no_whole(self, chain, tmp_path):
-        load_part(chain / "dvae", "dvae").save_pretrained(tmp_path)
+        load_model(chain / "dvae", "dvae").save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="holds no transformer; it has dvae"):
             DALLE.from_pretrained(tmp_path)
 
@@ -243,7 +245,7 @@ class TestParts:
 class TestPaths:
     def test_a_path_asks_no_network(self, chain, dalle, prompt, offline):
         assert drawn(DALLE.from_pretrained(str(chain / "model")), prompt) == drawn(dalle, prompt)
-        assert Part.from_pretrained(chain / "model", "dvae").kind == "dvae"
+        assert LoadedModel.from_pretrained(chain / "model", "dvae").kind == "dvae"
 
     def test_the_guard_of_that_test_sees_a_download(self, offline, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -306,13 +308,13 @@ class TestDownload:
         }
 
     def test_of_a_part_no_more_comes_than_it_needs(self, published, chain):
-        part = Part.from_pretrained(NAME, "dvae")
-        assert part.hash == load_part(chain / "dvae", "dvae").hash
+        part = LoadedModel.from_pretrained(NAME, "dvae")
+        assert part.hash == load_model(chain / "dvae", "dvae").hash
         assert downloads(published) == {"config.json", "text.json", "dvae.safetensors"}
 
     def test_a_part_that_must_be_named_costs_its_config_only(self, published):
         with pytest.raises(ValueError, match="say which as kind"):
-            Part.from_pretrained(NAME)
+            LoadedModel.from_pretrained(NAME)
         assert downloads(published) == {"config.json"}
 
     def test_a_second_time_it_comes_from_the_cache_without_a_network(self, published, dalle, monkeypatch):
@@ -364,7 +366,7 @@ class TestDownload:
         assert "\n" not in str(caught.value)
 
     def test_sample_draws_with_an_id(self, published, dalle, prompt, tmp_path):
-        run = SampleRun(
+        run = SampleArgs(
             prompt, model=Path(NAME), best_of=3, keep=2, seed=4, device="cpu", out=tmp_path / "out"
         )
         assert read_json(sample(run) / "sample.json")["model"] == dalle.hash
@@ -384,7 +386,7 @@ class TestDownload:
         assert published.asked == []
 
     def test_offline_with_half_of_it_cached_is_told(self, published, monkeypatch):
-        Part.from_pretrained(NAME, "dvae")
+        LoadedModel.from_pretrained(NAME, "dvae")
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(ValueError, match="not whole in the cache of the Hub"):
             DALLE.from_pretrained(NAME)
@@ -417,9 +419,9 @@ class TestPush:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_a_part_goes_alone(self, hub, chain, kind):
-        part = load_part(chain / kind, kind)
+        part = load_model(chain / kind, kind)
         part.push_to_hub(NAME, token=TOKEN)
-        again = Part.from_pretrained(NAME)
+        again = LoadedModel.from_pretrained(NAME)
         assert (again.kind, again.hash) == (kind, part.hash)
         kept = {name: part.links[name] for name in ("text", "text_hash", "dvae") if name in part.links}
         assert again.links == kept | ({"dvae": part.hash} if kind == "dvae" else {})
@@ -485,7 +487,7 @@ class TestPush:
 
 class TestPushModel:
     def test_a_dry_run_tells_and_asks_nothing(self, chain, offline, capsys):
-        assert push_model(PushRun(chain / "model", to=NAME, license="mit", dry_run=True)) is None
+        assert push_model(PushModelArgs(chain / "model", to=NAME, license="mit", dry_run=True)) is None
         said = capsys.readouterr().out
         size = (chain / "model" / "clip.safetensors").stat().st_size
         assert f"would go to {NAME}:" in said
@@ -499,7 +501,7 @@ class TestPushModel:
         (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\nMy own words.\n")
         (tmp_path / "model" / "diary.txt").write_text("private")
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        push_model(PushRun(tmp_path / "model", to=NAME))
+        push_model(PushModelArgs(tmp_path / "model", to=NAME))
         assert hub.repos[NAME]["main"]["README.md"] == b"---\nlicense: mit\n---\nMy own words.\n"
         assert "diary.txt" not in hub.repos[NAME]["main"]
 
@@ -507,23 +509,23 @@ class TestPushModel:
         before = contents(chain / "model")
         write_json(tmp_path / "report.json", {"loss": 1.25})
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        push_model(PushRun(chain / "model", to=NAME, report=tmp_path / "report.json"))
+        push_model(PushModelArgs(chain / "model", to=NAME, report=tmp_path / "report.json"))
         assert b"| loss | 1.25 |" in hub.repos[NAME]["main"]["README.md"]
         assert contents(chain / "model") == before
 
     def test_a_run_goes_as_its_part(self, chain, hub, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        push_model(PushRun(chain / "transformer", to=NAME))
-        assert Part.from_pretrained(NAME).hash == load_part(chain / "transformer", "transformer").hash
+        push_model(PushModelArgs(chain / "transformer", to=NAME))
+        assert LoadedModel.from_pretrained(NAME).hash == load_model(chain / "transformer", "transformer").hash
 
     @pytest.mark.parametrize(
         ("run", "said"),
         [
-            (PushRun(), "say which: python scripts/push_model.py DIRECTORY"),
-            (PushRun(Path("nowhere"), to=NAME), "no directory nowhere"),
-            (PushRun(Path(), to=""), "expected the id of a repository of the Hub, owner/name"),
-            (PushRun(Path(), to=NAME), "you need an account of the Hub"),
-            (PushRun(Path(), dry_run=True), "expected a run or model directory"),
+            (PushModelArgs(), "say which: python scripts/push_model.py DIRECTORY"),
+            (PushModelArgs(Path("nowhere"), to=NAME), "no directory nowhere"),
+            (PushModelArgs(Path(), to=""), "expected the id of a repository of the Hub, owner/name"),
+            (PushModelArgs(Path(), to=NAME), "you need an account of the Hub"),
+            (PushModelArgs(Path(), dry_run=True), "expected a run or model directory"),
         ],
     )
     def test_mistakes_are_told(self, hub, run, said, tmp_path, monkeypatch):
@@ -536,7 +538,7 @@ class TestPushModel:
         shutil.copytree(chain / "model", tmp_path / "model")
         (tmp_path / "model" / "text.json").unlink()
         with pytest.raises(ValueError, match=r"no file .*text\.json; the model directory is incomplete"):
-            push_model(PushRun(tmp_path / "model", dry_run=True))
+            push_model(PushModelArgs(tmp_path / "model", dry_run=True))
 
     def test_the_script_with_the_switches_of_huggingface_hub(
         self, chain, dalle, hub, python, tmp_path, monkeypatch

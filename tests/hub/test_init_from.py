@@ -1,4 +1,4 @@
-"""Beginning from other weights, frozen parameters, one batch again and again, and the sweep of step sizes."""
+"""Beginning from other weights, frozen parameters, one batch again and again, and the sweep of learning rates."""
 
 import json
 import shutil
@@ -14,8 +14,8 @@ from dalle.commands.train_clip import train_clip
 from dalle.commands.train_dvae import train_dvae
 from dalle.commands.train_transformer import train_transformer
 from dalle.dvae import DVAEConfig
-from dalle.hub.init_from import GROWING, SAME, freeze, joint_ids, start_from
-from dalle.hub.registry import build, load_part, weights_hash
+from dalle.hub.init_from import GROWING, SAME, freeze, joint_ids, load_pretrained_weights
+from dalle.hub.registry import build_model, load_model, weights_hash
 from dalle.layout import TokenLayout
 from dalle.train import Schedule
 from dalle.train.checkpoint import latest_checkpoint
@@ -24,7 +24,7 @@ from dalle.transformer import TransformerConfig
 
 STAGES = {"dvae": train_dvae, "transformer": train_transformer, "clip": train_clip}
 TRANSFORMER = TransformerConfig(
-    depth=2, heads=2, head_width=8, text_len=5, grid=(3, 3), text_vocab=11, image_vocab=7, conv_kernel=3
+    depth=2, heads=2, head_dim=8, text_len=5, grid=(3, 3), text_vocab=11, image_vocab=7, conv_kernel=3
 )
 CLIP = CLIPConfig(
     embed_width=8,
@@ -36,9 +36,9 @@ CLIP = CLIPConfig(
     text_vocab=11,
     text_width=16,
     text_layers=1,
-    head_width=8,
+    head_dim=8,
 )
-DVAE = DVAEConfig(widths=(4, 8), blocks_per_group=1, downsampling=2, vocab_size=6, code_width=4)
+DVAE = DVAEConfig(widths=(4, 8), blocks_per_group=1, downsample_factor=2, vocab_size=6, codebook_dim=4)
 LARGER = {
     "transformer": replace(TRANSFORMER, text_len=8, grid=(4, 5), text_vocab=13, image_vocab=9),
     "clip": replace(CLIP, text_len=9, text_vocab=14),
@@ -50,11 +50,11 @@ SMALL = {"transformer": TRANSFORMER, "clip": CLIP, "dvae": DVAE}
 def pair(kind: str, config=None):
     """A source, and a fresh model of a larger (or another) configuration."""
     torch.manual_seed(1)
-    source = build(kind, SMALL[kind])
+    source = build_model(kind, SMALL[kind])
     for parameter in source.parameters():
         torch.nn.init.normal_(parameter)
     torch.manual_seed(2)
-    return source, build(kind, config or LARGER[kind])
+    return source, build_model(kind, config or LARGER[kind])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def pair(kind: str, config=None):
 @pytest.mark.parametrize("kind", SMALL)
 def test_the_same_shape_is_copied_whole(kind):
     source, model = pair(kind, SMALL[kind])
-    assert start_from(kind, model, source) == []
+    assert load_pretrained_weights(kind, model, source) == []
     assert weights_hash(model) == weights_hash(source)
 
 
@@ -73,8 +73,15 @@ def test_the_same_shape_is_copied_whole(kind):
 def test_every_configuration_field_of_the_shape_is_either_equal_or_growing(kind):
     known = {*SAME[kind], *GROWING[kind]}
     free = {  # how it is computed or begins, not what shape it has
-        "transformer": {"conv_kernel", "sparse", "causal_every", "init_scale", "backend", "recompute"},
-        "dvae": {"post_gain", "logit_gain", "code_std", "min_log_scale"},
+        "transformer": {
+            "conv_kernel",
+            "sparse",
+            "full_attention_every",
+            "init_scale",
+            "backend",
+            "activation_checkpointing",
+        },
+        "dvae": {"residual_scale", "logit_init_scale", "codebook_init_std", "min_log_scale"},
         "clip": set(),
     }[kind]
     assert set(vars(SMALL[kind])) <= known | free
@@ -95,7 +102,7 @@ def test_ids_are_moved_by_meaning():
 def test_a_larger_transformer_knows_what_the_small_one_knew():
     source, model = pair("transformer")
     fresh = {name: p.clone() for name, p in model.named_parameters()}
-    grown = start_from("transformer", model, source)
+    grown = load_pretrained_weights("transformer", model, source)
     assert grown == ["text_len 5 -> 8", "grid (3, 3) -> (4, 5)", "text_vocab 11 -> 13", "image_vocab 7 -> 9"]
     old, new = source.layout, model.layout
     for name in ("token_embedding", "to_logits"):
@@ -113,9 +120,9 @@ def test_a_larger_transformer_knows_what_the_small_one_knew():
     assert torch.equal(model.layers[1].mlp.f.expand.weight, source.layers[1].mlp.f.expand.weight)
 
 
-def test_a_larger_text_vocabulary_changes_no_logit_of_the_pictures():
+def test_a_larger_text_vocabulary_changes_no_logit_of_the_images():
     source, model = pair("transformer", replace(TRANSFORMER, text_vocab=13))
-    start_from("transformer", model, source)
+    load_pretrained_weights("transformer", model, source)
     text = source.layout.pad_text([[3, 4], [10]])
     image = torch.randint(7, (2, 9))
     same_text = model.layout.pad_text([[3, 4], [10]])
@@ -126,7 +133,7 @@ def test_a_larger_text_vocabulary_changes_no_logit_of_the_pictures():
 
 def test_a_larger_clip_reads_the_same_captions_the_same():
     source, model = pair("clip")
-    start_from("clip", model, source)
+    load_pretrained_weights("clip", model, source)
     captions = [[3, 4, 5], [10]]
     pixels = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(
@@ -137,7 +144,7 @@ def test_a_larger_clip_reads_the_same_captions_the_same():
 
 def test_a_larger_codebook_decodes_old_codes_the_same():
     source, model = pair("dvae")
-    start_from("dvae", model, source)
+    load_pretrained_weights("dvae", model, source)
     tokens = torch.randint(6, (2, 16))
     torch.testing.assert_close(model.decode(tokens), source.decode(tokens))
     pixels = torch.rand(1, 3, 8, 8)
@@ -148,7 +155,7 @@ def test_a_larger_codebook_decodes_old_codes_the_same():
     ("kind", "changes", "sentence"),
     [
         ("transformer", {"depth": 3}, "the source has depth 2, model.depth is 3; make them equal"),
-        ("transformer", {"heads": 4, "head_width": 4}, "the source has heads 2, model.heads is 4"),
+        ("transformer", {"heads": 4, "head_dim": 4}, "the source has heads 2, model.heads is 4"),
         (
             "transformer",
             {"text_vocab": 10},
@@ -161,14 +168,14 @@ def test_a_larger_codebook_decodes_old_codes_the_same():
         ),
         ("clip", {"text_layers": 2}, "the source has text_layers 1"),
         ("dvae", {"vocab_size": 5}, "the source has vocab_size 6, model.vocab_size is only 5"),
-        ("dvae", {"post_gain": 0.3}, "the source has residual_gain"),
+        ("dvae", {"residual_scale": 0.3}, "the source has residual_gain"),
     ],
 )
 def test_what_does_not_fit_is_refused(kind, changes, sentence):
     source, model = pair(kind, replace(SMALL[kind], **changes))
     before = weights_hash(model)
     with pytest.raises(ValueError, match=sentence):
-        start_from(kind, model, source)
+        load_pretrained_weights(kind, model, source)
     assert weights_hash(model) == before
 
 
@@ -178,7 +185,7 @@ def test_what_does_not_fit_is_refused(kind, changes, sentence):
 
 
 def test_patterns_fit_names():
-    model = build("transformer", TRANSFORMER)
+    model = build_model("transformer", TRANSFORMER)
     frozen = freeze(model, ["layers.0.*", "row.weight"])
     assert "row.weight" in frozen
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == set(frozen)
@@ -186,7 +193,7 @@ def test_patterns_fit_names():
 
 
 def test_a_pattern_that_fits_nothing_or_everything_is_refused():
-    model = build("transformer", TRANSFORMER)
+    model = build_model("transformer", TRANSFORMER)
     with pytest.raises(
         ValueError, match=r"--freeze 'layer\.0\.\*' fits no parameter; their names are such as token_"
     ):
@@ -224,9 +231,9 @@ def meta_of(run):
 def test_a_run_begins_from_another_with_its_averaged_weights(kind, chain, start, tiny_runs, tmp_path, capsys):
     optimizer = replace(getattr(tiny_runs, kind).train.optimizer, lr=Schedule(0.0, 0.0))
     out = start(kind, tmp_path / "tuned", train={"optimizer": optimizer}, init_from=chain / kind)
-    source = load_part(chain / kind, kind)
-    tuned = load_part(out, kind, averaged=False)
-    assert tuned.hash == source.hash  # with a step size of 0 nothing moves
+    source = load_model(chain / kind, kind)
+    tuned = load_model(out, kind, averaged=False)
+    assert tuned.hash == source.hash  # with a learning rate of 0 nothing moves
     assert meta_of(out)["init"] == {"name": kind, "weights": source.hash}
     assert "init_from" not in meta_of(out)["run"]
     assert f"begins with the weights of {chain / kind}" in capsys.readouterr().out
@@ -236,7 +243,7 @@ def test_a_model_directory_serves_too_and_a_vocabulary_grows(chain, start, tiny_
     model = replace(tiny_runs.transformer.model, text_len=24, text_vocab=450)
     out = start("transformer", tmp_path / "tuned", init_from=chain / "model", model=model)
     assert "text_len 20 -> 24, text_vocab 400 -> 450" in capsys.readouterr().out
-    assert load_part(out, "transformer").model.config.text_vocab == 450
+    assert load_model(out, "transformer").model.config.text_vocab == 450
 
 
 def test_going_on_does_not_read_the_source_again(chain, start, tmp_path):
@@ -247,7 +254,7 @@ def test_going_on_does_not_read_the_source_again(chain, start, tmp_path):
     shutil.rmtree(source)
     start("clip", tmp_path / "parts", steps=3, init_from=source)
     parts = start("clip", tmp_path / "parts", steps=4)  # the flag may be left out
-    assert load_part(parts, "clip").hash == load_part(whole, "clip").hash
+    assert load_model(parts, "clip").hash == load_model(whole, "clip").hash
     assert meta_of(parts)["init"] == meta_of(whole)["init"]
     with pytest.raises(ValueError, match=r"began from source, not from .*other; give another --out"):
         start("clip", tmp_path / "parts", steps=5, init_from=tmp_path / "other")
@@ -279,8 +286,8 @@ PATTERNS = {
 @pytest.mark.parametrize("kind", STAGES)
 def test_frozen_parameters_stay_have_no_moments_and_are_their_own_average(kind, chain, start, tmp_path):
     out = start(kind, tmp_path / "tuned", init_from=chain / kind, freeze=PATTERNS[kind], steps=4)
-    before, after = load_part(chain / kind, kind).model, load_part(out, kind).model
-    frozen = set(freeze(load_part(out, kind).model.requires_grad_(True), PATTERNS[kind]))
+    before, after = load_model(chain / kind, kind).model, load_model(out, kind).model
+    frozen = set(freeze(load_model(out, kind).model.requires_grad_(True), PATTERNS[kind]))
     for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True):
         assert torch.equal(p, q) == (name in frozen), name
     folder = latest_checkpoint(out)
@@ -308,12 +315,12 @@ def test_runs_from_before_these_options_go_on(start, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------
-# One batch; step sizes
+# One batch; learning rates
 # ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "steps"), [("transformer", "image_nats", 250), ("clip", "loss", 150)]
+    ("kind", "name", "steps"), [("transformer", "image_loss", 250), ("clip", "loss", 150)]
 )
 def test_one_batch_is_learned_by_heart(kind, name, steps, start, tiny_runs, tmp_path):
     """The loss of the same few samples again and again goes near zero, or something is broken."""
@@ -332,7 +339,7 @@ def test_one_batch_lowers_the_loss_of_the_dvae(start, tiny_runs, tmp_path):
     optimizer = replace(tiny_runs.dvae.train.optimizer, lr=Schedule(3e-3, 3e-3), warmup=10)
     train = {"optimizer": optimizer, "save_every": 1000, "eval_every": 1000}
     out = start("dvae", tmp_path / "dvae", steps=60, overfit=2, train=train)
-    losses = [line["reconstruction_soft"] for line in read_log(out / "log.jsonl") if "loss" in line]
+    losses = [line["recon_loss"] for line in read_log(out / "log.jsonl") if "loss" in line]
     assert losses[-1] < losses[0] - 0.3
 
 
@@ -346,7 +353,7 @@ def test_every_step_of_overfitting_has_the_same_batch(start, tiny_runs, tmp_path
         replace(tiny_runs.clip, overfit=0)
 
 
-def test_a_sweep_trains_at_each_step_size_and_draws_one_picture(
+def test_a_sweep_trains_at_each_step_size_and_draws_one_image(
     chain, tiny_runs, with_inputs, tmp_path, capsys
 ):
     run = with_inputs(tiny_runs.clip, chain, out=tmp_path / "sweep", steps=3)
@@ -367,5 +374,5 @@ def test_a_run_that_diverges_does_not_end_the_sweep(chain, tiny_runs, with_input
 
 
 def test_a_sweep_needs_factors(tiny_runs):
-    with pytest.raises(ValueError, match="give factors on the step size, each above 0"):
+    with pytest.raises(ValueError, match="give factors on the learning rate, each above 0"):
         sweep("clip", tiny_runs.clip, [])

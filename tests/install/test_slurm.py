@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dalle.hub.registry import load_part
-from dalle.runs.args import TrainingRun
+from dalle.hub.registry import load_model
+from dalle.runs.args import TrainArgs
 from dalle.train.checkpoint import latest_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ SCONTROL = """\
 if [ "$1" = show ]; then echo localhost; else echo "$@" >> scontrol.txt; fi
 """
 needs_parallel = pytest.mark.skipif(
-    "ddp" not in typing.get_args(typing.get_type_hints(TrainingRun)["parallel"]),
+    "ddp" not in typing.get_args(typing.get_type_hints(TrainArgs)["parallel"]),
     reason="no --parallel ddp here yet",
 )
 
@@ -130,4 +130,4 @@ def test_a_training_of_two_processes_under_torchrun(tiny_configs, tmp_path):
 def check(run: Path) -> None:
     """The run is complete and its checkpoint opens."""
     assert json.loads((latest_checkpoint(run) / "meta.json").read_text())["step"] == 2
-    load_part(run, "dvae")
+    load_model(run, "dvae")

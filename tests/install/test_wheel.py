@@ -197,7 +197,7 @@ class TestInstalled:
 
 
 def draws(programs: Path, chain: Path, prompt: str, place: Path) -> None:
-    """`dalle sample` with the tiny model writes its pictures."""
+    """`dalle sample` with the tiny model writes its images."""
     words = [
         "--model",
         chain / "model",

@@ -1,6 +1,6 @@
 """Formats: what an older version wrote opens here, what a later one wrote is refused; tests/format_3 is such a model.
 
-That directory was written when FORMAT was 3, of untrained weights, and its pictures were drawn then.
+That directory was written when FORMAT was 3, of untrained weights, and its images were drawn then.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dalle.hub.registry import load_part
+from dalle.hub.registry import load_model
 from dalle.io import format as migrations
 from dalle.io.files import read_json
 from dalle.io.format import FORMAT, MIGRATIONS, check_meta, read_config
@@ -44,11 +44,11 @@ def test_the_hash_of_a_part_of_format_3_is_checked(tmp_path):
     config = read_json(OLD / "config.json")
     config["hash"] = config["hash"].replace("24ca", "24cb")
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    assert load_part(tmp_path / "model", "dvae").hash == HASH.split("-")[0]
+    assert load_model(tmp_path / "model", "dvae").hash == HASH.split("-")[0]
     with pytest.raises(
         ValueError, match=r"transformer\.safetensors: the weights have hash 24ca.*, expected 24cb"
     ):
-        load_part(tmp_path / "model", "transformer")
+        load_model(tmp_path / "model", "transformer")
 
 
 def test_a_description_goes_through_every_step_and_stays_as_it_was():

@@ -1,4 +1,4 @@
-"""Pictures: dalle/io/images.py."""
+"""Images: dalle/io/images.py."""
 
 import io
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle.io.images import load_image, sheet, shorter_side, to_pil, to_pixels
+from dalle.io.images import image_grid, load_image, resize_center_crop, to_pil, to_tensor
 
 FORMATS = ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"]
 
@@ -22,28 +22,28 @@ def saved(image, path, **options):
 
 
 def grey(*rows):
-    """A picture of grey values."""
+    """An image of grey values."""
     return Image.fromarray(np.array(rows, dtype=np.uint8))
 
 
 def levels(image):
-    """Grey values of an RGB picture whose channels agree."""
+    """Grey values of an RGB image whose channels agree."""
     assert image.mode == "RGB"
     array = np.asarray(image)
     assert (array == array[..., :1]).all()
     return array[..., 0].tolist()
 
 
-# Loading: whatever the file holds, an upright RGB picture.
+# Loading: whatever the file holds, an upright RGB image.
 
 
-def test_an_rgb_picture_is_loaded_as_it_is(tmp_path):
+def test_an_rgb_image_is_loaded_as_it_is(tmp_path):
     loaded = load_image(saved(noise(), tmp_path / "a.png"))
     assert loaded.mode == "RGB"
     assert (np.asarray(loaded) == np.asarray(noise())).all()
 
 
-def test_a_path_may_be_a_string_and_a_picture_stays_untouched(tmp_path):
+def test_a_path_may_be_a_string_and_a_image_stays_untouched(tmp_path):
     image = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
     assert levels(load_image(str(saved(image, tmp_path / "a.png")))) == [[255, 255], [255, 255]]
     assert levels(load_image(image)) == [[255, 255], [255, 255]]
@@ -73,7 +73,7 @@ def test_grey_with_alpha_is_laid_over_white(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "gif"])
-def test_the_transparent_colour_of_a_palette_becomes_white(tmp_path, suffix):
+def test_the_transparent_color_of_a_palette_becomes_white(tmp_path, suffix):
     image = Image.new("P", (3, 1))
     image.putpalette([10, 20, 30, 200, 100, 50, 0, 0, 0])
     image.putdata([0, 1, 2])
@@ -81,7 +81,7 @@ def test_the_transparent_colour_of_a_palette_becomes_white(tmp_path, suffix):
     assert [loaded.getpixel((x, 0)) for x in range(3)] == [(10, 20, 30), (255, 255, 255), (0, 0, 0)]
 
 
-def test_a_transparent_colour_without_a_palette_becomes_white(tmp_path):
+def test_a_transparent_color_without_a_palette_becomes_white(tmp_path):
     image = Image.new("RGB", (2, 1), (9, 8, 7))
     image.putpixel((1, 0), (1, 2, 3))
     loaded = load_image(saved(image, tmp_path / "a.png", transparency=(1, 2, 3)))
@@ -107,7 +107,7 @@ def test_cmyk_becomes_rgb(tmp_path):
     assert (red > 250, green < 5, blue < 5) == (True, True, True)
 
 
-# Where the first row and column of the stored picture belong, by the EXIF standard; upright it is 1 2 3 / 4 5 6.
+# Where the first row and column of the stored image belong, by the EXIF standard; upright it is 1 2 3 / 4 5 6.
 STORED = {
     1: ([1, 2, 3], [4, 5, 6]),  # top, left
     2: ([3, 2, 1], [6, 5, 4]),  # top, right
@@ -155,42 +155,42 @@ def test_an_exif_block_that_cannot_be_read_says_nothing(tmp_path, damage):
     assert levels(load_image(path)) == [[1, 2, 3], [4, 5, 6]]
 
 
-# What is no picture, or not a whole one.
+# What is no image, or not a whole one.
 
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read")
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_picture_that_breaks_off_is_named(tmp_path, form):
+def test_a_image_that_breaks_off_is_named(tmp_path, form):
     buffer = io.BytesIO()
     noise().save(buffer, form)
     path = tmp_path / f"broken.{form.lower()}"
     for share in (0, 0.05, 0.5, 0.9):
         path.write_bytes(buffer.getvalue()[: int(share * len(buffer.getvalue()))])
-        with pytest.raises(ValueError, match=f"cannot read .*{path.name} as a picture"):
+        with pytest.raises(ValueError, match=f"cannot read .*{path.name} as an image"):
             load_image(path)
 
 
 def test_a_text_file_is_named(tmp_path):
     path = tmp_path / "words.png"
     path.write_text("a red square")
-    with pytest.raises(ValueError, match=r"cannot read .*words\.png as a picture"):
+    with pytest.raises(ValueError, match=r"cannot read .*words\.png as an image"):
         load_image(path)
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no picture at .*nowhere\.png"):
+    with pytest.raises(ValueError, match=r"no image at .*nowhere\.png"):
         load_image(tmp_path / "nowhere.png")
 
 
 def test_a_folder_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot read .* as a picture"):
+    with pytest.raises(ValueError, match=r"cannot read .* as an image"):
         load_image(tmp_path)
 
 
-def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+def test_a_image_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     path = saved(noise(), tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"cannot read .*huge\.png as a picture: .*decompression bomb"):
+    with pytest.raises(ValueError, match=r"cannot read .*huge\.png as an image: .*decompression bomb"):
         load_image(path)
 
 
@@ -201,7 +201,7 @@ def test_a_header_that_pillow_refuses_by_value_error_is_named(tmp_path, monkeypa
         raise ValueError("Invalid dimensions")
 
     monkeypatch.setattr(Image, "open", refuse)
-    with pytest.raises(ValueError, match=r"cannot read .*odd\.png as a picture: Invalid dimensions"):
+    with pytest.raises(ValueError, match=r"cannot read .*odd\.png as an image: Invalid dimensions"):
         load_image(path)
 
 
@@ -210,11 +210,11 @@ def test_a_header_that_pillow_refuses_by_value_error_is_named(tmp_path, monkeypa
 
 @pytest.mark.parametrize(("width", "height"), [(30, 30), (45, 30), (30, 77), (8, 200), (301, 300)])
 def test_shorter_side_gives_a_square(width, height):
-    assert shorter_side(noise(width, height), 24).size == (24, 24)
+    assert resize_center_crop(noise(width, height), 24).size == (24, 24)
 
 
-def test_shorter_side_keeps_a_picture_that_fits():
-    assert (np.asarray(shorter_side(noise(24, 24), 24)) == np.asarray(noise(24, 24))).all()
+def test_shorter_side_keeps_a_image_that_fits():
+    assert (np.asarray(resize_center_crop(noise(24, 24), 24)) == np.asarray(noise(24, 24))).all()
 
 
 @pytest.mark.parametrize(
@@ -223,13 +223,13 @@ def test_shorter_side_keeps_a_picture_that_fits():
 def test_shorter_side_is_resized_by_lanczos_and_the_middle_cut_out(size, resized, corner):
     left, top = corner
     expected = noise(*size).resize(resized, Image.Resampling.LANCZOS).crop((left, top, left + 16, top + 16))
-    difference = np.asarray(shorter_side(noise(*size), 16)).astype(int) - np.asarray(expected)
+    difference = np.asarray(resize_center_crop(noise(*size), 16)).astype(int) - np.asarray(expected)
     assert abs(difference).mean() < 1  # rounding
 
 
 def test_shorter_side_refuses_a_sliver():
-    with pytest.raises(ValueError, match="picture of 7 x 100 is too small; expected 8 pixels or more a side"):
-        shorter_side(noise(7, 100), 16)
+    with pytest.raises(ValueError, match="image of 7 x 100 is too small; expected 8 pixels or more a side"):
+        resize_center_crop(noise(7, 100), 16)
 
 
 # To pixels and back.
@@ -238,15 +238,15 @@ def test_shorter_side_refuses_a_sliver():
 def test_pixels_are_channels_first_in_0_to_1():
     image = Image.new("RGB", (3, 2), (255, 0, 51))
     image.putpixel((2, 1), (0, 102, 0))
-    pixels = to_pixels([image, noise(3, 2)])
+    pixels = to_tensor([image, noise(3, 2)])
     assert (pixels.shape, pixels.dtype) == ((2, 3, 2, 3), torch.float32)
     assert pixels[0, :, 0, 0].tolist() == pytest.approx([1, 0, 0.2])
     assert pixels[0, :, 1, 2].tolist() == pytest.approx([0, 0.4, 0])
 
 
-def test_pixels_come_back_as_the_same_pictures():
+def test_pixels_come_back_as_the_same_images():
     images = [noise(5, 4, seed) for seed in range(3)]
-    back = to_pil(to_pixels(images))
+    back = to_pil(to_tensor(images))
     assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(images, back, strict=True))
 
 
@@ -255,9 +255,9 @@ def test_pixels_are_rounded_and_clamped():
     assert levels(to_pil(pixels)[0]) == [[0, 0, 1, 255, 255]]
 
 
-def test_a_sheet_holds_each_picture_enlarged_without_smoothing():
+def test_a_sheet_holds_each_image_enlarged_without_smoothing():
     rows = [[noise(3, 2, 0), noise(3, 2, 1)], [noise(3, 2, 2)]]
-    page = sheet(rows, scale=2, gap=4)
+    page = image_grid(rows, scale=2, gap=4)
     assert page.size == (2 * (6 + 4) + 4, 2 * (4 + 4) + 4)
     lower_left = np.asarray(page.crop((4, 12, 10, 16)))
     assert (lower_left == np.asarray(rows[1][0]).repeat(2, axis=0).repeat(2, axis=1)).all()

@@ -8,9 +8,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from dalle.layout import TokenLayout
 from dalle.masks import KINDS, dense_mask, visible
-from dalle.nn.attention import CHOICES, attend, choose, resolve
+from dalle.nn.attention import CHOICES, attend, auto_backend, resolve_backend
 from dalle.nn.flex_attention import flex_refusal
-from dalle.nn.sparse_mask import Pattern
+from dalle.nn.sparse_mask import SparseMask
 
 LAYOUTS = [TokenLayout(2, (1, 3), 5, 5), TokenLayout(5, (4, 4), 5, 5), TokenLayout(7, (3, 8), 5, 5)]
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention
 
 def random_inputs(layout, width=8, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    q, k, v, weight = torch.randn(4, 2, 3, layout.length, width, generator=generator)
+    q, k, v, weight = torch.randn(4, 2, 3, layout.seq_len, width, generator=generator)
     return [t.to(dtype).requires_grad_() for t in (q, k, v)], weight
 
 
@@ -33,7 +33,7 @@ def values_and_gradients(backend, inputs, pattern, weight):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", ["sdpa", "blocks", "auto"])
 def test_backends_equal_dense_in_value_and_gradient(backend, kind, layout, dtype, tolerance):
-    pattern = Pattern(kind, layout, kernel=3)
+    pattern = SparseMask(kind, layout, kernel=3)
     inputs, weight = random_inputs(layout, dtype=dtype)
     dense, other = (values_and_gradients(name, inputs, pattern, weight) for name in ("dense", backend))
     assert dense[0].dtype == other[0].dtype == dtype
@@ -44,7 +44,7 @@ def test_backends_equal_dense_in_value_and_gradient(backend, kind, layout, dtype
 def test_blocks_score_only_the_text_and_the_near_keys(kind):
     """At the paper's size: 33 of 64, 32 of 32 and 66 of 224 near keys are seen where a query has all of them."""
     layout = TokenLayout()
-    pattern = Pattern(kind, layout)
+    pattern = SparseMask(kind, layout)
     near = {"row": 2 * 32, "column": 32, "conv": 7 * 32}[kind]
     assert pattern.near(CPU).shape == (32, 32, near)
     assert pattern.near(CPU).sum() == dense_mask(kind, layout)[256:, 256:].sum()
@@ -62,7 +62,7 @@ def test_blocks_score_only_the_text_and_the_near_keys(kind):
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_flex_equals_dense_in_value(kind, layout, dtype, tolerance):
-    pattern = Pattern(kind, layout, kernel=3)
+    pattern = SparseMask(kind, layout, kernel=3)
     q, k, v = (t.detach() for t in random_inputs(layout, dtype=dtype)[0])
     dense, flex = (attend(q, k, v, pattern, backend) for backend in ("dense", "flex"))
     assert flex.dtype == dtype
@@ -71,7 +71,7 @@ def test_flex_equals_dense_in_value(kind, layout, dtype, tolerance):
 
 def test_attention_of_transposed_slots_is_the_transposed_attention():
     """Only flex works in that order; the others come back from it."""
-    pattern = Pattern("column", LAYOUTS[2])
+    pattern = SparseMask("column", LAYOUTS[2])
     q, k, v = (t.detach() for t in random_inputs(LAYOUTS[2])[0])
     expected = pattern.transposed(attend(q, k, v, pattern, "dense"))
     exchanged = [pattern.transposed(x) for x in (q, k, v)]
@@ -86,7 +86,7 @@ def test_attention_of_transposed_slots_is_the_transposed_attention():
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_flex_equals_dense_in_value_and_gradient_on_a_gpu(kind, layout, dtype, tolerance):
-    pattern = Pattern(kind, layout, kernel=3)
+    pattern = SparseMask(kind, layout, kernel=3)
     inputs, weight = random_inputs(layout, width=64, dtype=dtype)
     inputs, weight = [t.detach().cuda().requires_grad_() for t in inputs], weight.cuda()
     dense, flex = (values_and_gradients(name, inputs, pattern, weight) for name in ("dense", "flex"))
@@ -96,7 +96,7 @@ def test_flex_equals_dense_in_value_and_gradient_on_a_gpu(kind, layout, dtype, t
 @pytest.mark.parametrize(("kind", "empty"), [("causal", 45), ("row", 66), ("conv", 60), ("column", 73)])
 def test_so_many_percent_of_the_blocks_are_empty_at_paper_size(kind, empty):
     """Blocks of 128 x 128 of 1,280 x 1,280 pairs; only the transposition (11c) makes those of "column" dense."""
-    assert Pattern(kind, TokenLayout()).blocks(CPU).sparsity() == pytest.approx(empty)
+    assert SparseMask(kind, TokenLayout()).blocks(CPU).sparsity() == pytest.approx(empty)
 
 
 def test_without_the_transposition_column_has_no_more_empty_blocks_than_causal():
@@ -109,11 +109,11 @@ def test_without_the_transposition_column_has_no_more_empty_blocks_than_causal()
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_hold_every_visible_pair_and_full_ones_nothing_else(kind, layout):
     """The kernel asks the predicate in the first kind of block and never in the second."""
-    pattern = Pattern(kind, layout)
+    pattern = SparseMask(kind, layout)
     mask = dense_mask(kind, layout).float()
     if kind == "column":
         mask = pattern.transposed(pattern.transposed(mask).T.contiguous()).T
-    side = -layout.length % 128
+    side = -layout.seq_len % 128
     pairs = (
         torch.nn.functional.pad(mask, (0, side, 0, side))
         .unflatten(1, (-1, 128))
@@ -138,8 +138,8 @@ def block_table(counts, indices):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.rows}x{layout.columns}")
 def test_transposed_slots_go_back_to_raster_order(layout):
-    pattern = Pattern("column", layout)
-    x = torch.arange(2 * layout.length * 5.0).view(2, layout.length, 5)
+    pattern = SparseMask("column", layout)
+    x = torch.arange(2 * layout.seq_len * 5.0).view(2, layout.seq_len, 5)
     assert torch.equal(pattern.raster(pattern.transposed(x)), x)
     first_column = x[:, layout.text_len :].unflatten(1, layout.grid)[:, :, 0]
     assert torch.equal(
@@ -165,9 +165,9 @@ def test_transposed_slots_go_back_to_raster_order(layout):
     ],
 )
 def test_auto_chooses_by_kind_and_device(kind, device, chosen):
-    pattern = Pattern(kind, LAYOUTS[1], 3)
-    assert choose(kind, torch.device(device)) == chosen
-    assert resolve("auto", pattern, LAYOUTS[1].length, torch.device(device), 64) == chosen
+    pattern = SparseMask(kind, LAYOUTS[1], 3)
+    assert auto_backend(kind, torch.device(device)) == chosen
+    assert resolve_backend("auto", pattern, LAYOUTS[1].seq_len, torch.device(device), 64) == chosen
 
 
 @pytest.mark.parametrize(
@@ -181,11 +181,13 @@ def test_auto_chooses_by_kind_and_device(kind, device, chosen):
 def test_a_backend_that_the_device_cannot_run_is_refused(monkeypatch, device, triton, width, message):
     monkeypatch.setattr("dalle.nn.flex_attention._triton", lambda: triton)
     with pytest.raises(ValueError, match=message):
-        resolve("flex", Pattern("row", LAYOUTS[1]), LAYOUTS[1].length, torch.device(device), width)
+        resolve_backend(
+            "flex", SparseMask("row", LAYOUTS[1]), LAYOUTS[1].seq_len, torch.device(device), width
+        )
 
 
 def test_gradients_of_flex_on_a_cpu_are_refused():
-    pattern, (inputs, _) = Pattern("row", LAYOUTS[1]), random_inputs(LAYOUTS[1])
+    pattern, (inputs, _) = SparseMask("row", LAYOUTS[1]), random_inputs(LAYOUTS[1])
     with pytest.raises(ValueError, match="backend flex has no gradients on cpu; set"):
         attend(*inputs, pattern, "flex")
     with torch.no_grad():
@@ -196,9 +198,9 @@ def test_gradients_of_flex_on_a_cpu_are_refused():
 @pytest.mark.parametrize("kernel", [2, 5])
 def test_a_kernel_that_cannot_be_is_refused_before_any_mask_is_made(kernel):
     with pytest.raises(ValueError, match="kernel must be odd and at most the 4 columns"):
-        Pattern("conv", LAYOUTS[1], kernel)
+        SparseMask("conv", LAYOUTS[1], kernel)
     with pytest.raises(ValueError, match="unknown attention kind 'diagonal'"):
-        Pattern("diagonal", LAYOUTS[1])
+        SparseMask("diagonal", LAYOUTS[1])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -208,7 +210,7 @@ def test_a_kernel_that_cannot_be_is_refused_before_any_mask_is_made(kernel):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_sampling_builds_serves_training_too(kind):
-    pattern, (inputs, weight) = Pattern(kind, LAYOUTS[1], 3), random_inputs(LAYOUTS[1])
+    pattern, (inputs, weight) = SparseMask(kind, LAYOUTS[1], 3), random_inputs(LAYOUTS[1])
     for backend in ("dense", "sdpa", "blocks"):
         with torch.inference_mode():
             attend(*inputs, pattern, backend)
@@ -218,8 +220,8 @@ def test_what_sampling_builds_serves_training_too(kind):
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.rows}x{layout.columns}")
 def test_groups_go_back_to_raster_order(kind, layout):
-    pattern = Pattern(kind, layout, kernel=3)
-    x = torch.arange(2 * 3 * layout.image_len * 5.0).view(2, 3, layout.image_len, 5)
+    pattern = SparseMask(kind, layout, kernel=3)
+    x = torch.arange(2 * 3 * layout.num_image_tokens * 5.0).view(2, 3, layout.num_image_tokens, 5)
     assert torch.equal(pattern.ungroup(pattern.group(x)), x)
 
 
@@ -228,10 +230,10 @@ def test_groups_go_back_to_raster_order(kind, layout):
 @pytest.mark.parametrize("kind", ["conv", "causal"])
 def test_the_beginning_of_a_stream_has_the_attention_of_the_whole(backend, kind):
     layout = LAYOUTS[1]
-    pattern = Pattern(kind, layout, kernel=3)
+    pattern = SparseMask(kind, layout, kernel=3)
     q, k, v = (t.detach() for t in random_inputs(layout)[0])
     whole = attend(q, k, v, pattern, backend)
-    for end in range(1, layout.length):
+    for end in range(1, layout.seq_len):
         beginning = attend(q[:, :, :end], k[:, :, :end], v[:, :, :end], pattern, backend)
         torch.testing.assert_close(beginning, whole[:, :, :end])
 
@@ -239,10 +241,10 @@ def test_the_beginning_of_a_stream_has_the_attention_of_the_whole(backend, kind)
 def test_dense_is_one_softmax_over_all_visible_keys():
     """Paper 2.2: one normalisation for text and image keys together."""
     layout = LAYOUTS[0]
-    pattern = Pattern("column", layout)
+    pattern = SparseMask("column", layout)
     q, k, v = (t.detach() for t in random_inputs(layout, width=4)[0])
     out = attend(q, k, v, pattern, "dense")
-    for slot in range(layout.length):
+    for slot in range(layout.seq_len):
         seen = pattern.dense(CPU)[slot].nonzero().flatten()
         shares = torch.tensor([math.exp((q[1, 2, slot] @ k[1, 2, i]).item() / 2) for i in seen])
         expected = (shares / shares.sum()) @ v[1, 2, seen]
@@ -253,10 +255,10 @@ def test_large_scores_do_not_overflow():
     layout = LAYOUTS[1]
     q, k, v = (t.detach() for t in random_inputs(layout)[0])
     for backend in CHOICES:
-        assert torch.isfinite(attend(100 * q, 100 * k, v, Pattern("row", layout), backend)).all()
+        assert torch.isfinite(attend(100 * q, 100 * k, v, SparseMask("row", layout), backend)).all()
 
 
 def test_an_unknown_backend_is_refused():
     (q, k, v), _ = random_inputs(LAYOUTS[0])
     with pytest.raises(ValueError, match="unknown attention backend 'flash9'; expected one of auto, dense"):
-        attend(q, k, v, Pattern("row", LAYOUTS[0]), "flash9")
+        attend(q, k, v, SparseMask("row", LAYOUTS[0]), "flash9")

@@ -4,9 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from dalle.nn.int8 import FEW_ROWS, STRIDE, Int8Linear, multiply, operand
+from dalle.nn.int8 import FEW_ROWS, STRIDE, Int8Linear, int8_linear, weight_like
 from dalle.transformer import Transformer, TransformerConfig
-from dalle.transformer.generate import draw_tokens, generate, in_format, in_int8, own_format
+from dalle.transformer.generate import (
+    cast_linear_weights,
+    generate,
+    generate_tokens,
+    inference_autocast,
+    quantize_int8,
+)
 
 CONFIG = TransformerConfig(2, 2, 32, 6, (2, 5), 11, 13, conv_kernel=3, init_scale=1.0)
 
@@ -68,20 +74,20 @@ class TestInt8Linear:
     def test_some_rows_are_those_of_the_whole(self, inputs):
         plain, x = linear(bias=False, inputs=inputs), torch.randn(4, inputs)
         for layer in (plain, Int8Linear(plain)):
-            assert torch.equal(multiply(x, layer, slice(7, 19)), multiply(x, layer)[:, 7:19])
-        assert operand(Int8Linear(linear(dtype=torch.bfloat16))).dtype == torch.bfloat16
+            assert torch.equal(int8_linear(x, layer, slice(7, 19)), int8_linear(x, layer)[:, 7:19])
+        assert weight_like(Int8Linear(linear(dtype=torch.bfloat16))).dtype == torch.bfloat16
 
 
 class TestModel:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_only_the_matrices_are_rounded_and_all_else_is_shared(self, model, dtype):
-        rounded = in_int8(in_format(model, dtype))
+        rounded = quantize_int8(cast_linear_weights(model, dtype))
         plain = dict(model.named_modules())
         for name, module in rounded.named_modules():
             assert not isinstance(module, nn.Linear)
             if isinstance(module, Int8Linear):
                 assert isinstance(plain[name], nn.Linear)
-                assert operand(module).dtype == (torch.float32 if name == "to_logits" else dtype)
+                assert weight_like(module).dtype == (torch.float32 if name == "to_logits" else dtype)
         shared = {name for name, p in rounded.named_parameters() if p is model.get_parameter(name)}
         assert {
             "token_embedding.weight",
@@ -94,7 +100,7 @@ class TestModel:
         assert model.layers[0].mlp.f.expand.weight.dtype == torch.float32
 
     def test_it_is_the_plain_model_with_rounded_matrices(self, model):
-        rounded, same = in_int8(model), Transformer(CONFIG).requires_grad_(False).eval()
+        rounded, same = quantize_int8(model), Transformer(CONFIG).requires_grad_(False).eval()
         same.load_state_dict(model.state_dict())
         for name, module in rounded.named_modules():
             if isinstance(module, Int8Linear):
@@ -106,11 +112,13 @@ class TestModel:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("guidance", [None, 1.5])
     def test_steps_with_caches_take_the_tokens_of_whole_passes(self, model, dtype, guidance):
-        rounded = in_int8(in_format(model, dtype))
+        rounded = quantize_int8(cast_linear_weights(model, dtype))
         text, noise = model.layout.pad_text([[1, 2], [3]]), torch.rand(2, 3, 10, dtype=torch.float64)
-        assert operand(rounded.layers[0].mlp.f.expand).dtype == rounded.caches(1, 1)[0].image.dtype == dtype
+        assert (
+            weight_like(rounded.layers[0].mlp.f.expand).dtype == rounded.caches(1, 1)[0].image.dtype == dtype
+        )
         drawn = generate(rounded, text, noise, guidance=guidance, temperature=0)
-        with own_format(rounded):
+        with inference_autocast(rounded):
             logits = rounded(model.layout.pack(text, drawn[:, 0]))[:, 6:, -13:]
             empty = model.layout.pad_text([[]]).expand(2, -1)
             other = rounded(model.layout.pack(empty, drawn[:, 0]))[:, 6:, -13:]
@@ -119,13 +127,13 @@ class TestModel:
         assert missed.max() < 0.05  # a tie within the rounding of bf16, else the likeliest
 
     def test_under_autocast_it_stays_as_it_is(self, model):
-        rounded = in_int8(model)
+        rounded = quantize_int8(model)
         text, noise = model.layout.pad_text([[1, 2]]), torch.rand(1, 3, 10, dtype=torch.float64)
-        *_, plain = draw_tokens(rounded, text, noise)
+        *_, plain = generate_tokens(rounded, text, noise)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            *_, drawn = draw_tokens(rounded, text, noise)
+            *_, drawn = generate_tokens(rounded, text, noise)
         assert torch.equal(drawn, plain)
-        assert in_format(rounded, torch.bfloat16) is in_int8(rounded) is rounded
+        assert cast_linear_weights(rounded, torch.bfloat16) is quantize_int8(rounded) is rounded
 
 
 def ids_of(model: Transformer) -> torch.Tensor:

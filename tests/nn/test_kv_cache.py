@@ -5,12 +5,12 @@ import torch
 
 from dalle.layout import TokenLayout
 from dalle.masks import KINDS, dense_mask
-from dalle.nn.kv_cache import Places, bytes_of, scaled
+from dalle.nn.kv_cache import KVCacheLayout, kv_cache_bytes, scale_query
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.sizes import cache_bytes, read_bytes
 
 GRIDS = [(1, 3), (4, 4), (2, 5), (5, 3), (3, 8)]
-TINY = {"heads": 2, "head_width": 8, "text_len": 6, "text_vocab": 11, "image_vocab": 13, "conv_kernel": 3}
+TINY = {"heads": 2, "head_dim": 8, "text_len": 6, "text_vocab": 11, "image_vocab": 13, "conv_kernel": 3}
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -18,9 +18,9 @@ TINY = {"heads": 2, "head_width": 8, "text_len": 6, "text_vocab": 11, "image_voc
 def test_the_places_that_a_step_sees_hold_what_the_mask_shows_and_nothing_else(kind, grid):
     """Slot numbers are written as a decoder writes keys, and read back."""
     layout = TokenLayout(4, grid, 5, 5)
-    places, mask = Places(kind, layout, 3), dense_mask(kind, layout, 3)[4:, 4:]
+    places, mask = KVCacheLayout(kind, layout, 3), dense_mask(kind, layout, 3)[4:, 4:]
     held = torch.full((places.groups, places.size), -1)
-    for slot in range(layout.image_len):
+    for slot in range(layout.num_image_tokens):
         held.view(-1)[places.own[slot]] = slot
         seen = held[places.group[slot]][places.sees[slot]]
         assert sorted(seen.tolist()) == mask[slot].nonzero().flatten().tolist()
@@ -28,21 +28,23 @@ def test_the_places_that_a_step_sees_hold_what_the_mask_shows_and_nothing_else(k
 
 
 def test_at_paper_size_a_step_reads_33_or_32_or_192_keys():
-    sizes = {kind: (places.groups, places.size) for kind in KINDS if (places := Places(kind, TokenLayout()))}
+    sizes = {
+        kind: (places.groups, places.size) for kind in KINDS if (places := KVCacheLayout(kind, TokenLayout()))
+    }
     assert sizes == {"row": (1, 33), "column": (32, 32), "conv": (1, 192), "causal": (1, 1024)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("causal_every", [None, 3])
+@pytest.mark.parametrize("full_attention_every", [None, 3])
 @pytest.mark.parametrize("grid", GRIDS[1:], ids=str)
-def test_memory_by_formula_is_memory_as_measured(grid, causal_every, dtype):
-    config = TransformerConfig(depth=4, grid=grid, causal_every=causal_every, **TINY)
+def test_memory_by_formula_is_memory_as_measured(grid, full_attention_every, dtype):
+    config = TransformerConfig(depth=4, grid=grid, full_attention_every=full_attention_every, **TINY)
     model = Transformer(config).to(dtype)
     caches = model.caches(3, 5)
     keys = torch.zeros(3, 2, config.text_len + 1, 8, dtype=dtype)
     for cache in caches:
         cache.fill(keys, keys, config.text_len)
-    assert bytes_of(caches) == cache_bytes(config, dtype.itemsize)
+    assert kv_cache_bytes(caches) == cache_bytes(config, dtype.itemsize)
 
 
 def test_a_candidate_of_the_papers_model_takes_288_megabytes():
@@ -69,7 +71,7 @@ def test_the_two_parts_are_joined_by_one_softmax():
     k, v = 3 * torch.randn(2, 2, 2, 6 + 4, 8, generator=generator)
     cache.fill(k, v, 6)
     q, own_k, own_v = 3 * torch.randn(3, 4, 3, 8, generator=generator)
-    mixed = cache.attend(scaled(q), own_k, own_v, 4)
+    mixed = cache.attend(scale_query(q), own_k, own_v, 4)
     every_k, every_v = (
         torch.cat([old.flatten(0, 1)[:, None].expand(-1, 3, -1, -1), own[:, :, None]], dim=2)
         for old, own in ((k, own_k), (v, own_v))

@@ -1,4 +1,4 @@
-"""DALLE: caption to ranked pictures, on a tiny model that took two steps (dalle/pipelines/dalle.py)."""
+"""DALLE: caption to ranked images, on a tiny model that took two steps (dalle/pipelines/dalle.py)."""
 
 import json
 import shutil
@@ -13,19 +13,26 @@ from safetensors.torch import load_file, save_file
 import dalle as package
 from dalle.clip import CLIPScorer, PretrainedScorer
 from dalle.hub.model_directory import save_weights, weights_hash
-from dalle.hub.registry import Part, load_part
-from dalle.io.images import to_pil, to_pixels
+from dalle.hub.registry import LoadedModel, load_model
+from dalle.io.images import to_pil, to_tensor
 from dalle.pipelines import best_of_n as drawing
-from dalle.pipelines.best_of_n import Block, Drawer, Settings, blocks, fitting_batch, fitting_chunk
+from dalle.pipelines.best_of_n import (
+    CandidateBatch,
+    CandidateSampler,
+    SamplingConfig,
+    auto_batch_size,
+    blocks,
+    fitting_chunk,
+)
 from dalle.pipelines.dalle import DALLE
-from dalle.pipelines.generation import Generation, best_of_shares
+from dalle.pipelines.generation import Generation, merge_generations
 from dalle.text import TextTokenizerConfig, train_text_tokenizer
 from dalle.types import ImageTokenizer, Scorer
 
 QUIET = {"progress": False}
 
 
-def pictures(images: list[Image.Image]) -> list[bytes]:
+def images(images: list[Image.Image]) -> list[bytes]:
     return [image.tobytes() for image in images]
 
 
@@ -41,12 +48,12 @@ def model(chain) -> DALLE:
 
 
 @pytest.fixture(scope="module")
-def parts(chain) -> dict[str, Part]:
-    return {kind: load_part(chain / kind, kind) for kind in ("dvae", "transformer", "clip")}
+def parts(chain) -> dict[str, LoadedModel]:
+    return {kind: load_model(chain / kind, kind) for kind in ("dvae", "transformer", "clip")}
 
 
 class TestGenerate:
-    def test_it_gives_n_pictures_of_the_models_size(self, model, prompt):
+    def test_it_gives_n_images_of_the_models_size(self, model, prompt):
         generation = model.generate(prompt, n=3, best_of=5, **QUIET)
         assert [image.size for image in generation.images] == [(32, 32)] * 3
         assert generation.image_tokens.shape == (3, 16)
@@ -63,11 +70,11 @@ class TestGenerate:
     def test_n_of_best_of_are_the_first_of_all(self, model, prompt):
         some, every = (model.generate(prompt, n=n, best_of=6, **QUIET) for n in (2, 6))
         assert some.candidates == every.candidates[:2]
-        assert pictures(some.images) == pictures(every.images[:2])
+        assert images(some.images) == images(every.images[:2])
 
-    def test_the_same_seed_gives_the_same_pictures(self, model, prompt):
+    def test_the_same_seed_gives_the_same_images(self, model, prompt):
         one, other = (model.generate(prompt, n=2, best_of=2, seed=7, **QUIET) for _ in range(2))
-        assert pictures(one.images) == pictures(other.images)
+        assert images(one.images) == images(other.images)
 
     def test_another_seed_or_caption_gives_others(self, model, prompt):
         found = [
@@ -109,13 +116,13 @@ class TestGenerate:
         assert torch.equal(plain, one)
         assert not torch.equal(plain, guided)
 
-    def test_the_pictures_are_the_decoded_tokens(self, model, prompt):
+    def test_the_images_are_the_decoded_tokens(self, model, prompt):
         generation = model.generate(prompt, n=2, best_of=2, **QUIET)
-        assert pictures(generation.images) == pictures(to_pil(model.decode(generation.image_tokens)))
+        assert images(generation.images) == images(to_pil(model.decode(generation.image_tokens)))
 
-    def test_without_a_scorer_n_pictures_come_unranked_and_it_says_so(self, model, prompt):
+    def test_without_a_scorer_n_images_come_unranked_and_it_says_so(self, model, prompt):
         plain = DALLE(model.dvae, model.transformer, model.text)
-        with pytest.warns(UserWarning, match="no scorer: drawing 2 pictures, unranked"):
+        with pytest.warns(UserWarning, match="no scorer: drawing 2 images, unranked"):
             generation = plain.generate(prompt, n=2, best_of=8, **QUIET)
         assert (generation.scores, generation.candidates) == (None, [0, 1])
 
@@ -151,7 +158,7 @@ class TestMistakes:
     def test_settings_that_mean_nothing_are_refused_before_anything_is_drawn(
         self, model, prompt, settings, said, monkeypatch
     ):
-        monkeypatch.setattr(Drawer, "ranked", None)
+        monkeypatch.setattr(CandidateSampler, "ranked", None)
         with pytest.raises(ValueError, match=said):
             model.generate(prompt, **settings)
 
@@ -179,59 +186,59 @@ class TestMistakes:
 
 class TestComplete:
     @pytest.fixture
-    def picture(self) -> Image.Image:
+    def image(self) -> Image.Image:
         noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
         return to_pil(noise)[0]
 
     @pytest.mark.parametrize("rows", [1, 2, 3])
-    def test_the_top_rows_keep_the_pictures_tokens(self, model, prompt, picture, rows):
-        generation = model.complete(prompt, picture, rows=rows, n=3, best_of=3, **QUIET)
-        kept = model.dvae.encode(to_pixels([picture]))[0, : rows * 4]
+    def test_the_top_rows_keep_the_images_tokens(self, model, prompt, image, rows):
+        generation = model.complete(prompt, image, rows=rows, n=3, best_of=3, **QUIET)
+        kept = model.dvae.encode(to_tensor([image]))[0, : rows * 4]
         assert (generation.image_tokens[:, : rows * 4] == kept).all()
         assert not (generation.image_tokens[0] == generation.image_tokens[1]).all()
 
-    def test_a_file_of_any_size_will_do(self, model, prompt, picture, tmp_path):
-        picture.resize((50, 37)).save(tmp_path / "a.png")
+    def test_a_file_of_any_size_will_do(self, model, prompt, image, tmp_path):
+        image.resize((50, 37)).save(tmp_path / "a.png")
         generation = model.complete(prompt, tmp_path / "a.png", rows=2, n=1, best_of=1, **QUIET)
         assert generation.images[0].size == (32, 32)
 
     @pytest.mark.parametrize("rows", [0, 4, -1, 100])
-    def test_rows_out_of_range_are_refused(self, model, prompt, picture, rows):
+    def test_rows_out_of_range_are_refused(self, model, prompt, image, rows):
         with pytest.raises(ValueError, match=f"rows must be 1 to 3, got {rows}"):
-            model.complete(prompt, picture, rows=rows)
+            model.complete(prompt, image, rows=rows)
 
     @pytest.mark.parametrize("box", [(2, 1), (0, 2), (3, 3)])
-    def test_all_outside_a_box_keeps_the_pictures_tokens(self, model, prompt, picture, box):
-        generation = model.complete(prompt, picture, box=box, n=3, best_of=3, **QUIET)
-        kept = model.dvae.encode(to_pixels([picture])).view(4, 4)
+    def test_all_outside_a_box_keeps_the_images_tokens(self, model, prompt, image, box):
+        generation = model.complete(prompt, image, box=box, n=3, best_of=3, **QUIET)
+        kept = model.dvae.encode(to_tensor([image])).view(4, 4)
         inside = torch.zeros(4, 4, dtype=torch.bool)
         inside[box[0] :, box[1] :] = True
         drawn = generation.image_tokens.view(3, 4, 4)
         assert (drawn[:, ~inside] == kept[~inside]).all()
         assert len(drawn[:, inside].unique(dim=0)) > 1
 
-    def test_rows_are_a_box_as_wide_as_the_picture(self, model, prompt, picture):
+    def test_rows_are_a_box_as_wide_as_the_image(self, model, prompt, image):
         rows, box = (
-            model.complete(prompt, picture, n=2, best_of=2, **keep, **QUIET)
+            model.complete(prompt, image, n=2, best_of=2, **keep, **QUIET)
             for keep in ({"rows": 1}, {"box": (1, 0)})
         )
         assert torch.equal(rows.image_tokens, box.image_tokens)
 
     @pytest.mark.parametrize("box", [(0, 0), (4, 0), (0, 4), (-1, 2)])
-    def test_a_box_beyond_the_grid_is_refused(self, model, prompt, picture, box):
+    def test_a_box_beyond_the_grid_is_refused(self, model, prompt, image, box):
         with pytest.raises(ValueError, match=r"box must be \(top, left\) within 4 x 4 and not \(0, 0\), got"):
-            model.complete(prompt, picture, box=box)
+            model.complete(prompt, image, box=box)
 
     @pytest.mark.parametrize("keep", [{}, {"rows": 1, "box": (1, 1)}])
-    def test_rows_or_a_box_are_asked_for(self, model, prompt, picture, keep):
+    def test_rows_or_a_box_are_asked_for(self, model, prompt, image, keep):
         with pytest.raises(ValueError, match="give rows, how many to keep, or box"):
-            model.complete(prompt, picture, **keep)
+            model.complete(prompt, image, **keep)
 
-    def test_a_missing_picture_is_named(self, model, prompt, tmp_path):
-        with pytest.raises(ValueError, match=r"no picture at .*none\.png"):
+    def test_a_missing_image_is_named(self, model, prompt, tmp_path):
+        with pytest.raises(ValueError, match=r"no image at .*none\.png"):
             model.complete(prompt, tmp_path / "none.png", rows=1)
 
-    def test_the_rest_is_what_the_model_draws_there(self, model, prompt, picture):
+    def test_the_rest_is_what_the_model_draws_there(self, model, prompt, image):
         """The random numbers of the rows below are those of `generate`, so a candidate's own rows give it back."""
         own = model.generate(prompt, n=1, best_of=1, **QUIET)
         again = model.regenerate(own, rows=2, n=1, best_of=1, seed=0, **QUIET)
@@ -241,12 +248,12 @@ class TestComplete:
 class TestRegenerate:
     def test_what_is_kept_stays_and_the_rest_is_drawn_by_another_seed(self, model, prompt):
         first = model.generate(prompt, n=2, best_of=3, **QUIET)
-        again = model.regenerate(first, picture=1, rows=2, n=3, best_of=3, **QUIET)
+        again = model.regenerate(first, image=1, rows=2, n=3, best_of=3, **QUIET)
         assert (again.prompt, again.seed) == (prompt, 1)
         assert (again.image_tokens[:, :8] == first.image_tokens[1, :8]).all()
         assert not (again.image_tokens[:, 8:] == first.image_tokens[1, 8:]).all()
-        with pytest.raises(ValueError, match="picture must be 0 to 1, got 2"):
-            model.regenerate(first, picture=2, rows=2)
+        with pytest.raises(ValueError, match="image must be 0 to 1, got 2"):
+            model.regenerate(first, image=2, rows=2)
 
 
 class TestSeveralCaptions:
@@ -255,12 +262,12 @@ class TestSeveralCaptions:
     @pytest.mark.parametrize(
         "settings", [{"best_of": 2}, {"best_of": 2, "batch": 4}, {"best_of": 3, "batch": 2}]
     )
-    def test_each_has_the_pictures_that_it_has_alone(self, model, settings):
+    def test_each_has_the_images_that_it_has_alone(self, model, settings):
         together = model.generate(self.CAPTIONS, n=2, **settings, **QUIET)
         assert [one.prompt for one in together] == list(self.CAPTIONS)
         for caption, one in zip(self.CAPTIONS, together, strict=True):
             alone = model.generate(caption, n=2, **settings, **QUIET)
-            assert (alone.candidates, pictures(alone.images)) == (one.candidates, pictures(one.images))
+            assert (alone.candidates, images(alone.images)) == (one.candidates, images(one.images))
 
     @pytest.mark.parametrize("best_of", [2, 20])
     def test_their_order_does_not_matter(self, model, best_of):
@@ -282,21 +289,30 @@ class TestBlocks:
     """Bits: every block has the same rows, whatever is wanted of it."""
 
     def test_a_caption_alone_has_whole_blocks(self):
-        assert list(blocks(1, 5, 4)) == [Block([0], range(4), 4), Block([0], range(4, 8), 1)]
+        assert list(blocks(1, 5, 4)) == [
+            CandidateBatch([0], range(4), 4),
+            CandidateBatch([0], range(4, 8), 1),
+        ]
 
     def test_captions_with_few_candidates_are_drawn_together_in_one_shape(self):
-        assert list(blocks(3, 2, 4)) == [Block([0, 1], range(2), 2), Block([2, 2], range(2), 2)]
-        assert list(blocks(2, 3, 4)) == [Block([0], range(4), 3), Block([1], range(4), 3)]
+        assert list(blocks(3, 2, 4)) == [
+            CandidateBatch([0, 1], range(2), 2),
+            CandidateBatch([2, 2], range(2), 2),
+        ]
+        assert list(blocks(2, 3, 4)) == [CandidateBatch([0], range(4), 3), CandidateBatch([1], range(4), 3)]
 
     def test_told_how_many_captions_every_block_has_so_many(self):
         assert list(blocks(3, 3, 4, 2)) == [
-            Block([0, 1], range(2), 2),
-            Block([0, 1], range(2, 4), 1),
-            Block([2, 2], range(2), 2),
-            Block([2, 2], range(2, 4), 1),
+            CandidateBatch([0, 1], range(2), 2),
+            CandidateBatch([0, 1], range(2, 4), 1),
+            CandidateBatch([2, 2], range(2), 2),
+            CandidateBatch([2, 2], range(2, 4), 1),
         ]
-        assert list(blocks(1, 1, 4, 2)) == [Block([0, 0], range(2), 1)]
-        assert list(blocks(2, 1, 4, 1)) == [Block([0], range(4), 1), Block([1], range(4), 1)]
+        assert list(blocks(1, 1, 4, 2)) == [CandidateBatch([0, 0], range(2), 1)]
+        assert list(blocks(2, 1, 4, 1)) == [
+            CandidateBatch([0], range(4), 1),
+            CandidateBatch([1], range(4), 1),
+        ]
         with pytest.raises(
             ValueError, match="together must be at most the 4 rows of a step, got 5; raise batch"
         ):
@@ -308,13 +324,13 @@ class TestBlocks:
     ):
         with torch.no_grad():
             dalle.transformer.to_logits.weight.normal_(generator=torch.Generator().manual_seed(0))
-        shapes, plain = set(), drawing.draw_tokens
+        shapes, plain = set(), drawing.generate_tokens
 
         def watched(model, text, noise, *rest, **options):
             shapes.add(tuple(noise.shape))
             return plain(model, text, noise, *rest, **options)
 
-        monkeypatch.setattr(drawing, "draw_tokens", watched)
+        monkeypatch.setattr(drawing, "generate_tokens", watched)
         captions, shared = TestSeveralCaptions.CAPTIONS, {}
         for some, best_of in ((captions, 1), (captions[::-1], 5), (captions[1:2], 3), (captions[:2], 2)):
             drawn = dalle.generate(some, n=best_of, best_of=best_of, batch=4, together=together, **QUIET)
@@ -332,13 +348,13 @@ class TestBlocks:
     ):
         with torch.no_grad():
             dalle.transformer.to_logits.weight.normal_(generator=torch.Generator().manual_seed(0))
-        seen, plain = {}, drawing.draw_tokens
+        seen, plain = {}, drawing.generate_tokens
 
         def watched(model, text, noise, *rest, **options):
             seen.setdefault(float(noise[0, 0, 0]), []).append(noise.shape)
             return plain(model, text, noise, *rest, **options)
 
-        monkeypatch.setattr(drawing, "draw_tokens", watched)
+        monkeypatch.setattr(drawing, "generate_tokens", watched)
         ways = [
             {"best_of": 9},
             {"best_of": 1},
@@ -357,7 +373,7 @@ class TestBlocks:
         assert {shape for shapes in seen.values() for shape in shapes} == {(1, 4, 16)}
 
     def test_memory_does_not_grow_with_the_number_of_candidates(self, model, prompt, monkeypatch):
-        """No more pictures than a chunk are decoded at once, and no more than n and a chunk are kept."""
+        """No more images than a chunk are decoded at once, and no more than n and a chunk are kept."""
         sizes, plain = [], model.dvae.decode
         monkeypatch.setattr(
             model.dvae, "decode", lambda tokens, grid: sizes.append(len(tokens)) or plain(tokens, grid)
@@ -370,16 +386,16 @@ class TestBlocks:
         assert sizes == [4] * 10
         assert max(kept) == 3
 
-    def test_rows_and_pictures_at_once_follow_the_free_memory(self, model, monkeypatch):
+    def test_rows_and_images_at_once_follow_the_free_memory(self, model, monkeypatch):
         monkeypatch.setattr(drawing, "free_memory", lambda device: None)
-        assert (fitting_batch(model.transformer), fitting_chunk(torch.device("cpu"), 256**2)) == (16, 64)
+        assert (auto_batch_size(model.transformer), fitting_chunk(torch.device("cpu"), 256**2)) == (16, 64)
         each = drawing.cache_bytes(model.transformer.config, 4)[1]
         monkeypatch.setattr(drawing, "free_memory", lambda device: 6 * each)
-        assert (fitting_batch(model.transformer), fitting_batch(model.transformer, 2)) == (4, 2)
+        assert (auto_batch_size(model.transformer), auto_batch_size(model.transformer, 2)) == (4, 2)
         monkeypatch.setattr(drawing, "free_memory", lambda device: 2**34)
         assert fitting_chunk(torch.device("cpu"), 256**2) == 16
         monkeypatch.setattr(drawing, "free_memory", lambda device: 1)
-        assert fitting_batch(model.transformer) == fitting_chunk(torch.device("cpu"), 256**2) == 1
+        assert auto_batch_size(model.transformer) == fitting_chunk(torch.device("cpu"), 256**2) == 1
 
     def test_free_memory_is_said_or_unknown(self):
         free = drawing.free_memory(torch.device("cpu"))
@@ -393,16 +409,16 @@ class TestShares:
         whole = model.generate(prompt, **options)
         parts = [model.generate([prompt], share=(rank, world), **options) for rank in range(world)]
         assert sum(one.drawn for part in parts for one in part) == 10
-        joined = best_of_shares([one for part in parts for one in part], 3)
+        joined = merge_generations([one for part in parts for one in part], 3)
         assert (joined.candidates, joined.scores, joined.drawn) == (whole.candidates, whole.scores, 10)
         assert torch.equal(joined.image_tokens, whole.image_tokens)
-        assert pictures(joined.images) == pictures(whole.images)
+        assert images(joined.images) == images(whole.images)
         assert not joined.partial
 
     @pytest.mark.parametrize("share", [(2, 2), (-1, 2), (0, 0)])
     def test_a_share_that_is_none_is_refused(self, share):
         with pytest.raises(ValueError, match="share must be"):
-            Settings(share=share)
+            SamplingConfig(share=share)
 
 
 class TestInterruption:
@@ -411,14 +427,14 @@ class TestInterruption:
         """Control-C comes while block number `at` is drawn."""
 
         def arrange(at: int) -> None:
-            plain, calls = drawing.draw_tokens, iter(range(100))
+            plain, calls = drawing.generate_tokens, iter(range(100))
 
             def some(*words, **options):
                 if next(calls) == at:
                     raise KeyboardInterrupt
                 return plain(*words, **options)
 
-            monkeypatch.setattr(drawing, "draw_tokens", some)
+            monkeypatch.setattr(drawing, "generate_tokens", some)
 
         return arrange
 
@@ -429,14 +445,14 @@ class TestInterruption:
         with pytest.warns(UserWarning, match="interrupted: 8 of 100 candidates are ranked"):
             part = model.generate(prompt, n=2, best_of=100, batch=4, **QUIET)
         assert (part.partial, part.drawn, part.best_of) == (True, 8, 100)
-        assert (part.candidates, pictures(part.images)) == (whole.candidates, pictures(whole.images))
+        assert (part.candidates, images(part.images)) == (whole.candidates, images(whole.images))
 
     def test_with_nothing_ranked_the_interruption_goes_on(self, model, prompt, interrupt):
         interrupt(0)
         with pytest.raises(KeyboardInterrupt):
             model.generate(prompt, n=1, best_of=1, **QUIET)
 
-    def test_captions_without_a_picture_are_left_out(self, model, prompt, interrupt):
+    def test_captions_without_a_image_are_left_out(self, model, prompt, interrupt):
         interrupt(1)
         with pytest.warns(UserWarning, match="interrupted"):
             found = model.generate([prompt, "a blue circle"], n=1, best_of=4, batch=4, **QUIET)
@@ -455,16 +471,16 @@ class TestLogLikelihood:
         torch.testing.assert_close(found.text, nats[:, :words].sum(dim=1))
         torch.testing.assert_close(found.image, nats[:, layout.text_len :].sum(dim=1))
 
-    def test_a_picture_has_that_of_its_tokens(self, model, prompt, tmp_path):
-        picture = to_pil(torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3)))[0]
-        picture.save(tmp_path / "a.png")
-        tokens = model.dvae.encode(to_pixels([picture]))
-        by_tokens, by_picture = (
+    def test_a_image_has_that_of_its_tokens(self, model, prompt, tmp_path):
+        image = to_pil(torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3)))[0]
+        image.save(tmp_path / "a.png")
+        tokens = model.dvae.encode(to_tensor([image]))
+        by_tokens, by_image = (
             model.log_likelihood(prompt, tokens),
             model.log_likelihood(prompt, tmp_path / "a.png"),
         )
-        assert isinstance(by_picture.image, float)
-        assert by_picture == pytest.approx([float(part) for part in by_tokens])
+        assert isinstance(by_image.image, float)
+        assert by_image == pytest.approx([float(part) for part in by_tokens])
 
     def test_tokens_beyond_the_vocabulary_and_empty_captions_are_refused(self, model, prompt):
         with pytest.raises(ValueError, match=r"image tokens must be in \[0, 16\), got 16"):
@@ -509,13 +525,13 @@ class TestStream:
         steps = list(model.stream(prompt, n=2, seed=5))
         assert [len(step) for step in steps] == [2] * 4
         plain = DALLE(model.dvae, model.transformer, model.text)
-        assert pictures(steps[-1]) == pictures(plain.generate(prompt, n=2, best_of=2, seed=5, **QUIET).images)
+        assert images(steps[-1]) == images(plain.generate(prompt, n=2, best_of=2, seed=5, **QUIET).images)
 
     def test_what_is_not_drawn_yet_is_grey(self, model, prompt):
-        for row, (picture,) in enumerate(model.stream(prompt), start=1):
-            assert picture.size == (32, 32)
+        for row, (image,) in enumerate(model.stream(prompt), start=1):
+            assert image.size == (32, 32)
             if row < 4:
-                below = picture.crop((0, 8 * row, 32, 32))
+                below = image.crop((0, 8 * row, 32, 32))
                 assert below.getcolors() == [(below.width * below.height, (128, 128, 128))]
 
     @pytest.mark.parametrize(
@@ -542,19 +558,19 @@ class TestWatch:
             whole.scores,
             whole.candidates,
         )
-        assert pictures(steps[-1].generation.images) == pictures(whole.images)
+        assert images(steps[-1].generation.images) == images(whole.images)
         assert [step.generation.drawn for step in steps if step.generation] == [4, 8, 10]
 
     def test_it_completes_as_complete_does(self, model, prompt):
-        picture = Image.new("RGB", (40, 40), "red")
+        image = Image.new("RGB", (40, 40), "red")
         asked = {"n": 2, "best_of": 5, "batch": 4, "rows": 2}
-        steps = list(model.watch(prompt, picture, **asked))
+        steps = list(model.watch(prompt, image, **asked))
         assert torch.equal(
-            steps[-1].generation.image_tokens, model.complete(prompt, picture, **asked, **QUIET).image_tokens
+            steps[-1].generation.image_tokens, model.complete(prompt, image, **asked, **QUIET).image_tokens
         )
         assert [step.image_tokens.shape[1] for step in steps] == [12, 16, 16] * 2
 
-    def test_each_row_is_the_beginning_of_the_whole_pictures(self, model, prompt):
+    def test_each_row_is_the_beginning_of_the_whole_images(self, model, prompt):
         every = model.generate(prompt, n=6, best_of=6, batch=4, **QUIET)
         tokens = dict(zip(every.candidates, every.image_tokens, strict=True))
         steps = list(model.watch(prompt, n=3, best_of=6, batch=4))
@@ -576,7 +592,7 @@ class TestWatch:
         [
             ({"best_of": 2}, "best_of must be at least n"),
             ({"top_p": 2}, "top_p"),
-            ({"rows": 1}, "give the picture"),
+            ({"rows": 1}, "give the image"),
         ],
     )
     def test_all_is_checked_before_the_first_step(self, model, prompt, settings, said):
@@ -606,7 +622,7 @@ class TestSaving:
         again = DALLE.from_pretrained(tmp_path / "model")
         assert again.hash == dalle.hash
         one, other = (m.generate(prompt, n=2, best_of=4, **QUIET) for m in (dalle, again))
-        assert pictures(one.images) == pictures(other.images)
+        assert images(one.images) == images(other.images)
         assert one.scores == other.scores
 
     def test_the_hash_names_the_weights(self, dalle):
@@ -645,7 +661,7 @@ class TestSaving:
 
     @pytest.mark.parametrize("kind", ["dvae", "transformer", "clip"])
     def test_a_part_can_be_read_from_a_model_directory(self, chain, parts, kind):
-        found = load_part(chain / "model", kind)
+        found = load_model(chain / "model", kind)
         assert found.hash == parts[kind].hash == weights_hash(found.model)
         assert found.links["text_hash"] == parts["transformer"].links["text_hash"]
 
@@ -700,7 +716,7 @@ class TestOpening:
             DALLE.from_pretrained(folder)
 
     def test_another_dvae_in_the_directory_is_refused(self, folder, parts):
-        other = load_part(folder, "dvae").model
+        other = load_model(folder, "dvae").model
         with torch.no_grad():
             other.encoder.blocks.input.b += 1
         save_weights(other, folder / "dvae.safetensors")
@@ -720,7 +736,7 @@ class TestOpening:
 
 class TestJoining:
     def test_another_dvae_is_refused(self, parts):
-        changed = replace(parts["dvae"], model=load_part(parts["dvae"].source, "dvae").model)
+        changed = replace(parts["dvae"], model=load_model(parts["dvae"].source, "dvae").model)
         with torch.no_grad():
             changed.model.encoder.blocks.input.b += 1
         with pytest.raises(
@@ -744,14 +760,14 @@ class TestJoining:
     @pytest.mark.parametrize("kind", ["dvae", "transformer"])
     def test_a_part_from_a_model_directory_joins_too(self, chain, parts, kind, model):
         """`save_pretrained` keeps what the parts were trained with."""
-        found = parts | {kind: load_part(chain / "model", kind)}
+        found = parts | {kind: load_model(chain / "model", kind)}
         assert (
             DALLE.from_parts(found["dvae"], found["transformer"], None).hash == model.hash.rsplit("-", 1)[0]
         )
 
     def test_codes_that_do_not_fit_are_refused(self, model):
         class Other:
-            downsampling, vocab_size = 4, 17
+            downsample_factor, vocab_size = 4, 17
             encode = decode = None
 
         with pytest.raises(ValueError, match="has 17 codes, the transformer draws 16"):

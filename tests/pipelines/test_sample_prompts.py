@@ -1,4 +1,4 @@
-"""Pictures for a file of captions, and processes that share the work (dalle/pipelines/sample_prompts.py)."""
+"""Images for a file of captions, and processes that share the work (dalle/pipelines/sample_prompts.py)."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dalle.commands.sample import SampleRun, sample
+from dalle.commands.sample import SampleArgs, sample
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.prompts_file import check_captions, groups, words
 
@@ -27,11 +27,11 @@ STEMS = [
 
 
 @pytest.fixture
-def run(chain, tmp_path, monkeypatch) -> SampleRun:
-    """Two of three pictures for each of CAPTIONS, into all/ of an empty directory."""
+def run(chain, tmp_path, monkeypatch) -> SampleArgs:
+    """Two of three images for each of CAPTIONS, into all/ of an empty directory."""
     monkeypatch.chdir(tmp_path)
     Path("captions.txt").write_text("\n".join(CAPTIONS) + "\n")
-    return SampleRun(
+    return SampleArgs(
         model=chain / "model",
         prompts=Path("captions.txt"),
         best_of=3,
@@ -57,7 +57,7 @@ def records(folder: str) -> list[dict]:
     ]
 
 
-def test_each_caption_has_its_pictures_a_sheet_and_records(run, chain):
+def test_each_caption_has_its_images_a_sheet_and_records(run, chain):
     sample(run)
     names = {f"000/{stem}-{end}.png" for stem in STEMS for end in ("00", "01", "grid")}
     assert contents("all").keys() == names | {"run.json", "samples.jsonl", "sheet.png"}
@@ -79,7 +79,7 @@ def test_each_caption_has_its_pictures_a_sheet_and_records(run, chain):
 
 @pytest.mark.parametrize("best_of", [1, 3])
 def test_stopped_and_gone_on_it_writes_what_a_run_in_one_go_writes(run, monkeypatch, best_of):
-    """With batch 2, captions are drawn two at a time where one picture is asked for, else one at a time."""
+    """With batch 2, captions are drawn two at a time where one image is asked for, else one at a time."""
     run = replace(run, best_of=best_of, keep=1, batch=2)
     sample(replace(run, out=Path("whole")))
     plain, calls = DALLE.generate, iter(range(100))
@@ -147,9 +147,9 @@ def test_another_run_in_the_directory_is_never_written_over(run):
 
 
 def test_it_goes_on_with_the_rows_that_it_began_with(run, monkeypatch):
-    """Those found by memory are written down: with others the pictures might not be the same."""
+    """Those found by memory are written down: with others the images might not be the same."""
     sample(replace(run, batch=None))
-    monkeypatch.setattr("dalle.pipelines.sample_prompts.fitting_batch", lambda *_: 2)
+    monkeypatch.setattr("dalle.pipelines.sample_prompts.auto_batch_size", lambda *_: 2)
     sample(replace(run, batch=None))
     assert json.loads(Path("all/run.json").read_text())["settings"]["batch"] == 16
 
@@ -226,7 +226,7 @@ def test_thirty_thousand_lines_are_read_in_constant_memory(tmp_path):
     path = tmp_path / "many.txt"
     with path.open("w") as file:
         for i in range(30_000):
-            file.write(f"caption number {i} of very many that say nothing of a picture at all {'x' * 100}\n")
+            file.write(f"caption number {i} of very many that say nothing of an image at all {'x' * 100}\n")
     tracemalloc.start()
     try:
         assert check_captions(path, lambda caption: None)[0] == 30_000

@@ -21,12 +21,12 @@ from helpers.external import check_drawing, check_rounded
 from helpers.vqgan_reference import make_state, names_of_taming
 
 from dalle.benchmarks.dalle_pytorch import _import
-from dalle.commands.inspect_checkpoint import InspectRun, inspect_checkpoint
+from dalle.commands.inspect_checkpoint import InspectCheckpointArgs, inspect_checkpoint
 from dalle.dvae import DVAE, DVAEConfig
-from dalle.hub.model_directory import write_directory
-from dalle.pretrained.family import fit
-from dalle.pretrained.load import find, load_image_tokenizer, load_transformer
-from dalle.pretrained.whole import load_whole
+from dalle.hub.model_directory import write_model_directory
+from dalle.pretrained.family import compare_keys
+from dalle.pretrained.load import detect_checkpoint, load_image_tokenizer, load_transformer
+from dalle.pretrained.whole import load_external_pipeline
 from dalle.text.external.huggingface import HuggingFaceTokenizer
 from dalle.transformer.generate import generate
 from dalle.vqgan import VQGAN
@@ -123,8 +123,8 @@ def text():
     return HuggingFaceTokenizer({"model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}})
 
 
-def test_the_whole_draws_pictures(tmp_path: Path, text) -> None:
-    model = load_whole(write(tmp_path)[0], text)
+def test_the_whole_draws_images(tmp_path: Path, text) -> None:
+    model = load_external_pipeline(write(tmp_path)[0], text)
     generation = model.generate("a b", n=2, best_of=2, seed=1, batch=2)
     assert generation.images[0].size == (24, 24)
     assert torch.equal(
@@ -137,7 +137,7 @@ def test_the_whole_draws_pictures(tmp_path: Path, text) -> None:
     found = model.log_likelihood("a b", generation.image_tokens)
     assert torch.isfinite(found.image).all()
     with pytest.raises(ValueError, match="only a Transformer of this library"):
-        write_directory(tmp_path / "model", {"transformer": model.transformer}, text)
+        write_model_directory(tmp_path / "model", {"transformer": model.transformer}, text)
 
 
 def test_a_full_caption_fits_and_one_more_does_not(tmp_path: Path) -> None:
@@ -150,7 +150,9 @@ def test_a_full_caption_fits_and_one_more_does_not(tmp_path: Path) -> None:
 def test_inside_may_lie_a_vqgan_or_openais_dvae(tmp_path: Path) -> None:
     plain = {name: tensor for name, tensor in make_weights().items() if not name.startswith("vae.")}
     vqgan = {f"vae.model.{name}": tensor for name, tensor in make_state(names_of_taming).items()}
-    dvae = DVAE(DVAEConfig(widths=(8, 8), blocks_per_group=1, downsampling=2, vocab_size=CODES, code_width=4))
+    dvae = DVAE(
+        DVAEConfig(widths=(8, 8), blocks_per_group=1, downsample_factor=2, vocab_size=CODES, codebook_dim=4)
+    )
     dvae_names = {f"vae.{n.replace('oder', '', 1)}": tensor for n, tensor in dvae.state_dict().items()}
     for inner, kind in ((vqgan | {"vae.model.loss.x": torch.zeros(1)}, VQGAN), (dvae_names, DVAE)):
         torch.save(make_file(plain | inner) | {"vae_params": None}, tmp_path / "dalle.pt")
@@ -168,8 +170,8 @@ def test_old_names_of_axial_positions(tmp_path: Path) -> None:
     for axis in "01":
         weights[f"image_pos_emb.weights_{axis}"] = weights.pop(f"image_pos_emb.weights.{axis}")
     torch.save(make_file(weights, rotary_emb=False), tmp_path / "dalle.pt")
-    found = find(tmp_path / "dalle.pt")
-    fit(found.family, found.tensors).check("dalle.pt")
+    found = detect_checkpoint(tmp_path / "dalle.pt")
+    compare_keys(found.family, found.tensors).check("dalle.pt")
 
 
 def test_its_vae_alone(tmp_path: Path) -> None:
@@ -177,7 +179,7 @@ def test_its_vae_alone(tmp_path: Path) -> None:
     for normalization in ({}, {"normalization": None}, {"normalization": ((0.0,) * 3, (1.0,) * 3)}):
         torch.save({"hparams": VAE | normalization, "weights": weights}, tmp_path / "vae.pt")
         model = load_image_tokenizer(tmp_path / "vae.pt")
-        assert (model.downsampling, model.vocab_size) == (4, CODES)
+        assert (model.downsample_factor, model.vocab_size) == (4, CODES)
         assert model.config.means == ((0.0,) * 3 if normalization else (0.5,) * 3)
         assert model.decode(model.encode(torch.rand(1, 3, 8, 12)), (2, 3)).shape == (1, 3, 8, 12)
     torch.save({"hparams": VAE | {"normalization": (0.5, 0.5)}, "weights": weights}, tmp_path / "vae.pt")
@@ -187,7 +189,7 @@ def test_its_vae_alone(tmp_path: Path) -> None:
 
 def test_inspection(tmp_path: Path) -> None:
     path, weights = write(tmp_path)
-    report = inspect_checkpoint(InspectRun(path))
+    report = inspect_checkpoint(InspectCheckpointArgs(path))
     assert (report["family"], report["kind"], report["fits"]) == ("DALLE-pytorch", "transformer", True)
     assert report["sizes"]["kinds"][:2] == ["full", "axial_row"]
     assert "30 text ids, 6 at a time; 24 codes" in report["vocabulary"]
@@ -207,7 +209,7 @@ def before_scales(file: dict[str, Any]) -> None:
 def test_a_folder_of_deepspeed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "dalle-ds-cp/global_step100").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"a folder of DeepSpeed: .*zero_to_fp32"):
-        inspect_checkpoint(InspectRun(tmp_path / "dalle-ds-cp"))
+        inspect_checkpoint(InspectCheckpointArgs(tmp_path / "dalle-ds-cp"))
 
 
 REFUSED = {

@@ -22,15 +22,15 @@ from helpers.mindalle_reference import (
 )
 from helpers.vqgan_reference import CODES
 
-from dalle.commands.inspect_checkpoint import InspectRun, inspect_checkpoint
-from dalle.commands.sample import SampleRun, sample
-from dalle.nn.kv_cache import bytes_of
-from dalle.pretrained.family import fit, without_values
-from dalle.pretrained.load import find, load_image_tokenizer, load_transformer
+from dalle.commands.inspect_checkpoint import InspectCheckpointArgs, inspect_checkpoint
+from dalle.commands.sample import SampleArgs, sample
+from dalle.nn.kv_cache import kv_cache_bytes
+from dalle.pretrained.family import compare_keys, without_values
+from dalle.pretrained.load import detect_checkpoint, load_image_tokenizer, load_transformer
 from dalle.pretrained.mindalle.model import MinDalle, MinDalleConfig
 from dalle.pretrained.mindalle.reader import FAMILY, FILES, STAGE2, load_tokenizer
 from dalle.pretrained.pickle_names import SavedTensor
-from dalle.pretrained.whole import load_whole
+from dalle.pretrained.whole import load_external_pipeline
 from dalle.transformer.generate import generate
 from dalle.vqgan import VQGAN
 
@@ -122,7 +122,7 @@ def test_candidates_differ_and_a_slot_may_be_a_tensor(folder: Path) -> None:
 
 def test_the_memory_of_a_candidate_is_what_its_caches_hold(folder: Path) -> None:
     model = load_transformer(folder)
-    assert model.row_bytes() == bytes_of(model.caches(1, 1))[1] > 0
+    assert model.row_bytes() == kv_cache_bytes(model.caches(1, 1))[1] > 0
 
 
 def test_rounded_matrices_draw(folder: Path) -> None:
@@ -157,10 +157,10 @@ def pack(
     return target
 
 
-def test_folder_and_archive_draw_the_same_pictures(folder: Path, tmp_path: Path) -> None:
+def test_folder_and_archive_draw_the_same_images(folder: Path, tmp_path: Path) -> None:
     tokens = []
     for path in (folder, pack(folder, tmp_path / "1.3B.tar.gz"), pack(folder, tmp_path / "flat.tgz", top="")):
-        model = load_whole(path)
+        model = load_external_pipeline(path)
         assert isinstance(model.dvae, VQGAN)
         generation = model.generate("a red circle", n=2, best_of=2, seed=1, batch=2)
         assert generation.images[0].size == (4 * SIDE, 4 * SIDE)
@@ -175,7 +175,7 @@ def test_folder_and_archive_draw_the_same_pictures(folder: Path, tmp_path: Path)
 
 def test_the_log_likelihood_is_that_of_the_model_written_out(tmp_path: Path) -> None:
     state = write_folder(tmp_path)
-    model = load_whole(tmp_path)
+    model = load_external_pipeline(tmp_path)
     found = model.log_likelihood("a red circle", IMAGE[:1])
     (tokens,) = model.text_tokens(["a red circle"]).tolist()
     of_text, of_image = logits(state, tokens, IMAGE[0].tolist()[:-1])
@@ -189,14 +189,14 @@ def test_as_the_script_draws_it(folder: Path, tmp_path: Path) -> None:
     for path in (folder, pack(folder, tmp_path / "1.3B.tar.gz")):
         out = tmp_path / f"{path.name}-out"
         sample(
-            SampleRun(prompt="a red circle", model=path, best_of=2, keep=2, batch=2, out=out, device="cpu")
+            SampleArgs(prompt="a red circle", model=path, best_of=2, keep=2, batch=2, out=out, device="cpu")
         )
         assert (out / "01.png").is_file()
 
 
 def test_inspection_names_it_and_its_licence(folder: Path, tmp_path: Path) -> None:
     for path in (folder, pack(folder, tmp_path / "1.3B.tar.gz"), folder / STAGE2):
-        report = inspect_checkpoint(InspectRun(path))
+        report = inspect_checkpoint(InspectCheckpointArgs(path))
         assert (report["family"], report["kind"], report["fits"]) == ("minDALL-E", "transformer", True)
         assert "CC-BY-NC-SA" in report["licence"]
         assert report["sizes"]["heads"] == 4
@@ -232,7 +232,7 @@ def test_the_published_file_fits(tmp_path: Path) -> None:
     for text in ("stage2:\n  type: transformer1d\n  hparams:\n    n_heads: 24\n", "stage1: {}\n"):
         (tmp_path / "config.yaml").write_text(text)
         family = FAMILY.settle(FAMILY, tmp_path / STAGE2, {}, tensors)
-        comparison = fit(family, tensors)
+        comparison = compare_keys(family, tensors)
         comparison.check("published")
         assert comparison.config == MinDalleConfig(pad=16383)
 
@@ -330,7 +330,7 @@ def test_what_is_refused(tmp_path: Path, case: str) -> None:
     write_folder(tmp_path)
     change(tmp_path)
     with pytest.raises(ValueError, match=said):
-        load_whole(tmp_path)
+        load_external_pipeline(tmp_path)
 
 
 TRANSFERRED = {
@@ -346,7 +346,7 @@ def test_its_transfer_to_imagenet_is_refused_by_name(tmp_path: Path, case: str, 
     state |= {"head.weight": torch.zeros(CODES, 24)} | TRANSFERRED[case]
     torch.save({"state_dict": {f"{prefix}{name}": t for name, t in state.items()}}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=r"minDALL-E as it was transferred to ImageNet.*reads no captions"):
-        find(tmp_path / "last.ckpt")
+        detect_checkpoint(tmp_path / "last.ckpt")
 
 
 def member(
@@ -394,7 +394,7 @@ def test_a_hostile_archive_is_refused_and_nothing_stays(
         (folder / name).write_text("beside what is hostile it does not matter")
     monkeypatch.setattr("tempfile.tempdir", str(place))
     hostile = pack(folder, tmp_path / "1.3B.tar.gz", change=change)
-    for load in (load_whole, load_transformer, load_image_tokenizer):
+    for load in (load_external_pipeline, load_transformer, load_image_tokenizer):
         with pytest.raises(ValueError, match=said):
             load(hostile)
     assert list(place.iterdir()) == []
@@ -411,8 +411,8 @@ def test_archives_that_are_none(folder: Path, tmp_path: Path) -> None:
     ):
         (tmp_path / "broken.tar.gz").write_bytes(content)
         with pytest.raises(ValueError, match=said):
-            load_whole(tmp_path / "broken.tar.gz")
+            load_external_pipeline(tmp_path / "broken.tar.gz")
     with tarfile.open(tmp_path / "other.tar.gz", "w:gz") as archive:
         member("readme.txt")(archive)
     with pytest.raises(ValueError, match=r"an archive without config\.yaml, so not minDALL-E's"):
-        load_whole(tmp_path / "other.tar.gz")
+        load_external_pipeline(tmp_path / "other.tar.gz")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dalle.pretrained.load import find, load_image_tokenizer
+from dalle.pretrained.load import detect_checkpoint, load_image_tokenizer
 from dalle.pretrained.openai_clip import build, configure, load_scorer
 
 open_clip = pytest.importorskip("open_clip")
@@ -48,7 +48,7 @@ def towers() -> nn.Module:
 def expected(towers: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     ids = open_clip.SimpleTokenizer(context_length=16)([CAPTION])
     image, text = (
-        towers.encode_image(normalised(pixels), normalize=True),
+        towers.encode_image(normalized(pixels), normalize=True),
         towers.encode_text(ids, normalize=True),
     )
     return (image @ text.T)[:, 0].detach()
@@ -59,7 +59,7 @@ def pixels() -> torch.Tensor:
     return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def normalised(pixels: torch.Tensor) -> torch.Tensor:
+def normalized(pixels: torch.Tensor) -> torch.Tensor:
     mean, std = (
         torch.tensor(v)[:, None, None] for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     )
@@ -71,7 +71,7 @@ def normalised(pixels: torch.Tensor) -> torch.Tensor:
 )
 def test_a_torchscript_archive_as_openai_publishes(tmp_path: Path, towers, pixels, expected) -> None:
     torch.jit.save(torch.jit.trace(Published(towers), pixels[:1]), tmp_path / "ViT.pt")
-    assert find(tmp_path / "ViT.pt").family.name == "OpenAI CLIP"
+    assert detect_checkpoint(tmp_path / "ViT.pt").family.name == "OpenAI CLIP"
     scorer = load_scorer(tmp_path / "ViT.pt")
     torch.testing.assert_close(scorer.score(pixels, CAPTION), expected)
 
@@ -109,9 +109,9 @@ def test_scores_have_gradients_in_the_pixels_and_cut_captions_are_counted(
 ) -> None:
     torch.save(Published(towers).state_dict(), tmp_path / "clip.pt")
     scorer = load_scorer(tmp_path / "clip.pt")
-    picture = pixels[:1].clone().requires_grad_()
-    scorer.score(picture, "a " * 40).sum().backward()
-    assert picture.grad.abs().sum() > 0
+    image = pixels[:1].clone().requires_grad_()
+    scorer.score(image, "a " * 40).sum().backward()
+    assert image.grad.abs().sum() > 0
     assert scorer.truncated == 1
 
 

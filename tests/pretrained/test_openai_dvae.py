@@ -11,8 +11,8 @@ from torch import nn
 from dalle.commands.encode_images import take_image_tokenizer
 from dalle.dvae import DVAE
 from dalle.hub.registry import weights_hash
-from dalle.pretrained.family import fit, without_values
-from dalle.pretrained.load import find, load_image_tokenizer
+from dalle.pretrained.family import compare_keys, without_values
+from dalle.pretrained.load import detect_checkpoint, load_image_tokenizer
 from dalle.pretrained.openai_dvae import FAMILY
 from dalle.pretrained.pickle_names import SavedTensor
 from dalle.types import ImageTokenizer
@@ -44,11 +44,11 @@ def equal(model: DVAE, halves: dict[str, nn.Module], released) -> None:
     pixels = torch.rand(2, 3, 32, 24, generator=torch.Generator().manual_seed(1))
     tokens = halves["encoder"](released.map_pixels(pixels)).argmax(dim=1)
     codes = F.one_hot(tokens, 24).permute(0, 3, 1, 2).float()
-    pictures = released.unmap_pixels(torch.sigmoid(halves["decoder"](codes)[:, :3]))
+    images = released.unmap_pixels(torch.sigmoid(halves["decoder"](codes)[:, :3]))
     assert torch.equal(model.codebook_logits(pixels), halves["encoder"](released.map_pixels(pixels)))
     assert torch.equal(model.encode(pixels), tokens.flatten(1))
     assert torch.equal(model.decoder(codes), halves["decoder"](codes))
-    torch.testing.assert_close(model.decode(tokens.flatten(1), (4, 3)), pictures)
+    torch.testing.assert_close(model.decode(tokens.flatten(1), (4, 3)), images)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -57,7 +57,7 @@ def test_whole_modules_as_published(tmp_path: Path, halves, released, zipped: bo
     write(halves, tmp_path, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
     model = load_image_tokenizer(tmp_path)
     assert isinstance(model, ImageTokenizer)
-    assert (model.downsampling, model.vocab_size) == (8, 24)
+    assert (model.downsample_factor, model.vocab_size) == (8, 24)
     assert not any(p.requires_grad for p in model.parameters())
     equal(model, halves, released)
 
@@ -92,7 +92,7 @@ def test_half_precision_and_transposed_memory_become_plain_fp32(tmp_path: Path, 
     assert all(p.dtype == torch.float32 and p.is_contiguous() for p in model.parameters())
 
 
-def test_the_published_size_is_recognised() -> None:
+def test_the_published_size_is_recognized() -> None:
     with without_values():
         reference = DVAE(FAMILY.configure(published_shapes()))
     shapes = {name: tuple(t.shape) for name, t in reference.state_dict().items()}
@@ -103,7 +103,7 @@ def test_the_published_size_is_recognised() -> None:
     found = {
         name: SavedTensor(torch.float32, shape, lambda: torch.empty(0)) for name, shape in shapes.items()
     }
-    fit(FAMILY, found).check("published")
+    compare_keys(FAMILY, found).check("published")
 
 
 def published_shapes() -> dict[str, tuple[int, ...]]:
@@ -170,8 +170,8 @@ class TestRefusals:
         torch.manual_seed(0)
         encoder = released.Encoder(**SIZES)
         for module in encoder.modules():
-            if hasattr(module, "post_gain"):
-                module.post_gain = 0.5
+            if hasattr(module, "residual_scale"):
+                module.residual_scale = 0.5
         write({"encoder": encoder, "decoder": released.Decoder(n_init=12, **SIZES)}, tmp_path)
         with pytest.raises(ValueError, match=r"gain of 0\.5"):
             load_image_tokenizer(tmp_path)
@@ -193,4 +193,4 @@ class TestRefusals:
         (tmp_path / "encoder.pkl").write_bytes(b"")
         (tmp_path / "decoder.pkl").write_bytes(b"")
         with pytest.raises(ValueError, match=r"encoder\.pkl is empty"):
-            find(tmp_path)
+            detect_checkpoint(tmp_path)

@@ -24,16 +24,16 @@ from helpers.rudalle_reference import (
 )
 from helpers.vqgan_reference import make_state, names_of_taming
 
-from dalle.commands.inspect_checkpoint import InspectRun, inspect_checkpoint
-from dalle.commands.sample import SampleRun, sample
-from dalle.pretrained.family import fit, without_values
+from dalle.commands.inspect_checkpoint import InspectCheckpointArgs, inspect_checkpoint
+from dalle.commands.sample import SampleArgs, sample
+from dalle.pretrained.family import compare_keys, without_values
 from dalle.pretrained.load import load_image_tokenizer, load_transformer
 from dalle.pretrained.pickle_names import SavedTensor
 from dalle.pretrained.rudalle import reader as rudalle
 from dalle.pretrained.rudalle.model import Rudalle, RudalleConfig
 from dalle.pretrained.rudalle.reader import FAMILY, lowercase
-from dalle.pretrained.whole import load_whole
-from dalle.text import TextTokenizerConfig, load_text, train_text_tokenizer
+from dalle.pretrained.whole import load_external_pipeline
+from dalle.text import TextTokenizerConfig, load_text_tokenizer, train_text_tokenizer
 from dalle.transformer.generate import generate
 
 CASES: dict[str, dict[str, Any]] = {
@@ -164,9 +164,9 @@ def parts(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_whole_draws_pictures_for_captions_in_any_case(parts: Path) -> None:
-    text, dvae = load_text(parts / "bpe.model"), load_image_tokenizer(parts / "vqgan.ckpt")
-    model = load_whole(parts / "pytorch_model.bin", text, dvae)
+def test_the_whole_draws_images_for_captions_in_any_case(parts: Path) -> None:
+    text, dvae = load_text_tokenizer(parts / "bpe.model"), load_image_tokenizer(parts / "vqgan.ckpt")
+    model = load_external_pipeline(parts / "pytorch_model.bin", text, dvae)
     assert text.encode("AB Ж") != text.encode("ab ж")
     assert (
         model.text.encode("AB Ж")
@@ -180,15 +180,15 @@ def test_the_whole_draws_pictures_for_captions_in_any_case(parts: Path) -> None:
     copy = pickle.loads(pickle.dumps(model.text))
     assert copy.hash == model.text.hash != text.hash
     with pytest.raises(ValueError, match="give its image tokenizer too"):
-        load_whole(parts / "pytorch_model.bin", text)
+        load_external_pipeline(parts / "pytorch_model.bin", text)
     with pytest.raises(ValueError, match="does not hold its text tokenizer"):
-        load_whole(parts / "pytorch_model.bin")
+        load_external_pipeline(parts / "pytorch_model.bin")
 
 
 def test_as_the_script_draws_it(parts: Path) -> None:
     files = {"model": "pytorch_model.bin", "tokenizer": "bpe.model", "dvae": "vqgan.ckpt"}
     options = {name: parts / file for name, file in files.items()} | {"best_of": 2, "keep": 2, "batch": 2}
-    out = sample(SampleRun(prompt="ab ж", **options, out=parts / "out", device="cpu"))
+    out = sample(SampleArgs(prompt="ab ж", **options, out=parts / "out", device="cpu"))
     assert (out / "01.png").is_file()
 
 
@@ -197,7 +197,7 @@ def test_its_tokenizer_is_a_youtokentome_model_with_its_ids(parts: Path) -> None
         lowercase(train_text_tokenizer(["ab"], TextTokenizerConfig(vocab_size=300)))
     (parts / "bpe.model").write_text(BPE.replace("1 0 2 3", "0 1 2 3"), encoding="utf-8")
     with pytest.raises(ValueError, match="has the ids"):
-        lowercase(load_text(parts / "bpe.model"))
+        lowercase(load_text_tokenizer(parts / "bpe.model"))
 
 
 def test_its_text_ids_are_those_of_youtokentome(tmp_path: Path) -> None:
@@ -208,7 +208,10 @@ def test_its_text_ids_are_those_of_youtokentome(tmp_path: Path) -> None:
     youtokentome.BPE.train(
         data=str(tmp_path / "captions.txt"), model=str(tmp_path / "bpe.model"), vocab_size=60
     )
-    theirs, ours = youtokentome.BPE(str(tmp_path / "bpe.model")), lowercase(load_text(tmp_path / "bpe.model"))
+    theirs, ours = (
+        youtokentome.BPE(str(tmp_path / "bpe.model")),
+        lowercase(load_text_tokenizer(tmp_path / "bpe.model")),
+    )
     for caption in [*captions, "  ПЛЯЖ\tи кот ☃☃ ", "\u3000ПЛЯЖ\u00a0"]:
         assert ours.encode(caption) == theirs.encode([caption.lower().strip()])[0]
 
@@ -255,9 +258,9 @@ def test_the_published_files_fit(name: str, version: str) -> None:
     tensors = {name: SavedTensor(torch.float32, shape, list) for name, shape in shapes.items()}
     for mask, table in masks_of_the_published(version).items():
         tensors[f"transformer.{mask}"] = SavedTensor(torch.bool, (size, size), lambda table=table: table)
-    assert FAMILY.recognises(tensors)
+    assert FAMILY.recognizes(tensors)
     family = FAMILY.settle(FAMILY, Path("pytorch_model.bin"), {}, tensors)
-    comparison = fit(family, tensors)
+    comparison = compare_keys(family, tensors)
     comparison.check("published")
     assert comparison.config == RudalleConfig(**vars(config) | {"version": version})
     assert comparison.parameters == parameters == sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -271,15 +274,15 @@ def masks_of_the_published(version: str) -> dict[str, torch.Tensor]:
     near = [a <= 5 if version == "v3" else (a <= 5) | (a >= 27) for a in apart]
     square = near[0] & near[1] & (k <= q)
     assert int(square.sum()) == {"v2": 62_464, "v3": 52_354}[version]
-    pictures = {
+    images = {
         "row_mask": (k <= q) & (q - k <= 32),
         "col_mask": (k <= q) & (q % 32 == k % 32),
         "conv_mask": square,
     }
     whole = {}
-    for name, picture in pictures.items():
+    for name, image in images.items():
         whole[name] = torch.ones(1152, 1152, dtype=torch.bool).tril()
-        whole[name][128:, 128:] = picture
+        whole[name][128:, 128:] = image
     return whole
 
 
@@ -300,7 +303,7 @@ def test_parameters_of_both_on_nothing() -> None:
 
 
 def test_inspection_names_it_and_its_licence(tmp_path: Path) -> None:
-    report = inspect_checkpoint(InspectRun(write(tmp_path, version="v2")[0]))
+    report = inspect_checkpoint(InspectCheckpointArgs(write(tmp_path, version="v2")[0]))
     assert (report["family"], report["kind"], report["fits"]) == ("ruDALL-E", "transformer", True)
     assert report["sizes"]["version"] == "v2"
     assert "Apache-2.0" in report["licence"]
@@ -308,7 +311,7 @@ def test_inspection_names_it_and_its_licence(tmp_path: Path) -> None:
     torch.save(
         make_weights("v2") | {"to_logits.0.bias": torch.ones(WIDTH, dtype=torch.bool)}, tmp_path / "other.bin"
     )
-    report = inspect_checkpoint(InspectRun(tmp_path / "other.bin"))
+    report = inspect_checkpoint(InspectCheckpointArgs(tmp_path / "other.bin"))
     assert (report["fits"], report["mistyped"]) == (
         False,
         ["logits_norm.bias: torch.bool, not torch.float32"],

@@ -18,7 +18,7 @@ from torch import nn
 
 from dalle.pretrained.pickle_names import Held, SavedTensor
 from dalle.pretrained.safe_pickle import Forbidden, read_pickle
-from dalle.pretrained.torch_file import _Storages, open_saved, weights_of
+from dalle.pretrained.torch_file import _Storages, read_torch_file, weights_of
 
 # --------------------------------------------------------------------------------- files of torch
 
@@ -71,7 +71,7 @@ def same(found: Any, expected: Any) -> bool:
 def test_what_torch_saved_is_what_torch_loads(tmp_path: Path, zipped: bool, protocol: int) -> None:
     file = tmp_path / "file.pt"
     torch.save(example(), file, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
-    saved = open_saved(file)
+    saved = read_torch_file(file)
     assert saved.container == ("torch zip" if zipped else "torch legacy")
     reference = (
         torch.load(file, weights_only=True) if protocol == 2 else example()
@@ -82,7 +82,7 @@ def test_what_torch_saved_is_what_torch_loads(tmp_path: Path, zipped: bool, prot
 @pytest.mark.parametrize("protocol", range(6))
 def test_a_bare_pickle(tmp_path: Path, protocol: int) -> None:
     (tmp_path / "file.pkl").write_bytes(pickle.dumps(example(), protocol))
-    saved = open_saved(tmp_path / "file.pkl")
+    saved = read_torch_file(tmp_path / "file.pkl")
     assert saved.container == "pickle"
     assert same(saved.tree, example())
 
@@ -90,7 +90,7 @@ def test_a_bare_pickle(tmp_path: Path, protocol: int) -> None:
 def test_safetensors(tmp_path: Path) -> None:
     state = {"a.weight": torch.randn(3, 2), "b": torch.tensor([1, 2])}
     save_file(state, tmp_path / "file.safetensors")
-    saved = open_saved(tmp_path / "file.safetensors")
+    saved = read_torch_file(tmp_path / "file.safetensors")
     assert saved.container == "safetensors"
     assert same(saved.tree, state)
 
@@ -98,13 +98,13 @@ def test_safetensors(tmp_path: Path) -> None:
 def test_new_number_formats(tmp_path: Path) -> None:
     state = {"a": torch.tensor([1, 65535], dtype=torch.uint16)}
     torch.save(state, tmp_path / "file.pt")
-    assert torch.equal(open_saved(tmp_path / "file.pt").tree["a"].read(), state["a"])
+    assert torch.equal(read_torch_file(tmp_path / "file.pt").tree["a"].read(), state["a"])
 
 
 def test_views_share_their_storage(tmp_path: Path) -> None:
     base = torch.zeros(1000)
     torch.save({"a": base, "b": base}, tmp_path / "file.pt")
-    tree = open_saved(tmp_path / "file.pt").tree
+    tree = read_torch_file(tmp_path / "file.pt").tree
     assert tree["a"].read().data_ptr() == tree["b"].read().data_ptr()
 
 
@@ -122,7 +122,7 @@ class Inner(nn.Module):
 def test_the_weights_of_a_torchscript_archive(tmp_path: Path) -> None:
     model = nn.Sequential(Inner(), nn.LayerNorm(3))
     torch.jit.save(torch.jit.script(model), tmp_path / "file.pt")
-    saved = open_saved(tmp_path / "file.pt")
+    saved = read_torch_file(tmp_path / "file.pt")
     assert saved.container == "TorchScript"
     assert same(weights_of(saved.tree), model.state_dict())
 
@@ -131,7 +131,7 @@ def test_the_weights_of_a_torchscript_archive(tmp_path: Path) -> None:
 def test_weights_are_found_under_the_keys_that_programs_use(tmp_path: Path, key: str | None) -> None:
     state = {"a.weight": torch.ones(2)}
     torch.save({key: state, "epoch": 1} if key else state, tmp_path / "file.pt")
-    assert list(weights_of(open_saved(tmp_path / "file.pt").tree)) == ["a.weight"]
+    assert list(weights_of(read_torch_file(tmp_path / "file.pt").tree)) == ["a.weight"]
 
 
 def test_what_trainers_leave_beside_the_weights_is_held_as_data(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_file_that_would_run_code_is_refused_and_names_it(
             {"state_dict": {"w": torch.ones(2)}, "x": [attack]}, tmp_path / "file.pt", protocol
         )
         with pytest.raises(Forbidden, match=name):
-            open_saved(tmp_path / "file.pt")
+            read_torch_file(tmp_path / "file.pt")
     assert not marker.exists()
 
 
@@ -222,7 +222,7 @@ BY_HAND = {  # an instruction each; "posix.system" is the name as it stands in t
 def test_each_instruction_that_could_call_is_refused(tmp_path: Path, instruction: str) -> None:
     (tmp_path / "file.pkl").write_bytes(BY_HAND[instruction])
     with pytest.raises(Forbidden, match=r"posix\.system.*nothing of it was run"):
-        open_saved(tmp_path / "file.pkl")
+        read_torch_file(tmp_path / "file.pkl")
 
 
 def test_chains_of_getattr_and_dotted_names_are_refused() -> None:
@@ -246,7 +246,7 @@ def test_a_storage_inside_a_bare_pickle_cannot_hide_a_call(tmp_path: Path) -> No
     outer = pickle.dumps(Call(torch.storage._load_from_bytes, inner.getvalue()))
     (tmp_path / "file.pkl").write_bytes(outer)
     with pytest.raises(Forbidden, match=f"{os.name}.system"):
-        open_saved(tmp_path / "file.pkl")
+        read_torch_file(tmp_path / "file.pkl")
 
 
 def test_encodings_cannot_unpack() -> None:
@@ -277,16 +277,16 @@ def test_encodings_cannot_unpack() -> None:
 def test_what_is_no_file_of_weights_is_told(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError, match=said):
-        open_saved(tmp_path / "file")
+        read_torch_file(tmp_path / "file")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no file"):
-        open_saved(tmp_path / "nothing.pt")
+        read_torch_file(tmp_path / "nothing.pt")
 
 
 def everything(path: Path) -> None:
-    for tensor in weights_of(open_saved(path).tree).values():
+    for tensor in weights_of(read_torch_file(path).tree).values():
         tensor.read()
 
 
@@ -338,7 +338,7 @@ def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
             ),
         )
         with pytest.raises(ValueError, match="zip bomb"):
-            open_saved(bomb)
+            read_torch_file(bomb)
 
 
 def test_a_zip_with_two_members_of_one_name_is_refused(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_a_zip_with_two_members_of_one_name_is_refused(tmp_path: Path) -> None:
 
     rezip(tmp_path / "file.pt", tmp_path / "twice.pt", twice)
     with pytest.raises(ValueError, match="two members of one name"):
-        open_saved(tmp_path / "twice.pt")
+        read_torch_file(tmp_path / "twice.pt")
 
 
 def test_a_changed_storage_is_noticed(tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_a_tensor_beyond_its_storage_is_refused(
         lambda new, name, data: new.writestr(name, hostile if name.endswith("data.pkl") else data),
     )
     with pytest.raises(ValueError, match="tensor"):
-        open_saved(tmp_path / "bad.pt")
+        read_torch_file(tmp_path / "bad.pt")
 
 
 def test_values_that_hold_themselves_end() -> None:

@@ -16,12 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle.commands.report import ReportRun, write_report
-from dalle.hub.registry import Part
+from dalle.commands.report import ReportArgs, write_report
+from dalle.hub.registry import LoadedModel
 from dalle.io.files import read_json, write_json
 from dalle.report.folder import examine
 from dalle.report.from_files import settings
-from dalle.report.html import MOST_BYTES, Section, escape, page, picture
+from dalle.report.html import MOST_BYTES, Section, escape, image_tag, page
 from dalle.report.svg import Curve, chart, thin, ticks
 
 HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>\'"&\ud800'
@@ -61,7 +61,7 @@ class Page(HTMLParser):
     def sections(self) -> list[str]:
         return [attributes["id"] for tag, attributes in self.tags if tag == "section"]
 
-    def pictures(self) -> list[Image.Image]:
+    def images(self) -> list[Image.Image]:
         found = [attributes["src"] for tag, attributes in self.tags if tag == "img"]
         assert all(
             source.startswith(("data:image/png;base64,", "data:image/webp;base64,")) for source in found
@@ -83,7 +83,7 @@ def whole(chain: Path, tmp_path_factory) -> Path:
             "score": {"1": 0.1, "2": 0.2, "4": 0.25},
             "right": {"1": 0.5, "2": None, "4": 0.75},
         },
-        "pictures": {"blur": {"0": {"frechet_distance": 9.0}, "2": {"frechet_distance": 4.0}}},
+        "images": {"blur": {"0": {"frechet_distance": 9.0}, "2": {"frechet_distance": 4.0}}},
         "dvae": {"psnr": None},
         "not_finite": {"dvae.psnr": "inf"},
     }
@@ -92,7 +92,7 @@ def whole(chain: Path, tmp_path_factory) -> Path:
     place.mkdir(parents=True)
     Image.new("RGB", (32, 32), "red").save(place / "00.png")
     record = {"prompt": HOSTILE, "best_of": 4, "temperature": 1.0, "seed": 0}
-    record["pictures"] = [{"file": "../one/00.png", "candidate": 2, "score": 0.25, "log_likelihood": {}}]
+    record["images"] = [{"file": "../one/00.png", "candidate": 2, "score": 0.25, "log_likelihood": {}}]
     (place / "sample.json").write_text(json.dumps(record))
     return folder
 
@@ -105,7 +105,7 @@ def report(whole: Path) -> Path:
         "<script>red</script> & <b>circle</b>",
     )
     with pytest.warns(UserWarning, match="the vocabulary lacks letters of '<'"):
-        return write_report(ReportRun(whole, prompts=prompts, best_of=4, device="cpu"))
+        return write_report(ReportArgs(whole, prompts=prompts, best_of=4, device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +135,14 @@ class TestWhole:
         links = [attributes["href"] for tag, attributes in read.tags if tag == "a"]
         assert links == [f"#{name}" for name in SECTIONS]
 
-    def test_every_picture_opens(self, read):
-        pictures = read.pictures()
-        assert len(pictures) >= 14
-        assert min(min(one.size) for one in pictures) >= 16
+    def test_every_image_opens(self, read):
+        images = read.images()
+        assert len(images) >= 14
+        assert min(min(one.size) for one in images) >= 16
 
     def test_curves_of_every_run(self, read):
         names = [attributes["aria-label"] for tag, attributes in read.tags if tag == "svg"]
-        assert {"loss", "image_nats", "text_nats", "perplexity", "picture_to_caption", "step_size"} <= set(
-            names
-        )
+        assert {"loss", "image_loss", "text_loss", "perplexity", "image_to_text_acc", "lr"} <= set(names)
         assert names.count("loss") == 3
 
     def test_reranking_and_blur_are_the_evaluations(self, read):
@@ -183,12 +181,12 @@ class TestWhole:
         assert len(text) < 3_000_000
 
     @pytest.mark.parametrize(
-        "record", [[], {"prompt": "a"}, {"pictures": None}, {"pictures": [{"file": 3, "score": 1}]}]
+        "record", [[], {"prompt": "a"}, {"images": None}, {"images": [{"file": 3, "score": 1}]}]
     )
     def test_a_sample_of_something_else_is_told(self, whole, tmp_path, record):
         shutil.copy(whole / "evaluation.json", tmp_path)
         (tmp_path / "sample.json").write_text(json.dumps(record))
-        text = write_report(ReportRun(tmp_path)).read_text(encoding="utf-8")
+        text = write_report(ReportArgs(tmp_path)).read_text(encoding="utf-8")
         assert "sample.json is not of scripts/sample.py" in text
 
     def test_a_sample_never_leads_out_of_its_folder(self, whole, tmp_path):
@@ -196,14 +194,14 @@ class TestWhole:
         shutil.copytree(whole / "samples" / "one", folder)
         Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
         record = read_json(folder / "sample.json")
-        record["pictures"][0]["file"] = "../secret.png"
+        record["images"][0]["file"] = "../secret.png"
         (folder / "sample.json").write_text(json.dumps(record))
-        text = write_report(ReportRun(folder)).read_text(encoding="utf-8")
-        assert "Samples: no picture at" in text
+        text = write_report(ReportArgs(folder)).read_text(encoding="utf-8")
+        assert "Samples: no image at" in text
 
 
 def made(folder: Path, **settings) -> Page:
-    return Page(write_report(ReportRun(folder, device="cpu", **settings)).read_text(encoding="utf-8"))
+    return Page(write_report(ReportArgs(folder, device="cpu", **settings)).read_text(encoding="utf-8"))
 
 
 class TestParts:
@@ -236,7 +234,7 @@ class TestParts:
 
     @pytest.mark.parametrize("kind", ["dvae", "transformer", "clip"])
     def test_a_directory_of_one_part(self, chain, tmp_path, kind):
-        Part.from_pretrained(chain / kind).save_pretrained(tmp_path / "model")
+        LoadedModel.from_pretrained(chain / kind).save_pretrained(tmp_path / "model")
         found = made(tmp_path / "model")
         assert "checkpoints" in found.sections
         assert ("masks" in found.sections) == (kind == "transformer")
@@ -292,7 +290,7 @@ class TestParts:
         Image.new("RGB", (70, 50), "green").save(tmp_path / "many" / "sheet.png")
         found = made(tmp_path / "many")
         assert "samples" in found.sections
-        assert [one.size for one in found.pictures()] == [(70, 50)]
+        assert [one.size for one in found.images()] == [(70, 50)]
 
     def test_settings_are_told_exactly(self):
         assert settings({"a": {"lr": 1.25e-6, "on": True}, "b": [1, 0.1234567], "c": None, "d": "red"}) == {
@@ -311,33 +309,33 @@ class TestParts:
         assert "checkpoints" not in found.sections
 
     def test_a_loss_without_a_finite_value_takes_no_other_curve_away(self, tmp_path):
-        lines = [{"step": i, "loss": math.nan, "image_nats": 10**400 if i == 2 else i} for i in (1, 2, 3)]
-        lines.append({"step": 4, "eval/loss": None, "eval/image_nats": 2.5})
+        lines = [{"step": i, "loss": math.nan, "image_loss": 10**400 if i == 2 else i} for i in (1, 2, 3)]
+        lines.append({"step": 4, "eval/loss": None, "eval/image_loss": 2.5})
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         numbers = {"rests_on": {}, "rerank": {"score": {"1": math.nan}, "right": {"1": 0.5, "2": 0.75}}}
-        numbers["pictures"] = {"blur": {r: {"psnr": math.inf, "fid": 9.0} for r in ("0", "1")}}
+        numbers["images"] = {"blur": {r: {"psnr": math.inf, "fid": 9.0} for r in ("0", "1")}}
         (tmp_path / "numbers.json").write_text(json.dumps(numbers))
         found = made(tmp_path)
         names = [attributes["aria-label"] for tag, attributes in found.tags if tag == "svg"]
-        assert names == ["right of the best (numbers.json)", "image_nats", "fid"]
-        assert "image_nats 2.5" in found.text
+        assert names == ["right of the best (numbers.json)", "image_loss", "fid"]
+        assert "image_loss 2.5" in found.text
 
     def test_gradient_scales_are_drawn_where_logged(self, tmp_path):
-        lines = [{"step": i, "loss": 1.0, "image_nats": 1.0, "log2_scales": [13.0, 12.0]} for i in (1, 2)]
+        lines = [{"step": i, "loss": 1.0, "image_loss": 1.0, "grad_scale_log2": [13.0, 12.0]} for i in (1, 2)]
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         assert "gradient scale (Figure 12)" in made(tmp_path).text
 
     def test_damaged_files_are_told_and_the_rest_is_there(self, chain, tmp_path):
         shutil.copytree(chain, tmp_path / "run")
-        next((tmp_path / "run" / "dvae").glob("reconstructions-*.png")).write_bytes(b"no picture")
+        next((tmp_path / "run" / "dvae").glob("reconstructions-*.png")).write_bytes(b"no image")
         (tmp_path / "run" / "model" / "transformer.safetensors").write_bytes(b"no weights")
         (tmp_path / "run" / "clip" / "checkpoints" / "latest").write_text("step-99999999")
         (tmp_path / "run" / "strange.json").write_text('["rests_on"]')
         found = made(tmp_path / "run")
-        assert "Pictures over time: cannot read" in found.text
+        assert "Images over time: cannot read" in found.text
         assert "Samples, Reranking, Attention: " in found.text
         assert "not a safetensors file" in found.text
-        assert "picture_to_caption" in found.text  # of the log, whose checkpoint is lost
+        assert "image_to_text_acc" in found.text  # of the log, whose checkpoint is lost
         assert {"curves", "configuration", "codebook"} <= set(found.sections)
 
 
@@ -360,7 +358,7 @@ class TestOddValues:
         file = next((tmp_path / "run").glob("checkpoints/step-*/meta.json"))
         write_json(file, read_json(file) | {"kind": ["clip"]})
         with pytest.raises(ValueError, match="holds no run"):
-            write_report(ReportRun(tmp_path / "run"))
+            write_report(ReportArgs(tmp_path / "run"))
 
     def test_in_an_evaluation_and_in_a_log(self, tmp_path):
         write_json(
@@ -368,30 +366,30 @@ class TestOddValues:
             {"caption_accuracy": {"true": None}, "caption_accuracy_new_pairs": {"true": 1}},
         )
         (tmp_path / "x.json").mkdir()
-        (tmp_path / "log.jsonl").write_text('{"step": 1, "image_nats": 1.0, "log2_scales": "x"}\n')
+        (tmp_path / "log.jsonl").write_text('{"step": 1, "image_loss": 1.0, "grad_scale_log2": "x"}\n')
         assert {"evaluation", "curves"} <= set(made(tmp_path).sections)
 
 
 class TestMistakes:
     def test_nothing_there(self, tmp_path):
         with pytest.raises(ValueError, match=r"nothing at .*absent; give the folder of a run, or make one"):
-            write_report(ReportRun(tmp_path / "absent"))
+            write_report(ReportArgs(tmp_path / "absent"))
         with pytest.raises(ValueError, match="holds no run, model, samples or evaluation"):
-            write_report(ReportRun(tmp_path))
-        (tmp_path / "log.jsonl").write_text('{"step": 1, "image_nats": 1.0}\n')
+            write_report(ReportArgs(tmp_path))
+        (tmp_path / "log.jsonl").write_text('{"step": 1, "image_loss": 1.0}\n')
         (tmp_path / "report.html").mkdir()
         with pytest.raises(ValueError, match=r"report\.html is a directory"):
-            write_report(ReportRun(tmp_path))
+            write_report(ReportArgs(tmp_path))
         write_json(tmp_path / "other.json", {"a": 1})
         with pytest.raises(ValueError, match="holds no run"):
-            write_report(ReportRun(tmp_path / "other.json"))
+            write_report(ReportArgs(tmp_path / "other.json"))
 
     @pytest.mark.parametrize(
         "changes", [{"captions": 0}, {"best_of": 0}, {"codes": 0}, {"temperature": -1.0}]
     )
     def test_settings_that_mean_nothing(self, changes):
         with pytest.raises(ValueError, match=r"must be|temperature"):
-            ReportRun(**changes)
+            ReportArgs(**changes)
 
     def test_the_script_says_it_in_a_line(self, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["scripts/report.py", str(tmp_path)])
@@ -415,15 +413,15 @@ class TestPieces:
         assert found.model == chain / "model"
         assert examine(chain / "clip").runs.keys() == {"clip"}
 
-    def test_a_large_picture_is_coded_small(self):
+    def test_a_large_image_is_coded_small(self):
         noise = torch.randint(
             256, (400, 1700, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
         )
-        tag = picture(Image.fromarray(noise.numpy()), "noise")
-        (image,) = Page(tag).pictures()
+        tag = image_tag(Image.fromarray(noise.numpy()), "noise")
+        (image,) = Page(tag).images()
         assert max(image.size) <= 1600
         assert len(tag) < 4 / 3 * MOST_BYTES + 200
-        (small,) = Page(picture(Image.new("RGB", (40, 30), "blue"), "blue")).pictures()
+        (small,) = Page(image_tag(Image.new("RGB", (40, 30), "blue"), "blue")).images()
         assert (small.format, small.size, small.getpixel((5, 5))) == ("PNG", (40, 30), (0, 0, 255))
 
     def test_escaping(self):
@@ -481,7 +479,7 @@ def browser():
 
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (360, "dark")])
 def test_in_a_browser(browser, report, width, scheme):
-    """Opened offline from the disk: no request, no complaint, every picture drawn, nothing sticks out."""
+    """Opened offline from the disk: no request, no complaint, every image drawn, nothing sticks out."""
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True)
     tab, asked, said = context.new_page(), [], []
     tab.on("request", lambda request: asked.append(request.url))
@@ -500,7 +498,7 @@ def test_in_a_browser(browser, report, width, scheme):
     assert tab.evaluate("[...document.querySelectorAll('section')].map(one => one.id)") == SECTIONS
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     ground, ink = tab.evaluate("(s => [s.backgroundColor, s.color])(getComputedStyle(document.body))")
-    light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ground, ink)]
+    light = [sum(map(int, re.findall(r"\d+", color)[:3])) for color in (ground, ink)]
     assert (light[0] - light[1] > 400) if scheme == "light" else (light[1] - light[0] > 400)
     inks = tab.evaluate("[...document.querySelectorAll('svg text')].map(one => getComputedStyle(one).fill)")
     assert set(inks) == {ink}  # the curves' words are as readable as the page's

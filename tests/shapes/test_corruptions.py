@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from dalle.shapes.corruptions import SHARES, WAYS, break_thing, broken_pictures
-from dalle.shapes.dataset import Scene, ShapesPairs, Thing, render
-from dalle.shapes.judge import disagreements, read_picture
+from dalle.shapes.corruptions import SHARES, WAYS, break_thing, corrupted_images
+from dalle.shapes.dataset import Scene, ShapesDataset, Thing, render
+from dalle.shapes.judge import disagreements, read_image
 
 CELL = 4
 SQUARE = Scene("white", (Thing("red", "square"),), place="in the middle", size="small")
@@ -29,14 +29,14 @@ class Scripted:
         return self.two
 
 
-def occupied(picture: np.ndarray) -> np.ndarray:
+def occupied(image: np.ndarray) -> np.ndarray:
     """Cells of the lattice that are not the ground, bool (12, 12)."""
-    return (picture[2] < 0.5)[CELL // 2 :: CELL, CELL // 2 :: CELL]
+    return (image[2] < 0.5)[CELL // 2 :: CELL, CELL // 2 :: CELL]
 
 
 def broken_square(*script) -> np.ndarray:
-    picture = render([SQUARE], BOXES[None], 48)[0]
-    return occupied(break_thing(picture, SQUARE, BOXES, Scripted(*script)))
+    image = render([SQUARE], BOXES[None], 48)[0]
+    return occupied(break_thing(image, SQUARE, BOXES, Scripted(*script)))
 
 
 def rectangle(top: int, left: int, bottom: int, right: int) -> np.ndarray:
@@ -54,7 +54,7 @@ def test_whole_the_square_is_five_by_five():
     [
         ((0, "drop", 2), rectangle(3, 3, 7, 8)),
         ((0, "drop", 2, 0.0), rectangle(3, 3, 6, 8)),
-        ((2, "drop", 2), rectangle(4, 3, 8, 8)),  # downward in a picture upside down
+        ((2, "drop", 2), rectangle(4, 3, 8, 8)),  # downward in an image upside down
         ((1, "drop", 2), rectangle(3, 4, 8, 8)),
         ((0, "repeat", 2), rectangle(3, 3, 9, 8)),
         ((3, "repeat", 2), rectangle(3, 3, 8, 9)),
@@ -66,46 +66,46 @@ def test_each_way_on_a_square(script, expected):
 
 
 def test_mixing_draws_the_rest_of_another_shape():
-    picture = render([SQUARE], BOXES[None], 48)[0]
+    image = render([SQUARE], BOXES[None], 48)[0]
     script = Scripted(0, "mix", 2)
     script.integers_ = iter(
         [0, 0, 0, 2]
     )  # the thing, no turn, the first other shape (circle), from row 2 of it on
-    broken = break_thing(picture, SQUARE, BOXES, script)
+    broken = break_thing(image, SQUARE, BOXES, script)
     circle = render(
         [Scene("white", (Thing("red", "circle"),), place="in the middle", size="small")], BOXES[None], 48
     )
-    assert (broken[:, : 5 * CELL] == picture[:, : 5 * CELL]).all()
+    assert (broken[:, : 5 * CELL] == image[:, : 5 * CELL]).all()
     assert (broken[:, 5 * CELL :] == circle[0][:, 5 * CELL :]).all()
 
 
 def test_what_has_no_room_is_dropped_instead():
     boxes = np.array([[2.5, 9.5, 5], [0, 0, 0]]) / 12  # at the bottom left
-    picture = render([SQUARE], boxes[None], 48)[0]
+    image = render([SQUARE], boxes[None], 48)[0]
     for turns, way in ((0, "repeat"), (1, "shift")):
-        assert occupied(break_thing(picture, SQUARE, boxes, Scripted(turns, way, 2))).sum() == 20
+        assert occupied(break_thing(image, SQUARE, boxes, Scripted(turns, way, 2))).sum() == 20
 
 
-def test_only_pictures_change_and_each_is_its_own():
-    pairs = ShapesPairs(48, seed=3)
-    whole, broken = pairs.pixels(range(64)), broken_pictures(pairs, range(64))
+def test_only_images_change_and_each_is_its_own():
+    pairs = ShapesDataset(48, seed=3)
+    whole, broken = pairs.pixels(range(64)), corrupted_images(pairs, range(64))
     assert broken.dtype == whole.dtype
     assert broken.shape == whole.shape
     assert ((whole != broken).any(axis=(1, 2, 3))).all()
     assert (pairs.pixels(range(64)) == whole).all()
-    assert (broken_pictures(pairs, [7]) == broken[7]).all()
+    assert (corrupted_images(pairs, [7]) == broken[7]).all()
     assert (whole != broken).any(axis=1).mean() < 0.2  # a thing covers at most 64 of 144 cells
 
 
-def test_the_judge_finds_shapes_wrong_in_most_and_colours_in_none():
-    pairs = ShapesPairs(48, seed=4)
+def test_the_judge_finds_shapes_wrong_in_most_and_colors_in_none():
+    pairs = ShapesDataset(48, seed=4)
     scenes, _ = pairs.drawn(range(100))
     found = [
-        disagreements(read_picture(p), s)
-        for p, s in zip(broken_pictures(pairs, range(100)), scenes, strict=True)
+        disagreements(read_image(p), s)
+        for p, s in zip(corrupted_images(pairs, range(100)), scenes, strict=True)
     ]
     assert np.mean([bool(wrong) for wrong in found]) > 0.4
-    assert not any(set(wrong) & {"background", "colour"} for wrong in found)
+    assert not any(set(wrong) & {"background", "color"} for wrong in found)
 
 
 def test_the_shares_are_a_distribution():
@@ -115,6 +115,6 @@ def test_the_shares_are_a_distribution():
 
 def test_other_sets_and_resolutions_are_refused():
     with pytest.raises(ValueError, match="only the drawn shapes can be broken"):
-        broken_pictures(object(), [0])
+        corrupted_images(object(), [0])
     with pytest.raises(ValueError, match="lattice of 12 cells; 50 pixels are no multiple"):
-        broken_pictures(ShapesPairs(50), [0])
+        corrupted_images(ShapesDataset(50), [0])

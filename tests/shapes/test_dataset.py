@@ -10,7 +10,7 @@ from dalle.commands.train_clip import CLIPBatch
 from dalle.io.rng import generator
 from dalle.shapes.dataset import (
     CELLS,
-    COLOURS,
+    COLORS,
     LATTICE,
     NEW_PAIRS,
     PLACES,
@@ -20,7 +20,7 @@ from dalle.shapes.dataset import (
     SPLITS,
     STARTS,
     Scene,
-    ShapesPairs,
+    ShapesDataset,
     Thing,
     captions,
     change_one_attribute,
@@ -36,12 +36,12 @@ AREAS = {"circle": np.pi / 4, "square": 1, "triangle": 1 / 2, "cross": 2 * 0.34 
 
 def every_scene() -> list[Scene]:
     scenes = []
-    for ground, colour, shape in itertools.product(COLOURS, COLOURS, SHAPES):
-        if colour == ground:
+    for ground, color, shape in itertools.product(COLORS, COLORS, SHAPES):
+        if color == ground:
             continue
-        first = Thing(colour, shape)
+        first = Thing(color, shape)
         scenes += [Scene(ground, (first,), place=p, size=s) for p, s in itertools.product(PLACES, SIZES)]
-        others = [Thing(c, s) for c, s in itertools.product(COLOURS, SHAPES) if c not in (ground, colour)]
+        others = [Thing(c, s) for c, s in itertools.product(COLORS, SHAPES) if c not in (ground, color)]
         scenes += [
             Scene(ground, (first, other), relation=r) for other, r in itertools.product(others, RELATIONS)
         ]
@@ -54,67 +54,67 @@ def scenes() -> list[Scene]:
 
 
 def pairs_in(scene: Scene) -> set[tuple[str, str]]:
-    return {(thing.colour, thing.shape) for thing in scene.things}
+    return {(thing.color, thing.shape) for thing in scene.things}
 
 
 class TestDrawing:
-    def test_a_picture_depends_on_seed_split_and_index_alone(self):
-        alone = ShapesPairs(32, seed=3, split="held_out").pixels([7])[0]
-        again = ShapesPairs(32, seed=3, split="held_out").pixels([2, 7, 100000])[1]
+    def test_a_image_depends_on_seed_split_and_index_alone(self):
+        alone = ShapesDataset(32, seed=3, split="held_out").pixels([7])[0]
+        again = ShapesDataset(32, seed=3, split="held_out").pixels([2, 7, 100000])[1]
         np.testing.assert_array_equal(alone, again)
 
     @pytest.mark.parametrize("other", [{"seed": 4}, {"split": "train"}, {"split": "new_pairs"}])
     def test_another_seed_or_split_is_another_stream(self, other):
-        one = ShapesPairs(32, **{"seed": 3, "split": "held_out"})
-        two = ShapesPairs(32, **{"seed": 3, "split": "held_out", **other})
+        one = ShapesDataset(32, **{"seed": 3, "split": "held_out"})
+        two = ShapesDataset(32, **{"seed": 3, "split": "held_out", **other})
         assert [one.scene(i) for i in range(5)] != [two.scene(i) for i in range(5)]
 
     def test_captions_and_pixels_are_of_the_same_scene(self):
-        pairs = ShapesPairs(32)
+        pairs = ShapesDataset(32)
         for index, wordings in enumerate(pairs.captions(range(20))):
             assert wordings == captions(pairs.scene(index))
         scene = pairs.scene(0)
         corner = pairs.pixels([0])[0, :, 0, 0]
-        np.testing.assert_allclose(corner * 255, COLOURS[scene.background], atol=1e-3)
+        np.testing.assert_allclose(corner * 255, COLORS[scene.background], atol=1e-3)
 
-    def test_every_resolution_shows_the_same_picture(self):
-        fine = ShapesPairs(192).pixels(range(4))
+    def test_every_resolution_shows_the_same_image(self):
+        fine = ShapesDataset(192).pixels(range(4))
         for resolution in (16, 48, 96):
             step = 192 // resolution
             averaged = fine.reshape(4, 3, resolution, step, resolution, step).mean((3, 5))
-            assert np.abs(averaged - ShapesPairs(resolution).pixels(range(4))).mean() < 0.01
+            assert np.abs(averaged - ShapesDataset(resolution).pixels(range(4))).mean() < 0.01
 
-    def test_two_thirds_of_the_scenes_have_two_things_of_other_colours_than_the_ground(self):
-        drawn = [ShapesPairs(16).scene(i) for i in range(2000)]
+    def test_two_thirds_of_the_scenes_have_two_things_of_other_colors_than_the_ground(self):
+        drawn = [ShapesDataset(16).scene(i) for i in range(2000)]
         assert np.mean([len(scene.things) == 2 for scene in drawn]) == pytest.approx(2 / 3, abs=0.05)
         for scene in drawn:
-            colours = [scene.background, *(thing.colour for thing in scene.things)]
-            assert len(set(colours)) == len(colours)
+            colors = [scene.background, *(thing.color for thing in scene.things)]
+            assert len(set(colors)) == len(colors)
 
     def test_unknown_split(self):
         with pytest.raises(ValueError, match="unknown split 'test'; expected one of train"):
-            ShapesPairs(48, split="test")
+            ShapesDataset(48, split="test")
 
     def test_small_resolution(self):
         with pytest.raises(ValueError, match="resolution 15 is too small"):
-            ShapesPairs(15)
+            ShapesDataset(15)
 
 
 class TestSplits:
     def test_new_pairs_are_an_eighth_of_the_pairs_and_each_shape_once(self):
-        assert len(NEW_PAIRS) * 8 == len(COLOURS) * len(SHAPES)
+        assert len(NEW_PAIRS) * 8 == len(COLORS) * len(SHAPES)
         assert {shape for _, shape in NEW_PAIRS} == set(SHAPES)
-        assert {colour for colour, _ in NEW_PAIRS} <= set(COLOURS)
+        assert {color for color, _ in NEW_PAIRS} <= set(COLORS)
 
     @pytest.mark.parametrize("split", SPLITS)
     def test_scenes_are_drawn_from_their_split(self, split):
-        pairs = ShapesPairs(16, split=split)
+        pairs = ShapesDataset(16, split=split)
         for scene in map(pairs.scene, range(1000)):
             assert scene.split == split
             assert bool(pairs_in(scene) & NEW_PAIRS) == (split == "new_pairs")
 
     def test_splits_are_disjoint(self):
-        drawn = {split: {ShapesPairs(16, split=split).scene(i) for i in range(1000)} for split in SPLITS}
+        drawn = {split: {ShapesDataset(16, split=split).scene(i) for i in range(1000)} for split in SPLITS}
         for one, two in itertools.combinations(SPLITS, 2):
             assert not drawn[one] & drawn[two]
 
@@ -168,28 +168,28 @@ class TestCaptions:
             parse_caption(text)
 
 
-class TestPictures:
+class TestImages:
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("extent", [0.42, 0.67])
     @pytest.mark.parametrize("resolution", [48, 64, 96])
     def test_coverage_is_the_area_of_the_shape(self, shape, extent, resolution):
         scene = Scene("black", (Thing("white", shape),), place="in the middle", size="small")
         box = np.array([[[0.503, 0.496, extent], [0, 0, 0]]])
-        picture = render([scene], box, resolution)[0, 0]
-        dark, light = COLOURS["black"][0] / 255, COLOURS["white"][0] / 255
-        area = ((picture - dark) / (light - dark)).mean()
+        image = render([scene], box, resolution)[0, 0]
+        dark, light = COLORS["black"][0] / 255, COLORS["white"][0] / 255
+        area = ((image - dark) / (light - dark)).mean()
         assert area == pytest.approx(AREAS[shape] * extent**2, rel=0.01)
 
     @pytest.mark.parametrize("shape", SHAPES)
     def test_edges_are_anti_aliased_and_the_rest_is_plain(self, shape):
         scene = Scene("black", (Thing("white", shape),), place="in the middle", size="large")
-        picture = render([scene], np.array([[[0.503, 0.496, 0.65], [0, 0, 0]]]), 48)[0, 0] * 255
-        mixed = (picture > 25.5) & (picture < 244.5)
+        image = render([scene], np.array([[[0.503, 0.496, 0.65], [0, 0, 0]]]), 48)[0, 0] * 255
+        mixed = (image > 25.5) & (image < 244.5)
         assert 40 < mixed.sum() < 3 * 4 * 0.65 * 48  # a line about the shape, at most three pixels wide
-        assert set(np.unique(np.round(picture[~mixed]))) == {25, 245}
+        assert set(np.unique(np.round(image[~mixed]))) == {25, 245}
 
     def test_pixels_contract(self):
-        pixels = ShapesPairs(40).pixels(range(3))
+        pixels = ShapesDataset(40).pixels(range(3))
         assert pixels.shape == (3, 3, 40, 40)
         assert pixels.dtype == np.float32
         assert pixels.min() >= 0
@@ -248,7 +248,7 @@ class TestChangeOneAttribute:
             )
         names = [n for n in ("background", "place", "size", "relation") if getattr(one, n) != getattr(two, n)]
         for before, after in zip(one.things, two.things, strict=True):
-            names += [n for n in ("colour", "shape") if getattr(before, n) != getattr(after, n)]
+            names += [n for n in ("color", "shape") if getattr(before, n) != getattr(after, n)]
         return names
 
     def test_exactly_one_attribute_differs_and_every_kind_occurs(self):
@@ -258,20 +258,20 @@ class TestChangeOneAttribute:
             scene = draw_scene(rng, "train")
             (kind,) = self.differences(scene, change_one_attribute(scene, rng))
             kinds.add(kind)
-        assert kinds == {"background", "colour", "shape", "relation", "place", "size"}
+        assert kinds == {"background", "color", "shape", "relation", "place", "size"}
 
-    def test_colours_stay_different_and_the_scene_can_be_said(self):
+    def test_colors_stay_different_and_the_scene_can_be_said(self):
         rng = np.random.default_rng(0)
         for _ in range(1000):
             changed = change_one_attribute(draw_scene(rng, "train"), rng)
-            colours = [changed.background, *(thing.colour for thing in changed.things)]
-            assert len(set(colours)) == len(colours)
+            colors = [changed.background, *(thing.color for thing in changed.things)]
+            assert len(set(colors)) == len(colors)
             assert parse_caption(captions(changed)[0]) == changed
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_siblings_differ_in_one_attribute_and_stay_in_their_split(split):
-    pairs = ShapesPairs(32, split=split, siblings=True)
+    pairs = ShapesDataset(32, split=split, siblings=True)
     scenes = [pairs.scene(index) for index in range(400)]
     assert {scene.split for scene in scenes} == {split}
     neighbours = sum(_differences(a, b) == 1 for a, b in zip(scenes[::2], scenes[1::2], strict=True))
@@ -284,12 +284,12 @@ def _differences(a, b) -> int:
         return 1 + (a.background != b.background)
     fields = sum(getattr(a, name) != getattr(b, name) for name in ("background", "relation", "place", "size"))
     pairs = zip(a.things, b.things, strict=False)
-    return fields + sum((x.colour != y.colour) + (x.shape != y.shape) for x, y in pairs)
+    return fields + sum((x.color != y.color) + (x.shape != y.shape) for x, y in pairs)
 
 
 def test_the_wording_says_nothing_about_what_differs():
     """Scene and wording come from streams of their own: else the wording would give the sibling away to CLIP."""
-    pairs, said = ShapesPairs(16, siblings=True), []
+    pairs, said = ShapesDataset(16, siblings=True), []
     text = SimpleNamespace(encode=lambda caption: said.append(caption) or [0])
     CLIPBatch(text, seed=0)(pairs.load([(0, i) for i in range(4000)]))
     counts = np.zeros((2, 5))

@@ -1,4 +1,4 @@
-"""The judge of the shapes set: passes true pictures, also soft and stepped ones, and nothing else."""
+"""The judge of the shapes set: passes true images, also soft and stepped ones, and nothing else."""
 
 import numpy as np
 import pytest
@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from dalle.shapes import judge as shapes_judge
 from dalle.shapes import template_match as shapes_fit
 from dalle.shapes.dataset import (
-    COLOURS,
+    COLORS,
     RELATIONS,
     SHAPES,
     Scene,
-    ShapesPairs,
+    ShapesDataset,
     Thing,
     captions,
     change_one_attribute,
@@ -20,15 +20,15 @@ from dalle.shapes.dataset import (
     render,
     signed_distance,
 )
-from dalle.shapes.judge import accuracy, disagreements, judge, read_picture, read_pictures
+from dalle.shapes.judge import accuracy, disagreements, matches_caption, read_image, read_images
 
-ATTRIBUTES = ("background", "colour", "shape", "relation", "place", "size")
+ATTRIBUTES = ("background", "color", "shape", "relation", "place", "size")
 LINE = (np.arange(48) + 0.5) / 48
 
 
 def drawn(split: str, resolution: int, count: int = 300) -> tuple[torch.Tensor, list[str]]:
-    """Pictures, and one wording of each, in turn."""
-    pairs = ShapesPairs(resolution, seed=11, split=split)
+    """Images, and one wording of each, in turn."""
+    pairs = ShapesDataset(resolution, seed=11, split=split)
     wordings = pairs.captions(range(count))
     return torch.from_numpy(pairs.pixels(range(count))), [w[i % len(w)] for i, w in enumerate(wordings)]
 
@@ -40,11 +40,11 @@ def changed(texts: list[str], seed: int = 0) -> list[str]:
 
 
 def painted(ground: str, *parts: tuple[str, np.ndarray]) -> np.ndarray:
-    """(3, 48, 48), each part a colour and the mask (48, 48) that it fills."""
-    picture = np.tile(np.array(COLOURS[ground])[:, None, None] / 255, (1, 48, 48))
-    for colour, mask in parts:
-        picture[:, mask] = np.array(COLOURS[colour])[:, None] / 255
-    return picture.astype(np.float32)
+    """(3, 48, 48), each part a color and the mask (48, 48) that it fills."""
+    image = np.tile(np.array(COLORS[ground])[:, None, None] / 255, (1, 48, 48))
+    for color, mask in parts:
+        image[:, mask] = np.array(COLORS[color])[:, None] / 255
+    return image.astype(np.float32)
 
 
 def outline(shape: str, x: float, y: float, extent: float) -> np.ndarray:
@@ -73,7 +73,7 @@ def stepped(pixels: torch.Tensor, step: int) -> torch.Tensor:
 
 
 def patched(pixels: torch.Tensor) -> torch.Tensor:
-    """Averages of patches with straight lines between them: what a picture of 12 x 12 numbers can show."""
+    """Averages of patches with straight lines between them: what an image of 12 x 12 numbers can show."""
     return F.interpolate(F.avg_pool2d(pixels, 4), scale_factor=4, mode="bilinear")
 
 
@@ -93,7 +93,7 @@ class TestDrawings:
 
     def test_each_kind_of_change_is_found_and_named(self):
         pixels, texts = drawn("held_out", 48, 600)
-        readings = read_pictures(pixels)
+        readings = read_images(pixels)
         named = [disagreements(r, parse_caption(t)) for r, t in zip(readings, changed(texts), strict=True)]
         assert np.mean([len(names) == 1 for names in named]) >= 0.98
         found = {name: sum(names == [name] for names in named) for name in ATTRIBUTES}
@@ -102,32 +102,34 @@ class TestDrawings:
     def test_reading_gives_places_and_sizes(self):
         scene = Scene("cyan", (Thing("red", "triangle"), Thing("black", "square")), relation="left of")
         boxes = np.array([[[0.26, 0.4, 0.45], [0.74, 0.6, 0.43]]])
-        reading = read_picture(render([scene], boxes, 48)[0])
+        reading = read_image(render([scene], boxes, 48)[0])
         assert reading.ground == "cyan"
         assert reading.litter == 0
-        assert {(thing.colour, thing.shape) for thing in reading.things} == {
+        assert {(thing.color, thing.shape) for thing in reading.things} == {
             ("red", "triangle"),
             ("black", "square"),
         }
         for thing in reading.things:
-            x, y, extent = boxes[0, int(thing.colour == "black")]
+            x, y, extent = boxes[0, int(thing.color == "black")]
             assert thing.centre == pytest.approx((x, y), abs=0.01)
             assert thing.extent == pytest.approx(extent, abs=0.03)
 
-    def test_a_picture_is_read_alone(self):
+    def test_a_image_is_read_alone(self):
         pixels, _ = drawn("train", 48, 20)
-        for one, many in zip(map(read_picture, pixels), read_pictures(pixels, chunk=7), strict=True):
+        for one, many in zip(map(read_image, pixels), read_images(pixels, chunk=7), strict=True):
             assert one.ground == many.ground
-            assert [(t.colour, t.shape) for t in one.things] == [(t.colour, t.shape) for t in many.things]
+            assert [(t.color, t.shape) for t in one.things] == [(t.color, t.shape) for t in many.things]
 
     def test_numpy_and_torch_give_the_same(self):
         pixels, texts = drawn("train", 48, 20)
         frozen = pixels.numpy().copy()
         frozen.setflags(write=False)
-        np.testing.assert_array_equal(judge(frozen, texts), judge(pixels.double().requires_grad_(), texts))
+        np.testing.assert_array_equal(
+            matches_caption(frozen, texts), matches_caption(pixels.double().requires_grad_(), texts)
+        )
 
 
-class TestSoftPictures:
+class TestSoftImages:
     @pytest.mark.parametrize(
         "spoil",
         [
@@ -140,7 +142,7 @@ class TestSoftPictures:
         ],
         ids=["blurred", "noisy", "greyed", "all three", "steps of 2", "steps of 3"],
     )
-    def test_slightly_spoilt_pictures_pass(self, spoil):
+    def test_slightly_spoilt_images_pass(self, spoil):
         pixels, texts = drawn("train", 48)
         assert accuracy(spoil(pixels), texts) >= 0.97
         assert accuracy(spoil(pixels), changed(texts)) <= 0.02
@@ -151,7 +153,7 @@ class TestSoftPictures:
         assert accuracy(patched(pixels), changed(texts)) <= 0.02
 
     @pytest.mark.parametrize(("step", "most"), [(6, 0.35), (8, 0.25)])
-    def test_pictures_without_detail_fail_on_shape(self, step, most):
+    def test_images_without_detail_fail_on_shape(self, step, most):
         """A small thing is three or four blocks wide. Crosses, and squares whose sides fall on blocks, keep their
         shape in blocks, so only scenes without them are asked."""
         pixels, texts = drawn("train", 48)
@@ -162,60 +164,60 @@ class TestSoftPictures:
 
     def test_a_shape_in_blocks_is_not_taken_for_another(self):
         pixels, texts = drawn("train", 48)
-        for reading, text in zip(read_pictures(stepped(pixels, 4)), texts, strict=True):
-            said = {thing.colour: thing.shape for thing in parse_caption(text).things}
-            assert all(thing.shape in (None, said.get(thing.colour)) for thing in reading.things)
+        for reading, text in zip(read_images(stepped(pixels, 4)), texts, strict=True):
+            said = {thing.color: thing.shape for thing in parse_caption(text).things}
+            assert all(thing.shape in (None, said.get(thing.color)) for thing in reading.things)
 
 
-class TestWrongPictures:
+class TestWrongImages:
     PAIR = "a red circle to the left of a blue square on a yellow background"
     CIRCLE, SQUARE = outline("circle", 0.26, 0.5, 0.45), outline("square", 0.74, 0.5, 0.45)
     ALONE = "a small red circle in the middle on a yellow background"
     MIDDLE = outline("circle", 0.5, 0.5, 0.45)
 
     def names(self, text: str, ground: str, *parts: tuple[str, np.ndarray]) -> list[str]:
-        return disagreements(read_picture(painted(ground, *parts)), parse_caption(text))
+        return disagreements(read_image(painted(ground, *parts)), parse_caption(text))
 
-    def test_the_painted_pictures_are_right_otherwise(self):
+    def test_the_painted_images_are_right_otherwise(self):
         assert self.names(self.PAIR, "yellow", ("red", self.CIRCLE), ("blue", self.SQUARE)) == []
         assert self.names(self.ALONE, "yellow", ("red", self.MIDDLE)) == []
 
     def test_missing_thing(self):
         assert self.names(self.PAIR, "yellow", ("red", self.CIRCLE)) == ["count"]
 
-    def test_blank_picture(self):
+    def test_blank_image(self):
         for text in (self.PAIR, self.ALONE):
             assert self.names(text, "yellow") == ["count"]
 
     def test_extra_thing(self):
         assert self.names(self.ALONE, "yellow", ("red", self.CIRCLE), ("blue", self.SQUARE)) == ["count"]
 
-    @pytest.mark.parametrize("colour", ["green", "red", "white"])
-    def test_extra_blob(self, colour):
+    @pytest.mark.parametrize("color", ["green", "red", "white"])
+    def test_extra_blob(self, color):
         blob = box(0.04, 0.04, 0.21, 0.21)
-        assert self.names(self.ALONE, "yellow", ("red", self.MIDDLE), (colour, blob)) == ["count"]
+        assert self.names(self.ALONE, "yellow", ("red", self.MIDDLE), (color, blob)) == ["count"]
 
     def test_speck_is_ignored(self):
         speck = box(0.04, 0.04, 0.125, 0.125)
         assert self.names(self.ALONE, "yellow", ("red", self.MIDDLE), ("green", speck)) == []
 
-    def test_thing_of_two_colours(self):
+    def test_thing_of_two_colors(self):
         half = self.MIDDLE & box(0, 0, 0.5, 1)
         assert self.names(self.ALONE, "yellow", ("red", self.MIDDLE), ("green", half)) == ["count"]
         half = self.CIRCLE & box(0, 0, 1, 0.5)
         assert self.names(self.PAIR, "yellow", ("red", self.CIRCLE), ("blue", half)) != []
 
-    def test_ground_of_two_colours(self):
+    def test_ground_of_two_colors(self):
         parts = ("green", box(0, 0, 1, 0.5)), ("red", self.MIDDLE)
         assert "count" in self.names(self.ALONE, "yellow", *parts)
 
-    def test_colour_of_no_name(self):
-        picture = painted("white", ("red", self.MIDDLE))
-        grey = np.where(self.MIDDLE, np.float32(0.5), picture)
-        assert read_picture(grey).things == ()
-        assert read_picture(grey).litter > 0
-        grey = np.where(self.MIDDLE, picture, np.float32(0.5))
-        assert read_picture(grey).ground is None
+    def test_color_of_no_name(self):
+        image = painted("white", ("red", self.MIDDLE))
+        grey = np.where(self.MIDDLE, np.float32(0.5), image)
+        assert read_image(grey).things == ()
+        assert read_image(grey).litter > 0
+        grey = np.where(self.MIDDLE, image, np.float32(0.5))
+        assert read_image(grey).ground is None
 
     @pytest.mark.parametrize(
         "mask",
@@ -230,13 +232,13 @@ class TestWrongPictures:
         ids=["triangle upside down", "half circle", "bar", "diamond", "corner", "ring"],
     )
     def test_other_shapes_are_none_of_ours(self, mask):
-        assert all(thing.shape is None for thing in read_picture(painted("black", ("cyan", mask))).things)
+        assert all(thing.shape is None for thing in read_image(painted("black", ("cyan", mask))).things)
 
     def test_between_a_circle_and_a_square_one_or_neither(self):
         x, y = (LINE[None, :] - 0.5) / 0.5, (LINE[:, None] - 0.5) / 0.5
         circle, square = signed_distance("circle", x, y), signed_distance("square", x, y)
         shapes = [
-            read_picture(painted("black", ("white", (1 - t) * circle + t * square < 0))).things[0].shape
+            read_image(painted("black", ("white", (1 - t) * circle + t * square < 0))).things[0].shape
             for t in np.linspace(0, 1, 21)
         ]
         assert shapes[:5] == ["circle"] * 5
@@ -254,7 +256,7 @@ class TestWrongPictures:
             ("red", outline("circle", 0.5 - across, 0.5 - down, 0.42)),
             ("blue", outline("circle", 0.5 + across, 0.5 + down, 0.42)),
         ]
-        reading = read_picture(painted("white", *parts))
+        reading = read_image(painted("white", *parts))
         for relation in RELATIONS:
             wrong = disagreements(reading, Scene("white", things, relation=relation))
             assert wrong == ([] if relation == holds else ["relation"])
@@ -262,8 +264,8 @@ class TestWrongPictures:
 
 class TestDoors:
     def test_empty(self):
-        assert judge(np.zeros((0, 3, 48, 48), np.float32), []).shape == (0,)
-        with pytest.raises(ValueError, match="no pictures to judge"):
+        assert matches_caption(np.zeros((0, 3, 48, 48), np.float32), []).shape == (0,)
+        with pytest.raises(ValueError, match="no images to judge"):
             accuracy(np.zeros((0, 3, 48, 48), np.float32), [])
 
     @pytest.mark.parametrize(
@@ -281,13 +283,13 @@ class TestDoors:
     )
     def test_pixels(self, pixels, message):
         with pytest.raises(ValueError, match=message):
-            judge(pixels, [TestWrongPictures.ALONE])
+            matches_caption(pixels, [TestWrongImages.ALONE])
 
     def test_captions(self):
-        with pytest.raises(ValueError, match="1 pictures with 2 captions"):
-            judge(np.zeros((1, 3, 48, 48), np.float32), [TestWrongPictures.ALONE] * 2)
+        with pytest.raises(ValueError, match="1 images with 2 captions"):
+            matches_caption(np.zeros((1, 3, 48, 48), np.float32), [TestWrongImages.ALONE] * 2)
         with pytest.raises(ValueError, match="not a caption of the shapes set"):
-            judge(np.zeros((1, 3, 48, 48), np.float32), ["a dog"])
+            matches_caption(np.zeros((1, 3, 48, 48), np.float32), ["a dog"])
 
 
 class TestParts:

@@ -16,7 +16,7 @@ from dalle.commands.train_clip import train_clip
 from dalle.commands.train_tokenizer import train_tokenizer
 from dalle.commands.train_transformer import train_transformer
 from dalle.data import TokenCache
-from dalle.hub.registry import load_part
+from dalle.hub.registry import load_model
 from dalle.io.files import read_json
 from dalle.pipelines.dalle import DALLE
 from dalle.text import TextTokenizer
@@ -33,17 +33,17 @@ CAPTIONS = {
 
 @pytest.fixture(scope="module")
 def world(chain, tiny_runs, tmp_path_factory):
-    """A model that took two steps on twenty pictures with these captions, and their cache."""
+    """A model that took two steps on twenty images with these captions, and their cache."""
     out = tmp_path_factory.mktemp("world")
-    (out / "pictures").mkdir()
+    (out / "images").mkdir()
     rng = np.random.default_rng(0)
     for n in range(20):
         name, caption = list(CAPTIONS.items())[n % len(CAPTIONS)]
         Image.fromarray(rng.integers(256, size=(40, 40, 3), dtype=np.uint8)).save(
-            out / "pictures" / f"{name}{n}.png"
+            out / "images" / f"{name}{n}.png"
         )
-        (out / "pictures" / f"{name}{n}.txt").write_text(caption, encoding="utf-8")
-    data = replace(tiny_runs.encode.data, path=str(out / "pictures"), held_out=1e-9, workers=0)
+        (out / "images" / f"{name}{n}.txt").write_text(caption, encoding="utf-8")
+    data = replace(tiny_runs.encode.data, path=str(out / "images"), held_out=1e-9, workers=0)
     encode_images(replace(tiny_runs.encode, out=out / "tokens", dvae=chain / "dvae", data=data))
     run = replace(tiny_runs.transformer, model=replace(tiny_runs.transformer.model, text_len=80))
     train_transformer(replace(run, out=out / "transformer", tokens=out / "tokens", tokenizer=chain / "text"))
@@ -57,7 +57,7 @@ def world(chain, tiny_runs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(world, chain) -> DALLE:
     places = {"dvae": chain / "dvae", "transformer": world / "transformer", "clip": world / "clip"}
-    return DALLE.from_parts(*(load_part(place, kind) for kind, place in places.items()))
+    return DALLE.from_parts(*(load_model(place, kind) for kind, place in places.items()))
 
 
 def test_the_cache_holds_the_captions_as_they_were(world):
@@ -78,7 +78,7 @@ def test_every_letter_is_kept(chain, name):
 
 
 @pytest.mark.parametrize("name", CAPTIONS)
-def test_pictures_are_drawn_and_ranked(model, name):
+def test_images_are_drawn_and_ranked(model, name):
     """And the models were given the whole caption, in the order in which it is read."""
     (tokens,) = model.text_tokens([CAPTIONS[name]]).tolist()
     own = [token for token in tokens if token < model.transformer.layout.text_vocab]

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 
 from dalle.commands import train_tokenizer as stage
-from dalle.commands.train_tokenizer import TokenizerRun, draw_numbers, read_captions, train_tokenizer
+from dalle.commands.train_tokenizer import TrainTokenizerArgs, draw_numbers, read_captions, train_tokenizer
 from dalle.text import TextTokenizerConfig, train_text_tokenizer
-from dalle.text.coverage import fit_of_captions
+from dalle.text.coverage import vocabulary_coverage
 from dalle.transformer import TransformerConfig
 
 
 class Corpus:
-    """A million pictures with two captions each; .read says which were asked for, .most at once."""
+    """A million images with two captions each; .read says which were asked for, .most at once."""
 
     def __init__(self, size=1_000_000):
         self.size, self.read, self.most = size, [], 0
@@ -22,7 +22,7 @@ class Corpus:
         numbers = list(numbers)
         self.read += numbers
         self.most = max(self.most, len(numbers))
-        return [[f"picture {n}", "a red dog"] for n in numbers]
+        return [[f"image {n}", "a red dog"] for n in numbers]
 
 
 def test_a_sample_of_a_large_corpus_is_spread_and_depends_on_the_seed():
@@ -44,7 +44,7 @@ def test_a_small_corpus_is_read_whole_and_an_endless_one_from_its_start(size, mo
 def test_captions_are_streamed():
     corpus = Corpus()
     captions = read_captions(corpus, 1000, 0)
-    assert next(captions).startswith("picture ")
+    assert next(captions).startswith("image ")
     assert len(corpus.read) == 256
     assert len(list(captions)) == 1999
     assert (len(corpus.read), corpus.most) == (1000, 256)
@@ -54,14 +54,14 @@ def test_training_again_on_the_same_sample_reads_the_same(monkeypatch, tmp_path)
     corpora = [Corpus(), Corpus()]
     for corpus, name in zip(corpora, "ab", strict=True):
         monkeypatch.setattr(stage, "open_pairs", lambda *_, corpus=corpus, **__: corpus)
-        train_tokenizer(TokenizerRun(out=tmp_path / name, text=TextTokenizerConfig(300), captions=50))
+        train_tokenizer(TrainTokenizerArgs(out=tmp_path / name, text=TextTokenizerConfig(300), captions=50))
     assert corpora[0].read == corpora[1].read
     assert len(corpora[0].read) == 100  # once to learn, once to measure
 
 
 def test_the_report_counts_by_hand():
     text = train_text_tokenizer(["ab ab"] * 10, TextTokenizerConfig())  # a word is one token
-    report = fit_of_captions(text, ["ab", "ab ab ab", "ab é!", "ab " * 20], room=4)
+    report = vocabulary_coverage(text, ["ab", "ab ab ab", "ab é!", "ab " * 20], room=4)
     assert report["captions"] == 4
     letters, outside = 2 + 6 + 4 + 40, 2  # é and ! are spelt in 2 and 1 bytes, each behind a mark
     assert report["coverage"] == pytest.approx(1 - outside / letters, abs=1e-6)
@@ -77,7 +77,7 @@ def test_the_report_counts_by_hand():
 
 def test_no_captions_make_an_empty_report():
     text = train_text_tokenizer(["ab"], TextTokenizerConfig(4, byte_fallback=False))
-    report = fit_of_captions(text, [], 4)
+    report = vocabulary_coverage(text, [], 4)
     assert (report["captions"], report["truncated"], report["coverage"]) == (0, 0.0, 1.0)
     assert report["outside_the_alphabet"] == "unknown (id 0)"
 
@@ -87,7 +87,7 @@ def test_the_stage_prints_and_writes_the_report(tiny_runs, tmp_path, capsys):
     text = train_tokenizer(run)
     report = json.loads((tmp_path / "text" / "report.json").read_text())
     assert report["vocab_size"] == text.vocab_size
-    assert report["room"] == run.model.layout.caption_room == 19
+    assert report["room"] == run.model.layout.max_caption_len == 19
     assert report["coverage"] > 0.999
     assert "95 of 100" in capsys.readouterr().out
 

@@ -13,12 +13,18 @@ from itertools import product
 
 import pytest
 
-from dalle.text import MergeTokenizer, TextTokenizer, TextTokenizerConfig, load_text, text_from_dict
+from dalle.text import (
+    BPETokenizer,
+    TextTokenizer,
+    TextTokenizerConfig,
+    load_text_tokenizer,
+    text_tokenizer_from_dict,
+)
 from dalle.text.external.huggingface import HuggingFaceTokenizer
 from dalle.text.external.pre_tokenizers import byte_letters, normalizer, splitter
 from dalle.text.external.youtokentome import YoutokentomeTokenizer, parse_model
 
-COLOURS, SHAPES = ["red", "green", "blue", "yellow"], ["circle", "square", "photograph"]
+COLORS, SHAPES = ["red", "green", "blue", "yellow"], ["circle", "square", "photograph"]
 PLACES = [
     "under a dog's bowl",
     "(seen from above)",
@@ -27,7 +33,7 @@ PLACES = [
     "红色的圆 在左边",
     "كرة حمراء",
 ]
-CAPTIONS = [f"A {c} {s} {p}, the {c2}-{s}!" for c, s, p, c2 in product(COLOURS, SHAPES, PLACES, COLOURS)]
+CAPTIONS = [f"A {c} {s} {p}, the {c2}-{s}!" for c, s, p, c2 in product(COLORS, SHAPES, PLACES, COLORS)]
 AWKWARD = [
     *map(chr, range(9, 127)),
     *"\x85\xa0\u2028\u3000é\u0301İΣςß\uff46ﬁ①½\u200d\u200c\u093eह中жك\ufeff\u2581_٣👩🇩🇪",
@@ -277,7 +283,7 @@ def test_what_cannot_be_held_is_refused_by_name(tmp_path, changes, said):
     with pytest.raises(
         ValueError, match=rf"tokenizer\.json is not a text tokenizer that can be read: .*{said}"
     ):
-        load_text(path)
+        load_text_tokenizer(path)
 
 
 def test_a_split_that_is_not_held_is_refused():
@@ -311,7 +317,7 @@ def youtokentome_file(request, tmp_path_factory):
 
 def test_ids_are_those_of_youtokentome(youtokentome_file):
     theirs = pytest.importorskip("youtokentome").BPE(str(youtokentome_file))
-    ours = load_text(youtokentome_file)
+    ours = load_text_tokenizer(youtokentome_file)
     assert isinstance(ours, YoutokentomeTokenizer)
     assert ours.vocab_size == theirs.vocab_size()
     texts = [*CAPTIONS, *random_strings(), *LETTERS, "", " ", "\n"]
@@ -326,7 +332,7 @@ def test_ids_are_those_of_youtokentome(youtokentome_file):
 def test_a_model_that_breaks_off_is_refused(youtokentome_file, tmp_path, lines):
     (tmp_path / "bpe.model").write_text("\n".join(youtokentome_file.read_text().splitlines()[:lines]))
     with pytest.raises(ValueError, match=r"bpe\.model is not a text tokenizer"):
-        load_text(tmp_path / "bpe.model")
+        load_text_tokenizer(tmp_path / "bpe.model")
 
 
 @pytest.mark.parametrize(
@@ -347,7 +353,7 @@ def test_a_damaged_model_is_named(text, said):
 
 
 @pytest.fixture(params=["huggingface", "youtokentome", "own"])
-def any_tokenizer(request) -> MergeTokenizer:
+def any_tokenizer(request) -> BPETokenizer:
     if request.param == "huggingface":
         return HuggingFaceTokenizer(train_huggingface(*HELD["CLIP"])[1])
     if request.param == "youtokentome":
@@ -358,8 +364,8 @@ def any_tokenizer(request) -> MergeTokenizer:
 def test_each_goes_through_a_file_a_checkpoint_and_another_process(any_tokenizer, tmp_path):
     any_tokenizer.save(tmp_path / "text.json")
     copies = [
-        load_text(tmp_path / "text.json"),
-        text_from_dict(json.loads(json.dumps(any_tokenizer.to_dict()))),
+        load_text_tokenizer(tmp_path / "text.json"),
+        text_tokenizer_from_dict(json.loads(json.dumps(any_tokenizer.to_dict()))),
         pickle.loads(pickle.dumps(any_tokenizer)),
     ]
     for copy in copies:
@@ -392,7 +398,7 @@ def test_a_damaged_tokenizer_json_is_named(tmp_path, name):
     for data in ({"model": model | DAMAGED[name]}, {"model": model, "normalizer": "x"}):
         (tmp_path / "tokenizer.json").write_text(json.dumps(data))
         with pytest.raises(ValueError, match=r"tokenizer\.json is not a text tokenizer that can be read"):
-            load_text(tmp_path / "tokenizer.json")
+            load_text_tokenizer(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize(
@@ -401,12 +407,12 @@ def test_a_damaged_tokenizer_json_is_named(tmp_path, name):
 def test_another_file_is_refused(tmp_path, content):
     (tmp_path / "other").write_text(content)
     with pytest.raises(ValueError, match="other is not a text tokenizer"):
-        load_text(tmp_path / "other")
+        load_text_tokenizer(tmp_path / "other")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read .*nothing\.json"):
-        load_text(tmp_path / "nothing.json")
+        load_text_tokenizer(tmp_path / "nothing.json")
 
 
 @pytest.mark.parametrize("kind", [HuggingFaceTokenizer, YoutokentomeTokenizer])

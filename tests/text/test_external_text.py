@@ -8,9 +8,9 @@ from text.test_external import CAPTIONS, HELD, train_huggingface
 
 from dalle.commands.train_clip import train_clip
 from dalle.commands.train_transformer import train_transformer
-from dalle.hub.registry import load_part
+from dalle.hub.registry import load_model
 from dalle.pipelines.dalle import DALLE
-from dalle.text import load_text
+from dalle.text import load_text_tokenizer
 
 PROMPT = "A red circle under a dog's bowl, красная 红色的圆 كرة حمراء 🔴"
 
@@ -41,10 +41,10 @@ def test_a_model_is_trained_with_a_foreign_tokenizer_and_keeps_it(foreign, chain
         model = replace(run.model, text_len=80, text_vocab=720)
         train(replace(run, model=model, tokenizer=foreign, out=tmp_path / kind))
     places = {"dvae": chain / "dvae", "transformer": tmp_path / "transformer", "clip": tmp_path / "clip"}
-    DALLE.from_parts(*(load_part(place, kind) for kind, place in places.items())).save_pretrained(
+    DALLE.from_parts(*(load_model(place, kind) for kind, place in places.items())).save_pretrained(
         tmp_path / "model"
     )
-    text = load_text(foreign)
+    text = load_text_tokenizer(foreign)
     foreign.unlink()  # the model holds what it needs
     model = DALLE.from_pretrained(tmp_path / "model")
     assert type(model.text) is type(text)

@@ -15,10 +15,10 @@ import pytest
 from dalle.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 from dalle.text.tokenizer import FIRST_BYTE_ID, MAX_PIECE, UNKNOWN_ID, WORD_START, normalize
 
-COLOURS = ["red", "green", "blue", "yellow", "purple", "orange"]
+COLORS = ["red", "green", "blue", "yellow", "purple", "orange"]
 SHAPES = ["circle", "square", "triangle", "star", "photograph", "illustration"]
 PLACES = ["on the left", "under a dog's bowl", "(seen from above)", "in 1984, by night", "of 3.5 m"]
-CAPTIONS = [f"A {c} {s} {p}, the {c2}-{s}!" for c, c2, s, p in product(COLOURS, COLOURS, SHAPES, PLACES)]
+CAPTIONS = [f"A {c} {s} {p}, the {c2}-{s}!" for c, c2, s, p in product(COLORS, COLORS, SHAPES, PLACES)]
 CONFIG = TextTokenizerConfig(vocab_size=390)
 N_BYTES = 256
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dalle.commands.train_dvae import train_dvae
 from dalle.config import tell_errors
-from dalle.io.files import SUMS, read_json, write_json
+from dalle.io.files import CHECKSUMS, read_json, write_json
 from dalle.train import Schedule, TrainConfig, checkpoint, fit
 from dalle.train import checkpoint_saver as keeper
 from dalle.train import trainer as loop
@@ -153,24 +153,24 @@ def test_a_pointer_that_is_lost_or_names_nothing_costs_no_checkpoint(tmp_path, c
 def test_sums_are_what_sha256sum_reads(tmp_path):
     fit_line(tmp_path, steps=1)
     folder = latest_checkpoint(tmp_path)
-    names = [line.split("  ")[1] for line in (folder / SUMS).read_text().splitlines()]
+    names = [line.split("  ")[1] for line in (folder / CHECKSUMS).read_text().splitlines()]
     assert names == sorted(FILES)
     if shutil.which("sha256sum"):
-        subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=folder, check=True)
+        subprocess.run(["sha256sum", "--check", "--quiet", CHECKSUMS], cwd=folder, check=True)
 
 
 def test_a_checkpoint_of_before_the_sums_is_read_without_them(tmp_path, capsys):
     fit_line(tmp_path, steps=1)
     folder = latest_checkpoint(tmp_path)
     write_json(folder / "meta.json", read_json(folder / "meta.json") | {"format": 2})
-    (folder / SUMS).unlink()
+    (folder / CHECKSUMS).unlink()
     fit_line(tmp_path, steps=2)
     assert "going on from step 1" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_lacks_its_sums_is_not_whole(tmp_path):
     fit_line(tmp_path, steps=1)
-    (latest_checkpoint(tmp_path) / SUMS).unlink()
+    (latest_checkpoint(tmp_path) / CHECKSUMS).unlink()
     with pytest.raises(ValueError, match="SHA256SUMS is missing or not a list of hashes"):
         fit_line(tmp_path, steps=2)
 
@@ -583,7 +583,7 @@ def test_twenty_kills_change_no_bit(tiny_runs, tmp_path):
     assert sum("in a save" in what for what in seen) >= 3
     train_dvae(run)
     assert files(latest_checkpoint(run.out)) == files(latest_checkpoint(whole.out))
-    clocks = {"seconds", "data_wait", "samples_per_second"}
+    clocks = {"seconds", "data_time_frac", "samples_per_sec"}
     logs = [
         [
             {k: v for k, v in line.items() if k not in clocks and "memory" not in k}

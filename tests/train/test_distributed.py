@@ -30,12 +30,12 @@ from helpers.distributed_work import (
 from torch import Tensor
 
 from dalle.clip.objective import CLIPObjective
-from dalle.commands.train_clip import CLIPRun
+from dalle.commands.train_clip import TrainCLIPArgs
 from dalle.dvae.losses import gumbel_softmax
 from dalle.dvae.objective import DVAEObjective
-from dalle.hub.registry import load_part
+from dalle.hub.registry import load_model
 from dalle.io.files import read_json
-from dalle.runs.args import TrainingRun
+from dalle.runs.args import TrainArgs
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.distributed import Parallel
 from dalle.train.dtensor import clip_gradients, gradient_norm, local, placed, whole
@@ -44,7 +44,7 @@ from dalle.train.sharded_checkpoint import read_whole
 from dalle.train.step import mean_loss, split
 from dalle.train.trainer import check_parts
 from dalle.transformer.objective import TransformerObjective
-from dalle.types import Loss, Part
+from dalle.types import BatchShard, Loss
 
 PROJECT = Path(__file__).parents[2]
 WORLD = {"ddp": 2, "fsdp": 2, "hsdp": 4}
@@ -124,7 +124,7 @@ def assert_close_runs(one: Path, other: Path, tolerance: float) -> None:
         b[worst], a[worst], rtol=0, atol=tolerance, msg=lambda text: f"{worst}: {text}"
     )
     for line, twin in zip(read_log(one / "log.jsonl"), read_log(other / "log.jsonl"), strict=True):
-        for clock in ("seconds", "data_wait", "memory_gib", "samples_per_second", "tokens_per_second"):
+        for clock in ("seconds", "data_time_frac", "max_memory_gib", "samples_per_sec", "tokens_per_sec"):
             line.pop(clock, None), twin.pop(clock, None)
         assert twin.keys() == line.keys()
         for name, value in line.items():
@@ -136,7 +136,7 @@ def assert_close_runs(one: Path, other: Path, tolerance: float) -> None:
 @pytest.mark.parametrize("case", PLAIN)
 @pytest.mark.parametrize("mode", MODES)
 def test_several_processes_train_as_one(mode, case, single, several):
-    """Weights, averages, moments, losses, norms, scales; several also stop, recompute and take several passes."""
+    """Weights, averages, moments, losses, norms, scales; several also stop, activation_checkpointing and take several passes."""
     assert_close_runs(single / case, several(mode)[0] / case, TOLERANCE[case])
 
 
@@ -158,7 +158,7 @@ def test_the_tests_above_could_fail(single):
 def test_an_overflow_anywhere_lowers_the_scales_everywhere(mode, single, several):
     lines = [line for line in read_log(several(mode)[0] / "fp16" / "log.jsonl") if "loss" in line]
     assert [line["skipped"] for line in lines] == [0, 1, 1]
-    assert min(lines[1]["log2_scales"]) < 13 < max(lines[0]["log2_scales"])
+    assert min(lines[1]["grad_scale_log2"]) < 13 < max(lines[0]["grad_scale_log2"])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -200,7 +200,7 @@ def test_replicas_that_average_by_factors_stay_alike_and_learn(mode, several):
     for name in FACTORED:
         held = [json.loads((out / f"{name}-{rank}.json").read_text()) for rank in range(WORLD[mode])]
         assert {"ddp": held[0] == held[1], "fsdp": held[0] != held[1], "hsdp": held[:2] == held[2:]}[mode]
-        sent = [line["sent_share"] for line in read_log(out / name / "log.jsonl") if "sent_share" in line]
+        sent = [line["comm_ratio"] for line in read_log(out / name / "log.jsonl") if "comm_ratio" in line]
         assert bool(sent) == (mode != "fsdp")
         assert all((share < 0.7) == (name != "whole") for share in sent)
 
@@ -281,7 +281,7 @@ def test_accumulating_changes_no_result(case, passes, single, tmp_path):
     ]
     for line, twin in zip(*lines, strict=True):
         assert twin.keys() == line.keys()  # a norm that is not finite is left out
-        for name in {"loss", "gradient_norm"} & line.keys():
+        for name in {"loss", "grad_norm"} & line.keys():
             assert twin[name] == pytest.approx(line[name], rel=1e-3 if case == "fp16" else 1e-5)
 
 
@@ -293,7 +293,7 @@ def test_the_mean_over_parts_is_the_batchs():
     parts = split(batch, 4)
     counts = [objective.counts(model, part) for part in parts]
     assert len({int(count) for count in counts}) > 1
-    losses = [objective(model, part, 0, Part(i, 4, sum(counts))) for i, part in enumerate(parts)]
+    losses = [objective(model, part, 0, BatchShard(i, 4, sum(counts))) for i, part in enumerate(parts)]
     together, expected = mean_loss(losses, Parallel()), objective(model, batch, 0)
     torch.testing.assert_close(together.total, expected.total.detach())
     for name, value in expected.metrics.items():
@@ -303,7 +303,7 @@ def test_the_mean_over_parts_is_the_batchs():
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
-def test_the_noise_of_a_picture_is_that_of_its_place(count):
+def test_the_noise_of_a_image_is_that_of_its_place(count):
     """Whatever the parts, and whatever the strides of the logits."""
     logits = torch.randn(8, 5, 3, 4)
     torch.manual_seed(1)
@@ -324,7 +324,7 @@ def test_the_use_of_the_codes_is_that_of_all_processes():
     """Two processes whose tokens a third adds up: as if the batch were twice as large."""
     torch.manual_seed(0)
     model, objective = dvae(), DVAEObjective()
-    part = Part(0, 2, None, sum=lambda counts: 2 * counts, gather=lambda rows: rows)
+    part = BatchShard(0, 2, None, sum=lambda counts: 2 * counts, gather=lambda rows: rows)
     whole_batch, shared = objective(model, pixel_batch(0), 0), objective(model, pixel_batch(0), 0, part)
     assert shared.metrics["perplexity"] == pytest.approx(float(whole_batch.metrics["perplexity"]))
 
@@ -395,30 +395,30 @@ def torchrun(monkeypatch):
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "hsdp"])
 def test_a_parallel_mode_without_torchrun_is_refused_with_the_command(mode, torchrun):
     with pytest.raises(ValueError, match=f"--parallel {mode} needs torchrun.*torchrun --nproc-per-node 2"):
-        TrainingRun(parallel=mode).processes()
+        TrainArgs(parallel=mode).processes()
 
 
 @pytest.mark.parametrize("mode", ["fsdp", "hsdp"])
 def test_compiled_slices_are_refused(mode, torchrun):
     torchrun(2)
     with pytest.raises(ValueError, match=f"--compile with --parallel {mode} is untested"):
-        TrainingRun(parallel=mode, compile=True).processes()
+        TrainArgs(parallel=mode, compile=True).processes()
 
 
 def test_no_patience_is_refused():
     with pytest.raises(ValueError, match="timeout must be positive, got 0"):
-        TrainingRun(timeout=0)
+        TrainArgs(timeout=0)
 
 
 def test_torchrun_without_a_parallel_mode_is_refused(torchrun):
     torchrun(2)
     with pytest.raises(ValueError, match=r"torchrun started 2 processes.* add --parallel ddp, fsdp or hsdp"):
-        TrainingRun().processes()
+        TrainArgs().processes()
 
 
 def test_one_process_of_torchrun_may_train_alone(torchrun):
     torchrun(1)
-    with TrainingRun(device="cpu").processes() as parallel:
+    with TrainArgs(device="cpu").processes() as parallel:
         assert (parallel.world, parallel.is_main, parallel.mesh) == (1, True, None)
 
 
@@ -427,13 +427,13 @@ def test_hsdp_needs_groups_of_one_size(world, local_world, shard, torchrun):
     torchrun(world, local_world)
     size = local_world if shard is None else shard
     with pytest.raises(ValueError, match=f"{world} processes do not divide into groups of {size}.*--shard"):
-        TrainingRun(parallel="hsdp", shard=shard).processes()
+        TrainArgs(parallel="hsdp", shard=shard).processes()
 
 
 def test_shard_is_for_hsdp(torchrun):
     torchrun(2)
     with pytest.raises(ValueError, match="shard is for --parallel hsdp, not for fsdp"):
-        TrainingRun(parallel="fsdp", shard=2).processes()
+        TrainArgs(parallel="fsdp", shard=2).processes()
 
 
 @pytest.mark.parametrize(
@@ -448,7 +448,7 @@ def test_each_process_needs_a_gpu_of_its_own(found, name, said, torchrun, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
     with pytest.raises(ValueError, match=said):
-        TrainingRun(parallel="ddp", device=name).processes()
+        TrainArgs(parallel="ddp", device=name).processes()
 
 
 class Sixfold(Parallel):
@@ -478,7 +478,7 @@ def test_muon_is_refused_where_matrices_are_sliced():
 
 def test_clip_refuses_to_accumulate():
     with pytest.raises(ValueError, match="accumulate changes the loss of CLIP"):
-        CLIPRun(train=replace(TRAIN, accumulate=2))
+        TrainCLIPArgs(train=replace(TRAIN, accumulate=2))
 
 
 def test_what_only_shares_the_work_may_change_when_a_run_goes_on(tiny_runs):
@@ -502,7 +502,7 @@ def test_torchrun_trains_what_one_process_loads_and_goes_on_with(mode, chain, ti
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("taking tokens from") == 1
     found, alone = (
-        load_part(run, "transformer").model.state_dict() for run in (tmp_path / "run", chain / "transformer")
+        load_model(run, "transformer").model.state_dict() for run in (tmp_path / "run", chain / "transformer")
     )
     torch.testing.assert_close(found, alone, rtol=0, atol=1e-4)
     done = python([*script, "--steps", "3"], cwd=tmp_path, seconds=400)

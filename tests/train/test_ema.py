@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dalle.train.ema import AveragedWeights, EMAConfig, corrected
+from dalle.train.ema import EMA, EMAConfig, bias_corrected
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def set_weights(model: nn.Module, value: float) -> None:
 
 def follow(model: nn.Module, config: EMAConfig, values: list[float]) -> float:
     """The average after the weights have had these values at updates 1, 2, ..."""
-    ema = AveragedWeights(model, config)
+    ema = EMA(model, config)
     for step, value in enumerate(values, start=1):
         set_weights(model, value)
         ema.update(model, step)
@@ -29,7 +29,7 @@ def follow(model: nn.Module, config: EMAConfig, values: list[float]) -> float:
 
 
 def test_constant_weights_average_to_themselves_from_the_first_update_on(model):
-    ema = AveragedWeights(model, EMAConfig(decay=0.999, every=1))
+    ema = EMA(model, EMAConfig(decay=0.999, every=1))
     for step in range(1, 6):
         ema.update(model, step)
         for name, p in model.named_parameters():
@@ -55,7 +55,7 @@ def test_only_every_nth_update_is_taken_in(model):
 
 
 def test_before_the_first_averaging_there_is_none_and_the_weights_stand(model):
-    ema = AveragedWeights(model, EMAConfig(decay=0.99, every=25))
+    ema = EMA(model, EMAConfig(decay=0.99, every=25))
     ema.update(model, 1)
     own = model.weight.detach().clone()
     assert ema.averaged() == {}
@@ -64,7 +64,7 @@ def test_before_the_first_averaging_there_is_none_and_the_weights_stand(model):
 
 
 def test_applied_holds_the_average_inside_and_restores_after(model):
-    ema = AveragedWeights(model, EMAConfig(decay=0.5, every=1))
+    ema = EMA(model, EMAConfig(decay=0.5, every=1))
     set_weights(model, 1.0)
     ema.update(model, 1)
     set_weights(model, 7.0)
@@ -74,7 +74,7 @@ def test_applied_holds_the_average_inside_and_restores_after(model):
 
 
 def test_applied_restores_when_the_block_raises(model):
-    ema = AveragedWeights(model, EMAConfig(decay=0.5, every=1))
+    ema = EMA(model, EMAConfig(decay=0.5, every=1))
     ema.update(model, 1)
     set_weights(model, 7.0)
     with pytest.raises(RuntimeError, match="inside"), ema.applied(model):
@@ -83,7 +83,7 @@ def test_applied_restores_when_the_block_raises(model):
 
 
 def test_applied_leaves_the_average_as_it_was(model):
-    ema = AveragedWeights(model, EMAConfig(decay=0.5, every=1))
+    ema = EMA(model, EMAConfig(decay=0.5, every=1))
     ema.update(model, 1)
     before = ema.averaged()["weight"].clone()
     with ema.applied(model):
@@ -93,12 +93,12 @@ def test_applied_leaves_the_average_as_it_was(model):
 
 def test_the_correction_divides_by_one_less_the_share_of_the_start():
     sums = {"w": torch.tensor([0.19])}
-    assert corrected(sums, 0.9, 2)["w"].item() == pytest.approx(1.0)
-    assert corrected(sums, 0.9, 0) == {}
+    assert bias_corrected(sums, 0.9, 2)["w"].item() == pytest.approx(1.0)
+    assert bias_corrected(sums, 0.9, 0) == {}
 
 
 def test_an_average_kept_on_the_cpu_is_the_same_average(model):
-    here, there = (AveragedWeights(model, EMAConfig(0.9, 1, device)) for device in ("same", "cpu"))
+    here, there = (EMA(model, EMAConfig(0.9, 1, device)) for device in ("same", "cpu"))
     for step in (1, 2, 3):
         set_weights(model, float(step))
         for average in (here, there):
@@ -111,7 +111,7 @@ def test_an_average_kept_on_the_cpu_is_the_same_average(model):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to keep the average off")
 def test_an_average_kept_off_the_gpu_is_applied_to_weights_on_it(model):
     model = model.cuda()
-    average = AveragedWeights(model, EMAConfig(0.9, 1, "cpu"))
+    average = EMA(model, EMAConfig(0.9, 1, "cpu"))
     average.update(model, 1)
     assert all(s.device.type == "cpu" for s in average.sums.values())
     own = [p.detach().clone() for p in model.parameters()]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dalle.train import Schedule
-from dalle.train.float_formats import HALF, MEAN, VARIANCE, Format, keep_moments, rounded
+from dalle.train.float_formats import HALF, MEAN, VARIANCE, FloatFormat, rounded, store_moments
 from dalle.train.optimizer import OptimizerConfig, build_optimizers
 
 
@@ -22,7 +22,7 @@ def numbers(low: int, high: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("form", "dtype", "low"),
-    [(HALF, torch.float16, -28), (Format(5, 2, bias=15), torch.float8_e5m2, -20)],
+    [(HALF, torch.float16, -28), (FloatFormat(5, 2, bias=15), torch.float8_e5m2, -20)],
 )
 def test_formats_that_torch_has_are_rounded_as_torch_does(form, dtype, low):
     """Subnormals, ties and overflow to Inf among them."""
@@ -63,7 +63,7 @@ def test_saturation_keeps_the_sign_and_nan():
 @pytest.mark.parametrize("wrong", [{"exponent": 8}, {"significand": 23}, {"bias": 127}])
 def test_a_format_that_fp32_cannot_hold_is_refused(wrong):
     with pytest.raises(ValueError, match="fp32 cannot emulate"):
-        Format(**{"exponent": 6, "significand": 9, "bias": 59} | wrong)
+        FloatFormat(**{"exponent": 6, "significand": 9, "bias": 59} | wrong)
 
 
 def stack() -> nn.Module:
@@ -107,7 +107,7 @@ def test_moments_in_fp16_lose_small_gradients():
     model = stack()
     (optimizer,) = build_optimizers(model, OptimizerConfig(warmup=0))
     weight = model[1][0].weight
-    keep_moments([optimizer], [weight], HALF, HALF)
+    store_moments([optimizer], [weight], HALF, HALF)
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e-6)
     optimizer.step()

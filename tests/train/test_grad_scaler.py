@@ -7,21 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from dalle.nn.blocks import Resblock, scale_gradient
+from dalle.nn.blocks import ResidualBlock, scale_gradient
 from dalle.schedules import Schedule
 from dalle.train.checkpoint import restore, save_checkpoint
-from dalle.train.ema import AveragedWeights, EMAConfig
-from dalle.train.grad_scaler import GradientScales
+from dalle.train.ema import EMA, EMAConfig
+from dalle.train.grad_scaler import PerBlockGradScaler
 from dalle.train.optimizer import OptimizerConfig, build_optimizers
 from dalle.train.state import TrainState
-from dalle.train.step import gradient_scales, train_step
+from dalle.train.step import build_grad_scaler, train_step
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.objective import TransformerObjective
 
 CONFIG = TransformerConfig(
     depth=2,
     heads=2,
-    head_width=8,
+    head_dim=8,
     text_len=4,
     grid=(3, 3),
     text_vocab=8,
@@ -31,9 +31,9 @@ CONFIG = TransformerConfig(
 )
 
 
-def blocks(count: int = 3) -> list[Resblock]:
+def blocks(count: int = 3) -> list[ResidualBlock]:
     torch.manual_seed(0)
-    return [Resblock(4, nn.Linear(4, 4)) for _ in range(count)]
+    return [ResidualBlock(4, nn.Linear(4, 4)) for _ in range(count)]
 
 
 def good(*finite: bool) -> torch.Tensor:
@@ -47,25 +47,25 @@ def good(*finite: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("replicas", [1, 1024])
 def test_scales_start_at_two_to_the_thirteen_times_the_replicas(replicas):
-    assert GradientScales(blocks(), replicas).values.tolist() == [2.0**13 * replicas] * 3
+    assert PerBlockGradScaler(blocks(), replicas).values.tolist() == [2.0**13 * replicas] * 3
 
 
 def test_a_thousand_finite_updates_double_a_scale():
-    scales = GradientScales(blocks(1))
+    scales = PerBlockGradScaler(blocks(1))
     for _ in range(1000):
         scales.update(good(True))
     assert scales.values.item() == pytest.approx(2.0**14, rel=1e-4)
 
 
 def test_an_overflow_divides_its_own_scale_by_the_root_of_two():
-    scales = GradientScales(blocks())
+    scales = PerBlockGradScaler(blocks())
     scales.update(good(True, False, True))
     up, down = 2.0**13 * 2 ** (1 / 1000), 2.0**13 / math.sqrt(2)
     assert scales.values.tolist() == pytest.approx([up, down, up])
 
 
 def test_a_scale_is_divided_at_most_once_in_125_updates():
-    scales = GradientScales(blocks(1))
+    scales = PerBlockGradScaler(blocks(1))
     values = []
     for _ in range(251):
         scales.update(good(False))
@@ -75,7 +75,7 @@ def test_a_scale_is_divided_at_most_once_in_125_updates():
 
 
 def test_a_finite_update_between_two_overflows_lets_the_scale_grow_but_not_divide():
-    scales = GradientScales(blocks(1))
+    scales = PerBlockGradScaler(blocks(1))
     for finite in (False, True, False):
         scales.update(good(finite))
     assert scales.values.item() == pytest.approx(2.0**13 / math.sqrt(2) * 2 ** (1 / 1000))
@@ -83,7 +83,7 @@ def test_a_finite_update_between_two_overflows_lets_the_scale_grow_but_not_divid
 
 @pytest.mark.parametrize("replicas", [1, 1024])
 def test_scales_stay_between_their_bounds(replicas):
-    scales = GradientScales(blocks(2), replicas)
+    scales = PerBlockGradScaler(blocks(2), replicas)
     scales.values.copy_(torch.tensor([2.0**7 * replicas, 2.0**24 * replicas]))
     scales.update(good(False, True))
     assert scales.values.tolist() == [2.0**7 * replicas, 2.0**24 * replicas]
@@ -91,7 +91,7 @@ def test_scales_stay_between_their_bounds(replicas):
 
 def test_the_resblocks_see_a_changed_scale():
     made = blocks(2)
-    scales = GradientScales(made)
+    scales = PerBlockGradScaler(made)
     scales.update(good(True, False))
     assert [float(block.gradient_scale) for block in made] == scales.values.tolist()
     scales.load_state_dict({"values": torch.tensor([1.0, 2.0]), "since_backoff": torch.tensor([3, 4])})
@@ -100,7 +100,7 @@ def test_the_resblocks_see_a_changed_scale():
 
 def test_scales_of_another_model_are_refused():
     with pytest.raises(ValueError, match="2 gradient scales for 3 resblocks"):
-        GradientScales(blocks(3)).load_state_dict(GradientScales(blocks(2)).state_dict())
+        PerBlockGradScaler(blocks(3)).load_state_dict(PerBlockGradScaler(blocks(2)).state_dict())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_scales_of_another_model_are_refused():
 # ---------------------------------------------------------------------------------------------
 
 
-def trunk(made: list[Resblock], x: torch.Tensor) -> torch.Tensor:
+def trunk(made: list[ResidualBlock], x: torch.Tensor) -> torch.Tensor:
     for block in made:
         x = x + block(x)
     return x
@@ -119,7 +119,7 @@ def test_scaling_changes_no_gradient_in_fp32():
     x = torch.randn(2, 4, requires_grad=True)
     trunk(made, x).square().sum().backward()
     expected = [x.grad.clone(), *(p.grad.clone() for block in made for p in block.parameters())]
-    scales = GradientScales(made)
+    scales = PerBlockGradScaler(made)
     scales.values.copy_(torch.tensor([2.0**7, 2.0**13, 2.0**20]))
     for tensor in (x, *(p for block in made for p in block.parameters())):
         tensor.grad = None
@@ -133,7 +133,7 @@ def test_inside_a_resblock_the_gradient_is_scaled():
     (block,) = made = blocks(1)
     seen = []
     block.f.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].clone()))
-    GradientScales(made)
+    PerBlockGradScaler(made)
     block(torch.randn(2, 4, requires_grad=True)).sum().backward()
     assert (seen[0] == 2.0**13).all()
 
@@ -146,7 +146,7 @@ def test_a_factor_beyond_the_range_becomes_zero_not_infinite():
 
 def test_a_bad_resblock_spoils_neither_the_trunk_nor_the_scales_of_others():
     made = blocks()
-    scales = GradientScales(made)
+    scales = PerBlockGradScaler(made)
     x = torch.randn(2, 4, requires_grad=True)
     made[1].f.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * torch.inf,))
     made[1].f.weight.register_hook(lambda gradient: gradient * torch.inf)
@@ -160,7 +160,7 @@ def test_a_bad_resblock_spoils_neither_the_trunk_nor_the_scales_of_others():
 
 def test_the_trunk_is_fp32_and_the_path_inside_fp16():
     made = blocks(1)
-    GradientScales(made)
+    PerBlockGradScaler(made)
     dtypes = []
     made[0].f.register_forward_hook(
         lambda module, inputs, output: dtypes.append((inputs[0].dtype, output.dtype))
@@ -180,7 +180,7 @@ def state_of(config: TransformerConfig = CONFIG) -> TrainState:
     torch.manual_seed(0)
     model = Transformer(config)
     optimizers = build_optimizers(model, OPTIM)
-    return TrainState(model, optimizers, AveragedWeights(model, EMAConfig()), gradient_scales(model))
+    return TrainState(model, optimizers, EMA(model, EMAConfig()), build_grad_scaler(model))
 
 
 OPTIM = OptimizerConfig(lr=Schedule(1e-3, 1e-3), warmup=0)
@@ -228,13 +228,13 @@ def test_scales_are_in_the_checkpoint(tmp_path):
 
 def test_a_model_without_resblocks_refuses_fp16():
     with pytest.raises(ValueError, match="Linear has no gradient scales for fp16"):
-        gradient_scales(nn.Linear(2, 2))
+        build_grad_scaler(nn.Linear(2, 2))
 
 
 def test_recomputing_with_scales_gives_the_same_gradients():
     gradients = []
-    for recompute in (False, True):
-        state = state_of(replace(CONFIG, recompute=recompute))
+    for activation_checkpointing in (False, True):
+        state = state_of(replace(CONFIG, activation_checkpointing=activation_checkpointing))
         torch.manual_seed(1)
         step(state)
         gradients.append([p.grad.clone() for p in state.model.parameters() if p.grad is not None])

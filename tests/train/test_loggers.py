@@ -1,4 +1,4 @@
-"""What a run tells: rates, utilisation, TensorBoard, W&B, pictures (dalle/train/throughput.py, dalle/train/writers.py)."""
+"""What a run tells: rates, utilisation, TensorBoard, W&B, images (dalle/train/throughput.py, dalle/train/writers.py)."""
 
 import sys
 from dataclasses import replace
@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dalle.commands.train_transformer import TransformerRun, train_transformer
+from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
 from dalle.config import load
 from dalle.train import Schedule, TrainConfig, fit
 from dalle.train import throughput as meters_module
 from dalle.train.ema import EMAConfig
 from dalle.train.loggers import read_log
 from dalle.train.optimizer import OptimizerConfig
-from dalle.train.throughput import Meter, known_peak_flops, mfu, peak_flops
-from dalle.train.writers import LogConfig, Logs, spread
-from dalle.types import Loss, Work
+from dalle.train.throughput import ThroughputMeter, known_peak_flops, mfu, peak_flops
+from dalle.train.writers import LogConfig, Loggers, spread
+from dalle.types import Loss, StepCost
 
 CPU = torch.device("cpu")
 
@@ -43,48 +43,48 @@ def clock(monkeypatch):
 
 
 def test_rates_are_over_all_updates_since_the_last_line(clock):
-    meter = Meter(CPU, peak=1000.0)
+    meter = ThroughputMeter(CPU, peak=1000.0)
     for waited, computed in [(1.0, 3.0), (3.0, 1.0)]:
         with meter.waiting():
             clock(waited)
         clock(computed)
-        meter.update(Work(samples=4, tokens=40, flops=800.0))
+        meter.update(StepCost(samples=4, tokens=40, flops=800.0))
     lap = meter.lap()
-    assert lap.pop("memory_gib") > 0
+    assert lap.pop("max_memory_gib") > 0
     assert lap == {
         "seconds": 4.0,
-        "data_wait": 0.5,
-        "samples_per_second": 1.0,
-        "tokens_per_second": 10.0,
+        "data_time_frac": 0.5,
+        "samples_per_sec": 1.0,
+        "tokens_per_sec": 10.0,
         "mfu": 0.2,
     }
     clock(2.0)
-    meter.update(Work(samples=4, tokens=40, flops=800.0))
-    assert meter.lap()["samples_per_second"] == 2.0
+    meter.update(StepCost(samples=4, tokens=40, flops=800.0))
+    assert meter.lap()["samples_per_sec"] == 2.0
 
 
 def test_evaluations_and_checkpoints_are_not_training(clock):
-    meter = Meter(CPU)
+    meter = ThroughputMeter(CPU)
     clock(2.0)
     with meter.pause():
         clock(50.0)
-    meter.update(Work(samples=4))
+    meter.update(StepCost(samples=4))
     lap = meter.lap()
     assert lap["seconds"] == 2.0
-    assert lap["samples_per_second"] == 2.0
+    assert lap["samples_per_sec"] == 2.0
 
 
 def test_what_is_not_known_is_not_told(clock):
-    """No tokens for pictures, no utilisation without a peak or without operations, no rates for a bare function."""
-    for peak, work in [(None, Work(4, 0, 100.0)), (1000.0, Work(4))]:
-        meter = Meter(CPU, peak=peak)
+    """No tokens for images, no utilisation without a peak or without operations, no rates for a bare function."""
+    for peak, work in [(None, StepCost(4, 0, 100.0)), (1000.0, StepCost(4))]:
+        meter = ThroughputMeter(CPU, peak=peak)
         clock(1.0)
         meter.update(work)
-        assert meter.lap().keys() == {"seconds", "data_wait", "memory_gib", "samples_per_second"}
-    meter = Meter(CPU)
+        assert meter.lap().keys() == {"seconds", "data_time_frac", "max_memory_gib", "samples_per_sec"}
+    meter = ThroughputMeter(CPU)
     clock(1.0)
     meter.update(None)
-    assert meter.lap().keys() == {"seconds", "data_wait", "memory_gib"}
+    assert meter.lap().keys() == {"seconds", "data_time_frac", "max_memory_gib"}
 
 
 @pytest.mark.parametrize(
@@ -119,21 +119,21 @@ def test_a_cpu_has_a_peak_only_if_told():
 META = {"kind": "line", "run": {"train": {"batch_size": 4}}, "links": {}}
 
 
-def picture(model: nn.Module) -> Image.Image:
+def image(model: nn.Module) -> Image.Image:
     """A grey as bright as the weight."""
     return Image.new("RGB", (8, 4), (int(50 * float(model.weight.abs())),) * 3)
 
 
 def train(out: Path, steps: int = 4, log: LogConfig = LogConfig()):  # noqa: B008
-    """A line fitted, measured with a picture every second step."""
+    """A line fitted, measured with an image every second step."""
     torch.manual_seed(0)
 
     class Objective:
         def __call__(self, model: nn.Module, batch: Tensor, step: int) -> Loss:
             return Loss((model(batch) - 2 * batch).square().mean())
 
-        def work(self, model: nn.Module, batch: Tensor) -> Work:
-            return Work(len(batch), tokens=2 * len(batch), flops=6.0 * len(batch))
+        def work(self, model: nn.Module, batch: Tensor) -> StepCost:
+            return StepCost(len(batch), tokens=2 * len(batch), flops=6.0 * len(batch))
 
         def chance(self, model: nn.Module) -> dict[str, float]:
             return {"loss": 7.5}
@@ -157,7 +157,7 @@ def train(out: Path, steps: int = 4, log: LogConfig = LogConfig()):  # noqa: B00
         run_dir=out,
         meta=META,
         log=log,
-        evaluate=lambda model, step: {"weight": model.weight.detach(), "grey": picture(model)},
+        evaluate=lambda model, step: {"weight": model.weight.detach(), "grey": image(model)},
     )
     return read_log(out / "log.jsonl")
 
@@ -166,16 +166,16 @@ def test_the_log_has_rates_and_chance_once(tmp_path):
     lines = train(tmp_path, log=LogConfig(peak_flops=1e9))
     trained = [line for line in lines if "loss" in line]
     assert [line.get("chance/loss") for line in trained] == [7.5, None, None, None]
-    assert {"gradient_norm", "step_size", "skipped", "halvings", "seconds", "data_wait", "memory_gib"} < set(
+    assert {"grad_norm", "lr", "skipped", "halvings", "seconds", "data_time_frac", "max_memory_gib"} < set(
         trained[2]
     )
     for line in trained:
-        assert line["tokens_per_second"] == pytest.approx(2 * line["samples_per_second"])
-        assert line["mfu"] == pytest.approx(6 * line["samples_per_second"] / 1e9)
-        assert 0 <= line["data_wait"] <= 1
+        assert line["tokens_per_sec"] == pytest.approx(2 * line["samples_per_sec"])
+        assert line["mfu"] == pytest.approx(6 * line["samples_per_sec"] / 1e9)
+        assert 0 <= line["data_time_frac"] <= 1
 
 
-def test_pictures_of_evaluations_are_saved_and_are_no_numbers(tmp_path):
+def test_images_of_evaluations_are_saved_and_are_no_numbers(tmp_path):
     lines = train(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["grey-00000002.png", "grey-00000004.png"]
     assert [line.keys() for line in lines if "eval/weight" in line] == [{"step", "eval/weight"}] * 2
@@ -188,11 +188,11 @@ def events(run: Path):
     return found.Reload()
 
 
-def test_tensorboard_reads_the_same_numbers_and_pictures(tmp_path):
+def test_tensorboard_reads_the_same_numbers_and_images(tmp_path):
     pytest.importorskip("tensorboard")
     lines = train(tmp_path, log=LogConfig(to=("tensorboard",)))
     found = events(tmp_path)
-    for name in ("loss", "gradient_norm", "eval/weight"):
+    for name in ("loss", "grad_norm", "eval/weight"):
         written = [(line["step"], pytest.approx(line[name])) for line in lines if name in line]
         assert [(point.step, point.value) for point in found.Scalars(name)] == written
     assert [point.value for point in found.Scalars("chance/loss")] == [7.5]
@@ -202,11 +202,11 @@ def test_tensorboard_reads_the_same_numbers_and_pictures(tmp_path):
 def test_tensorboard_after_a_crash_shows_each_step_once(tmp_path):
     """Steps 3 and 4 are made twice: the first time they are after the last checkpoint."""
     pytest.importorskip("tensorboard")
-    told = Logs(tmp_path, 0, LogConfig(to=("tensorboard",)), META)
+    told = Loggers(tmp_path, 0, LogConfig(to=("tensorboard",)), META)
     for step in (1, 2, 3, 4):
         told.write(step, {"loss": float(step)})
     told.close()
-    again = Logs(tmp_path, 2, LogConfig(to=("tensorboard",)), META)
+    again = Loggers(tmp_path, 2, LogConfig(to=("tensorboard",)), META)
     for step in (3, 4, 5):
         again.write(step, {"loss": 10.0 + step})
     again.close()
@@ -295,10 +295,10 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
 
 
 def test_lists_are_told_by_their_ends():
-    assert spread({"loss": 1.0, "log2_scales": [13.0, 12.0, 20.0]}) == {
+    assert spread({"loss": 1.0, "grad_scale_log2": [13.0, 12.0, 20.0]}) == {
         "loss": 1.0,
-        "log2_scales/least": 12.0,
-        "log2_scales/most": 20.0,
+        "grad_scale_log2/least": 12.0,
+        "grad_scale_log2/most": 20.0,
     }
 
 
@@ -325,9 +325,9 @@ def test_the_transformer_draws_held_out_captions_with_its_dvae(chain, tiny_runs,
 def test_the_first_loss_of_the_transformer_is_chance(chain):
     """Its output matrix starts at 0: an even guess over ln(vocabulary)."""
     first = read_log(chain / "transformer" / "log.jsonl")[0]
-    for name in ("loss", "text_nats", "image_nats"):
+    for name in ("loss", "text_loss", "image_loss"):
         assert first[name] == pytest.approx(first[f"chance/{name}"], rel=1e-5)
-    assert first["chance/image_nats"] == pytest.approx(np.log(16))
+    assert first["chance/image_loss"] == pytest.approx(np.log(16))
 
 
 def test_clip_shows_what_it_finds(chain):
@@ -337,7 +337,7 @@ def test_clip_shows_what_it_finds(chain):
 
 def test_drawings_cannot_be_negative():
     with pytest.raises(ValueError, match="drawings cannot be negative"):
-        TransformerRun(drawings=-1)
+        TrainTransformerArgs(drawings=-1)
 
 
 def test_the_log_may_change_on_going_on(tiny_runs):
@@ -347,7 +347,7 @@ def test_the_log_may_change_on_going_on(tiny_runs):
 
 def test_yaml_may_say_where_to(tmp_path):
     (tmp_path / "more.yaml").write_text("log: {to: [tensorboard], peak_flops: 989e12}\n")
-    assert load(TransformerRun, [tmp_path / "more.yaml"]).log == LogConfig(
+    assert load(TrainTransformerArgs, [tmp_path / "more.yaml"]).log == LogConfig(
         to=("tensorboard",), peak_flops=989e12
     )
 

@@ -1,4 +1,4 @@
-"""The step size is halved when the training loss plateaus (B.2), on losses made by hand."""
+"""The learning rate is halved when the training loss plateaus (B.2), on losses made by hand."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ from dalle.train import Schedule, TrainConfig, fit
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.ema import EMAConfig
 from dalle.train.loggers import read_log
-from dalle.train.lr_schedule import NEVER, Plateau, PlateauConfig
+from dalle.train.lr_schedule import NEVER, PlateauConfig, ReduceLROnPlateau
 from dalle.train.optimizer import OptimizerConfig
 from dalle.types import Loss
 
 
 def halved_at(losses: list[float], **settings) -> list[int]:
-    """Updates, counted from 1, after which the step size was halved."""
-    plateau, found = Plateau(PlateauConfig(**settings)), []
+    """Updates, counted from 1, after which the learning rate was halved."""
+    plateau, found = ReduceLROnPlateau(PlateauConfig(**settings)), []
     for update, loss in enumerate(losses, 1):
         before = plateau.halved
         plateau.see(loss)
@@ -27,7 +27,7 @@ def halved_at(losses: list[float], **settings) -> list[int]:
 
 
 def test_the_paper_halves_five_times_and_ends_at_a_32nd():
-    plateau = Plateau(PlateauConfig(window=1, patience=1))
+    plateau = ReduceLROnPlateau(PlateauConfig(window=1, patience=1))
     for _ in range(100):
         plateau.see(1.0)
     assert PlateauConfig().halvings == plateau.halved == 5
@@ -77,7 +77,7 @@ def flat(model: nn.Module, batch: Tensor, step: int) -> Loss:
 
 
 def train(out: Path, steps: int, plateau: PlateauConfig) -> list[float]:
-    """The step sizes of a run on `flat`."""
+    """The learning rates of a run on `flat`."""
     torch.manual_seed(0)
     config = TrainConfig(
         batch_size=1,
@@ -98,7 +98,7 @@ def train(out: Path, steps: int, plateau: PlateauConfig) -> list[float]:
         run_dir=out,
         meta=meta,
     )
-    return [line["step_size"] for line in read_log(out / "log.jsonl")]
+    return [line["lr"] for line in read_log(out / "log.jsonl")]
 
 
 SHORT = PlateauConfig(halvings=2, window=2, patience=1)

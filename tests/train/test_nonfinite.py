@@ -11,7 +11,7 @@ from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.ema import EMAConfig
 from dalle.train.grad_scaler import PATIENCE
 from dalle.train.loggers import read_log
-from dalle.train.nonfinite import Nonfinite
+from dalle.train.nonfinite import NonfiniteGuard
 from dalle.train.optimizer import OptimizerConfig
 from dalle.types import Loss
 
@@ -139,7 +139,7 @@ def test_the_average_takes_its_turn_only_at_updates_that_were_made(tmp_path):
 
 def test_scales_have_125_times_the_patience():
     """A scale that is too large comes down once in 125 updates (D)."""
-    scaled, other = Nonfinite(2), Nonfinite(2)
+    scaled, other = NonfiniteGuard(2), NonfiniteGuard(2)
     assert [scaled.skip(scaled=True) for _ in range(2 * PATIENCE)] == [False] * (2 * PATIENCE - 1) + [True]
     assert [other.skip(scaled=False) for _ in range(2)] == [False, True]
 

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from dalle.commands.train_clip import CLIP_TRAINING
 from dalle.commands.train_dvae import PAPER_TRAINING
-from dalle.hub.registry import build
+from dalle.hub.registry import build_model
 from dalle.train import Schedule
-from dalle.train.optimizer import OptimizerConfig, build_optimizers, decay_groups, layer_matrices, set_rate
+from dalle.train.optimizer import OptimizerConfig, build_optimizers, decay_groups, hidden_matrices, set_rate
 
 
 @pytest.fixture(params=["dvae", "transformer", "clip"])
 def model(request: pytest.FixtureRequest, tiny_runs: SimpleNamespace) -> nn.Module:
-    return build(request.param, getattr(tiny_runs, request.param).model)
+    return build_model(request.param, getattr(tiny_runs, request.param).model)
 
 
 def names(group) -> set[str]:
@@ -45,7 +45,7 @@ def test_matrices_and_convolutions_decay(model):
 def test_the_position_and_class_embeddings_of_clip_do_not_decay(tiny_runs):
     """They are bare parameters: one is a matrix by its shape, though none by its use."""
     embeddings = {"net.visual.positional_embedding", "net.visual.class_embedding", "net.positional_embedding"}
-    kept = names(decay_groups(build("clip", tiny_runs.clip.model))[1])
+    kept = names(decay_groups(build_model("clip", tiny_runs.clip.model))[1])
     assert embeddings | {"net.token_embedding.weight", "net.logit_scale"} <= kept
 
 
@@ -110,9 +110,9 @@ def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest():
 
 
 def test_muon_takes_every_matrix_of_the_transformers_layers(tiny_runs):
-    model = build("transformer", tiny_runs.transformer.model)
+    model = build_model("transformer", tiny_runs.transformer.model)
     expected = {n for n, p in model.named_parameters() if n.startswith("layers.") and p.ndim == 2}
-    assert names(layer_matrices(model)) == expected
+    assert names(hidden_matrices(model)) == expected
     assert len(expected) == 4 * tiny_runs.transformer.model.depth  # qkv, out, expand, project
 
 
@@ -127,7 +127,7 @@ def test_an_update_of_muon_has_equal_singular_values():
     weight.grad = gradient
     model.layers[1][1].weight.grad = torch.zeros(6, 6)
     muon.step()
-    update = (before - weight.detach()) / 0.2  # step size 0.1, twice
+    update = (before - weight.detach()) / 0.2  # learning rate 0.1, twice
     assert torch.linalg.svdvals(update).min() > 0.6
     assert torch.linalg.svdvals(update).max() < 1.3
     assert (update - torch.diag(update.diagonal())).abs().max() < 0.02

@@ -8,7 +8,7 @@ from torch import nn
 
 from dalle.schedules import Schedule
 from dalle.train.checkpoint import restore, save_checkpoint
-from dalle.train.ema import AveragedWeights, EMAConfig
+from dalle.train.ema import EMA, EMAConfig
 from dalle.train.optimizer import OptimizerConfig, build_optimizers
 from dalle.train.state import TrainState
 from dalle.train.step import train_step
@@ -44,7 +44,7 @@ def objective(model: nn.Module, batch: torch.Tensor, step: int) -> Loss:
 def fresh(optim: OptimizerConfig = IN_8BIT) -> TrainState:
     torch.manual_seed(0)
     model = Net()
-    return TrainState(model, build_optimizers(model, optim), AveragedWeights(model, EMAConfig()))
+    return TrainState(model, build_optimizers(model, optim), EMA(model, EMAConfig()))
 
 
 def train(state: TrainState, steps: int, optim: OptimizerConfig = IN_8BIT) -> list[float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle.hub.registry import build
+from dalle.hub.registry import build_model
 from dalle.train.low_rank import (
     RANKS,
     PowerSGDConfig,
@@ -96,7 +96,7 @@ def shard_shapes(width: int, shards: int, by_paper: bool) -> dict[tuple[int, int
     return shards_of
 
 
-def sent_share(width: int, rank: int, shards: int, by_paper: bool = True) -> float:
+def comm_ratio(width: int, rank: int, shards: int, by_paper: bool = True) -> float:
     shapes = shard_shapes(width, shards, by_paper)
     sent = 0
     for (rows, columns), stacked in shapes.items():
@@ -109,14 +109,14 @@ def sent_share(width: int, rank: int, shards: int, by_paper: bool = True) -> flo
 @pytest.mark.parametrize(("width", "rank"), RANKS.items())
 @pytest.mark.parametrize("shards", [1, 8])
 def test_the_factors_of_a_layer_have_the_size_of_table_2(width, rank, shards):
-    assert 1 - sent_share(width, rank, shards) == pytest.approx(compression_rate(width, rank, shards))
+    assert 1 - comm_ratio(width, rank, shards) == pytest.approx(compression_rate(width, rank, shards))
 
 
 def test_the_second_matrix_of_the_mlp_is_cut_by_inputs_since_that_sends_less():
     assert shard_side((3968, 4 * 3968), 8) == 1
     assert shard_side((4 * 3968, 3968), 8) == shard_side((3968, 3968), 8) == 0
     assert shard_side((3968,), 8) == shard_side((4, 6), 8) == 0  # 6 does not divide evenly
-    assert sent_share(3968, 896, 8) < sent_share(3968, 896, 8, by_paper=False)
+    assert comm_ratio(3968, 896, 8) < comm_ratio(3968, 896, 8, by_paper=False)
 
 
 @pytest.mark.parametrize(("shape", "rank"), [((12, 12), 6), ((12, 20), 8), ((0, 20), 1), ((1, 20), 1)])
@@ -125,7 +125,7 @@ def test_what_its_factors_would_not_make_smaller_is_sent_whole(shape, rank):
 
 
 def test_only_matrices_of_layers_are_factored_and_queries_keys_and_values_apart(tiny_runs):
-    stacked = stacked_matrices(build("transformer", tiny_runs.transformer.model))
+    stacked = stacked_matrices(build_model("transformer", tiny_runs.transformer.model))
     for layer in (0, 1):
         assert stacked.pop(f"layers.{layer}.attention.f.qkv.weight") == 3
         for name in ("attention.f.out", "mlp.f.expand", "mlp.f.project"):

@@ -13,12 +13,12 @@ from helpers.formats import FORMS, IDS, csv_file
 from dalle.commands.train_clip import CLIPBatch
 from dalle.commands.train_dvae import DVAEBatch, random_squares
 from dalle.commands.train_transformer import TokenBatches
-from dalle.data import PairsConfig, PairsLoader, StepOfPairs, TokenCache, draw_captions, open_pairs
+from dalle.data import DataConfig, PairsLoader, StepOfPairs, TokenCache, open_dataset, sample_captions
 from dalle.data.dataloader import worker_count
-from dalle.hub.registry import load_part
-from dalle.runs.args import take_text
-from dalle.shapes.dataset import ShapesPairs
-from dalle.types import Batch, Skip
+from dalle.hub.registry import load_model
+from dalle.runs.args import load_text_input
+from dalle.shapes.dataset import ShapesDataset
+from dalle.types import BadSample, ImageTextBatch
 
 BATCH, STEPS, SEED = 6, 5, 3  # more than two epochs of twelve
 RANKS = (0, 1), (0, 2), (1, 2)
@@ -27,13 +27,13 @@ RANKS = (0, 1), (0, 2), (1, 2)
 
 @dataclass(frozen=True)
 class Listed:
-    """A batch as a list: sample, drawn caption and pixels of each picture."""
+    """A batch as a list: sample, drawn caption and pixels of each image."""
 
     def __call__(self, batch, step):
-        captions = draw_captions(batch, SEED)
+        captions = sample_captions(batch, SEED)
         return [
-            (sample, text, picture.tobytes())
-            for sample, text, picture in zip(batch.samples, captions, batch.pixels, strict=True)
+            (sample, text, image.tobytes())
+            for sample, text, image in zip(batch.samples, captions, batch.pixels, strict=True)
         ]
 
 
@@ -52,13 +52,13 @@ def joined(parts):
 @pytest.fixture(params=[*FORMS, None], ids=[*IDS, "shapes"])
 def pairs(request, tmp_path):
     if request.param is None:
-        return ShapesPairs(16)
+        return ShapesDataset(16)
     form, columns = request.param
-    return open_pairs(PairsConfig(str(form(tmp_path)), resolution=16, held_out=1e-9, caption_column=columns))
+    return open_dataset(DataConfig(str(form(tmp_path)), resolution=16, held_out=1e-9, caption_column=columns))
 
 
 def test_the_shares_of_every_source_are_the_step_of_one_process(pairs):
-    """Pictures, their random crops and the captions drawn; also where a run goes on with others."""
+    """Images, their random crops and the captions drawn; also where a run goes on with others."""
     alone = loaded(pairs)
     seen = Counter(sample for step in alone for sample, *_ in step)
     wanted = (
@@ -73,7 +73,7 @@ def test_the_shares_of_every_source_are_the_step_of_one_process(pairs):
 
 
 def test_nor_does_the_number_of_workers_matter(tmp_path):
-    pairs = open_pairs(PairsConfig(str(csv_file(tmp_path)), resolution=16, held_out=1e-9))
+    pairs = open_dataset(DataConfig(str(csv_file(tmp_path)), resolution=16, held_out=1e-9))
     alone = loaded(pairs)
     assert joined(loaded(pairs, rank, 2, 0, 2, workers=rank) for rank in range(2)) == alone[:2]
     assert joined(loaded(pairs, rank, 2, 2, 5, workers=2 - rank) for rank in range(2)) == alone[2:]
@@ -81,12 +81,12 @@ def test_nor_does_the_number_of_workers_matter(tmp_path):
 
 
 def test_broken_samples_are_replaced_by_the_same_ones_and_each_process_names_what_it_met(tmp_path):
-    pictures = csv_file(tmp_path).parent / "images"
+    images = csv_file(tmp_path).parent / "images"
     for number in (2, 7):
-        (pictures / f"p{number:03}.png").write_bytes(b"")
+        (images / f"p{number:03}.png").write_bytes(b"")
     with (tmp_path / "pairs.csv").open("a") as table:
         table.write("only one field\n")
-    pairs = open_pairs(PairsConfig(str(tmp_path), resolution=16, held_out=1e-9))
+    pairs = open_dataset(DataConfig(str(tmp_path), resolution=16, held_out=1e-9))
     alone, parts, named = loaded(pairs), [], []
     for rank in range(2):
         task = StepOfPairs(pairs, BATCH, SEED, "dvae", Listed(), rank=rank, world=2)
@@ -103,11 +103,11 @@ def test_broken_samples_are_replaced_by_the_same_ones_and_each_process_names_wha
 def test_each_process_judges_by_what_it_has_read_itself():
     """Of a hundred that it reads two are broken: a rank of four, which reads a quarter, ends all the same."""
     pairs = SimpleNamespace(size=10**6)
-    pairs.load = lambda samples, *_, replace: Batch(
+    pairs.load = lambda samples, *_, replace: ImageTextBatch(
         np.zeros((len(samples), 3, 1, 1)),
         [],
         samples,
-        [Skip(index, "m", "truncated") for _, index in samples[:2]],
+        [BadSample(index, "m", "truncated") for _, index in samples[:2]],
     )
     task = StepOfPairs(pairs, 400, SEED, "none", lambda batch, step: step, rank=3, world=4)
     with PairsLoader(task, 100) as batches:
@@ -126,7 +126,7 @@ def test_random_squares_are_those_of_one_process():
 
 
 def test_the_batch_of_the_dvae_is_shared():
-    pairs = ShapesPairs(16)
+    pairs = ShapesDataset(16)
     whole, *halves = (
         StepOfPairs(pairs, 6, 1, "dvae", DVAEBatch(8, 1, r, w), rank=r, world=w)(4)[0] for r, w in RANKS
     )
@@ -134,8 +134,8 @@ def test_the_batch_of_the_dvae_is_shared():
 
 
 def test_the_batch_of_clip_is_shared(chain):
-    pairs = ShapesPairs(48, siblings=True)
-    finish = CLIPBatch(take_text(chain / "text"), 1, pairs)
+    pairs = ShapesDataset(48, siblings=True)
+    finish = CLIPBatch(load_text_input(chain / "text"), 1, pairs)
     whole, *halves = (
         StepOfPairs(pairs, 6, 1, "transformer", finish, rank=r, world=w)(2)[0] for r, w in RANKS
     )
@@ -148,18 +148,18 @@ def test_the_batch_of_clip_is_shared(chain):
 def test_the_shares_of_a_token_cache_are_the_step_of_one_process(chain, tiny_runs, world):
     """Also with captions left empty and merges skipped, at any step."""
     run = replace(tiny_runs.transformer, bpe_dropout=0.3, caption_dropout=0.3)
-    cache, text = TokenCache(chain / "tokens"), take_text(chain / "text")
-    layout = load_part(chain / "transformer", "transformer").model.layout
+    cache, text = TokenCache(chain / "tokens"), load_text_input(chain / "text")
+    layout = load_model(chain / "transformer", "transformer").model.layout
     alone = TokenBatches(cache, text, layout, run)
     shares = [TokenBatches(cache, text, layout, run, rank=rank, world=world) for rank in range(world)]
-    for step in (0, 3, 4, 11):  # twenty pictures in steps of four
+    for step in (0, 3, 4, 11):  # twenty images in steps of four
         assert torch.equal(torch.cat([share(step) for share in shares]), alone(step))
     assert torch.equal(shares[-1].held_out(), alone.held_out())
 
 
 def test_a_batch_that_does_not_divide_and_a_rank_that_is_none_are_refused(chain, tiny_runs):
-    cache, text = TokenCache(chain / "tokens"), take_text(chain / "text")
-    layout = load_part(chain / "transformer", "transformer").model.layout
+    cache, text = TokenCache(chain / "tokens"), load_text_input(chain / "text")
+    layout = load_model(chain / "transformer", "transformer").model.layout
     with pytest.raises(
         ValueError, match="a batch of 4 does not divide among 3 processes; make it a multiple"
     ):

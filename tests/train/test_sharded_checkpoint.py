@@ -25,19 +25,19 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from dalle.config import to_dict
 from dalle.hub.model_directory import save_weights
-from dalle.hub.registry import load_part
-from dalle.io.files import find_damage, write_sums, write_tensors
+from dalle.hub.registry import load_model
+from dalle.io.files import verify_checksums, write_checksums, write_tensors
 from dalle.train import sharded_checkpoint as sharded
-from dalle.train.checkpoint import damage, newest_whole, restore, save_checkpoint
+from dalle.train.checkpoint import latest_valid_checkpoint, restore, save_checkpoint, verify_checkpoint
 from dalle.train.checkpoint_saver import Saver
-from dalle.train.ema import AveragedWeights, EMAConfig
+from dalle.train.ema import EMA, EMAConfig
 from dalle.train.optimizer import OptimizerConfig, build_optimizers
 from dalle.train.ranks import Ranks
 from dalle.train.state import TrainState
 from dalle.transformer import Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(
-    depth=1, heads=1, head_width=6, text_len=3, grid=(3, 3), text_vocab=5, image_vocab=7, conv_kernel=3
+    depth=1, heads=1, head_dim=6, text_len=3, grid=(3, 3), text_vocab=5, image_vocab=7, conv_kernel=3
 )
 META = {"kind": "transformer", "config": None, "run": {}, "links": {}}
 
@@ -97,9 +97,7 @@ def state_of(seed: int, shape: tuple[int, ...] = ()) -> TrainState:
         fully_shard(
             model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         )
-    return TrainState(
-        model, build_optimizers(model, OptimizerConfig()), AveragedWeights(model, EMAConfig(0.5, 1))
-    )
+    return TrainState(model, build_optimizers(model, OptimizerConfig()), EMA(model, EMAConfig(0.5, 1)))
 
 
 def one_update(state: TrainState, seed: int) -> None:
@@ -150,7 +148,7 @@ def resumed(rank: int, run: Path, shape: tuple[int, ...]) -> tuple[dict[str, Any
     """What a state of other weights holds after taking up the run."""
     state = state_of(9, shape)
     ranks = Ranks()
-    restore(newest_whole(run, ranks), state, ranks)
+    restore(latest_valid_checkpoint(run, ranks), state, ranks)
     for optimizer in state.optimizers:
         for parameter, moments in optimizer.state.items():
             assert type(moments["exp_avg"]) is type(parameter.data)
@@ -224,12 +222,12 @@ def test_a_sharded_checkpoint_is_a_part_and_becomes_one_file(saved, tmp_path):
     text = meta.read_text()
     try:
         meta.write_text(text.replace('"config": null', f'"config": {describe()}'))
-        write_sums(meta.parent)
-        raw = load_part(run, "transformer", averaged=False)
-        averaged = load_part(run, "transformer")
+        write_checksums(meta.parent)
+        raw = load_model(run, "transformer", averaged=False)
+        averaged = load_model(run, "transformer")
     finally:
         meta.write_text(text)
-        write_sums(meta.parent)
+        write_checksums(meta.parent)
     save_weights(raw.model, tmp_path / "one.safetensors")
     exported = {f"model/{name}": t.numpy() for name, t in load_file(tmp_path / "one.safetensors").items()}
     assert same(exported, {name: array for name, array in expected.items() if name.startswith("model/")})
@@ -352,14 +350,14 @@ def damaged_shard(rank: int, run: Path, shape: tuple[int, ...]) -> tuple[str, in
         data[-3] ^= 1
         path.write_bytes(data)
     dist.barrier()
-    found = newest_whole(run, ranks)
+    found = latest_valid_checkpoint(run, ranks)
     restore(found, state, ranks)
     return found.name, state.step
 
 
 def test_a_flipped_bit_in_one_shard_makes_all_processes_take_the_checkpoint_before(tmp_path):
     assert processes(2, damaged_shard, tmp_path, (2,)) == [("step-00000001", 1)] * 2
-    assert "optimizer/shard-00002" in damage(tmp_path / "checkpoints" / "step-00000002")
+    assert "optimizer/shard-00002" in verify_checkpoint(tmp_path / "checkpoints" / "step-00000002")
 
 
 def test_a_shard_too_many_or_too_few_is_seen(saved):
@@ -367,14 +365,14 @@ def test_a_shard_too_many_or_too_few_is_seen(saved):
     extra = folder / "model" / "shard-00003-model-00001-of-00001.safetensors"
     write_tensors(extra, {"a": torch.zeros(1)})
     try:
-        assert "shard-00003" in find_damage(folder)
+        assert "shard-00003" in verify_checksums(folder)
     finally:
         extra.unlink()
     shard = folder / "model" / "shard-00002-model-00001-of-00001.safetensors"
     data = shard.read_bytes()
     shard.unlink()
     try:
-        assert "shard-00002-model-00001-of-00001.safetensors cannot be read" in find_damage(folder)
+        assert "shard-00002-model-00001-of-00001.safetensors cannot be read" in verify_checksums(folder)
     finally:
         shard.write_bytes(data)
 

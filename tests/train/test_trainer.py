@@ -21,25 +21,25 @@ from dalle.commands.train_clip import train_clip
 from dalle.commands.train_dvae import train_dvae
 from dalle.commands.train_transformer import TokenBatches, train_transformer
 from dalle.data import TokenCache
-from dalle.data.token_cache import TokenPlan
+from dalle.data.token_cache import TokenCacheSpec
 from dalle.data.token_writer import TokenWriter
-from dalle.hub.registry import load_part, weights_hash
-from dalle.io.files import write_sums
+from dalle.hub.registry import load_model, weights_hash
+from dalle.io.files import write_checksums
 from dalle.pipelines.dalle import DALLE
 from dalle.text import TextTokenizer
 from dalle.train import Schedule, TrainConfig, checkpoint, fit
 from dalle.train import trainer as loop
 from dalle.train.checkpoint import latest_checkpoint, restore
 from dalle.train.distributed import Parallel
-from dalle.train.ema import AveragedWeights, EMAConfig, corrected
-from dalle.train.loggers import JSONLines, read_log
+from dalle.train.ema import EMA, EMAConfig, bias_corrected
+from dalle.train.loggers import JSONLLogger, read_log
 from dalle.train.optimizer import OptimizerConfig, build_optimizers
 from dalle.train.state import TrainState
-from dalle.types import Batch, Loss
+from dalle.types import ImageTextBatch, Loss
 
 STAGES = {"dvae": train_dvae, "transformer": train_transformer, "clip": train_clip}
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
-CLOCKS = {"seconds", "data_wait", "memory_gib", "samples_per_second", "tokens_per_second"}
+CLOCKS = {"seconds", "data_time_frac", "max_memory_gib", "samples_per_sec", "tokens_per_sec"}
 STEPS = 7
 
 
@@ -177,7 +177,7 @@ def test_going_on_with_other_tokens_is_refused(tiny_runs, with_inputs, chain, tm
 def test_tokens_of_another_dvae_are_refused_with_both_hashes(tiny_runs, with_inputs, chain, tmp_path):
     train_dvae(replace(tiny_runs.dvae, out=tmp_path / "other", seed=9, steps=1))
     run = with_inputs(tiny_runs.transformer, chain, out=tmp_path / "run", steps=1)
-    hashes = [load_part(path / name, "dvae").hash for path, name in ((chain, "dvae"), (tmp_path, "other"))]
+    hashes = [load_model(path / name, "dvae").hash for path, name in ((chain, "dvae"), (tmp_path, "other"))]
     with pytest.raises(
         ValueError, match=f"tokens of dVAE {hashes[0]}, .*other is {hashes[1]}: they do not belong"
     ):
@@ -187,8 +187,8 @@ def test_tokens_of_another_dvae_are_refused_with_both_hashes(tiny_runs, with_inp
 
 @pytest.fixture
 def two_crops(tmp_path) -> TokenCache:
-    """Twelve pictures in two crops, tokens 0 .. 15; a caption names its picture."""
-    plan = TokenPlan(dvae="d", data="p", grid=(4, 4), vocab=16, pictures=12, crops=2, shard=5)
+    """Twelve images in two crops, tokens 0 .. 15; a caption names its image."""
+    plan = TokenCacheSpec(dvae="d", data="p", grid=(4, 4), vocab=16, images=12, crops=2, shard=5)
     writer = TokenWriter(tmp_path / "tokens", plan)
     tokens = np.random.default_rng(0).integers(16, size=(12, 2, 16))
     for shard in writer.missing():
@@ -197,21 +197,21 @@ def two_crops(tmp_path) -> TokenCache:
     return writer.finish()
 
 
-def test_no_crop_of_a_held_out_picture_is_trained_on(two_crops, chain, tiny_runs):
-    """The last four of twelve pictures are held out, and an epoch is both crops of the other eight."""
+def test_no_crop_of_a_held_out_image_is_trained_on(two_crops, chain, tiny_runs):
+    """The last four of twelve images are held out, and an epoch is both crops of the other eight."""
     run = replace(
-        tiny_runs.transformer, eval_pictures=4, train=replace(tiny_runs.transformer.train, batch_size=16)
+        tiny_runs.transformer, eval_samples=4, train=replace(tiny_runs.transformer.train, batch_size=16)
     )
     batches = TokenBatches(two_crops, TextTokenizer.load(chain / "text" / "text.json"), run.model.layout, run)
     _, image = run.model.layout.unpack(batches(0))
-    pictures = [p for p in range(8) for _ in range(2)]
-    expected = two_crops.image_tokens(pictures, [0, 1] * 8)
+    images = [p for p in range(8) for _ in range(2)]
+    expected = two_crops.image_tokens(images, [0, 1] * 8)
     assert sorted(image.tolist()) == sorted(expected.tolist())
     assert torch.equal(run.model.layout.unpack(batches.held_out())[1], two_crops.image_tokens([8, 9, 10, 11]))
 
 
-def test_caption_and_picture_of_a_sample_belong_together(two_crops, chain, tiny_runs):
-    run = replace(tiny_runs.transformer, eval_pictures=4, bpe_dropout=0.0)
+def test_caption_and_image_of_a_sample_belong_together(two_crops, chain, tiny_runs):
+    run = replace(tiny_runs.transformer, eval_samples=4, bpe_dropout=0.0)
     text = TextTokenizer.load(chain / "text" / "text.json")
     batches = TokenBatches(two_crops, text, run.model.layout, run)
     captions = {
@@ -221,8 +221,8 @@ def test_caption_and_picture_of_a_sample_belong_together(two_crops, chain, tiny_
         for words, image in zip(
             *(part.tolist() for part in run.model.layout.unpack(batches(step))), strict=True
         ):
-            picture = captions[tuple(words)]
-            assert image in two_crops.image_tokens([picture] * 2, [0, 1]).tolist()
+            image = captions[tuple(words)]
+            assert image in two_crops.image_tokens([image] * 2, [0, 1]).tolist()
 
 
 @pytest.mark.parametrize("kind", STAGES)
@@ -235,15 +235,15 @@ def test_evaluating_changes_nothing(kind, start, whole, tmp_path):
 
 def test_another_seed_is_another_run(start, whole, tmp_path):
     start("dvae", tmp_path, seed=1)
-    assert weights_hash(load_part(tmp_path, "dvae").model) != weights_hash(
-        load_part(whole("dvae"), "dvae").model
+    assert weights_hash(load_model(tmp_path, "dvae").model) != weights_hash(
+        load_model(whole("dvae"), "dvae").model
     )
 
 
 def test_the_transformers_samples_span_epochs(chain, tiny_runs):
     """Or the tests above would not show that the order survives a resume in mid-epoch."""
-    pictures = tiny_runs.encode.encode.pictures - tiny_runs.transformer.eval_pictures
-    assert STEPS * tiny_runs.transformer.train.batch_size > pictures
+    images = tiny_runs.encode.encode.images - tiny_runs.transformer.eval_samples
+    assert STEPS * tiny_runs.transformer.train.batch_size > images
 
 
 def test_the_log_of_a_whole_run_has_each_step_once(whole):
@@ -308,7 +308,7 @@ def folders(run: Path) -> list[str]:
 
 def fresh_state() -> TrainState:
     model = Line()
-    return TrainState(model, build_optimizers(model, CONFIG.optimizer), AveragedWeights(model, CONFIG.ema))
+    return TrainState(model, build_optimizers(model, CONFIG.optimizer), EMA(model, CONFIG.ema))
 
 
 @pytest.fixture
@@ -414,7 +414,7 @@ def test_a_checkpoint_describes_itself(chain):
     assert meta["kind"] == "transformer"
     assert meta["config"]["depth"] == 2
     assert meta["run"]["train"]["batch_size"] == 4
-    assert meta["links"]["dvae"] == load_part(chain / "dvae", "dvae").hash
+    assert meta["links"]["dvae"] == load_model(chain / "dvae", "dvae").hash
     assert meta["links"]["text"]["merges"]
 
 
@@ -509,13 +509,13 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
 
 def test_nan_in_pixels_is_named(start, tmp_path, monkeypatch):
     def with_nan(pairs, samples, *rest, **more):
-        return Batch(
+        return ImageTextBatch(
             np.full((len(samples), 3, 32, 32), np.nan, np.float32),
             [["nothing"]] * len(samples),
             list(samples),
         )
 
-    monkeypatch.setattr("dalle.shapes.dataset.ShapesPairs.load", with_nan)
+    monkeypatch.setattr("dalle.shapes.dataset.ShapesDataset.load", with_nan)
     with pytest.raises(ValueError, match="pixels hold NaN"):
         start("dvae", tmp_path)
 
@@ -586,7 +586,7 @@ def one_step(clip: float | None) -> tuple[Line, Tensor]:
     torch.manual_seed(0)
     model = Line()
     optim = OptimizerConfig(lr=Schedule(0.1, 0.1), warmup=0, weight_decay=0.0, clip=clip)
-    made = TrainState(model, build_optimizers(model, optim), AveragedWeights(model, EMAConfig()))
+    made = TrainState(model, build_optimizers(model, optim), EMA(model, EMAConfig()))
     _, norm = loop.train_step(made, torch.full((4, 1), 100.0), squared_error, optim, "fp32", 0)
     return model, norm
 
@@ -606,7 +606,7 @@ def test_clipping_bounds_the_gradient_and_none_leaves_it():
 def test_the_step_size_follows_its_schedule(tmp_path):
     optimizer = OptimizerConfig(lr=Schedule(1.0, 0.0, 4, "linear"), warmup=2)
     fit_line(tmp_path, steps=5, optimizer=optimizer)
-    assert [line["step_size"] for line in log_of(tmp_path)] == pytest.approx([0.5, 0.75, 0.5, 0.25, 0.0])
+    assert [line["lr"] for line in log_of(tmp_path)] == pytest.approx([0.5, 0.75, 0.5, 0.25, 0.0])
 
 
 def test_training_lowers_the_loss(tmp_path):
@@ -666,7 +666,7 @@ def test_opening_a_log_drops_what_came_after_the_checkpoint_and_a_broken_last_li
     file.write_text(
         '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo'
     )
-    log = JSONLines(file, step=2)
+    log = JSONLLogger(file, step=2)
     log.write(3, {"loss": 1.5})
     assert [(line["step"], line["loss"]) for line in read_log(file)] == [(1, 3.0), (2, 2.0), (3, 1.5)]
 
@@ -674,7 +674,7 @@ def test_opening_a_log_drops_what_came_after_the_checkpoint_and_a_broken_last_li
 def test_opening_a_log_at_the_start_empties_it(tmp_path):
     """A run that died before its first checkpoint begins again."""
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
-    JSONLines(tmp_path / "log.jsonl", step=0)
+    JSONLLogger(tmp_path / "log.jsonl", step=0)
     assert read_log(tmp_path / "log.jsonl") == []
 
 
@@ -692,7 +692,7 @@ def broken(chain, tmp_path):
     def rewrite(**changes):
         meta = json.loads((folder / "meta.json").read_text())
         (folder / "meta.json").write_text(json.dumps(meta | changes))
-        write_sums(folder)
+        write_checksums(folder)
 
     return folder, rewrite
 
@@ -701,7 +701,7 @@ def rewrite_weights(folder: Path, change) -> None:
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors")
-    write_sums(folder)
+    write_checksums(folder)
 
 
 NAME = "encoder.blocks.input.b"
@@ -710,14 +710,14 @@ NAME = "encoder.blocks.input.b"
 class TestLoading:
     def test_another_kind(self, broken):
         with pytest.raises(ValueError, match="holds 'dvae', expected 'transformer'"):
-            load_part(broken[0], "transformer")
+            load_model(broken[0], "transformer")
 
     def test_a_newer_format(self, broken):
         broken[1](format=99)
         with pytest.raises(
             ValueError, match=r"has format 99, this version reads 4 and older.*update the library"
         ):
-            load_part(broken[0], "dvae")
+            load_model(broken[0], "dvae")
 
     def test_a_newer_format_on_resuming(self, broken, start):
         broken[1](format=99)
@@ -730,16 +730,16 @@ class TestLoading:
         data = (broken[0] / file).read_bytes()
         (broken[0] / file).write_bytes(data[:length])
         with pytest.raises(ValueError, match=rf"{file} is truncated or changed: its sha256"):
-            load_part(broken[0], "dvae")
-        write_sums(broken[0])
+            load_model(broken[0], "dvae")
+        write_checksums(broken[0])
         with pytest.raises(ValueError, match=rf"{file} is truncated or not a safetensors file"):
-            load_part(broken[0], "dvae")
+            load_model(broken[0], "dvae")
 
     @pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "meta.json"])
     def test_a_missing_file(self, broken, file):
         (broken[0] / file).unlink()
         with pytest.raises(ValueError, match=file):
-            load_part(broken[0], "dvae")
+            load_model(broken[0], "dvae")
 
     def test_a_missing_file_of_moments_on_resuming(self, broken, start):
         (broken[0] / "optimizer.safetensors").unlink()
@@ -747,62 +747,62 @@ class TestLoading:
             ValueError, match=r"no checkpoint .* is whole: .*optimizer\.safetensors cannot be read"
         ):
             start("dvae", broken[0].parents[1], steps=3)
-        write_sums(broken[0])
+        write_checksums(broken[0])
         with pytest.raises(ValueError, match=r"no file .*optimizer\.safetensors"):
             start("dvae", broken[0].parents[1], steps=3)
 
     def test_a_description_that_is_not_json(self, broken):
         (broken[0] / "meta.json").write_text("{half")
         with pytest.raises(ValueError, match=r"meta\.json is not JSON"):
-            load_part(broken[0], "dvae")
+            load_model(broken[0], "dvae")
 
     @pytest.mark.parametrize("text", ["[]", "3", '{"kind": "dvae"}'])
     def test_a_description_of_something_else(self, broken, text):
         (broken[0] / "meta.json").write_text(text)
         with pytest.raises(ValueError, match=r"something unknown|has format None"):
-            load_part(broken[0], "dvae")
+            load_model(broken[0], "dvae")
 
     def test_a_wrong_shape(self, broken):
         rewrite_weights(broken[0], lambda weights: weights.update({NAME: torch.zeros(5)}))
         with pytest.raises(ValueError, match=rf"'{NAME}' is \(5,\), the model's is \(4,\)"):
-            load_part(broken[0], "dvae", averaged=False)
+            load_model(broken[0], "dvae", averaged=False)
 
     def test_a_renamed_tensor(self, broken):
         rewrite_weights(broken[0], lambda weights: weights.update({"bias": weights.pop(NAME)}))
         with pytest.raises(ValueError, match=f"lacks 1 tensors of the model, first '{NAME}'"):
-            load_part(broken[0], "dvae", averaged=False)
+            load_model(broken[0], "dvae", averaged=False)
 
     def test_a_tensor_too_many(self, broken):
         rewrite_weights(broken[0], lambda weights: weights.update({"extra": torch.zeros(1)}))
         with pytest.raises(ValueError, match="holds 1 tensors the model lacks, first 'extra'"):
-            load_part(broken[0], "dvae")
+            load_model(broken[0], "dvae")
 
     def test_a_configuration_with_an_unknown_key(self, broken):
         broken[1](config={"width": 3})
         with pytest.raises(ValueError, match=r"no key 'width'; did you mean 'widths'"):
-            load_part(broken[0], "dvae")
+            load_model(broken[0], "dvae")
 
     @pytest.mark.parametrize("place", ["nowhere", "dvae/log.jsonl"])
     def test_a_path_that_holds_no_run(self, broken, place):
         with pytest.raises(ValueError, match="expected a run or model directory"):
-            load_part(broken[0].parents[2] / place, "dvae")
+            load_model(broken[0].parents[2] / place, "dvae")
 
     def test_a_run_a_checkpoint_and_a_model_directory_hold_the_same(self, chain):
         paths = [chain / "dvae", latest_checkpoint(chain / "dvae"), chain / "model"]
-        assert len({load_part(path, "dvae").hash for path in paths}) == 1
+        assert len({load_model(path, "dvae").hash for path in paths}) == 1
 
     def test_the_averaged_weights_are_taken_unless_the_raw_are_asked_for(self, whole):
         folder = latest_checkpoint(whole("dvae"))
         meta = json.loads((folder / "meta.json").read_text())["ema"]
-        averages = corrected(load_file(folder / "ema.safetensors"), meta["decay"], meta["updates"])
+        averages = bias_corrected(load_file(folder / "ema.safetensors"), meta["decay"], meta["updates"])
         raw = load_file(folder / "model.safetensors")
         for averaged, expected, other in ((True, averages, raw), (False, raw, averages)):
-            found = load_part(whole("dvae"), "dvae", averaged=averaged).model.state_dict()
+            found = load_model(whole("dvae"), "dvae", averaged=averaged).model.state_dict()
             assert torch.equal(found[NAME], expected[NAME])
             assert not torch.equal(found[NAME], other[NAME])
 
     def test_a_loaded_model_is_ready_to_use(self, chain):
-        model = load_part(chain / "dvae", "dvae").model
+        model = load_model(chain / "dvae", "dvae").model
         assert not model.training
         assert not any(p.requires_grad for p in model.parameters())
 
@@ -816,12 +816,12 @@ class TestLoading:
         for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
             monkeypatch.setattr(owner, name, refuse)
         for kind in STAGES:
-            load_part(chain / kind, kind)
+            load_model(chain / kind, kind)
         DALLE.from_pretrained(chain / "model")
         start("transformer", tmp_path / "run", steps=3)
 
     def test_nothing_is_pickled(self, chain):
-        """Every file is JSON, text, a picture, safetensors, or numpy without objects."""
+        """Every file is JSON, text, an image, safetensors, or numpy without objects."""
         allowed = {
             ".json",
             ".jsonl",

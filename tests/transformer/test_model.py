@@ -11,16 +11,16 @@ from dalle.layout import TokenLayout
 from dalle.masks import KINDS
 from dalle.nn.attention import CHOICES
 from dalle.nn.blocks import Attention
-from dalle.nn.sparse_mask import Pattern
-from dalle.sampling import uniforms
-from dalle.train.grad_scaler import GradientScales
-from dalle.train.precision import compile_parts
+from dalle.nn.sparse_mask import SparseMask
+from dalle.sampling import candidate_noise
+from dalle.train.grad_scaler import PerBlockGradScaler
+from dalle.train.precision import compile_layers
 from dalle.transformer import Transformer, TransformerConfig
-from dalle.transformer.generate import OPEN, draw_tokens, generate, in_format
+from dalle.transformer.generate import TO_GENERATE, cast_linear_weights, generate, generate_tokens
 from dalle.transformer.losses import LOGITS, TEXT_WEIGHT, cross_entropies, weighted_cross_entropy
 from dalle.transformer.sizes import SIZES, parameter_counts
 
-SMALL = {"heads": 2, "head_width": 8, "text_len": 6, "text_vocab": 11, "image_vocab": 13, "conv_kernel": 3}
+SMALL = {"heads": 2, "head_dim": 8, "text_len": 6, "text_vocab": 11, "image_vocab": 13, "conv_kernel": 3}
 GRIDS = [(4, 4), (2, 5), (5, 3)]
 TRAINABLE = [backend for backend in CHOICES if backend != "flex"]  # which has no gradients on a CPU
 
@@ -59,13 +59,15 @@ def ids_of(model, seed=0):
     """A stream for each caption."""
     layout = model.layout
     generator = torch.Generator().manual_seed(seed)
-    image = torch.randint(layout.image_vocab, (len(CAPTIONS), layout.image_len), generator=generator)
+    image = torch.randint(layout.image_vocab, (len(CAPTIONS), layout.num_image_tokens), generator=generator)
     return layout.pack(text_of(model), image)
 
 
 def noise_for(model, captions, candidates, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(captions, candidates, model.layout.image_len, generator=generator, dtype=torch.float64)
+    return torch.rand(
+        captions, candidates, model.layout.num_image_tokens, generator=generator, dtype=torch.float64
+    )
 
 
 # Size.
@@ -145,13 +147,13 @@ def test_the_masks_are_no_part_of_a_checkpoint():
     ("backend", "made"), [("dense", ["dense"]), ("sdpa", ["dense"]), ("blocks", ["near"]), ("auto", ["near"])]
 )
 def test_a_model_builds_only_the_masks_that_its_backend_reads(monkeypatch, backend, made):
-    asked, kept = set(), Pattern._kept
+    asked, kept = set(), SparseMask._kept
 
     def watched(self, name, device, make):
         asked.add((self.kind, name.removeprefix("_")))
         return kept(self, name, device, make)
 
-    monkeypatch.setattr(Pattern, "_kept", watched)
+    monkeypatch.setattr(SparseMask, "_kept", watched)
     model = small(backend=backend)
     assert asked == set()
     cross_entropies(model, ids_of(model))
@@ -166,9 +168,9 @@ def test_causal_layers_of_fused_attention_need_no_mask():
 
 
 def test_a_checkpoint_configuration_of_an_earlier_version_still_reads():
-    """Before `causal_every` and `auto` were there, `backend: sdpa` was the default and was written down."""
+    """Before `full_attention_every` and `auto` were there, `backend: sdpa` was the default and was written down."""
     old = to_dict(TransformerConfig()) | {"backend": "sdpa"}
-    del old["causal_every"]
+    del old["full_attention_every"]
     config = from_dict(TransformerConfig, old, "old checkpoint")
     assert (config.backend, config.kinds) == ("sdpa", TransformerConfig().kinds)
 
@@ -178,9 +180,9 @@ def test_a_checkpoint_configuration_of_an_earlier_version_still_reads():
     [
         ({"depth": 0}, "depth must be positive, got 0"),
         ({"heads": 0}, "heads must be positive, got 0"),
-        ({"head_width": -8}, "head_width must be positive, got -8"),
+        ({"head_dim": -8}, "head_dim must be positive, got -8"),
         ({"backend": "flash9"}, "unknown backend 'flash9'; expected one of auto, dense, sdpa, blocks, flex"),
-        ({"causal_every": 0}, "causal_every must be positive, or null for none, got 0"),
+        ({"full_attention_every": 0}, "full_attention_every must be positive, or null for none, got 0"),
         ({"conv_kernel": 4}, "kernel must be odd"),
         ({"grid": (8, 8)}, "at most the 8 columns of the grid, got 11"),
         ({"grid": (0, 32)}, "both positive"),
@@ -206,11 +208,11 @@ def test_a_model_without_sparse_layers_needs_no_kernel():
     ],
 )
 def test_every_so_many_layers_one_is_causal(every, kinds):
-    assert TransformerConfig(depth=8, causal_every=every).kinds == kinds.split()
+    assert TransformerConfig(depth=8, full_attention_every=every).kinds == kinds.split()
 
 
 def test_a_model_with_causal_layers_among_sparse_ones_samples_and_learns():
-    model = small(causal_every=2)
+    model = small(full_attention_every=2)
     assert list(model.patterns) == ["causal", "row"]
     text, noise = text_of(model, 1), noise_for(model, 1, 2)
     assert torch.equal(generate(model, text, noise)[0], generate_slowly(model, text, noise[0]))
@@ -391,7 +393,7 @@ def states_by_steps(model, ids, begun, candidates=1, as_tensor=False):
     text, image = layout.unpack(ids)
     state = model.read(layout.shift(layout.pack(text, image[:, :begun])), caches)[:, -1]
     states = [state.repeat_interleave(candidates, dim=0)]
-    for slot in range(begun + 1, layout.image_len):
+    for slot in range(begun + 1, layout.num_image_tokens):
         read = image[:, slot - 1].repeat_interleave(candidates, dim=0)
         states.append(model.step(read, torch.tensor([slot]) if as_tensor else slot, caches))
     return torch.stack(states, dim=1)
@@ -408,7 +410,7 @@ def test_steps_have_the_logits_of_the_whole_at_every_slot_after_any_beginning(
     model = lively(OneKind(depth=2, grid=grid, **SMALL))
     ids = ids_of(model)
     whole = model.image_logits(model.hidden(ids)[:, model.layout.text_len :])
-    for begun in range(model.layout.image_len):
+    for begun in range(model.layout.num_image_tokens):
         steps = model.image_logits(states_by_steps(model, ids, begun, as_tensor=as_tensor))
         torch.testing.assert_close(steps, whole[:, begun:], rtol=1e-4, atol=2e-5)
 
@@ -441,13 +443,13 @@ def test_steps_in_bf16_are_those_of_autocast():
     ids = ids_of(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         whole = model.hidden(ids)[:, model.layout.text_len :]
-        half = in_format(model, torch.bfloat16)
+        half = cast_linear_weights(model, torch.bfloat16)
         caches = half.caches(1, 1)
     assert caches[0].image.dtype == half.layers[0].mlp.f.expand.weight.dtype == torch.bfloat16
     assert half.to_logits.weight is model.to_logits.weight
     assert model.layers[0].mlp.f.expand.weight.dtype == torch.float32
     assert half.patterns["row"] is model.patterns["row"]
-    assert in_format(half, torch.bfloat16) is half
+    assert cast_linear_weights(half, torch.bfloat16) is half
     torch.testing.assert_close(steps_after(half, ids, 4), whole[:, 5:], rtol=0.1, atol=0.1)
 
 
@@ -474,7 +476,7 @@ def steps_after(model, ids, begun):
     caches = model.caches(len(ids), 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.read(model.layout.shift(model.layout.pack(text, image[:, :begun])), caches)
-    slots = range(begun + 1, model.layout.image_len)
+    slots = range(begun + 1, model.layout.num_image_tokens)
     return torch.stack([model.step(image[:, slot - 1], slot, caches) for slot in slots], dim=1)
 
 
@@ -486,7 +488,7 @@ def generate_slowly(model, text_tokens, noise, prefix=None, guidance=1.0):
     rows = []
     for numbers in noise:
         image = prefix if prefix is not None else torch.zeros(1, 0, dtype=torch.int64)
-        for slot in range(image.shape[1], layout.image_len):
+        for slot in range(image.shape[1], layout.num_image_tokens):
             unknown = torch.cat([image, torch.zeros(1, 1, dtype=torch.int64)], dim=1)
             conditional, unconditional = (
                 model(layout.pack(text, unknown))[0, -1, layout.image_offset :]
@@ -522,10 +524,10 @@ def test_any_prefix_is_kept_and_continued(kept, guidance):
         assert torch.equal(fast[i], generate_slowly(model, text[[i]], noise[i], prefix[[i]], guidance or 1.0))
 
 
-def test_a_whole_picture_as_prefix_comes_back_once():
+def test_a_whole_image_as_prefix_comes_back_once():
     model = small()
     prefix = torch.arange(16)[None] % 13
-    drawn = list(draw_tokens(model, text_of(model, 1), noise_for(model, 1, 3), prefix=prefix))
+    drawn = list(generate_tokens(model, text_of(model, 1), noise_for(model, 1, 3), prefix=prefix))
     assert len(drawn) == 1
     assert torch.equal(drawn[0], prefix.expand(1, 3, -1))
 
@@ -536,9 +538,9 @@ def test_tokens_kept_among_those_drawn_stay_and_are_read_by_what_follows(guidanc
     model = small(depth=3)
     text, noise = text_of(model, 2), noise_for(model, 2, 2)
     wanted = torch.randint(13, (2, 16), generator=torch.Generator().manual_seed(5))
-    wanted[:, [10, 11, 14, 15]] = OPEN
+    wanted[:, [10, 11, 14, 15]] = TO_GENERATE
     drawn = generate(model, text, noise, prefix=wanted, guidance=guidance)
-    kept = wanted != OPEN
+    kept = wanted != TO_GENERATE
     assert torch.equal(drawn[:, 0][kept], wanted[kept])
     for i in range(2):
         for j in range(2):
@@ -551,7 +553,7 @@ def test_tokens_kept_among_those_drawn_stay_and_are_read_by_what_follows(guidanc
 def test_every_slot_is_yielded_as_it_is_drawn():
     model = small(grid=(2, 5))
     text, noise, prefix = text_of(model, 2), noise_for(model, 2, 2), torch.zeros(2, 3, dtype=torch.int64)
-    parts = [part.clone() for part in draw_tokens(model, text, noise, prefix=prefix)]
+    parts = [part.clone() for part in generate_tokens(model, text, noise, prefix=prefix)]
     assert [part.shape for part in parts] == [(2, 2, drawn) for drawn in range(4, 11)]
     for part in parts:
         assert torch.equal(part, parts[-1][:, :, : part.shape[2]])
@@ -589,10 +591,10 @@ def test_without_guidance_on_an_empty_caption_nothing_changes():
 def test_candidates_drawn_together_equal_candidates_drawn_alone():
     model = small()
     text = text_of(model, 1)
-    together = generate(model, text, uniforms(0, "dog", range(5), 16)[None])
+    together = generate(model, text, candidate_noise(0, "dog", range(5), 16)[None])
     for i in range(5):
         assert torch.equal(
-            generate(model, text, uniforms(0, "dog", range(i, i + 1), 16)[None]), together[:, [i]]
+            generate(model, text, candidate_noise(0, "dog", range(i, i + 1), 16)[None]), together[:, [i]]
         )
 
 
@@ -730,7 +732,7 @@ def test_computing_resblocks_again_changes_no_gradient():
     model = small()
     expected = losses_and_gradients(model, 10**6)
     for block in model.resblocks():
-        block.recompute = True
+        block.activation_checkpointing = True
     calls = []
     model.layers[0].mlp.f.expand.register_forward_pre_hook(lambda *_: calls.append(1))
     torch.testing.assert_close(losses_and_gradients(model, 10**6), expected, rtol=0, atol=0)
@@ -743,21 +745,21 @@ def test_computing_resblocks_again_changes_no_gradient():
 
 
 @pytest.mark.parametrize("backend", TRAINABLE)
-@pytest.mark.parametrize("recompute", [False, True])
-def test_layers_compile_without_a_break_and_keep_their_names(backend, recompute):
-    model = small(backend=backend, recompute=recompute)
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_layers_compile_without_a_break_and_keep_their_names(backend, activation_checkpointing):
+    model = small(backend=backend, activation_checkpointing=activation_checkpointing)
     expected, names = losses_and_gradients(model, 10**6), list(model.state_dict())
     torch.compiler.reset()
-    compile_parts(model, fullgraph=True, backend="aot_eager")
+    compile_layers(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(losses_and_gradients(model, 10**6), expected)
     assert list(model.state_dict()) == names
 
 
 def test_layers_with_gradient_scales_compile_without_a_break():
     model = small()
-    scales = GradientScales(model.resblocks())
+    scales = PerBlockGradScaler(model.resblocks())
     expected = losses_and_gradients(model, 10**6)
     torch.compiler.reset()
-    compile_parts(model, fullgraph=True, backend="aot_eager")
+    compile_layers(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(losses_and_gradients(model, 10**6), expected, rtol=1e-4, atol=1e-3)
     assert scales.unscale().all()

@@ -1,4 +1,4 @@
-"""Pictures of what is inside (dalle/look): masks, attention weights, codes, curves."""
+"""Images of what is inside (dalle/look): masks, attention weights, codes, curves."""
 
 import math
 
@@ -12,59 +12,59 @@ from dalle import viz
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.layout import TokenLayout
 from dalle.transformer import Transformer, TransformerConfig
-from dalle.transformer.generate import in_format
-from dalle.viz.codebook import code_colours
+from dalle.transformer.generate import cast_linear_weights
+from dalle.viz.codebook import code_colors
 from dalle.viz.masks import FIGURE_11, HIDDEN, IMAGE, QUERY, TEXT
 
 NAMES = {HIDDEN: ".", TEXT: "t", IMAGE: "i", QUERY: "q"}
 
 
-def letters(picture: Image.Image, cell: int = 1) -> list[str]:
+def letters(image: Image.Image, cell: int = 1) -> list[str]:
     """A letter for the middle of each cell."""
-    pixels = np.asarray(picture)[cell // 2 :: cell, cell // 2 :: cell]
+    pixels = np.asarray(image)[cell // 2 :: cell, cell // 2 :: cell]
     return ["".join(NAMES[tuple(map(int, pixel))] for pixel in line) for line in pixels]
 
 
 class TestMasks:
     def test_rows_as_figure_11_draws_them(self):
         """The fourth line of the 4 x 4 image, typed from the paper's drawing: all text, itself and four before."""
-        lines = letters(viz.mask_picture("row", cell=1))
+        lines = letters(viz.mask_image("row", cell=1))
         assert lines[0] == "t" + "." * 21
         assert lines[5] == "tttttt" + "." * 16
         assert lines[6] == "tttttti" + "." * 15
         assert lines[6 + 15] == "tttttt" + "." * 11 + "iiiii"
 
     def test_columns_and_their_transpose(self):
-        assert letters(viz.mask_picture("column", cell=1))[6 + 13] == "tttttt" + ".i...i...i...i.."
-        turned = letters(viz.mask_picture("column", transposed=True, cell=1))
+        assert letters(viz.mask_image("column", cell=1))[6 + 13] == "tttttt" + ".i...i...i...i.."
+        turned = letters(viz.mask_image("column", transposed=True, cell=1))
         assert turned[6 + 7] == "tttttt" + "....iiii........"  # (3, 1) is slot 7 column by column
         blocks = np.array([list(line[6:]) for line in turned[6:]])
         assert (blocks == np.where(np.kron(np.eye(4), np.tri(4)) > 0, "i", ".")).all()
 
     def test_convolution(self):
         assert (
-            letters(viz.mask_picture("conv", cell=1))[6 + 10] == "tttttt" + "...i.iii.ii....."
+            letters(viz.mask_image("conv", cell=1))[6 + 10] == "tttttt" + "...i.iii.ii....."
         )  # round the row's end
 
     def test_cells_have_their_size_and_lines_between(self):
-        small = viz.mask_picture("row", cell=8)
+        small = viz.mask_image("row", cell=8)
         assert small.size == (22 * 8, 22 * 8)
         assert small.getpixel((8, 3)) == (255, 255, 255)
-        assert letters(small, 8) == letters(viz.mask_picture("row", cell=1))
-        assert viz.mask_picture("causal").width >= 352
+        assert letters(small, 8) == letters(viz.mask_image("row", cell=1))
+        assert viz.mask_image("causal").width >= 352
 
     def test_the_paper_size_is_a_pixel_a_pair(self):
-        picture = viz.mask_picture("conv", TokenLayout(), 11, cell=1)
-        assert picture.size == (1280, 1280)
-        assert (np.asarray(picture)[256:, 256:] == IMAGE).all(-1).sum() == 61_344  # as tests/test_masks.py
+        image = viz.mask_image("conv", TokenLayout(), 11, cell=1)
+        assert image.size == (1280, 1280)
+        assert (np.asarray(image)[256:, 256:] == IMAGE).all(-1).sum() == 61_344  # as tests/test_masks.py
 
     def test_figure_11_has_four_panels(self):
         assert viz.figure_11(cell=4).size == (2 * (22 * 4 + 10) + 10, viz.figure_11(cell=4).height)
         assert viz.figure_11(TokenLayout(8, 12, 1, 1), 11, cell=2).width == 2 * (152 * 2 + 10) + 10
 
     def test_the_reach_of_a_slot(self):
-        assert letters(viz.reach_picture("row", FIGURE_11, 1, 2, cell=1)) == ["..ii", "iiq.", "....", "...."]
-        assert letters(viz.reach_picture("column", FIGURE_11, 2, 1, cell=1)) == [
+        assert letters(viz.reach_image("row", FIGURE_11, 1, 2, cell=1)) == ["..ii", "iiq.", "....", "...."]
+        assert letters(viz.reach_image("column", FIGURE_11, 2, 1, cell=1)) == [
             ".i..",
             ".i..",
             ".q..",
@@ -73,11 +73,11 @@ class TestMasks:
 
     def test_what_cannot_be_is_refused(self):
         with pytest.raises(ValueError, match=r"place must lie in the grid of 4 x 4, got \(4, 0\)"):
-            viz.reach_picture("row", FIGURE_11, 4, 0)
+            viz.reach_image("row", FIGURE_11, 4, 0)
         with pytest.raises(ValueError, match="unknown attention kind"):
-            viz.mask_picture("rows")
+            viz.mask_image("rows")
         with pytest.raises(ValueError, match="cell must be at least 1"):
-            viz.mask_picture("row", cell=0)
+            viz.mask_image("row", cell=0)
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +87,13 @@ def lively() -> Transformer:
     config = TransformerConfig(
         depth=4,
         heads=3,
-        head_width=8,
+        head_dim=8,
         text_len=5,
         grid=(4, 4),
         text_vocab=11,
         image_vocab=7,
         conv_kernel=3,
-        causal_every=3,
+        full_attention_every=3,
         init_scale=3.0,
         backend="sdpa",
     )
@@ -142,7 +142,7 @@ class TestAttention:
             torch.testing.assert_close(a[:, :, :12, :12], b)
 
     def test_rounded_matrices(self, lively):
-        for one in viz.attention_weights(in_format(lively, torch.bfloat16), self.ids(lively)):
+        for one in viz.attention_weights(cast_linear_weights(lively, torch.bfloat16), self.ids(lively)):
             torch.testing.assert_close(one.weights.sum(-1), torch.ones(2, 3, 21))
 
     def test_a_key_lies_where_the_token_is_that_its_slot_read(self):
@@ -153,30 +153,30 @@ class TestAttention:
         assert found.start == 5
         assert found.image.tolist() == [[6, 7, 8], [9, 10, 0]]
 
-    def test_the_picture_has_a_line_for_each_kind(self, dalle, prompt):
-        picture = viz.attention_picture(dalle, prompt, torch.arange(16)[None] % 16, places=[(1, 1), (3, 2)])
-        one = viz.attention_picture(
+    def test_the_image_has_a_line_for_each_kind(self, dalle, prompt):
+        image = viz.attention_image(dalle, prompt, torch.arange(16)[None] % 16, places=[(1, 1), (3, 2)])
+        one = viz.attention_image(
             dalle, prompt, Image.new("RGB", (40, 40), "red"), [(1, 1), (3, 2)], layers=[0]
         )
-        assert picture.height == pytest.approx(2 * one.height, abs=2)  # row and conv
-        assert picture.width == one.width
+        assert image.height == pytest.approx(2 * one.height, abs=2)  # row and conv
+        assert image.width == one.width
 
     def test_what_cannot_be_shown_is_refused(self, dalle, prompt):
         tokens = torch.zeros(1, 16, dtype=torch.int64)
         with pytest.raises(ValueError, match="place must lie in the grid of 4 x 4"):
-            viz.attention_picture(dalle, prompt, tokens, [(0, 4)])
+            viz.attention_image(dalle, prompt, tokens, [(0, 4)])
         with pytest.raises(ValueError, match="layers must be numbers from 0 to 1, got"):
-            viz.attention_picture(dalle, prompt, tokens, layers=[2])
+            viz.attention_image(dalle, prompt, tokens, layers=[2])
         for wrong in (torch.zeros(2, 16, dtype=torch.int64), tokens[:, :9]):
-            with pytest.raises(ValueError, match="expected the 16 image tokens of one picture, got"):
-                viz.attention_picture(dalle, prompt, wrong)
+            with pytest.raises(ValueError, match="expected the 16 image tokens of one image, got"):
+                viz.attention_image(dalle, prompt, wrong)
         with pytest.raises(ValueError, match="own Transformer only, got Linear"):
             next(viz.attention_weights(torch.nn.Linear(1, 1), tokens))
 
     def test_the_matrix_is_brightest_at_the_largest_weight(self):
-        picture = np.asarray(viz.attention_matrix(torch.tensor([[1.0, 0.0], [0.2, 0.8]]))).astype(int).sum(-1)
-        assert picture[0, 0] == picture.max()
-        assert picture[0, 1] == picture.min()
+        image = np.asarray(viz.attention_matrix(torch.tensor([[1.0, 0.0], [0.2, 0.8]]))).astype(int).sum(-1)
+        assert image[0, 0] == image.max()
+        assert image[0, 1] == image.min()
         with pytest.raises(ValueError, match="take a head"):
             viz.attention_matrix(torch.zeros(3, 2, 2))
 
@@ -185,11 +185,13 @@ class TestCodes:
     @pytest.fixture
     def dvae(self) -> DVAE:
         torch.manual_seed(0)
-        config = DVAEConfig(widths=(8, 8, 8), blocks_per_group=1, downsampling=4, vocab_size=12, code_width=8)
+        config = DVAEConfig(
+            widths=(8, 8, 8), blocks_per_group=1, downsample_factor=4, vocab_size=12, codebook_dim=8
+        )
         return DVAE(config).eval()
 
     def test_a_code_alone_is_the_middle_of_a_field_of_it(self, dvae):
-        found = viz.codebook_pictures(dvae, [7, 2], around=3, batch=1)
+        found = viz.codebook_images(dvae, [7, 2], around=3, batch=1)
         field = dvae.decode(torch.full((1, 49), 7))
         assert found.shape == (2, 3, 4, 4)
         torch.testing.assert_close(found[0], field[0, :, 12:16, 12:16])
@@ -197,30 +199,30 @@ class TestCodes:
 
     def test_the_edge_does_not_show(self, dvae):
         """With enough of the code around, more of it changes nothing."""
-        near, far = (viz.codebook_pictures(dvae, [3], around=around) for around in (6, 12))
+        near, far = (viz.codebook_images(dvae, [3], around=around) for around in (6, 12))
         torch.testing.assert_close(near, far, atol=1e-5, rtol=0)
 
     def test_the_sheet_has_all_codes_in_order(self, dvae):
         sheet = viz.codebook_sheet(dvae, columns=5, scale=2)
         assert sheet.size == (5 * 10 + 2, 3 * 10 + 2)
         tile = np.asarray(sheet)[2 + 10 : 2 + 18 : 2, 2 + 20 : 2 + 28 : 2]  # second row, third column: code 7
-        expected = (viz.codebook_pictures(dvae, [7])[0].movedim(0, -1) * 255).round().byte().numpy()
+        expected = (viz.codebook_images(dvae, [7])[0].movedim(0, -1) * 255).round().byte().numpy()
         assert (tile == expected).all()
 
     def test_codes_that_are_none_are_refused(self, dvae):
         with pytest.raises(ValueError, match=r"codes must be in \[0, 12\), got 12"):
-            viz.codebook_pictures(dvae, [12])
+            viz.codebook_images(dvae, [12])
         with pytest.raises(ValueError, match="one code or more"):
-            viz.codebook_pictures(dvae, [])
+            viz.codebook_images(dvae, [])
 
-    def test_the_map_gives_each_code_its_colour(self):
-        picture = viz.code_map(torch.tensor([3, 0, 3, 5, 1, 2]), 8, (2, 3), cell=4)
-        assert picture.size == (12, 8)
-        colours = code_colours(8)
-        assert [picture.getpixel((4 * x + 1, 1)) for x in range(3)] == [
-            tuple(colours[i].tolist()) for i in (3, 0, 3)
+    def test_the_map_gives_each_code_its_color(self):
+        image = viz.code_map(torch.tensor([3, 0, 3, 5, 1, 2]), 8, (2, 3), cell=4)
+        assert image.size == (12, 8)
+        colors = code_colors(8)
+        assert [image.getpixel((4 * x + 1, 1)) for x in range(3)] == [
+            tuple(colors[i].tolist()) for i in (3, 0, 3)
         ]
-        assert len({tuple(colour) for colour in code_colours(256).tolist()}) == 256
+        assert len({tuple(color) for color in code_colors(256).tolist()}) == 256
         with pytest.raises(ValueError, match="must be in"):
             viz.code_map(torch.tensor([8]), 8)
 
@@ -228,35 +230,35 @@ class TestCodes:
         pixels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
         times = viz.count_codes(dvae, pixels.split(2))
         assert times.tolist() == torch.bincount(dvae.encode(pixels).flatten(), minlength=12).tolist()
-        assert viz.code_use_picture(times).width > 300
-        assert viz.code_use_picture(torch.tensor([0, 9])).width > 300  # one code alone
+        assert viz.code_use_image(times).width > 300
+        assert viz.code_use_image(torch.tensor([0, 9])).width > 300  # one code alone
 
     def test_reconstructions_side_by_side(self, dvae):
         pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
         state = torch.get_rng_state()
-        picture = viz.reconstructions_picture(dvae, pixels, tau=0.5)
+        image = viz.reconstructions_image(dvae, pixels, tau=0.5)
         assert torch.equal(torch.get_rng_state(), state)
         side = 64 * 2
         cell = side + 2 * 4
-        assert picture.width == 4 * (cell + 10) + 10
-        shown = np.asarray(picture).astype(float) / 255
+        assert image.width == 4 * (cell + 10) + 10
+        shown = np.asarray(image).astype(float) / 255
         hard = dvae.decode(dvae.encode(pixels))[1].movedim(0, -1).numpy()
         left, top = 10 + 2 * (cell + 10) + 4, 10 + 4 + side + 4
         np.testing.assert_allclose(shown[top : top + side : 2, left : left + side : 2], hard, atol=1 / 255)
-        assert np.array_equal(shown, np.asarray(viz.reconstructions_picture(dvae, pixels, tau=0.5)) / 255)
+        assert np.array_equal(shown, np.asarray(viz.reconstructions_image(dvae, pixels, tau=0.5)) / 255)
 
     def test_only_a_dvae_has_relaxed_codes(self):
         with pytest.raises(ValueError, match="relaxed codes are a dVAE's, got Linear"):
-            viz.reconstructions_picture(torch.nn.Linear(1, 1), torch.zeros(1, 3, 8, 8))
+            viz.reconstructions_image(torch.nn.Linear(1, 1), torch.zeros(1, 3, 8, 8))
 
 
 class TestCurves:
     def test_runs_by_place_and_by_name(self, chain):
-        assert viz.curves_picture([chain / "dvae"]).width > 900  # three panels
-        named = viz.curves_picture({"a": chain / "dvae", "b": chain / "transformer"}, ["loss"], smooth=0.5)
+        assert viz.curves_image([chain / "dvae"]).width > 900  # three panels
+        named = viz.curves_image({"a": chain / "dvae", "b": chain / "transformer"}, ["loss"], smooth=0.5)
         assert math.isclose(named.width, 4.5 * 110, abs_tol=2)
-        assert viz.losses_picture({"clip": chain / "clip"}).width > 700
+        assert viz.losses_image({"clip": chain / "clip"}).width > 700
 
     def test_a_run_without_gradient_scales(self, chain):
         with pytest.raises(ValueError, match="only runs with train"):
-            viz.scales_picture(chain / "transformer")
+            viz.scales_image(chain / "transformer")

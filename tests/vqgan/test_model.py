@@ -9,10 +9,10 @@ from helpers.vqgan_reference import (
     CODES,
     LATENT,
     WIDTHS,
+    image,
     make_state,
     names_of_llamagen,
     names_of_taming,
-    picture,
     vectors,
 )
 
@@ -21,8 +21,8 @@ from helpers.vqgan_reference import decoded as bands_of  # isort: skip
 from dalle.commands.encode_images import take_image_tokenizer
 from dalle.evals.reconstruction import run as evaluate_dvae
 from dalle.hub.registry import weights_hash
-from dalle.pretrained.family import fit, without_values
-from dalle.pretrained.load import find, load_image_tokenizer
+from dalle.pretrained.family import compare_keys, without_values
+from dalle.pretrained.load import detect_checkpoint, load_image_tokenizer
 from dalle.pretrained.pickle_names import SavedTensor
 from dalle.pretrained.rudalle.vqgan_dwt import FAMILY as FAMILY_OF_WAVELETS
 from dalle.pretrained.rudalle.vqgan_dwt import InverseWavelets
@@ -48,12 +48,12 @@ def test_taming(tmp_path: Path, attention: tuple[int, ...]) -> None:
     torch.save({"epoch": 3, "state_dict": state | TRAINING, "callbacks": {}}, tmp_path / "last.ckpt")
     model = load_image_tokenizer(tmp_path / "last.ckpt")
     assert isinstance(model, ImageTokenizer)
-    assert (model.downsampling, model.vocab_size, model.config.attention) == (4, CODES, attention)
+    assert (model.downsample_factor, model.vocab_size, model.config.attention) == (4, CODES, attention)
     book, z = state["quantize.embedding.weight"], vectors(PIXELS, state, names_of_taming)
     tokens = distances(z, book).argmin(-1)
     assert len(tokens.unique()) > 4
     assert torch.equal(model.encode(PIXELS), tokens.flatten(1))
-    expected = picture(book[tokens].movedim(-1, 1), state, names_of_taming)
+    expected = image(book[tokens].movedim(-1, 1), state, names_of_taming)
     torch.testing.assert_close(model.decode(tokens.flatten(1), (4, 6)), expected, atol=1e-4, rtol=1e-4)
     assert 0 <= expected.min() < 0.4
     assert 0.6 < expected.max() <= 1
@@ -67,7 +67,7 @@ def test_gumbel_of_taming_and_rudalle(tmp_path: Path) -> None:
     z = vectors(PIXELS, state, names_of_taming)
     tokens = F.conv2d(z, state["quantize.proj.weight"], state["quantize.proj.bias"]).argmax(1)
     assert torch.equal(model.encode(PIXELS), tokens.flatten(1))
-    expected = picture(state["quantize.embed.weight"][tokens].movedim(-1, 1), state, names_of_taming)
+    expected = image(state["quantize.embed.weight"][tokens].movedim(-1, 1), state, names_of_taming)
     torch.testing.assert_close(model.decode(tokens.flatten(1), (4, 6)), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -108,18 +108,18 @@ def test_rudalle_with_wavelets(tmp_path: Path, prefix: str) -> None:
     }
     bands = bands_of(state["quantize.embed.weight"][tokens].movedim(-1, 1), inner, names_of_taming)
     expected = torch.empty(2, 3, 32, 48)
-    for colour in range(3):
-        low = bands[:, colour]
-        down, across, both = (bands[:, 3 + 3 * colour + band] for band in range(3))
-        expected[:, colour, 0::2, 0::2] = (low + down + across + both) / 2
-        expected[:, colour, 1::2, 0::2] = (low - down + across - both) / 2
-        expected[:, colour, 0::2, 1::2] = (low + down - across - both) / 2
-        expected[:, colour, 1::2, 1::2] = (low - down - across + both) / 2
+    for color in range(3):
+        low = bands[:, color]
+        down, across, both = (bands[:, 3 + 3 * color + band] for band in range(3))
+        expected[:, color, 0::2, 0::2] = (low + down + across + both) / 2
+        expected[:, color, 1::2, 0::2] = (low - down + across - both) / 2
+        expected[:, color, 0::2, 1::2] = (low + down - across - both) / 2
+        expected[:, color, 1::2, 1::2] = (low - down - across + both) / 2
     found = model.decode(tokens.flatten(1), (4, 6))
     torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=1e-4)
     assert 0 < found.min() < found.max() < 1
     assert "drawn at 8 x 8" in FAMILY_OF_WAVELETS.vocabulary(model.config)
-    with pytest.raises(ValueError, match="pictures of 16 x 24 come out at 32 x 48"):
+    with pytest.raises(ValueError, match="images of 16 x 24 come out at 32 x 48"):
         evaluate_dvae(model, [PIXELS])
 
 
@@ -163,7 +163,7 @@ def test_llamagen(tmp_path: Path, key: str) -> None:
     tokens = distances(F.normalize(z, dim=1), book).argmin(-1)
     assert not torch.equal(tokens, distances(z, state["quantize.embedding.weight"]).argmin(-1))
     assert torch.equal(model.encode(PIXELS), tokens.flatten(1))
-    expected = picture(book[tokens].movedim(-1, 1), state, names_of_llamagen)
+    expected = image(book[tokens].movedim(-1, 1), state, names_of_llamagen)
     torch.testing.assert_close(model.decode(tokens.flatten(1), (4, 6)), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -205,9 +205,9 @@ def test_against_the_package_of_taming(tmp_path: Path) -> None:
 
 PUBLISHED = {  # tensors and parameters without the losses, counted on the originals
     "f16": (VQGANConfig(), 343, 76_073_859),
-    "LlamaGen VQ-16": (VQGANConfig(code_width=8, choice="cosine"), 343, 71_883_403),
+    "LlamaGen VQ-16": (VQGANConfig(codebook_dim=8, choice="cosine"), 343, 71_883_403),
     "LlamaGen VQ-8": (
-        VQGANConfig(widths=(128, 256, 256, 512), attention=(3,), code_width=8, choice="cosine"),
+        VQGANConfig(widths=(128, 256, 256, 512), attention=(3,), codebook_dim=8, choice="cosine"),
         299,
         70_109_835,
     ),
@@ -223,7 +223,7 @@ def test_published_sizes(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_the_published_gumbel_is_recognised() -> None:
+def test_the_published_gumbel_is_recognized() -> None:
     config = VQGANConfig(widths=(128, 128, 256, 512), attention=(3,), vocab_size=8192, choice="logits")
     with without_values():
         state = VQGAN(config).state_dict()
@@ -231,12 +231,12 @@ def test_the_published_gumbel_is_recognised() -> None:
         name: SavedTensor(torch.float32, tuple(t.shape), lambda: torch.empty(0)) for name, t in state.items()
     }
     found["quantize.embed.weight"] = found.pop("quantize.embedding.weight")
-    assert GUMBEL.recognises(found)
-    assert not TAMING.recognises(found)
-    comparison = fit(GUMBEL, found)
+    assert GUMBEL.recognizes(found)
+    assert not TAMING.recognizes(found)
+    comparison = compare_keys(GUMBEL, found)
     comparison.check("published")
     assert comparison.config == config
-    assert config.downsampling == 8
+    assert config.downsample_factor == 8
 
 
 def test_the_encode_stage_takes_one(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ class TestRefusals:
 
 
 def test_doors_check_what_comes_in() -> None:
-    model = VQGAN(VQGANConfig(widths=WIDTHS, attention=(), latent=LATENT, code_width=6, vocab_size=CODES))
+    model = VQGAN(VQGANConfig(widths=WIDTHS, attention=(), latent=LATENT, codebook_dim=6, vocab_size=CODES))
     with pytest.raises(ValueError, match="multiples of 4"):
         model.encode(torch.rand(1, 3, 18, 16))
     with pytest.raises(ValueError, match=r"\[0, 20\)"):
@@ -295,6 +295,6 @@ def test_doors_check_what_comes_in() -> None:
 
 def test_inspection_names_it(tmp_path: Path) -> None:
     torch.save({"model": make_state(names_of_llamagen)}, tmp_path / "vq.pt")
-    found = find(tmp_path / "vq.pt")
+    found = detect_checkpoint(tmp_path / "vq.pt")
     assert found.family.name == "VQ of LlamaGen"
-    fit(found.family, found.tensors).check("vq.pt")
+    compare_keys(found.family, found.tensors).check("vq.pt")

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dalle.benchmarks.common import Stepper, hardware, save_report
-from dalle.benchmarks.studies.powersgd import ColourTokens, check_colours
+from dalle.benchmarks.studies.powersgd import ColorTokens, check_colors
 from dalle.commands.plot import plot_scales, plot_underflow
 from dalle.io.files import make_directory
-from dalle.nn.blocks import Resblock, scale_gradient
+from dalle.nn.blocks import ResidualBlock, scale_gradient
 from dalle.schedules import Schedule
 from dalle.shapes.dataset import LATTICE
-from dalle.train.grad_scaler import GradientScales
+from dalle.train.grad_scaler import PerBlockGradScaler
 from dalle.train.lr_schedule import PlateauConfig
-from dalle.train.nonfinite import Nonfinite
+from dalle.train.nonfinite import NonfiniteGuard
 from dalle.train.optimizer import OptimizerConfig
 from dalle.transformer import TransformerConfig
 from dalle.transformer.objective import TransformerObjective
@@ -40,13 +40,13 @@ LARGEST_POWER = 40
 """Of the factors on gradients: beyond it their squares, AdamW's variance, leave fp32."""
 
 
-class OneScale(GradientScales):
+class OneScale(PerBlockGradScaler):
     """The same scale for every resblock, by the law of torch.amp.GradScaler and its defaults.
 
     It starts at 2^16, is doubled by 2000 finite updates in a row and halved by each that is not.
     """
 
-    def __init__(self, resblocks: list[Resblock]):
+    def __init__(self, resblocks: list[ResidualBlock]):
         super().__init__(resblocks)
         self.values.fill_(2.0**16)
         self.finite_in_a_row = 0
@@ -62,10 +62,10 @@ class OneScale(GradientScales):
 
 
 OURS = "fp16, a scale for each resblock"
-WAYS: dict[str, Callable[[list[Resblock]], GradientScales] | None] = {
+WAYS: dict[str, Callable[[list[ResidualBlock]], PerBlockGradScaler] | None] = {
     "fp32": None,
     "fp16, one scale": OneScale,
-    OURS: GradientScales,
+    OURS: PerBlockGradScaler,
 }
 
 
@@ -79,7 +79,7 @@ class UnderflowBenchmark:
     model: TransformerConfig = TransformerConfig(
         depth=8,
         heads=2,
-        head_width=16,
+        head_dim=16,
         text_len=18,
         grid=(LATTICE, LATTICE),
         text_vocab=64,
@@ -87,22 +87,22 @@ class UnderflowBenchmark:
         init_scale=1.0,
         backend="sdpa",
     )
-    """Shape of the transformer; its image tokens are the pixels of a drawn picture."""
+    """Shape of the transformer; its image tokens are the pixels of a drawn image."""
     powers: tuple[int, ...] = (*[-22] * 15, 8)
     """log2 of the factor on the gradients of each resblock."""
     updates: int = 3000
     """Of each training; a scale grows by one power of two in 1000."""
     batch_size: int = 2
-    """Pictures in an update."""
+    """Images in an update."""
     lr: float = 2e-3
-    """Step size of AdamW, after the first 100 updates."""
+    """Learning rate of AdamW, after the first 100 updates."""
     seed: int = 0
-    """Of weights and pictures."""
+    """Of weights and images."""
     every: int = 50
     """Updates between two looks at gradients and scales."""
     processes: int = 1
     """Trainings at a time, of the three."""
-    picture: Path | None = None
+    image: Path | None = None
     """File for the losses, and for where gradients are zero."""
     scales: Path | None = None
     """File for Figure 12: the scale of each resblock."""
@@ -120,15 +120,15 @@ class UnderflowBenchmark:
                 f"powers must be one for each of {2 * self.model.depth} resblocks and within {LARGEST_POWER} of 0, so "
                 f"that fp32 holds the squares of gradients; got {self.powers}"
             )
-        check_colours(self.model)
+        check_colors(self.model)
 
 
 def benchmark_underflow(run: UnderflowBenchmark) -> dict[str, Any]:
-    """Trains in every way; writes --json, --picture and --scales.
+    """Trains in every way; writes --json, --image and --scales.
 
     Losses and shares of zeros are means over the last twentieth of the updates.
     """
-    for path in filter(None, (run.json, run.picture, run.scales)):
+    for path in filter(None, (run.json, run.image, run.scales)):
         make_directory(path.parent)
     if run.processes == 1:
         trained = map(_train, WAYS, repeat(run))
@@ -145,12 +145,12 @@ def benchmark_underflow(run: UnderflowBenchmark) -> dict[str, Any]:
         "curves": curves,
     }
     save_report(report, run.json)
-    if run.picture:
+    if run.image:
         losses = {way: [line["loss"] for line in lines] for way, lines in curves.items()}
         zeros = {way: [line["zeros"] for line in curves[way] if "zeros" in line] for way in WAYS if WAYS[way]}
-        plot_underflow(losses, zeros, run.picture, smooth=tail)
+        plot_underflow(losses, zeros, run.image, smooth=tail)
     if run.scales:
-        plot_scales([line for line in curves[OURS] if "log2_scales" in line], run.scales)
+        plot_scales([line for line in curves[OURS] if "grad_scale_log2" in line], run.scales)
     print(
         f"{'':34}loss    skipped  zeros among gradients (means of the last {tail} of {run.updates} updates)"
     )
@@ -173,9 +173,9 @@ def _train(way: str, run: UnderflowBenchmark) -> list[dict[str, Any]]:
     )
     if scales := WAYS[way]:
         step.state.scales = scales(step.model.resblocks())
-    step.state.extras["nonfinite"] = Nonfinite(limit=8)
+    step.state.extras["nonfinite"] = NonfiniteGuard(limit=8)
     spread(step.model.resblocks(), run.powers)
-    data = ColourTokens(run.model.layout, run.seed)
+    data = ColorTokens(run.model.layout, run.seed)
     lines = []
     for update in tqdm(range(run.updates), desc=way, unit="update", disable=None):
         loss = step(data(range(update * run.batch_size, (update + 1) * run.batch_size)))
@@ -185,7 +185,7 @@ def _train(way: str, run: UnderflowBenchmark) -> list[dict[str, Any]]:
         if (update + 1) % run.every == 0:
             lines[-1]["zeros"] = zero_shares(step.model.resblocks())
             if step.state.scales:
-                lines[-1]["log2_scales"] = step.state.scales.values.log2().tolist()
+                lines[-1]["grad_scale_log2"] = step.state.scales.values.log2().tolist()
     return lines
 
 
@@ -201,7 +201,7 @@ def optimizer(lr: float) -> OptimizerConfig:
     )
 
 
-def spread(blocks: Sequence[Resblock], powers: Sequence[int]) -> None:
+def spread(blocks: Sequence[ResidualBlock], powers: Sequence[int]) -> None:
     """Multiplies the gradients of the parameters of each block, and all within it, by two to such a power."""
     for block, power in zip(blocks, powers, strict=True):
         into, out = torch.tensor(2.0**power), torch.tensor(2.0**-power)

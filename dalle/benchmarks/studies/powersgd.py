@@ -1,7 +1,7 @@
 """What compression costs: curves of one small training under every way to average and to store (2.5, B.2, E).
 
 Replicas are processes that send to each other, as in real training. Their data are drawn shapes of twelve by twelve
-pixels, whose colours, rounded to 64, are the image tokens; so nothing needs to be trained before.
+pixels, whose colors, rounded to 64, are the image tokens; so nothing needs to be trained before.
 """
 
 import tempfile
@@ -21,10 +21,10 @@ from dalle.commands.plot import plot_curves
 from dalle.io.files import make_directory, read_json, write_json
 from dalle.layout import TokenLayout
 from dalle.schedules import Schedule
-from dalle.shapes.dataset import LATTICE, ShapesPairs, render
-from dalle.train.float_formats import HALF, keep_moments
+from dalle.shapes.dataset import LATTICE, ShapesDataset, render
+from dalle.train.float_formats import HALF, store_moments
 from dalle.train.low_rank import PowerSGDConfig
-from dalle.train.optimizer import OptimizerConfig, layer_matrices
+from dalle.train.optimizer import OptimizerConfig, hidden_matrices
 from dalle.train.powersgd import build_powersgd
 from dalle.transformer import TransformerConfig
 from dalle.transformer.objective import TransformerObjective
@@ -38,7 +38,7 @@ WAYS: dict[str, dict[str, str]] = {  # settings of PowerSGD, and how moments are
     "moments 1-6-9 and 0-6-10": {"moments": "paper"},
     "moments fp16": {"moments": "fp16"},
 }
-COLOURS_OF_CHANNEL = 4
+COLORS_OF_CHANNEL = 4
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class CompressionBenchmark:
     model: TransformerConfig = TransformerConfig(
         depth=4,
         heads=2,
-        head_width=32,
+        head_dim=32,
         text_len=18,
         grid=(LATTICE, LATTICE),
         text_vocab=64,
@@ -56,7 +56,7 @@ class CompressionBenchmark:
         init_scale=1.0,
         backend="dense",
     )
-    """Shape of the transformer; its image tokens are the pixels of a drawn picture."""
+    """Shape of the transformer; its image tokens are the pixels of a drawn image."""
     rank: int = 14
     """Of the factored gradients; the paper's is 0.23 of the width."""
     steps: int = 300
@@ -64,12 +64,12 @@ class CompressionBenchmark:
     replicas: int = 2
     """Processes that average their gradients."""
     batch_size: int = 16
-    """Pictures in an update, of all replicas together."""
+    """Images in an update, of all replicas together."""
     lr: float = 2e-3
-    """Step size of AdamW, after a tenth of the steps."""
+    """Learning rate of AdamW, after a tenth of the steps."""
     seed: int = 0
-    """Of weights, pictures and Q."""
-    picture: Path | None = None
+    """Of weights, images and Q."""
+    image: Path | None = None
     """File for the curves."""
     json: Path | None = None
     """File for the report; printed too."""
@@ -80,12 +80,12 @@ class CompressionBenchmark:
                 "rank, steps, replicas and batch-size must be positive, and batch-size a multiple of replicas; "
                 f"got {self.rank}, {self.steps}, {self.replicas} and {self.batch_size}"
             )
-        check_colours(self.model)
+        check_colors(self.model)
 
 
 def benchmark_compression(run: CompressionBenchmark) -> dict[str, Any]:
-    """Trains in every way; writes --json and --picture. Losses are means over the last tenth of the steps."""
-    for path in filter(None, (run.json, run.picture)):
+    """Trains in every way; writes --json and --image. Losses are means over the last tenth of the steps."""
+    for path in filter(None, (run.json, run.image)):
         make_directory(path.parent)
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_replica, (run, Path(folder)), nprocs=run.replicas)
@@ -104,12 +104,12 @@ def benchmark_compression(run: CompressionBenchmark) -> dict[str, Any]:
         "curves": curves,
     }
     save_report(report, run.json)
-    if run.picture:
-        plot_curves(panels(curves), run.picture, smooth=tail)
+    if run.image:
+        plot_curves(panels(curves), run.image, smooth=tail)
     print(f"{'':36}loss    image nats  text nats  MB sent  (means of the last {tail} of {run.steps} updates)")
     for way, line in report["ways"].items():
-        sent = f"{line['sent_mb']:7.2f}"
-        print(f"{way:36}{line['loss']:.4f}  {line['image_nats']:.4f}      {line['text_nats']:.4f}    {sent}")
+        sent = f"{line['comm_mb']:7.2f}"
+        print(f"{way:36}{line['loss']:.4f}  {line['image_loss']:.4f}      {line['text_loss']:.4f}    {sent}")
     return report
 
 
@@ -131,7 +131,7 @@ def _replica(rank: int, run: CompressionBenchmark, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), run.replicas)
     patience = timedelta(minutes=10)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=run.replicas, timeout=patience)
-    data = ColourTokens(run.model.layout, run.seed)
+    data = ColorTokens(run.model.layout, run.seed)
     curves = {way: _curve(way, run, data) for way in WAYS}
     if rank == 0:
         write_json(folder / "curves.json", curves)
@@ -139,7 +139,7 @@ def _replica(rank: int, run: CompressionBenchmark, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def _curve(way: str, run: CompressionBenchmark, data: "ColourTokens") -> dict[str, list[float]]:
+def _curve(way: str, run: CompressionBenchmark, data: "ColorTokens") -> dict[str, list[float]]:
     """Numbers of each update, means over the replicas."""
     settings = dict(WAYS[way])
     moments = settings.pop("moments", "fp32")
@@ -149,7 +149,7 @@ def _curve(way: str, run: CompressionBenchmark, data: "ColourTokens") -> dict[st
     cpu = torch.device("cpu")
     step = Stepper("transformer", run.model, TransformerObjective(), cpu, "fp32", optim=optim, seed=run.seed)
     if moments == "fp16":
-        keep_moments(step.state.optimizers, [p for _, p in layer_matrices(step.model)], HALF, HALF)
+        store_moments(step.state.optimizers, [p for _, p in hidden_matrices(step.model)], HALF, HALF)
     powersgd = PowerSGDConfig(run.rank, start=0 if settings else run.steps, **settings)
     if averager := build_powersgd(step.model, powersgd, run.seed):
         step.state.extras["powersgd"] = averager
@@ -158,41 +158,41 @@ def _curve(way: str, run: CompressionBenchmark, data: "ColourTokens") -> dict[st
     for update in range(run.steps):
         first = update * run.batch_size + dist.get_rank() * share
         loss = step(data(range(first, first + share)))
-        sent = loss.metrics.get("sent_mb", 0.0)
+        sent = loss.metrics.get("comm_mb", 0.0)
         lines.append(
-            [float(loss.total.detach()), *(float(loss.metrics[m]) for m in ("image_nats", "text_nats")), sent]
+            [float(loss.total.detach()), *(float(loss.metrics[m]) for m in ("image_loss", "text_loss")), sent]
         )
     means = torch.tensor(lines)
     dist.all_reduce(means)
-    names = ("loss", "image_nats", "text_nats", "sent_mb")
+    names = ("loss", "image_loss", "text_loss", "comm_mb")
     return dict(zip(names, (means / run.replicas).T.tolist(), strict=True))
 
 
-def check_colours(model: TransformerConfig) -> None:
-    """ValueError for a model that cannot read `ColourTokens`."""
-    if model.grid != (LATTICE, LATTICE) or model.image_vocab < COLOURS_OF_CHANNEL**3:
+def check_colors(model: TransformerConfig) -> None:
+    """ValueError for a model that cannot read `ColorTokens`."""
+    if model.grid != (LATTICE, LATTICE) or model.image_vocab < COLORS_OF_CHANNEL**3:
         raise ValueError(
-            f"model needs a grid of {LATTICE} x {LATTICE} and {COLOURS_OF_CHANNEL**3} image codes"
+            f"model needs a grid of {LATTICE} x {LATTICE} and {COLORS_OF_CHANNEL**3} image codes"
         )
 
 
-class ColourTokens:
-    """Joint ids of drawn pictures: the words of a caption, and the rounded colour of each pixel."""
+class ColorTokens:
+    """Joint ids of drawn images: the words of a caption, and the rounded color of each pixel."""
 
     def __init__(self, layout: TokenLayout, seed: int):
-        self.layout, self.pairs = layout, ShapesPairs(16, seed)
+        self.layout, self.pairs = layout, ShapesDataset(16, seed)
         words = sorted(
             {word for texts in self.pairs.captions(range(1000)) for text in texts for word in text.split()}
         )
         self.words = {word: i for i, word in enumerate(words, 1)}  # 0 is any other
 
     def __call__(self, indices: range) -> Tensor:
-        """int64 (B, N) of these pictures."""
-        levels = (render(*self.pairs.drawn(indices), LATTICE) * COLOURS_OF_CHANNEL).clip(
-            0, COLOURS_OF_CHANNEL - 1
+        """int64 (B, N) of these images."""
+        levels = (render(*self.pairs.drawn(indices), LATTICE) * COLORS_OF_CHANNEL).clip(
+            0, COLORS_OF_CHANNEL - 1
         )
         red, green, blue = np.moveaxis(levels.astype(np.int64), 1, 0)  # each (B, 12, 12)
-        codes = (red * COLOURS_OF_CHANNEL + green) * COLOURS_OF_CHANNEL + blue
+        codes = (red * COLORS_OF_CHANNEL + green) * COLORS_OF_CHANNEL + blue
         texts = [
             [self.words.get(word, 0) for word in texts[0].split()] for texts in self.pairs.captions(indices)
         ]

@@ -1,9 +1,9 @@
-"""Whether the same seed gives the same picture when the batch, the number format or the device is another.
+"""Whether the same seed gives the same image when the batch, the number format or the device is another.
 
 For one batch, format and device it does, to the bit (dalle/pipelines/best_of_n.py). Elsewhere a matrix product's last bits may
-differ; once in a while they decide which token is drawn, and the rest of that picture then follows another way.
+differ; once in a while they decide which token is drawn, and the rest of that image then follows another way.
 
-How much another number format changes the model itself is told in nats a token: the reference draws pictures, and their
+How much another number format changes the model itself is told in nats a token: the reference draws images, and their
 mean log-likelihood by the reference less that by the other is, at temperature 1, the Kullback-Leibler divergence of the
 two models.
 """
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dalle.benchmarks.common import hardware, save_report
 from dalle.io.files import make_directory
-from dalle.pipelines.best_of_n import Block, Drawer, Settings
+from dalle.pipelines.best_of_n import CandidateBatch, CandidateSampler, SamplingConfig
 from dalle.pipelines.dalle import DALLE
 from dalle.train.precision import Precision, resolve_device, resolve_precision
 
@@ -38,7 +38,7 @@ class Way:
 
 @dataclass(frozen=True)
 class AgreementBenchmark:
-    """Draws the same candidates in several ways and counts the pictures whose tokens are all the same."""
+    """Draws the same candidates in several ways and counts the images whose tokens are all the same."""
 
     model: Path = Path("runs/quickstart/model")
     """Model directory."""
@@ -71,12 +71,12 @@ class AgreementBenchmark:
             raise ValueError("candidates and batch must be positive")
         if len(self.prompts) * self.candidates < 2:
             raise ValueError(
-                "two pictures or more are needed to tell an error; raise candidates, or give more prompts"
+                "two images or more are needed to tell an error; raise candidates, or give more prompts"
             )
 
 
 def benchmark_agreement(run: AgreementBenchmark) -> dict[str, Any]:
-    """Shares of pictures and of tokens that equal the reference's, and nats lost by number format; writes --json.
+    """Shares of images and of tokens that equal the reference's, and nats lost by number format; writes --json.
 
     Raises:
         ValueError: no such model, settings out of range, or a device that is not there.
@@ -88,8 +88,8 @@ def benchmark_agreement(run: AgreementBenchmark) -> dict[str, Any]:
     expected = drawn(run, model, reference)
     report = {
         "reference": str(reference),
-        "pictures": len(run.prompts) * run.candidates,
-        "tokens_a_picture": model.transformer.layout.image_len,
+        "images": len(run.prompts) * run.candidates,
+        "tokens_a_image": model.transformer.layout.num_image_tokens,
         "equal": {str(way): equal_shares(drawn(run, model, way), expected) for way in others},
         "nats_lost_a_token": nats_lost(run, model, reference, others, expected),
         "temperature": run.temperature,
@@ -98,9 +98,9 @@ def benchmark_agreement(run: AgreementBenchmark) -> dict[str, Any]:
         "hardware": hardware(torch.device(reference.device)),
     }
     save_report(report, run.json)
-    print(f"{report['pictures']} pictures of {report['tokens_a_picture']} tokens; equal to {reference}:")
+    print(f"{report['images']} images of {report['tokens_a_image']} tokens; equal to {reference}:")
     for name, shares in report["equal"].items():
-        line = f"  {name:36}pictures {shares['pictures']:.3f}  tokens {shares['tokens']:.3f}"
+        line = f"  {name:36}images {shares['images']:.3f}  tokens {shares['tokens']:.3f}"
         lost = report["nats_lost_a_token"].get(name)
         print(line if lost is None else f"{line}  nats lost a token {lost[0]:.2g} (+- {lost[1]:.1g})")
     return report
@@ -125,29 +125,29 @@ def drawn(run: AgreementBenchmark, model: DALLE, way: Way) -> Tensor:
         model = DALLE.from_pretrained(run.model, device=way.device)
     model = model.in_precision(way.precision, way.int8)
     text = model.text_tokens(run.prompts)
-    settings = Settings(temperature=run.temperature, batch=way.batch)
-    drawer = Drawer(model.dvae, model.transformer, None, settings)
+    settings = SamplingConfig(temperature=run.temperature, batch=way.batch)
+    drawer = CandidateSampler(model.dvae, model.transformer, None, settings)
     found = []
     for caption in tqdm(range(len(run.prompts)), desc=str(way), unit="caption", disable=None):
         for first in range(0, run.candidates, way.batch):
-            block = Block([caption], range(first, first + way.batch), way.batch)
+            block = CandidateBatch([caption], range(first, first + way.batch), way.batch)
             *_, tokens = drawer.tokens(run.prompts, text, None, run.seed, block)
             found.append(tokens[0, : run.candidates - first].cpu())
     return torch.cat(found).view(len(run.prompts), run.candidates, -1)
 
 
 def equal_shares(tokens: Tensor, expected: Tensor) -> dict[str, float]:
-    """Of pictures whose tokens are all equal, and of single tokens."""
+    """Of images whose tokens are all equal, and of single tokens."""
     same = tokens == expected
-    return {"pictures": same.all(dim=-1).float().mean().item(), "tokens": same.float().mean().item()}
+    return {"images": same.all(dim=-1).float().mean().item(), "tokens": same.float().mean().item()}
 
 
 def nats_lost(
     run: AgreementBenchmark, model: DALLE, reference: Way, others: list[Way], tokens: Tensor
 ) -> dict[str, tuple[float, float]]:
-    """By number format: how much less likely the reference's pictures are in it, and the standard error, a token."""
+    """By number format: how much less likely the reference's images are in it, and the standard error, a token."""
 
-    def nats(way: Way) -> Tensor:  # of each picture's tokens
+    def nats(way: Way) -> Tensor:  # of each image's tokens
         rounded = model.in_precision(way.precision, way.int8)
         found = [rounded.log_likelihood(*one).image for one in zip(run.prompts, tokens, strict=True)]
         return torch.cat(found).double() / tokens.shape[-1]

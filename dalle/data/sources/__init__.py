@@ -1,20 +1,20 @@
-"""Captioned pictures as they lie on disk, whatever the form: one path, one way to read."""
+"""Captioned images as they lie on disk, whatever the form: one path, one way to read."""
 
 from pathlib import Path
 
 from dalle.data.sources import hf_datasets
-from dalle.data.sources.detect import Kind, Place, find_place
+from dalle.data.sources.detect import DataLocation, Kind, detect_source
 from dalle.data.sources.hf_datasets import HubSource
 from dalle.data.sources.image_folder import FolderSource
 from dalle.data.sources.table import TableSource
 from dalle.data.sources.webdataset import TarSource
-from dalle.types import Source
+from dalle.types import DataSource
 
 __all__ = [
+    "DataLocation",
     "FolderSource",
     "HubSource",
     "Kind",
-    "Place",
     "TableSource",
     "TarSource",
     "find_place",
@@ -32,19 +32,19 @@ def open_source(
     caption_column: str | None = None,
     *,
     part: str = "all",
-    pictures: str | Path | None = None,
+    images: str | Path | None = None,
     cache: str | Path | None = None,
-) -> Source:
-    """The captioned pictures at a path.
+) -> DataSource:
+    """The captioned images at a path.
 
     Args:
-        path: a folder of pictures with .txt or .json beside them, of tars, or of tables; a table; a tar; a
+        path: a folder of images with .txt or .json beside them, of tars, or of tables; a table; a tar; a
             pattern with *, ? and {000..099}; or a folder written by Hugging Face `datasets`.
         kind: "folder", "table", "tars" or "hub" where the path does not tell.
         image_column: of a table; found among the usual names unless given.
         caption_column: of a table, or the key in JSON; several with commas between.
-        part: "all", or the "train" or "held_out" part of a set that has them (see `has_parts`).
-        pictures: where the relative paths of a table start; its own folder unless given.
+        part: "all", or the "train" or "held_out" part of a set that has them (see `has_val_split`).
+        images: where the relative paths of a table start; its own folder unless given.
         cache: where the indexes of tars and tables lie; see `take_index`.
 
     Raises:
@@ -52,8 +52,8 @@ def open_source(
     """
     if part not in PARTS:
         raise ValueError(f"unknown part {part!r}; expected one of {', '.join(PARTS)}")
-    place = find_place(str(path), kind)
-    if part == "held_out" and not has_parts(str(path), kind):
+    place = detect_source(str(path), kind)
+    if part == "held_out" and not has_val_split(str(path), kind):
         raise ValueError(
             f"{path} has no part of its own for evaluation (val*.tar, a split validation); open all of it"
         )
@@ -65,10 +65,10 @@ def open_source(
     folder = Path(cache) if cache else None
     if place.kind == "tars":
         return TarSource(files, caption_column, folder)
-    return TableSource(files, image_column, caption_column, Path(pictures) if pictures else None, folder)
+    return TableSource(files, image_column, caption_column, Path(images) if images else None, folder)
 
 
-def has_parts(path: str, kind: Kind = "auto") -> bool:
+def has_val_split(path: str, kind: Kind = "auto") -> bool:
     """Whether a set comes with a part of its own for evaluation, as train-*.tar and val.tar."""
-    place = find_place(path, kind)
+    place = detect_source(path, kind)
     return bool(place.held_out) or (place.kind == "hub" and hf_datasets.has_held_out(place.path))

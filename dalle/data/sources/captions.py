@@ -5,15 +5,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dalle.data.bad_samples import Unusable
+from dalle.data.bad_samples import BadSampleError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""What is taken for a picture."""
+"""What is taken for an image."""
 CAPTION_NAMES = ("captions", "caption", "text", "txt", "title", "description", "prompt", "sentence", "label")
 IMAGE_NAMES = (
     "image",
     "img",
-    "picture",
+    "image",
     "photo",
     "file_name",
     "filename",
@@ -35,7 +35,7 @@ def from_text(data: bytes, name: str) -> list[str]:
     try:
         lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
-        raise Unusable(name, "caption not UTF-8", str(error)) from None
+        raise BadSampleError(name, "caption not UTF-8", str(error)) from None
     return [line for line in lines if line]
 
 
@@ -44,9 +44,9 @@ def from_json(data: bytes, name: str, columns: str | None = None) -> list[str]:
     try:
         value = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise Unusable(name, "caption not UTF-8", str(error)) from None
+        raise BadSampleError(name, "caption not UTF-8", str(error)) from None
     except (ValueError, RecursionError) as error:
-        raise Unusable(name, "broken row", f"no JSON: {error}") from None
+        raise BadSampleError(name, "broken row", f"no JSON: {error}") from None
     if isinstance(value, Mapping):
         keys = [word.strip() for word in columns.split(",")] if columns else [find_name(value, CAPTION_NAMES)]
         value = [value.get(key) for key in keys]
@@ -68,11 +68,11 @@ def listed(value: Any) -> list[str]:
 
 
 def check_utf8(captions: list[str], name: str) -> list[str]:
-    """The captions; Unusable where one holds bytes that were no text."""
+    """The captions; BadSampleError where one holds bytes that were no text."""
     try:
         "".join(captions).encode()
     except UnicodeEncodeError as error:
-        raise Unusable(name, "caption not UTF-8", str(error)) from None
+        raise BadSampleError(name, "caption not UTF-8", str(error)) from None
     return captions
 
 
@@ -94,7 +94,7 @@ def check_names(names: list[str], place: str) -> None:
 def choose_columns(
     names: list[str], image: str | None, caption: str | None, place: str
 ) -> tuple[str, list[str]]:
-    """The column of pictures and those of captions (several, with commas); ValueError lists what there is."""
+    """The column of images and those of captions (several, with commas); ValueError lists what there is."""
     image = image or find_name(names, IMAGE_NAMES)
     captions = [word.strip() for word in caption.split(",")] if caption else [find_name(names, CAPTION_NAMES)]
     for what, columns in (("image", [image]), ("caption", captions)):

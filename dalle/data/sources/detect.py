@@ -20,7 +20,7 @@ TEST = re.compile(r"test([-_.\d]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Place:
+class DataLocation:
     """Where data lie."""
 
     kind: Kind
@@ -38,14 +38,14 @@ class Place:
         return tuple(file for file in self.files if file not in self.held_out)
 
 
-def find_place(path: str, kind: Kind = "auto") -> Place:
+def detect_source(path: str, kind: Kind = "auto") -> DataLocation:
     """What lies at a path, a pattern with *, ? and {000..099}, or a folder.
 
     Raises:
         ValueError: nothing, or nothing that is known; says what was found and what is expected.
     """
     if kind == "hub":
-        return Place("hub", path)
+        return DataLocation("hub", path)
     if re.match(r"[a-z0-9]+:", path) and not Path(path).exists():
         raise ValueError(f"{path} is not on a disk; copy or mount it, and give the path")
     root = Path(path).expanduser()
@@ -53,9 +53,9 @@ def find_place(path: str, kind: Kind = "auto") -> Place:
     if root.is_dir() and kind in ("auto", "folder"):
         kind = "folder" if kind == "folder" else _kind_of_folder(root)
     if kind == "folder":
-        return Place("folder", str(root))
+        return DataLocation("folder", str(root))
     if root.is_dir() and kind == "hub":
-        return Place("hub", str(root))
+        return DataLocation("hub", str(root))
     files = files or _files(root, kind)
     if kind == "auto":
         kind = _kind_of_files(files, path)
@@ -107,7 +107,7 @@ def _files(root: Path, kind: str) -> list[Path]:
 
 
 def _kind_of_folder(root: Path) -> Kind:
-    """By what lies in it: a saved data set, tars, pictures with captions beside them, tables; else pictures."""
+    """By what lies in it: a saved data set, tars, images with captions beside them, tables; else images."""
     if hf_datasets.is_saved(root):
         return "hub"
     if _files(root, "tars"):
@@ -130,12 +130,12 @@ def _kind_of_files(files: Sequence[Path], path: str) -> Kind:
     if suffixes and suffixes <= set(TABLES):
         return "table"
     raise ValueError(
-        f"{path} is {', '.join(sorted(suffixes)) or 'a file without suffix'}; expected a folder of pictures, "
+        f"{path} is {', '.join(sorted(suffixes)) or 'a file without suffix'}; expected a folder of images, "
         f".tar files (not compressed) or a table ({', '.join(TABLES)})"
     )
 
 
-def _parted(kind: Kind, path: str, files: Sequence[Path]) -> Place:
+def _parted(kind: Kind, path: str, files: Sequence[Path]) -> DataLocation:
     """The files with the set's own parts told apart."""
     suffixes = {file.suffix.lower() for file in files}
     if len(suffixes) > 1:
@@ -144,4 +144,4 @@ def _parted(kind: Kind, path: str, files: Sequence[Path]) -> Place:
         )
     used = [file for file in files if not TEST.match(file.name)] or list(files)
     held_out = [file for file in used if HELD_OUT.match(file.name)]
-    return Place(kind, path, tuple(used), tuple(held_out) if len(held_out) < len(used) else ())
+    return DataLocation(kind, path, tuple(used), tuple(held_out) if len(held_out) < len(used) else ())

@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from dalle.data.bad_samples import Unusable
+from dalle.data.bad_samples import BadSampleError
 from dalle.data.sources.captions import check_utf8, choose_columns, listed
 from dalle.data.sources.image_folder import read_listed
 from dalle.data.sources.names import share
-from dalle.types import Record, Skip
+from dalle.types import BadSample, RawSample
 
 SPLITS = {"train": ("train",), "held_out": ("validation", "valid", "val", "dev")}
 """Names of the parts that people give to their sets."""
 
 
 class HubSource:
-    """Rows of a `datasets.Dataset` with a column of pictures and one or more of captions.
+    """Rows of a `datasets.Dataset` with a column of images and one or more of captions.
 
     Args:
         path: a folder written by `save_to_disk`, or what `load_dataset` takes.
@@ -36,7 +36,7 @@ class HubSource:
             dataset = dataset.cast_column(self._image, _undecoded())
         self._rows = dataset.select_columns(list(dict.fromkeys([self._image, *self._captions])))
         self._texts = dataset.select_columns(self._captions)
-        self._root, self.skipped = Path(path).resolve(), list[Skip]()
+        self._root, self.skipped = Path(path).resolve(), list[BadSample]()
         files = [
             (Path(file["filename"]).name, Path(file["filename"]).stat().st_size)
             for file in dataset.cache_files
@@ -55,20 +55,20 @@ class HubSource:
         """uint32 (N,), a hash of each row's number."""
         return np.fromiter((share(self.name(i)) for i in range(len(self))), np.uint32, len(self))
 
-    def read(self, index: int) -> Record:
-        """Unusable, naming the sample and the cause, for one that cannot be read."""
+    def read(self, index: int) -> RawSample:
+        """BadSampleError, naming the sample and the cause, for one that cannot be read."""
         row, name = self._rows[index], self.name(index)
-        picture = row[self._image]
-        if isinstance(picture, Mapping):
-            picture = picture.get("bytes") or picture.get("path")
-        if isinstance(picture, str):
-            picture = read_listed(self._root, picture)
-        if not isinstance(picture, bytes):
-            raise Unusable(name, "missing twin", "a row without a picture")
-        return Record(name, picture, self._listed(row, name))
+        image = row[self._image]
+        if isinstance(image, Mapping):
+            image = image.get("bytes") or image.get("path")
+        if isinstance(image, str):
+            image = read_listed(self._root, image)
+        if not isinstance(image, bytes):
+            raise BadSampleError(name, "missing twin", "a row without an image")
+        return RawSample(name, image, self._listed(row, name))
 
     def captions(self, index: int) -> list[str]:
-        """Those of `read`, without reading the picture."""
+        """Those of `read`, without reading the image."""
         return self._listed(self._texts[index], self.name(index))
 
     def _listed(self, row: Mapping[str, Any], name: str) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dalle.types import Skip
+from dalle.types import BadSample
 
 FORMAT = 2
 """Raised when what an index holds changes."""
@@ -34,7 +34,7 @@ class Writer:
     def __init__(self, folder: Path, dtype: np.dtype):
         self.folder, self.dtype = folder, dtype
         self.samples, self.text = (folder / "samples.bin").open("wb"), (folder / "text.bin").open("wb")
-        self.skipped: list[Skip] = []
+        self.skipped: list[BadSample] = []
         self.keep = True  # unset when a file could not be read this time but might be the next
         self._hash, self._at = hashlib.blake2b(digest_size=8), 0
 
@@ -77,7 +77,7 @@ class Index:
             if (folder / f"{name}.bin").stat().st_size != size:
                 raise ValueError(f"{folder / name}.bin is not whole")
         self.hash = self.meta["hash"]
-        self.skipped = [Skip(**skip) for skip in self.meta["skipped"]]
+        self.skipped = [BadSample(**skip) for skip in self.meta["skipped"]]
         self.samples, self._text = self._map("samples", dtype), self._map("text", np.dtype(np.uint8))
 
     def _map(self, name: str, dtype: np.dtype) -> np.ndarray:

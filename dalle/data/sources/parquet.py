@@ -1,4 +1,4 @@
-"""Parquet: rows by row group, and a picture's bytes out of the group that holds it."""
+"""Parquet: rows by row group, and an image's bytes out of the group that holds it."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -8,22 +8,22 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dalle.data.bad_samples import Unusable
+from dalle.data.bad_samples import BadSampleError
 from dalle.data.sources.captions import IMAGE_NAMES, check_names, choose_columns, find_name, listed
 from dalle.data.sources.index import Writer
 from dalle.data.sources.rows import Row
-from dalle.types import Skip
+from dalle.types import BadSample
 
 LARGE_GROUP = 64 * 2**20
-"""Bytes of a row group above which reading single pictures is slow enough to say so."""
+"""Bytes of a row group above which reading single images is slow enough to say so."""
 
 
 def parquet_rows(file: Path, image: str | None, caption: str | None, writer: Writer) -> Iterator[Row]:
-    """The rows of a Parquet file, a row group at a time; pictures are not read."""
+    """The rows of a Parquet file, a row group at a time; images are not read."""
     try:
         table = _open(file)
     except (OSError, ValueError) as error:
-        writer.skipped.append(Skip(None, file.name, "unreadable shard", str(error)))
+        writer.skipped.append(BadSample(None, file.name, "unreadable shard", str(error)))
         writer.keep &= not isinstance(error, OSError)
         return
     names = table.schema_arrow.names
@@ -43,26 +43,28 @@ def parquet_rows(file: Path, image: str | None, caption: str | None, writer: Wri
                 elif value[column]:
                     yield Row(value[column].replace("\\", "/"), value[column], texts)
                 else:
-                    skip = Skip(None, f"{file.name}/{count + row}", "missing twin", "a row without a picture")
+                    skip = BadSample(
+                        None, f"{file.name}/{count + row}", "missing twin", "a row without an image"
+                    )
                     writer.skipped.append(skip)
         except (OSError, ValueError) as error:
             writer.skipped.append(
-                Skip(None, f"{file.name}, row group {group}", "unreadable shard", str(error))
+                BadSample(None, f"{file.name}, row group {group}", "unreadable shard", str(error))
             )
         count += rows
     if not paths:
         _note_large_groups(table, column, file)
 
 
-def embedded_picture(file: Path, group: int, row: int, image: str | None, name: str) -> bytes:
-    """The bytes in a row of a row group; Unusable where there are none."""
+def embedded_image(file: Path, group: int, row: int, image: str | None, name: str) -> bytes:
+    """The bytes in a row of a row group; BadSampleError where there are none."""
     try:
-        value = _pictures(os.getpid(), file, group, image)[row].as_py()
+        value = _images(os.getpid(), file, group, image)[row].as_py()
     except (OSError, ValueError, IndexError) as error:
-        raise Unusable(name, "unreadable shard", f"{file}: {error}") from None
+        raise BadSampleError(name, "unreadable shard", f"{file}: {error}") from None
     value = value.get("bytes") if isinstance(value, Mapping) else value
     if not isinstance(value, bytes):
-        raise Unusable(name, "missing twin", "a row without the bytes of a picture")
+        raise BadSampleError(name, "missing twin", "a row without the bytes of an image")
     return value
 
 
@@ -72,8 +74,8 @@ def _values(table: Any, group: int, columns: list[str]) -> Iterator[dict[str, An
 
 
 @lru_cache(maxsize=2)
-def _pictures(process: int, file: Path, group: int, image: str | None) -> Any:
-    """The column of pictures of one row group; each process has its own."""
+def _images(process: int, file: Path, group: int, image: str | None) -> Any:
+    """The column of images of one row group; each process has its own."""
     table = _opened(process, file)
     column = image or find_name(table.schema_arrow.names, IMAGE_NAMES)
     return table.read_row_group(group, [column], use_threads=False).column(0)
@@ -97,6 +99,6 @@ def _note_large_groups(table: Any, column: str, file: Path) -> None:
     largest = max((group.total_byte_size for group in groups), default=0)
     if largest > LARGE_GROUP:
         tqdm.write(
-            f"note: {file} keeps {largest / 2**20:.0f} MiB in a row group, and one picture costs reading all of it; "
+            f"note: {file} keeps {largest / 2**20:.0f} MiB in a row group, and one image costs reading all of it; "
             "write it with row groups of about 100 rows, or as tars"
         )

@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 
 from dalle.data.sources.captions import check_names, choose_columns, listed
 from dalle.data.sources.index import Writer
-from dalle.types import Skip
+from dalle.types import BadSample
 
 LOOKED_AT = 10_000
 """Rows in which columns are looked for, at most: lines of JSON may lack some of them."""
 
 
 class Row(NamedTuple):
-    """A row as it is indexed: its name, always with slashes; its picture's path as it stands there; its captions.
-    `picture` is None where the bytes stand in row `row` of a row group of Parquet."""
+    """A row as it is indexed: its name, always with slashes; its image's path as it stands there; its captions.
+    `image` is None where the bytes stand in row `row` of a row group of Parquet."""
 
     name: str
-    picture: str | None
+    image: str | None
     captions: list[str]
     group: int = 0
     row: int = 0
@@ -36,21 +36,19 @@ def text_rows(file: Path, image: str | None, caption: str | None, writer: Writer
         columns = _find_columns(read(file), image, caption, str(file))
         for line, values in read(file):
             if isinstance(values, str):
-                writer.skipped.append(Skip(None, f"{file.name}:{line}", "broken row", values))
+                writer.skipped.append(BadSample(None, f"{file.name}:{line}", "broken row", values))
                 continue
             columns = columns or choose_columns(list(values), image, caption, str(file))
-            picture = values.get(columns[0])
-            if not isinstance(picture, str) or not picture.strip():
+            path = values.get(columns[0])
+            if not isinstance(path, str) or not path.strip():
                 writer.skipped.append(
-                    Skip(None, f"{file.name}:{line}", "missing twin", "a row without a picture")
+                    BadSample(None, f"{file.name}:{line}", "missing twin", "a row without an image")
                 )
                 continue
-            picture = picture.strip()
-            yield Row(
-                picture.replace("\\", "/"), picture, listed([values.get(column) for column in columns[1]])
-            )
+            path = path.strip()
+            yield Row(path.replace("\\", "/"), path, listed([values.get(column) for column in columns[1]]))
     except OSError as error:
-        writer.skipped.append(Skip(None, file.name, "unreadable shard", error.strerror or str(error)))
+        writer.skipped.append(BadSample(None, file.name, "unreadable shard", error.strerror or str(error)))
         writer.keep = False
 
 

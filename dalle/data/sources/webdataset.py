@@ -14,16 +14,16 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from dalle.data.bad_samples import Unusable
+from dalle.data.bad_samples import BadSampleError
 from dalle.data.sources.captions import SUFFIXES, from_json, from_text
 from dalle.data.sources.index import Writer, progress, take_index
 from dalle.data.sources.names import share
 from dalle.data.sources.tar_members import Member, members
-from dalle.types import Record, Skip
+from dalle.types import BadSample, RawSample
 
 PLACE = [("at", "<u8"), ("size", "<u4")]
 SAMPLE = np.dtype(
-    [("tar", "<u4"), ("share", "<u4"), ("name", PLACE), ("picture", PLACE), ("text", PLACE), ("json", PLACE)]
+    [("tar", "<u4"), ("share", "<u4"), ("name", PLACE), ("image", PLACE), ("text", PLACE), ("json", PLACE)]
 )
 OPEN_FILES = 64
 PROCESSES_FROM = 16
@@ -39,7 +39,7 @@ class TarSource:
         cache: where the index lies; see `take_index`.
 
     Raises:
-        ValueError: no picture with captions in any of them.
+        ValueError: no image with captions in any of them.
     """
 
     def __init__(self, files: Sequence[Path], caption_column: str | None = None, cache: Path | None = None):
@@ -65,12 +65,12 @@ class TarSource:
         """uint32 (N,), a hash of each name."""
         return self._index.samples["share"]
 
-    def read(self, index: int) -> Record:
-        """Unusable, naming the sample and the cause, for one that cannot be read."""
-        return Record(self.name(index), self._bytes(index, "picture"), self.captions(index))
+    def read(self, index: int) -> RawSample:
+        """BadSampleError, naming the sample and the cause, for one that cannot be read."""
+        return RawSample(self.name(index), self._bytes(index, "image"), self.captions(index))
 
     def captions(self, index: int) -> list[str]:
-        """Those of `read`, without reading the picture."""
+        """Those of `read`, without reading the image."""
         sample = self._index.samples[index]
         if sample["json"]["at"] and (self.caption_column or not sample["text"]["at"]):
             return from_json(self._bytes(index, "json"), self.name(index), self.caption_column)
@@ -82,9 +82,9 @@ class TarSource:
         try:
             data = os.pread(self._open(file), size, at)
         except OSError as error:
-            raise Unusable(self.name(index), "unreadable shard", f"{file}: {error.strerror}") from None
+            raise BadSampleError(self.name(index), "unreadable shard", f"{file}: {error.strerror}") from None
         if len(data) != size:
-            raise Unusable(self.name(index), "unreadable shard", f"{file} has become shorter")
+            raise BadSampleError(self.name(index), "unreadable shard", f"{file} has become shorter")
         return data
 
 
@@ -122,7 +122,7 @@ def build_index(writer: Writer, files: Sequence[Path]) -> dict:
     return {}
 
 
-def scan_tar(file: Path) -> tuple[np.ndarray, bytes, list[Skip], bool]:
+def scan_tar(file: Path) -> tuple[np.ndarray, bytes, list[BadSample], bool]:
     """Its samples, their names one after another, what is unusable, and whether it could be read at all."""
     try:
         descriptor = os.open(file, os.O_RDONLY)
@@ -135,15 +135,15 @@ def scan_tar(file: Path) -> tuple[np.ndarray, bytes, list[Skip], bool]:
         return (
             _records([]),
             b"",
-            [Skip(None, file.name, "unreadable shard", error.strerror or str(error))],
+            [BadSample(None, file.name, "unreadable shard", error.strerror or str(error))],
             False,
         )
     if all(member.damage for member in found):
         packed = start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
         detail = (
-            "compressed: unpack it, pictures are already" if packed else "empty" if not found else "not a tar"
+            "compressed: unpack it, images are already" if packed else "empty" if not found else "not a tar"
         )
-        return _records([]), b"", [Skip(None, file.name, "unreadable shard", detail)], True
+        return _records([]), b"", [BadSample(None, file.name, "unreadable shard", detail)], True
     rows, names, skipped = _group(found, file.name)
     return _records(rows), names, skipped, True
 
@@ -152,10 +152,10 @@ def _records(rows: Iterable[tuple]) -> np.ndarray:
     return np.array(list(rows), SAMPLE)
 
 
-def _group(found: Sequence[Member], tar: str) -> tuple[list[tuple], bytes, list[Skip]]:
+def _group(found: Sequence[Member], tar: str) -> tuple[list[tuple], bytes, list[BadSample]]:
     """Samples of one tar: members of the same key together."""
     keys: dict[str, dict[str, tuple[int, int]]] = {}
-    damaged: dict[str, Skip] = {}
+    damaged: dict[str, BadSample] = {}
     for member in found:
         key, what = _key(member.name)
         damage, cause = member.damage, "broken tar member"
@@ -165,7 +165,7 @@ def _group(found: Sequence[Member], tar: str) -> tuple[list[tuple], bytes, list[
             damage = f"a second .{what}"
         if damage and (what or not member.name):
             name = member.name or f"byte {member.offset}"
-            damaged.setdefault(key or name, Skip(None, f"{tar}/{name}", cause, damage))
+            damaged.setdefault(key or name, BadSample(None, f"{tar}/{name}", cause, damage))
         elif what:
             keys.setdefault(key, {}).setdefault(what, (member.offset, member.size))
     rows, names, skipped = [], bytearray(), list(damaged.values())
@@ -173,14 +173,12 @@ def _group(found: Sequence[Member], tar: str) -> tuple[list[tuple], bytes, list[
         if key in damaged:
             continue
         name = f"{tar}/{key}"
-        if "picture" not in parts or len(parts) == 1:
-            lacks = (
-                "captions without a picture" if "picture" not in parts else "a picture without .txt or .json"
-            )
-            skipped.append(Skip(None, name, "missing twin", lacks))
+        if "image" not in parts or len(parts) == 1:
+            lacks = "captions without an image" if "image" not in parts else "an image without .txt or .json"
+            skipped.append(BadSample(None, name, "missing twin", lacks))
             continue
         data = name.encode("utf-8", "surrogatepass")
-        places = [parts.get(what, (0, 0)) for what in ("picture", "txt", "json")]
+        places = [parts.get(what, (0, 0)) for what in ("image", "txt", "json")]
         rows.append((0, share(name), (len(names), len(data)), *places))
         names += data
     return rows, bytes(names), skipped
@@ -194,7 +192,7 @@ def _key(name: str) -> tuple[str, str]:
     suffix = suffix.lower()
     if not stem:
         return key, ""
-    return key, "picture" if f".{suffix}" in SUFFIXES else suffix if suffix in ("txt", "json") else ""
+    return key, "image" if f".{suffix}" in SUFFIXES else suffix if suffix in ("txt", "json") else ""
 
 
 def _unsafe(name: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle.nn.kv_cache import LayerCache
+from dalle.nn.kv_cache import KVCache
 from dalle.pretrained.external_transformer import ForeignLayout
 
 KINDS = ("full", "axial_row", "axial_col", "conv_like")
@@ -24,7 +24,7 @@ class DallePytorchConfig:
     """D."""
     heads: int
     """Attention heads."""
-    head_width: int
+    head_dim: int
     """d; heads * d need not be D."""
     kinds: tuple[str, ...]
     """Kind of each layer, one of KINDS."""
@@ -80,7 +80,7 @@ def image_sees(kind: str, side: int) -> Tensor:
 class Memory:
     """What drawing keeps of a layer: keys and values, and the last W image states of both paths before the shift."""
 
-    def __init__(self, cache: LayerCache, config: DallePytorchConfig, device: torch.device):
+    def __init__(self, cache: KVCache, config: DallePytorchConfig, device: torch.device):
         self.cache, self.candidates, self.text_slots = cache, cache.candidates, config.layout.text_slots
         rows, columns = cache.captions * cache.candidates, config.grid[1] * config.shift
         self.rings = [torch.zeros(rows, columns, config.width // 2, device=device) for _ in range(2)]

@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dalle.nn.blocks import FP32LayerNorm
-from dalle.nn.int8 import operand
-from dalle.nn.kv_cache import LayerCache, scaled
+from dalle.nn.int8 import weight_like
+from dalle.nn.kv_cache import KVCache, scale_query
 from dalle.pretrained.dalle_pytorch.masks import DallePytorchConfig, Memory, image_sees, rotate, shifted
 from dalle.pretrained.external_transformer import ForeignPlaces, ForeignTransformer, stream_mask
 
@@ -26,7 +26,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: DallePytorchConfig):
         super().__init__()
-        self.heads, inner = config.heads, config.heads * config.head_width
+        self.heads, inner = config.heads, config.heads * config.head_dim
         self.qkv = nn.Linear(config.width, 3 * inner, bias=False)
         self.out = nn.Linear(inner, config.width)
 
@@ -40,13 +40,13 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(rearrange(mixed, "b h n d -> b n (h d)"))
 
-    def step(self, x: Tensor, cache: LayerCache, angles: Tensor | None, position: int | Tensor) -> Tensor:
+    def step(self, x: Tensor, cache: KVCache, angles: Tensor | None, position: int | Tensor) -> Tensor:
         """x (B, D) of one image token of every stream."""
         shape = {"c": cache.captions, "h": self.heads, "three": 3}
         q, k, v = rearrange(self.qkv(x), "(c n) (three h d) -> three (c h) n d", **shape)
         if angles is not None:
             q, k, v = (rotate(part, angles) for part in (q, k, v))
-        mixed = cache.attend(scaled(q), k, v, position)
+        mixed = cache.attend(scale_query(q), k, v, position)
         return self.out(rearrange(mixed, "(c h) n d -> (c n) (h d)", h=self.heads))
 
 
@@ -112,7 +112,7 @@ class Layer(nn.Module):
         self, trunks: Trunks, memory: Memory, angles: Tensor | None, position: int | Tensor, at: Tensor
     ) -> Trunks:
         """Both trunks (B, D) of one image token of every stream."""
-        dtype = operand(self.attention.f.qkv).dtype
+        dtype = weight_like(self.attention.f.qkv).dtype
         first = trunks[0] + self.attention.step(trunks[1], memory, at, dtype, memory.cache, angles, position)
         return self._after(first, trunks[1], self.mlp.step(first, memory, at, dtype))
 
@@ -130,7 +130,7 @@ class DallePytorch(ForeignTransformer):
             self.text_embedding = nn.Embedding(layout.image_offset, width)
             self.image_embedding = nn.Embedding(layout.image_vocab, width)
         if config.rotary:
-            self.register_buffer("angles", torch.zeros(1, layout.length + 1, config.rotary))
+            self.register_buffer("angles", torch.zeros(1, layout.seq_len + 1, config.rotary))
         else:
             self.text_position = nn.Embedding(layout.text_slots, width)
             self.image_position = nn.ParameterList(
@@ -205,15 +205,13 @@ class DallePytorch(ForeignTransformer):
 
     def caches(self, captions: int, candidates: int) -> list[Memory]:
         """Empty memories, one a layer, for candidates of each caption, in the number format of the matrices."""
-        c, like = self.config, operand(self.layers[0].attention.f.qkv)
+        c, like = self.config, weight_like(self.layers[0].attention.f.qkv)
         places = {kind: ForeignPlaces(sees).to(like.device) for kind, sees in self.sees.items()}
-        caches = [
-            LayerCache(places[kind], captions, candidates, c.heads, c.head_width, like) for kind in c.kinds
-        ]
+        caches = [KVCache(places[kind], captions, candidates, c.heads, c.head_dim, like) for kind in c.kinds]
         return [Memory(cache, c, like.device) for cache in caches]
 
     def row_bytes(self) -> int:
         """Memory that drawing keeps of one candidate."""
-        c, itemsize = self.config, operand(self.layers[0].attention.f.qkv).itemsize
-        keys = 2 * self.layout.image_len * c.heads * c.head_width * itemsize
+        c, itemsize = self.config, weight_like(self.layers[0].attention.f.qkv).itemsize
+        keys = 2 * self.layout.num_image_tokens * c.heads * c.head_dim * itemsize
         return len(c.kinds) * (keys + 4 * c.width * c.grid[1] * c.shift)

@@ -19,7 +19,7 @@ from typing import Any
 from dalle.pretrained.dalle_pytorch.masks import DallePytorchConfig
 from dalle.pretrained.dalle_pytorch.model import DallePytorch
 from dalle.pretrained.dalle_pytorch.vae import LICENCE
-from dalle.pretrained.family import Family, Shapes
+from dalle.pretrained.family import CheckpointFormat, Shapes
 from dalle.pretrained.pickle_names import SavedTensor
 
 VERSION = "1.6."
@@ -74,7 +74,7 @@ def configure(shapes: Shapes, tree: Any = None) -> DallePytorchConfig:
     return DallePytorchConfig(
         width=width,
         heads=_number(hparams, "heads", 8),
-        head_width=_number(hparams, "dim_head", 64),
+        head_dim=_number(hparams, "dim_head", 64),
         kinds=tuple(islice(cycle(map(str, kinds)), depth)),
         text_len=text_len,
         grid=(side, side),
@@ -111,11 +111,13 @@ def _number(hparams: Mapping[str, Any], name: str, default: int | None = None) -
     return value
 
 
-def _settle(family: Family, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]) -> Family:
+def _settle(
+    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]
+) -> CheckpointFormat:
     return replace(family, configure=partial(configure, tree=tree))
 
 
-FAMILY = Family(
+FAMILY = CheckpointFormat(
     name="DALLE-pytorch",
     kind="transformer",
     licence=LICENCE,

@@ -1,8 +1,8 @@
 """The discrete VAE of DALLE-pytorch (lucidrains, 1.6.6): in vae.pt, or inside dalle.pt. Another network than ours.
 
 Convolutions by 4 x 4 with stride 2, residual blocks at the coarsest resolution, three channels out (no log scale).
-Pictures are normalised on the way in by means and deviations that its hyper-parameters tell; its decoder gives
-normalised pixels back, which the package itself shows as they are, and which are mapped back here.
+Images are normalized on the way in by means and deviations that its hyper-parameters tell; its decoder gives
+normalized pixels back, which the package itself shows as they are, and which are mapped back here.
 """
 
 import math
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.pretrained.family import Family, Shapes
+from dalle.pretrained.family import CheckpointFormat, Shapes
 from dalle.pretrained.pickle_names import SavedTensor
-from dalle.types import check_pixels, check_tokens, grid_of
+from dalle.types import check_images, check_tokens, token_grid
 
 LICENCE = "MIT, of github.com/lucidrains/DALLE-pytorch; weights are of whoever trained them"
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # the package's default
@@ -31,17 +31,17 @@ class DiscreteVAEConfig:
     """Shape of it, in this library's words."""
 
     levels: int
-    """Halvings of the picture."""
+    """Halvings of the image."""
     blocks: int
     """Residual blocks on each side."""
     width: int
     """Channels."""
     vocab_size: int
     """Codes."""
-    code_width: int
+    codebook_dim: int
     """Width of a code vector."""
     means: tuple[float, ...] = HALF[0]
-    """Subtracted from each channel of a picture."""
+    """Subtracted from each channel of an image."""
     deviations: tuple[float, ...] = HALF[1]
     """Each channel is divided by."""
 
@@ -52,9 +52,9 @@ def configure(shapes: Shapes, hparams: Mapping[str, Any] | None = None) -> Discr
     blocks = sum(bool(re.fullmatch(r"encoder\.\d+\.net\.0\.weight", name)) for name in shapes)
     if not levels:
         raise ValueError("the encoder has no level")
-    vocab_size, code_width = shapes["codebook.weight"]
+    vocab_size, codebook_dim = shapes["codebook.weight"]
     return DiscreteVAEConfig(
-        levels, blocks, shapes["encoder.0.0.weight"][0], vocab_size, code_width, *_normalization(hparams)
+        levels, blocks, shapes["encoder.0.0.weight"][0], vocab_size, codebook_dim, *_normalization(hparams)
     )
 
 
@@ -99,17 +99,17 @@ class DiscreteVAE(nn.Module):
         super().__init__()
         self.config, width = config, config.width
         blocks = [Block(width) for _ in range(2 * config.blocks)]
-        first = nn.Conv2d(config.code_width, width, 1)  # only where there are blocks behind it
+        first = nn.Conv2d(config.codebook_dim, width, 1)  # only where there are blocks behind it
         down = [_down(3 if i == 0 else width, width) for i in range(config.levels)]
-        up = [_up(width if config.blocks or i else config.code_width, width) for i in range(config.levels)]
-        self.codebook = nn.Embedding(config.vocab_size, config.code_width)
+        up = [_up(width if config.blocks or i else config.codebook_dim, width) for i in range(config.levels)]
+        self.codebook = nn.Embedding(config.vocab_size, config.codebook_dim)
         self.encoder = nn.Sequential(*down, *blocks[: config.blocks], nn.Conv2d(width, config.vocab_size, 1))
         self.decoder = nn.Sequential(
             *[first] * bool(config.blocks), *blocks[config.blocks :], *up, nn.Conv2d(width, 3, 1)
         )
 
     @property
-    def downsampling(self) -> int:
+    def downsample_factor(self) -> int:
         """Pixels on a side of one token."""
         return 2**self.config.levels
 
@@ -120,16 +120,16 @@ class DiscreteVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Most likely codes: float (B, 3, H, W) in [0, 1], sides multiples of `downsampling` -> int64 (B, h * w)."""
-        check_pixels(pixels, self.downsampling)
+        """Most likely codes: float (B, 3, H, W) in [0, 1], sides multiples of `downsample_factor` -> int64 (B, h * w)."""
+        check_images(pixels, self.downsample_factor)
         means, deviations = self._normalization(pixels)
         return self.encoder((pixels - means) / deviations).argmax(dim=1).flatten(1)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Pictures of tokens: int64 (B, h * w), square unless grid says (h, w) -> float32 (B, 3, H, W) in [0, 1]."""
+        """Images of tokens: int64 (B, h * w), square unless grid says (h, w) -> float32 (B, 3, H, W) in [0, 1]."""
         check_tokens(tokens, self.vocab_size, "image_tokens")
-        h, w = grid_of(tokens, grid)
+        h, w = token_grid(tokens, grid)
         z = F.embedding(tokens, self.codebook.weight).movedim(2, 1).unflatten(2, (h, w))
         means, deviations = self._normalization(z)
         return (self.decoder(z) * deviations + means).float().clamp(0, 1)
@@ -150,14 +150,16 @@ def _up(n_in: int, n_out: int) -> nn.Sequential:
     return nn.Sequential(nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1), nn.ReLU())
 
 
-def _settle(family: Family, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]) -> Family:
+def _settle(
+    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]
+) -> CheckpointFormat:
     hparams = tree.get("hparams") if isinstance(tree, dict) else None
     return replace(
         family, configure=partial(configure, hparams=hparams if isinstance(hparams, dict) else None)
     )
 
 
-FAMILY = Family(
+FAMILY = CheckpointFormat(
     name="discrete VAE of DALLE-pytorch",
     kind="image tokenizer",
     licence=LICENCE,

@@ -96,12 +96,12 @@ class MinDalle(PlainTransformer):
     def __init__(self, config: MinDalleConfig):
         layout, width = config.layout, config.width
         with torch.device("cpu"):  # no part of a file, so it must have values when the rest is made without
-            causal = torch.ones(layout.image_len, layout.image_len, dtype=torch.bool).tril()
+            causal = torch.ones(layout.num_image_tokens, layout.num_image_tokens, dtype=torch.bool).tril()
         super().__init__(config, ("causal",) * config.depth, {"causal": causal}, layout.text_slots)
         self.text_embedding = nn.Embedding(layout.text_vocab, width)
         self.image_embedding = nn.Embedding(layout.image_vocab, width)
         self.text_position = nn.Embedding(layout.text_len, width)
-        self.image_position = nn.Embedding(layout.image_len, width)
+        self.image_position = nn.Embedding(layout.num_image_tokens, width)
         self.final_norm = FP32LayerNorm(width)
         self.to_text_logits = nn.Linear(width, layout.text_vocab, bias=False)
         self.to_logits = nn.Linear(width, layout.image_vocab, bias=False)

@@ -20,7 +20,7 @@ from typing import Any
 
 from dalle.config import ConfigError, read_yaml
 from dalle.io.files import read_json
-from dalle.pretrained.family import Family, Shapes
+from dalle.pretrained.family import CheckpointFormat, Shapes
 from dalle.pretrained.mindalle.model import MinDalle, MinDalleConfig
 from dalle.pretrained.pickle_names import SavedTensor
 from dalle.text.external.huggingface import HuggingFaceTokenizer
@@ -208,11 +208,13 @@ def load_tokenizer(folder: Path) -> HuggingFaceTokenizer:
     )
 
 
-def _settle(family: Family, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]) -> Family:
+def _settle(
+    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]
+) -> CheckpointFormat:
     return replace(family, configure=partial(configure, folder=path.parent))
 
 
-FAMILY = Family(
+FAMILY = CheckpointFormat(
     name="minDALL-E",
     kind="transformer",
     licence=LICENCE,

@@ -5,7 +5,7 @@ columns see as ours do, and the last layer a square around each token. There are
 fit each other:
 
     v2    one more mark of begin in front of all, and all slots one later; the masks are not, so for them the last
-          text id is the first image token. The square goes on at the other side of the picture, also from top to bottom
+          text id is the first image token. The square goes on at the other side of the image, also from top to bottom
     v3    no mark in front: no state predicts the first text id. The square ends at the border
 
 What the package does against overflow in fp16 (CogView's "PB-relax") changes nothing in fp32, and is left out.
@@ -34,7 +34,7 @@ class RudalleLayout(ForeignLayout):
     zero_is_pad: bool = True
 
     @property
-    def caption_room(self) -> int:
+    def max_caption_len(self) -> int:
         """Most tokens of a caption, beside begin and end."""
         return self.text_len - 2
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from dalle.pretrained.external_transformer import stream_mask
-from dalle.pretrained.family import Family, Shapes
+from dalle.pretrained.family import CheckpointFormat, Shapes
 from dalle.pretrained.pickle_names import SavedTensor
 from dalle.pretrained.rudalle.model import BEGIN, END, VERSIONS, Rudalle, RudalleConfig, image_sees
-from dalle.text import MergeTokenizer
+from dalle.text import BPETokenizer
 from dalle.text.external.youtokentome import YoutokentomeTokenizer
 
 HEADS = {(24, 2048): 16, (64, 3840): 60, (12, 768): 12}
@@ -125,7 +125,7 @@ class RudalleTokenizer(YoutokentomeTokenizer):
         return cls({name: data[name] for name in ("characters", "merges", "special")})
 
 
-def lowercase(text: MergeTokenizer) -> RudalleTokenizer:
+def lowercase(text: BPETokenizer) -> RudalleTokenizer:
     """The tokenizer of its bpe.model as the package uses it.
 
     Raises:
@@ -138,7 +138,9 @@ def lowercase(text: MergeTokenizer) -> RudalleTokenizer:
     return RudalleTokenizer(text.model)
 
 
-def _settle(family: Family, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]) -> Family:
+def _settle(
+    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]
+) -> CheckpointFormat:
     names = (
         *MASKS.values(),
         *(f"transformer.{name}" for name in MASKS.values()),
@@ -147,7 +149,7 @@ def _settle(family: Family, path: Path, tree: Any, tensors: Mapping[str, SavedTe
     return replace(family, configure=partial(configure, masks=masks))
 
 
-FAMILY = Family(
+FAMILY = CheckpointFormat(
     name="ruDALL-E",
     kind="transformer",
     licence="Apache-2.0, of github.com/ai-forever/ru-dalle; weights that others trained further may have another",

@@ -1,6 +1,6 @@
-"""ruDALL-E's VQGAN with wavelets, vqgan.gumbelf8-sber-dwt.model.ckpt: codes of 256 x 256 pixels, pictures of 512 x 512.
+"""ruDALL-E's VQGAN with wavelets, vqgan.gumbelf8-sber-dwt.model.ckpt: codes of 256 x 256 pixels, images of 512 x 512.
 
-The encoder is that of the Gumbel f8. The decoder gives 12 channels: a picture of half the size, then for each colour
+The encoder is that of the Gumbel f8. The decoder gives 12 channels: an image of half the size, then for each color
 its differences down, across, and both; one step of the inverse wavelet transform makes pixels of them, with the
 filters that lie in the file (Haar's).
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.pretrained.family import Family
+from dalle.pretrained.family import CheckpointFormat
 from dalle.pretrained.vqgan import configure
 from dalle.vqgan import VQGAN, VQGANConfig
 
@@ -46,16 +46,16 @@ def _joined(low: Tensor, high: Tensor, g0: Tensor, g1: Tensor, dim: int) -> Tens
 
 
 class WaveletVQGAN(VQGAN):
-    """A VQGAN whose pictures have twice the sides of those that it encodes."""
+    """A VQGAN whose images have twice the sides of those that it encodes."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
         self.decoder.conv_out = nn.Conv2d(config.widths[0], 3 * BANDS, 3, padding=1)
         self.wavelets = InverseWavelets()
 
-    def picture(self, z: Tensor) -> Tensor:
-        """See `VQGAN.picture`."""
-        return self.wavelets(super().picture(z))
+    def image(self, z: Tensor) -> Tensor:
+        """See `VQGAN.image`."""
+        return self.wavelets(super().image(z))
 
 
 def own_name(name: str) -> str:
@@ -70,11 +70,11 @@ def own_name(name: str) -> str:
 
 
 def _vocabulary(config: VQGANConfig) -> str:
-    side = config.downsampling
+    side = config.downsample_factor
     return f"{config.vocab_size} codes of {side} x {side} pixels each, drawn at {2 * side} x {2 * side}"
 
 
-FAMILY = Family(
+FAMILY = CheckpointFormat(
     name="VQGAN of ruDALL-E with wavelets",
     kind="image tokenizer",
     licence="Apache-2.0, of github.com/ai-forever/ru-dalle",

@@ -10,7 +10,7 @@ Letters that the latest versions of Unicode added may fall otherwise, for every 
 from collections.abc import Iterable
 from typing import Any
 
-from dalle.text.bpe import Merges, MergeTokenizer
+from dalle.text.bpe import BPETokenizer, Merges
 from dalle.text.external.pre_tokenizers import MARK, byte_letters, normalizer, splitter
 from dalle.text.tokenizer import UNKNOWN_TEXT
 
@@ -18,7 +18,7 @@ FORMAT, VERSION = "huggingface-bpe", 1
 HELD = ("normalizer", "pre_tokenizer", "model", "added_tokens")
 
 
-class HuggingFaceTokenizer(MergeTokenizer):
+class HuggingFaceTokenizer(BPETokenizer):
     """Byte-pair encoding as a tokenizer.json describes it.
 
     Args:

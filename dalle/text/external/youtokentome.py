@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dalle.text.bpe import MergeTokenizer
+from dalle.text.bpe import BPETokenizer
 from dalle.text.tokenizer import UNKNOWN_TEXT, WORD_START
 
 FORMAT, VERSION = "youtokentome", 1
@@ -40,7 +40,7 @@ def parse_model(text: str) -> dict[str, Any]:
     return {"characters": sorted(characters), "merges": merges, "special": special_ids}
 
 
-class YoutokentomeTokenizer(MergeTokenizer):
+class YoutokentomeTokenizer(BPETokenizer):
     """Encodes as `youtokentome.BPE(path).encode` does without begin and end, which belong to the layout.
 
     Args:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.formats import COUNT, FORMS, IDS, picture
+from helpers.formats import COUNT, FORMS, IDS, image
 from PIL import Image
 
-from dalle.data import PairsConfig, PairsLoader, StepOfPairs, draw_captions, open_pairs
+from dalle.data import DataConfig, PairsLoader, StepOfPairs, open_dataset, sample_captions
 from dalle.io.files import read_json
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "check_data.py"
@@ -27,21 +27,21 @@ GOOD = 8
 
 
 def good_rows() -> list[tuple[str | None, object]]:
-    """(path, caption) of pictures that can be used."""
-    return [(f"images/{i}.png", f"a picture with the number {i}") for i in range(GOOD)]
+    """(path, caption) of images that can be used."""
+    return [(f"images/{i}.png", f"an image with the number {i}") for i in range(GOOD)]
 
 
-def write_pictures(place: Path) -> None:
+def write_images(place: Path) -> None:
     (place / "images").mkdir(parents=True)
     for i in range(GOOD):
-        (place / "images" / f"{i}.png").write_bytes(picture(20 * i))
-    (place / "images" / "cut.png").write_bytes(picture(1)[:50])
+        (place / "images" / f"{i}.png").write_bytes(image(20 * i))
+    (place / "images" / "cut.png").write_bytes(image(1)[:50])
     (place / "images" / "page.png").write_bytes(b"<html>404</html>")
 
 
 def broken_csv(place: Path) -> tuple[Path, dict[str, str]]:
     """A table with a broken row of each kind, and what each is to be called."""
-    write_pictures(place)
+    write_images(place)
     rows = [f'{path},"{text}"' for path, text in good_rows()]
     rows += [
         "images/gone.png,one",
@@ -53,7 +53,7 @@ def broken_csv(place: Path) -> tuple[Path, dict[str, str]]:
     ]
     lines = "\n".join(["image,caption", *rows]).encode() + b"\nimages/1.png,caf\xe9\n../up.png,eight\n"
     (place / "set.csv").write_bytes(lines)
-    (place.parent / "up.png").write_bytes(picture(1))
+    (place.parent / "up.png").write_bytes(image(1))
     return place / "set.csv", {
         "images/gone.png": "missing twin",
         "images/cut.png": "truncated",
@@ -67,7 +67,7 @@ def broken_csv(place: Path) -> tuple[Path, dict[str, str]]:
 
 
 def broken_jsonl(place: Path) -> tuple[Path, dict[str, str]]:
-    write_pictures(place)
+    write_images(place)
     rows = [json.dumps({"image": path, "caption": text}) for path, text in good_rows()]
     rows += [
         '{"image": "images/gone.png", "caption": "one"}',
@@ -87,13 +87,13 @@ def broken_jsonl(place: Path) -> tuple[Path, dict[str, str]]:
 
 
 def embedded(i: int, data: bytes | None) -> dict:
-    return {"image": data and {"bytes": data, "path": None}, "caption": f"a picture with the number {i}"}
+    return {"image": data and {"bytes": data, "path": None}, "caption": f"an image with the number {i}"}
 
 
 def embedded_rows() -> list[dict]:
-    rows = [embedded(i, picture(20 * i)) for i in range(GOOD)]
-    rows += [embedded(9, picture(1)[:50]), embedded(10, b"<html>404</html>"), embedded(11, None)]
-    return [*rows, {"image": {"bytes": picture(1), "path": None}, "caption": None}]
+    rows = [embedded(i, image(20 * i)) for i in range(GOOD)]
+    rows += [embedded(9, image(1)[:50]), embedded(10, b"<html>404</html>"), embedded(11, None)]
+    return [*rows, {"image": {"bytes": image(1), "path": None}, "caption": None}]
 
 
 EMBEDDED = dict(
@@ -175,14 +175,14 @@ class Seen:
         return (
             list(batch.samples),
             torch.from_numpy(batch.pixels).sum((1, 2, 3)).tolist(),
-            draw_captions(batch, 5),
+            sample_captions(batch, 5),
         )
 
 
 @pytest.mark.parametrize(("form", "columns"), FORMS, ids=IDS)
 def test_every_form_goes_on_at_the_same_sample_with_any_number_of_workers(tmp_path, form, columns):
     path = str(form(tmp_path))
-    pairs = open_pairs(PairsConfig(path, resolution=16, caption_column=columns, held_out_path=path))
+    pairs = open_dataset(DataConfig(path, resolution=16, caption_column=columns, held_out_path=path))
 
     def stream(workers: int, first: int, steps: int, rank: int = 0, world: int = 1) -> list:
         task = StepOfPairs(pairs, 4, 7, "dvae", Seen(), rank, world)
@@ -205,12 +205,12 @@ def test_every_form_goes_on_at_the_same_sample_with_any_number_of_workers(tmp_pa
 
 @pytest.fixture
 def mostly_broken(tmp_path):
-    """130 of 160 pictures break off."""
+    """130 of 160 images break off."""
     (tmp_path / "set").mkdir()
     for i in range(160):
-        data = picture(i, size=(40, 40))
+        data = image(i, size=(40, 40))
         (tmp_path / "set" / f"{i:03}.png").write_bytes(data if i % 16 < 3 else data[:50])
-        (tmp_path / "set" / f"{i:03}.txt").write_text(f"a picture with the number {i}")
+        (tmp_path / "set" / f"{i:03}.txt").write_text(f"an image with the number {i}")
     return tmp_path / "set"
 
 
@@ -222,7 +222,7 @@ def test_a_training_ends_in_one_sentence_above_the_set_rate(mostly_broken, tiny_
         "--data.path",
         mostly_broken,
     ]
-    words += ["--train.batch-size", "40", "--eval-pictures", "2", "--data.workers", "0", "--steps", "4"]
+    words += ["--train.batch-size", "40", "--eval-samples", "2", "--data.workers", "0", "--steps", "4"]
     stopped = python([*words, "--out", "stopped"], tmp_path)
     assert stopped.returncode == 1
     said = [line for line in stopped.stderr.splitlines() if line.startswith("error:")]

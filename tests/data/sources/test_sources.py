@@ -1,4 +1,4 @@
-"""Captioned pictures in every form on disk (dalle/data/sources): the same records, whatever the form."""
+"""Captioned images in every form on disk (dalle/data/sources): the same records, whatever the form."""
 
 import gc
 import io
@@ -17,19 +17,19 @@ from helpers.formats import (
     caption,
     csv_file,
     folder,
+    image,
     jsonl_file,
     one_tar,
     pair,
     parquet_bytes,
-    picture,
     tars,
     write_tar,
 )
 from PIL import Image
 
-from dalle.data.bad_samples import Unusable
-from dalle.data.dataset import PairsConfig, open_pairs
-from dalle.data.sources import find_place, has_parts, open_source
+from dalle.data.bad_samples import BadSampleError
+from dalle.data.dataset import DataConfig, open_dataset
+from dalle.data.sources import detect_source, has_val_split, open_source
 from dalle.data.sources.detect import expand_braces
 from dalle.data.sources.names import Names
 
@@ -39,14 +39,14 @@ def level(data: bytes) -> int:
 
 
 @pytest.mark.parametrize(("form", "columns"), FORMS, ids=IDS)
-def test_every_form_gives_the_same_pictures_and_captions(tmp_path, form, columns):
+def test_every_form_gives_the_same_images_and_captions(tmp_path, form, columns):
     source = open_source(form(tmp_path), caption_column=columns)
     assert len(source) == COUNT
     assert list(source.skipped) == []
     for i in (3, 0, 11, 7):
         record = source.read(i)
         assert record.captions == source.captions(i) == caption(i)
-        assert abs(int(level(record.picture)) - i) <= 1  # WebP is lossy
+        assert abs(int(level(record.image)) - i) <= 1  # WebP is lossy
         assert record.name == source.name(i)
     assert len({source.name(i) for i in range(COUNT)}) == COUNT
     assert source.shares().dtype == np.uint32
@@ -64,8 +64,8 @@ def test_every_form_keeps_its_hash_and_travels_to_another_process(tmp_path, form
 
 @pytest.mark.parametrize(("form", "columns"), FORMS, ids=IDS)
 def test_every_form_is_split_by_name(tmp_path, form, columns):
-    config = PairsConfig(str(form(tmp_path)), resolution=16, held_out=0.4, caption_column=columns)
-    train, held_out = open_pairs(config), open_pairs(config, "held_out")
+    config = DataConfig(str(form(tmp_path)), resolution=16, held_out=0.4, caption_column=columns)
+    train, held_out = open_dataset(config), open_dataset(config, "held_out")
     names = [{pairs.name(i) for i in range(pairs.size)} for pairs in (train, held_out)]
     assert train.size + held_out.size == COUNT
     assert not names[0] & names[1]
@@ -93,17 +93,17 @@ def test_patterns_name_tars(tmp_path, pattern):
 def test_what_braces_promise_must_be_there(tmp_path):
     tars(tmp_path)
     with pytest.raises(ValueError, match=r"no file .*set-003\.tar, which .* names"):
-        find_place(f"{tmp_path}/set-{{000..003}}.tar")
+        detect_source(f"{tmp_path}/set-{{000..003}}.tar")
     with pytest.raises(ValueError, match=r"no file fits .*other-\*\.tar"):
-        find_place(f"{tmp_path}/other-*.tar")
+        detect_source(f"{tmp_path}/other-*.tar")
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("nowhere", "nothing lies at .*nowhere; give a folder, a table or tars, or the word shapes"),
-        ("picture.png", r"is \.png; expected a folder of pictures"),
-        ("set.tar.gz", r"is \.gz; expected a folder of pictures, \.tar files \(not compressed\) or a table"),
+        ("image.png", r"is \.png; expected a folder of images"),
+        ("set.tar.gz", r"is \.gz; expected a folder of images, \.tar files \(not compressed\) or a table"),
     ],
 )
 def test_other_things_are_refused(tmp_path, name, said):
@@ -118,17 +118,17 @@ def test_what_is_not_on_a_disk_is_refused():
         open_source("s3://bucket/set.tar")
 
 
-def test_a_table_in_a_folder_of_pictures_with_captions_is_left_alone(tmp_path):
+def test_a_table_in_a_folder_of_images_with_captions_is_left_alone(tmp_path):
     folder(tmp_path)
     (tmp_path / "list.csv").write_text("image,caption\np000.png,other\n")
-    assert find_place(str(tmp_path)).kind == "folder"
-    assert find_place(str(tmp_path), "table").files == (tmp_path / "list.csv",)
+    assert detect_source(str(tmp_path)).kind == "folder"
+    assert detect_source(str(tmp_path), "table").files == (tmp_path / "list.csv",)
     assert open_source(tmp_path, "table").read(0).captions == ["other"]
 
 
-def test_a_folder_of_pictures_with_one_table_is_that_table(tmp_path):
+def test_a_folder_of_images_with_one_table_is_that_table(tmp_path):
     csv_file(tmp_path)
-    assert find_place(str(tmp_path)).kind == "table"
+    assert detect_source(str(tmp_path)).kind == "table"
 
 
 def test_tables_of_two_kinds_are_refused(tmp_path):
@@ -145,9 +145,9 @@ def test_a_part_for_evaluation_is_kept_for_it(tmp_path, name):
     tars(tmp_path)
     write_tar(tmp_path / name, pair("a", 1) + pair("b", 2))
     write_tar(tmp_path / "test-000.tar", pair("c", 3))
-    config = PairsConfig(str(tmp_path), resolution=16)
-    assert has_parts(str(tmp_path))
-    assert (open_pairs(config).size, open_pairs(config, "held_out").size) == (COUNT, 2)
+    config = DataConfig(str(tmp_path), resolution=16)
+    assert has_val_split(str(tmp_path))
+    assert (open_dataset(config).size, open_dataset(config, "held_out").size) == (COUNT, 2)
     assert len(open_source(tmp_path)) == COUNT + 2  # the test part is left alone
 
 
@@ -155,29 +155,29 @@ def test_a_part_for_evaluation_is_kept_for_it(tmp_path, name):
 def test_other_names_are_no_part_for_evaluation(tmp_path, name):
     write_tar(tmp_path / name, pair("a", 1))
     write_tar(tmp_path / "set.tar", pair("b", 1))
-    assert not has_parts(str(tmp_path))
+    assert not has_val_split(str(tmp_path))
 
 
 def test_pairs_to_evaluate_on_may_lie_elsewhere(tmp_path):
     for name in ("train", "other"):
         (tmp_path / name).mkdir()
     one_tar(tmp_path / "train")
-    pictures_elsewhere = csv_file(tmp_path / "other")
-    config = PairsConfig(str(tmp_path / "train"), resolution=16, held_out_path=str(pictures_elsewhere))
-    train, held_out = open_pairs(config), open_pairs(config, "held_out")
+    images_elsewhere = csv_file(tmp_path / "other")
+    config = DataConfig(str(tmp_path / "train"), resolution=16, held_out_path=str(images_elsewhere))
+    train, held_out = open_dataset(config), open_dataset(config, "held_out")
     assert (train.size, held_out.size) == (COUNT, COUNT)
     assert held_out.name(0) == "images/p000.png"
 
 
 def test_splits_of_a_hub_set_are_its_parts(tmp_path):
     datasets = pytest.importorskip("datasets")
-    rows = {"image": [{"bytes": picture(i), "path": None} for i in range(4)], "text": ["a"] * 4}
+    rows = {"image": [{"bytes": image(i), "path": None} for i in range(4)], "text": ["a"] * 4}
     whole = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     datasets.DatasetDict({"train": whole, "validation": whole.select([0])}).save_to_disk(
         str(tmp_path / "set")
     )
-    config = PairsConfig(str(tmp_path / "set"), resolution=16)
-    assert (open_pairs(config).size, open_pairs(config, "held_out").size) == (4, 1)
+    config = DataConfig(str(tmp_path / "set"), resolution=16)
+    assert (open_dataset(config).size, open_dataset(config, "held_out").size) == (4, 1)
 
 
 # Tables.
@@ -185,10 +185,8 @@ def test_splits_of_a_hub_set_are_its_parts(tmp_path):
 
 @pytest.mark.parametrize(("form", "columns"), [(csv_file, None), (jsonl_file, None), (parquet_bytes, None)])
 def test_a_missing_column_is_named_with_those_there(tmp_path, form, columns):
-    with pytest.raises(
-        ValueError, match=r"has no column 'picture', only .*; name it by --data\.image-column"
-    ):
-        open_source(form(tmp_path), image_column="picture")
+    with pytest.raises(ValueError, match=r"has no column 'image', only .*; name it by --data\.image-column"):
+        open_source(form(tmp_path), image_column="image")
     with pytest.raises(
         ValueError, match=r"has no column 'words', only .*; name it by --data\.caption-column"
     ):
@@ -204,7 +202,7 @@ def test_columns_without_a_usual_name_are_asked_for(tmp_path):
 
 
 def test_quotes_commas_and_line_breaks_in_csv(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "a.png").write_bytes(image(1))
     (tmp_path / "a.csv").write_text('caption,image\n"a ""red"" dog,\non grass",a.png\n5" pipe,a.png\n')
     source = open_source(tmp_path / "a.csv")
     assert [source.captions(i) for i in range(2)] == [['a "red" dog,\non grass'], ['5" pipe']]
@@ -260,20 +258,20 @@ def test_json_nested_without_end_is_a_broken_row_and_no_more(tmp_path):
     source = open_source(tmp_path / "a.jsonl")
     assert (len(source), [skip.cause for skip in source.skipped]) == (1, ["broken row"])
     (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "a.png").write_bytes(picture(1))
+    (tmp_path / "set" / "a.png").write_bytes(image(1))
     (tmp_path / "set" / "a.json").write_text("[" * 100_000)
-    with pytest.raises(Unusable, match="broken row"):
+    with pytest.raises(BadSampleError, match="broken row"):
         open_source(tmp_path / "set").read(0)
 
 
 def test_several_keys_of_json_may_be_named_with_spaces(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "a.png").write_bytes(image(1))
     (tmp_path / "a.json").write_text('{"alt": "one", "title": "two"}')
     assert open_source(tmp_path, caption_column="alt, title").captions(0) == ["one", "two"]
 
 
 def test_links_in_a_circle_are_no_files(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "a.png").write_bytes(image(1))
     (tmp_path / "b.png").symlink_to(tmp_path / "b.png")
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("words")
@@ -281,7 +279,7 @@ def test_links_in_a_circle_are_no_files(tmp_path):
     source = open_source(tmp_path)
     assert [source.name(i) for i in range(len(source))] == ["a.png"]
     (tmp_path / "table.csv").write_text("image,caption\nb.png,words\n")
-    with pytest.raises(Unusable, match=r"b\.png: missing twin"):
+    with pytest.raises(BadSampleError, match=r"b\.png: missing twin"):
         open_source(tmp_path / "table.csv").read(0)
 
 
@@ -304,36 +302,36 @@ def test_lines_of_json_that_cannot_be_read_are_named(tmp_path):
 
 
 def test_captions_in_a_table_that_are_not_utf8_are_named(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "a.png").write_bytes(image(1))
     (tmp_path / "a.csv").write_bytes(b"image,caption\na.png,sch\xf6n\n")
-    with pytest.raises(Unusable, match=r"a\.png: caption not UTF-8"):
+    with pytest.raises(BadSampleError, match=r"a\.png: caption not UTF-8"):
         open_source(tmp_path / "a.csv").read(0)
 
 
 @pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd", "images/../../secret.png", "link.png"])
 def test_paths_in_a_table_never_leave_its_folder(tmp_path, path):
     (tmp_path / "set" / "images").mkdir(parents=True)
-    (tmp_path / "secret.png").write_bytes(picture(1))
+    (tmp_path / "secret.png").write_bytes(image(1))
     (tmp_path / "set" / "link.png").symlink_to(tmp_path / "secret.png")
     (tmp_path / "set" / "a.csv").write_text(f"image,caption\n{path},a secret\n")
-    with pytest.raises(Unusable, match="leaves the folder"):
+    with pytest.raises(BadSampleError, match="leaves the folder"):
         open_source(tmp_path / "set" / "a.csv").read(0)
 
 
-def test_the_pictures_of_a_table_may_lie_elsewhere(tmp_path):
+def test_the_images_of_a_table_may_lie_elsewhere(tmp_path):
     csv_file(tmp_path)
     (tmp_path / "lists").mkdir()
     os.rename(tmp_path / "pairs.csv", tmp_path / "lists" / "pairs.csv")
-    with pytest.raises(Unusable, match=r"images/p000\.png: missing twin"):
+    with pytest.raises(BadSampleError, match=r"images/p000\.png: missing twin"):
         open_source(tmp_path / "lists" / "pairs.csv").read(0)
-    assert level(open_source(tmp_path / "lists" / "pairs.csv", pictures=tmp_path).read(5).picture) == 5
+    assert level(open_source(tmp_path / "lists" / "pairs.csv", images=tmp_path).read(5).image) == 5
 
 
-def test_rows_of_the_same_picture_fall_into_the_same_part(tmp_path):
+def test_rows_of_the_same_image_fall_into_the_same_part(tmp_path):
     rows = [f"p{i % 10}.png,caption {i}" for i in range(50)]
     (tmp_path / "a.csv").write_text("image,caption\n" + "\n".join(rows))
-    config = PairsConfig(str(tmp_path / "a.csv"), held_out=0.5)
-    splits = open_pairs(config), open_pairs(config, "held_out")
+    config = DataConfig(str(tmp_path / "a.csv"), held_out=0.5)
+    splits = open_dataset(config), open_dataset(config, "held_out")
     parts = [{pairs.name(i) for i in range(pairs.size)} for pairs in splits]
     assert not parts[0] & parts[1]
     assert sum(pairs.size for pairs in splits) == 50
@@ -354,7 +352,7 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
     (tmp_path / "set" / "sub").mkdir(parents=True)
     (tmp_path / "outside").mkdir()
     folder(tmp_path / "outside")
-    (tmp_path / "set" / "a.png").write_bytes(picture(1))
+    (tmp_path / "set" / "a.png").write_bytes(image(1))
     (tmp_path / "set" / "a.txt").write_text("mine")
     (tmp_path / "set" / "b.png").symlink_to(tmp_path / "outside" / "p001.png")
     (tmp_path / "set" / "b.txt").write_text("not mine")
@@ -370,12 +368,12 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
 def test_a_caption_that_is_a_link_out_of_the_folder_is_not_read(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "secret.txt").write_text("secret")
-    (tmp_path / "set" / "a.png").write_bytes(picture(1))
+    (tmp_path / "set" / "a.png").write_bytes(image(1))
     (tmp_path / "set" / "a.txt").write_text("mine")
     source = open_source(tmp_path / "set")
     (tmp_path / "set" / "a.txt").unlink()
     (tmp_path / "set" / "a.txt").symlink_to(tmp_path / "secret.txt")  # after the folder was opened
-    with pytest.raises(Unusable, match="leaves the folder"):
+    with pytest.raises(BadSampleError, match="leaves the folder"):
         source.read(0)
 
 
@@ -392,18 +390,16 @@ def test_a_folder_that_is_itself_a_link_and_links_within_are_followed(tmp_path):
 def test_twins_may_be_in_capitals(tmp_path):
     """As cameras and old systems write names."""
     for name, suffix, text in (("A", "TXT", "one\ntwo"), ("B", "JSON", '{"caption": "three"}')):
-        (tmp_path / f"{name}.JPG").write_bytes(picture(1))
+        (tmp_path / f"{name}.JPG").write_bytes(image(1))
         (tmp_path / f"{name}.{suffix}").write_text(text)
-    (tmp_path / "list.csv").write_text(
-        "image,caption\nA.JPG,other\n"
-    )  # and so they are pictures with captions
+    (tmp_path / "list.csv").write_text("image,caption\nA.JPG,other\n")  # and so they are images with captions
     source = open_source(tmp_path)
     assert source.skipped == []
     assert [source.read(i).captions for i in range(2)] == [["one", "two"], ["three"]]
 
 
 def test_the_small_letters_go_before_capitals_and_text_before_json(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "a.png").write_bytes(image(1))
     for suffix, text in (("JSON", '"four"'), ("json", '"three"'), ("TXT", "two"), ("txt", "one")):
         (tmp_path / f"a.{suffix}").write_text(text)
         source = open_source(tmp_path)
@@ -471,7 +467,7 @@ def test_long_names_in_each_format_of_tar(tmp_path, form):
     file = write_tar(tmp_path / "a.tar", pair(key, 3), format=form)
     source = open_source(file)
     assert source.name(0) == f"a.tar/{key}"
-    assert level(source.read(0).picture) == 3
+    assert level(source.read(0).image) == 3
 
 
 def test_tars_put_one_after_another_are_read_to_the_end(tmp_path):
@@ -504,7 +500,7 @@ def test_a_long_name_hides_no_way_out(tmp_path, form, where):
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
 def test_links_in_a_tar_are_not_followed(tmp_path, kind):
-    (tmp_path / "secret.png").write_bytes(picture(9))
+    (tmp_path / "secret.png").write_bytes(image(9))
     link = ("b.png", b"", {"type": kind, "linkname": "../secret.png"})
     file = write_tar(tmp_path / "a.tar", [*pair("a", 1), link, ("b.txt", b"a secret")])
     source = open_source(file)
@@ -515,10 +511,10 @@ def test_links_in_a_tar_are_not_followed(tmp_path, kind):
 def test_twins_that_are_missing_are_named(tmp_path):
     members = [
         *pair("a", 1),
-        ("b.png", picture(2)),
+        ("b.png", image(2)),
         ("c.txt", b"alone"),
         ("d.cls", b"7"),
-        ("e.seg.png", picture(3)),
+        ("e.seg.png", image(3)),
     ]
     source = open_source(write_tar(tmp_path / "a.tar", members))
     assert len(source) == 1
@@ -561,11 +557,11 @@ def test_a_tar_that_goes_away_is_named_sample_by_sample(tmp_path):
     source = open_source(tars(tmp_path))
     (tmp_path / "set-001.tar").unlink()
     assert source.read(0).captions == caption(0)
-    with pytest.raises(Unusable, match=r"set-001\.tar/000004: unreadable shard"):
+    with pytest.raises(BadSampleError, match=r"set-001\.tar/000004: unreadable shard"):
         source.read(4)
     source.read(9)
     os.truncate(tmp_path / "set-002.tar", 600)
-    with pytest.raises(Unusable, match=r"set-002\.tar/000009: unreadable shard .*has become shorter"):
+    with pytest.raises(BadSampleError, match=r"set-002\.tar/000009: unreadable shard .*has become shorter"):
         source.read(9)
 
 
@@ -612,14 +608,14 @@ def test_a_pair_more_costs_a_few_bytes(tmp_path, form):
         return place
 
     def cost(count):
-        config = PairsConfig(str(write(count)), resolution=16, cache_path=str(tmp_path / "index"))
-        return kept(lambda: [open_pairs(config), open_pairs(config, "held_out")])
+        config = DataConfig(str(write(count)), resolution=16, cache_path=str(tmp_path / "index"))
+        return kept(lambda: [open_dataset(config), open_dataset(config, "held_out")])
 
     cost(500)  # what is imported and cached on the way
     assert (cost(10_000) - cost(1000)) / 9000 < 12
 
 
-def test_the_name_of_a_picture_costs_its_letters_and_eight_bytes():
+def test_the_name_of_a_image_costs_its_letters_and_eight_bytes():
     assert kept(lambda: Names(f"cats/{i:06}.png" for i in range(20_000))) < 20_000 * (15 + 8) + 10_000
 
 
@@ -695,7 +691,7 @@ def test_many_tars_are_indexed_by_several_processes(tmp_path):
         write_tar(tmp_path / f"{i:02}.tar", pair("a", i) + pair("b", i + 1))
     source = open_source(tmp_path)
     assert [source.name(i) for i in (0, 1, 33)] == ["00.tar/a", "00.tar/b", "16.tar/b"]
-    assert level(source.read(33).picture) == 17
+    assert level(source.read(33).image) == 17
 
 
 @pytest.mark.parametrize("write", [folder, one_tar, tars])

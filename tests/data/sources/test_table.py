@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers.formats import caption, picture
+from helpers.formats import caption, image
 
-from dalle.data import PairsConfig, open_pairs
-from dalle.data.bad_samples import Unusable
+from dalle.data import DataConfig, open_dataset
+from dalle.data.bad_samples import BadSampleError
 from dalle.data.sources import open_source
 
 pytestmark = pytest.mark.skipif(os.sep != "/", reason="a backslash is a letter of a name")
@@ -33,7 +33,7 @@ def table(place: Path, rows: list[dict], form: str = "jsonl") -> Path:
 
 def put(path: Path, level: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture(level))
+    path.write_bytes(image(level))
 
 
 # Paths.
@@ -43,12 +43,12 @@ def put(path: Path, level: int) -> None:
 def test_paths_written_on_windows_are_found(tmp_path, form):
     put(tmp_path / "cats" / "a b" / "1.png", 1)
     source = open_source(table(tmp_path, [{"image": "cats\\a b\\1.png", "caption": "one"}], form))
-    assert source.read(0).picture == picture(1)
+    assert source.read(0).image == image(1)
     assert source.name(0) == "cats/a b/1.png"
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
-def test_a_picture_is_in_the_same_part_whatever_system_its_table_is_from(tmp_path, form):
+def test_a_image_is_in_the_same_part_whatever_system_its_table_is_from(tmp_path, form):
     shares = []
     for mark in "\\/":
         rows = [{"image": f"cats{mark}{i}.png", "caption": "one"} for i in range(9)]
@@ -61,7 +61,7 @@ def test_a_file_whose_name_holds_a_backslash_is_that_file(tmp_path):
     put(tmp_path / "a" / "b.png", 2)
     rows = [{"image": "a\\b.png", "caption": "x"}, {"image": "a/b.png", "caption": "x"}]
     source = open_source(table(tmp_path, rows))
-    assert [source.read(i).picture for i in range(2)] == [picture(1), picture(2)]
+    assert [source.read(i).image for i in range(2)] == [image(1), image(2)]
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
@@ -73,7 +73,7 @@ def test_a_file_whose_name_holds_a_backslash_is_that_file(tmp_path):
         ("cats/../../secret.png", "leaves the folder"),
         ("out/secret.png", "leaves the folder"),
         ("out\\secret.png", "leaves the folder"),
-        ("C:\\pictures\\secret.png", "missing twin"),
+        ("C:\\images\\secret.png", "missing twin"),
         ("secret.png\0.jpg", "missing twin"),
     ],
 )
@@ -83,7 +83,7 @@ def test_no_path_of_a_table_leads_out_of_its_folder(tmp_path, form, path, cause)
     (tmp_path / "set" / "cats").mkdir(parents=True)
     (tmp_path / "set" / "out").symlink_to(tmp_path, target_is_directory=True)
     source = open_source(table(tmp_path / "set", [{"image": path, "caption": "a secret"}], form))
-    with pytest.raises(Unusable, match=cause):
+    with pytest.raises(BadSampleError, match=cause):
         source.read(0)
 
 
@@ -94,7 +94,7 @@ def test_no_path_of_a_hub_set_leads_out_of_its_folder(tmp_path):
     datasets.Dataset.from_dict({"image": paths, "text": ["a secret"] * 3}).save_to_disk(str(tmp_path / "set"))
     source = open_source(tmp_path / "set")
     for number in range(3):
-        with pytest.raises(Unusable, match="leaves the folder"):
+        with pytest.raises(BadSampleError, match="leaves the folder"):
             source.read(number)
 
 
@@ -144,7 +144,7 @@ FULL = {"image": "b.png", "caption": "two"}
     [
         ({"licence": "CC0"}, [["two"]], ["a.jsonl:1"]),  # neither column
         ({}, [["two"]], ["a.jsonl:1"]),
-        ({"caption": "alone"}, [["two"]], ["a.jsonl:1"]),  # no picture
+        ({"caption": "alone"}, [["two"]], ["a.jsonl:1"]),  # no image
         ({"image": "a.png"}, [[], ["two"]], []),  # no caption: named when it is read
     ],
 )
@@ -161,7 +161,7 @@ def test_lines_that_lack_their_captions_are_named_in_training(tmp_path):
     put(tmp_path / "a.png", 1)
     put(tmp_path / "b.png", 2)
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [{"image": "a.png"}, FULL])))
-    pairs = open_pairs(PairsConfig(str(tmp_path), resolution=16, held_out_path=str(tmp_path)))
+    pairs = open_dataset(DataConfig(str(tmp_path), resolution=16, held_out_path=str(tmp_path)))
     skipped = pairs.load([(0, 0), (0, 1)]).skipped
     assert [(skip.name, skip.cause) for skip in skipped] == [("a.png", "empty caption")]
 
@@ -198,21 +198,21 @@ def test_captions_that_parquet_keeps_as_bytes_are_read(tmp_path, kind):
     parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
     source = open_source(tmp_path)
     assert [source.captions(i) for i in (0, 1, 3)] == [["größe 3"], ["猫 قط"], []]
-    with pytest.raises(Unusable, match=r"a\.png: caption not UTF-8"):
+    with pytest.raises(BadSampleError, match=r"a\.png: caption not UTF-8"):
         source.read(2)
 
 
 def test_captions_that_a_hub_set_keeps_as_bytes_are_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = {
-        "image": [{"bytes": picture(i), "path": None} for i in range(2)],
+        "image": [{"bytes": image(i), "path": None} for i in range(2)],
         "text": ["größe".encode(), b"caf\xe9"],
     }
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("binary")})
     datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / "set"))
     source = open_source(tmp_path / "set")
     assert source.read(0).captions == source.captions(0) == ["größe"]
-    with pytest.raises(Unusable, match=r"row 1: caption not UTF-8"):
+    with pytest.raises(BadSampleError, match=r"row 1: caption not UTF-8"):
         source.read(1)
 
 
@@ -222,7 +222,7 @@ def test_paths_may_be_a_category(tmp_path):
     columns = {"path": pa.array(["a.png", "a.png"]).dictionary_encode(), "caption": pa.array(["one", "two"])}
     parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
     source = open_source(tmp_path)
-    assert [(record.picture, record.captions) for record in map(source.read, range(2))] == [
-        (picture(1), ["one"]),
-        (picture(1), ["two"]),
+    assert [(record.image, record.captions) for record in map(source.read, range(2))] == [
+        (image(1), ["one"]),
+        (image(1), ["two"]),
     ]
