@@ -1,35 +1,25 @@
-"""DALL-E (Ramesh et al. 2021): dVAE, sparse transformer, CLIP reranker.
+"""DALL-E (Ramesh et al. 2021): discrete VAE, sparse transformer, CLIP reranker.
 
-    from dalle import DALLE
-    DALLE.from_pretrained("runs/quickstart/model").generate("a red circle above a blue square on a white background")
-
-Importing does no work: the names below are fetched when first used.
+from dalle import DALLE
+DALLE.from_pretrained("runs/quickstart/model").generate("a red circle above a blue square on a white background")
 """
 
-from importlib import import_module
+from dalle.lazy import lazy_exports
 
-_HOMES = {
-    "CLIP": "dalle.clip",
-    "CLIPConfig": "dalle.clip",
-    "DALLE": "dalle.pipelines.dalle",
-    "DVAE": "dalle.dvae",
-    "DVAEConfig": "dalle.dvae",
-    "Generation": "dalle.pipelines.generation",
-    "LoadedModel": "dalle.hub.registry",
-    "TextTokenizer": "dalle.text",
-    "TokenLayout": "dalle.layout",
-    "Transformer": "dalle.transformer",
-    "TransformerConfig": "dalle.transformer",
-}
-__all__ = sorted(_HOMES)
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'dalle' has no attribute {name!r}; public names: {', '.join(__all__)}")
-
-
-def __dir__():
-    return [*globals(), *__all__]
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "CLIP": "clip",
+        "CLIPConfig": "clip",
+        "DALLE": "pipelines.dalle",
+        "DVAE": "dvae",
+        "DVAEConfig": "dvae",
+        "Generation": "pipelines.generation",
+        "LoadedModel": "hub.registry",
+        "TextTokenizer": "text",
+        "TokenLayout": "layout",
+        "Transformer": "transformer",
+        "TransformerConfig": "transformer",
+    },
+)

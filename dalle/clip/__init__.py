@@ -1,5 +1,14 @@
 """The reranker: a thin layer over open_clip (Radford et al. 2021; paper section 2.6)."""
 
-from dalle.clip.model import CLIP, CLIPConfig, CLIPScorer, OpenClipScorer, PretrainedScorer
+from dalle.lazy import lazy_exports
 
-__all__ = ["CLIP", "CLIPConfig", "CLIPScorer", "OpenClipScorer", "PretrainedScorer"]
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "CLIP": "model",
+        "CLIPConfig": "model",
+        "CLIPScorer": "model",
+        "OpenClipScorer": "model",
+        "PretrainedScorer": "model",
+    },
+)

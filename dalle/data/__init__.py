@@ -1,19 +1,19 @@
 """Captioned images and their tokens, by number, in an order that depends on the seed alone."""
 
-from dalle.data.dataloader import Loader, PairsLoader, StepOfPairs
-from dalle.data.dataset import DataConfig, first_samples, load_images, open_dataset, sample_captions
-from dalle.data.sources import open_source
-from dalle.data.token_cache import TokenCache
+from dalle.lazy import lazy_exports
 
-__all__ = [
-    "DataConfig",
-    "Loader",
-    "PairsLoader",
-    "StepOfPairs",
-    "TokenCache",
-    "first_samples",
-    "load_images",
-    "open_dataset",
-    "open_source",
-    "sample_captions",
-]
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "DataConfig": "dataset",
+        "Loader": "dataloader",
+        "PairsLoader": "dataloader",
+        "StepOfPairs": "dataloader",
+        "TokenCache": "token_cache",
+        "first_samples": "dataset",
+        "load_images": "dataset",
+        "open_dataset": "dataset",
+        "open_source": "sources",
+        "sample_captions": "dataset",
+    },
+)

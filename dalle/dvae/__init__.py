@@ -1,5 +1,11 @@
 """Stage one: the discrete VAE (paper section 2.1)."""
 
-from dalle.dvae.model import DVAE, DVAEConfig
+from dalle.lazy import lazy_exports
 
-__all__ = ["DVAE", "DVAEConfig"]
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "DVAE": "model",
+        "DVAEConfig": "model",
+    },
+)

@@ -1,15 +1,15 @@
 """Captions to token ids and back: the byte-pair encoding of the paper's section 2.2."""
 
-from dalle.text.bpe import BPETokenizer
-from dalle.text.load import load_text_tokenizer, text_tokenizer_from_dict
-from dalle.text.tokenizer import TextTokenizer, TextTokenizerConfig
-from dalle.text.train_bpe import train_text_tokenizer
+from dalle.lazy import lazy_exports
 
-__all__ = [
-    "BPETokenizer",
-    "TextTokenizer",
-    "TextTokenizerConfig",
-    "load_text_tokenizer",
-    "text_tokenizer_from_dict",
-    "train_text_tokenizer",
-]
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "BPETokenizer": "bpe",
+        "TextTokenizer": "tokenizer",
+        "TextTokenizerConfig": "tokenizer",
+        "load_text_tokenizer": "load",
+        "text_tokenizer_from_dict": "load",
+        "train_text_tokenizer": "train_bpe",
+    },
+)

@@ -1,6 +1,12 @@
 """One training loop for every family: it receives an objective and knows no model."""
 
+from dalle.lazy import lazy_exports
 from dalle.schedules import Schedule
-from dalle.train.trainer import TrainConfig, fit
 
-__all__ = ["Schedule", "TrainConfig", "fit"]
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "TrainConfig": "trainer",
+        "fit": "trainer",
+    },
+)

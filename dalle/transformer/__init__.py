@@ -1,5 +1,11 @@
 """Stage two: the sparse transformer over text and image tokens (paper section 2.2)."""
 
-from dalle.transformer.model import Transformer, TransformerConfig
+from dalle.lazy import lazy_exports
 
-__all__ = ["Transformer", "TransformerConfig"]
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "Transformer": "model",
+        "TransformerConfig": "model",
+    },
+)

@@ -5,33 +5,26 @@ model = DALLE.from_pretrained("runs/quickstart/model")
 viz.codebook_sheet(model.dvae)
 """
 
-from dalle.viz.attention import attention_image, attention_matrix, attention_weights, spread
-from dalle.viz.codebook import (
-    code_map,
-    code_use_image,
-    codebook_images,
-    codebook_sheet,
-    count_codes,
-    reconstructions_image,
-)
-from dalle.viz.curves import curves_image, losses_image, scales_image
-from dalle.viz.masks import figure_11, mask_image, reach_image
+from dalle.lazy import lazy_exports
 
-__all__ = [
-    "attention_image",
-    "attention_matrix",
-    "attention_weights",
-    "code_map",
-    "code_use_image",
-    "codebook_images",
-    "codebook_sheet",
-    "count_codes",
-    "curves_image",
-    "figure_11",
-    "losses_image",
-    "mask_image",
-    "reach_image",
-    "reconstructions_image",
-    "scales_image",
-    "spread",
-]
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "attention_image": "attention",
+        "attention_matrix": "attention",
+        "attention_weights": "attention",
+        "code_map": "codebook",
+        "code_use_image": "codebook",
+        "codebook_images": "codebook",
+        "codebook_sheet": "codebook",
+        "count_codes": "codebook",
+        "curves_image": "curves",
+        "figure_11": "masks",
+        "losses_image": "curves",
+        "mask_image": "masks",
+        "reach_image": "masks",
+        "reconstructions_image": "codebook",
+        "scales_image": "curves",
+        "spread": "attention",
+    },
+)

@@ -1,5 +1,11 @@
 """VQGAN: convolutions and a codebook, an image tokenizer of others (Esser et al. 2021); read and run, not trained."""
 
-from dalle.vqgan.model import VQGAN, VQGANConfig
+from dalle.lazy import lazy_exports
 
-__all__ = ["VQGAN", "VQGANConfig"]
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "VQGAN": "model",
+        "VQGANConfig": "model",
+    },
+)
