@@ -1,7 +1,6 @@
-"""What the parts say to each other: protocols, the loss record, and the contracts at every door.
+"""Protocols and contracts shared by all modules: image tokenizer, scorer, objective, dataset, pixels and tokens.
 
-Pixels are float (B, 3, H, W) in [0, 1] everywhere; only the dVAE maps them inward.
-Tokens are int64. A contract is checked with a sentence, not with a crash further down.
+Pixels are float (B, 3, H, W) in [0, 1] everywhere; only the dVAE maps them to its own range. Tokens are int64.
 """
 
 import math
@@ -17,7 +16,7 @@ from torch import Tensor
 
 @dataclass
 class Loss:
-    """A scalar to minimize and what to log beside it (detached scalars, tensors or numbers)."""
+    """The scalar to minimize, and metrics to log (detached tensors or numbers)."""
 
     total: Tensor
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -25,7 +24,7 @@ class Loss:
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
-    """Turns pixels into a grid of integers and back. The dVAE is one; a VQGAN would be another."""
+    """Maps pixels to a grid of discrete codes and back, as the dVAE and VQGAN do."""
 
     downsample_factor: int
     vocab_size: int
@@ -35,13 +34,13 @@ class ImageTokenizer(Protocol):
         ...
 
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """int64 (B, h * w) -> (B, 3, H, W) in [0, 1]; the grid is square unless given."""
+        """int64 (B, h * w) -> (B, 3, H, W) in [0, 1]; `grid` defaults to a square."""
         ...
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Says how well images fit a caption; differentiable in the pixels."""
+    """Scores how well images match a caption; differentiable in the pixels."""
 
     def score(self, pixels: Tensor, caption: str) -> Tensor:
         """(N, 3, H, W) in [0, 1] -> (N,), higher is better."""
@@ -50,7 +49,7 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Embedder(Protocol):
-    """Puts images and captions into one space, where the cosine of two says how well they fit."""
+    """Embeds images and captions into one space, as CLIP does; their cosine is the match."""
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1] -> unit vectors (N, E)."""
@@ -67,44 +66,44 @@ def _same(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What an update on a batch asks of the machine."""
+    """Work of one training step, for throughput and MFU."""
 
     samples: int
-    """Images or pairs in it."""
+    """Images or image-text pairs."""
     tokens: int = 0
-    """Tokens that the model reads; 0 where it reads none."""
+    """Tokens processed; 0 for a model without tokens."""
     flops: float = 0.0
-    """Floating-point operations that forward and backward need, 2 a multiplication with addition; 0 if not known."""
+    """Floating-point operations of forward and backward, 2 per multiply-add; 0 if unknown."""
 
 
 @dataclass(frozen=True)
 class BatchShard:
-    """Which part of a step's batch a call of an objective sees: one process's, or one pass's of several."""
+    """The shard of a step's batch that one call of an objective receives: of one process, or one accumulation pass."""
 
     index: int = 0
-    """Its place; the parts in order are the batch."""
+    """Rank of the shard; the shards in order form the batch."""
     count: int = 1
-    """Parts in all, of equal size."""
+    """Number of shards, all of equal size."""
     counts: Tensor | None = None
-    """The objective's own `counts`, summed over all parts; None where there is one part, or the objective has none."""
+    """The objective's `counts`, summed over all shards; None for a single shard or an objective without `counts`."""
     sum: Callable[[Tensor], Tensor] = _same
-    """Adds up a tensor over the processes, without gradient."""
+    """All-reduce (sum) over the processes, without gradient."""
     gather: Callable[[Tensor], Tensor] = _same
-    """(B, ...) of each process -> those of all in order, with gradient."""
+    """All-gather (B, ...) over the processes in rank order, with gradient."""
 
 
 FULL_BATCH = BatchShard()
 
 
 class Objective(Protocol):
-    """What the training loop minimizes; it alone knows the model's family.
+    """Training objective of a model family; the training loop knows no family.
 
-    The mean of what it returns for the parts of a batch must be what it returns for the batch. Where a mean is over a
-    number that varies (text tokens, not images), a method `counts(model, batch) -> Tensor` says how many a part has,
-    and `part.counts` how many there are in all. `part` is given only where there are several.
+    The mean over the shards of a batch must equal the value for the whole batch. Where a mean is over a number that
+    varies (text tokens, not images), a method `counts(model, batch) -> Tensor` counts them for a shard, and
+    `part.counts` holds the sum over all shards. `part` is passed only when there are several shards.
 
-    Two more methods may be there, for the log: `work(model, batch) -> StepCost`, asked once, since all batches of a run are
-    alike; and `chance(model) -> {metric: value}`, what a model that knows nothing reaches.
+    Optional methods, for the log: `work(model, batch) -> StepCost`, called once per run, and
+    `chance(model) -> {metric: value}`, the values of an uninformed model.
     """
 
     def __call__(
@@ -114,34 +113,34 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class BadSample:
-    """One sample that cannot be used."""
+    """A sample that cannot be used."""
 
     index: int | None
-    """Its number among the pairs; None where it has none, as an image without captions."""
+    """Its index in the dataset; None for a sample without one, such as an image without captions."""
     name: str
-    """Names it for people."""
+    """Name in reports."""
     cause: str
     """One of `dalle.data.bad_samples.CAUSES`, or "filter:NAME"."""
     detail: str = ""
-    """What was found."""
+    """Details of the cause."""
 
 
 @dataclass
 class ImageTextBatch:
-    """Captioned images, ready to train on."""
+    """A batch of captioned images, ready for training."""
 
     pixels: np.ndarray
     """float32 (B, 3, R, R) in [0, 1]."""
     captions: list[list[str]]
-    """Every caption of each."""
+    """All captions of each image."""
     samples: list[tuple[int, int]]
-    """(epoch, index) of each."""
+    """(epoch, index) of each image."""
     skipped: list[BadSample] = field(default_factory=list)
-    """Those that were met and left out."""
+    """Bad samples met while loading the batch."""
 
 
 class CaptionedImages(Protocol):
-    """Captioned images by number. `size` is None for an endless set; `hash` names which images they are."""
+    """Dataset of captioned images by index. `size` is None if endless; `hash` identifies the content."""
 
     resolution: int
     size: int | None
@@ -152,32 +151,32 @@ class CaptionedImages(Protocol):
     ) -> ImageTextBatch:
         """The images of (epoch, index) samples; a random crop depends on (seed, epoch, index) alone.
 
-        One that cannot be used is left out, or replaced by another of the set where `replace` is set, so that
-        the batch keeps its size; either way it is told in `skipped`.
+        A bad sample is left out or, with `replace`, replaced by another one so that the batch keeps its size;
+        either way it is reported in `skipped`.
         """
         ...
 
     def captions(self, indices: Sequence[int]) -> list[list[str]]:
-        """Every caption of each image, read without the images; none for one that cannot be used."""
+        """All captions of each image, read without decoding images; none for a bad sample."""
         ...
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """One captioned image as it lies on disk."""
+    """One captioned image as stored on disk."""
 
     name: str
-    """Names it for people: "cats/0001.jpg", "train-0003.tar/000123"."""
+    """Name in reports: "cats/0001.jpg", "train-0003.tar/000123"."""
     image: bytes
-    """The file, not yet decoded."""
+    """The encoded file."""
     captions: list[str]
-    """As written; may be empty, and says nothing of their worth."""
+    """As stored, unfiltered; may be empty."""
 
 
 class DataSource(Protocol):
-    """Captioned images by number, as they lie in a folder, a table or tars. `hash` names which they are.
+    """Captioned images by index, as stored in a folder, a table or tars. `hash` identifies the content.
 
-    `skipped` tells what was found to be unusable while opening; such samples have no number.
+    `skipped` lists bad samples found while opening; they have no index.
     """
 
     hash: str
@@ -186,15 +185,15 @@ class DataSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> RawSample:
-        """ValueError, naming the sample and the cause, for one that cannot be read."""
+        """One sample; ValueError that names the sample and the cause if it cannot be read."""
         ...
 
     def captions(self, index: int) -> list[str]:
-        """Those of `read`, without reading the image."""
+        """The captions of `read`, without reading the image."""
         ...
 
     def name(self, index: int) -> str:
-        """That of `read`; says which part of a split the sample falls into."""
+        """The name of `read`; decides the split of the sample."""
         ...
 
     def shares(self) -> np.ndarray:
@@ -203,7 +202,7 @@ class DataSource(Protocol):
 
 
 class TextTokenizerLike(Protocol):
-    """Turns captions into ids; the text tokenizer is one."""
+    """Text tokenizer: captions to ids and back."""
 
     vocab_size: int
     hash: str
