@@ -26,7 +26,7 @@ from dalle.commands.train_dvae import TrainDVAEArgs
 from dalle.commands.train_tokenizer import TrainTokenizerArgs
 from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.config import ConfigError, from_dict, load, merge, parse, read_yaml, tell_errors, to_dict
-from dalle.train import Schedule
+from dalle.schedules import Schedule
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 RUNS = {

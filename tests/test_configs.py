@@ -14,7 +14,7 @@ from dalle.commands.train_transformer import TrainTransformerArgs, train_transfo
 from dalle.config import from_dict, load, merge, read_yaml
 from dalle.hub.registry import build_model, load_model
 from dalle.pipelines.dalle import DALLE
-from dalle.train import Schedule
+from dalle.schedules import Schedule
 from dalle.train.loggers import read_log
 
 CONFIGS = Path(__file__).parents[1] / "configs"

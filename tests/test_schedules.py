@@ -6,7 +6,8 @@ import pytest
 
 from dalle.commands.train_dvae import PAPER_TRAINING
 from dalle.dvae.objective import DVAEObjective
-from dalle.train import Schedule, TrainConfig
+from dalle.schedules import Schedule
+from dalle.train import TrainConfig
 from dalle.train.optimizer import OptimizerConfig
 
 

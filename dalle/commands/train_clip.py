@@ -14,9 +14,10 @@ from dalle.data import DataConfig, StepOfPairs, first_samples, open_dataset, sam
 from dalle.hub.registry import build_model, checkpoint_meta
 from dalle.runs.args import TrainArgs, load_text_input, loader
 from dalle.runs.init_weights import init_weights, overfit_batches, overfit_config
+from dalle.schedules import Schedule
 from dalle.shapes.corruptions import corrupted_images
 from dalle.text import TextTokenizer
-from dalle.train import Schedule, TrainConfig, fit
+from dalle.train import TrainConfig, fit
 from dalle.train.distributed import Parallel
 from dalle.train.ema import EMAConfig
 from dalle.train.lr_schedule import NEVER

@@ -17,7 +17,8 @@ from dalle.io.images import image_grid, to_pil
 from dalle.io.rng import generator
 from dalle.runs.args import TrainArgs, loader
 from dalle.runs.init_weights import init_weights, overfit_batches, overfit_config
-from dalle.train import Schedule, TrainConfig, fit
+from dalle.schedules import Schedule
+from dalle.train import TrainConfig, fit
 from dalle.train.distributed import Parallel
 from dalle.train.ema import EMAConfig
 from dalle.train.lr_schedule import NEVER

@@ -1,7 +1,6 @@
 """One training loop for every family: it receives an objective and knows no model."""
 
 from dalle.lazy import lazy_exports
-from dalle.schedules import Schedule
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,

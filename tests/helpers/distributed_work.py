@@ -19,7 +19,8 @@ from dalle.clip import CLIP, CLIPConfig
 from dalle.clip.objective import CLIPObjective
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.dvae.objective import DVAEObjective
-from dalle.train import Schedule, TrainConfig, fit
+from dalle.schedules import Schedule
+from dalle.train import TrainConfig, fit
 from dalle.train.distributed import Parallel
 from dalle.train.dtensor import local
 from dalle.train.ema import EMAConfig

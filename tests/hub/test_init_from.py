@@ -17,7 +17,7 @@ from dalle.dvae import DVAEConfig
 from dalle.hub.init_from import GROWING, SAME, freeze, joint_ids, load_pretrained_weights
 from dalle.hub.registry import build_model, load_model, weights_hash
 from dalle.layout import TokenLayout
-from dalle.train import Schedule
+from dalle.schedules import Schedule
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.loggers import read_log
 from dalle.transformer import TransformerConfig

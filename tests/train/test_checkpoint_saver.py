@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from dalle.commands.train_dvae import train_dvae
 from dalle.config import tell_errors
 from dalle.io.files import CHECKSUMS, read_json, write_json
-from dalle.train import Schedule, TrainConfig, checkpoint, fit
+from dalle.schedules import Schedule
+from dalle.train import TrainConfig, checkpoint, fit
 from dalle.train import checkpoint_saver as keeper
 from dalle.train import trainer as loop
 from dalle.train.checkpoint import latest_checkpoint

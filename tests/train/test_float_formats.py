@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dalle.train import Schedule
+from dalle.schedules import Schedule
 from dalle.train.float_formats import HALF, MEAN, VARIANCE, FloatFormat, rounded, store_moments
 from dalle.train.optimizer import OptimizerConfig, build_optimizers
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
 from dalle.config import load
-from dalle.train import Schedule, TrainConfig, fit
+from dalle.schedules import Schedule
+from dalle.train import TrainConfig, fit
 from dalle.train import throughput as meters_module
 from dalle.train.ema import EMAConfig
 from dalle.train.loggers import read_log

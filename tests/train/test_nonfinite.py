@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dalle.train import Schedule, TrainConfig, fit
+from dalle.schedules import Schedule
+from dalle.train import TrainConfig, fit
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.ema import EMAConfig
 from dalle.train.grad_scaler import PATIENCE

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dalle.commands.train_clip import CLIP_TRAINING
 from dalle.commands.train_dvae import PAPER_TRAINING
 from dalle.hub.registry import build_model
-from dalle.train import Schedule
+from dalle.schedules import Schedule
 from dalle.train.optimizer import OptimizerConfig, build_optimizers, decay_groups, hidden_matrices, set_rate
 
 

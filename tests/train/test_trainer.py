@@ -26,8 +26,9 @@ from dalle.data.token_writer import TokenWriter
 from dalle.hub.registry import load_model, weights_hash
 from dalle.io.files import write_checksums
 from dalle.pipelines.dalle import DALLE
+from dalle.schedules import Schedule
 from dalle.text import TextTokenizer
-from dalle.train import Schedule, TrainConfig, checkpoint, fit
+from dalle.train import TrainConfig, checkpoint, fit
 from dalle.train import trainer as loop
 from dalle.train.checkpoint import latest_checkpoint, restore
 from dalle.train.distributed import Parallel
