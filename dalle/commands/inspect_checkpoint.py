@@ -161,7 +161,7 @@ def _model_directory(path: Path) -> dict[str, Any]:
 def _own_part(kind: str, settings: dict[str, Any], file: Path, source: Path) -> dict[str, Any]:
     config_class, model_class = MODEL_REGISTRY[kind]
     config = from_dict(config_class, settings, str(source))
-    found = {name: tensor.shape for name, tensor in read_torch_file(file).tree.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in read_torch_file(file).tree.items()}
     with without_values():
         model = model_class(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -17,7 +17,7 @@ def read_weights(path: Path, how: str, under: str = "") -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"no file {path}. {how}")
     saved = weights_of(read_torch_file(path).tree)
-    return {name.removeprefix(under): one.read() for name, one in saved.items() if name.startswith(under)}
+    return {name.removeprefix(under): one.clone() for name, one in saved.items() if name.startswith(under)}
 
 
 def load_named(model: nn.Module, path: Path, how: str, under: str = "") -> None:

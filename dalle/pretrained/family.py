@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-
-from dalle.pretrained.pickle_names import SavedTensor
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -44,9 +42,7 @@ class CheckpointFormat:
     """The file's name of a tensor -> the model's."""
     ignored: tuple[str, ...] = ()
     """Patterns of names, of the file, that a model has no use for: losses of training, masks made anew."""
-    settle: (
-        Callable[["CheckpointFormat", Path, Any, Mapping[str, SavedTensor]], "CheckpointFormat"] | None
-    ) = None
+    settle: Callable[["CheckpointFormat", Path, Any, Mapping[str, Tensor]], "CheckpointFormat"] | None = None
     """Itself, the file, all that lies in it, its tensors -> itself with what no single name or shape tells."""
 
     def recognizes(self, names: Iterable[str]) -> bool:
@@ -79,14 +75,14 @@ class KeyComparison:
                 raise ValueError(f"{source} {fault} {len(names)} tensors, first {names[0]}")
 
 
-def compare_keys(family: CheckpointFormat, tensors: Mapping[str, SavedTensor]) -> KeyComparison:
+def compare_keys(family: CheckpointFormat, tensors: Mapping[str, Tensor]) -> KeyComparison:
     """Compares a file with the model of its family, without reading a number of it (but ruDALL-E's masks).
 
     Raises:
         ValueError: sizes that the family's model cannot have.
     """
     kept, ignored = _own_names(family, tensors)
-    found = {name: tensor.shape for name, tensor in kept.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in kept.items()}
     config, model = _empty_model(family, found)
     state = model.state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -103,9 +99,7 @@ def compare_keys(family: CheckpointFormat, tensors: Mapping[str, SavedTensor]) -
     )
 
 
-def load_weights(
-    family: CheckpointFormat, tensors: Mapping[str, SavedTensor], source: Path | str
-) -> nn.Module:
+def load_weights(family: CheckpointFormat, tensors: Mapping[str, Tensor], source: Path | str) -> nn.Module:
     """The family's model with a file's weights, in fp32 and eval mode, its parameters frozen.
 
     Raises:
@@ -120,7 +114,7 @@ def load_weights(
         model = family.build(comparison.config)
     floats = {}
     for name, tensor in _own_names(family, tensors)[0].items():
-        value = tensor.read()
+        value = tensor.clone(memory_format=torch.contiguous_format)  # no longer mapped from the file
         if value.is_floating_point():
             value = value.float()
             if not torch.isfinite(value).all():
@@ -166,12 +160,12 @@ def _empty_model(family: CheckpointFormat, shapes: Shapes) -> tuple[Any, nn.Modu
 
 
 def _own_names(
-    family: CheckpointFormat, tensors: Mapping[str, SavedTensor]
-) -> tuple[dict[str, SavedTensor], list[str]]:
+    family: CheckpointFormat, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
     """(by the model's names, names left out)."""
     ignored = [name for name in tensors if any(fnmatchcase(name, pattern) for pattern in family.ignored)]
     left_out = set(ignored)
-    kept: dict[str, SavedTensor] = {}
+    kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name not in left_out:
             own = family.rename(name)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dalle.pretrained import openai_clip, openai_dvae, vqgan
 from dalle.pretrained.archive import is_archive, unpacked
@@ -15,7 +15,6 @@ from dalle.pretrained.dalle_pytorch import reader as dalle_pytorch
 from dalle.pretrained.dalle_pytorch import vae as dalle_pytorch_vae
 from dalle.pretrained.family import CheckpointFormat, load_weights
 from dalle.pretrained.mindalle import reader as mindalle
-from dalle.pretrained.pickle_names import SavedTensor
 from dalle.pretrained.refused import refuse_path, refuse_tensors
 from dalle.pretrained.rudalle import reader as rudalle
 from dalle.pretrained.rudalle import vqgan_dwt as vqgan_wavelets
@@ -45,7 +44,7 @@ class DetectedCheckpoint:
     container: str
     family: CheckpointFormat | None
     """None where nobody is known who writes such names."""
-    tensors: Mapping[str, SavedTensor]
+    tensors: Mapping[str, Tensor]
     tree: Any = None
     """All that lies in the file."""
 
@@ -92,7 +91,7 @@ def detect_checkpoint(path: Path | str) -> DetectedCheckpoint:
     return replace(found, tensors=openai_dvae.gather(path)) if found.family is openai_dvae.FAMILY else found
 
 
-def _found(path: Path, container: str, tree: Any, tensors: Mapping[str, SavedTensor]) -> DetectedCheckpoint:
+def _found(path: Path, container: str, tree: Any, tensors: Mapping[str, Tensor]) -> DetectedCheckpoint:
     family = next((family for family in FAMILIES if family.recognizes(tensors)), None)
     if family and family.settle:
         family = family.settle(family, path, tree, tensors)

@@ -11,10 +11,11 @@ unless it is under autocast, so that tokens on CPU and GPU agree but for near ti
 import math
 from pathlib import Path
 
+from torch import Tensor
+
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.pretrained.family import CheckpointFormat, Shapes, load_weights
-from dalle.pretrained.pickle_names import Held, SavedTensor
-from dalle.pretrained.torch_file import SavedFile, attributes, read_torch_file, weights_of
+from dalle.pretrained.torch_file import SavedFile, StandIn, attributes, read_torch_file, weights_of
 
 PARTS = ("encoder", "decoder")
 LICENCE = "modified MIT, of github.com/openai/DALL-E"
@@ -61,7 +62,7 @@ FAMILY = CheckpointFormat(
 )
 
 
-def gather(path: Path) -> dict[str, SavedTensor]:
+def gather(path: Path) -> dict[str, Tensor]:
     """Tensors of a folder of encoder.pkl and decoder.pkl, or of one file; which half it is, their names tell.
 
     Raises:
@@ -72,7 +73,7 @@ def gather(path: Path) -> dict[str, SavedTensor]:
         files = [path / f"{part}.pkl" for part in PARTS]
         if missing := [file.name for file in files if not file.is_file()]:
             raise ValueError(f"{path} has no {missing[0]}; both encoder.pkl and decoder.pkl are needed")
-    tensors: dict[str, SavedTensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in files:
         saved = read_torch_file(file)
         _check_module(saved)
@@ -85,7 +86,7 @@ def load(path: Path) -> DVAE:
     return load_weights(FAMILY, gather(path), path)
 
 
-def whole_names(tensors: dict[str, SavedTensor]) -> dict[str, SavedTensor]:
+def whole_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """blocks.* of one half -> encoder.blocks.* or decoder.blocks.*; DALLE-pytorch says enc and dec."""
     if "blocks.input.w" in tensors:
         kernel = tensors["blocks.input.w"].shape[-1]
@@ -102,7 +103,7 @@ def whole_names(tensors: dict[str, SavedTensor]) -> dict[str, SavedTensor]:
 
 def _check_module(saved: SavedFile) -> None:
     """A whole module says what it computes: its poolings and gains must be those of the release."""
-    if not isinstance(saved.tree, Held):
+    if not isinstance(saved.tree, StandIn):
         return
     groups = {
         name: part for name, part in _children(saved.tree, "blocks").items() if name.startswith("group_")
@@ -113,15 +114,18 @@ def _check_module(saved: SavedFile) -> None:
             f"{saved.path}: {resizes} poolings in {len(groups)} groups; OpenAI's has one fewer than groups"
         )
     blocks = [
-        block for group in groups.values() for block in attributes(group).values() if isinstance(block, Held)
+        block
+        for group in groups.values()
+        for block in attributes(group).values()
+        if isinstance(block, StandIn)
     ]
-    gains = [block.state["residual_scale"] for block in blocks if "residual_scale" in (block.state or {})]
+    gains = [block.state["post_gain"] for block in blocks if "post_gain" in (block.state or {})]
     if any(not math.isclose(gain, len(gains) ** -2) for gain in gains):
         raise ValueError(
             f"{saved.path}: a residual gain of {gains[0]}, expected {len(gains) ** -2} for {len(gains)} blocks"
         )
 
 
-def _children(module: Held, name: str) -> dict[str, Held]:
+def _children(module: StandIn, name: str) -> dict[str, StandIn]:
     inner = attributes(module).get(name)
-    return attributes(inner) if isinstance(inner, Held) else {}
+    return attributes(inner) if isinstance(inner, StandIn) else {}

@@ -1,38 +1,38 @@
-"""A file of weights of any program: which container it is, and what lies in it, without running any of it.
+"""Files of weights of any program, read without running code: the container and what it holds.
 
     safetensors    a header of JSON, then bytes
-    torch zip      torch.save since 1.6: data.pkl, and a member for each storage, none of them compressed
+    torch zip      torch.save since 1.6: data.pkl, and an uncompressed member for each storage
     TorchScript    torch.jit.save: the same, with code beside it that is left alone
     torch legacy   torch.save before 1.6: five pickles, then the storages
-    pickle         pickle.dump: one pickle, each storage a torch legacy file inside it
 
-`torch.load(weights_only=True)` reads the first form of zip alone, tells no shapes without the values, and refuses
-the whole-module files that OpenAI published; here all go one way, and tests hold them equal where it can read.
+Pickles are scanned (dalle/pretrained/pickle_scan.py), then read by `torch.load(weights_only=True)`. Instances of the
+classes in STAND_INS, such as the whole modules that OpenAI published, become a `StandIn` that keeps their attributes.
+Tensors of a torch zip are mapped from the file, so their numbers are read only when used.
 """
 
 import io
 import mmap
+import pickle
+import re
 import struct
-import sys
+import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.serialization import safe_globals
 
-from dalle.pretrained.pickle_names import DTYPES, Held, Name, SavedTensor, Storage, is_held
-from dalle.pretrained.safe_pickle import Forbidden, read_pickle
+from dalle.pretrained.pickle_scan import Forbidden, ScannedPickle, scan_pickle
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
-LEGACY_PROTOCOL = 1001
-_ZIP = (zipfile.BadZipFile, struct.error)  # what zipfile raises for damage, beside the usual
 WRONG_KINDS = {
     b"\x1f\x8b": "a gzip archive; unpack it and give the file inside",
     b"BZh": "a bzip2 archive; unpack it and give the file inside",
@@ -41,11 +41,55 @@ WRONG_KINDS = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file; fetch the file itself",
     b"<": "a page of HTML or XML, perhaps of a download that failed",
 }
+STAND_INS = {
+    *(f"dall_e.encoder.{name}" for name in ("Encoder", "EncoderBlock")),
+    *(f"dall_e.decoder.{name}" for name in ("Decoder", "DecoderBlock")),
+    "dall_e.utils.Conv2d",
+    *(f"torch.nn.modules.container.{name}" for name in ("Sequential",)),
+    *(f"torch.nn.modules.{name}" for name in ("activation.ReLU", "pooling.MaxPool2d", "linear.Identity")),
+    "torch.nn.modules.upsampling.Upsample",
+    *(f"builtins.{name}" for name in ("object", "int", "float", "str", "bool", "list", "dict", "tuple")),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    "numpy.dtype",
+    "numpy.ndarray",
+    "argparse.Namespace",
+    *(f"pathlib.{name}" for name in ("PosixPath", "WindowsPath", "_local.PosixPath", "_local.WindowsPath")),
+    "typing.Any",
+    "collections.defaultdict",
+}
+"""Classes whose instances are kept as data: the dVAE's own, and what trainers leave beside the weights."""
+STAND_IN_PACKAGES = ("omegaconf.", "pytorch_lightning.", "lightning.")
+"""Lightning writes its callbacks and settings into every checkpoint."""
+
+
+class StandIn:
+    """An instance of a class that is not imported."""
+
+    state: Any = None
+    """Its attributes."""
+
+    def __new__(cls, *arguments: Any):
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class DictStandIn:
+    """An instance of a dict's subclass, read as the OrderedDict that torch allows entries in."""
+
+    def __new__(cls, *arguments: Any):
+        return OrderedDict()
+
+
+def is_stand_in(name: str) -> bool:
+    """Whether instances of a class are kept as data; `__torch__` holds the classes of a TorchScript archive."""
+    return name in STAND_INS or name.startswith((*STAND_IN_PACKAGES, "__torch__."))
 
 
 @dataclass
 class SavedFile:
-    """What lies in a file; `tree` is plain data with `SavedTensor` and `Held` among it."""
+    """What a file holds; `tree` is plain data with tensors and `StandIn` among it."""
 
     path: Path
     container: str
@@ -53,10 +97,10 @@ class SavedFile:
 
 
 def read_torch_file(path: Path | str) -> SavedFile:
-    """Reads all of a file but the numbers of its tensors.
+    """Reads a file of weights.
 
     Raises:
-        Forbidden: a pickle that names something that is not data; nothing of it was run.
+        Forbidden: a pickle that names a global that is not data; no code of it is run.
         ValueError: no file, empty, truncated, compressed, or no file of weights.
     """
     path = Path(path)
@@ -64,7 +108,7 @@ def read_torch_file(path: Path | str) -> SavedFile:
         raise ValueError(f"no file {path}")
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty")
-    with _blame(path):
+    with _named_errors(path):
         with path.open("rb") as file:
             head = file.read(512)
         for start, kind in WRONG_KINDS.items():
@@ -75,114 +119,76 @@ def read_torch_file(path: Path | str) -> SavedFile:
                 "it is a tar; unpack it and give the file inside (torch before 0.1.10 wrote tars too)"
             )
         if head.startswith(b"PK\x03\x04"):
-            return _open_zip(path)
+            return _read_zip(path)
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-            return SavedFile(path, "safetensors", _safetensors(path))
-        return _open_pickle(path, head)
+            return SavedFile(path, "safetensors", load_file(path))
+        return _read_legacy(path, head)
 
 
 @contextmanager
-def _blame(path: Path) -> Iterator[None]:
-    """What goes wrong in reading, as a sentence about the file."""
+def _named_errors(path: Path) -> Iterator[None]:
+    """Errors of the libraries that read, as one sentence about the file."""
     try:
         yield
     except Forbidden as error:
         raise Forbidden(f"{path} is refused: {error}; nothing of it was run") from None
-    except (
-        ValueError,
-        RuntimeError,
-        LookupError,
-        OSError,
-        EOFError,
-        OverflowError,
-        MemoryError,
-        *_ZIP,
-    ) as error:
-        raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from None
-
-
-# ---------------------------------------------------------------------------------------------
-# safetensors
-# ---------------------------------------------------------------------------------------------
-
-
-def _safetensors(path: Path) -> dict[str, SavedTensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-            kinds = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except SafetensorError as error:
-        raise ValueError(f"truncated or not a safetensors file: {error}") from None
-    formats = {
-        "F64": "float64",
-        "F32": "float32",
-        "F16": "float16",
-        "BF16": "bfloat16",
-        "I64": "int64",
-        "I32": "int32",
-    }
-    formats |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
-    if strange := sorted({dtype for dtype, _ in kinds.values()} - formats.keys()):
-        raise ValueError(f"number format {strange[0]}, which no checkpoint known here has")
-
-    def read(name: str) -> Tensor:
-        with _blame(path), safe_open(path, "pt") as file:
-            return file.get_tensor(name)
-
-    return {
-        name: SavedTensor(getattr(torch, formats[dtype]), shape, partial(read, name))
-        for name, (dtype, shape) in kinds.items()
-    }
-
-
-# ---------------------------------------------------------------------------------------------
-# torch zip and TorchScript
-# ---------------------------------------------------------------------------------------------
-
-
-def _open_zip(path: Path) -> SavedFile:
-    try:
-        archive = zipfile.ZipFile(path)
+        raise ValueError(f"{path} cannot be read: truncated or not a safetensors file: {error}") from None
+    except pickle.UnpicklingError as error:
+        reason = re.search(r"WeightsUnpickler error: (.*?)(\. Please use|\n|$)", str(error))
+        raise ValueError(f"{path} cannot be read: {reason[1] if reason else error}") from None
     except zipfile.BadZipFile as error:
-        raise ValueError(f"a truncated or damaged zip: {error}") from None
-    members = {member.filename: member for member in archive.infolist()}
-    roots = [
-        name.removesuffix("data.pkl")
-        for name in members
-        if name.endswith("/data.pkl") and name.count("/") == 1
+        raise ValueError(f"{path} cannot be read: a truncated or damaged zip: {error}") from None
+    except (
+        *(ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError),
+        *(RuntimeError, OSError, EOFError, MemoryError, struct.error),
+    ) as error:
+        raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from None
+
+
+def _load(source: Path | io.BytesIO, scanned: ScannedPickle, mapped: bool = False) -> Any:
+    """The scanned file's value, by torch."""
+    if scanned.protocol > 2:
+        raise ValueError(
+            f"a pickle with protocol {scanned.protocol}, not 2; save it again by torch.save's default"
+        )
+    classes = [
+        (DictStandIn if name.endswith(("defaultdict", ".AttributeDict")) else StandIn, name)
+        for name in scanned.stand_ins
     ]
-    if len(roots) != 1:
-        raise ValueError("a zip that torch.save did not write: it has no data.pkl, or more than one")
-    root, script = roots[0], any(name.startswith(f"{roots[0]}code/") for name in members)
-    if len(members) != len(archive.infolist()):
-        raise ValueError("a zip with two members of one name")
-    _check_sizes(path, root, members)
-    if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
-        raise ValueError("written on a big-endian machine; load it there and save it as safetensors")
-
-    def fetch(key: str, size: int) -> bytearray:
-        if members[f"{root}data/{key}"].file_size != size:
-            raise ValueError(
-                f"storage {key} has {members[f'{root}data/{key}'].file_size} bytes, expected {size}"
-            )
-        buffer = bytearray(size)
-        with archive.open(f"{root}data/{key}") as file:
-            file.readinto(buffer)
-            file.read(1)  # the end: now the sum of its bits is checked
-        return buffer
-
-    def held(name: str) -> bool:
-        return is_held(name) or (script and name.startswith("__torch__."))
-
-    data = io.BytesIO(archive.read(f"{root}data.pkl"))
-    tree = read_pickle(data, _Storages(path, fetch), held=held)
-    return SavedFile(path, "TorchScript" if script else "torch zip", tree)
+    with warnings.catch_warnings(), safe_globals(classes):
+        warnings.simplefilter("ignore")  # of old pickles, about which a user can do nothing
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
 
 
-def _check_sizes(path: Path, root: str, members: dict[str, zipfile.ZipInfo]) -> None:
-    """ValueError for what is read if it takes more room than the file: a zip bomb, or another program's zip."""
-    used = [m for name, m in members.items() if name in (f"{root}data.pkl", f"{root}byteorder")]
-    used += [member for name, member in members.items() if name.startswith(f"{root}data/")]
+def _read_zip(path: Path) -> SavedFile:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        roots = [name.removesuffix("data.pkl") for name in names if re.fullmatch("[^/]+/data.pkl", name)]
+        if len(roots) != 1:
+            raise ValueError("a zip that torch.save did not write: it has no data.pkl, or more than one")
+        if len({name.lower() for name in names}) != len(names):  # torch ignores their case
+            raise ValueError("a zip with two members of one name")
+        root = roots[0]
+        script = any(name.startswith(f"{root}code/") for name in names)
+        members = _checked_members(path, archive, root)
+        scanned = scan_pickle(io.BytesIO(archive.read(f"{root}data.pkl")), is_stand_in, path.stat().st_size)
+        for storage in scanned.storages.values():
+            if (size := members[f"{root}data/{storage.key}"].file_size) != storage.nbytes:
+                raise ValueError(f"storage {storage.key} has {size} bytes, expected {storage.nbytes}")
+        source = _without_code(archive, members) if script else path
+    return SavedFile(
+        path, "TorchScript" if script else "torch zip", _load(source, scanned, mapped=not script)
+    )
+
+
+def _checked_members(path: Path, archive: zipfile.ZipFile, root: str) -> dict[str, zipfile.ZipInfo]:
+    """The members that are read, each whole by its CRC; ValueError for a zip bomb."""
+    files = [
+        f"{root}{name}"
+        for name in ("data.pkl", "version", "byteorder", ".format_version", ".storage_alignment")
+    ]
+    used = [m for m in archive.infolist() if m.filename in files or m.filename.startswith(f"{root}data/")]
     for member in used:
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
             raise ValueError(
@@ -191,133 +197,81 @@ def _check_sizes(path: Path, root: str, members: dict[str, zipfile.ZipInfo]) -> 
             )
     if (size := sum(member.file_size for member in used)) > path.stat().st_size:
         raise ValueError(f"its members claim {size} bytes, the file has {path.stat().st_size}: a zip bomb")
+    for member in used:
+        with archive.open(member) as content:
+            while content.read(2**20):  # zipfile compares the CRC at the end
+                pass
+    return {member.filename: member for member in used}
 
 
-class _Storages:
-    """What the persistent ids of a torch file stand for; each storage is read once, when it is asked for."""
+def _without_code(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo]) -> io.BytesIO:
+    """The weights of a TorchScript archive as a torch zip, which torch reads without its code."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as weights:
+        for name, member in members.items():
+            weights.writestr(name, archive.read(member))
+    buffer.seek(0)
+    return buffer
 
-    def __init__(self, path: Path, fetch: Callable[[str, int], bytearray]):
-        self.path, self.fetch = path, fetch
-        self.formats: dict[str, torch.dtype] = {}
-        self._kept: dict[str, Tensor] = {}
 
-    def __call__(self, identity: Any) -> Any:
-        if type(identity) is not tuple or not identity or identity[0] not in ("storage", "module"):
-            raise ValueError(f"a reference to {shown(identity):.80}")
-        if identity[0] == "module":  # legacy files keep the source of a class beside it
-            return identity[1]
-        kind, key, count = identity[1], identity[2], identity[4]
-        if (
-            not isinstance(kind, Name)
-            or kind.full not in DTYPES
-            or type(key) not in (str, int)
-            or type(count) is not int
-            or count < 0
-        ):
-            raise ValueError("a storage of unknown kind or size")
-        if len(identity) > 5 and identity[5] is not None:
-            raise ValueError("a view of a storage, as torch wrote before 0.4")
-        key, dtype = str(key), DTYPES[kind.full]
-        if self.formats.setdefault(key, dtype) != dtype:
-            raise ValueError(f"storage {key} as {dtype} and as {self.formats[key]}")
-        return Storage(dtype, partial(self.read, key, count), count)
-
-    def read(self, key: str, count: int) -> Tensor:
-        """The numbers of a storage, flat."""
-        if key not in self._kept:
-            dtype = self.formats[key]
-            with _blame(self.path):
-                buffer = self.fetch(key, count * dtype.itemsize)
-                self._kept[key] = (
-                    torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
+def _read_legacy(path: Path, head: bytes) -> SavedFile:
+    size = path.stat().st_size
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            scans = [scan_pickle(data, is_stand_in, size)]
+            if scans[0].value != LEGACY_MAGIC:
+                raise ValueError(
+                    "a pickle that torch.save did not write; load it where it is from, save it by torch.save"
                 )
-        return self._kept[key]
+            scans += [scan_pickle(data, is_stand_in, size) for _ in range(4)]
+        except Forbidden:
+            raise
+        except ValueError:
+            if all(byte >= 32 or byte in b"\t\r\n" for byte in head[:64]) and not head.startswith(b"("):
+                raise ValueError("it is a text file, not one of weights") from None
+            raise
+        _, _, _, tree, keys = scans
+        if {*map(str, keys.literals)} != tree.storages.keys():
+            raise ValueError("its storages are not those that its tensors name")
+        source = _without_sources(data, tree) if tree.modules else path
+    return SavedFile(path, "torch legacy", _load(source, tree))
 
 
-# ---------------------------------------------------------------------------------------------
-# torch legacy and bare pickles
-# ---------------------------------------------------------------------------------------------
+def _without_sources(data: mmap.mmap, tree: ScannedPickle) -> io.BytesIO:
+    """A legacy file in which classes stand without their source, which torch does not read with weights_only."""
+    pieces, end = [], 0
+    for start, after, name, name_end in tree.modules:
+        pieces += [data[end:start], data[name:name_end]]
+        end = after
+    return io.BytesIO(b"".join([*pieces, data[end:]]))
 
 
-def _open_pickle(path: Path, head: bytes) -> SavedFile:
-    with path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def storage(inner: bytes) -> Any:
-        """torch.storage._load_from_bytes: a storage in a bare pickle is a legacy file of its own."""
-        return _legacy(path, io.BytesIO(inner), inner, None)[1]
-
-    try:
-        legacy, tree = _legacy(path, data, data, {"torch.storage._load_from_bytes": storage})
-    except Forbidden:
-        raise
-    except ValueError:
-        if all(byte >= 32 or byte in b"\t\r\n" for byte in head[:64]) and not head.startswith(b"("):
-            raise ValueError("it is a text file, not one of weights") from None
-        raise
-    return SavedFile(path, "torch legacy" if legacy else "pickle", tree)
-
-
-def _legacy(path: Path, stream: Any, data: Any, makers: dict[str, Callable] | None) -> tuple[bool, Any]:
-    """(whether it is one, its value): the pickles of a legacy file, or the one of a bare pickle."""
-    places: dict[str, tuple[int, int]] = {}  # (first byte, bytes) of each storage
-
-    def fetch(key: str, size: int) -> bytearray:
-        start, have = places[key]
-        if have != size:
-            raise ValueError(f"storage {key} has {have} bytes, expected {size}")
-        return bytearray(data[start : start + size])
-
-    storages = _Storages(path, fetch)
-    first = read_pickle(stream, storages, makers)
-    if first != LEGACY_MAGIC:
-        return False, first
-    protocol, system = read_pickle(stream), read_pickle(stream)
-    if protocol != LEGACY_PROTOCOL or type(system) is not dict or not system.get("little_endian"):
-        raise ValueError("a torch file of unknown protocol, or of a big-endian machine")
-    tree, keys = read_pickle(stream, storages), read_pickle(stream)
-    if (
-        type(keys) is not list
-        or {*map(type, keys)} - {str, int}
-        or sorted(map(str, keys)) != sorted(storages.formats)
-    ):
-        raise ValueError("its storages are not those that its tensors name")
-    place = stream.tell()
-    for key in map(str, keys):
-        size = int.from_bytes(data[place : place + 8], sys.byteorder) * storages.formats[key].itemsize
-        places[key] = (place + 8, size)
-        place += 8 + size
-    if place > len(data):
-        raise ValueError(f"truncated: it has {len(data)} bytes of {place}")
-    return True, tree
-
-
-# ---------------------------------------------------------------------------------------------
-# The weights among the rest
-# ---------------------------------------------------------------------------------------------
-
-WHERE = ("state_dict", "weights", "ema", "model", "module")
+WEIGHT_KEYS = ("state_dict", "weights", "ema", "model", "module")
 """Under which key programs keep the weights, in the order in which they are looked for."""
 MAX_MODULES, MAX_DEPTH = 20_000, 50
 
 
-def weights_of(tree: Any, depth: int = 3) -> dict[str, SavedTensor]:
-    """Tensors by name: of a state dict, of one under a key of WHERE, or of a whole module."""
-    if isinstance(tree, Held):
+def weights_of(tree: Any, depth: int = 3) -> dict[str, Tensor]:
+    """Tensors by name: of a state dict, of one under a key of WEIGHT_KEYS, or of a whole module."""
+    if isinstance(tree, StandIn):
         return _module_tensors(tree)
     if not isinstance(tree, dict):
         return {}
-    for key in WHERE:
-        if depth and isinstance(tree.get(key), dict | Held) and (inner := weights_of(tree[key], depth - 1)):
+    for key in WEIGHT_KEYS:
+        if (
+            depth
+            and isinstance(tree.get(key), dict | StandIn)
+            and (inner := weights_of(tree[key], depth - 1))
+        ):
             return inner
     return {
-        key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, SavedTensor)
+        k: value.detach() for k, value in tree.items() if isinstance(k, str) and isinstance(value, Tensor)
     }
 
 
-def _module_tensors(root: Held) -> dict[str, SavedTensor]:
+def _module_tensors(root: StandIn) -> dict[str, Tensor]:
     """The tensors of a module and of those inside it; a TorchScript module has them among its attributes."""
-    found: dict[str, SavedTensor] = {}
+    found: dict[str, Tensor] = {}
     queue, visits = [("", root)], 0
     while queue:
         prefix, module = queue.pop()
@@ -325,14 +279,14 @@ def _module_tensors(root: Held) -> dict[str, SavedTensor]:
         if visits > MAX_MODULES or prefix.count(".") > MAX_DEPTH:
             raise ValueError("a module that holds itself, or too many of them")
         for name, value in attributes(module).items():
-            if isinstance(value, SavedTensor):
-                found[f"{prefix}{name}"] = value
-            elif isinstance(value, Held):
+            if isinstance(value, Tensor):
+                found[f"{prefix}{name}"] = value.detach()
+            elif isinstance(value, StandIn):
                 queue.append((f"{prefix}{name}.", value))
     return found
 
 
-def attributes(module: Held) -> dict[str, Any]:
+def attributes(module: StandIn) -> dict[str, Any]:
     """Tensors and inner modules of a module by name."""
     state = module.state if isinstance(module.state, dict) else {}
     if "_modules" not in state:

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dalle.pretrained.family import CheckpointFormat, Shapes
-from dalle.pretrained.pickle_names import SavedTensor
 from dalle.vqgan import VQGAN, VQGANConfig
 
 
@@ -85,7 +86,7 @@ def _of_llamagen(name: str, levels: int) -> str:
 
 
 def _settle_llamagen(
-    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]
+    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, Tensor]
 ) -> CheckpointFormat:
     levels = _count(tensors, r"decoder\.conv_blocks\.(\d+)\.res\.0\.conv1\.weight")
     return replace(family, rename=partial(_of_llamagen, levels=levels))

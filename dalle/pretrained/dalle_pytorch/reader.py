@@ -16,11 +16,12 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
+from torch import Tensor
+
 from dalle.pretrained.dalle_pytorch.masks import DallePytorchConfig
 from dalle.pretrained.dalle_pytorch.model import DallePytorch
 from dalle.pretrained.dalle_pytorch.vae import LICENCE
 from dalle.pretrained.family import CheckpointFormat, Shapes
-from dalle.pretrained.pickle_names import SavedTensor
 
 VERSION = "1.6."
 INSIDE = "vae."
@@ -112,7 +113,7 @@ def _number(hparams: Mapping[str, Any], name: str, default: int | None = None) -
 
 
 def _settle(
-    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]
+    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, Tensor]
 ) -> CheckpointFormat:
     return replace(family, configure=partial(configure, tree=tree))
 

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.pretrained.family import CheckpointFormat, Shapes
-from dalle.pretrained.pickle_names import SavedTensor
 from dalle.types import check_images, check_tokens, token_grid
 
 LICENCE = "MIT, of github.com/lucidrains/DALLE-pytorch; weights are of whoever trained them"
@@ -151,7 +150,7 @@ def _up(n_in: int, n_out: int) -> nn.Sequential:
 
 
 def _settle(
-    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]
+    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, Tensor]
 ) -> CheckpointFormat:
     hparams = tree.get("hparams") if isinstance(tree, dict) else None
     return replace(

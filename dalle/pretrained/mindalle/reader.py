@@ -18,11 +18,12 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
+from torch import Tensor
+
 from dalle.config import ConfigError, read_yaml
 from dalle.io.files import read_json
 from dalle.pretrained.family import CheckpointFormat, Shapes
 from dalle.pretrained.mindalle.model import MinDalle, MinDalleConfig
-from dalle.pretrained.pickle_names import SavedTensor
 from dalle.text.external.huggingface import HuggingFaceTokenizer
 
 CONFIG, STAGE1, STAGE2 = "config.yaml", "stage1_last.ckpt", "stage2_last.ckpt"
@@ -209,7 +210,7 @@ def load_tokenizer(folder: Path) -> HuggingFaceTokenizer:
 
 
 def _settle(
-    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]
+    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, Tensor]
 ) -> CheckpointFormat:
     return replace(family, configure=partial(configure, folder=path.parent))
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dalle.pretrained.external_transformer import stream_mask
 from dalle.pretrained.family import CheckpointFormat, Shapes
-from dalle.pretrained.pickle_names import SavedTensor
 from dalle.pretrained.rudalle.model import BEGIN, END, VERSIONS, Rudalle, RudalleConfig, image_sees
 from dalle.text import BPETokenizer
 from dalle.text.external.youtokentome import YoutokentomeTokenizer
@@ -59,7 +58,7 @@ def own_name(name: str) -> str:
     return f"{_OTHERS.get(stem, stem)}.{end}"
 
 
-def configure(shapes: Shapes, masks: Mapping[str, SavedTensor]) -> RudalleConfig:
+def configure(shapes: Shapes, masks: Mapping[str, Tensor]) -> RudalleConfig:
     """Sizes from the shapes, the version from the masks; ValueError for heads or masks that are not known."""
     text_len, side = shapes["text_position.weight"][0] - 1, shapes["row_position.weight"][0]
     depth = len({match[1] for name in shapes if (match := re.match(r"layers\.(\d+)\.", name))})
@@ -82,7 +81,7 @@ def configure(shapes: Shapes, masks: Mapping[str, SavedTensor]) -> RudalleConfig
     )
 
 
-def version_of(masks: Mapping[str, SavedTensor], text_len: int, side: int) -> str:
+def version_of(masks: Mapping[str, Tensor], text_len: int, side: int) -> str:
     """Which of VERSIONS the masks of a file are of.
 
     Raises:
@@ -98,12 +97,12 @@ def version_of(masks: Mapping[str, SavedTensor], text_len: int, side: int) -> st
     )
 
 
-def _read_mask(masks: Mapping[str, SavedTensor], name: str, size: int) -> Tensor:
+def _read_mask(masks: Mapping[str, Tensor], name: str, size: int) -> Tensor:
     if name not in masks:
         raise ValueError(f"it lacks {name}; by its masks v2 is told from v3, and nothing else tells")
     if masks[name].shape != (size, size):
         raise ValueError(f"its {name} is of shape {masks[name].shape}, the rest calls for {size} x {size}")
-    return masks[name].read() != 0
+    return masks[name] != 0
 
 
 class RudalleTokenizer(YoutokentomeTokenizer):
@@ -139,7 +138,7 @@ def lowercase(text: BPETokenizer) -> RudalleTokenizer:
 
 
 def _settle(
-    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, SavedTensor]
+    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, Tensor]
 ) -> CheckpointFormat:
     names = (
         *MASKS.values(),
