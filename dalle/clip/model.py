@@ -124,7 +124,7 @@ class CLIP(nn.Module):
         with _attention(text.device):
             return self.net.encode_text(text, normalize=True)
 
-    def shards(self) -> list[list[nn.Module]]:
+    def fsdp_groups(self) -> list[list[nn.Module]]:
         """What sharded training gathers at once, in order of use: all in it is computed in 16 bit under autocast."""
         towers = self.net.transformer, self.net.visual.transformer
         return [[block.attn, block.mlp] for tower in towers for block in tower.resblocks]

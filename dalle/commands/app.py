@@ -86,7 +86,7 @@ def launch(run: AppArgs, model: DALLE, folder: Path):
     """
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # the only way to tell Gradio where
     facts = {"precision": precision_label(run.precision, run.int8, model.device)}
-    page = Page(model.in_precision(run.precision, run.int8), run.limits, facts)
+    page = Page(model.to_precision(run.precision, run.int8), run.limits, facts)
     blocks = page.build()
     try:
         blocks.launch(**_server(run), **page.look())

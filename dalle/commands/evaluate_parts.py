@@ -228,7 +228,7 @@ def rerank_part(bench: Bench) -> dict[str, Any]:
 
 def _draw(bench: Bench, n: int, keep: int) -> Iterator[tuple[list[str], list]]:
     """Captions and what is drawn for them, a few at a time."""
-    run, model = bench.run, bench.model.in_precision("auto")
+    run, model = bench.run, bench.model.to_precision("auto")
     together = max(1, run.batch // keep)  # so that memory does not grow with the candidates that are kept
     for start in range(0, len(bench.prompts), together):
         captions = bench.prompts[start : start + together]

@@ -153,7 +153,7 @@ def sample(run: SampleArgs) -> Path:
 
 
 def _sample_file(run: SampleArgs, group: Processes) -> Path:
-    model = open_model(run, group).in_precision(run.precision, run.int8)
+    model = open_model(run, group).to_precision(run.precision, run.int8)
     counts = {"n": run.keep, "best_of": run.best_of, "seed": run.seed, "truncate": run.truncate}
     facts = {"precision": precision_label(run.precision, run.int8, model.device)}
     if run.clip and run.clip.is_file():  # the model's hash names only what is our own
@@ -175,7 +175,7 @@ def _sample_one(run: SampleArgs, group: Processes) -> Path:
         model = open_model(run, group)
         if run.save_model and group.rank == 0:
             model.save_pretrained(run.save_model)
-        model = model.in_precision(run.precision, run.int8)
+        model = model.to_precision(run.precision, run.int8)
         _draw_into(out, model, run, group)
     except BaseException:
         if group.rank == 0 and not any(out.iterdir()):

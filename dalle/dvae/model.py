@@ -212,7 +212,7 @@ class DVAE(nn.Module):
         """Number of codes."""
         return self.config.vocab_size
 
-    def shards(self) -> list[list[nn.Module]]:
+    def fsdp_groups(self) -> list[list[nn.Module]]:
         """What sharded training gathers at once, in order of use: all in it is computed in 16 bit under autocast."""
         return [[block] for block in self.modules() if isinstance(block, Block)]
 

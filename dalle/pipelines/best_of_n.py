@@ -286,7 +286,7 @@ def auto_batch_size(model: Transformer, streams: int = 1) -> int:
     if isinstance(model, Transformer):
         _, each = cache_bytes(model.config, weight_like(model.layers[0].attention.f.qkv).itemsize)
     else:  # a transformer of others, see dalle/pretrained/external_transformer.py
-        each = model.row_bytes()
+        each = model.kv_bytes_per_sample()
     free = free_memory(device)
     while free is not None and rows > 1 and rows * streams * each > FREE_SHARE * free:
         rows //= 2

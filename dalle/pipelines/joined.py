@@ -75,7 +75,7 @@ class Joined(HubMixin):
                 directory that cannot be made.
         """
         if self._hash is not None:
-            raise ValueError("the weights were rounded by in_precision; save the model that it was made from")
+            raise ValueError("the weights were rounded by to_precision; save the model that it was made from")
         parts: dict[str, torch.nn.Module] = {"dvae": self.dvae, "transformer": self.transformer}
         if self.scorer is not None:
             parts["clip"] = getattr(self.scorer, "model", None)
@@ -96,9 +96,9 @@ class Joined(HubMixin):
         Args:
             source: a path, which is read without the network, or else an id of the Hub, "owner/name".
             device: where the parts go.
-            precision: as `in_precision`.
+            precision: as `to_precision`.
             revision, token: of the Hub, see `dalle.hub.hub.resolve_source`.
-            int8: as `in_precision`.
+            int8: as `to_precision`.
 
         Raises:
             ValueError: no such directory, a damaged file, or parts that do not belong together; as `dalle.hub.hub.resolve_source`.
@@ -106,7 +106,7 @@ class Joined(HubMixin):
         directory = resolve_source(source, model_files("dvae", "transformer", "clip"), revision, token)
         kinds = ["dvae", "transformer", *(["clip"] if "clip" in read_config(directory)["parts"] else [])]
         parts = {kind: load_model(directory, kind, device) for kind in kinds}
-        return cls.from_parts(parts["dvae"], parts["transformer"], parts.get("clip")).in_precision(
+        return cls.from_parts(parts["dvae"], parts["transformer"], parts.get("clip")).to_precision(
             precision, int8
         )
 
@@ -150,7 +150,7 @@ class Joined(HubMixin):
         models = [self.dvae, self.transformer] + [clip] * isinstance(clip, CLIP)
         return "-".join(weights_hash(model) for model in models)
 
-    def in_precision(self, precision: Precision, int8: bool = False) -> Self:
+    def to_precision(self, precision: Precision, int8: bool = False) -> Self:
         """The same model with the transformer's matrices in fewer bits, for drawing; all else is shared.
 
         The hash stays that of the weights before they were rounded.

@@ -139,7 +139,7 @@ def estimate_step(
         state.backward(leaf.grad)
     of_second = after_second - after_first
     parts = {names[0]: _operations(count) - of_second, names[1]: of_second}
-    groups = [sum(map(_count, group)) for group in model.shards()]
+    groups = [sum(map(_count, group)) for group in model.fsdp_groups()]
     parameters = _count(model)
     return StepEstimate(
         parameters=parameters,
@@ -188,7 +188,7 @@ def _split_attention(parts: dict[str, Counter[str]]) -> dict[str, int]:
 
 
 def _trunk(model: Transformer, batch: int) -> Tensor:
-    return model.read(torch.zeros(batch, model.layout.seq_len, dtype=torch.int64))
+    return model.prefill(torch.zeros(batch, model.layout.seq_len, dtype=torch.int64))
 
 
 def _logits(model: Transformer, hidden: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ class PlainTransformer(ForeignTransformer, ABC):
     def final(self, x: Tensor) -> Tensor:
         """What leaves the layers -> final states."""
 
-    def read(self, inputs: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+    def prefill(self, inputs: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Input ids (B, n) of the first n slots -> final states (B, n, D); `caches` take what `step` needs."""
         n, slots = inputs.shape[1], self.layout.text_slots
         text, image = inputs[:, :slots], inputs[:, slots:] - self.layout.image_offset
@@ -173,7 +173,7 @@ class PlainTransformer(ForeignTransformer, ABC):
             x = layer(x, masks[kind], self.seen, caches[i] if caches else None)
         return self.final(x)
 
-    def step(self, tokens: Tensor, slot: int | Tensor, caches: list[KVCache]) -> Tensor:
+    def decode_step(self, tokens: Tensor, slot: int | Tensor, caches: list[KVCache]) -> Tensor:
         """Reads image tokens (B,) of image slot `slot - 1` -> states (B, D) that predict those of the slot."""
         position = slot - 1  # of the token that is read
         place = position + self.layout.text_slots - self.seen
@@ -183,14 +183,14 @@ class PlainTransformer(ForeignTransformer, ABC):
             x = layer.step(x, cache, place)
         return self.final(x)
 
-    def caches(self, captions: int, candidates: int) -> list[KVCache]:
+    def init_kv_caches(self, captions: int, candidates: int) -> list[KVCache]:
         """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
         blocks, like = self.config.blocks, weight_like(self.layers[0].attention.f.out)
         places = {kind: ForeignPlaces(sees).to(like.device) for kind, sees in self.sees.items()}
         shape = captions, candidates, blocks.heads, blocks.width // blocks.heads, like
         return [KVCache(places[kind], *shape) for kind in self.kinds]
 
-    def row_bytes(self) -> int:
+    def kv_bytes_per_sample(self) -> int:
         """Memory that drawing keeps of one candidate."""
         itemsize = weight_like(self.layers[0].attention.f.out).itemsize
         return 2 * len(self.kinds) * self.layout.num_image_tokens * self.config.blocks.width * itemsize

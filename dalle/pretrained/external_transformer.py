@@ -102,7 +102,7 @@ def stream_mask(image_sees: Tensor, text_slots: int) -> Tensor:
 class ForeignTransformer(nn.Module):
     """Joint ids -> logits, and what drawing asks of a transformer (see `dalle.transformer.Transformer`).
 
-    A subclass has `read`, `step`, `text_logits`, `image_logits`, `caches`, `row_bytes`, and the modules `layers` and
+    A subclass has `prefill`, `decode_step`, `text_logits`, `image_logits`, `init_kv_caches`, `kv_bytes_per_sample`, and the modules `layers` and
     `to_logits`.
     """
 
@@ -131,5 +131,5 @@ class ForeignTransformer(nn.Module):
         check_tokens(text, self.layout.image_offset, "text ids")
         check_tokens(image, self.layout.image_vocab, "image ids less their offset")
         lacking = self.layout.unpredicted
-        states = self.read(self.layout.shift(ids)[:, : ids.shape[1] - lacking])
+        states = self.prefill(self.layout.shift(ids)[:, : ids.shape[1] - lacking])
         return F.pad(states, (0, 0, lacking, 0))

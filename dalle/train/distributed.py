@@ -122,7 +122,7 @@ class Parallel:
     def wrap(self, model: nn.Module, precision: str, averaged: bool = True) -> None:
         """Hands the model to DDP or FSDP2, before optimizers are built; its names of weights stay as they are.
 
-        Under fsdp and hsdp the groups of `model.shards()` are gathered one by one, in 16 bit under bf16 and fp16 (as
+        Under fsdp and hsdp the groups of `model.fsdp_groups()` are gathered one by one, in 16 bit under bf16 and fp16 (as
         autocast would make them), the next one ahead of time; everything else once a step in fp32: norms,
         embeddings, outputs (appendix D, guideline 2). Gradients are averaged in fp32.
 
@@ -145,7 +145,7 @@ class Parallel:
 
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        groups = model.shards() if hasattr(model, "shards") else []
+        groups = model.fsdp_groups() if hasattr(model, "fsdp_groups") else []
         mesh = self.mesh if self.averaged else self.mesh["shard"]
         cut = (
             None if self.averaged else lambda p: Shard(shard_side(p.shape, mesh.size()))

@@ -128,7 +128,7 @@ class DecodeState:
         captions, candidates, slots = uniforms.shape
         device = text_tokens.device
         self.model, self.shape = model, (captions, candidates)
-        self.step = compiled_step(model) if compile else model.step
+        self.step = compiled_step(model) if compile else model.decode_step
         self.by_number = device.type == "cpu" and not compile  # else every slot has the same shapes
         self.guidance = None if guidance == 1 else guidance
         precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
@@ -151,10 +151,10 @@ class DecodeState:
             text_tokens, kept = torch.cat([text_tokens, empty]), kept.repeat(2, 1)
         if kept.shape[1] == layout.num_image_tokens:
             return
-        self.caches = self.model.caches(len(text_tokens), candidates)
+        self.caches = self.model.init_kv_caches(len(text_tokens), candidates)
         ids = layout.shift(layout.pack(text_tokens, kept))
         with inference_autocast(self.model):
-            state = self.model.read(ids, self.caches)[:, -1]
+            state = self.model.prefill(ids, self.caches)[:, -1]
         self.state = state.repeat_interleave(candidates, dim=0)  # (B, D)
 
     def choose(self, slot: int | Tensor, settings: dict) -> None:
@@ -211,8 +211,8 @@ class DecodeState:
 
 
 def compiled_step(model: Transformer) -> Callable[..., Tensor]:
-    """`model.step` by torch.compile, for slots given as tensors; the first one of a shape takes a minute or more."""
-    return partial(_compiled(type(model).step), model)
+    """`model.decode_step` by torch.compile, for slots given as tensors; the first one of a shape takes a minute or more."""
+    return partial(_compiled(type(model).decode_step), model)
 
 
 @cache

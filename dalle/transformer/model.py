@@ -135,9 +135,9 @@ class Transformer(nn.Module):
             text, image = self.layout.unpack(ids)
             check_tokens(text, self.layout.image_offset, "text ids")
             check_tokens(image, self.layout.image_vocab, "image ids less their offset")
-        return self.read(self.layout.shift(ids)[:, : ids.shape[1]])
+        return self.prefill(self.layout.shift(ids)[:, : ids.shape[1]])
 
-    def read(self, inputs: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+    def prefill(self, inputs: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Input ids (B, n) of the first n slots -> final states (B, n, D); `caches` take what `step` needs."""
         x = self.embed(inputs)
         backends = self.backends(inputs.shape[1])
@@ -147,7 +147,7 @@ class Transformer(nn.Module):
             x = layer(x, self.patterns[kind], backends[kind], caches[i] if caches else None)
         return self.final_norm(x)
 
-    def step(self, tokens: Tensor, slot: int | Tensor, caches: list[KVCache]) -> Tensor:
+    def decode_step(self, tokens: Tensor, slot: int | Tensor, caches: list[KVCache]) -> Tensor:
         """Reads one image token of every stream, in sampling.
 
         Args:
@@ -210,11 +210,11 @@ class Transformer(nn.Module):
         """The 2 * depth resblocks in order (2.4: each has a gradient scale of its own)."""
         return [block for layer in self.layers for block in (layer.attention, layer.mlp)]
 
-    def shards(self) -> list[list[nn.Module]]:
+    def fsdp_groups(self) -> list[list[nn.Module]]:
         """What sharded training gathers at once, in order of use: all in it is computed in 16 bit under autocast."""
         return [[layer.attention.f, layer.mlp.f] for layer in self.layers]
 
-    def caches(self, captions: int, candidates: int) -> list[KVCache]:
+    def init_kv_caches(self, captions: int, candidates: int) -> list[KVCache]:
         """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
         c, like = self.config, weight_like(self.layers[0].attention.f.qkv)
         places = {

@@ -75,7 +75,7 @@ def test_nats_lost_are_those_of_the_references_images(run, dalle: DALLE):
     tokens = drawn(run, model, reference)
     found = nats_lost(run, model, reference, [Way(3, "fp32", "cpu"), other], tokens)
     assert list(found) == [str(other)]
-    rounded = model.in_precision("fp32", int8=True)
+    rounded = model.to_precision("fp32", int8=True)
     lost = [
         (model.log_likelihood(prompt, some).image - rounded.log_likelihood(prompt, some).image)
         / tokens.shape[2]

@@ -45,7 +45,7 @@ def test_a_step_is_compiled_before_it_is_timed(monkeypatch):
     slots = []
 
     def compiled(model):
-        return lambda tokens, slot, caches: slots.append(slot) or model.step(tokens, slot, caches)
+        return lambda tokens, slot, caches: slots.append(slot) or model.decode_step(tokens, slot, caches)
 
     monkeypatch.setattr("dalle.transformer.generate.compiled_step", compiled)
     report = benchmark_sampling(SampleBenchmark(**QUICK, batch=(1,), tokens=4, compile=True))

@@ -77,7 +77,7 @@ class TestReport:
         assert curve["1"] <= curve["2"] <= curve["4"]
         model = DALLE.from_pretrained(run.model)
         prompts = HeldOut(run.data, 32, 12, 5, 0).prompts(3)
-        drawn = model.in_precision("auto").generate(prompts, 1, 4, 0, progress=False, truncate=True)
+        drawn = model.to_precision("auto").generate(prompts, 1, 4, 0, progress=False, truncate=True)
         assert curve["4"] == pytest.approx(sum(one.scores[0] for one in drawn) / 3, rel=1e-5)
 
     def test_it_says_what_the_numbers_rest_on(self, report, run):

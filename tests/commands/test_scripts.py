@@ -156,7 +156,7 @@ class TestSample:
         model = DALLE.from_pretrained(chain / "model")
         assert said.pop("model") == model.hash
         (image,) = said.pop("images")
-        again = model.in_precision(said.pop("precision")).generate(said.pop("prompt"), **said)
+        again = model.to_precision(said.pop("precision")).generate(said.pop("prompt"), **said)
         assert again.candidates == [image["candidate"]]
         assert again.images[0].tobytes() == Image.open(tmp_path / "mine" / image["file"]).tobytes()
 

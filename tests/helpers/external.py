@@ -23,10 +23,10 @@ def check_drawing(model: ForeignTransformer, text: Tensor, image: Tensor, read: 
     ids = model.layout.shift(model.layout.pack(text, image[:, :read]))
     states = []
     for as_tensor in (False, True):
-        caches = model.caches(2, 1)
-        model.read(ids, caches)
+        caches = model.init_kv_caches(2, 1)
+        model.prefill(ids, caches)
         slots = [torch.tensor([slot]) if as_tensor else slot for slot in (read + 1, read + 2)]
-        states.append([model.step(image[:, read + i], slot, caches) for i, slot in enumerate(slots)])
+        states.append([model.decode_step(image[:, read + i], slot, caches) for i, slot in enumerate(slots)])
     for one, other in zip(*states, strict=True):
         torch.testing.assert_close(one, other)
 

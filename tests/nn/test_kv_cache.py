@@ -40,7 +40,7 @@ def test_at_paper_size_a_step_reads_33_or_32_or_192_keys():
 def test_memory_by_formula_is_memory_as_measured(grid, full_attention_every, dtype):
     config = TransformerConfig(depth=4, grid=grid, full_attention_every=full_attention_every, **TINY)
     model = Transformer(config).to(dtype)
-    caches = model.caches(3, 5)
+    caches = model.init_kv_caches(3, 5)
     keys = torch.zeros(3, 2, config.text_len + 1, 8, dtype=dtype)
     for cache in caches:
         cache.fill(keys, keys, config.text_len)
@@ -66,7 +66,7 @@ def test_bytes_of_a_step_count_each_matrix_once_and_each_candidates_keys():
 def test_the_two_parts_are_joined_by_one_softmax():
     """Against keys laid end to end, with scores so large that two softmaxes would differ."""
     config = TransformerConfig(depth=1, grid=(2, 5), sparse=False, **TINY)
-    (cache,) = Transformer(config).caches(2, 3)
+    (cache,) = Transformer(config).init_kv_caches(2, 3)
     generator = torch.Generator().manual_seed(0)
     k, v = 3 * torch.randn(2, 2, 2, 6 + 4, 8, generator=generator)
     cache.fill(k, v, 6)
@@ -83,7 +83,7 @@ def test_the_two_parts_are_joined_by_one_softmax():
 def test_a_step_makes_no_copy_of_a_cache():
     """Reading by an int gives views; nothing grows."""
     config = TransformerConfig(depth=4, grid=(4, 4), **TINY)
-    caches = Transformer(config).caches(2, 3)
+    caches = Transformer(config).init_kv_caches(2, 3)
     for cache in caches:
         before = cache.image.data_ptr()
         for slot in range(16):

@@ -517,7 +517,7 @@ class TestPrecision:
             small.save_pretrained(tmp_path / "model")
 
     def test_fp32_is_the_model_itself(self, model):
-        assert model.in_precision("fp32") is model
+        assert model.to_precision("fp32") is model
 
 
 class TestStream:

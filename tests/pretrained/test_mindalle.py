@@ -121,7 +121,7 @@ def test_candidates_differ_and_a_slot_may_be_a_tensor(folder: Path) -> None:
 
 def test_the_memory_of_a_candidate_is_what_its_caches_hold(folder: Path) -> None:
     model = load_transformer(folder)
-    assert model.row_bytes() == kv_cache_bytes(model.caches(1, 1))[1] > 0
+    assert model.kv_bytes_per_sample() == kv_cache_bytes(model.init_kv_caches(1, 1))[1] > 0
 
 
 def test_rounded_matrices_draw(folder: Path) -> None:

@@ -389,13 +389,13 @@ def test_logits_and_final_states_are_fp32_under_autocast():
 
 def states_by_steps(model, ids, begun, candidates=1, as_tensor=False):
     """Final states (C n, slots, D) of image slots begun .. N: a beginning read at once, then one token a step."""
-    layout, caches = model.layout, model.caches(len(ids), candidates)
+    layout, caches = model.layout, model.init_kv_caches(len(ids), candidates)
     text, image = layout.unpack(ids)
-    state = model.read(layout.shift(layout.pack(text, image[:, :begun])), caches)[:, -1]
+    state = model.prefill(layout.shift(layout.pack(text, image[:, :begun])), caches)[:, -1]
     states = [state.repeat_interleave(candidates, dim=0)]
     for slot in range(begun + 1, layout.num_image_tokens):
         read = image[:, slot - 1].repeat_interleave(candidates, dim=0)
-        states.append(model.step(read, torch.tensor([slot]) if as_tensor else slot, caches))
+        states.append(model.decode_step(read, torch.tensor([slot]) if as_tensor else slot, caches))
     return torch.stack(states, dim=1)
 
 
@@ -431,8 +431,8 @@ def test_candidates_share_their_captions_keys_and_have_image_keys_of_their_own()
     states = states_by_steps(model, ids, 3, candidates=3)
     whole = model.hidden(ids)[:, model.layout.text_len + 3 :]
     torch.testing.assert_close(states, whole.repeat_interleave(3, dim=0), rtol=1e-4, atol=2e-5)
-    caches = model.caches(len(ids), 3)
-    model.read(model.layout.shift(model.layout.pack(text_of(model), ids[:, :0])), caches)
+    caches = model.init_kv_caches(len(ids), 3)
+    model.prefill(model.layout.shift(model.layout.pack(text_of(model), ids[:, :0])), caches)
     assert caches[0].text.shape == (2, 4 * 2, 6, 8)
     assert caches[0].image.shape == (2, 4 * 2 * 3, 6, 8)
 
@@ -444,7 +444,7 @@ def test_steps_in_bf16_are_those_of_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         whole = model.hidden(ids)[:, model.layout.text_len :]
         half = cast_linear_weights(model, torch.bfloat16)
-        caches = half.caches(1, 1)
+        caches = half.init_kv_caches(1, 1)
     assert caches[0].image.dtype == half.layers[0].mlp.f.expand.weight.dtype == torch.bfloat16
     assert half.to_logits.weight is model.to_logits.weight
     assert model.layers[0].mlp.f.expand.weight.dtype == torch.float32
@@ -473,11 +473,11 @@ def test_compiled_steps_draw_as_others_and_are_compiled_once_for_all_blocks():
 def steps_after(model, ids, begun):
     """The states that steps give, outside of autocast, after a beginning read under it."""
     text, image = model.layout.unpack(ids)
-    caches = model.caches(len(ids), 1)
+    caches = model.init_kv_caches(len(ids), 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        model.read(model.layout.shift(model.layout.pack(text, image[:, :begun])), caches)
+        model.prefill(model.layout.shift(model.layout.pack(text, image[:, :begun])), caches)
     slots = range(begun + 1, model.layout.num_image_tokens)
-    return torch.stack([model.step(image[:, slot - 1], slot, caches) for slot in slots], dim=1)
+    return torch.stack([model.decode_step(image[:, slot - 1], slot, caches) for slot in slots], dim=1)
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def drawn(run: AgreementBenchmark, model: DALLE, way: Way) -> Tensor:
     """Image tokens of all candidates, int64 (prompts, candidates, h * w), drawn in one way."""
     if way.device != model.device.type:
         model = DALLE.from_pretrained(run.model, device=way.device)
-    model = model.in_precision(way.precision, way.int8)
+    model = model.to_precision(way.precision, way.int8)
     text = model.text_tokens(run.prompts)
     settings = SamplingConfig(temperature=run.temperature, batch=way.batch)
     drawer = CandidateSampler(model.dvae, model.transformer, None, settings)
@@ -148,7 +148,7 @@ def nats_lost(
     """By number format: how much less likely the reference's images are in it, and the standard error, a token."""
 
     def nats(way: Way) -> Tensor:  # of each image's tokens
-        rounded = model.in_precision(way.precision, way.int8)
+        rounded = model.to_precision(way.precision, way.int8)
         found = [rounded.log_likelihood(*one).image for one in zip(run.prompts, tokens, strict=True)]
         return torch.cat(found).double() / tokens.shape[-1]
 

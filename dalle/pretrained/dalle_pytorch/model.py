@@ -142,7 +142,7 @@ class DallePytorch(ForeignTransformer):
         with torch.device("cpu"):  # no part of a file, so they must have values when the rest is made without
             self.sees = {kind: image_sees(kind, layout.rows) for kind in sorted(set(config.kinds))}
 
-    def read(self, inputs: Tensor, caches: list[Memory] | None = None) -> Tensor:
+    def prefill(self, inputs: Tensor, caches: list[Memory] | None = None) -> Tensor:
         """Input ids (B, n) of the first n slots -> final states (B, n, D); `caches` take what `step` needs."""
         n, slots = inputs.shape[1], self.layout.text_slots
         x = self.embed(inputs)
@@ -153,7 +153,7 @@ class DallePytorch(ForeignTransformer):
             trunks = layer(trunks, masks[kind], angles, caches[i] if caches else None)
         return self._final(trunks)
 
-    def step(self, tokens: Tensor, slot: int | Tensor, caches: list[Memory]) -> Tensor:
+    def decode_step(self, tokens: Tensor, slot: int | Tensor, caches: list[Memory]) -> Tensor:
         """Reads image tokens (B,) of image slot `slot - 1` -> states (B, D) that predict those of the slot."""
         position = slot - 1  # of the token that is read
         at = torch.tensor([position], device=tokens.device) if isinstance(position, int) else position
@@ -203,14 +203,14 @@ class DallePytorch(ForeignTransformer):
                 hidden.float(), self.to_logits.weight[part].float(), self.to_logits.bias[part].float()
             )
 
-    def caches(self, captions: int, candidates: int) -> list[Memory]:
+    def init_kv_caches(self, captions: int, candidates: int) -> list[Memory]:
         """Empty memories, one a layer, for candidates of each caption, in the number format of the matrices."""
         c, like = self.config, weight_like(self.layers[0].attention.f.qkv)
         places = {kind: ForeignPlaces(sees).to(like.device) for kind, sees in self.sees.items()}
         caches = [KVCache(places[kind], captions, candidates, c.heads, c.head_dim, like) for kind in c.kinds]
         return [Memory(cache, c, like.device) for cache in caches]
 
-    def row_bytes(self) -> int:
+    def kv_bytes_per_sample(self) -> int:
         """Memory that drawing keeps of one candidate."""
         c, itemsize = self.config, weight_like(self.layers[0].attention.f.qkv).itemsize
         keys = 2 * self.layout.num_image_tokens * c.heads * c.head_dim * itemsize
