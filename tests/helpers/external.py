@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from dalle.pretrained.external_transformer import ForeignTransformer
+from dalle.pretrained.external_transformer import ExternalTransformer
 from dalle.sampling import candidate_noise
 from dalle.transformer.generate import cast_linear_weights, generate, inference_autocast, quantize_int8
 
 
-def check_drawing(model: ForeignTransformer, text: Tensor, image: Tensor, read: int) -> None:
+def check_drawing(model: ExternalTransformer, text: Tensor, image: Tensor, read: int) -> None:
     """Candidates differ, and a step may be told its slot by a number or by a tensor.
 
     Args:
@@ -31,7 +31,7 @@ def check_drawing(model: ForeignTransformer, text: Tensor, image: Tensor, read: 
         torch.testing.assert_close(one, other)
 
 
-def check_rounded(model: ForeignTransformer, text: Tensor, image: Tensor) -> None:
+def check_rounded(model: ExternalTransformer, text: Tensor, image: Tensor) -> None:
     """In bf16 and with matrices in 8 bits it draws, and its states are near those that it has.
 
     Args:

@@ -275,7 +275,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "another shape": (
         change_state(lambda s: s.update({"ln_f.bias": torch.zeros(3)})),
-        "another shape.*final_norm",
+        "another shape.*final",
     ),
     "a transposed matrix": (
         change_state(lambda s: s.update({"blocks.0.mlp.0.weight": s["blocks.0.mlp.0.weight"].T})),

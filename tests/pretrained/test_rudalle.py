@@ -313,7 +313,7 @@ def test_inspection_names_it_and_its_licence(tmp_path: Path) -> None:
     report = inspect_checkpoint(InspectCheckpointArgs(tmp_path / "other.bin"))
     assert (report["fits"], report["mistyped"]) == (
         False,
-        ["logits_norm.bias: torch.bool, not torch.float32"],
+        ["final.1.bias: torch.bool, not torch.float32"],
     )
 
 

@@ -12,14 +12,14 @@ from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 from math import isqrt
+from operator import attrgetter
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
 from torch import Tensor
 
-from dalle.pretrained.dalle_pytorch.masks import DallePytorchConfig
-from dalle.pretrained.dalle_pytorch.model import DallePytorch
+from dalle.pretrained.dalle_pytorch.model import DallePytorch, DallePytorchConfig
 from dalle.pretrained.dalle_pytorch.vae import LICENCE
 from dalle.pretrained.family import CheckpointFormat, Shapes
 
@@ -29,7 +29,7 @@ _LAYER = re.compile(
     r"transformer\.layers\.(?:layers\.(\d+)\.([01])|blocks\.(\d+)\.([fg])\.net)\.(?:fn\.)*"
     r"(scale|norm\.\w+|norm_out\.\w+|to_qkv\.weight|to_out\.0\.\w+|net\.[03]\.\w+)"
 )
-_PARTS = {"to_qkv": "f.qkv", "to_out.0": "f.out", "net.0": "f.expand", "net.3": "f.project"}
+_PARTS = {"to_qkv": "f.qkv.0", "to_out.0": "f.out", "net.0": "f.expand", "net.3": "f.project"}
 _OTHERS = {
     "text_emb.weight": "text_embedding.weight",
     "image_emb.weight": "image_embedding.weight",
@@ -130,9 +130,7 @@ FAMILY = CheckpointFormat(
     ),
     configure=configure,
     build=DallePytorch,
-    vocabulary=lambda c: (
-        f"{c.text_vocab} text ids, {c.text_len} at a time; {c.image_vocab} codes in {c.grid[0]} rows"
-    ),
+    vocabulary=attrgetter("vocabulary"),
     rename=own_name,
     ignored=(f"{INSIDE}*", "text_emb.linear.*", "image_emb.linear.*", "logits_mask"),
     settle=_settle,

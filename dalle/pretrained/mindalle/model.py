@@ -1,7 +1,7 @@
-"""The transformer of minDALL-E 1.3B (Kakao Brain), to draw with.
+"""The transformer of minDALL-E 1.3B (Kakao Brain), for sampling.
 
-64 text ids and 256 image tokens, every one sees all before it. There is no start: the state of the last text id
-draws the first image token, and no state predicts the first text id. Empty slots of text are an ordinary id, [PAD].
+64 text ids and 256 image tokens, each of which sees all before it. There is no start: the state of the last text id
+predicts the first image token, and no state predicts the first text id. Empty text positions hold the id of [PAD].
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from dalle.nn.blocks import FP32LayerNorm
-from dalle.pretrained.external_blocks import BlockConfig, PlainTransformer, fp32_logits
-from dalle.pretrained.external_transformer import ForeignLayout
+from dalle.pretrained.external_blocks import BlockConfig
+from dalle.pretrained.external_transformer import (
+    ExternalConfig,
+    ExternalLayout,
+    ExternalTransformer,
+    fp32_logits,
+)
 
 
 @dataclass(frozen=True)
-class MinDalleLayout(ForeignLayout):
+class MinDalleLayout(ExternalLayout):
     """Text ids, filled up with one `pad`, then image tokens."""
 
     start: int | None = None
@@ -46,23 +51,17 @@ class MinDalleLayout(ForeignLayout):
 
 
 @dataclass(frozen=True)
-class MinDalleConfig:
-    """Shape of it; the defaults are the published model's."""
+class MinDalleConfig(ExternalConfig):
+    """Shape of the transformer; the defaults are the published model's. `text_vocab` counts [PAD]."""
 
     width: int = 1536
-    """D."""
+    heads: int = 24
+    text_len: int = 64
+    grid: tuple[int, int] = (16, 16)
+    text_vocab: int = 16384
+    image_vocab: int = 16384
     depth: int = 42
     """Layers."""
-    heads: int = 24
-    """Attention heads."""
-    text_len: int = 64
-    """Text ids."""
-    grid: tuple[int, int] = (16, 16)
-    """Rows and columns of image tokens."""
-    text_vocab: int = 16384
-    """Text ids, [PAD] among them."""
-    image_vocab: int = 16384
-    """Codes of the image tokenizer."""
     pad: int = 0
     """The id of [PAD]."""
     attention_bias: bool = True
@@ -73,55 +72,52 @@ class MinDalleConfig:
     """Or "sigmoid": x sigmoid(1.702 x)."""
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kind of each layer."""
+        return ("causal",) * self.depth
+
+    @property
     def layout(self) -> MinDalleLayout:
-        """Lengths and offsets of the stream."""
+        """See `ExternalConfig`."""
         return MinDalleLayout(self.text_len, self.grid, self.text_vocab, self.image_vocab, pad=self.pad)
 
     @property
     def blocks(self) -> BlockConfig:
-        """Shape of a layer."""
-        return BlockConfig(
-            self.width,
-            self.heads,
-            self.gelu,
-            matrices=3,
-            attention_bias=self.attention_bias,
-            mlp_bias=self.mlp_bias,
-        )
+        """See `ExternalConfig`."""
+        biases = {"qkv_bias": self.attention_bias, "out_bias": self.attention_bias, "mlp_bias": self.mlp_bias}
+        return BlockConfig(self.width, self.heads, self.gelu, matrices=3, **biases)
+
+    def image_mask(self, kind: str) -> Tensor:
+        """See `ExternalConfig`."""
+        return torch.ones(2 * (self.layout.num_image_tokens,), dtype=torch.bool).tril()
 
 
-class MinDalle(PlainTransformer):
+class MinDalle(ExternalTransformer):
     """`to_logits` is the output matrix of image tokens, `to_text_logits` that of text."""
 
     def __init__(self, config: MinDalleConfig):
+        super().__init__(config)
         layout, width = config.layout, config.width
-        with torch.device("cpu"):  # no part of a file, so it must have values when the rest is made without
-            causal = torch.ones(layout.num_image_tokens, layout.num_image_tokens, dtype=torch.bool).tril()
-        super().__init__(config, ("causal",) * config.depth, {"causal": causal}, layout.text_slots)
         self.text_embedding = nn.Embedding(layout.text_vocab, width)
         self.image_embedding = nn.Embedding(layout.image_vocab, width)
         self.text_position = nn.Embedding(layout.text_len, width)
         self.image_position = nn.Embedding(layout.num_image_tokens, width)
-        self.final_norm = FP32LayerNorm(width)
+        self.final = FP32LayerNorm(width)
         self.to_text_logits = nn.Linear(width, layout.text_vocab, bias=False)
         self.to_logits = nn.Linear(width, layout.image_vocab, bias=False)
 
     def embed_text(self, text: Tensor) -> Tensor:
-        """See `PlainTransformer`."""
+        """See `ExternalTransformer`."""
         return self.text_embedding(text) + self.text_position.weight[: text.shape[1]]
 
     def embed_image(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """See `PlainTransformer`."""
+        """See `ExternalTransformer`."""
         return self.image_embedding(tokens) + self.image_position(positions)
 
-    def final(self, x: Tensor) -> Tensor:
-        """See `PlainTransformer`."""
-        return self.final_norm(x)
-
-    def text_logits(self, hidden: Tensor, slots: Tensor | None = None) -> Tensor:
-        """States (..., D) of text slots -> fp32 (..., text_vocab)."""
-        return fp32_logits(hidden, self.to_text_logits.weight)
+    def text_logits(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+        """See `ExternalTransformer`."""
+        return fp32_logits(hidden, self.to_text_logits)
 
     def image_logits(self, hidden: Tensor) -> Tensor:
-        """States (..., D) of image slots -> fp32 (..., image_vocab)."""
-        return fp32_logits(hidden, self.to_logits.weight)
+        """See `ExternalTransformer`."""
+        return fp32_logits(hidden, self.to_logits)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isqrt
+from operator import attrgetter
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
@@ -39,7 +40,7 @@ _OTHERS = {
     "tok_emb_img": "image_embedding",
     "pos_emb_txt": "text_position",
     "pos_emb_img": "image_position",
-    "ln_f": "final_norm",
+    "ln_f": "final",
     "head_txt": "to_text_logits",
     "head_img": "to_logits",
 }
@@ -222,9 +223,7 @@ FAMILY = CheckpointFormat(
     marks=("tok_emb_txt.weight", "tok_emb_img.weight", "head_img.weight", "blocks.*.attn.query.weight"),
     configure=partial(configure, folder=Path()),
     build=MinDalle,
-    vocabulary=lambda c: (
-        f"{c.text_vocab} text ids, {c.text_len} at a time; {c.image_vocab} codes in {c.grid[0]} rows"
-    ),
+    vocabulary=attrgetter("vocabulary"),
     rename=own_name,
     ignored=("blocks.*.attn.mask",),
     settle=_settle,

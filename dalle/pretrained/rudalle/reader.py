@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from dalle.pretrained.external_transformer import stream_mask
 from dalle.pretrained.family import CheckpointFormat, Shapes
-from dalle.pretrained.rudalle.model import BEGIN, END, VERSIONS, Rudalle, RudalleConfig, image_sees
+from dalle.pretrained.rudalle.model import BEGIN, END, VERSIONS, Rudalle, RudalleConfig
 from dalle.text import BPETokenizer
 from dalle.text.external.youtokentome import YoutokentomeTokenizer
 
@@ -34,9 +35,9 @@ _OTHERS = {
     "text_pos_embeddings": "text_position",
     "image_row_embeddings": "row_position",
     "image_col_embeddings": "column_position",
-    "to_logits.0": "logits_norm",
+    "to_logits.0": "final.1",
     "to_logits.1": "to_logits",
-    "transformer.final_layernorm": "final_norm",
+    "transformer.final_layernorm": "final.0",
 }
 _PARTS = {
     "input_layernorm": "attention.norm",
@@ -68,7 +69,7 @@ def configure(shapes: Shapes, masks: Mapping[str, Tensor]) -> RudalleConfig:
         raise ValueError(
             f"no tensor tells its heads; they are known for {known}, and it has {depth} of {width}"
         )
-    return RudalleConfig(
+    config = RudalleConfig(
         width=width,
         depth=depth,
         heads=HEADS[depth, width],
@@ -76,21 +77,18 @@ def configure(shapes: Shapes, masks: Mapping[str, Tensor]) -> RudalleConfig:
         grid=(side, side),
         text_vocab=text_ids - text_len,
         image_vocab=shapes["image_embedding.weight"][0],
-        version=version_of(masks, text_len, side),
         sandwich="layers.0.attention.norm_out.weight" in shapes,
     )
+    return replace(config, version=version_of(config, masks))
 
 
-def version_of(masks: Mapping[str, Tensor], text_len: int, side: int) -> str:
-    """Which of VERSIONS the masks of a file are of.
-
-    Raises:
-        ValueError: a mask that is missing, or of neither version.
-    """
-    found = {kind: _read_mask(masks, name, text_len + side * side) for kind, name in MASKS.items()}
+def version_of(config: RudalleConfig, masks: Mapping[str, Tensor]) -> str:
+    """Which of VERSIONS the masks of a file belong to; ValueError for one that is missing, or for neither."""
+    size = config.text_len + config.grid[0] ** 2
+    found = {kind: _read_mask(masks, name, size) for kind, name in MASKS.items()}
     for version in VERSIONS:
-        expected = {kind: stream_mask(image_sees(kind, side, version), text_len) for kind in MASKS}
-        if all(torch.equal(found[kind], expected[kind]) for kind in MASKS):
+        named = replace(config, version=version)
+        if all(torch.equal(found[k], stream_mask(named.image_mask(k), config.text_len)) for k in MASKS):
             return version
     raise ValueError(
         f"its masks are neither those of {' nor of '.join(VERSIONS)}: a grid or a kernel of its own"
@@ -159,9 +157,7 @@ FAMILY = CheckpointFormat(
     ),
     configure=partial(configure, masks={}),
     build=Rudalle,
-    vocabulary=lambda c: (
-        f"{c.text_vocab} text ids, {c.text_len} at a time; {c.image_vocab} codes in {c.grid[0]} rows"
-    ),
+    vocabulary=attrgetter("vocabulary"),
     rename=own_name,
     ignored=tuple(f"{prefix}{name}" for prefix in ("", "transformer.") for name in MASKS.values()),
     settle=_settle,
