@@ -1,4 +1,4 @@
-"""What every benchmark needs: a training step, a clock that waits for the device, its rate at matrix products."""
+"""Shared parts of the benchmarks: a training step, a timer that synchronizes the device, reports."""
 
 import platform
 import time
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dalle.hub.registry import build_model
 from dalle.io.files import make_directory, write_json
+from dalle.layout import TokenLayout
 from dalle.schedules import Schedule
 from dalle.train.ema import EMA, EMAConfig
 from dalle.train.optimizer import OptimizerConfig, build_optimizers
@@ -19,7 +21,7 @@ from dalle.train.step import build_grad_scaler, train_step
 from dalle.types import Loss, Objective
 
 OPTIM = OptimizerConfig(lr=Schedule(1e-4, 1e-4), warmup=0)
-"""Of whatever is only timed."""
+"""The optimizer of steps that are only timed."""
 
 
 class Stepper:
@@ -49,7 +51,7 @@ class Stepper:
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of a call, the device's queue emptied before and after."""
+    """Wall time of a call; the device is synchronized before and after."""
     _wait(device)
     started = time.perf_counter()
     work()
@@ -63,27 +65,27 @@ def _wait(device: torch.device) -> None:
 
 
 def matmul_rate(device: torch.device, precision: str) -> float:
-    """Floating-point operations a second of a large matrix product here and now: the best of eight."""
+    """FLOP/s of a large matrix product: the best of eight."""
     side = 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, device=device, dtype=DTYPES[precision])
     times = [seconds_of(lambda: a @ a, device) for _ in range(8)]
     return 2 * side**3 / min(times)
 
 
+def random_ids(layout: TokenLayout, batch_size: int) -> Tensor:
+    """Random joint ids, int64 (B, N), every text position in use."""
+    text = torch.randint(layout.text_vocab, (batch_size, layout.text_len))
+    return layout.pack(text, torch.randint(layout.image_vocab, (batch_size, layout.num_image_tokens)))
+
+
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    found = {
+    """The machine and software of a report."""
+    cpu = platform.processor() or platform.machine()
+    return {
         "device": device.type,
-        "name": name,
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-    }
-    return found | {
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "system": platform.system(),
@@ -91,7 +93,21 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def save_report(report: dict[str, Any], path: Path | None) -> None:
-    """JSON where a benchmark's --json says."""
+    """Writes the report as JSON where --json says."""
     if path:
         make_directory(path.parent)
         write_json(path, report)
+
+
+def print_results(report: dict[str, Any]) -> None:
+    """What was measured on, then a line for each of the results."""
+    print(
+        "  ".join(f"{name} {_short(value)}" for name, value in report.items() if not isinstance(value, dict))
+    )
+    print(", ".join(f"{name} {value}" for name, value in report["hardware"].items()))
+    for name, line in report["results"].items():
+        print(f"  {name:14}", "  ".join(f"{key} {_short(value)}" for key, value in line.items()))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

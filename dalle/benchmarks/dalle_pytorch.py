@@ -1,8 +1,8 @@
-"""DALLE-pytorch (lucidrains, version 1.6.6) with the shapes of ours, training and drawing, for the benchmarks alone.
+"""DALLE-pytorch (lucidrains, version 1.6.6) at the shapes of our transformer, training and sampling: the baseline.
 
-Its import still asks for two modules that have since vanished from other packages; stand-ins are there while it
-is imported and gone afterwards. It trains in fp32, shifts tokens and rotates queries and keys by default, its MLP
-is GEGLU (3 matrices of 4 D x D, ours has 2), and it computes the logits of both vocabularies at every position.
+Its import needs two modules that other packages no longer have; stand-ins exist while it is imported. It trains in
+fp32, shifts tokens and rotates queries and keys by default, its MLP is GEGLU (3 matrices of 4 D x D, ours has 2), and it
+computes the logits of both vocabularies at every position.
 """
 
 import importlib
@@ -16,20 +16,13 @@ import torch
 
 from dalle.transformer import TransformerConfig
 
-MIX = (
-    "axial_row",
-    "axial_col",
-    "axial_row",
-    "axial_row",
-)  # the nearest that it has to the paper's row and column
-
 
 class DallePytorchStep:
     """A model of that package with AdamW; a call is one training step.
 
     Args:
         config: shapes; the grid must be square with a side that is a power of 2.
-        batch_size: streams in a step.
+        batch_size: sequences per step.
         attn_types: its kinds of layers, repeated to the depth.
         device: where it runs.
 
@@ -37,7 +30,7 @@ class DallePytorchStep:
         ValueError: the package is not installed, or cannot have these shapes.
     """
 
-    flops = None  # what it needs is not counted; what it executes is
+    flops = None  # not known by formula; what it executes is counted
 
     def __init__(
         self, config: TransformerConfig, batch_size: int, attn_types: tuple[str, ...], device: torch.device
@@ -62,8 +55,8 @@ class DallePytorchStep:
         return {"parameters": parameters, "precision": "fp32", "attn_types": list(self.attn_types)}
 
 
-class DallePytorchDraw:
-    """A model of that package that draws image tokens of one image, its cache on.
+class DallePytorchSampler:
+    """A model of that package that samples the tokens of one image, with its cache.
 
     Its `generate_images(use_cache=True)` drops the cache on the way to the model unless guidance is on too, so the
     model is called here as that function calls it, with the cache. Arguments and errors as `DallePytorchStep`.
@@ -76,13 +69,13 @@ class DallePytorchDraw:
 
     @torch.no_grad()
     def __call__(self, tokens: int) -> torch.Tensor:
-        """The first so many image tokens, int64 (1, tokens)."""
+        """The first image tokens, int64 (1, tokens)."""
         image, cache = self.text[:, :0], {}
         for _ in range(tokens):
             logits = self.model(self.text, image, cache=cache)[:, -1, self.offset :]
-            kept = logits.topk(max(1, self.codes // 2), dim=-1)  # its own default: the likelier half
-            drawn = kept.indices.gather(1, torch.multinomial(kept.values.softmax(-1), 1))
-            image = torch.cat([image, drawn], dim=1)
+            top = logits.topk(max(1, self.codes // 2), dim=-1)  # its own default: the likelier half
+            sample = top.indices.gather(1, torch.multinomial(top.values.softmax(-1), 1))
+            image = torch.cat([image, sample], dim=1)
         return image
 
     def facts(self) -> dict[str, Any]:
@@ -96,12 +89,12 @@ def _build(config: TransformerConfig, attn_types: tuple[str, ...]) -> torch.nn.M
         raise ValueError(f"dalle-pytorch takes square grids of a power of 2, got {rows} x {columns}")
     package = _import()
     torch.manual_seed(0)
-    codes = package.DiscreteVAE(
+    vae = package.DiscreteVAE(
         image_size=2 * rows, num_layers=1, num_tokens=config.image_vocab, codebook_dim=8, hidden_dim=8
     )  # frozen and never called: ids come in
     return package.DALLE(
         dim=config.width,
-        vae=codes,
+        vae=vae,
         num_text_tokens=config.text_vocab,
         text_seq_len=config.text_len,
         depth=config.depth,
@@ -117,7 +110,7 @@ def _import() -> ModuleType:
             return importlib.import_module("dalle_pytorch")
     except ImportError as error:
         raise ValueError(
-            f"--against dalle-pytorch cannot import it ({error}); pip install dalle-pytorch==1.6.6 beside this package"
+            f"--baseline dalle-pytorch cannot import it ({error}); pip install dalle-pytorch==1.6.6"
         ) from None
 
 

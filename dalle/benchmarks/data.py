@@ -1,11 +1,11 @@
-"""How fast data come: images and tokens a second, and how long a training step waits for them.
+"""Data loading throughput: images and tokens per second, and the time a training step waits for data.
 
-A case is one source, one number of workers and one resolution, or the token cache. It is timed twice: batches
-alone, as fast as they come, and batches with a training step after each, where the wait is what is left of a
-batch's time when the step is over. Times on a shared machine swing, so every round times each case once, and the
-medians of the rounds and of the ratios within a round are reported.
+A case is one source, number of workers and resolution, or the token cache. It is timed twice: batches alone, and batches
+with a training step after each, where the wait is what remains of a batch's time when the step is over. Every round
+times each case once, and medians of the rounds and of the ratios within a round are reported.
 """
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -19,22 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.benchmarks.common import Stepper, hardware, save_report, seconds_of
+from dalle.benchmarks.common import Stepper, hardware, print_results, save_report, seconds_of
+from dalle.benchmarks.config import DataBenchmark
 from dalle.commands.train_transformer import TokenBatches, TrainTransformerArgs
-from dalle.data import DataConfig, Loader, StepOfPairs, TokenCache, open_dataset
+from dalle.data import Loader, StepOfPairs, TokenCache, open_dataset
 from dalle.data.token_cache import TokenCacheSpec
 from dalle.data.token_writer import TokenWriter
-from dalle.dvae import DVAEConfig
 from dalle.dvae.objective import DVAEObjective
-from dalle.io.files import make_directory
 from dalle.layout import TokenLayout
 from dalle.runs.args import load_text_input
 from dalle.shapes.dataset import ShapesDataset
 from dalle.text import BPETokenizer, TextTokenizerConfig, train_text_tokenizer
 from dalle.train import TrainConfig
-from dalle.train.precision import Precision, resolve_device, resolve_precision
+from dalle.train.precision import resolve_device, resolve_precision
 from dalle.train.step import to_device
-from dalle.transformer import TransformerConfig
 from dalle.transformer.objective import TransformerObjective
 from dalle.types import ImageTextBatch
 
@@ -43,98 +41,52 @@ STEPS = 10**6
 
 
 @dataclass(frozen=True)
-class DataBenchmark:
-    """Times sources of images and the token cache, alone and with a training step."""
-
-    sources: tuple[str, ...] = ("shapes",)
-    """Images and captions to compare, each as --data.path takes it; ratios are against the first case."""
-    workers: tuple[int, ...] = (0, 1)
-    """Processes that read ahead."""
-    resolutions: tuple[int, ...] = (64,)
-    """Pixels on a side."""
-    data: DataConfig = DataConfig()
-    """What else is set of the sources."""
-    dvae: DVAEConfig = DVAEConfig(widths=(64, 128, 256), downsample_factor=4, vocab_size=1024)
-    """The model whose step the images are read for."""
-    model: TransformerConfig = TransformerConfig(depth=8, heads=8)
-    """The model whose step the tokens are read for."""
-    tokens: Path | None = None
-    """Token cache of the model's grid; made up unless given."""
-    tokenizer: Path | None = None
-    """Text tokenizer of its captions; made up unless given."""
-    batch_size: int = 8
-    """Images in a step."""
-    batches: int = 4
-    """Batches timed in a round, alone and then with a step each."""
-    rounds: int = 3
-    """Times that every case is measured."""
-    precision: Precision = "auto"
-    """Of the steps: fp32, bf16 or fp16; auto takes bf16 where the device has it in hardware."""
-    device: str = "auto"
-    """cuda, mps or cpu; auto takes the first there is."""
-    json: Path | None = None
-    """File for the report; printed too."""
-
-    def __post_init__(self):
-        if min(self.batch_size, self.batches, self.rounds) < 1:
-            raise ValueError("batch-size, batches and rounds must be positive")
-        if not (self.sources and self.workers and self.resolutions):
-            raise ValueError("sources, workers and resolutions must name at least one each")
-        if min(self.workers) < 0:
-            raise ValueError(f"workers must be 0 or more, got {min(self.workers)}")
-
-
-@dataclass(frozen=True)
 class Case:
-    """One thing to time."""
+    """One way of loading data."""
 
     name: str
-    """What is read, in words."""
+    """Source, resolution and workers."""
     unit: str
-    """What is counted, images or tokens."""
+    """images or tokens."""
     count: int
-    """How many of them are in a batch."""
+    """Units in a batch."""
     load: Callable[[], Loader]
     """Opens the loader of batches."""
     step: Stepper
-    """What is done with a batch."""
+    """The training step that reads a batch."""
 
 
-def benchmark_data(run: DataBenchmark) -> dict[str, Any]:
-    """Times every case; writes --json."""
-    if run.json:
-        make_directory(run.json.parent)
-    device = resolve_device(run.device)
-    precision = resolve_precision(run.precision, device)
+def benchmark_data(args: DataBenchmark) -> dict[str, Any]:
+    """Times every case."""
+    device = resolve_device(args.device)
+    precision = resolve_precision(args.precision, device)
     with ExitStack() as stack:
-        cases = [*_images(run, device, precision), stack.enter_context(_tokens(run, device, precision))]
+        cases = [*_images(args, device, precision), stack.enter_context(_tokens(args, device, precision))]
         rounds = [
-            {case.name: measure(case, run.batches, device) for case in cases} for _ in range(run.rounds)
+            {case.name: measure(case, args.num_batches, device) for case in cases} for _ in range(args.rounds)
         ]
     report = {
-        "batch_size": run.batch_size,
+        "batch_size": args.batch_size,
         "precision": precision,
-        "cases": {case.name: line(case, rounds, cases[0].name) for case in cases},
+        "results": {case.name: summarize(case, rounds, cases[0].name) for case in cases},
         "hardware": hardware(device),
     }
-    save_report(report, run.json)
-    _print(report)
+    save_report(report, args.json)
+    print_results(report)
     return report
 
 
-def _images(run: DataBenchmark, device: torch.device, precision: str) -> list[Case]:
-    """Every source with every resolution and number of workers."""
-    step = Stepper("dvae", run.dvae, DVAEObjective(), device, precision)
+def _images(args: DataBenchmark, device: torch.device, precision: str) -> list[Case]:
+    """Every source at every resolution, with every number of workers."""
+    step = Stepper("dvae", args.dvae, DVAEObjective(), device, precision)
     cases = []
-    for source in run.sources:
-        for resolution in run.resolutions:
-            pairs = open_dataset(replace(run.data, path=source, resolution=resolution))
-            task = StepOfPairs(pairs, run.batch_size, 0, "transformer", pixels_of)
-            for workers in run.workers:
-                name = f"{source}, {resolution} x {resolution}, {workers} workers"
-                cases.append(
-                    Case(name, "images", run.batch_size, _loader(task, workers, run.data.prefetch), step)
-                )
+    for source, resolution in itertools.product(args.sources, args.resolutions):
+        pairs = open_dataset(replace(args.data, path=source, resolution=resolution))
+        task = StepOfPairs(pairs, args.batch_size, 0, "transformer", pixels_of)
+        for workers in args.workers:
+            name = f"{source}, {resolution} x {resolution}, {workers} workers"
+            loader = _loader(task, workers, args.data.prefetch)
+            cases.append(Case(name, "images", args.batch_size, loader, step))
     return cases
 
 
@@ -148,31 +100,35 @@ def pixels_of(batch: ImageTextBatch, step: int) -> Tensor:
 
 
 @contextmanager
-def _tokens(run: DataBenchmark, device: torch.device, precision: str) -> Iterator[Case]:
-    """The token cache, read as the transformer's training does."""
+def _tokens(args: DataBenchmark, device: torch.device, precision: str) -> Iterator[Case]:
+    """The token cache, read as in the training of the transformer."""
     with tempfile.TemporaryDirectory() as folder:
-        layout = run.model.layout
+        layout = args.config.layout
         captions = ShapesDataset(16).captions(range(2000))
-        text = load_text_input(run.tokenizer) if run.tokenizer else _made_up_text(captions, layout.text_vocab)
+        text = (
+            load_text_input(args.tokenizer)
+            if args.tokenizer
+            else _train_tokenizer(captions, layout.text_vocab)
+        )
         cache = (
-            TokenCache(run.tokens) if run.tokens else made_up_cache(Path(folder, "tokens"), layout, captions)
+            TokenCache(args.tokens) if args.tokens else random_cache(Path(folder, "tokens"), layout, captions)
         )
         training = TrainTransformerArgs(
-            model=run.model, train=TrainConfig(batch_size=run.batch_size), eval_samples=1
+            model=args.config, train=TrainConfig(batch_size=args.batch_size), eval_samples=1
         )
         batches = TokenBatches(cache, text, layout, training)
-        step = Stepper("transformer", run.model, TransformerObjective(), device, precision)
+        step = Stepper("transformer", args.config, TransformerObjective(), device, precision)
         yield Case(
-            "token cache", "tokens", run.batch_size * layout.seq_len, lambda: Loader(batches, STEPS), step
+            "token cache", "tokens", args.batch_size * layout.seq_len, lambda: Loader(batches, STEPS), step
         )
 
 
-def _made_up_text(captions: list[list[str]], vocab_size: int) -> BPETokenizer:
+def _train_tokenizer(captions: list[list[str]], vocab_size: int) -> BPETokenizer:
     words = (texts[0] for texts in captions)
     return train_text_tokenizer(words, TextTokenizerConfig(vocab_size=min(vocab_size, 1000)))
 
 
-def made_up_cache(folder: Path, layout: TokenLayout, captions: list[list[str]]) -> TokenCache:
+def random_cache(folder: Path, layout: TokenLayout, captions: list[list[str]]) -> TokenCache:
     """A cache of random tokens, one row for each list of captions."""
     plan = TokenCacheSpec(
         "random", "random", (layout.rows, layout.columns), layout.image_vocab, len(captions), shard=500
@@ -186,13 +142,13 @@ def made_up_cache(folder: Path, layout: TokenLayout, captions: list[list[str]]) 
     return writer.finish()
 
 
-def measure(case: Case, batches: int, device: torch.device) -> dict[str, float]:
-    """Seconds of a batch alone, of a step, and of the wait for a batch before a step."""
+def measure(case: Case, num_batches: int, device: torch.device) -> dict[str, float]:
+    """Seconds of a batch alone, of a training step, and of the wait for its batch."""
     waits, steps = [], []
     with case.load() as load:
         load(0)  # workers start, files open
-        alone = seconds_of(lambda: [load(i) for i in range(1, batches + 1)], device) / batches
-        for i in range(batches + 1, 2 * batches + 1):
+        alone = seconds_of(lambda: [load(i) for i in range(1, num_batches + 1)], device) / num_batches
+        for i in range(num_batches + 1, 2 * num_batches + 1):
             started = time.perf_counter()
             batch = to_device(load(i), device)
             waits.append(time.perf_counter() - started)
@@ -200,38 +156,16 @@ def measure(case: Case, batches: int, device: torch.device) -> dict[str, float]:
     return {"batch": alone, "wait": statistics.fmean(waits), "step": statistics.fmean(steps)}
 
 
-def line(case: Case, rounds: list[dict[str, dict[str, float]]], first: str) -> dict[str, float]:
+def summarize(case: Case, rounds: list[dict[str, dict[str, float]]], first: str) -> dict[str, float]:
     """A case's medians over the rounds."""
-    times = {
-        name: statistics.median(times[case.name][name] for times in rounds)
-        for name in ("batch", "wait", "step")
-    }
-    ratios = {
-        "times_as_fast_as_the_first": statistics.median(
-            t[first]["batch"] / t[case.name]["batch"] for t in rounds
-        ),
-        "times_as_fast_as_its_step": statistics.median(
-            t[case.name]["step"] / t[case.name]["batch"] for t in rounds
-        ),
-    }
+    times = [timed[case.name] for timed in rounds]
+    batch, wait, step = (statistics.median(t[name] for t in times) for name in ("batch", "wait", "step"))
     return {
-        f"{case.unit}_per_second": case.count / times["batch"],
-        "seconds_a_batch": times["batch"],
-        "seconds_a_step": times["step"],
-        "seconds_waited": times["wait"],
-        "share_waited": times["wait"] / (times["wait"] + times["step"]),
-        **ratios,
+        f"{case.unit}_per_sec": case.count / batch,
+        "batch_time": batch,
+        "step_time": step,
+        "data_time": wait,
+        "data_time_frac": wait / (wait + step),
+        "speedup_vs_first": statistics.median(t[first]["batch"] / t[case.name]["batch"] for t in rounds),
+        "speedup_vs_step": statistics.median(t["step"] / t["batch"] for t in times),
     }
-
-
-def _print(report: dict[str, Any]) -> None:
-    print(f"batches of {report['batch_size']}, steps in {report['precision']}, {report['hardware']}")
-    width = max(map(len, report["cases"]))
-    for name, numbers in report["cases"].items():
-        rate = next(iter(numbers))
-        print(
-            f"  {name:{width}}  {numbers[rate]:9.4g} {rate.replace('_per_', '/')}  "
-            f"{numbers['times_as_fast_as_the_first']:7.3g} x the first  "
-            f"{numbers['times_as_fast_as_its_step']:7.3g} x its step ({numbers['seconds_a_step']:.3g} s)  "
-            f"waits {numbers['share_waited']:.1%}"
-        )

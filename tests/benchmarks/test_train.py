@@ -11,12 +11,18 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle.benchmarks.attention import AttentionBenchmark, benchmark_attention
+from dalle.benchmarks.attention import benchmark_attention
+from dalle.benchmarks.config import (
+    AttentionBenchmark,
+    DataBenchmark,
+    MemoryBenchmark,
+    SampleBenchmark,
+    TrainBenchmark,
+)
 from dalle.benchmarks.dalle_pytorch import DallePytorchStep
-from dalle.benchmarks.memory import VARIANTS, MemoryBenchmark, benchmark_memory, plain_cross_entropies
-from dalle.benchmarks.train import TrainBenchmark, benchmark_training
-from dalle.commands.plot import ScalesImage, draw_scales
-from dalle.train.loggers import JSONLLogger, peak_memory
+from dalle.benchmarks.memory import VARIANTS, benchmark_memory, joint_cross_entropies
+from dalle.benchmarks.train import benchmark_training
+from dalle.train.loggers import peak_memory
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.losses import cross_entropies
 from dalle.transformer.sizes import training_flops
@@ -53,9 +59,9 @@ def test_the_report_compares_backends(tmp_path):
         )
     )
     report = json.loads(path.read_text(encoding="utf-8"))
-    lines = report["contenders"]
+    lines = report["results"]
     assert lines["dense"]["parameters"] == sum(p.numel() for p in Transformer(CONFIG).parameters())
-    assert lines["dense"]["times_as_fast_as_dense"] == 1
+    assert lines["dense"]["speedup_vs_dense"] == 1
     assert lines["blocks"]["seconds"] > 0
     assert lines["auto"]["attention"] == {"conv": "blocks", "row": "blocks"}
     assert report["hardware"]["torch"] == torch.__version__
@@ -75,7 +81,7 @@ def test_recomputing_executes_more_operations_and_needs_no_more(tmp_path):
         )
         for activation_checkpointing in (False, True)
     ]
-    plain, again = (report["contenders"]["dense"] for report in reports)
+    plain, again = (report["results"]["dense"] for report in reports)
     assert again["flops_executed"] > 1.2 * plain["flops_executed"]
     assert again["flops"] == plain["flops"]
 
@@ -105,13 +111,13 @@ def their_package(monkeypatch):
 
 
 def test_the_other_package_is_timed_with_the_same_shapes(their_package):
-    run = TrainBenchmark(**QUICK, backends=("blocks",), rounds=1, against="dalle-pytorch")
+    run = TrainBenchmark(**QUICK, backends=("blocks",), rounds=1, baseline="dalle-pytorch")
     report = benchmark_training(run)
-    line = report["contenders"]["dalle-pytorch"]
+    line = report["results"]["dalle-pytorch"]
     assert line["precision"] == "fp32"
     assert line["attn_types"] == ["axial_row", "axial_col", "axial_row", "axial_row"]
     assert line["parameters"] == 3
-    assert report["contenders"]["blocks"]["times_as_fast_as_dalle-pytorch"] > 0
+    assert report["results"]["blocks"]["speedup_vs_dalle-pytorch"] > 0
     assert "mfu" not in line
 
 
@@ -148,7 +154,7 @@ def test_plain_losses_equal_the_chunked_ones():
     model = Transformer(CONFIG)
     nn.init.normal_(model.to_logits.weight)
     ids = model.layout.pack(model.layout.pad_text([[3, 1], [], [5]]), torch.randint(13, (3, 16)))
-    torch.testing.assert_close(plain_cross_entropies(model, ids), cross_entropies(model, ids, 20))
+    torch.testing.assert_close(joint_cross_entropies(model, ids), cross_entropies(model, ids, 20))
 
 
 def test_peak_memory_of_a_process_is_not_that_of_its_parent():
@@ -177,9 +183,9 @@ def test_each_variant_of_memory_is_reported(monkeypatch, tmp_path, capsys):
     path = tmp_path / "report.json"
     benchmark_memory(MemoryBenchmark(**QUICK, batch_size=2, json=path))
     report = json.loads(path.read_text(encoding="utf-8"))
-    assert list(report["peak_gib"]) == list(VARIANTS)
+    assert list(report["results"]) == list(VARIANTS)
     assert report["joint_logits_gib"] == 4 * 2 * 22 * (11 + 6 + 13) / 2**30
-    assert "chunked logits, activation_checkpointing" in capsys.readouterr().out
+    assert "chunked logits, activation checkpointing" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -187,7 +193,8 @@ def test_chunks_of_logits_save_what_they_should_measured_in_processes_of_their_o
     """8,192 logits for each of 2 x 1,040 positions, 0.13 GiB in fp32, and their gradients are what chunks save."""
     config = TransformerConfig(1, 2, 8, 16, (32, 32), 8192, 8192)
     report = benchmark_memory(MemoryBenchmark(model=config, batch_size=2, precision="fp32", device="cpu"))
-    assert report["peak_gib"]["chunked logits"] < report["peak_gib"]["plain logits"] - 0.1
+    peaks = {name: line["peak_gib"] for name, line in report["results"].items()}
+    assert peaks["chunked logits"] < peaks["joint logits"] - 0.1
 
 
 def test_attention_is_timed_by_kind_and_summed_over_the_mix(tmp_path):
@@ -206,53 +213,66 @@ def test_attention_is_timed_by_kind_and_summed_over_the_mix(tmp_path):
     )
     report = json.loads(path.read_text(encoding="utf-8"))
     assert report["layers"] == {"row": 4, "column": 1, "conv": 1}
-    layer = report["seconds_of_a_layer"]
-    mix = 4 * layer["auto row"] + layer["auto column"] + layer["auto conv"]
-    assert report["seconds_of_the_mix"]["auto"] == pytest.approx(mix)
-    assert report["seconds_of_the_mix"]["causal sdpa"] == pytest.approx(6 * layer["causal sdpa causal"])
-    assert set(report["times_as_fast"]) == {"auto as causal sdpa", "sdpa as causal sdpa"}
-
-
-def test_figure_12_is_drawn_from_the_log_of_a_run(tmp_path):
-    log = JSONLLogger(tmp_path / "log.jsonl", 0)
-    for step in range(3):
-        log.write(step, {"loss": 1.0, "grad_scale_log2": [13.0 + step] * 8})
-    draw_scales(ScalesImage(tmp_path, tmp_path / "new" / "scales.png"))
-    assert (tmp_path / "new" / "scales.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_a_run_without_scales_cannot_be_drawn(tmp_path):
-    with pytest.raises(ValueError, match="give the directory of a training run"):
-        draw_scales(ScalesImage(tmp_path, tmp_path / "scales.png"))
-    JSONLLogger(tmp_path / "log.jsonl", 0).write(1, {"loss": 1.0})
-    with pytest.raises(ValueError, match="only runs with train"):
-        draw_scales(ScalesImage(tmp_path, tmp_path / "scales.png"))
+    layer, results = report["seconds_per_layer"], report["results"]
+    total = 4 * layer["auto row"] + layer["auto column"] + layer["auto conv"]
+    assert results["auto"]["total_seconds"] == pytest.approx(total)
+    assert results["causal sdpa"]["total_seconds"] == pytest.approx(6 * layer["causal sdpa causal"])
+    assert results["sdpa"]["speedup_vs_causal_sdpa"] > 0
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args_class", "words", "message"),
     [
-        ({"size": "13b"}, "unknown size '13b'; expected one of tiny"),
-        ({"rounds": 0}, "must be positive"),
-        ({"backends": ()}, "name at least one"),
-        ({"backends": ("flash9",)}, "unknown backend 'flash9'; expected one of auto"),
-        ({"peak_flops": -1.0}, "peak-flops must be positive"),
-    ],
-)
-def test_bad_settings_are_named(words, message):
-    with pytest.raises(ValueError, match=message):
-        TrainBenchmark(**words)
-
-
-@pytest.mark.parametrize(
-    ("run_class", "words", "message"),
-    [
-        (MemoryBenchmark, {"size": "13b"}, "unknown size '13b'"),
+        (TrainBenchmark, {"size": "13b"}, "unknown size '13b'; expected one of tiny"),
+        (TrainBenchmark, {"rounds": 0}, "rounds must be positive"),
+        (TrainBenchmark, {"backends": ()}, "one or more of"),
+        (TrainBenchmark, {"backends": ("flash9",)}, "unknown backend 'flash9'; expected one or more of auto"),
+        (TrainBenchmark, {"peak_flops": -1.0}, "peak-flops must be positive"),
         (MemoryBenchmark, {"batch_size": 0}, "batch-size must be positive"),
-        (AttentionBenchmark, {"heads": 0}, "must be positive"),
-        (AttentionBenchmark, {"backends": ("flash9",)}, "unknown backend 'flash9'"),
+        (AttentionBenchmark, {"heads": 0}, "heads must be positive"),
+        (AttentionBenchmark, {"backends": ("causal",)}, "unknown backend 'causal'"),
+        (SampleBenchmark, {"batch": (0,)}, "batch must be one or more positive"),
+        (SampleBenchmark, {"batch": ()}, "batch must be one or more positive"),
+        (SampleBenchmark, {"tokens": 1}, "tokens must be 4 to 1024, got 1"),
+        (DataBenchmark, {"num_batches": 0}, "num-batches must be positive"),
+        (DataBenchmark, {"sources": ()}, "must each name at least one"),
+        (DataBenchmark, {"workers": (-1,)}, "workers must be 0 or more, got -1"),
     ],
 )
-def test_bad_settings_of_the_others_are_named(run_class, words, message):
+def test_bad_settings_are_refused(args_class, words, message):
     with pytest.raises(ValueError, match=message):
-        run_class(**words)
+        args_class(**words)
+
+
+def test_the_script_runs_a_benchmark_by_name(script):
+    shape = [
+        "--model.depth",
+        "1",
+        "--model.heads",
+        "1",
+        "--model.head-dim",
+        "8",
+        "--model.grid",
+        "4",
+        "4",
+        "--model.conv-kernel",
+        "3",
+    ]
+    done = script(
+        "benchmark",
+        "sample",
+        "--batch",
+        "1",
+        "--tokens",
+        "4",
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+        *shape,
+    )
+    assert done.code == 0, done.err
+    assert "time_to_first_token" in done.out
+    done = script("benchmark", "underflow")
+    assert done.code == 1
+    assert "expected one of train, sample, data, attention, memory" in done.err

@@ -115,7 +115,9 @@ class TestModel:
         rounded = quantize_int8(cast_linear_weights(model, dtype))
         text, noise = model.layout.pad_text([[1, 2], [3]]), torch.rand(2, 3, 10, dtype=torch.float64)
         assert (
-            weight_like(rounded.layers[0].mlp.f.expand).dtype == rounded.init_kv_caches(1, 1)[0].image.dtype == dtype
+            weight_like(rounded.layers[0].mlp.f.expand).dtype
+            == rounded.init_kv_caches(1, 1)[0].image.dtype
+            == dtype
         )
         drawn = generate(rounded, text, noise, guidance=guidance, temperature=0)
         with inference_autocast(rounded):

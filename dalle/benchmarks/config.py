@@ -1,0 +1,180 @@
+"""Command-line arguments of the benchmarks (no torch here, so that --help answers at once)."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from dalle.data import DataConfig
+from dalle.dvae import DVAEConfig
+from dalle.train.precision import Precision
+from dalle.transformer import TransformerConfig
+from dalle.transformer.sizes import SIZES
+
+BACKENDS = ("auto", "dense", "sdpa", "blocks", "flex")
+MIX = ("axial_row", "axial_col", "axial_row", "axial_row")
+"""The layers of DALLE-pytorch that are nearest to the paper's row and column attention."""
+
+
+@dataclass(frozen=True)
+class BenchmarkArgs:
+    """What every benchmark takes."""
+
+    size: str | None = None
+    """A named size (tiny, 60m, 120m, 350m, 1.3b, 2.8b, 5.6b, 12b) instead of --model."""
+    model: TransformerConfig = TransformerConfig(depth=8, heads=8)
+    """Shape of the transformer."""
+    rounds: int = 1
+    """Timed rounds; medians are reported."""
+    precision: Precision = "auto"
+    """fp32, bf16 or fp16; auto takes bf16 where the hardware supports it."""
+    device: str = "auto"
+    """cuda, mps or cpu; auto takes the first available."""
+    json: Path | None = None
+    """File for the report, which is also printed."""
+
+    def __post_init__(self):
+        if self.size is not None and self.size not in SIZES:
+            raise ValueError(f"unknown size {self.size!r}; expected one of {', '.join(SIZES)}")
+        for name in ("rounds", "batch_size", "num_batches", "heads"):
+            if getattr(self, name, 1) < 1:
+                raise ValueError(f"{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The shape that is measured."""
+        return SIZES[self.size] if self.size else self.model
+
+
+def check_backends(backends: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """ValueError for none and for an unknown one."""
+    if not backends or (unknown := set(backends) - set(known)):
+        wrong = min(unknown) if backends else "none"
+        raise ValueError(f"unknown backend {wrong!r}; expected one or more of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class TrainBenchmark(BenchmarkArgs):
+    """Times training steps of a transformer on random tokens."""
+
+    backends: tuple[str, ...] = ("dense", "sdpa", "blocks")
+    """Attention backends to compare (also flex, auto, and causal: without sparse layers); ratios are to the first."""
+    baseline: Literal["none", "dalle-pytorch"] = "none"
+    """Another package to time in the same run, in fp32 as it trains: dalle-pytorch 1.6.6, if installed."""
+    attn_types: tuple[str, ...] = MIX
+    """Layers of that package, repeated to the depth: axial_row, axial_col, conv_like or full."""
+    batch_size: int = 2
+    """Sequences per step."""
+    rounds: int = 5
+    """Timed steps of each backend, after one warm-up step."""
+    compile: bool = False
+    """Compile each layer."""
+    activation_checkpointing: bool = False
+    """Recompute the inside of each resblock in the backward pass."""
+    peak_flops: float | None = None
+    """The device's peak FLOP/s in that precision, for MFU; known GPUs need none (dalle/train/throughput.py)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_backends(self.backends, (*BACKENDS, "causal"))
+        if self.peak_flops is not None and not self.peak_flops > 0:
+            raise ValueError(f"peak-flops must be positive, got {self.peak_flops}")
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The shape that is measured."""
+        return replace(super().config, activation_checkpointing=self.activation_checkpointing)
+
+
+@dataclass(frozen=True)
+class SampleBenchmark(BenchmarkArgs):
+    """Times sampling image tokens from a transformer with random weights."""
+
+    batch: tuple[int, ...] = (1, 8, 64)
+    """Candidates of one caption that are sampled together; several are measured one after the other."""
+    tokens: int | None = None
+    """Image tokens to sample; None samples whole images. Seconds per image are then by proportion, and early
+    tokens have fewer keys to read than late ones."""
+    int8: bool = False
+    """Store the matrices of the layers in 8 bits."""
+    graph: bool = False
+    """On CUDA, record a step as one graph and replay it."""
+    compile: bool = False
+    """Compile a step; the time of compiling is reported apart."""
+    baseline: Literal["none", "dalle-pytorch"] = "none"
+    """Another package to time in the same run, with its cache on and in fp32: dalle-pytorch 1.6.6, if installed."""
+    attn_types: tuple[str, ...] = MIX
+    """Layers of that package, repeated to the depth: axial_row, axial_col, conv_like or full."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.batch or min(self.batch) < 1:
+            raise ValueError(f"batch must be one or more positive numbers, got {self.batch}")
+        image_tokens = self.config.layout.num_image_tokens
+        if self.tokens is not None and not 4 <= self.tokens <= image_tokens:
+            raise ValueError(f"tokens must be 4 to {image_tokens}, got {self.tokens}")
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens to sample of each image."""
+        return self.tokens or self.config.layout.num_image_tokens
+
+
+@dataclass(frozen=True)
+class AttentionBenchmark(BenchmarkArgs):
+    """Times attention over all layers of a model, by each backend and as causal attention."""
+
+    model: TransformerConfig = TransformerConfig()
+    """Layer kinds, head width and lengths; the paper's 64 layers by default."""
+    backends: tuple[str, ...] = ("auto", "sdpa", "blocks")
+    """Attention backends (also dense, flex)."""
+    batch_size: int = 1
+    """Sequences."""
+    heads: int = 16
+    """Heads; time grows in proportion to batch-size times heads."""
+    rounds: int = 10
+    """Timed rounds, after three warm-up rounds."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_backends(self.backends, BACKENDS)
+
+
+@dataclass(frozen=True)
+class MemoryBenchmark(BenchmarkArgs):
+    """Measures the peak memory of forward and backward, without an optimizer, in four variants."""
+
+    batch_size: int = 8
+    """Sequences per step."""
+
+
+@dataclass(frozen=True)
+class DataBenchmark(BenchmarkArgs):
+    """Times image sources and the token cache, alone and with a training step."""
+
+    sources: tuple[str, ...] = ("shapes",)
+    """Images and captions to compare, each as --data.path takes it; ratios are to the first case."""
+    workers: tuple[int, ...] = (0, 1)
+    """Worker processes."""
+    resolutions: tuple[int, ...] = (64,)
+    """Pixels on a side."""
+    data: DataConfig = DataConfig()
+    """Other settings of the sources."""
+    dvae: DVAEConfig = DVAEConfig(widths=(64, 128, 256), downsample_factor=4, vocab_size=1024)
+    """The model whose training step reads the images."""
+    tokens: Path | None = None
+    """Token cache of the transformer's grid; random tokens by default."""
+    tokenizer: Path | None = None
+    """Text tokenizer of its captions; trained on shapes captions by default."""
+    batch_size: int = 8
+    """Samples per step."""
+    num_batches: int = 4
+    """Batches timed in a round, alone and then with a step each."""
+    rounds: int = 3
+    """Times that every case is measured."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.sources and self.workers and self.resolutions):
+            raise ValueError("sources, workers and resolutions must each name at least one")
+        if min(self.workers) < 0:
+            raise ValueError(f"workers must be 0 or more, got {min(self.workers)}")

@@ -1,0 +1,45 @@
+"""Measure speed and memory; every figure that the documentation quotes comes from here.
+
+python scripts/benchmark.py train --model.depth 8 --model.heads 8 --batch-size 2
+python scripts/benchmark.py train --size 120m --precision bf16 --json report.json
+python scripts/benchmark.py train --baseline dalle-pytorch --precision fp32
+python scripts/benchmark.py sample --batch 1 8 64 --json report.json
+python scripts/benchmark.py sample --baseline dalle-pytorch --tokens 32
+python scripts/benchmark.py data --sources my/images my/tars --workers 0 2 --resolutions 64 256
+python scripts/benchmark.py attention --heads 4
+python scripts/benchmark.py memory --size 60m
+"""
+
+import sys
+from importlib import import_module
+
+from dalle.benchmarks.config import (
+    AttentionBenchmark,
+    DataBenchmark,
+    MemoryBenchmark,
+    SampleBenchmark,
+    TrainBenchmark,
+)
+from dalle.config import overview, parse, tell_errors
+
+BENCHMARKS = {  # arguments, and the function of dalle.benchmarks.NAME
+    "train": (TrainBenchmark, "benchmark_training"),
+    "sample": (SampleBenchmark, "benchmark_sampling"),
+    "data": (DataBenchmark, "benchmark_data"),
+    "attention": (AttentionBenchmark, "benchmark_attention"),
+    "memory": (MemoryBenchmark, "benchmark_memory"),
+}
+
+
+def main() -> None:
+    """Runs the benchmark that the first word names."""
+    with tell_errors():
+        overview(sys.argv[1:], __doc__, "NAME --help explains the options of a benchmark.")
+        name = sys.argv[1] if len(sys.argv) > 1 else ""
+        if name not in BENCHMARKS:
+            raise ValueError(
+                f"missing or unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}"
+            )
+        args_class, function = BENCHMARKS[name]
+        args = parse(args_class, sys.argv[2:], description=__doc__)
+        getattr(import_module(f"dalle.benchmarks.{name}"), function)(args)

@@ -1,0 +1,202 @@
+"""fp16 gradient underflow: one loss scale against one scale per resblock (Section 2.4, Appendix D, Figure 12).
+
+The gradients of a small model do not spread as those of a billion parameters do, so the study spreads them: a gradient
+is multiplied by a power of two on its way into a resblock and divided by it on its way out. The forward pass and, in
+fp32, AdamW's updates stay the same up to rounding. CPU autocast computes in real fp16, so gradients do underflow.
+
+python scripts/studies/fp16_underflow.py --plot underflow.png --plot-scales scales.png --json underflow.json
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from color_tokens import ColorTokens, plot_curves, small_transformer
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dalle.benchmarks.common import Stepper, hardware, save_report
+from dalle.config import parse, tell_errors
+from dalle.nn.blocks import ResidualBlock, scale_gradient
+from dalle.schedules import Schedule
+from dalle.train.grad_scaler import PerBlockGradScaler
+from dalle.train.lr_schedule import PlateauConfig
+from dalle.train.nonfinite import NonfiniteGuard
+from dalle.train.optimizer import OptimizerConfig
+from dalle.transformer import TransformerConfig
+from dalle.transformer.objective import TransformerObjective
+from dalle.viz.curves import scales_figure
+
+MAX_EXPONENT = 40  # beyond it the squares of the gradients, AdamW's variance, leave fp32
+
+
+class SingleGradScaler(PerBlockGradScaler):
+    """The same scale for every resblock, by the rule of torch.amp.GradScaler and its defaults.
+
+    It starts at 2^16, is doubled after 2000 finite updates in a row and halved by each update that is not.
+    """
+
+    def __init__(self, resblocks: list[ResidualBlock]):
+        super().__init__(resblocks)
+        self.values.fill_(2.0**16)
+        self.finite_in_a_row = 0
+
+    def update(self, finite: Tensor) -> None:
+        """After an update in which these resblocks, bool (blocks,), were finite."""
+        self.finite_in_a_row = self.finite_in_a_row + 1 if finite.all() else 0
+        if self.finite_in_a_row == 0:
+            self.values.mul_(0.5)
+        elif self.finite_in_a_row == 2000:
+            self.values.mul_(2.0)
+            self.finite_in_a_row = 0
+
+
+PER_BLOCK = "fp16, a scale per resblock"
+METHODS: dict[str, Callable[[list[ResidualBlock]], PerBlockGradScaler] | None] = {
+    "fp32": None,
+    "fp16, one scale": SingleGradScaler,
+    PER_BLOCK: PerBlockGradScaler,
+}
+
+
+@dataclass(frozen=True)
+class UnderflowStudy:
+    """Trains a deep narrow transformer in fp32 and in fp16 with one scale and with a scale per resblock."""
+
+    model: TransformerConfig = small_transformer(depth=8, head_dim=16, backend="sdpa")
+    """Shape of the transformer; image tokens are the pixels of 12 x 12 images."""
+    grad_exponents: tuple[int, ...] = (*[-22] * 15, 8)
+    """log2 of the factor on the gradients of each resblock."""
+    steps: int = 3000
+    """Updates of each training; a scale grows by one power of two in 1000."""
+    batch_size: int = 2
+    """Images in an update."""
+    lr: float = 2e-3
+    """Learning rate of AdamW, after a warm-up of 100 steps."""
+    seed: int = 0
+    """Seed of weights and images."""
+    log_every: int = 50
+    """Updates between two records of zero gradients and scales."""
+    plot: Path | None = None
+    """File for the losses and a map of zero gradients."""
+    plot_scales: Path | None = None
+    """File for Figure 12: the scale of each resblock."""
+    json: Path | None = None
+    """File for the report."""
+
+    def __post_init__(self):
+        if not 1 <= self.log_every <= self.steps:
+            raise ValueError(f"log-every must be 1 to {self.steps} steps, got {self.log_every}")
+        if (
+            len(self.grad_exponents) != 2 * self.model.depth
+            or max(map(abs, self.grad_exponents)) > MAX_EXPONENT
+        ):
+            raise ValueError(
+                f"grad-exponents must be one for each of {2 * self.model.depth} resblocks, within {MAX_EXPONENT} of 0; "
+                f"got {self.grad_exponents}"
+            )
+
+
+def fp16_underflow(args: UnderflowStudy) -> dict[str, Any]:
+    """Trains with every method; losses and shares of zeros are means over the last twentieth of the steps."""
+    curves = {method: _train(method, args) for method in METHODS}
+    tail = max(1, args.steps // 20)
+    results = {method: _summary(lines, tail) for method, lines in curves.items()}
+    report = {"results": results, "hardware": hardware(torch.device("cpu")), "curves": curves}
+    save_report(report, args.json)
+    if args.plot:
+        plot_underflow(curves, tail).savefig(args.plot, dpi=110)
+    if args.plot_scales:
+        lines = [line for line in curves[PER_BLOCK] if "grad_scale_log2" in line]
+        scales_figure(lines).savefig(args.plot_scales, dpi=100)
+    for method, line in results.items():
+        print(
+            f"{method:28}loss {line['loss']:.4f}  skipped {line['skipped']}  zeros {fmean(line['zeros']):.3f}"
+        )
+    return report
+
+
+def _train(method: str, args: UnderflowStudy) -> list[dict[str, Any]]:
+    """A line for each update: step, loss, skipped; each `log_every` also zeros and grad_scale_log2."""
+    scaler, cpu = METHODS[method], torch.device("cpu")
+    precision, optim = "fp16" if scaler else "fp32", optimizer(args.lr)
+    step = Stepper(
+        "transformer", args.model, TransformerObjective(), cpu, precision, optim=optim, seed=args.seed
+    )
+    if scaler:
+        step.state.scales = scaler(step.model.resblocks())
+    step.state.extras["nonfinite"] = NonfiniteGuard(limit=8)
+    spread_gradients(step.model.resblocks(), args.grad_exponents)
+    data = ColorTokens(args.model.layout, args.seed)
+    lines = []
+    for update in tqdm(range(1, args.steps + 1), desc=method, unit="update", disable=None):
+        loss = step(data(range((update - 1) * args.batch_size, update * args.batch_size)))
+        line = {"step": update, "loss": float(loss.total.detach()), "skipped": loss.metrics["skipped"]}
+        if update % args.log_every == 0:
+            line["zeros"] = zero_fractions(step.model.resblocks())
+            if scaler:
+                line["grad_scale_log2"] = step.state.scales.values.log2().tolist()
+        lines.append(line)
+    return lines
+
+
+def optimizer(lr: float) -> OptimizerConfig:
+    """AdamW that does not depend on the size of gradients: no clipping, and an eps far below all but noise."""
+    return OptimizerConfig(
+        lr=Schedule(lr, lr),
+        warmup=100,
+        eps=1e-18,
+        clip=None,
+        variance_clip=None,
+        plateau=PlateauConfig(halvings=0),
+    )
+
+
+def spread_gradients(blocks: Sequence[ResidualBlock], exponents: Sequence[int]) -> None:
+    """Multiplies the gradients of each block's parameters by a power of two."""
+    for block, exponent in zip(blocks, exponents, strict=True):
+        into, out = torch.tensor(2.0**exponent), torch.tensor(2.0**-exponent)
+        block.register_forward_pre_hook(lambda _, x, out=out: (scale_gradient(x[0], out), *x[1:]))
+        block.register_forward_hook(lambda _, _x, y, into=into: scale_gradient(y, into))
+
+
+def zero_fractions(blocks: list[nn.Module]) -> list[float]:
+    """The fraction of gradient elements of each block that are exactly 0."""
+    gradients = [torch.cat([p.grad.flatten() for p in block.parameters()]) for block in blocks]
+    return [float((gradient == 0).float().mean()) for gradient in gradients]
+
+
+def _summary(lines: list[dict[str, Any]], tail: int) -> dict[str, Any]:
+    recorded = [line["zeros"] for line in lines if "zeros" in line]
+    recent = recorded[-max(1, tail * len(recorded) // len(lines)) :]
+    return {
+        "loss": fmean(line["loss"] for line in lines[-tail:]),
+        "skipped": lines[-1]["skipped"],
+        "zeros": [fmean(fractions) for fractions in zip(*recent, strict=True)],
+    }
+
+
+def plot_underflow(curves: dict[str, list[dict[str, Any]]], window: int) -> Figure:
+    """Losses of each method; then maps of the fractions of zero gradients, resblocks over updates."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    left, *maps = figure.subplots(1, len(METHODS))
+    losses = {method: [line["loss"] for line in lines] for method, lines in curves.items()}
+    plot_curves(left, "loss", losses, window)
+    for axis, method in zip(maps, list(METHODS)[1:], strict=True):
+        zeros = np.array([line["zeros"] for line in curves[method] if "zeros" in line]).T
+        extent = (0, len(curves[method]), len(zeros) + 0.5, 0.5)
+        image = axis.imshow(zeros, "magma", vmin=0, vmax=1, aspect="auto", extent=extent)
+        axis.set_title(method, fontsize=9)
+        axis.set_xlabel("update", fontsize=8)
+    figure.colorbar(image, ax=maps, label="fraction of gradient elements that are 0")
+    return figure
+
+
+if __name__ == "__main__":
+    with tell_errors():
+        fp16_underflow(parse(UnderflowStudy, description=__doc__))

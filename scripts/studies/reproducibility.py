@@ -1,0 +1,149 @@
+"""Agreement of samples of one seed across batch sizes, number formats and devices.
+
+For one batch size, format and device, samples are equal bit for bit. Elsewhere the last bits of a matrix product may
+differ, which once in a while decides a token, and the rest of that image then differs too. The change in the model
+itself is given in nats per token: for samples of the reference, the mean log-likelihood by the reference less that by
+the other setting estimates, at temperature 1, the Kullback-Leibler divergence of the two models.
+
+python scripts/studies/reproducibility.py --model runs/quickstart/model --candidates 64
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle.benchmarks.common import hardware, save_report
+from dalle.config import parse, tell_errors
+from dalle.pipelines.dalle import DALLE
+from dalle.train.precision import Precision, resolve_device, resolve_precision
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How images are sampled."""
+
+    batch: int
+    precision: str
+    device: str
+    int8: bool = False
+
+    def __str__(self):
+        matrices = ", int8 matrices" if self.int8 else ""
+        return f"batch {self.batch}, {self.precision}{matrices}, {self.device}"
+
+
+@dataclass(frozen=True)
+class ReproducibilityStudy:
+    """Samples the same candidates in several settings and counts the images whose tokens are all equal."""
+
+    model: Path = Path("runs/quickstart/model")
+    """Model directory."""
+    prompts: tuple[str, ...] = (
+        "a red circle above a blue square on a white background",
+        "a small green triangle at the top left on a black background",
+    )
+    """Captions."""
+    candidates: int = 64
+    """Candidates of each caption."""
+    batch: tuple[int, ...] = (16, 1, 8, 64)
+    """Batch sizes; the first is the reference."""
+    precision: tuple[Precision, ...] = ("fp32", "bf16")
+    """Number formats at the first batch size; the first is the reference."""
+    int8: bool = True
+    """Also int8 matrices, at the first batch size and in each number format."""
+    devices: tuple[str, ...] = ("auto",)
+    """Devices at the first batch size and format; the first is the reference."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    seed: int = 0
+    """Sampling seed."""
+    json: Path | None = None
+    """File for the report."""
+
+    def __post_init__(self):
+        if len(self.prompts) * self.candidates < 2:
+            raise ValueError(
+                "a standard error needs two images or more; raise candidates, or give more prompts"
+            )
+
+
+def reproducibility(args: ReproducibilityStudy) -> dict[str, Any]:
+    """Fractions of images and tokens equal to the reference's, and nats per token lost to other formats."""
+    reference, *others = settings(args)
+    model = DALLE.from_pretrained(args.model, reference.device)
+    expected = sample(args, model, reference)
+    report = {
+        "reference": str(reference),
+        "images": len(args.prompts) * args.candidates,
+        "tokens_per_image": expected.shape[-1],
+        "equal": {str(other): equal_fractions(sample(args, model, other), expected) for other in others},
+        "nats_lost_per_token": nats_lost(args, model, reference, others, expected),
+        "model_hash": model.hash,
+        "hardware": hardware(torch.device(reference.device)),
+    }
+    save_report(report, args.json)
+    print(f"{report['images']} images of {report['tokens_per_image']} tokens; equal to {reference}:")
+    for name, equal in report["equal"].items():
+        mean, error = report["nats_lost_per_token"].get(name, (0, 0))
+        nats = f"  nats lost per token {mean:.2g} (+- {error:.1g})" if error else ""
+        print(f"  {name:36}images {equal['images']:.3f}  tokens {equal['tokens']:.3f}{nats}")
+    return report
+
+
+def settings(args: ReproducibilityStudy) -> list[Setting]:
+    """The reference, then those that differ from it in one respect."""
+    devices = [resolve_device(device) for device in args.devices]
+    formats = [resolve_precision(precision, devices[0]) for precision in args.precision]
+    first = Setting(args.batch[0], formats[0], devices[0].type)
+    candidates = [
+        *(replace(first, batch=batch) for batch in args.batch),
+        *(replace(first, precision=name) for name in formats),
+        *(replace(first, precision=name, int8=True) for name in formats if args.int8),
+        *(replace(first, device=device.type) for device in devices),
+    ]
+    return list(dict.fromkeys(candidates))
+
+
+def sample(args: ReproducibilityStudy, model: DALLE, setting: Setting) -> Tensor:
+    """Image tokens of all candidates, int64 (prompts, candidates, h * w)."""
+    if setting.device != model.device.type:
+        model = DALLE.from_pretrained(args.model, device=setting.device)
+    model = model.to_precision(setting.precision, setting.int8)
+    options = {"seed": args.seed, "temperature": args.temperature, "batch": setting.batch}
+    samples = []
+    for prompt in args.prompts:
+        generation = model.generate(prompt, n=args.candidates, best_of=args.candidates, **options)
+        order = torch.tensor(generation.candidates).argsort()
+        samples.append(generation.image_tokens[order].cpu())
+    return torch.stack(samples)
+
+
+def equal_fractions(tokens: Tensor, expected: Tensor) -> dict[str, float]:
+    """Of images whose tokens are all equal, and of single tokens."""
+    same = tokens == expected
+    return {"images": same.all(dim=-1).float().mean().item(), "tokens": same.float().mean().item()}
+
+
+def nats_lost(
+    args: ReproducibilityStudy, model: DALLE, reference: Setting, others: list[Setting], tokens: Tensor
+) -> dict[str, tuple[float, float]]:
+    """For each number format: the mean log-likelihood per token that the reference's samples lose, and its error."""
+
+    def nats(setting: Setting) -> Tensor:
+        rounded = model.to_precision(setting.precision, setting.int8)
+        pairs = zip(args.prompts, tokens, strict=True)
+        images = [rounded.log_likelihood(prompt, candidates).image for prompt, candidates in pairs]
+        return torch.cat(images).double() / tokens.shape[-1]
+
+    formats = [s for s in others if (s.batch, s.device) == (reference.batch, reference.device)]
+    expected = nats(reference)
+    lost = {str(setting): expected - nats(setting) for setting in formats}
+    return {name: (nats.mean().item(), nats.std().item() / len(nats) ** 0.5) for name, nats in lost.items()}
+
+
+if __name__ == "__main__":
+    with tell_errors():
+        reproducibility(parse(ReproducibilityStudy, description=__doc__))
