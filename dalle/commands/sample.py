@@ -13,9 +13,8 @@ from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import Generation, merge_generations
 from dalle.pipelines.prompts_file import words
 from dalle.pipelines.sample_prompts import FileSampler, write_images
-from dalle.pretrained.load import is_external_checkpoint
+from dalle.pretrained.load import holds_text_tokenizer, is_external_checkpoint, load_external_pipeline
 from dalle.pretrained.openai_clip import load_scorer
-from dalle.pretrained.whole import holds_text, load_external_pipeline
 from dalle.runs.args import ROOT, latest_run, load_stage, load_text_input
 from dalle.train.precision import Precision, precision_label, resolve_device
 from dalle.train.processes import Processes, processes
@@ -107,7 +106,7 @@ class SampleArgs:
         if self.prompts and not self.out:
             raise ValueError("--prompts needs --out, where the run is found again if it stops")
         parts = [name for name in ("dvae", "transformer", "clip", "tokenizer") if getattr(self, name)]
-        if self.foreign and not self.tokenizer and not holds_text(self.model):
+        if self.foreign and not self.tokenizer and not holds_text_tokenizer(self.model):
             raise ValueError(
                 f"{self.model} does not hold its text tokenizer; give --tokenizer, and --clip to rank"
             )

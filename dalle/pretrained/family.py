@@ -1,11 +1,11 @@
-"""What each reader tells of its format, and the comparison of a file with the model it should fill.
+"""Published checkpoint formats: detection by tensor names, comparison of keys, strict loading.
 
-A reader recognizes its format by names of tensors, takes every size from their shapes (file names and separate
-YAML files are often lost), and loads strictly: what is neither in the model nor on its list of things to leave
-out is an error. Programs that load what happens to match run half-empty models without a word.
+A format is recognized by the names of its tensors and takes every size from their shapes, since file names and separate
+YAML files are often lost. Loading is strict: a tensor that is neither in the model nor on the format's list of ignored
+ones is an error, since programs that load what happens to match run half-empty models silently.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -27,113 +26,135 @@ class CheckpointFormat:
     name: str
     """For people."""
     kind: str
-    """What it is here: "image tokenizer", "scorer" or "transformer"."""
-    licence: str
-    """Of the published weights, as far as known; a file of one's own making may have another."""
-    marks: tuple[str, ...]
-    """Patterns of names; it is this family if each is met."""
-    configure: Callable[[Shapes], Any]
-    """Own names and shapes -> configuration; ValueError for what cannot be held."""
+    """Its model here: "image tokenizer", "scorer" or "transformer"."""
+    license: str
+    """Of the published weights, as far as known; a user's own file may have another."""
+    key_patterns: tuple[str, ...]
+    """Patterns of tensor names; a file has this format if each matches a name."""
+    infer_config: Callable[[Shapes, "DetectedCheckpoint"], Any]
+    """Shapes by the model's names, and the file -> configuration; ValueError for what is not supported."""
     build: Callable[[Any], nn.Module]
     """Configuration -> a model without the file's weights."""
     vocabulary: Callable[[Any], str]
-    """Configuration -> what its ids are."""
-    rename: Callable[[str], str] = lambda name: name
-    """The file's name of a tensor -> the model's."""
+    """Configuration -> its ids, for people."""
+    rename: Callable[[str, Collection[str]], str] = lambda name, names: name
+    """The file's name of a tensor, and all its names -> the model's."""
     ignored: tuple[str, ...] = ()
-    """Patterns of names, of the file, that a model has no use for: losses of training, masks made anew."""
-    settle: Callable[["CheckpointFormat", Path, Any, Mapping[str, Tensor]], "CheckpointFormat"] | None = None
-    """Itself, the file, all that lies in it, its tensors -> itself with what no single name or shape tells."""
+    """Patterns of names that a model has no use for: losses of training, masks that are computed."""
 
-    def recognizes(self, names: Iterable[str]) -> bool:
-        """Whether a file with tensors of these names is of this family."""
-        names = list(names)
-        return all(any(fnmatchcase(name, mark) for name in names) for mark in self.marks)
+    def matches(self, names: Collection[str]) -> bool:
+        """Whether a file with tensors of these names has this format."""
+        return all(any(fnmatchcase(name, pattern) for name in names) for pattern in self.key_patterns)
+
+
+@dataclass(frozen=True)
+class DetectedCheckpoint:
+    """A file or folder of another program, and its format."""
+
+    path: Path
+    family: CheckpointFormat | None
+    """None if no known program writes such names."""
+    tensors: Mapping[str, Tensor]
+    tree: Any = None
+    """All of the file."""
+    container: str = ""
+    """See `dalle.pretrained.torch_file`."""
 
 
 @dataclass(frozen=True)
 class KeyComparison:
-    """How a file's tensors compare with the model that their shapes call for."""
+    """A file's tensors against the model that their shapes call for."""
 
     config: Any
     parameters: int
     missing: list[str] = field(default_factory=list)
-    extra: list[str] = field(default_factory=list)
-    misshapen: list[str] = field(default_factory=list)
-    mistyped: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    wrong_shape: list[str] = field(default_factory=list)
+    wrong_dtype: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
 
     def check(self, source: Path | str) -> None:
         """ValueError unless the file fills the model exactly."""
         for names, fault in (
             (self.missing, "lacks"),
-            (self.extra, "holds, beside the model,"),
-            (self.misshapen, "holds in another shape than the rest calls for"),
-            (self.mistyped, "holds in another kind of number than the model"),
+            (self.unexpected, "holds unexpected"),
+            (self.wrong_shape, "has, in another shape than the model,"),
+            (self.wrong_dtype, "has, in another dtype than the model,"),
         ):
             if names:
                 raise ValueError(f"{source} {fault} {len(names)} tensors, first {names[0]}")
 
 
-def compare_keys(family: CheckpointFormat, tensors: Mapping[str, Tensor]) -> KeyComparison:
-    """Compares a file with the model of its family, without reading a number of it (but ruDALL-E's masks).
+def compare_keys(found: DetectedCheckpoint) -> KeyComparison:
+    """Compares a file with the model of its format, by names, shapes and dtypes.
 
     Raises:
-        ValueError: sizes that the family's model cannot have.
+        ValueError: sizes that the format's model cannot have.
     """
-    kept, ignored = _own_names(family, tensors)
-    found = {name: tuple(tensor.shape) for name, tensor in kept.items()}
-    config, model = _empty_model(family, found)
+    family, (tensors, ignored) = found.family, _renamed(found)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        config = family.infer_config(shapes, found)
+        with meta_init():
+            model = family.build(config)
+    except KeyError as error:
+        raise ValueError(f"it looks like {family.name}, but lacks {error.args[0]}") from None
+    except ValueError as error:
+        if "to unpack" not in str(error):  # of a shape
+            raise
+        reason = f"a tensor has too many or few dimensions: {error}"
+        raise ValueError(f"it looks like {family.name}, but {reason}") from None
+    except (RuntimeError, ArithmeticError, IndexError, TypeError, AssertionError) as error:
+        raise ValueError(f"it looks like {family.name}, but has impossible sizes: {error}") from None
     state = model.state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    both = sorted(found.keys() & expected.keys())
-    other = [n for n in both if kept[n].dtype.is_floating_point != state[n].is_floating_point()]
+    both = sorted(shapes.keys() & expected.keys())
+    other = [n for n in both if tensors[n].is_floating_point() != state[n].is_floating_point()]
     return KeyComparison(
         config=config,
         parameters=sum(p.numel() for p in model.parameters()),
-        missing=sorted(expected.keys() - found.keys()),
-        extra=sorted(found.keys() - expected.keys()),
-        misshapen=[f"{n}: {found[n]}, not {expected[n]}" for n in both if found[n] != expected[n]],
-        mistyped=[f"{n}: {kept[n].dtype}, not {state[n].dtype}" for n in other],
+        missing=sorted(expected.keys() - shapes.keys()),
+        unexpected=sorted(shapes.keys() - expected.keys()),
+        wrong_shape=[f"{n}: {shapes[n]}, not {expected[n]}" for n in both if shapes[n] != expected[n]],
+        wrong_dtype=[f"{n}: {tensors[n].dtype}, not {state[n].dtype}" for n in other],
         ignored=ignored,
     )
 
 
-def load_weights(family: CheckpointFormat, tensors: Mapping[str, Tensor], source: Path | str) -> nn.Module:
-    """The family's model with a file's weights, in fp32 and eval mode, its parameters frozen.
+def load_weights(found: DetectedCheckpoint) -> nn.Module:
+    """The format's model with a file's weights, in fp32 and eval mode, its parameters frozen.
 
     Raises:
-        ValueError: tensors that are missing, unknown, of another shape, or whole numbers where the model has none.
+        ValueError: tensors that are missing, unexpected, of another shape or dtype, or not finite.
     """
     try:
-        comparison = compare_keys(family, tensors)
+        comparison = compare_keys(found)
     except ValueError as error:
-        raise ValueError(f"{source}, of {family.name}, cannot be held here: {error}") from None
-    comparison.check(source)
-    with without_values():
-        model = family.build(comparison.config)
-    floats = {}
-    for name, tensor in _own_names(family, tensors)[0].items():
-        value = tensor.clone(memory_format=torch.contiguous_format)  # no longer mapped from the file
-        if value.is_floating_point():
-            value = value.float()
-            if not torch.isfinite(value).all():
-                raise ValueError(f"{source}: {name} holds NaN or infinite values")
-        floats[name] = value
-    model.load_state_dict(floats, assign=True)
-    _leave_meta(model, source)
+        raise ValueError(f"{found.path}, of {found.family.name}, is not supported: {error}") from None
+    comparison.check(found.path)
+    with meta_init():
+        model = found.family.build(comparison.config)
+    state = {}
+    for name, tensor in _renamed(found)[0].items():
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        state[name] = tensor.to(dtype, memory_format=torch.contiguous_format, copy=True)  # unmaps the file
+        if tensor.is_floating_point() and not torch.isfinite(state[name]).all():
+            raise ValueError(f"{found.path}: {name} holds NaN or infinite values")
+    model.load_state_dict(state, assign=True)
+    left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    assert not left, f"{left} are neither in the state dict nor made on the CPU"
     return model.eval().requires_grad_(False)
 
 
 @contextmanager
-def without_values() -> Iterator[None]:
+def meta_init() -> Iterator[None]:
     """Modules made here have shapes and no numbers, whatever their size."""
-    with torch.device("meta"), _NoDraws():
+    with torch.device("meta"), _SkipRandomInit():
         yield
 
 
-class _NoDraws(TorchFunctionMode):
-    """Leaves out drawing initial weights: without numbers it does nothing, but torch imports 900 modules for it."""
+class _SkipRandomInit(TorchFunctionMode):
+    """Leaves out random initialization: without numbers it does nothing, but torch imports 900 modules for it."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (torch.Tensor.normal_, torch.Tensor.uniform_):
@@ -141,42 +162,20 @@ class _NoDraws(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _empty_model(family: CheckpointFormat, shapes: Shapes) -> tuple[Any, nn.Module]:
-    """(configuration, a model without values) for the shapes of a file."""
-    try:
-        config = family.configure(shapes)
-        with without_values():
-            return config, family.build(config)
-    except KeyError as error:
-        raise ValueError(f"it looks like {family.name}, but lacks {error.args[0]}") from None
-    except ValueError as error:
-        if "to unpack" not in str(error):  # of a shape
-            raise
-        raise ValueError(
-            f"it looks like {family.name}, but a tensor has too many or few dimensions: {error}"
-        ) from None
-    except (RuntimeError, ArithmeticError, IndexError, TypeError, AssertionError) as error:
-        raise ValueError(f"it looks like {family.name}, but has impossible sizes: {error}") from None
+def _renamed(found: DetectedCheckpoint) -> tuple[dict[str, Tensor], list[str]]:
+    """(tensors by the model's names, names ignored)."""
+    family, tensors, ignored = found.family, {}, []
+    for name, tensor in found.tensors.items():
+        if any(fnmatchcase(name, pattern) for pattern in family.ignored):
+            ignored.append(name)
+            continue
+        renamed = family.rename(name, found.tensors)
+        if renamed in tensors:
+            raise ValueError(f"two tensors stand for {renamed}, one of them {name}")
+        tensors[renamed] = tensor
+    return tensors, sorted(ignored)
 
 
-def _own_names(
-    family: CheckpointFormat, tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """(by the model's names, names left out)."""
-    ignored = [name for name in tensors if any(fnmatchcase(name, pattern) for pattern in family.ignored)]
-    left_out = set(ignored)
-    kept: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name not in left_out:
-            own = family.rename(name)
-            if own in kept:
-                raise ValueError(f"two tensors stand for {own}, one of them {name}")
-            kept[own] = tensor
-    return kept, sorted(ignored)
-
-
-def _leave_meta(model: nn.Module, source: Path | str) -> None:
-    """What a file does not hold (buffers made anew) must not have been left without values."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise AssertionError(f"{source}: {name} was made without values; build it outside of the state")
+def count_matches(names: Collection[str], pattern: str) -> int:
+    """How many names match, for layers and levels that no shape tells."""
+    return sum(fnmatchcase(name, pattern) for name in names)

@@ -1,24 +1,28 @@
-"""The one door to checkpoints of other programs: whose file is it, and the model in it."""
+"""Loading checkpoints of other programs: whose format a file has, and the model in it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from dalle.io.files import read_json
+from dalle.pipelines.dalle import DALLE
 from dalle.pretrained import openai_clip, openai_dvae, vqgan
-from dalle.pretrained.archive import is_archive, unpacked
+from dalle.pretrained.archive import extract, is_archive
 from dalle.pretrained.dalle_pytorch import reader as dalle_pytorch
 from dalle.pretrained.dalle_pytorch import vae as dalle_pytorch_vae
-from dalle.pretrained.family import CheckpointFormat, load_weights
+from dalle.pretrained.family import DetectedCheckpoint, load_weights
 from dalle.pretrained.mindalle import reader as mindalle
-from dalle.pretrained.refused import refuse_path, refuse_tensors
 from dalle.pretrained.rudalle import reader as rudalle
-from dalle.pretrained.rudalle import vqgan_dwt as vqgan_wavelets
-from dalle.pretrained.torch_file import read_torch_file, weights_of
+from dalle.pretrained.rudalle import vqgan_dwt
+from dalle.pretrained.rudalle.model import Rudalle
+from dalle.pretrained.torch_file import SavedFile, read_torch_file, weights_of
+from dalle.text import BPETokenizer
+from dalle.types import ImageTokenizer, Scorer
 
 FAMILIES = (
     dalle_pytorch.FAMILY,
@@ -27,123 +31,181 @@ FAMILIES = (
     openai_dvae.FAMILY,
     openai_clip.OPENAI,
     openai_clip.OPEN_CLIP,
-    vqgan_wavelets.FAMILY,
+    vqgan_dwt.FAMILY,
     vqgan.TAMING,
     vqgan.GUMBEL,
     vqgan.LLAMAGEN,
     dalle_pytorch_vae.FAMILY,
 )
 """In the order in which they are tried."""
-
-
-@dataclass(frozen=True)
-class DetectedCheckpoint:
-    """A file or folder of another program; its numbers are not yet read."""
-
-    path: Path
-    container: str
-    family: CheckpointFormat | None
-    """None where nobody is known who writes such names."""
-    tensors: Mapping[str, Tensor]
-    tree: Any = None
-    """All that lies in the file."""
+DALLE_MINI = (
+    "dalle-mini (also Craiyon): its decoder attends to an encoder of the caption, as in BART; "
+    "the transformer here is one stream with one kind of attention, and cannot compute that"
+)
+DEEPSPEED = (
+    "its weights are in pieces that only DeepSpeed joins; run the zero_to_fp32.py that it left there, and save the "
+    "result as `weights` beside the hparams of auxiliary.pt"
+)
+UNSUPPORTED = {
+    "min-dalle, a copy of dalle-mini: its encoder and decoder are those of BART, the transformer here is one stream": (
+        "layers.*.glu.fc0.weight",
+    ),
+    "LlamaGen's transformer: captions enter it as vectors of a T5 encoder, which is no part of this library": (
+        "cls_embedding.*",
+        "layers.*.attention.wqkv.weight",
+    ),
+    "the class-conditional transformer of taming-transformers: it reads no captions": (
+        "transformer.tok_emb.weight",
+        "transformer.blocks.*.attn.key.weight",
+    ),
+    "minDALL-E transferred to ImageNet: it reads no captions": ("*sos*", "*tok_emb_img.weight"),
+    "GLIDE or another diffusion model: it generates no tokens": ("input_blocks.*", "middle_block.*"),
+}
+"""Reason -> patterns of tensor names, each of which must match."""
 
 
 def is_external_checkpoint(path: Path) -> bool:
-    """Whether a path is a file, OpenAI's folder of two or minDALL-E's: none of this library's runs or directories."""
-    return (
-        path.is_file()
-        or mindalle.is_folder(path)
-        or any((path / f"{p}.pkl").is_file() for p in openai_dvae.PARTS)
-    )
+    """Whether a path is a file, OpenAI's folder of two or minDALL-E's: no run or model directory of this library."""
+    folders = [path / mindalle.STAGE2, *(path / f"{half}.pkl" for half in openai_dvae.HALVES)]
+    return path.is_file() or any(file.is_file() for file in folders)
 
 
 @contextmanager
-def at_hand(path: Path | str) -> Iterator[Path]:
-    """The path itself, or a folder to which minDALL-E's archive is unpacked, removed afterwards.
+def extracted(path: Path | str) -> Iterator[Path]:
+    """The path itself, or for minDALL-E's archive a temporary folder with its files.
 
     Raises:
         ValueError: an archive of something else, or one that is damaged or hostile.
     """
     if is_archive(Path(path)):
-        with unpacked(Path(path), mindalle.FILES) as folder:
+        with extract(Path(path), mindalle.FILES) as folder:
             yield folder
     else:
         yield Path(path)
 
 
 def detect_checkpoint(path: Path | str) -> DetectedCheckpoint:
-    """Whose checkpoint it is; of minDALL-E's folder the transformer.
+    """The format of a file or folder; of minDALL-E's folder the transformer's.
 
     Raises:
-        ValueError: a file that cannot be read, that would run code, or that is known and cannot be held.
+        ValueError: a file that cannot be read, that would run code, or whose format is not supported.
     """
     path = Path(path)
-    refuse_path(path)
+    check_supported_path(path)
     if mindalle.is_folder(path):
         path = path / mindalle.STAGE2
     if path.is_dir():
-        return DetectedCheckpoint(path, "two whole modules", openai_dvae.FAMILY, openai_dvae.gather(path))
-    saved = read_torch_file(path)
-    tensors = weights_of(saved.tree)
-    refuse_tensors(path, tensors, saved.tree)
-    found = _found(path, saved.container, saved.tree, tensors)
-    return replace(found, tensors=openai_dvae.gather(path)) if found.family is openai_dvae.FAMILY else found
+        tensors = openai_dvae.read_folder(path)
+        return DetectedCheckpoint(path, openai_dvae.FAMILY, tensors, container="two whole modules")
+    return _detect(read_torch_file(path))
 
 
-def _found(path: Path, container: str, tree: Any, tensors: Mapping[str, Tensor]) -> DetectedCheckpoint:
-    family = next((family for family in FAMILIES if family.recognizes(tensors)), None)
-    if family and family.settle:
-        family = family.settle(family, path, tree, tensors)
-    return DetectedCheckpoint(path, container, family, tensors, tree)
+def _detect(saved: SavedFile) -> DetectedCheckpoint:
+    tensors, tree = weights_of(saved.tree), saved.tree
+    if isinstance(tree, dict) and {"hparams", "vae_params"} <= tree.keys() and not tensors:
+        raise ValueError(
+            f"{saved.path} is the part of DALLE-pytorch's checkpoint beside DeepSpeed's folder: {DEEPSPEED}"
+        )
+    for reason, patterns in UNSUPPORTED.items():
+        if all(any(fnmatchcase(name, pattern) for name in tensors) for pattern in patterns):
+            raise ValueError(f"{saved.path} is not supported. It is of {reason}")
+    family = next((family for family in FAMILIES if family.matches(tensors)), None)
+    if family is openai_dvae.FAMILY:
+        tensors = openai_dvae.read_tensors(saved)
+    return DetectedCheckpoint(saved.path, family, tensors, tree, saved.container)
 
 
-def _inside(found: DetectedCheckpoint) -> DetectedCheckpoint:
-    """The image tokenizer that lies in a transformer's file; itself where there is none."""
+def check_supported_path(path: Path) -> None:
+    """ValueError for a file or folder of Flax, since only dalle-mini publishes those, and for DeepSpeed's folder."""
+    flax = path.suffix == ".msgpack" or (path / "flax_model.msgpack").is_file()
+    if not flax and (path / "config.json").is_file():
+        settings: Any = read_json(path / "config.json")
+        flax = isinstance(settings, dict) and settings.get("model_type") == "dallebart"
+    if flax:
+        raise ValueError(f"{path} is not supported. It is of {DALLE_MINI}")
+    if path.is_dir() and any(path.glob("global_step*")):
+        raise ValueError(f"{path} is a folder of DeepSpeed: {DEEPSPEED}")
+
+
+def _inner_tokenizer(found: DetectedCheckpoint) -> DetectedCheckpoint:
+    """The image tokenizer inside a transformer's file; the file itself where there is none."""
     prefix = dalle_pytorch.INSIDE
     tensors = {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}
     if found.family is None or found.family.kind != "transformer" or not tensors:
         return found
     tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    told = found.tree.get("vae_params") if isinstance(found.tree, dict) else None
-    inner = _found(found.path, found.container, {"hparams": told}, tensors)
-    return (
-        replace(inner, tensors=openai_dvae.whole_names(tensors))
-        if inner.family is openai_dvae.FAMILY
-        else inner
-    )
+    hparams = found.tree.get("vae_params") if isinstance(found.tree, dict) else None
+    return _detect(SavedFile(found.path, found.container, {"hparams": hparams, "state_dict": tensors}))
 
 
 def load_image_tokenizer(path: Path | str, device: str | torch.device = "cpu") -> nn.Module:
     """An `ImageTokenizer` from a published file, or from a folder of OpenAI's encoder.pkl and decoder.pkl.
 
-    Of DALLE-pytorch's dalle.pt and of minDALL-E's folder or archive it is the one that lies in it.
+    Of DALLE-pytorch's dalle.pt and of minDALL-E's folder or archive it is the one inside.
 
     Raises:
-        ValueError: no image tokenizer that is known, or one whose tensors are not all there.
+        ValueError: no known image tokenizer, or one with missing or unexpected tensors.
     """
-    with at_hand(path) as place:
-        inner = place / mindalle.STAGE1 if mindalle.is_folder(place) else place
-        return _load(_inside(detect_checkpoint(inner)), "image tokenizer").to(device)
+    with extracted(path) as place:
+        file = place / mindalle.STAGE1 if mindalle.is_folder(place) else place
+        return _load(_inner_tokenizer(detect_checkpoint(file)), "image tokenizer").to(device)
 
 
 def load_transformer(path: Path | str, device: str | torch.device = "cpu") -> nn.Module:
-    """A transformer of others that can be drawn with; `dalle.pretrained.whole.load_external_pipeline` joins it with the rest.
+    """A transformer of another program; `load_external_pipeline` joins it with its tokenizers.
 
     Raises:
-        ValueError: no transformer that is known, or one whose tensors are not all there.
+        ValueError: no known transformer, or one with missing or unexpected tensors.
     """
-    with at_hand(path) as place:
+    with extracted(path) as place:
         return _load(detect_checkpoint(place), "transformer").to(device)
 
 
 def _load(found: DetectedCheckpoint, kind: str) -> nn.Module:
     if found.family is None or found.family.kind != kind:
         what = (
-            f"of kind {found.family.kind!r} ({found.family.name})"
-            if found.family
-            else "of nobody that is known"
+            f"of kind {found.family.kind!r} ({found.family.name})" if found.family else "of an unknown format"
         )
         names = ", ".join(family.name for family in FAMILIES if family.kind == kind)
         raise ValueError(f"{found.path} is {what}, not a published {kind}; known are: {names}")
-    return load_weights(found.family, found.tensors, found.path)
+    return load_weights(found)
+
+
+def holds_text_tokenizer(path: Path) -> bool:
+    """Whether the text tokenizer is inside, as in minDALL-E's folder or archive."""
+    return mindalle.is_folder(path) or is_archive(path)
+
+
+def load_external_pipeline(
+    path: Path | str,
+    text: BPETokenizer | None = None,
+    dvae: ImageTokenizer | None = None,
+    scorer: Scorer | None = None,
+    device: str | torch.device = "cpu",
+) -> DALLE:
+    """A `DALLE` from a published transformer.
+
+    Args:
+        path: the file: DALLE-pytorch's dalle.pt or ruDALL-E's pytorch_model.bin; or minDALL-E's archive
+            1.3B.tar.gz, or its folder.
+        text: the text tokenizer of its training (see `dalle.text.load_text_tokenizer`), which only minDALL-E's
+            files hold. ruDALL-E's bpe.model is made to read lowercase.
+        dvae: the image tokenizer of its training; by default the one in the file or folder.
+        scorer: ranks images.
+
+    Raises:
+        ValueError: no such transformer, no text tokenizer, or parts that do not belong together.
+    """
+    with extracted(path) as place:
+        if text is None and not mindalle.is_folder(place):
+            raise ValueError(f"{path} does not hold its text tokenizer; give the one of its training")
+        text = mindalle.load_tokenizer(place) if text is None else text
+        transformer = load_transformer(place, device)
+        if isinstance(transformer, Rudalle):
+            text = rudalle.lowercase(text)
+            if dvae is None:
+                raise ValueError(
+                    f"{path} is ruDALL-E's transformer alone; give its image tokenizer too, a VQGAN"
+                )
+        dvae = load_image_tokenizer(place, device) if dvae is None else dvae
+        return DALLE(dvae, transformer, text, scorer)

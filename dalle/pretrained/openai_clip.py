@@ -1,13 +1,12 @@
 """CLIP for reranking: OpenAI's TorchScript archives and state dicts, and open_clip's checkpoints of the same layout.
 
 The towers are open_clip's; sizes come from shapes. One thing no shape tells is the activation: OpenAI's weights
-want x sigmoid(1.702 x), most of open_clip's want the exact GELU, and the wrong one loads without a word and ranks
-worse. OpenAI's files are known by three numbers that they keep beside the weights; for others it must be said.
+want x sigmoid(1.702 x), most of open_clip's want the exact GELU, and the wrong one loads silently and ranks worse.
+OpenAI's files are recognized by three numbers that they keep beside the weights; for others it is an argument.
 An architecture that is not this layout (timm towers, SigLIP) is opened by its name, with `PretrainedScorer`.
 """
 
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from dalle.clip import OpenClipScorer
-from dalle.pretrained.family import CheckpointFormat, Shapes, load_weights
+from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches, load_weights
 from dalle.pretrained.torch_file import read_torch_file, weights_of
 
 HEAD_WIDTH = 64  # Radford et al.: in every published model; shapes do not tell
@@ -25,58 +24,44 @@ CLIP_VOCAB = 49408  # ids of the byte-pair encoding that all of these read
 
 @dataclass(frozen=True)
 class PublishedCLIP:
-    """Shape of a published CLIP, in open_clip's words."""
+    """Shape of a published CLIP: of the shared space, and of both transformers; `text_len` counts both marks.
+
+    A ResNet has no patches, and in `vision_layers` the blocks of each stage.
+    """
 
     embed_width: int
-    """Width of the shared space."""
     image_size: int
-    """Pixels on a side."""
     vision_layers: int | tuple[int, ...]
-    """Layers of the vision transformer, or blocks of each stage of a ResNet."""
     vision_width: int
-    """Its width."""
     patch_size: int | None
-    """Pixels on a side of a patch; None for a ResNet."""
     text_len: int
-    """Text ids, both marks among them."""
     text_vocab: int
-    """Ids of the text tokenizer."""
     text_width: int
-    """Width of the text transformer."""
     text_layers: int
-    """Its layers."""
 
 
-def configure(shapes: Shapes) -> PublishedCLIP:
+def infer_config(shapes: Shapes, found: DetectedCheckpoint | None = None) -> PublishedCLIP:
     """Sizes from the shapes."""
     text_vocab, text_width = shapes["token_embedding.weight"]
-    vision = _vision_transformer(shapes) if "visual.proj" in shapes else _resnet(shapes)
+    if "visual.proj" in shapes:
+        width, _, patch, _ = shapes["visual.conv1.weight"]
+        scale, positions = patch, shapes["visual.positional_embedding"][0]
+        layers = count_matches(shapes, "visual.transformer.resblocks.*.attn.in_proj_weight")
+    else:
+        width, patch = shapes["visual.layer1.0.conv1.weight"][0], None
+        scale, positions = 32, shapes["visual.attnpool.positional_embedding"][0]
+        layers = tuple(count_matches(shapes, f"visual.layer{i}.*.conv1.weight") for i in (1, 2, 3, 4))
     return PublishedCLIP(
         embed_width=shapes["text_projection"][1],
-        **vision,
+        image_size=scale * round((positions - 1) ** 0.5),
+        vision_layers=layers,
+        vision_width=width,
+        patch_size=patch,
         text_len=shapes["positional_embedding"][0],
         text_vocab=text_vocab,
         text_width=text_width,
-        text_layers=_count(shapes, "transformer.resblocks.*.attn.in_proj_weight"),
+        text_layers=count_matches(shapes, "transformer.resblocks.*.attn.in_proj_weight"),
     )
-
-
-def _vision_transformer(shapes: Shapes) -> dict:
-    width, _, patch, _ = shapes["visual.conv1.weight"]
-    side = round((shapes["visual.positional_embedding"][0] - 1) ** 0.5)
-    layers = _count(shapes, "visual.transformer.resblocks.*.attn.in_proj_weight")
-    return {"image_size": patch * side, "vision_layers": layers, "vision_width": width, "patch_size": patch}
-
-
-def _resnet(shapes: Shapes) -> dict:
-    blocks = tuple(_count(shapes, f"visual.layer{stage}.*.conv1.weight") for stage in (1, 2, 3, 4))
-    side = round((shapes["visual.attnpool.positional_embedding"][0] - 1) ** 0.5)
-    width = shapes["visual.layer1.0.conv1.weight"][0]
-    return {"image_size": 32 * side, "vision_layers": blocks, "vision_width": width, "patch_size": None}
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    return sum(fnmatchcase(name, pattern) for name in shapes)
 
 
 def build(config: PublishedCLIP, quick_gelu: bool) -> nn.Module:
@@ -86,7 +71,7 @@ def build(config: PublishedCLIP, quick_gelu: bool) -> nn.Module:
     for name in ("vision_width", "text_width"):
         if getattr(config, name) % HEAD_WIDTH:
             raise ValueError(
-                f"{name} {getattr(config, name)} is no multiple of {HEAD_WIDTH}, the width of CLIP's heads"
+                f"{name} {getattr(config, name)} is no multiple of {HEAD_WIDTH}, CLIP's head width"
             )
     vision = CLIPVisionCfg(
         layers=config.vision_layers,
@@ -102,7 +87,7 @@ def build(config: PublishedCLIP, quick_gelu: bool) -> nn.Module:
         layers=config.text_layers,
     )
     model = CLIP(config.embed_width, vision, text, quick_gelu=quick_gelu)
-    with torch.device("cpu"):  # no part of a state dict, so it must have values when the rest is made without
+    with torch.device("cpu"):  # not in a state dict, so it needs values when the rest has none
         model.attn_mask = torch.full((config.text_len, config.text_len), -torch.inf).triu(1)
     return model
 
@@ -110,9 +95,9 @@ def build(config: PublishedCLIP, quick_gelu: bool) -> nn.Module:
 OPENAI = CheckpointFormat(
     name="OpenAI CLIP",
     kind="scorer",
-    licence="MIT, of github.com/openai/CLIP",
-    marks=("visual.*", "token_embedding.weight", "text_projection", "input_resolution"),
-    configure=configure,
+    license="MIT, of github.com/openai/CLIP",
+    key_patterns=("visual.*", "token_embedding.weight", "text_projection", "input_resolution"),
+    infer_config=infer_config,
     build=partial(build, quick_gelu=True),
     vocabulary=lambda config: f"{config.text_vocab} text ids, {config.text_len} at a time",
     ignored=NUMBERS,
@@ -120,10 +105,10 @@ OPENAI = CheckpointFormat(
 OPEN_CLIP = replace(
     OPENAI,
     name="open_clip CLIP",
-    licence="unknown; open_clip's own differ by training set",
-    marks=("*visual.*", "*token_embedding.weight", "*text_projection"),
+    license="unknown; open_clip's own differ by training set",
+    key_patterns=("*visual.*", "*token_embedding.weight", "*text_projection"),
     build=partial(build, quick_gelu=False),
-    rename=lambda name: name.removeprefix("module."),
+    rename=lambda name, names: name.removeprefix("module."),
     ignored=(),
 )
 
@@ -136,38 +121,29 @@ def load_scorer(
     Args:
         path: TorchScript archive or state dict of OpenAI; checkpoint of open_clip (.pt, .safetensors).
         device: where it runs.
-        quick_gelu: the activation; must be given for a file that does not tell whose it is.
+        quick_gelu: the activation; needed for a file that is not OpenAI's.
 
     Raises:
         ValueError: not a CLIP of this layout, another text tokenizer, or the activation is not known.
     """
+    import open_clip
+
     tensors = weights_of(read_torch_file(path).tree)
-    family = OPENAI if OPENAI.recognizes(tensors) else OPEN_CLIP
-    if not family.recognizes(tensors):
+    family = OPENAI if OPENAI.matches(tensors) else OPEN_CLIP
+    if not family.matches(tensors):
         raise ValueError(
             f"{path} is no CLIP of OpenAI's layout; open others by name with PretrainedScorer(name, file)"
         )
+    if family is OPENAI and quick_gelu is False:
+        raise ValueError(f"{path} is OpenAI's, which is trained with quick_gelu")
     if family is OPEN_CLIP:
         if quick_gelu is None:
             raise ValueError(
-                f"{path} does not tell its activation: give quick_gelu=True for OpenAI's weights and open_clip's "
+                f"{path} does not hold its activation: give quick_gelu=True for OpenAI's weights and open_clip's "
                 "'-quickgelu' models, quick_gelu=False for others"
             )
         family = replace(family, build=partial(build, quick_gelu=quick_gelu))
-    elif quick_gelu is False:
-        raise ValueError(f"{path} is OpenAI's, which is trained with quick_gelu")
-    if (vocab := tensors[_named(tensors, "token_embedding.weight")].shape[0]) != CLIP_VOCAB:
-        raise ValueError(
-            f"{path} reads {vocab} text ids, CLIP's tokenizer has {CLIP_VOCAB}: it needs another one"
-        )
-    return _scorer(load_weights(family, tensors, path), device)
-
-
-def _named(tensors: dict, ending: str) -> str:
-    return next(name for name in tensors if name.removeprefix("module.") == ending)
-
-
-def _scorer(model: nn.Module, device: str | torch.device) -> OpenClipScorer:
-    import open_clip
-
-    return OpenClipScorer(model.to(device), open_clip.SimpleTokenizer(context_length=model.context_length))
+    model = load_weights(DetectedCheckpoint(Path(path), family, tensors)).to(device)
+    if (vocab := model.vocab_size) != CLIP_VOCAB:
+        raise ValueError(f"{path} has {vocab} text ids, CLIP's tokenizer {CLIP_VOCAB}: it needs another one")
+    return OpenClipScorer(model, open_clip.SimpleTokenizer(context_length=model.context_length))

@@ -1,131 +1,98 @@
 """OpenAI's dVAE: encoder.pkl and decoder.pkl of github.com/openai/DALL-E, or a state dict of both.
 
-The published files are whole modules, written by an old torch: newer ones refuse them, or fail in Upsample. Here
-the modules are read as data. Names of the parameters are those of dalle.dvae, so nothing is renamed; what has no
-parameters (poolings, the gain of the residual paths) is compared with what our modules do.
+The published files are whole modules, written by an old torch; newer ones refuse them, or fail in Upsample. Here they
+are read as data. Parameters have the names of dalle.dvae, so nothing is renamed; what has no parameters (poolings, the
+gain of the residual paths) is compared with what our modules do.
 
-The files hold fp32 weights. OpenAI's code runs most convolutions in half precision on a GPU; this one does not
-unless it is under autocast, so that tokens on CPU and GPU agree but for near ties.
+The files hold fp32 weights. OpenAI's code runs most convolutions in half precision on a GPU; this one only does so
+under autocast, so that tokens on CPU and GPU agree but for near ties.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from dalle.dvae import DVAE, DVAEConfig
-from dalle.pretrained.family import CheckpointFormat, Shapes, load_weights
+from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
 from dalle.pretrained.torch_file import SavedFile, StandIn, attributes, read_torch_file, weights_of
 
-PARTS = ("encoder", "decoder")
-LICENCE = "modified MIT, of github.com/openai/DALL-E"
+HALVES = ("encoder", "decoder")
 
 
-def configure(shapes: Shapes) -> DVAEConfig:
+def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DVAEConfig:
     """Sizes from the shapes; ValueError for one half alone, or what is no dVAE of this kind."""
-    halves = [part for part in PARTS if f"{part}.blocks.input.w" in shapes]
-    if halves != list(PARTS):
-        raise ValueError(
-            f"only the {halves[0]} of OpenAI's dVAE is there; put encoder.pkl and decoder.pkl in one folder"
-            if halves
-            else "no blocks.input.w: not OpenAI's dVAE"
-        )
-    groups = 0
-    while f"encoder.blocks.group_{groups + 1}.block_1.res_path.conv_4.w" in shapes:
-        groups += 1
-    blocks = 0
-    while f"encoder.blocks.group_1.block_{blocks + 1}.res_path.conv_4.w" in shapes:
-        blocks += 1
-    if not groups or "encoder.blocks.output.conv.w" not in shapes:
-        raise ValueError("the encoder lacks its blocks or its output: not OpenAI's dVAE")
+    halves = [half for half in HALVES if f"{half}.blocks.input.w" in shapes]
+    if len(halves) == 1:
+        raise ValueError(f"only the {halves[0]} is there; put encoder.pkl and decoder.pkl in one folder")
+    groups = count_matches(shapes, "encoder.blocks.group_*.block_1.res_path.conv_4.w")
+    if not halves or not groups or "encoder.blocks.output.conv.w" not in shapes:
+        raise ValueError("the encoder lacks its input, blocks or output: not OpenAI's dVAE")
+    widths = [shapes[f"encoder.blocks.group_{i + 1}.block_1.res_path.conv_4.w"][0] for i in range(groups)]
     return DVAEConfig(
-        widths=tuple(
-            shapes[f"encoder.blocks.group_{i + 1}.block_1.res_path.conv_4.w"][0] for i in range(groups)
-        ),
-        blocks_per_group=blocks,
+        widths=tuple(widths),
+        blocks_per_group=count_matches(shapes, "encoder.blocks.group_1.block_*.res_path.conv_4.w"),
         downsample_factor=2 ** (groups - 1),
         vocab_size=shapes["encoder.blocks.output.conv.w"][0],
         codebook_dim=shapes["decoder.blocks.input.w"][0],
     )
 
 
+def describe_codes(config: DVAEConfig) -> str:
+    """The vocabulary of an image tokenizer, for people."""
+    side = config.downsample_factor
+    return f"{config.vocab_size} codes, {side} x {side} pixels each"
+
+
 FAMILY = CheckpointFormat(
     name="OpenAI dVAE",
     kind="image tokenizer",
-    licence=LICENCE,
-    marks=("*blocks.group_1.block_1.res_path.conv_1.w",),
-    configure=configure,
+    license="modified MIT, of github.com/openai/DALL-E",
+    key_patterns=("*blocks.group_1.block_1.res_path.conv_1.w",),
+    infer_config=infer_config,
     build=DVAE,
-    vocabulary=lambda config: (
-        f"{config.vocab_size} codes, {config.downsample_factor} x {config.downsample_factor} pixels each"
-    ),
+    vocabulary=describe_codes,
 )
 
 
-def gather(path: Path) -> dict[str, Tensor]:
-    """Tensors of a folder of encoder.pkl and decoder.pkl, or of one file; which half it is, their names tell.
+def read_folder(path: Path) -> dict[str, Tensor]:
+    """Tensors of a folder with encoder.pkl and decoder.pkl.
 
     Raises:
-        ValueError: a file that cannot be read, or modules that compute something else than ours.
+        ValueError: a file that is missing or cannot be read, or modules that compute something else than ours.
     """
-    files = [path]
-    if path.is_dir():
-        files = [path / f"{part}.pkl" for part in PARTS]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise ValueError(f"{path} has no {missing[0]}; both encoder.pkl and decoder.pkl are needed")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        saved = read_torch_file(file)
-        _check_module(saved)
-        tensors |= whole_names(weights_of(saved.tree))
-    return tensors
+    files = [path / f"{half}.pkl" for half in HALVES]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{path} has no {missing[0]}; both encoder.pkl and decoder.pkl are needed")
+    return {name: t for file in files for name, t in read_tensors(read_torch_file(file)).items()}
 
 
-def load(path: Path) -> DVAE:
-    """The dVAE of such a folder or file."""
-    return load_weights(FAMILY, gather(path), path)
-
-
-def whole_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """blocks.* of one half -> encoder.blocks.* or decoder.blocks.*; DALLE-pytorch says enc and dec."""
+def read_tensors(saved: SavedFile) -> Mapping[str, Tensor]:
+    """Tensors of one file, named encoder.blocks.* and decoder.blocks.*; DALLE-pytorch says enc and dec."""
+    _check_module(saved)
+    tensors = weights_of(saved.tree)
     if "blocks.input.w" in tensors:
-        kernel = tensors["blocks.input.w"].shape[-1]
-        return {
-            f"{'encoder' if kernel > 1 else 'decoder'}.{name}": tensor for name, tensor in tensors.items()
-        }
+        half = "encoder" if tensors["blocks.input.w"].shape[-1] > 1 else "decoder"
+        return {f"{half}.{name}": tensor for name, tensor in tensors.items()}
     full = {"enc": "encoder", "dec": "decoder"}
-    words = {name: name.partition(".") for name in tensors}
-    return {
-        f"{full.get(words[name][0], words[name][0])}.{words[name][2]}": tensor
-        for name, tensor in tensors.items()
-    }
+    parts = ((*name.partition("."), tensor) for name, tensor in tensors.items())
+    return {f"{full.get(half, half)}.{rest}": tensor for half, _, rest, tensor in parts}
 
 
 def _check_module(saved: SavedFile) -> None:
-    """A whole module says what it computes: its poolings and gains must be those of the release."""
-    if not isinstance(saved.tree, StandIn):
+    """ValueError for a whole module whose poolings or gains are not those of the release."""
+    blocks = attributes(saved.tree).get("blocks") if isinstance(saved.tree, StandIn) else None
+    if not isinstance(blocks, StandIn):
         return
-    groups = {
-        name: part for name, part in _children(saved.tree, "blocks").items() if name.startswith("group_")
-    }
-    resizes = sum(inner in ("pool", "upsample") for group in groups.values() for inner in attributes(group))
+    groups = [attributes(group) for name, group in attributes(blocks).items() if name.startswith("group_")]
+    resizes = sum(name in ("pool", "upsample") for group in groups for name in group)
     if groups and resizes != len(groups) - 1:
         raise ValueError(
             f"{saved.path}: {resizes} poolings in {len(groups)} groups; OpenAI's has one fewer than groups"
         )
-    blocks = [
-        block
-        for group in groups.values()
-        for block in attributes(group).values()
-        if isinstance(block, StandIn)
-    ]
-    gains = [block.state["post_gain"] for block in blocks if "post_gain" in (block.state or {})]
+    states = [block.state or {} for group in groups for block in group.values() if isinstance(block, StandIn)]
+    gains = [state["post_gain"] for state in states if "post_gain" in state]
     if any(not math.isclose(gain, len(gains) ** -2) for gain in gains):
-        raise ValueError(
-            f"{saved.path}: a residual gain of {gains[0]}, expected {len(gains) ** -2} for {len(gains)} blocks"
-        )
-
-
-def _children(module: StandIn, name: str) -> dict[str, StandIn]:
-    inner = attributes(module).get(name)
-    return attributes(inner) if isinstance(inner, StandIn) else {}
+        expected = f"{len(gains) ** -2} for {len(gains)} blocks"
+        raise ValueError(f"{saved.path}: a residual gain of {gains[0]}, expected {expected}")

@@ -1,79 +1,66 @@
-"""VQGAN files: of taming-transformers (also minDALL-E's first stage), ruDALL-E and LlamaGen.
+"""VQGAN files of taming-transformers (also minDALL-E's first stage), ruDALL-E and LlamaGen.
 
-All three are one network under two sets of names. taming's and ruDALL-E's come as Lightning checkpoints with the
-losses of their training (VGG, a discriminator), which are left out; sizes come from shapes, for the YAML beside a
-file is often lost. Gumbel models are known by `quantize.proj`. A file with another choice of codes under the same
-names cannot be told apart: LlamaGen's unit vectors are known by its names alone.
+All three are one network under two sets of names. taming's and ruDALL-E's are Lightning checkpoints with the losses of
+their training (VGG, a discriminator), which are ignored. Gumbel models are recognized by `quantize.proj`, LlamaGen's
+unit vectors by its names alone.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from dalle.pretrained.family import CheckpointFormat, Shapes
+from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
+from dalle.pretrained.openai_dvae import describe_codes
 from dalle.vqgan import VQGAN, VQGANConfig
 
 
-def configure(shapes: Shapes, choice: str = "nearest") -> VQGANConfig:
-    """Sizes from the shapes, by taming's names; ValueError for a codebook that was cut."""
+def infer_config(shapes: Shapes, found: DetectedCheckpoint, quantizer: str = "nearest") -> VQGANConfig:
+    """Sizes from the shapes, by taming's names; ValueError for a reduced codebook."""
     if "quantize.used" in shapes:
-        raise ValueError(
-            "its codes were numbered anew after training (quantize.used), which is not held here"
-        )
-    levels = _count(shapes, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
-    blocks = _count(shapes, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight")
+        raise ValueError("its codes were renumbered after training (quantize.used), which is not supported")
+    levels = count_matches(shapes, "encoder.down.*.block.0.conv1.weight")
+    blocks = count_matches(shapes, "encoder.down.0.block.*.conv1.weight")
     if not levels or not blocks:
         raise ValueError("the encoder lacks its levels: half a VQGAN, or none")
     vocab_size, codebook_dim = shapes["quantize.embedding.weight"]
     return VQGANConfig(
-        widths=tuple(shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(levels)),
+        widths=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),
         blocks=blocks,
-        attention=tuple(
-            level for level in range(levels) if f"encoder.down.{level}.attn.0.q.weight" in shapes
-        ),
+        attention=tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in shapes),
         latent=shapes["encoder.conv_out.weight"][0],
         codebook_dim=codebook_dim,
         vocab_size=vocab_size,
-        choice="logits" if "quantize.proj.weight" in shapes else choice,
+        quantizer="logits" if "quantize.proj.weight" in shapes else quantizer,
     )
-
-
-def _count(names: Iterable[str], pattern: str) -> int:
-    return len({match[1] for name in names if (match := re.fullmatch(pattern, name))})
 
 
 TAMING = CheckpointFormat(
     name="VQGAN of taming-transformers",
     kind="image tokenizer",
-    licence="not stated for taming's weights (its code is MIT), nor for minDALL-E's first stage (Apache-2.0)",
-    marks=(
+    license="not stated for taming's weights (its code is MIT), nor for minDALL-E's first stage (Apache-2.0)",
+    key_patterns=(
         "encoder.down.*.block.*.conv1.weight",
         "decoder.up.*.block.*.conv1.weight",
         "quantize.embedding.weight",
     ),
-    configure=configure,
+    infer_config=infer_config,
     build=VQGAN,
-    vocabulary=lambda config: (
-        f"{config.vocab_size} codes, {config.downsample_factor} x {config.downsample_factor} pixels each"
-    ),
+    vocabulary=describe_codes,
     ignored=("loss.*",),
 )
 GUMBEL = replace(
     TAMING,
     name="Gumbel VQGAN of taming-transformers or ruDALL-E",
-    licence="not stated for taming's weights (its code is MIT); ruDALL-E's Apache-2.0",
-    marks=(*TAMING.marks[:2], "quantize.proj.weight", "quantize.embed.weight"),
-    rename=lambda name: "quantize.embedding.weight" if name == "quantize.embed.weight" else name,
+    license="not stated for taming's weights (its code is MIT); ruDALL-E's Apache-2.0",
+    key_patterns=(*TAMING.key_patterns[:2], "quantize.proj.weight", "quantize.embed.weight"),
+    rename=lambda name, names: "quantize.embedding.weight" if name == "quantize.embed.weight" else name,
 )
 
 
-def _of_llamagen(name: str, levels: int) -> str:
+def _taming_name(name: str, names: Collection[str]) -> str:
     """LlamaGen's name of a tensor -> taming's. Its decoder counts levels from the coarsest."""
+    levels = count_matches(names, "decoder.conv_blocks.*.res.0.conv1.weight")
     half, _, rest = name.partition(".")
     if half not in ("encoder", "decoder"):
         return name
@@ -85,19 +72,12 @@ def _of_llamagen(name: str, levels: int) -> str:
     return f"{half}.{rest}"
 
 
-def _settle_llamagen(
-    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, Tensor]
-) -> CheckpointFormat:
-    levels = _count(tensors, r"decoder\.conv_blocks\.(\d+)\.res\.0\.conv1\.weight")
-    return replace(family, rename=partial(_of_llamagen, levels=levels))
-
-
 LLAMAGEN = replace(
     TAMING,
     name="VQ of LlamaGen",
-    licence="MIT, of github.com/FoundationVision/LlamaGen",
-    marks=("encoder.conv_blocks.*.res.*", "decoder.conv_blocks.*.res.*", "quantize.embedding.weight"),
-    configure=partial(configure, choice="cosine"),
+    license="MIT, of github.com/FoundationVision/LlamaGen",
+    key_patterns=("encoder.conv_blocks.*.res.*", "decoder.conv_blocks.*.res.*", "quantize.embedding.weight"),
+    infer_config=partial(infer_config, quantizer="cosine"),
     ignored=("quantize.codebook_used",),
-    settle=_settle_llamagen,
+    rename=_taming_name,
 )

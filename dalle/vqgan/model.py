@@ -1,7 +1,7 @@
 """VQGAN (Esser et al. 2021, "Taming transformers"), to encode and decode images; module names of its release.
 
 ResNets with group norm, and attention of one head at the coarsest levels, on both sides of a codebook. Whose
-file it is decides how a code is chosen, `VQGANConfig.choice`. There is no training here: no discriminator, no
+file it is decides how a code is chosen, `VQGANConfig.quantizer`. There is no training here: no discriminator, no
 commitment loss.
 
     B batch, H W pixels, h w grid, K vocabulary, D width of a code
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dalle.types import check_images, check_tokens, token_grid
 
 GROUPS, EPS = 32, 1e-6  # of every group norm (release)
-CHOICES = ("nearest", "cosine", "logits")
+QUANTIZERS = ("nearest", "cosine", "logits")
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class VQGANConfig:
     """D, width of a code vector."""
     vocab_size: int = 16384
     """K, the number of codes."""
-    choice: str = "nearest"
+    quantizer: str = "nearest"
     """Which code stands for a vector: the nearest, the one at the smallest angle ("cosine", of unit vectors, LlamaGen),
     or the largest of K logits ("logits", Gumbel)."""
 
     def __post_init__(self):
-        if self.choice not in CHOICES:
-            raise ValueError(f"choice must be one of {', '.join(CHOICES)}, got {self.choice!r}")
+        if self.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
         if bad := [width for width in self.widths if width < GROUPS or width % GROUPS]:
             raise ValueError(
                 f"widths must be positive multiples of {GROUPS}, the groups of the norms, got {bad[0]}"
@@ -192,24 +192,24 @@ class Codebook(nn.Module):
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
-        self.choice = config.choice
+        self.quantizer = config.quantizer
         self.embedding = nn.Embedding(config.vocab_size, config.codebook_dim)
-        if self.choice == "logits":
+        if self.quantizer == "logits":
             self.proj = nn.Conv2d(config.codebook_dim, config.vocab_size, 1)
 
     def forward(self, z: Tensor) -> Tensor:
         """Vectors (B, D, h, w) -> codes int64 (B, h, w)."""
-        if self.choice == "logits":
+        if self.quantizer == "logits":
             return self.proj(z).argmax(dim=1)
         codes, z = self.vectors(), z.movedim(1, -1)  # (B, h, w, D)
-        if self.choice == "cosine":
+        if self.quantizer == "cosine":
             z = F.normalize(z, dim=-1)
         return (codes.square().sum(dim=1) - 2 * z @ codes.T).argmin(dim=-1)  # |z|^2 is the same for all codes
 
     def vectors(self) -> Tensor:
         """(K, D), of unit length where the angle decides."""
         codes = self.embedding.weight
-        return F.normalize(codes, dim=-1) if self.choice == "cosine" else codes
+        return F.normalize(codes, dim=-1) if self.quantizer == "cosine" else codes
 
 
 class VQGAN(nn.Module):

@@ -65,7 +65,7 @@ def test_a_whole_published_file(tmp_path: Path, state, script) -> None:
     assert report["vocabulary"] == "24 codes, 2 x 2 pixels each"
     assert report["fits"] is True
     assert report["parameters"] == report["numbers"] == sum(t.numel() for t in state.values())
-    assert "modified MIT" in report["licence"]
+    assert "modified MIT" in report["license"]
     assert report["sha256"] == {"dvae.pt": hashlib.sha256((tmp_path / "dvae.pt").read_bytes()).hexdigest()}
     for word in ("OpenAI dVAE", "24 codes", "modified MIT", report["sha256"]["dvae.pt"]):
         assert word in done.out
@@ -78,8 +78,8 @@ def test_what_is_missing_extra_and_misshapen_is_told(tmp_path: Path, state) -> N
     torch.save(changed, tmp_path / "dvae.pt")
     report = inspect_checkpoint(InspectCheckpointArgs(tmp_path / "dvae.pt"))
     assert report["fits"] is False
-    assert (report["missing"], report["extra"]) == (["decoder.blocks.input.b"], ["encoder.more"])
-    assert report["misshapen"] == ["encoder.blocks.input.w: (8, 2, 7, 7), not (8, 3, 7, 7)"]
+    assert (report["missing"], report["unexpected"]) == (["decoder.blocks.input.b"], ["encoder.more"])
+    assert report["wrong_shape"] == ["encoder.blocks.input.w: (8, 2, 7, 7), not (8, 3, 7, 7)"]
 
 
 def test_one_half_of_the_dvae_is_told_to_be_one(tmp_path: Path, state) -> None:
@@ -122,8 +122,8 @@ def test_a_model_directory(chain: Path, script) -> None:
     [
         ("config.json", "3", "is neither a run, a checkpoint nor a model directory"),
         ("config.json", "null", "is neither a run"),
-        ("meta.json", '{"kind": ["dvae"]}', "holds ['dvae'], known are dvae, transformer, clip"),
-        ("meta.json", "3", "holds 'something unknown', known are"),
+        ("meta.json", '{"kind": ["dvae"]}', "of kind ['dvae'], expected one of dvae, transformer, clip"),
+        ("meta.json", "3", "of kind None, expected"),
         ("meta.json", '{"kind": "dvae", "format": 4}', "meta.json lacks config, step, steps; it is damaged"),
     ],
 )
@@ -187,7 +187,7 @@ def test_as_a_user_types_it(tmp_path: Path, python) -> None:
 
 
 def test_no_path_and_a_directory_for_the_report(tmp_path: Path, state) -> None:
-    with pytest.raises(ValueError, match="say which"):
+    with pytest.raises(ValueError, match="give a path"):
         inspect_checkpoint(InspectCheckpointArgs())
     torch.save(state, tmp_path / "dvae.pt")
     with pytest.raises(ValueError, match="is a directory"):

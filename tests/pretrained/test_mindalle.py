@@ -25,11 +25,15 @@ from helpers.vqgan_reference import CODES
 from dalle.commands.inspect_checkpoint import InspectCheckpointArgs, inspect_checkpoint
 from dalle.commands.sample import SampleArgs, sample
 from dalle.nn.kv_cache import kv_cache_bytes
-from dalle.pretrained.family import compare_keys, without_values
-from dalle.pretrained.load import detect_checkpoint, load_image_tokenizer, load_transformer
+from dalle.pretrained.family import DetectedCheckpoint, compare_keys, meta_init
+from dalle.pretrained.load import (
+    detect_checkpoint,
+    load_external_pipeline,
+    load_image_tokenizer,
+    load_transformer,
+)
 from dalle.pretrained.mindalle.model import MinDalle, MinDalleConfig
 from dalle.pretrained.mindalle.reader import FAMILY, FILES, STAGE2, load_tokenizer
-from dalle.pretrained.whole import load_external_pipeline
 from dalle.transformer.generate import generate
 from dalle.vqgan import VQGAN
 
@@ -197,15 +201,15 @@ def test_inspection_names_it_and_its_licence(folder: Path, tmp_path: Path) -> No
     for path in (folder, pack(folder, tmp_path / "1.3B.tar.gz"), folder / STAGE2):
         report = inspect_checkpoint(InspectCheckpointArgs(path))
         assert (report["family"], report["kind"], report["fits"]) == ("minDALL-E", "transformer", True)
-        assert "CC-BY-NC-SA" in report["licence"]
+        assert "CC-BY-NC-SA" in report["license"]
         assert report["sizes"]["heads"] == 4
     assert report["path"] == str(folder / STAGE2)
 
 
 def test_the_published_size() -> None:
-    with without_values():
+    with meta_init():
         model = MinDalle(MinDalleConfig())
-    names = {ours: theirs for theirs in names_of_the_file() for ours in [FAMILY.rename(theirs)]}
+    names = {ours: theirs for theirs in names_of_the_file() for ours in [FAMILY.rename(theirs, ())]}
     assert names.keys() == model.state_dict().keys()
     assert len(names) == 680
     assert sum(p.numel() for p in model.parameters()) == 1_291_081_728
@@ -223,15 +227,14 @@ def names_of_the_file() -> list[str]:
 
 def test_the_published_file_fits(tmp_path: Path) -> None:
     """Shapes alone, under the published names, with the published config.yaml."""
-    with without_values():
+    with meta_init():
         shapes = {name: tuple(t.shape) for name, t in MinDalle(MinDalleConfig()).state_dict().items()}
-    tensors = {n: torch.empty(shapes[FAMILY.rename(n)], device="meta") for n in names_of_the_file()}
+    tensors = {n: torch.empty(shapes[FAMILY.rename(n, ())], device="meta") for n in names_of_the_file()}
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer/bpe-16k-vocab.json").write_text('{"[PAD]": 16383, "[UNK]": 16382}')
     for text in ("stage2:\n  type: transformer1d\n  hparams:\n    n_heads: 24\n", "stage1: {}\n"):
         (tmp_path / "config.yaml").write_text(text)
-        family = FAMILY.settle(FAMILY, tmp_path / STAGE2, {}, tensors)
-        comparison = compare_keys(family, tensors)
+        comparison = compare_keys(DetectedCheckpoint(tmp_path / STAGE2, FAMILY, tensors))
         comparison.check("published")
         assert comparison.config == MinDalleConfig(pad=16383)
 
@@ -271,7 +274,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "an unknown tensor": (
         change_state(lambda s: s.update({"more.weight": torch.zeros(1)})),
-        r"beside.*more\.weight",
+        r"unexpected.*more\.weight",
     ),
     "another shape": (
         change_state(lambda s: s.update({"ln_f.bias": torch.zeros(3)})),
@@ -282,7 +285,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "another shape.*expand",
     ),
     "not finite": (change_state(lambda s: s["ln_f.bias"].fill_(torch.nan)), "NaN"),
-    "biases that are not told": (config(attn_bias=False), "beside the model.*bias"),
+    "biases that are not told": (config(attn_bias=False), "unexpected.*bias"),
     "another depth": (config(n_layers=9), "n_layers 9, the tensors are of 3"),
     "layers that are not dense": (config(n_dense_layers=2), "n_dense_layers 2"),
     "another width": (config(embed_dim=99), "embed_dim 99"),
@@ -344,7 +347,7 @@ def test_its_transfer_to_imagenet_is_refused_by_name(tmp_path: Path, case: str, 
     state = {n: t for n, t in make_weights(30).items() if "txt" not in n and n != "head_img.weight"}
     state |= {"head.weight": torch.zeros(CODES, 24)} | TRANSFERRED[case]
     torch.save({"state_dict": {f"{prefix}{name}": t for name, t in state.items()}}, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match=r"minDALL-E as it was transferred to ImageNet.*reads no captions"):
+    with pytest.raises(ValueError, match=r"minDALL-E transferred to ImageNet.*reads no captions"):
         detect_checkpoint(tmp_path / "last.ckpt")
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from dalle.commands.encode_images import take_image_tokenizer
 from dalle.dvae import DVAE
 from dalle.hub.registry import weights_hash
-from dalle.pretrained.family import compare_keys, without_values
+from dalle.pretrained.family import DetectedCheckpoint, compare_keys, meta_init
 from dalle.pretrained.load import detect_checkpoint, load_image_tokenizer
 from dalle.pretrained.openai_dvae import FAMILY
 from dalle.types import ImageTokenizer
@@ -91,14 +91,14 @@ def test_half_precision_and_transposed_memory_become_plain_fp32(tmp_path: Path, 
 
 
 def test_the_published_size_is_recognized() -> None:
-    with without_values():
-        reference = DVAE(FAMILY.configure(published_shapes()))
+    with meta_init():
+        reference = DVAE(FAMILY.infer_config(published_shapes(), None))
     tensors = reference.state_dict()
     assert sum(name.startswith("encoder") for name in tensors) == 74
     assert sum(name.startswith("decoder") for name in tensors) == 76
     counts = [sum(p.numel() for p in half.parameters()) for half in (reference.encoder, reference.decoder)]
     assert counts == [53_786_240, 43_829_766]
-    compare_keys(FAMILY, tensors).check("published")
+    compare_keys(DetectedCheckpoint(Path("published"), FAMILY, tensors)).check("published")
 
 
 def published_shapes() -> dict[str, tuple[int, ...]]:
@@ -147,7 +147,7 @@ class TestRefusals:
 
     def test_an_unknown_tensor(self, tmp_path: Path, state) -> None:
         state["encoder.blocks.extra.w"] = torch.zeros(1)
-        with pytest.raises(ValueError, match=r"beside the model.*encoder\.blocks\.extra\.w"):
+        with pytest.raises(ValueError, match=r"unexpected.*encoder\.blocks\.extra\.w"):
             self.load(tmp_path / "x.pt", state)
 
     def test_another_shape(self, tmp_path: Path, state) -> None:
@@ -180,7 +180,7 @@ class TestRefusals:
 
     def test_somebody_elses_file(self, tmp_path: Path) -> None:
         with pytest.raises(
-            ValueError, match="of nobody that is known, not a published image tokenizer; known are: Op"
+            ValueError, match="of an unknown format, not a published image tokenizer; known are: Op"
         ):
             self.load(tmp_path / "x.pt", {"weight": torch.zeros(2)})
 

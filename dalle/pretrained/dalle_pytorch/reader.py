@@ -7,21 +7,16 @@ Its text tokenizers are not in the file: CLIP's byte-pair encoding unless anothe
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Collection, Mapping
 from itertools import cycle, islice
 from math import isqrt
 from operator import attrgetter
-from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
-from torch import Tensor
-
 from dalle.pretrained.dalle_pytorch.model import DallePytorch, DallePytorchConfig
-from dalle.pretrained.dalle_pytorch.vae import LICENCE
-from dalle.pretrained.family import CheckpointFormat, Shapes
+from dalle.pretrained.dalle_pytorch.vae import LICENSE
+from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes
 
 VERSION = "1.6."
 INSIDE = "vae."
@@ -46,7 +41,7 @@ _OTHERS = {
 }
 
 
-def own_name(name: str) -> str:
+def own_name(name: str, names: Collection[str] = ()) -> str:
     """The file's name of a tensor -> the model's."""
     match = _LAYER.fullmatch(name)
     if not match:
@@ -58,15 +53,15 @@ def own_name(name: str) -> str:
     return f"layers.{layer}.{'attention' if path in '0f' else 'mlp'}.{rest}"
 
 
-def configure(shapes: Shapes, tree: Any = None) -> DallePytorchConfig:
-    """Sizes from the file's hyper-parameters and the shapes; ValueError for what cannot be held."""
-    hparams = _hparams(tree)
+def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DallePytorchConfig:
+    """Sizes from the file's hyper-parameters and the shapes; ValueError for what is not supported."""
+    hparams = _hparams(found.tree)
     text_len, depth, width = (_number(hparams, name) for name in ("text_seq_len", "depth", "dim"))
     text_vocab = _number(hparams, "num_text_tokens", 10000)
     layers = sum(name.endswith(".attention.scale") for name in shapes)
     if (depth, width) != (layers, shapes["final_norm.weight"][0]):
         raise ValueError(
-            f"hparams tells {depth} layers of width {width}; the tensors are of {layers} layers or another"
+            f"hparams has {depth} layers of width {width}; the tensors are of {layers} layers or another"
         )
     rotary = shapes.get("angles")
     side = isqrt(max(0, rotary[1] - text_len - 1)) if rotary else shapes["image_position.0"][1]
@@ -112,26 +107,19 @@ def _number(hparams: Mapping[str, Any], name: str, default: int | None = None) -
     return value
 
 
-def _settle(
-    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, Tensor]
-) -> CheckpointFormat:
-    return replace(family, configure=partial(configure, tree=tree))
-
-
 FAMILY = CheckpointFormat(
     name="DALLE-pytorch",
     kind="transformer",
-    licence=LICENCE,
-    marks=(
+    license=LICENSE,
+    key_patterns=(
         "to_logits.1.weight",
         "*_emb.*weight",
         "transformer.layers.*to_qkv.weight",
         "transformer.layers.*net.3.weight",
     ),
-    configure=configure,
+    infer_config=infer_config,
     build=DallePytorch,
     vocabulary=attrgetter("vocabulary"),
     rename=own_name,
     ignored=(f"{INSIDE}*", "text_emb.linear.*", "image_emb.linear.*", "logits_mask"),
-    settle=_settle,
 )

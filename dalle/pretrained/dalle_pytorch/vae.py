@@ -7,10 +7,7 @@ normalized pixels back, which the package itself shows as they are, and which ar
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
 from reprlib import repr as shown
 from typing import Any
 
@@ -18,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.pretrained.family import CheckpointFormat, Shapes
+from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
+from dalle.pretrained.openai_dvae import describe_codes
 from dalle.types import check_images, check_tokens, token_grid
 
-LICENCE = "MIT, of github.com/lucidrains/DALLE-pytorch; weights are of whoever trained them"
+LICENSE = "MIT, of github.com/lucidrains/DALLE-pytorch; weights are of whoever trained them"
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # the package's default
 
 
@@ -44,32 +42,36 @@ class DiscreteVAEConfig:
     deviations: tuple[float, ...] = HALF[1]
     """Each channel is divided by."""
 
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels on a side of one token."""
+        return 2**self.levels
 
-def configure(shapes: Shapes, hparams: Mapping[str, Any] | None = None) -> DiscreteVAEConfig:
-    """Sizes from the shapes, the normalisation from the file's hyper-parameters; the package's default without them."""
+
+def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DiscreteVAEConfig:
+    """Sizes from the shapes, the normalization from the file's hyper-parameters, or the package's default."""
     levels = sum(bool(re.fullmatch(r"encoder\.\d+\.0\.weight", name)) for name in shapes)
-    blocks = sum(bool(re.fullmatch(r"encoder\.\d+\.net\.0\.weight", name)) for name in shapes)
+    blocks = count_matches(shapes, "encoder.*.net.0.weight")
     if not levels:
         raise ValueError("the encoder has no level")
     vocab_size, codebook_dim = shapes["codebook.weight"]
-    return DiscreteVAEConfig(
-        levels, blocks, shapes["encoder.0.0.weight"][0], vocab_size, codebook_dim, *_normalization(hparams)
-    )
+    hparams = found.tree.get("hparams") if isinstance(found.tree, dict) else None
+    width = shapes["encoder.0.0.weight"][0]
+    return DiscreteVAEConfig(levels, blocks, width, vocab_size, codebook_dim, *_normalization(hparams))
 
 
-def _normalization(hparams: Mapping[str, Any] | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    given = HALF if hparams is None else hparams.get("normalization", HALF)
+def _normalization(hparams: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    given = hparams.get("normalization", HALF) if isinstance(hparams, dict) else HALF
     if given is None:
         return (0.0,) * 3, (1.0,) * 3
     try:
         means, deviations = (tuple(map(float, values[:3])) for values in given)
+        valid = len(means) == len(deviations) == 3 and all(0 < value < math.inf for value in deviations)
     except (TypeError, ValueError):
+        valid = False
+    if not valid:
         raise ValueError(
-            f"a normalisation of {shown(given):.80}; expected means and deviations of three channels"
-        ) from None
-    if len(means) != 3 or len(deviations) != 3 or not all(0 < value < math.inf for value in deviations):
-        raise ValueError(
-            f"a normalisation of {shown(given):.80}; expected means and deviations of three channels"
+            f"a normalization of {shown(given):.80}; expected means and deviations of 3 channels"
         )
     return means, deviations
 
@@ -110,7 +112,7 @@ class DiscreteVAE(nn.Module):
     @property
     def downsample_factor(self) -> int:
         """Pixels on a side of one token."""
-        return 2**self.config.levels
+        return self.config.downsample_factor
 
     @property
     def vocab_size(self) -> int:
@@ -149,24 +151,12 @@ def _up(n_in: int, n_out: int) -> nn.Sequential:
     return nn.Sequential(nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1), nn.ReLU())
 
 
-def _settle(
-    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, Tensor]
-) -> CheckpointFormat:
-    hparams = tree.get("hparams") if isinstance(tree, dict) else None
-    return replace(
-        family, configure=partial(configure, hparams=hparams if isinstance(hparams, dict) else None)
-    )
-
-
 FAMILY = CheckpointFormat(
     name="discrete VAE of DALLE-pytorch",
     kind="image tokenizer",
-    licence=LICENCE,
-    marks=("codebook.weight", "encoder.0.0.weight", "decoder.*.0.weight"),
-    configure=configure,
+    license=LICENSE,
+    key_patterns=("codebook.weight", "encoder.0.0.weight", "decoder.*.0.weight"),
+    infer_config=infer_config,
     build=DiscreteVAE,
-    vocabulary=lambda config: (
-        f"{config.vocab_size} codes, {2**config.levels} x {2**config.levels} pixels each"
-    ),
-    settle=_settle,
+    vocabulary=describe_codes,
 )

@@ -6,24 +6,20 @@
     stage2_last.ckpt                   the transformer
 
 What config.yaml leaves out is as in the published model. Its own model transferred to ImageNet reads no captions and
-is refused (dalle/pretrained/refused.py).
+is refused (dalle/pretrained/load.py).
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Collection, Mapping
 from math import isqrt
 from operator import attrgetter
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
-from torch import Tensor
-
 from dalle.config import ConfigError, read_yaml
 from dalle.io.files import read_json
-from dalle.pretrained.family import CheckpointFormat, Shapes
+from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
 from dalle.pretrained.mindalle.model import MinDalle, MinDalleConfig
 from dalle.text.external.huggingface import HuggingFaceTokenizer
 
@@ -31,7 +27,7 @@ CONFIG, STAGE1, STAGE2 = "config.yaml", "stage1_last.ckpt", "stage2_last.ckpt"
 VOCABULARY, MERGES = "tokenizer/bpe-16k-vocab.json", "tokenizer/bpe-16k-merges.txt"
 FILES = (CONFIG, VOCABULARY, MERGES, STAGE1, STAGE2)
 UNKNOWN, PAD, SUFFIX = "[UNK]", "[PAD]", "</w>"
-LICENCE = (
+LICENSE = (
     "CC-BY-NC-SA 4.0 for the transformer, which forbids commercial use; not stated for its image tokenizer"
 )
 
@@ -61,7 +57,7 @@ def is_folder(path: Path) -> bool:
     return (path / STAGE2).is_file()
 
 
-def own_name(name: str) -> str:
+def own_name(name: str, names: Collection[str] = ()) -> str:
     """The file's name of a tensor -> the model's."""
     stem, _, end = name.rpartition(".")
     if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", stem):
@@ -69,72 +65,62 @@ def own_name(name: str) -> str:
     return f"{_OTHERS.get(stem, stem)}.{end}"
 
 
-@dataclass(frozen=True)
-class Told:
-    """What the files beside the transformer say of it."""
-
-    stage2: Mapping[str, Any]
-    """Part of config.yaml."""
-    pad: int
-    """The id of [PAD]."""
-
-
-def read_told(folder: Path) -> Told:
-    """What config.yaml and the vocabulary say; ValueError where one is missing or is of another model."""
+def read_stage2(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The transformer's part of config.yaml, and its hyper-parameters; ValueError if missing or of another model."""
     if not (folder / CONFIG).is_file():
         raise ValueError(
-            f"no {CONFIG} in {folder}, which tells what the tensors do not; keep all its files together"
+            f"no {CONFIG} in {folder}, which tells what shapes do not; keep all its files together"
         )
     try:
         config = read_yaml(folder / CONFIG)
     except ConfigError as error:
         raise ValueError(str(error)) from None
     stage2 = config.get("stage2", {}) if isinstance(config, dict) else None
-    if not isinstance(stage2, dict) or not isinstance(stage2.get("hparams", {}), dict):
+    hparams = stage2.get("hparams", {}) if isinstance(stage2, dict) else None
+    if not isinstance(hparams, dict):
         raise ValueError(f"{CONFIG} has no mapping of the name stage2")
     if (kind := stage2.get("type", "transformer1d")) != "transformer1d":
-        raise ValueError(
-            f"{CONFIG} tells a model of type {shown(kind):.40}; only transformer1d reads captions"
-        )
-    return Told(stage2, read_vocabulary(folder / VOCABULARY)[PAD])
+        raise ValueError(f"{CONFIG} has a model of type {shown(kind):.40}; only transformer1d reads captions")
+    return stage2, hparams
 
 
-def configure(shapes: Shapes, folder: Path) -> MinDalleConfig:
-    """Sizes from the shapes, held against config.yaml of the folder; ValueError where they differ."""
-    told = read_told(folder)
+def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> MinDalleConfig:
+    """Sizes from the shapes, compared with config.yaml of the folder; ValueError where they differ."""
+    folder = found.path.parent
+    stage2, hparams = read_stage2(folder)
+    pad = read_vocabulary(folder / VOCABULARY)[PAD]
     text_vocab, width = shapes["text_embedding.weight"]
-    slots = shapes["image_position.weight"][0]
-    depth = len({match[1] for name in shapes if (match := re.match(r"layers\.(\d+)\.", name))})
-    found = {
+    positions = shapes["image_position.weight"][0]
+    depth = count_matches(shapes, "layers.*.attention.norm.weight")
+    sizes = {
         "embed_dim": width,
         "n_layers": depth,
         "n_dense_layers": depth,
-        "ctx_len_img": slots,
+        "ctx_len_img": positions,
         "ctx_len_txt": shapes["text_position.weight"][0],
         "vocab_size_txt": text_vocab,
         "vocab_size_img": shapes["image_embedding.weight"][0],
     }
-    hparams = told.stage2.get("hparams", {})
-    for name, size in found.items():
-        said = (told.stage2 if name.startswith("vocab") else hparams).get(name, PUBLISHED[name])
-        if said != size:
-            raise ValueError(f"{CONFIG} tells {name} {shown(said):.40}, the tensors are of {size}")
-    if isqrt(slots) ** 2 != slots:
-        raise ValueError(f"{slots} image tokens are no square")
+    for name, size in sizes.items():
+        value = (stage2 if name.startswith("vocab") else hparams).get(name, PUBLISHED[name])
+        if value != size:
+            raise ValueError(f"{CONFIG} has {name} {shown(value):.40}, the tensors are of {size}")
+    if isqrt(positions) ** 2 != positions:
+        raise ValueError(f"{positions} image tokens are no square")
     heads = hparams.get("n_heads", PUBLISHED["n_heads"])
     if type(heads) is not int or heads < 1:
-        raise ValueError(f"{CONFIG} tells n_heads {shown(heads):.40}, expected a positive number")
-    if not 0 <= told.pad < text_vocab:
-        raise ValueError(f"{VOCABULARY} numbers {PAD} {told.pad}, the tensors are of {text_vocab} text ids")
+        raise ValueError(f"{CONFIG} has n_heads {shown(heads):.40}, expected a positive number")
+    if not 0 <= pad < text_vocab:
+        raise ValueError(f"{VOCABULARY} numbers {PAD} {pad}, the tensors are of {text_vocab} text ids")
     return MinDalleConfig(
         width=width,
         depth=depth,
         heads=heads,
-        text_len=found["ctx_len_txt"],
-        grid=(isqrt(slots),) * 2,
+        text_len=sizes["ctx_len_txt"],
+        grid=(isqrt(positions),) * 2,
         text_vocab=text_vocab,
-        image_vocab=found["vocab_size_img"],
-        pad=told.pad,
+        image_vocab=sizes["vocab_size_img"],
+        pad=pad,
         attention_bias=_switch(hparams, "attn_bias", True),
         mlp_bias=_switch(hparams, "mlp_bias", True),
         gelu="sigmoid" if _switch(hparams, "gelu_use_approx", False) else "exact",
@@ -210,21 +196,19 @@ def load_tokenizer(folder: Path) -> HuggingFaceTokenizer:
     )
 
 
-def _settle(
-    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, Tensor]
-) -> CheckpointFormat:
-    return replace(family, configure=partial(configure, folder=path.parent))
-
-
 FAMILY = CheckpointFormat(
     name="minDALL-E",
     kind="transformer",
-    licence=LICENCE,
-    marks=("tok_emb_txt.weight", "tok_emb_img.weight", "head_img.weight", "blocks.*.attn.query.weight"),
-    configure=partial(configure, folder=Path()),
+    license=LICENSE,
+    key_patterns=(
+        "tok_emb_txt.weight",
+        "tok_emb_img.weight",
+        "head_img.weight",
+        "blocks.*.attn.query.weight",
+    ),
+    infer_config=infer_config,
     build=MinDalle,
     vocabulary=attrgetter("vocabulary"),
     rename=own_name,
     ignored=("blocks.*.attn.mask",),
-    settle=_settle,
 )

@@ -7,18 +7,16 @@ tokenizer is vqgan.gumbelf8-sber.model.ckpt, or its sibling with wavelets (dalle
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import partial
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dalle.pretrained.external_transformer import stream_mask
-from dalle.pretrained.family import CheckpointFormat, Shapes
+from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
 from dalle.pretrained.rudalle.model import BEGIN, END, VERSIONS, Rudalle, RudalleConfig
 from dalle.text import BPETokenizer
 from dalle.text.external.youtokentome import YoutokentomeTokenizer
@@ -51,7 +49,7 @@ _PARTS = {
 }
 
 
-def own_name(name: str) -> str:
+def own_name(name: str, names: Collection[str] = ()) -> str:
     """The file's name of a tensor -> the model's."""
     stem, _, end = name.rpartition(".")
     if match := re.fullmatch(r"transformer\.layers\.(\d+)\.(.+)", stem):
@@ -59,10 +57,10 @@ def own_name(name: str) -> str:
     return f"{_OTHERS.get(stem, stem)}.{end}"
 
 
-def configure(shapes: Shapes, masks: Mapping[str, Tensor]) -> RudalleConfig:
+def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> RudalleConfig:
     """Sizes from the shapes, the version from the masks; ValueError for heads or masks that are not known."""
     text_len, side = shapes["text_position.weight"][0] - 1, shapes["row_position.weight"][0]
-    depth = len({match[1] for name in shapes if (match := re.match(r"layers\.(\d+)\.", name))})
+    depth = count_matches(shapes, "layers.*.attention.norm.weight")
     text_ids, width = shapes["text_embedding.weight"]
     if (depth, width) not in HEADS:
         known = ", ".join(f"{d} layers of width {w}" for d, w in HEADS)
@@ -79,10 +77,13 @@ def configure(shapes: Shapes, masks: Mapping[str, Tensor]) -> RudalleConfig:
         image_vocab=shapes["image_embedding.weight"][0],
         sandwich="layers.0.attention.norm_out.weight" in shapes,
     )
+    masks = {
+        name: found.tensors.get(f"transformer.{name}", found.tensors.get(name)) for name in MASKS.values()
+    }
     return replace(config, version=version_of(config, masks))
 
 
-def version_of(config: RudalleConfig, masks: Mapping[str, Tensor]) -> str:
+def version_of(config: RudalleConfig, masks: Mapping[str, Tensor | None]) -> str:
     """Which of VERSIONS the masks of a file belong to; ValueError for one that is missing, or for neither."""
     size = config.text_len + config.grid[0] ** 2
     found = {kind: _read_mask(masks, name, size) for kind, name in MASKS.items()}
@@ -95,11 +96,11 @@ def version_of(config: RudalleConfig, masks: Mapping[str, Tensor]) -> str:
     )
 
 
-def _read_mask(masks: Mapping[str, Tensor], name: str, size: int) -> Tensor:
-    if name not in masks:
-        raise ValueError(f"it lacks {name}; by its masks v2 is told from v3, and nothing else tells")
+def _read_mask(masks: Mapping[str, Tensor | None], name: str, size: int) -> Tensor:
+    if masks[name] is None:
+        raise ValueError(f"it lacks {name}; only its masks tell v2 from v3")
     if masks[name].shape != (size, size):
-        raise ValueError(f"its {name} is of shape {masks[name].shape}, the rest calls for {size} x {size}")
+        raise ValueError(f"its {name} is of shape {tuple(masks[name].shape)}, expected {size} x {size}")
     return masks[name] != 0
 
 
@@ -135,30 +136,18 @@ def lowercase(text: BPETokenizer) -> RudalleTokenizer:
     return RudalleTokenizer(text.model)
 
 
-def _settle(
-    family: CheckpointFormat, path: Path, tree: Any, tensors: Mapping[str, Tensor]
-) -> CheckpointFormat:
-    names = (
-        *MASKS.values(),
-        *(f"transformer.{name}" for name in MASKS.values()),
-    )  # older files have them at the top
-    masks = {name.removeprefix("transformer."): tensors[name] for name in names if name in tensors}
-    return replace(family, configure=partial(configure, masks=masks))
-
-
 FAMILY = CheckpointFormat(
     name="ruDALL-E",
     kind="transformer",
-    licence="Apache-2.0, of github.com/ai-forever/ru-dalle; weights that others trained further may have another",
-    marks=(
+    license="Apache-2.0, of github.com/ai-forever/ru-dalle; weights that others trained further may have another",
+    key_patterns=(
         "text_embeddings.weight",
         "image_row_embeddings.weight",
         "transformer.layers.*.attention.query_key_value.weight",
     ),
-    configure=partial(configure, masks={}),
+    infer_config=infer_config,
     build=Rudalle,
     vocabulary=attrgetter("vocabulary"),
     rename=own_name,
     ignored=tuple(f"{prefix}{name}" for prefix in ("", "transformer.") for name in MASKS.values()),
-    settle=_settle,
 )

@@ -5,12 +5,14 @@ its differences down, across, and both; one step of the inverse wavelet transfor
 filters that lie in the file (Haar's).
 """
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.pretrained.family import CheckpointFormat
-from dalle.pretrained.vqgan import configure
+from dalle.pretrained.vqgan import infer_config
 from dalle.vqgan import VQGAN, VQGANConfig
 
 BANDS = 4
@@ -58,7 +60,7 @@ class WaveletVQGAN(VQGAN):
         return self.wavelets(super().image(z))
 
 
-def own_name(name: str) -> str:
+def own_name(name: str, names: Collection[str] = ()) -> str:
     """The file's name of a tensor -> the model's."""
     name = name.removeprefix("model.")
     if name == "quantize.embed.weight":
@@ -71,20 +73,20 @@ def own_name(name: str) -> str:
 
 def _vocabulary(config: VQGANConfig) -> str:
     side = config.downsample_factor
-    return f"{config.vocab_size} codes of {side} x {side} pixels each, drawn at {2 * side} x {2 * side}"
+    return f"{config.vocab_size} codes of {side} x {side} pixels each, decoded to {2 * side} x {2 * side}"
 
 
 FAMILY = CheckpointFormat(
     name="VQGAN of ruDALL-E with wavelets",
     kind="image tokenizer",
-    licence="Apache-2.0, of github.com/ai-forever/ru-dalle",
-    marks=(
+    license="Apache-2.0, of github.com/ai-forever/ru-dalle",
+    key_patterns=(
         "*encoder.down.*.block.*.conv1.weight",
         "*decoder.decoder.up.*.block.*.conv1.weight",
         "*decoder.idwt.*",
         "*quantize.embed.weight",
     ),
-    configure=configure,
+    infer_config=infer_config,
     build=WaveletVQGAN,
     vocabulary=_vocabulary,
     rename=own_name,
@@ -93,5 +95,5 @@ FAMILY = CheckpointFormat(
         "post_quant_conv.*",
         "loss.*",
         "model.loss.*",
-    ),  # the decoder has its own
+    ),  # the decoder has its own post_quant_conv
 )

@@ -1,0 +1,130 @@
+"""Description of a checkpoint, of this library or another: format, sizes, parameters, keys that do not fit, SHA-256."""
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dalle.config import from_dict, to_dict
+from dalle.hub.registry import MODEL_REGISTRY
+from dalle.io.files import read_json
+from dalle.io.format import check_meta, read_config
+from dalle.pretrained.family import DetectedCheckpoint, compare_keys, meta_init
+from dalle.pretrained.load import check_supported_path, detect_checkpoint, extracted, is_external_checkpoint
+from dalle.pretrained.openai_dvae import HALVES
+from dalle.pretrained.torch_file import read_torch_file
+from dalle.train.checkpoint import latest_checkpoint
+
+FAULTS = ("missing", "unexpected", "wrong_shape", "wrong_dtype")
+
+
+def describe_checkpoint(path: Path) -> dict[str, Any]:
+    """What a file or folder holds, as plain data.
+
+    Raises:
+        ValueError: a file that is broken or would run code, or no checkpoint.
+    """
+    if is_external_checkpoint(path):
+        with extracted(path) as place:
+            return _external(detect_checkpoint(place))
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else None
+    if isinstance(config, dict) and "parts" in config:
+        return _model_directory(path, config)
+    if folder := latest_checkpoint(path) or (path if (path / "meta.json").is_file() else None):
+        return _training_checkpoint(folder)
+    check_supported_path(path)
+    raise ValueError(
+        f"{path} is neither a run, a checkpoint nor a model directory, and has no encoder.pkl or decoder.pkl; "
+        "of another program's folder give the file"
+    )
+
+
+def _external(found: DetectedCheckpoint) -> dict[str, Any]:
+    tensors, family = found.tensors.values(), found.family
+    files = [found.path] if found.path.is_file() else [found.path / f"{half}.pkl" for half in HALVES]
+    report: dict[str, Any] = {"container": found.container, "tensors": len(tensors)}
+    report["numbers"] = sum(tensor.numel() for tensor in tensors)
+    report["dtypes"] = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+    if family is None:
+        names = ", ".join(sorted(found.tensors)[:5])
+        note = f"tensors of an unknown format, such as {names}" if names else "no tensors under any known key"
+        report |= {"family": None, "note": note}
+    else:
+        report |= {"family": family.name, "kind": family.kind}
+        try:
+            comparison = compare_keys(found)
+            report |= {"sizes": _sizes(comparison.config), "vocabulary": family.vocabulary(comparison.config)}
+            faults = {name: getattr(comparison, name) for name in FAULTS}
+            report |= {"parameters": comparison.parameters, "fits": not any(faults.values())}
+            faults["ignored"] = comparison.ignored
+            report |= {name: names for name, names in faults.items() if names}
+        except ValueError as error:
+            report |= {"fits": False, "note": str(error)}
+        report["license"] = family.license
+    return report | {"sha256": {file.name: sha256(file) for file in files}}
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()
+    }
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _training_checkpoint(folder: Path) -> dict[str, Any]:
+    meta = read_json(folder / "meta.json")
+    kind = meta.get("kind") if isinstance(meta, dict) else None
+    _check_kind(folder, kind)
+    check_meta(meta, kind, folder)
+    if lacking := [name for name in ("config", "step", "steps") if name not in meta]:
+        raise ValueError(f"{folder / 'meta.json'} lacks {', '.join(lacking)}; it is damaged")
+    links = {name: value for name, value in meta.get("links", {}).items() if name != "text"}
+    return {
+        "family": f"{kind} of this library",
+        "format": meta["format"],
+        "step": f"{meta['step']} of {meta['steps']}",
+        **_model(kind, meta["config"], folder / "model.safetensors", folder),
+        "links": links,
+        "versions": meta.get("versions", {}),
+    }
+
+
+def _model_directory(path: Path, written: dict[str, Any]) -> dict[str, Any]:
+    parts = read_config(path)["parts"]
+    report: dict[str, Any] = {"family": "model directory of this library", "format": written["format"]}
+    for kind, part in parts.items():
+        _check_kind(path, kind)
+        report[kind] = _model(kind, part["config"], path / f"{kind}.safetensors", path)
+    return report | {"hash": "-".join(part["hash"] for part in parts.values())}
+
+
+def _check_kind(path: Path, kind: Any) -> None:
+    if not isinstance(kind, str) or kind not in MODEL_REGISTRY:
+        raise ValueError(f"{path} has a model of kind {kind!r}, expected one of {', '.join(MODEL_REGISTRY)}")
+
+
+def _model(kind: str, settings: dict[str, Any], file: Path, source: Path) -> dict[str, Any]:
+    config_class, model_class = MODEL_REGISTRY[kind]
+    config = from_dict(config_class, settings, str(source))
+    found = {name: tensor.shape for name, tensor in read_torch_file(file).tree.items()}
+    with meta_init():
+        model = model_class(config)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    both = found.keys() & expected.keys()
+    faults = (
+        expected.keys() - found.keys(),
+        found.keys() - expected.keys(),
+        {n for n in both if found[n] != expected[n]},
+    )
+    return {
+        "sizes": to_dict(config),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "fits": found == expected,
+        **{name: sorted(names) for name, names in zip(FAULTS, faults, strict=False) if names},
+        "sha256": {file.name: sha256(file)},
+    }
