@@ -62,7 +62,7 @@ def violations(root: Path) -> list[str]:
         for node in ast.walk(tree):
             for target in targets(node, parts[:-1]):
                 place = f"{name}:{getattr(node, 'lineno', 0)}: {'.'.join(target)}"
-                if id(node) in hidden:
+                if id(node) in hidden and parts[1] != "commands":
                     wrong.append(f"{place} is imported inside a function")
                 elif len(target) < 2 or target[1] not in LEVEL:
                     wrong.append(f"{place} is no module with a layer; import from the module that defines it")
@@ -95,7 +95,7 @@ def plant(root: Path, name: str, code: str) -> Path:
         ("data/pairs.py", "from ..nn import resnet"),  # a service above L1
         ("pipelines/dalle.py", "from dalle.commands.sample import run"),
         (
-            "commands/sample.py",
+            "app/ui.py",
             "def run():\n    from dalle.pipelines.dalle import DALLE",
         ),  # downward, but hidden
         ("hub/registry.py", "class A:\n    async def f(self):\n        import dalle.dvae"),
