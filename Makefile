@@ -7,7 +7,7 @@ help:  ## this list
 setup:  ## make .venv and install everything into it; at once when that is done
 	@sh scripts/setup.sh
 
-quickstart: setup  ## train a small DALL-E on this computer and draw with it, into runs/quickstart
+quickstart: setup  ## train a small DALL-E on this computer and sample from it, into runs/quickstart
 	.venv/bin/python scripts/quickstart.py $(ARGS)
 
 notebooks: setup  ## run all notebooks anew, with the quick start's model, and keep their pictures

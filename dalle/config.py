@@ -1,23 +1,27 @@
 """Configuration: frozen dataclass <-> dict <-> YAML 1.2 <-> command line, strict in each direction.
 
 A run is described by one dataclass whose defaults are the paper's. YAML files hold only what differs;
-several merge in order, and dotted words on the command line win whatever their place:
+several merge in order, and dotted overrides on the command line win wherever they stand:
 
     python scripts/train_dvae.py --config configs/dvae/small.yaml --train.batch-size 64
 
 A key that does not exist is an error that names the nearest one; so is a value of the wrong type.
 """
 
+import ast
 import dataclasses
 import difflib
 import errno
+import inspect
 import os
 import re
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,13 +30,13 @@ import tyro
 from cattrs.gen import make_dict_structure_fn
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from dalle.config_help import whole_sentences
-from dalle.paths import CONFIGS, as_typed, find_config, typed_before
+from dalle.paths import CONFIGS, find_config
 
 T = TypeVar("T")
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""What a disk says that is full, or fails."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""Errors of a full or failing disk."""
 
 
 class ConfigError(ValueError):
@@ -224,53 +228,48 @@ def parse(
         description: shown by `--help` above the fields.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    program = typed_before(words)
+    subcommand = sys.argv[1 : len(sys.argv) - len(words)] if sys.argv[1:][-len(words) :] == words else []
     if preset and not words:
-        print(f"no arguments: taking --config {preset} (see --help for everything that can be set)")
+        print(f"no arguments: using --config {preset} (see --help for all settings)")
         words = ["--config", str(preset)]
     files, rest = _split_config(words)
     try:
         default = load(cls, files, schema)
     except ConfigError as error:
-        raise SystemExit(as_typed(f"error: {error}")) from None
-    text = (
-        f"{description or cls.__doc__}\n\n--config FILE (repeatable) reads YAML; dotted words after it win."
-    )
+        raise SystemExit(f"error: {error}") from None
+    text = f"{description or cls.__doc__}\n\n--config FILE (repeatable) reads YAML; dotted overrides win."
     text = re.sub(
         r"^(?=python |torchrun )", "  ", text, flags=re.MULTILINE
     )  # tyro joins lines that start with a letter
-    with whole_sentences() if {"-h", "--help"} & {*rest} else nullcontext():
-        return tyro.cli(cls, prog=program, args=rest, default=default, description=as_typed(text))
+    with _field_docs() if {"-h", "--help"} & {*rest} else nullcontext():
+        prog = " ".join([sys.argv[0], *subcommand])
+        return tyro.cli(cls, prog=prog, args=rest, default=default, description=text)
 
 
 def overview(words: Sequence[str], description: str, more: str) -> None:
-    """Ends the process with this help where the words ask for help alone, before what else is explained is chosen."""
+    """Prints this help and exits if the command line asks for help before it names what to do."""
     if words and all(word in ("-h", "--help") for word in words):
-        print(as_typed(f"{description.strip()}\n\n{more}"))
+        print(f"{description.strip()}\n\n{more}")
         raise SystemExit(0)
 
 
 @contextmanager
-def tell_errors() -> Iterator[None]:
-    """A user's mistake (ValueError) or a full disk as one line and exit status 1; a bug keeps its traceback."""
+def cli_errors() -> Iterator[None]:
+    """Prints a user's mistake or a full disk as one line with exit status 1; a bug keeps its traceback."""
     try:
         yield
         sys.stdout.flush()
     except (ValueError, FloatingPointError, ImportError) as error:
-        raise SystemExit(as_typed(f"error: {error}")) from None
-    except BrokenPipeError:  # what reads the output, `| head` say, has enough
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # else Python tells of it again at its end
-        raise SystemExit("stopped: nothing reads the output any more") from None
+        raise SystemExit(f"error: {error}") from None
+    except BrokenPipeError:  # the reader of the output, such as `| head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it again at exit
+        raise SystemExit("stopped: the output was closed by its reader") from None
     except OSError as error:
-        if error.errno not in DISK:
+        if error.errno not in DISK_ERRORS:
             raise
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit(
-            "stopped; a training goes on from its last checkpoint with the same command"
-        ) from None
+        raise SystemExit("stopped; the same command resumes a training from its last checkpoint") from None
 
 
 def _split_config(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -290,3 +289,35 @@ def _split_config(words: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             rest.append(word)
     return files, rest
+
+
+def _field_docs() -> ConstructorRegistry:
+    """Tyro rule for the text under each field as its help; tyro alone keeps the line breaks."""
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def read(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not dataclasses.is_dataclass(info.type) or not isinstance(info.default, info.type):
+            return None
+        hints = typing.get_type_hints(info.type, include_extras=True)
+        docs = _docs_of_fields(info.type)
+        fields = tuple(
+            StructFieldSpec(
+                name=name, type=hints[name], default=getattr(info.default, name), helptext=docs.get(name)
+            )
+            for name in (field.name for field in dataclasses.fields(info.type))
+        )
+        return StructConstructorSpec(instantiate=info.type, fields=fields)
+
+    return registry
+
+
+def _docs_of_fields(cls: type) -> dict[str, str]:
+    """Text under each field, inherited ones included, on one line."""
+    found: dict[str, str] = {}
+    for owner in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
+        for field, text in pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found[field.target.id] = " ".join(text.value.value.split())
+    return found

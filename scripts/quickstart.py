@@ -1,11 +1,6 @@
-"""Train all of DALL-E small on drawn shapes and make images from captions it never saw.
+"""Train all of DALL-E small on drawn shapes and make images from captions it never saw."""
 
-python scripts/quickstart.py                                        about twenty minutes on two cores
-"""
-
-from dalle.commands.quickstart import QuickstartArgs, quickstart
-from dalle.config import parse, tell_errors
+from dalle.commands.quickstart import main
 
 if __name__ == "__main__":
-    with tell_errors():
-        quickstart(parse(QuickstartArgs, description=__doc__))
+    main()

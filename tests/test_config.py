@@ -25,7 +25,7 @@ from dalle.commands.train_clip import TrainCLIPArgs
 from dalle.commands.train_dvae import TrainDVAEArgs
 from dalle.commands.train_tokenizer import TrainTokenizerArgs
 from dalle.commands.train_transformer import TrainTransformerArgs
-from dalle.config import ConfigError, from_dict, load, merge, parse, read_yaml, tell_errors, to_dict
+from dalle.config import ConfigError, cli_errors, from_dict, load, merge, parse, read_yaml, to_dict
 from dalle.schedules import Schedule
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -274,25 +274,25 @@ class TestCommandLine:
 
     def test_without_any_argument_the_preset_is_taken_and_named(self, file, capsys):
         assert parse(TrainDVAEArgs, [], preset=file).steps == 7
-        assert f"no arguments: taking --config {file}" in capsys.readouterr().out
+        assert f"no arguments: using --config {file}" in capsys.readouterr().out
 
     def test_with_an_argument_the_preset_is_not_taken(self, file, capsys):
         assert parse(TrainDVAEArgs, ["--seed", "1"], preset=file).steps == TrainDVAEArgs().steps
         assert capsys.readouterr().out == ""
 
     def test_a_users_mistake_is_one_line_and_a_bug_keeps_its_traceback(self):
-        with pytest.raises(SystemExit, match=r"^error: too small$"), tell_errors():
+        with pytest.raises(SystemExit, match=r"^error: too small$"), cli_errors():
             raise ValueError("too small")
-        with pytest.raises(KeyError), tell_errors():
+        with pytest.raises(KeyError), cli_errors():
             raise KeyError("a bug")
 
     def test_an_output_that_nothing_reads_any_more_is_one_line(self):
-        code = "from dalle.config import tell_errors\nwith tell_errors():\n    for i in range(10**5):\n        print(i)"
+        code = "from dalle.config import cli_errors\nwith cli_errors():\n    for i in range(10**5):\n        print(i)"
         reader, writer = os.pipe()
         os.close(reader)
         done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
         os.close(writer)
-        assert (done.returncode, done.stderr) == (1, "stopped: nothing reads the output any more\n")
+        assert (done.returncode, done.stderr) == (1, "stopped: the output was closed by its reader\n")
 
 
 class TestReadingAnotherStagesFile:

@@ -2,7 +2,7 @@
 
     L0 <- L1 <- L2 <- L3 <- L4 <- L5 commands <- cli <- scripts
 
-Within L3 nobody imports a neighbour: the families know neither each other nor `data` and `train`,
+Only a command may import inside a function, so that its --help starts without torch. Within L3 nobody imports a neighbour: the families know neither each other nor `data` and `train`,
 and those two see L0 and L1 only (`data` also the shapes). `dalle/__init__.py`, which re-exports lazily, is exempt.
 """
 
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"lazy", "config", "config_help", "types", "paths", "__version__"},
+    {"lazy", "config", "types", "paths", "__version__"},
     {"io", "layout", "masks", "sampling", "schedules"},
     {"nn", "shapes"},
     {"text", "dvae", "vqgan", "transformer", "clip", "data", "train"},

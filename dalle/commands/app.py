@@ -1,4 +1,10 @@
-"""The web page of a model, served from this computer: see app_page.py for the page, app_work.py for its work."""
+"""Serve a web page that draws images for captions, ranks them and completes uploaded ones (paper sections 2.6, 3.3).
+
+python scripts/app.py runs/quickstart/model                        http://127.0.0.1:7860, for this computer alone
+python scripts/app.py runs/quickstart/model --host 0.0.0.0         for the whole network; it asks no password
+
+It needs gradio: pip install 'zeroshot-text2image[app]'.
+"""
 
 import os
 import signal
@@ -12,6 +18,7 @@ from tyro.conf import Positional
 
 from dalle.app.jobs import Limits
 from dalle.app.ui import Page, load_gradio
+from dalle.config import cli_errors, parse
 from dalle.hub.hub import resolve_source
 from dalle.io.format import read_config
 from dalle.pipelines.dalle import DALLE
@@ -126,3 +133,9 @@ def _free_port(host: str) -> int:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
+
+
+def main() -> None:
+    """Command line of app."""
+    with cli_errors():
+        app(parse(AppArgs, description=__doc__))

@@ -20,7 +20,7 @@ from dalle.benchmarks.config import (
     SampleBenchmark,
     TrainBenchmark,
 )
-from dalle.config import overview, parse, tell_errors
+from dalle.config import overview, parse, cli_errors
 
 BENCHMARKS = {  # arguments, and the function of dalle.benchmarks.NAME
     "train": (TrainBenchmark, "benchmark_training"),
@@ -33,7 +33,7 @@ BENCHMARKS = {  # arguments, and the function of dalle.benchmarks.NAME
 
 def main() -> None:
     """Runs the benchmark that the first word names."""
-    with tell_errors():
+    with cli_errors():
         overview(sys.argv[1:], __doc__, "NAME --help explains the options of a benchmark.")
         name = sys.argv[1] if len(sys.argv) > 1 else ""
         if name not in BENCHMARKS:

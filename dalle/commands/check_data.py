@@ -1,7 +1,13 @@
-"""Whatever `--data.path` opens, read once and described: sizes, captions, broken samples, duplicates, filters.
+"""Read all of your data once, before you train: what is in it, what is broken, what is there twice.
 
-Nothing is changed or dropped. A sample that cannot be used counts as broken; sizes, captions, duplicates and the
-dry run of the filters (paper section 2.3) are of the others.
+python scripts/check_data.py --data.path my/images
+python scripts/check_data.py --data.path "my/tars/{000..099}.tar" --tokenizer runs/text --max-broken 0
+python scripts/check_data.py --data.path my/images --drop-list twice.txt
+python scripts/train_dvae.py --data.path my/images --data.filters.drop-list twice.txt
+
+Writes report.json, skipped.jsonl (every sample that cannot be used, and why), sheet.png (images with their
+captions) and duplicates.png to --out. --data.filters are tried out one by one, all of the paper's unless you set
+them, and nothing is dropped. Exit status: 0, or 1 when too much is broken, for a script that is to stop there.
 """
 
 from collections.abc import Sequence
@@ -11,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dalle.config import cli_errors, parse
 from dalle.data import DataConfig, open_source
 from dalle.data.bad_samples import BadSampleLog, check_bad_fraction
 from dalle.data.dataloader import worker_count
@@ -241,3 +248,9 @@ def _tell(report: dict[str, Any], run: CheckDataArgs, out: Path) -> None:
                 f"             {example['name']}, {width} x {height}: {_short(' / '.join(example['captions']))}"
             )
     print(f"{out}: report.json" + ", sheet.png" * (out / "sheet.png").is_file())
+
+
+def main() -> None:
+    """Command line of check_data."""
+    with cli_errors():
+        check_data(parse(CheckDataArgs, description=__doc__))

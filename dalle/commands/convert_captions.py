@@ -1,8 +1,8 @@
-"""Captions of a public set and the folder of its images become one table that `--data.path` opens.
+"""Turn the captions of a public set, and the images that you fetched of it, into a table; see docs/data.md.
 
-What is read goes into a database on disk, so that memory stays small whatever the size: the images of the folder,
-then each record that finds one. The table holds one row an image, {"image": path, "captions": [...]}, in the order
-of the paths, and takes its name only when it is whole.
+python scripts/convert_captions.py --format coco --captions annotations/captions_train2017.json     --images train2017 --out coco.jsonl
+python scripts/convert_captions.py --format redcaps --captions annotations --images images --out redcaps.jsonl
+python scripts/convert_captions.py --format narratives --captions narratives --images open_images --out open.jsonl
 """
 
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dalle.config import cli_errors, parse
 from dalle.data.caption_datasets import CaptionRecord, Format, Naming, published_files, read_published
 from dalle.io.files import make_directory
 
@@ -243,3 +244,9 @@ def _start_of_paths(run: ConvertCaptionsArgs) -> Path:
     """Where the paths in the table start: its own folder if the images lie in or below it, else theirs."""
     table, images = run.out.resolve().parent, run.images.resolve()
     return table if images.is_relative_to(table) else images
+
+
+def main() -> None:
+    """Command line of convert_captions."""
+    with cli_errors():
+        convert_captions(parse(ConvertCaptionsArgs, description=__doc__))

@@ -1,4 +1,10 @@
-"""Between the stages: images become tokens once (paper section 2.2: argmax, no noise)."""
+"""Turn images into tokens with a trained dVAE (paper section 2.2), once, before stage two.
+
+python scripts/encode_images.py --config configs/dvae/shapes.yaml
+python scripts/encode_images.py --config configs/dvae/small.yaml --data.path my/images --dvae runs/dvae
+torchrun --nproc-per-node 8 scripts/encode_images.py ...            eight processes share the work; so does
+python scripts/encode_images.py ... --encode.part 0 --encode.parts 8     each of eight such commands
+"""
 
 import os
 from collections.abc import Iterator
@@ -10,8 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle.commands.train_dvae import EncodeConfig
-from dalle.config import to_dict
+from dalle.commands.train_dvae import EncodeConfig, TrainDVAEArgs
+from dalle.config import cli_errors, parse, to_dict
 from dalle.data import DataConfig, Loader, TokenCache, open_dataset
 from dalle.data.bad_samples import BadSampleLog
 from dalle.data.dataloader import worker_count
@@ -235,3 +241,9 @@ def _tell(out: Path, cache: TokenCache | None, part: str, skipped: BadSampleLog)
     print(f"{out}: {cache.size} images of {rows} x {columns} tokens{crops}")
     if left_out := cache.meta["left_out"]:
         print(f"note: {left_out} of {cache.size + left_out} images could not be used and are left out")
+
+
+def main() -> None:
+    """Command line of encode_images."""
+    with cli_errors():
+        encode_images(parse(EncodeImagesArgs, schema=TrainDVAEArgs, description=__doc__))

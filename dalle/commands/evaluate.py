@@ -1,13 +1,8 @@
-"""One command measures a model as the paper did, and as its successors do: a report of numbers and what they rest on.
+"""Measure a model: by the judge of the drawn shapes, or its parts and images on held-out pairs.
 
-| part | what is measured |
-|---|---|
-| shapes | how many images show what their caption says, for a model of the drawn shapes |
-| dvae | likelihood, PSNR, SSIM, LPIPS, use of the codes, on held-out images |
-| transformer | nats per token and bits per dimension, on held-out pairs |
-| clip | retrieval, zero-shot classes, words written on images |
-| images | Frechet distance and inception score behind each blur, CLIP score (Figure 9) |
-| rerank | what the best of 1, 2, 4, ... candidates is worth (Figure 9c) |
+python scripts/evaluate.py --model runs/quickstart/model --json report.json
+python scripts/evaluate.py --model runs/my-model --parts dvae transformer clip --data.path my/images
+python scripts/evaluate.py --parts rerank --clip ViT-B-32.pt --rank-by clip      ranked by a published CLIP
 """
 
 import math
@@ -19,6 +14,7 @@ import torch
 
 from dalle.clip import CLIPScorer, OpenClipScorer
 from dalle.commands.evaluate_parts import PARTS, Bench
+from dalle.config import cli_errors, parse
 from dalle.data import DataConfig
 from dalle.evals.blur import RADII
 from dalle.evals.shapes_accuracy import caption_accuracy
@@ -182,3 +178,9 @@ def _tell(name: str, values: dict[str, Any]) -> None:
     for key, inner in values.items():
         if isinstance(inner, dict):
             _tell(f"{name} {key}", inner)
+
+
+def main() -> None:
+    """Command line of evaluate."""
+    with cli_errors():
+        evaluate(parse(EvaluateArgs, description=__doc__))

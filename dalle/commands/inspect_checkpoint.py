@@ -10,7 +10,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from dalle.config import parse, tell_errors
+from dalle.config import parse, cli_errors
 
 SHOWN = 5  # names of a list that are printed; the JSON has them all
 
@@ -27,7 +27,7 @@ class InspectCheckpointArgs:
 
 def main() -> None:
     """Parses the command line and prints the report."""
-    with tell_errors():
+    with cli_errors():
         inspect_checkpoint(parse(InspectCheckpointArgs, description=__doc__))
 
 

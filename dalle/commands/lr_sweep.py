@@ -1,13 +1,19 @@
-"""A sweep of learning rates: the same short run at several multiples of the configured one, and one image."""
+"""Find a learning rate: the same short training at several multiples of the configured one.
 
+python scripts/lr_sweep.py 0.25 0.5 1 2 4 --config configs/transformer/shapes.yaml --steps 100
+"""
+
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from dalle.config import cli_errors, overview, parse
 from dalle.runs.args import TrainArgs
-from dalle.runs.kinds import TRAININGS
+from dalle.runs.kinds import EACH_KIND, TRAININGS, take_kind
 from dalle.train.loggers import read_log
 
 
@@ -19,7 +25,7 @@ def sweep(kind: str, run: TrainArgs, factors: Sequence[float]) -> dict[float, fl
     """
     if min(factors, default=0) <= 0:
         raise ValueError(
-            "give factors on the learning rate, each above 0: python scripts/sweep.py 0.5 1 2 --config FILE"
+            "give factors on the learning rate, each above 0: python scripts/lr_sweep.py 0.5 1 2 --config FILE"
         )
     out, optimizer, losses = run.out or Path("runs/sweep"), run.train.optimizer, {}
     for factor in factors:
@@ -66,3 +72,13 @@ def draw_sweep(out: Path, losses: dict[float, float]) -> None:
         axis.set_ylabel("loss")
         axis.grid(alpha=0.3)
     figure.savefig(out / "sweep.png", dpi=110)
+
+
+def main() -> None:
+    """Command line of lr_sweep."""
+    with cli_errors():
+        overview(sys.argv[1:], __doc__, EACH_KIND)
+        factors = list(takewhile(lambda word: word[:1].isdigit(), sys.argv[1:]))
+        kind, words = take_kind(sys.argv[1 + len(factors) :])
+        args = parse(TRAININGS[kind][0], words, description=__doc__)
+        sweep(kind, args, [float(factor) for factor in factors])

@@ -1,10 +1,10 @@
-"""Before you rent: what a configuration needs in memory, operations, traffic, days and money, for each parallel mode.
+"""Before you rent: memory, operations, traffic, days and cost of a training, without starting it.
 
-Memory and operations are counted by a step without contents (dalle/planner/count.py); days follow from a share of the
-peak that you state (`mfu`, model FLOP/s utilisation: the operations that the model needs over what the GPU's maker
-promises), since nobody can count that. GiB is 2^30 bytes, GB/s is 10^9.
+python scripts/plan.py --config configs/transformer/paper.yaml --gpus 1024 --gpu v100-16gb --train.precision fp16
+python scripts/plan.py --config configs/dvae/small.yaml --gpus 1 --gpu rtx-4090 --mfu 0.3 --price 0.5 --json plan.json
 """
 
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from typing import Any
 from dalle.commands.train_clip import TrainCLIPArgs
 from dalle.commands.train_dvae import TrainDVAEArgs
 from dalle.commands.train_transformer import TrainTransformerArgs
+from dalle.config import cli_errors, overview, parse
 from dalle.io.files import make_directory, write_json
 from dalle.planner.count import StepEstimate, estimate_step
 from dalle.planner.gpus import GPU, GPUS
 from dalle.planner.memory import FP32, HALF, ParallelLayout, memory, starts_whole
 from dalle.planner.table import print_plan
 from dalle.planner.traffic import traffic
+from dalle.runs.kinds import EACH_KIND, take_kind
 from dalle.train.low_rank import RANKS, compression_rate
 from dalle.transformer.sizes import cache_bytes, training_flops
 
@@ -262,3 +264,11 @@ def _time(run: Any, needed: int, gpu: GPU, precision: str) -> dict[str, float]:
     found = {"mfu": run.mfu, "step_seconds": seconds, "steps": run.steps, "days": seconds * run.steps / 86400}
     found |= {"flops_of_run": needed * run.steps, "gpu_hours": hours}
     return found | ({"price": run.price * hours} if run.price else {})
+
+
+def main() -> None:
+    """Command line of plan."""
+    with cli_errors():
+        overview(sys.argv[1:], __doc__, EACH_KIND)
+        kind, words = take_kind(sys.argv[1:])
+        plan_training(kind, parse(PLANS[kind], words, description=__doc__))

@@ -1,4 +1,9 @@
-"""Curves of one or many runs as one image, from their log.jsonl (drawn by dalle/viz/curves.py)."""
+"""Draw the curves of one or many runs, from their log.jsonl, as one image.
+
+python scripts/plot.py runs/transformer
+python scripts/plot.py runs/small runs/small-muon --labels AdamW Muon --smooth 0.9 --log-x --out compared.png
+python scripts/plot.py runs/transformer --metrics grad_norm lr skipped tokens_per_sec mfu data_time_frac
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +13,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
+from dalle.config import cli_errors, parse
 from dalle.io.files import make_directory
 from dalle.viz.curves import (
     Lines,
@@ -137,3 +143,9 @@ def _curves(axis: Any, title: str, curves: dict[str, list[float]], smooth: int) 
         axis.set_yscale("log")
     axis.legend(fontsize=7)
     label_axis(axis, title, "update")
+
+
+def main() -> None:
+    """Command line of plot."""
+    with cli_errors():
+        draw_curves(parse(CurvesImage, description=__doc__))

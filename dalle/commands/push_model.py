@@ -1,4 +1,9 @@
-"""A model to the Hugging Face Hub, or first only what would go there."""
+"""Upload a model to the Hugging Face Hub; look first with --dry-run, which uploads nothing.
+
+python scripts/push_model.py runs/quickstart/model --dry-run
+python scripts/push_model.py runs/quickstart/model --to owner/name --report runs/quickstart/report.json --license mit
+python scripts/push_model.py runs/quickstart/dvae --to owner/name-dvae        the part that a run trained, alone
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 from tyro.conf import Positional
 
+from dalle.config import cli_errors, parse
 from dalle.hub.hub import check_login, list_hub_files, push_to_hub
 from dalle.hub.model_card import CARD, addressed, read_card
 from dalle.hub.registry import LoadedModel
@@ -72,3 +78,9 @@ def _tell(directory: Path, card: str, to: str) -> None:
     for name, size in sizes.items():
         print(f"  {size:>14,} bytes  {name}")
     print(f"\n{CARD}:\n\n{card}\nNothing was uploaded.")
+
+
+def main() -> None:
+    """Command line of push_model."""
+    with cli_errors():
+        push_model(parse(PushModelArgs, description=__doc__))

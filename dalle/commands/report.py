@@ -1,4 +1,10 @@
-"""One page that shows a run: curves, images, attention, codes, masks, numbers, configuration, hashes."""
+"""Show any run as one page: curves, images, attention, codes, masks, numbers, configuration, hashes.
+
+python scripts/report.py runs/quickstart                            writes runs/quickstart/report.html
+python scripts/report.py runs/transformer --no-draw                 what lies in the folder, in a second
+python scripts/report.py runs/my-model --prompts "a red cross above a blue circle" --best-of 64
+python scripts/report.py evaluation.json                            the numbers of scripts/evaluate.py
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,6 +12,7 @@ from pathlib import Path
 
 import tyro
 
+from dalle.config import cli_errors, parse
 from dalle.io.files import make_directory, write_text
 from dalle.report import from_files as report_files
 from dalle.report.folder import Folder, examine
@@ -98,3 +105,9 @@ def _sections(folder: Folder, bench: Bench) -> list[tuple[str, str, Callable[[],
         ("checkpoints", "Checkpoints", lambda: report_files.checkpoints(folder)),
         ("versions", "Versions and hardware", lambda: report_files.versions(folder)),
     ]
+
+
+def main() -> None:
+    """Command line of report."""
+    with cli_errors():
+        write_report(parse(ReportArgs, description=__doc__))

@@ -1,4 +1,11 @@
-"""From a caption to ranked images on disk (paper section 2.6: best of 512 by CLIP)."""
+"""Draw images for a caption, rank them by CLIP, write the best (paper section 2.6).
+
+python scripts/sample.py --model runs/quickstart/model --prompt "a red circle above a blue square on a white background"
+python scripts/sample.py --prompt "..." --best-of 64 --keep 8       joins the newest parts under runs/
+python scripts/sample.py --model 1.3B --prompt "..."                minDALL-E's folder, or its 1.3B.tar.gz
+python scripts/sample.py --model pytorch_model_v3.bin --tokenizer bpe.model \
+    --dvae vqgan.gumbelf8-sber.model.ckpt --prompt "..."            ruDALL-E
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dalle.config import cli_errors, parse
 from dalle.hub.registry import LoadedModel, weights_hash
 from dalle.io.files import make_directory, write_json
 from dalle.pipelines.best_of_n import SamplingConfig, auto_batch_size
@@ -285,3 +293,9 @@ def write_sample(out: Path, model: DALLE, generation: Generation, options: dict[
         out / "sample.json",
         {"prompt": generation.prompt, **options, "model": model.hash, "images": images},
     )
+
+
+def main() -> None:
+    """Command line of sample."""
+    with cli_errors():
+        sample(parse(SampleArgs, description=__doc__))

@@ -1,4 +1,7 @@
-"""The reranker: a small CLIP trained on the same pairs (paper section 2.6; Radford et al. 2021)."""
+"""Train a small CLIP on the same pairs, to rank images (paper section 2.6).
+
+python scripts/train_clip.py --config configs/clip/shapes.yaml
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +13,7 @@ from tqdm import tqdm
 
 from dalle.clip import CLIP, CLIPConfig
 from dalle.clip.objective import CLIPObjective
+from dalle.config import cli_errors, parse
 from dalle.data import DataConfig, StepOfPairs, first_samples, open_dataset, sample_captions
 from dalle.hub.registry import build_model, checkpoint_meta
 from dalle.runs.args import TrainArgs, load_text_input, loader
@@ -167,3 +171,9 @@ class CLIPBatch:
             ids,
             torch.from_numpy(corrupted_images(self.broken, [index for _, index in batch.samples])),
         )
+
+
+def main() -> None:
+    """Command line of train_clip."""
+    with cli_errors():
+        train_clip(parse(TrainCLIPArgs, description=__doc__))

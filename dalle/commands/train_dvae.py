@@ -1,4 +1,8 @@
-"""Stage one: the dVAE (paper sections 2.1, A.1 to A.3)."""
+"""Train the dVAE on images (paper section 2.1): stage one.
+
+python scripts/train_dvae.py                                        the shapes preset
+python scripts/train_dvae.py --config configs/dvae/small.yaml --data.path my/images
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dalle.config import cli_errors, parse
 from dalle.data import DataConfig, StepOfPairs, first_samples, open_dataset
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.dvae.metrics import collapse_warning, dvae_scores
@@ -190,3 +195,9 @@ def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float) -> dict[str, Any]:
     return scores | {
         "reconstructions": image_grid([list(row) for row in rows], scale=max(1, 128 // pixels.shape[-1]))
     }
+
+
+def main() -> None:
+    """Command line of train_dvae."""
+    with cli_errors():
+        train_dvae(parse(TrainDVAEArgs, preset="configs/dvae/shapes.yaml", description=__doc__))

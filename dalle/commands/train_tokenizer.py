@@ -1,4 +1,8 @@
-"""Text vocabulary: byte-pair merges learnt from captions (paper section 2.2)."""
+"""Learn the text vocabulary from captions (paper section 2.2): the first stage.
+
+python scripts/train_tokenizer.py --config configs/transformer/shapes.yaml
+python scripts/train_tokenizer.py --data.path my/images --text.vocab-size 4096
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dalle.commands.train_transformer import TrainTransformerArgs
+from dalle.config import cli_errors, parse
 from dalle.data import DataConfig, open_dataset
 from dalle.io.files import make_directory, write_json
 from dalle.io.rng import generator
@@ -87,3 +93,9 @@ def _tell(out: Path, report: dict[str, Any]) -> None:
         f"{tokens['mean']} tokens a caption (median {tokens['median']}, 95 of 100 up to {tokens['95_of_100']}, most "
         f"{tokens['most']}); {report['truncated']:.2%} are longer than {report['room']} and would be cut"
     )
+
+
+def main() -> None:
+    """Command line of train_tokenizer."""
+    with cli_errors():
+        train_tokenizer(parse(TrainTokenizerArgs, schema=TrainTransformerArgs, description=__doc__))

@@ -1,5 +1,10 @@
-"""Stage two: the transformer over text and image tokens (paper section 2.2, B.1, B.2)."""
+"""Train the transformer on a token cache (paper section 2.2): stage two.
 
+python scripts/train_transformer.py                                 the shapes preset, earlier stages made first
+python scripts/train_transformer.py --config configs/transformer/small.yaml --tokens runs/tokens
+"""
+
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.commands.encode_images import take_image_tokenizer
+from dalle.config import cli_errors, parse
 from dalle.data import DataConfig, TokenCache
 from dalle.data.sampler import batch_indices
 from dalle.hub.registry import build_model, checkpoint_meta
@@ -213,3 +219,14 @@ def check_inputs(
             f"{cache.folder} has {cache.size} images, eval_samples takes {run.eval_samples}; lower it"
         )
     return tokenizer
+
+
+def main() -> None:
+    """Command line of train_transformer; without any argument, missing earlier stages run first."""
+    with cli_errors():
+        args = parse(TrainTransformerArgs, preset="configs/transformer/shapes.yaml", description=__doc__)
+        if len(sys.argv) == 1:
+            from dalle.commands.quickstart import make_missing_stages
+
+            make_missing_stages()
+        train_transformer(args)

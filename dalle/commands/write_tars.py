@@ -1,10 +1,15 @@
-"""Whatever `--data.path` opens becomes WebDataset tars: few large files instead of many small ones."""
+"""Pack images and captions of any form into WebDataset tars, which large sets read best from.
+
+python scripts/write_tars.py --path my/images --out my/tars
+python scripts/write_tars.py --path coco.jsonl --out coco-tars --shard-size 5000
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from dalle.config import cli_errors, parse
 from dalle.data.sources import Kind, open_source
 from dalle.data.webdataset_writer import Packed, write_tars
 from dalle.io.files import make_directory
@@ -43,3 +48,9 @@ def pack(run: WriteTarsArgs) -> Packed:
     for text in done.left_out[:5]:
         print(f"  {text}")
     return done
+
+
+def main() -> None:
+    """Command line of write_tars."""
+    with cli_errors():
+        pack(parse(WriteTarsArgs, description=__doc__))

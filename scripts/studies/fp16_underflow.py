@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dalle.benchmarks.common import Stepper, hardware, save_report
-from dalle.config import parse, tell_errors
+from dalle.config import parse, cli_errors
 from dalle.nn.blocks import ResidualBlock, scale_gradient
 from dalle.schedules import Schedule
 from dalle.train.grad_scaler import PerBlockGradScaler
@@ -198,5 +198,5 @@ def plot_underflow(curves: dict[str, list[dict[str, Any]]], window: int) -> Figu
 
 
 if __name__ == "__main__":
-    with tell_errors():
+    with cli_errors():
         fp16_underflow(parse(UnderflowStudy, description=__doc__))

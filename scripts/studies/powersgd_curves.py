@@ -18,7 +18,7 @@ from color_tokens import ColorTokens, plot_curves, small_transformer
 from matplotlib.figure import Figure
 
 from dalle.benchmarks.common import Stepper, hardware, save_report
-from dalle.config import parse, tell_errors
+from dalle.config import parse, cli_errors
 from dalle.io.files import read_json, write_json
 from dalle.schedules import Schedule
 from dalle.train.float_formats import HALF, store_moments
@@ -138,5 +138,5 @@ def _train(settings: dict[str, str], args: PowerSGDStudy, data: ColorTokens) -> 
 
 
 if __name__ == "__main__":
-    with tell_errors():
+    with cli_errors():
         powersgd_curves(parse(PowerSGDStudy, description=__doc__))

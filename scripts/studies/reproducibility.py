@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dalle.benchmarks.common import hardware, save_report
-from dalle.config import parse, tell_errors
+from dalle.config import parse, cli_errors
 from dalle.pipelines.dalle import DALLE
 from dalle.train.precision import Precision, resolve_device, resolve_precision
 
@@ -145,5 +145,5 @@ def nats_lost(
 
 
 if __name__ == "__main__":
-    with tell_errors():
+    with cli_errors():
         reproducibility(parse(ReproducibilityStudy, description=__doc__))

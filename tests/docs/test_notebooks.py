@@ -13,9 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image
-
 from dalle.commands.notebooks import NotebooksRun, run_notebook, run_notebooks, tidy
+from PIL import Image
 
 PROJECT = Path(__file__).parents[2]
 BOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
@@ -219,7 +218,7 @@ def test_help_teaches_by_examples(monkeypatch, capsys):
 @pytest.fixture
 def place(tmp_path, monkeypatch, chain) -> SimpleNamespace:
     """A project of notebooks alone: .path is its folder, .model what the quick start would have made."""
-    for package in ("nbclient", "ipykernel"):
+    for package in ("nbconvert", "ipykernel"):
         pytest.importorskip(package, reason="the extra `notebooks` is not installed")
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

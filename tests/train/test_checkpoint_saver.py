@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.commands.train_dvae import train_dvae
-from dalle.config import tell_errors
+from dalle.config import cli_errors
 from dalle.io.files import CHECKSUMS, read_json, write_json
 from dalle.schedules import Schedule
 from dalle.train import TrainConfig, checkpoint, fit
@@ -349,7 +349,7 @@ def test_two_failures_tell_the_first_and_mention_the_other(tmp_path, monkeypatch
 def test_a_signal_saves_at_the_end_of_the_step_and_exits_75(name, tmp_path, capsys):
     fit_line(tmp_path / "whole", steps=5)
     before = signal.getsignal(getattr(signal, name))
-    with pytest.raises(Stopped) as stopped, tell_errors():
+    with pytest.raises(Stopped) as stopped, cli_errors():
         fit_line(tmp_path / "run", steps=5, save_every=100, objective=at_step(3, lambda: send(name)))
     assert stopped.value.code == 75
     said = capsys.readouterr().out
@@ -487,7 +487,7 @@ def in_a_small_disk(run: Path, limit: int, said: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with tell_errors():
+        with cli_errors():
             fit_line(run, steps=4, width=100)
     except SystemExit as end:
         said.write_text(str(end.code))
