@@ -10,7 +10,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from dalle.config import parse, cli_errors
+from dalle.config import cli_errors, parse
 
 SHOWN = 5  # names of a list that are printed; the JSON has them all
 
