@@ -38,7 +38,7 @@ BENCHMARKS = {  # arguments, and the function of dalle.benchmarks.NAME
 def main() -> None:
     """Runs the benchmark that the first word names."""
     with cli_errors():
-        overview(sys.argv[1:], __doc__, "NAME --help explains the options of a benchmark.")
+        overview(sys.argv[1:], __doc__, "--help after a name explains its options.")
         name = sys.argv[1] if len(sys.argv) > 1 else ""
         if name not in BENCHMARKS:
             raise ValueError(
