@@ -20,11 +20,7 @@ from dalle.benchmarks.config import (
     SampleBenchmark,
     TrainBenchmark,
 )
-<<<<<<< HEAD
-from dalle.config import overview, parse, cli_errors
-=======
 from dalle.config import cli_errors, overview, parse
->>>>>>> 9bace4a (Studies and the benchmark command use cli_errors)
 
 BENCHMARKS = {  # arguments, and the function of dalle.benchmarks.NAME
     "train": (TrainBenchmark, "benchmark_training"),

@@ -21,11 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dalle.benchmarks.common import Stepper, hardware, save_report
-<<<<<<< HEAD
-from dalle.config import parse, cli_errors
-=======
 from dalle.config import cli_errors, parse
->>>>>>> 9bace4a (Studies and the benchmark command use cli_errors)
 from dalle.nn.blocks import ResidualBlock, scale_gradient
 from dalle.schedules import Schedule
 from dalle.train.grad_scaler import PerBlockGradScaler

@@ -18,11 +18,7 @@ from color_tokens import ColorTokens, plot_curves, small_transformer
 from matplotlib.figure import Figure
 
 from dalle.benchmarks.common import Stepper, hardware, save_report
-<<<<<<< HEAD
-from dalle.config import parse, cli_errors
-=======
 from dalle.config import cli_errors, parse
->>>>>>> 9bace4a (Studies and the benchmark command use cli_errors)
 from dalle.io.files import read_json, write_json
 from dalle.schedules import Schedule
 from dalle.train.float_formats import HALF, store_moments

@@ -16,11 +16,7 @@ import torch
 from torch import Tensor
 
 from dalle.benchmarks.common import hardware, save_report
-<<<<<<< HEAD
-from dalle.config import parse, cli_errors
-=======
 from dalle.config import cli_errors, parse
->>>>>>> 9bace4a (Studies and the benchmark command use cli_errors)
 from dalle.pipelines.dalle import DALLE
 from dalle.train.precision import Precision, resolve_device, resolve_precision
 
