@@ -151,7 +151,6 @@ class Layer(nn.Module):
         self.mlp = ResidualPath(config, MLP(config))
 
     def forward(self, x: Tensor, *rest) -> Tensor:
-        """See `Attention.forward`."""
         x = x + self.attention(x, *rest)
         return x + self.mlp(x)
 

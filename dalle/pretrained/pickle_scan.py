@@ -1,8 +1,8 @@
 """Static scan of a pickle: the globals that it names and the sizes that it claims, before torch loads it.
 
-`torch.load(weights_only=True)` runs no code, but stops at the first global that it does not know, allocates what a file
-claims, and hashes any key. The scan follows the stack through `pickletools` without making a single object. It names
-every forbidden global, in protocols 0 to 5, and refuses tensors beyond their storage and tuples that are exponential.
+`torch.load(weights_only=True)` runs no code, but it stops at the first global that it does not know, allocates what a
+file claims, and hashes any key. The scan follows the stack by `pickletools` and makes no object. It names every
+forbidden global, in protocols 0 to 5, and refuses tensors beyond their storage and tuples of exponential size.
 """
 
 import math
@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-ITEM_SIZES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1}
-ITEM_SIZES = {f"torch.{name}Storage": size for name, size in (ITEM_SIZES | {"Byte": 1, "Bool": 1}).items()}
+STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+ITEM_SIZES = dict(
+    zip((f"torch.{name}Storage" for name in STORAGES), (8, 4, 2, 2, 8, 4, 2, 1, 1, 1), strict=True)
+)
 ITEM_SIZES["torch.storage.UntypedStorage"] = 1
 DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 REBUILDS = {f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3")}
@@ -34,6 +36,7 @@ CALLED = REBUILDS | {
 RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2, in protocols 0 to 2
 MAX_TUPLE = 10_000
 """Values of a tuple, with those of the tuples inside it, each counted as often as it occurs."""
+MARK = pickletools.markobject
 
 
 class Forbidden(ValueError):
@@ -41,62 +44,56 @@ class Forbidden(ValueError):
 
 
 class Item(NamedTuple):
-    """A value on the stack, as far as the scan knows it."""
+    """A value on the stack: a literal, a tuple of Items, a Global, Instance or Storage, or None if unknown."""
 
-    value: Any = None
-    """A literal, a tuple of Items, a Global, Instance or Storage; None for all else."""
-    start: int = 0
+    value: Any
+    start: int
     """Position of the first instruction that makes it."""
     size: int = 1
-    """Values in a tuple, all levels."""
+    """Values in a tuple, at all levels."""
+
+    def plain(self) -> Any:
+        """The value, with tuples of values for tuples of Items."""
+        return tuple(item.plain() for item in self.value) if type(self.value) is tuple else self.value
 
 
-@dataclass(frozen=True)
-class Global:
+class Global(NamedTuple):
     """A class or function by name."""
 
     name: str
 
 
-@dataclass(frozen=True)
-class Instance:
+class Instance(NamedTuple):
     """The result of calling a global."""
 
     name: str
 
 
-@dataclass(frozen=True)
-class Storage:
+class Storage(NamedTuple):
     """A storage outside of the pickle."""
 
     key: str
     count: int
-    """Numbers in it."""
-    item_size: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return self.count * self.item_size
+    nbytes: int
 
 
 @dataclass
 class ScannedPickle:
-    """What a scan finds."""
+    """Findings of a scan."""
 
     stand_ins: set[str] = field(default_factory=set)
     """Classes whose instances are kept as data."""
     storages: dict[str, Storage] = field(default_factory=dict)
     literals: set[Any] = field(default_factory=set)
-    """Texts and numbers."""
+    """Texts and whole numbers."""
     modules: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """Legacy files keep the source of a class beside it: start and end of both, then of the class alone."""
+    """Classes that a legacy file keeps with their source: start and end of both, then of the class alone."""
     protocol: int = 0
     value: Any = None
 
 
 def scan_pickle(stream: Any, is_stand_in: Callable[[str], bool], limit: int) -> ScannedPickle:
-    """Scans one pickle, from where the stream stands to its end mark.
+    """Scans one pickle, from the stream's position to its end mark.
 
     Args:
         stream: bytes with `read`, `readline` and `tell`.
@@ -112,9 +109,10 @@ def scan_pickle(stream: Any, is_stand_in: Callable[[str], bool], limit: int) -> 
         for opcode, argument, position in pickletools.genops(stream):
             scanner.step(opcode, argument, position)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        scanner.refuse()
-        raise ValueError(f"a broken pickle: {error or type(error).__name__}") from None
-    scanner.refuse()
+        scanner.error = scanner.error or ValueError(f"a broken pickle: {error or type(error).__name__}")
+    if names := list(scanner.forbidden):
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise Forbidden(f"it asks for {', '.join(names[:5])}{more}, which could run code")
     if scanner.error:
         raise scanner.error
     return scanner.found
@@ -128,12 +126,6 @@ class _Scanner:
         self.forbidden: dict[str, None] = {}
         self.found = ScannedPickle()
         self.error: ValueError | None = None  # the first; names are looked for to the end
-
-    def refuse(self) -> None:
-        """Raises Forbidden if the pickle names what is not data."""
-        if names := list(self.forbidden):
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise Forbidden(f"it asks for {', '.join(names[:5])}{more}, which could run code")
 
     def step(self, opcode: pickletools.OpcodeInfo, argument: Any, position: int) -> None:
         """Follows one instruction; `pickletools` knows what it takes from the stack and leaves on it."""
@@ -149,53 +141,62 @@ class _Scanner:
         elif name == "DUP":
             self.stack.append(self.stack[-1])
         elif name == "MARK":
-            self.stack.append(Item(pickletools.markobject, position))
+            self.stack.append(Item(MARK, position))
         else:
             taken = self.take(opcode.stack_before)
-            start = min((item.start for item in taken), default=position)
+            start = taken[0].start if taken else position
+            if name == "STOP":
+                self.found.value = taken[-1].value
             for _ in opcode.stack_after:
                 try:
                     self.stack.append(self.result(name, argument, taken, start, position))
                 except ValueError as error:
                     self.error = self.error or error
                     self.stack.append(Item(None, start))
-        if name == "STOP":
-            self.found.value = taken[-1].value
 
     def take(self, kinds: list) -> list[Item]:
-        """The values that an instruction takes, those after a mark included; the mark stays first among them."""
-        items: list[Item] = []
-        if pickletools.markobject in kinds:
-            while not items or items[0].value is not pickletools.markobject:
-                items.insert(0, self.stack.pop())
-            kinds = kinds[: kinds.index(pickletools.markobject)]
-        for _ in kinds:
-            items.insert(0, self.stack.pop())
+        """The values that an instruction takes, those after a mark included; the mark stays among them."""
+        first = len(self.stack) - len(kinds)
+        if MARK in kinds:
+            mark = max(i for i, item in enumerate(self.stack) if item.value is MARK)
+            first = mark - kinds.index(MARK)
+        if first < 0:
+            raise ValueError("an empty stack")
+        items = self.stack[first:]
+        del self.stack[first:]
         return items
 
     def result(self, name: str, argument: Any, taken: list[Item], start: int, position: int) -> Item:
-        """What an instruction leaves on the stack."""
-        values = [item for item in taken if item.value is not pickletools.markobject]
-        if name in ("GLOBAL", "STACK_GLOBAL", "INST"):
-            words = argument.split(" ", 1) if argument else [str(item.value) for item in values[-2:]]
-            return Item(self.name(*words), start)
-        if "TUPLE" in name:
-            size = 1 + sum(item.size for item in values)
+        """The value that an instruction leaves on the stack."""
+        items = [item for item in taken if item.value is not MARK]
+        if name in ("GLOBAL", "STACK_GLOBAL"):
+            return Item(
+                self.name(*(argument.split(" ", 1) if argument else (item.value for item in items))), start
+            )
+        if name == "INST":
+            self.name(*argument.split(" ", 1))
+        elif "TUPLE" in name:
+            size = 1 + sum(item.size for item in items)
             if size > MAX_TUPLE:
                 raise ValueError(f"a tuple of more than {MAX_TUPLE} values, its tuples included")
-            return Item(tuple(values), start, size)
-        if name.endswith("PERSID"):
-            return Item(self.persistent(values[0].value, start, position + 1), start)
-        if name in ("REDUCE", "NEWOBJ", "OBJ", "NEWOBJ_EX"):
-            return Item(self.call(values[0].value, values[1].value if len(values) > 1 else ()), start)
-        if name == "BUILD" and not self.has_attributes(values[0].value):
-            raise ValueError("attributes of what has none")
-        if not taken and argument is not None:
-            self.found.literals.add(argument if isinstance(argument, str | int) else None)
-            return Item(argument, start)
-        return (
-            values[0] if name in ("BUILD", "APPEND", "APPENDS", "SETITEM", "SETITEMS") else Item(None, start)
-        )
+            return Item(tuple(items), start, size)
+        elif name.endswith("PERSID"):
+            return Item(self.persistent(items[0].value, start, position + 1), start)
+        elif name in ("REDUCE", "NEWOBJ"):
+            return Item(self.call(items[0].value, items[1].value), start)
+        elif name == "BUILD":
+            target = items[0].value
+            if not isinstance(target, Instance) or target.name not in {
+                "collections.OrderedDict",
+                *self.found.stand_ins,
+            }:
+                raise ValueError("attributes of what has none")
+            return items[0]
+        elif name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS"):
+            return items[0]
+        elif not taken and isinstance(argument, str | int):
+            self.found.literals.add(argument)
+        return Item(None if taken else argument, start)
 
     def name(self, module: str, name: str) -> Global:
         full = f"{RENAMED.get(module, module)}.{name}"
@@ -205,55 +206,44 @@ class _Scanner:
             self.forbidden[ascii(f"{module}.{name}")[1:-1][:200]] = None
         return Global(full)
 
-    def has_attributes(self, value: Any) -> bool:
-        return isinstance(value, Instance) and (
-            value.name == "collections.OrderedDict" or value.name in self.found.stand_ins
-        )
-
-    def call(self, function: Any, arguments: Any) -> Instance | Item:
+    def call(self, function: Any, arguments: tuple[Item, ...]) -> Instance:
+        """The result of a call, whose sizes are checked."""
         if not isinstance(function, Global) or function.name in ITEM_SIZES or function.name in DTYPES:
             raise ValueError("a call of what is no function")
+        values = [item.plain() for item in arguments]
         if function.name in REBUILDS:
-            _check_tensor(*map(_plain, arguments))
-        elif function.name in ("_codecs.encode", "builtins.bytearray") and arguments:
-            text, encoding = ([_plain(item) for item in arguments] + ["latin1"])[:2]
+            _check_tensor(*values)
+        elif function.name in ("_codecs.encode", "builtins.bytearray") and values:
+            text, encoding = [*values, "latin1"][:2]
             if type(text) is not str or encoding not in ("latin1", "latin-1", "utf-8", "ascii"):
                 raise ValueError(f"bytes of {type(text).__name__} in encoding {encoding!r:.40}")
         return Instance(function.name)
 
-    def persistent(self, identity: Any, start: int, end: int) -> Any:
+    def persistent(self, identity: Any, start: int, end: int) -> Storage | Global:
         """A storage, or in a legacy file a class with its source."""
-        kind, what, *rest = identity if type(identity) is tuple and len(identity) > 1 else (Item(), Item())
-        if kind.value == "module" and isinstance(what.value, Global) and rest:
-            self.found.modules.append((start, end, what.start, rest[0].start))
-            return what.value
-        key, _, count, view = (_plain(item) for item in (*rest, Item())[:4]) if len(rest) > 2 else (None,) * 4
-        item_size = ITEM_SIZES.get(getattr(what.value, "name", None))
-        if kind.value != "storage" or item_size is None or type(key) not in (str, int) or view is not None:
+        items = identity if type(identity) is tuple and len(identity) > 3 else (Item(None, 0),) * 4
+        kind, what, key, _, *rest = (item.value for item in items)
+        if kind == "module" and isinstance(what, Global):
+            self.found.modules.append((start, end, items[1].start, items[2].start))
+            return what
+        item_size = ITEM_SIZES.get(what.name) if isinstance(what, Global) else None
+        if kind != "storage" or not item_size or type(key) not in (str, int) or not rest or any(rest[1:]):
             raise ValueError("a reference to something outside of the file")
-        if type(count) is not int or not 0 <= count <= self.limit:
-            raise ValueError(
-                f"a storage of {count} numbers in a file of {self.limit} bytes: truncated or absurd"
-            )
-        storage = Storage(str(key), count, item_size)
+        if type(rest[0]) is not int or not 0 <= rest[0] <= self.limit:
+            raise ValueError(f"a storage of {rest[0]} numbers in a file of {self.limit} bytes")
+        storage = Storage(str(key), rest[0], rest[0] * item_size)
         if self.found.storages.setdefault(storage.key, storage) != storage:
             raise ValueError(f"storage {storage.key} in two sizes")
         return storage
 
 
-def _plain(item: Item) -> Any:
-    return tuple(map(_plain, item.value)) if type(item.value) is tuple else item.value
-
-
-def _check_tensor(
-    storage: Any, offset: Any = None, shape: Any = None, stride: Any = None, *rest: Any
-) -> None:
+def _check_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> None:
     """ValueError for a tensor that reaches beyond its storage."""
     if not isinstance(storage, Storage) or type(shape) is not tuple or type(stride) is not tuple:
         raise ValueError("a tensor without storage, shape or strides")
     if any(type(n) is not int or n < 0 for n in (offset, *shape, *stride)) or len(shape) != len(stride):
         raise ValueError(f"a tensor of shape {shape} with strides {stride} at {offset}")
-    dtype = DTYPES.get(getattr(rest[2], "name", None)) if len(rest) > 2 else None
+    dtype = DTYPES.get(rest[2].name) if len(rest) > 2 and isinstance(rest[2], Global) else None
     capacity = storage.nbytes // dtype.itemsize if dtype else storage.count
     count, last = (
         math.prod(shape),

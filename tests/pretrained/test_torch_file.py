@@ -65,16 +65,17 @@ def test_whole_modules_become_stand_ins(
     tmp_path: Path, zipped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A legacy file keeps the source of each class beside it, here once for two modules."""
-    module = types.ModuleType("dall_e.encoder")
+    module = types.ModuleType("lightning.encoder")
     (tmp_path / "encoder.py").write_text("from torch import nn\nclass Encoder(nn.Sequential):\n    pass\n")
     exec(compile((tmp_path / "encoder.py").read_text(), tmp_path / "encoder.py", "exec"), vars(module))
     module.__file__ = str(tmp_path / "encoder.py")
-    monkeypatch.setitem(sys.modules, "dall_e.encoder", module)
+    for name in ("lightning", "lightning.encoder"):
+        monkeypatch.setitem(sys.modules, name, module)
     torch.manual_seed(0)
     whole = module.Encoder(module.Encoder(nn.Upsample(scale_factor=2)), nn.ReLU(), nn.MaxPool2d(2))
     whole.w = whole[0].w = nn.Parameter(torch.randn(3, 2))
     torch.save(whole, tmp_path / "encoder.pkl", _use_new_zipfile_serialization=zipped)
-    monkeypatch.delitem(sys.modules, "dall_e.encoder")
+    monkeypatch.delitem(sys.modules, "lightning.encoder")
     saved = read_torch_file(tmp_path / "encoder.pkl")
     assert isinstance(saved.tree, StandIn)
     assert same(weights_of(saved.tree), whole.state_dict())

@@ -53,17 +53,14 @@ class DallePytorchConfig(ExternalConfig):
 
     @property
     def layout(self) -> ExternalLayout:
-        """See `ExternalConfig`."""
         return ExternalLayout(self.text_len, self.grid, self.text_vocab, self.image_vocab, zero_is_pad=True)
 
     @property
     def blocks(self) -> BlockConfig:
-        """See `ExternalConfig`."""
         shape = {"head_dim": self.head_dim, "gated": True, "qkv_bias": False, "sandwich": self.sandwich}
         return BlockConfig(self.width, self.heads, "exact", **shape)
 
     def image_mask(self, kind: str) -> Tensor:
-        """See `ExternalConfig`."""
         index = torch.arange(self.layout.num_image_tokens)
         row, column = index // self.grid[1], index % self.grid[1]
         up, left = row[:, None] - row, column[:, None] - column
@@ -192,13 +189,11 @@ class DallePytorch(ExternalTransformer):
         self.to_logits = nn.Linear(width, layout.vocab)
 
     def embed_text(self, text: Tensor) -> Tensor:
-        """See `ExternalTransformer`."""
         shared, offset = self.config.shared, self.layout.image_offset
         x = F.embedding(text, self.to_logits.weight[:offset] if shared else self.text_embedding.weight)
         return x if self.config.rotary else x + self.text_position.weight[: text.shape[1]]
 
     def embed_image(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """See `ExternalTransformer`."""
         shared, offset = self.config.shared, self.layout.image_offset
         x = F.embedding(tokens, self.to_logits.weight[offset:] if shared else self.image_embedding.weight)
         if self.config.rotary:
@@ -211,21 +206,17 @@ class DallePytorch(ExternalTransformer):
         return x, x
 
     def rotation(self, inputs: Tensor) -> Tensor | None:
-        """See `ExternalTransformer`."""
         return self.angles[0].index_select(0, inputs) if self.config.rotary else None
 
     def final(self, trunks: Trunks) -> Tensor:
-        """See `ExternalTransformer`."""
         x = sum(trunks) / 2 if self.config.reversible else trunks[0]
         return self.final_norm(x / x.amax(dim=-1, keepdim=True) if self.config.stable else x)
 
     def new_cache(self, *arguments) -> ShiftCache:
-        """See `ExternalTransformer`."""
         return ShiftCache(
             *arguments, columns=self.config.grid[1] * self.config.shift, width=self.config.width
         )
 
     def kv_bytes_per_sample(self) -> int:
-        """See `ExternalTransformer`."""
         states = 4 * self.config.width * self.config.grid[1] * self.config.shift
         return super().kv_bytes_per_sample() + len(self.layers) * states

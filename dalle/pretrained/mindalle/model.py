@@ -78,17 +78,14 @@ class MinDalleConfig(ExternalConfig):
 
     @property
     def layout(self) -> MinDalleLayout:
-        """See `ExternalConfig`."""
         return MinDalleLayout(self.text_len, self.grid, self.text_vocab, self.image_vocab, pad=self.pad)
 
     @property
     def blocks(self) -> BlockConfig:
-        """See `ExternalConfig`."""
         biases = {"qkv_bias": self.attention_bias, "out_bias": self.attention_bias, "mlp_bias": self.mlp_bias}
         return BlockConfig(self.width, self.heads, self.gelu, matrices=3, **biases)
 
     def image_mask(self, kind: str) -> Tensor:
-        """See `ExternalConfig`."""
         return torch.ones(2 * (self.layout.num_image_tokens,), dtype=torch.bool).tril()
 
 
@@ -107,17 +104,13 @@ class MinDalle(ExternalTransformer):
         self.to_logits = nn.Linear(width, layout.image_vocab, bias=False)
 
     def embed_text(self, text: Tensor) -> Tensor:
-        """See `ExternalTransformer`."""
         return self.text_embedding(text) + self.text_position.weight[: text.shape[1]]
 
     def embed_image(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """See `ExternalTransformer`."""
         return self.image_embedding(tokens) + self.image_position(positions)
 
     def text_logits(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
-        """See `ExternalTransformer`."""
         return fp32_logits(hidden, self.to_text_logits)
 
     def image_logits(self, hidden: Tensor) -> Tensor:
-        """See `ExternalTransformer`."""
         return fp32_logits(hidden, self.to_logits)

@@ -68,7 +68,6 @@ class RudalleConfig(ExternalConfig):
 
     @property
     def layout(self) -> RudalleLayout:
-        """See `ExternalConfig`."""
         start = BEGIN if self.version == "v2" else None
         return RudalleLayout(self.text_len, self.grid, self.text_vocab, self.image_vocab, start)
 
@@ -80,7 +79,6 @@ class RudalleConfig(ExternalConfig):
 
     @property
     def blocks(self) -> BlockConfig:
-        """See `ExternalConfig`."""
         return BlockConfig(self.width, self.heads, "tanh", sandwich=self.sandwich, bound=BOUND)
 
     @property
@@ -89,7 +87,6 @@ class RudalleConfig(ExternalConfig):
         return self.text_len
 
     def image_mask(self, kind: str) -> Tensor:
-        """See `ExternalConfig`."""
         side = self.grid[0]
         index = torch.arange(side * side)
         back = index[:, None] - index
@@ -119,10 +116,8 @@ class Rudalle(ExternalTransformer):
         self.to_logits = nn.Linear(width, layout.vocab)
 
     def embed_text(self, text: Tensor) -> Tensor:
-        """See `ExternalTransformer`."""
         return self.text_embedding(text) + self.text_position.weight[: text.shape[1]]
 
     def embed_image(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """See `ExternalTransformer`."""
         row, column = positions // self.layout.columns, positions % self.layout.columns
         return self.image_embedding(tokens) + (self.row_position(row) + self.column_position(column))

@@ -56,7 +56,6 @@ class WaveletVQGAN(VQGAN):
         self.wavelets = InverseWavelets()
 
     def image(self, z: Tensor) -> Tensor:
-        """See `VQGAN.image`."""
         return self.wavelets(super().image(z))
 
 
