@@ -1,7 +1,7 @@
-"""Inspect a checkpoint of this library or another without running code in it: format, sizes, missing tensors, hash.
+"""Inspect a checkpoint of this library or another without running code in it.
 
-python scripts/inspect_checkpoint.py dalle.pt                       format, sizes, license, missing tensors, SHA-256
-python scripts/inspect_checkpoint.py runs/dvae --json report.json   also a run, a checkpoint or a model directory
+python scripts/inspect_checkpoint.py dalle.pt                       format, sizes, license, faults, SHA-256
+python scripts/inspect_checkpoint.py runs/dvae --json report.json   also a run, checkpoint or model directory
 """
 
 from dataclasses import dataclass

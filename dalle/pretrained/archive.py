@@ -1,7 +1,7 @@
 """Extraction of a few named files from a tar.gz that nobody vouches for.
 
-Names of members are compared and never used as paths. An archive is refused as a whole if a member leads outside of it,
-is a link or a device, or has the name of another, or if it swells like a bomb.
+Names of members are compared and never used as paths. An archive is refused as a whole if a member leads
+outside of it, is a link or a device, or has the name of another, or if it swells like a bomb.
 """
 
 import gzip

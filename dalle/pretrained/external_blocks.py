@@ -1,7 +1,7 @@
 """Pre-norm blocks of DALLE-pytorch, minDALL-E and ruDALL-E, under a table of what each position sees.
 
-Against ours: another GELU or GEGLU, other biases, rotary positions, a norm after each path too (the sandwich of
-CogView), bounded attention.
+Against ours: another GELU or GEGLU, other biases, rotary positions, a norm after each path too (the sandwich
+of CogView), bounded attention.
 
     B batch, n inputs of this call, D width, d width of a head
 """

@@ -1,8 +1,8 @@
 """Transformers of DALLE-pytorch, minDALL-E and ruDALL-E: their common stream and cache.
 
 They predict the first image token from the last text id, where ours reads start-of-image. So their inputs are
-T + 1 text ids (a start and T ids), or T without a start, then image tokens, each read one position later than it is
-predicted.
+T + 1 text ids (a start and T ids), or T without a start, then image tokens, each read one position later than
+it is predicted.
 
     B batch, n inputs of this call, T text_len, N image tokens, D width, d width of a head, V joint vocabulary
 """
@@ -75,7 +75,7 @@ class ExternalLayout(TokenLayout):
 
 
 class ExternalCacheLayout(KVCacheLayout):
-    """A cache that keeps every image token in order; `sees`, bool (N, N), tells which of them each sees."""
+    """A cache that keeps every image token in order; `sees`, bool (N, N): which of them each sees."""
 
     def __init__(self, sees: Tensor):
         positions = len(sees)
@@ -141,7 +141,7 @@ class ExternalConfig(ABC):
 class ExternalTransformer(nn.Module, ABC):
     """Joint ids -> logits, and what sampling asks of a transformer (see `dalle.transformer.Transformer`).
 
-    A subclass adds embeddings, `final` (trunk -> final states) and `to_logits`; its config has the `kinds` of layers.
+    A subclass adds embeddings, `final` (trunk -> final states) and `to_logits`; its config has `kinds`.
     """
 
     def __init__(self, config: ExternalConfig, layers: Iterable[nn.Module] | None = None):
@@ -181,7 +181,7 @@ class ExternalTransformer(nn.Module, ABC):
         return logits
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """Joint ids (B, n) -> final states (B, n, D); state p reads ids before p, and is 0 where none does."""
+        """Joint ids (B, n) -> final states (B, n, D); state p reads ids before p, and is 0 if none does."""
         text, image = self.layout.unpack(ids)
         check_tokens(text, self.layout.image_offset, "text ids")
         check_tokens(image, self.layout.image_vocab, "image ids less their offset")

@@ -1,8 +1,9 @@
 """Published checkpoint formats: detection by tensor names, comparison of keys, strict loading.
 
-A format is recognized by the names of its tensors and takes every size from their shapes, since file names and separate
-YAML files are often lost. Loading is strict: a tensor that is neither in the model nor on the format's list of ignored
-ones is an error, since programs that load what happens to match run half-empty models silently.
+A format is recognized by the names of its tensors and takes every size from their shapes, since file names
+and separate YAML files are often lost. Loading is strict: a tensor that is neither in the model nor on the
+format's list of ignored ones is an error, since programs that load what happens to match run half-empty
+models silently.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -154,7 +155,7 @@ def meta_init() -> Iterator[None]:
 
 
 class _SkipRandomInit(TorchFunctionMode):
-    """Leaves out random initialization: without numbers it does nothing, but torch imports 900 modules for it."""
+    """Leaves out random initialization, for which torch imports 900 modules even on the meta device."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (torch.Tensor.normal_, torch.Tensor.uniform_):
@@ -177,5 +178,5 @@ def _renamed(found: DetectedCheckpoint) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def count_matches(names: Collection[str], pattern: str) -> int:
-    """How many names match, for layers and levels that no shape tells."""
+    """How many names match, for numbers of layers and levels."""
     return sum(fnmatchcase(name, pattern) for name in names)

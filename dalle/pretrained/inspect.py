@@ -1,7 +1,6 @@
-"""Description of a checkpoint, of this library or another: format, sizes, parameters, keys that do not fit, SHA-256."""
+"""Description of a checkpoint, of this library or another: format, sizes, faults, SHA-256."""
 
 import hashlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from dalle.config import from_dict, to_dict
 from dalle.hub.registry import MODEL_REGISTRY
 from dalle.io.files import read_json
 from dalle.io.format import check_meta, read_config
-from dalle.pretrained.family import DetectedCheckpoint, compare_keys, meta_init
+from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, compare_keys
 from dalle.pretrained.load import check_supported_path, detect_checkpoint, extracted, is_external_checkpoint
 from dalle.pretrained.openai_dvae import HALVES
 from dalle.pretrained.torch_file import read_torch_file
@@ -34,8 +33,8 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         return _training_checkpoint(folder)
     check_supported_path(path)
     raise ValueError(
-        f"{path} is neither a run, a checkpoint nor a model directory, and has no encoder.pkl or decoder.pkl; "
-        "of another program's folder give the file"
+        f"{path} is neither a run, a checkpoint nor a model directory, nor has it encoder.pkl or decoder.pkl;"
+        " of another program's folder give the file"
     )
 
 
@@ -52,22 +51,11 @@ def _external(found: DetectedCheckpoint) -> dict[str, Any]:
     else:
         report |= {"family": family.name, "kind": family.kind}
         try:
-            comparison = compare_keys(found)
-            report |= {"sizes": _sizes(comparison.config), "vocabulary": family.vocabulary(comparison.config)}
-            faults = {name: getattr(comparison, name) for name in FAULTS}
-            report |= {"parameters": comparison.parameters, "fits": not any(faults.values())}
-            faults["ignored"] = comparison.ignored
-            report |= {name: names for name, names in faults.items() if names}
+            report |= _comparison(found)
         except ValueError as error:
             report |= {"fits": False, "note": str(error)}
         report["license"] = family.license
     return report | {"sha256": {file.name: sha256(file) for file in files}}
-
-
-def _sizes(config: Any) -> dict[str, Any]:
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()
-    }
 
 
 def sha256(path: Path) -> str:
@@ -111,20 +99,20 @@ def _check_kind(path: Path, kind: Any) -> None:
 def _model(kind: str, settings: dict[str, Any], file: Path, source: Path) -> dict[str, Any]:
     config_class, model_class = MODEL_REGISTRY[kind]
     config = from_dict(config_class, settings, str(source))
-    found = {name: tensor.shape for name, tensor in read_torch_file(file).tree.items()}
-    with meta_init():
-        model = model_class(config)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    both = found.keys() & expected.keys()
-    faults = (
-        expected.keys() - found.keys(),
-        found.keys() - expected.keys(),
-        {n for n in both if found[n] != expected[n]},
+    family = CheckpointFormat(
+        *(kind, kind, "", ()), infer_config=lambda *_: config, build=model_class, vocabulary=lambda config: ""
     )
-    return {
-        "sizes": to_dict(config),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "fits": found == expected,
-        **{name: sorted(names) for name, names in zip(FAULTS, faults, strict=False) if names},
-        "sha256": {file.name: sha256(file)},
+    report = _comparison(DetectedCheckpoint(file, family, read_torch_file(file).tree))
+    return report | {"sha256": {file.name: sha256(file)}}
+
+
+def _comparison(found: DetectedCheckpoint) -> dict[str, Any]:
+    comparison = compare_keys(found)
+    report: dict[str, Any] = {"sizes": to_dict(comparison.config)}
+    if vocabulary := found.family.vocabulary(comparison.config):
+        report["vocabulary"] = vocabulary
+    faults = {name: getattr(comparison, name) for name in FAULTS}
+    report |= {"parameters": comparison.parameters, "fits": not any(faults.values())}
+    return report | {
+        name: names for name, names in {**faults, "ignored": comparison.ignored}.items() if names
     }

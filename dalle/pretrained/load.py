@@ -43,14 +43,14 @@ DALLE_MINI = (
     "the transformer here is one stream with one kind of attention, and cannot compute that"
 )
 DEEPSPEED = (
-    "its weights are in pieces that only DeepSpeed joins; run the zero_to_fp32.py that it left there, and save the "
-    "result as `weights` beside the hparams of auxiliary.pt"
+    "its weights are in pieces that only DeepSpeed joins; run the zero_to_fp32.py in it, and save the result as "
+    "`weights` beside the hparams of auxiliary.pt"
 )
 UNSUPPORTED = {
-    "min-dalle, a copy of dalle-mini: its encoder and decoder are those of BART, the transformer here is one stream": (
+    "min-dalle, a copy of dalle-mini: its encoder and decoder are those of BART": (
         "layers.*.glu.fc0.weight",
     ),
-    "LlamaGen's transformer: captions enter it as vectors of a T5 encoder, which is no part of this library": (
+    "LlamaGen's transformer: captions enter it as vectors of a T5 encoder, which this library lacks": (
         "cls_embedding.*",
         "layers.*.attention.wqkv.weight",
     ),
@@ -65,7 +65,7 @@ UNSUPPORTED = {
 
 
 def is_external_checkpoint(path: Path) -> bool:
-    """Whether a path is a file, OpenAI's folder of two or minDALL-E's: no run or model directory of this library."""
+    """Whether a path is a file, OpenAI's folder of two or minDALL-E's: nothing that this library writes."""
     folders = [path / mindalle.STAGE2, *(path / f"{half}.pkl" for half in openai_dvae.HALVES)]
     return path.is_file() or any(file.is_file() for file in folders)
 
@@ -116,7 +116,7 @@ def _detect(saved: SavedFile) -> DetectedCheckpoint:
 
 
 def check_supported_path(path: Path) -> None:
-    """ValueError for a file or folder of Flax, since only dalle-mini publishes those, and for DeepSpeed's folder."""
+    """ValueError for files and folders of Flax, which only dalle-mini publishes, and for DeepSpeed's."""
     flax = path.suffix == ".msgpack" or (path / "flax_model.msgpack").is_file()
     if not flax and (path / "config.json").is_file():
         settings: Any = read_json(path / "config.json")
@@ -188,8 +188,8 @@ def load_external_pipeline(
     Args:
         path: the file: DALLE-pytorch's dalle.pt or ruDALL-E's pytorch_model.bin; or minDALL-E's archive
             1.3B.tar.gz, or its folder.
-        text: the text tokenizer of its training (see `dalle.text.load_text_tokenizer`), which only minDALL-E's
-            files hold. ruDALL-E's bpe.model is made to read lowercase.
+        text: the text tokenizer of its training (`dalle.text.load_text_tokenizer`); minDALL-E's files have it.
+            ruDALL-E's bpe.model is made to read lowercase.
         dvae: the image tokenizer of its training; by default the one in the file or folder.
         scorer: ranks images.
 

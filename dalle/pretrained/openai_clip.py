@@ -1,9 +1,10 @@
-"""CLIP for reranking: OpenAI's TorchScript archives and state dicts, and open_clip's checkpoints of the same layout.
+"""CLIP for reranking: TorchScript archives and state dicts of OpenAI, checkpoints of open_clip.
 
-The towers are open_clip's; sizes come from shapes. One thing no shape tells is the activation: OpenAI's weights
-want x sigmoid(1.702 x), most of open_clip's want the exact GELU, and the wrong one loads silently and ranks worse.
-OpenAI's files are recognized by three numbers that they keep beside the weights; for others it is an argument.
-An architecture that is not this layout (timm towers, SigLIP) is opened by its name, with `PretrainedScorer`.
+The towers are open_clip's; sizes come from shapes. The activation shows in no shape: OpenAI's weights want x
+sigmoid(1.702 x), most of open_clip's want the exact GELU, and the wrong one loads silently and ranks worse.
+OpenAI's files are recognized by three numbers that they keep beside the weights; for others it is an
+argument. An architecture that is not this layout (timm towers, SigLIP) is opened by its name, with
+`PretrainedScorer`.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from dalle.clip import OpenClipScorer
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches, load_weights
 from dalle.pretrained.torch_file import read_torch_file, weights_of
 
-HEAD_WIDTH = 64  # Radford et al.: in every published model; shapes do not tell
+HEAD_WIDTH = 64  # Radford et al.: in every published model
 NUMBERS = ("input_resolution", "context_length", "vocab_size")
 CLIP_VOCAB = 49408  # ids of the byte-pair encoding that all of these read
 
@@ -139,8 +140,8 @@ def load_scorer(
     if family is OPEN_CLIP:
         if quick_gelu is None:
             raise ValueError(
-                f"{path} does not hold its activation: give quick_gelu=True for OpenAI's weights and open_clip's "
-                "'-quickgelu' models, quick_gelu=False for others"
+                f"{path} does not hold its activation: give quick_gelu=True for OpenAI's weights and "
+                "'-quickgelu' models of open_clip, quick_gelu=False for others"
             )
         family = replace(family, build=partial(build, quick_gelu=quick_gelu))
     model = load_weights(DetectedCheckpoint(Path(path), family, tensors)).to(device)

@@ -1,11 +1,11 @@
 """OpenAI's dVAE: encoder.pkl and decoder.pkl of github.com/openai/DALL-E, or a state dict of both.
 
-The published files are whole modules, written by an old torch; newer ones refuse them, or fail in Upsample. Here they
-are read as data. Parameters have the names of dalle.dvae, so nothing is renamed; what has no parameters (poolings, the
-gain of the residual paths) is compared with what our modules do.
+The published files are whole modules, written by an old torch; newer ones refuse them, or fail in Upsample.
+Here they are read as data. Parameters have the names of dalle.dvae, so nothing is renamed; what has no
+parameters (poolings, the gain of the residual paths) is compared with what our modules do.
 
-The files hold fp32 weights. OpenAI's code runs most convolutions in half precision on a GPU; this one only does so
-under autocast, so that tokens on CPU and GPU agree but for near ties.
+The files hold fp32 weights. OpenAI's code runs most convolutions in half precision on a GPU; this one only
+does so under autocast, so that tokens on CPU and GPU agree but for near ties.
 """
 
 import math
@@ -25,7 +25,7 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DVAEConfig:
     """Sizes from the shapes; ValueError for one half alone, or what is no dVAE of this kind."""
     halves = [half for half in HALVES if f"{half}.blocks.input.w" in shapes]
     if len(halves) == 1:
-        raise ValueError(f"only the {halves[0]} is there; put encoder.pkl and decoder.pkl in one folder")
+        raise ValueError(f"only the {halves[0]} is there: put encoder.pkl and decoder.pkl in one folder")
     groups = count_matches(shapes, "encoder.blocks.group_*.block_1.res_path.conv_4.w")
     if not halves or not groups or "encoder.blocks.output.conv.w" not in shapes:
         raise ValueError("the encoder lacks its input, blocks or output: not OpenAI's dVAE")
@@ -60,7 +60,7 @@ def read_folder(path: Path) -> dict[str, Tensor]:
     """Tensors of a folder with encoder.pkl and decoder.pkl.
 
     Raises:
-        ValueError: a file that is missing or cannot be read, or modules that compute something else than ours.
+        ValueError: a file that is missing or cannot be read, or modules that differ from the release.
     """
     files = [path / f"{half}.pkl" for half in HALVES]
     if missing := [file.name for file in files if not file.is_file()]:
@@ -88,9 +88,7 @@ def _check_module(saved: SavedFile) -> None:
     groups = [attributes(group) for name, group in attributes(blocks).items() if name.startswith("group_")]
     resizes = sum(name in ("pool", "upsample") for group in groups for name in group)
     if groups and resizes != len(groups) - 1:
-        raise ValueError(
-            f"{saved.path}: {resizes} poolings in {len(groups)} groups; OpenAI's has one fewer than groups"
-        )
+        raise ValueError(f"{saved.path}: {resizes} poolings in {len(groups)} groups, expected one fewer")
     states = [block.state or {} for group in groups for block in group.values() if isinstance(block, StandIn)]
     gains = [state["post_gain"] for state in states if "post_gain" in state]
     if any(not math.isclose(gain, len(gains) ** -2) for gain in gains):

@@ -1,8 +1,9 @@
 """Static scan of a pickle: the globals that it names and the sizes that it claims, before torch loads it.
 
-`torch.load(weights_only=True)` runs no code, but it stops at the first global that it does not know, allocates what a
-file claims, and hashes any key. The scan follows the stack by `pickletools` and makes no object. It names every
-forbidden global, in protocols 0 to 5, and refuses tensors beyond their storage and tuples of exponential size.
+`torch.load(weights_only=True)` runs no code, but it stops at the first global that it does not know,
+allocates what a file claims, and hashes any key. The scan follows the stack by `pickletools` and makes no
+object. It names every forbidden global, in protocols 0 to 5, and refuses tensors beyond their storage and
+tuples of exponential size.
 """
 
 import math
@@ -44,7 +45,7 @@ class Forbidden(ValueError):
 
 
 class Item(NamedTuple):
-    """A value on the stack: a literal, a tuple of Items, a Global, Instance or Storage, or None if unknown."""
+    """A value on the stack: a literal, a tuple of Items, a Global, Instance or Storage, else None."""
 
     value: Any
     start: int
@@ -87,7 +88,7 @@ class ScannedPickle:
     literals: set[Any] = field(default_factory=set)
     """Texts and whole numbers."""
     modules: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """Classes that a legacy file keeps with their source: start and end of both, then of the class alone."""
+    """Classes that a legacy file keeps with their source: start and end of both, then of the class."""
     protocol: int = 0
     value: Any = None
 

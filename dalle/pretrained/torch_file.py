@@ -2,12 +2,12 @@
 
     safetensors    a header of JSON, then bytes
     torch zip      torch.save since 1.6: data.pkl, and an uncompressed member for each storage
-    TorchScript    torch.jit.save: the same, with code beside it that is left alone
+    TorchScript    torch.jit.save: the same, with code that is ignored
     torch legacy   torch.save before 1.6: five pickles, then the storages
 
-Pickles are scanned (dalle/pretrained/pickle_scan.py), then read by `torch.load(weights_only=True)`. Instances of the
-classes in STAND_INS, such as the whole modules that OpenAI published, become a `StandIn` that keeps their attributes.
-Tensors of a torch zip are mapped from the file, so their numbers are read only when used.
+Pickles are scanned (dalle/pretrained/pickle_scan.py), then read by `torch.load(weights_only=True)`. Instances
+of the classes in STAND_INS, such as the whole modules that OpenAI published, become a `StandIn` that keeps
+their attributes. Tensors of a torch zip are mapped from the file, so their numbers are read only when used.
 """
 
 import io
@@ -45,8 +45,10 @@ STAND_INS = {
     *(f"dall_e.encoder.{name}" for name in ("Encoder", "EncoderBlock")),
     *(f"dall_e.decoder.{name}" for name in ("Decoder", "DecoderBlock")),
     "dall_e.utils.Conv2d",
-    *(f"torch.nn.modules.container.{name}" for name in ("Sequential",)),
-    *(f"torch.nn.modules.{name}" for name in ("activation.ReLU", "pooling.MaxPool2d", "linear.Identity")),
+    "torch.nn.modules.container.Sequential",
+    "torch.nn.modules.activation.ReLU",
+    "torch.nn.modules.pooling.MaxPool2d",
+    "torch.nn.modules.linear.Identity",
     "torch.nn.modules.upsampling.Upsample",
     *(f"builtins.{name}" for name in ("object", "int", "float", "str", "bool", "list", "dict", "tuple")),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
@@ -57,7 +59,7 @@ STAND_INS = {
     "typing.Any",
     "collections.defaultdict",
 }
-"""Classes whose instances are kept as data: the dVAE's own, and what trainers leave beside the weights."""
+"""Classes whose instances are kept as data: the dVAE's own, and those of trainers."""
 STAND_IN_PACKAGES = ("omegaconf.", "pytorch_lightning.", "lightning.")
 """Lightning writes its callbacks and settings into every checkpoint."""
 
@@ -83,7 +85,7 @@ class DictStandIn:
 
 
 def is_stand_in(name: str) -> bool:
-    """Whether instances of a class are kept as data; `__torch__` holds the classes of a TorchScript archive."""
+    """Whether instances of a class are kept as data; `__torch__` has the classes of TorchScript."""
     return name in STAND_INS or name.startswith((*STAND_IN_PACKAGES, "__torch__."))
 
 
@@ -192,8 +194,8 @@ def _checked_members(path: Path, archive: zipfile.ZipFile, root: str) -> dict[st
     for member in used:
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
             raise ValueError(
-                f"its member {member.filename:.80} is compressed, to {member.compress_size} of {member.file_size} "
-                "bytes; torch compresses none, so this is a zip bomb or was packed again"
+                f"its member {member.filename:.80} is compressed, to {member.compress_size} of "
+                f"{member.file_size} bytes; torch compresses none, so this is a zip bomb or was packed again"
             )
     if (size := sum(member.file_size for member in used)) > path.stat().st_size:
         raise ValueError(f"its members claim {size} bytes, the file has {path.stat().st_size}: a zip bomb")
@@ -238,7 +240,7 @@ def _read_legacy(path: Path, head: bytes) -> SavedFile:
 
 
 def _without_sources(data: mmap.mmap, tree: ScannedPickle) -> io.BytesIO:
-    """A legacy file in which classes stand without their source, which torch does not read with weights_only."""
+    """A legacy file without the sources of classes, which torch does not read with weights_only."""
     pieces, end = [], 0
     for start, after, name, name_end in tree.modules:
         pieces += [data[end:start], data[name:name_end]]

@@ -1,4 +1,4 @@
-"""VQGAN: convolutions and a codebook, an image tokenizer of others (Esser et al. 2021); read and run, not trained."""
+"""VQGAN, a convolutional image tokenizer (Esser et al. 2021), for published weights."""
 
 from dalle.lazy import lazy_exports
 
@@ -6,6 +6,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "VQGAN": "model",
-        "VQGANConfig": "model",
+        "VQGANConfig": "config",
     },
 )

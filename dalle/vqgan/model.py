@@ -1,61 +1,19 @@
 """VQGAN (Esser et al. 2021, "Taming transformers"), to encode and decode images; module names of its release.
 
-ResNets with group norm, and attention of one head at the coarsest levels, on both sides of a codebook. Whose
-file it is decides how a code is chosen, `VQGANConfig.quantizer`. There is no training here: no discriminator, no
-commitment loss.
+ResNets with group norm, and attention of one head at the coarsest levels, on both sides of a codebook. There
+is no training here: no discriminator, no commitment loss.
 
     B batch, H W pixels, h w grid, K vocabulary, D width of a code
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.types import check_images, check_tokens, token_grid
+from dalle.vqgan.config import GROUPS, VQGANConfig
 
-GROUPS, EPS = 32, 1e-6  # of every group norm (release)
-QUANTIZERS = ("nearest", "cosine", "logits")
-
-
-@dataclass(frozen=True)
-class VQGANConfig:
-    """Shape of a VQGAN; the defaults are the published f16 with 16384 codes."""
-
-    widths: tuple[int, ...] = (128, 128, 256, 256, 512)
-    """Channels of each level, finest first; each but the first halves the image."""
-    blocks: int = 2
-    """Residual blocks of a level of the encoder; the decoder has one more."""
-    attention: tuple[int, ...] = (4,)
-    """Levels whose blocks are each followed by attention."""
-    latent: int = 256
-    """Channels between encoder and codebook."""
-    codebook_dim: int = 256
-    """D, width of a code vector."""
-    vocab_size: int = 16384
-    """K, the number of codes."""
-    quantizer: str = "nearest"
-    """Which code stands for a vector: the nearest, the one at the smallest angle ("cosine", of unit vectors, LlamaGen),
-    or the largest of K logits ("logits", Gumbel)."""
-
-    def __post_init__(self):
-        if self.quantizer not in QUANTIZERS:
-            raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
-        if bad := [width for width in self.widths if width < GROUPS or width % GROUPS]:
-            raise ValueError(
-                f"widths must be positive multiples of {GROUPS}, the groups of the norms, got {bad[0]}"
-            )
-        if any(level not in range(len(self.widths)) for level in self.attention):
-            raise ValueError(f"attention must name levels below {len(self.widths)}, got {self.attention}")
-        for name in ("blocks", "latent", "codebook_dim", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-
-    @property
-    def downsample_factor(self) -> int:
-        """Pixels on a side of one token."""
-        return 2 ** (len(self.widths) - 1)
+EPS = 1e-6  # of every group norm (release)
 
 
 def _norm(width: int) -> nn.GroupNorm:
@@ -63,7 +21,7 @@ def _norm(width: int) -> nn.GroupNorm:
 
 
 class Block(nn.Module):
-    """x + two 3 x 3 convolutions, each after a norm and swish; a 1 x 1 convolution on the way past if widths differ."""
+    """x + two 3 x 3 convolutions, each after a norm and swish; a 1 x 1 convolution of x if widths differ."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__()
@@ -77,7 +35,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + attention of every place to every place, by one head as wide as the level."""
+    """x + attention of every position to every position, by one head as wide as the level."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -103,7 +61,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the sides: each place four times, then a convolution."""
+    """Twice the sides: each pixel four times, then a convolution."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -167,7 +125,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, latent, h, w) -> pixels about [-1, 1] (B, 3, H, W); `up` is finest first, and used from its end."""
+    """Latents (B, latent, h, w) -> pixels about [-1, 1] (B, 3, H, W); `up` is finest first."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -188,7 +146,7 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    """K code vectors, and which of them stands for a vector."""
+    """K code vectors, and the choice of one for a vector."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
@@ -207,7 +165,7 @@ class Codebook(nn.Module):
         return (codes.square().sum(dim=1) - 2 * z @ codes.T).argmin(dim=-1)  # |z|^2 is the same for all codes
 
     def vectors(self) -> Tensor:
-        """(K, D), of unit length where the angle decides."""
+        """(K, D), of unit length for "cosine"."""
         codes = self.embedding.weight
         return F.normalize(codes, dim=-1) if self.quantizer == "cosine" else codes
 
@@ -234,7 +192,7 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """The code of each place; a Gumbel model's most likely one, without noise.
+        """The code of each position; a Gumbel model's most likely one, without noise.
 
         Args:
             pixels: float (B, 3, H, W) in [0, 1], sides multiples of `downsample_factor`.
@@ -251,7 +209,7 @@ class VQGAN(nn.Module):
 
         Args:
             tokens: int64 (B, h * w).
-            grid: (h, w); square unless given.
+            grid: (h, w); square by default.
 
         Returns:
             float32 (B, 3, H, W) in [0, 1].

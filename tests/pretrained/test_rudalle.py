@@ -354,7 +354,7 @@ REFUSED: dict[str, tuple[Callable[[dict], Any], str]] = {
     ),
     "another depth": (
         lambda w: [w.pop(n) for n in list(w) if ".layers.3." in n],
-        "no tensor tells its heads",
+        "its heads are unknown",
     ),
 }
 

@@ -1,8 +1,8 @@
 """The transformer of DALLE-pytorch (lucidrains, 1.6.6), for sampling.
 
-Against ours: a learned scale on each path, GEGLU, a quarter of each state taken from the token above and a quarter
-from the left (half from the left in text), rotated queries, keys and values, row and column masks that end at the
-own row or column, a mask of 5 x 5, and two trunks where it is "reversible".
+Against ours: a learned scale on each path, GEGLU, a quarter of each state taken from the token above and a
+quarter from the left (half from the left in text), rotated queries, keys and values, row and column masks
+that end at the own row or column, a mask of 5 x 5, and two trunks where it is "reversible".
 
     B batch, n inputs of this call, N image tokens, D width, W columns
 """
@@ -89,7 +89,7 @@ class ShiftCache(KVCache):
             states[:, position % columns] = state.repeat_interleave(self.candidates, 0)
 
     def shifted(self, path: int, x: Tensor, position: Tensor) -> Tensor:
-        """States (B, D) of image token `position` (1,), kept, -> mixed with those above and to the left."""
+        """Keeps states (B, D) of image token `position` (1,) -> mixed with those above and to the left."""
         states, columns = self.states[path], self.states[path].shape[1]
         quarter = x.shape[1] // 4
         above = states.index_select(1, position % columns)[:, 0, :quarter]
@@ -99,7 +99,7 @@ class ShiftCache(KVCache):
 
 
 def shifted(x: Tensor, text_inputs: int, columns: int) -> Tensor:
-    """States (B, n, D): half of a text state is the one before; an image state has a quarter above's and left's."""
+    """States (B, n, D), half of a text state the one before's, quarters of an image state from above and left."""
     text, image = x[:, :text_inputs], x[:, text_inputs:]
     half, quarter = x.shape[2] // 2, x.shape[2] // 4
     text = torch.cat([F.pad(text[..., :half], (0, 0, 1, -1)), text[..., half:]], dim=2)
@@ -110,7 +110,7 @@ def shifted(x: Tensor, text_inputs: int, columns: int) -> Tensor:
 
 
 class ScaledPath(ResidualPath):
-    """scale * f(shifted norm(x)), in a sandwich normed before the scale; `path` is its number in ShiftCache."""
+    """scale * f(shifted norm(x)), in a sandwich normed before the scale; `path` numbers it in ShiftCache."""
 
     def __init__(self, config: DallePytorchConfig, f: nn.Module, path: int):
         super().__init__(config.blocks, f)

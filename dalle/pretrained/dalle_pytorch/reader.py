@@ -1,9 +1,10 @@
-"""dalle.pt of DALLE-pytorch (lucidrains), version 1.6: the transformer, and the image tokenizer that lies in it.
+"""dalle.pt of DALLE-pytorch (lucidrains), version 1.6: the transformer and the image tokenizer inside.
 
-Heads and kinds of layers show in no shape, so the file's own `hparams` are needed. Wrappers around a module depend on
-the options it was made with and nest the names; they are matched by their ends. Rotary angles are those of the file.
-Versions before 1.6 differ under the same names (shifts, masks, positions), were not compared, and are refused.
-Its text tokenizers are not in the file: CLIP's byte-pair encoding unless another was chosen in training.
+Heads and kinds of layers show in no shape, so the file's own `hparams` are needed. Wrappers around a module
+depend on the options it was made with and nest the names; they are matched by their ends. Rotary angles are
+those of the file. Versions before 1.6 differ under the same names (shifts, masks, positions), were not
+compared, and are refused. Its text tokenizer is not in the file: CLIP's byte-pair encoding unless another was
+chosen in training.
 """
 
 import re
@@ -89,13 +90,13 @@ def _hparams(tree: Any) -> Mapping[str, Any]:
     hparams = tree.get("hparams") if isinstance(tree, dict) else None
     if not isinstance(hparams, dict):
         raise ValueError(
-            "it has no hparams, which tell heads and kinds of layers; give the dalle.pt of its training"
+            "it has no hparams, which name heads and kinds of layers; give the dalle.pt of its training"
         )
     version = tree.get("version")
     if not str(version).startswith(VERSION):
-        said = f"of version {version!s:.20}" if version else "of a version before 1.0 (it tells none)"
+        which = f"version {version!s:.20}" if version else "a version before 1.0 (it names none)"
         raise ValueError(
-            f"it is {said}; versions differ under the same names, and only {VERSION}x was compared"
+            f"it is of {which}; versions differ under the same names, only {VERSION}x is supported"
         )
     return hparams
 

@@ -1,8 +1,9 @@
-"""The discrete VAE of DALLE-pytorch (lucidrains, 1.6.6): in vae.pt, or inside dalle.pt. Another network than ours.
+"""The discrete VAE of DALLE-pytorch (lucidrains, 1.6.6), in vae.pt or inside dalle.pt.
 
-Convolutions by 4 x 4 with stride 2, residual blocks at the coarsest resolution, three channels out (no log scale).
-Images are normalized on the way in by means and deviations that its hyper-parameters tell; its decoder gives
-normalized pixels back, which the package itself shows as they are, and which are mapped back here.
+Other than ours: convolutions by 4 x 4 with stride 2, residual blocks at the coarsest resolution, three
+channels out (no log scale). Images are normalized on the way in by means and deviations of its hyper-
+parameters; its decoder gives normalized pixels, which the package shows as they are and which are mapped back
+here.
 """
 
 import math
@@ -25,7 +26,7 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # the package's default
 
 @dataclass(frozen=True)
 class DiscreteVAEConfig:
-    """Shape of it, in this library's words."""
+    """Shape of the VAE."""
 
     levels: int
     """Halvings of the image."""
@@ -121,14 +122,14 @@ class DiscreteVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Most likely codes: float (B, 3, H, W) in [0, 1], sides multiples of `downsample_factor` -> int64 (B, h * w)."""
+        """(B, 3, H, W) in [0, 1], sides multiples of `downsample_factor` -> likeliest codes (B, h * w)."""
         check_images(pixels, self.downsample_factor)
         means, deviations = self._normalization(pixels)
         return self.encoder((pixels - means) / deviations).argmax(dim=1).flatten(1)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Images of tokens: int64 (B, h * w), square unless grid says (h, w) -> float32 (B, 3, H, W) in [0, 1]."""
+        """int64 (B, h * w), square unless `grid` is (h, w) -> float32 (B, 3, H, W) in [0, 1]."""
         check_tokens(tokens, self.vocab_size, "image_tokens")
         h, w = token_grid(tokens, grid)
         z = F.embedding(tokens, self.codebook.weight).movedim(2, 1).unflatten(2, (h, w))

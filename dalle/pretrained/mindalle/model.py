@@ -1,7 +1,8 @@
 """The transformer of minDALL-E 1.3B (Kakao Brain), for sampling.
 
-64 text ids and 256 image tokens, each of which sees all before it. There is no start: the state of the last text id
-predicts the first image token, and no state predicts the first text id. Empty text positions hold the id of [PAD].
+64 text ids and 256 image tokens, each of which sees all before it. There is no start: the state of the last
+text id predicts the first image token, and no state predicts the first text id. Empty text positions hold the
+id of [PAD].
 """
 
 from collections.abc import Sequence

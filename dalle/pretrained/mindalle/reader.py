@@ -1,12 +1,11 @@
 """minDALL-E 1.3B (Kakao Brain): 1.3B.tar.gz, or the folder that it unpacks to.
 
-    config.yaml                        heads, and which GELU: no shape tells them
+    config.yaml                        heads, and the kind of GELU
     tokenizer/bpe-16k-vocab.json       text ids, [PAD] among them; with bpe-16k-merges.txt a CharBPETokenizer
     stage1_last.ckpt                   the image tokenizer, a VQGAN (dalle/pretrained/vqgan.py)
     stage2_last.ckpt                   the transformer
 
-What config.yaml leaves out is as in the published model. Its own model transferred to ImageNet reads no captions and
-is refused (dalle/pretrained/load.py).
+What config.yaml leaves out is as in the published model.
 """
 
 import re
@@ -66,11 +65,9 @@ def own_name(name: str, names: Collection[str] = ()) -> str:
 
 
 def read_stage2(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The transformer's part of config.yaml, and its hyper-parameters; ValueError if missing or of another model."""
+    """The transformer's part of config.yaml and its hyper-parameters; ValueError if of another model."""
     if not (folder / CONFIG).is_file():
-        raise ValueError(
-            f"no {CONFIG} in {folder}, which tells what shapes do not; keep all its files together"
-        )
+        raise ValueError(f"no {CONFIG} in {folder}, which has heads and biases; keep all its files together")
     try:
         config = read_yaml(folder / CONFIG)
     except ConfigError as error:
@@ -137,13 +134,13 @@ PUBLISHED = {
     "vocab_size_txt": 16384,
     "vocab_size_img": 16384,
 }
-"""What its configuration says where nothing else is said (dalle/utils/config.py there)."""
+"""Defaults of its configuration (dalle/utils/config.py there)."""
 
 
 def _switch(hparams: Mapping[str, Any], name: str, default: bool) -> bool:
     value = hparams.get(name, default)
     if type(value) is not bool:
-        raise ValueError(f"{CONFIG} tells {name} {shown(value):.40}, expected true or false")
+        raise ValueError(f"{CONFIG} has {name} {shown(value):.40}, expected true or false")
     return value
 
 

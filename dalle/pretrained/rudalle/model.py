@@ -1,14 +1,15 @@
 """The transformer of ruDALL-E (Sber: Malevich, Emojich, Surrealist XL, Kandinsky), for sampling.
 
-128 text ids, between marks of begin and end, each empty position with an id of its own, and 32 x 32 image tokens.
-Rows and columns see as ours do, and the last layer sees a square around each token. The weights of its two versions
-do not fit each other:
+128 text ids, between marks of begin and end, each empty position with an id of its own, and 32 x 32 image
+tokens. Rows and columns see as ours do, and the last layer sees a square around each token. The weights of
+its two versions do not fit each other:
 
-    v2    another mark of begin in front, so every input is one later; the masks are not, so to them the last text id
-          is the first image token. The square wraps around the borders of the image, also from top to bottom
+    v2    another mark of begin in front, so every input is one later; the masks are not, so to them the last
+          text id is the first image token. The square wraps around all borders of the image
     v3    no mark in front: no state predicts the first text id. The square ends at the border
 
-What the package does against overflow in fp16 (CogView's "PB-relax") changes nothing in fp32, and is left out.
+What the package does against overflow in fp16 (CogView's "PB-relax") changes nothing in fp32, and is left
+out.
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ class RudalleLayout(ExternalLayout):
 
     @property
     def max_caption_len(self) -> int:
-        """Most tokens of a caption, beside begin and end."""
+        """Most tokens of a caption, without begin and end."""
         return self.text_len - 2
 
     def pad_text(self, captions: Sequence[Sequence[int]], truncate: bool = False) -> Tensor:
@@ -51,7 +52,7 @@ class RudalleLayout(ExternalLayout):
 
 @dataclass(frozen=True)
 class RudalleConfig(ExternalConfig):
-    """Shape of the transformer; the defaults are those of the published XL. `text_len` counts begin and end."""
+    """Shape of the transformer, by default of the published XL. `text_len` counts begin and end."""
 
     width: int = 2048
     heads: int = 16
@@ -73,7 +74,7 @@ class RudalleConfig(ExternalConfig):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kind of each layer: row, column, row, row, and so on; the last is a square unless it is a column."""
+        """Kind of each layer: row, column, row, row, and so on; the last a square unless it is a column."""
         last = self.depth - 1
         return tuple("column" if i % 4 == 1 else "square" if i == last else "row" for i in range(self.depth))
 

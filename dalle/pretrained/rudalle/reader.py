@@ -1,9 +1,9 @@
 """ruDALL-E (Sber): a state dict of the transformer alone. Malevich, Emojich, Surrealist XL, Kandinsky.
 
-The three masks lie in the file. They tell version 2 from 3 (dalle/pretrained/rudalle/model.py), whose tensors have the
-same names and shapes, and are held against those that are made here. The number of heads shows nowhere: it is known
-for the published widths. The text tokenizer is a youtokentome model, bpe.model, of lowercase captions; the image
-tokenizer is vqgan.gumbelf8-sber.model.ckpt, or its sibling with wavelets (dalle/pretrained/rudalle/vqgan_dwt.py).
+The file's three masks distinguish version 2 from 3 (dalle/pretrained/rudalle/model.py), whose tensors have
+the same names and shapes. The number of heads shows nowhere; it is known for the published widths. The text
+tokenizer is a youtokentome model, bpe.model, of lowercase captions; the image tokenizer is
+vqgan.gumbelf8-sber.model.ckpt, or its sibling with wavelets (dalle/pretrained/rudalle/vqgan_dwt.py).
 """
 
 import re
@@ -65,7 +65,7 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> RudalleConfig:
     if (depth, width) not in HEADS:
         known = ", ".join(f"{d} layers of width {w}" for d, w in HEADS)
         raise ValueError(
-            f"no tensor tells its heads; they are known for {known}, and it has {depth} of {width}"
+            f"its heads are unknown; they are known for {known}, it has {depth} layers of width {width}"
         )
     config = RudalleConfig(
         width=width,
@@ -98,7 +98,7 @@ def version_of(config: RudalleConfig, masks: Mapping[str, Tensor | None]) -> str
 
 def _read_mask(masks: Mapping[str, Tensor | None], name: str, size: int) -> Tensor:
     if masks[name] is None:
-        raise ValueError(f"it lacks {name}; only its masks tell v2 from v3")
+        raise ValueError(f"it lacks {name}; only its masks distinguish v2 from v3")
     if masks[name].shape != (size, size):
         raise ValueError(f"its {name} is of shape {tuple(masks[name].shape)}, expected {size} x {size}")
     return masks[name] != 0
@@ -139,7 +139,7 @@ def lowercase(text: BPETokenizer) -> RudalleTokenizer:
 FAMILY = CheckpointFormat(
     name="ruDALL-E",
     kind="transformer",
-    license="Apache-2.0, of github.com/ai-forever/ru-dalle; weights that others trained further may have another",
+    license="Apache-2.0, of github.com/ai-forever/ru-dalle; fine-tuned weights may have another",
     key_patterns=(
         "text_embeddings.weight",
         "image_row_embeddings.weight",
