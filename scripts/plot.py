@@ -1,4 +1,4 @@
-"""Draw the curves of one or many runs, from their log.jsonl, as one image."""
+"""Plot the training curves of one or many runs, from their log.jsonl, as one image."""
 
 from dalle.commands.plot import main
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from dalle.commands.encode_images import EncodeImagesArgs, encode_images
-from dalle.commands.plot import plot_losses
 from dalle.commands.report import ReportArgs, write_report
 from dalle.commands.train_clip import TrainCLIPArgs, train_clip
 from dalle.commands.train_dvae import TrainDVAEArgs, train_dvae
@@ -30,6 +29,7 @@ from dalle.runs.args import CONFIGS, ROOT, is_complete
 from dalle.sampling import check_sampling
 from dalle.train.loggers import peak_memory, read_log
 from dalle.train.precision import resolve_device
+from dalle.viz.curves import plot_losses
 
 SHEET_PICTURES = 12
 
@@ -167,7 +167,8 @@ def _draw_sheets(out: Path, drawn: ShapesSamples) -> None:
     captioned_grid(cells, columns=4).save(out / "samples.png")
     newest_sheet = max((out / "dvae").glob("reconstructions-*.png"))
     (out / "reconstructions.png").write_bytes(newest_sheet.read_bytes())
-    plot_losses({kind: out / kind for kind in ("dvae", "transformer", "clip")}, out / "losses.png")
+    runs = {kind: out / kind for kind in ("dvae", "transformer", "clip")}
+    plot_losses(runs).save(out / "losses.png")
 
 
 def _codebook(run: Path) -> dict[str, float]:

@@ -22,7 +22,7 @@ from dalle.report.html import escape, image_tag, images, said, table
 from dalle.report.svg import Curve, chart, finite
 from dalle.runs.args import MAKE_COMMANDS
 from dalle.runs.kinds import TRAININGS
-from dalle.viz.curves import CURVES, points, scales_image
+from dalle.viz.curves import CURVES, metric_points, plot_gradient_scales
 
 SHEETS = {"dvae": "reconstructions", "transformer": "drawings", "clip": "retrieved"}
 """Images that the evaluations of a training leave."""
@@ -45,7 +45,7 @@ def overview(folder: Folder) -> str:
     rows = []
     for kind, run in folder.runs.items():
         step = run.meta.get("step", run.lines[-1]["step"] if run.lines else 0)
-        measured = {name: points(run.lines, f"eval/{name}")[-1:] for name in CURVES[kind]}
+        measured = {name: metric_points(run.lines, f"eval/{name}")[-1:] for name in CURVES[kind]}
         last = ", ".join(f"{name} {value:.4g}" for name, found in measured.items() for _, value in found)
         rows.append((kind, f"{step:,} of {run.meta.get('steps', step):,}", last or "none yet"))
     body = table(rows, ("training", "updates", "held-out images, last measured")) if rows else ""
@@ -69,15 +69,15 @@ def curves(folder: Folder) -> str:
         parts.append(f'<h3>{escape(kind)}</h3><div class="cards">{"".join(charts)}</div>' if charts else "")
         if any(isinstance(line.get("grad_scale_log2"), list) for line in run.lines):
             name = "log2 of each resblock's gradient scale (Figure 12)"
-            parts.append(image_tag(scales_image(run.folder), name, name))
+            parts.append(image_tag(plot_gradient_scales(run.folder), name, name))
     return "".join(parts)
 
 
 def _chart(run: TrainedRun, name: str) -> str | None:
     found = [
-        Curve("training", finite(points(run.lines, name)), "line", 0),
-        Curve("held out", finite(points(run.lines, f"eval/{name}")), "dots", 1),
-        Curve("chance", finite(points(run.lines, f"chance/{name}")[:1]), "level", 2),
+        Curve("training", finite(metric_points(run.lines, name)), "line", 0),
+        Curve("held out", finite(metric_points(run.lines, f"eval/{name}")), "dots", 1),
+        Curve("chance", finite(metric_points(run.lines, f"chance/{name}")[:1]), "level", 2),
     ]
     found = [curve for curve in found if curve.points]
     return chart(name, found) if any(curve.style != "level" for curve in found) else None
@@ -242,7 +242,7 @@ def versions(folder: Folder) -> str:
             (f"{kind}: trained with {name}", value) for name, value in run.meta.get("versions", {}).items()
         ]
         for name in ("seconds", "max_memory_gib", "samples_per_sec", "tokens_per_sec", "mfu"):
-            if logged := [value for _, value in points(run.lines, name)]:
+            if logged := [value for _, value in metric_points(run.lines, name)]:
                 rows.append((f"{kind}: {name}, median of the log", sorted(logged)[len(logged) // 2]))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows += [

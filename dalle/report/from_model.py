@@ -172,7 +172,7 @@ class Bench:
     def attention(self) -> str:
         """Of the best image of the first caption, for the last layer of each kind."""
         one = self.drawn[0]
-        shown = viz.attention_image(self.model, one.prompt, one.image_tokens[[0]], truncate=True)
+        shown = viz.plot_attention(self.model, one.prompt, one.image_tokens[[0]], truncate=True)
         said = (
             "Where the last layer of each kind looks while it draws the token in the red square: the mean of its "
             "heads, brightest at the place of the most weight. A place shows the token that was read there."
@@ -189,16 +189,16 @@ class Bench:
             times = viz.count_codes(model, pixels.split(16))
             order = times.argsort(descending=True, stable=True)[: min(self.run.codes, int((times > 0).sum()))]
             first = f"The {len(order)} codes most used in {len(pixels)} held-out images, most used first"
-            parts.append(image_tag(viz.code_use_image(times), "how often each code is used"))
+            parts.append(image_tag(viz.plot_code_usage(times), "how often each code is used"))
             tokens = model.encode(pixels[:1].to(_device(model)))
             grid = tuple(side // model.downsample_factor for side in pixels.shape[2:])
-            codes = viz.code_map(tokens, model.vocab_size, grid, cell=max(1, 192 // grid[0]))
+            codes = viz.token_map(tokens, model.vocab_size, grid, cell=max(1, 192 // grid[0]))
             parts.append(
                 image_tag(codes, "the codes of the first image", "codes of the first image, a color each")
             )
             if isinstance(model, DVAE):
                 tau = self._record("dvae").get("objective", {}).get("tau", {}).get("end", 1 / 16)
-                made = viz.reconstructions_image(model, pixels[:SHOWN], tau)
+                made = viz.plot_reconstructions(model, pixels[:SHOWN], tau)
                 parts.append(
                     image_tag(
                         made, "reconstructions by relaxed and by hard codes", "relaxed against hard codes"
@@ -207,7 +207,7 @@ class Bench:
         except ValueError as error:
             order = torch.arange(min(self.run.codes, model.vocab_size))
             first = f"The first {len(order)} of {model.vocab_size} codes, by number (their use is not known: {error})"
-        sheet = viz.codebook_sheet(
+        sheet = viz.plot_codebook(
             model, order.tolist(), columns=16, scale=max(1, 20 // model.downsample_factor)
         )
         return f"<p>{escape(first)}; each decoded alone.</p>" + images([image_tag(sheet, first), *parts])
@@ -217,11 +217,11 @@ class Bench:
         config = self._transformer()
         layout = config.layout
         cell = max(1, MASK_SIDE // layout.seq_len)
-        own = viz.figure_11(layout, config.conv_kernel, cell)
+        own = viz.plot_figure_11(layout, config.conv_kernel, cell)
         said = f"this model: {layout.text_len} text slots, {layout.rows} x {layout.columns} image slots"
         figures = [
             image_tag(
-                viz.figure_11(), "the masks of Figure 11", "as the paper draws them: 6 text, 4 x 4 image"
+                viz.plot_figure_11(), "the masks of Figure 11", "as the paper draws them: 6 text, 4 x 4 image"
             )
         ]
         note = "A line is a query, a column a key; orange is text that it sees, blue are image slots."

@@ -1,8 +1,8 @@
-"""Images of what is inside: masks, attention, codes, curves. Each function gives a PIL image or an array.
+"""Plots of masks, attention, the codebook and training curves, each a function that gives a PIL image.
 
 from dalle import DALLE, viz
 model = DALLE.from_pretrained("runs/quickstart/model")
-viz.codebook_sheet(model.dvae)
+viz.plot_codebook(model.dvae)
 """
 
 from dalle.lazy import lazy_exports
@@ -10,21 +10,21 @@ from dalle.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "attention_image": "attention",
-        "attention_matrix": "attention",
+        "attention_heatmap": "attention",
+        "attention_shares": "attention",
         "attention_weights": "attention",
-        "code_map": "codebook",
-        "code_use_image": "codebook",
-        "codebook_images": "codebook",
-        "codebook_sheet": "codebook",
         "count_codes": "codebook",
-        "curves_image": "curves",
-        "figure_11": "masks",
-        "losses_image": "curves",
-        "mask_image": "masks",
-        "reach_image": "masks",
-        "reconstructions_image": "codebook",
-        "scales_image": "curves",
-        "spread": "attention",
+        "decode_codebook": "codebook",
+        "plot_attention": "attention",
+        "plot_code_usage": "codebook",
+        "plot_codebook": "codebook",
+        "plot_curves": "curves",
+        "plot_figure_11": "masks",
+        "plot_gradient_scales": "curves",
+        "plot_losses": "curves",
+        "plot_mask": "masks",
+        "plot_receptive_field": "masks",
+        "plot_reconstructions": "codebook",
+        "token_map": "codebook",
     },
 )

@@ -1,11 +1,11 @@
-"""What each layer attends to, for one caption and image.
+"""Attention maps: what each layer attends to for one caption and image.
 
-The weights are computed by a slow and plain path from the model's own queries and keys: no backend gives them away.
+The weights are computed here from the model's queries and keys, since the fast backends do not return them.
 
-Slot p reads token p - 1 (dalle/layout.py), so a key is shown where the token lies that its slot *read*; slot 0 reads
-start-of-text, the first image slot start-of-image. The query of a place is the slot that draws the token there.
+Position p reads token p - 1 (dalle/layout.py), so a key is shown at the token that its position *reads*; position 0 reads
+start-of-text, the first image position start-of-image. The query of a token is the position that predicts it.
 
-    B batch, H heads, n slots, T text slots, R rows and C columns of the grid, d width of a head
+    B batch, H heads, n positions, T text positions, R rows and C columns of the grid, d width of a head
 """
 
 import math
@@ -28,30 +28,30 @@ from dalle.nn.sparse_mask import SparseMask
 from dalle.pipelines.dalle import DALLE
 from dalle.transformer import Transformer
 from dalle.transformer.generate import inference_autocast
-from dalle.viz.figures import figure_image
+from dalle.viz.curves import figure_image
 
 
 class LayerWeights(NamedTuple):
     """The attention of one layer."""
 
     layer: int
-    """Its number, from 0."""
+    """Index of the layer, from 0."""
     kind: str
     """row, column, conv or causal."""
     weights: Tensor
-    """fp32 (B, H, n, n): of each query, over keys; a line adds up to 1."""
+    """fp32 (B, H, n, n): softmax over keys for each query."""
 
 
 @torch.no_grad()
 def attention_weights(model: Transformer, ids: Tensor) -> Iterator[LayerWeights]:
-    """softmax(q k^T / sqrt(d)) over the visible keys, of one layer after the other.
+    """softmax(q k^T / sqrt(d)) over the visible keys, layer by layer.
 
     Args:
         model: a transformer of this library.
         ids: joint ids int64 (B, n), as `model.layout.pack` gives them.
 
     Yields:
-        one layer's weights at a time: those of all heads of the paper's model take 0.4 GB a layer.
+        the weights of one layer: 0.4 GB for all heads of the paper's model.
     """
     _check(model)
     model.layout.unpack(ids)
@@ -64,140 +64,128 @@ def attention_weights(model: Transformer, ids: Tensor) -> Iterator[LayerWeights]
 
 
 def _weights(layer: TransformerBlock, x: Tensor, pattern: SparseMask) -> Tensor:
-    block, slots = layer.attention, x.shape[1]
-    q, k, _ = rearrange(
-        block.f.qkv(block.norm(x)), "b n (three h d) -> three b h n d", three=3, h=block.f.heads
-    )
+    block, length = layer.attention, x.shape[1]
+    qkv = block.f.qkv(block.norm(x))
+    q, k, _ = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=block.f.heads)
     scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
-    sees = pattern.dense(x.device)[:slots, :slots]
-    return scores.masked_fill(~sees, -torch.inf).softmax(-1)
+    mask = pattern.dense(x.device)[:length, :length]
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
 
-class Spread(NamedTuple):
-    """How the weight of one query divides; all together adds up to 1."""
+class AttentionShares(NamedTuple):
+    """The attention of one query by what it goes to; the sum over all fields is 1."""
 
     text: np.ndarray
-    """(words + 1,): on start-of-text, then on each token of the caption."""
+    """(words + 1,): to start-of-text, then to each token of the caption."""
     pads: float
-    """On the text slots behind the caption."""
+    """To the padding after the caption."""
     start: float
-    """On start-of-image."""
+    """To start-of-image."""
     image: np.ndarray
-    """(R, C): on each image token, at the place where it lies; the last one is read by no slot."""
+    """(R, C): to each image token; no position reads the last one."""
 
 
-def spread(weights: Tensor, layout: TokenLayout, words: int) -> Spread:
-    """The weights (N,) of one query over all slots of a stream, by what the slots read.
-
-    Args:
-        words: tokens of the caption.
-    """
+def attention_shares(weights: Tensor, layout: TokenLayout, words: int) -> AttentionShares:
+    """Splits the weights (N,) of one query over a whole sequence, for a caption of `words` tokens."""
     text, image = weights.float().cpu().split([layout.text_len, layout.num_image_tokens])
     grid = torch.cat([image[1:], image.new_zeros(1)]).view(layout.grid)
-    return Spread(text[: words + 1].numpy(), float(text[words + 1 :].sum()), float(image[0]), grid.numpy())
+    pads = float(text[words + 1 :].sum())
+    return AttentionShares(text[: words + 1].numpy(), pads, float(image[0]), grid.numpy())
 
 
-def attention_image(
+def plot_attention(
     model: DALLE,
     caption: str,
     image: Image.Image | Path | str | Tensor,
-    places: Sequence[tuple[int, int]] | None = None,
+    positions: Sequence[tuple[int, int]] | None = None,
     layers: Sequence[int] | None = None,
     truncate: bool = False,
 ) -> Image.Image:
-    """Where layers look while they draw tokens of an image: a line for each layer, a column for each token.
+    """What layers attend to when they predict tokens of an image: a row for each layer, a column for each token.
 
-    Each panel is the image, brighter where the layer looks (mean of its heads; the brightest place is white-hot);
-    the red square is the token that is drawn. Bars beside it: how much of the weight goes to the text, token by token.
+    Each panel is the image, brighter where the weight is (mean over heads, relative to the maximum); the red square is
+    the predicted token. Bars on the right give the weights of the text tokens.
 
     Args:
         caption: the caption.
-        image: the image (its middle square is resized to the model's size), or its image tokens, R * C of them.
-        places: (row, column) of the tokens; three in the middle column unless given.
-        layers: their numbers, from 0; the last of each kind unless given.
-        truncate: cut a caption that is too long instead of refusing it.
+        image: the image (center-cropped and resized to the model's size), or its R * C image tokens.
+        positions: (row, column) of the tokens; by default three in the middle column.
+        layers: indices of layers; by default the last one of each kind.
+        truncate: truncate a caption that is too long instead of raising.
 
     Raises:
-        ValueError: a place or layer that is not there; an empty or too long caption; a transformer of another library.
+        ValueError: a position or layer out of range; an empty or too long caption; a transformer of another library.
     """
     _check(model.transformer)
     layout, kinds = model.transformer.layout, model.transformer.config.kinds
-    places = places or [(layout.rows * part // 4, layout.columns // 2) for part in (1, 2, 3)]
+    positions = positions or [(layout.rows * part // 4, layout.columns // 2) for part in (1, 2, 3)]
     chosen = sorted({kind: i for i, kind in enumerate(kinds)}.values()) if layers is None else list(layers)
-    for row, column in places:
+    for row, column in positions:
         if not (0 <= row < layout.rows and 0 <= column < layout.columns):
             raise ValueError(
-                f"place must lie in the grid of {layout.rows} x {layout.columns}, got ({row}, {column})"
+                f"position must be in the {layout.rows} x {layout.columns} grid, got ({row}, {column})"
             )
     if not chosen or not all(0 <= layer < len(kinds) for layer in chosen):
-        raise ValueError(f"layers must be numbers from 0 to {len(kinds) - 1}, got {chosen}")
+        raise ValueError(f"layers must be from 0 to {len(kinds) - 1}, got {chosen}")
     tokens = image.reshape(1, -1).to(model.device) if isinstance(image, Tensor) else model.encode(image)
     if tokens.shape[1] != layout.num_image_tokens:
         raise ValueError(
-            f"expected the {layout.num_image_tokens} image tokens of one image, got {tuple(image.shape)}"
+            f"expected the {layout.num_image_tokens} tokens of one image, got {tuple(image.shape)}"
         )
     ids = layout.pack(model.text_tokens([caption], truncate), tokens)
     pixels = model.decode(tokens)[0].movedim(0, -1).float().cpu().numpy()
-    read = model.text.encode(caption)[: layout.max_caption_len]
-    words = ["start", *(model.text.decode([one]).strip() or "?" for one in read)]
-    queries = [layout.text_len + row * layout.columns + column for row, column in places]
-    figure = Figure(figsize=(2.1 * len(places) + 2.6, 2.35 * len(chosen)), layout="constrained")
-    axes = iter(figure.subplots(len(chosen), len(places) + 1, squeeze=False))
+    caption_ids = model.text.encode(caption)[: layout.max_caption_len]
+    words = ["start", *(model.text.decode([one]).strip() or "?" for one in caption_ids)]
+    figure = Figure(figsize=(2.1 * len(positions) + 2.6, 2.35 * len(chosen)), layout="constrained")
+    axes = iter(figure.subplots(len(chosen), len(positions) + 1, squeeze=False))
     for layer, kind, weights in attention_weights(model.transformer, ids):
         if layer in chosen:
-            of_query = [spread(weights[0, :, query].mean(0), layout, len(words) - 1) for query in queries]
-            _line(next(axes), f"{kind}, layer {layer + 1}", pixels, of_query, places, words)
+            row_axes, means = next(axes), weights[0].mean(0)
+            queries = [means[layout.text_len + row * layout.columns + column] for row, column in positions]
+            shares = [attention_shares(query, layout, len(words) - 1) for query in queries]
+            row_axes[0].set_ylabel(f"{kind}, layer {layer + 1}", fontsize=9)
+            for axis, share, position in zip(row_axes, shares, positions, strict=False):
+                _plot_image_attention(axis, pixels, share, position)
+            _plot_text_attention(row_axes[-1], shares, words)
     return figure_image(figure)
 
 
-def _line(
-    axes: Any, name: str, pixels: np.ndarray, found: list[Spread], places: Sequence, words: list[str]
+def _plot_image_attention(
+    axis: Any, pixels: np.ndarray, share: AttentionShares, position: tuple[int, int]
 ) -> None:
-    """The panels of a layer."""
-    for axis, one, (row, column) in zip(axes, found, places, strict=False):
-        cell = pixels.shape[0] // one.image.shape[0]
-        axis.imshow(_lit(pixels, one.image, cell))
-        corner = (column * cell - 0.5, row * cell - 0.5)
-        axis.add_patch(Rectangle(corner, cell, cell, fill=False, edgecolor="#ff2d55", linewidth=1.6))
-        axis.set_title(
-            f"text {one.text.sum() + one.pads:.0%}, image {one.start + one.image.sum():.0%}", fontsize=8
-        )
-        axis.set_xticks([])
-        axis.set_yticks([])
-    axes[0].set_ylabel(name, fontsize=9)
-    means = [float(np.mean([one.text[i] for one in found])) for i in range(len(words))]
-    means.append(float(np.mean([one.pads for one in found])))
-    axes[-1].barh(range(len(means)), means, color="#2d6cb5")
-    axes[-1].set_yticks(range(len(means)), [*words, "pads"], fontsize=6)
-    axes[-1].invert_yaxis()
-    axes[-1].tick_params(axis="x", labelsize=6)
-    axes[-1].set_title("on the text, mean of the tokens", fontsize=8)
-
-
-def _lit(pixels: np.ndarray, weights: np.ndarray, cell: int) -> np.ndarray:
-    """The image in dim grey, lit by the weights."""
-    heat = np.kron(weights / max(float(weights.max()), 1e-12), np.ones((cell, cell)))[..., None]
+    """The image in dim grey, lit by the weights, and the query as a red square."""
+    cell = pixels.shape[0] // share.image.shape[0]
+    heat = np.kron(share.image / max(float(share.image.max()), 1e-12), np.ones((cell, cell)))[..., None]
     grey = pixels.mean(-1, keepdims=True) * 0.35 + 0.05
-    return (grey * (1 - heat) + colormaps["inferno"](heat[..., 0])[..., :3] * heat).clip(0, 1)
+    axis.imshow((grey * (1 - heat) + colormaps["inferno"](heat[..., 0])[..., :3] * heat).clip(0, 1))
+    corner = (position[1] * cell - 0.5, position[0] * cell - 0.5)
+    axis.add_patch(Rectangle(corner, cell, cell, fill=False, edgecolor="#ff2d55", linewidth=1.6))
+    text, image = share.text.sum() + share.pads, share.start + share.image.sum()
+    axis.set_title(f"text {text:.0%}, image {image:.0%}", fontsize=8)
+    axis.set_xticks([])
+    axis.set_yticks([])
 
 
-def attention_matrix(weights: Tensor) -> Image.Image:
-    """Weights (n, n) of one head, or a mean of heads, as an image: a pixel a pair, dark is none, bright is much.
+def _plot_text_attention(axis: Any, shares: list[AttentionShares], words: list[str]) -> None:
+    means = np.mean([[*share.text, share.pads] for share in shares], axis=0)
+    axis.barh(range(len(means)), means, color="#2d6cb5")
+    axis.set_yticks(range(len(means)), [*words, "pads"], fontsize=6)
+    axis.invert_yaxis()
+    axis.tick_params(axis="x", labelsize=6)
+    axis.set_title("text, mean of the tokens", fontsize=8)
 
-    The square root is drawn, so that small weights show; the largest weight is brightest.
-    """
+
+def attention_heatmap(weights: Tensor) -> Image.Image:
+    """Square roots of weights (n, n), of one head or a mean of heads: a pixel for each pair, the maximum brightest."""
     if weights.ndim != 2:
         raise ValueError(
             f"weights must be (n, n), got {tuple(weights.shape)}; take a head, or the mean of the heads"
         )
     root = weights.float().clamp(min=0).sqrt().cpu().numpy()
-    return Image.fromarray(
-        (colormaps["inferno"](root / max(float(root.max()), 1e-12))[..., :3] * 255).astype(np.uint8)
-    )
+    colors = colormaps["inferno"](root / max(float(root.max()), 1e-12))[..., :3]
+    return Image.fromarray((colors * 255).astype(np.uint8))
 
 
 def _check(model: Any) -> None:
     if not isinstance(model, Transformer):
-        raise ValueError(
-            f"attention is shown of this library's own Transformer only, got {type(model).__name__}"
-        )
+        raise ValueError(f"attention plots need this library's Transformer, got {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""What the image tokenizer has learned: its codes as images, where and how often they are used.
+"""Codebook plots of an image tokenizer: codes decoded alone, code usage, token maps, relaxed against hard codes.
 
 B images, K codes, h w grid
 """
@@ -18,24 +18,24 @@ from dalle.dvae.metrics import dvae_scores
 from dalle.evals.reconstruction import code_use
 from dalle.io.images import captioned_grid, image_grid, to_pil
 from dalle.types import ImageTokenizer, check_images, check_tokens, token_grid
-from dalle.viz.figures import figure_image
+from dalle.viz.curves import figure_image, label_axis
 
 
 @torch.no_grad()
-def codebook_images(
+def decode_codebook(
     model: ImageTokenizer, codes: Sequence[int] | None = None, around: int = 4, batch: int = 64
 ) -> Tensor:
-    """Each code decoded alone: the middle token of a grid that holds this code everywhere.
+    """Each code decoded alone: the middle token of a grid filled with this code.
 
     Args:
         model: any image tokenizer.
-        codes: which; all unless given.
-        around: tokens of the same code on each side of the middle one, to keep off the image's edge. The edge is
-            out of reach with 3 blocks_per_group (1 + 1/2 + 1/4 ...) of them, over the groups: 12 in the paper's dVAE.
+        codes: which codes; by default all.
+        around: tokens of the same code on each side of the middle one, against effects of the image's edge. The edge
+            is outside the receptive field from 3 blocks_per_group (1 + 1/2 + 1/4 ...) on: 12 in the paper's dVAE.
         batch: codes decoded at once.
 
     Returns:
-        float32 (len(codes), 3, s, s) in [0, 1] on the CPU, s the pixels on a side of a token.
+        float32 (len(codes), 3, s, s) in [0, 1] on the CPU, s pixels per token.
 
     Raises:
         ValueError: a code outside the vocabulary, or none.
@@ -55,26 +55,26 @@ def codebook_images(
     return torch.cat(images)
 
 
-def codebook_sheet(
+def plot_codebook(
     model: ImageTokenizer,
     codes: Sequence[int] | None = None,
     columns: int = 32,
     scale: int | None = None,
     around: int = 4,
 ) -> Image.Image:
-    """`codebook_images` side by side, row by row in the order of the codes.
+    """`decode_codebook` as a grid, row by row in the order of the codes.
 
     Args:
         columns: codes in a row.
-        scale: enlarges each; to 16 pixels or more unless given.
+        scale: enlargement; by default to 16 pixels or more per code.
     """
-    images = to_pil(codebook_images(model, codes, around))
+    images = to_pil(decode_codebook(model, codes, around))
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     return image_grid(rows, scale or -(-16 // model.downsample_factor), gap=2)
 
 
 def code_colors(vocab_size: int) -> np.ndarray:
-    """A color of its own for each code, uint8 (K, 3): neighbours by number are far apart in hue."""
+    """A distinct color for each code, uint8 (K, 3); consecutive codes are far apart in hue."""
     golden = 0.6180339887
     hues = [
         (i * golden % 1, 0.55 + 0.4 * (i % 3) / 2, 0.95 - 0.45 * (i // 3 % 3) / 2) for i in range(vocab_size)
@@ -84,16 +84,16 @@ def code_colors(vocab_size: int) -> np.ndarray:
     )
 
 
-def code_map(
+def token_map(
     tokens: Tensor, vocab_size: int, grid: tuple[int, int] | None = None, cell: int = 16
 ) -> Image.Image:
-    """The codes of one image, each code a color (which says nothing of what it means).
+    """The codes of one image, an arbitrary color for each code.
 
     Args:
         tokens: int64 (h * w) or (1, h * w).
         vocab_size: K.
-        grid: (h, w); square unless given.
-        cell: pixels on a side of a token.
+        grid: (h, w); by default square.
+        cell: pixels per token.
     """
     tokens = tokens.detach().cpu().view(1, -1)
     check_tokens(tokens, vocab_size, "tokens")
@@ -105,62 +105,50 @@ def code_map(
 @torch.no_grad()
 def count_codes(model: ImageTokenizer, batches: Iterable[Tensor]) -> Tensor:
     """How often each code is used in images: batches of pixels (B, 3, H, W) in [0, 1] -> int64 (K,)."""
-    times = torch.zeros(model.vocab_size, dtype=torch.int64)
+    counts = torch.zeros(model.vocab_size, dtype=torch.int64)
     for pixels in batches:
-        times += torch.bincount(
-            model.encode(pixels.to(_device(model))).flatten().cpu(), minlength=model.vocab_size
-        )
-    return times
+        tokens = model.encode(pixels.to(_device(model))).flatten().cpu()
+        counts += torch.bincount(tokens, minlength=model.vocab_size)
+    return counts
 
 
-def code_use_image(times: Tensor) -> Image.Image:
-    """How often each code is used, (K,), the most used first, beside a codebook used evenly.
+def plot_code_usage(counts: Tensor) -> Image.Image:
+    """Share of the tokens for each code, (K,), the most used first, against uniform use.
 
-    The title says how many are used at all, and the perplexity exp(H) of their shares.
+    The title gives the number of codes in use and the perplexity exp(H) of the shares.
     """
-    found = code_use(times)
-    ordered = times.double().sort(descending=True).values / times.sum()
+    usage = code_use(counts)
+    shares = counts.double().sort(descending=True).values / counts.sum()
     figure = Figure(figsize=(5.4, 2.8), layout="constrained")
     axis = figure.subplots()
-    axis.step(
-        np.arange(1, len(times) + 1),
-        ordered.numpy(),
-        where="mid",
-        color="#2d6cb5",
-        label="share of the tokens",
-    )
-    axis.axhline(1 / len(times), linestyle=":", color="grey", label="all alike")
-    if found["codebook_used"] > 1:
+    numbers = np.arange(1, len(counts) + 1)
+    axis.step(numbers, shares.numpy(), where="mid", color="#2d6cb5", label="share of the tokens")
+    axis.axhline(1 / len(counts), linestyle=":", color="grey", label="uniform")
+    if usage["codebook_used"] > 1:
         axis.set_yscale("log")
-    axis.set_title(
-        f"{found['codebook_used']} of {len(times)} codes used, perplexity {found['perplexity']:.1f}",
-        fontsize=9,
-    )
-    axis.set_xlabel("code, by how often it is used", fontsize=8)
+    title = f"{usage['codebook_used']} of {len(counts)} codes used, perplexity {usage['perplexity']:.1f}"
+    label_axis(axis, title, "code, most used first")
     axis.legend(fontsize=7)
-    axis.grid(alpha=0.3)
     return figure_image(figure)
 
 
 @torch.no_grad()
-def reconstructions_image(model: DVAE, pixels: Tensor, tau: float = 1 / 16, seed: int = 0) -> Image.Image:
-    """Images, their reconstructions through relaxed and through hard codes, and the difference of the two, times 4.
+def plot_reconstructions(model: DVAE, pixels: Tensor, tau: float = 1 / 16, seed: int = 0) -> Image.Image:
+    """Images, their reconstructions from relaxed and from hard codes, and 4 times the difference of the two.
 
     Args:
-        model: a dVAE; another image tokenizer has no relaxed codes.
+        model: a dVAE; other image tokenizers have no relaxed codes.
         pixels: (B, 3, H, W) in [0, 1].
         tau: temperature of the relaxed codes (A.2: 1/16 at the end of training).
-        seed: of their Gumbel noise.
+        seed: seed of the Gumbel noise.
     """
     if not isinstance(model, DVAE):
-        raise ValueError(
-            f"relaxed codes are a dVAE's, got {type(model).__name__}; decode(encode(pixels)) shows hard ones"
-        )
+        raise ValueError(f"relaxed codes need a DVAE, got {type(model).__name__}; use decode(encode(pixels))")
     if not tau > 0:
         raise ValueError(f"tau must be positive, got {tau}")
     check_images(pixels, model.downsample_factor)
     pixels = pixels.to(_device(model))
-    with torch.random.fork_rng(devices=[]):  # the noise begins with torch's own CPU generator
+    with torch.random.fork_rng(devices=[]):  # Gumbel noise uses torch's global CPU generator
         torch.manual_seed(seed)
         _, relaxed, hard = dvae_scores(model, pixels, tau)
     difference = (4 * (relaxed - hard).abs()).clamp(0, 1)

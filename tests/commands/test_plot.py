@@ -1,18 +1,14 @@
-"""Curves of runs as images (scripts/plot.py, dalle/commands/plot.py)."""
+"""Training curves as images: dalle/commands/plot.py."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dalle.commands.plot import CurvesImage, draw_curves, plot_losses
-from dalle.viz.curves import smoothed
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "plot.py"
+from dalle.commands.plot import PlotArgs, plot
+from dalle.viz.curves import plot_losses, smoothed
 
 
 @pytest.fixture
@@ -36,16 +32,16 @@ def runs(tmp_path) -> list[Path]:
 
 
 @pytest.fixture
-def drawn(monkeypatch) -> list[Figure]:
+def figures(monkeypatch) -> list[Figure]:
     """The figures that were saved."""
-    figures, save = [], Figure.savefig
+    saved, save = [], Figure.savefig
 
-    def keep(figure, *rest, **more):
-        figures.append(figure)
-        save(figure, *rest, **more)
+    def record(figure, *args, **settings):
+        saved.append(figure)
+        save(figure, *args, **settings)
 
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return figures
+    monkeypatch.setattr(Figure, "savefig", record)
+    return saved
 
 
 def curves(axis) -> list[tuple[list[float], list[float]]]:
@@ -55,9 +51,9 @@ def curves(axis) -> list[tuple[list[float], list[float]]]:
     ]
 
 
-def test_each_run_has_its_curve_its_evaluations_and_its_chance(runs, drawn, tmp_path):
-    draw_curves(CurvesImage(tuple(runs), out=tmp_path / "new" / "curves.png"))
-    (axis,) = drawn[0].axes
+def test_each_run_has_its_curve_its_evaluations_and_its_chance(runs, figures, tmp_path):
+    plot(PlotArgs(tuple(runs), out=tmp_path / "new" / "curves.png"))
+    (axis,) = figures[0].axes
     one, evaluated, chance, two, _ = curves(axis)
     assert one == ([1, 2, 3, 4, 5], [5.0, 2.5, 5 / 3, 1.25, 1.0])
     assert evaluated == ([5.0], [1.5])
@@ -67,9 +63,9 @@ def test_each_run_has_its_curve_its_evaluations_and_its_chance(runs, drawn, tmp_
     assert Image.open(tmp_path / "new" / "curves.png").width > 300
 
 
-def test_metrics_labels_and_axes_are_as_asked(runs, drawn, tmp_path):
-    draw_curves(
-        CurvesImage(
+def test_metrics_labels_and_axes_are_as_asked(runs, figures, tmp_path):
+    plot(
+        PlotArgs(
             tuple(runs),
             metrics=("grad_norm", "loss"),
             labels=("AdamW", "Muon"),
@@ -79,18 +75,18 @@ def test_metrics_labels_and_axes_are_as_asked(runs, drawn, tmp_path):
             out=tmp_path / "curves.png",
         )
     )
-    first, second = drawn[0].axes
+    first, second = figures[0].axes
     assert (first.get_title(), second.get_title()) == ("grad_norm", "loss")
     assert (first.get_xscale(), first.get_yscale()) == ("log", "log")
     assert len(curves(second)) == 3
     assert [text.get_text() for text in first.get_legend().get_texts()] == ["AdamW", "Muon"]
 
 
-def test_a_log_file_is_a_run_and_runs_of_one_name_are_told_apart(runs, drawn, tmp_path):
+def test_a_log_file_is_a_run_and_runs_of_one_name_are_told_apart(runs, figures, tmp_path):
     (tmp_path / "other").mkdir()
     other = runs[0].rename(tmp_path / "other" / "two")
-    draw_curves(CurvesImage((other / "log.jsonl", runs[1]), out=tmp_path / "curves.png"))
-    names = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    plot(PlotArgs((other / "log.jsonl", runs[1]), out=tmp_path / "curves.png"))
+    names = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
     assert names == [str(other / "log.jsonl"), str(runs[1])]
 
 
@@ -100,9 +96,9 @@ def test_smoothing_is_a_running_mean_corrected_for_its_start():
     assert smoothed([4.0, 1.0], 0.5) == pytest.approx([4.0, (4 + 2 * 1) / 3])
 
 
-def test_the_rows_of_the_quick_start(runs, drawn, tmp_path):
-    plot_losses({"transformer": runs[0], "clip": runs[1]}, tmp_path / "losses.png")
-    titles = [axis.get_title() for axis in drawn[0].axes if axis.get_visible()]
+def test_the_rows_of_the_quick_start(runs, figures):
+    plot_losses({"transformer": runs[0], "clip": runs[1]})
+    titles = [axis.get_title() for axis in figures[0].axes if axis.get_visible()]
     assert titles == [
         "transformer: loss",
         "transformer: image_loss",
@@ -115,21 +111,21 @@ def test_the_rows_of_the_quick_start(runs, drawn, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({}, "say which runs to draw"),
-        ({"runs": ("nowhere",)}, "no log nowhere/log.jsonl; give the directory of a training run"),
+        ({}, "no runs to plot"),
+        ({"runs": ("nowhere",)}, "no log nowhere/log.jsonl"),
         (
             {"runs": ("one",), "metrics": ("los",)},
-            "no run has 'los' in its log; there are chance/loss, eval/loss",
+            "no run has 'los'.* chance/loss, eval/loss",
         ),
         ({"runs": ("empty",)}, "the logs are empty"),
     ],
 )
-def test_what_cannot_be_drawn_is_named(words, message, runs, tmp_path, monkeypatch):
+def test_what_cannot_be_plotted_is_named(words, message, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "log.jsonl").write_text("")
     with pytest.raises(ValueError, match=message):
-        draw_curves(CurvesImage(**words | {"runs": tuple(map(Path, words.get("runs", ())))}))
+        plot(PlotArgs(**words | {"runs": tuple(map(Path, words.get("runs", ())))}))
 
 
 @pytest.mark.parametrize(
@@ -141,26 +137,33 @@ def test_what_cannot_be_drawn_is_named(words, message, runs, tmp_path, monkeypat
 )
 def test_settings_that_mean_nothing_are_refused(words, message):
     with pytest.raises(ValueError, match=message):
-        CurvesImage(**words)
+        PlotArgs(**words)
 
 
-def script(monkeypatch, *words) -> None:
-    monkeypatch.setattr(sys, "argv", ["scripts/plot.py", *map(str, words)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+def test_the_script_takes_runs_by_position(runs, figures, script):
+    done = script("plot", *runs, "--smooth", "0.5", "--log-x", "--labels", "a", "b")
+    assert "wrote curves.png" in done.out
+    assert curves(figures[0].axes[0])[0][1][1] == pytest.approx((5 + 2 * 2.5) / 3)
 
 
-def test_the_script_takes_runs_by_place(runs, drawn, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    script(monkeypatch, *runs, "--smooth", "0.5", "--log-x", "--labels", "a", "b")
-    assert "wrote curves.png" in capsys.readouterr().out
-    assert curves(drawn[0].axes[0])[0][1][1] == pytest.approx((5 + 2 * 2.5) / 3)
+def test_the_help_teaches(script):
+    help = " ".join(script("plot", "--help").out.replace("\u2502", " ").split())
+    for words in (
+        "python scripts/plot.py runs/transformer",
+        "--smooth",
+        "--log-x",
+        "ln(vocabulary)",
+        "eval/NAME",
+    ):
+        assert words in help
 
 
-def test_the_help_teaches(monkeypatch, capsys):
-    with pytest.raises(SystemExit) as stop:
-        script(monkeypatch, "--help")
-    assert stop.value.code == 0
-    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "python scripts/plot.py runs/transformer" in said
-    for words in ("--smooth", "--log-x", "ln(vocabulary)", "eval/NAME"):
-        assert words in said
+def test_gradient_scales(tmp_path, figures):
+    lines = [{"step": step, "grad_scale_log2": [13.0, 12.0, 13.0 + step, 12.0]} for step in (1, 2, 3)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot(PlotArgs((tmp_path,), gradient_scales=True, out=tmp_path / "new" / "scales.png"))
+    attention, mlp = figures[0].axes
+    assert curves(attention)[1] == ([1, 2, 3], [14.0, 15.0, 16.0])
+    assert len(curves(mlp)) == 2
+    with pytest.raises(ValueError, match="one run, got 2"):
+        plot(PlotArgs((tmp_path, tmp_path), gradient_scales=True))

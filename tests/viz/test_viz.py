@@ -1,4 +1,4 @@
-"""Images of what is inside (dalle/look): masks, attention weights, codes, curves."""
+"""Plots of dalle.viz: masks, attention, codebook, curves."""
 
 import math
 
@@ -28,43 +28,48 @@ def letters(image: Image.Image, cell: int = 1) -> list[str]:
 class TestMasks:
     def test_rows_as_figure_11_draws_them(self):
         """The fourth line of the 4 x 4 image, typed from the paper's drawing: all text, itself and four before."""
-        lines = letters(viz.mask_image("row", cell=1))
+        lines = letters(viz.plot_mask("row", cell=1))
         assert lines[0] == "t" + "." * 21
         assert lines[5] == "tttttt" + "." * 16
         assert lines[6] == "tttttti" + "." * 15
         assert lines[6 + 15] == "tttttt" + "." * 11 + "iiiii"
 
     def test_columns_and_their_transpose(self):
-        assert letters(viz.mask_image("column", cell=1))[6 + 13] == "tttttt" + ".i...i...i...i.."
-        turned = letters(viz.mask_image("column", transposed=True, cell=1))
+        assert letters(viz.plot_mask("column", cell=1))[6 + 13] == "tttttt" + ".i...i...i...i.."
+        turned = letters(viz.plot_mask("column", transposed=True, cell=1))
         assert turned[6 + 7] == "tttttt" + "....iiii........"  # (3, 1) is slot 7 column by column
         blocks = np.array([list(line[6:]) for line in turned[6:]])
         assert (blocks == np.where(np.kron(np.eye(4), np.tri(4)) > 0, "i", ".")).all()
 
     def test_convolution(self):
         assert (
-            letters(viz.mask_image("conv", cell=1))[6 + 10] == "tttttt" + "...i.iii.ii....."
+            letters(viz.plot_mask("conv", cell=1))[6 + 10] == "tttttt" + "...i.iii.ii....."
         )  # round the row's end
 
     def test_cells_have_their_size_and_lines_between(self):
-        small = viz.mask_image("row", cell=8)
+        small = viz.plot_mask("row", cell=8)
         assert small.size == (22 * 8, 22 * 8)
         assert small.getpixel((8, 3)) == (255, 255, 255)
-        assert letters(small, 8) == letters(viz.mask_image("row", cell=1))
-        assert viz.mask_image("causal").width >= 352
+        assert letters(small, 8) == letters(viz.plot_mask("row", cell=1))
+        assert viz.plot_mask("causal").width >= 352
 
     def test_the_paper_size_is_a_pixel_a_pair(self):
-        image = viz.mask_image("conv", TokenLayout(), 11, cell=1)
+        image = viz.plot_mask("conv", TokenLayout(), 11, cell=1)
         assert image.size == (1280, 1280)
         assert (np.asarray(image)[256:, 256:] == IMAGE).all(-1).sum() == 61_344  # as tests/test_masks.py
 
     def test_figure_11_has_four_panels(self):
-        assert viz.figure_11(cell=4).size == (2 * (22 * 4 + 10) + 10, viz.figure_11(cell=4).height)
-        assert viz.figure_11(TokenLayout(8, 12, 1, 1), 11, cell=2).width == 2 * (152 * 2 + 10) + 10
+        assert viz.plot_figure_11(cell=4).size == (2 * (22 * 4 + 10) + 10, viz.plot_figure_11(cell=4).height)
+        assert viz.plot_figure_11(TokenLayout(8, 12, 1, 1), 11, cell=2).width == 2 * (152 * 2 + 10) + 10
 
     def test_the_reach_of_a_slot(self):
-        assert letters(viz.reach_image("row", FIGURE_11, 1, 2, cell=1)) == ["..ii", "iiq.", "....", "...."]
-        assert letters(viz.reach_image("column", FIGURE_11, 2, 1, cell=1)) == [
+        assert letters(viz.plot_receptive_field("row", FIGURE_11, 1, 2, cell=1)) == [
+            "..ii",
+            "iiq.",
+            "....",
+            "....",
+        ]
+        assert letters(viz.plot_receptive_field("column", FIGURE_11, 2, 1, cell=1)) == [
             ".i..",
             ".i..",
             ".q..",
@@ -72,12 +77,12 @@ class TestMasks:
         ]
 
     def test_what_cannot_be_is_refused(self):
-        with pytest.raises(ValueError, match=r"place must lie in the grid of 4 x 4, got \(4, 0\)"):
-            viz.reach_image("row", FIGURE_11, 4, 0)
+        with pytest.raises(ValueError, match=r"4 x 4 grid, got \(4, 0\)"):
+            viz.plot_receptive_field("row", FIGURE_11, 4, 0)
         with pytest.raises(ValueError, match="unknown attention kind"):
-            viz.mask_image("rows")
+            viz.plot_mask("rows")
         with pytest.raises(ValueError, match="cell must be at least 1"):
-            viz.mask_image("row", cell=0)
+            viz.plot_mask("row", cell=0)
 
 
 @pytest.fixture(scope="module")
@@ -147,15 +152,15 @@ class TestAttention:
 
     def test_a_key_lies_where_the_token_is_that_its_slot_read(self):
         layout = TokenLayout(5, (2, 3), 4, 4)
-        found = viz.spread(torch.arange(11.0), layout, words=2)
+        found = viz.attention_shares(torch.arange(11.0), layout, words=2)
         assert found.text.tolist() == [0, 1, 2]  # start, two words
         assert found.pads == 3 + 4
         assert found.start == 5
         assert found.image.tolist() == [[6, 7, 8], [9, 10, 0]]
 
     def test_the_image_has_a_line_for_each_kind(self, dalle, prompt):
-        image = viz.attention_image(dalle, prompt, torch.arange(16)[None] % 16, places=[(1, 1), (3, 2)])
-        one = viz.attention_image(
+        image = viz.plot_attention(dalle, prompt, torch.arange(16)[None] % 16, positions=[(1, 1), (3, 2)])
+        one = viz.plot_attention(
             dalle, prompt, Image.new("RGB", (40, 40), "red"), [(1, 1), (3, 2)], layers=[0]
         )
         assert image.height == pytest.approx(2 * one.height, abs=2)  # row and conv
@@ -163,22 +168,22 @@ class TestAttention:
 
     def test_what_cannot_be_shown_is_refused(self, dalle, prompt):
         tokens = torch.zeros(1, 16, dtype=torch.int64)
-        with pytest.raises(ValueError, match="place must lie in the grid of 4 x 4"):
-            viz.attention_image(dalle, prompt, tokens, [(0, 4)])
-        with pytest.raises(ValueError, match="layers must be numbers from 0 to 1, got"):
-            viz.attention_image(dalle, prompt, tokens, layers=[2])
+        with pytest.raises(ValueError, match="4 x 4 grid"):
+            viz.plot_attention(dalle, prompt, tokens, [(0, 4)])
+        with pytest.raises(ValueError, match="layers must be from 0 to 1"):
+            viz.plot_attention(dalle, prompt, tokens, layers=[2])
         for wrong in (torch.zeros(2, 16, dtype=torch.int64), tokens[:, :9]):
-            with pytest.raises(ValueError, match="expected the 16 image tokens of one image, got"):
-                viz.attention_image(dalle, prompt, wrong)
-        with pytest.raises(ValueError, match="own Transformer only, got Linear"):
+            with pytest.raises(ValueError, match="expected the 16 tokens"):
+                viz.plot_attention(dalle, prompt, wrong)
+        with pytest.raises(ValueError, match="Transformer, got Linear"):
             next(viz.attention_weights(torch.nn.Linear(1, 1), tokens))
 
     def test_the_matrix_is_brightest_at_the_largest_weight(self):
-        image = np.asarray(viz.attention_matrix(torch.tensor([[1.0, 0.0], [0.2, 0.8]]))).astype(int).sum(-1)
+        image = np.asarray(viz.attention_heatmap(torch.tensor([[1.0, 0.0], [0.2, 0.8]]))).astype(int).sum(-1)
         assert image[0, 0] == image.max()
         assert image[0, 1] == image.min()
         with pytest.raises(ValueError, match="take a head"):
-            viz.attention_matrix(torch.zeros(3, 2, 2))
+            viz.attention_heatmap(torch.zeros(3, 2, 2))
 
 
 class TestCodes:
@@ -191,7 +196,7 @@ class TestCodes:
         return DVAE(config).eval()
 
     def test_a_code_alone_is_the_middle_of_a_field_of_it(self, dvae):
-        found = viz.codebook_images(dvae, [7, 2], around=3, batch=1)
+        found = viz.decode_codebook(dvae, [7, 2], around=3, batch=1)
         field = dvae.decode(torch.full((1, 49), 7))
         assert found.shape == (2, 3, 4, 4)
         torch.testing.assert_close(found[0], field[0, :, 12:16, 12:16])
@@ -199,24 +204,24 @@ class TestCodes:
 
     def test_the_edge_does_not_show(self, dvae):
         """With enough of the code around, more of it changes nothing."""
-        near, far = (viz.codebook_images(dvae, [3], around=around) for around in (6, 12))
+        near, far = (viz.decode_codebook(dvae, [3], around=around) for around in (6, 12))
         torch.testing.assert_close(near, far, atol=1e-5, rtol=0)
 
     def test_the_sheet_has_all_codes_in_order(self, dvae):
-        sheet = viz.codebook_sheet(dvae, columns=5, scale=2)
+        sheet = viz.plot_codebook(dvae, columns=5, scale=2)
         assert sheet.size == (5 * 10 + 2, 3 * 10 + 2)
         tile = np.asarray(sheet)[2 + 10 : 2 + 18 : 2, 2 + 20 : 2 + 28 : 2]  # second row, third column: code 7
-        expected = (viz.codebook_images(dvae, [7])[0].movedim(0, -1) * 255).round().byte().numpy()
+        expected = (viz.decode_codebook(dvae, [7])[0].movedim(0, -1) * 255).round().byte().numpy()
         assert (tile == expected).all()
 
     def test_codes_that_are_none_are_refused(self, dvae):
         with pytest.raises(ValueError, match=r"codes must be in \[0, 12\), got 12"):
-            viz.codebook_images(dvae, [12])
+            viz.decode_codebook(dvae, [12])
         with pytest.raises(ValueError, match="one code or more"):
-            viz.codebook_images(dvae, [])
+            viz.decode_codebook(dvae, [])
 
     def test_the_map_gives_each_code_its_color(self):
-        image = viz.code_map(torch.tensor([3, 0, 3, 5, 1, 2]), 8, (2, 3), cell=4)
+        image = viz.token_map(torch.tensor([3, 0, 3, 5, 1, 2]), 8, (2, 3), cell=4)
         assert image.size == (12, 8)
         colors = code_colors(8)
         assert [image.getpixel((4 * x + 1, 1)) for x in range(3)] == [
@@ -224,19 +229,19 @@ class TestCodes:
         ]
         assert len({tuple(color) for color in code_colors(256).tolist()}) == 256
         with pytest.raises(ValueError, match="must be in"):
-            viz.code_map(torch.tensor([8]), 8)
+            viz.token_map(torch.tensor([8]), 8)
 
     def test_counting(self, dvae):
         pixels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
         times = viz.count_codes(dvae, pixels.split(2))
         assert times.tolist() == torch.bincount(dvae.encode(pixels).flatten(), minlength=12).tolist()
-        assert viz.code_use_image(times).width > 300
-        assert viz.code_use_image(torch.tensor([0, 9])).width > 300  # one code alone
+        assert viz.plot_code_usage(times).width > 300
+        assert viz.plot_code_usage(torch.tensor([0, 9])).width > 300  # one code alone
 
     def test_reconstructions_side_by_side(self, dvae):
         pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
         state = torch.get_rng_state()
-        image = viz.reconstructions_image(dvae, pixels, tau=0.5)
+        image = viz.plot_reconstructions(dvae, pixels, tau=0.5)
         assert torch.equal(torch.get_rng_state(), state)
         side = 64 * 2
         cell = side + 2 * 4
@@ -245,20 +250,20 @@ class TestCodes:
         hard = dvae.decode(dvae.encode(pixels))[1].movedim(0, -1).numpy()
         left, top = 10 + 2 * (cell + 10) + 4, 10 + 4 + side + 4
         np.testing.assert_allclose(shown[top : top + side : 2, left : left + side : 2], hard, atol=1 / 255)
-        assert np.array_equal(shown, np.asarray(viz.reconstructions_image(dvae, pixels, tau=0.5)) / 255)
+        assert np.array_equal(shown, np.asarray(viz.plot_reconstructions(dvae, pixels, tau=0.5)) / 255)
 
     def test_only_a_dvae_has_relaxed_codes(self):
-        with pytest.raises(ValueError, match="relaxed codes are a dVAE's, got Linear"):
-            viz.reconstructions_image(torch.nn.Linear(1, 1), torch.zeros(1, 3, 8, 8))
+        with pytest.raises(ValueError, match="DVAE, got Linear"):
+            viz.plot_reconstructions(torch.nn.Linear(1, 1), torch.zeros(1, 3, 8, 8))
 
 
 class TestCurves:
     def test_runs_by_place_and_by_name(self, chain):
-        assert viz.curves_image([chain / "dvae"]).width > 900  # three panels
-        named = viz.curves_image({"a": chain / "dvae", "b": chain / "transformer"}, ["loss"], smooth=0.5)
+        assert viz.plot_curves([chain / "dvae"]).width > 900  # three panels
+        named = viz.plot_curves({"a": chain / "dvae", "b": chain / "transformer"}, ["loss"], smooth=0.5)
         assert math.isclose(named.width, 4.5 * 110, abs_tol=2)
-        assert viz.losses_image({"clip": chain / "clip"}).width > 700
+        assert viz.plot_losses({"clip": chain / "clip"}).width > 700
 
     def test_a_run_without_gradient_scales(self, chain):
         with pytest.raises(ValueError, match="only runs with train"):
-            viz.scales_image(chain / "transformer")
+            viz.plot_gradient_scales(chain / "transformer")
