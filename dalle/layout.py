@@ -14,13 +14,20 @@ tokens: start-of-text counts among the 256, as Figure 10 draws it.
     B batch, T text_len, N = T + rows * columns, V joint vocabulary
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from dalle.lazy import LazyModule
 from dalle.types import check_tokens
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,12 @@ class TokenLayout:
     @property
     def num_image_tokens(self) -> int:
         """Image slots."""
-        return self.rows * self.columns
+        return self.grid[0] * self.grid[1]
 
     @property
     def seq_len(self) -> int:
         """N, all slots."""
-        return self.text_len + self.num_image_tokens
+        return self.text_len + self.grid[0] * self.grid[1]
 
     @property
     def max_caption_len(self) -> int:

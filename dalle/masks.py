@@ -10,18 +10,26 @@ slots, with q, k their raster indices, d = q - k >= 0 and W columns, a query see
     causal   everything before it
 """
 
-from collections.abc import Callable
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from dalle.layout import TokenLayout
+from dalle.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    MaskFn = Callable[[Tensor, Tensor], Tensor]
+else:
+    torch = LazyModule("torch")
 
 KINDS = ("row", "column", "conv", "causal")
-Predicate = Callable[[Tensor, Tensor], Tensor]
 
 
-def visible(kind: str, layout: TokenLayout, kernel: int = 11) -> Predicate:
+def visible(kind: str, layout: TokenLayout, kernel: int = 11) -> MaskFn:
     """The predicate (q, k) -> bool over slots of the stream, elementwise with broadcasting.
 
     Args:
@@ -52,7 +60,7 @@ def visible(kind: str, layout: TokenLayout, kernel: int = 11) -> Predicate:
             return d <= width
         if kind == "column":
             return d % width == 0
-        beside = torch.minimum(d % width, width - d % width)
+        beside = (d % width).minimum(width - d % width)
         return (d < width * (kernel + 1) // 2) & (beside <= (kernel - 1) // 2)
 
     return sees

@@ -1,12 +1,10 @@
-"""Logits -> ids. The random numbers come from outside, so a draw is a plain function.
+"""Sampling of tokens from logits: temperature, top-k, top-p. The random numbers are arguments.
 
-Candidate i of a caption uses uniforms that depend on (seed, caption, i, position) alone: it is the
-same image whatever the batch, the order or the number of candidates.
+Those of candidate i of a prompt depend on (seed, prompt, i, position) alone, so it is the same image
+whatever the batch, the order or the number of candidates.
 
     B batch, V vocabulary, n candidates, N positions
 """
-
-import math
 
 import numpy as np
 import torch
@@ -14,30 +12,11 @@ from torch import Tensor
 
 from dalle.io.rng import generator
 
-MIN_TEMPERATURE = 1e-30
-"""Logits divided by less might be more than a float holds."""
 
-
-def candidate_noise(seed: int, caption: str, candidates: range, positions: int) -> Tensor:
-    """The random numbers of some candidates: float64 (n, positions) in [0, 1)."""
-    rows = [generator("candidate", seed, i, caption).random(positions) for i in candidates]
+def candidate_noise(seed: int, prompt: str, candidates: range, positions: int) -> Tensor:
+    """Random numbers of candidates of a prompt: float64 (n, positions) in [0, 1)."""
+    rows = [generator("candidate", seed, i, prompt).random(positions) for i in candidates]
     return torch.from_numpy(np.stack(rows))
-
-
-def check_sampling(
-    temperature: float, top_k: int | None, top_p: float | None, guidance: float | None = None
-) -> None:
-    """ValueError for settings that mean nothing, before any work is done."""
-    if not (temperature == 0 or MIN_TEMPERATURE <= temperature < math.inf):
-        raise ValueError(
-            f"temperature must be 0 (most likely token) or at least {MIN_TEMPERATURE}, got {temperature}"
-        )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    if guidance is not None and not math.isfinite(guidance):
-        raise ValueError(f"guidance must be a number, 1 for the plain model, got {guidance}")
 
 
 def sample_tokens(
@@ -47,19 +26,18 @@ def sample_tokens(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Tensor:
-    """One id per row, by inverting the cumulative distribution.
+    """Samples one id per row by inverting the cumulative distribution.
 
     Args:
-        logits: (B, V); -inf is never drawn.
+        logits: (B, V); -inf is never sampled.
         uniform: (B,) in [0, 1).
-        temperature: 1 as the paper; 0 takes the most likely id.
+        temperature: above 0, or 0 for the most likely id; `dalle.pipelines.config.SamplingConfig` checks all three.
         top_k: keep the k most likely ids.
         top_p: keep the fewest most likely ids whose probability reaches p.
 
     Returns:
         int64 (B,).
     """
-    check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature

@@ -3,15 +3,22 @@
 Pixels are float (B, 3, H, W) in [0, 1] everywhere; only the dVAE maps them to its own range. Tokens are int64.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import numpy as np
-import torch
-from torch import Tensor
+from dalle.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Draw images for a caption, rank them by CLIP, write the best (paper section 2.6)."""
+"""Generates images for a prompt: see dalle/commands/sample.py."""
 
 from dalle.commands.sample import main
 

@@ -24,7 +24,7 @@ from dalle.io.files import make_directory, write_json
 from dalle.pipelines.dalle import DALLE
 from dalle.pretrained.openai_clip import load_scorer
 from dalle.runs.args import ROOT, load_stage
-from dalle.sampling import check_sampling
+from dalle.pipelines.config import SamplingConfig
 from dalle.text import text_tokenizer_from_dict
 from dalle.train.precision import resolve_device
 
@@ -86,7 +86,7 @@ class EvaluateArgs:
         for name in ("captions", "best_of", "chunk", "pairs", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        check_sampling(self.temperature, None, None)
+        SamplingConfig(self.temperature)
         if self.json and self.json.is_dir():
             raise ValueError(f"{self.json} is a directory; expected the name of a file")
         if not self.parts or len(set(self.parts)) < len(self.parts):

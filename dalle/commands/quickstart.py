@@ -26,7 +26,7 @@ from dalle.io.files import make_directory, write_json
 from dalle.io.images import captioned_grid, image_grid, to_pil
 from dalle.pipelines.dalle import DALLE
 from dalle.runs.args import CONFIGS, ROOT, is_complete
-from dalle.sampling import check_sampling
+from dalle.pipelines.config import SamplingConfig
 from dalle.train.loggers import peak_memory, read_log
 from dalle.train.precision import resolve_device
 from dalle.viz.curves import plot_losses
@@ -57,7 +57,7 @@ class QuickstartArgs:
         for name in ("captions", "best_of"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        check_sampling(self.temperature, None, None)
+        SamplingConfig(self.temperature)
 
 
 def quickstart(run: QuickstartArgs) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from dalle.report import from_files as report_files
 from dalle.report.folder import Folder, examine
 from dalle.report.from_model import Bench
 from dalle.report.html import Section, escape, page
-from dalle.sampling import check_sampling
+from dalle.pipelines.config import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ReportArgs:
         for name in ("captions", "best_of", "codes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        check_sampling(1.0 if self.temperature is None else self.temperature, None, None)
+        SamplingConfig(1.0 if self.temperature is None else self.temperature)
 
 
 def write_report(run: ReportArgs) -> Path:

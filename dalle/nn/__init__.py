@@ -1,1 +1,4 @@
-"""Layers that know no family: attention, its cache, transformer blocks."""
+"""Layers shared by the models: attention with its masks and KV cache, transformer blocks, int8 matrices."""
+
+ATTENTION_BACKENDS = ("auto", "dense", "sdpa", "blocks", "flex")
+"""Ways to compute attention, see dalle/nn/attention.py."""

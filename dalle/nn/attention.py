@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle.nn import ATTENTION_BACKENDS
 from dalle.nn.flex_attention import flex_attend, flex_refusal
 from dalle.nn.sparse_mask import SparseMask
 
-BACKENDS = ("dense", "sdpa", "blocks", "flex")
-CHOICES = ("auto", *BACKENDS)
 
 
 def attend(
@@ -39,7 +38,7 @@ def attend(
     Args:
         q, k, v: (B, H, Q, d), of the first Q slots.
         pattern: the kind of the layer.
-        backend: one of CHOICES; "blocks" and "flex" need the whole stream, its beginning takes "dense" and "sdpa".
+        backend: one of ATTENTION_BACKENDS; "blocks" and "flex" need the whole stream, its beginning takes "dense" and "sdpa".
         transposed: q, k, v and the result are `pattern.transposed`; so "flex" wants its column layers.
 
     Returns:
@@ -81,8 +80,8 @@ def resolve_backend(
     Raises:
         ValueError: an unknown backend, or one that the device cannot run.
     """
-    if backend not in CHOICES:
-        raise ValueError(f"unknown attention backend {backend!r}; expected one of {', '.join(CHOICES)}")
+    if backend not in ATTENTION_BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; expected one of {', '.join(ATTENTION_BACKENDS)}")
     if backend == "auto":
         backend = auto_backend(pattern.kind, device)
     if backend == "flex" and (refusal := flex_refusal(device, head_dim)):

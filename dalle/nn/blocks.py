@@ -40,7 +40,7 @@ class Attention(nn.Module):
         x = pattern.transposed(x) if transposed else x
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         if cache is not None:
-            cache.fill(
+            cache.prefill(
                 *((pattern.raster(k), pattern.raster(v)) if transposed else (k, v)), pattern.layout.text_len
             )
         mixed = attend_with(backend, q, k, v, pattern, transposed)

@@ -1,17 +1,16 @@
-"""Keys and values that attention still needs while sampling, in buffers of fixed size (paper section 2.2, Figure 11).
+"""KV cache for sampling: buffers of fixed size that hold only the image keys a layer can still see (Figure 11).
 
-A caption's keys are computed once and shared by all candidates of it. Of the image keys a layer keeps what its
-kind can yet see, W being the columns of the grid:
+Text keys are computed once per caption and shared by its candidates. Of the image keys a layer keeps, with W columns,
 
-    row      a ring of the last W + 1
-    conv     a ring of the last W (kernel + 1) / 2
-    column   all, column by column, so that a step reads one column
-    causal   all
+    row      a ring buffer of the last W + 1
+    conv     a ring buffer of the last W (kernel + 1) / 2
+    column   all of them in column-major order, so that a step reads one contiguous column
+    causal   all of them
 
-A step overwrites one place and reads one group of places. Which of those places it sees comes from dalle/masks.py.
+A step writes one key and reads one group of P keys; dalle/masks.py says which of the P it sees.
 
-    C captions, n candidates of each, H heads, T text slots, d width of a head, N image slots
-    P places that a step reads, G groups of them (the columns for "column", else one)
+    C captions, n candidates of each, H heads, T text positions, d head_dim, N image positions
+    P keys a step reads (the window), G groups (the columns for "column", else 1)
 """
 
 import math
@@ -24,89 +23,93 @@ from dalle.masks import visible
 
 
 class KVCacheLayout:
-    """Where the image keys of one kind of layer lie, and which of them each image slot sees.
+    """Where each image position's key is stored, and which stored keys it sees.
 
     Args:
-        kind: see dalle/masks.py.
-        layout: lengths of the stream.
-        kernel: side of the convolution.
+        sees: bool (N, P), which keys of its group a position sees; the last one is the furthest that it reads.
+        offset: int64 (N,), index of each position's own key in its group.
+        group: int64 (N,), group of each position; None is one group for all.
+        groups: G.
     """
 
-    def __init__(self, kind: str, layout: TokenLayout, kernel: int = 11):
-        rows, columns, slots = layout.rows, layout.columns, layout.num_image_tokens
-        self.groups = columns if kind == "column" else 1
-        near = {"row": columns + 1, "conv": columns * (kernel + 1) // 2, "column": rows, "causal": slots}
-        self.size = min(near[kind], slots)  # P
-        slot, place = torch.arange(slots)[:, None], torch.arange(self.size)
+    def __init__(self, sees: Tensor, offset: Tensor, group: Tensor | None = None, groups: int = 1):
+        self.sees, self.groups, self.window = sees, groups, sees.shape[1]
+        self.group = torch.zeros_like(offset) if group is None else group
+        self.index = self.group * self.window + offset  # (N,) among all G P keys
+        self.bias = torch.zeros(sees.shape).masked_fill(~sees, -torch.inf)
+        # for positions given as ints, which read no further than the last key they see
+        self.num_read = (sees * torch.arange(1, self.window + 1)).amax(dim=1).tolist()
+        self.needs_bias = [not bool(s[:count].all()) for s, count in zip(sees, self.num_read, strict=True)]
+        self.int_group, self.int_index = self.group.tolist(), self.index.tolist()
+
+    @classmethod
+    def of_kind(cls, kind: str, layout: TokenLayout, kernel: int = 11) -> "KVCacheLayout":
+        """The layout for an attention kind of dalle/masks.py."""
+        rows, columns, tokens = layout.rows, layout.columns, layout.num_image_tokens
+        window = {"row": columns + 1, "conv": columns * (kernel + 1) // 2, "column": rows, "causal": tokens}
+        window = min(window[kind], tokens)
+        t, slots = torch.arange(tokens), torch.arange(window)
         if kind == "column":
-            self.group, own, held = (
-                slot[:, 0] % columns,
-                slot[:, 0] // columns,
-                place * columns + slot % columns,
-            )
-        else:  # the newest slot that falls on the place; below 0 where there is none yet
-            self.group, own, held = slot[:, 0] * 0, slot[:, 0] % self.size, slot - (slot - place) % self.size
-        self.own = self.group * self.size + own  # (N,), place of each slot among all G P
+            group, offset = t % columns, t // columns
+            held = slots * columns + t[:, None] % columns  # which position each slot holds when t is read
+        else:  # the newest position that falls on the slot, negative where there is none yet
+            group, offset = torch.zeros_like(t), t % window
+            held = t[:, None] - (t[:, None] - slots) % window
         text = layout.text_len
-        self.sees = visible(kind, layout, kernel)(slot + text, held + text) & (held >= 0)  # bool (N, P)
-        self.bias = torch.zeros(self.sees.shape).masked_fill(~self.sees, -torch.inf)
-        self.reads = (self.sees * (place + 1)).amax(dim=1).tolist()  # places up to the last one seen
-        self.hides = [not bool(sees[:count].all()) for sees, count in zip(self.sees, self.reads, strict=True)]
-        self.to(torch.device("cpu"))
+        sees = visible(kind, layout, kernel)(t[:, None] + text, held + text) & (held >= 0)  # (N, P)
+        return cls(sees, offset, group, columns if kind == "column" else 1)
 
     def to(self, device: torch.device) -> "KVCacheLayout":
-        """With the tables that a step on the device reads."""
-        self.group, self.own, self.bias = (table.to(device) for table in (self.group, self.own, self.bias))
-        self._group, self._own = self.group.tolist(), self.own.tolist()
+        """Moves the tensors that a step reads."""
+        self.group, self.index, self.bias = (x.to(device) for x in (self.group, self.index, self.bias))
         return self
 
     def bytes(self, width: int, itemsize: int) -> int:
-        """Memory of one candidate in one layer that is `width` wide: keys and values."""
-        return 2 * self.groups * self.size * width * itemsize
+        """Memory for the keys and values of one candidate in one layer of `width`."""
+        return 2 * self.groups * self.window * width * itemsize
 
 
 class KVCache:
-    """Keys and values of one layer: (2, C H, T, d) of the captions, (2, C H n, G P, d) of the candidates.
+    """Keys and values of one layer: (2, C H, T, d) per caption, (2, C H n, G P, d) per candidate.
 
     Args:
-        places: of the layer's kind, on the device of `like`.
+        layout: of the layer's attention kind, on the device of `like`.
         captions, candidates: C and n.
-        heads, width: H and d.
-        like: a tensor of the wanted device and number format.
+        heads, head_dim: H and d.
+        like: a tensor of the device and dtype to use.
     """
 
     def __init__(
-        self, places: KVCacheLayout, captions: int, candidates: int, heads: int, width: int, like: Tensor
+        self, layout: KVCacheLayout, captions: int, candidates: int, heads: int, head_dim: int, like: Tensor
     ):
-        self.places, self.captions, self.candidates, self.heads = places, captions, candidates, heads
-        self.image = like.new_zeros(2, captions * heads * candidates, places.groups * places.size, width)
-        self.text = like.new_zeros(2, captions * heads, 0, width)
+        self.layout, self.captions, self.candidates = layout, captions, candidates
+        rows = captions * heads
+        self.image = like.new_zeros(2, rows * candidates, layout.groups * layout.window, head_dim)
+        self.text = like.new_zeros(2, rows, 0, head_dim)
 
-    def fill(self, keys: Tensor, values: Tensor, text_len: int) -> None:
-        """Takes the beginning of each caption's stream, (C, H, T + slots, d), for all candidates of it."""
-        both = torch.stack([keys, values]).to(self.image.dtype)  # (2, C, H, T + slots, d)
-        self.text = both[:, :, :, :text_len].flatten(1, 2).contiguous()
-        image = both[:, :, :, text_len:].flatten(1, 2)  # (2, C H, slots, d)
-        slots = image.shape[2]
-        oldest = 0 if self.places.groups > 1 else max(0, slots - self.places.size)
-        if slots > oldest:
-            places = self.places.own[oldest:slots]
+    def prefill(self, keys: Tensor, values: Tensor, text_len: int) -> None:
+        """Stores each caption's text and prefix, (C, H, T + positions, d), for all its candidates."""
+        both = torch.stack([keys, values]).to(self.image.dtype).flatten(1, 2)  # (2, C H, T + positions, d)
+        self.text, image = both[:, :, :text_len].contiguous(), both[:, :, text_len:]
+        count = image.shape[2]
+        oldest = 0 if self.layout.groups > 1 else max(0, count - self.layout.window)
+        if count > oldest:
             rows = self.image.unflatten(1, (-1, self.candidates))  # (2, C H, n, G P, d)
-            rows[:, :, :, places] = image[:, :, None, oldest:]
+            rows[:, :, :, self.layout.index[oldest:count]] = image[:, :, None, oldest:]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, slot: int | Tensor) -> Tensor:
-        """Keeps the key and value of an image slot and attends to all that it sees, by one softmax.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, position: int | Tensor) -> Tensor:
+        """Stores the key and value of an image position and attends to all it sees, in one softmax.
 
         Args:
-            q, k, v: (C H, n, d) of that slot; q already divided by sqrt(d).
-            slot: number of the image slot; as a tensor (1,) on the device every shape is the same for every slot,
-                as a graph of kernels needs it, and as an int only what is seen is read.
+            q, k, v: (C H, n, d) at that position; q already divided by sqrt(d).
+            position: an int reads only what is seen; a tensor (1,) on the device has the same shapes at every
+                position, as compiled code and CUDA graphs need.
 
         Returns:
             (C H, n, d).
         """
-        self._write(k.flatten(0, 1), v.flatten(0, 1), slot)
-        keys, values, bias = self._read(slot)  # (C H n, P, d) twice, (P,)
+        self._write(k.flatten(0, 1), v.flatten(0, 1), position)
+        keys, values, bias = self._read(position)  # (C H n, P, d) twice, (P,)
         to_text = q @ self.text[0].transpose(1, 2)  # (C H, n, T)
         to_image = (q.flatten(0, 1)[:, None] @ keys.transpose(1, 2)).view(*q.shape[:2], -1)  # (C H, n, P)
         if bias is not None:
@@ -116,33 +119,31 @@ class KVCache:
         mixed = from_image.flatten(0, 1)[:, None] @ values  # (C H n, 1, d)
         return torch.baddbmm(mixed.view(q.shape), from_text, self.text[1])
 
-    def _write(self, k: Tensor, v: Tensor, slot: int | Tensor) -> None:
-        if isinstance(slot, int):
-            place = self.places._own[slot]
-            self.image[0, :, place], self.image[1, :, place] = k, v
+    def _write(self, k: Tensor, v: Tensor, position: int | Tensor) -> None:
+        if isinstance(position, int):
+            index = self.layout.int_index[position]
+            self.image[0, :, index], self.image[1, :, index] = k, v
         else:
-            self.image.index_copy_(2, self.places.own[slot], torch.stack([k, v])[:, :, None])
+            self.image.index_copy_(2, self.layout.index[position], torch.stack([k, v])[:, :, None])
 
-    def _read(self, slot: int | Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        places = self.places
-        if isinstance(slot, int):
-            start, count = places._group[slot] * places.size, places.reads[slot]
-            bias = places.bias[slot, :count] if places.hides[slot] else None
-            return *self.image[:, :, start : start + count].unbind(0), bias
-        read = self.image
-        if places.groups > 1:
-            read = read.unflatten(2, (places.groups, places.size)).index_select(2, places.group[slot])[
-                :, :, 0
-            ]
-        return *read.unbind(0), places.bias[slot]
+    def _read(self, position: int | Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        layout, image = self.layout, self.image
+        if isinstance(position, int):
+            start, count = layout.int_group[position] * layout.window, layout.num_read[position]
+            bias = layout.bias[position, :count] if layout.needs_bias[position] else None
+            return *image[:, :, start : start + count].unbind(0), bias
+        if layout.groups > 1:
+            groups = image.unflatten(2, (layout.groups, layout.window))
+            image = groups.index_select(2, layout.group[position])[:, :, 0]
+        return *image.unbind(0), layout.bias[position]
 
 
 def kv_cache_bytes(caches: list[KVCache]) -> tuple[int, int]:
-    """Memory that caches hold: for a caption, and for a candidate."""
+    """Measured memory of caches: per caption, and per candidate."""
     text = sum(cache.text.nbytes // cache.captions for cache in caches)
     return text, sum(cache.image.nbytes // (cache.captions * cache.candidates) for cache in caches)
 
 
 def scale_query(q: Tensor) -> Tensor:
-    """Queries divided by sqrt(d), as `KVCache.attend` wants them."""
+    """Queries divided by sqrt(d), as `KVCache.attend` expects them."""
     return q / math.sqrt(q.shape[-1])

@@ -1,1 +1,1 @@
-"""pipelines"""
+"""Pipelines: from a prompt to images on disk."""

@@ -1,41 +1,89 @@
-"""DALL-E joined: caption -> tokens -> images -> ranked images (paper sections 2 and 2.6).
+"""DALL-E: caption -> image tokens -> images -> ranked images (paper sections 2 and 2.6).
 
-N images, T text slots, h w grid
+N images, T text positions, h w grid
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from dalle.pipelines.best_of_n import (
-    CandidateSampler,
-    GenerationProgress,
-    SamplingConfig,
-    blocks,
-    check_counts,
-    open_corner,
-    partial_images,
-)
+from dalle.clip import CLIP, CLIPScorer
+from dalle.hub.hub import HubMixin, resolve_source
+from dalle.hub.model_card import Report
+from dalle.hub.model_directory import model_files, write_model_directory
+from dalle.hub.registry import LoadedModel, load_model, weights_hash
+from dalle.io.format import read_config
+from dalle.io.images import load_image, resize_center_crop, to_tensor
+from dalle.nn.int8 import weight_like
+from dalle.pipelines.best_of_n import GenerationProgress, sample_best_of_n
+from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.generation import Generation, LogLikelihood
-from dalle.pipelines.joined import Joined
-from dalle.transformer.generate import TO_GENERATE, inference_autocast
+from dalle.text import BPETokenizer, text_tokenizer_from_dict
+from dalle.text.coverage import out_of_vocabulary
+from dalle.train.precision import DTYPES, Precision, resolve_precision
+from dalle.transformer import Transformer
+from dalle.transformer.generate import TO_GENERATE, cast_linear_weights, inference_autocast, quantize_int8
 from dalle.transformer.losses import log_likelihood
-from dalle.types import check_tokens
+from dalle.types import ImageTokenizer, Scorer, check_tokens
+
+Callback = Callable[[GenerationProgress], None]
 
 
-class DALLE(Joined):
-    """The parts joined. `from_pretrained` opens a model directory; `save_pretrained` writes one.
+class DALLE(HubMixin):
+    """The whole model. `from_pretrained` opens a model directory; `save_pretrained` writes one.
 
     Args:
-        dvae: turns pixels into tokens and back.
-        transformer: draws image tokens for text tokens.
-        text: the text tokenizer that the transformer was trained with.
+        dvae: image tokenizer.
+        transformer: generates image tokens from text tokens.
+        text: the text tokenizer of the transformer's training.
         scorer: ranks images; without it they come unranked.
+
+    Raises:
+        ValueError: vocabularies that do not fit.
     """
+
+    def __init__(
+        self,
+        dvae: ImageTokenizer,
+        transformer: Transformer,
+        text: BPETokenizer,
+        scorer: Scorer | None = None,
+    ):
+        layout = transformer.layout
+        if dvae.vocab_size != layout.image_vocab:
+            raise ValueError(
+                f"the image tokenizer has {dvae.vocab_size} codes, the transformer {layout.image_vocab}: "
+                "they do not belong together"
+            )
+        if text.vocab_size > layout.text_vocab:
+            raise ValueError(
+                f"the text tokenizer has {text.vocab_size} ids, the transformer {layout.text_vocab}: "
+                "they do not belong together"
+            )
+        self.dvae, self.transformer, self.text, self.scorer = dvae, transformer, text, scorer
+        self._hash: str | None = None  # of the weights before rounding
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the transformer."""
+        return weight_like(self.transformer.to_logits).device
+
+    @property
+    def hash(self) -> str:
+        """Identifies the weights: hashes of the dVAE, the transformer and, if it is a `CLIP`, the scorer's model."""
+        if self._hash is not None:
+            return self._hash
+        clip = getattr(self.scorer, "model", None)
+        models = [self.dvae, self.transformer, *([clip] if isinstance(clip, CLIP) else [])]
+        return "-".join(weights_hash(model) for model in models)
+
+    # Generation.
 
     def generate(
         self,
@@ -47,186 +95,284 @@ class DALLE(Joined):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance: float | None = None,
+        prefix: Tensor | None = None,
         truncate: bool = False,
         progress: bool = True,
+        callback: Callback | None = None,
+        shard: tuple[int, int] = (0, 1),
         **settings,
     ) -> Generation | list[Generation]:
-        """Draws `best_of` candidates for a caption and keeps the n that the scorer ranks highest.
+        """Generates `best_of` candidates for a prompt and keeps the n that the scorer ranks highest.
+
+        Ctrl-C returns what is ranked so far, with a warning.
 
         Args:
-            prompt: the caption, or several: then a list comes back, and captions with few candidates are drawn
-                together.
+            prompt: one, or several: then a list comes back, without the prompts that were interrupted.
             n: images to keep.
-            best_of: candidates to draw; the paper draws 512. Memory does not depend on it.
-            seed: with the prompt and a candidate's number it fixes that candidate's random numbers.
-            temperature: 1 as the paper; 0 takes the most likely tokens.
-            top_k, top_p: draw among the likeliest tokens only.
-            guidance: strength of classifier-free guidance; needs a model trained with caption dropout.
-            truncate: cut a caption that is too long instead of refusing it.
-            progress: show a bar.
-            settings: `batch`, `together`, `chunk`, `share`, `graph`, `compile`: see `dalle.pipelines.best_of_n.SamplingConfig`.
+            best_of: candidates, 512 in the paper. Memory does not depend on it.
+            seed: with the prompt and a candidate's index it fixes the candidate's random numbers.
+            temperature: 1 in the paper; 0 is greedy.
+            top_k, top_p: sample among the most likely tokens only.
+            guidance: scale of classifier-free guidance; needs a model trained with caption dropout.
+            prefix: image tokens to keep, from `prefix_tokens`.
+            truncate: cut a prompt that is too long instead of refusing it.
+            progress: show a progress bar.
+            callback: called with the state after each row of tokens and after each ranked batch.
+            shard: see `dalle.pipelines.best_of_n.sample_best_of_n`.
+            settings: the other fields of `dalle.pipelines.config.SamplingConfig`.
 
         Raises:
             ValueError: an empty or too long prompt, best_of < n, settings out of range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
-        drawn = self._ranked(prompts, None, n, best_of, seed, truncate, progress, settings)
-        return drawn[0] if isinstance(prompt, str) else drawn
+        sampling = SamplingConfig(temperature, top_k, top_p, guidance, **settings)
+        steps = self.steps(prompts, n, best_of, seed, sampling, prefix, truncate, shard)
+        generations = self._last(steps, progress, callback)
+        return generations[0] if isinstance(prompt, str) else generations
 
     def complete(
         self,
         prompt: str,
-        image: Image.Image | Path | str,
+        image: Image.Image | Path | str | Tensor,
         rows: int | None = None,
         box: tuple[int, int] | None = None,
-        n: int = 4,
-        best_of: int = 64,
-        seed: int = 0,
-        truncate: bool = False,
-        progress: bool = True,
-        **settings,
+        **options,
     ) -> Generation:
         """As `generate`, keeping the top rows of tokens of an image, or all outside a box (section 3.3).
 
         Args:
-            image: its middle square is resized to the model's size.
+            image: its center square is resized to the model's size; or image tokens (1, h * w), kept exactly.
             rows: rows of tokens to keep, 1 to the grid's rows - 1.
-            box: instead, (top, left) in tokens: what lies from there to the lower right corner is drawn anew. A
-                token drawn sees the kept ones that come before it, row by row; those to the left of the box in
-                lower rows stay, but the rows above them are drawn without knowing them.
-            settings: see `dalle.pipelines.best_of_n.SamplingConfig`; the rest as `generate`.
+            box: instead, (top, left) in tokens of the region to generate, which extends to the lower right corner. A
+                token depends on the kept ones before it in raster order alone.
+            options: as `generate`.
 
         Raises:
             ValueError: rows or a box beyond the grid; as `generate`.
         """
-        beginning = self._beginning(image, rows, box)
-        return self._ranked([prompt], beginning, n, best_of, seed, truncate, progress, settings)[0]
-
-    def regenerate(
-        self,
-        generation: Generation,
-        image: int = 0,
-        rows: int | None = None,
-        box: tuple[int, int] | None = None,
-        n: int = 4,
-        best_of: int = 64,
-        seed: int | None = None,
-        truncate: bool = False,
-        progress: bool = True,
-        **settings,
-    ) -> Generation:
-        """Draws a part of an image of a Generation anew, from its tokens: what is kept stays token by token.
-
-        Args:
-            image: which of its images.
-            rows, box: what to keep, as `complete`.
-            seed: one more than the generation's unless given: the same seed draws the same candidates.
-            settings: see `dalle.pipelines.best_of_n.SamplingConfig`; the rest as `generate`.
-        """
-        top, left = open_corner(self.transformer.layout.grid, rows, box)
-        count = len(generation.image_tokens)
-        if not 0 <= image < count:
-            raise ValueError(f"image must be 0 to {count - 1}, got {image}")
-        tokens = generation.image_tokens[[image]].to(self.device)
-        tokens.view(-1, *self.transformer.layout.grid)[:, top:, left:] = TO_GENERATE
-        seed = generation.seed + 1 if seed is None else seed
-        return self._ranked([generation.prompt], tokens, n, best_of, seed, truncate, progress, settings)[0]
+        return self.generate(prompt, prefix=self.prefix_tokens(image, rows, box), **options)
 
     def stream(
         self, prompt: str, n: int = 1, seed: int = 0, truncate: bool = False, **settings
     ) -> Iterator[list[Image.Image]]:
-        """Yields n images after each row of tokens, grey where nothing is drawn yet; candidates 0 .. n - 1, unranked.
+        """Yields n images after each row of tokens, gray where none is generated yet; unranked candidates 0 .. n - 1.
 
         Args:
-            settings: see `dalle.pipelines.best_of_n.SamplingConfig`; the rest as `generate`.
+            settings: fields of `dalle.pipelines.config.SamplingConfig`; the rest as `generate`.
         """
-        check_counts(n, n)
-        columns = self.transformer.layout.columns
-        text = self._text_tokens([prompt], truncate, stacklevel=3)
-        drawer = CandidateSampler(self.dvae, self.transformer, None, SamplingConfig(**settings))
-        block = next(blocks(1, n, drawer.batch, drawer.settings.together))
-        if n > block.wanted:
-            raise ValueError(f"n must be at most the {block.wanted} rows of a step, got {n}; raise batch")
-        for tokens in drawer.tokens([prompt], text, None, seed, block):
-            if tokens.shape[2] % columns == 0:
-                yield partial_images(self.dvae, self.transformer.layout, tokens[0, :n])
+        for step in self.steps([prompt], n, n, seed, SamplingConfig(**settings), truncate=truncate):
+            if step.batch.wanted < n:
+                raise ValueError(f"n must be at most the batch size of {step.batch.wanted}, got {n}; raise batch_size")
+            if step.whole_rows:
+                yield step.images
 
-    def watch(
+    def steps(
         self,
-        prompt: str,
-        image: Image.Image | Path | str | None = None,
-        rows: int | None = None,
-        n: int = 4,
-        best_of: int = 64,
+        prompts: Sequence[str],
+        n: int,
+        best_of: int,
         seed: int = 0,
+        sampling: SamplingConfig = SamplingConfig(),
+        prefix: Tensor | None = None,
         truncate: bool = False,
-        **settings,
+        shard: tuple[int, int] = (0, 1),
     ) -> Iterator[GenerationProgress]:
-        """As `generate`, or as `complete` where an image is given, seen at work; all is checked before it returns.
+        """The loop behind `generate`, `complete` and `stream`: its state after each token and each ranked batch.
 
-        Yields after each row of tokens and each block that is ranked. Who leaves the loop stops the drawing.
+        All arguments are checked before it returns; leaving the loop stops the sampling.
 
         Args:
-            image, rows: see `complete`.
-            settings: see `dalle.pipelines.best_of_n.SamplingConfig`; the rest as `generate`.
+            sampling: settings.
+            prefix: from `prefix_tokens`; the rest as `generate`.
         """
-        if image is None and rows is not None:
-            raise ValueError("rows says how much of an image to keep; give the image as image")
-        drawer, text, best_of = self._ready([prompt], n, best_of, truncate, settings, stacklevel=4)
-        beginning = None if image is None else self._beginning(image, rows, None)
-        return drawer.watched(prompt, text, beginning, n, best_of, seed)
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        if best_of < n:
+            raise ValueError(f"best_of must be at least n, got best_of={best_of}, n={n}")
+        text_tokens = self.text_tokens(prompts, truncate)
+        if pieces := [piece for prompt in prompts for piece in out_of_vocabulary(self.text, prompt)]:
+            shown = ", ".join(map(repr, pieces[:5]))
+            warnings.warn(f"the vocabulary lacks letters of {shown}: the model may not know them", stacklevel=3)
+        if self.scorer is None and best_of > n:
+            warnings.warn(f"this model has no scorer: generating {n} images, unranked", stacklevel=3)
+            best_of = n
+        return sample_best_of_n(self, prompts, n, best_of, seed, sampling, text_tokens, prefix, shard)
+
+    def _last(
+        self, steps: Iterator[GenerationProgress], progress: bool, callback: Callback | None
+    ) -> list[Generation]:
+        """Runs the loop to its end, or to Ctrl-C, and returns what is ranked."""
+        step, length = None, self.transformer.layout.num_image_tokens
+        try:
+            with tqdm(desc="sampling", unit="token", unit_scale=True, disable=None if progress else True) as bar:
+                for step in steps:
+                    bar.total = bar.total or step.total * (length - step.tokens.shape[2] + 1)
+                    bar.update(0 if step.ranked else step.batch.count)
+                    if callback is not None and (step.ranked or step.whole_rows):
+                        callback(step)
+        except KeyboardInterrupt:
+            if step is None or not step.seen:
+                raise
+            warnings.warn(f"interrupted: {step.seen} of {step.total} candidates are ranked", stacklevel=3)
+        return [] if step is None else step.generations
+
+    def prefix_tokens(
+        self,
+        image: Image.Image | Path | str | Tensor,
+        rows: int | None = None,
+        box: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Image tokens (1, h * w) with TO_GENERATE below `rows` or inside `box`; arguments as `complete`."""
+        height, width = self.transformer.layout.grid
+        if (rows is None) == (box is None):
+            raise ValueError("give either rows, how many to keep, or box, (top, left) of the region to generate")
+        if rows is not None and not 0 < rows < height:
+            raise ValueError(f"rows must be 1 to {height - 1}, got {rows}")
+        top, left = box or (rows, 0)
+        if not (0 <= top < height and 0 <= left < width) or (top, left) == (0, 0):
+            raise ValueError(f"box must be (top, left) within {height} x {width} and not (0, 0), got {box}")
+        tokens = image.to(self.device) if isinstance(image, Tensor) else self.encode(image)
+        grid = tokens.view(1, height, width).clone()
+        grid[:, top:, left:] = TO_GENERATE
+        return grid.flatten(1)
 
     def log_likelihood(
         self, caption: str, image: Image.Image | Path | str | Tensor, truncate: bool = False
     ) -> LogLikelihood:
-        """How likely the model finds a caption, and an image after it, in nats.
+        """Log-likelihood in nats of a caption, and of an image after it.
 
         Args:
-            image: the image (its middle square, through the image tokenizer), or image tokens (N, h * w).
+            image: an image (its center square, through the image tokenizer), or image tokens (N, h * w).
 
         Returns:
             Numbers for an image, tensors (N,) for image tokens.
         """
-        text = self._text_tokens([caption], truncate, stacklevel=3)
         tokens = image.to(self.device) if isinstance(image, Tensor) else self.encode(image)
         check_tokens(tokens, self.transformer.layout.image_vocab, "image tokens")
-        ids = self.transformer.layout.pack(text.expand(len(tokens), -1), tokens)
+        text = self.text_tokens([caption], truncate).expand(len(tokens), -1)
+        ids = self.transformer.layout.pack(text, tokens)
         with inference_autocast(self.transformer):
-            found = [log_likelihood(self.transformer, one) for one in ids.split(16)]
-        nats = [torch.cat(part).cpu() for part in zip(*found, strict=True)]
-        return (
-            LogLikelihood(*nats)
-            if isinstance(image, Tensor)
-            else LogLikelihood(*(float(part) for part in nats))
-        )
+            parts = [log_likelihood(self.transformer, part) for part in ids.split(16)]
+        text, image_nats = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        if isinstance(image, Tensor):
+            return LogLikelihood(text, image_nats)
+        return LogLikelihood(float(text), float(image_nats))
 
-    def _ranked(self, prompts, prefix, n, best_of, seed, truncate, progress, settings) -> list[Generation]:
-        drawer, text, best_of = self._ready(prompts, n, best_of, truncate, settings, stacklevel=5)
-        return drawer.ranked(prompts, text, prefix, n, best_of, seed, progress)
+    def text_tokens(self, prompts: Sequence[str], truncate: bool = False) -> Tensor:
+        """Prompts -> int64 (len(prompts), T); ValueError for an empty or too long one."""
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise ValueError(f"the prompt must be text, got {type(prompt).__name__}")
+        ids = [self.text.encode(prompt) for prompt in prompts]
+        if not all(ids):
+            raise ValueError("the prompt is empty; describe the image")
+        return self.transformer.layout.pad_text(ids, truncate).to(self.device)
 
-    def _ready(
-        self, prompts, n, best_of, truncate, settings, stacklevel
-    ) -> tuple[CandidateSampler, Tensor, int]:
-        """What draws, the text tokens and how many candidates, all checked; warns the caller so many frames up."""
-        check_counts(n, best_of)
-        drawing = SamplingConfig(**settings)
-        text = self._text_tokens(prompts, truncate, stacklevel)
-        if self.scorer is None and best_of > n:
-            warnings.warn(
-                f"this model has no scorer: drawing {n} images, unranked", stacklevel=stacklevel - 1
+    def encode(self, image: Image.Image | Path | str) -> Tensor:
+        """The center square of an image, resized to the model's size, as image tokens int64 (1, h * w).
+
+        Raises:
+            ValueError: a model whose grid is not square.
+        """
+        rows, columns = self.transformer.layout.grid
+        if rows != columns:
+            raise ValueError(f"images need a model with a square grid, this one has {rows} x {columns}")
+        square = resize_center_crop(load_image(image), rows * self.dvae.downsample_factor)
+        return self.dvae.encode(to_tensor([square]).to(self.device))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Image tokens int64 (N, h * w) -> pixels (N, 3, H, W) in [0, 1]."""
+        return self.dvae.decode(tokens, self.transformer.layout.grid)
+
+    # Saving and loading.
+
+    def save_pretrained(
+        self, directory: Path | str, report: Report | None = None, license: str | None = None
+    ) -> None:
+        """Writes a model directory: config.json, text.json, a safetensors file per model, and the card, README.md.
+
+        Args:
+            directory: created if it does not exist.
+            report, license: for the card, see `dalle.hub.model_card.write_card`.
+
+        Raises:
+            ValueError: an image tokenizer or scorer that is not one of the library's own models, or a directory that
+                cannot be created.
+        """
+        if self._hash is not None:
+            raise ValueError("the weights were rounded by to_precision; save the original model")
+        parts: dict[str, torch.nn.Module] = {"dvae": self.dvae, "transformer": self.transformer}
+        if self.scorer is not None:
+            parts["clip"] = getattr(self.scorer, "model", None)
+        write_model_directory(Path(directory), parts, self.text, report=report, license=license)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: Path | str,
+        device: str | torch.device = "cpu",
+        precision: Precision = "fp32",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        int8: bool = False,
+    ) -> Self:
+        """Opens a model directory written by `save_pretrained`, local or on the Hub.
+
+        Args:
+            source: a path, which never uses the network, or else a Hub id, "owner/name".
+            device: where the models go.
+            precision, int8: as `to_precision`.
+            revision, token: of the Hub, see `dalle.hub.hub.resolve_source`.
+
+        Raises:
+            ValueError: no such directory, a damaged file, or models that do not belong together.
+        """
+        directory = resolve_source(source, model_files("dvae", "transformer", "clip"), revision, token)
+        kinds = [kind for kind in ("dvae", "transformer", "clip") if kind != "clip" or "clip" in read_config(directory)["parts"]]
+        parts = {kind: load_model(directory, kind, device) for kind in kinds}
+        model = cls.from_parts(parts["dvae"], parts["transformer"], parts.get("clip"))
+        return model.to_precision(precision, int8)
+
+    @classmethod
+    def from_parts(
+        cls,
+        dvae: LoadedModel,
+        transformer: LoadedModel,
+        clip: LoadedModel | None,
+        text: BPETokenizer | None = None,
+    ) -> Self:
+        """Joins models loaded from runs; refuses those that were not trained for one another."""
+        for part, needed in ((transformer, {"text", "dvae"}), (clip, {"text_hash"})):
+            if part and (missing := needed - part.links.keys()):
+                raise ValueError(f"{part.source} does not name the {' and '.join(sorted(missing))} of its training")
+        own = text_tokenizer_from_dict(transformer.links["text"])
+        if text is not None and text.hash != own.hash:
+            raise ValueError(f"{transformer.source} was trained with a text tokenizer other than the one given")
+        if transformer.links["dvae"] != dvae.hash:
+            raise ValueError(
+                f"{transformer.source} was trained on tokens of dVAE {transformer.links['dvae']}, "
+                f"{dvae.source} is {dvae.hash}: they do not belong together"
             )
-            best_of = n
-        return CandidateSampler(self.dvae, self.transformer, self.scorer, drawing), text, best_of
+        if clip is not None and clip.links["text_hash"] != own.hash:
+            raise ValueError(f"{clip.source} was trained with a text tokenizer other than {transformer.source}'s")
+        return cls(dvae.model, transformer.model, own, CLIPScorer(clip.model, own) if clip else None)
 
-    def _beginning(
-        self, image: Image.Image | Path | str, rows: int | None, box: tuple[int, int] | None
-    ) -> Tensor:
-        """The tokens of an image that are kept, TO_GENERATE where they are drawn anew: (1, h * w)."""
-        layout = self.transformer.layout
-        top, left = open_corner(layout.grid, rows, box)
-        if layout.rows != layout.columns:
-            raise ValueError(f"complete needs a square grid, the model's is {layout.rows} x {layout.columns}")
-        tokens = self.encode(image).clone()
-        tokens.view(-1, *layout.grid)[:, top:, left:] = TO_GENERATE
-        return tokens
+    def to_precision(self, precision: Precision, int8: bool = False) -> Self:
+        """The same model with smaller matrices in the transformer, for sampling; everything else is shared.
+
+        The hash stays that of the original weights.
+
+        Args:
+            precision: bf16 or fp16 for the linear layers: half of fp32's memory. "auto" is bf16 where the device
+                multiplies it in hardware.
+            int8: keep them and the output matrix in 8 bits with a scale per row, a quarter of fp32's memory, and
+                compute in `precision`, see dalle/nn/int8.py. An int8 model stays as it is.
+        """
+        dtype = DTYPES[resolve_precision(precision, self.device)]
+        transformer = cast_linear_weights(self.transformer, dtype)
+        transformer = quantize_int8(transformer) if int8 else transformer
+        if transformer is self.transformer:
+            return self
+        rounded = type(self)(self.dvae, transformer, self.text, self.scorer)
+        rounded._hash = self.hash
+        return rounded

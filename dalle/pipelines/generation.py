@@ -1,14 +1,18 @@
-"""What drawing gives: images of one prompt, best first."""
+"""Results of sampling: the images of one prompt, best first, and log-likelihoods."""
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle.io.files import write_json
 from dalle.io.images import image_grid
 
 
@@ -23,19 +27,19 @@ class Generation:
     image_tokens: Tensor
     """int64 (n, h * w), on the CPU."""
     candidates: list[int]
-    """Which candidate each image is: with the seed it names the image for good."""
-    drawn: int
-    """Candidates that were drawn."""
+    """Index of the candidate that each image is; with the seed it identifies the image."""
+    num_generated: int
+    """Candidates that were generated and ranked."""
     best_of: int
-    """Candidates that were asked for; more than `drawn` where drawing was interrupted."""
+    """Candidates that were asked for; more than `num_generated` where sampling was interrupted."""
 
     @property
-    def partial(self) -> bool:
-        """Whether drawing was interrupted: the images are the best of those drawn until then."""
-        return self.drawn < self.best_of
+    def interrupted(self) -> bool:
+        """Whether the images are the best of fewer candidates than were asked for."""
+        return self.num_generated < self.best_of
 
     def grid(self, columns: int = 4) -> Image.Image:
-        """All images on one sheet, row by row."""
+        """All images in one, row by row."""
         rows = [self.images[i : i + columns] for i in range(0, len(self.images), columns)]
         return image_grid(rows, scale=max(1, 256 // self.images[0].width))
 
@@ -46,7 +50,7 @@ class Generation:
 
 
 def merge_generations(parts: Sequence[Generation], n: int) -> Generation:
-    """The n best of what several processes drew for one prompt (`dalle.pipelines.best_of_n.SamplingConfig.share`)."""
+    """The n best of the shards of one prompt, as several processes generated them."""
     scored = parts[0].scores is not None
     ranked = [
         (-part.scores[i] if scored else 0.0, candidate, part.images[i], part.image_tokens[i])
@@ -62,15 +66,59 @@ def merge_generations(parts: Sequence[Generation], n: int) -> Generation:
         [-score for score in scores] if scored else None,
         torch.stack(tokens),
         list(candidates),
-        sum(part.drawn for part in parts),
+        sum(part.num_generated for part in parts),
         parts[0].best_of,
     )
 
 
 class LogLikelihood(NamedTuple):
-    """How likely the model finds a caption, and an image's tokens after it, in nats; numbers, or one an image."""
+    """Log-likelihood in nats of a caption, and of an image's tokens after it: numbers, or one per image."""
 
     text: float | Tensor
     """Sum over the caption's tokens and its end."""
     image: float | Tensor
     """Sum over the image tokens."""
+
+
+def slug(prompt: str, length: int = 60) -> str:
+    """Part of a file name for any prompt: its letters a-z and digits joined by "-", or "prompt" if it has none."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:length].rstrip("-") or "prompt"
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Writes a PNG that is complete if it exists."""
+    partial = path.with_name(f".partial-{path.name}")
+    image.save(partial, format="PNG")
+    os.replace(partial, path)
+
+
+def write_images(
+    model: Any, generation: Generation, folder: Path, stem: str, model_hash: str
+) -> list[dict[str, Any]]:
+    """Writes <stem>00.png, <stem>01.png, ... (best first) and <stem>grid.png; returns a record of each image."""
+    nats = model.log_likelihood(generation.prompt, generation.image_tokens, truncate=True)
+    records = []
+    for i, image in enumerate(generation.images):
+        save_png(image, folder / f"{stem}{i:02d}.png")
+        records.append(
+            {
+                "file": f"{stem}{i:02d}.png",
+                "prompt": generation.prompt,
+                "seed": generation.seed,
+                "candidate": generation.candidates[i],
+                "score": generation.scores[i] if generation.scores else None,
+                "log_likelihood": {"text": float(nats.text[i]), "image": float(nats.image[i])},
+                "model": model_hash,
+            }
+        )
+    save_png(generation.grid(), folder / f"{stem}grid.png")
+    return records
+
+
+def write_sample(out: Path, model: Any, generation: Generation, options: dict[str, Any]) -> None:
+    """Writes the images as `write_images`, and sample.json with the options and a record of each image."""
+    records = write_images(model, generation, out, "", model.hash)
+    keys = ("file", "candidate", "score", "log_likelihood")
+    images = [{key: record[key] for key in keys} for record in records]
+    sample = {"prompt": generation.prompt, **options, "model": model.hash, "images": images}
+    write_json(out / "sample.json", sample)

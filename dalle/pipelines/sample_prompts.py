@@ -1,16 +1,19 @@
-"""Images for every caption of a file: shared by processes, resumed where it stopped, in constant memory.
+"""Images for every prompt of a file: shared by processes, resumable, in constant memory.
 
-OUT/run.json                       settings, model and captions by hash: a run goes on only if they are the same
-OUT/000/000012-a-red-cross-00.png  the best image of caption 12, then -01.png, ..., and -grid.png
-OUT/parts/000012.jsonl             records of the captions from 12 on, written when their images are whole
+OUT/run.json                       settings, model and prompts by hash: a run resumes only if they are the same
+OUT/000/000012-a-red-cross-00.png  the best image of prompt 12, then -01.png, ..., and -grid.png
+OUT/parts/000012.jsonl             records of the prompts from 12 on, written when their images are complete
 OUT/samples.jsonl                  all records in order, at the end; parts/ is gone then
-OUT/sheet.png                      the best images of the first captions
+OUT/sheet.png                      the best images of the first prompts
 """
 
+import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,155 +21,164 @@ from PIL import Image
 
 from dalle.io.files import make_directory, read_json, write_json, write_text
 from dalle.io.images import captioned_grid
-from dalle.pipelines.best_of_n import auto_batch_size, captions_of_a_block
+from dalle.pipelines.best_of_n import auto_batch_size, num_prompts_per_batch
+from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.dalle import DALLE
-from dalle.pipelines.generation import Generation
-from dalle.pipelines.prompts_file import check_captions, groups, words
+from dalle.pipelines.generation import save_png, slug, write_images
 from dalle.train.processes import Processes
 
-PER_FOLDER = 1000  # captions
-ON_SHEET = 24  # captions
+PROMPTS_PER_FOLDER = 1000
+PROMPTS_ON_SHEET = 24
 
 
-@dataclass
-class FileSampler:
-    """Draws for a file of captions.
+def read_prompts(path: Path) -> Iterator[str]:
+    """Prompts in the order of the file: one per line, or the field "prompt" or "caption" of JSON lines.
+
+    Raises:
+        ValueError: no such file, or a line without a prompt; the line is named.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                prompt = line.strip()
+                if path.suffix in (".jsonl", ".ndjson"):
+                    prompt = _prompt_of_json(line, f"{path}, line {number}")
+                if not prompt:
+                    raise ValueError(f"{path}, line {number} is empty; delete the line")
+                yield prompt
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror}); expected a text file, one prompt per line") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8; save it as UTF-8") from None
+
+
+def _prompt_of_json(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    for key in ("prompt", "caption"):
+        if isinstance(record, dict) and isinstance(record.get(key), str):
+            return " ".join(record[key].split())
+    raise ValueError(f'{where} has no "prompt" or "caption"')
+
+
+def check_prompts(path: Path, check: Callable[[str], object]) -> tuple[int, str]:
+    """Reads the whole file once: how many prompts, and a hash of them; a ValueError of `check` names the line."""
+    count, digest = 0, hashlib.sha256()
+    for count, prompt in enumerate(read_prompts(path), start=1):
+        try:
+            check(prompt)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {count}: {error}") from None
+        digest.update(f"{prompt}\n".encode())
+    if not count:
+        raise ValueError(f"{path} holds no prompts")
+    return count, digest.hexdigest()[:16]
+
+
+def prompt_groups(path: Path, size: int) -> Iterator[tuple[int, list[str]]]:
+    """(index of the first, prompts), `size` at a time."""
+    prompts, first = read_prompts(path), 0
+    while group := list(islice(prompts, size)):
+        yield first, group
+        first += len(group)
+
+
+def sample_prompts(
+    model: DALLE,
+    path: Path,
+    out: Path,
+    n: int,
+    best_of: int,
+    seed: int,
+    sampling: SamplingConfig,
+    truncate: bool,
+    facts: dict[str, Any],
+    processes: Processes,
+) -> int:
+    """Generates the n best of `best_of` images for each prompt of a file, or what an earlier run left undone.
 
     Args:
-        model: draws.
-        prompts: the file.
         out: where everything is written.
-        settings: what `DALLE.generate` takes besides the captions; n, best_of and seed among them.
-        facts: what else the records shall hold still for a run to go on, such as the precision.
-        processes: which share of the captions is ours.
+        facts: what else must be the same for a run to resume, such as the precision.
+        processes: those that share the prompts.
+
+    Returns:
+        The number of prompts.
+
+    Raises:
+        ValueError: a prompt that is too long (nothing is written then), or a directory of another run.
     """
-
-    model: DALLE
-    prompts: Path
-    out: Path
-    settings: dict[str, Any]
-    facts: dict[str, Any]
-    processes: Processes
-
-    def run(self) -> int:
-        """Draws what is not drawn yet; gives how many captions there are.
-
-        Raises:
-            ValueError: a caption that cannot be drawn (nothing is written then), a directory of another run.
-        """
-        truncate = self.settings.get("truncate", False)
-        count, captions = check_captions(
-            self.prompts, lambda caption: self.model.text_tokens([caption], truncate)
-        )
-        settings = self._settled(captions)
-        together = _together(settings)
-        model_hash = self.model.hash
-        if not (self.out / "samples.jsonl").exists():
-            for i, (first, some) in enumerate(groups(self.prompts, together)):
-                part = self.out / "parts" / f"{first:06d}.jsonl"
-                if i % self.processes.count == self.processes.rank and not part.exists():
-                    self._draw(first, some, settings, model_hash, together, part)
-        self.processes.wait()
-        if self.processes.rank == 0:
-            self._join(together)
-        self.processes.wait()
-        return count
-
-    def _settled(self, captions: str) -> dict[str, Any]:
-        """The settings of the run that lies in the directory, or ours, written there."""
-        path, settings = self.out / "run.json", dict(self.settings)
-        found = read_json(path) if path.exists() else None
-        if found is None and self.out.is_dir() and any(self.out.iterdir()):
-            raise ValueError(f"{self.out} is not empty and holds no run of captions; give another --out")
-        if settings.get("batch") is None:
-            guided = settings.get("guidance") not in (None, 1)
-            fitting = auto_batch_size(self.model.transformer, 2 if guided else 1)
-            settings["batch"] = (
-                found["settings"].get("batch") if found else min(self.processes.gather(fitting))
-            )
-        _together(settings)  # before anything is written
-        ours = {"settings": settings, "model": self.model.hash, "captions": captions, **self.facts}
-        if found is None:
-            self.processes.wait()  # all have looked before one writes
-            if self.processes.rank == 0:
-                make_directory(self.out / "parts")
-                write_json(path, ours)
-            self.processes.wait()
-        elif found != json.loads(json.dumps(ours)):
-            differ = [key for key in ours if found.get(key) != json.loads(json.dumps(ours[key]))]
-            raise ValueError(f"{self.out} holds a run with other {', '.join(differ)}; give another --out")
-        return settings
-
-    def _draw(
-        self, first: int, captions: list[str], settings: dict, model_hash: str, together: int, part: Path
-    ):
-        filled = captions + captions[-1:] * (together - len(captions))  # a block has one shape
-        drawn = self.model.generate(filled, progress=False, **settings)
-        if len(drawn) < len(filled) or any(one.partial for one in drawn):
-            raise KeyboardInterrupt
-        folder = make_directory(self.out / f"{first // PER_FOLDER:03d}")
-        lines = []
-        for number, generation in enumerate(drawn[: len(captions)], start=first):
-            name = f"{number:06d}-{words(generation.prompt)}"
-            records = write_images(self.model, generation, folder, f"{name}-", model_hash)
-            lines += [{"caption": number, **one, "file": f"{folder.name}/{one['file']}"} for one in records]
-        write_text(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        print(f"{part.stem}: {drawn[0].prompt!r}" + f" and {len(captions) - 1} more" * (len(captions) > 1))
-
-    def _join(self, together: int) -> None:
-        """parts/*.jsonl -> samples.jsonl, in order of the captions."""
-        if not (self.out / "samples.jsonl").exists():
-            partial = self.out / ".partial-samples.jsonl"
-            with partial.open("w", encoding="utf-8") as joined:
-                for first, _ in groups(self.prompts, together):
-                    joined.write((self.out / "parts" / f"{first:06d}.jsonl").read_text(encoding="utf-8"))
-            os.replace(partial, self.out / "samples.jsonl")
-            save(sheet_of_bests(self.out), self.out / "sheet.png")
-        shutil.rmtree(self.out / "parts", ignore_errors=True)
+    count, prompts_hash = check_prompts(path, lambda prompt: model.text_tokens([prompt], truncate))
+    earlier = read_json(out / "run.json") if (out / "run.json").exists() else None
+    if earlier is None and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no run of prompts; give another --out")
+    if sampling.batch_size is None:
+        fitting = min(processes.gather(auto_batch_size(model.transformer, sampling.guidance)))
+        sampling = replace(sampling, batch_size=earlier["settings"].get("batch_size") if earlier else fitting)
+    group_size = num_prompts_per_batch(best_of, sampling.batch_size, sampling.prompts_per_batch)
+    settings = {"n": n, "best_of": best_of, "seed": seed, "truncate": truncate, **asdict(sampling)}
+    run = {"settings": settings, "model": model.hash, "prompts": prompts_hash, **facts}
+    processes.wait()  # all have read before one writes
+    if earlier is None and processes.rank == 0:
+        make_directory(out / "parts")
+        write_json(out / "run.json", run)
+    elif earlier not in (None, run):
+        differ = [key for key in run if earlier.get(key) != run[key]]
+        raise ValueError(f"{out} holds a run with other {', '.join(differ)}; give another --out")
+    processes.wait()
+    if not (out / "samples.jsonl").exists():
+        for i, (first, prompts) in enumerate(prompt_groups(path, group_size)):
+            part = out / "parts" / f"{first:06d}.jsonl"
+            if i % processes.count == processes.rank and not part.exists():
+                padded = prompts + prompts[-1:] * (group_size - len(prompts))  # one shape for all batches
+                _sample_group(model, first, padded, len(prompts), settings, run["model"], part)
+    processes.wait()
+    if processes.rank == 0:
+        _join(path, out, group_size)
+    processes.wait()
+    return count
 
 
-def _together(settings: dict[str, Any]) -> int:
-    return captions_of_a_block(settings["best_of"], settings["batch"], settings.get("together"))
+def _sample_group(
+    model: DALLE, first: int, prompts: list[str], count: int, settings: dict, model_hash: str, part: Path
+) -> None:
+    """Writes the images and records of the first `count` prompts."""
+    generations = model.generate(prompts, progress=False, **settings)
+    if len(generations) < len(prompts) or any(one.interrupted for one in generations):
+        raise KeyboardInterrupt
+    folder = make_directory(part.parents[1] / f"{first // PROMPTS_PER_FOLDER:03d}")
+    lines = []
+    for index, generation in enumerate(generations[:count], start=first):
+        stem = f"{index:06d}-{slug(generation.prompt)}-"
+        for record in write_images(model, generation, folder, stem, model_hash):
+            line = {"index": index, **record, "file": f"{folder.name}/{record['file']}"}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_text(part, "".join(lines))
+    print(f"{part.stem}: {prompts[0]!r}" + (f" and {count - 1} more" if count > 1 else ""))
 
 
-def sheet_of_bests(out: Path) -> Image.Image:
-    """The best image of each of the first captions, its caption below it."""
-    bests: dict[int, tuple[str, Image.Image]] = {}
+def _join(path: Path, out: Path, group_size: int) -> None:
+    """parts/*.jsonl -> samples.jsonl in order of the prompts, and sheet.png."""
+    if not (out / "samples.jsonl").exists():
+        partial = out / ".partial-samples.jsonl"
+        with partial.open("w", encoding="utf-8") as joined:
+            for first, _ in prompt_groups(path, group_size):
+                joined.write((out / "parts" / f"{first:06d}.jsonl").read_text(encoding="utf-8"))
+        os.replace(partial, out / "samples.jsonl")
+        save_png(best_images(out), out / "sheet.png")
+    shutil.rmtree(out / "parts", ignore_errors=True)
+
+
+def best_images(out: Path) -> Image.Image:
+    """The best image of each of the first prompts, with the prompt below it."""
+    cells: dict[int, tuple[str, Image.Image]] = {}
     with (out / "samples.jsonl").open(encoding="utf-8") as lines:
         for record in map(json.loads, lines):
-            if len(bests) == ON_SHEET and record["caption"] not in bests:
-                break
-            if record["caption"] not in bests:
-                bests[record["caption"]] = record["prompt"], Image.open(out / record["file"])
-    cells = list(bests.values())
-    return captioned_grid(cells, columns=6, scale=max(1, 128 // cells[0][1].width))
-
-
-def write_images(
-    model: DALLE, generation: Generation, folder: Path, stem: str, model_hash: str
-) -> list[dict]:
-    """One PNG an image, best first, and a sheet of all; gives a record of each."""
-    likelihoods = model.log_likelihood(generation.prompt, generation.image_tokens, truncate=True)
-    records = []
-    for i, image in enumerate(generation.images):
-        save(image, folder / f"{stem}{i:02d}.png")
-        records.append(
-            {
-                "file": f"{stem}{i:02d}.png",
-                "prompt": generation.prompt,
-                "seed": generation.seed,
-                "candidate": generation.candidates[i],
-                "score": generation.scores[i] if generation.scores else None,
-                "log_likelihood": {"text": float(likelihoods.text[i]), "image": float(likelihoods.image[i])},
-                "model": model_hash,
-            }
-        )
-    save(generation.grid(), folder / f"{stem}grid.png")
-    return records
-
-
-def save(image: Image.Image, path: Path) -> None:
-    """A PNG that is whole if it is there."""
-    partial = path.with_name(f".partial-{path.name}")
-    image.save(partial, format="PNG")
-    os.replace(partial, path)
+            if record["index"] not in cells:
+                if len(cells) == PROMPTS_ON_SHEET:
+                    break
+                cells[record["index"]] = record["prompt"], Image.open(out / record["file"])
+    scale = max(1, 128 // cells[0][1].width)
+    return captioned_grid(list(cells.values()), columns=6, scale=scale)

@@ -74,19 +74,6 @@ class ExternalLayout(TokenLayout):
         return mask
 
 
-class ExternalCacheLayout(KVCacheLayout):
-    """A cache that keeps every image token in order; `sees`, bool (N, N): which of them each sees."""
-
-    def __init__(self, sees: Tensor):
-        positions = len(sees)
-        self.groups, self.size, self.sees = 1, positions, sees
-        self.group, self.own = torch.zeros(positions, dtype=torch.int64), torch.arange(positions)
-        self.bias = torch.zeros(sees.shape).masked_fill(~sees, -torch.inf)
-        self.reads = list(range(1, positions + 1))
-        self.hides = [not bool(row[:count].all()) for row, count in zip(sees, self.reads, strict=True)]
-        self.to(torch.device("cpu"))
-
-
 def stream_mask(image_mask: Tensor, prefix_len: int) -> Tensor:
     """bool (P + N, P + N): causal, all of the prefix seen by the image, image by image as (N, N) says."""
     length = prefix_len + len(image_mask)
@@ -225,7 +212,7 @@ class ExternalTransformer(nn.Module, ABC):
     def init_kv_caches(self, captions: int, candidates: int) -> list[KVCache]:
         """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
         blocks, like = self.config.blocks, weight_like(self.layers[0].attention.f.out)
-        layouts = {kind: ExternalCacheLayout(m).to(like.device) for kind, m in self.image_masks.items()}
+        layouts = {kind: KVCacheLayout(m, torch.arange(len(m))).to(like.device) for kind, m in self.image_masks.items()}
         shape = captions, candidates, blocks.heads, blocks.inner // blocks.heads, like
         return [self.new_cache(layouts[kind], *shape) for kind in self.config.kinds]
 

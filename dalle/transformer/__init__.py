@@ -6,6 +6,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "Transformer": "model",
-        "TransformerConfig": "model",
+        "TransformerConfig": "config",
     },
 )

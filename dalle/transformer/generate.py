@@ -1,32 +1,156 @@
-"""DecodeState image tokens, one slot after the other, with a cache (paper section 3: temperature 1).
+"""Autoregressive sampling of image tokens: prefill, then one decoding step per token (paper section 3).
 
-C captions, n candidates of each, B = C n rows (twice that under guidance), T text slots, N image slots
+C captions, n candidates of each, B = C n rows (2 B under guidance), T text positions, N image positions, D width
 """
 
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dalle.nn.int8 import Int8Linear, weight_like
+from dalle.nn.kv_cache import KVCache
 from dalle.sampling import sample_tokens
 from dalle.transformer.model import Transformer
 
 TO_GENERATE = -1
-"""Stands in a beginning for a token that is to be drawn."""
+"""Marks the tokens of a prefix that are to be generated."""
+
+DecodeStep = Callable[[Transformer, Tensor, int | Tensor, list[KVCache]], Tensor]
+"""`Transformer.decode_step`, or a compiled or CUDA graph version of it."""
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: Transformer,
+    text_tokens: Tensor,
+    noise: Tensor,
+    prefix: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance: float | None = None,
+    step: DecodeStep | None = None,
+) -> Iterator[Tensor]:
+    """Samples image tokens and yields them after each position.
+
+    Args:
+        text_tokens: int64 (C, T) from `TokenLayout.pad_text`.
+        noise: (C, n, N) in [0, 1), see `sampling.candidate_noise`.
+        prefix: int64 (C, p), tokens to keep at the start; those that are TO_GENERATE are sampled.
+        temperature, top_k, top_p: see `sampling.sample_tokens`.
+        guidance: s in unconditional + s (conditional - unconditional) logits, the unconditional ones with an
+            empty caption; None or 1 is the plain model.
+        step: from `decode_step_of`; None is `Transformer.decode_step`.
+
+    Yields:
+        int64 (C, n, t) for each t up to N, a view that later positions extend; only once if the prefix is a
+        whole image. Nothing waits for the device.
+    """
+    layout, (captions, candidates, length), device = model.layout, noise.shape, text_tokens.device
+    if torch.is_autocast_enabled(device.type):
+        model = cast_linear_weights(model, torch.get_autocast_dtype(device.type))
+    guided = guidance not in (None, 1)
+    # An int reads fewer keys on a CPU; a tensor has the same shapes for every position, as a graph of kernels needs.
+    positions = range(length) if step is None and device.type == "cpu" else torch.arange(length, device=device).split(1)
+    step = step or type(model).decode_step
+    noise = noise.reshape(-1, length).to(torch.float32 if device.type == "mps" else torch.float64).to(device)
+    known = torch.full((captions, length), TO_GENERATE, device=device)
+    if prefix is not None:
+        known[:, : prefix.shape[1]] = prefix
+    to_generate = (known == TO_GENERATE).any(dim=0).tolist()
+    first = to_generate.index(True) if any(to_generate) else length
+    tokens = known.repeat_interleave(candidates, dim=0)  # (B, N)
+    if first == length:
+        yield tokens.view(captions, candidates, length)
+        return
+
+    text, start = text_tokens, known[:, :first]
+    if guided:  # the same images once more, with an empty caption
+        empty = layout.pad_text([[]]).to(text).expand(captions, -1)
+        text, start = torch.cat([text, empty]), start.repeat(2, 1)
+    caches = model.init_kv_caches(len(text), candidates)
+    with inference_autocast(model):
+        hidden = model.prefill(layout.shift(layout.pack(text, start)), caches)[:, -1]
+    hidden = hidden.repeat_interleave(candidates, dim=0)  # (B, D)
+    for i in range(first, length):
+        with torch.autocast(device.type, enabled=False):
+            if i > first:
+                hidden = step(model, token.repeat(2) if guided else token, positions[i], caches)
+            logits = model.image_logits(hidden)
+            if guided:
+                conditional, unconditional = logits.chunk(2)
+                logits = unconditional + guidance * (conditional - unconditional)
+            token = sample_tokens(logits, noise[:, i], temperature, top_k, top_p)
+        token = torch.where(tokens[:, i] == TO_GENERATE, token, tokens[:, i])
+        tokens[:, i] = token
+        yield tokens[:, : i + 1].view(captions, candidates, i + 1)
+
+
+def generate(model: Transformer, text_tokens: Tensor, noise: Tensor, **options) -> Tensor:
+    """All image tokens, int64 (C, n, N); arguments as `generate_tokens`."""
+    return deque(generate_tokens(model, text_tokens, noise, **options), maxlen=1).pop()
+
+
+def decode_step_of(model: Transformer, compile: bool = False, cuda_graph: bool = False) -> DecodeStep | None:
+    """The decoding step for `generate_tokens`, compiled or as a CUDA graph; None is the plain one.
+
+    Compiling takes half a minute or more, once for each class of model and shape.
+
+    Raises:
+        ValueError: a CUDA graph on another device.
+    """
+    device = weight_like(model.to_logits).device
+    if cuda_graph and device.type != "cuda":
+        raise ValueError(f"cuda_graph needs a CUDA device, the model is on {device.type}")
+    step = type(model).decode_step
+    step = _compiled(step) if compile else step
+    return CUDAGraphStep(step) if cuda_graph else step if compile else None
+
+
+@cache
+def _compiled(step: DecodeStep) -> DecodeStep:
+    return torch.compile(step, dynamic=False)
+
+
+class CUDAGraphStep:
+    """A decoding step recorded as a graph of CUDA kernels at its first call and replayed after that.
+
+    One serves a single call of `generate_tokens`: the graph holds the addresses of its caches.
+    """
+
+    def __init__(self, step: DecodeStep):
+        self.step, self.graph = step, None
+
+    def __call__(
+        self, model: Transformer, tokens: Tensor, position: Tensor, caches: list[KVCache]
+    ) -> Tensor:
+        """The hidden state (B, D), overwritten by the next call."""
+        if self.graph is None:
+            self.tokens, self.position, self.graph = tokens.clone(), position.clone(), torch.cuda.CUDAGraph()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # warm-up: libraries choose their kernels
+                self.step(model, self.tokens, self.position, caches)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(self.graph):
+                self.hidden = self.step(model, self.tokens, self.position, caches)
+        self.tokens.copy_(tokens)
+        self.position.copy_(position)
+        self.graph.replay()
+        return self.hidden
 
 
 def cast_linear_weights(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The same model with the matrices of its layers in another number format, and all else shared.
+    """The same model with the linear layers of its blocks in another dtype; everything else is shared.
 
-    Norms, embeddings and the output matrix stay as they are (appendix B.2: logits in fp32). So does a model from
-    `quantize_int8`.
+    Norms, embeddings and the output matrix stay as they are (B.2: logits in fp32), and so does an int8 model.
     """
-    linear = _matrices(model, nn.Linear)
+    linear = [module for module in model.layers.modules() if isinstance(module, nn.Linear)]
     if all(module.weight.dtype == dtype for module in linear):
         return model
     shared = _tensors(model)
@@ -37,190 +161,25 @@ def cast_linear_weights(model: Transformer, dtype: torch.dtype) -> Transformer:
 
 
 def quantize_int8(model: Transformer) -> Transformer:
-    """The same model with matrices kept in 8 bits (dalle/nn/int8.py), and all else shared.
+    """The same model with int8 matrices in its blocks and output (dalle/nn/int8.py); everything else is shared.
 
-    They are those of the layers and the output matrix; a transformer of others keeps the latter, which it may embed
-    with.
+    A transformer of another library keeps its output matrix, which may be tied to the embedding.
     """
-    linear = _matrices(model, nn.Linear)
+    linear = [module for module in model.layers.modules() if isinstance(module, nn.Linear)]
     if not linear:
         return model
     linear += [model.to_logits] if isinstance(model, Transformer) else []
-    rounded = {id(module): Int8Linear(module) for module in linear}
-    return copy.deepcopy(model, _tensors(model) | rounded)
-
-
-def _matrices(model: Transformer, kinds: type | tuple[type, ...]) -> list[nn.Module]:
-    return [module for module in model.layers.modules() if isinstance(module, kinds)]
+    return copy.deepcopy(model, _tensors(model) | {id(module): Int8Linear(module) for module in linear})
 
 
 def _tensors(model: Transformer) -> dict[int, Any]:
-    """What a copy of the model shares with it, by identity."""
+    """The `memo` of a deep copy that shares all tensors."""
     tensors = [*model.parameters(), *model.buffers(), *model.patterns.values()]
     return {id(tensor): tensor for tensor in tensors}
 
 
 def inference_autocast(model: Transformer) -> torch.autocast:
-    """The context in which a model from `cast_linear_weights` reads whole streams."""
-    like = weight_like(_matrices(model, (nn.Linear, Int8Linear))[0])
+    """The autocast context for whole sequences, by the dtype of the blocks."""
+    linear = next(module for module in model.layers.modules() if isinstance(module, (nn.Linear, Int8Linear)))
+    like = weight_like(linear)
     return torch.autocast(like.device.type, dtype=like.dtype, enabled=like.dtype != torch.float32)
-
-
-@torch.inference_mode()
-def generate_tokens(
-    model: Transformer,
-    text_tokens: Tensor,
-    uniforms: Tensor,
-    prefix: Tensor | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    guidance: float | None = None,
-    graph: bool = False,
-    compile: bool = False,
-) -> Iterator[Tensor]:
-    """Image tokens for captions, yielded after each slot as far as they are drawn.
-
-    The layers compute in autocast's number format where it is on, else in that of their matrices.
-
-    Args:
-        text_tokens: int64 (C, T) from `TokenLayout.pad_text`.
-        uniforms: (C, n, N), the random numbers of n candidates of each caption (`sampling.uniforms`).
-        prefix: int64 (C, p), image tokens to keep at the start; among them TO_GENERATE is drawn.
-        temperature, top_k, top_p: see `sampling.draw`.
-        guidance: s in unconditional + s (conditional - unconditional) logits, where the unconditional
-            stream has an empty caption; None or 1 is the plain model.
-        graph: on CUDA, record a step once and replay it (`DecodeState.advance`).
-        compile: `compiled_step`.
-
-    Yields:
-        int64 (C, n, drawn), drawn = kept + 1 .. N (once the prefix alone, if it is already whole); a view that
-        later slots fill up. Nothing waits for the device.
-    """
-    kind = text_tokens.device.type
-    if torch.is_autocast_enabled(kind):
-        model = cast_linear_weights(model, torch.get_autocast_dtype(kind))
-    drawing = DecodeState(model, text_tokens, uniforms, prefix, guidance, compile)
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    if drawing.kept == model.layout.num_image_tokens:
-        yield drawing.result(drawing.kept)
-        return
-    advance = drawing.recorded() if graph else drawing.advance
-    for slot in range(drawing.kept, model.layout.num_image_tokens):
-        work = advance if slot > drawing.kept else drawing.choose
-        with torch.autocast(kind, enabled=False):
-            work(slot if drawing.by_number else drawing.slots[slot : slot + 1], settings)
-        yield drawing.result(slot + 1)
-
-
-class DecodeState:
-    """What is drawn so far of n candidates of C captions, and the state from which the next token is drawn."""
-
-    def __init__(
-        self,
-        model: Transformer,
-        text_tokens: Tensor,
-        uniforms: Tensor,
-        prefix: Tensor | None,
-        guidance: float | None,
-        compile: bool = False,
-    ):
-        captions, candidates, slots = uniforms.shape
-        device = text_tokens.device
-        self.model, self.shape = model, (captions, candidates)
-        self.step = compiled_step(model) if compile else model.decode_step
-        self.by_number = device.type == "cpu" and not compile  # else every slot has the same shapes
-        self.guidance = None if guidance == 1 else guidance
-        precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        self.noise = uniforms.reshape(-1, slots).to(precise).to(device)
-        self.slots = torch.arange(slots, device=device)
-        wanted = torch.full((captions, slots), TO_GENERATE, device=device)
-        if prefix is not None:
-            wanted[:, : prefix.shape[1]] = prefix
-        is_open = (wanted == TO_GENERATE).any(dim=0)
-        self.kept = int(is_open.int().argmax()) if is_open.any() else slots
-        self.tokens = wanted.repeat_interleave(candidates, dim=0)  # (B, N)
-        self.wanted = self.tokens.clone() if (wanted[:, self.kept :] != TO_GENERATE).any() else None
-        self._begin(text_tokens, wanted[:, : self.kept])
-
-    def _begin(self, text_tokens: Tensor, kept: Tensor) -> None:
-        """Reads captions and kept tokens once, for all candidates of each."""
-        layout, (captions, candidates) = self.model.layout, self.shape
-        if self.guidance is not None:  # a second stream of the same image under an empty caption
-            empty = layout.pad_text([[]]).to(text_tokens).expand(captions, -1)
-            text_tokens, kept = torch.cat([text_tokens, empty]), kept.repeat(2, 1)
-        if kept.shape[1] == layout.num_image_tokens:
-            return
-        self.caches = self.model.init_kv_caches(len(text_tokens), candidates)
-        ids = layout.shift(layout.pack(text_tokens, kept))
-        with inference_autocast(self.model):
-            state = self.model.prefill(ids, self.caches)[:, -1]
-        self.state = state.repeat_interleave(candidates, dim=0)  # (B, D)
-
-    def choose(self, slot: int | Tensor, settings: dict) -> None:
-        """Draws the tokens of a slot from the state."""
-        at = self.slots[slot : slot + 1] if isinstance(slot, int) else slot
-        logits = self.model.image_logits(self.state)
-        if self.guidance is not None:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + self.guidance * (conditional - unconditional)
-        drawn = sample_tokens(logits, self.noise.index_select(1, at)[:, 0], **settings)[:, None]
-        if self.wanted is not None:
-            wanted = self.wanted.index_select(1, at)
-            drawn = torch.where(wanted == TO_GENERATE, drawn, wanted)
-        self.tokens.index_copy_(1, at, drawn)
-        self.last = drawn[:, 0]
-
-    def advance(self, slot: int | Tensor, settings: dict) -> None:
-        """Reads the tokens drawn last and draws those of a slot."""
-        last = self.last if self.guidance is None else self.last.repeat(2)
-        self.state = self.step(last, slot, self.caches)
-        self.choose(slot, settings)
-
-    def result(self, slots: int) -> Tensor:
-        """int64 (C, n, slots)."""
-        return self.tokens[:, :slots].view(*self.shape, slots)
-
-    def recorded(self) -> Callable[[Tensor, dict], None]:
-        """`advance` as one graph of CUDA kernels, recorded when first called and then replayed."""
-        slot, graph = self.slots[:1].clone(), None
-
-        def replay(at: Tensor, settings: dict) -> None:
-            nonlocal graph
-            slot.copy_(at)
-            if graph is None:
-                graph = self._record(slot, settings)
-            graph.replay()
-
-        return replay
-
-    def _record(self, slot: Tensor, settings: dict) -> torch.cuda.CUDAGraph:
-        self.last = last = self.last.clone()  # read and written by every replay
-        with torch.cuda.stream(side := torch.cuda.Stream()):
-            side.wait_stream(torch.cuda.default_stream())
-            self.advance(
-                slot, settings
-            )  # libraries choose their kernels; the first replay draws the slot again
-        torch.cuda.default_stream().wait_stream(side)
-        self.last, graph = last, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.advance(slot, settings)
-            last.copy_(self.last)
-        self.last = last
-        return graph
-
-
-def compiled_step(model: Transformer) -> Callable[..., Tensor]:
-    """`model.decode_step` by torch.compile, for slots given as tensors; the first one of a shape takes a minute or more."""
-    return partial(_compiled(type(model).decode_step), model)
-
-
-@cache
-def _compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """One for all models of a class: torch tells them apart."""
-    return torch.compile(step, dynamic=False)
-
-
-def generate(model: Transformer, text_tokens: Tensor, uniforms: Tensor, **options) -> Tensor:
-    """All image tokens at once, int64 (C, n, N); arguments as `generate_tokens`."""
-    return deque(generate_tokens(model, text_tokens, uniforms, **options), maxlen=1).pop()

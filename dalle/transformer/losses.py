@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dalle.transformer.config import TEXT_WEIGHT
 from dalle.transformer.model import Transformer
 
-TEXT_WEIGHT = 1 / 8  # 2.2
 LOGITS = 2**23  # at once, 32 MiB: 1,024 positions over the paper's 8,192 codes
 
 

@@ -7,85 +7,17 @@ tokenizer. Every layer is attention of one kind (dalle/masks.py) and an MLP, pre
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dalle.layout import TokenLayout
-from dalle.masks import layer_kinds, visible
-from dalle.nn.attention import CHOICES, build_mask, resolve_backend
+from dalle.nn.attention import build_mask, resolve_backend
 from dalle.nn.blocks import FP32LayerNorm, ResidualBlock, TransformerBlock
 from dalle.nn.int8 import int8_linear, weight_like
 from dalle.nn.kv_cache import KVCache, KVCacheLayout
 from dalle.nn.sparse_mask import SparseMask
+from dalle.transformer.config import TransformerConfig
 from dalle.types import check_tokens
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Shape of the transformer; the defaults are the paper's 12 billion."""
-
-    depth: int = 64
-    """Attention layers; each is followed by an MLP (2.2)."""
-    heads: int = 62
-    """Attention heads (2.2)."""
-    head_dim: int = 64
-    """Width of a head (2.2); the model is heads * head_dim = 3968 wide."""
-    text_len: int = 256
-    """Text slots, start-of-text among them (2.2)."""
-    grid: tuple[int, int] = (32, 32)
-    """Rows and columns of image tokens (2.1)."""
-    text_vocab: int = 16384
-    """Text ids without the pads (2.2)."""
-    image_vocab: int = 8192
-    """Codes of the image tokenizer (2.1)."""
-    conv_kernel: int = 11
-    """Side of the convolutional mask of the last layer (2.2)."""
-    sparse: bool = True
-    """Row, column and conv layers (2.2); false makes every layer causal."""
-    full_attention_every: int | None = None
-    """Every so many layers one is causal instead, counted from 1; not in the paper, which has none."""
-    init_scale: float = 0.125
-    """Weights start as N(0, init_scale / sqrt(inputs)) (Child et al.)."""
-    backend: str = "auto"
-    """How attention is computed: dense, sdpa, blocks, flex, or auto: by device (dalle/nn/attention.py)."""
-    activation_checkpointing: bool = False
-    """Keep only the trunk; the inside of each resblock is computed again in the backward pass (2.4)."""
-
-    def __post_init__(self):
-        for name in ("depth", "heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.full_attention_every is not None and self.full_attention_every < 1:
-            raise ValueError(
-                f"full_attention_every must be positive, or null for none, got {self.full_attention_every}"
-            )
-        if self.backend not in CHOICES:
-            raise ValueError(f"unknown backend {self.backend!r}; expected one of {', '.join(CHOICES)}")
-        if self.sparse:
-            visible(
-                "conv", TokenLayout(2, self.grid, 1, 1), self.conv_kernel
-            )  # refuses a kernel that cannot be
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.heads * self.head_dim
-
-    @property
-    def layout(self) -> TokenLayout:
-        """Lengths and offsets of the stream."""
-        return TokenLayout(self.text_len, self.grid, self.text_vocab, self.image_vocab)
-
-    @property
-    def kinds(self) -> list[str]:
-        """Attention kind of each layer."""
-        kinds = layer_kinds(self.depth) if self.sparse else ["causal"] * self.depth
-        return [
-            "causal" if self.full_attention_every and i % self.full_attention_every == 0 else k
-            for i, k in enumerate(kinds, 1)
-        ]
 
 
 class Transformer(nn.Module):
@@ -218,7 +150,7 @@ class Transformer(nn.Module):
         """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
         c, like = self.config, weight_like(self.layers[0].attention.f.qkv)
         places = {
-            kind: KVCacheLayout(kind, self.layout, c.conv_kernel).to(like.device) for kind in self.patterns
+            kind: KVCacheLayout.of_kind(kind, self.layout, c.conv_kernel).to(like.device) for kind in self.patterns
         }
         return [KVCache(places[kind], captions, candidates, c.heads, c.head_dim, like) for kind in c.kinds]
 

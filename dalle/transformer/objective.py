@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dalle.transformer.losses import TEXT_WEIGHT, cross_entropies, weighted_cross_entropy
+from dalle.transformer.config import TransformerLossConfig
+from dalle.transformer.losses import cross_entropies, weighted_cross_entropy
 from dalle.transformer.model import Transformer
 from dalle.transformer.sizes import training_flops
 from dalle.types import FULL_BATCH, BatchShard, Loss, StepCost
@@ -15,12 +16,7 @@ from dalle.types import FULL_BATCH, BatchShard, Loss, StepCost
 class TransformerObjective:
     """Weighted cross-entropies of text and image tokens (2.2, B.2)."""
 
-    text_weight: float = TEXT_WEIGHT
-    """Weight of the text; the image has the rest (2.2)."""
-
-    def __post_init__(self):
-        if not 0 <= self.text_weight <= 1:
-            raise ValueError(f"text_weight must lie in [0, 1], got {self.text_weight}")
+    config: TransformerLossConfig = TransformerLossConfig()
 
     def counts(self, model: Transformer, batch: Tensor) -> Tensor:
         """Text tokens in joint ids (B, N); every image has as many image tokens."""
@@ -32,7 +28,7 @@ class TransformerObjective:
             None if part.counts is None else part.counts / part.count
         )  # so that the parts' mean is the batch's
         text, image = cross_entropies(model, batch, text_tokens=share)
-        total = weighted_cross_entropy(text, image, self.text_weight)
+        total = weighted_cross_entropy(text, image, self.config.text_weight)
         return Loss(total, {"text_loss": text.detach(), "image_loss": image.detach()})
 
     def work(self, model: Transformer, batch: Tensor) -> StepCost:
@@ -43,5 +39,5 @@ class TransformerObjective:
         """ln(vocabulary): nats a token of one who guesses evenly. A text slot may also hold its pad."""
         layout = model.layout
         text, image = math.log(layout.text_vocab + 1), math.log(layout.image_vocab)
-        total = self.text_weight * text + (1 - self.text_weight) * image
+        total = self.config.text_weight * text + (1 - self.config.text_weight) * image
         return {"loss": total, "text_loss": text, "image_loss": image}

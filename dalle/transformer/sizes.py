@@ -1,25 +1,10 @@
-"""Named sizes of the transformer. The three largest are the paper's: 64 layers of heads 64 wide (appendix D).
-
-Only depth and heads differ; text, grid and vocabularies are the paper's in all of them.
-"""
+"""Parameters, FLOPs and KV cache memory of the transformer by formula (paper section 2.5, appendix D)."""
 
 import torch
 
 from dalle.masks import dense_mask
 from dalle.nn.kv_cache import KVCacheLayout
-from dalle.transformer.model import TransformerConfig
-
-SIZES: dict[str, TransformerConfig] = {
-    "tiny": TransformerConfig(depth=4, heads=2),
-    "60m": TransformerConfig(depth=12, heads=8),
-    "120m": TransformerConfig(depth=12, heads=12),
-    "350m": TransformerConfig(depth=24, heads=16),
-    "1.3b": TransformerConfig(depth=24, heads=32),
-    "2.8b": TransformerConfig(depth=64, heads=30),
-    "5.6b": TransformerConfig(depth=64, heads=42),
-    "12b": TransformerConfig(),
-}
-
+from dalle.transformer.config import TransformerConfig
 
 def parameter_counts(config: TransformerConfig) -> dict[str, int]:
     """Parameters of each part by formula.
@@ -82,10 +67,10 @@ def read_bytes(config: TransformerConfig, candidates: int, itemsize: int, int8: 
     places, width = _places(config), config.width
     layers, output = (1, 1) if int8 else (itemsize, 4)
     matrices = 12 * width**2 * config.depth * layers + config.image_vocab * width * output
-    near = sum(2 * places[kind].size * width * itemsize for kind in config.kinds)
+    near = sum(2 * places[kind].window * width * itemsize for kind in config.kinds)
     return matrices + cache_bytes(config, itemsize)[0] + candidates * near
 
 
 def _places(config: TransformerConfig) -> dict[str, KVCacheLayout]:
     with torch.device("cpu"):
-        return {kind: KVCacheLayout(kind, config.layout, config.conv_kernel) for kind in set(config.kinds)}
+        return {kind: KVCacheLayout.of_kind(kind, config.layout, config.conv_kernel) for kind in set(config.kinds)}

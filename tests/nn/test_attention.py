@@ -8,7 +8,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from dalle.layout import TokenLayout
 from dalle.masks import KINDS, dense_mask, visible
-from dalle.nn.attention import CHOICES, attend, auto_backend, resolve_backend
+from dalle.nn import ATTENTION_BACKENDS
+from dalle.nn.attention import attend, auto_backend, resolve_backend
 from dalle.nn.flex_attention import flex_refusal
 from dalle.nn.sparse_mask import SparseMask
 
@@ -226,7 +227,7 @@ def test_groups_go_back_to_raster_order(kind, layout):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("backend", CHOICES)
+@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
 @pytest.mark.parametrize("kind", ["conv", "causal"])
 def test_the_beginning_of_a_stream_has_the_attention_of_the_whole(backend, kind):
     layout = LAYOUTS[1]
@@ -254,7 +255,7 @@ def test_dense_is_one_softmax_over_all_visible_keys():
 def test_large_scores_do_not_overflow():
     layout = LAYOUTS[1]
     q, k, v = (t.detach() for t in random_inputs(layout)[0])
-    for backend in CHOICES:
+    for backend in ATTENTION_BACKENDS:
         assert torch.isfinite(attend(100 * q, 100 * k, v, SparseMask("row", layout), backend)).all()
 
 

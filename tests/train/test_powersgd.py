@@ -19,7 +19,7 @@ from dalle.train.low_rank import (
     stacked_matrices,
 )
 from dalle.train.powersgd import PowerSGD, build_powersgd, orthonormal
-from dalle.transformer.sizes import SIZES
+from dalle.transformer.config import SIZES
 
 HERE = Path(__file__).parent
 SCENARIOS = [

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from dalle.config import from_dict, to_dict
 from dalle.layout import TokenLayout
 from dalle.masks import KINDS
-from dalle.nn.attention import CHOICES
+from dalle.nn import ATTENTION_BACKENDS
 from dalle.nn.blocks import Attention
 from dalle.nn.sparse_mask import SparseMask
 from dalle.sampling import candidate_noise
@@ -18,11 +18,12 @@ from dalle.train.precision import compile_layers
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.generate import TO_GENERATE, cast_linear_weights, generate, generate_tokens
 from dalle.transformer.losses import LOGITS, TEXT_WEIGHT, cross_entropies, weighted_cross_entropy
-from dalle.transformer.sizes import SIZES, parameter_counts
+from dalle.transformer.config import SIZES
+from dalle.transformer.sizes import parameter_counts
 
 SMALL = {"heads": 2, "head_dim": 8, "text_len": 6, "text_vocab": 11, "image_vocab": 13, "conv_kernel": 3}
 GRIDS = [(4, 4), (2, 5), (5, 3)]
-TRAINABLE = [backend for backend in CHOICES if backend != "flex"]  # which has no gradients on a CPU
+TRAINABLE = [backend for backend in ATTENTION_BACKENDS if backend != "flex"]  # which has no gradients on a CPU
 
 
 class OneKind(TransformerConfig):
