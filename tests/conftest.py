@@ -24,7 +24,7 @@ from dalle.commands.train_transformer import TrainTransformerArgs, train_transfo
 from dalle.config import load
 from dalle.hub.registry import load_model
 from dalle.io.files import CHECKSUMS, file_hashes, read_json, write_checksums, write_json
-from dalle.pipelines.best_of_n import CandidateSampler
+from dalle.pipelines import best_of_n
 from dalle.pipelines.dalle import DALLE
 
 PROJECT = Path(__file__).parents[1]
@@ -205,14 +205,14 @@ def typed(script: Callable) -> Callable[[str, Path], str]:
 @pytest.fixture
 def slots_drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many slots are drawn, one entry after each: what a drawing that is stopped has not done is not in it."""
-    plain, slots = CandidateSampler.tokens, []
+    plain, slots = best_of_n.generate_tokens, []
 
-    def counted(*args):
-        for tokens in plain(*args):
+    def counted(*args, **options):
+        for tokens in plain(*args, **options):
             slots.append(tokens.shape[2])
             yield tokens
 
-    monkeypatch.setattr(CandidateSampler, "tokens", counted)
+    monkeypatch.setattr(best_of_n, "generate_tokens", counted)
     return slots
 
 

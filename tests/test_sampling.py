@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dalle.sampling import candidate_noise, check_sampling, sample_tokens
+from dalle.pipelines.config import SamplingConfig
+from dalle.sampling import candidate_noise, sample_tokens
 
 
 def numbers(n, seed=0):
@@ -171,7 +172,7 @@ def test_truncation_that_keeps_everything_changes_nothing(options):
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "message"),
     [
-        (-0.1, None, None, r"temperature must be 0 \(most likely token\) or at least 1e-30, got -0.1"),
+        (-0.1, None, None, r"temperature must be 0 .* or at least 1e-30, got -0.1"),
         (1e-40, None, None, r"or at least 1e-30, got 1e-40"),
         (float("nan"), None, None, "got nan"),
         (float("inf"), None, None, "got inf"),
@@ -183,6 +184,4 @@ def test_truncation_that_keeps_everything_changes_nothing(options):
 )
 def test_settings_that_mean_nothing_are_refused(temperature, top_k, top_p, message):
     with pytest.raises(ValueError, match=message):
-        check_sampling(temperature, top_k, top_p)
-    with pytest.raises(ValueError, match=message):
-        sample_tokens(torch.zeros(1, 4), torch.zeros(1), temperature, top_k, top_p)
+        SamplingConfig(temperature, top_k, top_p)

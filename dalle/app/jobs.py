@@ -14,13 +14,13 @@ from typing import Any
 
 from PIL import Image
 
-from dalle.commands.sample import SampleArgs, write_sample
+from dalle.commands.sample import SampleArgs
 from dalle.data.image_decode import decode, open_image
 from dalle.io.images import resize_center_crop
-from dalle.pipelines.best_of_n import GenerationProgress, SamplingConfig, auto_batch_size
+from dalle.pipelines.best_of_n import GenerationProgress, auto_batch_size
+from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.dalle import DALLE
-from dalle.pipelines.generation import Generation
-from dalle.pipelines.prompts_file import words
+from dalle.pipelines.generation import Generation, slug, write_sample
 
 DEFAULTS = SampleArgs()
 SEEDS = 2**31  # seeds that are made up lie below, so that they are easy to type again
@@ -50,12 +50,12 @@ class Request:
     caption: str = ""
     seed: int | None = None
     """None makes one up."""
-    n: int = DEFAULTS.keep
+    n: int = DEFAULTS.num_images
     best_of: int = DEFAULTS.best_of
-    temperature: float = DEFAULTS.temperature
-    top_k: int | None = DEFAULTS.top_k
-    top_p: float | None = DEFAULTS.top_p
-    guidance: float | None = DEFAULTS.guidance
+    temperature: float = DEFAULTS.sampling.temperature
+    top_k: int | None = DEFAULTS.sampling.top_k
+    top_p: float | None = DEFAULTS.sampling.top_p
+    guidance: float | None = DEFAULTS.sampling.guidance
     image: Path | None = None
     """An image whose top rows are kept."""
     rows: int | None = None
@@ -89,7 +89,7 @@ class Request:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """How tokens are drawn, as `dalle.pipelines.best_of_n.SamplingConfig` takes it."""
+        """How tokens are drawn, as `dalle.pipelines.config.SamplingConfig` takes it."""
         return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "guidance")}
 
 
@@ -121,16 +121,15 @@ class Work:
         self.model, self.request = model, request
         self.seed = secrets.randbelow(SEEDS) if request.seed is None else request.seed
         self.best_of = request.best_of if model.scorer else request.n
-        streams = 1 if request.guidance in (None, 1) else 2
-        self.settings = request.sampling | {"batch": auto_batch_size(model.transformer, streams)}
-        kept = {}
+        batch_size = auto_batch_size(model.transformer, request.guidance)
+        self.settings = request.sampling | {"batch_size": batch_size}
+        prefix = None
         if request.image is not None:
-            kept = {"image": open_upload(request.image, limits), "rows": request.rows}
+            prefix = model.prefix_tokens(open_upload(request.image, limits), request.rows)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            self._steps = model.watch(
-                request.caption, n=request.n, best_of=self.best_of, seed=self.seed, **kept, **self.settings
-            )
+            counts = (request.n, self.best_of, self.seed)
+            self._steps = model.steps([request.caption], *counts, SamplingConfig(**self.settings), prefix)
         self.warnings = [str(one.message) for one in caught if one.category is UserWarning]
         """What the visitor shall know, such as letters that the model never saw."""
         self.generation: Generation | None = None
@@ -139,14 +138,20 @@ class Work:
     def steps(self, stop: Event) -> Iterator[GenerationProgress]:
         """After each row of tokens and each block; ends early once `stop` is set."""
         for progress in self._steps:
-            self.generation = progress.generation or self.generation
-            yield progress
+            if progress.ranked:
+                (self.generation,) = progress.generations
+            if progress.ranked or progress.whole_rows:
+                yield progress
             if stop.is_set():
                 self._steps.close()
 
     def options(self, facts: dict[str, Any]) -> dict[str, Any]:
         """What scripts/sample.py would be given for the same images, for sample.json."""
-        asked = {"n": self.request.n, "best_of": self.generation.drawn, "seed": self.seed} | self.settings
+        asked = {
+            "n": self.request.n,
+            "best_of": self.generation.num_generated,
+            "seed": self.seed,
+        } | self.settings
         if self.request.image is not None:
             asked |= {"image": self.request.image.name, "rows": self.request.rows}
         return asked | facts
@@ -178,9 +183,10 @@ def kept_part(image: Image.Image, rows: int, model: DALLE) -> Image.Image:
 
 def standing(progress: GenerationProgress, layout_columns: int, layout_rows: int) -> str:
     """How far the drawing is, in words."""
-    first, last = progress.candidates[0] + 1, progress.candidates[-1] + 1
+    first = progress.batch.candidates[0] + 1
+    last = first + progress.batch.wanted - 1
     these = f"candidates {first} to {last}" if last > first else f"candidate {first}"
-    row = progress.image_tokens.shape[1] // layout_columns
+    row = progress.tokens.shape[2] // layout_columns
     return f"Drawing {these} of {progress.best_of}: row {row} of {layout_rows}"
 
 
@@ -188,8 +194,11 @@ def ended(generation: Generation, took: float) -> str:
     """What came out, in words."""
     count = len(generation.images)
     images = "1 image" if count == 1 else f"{count} images"
-    ranked = f"the best of {generation.drawn}" if generation.scores else "unranked"
-    stopped = f"Stopped after {generation.drawn} of {generation.best_of} candidates. " * generation.partial
+    ranked = f"the best of {generation.num_generated}" if generation.scores else "unranked"
+    stopped = (
+        f"Stopped after {generation.num_generated} of {generation.best_of} candidates. "
+        * generation.interrupted
+    )
     return f"{stopped}{images[0].upper()}{images[1:]}, {ranked}. Seed {generation.seed}, {took:.1f} s."
 
 
@@ -209,7 +218,7 @@ def data_url(image: Image.Image) -> str:
 
 def write_zip(folder: Path, model: DALLE, generation: Generation, options: dict[str, Any]) -> Path:
     """What scripts/sample.py writes (00.png, ..., grid.png, sample.json), as one file named after the caption."""
-    path = folder / f"{words(generation.prompt)}-{generation.seed}.zip"
+    path = folder / f"{slug(generation.prompt)}-{generation.seed}.zip"
     with TemporaryDirectory(dir=folder) as inner, zipfile.ZipFile(path, "w") as archive:
         write_sample(Path(inner), model, generation, options)
         for file in sorted(Path(inner).iterdir()):

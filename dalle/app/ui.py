@@ -276,9 +276,10 @@ class Page:
         layout, began, sent = self.model.transformer.layout, time.monotonic(), 0.0
         yield self._shown("Reading the caption ...")
         for progress in work.steps(stop):
-            if progress.generation or time.monotonic() - sent > BETWEEN:
+            if progress.ranked or time.monotonic() - sent > BETWEEN:
                 told = standing(progress, layout.columns, layout.rows)
-                yield self._shown(told, progress.images, progress.generation)
+                ranked = work.generation if progress.ranked else None
+                yield self._shown(told, progress.images, ranked)
                 sent = time.monotonic()
         if work.generation is None:
             yield self._shown("Stopped before the first images were whole.")

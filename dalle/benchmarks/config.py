@@ -8,7 +8,7 @@ from dalle.data import DataConfig
 from dalle.dvae import DVAEConfig
 from dalle.train.precision import Precision
 from dalle.transformer import TransformerConfig
-from dalle.transformer.sizes import SIZES
+from dalle.transformer.config import SIZES
 
 BACKENDS = ("auto", "dense", "sdpa", "blocks", "flex")
 MIX = ("axial_row", "axial_col", "axial_row", "axial_row")

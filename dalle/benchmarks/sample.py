@@ -19,7 +19,7 @@ from dalle.nn.int8 import weight_like
 from dalle.train.loggers import peak_memory
 from dalle.train.precision import DTYPES, resolve_device, resolve_precision
 from dalle.transformer import Transformer
-from dalle.transformer.generate import cast_linear_weights, generate_tokens, quantize_int8
+from dalle.transformer.generate import cast_linear_weights, decode_step_of, generate_tokens, quantize_int8
 from dalle.transformer.sizes import cache_bytes, read_bytes
 
 COPY_BYTES = {"cuda": 2**31, "cpu": 2**28, "mps": 2**28}
@@ -77,7 +77,8 @@ def _time_batch(args: SampleBenchmark, model: Transformer, batch: int, bandwidth
     steps = args.num_tokens - head
 
     def sampler():
-        return generate_tokens(model, text, noise, graph=args.graph, compile=args.compile)
+        step = decode_step_of(model, args.compile, args.graph)
+        return generate_tokens(model, text, noise, step=step)
 
     def take(tokens, count: int) -> float:
         return seconds_of(lambda: deque(islice(tokens, count), maxlen=0), device)

@@ -21,10 +21,10 @@ from dalle.evals.shapes_accuracy import caption_accuracy
 from dalle.evals.zero_shot import TEMPLATES
 from dalle.hub.registry import weights_hash
 from dalle.io.files import make_directory, write_json
+from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.dalle import DALLE
 from dalle.pretrained.openai_clip import load_scorer
 from dalle.runs.args import ROOT, load_stage
-from dalle.pipelines.config import SamplingConfig
 from dalle.text import text_tokenizer_from_dict
 from dalle.train.precision import resolve_device
 

@@ -233,7 +233,7 @@ def _draw(bench: Bench, n: int, keep: int) -> Iterator[tuple[list[str], list]]:
     for start in range(0, len(bench.prompts), together):
         captions = bench.prompts[start : start + together]
         found = model.generate(captions, keep, n, run.seed, run.temperature, truncate=True)
-        if len(found) < len(captions) or any(one.partial for one in found):
+        if len(found) < len(captions) or any(one.interrupted for one in found):
             raise KeyboardInterrupt
         yield captions, found
 

@@ -24,9 +24,9 @@ from dalle.hub.model_card import write_card
 from dalle.hub.registry import load_model
 from dalle.io.files import make_directory, write_json
 from dalle.io.images import captioned_grid, image_grid, to_pil
+from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.dalle import DALLE
 from dalle.runs.args import CONFIGS, ROOT, is_complete
-from dalle.pipelines.config import SamplingConfig
 from dalle.train.loggers import peak_memory, read_log
 from dalle.train.precision import resolve_device
 from dalle.viz.curves import plot_losses

@@ -14,11 +14,11 @@ import tyro
 
 from dalle.config import cli_errors, parse
 from dalle.io.files import make_directory, write_text
+from dalle.pipelines.config import SamplingConfig
 from dalle.report import from_files as report_files
 from dalle.report.folder import Folder, examine
 from dalle.report.from_model import Bench
 from dalle.report.html import Section, escape, page
-from dalle.pipelines.config import SamplingConfig
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
-from dalle.config import parse, tell_errors
+from dalle.config import cli_errors, parse
 from dalle.pipelines.config import SamplingConfig
 
 if TYPE_CHECKING:
@@ -92,15 +92,24 @@ def check(args: SampleArgs, external: bool, holds_text: bool) -> None:
         (not prompt and not args.prompts_file, 'no prompt; give --prompt "a red circle above a blue square"'),
         (prompt and args.prompts_file, "--prompts-file replaces --prompt; give one of them"),
         (args.keep_rows is not None and not args.init_image, "--keep-rows needs --init-image"),
-        (args.prompts_file and args.init_image, "--init-image needs a single --prompt; leave out --prompts-file"),
+        (
+            args.prompts_file and args.init_image,
+            "--init-image needs a single --prompt; leave out --prompts-file",
+        ),
         (args.prompts_file and not args.out, "--prompts-file needs --out, from which it resumes"),
         (
             external and not args.text_tokenizer and not holds_text,
             f"{args.model} holds no text tokenizer; give --text-tokenizer, and --clip to rank",
         ),
         (external and args.transformer, "--model is a transformer; leave out --transformer, or --model"),
-        (args.model and parts and not external, f"--model holds every model; leave out --{flags}, or --model"),
-        (args.quick_gelu is not None and not clip_file, "--quick-gelu is for a CLIP's file; give it with --clip"),
+        (
+            args.model and parts and not external,
+            f"--model holds every model; leave out --{flags}, or --model",
+        ),
+        (
+            args.quick_gelu is not None and not clip_file,
+            "--quick-gelu is for a CLIP's file; give it with --clip",
+        ),
     ):
         if wrong:
             raise ValueError(message)
@@ -108,7 +117,7 @@ def check(args: SampleArgs, external: bool, holds_text: bool) -> None:
 
 def main() -> None:
     """Runs the command line."""
-    with tell_errors():
+    with cli_errors():
         sample(parse(SampleArgs, description=__doc__))
 
 
@@ -123,14 +132,13 @@ def sample(args: SampleArgs) -> Path:
     from dalle.pipelines.best_of_n import auto_batch_size
     from dalle.pipelines.generation import merge_generations, slug, write_sample
     from dalle.pipelines.sample_prompts import sample_prompts
-    from dalle.pretrained.load import is_external_checkpoint
-    from dalle.pretrained.whole import holds_text
+    from dalle.pretrained.load import holds_text_tokenizer, is_external_checkpoint
     from dalle.runs.args import ROOT
     from dalle.train.precision import precision_label
     from dalle.train.processes import processes
 
     external = args.model is not None and is_external_checkpoint(args.model)
-    check(args, external, external and holds_text(args.model))
+    check(args, external, external and holds_text_tokenizer(args.model))
     sampling, out = args.sampling, args.out
     with processes() as group:
         if out is None:
@@ -157,10 +165,16 @@ def sample(args: SampleArgs) -> Path:
             if group.rank == 0:
                 print(f"{out}: {args.num_images} of {args.best_of} images for each of {count} prompts")
             return out
+        model.text_tokens([args.prompt], args.truncate)  # checks the prompt before anything is written
         make_directory(out)
         rows = sampling.batch_size or auto_batch_size(model.transformer, sampling.guidance)
         sampling = replace(sampling, batch_size=min(group.gather(rows)))
-        options = {"n": args.num_images, "best_of": args.best_of, "seed": args.seed, "truncate": args.truncate}
+        options = {
+            "n": args.num_images,
+            "best_of": args.best_of,
+            "seed": args.seed,
+            "truncate": args.truncate,
+        }
         options |= asdict(sampling)
         shared = options | {"shard": (group.rank, group.count), "progress": group.rank == 0}
         if args.init_image:
@@ -172,7 +186,11 @@ def sample(args: SampleArgs) -> Path:
             generation = merge_generations(parts, args.num_images)
             options["best_of"] = generation.num_generated
             write_sample(out, model, generation, options | facts)
-            note = f", interrupted at {generation.num_generated} of {args.best_of}" if generation.interrupted else ""
+            note = (
+                f", interrupted at {generation.num_generated} of {args.best_of}"
+                if generation.interrupted
+                else ""
+            )
             print(
                 f"{out}: {len(generation.images)} of {generation.num_generated} images for {args.prompt!r}{note}"
             )
@@ -182,8 +200,8 @@ def sample(args: SampleArgs) -> Path:
 def open_model(args: SampleArgs, external: bool, group: Processes) -> DALLE:
     """The model directory, the external model, or the joined runs; refuses models that do not belong together."""
     from dalle.pipelines.dalle import DALLE
+    from dalle.pretrained.load import load_external_pipeline
     from dalle.pretrained.openai_clip import load_scorer
-    from dalle.pretrained.whole import load_external_pipeline
     from dalle.runs.args import load_stage, load_text_input
     from dalle.train.precision import resolve_device
 

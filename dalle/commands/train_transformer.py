@@ -28,6 +28,7 @@ from dalle.train import TrainConfig, fit
 from dalle.train.distributed import Parallel
 from dalle.train.precision import compile_layers
 from dalle.transformer import TransformerConfig
+from dalle.transformer.config import TransformerLossConfig
 from dalle.transformer.objective import TransformerObjective
 from dalle.types import ImageTokenizer
 from dalle.viz.sample_grids import SampleGrid
@@ -50,7 +51,7 @@ class TrainTransformerArgs(TrainArgs):
     """The vocabulary; read by train_tokenizer only."""
     model: TransformerConfig = TransformerConfig()
     """Shape of the transformer."""
-    objective: TransformerObjective = TransformerObjective()
+    objective: TransformerLossConfig = TransformerLossConfig()
     """Weights of the loss."""
     train: TrainConfig = TrainConfig()
     """Optimizer, averaging, rhythm."""
@@ -163,7 +164,7 @@ def _train_transformer(run: TrainTransformerArgs, parallel: Parallel) -> Path:
     draw = SampleGrid(image_tokenizer, text, captions, run.seed) if captions else None
 
     def evaluate(model, step: int) -> dict[str, Any]:
-        losses = [run.objective(model, ids.to(device), step) for ids in held_out]
+        losses = [TransformerObjective(run.objective)(model, ids.to(device), step) for ids in held_out]
         weights = torch.tensor([len(ids) for ids in held_out]) / run.eval_samples
         named = {"loss": [loss.total for loss in losses]}
         named |= {name: [loss.metrics[name] for loss in losses] for name in losses[0].metrics}
@@ -172,7 +173,7 @@ def _train_transformer(run: TrainTransformerArgs, parallel: Parallel) -> Path:
 
     fit(
         model,
-        run.objective,
+        TransformerObjective(run.objective),
         overfit_batches(run, batches),
         run.train,
         steps=run.steps,

@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.dalle import DALLE
-from dalle.pipelines.rerank import rank
-from dalle.sampling import candidate_noise
 from dalle.shapes.dataset import ShapesDataset, captions, change_one_attribute
 from dalle.shapes.judge import matches_caption
-from dalle.train.precision import autocast, resolve_precision
-from dalle.transformer.generate import generate
 
 
 @dataclass(frozen=True)
@@ -105,18 +102,10 @@ def draw(
     model: DALLE, texts: Sequence[str], best_of: int, chunk: int, seed: int, temperature: float = 1.0
 ) -> ShapesSamples:
     """`best_of` candidates of every caption, several captions at once, ranked by the model's scorer."""
-    slots = model.transformer.layout.num_image_tokens
-    together = max(1, chunk // best_of)
-    images, best = [], []
-    with tqdm(total=len(texts) * best_of, desc="drawing", unit="image", disable=None) as bar:
-        for start in range(0, len(texts), together):
-            part = list(texts[start : start + together])
-            noise = torch.stack([candidate_noise(seed, text, range(best_of), slots) for text in part])
-            with autocast(resolve_precision("auto", model.device), model.device):
-                tokens = generate(model.transformer, model.text_tokens(part), noise, temperature=temperature)
-            for text, candidates in zip(part, tokens, strict=True):
-                pixels = model.decode(candidates.clone())
-                best.append(int(rank(model.scorer, pixels, text)[0][0]))
-                images.append(pixels.cpu())
-            bar.update(len(part) * best_of)
-    return ShapesSamples(list(texts), torch.stack(images), best)
+    model = model.to_precision("auto")
+    sampling = SamplingConfig(temperature, batch_size=min(chunk, len(texts) * best_of))
+    with tqdm(total=len(texts) * best_of, desc="sampling", unit="image", disable=None) as bar:
+        for step in model.steps(texts, best_of, best_of, seed, sampling):
+            bar.update(step.batch.count if step.ranked else 0)
+    pixels = [torch.stack([c[3] for c in sorted(top.best, key=lambda c: c[1])]) for top in step.top]
+    return ShapesSamples(list(texts), torch.stack(pixels), [top.best[0][1] for top in step.top])

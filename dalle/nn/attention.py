@@ -24,7 +24,6 @@ from dalle.nn.flex_attention import flex_attend, flex_refusal
 from dalle.nn.sparse_mask import SparseMask
 
 
-
 def attend(
     q: Tensor,
     k: Tensor,
@@ -81,7 +80,9 @@ def resolve_backend(
         ValueError: an unknown backend, or one that the device cannot run.
     """
     if backend not in ATTENTION_BACKENDS:
-        raise ValueError(f"unknown attention backend {backend!r}; expected one of {', '.join(ATTENTION_BACKENDS)}")
+        raise ValueError(
+            f"unknown attention backend {backend!r}; expected one of {', '.join(ATTENTION_BACKENDS)}"
+        )
     if backend == "auto":
         backend = auto_backend(pattern.kind, device)
     if backend == "flex" and (refusal := flex_refusal(device, head_dim)):

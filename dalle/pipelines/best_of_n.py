@@ -214,7 +214,10 @@ def sample_best_of_n(
     total = sum(batch.count for batch in batches)
     for batch in batches:
         noise = torch.stack(
-            [candidate_noise(seed, prompts[i], batch.candidates, layout.num_image_tokens) for i in batch.prompts]
+            [
+                candidate_noise(seed, prompts[i], batch.candidates, layout.num_image_tokens)
+                for i in batch.prompts
+            ]
         )
         step = decode_step_of(transformer, sampling.compile, sampling.cuda_graph)
         known = None if prefix is None else prefix.expand(len(batch.prompts), -1)

@@ -162,7 +162,9 @@ class DALLE(HubMixin):
         """
         for step in self.steps([prompt], n, n, seed, SamplingConfig(**settings), truncate=truncate):
             if step.batch.wanted < n:
-                raise ValueError(f"n must be at most the batch size of {step.batch.wanted}, got {n}; raise batch_size")
+                raise ValueError(
+                    f"n must be at most the batch size of {step.batch.wanted}, got {n}; raise batch_size"
+                )
             if step.whole_rows:
                 yield step.images
 
@@ -192,7 +194,9 @@ class DALLE(HubMixin):
         text_tokens = self.text_tokens(prompts, truncate)
         if pieces := [piece for prompt in prompts for piece in out_of_vocabulary(self.text, prompt)]:
             shown = ", ".join(map(repr, pieces[:5]))
-            warnings.warn(f"the vocabulary lacks letters of {shown}: the model may not know them", stacklevel=3)
+            warnings.warn(
+                f"the vocabulary lacks letters of {shown}: the model may not know them", stacklevel=3
+            )
         if self.scorer is None and best_of > n:
             warnings.warn(f"this model has no scorer: generating {n} images, unranked", stacklevel=3)
             best_of = n
@@ -204,7 +208,9 @@ class DALLE(HubMixin):
         """Runs the loop to its end, or to Ctrl-C, and returns what is ranked."""
         step, length = None, self.transformer.layout.num_image_tokens
         try:
-            with tqdm(desc="sampling", unit="token", unit_scale=True, disable=None if progress else True) as bar:
+            with tqdm(
+                desc="sampling", unit="token", unit_scale=True, disable=None if progress else True
+            ) as bar:
                 for step in steps:
                     bar.total = bar.total or step.total * (length - step.tokens.shape[2] + 1)
                     bar.update(0 if step.ranked else step.batch.count)
@@ -225,7 +231,9 @@ class DALLE(HubMixin):
         """Image tokens (1, h * w) with TO_GENERATE below `rows` or inside `box`; arguments as `complete`."""
         height, width = self.transformer.layout.grid
         if (rows is None) == (box is None):
-            raise ValueError("give either rows, how many to keep, or box, (top, left) of the region to generate")
+            raise ValueError(
+                "give either rows, how many to keep, or box, (top, left) of the region to generate"
+            )
         if rows is not None and not 0 < rows < height:
             raise ValueError(f"rows must be 1 to {height - 1}, got {rows}")
         top, left = box or (rows, 0)
@@ -328,7 +336,11 @@ class DALLE(HubMixin):
             ValueError: no such directory, a damaged file, or models that do not belong together.
         """
         directory = resolve_source(source, model_files("dvae", "transformer", "clip"), revision, token)
-        kinds = [kind for kind in ("dvae", "transformer", "clip") if kind != "clip" or "clip" in read_config(directory)["parts"]]
+        kinds = [
+            kind
+            for kind in ("dvae", "transformer", "clip")
+            if kind != "clip" or "clip" in read_config(directory)["parts"]
+        ]
         parts = {kind: load_model(directory, kind, device) for kind in kinds}
         model = cls.from_parts(parts["dvae"], parts["transformer"], parts.get("clip"))
         return model.to_precision(precision, int8)
@@ -344,17 +356,23 @@ class DALLE(HubMixin):
         """Joins models loaded from runs; refuses those that were not trained for one another."""
         for part, needed in ((transformer, {"text", "dvae"}), (clip, {"text_hash"})):
             if part and (missing := needed - part.links.keys()):
-                raise ValueError(f"{part.source} does not name the {' and '.join(sorted(missing))} of its training")
+                raise ValueError(
+                    f"{part.source} does not name the {' and '.join(sorted(missing))} of its training"
+                )
         own = text_tokenizer_from_dict(transformer.links["text"])
         if text is not None and text.hash != own.hash:
-            raise ValueError(f"{transformer.source} was trained with a text tokenizer other than the one given")
+            raise ValueError(
+                f"{transformer.source} was trained with a text tokenizer other than the one given"
+            )
         if transformer.links["dvae"] != dvae.hash:
             raise ValueError(
                 f"{transformer.source} was trained on tokens of dVAE {transformer.links['dvae']}, "
                 f"{dvae.source} is {dvae.hash}: they do not belong together"
             )
         if clip is not None and clip.links["text_hash"] != own.hash:
-            raise ValueError(f"{clip.source} was trained with a text tokenizer other than {transformer.source}'s")
+            raise ValueError(
+                f"{clip.source} was trained with a text tokenizer other than {transformer.source}'s"
+            )
         return cls(dvae.model, transformer.model, own, CLIPScorer(clip.model, own) if clip else None)
 
     def to_precision(self, precision: Precision, int8: bool = False) -> Self:

@@ -47,7 +47,9 @@ def read_prompts(path: Path) -> Iterator[str]:
                     raise ValueError(f"{path}, line {number} is empty; delete the line")
                 yield prompt
     except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror}); expected a text file, one prompt per line") from None
+        raise ValueError(
+            f"cannot read {path} ({error.strerror}); expected a text file, one prompt per line"
+        ) from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8; save it as UTF-8") from None
 

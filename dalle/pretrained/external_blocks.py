@@ -87,7 +87,7 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         q, k, v = (rotate(part, angles) for part in (q, k, v))
         if cache is not None:
-            cache.fill(k, v, prefix_len)
+            cache.prefill(k, v, prefix_len)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self._bounded(self.out(rearrange(mixed, "b h n d -> b n (h d)")))
 

@@ -212,7 +212,10 @@ class ExternalTransformer(nn.Module, ABC):
     def init_kv_caches(self, captions: int, candidates: int) -> list[KVCache]:
         """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
         blocks, like = self.config.blocks, weight_like(self.layers[0].attention.f.out)
-        layouts = {kind: KVCacheLayout(m, torch.arange(len(m))).to(like.device) for kind, m in self.image_masks.items()}
+        layouts = {
+            kind: KVCacheLayout(m, torch.arange(len(m))).to(like.device)
+            for kind, m in self.image_masks.items()
+        }
         shape = captions, candidates, blocks.heads, blocks.inner // blocks.heads, like
         return [self.new_cache(layouts[kind], *shape) for kind in self.config.kinds]
 

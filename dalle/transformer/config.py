@@ -47,7 +47,9 @@ class TransformerConfig:
                 f"full_attention_every must be positive, or null for none, got {self.full_attention_every}"
             )
         if self.backend not in ATTENTION_BACKENDS:
-            raise ValueError(f"unknown backend {self.backend!r}; expected one of {', '.join(ATTENTION_BACKENDS)}")
+            raise ValueError(
+                f"unknown backend {self.backend!r}; expected one of {', '.join(ATTENTION_BACKENDS)}"
+            )
         if self.sparse:
             visible("conv", self.layout, self.conv_kernel)  # checks the kernel
 

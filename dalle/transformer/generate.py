@@ -56,7 +56,11 @@ def generate_tokens(
         model = cast_linear_weights(model, torch.get_autocast_dtype(device.type))
     guided = guidance not in (None, 1)
     # An int reads fewer keys on a CPU; a tensor has the same shapes for every position, as a graph of kernels needs.
-    positions = range(length) if step is None and device.type == "cpu" else torch.arange(length, device=device).split(1)
+    positions = (
+        range(length)
+        if step is None and device.type == "cpu"
+        else torch.arange(length, device=device).split(1)
+    )
     step = step or type(model).decode_step
     noise = noise.reshape(-1, length).to(torch.float32 if device.type == "mps" else torch.float64).to(device)
     known = torch.full((captions, length), TO_GENERATE, device=device)
@@ -79,8 +83,6 @@ def generate_tokens(
     hidden = hidden.repeat_interleave(candidates, dim=0)  # (B, D)
     for i in range(first, length):
         with torch.autocast(device.type, enabled=False):
-            if i > first:
-                hidden = step(model, token.repeat(2) if guided else token, positions[i], caches)
             logits = model.image_logits(hidden)
             if guided:
                 conditional, unconditional = logits.chunk(2)
@@ -89,6 +91,9 @@ def generate_tokens(
         token = torch.where(tokens[:, i] == TO_GENERATE, token, tokens[:, i])
         tokens[:, i] = token
         yield tokens[:, : i + 1].view(captions, candidates, i + 1)
+        if i + 1 < length:
+            with torch.autocast(device.type, enabled=False):
+                hidden = step(model, token.repeat(2) if guided else token, positions[i + 1], caches)
 
 
 def generate(model: Transformer, text_tokens: Tensor, noise: Tensor, **options) -> Tensor:
@@ -126,9 +131,7 @@ class CUDAGraphStep:
     def __init__(self, step: DecodeStep):
         self.step, self.graph = step, None
 
-    def __call__(
-        self, model: Transformer, tokens: Tensor, position: Tensor, caches: list[KVCache]
-    ) -> Tensor:
+    def __call__(self, model: Transformer, tokens: Tensor, position: Tensor, caches: list[KVCache]) -> Tensor:
         """The hidden state (B, D), overwritten by the next call."""
         if self.graph is None:
             self.tokens, self.position, self.graph = tokens.clone(), position.clone(), torch.cuda.CUDAGraph()

@@ -150,7 +150,8 @@ class Transformer(nn.Module):
         """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
         c, like = self.config, weight_like(self.layers[0].attention.f.qkv)
         places = {
-            kind: KVCacheLayout.of_kind(kind, self.layout, c.conv_kernel).to(like.device) for kind in self.patterns
+            kind: KVCacheLayout.of_kind(kind, self.layout, c.conv_kernel).to(like.device)
+            for kind in self.patterns
         }
         return [KVCache(places[kind], captions, candidates, c.heads, c.head_dim, like) for kind in c.kinds]
 

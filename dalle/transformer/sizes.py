@@ -6,6 +6,7 @@ from dalle.masks import dense_mask
 from dalle.nn.kv_cache import KVCacheLayout
 from dalle.transformer.config import TransformerConfig
 
+
 def parameter_counts(config: TransformerConfig) -> dict[str, int]:
     """Parameters of each part by formula.
 
@@ -73,4 +74,6 @@ def read_bytes(config: TransformerConfig, candidates: int, itemsize: int, int8: 
 
 def _places(config: TransformerConfig) -> dict[str, KVCacheLayout]:
     with torch.device("cpu"):
-        return {kind: KVCacheLayout.of_kind(kind, config.layout, config.conv_kernel) for kind in set(config.kinds)}
+        return {
+            kind: KVCacheLayout.of_kind(kind, config.layout, config.conv_kernel) for kind in set(config.kinds)
+        }

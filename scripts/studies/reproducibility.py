@@ -112,7 +112,7 @@ def sample(args: ReproducibilityStudy, model: DALLE, setting: Setting) -> Tensor
     if setting.device != model.device.type:
         model = DALLE.from_pretrained(args.model, device=setting.device)
     model = model.to_precision(setting.precision, setting.int8)
-    options = {"seed": args.seed, "temperature": args.temperature, "batch": setting.batch}
+    options = {"seed": args.seed, "temperature": args.temperature, "batch_size": setting.batch}
     samples = []
     for prompt in args.prompts:
         generation = model.generate(prompt, n=args.candidates, best_of=args.candidates, **options)

@@ -81,7 +81,7 @@ class TestWork:
             if i == 6:  # second row of the second block
                 stop.set()
         assert len(slots_drawn) == 16 + 8
-        assert (work.generation.drawn, work.generation.partial) == (16, True)
+        assert (work.generation.num_generated, work.generation.interrupted) == (16, True)
         assert ended(work.generation, 1.0).startswith(
             "Stopped after 16 of 40 candidates. 2 images, the best of 16."
         )
@@ -124,7 +124,7 @@ class TestWork:
         plain = DALLE(model.dvae, model.transformer, model.text)
         work = Work(plain, request(prompt, best_of=64), LIMITS)
         list(work.steps(Event()))
-        assert (work.generation.drawn, work.warnings) == (2, [])
+        assert (work.generation.num_generated, work.warnings) == (2, [])
         assert label(work.generation, 1) == "candidate 1"
         assert "2 images, unranked" in ended(work.generation, 1.0)
 
@@ -184,7 +184,7 @@ class TestZip:
             prompt,
             model=chain / "model",
             best_of=5,
-            keep=2,
+            num_images=2,
             seed=3,
             device="cpu",
             precision="fp32",

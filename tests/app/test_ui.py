@@ -21,7 +21,7 @@ from PIL import Image
 
 from dalle.app.jobs import Limits
 from dalle.commands.app import AppArgs, launch
-from dalle.pipelines.best_of_n import CandidateSampler
+from dalle.pipelines import best_of_n
 from dalle.pipelines.dalle import DALLE
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:gradio")
@@ -257,15 +257,15 @@ def idle(page) -> None:
 @pytest.fixture
 def slow_rows(monkeypatch):
     """Tokens that take a while; gives the list of those drawn."""
-    plain, slots = CandidateSampler.tokens, []
+    plain, slots = best_of_n.generate_tokens, []
 
-    def slowly(*args):
-        for tokens in plain(*args):
+    def slowly(*args, **options):
+        for tokens in plain(*args, **options):
             slots.append(tokens.shape[2])
             time.sleep(0.1)
             yield tokens
 
-    monkeypatch.setattr(CandidateSampler, "tokens", slowly)
+    monkeypatch.setattr(best_of_n, "generate_tokens", slowly)
     return slots
 
 

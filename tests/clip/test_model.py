@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from dalle.clip import CLIP, CLIPConfig, CLIPScorer, PretrainedScorer
 from dalle.clip.model import prepare_pixels
 from dalle.clip.objective import CLIPObjective
-from dalle.pipelines.rerank import rank
+from dalle.pipelines.best_of_n import rank
 from dalle.types import Scorer
 
 CONFIG = CLIPConfig(

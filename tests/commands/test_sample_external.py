@@ -8,6 +8,7 @@ import torch
 from helpers.dalle_pytorch_reference import make_file, make_weights
 
 from dalle.commands.sample import SampleArgs, sample
+from dalle.pipelines.config import SamplingConfig
 
 TEXT = {
     "model": {"type": "BPE", "vocab": {"!": 0, "a": 1, "b": 2}, "merges": []},
@@ -37,10 +38,14 @@ def foreign(files: Path, out: Path, **changed) -> SampleArgs:
     options = {
         "prompt": "a b",
         "model": files / "dalle.pt",
-        "tokenizer": files / "tokenizer.json",
+        "text_tokenizer": files / "tokenizer.json",
         "device": "cpu",
     }
-    return SampleArgs(**options | {"best_of": 2, "keep": 1, "batch": 2, "out": out} | changed)
+    return SampleArgs(
+        **options
+        | {"best_of": 2, "num_images": 1, "sampling": SamplingConfig(batch_size=2), "out": out}
+        | changed
+    )
 
 
 def test_a_transformer_of_others_is_drawn_and_ranked(files: Path, tmp_path: Path) -> None:
@@ -53,7 +58,7 @@ def test_a_transformer_of_others_is_drawn_and_ranked(files: Path, tmp_path: Path
 
 def test_a_file_of_captions_goes_on_with_the_same_clip_only(files: Path, tmp_path: Path) -> None:
     (tmp_path / "captions.txt").write_text("a b\nb a\n")
-    asked = {"prompt": "", "prompts": tmp_path / "captions.txt", "clip": files / "clip.pt"}
+    asked = {"prompt": "", "prompts_file": tmp_path / "captions.txt", "clip": files / "clip.pt"}
     for _ in range(2):
         out = sample(foreign(files, tmp_path / "out", **asked, quick_gelu=True))
     assert len(list(out.rglob("*.png"))) >= 2
@@ -71,7 +76,7 @@ def test_a_published_clip_ranks_our_own_images(files: Path, chain: Path, prompt:
         out = tmp_path / f"{name}-{quick_gelu}"
         sample(
             SampleArgs(
-                prompt=prompt, **parts, quick_gelu=quick_gelu, best_of=2, keep=1, out=out, device="cpu"
+                prompt=prompt, **parts, quick_gelu=quick_gelu, best_of=2, num_images=1, out=out, device="cpu"
             )
         )
         scores.append(json.loads((out / "sample.json").read_text())["images"][0]["score"])
@@ -79,7 +84,7 @@ def test_a_published_clip_ranks_our_own_images(files: Path, chain: Path, prompt:
 
 
 REFUSED = {
-    "no text tokenizer": ({"tokenizer": None}, "give --tokenizer"),
+    "no text tokenizer": ({"text_tokenizer": None}, "give --text-tokenizer"),
     "a second transformer": ({"transformer": Path("runs/transformer")}, "leave out --transformer"),
     "a CLIP that reads our text ids": ({"clip": Path("runs/clip")}, "whose CLIP reads another text"),
     "an activation that nobody tells": ({"clip": Path("clip.pt")}, "does not tell its activation"),

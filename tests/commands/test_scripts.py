@@ -82,7 +82,7 @@ class TestChain:
         assert f"taking text from {Path('runs/text')}" in printed["train_clip"]
 
     def test_sample_joins_what_lies_under_runs(self, workplace, python, prompt):
-        words = ["--prompt", prompt, "--best-of", "4", "--keep", "2", "--device", "cpu"]
+        words = ["--prompt", prompt, "--best-of", "4", "--num-images", "2", "--device", "cpu"]
         done = python(["scripts/sample.py", *words], cwd=workplace.path)
         assert done.returncode == 0, done.stderr
         (folder,) = (workplace.path / "runs" / "samples").iterdir()
@@ -126,7 +126,7 @@ class TestSample:
             prompt,
             "--best-of",
             "2",
-            "--keep",
+            "--num-images",
             "1",
             "--device",
             "cpu",
@@ -162,17 +162,17 @@ class TestSample:
 
     def test_it_completes_a_image(self, script, words, tmp_path):
         Image.new("RGB", (40, 40), "red").save(tmp_path / "half.png")
-        assert script("sample", *words, "--image", "half.png", "--out", "mine").code == 0
+        assert script("sample", *words, "--init-image", "half.png", "--out", "mine").code == 0
         assert read_json(tmp_path / "mine" / "sample.json")["rows"] == 2
 
     def test_it_writes_the_joined_parts_as_a_model_directory(self, script, words, chain, tmp_path):
-        assert script("sample", *words, "--save-model", "joined").code == 0
+        assert script("sample", *words, "--save-pretrained", "joined").code == 0
         assert DALLE.from_pretrained(tmp_path / "joined").hash == DALLE.from_pretrained(chain / "model").hash
         assert "None is given" in (tmp_path / "joined" / "README.md").read_text()
 
     def test_no_rows_are_refused(self, script, words, tmp_path):
         Image.new("RGB", (40, 40), "red").save(tmp_path / "half.png")
-        done = script("sample", *words, "--image", "half.png", "--rows", "0")
+        done = script("sample", *words, "--init-image", "half.png", "--keep-rows", "0")
         assert (done.code, done.err) == (1, "error: rows must be 1 to 3, got 0")
 
     def test_parts_that_do_not_belong_together_are_refused(self, script, chain, tiny_runs, prompt, tmp_path):
@@ -399,25 +399,25 @@ class TestMistakes:
                 ("--data.path", "shapes", "--captions", "9", "--text.vocab-size", "200"),
                 "too small",
             ),
-            ("sample", (), "no caption; give --prompt"),
-            ("sample", (*PROMPT, "--best-of", "2", "--keep", "3"), "best-of must be at least keep"),
+            ("sample", (), "no prompt; give --prompt"),
+            ("sample", (*PROMPT, "--best-of", "2", "--num-images", "3"), "best-of must be at least num-images"),
             ("sample", (*PROMPT, "--model", "nowhere"), "nowhere is no model directory"),
             (
                 "sample",
                 (*PROMPT, "--model", "a", "--dvae", "b"),
-                "--model holds every part; leave out --dvae",
+                "--model holds every model; leave out --dvae",
             ),
-            ("sample", (*PROMPT, "--rows", "2"), "give the image with --image"),
-            ("sample", (*PROMPT, "--prompts", "a.txt", "--out", "b"), "leave out --prompt, or --prompts"),
-            ("sample", ("--prompts", "a.txt"), "--prompts needs --out"),
+            ("sample", (*PROMPT, "--keep-rows", "2"), "--keep-rows needs --init-image"),
+            ("sample", (*PROMPT, "--prompts-file", "a.txt", "--out", "b"), "--prompts-file replaces --prompt"),
+            ("sample", ("--prompts-file", "a.txt"), "--prompts-file needs --out"),
             (
                 "sample",
-                ("--prompts", "a.txt", "--out", "b", "--image", "c.png"),
-                "--image goes with one --prompt",
+                ("--prompts-file", "a.txt", "--out", "b", "--init-image", "c.png"),
+                "--init-image needs a single --prompt",
             ),
             ("sample", (*PROMPT, "--temperature", "-1"), "temperature must be 0"),
             ("sample", (*PROMPT, "--top-p", "2"), "top_p must be in"),
-            ("sample", (*PROMPT, "--batch", "0"), "batch must be at least 1"),
+            ("sample", (*PROMPT, "--batch-size", "0"), "batch_size must be at least 1"),
             ("evaluate", ("--model", "nowhere"), "nowhere is no model directory"),
             ("quickstart", ("--configs", "nowhere"), "no configuration file"),
         ],

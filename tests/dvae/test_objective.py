@@ -13,6 +13,7 @@ from dalle.dvae.model import Conv2d
 from dalle.dvae.objective import DVAEObjective
 from dalle.schedules import Schedule
 from dalle.transformer import Transformer, TransformerConfig
+from dalle.transformer.config import TransformerLossConfig
 from dalle.transformer.losses import cross_entropies
 from dalle.transformer.objective import TransformerObjective
 from dalle.transformer.sizes import training_flops
@@ -59,7 +60,11 @@ def test_the_transformer_minimises_the_weighted_sum(text_weight):
     model = Transformer(TransformerConfig(2, 2, 8, 4, (3, 3), 8, 8, conv_kernel=3, init_scale=1.0))
     ids = model.layout.pack(torch.randint(8, (2, 4)), torch.randint(8, (2, 9)))
     torch.nn.init.normal_(model.to_logits.weight)
-    objective = TransformerObjective() if text_weight is None else TransformerObjective(text_weight)
+    objective = (
+        TransformerObjective()
+        if text_weight is None
+        else TransformerObjective(TransformerLossConfig(text_weight))
+    )
     loss = objective(model, ids, 0)
     text, image = cross_entropies(model, ids)
     weight = 1 / 8 if text_weight is None else text_weight

@@ -18,18 +18,18 @@ TINY = {"heads": 2, "head_dim": 8, "text_len": 6, "text_vocab": 11, "image_vocab
 def test_the_places_that_a_step_sees_hold_what_the_mask_shows_and_nothing_else(kind, grid):
     """Slot numbers are written as a decoder writes keys, and read back."""
     layout = TokenLayout(4, grid, 5, 5)
-    places, mask = KVCacheLayout(kind, layout, 3), dense_mask(kind, layout, 3)[4:, 4:]
-    held = torch.full((places.groups, places.size), -1)
+    places, mask = KVCacheLayout.of_kind(kind, layout, 3), dense_mask(kind, layout, 3)[4:, 4:]
+    held = torch.full((places.groups, places.window), -1)
     for slot in range(layout.num_image_tokens):
-        held.view(-1)[places.own[slot]] = slot
+        held.view(-1)[places.index[slot]] = slot
         seen = held[places.group[slot]][places.sees[slot]]
         assert sorted(seen.tolist()) == mask[slot].nonzero().flatten().tolist()
-        assert places.reads[slot] == 1 + max(places.sees[slot].nonzero().flatten().tolist())
+        assert places.num_read[slot] == 1 + max(places.sees[slot].nonzero().flatten().tolist())
 
 
 def test_at_paper_size_a_step_reads_33_or_32_or_192_keys():
     sizes = {
-        kind: (places.groups, places.size) for kind in KINDS if (places := KVCacheLayout(kind, TokenLayout()))
+        kind: (places.groups, places.window) for kind in KINDS if (places := KVCacheLayout.of_kind(kind, TokenLayout()))
     }
     assert sizes == {"row": (1, 33), "column": (32, 32), "conv": (1, 192), "causal": (1, 1024)}
 
@@ -43,7 +43,7 @@ def test_memory_by_formula_is_memory_as_measured(grid, full_attention_every, dty
     caches = model.init_kv_caches(3, 5)
     keys = torch.zeros(3, 2, config.text_len + 1, 8, dtype=dtype)
     for cache in caches:
-        cache.fill(keys, keys, config.text_len)
+        cache.prefill(keys, keys, config.text_len)
     assert kv_cache_bytes(caches) == cache_bytes(config, dtype.itemsize)
 
 
@@ -69,7 +69,7 @@ def test_the_two_parts_are_joined_by_one_softmax():
     (cache,) = Transformer(config).init_kv_caches(2, 3)
     generator = torch.Generator().manual_seed(0)
     k, v = 3 * torch.randn(2, 2, 2, 6 + 4, 8, generator=generator)
-    cache.fill(k, v, 6)
+    cache.prefill(k, v, 6)
     q, own_k, own_v = 3 * torch.randn(3, 4, 3, 8, generator=generator)
     mixed = cache.attend(scale_query(q), own_k, own_v, 4)
     every_k, every_v = (

@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from dalle.commands.sample import SampleArgs, sample
+from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.dalle import DALLE
-from dalle.pipelines.prompts_file import check_captions, groups, words
+from dalle.pipelines.generation import slug
+from dalle.pipelines.sample_prompts import check_prompts, prompt_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:the vocabulary lacks letters")  # of CAPTIONS[2]
 PROJECT = Path(__file__).parents[2]
@@ -33,10 +35,10 @@ def run(chain, tmp_path, monkeypatch) -> SampleArgs:
     Path("captions.txt").write_text("\n".join(CAPTIONS) + "\n")
     return SampleArgs(
         model=chain / "model",
-        prompts=Path("captions.txt"),
+        prompts_file=Path("captions.txt"),
         best_of=3,
-        keep=2,
-        batch=4,
+        num_images=2,
+        sampling=SamplingConfig(batch_size=4),
         device="cpu",
         precision="fp32",
         out=Path("all"),
@@ -62,10 +64,10 @@ def test_each_caption_has_its_images_a_sheet_and_records(run, chain):
     names = {f"000/{stem}-{end}.png" for stem in STEMS for end in ("00", "01", "grid")}
     assert contents("all").keys() == names | {"run.json", "samples.jsonl", "sheet.png"}
     found = records("all")
-    assert [one["caption"] for one in found] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [one["index"] for one in found] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [one["prompt"] for one in found[::2]] == CAPTIONS
     model = DALLE.from_pretrained(chain / "model")
-    generation = model.generate(CAPTIONS[1], n=2, best_of=3, batch=4, progress=False)
+    generation = model.generate(CAPTIONS[1], n=2, best_of=3, batch_size=4, progress=False)
     one = found[2]
     assert one["file"] == "000/000001-a-blue-circle-00.png"
     assert (one["candidate"], one["seed"], one["model"]) == (generation.candidates[0], 0, model.hash)
@@ -80,7 +82,7 @@ def test_each_caption_has_its_images_a_sheet_and_records(run, chain):
 @pytest.mark.parametrize("best_of", [1, 3])
 def test_stopped_and_gone_on_it_writes_what_a_run_in_one_go_writes(run, monkeypatch, best_of):
     """With batch 2, captions are drawn two at a time where one image is asked for, else one at a time."""
-    run = replace(run, best_of=best_of, keep=1, batch=2)
+    run = replace(run, best_of=best_of, num_images=1, sampling=SamplingConfig(batch_size=2))
     sample(replace(run, out=Path("whole")))
     plain, calls = DALLE.generate, iter(range(100))
 
@@ -90,7 +92,7 @@ def test_stopped_and_gone_on_it_writes_what_a_run_in_one_go_writes(run, monkeypa
         return plain(*args, **options)
 
     monkeypatch.setattr(DALLE, "generate", stopping)
-    with pytest.raises(SystemExit, match="stopped; the same command goes on in all"):
+    with pytest.raises(SystemExit, match="stopped; the same command resumes in all"):
         sample(run)
     assert not Path("all/samples.jsonl").exists()
     times = {path: path.stat().st_mtime_ns for path in Path("all").rglob("*.png")}
@@ -101,10 +103,10 @@ def test_stopped_and_gone_on_it_writes_what_a_run_in_one_go_writes(run, monkeypa
 
 
 def test_more_captions_than_rows_are_refused_before_anything_is_written(run):
-    with pytest.raises(ValueError, match="together must be at most the 4 rows of a step, got 5; raise batch"):
-        sample(replace(run, together=5))
+    with pytest.raises(ValueError, match="prompts_per_batch must be at most the batch size of 4"):
+        sample(replace(run, sampling=SamplingConfig(batch_size=4, prompts_per_batch=5)))
     assert not Path("all").exists()
-    sample(replace(run, together=2))
+    sample(replace(run, sampling=SamplingConfig(batch_size=4, prompts_per_batch=2)))
     assert len(records("all")) == 8
 
 
@@ -113,7 +115,7 @@ def test_a_block_cut_short_is_not_taken_for_whole(run, monkeypatch):
 
     def short(*args, **options):
         drawn = plain(*args, **options)
-        drawn[0].drawn -= 1
+        drawn[0].num_generated -= 1
         return drawn
 
     monkeypatch.setattr(DALLE, "generate", short)
@@ -137,28 +139,28 @@ def test_another_run_in_the_directory_is_never_written_over(run):
         with pytest.raises(ValueError, match=f"all holds a run with other {said}; give another --out"):
             sample(replace(run, **change))
     Path("captions.txt").write_text("a blue circle\n")
-    with pytest.raises(ValueError, match="all holds a run with other captions"):
+    with pytest.raises(ValueError, match="all holds a run with other prompts"):
         sample(run)
     assert contents("all") == before
     Path("other").mkdir()
     Path("other/mine.txt").touch()
-    with pytest.raises(ValueError, match="other is not empty and holds no run of captions"):
+    with pytest.raises(ValueError, match="other is not empty and holds no run of prompts"):
         sample(replace(run, out=Path("other")))
 
 
 def test_it_goes_on_with_the_rows_that_it_began_with(run, monkeypatch):
     """Those found by memory are written down: with others the images might not be the same."""
-    sample(replace(run, batch=None))
+    sample(replace(run, sampling=SamplingConfig()))
     monkeypatch.setattr("dalle.pipelines.sample_prompts.auto_batch_size", lambda *_: 2)
-    sample(replace(run, batch=None))
-    assert json.loads(Path("all/run.json").read_text())["settings"]["batch"] == 16
+    sample(replace(run, sampling=SamplingConfig()))
+    assert json.loads(Path("all/run.json").read_text())["settings"]["batch_size"] == 16
 
 
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("c.txt", b"a blue circle\n\na red cross\n", "c.txt, line 2 holds no caption; take the line out"),
-        ("c.txt", b"", "c.txt holds no captions"),
+        ("c.txt", b"a blue circle\n\na red cross\n", "c.txt, line 2 is empty"),
+        ("c.txt", b"", "c.txt holds no prompts"),
         (
             "c.jsonl",
             b'{"prompt": "a blue circle"}\n{"text": "b"}\n',
@@ -172,21 +174,21 @@ def test_it_goes_on_with_the_rows_that_it_began_with(run, monkeypatch):
             r"c.txt, line 2: the caption has \d+ tokens",
         ),
         ("none.txt", None, r"cannot read none\.txt \(No such file"),
-        ("c.txt", b"\xff\xfe", "c.txt is not text in UTF-8"),
+        ("c.txt", b"\xff\xfe", "c.txt is not UTF-8"),
     ],
 )
 def test_a_file_that_cannot_be_drawn_is_told_and_nothing_is_written(run, name, text, said):
     if text is not None:
         Path(name).write_bytes(text)
     with pytest.raises(ValueError, match=said):
-        sample(replace(run, prompts=Path(name)))
+        sample(replace(run, prompts_file=Path(name)))
     assert not Path("all").exists()
 
 
 def test_json_lines_are_captions_too(run):
     lines = [{"prompt": "a blue circle", "id": 7}, {"caption": "a red\ncross"}]
     Path("c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    sample(replace(run, prompts=Path("c.jsonl")))
+    sample(replace(run, prompts_file=Path("c.jsonl")))
     assert [one["prompt"] for one in records("all")[::2]] == ["a blue circle", "a red cross"]
 
 
@@ -194,17 +196,24 @@ def test_json_lines_are_captions_too(run):
 def test_two_processes_write_what_one_writes(run, chain, prompt, tmp_path, kind):
     """They share the captions of a file, and the candidates of one caption."""
     if kind == "file":
-        run = replace(run, best_of=1, keep=1, batch=2)
-        words = ["--prompts", "captions.txt", "--best-of", "1", "--keep", "1"]
+        run = replace(run, best_of=1, num_images=1, sampling=SamplingConfig(batch_size=2))
+        words = ["--prompts-file", "captions.txt", "--best-of", "1", "--num-images", "1"]
     else:
-        run = replace(run, prompts=None, prompt=prompt, best_of=7, keep=3, batch=2)
-        words = ["--prompt", prompt, "--best-of", "7", "--keep", "3"]
+        run = replace(
+            run,
+            prompts_file=None,
+            prompt=prompt,
+            best_of=7,
+            num_images=3,
+            sampling=SamplingConfig(batch_size=2),
+        )
+        words = ["--prompt", prompt, "--best-of", "7", "--num-images", "3"]
     words += [
         "--model",
         chain / "model",
         "--device",
         "cpu",
-        "--batch",
+        "--batch-size",
         "2",
         "--precision",
         "fp32",
@@ -229,8 +238,8 @@ def test_thirty_thousand_lines_are_read_in_constant_memory(tmp_path):
             file.write(f"caption number {i} of very many that say nothing of an image at all {'x' * 100}\n")
     tracemalloc.start()
     try:
-        assert check_captions(path, lambda caption: None)[0] == 30_000
-        assert sum(len(some) for _, some in groups(path, 7)) == 30_000
+        assert check_prompts(path, lambda caption: None)[0] == 30_000
+        assert sum(len(some) for _, some in prompt_groups(path, 7)) == 30_000
         assert tracemalloc.get_traced_memory()[1] < 2**19
     finally:
         tracemalloc.stop()
@@ -241,11 +250,11 @@ def test_thirty_thousand_lines_are_read_in_constant_memory(tmp_path):
     ("caption", "name"),
     [
         ("A red cross!", "a-red-cross"),
-        ("円", "caption"),
-        ("../..", "caption"),
+        ("円", "prompt"),
+        ("../..", "prompt"),
         ("x" * 300, "x" * 60),
-        ("", "caption"),
+        ("", "prompt"),
     ],
 )
 def test_a_name_is_safe_whatever_the_caption(caption, name):
-    assert words(caption) == name
+    assert slug(caption) == name

@@ -129,10 +129,10 @@ def text():
 
 def test_the_whole_draws_images(tmp_path: Path, text) -> None:
     model = load_external_pipeline(write(tmp_path)[0], text)
-    generation = model.generate("a b", n=2, best_of=2, seed=1, batch=2)
+    generation = model.generate("a b", n=2, best_of=2, seed=1, batch_size=2)
     assert generation.images[0].size == (24, 24)
     assert torch.equal(
-        generation.image_tokens, model.generate("a b", n=2, best_of=2, seed=1, batch=2).image_tokens
+        generation.image_tokens, model.generate("a b", n=2, best_of=2, seed=1, batch_size=2).image_tokens
     )
     assert model.complete("a b", generation.images[0], rows=3, n=1, best_of=1).image_tokens.shape == (
         1,

@@ -165,7 +165,7 @@ def test_folder_and_archive_draw_the_same_images(folder: Path, tmp_path: Path) -
     for path in (folder, pack(folder, tmp_path / "1.3B.tar.gz"), pack(folder, tmp_path / "flat.tgz", top="")):
         model = load_external_pipeline(path)
         assert isinstance(model.dvae, VQGAN)
-        generation = model.generate("a red circle", n=2, best_of=2, seed=1, batch=2)
+        generation = model.generate("a red circle", n=2, best_of=2, seed=1, batch_size=2)
         assert generation.images[0].size == (4 * SIDE, 4 * SIDE)
         tokens.append(generation.image_tokens)
     assert torch.equal(tokens[0], tokens[1])
@@ -192,7 +192,7 @@ def test_as_the_script_draws_it(folder: Path, tmp_path: Path) -> None:
     for path in (folder, pack(folder, tmp_path / "1.3B.tar.gz")):
         out = tmp_path / f"{path.name}-out"
         sample(
-            SampleArgs(prompt="a red circle", model=path, best_of=2, keep=2, batch=2, out=out, device="cpu")
+            SampleArgs(prompt="a red circle", model=path, best_of=2, num_images=2, out=out, device="cpu")
         )
         assert (out / "01.png").is_file()
 

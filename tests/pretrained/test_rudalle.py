@@ -172,7 +172,7 @@ def test_the_whole_draws_images_for_captions_in_any_case(parts: Path) -> None:
         == text.encode("ab ж")
         == [4, 8, 4, 7]
     )
-    generation = model.generate("AB Ж", n=2, best_of=2, seed=1, batch=2)
+    generation = model.generate("AB Ж", n=2, best_of=2, seed=1, batch_size=2)
     assert generation.images[0].size == (4 * SIDE, 4 * SIDE)
     assert torch.isfinite(model.log_likelihood("ab", generation.image_tokens).image).all()
     copy = pickle.loads(pickle.dumps(model.text))
@@ -184,8 +184,8 @@ def test_the_whole_draws_images_for_captions_in_any_case(parts: Path) -> None:
 
 
 def test_as_the_script_draws_it(parts: Path) -> None:
-    files = {"model": "pytorch_model.bin", "tokenizer": "bpe.model", "dvae": "vqgan.ckpt"}
-    options = {name: parts / file for name, file in files.items()} | {"best_of": 2, "keep": 2, "batch": 2}
+    files = {"model": "pytorch_model.bin", "text_tokenizer": "bpe.model", "dvae": "vqgan.ckpt"}
+    options = {name: parts / file for name, file in files.items()} | {"best_of": 2, "num_images": 2}
     out = sample(SampleArgs(prompt="ab ж", **options, out=parts / "out", device="cpu"))
     assert (out / "01.png").is_file()
 
