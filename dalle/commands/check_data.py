@@ -2,8 +2,8 @@
 
 python scripts/check_data.py --data.path my/images
 python scripts/check_data.py --data.path "my/tars/{000..099}.tar" --tokenizer runs/text --max-broken 0
-python scripts/check_data.py --data.path my/images --drop-list twice.txt
-python scripts/train_dvae.py --data.path my/images --data.filters.drop-list twice.txt
+python scripts/check_data.py --data.path my/images --exclude-list twice.txt
+python scripts/train_dvae.py --data.path my/images --data.filters.exclude-list twice.txt
 
 Writes report.json, skipped.jsonl (every sample that cannot be used, and why), sheet.png (images with their
 captions) and duplicates.png to --out. --data.filters are tried out one by one, all of the paper's unless you set
@@ -20,8 +20,9 @@ from tqdm import tqdm
 from dalle.config import cli_errors, parse
 from dalle.data import DataConfig, open_source
 from dalle.data.bad_samples import BadSampleLog, check_bad_fraction
+from dalle.data.config import PAPER_FILTERS, FilterConfig
 from dalle.data.dataloader import worker_count
-from dalle.data.filters import PAPER_FILTERS, FilterConfig, language_detector
+from dalle.data.filters import language_detector
 from dalle.data.histograms import aspect, counts_of, plain, said, share, summary, tell_bars, tell_summary
 from dalle.data.statistics import DatasetScanner, DatasetStats, decoded, examine, find_duplicates, tile
 from dalle.io.files import make_directory, write_json, write_text
@@ -55,11 +56,11 @@ class CheckDataArgs:
     """Text slots of the transformer to be, to tell the share of captions that would be cut."""
     sheet: int = 48
     """Images on sheet.png, spread over the whole set; 0 for none."""
-    drop_list: Path | None = None
-    """File for the names of duplicates, all but the first of each image, for --data.filters.drop-list."""
+    exclude_list: Path | None = None
+    """File for the names of duplicates, all but the first of each image, for --data.filters.exclude-list."""
     max_broken: float | None = None
     """Share of broken samples above which the exit status is 1; 0 allows none. Unless given, it is as in training:
-    more than --data.max-skipped and more than a hundred samples."""
+    more than --data.max-bad-fraction and more than a hundred samples."""
 
     def __post_init__(self):
         if self.sheet < 0:
@@ -78,8 +79,8 @@ def check_data(run: CheckDataArgs) -> dict[str, Any]:
     """
     source = _open(run.data)
     out = make_directory(run.out or ROOT / "check")
-    if run.drop_list:
-        make_directory(run.drop_list.parent)
+    if run.exclude_list:
+        make_directory(run.exclude_list.parent)
     workers = worker_count(run.data.workers, len(source))
     text = load_text_input(run.tokenizer) if run.tokenizer else None
     tiles = {i * len(source) // run.sheet for i in range(run.sheet)}
@@ -89,8 +90,8 @@ def check_data(run: CheckDataArgs) -> dict[str, Any]:
     report = _report(run, source, found, skipped, twice, examiner.filters)
     write_json(out / "report.json", report)
     _draw(source, found, twice, out)
-    if run.drop_list:
-        write_text(run.drop_list, "".join(f"{plain(source.name(copy))}\n" for copy, _ in twice))
+    if run.exclude_list:
+        write_text(run.exclude_list, "".join(f"{plain(source.name(copy))}\n" for copy, _ in twice))
     _tell(report, run, out)
     _judge(report["broken"], run, str(skipped))
     return report
@@ -103,15 +104,15 @@ def _open(data: DataConfig) -> DataSource:
         raise ValueError(
             "the shapes are drawn, there is nothing to check; give --data.path with your own images"
         )
-    if data.held_out_path:
-        print(f"note: {data.held_out_path} is not read; check it in a run of its own")
+    if data.val_path:
+        print(f"note: {data.val_path} is not read; check it in a run of its own")
     return open_source(
         data.path,
-        data.kind,
+        data.format,
         data.image_column,
         data.caption_column,
-        images=data.images,
-        cache=data.cache_path,
+        images=data.image_root,
+        cache=data.index_dir,
     )
 
 
@@ -143,7 +144,7 @@ def _read(examiner: DatasetScanner, workers: int, out: Path) -> tuple[DatasetSta
 def _judge(broken: dict[str, Any], run: CheckDataArgs, causes: str) -> None:
     """ValueError when more is broken than allowed."""
     if run.max_broken is None:
-        check_bad_fraction(broken["samples"], broken["of"], run.data.max_skipped, causes)
+        check_bad_fraction(broken["samples"], broken["of"], run.data.max_bad_fraction, causes)
     elif broken["samples"] > run.max_broken * broken["of"]:
         raise ValueError(
             f"{broken['samples']} of {broken['of']} samples cannot be used, more than --max-broken "
@@ -235,8 +236,10 @@ def _tell(report: dict[str, Any], run: CheckDataArgs, out: Path) -> None:
     if "tokens" in report:
         tell_summary("tokens a caption", report["tokens"])
         print(f"  longer than {report['tokens']['room']}, so cut: {said(report['tokens']['cut'])}")
-    listed = f"; written to {run.drop_list}" if run.drop_list else "; --drop-list FILE writes their names"
-    print(f"there twice: {said(twice)}" + listed * bool(twice["samples"] or run.drop_list))
+    listed = (
+        f"; written to {run.exclude_list}" if run.exclude_list else "; --exclude-list FILE writes their names"
+    )
+    print(f"there twice: {said(twice)}" + listed * bool(twice["samples"] or run.exclude_list))
     for pair in twice["named"][:3]:
         print(f"             {pair['copy']} shows what {pair['of']} shows")
     print(f"filters, tried out: {said(report['all_filters'])} would be left out by")

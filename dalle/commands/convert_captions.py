@@ -101,7 +101,7 @@ def convert_captions(run: ConvertCaptionsArgs) -> Converted:
             database.close()
     words = f"--data.path {run.out}"
     if _start_of_paths(run) != run.out.resolve().parent:
-        words += f" --data.images {run.images}"
+        words += f" --data.image-root {run.images}"
     print(f"{run.out}: {done}\nopen it by {words}")
     return done
 

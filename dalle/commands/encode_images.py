@@ -62,7 +62,7 @@ def encode_images(run: EncodeImagesArgs) -> TokenCache | None:
     encoder = Encoder(tokenizer, pairs, run, device)
     writer = TokenWriter(out, encoder.plan(weights, pairs.hash), part, parts)
     log = out / (f"skipped-{part}.jsonl" if parts > 1 else "skipped.jsonl")
-    skipped = BadSampleLog(log, pairs.size, getattr(pairs, "skipped", ()), run.data.max_skipped)
+    skipped = BadSampleLog(log, pairs.size, getattr(pairs, "skipped", ()), run.data.max_bad_fraction)
     for shard, found in encoder.shards(writer, skipped):
         writer.write(shard, *found)
     cache = writer.finish()
@@ -130,7 +130,7 @@ class Encoder:
         """What the tokens depend on, all of it."""
         config = self.run.encode
         settings = to_dict(self.run.data)
-        for name in ("path", "images", "held_out_path", *FREE_OF_DATA):
+        for name in ("path", "image_root", "val_path", *FREE_OF_DATA):
             settings.pop(name)  # which images they are says the hash; they may lie elsewhere
         transform = {"listing": 2, "version": TRANSFORM, "seed": self.run.seed, "precision": self.precision}
         transform["data"] = settings

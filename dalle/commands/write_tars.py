@@ -10,7 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dalle.config import cli_errors, parse
-from dalle.data.sources import Kind, open_source
+from dalle.data.config import Format
+from dalle.data.sources import open_source
 from dalle.data.webdataset_writer import Packed, write_tars
 from dalle.io.files import make_directory
 
@@ -25,7 +26,7 @@ class WriteTarsArgs:
     """Folder of the tars; must hold none yet."""
     shard_size: int = 10_000
     """Samples a tar."""
-    kind: Kind = "auto"
+    kind: Format = "auto"
     """folder, table, tars or hub, where the path does not tell."""
     image_column: str | None = None
     """Column of a table with the images; found among the usual names unless given."""

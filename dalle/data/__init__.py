@@ -5,7 +5,7 @@ from dalle.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "DataConfig": "dataset",
+        "DataConfig": "config",
         "Loader": "dataloader",
         "PairsLoader": "dataloader",
         "StepOfPairs": "dataloader",

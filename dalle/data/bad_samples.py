@@ -52,7 +52,7 @@ def check_bad_fraction(faults: int, seen: int, limit: float, where: str) -> None
     if faults > LEAST and faults > limit * seen:
         raise ValueError(
             f"{faults} of {seen} samples cannot be used ({faults / seen:.1%}, more than {limit:.1%}): {where}; "
-            "mend or remove them (scripts/check_data.py lists all), or raise --data.max-skipped"
+            "mend or remove them (scripts/check_data.py lists all), or raise --data.max-bad-fraction"
         )
 
 

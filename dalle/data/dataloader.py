@@ -162,7 +162,7 @@ class PairsLoader(Loader):
         prefetch: items that each worker keeps ready.
         log: names what is skipped; None only counts. Of several processes each writes its own, skipped-RANK.jsonl
             after the first, and what opening found is told by the first alone.
-        max_skipped: the share above which a run ends; each process judges by what it has read itself.
+        max_bad_fraction: the share above which a run ends; each process judges by what it has read itself.
         receive: turns what `task.finish` made into a batch, in this process.
         pin: as in Loader.
     """
@@ -174,14 +174,14 @@ class PairsLoader(Loader):
         workers: int = 0,
         prefetch: int = 2,
         log: Path | None = None,
-        max_skipped: float = 0.01,
+        max_bad_fraction: float = 0.01,
         receive: Callable[[Any], Any] = lambda made: made,
         pin: bool = False,
     ):
         opening: Sequence[BadSample] = () if task.rank else getattr(task.pairs, "skipped", ())
         if log and task.rank:
             log = log.with_stem(f"{log.stem}-{task.rank}")
-        self.skipped = BadSampleLog(log, task.pairs.size, opening, max_skipped)
+        self.skipped = BadSampleLog(log, task.pairs.size, opening, max_bad_fraction)
 
         def take(step: int, item: tuple[Any, list[BadSample]]) -> Any:
             made, skips = item

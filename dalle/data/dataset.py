@@ -5,7 +5,6 @@ B batch, R resolution
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,10 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.data.bad_samples import BadSampleError, check_bad_fraction, count_causes
-from dalle.data.filters import FilterConfig, Filters
+from dalle.data.config import DataConfig, FilterConfig
+from dalle.data.filters import Filters
 from dalle.data.image_decode import decode, open_image
 from dalle.data.sampler import FeistelPermutation
-from dalle.data.sources import Kind, has_val_split, open_source
+from dalle.data.sources import has_val_split, open_source
 from dalle.data.transforms import transform
 from dalle.io.rng import epoch_stream, generator
 from dalle.shapes.dataset import ShapesDataset
@@ -25,60 +25,6 @@ from dalle.types import BadSample, CaptionedImages, DataSource, ImageTextBatch, 
 
 TRIES = 1000
 """Samples tried in place of one that cannot be used."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where images and captions come from."""
-
-    path: str | None = None
-    """Your images and captions, or the word "shapes" for the embedded set. A folder of images, each with
-    its captions in a .txt (one a line) or .json beside it; a table (.csv .tsv .jsonl .parquet) or a folder of
-    them; WebDataset tars: one, a folder of them, a pattern as "data/{000..099}.tar"; or a folder that Hugging
-    Face datasets wrote."""
-    kind: Kind = "auto"
-    """folder, table, tars or hub, where the path does not tell."""
-    image_column: str | None = None
-    """Column of a table with the images; found among the usual names (image, file_name, path, ...)."""
-    caption_column: str | None = None
-    """Column of a table, or key in JSON, with the captions; several with commas. Found like the images'."""
-    images: str | None = None
-    """Folder that a table's relative paths start from; the table's own unless given."""
-    resolution: int = 256
-    """Pixels on a side (2.1)."""
-    held_out: float = 0.05
-    """Share of the images kept for evaluation, chosen by name; a set with a part of its own for that (files
-    named val*, a split "validation") keeps that part instead."""
-    held_out_path: str | None = None
-    """Images for evaluation that lie elsewhere; then all of `path` is trained on."""
-    filters: FilterConfig = FilterConfig()
-    """Which samples are dropped (2.3)."""
-    draft: bool = False
-    """Decode large JPEGs at a half, a quarter or an eighth, never below twice the resolution, before they are
-    cropped: nearly twice as fast, but not the pixels that the listings give (docs/paper.md)."""
-    max_skipped: float = 0.01
-    """Share of broken samples above which a run ends, once there are more than a hundred."""
-    workers: int = -1
-    """Processes that read and decode ahead; 0 does it in the training process, -1 takes one for each core but
-    one, eight at most, and none for the shapes. The batches are the same for any number."""
-    prefetch: int = 2
-    """Batches that each of them keeps ready."""
-    cache_path: str | None = None
-    """Where indexes of tars and tables lie; a hidden folder beside the data, or ~/.cache/dalle, unless given."""
-    seed: int = 0
-    """Which drawing of the shapes set."""
-
-    def __post_init__(self):
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out must lie between 0 and 1, got {self.held_out}")
-        if not 0 <= self.max_skipped <= 1:
-            raise ValueError(f"max_skipped must lie in [0, 1], got {self.max_skipped}")
-        if self.workers < -1:
-            raise ValueError(
-                f"workers must be -1 (as many as there are cores), 0 or more, got {self.workers}"
-            )
-        if self.prefetch < 1:
-            raise ValueError(f"prefetch must be positive, got {self.prefetch}")
 
 
 def open_dataset(config: DataConfig, split: str = "train", siblings: bool = False) -> CaptionedImages:
@@ -95,29 +41,34 @@ def open_dataset(config: DataConfig, split: str = "train", siblings: bool = Fals
     if config.path is None:
         raise ValueError("no data: give --data.path FOLDER, or --data.path shapes for the embedded set")
     if config.path == "shapes":
-        return ShapesDataset(config.resolution, config.seed, split, siblings)
+        return ShapesDataset(config.resolution, config.shapes_seed, split, siblings)
     if split not in ("train", "held_out"):
         raise ValueError(f"unknown split {split!r}; expected train or held_out")
-    path, part, held_out = config.path, "all", config.held_out
-    if config.held_out_path is not None and split == "held_out":
-        path, held_out = config.held_out_path, None
-    elif has_val_split(config.path, config.kind):
+    path, part, held_out = config.path, "all", config.val_fraction
+    if config.val_path is not None and split == "held_out":
+        path, held_out = config.val_path, None
+    elif has_val_split(config.path, config.format):
         part, held_out = split, None
-    elif config.held_out_path is not None:
+    elif config.val_path is not None:
         held_out = None
     source = open_source(
         path,
-        config.kind,
+        config.format,
         config.image_column,
         config.caption_column,
         part=part,
-        images=config.images,
-        cache=config.cache_path,
+        images=config.image_root,
+        cache=config.index_dir,
     )
     check_bad_fraction(
-        len(source.skipped), len(source) + len(source.skipped), config.max_skipped, _examples(source.skipped)
+        len(source.skipped),
+        len(source) + len(source.skipped),
+        config.max_bad_fraction,
+        _examples(source.skipped),
     )
-    return ImageTextDataset(source, config.resolution, split, held_out, Filters(config.filters), config.draft)
+    return ImageTextDataset(
+        source, config.resolution, split, held_out, Filters(config.filters), config.jpeg_draft
+    )
 
 
 def load_images(
@@ -161,7 +112,7 @@ class ImageTextDataset:
             self._numbers = np.flatnonzero(chosen).astype(dtype)
             if not len(self._numbers):
                 raise ValueError(
-                    f"none of {len(source)} pairs falls into split {split!r}; raise --data.held-out"
+                    f"none of {len(source)} pairs falls into split {split!r}; raise --data.val-fraction"
                 )
         self.size = len(source) if self._numbers is None else len(self._numbers)
         part = f"{split} {held_out}" if held_out is not None else "whole"

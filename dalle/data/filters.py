@@ -4,58 +4,25 @@ On by default are the two that the paper states exactly and that a real caption 
 that are only boilerplate, and images so long that a square crop would cut away what the caption mentions. Off
 unless asked for are those for which the paper gives no number ("too short") or that rest on a judge which errs on
 few words (the language): a user's "cat" stays. Duplicates need a look at the whole set: scripts/check_data.py finds
-them and writes the list of names that `drop_list` takes.
+them and writes the list of names that `exclude_list` takes.
 """
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
+from dalle.data.config import FilterConfig
 
-@dataclass(frozen=True)
-class FilterConfig:
-    """Each filter drops what it names and counts it; None or 0 or false switches it off."""
-
-    boilerplate: bool = True
-    """Drop captions that are a date and the words around it ("photographed on 3 May 2009"), or a camera's file
-    name, and nothing else (2.3)."""
-    max_aspect: float | None = 2.0
-    """Drop images whose longer side is more than so many times the shorter (2.3: outside [1/2, 2])."""
-    min_words: int = 0
-    """Drop captions of fewer words (2.3, where the number is not given)."""
-    language: str | None = None
-    """Drop captions that are surely in another language than this two-letter code; the paper keeps "en" (2.3).
-    Needs `pip install py3langid`; wrong for some of one or two words."""
-    min_side: int = 0
-    """Drop images with fewer pixels on the shorter side. Training crops need the resolution in any case."""
-    drop_list: Path | None = None
-    """Drop the samples whose names this file holds, one a line; scripts/check_data.py writes one of duplicates."""
-
-    def __post_init__(self):
-        if self.max_aspect is not None and not self.max_aspect >= 1:
-            raise ValueError(
-                f"max_aspect is longer side / shorter side, so at least 1 (or None), got {self.max_aspect}"
-            )
-        for name in ("min_words", "min_side"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 (off) or more, got {getattr(self, name)}")
-        if self.language is not None and not re.fullmatch("[a-z]{2,3}", self.language):
-            raise ValueError(f"language must be a code such as en, de or zh (or None), got {self.language!r}")
-
-
-PAPER_FILTERS = FilterConfig(min_words=3, language="en")
-"""All that section 2.3 names; three words is our number where the paper has none."""
-
-_OFF = FilterConfig(boilerplate=False, max_aspect=None)
+_OFF = FilterConfig(boilerplate=False, max_aspect_ratio=None)
 
 
 class Filters:
     """The filters of a configuration, in the order of its fields.
 
     Raises:
-        ValueError: a drop list that cannot be read, or an unknown language.
+        ValueError: a exclude list that cannot be read, or an unknown language.
         ImportError: a language, and py3langid is not installed.
     """
 
@@ -69,7 +36,7 @@ class Filters:
         if config.language:
             probably = language_detector(config.language)
             self._caption_tests["language"] = lambda caption: probably(caption) not in (None, config.language)
-        self._names = _read_names(config.drop_list) if config.drop_list else frozenset()
+        self._names = _read_names(config.exclude_list) if config.exclude_list else frozenset()
 
     def __reduce__(self):
         return Filters, (self.config,)  # worker processes build their own
@@ -80,10 +47,12 @@ class Filters:
         A filter of captions drops a sample when it leaves none of the captions that there were.
         """
         if name is not None and name in self._names:
-            return "drop list"
-        if self.config.max_aspect and max(width, height) > self.config.max_aspect * min(width, height):
+            return "exclude list"
+        if self.config.max_aspect_ratio and max(width, height) > self.config.max_aspect_ratio * min(
+            width, height
+        ):
             return "aspect"
-        if min(width, height) < self.config.min_side:
+        if min(width, height) < self.config.min_size:
             return "too small"
         for filter_name, drops in self._caption_tests.items():
             left = [caption for caption in captions if not drops(caption)]
@@ -104,10 +73,10 @@ class Filters:
 def one_by_one(config: FilterConfig) -> dict[str, FilterConfig]:
     """Each filter that is on, alone, under the name that `Filters.reason` gives it: for a dry run."""
     names = {
-        "max_aspect": "aspect",
+        "max_aspect_ratio": "aspect",
         "min_words": "too short",
-        "min_side": "too small",
-        "drop_list": "drop list",
+        "min_size": "too small",
+        "exclude_list": "exclude list",
     }
     chosen = {field.name: getattr(config, field.name) for field in fields(config)}
     return {names.get(key, key): replace(_OFF, **{key: value}) for key, value in chosen.items() if value}
@@ -118,7 +87,7 @@ def _read_names(path: Path) -> frozenset[str]:
         return frozenset(path.read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"cannot read the drop list {path} ({error}); give a text file of names, one a line"
+            f"cannot read the exclude list {path} ({error}); give a text file of names, one a line"
         ) from None
 
 

@@ -15,9 +15,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dalle.data.bad_samples import BadSampleError
+from dalle.data.config import FilterConfig
 from dalle.data.dataloader import Loader
 from dalle.data.dedup import alike, copies, image_hash, small_copy
-from dalle.data.filters import FilterConfig, Filters, count_words, one_by_one
+from dalle.data.filters import Filters, count_words, one_by_one
 from dalle.data.image_decode import decode, open_image
 from dalle.types import BadSample, DataSource, RawSample, TextTokenizerLike
 

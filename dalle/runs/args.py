@@ -27,7 +27,7 @@ MAKE_COMMANDS = {
     "transformer": "python scripts/train_transformer.py --config configs/transformer/shapes.yaml",
     "clip": "python scripts/train_clip.py --config configs/clip/shapes.yaml",
 }
-FREE_OF_DATA = ("workers", "prefetch", "cache_path", "max_skipped")
+FREE_OF_DATA = ("workers", "prefetch", "index_dir", "max_bad_fraction")
 """Settings of the data that leave every image as it is."""
 _MARKS = {"text": "text.json", "tokens": "meta.json"}
 
@@ -122,7 +122,7 @@ def loader(
     data = run.data
     log = make_directory(out) / "skipped.jsonl"
     pin = resolve_device(run.device).type == "cuda"
-    return PairsLoader(task, run.steps, data.workers, data.prefetch, log, data.max_skipped, receive, pin)
+    return PairsLoader(task, run.steps, data.workers, data.prefetch, log, data.max_bad_fraction, receive, pin)
 
 
 def is_complete(stage: str, root: Path | None = None) -> bool:

@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "BPETokenizer": "bpe",
         "TextTokenizer": "tokenizer",
-        "TextTokenizerConfig": "tokenizer",
+        "TextTokenizerConfig": "config",
         "load_text_tokenizer": "load",
         "text_tokenizer_from_dict": "load",
         "train_text_tokenizer": "train_bpe",

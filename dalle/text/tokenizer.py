@@ -23,17 +23,17 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ftfy
 
 from dalle.text.bpe import BPETokenizer
+from dalle.text.config import FIRST_BYTE_ID, TextTokenizerConfig
 
 FORMAT, VERSION = "dalle-text-tokenizer", 1
 UNKNOWN_ID = 0
-FIRST_BYTE_ID = 1
 WORD_START = "\u2581"
 UNKNOWN_TEXT = "\ufffd"
 MAX_PIECE = 64  # characters; encoding a piece is quadratic in its length, so an endless word is cut
@@ -52,29 +52,6 @@ SPACING = (
     (re.compile(r"(?<=[a-z]) ([-/]) (?=[a-z])"), r"\1"),  # black - white -> black-white
     (re.compile(r"(?<=[a-z]) ' (?=(?:s|t|re|ve|ll|d|m)\b)"), "'"),  # dog ' s -> dog's
 )
-
-
-@dataclass(frozen=True)
-class TextTokenizerConfig:
-    vocab_size: int = 16384
-    """The most ids there may be: unknown, bytes, characters and merges together. Section 2.2."""
-    byte_fallback: bool = True
-    """Spell a character outside the alphabet as its UTF-8 bytes, instead of unknown. The paper is silent."""
-    character_coverage: float = 0.9999
-    """Share of the training text that the alphabet covers; rarer characters are left out, so that thousands
-    of symbols seen once do not take the ids of merges. The paper is silent."""
-
-    def __post_init__(self):
-        if type(self.vocab_size) is not int or self.vocab_size < 1:
-            raise ValueError(f"vocab_size must be a positive integer, not {self.vocab_size!r}")
-        if type(self.byte_fallback) is not bool:
-            raise ValueError(f"byte_fallback must be true or false, not {self.byte_fallback!r}")
-        if not 0 < self.character_coverage <= 1:
-            raise ValueError(f"character_coverage must be in (0, 1], not {self.character_coverage!r}")
-
-    @property
-    def first_character_id(self) -> int:
-        return FIRST_BYTE_ID + (256 if self.byte_fallback else 0)
 
 
 def normalize(caption: str) -> list[str]:

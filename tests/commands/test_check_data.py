@@ -17,7 +17,7 @@ from dalle.commands import check_data as stage
 from dalle.commands.check_data import CheckDataArgs, check_data
 from dalle.data import DataConfig, open_dataset
 from dalle.data import statistics as examination
-from dalle.data.filters import PAPER_FILTERS, FilterConfig
+from dalle.data.config import PAPER_FILTERS, FilterConfig
 from dalle.data.histograms import aspect, doublings, plain, share, summary, tell_bars, tell_summary
 from dalle.data.sources import open_source
 from dalle.data.statistics import TILE, DatasetScanner, DatasetStats, examine, find_duplicates
@@ -157,7 +157,7 @@ def test_more_than_a_run_bears_fails(broken_tar, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"5 of 20 samples cannot be used \(25.0%, more than 1.0%\)"):
         check_data(run_of(broken_tar, tmp_path / "out"))
     run = run_of(broken_tar, tmp_path / "out")
-    check_data(replace(run, data=replace(run.data, max_skipped=0.25)))
+    check_data(replace(run, data=replace(run.data, max_bad_fraction=0.25)))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_no_data_is_said(tmp_path, monkeypatch, path, said):
 
 def test_a_second_path_is_said_not_to_be_read(folder, broken_tar, tmp_path, capsys):
     run = run_of(folder, tmp_path / "out")
-    report = check_data(replace(run, data=replace(run.data, held_out_path=str(broken_tar))))
+    report = check_data(replace(run, data=replace(run.data, val_path=str(broken_tar))))
     assert report["samples"] == 7
     assert f"note: {broken_tar} is not read" in capsys.readouterr().out
 
@@ -243,12 +243,10 @@ def test_each_filter_of_the_paper_is_tried_and_shows_what_it_would_drop(folder, 
 
 
 def test_all_filters_leave_out_what_training_leaves_out(folder, tmp_path):
-    filters = FilterConfig(min_words=2, min_side=30)
+    filters = FilterConfig(min_words=2, min_size=30)
     report = check_data(run_of(folder, tmp_path / "out", filters))
     assert list(report["filters"]) == ["boilerplate", "aspect", "too short", "too small"]
-    pairs = open_dataset(
-        DataConfig(path=str(folder), resolution=8, filters=filters, held_out_path=str(folder))
-    )
+    pairs = open_dataset(DataConfig(path=str(folder), resolution=8, filters=filters, val_path=str(folder)))
     skips = pairs.load([(0, i) for i in range(pairs.size)]).skipped
     assert report["all_filters"]["samples"] == len(skips) == 4
     assert {skip.name for skip in skips} == {"b.png", "c.png", "f.png", "g.png"}
@@ -293,23 +291,21 @@ def test_tokens_are_counted_and_the_cut_told(folder, tmp_path):
 
 
 def test_duplicates_are_found_and_listed_for_training(folder, tmp_path):
-    run = run_of(folder, tmp_path / "out", drop_list=tmp_path / "lists" / "twice.txt")
+    run = run_of(folder, tmp_path / "out", exclude_list=tmp_path / "lists" / "twice.txt")
     report = check_data(run)
     assert report["duplicates"] == share(1, 7) | {"named": [{"copy": "e.jpg", "of": "a.png"}]}
-    assert run.drop_list.read_text() == "e.jpg\n"
+    assert run.exclude_list.read_text() == "e.jpg\n"
     assert Image.open(tmp_path / "out" / "duplicates.png").width > 2 * TILE
-    filters = FilterConfig(boilerplate=False, max_aspect=None, drop_list=run.drop_list)
-    pairs = open_dataset(
-        DataConfig(path=str(folder), resolution=8, filters=filters, held_out_path=str(folder))
-    )
+    filters = FilterConfig(boilerplate=False, max_aspect_ratio=None, exclude_list=run.exclude_list)
+    pairs = open_dataset(DataConfig(path=str(folder), resolution=8, filters=filters, val_path=str(folder)))
     skipped = pairs.load([(0, i) for i in range(pairs.size)]).skipped
-    assert [(skip.name, skip.cause) for skip in skipped] == [("e.jpg", "filter:drop list")]
+    assert [(skip.name, skip.cause) for skip in skipped] == [("e.jpg", "filter:exclude list")]
 
 
 def test_a_list_of_no_duplicates_is_empty(broken_tar, tmp_path):
-    run = run_of(broken_tar, tmp_path / "out", drop_list=tmp_path / "twice.txt")
+    run = run_of(broken_tar, tmp_path / "out", exclude_list=tmp_path / "twice.txt")
     assert check_data(run)["duplicates"]["samples"] == 0
-    assert run.drop_list.read_text() == ""
+    assert run.exclude_list.read_text() == ""
     assert not (tmp_path / "out" / "duplicates.png").exists()
 
 
@@ -454,5 +450,11 @@ def test_the_command_tells_all_and_its_status_serves_a_script(command, broken_ta
 def test_help_teaches(command):
     status, said = command("--help")
     assert status == 0
-    for words in ("--max-broken", "--drop-list", "--tokenizer", "--data.filters.min-words", "skipped.jsonl"):
+    for words in (
+        "--max-broken",
+        "--exclude-list",
+        "--tokenizer",
+        "--data.filters.min-words",
+        "skipped.jsonl",
+    ):
         assert words in said

@@ -286,7 +286,7 @@ def test_paths_start_at_the_table_or_at_the_images(tmp_path, capsys):
     }.items():
         convert_captions(ConvertCaptionsArgs("flickr", file, tmp_path / "images", tmp_path / out))
         assert list(table(tmp_path / out)) == [path]
-        assert ("--data.images" in capsys.readouterr().out) == (out == "else/t.jsonl")
+        assert ("--data.image-root" in capsys.readouterr().out) == (out == "else/t.jsonl")
 
 
 def test_the_table_is_the_same_again_and_replaces_the_old_one(tmp_path):

@@ -112,7 +112,7 @@ class TestOwnImages:
     def test_classes_are_the_captions(self, run, folder, tmp_path_factory):
         classes = tmp_path_factory.mktemp("classes") / "names.txt"
         classes.write_text("red\ngreen\nblue\n", encoding="utf-8")
-        data = DataConfig(path=str(folder), held_out_path=str(folder), workers=0)
+        data = DataConfig(path=str(folder), val_path=str(folder), workers=0)
         found = evaluate(
             replace(run, parts=("clip",), data=data, classes=classes, templates=("a {} circle",))
         )["clip"]
@@ -127,7 +127,7 @@ class TestOwnImages:
         }
 
     def test_pairs_come_in_order_and_no_more_than_asked_for(self, folder):
-        data = DataConfig(path=str(folder), held_out_path=str(folder), workers=0)
+        data = DataConfig(path=str(folder), val_path=str(folder), workers=0)
         pairs = HeldOut(data, 32, 7, 3, 0)
         sizes = [len(batch.captions) for batch in pairs.batches()]
         assert sizes == [3, 3, 1]
@@ -135,7 +135,7 @@ class TestOwnImages:
 
     def test_other_images_are_other_facts(self, folder):
         """Else statistics of real images would be taken for those of others."""
-        data = DataConfig(path=str(folder), held_out_path=str(folder), workers=0)
+        data = DataConfig(path=str(folder), val_path=str(folder), workers=0)
         facts = HeldOut(data, 32, 9, 3, 0).facts()
         for changed, count, side in (
             (replace(data, filters=replace(data.filters, min_words=3)), 9, 32),
@@ -145,7 +145,7 @@ class TestOwnImages:
             assert HeldOut(changed, side, count, 3, 0).facts() != facts
 
     def test_classes_that_no_caption_names(self, folder):
-        data = DataConfig(path=str(folder), held_out_path=str(folder), workers=0)
+        data = DataConfig(path=str(folder), val_path=str(folder), workers=0)
         with pytest.raises(ValueError, match=r"no held-out caption .* is the name of a class, as 'dog'"):
             list(HeldOut(data, 32, 9, 3, 0).labelled(["dog", "cat"]))
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.failing import Failing
 from PIL import Image
 
 from dalle.commands.train_dvae import train_dvae
@@ -137,20 +138,6 @@ def test_the_ranks_together_load_the_step_of_one():
     assert halves[0][2] + halves[1][2] == whole[2]
 
 
-@dataclass(frozen=True)
-class Failing:
-    how: str
-
-    def __call__(self, step):
-        if step == 1 and self.how == "dies":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if step == 1 and self.how == "hangs":
-            time.sleep(600)
-        if step == 1 and self.how == "raises":
-            raise ValueError("row 7 of the table is upside down")
-        return step
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_users_mistake_comes_out_of_a_worker_as_one_sentence(workers):
     with Loader(Failing("raises"), 3, workers) as batches:
@@ -198,7 +185,7 @@ def test_workers_end_with_the_loader():
 
 KILLED = """
 import os, signal, sys
-from data.test_dataloader import Failing
+from helpers.failing import Failing
 from dalle.data.dataloader import Loader
 if __name__ == "__main__":
     batches = Loader(Failing("works"), 10**6, workers=1, start_method=sys.argv[1])
@@ -212,9 +199,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_workers_end_when_the_training_is_killed(method, tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, [Path(__file__).parents[2], Path(__file__).parent]))
-    }
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3]))}
     command = [sys.executable, tmp_path / "killed.py", method]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as done:
         worker = int(done.stdout.readline())
@@ -380,12 +365,12 @@ def test_much_that_is_broken_is_said_when_the_set_is_opened(tmp_path):
     for i in range(150):
         (tmp_path / f"{i}.png").write_bytes(b"")
     (tmp_path / "1.txt").write_text("the only caption")
-    config = DataConfig(str(tmp_path), held_out=1e-9)
+    config = DataConfig(str(tmp_path), val_fraction=1e-9)
     with pytest.raises(
         ValueError, match=r"149 of 150 samples cannot be used .*149 missing twin; for example 0\.png"
     ):
         open_dataset(config)
-    assert open_dataset(replace(config, max_skipped=1.0)).size == 1
+    assert open_dataset(replace(config, max_bad_fraction=1.0)).size == 1
 
 
 # Decoding.
@@ -466,8 +451,8 @@ def test_a_large_jpeg_is_decoded_whole_unless_a_draft_is_asked_for(tmp_path, aug
     big = encoded("JPEG", (200, 160))
     (tmp_path / "a.jpg").write_bytes(big)
     (tmp_path / "a.txt").write_text("noise")
-    config = DataConfig(str(tmp_path), resolution=16, held_out=1e-9)
-    pairs = [open_dataset(replace(config, draft=asked)) for asked in (False, True)]
+    config = DataConfig(str(tmp_path), resolution=16, val_fraction=1e-9)
+    pairs = [open_dataset(replace(config, jpeg_draft=asked)) for asked in (False, True)]
     whole, draft = (each.load([(0, 0)], augment, 3).pixels for each in pairs)
     for side, pixels in ((None, whole), (32, draft)):
         image = decode(open_image(big, "a"), "a", side)
@@ -542,7 +527,7 @@ def own_run(tiny_runs, tmp_path, path, out, workers, steps=8):
         tiny_runs.dvae.data,
         path=str(path),
         workers=workers,
-        held_out_path=str(there if there.exists() else write_folder(there, {})),
+        val_path=str(there if there.exists() else write_folder(there, {})),
     )
     return replace(tiny_runs.dvae, data=data, out=tmp_path / out, steps=steps, eval_samples=2)
 

@@ -66,8 +66,8 @@ def add_pair(folder, name, captions="a caption\n", level=0, size=(24, 20)):
     return path
 
 
-def folder_pairs(folder, split="train", resolution=16, held_out=0.05):
-    return ImageTextDataset(FolderSource(folder), resolution, split, held_out)
+def folder_pairs(folder, split="train", resolution=16, val_fraction=0.05):
+    return ImageTextDataset(FolderSource(folder), resolution, split, val_fraction)
 
 
 def pixels_of(pairs, indices, augment="none", seed=0):
@@ -96,14 +96,14 @@ def names(pairs, folder):
 
 def test_captions_are_the_lines_of_the_file_beside_the_image(tmp_path):
     add_pair(tmp_path, "a.png", "one dog\n\n  two dogs \r\nö\n")
-    pairs = folder_pairs(tmp_path, held_out=1e-9)
+    pairs = folder_pairs(tmp_path, val_fraction=1e-9)
     assert pairs.size == 1
     assert pairs.captions([0]) == [["one dog", "two dogs", "ö"]]
 
 
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
     add_pair(tmp_path, "a.png", "\ufeffone dog")
-    assert folder_pairs(tmp_path, held_out=1e-9).captions([0]) == [["one dog"]]
+    assert folder_pairs(tmp_path, val_fraction=1e-9).captions([0]) == [["one dog"]]
 
 
 def test_equal_stems_in_two_folders_have_their_own_captions(folder):
@@ -132,7 +132,7 @@ def test_other_files_are_left_alone(folder):
 
 def test_the_splits_are_disjoint_and_together_everything(folder):
     train, held_out = (
-        names(folder_pairs(folder, split, held_out=0.3), folder) for split in ("train", "held_out")
+        names(folder_pairs(folder, split, val_fraction=0.3), folder) for split in ("train", "held_out")
     )
     assert not set(train) & set(held_out)
     assert len(train) + len(held_out) == 40
@@ -140,7 +140,7 @@ def test_the_splits_are_disjoint_and_together_everything(folder):
 
 
 def test_a_image_keeps_its_split_whatever_lies_beside_it(folder, tmp_path_factory):
-    held_out = names(folder_pairs(folder, "held_out", held_out=0.3), folder)
+    held_out = names(folder_pairs(folder, "held_out", val_fraction=0.3), folder)
     elsewhere = tmp_path_factory.mktemp("moved") / "set"
     shutil.copytree(folder, elsewhere)
     for i in range(20):
@@ -148,12 +148,14 @@ def test_a_image_keeps_its_split_whatever_lies_beside_it(folder, tmp_path_factor
     for name in names(folder_pairs(folder), folder)[::2]:
         (elsewhere / name).unlink()
     left = [name for name in held_out if (elsewhere / name).exists()]
-    again = names(folder_pairs(elsewhere, "held_out", held_out=0.3), elsewhere)
+    again = names(folder_pairs(elsewhere, "held_out", val_fraction=0.3), elsewhere)
     assert [name for name in again if not name.startswith("birds")] == left
 
 
 def test_a_larger_share_holds_out_more_and_keeps_what_was_held_out(folder):
-    few, many = (set(names(folder_pairs(folder, "held_out", held_out=share), folder)) for share in (0.2, 0.5))
+    few, many = (
+        set(names(folder_pairs(folder, "held_out", val_fraction=share), folder)) for share in (0.2, 0.5)
+    )
     assert few < many
 
 
@@ -181,9 +183,9 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_an_empty_split_is_refused(tmp_path):
     add_pair(tmp_path, "a.png")
     with pytest.raises(
-        ValueError, match=r"none of 1 pairs falls into split 'held_out'; raise --data\.held-out"
+        ValueError, match=r"none of 1 pairs falls into split 'held_out'; raise --data.val-fraction"
     ):
-        folder_pairs(tmp_path, "held_out", held_out=1e-9)
+        folder_pairs(tmp_path, "held_out", val_fraction=1e-9)
 
 
 def test_an_unknown_split_is_refused(folder):
@@ -194,12 +196,12 @@ def test_an_unknown_split_is_refused(folder):
 @pytest.mark.parametrize("text", ["", " \n\n"])
 def test_an_empty_caption_file_is_named(tmp_path, text):
     add_pair(tmp_path, "a.png", text)
-    assert causes(folder_pairs(tmp_path, held_out=1e-9)) == [(0, "a.png", "empty caption", "")]
+    assert causes(folder_pairs(tmp_path, val_fraction=1e-9)) == [(0, "a.png", "empty caption", "")]
 
 
 def test_captions_that_are_not_utf8_are_named(tmp_path):
     add_pair(tmp_path, "a.png").with_suffix(".txt").write_bytes("schön".encode("latin-1"))
-    pairs = folder_pairs(tmp_path, held_out=1e-9)
+    pairs = folder_pairs(tmp_path, val_fraction=1e-9)
     [(_, name, cause, _)] = causes(pairs)
     assert (name, cause) == ("a.txt", "caption not UTF-8")
     assert pairs.captions([0]) == [[]]
@@ -209,14 +211,14 @@ def test_captions_that_are_not_utf8_are_named(tmp_path):
 
 def test_a_broken_image_is_named(tmp_path):
     add_pair(tmp_path, "a.png").write_bytes(b"no image")
-    [(index, name, cause, _)] = causes(folder_pairs(tmp_path, held_out=1e-9))
+    [(index, name, cause, _)] = causes(folder_pairs(tmp_path, val_fraction=1e-9))
     assert (index, name, cause) == (0, "a.png", "wrong type")
 
 
 @pytest.mark.parametrize("augment", ["dvae", "transformer"])
 def test_a_image_too_small_to_crop_is_named(tmp_path, augment):
     add_pair(tmp_path, "tiny.png", size=(30, 15))
-    pairs = folder_pairs(tmp_path, held_out=1e-9)
+    pairs = folder_pairs(tmp_path, val_fraction=1e-9)
     detail = "image of 30 x 15 is smaller than the 16 x 16 asked for"
     assert causes(pairs, augment=augment) == [(0, "tiny.png", "too small", detail)]
     assert pixels_of(pairs, [0]).shape == (1, 3, 16, 16)  # without augmentation it is enlarged
@@ -226,7 +228,7 @@ def noisy_pairs(folder):
     for i in range(3):
         path = add_pair(folder, f"{i}.png")
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(path)
-    return folder_pairs(folder, held_out=1e-9)
+    return folder_pairs(folder, val_fraction=1e-9)
 
 
 @pytest.mark.parametrize("augment", ["dvae", "transformer"])
@@ -249,9 +251,9 @@ def test_a_sample_is_cropped_anew_each_epoch(tmp_path):
 
 
 def test_open_pairs_opens_a_folder_or_the_shapes(folder):
-    config = DataConfig(str(folder), resolution=16, held_out=0.3)
+    config = DataConfig(str(folder), resolution=16, val_fraction=0.3)
     assert names(open_dataset(config, "held_out"), folder) == names(
-        folder_pairs(folder, "held_out", held_out=0.3), folder
+        folder_pairs(folder, "held_out", val_fraction=0.3), folder
     )
     shapes = open_dataset(DataConfig("shapes", resolution=32))
     assert shapes.size is None
@@ -265,8 +267,8 @@ def test_no_data_says_what_to_give():
 
 @pytest.mark.parametrize("share", [0, 1, -0.1])
 def test_a_held_out_share_must_leave_something(share):
-    with pytest.raises(ValueError, match="held_out must lie between 0 and 1"):
-        DataConfig(held_out=share)
+    with pytest.raises(ValueError, match="val_fraction must lie between 0 and 1"):
+        DataConfig(val_fraction=share)
 
 
 def test_images_that_cannot_be_used_are_left_out_and_named(tmp_path):
@@ -275,7 +277,7 @@ def test_images_that_cannot_be_used_are_left_out_and_named(tmp_path):
     (tmp_path / "c.png").write_bytes(b"not an image")
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text("a caption")
-    batch = folder_pairs(tmp_path, resolution=32, held_out=1e-9).load([(0, 0), (0, 1), (0, 2)], "dvae")
+    batch = folder_pairs(tmp_path, resolution=32, val_fraction=1e-9).load([(0, 0), (0, 1), (0, 2)], "dvae")
     assert batch.samples == [(0, 0)]
     assert [(skip.name, skip.cause) for skip in batch.skipped] == [
         ("b.png", "too small"),
@@ -288,4 +290,4 @@ def test_another_set_of_images_has_another_hash(folder):
     assert folder_pairs(folder).hash == before
     Image.new("RGB", (40, 40)).save(folder / "zz.png")
     (folder / "zz.txt").write_text("one more")
-    assert folder_pairs(folder, held_out=1e-9).hash != before
+    assert folder_pairs(folder, val_fraction=1e-9).hash != before

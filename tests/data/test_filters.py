@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from dalle.data.filters import PAPER_FILTERS, FilterConfig, Filters, count_words, is_boilerplate, one_by_one
+from dalle.data.config import PAPER_FILTERS, FilterConfig
+from dalle.data.filters import Filters, count_words, is_boilerplate, one_by_one
 
-OFF = FilterConfig(boilerplate=False, max_aspect=None)
+OFF = FilterConfig(boilerplate=False, max_aspect_ratio=None)
 
 
 def reason(captions, width=300, height=300, name=None, base=OFF, **settings):
@@ -49,12 +50,12 @@ def test_every_filter_can_be_off():
     ],
 )
 def test_aspect_keeps_from_half_to_two(width, height, dropped):
-    assert reason(["a"], width, height, max_aspect=2.0) == ("aspect" if dropped else None)
+    assert reason(["a"], width, height, max_aspect_ratio=2.0) == ("aspect" if dropped else None)
 
 
 @pytest.mark.parametrize(("width", "height", "dropped"), [(64, 64, False), (63, 500, True), (500, 63, True)])
 def test_small_is_by_the_shorter_side(width, height, dropped):
-    assert reason(["a"], width, height, min_side=64) == ("too small" if dropped else None)
+    assert reason(["a"], width, height, min_size=64) == ("too small" if dropped else None)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +107,8 @@ def test_a_image_without_captions_is_not_a_matter_of_caption_filters():
 
 def test_names_of_a_list_go(tmp_path):
     (tmp_path / "drop.txt").write_text("cats/1.png\nhündin.png\n", encoding="utf-8")
-    settings = {"drop_list": tmp_path / "drop.txt"}
-    assert reason(["a"], name="hündin.png", **settings) == "drop list"
+    settings = {"exclude_list": tmp_path / "drop.txt"}
+    assert reason(["a"], name="hündin.png", **settings) == "exclude list"
     assert reason(["a"], name="cats/2.png", **settings) is None
     assert reason(["a"], **settings) is None
 
@@ -249,10 +250,10 @@ def test_a_missing_detector_is_told(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"max_aspect": 0.5}, "max_aspect is longer side / shorter side, so at least 1"),
-        ({"max_aspect": float("nan")}, "max_aspect"),
+        ({"max_aspect_ratio": 0.5}, "max_aspect_ratio is longer side / shorter side, so at least 1"),
+        ({"max_aspect_ratio": float("nan")}, "max_aspect_ratio"),
         ({"min_words": -1}, "min_words must be 0"),
-        ({"min_side": -1}, "min_side must be 0"),
+        ({"min_size": -1}, "min_size must be 0"),
         ({"language": "English"}, "language must be a code such as en"),
     ],
 )
@@ -262,15 +263,15 @@ def test_settings_that_mean_nothing_are_refused(settings, said):
 
 
 def test_a_drop_list_that_is_not_there_is_told(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot read the drop list .*nowhere.*a text file of names"):
-        Filters(FilterConfig(drop_list=tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"cannot read the exclude list .*nowhere.*a text file of names"):
+        Filters(FilterConfig(exclude_list=tmp_path / "nowhere"))
 
 
 def test_the_filters_one_by_one_cover_those_that_are_on(tmp_path):
     (tmp_path / "drop").touch()
     config = FilterConfig(True, 2.0, 3, None, 64, tmp_path / "drop")
     alone = one_by_one(config)
-    assert list(alone) == ["boilerplate", "aspect", "too short", "too small", "drop list"]
+    assert list(alone) == ["boilerplate", "aspect", "too short", "too small", "exclude list"]
     assert alone["too short"] == replace(OFF, min_words=3)
     assert one_by_one(OFF) == {}
 

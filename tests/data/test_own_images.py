@@ -63,7 +63,7 @@ def test_the_command_trains_past_five_kinds_of_broken_members_and_reports_exactl
     write_folder(tmp_path / "held-out", {})
     words = ["--config", tiny_configs / "dvae" / "shapes.yaml", "--data.path", "set.tar", "--steps", "8"]
     words += [
-        "--data.held-out-path",
+        "--data.val-path",
         "held-out",
         "--eval-samples",
         "2",

@@ -328,7 +328,7 @@ def greys(monkeypatch) -> SimpleNamespace:
     """Encoding ten grey images with `Brightness`; .pairs says what was read, .run(...) encodes."""
     place = SimpleNamespace(pairs=Greys())
     monkeypatch.setattr(stage, "take_image_tokenizer", lambda given, device: (Brightness(), "bright"))
-    monkeypatch.setattr(stage, "open_pairs", lambda config: place.pairs)
+    monkeypatch.setattr(stage, "open_dataset", lambda config: place.pairs)
 
     def run(out, seed=0, workers=0, **settings):
         config = EncodeConfig(**{"shard": 4, "batch_size": 3, **settings})
@@ -407,7 +407,7 @@ def test_another_seed_is_another_cache(greys, tmp_path):
 
 def test_data_that_moved_are_the_same_data(greys):
     def key(path):
-        places = {name: path for name in ("path", "images", "held_out_path")}
+        places = {name: path for name in ("path", "image_root", "val_path")}
         run = EncodeImagesArgs(data=replace(EncodeImagesArgs().data, resolution=32, **places))
         return stage.Encoder(Brightness(), greys.pairs, run, torch.device("cpu")).plan("w", "d").key
 

@@ -23,7 +23,7 @@ TINY = "--model.widths 8 8 --model.downsample_factor 2 --model.vocab-size 16 --d
 SMALLER = {  # words put behind a command so that it takes seconds
     "write_tars": "",
     "check_data": "--data.workers 0 --data.resolution 16",
-    "train_dvae": f"{TINY} --data.workers 0 --steps 1 --train.batch-size 2 --eval-samples 1 --data.held-out 0.3",
+    "train_dvae": f"{TINY} --data.workers 0 --steps 1 --train.batch-size 2 --eval-samples 1 --data.val-fraction 0.3",
     "convert_captions": "",
 }
 

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 import dalle
 from dalle.commands.evaluate import EvaluateArgs
-from dalle.data.filters import FilterConfig
+from dalle.data.config import FilterConfig
 
 PROJECT = Path(__file__).parents[2]
 METADATA = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -86,8 +86,8 @@ class TestLimits:
     def test_each_script_and_switch_exists(self):
         for script in re.findall(r"scripts/\w+\.py", self.TEXT):
             assert (PROJECT / script).is_file()
-        known = {*EvaluateArgs.__dataclass_fields__, "data.filters.drop_list"}
-        assert "drop_list" in FilterConfig.__dataclass_fields__
+        known = {*EvaluateArgs.__dataclass_fields__, "data.filters.exclude_list"}
+        assert "exclude_list" in FilterConfig.__dataclass_fields__
         switches = re.findall(r"`--([a-z.-]+)", self.TEXT)
         assert switches
         assert {switch.replace("-", "_") for switch in switches} <= known

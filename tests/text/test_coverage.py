@@ -53,7 +53,7 @@ def test_captions_are_streamed():
 def test_training_again_on_the_same_sample_reads_the_same(monkeypatch, tmp_path):
     corpora = [Corpus(), Corpus()]
     for corpus, name in zip(corpora, "ab", strict=True):
-        monkeypatch.setattr(stage, "open_pairs", lambda *_, corpus=corpus, **__: corpus)
+        monkeypatch.setattr(stage, "open_dataset", lambda *_, corpus=corpus, **__: corpus)
         train_tokenizer(TrainTokenizerArgs(out=tmp_path / name, text=TextTokenizerConfig(300), captions=50))
     assert corpora[0].read == corpora[1].read
     assert len(corpora[0].read) == 100  # once to learn, once to measure

@@ -54,7 +54,9 @@ def pairs(request, tmp_path):
     if request.param is None:
         return ShapesDataset(16)
     form, columns = request.param
-    return open_dataset(DataConfig(str(form(tmp_path)), resolution=16, held_out=1e-9, caption_column=columns))
+    return open_dataset(
+        DataConfig(str(form(tmp_path)), resolution=16, val_fraction=1e-9, caption_column=columns)
+    )
 
 
 def test_the_shares_of_every_source_are_the_step_of_one_process(pairs):
@@ -73,7 +75,7 @@ def test_the_shares_of_every_source_are_the_step_of_one_process(pairs):
 
 
 def test_nor_does_the_number_of_workers_matter(tmp_path):
-    pairs = open_dataset(DataConfig(str(csv_file(tmp_path)), resolution=16, held_out=1e-9))
+    pairs = open_dataset(DataConfig(str(csv_file(tmp_path)), resolution=16, val_fraction=1e-9))
     alone = loaded(pairs)
     assert joined(loaded(pairs, rank, 2, 0, 2, workers=rank) for rank in range(2)) == alone[:2]
     assert joined(loaded(pairs, rank, 2, 2, 5, workers=2 - rank) for rank in range(2)) == alone[2:]
@@ -86,7 +88,7 @@ def test_broken_samples_are_replaced_by_the_same_ones_and_each_process_names_wha
         (images / f"p{number:03}.png").write_bytes(b"")
     with (tmp_path / "pairs.csv").open("a") as table:
         table.write("only one field\n")
-    pairs = open_dataset(DataConfig(str(tmp_path), resolution=16, held_out=1e-9))
+    pairs = open_dataset(DataConfig(str(tmp_path), resolution=16, val_fraction=1e-9))
     alone, parts, named = loaded(pairs), [], []
     for rank in range(2):
         task = StepOfPairs(pairs, BATCH, SEED, "dvae", Listed(), rank=rank, world=2)

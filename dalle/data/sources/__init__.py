@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from dalle.data.config import Format
 from dalle.data.sources import hf_datasets
-from dalle.data.sources.detect import DataLocation, Kind, detect_source
+from dalle.data.sources.detect import DataLocation, detect_source
 from dalle.data.sources.hf_datasets import HubSource
 from dalle.data.sources.image_folder import FolderSource
 from dalle.data.sources.table import TableSource
@@ -14,7 +15,7 @@ __all__ = [
     "DataLocation",
     "FolderSource",
     "HubSource",
-    "Kind",
+    "Format",
     "TableSource",
     "TarSource",
     "find_place",
@@ -27,7 +28,7 @@ PARTS = ("all", "train", "held_out")
 
 def open_source(
     path: str | Path,
-    kind: Kind = "auto",
+    kind: Format = "auto",
     image_column: str | None = None,
     caption_column: str | None = None,
     *,
@@ -68,7 +69,7 @@ def open_source(
     return TableSource(files, image_column, caption_column, Path(images) if images else None, folder)
 
 
-def has_val_split(path: str, kind: Kind = "auto") -> bool:
+def has_val_split(path: str, kind: Format = "auto") -> bool:
     """Whether a set comes with a part of its own for evaluation, as train-*.tar and val.tar."""
     place = detect_source(path, kind)
     return bool(place.held_out) or (place.kind == "hub" and hf_datasets.has_held_out(place.path))

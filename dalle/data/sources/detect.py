@@ -6,13 +6,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from dalle.data.config import Format
 from dalle.data.sources import hf_datasets
 from dalle.data.sources.captions import SUFFIXES
 from dalle.data.sources.image_folder import CAPTION_SUFFIXES, walk
 
-Kind = Literal["auto", "folder", "table", "tars", "hub"]
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 BRACES = re.compile(r"\{([^{}]*)\}")
 HELD_OUT = re.compile(r"(val|valid|validation|dev|held[-_]?out)([-_.\d]|$)", re.IGNORECASE)
@@ -23,7 +22,7 @@ TEST = re.compile(r"test([-_.\d]|$)", re.IGNORECASE)
 class DataLocation:
     """Where data lie."""
 
-    kind: Kind
+    kind: Format
     """folder, table, tars or hub."""
     path: str
     """As given."""
@@ -38,7 +37,7 @@ class DataLocation:
         return tuple(file for file in self.files if file not in self.held_out)
 
 
-def detect_source(path: str, kind: Kind = "auto") -> DataLocation:
+def detect_source(path: str, kind: Format = "auto") -> DataLocation:
     """What lies at a path, a pattern with *, ? and {000..099}, or a folder.
 
     Raises:
@@ -106,7 +105,7 @@ def _files(root: Path, kind: str) -> list[Path]:
     return sorted(found)
 
 
-def _kind_of_folder(root: Path) -> Kind:
+def _kind_of_folder(root: Path) -> Format:
     """By what lies in it: a saved data set, tars, images with captions beside them, tables; else images."""
     if hf_datasets.is_saved(root):
         return "hub"
@@ -123,7 +122,7 @@ def _has_pair(root: Path) -> bool:
     return False
 
 
-def _kind_of_files(files: Sequence[Path], path: str) -> Kind:
+def _kind_of_files(files: Sequence[Path], path: str) -> Format:
     suffixes = {file.suffix.lower() for file in files}
     if suffixes == {".tar"}:
         return "tars"
@@ -135,7 +134,7 @@ def _kind_of_files(files: Sequence[Path], path: str) -> Kind:
     )
 
 
-def _parted(kind: Kind, path: str, files: Sequence[Path]) -> DataLocation:
+def _parted(kind: Format, path: str, files: Sequence[Path]) -> DataLocation:
     """The files with the set's own parts told apart."""
     suffixes = {file.suffix.lower() for file in files}
     if len(suffixes) > 1:

@@ -123,7 +123,7 @@ def take_index(
             problem = error
             continue
         return _build(partial, files, dtype, build, place / key if place else None)
-    raise ValueError(f"cannot write an index to {cache} ({problem}); give another --data.cache-path")
+    raise ValueError(f"cannot write an index to {cache} ({problem}); give another --data.index-dir")
 
 
 def _key(files: Sequence[Path], kind: str) -> str:

@@ -182,7 +182,7 @@ class Seen:
 @pytest.mark.parametrize(("form", "columns"), FORMS, ids=IDS)
 def test_every_form_goes_on_at_the_same_sample_with_any_number_of_workers(tmp_path, form, columns):
     path = str(form(tmp_path))
-    pairs = open_dataset(DataConfig(path, resolution=16, caption_column=columns, held_out_path=path))
+    pairs = open_dataset(DataConfig(path, resolution=16, caption_column=columns, val_path=path))
 
     def stream(workers: int, first: int, steps: int, rank: int = 0, world: int = 1) -> list:
         task = StepOfPairs(pairs, 4, 7, "dvae", Seen(), rank, world)
@@ -232,11 +232,11 @@ def test_a_training_ends_in_one_sentence_above_the_set_rate(mostly_broken, tiny_
     assert "truncated; each is named in stopped/skipped.jsonl" in said[0]
     faults, tried = map(int, re.match(r"error: (\d+) of (\d+) samples", said[0]).groups())
     assert 100 < faults < tried <= 160  # of those asked for and those read in their place, some are good
-    assert "raise --data.max-skipped" in said[0]
+    assert "raise --data.max-bad-fraction" in said[0]
     assert "Traceback" not in stopped.stderr
     named = [json.loads(line) for line in (tmp_path / "stopped" / "skipped.jsonl").read_text().splitlines()]
     assert len(named) > 100
     assert {line["cause"] for line in named} == {"truncated"}
-    borne = python([*words, "--data.max-skipped", "0.9", "--out", "borne"], tmp_path)
+    borne = python([*words, "--data.max-bad-fraction", "0.9", "--out", "borne"], tmp_path)
     assert borne.returncode == 0, borne.stderr
     assert (tmp_path / "borne" / "checkpoints" / "latest").read_text().strip() == "step-00000004"

@@ -28,7 +28,8 @@ from helpers.formats import (
 from PIL import Image
 
 from dalle.data.bad_samples import BadSampleError
-from dalle.data.dataset import DataConfig, open_dataset
+from dalle.data.config import DataConfig
+from dalle.data.dataset import open_dataset
 from dalle.data.sources import detect_source, has_val_split, open_source
 from dalle.data.sources.detect import expand_braces
 from dalle.data.sources.names import Names
@@ -64,7 +65,7 @@ def test_every_form_keeps_its_hash_and_travels_to_another_process(tmp_path, form
 
 @pytest.mark.parametrize(("form", "columns"), FORMS, ids=IDS)
 def test_every_form_is_split_by_name(tmp_path, form, columns):
-    config = DataConfig(str(form(tmp_path)), resolution=16, held_out=0.4, caption_column=columns)
+    config = DataConfig(str(form(tmp_path)), resolution=16, val_fraction=0.4, caption_column=columns)
     train, held_out = open_dataset(config), open_dataset(config, "held_out")
     names = [{pairs.name(i) for i in range(pairs.size)} for pairs in (train, held_out)]
     assert train.size + held_out.size == COUNT
@@ -163,7 +164,7 @@ def test_pairs_to_evaluate_on_may_lie_elsewhere(tmp_path):
         (tmp_path / name).mkdir()
     one_tar(tmp_path / "train")
     images_elsewhere = csv_file(tmp_path / "other")
-    config = DataConfig(str(tmp_path / "train"), resolution=16, held_out_path=str(images_elsewhere))
+    config = DataConfig(str(tmp_path / "train"), resolution=16, val_path=str(images_elsewhere))
     train, held_out = open_dataset(config), open_dataset(config, "held_out")
     assert (train.size, held_out.size) == (COUNT, COUNT)
     assert held_out.name(0) == "images/p000.png"
@@ -185,8 +186,8 @@ def test_splits_of_a_hub_set_are_its_parts(tmp_path):
 
 @pytest.mark.parametrize(("form", "columns"), [(csv_file, None), (jsonl_file, None), (parquet_bytes, None)])
 def test_a_missing_column_is_named_with_those_there(tmp_path, form, columns):
-    with pytest.raises(ValueError, match=r"has no column 'image', only .*; name it by --data\.image-column"):
-        open_source(form(tmp_path), image_column="image")
+    with pytest.raises(ValueError, match=r"has no column 'photo', only .*; name it by --data\.image-column"):
+        open_source(form(tmp_path), image_column="photo")
     with pytest.raises(
         ValueError, match=r"has no column 'words', only .*; name it by --data\.caption-column"
     ):
@@ -330,7 +331,7 @@ def test_the_images_of_a_table_may_lie_elsewhere(tmp_path):
 def test_rows_of_the_same_image_fall_into_the_same_part(tmp_path):
     rows = [f"p{i % 10}.png,caption {i}" for i in range(50)]
     (tmp_path / "a.csv").write_text("image,caption\n" + "\n".join(rows))
-    config = DataConfig(str(tmp_path / "a.csv"), held_out=0.5)
+    config = DataConfig(str(tmp_path / "a.csv"), val_fraction=0.5)
     splits = open_dataset(config), open_dataset(config, "held_out")
     parts = [{pairs.name(i) for i in range(pairs.size)} for pairs in splits]
     assert not parts[0] & parts[1]
@@ -608,7 +609,7 @@ def test_a_pair_more_costs_a_few_bytes(tmp_path, form):
         return place
 
     def cost(count):
-        config = DataConfig(str(write(count)), resolution=16, cache_path=str(tmp_path / "index"))
+        config = DataConfig(str(write(count)), resolution=16, index_dir=str(tmp_path / "index"))
         return kept(lambda: [open_dataset(config), open_dataset(config, "held_out")])
 
     cost(500)  # what is imported and cached on the way
@@ -681,7 +682,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     one_tar(tmp_path)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(
-        ValueError, match=r"cannot write an index to .*file .*; give another --data\.cache-path"
+        ValueError, match=r"cannot write an index to .*file .*; give another --data.index-dir"
     ):
         open_source(tmp_path / "all.tar", cache=tmp_path / "file")
 

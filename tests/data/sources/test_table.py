@@ -161,7 +161,7 @@ def test_lines_that_lack_their_captions_are_named_in_training(tmp_path):
     put(tmp_path / "a.png", 1)
     put(tmp_path / "b.png", 2)
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [{"image": "a.png"}, FULL])))
-    pairs = open_dataset(DataConfig(str(tmp_path), resolution=16, held_out_path=str(tmp_path)))
+    pairs = open_dataset(DataConfig(str(tmp_path), resolution=16, val_path=str(tmp_path)))
     skipped = pairs.load([(0, 0), (0, 1)]).skipped
     assert [(skip.name, skip.cause) for skip in skipped] == [("a.png", "empty caption")]
 
