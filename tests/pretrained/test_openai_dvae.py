@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,16 +61,14 @@ def test_whole_modules_as_published(tmp_path: Path, halves, released, zipped: bo
     equal(model, halves, released)
 
 
+def named(halves: dict[str, nn.Module], length: int | None = None) -> dict[str, torch.Tensor]:
+    return {f"{half[:length]}.{n}": t for half, m in halves.items() for n, t in m.state_dict().items()}
+
+
 LAYOUTS: dict[str, Callable[[dict[str, nn.Module]], dict]] = {
-    "both halves": lambda halves: {
-        f"{h}.{n}": t for h, m in halves.items() for n, t in m.state_dict().items()
-    },
-    "as DALLE-pytorch": lambda halves: {
-        f"{h[:3]}.{n}": t for h, m in halves.items() for n, t in m.state_dict().items()
-    },
-    "under a key": lambda halves: {
-        "state_dict": {f"{h}.{n}": t for h, m in halves.items() for n, t in m.state_dict().items()}
-    },
+    "both halves": named,
+    "as DALLE-pytorch": lambda halves: named(halves, 3),
+    "under a key": lambda halves: {"state_dict": named(halves)},
 }
 
 
@@ -91,28 +90,19 @@ def test_half_precision_and_transposed_memory_become_plain_fp32(tmp_path: Path, 
 
 
 def test_the_published_size_is_recognized() -> None:
-    with meta_init():
-        reference = DVAE(FAMILY.infer_config(published_shapes(), None))
-    tensors = reference.state_dict()
-    assert sum(name.startswith("encoder") for name in tensors) == 74
-    assert sum(name.startswith("decoder") for name in tensors) == 76
-    counts = [sum(p.numel() for p in half.parameters()) for half in (reference.encoder, reference.decoder)]
-    assert counts == [53_786_240, 43_829_766]
-    compare_keys(DetectedCheckpoint(Path("published"), FAMILY, tensors)).check("published")
-
-
-def published_shapes() -> dict[str, tuple[int, ...]]:
     shapes = {"encoder.blocks.input.w": (256, 3, 7, 7), "decoder.blocks.input.w": (128, 8192, 1, 1)}
     shapes["encoder.blocks.output.conv.w"] = (8192, 2048, 1, 1)
     for group, width in enumerate((256, 512, 1024, 2048), start=1):
         for block in (1, 2):
-            shapes[f"encoder.blocks.group_{group}.block_{block}.res_path.conv_4.w"] = (
-                width,
-                width // 4,
-                1,
-                1,
-            )
-    return shapes
+            name = f"encoder.blocks.group_{group}.block_{block}.res_path.conv_4.w"
+            shapes[name] = (width, width // 4, 1, 1)
+    with meta_init():
+        model = DVAE(FAMILY.infer_config(shapes, None))
+    tensors = model.state_dict()
+    assert [sum(name.startswith(half) for name in tensors) for half in ("encoder", "decoder")] == [74, 76]
+    counts = [sum(p.numel() for p in half.parameters()) for half in (model.encoder, model.decoder)]
+    assert counts == [53_786_240, 43_829_766]
+    compare_keys(DetectedCheckpoint(Path("published"), FAMILY, tensors)).check("published")
 
 
 def test_the_encode_stage_takes_the_folder(tmp_path: Path, halves, released) -> None:
@@ -124,68 +114,68 @@ def test_the_encode_stage_takes_the_folder(tmp_path: Path, halves, released) -> 
     assert torch.equal(tokenizer.encode(pixels), expected)
 
 
-class TestRefusals:
-    def load(self, path: Path, state: dict) -> None:
-        torch.save(state, path)
-        load_image_tokenizer(path)
+def changed(**tensors: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict], Any]:
+    return lambda state: state.update({name: change(state[name]) for name, change in tensors.items()})
 
-    @pytest.fixture
-    def state(self, halves) -> dict[str, torch.Tensor]:
-        return dict(LAYOUTS["both halves"](halves))
 
-    def test_one_half(self, tmp_path: Path, halves) -> None:
-        folder = write({"encoder": halves["encoder"]}, tmp_path)
-        with pytest.raises(ValueError, match=r"no decoder\.pkl"):
-            load_image_tokenizer(folder)
-        with pytest.raises(ValueError, match="only the encoder"):
-            load_image_tokenizer(folder / "encoder.pkl")
+INPUT, CONV = "encoder.blocks.input.w", "encoder.blocks.group_1.block_1.res_path.conv_1.w"
+REFUSED: dict[str, tuple[Callable[[dict], Any], str]] = {
+    "a missing tensor": (
+        lambda state: state.pop("decoder.blocks.group_2.block_1.res_path.conv_2.b"),
+        r"lacks 1 tensors, first decoder\.blocks\.group_2",
+    ),
+    "an unknown tensor": (
+        lambda state: state.update({"encoder.blocks.extra.w": torch.zeros(1)}),
+        r"unexpected.*encoder\.blocks\.extra\.w",
+    ),
+    "another shape": (changed(**{CONV: lambda w: w.transpose(0, 1)}), "another shape"),
+    "a number that is none": (changed(**{INPUT: lambda w: w * float("nan")}), "NaN"),
+    "another program's file": (
+        lambda state: state.clear() or state.update(x=torch.ones(2)),
+        "unknown format.*Op",
+    ),
+}
 
-    def test_a_missing_tensor(self, tmp_path: Path, state) -> None:
-        del state["decoder.blocks.group_2.block_1.res_path.conv_2.b"]
-        with pytest.raises(ValueError, match=r"lacks 1 tensors, first decoder\.blocks\.group_2"):
-            self.load(tmp_path / "x.pt", state)
 
-    def test_an_unknown_tensor(self, tmp_path: Path, state) -> None:
-        state["encoder.blocks.extra.w"] = torch.zeros(1)
-        with pytest.raises(ValueError, match=r"unexpected.*encoder\.blocks\.extra\.w"):
-            self.load(tmp_path / "x.pt", state)
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(tmp_path: Path, halves, case: str) -> None:
+    change, message = REFUSED[case]
+    state = dict(LAYOUTS["both halves"](halves))
+    change(state)
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=message):
+        load_image_tokenizer(tmp_path / "x.pt")
 
-    def test_another_shape(self, tmp_path: Path, state) -> None:
-        name = "encoder.blocks.group_1.block_1.res_path.conv_1.w"
-        state[name] = state[name].transpose(0, 1)
-        with pytest.raises(ValueError, match="another shape"):
-            self.load(tmp_path / "x.pt", state)
 
-    def test_a_number_that_is_none(self, tmp_path: Path, state) -> None:
-        state["encoder.blocks.input.w"] = state["encoder.blocks.input.w"] * float("nan")
-        with pytest.raises(ValueError, match="NaN"):
-            self.load(tmp_path / "x.pt", state)
+def test_one_half_is_refused(tmp_path: Path, halves) -> None:
+    folder = write({"encoder": halves["encoder"]}, tmp_path)
+    for path, message in ((folder, r"no decoder\.pkl"), (folder / "encoder.pkl", "only the encoder")):
+        with pytest.raises(ValueError, match=message):
+            load_image_tokenizer(path)
+    for name in ("encoder.pkl", "decoder.pkl"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"encoder\.pkl is empty"):
+        detect_checkpoint(folder)
 
-    def test_another_gain(self, tmp_path: Path, released) -> None:
-        torch.manual_seed(0)
-        encoder = released.Encoder(**SIZES)
-        for module in encoder.modules():
-            if hasattr(module, "post_gain"):
-                module.post_gain = 0.5
-        write({"encoder": encoder, "decoder": released.Decoder(n_init=12, **SIZES)}, tmp_path)
-        with pytest.raises(ValueError, match=r"gain of 0\.5"):
-            load_image_tokenizer(tmp_path)
 
-    def test_another_count_of_poolings(self, tmp_path: Path, released) -> None:
-        encoder = released.Encoder(**SIZES)
-        del encoder.blocks.group_1.pool
-        write({"encoder": encoder, "decoder": released.Decoder(n_init=12, **SIZES)}, tmp_path)
-        with pytest.raises(ValueError, match="2 poolings in 4 groups"):
-            load_image_tokenizer(tmp_path)
+def another_gain(encoder: nn.Module) -> None:
+    for module in encoder.modules():
+        if hasattr(module, "post_gain"):
+            module.post_gain = 0.5
 
-    def test_somebody_elses_file(self, tmp_path: Path) -> None:
-        with pytest.raises(
-            ValueError, match="of an unknown format, not a published image tokenizer; known are: Op"
-        ):
-            self.load(tmp_path / "x.pt", {"weight": torch.zeros(2)})
 
-    def test_a_broken_one_names_itself_in_find(self, tmp_path: Path) -> None:
-        (tmp_path / "encoder.pkl").write_bytes(b"")
-        (tmp_path / "decoder.pkl").write_bytes(b"")
-        with pytest.raises(ValueError, match=r"encoder\.pkl is empty"):
-            detect_checkpoint(tmp_path)
+def a_pooling_less(encoder: nn.Module) -> None:
+    del encoder.blocks.group_1.pool
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(another_gain, r"gain of 0\.5"), (a_pooling_less, "2 poolings in 4 groups")]
+)
+def test_a_module_that_computes_something_else_is_refused(
+    tmp_path: Path, halves, released, change: Callable, message: str
+) -> None:
+    encoder = released.Encoder(**SIZES)
+    change(encoder)
+    write({"encoder": encoder, "decoder": halves["decoder"]}, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_image_tokenizer(tmp_path)

@@ -1,5 +1,6 @@
 """VQGANs of taming-transformers, ruDALL-E and LlamaGen, from files of their layout, against the network written out."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,13 @@ from helpers.vqgan_reference import (
     CODES,
     LATENT,
     WIDTHS,
+    decoded,
     image,
     make_state,
     names_of_llamagen,
     names_of_taming,
     vectors,
 )
-
-from helpers.vqgan_reference import decoded as bands_of  # isort: skip
 
 from dalle.commands.encode_images import take_image_tokenizer
 from dalle.evals.reconstruction import run as evaluate_dvae
@@ -105,7 +105,7 @@ def test_rudalle_with_wavelets(tmp_path: Path, prefix: str) -> None:
     inner = {
         n.removeprefix(f"{prefix}decoder."): t for n, t in wide.items() if n.startswith(f"{prefix}decoder.")
     }
-    bands = bands_of(state["quantize.embed.weight"][tokens].movedim(-1, 1), inner, names_of_taming)
+    bands = decoded(state["quantize.embed.weight"][tokens].movedim(-1, 1), inner, names_of_taming)
     expected = torch.empty(2, 3, 32, 48)
     for color in range(3):
         low = bands[:, color]
@@ -134,18 +134,19 @@ def test_the_wavelets_are_those_of_pywavelets() -> None:
     torch.testing.assert_close(wavelets(bands)[0], torch.tensor(expected))
 
 
-@pytest.mark.parametrize("change", ["a filter is missing", "a channel is missing", "an unknown tensor"])
-def test_wavelets_that_are_not_all_there_are_refused(tmp_path: Path, change: str) -> None:
-    wide = with_wavelets(make_state(names_of_taming, gumbel=True), "model.")
-    match change:
-        case "a filter is missing":
-            del wide["model.decoder.idwt.g1_row"]
-        case "a channel is missing":
-            wide["model.decoder.decoder.conv_out.bias"] = torch.zeros(3)
-        case _:
-            wide["model.decoder.idwt.g2_row"] = torch.zeros(1)
-    torch.save({"state_dict": wide}, tmp_path / "dwt.ckpt")
-    with pytest.raises(ValueError, match=r"wavelets\.g1_row|another shape.*conv_out|unexpected.*g2_row"):
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("model.decoder.idwt.g1_row", None, r"lacks 1 .*wavelets\.g1_row"),
+        ("model.decoder.decoder.conv_out.bias", torch.zeros(3), "another shape.*conv_out"),
+        ("model.decoder.idwt.g2_row", torch.zeros(1), "unexpected.*g2_row"),
+    ],
+)
+def test_incomplete_wavelets_are_refused(tmp_path: Path, name: str, tensor, message: str) -> None:
+    state = with_wavelets(make_state(names_of_taming, gumbel=True), "model.") | {name: tensor}
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
+    torch.save({"state_dict": state}, tmp_path / "dwt.ckpt")
+    with pytest.raises(ValueError, match=message):
         load_image_tokenizer(tmp_path / "dwt.ckpt")
 
 
@@ -172,17 +173,8 @@ def test_against_the_package_of_taming(tmp_path: Path) -> None:
         "taming.modules.vqvae.quantize", reason="taming-transformers is not installed"
     )
     torch.manual_seed(0)
-    shape = {
-        "ch": 32,
-        "out_ch": 3,
-        "ch_mult": (1, 2, 2),
-        "num_res_blocks": 2,
-        "attn_resolutions": [8],
-        "in_channels": 3,
-        "resolution": 32,
-        "z_channels": LATENT,
-        "double_z": False,
-    }
+    shape = {"ch": 32, "out_ch": 3, "ch_mult": (1, 2, 2), "num_res_blocks": 2, "attn_resolutions": [8]}
+    shape |= {"in_channels": 3, "resolution": 32, "z_channels": LATENT, "double_z": False}
     whole = torch.nn.ModuleDict(
         {
             "encoder": parts.Encoder(**shape),
@@ -240,51 +232,46 @@ def test_the_encode_stage_takes_one(tmp_path: Path) -> None:
     assert tokenizer.encode(PIXELS).shape == (2, 24)
 
 
-class TestRefusals:
-    def load(self, path: Path, state: dict) -> None:
-        torch.save({"state_dict": state}, path / "last.ckpt")
-        load_image_tokenizer(path / "last.ckpt")
-
-    def test_codes_numbered_anew(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="renumbered"):
-            self.load(tmp_path, make_state(names_of_taming) | {"quantize.used": torch.arange(4)})
-
-    def test_a_missing_tensor(self, tmp_path: Path) -> None:
-        state = make_state(names_of_taming)
-        del state["decoder.up.2.attn.1.k.bias"]
-        with pytest.raises(ValueError, match=r"lacks 1 tensors, first decoder\.up\.2"):
-            self.load(tmp_path, state)
-
-    def test_an_unknown_tensor(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"unexpected.*encoder\.more"):
-            self.load(tmp_path, make_state(names_of_taming) | {"encoder.more": torch.zeros(1)})
-
-    def test_llamagen_with_a_level_too_few(self, tmp_path: Path) -> None:
-        state = {n: t for n, t in make_state(names_of_llamagen).items() if "decoder.conv_blocks.2" not in n}
-        with pytest.raises(ValueError, match=r"lacks|another shape"):
-            self.load(tmp_path, state)
-
-    def test_other_widths(self, tmp_path: Path) -> None:
-        state = make_state(names_of_taming)
-        state["encoder.down.0.block.0.conv1.weight"] = torch.zeros(24, 24, 3, 3)
-        with pytest.raises(ValueError, match="multiples of 32"):
-            self.load(tmp_path, state)
+def without(names: Callable, part: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in make_state(names).items() if part not in name}
 
 
-def test_doors_check_what_comes_in() -> None:
+WIDE = {"encoder.down.0.block.0.conv1.weight": torch.zeros(24, 24, 3, 3)}
+REFUSED = {
+    "renumbered codes": (make_state(names_of_taming) | {"quantize.used": torch.arange(4)}, "renumbered"),
+    "a missing tensor": (
+        without(names_of_taming, "decoder.up.2.attn.1.k.bias"),
+        r"lacks 1 tensors, first decoder\.up\.2",
+    ),
+    "a level of LlamaGen too few": (
+        without(names_of_llamagen, "decoder.conv_blocks.2"),
+        "lacks|another shape",
+    ),
+    "other widths": (make_state(names_of_taming) | WIDE, "multiples of 32"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(tmp_path: Path, case: str) -> None:
+    state, message = REFUSED[case]
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=message):
+        load_image_tokenizer(tmp_path / "last.ckpt")
+
+
+def test_inputs_are_checked() -> None:
     model = VQGAN(VQGANConfig(widths=WIDTHS, attention=(), latent=LATENT, codebook_dim=6, vocab_size=CODES))
     with pytest.raises(ValueError, match="multiples of 4"):
         model.encode(torch.rand(1, 3, 18, 16))
-    with pytest.raises(ValueError, match=r"\[0, 20\)"):
-        model.decode(torch.full((1, 4), CODES))
-    with pytest.raises(ValueError, match="do not fill"):
-        model.decode(torch.zeros(1, 6, dtype=torch.int64))
-    with pytest.raises(ValueError, match="quantizer must be"):
-        VQGANConfig(quantizer="best")
-    with pytest.raises(ValueError, match="attention must name levels"):
-        VQGANConfig(attention=(5,))
-    with pytest.raises(ValueError, match="blocks must be positive"):
-        VQGANConfig(blocks=0)
+    for tokens, message in (
+        (torch.full((1, 4), CODES), r"\[0, 20\)"),
+        (torch.zeros(1, 6).long(), "do not fill"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.decode(tokens)
+    for field, value in (("quantizer", "best"), ("attention", (5,)), ("blocks", 0)):
+        with pytest.raises(ValueError, match=f"{field} must"):
+            VQGANConfig(**{field: value})
 
 
 def test_inspection_names_it(tmp_path: Path) -> None:
