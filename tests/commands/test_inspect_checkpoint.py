@@ -1,4 +1,4 @@
-"""scripts/inspect_checkpoint.py: descriptions of checkpoints, and one line with status 1 for a refusal.
+"""scripts/inspect_checkpoint.py: descriptions of checkpoints, and one line with status 1 for a refusal."""
 
 import hashlib
 import json

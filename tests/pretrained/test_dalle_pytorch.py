@@ -1,4 +1,4 @@
-"""dalle.pt of DALLE-pytorch 1.6.6: files of its layout, against the package written out, and that against it."""
+"""DALLE-pytorch 1.6.6: its dalle.pt against the package written out, and that against the package."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""minDALL-E: its folder and archive at small width, against the model written out; its text ids against its library."""
+"""minDALL-E: its folder and archive against the model written out; its text ids against its library."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""CLIP files of others: OpenAI's archives and state dicts, open_clip's checkpoints, with the scores of open_clip."""
+"""CLIP of OpenAI's archives and state dicts and of open_clip's checkpoints: open_clip's scores."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""ruDALL-E: files of its layout in both versions, against the package written out; its text, sizes and refusals."""
+"""ruDALL-E: both versions of its file against the package written out; its text, sizes and refusals."""
 
 import pickle
 from collections.abc import Callable
@@ -244,7 +244,7 @@ def test_the_published_files_fit(name: str, version: str) -> None:
 
 
 def masks_of_the_published(version: str) -> dict[str, torch.Tensor]:
-    """By rows and columns of the grid, at full size; counts of the square's cells are those of the package's masks."""
+    """By rows and columns of the grid, at full size; the square has as many cells as the package's."""
     index = torch.arange(1024)
     q, k = index[:, None], index[None]
     apart = [(a - b).abs() for a, b in ((q // 32, k // 32), (q % 32, k % 32))]

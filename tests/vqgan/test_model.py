@@ -1,4 +1,4 @@
-"""VQGANs of taming-transformers, ruDALL-E and LlamaGen, from files of their layout, against the network written out."""
+"""VQGANs of taming-transformers, ruDALL-E and LlamaGen, against the network written out."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +75,7 @@ FILTERS = {"g0_col": [HALF, HALF], "g1_col": [HALF, -HALF], "g0_row": [HALF, HAL
 
 
 def with_wavelets(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """A Gumbel file's tensors as ruDALL-E's other file has them: the decoder one level deeper, with 12 channels."""
+    """A Gumbel file's tensors as in ruDALL-E's other file: the decoder one level deeper, 12 channels."""
     draws, wide = torch.Generator().manual_seed(2), {}
     for name, tensor in state.items():
         inside = name.startswith(("decoder.", "post_quant_conv."))
