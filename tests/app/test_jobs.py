@@ -50,8 +50,8 @@ def request(prompt: str, **changes) -> Request:
 class TestWork:
     def test_the_defaults_are_those_of_sample_py(self):
         plain, ours = SampleArgs(), Request()
-        assert (ours.n, ours.best_of) == (plain.keep, plain.best_of)
-        assert ours.sampling == {name: getattr(plain, name) for name in ours.sampling}
+        assert (ours.n, ours.best_of) == (plain.num_images, plain.best_of)
+        assert ours.sampling == {name: getattr(plain.sampling, name) for name in ours.sampling}
 
     def test_it_draws_what_generate_draws(self, model, prompt):
         asked = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "guidance": 2.0}
@@ -103,7 +103,7 @@ class TestWork:
             ({"temperature": None}, "temperature is blank"),
             ({"top_k": 0}, "top_k must be at least 1"),
             ({"top_p": 1.5}, r"top_p must be in \(0, 1\]"),
-            ({"guidance": float("inf")}, "guidance must be a number"),
+            ({"guidance": float("inf")}, "guidance must be finite"),
             ({"seed": -1}, "the seed must be 0 to"),
             ({"seed": 2**60}, "leave it blank for a new one"),
             ({"rows": 0}, "rows must be 1 to 3"),
@@ -207,7 +207,7 @@ class TestZip:
             "top_k",
             "top_p",
             "guidance",
-            "batch",
+            "batch_size",
             "precision",
             "model",
             "images",

@@ -87,7 +87,7 @@ REFUSED = {
     "no text tokenizer": ({"text_tokenizer": None}, "give --text-tokenizer"),
     "a second transformer": ({"transformer": Path("runs/transformer")}, "leave out --transformer"),
     "a CLIP that reads our text ids": ({"clip": Path("runs/clip")}, "whose CLIP reads another text"),
-    "an activation that nobody tells": ({"clip": Path("clip.pt")}, "does not tell its activation"),
+    "an activation that nobody tells": ({"clip": Path("clip.pt")}, "does not hold its activation"),
     "an activation of nothing": ({"quick_gelu": True}, "give it with --clip"),
     "an image tokenizer as the transformer": ({"model": Path("clip.pt")}, "not a published"),
 }

@@ -148,7 +148,7 @@ class TestSample:
     def test_a_failed_sample_leaves_no_directory(self, script, words, prompt, tmp_path):
         done = script("sample", *words, "--prompt", " and ".join([prompt] * 5))
         assert done.code == 1
-        assert list((tmp_path / "runs" / "samples").iterdir()) == []
+        assert not (tmp_path / "runs").exists()
 
     def test_the_json_gives_the_images_back(self, script, words, chain, tmp_path):
         script("sample", *words, "--out", "mine", "--seed", "3", "--temperature", "0.7", "--top-k", "5")
