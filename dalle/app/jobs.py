@@ -18,6 +18,7 @@ from dalle.commands.sample import SampleArgs
 from dalle.data.image_decode import decode, open_image
 from dalle.io.images import resize_center_crop
 from dalle.pipelines.best_of_n import GenerationProgress, auto_batch_size
+from dalle.pipelines.completion import prefix_tokens
 from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import Generation, slug, write_sample
@@ -125,7 +126,7 @@ class Work:
         self.settings = request.sampling | {"batch_size": batch_size}
         prefix = None
         if request.image is not None:
-            prefix = model.prefix_tokens(open_upload(request.image, limits), request.rows)
+            prefix = prefix_tokens(model, open_upload(request.image, limits), request.rows)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             counts = (request.n, self.best_of, self.seed)

@@ -130,6 +130,7 @@ def sample(args: SampleArgs) -> Path:
     from dalle.hub.registry import weights_hash
     from dalle.io.files import make_directory
     from dalle.pipelines.best_of_n import auto_batch_size
+    from dalle.pipelines.completion import prefix_tokens
     from dalle.pipelines.generation import merge_generations, slug, write_sample
     from dalle.pipelines.sample_prompts import sample_prompts
     from dalle.pretrained.load import holds_text_tokenizer, is_external_checkpoint
@@ -179,7 +180,7 @@ def sample(args: SampleArgs) -> Path:
         shared = options | {"shard": (group.rank, group.count), "progress": group.rank == 0}
         if args.init_image:
             kept = model.transformer.layout.rows // 2 if args.keep_rows is None else args.keep_rows
-            shared["prefix"] = model.prefix_tokens(args.init_image, kept)
+            shared["prefix"] = prefix_tokens(model, args.init_image, kept)
             options |= {"image": str(args.init_image), "rows": kept}
         parts = [one for some in group.gather(model.generate([args.prompt], **shared)) for one in some]
         if group.rank == 0:

@@ -17,7 +17,7 @@ from dalle.hub.model_card import Report
 from dalle.hub.model_directory import MODEL_REGISTRY, model_files, weights_hash, write_model_directory
 from dalle.io.files import read_json, read_tensors
 from dalle.io.format import check_meta, read_config
-from dalle.text import load_text_tokenizer, text_tokenizer_from_dict
+from dalle.text import BPETokenizer, load_text_tokenizer, text_tokenizer_from_dict
 from dalle.train.checkpoint import latest_checkpoint, verify_checkpoint
 from dalle.train.ema import bias_corrected
 from dalle.train.sharded_checkpoint import read_whole
@@ -88,6 +88,28 @@ class LoadedModel(HubMixin):
         if kind not in MODEL_REGISTRY:
             raise ValueError(f"kind must be one of {', '.join(MODEL_REGISTRY)}, got {kind!r}")
         return load_model(resolve_source(source, model_files(kind), revision, token), kind, device)
+
+
+def check_linked(
+    dvae: LoadedModel, transformer: LoadedModel, clip: LoadedModel | None, text: BPETokenizer | None
+) -> BPETokenizer:
+    """The transformer's text tokenizer; ValueError for models that were not trained for one another."""
+    for part, needed in ((transformer, {"text", "dvae"}), (clip, {"text_hash"})):
+        if part and (missing := needed - part.links.keys()):
+            raise ValueError(
+                f"{part.source} does not name the {' and '.join(sorted(missing))} of its training"
+            )
+    own = text_tokenizer_from_dict(transformer.links["text"])
+    if text is not None and text.hash != own.hash:
+        raise ValueError(f"{transformer.source} was trained with a text tokenizer other than the one given")
+    if transformer.links["dvae"] != dvae.hash:
+        raise ValueError(
+            f"{transformer.source} was trained on tokens of dVAE {transformer.links['dvae']}, "
+            f"{dvae.source} is {dvae.hash}: they do not belong together"
+        )
+    if clip is not None and clip.links["text_hash"] != own.hash:
+        raise ValueError(f"{clip.source} was trained with a text tokenizer other than {transformer.source}'s")
+    return own
 
 
 def build_model(kind: str, config: Any) -> nn.Module:

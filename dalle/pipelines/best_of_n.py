@@ -9,7 +9,8 @@ is then among what the last bits depend on.
     C prompts in a batch, n candidates of each, C n = batch_size; N image positions
 """
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from dalle.io.images import to_pil
 from dalle.nn.int8 import weight_like
@@ -176,6 +178,9 @@ class GenerationProgress:
         return [top.generation(self.seed, self.best_of) for top in self.top if top.seen]
 
 
+Callback = Callable[[GenerationProgress], None]
+
+
 def sample_best_of_n(
     model: Any,
     prompts: Sequence[str],
@@ -229,6 +234,30 @@ def sample_best_of_n(
                 part = tokens[i, start : min(start + decode_rows, batch.wanted)].clone()
                 top[prompt].add(part, model.dvae.decode(part, layout.grid), batch.candidates[start])
         yield GenerationProgress(model, batch, tokens, True, top, total, seed, best_of)
+
+
+def run_best_of_n(
+    steps: Iterator[GenerationProgress], progress: bool = True, callback: Callback | None = None
+) -> list[Generation]:
+    """Runs `sample_best_of_n` to its end, or to Ctrl-C, and returns the best of what is ranked.
+
+    Args:
+        progress: show a progress bar.
+        callback: called after each row of tokens and each ranked batch.
+    """
+    step = None
+    try:
+        with tqdm(desc="sampling", unit="image", disable=None if progress else True) as bar:
+            for step in steps:
+                bar.total = step.total
+                bar.update(step.batch.count if step.ranked else 0)
+                if callback is not None and (step.ranked or step.whole_rows):
+                    callback(step)
+    except KeyboardInterrupt:
+        if step is None or not step.seen:
+            raise
+        warnings.warn(f"interrupted: {step.seen} of {step.total} candidates are ranked", stacklevel=3)
+    return [] if step is None else step.generations
 
 
 def auto_batch_size(model: Transformer, guidance: float | None = None) -> int:

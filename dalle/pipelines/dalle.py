@@ -4,35 +4,33 @@ N images, T text positions, h w grid
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from dalle.clip import CLIP, CLIPScorer
 from dalle.hub.hub import HubMixin, resolve_source
 from dalle.hub.model_card import Report
 from dalle.hub.model_directory import model_files, write_model_directory
-from dalle.hub.registry import LoadedModel, load_model, weights_hash
+from dalle.hub.registry import LoadedModel, check_linked, load_model, weights_hash
 from dalle.io.format import read_config
 from dalle.io.images import load_image, resize_center_crop, to_tensor
 from dalle.nn.int8 import weight_like
-from dalle.pipelines.best_of_n import GenerationProgress, sample_best_of_n
+from dalle.pipelines.best_of_n import Callback, GenerationProgress, run_best_of_n, sample_best_of_n
+from dalle.pipelines.completion import prefix_tokens
 from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.generation import Generation, LogLikelihood
-from dalle.text import BPETokenizer, text_tokenizer_from_dict
+from dalle.text import BPETokenizer
 from dalle.text.coverage import out_of_vocabulary
 from dalle.train.precision import DTYPES, Precision, resolve_precision
 from dalle.transformer import Transformer
-from dalle.transformer.generate import TO_GENERATE, cast_linear_weights, inference_autocast, quantize_int8
+from dalle.transformer.generate import cast_linear_weights, inference_autocast, quantize_int8
 from dalle.transformer.losses import log_likelihood
 from dalle.types import ImageTokenizer, Scorer, check_tokens
-
-Callback = Callable[[GenerationProgress], None]
 
 
 class DALLE(HubMixin):
@@ -49,22 +47,13 @@ class DALLE(HubMixin):
     """
 
     def __init__(
-        self,
-        dvae: ImageTokenizer,
-        transformer: Transformer,
-        text: BPETokenizer,
-        scorer: Scorer | None = None,
+        self, dvae: ImageTokenizer, transformer: Transformer, text: BPETokenizer, scorer: Scorer | None = None
     ):
         layout = transformer.layout
-        if dvae.vocab_size != layout.image_vocab:
+        if dvae.vocab_size != layout.image_vocab or text.vocab_size > layout.text_vocab:
             raise ValueError(
-                f"the image tokenizer has {dvae.vocab_size} codes, the transformer {layout.image_vocab}: "
-                "they do not belong together"
-            )
-        if text.vocab_size > layout.text_vocab:
-            raise ValueError(
-                f"the text tokenizer has {text.vocab_size} ids, the transformer {layout.text_vocab}: "
-                "they do not belong together"
+                f"the image tokenizer has {dvae.vocab_size} codes and the text tokenizer {text.vocab_size} ids, the "
+                f"transformer {layout.image_vocab} and {layout.text_vocab}: they do not belong together"
             )
         self.dvae, self.transformer, self.text, self.scorer = dvae, transformer, text, scorer
         self._hash: str | None = None  # of the weights before rounding
@@ -77,13 +66,9 @@ class DALLE(HubMixin):
     @property
     def hash(self) -> str:
         """Identifies the weights: hashes of the dVAE, the transformer and, if it is a `CLIP`, the scorer's model."""
-        if self._hash is not None:
-            return self._hash
         clip = getattr(self.scorer, "model", None)
         models = [self.dvae, self.transformer, *([clip] if isinstance(clip, CLIP) else [])]
-        return "-".join(weights_hash(model) for model in models)
-
-    # Generation.
+        return self._hash or "-".join(map(weights_hash, models))
 
     def generate(
         self,
@@ -114,7 +99,7 @@ class DALLE(HubMixin):
             temperature: 1 in the paper; 0 is greedy.
             top_k, top_p: sample among the most likely tokens only.
             guidance: scale of classifier-free guidance; needs a model trained with caption dropout.
-            prefix: image tokens to keep, from `prefix_tokens`.
+            prefix: image tokens to keep, from `dalle.pipelines.completion.prefix_tokens`.
             truncate: cut a prompt that is too long instead of refusing it.
             progress: show a progress bar.
             callback: called with the state after each row of tokens and after each ranked batch.
@@ -127,7 +112,7 @@ class DALLE(HubMixin):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         sampling = SamplingConfig(temperature, top_k, top_p, guidance, **settings)
         steps = self.steps(prompts, n, best_of, seed, sampling, prefix, truncate, shard)
-        generations = self._last(steps, progress, callback)
+        generations = run_best_of_n(steps, progress, callback)
         return generations[0] if isinstance(prompt, str) else generations
 
     def complete(
@@ -150,7 +135,7 @@ class DALLE(HubMixin):
         Raises:
             ValueError: rows or a box beyond the grid; as `generate`.
         """
-        return self.generate(prompt, prefix=self.prefix_tokens(image, rows, box), **options)
+        return self.generate(prompt, prefix=prefix_tokens(self, image, rows, box), **options)
 
     def stream(
         self, prompt: str, n: int = 1, seed: int = 0, truncate: bool = False, **settings
@@ -185,7 +170,7 @@ class DALLE(HubMixin):
 
         Args:
             sampling: settings.
-            prefix: from `prefix_tokens`; the rest as `generate`.
+            prefix: see `generate`, as the rest.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
@@ -201,48 +186,6 @@ class DALLE(HubMixin):
             warnings.warn(f"this model has no scorer: generating {n} images, unranked", stacklevel=3)
             best_of = n
         return sample_best_of_n(self, prompts, n, best_of, seed, sampling, text_tokens, prefix, shard)
-
-    def _last(
-        self, steps: Iterator[GenerationProgress], progress: bool, callback: Callback | None
-    ) -> list[Generation]:
-        """Runs the loop to its end, or to Ctrl-C, and returns what is ranked."""
-        step, length = None, self.transformer.layout.num_image_tokens
-        try:
-            with tqdm(
-                desc="sampling", unit="token", unit_scale=True, disable=None if progress else True
-            ) as bar:
-                for step in steps:
-                    bar.total = bar.total or step.total * (length - step.tokens.shape[2] + 1)
-                    bar.update(0 if step.ranked else step.batch.count)
-                    if callback is not None and (step.ranked or step.whole_rows):
-                        callback(step)
-        except KeyboardInterrupt:
-            if step is None or not step.seen:
-                raise
-            warnings.warn(f"interrupted: {step.seen} of {step.total} candidates are ranked", stacklevel=3)
-        return [] if step is None else step.generations
-
-    def prefix_tokens(
-        self,
-        image: Image.Image | Path | str | Tensor,
-        rows: int | None = None,
-        box: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """Image tokens (1, h * w) with TO_GENERATE below `rows` or inside `box`; arguments as `complete`."""
-        height, width = self.transformer.layout.grid
-        if (rows is None) == (box is None):
-            raise ValueError(
-                "give either rows, how many to keep, or box, (top, left) of the region to generate"
-            )
-        if rows is not None and not 0 < rows < height:
-            raise ValueError(f"rows must be 1 to {height - 1}, got {rows}")
-        top, left = box or (rows, 0)
-        if not (0 <= top < height and 0 <= left < width) or (top, left) == (0, 0):
-            raise ValueError(f"box must be (top, left) within {height} x {width} and not (0, 0), got {box}")
-        tokens = image.to(self.device) if isinstance(image, Tensor) else self.encode(image)
-        grid = tokens.view(1, height, width).clone()
-        grid[:, top:, left:] = TO_GENERATE
-        return grid.flatten(1)
 
     def log_likelihood(
         self, caption: str, image: Image.Image | Path | str | Tensor, truncate: bool = False
@@ -262,15 +205,13 @@ class DALLE(HubMixin):
         with inference_autocast(self.transformer):
             parts = [log_likelihood(self.transformer, part) for part in ids.split(16)]
         text, image_nats = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-        if isinstance(image, Tensor):
-            return LogLikelihood(text, image_nats)
-        return LogLikelihood(float(text), float(image_nats))
+        nats = LogLikelihood(text, image_nats)
+        return nats if isinstance(image, Tensor) else LogLikelihood(*map(float, nats))
 
     def text_tokens(self, prompts: Sequence[str], truncate: bool = False) -> Tensor:
         """Prompts -> int64 (len(prompts), T); ValueError for an empty or too long one."""
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise ValueError(f"the prompt must be text, got {type(prompt).__name__}")
+        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+            raise ValueError(f"the prompt must be text, got {type(wrong[0]).__name__}")
         ids = [self.text.encode(prompt) for prompt in prompts]
         if not all(ids):
             raise ValueError("the prompt is empty; describe the image")
@@ -292,20 +233,13 @@ class DALLE(HubMixin):
         """Image tokens int64 (N, h * w) -> pixels (N, 3, H, W) in [0, 1]."""
         return self.dvae.decode(tokens, self.transformer.layout.grid)
 
-    # Saving and loading.
-
     def save_pretrained(
         self, directory: Path | str, report: Report | None = None, license: str | None = None
     ) -> None:
-        """Writes a model directory: config.json, text.json, a safetensors file per model, and the card, README.md.
-
-        Args:
-            directory: created if it does not exist.
-            report, license: for the card, see `dalle.hub.model_card.write_card`.
+        """Writes a model directory (dalle/hub/model_directory.py), with a model card by the report and license.
 
         Raises:
-            ValueError: an image tokenizer or scorer that is not one of the library's own models, or a directory that
-                cannot be created.
+            ValueError: a model that is not one of the library's own, rounded weights, or no right to write.
         """
         if self._hash is not None:
             raise ValueError("the weights were rounded by to_precision; save the original model")
@@ -324,11 +258,10 @@ class DALLE(HubMixin):
         token: str | bool | None = None,
         int8: bool = False,
     ) -> Self:
-        """Opens a model directory written by `save_pretrained`, local or on the Hub.
+        """Opens a model directory written by `save_pretrained`.
 
         Args:
             source: a path, which never uses the network, or else a Hub id, "owner/name".
-            device: where the models go.
             precision, int8: as `to_precision`.
             revision, token: of the Hub, see `dalle.hub.hub.resolve_source`.
 
@@ -336,14 +269,10 @@ class DALLE(HubMixin):
             ValueError: no such directory, a damaged file, or models that do not belong together.
         """
         directory = resolve_source(source, model_files("dvae", "transformer", "clip"), revision, token)
-        kinds = [
-            kind
-            for kind in ("dvae", "transformer", "clip")
-            if kind != "clip" or "clip" in read_config(directory)["parts"]
-        ]
-        parts = {kind: load_model(directory, kind, device) for kind in kinds}
-        model = cls.from_parts(parts["dvae"], parts["transformer"], parts.get("clip"))
-        return model.to_precision(precision, int8)
+        has_clip = "clip" in read_config(directory)["parts"]
+        dvae, transformer = (load_model(directory, kind, device) for kind in ("dvae", "transformer"))
+        clip = load_model(directory, "clip", device) if has_clip else None
+        return cls.from_parts(dvae, transformer, clip).to_precision(precision, int8)
 
     @classmethod
     def from_parts(
@@ -353,26 +282,8 @@ class DALLE(HubMixin):
         clip: LoadedModel | None,
         text: BPETokenizer | None = None,
     ) -> Self:
-        """Joins models loaded from runs; refuses those that were not trained for one another."""
-        for part, needed in ((transformer, {"text", "dvae"}), (clip, {"text_hash"})):
-            if part and (missing := needed - part.links.keys()):
-                raise ValueError(
-                    f"{part.source} does not name the {' and '.join(sorted(missing))} of its training"
-                )
-        own = text_tokenizer_from_dict(transformer.links["text"])
-        if text is not None and text.hash != own.hash:
-            raise ValueError(
-                f"{transformer.source} was trained with a text tokenizer other than the one given"
-            )
-        if transformer.links["dvae"] != dvae.hash:
-            raise ValueError(
-                f"{transformer.source} was trained on tokens of dVAE {transformer.links['dvae']}, "
-                f"{dvae.source} is {dvae.hash}: they do not belong together"
-            )
-        if clip is not None and clip.links["text_hash"] != own.hash:
-            raise ValueError(
-                f"{clip.source} was trained with a text tokenizer other than {transformer.source}'s"
-            )
+        """Joins models loaded from runs; ValueError for those that were not trained for one another."""
+        own = check_linked(dvae, transformer, clip, text)
         return cls(dvae.model, transformer.model, own, CLIPScorer(clip.model, own) if clip else None)
 
     def to_precision(self, precision: Precision, int8: bool = False) -> Self:
@@ -381,10 +292,8 @@ class DALLE(HubMixin):
         The hash stays that of the original weights.
 
         Args:
-            precision: bf16 or fp16 for the linear layers: half of fp32's memory. "auto" is bf16 where the device
-                multiplies it in hardware.
-            int8: keep them and the output matrix in 8 bits with a scale per row, a quarter of fp32's memory, and
-                compute in `precision`, see dalle/nn/int8.py. An int8 model stays as it is.
+            precision: of the linear layers; "auto" is bf16 where the device multiplies it in hardware.
+            int8: store them and the output matrix in 8 bits, see dalle/nn/int8.py. An int8 model stays as it is.
         """
         dtype = DTYPES[resolve_precision(precision, self.device)]
         transformer = cast_linear_weights(self.transformer, dtype)

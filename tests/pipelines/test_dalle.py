@@ -762,14 +762,14 @@ class TestJoining:
             downsample_factor, vocab_size = 4, 17
             encode = decode = None
 
-        with pytest.raises(ValueError, match="has 17 codes, the transformer 16"):
+        with pytest.raises(ValueError, match="has 17 codes"):
             DALLE(Other(), model.transformer, model.text)
 
     def test_more_text_ids_than_the_transformer_reads_are_refused(self, model):
         words = [f"{a}{b}" for a in "abcdefghijklmnopqrst" for b in "uvwxyzabcdefghij"]
         text = train_text_tokenizer([" ".join(words)] * 3, TextTokenizerConfig(vocab_size=1000))
         assert text.vocab_size > 400
-        with pytest.raises(ValueError, match="the transformer 400: they do not belong together"):
+        with pytest.raises(ValueError, match="they do not belong together"):
             DALLE(model.dvae, model.transformer, text)
 
     def test_the_parts_keep_their_protocols(self, model):
