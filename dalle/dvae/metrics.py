@@ -19,13 +19,17 @@ def code_usage(tokens: Tensor, vocab_size: int, part: BatchShard = FULL_BATCH) -
         vocab_size: K.
         part: adds up the tokens of all processes.
     """
-    times = part.sum(torch.bincount(tokens, minlength=vocab_size)).float()
-    share = times / times.sum()
-    used = (share > 0).sum()
+    return codebook_usage(part.sum(torch.bincount(tokens, minlength=vocab_size)))
+
+
+def codebook_usage(counts: Tensor) -> dict[str, Tensor]:
+    """Codes in use, perplexity exp(H) and fraction never used, from the count of each code (K,)."""
+    frequencies = counts.float() / counts.sum()
+    used = (counts > 0).sum()
     return {
         "codebook_used": used,
-        "perplexity": torch.special.entr(share).sum().exp(),
-        "codebook_dead_frac": 1 - used / vocab_size,
+        "perplexity": torch.special.entr(frequencies).sum().exp(),
+        "codebook_dead_frac": 1 - used / len(counts),
     }
 
 

@@ -21,7 +21,7 @@ def sizes(candidates: int) -> list[int]:
     return powers if powers[-1] == candidates else [*powers, candidates]
 
 
-def chances(candidates: int, n: int) -> np.ndarray:
+def best_probabilities(candidates: int, n: int) -> np.ndarray:
     """(M,) probability that each candidate, best first, is the best of n distinct ones; they add up to 1."""
     if not 1 <= n <= candidates:
         raise ValueError(f"n must be 1 to {candidates}, got {n}")
@@ -49,11 +49,14 @@ def best_of_n(
     if not (np.isfinite(scores).all() and np.isfinite(values).all()):
         raise ValueError("a score or value is not finite")
     order = np.argsort(-scores, axis=1, kind="stable")
-    ranked = _shared(np.take_along_axis(scores, order, 1), np.take_along_axis(values, order, 1))
-    return {n: float(ranked.mean(0) @ chances(scores.shape[1], n)) for n in ns or sizes(scores.shape[1])}
+    ranked = _average_ties(np.take_along_axis(scores, order, 1), np.take_along_axis(values, order, 1))
+    return {
+        n: float(ranked.mean(0) @ best_probabilities(scores.shape[1], n))
+        for n in ns or sizes(scores.shape[1])
+    }
 
 
-def _shared(scores: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _average_ties(scores: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Candidates of equal score have their mean value: which of them comes first is chance."""
     shared = values.copy()
     for row, mine in zip(scores, shared, strict=True):

@@ -7,7 +7,7 @@ For an image x, a caption y and image tokens z, with beta = 1 (a larger one give
     p(x | z)    the dVAE's decoder: a logit-Laplace for each value of a pixel
     p(z | y)    the transformer's image tokens after the caption
     p(y)        the transformer's text tokens: one way of many to write y as tokens, so again a lower bound
-    q(z)        the dVAE's encoder. Strictly it is its softmax, from which z is drawn, and H(q) is the sum of its
+    q(z)        the dVAE's encoder. Strictly it is its softmax, from which z is sampled, and H(q) is the sum of its
                 positions' entropies: "sampled". Stage two learns the argmax instead (footnote 6), which is a q of its
                 own that is certain of one z, so H(q) = 0: "argmax". Both are bounds; the better one says more.
 
@@ -45,11 +45,11 @@ def run(
         dvae: the image tokenizer; one without a likelihood has no bound.
         transformer: trained on its tokens.
         batches: pixels (B, 3, H, W) in [0, 1] of 8-bit images and text_tokens (B, T), on the models' device.
-        seed: of the tokens that are drawn.
+        seed: of the sampled tokens.
 
     Returns:
-        "argmax" and "sampled", each with image_nats (-ln p(x | z)), image_token_nats, text_loss, entropy_nats,
-        all a pair; bits_per_dim of image and caption; bits_per_dim_given_caption.
+        "argmax" and "sampled", each with image_nats (-ln p(x | z)), image_token_nats, text_nats, entropy_nats,
+        all per pair; bits_per_dim of image and caption; bits_per_dim_given_caption.
     """
     if not isinstance(dvae, DVAE):
         raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class FeatureGaussian:
     """Mean (D,) and covariance (D, D) of N vectors, float64 on the CPU."""
 
     mean: Tensor
@@ -23,7 +23,7 @@ class Gaussian:
     count: int
 
 
-class Moments:
+class RunningCovariance:
     """Mean and covariance of vectors that come in batches; float64, and no vector is kept.
 
     Batches are joined as by Chan et al. (1979): the products are of what lies about the mean, so large means cost no
@@ -51,14 +51,14 @@ class Moments:
         self.mean = self.mean + apart * (len(vectors) / count)
         self.count = count
 
-    def gaussian(self) -> Gaussian:
-        """What was taken; the covariance divides by N - 1, as numpy's and Heusel's."""
+    def gaussian(self) -> FeatureGaussian:
+        """Mean and covariance; it divides by N - 1, as numpy's and Heusel's."""
         if self.count < 2:
             raise ValueError(f"a covariance needs two vectors or more, got {self.count}")
-        return Gaussian(self.mean, self.products / (self.count - 1), self.count)
+        return FeatureGaussian(self.mean, self.products / (self.count - 1), self.count)
 
 
-def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+def frechet_distance(a: FeatureGaussian, b: FeatureGaussian) -> float:
     """The distance by the formula above.
 
     The trace of the root is that of (A^(1/2) B A^(1/2))^(1/2), which is symmetric: no complex numbers come up and

@@ -1,4 +1,4 @@
-"""Features for FID and logits for the inception score, by the network of 2015 that both are defined with.
+"""Inception v3 of 2015: the features of FID and the logits of the inception score.
 
 The network is torchvision's Inception v3 with the pooling of the original: averages leave the padding out, and the
 last block takes the maximum (Szegedy et al.'s released graph, and every port of it). Images are resized to
@@ -27,7 +27,7 @@ RESIZE = "bilinear to 299 x 299 as TensorFlow 1 (no antialiasing, corners at the
 HOW = (
     "FID and IS need the Inception weights of 2015: pt_inception-2015-12-05-6726825d.pth, 91 MB, release fid_weights "
     "of github.com/mseitzer/pytorch-fid or release weights-inception-2015-12-05 of github.com/toshas/torch-fidelity; "
-    "give the file with --extractor. The word clip in its place takes the model's own CLIP; its distance is no FID"
+    "give the file with --feature-extractor. The word clip in its place takes the model's own CLIP; its distance is no FID"
 )
 
 
@@ -42,7 +42,7 @@ class Inception:
         ValueError: no such file, or not of this layout.
     """
 
-    resize = RESIZE
+    resize, metric = RESIZE, "fid"
 
     def __init__(self, path: Path | str, device: str | torch.device = "cpu"):
         path = Path(path)

@@ -1,4 +1,4 @@
-"""How well the transformer predicts captions and images it never saw (paper section 2.2).
+"""Log-likelihood of the transformer on validation pairs, in nats per token (Section 2.2).
 
 B pairs of a batch
 """
@@ -22,10 +22,11 @@ def run(model: Transformer, batches: Iterable[Tensor]) -> dict[str, float]:
 
     Returns:
         text_loss, image_loss (per token; a caption's end counts as one), loss (both weighted as in training), and
-        the tokens that were counted.
+        the numbers of tokens and pairs.
     """
-    nats, tokens = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    nats, tokens, pairs = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64), 0
     for ids in batches:
+        pairs += len(ids)
         counts = model.layout.loss_mask(ids)
         text = int(counts[:, : model.layout.text_len].sum())
         tokens += torch.tensor([text, int(counts.sum()) - text])
@@ -34,6 +35,6 @@ def run(model: Transformer, batches: Iterable[Tensor]) -> dict[str, float]:
         raise ValueError("no pairs to measure; expected one or more")
     text, image = (nats / tokens).tolist()
     total = weighted_cross_entropy(text, image, TEXT_WEIGHT)
-    return {"text_loss": text, "image_loss": image, "loss": total} | dict(
-        zip(("text_tokens", "image_tokens"), tokens.tolist(), strict=True)
-    )
+    text_tokens, image_tokens = tokens.tolist()
+    losses = {"text_loss": text, "image_loss": image, "loss": total}
+    return losses | {"text_tokens": text_tokens, "image_tokens": image_tokens, "pairs": pairs}

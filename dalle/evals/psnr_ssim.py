@@ -1,13 +1,13 @@
-"""How like two images are, pixel by pixel and window by window.
+"""PSNR and SSIM.
 
 B images of C channels, H x W pixels
 """
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-WINDOW, DEVIATION = 11, 1.5  # Wang et al. 2004, section III.C
+from dalle.evals.blur import gaussian_filter
+
+WINDOW, SIGMA = 11, 1.5  # Wang et al. 2004, section III.C
 K1, K2 = 0.01, 0.03  # as there; pixels span 1
 
 
@@ -24,8 +24,8 @@ def psnr(pixels: Tensor, others: Tensor) -> Tensor:
 def ssim(pixels: Tensor, others: Tensor) -> Tensor:
     """Structural similarity of each pair, at most 1 (Wang et al. 2004): (B,).
 
-    Means, variances and covariance in a Gaussian window of 11 x 11, wherever it lies wholly within the image; the
-    mean over places and channels.
+    Means, variances and covariance in a Gaussian window of 11 x 11 at every position where it fits; the mean over
+    positions and channels.
 
     Args:
         pixels, others: (B, C, H, W) in [0, 1], sides at least 11.
@@ -36,15 +36,9 @@ def ssim(pixels: Tensor, others: Tensor) -> Tensor:
             f"SSIM needs images of {WINDOW} x {WINDOW} pixels or more, got {tuple(pixels.shape[2:])}"
         )
     x, y = pixels.double(), others.double()
-    offsets = torch.arange(WINDOW, dtype=torch.float64, device=x.device) - WINDOW // 2
-    line = torch.exp(-offsets.square() / (2 * DEVIATION**2))
-    line = (line / line.sum())[None, None, :, None]
 
     def window(z: Tensor) -> Tensor:
-        z = z.flatten(0, 1)[:, None]  # (B * C, 1, H, W)
-        return F.conv2d(F.conv2d(z, line), line.mT).view(
-            *x.shape[:2], *(side - WINDOW + 1 for side in x.shape[2:])
-        )
+        return gaussian_filter(z, SIGMA, WINDOW // 2)
 
     mean_x, mean_y = window(x), window(y)
     var_x, var_y = window(x * x) - mean_x**2, window(y * y) - mean_y**2
@@ -57,5 +51,5 @@ def ssim(pixels: Tensor, others: Tensor) -> Tensor:
 def _check(pixels: Tensor, others: Tensor) -> None:
     if pixels.ndim != 4 or pixels.shape != others.shape:
         raise ValueError(
-            f"expected two times (B, C, H, W), got {tuple(pixels.shape)} and {tuple(others.shape)}"
+            f"expected two equal shapes (B, C, H, W), got {tuple(pixels.shape)} and {tuple(others.shape)}"
         )

@@ -24,7 +24,7 @@ def retrieval(images: Tensor, captions: Tensor, owners: Sequence[int], first: Se
         first: the values of k.
 
     Returns:
-        {"image_to_text_acc": {"R@1": share, ...}, "caption_to_image": {...}}; a k that all would reach is left out.
+        {"image_to_text_acc": {"R@1": share, ...}, "text_to_image_acc": {...}}; a k that all would reach is left out.
     """
     owner = torch.as_tensor(owners, device=images.device)
     if len(owner) != len(captions) or not len(captions):
@@ -41,7 +41,7 @@ def retrieval(images: Tensor, captions: Tensor, owners: Sequence[int], first: Se
     before_image = ((cosines >= right) & ~own).sum(0)
     return {
         "image_to_text_acc": _shares(before_caption, first, len(captions)),
-        "caption_to_image": _shares(before_image, first, len(images)),
+        "text_to_image_acc": _shares(before_image, first, len(images)),
     }
 
 

@@ -1,4 +1,4 @@
-"""How many images show what their caption says: the shapes judge over held-out captions.
+"""Caption accuracy: the fraction of images that show their caption, by the judge of the shapes.
 
 The judge reads pixels and takes no part in the ranking.
 
@@ -21,7 +21,7 @@ from dalle.shapes.judge import matches_caption
 
 @dataclass(frozen=True)
 class ShapesSamples:
-    """Candidates for captions, and which one CLIP put first."""
+    """Candidates for captions, and the one that CLIP ranks first."""
 
     captions: list[str]
     pixels: Tensor
@@ -47,22 +47,22 @@ def caption_accuracy(
     seed: int = 0,
     temperature: float = 1.0,
 ) -> tuple[dict[str, float], ShapesSamples]:
-    """Share of images that the judge finds right.
+    """Fraction of images that the judge accepts.
 
     Args:
         model: trained on the shapes set, with a scorer.
         split: "held_out" or "new_pairs".
         count: captions C.
         best_of: candidates n.
-        chunk: images drawn at once.
+        chunk: images sampled at once.
         seed: of captions and candidates.
         temperature: of the samples.
 
     Returns:
-        true: true images; mismatched: true images against a caption that differs in one attribute;
-        reconstruction: true images through hard codes; first: the first sample; reranked: the one CLIP
-        puts first; random_of_n, oracle_of_n: a random one, any of the n; chance: first samples against
-        other images' captions. And the drawn images.
+        acc_real: true images; acc_mismatched: true images against a caption that differs in one attribute;
+        acc_reconstruction: true images through hard codes; acc_first: the first sample; acc_best_of_n: the one that
+        CLIP ranks first; acc_random_of_n, acc_oracle_of_n: a random one, any of the n; acc_chance: first samples
+        against other images' captions. And the samples.
     """
     layout = model.transformer.layout
     pairs = ShapesDataset(layout.rows * model.dvae.downsample_factor, seed, split)
@@ -72,25 +72,25 @@ def caption_accuracy(
     mismatched = [_one_wording(change_one_attribute(scene, rng), rng) for scene in scenes]
     pixels = torch.from_numpy(pairs.pixels(range(count)))
     with torch.no_grad():
-        through = torch.cat(
+        decoded = torch.cat(
             [model.decode(model.dvae.encode(p.to(model.device))).cpu() for p in pixels.split(chunk)]
         )
-    drawn = draw(model, texts, best_of, chunk, seed, temperature)
-    right = matches_caption(
-        drawn.pixels.flatten(0, 1), [text for text in texts for _ in range(best_of)]
+    samples = generate_samples(model, texts, best_of, chunk, seed, temperature)
+    correct = matches_caption(
+        samples.pixels.flatten(0, 1), [text for text in texts for _ in range(best_of)]
     ).reshape(count, best_of)
     rows = np.arange(count)
     scores = {
-        "true": matches_caption(pixels, texts).mean(),
-        "mismatched": matches_caption(pixels, mismatched).mean(),
-        "reconstruction": matches_caption(through, texts).mean(),
-        "first": right[:, 0].mean(),
-        "reranked": right[rows, drawn.best].mean(),
-        f"random_of_{best_of}": right[rows, rng.integers(best_of, size=count)].mean(),
-        f"oracle_of_{best_of}": right.any(axis=1).mean(),
-        "chance": matches_caption(drawn.first(), np.roll(texts, 1).tolist()).mean(),
+        "acc_real": matches_caption(pixels, texts).mean(),
+        "acc_mismatched": matches_caption(pixels, mismatched).mean(),
+        "acc_reconstruction": matches_caption(decoded, texts).mean(),
+        "acc_first": correct[:, 0].mean(),
+        f"acc_best_of_{best_of}": correct[rows, samples.best].mean(),
+        f"acc_random_of_{best_of}": correct[rows, rng.integers(best_of, size=count)].mean(),
+        f"acc_oracle_of_{best_of}": correct.any(axis=1).mean(),
+        "acc_chance": matches_caption(samples.first(), np.roll(texts, 1).tolist()).mean(),
     }
-    return {name: float(value) for name, value in scores.items()}, drawn
+    return {name: float(value) for name, value in scores.items()}, samples
 
 
 def _one_wording(scene, rng: np.random.Generator) -> str:
@@ -98,12 +98,12 @@ def _one_wording(scene, rng: np.random.Generator) -> str:
     return wordings[rng.integers(len(wordings))]
 
 
-def draw(
-    model: DALLE, texts: Sequence[str], best_of: int, chunk: int, seed: int, temperature: float = 1.0
+def generate_samples(
+    model: DALLE, texts: Sequence[str], best_of: int, batch: int, seed: int, temperature: float = 1.0
 ) -> ShapesSamples:
     """`best_of` candidates of every caption, several captions at once, ranked by the model's scorer."""
     model = model.to_precision("auto")
-    sampling = SamplingConfig(temperature, batch_size=min(chunk, len(texts) * best_of))
+    sampling = SamplingConfig(temperature, batch_size=min(batch, len(texts) * best_of))
     with tqdm(total=len(texts) * best_of, desc="sampling", unit="image", disable=None) as bar:
         for step in model.steps(texts, best_of, best_of, seed, sampling):
             bar.update(step.batch.count if step.ranked else 0)

@@ -1,4 +1,4 @@
-"""Does the CLIP look at an image or read it? A word of another class is written on each (Goh et al. 2021).
+"""Typographic attack: does a CLIP follow a wrong class name written on the image (Goh et al. 2021)?
 
 A CLIP that reads takes an apple with "iPod" on it for an iPod. Reranking by such a CLIP prefers images with words.
 
@@ -35,11 +35,11 @@ def run(
         batches: pixels (B, 3, H, W) in [0, 1] and the class of each, int64 (B,).
         names: of the C classes.
         classes: their vectors (C, E), by `zero_shot.class_vectors`.
-        seed: of the wrong names and their places.
+        seed: of the wrong names and their positions.
 
     Returns:
-        right_before, right_after: shares predicted right; follows_word: the share predicted as the word says;
-        followed_before: the share that was predicted so before the word was there.
+        acc_clean, acc_attacked: accuracy without and with the word; attack_success: fraction predicted as the
+        word says; attack_success_clean: fraction predicted so without the word.
     """
     rng, means = np.random.default_rng(seed), MeanMetric()
     for pixels, labels in batches:
@@ -49,10 +49,10 @@ def run(
         before, after = (predictions(clip, part, classes)[:, 0].cpu() for part in (pixels, written))
         means.add(
             {
-                "right_before": before == labels,
-                "right_after": after == labels,
-                "follows_word": after == words,
-                "followed_before": before == words,
+                "acc_clean": before == labels,
+                "acc_attacked": after == labels,
+                "attack_success": after == words,
+                "attack_success_clean": before == words,
             }
         )
     return means.values()

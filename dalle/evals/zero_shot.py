@@ -1,4 +1,4 @@
-"""Naming what an image shows, without training for it: the class whose name fits best (Radford et al. 2021, 3.1.4).
+"""Zero-shot classification with CLIP: the class whose prompt fits best (Radford et al. 2021, 3.1.4).
 
 A class is the mean of its name's embeddings in several wordings, made a unit vector.
 
@@ -43,5 +43,5 @@ def predictions(clip: Embedder, pixels: Tensor, classes: Tensor) -> Tensor:
 def accuracy(ranked: Tensor, labels: Tensor) -> dict[str, float]:
     """The share of images whose class (B,) is the first, and among the first five, of those ranked (B, C)."""
     hits = ranked == labels.to(ranked.device)[:, None]
-    found = {f"top_{k}": float(hits[:, :k].any(1).double().mean()) for k in (1, 5) if k < ranked.shape[1]}
-    return found | {"chance": 1 / ranked.shape[1]}
+    found = {f"acc_top_{k}": float(hits[:, :k].any(1).double().mean()) for k in (1, 5) if k < ranked.shape[1]}
+    return found | {"acc_chance": 1 / ranked.shape[1]}

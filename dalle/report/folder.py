@@ -12,7 +12,7 @@ from dalle.viz.curves import CURVES, Lines, read_lines
 
 KINDS_OF_VALUE = {"kind": str, "step": int, "config": dict, "run": dict, "links": dict, "versions": dict}
 """What a checkpoint's meta.json holds; anything else under these names is left out."""
-EVALUATED = {"caption_accuracy", "rests_on", "held_out"}
+EVALUATED = {"caption_accuracy", "provenance"}
 """A JSON file that has one of these is an evaluation's."""
 
 

@@ -137,7 +137,7 @@ def evaluation(folder: Folder) -> str:
         place = folder.model or "runs/quickstart/model"
         raise ValueError(
             "no evaluation; make one:\n"
-            f"python scripts/evaluate.py --model {place} --parts dvae transformer clip rerank "
+            f"python scripts/evaluate.py --model {place} --metrics dvae transformer clip rerank "
             f"--json {folder.root / 'evaluation.json'}"
         )
     parts = []

@@ -14,8 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.dvae import DVAE
-from dalle.dvae.metrics import dvae_scores
-from dalle.evals.reconstruction import code_use
+from dalle.dvae.metrics import codebook_usage, dvae_scores
 from dalle.io.images import captioned_grid, image_grid, to_pil
 from dalle.types import ImageTokenizer, check_images, check_tokens, token_grid
 from dalle.viz.curves import figure_image, label_axis
@@ -117,7 +116,7 @@ def plot_code_usage(counts: Tensor) -> Image.Image:
 
     The title gives the number of codes in use and the perplexity exp(H) of the shares.
     """
-    usage = code_use(counts)
+    usage = codebook_usage(counts)
     shares = counts.double().sort(descending=True).values / counts.sum()
     figure = Figure(figsize=(5.4, 2.8), layout="constrained")
     axis = figure.subplots()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle.commands.evaluate import EvaluateArgs, _tell, evaluate, finite
-from dalle.commands.evaluate_data import HeldOut, read_classes
+from dalle.commands.evaluate import EvaluateArgs, _print, evaluate, finite
 from dalle.data import DataConfig
 from dalle.dvae import DVAE
+from dalle.evals.context import ValidationSet, read_classes
 from dalle.hub.registry import weights_hash
 from dalle.io.files import read_json
 from dalle.io.images import to_tensor
@@ -26,21 +26,21 @@ COLORS = {"red": (230, 20, 20), "green": (20, 200, 30), "blue": (30, 40, 230)}
 def run(chain: Path, tmp_path_factory) -> EvaluateArgs:
     return EvaluateArgs(
         model=chain / "model",
-        pairs=12,
-        captions=3,
+        num_samples=12,
+        num_prompts=3,
         best_of=4,
         batch=5,
-        blur=(0, 2),
+        blur_radii=(0, 2),
         device="cpu",
-        statistics=tmp_path_factory.mktemp("statistics"),
+        stats_dir=tmp_path_factory.mktemp("statistics"),
     )
 
 
 @pytest.fixture(scope="module")
 def report(run: EvaluateArgs, tmp_path_factory) -> dict:
     file = tmp_path_factory.mktemp("evaluate") / "new" / "report.json"
-    parts = ("dvae", "transformer", "clip", "images", "rerank")
-    evaluate(replace(run, parts=parts, extractor="clip", json=file))
+    metrics = ("dvae", "transformer", "clip", "images", "rerank")
+    evaluate(replace(run, metrics=metrics, feature_extractor="clip", json=file))
     return read_json(file)
 
 
@@ -60,44 +60,47 @@ class TestReport:
         assert {"nats_per_pixel_value", "psnr", "ssim", "perplexity"} <= report["dvae"].keys()
         assert report["transformer"]["image_tokens"] == 12 * 16
         assert {"argmax", "sampled"} == report["transformer"]["bound"].keys()
-        assert report["clip"]["retrieval"].keys() == {"image_to_text_acc", "caption_to_image"}
-        assert (report["images"]["drawn"], report["images"]["real"], report["images"]["best_of"]) == (
+        assert report["clip"]["retrieval"].keys() == {"image_to_text_acc", "text_to_image_acc"}
+        assert (
+            report["images"]["num_generated"],
+            report["images"]["num_real"],
+            report["images"]["best_of"],
+        ) == (
             3,
             12,
             4,
         )
-        assert report["images"]["space"] == "CLIP"
         assert report["images"]["blur"].keys() == {"0", "2"}
-        assert report["images"]["measured_by_the_clip_that_ranked"] is True
-        for name in ("score", "right", "frechet_distance"):
+        assert report["images"]["same_clip_as_ranker"] is True
+        for name in ("score", "accuracy", "fd_clip"):
             assert report["rerank"][name].keys() == {"1", "2", "4"}
 
     def test_the_best_of_more_scores_higher_and_ends_where_sampling_does(self, report, run):
         curve = report["rerank"]["score"]
         assert curve["1"] <= curve["2"] <= curve["4"]
         model = DALLE.from_pretrained(run.model)
-        prompts = HeldOut(run.data, 32, 12, 5, 0).prompts(3)
+        prompts = ValidationSet(run.data, 32, 12, 5, 0).prompts(3)
         drawn = model.to_precision("auto").generate(prompts, 1, 4, 0, progress=False, truncate=True)
         assert curve["4"] == pytest.approx(sum(one.scores[0] for one in drawn) / 3, rel=1e-5)
 
     def test_it_says_what_the_numbers_rest_on(self, report, run):
         model = DALLE.from_pretrained(run.model)
-        rests = report["rests_on"]
+        rests = report["provenance"]
         assert report["model"] == model.hash
         assert (
             f"{rests['hashes']['dvae']}-{rests['hashes']['transformer']}-{rests['hashes']['clip']}"
             == model.hash
         )
         assert rests["hashes"]["text"] == model.text.hash
-        assert rests["hashes"]["extractor"] == rests["hashes"]["clip"]
-        facts = HeldOut(run.data, 32, 12, 5, 0).facts()
-        assert (facts["path"], facts["pairs_at_most"], facts["resolution"]) == ("shapes", 12, 32)
+        assert rests["hashes"]["feature_extractor"] == rests["hashes"]["clip"]
+        facts = ValidationSet(run.data, 32, 12, 5, 0).provenance()
+        assert (facts["path"], facts["max_pairs"], facts["resolution"]) == ("shapes", 12, 32)
         assert rests["data"] == facts
         assert "Lanczos" in rests["resize"]["images"]
         assert report["seed"] == 0
 
     def test_the_same_seed_gives_the_same_numbers(self, run, report):
-        again = evaluate(replace(run, parts=("transformer", "rerank"), batch=7))
+        again = evaluate(replace(run, metrics=("transformer", "rerank"), batch=7))
         assert again["rerank"]["score"] == pytest.approx(report["rerank"]["score"], abs=1e-5)
         assert again["transformer"]["text_loss"] == pytest.approx(
             report["transformer"]["text_loss"], rel=1e-5
@@ -112,49 +115,51 @@ class TestOwnImages:
     def test_classes_are_the_captions(self, run, folder, tmp_path_factory):
         classes = tmp_path_factory.mktemp("classes") / "names.txt"
         classes.write_text("red\ngreen\nblue\n", encoding="utf-8")
-        data = DataConfig(path=str(folder), val_path=str(folder), workers=0)
+        data = DataConfig(path=str(folder), held_out_path=str(folder), workers=0)
         found = evaluate(
-            replace(run, parts=("clip",), data=data, classes=classes, templates=("a {} circle",))
+            replace(run, metrics=("clip",), data=data, classes=classes, templates=("a {} circle",))
         )["clip"]
         assert found["images"] == 9
         assert found["zero_shot"]["images"] == 6  # captions of the other three are no class
-        assert found["zero_shot"]["chance"] == pytest.approx(1 / 3)
-        assert set(found["written_words"]) == {
-            "right_before",
-            "right_after",
-            "follows_word",
-            "followed_before",
+        assert found["zero_shot"]["acc_chance"] == pytest.approx(1 / 3)
+        assert set(found["typographic_attack"]) == {
+            "acc_clean",
+            "acc_attacked",
+            "attack_success",
+            "attack_success_clean",
         }
 
     def test_pairs_come_in_order_and_no_more_than_asked_for(self, folder):
-        data = DataConfig(path=str(folder), val_path=str(folder), workers=0)
-        pairs = HeldOut(data, 32, 7, 3, 0)
+        data = DataConfig(path=str(folder), held_out_path=str(folder), workers=0)
+        pairs = ValidationSet(data, 32, 7, 3, 0)
         sizes = [len(batch.captions) for batch in pairs.batches()]
         assert sizes == [3, 3, 1]
-        assert sum(len(batch.captions) for batch in HeldOut(data, 32, 100, 4, 0).batches()) == 9
+        assert sum(len(batch.captions) for batch in ValidationSet(data, 32, 100, 4, 0).batches()) == 9
 
     def test_other_images_are_other_facts(self, folder):
         """Else statistics of real images would be taken for those of others."""
-        data = DataConfig(path=str(folder), val_path=str(folder), workers=0)
-        facts = HeldOut(data, 32, 9, 3, 0).facts()
+        data = DataConfig(path=str(folder), held_out_path=str(folder), workers=0)
+        facts = ValidationSet(data, 32, 9, 3, 0).provenance()
         for changed, count, side in (
             (replace(data, filters=replace(data.filters, min_words=3)), 9, 32),
             (data, 8, 32),
             (data, 9, 16),
         ):
-            assert HeldOut(changed, side, count, 3, 0).facts() != facts
+            assert ValidationSet(changed, side, count, 3, 0).provenance() != facts
 
     def test_classes_that_no_caption_names(self, folder):
-        data = DataConfig(path=str(folder), val_path=str(folder), workers=0)
-        with pytest.raises(ValueError, match=r"no held-out caption .* is the name of a class, as 'dog'"):
-            list(HeldOut(data, 32, 9, 3, 0).labelled(["dog", "cat"]))
+        data = DataConfig(path=str(folder), held_out_path=str(folder), workers=0)
+        with pytest.raises(
+            ValueError, match=r"no validation caption .* is the name of a class, such as 'dog'"
+        ):
+            list(ValidationSet(data, 32, 9, 3, 0).labeled(["dog", "cat"]))
 
     def test_class_files_that_cannot_be(self, tmp_path):
-        with pytest.raises(ValueError, match="a class name a line"):
+        with pytest.raises(ValueError, match="a class name per line"):
             read_classes(tmp_path / "absent.txt")
         for text in ("one\n", "one\nOne \n"):
             (tmp_path / "few.txt").write_text(text, encoding="utf-8")
-            with pytest.raises(ValueError, match="two class names or more"):
+            with pytest.raises(ValueError, match="two or more class names"):
                 read_classes(tmp_path / "few.txt")
 
 
@@ -173,16 +178,16 @@ def published(tmp_path_factory) -> Path:
 class TestPublishedCLIP:
     def test_it_measures_and_the_ranking_stays_the_models(self, run, report, published):
         for quick_gelu in (True, False):
-            found = evaluate(replace(run, parts=("clip", "rerank"), clip=published, quick_gelu=quick_gelu))
-            assert found["rests_on"]["hashes"]["clip"] != report["rests_on"]["hashes"]["clip"]
+            found = evaluate(replace(run, metrics=("clip", "rerank"), clip=published, quick_gelu=quick_gelu))
+            assert found["provenance"]["hashes"]["clip"] != report["provenance"]["hashes"]["clip"]
             assert found["rerank"]["score"] == pytest.approx(report["rerank"]["score"])
             assert "ranked_by" not in found
 
     def test_it_ranks_where_asked_to(self, run, report, published):
-        asked = replace(run, parts=("rerank",), clip=published, rank_by="clip")
+        asked = replace(run, metrics=("rerank",), clip=published, rerank_with="clip")
         found = [evaluate(replace(asked, quick_gelu=quick_gelu)) for quick_gelu in (True, False)]
         scorer = load_scorer(published, "cpu", True)
-        prompts = HeldOut(run.data, 32, 12, 5, 0).prompts(3)
+        prompts = ValidationSet(run.data, 32, 12, 5, 0).prompts(3)
         model = DALLE.from_pretrained(run.model)
         drawn = model.generate(prompts, 4, 4, 0, progress=False, truncate=True)
         scores = [
@@ -191,44 +196,49 @@ class TestPublishedCLIP:
         expected = sum(float(one.max()) for one in scores) / 3
         assert found[0]["rerank"]["score"]["4"] == pytest.approx(expected, abs=1e-3)  # images of 8 bits here
         assert found[0]["rerank"]["score"] != found[1]["rerank"]["score"]
-        assert found[0]["ranked_by"] == found[0]["rests_on"]["hashes"]["clip"] == weights_hash(scorer.model)
+        assert found[0]["ranked_by"] == found[0]["provenance"]["hashes"]["clip"] == weights_hash(scorer.model)
         assert found[0]["model"] == report["model"]
 
     def test_who_ranks_is_told_of_the_images(self, run, published):
-        asked = replace(run, parts=("images",), extractor="clip", clip=published, quick_gelu=True)
-        assert evaluate(asked)["images"]["measured_by_the_clip_that_ranked"] is False
-        assert evaluate(replace(asked, rank_by="clip"))["images"]["measured_by_the_clip_that_ranked"] is True
+        asked = replace(run, metrics=("images",), feature_extractor="clip", clip=published, quick_gelu=True)
+        assert evaluate(asked)["images"]["same_clip_as_ranker"] is False
+        assert evaluate(replace(asked, rerank_with="clip"))["images"]["same_clip_as_ranker"] is True
 
     def test_a_model_without_a_clip_is_ranked_by_it(self, run, dalle, published, tmp_path):
         dalle.scorer = None
         dalle.save_pretrained(tmp_path / "model")
-        asked = replace(run, model=tmp_path / "model", parts=("shapes",), clip=published, quick_gelu=True)
-        with pytest.raises(ValueError, match="--clip FILE --rank-by clip"):
+        asked = replace(run, model=tmp_path / "model", metrics=("shapes",), clip=published, quick_gelu=True)
+        with pytest.raises(ValueError, match="--clip FILE --rerank-with clip"):
             evaluate(asked)
-        assert evaluate(replace(asked, rank_by="clip", captions=2, best_of=2))["held_out"]["true"] == 1
+        assert (
+            evaluate(replace(asked, rerank_with="clip", num_prompts=2, best_of=2))["shapes"]["held_out"][
+                "acc_real"
+            ]
+            == 1
+        )
 
     def test_an_activation_that_no_file_tells_is_asked_for(self, run, published):
-        with pytest.raises(ValueError, match="does not tell its activation"):
+        with pytest.raises(ValueError, match="activation"):
             evaluate(replace(run, clip=published))
 
 
 class TestRunOfTheLibrary:
     @pytest.mark.parametrize("name", ["clip", "model"])
     def test_as_clip_it_measures_what_it_does_in_the_model(self, run, report, chain, name):
-        found = evaluate(replace(run, parts=("clip",), clip=chain / name))
+        found = evaluate(replace(run, metrics=("clip",), clip=chain / name))
         assert found["clip"] == report["clip"]
 
     def test_a_directory_of_something_else_is_told(self, run, tmp_path):
         with pytest.raises(ValueError, match="expected a run or model directory of this library"):
-            evaluate(replace(run, parts=("clip",), clip=tmp_path))
+            evaluate(replace(run, metrics=("clip",), clip=tmp_path))
 
     def test_the_activation_is_of_a_file(self, run, chain):
-        with pytest.raises(ValueError, match="--quick-gelu is of a CLIP's file"):
+        with pytest.raises(ValueError, match="--quick-gelu is for the file of a CLIP"):
             replace(run, clip=chain / "clip", quick_gelu=True)
 
 
 def test_counts_are_printed_whole(capsys):
-    _tell("dvae", {"psnr": 21.5, "images": 200, "codes": {"used": 7}})
+    _print("dvae", {"psnr": 21.5, "images": 200, "codes": {"used": 7}})
     assert capsys.readouterr().out == "dvae psnr 21.500  images 200\ndvae codes used 7\n"
 
 
@@ -245,12 +255,12 @@ class TestInfinity:
     def test_a_image_kept_exactly_leaves_valid_json(self, run, monkeypatch, tmp_path):
         monkeypatch.setattr(DVAE, "decode", lambda model, tokens, grid=None: self.seen)
         monkeypatch.setattr(DVAE, "encode", self.encode)
-        found = evaluate(replace(run, parts=("dvae",), json=tmp_path / "report.json"))
+        found = evaluate(replace(run, metrics=("dvae",), json=tmp_path / "report.json"))
         written = strict((tmp_path / "report.json").read_text(encoding="utf-8"))
         assert written == found
         assert written["dvae"]["psnr"] is None
         assert written["dvae"]["ssim"] == pytest.approx(1)
-        assert written["not_finite"] == {"dvae.psnr": "inf"}
+        assert written["nonfinite"] == {"dvae.psnr": "inf"}
 
     def encode(self, pixels):
         self.seen = pixels
@@ -259,7 +269,7 @@ class TestInfinity:
     def test_every_depth_and_sign(self):
         report = {"a": {"b": math.nan, "c": 1.5}, "d": -math.inf, "e": [1], "f": "inf", "g": True}
         kept = {"a": {"b": None, "c": 1.5}, "d": None, "e": [1], "f": "inf", "g": True}
-        assert finite(report) == kept | {"not_finite": {"a.b": "nan", "d": "-inf"}}
+        assert finite(report) == kept | {"nonfinite": {"a.b": "nan", "d": "-inf"}}
         assert finite({"a": 1.0}) == {"a": 1.0}
 
 
@@ -267,14 +277,14 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("changes", "said"),
         [
-            ({"pairs": 0}, "pairs must be positive"),
-            ({"parts": ()}, "one part or more"),
-            ({"parts": ("dvae", "dvae")}, "each once"),
-            ({"blur": (0, -1)}, "radii of 0 or more"),
-            ({"blur": ()}, "radii of 0 or more"),
+            ({"num_samples": 0}, "num-samples must be positive"),
+            ({"metrics": ()}, "one or more"),
+            ({"metrics": ("dvae", "dvae")}, "each once"),
+            ({"blur_radii": (0, -1)}, "0 or more"),
+            ({"blur_radii": ()}, "0 or more"),
             ({"lpips_weights": Path("alex.pth")}, "give both, or neither"),
             ({"quick_gelu": True}, "give it with --clip"),
-            ({"rank_by": "clip"}, "give it with --clip"),
+            ({"rerank_with": "clip"}, "give it with --clip"),
         ],
     )
     def test_fields(self, changes, said):
@@ -282,15 +292,15 @@ class TestMistakes:
             EvaluateArgs(**changes)
 
     def test_images_without_weights_say_how_to_get_them(self, run):
-        with pytest.raises(ValueError, match=r"pt_inception-2015-12-05-6726825d.pth.*--extractor"):
-            evaluate(replace(run, parts=("images",)))
+        with pytest.raises(ValueError, match=r"pt_inception-2015-12-05-6726825d.pth.*--feature-extractor"):
+            evaluate(replace(run, metrics=("images",)))
         with pytest.raises(ValueError, match=r"no file .*nowhere.pth"):
-            evaluate(replace(run, parts=("images",), extractor="nowhere.pth"))
+            evaluate(replace(run, metrics=("images",), feature_extractor="nowhere.pth"))
 
     def test_a_model_without_a_clip(self, run, dalle, tmp_path):
         dalle.scorer = None
         dalle.save_pretrained(tmp_path / "model")
         with pytest.raises(ValueError, match="no CLIP to rank with"):
-            evaluate(replace(run, model=tmp_path / "model", parts=("rerank",)))
+            evaluate(replace(run, model=tmp_path / "model", metrics=("rerank",)))
         with pytest.raises(ValueError, match="no CLIP to measure with"):
-            evaluate(replace(run, model=tmp_path / "model", parts=("clip",)))
+            evaluate(replace(run, model=tmp_path / "model", metrics=("clip",)))

@@ -107,7 +107,7 @@ class TestChain:
         report = read_json(workplace.path / "out" / "report.json")
         assert report["model"] == model.hash
         for split in ("held_out", "new_pairs"):
-            assert report[split]["true"] == 1.0
+            assert report[split]["acc_real"] == 1.0
             assert f"{split} true 1.000" in done.stdout
 
 
@@ -207,14 +207,14 @@ class TestQuickstart:
             assert min(Image.open(out / name).size) > 30
         report = read_json(out / "report.json")
         scores = {
-            "true",
-            "mismatched",
-            "reconstruction",
-            "first",
-            "reranked",
-            "random_of_16",
-            "oracle_of_16",
-            "chance",
+            "acc_real",
+            "acc_mismatched",
+            "acc_reconstruction",
+            "acc_first",
+            "acc_best_of_16",
+            "acc_random_of_16",
+            "acc_oracle_of_16",
+            "acc_chance",
         }
         assert report["caption_accuracy"].keys() == report["caption_accuracy_new_pairs"].keys() == scores
         assert report["seconds"].keys() == {
@@ -227,12 +227,15 @@ class TestQuickstart:
             "total",
         }
         assert report["codebook"].keys() == {"used", "perplexity"}
-        assert report["caption_accuracy"]["true"] == 1.0
+        assert report["caption_accuracy"]["acc_real"] == 1.0
         assert (report["seed"], report["captions"], report["best_of"]) == (0, 2, 16)
         model = DALLE.from_pretrained(out / "model")
         assert model.hash == report["model"]
-        accuracy = report["caption_accuracy"]["reranked"]
-        assert f"| caption_accuracy.reranked | {accuracy:.4g} |" in (out / "model" / "README.md").read_text()
+        accuracy = report["caption_accuracy"]["acc_best_of_16"]
+        assert (
+            f"| caption_accuracy.acc_best_of_16 | {accuracy:.4g} |"
+            in (out / "model" / "README.md").read_text()
+        )
         assert f"--model {Path('quick/model')} --prompt" in done.out
         assert len(model.generate(prompt, n=1, best_of=2, progress=False).images) == 1
 

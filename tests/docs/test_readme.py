@@ -40,7 +40,7 @@ SMALLER = {  # words put behind a command so that it takes seconds
     "train_clip": f"{CLIP} {STEPS}",
     "sample": "--device cpu --best-of 4 --keep 2",
     "benchmark": "--model.depth 2 --model.heads 2 --model.text-len 8 --model.grid 4 4 --model.conv-kernel 3 --rounds 1",
-    "evaluate": "--captions 2 --best-of 2 --device cpu",
+    "evaluate": "--num-prompts 2 --best-of 2 --device cpu",
     "plot": "",
     "report": "--captions 1 --best-of 2 --codes 16 --device cpu",
     "push_model": "",
@@ -109,7 +109,7 @@ def test_the_script_commands_run_in_the_order_of_the_readme(workplace, typed):
     words = f"--captions 2 --best-of 2 --device cpu --configs {tiny_configs(workplace)}"
     typed(f"python scripts/quickstart.py {words}", workplace)
     report = json.loads((workplace / "runs" / "quickstart" / "report.json").read_text(encoding="utf-8"))
-    assert report["caption_accuracy"]["true"] == 1
+    assert report["caption_accuracy"]["acc_real"] == 1
     for command in SCRIPTS:
         typed(f"{command} {smaller(command)}", workplace)
     assert list((workplace / "runs" / "samples").glob("*/00.png"))
@@ -121,8 +121,8 @@ def smaller(command: str) -> str:
     name = Path(command.split()[1]).stem
     own = "my/p" in command or "my-" in command
     words = SMALLER[name]
-    if "--pairs" in command:
-        words += " --pairs 8"
+    if "--num-samples" in command:
+        words += " --num-samples 8"
     if "--best-of 8 --keep 8" in command:  # none is left out, so no CLIP is needed
         words += " --best-of 2"
     if own and name == "train_tokenizer":
@@ -194,8 +194,8 @@ def test_the_quick_start_reaches_its_numbers(tmp_path):
     assert accuracy["true"] >= 0.99
     assert accuracy["mismatched"] <= 0.02
     assert accuracy["reconstruction"] >= 0.97
-    assert accuracy["first"] >= 0.85
-    assert accuracy["reranked"] >= 0.95
+    assert accuracy["acc_first"] >= 0.85
+    assert accuracy["acc_best_of_16"] >= 0.95
     for name in ("scripts", "configs", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     for command in (c for c in SCRIPTS if "runs/quickstart/model" in c):

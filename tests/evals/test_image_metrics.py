@@ -8,8 +8,8 @@ import torch
 from PIL import Image, ImageFilter
 
 from dalle.evals.blur import RADII, blur
-from dalle.evals.fid import Gaussian, Moments, frechet_distance
-from dalle.evals.image_features import compare, measure, reference
+from dalle.evals.fid import FeatureGaussian, RunningCovariance, frechet_distance
+from dalle.evals.image_features import cached_reference_stats, compare, extract_stats
 from dalle.evals.inception_score import inception_score
 from dalle.evals.psnr_ssim import psnr, ssim
 
@@ -18,7 +18,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-class TestLikeness:
+class TestPSNRAndSSIM:
     def test_psnr_of_a_known_error(self):
         grey = torch.full((1, 3, 12, 12), 0.5)
         assert psnr(grey, grey + 0.1).item() == pytest.approx(20, abs=1e-5)
@@ -55,7 +55,7 @@ class TestLikeness:
         assert ssim(image, 1 - image).item() < 0
 
     def test_what_cannot_be_compared_is_refused(self):
-        with pytest.raises(ValueError, match="expected two times"):
+        with pytest.raises(ValueError, match="expected two equal shapes"):
             psnr(noise(2, 3, 12, 12), noise(1, 3, 12, 12))
         with pytest.raises(ValueError, match="11 x 11 pixels or more"):
             ssim(noise(1, 3, 8, 8), noise(1, 3, 8, 8))
@@ -96,8 +96,8 @@ class TestFrechet:
         mean = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
         a, b = torch.tensor([4.0, 1.0, 0.25]).double(), torch.tensor([1.0, 9.0, 0.0]).double()
         turn, _ = torch.linalg.qr(noise(3, 3).double())
-        one = Gaussian(torch.zeros(3).double(), turn @ a.diag() @ turn.T, 10)
-        two = Gaussian(mean, turn @ b.diag() @ turn.T, 10)
+        one = FeatureGaussian(torch.zeros(3).double(), turn @ a.diag() @ turn.T, 10)
+        two = FeatureGaussian(mean, turn @ b.diag() @ turn.T, 10)
         wanted = float(mean @ mean + (a.sqrt() - b.sqrt()).square().sum())  # 5.25 + 1 + 4 + 0.25
         assert wanted == 10.5
         assert frechet_distance(one, two) == pytest.approx(wanted, abs=1e-6)
@@ -106,7 +106,7 @@ class TestFrechet:
 
     def test_any_covariances_agree_with_the_eigenvalues_of_their_product(self):
         x, y = noise(9, 5).double(), noise(9, 5, seed=1).double() * 3
-        a, b = (Gaussian(z.mean(0), torch.from_numpy(np.cov(z.numpy().T)), 9) for z in (x, y))
+        a, b = (FeatureGaussian(z.mean(0), torch.from_numpy(np.cov(z.numpy().T)), 9) for z in (x, y))
         root = np.linalg.eigvals(a.covariance.numpy() @ b.covariance.numpy()).real.clip(0) ** 0.5
         wanted = (
             float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace())
@@ -115,7 +115,7 @@ class TestFrechet:
         assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-9)
 
     def test_draws_of_known_gaussians_come_near_their_distance(self):
-        rng, one, two = torch.Generator().manual_seed(0), Moments(), Moments()
+        rng, one, two = torch.Generator().manual_seed(0), RunningCovariance(), RunningCovariance()
         for _ in range(40):
             one.add(torch.randn(1000, 4, generator=rng))
             two.add(torch.randn(1000, 4, generator=rng) * 2 + 1)
@@ -123,7 +123,7 @@ class TestFrechet:
 
     def test_moments_in_uneven_batches_are_numpys_even_far_from_zero(self):
         vectors = noise(57, 6) + 3000
-        moments = Moments()
+        moments = RunningCovariance()
         for part in vectors.split([1, 30, 20, 0, 6]):
             moments.add(part)
         found = moments.gaussian()
@@ -132,7 +132,7 @@ class TestFrechet:
         assert np.allclose(found.covariance, np.cov(vectors.double().numpy().T), rtol=1e-9, atol=1e-12)
 
     def test_what_cannot_be_is_refused(self):
-        moments = Moments()
+        moments = RunningCovariance()
         moments.add(noise(1, 4))
         with pytest.raises(ValueError, match="two vectors or more, got 1"):
             moments.gaussian()
@@ -142,7 +142,8 @@ class TestFrechet:
             moments.add(torch.full((1, 4), torch.nan))
         with pytest.raises(ValueError, match="different widths: 2 and 3"):
             frechet_distance(
-                Gaussian(torch.zeros(2), torch.eye(2), 3), Gaussian(torch.zeros(3), torch.eye(3), 3)
+                FeatureGaussian(torch.zeros(2), torch.eye(2), 3),
+                FeatureGaussian(torch.zeros(3), torch.eye(3), 3),
             )
 
 
@@ -173,7 +174,7 @@ class TestInceptionScore:
 class Corner:
     """Features that a hand can compute: means of colors; counts its calls."""
 
-    hash, resize = "corner", "none"
+    hash, resize, metric = "corner", "none", "fid"
     calls = 0
 
     def __call__(self, pixels):
@@ -187,7 +188,7 @@ class TestImages:
         return noise(12, 3, 16, 16).split(5)
 
     def test_each_radius_is_measured_on_filtered_images(self):
-        found = measure(Corner(), self.batches(), (0, 2))
+        found = extract_stats(Corner(), self.batches(), (0, 2))
         wanted = blur(noise(12, 3, 16, 16), 2).mean((2, 3)).double()
         assert torch.allclose(found[2].moments.gaussian().mean, wanted.mean(0))
         assert not torch.allclose(
@@ -195,31 +196,31 @@ class TestImages:
         )
 
     def test_the_same_images_have_distance_0_behind_every_blur(self, tmp_path):
-        real, _ = reference(Corner(), self.batches, {"data": 1}, tmp_path)
-        report = compare(measure(Corner(), self.batches()), real)
+        real, _ = cached_reference_stats(Corner(), self.batches, {"data": 1}, tmp_path)
+        report = compare(extract_stats(Corner(), self.batches()), real)
         assert list(report) == ["0", "1", "2", "4", "8"]
         for scores in report.values():
-            assert scores["frechet_distance"] == pytest.approx(0, abs=1e-6)
+            assert scores["fid"] == pytest.approx(0, abs=1e-6)
             assert scores["inception_score"] >= 1
 
     def test_statistics_are_kept_by_all_that_they_depend_on(self, tmp_path):
         first, again, other = Corner(), Corner(), Corner()
-        kept, name = reference(first, self.batches, {"data": 1}, tmp_path, (0, 1))
-        found, same = reference(again, self.batches, {"data": 1}, tmp_path, (0, 1))
+        kept, name = cached_reference_stats(first, self.batches, {"data": 1}, tmp_path, (0, 1))
+        found, same = cached_reference_stats(again, self.batches, {"data": 1}, tmp_path, (0, 1))
         assert (first.calls, again.calls) == (6, 0)
         assert torch.equal(kept[1].covariance, found[1].covariance)
         assert found[1].count == 12
         assert same == name
-        _, another = reference(other, self.batches, {"data": 2}, tmp_path, (0, 1))
+        _, another = cached_reference_stats(other, self.batches, {"data": 2}, tmp_path, (0, 1))
         assert other.calls == 6
         assert another != name
 
     def test_a_damaged_file_is_computed_again(self, tmp_path):
-        reference(Corner(), self.batches, {"data": 1}, tmp_path, (0,))
+        cached_reference_stats(Corner(), self.batches, {"data": 1}, tmp_path, (0,))
         (file,) = tmp_path.glob("*.safetensors")
         whole = file.read_bytes()
         file.write_bytes(whole[:50])
         again = Corner()
-        reference(again, self.batches, {"data": 1}, tmp_path, (0,))
+        cached_reference_stats(again, self.batches, {"data": 1}, tmp_path, (0,))
         assert again.calls == 3
         assert file.read_bytes() == whole

@@ -77,15 +77,15 @@ def whole(chain: Path, tmp_path_factory) -> Path:
     evaluated = {
         "model": "abc",
         "temperature": 0.5,
-        "rests_on": {"hashes": {"dvae": HOSTILE[:20]}},
+        "provenance": {"hashes": {"dvae": HOSTILE[:20]}},
         "rerank": {
             "captions": 2,
             "score": {"1": 0.1, "2": 0.2, "4": 0.25},
             "right": {"1": 0.5, "2": None, "4": 0.75},
         },
-        "images": {"blur": {"0": {"frechet_distance": 9.0}, "2": {"frechet_distance": 4.0}}},
+        "images": {"blur": {"0": {"fid": 9.0}, "2": {"fid": 4.0}}},
         "dvae": {"psnr": None},
-        "not_finite": {"dvae.psnr": "inf"},
+        "nonfinite": {"dvae.psnr": "inf"},
     }
     (folder / "evaluation.json").write_text(json.dumps(evaluated))
     place = folder / "samples" / "one"
@@ -148,7 +148,7 @@ class TestWhole:
     def test_reranking_and_blur_are_the_evaluations(self, read):
         names = [attributes["aria-label"] for tag, attributes in read.tags if tag == "svg"]
         assert {"score of the best (evaluation.json)", "right of the best (evaluation.json)"} <= set(names)
-        assert "frechet_distance" in names
+        assert "fid" in names
 
     def test_configuration_names_what_differs(self, read, whole):
         assert "model.depth" in read.text
@@ -312,7 +312,7 @@ class TestParts:
         lines = [{"step": i, "loss": math.nan, "image_loss": 10**400 if i == 2 else i} for i in (1, 2, 3)]
         lines.append({"step": 4, "eval/loss": None, "eval/image_loss": 2.5})
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        numbers = {"rests_on": {}, "rerank": {"score": {"1": math.nan}, "right": {"1": 0.5, "2": 0.75}}}
+        numbers = {"provenance": {}, "rerank": {"score": {"1": math.nan}, "right": {"1": 0.5, "2": 0.75}}}
         numbers["images"] = {"blur": {r: {"psnr": math.inf, "fid": 9.0} for r in ("0", "1")}}
         (tmp_path / "numbers.json").write_text(json.dumps(numbers))
         found = made(tmp_path)
@@ -330,7 +330,7 @@ class TestParts:
         next((tmp_path / "run" / "dvae").glob("reconstructions-*.png")).write_bytes(b"no image")
         (tmp_path / "run" / "model" / "transformer.safetensors").write_bytes(b"no weights")
         (tmp_path / "run" / "clip" / "checkpoints" / "latest").write_text("step-99999999")
-        (tmp_path / "run" / "strange.json").write_text('["rests_on"]')
+        (tmp_path / "run" / "strange.json").write_text('["provenance"]')
         found = made(tmp_path / "run")
         assert "Images over time: cannot read" in found.text
         assert "Samples, Reranking, Attention: " in found.text

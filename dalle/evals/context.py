@@ -1,0 +1,204 @@
+"""What an evaluation measures with: the model, validation pairs, the CLIP, feature extractor and provenance."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+from torch import Tensor
+
+from dalle.config import to_dict
+from dalle.data import DataConfig, open_dataset, sample_captions
+from dalle.evals.image_features import CLIPFeatures, Extractor
+from dalle.evals.inception import HOW, Inception
+from dalle.evals.lpips import LPIPS
+from dalle.evals.zero_shot import TEMPLATES
+from dalle.hub.registry import weights_hash
+from dalle.pipelines.dalle import DALLE
+from dalle.types import Embedder, ImageTextBatch
+
+RESIZE = "shorter side by Pillow's Lanczos, then the middle square"
+
+
+class ValidationSet:
+    """The first usable validation pairs of a dataset.
+
+    Args:
+        data: the dataset.
+        resolution: pixels on a side.
+        count: number of pairs at most.
+        batch: pairs read at once.
+        seed: chooses a caption of a pair where one is needed.
+
+    Raises:
+        ValueError: no such dataset.
+    """
+
+    def __init__(self, data: DataConfig, resolution: int, count: int, batch: int, seed: int):
+        self.data = replace(data, resolution=resolution)
+        self.count, self.batch, self.seed = count, batch, seed
+        self.dataset = open_dataset(self.data, "held_out")
+
+    def batches(self, count: int | None = None) -> Iterator[ImageTextBatch]:
+        """The first `count` usable pairs (default `self.count`); ValueError where there is none."""
+        index, found, count, size = 0, 0, count or self.count, self.dataset.size
+        while found < count and (size is None or index < size):
+            end = min(index + self.batch, index + count - found, size or 2**62)
+            batch = self.dataset.load([(0, i) for i in range(index, end)])
+            index, found = end, found + len(batch.samples)
+            if batch.samples:
+                yield batch
+        if not found:
+            raise ValueError(f"no usable validation pair in {self.data.path}; scripts/check_data.py says why")
+
+    def prompts(self, count: int) -> list[str]:
+        """One caption of each of the first pairs."""
+        return [caption for batch in self.batches(count) for caption in sample_captions(batch, self.seed)]
+
+    def labeled(self, classes: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels (B, 3, R, R) and classes int64 (B,) of the pairs with a caption that is the name of a class.
+
+        Raises:
+            ValueError: there is none.
+        """
+        numbers, found = {_normalized(name): i for i, name in enumerate(classes)}, 0
+        for batch in self.batches():
+            labels = [
+                next((numbers[c] for c in map(_normalized, captions) if c in numbers), -1)
+                for captions in batch.captions
+            ]
+            chosen = [i for i, label in enumerate(labels) if label >= 0]
+            found += len(chosen)
+            if chosen:
+                yield torch.from_numpy(batch.pixels[chosen]), torch.tensor([labels[i] for i in chosen])
+        if not found:
+            raise ValueError(
+                f"no validation caption of {self.data.path} is the name of a class, such as {classes[0]!r}; "
+                "classes are for images whose caption is their class"
+            )
+
+    def provenance(self) -> dict[str, Any]:
+        """What identifies the images."""
+        return {
+            "path": self.data.path,
+            "hash": self.dataset.hash,
+            "max_pairs": self.count,
+            "resolution": self.data.resolution,
+            "filters": to_dict(self.data.filters),
+        }
+
+
+def read_classes(path: Path) -> list[str]:
+    """Class names, one per line; ValueError for no such file, fewer than two, or one twice."""
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"cannot read {path} ({error}); give a text file with a class name per line"
+        ) from None
+    if len(names) < 2 or len(set(map(_normalized, names))) < len(names):
+        raise ValueError(f"{path} must have two or more class names, one per line, none twice")
+    return names
+
+
+def _normalized(name: str) -> str:
+    return " ".join(name.lower().split())
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Settings of the metrics, as in `dalle.commands.evaluate.EvaluateArgs`."""
+
+    data: DataConfig = DataConfig(path="shapes")
+    num_samples: int = 1000
+    num_prompts: int = 200
+    best_of: int = 16
+    temperature: float = 1.0
+    chunk: int = 512
+    batch: int = 32
+    blur_radii: tuple[float, ...] = (0,)
+    feature_extractor: str | None = None
+    classes: Path | None = None
+    templates: tuple[str, ...] = TEMPLATES
+    lpips_backbone: Path | None = None
+    lpips_weights: Path | None = None
+    stats_dir: Path = Path("runs/statistics")
+    seed: int = 0
+
+
+@dataclass
+class EvalContext:
+    """A model with the data and networks that measure it.
+
+    Raises:
+        ValueError: no data, or a file of weights that is missing or wrong.
+    """
+
+    args: EvalConfig
+    model: DALLE
+    clip: Embedder | None = None
+    """Measures in place of the model's own CLIP."""
+    validation: ValidationSet = field(init=False)
+
+    def __post_init__(self):
+        layout, args = self.model.transformer.layout, self.args
+        if layout.rows != layout.columns:
+            raise ValueError(f"images are square, the model's grid is {layout.rows} x {layout.columns}")
+        resolution = layout.rows * self.model.dvae.downsample_factor
+        self.validation = ValidationSet(args.data, resolution, args.num_samples, args.batch, args.seed)
+        if self.clip is None and isinstance(self.model.scorer, Embedder):
+            self.clip = self.model.scorer
+        weights = (args.lpips_backbone, args.lpips_weights)
+        self.lpips = LPIPS(*weights, self.model.device) if args.lpips_weights else None
+        self.classes = read_classes(args.classes) if args.classes else None
+
+    @cached_property
+    def extractor(self) -> Extractor | None:
+        """Features for FID and IS, or None where --feature-extractor is not given."""
+        name = self.args.feature_extractor
+        if name == "clip":
+            return CLIPFeatures(self.require_clip(), weights_hash(self.clip.model))
+        return Inception(Path(name), self.model.device) if name else None
+
+    def require_clip(self) -> Embedder:
+        """The CLIP that measures; ValueError without one."""
+        if self.clip is None:
+            raise ValueError("the model has no CLIP to measure with; give OpenAI's by --clip FILE")
+        return self.clip
+
+    def require_extractor(self) -> Extractor:
+        """The feature extractor; ValueError without one."""
+        if self.extractor is None:
+            raise ValueError(HOW)
+        return self.extractor
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """A caption of each of the first validation pairs, to sample images for."""
+        return self.validation.prompts(self.args.num_prompts)
+
+    def pixels(self) -> Iterator[Tensor]:
+        """Validation images (B, 3, R, R) on the model's device."""
+        for batch in self.validation.batches():
+            yield torch.from_numpy(batch.pixels).to(self.model.device)
+
+    def provenance(self) -> dict[str, Any]:
+        """Hashes of weights and data, sizes and versions that the numbers depend on."""
+        model, extractor = self.model, self.extractor
+        hashes = {
+            "dvae": weights_hash(model.dvae),
+            "transformer": weights_hash(model.transformer),
+            "text": model.text.hash,
+            "clip": self.clip and weights_hash(self.clip.model),
+            "feature_extractor": extractor and extractor.hash,
+            "lpips": self.lpips and self.lpips.hash,
+        }
+        return {
+            "hashes": {name: value for name, value in hashes.items() if value},
+            "data": self.validation.provenance(),
+            "resize": {"images": RESIZE} | ({"features": extractor.resize} if extractor else {}),
+            "versions": {"torch": torch.__version__, "pillow": PIL.__version__},
+        }
