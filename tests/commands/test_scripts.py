@@ -403,7 +403,11 @@ class TestMistakes:
                 "too small",
             ),
             ("sample", (), "no prompt; give --prompt"),
-            ("sample", (*PROMPT, "--best-of", "2", "--num-images", "3"), "best-of must be at least num-images"),
+            (
+                "sample",
+                (*PROMPT, "--best-of", "2", "--num-images", "3"),
+                "best-of must be at least num-images",
+            ),
             ("sample", (*PROMPT, "--model", "nowhere"), "nowhere is no model directory"),
             (
                 "sample",
@@ -411,7 +415,11 @@ class TestMistakes:
                 "--model holds every model; leave out --dvae",
             ),
             ("sample", (*PROMPT, "--keep-rows", "2"), "--keep-rows needs --init-image"),
-            ("sample", (*PROMPT, "--prompts-file", "a.txt", "--out", "b"), "--prompts-file replaces --prompt"),
+            (
+                "sample",
+                (*PROMPT, "--prompts-file", "a.txt", "--out", "b"),
+                "--prompts-file replaces --prompt",
+            ),
             ("sample", ("--prompts-file", "a.txt"), "--prompts-file needs --out"),
             (
                 "sample",

@@ -29,7 +29,9 @@ def test_the_places_that_a_step_sees_hold_what_the_mask_shows_and_nothing_else(k
 
 def test_at_paper_size_a_step_reads_33_or_32_or_192_keys():
     sizes = {
-        kind: (places.groups, places.window) for kind in KINDS if (places := KVCacheLayout.of_kind(kind, TokenLayout()))
+        kind: (places.groups, places.window)
+        for kind in KINDS
+        if (places := KVCacheLayout.of_kind(kind, TokenLayout()))
     }
     assert sizes == {"row": (1, 33), "column": (32, 32), "conv": (1, 192), "causal": (1, 1024)}
 

@@ -166,9 +166,7 @@ def test_the_log_likelihood_is_that_of_the_model_written_out(tmp_path: Path) -> 
 def test_as_the_script_draws_it(folder: Path, tmp_path: Path) -> None:
     for path in (folder, pack(folder, tmp_path / "1.3B.tar.gz")):
         out = tmp_path / f"{path.name}-out"
-        sample(
-            SampleArgs(prompt="a red circle", model=path, best_of=2, num_images=2, out=out, device="cpu")
-        )
+        sample(SampleArgs(prompt="a red circle", model=path, best_of=2, num_images=2, out=out, device="cpu"))
         assert (out / "01.png").is_file()
 
 
