@@ -1,11 +1,11 @@
-"""Before you rent: memory, operations, traffic, days and cost of a training, without starting it.
+"""Estimate memory, FLOPs, communication, time and cost of a training run before launching it.
 
-python scripts/plan.py --config configs/transformer/paper.yaml --gpus 1024 --gpu v100-16gb --train.precision fp16
-python scripts/plan.py --config configs/dvae/small.yaml --gpus 1 --gpu rtx-4090 --mfu 0.3 --price 0.5 --json plan.json
+python scripts/plan.py --config configs/transformer/paper.yaml --num-gpus 1024 --gpu v100-16gb --train.precision fp16
+python scripts/plan.py --config configs/dvae/small.yaml --num-gpus 1 --gpu rtx-4090 --mfu 0.3 --json plan.json
 """
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,92 +29,72 @@ HEADROOM = 0.9
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Tells what a training needs before it is started."""
+    """Estimates what a training run needs."""
 
-    gpus: int = 8
+    num_gpus: int = 8
     """GPUs in all."""
     gpu: str = "h100"
-    """Their kind: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, h200, b200, t4, l4 or rtx-4090."""
+    """Their model: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, h200, b200, t4, l4 or rtx-4090."""
     max_memory_gib: float | None = None
-    """Of one GPU, for a kind that is not listed."""
+    """Memory of one GPU, for a model that is not listed."""
     peak_flops: float | None = None
-    """FLOP/s of one GPU in the precision of the training, for a kind that is not listed."""
-    inside_gb: float | None = None
-    """GB/s that a GPU sends within its machine, for a kind that is not listed."""
-    between_gb: float | None = None
-    """GB/s that a GPU sends to other machines, for a kind that is not listed."""
-    per_machine: int | None = None
-    """GPUs of a machine; as many as the maker's own unless given."""
+    """FLOP/s of one GPU in the precision of the training, for a model that is not listed."""
+    intra_node_gbps: float | None = None
+    """GB/s that a GPU sends within its node, for a model that is not listed."""
+    inter_node_gbps: float | None = None
+    """GB/s that a GPU sends to other nodes, for a model that is not listed."""
+    gpus_per_node: int | None = None
+    """GPUs of a node; the manufacturer's by default."""
     mfu: float = 0.4
-    """Share of the peak that the training reaches."""
-    price: float | None = None
-    """Of a GPU for an hour, in whatever money."""
-    rank: int | None = None
-    """PowerSGD's, of all shards together; that of the configuration, or of Table 1, unless given."""
+    """Fraction of the peak that the training reaches."""
+    usd_per_gpu_hour: float | None = None
+    """Price of a GPU for an hour."""
+    powersgd_rank: int | None = None
+    """Rank of PowerSGD over all shards; that of the configuration, or of Table 1, by default."""
     json: Path | None = None
-    """File for the plan; printed too."""
+    """File for the plan, which is also printed."""
 
-    def check(self) -> None:
-        """ValueError for what cannot be."""
+    def __post_init__(self):
+        super().__post_init__()  # that of the training's arguments
         if self.gpu not in GPUS:
             raise ValueError(f"unknown gpu {self.gpu!r}; expected one of {', '.join(GPUS)}")
         if not 0 < self.mfu <= 1:
             raise ValueError(f"mfu must lie in (0, 1], got {self.mfu}")
-        for name in (
-            "gpus",
-            "max_memory_gib",
-            "peak_flops",
-            "inside_gb",
-            "between_gb",
-            "per_machine",
-            "price",
-            "rank",
-        ):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+        for name in (field.name for field in fields(PlanOptions)):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not value > 0:
+                raise ValueError(f"{name.replace('_', '-')} must be positive, got {value}")
 
     def hardware(self) -> GPU:
-        """The GPU with what was overruled."""
+        """The GPU with the numbers that the options override."""
         known, given = GPUS[self.gpu], {}
         given |= {"memory": self.max_memory_gib} if self.max_memory_gib else {}
         given |= {"fp32": self.peak_flops, "half": self.peak_flops} if self.peak_flops else {}
-        given |= {"inside": self.inside_gb * 1e9} if self.inside_gb else {}
-        given |= {"between": self.between_gb * 1e9} if self.between_gb else {}
-        return replace(known, **given, **({"per_machine": self.per_machine} if self.per_machine else {}))
+        given |= {"inside": self.intra_node_gbps * 1e9} if self.intra_node_gbps else {}
+        given |= {"between": self.inter_node_gbps * 1e9} if self.inter_node_gbps else {}
+        return replace(known, **given, **({"per_machine": self.gpus_per_node} if self.gpus_per_node else {}))
 
 
 @dataclass(frozen=True)
-class DVAEPlan(TrainDVAEArgs, PlanOptions):
-    """Tells what the dVAE of a configuration needs before it is trained."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check()
+class DVAEPlan(PlanOptions, TrainDVAEArgs):
+    """Estimates what training the dVAE of a configuration needs."""
 
 
 @dataclass(frozen=True)
-class TransformerPlan(TrainTransformerArgs, PlanOptions):
-    """Tells what the transformer of a configuration needs before it is trained."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check()
+class TransformerPlan(PlanOptions, TrainTransformerArgs):
+    """Estimates what training the transformer of a configuration needs."""
 
 
 @dataclass(frozen=True)
-class CLIPPlan(TrainCLIPArgs, PlanOptions):
-    """Tells what the CLIP of a configuration needs before it is trained."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check()
+class CLIPPlan(PlanOptions, TrainCLIPArgs):
+    """Estimates what training the CLIP of a configuration needs."""
 
 
 PLANS: dict[str, type] = {"dvae": DVAEPlan, "transformer": TransformerPlan, "clip": CLIPPlan}
 
 
 def plan_training(kind: str, run: Any) -> dict[str, Any]:
-    """Counts, prints a table, writes --json.
+    """Estimates the training, prints a table and writes --json.
 
     Raises:
         ValueError: the batch does not divide among the GPUs.
@@ -131,7 +111,7 @@ def plan_training(kind: str, run: Any) -> dict[str, Any]:
     report = {
         "kind": kind,
         "parameters": own.parameters,
-        "gpus": run.gpus,
+        "num_gpus": run.num_gpus,
         "gpu": run.gpu,
         "hardware": asdict(gpu),
         "precision": precision,
@@ -154,9 +134,9 @@ def plan_training(kind: str, run: Any) -> dict[str, Any]:
 
 def modes(run: Any) -> list[str]:
     """One GPU trains alone; more may share in three ways, hsdp only where there is more than one machine."""
-    if run.gpus == 1:
+    if run.num_gpus == 1:
         return ["none"]
-    return ["ddp", "fsdp"] + (["hsdp"] if _shards(run, "hsdp") < run.gpus else [])
+    return ["ddp", "fsdp"] + (["hsdp"] if _shards(run, "hsdp") < run.num_gpus else [])
 
 
 def dry_steps(kind: str, run: Any, batch: int, precision: str) -> dict[str, StepEstimate]:
@@ -183,10 +163,10 @@ def _accumulate(run: Any) -> int:
 
 
 def _batch_of_pass(run: Any) -> int:
-    parts = run.gpus * _accumulate(run)
+    parts = run.num_gpus * _accumulate(run)
     if run.train.batch_size % parts:
         raise ValueError(
-            f"train.batch_size {run.train.batch_size} does not divide among {run.gpus} GPUs and {_accumulate(run)} "
+            f"train.batch_size {run.train.batch_size} does not divide among {run.num_gpus} GPUs and {_accumulate(run)} "
             f"passes (train.accumulate); make it a multiple of {parts}"
         )
     return run.train.batch_size // parts
@@ -194,8 +174,8 @@ def _batch_of_pass(run: Any) -> int:
 
 def _shards(run: Any, mode: str) -> int:
     if mode == "hsdp":
-        return getattr(run, "shard", None) or min(run.hardware().per_machine, run.gpus)
-    return run.gpus if mode == "fsdp" else 1
+        return getattr(run, "shard", None) or min(run.hardware().per_machine, run.num_gpus)
+    return run.num_gpus if mode == "fsdp" else 1
 
 
 def _rank(kind: str, run: Any) -> int | None:
@@ -203,14 +183,14 @@ def _rank(kind: str, run: Any) -> int | None:
     if kind != "transformer":
         return None
     configured = getattr(getattr(run.train, "powersgd", None), "rank", None)
-    return run.rank or configured or RANKS.get(run.model.width)
+    return run.powersgd_rank or configured or RANKS.get(run.model.width)
 
 
 def _memory(
     run: Any, mode: str, steps: dict[str, StepEstimate], precision: str
 ) -> dict[str, dict[str, float]]:
     optimizer, powersgd = run.train.optimizer, getattr(run.train, "powersgd", None)
-    replicas = run.gpus // _shards(run, mode)
+    replicas = run.num_gpus // _shards(run, mode)
     how = ParallelLayout(
         mode=mode,
         shards=_shards(run, mode),
@@ -228,7 +208,7 @@ def _traffic(
     kind: str, run: Any, mode: str, step: StepEstimate, gpu: GPU, precision: str
 ) -> dict[str, dict[str, float]]:
     shards, half = _shards(run, mode), precision != "fp32"
-    place = (mode, step, run.gpus, gpu.per_machine, shards, half)
+    place = (mode, step, run.num_gpus, gpu.per_machine, shards, half)
     found = {"whole": traffic(*place, accumulate=_accumulate(run))}
     rank = _rank(kind, run)
     if (
@@ -259,11 +239,11 @@ def _flops(kind: str, run: Any, step: StepEstimate, batch: int) -> dict[str, Any
 
 def _time(run: Any, needed: int, gpu: GPU, precision: str) -> dict[str, float]:
     peak = gpu.fp32 if precision == "fp32" else gpu.half
-    seconds = needed / (run.mfu * peak * run.gpus)
-    hours = seconds * run.steps * run.gpus / 3600
+    seconds = needed / (run.mfu * peak * run.num_gpus)
+    hours = seconds * run.steps * run.num_gpus / 3600
     found = {"mfu": run.mfu, "step_seconds": seconds, "steps": run.steps, "days": seconds * run.steps / 86400}
     found |= {"flops_of_run": needed * run.steps, "gpu_hours": hours}
-    return found | ({"price": run.price * hours} if run.price else {})
+    return found | ({"usd": run.usd_per_gpu_hour * hours} if run.usd_per_gpu_hour else {})
 
 
 def main() -> None:

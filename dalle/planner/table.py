@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""The estimate of a training run as text tables."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ PARTS = {
     "gradients": "gradients",
     "moments": "moments of AdamW",
     "average": "averaged weights",
-    "error_buffers": "what PowerSGD has not sent",
+    "error_buffers": "error buffers of PowerSGD",
     "gathered": "gathered layers, buckets",
     "copies": "16-bit copies of weights",
     "activations": "activations",
@@ -21,19 +21,17 @@ def print_plan(report: dict[str, Any], headroom: float) -> None:
     """Parameters, memory, operations, traffic and time, one block each."""
     gpu, batch, modes = report["hardware"], report["batch"], list(report["memory"])
     print(
-        f"{report['kind']}: {report['parameters']:,} parameters, {report['precision']}; {report['gpus']} x "
+        f"{report['kind']}: {report['parameters']:,} parameters, {report['precision']}; {report['num_gpus']} x "
         f"{report['gpu']} of {gpu['memory']:g} GiB; {batch['update']} images an update, {batch['pass']} a pass"
     )
     _print_memory(report, modes, headroom * gpu["memory"])
     _print_operations(report)
     _print_traffic(report, modes)
-    time, money = (
-        report["time"],
-        f", {report['time']['price']:,.0f} in money" if "price" in report["time"] else "",
-    )
+    time = report["time"]
+    cost = f", {time['usd']:,.0f} USD" if "usd" in time else ""
     print(
         f"\n{time['steps']:,} updates of {time['step_seconds']:.3g} s at {time['mfu']:.0%} of the peak: "
-        f"{time['days']:.3g} days, {time['gpu_hours']:,.0f} GPU-hours{money}"
+        f"{time['days']:.3g} days, {time['gpu_hours']:,.0f} GPU-hours{cost}"
     )
     for name, size in report.get("cache_per_candidate", {}).items():
         print(f"sampling: {size / 2**20:.4g} MiB of cache for each candidate in {name}")
@@ -54,7 +52,7 @@ def _print_memory(report: dict[str, Any], modes: list[str], room: float) -> None
     print(f"{f'within {room:.4g} GiB':30}" + "".join(f"{'yes' if fit else 'no':>12}" for fit in fits))
     if (whole := report["starts_whole"] / GIB) > room:
         print(
-            f"note: at the start each process makes the whole model, {whole:.1f} GiB, more than such a GPU has"
+            f"note: at the start each process builds the whole model, {whole:.1f} GiB, more than such a GPU has"
         )
 
 

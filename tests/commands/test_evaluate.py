@@ -115,7 +115,7 @@ class TestOwnImages:
     def test_classes_are_the_captions(self, run, folder, tmp_path_factory):
         classes = tmp_path_factory.mktemp("classes") / "names.txt"
         classes.write_text("red\ngreen\nblue\n", encoding="utf-8")
-        data = DataConfig(path=str(folder), held_out_path=str(folder), workers=0)
+        data = DataConfig(path=str(folder), val_path=str(folder), workers=0)
         found = evaluate(
             replace(run, metrics=("clip",), data=data, classes=classes, templates=("a {} circle",))
         )["clip"]
@@ -130,7 +130,7 @@ class TestOwnImages:
         }
 
     def test_pairs_come_in_order_and_no_more_than_asked_for(self, folder):
-        data = DataConfig(path=str(folder), held_out_path=str(folder), workers=0)
+        data = DataConfig(path=str(folder), val_path=str(folder), workers=0)
         pairs = ValidationSet(data, 32, 7, 3, 0)
         sizes = [len(batch.captions) for batch in pairs.batches()]
         assert sizes == [3, 3, 1]
@@ -138,7 +138,7 @@ class TestOwnImages:
 
     def test_other_images_are_other_facts(self, folder):
         """Else statistics of real images would be taken for those of others."""
-        data = DataConfig(path=str(folder), held_out_path=str(folder), workers=0)
+        data = DataConfig(path=str(folder), val_path=str(folder), workers=0)
         facts = ValidationSet(data, 32, 9, 3, 0).provenance()
         for changed, count, side in (
             (replace(data, filters=replace(data.filters, min_words=3)), 9, 32),
@@ -148,7 +148,7 @@ class TestOwnImages:
             assert ValidationSet(changed, side, count, 3, 0).provenance() != facts
 
     def test_classes_that_no_caption_names(self, folder):
-        data = DataConfig(path=str(folder), held_out_path=str(folder), workers=0)
+        data = DataConfig(path=str(folder), val_path=str(folder), workers=0)
         with pytest.raises(
             ValueError, match=r"no validation caption .* is the name of a class, such as 'dog'"
         ):

@@ -175,7 +175,8 @@ def paper() -> dict:
     run = load(TransformerPlan, [CONFIGS / "transformer" / "paper.yaml"])
     train = replace(run.train, precision="fp16")
     return plan_training(
-        "transformer", replace(run, train=train, gpus=1024, gpu="v100-16gb", mfu=0.3, price=2.0)
+        "transformer",
+        replace(run, train=train, num_gpus=1024, gpu="v100-16gb", mfu=0.3, usd_per_gpu_hour=2.0),
     )
 
 
@@ -190,7 +191,7 @@ def test_the_papers_run(paper):
     assert paper["time"]["days"] == pytest.approx(days)
     assert days == pytest.approx(12.5, rel=0.02)
     assert paper["time"]["gpu_hours"] == pytest.approx(24 * 1024 * days)
-    assert paper["time"]["price"] == pytest.approx(2 * paper["time"]["gpu_hours"])
+    assert paper["time"]["usd"] == pytest.approx(2 * paper["time"]["gpu_hours"])
 
 
 @pytest.mark.slow
@@ -247,9 +248,9 @@ def test_memory_by_hand():
 
 
 def test_kind_by_folder_by_fields_and_by_name(tmp_path):
-    assert take_kind(["--config", "configs/clip/paper.yaml", "--gpus", "2"]) == (
+    assert take_kind(["--config", "configs/clip/paper.yaml", "--num-gpus", "2"]) == (
         "clip",
-        ["--config", "configs/clip/paper.yaml", "--gpus", "2"],
+        ["--config", "configs/clip/paper.yaml", "--num-gpus", "2"],
     )
     assert take_kind(["--kind=dvae"]) == ("dvae", [])
     file = tmp_path / "mine.yaml"
@@ -272,7 +273,7 @@ def test_kind_by_folder_by_fields_and_by_name(tmp_path):
     [
         ({"gpu": "abacus"}, "unknown gpu 'abacus'; expected one of v100-16gb"),
         ({"mfu": 1.5}, r"mfu must lie in \(0, 1\], got 1.5"),
-        ({"gpus": 0}, "gpus must be positive, got 0"),
+        ({"num_gpus": 0}, "num-gpus must be positive, got 0"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(change, sentence):
@@ -282,14 +283,14 @@ def test_what_cannot_be_planned_is_refused(change, sentence):
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    run = TransformerPlan(model=TINY, gpus=3)
+    run = TransformerPlan(model=TINY, num_gpus=3)
     with pytest.raises(ValueError, match="batch_size 1024 does not divide among 3 GPUs and 1 passes"):
         plan_training("transformer", run)
 
 
 def test_an_unlisted_gpu_by_its_numbers():
     run = TransformerPlan(
-        gpu="t4", max_memory_gib=48, peak_flops=1e14, inside_gb=20, between_gb=1, per_machine=4
+        gpu="t4", max_memory_gib=48, peak_flops=1e14, intra_node_gbps=20, inter_node_gbps=1, gpus_per_node=4
     )
     gpu = run.hardware()
     assert (gpu.memory, gpu.half, gpu.fp32, gpu.inside, gpu.between, gpu.per_machine) == (
@@ -305,7 +306,10 @@ def test_an_unlisted_gpu_by_its_numbers():
 @pytest.mark.parametrize("family", ["dvae", "transformer", "clip"])
 def test_each_family_is_planned(family, tmp_path, capsys):
     run = replace(
-        load(PLANS[family], [CONFIGS / family / "shapes.yaml"]), gpus=2, gpu="rtx-4090", json=tmp_path / "p"
+        load(PLANS[family], [CONFIGS / family / "shapes.yaml"]),
+        num_gpus=2,
+        gpu="rtx-4090",
+        json=tmp_path / "p",
     )
     report = plan_training(family, run)
     assert json.loads((tmp_path / "p").read_text()) == report
@@ -313,13 +317,13 @@ def test_each_family_is_planned(family, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"{family}: {report['parameters']:,} parameters" in said
     assert "GPU-hours" in said
-    alone = plan_training(family, replace(run, gpus=1, json=None))
+    alone = plan_training(family, replace(run, num_gpus=1, json=None))
     assert set(alone["memory"]) == {"none"}
 
 
 def test_the_script(script):
     done = script(
-        "plan", "--config", CONFIGS / "dvae" / "shapes.yaml", "--gpus", "1", "--train.batch-size", "32"
+        "plan", "--config", CONFIGS / "dvae" / "shapes.yaml", "--num-gpus", "1", "--train.batch-size", "32"
     )
     assert done.code == 0, done.err
     assert "32 images an update, 32 a pass" in done.out
