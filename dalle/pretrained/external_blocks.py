@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from dalle.nn.blocks import FP32LayerNorm
+from dalle.nn.blocks import FP32LayerNorm, ResidualBlock
 from dalle.nn.int8 import weight_like
 from dalle.nn.kv_cache import KVCache, scale_query
 
@@ -129,17 +129,16 @@ class MLP(nn.Module):
         return self.project(self.gelu(self.expand(x)))
 
 
-class ResidualPath(nn.Module):
+class ResidualPath(ResidualBlock):
     """What a layer adds to the trunk: f(norm(x)), in a sandwich normed again."""
 
     def __init__(self, config: BlockConfig, f: nn.Module):
-        super().__init__()
-        self.norm, self.f = FP32LayerNorm(config.width), f
+        super().__init__(config.width, f)
         self.norm_out = FP32LayerNorm(config.width) if config.sandwich else nn.Identity()
 
     def forward(self, x: Tensor, *rest) -> Tensor:
         """x (B, n, D), and what f takes besides."""
-        return self.norm_out(self.f(self.norm(x), *rest))
+        return self.norm_out(super().forward(x, *rest))
 
 
 class Layer(nn.Module):

@@ -6,6 +6,7 @@ format's list of ignored ones is an error, since programs that load what happens
 models silently.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -175,6 +176,21 @@ def _renamed(found: DetectedCheckpoint) -> tuple[dict[str, Tensor], list[str]]:
             raise ValueError(f"two tensors stand for {renamed}, one of them {name}")
         tensors[renamed] = tensor
     return tensors, sorted(ignored)
+
+
+def rename_layers(pattern: str, parts: dict[str, str], others: dict[str, str]) -> Callable[..., str]:
+    """A `CheckpointFormat.rename` by tables for names inside of layers and outside of them.
+
+    `pattern` matches a name without its last word, with the number and what follows it as groups.
+    """
+
+    def rename(name: str, names: Collection[str]) -> str:
+        stem, _, end = name.rpartition(".")
+        if match := re.fullmatch(pattern, stem):
+            return f"layers.{match[1]}.{parts.get(match[2], match[2])}.{end}"
+        return f"{others.get(stem, stem)}.{end}"
+
+    return rename
 
 
 def count_matches(names: Collection[str], pattern: str) -> int:

@@ -43,13 +43,11 @@ DALLE_MINI = (
     "the transformer here is one stream with one kind of attention, and cannot compute that"
 )
 DEEPSPEED = (
-    "its weights are in pieces that only DeepSpeed joins; run the zero_to_fp32.py in it, and save the result as "
+    "its weights are in pieces that only DeepSpeed joins; run the zero_to_fp32.py in it, save the result as "
     "`weights` beside the hparams of auxiliary.pt"
 )
 UNSUPPORTED = {
-    "min-dalle, a copy of dalle-mini: its encoder and decoder are those of BART": (
-        "layers.*.glu.fc0.weight",
-    ),
+    "min-dalle, a copy of dalle-mini: its encoder and decoder are BART's": ("layers.*.glu.fc0.weight",),
     "LlamaGen's transformer: captions enter it as vectors of a T5 encoder, which this library lacks": (
         "cls_embedding.*",
         "layers.*.attention.wqkv.weight",
@@ -188,7 +186,7 @@ def load_external_pipeline(
     Args:
         path: the file: DALLE-pytorch's dalle.pt or ruDALL-E's pytorch_model.bin; or minDALL-E's archive
             1.3B.tar.gz, or its folder.
-        text: the text tokenizer of its training (`dalle.text.load_text_tokenizer`); minDALL-E's files have it.
+        text: the text tokenizer of its training (`dalle.text.load_text_tokenizer`); minDALL-E has its own.
             ruDALL-E's bpe.model is made to read lowercase.
         dvae: the image tokenizer of its training; by default the one in the file or folder.
         scorer: ranks images.

@@ -23,7 +23,7 @@ class VQGANConfig:
     vocab_size: int = 16384
     """K, the number of codes."""
     quantizer: str = "nearest"
-    """The code of a vector: the nearest, the one at the smallest angle ("cosine", of unit vectors, LlamaGen), or
+    """The code of a vector: the nearest, the one at the smallest angle ("cosine", LlamaGen), or
     the largest of K logits ("logits", Gumbel)."""
 
     def __post_init__(self):

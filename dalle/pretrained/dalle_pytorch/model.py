@@ -99,7 +99,7 @@ class ShiftCache(KVCache):
 
 
 def shifted(x: Tensor, text_inputs: int, columns: int) -> Tensor:
-    """States (B, n, D), half of a text state the one before's, quarters of an image state from above and left."""
+    """States (B, n, D), each with half of the one before (text) or quarters from above and left (image)."""
     text, image = x[:, :text_inputs], x[:, text_inputs:]
     half, quarter = x.shape[2] // 2, x.shape[2] // 4
     text = torch.cat([F.pad(text[..., :half], (0, 0, 1, -1)), text[..., half:]], dim=2)

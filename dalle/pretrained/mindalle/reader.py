@@ -8,8 +8,7 @@
 What config.yaml leaves out is as in the published model.
 """
 
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from math import isqrt
 from operator import attrgetter
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 from dalle.config import ConfigError, read_yaml
 from dalle.io.files import read_json
-from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
+from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches, rename_layers
 from dalle.pretrained.mindalle.model import MinDalle, MinDalleConfig
 from dalle.text.external.huggingface import HuggingFaceTokenizer
 
@@ -56,14 +55,6 @@ def is_folder(path: Path) -> bool:
     return (path / STAGE2).is_file()
 
 
-def own_name(name: str, names: Collection[str] = ()) -> str:
-    """The file's name of a tensor -> the model's."""
-    stem, _, end = name.rpartition(".")
-    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", stem):
-        return f"layers.{match[1]}.{_PARTS.get(match[2], match[2])}.{end}"
-    return f"{_OTHERS.get(stem, stem)}.{end}"
-
-
 def read_stage2(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The transformer's part of config.yaml and its hyper-parameters; ValueError if of another model."""
     if not (folder / CONFIG).is_file():
@@ -88,16 +79,15 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> MinDalleConfig:
     pad = read_vocabulary(folder / VOCABULARY)[PAD]
     text_vocab, width = shapes["text_embedding.weight"]
     positions = shapes["image_position.weight"][0]
-    depth = count_matches(shapes, "layers.*.attention.norm.weight")
     sizes = {
         "embed_dim": width,
-        "n_layers": depth,
-        "n_dense_layers": depth,
+        "n_layers": count_matches(shapes, "layers.*.attention.norm.weight"),
         "ctx_len_img": positions,
         "ctx_len_txt": shapes["text_position.weight"][0],
         "vocab_size_txt": text_vocab,
         "vocab_size_img": shapes["image_embedding.weight"][0],
     }
+    sizes["n_dense_layers"] = sizes["n_layers"]
     for name, size in sizes.items():
         value = (stage2 if name.startswith("vocab") else hparams).get(name, PUBLISHED[name])
         if value != size:
@@ -111,7 +101,7 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> MinDalleConfig:
         raise ValueError(f"{VOCABULARY} numbers {PAD} {pad}, the tensors are of {text_vocab} text ids")
     return MinDalleConfig(
         width=width,
-        depth=depth,
+        depth=sizes["n_layers"],
         heads=heads,
         text_len=sizes["ctx_len_txt"],
         grid=(isqrt(positions),) * 2,
@@ -206,6 +196,6 @@ FAMILY = CheckpointFormat(
     infer_config=infer_config,
     build=MinDalle,
     vocabulary=attrgetter("vocabulary"),
-    rename=own_name,
+    rename=rename_layers(r"blocks\.(\d+)\.(.+)", _PARTS, _OTHERS),
     ignored=("blocks.*.attn.mask",),
 )

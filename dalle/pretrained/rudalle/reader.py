@@ -6,8 +6,7 @@ tokenizer is a youtokentome model, bpe.model, of lowercase captions; the image t
 vqgan.gumbelf8-sber.model.ckpt, or its sibling with wavelets (dalle/pretrained/rudalle/vqgan_dwt.py).
 """
 
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dalle.pretrained.external_transformer import stream_mask
-from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
+from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches, rename_layers
 from dalle.pretrained.rudalle.model import BEGIN, END, VERSIONS, Rudalle, RudalleConfig
 from dalle.text import BPETokenizer
 from dalle.text.external.youtokentome import YoutokentomeTokenizer
@@ -47,14 +46,6 @@ _PARTS = {
     "mlp.dense_h_to_4h": "mlp.f.expand",
     "mlp.dense_4h_to_h": "mlp.f.project",
 }
-
-
-def own_name(name: str, names: Collection[str] = ()) -> str:
-    """The file's name of a tensor -> the model's."""
-    stem, _, end = name.rpartition(".")
-    if match := re.fullmatch(r"transformer\.layers\.(\d+)\.(.+)", stem):
-        return f"layers.{match[1]}.{_PARTS.get(match[2], match[2])}.{end}"
-    return f"{_OTHERS.get(stem, stem)}.{end}"
 
 
 def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> RudalleConfig:
@@ -148,6 +139,6 @@ FAMILY = CheckpointFormat(
     infer_config=infer_config,
     build=Rudalle,
     vocabulary=attrgetter("vocabulary"),
-    rename=own_name,
+    rename=rename_layers(r"transformer\.layers\.(\d+)\.(.+)", _PARTS, _OTHERS),
     ignored=tuple(f"{prefix}{name}" for prefix in ("", "transformer.") for name in MASKS.values()),
 )

@@ -1,8 +1,8 @@
 """ruDALL-E's VQGAN with wavelets, vqgan.gumbelf8-sber-dwt.model.ckpt.
 
-It encodes 256 x 256 pixels and decodes to 512 x 512. The encoder is that of the Gumbel f8. The decoder gives 12 channels: an image of half the size, then for each
-color its differences down, across, and both; one step of the inverse wavelet transform makes pixels of them,
-with the filters in the file (Haar's).
+It encodes 256 x 256 pixels and decodes to 512 x 512. The encoder is the Gumbel f8's. Its decoder has 12
+channels: an image of half the size, then for each color its differences down, across, both; one step of the
+inverse wavelet transform makes pixels of them, with the filters in the file (Haar's).
 """
 
 from collections.abc import Collection
