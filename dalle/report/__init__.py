@@ -1,1 +1,1 @@
-"""report"""
+"""HTML report of a run folder."""
