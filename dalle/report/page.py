@@ -91,10 +91,8 @@ def curve_figure(
         if style == "level":
             axis.axhline(points[0][1], linestyle=":", color=color, label=name)
         else:
-            marker = "o" if len(points) == 1 else None
-            axis.plot(
-                *zip(*thin(points), strict=True), style, marker=marker, color=color, ms=3, lw=1.2, label=name
-            )
+            style = "o-" if len(points) == 1 else style
+            axis.plot(*zip(*thin(points), strict=True), style, color=color, ms=3, lw=1.2, label=name)
     if log2:
         axis.set_xscale("log", base=2)
     if len(finite) > 1:
@@ -152,7 +150,7 @@ def render(title: str, lead: str, sections: Sequence[tuple[str, list[Item]]], mi
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["format_value"] = format_value
-    named = [{"anchor": name.split()[0].lower(), "title": name, "items": items} for name, items in sections]
+    named = [{"anchor": name.split()[0].lower(), "title": name, "content": items} for name, items in sections]
     reasons = [reason.partition("\n")[::2] for reason in missing]
     template = environment.get_template("page.html.jinja")
     page = template.render(title=title, lead=lead, sections=named, missing=reasons)

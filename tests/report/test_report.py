@@ -416,7 +416,7 @@ class TestPieces:
             HOSTILE, HOSTILE, [(HOSTILE, [Text(HOSTILE), Table([[HOSTILE]], [HOSTILE])])], [HOSTILE]
         )
         assert {"script", "img"}.isdisjoint(tag for tag, _ in Page(page).tags)
-        assert Page(page).text.count(HOSTILE[:-1]) == 8  # the title stands twice, the section's title too
+        assert Page(page).text.count(HOSTILE[:-1]) == 9
 
     def test_a_curve_is_where_its_numbers_say(self):
         figure = curve_figure("loss", {"training": ([(0, 2.0), (10, 4.0), (20, 3.0), (30, math.nan)], "-")})
