@@ -42,7 +42,7 @@ SMALLER = {  # words put behind a command so that it takes seconds
     "benchmark": "--model.depth 2 --model.heads 2 --model.text-len 8 --model.grid 4 4 --model.conv-kernel 3 --rounds 1",
     "evaluate": "--num-prompts 2 --best-of 2 --device cpu",
     "plot": "",
-    "report": "--captions 1 --best-of 2 --codes 16 --device cpu",
+    "report": "--captions 1 --best-of 2 --num-codes 16 --device cpu",
     "push_model": "",
     "plan": "--model.depth 2 --model.heads 2",
     "inspect_checkpoint": "",
