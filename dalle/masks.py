@@ -1,4 +1,4 @@
-"""Who sees whom: the sparse attention masks (paper Figure 11) and which layer uses which (2.2).
+"""Sparse attention masks: which keys each query sees, and which layer uses which (paper Figure 11, 2.2).
 
 One predicate defines each kind; a dense mask, a row of it while sampling, or a block mask are ways of
 evaluating the predicate. Text sees the text before it; every image slot sees all text. Among image
@@ -48,22 +48,20 @@ def visible(kind: str, layout: TokenLayout, kernel: int = 11) -> MaskFn:
         )
     text, width = layout.text_len, layout.columns
 
-    def sees(q: Tensor, k: Tensor) -> Tensor:
+    def mask_fn(q: Tensor, k: Tensor) -> Tensor:
         d = q - k
-        causal = d >= 0
         if kind == "causal":
-            return causal
-        return causal & ((k < text) | image_sees(d))
-
-    def image_sees(d: Tensor) -> Tensor:
+            return d >= 0
         if kind == "row":
-            return d <= width
-        if kind == "column":
-            return d % width == 0
-        beside = (d % width).minimum(width - d % width)
-        return (d < width * (kernel + 1) // 2) & (beside <= (kernel - 1) // 2)
+            image = d <= width
+        elif kind == "column":
+            image = d % width == 0
+        else:
+            beside = (d % width).minimum(width - d % width)  # circular column distance
+            image = (d < width * (kernel + 1) // 2) & (beside <= (kernel - 1) // 2)
+        return (d >= 0) & ((k < text) | image)
 
-    return sees
+    return mask_fn
 
 
 def dense_mask(kind: str, layout: TokenLayout, kernel: int = 11) -> Tensor:

@@ -138,7 +138,8 @@ def sample(args: SampleArgs) -> Path:
     from dalle.train.precision import precision_label
     from dalle.train.processes import processes
 
-    external = args.model is not None and is_external_checkpoint(args.model)
+    own = args.model is None or (args.model / "config.json").is_file()
+    external = not own and is_external_checkpoint(args.model)
     check(args, external, external and holds_text_tokenizer(args.model))
     sampling, out = args.sampling, args.out
     with processes() as group:

@@ -121,7 +121,8 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, pattern: SparseMask) -> Tensor:
     text_k, text_v = k[:, :, :text], v[:, :, :text]
     text_out = F.scaled_dot_product_attention(q[:, :, :text], text_k, text_v, is_causal=True)
     image_q = pattern.group(q[:, :, text:])  # (B, H, G, M, d)
-    near_k, near_v = (pattern.near_keys(pattern.group(x[:, :, text:])) for x in (k, v))  # (B, H, G, L, d)
+    near_k = pattern.near_keys(pattern.group(k[:, :, text:]))  # (B, H, G, L, d)
+    near_v = pattern.near_keys(pattern.group(v[:, :, text:]))
     to_text = _scores(image_q.flatten(2, 3), text_k).view(*image_q.shape[:-1], text)
     to_near = _scores(image_q, near_k, pattern.near(q.device))
     weights = torch.cat([to_text, to_near], dim=-1).softmax(-1).to(v.dtype)

@@ -81,12 +81,12 @@ class ResidualBlock(nn.Module):
         self.gradient_scale: Tensor | None = None
 
     def forward(self, x: Tensor, *rest) -> Tensor:
-        """x (B, n, D) and what f takes besides."""
+        """x (B, n, D) and the other arguments of f."""
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._path, x, *rest, use_reentrant=False)
-        return self._path(x, *rest)
+            return checkpoint(self._scaled, x, *rest, use_reentrant=False)
+        return self.f(self.norm(x), *rest) if self.gradient_scale is None else self._scaled(x, *rest)
 
-    def _path(self, x: Tensor, *rest) -> Tensor:
+    def _scaled(self, x: Tensor, *rest) -> Tensor:
         if self.gradient_scale is None:
             return self.f(self.norm(x), *rest)
         inside = scale_gradient(x, 1 / self.gradient_scale)

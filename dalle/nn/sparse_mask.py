@@ -65,7 +65,7 @@ class SparseMask:
     def group(self, x: Tensor) -> Tensor:
         """Image slots in raster order (B, H, R * C, d) -> (B, H, G, M, d): by rows, or by columns for "column"."""
         order = "b h (r c) d -> b h c r d" if self.kind == "column" else "b h (r c) d -> b h r c d"
-        return rearrange(x, order, r=self.layout.rows)
+        return rearrange(x, order, r=self.layout.grid[0])
 
     def ungroup(self, x: Tensor) -> Tensor:
         """The way back: (B, H, G, M, d) -> (B, H, R * C, d)."""
@@ -105,7 +105,7 @@ class SparseMask:
 
     def _exchange(self, x: Tensor, order: str) -> Tensor:
         text, image = x.split([self.layout.text_len, self.layout.num_image_tokens], dim=-2)
-        return torch.cat([text, rearrange(image, order, r=self.layout.rows)], dim=-2)
+        return torch.cat([text, rearrange(image, order, r=self.layout.grid[0])], dim=-2)
 
     def _block_mask(self, device: torch.device) -> BlockMask:
         layout, sees = self.layout, visible(self.kind, self.layout, self.kernel)

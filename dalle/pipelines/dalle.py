@@ -5,6 +5,7 @@ N images, T text positions, h w grid
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -203,7 +204,7 @@ class DALLE(HubMixin):
         text = self.text_tokens([caption], truncate).expand(len(tokens), -1)
         ids = self.transformer.layout.pack(text, tokens)
         with inference_autocast(self.transformer):
-            parts = [log_likelihood(self.transformer, part) for part in ids.split(16)]
+            parts = list(map(partial(log_likelihood, self.transformer), ids.split(16)))
         text, image_nats = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
         nats = LogLikelihood(text, image_nats)
         return nats if isinstance(image, Tensor) else LogLikelihood(*map(float, nats))
@@ -270,7 +271,7 @@ class DALLE(HubMixin):
         """
         directory = resolve_source(source, model_files("dvae", "transformer", "clip"), revision, token)
         has_clip = "clip" in read_config(directory)["parts"]
-        dvae, transformer = (load_model(directory, kind, device) for kind in ("dvae", "transformer"))
+        dvae, transformer = load_model(directory, "dvae", device), load_model(directory, "transformer", device)
         clip = load_model(directory, "clip", device) if has_clip else None
         return cls.from_parts(dvae, transformer, clip).to_precision(precision, int8)
 

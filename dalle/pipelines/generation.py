@@ -93,10 +93,17 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 def write_images(
-    model: Any, generation: Generation, folder: Path, stem: str, model_hash: str
+    generation: Generation, nats: LogLikelihood, folder: Path, stem: str, model_hash: str
 ) -> list[dict[str, Any]]:
-    """Writes <stem>00.png, <stem>01.png, ... (best first) and <stem>grid.png; returns a record of each image."""
-    nats = model.log_likelihood(generation.prompt, generation.image_tokens, truncate=True)
+    """Writes <stem>00.png, <stem>01.png, ... (best first) and <stem>grid.png.
+
+    Args:
+        nats: `DALLE.log_likelihood` of the images.
+        model_hash: `DALLE.hash`.
+
+    Returns:
+        A record of each image.
+    """
     records = []
     for i, image in enumerate(generation.images):
         save_png(image, folder / f"{stem}{i:02d}.png")
@@ -117,7 +124,8 @@ def write_images(
 
 def write_sample(out: Path, model: Any, generation: Generation, options: dict[str, Any]) -> None:
     """Writes the images as `write_images`, and sample.json with the options and a record of each image."""
-    records = write_images(model, generation, out, "", model.hash)
+    nats = model.log_likelihood(generation.prompt, generation.image_tokens, truncate=True)
+    records = write_images(generation, nats, out, "", model.hash)
     keys = ("file", "candidate", "score", "log_likelihood")
     images = [{key: record[key] for key in keys} for record in records]
     sample = {"prompt": generation.prompt, **options, "model": model.hash, "images": images}

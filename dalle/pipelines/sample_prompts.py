@@ -154,7 +154,8 @@ def _sample_group(
     lines = []
     for index, generation in enumerate(generations[:count], start=first):
         stem = f"{index:06d}-{slug(generation.prompt)}-"
-        for record in write_images(model, generation, folder, stem, model_hash):
+        nats = model.log_likelihood(generation.prompt, generation.image_tokens, truncate=True)
+        for record in write_images(generation, nats, folder, stem, model_hash):
             line = {"index": index, **record, "file": f"{folder.name}/{record['file']}"}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(part, "".join(lines))

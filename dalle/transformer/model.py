@@ -115,15 +115,13 @@ class Transformer(nn.Module):
 
         Slots that read a pad have no position beside it: each pad is its position's own (Figure 10).
         """
-        return self.token_embedding(inputs) + self._position(inputs)
-
-    def _position(self, inputs: Tensor) -> Tensor:
         slots = torch.arange(inputs.shape[1], device=inputs.device)
         text, image = slots[: self.layout.text_len], slots[self.layout.text_len :] - self.layout.text_len
         is_pad = (inputs >= self.layout.text_vocab) & (inputs < self.layout.image_offset)
         at_text = self.text_position(text) * ~is_pad[:, : len(text), None]
         at_image = self.row(image // self.layout.columns) + self.column(image % self.layout.columns)
-        return torch.cat([at_text, at_image.expand(len(inputs), -1, -1)], dim=1)
+        position = torch.cat([at_text, at_image.expand(len(inputs), -1, -1)], dim=1)
+        return self.token_embedding(inputs) + position
 
     def text_logits(self, hidden: Tensor, slots: Tensor) -> Tensor:
         """States (..., D) of text slots (...) -> fp32 (..., text_vocab + T)."""
