@@ -41,27 +41,16 @@ WRONG_KINDS = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file; fetch the file itself",
     b"<": "a page of HTML or XML, perhaps of a download that failed",
 }
-STAND_INS = {
-    *(f"dall_e.encoder.{name}" for name in ("Encoder", "EncoderBlock")),
-    *(f"dall_e.decoder.{name}" for name in ("Decoder", "DecoderBlock")),
-    "dall_e.utils.Conv2d",
-    "torch.nn.modules.container.Sequential",
-    "torch.nn.modules.activation.ReLU",
-    "torch.nn.modules.pooling.MaxPool2d",
-    "torch.nn.modules.linear.Identity",
-    "torch.nn.modules.upsampling.Upsample",
-    *(f"builtins.{name}" for name in ("object", "int", "float", "str", "bool", "list", "dict", "tuple")),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    "numpy.dtype",
-    "numpy.ndarray",
-    "argparse.Namespace",
-    *(f"pathlib.{name}" for name in ("PosixPath", "WindowsPath", "_local.PosixPath", "_local.WindowsPath")),
-    "typing.Any",
-    "collections.defaultdict",
-}
-"""Classes whose instances are kept as data: the dVAE's own, and those of trainers."""
-STAND_IN_PACKAGES = ("omegaconf.", "pytorch_lightning.", "lightning.")
-"""Lightning writes its callbacks and settings into every checkpoint."""
+STAND_INS = re.compile(
+    r"dall_e\.\w+\.\w+"  # OpenAI's dVAE
+    r"|torch\.nn\.modules\.\w+\.\w+"
+    r"|(__torch__|omegaconf|pytorch_lightning|lightning)\..+"  # TorchScript; settings and callbacks of Lightning
+    r"|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray)"
+    r"|builtins\.(object|int|float|str|bool|list|dict|tuple)"
+    r"|pathlib\.(_local\.)?(Posix|Windows)Path"
+    r"|argparse\.Namespace|typing\.Any|collections\.defaultdict"
+)
+"""Classes whose instances are kept as data; none of them is imported."""
 
 
 class StandIn:
@@ -85,8 +74,8 @@ class DictStandIn:
 
 
 def is_stand_in(name: str) -> bool:
-    """Whether instances of a class are kept as data; `__torch__` has the classes of TorchScript."""
-    return name in STAND_INS or name.startswith((*STAND_IN_PACKAGES, "__torch__."))
+    """Whether instances of a class are kept as data."""
+    return STAND_INS.fullmatch(name) is not None
 
 
 @dataclass
