@@ -4,11 +4,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from dalle.data import DataConfig
+from dalle.data.config import DataConfig
 from dalle.dvae import DVAEConfig
 from dalle.train.precision import Precision
-from dalle.transformer import TransformerConfig
-from dalle.transformer.config import SIZES
+from dalle.transformer.config import SIZES, TransformerConfig
 
 BACKENDS = ("auto", "dense", "sdpa", "blocks", "flex")
 MIX = ("axial_row", "axial_col", "axial_row", "axial_row")

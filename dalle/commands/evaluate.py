@@ -19,21 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dalle.clip import CLIPScorer, OpenClipScorer
 from dalle.config import cli_errors, parse
-from dalle.data import DataConfig
-from dalle.evals.blur import RADII
-from dalle.evals.context import EvalConfig, EvalContext
-from dalle.evals.suite import METRICS
-from dalle.evals.zero_shot import TEMPLATES
-from dalle.hub.registry import weights_hash
-from dalle.io.files import make_directory, write_json
+from dalle.evals.config import EvalConfig
 from dalle.pipelines.config import SamplingConfig
-from dalle.pipelines.dalle import DALLE
-from dalle.pretrained.openai_clip import load_scorer
-from dalle.runs.args import ROOT, load_stage
-from dalle.text import text_tokenizer_from_dict
-from dalle.train.precision import resolve_device
 
 Metric = Literal["shapes", "dvae", "transformer", "clip", "images", "rerank"]
 
@@ -42,28 +30,10 @@ Metric = Literal["shapes", "dvae", "transformer", "clip", "images", "rerank"]
 class EvaluateArgs(EvalConfig):
     """Measures a model on captions and images that training never saw."""
 
-    model: Path = ROOT / "quickstart" / "model"
+    model: Path = Path("runs/quickstart/model")
     """Model directory."""
     metrics: tuple[Metric, ...] = ("shapes",)
     """One or more of shapes dvae transformer clip images rerank."""
-    data: DataConfig = DataConfig(path="shapes")
-    """Validation images and captions of all metrics but shapes; the resolution is the model's."""
-    num_samples: int = 1000
-    """Validation pairs to read at most; the paper's FID uses 30,000."""
-    num_prompts: int = 200
-    """Captions to sample images for: of each split for shapes, of the validation pairs for images and rerank."""
-    best_of: int = 16
-    """Candidates of each caption; the paper samples 512."""
-    temperature: float = 1.0
-    """Sampling temperature; 1 as the paper."""
-    chunk: int = 512
-    """Images sampled at once for shapes."""
-    batch: int = 32
-    """Pairs measured at once."""
-    blur_radii: tuple[float, ...] = RADII
-    """Radii of the Gaussian filters before features are taken (Figure 9)."""
-    feature_extractor: str | None = None
-    """File of the Inception weights for FID and IS, or the word clip for the features of the CLIP."""
     clip: Path | None = None
     """CLIP that measures in place of the model's own: a file of OpenAI's or open_clip's, or a run or model directory of
     this library; the model's own goes on ranking without --rerank-with clip."""
@@ -71,18 +41,6 @@ class EvaluateArgs(EvalConfig):
     """Activation of an open_clip file's CLIP, which files do not record: true for "-quickgelu" models, else false."""
     rerank_with: Literal["model", "clip"] = "model"
     """The CLIP that ranks the candidates: the model's own, or that of --clip."""
-    classes: Path | None = None
-    """Text file with a class name per line, for images whose caption is their class: zero-shot and typographic attack."""
-    templates: tuple[str, ...] = TEMPLATES
-    """Prompts of a class for the CLIP; {} is its name."""
-    lpips_backbone: Path | None = None
-    """torchvision's AlexNet, for LPIPS."""
-    lpips_weights: Path | None = None
-    """The weights of LPIPS for AlexNet."""
-    stats_dir: Path = ROOT / "statistics"
-    """Folder that caches the feature statistics of real images."""
-    seed: int = 0
-    """Seed of captions and candidates."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first available."""
     json: Path | None = None
@@ -114,6 +72,13 @@ class EvaluateArgs(EvalConfig):
 
 def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     """Computes and prints each metric; writes --json after each, so that an interrupted run keeps what it has."""
+    from dalle.evals.context import EvalContext
+    from dalle.evals.suite import METRICS
+    from dalle.hub.registry import weights_hash
+    from dalle.io.files import make_directory, write_json
+    from dalle.pipelines.dalle import DALLE
+    from dalle.train.precision import resolve_device
+
     if args.json:
         make_directory(args.json.parent)
     device = resolve_device(args.device)
@@ -143,8 +108,13 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     return finite(report)
 
 
-def _load_clip(args: EvaluateArgs, device: Any) -> CLIPScorer | OpenClipScorer:
+def _load_clip(args: EvaluateArgs, device: Any) -> Any:
     """The CLIP of --clip; one of this library reads the ids of the text tokenizer it was trained with."""
+    from dalle.clip import CLIPScorer
+    from dalle.pretrained.openai_clip import load_scorer
+    from dalle.runs.args import load_stage
+    from dalle.text import text_tokenizer_from_dict
+
     if not args.clip.is_dir():
         return load_scorer(args.clip, device, args.quick_gelu)
     loaded = load_stage("clip", args.clip, device)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RADII = (0, 1, 2, 4, 8)  # Figure 9
 REACH = 4  # standard deviations; the weights beyond are less than 1e-4
 
 

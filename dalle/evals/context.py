@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dalle.config import to_dict
 from dalle.data import DataConfig, open_dataset, sample_captions
+from dalle.evals.config import EvalConfig
 from dalle.evals.image_features import CLIPFeatures, Extractor
 from dalle.evals.inception import HOW, Inception
 from dalle.evals.lpips import LPIPS
-from dalle.evals.zero_shot import TEMPLATES
 from dalle.hub.registry import weights_hash
 from dalle.pipelines.dalle import DALLE
 from dalle.types import Embedder, ImageTextBatch
@@ -106,27 +106,6 @@ def read_classes(path: Path) -> list[str]:
 
 def _normalized(name: str) -> str:
     return " ".join(name.lower().split())
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Settings of the metrics, as in `dalle.commands.evaluate.EvaluateArgs`."""
-
-    data: DataConfig = DataConfig(path="shapes")
-    num_samples: int = 1000
-    num_prompts: int = 200
-    best_of: int = 16
-    temperature: float = 1.0
-    chunk: int = 512
-    batch: int = 32
-    blur_radii: tuple[float, ...] = (0,)
-    feature_extractor: str | None = None
-    classes: Path | None = None
-    templates: tuple[str, ...] = TEMPLATES
-    lpips_backbone: Path | None = None
-    lpips_weights: Path | None = None
-    stats_dir: Path = Path("runs/statistics")
-    seed: int = 0
 
 
 @dataclass

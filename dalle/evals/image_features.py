@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dalle.evals.blur import RADII, blur
+from dalle.evals.blur import blur
+from dalle.evals.config import RADII
 from dalle.evals.fid import FeatureGaussian, RunningCovariance, frechet_distance
 from dalle.evals.inception_score import SPLITS, inception_score
 from dalle.io.files import make_directory, read_json, read_tensors, write_json, write_tensors

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dalle.evals.config import TEMPLATES
 from dalle.types import Embedder
-
-TEMPLATES = ("a photo of a {}.",)  # Radford et al.: better than the name alone
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from dalle.evals.blur import RADII, blur
+from dalle.evals.blur import blur
+from dalle.evals.config import RADII
 from dalle.evals.fid import FeatureGaussian, RunningCovariance, frechet_distance
 from dalle.evals.image_features import cached_reference_stats, compare, extract_stats
 from dalle.evals.inception_score import inception_score

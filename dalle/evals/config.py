@@ -1,0 +1,45 @@
+"""Settings of the metrics (no torch here)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dalle.data.config import DataConfig
+
+RADII = (0, 1, 2, 4, 8)  # Figure 9
+TEMPLATES = ("a photo of a {}.",)  # Radford et al.: better than the name alone
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How a model is measured."""
+
+    data: DataConfig = DataConfig(path="shapes")
+    """Validation images and captions of all metrics but shapes; the resolution is the model's."""
+    num_samples: int = 1000
+    """Validation pairs to read at most; the paper's FID uses 30,000."""
+    num_prompts: int = 200
+    """Captions to sample images for: of each split for shapes, of the validation pairs for images and rerank."""
+    best_of: int = 16
+    """Candidates of each caption; the paper samples 512."""
+    temperature: float = 1.0
+    """Sampling temperature; 1 as the paper."""
+    chunk: int = 512
+    """Images sampled at once for shapes."""
+    batch: int = 32
+    """Pairs measured at once."""
+    blur_radii: tuple[float, ...] = RADII
+    """Radii of the Gaussian filters before features are taken (Figure 9)."""
+    feature_extractor: str | None = None
+    """File of the Inception weights for FID and IS, or the word clip for the features of the CLIP."""
+    classes: Path | None = None
+    """Text file with a class name per line, for images whose caption is their class: zero-shot and typographic attack."""
+    templates: tuple[str, ...] = TEMPLATES
+    """Prompts of a class for the CLIP; {} is its name."""
+    lpips_backbone: Path | None = None
+    """torchvision's AlexNet, for LPIPS."""
+    lpips_weights: Path | None = None
+    """The weights of LPIPS for AlexNet."""
+    stats_dir: Path = Path("runs/statistics")
+    """Folder that caches the feature statistics of real images."""
+    seed: int = 0
+    """Seed of captions and candidates."""
