@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from dalle.app.config import Limits
 from dalle.commands.sample import SampleArgs
 from dalle.data.image_decode import decode, open_image
 from dalle.io.images import resize_center_crop
@@ -26,22 +27,6 @@ from dalle.pipelines.generation import Generation, slug, write_sample
 DEFAULTS = SampleArgs()
 SEEDS = 2**31  # seeds that are made up lie below, so that they are easy to type again
 LARGEST_SEED = 2**53 - 1  # a browser's numbers are exact up to here
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The most that a visitor may ask for."""
-
-    caption: int = 1000
-    """Letters of a caption."""
-    images: int = 16
-    """Images to keep."""
-    candidates: int = 512
-    """Candidates to draw; the paper draws 512."""
-    upload: int = 10 * 2**20
-    """Bytes of an image."""
-    pixels: int = 25_000_000
-    """Pixels of an image."""
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ class Page:
             self.draw_button = gr.Button("Draw", variant="primary")
             self.stop_button = gr.Button("Stop", interactive=False)
         with gr.Row():
-            self.n = gr.Number(DEFAULTS.keep, label="Images", precision=0, min_width=80)
+            self.n = gr.Number(DEFAULTS.num_images, label="Images", precision=0, min_width=80)
             self.best_of = gr.Number(
                 DEFAULTS.best_of, label="Best of", precision=0, min_width=80, visible=bool(self.model.scorer)
             )
@@ -128,15 +128,19 @@ class Page:
             self.temperature = gr.Slider(
                 0,
                 2,
-                DEFAULTS.temperature,
+                DEFAULTS.sampling.temperature,
                 step=0.05,
                 label="Temperature",
                 info="1 as the paper; less gives likelier, smoother images",
             )
             with gr.Row():
-                self.top_k = _blank(gr, "Top-k", DEFAULTS.top_k, "all", "among the k likeliest tokens")
-                self.top_p = _blank(gr, "Top-p", DEFAULTS.top_p, "1", "among those that reach p")
-                self.guidance = _blank(gr, "Guidance", DEFAULTS.guidance, "off", "after caption dropout only")
+                self.top_k = _blank(
+                    gr, "Top-k", DEFAULTS.sampling.top_k, "all", "among the k likeliest tokens"
+                )
+                self.top_p = _blank(gr, "Top-p", DEFAULTS.sampling.top_p, "1", "among those that reach p")
+                self.guidance = _blank(
+                    gr, "Guidance", DEFAULTS.sampling.guidance, "off", "after caption dropout only"
+                )
         with gr.Accordion("Complete an image", open=False, visible=layout.rows == layout.columns > 1):
             self.image = gr.File(label="Image", file_types=["image"], height=110, elem_id="image")
             _uploads_only(gr, self.image)

@@ -12,17 +12,16 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from dalle.app.jobs import Limits
-from dalle.app.ui import Page, load_gradio
+from dalle.app.config import Limits
 from dalle.config import cli_errors, parse
-from dalle.hub.hub import resolve_source
-from dalle.io.format import read_config
-from dalle.pipelines.dalle import DALLE
-from dalle.train.precision import Precision, precision_label, resolve_device
+from dalle.train.precision import Precision
+
+if TYPE_CHECKING:
+    from dalle.pipelines.dalle import DALLE
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,12 @@ def app(run: AppArgs) -> None:
         ValueError: no model there, a port that cannot be had.
         ImportError: Gradio is not installed.
     """
+    from dalle.app.ui import load_gradio
+    from dalle.hub.hub import resolve_source
+    from dalle.io.format import read_config
+    from dalle.pipelines.dalle import DALLE
+    from dalle.train.precision import resolve_device
+
     if run.model is None:
         raise ValueError("say which model: python scripts/app.py runs/quickstart/model")
     read_config(
@@ -85,12 +90,15 @@ def app(run: AppArgs) -> None:
             page.close(verbose=False)
 
 
-def launch(run: AppArgs, model: DALLE, folder: Path):
+def launch(run: AppArgs, model: "DALLE", folder: Path):
     """Starts the server in a thread of its own and gives its `gradio.Blocks`; `close` ends it.
 
     Args:
         folder: for uploads and images; the caller removes it.
     """
+    from dalle.app.ui import Page
+    from dalle.train.precision import precision_label
+
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # the only way to tell Gradio where
     facts = {"precision": precision_label(run.precision, run.int8, model.device)}
     page = Page(model.to_precision(run.precision, run.int8), run.limits, facts)

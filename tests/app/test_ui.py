@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from dalle.app.jobs import Limits
+from dalle.app.config import Limits
 from dalle.commands.app import AppArgs, launch
 from dalle.pipelines import best_of_n
 from dalle.pipelines.dalle import DALLE
