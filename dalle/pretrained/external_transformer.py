@@ -40,11 +40,6 @@ class ExternalLayout(TokenLayout):
         return self.text_len
 
     @property
-    def start_of_text(self) -> int | None:
-        """Input id at position 0, where it is always the same."""
-        return self.start
-
-    @property
     def unpredicted(self) -> int:
         """Ids at the beginning that no state predicts: one where there is no start."""
         return int(self.start is None)

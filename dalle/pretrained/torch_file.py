@@ -44,7 +44,7 @@ WRONG_KINDS = {
 STAND_INS = re.compile(
     r"dall_e\.\w+\.\w+"  # OpenAI's dVAE
     r"|torch\.nn\.modules\.\w+\.\w+"
-    r"|(__torch__|omegaconf|pytorch_lightning|lightning)\..+"  # TorchScript; settings and callbacks of Lightning
+    r"|(__torch__|omegaconf|pytorch_lightning|lightning)\..+"  # TorchScript; what Lightning adds
     r"|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray)"
     r"|builtins\.(object|int|float|str|bool|list|dict|tuple)"
     r"|pathlib\.(_local\.)?(Posix|Windows)Path"
