@@ -1,4 +1,4 @@
-"""Attention of queries over the keys that a kind of layer lets them see: one function, several backends.
+"""Masked attention: one function, several backends.
 
     dense    the softmax over all keys written out, the reference
     sdpa     torch's fused kernel, with a mask or causal
@@ -6,8 +6,7 @@
     flex     FlexAttention over blocks of visible pairs (dalle/nn/flex_attention.py); gradients on CUDA only
     auto     one of these, by `auto_backend`
 
-All are equal in value and gradient (tests/nn/test_attention.py); of flex the values on a CPU have been seen to be, its
-gradients are tested where there is a GPU.
+All are equal in value and gradient (tests/nn/test_attention.py); the gradients of flex are tested where there is a GPU.
 
     B batch, H heads, Q queries, K keys, d width of a head, T text_len
     G groups of M image queries that share their L near keys
@@ -38,7 +37,7 @@ def attend(
         q, k, v: (B, H, Q, d), of the first Q slots.
         pattern: the kind of the layer.
         backend: one of ATTENTION_BACKENDS; "blocks" and "flex" need the whole stream, its beginning takes "dense" and "sdpa".
-        transposed: q, k, v and the result are `pattern.transposed`; so "flex" wants its column layers.
+        transposed: q, k, v and the result are `pattern.to_column_major`; so "flex" wants its column layers.
 
     Returns:
         (B, H, Q, d).
@@ -56,7 +55,9 @@ def attend_with(
     """`attend` by a backend that `resolve_backend` gave: what compiled layers call."""
     if transposed != uses_column_major(backend, pattern):
         there, back = (
-            (pattern.raster, pattern.transposed) if transposed else (pattern.transposed, pattern.raster)
+            (pattern.to_row_major, pattern.to_column_major)
+            if transposed
+            else (pattern.to_column_major, pattern.to_row_major)
         )
         return back(attend_with(backend, there(q), there(k), there(v), pattern, not transposed))
     if backend == "blocks":
@@ -74,7 +75,7 @@ def attend_with(
 def resolve_backend(
     backend: str, pattern: SparseMask, queries: int, device: torch.device, head_dim: int
 ) -> str:
-    """The backend that computes so many queries: "auto" by `auto_backend`, the beginning of a stream by dense or sdpa.
+    """The backend for a number of queries: "auto" by `auto_backend`, the beginning of a stream by dense or sdpa.
 
     Raises:
         ValueError: an unknown backend, or one that the device cannot run.
@@ -107,7 +108,7 @@ def uses_column_major(backend: str, pattern: SparseMask) -> bool:
 
 
 def build_mask(backend: str, pattern: SparseMask, device: torch.device) -> None:
-    """Makes what a resolved backend reads of the pattern, so that compiled code finds it made."""
+    """Builds the mask that a resolved backend reads, so that compiled code finds it cached."""
     if backend == "flex":
         pattern.blocks(device)
     elif backend == "blocks":

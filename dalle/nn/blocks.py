@@ -37,15 +37,16 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, pattern: SparseMask, backend: str, cache: KVCache | None = None) -> Tensor:
         """x (B, n, D) of the first n slots, which a cache takes for `step`; backend as `resolve` gave it."""
         transposed = uses_column_major(backend, pattern)  # x is one array where q, k and v are three
-        x = pattern.transposed(x) if transposed else x
+        x = pattern.to_column_major(x) if transposed else x
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         if cache is not None:
             cache.prefill(
-                *((pattern.raster(k), pattern.raster(v)) if transposed else (k, v)), pattern.layout.text_len
+                *((pattern.to_row_major(k), pattern.to_row_major(v)) if transposed else (k, v)),
+                pattern.layout.text_len,
             )
         mixed = attend_with(backend, q, k, v, pattern, transposed)
         x = self.out(rearrange(mixed, "b h n d -> b n (h d)"))
-        return pattern.raster(x) if transposed else x
+        return pattern.to_row_major(x) if transposed else x
 
     def step(self, x: Tensor, cache: KVCache, slot: int | Tensor) -> Tensor:
         """x (B, D) of one image slot of every stream; what came before is in the cache."""
@@ -68,7 +69,7 @@ class MLP(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """The path beside the trunk: f(norm(x)), in fp32 but for what autocast does inside f.
+    """The residual branch f(norm(x)), in fp32 except where autocast applies inside f.
 
     `gradient_scale` is a scalar tensor, or None: the gradient is multiplied by it before it enters f and
     divided by it before it joins the trunk's; NaN and Inf become 0 in both places, so that one bad block

@@ -18,7 +18,7 @@ REMEDY = "set model.backend to auto, blocks, sdpa or dense"
 
 
 def flex_attend(q: Tensor, k: Tensor, v: Tensor, pattern: SparseMask) -> Tensor:
-    """Attention of the whole stream; q, k, v and result (B, H, N, d), of column layers `pattern.transposed`.
+    """Attention of the whole stream; q, k, v and result (B, H, N, d), of column layers `pattern.to_column_major`.
 
     Raises:
         ValueError: gradients are wanted on a CPU, for which FlexAttention has none.

@@ -1,8 +1,7 @@
-"""Matrices kept as whole numbers of 8 bits, for drawing: a step reads a quarter of the bytes of fp32.
+"""Weight-only int8 quantization for sampling: a step reads a quarter of the bytes of fp32.
 
-Row o of a matrix is scale[o] * codes[o], its largest magnitude being 127 scales. Only weights are rounded; a CPU also
-takes what they are multiplied by in bf16, for its routine is fast with nothing else. Not in the paper, which draws in
-16 bit.
+Row o of a matrix is scale[o] * codes[o], its largest magnitude being 127 scales. Only weights are rounded; on a CPU
+their inputs are also cast to bf16, which its kernel needs. Not in the paper, which samples in 16 bit.
 """
 
 import torch
@@ -10,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LARGEST = 127
-FEW_ROWS = 256
-"""Up to so many, a CPU multiplies the codes as they are; beyond, it pays to make a matrix of them first."""
-STRIDE = 64
-"""torch's routine reads whole vectors, past the end of a row whose length is no multiple of theirs."""
+MAX_GEMV_ROWS = 256
+"""Up to this many rows a CPU multiplies the codes directly; beyond, it dequantizes the matrix first."""
+ALIGNMENT = 64
+"""torch's kernel reads whole vectors, past the end of a row whose length is not a multiple of theirs."""
 
 
 class Int8Linear(nn.Module):
@@ -50,7 +49,7 @@ def int8_linear(x: Tensor, linear: nn.Linear | Int8Linear, rows: slice = slice(N
     if isinstance(linear, nn.Linear):
         return F.linear(x, linear.weight[rows].to(x.dtype))
     codes, scale = linear.codes[rows], linear.scale[rows]
-    if x.device.type == "cpu" and x.shape[:-1].numel() <= FEW_ROWS and x.shape[-1] % STRIDE == 0:
+    if x.device.type == "cpu" and x.shape[:-1].numel() <= MAX_GEMV_ROWS and x.shape[-1] % ALIGNMENT == 0:
         product = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16().contiguous(), codes, scale)
         return product.to(x.dtype).unflatten(0, x.shape[:-1])
     return F.linear(x, codes.to(x.dtype) * scale.to(x.dtype)[:, None])

@@ -1,4 +1,4 @@
-"""Who sees whom in the layers of one kind, in the forms that the backends of attention take (paper Figure 11).
+"""The sparse mask of one kind of layer, in the form each attention backend needs (paper Figure 11).
 
 Every form evaluates the one predicate of dalle/masks.py. It is made when a backend first asks for it and kept
 for the device it was asked for, so a model that never needs a mask of all N x N pairs never builds one.
@@ -40,19 +40,19 @@ class SparseMask:
 
     def dense(self, device: torch.device) -> Tensor:
         """bool (N, N), True = visible, raster order."""
-        return self._kept(
+        return self._cached(
             "_dense", device, lambda: dense_mask(self.kind, self.layout, self.kernel).to(device)
         )
 
     def near(self, device: torch.device) -> Tensor:
         """bool (G, M, L): which of its near keys each image query sees."""
-        return self._kept("_near", device, lambda: self._near_mask().to(device))
+        return self._cached("_near", device, lambda: self._near_mask().to(device))
 
     def blocks(self, device: torch.device) -> BlockMask:
-        """FlexAttention's blocks of 128 x 128; for "column" over `transposed` slots, where they are dense (11c)."""
-        return self._kept("_blocks", device, lambda: self._block_mask(device))
+        """FlexAttention's blocks of 128 x 128; for "column" over `to_column_major` slots, where they are dense (11c)."""
+        return self._cached("_blocks", device, lambda: self._block_mask(device))
 
-    def _kept(self, name: str, device: torch.device, make: Callable[[], Any]) -> Any:
+    def _cached(self, name: str, device: torch.device, make: Callable[[], Any]) -> Any:
         kept = getattr(self, name)
         if kept is None or kept[0] != device:
             with torch.inference_mode(False), torch.no_grad():  # what sampling makes must also serve training
@@ -95,11 +95,11 @@ class SparseMask:
 
     # All slots with rows and columns of the image exchanged (Figure 11c), for blocks of pairs.
 
-    def transposed(self, x: Tensor) -> Tensor:
+    def to_column_major(self, x: Tensor) -> Tensor:
         """(..., N, d) in raster order -> image slots column by column."""
         return self._exchange(x, "... (r c) d -> ... (c r) d")
 
-    def raster(self, x: Tensor) -> Tensor:
+    def to_row_major(self, x: Tensor) -> Tensor:
         """The way back."""
         return self._exchange(x, "... (c r) d -> ... (r c) d")
 

@@ -275,7 +275,7 @@ def auto_batch_size(model: Transformer, guidance: float | None = None) -> int:
 
 
 def auto_decode_batch_size(pixels: int, device: torch.device) -> int:
-    """How many images of so many pixels half of the free memory decodes at once, 64 at most."""
+    """How many images of that many pixels half of the free memory decodes at once, 64 at most."""
     free = free_memory(device)
     return 64 if free is None else max(1, min(64, int(free / 2 / (pixels * BYTES_PER_PIXEL))))
 

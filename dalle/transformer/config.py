@@ -30,13 +30,13 @@ class TransformerConfig:
     sparse: bool = True
     """Row, column and conv layers (2.2); false makes every layer causal."""
     full_attention_every: int | None = None
-    """Every so many layers one is causal instead, counted from 1; not in the paper, which has none."""
+    """Makes every n-th layer causal, counted from 1; not in the paper."""
     init_scale: float = 0.125
     """Weights start as N(0, init_scale / sqrt(inputs)) (Child et al.)."""
     backend: str = "auto"
     """How attention is computed: dense, sdpa, blocks, flex, or auto: by device (dalle/nn/attention.py)."""
     activation_checkpointing: bool = False
-    """Keep only the trunk; the inside of each resblock is computed again in the backward pass (2.4)."""
+    """Activation checkpointing: recompute the inside of each resblock in the backward pass (2.4)."""
 
     def __post_init__(self):
         for name in ("depth", "heads", "head_dim"):

@@ -1,4 +1,4 @@
-"""What the transformer minimizes (paper section 2.2, appendix B.2).
+"""Losses of the transformer: chunked cross-entropies of text and image tokens (paper section 2.2, appendix B.2).
 
 The cross-entropies of text and of image tokens are each divided by the number of such tokens in the
 batch, then weighted 1/8 and 7/8. Each modality has a softmax over its own vocabulary, and logits exist
@@ -28,7 +28,7 @@ def cross_entropies(
     Args:
         ids: joint ids (B, N).
         logits: how many exist at once (at least one position's).
-        text_tokens: what the text's sum is divided by; the number of text tokens in `ids` unless given.
+        text_tokens: what the text's sum is divided by; by default the number of text tokens in `ids`.
     """
     layout = model.layout
     at_once = [max(1, logits // vocab) for vocab in (layout.image_offset, layout.image_vocab)]
@@ -57,7 +57,7 @@ def chunked_cross_entropy(
         inputs: what it takes, each (R, ...).
         targets: int64 (R,).
         chunk: positions at once; all R in one go are not computed twice.
-        count: what the sum is divided by; R unless given.
+        count: what the sum is divided by; by default R.
     """
     count = len(targets) if count is None else count
 
@@ -95,7 +95,7 @@ def log_likelihood(model: Transformer, ids: Tensor, logits: int = LOGITS) -> tup
 def _log_probabilities(
     to_logits: Callable[..., Tensor], states: Tensor, targets: Tensor, chunk: int
 ) -> Tensor:
-    """States (B, n, D) and targets (B, n) -> nats (B, n), so many positions at a time."""
+    """States (B, n, D) and targets (B, n) -> nats (B, n), `chunk` positions at a time."""
     slots = torch.arange(states.shape[1], device=states.device)
     parts = zip(states.split(chunk, 1), slots.split(chunk), targets.split(chunk, 1), strict=True)
     nats = [

@@ -99,7 +99,7 @@ class Transformer(nn.Module):
         return self.final_norm(x)
 
     def backends(self, slots: int | None = None) -> dict[str, str]:
-        """What computes the attention of each kind, on the model's device, for a call of so many slots.
+        """What computes the attention of each kind, on the model's device, for a call with that many positions.
 
         Raises:
             ValueError: the device cannot run the backend that the configuration names.
@@ -113,7 +113,7 @@ class Transformer(nn.Module):
     def embed(self, inputs: Tensor) -> Tensor:
         """Token plus position: text slots have one embedding each, image slots row + column.
 
-        Slots that read a pad have no position beside it: each pad is its position's own (Figure 10).
+        Slots that read a pad have no position embedding: each pad is its position's own (Figure 10).
         """
         slots = torch.arange(inputs.shape[1], device=inputs.device)
         text, image = slots[: self.layout.text_len], slots[self.layout.text_len :] - self.layout.text_len

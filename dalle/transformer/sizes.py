@@ -56,14 +56,14 @@ def cache_bytes(config: TransformerConfig, itemsize: int) -> tuple[int, int]:
 
 
 def read_bytes(config: TransformerConfig, candidates: int, itemsize: int, int8: bool = False) -> int:
-    """Bytes that a step of sampling must read for so many candidates of one caption, rings being full.
+    """Bytes that a decoding step must read for the candidates of one caption, with full ring buffers.
 
     Each matrix once (the output matrix in 4 bytes, its image part), the caption's keys and values once, and of
     every candidate those of the places that a step reads.
 
     Args:
         itemsize: bytes of a number, 2 in bf16.
-        int8: the matrices have 8 bits (`generate.in_int8`).
+        int8: the matrices have 8 bits (`generate.quantize_int8`).
     """
     places, width = _places(config), config.width
     layers, output = (1, 1) if int8 else (itemsize, 4)

@@ -42,8 +42,8 @@ def plot_mask(
     pattern = SparseMask(kind, layout, kernel)
     mask = pattern.dense(torch.device("cpu"))
     if transposed:
-        mask = pattern.transposed(
-            pattern.transposed(mask).T
+        mask = pattern.to_column_major(
+            pattern.to_column_major(mask).T
         ).T  # keys of each query, then queries of each key
     colors = _colors(mask, torch.arange(layout.seq_len) < layout.text_len)
     return _tiles(colors, cell, SIDE)

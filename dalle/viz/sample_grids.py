@@ -1,4 +1,4 @@
-"""Sheets to look at while training: what the transformer draws for held-out captions, what CLIP finds for them."""
+"""Image grids logged during training: transformer samples, and CLIP retrieval, for held-out captions."""
 
 import torch
 from PIL import Image
@@ -17,20 +17,20 @@ SIDE = 160
 
 
 class SampleGrid:
-    """A sheet of drawings, by the same random numbers each time, so that sheets differ by the weights alone.
+    """A grid of samples with the same random numbers each time, so that grids differ by the weights alone.
 
     Args:
         tokenizer: the image tokenizer that the transformer's tokens are of.
         text: the text tokenizer.
-        captions: what to draw.
-        seed: of the draws.
+        captions: the prompts.
+        seed: of the random numbers.
     """
 
     def __init__(self, tokenizer: ImageTokenizer, text: BPETokenizer, captions: list[str], seed: int):
         self.tokenizer, self.text, self.captions, self.seed = tokenizer, text, captions, seed
 
     def __call__(self, model: Transformer) -> Image.Image:
-        """Drawn at temperature 1, as the paper draws (section 3)."""
+        """Samples at temperature 1, as in section 3."""
         layout = model.layout
         text_tokens = layout.pad_text([self.text.encode(caption) for caption in self.captions], truncate=True)
         noise = torch.stack(

@@ -74,8 +74,8 @@ def test_attention_of_transposed_slots_is_the_transposed_attention():
     """Only flex works in that order; the others come back from it."""
     pattern = SparseMask("column", LAYOUTS[2])
     q, k, v = (t.detach() for t in random_inputs(LAYOUTS[2])[0])
-    expected = pattern.transposed(attend(q, k, v, pattern, "dense"))
-    exchanged = [pattern.transposed(x) for x in (q, k, v)]
+    expected = pattern.to_column_major(attend(q, k, v, pattern, "dense"))
+    exchanged = [pattern.to_column_major(x) for x in (q, k, v)]
     for backend in ("dense", "blocks", "flex"):
         torch.testing.assert_close(attend(*exchanged, pattern, backend, transposed=True), expected)
 
@@ -113,7 +113,7 @@ def test_blocks_hold_every_visible_pair_and_full_ones_nothing_else(kind, layout)
     pattern = SparseMask(kind, layout)
     mask = dense_mask(kind, layout).float()
     if kind == "column":
-        mask = pattern.transposed(pattern.transposed(mask).T.contiguous()).T
+        mask = pattern.to_column_major(pattern.to_column_major(mask).T.contiguous()).T
     side = -layout.seq_len % 128
     pairs = (
         torch.nn.functional.pad(mask, (0, side, 0, side))
@@ -141,10 +141,10 @@ def block_table(counts, indices):
 def test_transposed_slots_go_back_to_raster_order(layout):
     pattern = SparseMask("column", layout)
     x = torch.arange(2 * layout.seq_len * 5.0).view(2, layout.seq_len, 5)
-    assert torch.equal(pattern.raster(pattern.transposed(x)), x)
+    assert torch.equal(pattern.to_row_major(pattern.to_column_major(x)), x)
     first_column = x[:, layout.text_len :].unflatten(1, layout.grid)[:, :, 0]
     assert torch.equal(
-        pattern.transposed(x)[:, layout.text_len : layout.text_len + layout.rows], first_column
+        pattern.to_column_major(x)[:, layout.text_len : layout.text_len + layout.rows], first_column
     )
 
 

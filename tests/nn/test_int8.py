@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dalle.nn.int8 import FEW_ROWS, STRIDE, Int8Linear, int8_linear, weight_like
+from dalle.nn.int8 import ALIGNMENT, MAX_GEMV_ROWS, Int8Linear, int8_linear, weight_like
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.generate import (
     cast_linear_weights,
@@ -54,8 +54,8 @@ class TestInt8Linear:
         found = Int8Linear(plain)(torch.randn(5, 24))
         assert torch.equal(found[:, 3], plain.bias[3].expand(5))
 
-    @pytest.mark.parametrize("inputs", [24, 127, STRIDE, 3 * STRIDE])
-    @pytest.mark.parametrize("rows", [(1,), (2, 3), (FEW_ROWS + 1,)])
+    @pytest.mark.parametrize("inputs", [24, 127, ALIGNMENT, 3 * ALIGNMENT])
+    @pytest.mark.parametrize("rows", [(1,), (2, 3), (MAX_GEMV_ROWS + 1,)])
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_it_multiplies_by_the_rounded_matrix(self, inputs, rows, bias, dtype):
@@ -67,10 +67,10 @@ class TestInt8Linear:
         torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
 
     def test_columns_that_lie_apart_are_taken_together(self):
-        rounded, x = Int8Linear(linear(inputs=STRIDE)), torch.randn(STRIDE, 5).T
+        rounded, x = Int8Linear(linear(inputs=ALIGNMENT)), torch.randn(ALIGNMENT, 5).T
         assert torch.equal(rounded(x), rounded(x.contiguous()))
 
-    @pytest.mark.parametrize("inputs", [24, STRIDE])
+    @pytest.mark.parametrize("inputs", [24, ALIGNMENT])
     def test_some_rows_are_those_of_the_whole(self, inputs):
         plain, x = linear(bias=False, inputs=inputs), torch.randn(4, inputs)
         for layer in (plain, Int8Linear(plain)):

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle.config import from_dict, to_dict
 from dalle.layout import TokenLayout
 from dalle.masks import KINDS
 from dalle.nn import ATTENTION_BACKENDS
@@ -156,13 +155,13 @@ def test_the_masks_are_no_part_of_a_checkpoint():
     ("backend", "made"), [("dense", ["dense"]), ("sdpa", ["dense"]), ("blocks", ["near"]), ("auto", ["near"])]
 )
 def test_a_model_builds_only_the_masks_that_its_backend_reads(monkeypatch, backend, made):
-    asked, kept = set(), SparseMask._kept
+    asked, kept = set(), SparseMask._cached
 
     def watched(self, name, device, make):
         asked.add((self.kind, name.removeprefix("_")))
         return kept(self, name, device, make)
 
-    monkeypatch.setattr(SparseMask, "_kept", watched)
+    monkeypatch.setattr(SparseMask, "_cached", watched)
     model = small(backend=backend)
     assert asked == set()
     cross_entropies(model, ids_of(model))
@@ -174,14 +173,6 @@ def test_causal_layers_of_fused_attention_need_no_mask():
     model.hidden(ids_of(model))
     assert model.patterns["causal"]._dense is None
     assert model.backends() == {"causal": "sdpa"}
-
-
-def test_a_checkpoint_configuration_of_an_earlier_version_still_reads():
-    """Before `full_attention_every` and `auto` were there, `backend: sdpa` was the default and was written down."""
-    old = to_dict(TransformerConfig()) | {"backend": "sdpa"}
-    del old["full_attention_every"]
-    config = from_dict(TransformerConfig, old, "old checkpoint")
-    assert (config.backend, config.kinds) == ("sdpa", TransformerConfig().kinds)
 
 
 @pytest.mark.parametrize(
@@ -462,6 +453,7 @@ def test_steps_in_bf16_are_those_of_autocast():
     torch.testing.assert_close(steps_after(half, ids, 4), whole[:, 5:], rtol=0.1, atol=0.1)
 
 
+@pytest.mark.slow
 def test_compiled_steps_draw_as_others_and_are_compiled_once_for_all_blocks():
     model, other = small(grid=(2, 5)), small(grid=(2, 5))
     text, noise = text_of(model)[:2], torch.rand(2, 3, 10, dtype=torch.float64)
@@ -753,7 +745,9 @@ def test_computing_resblocks_again_changes_no_gradient():
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", TRAINABLE)
+@pytest.mark.parametrize(
+    "backend", ["dense", *(pytest.param(b, marks=pytest.mark.slow) for b in TRAINABLE if b != "dense")]
+)
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
 def test_layers_compile_without_a_break_and_keep_their_names(backend, activation_checkpointing):
     model = small(backend=backend, activation_checkpointing=activation_checkpointing)
@@ -764,6 +758,7 @@ def test_layers_compile_without_a_break_and_keep_their_names(backend, activation
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.slow
 def test_layers_with_gradient_scales_compile_without_a_break():
     model = small()
     scales = PerBlockGradScaler(model.resblocks())
