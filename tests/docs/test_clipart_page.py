@@ -29,7 +29,7 @@ SMALLER = {  # words put behind a command so that it takes seconds
     "encode_images": "--device cpu --data.workers 0",
     "train_transformer": f"{SMALL} --model.depth 2 --model.heads 1",
     "train_clip": f"{SMALL} --data.workers 0 --model.vision-layers 1 --model.text-layers 1",
-    "sample": "--device cpu --best-of 2 --keep 2",
+    "sample": "--device cpu --best-of 2 --num-images 2",
     "plot": "",
 }
 LINES = (ROOT / "docs" / "clipart" / "captions.txt").read_text(encoding="utf-8").splitlines()

@@ -38,7 +38,7 @@ SMALLER = {  # words put behind a command so that it takes seconds
     "encode_images": "--data.resolution 16 --encode.images 20 --device cpu",
     "train_transformer": f"{TRANSFORMER} {STEPS}",
     "train_clip": f"{CLIP} {STEPS}",
-    "sample": "--device cpu --best-of 4 --keep 2",
+    "sample": "--device cpu --best-of 4 --num-images 2",
     "benchmark": "--model.depth 2 --model.heads 2 --model.text-len 8 --model.grid 4 4 --model.conv-kernel 3 --rounds 1",
     "evaluate": "--num-prompts 2 --best-of 2 --device cpu",
     "plot": "",
@@ -123,7 +123,7 @@ def smaller(command: str) -> str:
     words = SMALLER[name]
     if "--num-samples" in command:
         words += " --num-samples 8"
-    if "--best-of 8 --keep 8" in command:  # none is left out, so no CLIP is needed
+    if "--best-of 8 --num-images 8" in command:  # none is left out, so no CLIP is needed
         words += " --best-of 2"
     if own and name == "train_tokenizer":
         words += " --text.vocab-size 400"

@@ -213,7 +213,7 @@ class TestParts:
         found = made(tmp_path / "dvae")
         assert {"curves", "images", "codebook", "configuration", "checkpoints"} <= set(found.sections)
         assert {"samples", "attention", "masks"}.isdisjoint(found.sections)
-        assert "python scripts/sample.py --prompt WORDS --save-model runs/model" in found.text
+        assert "python scripts/sample.py --prompt WORDS --save-pretrained runs/model" in found.text
         assert "python scripts/train_transformer.py" in found.text
         assert "python scripts/evaluate.py" in found.text
 
