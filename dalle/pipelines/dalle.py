@@ -132,9 +132,6 @@ class DALLE(HubMixin):
             box: instead, (top, left) in tokens of the region to generate, which extends to the lower right corner. A
                 token depends on the kept ones before it in raster order alone.
             options: as `generate`.
-
-        Raises:
-            ValueError: rows or a box beyond the grid; as `generate`.
         """
         return self.generate(prompt, prefix=prefix_tokens(self, image, rows, box), **options)
 
@@ -169,9 +166,7 @@ class DALLE(HubMixin):
 
         All arguments are checked before it returns; leaving the loop stops the sampling.
 
-        Args:
-            sampling: settings.
-            prefix: see `generate`, as the rest.
+        Arguments as `generate`.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
@@ -211,8 +206,8 @@ class DALLE(HubMixin):
 
     def text_tokens(self, prompts: Sequence[str], truncate: bool = False) -> Tensor:
         """Prompts -> int64 (len(prompts), T); ValueError for an empty or too long one."""
-        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
-            raise ValueError(f"the prompt must be text, got {type(wrong[0]).__name__}")
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"the prompt must be text, got {prompts!r}")
         ids = [self.text.encode(prompt) for prompt in prompts]
         if not all(ids):
             raise ValueError("the prompt is empty; describe the image")
