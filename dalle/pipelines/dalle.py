@@ -1,7 +1,4 @@
-"""DALL-E: caption -> image tokens -> images -> ranked images (paper sections 2 and 2.6).
-
-N images, T text positions, h w grid
-"""
+"""DALL-E: caption -> h w image tokens -> N images -> ranked images (paper sections 2 and 2.6)."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -205,7 +202,7 @@ class DALLE(HubMixin):
         return nats if isinstance(image, Tensor) else LogLikelihood(*map(float, nats))
 
     def text_tokens(self, prompts: Sequence[str], truncate: bool = False) -> Tensor:
-        """Prompts -> int64 (len(prompts), T); ValueError for an empty or too long one."""
+        """Prompts -> int64 (len(prompts), text_len); ValueError for an empty or too long one."""
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"the prompt must be text, got {prompts!r}")
         ids = [self.text.encode(prompt) for prompt in prompts]
