@@ -1,4 +1,4 @@
-"""Values that change with the step (paper appendices A.2 and B.2)."""
+"""Schedules of the learning rate and of the loss weights over steps (appendices A.2, B.2)."""
 
 import math
 from dataclasses import dataclass
@@ -7,23 +7,23 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Schedule:
-    """From `start` to `end` over `steps` updates, then `end` for good."""
+    """From `initial` to `final` over `decay_steps` steps, then constant."""
 
-    start: float
-    """Value at update 0."""
-    end: float
-    """Value from update `steps` on."""
-    steps: int = 1
-    """Updates that the change takes."""
+    initial: float
+    """Value at step 0."""
+    final: float
+    """Value from step `decay_steps` on."""
+    decay_steps: int = 1
+    """Steps that the change takes."""
     shape: Literal["cosine", "linear"] = "cosine"
     """Half a cosine wave (A.2) or a straight line."""
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"a schedule needs at least 1 step, got {self.steps}")
+        if self.decay_steps < 1:
+            raise ValueError(f"decay_steps must be positive, got {self.decay_steps}")
 
     def __call__(self, step: int) -> float:
-        """The value at an update, counted from 0."""
-        done = min(max(step / self.steps, 0.0), 1.0)
+        """Value at a step, counted from 0."""
+        done = min(max(step / self.decay_steps, 0.0), 1.0)
         share = done if self.shape == "linear" else (1 - math.cos(math.pi * done)) / 2
-        return self.start + (self.end - self.start) * share
+        return self.initial + (self.final - self.initial) * share

@@ -91,8 +91,8 @@ class BatchShard:
     """Rank of the shard; the shards in order form the batch."""
     count: int = 1
     """Number of shards, all of equal size."""
-    counts: Tensor | None = None
-    """The objective's `counts`, summed over all shards; None for a single shard or an objective without `counts`."""
+    num_targets: Tensor | None = None
+    """The objective's `num_targets`, summed over all shards; None for a single shard or an objective without it."""
     sum: Callable[[Tensor], Tensor] = _same
     """All-reduce (sum) over the processes, without gradient."""
     gather: Callable[[Tensor], Tensor] = _same
@@ -106,11 +106,11 @@ class Objective(Protocol):
     """Training objective of a model family; the training loop knows no family.
 
     The mean over the shards of a batch must equal the value for the whole batch. Where a mean is over a number that
-    varies (text tokens, not images), a method `counts(model, batch) -> Tensor` counts them for a shard, and
-    `part.counts` holds the sum over all shards. `part` is passed only when there are several shards.
+    varies (text tokens, not images), a method `num_targets(model, batch) -> Tensor` counts them for a shard, and
+    `part.num_targets` holds the sum over all shards. `part` is passed only when there are several shards.
 
-    Optional methods, for the log: `work(model, batch) -> StepCost`, called once per run, and
-    `chance(model) -> {metric: value}`, the values of an uninformed model.
+    Optional methods, for the log: `step_cost(model, batch) -> StepCost`, called once per run, and
+    `random_baseline(model) -> {metric: value}`, the values of an uninformed model.
     """
 
     def __call__(

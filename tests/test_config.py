@@ -53,8 +53,8 @@ class TestUnknownKeys:
             ({"stpes": 3}, "stpes", "steps"),
             ({"model": {"width": [8]}}, "model.width", "widths"),
             ({"train": {"optimizer": {"weight-decay": 0.1}}}, "train.optimizer.weight-decay", "weight_decay"),
-            ({"objective": {"tau": {"begin": 1.0, "star": 1.0}}}, "objective.tau.begin", None),
-            ({"objective": {"tau": {"star": 1.0}}}, "objective.tau.star", "start"),
+            ({"loss": {"tau": {"begin": 1.0, "inital": 1.0}}}, "loss.tau.begin", None),
+            ({"loss": {"tau": {"inital": 1.0}}}, "loss.tau.inital", "initial"),
         ],
     )
     def test_the_place_and_the_nearest_name_are_told_at_any_depth(self, data, place, nearest):
@@ -113,7 +113,7 @@ class TestTypes:
     def test_none_and_a_number_are_both_right_where_the_field_says_so(self):
         for clip in (None, 2.0):
             assert (
-                from_dict(TrainDVAEArgs, {"train": {"optimizer": {"clip": clip}}}).train.optimizer.clip
+                from_dict(TrainDVAEArgs, {"train": {"optimizer": {"clip": clip}}}).train.optimizer.max_grad_norm
                 == clip
             )
 
@@ -123,10 +123,10 @@ class TestTypes:
 
     def test_what_the_class_itself_refuses_is_told_with_its_place(self):
         with pytest.raises(
-            ConfigError, match=r"my\.yaml: objective\.tau: a schedule needs at least 1 step, got 0"
+            ConfigError, match=r"my\.yaml: loss\.tau: decay_steps must be positive"
         ):
             from_dict(
-                TrainDVAEArgs, {"objective": {"tau": {"start": 1.0, "end": 0.1, "steps": 0}}}, "my.yaml"
+                TrainDVAEArgs, {"loss": {"tau": {"initial": 1.0, "final": 0.1, "decay_steps": 0}}}, "my.yaml"
             )
 
     def test_a_missing_field_without_a_default_is_named(self):
@@ -144,9 +144,9 @@ class TestDefaults:
 
     def test_file_and_command_line_mean_the_same(self, tmp_path):
         file = write(
-            tmp_path / "a.yaml", "train: {optimizer: {lr: {end: 0.5}}, keep: 7}\nobjective: {tau: {steps: 9}}"
+            tmp_path / "a.yaml", "train: {optimizer: {lr: {final: 0.5}}, keep_last: 7}\nloss: {tau: {decay_steps: 9}}"
         )
-        words = ["--train.optimizer.lr.end", "0.5", "--train.keep", "7", "--objective.tau.steps", "9"]
+        words = ["--train.optimizer.lr.final", "0.5", "--train.keep-last", "7", "--loss.tau.decay-steps", "9"]
         assert load(TrainDVAEArgs, [file]) == parse(TrainDVAEArgs, words)
 
 
@@ -169,8 +169,8 @@ class TestYAML:
         assert (read, type(read)) == (value, type(value))
 
     def test_a_step_size_may_be_written_1e_4(self, tmp_path):
-        file = write(tmp_path / "a.yaml", "train: {optimizer: {lr: {start: 1e-4, end: 1e-5}}}")
-        assert load(TrainDVAEArgs, [file]).train.optimizer.lr.start == 1e-4
+        file = write(tmp_path / "a.yaml", "train: {optimizer: {lr: {initial: 1e-4, final: 1e-5}}}")
+        assert load(TrainDVAEArgs, [file]).train.optimizer.lr.initial == 1e-4
 
     def test_a_file_of_comments_is_all_defaults(self, tmp_path):
         assert load(TrainDVAEArgs, [write(tmp_path / "a.yaml", "# nothing\n")]) == TrainDVAEArgs()
@@ -210,7 +210,7 @@ class TestMerging:
         a = write(tmp_path / "a.yaml", "steps: 1\ntrain: {batch_size: 2, keep: 3}")
         b = write(tmp_path / "b.yaml", "steps: 10\ntrain: {batch_size: 20}")
         run = load(TrainDVAEArgs, [a, b])
-        assert (run.steps, run.train.batch_size, run.train.keep) == (10, 20, 3)
+        assert (run.steps, run.train.batch_size, run.train.keep_last) == (10, 20, 3)
         assert load(TrainDVAEArgs, [b, a]).steps == 1
 
     def test_lists_are_replaced_and_not_joined(self):
@@ -242,7 +242,7 @@ class TestCommandLine:
             [f"--config={file}", *dotted],
         ):
             run = parse(TrainDVAEArgs, words)
-            assert (run.train.batch_size, run.train.keep, run.steps) == (9, 3, 7)
+            assert (run.train.batch_size, run.train.keep_last, run.steps) == (9, 3, 7)
 
     def test_several_files_merge_in_their_order_wherever_they_stand(self, file, tmp_path):
         other = str(write(tmp_path / "b.yaml", "steps: 8"))
@@ -250,9 +250,9 @@ class TestCommandLine:
         assert parse(TrainDVAEArgs, ["--config", other, "--config", file]).steps == 7
 
     def test_tuples_none_and_paths_can_be_given(self):
-        words = ["--model.widths", "8", "16", "--train.optimizer.clip", "None", "--out", "somewhere"]
+        words = ["--model.widths", "8", "16", "--train.optimizer.max-grad-norm", "None", "--out", "somewhere"]
         run = parse(TrainDVAEArgs, [*words, "--model.downsample_factor", "2"])
-        assert (run.model.widths, run.train.optimizer.clip, run.out) == ((8, 16), None, Path("somewhere"))
+        assert (run.model.widths, run.train.optimizer.max_grad_norm, run.out) == ((8, 16), None, Path("somewhere"))
 
     @pytest.mark.parametrize(
         "words", [["--stpes", "3"], ["--steps", "x"], ["--steps", "0"], ["--resume", "maybe"]]

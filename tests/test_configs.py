@@ -69,7 +69,7 @@ def test_the_step_size_has_come_down_when_the_run_ends(family):
     """In the sizes of ours: a schedule longer than the run would never get there."""
     for size in ("shapes", "small", "clipart"):
         run = read(family, size)
-        assert run.train.optimizer.lr.steps <= run.steps
+        assert run.train.optimizer.lr.decay_steps <= run.steps
 
 
 # ---------------------------------------------------------------------------------------------
@@ -89,13 +89,13 @@ def test_the_papers_dvae():
     """2.1, A.1 to A.3."""
     run = read("dvae", "paper")
     assert (run.steps, run.train.batch_size, run.data.resolution) == (3_000_000, 512, 256)
-    assert run.objective.tau == Schedule(1.0, 1 / 16, 150_000, "cosine")
-    assert run.objective.beta == Schedule(0.0, 6.6, 5_000, "cosine")
+    assert run.loss.tau == Schedule(1.0, 1 / 16, 150_000, "cosine")
+    assert run.loss.beta == Schedule(0.0, 6.6, 5_000, "cosine")
     optimizer = run.train.optimizer
     assert optimizer.lr == Schedule(1e-4, 1.25e-6, 1_200_000, "cosine")
     assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.999, 1e-8)
-    assert (optimizer.weight_decay, optimizer.warmup, optimizer.clip) == (1e-4, 0, None)
-    assert (run.train.ema.decay, run.train.ema.every) == (0.999, 1)
+    assert (optimizer.weight_decay, optimizer.warmup_steps, optimizer.max_grad_norm) == (1e-4, 0, None)
+    assert (run.train.ema.decay, run.train.ema.update_every) == (0.999, 1)
     assert (run.model.vocab_size, run.model.downsample_factor) == (8192, 8)
     assert run.model.residual_gain == 1 / 64  # four groups of two resblocks
 
@@ -110,9 +110,9 @@ def test_the_papers_transformer():
     assert (run.steps, run.train.batch_size) == (430_000, 1024)
     optimizer = run.train.optimizer
     assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.96, 1e-8)
-    assert (optimizer.weight_decay, optimizer.clip, optimizer.warmup) == (4.5e-2, 4.0, 5000)
-    assert optimizer.lr.start == 4.5e-4
-    assert (run.train.ema.decay, run.train.ema.every) == (0.99, 25)
+    assert (optimizer.weight_decay, optimizer.max_grad_norm, optimizer.warmup_steps) == (4.5e-2, 4.0, 5000)
+    assert optimizer.lr.initial == 4.5e-4
+    assert (run.train.ema.decay, run.train.ema.update_every) == (0.99, 25)
     assert (run.objective.text_weight, run.bpe_dropout, run.caption_dropout) == (1 / 8, 0.1, 0.0)
     assert run.text.vocab_size == 16384
 
@@ -129,7 +129,7 @@ def test_the_papers_clip_is_vit_b_16():
     with torch.device("meta"):
         model = build_model("clip", run.model)
     assert sum(p.numel() for p in model.net.visual.parameters()) == pytest.approx(86.2e6, rel=0.01)
-    assert (run.train.batch_size, run.train.optimizer.weight_decay, run.train.optimizer.warmup) == (
+    assert (run.train.batch_size, run.train.optimizer.weight_decay, run.train.optimizer.warmup_steps) == (
         32_768,
         0.2,
         2_000,

@@ -5,10 +5,10 @@ import math
 import pytest
 
 from dalle.commands.train_dvae import PAPER_TRAINING
-from dalle.dvae.objective import DVAEObjective
+from dalle.dvae import DVAELossConfig
 from dalle.schedules import Schedule
 from dalle.train import TrainConfig
-from dalle.train.optimizer import OptimizerConfig
+from dalle.train.config import OptimizerConfig
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
@@ -54,27 +54,27 @@ def test_a_schedule_over_no_steps_is_refused():
 )
 def test_the_dvae_follows_the_papers_schedules(step, tau, beta, lr):
     """A.2, at named updates."""
-    objective = DVAEObjective()
-    assert objective.tau(step) == pytest.approx(tau, rel=0.01)
-    assert objective.beta(step) == pytest.approx(beta, rel=0.01)
-    assert PAPER_TRAINING.optimizer.rate(step) == pytest.approx(lr, rel=0.01)
+    loss = DVAELossConfig()
+    assert loss.tau(step) == pytest.approx(tau, rel=0.01)
+    assert loss.beta(step) == pytest.approx(beta, rel=0.01)
+    assert PAPER_TRAINING.optimizer.lr_at(step) == pytest.approx(lr, rel=0.01)
 
 
 class TestWarmup:
     def test_the_first_update_has_one_share_and_the_last_of_the_warm_up_the_whole(self):
-        config = OptimizerConfig(lr=Schedule(1.0, 1.0), warmup=10)
-        assert [config.rate(step) for step in (0, 4, 9, 10, 1000)] == pytest.approx([0.1, 0.5, 1.0, 1.0, 1.0])
+        config = OptimizerConfig(lr=Schedule(1.0, 1.0), warmup_steps=10)
+        assert [config.lr_at(step) for step in (0, 4, 9, 10, 1000)] == pytest.approx([0.1, 0.5, 1.0, 1.0, 1.0])
 
     def test_no_warm_up_starts_whole(self):
-        assert OptimizerConfig(lr=Schedule(1.0, 1.0), warmup=0).rate(0) == 1.0
+        assert OptimizerConfig(lr=Schedule(1.0, 1.0), warmup_steps=0).lr_at(0) == 1.0
 
     def test_it_multiplies_the_schedule_which_runs_from_the_first_update(self):
-        config = OptimizerConfig(lr=Schedule(1.0, 0.0, 100, "linear"), warmup=10)
-        assert config.rate(4) == pytest.approx(0.5 * 0.96)
+        config = OptimizerConfig(lr=Schedule(1.0, 0.0, 100, "linear"), warmup_steps=10)
+        assert config.lr_at(4) == pytest.approx(0.5 * 0.96)
 
     def test_the_transformers_is_the_papers(self):
         """B.2: 5,000 updates up to 4.5e-4."""
         config = TrainConfig().optimizer
-        assert config.rate(0) == pytest.approx(4.5e-4 / 5000)
-        assert config.rate(2499) == pytest.approx(4.5e-4 / 2)
-        assert config.rate(4999) == config.rate(429_999) == pytest.approx(4.5e-4)
+        assert config.lr_at(0) == pytest.approx(4.5e-4 / 5000)
+        assert config.lr_at(2499) == pytest.approx(4.5e-4 / 2)
+        assert config.lr_at(4999) == config.lr_at(429_999) == pytest.approx(4.5e-4)

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "CLIP": "model",
-        "CLIPConfig": "model",
+        "CLIPConfig": "config",
         "CLIPScorer": "model",
         "OpenClipScorer": "model",
         "PretrainedScorer": "model",

@@ -7,75 +7,19 @@ open_clip is imported when a model is built, not before: it takes seconds.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dalle.clip.config import CLIPConfig
 from dalle.types import TextTokenizerLike, check_images
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # Radford et al., released code
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_LOGIT_SCALE = 100.0  # Radford et al., section 2.5
-
-
-@dataclass(frozen=True)
-class CLIPConfig:
-    """Shape of a CLIP with a vision transformer; the defaults are ViT-B/16 of Radford et al. (Table 20).
-
-    The paper does not say which CLIP reranked its images.
-    """
-
-    embed_width: int = 512
-    """Width of the shared space."""
-    image_size: int = 224
-    """Pixels on a side; other images are resized."""
-    patch_size: int = 16
-    """Pixels on a side of a patch."""
-    vision_width: int = 768
-    """Width of the vision transformer."""
-    vision_layers: int = 12
-    """Its layers."""
-    vision_pool: Literal["class", "average"] = "class"
-    """What stands for the image: the state of a class token (Radford et al.), or the average of all patches."""
-    text_len: int = 77
-    """Text ids, the end mark among them."""
-    text_vocab: int = 16384
-    """Ids of the text tokenizer."""
-    text_width: int = 512
-    """Width of the text transformer."""
-    text_layers: int = 12
-    """Its layers."""
-    head_dim: int = 64
-    """Width of a head, in both towers."""
-
-    def __post_init__(self):
-        for name in ("embed_width", "image_size", "patch_size", "text_len", "text_vocab", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-            )
-        for name in ("vision_width", "text_width"):
-            if getattr(self, name) % self.head_dim:
-                raise ValueError(
-                    f"{name} {getattr(self, name)} is not a multiple of head_dim {self.head_dim}"
-                )
-
-    @property
-    def pad(self) -> int:
-        """Text id that fills up."""
-        return self.text_vocab
-
-    @property
-    def end(self) -> int:
-        """Text id that ends a caption: the highest, so open_clip reads its state."""
-        return self.text_vocab + 1
 
 
 class CLIP(nn.Module):

@@ -1,7 +1,5 @@
 """Training objective of CLIP: the symmetric contrastive loss (Radford et al. 2021, Figure 3)."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +8,6 @@ from dalle.clip.model import CLIP
 from dalle.types import FULL_BATCH, BatchShard, Loss, StepCost
 
 
-@dataclass(frozen=True)
 class CLIPObjective:
     """Symmetric cross-entropy over the scaled cosines of a batch (Radford et al., Figure 3).
 
@@ -40,6 +37,6 @@ class CLIPObjective:
             metrics["hard_negative_acc"] = ((images - spoilt[0]) * text).sum(dim=1).gt(0).float().mean()
         return Loss(total, metrics)
 
-    def work(self, model: CLIP, batch: tuple[Tensor, ...]) -> StepCost:
+    def step_cost(self, model: CLIP, batch: tuple[Tensor, ...]) -> StepCost:
         """Pairs only: open_clip's towers have no formula here."""
         return StepCost(len(batch[0]))

@@ -29,15 +29,17 @@ def sweep(kind: str, run: TrainArgs, factors: Sequence[float]) -> dict[float, fl
         )
     out, optimizer, losses = run.out or Path("runs/sweep"), run.train.optimizer, {}
     for factor in factors:
-        lr = replace(optimizer.lr, start=factor * optimizer.lr.start, end=factor * optimizer.lr.end)
-        train = replace(run.train, optimizer=replace(optimizer, lr=lr), max_nonfinite=1)
-        folder = out / f"lr-{lr.start:g}"
+        lr = replace(
+            optimizer.lr, initial=factor * optimizer.lr.initial, final=factor * optimizer.lr.final
+        )
+        train = replace(run.train, optimizer=replace(optimizer, lr=lr), max_skipped_steps=1)
+        folder = out / f"lr-{lr.initial:g}"
         try:
             TRAININGS[kind][1](replace(run, train=train, out=folder))
-            losses[lr.start] = last_loss(folder)
+            losses[lr.initial] = last_loss(folder)
         except FloatingPointError as error:
-            print(f"learning rate {lr.start:g} diverged: {error}")
-            losses[lr.start] = float("inf")
+            print(f"learning rate {lr.initial:g} diverged: {error}")
+            losses[lr.initial] = float("inf")
     draw_sweep(out, losses)
     print("learning rate    loss")
     for rate, loss in losses.items():

@@ -173,10 +173,10 @@ def _draw_sheets(out: Path, drawn: ShapesSamples) -> None:
 
 def _codebook(run: Path) -> dict[str, float]:
     """Codes used and perplexity at the dVAE's last evaluation."""
-    lines = [line for line in read_log(run / "log.jsonl") if "eval/codebook_used" in line]
+    lines = [line for line in read_log(run / "log.jsonl") if "val/codebook_used" in line]
     return {
-        "used": int(lines[-1]["eval/codebook_used"]),
-        "perplexity": round(lines[-1]["eval/perplexity"], 1),
+        "used": int(lines[-1]["val/codebook_used"]),
+        "perplexity": round(lines[-1]["val/perplexity"], 1),
     }
 
 

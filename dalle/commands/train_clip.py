@@ -22,10 +22,8 @@ from dalle.schedules import Schedule
 from dalle.shapes.corruptions import corrupted_images
 from dalle.text import TextTokenizer
 from dalle.train import TrainConfig, fit
+from dalle.train.config import NO_PLATEAU, EMAConfig, OptimizerConfig
 from dalle.train.distributed import Parallel
-from dalle.train.ema import EMAConfig
-from dalle.train.lr_schedule import NEVER
-from dalle.train.optimizer import OptimizerConfig
 from dalle.train.precision import compile_layers
 from dalle.types import CaptionedImages, ImageTextBatch
 from dalle.viz.sample_grids import retrieval_grid
@@ -34,15 +32,15 @@ CLIP_TRAINING = TrainConfig(
     batch_size=32_768,
     optimizer=OptimizerConfig(
         lr=Schedule(5e-4, 0.0, 390_000),
-        warmup=2_000,
-        plateau=NEVER,
+        warmup_steps=2_000,
+        plateau=NO_PLATEAU,
         beta2=0.98,
         eps=1e-6,
         weight_decay=0.2,
-        clip=None,
-        variance_clip=None,
+        max_grad_norm=None,
+        max_variance=None,
     ),
-    ema=EMAConfig(decay=0.99, every=25),
+    ema=EMAConfig(decay=0.99, update_every=25),
 )
 """Radford et al., Tables 18 and 20: batch 32,768, 32 epochs of 400M pairs, cosine learning rate."""
 
@@ -57,14 +55,12 @@ class TrainCLIPArgs(TrainArgs):
     """Text tokenizer; the newest under runs/ unless given."""
     data: DataConfig = DataConfig()
     """Images and captions."""
-    siblings: bool = False
+    hard_negative_captions: bool = False
     """Every second pair differs from the one before in one attribute; shapes only."""
-    broken: bool = False
+    hard_negative_images: bool = False
     """Beside each image stands one with a thing out of shape, which its caption must not prefer; shapes only."""
     model: CLIPConfig = CLIPConfig()
     """Shape of both towers."""
-    objective: CLIPObjective = CLIPObjective()
-    """The loss; nothing to set."""
     train: TrainConfig = CLIP_TRAINING
     """Optimizer, averaging, rhythm."""
     eval_samples: int = 128
@@ -74,9 +70,9 @@ class TrainCLIPArgs(TrainArgs):
         super().__post_init__()
         if self.eval_samples < 1:
             raise ValueError(f"eval_samples must be positive, got {self.eval_samples}")
-        if self.train.accumulate > 1:
+        if self.train.grad_accum_steps > 1:
             raise ValueError(
-                "train.accumulate changes the loss of CLIP, in which each caption meets every image of the batch; "
+                "train.grad_accum_steps changes the loss of CLIP, in which each caption meets every image of the batch; "
                 "set it to 1, and lower train.batch_size or start more processes where memory is short"
             )
 
@@ -95,7 +91,7 @@ def _train_clip(run: TrainCLIPArgs, parallel: Parallel) -> Path:
         raise ValueError(
             f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {run.model.text_vocab}; raise it"
         )
-    pairs, held_out = (open_dataset(run.data, split, run.siblings) for split in ("train", "held_out"))
+    pairs, held_out = (open_dataset(run.data, split, run.hard_negative_captions) for split in ("train", "held_out"))
     torch.manual_seed(run.seed)
     model = build_model("clip", run.model).to(device)
     links = {"text": text.to_dict(), "text_hash": text.hash, "data": pairs.hash}
@@ -108,7 +104,7 @@ def _train_clip(run: TrainCLIPArgs, parallel: Parallel) -> Path:
         return pixels, model.pack_text(ids), *broken
 
     finish, finish_held_out = (
-        CLIPBatch(text, run.seed, p if run.broken else None) for p in (pairs, held_out)
+        CLIPBatch(text, run.seed, p if run.hard_negative_images else None) for p in (pairs, held_out)
     )
     count = min(run.eval_samples, held_out.size or run.eval_samples)
     chosen = first_samples(held_out, count)
@@ -120,17 +116,17 @@ def _train_clip(run: TrainCLIPArgs, parallel: Parallel) -> Path:
     )
 
     def evaluate(model: CLIP, step: int) -> dict[str, Any]:
-        loss = run.objective(model, measured, step)
+        loss = CLIPObjective()(model, measured, step)
         return {
             "loss": loss.total,
             **loss.metrics,
-            "retrieved": retrieval_grid(model, *measured[:2], captions),
+            "retrieval": retrieval_grid(model, *measured[:2], captions),
         }
 
     with loader(task, run, out, pack) as batches:
         fit(
             model,
-            run.objective,
+            CLIPObjective(),
             overfit_batches(run, batches),
             run.train,
             steps=run.steps,

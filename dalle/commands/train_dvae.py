@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dalle.config import cli_errors, parse
 from dalle.data import DataConfig, StepOfPairs, first_samples, open_dataset
-from dalle.dvae import DVAE, DVAEConfig
+from dalle.dvae import DVAE, DVAEConfig, DVAELossConfig
 from dalle.dvae.metrics import collapse_warning, dvae_scores
 from dalle.dvae.objective import DVAEObjective
 from dalle.hub.registry import build_model, checkpoint_meta
@@ -24,11 +24,9 @@ from dalle.runs.args import TrainArgs, loader
 from dalle.runs.init_weights import init_weights, overfit_batches, overfit_config
 from dalle.schedules import Schedule
 from dalle.train import TrainConfig, fit
+from dalle.train.config import NO_PLATEAU, EMAConfig, OptimizerConfig, Precision
 from dalle.train.distributed import Parallel
-from dalle.train.ema import EMAConfig
-from dalle.train.lr_schedule import NEVER
-from dalle.train.optimizer import OptimizerConfig
-from dalle.train.precision import Precision, compile_layers
+from dalle.train.precision import compile_layers
 from dalle.train.step import step_seed
 from dalle.types import ImageTextBatch
 
@@ -36,14 +34,14 @@ PAPER_TRAINING = TrainConfig(
     batch_size=512,
     optimizer=OptimizerConfig(
         lr=Schedule(1e-4, 1.25e-6, 1_200_000),
-        warmup=0,
-        plateau=NEVER,
+        warmup_steps=0,
+        plateau=NO_PLATEAU,
         beta2=0.999,
         weight_decay=1e-4,
-        clip=None,
-        variance_clip=None,
+        max_grad_norm=None,
+        max_variance=None,
     ),
-    ema=EMAConfig(decay=0.999, every=1),
+    ema=EMAConfig(decay=0.999, update_every=1),
 )
 """A.2: batch 512, cosine learning rate, AdamW, averaging with 0.999 at each update."""
 
@@ -83,7 +81,7 @@ class TrainDVAEArgs(TrainArgs):
     """Images."""
     model: DVAEConfig = DVAEConfig()
     """Shape of the dVAE."""
-    objective: DVAEObjective = DVAEObjective()
+    loss: DVAELossConfig = DVAELossConfig()
     """Schedules of the loss."""
     train: TrainConfig = PAPER_TRAINING
     """Optimizer, averaging, rhythm."""
@@ -126,12 +124,12 @@ def _train_dvae(run: TrainDVAEArgs, parallel: Parallel) -> Path:
     task = StepOfPairs(pairs, run.train.batch_size, run.seed, "dvae", finish, rank, world)  # Listing 1
 
     def evaluate(model: DVAE, step: int) -> dict[str, Any]:
-        return evaluate_dvae(model, pixels.to(device), run.objective.tau(step))
+        return evaluate_dvae(model, pixels.to(device), run.loss.tau(step))
 
     with loader(task, run, out) as batches:
         fit(
             model,
-            run.objective,
+            DVAEObjective(run.loss),
             overfit_batches(run, batches),
             run.train,
             steps=run.steps,

@@ -61,16 +61,16 @@ class TrainTransformerArgs(TrainArgs):
     """Share of captions emptied while training, for classifier-free guidance (not in the paper)."""
     eval_samples: int = 256
     """Images at the end of the cache kept for evaluation."""
-    drawings: int = 8
-    """Held-out captions drawn at each evaluation into <out>/drawings-STEP.png, with --dvae; 0 draws none, nor do
+    sample_grid_size: int = 8
+    """Held-out captions drawn at each evaluation into <out>/samples-STEP.png, with --dvae; 0 draws none, nor do
     fsdp and hsdp."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.eval_samples < 1:
             raise ValueError(f"eval_samples must be positive, got {self.eval_samples}")
-        if self.drawings < 0:
-            raise ValueError(f"drawings cannot be negative, got {self.drawings}")
+        if self.sample_grid_size < 0:
+            raise ValueError(f"sample_grid_size cannot be negative, got {self.sample_grid_size}")
         for name in ("bpe_dropout", "caption_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -158,7 +158,7 @@ def _train_transformer(run: TrainTransformerArgs, parallel: Parallel) -> Path:
     batches = TokenBatches(cache, text, model.layout, run, parallel.rank, parallel.world)
     held_out = batches.held_out().split(run.train.batch_size)
     drawn = (
-        run.drawings if image_tokenizer and not parallel.sharded else 0
+        run.sample_grid_size if image_tokenizer and not parallel.sharded else 0
     )  # a step of drawing needs whole weights
     captions = batches.captions(drawn)
     draw = SampleGrid(image_tokenizer, text, captions, run.seed) if captions else None
@@ -169,7 +169,7 @@ def _train_transformer(run: TrainTransformerArgs, parallel: Parallel) -> Path:
         named = {"loss": [loss.total for loss in losses]}
         named |= {name: [loss.metrics[name] for loss in losses] for name in losses[0].metrics}
         scores = {name: float(torch.stack(values).cpu() @ weights) for name, values in named.items()}
-        return scores | ({"drawings": draw(model)} if draw else {})
+        return scores | ({"samples": draw(model)} if draw else {})
 
     fit(
         model,

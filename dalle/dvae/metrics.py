@@ -69,6 +69,6 @@ def collapse_warning(scores: dict[str, Any], vocab_size: int) -> str | None:
         return None
     return (
         f"the codebook has collapsed: perplexity {perplexity:.1f} of {vocab_size} codes. Codes die while beta is small "
-        "or before the decoder has learned: raise objective.beta.start, raise model.logit-init-scale and set "
+        "or before the decoder has learned: raise loss.beta.initial, raise model.logit-init-scale and set "
         "model.codebook-init-std 1, lower the learning rate, or vary the images' grounds; then start again"
     )

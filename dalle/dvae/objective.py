@@ -1,36 +1,27 @@
 """Training objective of the dVAE: the relaxed evidence lower bound (Section 2.1, A.2)."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from dalle.dvae.config import DVAELossConfig
 from dalle.dvae.losses import gumbel_softmax, kl_loss, reconstruction_loss
 from dalle.dvae.metrics import code_usage
 from dalle.dvae.model import DVAE
-from dalle.schedules import Schedule
 from dalle.types import FULL_BATCH, BatchShard, Loss, StepCost, check_images
 
 
-@dataclass(frozen=True)
 class DVAEObjective:
-    """The relaxed evidence lower bound (2.1, A.2); schedules as published."""
+    """The relaxed evidence lower bound: reconstruction + beta KL (Section 2.1, A.2)."""
 
-    tau: Schedule = Schedule(1.0, 1 / 16, 150_000)
-    """Temperature of the relaxation (A.2)."""
-    beta: Schedule = Schedule(0.0, 6.6, 5_000)
-    """Weight of the KL (A.2)."""
-
-    def __post_init__(self):
-        if min(self.tau.start, self.tau.end) <= 0:
-            raise ValueError(f"tau must stay above 0, got {self.tau}")
+    def __init__(self, config: DVAELossConfig = DVAELossConfig()):
+        self.config = config
 
     def __call__(self, model: DVAE, batch: Tensor, step: int, part: BatchShard = FULL_BATCH) -> Loss:
         """batch: pixels (B, 3, H, W) in [0, 1]. The use of the codes is that of all processes together."""
         check_images(batch, model.downsample_factor)
-        tau, beta = self.tau(step), self.beta(step)
+        tau, beta = self.config.tau(step), self.config.beta(step)
         logits = model.codebook_logits(batch)
         mu, log_b = model.reconstruct(gumbel_softmax(logits, tau, part.index * len(batch)))
         soft = reconstruction_loss(batch, mu, log_b)
@@ -46,7 +37,7 @@ class DVAEObjective:
         }
         return Loss(soft + beta * kl, metrics)
 
-    def work(self, model: DVAE, batch: Tensor) -> StepCost:
+    def step_cost(self, model: DVAE, batch: Tensor) -> StepCost:
         """Of the convolutions, counted on a twin without memory; backward takes twice the forward pass."""
         with FakeTensorMode(), torch.device("cpu"), FlopCounterMode(display=False) as counter:
             twin = DVAE(model.config)

@@ -13,10 +13,9 @@ from dalle.io.files import make_directory, read_json
 from dalle.paths import CONFIGS as CONFIGS  # scripts take it from here
 from dalle.pretrained.load import is_external_checkpoint, load_image_tokenizer
 from dalle.text import BPETokenizer, load_text_tokenizer
-from dalle.train.distributed import TIMEOUT, Mode, Parallel
+from dalle.train.config import LogConfig, Mode, Resume
+from dalle.train.distributed import TIMEOUT, Parallel
 from dalle.train.precision import resolve_device
-from dalle.train.trainer import Resume
-from dalle.train.writers import LogConfig
 
 ROOT = Path("runs")
 
@@ -56,7 +55,7 @@ class TrainArgs:
     """Begin with the weights of this run, checkpoint or model directory of the same family; vocabularies may grow."""
     freeze: tuple[str, ...] = ()
     """Names of parameters that are not trained; * stands for anything: "layers.0.*"."""
-    overfit: int | None = None
+    overfit_batch: int | None = None
     """Train on the first batch alone, of so many samples, again and again: a check that the loss can fall."""
     timeout: float = TIMEOUT / timedelta(minutes=1)
     """Minutes that a process waits for the others before it ends with an error: how long a hang lasts at most."""
@@ -70,8 +69,8 @@ class TrainArgs:
             raise ValueError(f"steps must be positive, got {self.steps}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
-        if self.overfit is not None and self.overfit < 1:
-            raise ValueError(f"overfit must be positive, got {self.overfit}")
+        if self.overfit_batch is not None and self.overfit_batch < 1:
+            raise ValueError(f"overfit_batch must be positive, got {self.overfit_batch}")
         if not self.timeout > 0:
             raise ValueError(f"timeout must be positive, got {self.timeout}")
 
@@ -104,7 +103,7 @@ class TrainArgs:
         free |= {"tokens", "tokenizer", "dvae"}  # the links name what they held
         free |= {"init_from"}  # as `begin` says
         free |= {
-            name for name in ("freeze", "overfit") if not getattr(self, name)
+            name for name in ("freeze", "overfit_batch") if not getattr(self, name)
         }  # older runs do not know them
         kept = {key: value for key, value in to_dict(self).items() if key not in free}
         if "train" in kept:

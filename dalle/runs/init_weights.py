@@ -52,15 +52,15 @@ def _as_before(init: dict[str, str] | None, run: TrainArgs) -> dict[str, Any]:
 
 
 def overfit_config(run: Run) -> Run:
-    """With `--overfit N` the same run with batches of N."""
-    if run.overfit is None:
+    """With `--overfit-batch N` the same run with batches of N."""
+    if run.overfit_batch is None:
         return run
-    return replace(run, train=replace(run.train, batch_size=run.overfit))
+    return replace(run, train=replace(run.train, batch_size=run.overfit_batch))
 
 
 def overfit_batches(run: TrainArgs, batches: Callable[[int], Any]) -> Callable[[int], Any]:
-    """With `--overfit` the first batch for every step, else the batches."""
-    if run.overfit is None:
+    """With `--overfit-batch` the first batch for every step, else the batches."""
+    if run.overfit_batch is None:
         return batches
     first = cache(lambda: batches(0))
     return lambda step: first()

@@ -1,11 +1,16 @@
-"""One training loop for every family: it receives an objective and knows no model."""
+"""Training: one `Trainer` for every model family, given an objective."""
 
 from dalle.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "TrainConfig": "trainer",
+        "EMAConfig": "config",
+        "LogConfig": "config",
+        "OptimizerConfig": "config",
+        "PlateauConfig": "config",
+        "PowerSGDConfig": "config",
+        "TrainConfig": "config",
         "fit": "trainer",
     },
 )

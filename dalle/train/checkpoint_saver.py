@@ -1,18 +1,27 @@
 """What keeps a run alive: one process in its directory, checkpoints in the background, an end in order when asked."""
 
 import errno
+import os
+import signal
+import socket
+import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from dalle.io.files import make_directory
 from dalle.train.checkpoint import Snapshot, latest_checkpoint, write_checkpoint
-from dalle.train.lock import RunLock
 from dalle.train.ranks import Ranks
-from dalle.train.signals import Stopped, StopRequest, tell_stopped
 from dalle.train.state import TrainState
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 GO, STOP, FAILED = range(3)
 
@@ -67,7 +76,7 @@ class Saver:
             raise OSError(
                 error.errno or errno.EIO,
                 f"the checkpoint of step {step} could not be written ({error.strerror or error}): {left}. Make room "
-                "(train.keep and one checkpoints must fit) or mend the disk first",
+                "(train.keep_last and one checkpoints must fit) or mend the disk first",
             ) from error
 
 
@@ -147,3 +156,95 @@ class Keeper:
             self.saver.thread.shutdown()
             self.stop.close()
             self.lock.close()
+
+
+class RunLock:
+    """<run>/.lock, which names the process that holds it and its host.
+
+    A record lock (`fcntl.lockf`): the kernel frees it when its process dies, a forked data worker that outlives the
+    process does not inherit it, and network file systems know it. Where the system has none, nothing is locked.
+    """
+
+    def __init__(self, run_dir: Path):
+        self.run_dir = run_dir
+        self.file: TextIO | None = None
+
+    def take(self) -> None:
+        """Holds the directory until `close`, or until the process ends.
+
+        Raises:
+            ValueError: another process holds it.
+        """
+        self.file = (self.run_dir / ".lock").open("a+", encoding="utf-8")
+        try:
+            if fcntl:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._refused(error)
+        else:
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self.file.flush()
+
+    def _refused(self, error: OSError) -> None:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            print(
+                f"note: {self.run_dir} cannot be locked ({error.strerror}); see that no other run writes there"
+            )
+            return
+        self.file.seek(0)
+        holder = self.file.read().strip() or "another process"
+        self.close()
+        raise ValueError(f"{self.run_dir} is in use by {holder}; wait until it ends, or give another --out")
+
+    def close(self) -> None:
+        """Frees the directory."""
+        if self.file:
+            self.file.close()
+
+
+TRY_AGAIN = 75
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+SAME_PRESS = 1.0
+"""Seconds in which a second SIGINT is an echo: a launcher passes on what the terminal has sent already."""
+
+
+class Stopped(SystemExit):
+    """The end of a run that was asked to stop before it was complete; a script exits with status 75."""
+
+    def __init__(self):
+        super().__init__(TRY_AGAIN)
+
+
+class StopRequest:
+    """Listens for a signal to stop while it is open; `asked` is then the signal's name.
+
+    Outside of the main thread it hears nothing, since Python gives signals to that one alone.
+    """
+
+    def __init__(self):
+        self.asked: str | None = None
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.asked and number == signal.SIGINT and now - self._since > SAME_PRESS:
+            raise KeyboardInterrupt
+        if not self.asked:
+            self.asked, self._since = signal.Signals(number).name, now
+
+    def close(self) -> None:
+        """Gives the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not Python's own
+
+
+def tell_stopped(kind: str, asked: str, step: int, steps: int, place: Any) -> None:
+    """Says how to go on."""
+    tqdm.write(
+        f"{kind}: stopped by {asked} after step {step} of {steps}, saved in {place}. The training is not complete: "
+        f"the same command goes on from there (exit status {TRY_AGAIN})"
+    )

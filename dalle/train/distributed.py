@@ -1,52 +1,54 @@
-"""Many processes, one training (paper section 2.5): PyTorch's DDP, FSDP2 and DeviceMesh behind one small class.
+"""Data-parallel training (Section 2.5): DDP, FSDP2 and hybrid sharding over PyTorch's DeviceMesh.
 
     none   one process
-    ddp    each process holds all of the model; gradients are averaged
-    fsdp   each holds a slice of every parameter, gradient and moment; layers are gathered as they are needed
-    hsdp   slices among the processes of a machine, copies between machines, as the paper's
+    ddp    each process holds the whole model; gradients are averaged
+    fsdp   each process holds a shard of every parameter, gradient and moment; layers are gathered as needed
+    hsdp   shards among the processes of a machine, replicas between machines, as in the paper
 
-torchrun starts the processes. Each takes its part of every step's batch; the parts, in the order of the ranks, are
-the batch of a single process, and so are loss, gradient and update, but for rounding.
+torchrun starts the processes. Each takes its shard of every step's batch; the shards in rank order are the batch of a
+single process, and so are loss, gradient and update up to rounding.
 """
 
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from datetime import timedelta
 from inspect import signature
-from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dalle.train.dtensor import local
-from dalle.train.low_rank import shard_side
-from dalle.train.precision import resolve_device
+from dalle.train.config import Mode
+from dalle.train.dtensor import ForwardProxy, local, shard_model
+from dalle.train.precision import local_device, resolve_device
 from dalle.types import BatchShard
 
-Mode = Literal["none", "ddp", "fsdp", "hsdp"]
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=15)
-"""How long a process waits for the others in a step: longer than a data worker may take (10 minutes)."""
-ANSWER = timedelta(seconds=20)
-"""How long one that hung may take to answer."""
+"""Longest wait for the other processes in a step: longer than a data worker may take (10 minutes)."""
+MONITOR_TIMEOUT = timedelta(seconds=20)
+"""Time a process has to answer when another one has timed out."""
 
 
-class Parallel:
-    """This process among those that train together; `Parallel()` is one that trains alone.
+class Distributed:
+    """This process among those that work together; `Distributed()` is a single process.
 
     Args:
         mode: see above.
         device: of this process.
-        rank, world: which process of how many.
-        shard: processes that share one set of parameters; all unless given, and only asked for by hsdp.
+        rank: of this process.
+        world_size: number of processes.
+        shard: processes that share one set of parameters, for hsdp; default: all.
 
     Attributes:
-        mesh: DeviceMesh; ("shard",) for fsdp, ("replicate", "shard") for hsdp, else None.
-        door: what `wrap` made of the model, a DDP or FSDP module around it; None in a single process.
+        mesh: DeviceMesh, ("shard",) for fsdp and ("replicate", "shard") for hsdp, else None.
+        wrapped: the DDP or FSDP module made by `wrap`; None in a single process.
+        control: gloo group for small messages on the CPU; None is the default group.
     """
 
     def __init__(
@@ -54,49 +56,74 @@ class Parallel:
         mode: Mode = "none",
         device: torch.device | None = None,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         shard: int | None = None,
     ):
-        self.mode, self.device, self.rank, self.world = mode, device or torch.device("cpu"), rank, world
+        self.mode, self.device, self.rank, self.world_size = mode, device or torch.device("cpu"), rank, world_size
         self.mesh: Any = None
-        self.door: Any = None
+        self.wrapped: Any = None
+        self.control: Any = None
         self.averaged = True
         self._scalars: list[nn.Parameter] = []
-        self._roll: Any = None
         self._stdout = sys.stdout
         if self.sharded:
-            from torch.distributed.device_mesh import (
-                init_device_mesh,  # seconds that a single process need not spend
-            )
+            from torch.distributed.device_mesh import init_device_mesh  # takes seconds to import
 
-            shard = shard or world
-            shape, names = ((world,), ("shard",)) if mode == "fsdp" else ((world // shard, shard), HSDP_AXES)
-            self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+            replicas = 1 if mode == "fsdp" else world_size // (shard or world_size)
+            shape = (world_size,) if mode == "fsdp" else (replicas, world_size // replicas)
+            self.mesh = init_device_mesh(
+                self.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]
+            )
 
     @classmethod
     def start(
         cls, mode: Mode, device: str = "auto", shard: int | None = None, timeout: timedelta = TIMEOUT
-    ) -> "Parallel":
-        """Joins the processes that torchrun started; with mode "none" a single one.
+    ) -> "Distributed":
+        """Joins the processes that torchrun started for a training; mode "none" is a single process.
 
-        Only the first process prints from then on. One that waits longer than `timeout` for the others ends with an
-        error that names who does not answer (over NCCL it is the watchdog that ends it and tells the collective).
+        Only rank 0 prints from then on. A process that waits longer than `timeout` ends with an error that names the
+        ranks that do not answer (over NCCL the watchdog ends it and names the collective).
 
         Raises:
-            ValueError: mode, torchrun, devices and `shard` do not go together.
+            ValueError: mode, torchrun, devices and `shard` do not match.
         """
-        world = _check_start(mode, shard)
+        world_size = _check_launch(mode, shard)
         if mode == "none":
             return cls(device=resolve_device(device))
-        rank, own = int(os.environ["RANK"]), _own_device(device)
+        own = local_device(device)
         if own.type == "cuda":
             torch.cuda.set_device(own)
         dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timeout)
-        parallel = cls(mode, own, rank, world, shard or int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-        parallel._roll = dist.new_group(backend="gloo")
-        if not parallel.is_main:
+        per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        group = cls(mode, own, dist.get_rank(), world_size, shard or per_machine).channel()
+        if not group.is_main:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed by `close`
-        return parallel
+        return group
+
+    @classmethod
+    def join(cls, device: str = "auto", timeout: timedelta = timedelta(days=7)) -> "Distributed":
+        """Joins the processes that torchrun started to divide work without training together; alone without torchrun."""
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if world_size == 1:
+            return cls(device=resolve_device(device))
+        dist.init_process_group("gloo", timeout=timeout)
+        return cls("none", local_device(device), dist.get_rank(), world_size)
+
+    @classmethod
+    def current(cls) -> "Distributed":
+        """The processes of torch.distributed, else a single one; all processes call it together."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        group = cls(rank=dist.get_rank(), world_size=dist.get_world_size())
+        group.control = dist.new_group(backend="gloo")
+        return group
+
+    def channel(self) -> "Distributed":
+        """The same processes with a control group of their own, for a thread; all create it in the same order."""
+        other = copy(self)
+        if self.world_size > 1 or self.mode != "none":
+            other.control = dist.new_group(backend="gloo")
+        return other
 
     @property
     def is_main(self) -> bool:
@@ -105,178 +132,169 @@ class Parallel:
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds slices only."""
+        """Whether each process holds shards of the parameters."""
         return self.mode in ("fsdp", "hsdp")
 
     @property
     def replicas(self) -> Any:
-        """The process group of those that hold the same parameters as this one; None if no other does."""
+        """Process group of the ranks that hold the same parameters; None if there are no replicas."""
         if self.mode == "ddp":
             return dist.group.WORLD
         return self.mesh["replicate"].get_group() if self.mode == "hsdp" else None
 
     # -----------------------------------------------------------------------------------------
-    # The model
+    # Model and gradients
     # -----------------------------------------------------------------------------------------
 
     def wrap(self, model: nn.Module, precision: str, averaged: bool = True) -> None:
-        """Hands the model to DDP or FSDP2, before optimizers are built; its names of weights stay as they are.
+        """Wraps the model in DDP or FSDP2, before optimizers are built; parameter names do not change.
 
-        Under fsdp and hsdp the groups of `model.fsdp_groups()` are gathered one by one, in 16 bit under bf16 and fp16 (as
-        autocast would make them), the next one ahead of time; everything else once a step in fp32: norms,
+        Under fsdp and hsdp the groups of `model.shards()` are gathered one by one, in 16 bit under bf16 and fp16 (as
+        autocast would cast them), the next one ahead of time; everything else once a step in fp32: norms,
         embeddings, outputs (appendix D, guideline 2). Gradients are averaged in fp32.
 
         Args:
             model: the same weights in every process.
             precision: fp32, bf16 or fp16.
-            averaged: whether replicas average their gradients here; else each keeps its own, for PowerSGD.
+            averaged: whether replicas average their gradients here; else PowerSGD does.
         """
         self.averaged = averaged
         if self.mode == "ddp":
-            self.door = (
-                DistributedDataParallel(Door(model), **{BUFFERS_OPTION: False}) if averaged else Door(model)
-            )
+            proxy = ForwardProxy(model)
+            self.wrapped = DistributedDataParallel(proxy, **{BUFFERS_OPTION: False}) if averaged else proxy
         elif self.sharded:
-            self.door = self._shard(model.to(memory_format=torch.contiguous_format), precision)
+            self._scalars = [p for p in model.parameters() if p.ndim == 0]  # FSDP2 does not shard scalars
+            mesh = self.mesh if averaged else self.mesh["shard"]
+            self.wrapped = shard_model(model, mesh, precision, self._scalars, by_longer_side=not averaged)
 
-    def _shard(self, model: nn.Module, precision: str) -> nn.Module:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        from torch.distributed.tensor import Shard
+    def forward(self, model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+        """function(model, *args) as the one forward pass that DDP and FSDP hook, whatever methods it calls.
 
-        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        groups = model.fsdp_groups() if hasattr(model, "fsdp_groups") else []
-        mesh = self.mesh if self.averaged else self.mesh["shard"]
-        cut = (
-            None if self.averaged else lambda p: Shard(shard_side(p.shape, mesh.size()))
-        )  # where factors are smallest
-        for group in groups:
-            fully_shard(group, mesh=mesh, mp_policy=policy, shard_placement_fn=cut)
-        for before, after in pairwise(groups):
-            before[0].set_modules_to_forward_prefetch([after[0]])
-            after[0].set_modules_to_backward_prefetch([before[0]])
-        self._scalars = [p for p in model.parameters() if p.ndim == 0]  # FSDP2 takes none
-        return fully_shard(Door(model), mesh=mesh, ignored_params=set(self._scalars), shard_placement_fn=cut)
-
-    def run(self, model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-        """function(model, *args) as the one forward pass that DDP and FSDP watch, whatever methods it calls.
-
-        Every process must call it. What it returns is a tensor, or a tuple or dict of them.
+        Every process must call it. The result is a tensor, or a tuple or dict of tensors.
         """
-        return self.door(function, *args) if self.door else function(model, *args)
+        return self.wrapped(function, *args) if self.wrapped else function(model, *args)
 
-    def release(self) -> None:
+    def reshard(self) -> None:
         """Frees what a pass without gradients has left gathered."""
         if self.sharded:
-            self.door.reshard()
+            self.wrapped.reshard()
 
-    # -----------------------------------------------------------------------------------------
-    # A step
-    # -----------------------------------------------------------------------------------------
-
-    def part(self, number: int, passes: int, counts: Tensor | None) -> BatchShard:
-        """What pass `number` of `passes` in this process sees of a step's batch."""
-        if self.world == 1:
-            return BatchShard(number, passes, counts)
-        return BatchShard(self.rank * passes + number, self.world * passes, counts, self.all_sum, self.gather)
+    def shard_of(self, number: int, passes: int, num_targets: Tensor | None) -> BatchShard:
+        """The shard of a step's batch in pass `number` of `passes` of this process."""
+        if self.world_size == 1:
+            return BatchShard(number, passes, num_targets)
+        index, count = self.rank * passes + number, self.world_size * passes
+        return BatchShard(index, count, num_targets, self.all_reduce, self.gather)
 
     @contextmanager
-    def collecting(self, last: bool) -> Iterator[None]:
-        """Around a pass of several whose gradients add up: what can wait for the last pass does.
+    def no_sync(self, active: bool) -> Iterator[None]:
+        """Around a pass whose gradients accumulate (`active`): what can wait for the last pass does.
 
-        ddp averages in the last pass only. fsdp reduces slices in each, or every process would hold the gradient
+        ddp averages in the last pass only. fsdp reduces shards in each, else every process would hold the gradient
         of all parameters; hsdp does so within a machine and averages between machines in the last.
         """
-        if self.mode == "ddp" and self.averaged and not last:
-            with self.door.no_sync():
+        if self.mode == "ddp" and self.averaged and active:
+            with self.wrapped.no_sync():
                 yield
             return
         if self.mode == "hsdp" and self.averaged:
-            self.door.set_requires_all_reduce(last)
+            self.wrapped.set_requires_all_reduce(not active)
         yield
 
     def finish_gradients(self, model: nn.Module, passes: int) -> None:
-        """After the last pass: means of what neither DDP nor FSDP has averaged."""
+        """After the last pass: divides by the passes, and averages what neither DDP nor FSDP has."""
         for scalar in self._scalars:
             if scalar.grad is not None:
-                scalar.grad = self.all_mean(scalar.grad)
+                scalar.grad = self.all_reduce(scalar.grad) / self.world_size
         gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
         if passes > 1 and gradients:
             torch._foreach_div_(gradients, passes)
 
     # -----------------------------------------------------------------------------------------
-    # Words between processes; a single one hears itself
+    # Collectives; identity for a single process
     # -----------------------------------------------------------------------------------------
 
-    def all_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the processes, without gradient."""
-        return self._reduced(tensor, dist.ReduceOp.SUM)
-
-    def all_mean(self, tensor: Tensor) -> Tensor:
-        """Mean over the processes, without gradient."""
-        return self.all_sum(tensor) / self.world
-
-    def all_true(self, flags: Tensor) -> Tensor:
-        """bool: true where it is in every process."""
-        return self._reduced(flags.int(), dist.ReduceOp.MIN).bool()
-
-    def _reduced(self, tensor: Tensor, op: Any) -> Tensor:
-        if self.world == 1:
+    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Sum (or another reduction) over the processes, without gradient."""
+        if self.world_size == 1:
             return tensor.detach()
         result = tensor.detach().clone()
         dist.all_reduce(result, op)
         return result
 
+    def all_true(self, flags: Tensor) -> Tensor:
+        """bool: true where the flag is true in every process."""
+        return self.all_reduce(flags.int(), dist.ReduceOp.MIN).bool()
+
     def gather(self, rows: Tensor) -> Tensor:
-        """(B, ...) of each process -> (world * B, ...), in the order of the ranks; gradients flow back to each."""
+        """(B, ...) of each process -> (world_size * B, ...) in rank order; gradients flow back to each."""
         return _Gather.apply(rows)
+
+    def max(self, value: int) -> int:
+        """The largest value of any process."""
+        if self.world_size == 1:
+            return value
+        result = torch.tensor(value)
+        dist.all_reduce(result, dist.ReduceOp.MAX, self.control)
+        return int(result)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """The value of every process, in rank order."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, self.control)
+        return values
+
+    def gather_results(self, function: Callable[[], T]) -> list[T]:
+        """What the function returns in each process; an error in one is raised in all, after all have called it."""
+        outcome: tuple[Any, Exception | None]
+        try:
+            outcome = function(), None
+        except Exception as error:
+            outcome = None, error
+        outcomes = self.gather_objects(outcome)
+        if error := outcome[1] or next((error for _, error in outcomes if error), None):
+            raise error
+        return [result for result, _ in outcomes]
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Calls the function on rank 0; its result, or its error, is every process's."""
+        return self.gather_results(lambda: function() if self.is_main else None)[0]
 
     def barrier(self) -> None:
         """Waits for all processes."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.barrier()
 
     def close(self) -> None:
-        """Leaves the others; this process prints again."""
+        """Leaves the other processes; this one prints again."""
         if sys.stdout is not self._stdout:
             sys.stdout.close()
             sys.stdout = self._stdout
-        if self.mode != "none" and dist.is_initialized():
+        if (self.world_size > 1 or self.mode != "none") and dist.is_initialized():
             dist.destroy_process_group()
 
-    def __enter__(self) -> "Parallel":
+    def __enter__(self) -> "Distributed":
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if self._roll is not None and isinstance(error, RuntimeError) and "timed out" in str(error).lower():
+        if self.control is not None and isinstance(error, RuntimeError) and "timed out" in str(error).lower():
             try:
-                dist.monitored_barrier(self._roll, ANSWER, wait_all_ranks=True)
+                dist.monitored_barrier(self.control, MONITOR_TIMEOUT, wait_all_ranks=True)
             except RuntimeError as missing:
-                error.add_note(f"A process hung or is gone: {missing}")
+                error.add_note(f"A process hangs or has ended: {missing}")
         self.close()
 
 
-BUFFERS_OPTION = next(
+BUFFERS_OPTION = next(  # renamed in torch 2.15
     name
-    for name in ("forward_sync_buffers", "broadcast_buffers")  # as torch calls it from 2.15 on, and before
+    for name in ("forward_sync_buffers", "broadcast_buffers")
     if name in signature(DistributedDataParallel).parameters
 )
-HSDP_AXES = ("replicate", "shard")
-
-
-class Door(nn.Module):
-    """A model behind a single `forward`, which is all that DDP and FSDP watch: forward(f, ...) is f(model, ...)."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
-        return function(self.model, *args)
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all processes; a row's gradient is the sum of what all of them made of it."""
+    """All-gather with gradient: a row's gradient is the sum over all processes."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -291,42 +309,26 @@ class _Gather(torch.autograd.Function):
         return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def _check_start(mode: Mode, shard: int | None) -> int:
-    """The number of processes; ValueError for what cannot be."""
-    started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    world = int(os.environ["WORLD_SIZE"]) if started else 1
+def _check_launch(mode: Mode, shard: int | None) -> int:
+    """The number of processes; ValueError for a mode that does not match how they were started."""
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
     if shard is not None and mode != "hsdp":
-        raise ValueError(f"shard is for --parallel hsdp, not for {mode}; leave it out")
-    if mode == "none" and world > 1:
+        raise ValueError(f"--shard is for --parallel hsdp, not for {mode}; omit it")
+    if mode == "none" and world_size > 1:
         raise ValueError(
-            f"torchrun started {world} processes, and with --parallel none each would train alone; "
+            f"torchrun started {world_size} processes, and with --parallel none each would train alone; "
             "add --parallel ddp, fsdp or hsdp, or start it without torchrun"
         )
-    if mode != "none" and not started:
+    if mode != "none" and not launched:
         raise ValueError(
-            f"--parallel {mode} needs torchrun, which starts its processes: "
-            f"torchrun --nproc-per-node 2 SCRIPT ... --parallel {mode}"
+            f"--parallel {mode} needs torchrun: torchrun --nproc-per-node 2 SCRIPT ... --parallel {mode}"
         )
     if mode == "hsdp":
-        size = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if shard is None else shard
-        if size < 1 or world % size:
+        size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if shard is None else shard
+        if size < 1 or world_size % size:
             raise ValueError(
-                f"{world} processes do not divide into groups of {size} that share one set of parameters; "
-                "give --shard a divisor, or start as many processes on each machine"
+                f"{world_size} processes do not divide into groups of {size} that share one set of parameters; "
+                "set --shard to a divisor, or start as many processes on each machine"
             )
-    return world
-
-
-def _own_device(name: str) -> torch.device:
-    """The device of this process, by its number on the machine."""
-    device, number = resolve_device(name), int(os.environ.get("LOCAL_RANK", 0))
-    if device.type == "cpu":
-        return device
-    if device.type != "cuda" or device.index is not None:
-        raise ValueError(f"--device {name} cannot be shared among processes; give cuda, cpu or auto")
-    if number >= torch.cuda.device_count():
-        raise ValueError(
-            f"process {number} of this machine has no GPU, there are {torch.cuda.device_count()}; "
-            "lower --nproc-per-node, or give --device cpu"
-        )
-    return torch.device("cuda", number)
+    return world_size

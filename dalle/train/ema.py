@@ -6,29 +6,11 @@ After n updates with decay d the plain average still holds the share d^n of its 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class EMAConfig:
-    """How the weights are averaged; the defaults are the transformer's (B.2)."""
-
-    decay: float = 0.99
-    """Coefficient of the old average."""
-    every: int = 25
-    """Updates between two averagings."""
-    device: Literal["same", "cpu"] = "same"
-    """Where the average is kept: same as the weights, or cpu: off the GPU, as the paper's (B.2)."""
-
-    def __post_init__(self):
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
-        if self.every < 1:
-            raise ValueError(f"every must be positive, got {self.every}")
+from dalle.train.config import EMAConfig
 
 
 class EMA:
@@ -44,7 +26,7 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """After update `step` (counted from 1): takes the weights in if it is their turn."""
-        if step % self.config.every == 0:
+        if step % self.config.update_every == 0:
             self.updates += 1
             weights = [self._moved(p.detach()) for name, p in model.named_parameters() if name in self.sums]
             torch._foreach_lerp_(list(self.sums.values()), weights, 1 - self.config.decay)

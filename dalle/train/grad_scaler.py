@@ -19,7 +19,7 @@ from dalle.train.dtensor import local
 START = 2.0**13
 GROWTH = 2.0 ** (1 / 1000)
 BACKOFF = 2.0**-0.5
-PATIENCE = 125
+BACKOFF_INTERVAL = 125
 LOWEST, HIGHEST = 2.0**7, 2.0**24
 
 
@@ -35,7 +35,7 @@ class PerBlockGradScaler:
         device = next(resblocks[0].parameters()).device
         self.resblocks, self.replicas = resblocks, replicas
         self.values = torch.full((len(resblocks),), START * replicas, device=device)
-        self.since_backoff = torch.full((len(resblocks),), PATIENCE, dtype=torch.int64, device=device)
+        self.since_backoff = torch.full((len(resblocks),), BACKOFF_INTERVAL, dtype=torch.int64, device=device)
         for block, value in zip(resblocks, self.values.unbind(), strict=True):
             block.gradient_scale = value  # a view: it follows `values`
 
@@ -53,7 +53,7 @@ class PerBlockGradScaler:
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
         """Moves each scale by the laws above after an update in which these resblocks were finite."""
-        back = ~finite & (self.since_backoff >= PATIENCE)
+        back = ~finite & (self.since_backoff >= BACKOFF_INTERVAL)
         factor = torch.where(finite, GROWTH, torch.where(back, BACKOFF, 1.0))
         self.since_backoff.add_(1).masked_fill_(back, 1)
         self.values.mul_(factor).clamp_(LOWEST * self.replicas, HIGHEST * self.replicas)

@@ -1,8 +1,8 @@
-"""Updates that are not finite: skipped, counted, and the end of the run when too many come in a row.
+"""Non-finite losses and gradients: such steps are skipped and counted, and too many in a row end the run.
 
-A skipped update leaves weights, moments and averages as they were and counts as a step, so the next one has the
-next batch. With gradient scales (fp16) it is part of the method: the paper skipped one update in twenty, and a
-scale that is too large comes down only once in 125 updates. Elsewhere it is a bad batch, or a broken run.
+A skipped step leaves weights, moments and averages as they were and counts as a step, so the next one has the next
+batch. With gradient scales (fp16) it is part of the method: the paper skipped one step in twenty, and a scale that is
+too large is lowered once in 125 steps. Without them it is a bad batch, or a diverged run.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,50 +12,43 @@ import torch
 from torch import Tensor, nn
 
 from dalle.train.dtensor import local
-from dalle.train.grad_scaler import PATIENCE
+from dalle.train.grad_scaler import BACKOFF_INTERVAL
 
 
 class NonfiniteGuard:
-    """Counts skipped updates.
+    """Counts skipped steps.
 
     Args:
-        limit: skipped updates in a row that end the run; 1 ends it at the first.
+        limit: skipped steps in a row that end the run; 1 ends it at the first.
     """
 
     def __init__(self, limit: int):
         self.limit, self.skipped, self.in_a_row = limit, 0, 0
 
-    def made(self) -> None:
-        """An update was made."""
+    def reset(self) -> None:
+        """A step was not skipped."""
         self.in_a_row = 0
 
-    def skip(self, scaled: bool) -> bool:
-        """An update was skipped. Returns whether these are too many in a row.
+    def record_skip(self, scaled: bool) -> bool:
+        """A step was skipped. Returns whether these are too many in a row.
 
         Args:
-            scaled: the gradient scales may mend it. They move once in 125 updates, so 125 times as many may be.
+            scaled: lower gradient scales may help. They back off once in 125 steps, so the limit is 125 times as high.
         """
         self.skipped += 1
         self.in_a_row += 1
-        return self.in_a_row >= self.limit * (PATIENCE if scaled else 1)
+        return self.in_a_row >= self.limit * (BACKOFF_INTERVAL if scaled else 1)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """No tensors."""
-        return {}
-
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """No tensors."""
-
-    def numbers(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, int]:
         """The counts."""
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
-    def load_numbers(self, numbers: dict[str, Any]) -> None:
-        """Puts them back."""
-        self.skipped, self.in_a_row = numbers["skipped"], numbers["in_a_row"]
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Loads what `state_dict` returned."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
 
-def first_nonfinite(
+def find_nonfinite(
     model: nn.Module, forward: Callable[[], Any], all_true: Callable[[Tensor], Tensor] = lambda flags: flags
 ) -> str:
     """Where NaN or infinity first appears in any process: a parameter, else a module's output, else a gradient.

@@ -5,72 +5,19 @@ of an update equal; at the size of the quick start it needs fewer steps than Ada
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dalle.schedules import Schedule
+from dalle.train.config import OptimizerConfig
+from dalle.train.dtensor import local, distribute_like
 from dalle.train.float_formats import store_moments
-from dalle.train.lr_schedule import PlateauConfig
-from dalle.train.moments import adamw_8bit
 
-AT_ONCE = 2**26
-"""Elements of the variance bounded at once: what that needs beside it stays small."""
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW, and Muon if asked; the defaults are the transformer's (B.2)."""
-
-    lr: Schedule = Schedule(4.5e-4, 4.5e-4)
-    """Learning rate."""
-    warmup: int = 5000
-    """Updates over which the learning rate rises linearly from 0 (B.2)."""
-    plateau: PlateauConfig = PlateauConfig()
-    """Halving of the learning rate when the training loss stops falling (B.2)."""
-    beta1: float = 0.9
-    """Decay of the running mean."""
-    beta2: float = 0.96
-    """Decay of the running variance (B.2)."""
-    eps: float = 1e-8
-    """Added to the root of the variance."""
-    weight_decay: float = 4.5e-2
-    """Multiplier, on matrices only: not on gains, biases and embeddings (B.2)."""
-    clip: float | None = 4.0
-    """Largest global norm of the gradient (B.2); None does not clip."""
-    variance_clip: float | None = 5.0
-    """Largest running variance, not corrected for its start, before it is used (B.2); None does not clip."""
-    moments: Literal["fp32", "8bit", "paper"] = "fp32"
-    """How AdamW keeps mean and variance of matrices: fp32; paper: rounded to 1-6-9 and 0-6-10, emulated (B.2); or
-    8bit: in 8 bits by torchao, which needs variance_clip null. Gains, biases and embeddings always have fp32 (D,
-    guideline 2)."""
-    muon: float | None = None
-    """Learning rate of Muon over AdamW's, for the matrices of the layers; None gives them to AdamW (B.2)."""
-
-    def __post_init__(self):
-        if min(self.lr.start, self.lr.end) < 0 or self.warmup < 0:
-            raise ValueError(
-                f"learning rates and warmup cannot be negative, got {self.lr} and warmup {self.warmup}"
-            )
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip must be positive, or null not to clip, got {self.clip}")
-        if self.variance_clip is not None and not (self.variance_clip > 0 and 0 < self.beta2 < 1):
-            raise ValueError(
-                f"variance_clip and beta2 must be positive, or variance_clip null, "
-                f"got {self.variance_clip} and {self.beta2}"
-            )
-        if self.moments == "8bit" and self.variance_clip is not None:
-            raise ValueError(
-                "8-bit moments cannot be clipped: set optimizer.variance_clip to null (None) with them"
-            )
-        if self.muon is not None and not self.muon > 0:
-            raise ValueError(f"muon must be positive, or null for AdamW alone, got {self.muon}")
-
-    def rate(self, step: int) -> float:
-        """Learning rate of an update, counted from 0."""
-        return self.lr(step) * (min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0)
+CHUNK = 2**26
+"""Elements whose second moment is clipped at once: bounds the temporary memory."""
+INNER = ("codes", "scale")
+"""Tensors inside torchao's 8-bit tensors that training changes."""
 
 
 def decay_groups(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
@@ -101,45 +48,45 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     """
     decay, keep = ([p for _, p in group if p.requires_grad] for group in decay_groups(model))
     optimizers: list[torch.optim.Optimizer] = []
-    if config.muon is not None:
+    if config.muon_lr_scale is not None:
         matrices = [p for _, p in hidden_matrices(model) if p.requires_grad]
         if not matrices:
             raise ValueError(
-                f"{type(model).__name__} has no stack of layers for Muon; leave optimizer.muon out"
+                f"{type(model).__name__} has no stack of layers for Muon; leave optimizer.muon_lr_scale out"
             )
         optimizers.append(torch.optim.Muon(matrices, weight_decay=config.weight_decay))
         chosen = {id(p) for p in matrices}
         decay = [p for p in decay if id(p) not in chosen]
     settings: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.eps}
-    if config.moments == "8bit" and decay:
+    if config.state_dtype == "8bit" and decay:
         optimizers.append(adamw_8bit(decay, weight_decay=config.weight_decay, **settings))
         decay = []
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": keep, "weight_decay": 0.0}]
     if groups := [group for group in groups if group["params"]]:
         optimizers.append(torch.optim.AdamW(groups, fused=True, **settings))
-        if config.variance_clip is not None:
-            bound_variance(optimizers[-1], config.variance_clip)
-    if config.moments == "paper":
+        if config.max_variance is not None:
+            clip_second_moment(optimizers[-1], config.max_variance)
+    if config.state_dtype == "paper":
         store_moments(optimizers, [p for _, p in hidden_matrices(model)])
-    set_rate(optimizers, config, 0)
+    set_lr(optimizers, config, 0)
     return optimizers
 
 
-def set_rate(
+def set_lr(
     optimizers: list[torch.optim.Optimizer], config: OptimizerConfig, step: int, share: float = 1.0
 ) -> None:
     """Gives every group the learning rate of an update, counted from 0, times a share (1/2 after one halving)."""
     for optimizer in optimizers:
-        factor = config.muon if isinstance(optimizer, torch.optim.Muon) else 1.0
+        factor = config.muon_lr_scale if isinstance(optimizer, torch.optim.Muon) else 1.0
         for group in optimizer.param_groups:
-            rate = share * factor * config.rate(step)
+            rate = share * factor * config.lr_at(step)
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)  # compiled updates read it
             else:
                 group["lr"] = rate
 
 
-def bound_variance(optimizer: torch.optim.AdamW, limit: float) -> None:
+def clip_second_moment(optimizer: torch.optim.AdamW, limit: float) -> None:
     """From now on the running variance v is at most `limit` where parameters and moments are updated by it (B.2).
 
     The fused update leaves no room between v <- b v + (1 - b) g^2 and its use. So v is lowered before it, to at
@@ -152,13 +99,13 @@ def bound_variance(optimizer: torch.optim.AdamW, limit: float) -> None:
         for group in optimizer.param_groups:
             b = group["betas"][1]
             used = [p for p in group["params"] if p.grad is not None and "exp_avg_sq" in optimizer.state[p]]
-            for part in _parts(used, AT_ONCE):
-                gradients = [_local(p.grad) for p in part]
+            for part in _parts(used, CHUNK):
+                gradients = [local(p.grad) for p in part]
                 most = torch._foreach_mul(gradients, gradients)
                 torch._foreach_mul_(most, -(1 - b) / b)
                 torch._foreach_add_(most, limit / b)
                 torch._foreach_clamp_min_(most, 0.0)
-                torch._foreach_minimum_([_local(optimizer.state[p]["exp_avg_sq"]) for p in part], most)
+                torch._foreach_minimum_([local(optimizer.state[p]["exp_avg_sq"]) for p in part], most)
 
     optimizer.register_step_pre_hook(lower)
 
@@ -175,6 +122,52 @@ def _parts(parameters: list[Tensor], elements: int) -> Iterator[list[Tensor]]:
         yield part
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This process's share of a sharded tensor, else the tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def adamw_8bit(parameters: list[Tensor], **settings: Any) -> torch.optim.Optimizer:
+    """torchao's AdamW8bit.
+
+    Raises:
+        ImportError: torchao is not there.
+        ValueError: a parameter is sharded.
+    """
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise ImportError('8-bit moments need torchao: pip install "zeroshot-text2image[lowbit]"') from None
+    if any(hasattr(p, "to_local") for p in parameters):
+        raise ValueError(
+            "8-bit moments of sharded parameters cannot be saved for another number of processes; "
+            "set optimizer.state_dtype to fp32, or --parallel to none or ddp"
+        )
+    return AdamW8bit(parameters, **settings)
+
+
+def plain_tensors(moment: str, value: Tensor) -> dict[str, Tensor]:
+    """A moment as plain tensors by name: itself, or "exp_avg.codes" and "exp_avg.scale"."""
+    if hasattr(value, "codes"):
+        return {f"{moment}.{inner}": getattr(value, inner) for inner in INNER}
+    return {moment: value}
+
+
+def load_moment(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, tensor: Tensor) -> None:
+    """Puts a plain tensor back where `plain_tensors` took it from; an optimizer of 8 bits rounds moments of fp32.
+
+    Raises:
+        ValueError: moments of 8 bits for an optimizer of fp32.
+    """
+    moment, _, inner = name.partition(".")
+    state, in_8bit = optimizer.state[parameter], hasattr(optimizer, "_new_buffer")
+    if inner and not in_8bit:
+        raise ValueError(
+            "the checkpoint has moments of 8 bits; set optimizer.state_dtype to 8bit to go on from it"
+        )
+    if moment not in state:
+        if moment == "step":
+            state[moment] = torch.empty_like(tensor, device="cpu" if in_8bit else parameter.device)
+        elif in_8bit:
+            state[moment] = optimizer._new_buffer(parameter, signed=moment == "exp_avg")
+        else:
+            state[moment] = torch.empty_like(
+                parameter, dtype=tensor.dtype
+            )  # fused kernels want these strides
+    target = getattr(state[moment], inner) if inner else state[moment]
+    target.copy_(distribute_like(tensor, target))

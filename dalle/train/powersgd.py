@@ -28,9 +28,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalle.io.rng import generator
+from dalle.train.config import PowerSGDConfig
 from dalle.train.dtensor import local
 from dalle.train.float_formats import MEAN, rounded
-from dalle.train.low_rank import PowerSGDConfig, plan_ranks, stacked_matrices
+from dalle.train.optimizer import hidden_matrices
 
 EPS = 1e-6  # E.2, step 5
 
@@ -107,9 +108,9 @@ class PowerSGD:
         for name in (name for name in parameters if name in matrices):  # in the same order everywhere
             shard = local(parameters[name]).detach()
             shards = _place(parameters[name])[1]
-            if shards > 1 and config.q == "updated":
+            if shards > 1 and config.q_mode == "warm_start":
                 raise ValueError(
-                    "a checkpoint cannot carry the Q of each shard; set powersgd.q to fixed or redrawn"
+                    "a checkpoint cannot carry the Q of each shard; set powersgd.q_mode to fixed or random"
                 )
             even = (
                 shard.numel() * shards == parameters[name].numel()
@@ -140,7 +141,7 @@ class PowerSGD:
         gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         if self._spoilt(gradients):
             return
-        names = [name for name in self.factored if name in gradients] if step >= self.config.start else []
+        names = [name for name in self.factored if name in gradients] if step >= self.config.start_step else []
         self._average([gradient for name, gradient in gradients.items() if name not in names])
         if names:
             self._factor({name: gradients[name] for name in names}, step)
@@ -166,9 +167,9 @@ class PowerSGD:
     def _factor(self, gradients: dict[str, Tensor], step: int) -> None:
         """The algorithm above, on all matrices at once."""
         held = {name: self.factored[name] for name in gradients}
-        paper = self.config.formats == "paper"
+        paper = self.config.message_dtype == "paper"
         for name, one in held.items():
-            if self.config.q == "redrawn":
+            if self.config.q_mode == "random":
                 self._draw(name, step)
             one.error.add_(gradients[name])
             self._keep(one.error)
@@ -187,7 +188,7 @@ class PowerSGD:
         for name, one in held.items():
             one.error.sub_(gradients[name])
             self._keep(one.error)
-            if self.config.q == "updated":
+            if self.config.q_mode == "warm_start":
                 one.qs = [orthonormal(qs.pop(0)).contiguous() for _ in one.qs]  # as a checkpoint gives it
 
     def _all_good(self, held: dict[str, Factored], gradients: dict[str, Tensor], sent: Tensor) -> bool:
@@ -224,7 +225,7 @@ class PowerSGD:
 
     def _keep(self, error: Tensor) -> None:
         """Rounds a buffer to its format."""
-        if self.config.formats == "paper":
+        if self.config.message_dtype == "paper":
             error.copy_(rounded(error, MEAN))
 
     def _draw(self, name: str, step: int) -> None:
@@ -252,7 +253,7 @@ class PowerSGD:
         return errors | self._changing_qs()
 
     def _changing_qs(self) -> dict[str, Tensor]:
-        if self.config.q != "updated":
+        if self.config.q_mode != "warm_start":
             return {}
         return {f"q/{name}/{i}": q for name, one in self.factored.items() for i, q in enumerate(one.qs)}
 
@@ -275,13 +276,6 @@ class PowerSGD:
                 shapes = f"{tuple(local(tensor).shape)}, expected {tuple(own[name].shape)}"
                 raise ValueError(f"the saved errors of PowerSGD do not fit: {name!r} is {shapes}")
             own[name].copy_(local(tensor))
-
-    def numbers(self) -> dict[str, Any]:
-        """Nothing that is no tensor: a Q that stays follows from the seed."""
-        return {}
-
-    def load_numbers(self, numbers: dict[str, Any]) -> None:
-        """Nothing to put back."""
 
     def _like(self, name: str, shard: Tensor) -> Tensor:
         """This process's shard as a tensor sharded as its parameter is."""
@@ -310,3 +304,28 @@ def orthonormal(p: Tensor) -> Tensor:
     shifted = p.clone()
     shifted.diagonal().add_(EPS * p.abs().max())
     return torch.linalg.qr(shifted)[0]
+
+
+def stacked_matrices(model: nn.Module) -> dict[str, int]:
+    """Names of the layers' matrices, and how many each parameter holds one below the other.
+
+    Queries, keys and values have a matrix each in the paper; here they share a parameter.
+    """
+    return {
+        name: 3 if name.endswith(("qkv.weight", "in_proj_weight")) else 1
+        for name, _ in hidden_matrices(model)
+    }
+
+
+def plan_ranks(shape: tuple[int, ...], stacked: int, rank: int) -> list[int] | None:
+    """The rank of each of the matrices stacked in a shard; None where the factors would be no smaller.
+
+    Args:
+        shape: (rows, columns) of the shard.
+        stacked: matrices one below the other.
+        rank: of one shard.
+    """
+    heights = [len(part) for part in torch.empty(shape[0], device="meta").tensor_split(stacked)]
+    if any(rank * (height + shape[1]) >= height * shape[1] for height in heights):
+        return None
+    return [rank] * stacked

@@ -1,12 +1,28 @@
-"""How the numbers are computed: device, number format (fp32, or bf16 or fp16 under autocast), compilation."""
+"""Device, precision (fp32, or bf16 or fp16 under autocast) and compilation."""
 
-from typing import Literal
+import os
 
 import torch
 from torch import nn
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+from dalle.train.config import Precision
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def local_device(name: str) -> torch.device:
+    """The device of this process among those of torchrun: on GPUs the one of its LOCAL_RANK."""
+    device, number = resolve_device(name), os.environ.get("LOCAL_RANK")
+    if device.type == "cpu" or number is None:
+        return device
+    if device.type != "cuda" or device.index is not None:
+        raise ValueError(f"--device {name} cannot be shared among processes; use cuda, cpu or auto")
+    if int(number) >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {number} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+            "lower --nproc-per-node, or use --device cpu"
+        )
+    return torch.device("cuda", int(number))
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> str:

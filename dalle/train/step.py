@@ -1,155 +1,145 @@
-"""One update, a function of state, batch, seed and step: loss, gradient, clip, optimizers, averaging."""
+"""One training step, a function of state, batch, seed and step: loss, gradient, clipping, optimizers, EMA."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dalle.train.distributed import Parallel
+from dalle.train.config import OptimizerConfig
+from dalle.train.distributed import Distributed
 from dalle.train.dtensor import clip_gradients, gradient_norm
 from dalle.train.grad_scaler import PerBlockGradScaler
-from dalle.train.nonfinite import NonfiniteGuard, first_nonfinite
-from dalle.train.optimizer import OptimizerConfig, set_rate
+from dalle.train.nonfinite import NonfiniteGuard, find_nonfinite
+from dalle.train.optimizer import set_lr
 from dalle.train.precision import autocast
 from dalle.train.state import TrainState
-from dalle.types import Loss, Objective
+from dalle.types import BatchShard, Loss, Objective
 
 
 def train_step(
     state: TrainState,
     batch: Any,
     objective: Objective,
-    optim: OptimizerConfig,
+    config: OptimizerConfig,
     precision: str,
     seed: int,
-    parallel: Parallel | None = None,
+    dist: Distributed | None = None,
     passes: int = 1,
 ) -> tuple[Loss, Tensor]:
-    """One update: loss, gradient, clip, optimizers, averaging. Returns the loss and the gradient's norm.
+    """One update of the state; returns the loss and the gradient norm.
 
-    An update whose loss or gradient is not finite is skipped, and counts as a step (dalle/train/nonfinite.py).
+    A step whose loss or gradient is not finite is skipped, and counts as a step (dalle/train/nonfinite.py).
 
     Args:
-        batch: this process's part.
-        parallel: the processes; one alone unless given.
-        passes: forward and backward passes that the part is divided among; they change memory and no result.
+        batch: this process's shard.
+        dist: the processes; default: a single one.
+        passes: gradient accumulation: forward and backward passes of the shard; they change memory and no result.
 
     Raises:
-        FloatingPointError: too many in a row; names the first bad tensor.
+        FloatingPointError: too many skipped steps in a row; names the first bad tensor.
     """
-    parallel = parallel or Parallel()
-    forwards = forward_passes(state, batch, objective, precision, seed, parallel, passes)
-    loss, finite = gradients(state, forwards, parallel)
-    norm = gradient_norm(state.model.parameters())
-    good = bool(parallel.all_true(torch.isfinite(norm) & torch.isfinite(loss.total.detach())))
-    nonfinite = state.extras.setdefault("nonfinite", NonfiniteGuard(limit=1))
-    if good:
-        nonfinite.made()
-        optimize(state, norm, loss, optim)
-    elif nonfinite.skip(scaled=state.scales is not None and bool(torch.isfinite(loss.total))):
-        where = first_nonfinite(state.model, lambda: [forward() for forward in forwards], parallel.all_true)
+    dist = dist or Distributed()
+    model, parts = state.model, split(batch, passes)
+    device = next(model.parameters()).device
+    shards = batch_shards(model, objective, parts, dist)
+
+    def forward(i: int) -> Loss:
+        torch.manual_seed(step_seed(seed, state.step))  # of all shards: an objective samples by its shard's index
+        with autocast(precision, device):
+            return Loss(*dist.forward(model, _loss_and_metrics, objective, parts[i], state.step, *shards[i]))
+
+    loss, finite_blocks = accumulate_gradients(state, forward, passes, dist)
+    norm = gradient_norm(model.parameters())
+    finite = bool(dist.all_true(norm.isfinite() & loss.total.detach().isfinite()))
+    guard = state.extras.setdefault("nonfinite", NonfiniteGuard(limit=1))
+    if finite:
+        guard.reset()
+        optimize(state, norm, loss, config)
+    elif guard.record_skip(scaled=state.scales is not None and bool(loss.total.isfinite())):
+        where = find_nonfinite(model, lambda: [forward(i) for i in range(passes)], dist.all_true)
         raise FloatingPointError(
-            f"step {state.step + 1}: loss {float(loss.total.detach())}, gradient norm {float(norm)}; "
-            f"first bad tensor: {where}. Not finite for {nonfinite.in_a_row} in a row, which train.max_nonfinite ends. "
-            "The last checkpoint is whole; lower the learning rate, or check the data"
+            f"step {state.step + 1}: loss {float(loss.total.detach())}, gradient norm {float(norm)}; first bad tensor: "
+            f"{where}. {guard.in_a_row} steps in a row are not finite (train.max_skipped_steps). The last checkpoint is "
+            "intact; lower the learning rate, or check the data"
         )
     if state.scales:
-        state.scales.update(finite)
+        state.scales.update(finite_blocks)
     state.step += 1
-    if good:
-        state.ema.update(state.model, state.step)
-    loss.metrics["skipped"] = nonfinite.skipped
+    if finite:
+        state.ema.update(model, state.step)
+    loss.metrics["skipped_steps"] = guard.skipped
     return loss, norm
 
 
-def gradients(
-    state: TrainState, forwards: list[Callable[[], Loss]], parallel: Parallel
+def accumulate_gradients(
+    state: TrainState, forward: Callable[[int], Loss], passes: int, dist: Distributed
 ) -> tuple[Loss, Tensor | None]:
-    """Runs the passes of a step and leaves its gradients, those of all processes averaged, in the parameters.
+    """Leaves the gradients of a step, averaged over passes and processes, in the parameters.
 
     Returns:
-        the loss of the whole batch; bool (resblocks,), which have finite gradients, with gradient scales only.
+        the loss of the whole batch; with gradient scales, bool (resblocks,): which have finite gradients.
     """
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
     losses = []
-    for number, forward in enumerate(forwards, start=1):
-        with parallel.collecting(last=number == len(forwards)):
-            losses.append(forward())
-            losses[-1].total.backward()
-    parallel.finish_gradients(state.model, len(forwards))
-    loss = mean_loss(losses, parallel)
-    finite = parallel.all_true(state.scales.unscale()) if state.scales else None
+    for i in range(passes):
+        with dist.no_sync(i < passes - 1):
+            losses.append(forward(i))
+            losses[i].total.backward()
+    dist.finish_gradients(state.model, passes)
+    loss = mean_loss(losses, dist)
+    finite_blocks = dist.all_true(state.scales.unscale()) if state.scales else None
     if powersgd := state.extras.get("powersgd"):
         powersgd.reduce(state.step)
         loss.metrics |= powersgd.traffic()
-    return loss, finite
+    return loss, finite_blocks
 
 
-def optimize(state: TrainState, norm: Tensor, loss: Loss, optim: OptimizerConfig) -> None:
-    """Clips the gradients, of that norm, and makes the update."""
-    if optim.clip is not None:
-        clip_gradients(state.model.parameters(), norm, optim.clip)
+def _loss_and_metrics(model: nn.Module, objective: Objective, *args: Any) -> tuple[Tensor, dict[str, Any]]:
+    """The loss as DDP and FSDP need it: tensors in tuples and dicts."""
+    loss = objective(model, *args)
+    return loss.total, loss.metrics
+
+
+def batch_shards(
+    model: nn.Module, objective: Objective, parts: list[Any], dist: Distributed
+) -> list[tuple[BatchShard, ...]]:
+    """The `BatchShard` argument of the objective for each pass; none where one pass sees the whole batch."""
+    if len(parts) * dist.world_size == 1:
+        return [()]
+    count = getattr(objective, "num_targets", None)
+    num_targets = dist.all_reduce(sum(count(model, part) for part in parts)) if count else None
+    return [(dist.shard_of(i, len(parts), num_targets),) for i in range(len(parts))]
+
+
+def optimize(state: TrainState, norm: Tensor, loss: Loss, config: OptimizerConfig) -> None:
+    """Clips the gradients, whose norm is given, and steps the optimizers and the plateau rule."""
+    if config.max_grad_norm is not None:
+        clip_gradients(state.model.parameters(), norm, config.max_grad_norm)
     plateau = state.extras.get("plateau")
-    set_rate(state.optimizers, optim, state.step, plateau.factor if plateau else 1.0)
+    set_lr(state.optimizers, config, state.step, plateau.factor if plateau else 1.0)
     for optimizer in state.optimizers:
         optimizer.step()
     if plateau:
-        plateau.see(float(loss.total.detach()))
+        plateau.step(float(loss.total.detach()))
 
 
-def forward_passes(
-    state: TrainState,
-    batch: Any,
-    objective: Objective,
-    precision: str,
-    seed: int,
-    parallel: Parallel,
-    passes: int,
-) -> list[Callable[[], Loss]]:
-    """The forward passes of a step in this process; each may be run again and gives the same.
-
-    Every process and every pass has the same seed; an objective that draws tells its part by `Part.index`.
-    """
-    step, device = state.step, next(state.model.parameters()).device
-    pieces = split(batch, passes)
-    count = getattr(objective, "counts", None)
-    several = passes * parallel.world > 1
-    counts = (
-        parallel.all_sum(sum(count(state.model, piece) for piece in pieces)) if several and count else None
-    )
-
-    def run(model: nn.Module, number: int) -> tuple[Tensor, dict[str, Any]]:
-        part = (parallel.part(number, passes, counts),) if several else ()
-        loss = objective(model, pieces[number], step, *part)
-        return loss.total, loss.metrics
-
-    def forward(number: int) -> Loss:
-        torch.manual_seed(step_seed(seed, step))
-        with autocast(precision, device):
-            return Loss(*parallel.run(state.model, run, number))
-
-    return [partial(forward, number) for number in range(passes)]
-
-
-def mean_loss(losses: list[Loss], parallel: Parallel) -> Loss:
+def mean_loss(losses: list[Loss], dist: Distributed) -> Loss:
     """Total and metrics of a step: the mean over its passes and over the processes, detached."""
-    if len(losses) * parallel.world == 1:
+    if len(losses) * dist.world_size == 1:
         return losses[0]
-    names = list(losses[0].metrics)
-    device = losses[0].total.device
+    names, device = list(losses[0].metrics), losses[0].total.device
     rows = [[loss.total.detach(), *(loss.metrics[name] for name in names)] for loss in losses]
     table = torch.stack(
         [torch.stack([torch.as_tensor(v, device=device).float() for v in row]) for row in rows]
     )
-    total, *values = parallel.all_mean(table.mean(dim=0)).unbind()
+    total, *values = (dist.all_reduce(table.mean(dim=0)) / dist.world_size).unbind()
     return Loss(total, dict(zip(names, values, strict=True)))
 
 
 def split(batch: Any, count: int) -> list[Any]:
-    """A batch as `count` equal parts in order; ValueError where it does not divide."""
+    """A batch (tensor, or tuples, lists and dicts of them) as `count` equal parts; ValueError if it does not divide."""
     if count == 1:
         return [batch]
     if isinstance(batch, dict):
@@ -158,17 +148,17 @@ def split(batch: Any, count: int) -> list[Any]:
         return [type(batch)(parts) for parts in zip(*(split(value, count) for value in batch), strict=True)]
     if len(batch) % count:
         raise ValueError(
-            f"{len(batch)} samples do not divide among {count} passes; change batch_size or accumulate"
+            f"{len(batch)} samples do not divide among {count} passes; change batch_size or grad_accum_steps"
         )
     return list(batch.chunk(count))
 
 
 def build_grad_scaler(model: nn.Module) -> PerBlockGradScaler:
-    """A scale for each of the model's resblocks; ValueError for a model that cannot be scaled so.
+    """A gradient scale for each of the model's resblocks; ValueError for a model without resblocks.
 
     The paper divides the loss by the images of all M processes and multiplies the scales by M. Here each process
-    takes the mean of its own part, M times as large, and the fp32 means of the gradients divide by M: the same numbers
-    stand in fp16, and a scale means the same on any number of processes.
+    takes the mean over its shard, M times as large, and the fp32 means of the gradients divide by M: fp16 holds the
+    same numbers, and a scale means the same on any number of processes.
     """
     if not hasattr(model, "resblocks"):
         raise ValueError(
@@ -178,12 +168,12 @@ def build_grad_scaler(model: nn.Module) -> PerBlockGradScaler:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """A seed of its own for every step of every run."""
+    """A distinct seed for every step of every run."""
     return (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Tensors of a batch (also in tuples, lists and dicts) on the device."""
+    """The tensors of a batch (also in tuples, lists and dicts) on the device."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):

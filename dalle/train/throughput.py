@@ -93,7 +93,7 @@ class ThroughputMeter:
         """The rates since the last lap; all processes' samples and tokens, this device's utilisation."""
         seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
         numbers: Numbers = {
-            "seconds": seconds / max(1, self.updates),
+            "step_time": seconds / max(1, self.updates),
             "data_time_frac": self.waited / seconds,
             "max_memory_gib": peak_memory(self.device),
         }

@@ -6,9 +6,8 @@ numbers are drawn from (seed, step). So N steps equal k, a resume, and N - k, bi
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -19,84 +18,27 @@ from dalle.io.files import read_json
 from dalle.io.format import check_meta
 from dalle.train.checkpoint import latest_valid_checkpoint, restore, saved_at
 from dalle.train.checkpoint_saver import Keeper
+from dalle.train.config import LogConfig, Resume, TrainConfig
 from dalle.train.distributed import Parallel
-from dalle.train.ema import EMA, EMAConfig
-from dalle.train.loggers import NullLogger, Numbers, to_numbers
-from dalle.train.low_rank import PowerSGDConfig
+from dalle.train.ema import EMA
+from dalle.train.loggers import Loggers, NullLogger, Numbers, to_numbers
 from dalle.train.lr_schedule import ReduceLROnPlateau
 from dalle.train.nonfinite import NonfiniteGuard
-from dalle.train.optimizer import OptimizerConfig, build_optimizers
+from dalle.train.optimizer import build_optimizers
 from dalle.train.powersgd import build_powersgd
-from dalle.train.precision import Precision, autocast, resolve_precision
+from dalle.train.precision import autocast, resolve_precision
 from dalle.train.state import TrainState
 from dalle.train.step import build_grad_scaler, to_device, train_step
 from dalle.train.throughput import ThroughputMeter, peak_flops
-from dalle.train.writers import LogConfig, Loggers
 from dalle.types import Loss, Objective, StepCost
 
 Batches = Callable[[int], Any]
 """The batch of a step."""
 Evaluate = Callable[[nn.Module, int], dict[str, Any]]
 """Measures the averaged weights at a step; images among the values are saved and shown."""
-Resume = Literal["auto", "changed", "never"]
-"""Go on with the run that lies there; even if its configuration was another; or refuse it."""
 
 LOG = LogConfig()
 """log.jsonl alone."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How a model is trained; the defaults are the transformer's (B.2)."""
-
-    batch_size: int = 1024
-    """Images in an update, over all processes (B.2)."""
-    accumulate: int = 1
-    """Passes that each process's part of a batch is divided among: less memory, the same loss and gradient."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    """AdamW, or Muon and AdamW."""
-    ema: EMAConfig = EMAConfig()
-    """Averaging of the weights."""
-    precision: Precision = "auto"
-    """fp32, bf16 or fp16 (autocast; fp16 with a gradient scale per resblock, 2.4), or auto: bf16 where the
-    device has it in hardware, else fp32."""
-    powersgd: PowerSGDConfig = PowerSGDConfig()
-    """How replicas average their gradients (2.5)."""
-    log_every: int = 10
-    """Updates between two lines of the log."""
-    eval_every: int = 1000
-    """Updates between two evaluations; the last step is always evaluated."""
-    save_every: int = 1000
-    """Updates between two checkpoints; the last step is always saved."""
-    max_nonfinite: int = 8
-    """Updates in a row, skipped because loss or gradient is not finite, that end the run; 1 ends it at the first.
-    The paper skipped 5 % (E.2): 8 in a row are no chance. In fp16, where only the gradient is not finite, 125 times as
-    many, since a scale comes down once in 125 updates (D)."""
-    keep: int = 2
-    """Newest checkpoints kept; there must be room for one more while it is written."""
-    keep_every: int | None = None
-    """Keep besides each checkpoint of a step that this divides; None keeps the newest only."""
-
-    def __post_init__(self):
-        for name in (
-            "batch_size",
-            "accumulate",
-            "log_every",
-            "eval_every",
-            "save_every",
-            "keep",
-            "max_nonfinite",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.save_every):
-            raise ValueError(
-                f"keep_every must be a multiple of save_every, {self.save_every}, or null, got {self.keep_every}"
-            )
-
-
-RHYTHM = tuple(f"train.{name} " for name in ("log_every", "save_every", "keep", "keep_every"))
-"""Settings that change no weight, so that a run may go on with others."""
 
 
 def fit(
@@ -141,7 +83,7 @@ def fit(
     parallel = parallel or Parallel(device=next(model.parameters()).device)
     check_parts(config, parallel)
     meta = meta | {"steps": steps}
-    with Keeper(run_dir, meta, steps, config.save_every, config.keep, config.keep_every) as keeper:
+    with Keeper(run_dir, meta, steps, config.save_every, config.keep_last, config.keep_every) as keeper:
         state = start(model, config, seed, parallel)
         changes = _prepare(run_dir, state, meta, resume, keeper)
         peak = peak_flops(
@@ -164,8 +106,8 @@ def start(model: nn.Module, config: TrainConfig, seed: int, parallel: Parallel) 
         EMA(model, config.ema),
         build_grad_scaler(model) if precision == "fp16" else None,
     )
-    state.extras["nonfinite"] = NonfiniteGuard(config.max_nonfinite)
-    if config.optimizer.plateau.halvings:
+    state.extras["nonfinite"] = NonfiniteGuard(config.max_skipped_steps)
+    if config.optimizer.plateau.max_reductions:
         state.extras["plateau"] = ReduceLROnPlateau(config.optimizer.plateau)
     if parallel.replicas and (powersgd := build_powersgd(model, config.powersgd, seed, parallel.replicas)):
         state.extras["powersgd"] = powersgd
@@ -197,7 +139,7 @@ def _train(
             batch = to_device(batches(state.step), device)
         work = work or work_of(objective, model, batch)
         loss, norm = train_step(
-            state, batch, objective, config.optimizer, precision, seed, parallel, config.accumulate
+            state, batch, objective, config.optimizer, precision, seed, parallel, config.grad_accum_steps
         )
         meter.update(work)
         bar.update()
@@ -207,7 +149,7 @@ def _train(
             logs.write(
                 state.step, numbers | (chance(objective, model) if state.step == 1 else {}) | meter.lap()
             )
-            bar.set_postfix(loss=f"{numbers['loss']:.4f}", skipped=numbers["skipped"])
+            bar.set_postfix(loss=f"{numbers['loss']:.4f}", skipped=numbers["skipped_steps"])
         with meter.pause():
             if evaluate and (state.step % config.eval_every == 0 or last):
                 told = _told(_evaluate(evaluate, state, seed, precision, parallel), state, logs)
@@ -219,16 +161,16 @@ def _train(
 
 def check_parts(config: TrainConfig, parallel: Parallel) -> None:
     """ValueError where a batch does not divide into parts of one size, or an optimizer needs whole matrices."""
-    parts = parallel.world * config.accumulate
+    parts = parallel.world * config.grad_accum_steps
     if config.batch_size % parts:
         raise ValueError(
             f"train.batch_size {config.batch_size} does not divide among {parallel.world} processes and "
-            f"{config.accumulate} passes in each (train.accumulate); make it a multiple of {parts}"
+            f"{config.grad_accum_steps} passes in each (train.grad_accum_steps); make it a multiple of {parts}"
         )
-    if parallel.sharded and config.optimizer.muon is not None:
+    if parallel.sharded and config.optimizer.muon_lr_scale is not None:
         raise ValueError(
             f"Muon needs whole matrices, and --parallel {parallel.mode} slices them; "
-            "take --parallel ddp, or leave train.optimizer.muon out"
+            "take --parallel ddp, or leave train.optimizer.muon_lr_scale out"
         )
 
 
@@ -238,7 +180,7 @@ def step_numbers(state: TrainState, loss: Loss, norm: Tensor) -> Numbers:
     if state.scales:
         numbers["grad_scale_log2"] = state.scales.values.log2().tolist()
     if plateau := state.extras.get("plateau"):
-        numbers["halvings"] = plateau.halved
+        numbers["lr_reductions"] = plateau.halved
     return numbers | {"lr": float(state.optimizers[-1].param_groups[0]["lr"])}
 
 
@@ -249,9 +191,9 @@ def work_of(objective: Objective, model: nn.Module, batch: Any) -> StepCost:
 
 
 def chance(objective: Objective, model: nn.Module) -> Numbers:
-    """What a model that knows nothing reaches, as {"chance/NAME": value}, if the objective tells."""
+    """What a model that knows nothing reaches, as {"baseline/NAME": value}, if the objective tells."""
     tell = getattr(objective, "chance", None)
-    return {f"chance/{name}": value for name, value in tell(model).items()} if tell else {}
+    return {f"baseline/{name}": value for name, value in tell(model).items()} if tell else {}
 
 
 def _evaluate(
@@ -275,7 +217,7 @@ def _told(scores: dict[str, Any], state: TrainState, logs: Loggers | NullLogger)
     """Loggers numbers and images of an evaluation; the numbers in words."""
     images = {name: value for name, value in scores.items() if isinstance(value, Image.Image)}
     numbers = to_numbers({name: value for name, value in scores.items() if name not in images})
-    logs.write(state.step, {f"eval/{name}": value for name, value in numbers.items()})
+    logs.write(state.step, {f"val/{name}": value for name, value in numbers.items()})
     for name, image in images.items():
         logs.log_image(state.step, name, image)
     return "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
@@ -292,7 +234,6 @@ def _prepare(
         raise ValueError(f"{run_dir} holds a run; give another --out, or --resume auto to go on with it")
     old = check_meta(read_json(found / "meta.json"), meta["kind"], run_dir)
     changes = differences(old["run"], meta["run"]) + differences(_hashes(old), _hashes(meta), "links")
-    changes = [change for change in changes if not change.startswith(RHYTHM)]
     if changes and resume != "changed":
         raise ValueError(
             f"{run_dir} holds a run with another configuration ({'; '.join(changes)}); give another --out, or "

@@ -18,24 +18,24 @@ class TransformerObjective:
 
     config: TransformerLossConfig = TransformerLossConfig()
 
-    def counts(self, model: Transformer, batch: Tensor) -> Tensor:
+    def num_targets(self, model: Transformer, batch: Tensor) -> Tensor:
         """Text tokens in joint ids (B, N); every image has as many image tokens."""
         return model.layout.loss_mask(batch)[:, : model.layout.text_len].sum()
 
     def __call__(self, model: Transformer, batch: Tensor, step: int, part: BatchShard = FULL_BATCH) -> Loss:
         """batch: joint ids (B, N)."""
         share = (
-            None if part.counts is None else part.counts / part.count
+            None if part.num_targets is None else part.num_targets / part.count
         )  # so that the parts' mean is the batch's
         text, image = cross_entropies(model, batch, text_tokens=share)
         total = weighted_cross_entropy(text, image, self.config.text_weight)
         return Loss(total, {"text_loss": text.detach(), "image_loss": image.detach()})
 
-    def work(self, model: Transformer, batch: Tensor) -> StepCost:
+    def step_cost(self, model: Transformer, batch: Tensor) -> StepCost:
         """By formula (dalle/transformer/sizes.py)."""
         return StepCost(len(batch), batch.numel(), len(batch) * sum(training_flops(model.config).values()))
 
-    def chance(self, model: Transformer) -> dict[str, float]:
+    def random_baseline(self, model: Transformer) -> dict[str, float]:
         """ln(vocabulary): nats a token of one who guesses evenly. A text slot may also hold its pad."""
         layout = model.layout
         text, image = math.log(layout.text_vocab + 1), math.log(layout.image_vocab)

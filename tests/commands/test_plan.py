@@ -20,7 +20,7 @@ from dalle.planner.memory import ParallelLayout, memory
 from dalle.planner.traffic import ring, traffic
 from dalle.runs.args import CONFIGS
 from dalle.runs.kinds import kind_of_file, take_kind
-from dalle.train.optimizer import OptimizerConfig
+from dalle.train.config import OptimizerConfig
 from dalle.transformer import TransformerConfig
 from dalle.transformer.objective import TransformerObjective
 from dalle.transformer.sizes import training_flops
@@ -145,7 +145,7 @@ def test_operations_of_the_transformer_by_formula():
 def test_memory_of_a_real_step_within_15_percent(kind, config, precision):
     """Weights, gradients, moments, averages and activations at the peak of the second step, by torch's allocator."""
     measured = allocated_at_the_peak(kind, config, precision)
-    bounded = getattr(OptimizerConfig(), "variance_clip", None) is not None
+    bounded = getattr(OptimizerConfig(), "max_variance", None) is not None
     shares = ParallelLayout("none", half=precision != "fp32", bounds_variance=bounded)
     plan = memory(planned(kind, config, precision), shares)["peak"]
     assert plan == pytest.approx(measured, rel=0.15)

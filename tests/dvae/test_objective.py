@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle.dvae import DVAE, DVAEConfig
+from dalle.dvae import DVAE, DVAEConfig, DVAELossConfig
 from dalle.dvae.losses import gumbel_softmax, kl_to_uniform, logit_laplace_log_prob, map_pixels
 from dalle.dvae.metrics import code_usage, collapse_warning, dvae_scores
 from dalle.dvae.model import Conv2d
@@ -35,7 +35,9 @@ def pixels() -> torch.Tensor:
 @pytest.mark.parametrize(("step", "tau", "beta"), [(0, 1.0, 0.5), (5, 0.75, 1.75), (20, 0.5, 3.0)])
 def test_the_dvae_minimises_reconstruction_plus_beta_times_kl_per_pixel_value(model, pixels, step, tau, beta):
     """Eq. 1 and A.2: both terms are sums over an image divided by its pixel values."""
-    objective = DVAEObjective(tau=Schedule(1.0, 0.5, 10, "linear"), beta=Schedule(0.5, 3.0, 10, "linear"))
+    objective = DVAEObjective(
+        DVAELossConfig(Schedule(1.0, 0.5, 10, "linear"), Schedule(0.5, 3.0, 10, "linear"))
+    )
     torch.manual_seed(3)
     loss = objective(model, pixels, step)
     torch.manual_seed(3)
@@ -51,7 +53,7 @@ def test_the_dvae_minimises_reconstruction_plus_beta_times_kl_per_pixel_value(mo
 
 def test_tau_stays_above_zero():
     with pytest.raises(ValueError, match="tau must stay above 0"):
-        DVAEObjective(tau=Schedule(1.0, 0.0, 10))
+        DVAELossConfig(tau=Schedule(1.0, 0.0, 10))
 
 
 @pytest.mark.parametrize("text_weight", [None, 0.5])
@@ -99,7 +101,7 @@ def test_a_collapsed_codebook_is_announced_with_a_remedy(perplexity, warned):
     sentence = collapse_warning({"perplexity": perplexity}, 64)
     assert (sentence is not None) == warned
     if warned:
-        assert "raise objective.beta.start" in sentence
+        assert "raise loss.beta.initial" in sentence
 
 
 def test_the_warning_scales_with_the_codebook():
@@ -124,7 +126,7 @@ def test_the_dvaes_operations_are_those_of_its_convolutions(model, pixels):
     model.reconstruct(gumbel_softmax(model.codebook_logits(pixels), 1.0))
     for hook in hooks:
         hook.remove()
-    work = DVAEObjective().work(model, pixels)
+    work = DVAEObjective().step_cost(model, pixels)
     assert (work.samples, work.tokens) == (3, 0)
     assert work.flops == 3 * sum(forward) > 0
 
@@ -132,7 +134,7 @@ def test_the_dvaes_operations_are_those_of_its_convolutions(model, pixels):
 def test_the_transformers_operations_are_those_of_its_formula():
     config = TransformerConfig(2, 2, 8, 4, (3, 3), 8, 8, conv_kernel=3)
     ids = torch.zeros(5, config.layout.seq_len, dtype=torch.int64)
-    work = TransformerObjective().work(Transformer(config), ids)
+    work = TransformerObjective().step_cost(Transformer(config), ids)
     assert (work.samples, work.tokens) == (5, 5 * 13)
     assert work.flops == 5 * sum(training_flops(config).values())
 
@@ -144,7 +146,7 @@ def test_chance_is_ln_vocabulary_and_the_loss_of_an_even_guess():
     )  # the output matrix starts at 0
     ids = model.layout.pack(torch.randint(8, (2, 4)), torch.randint(6, (2, 9)))
     objective = TransformerObjective()
-    loss, known = objective(model, ids, 0), objective.chance(model)
+    loss, known = objective(model, ids, 0), objective.random_baseline(model)
     assert known["image_loss"] == pytest.approx(math.log(6))
     assert known["text_loss"] == pytest.approx(math.log(8 + 1))  # or the pad
     for name in ("image_loss", "text_loss"):

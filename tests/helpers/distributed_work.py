@@ -17,16 +17,13 @@ from torch import Tensor, nn
 
 from dalle.clip import CLIP, CLIPConfig
 from dalle.clip.objective import CLIPObjective
-from dalle.dvae import DVAE, DVAEConfig
+from dalle.dvae import DVAE, DVAEConfig, DVAELossConfig
 from dalle.dvae.objective import DVAEObjective
 from dalle.schedules import Schedule
 from dalle.train import TrainConfig, fit
+from dalle.train.config import EMAConfig, OptimizerConfig, PlateauConfig, PowerSGDConfig
 from dalle.train.distributed import Parallel
 from dalle.train.dtensor import local
-from dalle.train.ema import EMAConfig
-from dalle.train.low_rank import PowerSGDConfig
-from dalle.train.lr_schedule import PlateauConfig
-from dalle.train.optimizer import OptimizerConfig
 from dalle.train.state import TrainState
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.objective import TransformerObjective
@@ -36,13 +33,13 @@ BATCH, STEPS = 8, 3
 TRAIN = TrainConfig(
     batch_size=BATCH,
     # eps: a gradient that is 0 but for rounding must not become a step of full size
-    optimizer=OptimizerConfig(lr=Schedule(1e-2, 1e-2), warmup=0, clip=0.5, eps=1e-4),
-    ema=EMAConfig(decay=0.9, every=1),
+    optimizer=OptimizerConfig(lr=Schedule(1e-2, 1e-2), warmup_steps=0, max_grad_norm=0.5, eps=1e-4),
+    ema=EMAConfig(decay=0.9, update_every=1),
     precision="fp32",
     log_every=1,
     eval_every=2,
     save_every=STEPS,
-    keep=10,
+    keep_last=10,
 )
 DVAE_CONFIG = DVAEConfig(widths=(8, 8), blocks_per_group=1, downsample_factor=2, vocab_size=6, codebook_dim=5)
 TRANSFORMER_CONFIG = TransformerConfig(3, 2, 8, 5, (3, 3), 11, 8, conv_kernel=3, init_scale=1.0)
@@ -74,8 +71,8 @@ class Loud:
 
     inner: TransformerObjective = TransformerObjective()
 
-    def counts(self, model: Transformer, batch: Tensor) -> Tensor:
-        return self.inner.counts(model, batch)
+    def num_targets(self, model: Transformer, batch: Tensor) -> Tensor:
+        return self.inner.num_targets(model, batch)
 
     def __call__(self, model: Transformer, batch: Tensor, step: int, part: BatchShard = FULL_BATCH) -> Loss:
         loss = self.inner(model, batch, step, part)
@@ -106,14 +103,14 @@ PLAIN = {
     "transformer": Case(transformer(), TransformerObjective(), token_batch),
     "bf16": Case(transformer(), TransformerObjective(), token_batch, {"precision": "bf16"}),
     "fp16": Case(transformer(), Loud(), token_batch, {"precision": "fp16"}),
-    "dvae": Case(dvae, DVAEObjective(beta=Schedule(1.0, 1.0)), pixel_batch),
+    "dvae": Case(dvae, DVAEObjective(DVAELossConfig(beta=Schedule(1.0, 1.0))), pixel_batch),
     "clip": Case(lambda: CLIP(CLIP_CONFIG), CLIPObjective(), pair_batch),
 }
 SEVERAL = PLAIN | {
     "transformer": replace(
         PLAIN["transformer"],
         model=transformer(activation_checkpointing=True),
-        train={"accumulate": 2},
+        train={"grad_accum_steps": 2},
         stops=(2, STEPS),
     ),
     "fp16": replace(PLAIN["fp16"], model=transformer(activation_checkpointing=True)),
@@ -142,8 +139,8 @@ def half_bad() -> nn.Module:
 
 
 BROKEN = {
-    "spoilt": Case(transformer(), Spoilt(), token_batch, {"max_nonfinite": 2, "eval_every": 9}, stops=(6,)),
-    "half_bad": Case(half_bad, TransformerObjective(), token_batch, {"max_nonfinite": 1, "eval_every": 9}),
+    "spoilt": Case(transformer(), Spoilt(), token_batch, {"max_skipped_steps": 2, "eval_every": 9}, stops=(6,)),
+    "half_bad": Case(half_bad, TransformerObjective(), token_batch, {"max_skipped_steps": 1, "eval_every": 9}),
 }
 
 
@@ -169,12 +166,12 @@ FACTORED = {
         remembered,
         {
             "powersgd": PowerSGDConfig(4),
-            "accumulate": 2,
+            "grad_accum_steps": 2,
             "save_every": 3,
             "precision": "fp16",
-            "ema": EMAConfig(decay=0.9, every=2, device="cpu"),
+            "ema": EMAConfig(decay=0.9, update_every=2, device="cpu"),
             "optimizer": replace(
-                TRAIN.optimizer, plateau=PlateauConfig(halvings=2, window=2, patience=1, gain=10.0)
+                TRAIN.optimizer, plateau=PlateauConfig(max_reductions=2, window=2, patience=1, threshold=10.0)
             ),
         },
         stops=(8,),

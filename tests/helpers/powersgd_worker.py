@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalle.schedules import Schedule
-from dalle.train.ema import EMA, EMAConfig
+from dalle.train.config import EMAConfig, OptimizerConfig, PowerSGDConfig
+from dalle.train.ema import EMA
 from dalle.train.float_formats import MEAN, rounded
-from dalle.train.low_rank import PowerSGDConfig
-from dalle.train.optimizer import OptimizerConfig, build_optimizers
+from dalle.train.optimizer import build_optimizers
 from dalle.train.powersgd import PowerSGD, build_powersgd
 from dalle.train.state import TrainState
 from dalle.train.step import train_step
@@ -266,7 +266,7 @@ def torchs_hook_does_the_same_when_its_q_is_put_back_or_left() -> None:
 
 
 CONFIG = TransformerConfig(2, 2, 8, 6, (4, 4), 11, 13, conv_kernel=3, backend="dense", init_scale=1.0)
-OPTIM = OptimizerConfig(lr=Schedule(1e-3, 1e-3), warmup=0)
+OPTIM = OptimizerConfig(lr=Schedule(1e-3, 1e-3), warmup_steps=0)
 
 
 def trained(rank: int | None, share: slice) -> tuple[TrainState, dict]:

@@ -325,39 +325,39 @@ def test_runs_from_before_these_options_go_on(start, tmp_path):
 def test_one_batch_is_learned_by_heart(kind, name, steps, start, tiny_runs, tmp_path):
     """The loss of the same few samples again and again goes near zero, or something is broken."""
     optimizer = replace(
-        getattr(tiny_runs, kind).train.optimizer, lr=Schedule(1e-2, 1e-2), warmup=10, weight_decay=0.0
+        getattr(tiny_runs, kind).train.optimizer, lr=Schedule(1e-2, 1e-2), warmup_steps=10, weight_decay=0.0
     )
     changes = {"bpe_dropout": 0.0} if kind == "transformer" else {}
     train = {"optimizer": optimizer, "save_every": 1000, "eval_every": 1000}
-    out = start(kind, tmp_path / kind, steps=steps, overfit=4, train=train, **changes)
+    out = start(kind, tmp_path / kind, steps=steps, overfit_batch=4, train=train, **changes)
     lines = [line for line in read_log(out / "log.jsonl") if name in line]
     assert lines[0][name] > 1
     assert lines[-1][name] < 0.1
 
 
 def test_one_batch_lowers_the_loss_of_the_dvae(start, tiny_runs, tmp_path):
-    optimizer = replace(tiny_runs.dvae.train.optimizer, lr=Schedule(3e-3, 3e-3), warmup=10)
+    optimizer = replace(tiny_runs.dvae.train.optimizer, lr=Schedule(3e-3, 3e-3), warmup_steps=10)
     train = {"optimizer": optimizer, "save_every": 1000, "eval_every": 1000}
-    out = start("dvae", tmp_path / "dvae", steps=60, overfit=2, train=train)
+    out = start("dvae", tmp_path / "dvae", steps=60, overfit_batch=2, train=train)
     losses = [line["recon_loss"] for line in read_log(out / "log.jsonl") if "loss" in line]
     assert losses[-1] < losses[0] - 0.3
 
 
 def test_every_step_of_overfitting_has_the_same_batch(start, tiny_runs, tmp_path):
     optimizer = replace(tiny_runs.clip.train.optimizer, lr=Schedule(0.0, 0.0))
-    out = start("clip", tmp_path / "clip", steps=3, overfit=3, train={"optimizer": optimizer})
+    out = start("clip", tmp_path / "clip", steps=3, overfit_batch=3, train={"optimizer": optimizer})
     losses = {line["loss"] for line in read_log(out / "log.jsonl") if "loss" in line}
     assert len(losses) == 1
     assert meta_of(out)["run"]["overfit"] == 3
     with pytest.raises(ValueError, match="overfit must be positive, got 0"):
-        replace(tiny_runs.clip, overfit=0)
+        replace(tiny_runs.clip, overfit_batch=0)
 
 
 def test_a_sweep_trains_at_each_step_size_and_draws_one_image(
     chain, tiny_runs, with_inputs, tmp_path, capsys
 ):
     run = with_inputs(tiny_runs.clip, chain, out=tmp_path / "sweep", steps=3)
-    base = run.train.optimizer.lr.start
+    base = run.train.optimizer.lr.initial
     losses = sweep("clip", run, [0.5, 1.0])
     assert list(losses) == [0.5 * base, base]
     assert losses[base] == last_loss(tmp_path / "sweep" / f"lr-{base:g}")
@@ -367,9 +367,9 @@ def test_a_sweep_trains_at_each_step_size_and_draws_one_image(
 
 def test_a_run_that_diverges_does_not_end_the_sweep(chain, tiny_runs, with_inputs, tmp_path, capsys):
     run = with_inputs(tiny_runs.clip, chain, out=tmp_path / "sweep", steps=3)
-    optimizer = replace(run.train.optimizer, warmup=0)
+    optimizer = replace(run.train.optimizer, warmup_steps=0)
     losses = sweep("clip", replace(run, train=replace(run.train, optimizer=optimizer)), [1.0, 1e40])
-    assert losses[1e40 * run.train.optimizer.lr.start] == float("inf")
+    assert losses[1e40 * run.train.optimizer.lr.initial] == float("inf")
     assert "diverged" in capsys.readouterr().out
 
 

@@ -307,7 +307,7 @@ class TestParts:
 
     def test_a_loss_without_a_finite_value_takes_no_other_curve_away(self, tmp_path):
         lines = [{"step": i, "loss": math.nan, "image_loss": 10**400 if i == 2 else i} for i in (1, 2, 3)]
-        lines.append({"step": 4, "eval/loss": None, "eval/image_loss": 2.5})
+        lines.append({"step": 4, "val/loss": None, "val/image_loss": 2.5})
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         numbers = {"provenance": {}, "rerank": {"score": {"1": math.nan}, "right": {"1": 0.5, "2": 0.75}}}
         numbers["images"] = {"blur": {r: {"psnr": math.inf, "fid": 9.0} for r in ("0", "1")}}

@@ -28,11 +28,9 @@ from dalle.train import TrainConfig, checkpoint, fit
 from dalle.train import checkpoint_saver as keeper
 from dalle.train import trainer as loop
 from dalle.train.checkpoint import latest_checkpoint
-from dalle.train.ema import EMAConfig
-from dalle.train.lock import RunLock
+from dalle.train.checkpoint_saver import SAME_PRESS, RunLock, Stopped
+from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.loggers import read_log
-from dalle.train.optimizer import OptimizerConfig
-from dalle.train.signals import SAME_PRESS, Stopped
 from dalle.types import Loss
 
 FORK = multiprocessing.get_context("fork")
@@ -43,8 +41,8 @@ CLEAN.set_forkserver_preload(["dalle.commands.train_dvae"])
 PROJECT = Path(__file__).parents[2]
 CONFIG = TrainConfig(
     batch_size=4,
-    optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup=0),
-    ema=EMAConfig(decay=0.9, every=1),
+    optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup_steps=0),
+    ema=EMAConfig(decay=0.9, update_every=1),
     precision="fp32",
     log_every=1,
     save_every=1,
@@ -584,7 +582,7 @@ def test_twenty_kills_change_no_bit(tiny_runs, tmp_path):
     assert sum("in a save" in what for what in seen) >= 3
     train_dvae(run)
     assert files(latest_checkpoint(run.out)) == files(latest_checkpoint(whole.out))
-    clocks = {"seconds", "data_time_frac", "samples_per_sec"}
+    clocks = {"step_time", "data_time_frac", "samples_per_sec"}
     logs = [
         [
             {k: v for k, v in line.items() if k not in clocks and "memory" not in k}

@@ -124,7 +124,7 @@ def assert_close_runs(one: Path, other: Path, tolerance: float) -> None:
         b[worst], a[worst], rtol=0, atol=tolerance, msg=lambda text: f"{worst}: {text}"
     )
     for line, twin in zip(read_log(one / "log.jsonl"), read_log(other / "log.jsonl"), strict=True):
-        for clock in ("seconds", "data_time_frac", "max_memory_gib", "samples_per_sec", "tokens_per_sec"):
+        for clock in ("step_time", "data_time_frac", "max_memory_gib", "samples_per_sec", "tokens_per_sec"):
             line.pop(clock, None), twin.pop(clock, None)
         assert twin.keys() == line.keys()
         for name, value in line.items():
@@ -157,7 +157,7 @@ def test_the_tests_above_could_fail(single):
 @pytest.mark.parametrize("mode", MODES)
 def test_an_overflow_anywhere_lowers_the_scales_everywhere(mode, single, several):
     lines = [line for line in read_log(several(mode)[0] / "fp16" / "log.jsonl") if "loss" in line]
-    assert [line["skipped"] for line in lines] == [0, 1, 1]
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 1]
     assert min(lines[1]["grad_scale_log2"]) < 13 < max(lines[0]["grad_scale_log2"])
 
 
@@ -233,7 +233,7 @@ def test_a_step_that_is_bad_in_one_process_is_skipped_and_named_by_all(mode, sev
     assert "step 5: loss nan" in said[0]["spoilt"]
     assert "first bad tensor: gradient of " in said[0]["spoilt"]
     assert "first bad tensor: parameter to_logits.weight." in said[0]["half_bad"]
-    assert [line["skipped"] for line in read_log(out / "spoilt" / "log.jsonl") if "skipped" in line] == [
+    assert [line["skipped_steps"] for line in read_log(out / "spoilt" / "log.jsonl") if "skipped_steps" in line] == [
         0,
         1,
         1,
@@ -272,7 +272,7 @@ with parallel.Parallel.start("ddp", "cpu", timeout=timedelta(seconds=5)) as seve
 @pytest.mark.parametrize("passes", [2, 8])
 def test_accumulating_changes_no_result(case, passes, single, tmp_path):
     own = PLAIN[case]
-    train(replace(own, train=own.train | {"accumulate": passes}), Parallel(), tmp_path)
+    train(replace(own, train=own.train | {"grad_accum_steps": passes}), Parallel(), tmp_path)
     a, b = tensors(single / case), tensors(tmp_path)
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=0, atol=TOLERANCE[case])
@@ -291,7 +291,7 @@ def test_the_mean_over_parts_is_the_batchs():
     model, objective, batch = PLAIN["transformer"].model(), TransformerObjective(), token_batch(0)
     torch.nn.init.normal_(model.to_logits.weight)
     parts = split(batch, 4)
-    counts = [objective.counts(model, part) for part in parts]
+    counts = [objective.num_targets(model, part) for part in parts]
     assert len({int(count) for count in counts}) > 1
     losses = [objective(model, part, 0, BatchShard(i, 4, sum(counts))) for i, part in enumerate(parts)]
     together, expected = mean_loss(losses, Parallel()), objective(model, batch, 0)
@@ -470,7 +470,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 def test_muon_is_refused_where_matrices_are_sliced():
-    muon = replace(TRAIN, batch_size=6, optimizer=replace(TRAIN.optimizer, muon=5.0))
+    muon = replace(TRAIN, batch_size=6, optimizer=replace(TRAIN.optimizer, muon_lr_scale=5.0))
     check_parts(muon, Sixfold("ddp"))
     with pytest.raises(ValueError, match="Muon needs whole matrices, and --parallel fsdp slices them"):
         check_parts(muon, Sixfold("fsdp"))

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dalle.train.ema import EMA, EMAConfig, bias_corrected
+from dalle.train.config import EMAConfig
+from dalle.train.ema import EMA, bias_corrected
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def follow(model: nn.Module, config: EMAConfig, values: list[float]) -> float:
 
 
 def test_constant_weights_average_to_themselves_from_the_first_update_on(model):
-    ema = EMA(model, EMAConfig(decay=0.999, every=1))
+    ema = EMA(model, EMAConfig(decay=0.999, update_every=1))
     for step in range(1, 6):
         ema.update(model, step)
         for name, p in model.named_parameters():
@@ -38,7 +39,7 @@ def test_constant_weights_average_to_themselves_from_the_first_update_on(model):
 
 def test_after_a_short_run_the_average_is_nearer_to_the_recent_weights_than_to_the_first(model):
     """100 updates from 0 to 1, the paper's decay every 25: without the correction it would stay near 0."""
-    averaged = follow(model, EMAConfig(decay=0.99, every=25), [step / 100 for step in range(1, 101)])
+    averaged = follow(model, EMAConfig(decay=0.99, update_every=25), [step / 100 for step in range(1, 101)])
     assert averaged == pytest.approx((0.25 + 0.5 + 0.75 + 1.0) / 4, abs=0.01)
     assert abs(averaged - 1) < abs(averaged - 0)
 
@@ -47,15 +48,15 @@ def test_the_average_is_the_written_out_sum(model):
     decay, values = 0.9, [1.0, 5.0, -2.0, 4.0]
     weights = [decay ** (len(values) - 1 - i) for i in range(len(values))]
     expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
-    assert follow(model, EMAConfig(decay, every=1), values) == pytest.approx(expected, rel=1e-5)
+    assert follow(model, EMAConfig(decay, update_every=1), values) == pytest.approx(expected, rel=1e-5)
 
 
 def test_only_every_nth_update_is_taken_in(model):
-    assert follow(model, EMAConfig(decay=0.5, every=3), [9.0, 9.0, 1.0, 9.0, 9.0]) == pytest.approx(1.0)
+    assert follow(model, EMAConfig(decay=0.5, update_every=3), [9.0, 9.0, 1.0, 9.0, 9.0]) == pytest.approx(1.0)
 
 
 def test_before_the_first_averaging_there_is_none_and_the_weights_stand(model):
-    ema = EMA(model, EMAConfig(decay=0.99, every=25))
+    ema = EMA(model, EMAConfig(decay=0.99, update_every=25))
     ema.update(model, 1)
     own = model.weight.detach().clone()
     assert ema.averaged() == {}
@@ -64,7 +65,7 @@ def test_before_the_first_averaging_there_is_none_and_the_weights_stand(model):
 
 
 def test_applied_holds_the_average_inside_and_restores_after(model):
-    ema = EMA(model, EMAConfig(decay=0.5, every=1))
+    ema = EMA(model, EMAConfig(decay=0.5, update_every=1))
     set_weights(model, 1.0)
     ema.update(model, 1)
     set_weights(model, 7.0)
@@ -74,7 +75,7 @@ def test_applied_holds_the_average_inside_and_restores_after(model):
 
 
 def test_applied_restores_when_the_block_raises(model):
-    ema = EMA(model, EMAConfig(decay=0.5, every=1))
+    ema = EMA(model, EMAConfig(decay=0.5, update_every=1))
     ema.update(model, 1)
     set_weights(model, 7.0)
     with pytest.raises(RuntimeError, match="inside"), ema.applied(model):
@@ -83,7 +84,7 @@ def test_applied_restores_when_the_block_raises(model):
 
 
 def test_applied_leaves_the_average_as_it_was(model):
-    ema = EMA(model, EMAConfig(decay=0.5, every=1))
+    ema = EMA(model, EMAConfig(decay=0.5, update_every=1))
     ema.update(model, 1)
     before = ema.averaged()["weight"].clone()
     with ema.applied(model):

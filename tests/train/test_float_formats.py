@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from dalle.schedules import Schedule
+from dalle.train.config import OptimizerConfig
 from dalle.train.float_formats import HALF, MEAN, VARIANCE, FloatFormat, rounded, store_moments
-from dalle.train.optimizer import OptimizerConfig, build_optimizers
+from dalle.train.optimizer import build_optimizers
 
 
 def numbers(low: int, high: int) -> torch.Tensor:
@@ -74,7 +75,7 @@ def stack() -> nn.Module:
 def updated(moments: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model after three updates of AdamW on tiny gradients."""
     model = stack()
-    config = OptimizerConfig(lr=Schedule(0.1, 0.1), warmup=0, moments=moments)
+    config = OptimizerConfig(lr=Schedule(0.1, 0.1), warmup_steps=0, state_dtype=moments)
     (optimizer,) = build_optimizers(model, config)
     for step in range(3):
         torch.manual_seed(step)
@@ -105,7 +106,7 @@ def test_moments_in_the_papers_formats_change_an_update_slightly_and_fp32_moment
 
 def test_moments_in_fp16_lose_small_gradients():
     model = stack()
-    (optimizer,) = build_optimizers(model, OptimizerConfig(warmup=0))
+    (optimizer,) = build_optimizers(model, OptimizerConfig(warmup_steps=0))
     weight = model[1][0].weight
     store_moments([optimizer], [weight], HALF, HALF)
     for p in model.parameters():

@@ -10,9 +10,10 @@ from torch import nn
 from dalle.nn.blocks import ResidualBlock, scale_gradient
 from dalle.schedules import Schedule
 from dalle.train.checkpoint import restore, save_checkpoint
-from dalle.train.ema import EMA, EMAConfig
+from dalle.train.config import EMAConfig, OptimizerConfig
+from dalle.train.ema import EMA
 from dalle.train.grad_scaler import PerBlockGradScaler
-from dalle.train.optimizer import OptimizerConfig, build_optimizers
+from dalle.train.optimizer import build_optimizers
 from dalle.train.state import TrainState
 from dalle.train.step import build_grad_scaler, train_step
 from dalle.transformer import Transformer, TransformerConfig
@@ -183,7 +184,7 @@ def state_of(config: TransformerConfig = CONFIG) -> TrainState:
     return TrainState(model, optimizers, EMA(model, EMAConfig()), build_grad_scaler(model))
 
 
-OPTIM = OptimizerConfig(lr=Schedule(1e-3, 1e-3), warmup=0)
+OPTIM = OptimizerConfig(lr=Schedule(1e-3, 1e-3), warmup_steps=0)
 
 
 def step(state: TrainState):
@@ -198,12 +199,12 @@ def test_an_overflow_skips_the_update_and_counts_as_a_step():
     handle = state.model.resblocks()[2].f.out.weight.register_hook(lambda gradient: gradient * torch.nan)
     loss, norm = step(state)
     handle.remove()
-    assert loss.metrics["skipped"] == 1
+    assert loss.metrics["skipped_steps"] == 1
     assert not torch.isfinite(norm)
     assert all(torch.equal(p, old) for p, old in zip(state.model.parameters(), before, strict=True))
     assert state.step == 2
     assert (state.scales.values < 2.0**13).tolist() == [False, False, True, False]
-    assert step(state)[0].metrics["skipped"] == 1
+    assert step(state)[0].metrics["skipped_steps"] == 1
     assert any(not torch.equal(p, old) for p, old in zip(state.model.parameters(), before, strict=True))
 
 

@@ -16,11 +16,9 @@ from dalle.config import load
 from dalle.schedules import Schedule
 from dalle.train import TrainConfig, fit
 from dalle.train import throughput as meters_module
-from dalle.train.ema import EMAConfig
-from dalle.train.loggers import read_log
-from dalle.train.optimizer import OptimizerConfig
+from dalle.train.config import EMAConfig, OptimizerConfig
+from dalle.train.loggers import LogConfig, Loggers, read_log, spread
 from dalle.train.throughput import ThroughputMeter, known_peak_flops, mfu, peak_flops
-from dalle.train.writers import LogConfig, Loggers, spread
 from dalle.types import Loss, StepCost
 
 CPU = torch.device("cpu")
@@ -53,7 +51,7 @@ def test_rates_are_over_all_updates_since_the_last_line(clock):
     lap = meter.lap()
     assert lap.pop("max_memory_gib") > 0
     assert lap == {
-        "seconds": 4.0,
+        "step_time": 4.0,
         "data_time_frac": 0.5,
         "samples_per_sec": 1.0,
         "tokens_per_sec": 10.0,
@@ -71,7 +69,7 @@ def test_evaluations_and_checkpoints_are_not_training(clock):
         clock(50.0)
     meter.update(StepCost(samples=4))
     lap = meter.lap()
-    assert lap["seconds"] == 2.0
+    assert lap["step_time"] == 2.0
     assert lap["samples_per_sec"] == 2.0
 
 
@@ -81,11 +79,11 @@ def test_what_is_not_known_is_not_told(clock):
         meter = ThroughputMeter(CPU, peak=peak)
         clock(1.0)
         meter.update(work)
-        assert meter.lap().keys() == {"seconds", "data_time_frac", "max_memory_gib", "samples_per_sec"}
+        assert meter.lap().keys() == {"step_time", "data_time_frac", "max_memory_gib", "samples_per_sec"}
     meter = ThroughputMeter(CPU)
     clock(1.0)
     meter.update(None)
-    assert meter.lap().keys() == {"seconds", "data_time_frac", "max_memory_gib"}
+    assert meter.lap().keys() == {"step_time", "data_time_frac", "max_memory_gib"}
 
 
 @pytest.mark.parametrize(
@@ -133,10 +131,10 @@ def train(out: Path, steps: int = 4, log: LogConfig = LogConfig()):  # noqa: B00
         def __call__(self, model: nn.Module, batch: Tensor, step: int) -> Loss:
             return Loss((model(batch) - 2 * batch).square().mean())
 
-        def work(self, model: nn.Module, batch: Tensor) -> StepCost:
+        def step_cost(self, model: nn.Module, batch: Tensor) -> StepCost:
             return StepCost(len(batch), tokens=2 * len(batch), flops=6.0 * len(batch))
 
-        def chance(self, model: nn.Module) -> dict[str, float]:
+        def random_baseline(self, model: nn.Module) -> dict[str, float]:
             return {"loss": 7.5}
 
     config = TrainConfig(
@@ -146,7 +144,7 @@ def train(out: Path, steps: int = 4, log: LogConfig = LogConfig()):  # noqa: B00
         eval_every=2,
         save_every=2,
         ema=EMAConfig(0.5, 1),
-        optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup=0),
+        optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup_steps=0),
     )
     fit(
         nn.Linear(1, 1),
@@ -166,8 +164,8 @@ def train(out: Path, steps: int = 4, log: LogConfig = LogConfig()):  # noqa: B00
 def test_the_log_has_rates_and_chance_once(tmp_path):
     lines = train(tmp_path, log=LogConfig(peak_flops=1e9))
     trained = [line for line in lines if "loss" in line]
-    assert [line.get("chance/loss") for line in trained] == [7.5, None, None, None]
-    assert {"grad_norm", "lr", "skipped", "halvings", "seconds", "data_time_frac", "max_memory_gib"} < set(
+    assert [line.get("baseline/loss") for line in trained] == [7.5, None, None, None]
+    assert {"grad_norm", "lr", "skipped_steps", "lr_reductions", "step_time", "data_time_frac", "max_memory_gib"} < set(
         trained[2]
     )
     for line in trained:
@@ -179,7 +177,7 @@ def test_the_log_has_rates_and_chance_once(tmp_path):
 def test_images_of_evaluations_are_saved_and_are_no_numbers(tmp_path):
     lines = train(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["grey-00000002.png", "grey-00000004.png"]
-    assert [line.keys() for line in lines if "eval/weight" in line] == [{"step", "eval/weight"}] * 2
+    assert [line.keys() for line in lines if "val/weight" in line] == [{"step", "val/weight"}] * 2
 
 
 def events(run: Path):
@@ -191,23 +189,23 @@ def events(run: Path):
 
 def test_tensorboard_reads_the_same_numbers_and_images(tmp_path):
     pytest.importorskip("tensorboard")
-    lines = train(tmp_path, log=LogConfig(to=("tensorboard",)))
+    lines = train(tmp_path, log=LogConfig(loggers=("tensorboard",)))
     found = events(tmp_path)
-    for name in ("loss", "grad_norm", "eval/weight"):
+    for name in ("loss", "grad_norm", "val/weight"):
         written = [(line["step"], pytest.approx(line[name])) for line in lines if name in line]
         assert [(point.step, point.value) for point in found.Scalars(name)] == written
-    assert [point.value for point in found.Scalars("chance/loss")] == [7.5]
+    assert [point.value for point in found.Scalars("baseline/loss")] == [7.5]
     assert [image.step for image in found.Images("grey")] == [2, 4]
 
 
 def test_tensorboard_after_a_crash_shows_each_step_once(tmp_path):
     """Steps 3 and 4 are made twice: the first time they are after the last checkpoint."""
     pytest.importorskip("tensorboard")
-    told = Loggers(tmp_path, 0, LogConfig(to=("tensorboard",)), META)
+    told = Loggers(tmp_path, 0, LogConfig(loggers=("tensorboard",)), META)
     for step in (1, 2, 3, 4):
         told.write(step, {"loss": float(step)})
     told.close()
-    again = Loggers(tmp_path, 2, LogConfig(to=("tensorboard",)), META)
+    again = Loggers(tmp_path, 2, LogConfig(loggers=("tensorboard",)), META)
     for step in (3, 4, 5):
         again.write(step, {"loss": 10.0 + step})
     again.close()
@@ -241,7 +239,7 @@ def wandb(monkeypatch):
 
 
 def test_wandb_is_offline_unless_logged_in_and_gets_all(wandb, tmp_path):
-    train(tmp_path / "line", log=LogConfig(to=("wandb",), project="lines"))
+    train(tmp_path / "line", log=LogConfig(loggers=("wandb",), project="lines"))
     (words,) = wandb.init
     assert words["mode"] == "offline"
     assert (words["project"], words["name"], words["dir"]) == ("lines", "line", str(tmp_path / "line"))
@@ -253,17 +251,17 @@ def test_wandb_is_offline_unless_logged_in_and_gets_all(wandb, tmp_path):
 
 def test_wandb_is_left_to_its_own_settings_when_logged_in(wandb, tmp_path, monkeypatch):
     wandb.module.api.api_key = "known"
-    train(tmp_path / "one", 1, LogConfig(to=("wandb",)))
+    train(tmp_path / "one", 1, LogConfig(loggers=("wandb",)))
     wandb.module.api.api_key = None
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    train(tmp_path / "two", 1, LogConfig(to=("wandb",)))
+    train(tmp_path / "two", 1, LogConfig(loggers=("wandb",)))
     assert [words["mode"] for words in wandb.init] == [None, None]
 
 
 def test_wandb_goes_on_with_the_same_run(wandb, tmp_path):
-    train(tmp_path, 2, LogConfig(to=("wandb",)))
-    train(tmp_path, 4, LogConfig(to=("wandb",)))
-    train(tmp_path / "other", 2, LogConfig(to=("wandb",)))
+    train(tmp_path, 2, LogConfig(loggers=("wandb",)))
+    train(tmp_path, 4, LogConfig(loggers=("wandb",)))
+    train(tmp_path / "other", 2, LogConfig(loggers=("wandb",)))
     ids = [words["id"] for words in wandb.init]
     assert ids[0] == ids[1] != ids[2]
 
@@ -278,9 +276,9 @@ def test_nothing_is_imported_unless_asked(tmp_path, monkeypatch):
 def test_a_missing_package_is_named(name, module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
-        ImportError, match=rf'--log.to {name} needs it: pip install "zeroshot-text2image\[{name}\]"'
+        ImportError, match=rf'--log.loggers {name} needs it: pip install "zeroshot-text2image\[{name}\]"'
     ):
-        train(tmp_path, 1, LogConfig(to=(name,)))
+        train(tmp_path, 1, LogConfig(loggers=(name,)))
 
 
 @pytest.mark.parametrize(
@@ -309,12 +307,12 @@ def test_lists_are_told_by_their_ends():
 
 
 def test_the_transformer_draws_held_out_captions_with_its_dvae(chain, tiny_runs, with_inputs, tmp_path):
-    run = with_inputs(tiny_runs.transformer, chain, out=tmp_path / "with", dvae=chain / "dvae", drawings=3)
+    run = with_inputs(tiny_runs.transformer, chain, out=tmp_path / "with", dvae=chain / "dvae", sample_grid_size=3)
     train_transformer(run)
     train_transformer(replace(run, out=tmp_path / "without", dvae=None))
-    train_transformer(replace(run, out=tmp_path / "none", drawings=0))
-    (sheet,) = (tmp_path / "with").glob("drawings-*.png")
-    assert sheet.name == "drawings-00000002.png"
+    train_transformer(replace(run, out=tmp_path / "none", sample_grid_size=0))
+    (sheet,) = (tmp_path / "with").glob("samples-*.png")
+    assert sheet.name == "samples-00000002.png"
     pixels = np.asarray(Image.open(sheet))
     assert pixels.shape[1] > 3 * 160
     assert pixels.std() > 5
@@ -327,23 +325,23 @@ def test_the_first_loss_of_the_transformer_is_chance(chain):
     """Its output matrix starts at 0: an even guess over ln(vocabulary)."""
     first = read_log(chain / "transformer" / "log.jsonl")[0]
     for name in ("loss", "text_loss", "image_loss"):
-        assert first[name] == pytest.approx(first[f"chance/{name}"], rel=1e-5)
-    assert first["chance/image_loss"] == pytest.approx(np.log(16))
+        assert first[name] == pytest.approx(first[f"baseline/{name}"], rel=1e-5)
+    assert first["baseline/image_loss"] == pytest.approx(np.log(16))
 
 
 def test_clip_shows_what_it_finds(chain):
-    (sheet,) = (chain / "clip").glob("retrieved-*.png")
+    (sheet,) = (chain / "clip").glob("retrieval-*.png")
     assert np.asarray(Image.open(sheet)).std() > 5
 
 
 def test_drawings_cannot_be_negative():
-    with pytest.raises(ValueError, match="drawings cannot be negative"):
-        TrainTransformerArgs(drawings=-1)
+    with pytest.raises(ValueError, match="sample_grid_size cannot be negative"):
+        TrainTransformerArgs(sample_grid_size=-1)
 
 
 def test_the_log_may_change_on_going_on(tiny_runs):
     run = tiny_runs.transformer
-    assert replace(run, log=LogConfig(to=("wandb",))).record() == run.record()
+    assert replace(run, log=LogConfig(loggers=("wandb",))).record() == run.record()
 
 
 def test_yaml_may_say_where_to(tmp_path):

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from dalle.schedules import Schedule
 from dalle.train import TrainConfig, fit
 from dalle.train.checkpoint import latest_checkpoint
-from dalle.train.ema import EMAConfig
+from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.loggers import read_log
 from dalle.train.lr_schedule import NEVER, PlateauConfig, ReduceLROnPlateau
-from dalle.train.optimizer import OptimizerConfig
 from dalle.types import Loss
 
 
@@ -31,8 +30,8 @@ def test_the_paper_halves_five_times_and_ends_at_a_32nd():
     plateau = ReduceLROnPlateau(PlateauConfig(window=1, patience=1))
     for _ in range(100):
         plateau.see(1.0)
-    assert PlateauConfig().halvings == plateau.halved == 5
-    assert OptimizerConfig().rate(5000) * plateau.factor == pytest.approx(1.40625e-5)
+    assert PlateauConfig().max_reductions == plateau.halved == 5
+    assert OptimizerConfig().lr_at(5000) * plateau.factor == pytest.approx(1.40625e-5)
 
 
 def test_a_falling_loss_is_no_plateau():
@@ -41,7 +40,7 @@ def test_a_falling_loss_is_no_plateau():
 
 def test_a_flat_loss_halves_each_time_patience_runs_out():
     """Readings after updates 2, 4, 6, ...: the first is the best, then three without a better one."""
-    assert halved_at([1.0] * 30, window=2, patience=3, halvings=3) == [8, 14, 20]
+    assert halved_at([1.0] * 30, window=2, patience=3, max_reductions=3) == [8, 14, 20]
 
 
 def test_a_better_reading_begins_the_wait_anew():
@@ -50,9 +49,9 @@ def test_a_better_reading_begins_the_wait_anew():
 
 
 def test_many_small_gains_add_up_to_one_that_counts():
-    """Each is below `gain`, but the best reading stands until it is beaten by as much."""
-    assert halved_at([1 - 0.004 * i for i in range(100)], window=1, patience=4, gain=0.01) == []
-    assert halved_at([1 - 0.002 * i for i in range(10)], window=1, patience=4, gain=0.01) == [5]
+    """Each is below `threshold`, but the best reading stands until it is beaten by as much."""
+    assert halved_at([1 - 0.004 * i for i in range(100)], window=1, patience=4, threshold=0.01) == []
+    assert halved_at([1 - 0.002 * i for i in range(10)], window=1, patience=4, threshold=0.01) == [5]
 
 
 def test_the_noise_of_updates_is_averaged_out():
@@ -60,7 +59,7 @@ def test_the_noise_of_updates_is_averaged_out():
     assert halved_at(noisy, window=2, patience=2) == halved_at([1.0] * 40, window=2, patience=2)
 
 
-@pytest.mark.parametrize("settings", [{"halvings": -1}, {"window": 0}, {"patience": 0}, {"gain": -0.1}])
+@pytest.mark.parametrize("settings", [{"max_reductions": -1}, {"window": 0}, {"patience": 0}, {"threshold": -0.1}])
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValueError, match="cannot be negative"):
         PlateauConfig(**settings)
@@ -86,7 +85,7 @@ def train(out: Path, steps: int, plateau: PlateauConfig) -> list[float]:
         precision="fp32",
         log_every=1,
         save_every=1,
-        optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup=0, plateau=plateau),
+        optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup_steps=0, plateau=plateau),
     )
     meta = {"kind": "flat", "run": {}, "links": {}}
     fit(
@@ -102,18 +101,18 @@ def train(out: Path, steps: int, plateau: PlateauConfig) -> list[float]:
     return [line["lr"] for line in read_log(out / "log.jsonl")]
 
 
-SHORT = PlateauConfig(halvings=2, window=2, patience=1)
+SHORT = PlateauConfig(max_reductions=2, window=2, patience=1)
 
 
 def test_the_step_size_of_the_next_update_is_the_halved_one(tmp_path):
     """Readings after 2 (the best), 4 and 6 (halved)."""
     assert train(tmp_path, 8, SHORT) == pytest.approx([0.1] * 4 + [0.05] * 2 + [0.025] * 2)
-    assert [line["halvings"] for line in read_log(tmp_path / "log.jsonl")] == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert [line["lr_reductions"] for line in read_log(tmp_path / "log.jsonl")] == [0, 0, 0, 1, 1, 2, 2, 2]
 
 
 def test_without_it_the_schedule_alone_counts(tmp_path):
     assert train(tmp_path, 8, NEVER) == pytest.approx([0.1] * 8)
-    assert "halvings" not in read_log(tmp_path / "log.jsonl")[0]
+    assert "lr_reductions" not in read_log(tmp_path / "log.jsonl")[0]
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 5])

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from dalle.schedules import Schedule
 from dalle.train import TrainConfig, fit
 from dalle.train.checkpoint import latest_checkpoint
-from dalle.train.ema import EMAConfig
+from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.grad_scaler import PATIENCE
 from dalle.train.loggers import read_log
 from dalle.train.nonfinite import NonfiniteGuard
-from dalle.train.optimizer import OptimizerConfig
 from dalle.types import Loss
 
 
@@ -33,14 +32,14 @@ def bad_at(*steps: int, by: str = "gradient"):
 def train(out: Path, steps: int, objective, seen: list | None = None, **changes):
     """A line fitted; the state after it."""
     torch.manual_seed(0)
-    settings = {"max_nonfinite": 3, "ema": EMAConfig(0.9, 1)} | changes
+    settings = {"max_skipped_steps": 3, "ema": EMAConfig(0.9, 1)} | changes
     config = TrainConfig(
         batch_size=4,
         precision="fp32",
         log_every=1,
         save_every=1,
         **settings,
-        optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup=0),
+        optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup_steps=0),
     )
     meta = {"kind": "line", "run": {}, "links": {}}
     return fit(
@@ -75,7 +74,7 @@ def test_a_skipped_update_leaves_weights_moments_and_average_untouched(by, tmp_p
 def test_the_log_counts_them_and_holds_no_number_that_is_not_finite(tmp_path):
     train(tmp_path, 6, bad_at(1, 4, by="loss"))
     lines = read_log(tmp_path / "log.jsonl")
-    assert [line["skipped"] for line in lines] == [0, 1, 1, 1, 2, 2]
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 1, 2, 2]
     assert ["loss" in line for line in lines] == [True, False, True, True, False, True]
     assert "Infinity" not in (tmp_path / "log.jsonl").read_text()
 
@@ -86,7 +85,7 @@ def test_fewer_in_a_row_than_the_limit_go_on_however_many_there_are(tmp_path):
 
 
 def test_too_many_in_a_row_end_the_run_naming_the_first_bad_tensor(tmp_path):
-    message = r"^step 6: .* first bad tensor: gradient of weight\. Not finite for 3 in a row, which train.max_nonfinite"
+    message = r"^step 6: .* first bad tensor: gradient of weight\. Not finite for 3 in a row, which train.max_skipped_steps"
     with pytest.raises(FloatingPointError, match=message):
         train(tmp_path, 9, bad_at(3, 4, 5))
     assert latest_checkpoint(tmp_path).name == "step-00000005"
@@ -105,7 +104,7 @@ def test_a_gradient_is_named_that_is_itself_bad(tmp_path):
             model,
             objective,
             lambda step: torch.ones(2, 1),
-            TrainConfig(precision="fp32", max_nonfinite=1),
+            TrainConfig(precision="fp32", max_skipped_steps=1),
             steps=1,
             seed=0,
             run_dir=tmp_path,
@@ -115,7 +114,7 @@ def test_a_gradient_is_named_that_is_itself_bad(tmp_path):
 
 def test_one_ends_the_run_at_the_first(tmp_path):
     with pytest.raises(FloatingPointError, match=r"^step 4: "):
-        train(tmp_path, 9, bad_at(3), max_nonfinite=1)
+        train(tmp_path, 9, bad_at(3), max_skipped_steps=1)
 
 
 @pytest.mark.parametrize("stop", [2, 3, 4, 5])
@@ -146,5 +145,5 @@ def test_scales_have_125_times_the_patience():
 
 
 def test_no_limit_is_refused():
-    with pytest.raises(ValueError, match="max_nonfinite must be positive"):
-        TrainConfig(max_nonfinite=0)
+    with pytest.raises(ValueError, match="max_skipped_steps must be positive"):
+        TrainConfig(max_skipped_steps=0)

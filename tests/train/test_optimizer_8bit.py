@@ -8,14 +8,15 @@ from torch import nn
 
 from dalle.schedules import Schedule
 from dalle.train.checkpoint import restore, save_checkpoint
-from dalle.train.ema import EMA, EMAConfig
-from dalle.train.optimizer import OptimizerConfig, build_optimizers
+from dalle.train.config import EMAConfig, OptimizerConfig
+from dalle.train.ema import EMA
+from dalle.train.optimizer import build_optimizers
 from dalle.train.state import TrainState
 from dalle.train.step import train_step
 from dalle.types import Loss
 
-SETTINGS = {"lr": Schedule(1e-2, 1e-2), "warmup": 0, "variance_clip": None}
-IN_8BIT = OptimizerConfig(**SETTINGS, moments="8bit")
+SETTINGS = {"lr": Schedule(1e-2, 1e-2), "warmup_steps": 0, "max_variance": None}
+IN_8BIT = OptimizerConfig(**SETTINGS, state_dtype="8bit")
 IN_FP32 = OptimizerConfig(**SETTINGS)
 
 
@@ -89,7 +90,7 @@ class TestIn8Bit:
         assert losses["8"] != losses["32"]
 
     def test_the_step_size_follows_the_schedule(self):
-        optim = OptimizerConfig(**SETTINGS | {"lr": Schedule(1.0, 0.0, 4, "linear")}, moments="8bit")
+        optim = OptimizerConfig(**SETTINGS | {"lr": Schedule(1.0, 0.0, 4, "linear")}, state_dtype="8bit")
         state = fresh(optim)
         for rate in (1.0, 0.75, 0.5):
             train(state, 1, optim)

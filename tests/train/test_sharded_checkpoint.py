@@ -30,8 +30,9 @@ from dalle.io.files import verify_checksums, write_checksums, write_tensors
 from dalle.train import sharded_checkpoint as sharded
 from dalle.train.checkpoint import latest_valid_checkpoint, restore, save_checkpoint, verify_checkpoint
 from dalle.train.checkpoint_saver import Saver
-from dalle.train.ema import EMA, EMAConfig
-from dalle.train.optimizer import OptimizerConfig, build_optimizers
+from dalle.train.config import EMAConfig, OptimizerConfig
+from dalle.train.ema import EMA
+from dalle.train.optimizer import build_optimizers
 from dalle.train.ranks import Ranks
 from dalle.train.state import TrainState
 from dalle.transformer import Transformer, TransformerConfig

@@ -31,16 +31,17 @@ from dalle.text import TextTokenizer
 from dalle.train import TrainConfig, checkpoint, fit
 from dalle.train import trainer as loop
 from dalle.train.checkpoint import latest_checkpoint, restore
+from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.distributed import Parallel
-from dalle.train.ema import EMA, EMAConfig, bias_corrected
+from dalle.train.ema import EMA, bias_corrected
 from dalle.train.loggers import JSONLLogger, read_log
-from dalle.train.optimizer import OptimizerConfig, build_optimizers
+from dalle.train.optimizer import build_optimizers
 from dalle.train.state import TrainState
 from dalle.types import ImageTextBatch, Loss
 
 STAGES = {"dvae": train_dvae, "transformer": train_transformer, "clip": train_clip}
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
-CLOCKS = {"seconds", "data_time_frac", "max_memory_gib", "samples_per_sec", "tokens_per_sec"}
+CLOCKS = {"step_time", "data_time_frac", "max_memory_gib", "samples_per_sec", "tokens_per_sec"}
 STEPS = 7
 
 
@@ -155,7 +156,7 @@ def test_resuming_is_exact_in_bf16_too(kind, start, tmp_path):
 
 @pytest.mark.parametrize("kind", ["transformer", "clip"])
 def test_resuming_is_exact_with_muon_too(kind, start, tiny_runs, tmp_path):
-    optimizer = {"optimizer": replace(getattr(tiny_runs, kind).train.optimizer, muon=5.0)}
+    optimizer = {"optimizer": replace(getattr(tiny_runs, kind).train.optimizer, muon_lr_scale=5.0)}
     start(kind, tmp_path / "whole", steps=4, train=optimizer)
     for steps in (1, 4):
         start(kind, tmp_path / "split", steps=steps, train=optimizer)
@@ -275,13 +276,13 @@ def squared_error(model: nn.Module, batch: Tensor, step: int) -> Loss:
 
 CONFIG = TrainConfig(
     batch_size=4,
-    optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup=0),
-    ema=EMAConfig(decay=0.9, every=1),
+    optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup_steps=0),
+    ema=EMAConfig(decay=0.9, update_every=1),
     precision="fp32",
     log_every=1,
     save_every=1,
     keep=2,
-    max_nonfinite=1,
+    max_skipped_steps=1,
 )
 
 
@@ -535,7 +536,7 @@ def test_a_nan_weight_is_named(kind, start, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "train_step", poisoned)
     with pytest.raises(FloatingPointError, match=r"^step 2: .* first bad tensor: parameter ") as caught:
-        start(kind, tmp_path, train={"max_nonfinite": 1})
+        start(kind, tmp_path, train={"max_skipped_steps": 1})
     assert f"parameter {planted[0]}." in str(caught.value)
 
 
@@ -586,7 +587,7 @@ def test_the_update_that_would_spoil_the_weights_is_not_made(tmp_path):
 def one_step(clip: float | None) -> tuple[Line, Tensor]:
     torch.manual_seed(0)
     model = Line()
-    optim = OptimizerConfig(lr=Schedule(0.1, 0.1), warmup=0, weight_decay=0.0, clip=clip)
+    optim = OptimizerConfig(lr=Schedule(0.1, 0.1), warmup_steps=0, weight_decay=0.0, max_grad_norm=clip)
     made = TrainState(model, build_optimizers(model, optim), EMA(model, EMAConfig()))
     _, norm = loop.train_step(made, torch.full((4, 1), 100.0), squared_error, optim, "fp32", 0)
     return model, norm
@@ -605,7 +606,7 @@ def test_clipping_bounds_the_gradient_and_none_leaves_it():
 
 
 def test_the_step_size_follows_its_schedule(tmp_path):
-    optimizer = OptimizerConfig(lr=Schedule(1.0, 0.0, 4, "linear"), warmup=2)
+    optimizer = OptimizerConfig(lr=Schedule(1.0, 0.0, 4, "linear"), warmup_steps=2)
     fit_line(tmp_path, steps=5, optimizer=optimizer)
     assert [line["lr"] for line in log_of(tmp_path)] == pytest.approx([0.5, 0.75, 0.5, 0.25, 0.0])
 

@@ -1,0 +1,211 @@
+"""Training configuration: optimizer, EMA, precision, PowerSGD, logging; the defaults are the transformer's (B.2).
+
+A field marked `RESUME_FREE` may change when a run resumes: it leaves the weights as they are.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dalle.config import to_dict
+from dalle.schedules import Schedule
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Mode = Literal["none", "ddp", "fsdp", "hsdp"]
+Resume = Literal["auto", "changed", "never"]
+RESUME_FREE = {"resume": "free"}
+"""Metadata of a field that a resumed run may change."""
+POWERSGD_RANKS = {1920: 512, 2688: 640, 3968: 896}
+"""Width -> rank (Table 1): the least multiple of 128 that leaves no gap in the training loss."""
+LOGGERS = ("tensorboard", "wandb")
+
+
+def resume_fingerprint(config: Any) -> dict[str, Any]:
+    """The configuration as a plain dict, without the fields that a resumed run may change."""
+    names = [f.name for f in dataclasses.fields(config) if f.metadata.get("resume") != "free"]
+    values, plain = {name: getattr(config, name) for name in names}, to_dict(config)
+    return {
+        name: resume_fingerprint(value) if dataclasses.is_dataclass(value) else plain[name]
+        for name, value in values.items()
+    }
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+
+
+@dataclass(frozen=True)
+class PlateauConfig:
+    """When the learning rate is halved; `max_reductions` is the paper's (B.2), the rest our choice."""
+
+    max_reductions: int = 5
+    """Most halvings (B.2): the last learning rate is 1/32 of the first. 0 never halves."""
+    window: int = 2000
+    """Steps whose mean loss makes one reading."""
+    patience: int = 5
+    """Readings in a row without an improvement that make a plateau."""
+    threshold: float = 0.002
+    """How far below the best a reading must be to count as an improvement, in units of the loss."""
+
+    def __post_init__(self):
+        if self.max_reductions < 0 or min(self.window, self.patience) < 1 or not self.threshold >= 0:
+            raise ValueError(
+                f"max_reductions and threshold cannot be negative, window and patience must be positive, got {self}"
+            )
+
+
+NO_PLATEAU = PlateauConfig(max_reductions=0)
+"""The learning rate follows its schedule alone."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, optionally with Muon; the defaults are the transformer's (B.2)."""
+
+    lr: Schedule = Schedule(4.5e-4, 4.5e-4)
+    """Learning-rate schedule."""
+    warmup_steps: int = 5000
+    """Steps over which the learning rate rises linearly from 0 (B.2)."""
+    plateau: PlateauConfig = PlateauConfig()
+    """Halving of the learning rate when the training loss stops falling (B.2)."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.96
+    """Decay of the second moment (B.2)."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 4.5e-2
+    """Decoupled weight decay, on matrices only: not on gains, biases and embeddings (B.2)."""
+    max_grad_norm: float | None = 4.0
+    """Largest global gradient norm (B.2); null does not clip."""
+    max_variance: float | None = 5.0
+    """Largest second moment, not bias-corrected, before it is used (B.2); null does not clip."""
+    state_dtype: Literal["fp32", "8bit", "paper"] = "fp32"
+    """How AdamW stores both moments of matrices: fp32; paper: rounded to 1-6-9 and 0-6-10, emulated (B.2); or
+    8bit: by torchao, which needs max_variance null. Gains, biases and embeddings always use fp32 (D, guideline 2)."""
+    muon_lr_scale: float | None = None
+    """Muon's learning rate over AdamW's, for the matrices of the layers; null leaves them to AdamW (B.2)."""
+
+    def __post_init__(self):
+        if min(self.lr.initial, self.lr.final) < 0 or self.warmup_steps < 0:
+            raise ValueError(
+                f"lr and warmup_steps cannot be negative, got {self.lr} and warmup_steps {self.warmup_steps}"
+            )
+        for name in ("max_grad_norm", "max_variance", "muon_lr_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, or null for none, got {value}")
+        if self.max_variance is not None and not 0 < self.beta2 < 1:
+            raise ValueError(f"beta2 must be in (0, 1) with max_variance, got {self.beta2}")
+        if self.state_dtype == "8bit" and self.max_variance is not None:
+            raise ValueError("8-bit moments cannot be clipped: set optimizer.max_variance to null with them")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        return self.lr(step) * (min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0)
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """Exponential moving average of the weights; the defaults are the transformer's (B.2)."""
+
+    decay: float = 0.99
+    """Weight of the old average."""
+    update_every: int = 25
+    """Steps between two updates of the average."""
+    device: Literal["same", "cpu"] = "same"
+    """Where the average is stored: same as the weights, or cpu, as the paper's (B.2)."""
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {self.decay}")
+        _check_positive(self, "update_every")
+
+
+@dataclass(frozen=True)
+class PowerSGDConfig:
+    """How replicas average their gradients (2.5); without replicas it has no effect."""
+
+    rank: int | None = None
+    """Of all shards of a matrix together: 896 for 12 billion parameters (Table 1); null sends whole gradients."""
+    start_step: int = 0
+    """First step whose gradients are factored; earlier ones are sent whole."""
+    q_mode: Literal["fixed", "warm_start", "random"] = "fixed"
+    """The matrix Q: fixed (the paper), the previous step's Q' (warm_start), or random in each step."""
+    message_dtype: Literal["fp32", "paper"] = "fp32"
+    """Of error buffers and messages: paper rounds them to 1-6-9, emulated (E.2)."""
+
+    def __post_init__(self):
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be positive, or null to send whole gradients, got {self.rank}")
+        if self.start_step < 0:
+            raise ValueError(f"start_step cannot be negative, got {self.start_step}")
+
+
+def compression_rate(width: int, rank: int, shards: int = 8) -> float:
+    """Share of the gradients of the layers' matrices that is not sent (Table 2): 1 - 5 r / 8 d for 8 shards."""
+    return 1 - rank * (shards + 2) / (2 * width * shards)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Loggers; no effect on the training."""
+
+    loggers: tuple[str, ...] = ()
+    """Besides log.jsonl: tensorboard, wandb or both. W&B stays offline without a login."""
+    project: str = "dalle"
+    """W&B project."""
+    peak_flops: float | None = None
+    """Peak FLOP/s of the device in the run's precision, for MFU; default: known for common GPUs."""
+
+    def __post_init__(self):
+        if unknown := sorted(set(self.loggers) - set(LOGGERS)):
+            raise ValueError(f"unknown logger {unknown[0]!r}; expected tensorboard or wandb")
+        if self.peak_flops is not None and not self.peak_flops > 0:
+            raise ValueError(f"peak_flops must be positive, got {self.peak_flops}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained; the defaults are the transformer's (B.2)."""
+
+    batch_size: int = 1024
+    """Samples in a step, over all processes (B.2)."""
+    grad_accum_steps: int = field(default=1, metadata=RESUME_FREE)
+    """Forward and backward passes in a step of each process: less memory, the same loss and gradient."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW, or Muon and AdamW."""
+    ema: EMAConfig = EMAConfig()
+    """Average of the weights."""
+    precision: Precision = "auto"
+    """fp32, bf16 or fp16 (autocast; fp16 with a gradient scale per resblock, 2.4), or auto: bf16 where the
+    device has it in hardware, else fp32."""
+    powersgd: PowerSGDConfig = PowerSGDConfig()
+    """How replicas average their gradients (2.5)."""
+    log_every: int = field(default=10, metadata=RESUME_FREE)
+    """Steps between two lines of the log."""
+    eval_every: int = 1000
+    """Steps between two evaluations; the last step is always evaluated."""
+    save_every: int = field(default=1000, metadata=RESUME_FREE)
+    """Steps between two checkpoints; the last step is always saved."""
+    max_skipped_steps: int = 8
+    """Steps in a row, skipped because loss or gradient is not finite, that end the run; 1 ends it at the first.
+    The paper skipped 5 % (E.2): 8 in a row are no chance. In fp16, where only the gradient is not finite, 125 times
+    as many, since a scale is lowered once in 125 steps (D)."""
+    keep_last: int = field(default=2, metadata=RESUME_FREE)
+    """Newest checkpoints kept; the disk needs space for one more while it is written."""
+    keep_every: int | None = field(default=None, metadata=RESUME_FREE)
+    """Also keep each checkpoint whose step this divides; null keeps the newest only."""
+
+    def __post_init__(self):
+        _check_positive(
+            self,
+            *("batch_size", "grad_accum_steps", "log_every", "eval_every", "save_every"),
+            *("keep_last", "max_skipped_steps"),
+        )
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.save_every):
+            raise ValueError(
+                f"keep_every must be a multiple of save_every, {self.save_every}, or null, got {self.keep_every}"
+            )
