@@ -35,6 +35,8 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from dalle.paths import CONFIGS, find_config
 
 T = TypeVar("T")
+RESUME_FREE = {"resume": "free"}
+"""Metadata of a field that a resumed run may change."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Errors of a full or failing disk."""
 
@@ -89,6 +91,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(inner) for inner in value]
     return value
+
+
+def resume_fingerprint(config: Any) -> dict[str, Any]:
+    """The configuration as a plain dict, without the fields that a resumed run may change (`RESUME_FREE`)."""
+    classes = [cls for cls in type(config).__mro__ if dataclasses.is_dataclass(cls)]
+    free = {f.name for cls in classes for f in dataclasses.fields(cls) if f.metadata.get("resume") == "free"}
+    plain = to_dict(config)
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(value := getattr(config, field.name)):
+            plain[field.name] = resume_fingerprint(value)
+    return {name: value for name, value in plain.items() if name not in free}
 
 
 def from_dict(cls: type[T], data: dict[str, Any], source: str = "configuration") -> T:

@@ -35,7 +35,7 @@ TRAIN = """\
 train:
   batch_size: 4
   precision: fp32
-  ema: {decay: 0.9, every: 2}
+  ema: {decay: 0.9, update_every: 2}
   log_every: 1
   eval_every: 2
   save_every: 2
@@ -131,7 +131,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_runs: SimpleNamespace) 
 
 def inputs(run, chain: Path, **changes):
     """A run that reads the earlier stages of `chain`, and other changes."""
-    paths = {"tokenizer": chain / "text"} if hasattr(run, "tokenizer") else {}
+    paths = {"text_tokenizer": chain / "text"} if hasattr(run, "text_tokenizer") else {}
     paths |= {"tokens": chain / "tokens"} if hasattr(run, "tokens") else {}
     return replace(run, **paths, **changes)
 

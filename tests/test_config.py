@@ -113,7 +113,9 @@ class TestTypes:
     def test_none_and_a_number_are_both_right_where_the_field_says_so(self):
         for clip in (None, 2.0):
             assert (
-                from_dict(TrainDVAEArgs, {"train": {"optimizer": {"clip": clip}}}).train.optimizer.max_grad_norm
+                from_dict(
+                    TrainDVAEArgs, {"train": {"optimizer": {"clip": clip}}}
+                ).train.optimizer.max_grad_norm
                 == clip
             )
 
@@ -122,9 +124,7 @@ class TestTypes:
             from_dict(TrainDVAEArgs, {"steps": "a", "seed": "b"})
 
     def test_what_the_class_itself_refuses_is_told_with_its_place(self):
-        with pytest.raises(
-            ConfigError, match=r"my\.yaml: loss\.tau: decay_steps must be positive"
-        ):
+        with pytest.raises(ConfigError, match=r"my\.yaml: loss\.tau: decay_steps must be positive"):
             from_dict(
                 TrainDVAEArgs, {"loss": {"tau": {"initial": 1.0, "final": 0.1, "decay_steps": 0}}}, "my.yaml"
             )
@@ -144,7 +144,8 @@ class TestDefaults:
 
     def test_file_and_command_line_mean_the_same(self, tmp_path):
         file = write(
-            tmp_path / "a.yaml", "train: {optimizer: {lr: {final: 0.5}}, keep_last: 7}\nloss: {tau: {decay_steps: 9}}"
+            tmp_path / "a.yaml",
+            "train: {optimizer: {lr: {final: 0.5}}, keep_last: 7}\nloss: {tau: {decay_steps: 9}}",
         )
         words = ["--train.optimizer.lr.final", "0.5", "--train.keep-last", "7", "--loss.tau.decay-steps", "9"]
         assert load(TrainDVAEArgs, [file]) == parse(TrainDVAEArgs, words)
@@ -252,7 +253,11 @@ class TestCommandLine:
     def test_tuples_none_and_paths_can_be_given(self):
         words = ["--model.widths", "8", "16", "--train.optimizer.max-grad-norm", "None", "--out", "somewhere"]
         run = parse(TrainDVAEArgs, [*words, "--model.downsample_factor", "2"])
-        assert (run.model.widths, run.train.optimizer.max_grad_norm, run.out) == ((8, 16), None, Path("somewhere"))
+        assert (run.model.widths, run.train.optimizer.max_grad_norm, run.out) == (
+            (8, 16),
+            None,
+            Path("somewhere"),
+        )
 
     @pytest.mark.parametrize(
         "words", [["--stpes", "3"], ["--steps", "x"], ["--steps", "0"], ["--resume", "maybe"]]

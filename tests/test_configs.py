@@ -113,7 +113,7 @@ def test_the_papers_transformer():
     assert (optimizer.weight_decay, optimizer.max_grad_norm, optimizer.warmup_steps) == (4.5e-2, 4.0, 5000)
     assert optimizer.lr.initial == 4.5e-4
     assert (run.train.ema.decay, run.train.ema.update_every) == (0.99, 25)
-    assert (run.objective.text_weight, run.bpe_dropout, run.caption_dropout) == (1 / 8, 0.1, 0.0)
+    assert (run.loss.text_weight, run.bpe_dropout, run.caption_dropout) == (1 / 8, 0.1, 0.0)
     assert run.text.vocab_size == 16384
 
 
@@ -185,7 +185,7 @@ def test_the_stages_run_in_order_and_join(tmp_path, size):
     encode = EncodeImagesArgs(
         out=tmp_path / "tokens", dvae=tmp_path / "dvae", data=dvae.data, encode=dvae.encode, device="cpu"
     )
-    parts = {"tokenizer": tmp_path / "text"}
+    parts = {"text_tokenizer": tmp_path / "text"}
     train_tokenizer(text)
     train_dvae(dataclasses.replace(dvae, out=tmp_path / "dvae"))
     cache = encode_images(encode)
@@ -206,7 +206,7 @@ def test_shrinking_keeps_the_files_own_settings():
     """Or the two steps above would prove nothing about the file."""
     for size in SIZES:
         kept, whole = shrunk("dvae", size), read("dvae", size)
-        assert (kept.objective, kept.train.optimizer) == (whole.objective, whole.train.optimizer)
+        assert (kept.loss, kept.train.optimizer) == (whole.loss, whole.train.optimizer)
         assert (kept.model.residual_scale, kept.model.downsample_factor) == (
             whole.model.residual_scale,
             whole.model.downsample_factor,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from dalle.data.config import DataConfig
 from dalle.dvae import DVAEConfig
-from dalle.train.precision import Precision
+from dalle.train.config import Precision
 from dalle.transformer.config import SIZES, TransformerConfig
 
 BACKENDS = ("auto", "dense", "sdpa", "blocks", "flex")

@@ -27,7 +27,7 @@ from dalle.data.token_cache import TokenCacheSpec
 from dalle.data.token_writer import TokenWriter
 from dalle.dvae.objective import DVAEObjective
 from dalle.layout import TokenLayout
-from dalle.runs.args import load_text_input
+from dalle.runs.inputs import load_text_input
 from dalle.shapes.dataset import ShapesDataset
 from dalle.text import BPETokenizer, TextTokenizerConfig, train_text_tokenizer
 from dalle.train import TrainConfig

@@ -18,7 +18,7 @@ from tyro.conf import Positional
 
 from dalle.app.config import Limits
 from dalle.config import cli_errors, parse
-from dalle.train.precision import Precision
+from dalle.train.config import Precision
 
 if TYPE_CHECKING:
     from dalle.pipelines.dalle import DALLE

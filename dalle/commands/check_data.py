@@ -1,7 +1,7 @@
 """Read all of your data once, before you train: what is in it, what is broken, what is there twice.
 
 python scripts/check_data.py --data.path my/images
-python scripts/check_data.py --data.path "my/tars/{000..099}.tar" --tokenizer runs/text --max-broken 0
+python scripts/check_data.py --data.path "my/tars/{000..099}.tar" --text-tokenizer runs/text --max-broken 0
 python scripts/check_data.py --data.path my/images --exclude-list twice.txt
 python scripts/train_dvae.py --data.path my/images --data.filters.exclude-list twice.txt
 
@@ -28,7 +28,8 @@ from dalle.data.statistics import DatasetScanner, DatasetStats, decoded, examine
 from dalle.io.files import make_directory, write_json, write_text
 from dalle.io.images import captioned_grid
 from dalle.layout import TokenLayout
-from dalle.runs.args import ROOT, load_text_input
+from dalle.runs.args import ROOT
+from dalle.runs.inputs import load_text_input
 from dalle.types import BadSample, DataSource
 
 NAMED = 100
@@ -49,7 +50,7 @@ class CheckDataArgs:
     """The set, all of it, whatever is held out; and the filters to try, all of section 2.3 unless set."""
     out: Path | None = None
     """Directory of report and sheets; runs/check unless given."""
-    tokenizer: Path | None = None
+    text_tokenizer: Path | None = None
     """Text tokenizer (a run, a tokenizer.json, a youtokentome model) to count tokens with; not counted unless
     given."""
     text_len: int = TokenLayout().text_len
@@ -82,7 +83,7 @@ def check_data(run: CheckDataArgs) -> dict[str, Any]:
     if run.exclude_list:
         make_directory(run.exclude_list.parent)
     workers = worker_count(run.data.workers, len(source))
-    text = load_text_input(run.tokenizer) if run.tokenizer else None
+    text = load_text_input(run.text_tokenizer) if run.text_tokenizer else None
     tiles = {i * len(source) // run.sheet for i in range(run.sheet)}
     examiner = DatasetScanner(source, _known(run.data.filters), text, tiles)
     found, skipped = _read(examiner, workers, out)
@@ -168,7 +169,7 @@ def _report(
     usable, seen = len(found.numbers), len(source) + len(source.skipped)
     small = sum(count for size, count in found.sizes.items() if min(size) < run.data.resolution)
     tokens = {}
-    if run.tokenizer:
+    if run.text_tokenizer:
         room = TokenLayout(text_len=run.text_len).max_caption_len
         cut = sum(count for length, count in found.tokens.items() if length > room)
         tokens = {"tokens": summary(found.tokens) | {"room": room, "cut": share(cut, found.tokens.total())}}

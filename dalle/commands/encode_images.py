@@ -17,14 +17,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.commands.train_dvae import EncodeConfig, TrainDVAEArgs
-from dalle.config import cli_errors, parse, to_dict
+from dalle.config import cli_errors, parse, resume_fingerprint
 from dalle.data import DataConfig, Loader, TokenCache, open_dataset
 from dalle.data.bad_samples import BadSampleLog
 from dalle.data.dataloader import worker_count
 from dalle.data.token_cache import TokenCacheSpec
 from dalle.data.token_writer import TokenWriter
 from dalle.io.files import make_directory
-from dalle.runs.args import FREE_OF_DATA, ROOT, load_stage
+from dalle.runs.args import ROOT
+from dalle.runs.inputs import load_stage
 from dalle.train.precision import autocast, resolve_device, resolve_precision
 from dalle.types import CaptionedImages, ImageTextBatch, ImageTokenizer, check_tokens
 
@@ -129,8 +130,8 @@ class Encoder:
     def plan(self, weights: str, data: str) -> TokenCacheSpec:
         """What the tokens depend on, all of it."""
         config = self.run.encode
-        settings = to_dict(self.run.data)
-        for name in ("path", "image_root", "val_path", *FREE_OF_DATA):
+        settings = resume_fingerprint(self.run.data)
+        for name in ("path", "image_root", "val_path"):
             settings.pop(name)  # which images they are says the hash; they may lie elsewhere
         transform = {"listing": 2, "version": TRANSFORM, "seed": self.run.seed, "precision": self.precision}
         transform["data"] = settings

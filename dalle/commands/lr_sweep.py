@@ -29,9 +29,7 @@ def sweep(kind: str, run: TrainArgs, factors: Sequence[float]) -> dict[float, fl
         )
     out, optimizer, losses = run.out or Path("runs/sweep"), run.train.optimizer, {}
     for factor in factors:
-        lr = replace(
-            optimizer.lr, initial=factor * optimizer.lr.initial, final=factor * optimizer.lr.final
-        )
+        lr = replace(optimizer.lr, initial=factor * optimizer.lr.initial, final=factor * optimizer.lr.final)
         train = replace(run.train, optimizer=replace(optimizer, lr=lr), max_skipped_steps=1)
         folder = out / f"lr-{lr.initial:g}"
         try:

@@ -20,7 +20,7 @@ from dalle.planner.memory import FP32, HALF, ParallelLayout, memory, starts_whol
 from dalle.planner.table import print_plan
 from dalle.planner.traffic import traffic
 from dalle.runs.kinds import EACH_KIND, take_kind
-from dalle.train.low_rank import RANKS, compression_rate
+from dalle.train.config import POWERSGD_RANKS, compression_rate
 from dalle.transformer.sizes import cache_bytes, training_flops
 
 HEADROOM = 0.9
@@ -183,7 +183,7 @@ def _rank(kind: str, run: Any) -> int | None:
     if kind != "transformer":
         return None
     configured = getattr(getattr(run.train, "powersgd", None), "rank", None)
-    return run.powersgd_rank or configured or RANKS.get(run.model.width)
+    return run.powersgd_rank or configured or POWERSGD_RANKS.get(run.model.width)
 
 
 def _memory(
@@ -196,9 +196,9 @@ def _memory(
         shards=_shards(run, mode),
         half=precision != "fp32",
         accumulate=_accumulate(run),
-        moments=getattr(optimizer, "moments", "fp32"),
+        moments=getattr(optimizer, "state_dtype", "fp32"),
         ema_on_gpu=getattr(run.train.ema, "device", "same") == "same",
-        bounds_variance=getattr(optimizer, "variance_clip", None) is not None,
+        bounds_variance=getattr(optimizer, "max_variance", None) is not None,
         error_buffers=replicas > 1 and getattr(powersgd, "rank", None) is not None,
     )
     return {name: memory(step, how) for name, step in steps.items()}

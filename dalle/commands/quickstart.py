@@ -24,9 +24,11 @@ from dalle.hub.model_card import write_card
 from dalle.hub.registry import load_model
 from dalle.io.files import make_directory, write_json
 from dalle.io.images import captioned_grid, image_grid, to_pil
+from dalle.paths import CONFIGS
 from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.dalle import DALLE
-from dalle.runs.args import CONFIGS, ROOT, is_complete
+from dalle.runs.args import ROOT
+from dalle.runs.inputs import is_complete
 from dalle.train.loggers import peak_memory, read_log
 from dalle.train.precision import resolve_device
 from dalle.viz.curves import plot_losses
@@ -80,7 +82,7 @@ def quickstart(run: QuickstartArgs) -> dict[str, Any]:
         train_dvae(replace(dvae_run, out=out / "dvae", **common))
     with _stage("encode", seconds):
         encode_images(replace(encode_run, out=out / "tokens", dvae=out / "dvae", **common))
-    parts = {"tokenizer": out / "text"}
+    parts = {"text_tokenizer": out / "text"}
     with _stage("transformer", seconds):
         train_transformer(
             replace(transformer_run, out=out / "transformer", tokens=out / "tokens", **parts, **common)

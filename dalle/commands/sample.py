@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from dalle.hub.registry import LoadedModel
     from dalle.pipelines.dalle import DALLE
-    from dalle.train.processes import Processes
+    from dalle.train.distributed import Distributed
 
 
 @dataclass(frozen=True)
@@ -135,18 +135,18 @@ def sample(args: SampleArgs) -> Path:
     from dalle.pipelines.sample_prompts import sample_prompts
     from dalle.pretrained.load import holds_text_tokenizer, is_external_checkpoint
     from dalle.runs.args import ROOT
+    from dalle.train.distributed import Distributed
     from dalle.train.precision import precision_label
-    from dalle.train.processes import processes
 
     own = args.model is None or (args.model / "config.json").is_file()
     external = not own and is_external_checkpoint(args.model)
     check(args, external, external and holds_text_tokenizer(args.model))
     sampling, out = args.sampling, args.out
-    with processes() as group:
+    with Distributed.join(args.device) as group:
         if out is None:
             names = (slug(args.prompt) + (f"-{i}" if i > 1 else "") for i in range(1, 10**6))
             out = next(ROOT / "samples" / name for name in names if not (ROOT / "samples" / name).exists())
-            out = group.gather(out)[0]
+            out = group.gather_objects(out)[0]
         elif not args.prompts_file and out.is_dir() and any(out.iterdir()):
             raise ValueError(f"{out} is not empty; give another --out")
         model = open_model(args, external, group)
@@ -170,7 +170,7 @@ def sample(args: SampleArgs) -> Path:
         model.text_tokens([args.prompt], args.truncate)  # checks the prompt before anything is written
         make_directory(out)
         rows = sampling.batch_size or auto_batch_size(model.transformer, sampling.guidance)
-        sampling = replace(sampling, batch_size=min(group.gather(rows)))
+        sampling = replace(sampling, batch_size=min(group.gather_objects(rows)))
         options = {
             "n": args.num_images,
             "best_of": args.best_of,
@@ -178,12 +178,14 @@ def sample(args: SampleArgs) -> Path:
             "truncate": args.truncate,
         }
         options |= asdict(sampling)
-        shared = options | {"shard": (group.rank, group.count), "progress": group.rank == 0}
+        shared = options | {"shard": (group.rank, group.world_size), "progress": group.rank == 0}
         if args.init_image:
             kept = model.transformer.layout.rows // 2 if args.keep_rows is None else args.keep_rows
             shared["prefix"] = prefix_tokens(model, args.init_image, kept)
             options |= {"image": str(args.init_image), "rows": kept}
-        parts = [one for some in group.gather(model.generate([args.prompt], **shared)) for one in some]
+        parts = [
+            one for some in group.gather_objects(model.generate([args.prompt], **shared)) for one in some
+        ]
         if group.rank == 0:
             generation = merge_generations(parts, args.num_images)
             options["best_of"] = generation.num_generated
@@ -199,15 +201,14 @@ def sample(args: SampleArgs) -> Path:
     return out
 
 
-def open_model(args: SampleArgs, external: bool, group: Processes) -> DALLE:
+def open_model(args: SampleArgs, external: bool, group: Distributed) -> DALLE:
     """The model directory, the external model, or the joined runs; refuses models that do not belong together."""
     from dalle.pipelines.dalle import DALLE
     from dalle.pretrained.load import load_external_pipeline
     from dalle.pretrained.openai_clip import load_scorer
-    from dalle.runs.args import load_stage, load_text_input
-    from dalle.train.precision import resolve_device
+    from dalle.runs.inputs import load_stage, load_text_input
 
-    device = group.device(resolve_device(args.device))
+    device = group.device
     scorer = load_scorer(args.clip, device, args.quick_gelu) if args.clip and args.clip.is_file() else None
     text = load_text_input(args.text_tokenizer) if args.text_tokenizer else None
     if external:
@@ -226,7 +227,7 @@ def open_model(args: SampleArgs, external: bool, group: Processes) -> DALLE:
 
 def find_clip(args: SampleArgs, transformer: LoadedModel, device: torch.device) -> LoadedModel | None:
     """The CLIP run; optional where all candidates are kept and --clip is not given."""
-    from dalle.runs.args import latest_run, load_stage
+    from dalle.runs.inputs import latest_run, load_stage
 
     if args.clip is not None or args.best_of != args.num_images:
         return load_stage("clip", args.clip, device)

@@ -3,7 +3,7 @@
 python scripts/train_clip.py --config configs/clip/shapes.yaml
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,19 @@ from tqdm import tqdm
 
 from dalle.clip import CLIP, CLIPConfig
 from dalle.clip.objective import CLIPObjective
-from dalle.config import cli_errors, parse
+from dalle.config import RESUME_FREE, cli_errors, parse
 from dalle.data import DataConfig, StepOfPairs, first_samples, open_dataset, sample_captions
-from dalle.hub.registry import build_model, checkpoint_meta
-from dalle.runs.args import TrainArgs, load_text_input, loader
-from dalle.runs.init_weights import init_weights, overfit_batches, overfit_config
+from dalle.hub.registry import build_model
+from dalle.runs.args import TrainArgs
+from dalle.runs.init_weights import init_weights, overfit_config
+from dalle.runs.inputs import load_text_input, loader
+from dalle.runs.training import run_training, start_processes
 from dalle.schedules import Schedule
 from dalle.shapes.corruptions import corrupted_images
 from dalle.text import TextTokenizer
-from dalle.train import TrainConfig, fit
+from dalle.train import TrainConfig
 from dalle.train.config import NO_PLATEAU, EMAConfig, OptimizerConfig
-from dalle.train.distributed import Parallel
+from dalle.train.distributed import Distributed
 from dalle.train.precision import compile_layers
 from dalle.types import CaptionedImages, ImageTextBatch
 from dalle.viz.sample_grids import retrieval_grid
@@ -51,7 +53,7 @@ class TrainCLIPArgs(TrainArgs):
 
     steps: int = 390_000
     """Updates in all (Radford et al.: 32 epochs)."""
-    tokenizer: Path | None = None
+    text_tokenizer: Path | None = field(default=None, metadata=RESUME_FREE)
     """Text tokenizer; the newest under runs/ unless given."""
     data: DataConfig = DataConfig()
     """Images and captions."""
@@ -80,18 +82,20 @@ class TrainCLIPArgs(TrainArgs):
 def train_clip(run: TrainCLIPArgs) -> Path:
     """Trains, writing checkpoints, the share of images matched to their caption, and sheets of what it finds."""
     run = overfit_config(run)
-    with run.processes() as parallel:
-        return _train_clip(run, parallel)
+    with start_processes(run) as dist:
+        return _train_clip(run, dist)
 
 
-def _train_clip(run: TrainCLIPArgs, parallel: Parallel) -> Path:
-    out, device = run.directory("clip"), parallel.device
-    text = load_text_input(run.tokenizer)
+def _train_clip(run: TrainCLIPArgs, dist: Distributed) -> Path:
+    out, device = run.directory("clip"), dist.device
+    text = load_text_input(run.text_tokenizer)
     if text.vocab_size > run.model.text_vocab:
         raise ValueError(
             f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {run.model.text_vocab}; raise it"
         )
-    pairs, held_out = (open_dataset(run.data, split, run.hard_negative_captions) for split in ("train", "held_out"))
+    pairs, held_out = (
+        open_dataset(run.data, split, run.hard_negative_captions) for split in ("train", "held_out")
+    )
     torch.manual_seed(run.seed)
     model = build_model("clip", run.model).to(device)
     links = {"text": text.to_dict(), "text_hash": text.hash, "data": pairs.hash}
@@ -112,7 +116,7 @@ def _train_clip(run: TrainCLIPArgs, parallel: Parallel) -> Path:
     captions = sample_captions(chosen, run.seed)
     # Listing 2 does not flip: captions speak of left and right
     task = StepOfPairs(
-        pairs, run.train.batch_size, run.seed, "transformer", finish, parallel.rank, parallel.world
+        pairs, run.train.batch_size, run.seed, "transformer", finish, dist.rank, dist.world_size
     )
 
     def evaluate(model: CLIP, step: int) -> dict[str, Any]:
@@ -124,20 +128,7 @@ def _train_clip(run: TrainCLIPArgs, parallel: Parallel) -> Path:
         }
 
     with loader(task, run, out, pack) as batches:
-        fit(
-            model,
-            CLIPObjective(),
-            overfit_batches(run, batches),
-            run.train,
-            steps=run.steps,
-            seed=run.seed,
-            run_dir=out,
-            meta=checkpoint_meta("clip", model, run.record(), links) | init,
-            evaluate=evaluate,
-            resume=run.resume,
-            parallel=parallel,
-            log=run.log,
-        )
+        run_training("clip", run, dist, model, CLIPObjective(), batches, links, init, evaluate)
     if model.truncated:
         tqdm.write(
             f"note: {model.truncated} captions were longer than {run.model.text_len - 1} tokens and cut"

@@ -4,7 +4,7 @@ python scripts/train_dvae.py                                        the shapes p
 python scripts/train_dvae.py --config configs/dvae/small.yaml --data.path my/images
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle.config import cli_errors, parse
+from dalle.config import RESUME_FREE, cli_errors, parse
 from dalle.data import DataConfig, StepOfPairs, first_samples, open_dataset
 from dalle.dvae import DVAE, DVAEConfig, DVAELossConfig
 from dalle.dvae.metrics import collapse_warning, dvae_scores
 from dalle.dvae.objective import DVAEObjective
-from dalle.hub.registry import build_model, checkpoint_meta
+from dalle.hub.registry import build_model
 from dalle.io.images import image_grid, to_pil
 from dalle.io.rng import generator
-from dalle.runs.args import TrainArgs, loader
-from dalle.runs.init_weights import init_weights, overfit_batches, overfit_config
+from dalle.runs.args import TrainArgs
+from dalle.runs.init_weights import init_weights, overfit_config
+from dalle.runs.inputs import loader
+from dalle.runs.training import run_training, start_processes
 from dalle.schedules import Schedule
-from dalle.train import TrainConfig, fit
+from dalle.train import TrainConfig
 from dalle.train.config import NO_PLATEAU, EMAConfig, OptimizerConfig, Precision
-from dalle.train.distributed import Parallel
+from dalle.train.distributed import Distributed
 from dalle.train.precision import compile_layers
 from dalle.train.step import step_seed
 from dalle.types import ImageTextBatch
@@ -85,7 +87,7 @@ class TrainDVAEArgs(TrainArgs):
     """Schedules of the loss."""
     train: TrainConfig = PAPER_TRAINING
     """Optimizer, averaging, rhythm."""
-    encode: EncodeConfig = EncodeConfig()
+    encode: EncodeConfig = field(default=EncodeConfig(), metadata=RESUME_FREE)
     """For encode_images."""
     crop: int | None = None
     """Train on random squares of this side, since the dVAE is fully convolutional; None takes whole images."""
@@ -105,12 +107,12 @@ class TrainDVAEArgs(TrainArgs):
 def train_dvae(run: TrainDVAEArgs) -> Path:
     """Trains, writing checkpoints, log.jsonl and a sheet of reconstructions at each evaluation."""
     run = overfit_config(run)
-    with run.processes() as parallel:
-        return _train_dvae(run, parallel)
+    with start_processes(run) as dist:
+        return _train_dvae(run, dist)
 
 
-def _train_dvae(run: TrainDVAEArgs, parallel: Parallel) -> Path:
-    out, device, rank, world = run.directory("dvae"), parallel.device, parallel.rank, parallel.world
+def _train_dvae(run: TrainDVAEArgs, dist: Distributed) -> Path:
+    out, device, rank, world = run.directory("dvae"), dist.device, dist.rank, dist.world_size
     pairs, held_out = open_dataset(run.data), open_dataset(run.data, "held_out")
     torch.manual_seed(run.seed)
     model = build_model("dvae", run.model).to(device, memory_format=torch.channels_last)
@@ -127,20 +129,7 @@ def _train_dvae(run: TrainDVAEArgs, parallel: Parallel) -> Path:
         return evaluate_dvae(model, pixels.to(device), run.loss.tau(step))
 
     with loader(task, run, out) as batches:
-        fit(
-            model,
-            DVAEObjective(run.loss),
-            overfit_batches(run, batches),
-            run.train,
-            steps=run.steps,
-            seed=run.seed,
-            run_dir=out,
-            meta=checkpoint_meta("dvae", model, run.record(), links) | init,
-            evaluate=evaluate,
-            resume=run.resume,
-            parallel=parallel,
-            log=run.log,
-        )
+        run_training("dvae", run, dist, model, DVAEObjective(run.loss), batches, links, init, evaluate)
     return out
 
 

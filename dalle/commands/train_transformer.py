@@ -6,7 +6,7 @@ python scripts/train_transformer.py --config configs/transformer/small.yaml --to
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.commands.encode_images import take_image_tokenizer
-from dalle.config import cli_errors, parse
+from dalle.config import RESUME_FREE, cli_errors, parse
 from dalle.data import DataConfig, TokenCache
 from dalle.data.sampler import batch_indices
-from dalle.hub.registry import build_model, checkpoint_meta
+from dalle.hub.registry import build_model
 from dalle.io.rng import generator
 from dalle.layout import TokenLayout
-from dalle.runs.args import TrainArgs, load_text_input, resolve_input
-from dalle.runs.init_weights import init_weights, overfit_batches, overfit_config
+from dalle.runs.args import TrainArgs
+from dalle.runs.init_weights import init_weights, overfit_config
+from dalle.runs.inputs import load_text_input, resolve_input
+from dalle.runs.training import run_training, start_processes
 from dalle.text import BPETokenizer, TextTokenizerConfig
-from dalle.train import TrainConfig, fit
-from dalle.train.distributed import Parallel
+from dalle.train import TrainConfig
+from dalle.train.distributed import Distributed
 from dalle.train.precision import compile_layers
 from dalle.transformer import TransformerConfig
 from dalle.transformer.config import TransformerLossConfig
@@ -38,12 +40,12 @@ from dalle.viz.sample_grids import SampleGrid
 class TrainTransformerArgs(TrainArgs):
     """Trains the transformer on a token cache (stage two, paper section 2.2)."""
 
-    tokens: Path | None = None
+    tokens: Path | None = field(default=None, metadata=RESUME_FREE)
     """Token cache; the newest under runs/ unless given."""
-    tokenizer: Path | None = None
+    text_tokenizer: Path | None = field(default=None, metadata=RESUME_FREE)
     """Text tokenizer; the newest under runs/ unless given. A Hugging Face tokenizer.json or a youtokentome model
     is read too."""
-    dvae: Path | None = None
+    dvae: Path | None = field(default=None, metadata=RESUME_FREE)
     """The dVAE that the tokens must be of; given, a cache of another one is refused, and each evaluation draws."""
     data: DataConfig = DataConfig()
     """Captions; read by train_tokenizer only."""
@@ -51,7 +53,7 @@ class TrainTransformerArgs(TrainArgs):
     """The vocabulary; read by train_tokenizer only."""
     model: TransformerConfig = TransformerConfig()
     """Shape of the transformer."""
-    objective: TransformerLossConfig = TransformerLossConfig()
+    loss: TransformerLossConfig = TransformerLossConfig()
     """Weights of the loss."""
     train: TrainConfig = TrainConfig()
     """Optimizer, averaging, rhythm."""
@@ -139,13 +141,13 @@ class TokenBatches:
 def train_transformer(run: TrainTransformerArgs) -> Path:
     """Trains, writing checkpoints and log.jsonl with nats per text and per image token, and drawings if asked."""
     run = overfit_config(run)
-    with run.processes() as parallel:
-        return _train_transformer(run, parallel)
+    with start_processes(run) as dist:
+        return _train_transformer(run, dist)
 
 
-def _train_transformer(run: TrainTransformerArgs, parallel: Parallel) -> Path:
-    out, device = run.directory("transformer"), parallel.device
-    text, cache = load_text_input(run.tokenizer), TokenCache(resolve_input("tokens", run.tokens))
+def _train_transformer(run: TrainTransformerArgs, dist: Distributed) -> Path:
+    out, device = run.directory("transformer"), dist.device
+    text, cache = load_text_input(run.text_tokenizer), TokenCache(resolve_input("tokens", run.tokens))
     image_tokenizer = check_inputs(run, text, cache, device)
     torch.manual_seed(run.seed)
     model = build_model("transformer", run.model).to(device)
@@ -155,35 +157,24 @@ def _train_transformer(run: TrainTransformerArgs, parallel: Parallel) -> Path:
     print("attention: " + ", ".join(f"{kind} by {backend}" for kind, backend in model.backends().items()))
     if run.compile:
         compile_layers(model)
-    batches = TokenBatches(cache, text, model.layout, run, parallel.rank, parallel.world)
+    batches = TokenBatches(cache, text, model.layout, run, dist.rank, dist.world_size)
     held_out = batches.held_out().split(run.train.batch_size)
     drawn = (
-        run.sample_grid_size if image_tokenizer and not parallel.sharded else 0
+        run.sample_grid_size if image_tokenizer and not dist.sharded else 0
     )  # a step of drawing needs whole weights
     captions = batches.captions(drawn)
     draw = SampleGrid(image_tokenizer, text, captions, run.seed) if captions else None
 
     def evaluate(model, step: int) -> dict[str, Any]:
-        losses = [TransformerObjective(run.objective)(model, ids.to(device), step) for ids in held_out]
+        losses = [TransformerObjective(run.loss)(model, ids.to(device), step) for ids in held_out]
         weights = torch.tensor([len(ids) for ids in held_out]) / run.eval_samples
         named = {"loss": [loss.total for loss in losses]}
         named |= {name: [loss.metrics[name] for loss in losses] for name in losses[0].metrics}
         scores = {name: float(torch.stack(values).cpu() @ weights) for name, values in named.items()}
         return scores | ({"samples": draw(model)} if draw else {})
 
-    fit(
-        model,
-        TransformerObjective(run.objective),
-        overfit_batches(run, batches),
-        run.train,
-        steps=run.steps,
-        seed=run.seed,
-        run_dir=out,
-        meta=checkpoint_meta("transformer", model, run.record(), links) | init,
-        evaluate=evaluate,
-        resume=run.resume,
-        parallel=parallel,
-        log=run.log,
+    run_training(
+        "transformer", run, dist, model, TransformerObjective(run.loss), batches, links, init, evaluate
     )
     if batches.truncated:
         tqdm.write(

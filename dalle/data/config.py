@@ -1,9 +1,11 @@
 """Configuration of data sets and their filters (Section 2.3)."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from dalle.config import RESUME_FREE
 
 Format = Literal["auto", "folder", "table", "tars", "hub"]
 
@@ -73,14 +75,14 @@ class DataConfig:
     jpeg_draft: bool = False
     """Decode large JPEGs at a half, a quarter or an eighth, never below twice the resolution, before cropping: nearly
     twice as fast, but not the exact pixels of the paper's listings (docs/paper.md)."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: float = field(default=0.01, metadata=RESUME_FREE)
     """Fraction of bad samples above which a run ends, once there are more than a hundred."""
-    workers: int = -1
+    workers: int = field(default=-1, metadata=RESUME_FREE)
     """Dataloader processes; 0 loads in the training process, -1 uses one for each core but one, eight at most, and
     none for the shapes. The batches are the same for any number."""
-    prefetch: int = 2
+    prefetch: int = field(default=2, metadata=RESUME_FREE)
     """Batches that each worker keeps ready."""
-    index_dir: str | None = None
+    index_dir: str | None = field(default=None, metadata=RESUME_FREE)
     """Folder for indexes of tars and tables; default: a hidden folder next to the data, or ~/.cache/dalle."""
     shapes_seed: int = 0
     """Seed of the shapes data set."""

@@ -25,7 +25,7 @@ from dalle.pipelines.best_of_n import auto_batch_size, num_prompts_per_batch
 from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import save_png, slug, write_images
-from dalle.train.processes import Processes
+from dalle.train.distributed import Distributed
 
 PROMPTS_PER_FOLDER = 1000
 PROMPTS_ON_SHEET = 24
@@ -97,7 +97,7 @@ def sample_prompts(
     sampling: SamplingConfig,
     truncate: bool,
     facts: dict[str, Any],
-    processes: Processes,
+    processes: Distributed,
 ) -> int:
     """Generates the n best of `best_of` images for each prompt of a file, or what an earlier run left undone.
 
@@ -117,29 +117,29 @@ def sample_prompts(
     if earlier is None and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no run of prompts; give another --out")
     if sampling.batch_size is None:
-        fitting = min(processes.gather(auto_batch_size(model.transformer, sampling.guidance)))
+        fitting = min(processes.gather_objects(auto_batch_size(model.transformer, sampling.guidance)))
         sampling = replace(sampling, batch_size=earlier["settings"].get("batch_size") if earlier else fitting)
     group_size = num_prompts_per_batch(best_of, sampling.batch_size, sampling.prompts_per_batch)
     settings = {"n": n, "best_of": best_of, "seed": seed, "truncate": truncate, **asdict(sampling)}
     run = {"settings": settings, "model": model.hash, "prompts": prompts_hash, **facts}
-    processes.wait()  # all have read before one writes
+    processes.barrier()  # all have read before one writes
     if earlier is None and processes.rank == 0:
         make_directory(out / "parts")
         write_json(out / "run.json", run)
     elif earlier not in (None, run):
         differ = [key for key in run if earlier.get(key) != run[key]]
         raise ValueError(f"{out} holds a run with other {', '.join(differ)}; give another --out")
-    processes.wait()
+    processes.barrier()
     if not (out / "samples.jsonl").exists():
         for i, (first, prompts) in enumerate(prompt_groups(path, group_size)):
             part = out / "parts" / f"{first:06d}.jsonl"
-            if i % processes.count == processes.rank and not part.exists():
+            if i % processes.world_size == processes.rank and not part.exists():
                 padded = prompts + prompts[-1:] * (group_size - len(prompts))  # one shape for all batches
                 _sample_group(model, first, padded, len(prompts), settings, run["model"], part)
-    processes.wait()
+    processes.barrier()
     if processes.rank == 0:
         _join(path, out, group_size)
-    processes.wait()
+    processes.barrier()
     return count
 
 

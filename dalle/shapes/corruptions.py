@@ -27,7 +27,9 @@ def corrupted_images(pairs: CaptionedImages, indices: Sequence[int]) -> np.ndarr
         ValueError: another set than the shapes, or a resolution that is no multiple of the lattice.
     """
     if not isinstance(pairs, ShapesDataset):
-        raise ValueError("only the drawn shapes can be broken; leave --hard-negative-images out for other images")
+        raise ValueError(
+            "only the drawn shapes can be broken; leave --hard-negative-images out for other images"
+        )
     scenes, boxes = pairs.drawn(indices)
     whole = render(scenes, boxes, pairs.resolution)
     rngs = [generator("broken", pairs.seed, index) for index in indices]

@@ -11,6 +11,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "PlateauConfig": "config",
         "PowerSGDConfig": "config",
         "TrainConfig": "config",
-        "fit": "trainer",
+        "Trainer": "trainer",
     },
 )

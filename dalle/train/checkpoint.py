@@ -26,7 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.io.files import (
-    CHECKSUMS,
     file_hashes,
     on_cpu,
     read_json,
@@ -40,7 +39,7 @@ from dalle.io.files import (
 )
 from dalle.io.format import FORMAT
 from dalle.train import sharded_checkpoint as sharded
-from dalle.train.ranks import Ranks
+from dalle.train.distributed import Distributed
 from dalle.train.state import TrainState
 
 
@@ -56,11 +55,12 @@ class Snapshot:
     @classmethod
     def of(cls, state: TrainState, meta: dict[str, Any], rank: int = 0) -> "Snapshot":
         """Copies this process's share of the state; what all processes have alike is the first one's."""
-        tensors = {
+        tensors, numbers = state.state_dict()
+        copies = {
             file: sharded.copy_to_cpu(held) if sharded.is_sharded(held) else on_cpu(held) if rank == 0 else {}
-            for file, held in state.tensors().items()
+            for file, held in tensors.items()
         }
-        return cls(tensors, deepcopy({"format": FORMAT, **meta, **state.numbers()}))
+        return cls(copies, deepcopy({"format": FORMAT, **meta, **numbers}))
 
     @property
     def name(self) -> str:
@@ -72,12 +72,12 @@ def save_checkpoint(
     run_dir: Path, state: TrainState, meta: dict[str, Any], keep: int, keep_every: int | None = None
 ) -> Path:
     """Writes a checkpoint of the state and removes all but the newest `keep` and every `keep_every`-th step's."""
-    ranks = Ranks()
-    return write_checkpoint(run_dir, Snapshot.of(state, meta, ranks.rank), keep, keep_every, ranks)
+    dist = Distributed.current()
+    return write_checkpoint(run_dir, Snapshot.of(state, meta, dist.rank), keep, keep_every, dist)
 
 
 def write_checkpoint(
-    run_dir: Path, snapshot: Snapshot, keep: int, keep_every: int | None, ranks: Ranks
+    run_dir: Path, snapshot: Snapshot, keep: int, keep_every: int | None, dist: Distributed
 ) -> Path:
     """`save_checkpoint` of a snapshot; all processes call it together.
 
@@ -87,15 +87,15 @@ def write_checkpoint(
     root = run_dir / "checkpoints"
     partial = root / f".partial-{snapshot.name}"
     try:
-        ranks.first(lambda: _clear(root, partial))
-        sums = _write_tensors(partial, snapshot, ranks)
-        ranks.first(lambda: _complete(partial, snapshot, sums))
+        dist.on_main(lambda: _clear(root, partial))
+        sums = _write_tensors(partial, snapshot, dist)
+        dist.on_main(lambda: _complete(partial, snapshot, sums))
     except OSError:
         shutil.rmtree(
             partial, ignore_errors=True
         )  # half a checkpoint is of use to no one, and the room may be
         raise
-    ranks.first(lambda: _remove_older(root, snapshot, keep, keep_every))
+    dist.on_main(lambda: _remove_older(root, snapshot, keep, keep_every))
     return root / snapshot.name
 
 
@@ -106,19 +106,19 @@ def _clear(root: Path, partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _write_tensors(partial: Path, snapshot: Snapshot, ranks: Ranks) -> dict[str, str]:
+def _write_tensors(partial: Path, snapshot: Snapshot, dist: Distributed) -> dict[str, str]:
     """Writes every tensor; sha256 of each file, those of other processes too."""
     written: list[Path] = []
     for file, tensors in snapshot.tensors.items():
         if sharded.is_sharded(tensors):
-            written += sharded.write_shards(partial / file, tensors, ranks)
+            written += sharded.write_shards(partial / file, tensors, dist)
         else:
             path = partial / f"{file}.safetensors"
-            ranks.first(lambda path=path, tensors=tensors: write_tensors(path, tensors, copy=False))
-            written += [path] if ranks.rank == 0 else []
+            dist.on_main(lambda path=path, tensors=tensors: write_tensors(path, tensors, copy=False))
+            written += [path] if dist.rank == 0 else []
     return {
         name: digest
-        for sums in ranks.together(lambda: file_hashes(partial, written))
+        for sums in dist.gather_results(lambda: file_hashes(partial, written))
         for name, digest in sums.items()
     }
 
@@ -160,7 +160,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return folder
 
 
-def latest_valid_checkpoint(run_dir: Path, ranks: Ranks) -> Path | None:
+def latest_valid_checkpoint(run_dir: Path, dist: Distributed) -> Path | None:
     """The newest checkpoint of a run whose files are all as they were written, or None if it has none at all.
 
     Says which file is damaged when it takes an earlier one. All processes call it together, each reads its share.
@@ -169,10 +169,12 @@ def latest_valid_checkpoint(run_dir: Path, ranks: Ranks) -> Path | None:
         ValueError: there are checkpoints, and each is damaged.
     """
     damages: list[str] = []
-    for folder in ranks.first(lambda: _candidates(run_dir)):
-        found = ranks.together(lambda folder=folder: verify_checkpoint(folder, ranks.rank, ranks.world))
+    for folder in dist.on_main(lambda: _candidates(run_dir)):
+        found = dist.gather_results(
+            lambda folder=folder: verify_checkpoint(folder, dist.rank, dist.world_size)
+        )
         if not any(found):
-            if damages and ranks.rank == 0:
+            if damages and dist.rank == 0:
                 tqdm.write(f"warning: {'; '.join(damages)}; taking {folder.name}, the newest that is whole")
             return folder
         damages.append(next(filter(None, found)))
@@ -198,16 +200,14 @@ def verify_checkpoint(
 ) -> str | None:
     """What is wrong with the files of a checkpoint, in a sentence, or None; `parts` limits it to some tensors."""
     try:
-        meta = read_json(folder / "meta.json")
+        read_json(folder / "meta.json")
     except ValueError as error:
         return str(error)
-    if isinstance(meta, dict) and meta.get("format") == 2 and not (folder / CHECKSUMS).exists():
-        return None  # it is from before there were hashes
     files = ("meta.json", *(f"{part}{end}" for part in parts or () for end in (".safetensors", "/")))
     return verify_checksums(folder, lambda name: parts is None or name.startswith(files), rank, world)
 
 
-def restore(folder: Path, state: TrainState, ranks: Ranks | None = None) -> None:
+def restore(folder: Path, state: TrainState, dist: Distributed | None = None) -> None:
     """Puts a checkpoint's weights, moments, averages and step into the state; strict.
 
     However many processes wrote it, and however many read it; these call it together.
@@ -216,7 +216,7 @@ def restore(folder: Path, state: TrainState, ranks: Ranks | None = None) -> None
         ValueError: a file is missing or no safetensors file, or holds other tensors than the state.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
-    held = state.tensors()
+    held, _ = state.state_dict()
     spread = any(
         map(sharded.is_sharded, held.values())
     )  # the moments to come too, of which a fresh state has none
@@ -225,8 +225,8 @@ def restore(folder: Path, state: TrainState, ranks: Ranks | None = None) -> None
         if place is None and file not in ("model", "ema", "optimizer"):
             continue  # new to the run
         if place and (place.is_dir() or spread):
-            tensors |= state.targets({file: sharded.look_up(place)})
-            sharded.read_into(place, tensors[file], ranks)
+            tensors[file] = state.empty_like(held, file, sharded.look_up(place))
+            sharded.read_into(place, tensors[file], dist)
         else:
             tensors[file] = read_tensors(folder / f"{file}.safetensors")
     state.load(tensors, read_json(folder / "meta.json"), folder)

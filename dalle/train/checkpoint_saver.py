@@ -1,4 +1,4 @@
-"""What keeps a run alive: one process in its directory, checkpoints in the background, an end in order when asked."""
+"""Run lifecycle: directory lock, asynchronous checkpoints, graceful shutdown on a signal."""
 
 import errno
 import os
@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from dalle.io.files import make_directory
 from dalle.train.checkpoint import Snapshot, latest_checkpoint, write_checkpoint
-from dalle.train.ranks import Ranks
+from dalle.train.config import TrainConfig
+from dalle.train.distributed import Distributed
 from dalle.train.state import TrainState
 
 try:
@@ -23,43 +24,43 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-GO, STOP, FAILED = range(3)
+CONTINUE, STOP, FAILED = range(3)
 
 
-class Saver:
-    """Checkpoints written by a thread while training goes on, one at a time.
+class AsyncCheckpointer:
+    """Writes checkpoints in a thread while training continues, one at a time.
 
     Args:
         run_dir: the run's directory.
-        keep: newest checkpoints kept.
-        keep_every: steps whose multiples are kept besides, or None.
+        keep_last: newest checkpoints kept.
+        keep_every: steps whose multiples are kept too, or None.
     """
 
-    def __init__(self, run_dir: Path, keep: int, keep_every: int | None):
-        self.run_dir, self.keep, self.keep_every = run_dir, keep, keep_every
-        self.ranks = Ranks()  # the thread's own
+    def __init__(self, run_dir: Path, keep_last: int, keep_every: int | None):
+        self.run_dir, self.keep_last, self.keep_every = run_dir, keep_last, keep_every
+        self.control = Distributed.current()  # the thread's own
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: tuple[int, Future] | None = None
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Copies the state and begins to write it, once the checkpoint before is written."""
+        """Copies the state and starts writing it, after the previous checkpoint is written."""
         self.wait()
-        snapshot = Snapshot.of(state, meta, self.ranks.rank)
+        snapshot = Snapshot.of(state, meta, self.control.rank)
         written = self.thread.submit(
-            write_checkpoint, self.run_dir, snapshot, self.keep, self.keep_every, self.ranks
+            write_checkpoint, self.run_dir, snapshot, self.keep_last, self.keep_every, self.control
         )
         self.writing = state.step, written
 
     @property
     def failed(self) -> bool:
-        """Whether the checkpoint could not be written; `wait` says why."""
+        """Whether the checkpoint could not be written; `wait` raises the reason."""
         return self.writing is not None and self.writing[1].done() and self.writing[1].exception() is not None
 
     def wait(self) -> None:
-        """Until the checkpoint is written.
+        """Waits until the checkpoint is written.
 
         Raises:
-            OSError: it could not be; says what is left to go on from.
+            OSError: it could not be written; says what a resume would start from.
         """
         if self.writing is None:
             return
@@ -69,91 +70,77 @@ class Saver:
         except OSError as error:
             last = latest_checkpoint(self.run_dir)
             left = (
-                f"{last} is whole, and the same command goes on from it"
-                if last
-                else "there is none before it"
+                f"{last} is intact, the same command resumes from it" if last else "there is none before it"
             )
             raise OSError(
                 error.errno or errno.EIO,
-                f"the checkpoint of step {step} could not be written ({error.strerror or error}): {left}. Make room "
-                "(train.keep_last and one checkpoints must fit) or mend the disk first",
+                f"cannot write the checkpoint of step {step} ({error.strerror or error}): {left}. Free disk space "
+                "(train.keep_last + 1 checkpoints must fit) and run the same command again",
             ) from error
 
 
-class Keeper:
-    """A context around a training: holds the directory, hears signals, saves, and has all saved when it ends.
+class RunGuard:
+    """Context of a training: locks the directory, handles signals, saves checkpoints, and waits for them at the end.
 
     Args:
-        run_dir: the run's directory, made where there is none.
-        meta: what makes a checkpoint describe itself.
-        steps: updates in all.
-        save_every: updates between two checkpoints; the last step is always saved.
-        keep: newest checkpoints kept.
-        keep_every: steps whose multiples are kept besides, or None.
+        run_dir: the run's directory, created if missing.
+        meta: description of the checkpoints, with `kind` and `steps`.
+        config: intervals and number of checkpoints.
 
     Raises:
-        ValueError: the directory cannot be written to, or another process is at work in it.
+        ValueError: the directory cannot be written to, or is in use by another process.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        meta: dict[str, Any],
-        steps: int,
-        save_every: int,
-        keep: int,
-        keep_every: int | None,
-    ):
-        self.run_dir, self.meta, self.steps, self.save_every = (
-            run_dir,
-            meta | {"steps": steps},
-            steps,
-            save_every,
-        )
-        self.ranks = Ranks()
+    def __init__(self, run_dir: Path, meta: dict[str, Any], config: TrainConfig):
+        self.run_dir, self.meta, self.save_every = run_dir, meta, config.save_every
+        self.control = Distributed.current()
         self.lock = RunLock(run_dir)
-        self.ranks.first(self._enter_directory)
-        self.saver = Saver(run_dir, keep, keep_every)
-        self.stop = StopRequest()
+        self.control.on_main(self._enter_directory)
+        self.checkpointer = AsyncCheckpointer(run_dir, config.keep_last, config.keep_every)
+        self.stop = PreemptionHandler()
 
     def _enter_directory(self) -> None:
         make_directory(self.run_dir)
         self.lock.take()
 
-    def after_step(self, state: TrainState) -> None:
-        """Saves if it is time to, or if a signal asked any of the processes to stop.
+    def on_step_end(self, state: TrainState) -> None:
+        """Saves a checkpoint if one is due, or if a signal asked any process to stop.
 
         Raises:
-            Stopped: a signal asked, and the training is not complete; it is saved.
+            Preempted: a signal asked to stop before the last step; the state is saved.
             OSError: a checkpoint could not be written.
         """
-        last = state.step == self.steps
-        word = self.ranks.highest(FAILED if self.saver.failed else STOP if self.stop.asked else GO)
-        if word == FAILED:
-            self.saver.wait()
-        if word == STOP or last or state.step % self.save_every == 0:
-            self.saver.save(state, self.meta)
-        if word == STOP and not last:
-            self.saver.wait()
-            if self.ranks.rank == 0:
+        last = state.step == self.meta["steps"]
+        status = self.control.max(
+            FAILED if self.checkpointer.failed else STOP if self.stop.asked else CONTINUE
+        )
+        if status == FAILED:
+            self.checkpointer.wait()
+        if status == STOP or last or state.step % self.save_every == 0:
+            self.checkpointer.save(state, self.meta)
+        if status == STOP and not last:
+            self.checkpointer.wait()
+            if self.control.is_main:
                 asked = self.stop.asked or "a signal to another process"
-                tell_stopped(
-                    self.meta["kind"], asked, state.step, self.steps, latest_checkpoint(self.run_dir)
+                tqdm.write(
+                    f"{self.meta['kind']}: stopped by {asked} after step {state.step} of {self.meta['steps']}, saved in "
+                    f"{latest_checkpoint(self.run_dir)}. The training is not complete: the same command resumes it "
+                    f"(exit status {EXIT_PREEMPTED})"
                 )
-            raise Stopped
+            raise Preempted
 
-    def __enter__(self) -> "Keeper":
+    def __enter__(self) -> "RunGuard":
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
-            self.saver.wait()
+            self.checkpointer.wait()
         except OSError as failure:
             if error is None:
                 raise
-            tqdm.write(f"warning: {failure.strerror}")  # what ended the run is the first to be told
+            tqdm.write(f"warning: {failure.strerror}")  # the error that ended the run is raised
         finally:
-            self.saver.thread.shutdown()
+            self.checkpointer.thread.shutdown()
             self.stop.close()
             self.lock.close()
 
@@ -203,20 +190,20 @@ class RunLock:
             self.file.close()
 
 
-TRY_AGAIN = 75
+EXIT_PREEMPTED = 75
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 SAME_PRESS = 1.0
 """Seconds in which a second SIGINT is an echo: a launcher passes on what the terminal has sent already."""
 
 
-class Stopped(SystemExit):
-    """The end of a run that was asked to stop before it was complete; a script exits with status 75."""
+class Preempted(SystemExit):
+    """A run stopped by a signal before its last step; a script exits with status 75."""
 
     def __init__(self):
-        super().__init__(TRY_AGAIN)
+        super().__init__(EXIT_PREEMPTED)
 
 
-class StopRequest:
+class PreemptionHandler:
     """Listens for a signal to stop while it is open; `asked` is then the signal's name.
 
     Outside of the main thread it hears nothing, since Python gives signals to that one alone.
@@ -240,11 +227,3 @@ class StopRequest:
         """Gives the signals back to whoever had them."""
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not Python's own
-
-
-def tell_stopped(kind: str, asked: str, step: int, steps: int, place: Any) -> None:
-    """Says how to go on."""
-    tqdm.write(
-        f"{kind}: stopped by {asked} after step {step} of {steps}, saved in {place}. The training is not complete: "
-        f"the same command goes on from there (exit status {TRY_AGAIN})"
-    )

@@ -3,31 +3,20 @@
 A field marked `RESUME_FREE` may change when a run resumes: it leaves the weights as they are.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dalle.config import to_dict
+from dalle.config import RESUME_FREE
 from dalle.schedules import Schedule
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Mode = Literal["none", "ddp", "fsdp", "hsdp"]
 Resume = Literal["auto", "changed", "never"]
-RESUME_FREE = {"resume": "free"}
-"""Metadata of a field that a resumed run may change."""
 POWERSGD_RANKS = {1920: 512, 2688: 640, 3968: 896}
 """Width -> rank (Table 1): the least multiple of 128 that leaves no gap in the training loss."""
 LOGGERS = ("tensorboard", "wandb")
-
-
-def resume_fingerprint(config: Any) -> dict[str, Any]:
-    """The configuration as a plain dict, without the fields that a resumed run may change."""
-    names = [f.name for f in dataclasses.fields(config) if f.metadata.get("resume") != "free"]
-    values, plain = {name: getattr(config, name) for name in names}, to_dict(config)
-    return {
-        name: resume_fingerprint(value) if dataclasses.is_dataclass(value) else plain[name]
-        for name, value in values.items()
-    }
+TIMEOUT_MINUTES = 15.0
+"""Longest wait for the other processes in a step: longer than a data worker may take (10 minutes)."""
 
 
 def _check_positive(config: Any, *names: str) -> None:

@@ -23,14 +23,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dalle.train.config import Mode
+from dalle.train.config import TIMEOUT_MINUTES, Mode
 from dalle.train.dtensor import ForwardProxy, local, shard_model
 from dalle.train.precision import local_device, resolve_device
 from dalle.types import BatchShard
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=15)
-"""Longest wait for the other processes in a step: longer than a data worker may take (10 minutes)."""
 MONITOR_TIMEOUT = timedelta(seconds=20)
 """Time a process has to answer when another one has timed out."""
 
@@ -59,7 +57,12 @@ class Distributed:
         world_size: int = 1,
         shard: int | None = None,
     ):
-        self.mode, self.device, self.rank, self.world_size = mode, device or torch.device("cpu"), rank, world_size
+        self.mode, self.device, self.rank, self.world_size = (
+            mode,
+            device or torch.device("cpu"),
+            rank,
+            world_size,
+        )
         self.mesh: Any = None
         self.wrapped: Any = None
         self.control: Any = None
@@ -77,7 +80,11 @@ class Distributed:
 
     @classmethod
     def start(
-        cls, mode: Mode, device: str = "auto", shard: int | None = None, timeout: timedelta = TIMEOUT
+        cls,
+        mode: Mode,
+        device: str = "auto",
+        shard: int | None = None,
+        timeout: timedelta = timedelta(minutes=TIMEOUT_MINUTES),
     ) -> "Distributed":
         """Joins the processes that torchrun started for a training; mode "none" is a single process.
 
@@ -149,7 +156,7 @@ class Distributed:
     def wrap(self, model: nn.Module, precision: str, averaged: bool = True) -> None:
         """Wraps the model in DDP or FSDP2, before optimizers are built; parameter names do not change.
 
-        Under fsdp and hsdp the groups of `model.shards()` are gathered one by one, in 16 bit under bf16 and fp16 (as
+        Under fsdp and hsdp the groups of `model.fsdp_groups()` are gathered one by one, in 16 bit under bf16 and fp16 (as
         autocast would cast them), the next one ahead of time; everything else once a step in fp32: norms,
         embeddings, outputs (appendix D, guideline 2). Gradients are averaged in fp32.
 

@@ -64,7 +64,7 @@ class ForwardProxy(nn.Module):
 def shard_model(
     model: nn.Module, mesh: Any, precision: str, ignored: list[nn.Parameter], by_longer_side: bool
 ) -> nn.Module:
-    """Shards a model by FSDP2: each group of `model.shards()` on its own, everything else together.
+    """Shards a model by FSDP2: each group of `model.fsdp_groups()` on its own, everything else together.
 
     Args:
         model: the same weights in every process.
@@ -80,7 +80,7 @@ def shard_model(
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     placement = (lambda p: Shard(shard_dim(p.shape, mesh.size()))) if by_longer_side else None
-    groups = model.shards() if hasattr(model, "shards") else []
+    groups = model.fsdp_groups() if hasattr(model, "shards") else []
     for group in groups:
         fully_shard(group, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     for before, after in pairwise(groups):

@@ -176,7 +176,9 @@ class WandB:
         try:
             import wandb
         except ImportError:
-            raise ImportError('--log.loggers wandb needs it: pip install "zeroshot-text2image[wandb]"') from None
+            raise ImportError(
+                '--log.loggers wandb needs it: pip install "zeroshot-text2image[wandb]"'
+            ) from None
         self.image, name = wandb.Image, run_dir / "wandb-id.txt"
         if not name.exists():
             name.write_text(uuid.uuid4().hex[:12], encoding="utf-8")

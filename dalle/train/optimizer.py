@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.train.config import OptimizerConfig
-from dalle.train.dtensor import local, distribute_like
+from dalle.train.dtensor import distribute_like, local
 from dalle.train.float_formats import store_moments
 
 CHUNK = 2**26

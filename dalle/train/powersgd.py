@@ -141,7 +141,9 @@ class PowerSGD:
         gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         if self._spoilt(gradients):
             return
-        names = [name for name in self.factored if name in gradients] if step >= self.config.start_step else []
+        names = (
+            [name for name in self.factored if name in gradients] if step >= self.config.start_step else []
+        )
         self._average([gradient for name, gradient in gradients.items() if name not in names])
         if names:
             self._factor({name: gradients[name] for name in names}, step)

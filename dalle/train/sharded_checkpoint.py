@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DeviceMesh, DTensor, Shard
 
 from dalle.io.files import read_tensors, sync_folder
-from dalle.train.ranks import Ranks
+from dalle.train.distributed import Distributed
 
 
 class _OneOrAll(FileSystem):
@@ -50,7 +50,7 @@ def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return BlockingAsyncStager().stage({name: tensor.detach() for name, tensor in tensors.items()})
 
 
-def write_shards(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> list[Path]:
+def write_shards(folder: Path, tensors: dict[str, Tensor], dist: Distributed) -> list[Path]:
     """Writes what all processes hold, each its share; returns this process's files.
 
     Raises:
@@ -58,10 +58,10 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> list
     """
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _plain_errors():
-        dcp.save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=ranks.group is None)
-    if ranks.rank == 0:
+        dcp.save(tensors, storage_writer=writer, process_group=dist.control, no_dist=dist.control is None)
+    if dist.rank == 0:
         sync_folder(folder)
-    return sorted(folder.glob(f"shard-{ranks.rank + 1:05d}-*.safetensors"))
+    return sorted(folder.glob(f"shard-{dist.rank + 1:05d}-*.safetensors"))
 
 
 def find(folder: Path, name: str) -> Path | None:
@@ -80,9 +80,9 @@ def look_up(place: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     }
 
 
-def read_into(place: Path, tensors: dict[str, Tensor], ranks: Ranks | None = None) -> None:
+def read_into(place: Path, tensors: dict[str, Tensor], dist: Distributed | None = None) -> None:
     """Fills tensors, whole ones and shares, in place; processes, if there are several, together."""
-    group = ranks.group if ranks else None
+    group = dist.control if dist else None
     with _plain_errors(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # being alone is no fault
         dcp.load(tensors, storage_reader=_reader(place), process_group=group, no_dist=group is None)

@@ -57,7 +57,10 @@ class TrainState:
         return tensors, {"step": self.step, "ema": ema, "extras": numbers}
 
     def empty_like(
-        self, tensors: dict[str, dict[str, Tensor]], file: str, stored: dict[str, tuple[torch.Size, torch.dtype]]
+        self,
+        tensors: dict[str, dict[str, Tensor]],
+        file: str,
+        stored: dict[str, tuple[torch.Size, torch.dtype]],
     ) -> dict[str, Tensor]:
         """Tensors to read a file of a checkpoint into, sharded as the state's own are.
 

@@ -45,7 +45,9 @@ def train_step(
     shards = batch_shards(model, objective, parts, dist)
 
     def forward(i: int) -> Loss:
-        torch.manual_seed(step_seed(seed, state.step))  # of all shards: an objective samples by its shard's index
+        torch.manual_seed(
+            step_seed(seed, state.step)
+        )  # of all shards: an objective samples by its shard's index
         with autocast(precision, device):
             return Loss(*dist.forward(model, _loss_and_metrics, objective, parts[i], state.step, *shards[i]))
 

@@ -24,10 +24,9 @@ from dalle.benchmarks.common import Stepper, hardware, save_report
 from dalle.config import cli_errors, parse
 from dalle.nn.blocks import ResidualBlock, scale_gradient
 from dalle.schedules import Schedule
+from dalle.train.config import NO_PLATEAU, OptimizerConfig
 from dalle.train.grad_scaler import PerBlockGradScaler
-from dalle.train.lr_schedule import PlateauConfig
 from dalle.train.nonfinite import NonfiniteGuard
-from dalle.train.optimizer import OptimizerConfig
 from dalle.transformer import TransformerConfig
 from dalle.transformer.objective import TransformerObjective
 from dalle.viz.curves import scales_figure
@@ -149,11 +148,11 @@ def optimizer(lr: float) -> OptimizerConfig:
     """AdamW that does not depend on the size of gradients: no clipping, and an eps far below all but noise."""
     return OptimizerConfig(
         lr=Schedule(lr, lr),
-        warmup=100,
+        warmup_steps=100,
         eps=1e-18,
         clip=None,
-        variance_clip=None,
-        plateau=PlateauConfig(halvings=0),
+        max_variance=None,
+        plateau=NO_PLATEAU,
     )
 
 

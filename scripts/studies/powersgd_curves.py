@@ -21,10 +21,10 @@ from dalle.benchmarks.common import Stepper, hardware, save_report
 from dalle.config import cli_errors, parse
 from dalle.io.files import read_json, write_json
 from dalle.schedules import Schedule
+from dalle.train.config import OptimizerConfig
 from dalle.train.float_formats import HALF, store_moments
-from dalle.train.low_rank import PowerSGDConfig
-from dalle.train.optimizer import OptimizerConfig, hidden_matrices
-from dalle.train.powersgd import build_powersgd
+from dalle.train.optimizer import hidden_matrices
+from dalle.train.powersgd import PowerSGDConfig, build_powersgd
 from dalle.transformer import TransformerConfig
 from dalle.transformer.objective import TransformerObjective
 
@@ -113,8 +113,8 @@ def _train(settings: dict[str, str], args: PowerSGDStudy, data: ColorTokens) -> 
     compression = {name: value for name, value in settings.items() if name != "moments"}
     optim = OptimizerConfig(
         lr=Schedule(args.lr, args.lr),
-        warmup=args.steps // 10,
-        moments="paper" if moments == "paper" else "fp32",
+        warmup_steps=args.steps // 10,
+        state_dtype="paper" if moments == "paper" else "fp32",
     )
     cpu = torch.device("cpu")
     step = Stepper(

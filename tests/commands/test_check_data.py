@@ -279,7 +279,7 @@ def test_tokens_are_counted_and_the_cut_told(folder, tmp_path):
     text.save(tmp_path / "text.json")
     lengths = sorted(len(text.encode(caption)) for caption in captions)
     room = lengths[-3]
-    run = run_of(folder, tmp_path / "out", tokenizer=tmp_path / "text.json", text_len=room + 1)
+    run = run_of(folder, tmp_path / "out", text_tokenizer=tmp_path / "text.json", text_len=room + 1)
     tokens = check_data(run)["tokens"]
     longer = sum(length > room for length in lengths)
     assert longer in (1, 2)
@@ -453,7 +453,7 @@ def test_help_teaches(command):
     for words in (
         "--max-broken",
         "--exclude-list",
-        "--tokenizer",
+        "--text-tokenizer",
         "--data.filters.min-words",
         "skipped.jsonl",
     ):

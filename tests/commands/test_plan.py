@@ -15,10 +15,10 @@ from dalle.config import load
 from dalle.dvae import DVAEConfig
 from dalle.dvae.objective import DVAEObjective
 from dalle.hub.registry import build_model
+from dalle.paths import CONFIGS
 from dalle.planner.count import StepEstimate, estimate_step
 from dalle.planner.memory import ParallelLayout, memory
 from dalle.planner.traffic import ring, traffic
-from dalle.runs.args import CONFIGS
 from dalle.runs.kinds import kind_of_file, take_kind
 from dalle.train.config import OptimizerConfig
 from dalle.transformer import TransformerConfig

@@ -352,8 +352,8 @@ class TestMissingStages:
         ("name", "words", "option"),
         [
             ("encode_images", TINY_DVAE, "--dvae"),
-            ("train_transformer", TINY_TEXT, "--tokenizer"),
-            ("train_clip", TINY_CLIP, "--tokenizer"),
+            ("train_transformer", TINY_TEXT, "--text-tokenizer"),
+            ("train_clip", TINY_CLIP, "--text-tokenizer"),
             ("sample", PROMPT, "--dvae"),
         ],
     )
@@ -457,7 +457,9 @@ class TestMistakes:
 
     def test_a_directory_without_a_text_tokenizer_is_named(self, script, tmp_path):
         (tmp_path / "empty").mkdir()
-        assert_told(script("train_clip", *TINY_CLIP, "--tokenizer", "empty"), r"cannot read .*text\.json")
+        assert_told(
+            script("train_clip", *TINY_CLIP, "--text-tokenizer", "empty"), r"cannot read .*text\.json"
+        )
 
     @pytest.mark.parametrize(
         ("words", "said"),
@@ -471,7 +473,7 @@ class TestMistakes:
     def test_parts_that_do_not_fit_the_transformer_are_told_before_the_first_step(
         self, script, chain, tiny_configs, tmp_path, words, said
     ):
-        inputs = ("--tokens", chain / "tokens", "--tokenizer", chain / "text")
+        inputs = ("--tokens", chain / "tokens", "--text-tokenizer", chain / "text")
         done = script(
             "train_transformer", "--config", tiny_configs / "transformer" / "shapes.yaml", *inputs, *words
         )

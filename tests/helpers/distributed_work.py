@@ -20,9 +20,9 @@ from dalle.clip.objective import CLIPObjective
 from dalle.dvae import DVAE, DVAEConfig, DVAELossConfig
 from dalle.dvae.objective import DVAEObjective
 from dalle.schedules import Schedule
-from dalle.train import TrainConfig, fit
+from dalle.train import TrainConfig, Trainer
 from dalle.train.config import EMAConfig, OptimizerConfig, PlateauConfig, PowerSGDConfig
-from dalle.train.distributed import Parallel
+from dalle.train.distributed import Distributed
 from dalle.train.dtensor import local
 from dalle.train.state import TrainState
 from dalle.transformer import Transformer, TransformerConfig
@@ -139,12 +139,16 @@ def half_bad() -> nn.Module:
 
 
 BROKEN = {
-    "spoilt": Case(transformer(), Spoilt(), token_batch, {"max_skipped_steps": 2, "eval_every": 9}, stops=(6,)),
-    "half_bad": Case(half_bad, TransformerObjective(), token_batch, {"max_skipped_steps": 1, "eval_every": 9}),
+    "spoilt": Case(
+        transformer(), Spoilt(), token_batch, {"max_skipped_steps": 2, "eval_every": 9}, stops=(6,)
+    ),
+    "half_bad": Case(
+        half_bad, TransformerObjective(), token_batch, {"max_skipped_steps": 1, "eval_every": 9}
+    ),
 }
 
 
-def failure(case: Case, parallel: Parallel, out: Path) -> str:
+def failure(case: Case, parallel: Distributed, out: Path) -> str:
     """What a training that breaks says in this process."""
     try:
         train(case, parallel, out)
@@ -191,7 +195,7 @@ def share(batch: Any, rank: int, world: int) -> Any:
     return batch.chunk(world)[rank]
 
 
-def train(case: Case, parallel: Parallel, out: Path) -> TrainState:
+def train(case: Case, parallel: Distributed, out: Path) -> TrainState:
     """One case, into a run directory."""
 
     def evaluate(model: nn.Module, step: int) -> dict[str, float]:
@@ -199,22 +203,22 @@ def train(case: Case, parallel: Parallel, out: Path) -> TrainState:
 
     for steps in case.stops:
         torch.manual_seed(0)
-        state = fit(
+        state = Trainer(
             case.model(),
             case.objective,
-            lambda step: share(case.batch(step), parallel.rank, parallel.world),
+            lambda step: share(case.batch(step), parallel.rank, parallel.world_size),
             replace(TRAIN, **case.train),
             steps=steps,
             seed=7,
             run_dir=out,
             meta={"kind": "case", "run": {}, "links": {}},
             evaluate=evaluate,
-            parallel=parallel,
-        )
+            dist=parallel,
+        ).train()
     return state
 
 
-def words(parallel: Parallel) -> dict[str, Any]:
+def words(parallel: Distributed) -> dict[str, Any]:
     """What the processes say to each other and how much each holds of a transformer.
 
     The gradient of `gather` is that of this process's own rows.
@@ -232,8 +236,8 @@ def words(parallel: Parallel) -> dict[str, Any]:
         "cuts": [p.placements[0].dim for p in (mlp.expand.weight, mlp.project.weight)]
         if parallel.sharded
         else [],
-        "sum": float(parallel.all_sum(torch.tensor(rank + 1.0))),
-        "mean": float(parallel.all_mean(torch.tensor(float(rank)))),
+        "sum": float(parallel.all_reduce(torch.tensor(rank + 1.0))),
+        "mean": float(parallel.all_reduce(torch.tensor(float(rank)))) / parallel.world_size,
         "true": parallel.all_true(torch.tensor([True, rank == 0])).tolist(),
         "gathered": gathered[:, 0].tolist(),
         "gradient": rows.grad[:, 0].tolist(),
@@ -248,7 +252,7 @@ def words(parallel: Parallel) -> dict[str, Any]:
 
 def main(mode: str, out: str, shard: str | None = None) -> None:
     torch.set_num_threads(1)
-    with Parallel.start(mode, "cpu", int(shard) if shard else None) as parallel:
+    with Distributed.start(mode, "cpu", int(shard) if shard else None) as parallel:
         (Path(out) / f"words-{parallel.rank}.json").write_text(json.dumps(words(parallel)))
         print(f"printed by process {parallel.rank}")
         for name, case in (SEVERAL | FACTORED).items():

@@ -24,11 +24,11 @@ from dalle.commands.train_dvae import train_dvae
 from dalle.config import cli_errors
 from dalle.io.files import CHECKSUMS, read_json, write_json
 from dalle.schedules import Schedule
-from dalle.train import TrainConfig, checkpoint, fit
+from dalle.train import TrainConfig, Trainer, checkpoint
 from dalle.train import checkpoint_saver as keeper
 from dalle.train import trainer as loop
 from dalle.train.checkpoint import latest_checkpoint
-from dalle.train.checkpoint_saver import SAME_PRESS, RunLock, Stopped
+from dalle.train.checkpoint_saver import SAME_PRESS, Preempted, RunLock
 from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.loggers import read_log
 from dalle.types import Loss
@@ -46,7 +46,7 @@ CONFIG = TrainConfig(
     precision="fp32",
     log_every=1,
     save_every=1,
-    keep=2,
+    keep_last=2,
 )
 
 
@@ -58,7 +58,7 @@ def fit_line(out: Path, steps: int, objective=squared_error, resume="auto", run=
     """A line, y = w x + b, which trains in milliseconds."""
     torch.manual_seed(0)
     meta = {"kind": "line", "run": run or {}, "links": {}}
-    return fit(
+    return Trainer(
         nn.Linear(width, width),
         objective,
         lambda step: torch.linspace(-1, 1, 4 * width).view(4, width) + step,
@@ -68,7 +68,7 @@ def fit_line(out: Path, steps: int, objective=squared_error, resume="auto", run=
         run_dir=out,
         meta=meta,
         resume=resume,
-    )
+    ).train()
 
 
 def at_step(step: int, act: Callable[[], None]):
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(file, harm, tmp_
     assert f"step-00000003/{file}" in said
     assert "warning: " in said
     assert "taking step-00000002, the newest that is whole" in said
-    assert "going on from step 2" in said
+    assert "resuming from step 2" in said
     assert files(latest_checkpoint(tmp_path / "run")) == files(latest_checkpoint(tmp_path / "whole"))
 
 
@@ -143,10 +143,10 @@ def test_a_pointer_that_is_lost_or_names_nothing_costs_no_checkpoint(tmp_path, c
     fit_line(tmp_path, steps=3)
     (tmp_path / "checkpoints" / "latest").unlink()
     fit_line(tmp_path, steps=4)
-    assert "going on from step 3" in capsys.readouterr().out
+    assert "resuming from step 3" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000004")
     fit_line(tmp_path, steps=5)
-    assert "going on from step 3" in capsys.readouterr().out
+    assert "resuming from step 3" in capsys.readouterr().out
 
 
 def test_sums_are_what_sha256sum_reads(tmp_path):
@@ -164,7 +164,7 @@ def test_a_checkpoint_of_before_the_sums_is_read_without_them(tmp_path, capsys):
     write_json(folder / "meta.json", read_json(folder / "meta.json") | {"format": 2})
     (folder / CHECKSUMS).unlink()
     fit_line(tmp_path, steps=2)
-    assert "going on from step 1" in capsys.readouterr().out
+    assert "resuming from step 1" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_lacks_its_sums_is_not_whole(tmp_path):
@@ -180,7 +180,7 @@ def test_a_checkpoint_that_lacks_its_sums_is_not_whole(tmp_path):
 
 
 def test_every_mth_is_kept_besides_the_newest(tmp_path):
-    fit_line(tmp_path, steps=9, keep=2, keep_every=3)
+    fit_line(tmp_path, steps=9, keep_last=2, keep_every=3)
     assert folders(tmp_path) == ["latest", *(f"step-0000000{step}" for step in (3, 6, 8, 9))]
 
 
@@ -196,7 +196,7 @@ def test_going_on_says_step_place_and_date(tmp_path, capsys):
     os.utime(latest_checkpoint(tmp_path) / "meta.json", (0, time.mktime((2021, 2, 24, 12, 30, 5, 0, 0, -1))))
     fit_line(tmp_path, steps=3)
     place = tmp_path / "checkpoints" / "step-00000002"
-    said = f"line: going on from step 2 of 3 ({place}, saved 2021-02-24 12:30:05)"
+    said = f"line: resuming from step 2 of 3 ({place}, saved 2021-02-24 12:30:05)"
     assert capsys.readouterr().out.splitlines()[0] == said
 
 
@@ -287,7 +287,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(slow_write, tmp_path):
 def test_one_checkpoint_is_written_at_a_time_and_all_before_the_end(slow_write, tmp_path):
     allow, most = slow_write
     threading.Timer(0.2, allow.set).start()
-    fit_line(tmp_path, steps=5, keep=9)
+    fit_line(tmp_path, steps=5, keep_last=9)
     assert most == [1] * 5
     assert folders(tmp_path) == ["latest", *(f"step-0000000{step}" for step in range(1, 6))]
 
@@ -347,7 +347,7 @@ def test_two_failures_tell_the_first_and_mention_the_other(tmp_path, monkeypatch
 def test_a_signal_saves_at_the_end_of_the_step_and_exits_75(name, tmp_path, capsys):
     fit_line(tmp_path / "whole", steps=5)
     before = signal.getsignal(getattr(signal, name))
-    with pytest.raises(Stopped) as stopped, cli_errors():
+    with pytest.raises(Preempted) as stopped, cli_errors():
         fit_line(tmp_path / "run", steps=5, save_every=100, objective=at_step(3, lambda: send(name)))
     assert stopped.value.code == 75
     said = capsys.readouterr().out
@@ -370,7 +370,7 @@ def test_signals_again_and_again_change_nothing(tmp_path):
         for name in ("SIGUSR1", "SIGTERM", "SIGTERM", "SIGINT"):
             send(name)
 
-    with pytest.raises(Stopped):
+    with pytest.raises(Preempted):
         fit_line(tmp_path, steps=5, objective=at_step(2, many))
     assert latest_checkpoint(tmp_path).name == "step-00000002"
 
@@ -417,7 +417,7 @@ def test_every_training_script_exits_75_when_it_is_stopped(
     else:
         words += ["--config", tiny_configs / script.removeprefix("train_") / "shapes.yaml"]
         words += ["--tokens", chain / "tokens"] if script == "train_transformer" else []
-        words += ["--tokenizer", chain / "text"] if script in ("train_transformer", "train_clip") else []
+        words += ["--text-tokenizer", chain / "text"] if script in ("train_transformer", "train_clip") else []
     monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(PROJECT / "scripts" / f"{script}.py"), run_name="__main__")

@@ -37,12 +37,12 @@ from dalle.hub.registry import load_model
 from dalle.io.files import read_json
 from dalle.runs.args import TrainArgs
 from dalle.train.checkpoint import latest_checkpoint
-from dalle.train.distributed import Parallel
-from dalle.train.dtensor import clip_gradients, gradient_norm, local, placed, whole
+from dalle.train.distributed import Distributed
+from dalle.train.dtensor import clip_gradients, distribute_like, gradient_norm, local
 from dalle.train.loggers import read_log
 from dalle.train.sharded_checkpoint import read_whole
 from dalle.train.step import mean_loss, split
-from dalle.train.trainer import check_parts
+from dalle.train.trainer import check_batch_size
 from dalle.transformer.objective import TransformerObjective
 from dalle.types import BatchShard, Loss
 
@@ -84,7 +84,7 @@ def single(tmp_path_factory) -> Path:
     """Run directories of one process, by case."""
     out = tmp_path_factory.mktemp("single")
     for name, case in PLAIN.items():
-        train(case, Parallel(), out / name)
+        train(case, Distributed(), out / name)
     return out
 
 
@@ -233,7 +233,9 @@ def test_a_step_that_is_bad_in_one_process_is_skipped_and_named_by_all(mode, sev
     assert "step 5: loss nan" in said[0]["spoilt"]
     assert "first bad tensor: gradient of " in said[0]["spoilt"]
     assert "first bad tensor: parameter to_logits.weight." in said[0]["half_bad"]
-    assert [line["skipped_steps"] for line in read_log(out / "spoilt" / "log.jsonl") if "skipped_steps" in line] == [
+    assert [
+        line["skipped_steps"] for line in read_log(out / "spoilt" / "log.jsonl") if "skipped_steps" in line
+    ] == [
         0,
         1,
         1,
@@ -255,7 +257,7 @@ from datetime import timedelta
 import torch
 from dalle.train import distributed as parallel
 parallel.ANSWER = timedelta(seconds=3)
-with parallel.Parallel.start("ddp", "cpu", timeout=timedelta(seconds=5)) as several:
+with parallel.Distributed.start("ddp", "cpu", timeout=timedelta(seconds=5)) as several:
     several.all_sum(torch.ones(1))
     if several.rank == 1:
         time.sleep(15)
@@ -272,7 +274,7 @@ with parallel.Parallel.start("ddp", "cpu", timeout=timedelta(seconds=5)) as seve
 @pytest.mark.parametrize("passes", [2, 8])
 def test_accumulating_changes_no_result(case, passes, single, tmp_path):
     own = PLAIN[case]
-    train(replace(own, train=own.train | {"grad_accum_steps": passes}), Parallel(), tmp_path)
+    train(replace(own, train=own.train | {"grad_accum_steps": passes}), Distributed(), tmp_path)
     a, b = tensors(single / case), tensors(tmp_path)
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=0, atol=TOLERANCE[case])
@@ -294,7 +296,7 @@ def test_the_mean_over_parts_is_the_batchs():
     counts = [objective.num_targets(model, part) for part in parts]
     assert len({int(count) for count in counts}) > 1
     losses = [objective(model, part, 0, BatchShard(i, 4, sum(counts))) for i, part in enumerate(parts)]
-    together, expected = mean_loss(losses, Parallel()), objective(model, batch, 0)
+    together, expected = mean_loss(losses, Distributed()), objective(model, batch, 0)
     torch.testing.assert_close(together.total, expected.total.detach())
     for name, value in expected.metrics.items():
         torch.testing.assert_close(together.metrics[name], value)
@@ -351,7 +353,7 @@ def test_splitting_keeps_tuples_and_dicts():
 
 
 def test_metrics_that_are_numbers_are_averaged_too():
-    loss = mean_loss([Loss(torch.tensor(1.0), {"tau": 0.5, "n": torch.tensor(2)})] * 2, Parallel())
+    loss = mean_loss([Loss(torch.tensor(1.0), {"tau": 0.5, "n": torch.tensor(2)})] * 2, Distributed())
     assert float(loss.total) == 1
     assert float(loss.metrics["tau"]) == 0.5
     assert float(loss.metrics["n"]) == 2
@@ -365,7 +367,7 @@ def test_gradients_of_plain_tensors_are_clipped_as_torch_does():
     assert float(norm) == 5
     clip_gradients(weights, norm, 1.0)
     assert weights[1].grad.tolist() == pytest.approx([0.8, 0, 0])
-    assert local(weights[0]) is whole(weights[0]) is placed(weights[0], weights[1]) is weights[0]
+    assert local(weights[0]) is distribute_like(weights[0], weights[1]) is weights[0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -419,7 +421,7 @@ def test_torchrun_without_a_parallel_mode_is_refused(torchrun):
 def test_one_process_of_torchrun_may_train_alone(torchrun):
     torchrun(1)
     with TrainArgs(device="cpu").processes() as parallel:
-        assert (parallel.world, parallel.is_main, parallel.mesh) == (1, True, None)
+        assert (parallel.world_size, parallel.is_main, parallel.mesh) == (1, True, None)
 
 
 @pytest.mark.parametrize(("world", "local_world", "shard"), [(6, 4, None), (4, 4, 3), (4, 4, 0)])
@@ -451,7 +453,7 @@ def test_each_process_needs_a_gpu_of_its_own(found, name, said, torchrun, monkey
         TrainArgs(parallel="ddp", device=name).processes()
 
 
-class Sixfold(Parallel):
+class Sixfold(Distributed):
     """Six processes, in name."""
 
     def __init__(self, mode: str = "ddp"):
@@ -463,27 +465,27 @@ def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(
         ValueError, match=f"train.batch_size {BATCH} does not divide among 6 processes and 1 passes"
     ):
-        check_parts(TRAIN, Sixfold())
-    check_parts(replace(TRAIN, batch_size=12, accumulate=2), Sixfold())
+        check_batch_size(TRAIN, Sixfold())
+    check_batch_size(replace(TRAIN, batch_size=12, grad_accum_steps=2), Sixfold())
     with pytest.raises(ValueError, match="make it a multiple of 24"):
-        check_parts(replace(TRAIN, batch_size=12, accumulate=4), Sixfold())
+        check_batch_size(replace(TRAIN, batch_size=12, grad_accum_steps=4), Sixfold())
 
 
 def test_muon_is_refused_where_matrices_are_sliced():
     muon = replace(TRAIN, batch_size=6, optimizer=replace(TRAIN.optimizer, muon_lr_scale=5.0))
-    check_parts(muon, Sixfold("ddp"))
+    check_batch_size(muon, Sixfold("ddp"))
     with pytest.raises(ValueError, match="Muon needs whole matrices, and --parallel fsdp slices them"):
-        check_parts(muon, Sixfold("fsdp"))
+        check_batch_size(muon, Sixfold("fsdp"))
 
 
 def test_clip_refuses_to_accumulate():
     with pytest.raises(ValueError, match="accumulate changes the loss of CLIP"):
-        TrainCLIPArgs(train=replace(TRAIN, accumulate=2))
+        TrainCLIPArgs(train=replace(TRAIN, grad_accum_steps=2))
 
 
 def test_what_only_shares_the_work_may_change_when_a_run_goes_on(tiny_runs):
     run = tiny_runs.transformer
-    other = replace(run, parallel="hsdp", shard=2, train=replace(run.train, accumulate=2))
+    other = replace(run, parallel="hsdp", shard=2, train=replace(run.train, grad_accum_steps=2))
     assert other.record() == run.record()
 
 
@@ -496,7 +498,7 @@ def test_what_only_shares_the_work_may_change_when_a_run_goes_on(tiny_runs):
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_torchrun_trains_what_one_process_loads_and_goes_on_with(mode, chain, tiny_configs, tmp_path, python):
     script = ["scripts/train_transformer.py", "--config", tiny_configs / "transformer" / "shapes.yaml"]
-    script += ["--tokens", chain / "tokens", "--tokenizer", chain / "text", "--out", tmp_path / "run"]
+    script += ["--tokens", chain / "tokens", "--text-tokenizer", chain / "text", "--out", tmp_path / "run"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = python([*launcher, *script, "--parallel", mode], cwd=tmp_path, seconds=400)
     assert done.returncode == 0, done.stderr

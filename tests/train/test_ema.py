@@ -52,7 +52,9 @@ def test_the_average_is_the_written_out_sum(model):
 
 
 def test_only_every_nth_update_is_taken_in(model):
-    assert follow(model, EMAConfig(decay=0.5, update_every=3), [9.0, 9.0, 1.0, 9.0, 9.0]) == pytest.approx(1.0)
+    assert follow(model, EMAConfig(decay=0.5, update_every=3), [9.0, 9.0, 1.0, 9.0, 9.0]) == pytest.approx(
+        1.0
+    )
 
 
 def test_before_the_first_averaging_there_is_none_and_the_weights_stand(model):
@@ -122,5 +124,5 @@ def test_an_average_kept_off_the_gpu_is_applied_to_weights_on_it(model):
 
 @pytest.mark.parametrize(("decay", "every"), [(1.0, 1), (2.0, 1), (-0.1, 1), (0.9, 0)])
 def test_averages_that_cannot_be_are_refused(decay, every):
-    with pytest.raises(ValueError, match=r"decay must lie|every must be positive"):
+    with pytest.raises(ValueError, match=r"decay must be in|update_every must be positive"):
         EMAConfig(decay, every)

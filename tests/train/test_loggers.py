@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
 from dalle.config import load
 from dalle.schedules import Schedule
-from dalle.train import TrainConfig, fit
+from dalle.train import TrainConfig, Trainer
 from dalle.train import throughput as meters_module
 from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.loggers import LogConfig, Loggers, read_log, spread
@@ -146,7 +146,7 @@ def train(out: Path, steps: int = 4, log: LogConfig = LogConfig()):  # noqa: B00
         ema=EMAConfig(0.5, 1),
         optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup_steps=0),
     )
-    fit(
+    Trainer(
         nn.Linear(1, 1),
         Objective(),
         lambda step: torch.linspace(-1, 1, 4)[:, None],
@@ -155,9 +155,9 @@ def train(out: Path, steps: int = 4, log: LogConfig = LogConfig()):  # noqa: B00
         seed=0,
         run_dir=out,
         meta=META,
-        log=log,
+        log_config=log,
         evaluate=lambda model, step: {"weight": model.weight.detach(), "grey": image(model)},
-    )
+    ).train()
     return read_log(out / "log.jsonl")
 
 
@@ -165,9 +165,15 @@ def test_the_log_has_rates_and_chance_once(tmp_path):
     lines = train(tmp_path, log=LogConfig(peak_flops=1e9))
     trained = [line for line in lines if "loss" in line]
     assert [line.get("baseline/loss") for line in trained] == [7.5, None, None, None]
-    assert {"grad_norm", "lr", "skipped_steps", "lr_reductions", "step_time", "data_time_frac", "max_memory_gib"} < set(
-        trained[2]
-    )
+    assert {
+        "grad_norm",
+        "lr",
+        "skipped_steps",
+        "lr_reductions",
+        "step_time",
+        "data_time_frac",
+        "max_memory_gib",
+    } < set(trained[2])
     for line in trained:
         assert line["tokens_per_sec"] == pytest.approx(2 * line["samples_per_sec"])
         assert line["mfu"] == pytest.approx(6 * line["samples_per_sec"] / 1e9)
@@ -284,7 +290,7 @@ def test_a_missing_package_is_named(name, module, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"to": ("tensorbord",)}, "unknown log 'tensorbord'"),
+        ({"loggers": ("tensorbord",)}, "unknown logger"),
         ({"peak_flops": 0.0}, "peak_flops must be positive"),
     ],
 )
@@ -307,7 +313,9 @@ def test_lists_are_told_by_their_ends():
 
 
 def test_the_transformer_draws_held_out_captions_with_its_dvae(chain, tiny_runs, with_inputs, tmp_path):
-    run = with_inputs(tiny_runs.transformer, chain, out=tmp_path / "with", dvae=chain / "dvae", sample_grid_size=3)
+    run = with_inputs(
+        tiny_runs.transformer, chain, out=tmp_path / "with", dvae=chain / "dvae", sample_grid_size=3
+    )
     train_transformer(run)
     train_transformer(replace(run, out=tmp_path / "without", dvae=None))
     train_transformer(replace(run, out=tmp_path / "none", sample_grid_size=0))
@@ -345,9 +353,9 @@ def test_the_log_may_change_on_going_on(tiny_runs):
 
 
 def test_yaml_may_say_where_to(tmp_path):
-    (tmp_path / "more.yaml").write_text("log: {to: [tensorboard], peak_flops: 989e12}\n")
+    (tmp_path / "more.yaml").write_text("log: {loggers: [tensorboard], peak_flops: 989e12}\n")
     assert load(TrainTransformerArgs, [tmp_path / "more.yaml"]).log == LogConfig(
-        to=("tensorboard",), peak_flops=989e12
+        loggers=("tensorboard",), peak_flops=989e12
     )
 
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from dalle.schedules import Schedule
-from dalle.train import TrainConfig, fit
+from dalle.train import TrainConfig, Trainer
 from dalle.train.checkpoint import latest_checkpoint
-from dalle.train.config import EMAConfig, OptimizerConfig
+from dalle.train.config import NO_PLATEAU, EMAConfig, OptimizerConfig, PlateauConfig
 from dalle.train.loggers import read_log
-from dalle.train.lr_schedule import NEVER, PlateauConfig, ReduceLROnPlateau
+from dalle.train.lr_schedule import ReduceLROnPlateau
 from dalle.types import Loss
 
 
@@ -19,9 +19,9 @@ def halved_at(losses: list[float], **settings) -> list[int]:
     """Updates, counted from 1, after which the learning rate was halved."""
     plateau, found = ReduceLROnPlateau(PlateauConfig(**settings)), []
     for update, loss in enumerate(losses, 1):
-        before = plateau.halved
-        plateau.see(loss)
-        if plateau.halved > before:
+        before = plateau.reductions
+        plateau.step(loss)
+        if plateau.reductions > before:
             found.append(update)
     return found
 
@@ -29,8 +29,8 @@ def halved_at(losses: list[float], **settings) -> list[int]:
 def test_the_paper_halves_five_times_and_ends_at_a_32nd():
     plateau = ReduceLROnPlateau(PlateauConfig(window=1, patience=1))
     for _ in range(100):
-        plateau.see(1.0)
-    assert PlateauConfig().max_reductions == plateau.halved == 5
+        plateau.step(1.0)
+    assert PlateauConfig().max_reductions == plateau.reductions == 5
     assert OptimizerConfig().lr_at(5000) * plateau.factor == pytest.approx(1.40625e-5)
 
 
@@ -59,7 +59,9 @@ def test_the_noise_of_updates_is_averaged_out():
     assert halved_at(noisy, window=2, patience=2) == halved_at([1.0] * 40, window=2, patience=2)
 
 
-@pytest.mark.parametrize("settings", [{"max_reductions": -1}, {"window": 0}, {"patience": 0}, {"threshold": -0.1}])
+@pytest.mark.parametrize(
+    "settings", [{"max_reductions": -1}, {"window": 0}, {"patience": 0}, {"threshold": -0.1}]
+)
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValueError, match="cannot be negative"):
         PlateauConfig(**settings)
@@ -88,7 +90,7 @@ def train(out: Path, steps: int, plateau: PlateauConfig) -> list[float]:
         optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup_steps=0, plateau=plateau),
     )
     meta = {"kind": "flat", "run": {}, "links": {}}
-    fit(
+    Trainer(
         nn.Linear(1, 1),
         flat,
         lambda step: torch.ones(1, 1),
@@ -97,7 +99,7 @@ def train(out: Path, steps: int, plateau: PlateauConfig) -> list[float]:
         seed=0,
         run_dir=out,
         meta=meta,
-    )
+    ).train()
     return [line["lr"] for line in read_log(out / "log.jsonl")]
 
 
@@ -111,7 +113,7 @@ def test_the_step_size_of_the_next_update_is_the_halved_one(tmp_path):
 
 
 def test_without_it_the_schedule_alone_counts(tmp_path):
-    assert train(tmp_path, 8, NEVER) == pytest.approx([0.1] * 8)
+    assert train(tmp_path, 8, NO_PLATEAU) == pytest.approx([0.1] * 8)
     assert "lr_reductions" not in read_log(tmp_path / "log.jsonl")[0]
 
 

@@ -11,7 +11,7 @@ from dalle.commands.train_dvae import PAPER_TRAINING
 from dalle.hub.registry import build_model
 from dalle.schedules import Schedule
 from dalle.train.config import OptimizerConfig
-from dalle.train.optimizer import build_optimizers, decay_groups, hidden_matrices, set_rate
+from dalle.train.optimizer import build_optimizers, decay_groups, hidden_matrices, set_lr
 
 
 @pytest.fixture(params=["dvae", "transformer", "clip"])
@@ -53,7 +53,9 @@ def test_the_position_and_class_embeddings_of_clip_do_not_decay(tiny_runs):
 def test_decay_shrinks_matrices_by_step_size_times_decay_and_leaves_the_rest():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    (optimizer,) = build_optimizers(model, OptimizerConfig(lr=Schedule(0.1, 0.1), warmup_steps=0, weight_decay=0.5))
+    (optimizer,) = build_optimizers(
+        model, OptimizerConfig(lr=Schedule(0.1, 0.1), warmup_steps=0, weight_decay=0.5)
+    )
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -96,7 +98,7 @@ class Stack(nn.Module):
 
 
 def test_the_paper_has_no_muon():
-    assert OptimizerConfig().muon is None
+    assert OptimizerConfig().muon_lr_scale is None
     (only,) = build_optimizers(Stack(), OptimizerConfig())
     assert isinstance(only, torch.optim.AdamW)
 
@@ -138,7 +140,7 @@ def test_the_step_size_of_muon_follows_that_of_adamw():
     config = OptimizerConfig(lr=Schedule(0.1, 0.0, 10, "linear"), warmup_steps=2, muon_lr_scale=5.0)
     muon, adamw = optimizers = build_optimizers(Stack(), config)
     for step in (0, 1, 5):
-        set_rate(optimizers, config, step)
+        set_lr(optimizers, config, step)
         assert {group["lr"] for group in adamw.param_groups} == {config.lr_at(step)}
         assert muon.param_groups[0]["lr"] == pytest.approx(5 * config.lr_at(step))
 
@@ -157,7 +159,7 @@ def test_muons_step_size_is_positive(muon):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"warmup": -5}, "cannot be negative"),
+        ({"warmup_steps": -5}, "cannot be negative"),
         ({"lr": Schedule(-1.0, 0.1)}, "cannot be negative"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must be positive"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm must be positive"),
@@ -208,7 +210,9 @@ def test_the_variance_is_clipped_before_parameter_and_moment_see_it(limit):
 
 def test_a_gradient_beyond_all_bounds_leaves_the_variance_finite_and_positive():
     layer = nn.Linear(1, 1, bias=False)
-    (optimizer,) = build_optimizers(layer, OptimizerConfig(lr=Schedule(0.01, 0.01), warmup_steps=0, max_grad_norm=None))
+    (optimizer,) = build_optimizers(
+        layer, OptimizerConfig(lr=Schedule(0.01, 0.01), warmup_steps=0, max_grad_norm=None)
+    )
     for gradient in (1.0, 1e10, 1.0, 0.0, 0.0):
         layer.weight.grad = torch.full((1, 1), gradient)
         optimizer.step()
@@ -220,9 +224,11 @@ def test_a_gradient_beyond_all_bounds_leaves_the_variance_finite_and_positive():
 
 def test_parameters_are_bounded_in_parts(monkeypatch):
     """Whatever fits at once, every parameter is bounded."""
-    monkeypatch.setattr("dalle.train.optimizer.AT_ONCE", 5)
+    monkeypatch.setattr("dalle.train.optimizer.CHUNK", 5)
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3), nn.Linear(3, 1))
-    optimizers = build_optimizers(model, OptimizerConfig(lr=Schedule(0.0, 0.0), warmup_steps=0, max_variance=1e-3))
+    optimizers = build_optimizers(
+        model, OptimizerConfig(lr=Schedule(0.0, 0.0), warmup_steps=0, max_variance=1e-3)
+    )
     for _ in range(3):
         for p in model.parameters():
             p.grad = torch.full_like(p, 0.1)

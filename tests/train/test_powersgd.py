@@ -10,15 +10,9 @@ import pytest
 import torch
 
 from dalle.hub.registry import build_model
-from dalle.train.low_rank import (
-    RANKS,
-    PowerSGDConfig,
-    compression_rate,
-    plan_ranks,
-    shard_side,
-    stacked_matrices,
-)
-from dalle.train.powersgd import PowerSGD, build_powersgd, orthonormal
+from dalle.train.config import POWERSGD_RANKS, PowerSGDConfig, compression_rate
+from dalle.train.dtensor import shard_dim
+from dalle.train.powersgd import PowerSGD, build_powersgd, orthonormal, plan_ranks, stacked_matrices
 from dalle.transformer.config import SIZES
 
 HERE = Path(__file__).parent
@@ -81,7 +75,7 @@ def test_two_replicas_of_two_shards(tmp_path):
 )
 def test_the_ranks_and_rates_of_table_1(size, rank, rate):
     width = SIZES[size].width
-    assert RANKS[width] == rank
+    assert POWERSGD_RANKS[width] == rank
     assert compression_rate(width, rank) == pytest.approx(1 - 5 * rank / (8 * width))
     assert compression_rate(width, rank) == pytest.approx(rate, abs=0.005)
 
@@ -91,7 +85,7 @@ def shard_shapes(width: int, shards: int, by_paper: bool) -> dict[tuple[int, int
     shards_of = {}
     for shape, stacked in (((3, 1), 3), ((1, 1), 1), ((4, 1), 1), ((1, 4), 1)):
         sides = [side * width for side in shape]
-        sides[shard_side(tuple(sides), shards) if by_paper else 0] //= shards
+        sides[shard_dim(tuple(sides), shards) if by_paper else 0] //= shards
         shards_of[tuple(sides)] = stacked
     return shards_of
 
@@ -106,16 +100,16 @@ def comm_ratio(width: int, rank: int, shards: int, by_paper: bool = True) -> flo
     return sent / sum(rows * columns for rows, columns in shapes)
 
 
-@pytest.mark.parametrize(("width", "rank"), RANKS.items())
+@pytest.mark.parametrize(("width", "rank"), POWERSGD_RANKS.items())
 @pytest.mark.parametrize("shards", [1, 8])
 def test_the_factors_of_a_layer_have_the_size_of_table_2(width, rank, shards):
     assert 1 - comm_ratio(width, rank, shards) == pytest.approx(compression_rate(width, rank, shards))
 
 
 def test_the_second_matrix_of_the_mlp_is_cut_by_inputs_since_that_sends_less():
-    assert shard_side((3968, 4 * 3968), 8) == 1
-    assert shard_side((4 * 3968, 3968), 8) == shard_side((3968, 3968), 8) == 0
-    assert shard_side((3968,), 8) == shard_side((4, 6), 8) == 0  # 6 does not divide evenly
+    assert shard_dim((3968, 4 * 3968), 8) == 1
+    assert shard_dim((4 * 3968, 3968), 8) == shard_dim((3968, 3968), 8) == 0
+    assert shard_dim((3968,), 8) == shard_dim((4, 6), 8) == 0  # 6 does not divide evenly
     assert comm_ratio(3968, 896, 8) < comm_ratio(3968, 896, 8, by_paper=False)
 
 

@@ -16,7 +16,7 @@ from dalle.commands.train_transformer import TokenBatches
 from dalle.data import DataConfig, PairsLoader, StepOfPairs, TokenCache, open_dataset, sample_captions
 from dalle.data.dataloader import worker_count
 from dalle.hub.registry import load_model
-from dalle.runs.args import load_text_input
+from dalle.runs.inputs import load_text_input
 from dalle.shapes.dataset import ShapesDataset
 from dalle.types import BadSample, ImageTextBatch
 

@@ -29,11 +29,11 @@ from dalle.hub.registry import load_model
 from dalle.io.files import verify_checksums, write_checksums, write_tensors
 from dalle.train import sharded_checkpoint as sharded
 from dalle.train.checkpoint import latest_valid_checkpoint, restore, save_checkpoint, verify_checkpoint
-from dalle.train.checkpoint_saver import Saver
+from dalle.train.checkpoint_saver import AsyncCheckpointer
 from dalle.train.config import EMAConfig, OptimizerConfig
+from dalle.train.distributed import Distributed
 from dalle.train.ema import EMA
 from dalle.train.optimizer import build_optimizers
-from dalle.train.ranks import Ranks
 from dalle.train.state import TrainState
 from dalle.transformer import Transformer, TransformerConfig
 
@@ -121,7 +121,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 def contents(state: TrainState) -> dict[str, Tensor]:
     """Every tensor of a state, whole."""
-    return {f"{file}/{name}": whole(t) for file, held in state.tensors().items() for name, t in held.items()}
+    return {
+        f"{file}/{name}": whole(t) for file, held in state.state_dict()[0].items() for name, t in held.items()
+    }
 
 
 def numpy(tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def trained(rank: int, run: Path, shape: tuple[int, ...]) -> dict[str, Any]:
     state = state_of(0, shape)
     one_update(state, 1)
     one_update(state, 2)
-    saver = Saver(run, keep=2, keep_every=None)
+    saver = AsyncCheckpointer(run, keep_last=2, keep_every=None)
     saver.save(state, META)
     expected = numpy(contents(state))
     one_update(state, 3)
@@ -148,7 +150,7 @@ def trained(rank: int, run: Path, shape: tuple[int, ...]) -> dict[str, Any]:
 def resumed(rank: int, run: Path, shape: tuple[int, ...]) -> tuple[dict[str, Any], int]:
     """What a state of other weights holds after taking up the run."""
     state = state_of(9, shape)
-    ranks = Ranks()
+    ranks = Distributed.current()
     restore(latest_valid_checkpoint(run, ranks), state, ranks)
     for optimizer in state.optimizers:
         for parameter, moments in optimizer.state.items():
@@ -269,9 +271,9 @@ def placed(rank: int, folder: Path) -> bool:
     tensors["counts"] = torch.tensor([1, 2], dtype=torch.int64)
     tensors["own"] = sharded.of_each_process(torch.tensor([10.0, rank]), init_device_mesh("cpu", (4,)))
     tensors["half"] = distribute_tensor(value((5, 7)).bfloat16(), mesh, [Shard(0), Shard(1)])
-    sharded.write_shards(folder, sharded.copy_to_cpu(tensors), Ranks())
+    sharded.write_shards(folder, sharded.copy_to_cpu(tensors), Distributed.current())
     other = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    sharded.read_into(folder, other, Ranks())
+    sharded.read_into(folder, other, Distributed.current())
     return all(torch.equal(whole(tensors[name]), whole(other[name])) for name in tensors)
 
 
@@ -344,7 +346,7 @@ def damaged_shard(rank: int, run: Path, shape: tuple[int, ...]) -> tuple[str, in
     for seed in (1, 2):
         one_update(state, seed)
         folder = save_checkpoint(run, state, META, keep=2)
-    ranks = Ranks()
+    ranks = Distributed.current()
     if rank == 0:
         path = folder / "optimizer" / "shard-00002-model-00001-of-00001.safetensors"
         data = bytearray(path.read_bytes())
@@ -382,7 +384,7 @@ def cannot_write(rank: int, run: Path, shape: tuple[int, ...]) -> str:
     """The disk of the second process is full; every process is told, and the first checkpoint stays."""
     state = state_of(0, shape)
     one_update(state, 1)
-    saver = Saver(run, keep=1, keep_every=None)
+    saver = AsyncCheckpointer(run, keep_last=1, keep_every=None)
     saver.save(state, META)
     saver.wait()
     one_update(state, 2)
@@ -413,19 +415,19 @@ def test_ranks_speak(tmp_path):
 
 
 def speaking(rank: int) -> tuple:
-    ranks = Ranks()
+    ranks = Distributed.current()
 
     def fail() -> None:
         if rank == 1:
             raise ValueError("error of 1")
 
     try:
-        ranks.together(fail)
+        ranks.gather_results(fail)
     except ValueError as error:
         said = str(error)
     return (
-        ranks.highest(rank),
-        ranks.together(lambda: 10 * rank),
-        ranks.first(lambda: ["first", "second"][rank]),
+        ranks.max(rank),
+        ranks.gather_results(lambda: 10 * rank),
+        ranks.on_main(lambda: ["first", "second"][rank]),
         said,
     )

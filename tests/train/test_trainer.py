@@ -9,6 +9,7 @@ import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,11 +29,10 @@ from dalle.io.files import write_checksums
 from dalle.pipelines.dalle import DALLE
 from dalle.schedules import Schedule
 from dalle.text import TextTokenizer
-from dalle.train import TrainConfig, checkpoint, fit
+from dalle.train import TrainConfig, Trainer, checkpoint
 from dalle.train import trainer as loop
 from dalle.train.checkpoint import latest_checkpoint, restore
 from dalle.train.config import EMAConfig, OptimizerConfig
-from dalle.train.distributed import Parallel
 from dalle.train.ema import EMA, bias_corrected
 from dalle.train.loggers import JSONLLogger, read_log
 from dalle.train.optimizer import build_optimizers
@@ -139,10 +139,10 @@ def test_a_fresh_process_goes_on_the_same(start, whole, chain, tiny_configs, tmp
         "--steps",
         STEPS,
     ]
-    inputs = ["--tokens", chain / "tokens", "--tokenizer", chain / "text"]
+    inputs = ["--tokens", chain / "tokens", "--text-tokenizer", chain / "text"]
     done = python(["scripts/train_transformer.py", *words, *inputs], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "going on from step 3" in done.stdout
+    assert "resuming from step 3" in done.stdout
     assert_same_state(tmp_path / "run", whole("transformer"))
 
 
@@ -168,7 +168,7 @@ def test_going_on_with_other_tokens_is_refused(tiny_runs, with_inputs, chain, tm
     run = with_inputs(tiny_runs.transformer, chain, out=tmp_path / "run", steps=1)
     train_transformer(run)
     own = TokenCache(chain / "tokens")
-    encode = replace(tiny_runs.encode, data=replace(tiny_runs.encode.data, seed=1))
+    encode = replace(tiny_runs.encode, data=replace(tiny_runs.encode.data, shapes_seed=1))
     other = encode_images(replace(encode, dvae=chain / "dvae", out=tmp_path / "tokens"))
     with pytest.raises(
         ValueError, match=rf"another configuration \(links\.tokens was '{own.hash}', is '{other.hash}'"
@@ -220,11 +220,9 @@ def test_caption_and_image_of_a_sample_belong_together(two_crops, chain, tiny_ru
         tuple(run.model.layout.pad_text([text.encode(f"number {n}")])[0].tolist()): n for n in range(8)
     }
     for step in range(4):
-        for words, image in zip(
-            *(part.tolist() for part in run.model.layout.unpack(batches(step))), strict=True
-        ):
-            image = captions[tuple(words)]
-            assert image in two_crops.image_tokens([image] * 2, [0, 1]).tolist()
+        text_tokens, image_tokens = (part.tolist() for part in run.model.layout.unpack(batches(step)))
+        for words, tokens in zip(text_tokens, image_tokens, strict=True):
+            assert tokens in two_crops.image_tokens([captions[tuple(words)]] * 2, [0, 1]).tolist()
 
 
 @pytest.mark.parametrize("kind", STAGES)
@@ -281,7 +279,7 @@ CONFIG = TrainConfig(
     precision="fp32",
     log_every=1,
     save_every=1,
-    keep=2,
+    keep_last=2,
     max_skipped_steps=1,
 )
 
@@ -291,7 +289,7 @@ def fit_line(
 ):
     torch.manual_seed(0)
     meta = {"kind": "line", "run": run or {}, "links": links or {}}
-    return fit(
+    return Trainer(
         model or Line(),
         objective,
         lambda step: torch.linspace(-1, 1, 4)[:, None] + step,
@@ -301,7 +299,7 @@ def fit_line(
         run_dir=out,
         meta=meta,
         resume=resume,
-    )
+    ).train()
 
 
 def folders(run: Path) -> list[str]:
@@ -384,7 +382,7 @@ def test_there_are_no_writes_that_the_crashes_above_miss(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 10])
 def test_the_newest_are_kept(keep, tmp_path):
-    fit_line(tmp_path, steps=5, keep=keep)
+    fit_line(tmp_path, steps=5, keep_last=keep)
     kept = [f"step-{step:08d}" for step in range(1, 6)][-keep:]
     assert folders(tmp_path) == ["latest", *kept]
     assert latest_checkpoint(tmp_path).name == "step-00000005"
@@ -393,9 +391,9 @@ def test_the_newest_are_kept(keep, tmp_path):
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_folder_that_a_crash_left_ahead_never_pushes_out_the_newest(keep, tmp_path):
     """Killed between the folder's rename and the pointer's, then gone on with a smaller step."""
-    fit_line(tmp_path, steps=3, keep=keep)
+    fit_line(tmp_path, steps=3, keep_last=keep)
     shutil.copytree(tmp_path / "checkpoints" / "step-00000003", tmp_path / "checkpoints" / "step-00000009")
-    fit_line(tmp_path, steps=4, keep=keep)
+    fit_line(tmp_path, steps=4, keep_last=keep)
     assert latest_checkpoint(tmp_path).name == "step-00000004"
 
 
@@ -463,7 +461,9 @@ def test_inputs_may_move(chain, tiny_runs, with_inputs, tmp_path):
     train_transformer(run)
     shutil.copytree(chain / "tokens", tmp_path / "tokens")
     shutil.copy(chain / "text" / "text.json", tmp_path)
-    train_transformer(replace(run, steps=2, tokens=tmp_path / "tokens", tokenizer=tmp_path / "text.json"))
+    train_transformer(
+        replace(run, steps=2, tokens=tmp_path / "tokens", text_tokenizer=tmp_path / "text.json")
+    )
     assert latest_checkpoint(tmp_path / "run").name == "step-00000002"
 
 
@@ -630,7 +630,7 @@ def test_evaluation_sees_the_averaged_weights_in_eval_mode_and_training_goes_on_
         own.append((model.training, model.layer.weight.item()))
         return squared_error(model, batch, step)
 
-    fit(
+    Trainer(
         model,
         objective,
         lambda step: torch.ones(4, 1),
@@ -640,7 +640,7 @@ def test_evaluation_sees_the_averaged_weights_in_eval_mode_and_training_goes_on_
         run_dir=tmp_path,
         meta={"kind": "line", "run": {}, "links": {}},
         evaluate=evaluate,
-    )
+    ).train()
     weights = [weight for _, weight in own[1:]] + [model.layer.weight.item()]  # after updates 1, 2, 3
     assert [entry[:2] for entry in seen] == [(False, False)] * 3
     assert all(training for training, _ in own)
@@ -648,13 +648,22 @@ def test_evaluation_sees_the_averaged_weights_in_eval_mode_and_training_goes_on_
     assert seen[2][2] == pytest.approx((weights[2] * 4 + weights[1] * 2 + weights[0]) / 7)
 
 
-def test_evaluation_draws_the_same_random_numbers_each_time_and_leaves_trainings_alone():
-    found, before = fresh_state(), torch.get_rng_state()
-    scores = [
-        loop._evaluate(lambda model, step: {"drawn": torch.rand(())}, found, 3, "fp32", Parallel())
-        for _ in range(2)
-    ]
-    assert scores[0] == scores[1]
+def test_evaluation_uses_the_same_random_numbers_each_time_and_leaves_those_of_training_alone(tmp_path):
+    trainer = Trainer(
+        Line(),
+        squared_error,
+        lambda step: torch.ones(4, 1),
+        CONFIG,
+        run_dir=tmp_path,
+        meta={"kind": "line"},
+        steps=1,
+    )
+    trainer.state = fresh_state()
+    trainer.evaluate, logged = (lambda model, step: {"noise": torch.rand(())}), []
+    before = torch.get_rng_state()
+    for _ in range(2):
+        trainer._evaluate(SimpleNamespace(write=lambda step, numbers: logged.append(numbers)))
+    assert logged[0] == logged[1]
     assert torch.equal(torch.get_rng_state(), before)
 
 
