@@ -112,7 +112,7 @@ def _load_clip(args: EvaluateArgs, device: Any) -> Any:
     """The CLIP of --clip; one of this library reads the ids of the text tokenizer it was trained with."""
     from dalle.clip import CLIPScorer
     from dalle.pretrained.openai_clip import load_scorer
-    from dalle.runs.args import load_stage
+    from dalle.runs.inputs import load_stage
     from dalle.text import text_tokenizer_from_dict
 
     if not args.clip.is_dir():

@@ -263,7 +263,10 @@ class DALLE(HubMixin):
         """
         directory = resolve_source(source, model_files("dvae", "transformer", "clip"), revision, token)
         has_clip = "clip" in read_config(directory)["parts"]
-        dvae, transformer = load_model(directory, "dvae", device), load_model(directory, "transformer", device)
+        dvae, transformer = (
+            load_model(directory, "dvae", device),
+            load_model(directory, "transformer", device),
+        )
         clip = load_model(directory, "clip", device) if has_clip else None
         return cls.from_parts(dvae, transformer, clip).to_precision(precision, int8)
 

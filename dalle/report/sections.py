@@ -21,7 +21,7 @@ from dalle.report.context import ReportContext
 from dalle.report.folder import TrainedRun, dict_or_empty
 from dalle.report.model_sections import attention, codebook, masks, reranking, samples
 from dalle.report.page import Figure, Item, Table, Text, curve_figure, format_value, image_figure
-from dalle.runs.args import MAKE_COMMANDS
+from dalle.runs.inputs import MAKE_COMMANDS
 from dalle.runs.kinds import TRAININGS
 from dalle.viz.curves import CURVES, metric_points
 
