@@ -20,7 +20,7 @@ from dalle.train.state import TrainState
 from dalle.train.step import build_grad_scaler, train_step
 from dalle.types import Loss, Objective
 
-OPTIM = OptimizerConfig(lr=Schedule(1e-4, 1e-4), warmup=0)
+OPTIM = OptimizerConfig(lr=Schedule(1e-4, 1e-4), warmup_steps=0)
 """The optimizer of steps that are only timed."""
 
 

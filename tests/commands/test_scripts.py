@@ -23,7 +23,7 @@ from dalle.data import TokenCache
 from dalle.hub.registry import load_model
 from dalle.io.files import read_json
 from dalle.pipelines.dalle import DALLE
-from dalle.runs import args as runs
+from dalle.runs import inputs as runs
 from dalle.train import trainer as loop
 from dalle.train.checkpoint import latest_checkpoint
 
@@ -366,12 +366,12 @@ class TestMissingStages:
             shutil.copytree(chain / "dvae", tmp_path / "runs" / name)
             pointer = tmp_path / "runs" / name / "checkpoints" / "latest"
             os.utime(pointer, (1000 + i % 2, 1000 + i % 2))
-        assert runs.newest("dvae") == Path("runs/quick/b")
+        assert runs.latest_run("dvae") == Path("runs/quick/b")
 
     def test_training_that_is_not_finished_is_noted(self, chain, change_meta, tmp_path, capsys):
         shutil.copytree(chain / "dvae", tmp_path / "dvae")
         change_meta(latest_checkpoint(tmp_path / "dvae"), steps=100)
-        runs.take_part("dvae", tmp_path / "dvae")
+        runs.load_stage("dvae", tmp_path / "dvae")
         assert "was trained for 2 of 100 steps only" in capsys.readouterr().out
 
 
