@@ -22,7 +22,7 @@ class PlotArgs:
     """Directories of training runs, or their log.jsonl."""
     metrics: tuple[str, ...] = ()
     """Names in log.jsonl, such as grad_norm lr tokens_per_sec; by default the losses of the runs.
-    Validation values of the same name (eval/NAME) are dots."""
+    Validation values of the same name (val/NAME) are dots."""
     labels: tuple[str, ...] = ()
     """Names of the runs; by default those of their directories."""
     smooth: float = 0.0

@@ -30,9 +30,9 @@ SHEETS = {
         "reconstructions",
         "Validation images and their reconstructions from relaxed and from hard codes.",
     ),
-    "transformer": ("drawings", "Samples for validation captions, with the same random numbers each time."),
+    "transformer": ("samples", "Samples for validation captions, with the same random numbers each time."),
     "clip": (
-        "retrieved",
+        "retrieval",
         "Under each caption its own image, and on the right the one that CLIP ranks first.",
     ),
 }
@@ -45,7 +45,7 @@ def overview(context: ReportContext) -> list[Item] | None:
     rows: list[tuple[str, ...]] = []
     for kind, run in context.contents.runs.items():
         step = run.meta.get("step", run.lines[-1]["step"] if run.lines else 0)
-        last = {name: metric_points(run.lines, f"eval/{name}")[-1:] for name in CURVES[kind]}
+        last = {name: metric_points(run.lines, f"val/{name}")[-1:] for name in CURVES[kind]}
         values = ", ".join(f"{name} {value:.4g}" for name, points in last.items() for _, value in points)
         rows.append((kind, f"{step:,} of {run.meta.get('steps', step):,}", values or "none yet"))
     items: list[Item] = [Table(rows, ("training", "steps", "last validation"))] if rows else []
@@ -73,8 +73,8 @@ def curves(context: ReportContext) -> list[Item] | None:
 def _metric_figure(run: TrainedRun, name: str) -> Figure | None:
     curves = {
         "training": (metric_points(run.lines, name), "-"),
-        "validation": (metric_points(run.lines, f"eval/{name}"), "o-"),
-        "chance": (metric_points(run.lines, f"chance/{name}")[:1], "level"),
+        "validation": (metric_points(run.lines, f"val/{name}"), "o-"),
+        "chance": (metric_points(run.lines, f"baseline/{name}")[:1], "level"),
     }
     return curve_figure(name, curves)
 

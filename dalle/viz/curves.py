@@ -40,7 +40,7 @@ def plot_curves(
 
     Args:
         runs: directories of training runs, or their log.jsonl; a mapping gives them names.
-        metrics: names in log.jsonl; by default the losses of the runs. Validation values (eval/NAME) are dots.
+        metrics: names in log.jsonl; by default the losses of the runs. Validation values (val/NAME) are dots.
         smooth: weight of the previous average in the exponential moving average of training values, in [0, 1).
         log_x, log_y: logarithmic axes.
         chance: a dotted line at the value of an uninformed model.
@@ -154,8 +154,8 @@ def _plot_metric(
         if trained := metric_points(lines, name):
             steps, values = zip(*trained, strict=True)
             axis.plot(steps, smoothed(values, smooth), linewidth=1, color=color, label=label)
-        if measured := metric_points(lines, f"eval/{name}"):
+        if measured := metric_points(lines, f"val/{name}"):
             axis.plot(*zip(*measured, strict=True), "o--", markersize=3, linewidth=0.6, color=color)
-        if chance and (known := metric_points(lines, f"chance/{name}")):
+        if chance and (known := metric_points(lines, f"baseline/{name}")):
             axis.axhline(known[0][1], linestyle=":", linewidth=1, color=color)
     label_axis(axis, title or name, "step")

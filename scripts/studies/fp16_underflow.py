@@ -135,7 +135,7 @@ def _train(method: str, args: UnderflowStudy) -> list[dict[str, Any]]:
     lines = []
     for update in tqdm(range(1, args.steps + 1), desc=method, unit="update", disable=None):
         loss = step(data(range((update - 1) * args.batch_size, update * args.batch_size)))
-        line = {"step": update, "loss": float(loss.total.detach()), "skipped": loss.metrics["skipped"]}
+        line = {"step": update, "loss": float(loss.total.detach()), "skipped": loss.metrics["skipped_steps"]}
         if update % args.log_every == 0:
             line["zeros"] = zero_fractions(step.model.resblocks())
             if scaler:
@@ -150,7 +150,7 @@ def optimizer(lr: float) -> OptimizerConfig:
         lr=Schedule(lr, lr),
         warmup_steps=100,
         eps=1e-18,
-        clip=None,
+        max_grad_norm=None,
         max_variance=None,
         plateau=NO_PLATEAU,
     )

@@ -20,13 +20,13 @@ def runs(tmp_path) -> list[Path]:
             {
                 "step": 1,
                 "loss": 5 + shift,
-                "chance/loss": 6.0,
+                "baseline/loss": 6.0,
                 "grad_norm": 1.0,
                 "grad_scale_log2": [13.0, 13.0],
             }
         ]
         lines += [{"step": step, "loss": 5 / step + shift, "grad_norm": 1.0} for step in range(2, 6)]
-        lines += [{"step": 5, "eval/loss": 1.5}] if name == "one" else []
+        lines += [{"step": 5, "val/loss": 1.5}] if name == "one" else []
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return [tmp_path / "one", tmp_path / "two"]
 
@@ -115,7 +115,7 @@ def test_the_rows_of_the_quick_start(runs, figures):
         ({"runs": ("nowhere",)}, "no log nowhere/log.jsonl"),
         (
             {"runs": ("one",), "metrics": ("los",)},
-            "no run has 'los'.* chance/loss, eval/loss",
+            "no run has 'los'.* baseline/loss, val/loss",
         ),
         ({"runs": ("empty",)}, "the logs are empty"),
     ],
@@ -153,7 +153,7 @@ def test_the_help_teaches(script):
         "--smooth",
         "--log-x",
         "ln(vocabulary)",
-        "eval/NAME",
+        "val/NAME",
     ):
         assert words in help
 

@@ -309,11 +309,6 @@ def test_going_on_with_frozen_parameters_is_exact(start, tmp_path):
         start("transformer", tmp_path / "parts", steps=5)
 
 
-def test_runs_from_before_these_options_go_on(start, tmp_path):
-    out = start("clip", tmp_path / "run")
-    assert not {"freeze", "overfit", "init_from"} & meta_of(out)["run"].keys()
-
-
 # ---------------------------------------------------------------------------------------------
 # One batch; learning rates
 # ---------------------------------------------------------------------------------------------
@@ -348,8 +343,8 @@ def test_every_step_of_overfitting_has_the_same_batch(start, tiny_runs, tmp_path
     out = start("clip", tmp_path / "clip", steps=3, overfit_batch=3, train={"optimizer": optimizer})
     losses = {line["loss"] for line in read_log(out / "log.jsonl") if "loss" in line}
     assert len(losses) == 1
-    assert meta_of(out)["run"]["overfit"] == 3
-    with pytest.raises(ValueError, match="overfit must be positive, got 0"):
+    assert meta_of(out)["run"]["overfit_batch"] == 3
+    with pytest.raises(ValueError, match="overfit_batch must be positive"):
         replace(tiny_runs.clip, overfit_batch=0)
 
 
