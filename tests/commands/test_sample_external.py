@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.dalle_pytorch_reference import make_file, make_weights
 
 from dalle.commands.sample import SampleArgs, sample
 from dalle.pipelines.config import SamplingConfig
+from tests.helpers.dalle_pytorch_reference import make_file, make_weights
 
 TEXT = {
     "model": {"type": "BPE", "vocab": {"!": 0, "a": 1, "b": 2}, "merges": []},

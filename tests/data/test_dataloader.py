@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.failing import Failing
 from PIL import Image
 
 from dalle.commands.train_dvae import train_dvae
@@ -40,6 +39,7 @@ from dalle.io.rng import epoch_stream, generator
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.loggers import read_log
 from dalle.types import BadSample, RawSample
+from tests.helpers.failing import Failing
 
 
 def encoded(form="PNG", size=(24, 20), seed=0, **options) -> bytes:
@@ -185,7 +185,7 @@ def test_workers_end_with_the_loader():
 
 KILLED = """
 import os, signal, sys
-from helpers.failing import Failing
+from tests.helpers.failing import Failing
 from dalle.data.dataloader import Loader
 if __name__ == "__main__":
     batches = Loader(Failing("works"), 10**6, workers=1, start_method=sys.argv[1])

@@ -4,11 +4,11 @@ import csv
 import json
 
 import pytest
-from data.test_dataloader import BAD, write_folder
-from data.test_dataloader import write_tar as write_broken_tar
 from PIL import Image
 
 from dalle.io.files import read_json
+from tests.data.test_dataloader import BAD, write_folder
+from tests.data.test_dataloader import write_tar as write_broken_tar
 
 COLORS = {"red": (200, 30, 30), "grün": (30, 160, 60), "синий": (40, 60, 200), "黄色": (240, 220, 60)}
 

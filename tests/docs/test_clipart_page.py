@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.test_dataloader import encoded
-from helpers.formats import write_tar
 from PIL import Image
 
 from dalle.commands.train_clip import TrainCLIPArgs
@@ -17,6 +15,8 @@ from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.config import parse
 from dalle.data import TokenCache
 from dalle.io.files import read_json
+from tests.data.test_dataloader import encoded
+from tests.helpers.formats import write_tar
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "clipart.md").read_text(encoding="utf-8")

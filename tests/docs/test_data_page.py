@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands.test_check_data import scene
-from commands.test_convert_captions import CC, COCO, SVG, images, write
-from helpers.formats import image, write_tar
 
 from dalle.data import open_source
+from tests.commands.test_check_data import scene
+from tests.commands.test_convert_captions import CC, COCO, SVG, images, write
+from tests.helpers.formats import image, write_tar
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.vqgan_reference import CODES, make_state, names_of_taming
+from tests.helpers.vqgan_reference import CODES, make_state, names_of_taming
 
 State = dict[str, Tensor]
 WIDTH, DEPTH, HEADS, TEXT, SIDE = 24, 3, 4, 7, 4

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from helpers.hub_server import READ_ONLY, TOKEN, Hub, running
 from huggingface_hub import ModelCard
 
 from dalle.commands.push_model import PushModelArgs, push_model
@@ -21,6 +20,7 @@ from dalle.hub.model_card import flatten
 from dalle.hub.registry import LoadedModel, load_model
 from dalle.io.files import read_json, write_json
 from dalle.pipelines.dalle import DALLE
+from tests.helpers.hub_server import READ_ONLY, TOKEN, Hub, running
 
 NAME = "someone/shapes"
 SCRIPTS = Path(__file__).parents[2] / "scripts"

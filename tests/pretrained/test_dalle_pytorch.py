@@ -6,19 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.dalle_pytorch_reference import (
-    CODES,
-    HPARAMS,
-    SIDE,
-    TEXT,
-    VAE,
-    WORDS,
-    logits,
-    make_file,
-    make_weights,
-)
-from helpers.external import check_sampling
-from helpers.vqgan_reference import make_state, names_of_taming
 
 from dalle.benchmarks.dalle_pytorch import _import
 from dalle.commands.inspect_checkpoint import InspectCheckpointArgs, inspect_checkpoint
@@ -33,6 +20,19 @@ from dalle.pretrained.load import (
 )
 from dalle.text.external.huggingface import HuggingFaceTokenizer
 from dalle.vqgan import VQGAN
+from tests.helpers.dalle_pytorch_reference import (
+    CODES,
+    HPARAMS,
+    SIDE,
+    TEXT,
+    VAE,
+    WORDS,
+    logits,
+    make_file,
+    make_weights,
+)
+from tests.helpers.external import check_sampling
+from tests.helpers.vqgan_reference import make_state, names_of_taming
 
 CASES: dict[str, dict[str, Any]] = {
     "as trained by default": {},

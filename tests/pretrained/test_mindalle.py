@@ -9,18 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.external import check_sampling
-from helpers.mindalle_reference import (
-    CAPTIONS,
-    SIDE,
-    TEXT,
-    logits,
-    make_weights,
-    published_tokenizer,
-    write_config,
-    write_folder,
-)
-from helpers.vqgan_reference import CODES
 
 from dalle.commands.inspect_checkpoint import InspectCheckpointArgs, inspect_checkpoint
 from dalle.commands.sample import SampleArgs, sample
@@ -34,6 +22,18 @@ from dalle.pretrained.load import (
 from dalle.pretrained.mindalle.model import MinDalle, MinDalleConfig
 from dalle.pretrained.mindalle.reader import FAMILY, FILES, STAGE2, load_tokenizer
 from dalle.vqgan import VQGAN
+from tests.helpers.external import check_sampling
+from tests.helpers.mindalle_reference import (
+    CAPTIONS,
+    SIDE,
+    TEXT,
+    logits,
+    make_weights,
+    published_tokenizer,
+    write_config,
+    write_folder,
+)
+from tests.helpers.vqgan_reference import CODES
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed: its CharBPETokenizer writes the files")
 

@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.external import check_sampling
-from helpers.rudalle_reference import (
+
+from dalle.commands.inspect_checkpoint import InspectCheckpointArgs, inspect_checkpoint
+from dalle.commands.sample import SampleArgs, sample
+from dalle.pretrained.family import DetectedCheckpoint, compare_keys
+from dalle.pretrained.load import load_external_pipeline, load_image_tokenizer, load_transformer
+from dalle.pretrained.rudalle import reader as rudalle
+from dalle.pretrained.rudalle.model import RudalleConfig
+from dalle.pretrained.rudalle.reader import FAMILY, lowercase
+from dalle.text import TextTokenizerConfig, load_text_tokenizer, train_text_tokenizer
+from tests.helpers.external import check_sampling
+from tests.helpers.rudalle_reference import (
     BPE,
     CODES,
     DEPTH,
@@ -22,16 +31,7 @@ from helpers.rudalle_reference import (
     make_masks,
     make_weights,
 )
-from helpers.vqgan_reference import make_state, names_of_taming
-
-from dalle.commands.inspect_checkpoint import InspectCheckpointArgs, inspect_checkpoint
-from dalle.commands.sample import SampleArgs, sample
-from dalle.pretrained.family import DetectedCheckpoint, compare_keys
-from dalle.pretrained.load import load_external_pipeline, load_image_tokenizer, load_transformer
-from dalle.pretrained.rudalle import reader as rudalle
-from dalle.pretrained.rudalle.model import RudalleConfig
-from dalle.pretrained.rudalle.reader import FAMILY, lowercase
-from dalle.text import TextTokenizerConfig, load_text_tokenizer, train_text_tokenizer
+from tests.helpers.vqgan_reference import make_state, names_of_taming
 
 CASES: dict[str, dict[str, Any]] = {
     "v2": {"version": "v2"},

@@ -4,13 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
-from text.test_external import CAPTIONS, HELD, train_huggingface
 
 from dalle.commands.train_clip import train_clip
 from dalle.commands.train_transformer import train_transformer
 from dalle.hub.registry import load_model
 from dalle.pipelines.dalle import DALLE
 from dalle.text import load_text_tokenizer
+from tests.text.test_external import CAPTIONS, HELD, train_huggingface
 
 PROMPT = "A red circle under a dog's bowl, красная 红色的圆 كرة حمراء 🔴"
 

@@ -36,8 +36,8 @@ SCENARIOS = [
 
 def failures(folder: Path, world: int, scenarios: list[str]) -> dict[str, str]:
     """Scenario -> what went wrong in it, on the first process where it did."""
-    env = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, HERE / "powersgd_worker.py", folder]
+    env = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, HERE.parent / "helpers" / "powersgd_worker.py", folder]
     workers = [
         subprocess.Popen(
             [*words, str(rank), str(world), *scenarios], env=env, stderr=subprocess.PIPE, text=True
@@ -138,7 +138,7 @@ def test_columns_are_orthonormal_and_so_the_norm_of_a_gradient_is_that_of_its_q(
         torch.testing.assert_close(p.T @ p, torch.eye(5))
 
 
-@pytest.mark.parametrize("wrong", [{"rank": 0}, {"start": -1}])
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"start_step": -1}])
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PowerSGDConfig(**wrong)

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers.formats import FORMS, IDS, csv_file
 
 from dalle.commands.train_clip import CLIPBatch
 from dalle.commands.train_dvae import DVAEBatch, random_squares
@@ -19,6 +18,7 @@ from dalle.hub.registry import load_model
 from dalle.runs.inputs import load_text_input
 from dalle.shapes.dataset import ShapesDataset
 from dalle.types import BadSample, ImageTextBatch
+from tests.helpers.formats import FORMS, IDS, csv_file
 
 BATCH, STEPS, SEED = 6, 5, 3  # more than two epochs of twelve
 RANKS = (0, 1), (0, 2), (1, 2)

@@ -405,8 +405,8 @@ def cannot_write(rank: int, run: Path, shape: tuple[int, ...]) -> str:
 def test_a_full_disk_of_one_process_is_told_by_all(tmp_path):
     said = processes(2, cannot_write, tmp_path, (2,))
     assert said[0] == said[1]
-    assert "step 2 could not be written (No space left on device)" in said[0]
-    assert "step-00000001 is whole" in said[0]
+    assert "cannot write the checkpoint of step 2 (No space left on device)" in said[0]
+    assert "step-00000001 is intact" in said[0]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001"]
 
 

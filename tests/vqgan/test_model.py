@@ -6,17 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.vqgan_reference import (
-    CODES,
-    LATENT,
-    WIDTHS,
-    decoded,
-    image,
-    make_state,
-    names_of_llamagen,
-    names_of_taming,
-    vectors,
-)
 
 from dalle.commands.encode_images import take_image_tokenizer
 from dalle.evals.reconstruction import run as evaluate_dvae
@@ -28,6 +17,17 @@ from dalle.pretrained.rudalle.vqgan_dwt import InverseWavelets
 from dalle.pretrained.vqgan import GUMBEL, TAMING
 from dalle.types import ImageTokenizer
 from dalle.vqgan import VQGAN, VQGANConfig
+from tests.helpers.vqgan_reference import (
+    CODES,
+    LATENT,
+    WIDTHS,
+    decoded,
+    image,
+    make_state,
+    names_of_llamagen,
+    names_of_taming,
+    vectors,
+)
 
 PIXELS = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))
 TRAINING = {

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.formats import COUNT, FORMS, IDS, image
 from PIL import Image
 
 from dalle.data import DataConfig, PairsLoader, StepOfPairs, open_dataset, sample_captions
 from dalle.io.files import read_json
+from tests.helpers.formats import COUNT, FORMS, IDS, image
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "check_data.py"
 GOOD = 8

@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers.formats import COUNT, caption, csv_file, tars
 
 from dalle.data.sources import open_source
 from dalle.data.sources.index import FOLDER
+from tests.helpers.formats import COUNT, caption, csv_file, tars
 
 PROCESSES = 4
 ROUNDS = 6

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.formats import (
+from PIL import Image
+
+from dalle.data.bad_samples import BadSampleError
+from dalle.data.config import DataConfig
+from dalle.data.dataset import open_dataset
+from dalle.data.sources import detect_source, has_val_split, open_source
+from dalle.data.sources.detect import expand_braces
+from dalle.data.sources.names import Names
+from tests.helpers.formats import (
     COUNT,
     FORMS,
     IDS,
@@ -25,14 +33,6 @@ from helpers.formats import (
     tars,
     write_tar,
 )
-from PIL import Image
-
-from dalle.data.bad_samples import BadSampleError
-from dalle.data.config import DataConfig
-from dalle.data.dataset import open_dataset
-from dalle.data.sources import detect_source, has_val_split, open_source
-from dalle.data.sources.detect import expand_braces
-from dalle.data.sources.names import Names
 
 
 def level(data: bytes) -> int:

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers.formats import caption, image
 
 from dalle.data import DataConfig, open_dataset
 from dalle.data.bad_samples import BadSampleError
 from dalle.data.sources import open_source
+from tests.helpers.formats import caption, image
 
 pytestmark = pytest.mark.skipif(os.sep != "/", reason="a backslash is a letter of a name")
 
