@@ -75,13 +75,6 @@ class SampleArgs:
     device: str = "auto"
     """cuda, mps or cpu; auto is the first that is available."""
 
-    def __post_init__(self):
-        """ValueError for values that no model could serve; `check` has the rest."""
-        if self.num_images < 1 or self.best_of < self.num_images:
-            raise ValueError(
-                f"best-of must be at least num-images, and that at least 1; got {self.best_of} and {self.num_images}"
-            )
-
 
 def check(args: SampleArgs, external: bool, holds_text: bool) -> None:
     """ValueError for flags that do not go together."""
@@ -89,6 +82,10 @@ def check(args: SampleArgs, external: bool, holds_text: bool) -> None:
     flags = " --".join(part.replace("_", "-") for part in parts)
     prompt, clip_file = args.prompt.strip(), args.clip and args.clip.is_file()
     for wrong, message in (
+        (
+            args.num_images < 1 or args.best_of < args.num_images,
+            f"best-of must be at least num-images, and that at least 1; got {args.best_of} and {args.num_images}",
+        ),
         (not prompt and not args.prompts_file, 'no prompt; give --prompt "a red circle above a blue square"'),
         (prompt and args.prompts_file, "--prompts-file replaces --prompt; give one of them"),
         (args.keep_rows is not None and not args.init_image, "--keep-rows needs --init-image"),
@@ -127,21 +124,16 @@ def sample(args: SampleArgs) -> Path:
     With --prompts-file see dalle/pipelines/sample_prompts.py. Under torchrun the processes share the candidates of one
     prompt, or the prompts of a file.
     """
-    from dalle.hub.registry import weights_hash
     from dalle.io.files import make_directory
-    from dalle.pipelines.best_of_n import auto_batch_size
-    from dalle.pipelines.completion import prefix_tokens
-    from dalle.pipelines.generation import merge_generations, slug, write_sample
-    from dalle.pipelines.sample_prompts import sample_prompts
+    from dalle.pipelines.generation import slug
     from dalle.pretrained.load import holds_text_tokenizer, is_external_checkpoint
     from dalle.runs.args import ROOT
     from dalle.train.distributed import Distributed
-    from dalle.train.precision import precision_label
 
     own = args.model is None or (args.model / "config.json").is_file()
     external = not own and is_external_checkpoint(args.model)
     check(args, external, external and holds_text_tokenizer(args.model))
-    sampling, out = args.sampling, args.out
+    out = args.out
     with Distributed.join(args.device) as group:
         if out is None:
             names = (slug(args.prompt) + (f"-{i}" if i > 1 else "") for i in range(1, 10**6))
@@ -149,56 +141,68 @@ def sample(args: SampleArgs) -> Path:
             out = group.gather_objects(out)[0]
         elif not args.prompts_file and out.is_dir() and any(out.iterdir()):
             raise ValueError(f"{out} is not empty; give another --out")
-        model = open_model(args, external, group)
-        if args.save_pretrained and group.rank == 0:
-            model.save_pretrained(args.save_pretrained)
-        model = model.to_precision(args.precision, args.int8)
-        facts = {"precision": precision_label(args.precision, args.int8, model.device)}
-        if args.prompts_file:
-            if args.clip and args.clip.is_file():  # an external CLIP is not in the model's hash
-                facts["clip"] = weights_hash(model.scorer.model)
-            counts = (args.num_images, args.best_of, args.seed)
-            try:
-                count = sample_prompts(
-                    model, args.prompts_file, out, *counts, sampling, args.truncate, facts, group
-                )
-            except KeyboardInterrupt:
-                raise SystemExit(f"stopped; the same command resumes in {out}") from None
-            if group.rank == 0:
-                print(f"{out}: {args.num_images} of {args.best_of} images for each of {count} prompts")
-            return out
-        model.text_tokens([args.prompt], args.truncate)  # checks the prompt before anything is written
-        make_directory(out)
-        rows = sampling.batch_size or auto_batch_size(model.transformer, sampling.guidance)
-        sampling = replace(sampling, batch_size=min(group.gather_objects(rows)))
-        options = {
-            "n": args.num_images,
-            "best_of": args.best_of,
-            "seed": args.seed,
-            "truncate": args.truncate,
-        }
-        options |= asdict(sampling)
-        shared = options | {"shard": (group.rank, group.world_size), "progress": group.rank == 0}
-        if args.init_image:
-            kept = model.transformer.layout.rows // 2 if args.keep_rows is None else args.keep_rows
-            shared["prefix"] = prefix_tokens(model, args.init_image, kept)
-            options |= {"image": str(args.init_image), "rows": kept}
-        parts = [
-            one for some in group.gather_objects(model.generate([args.prompt], **shared)) for one in some
-        ]
-        if group.rank == 0:
-            generation = merge_generations(parts, args.num_images)
-            options["best_of"] = generation.num_generated
-            write_sample(out, model, generation, options | facts)
-            note = (
-                f", interrupted at {generation.num_generated} of {args.best_of}"
-                if generation.interrupted
-                else ""
-            )
-            print(
-                f"{out}: {len(generation.images)} of {generation.num_generated} images for {args.prompt!r}{note}"
-            )
+        group.on_main(
+            lambda: make_directory(out)
+        )  # before the model is loaded: a place that cannot be written
+        try:
+            model = open_model(args, external, group)
+            if args.save_pretrained and group.is_main:
+                model.save_pretrained(args.save_pretrained)
+            model = model.to_precision(args.precision, args.int8)
+            generate = _sample_file if args.prompts_file else _sample_prompt
+            generate(args, model, out, group)
+        except BaseException:
+            if group.is_main and out.is_dir() and not any(out.iterdir()):
+                out.rmdir()
+            raise
     return out
+
+
+def _sample_file(args: SampleArgs, model: "DALLE", out: Path, group: "Distributed") -> None:
+    from dalle.hub.registry import weights_hash
+    from dalle.pipelines.sample_prompts import sample_prompts
+    from dalle.train.precision import precision_label
+
+    facts = {"precision": precision_label(args.precision, args.int8, model.device)}
+    if args.clip and args.clip.is_file():  # an external CLIP is not in the model's hash
+        facts["clip"] = weights_hash(model.scorer.model)
+    counts = (args.num_images, args.best_of, args.seed)
+    try:
+        count = sample_prompts(
+            model, args.prompts_file, out, *counts, args.sampling, args.truncate, facts, group
+        )
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; the same command resumes in {out}") from None
+    if group.is_main:
+        print(f"{out}: {args.num_images} of {args.best_of} images for each of {count} prompts")
+
+
+def _sample_prompt(args: SampleArgs, model: "DALLE", out: Path, group: "Distributed") -> None:
+    from dalle.io.files import make_directory
+    from dalle.pipelines.best_of_n import auto_batch_size
+    from dalle.pipelines.completion import prefix_tokens
+    from dalle.pipelines.generation import merge_generations, write_sample
+    from dalle.train.precision import precision_label
+
+    rows = args.sampling.batch_size or auto_batch_size(model.transformer, args.sampling.guidance)
+    sampling = replace(args.sampling, batch_size=min(group.gather_objects(rows)))
+    options = {"n": args.num_images, "best_of": args.best_of, "seed": args.seed, "truncate": args.truncate}
+    options |= asdict(sampling)
+    shared = options | {"shard": (group.rank, group.world_size), "progress": group.is_main}
+    if args.init_image:
+        kept = model.transformer.layout.rows // 2 if args.keep_rows is None else args.keep_rows
+        shared["prefix"] = prefix_tokens(model, args.init_image, kept)
+        options |= {"image": str(args.init_image), "rows": kept}
+    shards = group.gather_objects(model.generate([args.prompt], **shared))
+    if not group.is_main:
+        return
+    generation = merge_generations([part for shard in shards for part in shard], args.num_images)
+    options["best_of"] = generation.num_generated
+    options["precision"] = precision_label(args.precision, args.int8, model.device)
+    make_directory(out)
+    write_sample(out, model, generation, options)
+    note = f", interrupted at {generation.num_generated} of {args.best_of}" if generation.interrupted else ""
+    print(f"{out}: {len(generation.images)} of {generation.num_generated} images for {args.prompt!r}{note}")
 
 
 def open_model(args: SampleArgs, external: bool, group: Distributed) -> DALLE:

@@ -45,7 +45,7 @@ def test_four_commands_from_a_folder_and_a_csv_to_a_model_and_its_images(
     run("encode_images", "--config", dvae, *data)
     run("train_transformer", "--config", transformer, "--eval-samples", "2")
     prompt = ("--prompt", "eine größe 黄色 square", "--best-of", "1", "--num-images", "1")
-    assert "no CLIP, so the images come unranked" in run(
+    assert "no CLIP, so the images are unranked" in run(
         "sample", *prompt, "--device", "cpu", "--out", "drawn"
     )
     said = read_json(tmp_path / "drawn" / "sample.json")

@@ -420,7 +420,7 @@ def test_tokens_of_another_dvae_are_refused_with_both_hashes(chain, tiny_runs, t
     train_dvae(replace(tiny_runs.dvae, out=tmp_path / "other", seed=9, steps=1))
     with pytest.raises(ValueError, match=f"dvae was '{own}', is '[0-9a-f]{{16}}'"):
         encode_images(replace(run, dvae=tmp_path / "other"))
-    training = replace(tiny_runs.transformer, tokenizer=chain / "text", out=tmp_path / "transformer")
+    training = replace(tiny_runs.transformer, text_tokenizer=chain / "text", out=tmp_path / "transformer")
     said = f"holds tokens of dVAE {own}, .*other is [0-9a-f]{{16}}: they do not belong together"
     with pytest.raises(ValueError, match=said):
         train_transformer(replace(training, tokens=tmp_path / "tokens", dvae=tmp_path / "other"))

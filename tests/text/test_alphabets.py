@@ -46,10 +46,12 @@ def world(chain, tiny_runs, tmp_path_factory):
     data = replace(tiny_runs.encode.data, path=str(out / "images"), val_fraction=1e-9, workers=0)
     encode_images(replace(tiny_runs.encode, out=out / "tokens", dvae=chain / "dvae", data=data))
     run = replace(tiny_runs.transformer, model=replace(tiny_runs.transformer.model, text_len=80))
-    train_transformer(replace(run, out=out / "transformer", tokens=out / "tokens", tokenizer=chain / "text"))
+    train_transformer(
+        replace(run, out=out / "transformer", tokens=out / "tokens", text_tokenizer=chain / "text")
+    )
     data = replace(data, val_path=data.path)
     run = replace(tiny_runs.clip, data=data, model=replace(tiny_runs.clip.model, text_len=80))
-    train_clip(replace(run, out=out / "clip", tokenizer=chain / "text"))
+    train_clip(replace(run, out=out / "clip", text_tokenizer=chain / "text"))
     train_tokenizer(replace(tiny_runs.text, out=out / "text", data=data))
     return out
 

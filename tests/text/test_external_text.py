@@ -39,7 +39,7 @@ def test_a_model_is_trained_with_a_foreign_tokenizer_and_keeps_it(foreign, chain
     }
     for (kind, run), train in zip(runs.items(), (train_transformer, train_clip), strict=True):
         model = replace(run.model, text_len=80, text_vocab=720)
-        train(replace(run, model=model, tokenizer=foreign, out=tmp_path / kind))
+        train(replace(run, model=model, text_tokenizer=foreign, out=tmp_path / kind))
     places = {"dvae": chain / "dvae", "transformer": tmp_path / "transformer", "clip": tmp_path / "clip"}
     DALLE.from_parts(*(load_model(place, kind) for kind, place in places.items())).save_pretrained(
         tmp_path / "model"
