@@ -10,8 +10,9 @@ setup:  ## make .venv and install everything into it; at once when that is done
 quickstart: setup  ## train a small DALL-E on this computer and sample from it, into runs/quickstart
 	.venv/bin/python scripts/quickstart.py $(ARGS)
 
-notebooks: setup  ## run all notebooks anew, with the quick start's model, and keep their pictures
-	.venv/bin/python scripts/notebooks.py $(ARGS)
+notebooks: setup  ## run all notebooks with the quick start's model and keep their outputs
+	.venv/bin/jupyter nbconvert --to notebook --execute --inplace --ClearMetadataPreprocessor.enabled=True \
+		--ClearMetadataPreprocessor.clear_notebook_metadata=False notebooks/*.ipynb $(ARGS)
 
 test: setup  ## ruff, then every test that takes seconds
 	.venv/bin/ruff check

@@ -141,9 +141,8 @@ def sample(args: SampleArgs) -> Path:
             out = group.gather_objects(out)[0]
         elif not args.prompts_file and out.is_dir() and any(out.iterdir()):
             raise ValueError(f"{out} is not empty; give another --out")
-        group.on_main(
-            lambda: make_directory(out)
-        )  # before the model is loaded: a place that cannot be written
+        else:
+            group.on_main(lambda: make_directory(out))  # a place that cannot be written fails before the work
         try:
             model = open_model(args, external, group)
             if args.save_pretrained and group.is_main:
