@@ -1,7 +1,8 @@
 """DALL-E (Ramesh et al. 2021): discrete VAE, sparse transformer, CLIP reranker.
 
 from dalle import DALLE
-DALLE.from_pretrained("runs/quickstart/model").generate("a red circle above a blue square on a white background")
+DALLE.from_pretrained("runs/quickstart/model").generate("a red circle above a blue square on a white
+background")
 """
 
 from dalle.lazy import lazy_exports

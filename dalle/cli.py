@@ -1,7 +1,8 @@
 """The command `dalle`: one subcommand for each script, in any directory.
 
 dalle train-dvae --steps 100                         the same as python scripts/train_dvae.py --steps 100
-torchrun --nproc-per-node 8 -m dalle encode-images   the same as torchrun --nproc-per-node 8 scripts/encode_images.py
+torchrun --nproc-per-node 8 -m dalle encode-images   the same as torchrun --nproc-per-node 8
+scripts/encode_images.py
 """
 
 import difflib
@@ -42,14 +43,16 @@ GROUPS = {
         "benchmark": "measure speed and memory of this machine",
     },
 }
-"""Subcommands and their lines in --help, under a heading. The script of train-dvae is scripts/train_dvae.py."""
+"""Subcommands and their lines in --help, under a heading. The script of train-dvae is
+scripts/train_dvae.py."""
 COMMANDS = {name: line for group in GROUPS.values() for name, line in group.items()}
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs `dalle` with these arguments (default: the process's own); returns 0, or 2 for an unknown command.
 
-    A command that ends the process (a user's mistake, a stopped training) raises SystemExit as its script does.
+    A command that ends the process (a user's mistake, a stopped training) raises SystemExit as its script
+    does.
     """
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help"):

@@ -131,8 +131,9 @@ class TokenLayout:
         """text_tokens (B, T) and image_tokens (B, n) -> joint ids (B, T + n); n may stop short."""
         if text_tokens.shape[1] != self.text_len or image_tokens.shape[1] > self.num_image_tokens:
             raise ValueError(
-                f"expected ({self.text_len}) text tokens and at most {self.num_image_tokens} ({self.rows} x {self.columns}) "
-                f"image tokens, got {text_tokens.shape[1]} and {image_tokens.shape[1]}; is it another grid?"
+                f"expected ({self.text_len}) text tokens and at most {self.num_image_tokens} "
+                f"({self.rows} x {self.columns}) image tokens, got {text_tokens.shape[1]} and "
+                f"{image_tokens.shape[1]}; is it another grid?"
             )
         check_tokens(text_tokens, self.image_offset, "text_tokens")
         check_tokens(image_tokens, self.image_vocab, "image_tokens")

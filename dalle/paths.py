@@ -7,7 +7,8 @@ CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.par
 
 
 def find_config(path: Path | str) -> Path:
-    """The file itself or, if it does not exist, the shipped one: configs/dvae/small.yaml works in any directory."""
+    """The file itself or, if it does not exist, the shipped one: configs/dvae/small.yaml works in any
+    directory."""
     path = Path(path)
     if path.parts[:1] != ("configs",) or path.exists():
         return path

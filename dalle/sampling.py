@@ -31,7 +31,8 @@ def sample_tokens(
     Args:
         logits: (B, V); -inf is never sampled.
         uniform: (B,) in [0, 1).
-        temperature: above 0, or 0 for the most likely id; `dalle.pipelines.config.SamplingConfig` checks all three.
+        temperature: above 0, or 0 for the most likely id; `dalle.pipelines.config.SamplingConfig` checks all
+            three.
         top_k: keep the k most likely ids.
         top_p: keep the fewest most likely ids whose probability reaches p.
 

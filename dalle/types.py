@@ -1,6 +1,8 @@
-"""Protocols and contracts shared by all modules: image tokenizer, scorer, objective, dataset, pixels and tokens.
+"""Protocols and contracts shared by all modules: image tokenizer, scorer, objective, dataset, pixels and
+tokens.
 
-Pixels are float (B, 3, H, W) in [0, 1] everywhere; only the dVAE maps them to its own range. Tokens are int64.
+Pixels are float (B, 3, H, W) in [0, 1] everywhere; only the dVAE maps them to its own range. Tokens are
+int64.
 """
 
 from __future__ import annotations
@@ -85,14 +87,16 @@ class StepCost:
 
 @dataclass(frozen=True)
 class BatchShard:
-    """The shard of a step's batch that one call of an objective receives: of one process, or one accumulation pass."""
+    """The shard of a step's batch that one call of an objective receives: of one process, or one accumulation
+    pass."""
 
     index: int = 0
     """Rank of the shard; the shards in order form the batch."""
     count: int = 1
     """Number of shards, all of equal size."""
     num_targets: Tensor | None = None
-    """The objective's `num_targets`, summed over all shards; None for a single shard or an objective without it."""
+    """The objective's `num_targets`, summed over all shards; None for a single shard or an objective without
+    it."""
     sum: Callable[[Tensor], Tensor] = _same
     """All-reduce (sum) over the processes, without gradient."""
     gather: Callable[[Tensor], Tensor] = _same
@@ -105,9 +109,10 @@ FULL_BATCH = BatchShard()
 class Objective(Protocol):
     """Training objective of a model family; the training loop knows no family.
 
-    The mean over the shards of a batch must equal the value for the whole batch. Where a mean is over a number that
-    varies (text tokens, not images), a method `num_targets(model, batch) -> Tensor` counts them for a shard, and
-    `part.num_targets` holds the sum over all shards. `part` is passed only when there are several shards.
+    The mean over the shards of a batch must equal the value for the whole batch. Where a mean is over a
+    number that varies (text tokens, not images), a method `num_targets(model, batch) -> Tensor` counts them
+    for a shard, and `part.num_targets` holds the sum over all shards. `part` is passed only when there are
+    several shards.
 
     Optional methods, for the log: `step_cost(model, batch) -> StepCost`, called once per run, and
     `random_baseline(model) -> {metric: value}`, the values of an uninformed model.
@@ -235,7 +240,8 @@ def check_images(pixels: Tensor, multiple_of: int = 1) -> None:
         raise ValueError(f"pixels must hold an image, got none: {tuple(pixels.shape)}")
     if pixels.shape[2] % multiple_of or pixels.shape[3] % multiple_of:
         raise ValueError(
-            f"image sides must be multiples of {multiple_of}, got {tuple(pixels.shape[2:])}; crop or resize first"
+            f"image sides must be multiples of {multiple_of}, got {tuple(pixels.shape[2:])}; crop or resize "
+            "first"
         )
     low, high = pixels.detach().aminmax()
     if not (torch.isfinite(low) and torch.isfinite(high)):
@@ -246,7 +252,8 @@ def check_images(pixels: Tensor, multiple_of: int = 1) -> None:
 
 
 def token_grid(tokens: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """(rows, columns) of image tokens (B, N): those given, else a square; ValueError unless N tokens fill it."""
+    """(rows, columns) of image tokens (B, N): those given, else a square; ValueError unless N tokens fill
+    it."""
     side = math.isqrt(tokens.shape[1])
     rows, columns = grid or (side, side)
     if rows * columns != tokens.shape[1]:

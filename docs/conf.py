@@ -1,7 +1,8 @@
-"""Sphinx: the pages of this project and the reference of its public names, as one site. `make docs` builds it.
+"""Sphinx: the pages of this project and the reference of its public names, as one site. `make docs` builds
+it.
 
-The source folder is the project's root, so that links between README.md, docs/ and the log lead where they lead in
-the repository.
+The source folder is the project's root, so that links between README.md, docs/ and the log lead where they
+lead in the repository.
 """
 
 import re
@@ -22,7 +23,8 @@ root_doc = "docs/index"
 include_patterns = ["*.md", "docs/*.md", "docs/api/*.md"]
 exclude_patterns = [".*", "runs", "shared", "dist", "build", "docs/_build"]
 
-# Docstrings are plain text with `code`; their sections are Google's (Args, Returns, Raises). See `as_plain_text`
+# Docstrings are plain text with `code`; their sections are Google's (Args, Returns, Raises). See
+# `as_plain_text`
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
@@ -46,7 +48,8 @@ html_show_sphinx = False
 
 
 def as_plain_text(app, what, name, obj, options, lines: list[str]) -> None:
-    """Turns a docstring into markup that shows it as it reads: |x| and a * b as they are, indented blocks too."""
+    """Turns a docstring into markup that shows it as it reads: |x| and a * b as they are, indented blocks
+    too."""
     # an empty comment in front keeps napoleon from reading "words: more words" of a field as its type
     told = ["..", ""] if what in ("attribute", "data", "property") else []
     literal = False

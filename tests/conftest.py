@@ -117,7 +117,8 @@ def tiny_runs(tiny_configs: Path) -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory, tiny_runs: SimpleNamespace) -> Path:
-    """Every stage once, two steps each: text/ dvae/ tokens/ transformer/ clip/ model/. Copy before you change it."""
+    """Every stage once, two steps each: text/ dvae/ tokens/ transformer/ clip/ model/. Copy before you change
+    it."""
     out = tmp_path_factory.mktemp("chain")
     train_tokenizer(replace(tiny_runs.text, out=out / "text", captions=2000))
     train_dvae(replace(tiny_runs.dvae, out=out / "dvae"))
@@ -171,7 +172,8 @@ def python() -> Callable[..., subprocess.CompletedProcess]:
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
     """script(name, *words): scripts/NAME.py in this process, in an empty directory or `cwd`.
 
-    Gives .code .out .err as a shell would; an error that the script does not tell in a sentence is the test's.
+    Gives .code .out .err as a shell would; an error that the script does not tell in a sentence is the
+    test's.
     """
 
     def run(name: str, *words: str | Path, cwd: Path = tmp_path) -> SimpleNamespace:
@@ -191,7 +193,8 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 @pytest.fixture
 def typed(script: Callable) -> Callable[[str, Path], str]:
-    """typed("python scripts/NAME.py ...", cwd): the same for a command that must end well; what it printed."""
+    """typed("python scripts/NAME.py ...", cwd): the same for a command that must end well; what it
+    printed."""
 
     def run(command: str, cwd: Path) -> str:
         path, *words = shlex.split(command)[1:]
@@ -204,7 +207,8 @@ def typed(script: Callable) -> Callable[[str, Path], str]:
 
 @pytest.fixture
 def slots_drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many slots are drawn, one entry after each: what a drawing that is stopped has not done is not in it."""
+    """How many slots are drawn, one entry after each: what a drawing that is stopped has not done is not in
+    it."""
     plain, slots = best_of_n.generate_tokens, []
 
     def counted(*args, **options):
@@ -218,7 +222,8 @@ def slots_drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture(scope="session")
 def change_meta() -> Callable[..., None]:
-    """change_meta(checkpoint, key=value): other words in its meta.json, hashed as if they had been written so."""
+    """change_meta(checkpoint, key=value): other words in its meta.json, hashed as if they had been written
+    so."""
 
     def change(checkpoint: Path, **changes: object) -> None:
         write_json(checkpoint / "meta.json", read_json(checkpoint / "meta.json") | changes)

@@ -42,7 +42,8 @@ def test_help(words, capsys):
 
 def test_as_a_module_without_torch(python, tmp_path):
     code = (
-        "import sys; from dalle.cli import main; codes = [main([word]) for word in ('--help', '--version', 'trian-dvae')];"
+        "import sys; from dalle.cli import main;"
+        "codes = [main([word]) for word in ('--help', '--version', 'trian-dvae')];"
         "print([name for name in ('torch', 'numpy', 'PIL', 'tyro') if name in sys.modules], codes)"
     )
     done = python(["-c", code], cwd=tmp_path)

@@ -292,7 +292,10 @@ class TestCommandLine:
             raise KeyError("a bug")
 
     def test_an_output_that_nothing_reads_any_more_is_one_line(self):
-        code = "from dalle.config import cli_errors\nwith cli_errors():\n    for i in range(10**5):\n        print(i)"
+        code = (
+            "from dalle.config import cli_errors\nwith cli_errors():\n    for i in range(10**5):\n       "
+            " print(i)"
+        )
         reader, writer = os.pipe()
         os.close(reader)
         done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
@@ -376,7 +379,7 @@ def every_field(cls: type, prefix: str = ""):
             flat_section = (cls, field.name) == (SampleArgs, "sampling")  # its options have no prefix
             inner = prefix if flat_section else f"{prefix}{field.name}."
             options = list(every_field(hints[field.name], inner))
-            if any(
+            if not flat_section and any(
                 option and "." not in option.removeprefix(f"--{inner}".replace("_", "-"))
                 for option, _ in options
             ):

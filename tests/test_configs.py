@@ -1,4 +1,5 @@
-"""Every YAML under configs/ is built, the paper's with the paper's numbers, and takes two steps at a tiny width."""
+"""Every YAML under configs/ is built, the paper's with the paper's numbers, and takes two steps at a tiny
+width."""
 
 import dataclasses
 from pathlib import Path

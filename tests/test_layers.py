@@ -2,8 +2,9 @@
 
     L0 <- L1 <- L2 <- L3 <- L4 <- L5 commands <- cli <- scripts
 
-Only a command may import inside a function, so that its --help starts without torch. Within L3 nobody imports a neighbour: the families know neither each other nor `data` and `train`,
-and those two see L0 and L1 only (`data` also the shapes). `dalle/__init__.py`, which re-exports lazily, is exempt.
+Only a command may import inside a function, so that its --help starts without torch. Within L3 nobody imports
+a neighbour: the families know neither each other nor `data` and `train`, and those two see L0 and L1 only
+(`data` also the shapes). `dalle/__init__.py`, which re-exports lazily, is exempt.
 """
 
 import ast

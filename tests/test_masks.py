@@ -118,7 +118,8 @@ def test_every_image_token_sees_all_text(kind):
 
 
 def test_column_is_the_transpose_of_blocks():
-    """Figure 11c: with rows and columns of the image swapped, column attention is causal within blocks of 4."""
+    """Figure 11c: with rows and columns of the image swapped, column attention is causal within blocks of
+    4."""
     swapped = torch.arange(16).view(4, 4).T.flatten()
     blocks = torch.block_diag(*[torch.ones(4, 4).tril()] * 4).bool()
     assert torch.equal(dense_mask("column", TOY)[6:, 6:][swapped][:, swapped], blocks)
@@ -162,7 +163,8 @@ def test_oblong_grids_count_rows_by_their_columns(grid):
 
 
 def test_oblong_convolution():
-    """Two rows of 5 end at the query; a key is at most one column away, around the edge: d in {0, 1, 4, 5, 6, 9}."""
+    """Two rows of 5 end at the query; a key is at most one column away, around the edge: d in {0, 1, 4, 5, 6,
+    9}."""
     expected = """
         1000000000
         1100000000

@@ -127,7 +127,8 @@ def test_16_bit_logits_are_drawn_in_full_precision():
 
 
 def kept_ids(logits, top_k=None, top_p=None):
-    """Ids that may be drawn, and their probabilities: first the k most likely, then the fewest that reach p."""
+    """Ids that may be drawn, and their probabilities: first the k most likely, then the fewest that reach
+    p."""
     ids = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k]
     shares = np.exp([logits[i] for i in ids])
     shares /= shares.sum()

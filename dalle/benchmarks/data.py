@@ -21,12 +21,13 @@ from torch import Tensor
 
 from dalle.benchmarks.common import Stepper, hardware, print_results, save_report, seconds_of
 from dalle.benchmarks.config import DataBenchmark
-from dalle.commands.train_transformer import TokenBatches, TrainTransformerArgs
+from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.data import Loader, StepOfPairs, TokenCache, open_dataset
 from dalle.data.token_cache import TokenCacheSpec
 from dalle.data.token_writer import TokenWriter
 from dalle.dvae.objective import DVAEObjective
 from dalle.layout import TokenLayout
+from dalle.runs.batches import TokenBatches
 from dalle.runs.inputs import load_text_input
 from dalle.shapes.dataset import ShapesDataset
 from dalle.text import BPETokenizer, TextTokenizerConfig, train_text_tokenizer

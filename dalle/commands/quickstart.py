@@ -1,57 +1,33 @@
-"""Train all of DALL-E small on drawn shapes and make images from captions it never saw.
+"""Train all of DALL-E small on shapes and generate images of captions it never saw.
 
 python scripts/quickstart.py                                        about twenty minutes on two cores
 """
 
-import time
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from dalle.commands.encode_images import EncodeImagesArgs, encode_images
-from dalle.commands.report import ReportArgs, write_report
-from dalle.commands.train_clip import TrainCLIPArgs, train_clip
-from dalle.commands.train_dvae import TrainDVAEArgs, train_dvae
-from dalle.commands.train_tokenizer import TrainTokenizerArgs, train_tokenizer
-from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
-from dalle.config import cli_errors, load, parse
-from dalle.evals.shapes_accuracy import ShapesSamples, caption_accuracy
-from dalle.hub.model_card import write_card
-from dalle.hub.registry import load_model
-from dalle.io.files import make_directory, write_json
-from dalle.io.images import captioned_grid, image_grid, to_pil
+from dalle.config import cli_errors, parse
 from dalle.paths import CONFIGS
 from dalle.pipelines.config import SamplingConfig
-from dalle.pipelines.dalle import DALLE
 from dalle.runs.args import ROOT
-from dalle.runs.inputs import is_complete
-from dalle.train.loggers import peak_memory, read_log
-from dalle.train.precision import resolve_device
-from dalle.viz.curves import plot_losses
-
-SHEET_PICTURES = 12
 
 
 @dataclass(frozen=True)
 class QuickstartArgs:
-    """Trains tokenizer, dVAE, transformer and CLIP on drawn shapes, then draws held-out captions."""
+    """Train tokenizer, dVAE, transformer and CLIP on shapes, then sample images of held-out captions."""
 
     out: Path = ROOT / "quickstart"
-    """Directory of everything; a finished quick start there is moved aside, a broken off one goes on."""
+    """Output directory; a finished quick start in it is moved aside, an interrupted one resumes."""
     seed: int = 0
-    """Of every stage."""
+    """Seed of every stage."""
     captions: int = 200
-    """Held-out captions to draw, of each kind."""
+    """Held-out captions to sample, of each kind."""
     best_of: int = 16
     """Candidates of each caption, ranked by the CLIP trained here."""
     temperature: float = 0.4
-    """Of the samples. The paper draws at 1; so short a training leaves chance in the tails that it does not mean."""
+    """Sampling temperature (paper: 1); so short a training leaves noise in the tails of the distribution."""
     device: str = "auto"
-    """cuda, mps or cpu; auto takes the first there is."""
+    """cuda, mps or cpu; auto takes the first that is available."""
     configs: Path = CONFIGS
     """Directory with <family>/shapes.yaml of each family."""
 
@@ -62,149 +38,10 @@ class QuickstartArgs:
         SamplingConfig(self.temperature)
 
 
-def quickstart(run: QuickstartArgs) -> dict[str, Any]:
-    """Every stage, then samples.png, reconstructions.png, losses.png, report.json, report.html and model/."""
-    out = _prepare(run.out)
-    seconds: dict[str, float] = {}
-    resumed = any(out.iterdir())
-    files = {family: run.configs / family / "shapes.yaml" for family in ("dvae", "transformer", "clip")}
-    common = {"seed": run.seed, "device": run.device}
-    text_run = load(TrainTokenizerArgs, [files["transformer"]], schema=TrainTransformerArgs)
-    dvae_run = load(TrainDVAEArgs, [files["dvae"]])
-    encode_run = load(EncodeImagesArgs, [files["dvae"]], schema=TrainDVAEArgs)
-    transformer_run = load(TrainTransformerArgs, [files["transformer"]])
-    clip_run = load(TrainCLIPArgs, [files["clip"]])
-
-    with _stage("tokenizer", seconds):
-        if not (out / "text" / "text.json").exists():  # trained again it may differ (dalle/text/train_bpe.py)
-            train_tokenizer(replace(text_run, out=out / "text", captions=4000))
-    with _stage("dvae", seconds):
-        train_dvae(replace(dvae_run, out=out / "dvae", **common))
-    with _stage("encode", seconds):
-        encode_images(replace(encode_run, out=out / "tokens", dvae=out / "dvae", **common))
-    parts = {"text_tokenizer": out / "text"}
-    with _stage("transformer", seconds):
-        train_transformer(
-            replace(transformer_run, out=out / "transformer", tokens=out / "tokens", **parts, **common)
-        )
-    with _stage("clip", seconds):
-        train_clip(replace(clip_run, out=out / "clip", **parts, **common))
-    with _stage("sample", seconds):
-        device = resolve_device(run.device)
-        model = DALLE.from_parts(
-            *(load_model(out / kind, kind, device) for kind in ("dvae", "transformer", "clip"))
-        )
-        model.save_pretrained(out / "model")
-        options = {"seed": run.seed, "temperature": run.temperature}
-        accuracy, drawn = caption_accuracy(model, "held_out", run.captions, run.best_of, **options)
-        new_pairs, _ = caption_accuracy(model, "new_pairs", run.captions, run.best_of, **options)
-        _draw_sheets(out, drawn)
-    seconds["total"] = sum(seconds.values())
-    report = {
-        "caption_accuracy": accuracy,
-        "caption_accuracy_new_pairs": new_pairs,
-        "resumed": resumed,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "codebook": _codebook(out / "dvae"),
-        "sizes": {kind: _size(getattr(model, kind)) for kind in ("dvae", "transformer")}
-        | {"clip": _size(model.scorer.model)},
-        "captions": run.captions,
-        "best_of": run.best_of,
-        "temperature": run.temperature,
-        "seed": run.seed,
-        "model": model.hash,
-        "peak_memory_gib": peak_memory(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    write_json(out / "report.json", report)
-    write_card(out / "model", report)
-    write_report(ReportArgs(out, seed=run.seed, device=run.device))
-    _print(out, report)
-    return report
-
-
-def make_missing_stages() -> None:
-    """Tokenizer, dVAE and tokens at the size of the shapes, where there are none under runs/."""
-    transformer, dvae = (CONFIGS / family / "shapes.yaml" for family in ("transformer", "dvae"))
-    makers: dict[str, Callable[[], Any]] = {
-        "text": lambda: train_tokenizer(load(TrainTokenizerArgs, [transformer], schema=TrainTransformerArgs)),
-        "dvae": lambda: train_dvae(load(TrainDVAEArgs, [dvae])),
-        "tokens": lambda: encode_images(load(EncodeImagesArgs, [dvae], schema=TrainDVAEArgs)),
-    }
-    for stage, make in makers.items():
-        if not is_complete(stage):
-            print(f"no {stage} under {ROOT}/ that is whole: making it first")
-            make()
-
-
-def _prepare(out: Path) -> Path:
-    """The directory; a finished quick start in it is moved aside, never deleted."""
-    if (out / "report.html").exists():  # written last
-        names = (out.with_name(f"{out.name}-{i}") for i in range(1, 10**6))
-        old = next(name for name in names if not name.exists())
-        out.rename(old)
-        print(f"{out} held a finished quick start: moved to {old}")
-    return make_directory(out)
-
-
-@contextmanager
-def _stage(name: str, seconds: dict[str, float]):
-    """Says what runs and how long it took."""
-    print(f"\n== {name}", flush=True)
-    started = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - started
-    print(f"== {name} took {seconds[name]:.0f} s", flush=True)
-
-
-def _draw_sheets(out: Path, drawn: ShapesSamples) -> None:
-    """samples.png, first and best of n under each caption, and the last reconstructions."""
-    count = min(SHEET_PICTURES, len(drawn.captions))
-    first, best = to_pil(drawn.first()[:count]), to_pil(drawn.ranked()[:count])
-    cells = [
-        (f"{caption} (left: first, right: best of {drawn.pixels.shape[1]})", image_grid([[a, b]], scale=2))
-        for caption, a, b in zip(drawn.captions, first, best, strict=False)
-    ]
-    captioned_grid(cells, columns=4).save(out / "samples.png")
-    newest_sheet = max((out / "dvae").glob("reconstructions-*.png"))
-    (out / "reconstructions.png").write_bytes(newest_sheet.read_bytes())
-    runs = {kind: out / kind for kind in ("dvae", "transformer", "clip")}
-    plot_losses(runs).save(out / "losses.png")
-
-
-def _codebook(run: Path) -> dict[str, float]:
-    """Codes used and perplexity at the dVAE's last evaluation."""
-    lines = [line for line in read_log(run / "log.jsonl") if "val/codebook_used" in line]
-    return {
-        "used": int(lines[-1]["val/codebook_used"]),
-        "perplexity": round(lines[-1]["val/perplexity"], 1),
-    }
-
-
-def _size(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def _print(out: Path, report: dict[str, Any]) -> None:
-    total = report["seconds"]["total"]
-    if report["resumed"]:
-        print("\nThis run went on where another had stopped: its seconds leave out what was done before.")
-    print(
-        f"\n{total:.0f} s, {report['peak_memory_gib']} GiB. Share of images that show what their caption says:"
-    )
-    names = list(report["caption_accuracy"])
-    print(f"  {'':16}{'held-out scenes':>16}{'new color-shape pairs':>25}")
-    for name in names:
-        pair = report["caption_accuracy"][name], report["caption_accuracy_new_pairs"][name]
-        print(f"  {name:16}{pair[0]:16.3f}{pair[1]:25.3f}")
-    prompt = "a red cross above a blue circle on a white background"
-    print(f"Look at {out / 'samples.png'} and, in a browser, {out / 'report.html'}. Draw your own:")
-    words = f'--model {out / "model"} --prompt "{prompt}" --temperature {report["temperature"]}'
-    print(f"  python scripts/sample.py {words}")
-
-
 def main() -> None:
     """Command line of quickstart."""
     with cli_errors():
-        quickstart(parse(QuickstartArgs, description=__doc__))
+        run = parse(QuickstartArgs, description=__doc__)
+        from dalle.runs.quickstart import quickstart
+
+        quickstart(run)

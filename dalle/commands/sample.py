@@ -1,8 +1,8 @@
 """Generates images for a prompt, ranks them by CLIP, and writes the best (paper section 2.6).
 
-python scripts/sample.py --model runs/quickstart/model --prompt "a red circle above a blue square on a white background"
-python scripts/sample.py --prompt "..." --best-of 64 --num-images 8   joins the newest models under runs/
-python scripts/sample.py --model runs/quickstart/model --prompts-file prompts.txt --out runs/many
+python scripts/sample.py --model runs/quickstart/model --prompt "a red circle above a blue square on a white
+background" python scripts/sample.py --prompt "..." --best-of 64 --num-images 8   joins the newest models
+under runs/ python scripts/sample.py --model runs/quickstart/model --prompts-file prompts.txt --out runs/many
 python scripts/sample.py --model 1.3B --prompt "..."                  minDALL-E's folder, or its 1.3B.tar.gz
 python scripts/sample.py --model pytorch_model_v3.bin --text-tokenizer bpe.model \\
     --dvae vqgan.gumbelf8-sber.model.ckpt --prompt "..."              ruDALL-E
@@ -34,11 +34,12 @@ class SampleArgs:
     prompt: str = ""
     """What the images show."""
     prompts_file: Path | None = None
-    """Instead of --prompt, a file of prompts: one per line, or JSON lines with "prompt" or "caption" (.jsonl)."""
+    """Instead of --prompt, a file of prompts: one per line, or JSON lines with "prompt" or "caption"
+    (.jsonl)."""
     model: Path | None = None
     """Model directory, or its owner/name on the Hub; without it the models below are joined. Or an external
-    transformer, such as DALLE-pytorch's dalle.pt: then --text-tokenizer is needed, --clip (a file) to rank, and --dvae
-    if the file holds none. Or minDALL-E's folder or 1.3B.tar.gz, which hold all but --clip."""
+    transformer, such as DALLE-pytorch's dalle.pt: then --text-tokenizer is needed, --clip (a file) to rank,
+    and --dvae if the file holds none. Or minDALL-E's folder or 1.3B.tar.gz, which hold all but --clip."""
     text_tokenizer: Path | None = None
     """Text tokenizer, checked against the one of the transformer's training."""
     dvae: Path | None = None
@@ -64,12 +65,13 @@ class SampleArgs:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the transformer's matrices; auto is bf16 where the device has it in hardware."""
     int8: bool = False
-    """Store the transformer's matrices in 8 bits, a quarter of fp32's memory: faster on a CPU, smaller on a GPU."""
+    """Store the transformer's matrices in 8 bits, a quarter of fp32's memory: faster on a CPU, smaller on a
+    GPU."""
     truncate: bool = False
     """Cut a prompt that is too long instead of refusing it."""
     out: Path | None = None
-    """Directory for the images; by default a new one under runs/samples. Required with --prompts-file, where the same
-    command resumes."""
+    """Directory for the images; by default a new one under runs/samples. Required with --prompts-file, where
+    the same command resumes."""
     save_pretrained: Path | None = None
     """Also write the joined models as a model directory here."""
     device: str = "auto"
@@ -84,7 +86,10 @@ def check(args: SampleArgs, external: bool, holds_text: bool) -> None:
     for wrong, message in (
         (
             args.num_images < 1 or args.best_of < args.num_images,
-            f"best-of must be at least num-images, and that at least 1; got {args.best_of} and {args.num_images}",
+            (
+                f"best-of must be at least num-images, and that at least 1; got {args.best_of} and "
+                f"{args.num_images}"
+            ),
         ),
         (not prompt and not args.prompts_file, 'no prompt; give --prompt "a red circle above a blue square"'),
         (prompt and args.prompts_file, "--prompts-file replaces --prompt; give one of them"),
@@ -121,8 +126,8 @@ def main() -> None:
 def sample(args: SampleArgs) -> Path:
     """Writes 00.png, 01.png, ... (best first), grid.png and sample.json, never over another sample.
 
-    With --prompts-file see dalle/pipelines/sample_prompts.py. Under torchrun the processes share the candidates of one
-    prompt, or the prompts of a file.
+    With --prompts-file see dalle/pipelines/sample_prompts.py. Under torchrun the processes share the
+    candidates of one prompt, or the prompts of a file.
     """
     from dalle.io.files import make_directory
     from dalle.pipelines.generation import slug
@@ -157,7 +162,7 @@ def sample(args: SampleArgs) -> Path:
     return out
 
 
-def _sample_file(args: SampleArgs, model: "DALLE", out: Path, group: "Distributed") -> None:
+def _sample_file(args: SampleArgs, model: DALLE, out: Path, group: Distributed) -> None:
     from dalle.hub.registry import weights_hash
     from dalle.pipelines.sample_prompts import sample_prompts
     from dalle.train.precision import precision_label
@@ -176,7 +181,7 @@ def _sample_file(args: SampleArgs, model: "DALLE", out: Path, group: "Distribute
         print(f"{out}: {args.num_images} of {args.best_of} images for each of {count} prompts")
 
 
-def _sample_prompt(args: SampleArgs, model: "DALLE", out: Path, group: "Distributed") -> None:
+def _sample_prompt(args: SampleArgs, model: DALLE, out: Path, group: Distributed) -> None:
     from dalle.io.files import make_directory
     from dalle.pipelines.best_of_n import auto_batch_size
     from dalle.pipelines.completion import prefix_tokens
@@ -205,7 +210,8 @@ def _sample_prompt(args: SampleArgs, model: "DALLE", out: Path, group: "Distribu
 
 
 def open_model(args: SampleArgs, external: bool, group: Distributed) -> DALLE:
-    """The model directory, the external model, or the joined runs; refuses models that do not belong together."""
+    """The model directory, the external model, or the joined runs; refuses models that do not belong
+    together."""
     from dalle.pipelines.dalle import DALLE
     from dalle.pretrained.load import load_external_pipeline
     from dalle.pretrained.openai_clip import load_scorer

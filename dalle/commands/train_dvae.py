@@ -6,31 +6,13 @@ python scripts/train_dvae.py --config configs/dvae/small.yaml --data.path my/ima
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from dalle.config import RESUME_FREE, cli_errors, parse
-from dalle.data import DataConfig, StepOfPairs, first_samples, open_dataset
-from dalle.dvae import DVAE, DVAEConfig, DVAELossConfig
-from dalle.dvae.metrics import collapse_warning, dvae_scores
-from dalle.dvae.objective import DVAEObjective
-from dalle.hub.registry import build_model
-from dalle.io.images import image_grid, to_pil
-from dalle.io.rng import generator
+from dalle.data.config import DataConfig
+from dalle.dvae.config import DVAEConfig, DVAELossConfig
 from dalle.runs.args import TrainArgs
-from dalle.runs.init_weights import init_weights, overfit_config
-from dalle.runs.inputs import loader
-from dalle.runs.training import run_training, start_processes
 from dalle.schedules import Schedule
-from dalle.train import TrainConfig
-from dalle.train.config import NO_PLATEAU, EMAConfig, OptimizerConfig, Precision
-from dalle.train.distributed import Distributed
-from dalle.train.precision import compile_layers
-from dalle.train.step import step_seed
-from dalle.types import ImageTextBatch
+from dalle.train.config import NO_PLATEAU, EMAConfig, OptimizerConfig, Precision, TrainConfig
 
 PAPER_TRAINING = TrainConfig(
     batch_size=512,
@@ -90,7 +72,8 @@ class TrainDVAEArgs(TrainArgs):
     encode: EncodeConfig = field(default=EncodeConfig(), metadata=RESUME_FREE)
     """For encode_images."""
     crop: int | None = None
-    """Train on random squares of this side, since the dVAE is fully convolutional; None takes whole images."""
+    """Train on random squares of this side, since the dVAE is fully convolutional; None takes whole
+    images."""
     eval_samples: int = 64
     """Held-out images measured at each evaluation."""
 
@@ -105,83 +88,44 @@ class TrainDVAEArgs(TrainArgs):
 
 
 def train_dvae(run: TrainDVAEArgs) -> Path:
-    """Trains, writing checkpoints, log.jsonl and a sheet of reconstructions at each evaluation."""
+    """Train; return the run's directory, with checkpoints, log.jsonl and reconstructions of each
+    evaluation."""
+    import torch
+
+    from dalle.data import StepOfPairs, first_samples, open_dataset
+    from dalle.dvae.metrics import evaluate_dvae
+    from dalle.dvae.objective import DVAEObjective
+    from dalle.hub.registry import build_model
+    from dalle.runs.batches import DVAEBatch
+    from dalle.runs.init_weights import init_weights, overfit_config
+    from dalle.runs.inputs import loader
+    from dalle.runs.training import run_training, start_processes
+    from dalle.train.precision import compile_layers
+
     run = overfit_config(run)
     with start_processes(run) as dist:
-        return _train_dvae(run, dist)
+        train_set, val_set = open_dataset(run.data), open_dataset(run.data, "held_out")
+        torch.manual_seed(run.seed)
+        model = build_model("dvae", run.model).to(dist.device, memory_format=torch.channels_last)
+        links = {"data": train_set.hash}
+        init = init_weights("dvae", run, model, links)
+        if run.compile:
+            compile_layers(model)
+        count = min(run.eval_samples, val_set.size or run.eval_samples)
+        val_images = torch.from_numpy(first_samples(val_set, count).pixels).to(dist.device)
+        collate = DVAEBatch(run.crop, run.seed, dist.rank, dist.world_size)
+        # Listing 1
+        steps = StepOfPairs(
+            train_set, run.train.batch_size, run.seed, "dvae", collate, dist.rank, dist.world_size
+        )
 
+        def evaluate(model, step: int):
+            return evaluate_dvae(model, val_images, run.loss.tau(step))
 
-def _train_dvae(run: TrainDVAEArgs, dist: Distributed) -> Path:
-    out, device, rank, world = run.directory("dvae"), dist.device, dist.rank, dist.world_size
-    pairs, held_out = open_dataset(run.data), open_dataset(run.data, "held_out")
-    torch.manual_seed(run.seed)
-    model = build_model("dvae", run.model).to(device, memory_format=torch.channels_last)
-    links = {"data": pairs.hash}
-    init = init_weights("dvae", run, model, links)
-    if run.compile:
-        compile_layers(model)
-    count = min(run.eval_samples, held_out.size or run.eval_samples)
-    pixels = torch.from_numpy(first_samples(held_out, count).pixels)
-    finish = DVAEBatch(run.crop, run.seed, rank, world)
-    task = StepOfPairs(pairs, run.train.batch_size, run.seed, "dvae", finish, rank, world)  # Listing 1
-
-    def evaluate(model: DVAE, step: int) -> dict[str, Any]:
-        return evaluate_dvae(model, pixels.to(device), run.loss.tau(step))
-
-    with loader(task, run, out) as batches:
-        run_training("dvae", run, dist, model, DVAEObjective(run.loss), batches, links, init, evaluate)
-    return out
-
-
-@dataclass(frozen=True)
-class DVAEBatch:
-    """Pixels of a step: whole images, or a random square of each."""
-
-    crop: int | None
-    """Side of the square."""
-    seed: int
-    """Of the squares."""
-    rank: int = 0
-    """Which of the training processes."""
-    world: int = 1
-    """Of how many."""
-
-    def __call__(self, batch: ImageTextBatch, step: int) -> Tensor:
-        """(B, 3, H, W)."""
-        pixels = torch.from_numpy(batch.pixels)
-        if self.crop is None:
-            return pixels
-        return random_squares(pixels, self.crop, step_seed(self.seed, step), self.rank, self.world)
-
-
-def random_squares(pixels: Tensor, side: int, seed: int, rank: int = 0, world: int = 1) -> Tensor:
-    """A square of each image, anywhere: (B, 3, H, W) -> (B, 3, side, side).
-
-    They are drawn for the images of all `world` processes, whose shares are equal, and those of `rank` taken: the
-    same square of an image whatever the number of processes.
-    """
-    if side > min(pixels.shape[2:]):
-        raise ValueError(f"crop {side} is larger than the images, {tuple(pixels.shape[2:])}; lower it")
-    rng, own = generator("squares", seed), slice(rank * len(pixels), (rank + 1) * len(pixels))
-    rows, columns = (
-        rng.integers(free - side + 1, size=world * len(pixels))[own] for free in pixels.shape[2:]
-    )
-    squares = zip(pixels, rows, columns, strict=True)
-    return torch.stack([image[:, y : y + side, x : x + side] for image, y, x in squares])
-
-
-def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float) -> dict[str, Any]:
-    """Meters of held-out images; "reconstructions" shows original, soft and hard reconstruction side by side."""
-    parts = [dvae_scores(model, part, tau) for part in pixels.split(64)]
-    scores = {
-        name: float(torch.stack([part[0][name].float() for part in parts]).mean()) for name in parts[0][0]
-    }
-    if sentence := collapse_warning(scores, model.vocab_size):
-        tqdm.write(f"warning: {sentence}")
-    rows = zip(*(to_pil(images[:8]) for images in (pixels, parts[0][1], parts[0][2])), strict=True)
-    return scores | {
-        "reconstructions": image_grid([list(row) for row in rows], scale=max(1, 128 // pixels.shape[-1]))
-    }
+        with loader(steps, run, run.directory("dvae")) as batches:
+            return run_training(
+                "dvae", run, dist, model, DVAEObjective(run.loss), batches, links, init, evaluate
+            )
 
 
 def main() -> None:

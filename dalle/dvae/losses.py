@@ -56,8 +56,8 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
 def gumbel_softmax(logits: Tensor, tau: float, first: int = 0) -> Tensor:
     """A relaxed sample of a one-hot over dim 1 (2.1): softmax((logits + Gumbel noise) / tau), fp32.
 
-    Used forward and backward; no straight-through. The noise of an image follows from torch's seed and its place in
-    the batch, of which these logits may be a part that begins at place `first`.
+    Used forward and backward; no straight-through. The noise of an image follows from torch's seed and its
+    place in the batch, of which these logits may be a part that begins at place `first`.
     """
     logits = logits.float().movedim(1, -1)
     uniform = uniform_by_place(logits, first).clamp_min(torch.finfo(torch.float32).tiny)
@@ -66,7 +66,8 @@ def gumbel_softmax(logits: Tensor, tau: float, first: int = 0) -> Tensor:
 
 
 def uniform_by_place(like: Tensor, first: int) -> Tensor:
-    """Numbers in [0, 1) of a tensor's shape and device, row by row: row i is that of place first + i in any batch.
+    """Numbers in [0, 1) of a tensor's shape and device, row by row: row i is that of place first + i in any
+    batch.
 
     One number is drawn from torch's own CPU generator; processes of the same seed and step so draw the same.
     """

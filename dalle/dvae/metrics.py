@@ -5,9 +5,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from dalle.dvae.losses import gumbel_softmax, kl_loss, reconstruction_loss
 from dalle.dvae.model import DVAE
+from dalle.io.images import image_grid, to_pil
 from dalle.types import FULL_BATCH, BatchShard
 
 
@@ -68,7 +70,22 @@ def collapse_warning(scores: dict[str, Any], vocab_size: int) -> str | None:
     if perplexity >= max(2.0, 0.01 * vocab_size):
         return None
     return (
-        f"the codebook has collapsed: perplexity {perplexity:.1f} of {vocab_size} codes. Codes die while beta is small "
-        "or before the decoder has learned: raise loss.beta.initial, raise model.logit-init-scale and set "
-        "model.codebook-init-std 1, lower the learning rate, or vary the images' grounds; then start again"
+        f"the codebook has collapsed: perplexity {perplexity:.1f} of {vocab_size} codes. Codes die while beta "
+        "is small or before the decoder has learned: raise loss.beta.initial, raise model.logit-init-scale, "
+        "set model.codebook-init-std 1, lower the learning rate, or vary the images' grounds; then start again"
     )
+
+
+def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float) -> dict[str, Any]:
+    """Meters of held-out images; "reconstructions" shows original, soft and hard reconstruction side by
+    side."""
+    parts = [dvae_scores(model, part, tau) for part in pixels.split(64)]
+    scores = {
+        name: float(torch.stack([part[0][name].float() for part in parts]).mean()) for name in parts[0][0]
+    }
+    if sentence := collapse_warning(scores, model.vocab_size):
+        tqdm.write(f"warning: {sentence}")
+    rows = zip(*(to_pil(images[:8]) for images in (pixels, parts[0][1], parts[0][2])), strict=True)
+    return scores | {
+        "reconstructions": image_grid([list(row) for row in rows], scale=max(1, 128 // pixels.shape[-1]))
+    }

@@ -4,8 +4,8 @@ Bottleneck ResNets without normalisation: the encoder turns pixels into logits o
 codes at each position, the decoder turns (relaxed) one-hot codes into the parameters of a
 logit-Laplace distribution over the pixels.
 
-Departures, all off by default: `residual_scale`, `logit_init_scale`, `codebook_init_std` and `min_log_scale` help
-small models over the first hundred steps (docs/log.md says what each does).
+Departures, all off by default: `residual_scale`, `logit_init_scale`, `codebook_init_std` and `min_log_scale`
+help small models over the first hundred steps (docs/log.md says what each does).
 
     B batch, H W pixels, h w grid, K vocabulary, D width
 """
@@ -163,7 +163,8 @@ class DVAE(nn.Module):
         return self.config.vocab_size
 
     def fsdp_groups(self) -> list[list[nn.Module]]:
-        """What sharded training gathers at once, in order of use: all in it is computed in 16 bit under autocast."""
+        """What sharded training gathers at once, in order of use: all in it is computed in 16 bit under
+        autocast."""
         return [[block] for block in self.modules() if isinstance(block, Block)]
 
     def codebook_logits(self, pixels: Tensor) -> Tensor:

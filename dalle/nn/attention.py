@@ -6,7 +6,8 @@
     flex     FlexAttention over blocks of visible pairs (dalle/nn/flex_attention.py); gradients on CUDA only
     auto     one of these, by `auto_backend`
 
-All are equal in value and gradient (tests/nn/test_attention.py); the gradients of flex are tested where there is a GPU.
+All are equal in value and gradient (tests/nn/test_attention.py); the gradients of flex are tested where there
+is a GPU.
 
     B batch, H heads, Q queries, K keys, d width of a head, T text_len
     G groups of M image queries that share their L near keys
@@ -36,7 +37,8 @@ def attend(
     Args:
         q, k, v: (B, H, Q, d), of the first Q slots.
         pattern: the kind of the layer.
-        backend: one of ATTENTION_BACKENDS; "blocks" and "flex" need the whole stream, its beginning takes "dense" and "sdpa".
+        backend: one of ATTENTION_BACKENDS; "blocks" and "flex" need the whole stream, its beginning takes
+            "dense" and "sdpa".
         transposed: q, k, v and the result are `pattern.to_column_major`; so "flex" wants its column layers.
 
     Returns:
@@ -75,7 +77,8 @@ def attend_with(
 def resolve_backend(
     backend: str, pattern: SparseMask, queries: int, device: torch.device, head_dim: int
 ) -> str:
-    """The backend for a number of queries: "auto" by `auto_backend`, the beginning of a stream by dense or sdpa.
+    """The backend for a number of queries: "auto" by `auto_backend`, the beginning of a stream by dense or
+    sdpa.
 
     Raises:
         ValueError: an unknown backend, or one that the device cannot run.
@@ -97,7 +100,8 @@ def auto_backend(kind: str, device: torch.device) -> str:
     """What "auto" takes for a whole stream.
 
     Causal layers: torch's fused causal kernel. Sparse layers: on a CPU `blocks`, the fastest measured there
-    (docs/log.md); elsewhere torch's kernel under a mask, until `flex` and `blocks` have been measured on a GPU.
+    (docs/log.md); elsewhere torch's kernel under a mask, until `flex` and `blocks` have been measured on a
+    GPU.
     """
     return "blocks" if kind != "causal" and device.type == "cpu" else "sdpa"
 

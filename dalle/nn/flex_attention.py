@@ -1,7 +1,9 @@
-"""FlexAttention over the blocks of visible pairs: on a GPU, work only where something is seen (2.2, Figure 11).
+"""FlexAttention over the blocks of visible pairs: on a GPU, work only where something is seen (2.2, Figure
+11).
 
-Two thirds of the 128 x 128 blocks of a row layer hold no visible pair at paper size. A column layer in raster order
-touches as many blocks as a causal one, so it exchanges rows and columns of the image states (Figure 11c).
+Two thirds of the 128 x 128 blocks of a row layer hold no visible pair at paper size. A column layer in raster
+order touches as many blocks as a causal one, so it exchanges rows and columns of the image states (Figure
+11c).
 """
 
 from collections.abc import Callable
@@ -18,7 +20,8 @@ REMEDY = "set model.backend to auto, blocks, sdpa or dense"
 
 
 def flex_attend(q: Tensor, k: Tensor, v: Tensor, pattern: SparseMask) -> Tensor:
-    """Attention of the whole stream; q, k, v and result (B, H, N, d), of column layers `pattern.to_column_major`.
+    """Attention of the whole stream; q, k, v and result (B, H, N, d), of column layers
+    `pattern.to_column_major`.
 
     Raises:
         ValueError: gradients are wanted on a CPU, for which FlexAttention has none.

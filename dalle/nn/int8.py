@@ -1,7 +1,7 @@
 """Weight-only int8 quantization for sampling: a step reads a quarter of the bytes of fp32.
 
-Row o of a matrix is scale[o] * codes[o], its largest magnitude being 127 scales. Only weights are rounded; on a CPU
-their inputs are also cast to bf16, which its kernel needs. Not in the paper, which samples in 16 bit.
+Row o of a matrix is scale[o] * codes[o], its largest magnitude being 127 scales. Only weights are rounded; on
+a CPU their inputs are also cast to bf16, which its kernel needs. Not in the paper, which samples in 16 bit.
 """
 
 import torch
@@ -19,7 +19,8 @@ class Int8Linear(nn.Module):
     """A linear layer with its matrix in 8 bits; for inference.
 
     Args:
-        linear: the layer it stands for, of any number format, which stays that of results. Its bias is shared.
+        linear: the layer it stands for, of any number format, which stays that of results. Its bias is
+            shared.
     """
 
     def __init__(self, linear: nn.Linear):

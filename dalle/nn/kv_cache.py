@@ -1,6 +1,8 @@
-"""KV cache for sampling: buffers of fixed size that hold only the image keys a layer can still see (Figure 11).
+"""KV cache for sampling: buffers of fixed size that hold only the image keys a layer can still see (Figure
+11).
 
-Text keys are computed once per caption and shared by its candidates. Of the image keys a layer keeps, with W columns,
+Text keys are computed once per caption and shared by its candidates. Of the image keys a layer keeps, with W
+columns,
 
     row      a ring buffer of the last W + 1
     conv     a ring buffer of the last W (kernel + 1) / 2
@@ -26,7 +28,8 @@ class KVCacheLayout:
     """Where each image position's key is stored, and which stored keys it sees.
 
     Args:
-        sees: bool (N, P), which keys of its group a position sees; the last one is the furthest that it reads.
+        sees: bool (N, P), which keys of its group a position sees; the last one is the furthest that it
+            reads.
         offset: int64 (N,), index of each position's own key in its group.
         group: int64 (N,), group of each position; None is one group for all.
         groups: G.

@@ -49,7 +49,8 @@ class SparseMask:
         return self._cached("_near", device, lambda: self._near_mask().to(device))
 
     def blocks(self, device: torch.device) -> BlockMask:
-        """FlexAttention's blocks of 128 x 128; for "column" over `to_column_major` slots, where they are dense (11c)."""
+        """FlexAttention's blocks of 128 x 128; for "column" over `to_column_major` slots, where they are
+        dense (11c)."""
         return self._cached("_blocks", device, lambda: self._block_mask(device))
 
     def _cached(self, name: str, device: torch.device, make: Callable[[], Any]) -> Any:
@@ -63,7 +64,8 @@ class SparseMask:
     # Image slots by groups, for scores over near keys alone.
 
     def group(self, x: Tensor) -> Tensor:
-        """Image slots in raster order (B, H, R * C, d) -> (B, H, G, M, d): by rows, or by columns for "column"."""
+        """Image slots in raster order (B, H, R * C, d) -> (B, H, G, M, d): by rows, or by columns for
+        "column"."""
         order = "b h (r c) d -> b h c r d" if self.kind == "column" else "b h (r c) d -> b h r c d"
         return rearrange(x, order, r=self.layout.grid[0])
 
@@ -74,7 +76,8 @@ class SparseMask:
         )
 
     def near_keys(self, x: Tensor) -> Tensor:
-        """Grouped keys (B, H, G, M, d) -> (B, H, G, L, d): each group's own and those of the rows above it."""
+        """Grouped keys (B, H, G, M, d) -> (B, H, G, L, d): each group's own and those of the rows above
+        it."""
         above, rows = self.rows_above, x.shape[2]
         if not above:
             return x

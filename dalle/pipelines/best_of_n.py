@@ -1,10 +1,11 @@
-"""Best of N: candidates generated in batches, decoded, scored, and all but the best dropped (paper section 2.6).
+"""Best of N: candidates generated in batches, decoded, scored, and all but the best dropped (paper section
+2.6).
 
-The last bits of a matrix product depend on its number of rows, and so may a token. A batch therefore always has the
-same shape, `batch_size` rows of `prompts_per_batch` prompts, even if fewer candidates are wanted: what is generated for
-a prompt depends on model, prompt, seed and settings alone, whatever the number of candidates, their order, or the
-process. Where `prompts_per_batch` is not set, prompts with few candidates share a batch, and the number of candidates
-is then among what the last bits depend on.
+The last bits of a matrix product depend on its number of rows, and so may a token. A batch therefore always
+has the same shape, `batch_size` rows of `prompts_per_batch` prompts, even if fewer candidates are wanted:
+what is generated for a prompt depends on model, prompt, seed and settings alone, whatever the number of
+candidates, their order, or the process. Where `prompts_per_batch` is not set, prompts with few candidates
+share a batch, and the number of candidates is then among what the last bits depend on.
 
     C prompts in a batch, n candidates of each, C n = batch_size; N image positions
 """
@@ -91,7 +92,8 @@ class TopN:
 
 @dataclass
 class CandidateBatch:
-    """Prompts by index and the candidates of each that are generated together, of which the first `wanted` count."""
+    """Prompts by index and the candidates of each that are generated together, of which the first `wanted`
+    count."""
 
     prompts: list[int]
     candidates: range
@@ -106,7 +108,8 @@ class CandidateBatch:
 def candidate_batches(
     prompts: int, best_of: int, batch_size: int, prompts_per_batch: int | None = None
 ) -> Iterator[CandidateBatch]:
-    """Batches of one shape that hold candidates 0 .. best_of of each prompt; the last prompt fills up the last one.
+    """Batches of one shape that hold candidates 0 .. best_of of each prompt; the last prompt fills up the
+    last one.
 
     Raises:
         ValueError: more prompts per batch than rows.
@@ -122,7 +125,8 @@ def candidate_batches(
 
 
 def num_prompts_per_batch(best_of: int, batch_size: int, prompts_per_batch: int | None) -> int:
-    """How many of several prompts share a batch: those asked for, or as many as fit with all their candidates.
+    """How many of several prompts share a batch: those asked for, or as many as fit with all their
+    candidates.
 
     Raises:
         ValueError: more prompts than rows.
@@ -165,7 +169,8 @@ class GenerationProgress:
 
     @property
     def images(self) -> list[Image.Image]:
-        """The first prompt's candidates of this batch, at most n, from whole rows; gray where none is generated."""
+        """The first prompt's candidates of this batch, at most n, from whole rows; gray where none is
+        generated."""
         layout = self.model.transformer.layout
         tokens = self.tokens[0, : min(self.top[0].n, self.batch.wanted)].clone()
         pixels = self.model.dvae.decode(tokens, (tokens.shape[1] // layout.columns, layout.columns))
@@ -203,7 +208,8 @@ def sample_best_of_n(
         sampling: settings.
         text_tokens: int64 (len(prompts), T), the prompts.
         prefix: int64 (1, N), image tokens to keep, TO_GENERATE elsewhere.
-        shard: (rank, world size): every world-size-th batch from the rank-th, for processes that share the work.
+        shard: (rank, world size): every world-size-th batch from the rank-th, for processes that share the
+            work.
 
     Yields:
         the state after each token, and once more after each batch is ranked.

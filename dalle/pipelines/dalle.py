@@ -50,8 +50,8 @@ class DALLE(HubMixin):
         layout = transformer.layout
         if dvae.vocab_size != layout.image_vocab or text.vocab_size > layout.text_vocab:
             raise ValueError(
-                f"the image tokenizer has {dvae.vocab_size} codes and the text tokenizer {text.vocab_size} ids, the "
-                f"transformer {layout.image_vocab} and {layout.text_vocab}: they do not belong together"
+                f"the image tokenizer has {dvae.vocab_size} codes, the text tokenizer {text.vocab_size} ids, "
+                f"the transformer {layout.image_vocab} and {layout.text_vocab}: they do not belong together"
             )
         self.dvae, self.transformer, self.text, self.scorer = dvae, transformer, text, scorer
         self._hash: str | None = None  # of the weights before rounding
@@ -63,7 +63,8 @@ class DALLE(HubMixin):
 
     @property
     def hash(self) -> str:
-        """Identifies the weights: hashes of the dVAE, the transformer and, if it is a `CLIP`, the scorer's model."""
+        """Identifies the weights: hashes of the dVAE, the transformer and, if it is a `CLIP`, the scorer's
+        model."""
         clip = getattr(self.scorer, "model", None)
         models = [self.dvae, self.transformer, *([clip] if isinstance(clip, CLIP) else [])]
         return self._hash or "-".join(map(weights_hash, models))
@@ -126,8 +127,8 @@ class DALLE(HubMixin):
         Args:
             image: its center square is resized to the model's size; or image tokens (1, h * w), kept exactly.
             rows: rows of tokens to keep, 1 to the grid's rows - 1.
-            box: instead, (top, left) in tokens of the region to generate, which extends to the lower right corner. A
-                token depends on the kept ones before it in raster order alone.
+            box: instead, (top, left) in tokens of the region to generate, which extends to the lower right
+                corner. A token depends on the kept ones before it in raster order alone.
             options: as `generate`.
         """
         return self.generate(prompt, prefix=prefix_tokens(self, image, rows, box), **options)
@@ -135,7 +136,8 @@ class DALLE(HubMixin):
     def stream(
         self, prompt: str, n: int = 1, seed: int = 0, truncate: bool = False, **settings
     ) -> Iterator[list[Image.Image]]:
-        """Yields n images after each row of tokens, gray where none is generated yet; unranked candidates 0 .. n - 1.
+        """Yields n images after each row of tokens, gray where none is generated yet; unranked candidates 0
+        .. n - 1.
 
         Args:
             settings: fields of `dalle.pipelines.config.SamplingConfig`; the rest as `generate`.
@@ -159,7 +161,8 @@ class DALLE(HubMixin):
         truncate: bool = False,
         shard: tuple[int, int] = (0, 1),
     ) -> Iterator[GenerationProgress]:
-        """The loop behind `generate`, `complete` and `stream`: its state after each token and each ranked batch.
+        """The loop behind `generate`, `complete` and `stream`: its state after each token and each ranked
+        batch.
 
         All arguments are checked before it returns; leaving the loop stops the sampling.
 
@@ -229,7 +232,8 @@ class DALLE(HubMixin):
     def save_pretrained(
         self, directory: Path | str, report: Report | None = None, license: str | None = None
     ) -> None:
-        """Writes a model directory (dalle/hub/model_directory.py), with a model card by the report and license.
+        """Writes a model directory (dalle/hub/model_directory.py), with a model card by the report and
+        license.
 
         Raises:
             ValueError: a model that is not one of the library's own, rounded weights, or no right to write.
@@ -289,7 +293,8 @@ class DALLE(HubMixin):
 
         Args:
             precision: of the linear layers; "auto" is bf16 where the device multiplies it in hardware.
-            int8: store them and the output matrix in 8 bits, see dalle/nn/int8.py. An int8 model stays as it is.
+            int8: store them and the output matrix in 8 bits, see dalle/nn/int8.py. An int8 model stays as it
+                is.
         """
         dtype = DTYPES[resolve_precision(precision, self.device)]
         transformer = cast_linear_weights(self.transformer, dtype)

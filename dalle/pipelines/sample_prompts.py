@@ -1,7 +1,7 @@
 """Images for every prompt of a file: shared by processes, resumable, in constant memory.
 
-OUT/run.json                       settings, model and prompts by hash: a run resumes only if they are the same
-OUT/000/000012-a-red-cross-00.png  the best image of prompt 12, then -01.png, ..., and -grid.png
+OUT/run.json                       settings, model and prompts by hash: a run resumes only if they are the
+same OUT/000/000012-a-red-cross-00.png  the best image of prompt 12, then -01.png, ..., and -grid.png
 OUT/parts/000012.jsonl             records of the prompts from 12 on, written when their images are complete
 OUT/samples.jsonl                  all records in order, at the end; parts/ is gone then
 OUT/sheet.png                      the best images of the first prompts
@@ -66,7 +66,8 @@ def _prompt_of_json(line: str, where: str) -> str:
 
 
 def check_prompts(path: Path, check: Callable[[str], object]) -> tuple[int, str]:
-    """Reads the whole file once: how many prompts, and a hash of them; a ValueError of `check` names the line."""
+    """Reads the whole file once: how many prompts, and a hash of them; a ValueError of `check` names the
+    line."""
     count, digest = 0, hashlib.sha256()
     for count, prompt in enumerate(read_prompts(path), start=1):
         try:

@@ -23,15 +23,16 @@ class TrainArgs:
     device: str = field(default="auto", metadata=RESUME_FREE)
     """cuda, mps or cpu; auto takes the first that is available."""
     resume: Resume = field(default="auto", metadata=RESUME_FREE)
-    """auto: resume the run in --out; changed: resume it with the new configuration (the EMA decay excepted); never:
-    refuse a directory that holds a run."""
+    """auto: resume the run in --out; changed: resume it with the new configuration (the EMA decay excepted);
+    never: refuse a directory that holds a run."""
     parallel: Mode = field(default="none", metadata=RESUME_FREE)
-    """Data parallelism of the processes that torchrun starts: none is one process, ddp replicates the model, fsdp shards
-    it, hsdp shards it within a machine and replicates it between machines."""
+    """Data parallelism of the processes that torchrun starts: none is one process, ddp replicates the model,
+    fsdp shards it, hsdp shards it within a machine and replicates it between machines."""
     shard: int | None = field(default=None, metadata=RESUME_FREE)
     """For hsdp: processes that share one set of parameters; default: those of a machine."""
     init_from: Path | None = field(default=None, metadata=RESUME_FREE)
-    """Start from the weights of this run, checkpoint or model directory of the same family; vocabularies may grow."""
+    """Start from the weights of this run, checkpoint or model directory of the same family; vocabularies may
+    grow."""
     freeze: tuple[str, ...] = ()
     """Names of parameters that are not trained; * matches anything: "layers.0.*"."""
     overfit_batch: int | None = None

@@ -1,4 +1,5 @@
-"""What a training begins with besides its configuration: weights of another run, frozen parameters, a single batch."""
+"""What a training begins with besides its configuration: weights of another run, frozen parameters, a single
+batch."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,8 @@ def init_weights(kind: str, run: TrainArgs, model: nn.Module, links: dict[str, A
         links: what the new run is trained with, to warn of ids that mean something else than in the source.
 
     Raises:
-        ValueError: the source does not fit, a pattern fits nothing, or the run in --out began from another source.
+        ValueError: the source does not fit, a pattern fits nothing, or the run in --out began from another
+            source.
     """
     if run.freeze:
         frozen = freeze(model, run.freeze)

@@ -26,8 +26,8 @@ _MARKS = {"text": "text.json", "tokens": "meta.json"}
 def loader(
     task: StepOfPairs, run: Any, out: Path, receive: Callable[[Any], Any] = lambda made: made
 ) -> PairsLoader:
-    """The batches of a training run, by as many workers as `--data.workers` says; <out>/skipped.jsonl names what
-    is skipped."""
+    """The batches of a training run, by as many workers as `--data.workers` says; <out>/skipped.jsonl names
+    what is skipped."""
     data = run.data
     log = make_directory(out) / "skipped.jsonl"
     pin = resolve_device(run.device).type == "cuda"
@@ -96,7 +96,8 @@ def resolve_input(stage: str, given: Path | None) -> Path:
 def load_stage(stage: str, given: Path | None, device: Any = "cpu") -> LoadedModel:
     """A model of an earlier stage, with its averaged weights; warns when its training is not complete.
 
-    As the dVAE it also takes a published image tokenizer: OpenAI's encoder.pkl and decoder.pkl in one folder, say.
+    As the dVAE it also takes a published image tokenizer: OpenAI's encoder.pkl and decoder.pkl in one folder,
+    say.
     """
     path = resolve_input(stage, given)
     if stage == "dvae" and is_external_checkpoint(path):
@@ -109,6 +110,7 @@ def load_stage(stage: str, given: Path | None, device: Any = "cpu") -> LoadedMod
 
 
 def load_text_input(given: Path | None) -> BPETokenizer:
-    """The text tokenizer of an earlier stage, or a file of another library that `load_text_tokenizer` reads."""
+    """The text tokenizer of an earlier stage, or a file of another library that `load_text_tokenizer`
+    reads."""
     path = resolve_input("text", given)
     return load_text_tokenizer(path / "text.json" if path.is_dir() else path)

@@ -22,7 +22,8 @@ EACH_KIND = f"--help after --kind {{{','.join(TRAININGS)}}}, or after --config F
 def take_kind(words: Sequence[str]) -> tuple[str, list[str]]:
     """The family that command line words speak of, and the words without --kind.
 
-    `--kind` says it; else the folder of the first --config does (configs/clip/paper.yaml); else its fields do.
+    `--kind` says it; else the folder of the first --config does (configs/clip/paper.yaml); else its fields
+    do.
 
     Raises:
         ValueError: an unknown kind, or none can be told.

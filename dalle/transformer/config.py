@@ -88,7 +88,8 @@ class TransformerLossConfig:
             raise ValueError(f"text_weight must lie in [0, 1], got {self.text_weight}")
 
 
-# Only depth and heads differ; text, grid and vocabularies are the paper's. The three largest are those of appendix D.
+# Only depth and heads differ; text, grid and vocabularies are the paper's. The three largest are those of
+# appendix D.
 SIZES: dict[str, TransformerConfig] = {
     "tiny": TransformerConfig(depth=4, heads=2),
     "60m": TransformerConfig(depth=12, heads=8),

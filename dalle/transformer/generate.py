@@ -1,6 +1,7 @@
 """Autoregressive sampling of image tokens: prefill, then one decoding step per token (paper section 3).
 
-C captions, n candidates of each, B = C n rows (2 B under guidance), T text positions, N image positions, D width
+C captions, n candidates of each, B = C n rows (2 B under guidance), T text positions, N image positions, D
+width
 """
 
 import copy
@@ -55,7 +56,8 @@ def generate_tokens(
     if torch.is_autocast_enabled(device.type):
         model = cast_linear_weights(model, torch.get_autocast_dtype(device.type))
     guided = guidance not in (None, 1)
-    # An int reads fewer keys on a CPU; a tensor has the same shapes for every position, as a graph of kernels needs.
+    # An int reads fewer keys on a CPU; a tensor has the same shapes for every position, as a graph of kernels
+    # needs.
     positions = (
         range(length)
         if step is None and device.type == "cpu"
@@ -164,7 +166,8 @@ def cast_linear_weights(model: Transformer, dtype: torch.dtype) -> Transformer:
 
 
 def quantize_int8(model: Transformer) -> Transformer:
-    """The same model with int8 matrices in its blocks and output (dalle/nn/int8.py); everything else is shared.
+    """The same model with int8 matrices in its blocks and output (dalle/nn/int8.py); everything else is
+    shared.
 
     A transformer of another library keeps its output matrix, which may be tied to the embedding.
     """

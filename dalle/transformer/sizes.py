@@ -45,7 +45,8 @@ def training_flops(config: TransformerConfig) -> dict[str, int]:
 
 
 def cache_bytes(config: TransformerConfig, itemsize: int) -> tuple[int, int]:
-    """Memory of the cache that sampling keeps: for a caption, shared by its candidates, and for each candidate.
+    """Memory of the cache that sampling keeps: for a caption, shared by its candidates, and for each
+    candidate.
 
     Args:
         itemsize: bytes of a number, 2 in bf16.
@@ -58,8 +59,8 @@ def cache_bytes(config: TransformerConfig, itemsize: int) -> tuple[int, int]:
 def read_bytes(config: TransformerConfig, candidates: int, itemsize: int, int8: bool = False) -> int:
     """Bytes that a decoding step must read for the candidates of one caption, with full ring buffers.
 
-    Each matrix once (the output matrix in 4 bytes, its image part), the caption's keys and values once, and of
-    every candidate those of the places that a step reads.
+    Each matrix once (the output matrix in 4 bytes, its image part), the caption's keys and values once, and
+    of every candidate those of the places that a step reads.
 
     Args:
         itemsize: bytes of a number, 2 in bf16.

@@ -41,7 +41,8 @@ def name_of(command: str) -> str:
 
 @pytest.fixture
 def place(tmp_path):
-    """A checkout with my/clipart256: train-0000.tar, train-0001.tar and val.tar, all with captions of the page."""
+    """A checkout with my/clipart256: train-0000.tar, train-0001.tar and val.tar, all with captions of the
+    page."""
     for name in ("scripts", "configs", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my" / "clipart256").mkdir(parents=True)

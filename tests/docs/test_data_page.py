@@ -19,11 +19,16 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
 SCRIPTS = [command for command in COMMANDS if command.startswith("python scripts/")]
-TINY = "--model.widths 8 8 --model.downsample_factor 2 --model.vocab-size 16 --data.resolution 16 --crop 16 --device cpu"
+TINY = (
+    "--model.widths 8 8 --model.downsample_factor 2 --model.vocab-size 16 --data.resolution 16 --crop 16 "
+    "--device cpu"
+)
 SMALLER = {  # words put behind a command so that it takes seconds
     "write_tars": "",
     "check_data": "--data.workers 0 --data.resolution 16",
-    "train_dvae": f"{TINY} --data.workers 0 --steps 1 --train.batch-size 2 --eval-samples 1 --data.val-fraction 0.3",
+    "train_dvae": (
+        f"{TINY} --data.workers 0 --steps 1 --train.batch-size 2 --eval-samples 1 --data.val-fraction 0.3"
+    ),
     "convert_captions": "",
 }
 
@@ -112,7 +117,8 @@ def test_the_line_for_the_downloader_is_put_first(place):
 
 
 def test_what_the_downloader_writes_is_opened_as_it_is(tmp_path):
-    """Beside 00000.tar lie its statistics and a Parquet of the links; each member .json holds the whole record."""
+    """Beside 00000.tar lie its statistics and a Parquet of the links; each member .json holds the whole
+    record."""
     (command,) = [command for command in COMMANDS if command.startswith("img2dataset")]
     assert "--output_format webdataset --output_folder cc12m" in command
     record = {

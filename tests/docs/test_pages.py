@@ -1,4 +1,5 @@
-"""CITATION.cff, CHANGELOG.md and docs/limits.md: valid, of this version, and true where a machine can tell."""
+"""CITATION.cff, CHANGELOG.md and docs/limits.md: valid, of this version, and true where a machine can
+tell."""
 
 import datetime
 import re

@@ -1,4 +1,5 @@
-"""The README's script commands and Python run at the size of seconds; the quick start in full under `slow`."""
+"""The README's script commands and Python run at the size of seconds; the quick start in full under
+`slow`."""
 
 import json
 import re
@@ -29,7 +30,10 @@ TRANSFORMER = (
     "--model.depth 2 --model.heads 1 --model.head-dim 8 --model.grid 8 8 --model.image-vocab 16 "
     "--model.conv-kernel 3 --eval-samples 4"
 )
-CLIP = "--model.image-size 16 --model.vision-width 32 --model.text-width 32 --data.resolution 24 --eval-samples 4"
+CLIP = (
+    "--model.image-size 16 --model.vision-width 32 --model.text-width 32 --data.resolution 24 "
+    "--eval-samples 4"
+)
 STEPS = "--steps 2 --train.batch-size 4 --device cpu"
 SMALLER = {  # words put behind a command so that it takes seconds
     "check_data": "--data.resolution 16",
@@ -39,7 +43,9 @@ SMALLER = {  # words put behind a command so that it takes seconds
     "train_transformer": f"{TRANSFORMER} {STEPS}",
     "train_clip": f"{CLIP} {STEPS}",
     "sample": "--device cpu --best-of 4 --num-images 2",
-    "benchmark": "--model.depth 2 --model.heads 2 --model.text-len 8 --model.grid 4 4 --model.conv-kernel 3 --rounds 1",
+    "benchmark": (
+        "--model.depth 2 --model.heads 2 --model.text-len 8 --model.grid 4 4 --model.conv-kernel 3 --rounds 1"
+    ),
     "evaluate": "--num-prompts 2 --best-of 2 --device cpu",
     "plot": "",
     "report": "--captions 1 --best-of 2 --num-codes 16 --device cpu",

@@ -1,4 +1,5 @@
-"""The reference: every public name is told and stands in it, its modules exist, the site builds without a warning."""
+"""The reference: every public name is told and stands in it, its modules exist, the site builds without a
+warning."""
 
 import dataclasses
 import re

@@ -113,7 +113,8 @@ def test_losses_do_not_depend_on_the_batch_size():
 
 
 def test_the_loss_is_the_joint_bound_of_each_image_over_its_pixel_values():
-    """A.2: both the reconstruction, joint over pixel values, and the KL, joint over positions, over H * W * 3."""
+    """A.2: both the reconstruction, joint over pixel values, and the KL, joint over positions, over H * W *
+    3."""
     pixels, logits, beta = torch.rand(3, 3, 8, 16), torch.randn(3, 10, 1, 2), 6.6
     mu, log_b = torch.randn(2, 3, 3, 8, 16)
     expected = []
@@ -187,7 +188,8 @@ def test_a_low_temperature_approaches_one_hot():
 
 
 def test_the_sample_is_soft_forward_and_backward():
-    """The gradient is that of softmax((logits + noise) / tau) itself; a straight-through sample would be one-hot."""
+    """The gradient is that of softmax((logits + noise) / tau) itself; a straight-through sample would be
+    one-hot."""
     logits, weight, tau = torch.randn(1, 6, 2, 2, requires_grad=True), torch.randn(1, 6, 2, 2), 1.0
     relaxed = gumbel_softmax(logits, tau)
     assert relaxed.max().item() < 0.999

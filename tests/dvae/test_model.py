@@ -1,4 +1,5 @@
-"""The dVAE (sections 2.1, A.1): dalle/dvae/model.py, against the paper's counts and OpenAI's published modules."""
+"""The dVAE (sections 2.1, A.1): dalle/dvae/model.py, against the paper's counts and OpenAI's published
+modules."""
 
 import math
 

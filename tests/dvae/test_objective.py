@@ -115,7 +115,8 @@ def test_the_warning_scales_with_the_codebook():
 
 
 def test_the_dvaes_operations_are_those_of_its_convolutions(model, pixels):
-    """By hand: 2 K operations for each output value of a convolution over K inputs, three times for the backward."""
+    """By hand: 2 K operations for each output value of a convolution over K inputs, three times for the
+    backward."""
     forward = []
 
     def count(module, inputs, output):

@@ -1,4 +1,5 @@
-"""scripts/slurm/train.sbatch and torchrun at two processes: SLURM's two commands are replaced by stubs on the PATH."""
+"""scripts/slurm/train.sbatch and torchrun at two processes: SLURM's two commands are replaced by stubs on the
+PATH."""
 
 import json
 import os
@@ -77,7 +78,8 @@ def test_every_process_is_told_who_it_is(slurm, tmp_path):
     (tmp_path / "who.py").write_text(
         "import json, os, sys\n"
         "names = 'RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR'.split()\n"
-        "open(f'{os.environ[\"RANK\"]}.json', 'w').write(json.dumps([os.environ[n] for n in names] + sys.argv[1:]))\n"
+        "open(f'{os.environ[\"RANK\"]}.json', 'w').write("
+        "json.dumps([os.environ[n] for n in names] + sys.argv[1:]))\n"
     )
     done = slurm("who.py", "--caption", "two words")
     assert done.returncode == 0, done.stderr

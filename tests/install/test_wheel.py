@@ -1,7 +1,8 @@
-"""What is given to others: what lies in the wheel and the sdist, and that the wheel works away from the checkout.
+"""What is given to others: what lies in the wheel and the sdist, and that the wheel works away from the
+checkout.
 
-The quick tests build from a copy of this tree and install the wheel alone into an environment that borrows the
-packages of this one; the slow one lets pip fetch every dependency.
+The quick tests build from a copy of this tree and install the wheel alone into an environment that borrows
+the packages of this one; the slow one lets pip fetch every dependency.
 """
 
 import os
@@ -41,7 +42,8 @@ def build(hook: str, tree: Path, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> SimpleNamespace:
-    """The sdist of this tree and the wheel of that sdist, and the names in them: .wheel .sdist .in_wheel .in_sdist"""
+    """The sdist of this tree and the wheel of that sdist, and the names in them: .wheel .sdist .in_wheel
+    .in_sdist"""
     pytest.importorskip("hatchling", reason="the build backend is not installed")
     tree, out = tmp_path_factory.mktemp("tree") / "project", tmp_path_factory.mktemp("dist")
     parts = ["dalle", "configs", "scripts", "docs", "notebooks", "pyproject.toml", "LICENSE", "Makefile"]
@@ -141,7 +143,8 @@ def fresh(folder: Path, *words: str) -> Path:
 
 @pytest.fixture(scope="module")
 def borrowed(built, tmp_path_factory) -> Path:
-    """The programs of an environment with the wheel in it, whose dependencies are those of this environment."""
+    """The programs of an environment with the wheel in it, whose dependencies are those of this
+    environment."""
     pytest.importorskip("pip", reason="pip installs the wheel")
     programs = fresh(tmp_path_factory.mktemp("borrowed") / "env", "--without-pip")
     site = Path(
@@ -214,7 +217,8 @@ def draws(programs: Path, chain: Path, prompt: str, place: Path) -> None:
 
 @pytest.mark.slow
 def test_a_clean_environment(built, chain, prompt, tmp_path):
-    """As a stranger installs it: the steps of README.md, by uv where it is there (it keeps what it fetched)."""
+    """As a stranger installs it: the steps of README.md, by uv where it is there (it keeps what it
+    fetched)."""
     programs = fresh(tmp_path / "env")
     python = programs / "python"
     uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", python]

@@ -1,4 +1,5 @@
-"""Attention under the masks of the model: every backend against the softmax written out (dalle/nn/attention.py)."""
+"""Attention under the masks of the model: every backend against the softmax written out
+(dalle/nn/attention.py)."""
 
 import math
 
@@ -43,7 +44,8 @@ def test_backends_equal_dense_in_value_and_gradient(backend, kind, layout, dtype
 
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
 def test_blocks_score_only_the_text_and_the_near_keys(kind):
-    """At the paper's size: 33 of 64, 32 of 32 and 66 of 224 near keys are seen where a query has all of them."""
+    """At the paper's size: 33 of 64, 32 of 32 and 66 of 224 near keys are seen where a query has all of
+    them."""
     layout = TokenLayout()
     pattern = SparseMask(kind, layout)
     near = {"row": 2 * 32, "column": 32, "conv": 7 * 32}[kind]
@@ -96,7 +98,8 @@ def test_flex_equals_dense_in_value_and_gradient_on_a_gpu(kind, layout, dtype, t
 
 @pytest.mark.parametrize(("kind", "empty"), [("causal", 45), ("row", 66), ("conv", 60), ("column", 73)])
 def test_so_many_percent_of_the_blocks_are_empty_at_paper_size(kind, empty):
-    """Blocks of 128 x 128 of 1,280 x 1,280 pairs; only the transposition (11c) makes those of "column" dense."""
+    """Blocks of 128 x 128 of 1,280 x 1,280 pairs; only the transposition (11c) makes those of "column"
+    dense."""
     assert SparseMask(kind, TokenLayout()).blocks(CPU).sparsity() == pytest.approx(empty)
 
 

@@ -244,7 +244,8 @@ class TestComplete:
             model.complete(prompt, tmp_path / "none.png", rows=1)
 
     def test_the_rest_is_what_the_model_draws_there(self, model, prompt, image):
-        """The random numbers of the rows below are those of `generate`, so a candidate's own rows give it back."""
+        """The random numbers of the rows below are those of `generate`, so a candidate's own rows give it
+        back."""
         own = model.generate(prompt, n=1, best_of=1, **QUIET)
         again = model.complete(prompt, own.image_tokens[:1], rows=2, n=1, best_of=1, **QUIET)
         assert torch.equal(again.image_tokens, own.image_tokens)

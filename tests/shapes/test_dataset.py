@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dalle.commands.train_clip import CLIPBatch
 from dalle.io.rng import generator
+from dalle.runs.batches import CLIPBatch
 from dalle.shapes.dataset import (
     CELLS,
     COLORS,

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dalle.commands.train_clip import CLIPBatch
-from dalle.commands.train_dvae import DVAEBatch, random_squares
-from dalle.commands.train_transformer import TokenBatches
 from dalle.data import DataConfig, PairsLoader, StepOfPairs, TokenCache, open_dataset, sample_captions
 from dalle.data.dataloader import worker_count
 from dalle.hub.registry import load_model
+from dalle.runs.batches import CLIPBatch, DVAEBatch, TokenBatches, random_squares
 from dalle.runs.inputs import load_text_input
 from dalle.shapes.dataset import ShapesDataset
 from dalle.types import BadSample, ImageTextBatch
@@ -156,7 +154,7 @@ def test_the_shares_of_a_token_cache_are_the_step_of_one_process(chain, tiny_run
     shares = [TokenBatches(cache, text, layout, run, rank=rank, world=world) for rank in range(world)]
     for step in (0, 3, 4, 11):  # twenty images in steps of four
         assert torch.equal(torch.cat([share(step) for share in shares]), alone(step))
-    assert torch.equal(shares[-1].held_out(), alone.held_out())
+    assert torch.equal(shares[-1].held_out(), alone.val())
 
 
 def test_a_batch_that_does_not_divide_and_a_rank_that_is_none_are_refused(chain, tiny_runs):

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from dalle.commands.encode_images import encode_images
 from dalle.commands.train_clip import train_clip
 from dalle.commands.train_dvae import train_dvae
-from dalle.commands.train_transformer import TokenBatches, train_transformer
+from dalle.commands.train_transformer import train_transformer
 from dalle.data import TokenCache
 from dalle.data.token_cache import TokenCacheSpec
 from dalle.data.token_writer import TokenWriter
 from dalle.hub.registry import load_model, weights_hash
 from dalle.io.files import write_checksums
 from dalle.pipelines.dalle import DALLE
+from dalle.runs.batches import TokenBatches
 from dalle.schedules import Schedule
 from dalle.text import TextTokenizer
 from dalle.train import TrainConfig, Trainer, checkpoint
@@ -209,7 +210,7 @@ def test_no_crop_of_a_held_out_image_is_trained_on(two_crops, chain, tiny_runs):
     images = [p for p in range(8) for _ in range(2)]
     expected = two_crops.image_tokens(images, [0, 1] * 8)
     assert sorted(image.tolist()) == sorted(expected.tolist())
-    assert torch.equal(run.model.layout.unpack(batches.held_out())[1], two_crops.image_tokens([8, 9, 10, 11]))
+    assert torch.equal(run.model.layout.unpack(batches.val())[1], two_crops.image_tokens([8, 9, 10, 11]))
 
 
 def test_caption_and_image_of_a_sample_belong_together(two_crops, chain, tiny_runs):

@@ -82,7 +82,8 @@ def noise_for(model, captions, candidates, seed=0):
 
 
 def parameters_by_formula(depth, d, text_len, grid, text_vocab, image_vocab):
-    """Matrices 12 d^2 a layer; biases 3 d, d, 4 d, d and two norms of 2 d; embeddings, final norm, output matrix."""
+    """Matrices 12 d^2 a layer; biases 3 d, d, 4 d, d and two norms of 2 d; embeddings, final norm, output
+    matrix."""
     vocab = text_vocab + text_len + image_vocab
     return depth * (12 * d**2 + 13 * d) + (vocab + 2 + text_len + sum(grid)) * d + 2 * d + vocab * d
 
@@ -235,7 +236,8 @@ def test_the_loss_starts_at_ln_of_the_vocabulary():
 
 
 def test_initial_standard_deviations():
-    """Child et al. 2019: 0.125 / sqrt(inputs); residual ends smaller by sqrt(2 depth), rows and columns by sqrt 2."""
+    """Child et al. 2019: 0.125 / sqrt(inputs); residual ends smaller by sqrt(2 depth), rows and columns by
+    sqrt 2."""
     torch.manual_seed(0)
     d, depth = 128, 3
     model = Transformer(TransformerConfig(depth, 4, 32, 64, (32, 32), text_vocab=200, image_vocab=100))
@@ -388,7 +390,8 @@ def test_logits_and_final_states_are_fp32_under_autocast():
 
 
 def states_by_steps(model, ids, begun, candidates=1, as_tensor=False):
-    """Final states (C n, slots, D) of image slots begun .. N: a beginning read at once, then one token a step."""
+    """Final states (C n, slots, D) of image slots begun .. N: a beginning read at once, then one token a
+    step."""
     layout, caches = model.layout, model.init_kv_caches(len(ids), candidates)
     text, image = layout.unpack(ids)
     state = model.prefill(layout.shift(layout.pack(text, image[:, :begun])), caches)[:, -1]

@@ -14,8 +14,8 @@ from dalle.types import DataSource
 __all__ = [
     "DataLocation",
     "FolderSource",
-    "HubSource",
     "Format",
+    "HubSource",
     "TableSource",
     "TarSource",
     "find_place",

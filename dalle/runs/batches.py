@@ -1,0 +1,140 @@
+"""Batches of the training commands: image crops, caption-image pairs, joint text and image tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle.commands.train_transformer import TrainTransformerArgs
+from dalle.data import TokenCache, sample_captions
+from dalle.data.sampler import batch_indices
+from dalle.io.rng import generator
+from dalle.layout import TokenLayout
+from dalle.shapes.corruptions import corrupted_images
+from dalle.text import BPETokenizer, TextTokenizer
+from dalle.train.step import step_seed
+from dalle.types import CaptionedImages, ImageTextBatch
+
+
+@dataclass(frozen=True)
+class DVAEBatch:
+    """Pixels of a step: whole images, or a random square of each."""
+
+    crop: int | None
+    """Side of the square."""
+    seed: int
+    """Of the squares."""
+    rank: int = 0
+    """Which of the training processes."""
+    world: int = 1
+    """Of how many."""
+
+    def __call__(self, batch: ImageTextBatch, step: int) -> Tensor:
+        """(B, 3, H, W)."""
+        pixels = torch.from_numpy(batch.pixels)
+        if self.crop is None:
+            return pixels
+        return random_squares(pixels, self.crop, step_seed(self.seed, step), self.rank, self.world)
+
+
+def random_squares(pixels: Tensor, side: int, seed: int, rank: int = 0, world: int = 1) -> Tensor:
+    """A square of each image, anywhere: (B, 3, H, W) -> (B, 3, side, side).
+
+    They are drawn for the images of all `world` processes, whose shares are equal, and those of `rank` taken:
+    the same square of an image whatever the number of processes.
+    """
+    if side > min(pixels.shape[2:]):
+        raise ValueError(f"crop {side} is larger than the images, {tuple(pixels.shape[2:])}; lower it")
+    rng, own = generator("squares", seed), slice(rank * len(pixels), (rank + 1) * len(pixels))
+    rows, columns = (
+        rng.integers(free - side + 1, size=world * len(pixels))[own] for free in pixels.shape[2:]
+    )
+    squares = zip(pixels, rows, columns, strict=True)
+    return torch.stack([image[:, y : y + side, x : x + side] for image, y, x in squares])
+
+
+@dataclass(frozen=True)
+class CLIPBatch:
+    """Pixels and text ids of a step, one caption drawn for each image."""
+
+    text: TextTokenizer
+    """Turns captions into ids."""
+    seed: int
+    """Of the drawing."""
+    broken: CaptionedImages | None = None
+    """The shapes, where beside each image stands one with a thing out of shape."""
+
+    def __call__(self, batch: ImageTextBatch, step: int = 0) -> tuple[Any, ...]:
+        """(B, 3, R, R), B lists of ids, and (B, 3, R, R) of broken images where they are asked for."""
+        ids = [self.text.encode(caption) for caption in sample_captions(batch, self.seed)]
+        pixels = torch.from_numpy(batch.pixels)
+        if self.broken is None:
+            return pixels, ids
+        return (
+            pixels,
+            ids,
+            torch.from_numpy(corrupted_images(self.broken, [index for _, index in batch.samples])),
+        )
+
+
+class TokenBatches:
+    """Joint ids of a step: a caption of each image, encoded with dropout, and its image tokens.
+
+    Which caption and which merges are skipped depends on (seed, epoch, image) alone. `truncated`
+    counts captions that were cut. Of `world` processes each takes its share of the step: joined in the order
+    of `rank` they are the step of one.
+    """
+
+    def __init__(
+        self,
+        cache: TokenCache,
+        text: BPETokenizer,
+        layout: TokenLayout,
+        run: TrainTransformerArgs,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.cache, self.text, self.layout, self.run = cache, text, layout, run
+        self.rank, self.world = rank, world
+        self.trained = cache.size - run.eval_samples
+        self.truncated = 0
+
+    def __call__(self, step: int) -> Tensor:
+        """int64 (B / world, N). A sample is one crop of one image: all images in one crop, then all in the
+        next."""
+        size = self.cache.crops * self.trained
+        indices = batch_indices(step, self.run.train.batch_size, size, self.run.seed, self.rank, self.world)
+        samples = [(epoch, *divmod(sample, self.trained)) for epoch, sample in indices]
+        _, crops, images = zip(*samples, strict=True)
+        captions = [
+            self._caption(epoch, crop * self.cache.size + image, texts)
+            for (epoch, crop, image), texts in zip(samples, self.cache.captions(images), strict=True)
+        ]
+        return self._pack(captions, images, crops)
+
+    def val(self) -> Tensor:
+        """The last images, in their first crop, first caption each, without dropout."""
+        images = range(self.trained, self.cache.size)
+        return self._pack([self.text.encode(texts[0]) for texts in self.cache.captions(images)], images)
+
+    def val_captions(self, count: int) -> list[str]:
+        """The first captions of the first held-out images."""
+        images = range(self.trained, min(self.trained + count, self.cache.size))
+        return [texts[0] for texts in self.cache.captions(images)]
+
+    def _pack(
+        self, captions: list[list[int]], images: Sequence[int], crops: Sequence[int] | None = None
+    ) -> Tensor:
+        self.truncated += sum(len(ids) > self.layout.max_caption_len for ids in captions)
+        text_tokens = self.layout.pad_text(captions, truncate=True)
+        return self.layout.pack(text_tokens, self.cache.image_tokens(images, crops))
+
+    def _caption(self, epoch: int, row: int, captions: list[str]) -> list[int]:
+        """One of an image's captions as ids; every crop of the image is a row of its own."""
+        rng = generator("caption", self.run.seed, epoch, row)
+        if rng.random() < self.run.caption_dropout:
+            return []
+        caption = captions[rng.integers(len(captions))]
+        return self.text.encode(caption, self.run.bpe_dropout, (self.run.seed, epoch, row))
