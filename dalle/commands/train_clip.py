@@ -58,7 +58,7 @@ class TrainCLIPArgs(TrainArgs):
             raise ValueError(f"eval_samples must be positive, got {self.eval_samples}")
         if self.train.grad_accum_steps > 1:
             raise ValueError(
-                "train.grad_accum_steps changes the loss of CLIP, which compares every caption with every image "
+                "train.grad_accum_steps changes CLIP's loss, which compares every caption with every image "
                 "of the batch; set it to 1, and lower train.batch_size or start more processes where memory is short"
             )
 

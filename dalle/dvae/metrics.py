@@ -70,9 +70,9 @@ def collapse_warning(scores: dict[str, Any], vocab_size: int) -> str | None:
     if perplexity >= max(2.0, 0.01 * vocab_size):
         return None
     return (
-        f"the codebook has collapsed: perplexity {perplexity:.1f} of {vocab_size} codes. Codes die while beta "
+        f"collapsed codebook: perplexity {perplexity:.1f} of {vocab_size} codes. Codes die while beta "
         "is small or before the decoder has learned: raise loss.beta.initial, raise model.logit-init-scale, "
-        "set model.codebook-init-std 1, lower the learning rate, or vary the images' grounds; then start again"
+        "set model.codebook-init-std 1, lower the learning rate, or vary the backgrounds; start again"
     )
 
 

@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from ruamel.yaml import YAML
 
 import dalle
@@ -92,13 +91,3 @@ class TestLimits:
         switches = re.findall(r"`--([a-z.-]+)", self.TEXT)
         assert switches
         assert {switch.replace("-", "_") for switch in switches} <= known
-
-    def test_its_lines_of_python_run(self, chain, tmp_path, monkeypatch, prompt):
-        (code,) = re.findall(r"```python\n(.*?)```", self.TEXT, flags=re.DOTALL)
-        code = code.replace("\n   ", "\n").strip().replace("runs/quickstart/model", str(chain / "model"))
-        monkeypatch.chdir(tmp_path)
-        exec(compile(code, "limits.md", "exec"), {})
-        with Image.open("drawn.png") as image:
-            assert image.text["Description"].endswith(
-                "a red circle above a blue square on a white background"
-            )

@@ -1,31 +1,18 @@
-"""The reference: every public name is told and stands in it, its modules exist, the site builds without a
-warning."""
+"""The generated reference: public names have docstrings, the site builds without a warning."""
 
 import dataclasses
-import re
 import runpy
 import subprocess
 import sys
 import zlib
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from types import FunctionType
 
 import pytest
 
 import dalle
 
 PROJECT = Path(__file__).parents[2]
-PAGES = {
-    path.stem: path.read_text(encoding="utf-8") for path in sorted((PROJECT / "docs" / "api").glob("*.md"))
-}
-MODULES = [
-    name for text in PAGES.values() for name in re.findall(r"^\.\. automodule:: (\S+)$", text, re.MULTILINE)
-]
-CALLED = (FunctionType, property, cached_property, classmethod, staticmethod)
-LISTED_WHOLE = ("evals",)
-"""Packages each of whose modules stands in the reference."""
 
 
 def own_docstring(thing: object) -> str:
@@ -52,35 +39,11 @@ class TestPublicNames:
         untold = [key for key, value in members.items() if not own_docstring(value) and key != "forward"]
         assert untold == []
 
-    def test_stands_in_the_reference_once(self, name):
-        assert re.findall(r"^\.\. autoclass:: dalle\.(\w+)$", PAGES["dalle"], re.MULTILINE).count(name) == 1
 
-
-def test_no_other_name_is_called_public():
-    assert set(re.findall(r"^\.\. autoclass:: dalle\.(\w+)$", PAGES["dalle"], re.MULTILINE)) == set(
-        dalle.__all__
-    )
-
-
-def test_modules_exist_and_stand_there_once():
-    assert len(MODULES) > 50
-    assert len(set(MODULES)) == len(MODULES)
-    for name in MODULES:
-        path = PROJECT.joinpath(*name.split("."))
-        assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file(), name
-
-
-@pytest.mark.parametrize("package", LISTED_WHOLE)
-def test_packages_are_listed_whole(package):
-    files = {path.stem for path in (PROJECT / "dalle" / package).glob("*.py")} - {"__init__"}
-    assert {f"dalle.{package}.{stem}" for stem in files} <= set(MODULES)
-
-
-def test_the_index_leads_to_every_page():
+def test_the_index_links_every_page():
     index = (PROJECT / "docs" / "index.md").read_text(encoding="utf-8")
-    assert [name for name in PAGES if f"\napi/{name}\n" not in index] == []
-    guides = [path.name for path in (PROJECT / "docs").glob("*.md") if path.stem != "index"]
-    assert [name for name in guides if f"({name})" not in index] == []
+    pages = [path.name for path in (PROJECT / "docs").glob("*.md") if path.stem != "index"]
+    assert [name for name in pages if f"({name})" not in index] == []
 
 
 class TestDocstringsAsMarkup:
