@@ -144,7 +144,8 @@ class Work:
 
 
 def open_upload(path: Path, limits: Limits) -> Image.Image:
-    """An uploaded image as RGB; ValueError, which names no path of the server, for one that cannot be used."""
+    """An uploaded image as RGB; ValueError, which names no path of the server, for one that cannot be
+    used."""
     size = path.stat().st_size
     if size > limits.upload:
         raise ValueError(
@@ -153,7 +154,8 @@ def open_upload(path: Path, limits: Limits) -> Image.Image:
     image = open_image(path.read_bytes(), path.name)
     if image.width * image.height > limits.pixels:
         raise ValueError(
-            f"{path.name} has {image.width} x {image.height} pixels; expected at most {limits.pixels:,} in all"
+            f"{path.name} has {image.width} x {image.height} pixels; expected at most {limits.pixels:,} in "
+            "all"
         )
     return decode(image, path.name)
 
@@ -203,7 +205,8 @@ def data_url(image: Image.Image) -> str:
 
 
 def write_zip(folder: Path, model: DALLE, generation: Generation, options: dict[str, Any]) -> Path:
-    """What scripts/sample.py writes (00.png, ..., grid.png, sample.json), as one file named after the caption."""
+    """What scripts/sample.py writes (00.png, ..., grid.png, sample.json), as one file named after the
+    caption."""
     path = folder / f"{slug(generation.prompt)}-{generation.seed}.zip"
     with TemporaryDirectory(dir=folder) as inner, zipfile.ZipFile(path, "w") as archive:
         write_sample(Path(inner), model, generation, options)

@@ -310,7 +310,8 @@ class Page:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """A visitor's mistake as a message on the page; a bug as one too, with its traceback in the server's log."""
+        """A visitor's mistake as a message on the page; a bug as one too, with its traceback in the server's
+        log."""
         try:
             yield
         except ValueError as error:

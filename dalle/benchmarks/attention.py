@@ -1,6 +1,7 @@
 """Attention alone, forward and backward: the layers of a model by each backend against causal attention.
 
-Each kind of layer is timed once a round and counted as often as the model has it. The reference is the cost of as many
+Each kind of layer is timed once a round and counted as often as the model has it. The reference is the cost
+of as many
 causal layers: by FlexAttention and by torch's fused `is_causal` kernel.
 """
 

@@ -56,7 +56,8 @@ class TrainBenchmark(BenchmarkArgs):
     """Times training steps of a transformer on random tokens."""
 
     backends: tuple[str, ...] = ("dense", "sdpa", "blocks")
-    """Attention backends to compare (also flex, auto, and causal: without sparse layers); ratios are to the first."""
+    """Attention backends to compare (also flex, auto, and causal: without sparse layers); ratios are to the
+    first."""
     baseline: Literal["none", "dalle-pytorch"] = "none"
     """Another package to time in the same run, in fp32 as it trains: dalle-pytorch 1.6.6, if installed."""
     attn_types: tuple[str, ...] = MIX
@@ -70,7 +71,8 @@ class TrainBenchmark(BenchmarkArgs):
     activation_checkpointing: bool = False
     """Recompute the inside of each resblock in the backward pass."""
     peak_flops: float | None = None
-    """The device's peak FLOP/s in that precision, for MFU; known GPUs need none (dalle/train/throughput.py)."""
+    """The device's peak FLOP/s in that precision, for MFU; known GPUs need none
+    (dalle/train/throughput.py)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -100,7 +102,8 @@ class SampleBenchmark(BenchmarkArgs):
     compile: bool = False
     """Compile a step; the time of compiling is reported apart."""
     baseline: Literal["none", "dalle-pytorch"] = "none"
-    """Another package to time in the same run, with its cache on and in fp32: dalle-pytorch 1.6.6, if installed."""
+    """Another package to time in the same run, with its cache on and in fp32: dalle-pytorch 1.6.6, if
+    installed."""
     attn_types: tuple[str, ...] = MIX
     """Layers of that package, repeated to the depth: axial_row, axial_col, conv_like or full."""
 

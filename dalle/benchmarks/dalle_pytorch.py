@@ -1,8 +1,9 @@
-"""DALLE-pytorch (lucidrains, version 1.6.6) at the shapes of our transformer, training and sampling: the baseline.
+"""DALLE-pytorch (lucidrains, version 1.6.6) at the shapes of our transformer, training and sampling: the
+baseline.
 
-Its import needs two modules that other packages no longer have; stand-ins exist while it is imported. It trains in
-fp32, shifts tokens and rotates queries and keys by default, its MLP is GEGLU (3 matrices of 4 D x D, ours has 2), and it
-computes the logits of both vocabularies at every position.
+Its import needs two modules that other packages no longer have; stand-ins exist while it is imported. It
+trains in fp32, shifts tokens and rotates queries and keys by default, its MLP is GEGLU (3 matrices of 4 D x
+D, ours has 2), and it computes the logits of both vocabularies at every position.
 """
 
 import importlib
@@ -58,8 +59,9 @@ class DallePytorchStep:
 class DallePytorchSampler:
     """A model of that package that samples the tokens of one image, with its cache.
 
-    Its `generate_images(use_cache=True)` drops the cache on the way to the model unless guidance is on too, so the
-    model is called here as that function calls it, with the cache. Arguments and errors as `DallePytorchStep`.
+    Its `generate_images(use_cache=True)` drops the cache on the way to the model unless guidance is on too,
+    so the model is called here as that function calls it, with the cache. Arguments and errors as
+    `DallePytorchStep`.
     """
 
     def __init__(self, config: TransformerConfig, attn_types: tuple[str, ...], device: torch.device):

@@ -1,8 +1,9 @@
 """Data loading throughput: images and tokens per second, and the time a training step waits for data.
 
-A case is one source, number of workers and resolution, or the token cache. It is timed twice: batches alone, and batches
-with a training step after each, where the wait is what remains of a batch's time when the step is over. Every round
-times each case once, and medians of the rounds and of the ratios within a round are reported.
+A case is one source, number of workers and resolution, or the token cache. It is timed twice: batches alone,
+and batches with a training step after each, where the wait is what remains of a batch's time when the step is
+over. Every round times each case once, and medians of the rounds and of the ratios within a round are
+reported.
 """
 
 import itertools

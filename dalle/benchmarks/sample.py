@@ -1,7 +1,7 @@
 """Speed of sampling image tokens: decode steps, their matrix products alone, and DALLE-pytorch, in one run.
 
-A step reads every weight once, whatever the batch; the bytes it must read over its seconds are a fraction of the
-bandwidth, which a large copy measures. Random weights take the same time as trained ones.
+A step reads every weight once, whatever the batch; the bytes it must read over its seconds are a fraction of
+the bandwidth, which a large copy measures. Random weights take the same time as trained ones.
 """
 
 from collections import deque
@@ -68,7 +68,8 @@ def benchmark_sampling(args: SampleBenchmark) -> dict[str, Any]:
 
 
 def _time_batch(args: SampleBenchmark, model: Transformer, batch: int, bandwidth: float) -> dict[str, Any]:
-    """The caption and the first token (with --graph also the second, which records it) apart from the other steps."""
+    """The caption and the first token (with --graph also the second, which records it) apart from the other
+    steps."""
     weight, layout = weight_like(model.layers[0].mlp.f.expand), model.layout
     device, image_tokens = weight.device, layout.num_image_tokens
     text = layout.pad_text([list(range(min(20, layout.max_caption_len)))]).to(device)

@@ -1,8 +1,8 @@
 """Speed of a transformer's training step: attention backends, and DALLE-pytorch, in one run.
 
-Every round times each contender once, and medians of the rounds and of the ratios within a round are reported, since
-times on a shared machine vary. MFU is that of the training log (dalle/train/throughput.py); `matmul_utilization` is the
-same FLOP/s over what a large matrix product reaches on the device in that run.
+Every round times each contender once, and medians of the rounds and of the ratios within a round are
+reported, since times on a shared machine vary. MFU is that of the training log (dalle/train/throughput.py);
+`matmul_utilization` is the same FLOP/s over what a large matrix product reaches on the device in that run.
 """
 
 from dataclasses import replace

@@ -1,7 +1,9 @@
-"""Serve a web page that draws images for captions, ranks them and completes uploaded ones (paper sections 2.6, 3.3).
+"""Serve a web page that draws images for captions, ranks them and completes uploaded ones (paper sections
+2.6, 3.3).
 
-python scripts/app.py runs/quickstart/model                        http://127.0.0.1:7860, for this computer alone
-python scripts/app.py runs/quickstart/model --host 0.0.0.0         for the whole network; it asks no password
+python scripts/app.py runs/quickstart/model                        http://127.0.0.1:7860, for this computer
+alone python scripts/app.py runs/quickstart/model --host 0.0.0.0         for the whole network; it asks no
+password
 
 It needs gradio: pip install 'zeroshot-text2image[app]'.
 """
@@ -31,7 +33,8 @@ class AppArgs:
     model: Positional[Path | None] = None
     """Model directory, such as runs/quickstart/model."""
     host: str = "127.0.0.1"
-    """Address to listen at; this computer alone unless given. 0.0.0.0 lets in the whole network, without a password."""
+    """Address to listen at; this computer alone unless given. 0.0.0.0 lets in the whole network, without a
+    password."""
     port: int = 7860
     """Port to listen at; 0 takes a free one."""
     share: bool = False
@@ -41,7 +44,8 @@ class AppArgs:
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first there is."""
     precision: Precision = "auto"
-    """Of the transformer's matrices: fp32, bf16 or fp16; auto takes bf16 where the device has it in hardware."""
+    """Of the transformer's matrices: fp32, bf16 or fp16; auto takes bf16 where the device has it in
+    hardware."""
     int8: bool = False
     """Keep the transformer's matrices in 8 bits, a quarter of the bytes of fp32, see `sample.py --help`."""
 

@@ -2,7 +2,8 @@
 
 python scripts/evaluate.py --model runs/quickstart/model --json report.json
 python scripts/evaluate.py --model runs/my-model --metrics dvae transformer clip --data.path my/images
-python scripts/evaluate.py --metrics rerank --clip ViT-B-32.pt --rerank-with clip      ranked by a published CLIP
+python scripts/evaluate.py --metrics rerank --clip ViT-B-32.pt --rerank-with clip      ranked by a published
+CLIP
 
 | metrics | what is measured |
 |---|---|
@@ -35,17 +36,18 @@ class EvaluateArgs(EvalConfig):
     metrics: tuple[Metric, ...] = ("shapes",)
     """One or more of shapes dvae transformer clip images rerank."""
     clip: Path | None = None
-    """CLIP that measures in place of the model's own: a file of OpenAI's or open_clip's, or a run or model directory of
-    this library; the model's own goes on ranking without --rerank-with clip."""
+    """CLIP that measures in place of the model's own: a file of OpenAI's or open_clip's, or a run or model
+    directory of this library; the model's own goes on ranking without --rerank-with clip."""
     quick_gelu: bool | None = None
-    """Activation of an open_clip file's CLIP, which files do not record: true for "-quickgelu" models, else false."""
+    """Activation of an open_clip file's CLIP, which files do not record: true for "-quickgelu" models, else
+    false."""
     rerank_with: Literal["model", "clip"] = "model"
     """The CLIP that ranks the candidates: the model's own, or that of --clip."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first available."""
     json: Path | None = None
-    """File for the report, which is also printed. Numbers that are not finite (the PSNR of an exact reconstruction) are
-    null there, and listed under nonfinite."""
+    """File for the report, which is also printed. Numbers that are not finite (the PSNR of an exact
+    reconstruction) are null there, and listed under nonfinite."""
 
     def __post_init__(self):
         for name in ("num_prompts", "best_of", "chunk", "num_samples", "batch"):
@@ -71,7 +73,8 @@ class EvaluateArgs(EvalConfig):
 
 
 def evaluate(args: EvaluateArgs) -> dict[str, Any]:
-    """Computes and prints each metric; writes --json after each, so that an interrupted run keeps what it has."""
+    """Computes and prints each metric; writes --json after each, so that an interrupted run keeps what it
+    has."""
     from dalle.evals.context import EvalContext
     from dalle.evals.suite import METRICS
     from dalle.hub.registry import weights_hash
@@ -122,7 +125,8 @@ def _load_clip(args: EvaluateArgs, device: Any) -> Any:
 
 
 def finite(report: dict[str, Any]) -> dict[str, Any]:
-    """The report as JSON can hold it: numbers that are not finite become None and {"nonfinite": {"dvae.psnr": "inf"}}."""
+    """The report as JSON can hold it: numbers that are not finite become None and {"nonfinite": {"dvae.psnr":
+    "inf"}}."""
     nonfinite: dict[str, str] = {}
 
     def plain(value: Any, name: str) -> Any:

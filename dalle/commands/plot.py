@@ -26,7 +26,8 @@ class PlotArgs:
     labels: tuple[str, ...] = ()
     """Names of the runs; by default those of their directories."""
     smooth: float = 0.0
-    """Weight of the previous average in the moving average of training values, in [0, 1): 0 plots the log as it is."""
+    """Weight of the previous average in the moving average of training values, in [0, 1): 0 plots the log as
+    it is."""
     log_x: bool = False
     """Steps on a logarithmic axis."""
     log_y: bool = False

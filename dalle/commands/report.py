@@ -1,4 +1,5 @@
-"""Show any run as one HTML page: curves, images, attention, codebook, masks, evaluations, configuration, hashes.
+"""Show any run as one HTML page: curves, images, attention, codebook, masks, evaluations, configuration,
+hashes.
 
 python scripts/report.py runs/quickstart                            writes runs/quickstart/report.html
 python scripts/report.py runs/transformer --no-sample               files of the folder only, in a second
@@ -17,14 +18,16 @@ from dalle.pipelines.config import SamplingConfig
 
 @dataclass(frozen=True)
 class ReportArgs:
-    """Writes a page about any run folder: a training, the quick start, a model, samples, or an evaluation's JSON."""
+    """Writes a page about any run folder: a training, the quick start, a model, samples, or an evaluation's
+    JSON."""
 
     run: Positional[Path] = Path("runs/quickstart")
     """The folder, or the JSON of scripts/evaluate.py."""
     out: Path | None = None
     """File of the page; by default report.html in the folder."""
     sample: bool = True
-    """Load the model for samples, attention and codebook; otherwise the page shows the files of the folder."""
+    """Load the model for samples, attention and codebook; otherwise the page shows the files of the
+    folder."""
     prompts: tuple[str, ...] = ()
     """Prompts; by default the first validation captions of the training's dataset."""
     captions: int = 4

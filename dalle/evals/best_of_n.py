@@ -1,8 +1,8 @@
 """What the best of N candidates is worth, for N = 1, 2, 4, ... from one pool (paper section 2.6, Figure 9c).
 
-From M candidates of a caption N can be drawn in many ways; the mean over all of them, without drawing, has no bias and
-less noise than N fresh candidates. With the candidates ordered best first by the scorer, candidate i (from 0) is the
-best of N distinct ones with probability C(M - 1 - i, N - 1) / C(M, N).
+From M candidates of a caption N can be drawn in many ways; the mean over all of them, without drawing, has no
+bias and less noise than N fresh candidates. With the candidates ordered best first by the scorer, candidate i
+(from 0) is the best of N distinct ones with probability C(M - 1 - i, N - 1) / C(M, N).
 
     C captions, M candidates of each
 """

@@ -1,8 +1,8 @@
 """Gaussian blur applied before FID and IS (Section 3.1, Figure 9).
 
-The dVAE's tokens let the transformer leave out fine detail, so the paper measures generated and real images behind
-filters of radius 0 to 8. It does not define the radius; here it is the standard deviation in pixels, as in Pillow.
-Borders are replicated.
+The dVAE's tokens let the transformer leave out fine detail, so the paper measures generated and real images
+behind filters of radius 0 to 8. It does not define the radius; here it is the standard deviation in pixels,
+as in Pillow. Borders are replicated.
 """
 
 import torch
@@ -23,7 +23,8 @@ def blur(pixels: Tensor, radius: float) -> Tensor:
 
 
 def gaussian_filter(pixels: Tensor, sigma: float, reach: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, H - 2 reach, W - 2 reach): a Gaussian window of 2 reach + 1 pixels, no padding."""
+    """(B, C, H, W) -> (B, C, H - 2 reach, W - 2 reach): a Gaussian window of 2 reach + 1 pixels, no
+    padding."""
     offsets = torch.arange(-reach, reach + 1, dtype=pixels.dtype, device=pixels.device)
     weights = torch.exp(-offsets.square() / (2 * sigma**2))
     kernel = (weights / weights.sum())[None, None, :, None]

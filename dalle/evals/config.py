@@ -18,7 +18,8 @@ class EvalConfig:
     num_samples: int = 1000
     """Validation pairs to read at most; the paper's FID uses 30,000."""
     num_prompts: int = 200
-    """Captions to sample images for: of each split for shapes, of the validation pairs for images and rerank."""
+    """Captions to sample images for: of each split for shapes, of the validation pairs for images and
+    rerank."""
     best_of: int = 16
     """Candidates of each caption; the paper samples 512."""
     temperature: float = 1.0
@@ -32,7 +33,8 @@ class EvalConfig:
     feature_extractor: str | None = None
     """File of the Inception weights for FID and IS, or the word clip for the features of the CLIP."""
     classes: Path | None = None
-    """Text file with a class name per line, for images whose caption is their class: zero-shot and typographic attack."""
+    """Text file with a class name per line, for images whose caption is their class: zero-shot and
+    typographic attack."""
     templates: tuple[str, ...] = TEMPLATES
     """Prompts of a class for the CLIP; {} is its name."""
     lpips_backbone: Path | None = None

@@ -1,4 +1,5 @@
-"""What an evaluation measures with: the model, validation pairs, the CLIP, feature extractor and provenance."""
+"""What an evaluation measures with: the model, validation pairs, the CLIP, feature extractor and
+provenance."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace

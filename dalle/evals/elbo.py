@@ -1,21 +1,24 @@
 """Bits per dimension: both stages in one number, by the evidence lower bound (paper section 2, Eq. 1).
 
-For an image x, a caption y and image tokens z, with beta = 1 (a larger one gives no bound) and any distribution q(z):
+For an image x, a caption y and image tokens z, with beta = 1 (a larger one gives no bound) and any
+distribution q(z):
 
     ln p(x, y)  >=  E_q[ ln p(x | z) ]  +  E_q[ ln p(z | y) ]  +  ln p(y)  +  H(q)
 
     p(x | z)    the dVAE's decoder: a logit-Laplace for each value of a pixel
     p(z | y)    the transformer's image tokens after the caption
     p(y)        the transformer's text tokens: one way of many to write y as tokens, so again a lower bound
-    q(z)        the dVAE's encoder. Strictly it is its softmax, from which z is sampled, and H(q) is the sum of its
-                positions' entropies: "sampled". Stage two learns the argmax instead (footnote 6), which is a q of its
-                own that is certain of one z, so H(q) = 0: "argmax". Both are bounds; the better one says more.
+    q(z)        the dVAE's encoder. Strictly it is its softmax, from which z is sampled, and H(q) is the sum
+    of its
+                positions' entropies: "sampled". Stage two learns the argmax instead (footnote 6), which is a
+                q of its own that is certain of one z, so H(q) = 0: "argmax". Both are bounds; the better one
+                says more.
 
-The paper's likelihood is a density on (0, 1) and not the probability of an 8-bit value. Here a value v has the mass of
-the logit-Laplace over phi((v - 1/2) / 255) .. phi((v + 1/2) / 255), and the first and last value also what lies
-beyond them; so the 256 probabilities add up to 1 and bits per dimension compare with other models of 8-bit images.
-Bits per dimension of x, y are -ln p / ln 2 over the number of pixel values (3 H W); those of x alone, given y, leave
-ln p(y) out.
+The paper's likelihood is a density on (0, 1) and not the probability of an 8-bit value. Here a value v has
+the mass of the logit-Laplace over phi((v - 1/2) / 255) .. phi((v + 1/2) / 255), and the first and last value
+also what lies beyond them; so the 256 probabilities add up to 1 and bits per dimension compare with other
+models of 8-bit images. Bits per dimension of x, y are -ln p / ln 2 over the number of pixel values (3 H W);
+those of x alone, given y, leave ln p(y) out.
 
     B pairs of a batch, K codes, h w grid
 """
@@ -48,8 +51,8 @@ def run(
         seed: of the sampled tokens.
 
     Returns:
-        "argmax" and "sampled", each with image_nats (-ln p(x | z)), image_token_nats, text_nats, entropy_nats,
-        all per pair; bits_per_dim of image and caption; bits_per_dim_given_caption.
+        "argmax" and "sampled", each with image_nats (-ln p(x | z)), image_token_nats, text_nats,
+        entropy_nats, all per pair; bits_per_dim of image and caption; bits_per_dim_given_caption.
     """
     if not isinstance(dvae, DVAE):
         raise ValueError(

@@ -1,9 +1,10 @@
-"""Frechet distance: how far two clouds of feature vectors lie apart, each taken for a Gaussian (Heusel et al. 2017).
+"""Frechet distance: how far two clouds of feature vectors lie apart, each taken for a Gaussian (Heusel et al.
+2017).
 
     |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))
 
-With features of Inception (inception.py) it is FID. It falls with the number of images, so only distances of the
-same number compare, and it means little with fewer images than features.
+With features of Inception (inception.py) it is FID. It falls with the number of images, so only distances of
+the same number compare, and it means little with fewer images than features.
 
     B vectors of a batch, N of all, D features
 """
@@ -26,8 +27,8 @@ class FeatureGaussian:
 class RunningCovariance:
     """Mean and covariance of vectors that come in batches; float64, and no vector is kept.
 
-    Batches are joined as by Chan et al. (1979): the products are of what lies about the mean, so large means cost no
-    digits.
+    Batches are joined as by Chan et al. (1979): the products are of what lies about the mean, so large means
+    cost no digits.
     """
 
     def __init__(self):
@@ -61,8 +62,8 @@ class RunningCovariance:
 def frechet_distance(a: FeatureGaussian, b: FeatureGaussian) -> float:
     """The distance by the formula above.
 
-    The trace of the root is that of (A^(1/2) B A^(1/2))^(1/2), which is symmetric: no complex numbers come up and
-    nothing is added to a singular covariance.
+    The trace of the root is that of (A^(1/2) B A^(1/2))^(1/2), which is symmetric: no complex numbers come up
+    and nothing is added to a singular covariance.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of different widths: {len(a.mean)} and {len(b.mean)}")

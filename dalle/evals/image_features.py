@@ -1,6 +1,7 @@
 """FID and inception score of generated images behind each blur (Section 3.1, Figure 9).
 
-Statistics of the real images are the same for every model, so a folder caches them by the hash of all they depend on.
+Statistics of the real images are the same for every model, so a folder caches them by the hash of all they
+depend on.
 
     B images of a batch, D features
 """
@@ -23,7 +24,8 @@ from dalle.types import Embedder
 
 
 class Extractor(Protocol):
-    """Pixels (B, 3, H, W) in [0, 1] -> features (B, D) and logits of classes (B, C), or None where it has none."""
+    """Pixels (B, 3, H, W) in [0, 1] -> features (B, D) and logits of classes (B, C), or None where it has
+    none."""
 
     hash: str
     resize: str
@@ -74,7 +76,8 @@ def extract_stats(
 def compare(
     generated: dict[float, ImageStats], real: dict[float, FeatureGaussian], metric: str = "fid", seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """By radius: the Frechet distance as `metric`, and inception_score with its standard deviation over splits."""
+    """By radius: the Frechet distance as `metric`, and inception_score with its standard deviation over
+    splits."""
     report = {}
     for radius, measured in generated.items():
         scores = {metric: frechet_distance(measured.moments.gaussian(), real[radius])}

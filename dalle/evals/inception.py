@@ -1,11 +1,13 @@
 """Inception v3 of 2015: the features of FID and the logits of the inception score.
 
-The network is torchvision's Inception v3 with the pooling of the original: averages leave the padding out, and the
-last block takes the maximum (Szegedy et al.'s released graph, and every port of it). Images are resized to
-299 x 299 as TensorFlow 1 did: bilinear, no antialiasing, pixel corners aligned at the upper left. Another resize
-gives other numbers (Parmar et al. 2022), so its name stands in each report.
+The network is torchvision's Inception v3 with the pooling of the original: averages leave the padding out,
+and the last block takes the maximum (Szegedy et al.'s released graph, and every port of it). Images are
+resized to
+299 x 299 as TensorFlow 1 did: bilinear, no antialiasing, pixel corners aligned at the upper left. Another
+resize gives other numbers (Parmar et al. 2022), so its name stands in each report.
 
-Weights come from a file of the layout `pt_inception-2015-12-05-6726825d.pth`, read without running what is in it.
+Weights come from a file of the layout `pt_inception-2015-12-05-6726825d.pth`, read without running what is in
+it.
 
     B images
 """
@@ -25,9 +27,10 @@ SIDE = 299
 CLASSES = 1008  # of the released graph
 RESIZE = "bilinear to 299 x 299 as TensorFlow 1 (no antialiasing, corners at the upper left)"
 HOW = (
-    "FID and IS need the Inception weights of 2015: pt_inception-2015-12-05-6726825d.pth, 91 MB, release fid_weights "
-    "of github.com/mseitzer/pytorch-fid or release weights-inception-2015-12-05 of github.com/toshas/torch-fidelity; "
-    "give the file with --feature-extractor. The word clip in its place takes the model's own CLIP; its distance is no FID"
+    "FID and IS need the Inception weights of 2015, pt_inception-2015-12-05-6726825d.pth (91 MB): release "
+    "fid_weights of github.com/mseitzer/pytorch-fid or weights-inception-2015-12-05 of "
+    "github.com/toshas/torch-fidelity; give the file with --feature-extractor. The word clip in its place takes "
+    "the features of the model's own CLIP, whose distance is no FID"
 )
 
 

@@ -21,8 +21,8 @@ def run(model: Transformer, batches: Iterable[Tensor]) -> dict[str, float]:
         batches: joint ids (B, N), on the model's device.
 
     Returns:
-        text_loss, image_loss (per token; a caption's end counts as one), loss (both weighted as in training), and
-        the numbers of tokens and pairs.
+        text_loss, image_loss (per token; a caption's end counts as one), loss (both weighted as in training),
+        and the numbers of tokens and pairs.
     """
     nats, tokens, pairs = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64), 0
     for ids in batches:

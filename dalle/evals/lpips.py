@@ -1,8 +1,8 @@
 """LPIPS: how unlike two images look, by the layers of AlexNet (Zhang et al. 2018, version 0.1).
 
-Each layer's states are made unit vectors at every place; their squared differences, weighted by what people were
-found to see, are averaged over places and added up over layers. Two files hold the weights: torchvision's AlexNet,
-and the five layers' weights that Zhang et al. fitted.
+Each layer's states are made unit vectors at every place; their squared differences, weighted by what people
+were found to see, are averaged over places and added up over layers. Two files hold the weights:
+torchvision's AlexNet, and the five layers' weights that Zhang et al. fitted.
 
     B images
 """
@@ -19,8 +19,8 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pixels in [
 LAYERS = (1, 4, 7, 9, 11)  # AlexNet's five ReLUs
 SMALLEST = 32  # pixels on a side that leave a place in the last layer
 HOW = (
-    "LPIPS needs two files: --lpips-backbone alexnet-owt-7be5be79.pth, torchvision's AlexNet, and --lpips-weights "
-    "alex.pth, from lpips/weights/v0.1 of the Python package lpips"
+    "LPIPS needs two files: --lpips-backbone alexnet-owt-7be5be79.pth, torchvision's AlexNet, and "
+    "--lpips-weights alex.pth, from lpips/weights/v0.1 of the Python package lpips"
 )
 
 

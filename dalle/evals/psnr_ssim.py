@@ -12,7 +12,8 @@ K1, K2 = 0.01, 0.03  # as there; pixels span 1
 
 
 def psnr(pixels: Tensor, others: Tensor) -> Tensor:
-    """Peak signal to noise of each pair in decibels, -10 log10(mean squared error): (B,); inf for equal images.
+    """Peak signal to noise of each pair in decibels, -10 log10(mean squared error): (B,); inf for equal
+    images.
 
     Args:
         pixels, others: (B, C, H, W) in [0, 1].
@@ -24,8 +25,8 @@ def psnr(pixels: Tensor, others: Tensor) -> Tensor:
 def ssim(pixels: Tensor, others: Tensor) -> Tensor:
     """Structural similarity of each pair, at most 1 (Wang et al. 2004): (B,).
 
-    Means, variances and covariance in a Gaussian window of 11 x 11 at every position where it fits; the mean over
-    positions and channels.
+    Means, variances and covariance in a Gaussian window of 11 x 11 at every position where it fits; the mean
+    over positions and channels.
 
     Args:
         pixels, others: (B, C, H, W) in [0, 1], sides at least 11.

@@ -28,9 +28,9 @@ def run(
         lpips: pixels, others -> distances (B,).
 
     Returns:
-        images; psnr in decibels, ssim, mae and, with `lpips`, lpips of reconstructions by hard codes; codebook_used,
-        codebook_dead_frac and perplexity; of a DVAE also nats_per_pixel_value (logit-Laplace, hard codes) and kl in
-        nats per position.
+        images; psnr in decibels, ssim, mae and, with `lpips`, lpips of reconstructions by hard codes;
+        codebook_used, codebook_dead_frac and perplexity; of a DVAE also nats_per_pixel_value (logit-Laplace,
+        hard codes) and kl in nats per position.
     """
     means, counts = MeanMetric(), torch.zeros(model.vocab_size, dtype=torch.int64)
     for pixels in batches:

@@ -1,4 +1,5 @@
-"""Finding the caption of an image and the image of a caption among all (Radford et al. 2021, section 3.1; Table 13).
+"""Finding the caption of an image and the image of a caption among all (Radford et al. 2021, section 3.1;
+Table 13).
 
 P images, C captions, E embedding width
 """
@@ -14,8 +15,8 @@ FIRST = (1, 5, 10)
 def retrieval(images: Tensor, captions: Tensor, owners: Sequence[int], first: Sequence[int] = FIRST) -> dict:
     """R@k both ways: the share of queries whose right answer is among the k with the highest cosine.
 
-    An image with several captions is served by any of them. Ties count against the model, so that a CLIP which gives
-    every pair the same score finds nothing.
+    An image with several captions is served by any of them. Ties count against the model, so that a CLIP
+    which gives every pair the same score finds nothing.
 
     Args:
         images: unit vectors (P, E).
@@ -24,7 +25,8 @@ def retrieval(images: Tensor, captions: Tensor, owners: Sequence[int], first: Se
         first: the values of k.
 
     Returns:
-        {"image_to_text_acc": {"R@1": share, ...}, "text_to_image_acc": {...}}; a k that all would reach is left out.
+        {"image_to_text_acc": {"R@1": share, ...}, "text_to_image_acc": {...}}; a k that all would reach is
+        left out.
     """
     owner = torch.as_tensor(owners, device=images.device)
     if len(owner) != len(captions) or not len(captions):

@@ -60,9 +60,10 @@ def caption_accuracy(
 
     Returns:
         acc_real: true images; acc_mismatched: true images against a caption that differs in one attribute;
-        acc_reconstruction: true images through hard codes; acc_first: the first sample; acc_best_of_n: the one that
-        CLIP ranks first; acc_random_of_n, acc_oracle_of_n: a random one, any of the n; acc_chance: first samples
-        against other images' captions. And the samples.
+        acc_reconstruction: true images through hard codes; acc_first: the first sample; acc_best_of_n: the
+            one that
+        CLIP ranks first; acc_random_of_n, acc_oracle_of_n: a random one, any of the n; acc_chance: first
+        samples against other images' captions. And the samples.
     """
     layout = model.transformer.layout
     pairs = ShapesDataset(layout.rows * model.dvae.downsample_factor, seed, split)

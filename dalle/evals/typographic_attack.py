@@ -1,6 +1,7 @@
 """Typographic attack: does a CLIP follow a wrong class name written on the image (Goh et al. 2021)?
 
-A CLIP that reads takes an apple with "iPod" on it for an iPod. Reranking by such a CLIP prefers images with words.
+A CLIP that reads takes an apple with "iPod" on it for an iPod. Reranking by such a CLIP prefers images with
+words.
 
     B images, C classes
 """

@@ -40,7 +40,8 @@ class ReportContext:
         if not {"dvae", "transformer"} <= runs.keys():
             raise ValueError(
                 "needs a dVAE and a transformer, which are not both in this folder; make a model directory:\n"
-                "python scripts/sample.py --prompt WORDS --save-pretrained runs/model\npython scripts/report.py runs/model"
+                "python scripts/sample.py --prompt WORDS --save-pretrained runs/model\n"
+                "python scripts/report.py runs/model"
             )
         loaded = {
             kind: load_model(runs[kind].folder, kind, device) for kind in MODEL_REGISTRY if kind in runs

@@ -18,7 +18,8 @@ EVALUATION_KEYS = {"caption_accuracy", "provenance"}
 
 @dataclass
 class TrainedRun:
-    """A training run: its kind (dvae, transformer, clip), the meta.json of its newest checkpoint, and its log."""
+    """A training run: its kind (dvae, transformer, clip), the meta.json of its newest checkpoint, and its
+    log."""
 
     kind: str
     folder: Path

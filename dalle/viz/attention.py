@@ -2,8 +2,9 @@
 
 The weights are computed here from the model's queries and keys, since the fast backends do not return them.
 
-Position p reads token p - 1 (dalle/layout.py), so a key is shown at the token that its position *reads*; position 0 reads
-start-of-text, the first image position start-of-image. The query of a token is the position that predicts it.
+Position p reads token p - 1 (dalle/layout.py), so a key is shown at the token that its position *reads*;
+position 0 reads start-of-text, the first image position start-of-image. The query of a token is the position
+that predicts it.
 
     B batch, H heads, n positions, T text positions, R rows and C columns of the grid, d width of a head
 """
@@ -101,10 +102,11 @@ def plot_attention(
     layers: Sequence[int] | None = None,
     truncate: bool = False,
 ) -> Image.Image:
-    """What layers attend to when they predict tokens of an image: a row for each layer, a column for each token.
+    """What layers attend to when they predict tokens of an image: a row for each layer, a column for each
+    token.
 
-    Each panel is the image, brighter where the weight is (mean over heads, relative to the maximum); the red square is
-    the predicted token. Bars on the right give the weights of the text tokens.
+    Each panel is the image, brighter where the weight is (mean over heads, relative to the maximum); the red
+    square is the predicted token. Bars on the right give the weights of the text tokens.
 
     Args:
         caption: the caption.
@@ -114,7 +116,8 @@ def plot_attention(
         truncate: truncate a caption that is too long instead of raising.
 
     Raises:
-        ValueError: a position or layer out of range; an empty or too long caption; a transformer of another library.
+        ValueError: a position or layer out of range; an empty or too long caption; a transformer of another
+            library.
     """
     _check(model.transformer)
     layout, kinds = model.transformer.layout, model.transformer.config.kinds
@@ -176,7 +179,8 @@ def _plot_text_attention(axis: Any, shares: list[AttentionShares], words: list[s
 
 
 def attention_heatmap(weights: Tensor) -> Image.Image:
-    """Square roots of weights (n, n), of one head or a mean of heads: a pixel for each pair, the maximum brightest."""
+    """Square roots of weights (n, n), of one head or a mean of heads: a pixel for each pair, the maximum
+    brightest."""
     if weights.ndim != 2:
         raise ValueError(
             f"weights must be (n, n), got {tuple(weights.shape)}; take a head, or the mean of the heads"

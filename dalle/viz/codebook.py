@@ -1,4 +1,5 @@
-"""Codebook plots of an image tokenizer: codes decoded alone, code usage, token maps, relaxed against hard codes.
+"""Codebook plots of an image tokenizer: codes decoded alone, code usage, token maps, relaxed against hard
+codes.
 
 B images, K codes, h w grid
 """
@@ -29,8 +30,9 @@ def decode_codebook(
     Args:
         model: any image tokenizer.
         codes: which codes; by default all.
-        around: tokens of the same code on each side of the middle one, against effects of the image's edge. The edge
-            is outside the receptive field from 3 blocks_per_group (1 + 1/2 + 1/4 ...) on: 12 in the paper's dVAE.
+        around: tokens of the same code on each side of the middle one, against effects of the image's edge.
+            The edge is outside the receptive field from 3 blocks_per_group (1 + 1/2 + 1/4 ...) on: 12 in the
+            paper's dVAE.
         batch: codes decoded at once.
 
     Returns:

@@ -1,6 +1,7 @@
 """Attention mask plots (Figure 11), at the paper's small size or any other.
 
-A row of a mask is a query, a column a key. Visible text and image keys have a color each; hidden keys are pale.
+A row of a mask is a query, a column a key. Visible text and image keys have a color each; hidden keys are
+pale.
 """
 
 import numpy as np
@@ -91,7 +92,8 @@ def _colors(mask: Tensor, is_text: Tensor) -> np.ndarray:
 
 
 def _tiles(colors: np.ndarray, cell: int | None, side: int) -> Image.Image:
-    """Each color as a square of `cell` pixels, by default to `side` in all; white lines between where there is room."""
+    """Each color as a square of `cell` pixels, by default to `side` in all; white lines between where there
+    is room."""
     height, width = colors.shape[:2]
     if cell is None:
         cell = -(-side // max(height, width))

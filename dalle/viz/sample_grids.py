@@ -46,7 +46,8 @@ class SampleGrid:
 
 
 def retrieval_grid(model: CLIP, pixels: Tensor, packed: Tensor, captions: list[str]) -> Image.Image:
-    """The first captions, each with its own image at the left and the one of all that fits it best at the right.
+    """The first captions, each with its own image at the left and the one of all that fits it best at the
+    right.
 
     Args:
         pixels: (N, 3, R, R) to choose among, each caption's own at its number.

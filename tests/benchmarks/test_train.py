@@ -190,7 +190,8 @@ def test_each_variant_of_memory_is_reported(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_chunks_of_logits_save_what_they_should_measured_in_processes_of_their_own():
-    """8,192 logits for each of 2 x 1,040 positions, 0.13 GiB in fp32, and their gradients are what chunks save."""
+    """8,192 logits for each of 2 x 1,040 positions, 0.13 GiB in fp32, and their gradients are what chunks
+    save."""
     config = TransformerConfig(1, 2, 8, 16, (32, 32), 8192, 8192)
     report = benchmark_memory(MemoryBenchmark(model=config, batch_size=2, precision="fp32", device="cpu"))
     peaks = {name: line["peak_gib"] for name, line in report["results"].items()}

@@ -1,4 +1,5 @@
-"""Metrics of images against independent formulas: likeness, blur, Frechet distance, inception score, statistics."""
+"""Metrics of images against independent formulas: likeness, blur, Frechet distance, inception score,
+statistics."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""Metrics of models against independent formulas and hand cases: dVAE, transformer, bound, CLIP, best of N."""
+"""Metrics of models against independent formulas and hand cases: dVAE, transformer, bound, CLIP, best of
+N."""
 
 import itertools
 import math

@@ -70,7 +70,8 @@ def decode(source: str) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def whole(chain: Path, tmp_path_factory) -> Path:
-    """A folder as the quick start leaves it, with an evaluation and a sample under a hostile caption beside it."""
+    """A folder as the quick start leaves it, with an evaluation and a sample under a hostile caption beside
+    it."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(chain, folder)
     evaluated = {

@@ -27,7 +27,8 @@ def letters(image: Image.Image, cell: int = 1) -> list[str]:
 
 class TestMasks:
     def test_rows_as_figure_11_draws_them(self):
-        """The fourth line of the 4 x 4 image, typed from the paper's drawing: all text, itself and four before."""
+        """The fourth line of the 4 x 4 image, typed from the paper's drawing: all text, itself and four
+        before."""
         lines = letters(viz.plot_mask("row", cell=1))
         assert lines[0] == "t" + "." * 21
         assert lines[5] == "tttttt" + "." * 16
@@ -112,7 +113,8 @@ class TestAttention:
         return model.layout.pack(text, torch.randint(7, (2, 16), generator=rng))
 
     def test_the_weights_make_what_the_layer_gives(self, lively):
-        """Weights times the layer's own values, through its last matrix: what the fast path computed in `forward`."""
+        """Weights times the layer's own values, through its last matrix: what the fast path computed in
+        `forward`."""
         ids, seen = self.ids(lively), []
         hooks = [
             layer.attention.f.register_forward_hook(
