@@ -50,7 +50,8 @@ class CLIP(nn.Module):
         self.truncated = 0
 
     def pack_text(self, captions: Sequence[Sequence[int]]) -> Tensor:
-        """Text ids of captions -> int64 (B, L): ids, the end mark, pads; longer captions are cut and counted."""
+        """Text ids of captions -> int64 (B, L): ids, the end mark, pads; longer captions are cut and
+        counted."""
         rows = torch.full((len(captions), self.config.text_len), self.config.pad)
         for row, ids in zip(rows, captions, strict=True):
             self.truncated += len(ids) > self.config.text_len - 1
@@ -69,7 +70,8 @@ class CLIP(nn.Module):
             return self.net.encode_text(text, normalize=True)
 
     def fsdp_groups(self) -> list[list[nn.Module]]:
-        """What sharded training gathers at once, in order of use: all in it is computed in 16 bit under autocast."""
+        """What sharded training gathers at once, in order of use: all in it is computed in 16 bit under
+        autocast."""
         towers = self.net.transformer, self.net.visual.transformer
         return [[block.attn, block.mlp] for tower in towers for block in tower.resblocks]
 
@@ -79,7 +81,8 @@ class CLIP(nn.Module):
 
 
 def _attention(device: torch.device) -> AbstractContextManager:
-    """On a CPU torch's fused attention takes half of a training step at these lengths; written out it is a tenth."""
+    """On a CPU torch's fused attention takes half of a training step at these lengths; written out it is a
+    tenth."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 

@@ -12,7 +12,8 @@ class CLIPObjective:
     """Symmetric cross-entropy over the scaled cosines of a batch (Radford et al., Figure 3).
 
     A batch may also hold images that no caption describes, one beside each pair: then each caption must
-    prefer its image to all of these too. Every caption meets the images of all processes, and so for the images.
+    prefer its image to all of these too. Every caption meets the images of all processes, and so for the
+    images.
     """
 
     def __call__(

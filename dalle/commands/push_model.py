@@ -1,8 +1,8 @@
-"""Upload a model to the Hugging Face Hub; look first with --dry-run, which uploads nothing.
+"""Upload a model to the Hugging Face Hub; --dry-run lists the files and prints the card instead.
 
 python scripts/push_model.py runs/quickstart/model --dry-run
-python scripts/push_model.py runs/quickstart/model --to owner/name --report runs/quickstart/report.json --license mit
-python scripts/push_model.py runs/quickstart/dvae --to owner/name-dvae        the part that a run trained, alone
+python scripts/push_model.py runs/quickstart/model --to owner/name --report runs/quickstart/report.json
+python scripts/push_model.py runs/quickstart/dvae --to owner/name-dvae       only the model of this run
 """
 
 from dataclasses import dataclass
@@ -12,23 +12,20 @@ from tempfile import TemporaryDirectory
 from tyro.conf import Positional
 
 from dalle.config import cli_errors, parse
-from dalle.hub.hub import check_login, list_hub_files, push_to_hub
-from dalle.hub.model_card import CARD, addressed, read_card
-from dalle.hub.registry import LoadedModel
 
 
 @dataclass(frozen=True)
 class PushModelArgs:
-    """Uploads a model directory, or the part that a run trained."""
+    """Uploads a model directory, or the model of a run."""
 
     path: Positional[Path | None] = None
-    """Model directory (its README.md goes as it lies), or the run of a dVAE, a transformer or a CLIP."""
+    """Model directory (its README.md is kept), or the run of a dVAE, a transformer or a CLIP."""
     to: str = ""
-    """Repository, owner/name; made if there is none."""
+    """Repository, owner/name; created if there is none."""
     report: Path | None = None
-    """report.json of the run: its figures go into a card written anew."""
+    """report.json of the run; a new card with its figures is written."""
     license: str | None = None
-    """Licence you give the model, as the Hub calls it (mit, cc-by-4.0, ...): for a card written anew. Never guessed."""
+    """License of the model, as the Hub names it (mit, cc-by-4.0, ...); a new card with it is written."""
     private: bool = False
     """Make a new repository private."""
     revision: str | None = None
@@ -39,45 +36,41 @@ class PushModelArgs:
     """List the files with their sizes and print the card; nothing is uploaded, no login is needed."""
 
 
-def push_model(run: PushModelArgs) -> str | None:
-    """Uploads, or with dry_run tells what would be; the address of the commit.
+def push_model(args: PushModelArgs) -> str | None:
+    """Uploads and returns the address of the commit; with dry_run prints what would be uploaded.
 
     Raises:
         ValueError: no model there, a report of another model, no login, or the Hub refuses.
     """
-    if run.path is None:
-        raise ValueError("say which: python scripts/push_model.py DIRECTORY --to owner/name")
-    if not run.path.is_dir():
-        raise ValueError(f"no directory {run.path}; give a model directory or a run")
-    if not run.dry_run:
-        check_login(run.to)
+    from dalle.hub.hub import check_login, list_hub_files, push_to_hub
+    from dalle.hub.model_card import CARD, PLACEHOLDER, read_card
+    from dalle.hub.registry import LoadedModel
+
+    if args.path is None:
+        raise ValueError("give a model directory: python scripts/push_model.py DIRECTORY --to owner/name")
+    if not args.path.is_dir():
+        raise ValueError(f"no directory {args.path}; give a model directory or a run")
+    if not args.dry_run:
+        check_login(args.to)
     with TemporaryDirectory() as folder:
-        directory = _model_directory(run.path, Path(folder) / "model")
-        card = read_card(directory, run.report, run.license)
-        if run.dry_run:
-            return _tell(directory, card, run.to)
-        address = push_to_hub(directory, run.to, card, run.private or None, run.revision, message=run.message)
-    print(f"{run.path} is at {address}")
-    return address
-
-
-def _model_directory(path: Path, room: Path) -> Path:
-    """The path, or of a run its part as a model directory in `room`."""
-    if (path / "config.json").is_file():
-        return path
-    LoadedModel.from_pretrained(path).save_pretrained(room)
-    return room
-
-
-def _tell(directory: Path, card: str, to: str) -> None:
-    card = addressed(card, to) if to else card
-    print(f"would go to {to or 'the repository that --to names'}:")
-    sizes = {CARD: len(card.encode())} | {
-        name: path.stat().st_size for name, path in list_hub_files(directory).items()
-    }
+        directory = args.path
+        if not (directory / "config.json").is_file():
+            directory = Path(folder) / "model"
+            LoadedModel.from_pretrained(args.path).save_pretrained(directory)
+        card = read_card(directory, args.report, args.license)
+        if not args.dry_run:
+            private = args.private or None
+            url = push_to_hub(directory, args.to, card, private, args.revision, message=args.message)
+            print(f"{args.path} is at {url}")
+            return url
+        card = card.replace(PLACEHOLDER, args.to or PLACEHOLDER)
+        sizes = {CARD: len(card.encode())}
+        sizes |= {name: path.stat().st_size for name, path in list_hub_files(directory).items()}
+    print(f"would go to {args.to or 'the repository that --to names'}:")
     for name, size in sizes.items():
         print(f"  {size:>14,} bytes  {name}")
     print(f"\n{CARD}:\n\n{card}\nNothing was uploaded.")
+    return None
 
 
 def main() -> None:

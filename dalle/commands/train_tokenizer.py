@@ -1,4 +1,4 @@
-"""Learn the text vocabulary from captions (paper section 2.2): the first stage.
+"""Train the text tokenizer on captions (Section 2.2): the first stage.
 
 python scripts/train_tokenizer.py --config configs/transformer/shapes.yaml
 python scripts/train_tokenizer.py --data.path my/images --text.vocab-size 4096
@@ -6,93 +6,95 @@ python scripts/train_tokenizer.py --data.path my/images --text.vocab-size 4096
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.config import cli_errors, parse
-from dalle.data import DataConfig, open_dataset
-from dalle.io.files import make_directory, write_json
-from dalle.io.rng import generator
+from dalle.data import DataConfig
 from dalle.runs.args import ROOT
-from dalle.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
-from dalle.text.coverage import vocabulary_coverage
+from dalle.text import TextTokenizer, TextTokenizerConfig
 from dalle.transformer import TransformerConfig
 from dalle.types import CaptionedImages
 
 MEASURED = 10_000
-"""Images whose captions the report is made from, at most."""
+"""Images whose captions the report measures, at most."""
 
 
 @dataclass(frozen=True)
 class TrainTokenizerArgs:
-    """Learns the text vocabulary from captions and writes text.json."""
+    """Trains the text tokenizer on captions and writes text_tokenizer.json."""
 
     out: Path | None = None
     """Directory of the run; runs/text unless given."""
     data: DataConfig = DataConfig()
-    """Captions to learn from."""
+    """Captions to train on."""
     text: TextTokenizerConfig = TextTokenizerConfig()
     """The vocabulary."""
     captions: int = 100_000
-    """Images whose captions are read, at most; of more, so many are drawn, spread over the whole set. It bounds
-    the memory: all that is read is held while merges are counted."""
+    """Images whose captions are read, at most: a random sample of a larger dataset. All of them are held
+    in memory while merges are counted."""
     seed: int = 0
-    """Of the draw."""
+    """Of the random sample."""
     model: TransformerConfig = TransformerConfig()
-    """The transformer to be; read for its text_len alone, to say how many captions would be cut."""
+    """The transformer to be; only its text_len is read, to report how many captions would be truncated."""
 
     def __post_init__(self):
         if self.captions < 1:
             raise ValueError(f"captions must be positive, got {self.captions}")
 
 
-def train_tokenizer(run: TrainTokenizerArgs) -> TextTokenizer:
-    """Reads captions, learns merges, writes <out>/text.json and how well it fits, <out>/report.json."""
-    out = make_directory(run.out or ROOT / "text")
-    pairs = open_dataset(run.data)
-    text = train_text_tokenizer(read_captions(pairs, run.captions, run.seed), run.text)
-    room = run.model.layout.max_caption_len
-    report = vocabulary_coverage(text, read_captions(pairs, min(run.captions, MEASURED), run.seed), room)
-    text.save(out / "text.json")
+def train_tokenizer(args: TrainTokenizerArgs) -> TextTokenizer:
+    """Writes <out>/text_tokenizer.json and its statistics, <out>/report.json."""
+    from dalle.data import open_dataset
+    from dalle.io.files import make_directory, write_json
+    from dalle.text import train_text_tokenizer
+    from dalle.text.coverage import vocabulary_coverage
+
+    out = make_directory(args.out or ROOT / "text")
+    dataset = open_dataset(args.data)
+    text = train_text_tokenizer(read_captions(dataset, args.captions, args.seed), args.text)
+    max_len = args.model.layout.max_caption_len
+    captions = read_captions(dataset, min(args.captions, MEASURED), args.seed)
+    report = vocabulary_coverage(text, captions, max_len)
+    text.save(out / "text_tokenizer.json")
     write_json(out / "report.json", report)
-    _tell(out, report)
+    tokens = report["tokens_per_caption"]
+    print(
+        f"{out / 'text_tokenizer.json'}: {report['vocab_size']} ids; the alphabet covers "
+        f"{report['coverage']:.4%} of letters; {tokens['mean']} tokens a caption (median {tokens['median']}, "
+        f"95 of 100 up to {tokens['95_of_100']}, most {tokens['most']}); "
+        f"{report['truncated']:.2%} are longer than {max_len} and would be truncated"
+    )
     return text
 
 
-def read_captions(pairs: CaptionedImages, most: int, seed: int) -> Iterator[str]:
-    """Every caption of up to `most` images, one image after the other; memory does not grow with them."""
-    numbers = draw_numbers(pairs.size, most, seed)
-    count = most if pairs.size is None else min(most, pairs.size)
-    with tqdm(total=count, desc="captions", unit="image", disable=None) as bar:
-        while batch := [number for _, number in zip(range(256), numbers, strict=False)]:
-            for captions in pairs.captions(batch):
+def read_captions(dataset: CaptionedImages, most: int, seed: int) -> Iterator[str]:
+    """Every caption of up to `most` images, 256 images in memory at a time."""
+    indices = sample_indices(dataset.size, most, seed)
+    total = most if dataset.size is None else min(most, dataset.size)
+    with tqdm(total=total, desc="captions", unit="image", disable=None) as bar:
+        while batch := list(islice(indices, 256)):
+            for captions in dataset.captions(batch):
                 yield from captions
             bar.update(len(batch))
 
 
-def draw_numbers(size: int | None, most: int, seed: int) -> Iterator[int]:
-    """Up to `most` numbers below `size`, ascending: one drawn from each of `most` equal stretches.
+def sample_indices(size: int | None, most: int, seed: int) -> Iterator[int]:
+    """Up to `most` ascending indices below `size`: one random index from each of `most` equal stretches.
 
-    All of them where there are no more; the first of an endless set.
+    An endless dataset (size None) gives its first `most`.
     """
+    from dalle.io.rng import generator
+
     if size is None or size <= most:
         yield from range(most if size is None else size)
         return
     rng = generator("vocabulary", seed)
     for stretch in range(most):
         yield int(rng.integers(stretch * size // most, (stretch + 1) * size // most))
-
-
-def _tell(out: Path, report: dict[str, Any]) -> None:
-    tokens = report["tokens_per_caption"]
-    print(
-        f"{out / 'text.json'}: {report['vocab_size']} ids; the alphabet covers {report['coverage']:.4%} of letters; "
-        f"{tokens['mean']} tokens a caption (median {tokens['median']}, 95 of 100 up to {tokens['95_of_100']}, most "
-        f"{tokens['most']}); {report['truncated']:.2%} are longer than {report['room']} and would be cut"
-    )
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Models to and from the Hugging Face Hub. What lies here is read here: a local path never asks the network.
 
-A source is a folder, or else an id "owner/name". Only an id is downloaded, into the cache of huggingface_hub, whose
+A source is a folder, or else an id "owner/name". Only an id is downloaded, into the cache of huggingface_hub,
+whose
 switches hold: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
 """
 
@@ -74,8 +75,8 @@ def resolve_source(
         token: to read a private repository; the one you logged in with unless given.
 
     Raises:
-        ValueError: neither a path nor an id; or of an id: unknown, private, gated, no such revision, or not in the
-            cache and not to be reached.
+        ValueError: neither a path nor an id; or of an id: unknown, private, gated, no such revision, or not
+            in the cache and not to be reached.
     """
     path = Path(source)
     if path.exists():
@@ -116,13 +117,14 @@ def _is_id(name: str) -> bool:
 
 
 def list_hub_files(directory: Path) -> dict[str, Path]:
-    """What of a model directory is pushed beside the card, by name: config, text tokenizer, weights; nothing else.
+    """What of a model directory is pushed beside the card, by name: config, text tokenizer, weights; nothing
+    else.
 
     Raises:
         ValueError: no model directory, or a file that it names is missing.
     """
     config = read_config(directory)
-    names = ["config.json", *(["text.json"] if "text" in config["links"] else [])]
+    names = ["config.json", *(["text_tokenizer.json"] if "text" in config["links"] else [])]
     found = {name: directory / name for name in names + [f"{kind}.safetensors" for kind in config["parts"]]}
     for path in found.values():
         if not path.is_file():
@@ -172,7 +174,10 @@ def _told(repo_id: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError:
-        said = f"{repo_id} is open only to those whom its owner lets in: ask on its page of the Hub, then {LOGIN}"
+        said = (
+            f"{repo_id} is open only to those whom its owner lets in: ask on its page of the Hub, then "
+            f"{LOGIN}"
+        )
     except errors.RepositoryNotFoundError:
         said = (
             f"there is no folder {repo_id} here, and the Hub has no such repository, or it is private and your token "

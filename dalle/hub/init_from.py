@@ -1,7 +1,9 @@
-"""Starting from weights that were trained before: of the same family and shape, with vocabularies that may be larger.
+"""Starting from weights that were trained before: of the same family and shape, with vocabularies that may be
+larger.
 
-A row that stands for something (a text id, the pad of a position, an image code, a row of the grid) is copied to where
-that thing stands in the larger model; everything new keeps the values of a fresh model. Frozen parameters stay as they
+A row that stands for something (a text id, the pad of a position, an image code, a row of the grid) is copied
+to where that thing stands in the larger model; everything new keeps the values of a fresh model. Frozen
+parameters stay as they
 are: they have no gradient, no moments and no average of their own.
 """
 
@@ -124,7 +126,8 @@ ROWS = {"transformer": _transformer_rows, "dvae": _dvae_rows, "clip": _clip_rows
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Takes the gradient from parameters whose names fit a pattern (`*` stands for anything); returns their names.
+    """Takes the gradient from parameters whose names fit a pattern (`*` stands for anything); returns their
+    names.
 
     Raises:
         ValueError: a pattern that fits no parameter, or nothing is left to train.
@@ -133,7 +136,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
-                f"--freeze {pattern!r} fits no parameter; their names are such as {', '.join(names[:3])}, {names[-1]}"
+                f"--freeze {pattern!r} fits no parameter; their names are such as {', '.join(names[:3])}, "
+                f"{names[-1]}"
             )
     frozen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
     if len(frozen) == len(names):

@@ -1,4 +1,5 @@
-"""README.md of a model directory: the model card of the Hugging Face Hub, from what the directory itself says.
+"""README.md of a model directory: the model card of the Hugging Face Hub, from what the directory itself
+says.
 
 What is not known is not told: no licence is guessed, no figure made up.
 """
@@ -19,7 +20,7 @@ TEMPLATE = Path(__file__).with_name("model_card.jinja")
 LIBRARY = "zeroshot-text2image"
 Report = dict[str, Any] | Path | str
 """Figures of a run, or the file of its report.json."""
-PLACE = "path/of/this/folder"
+PLACEHOLDER = "path/of/this/folder"
 """In the card's example until the model has an id."""
 LISTED = 8
 """Values of a list that a figure shows."""
@@ -78,7 +79,7 @@ def model_card(directory: Path, report: Report | None = None, license: str | Non
         template_path=str(TEMPLATE),
         title=title,
         about=about,
-        usage=example.format(place=PLACE, kind=kind),
+        usage=example.format(place=PLACEHOLDER, kind=kind),
         parts=[_part(directory, name, part) for name, part in parts.items()],
         text_hash=links.get("text"),
         dvae_hash=None if "dvae" in parts else links.get("dvae"),
@@ -114,7 +115,8 @@ def read_report(report: Report | None, parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_card(directory: Path, report: Report | None = None, license: str | None = None) -> str:
-    """The README.md that lies in a model directory; made anew if there is none, or a report or a licence is given."""
+    """The README.md that lies in a model directory; made anew if there is none, or a report or a licence is
+    given."""
     if report is None and license is None and (directory / CARD).is_file():
         return (directory / CARD).read_text(encoding="utf-8")
     return model_card(directory, report, license)
@@ -122,7 +124,7 @@ def read_card(directory: Path, report: Report | None = None, license: str | None
 
 def addressed(card: str, repo_id: str) -> str:
     """The text of a card whose example opens a repository instead of a folder."""
-    return card.replace(PLACE, repo_id)
+    return card.replace(PLACEHOLDER, repo_id)
 
 
 def flatten(report: dict[str, Any], place: str = "") -> Iterator[tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""A model directory: config.json, text.json, README.md and a safetensors file a part.
+"""A model directory: config.json, text_tokenizer.json, README.md and a safetensors file a part.
 
-One form serves the whole model and a part alone. The files belong together by their hashes: config.json names those
-of the weights ("parts"), of the text tokenizer and of the dVAE that made the image tokens ("links").
+One form serves the whole model and a part alone. The files belong together by their hashes: config.json names
+those of the weights ("parts"), of the text tokenizer and of the dVAE that made the image tokens ("links").
 """
 
 import hashlib
@@ -28,7 +28,7 @@ MODEL_REGISTRY: dict[str, tuple[type, type[nn.Module]]] = {
 
 def model_files(*kinds: str) -> list[str]:
     """Names of the files that opening these parts needs."""
-    return ["config.json", "text.json", *(f"{kind}.safetensors" for kind in kinds)]
+    return ["config.json", "text_tokenizer.json", *(f"{kind}.safetensors" for kind in kinds)]
 
 
 def write_model_directory(
@@ -49,8 +49,8 @@ def write_model_directory(
         report, license: for the card, see `dalle.hub.model_card.write_card`.
 
     Raises:
-        ValueError: a part that is not one of the library's own models, a directory that cannot be made, or a report
-            of another model.
+        ValueError: a part that is not one of the library's own models, a directory that cannot be made, or a
+            report of another model.
     """
     for kind, (_, expected) in MODEL_REGISTRY.items():
         if kind in parts and not isinstance(parts[kind], expected):
@@ -65,7 +65,7 @@ def write_model_directory(
     for kind, model in parts.items():
         save_weights(model, directory / f"{kind}.safetensors")
     if text is not None:
-        text.save(directory / "text.json")
+        text.save(directory / "text_tokenizer.json")
     links = {"text": text.hash} if text is not None else {}
     if dvae_hash := described["dvae"]["hash"] if "dvae" in parts else dvae_hash:
         links["dvae"] = dvae_hash

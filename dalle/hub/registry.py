@@ -1,7 +1,7 @@
 """From a kind to its model, and back from a checkpoint that describes itself.
 
-A part is read from a run (its newest checkpoint, sharded or not), from one checkpoint, or from a model directory
-written by `save_pretrained`. The averaged weights are taken unless the raw ones are asked for.
+A part is read from a run (its newest checkpoint, sharded or not), from one checkpoint, or from a model
+directory written by `save_pretrained`. The averaged weights are taken unless the raw ones are asked for.
 """
 
 from dataclasses import dataclass, field
@@ -26,7 +26,8 @@ from dalle.train.state import load_strict
 
 @dataclass
 class LoadedModel(HubMixin):
-    """A loaded model and what its checkpoint says of it; `LoadedModel("dvae", model)` of a model made otherwise."""
+    """A loaded model and what its checkpoint says of it; `LoadedModel("dvae", model)` of a model made
+    otherwise."""
 
     kind: str
     model: nn.Module
@@ -81,7 +82,8 @@ class LoadedModel(HubMixin):
             revision, token: of the Hub.
 
         Raises:
-            ValueError: nothing there, several parts and no kind, another kind, a damaged file; as `dalle.hub.hub.resolve_source`.
+            ValueError: nothing there, several parts and no kind, another kind, a damaged file; as
+                `dalle.hub.hub.resolve_source`.
         """
         if kind is None:
             kind = _only_kind(resolve_source(source, ["config.json"], revision, token))
@@ -173,13 +175,14 @@ def _from_model_directory(path: Path, kind: str, device: str | torch.device) -> 
 
 
 def _links(path: Path, named: dict[str, str]) -> dict[str, Any]:
-    """`LoadedModel.links` of a model directory; ValueError where text.json is of another model."""
+    """`LoadedModel.links` of a model directory; ValueError where text_tokenizer.json is of another model."""
     links: dict[str, Any] = {"dvae": named["dvae"]} if "dvae" in named else {}
     if "text" in named:
-        text = load_text_tokenizer(path / "text.json")
+        text = load_text_tokenizer(path / "text_tokenizer.json")
         if text.hash != named["text"]:
             raise ValueError(
-                f"{path}: the files do not belong together: text.json has hash {text.hash}, expected {named['text']}"
+                f"{path}: the files do not belong together: text_tokenizer.json has hash {text.hash}, "
+                f"expected {named['text']}"
             )
         links |= {"text": text.to_dict(), "text_hash": text.hash}
     return links

@@ -19,7 +19,7 @@ MAKE_COMMANDS = {
     "transformer": "python scripts/train_transformer.py --config configs/transformer/shapes.yaml",
     "clip": "python scripts/train_clip.py --config configs/clip/shapes.yaml",
 }
-_MARKS = {"text": "text.json", "tokens": "meta.json"}
+_MARKS = {"text": "text_tokenizer.json", "tokens": "meta.json"}
 """File that marks a complete result; else the pointer to the latest checkpoint."""
 
 
@@ -69,7 +69,7 @@ def _results(stage: str, root: Path) -> list[Path]:
 
 def _kind(stage: str, folder: Path) -> str | None:
     """Which stage made a folder; None for one that is damaged or something else."""
-    if stage == "text":  # a model directory holds a text.json too
+    if stage == "text":  # a model directory holds a text_tokenizer.json too
         return None if (folder / "config.json").exists() else "text"
     try:
         if stage != "tokens":
@@ -113,4 +113,4 @@ def load_text_input(given: Path | None) -> BPETokenizer:
     """The text tokenizer of an earlier stage, or a file of another library that `load_text_tokenizer`
     reads."""
     path = resolve_input("text", given)
-    return load_text_tokenizer(path / "text.json" if path.is_dir() else path)
+    return load_text_tokenizer(path / "text_tokenizer.json" if path.is_dir() else path)

@@ -46,7 +46,8 @@ def quickstart(run: QuickstartArgs) -> dict[str, Any]:
     clip_run = load(TrainCLIPArgs, [files["clip"]])
 
     with _stage("tokenizer", seconds):
-        if not (out / "text" / "text.json").exists():  # trained again it may differ (dalle/text/train_bpe.py)
+        # not trained again: the result may differ (dalle/text/train_bpe.py)
+        if not (out / "text" / "text_tokenizer.json").exists():
             train_tokenizer(replace(text_run, out=out / "text", captions=4000))
     with _stage("dvae", seconds):
         train_dvae(replace(dvae_run, out=out / "dvae", **common))

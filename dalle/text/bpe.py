@@ -1,7 +1,8 @@
 """What all byte-pair tokenizers share: pieces of a caption, merges with BPE-dropout, a hash, a file.
 
-Byte-pair encoding (Sennrich et al. 2016) splits a caption into pieces, a piece into symbols, and joins neighbours
-until no merge applies. Tokenizers differ in how they split and in what a symbol is; that is what a subclass says.
+Byte-pair encoding (Sennrich et al. 2016) splits a caption into pieces, a piece into symbols, and joins
+neighbours until no merge applies. Tokenizers differ in how they split and in what a symbol is; that is what a
+subclass says.
 """
 
 import hashlib

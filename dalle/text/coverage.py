@@ -26,8 +26,10 @@ def vocabulary_coverage(text: TextTokenizer, captions: Iterable[str], room: int)
         room: tokens that a caption may have before it is cut.
 
     Returns:
-        captions: how many; coverage: share of their characters in the alphabet, the others being spelt in bytes or
-        unknown; tokens_per_caption: mean, median, 95 of 100, most; truncated: share of captions longer than room.
+        captions: how many; coverage: share of their characters in the alphabet, the others being spelt in
+            bytes or
+        unknown; tokens_per_caption: mean, median, 95 of 100, most; truncated: share of captions longer than
+        room.
     """
     lengths: list[int] = []
     characters = spelt = 0

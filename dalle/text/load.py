@@ -17,7 +17,8 @@ KINDS: dict[str, type[BPETokenizer]] = {
 
 
 def load_text_tokenizer(path: Path | str) -> BPETokenizer:
-    """Reads text.json of this library, a Hugging Face tokenizer.json (BPE), or a model of youtokentome.
+    """Reads text_tokenizer.json of this library, a Hugging Face tokenizer.json (BPE), or a model of
+    youtokentome.
 
     Raises:
         ValueError: none of them, or one with a part that cannot be held exactly; says which.
@@ -40,7 +41,7 @@ def load_text_tokenizer(path: Path | str) -> BPETokenizer:
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # the others of values of a wrong kind
         said = error if isinstance(error, ValueError) else f"it is damaged ({error!r})"
         raise ValueError(
-            f"{path} is not a text tokenizer that can be read: {said}. Give a text.json of "
+            f"{path} is not a text tokenizer that can be read: {said}. Give a text_tokenizer.json of "
             "scripts/train_tokenizer.py, a Hugging Face tokenizer.json of BPE kind, or a youtokentome model"
         ) from error
 

@@ -166,7 +166,8 @@ class TextTokenizer(BPETokenizer):
             return cls.from_dict(json.loads(Path(path).read_bytes()))
         except OSError as error:
             raise ValueError(
-                f"cannot read {os.fspath(path)} ({error.strerror}); expected a JSON file that TextTokenizer.save wrote"
+                f"cannot read {os.fspath(path)} ({error.strerror}); expected a JSON file that "
+                "TextTokenizer.save wrote"
             ) from error
         except ValueError as error:  # also what json and a wrong encoding raise
             raise ValueError(

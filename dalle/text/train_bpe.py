@@ -85,7 +85,8 @@ def _run_youtokentome(youtokentome: ModuleType, text: Path, model: Path, config:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing reaches the process's stderr: youtokentome tells its settings there, past Python; errors it raises."""
+    """Nothing reaches the process's stderr: youtokentome tells its settings there, past Python; errors it
+    raises."""
     kept = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:

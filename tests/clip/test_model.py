@@ -1,4 +1,5 @@
-"""The reranker: our CLIP, its objective, and open_clip's models from a file (dalle/clip, Radford et al. 2021)."""
+"""The reranker: our CLIP, its objective, and open_clip's models from a file (dalle/clip, Radford et al.
+2021)."""
 
 import json
 import pickle

@@ -276,10 +276,10 @@ def test_without_its_detector_the_language_is_not_tried(folder, tmp_path, monkey
 def test_tokens_are_counted_and_the_cut_told(folder, tmp_path):
     captions = [line for file in sorted(folder.glob("*.txt")) for line in file.read_text().splitlines()]
     text = train_text_tokenizer(captions, TextTokenizerConfig(vocab_size=300))
-    text.save(tmp_path / "text.json")
+    text.save(tmp_path / "text_tokenizer.json")
     lengths = sorted(len(text.encode(caption)) for caption in captions)
     room = lengths[-3]
-    run = run_of(folder, tmp_path / "out", text_tokenizer=tmp_path / "text.json", text_len=room + 1)
+    run = run_of(folder, tmp_path / "out", text_tokenizer=tmp_path / "text_tokenizer.json", text_len=room + 1)
     tokens = check_data(run)["tokens"]
     longer = sum(length > room for length in lengths)
     assert longer in (1, 2)

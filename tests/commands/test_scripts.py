@@ -262,11 +262,11 @@ class TestQuickstart:
             patch.setattr(loop, "train_step", power_cut)
             done = script("quickstart", *words, "--best-of", "2")
         assert done.err == "stopped; the same command resumes a training from its last checkpoint"
-        text = (tmp_path / "quick" / "text" / "text.json").read_bytes()
+        text = (tmp_path / "quick" / "text" / "text_tokenizer.json").read_bytes()
         done = script("quickstart", *words, "--best-of", "2")
         assert done.code == 0, done.err
         assert "dvae: resuming from step 2" in done.out
-        assert (tmp_path / "quick" / "text" / "text.json").read_bytes() == text
+        assert (tmp_path / "quick" / "text" / "text_tokenizer.json").read_bytes() == text
 
 
 class TestNoArguments:
@@ -458,7 +458,8 @@ class TestMistakes:
     def test_a_directory_without_a_text_tokenizer_is_named(self, script, tmp_path):
         (tmp_path / "empty").mkdir()
         assert_told(
-            script("train_clip", *TINY_CLIP, "--text-tokenizer", "empty"), r"cannot read .*text\.json"
+            script("train_clip", *TINY_CLIP, "--text-tokenizer", "empty"),
+            r"cannot read .*text_tokenizer\.json",
         )
 
     @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """DALLE-pytorch 1.6.6 written out over the tensors of its file, slot by slot; and such files at small width.
 
-Nothing of it is shared with dalle/pretrained: it follows the package's description. Where the package is installed,
-tests hold this reference equal to it.
+Nothing of it is shared with dalle/pretrained: it follows the package's description. Where the package is
+installed, tests hold this reference equal to it.
 """
 
 import re
@@ -155,7 +155,8 @@ def mixed(x: Tensor) -> Tensor:
 
 
 def logits(state: State, text: list[int], image: list[int], **changed: Any) -> Tensor:
-    """Text ids (T, zeros behind the caption) and image tokens -> (1 + T + n less the last, V) of one stream."""
+    """Text ids (T, zeros behind the caption) and image tokens -> (1 + T + n less the last, V) of one
+    stream."""
     h = HPARAMS | changed
     words = [0] + [WORDS + place if token == 0 else token for place, token in enumerate(text)]
     book = state["to_logits.1.weight"]

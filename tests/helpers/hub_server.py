@@ -1,4 +1,5 @@
-"""A small Hub on this machine: what huggingface_hub asks for when it lists, downloads and commits a model's files.
+"""A small Hub on this machine: what huggingface_hub asks for when it lists, downloads and commits a model's
+files.
 
 Repositories lie in memory. A private one answers only those who bring the token.
 """

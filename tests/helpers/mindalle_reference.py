@@ -113,7 +113,8 @@ def logits(state: State, text: list[int], image: list[int], **changed: Any) -> t
 
 
 def train_tokenizer(folder: Path) -> Any:
-    """A CharBPETokenizer of its own library, saved as minDALL-E's files are; the one that its program would read."""
+    """A CharBPETokenizer of its own library, saved as minDALL-E's files are; the one that its program would
+    read."""
     from tokenizers import CharBPETokenizer
 
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""ruDALL-E written out over the tensors of its file, slot by slot, in both versions; and such files at small width.
+"""ruDALL-E written out over the tensors of its file, slot by slot, in both versions; and such files at small
+width.
 
 Nothing of it is shared with dalle/pretrained: it follows the package's description.
 """
@@ -85,7 +86,8 @@ def table(mask: str, version: str) -> Tensor:
 
 
 def logits(state: State, version: str, text: list[int], image: list[int], depth: int = DEPTH) -> Tensor:
-    """Text ids (T, zeros behind the caption) and image tokens -> (slots, V), a row for each slot of the stream."""
+    """Text ids (T, zeros behind the caption) and image tokens -> (slots, V), a row for each slot of the
+    stream."""
     words = [WORDS + place if token == 0 else token for place, token in enumerate(text)]
     words = [2, *words] if version == "v2" else words
     x = torch.cat(

@@ -1,6 +1,8 @@
-"""A VQGAN written out over the tensors of a file, by names of taming-transformers or of LlamaGen; and such files.
+"""A VQGAN written out over the tensors of a file, by names of taming-transformers or of LlamaGen; and such
+files.
 
-Nothing of it is shared with dalle/vqgan: it follows the descriptions of the published networks, level by level.
+Nothing of it is shared with dalle/vqgan: it follows the descriptions of the published networks, level by
+level.
 """
 
 from collections.abc import Callable

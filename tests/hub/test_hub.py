@@ -1,4 +1,5 @@
-"""Models to and from the Hub: cards, parts alone, paths before ids, errors in sentences. The Hub is hub_server.py.
+"""Models to and from the Hub: cards, parts alone, paths before ids, errors in sentences. The Hub is
+hub_server.py.
 
 The client is huggingface_hub itself. Nothing here asks the Hub of the world.
 """
@@ -206,7 +207,7 @@ class TestParts:
     def test_each_brings_what_it_needs(self, chain, tmp_path):
         for kind in KINDS:
             load_model(chain / kind, kind).save_pretrained(tmp_path / kind)
-            text = ["text.json"] if kind != "dvae" else []
+            text = ["text_tokenizer.json"] if kind != "dvae" else []
             assert sorted(contents(tmp_path / kind)) == sorted(
                 ["README.md", "config.json", f"{kind}.safetensors", *text]
             )
@@ -303,14 +304,14 @@ class TestDownload:
         assert drawn(model, prompt) == drawn(dalle, prompt)
         assert downloads(published) == {
             "config.json",
-            "text.json",
+            "text_tokenizer.json",
             *(f"{kind}.safetensors" for kind in KINDS),
         }
 
     def test_of_a_part_no_more_comes_than_it_needs(self, published, chain):
         part = LoadedModel.from_pretrained(NAME, "dvae")
         assert part.hash == load_model(chain / "dvae", "dvae").hash
-        assert downloads(published) == {"config.json", "text.json", "dvae.safetensors"}
+        assert downloads(published) == {"config.json", "text_tokenizer.json", "dvae.safetensors"}
 
     def test_a_part_that_must_be_named_costs_its_config_only(self, published):
         with pytest.raises(ValueError, match="say which as kind"):
@@ -355,7 +356,7 @@ class TestDownload:
                 "token=True asks for the token of a login, and there is none",
             ),
             (lambda hub: hub.repos[NAME]["main"].pop("config.json"), {}, "on the Hub has no config.json"),
-            (lambda hub: hub.repos[NAME]["main"].pop("text.json"), {}, "text.json"),
+            (lambda hub: hub.repos[NAME]["main"].pop("text_tokenizer.json"), {}, "text_tokenizer.json"),
             (lambda hub: hub.repos[NAME]["main"].pop("dvae.safetensors"), {}, "no file .*dvae.safetensors"),
         ],
     )
@@ -407,7 +408,7 @@ class TestPush:
         url = dalle.push_to_hub(NAME, report={"loss": 2.5}, license="mit", token=TOKEN)
         assert url.startswith(f"{hub.url}/{NAME}/commit/")
         assert sorted(hub.repos[NAME]["main"]) == sorted(
-            ["README.md", "config.json", "text.json", *(f"{kind}.safetensors" for kind in KINDS)]
+            ["README.md", "config.json", "text_tokenizer.json", *(f"{kind}.safetensors" for kind in KINDS)]
         )
         assert drawn(DALLE.from_pretrained(NAME), prompt) == drawn(dalle, prompt)
 
@@ -521,7 +522,7 @@ class TestPushModel:
     @pytest.mark.parametrize(
         ("run", "said"),
         [
-            (PushModelArgs(), "say which: python scripts/push_model.py DIRECTORY"),
+            (PushModelArgs(), "give a model directory: python scripts/push_model.py DIRECTORY"),
             (PushModelArgs(Path("nowhere"), to=NAME), "no directory nowhere"),
             (PushModelArgs(Path(), to=""), "expected the id of a repository of the Hub, owner/name"),
             (PushModelArgs(Path(), to=NAME), "you need an account of the Hub"),
@@ -536,8 +537,10 @@ class TestPushModel:
 
     def test_a_directory_without_a_file_is_told(self, chain, tmp_path):
         shutil.copytree(chain / "model", tmp_path / "model")
-        (tmp_path / "model" / "text.json").unlink()
-        with pytest.raises(ValueError, match=r"no file .*text\.json; the model directory is incomplete"):
+        (tmp_path / "model" / "text_tokenizer.json").unlink()
+        with pytest.raises(
+            ValueError, match=r"no file .*text_tokenizer\.json; the model directory is incomplete"
+        ):
             push_model(PushModelArgs(tmp_path / "model", dry_run=True))
 
     def test_the_script_with_the_switches_of_huggingface_hub(

@@ -1,4 +1,5 @@
-"""Beginning from other weights, frozen parameters, one batch again and again, and the sweep of learning rates."""
+"""Beginning from other weights, frozen parameters, one batch again and again, and the sweep of learning
+rates."""
 
 import json
 import shutil

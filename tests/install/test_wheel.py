@@ -189,7 +189,7 @@ class TestInstalled:
         words = ["--config", "configs/transformer/shapes.yaml", "--captions", "500"]
         done = run([borrowed / "dalle", "train-tokenizer", *words], tmp_path)
         assert done.returncode == 0, done.stderr
-        assert (tmp_path / "runs" / "text" / "text.json").is_file()
+        assert (tmp_path / "runs" / "text" / "text_tokenizer.json").is_file()
 
     @pytest.mark.slow
     def test_draws(self, borrowed, chain, prompt, tmp_path):

@@ -635,7 +635,7 @@ class TestSaving:
             "README.md",
             "config.json",
             "dvae.safetensors",
-            "text.json",
+            "text_tokenizer.json",
             "transformer.safetensors",
         ]
         assert DALLE.from_pretrained(tmp_path).scorer is None
@@ -671,7 +671,7 @@ class TestOpening:
                 DALLE.from_pretrained(path)
 
     @pytest.mark.parametrize(
-        "file", ["dvae.safetensors", "transformer.safetensors", "clip.safetensors", "text.json"]
+        "file", ["dvae.safetensors", "transformer.safetensors", "clip.safetensors", "text_tokenizer.json"]
     )
     def test_a_missing_file_is_named(self, folder, file):
         (folder / file).unlink()
@@ -679,7 +679,7 @@ class TestOpening:
             DALLE.from_pretrained(folder)
 
     @pytest.mark.parametrize(
-        "file", ["dvae.safetensors", "transformer.safetensors", "config.json", "text.json"]
+        "file", ["dvae.safetensors", "transformer.safetensors", "config.json", "text_tokenizer.json"]
     )
     def test_a_truncated_file_is_named(self, folder, file):
         (folder / file).write_bytes((folder / file).read_bytes()[:50])
@@ -722,7 +722,9 @@ class TestOpening:
             DALLE.from_pretrained(folder)
 
     def test_another_text_tokenizer_in_the_directory_is_refused(self, folder):
-        train_text_tokenizer(["other words"], TextTokenizerConfig(vocab_size=300)).save(folder / "text.json")
+        train_text_tokenizer(["other words"], TextTokenizerConfig(vocab_size=300)).save(
+            folder / "text_tokenizer.json"
+        )
         with pytest.raises(ValueError, match="do not belong together"):
             DALLE.from_pretrained(folder)
 

@@ -45,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
 IMAGE = torch.randint(CODES, (2, SIDE * SIDE), generator=torch.Generator().manual_seed(1))
 AWKWARD = [
     "",
-    "ÉCOLE  naïve\tΟΔΟΣ",
+    "ÉCOLE  naïve\tΛΔΩΣ",
     "red\u200bcircle 红色的圆x",
     "[PAD]x",
     "a" * 30,

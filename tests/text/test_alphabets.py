@@ -1,7 +1,8 @@
-"""Captions in other alphabets go through the whole chain by the byte fallback: tokenizer, cache, training, drawing.
+"""Captions in other alphabets go through the whole chain by the byte fallback: tokenizer, cache, training,
+drawing.
 
-The vocabulary is that of the shapes, which has English letters only, so every other letter is spelt in bytes. A
-vocabulary learnt from such captions holds their letters.
+The vocabulary is that of the shapes, which has English letters only, so every other letter is spelt in bytes.
+A vocabulary learnt from such captions holds their letters.
 """
 
 from dataclasses import replace
@@ -69,7 +70,7 @@ def test_the_cache_holds_the_captions_as_they_were(world):
 
 @pytest.mark.parametrize("name", CAPTIONS)
 def test_every_letter_is_kept(chain, name):
-    text = TextTokenizer.load(chain / "text" / "text.json")
+    text = TextTokenizer.load(chain / "text" / "text_tokenizer.json")
     caption = CAPTIONS[name]
     ids = text.encode(caption)
     letters = "".join(normalize(caption))
@@ -101,7 +102,7 @@ def test_the_ranker_tells_captions_of_one_alphabet_apart(model):
 
 @pytest.mark.parametrize("name", CAPTIONS)
 def test_a_vocabulary_learnt_from_such_captions_spells_no_letter(world, name):
-    text = TextTokenizer.load(world / "text" / "text.json")
+    text = TextTokenizer.load(world / "text" / "text_tokenizer.json")
     ids = text.encode(CAPTIONS[name])
     assert not [token for token in ids if FIRST_BYTE_ID <= token < FIRST_BYTE_ID + 256]
     assert text.decode(ids).replace(" ", "") == "".join(normalize(CAPTIONS[name]))

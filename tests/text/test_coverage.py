@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from dalle.commands import train_tokenizer as stage
-from dalle.commands.train_tokenizer import TrainTokenizerArgs, draw_numbers, read_captions, train_tokenizer
+from dalle.commands.train_tokenizer import TrainTokenizerArgs, read_captions, sample_indices, train_tokenizer
 from dalle.text import TextTokenizerConfig, train_text_tokenizer
 from dalle.text.coverage import vocabulary_coverage
 from dalle.transformer import TransformerConfig
@@ -26,8 +25,8 @@ class Corpus:
 
 
 def test_a_sample_of_a_large_corpus_is_spread_and_depends_on_the_seed():
-    draws = {seed: list(draw_numbers(10**9, 1000, seed)) for seed in (0, 1)}
-    assert draws[0] == list(draw_numbers(10**9, 1000, 0)) != draws[1]
+    draws = {seed: list(sample_indices(10**9, 1000, seed)) for seed in (0, 1)}
+    assert draws[0] == list(sample_indices(10**9, 1000, 0)) != draws[1]
     for numbers in draws.values():
         assert all(number // 10**6 == stretch for stretch, number in enumerate(numbers))
     share = sum(number % 10**6 for number in draws[0]) / 10**9
@@ -36,7 +35,7 @@ def test_a_sample_of_a_large_corpus_is_spread_and_depends_on_the_seed():
 
 @pytest.mark.parametrize(("size", "most", "numbers"), [(5, 9, 5), (9, 9, 9), (None, 3, 3), (10, 9, 9)])
 def test_a_small_corpus_is_read_whole_and_an_endless_one_from_its_start(size, most, numbers):
-    drawn = list(draw_numbers(size, most, 0))
+    drawn = list(sample_indices(size, most, 0))
     assert len(drawn) == len(set(drawn)) == numbers
     assert drawn == list(range(numbers)) or size == 10
 
@@ -53,7 +52,7 @@ def test_captions_are_streamed():
 def test_training_again_on_the_same_sample_reads_the_same(monkeypatch, tmp_path):
     corpora = [Corpus(), Corpus()]
     for corpus, name in zip(corpora, "ab", strict=True):
-        monkeypatch.setattr(stage, "open_dataset", lambda *_, corpus=corpus, **__: corpus)
+        monkeypatch.setattr("dalle.data.open_dataset", lambda *_, corpus=corpus, **__: corpus)
         train_tokenizer(TrainTokenizerArgs(out=tmp_path / name, text=TextTokenizerConfig(300), captions=50))
     assert corpora[0].read == corpora[1].read
     assert len(corpora[0].read) == 100  # once to learn, once to measure

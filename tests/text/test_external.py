@@ -1,7 +1,7 @@
 """Tokenizers of other libraries, held exactly: dalle/text/{readers,huggingface,splitting,youtokentome}.py.
 
-Each is trained here by its own library and must give the ids that the library gives, on captions like those it was
-trained on, on random strings of awkward letters, and on every letter of the planes in use.
+Each is trained here by its own library and must give the ids that the library gives, on captions like those
+it was trained on, on random strings of awkward letters, and on every letter of the planes in use.
 """
 
 import json
@@ -188,7 +188,8 @@ def train_huggingface(normalize, pre_tokenizer, model):
 
 
 def settled(letter):
-    """Whether it was there before the tables of BERT's parts were made, and was not counted otherwise since."""
+    """Whether it was there before the tables of BERT's parts were made, and was not counted otherwise
+    since."""
     return unicodedata.ucd_3_2_0.category(letter) != "Cn" and letter not in "\u166d\u1734\u1885\u1886"
 
 
@@ -362,9 +363,9 @@ def any_tokenizer(request) -> BPETokenizer:
 
 
 def test_each_goes_through_a_file_a_checkpoint_and_another_process(any_tokenizer, tmp_path):
-    any_tokenizer.save(tmp_path / "text.json")
+    any_tokenizer.save(tmp_path / "text_tokenizer.json")
     copies = [
-        load_text_tokenizer(tmp_path / "text.json"),
+        load_text_tokenizer(tmp_path / "text_tokenizer.json"),
         text_tokenizer_from_dict(json.loads(json.dumps(any_tokenizer.to_dict()))),
         pickle.loads(pickle.dumps(any_tokenizer)),
     ]

@@ -393,7 +393,7 @@ def test_config_refuses(fields):
 
 
 def test_save_then_load_is_the_same_tokenizer(tokenizer, tmp_path):
-    path = tmp_path / "text.json"
+    path = tmp_path / "text_tokenizer.json"
     tokenizer.save(path)
     copies = [
         TextTokenizer.load(path),
@@ -405,7 +405,7 @@ def test_save_then_load_is_the_same_tokenizer(tokenizer, tmp_path):
         assert copy.config == tokenizer.config
         assert copy.encode(CAPTIONS[7]) == tokenizer.encode(CAPTIONS[7])
         assert copy.encode(CAPTIONS[7], 0.5, 1) == tokenizer.encode(CAPTIONS[7], 0.5, 1)
-    assert os.listdir(tmp_path) == ["text.json"]
+    assert os.listdir(tmp_path) == ["text_tokenizer.json"]
 
 
 def test_hash_changes_with_a_merge(tokenizer):
@@ -416,7 +416,7 @@ def test_hash_changes_with_a_merge(tokenizer):
 
 
 def test_a_failed_save_leaves_the_old_file(tokenizer, tmp_path, monkeypatch):
-    path = tmp_path / "text.json"
+    path = tmp_path / "text_tokenizer.json"
     path.write_text("old")
 
     def fail(source, target):
@@ -426,7 +426,7 @@ def test_a_failed_save_leaves_the_old_file(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         tokenizer.save(path)
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["text.json"]
+    assert os.listdir(tmp_path) == ["text_tokenizer.json"]
 
 
 def damaged(data, **changes):
@@ -475,8 +475,8 @@ except ImportError as error:
 
 
 def test_only_training_needs_youtokentome(tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "text.json")
-    command = [sys.executable, "-c", WITHOUT_YOUTOKENTOME, str(tmp_path / "text.json")]
+    tokenizer.save(tmp_path / "text_tokenizer.json")
+    command = [sys.executable, "-c", WITHOUT_YOUTOKENTOME, str(tmp_path / "text_tokenizer.json")]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "pip install cython setuptools wheel && pip install --no-build-isolation youtokentome" in output
 

@@ -205,7 +205,9 @@ def test_no_crop_of_a_held_out_image_is_trained_on(two_crops, chain, tiny_runs):
     run = replace(
         tiny_runs.transformer, eval_samples=4, train=replace(tiny_runs.transformer.train, batch_size=16)
     )
-    batches = TokenBatches(two_crops, TextTokenizer.load(chain / "text" / "text.json"), run.model.layout, run)
+    batches = TokenBatches(
+        two_crops, TextTokenizer.load(chain / "text" / "text_tokenizer.json"), run.model.layout, run
+    )
     _, image = run.model.layout.unpack(batches(0))
     images = [p for p in range(8) for _ in range(2)]
     expected = two_crops.image_tokens(images, [0, 1] * 8)
@@ -215,7 +217,7 @@ def test_no_crop_of_a_held_out_image_is_trained_on(two_crops, chain, tiny_runs):
 
 def test_caption_and_image_of_a_sample_belong_together(two_crops, chain, tiny_runs):
     run = replace(tiny_runs.transformer, eval_samples=4, bpe_dropout=0.0)
-    text = TextTokenizer.load(chain / "text" / "text.json")
+    text = TextTokenizer.load(chain / "text" / "text_tokenizer.json")
     batches = TokenBatches(two_crops, text, run.model.layout, run)
     captions = {
         tuple(run.model.layout.pad_text([text.encode(f"number {n}")])[0].tolist()): n for n in range(8)
@@ -461,9 +463,9 @@ def test_inputs_may_move(chain, tiny_runs, with_inputs, tmp_path):
     run = with_inputs(tiny_runs.transformer, chain, out=tmp_path / "run", steps=1)
     train_transformer(run)
     shutil.copytree(chain / "tokens", tmp_path / "tokens")
-    shutil.copy(chain / "text" / "text.json", tmp_path)
+    shutil.copy(chain / "text" / "text_tokenizer.json", tmp_path)
     train_transformer(
-        replace(run, steps=2, tokens=tmp_path / "tokens", text_tokenizer=tmp_path / "text.json")
+        replace(run, steps=2, tokens=tmp_path / "tokens", text_tokenizer=tmp_path / "text_tokenizer.json")
     )
     assert latest_checkpoint(tmp_path / "run").name == "step-00000002"
 

@@ -1,10 +1,11 @@
-"""A Hugging Face tokenizer.json of BPE kind, held as it is: byte-level (GPT-2, CLIP, Llama 3), by words, or with
-word marks and bytes (Llama 2).
+"""A Hugging Face tokenizer.json of BPE kind, held as it is: byte-level (GPT-2, CLIP, Llama 3), by words, or
+with word marks and bytes (Llama 2).
 
 Ids equal those of `tokenizers.Tokenizer.encode(caption, add_special_tokens=False)`, with one difference on
-purpose: a special token spelt out in a caption ("<|endoftext|>") is text, not the token. Begin, end, padding and
-truncation belong to the layout of the sequence and are left aside. Whatever else cannot be held is refused by name.
-Letters that the latest versions of Unicode added may fall otherwise, for every library carries its own tables.
+purpose: a special token spelt out in a caption ("<|endoftext|>") is text, not the token. Begin, end, padding
+and truncation belong to the layout of the sequence and are left aside. Whatever else cannot be held is
+refused by name. Letters that the latest versions of Unicode added may fall otherwise, for every library
+carries its own tables.
 """
 
 from collections.abc import Iterable

@@ -85,7 +85,8 @@ CHINESE += (
 
 
 def _bert(clean: bool, chinese: bool, strip_accents: bool, lower: bool) -> Normalize:
-    """Without control letters, any white space a space, spaces around Chinese letters, no accents, lowercase."""
+    """Without control letters, any white space a space, spaces around Chinese letters, no accents,
+    lowercase."""
     steps: list[Normalize] = []
     if clean:
         control, space = compile_pattern(CONTROL), compile_pattern(r"\s")

@@ -1,8 +1,9 @@
 """Models of youtokentome as they are: their own ids, their own splitting, nothing lowercased or mended.
 
-The file is plain text: "n_characters n_merges", lines "codepoint id", lines "left right merged", and the ids of
-unknown, pad, begin and end (-1 for one that there is not). Words are what stands between spaces, each behind the
-word-start mark; a run of characters outside the alphabet is one unknown. Reading needs no youtokentome.
+The file is plain text: "n_characters n_merges", lines "codepoint id", lines "left right merged", and the ids
+of unknown, pad, begin and end (-1 for one that there is not). Words are what stands between spaces, each
+behind the word-start mark; a run of characters outside the alphabet is one unknown. Reading needs no
+youtokentome.
 """
 
 import re
