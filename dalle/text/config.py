@@ -14,8 +14,7 @@ class TextTokenizerConfig:
     byte_fallback: bool = True
     """Encode a character outside the alphabet as its UTF-8 bytes instead of unknown."""
     character_coverage: float = 0.9999
-    """Share of the training text that the alphabet covers; rarer characters are left out, so that thousands
-    of symbols seen once do not take the ids of merges."""
+    """Share of the training text that the alphabet covers; rarer characters leave their ids to merges."""
 
     def __post_init__(self):
         if type(self.vocab_size) is not int or self.vocab_size < 1:

@@ -1,4 +1,4 @@
-"""Any text tokenizer this library can hold, from a file or from a checkpoint."""
+"""Loading of text tokenizers, of this library or another."""
 
 import json
 from pathlib import Path
@@ -6,56 +6,41 @@ from typing import Any
 
 from dalle.text.bpe import BPETokenizer
 from dalle.text.external import huggingface, youtokentome
-from dalle.text.external.huggingface import HuggingFaceTokenizer
-from dalle.text.external.youtokentome import YoutokentomeTokenizer, parse_model
 from dalle.text.tokenizer import TextTokenizer
 
-KINDS: dict[str, type[BPETokenizer]] = {
-    huggingface.FORMAT: HuggingFaceTokenizer,
-    youtokentome.FORMAT: YoutokentomeTokenizer,
+FORMATS: dict[str, type[BPETokenizer]] = {
+    huggingface.FORMAT: huggingface.HuggingFaceTokenizer,
+    youtokentome.FORMAT: youtokentome.YoutokentomeTokenizer,
 }
 
 
 def load_text_tokenizer(path: Path | str) -> BPETokenizer:
-    """Reads text_tokenizer.json of this library, a Hugging Face tokenizer.json (BPE), or a model of
-    youtokentome.
+    """Reads text_tokenizer.json of this library, a Hugging Face tokenizer.json, or a youtokentome model.
 
     Raises:
-        ValueError: none of them, or one with a part that cannot be held exactly; says which.
+        ValueError: another file, or a damaged or unsupported one.
     """
-    path = Path(path)
+    expected = (
+        "expected text_tokenizer.json of scripts/train_tokenizer.py, a Hugging Face tokenizer.json of BPE "
+        "kind, or a youtokentome model"
+    )
     try:
-        content = path.read_bytes()
-    except OSError:
-        return TextTokenizer.load(path)  # says what is wrong
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror}); {expected}") from error
     try:
+        if content[:1].isdigit():
+            return youtokentome.YoutokentomeTokenizer(youtokentome.parse_model(content.decode()))
         data = json.loads(content)
-    except RecursionError:
-        raise ValueError(f"{path} is not a text tokenizer that can be read: nested too deep") from None
-    except ValueError:
-        return _youtokentome(path, content)
-    try:
         if isinstance(data, dict) and "model" in data and "format" not in data:
-            return HuggingFaceTokenizer(data)
+            return huggingface.HuggingFaceTokenizer(data)
         return text_tokenizer_from_dict(data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # the others of values of a wrong kind
-        said = error if isinstance(error, ValueError) else f"it is damaged ({error!r})"
-        raise ValueError(
-            f"{path} is not a text tokenizer that can be read: {said}. Give a text_tokenizer.json of "
-            "scripts/train_tokenizer.py, a Hugging Face tokenizer.json of BPE kind, or a youtokentome model"
-        ) from error
-
-
-def _youtokentome(path: Path, content: bytes) -> BPETokenizer:
-    if content[:1].isdigit():
-        try:
-            return YoutokentomeTokenizer(parse_model(content.decode()))
-        except ValueError as error:
-            raise ValueError(f"{path} is not a text tokenizer that can be read: {error}") from error
-    return TextTokenizer.load(path)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = error if isinstance(error, ValueError) else f"it is damaged ({error!r})"
+        raise ValueError(f"{path} is not a text tokenizer: {reason}; {expected}") from error
 
 
 def text_tokenizer_from_dict(data: dict[str, Any]) -> BPETokenizer:
-    """The inverse of a tokenizer's `to_dict`, whichever it is."""
-    kind = KINDS.get(data.get("format"), TextTokenizer) if isinstance(data, dict) else TextTokenizer
-    return kind.from_dict(data)
+    """The inverse of `BPETokenizer.to_dict`, whatever its class."""
+    name = data.get("format") if isinstance(data, dict) else None
+    return FORMATS.get(name, TextTokenizer).from_dict(data)

@@ -1,10 +1,9 @@
-"""Captions in other alphabets go through the whole chain by the byte fallback: tokenizer, cache, training,
-drawing.
+"""Captions in other scripts, and tokenizers of other libraries, through training and sampling.
 
-The vocabulary is that of the shapes, which has English letters only, so every other letter is spelt in bytes.
-A vocabulary learnt from such captions holds their letters.
+The vocabulary is that of the shapes, which has English letters only, so other letters are encoded as bytes.
 """
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -20,8 +19,9 @@ from dalle.data import TokenCache
 from dalle.hub.registry import load_model
 from dalle.io.files import read_json
 from dalle.pipelines.dalle import DALLE
-from dalle.text import TextTokenizer
+from dalle.text import load_text_tokenizer
 from dalle.text.tokenizer import FIRST_BYTE_ID, normalize
+from tests.helpers.text_tokenizers import train_hugging_face, train_youtokentome
 
 CAPTIONS = {
     "chinese": "白色背景上的红色圆形在左边",
@@ -70,40 +70,69 @@ def test_the_cache_holds_the_captions_as_they_were(world):
 
 @pytest.mark.parametrize("name", CAPTIONS)
 def test_every_letter_is_kept(chain, name):
-    text = TextTokenizer.load(chain / "text" / "text_tokenizer.json")
+    text = load_text_tokenizer(chain / "text" / "text_tokenizer.json")
     caption = CAPTIONS[name]
     ids = text.encode(caption)
     letters = "".join(normalize(caption))
-    spelt = sum(FIRST_BYTE_ID <= token < FIRST_BYTE_ID + 256 for token in ids)
-    assert spelt == sum(len(letter.encode()) for letter in letters if letter not in text.characters) > 0
+    in_bytes = sum(FIRST_BYTE_ID <= token < FIRST_BYTE_ID + 256 for token in ids)
+    assert in_bytes == sum(len(letter.encode()) for letter in letters if letter not in text.characters) > 0
     assert text.decode(ids).replace(" ", "") == letters
     assert text.encode(text.decode(ids)) == ids
 
 
 @pytest.mark.parametrize("name", CAPTIONS)
-def test_images_are_drawn_and_ranked(model, name):
-    """And the models were given the whole caption, in the order in which it is read."""
+def test_images_are_generated_and_ranked(model, name):
     (tokens,) = model.text_tokens([CAPTIONS[name]]).tolist()
     own = [token for token in tokens if token < model.transformer.layout.text_vocab]
     assert model.text.decode(own).replace(" ", "") == "".join(normalize(CAPTIONS[name]))
-    drawn = model.generate(CAPTIONS[name], n=2, best_of=2, progress=False)
-    assert [image.size for image in drawn.images] == [(32, 32)] * 2
-    assert drawn.prompt == CAPTIONS[name]
-    first, second = drawn.scores
+    generated = model.generate(CAPTIONS[name], n=2, best_of=2, progress=False)
+    assert [image.size for image in generated.images] == [(32, 32)] * 2
+    assert generated.prompt == CAPTIONS[name]
+    first, second = generated.scores
     assert first >= second
 
 
-def test_the_ranker_tells_captions_of_one_alphabet_apart(model):
-    """It reads the letters, not a row of unknowns."""
+def test_clip_scores_depend_on_every_letter(model):
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     texts = [CAPTIONS["arabic"], CAPTIONS["arabic"].replace("حمراء", "زرقاء"), CAPTIONS["chinese"]]
     assert len({float(model.scorer.score(pixels, text)) for text in texts}) == 3
 
 
 @pytest.mark.parametrize("name", CAPTIONS)
-def test_a_vocabulary_learnt_from_such_captions_spells_no_letter(world, name):
-    text = TextTokenizer.load(world / "text" / "text_tokenizer.json")
+def test_a_vocabulary_trained_on_such_captions_has_their_letters(world, name):
+    text = load_text_tokenizer(world / "text" / "text_tokenizer.json")
     ids = text.encode(CAPTIONS[name])
     assert not [token for token in ids if FIRST_BYTE_ID <= token < FIRST_BYTE_ID + 256]
     assert text.decode(ids).replace(" ", "") == "".join(normalize(CAPTIONS[name]))
     assert read_json(world / "text" / "report.json")["coverage"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:the vocabulary lacks letters")
+@pytest.mark.parametrize("library", ["hugging face", "youtokentome"])
+def test_a_model_is_trained_with_a_tokenizer_of_another_library_and_holds_it(
+    library, chain, tiny_runs, tmp_path
+):
+    if library == "youtokentome":
+        file = train_youtokentome(tmp_path)
+    else:
+        file = tmp_path / "tokenizer.json"
+        file.write_text(json.dumps(train_hugging_face("CLIP")[1]), encoding="utf-8")
+    text = load_text_tokenizer(file)
+    sizes = {"text_len": 80, "text_vocab": 720}
+    options = {"text_tokenizer": file, "out": tmp_path / "transformer", "tokens": chain / "tokens"}
+    run = tiny_runs.transformer
+    train_transformer(replace(run, model=replace(run.model, **sizes), **options))
+    run = tiny_runs.clip
+    options = {"text_tokenizer": file, "out": tmp_path / "clip"}
+    train_clip(replace(run, model=replace(run.model, **sizes), **options))
+    folders = {"dvae": chain / "dvae", "transformer": tmp_path / "transformer", "clip": tmp_path / "clip"}
+    parts = [load_model(folder, kind) for kind, folder in folders.items()]
+    DALLE.from_parts(*parts).save_pretrained(tmp_path / "model")
+    file.unlink()  # the model directory holds its own
+    model = DALLE.from_pretrained(tmp_path / "model")
+    assert type(model.text) is type(text)
+    assert model.text.hash == text.hash
+    prompt = "A red circle under a dog's bowl, красная 红色的圆 كرة حمراء 🔴"
+    (tokens,) = model.text_tokens([prompt]).tolist()
+    assert [token for token in tokens if token < 720] == text.encode(prompt)
+    assert len(model.generate(prompt, n=1, best_of=2, progress=False).scores) == 1

@@ -1,4 +1,4 @@
-"""Learning the text vocabulary from a corpus: dalle/commands/train_tokenizer.py, dalle/text/coverage.py."""
+"""Vocabulary coverage, and the sample of captions that train_tokenizer reads."""
 
 import json
 from dataclasses import replace
@@ -12,32 +12,31 @@ from dalle.transformer import TransformerConfig
 
 
 class Corpus:
-    """A million images with two captions each; .read says which were asked for, .most at once."""
+    """A million images with two captions each; .read lists the indices read, .most is the largest batch."""
 
     def __init__(self, size=1_000_000):
         self.size, self.read, self.most = size, [], 0
 
     def captions(self, numbers):
-        numbers = list(numbers)
         self.read += numbers
         self.most = max(self.most, len(numbers))
         return [[f"image {n}", "a red dog"] for n in numbers]
 
 
 def test_a_sample_of_a_large_corpus_is_spread_and_depends_on_the_seed():
-    draws = {seed: list(sample_indices(10**9, 1000, seed)) for seed in (0, 1)}
-    assert draws[0] == list(sample_indices(10**9, 1000, 0)) != draws[1]
-    for numbers in draws.values():
+    samples = {seed: list(sample_indices(10**9, 1000, seed)) for seed in (0, 1)}
+    assert samples[0] == list(sample_indices(10**9, 1000, 0)) != samples[1]
+    for numbers in samples.values():
         assert all(number // 10**6 == stretch for stretch, number in enumerate(numbers))
-    share = sum(number % 10**6 for number in draws[0]) / 10**9
+    share = sum(number % 10**6 for number in samples[0]) / 10**9
     assert share == pytest.approx(0.5, abs=0.05)  # five standard deviations
 
 
 @pytest.mark.parametrize(("size", "most", "numbers"), [(5, 9, 5), (9, 9, 9), (None, 3, 3), (10, 9, 9)])
 def test_a_small_corpus_is_read_whole_and_an_endless_one_from_its_start(size, most, numbers):
-    drawn = list(sample_indices(size, most, 0))
-    assert len(drawn) == len(set(drawn)) == numbers
-    assert drawn == list(range(numbers)) or size == 10
+    indices = list(sample_indices(size, most, 0))
+    assert len(indices) == len(set(indices)) == numbers
+    assert indices == list(range(numbers)) or size == 10
 
 
 def test_captions_are_streamed():

@@ -29,7 +29,7 @@ from dalle.io.files import write_checksums
 from dalle.pipelines.dalle import DALLE
 from dalle.runs.batches import TokenBatches
 from dalle.schedules import Schedule
-from dalle.text import TextTokenizer
+from dalle.text import load_text_tokenizer
 from dalle.train import TrainConfig, Trainer, checkpoint
 from dalle.train import trainer as loop
 from dalle.train.checkpoint import latest_checkpoint, restore
@@ -206,7 +206,7 @@ def test_no_crop_of_a_held_out_image_is_trained_on(two_crops, chain, tiny_runs):
         tiny_runs.transformer, eval_samples=4, train=replace(tiny_runs.transformer.train, batch_size=16)
     )
     batches = TokenBatches(
-        two_crops, TextTokenizer.load(chain / "text" / "text_tokenizer.json"), run.model.layout, run
+        two_crops, load_text_tokenizer(chain / "text" / "text_tokenizer.json"), run.model.layout, run
     )
     _, image = run.model.layout.unpack(batches(0))
     images = [p for p in range(8) for _ in range(2)]
@@ -217,7 +217,7 @@ def test_no_crop_of_a_held_out_image_is_trained_on(two_crops, chain, tiny_runs):
 
 def test_caption_and_image_of_a_sample_belong_together(two_crops, chain, tiny_runs):
     run = replace(tiny_runs.transformer, eval_samples=4, bpe_dropout=0.0)
-    text = TextTokenizer.load(chain / "text" / "text_tokenizer.json")
+    text = load_text_tokenizer(chain / "text" / "text_tokenizer.json")
     batches = TokenBatches(two_crops, text, run.model.layout, run)
     captions = {
         tuple(run.model.layout.pad_text([text.encode(f"number {n}")])[0].tolist()): n for n in range(8)

@@ -1,122 +1,127 @@
-"""A Hugging Face tokenizer.json of BPE kind, held as it is: byte-level (GPT-2, CLIP, Llama 3), by words, or
-with word marks and bytes (Llama 2).
+"""A Hugging Face tokenizer.json of BPE kind: byte-level (GPT-2, CLIP, Llama 3), of words, or with word marks.
 
-Ids equal those of `tokenizers.Tokenizer.encode(caption, add_special_tokens=False)`, with one difference on
-purpose: a special token spelt out in a caption ("<|endoftext|>") is text, not the token. Begin, end, padding
-and truncation belong to the layout of the sequence and are left aside. Whatever else cannot be held is
-refused by name. Letters that the latest versions of Unicode added may fall otherwise, for every library
-carries its own tables.
+The `tokenizers` package normalizes a caption and splits it into pieces; merges are ours, for a seeded
+dropout. Ids equal those of `tokenizers.Tokenizer.encode(caption, add_special_tokens=False)`, except that a
+special token spelled out in a caption ("<|endoftext|>") is text. Start, end, padding and truncation belong to
+the layout of the sequence and are ignored here.
 """
 
+import json
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
-from dalle.text.bpe import BPETokenizer, Merges
-from dalle.text.external.pre_tokenizers import MARK, byte_letters, normalizer, splitter
-from dalle.text.tokenizer import UNKNOWN_TEXT
+from dalle.text.bpe import UNKNOWN_TEXT, BPETokenizer, Merges
 
 FORMAT, VERSION = "huggingface-bpe", 1
-HELD = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+KEPT = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+WORD_MARK = "\u2581"
+BYTE_LEVEL_SPACE = "\u0120"
 
 
 class HuggingFaceTokenizer(BPETokenizer):
-    """Byte-pair encoding as a tokenizer.json describes it.
-
-    Args:
-        data: the file's content, or what `to_dict` gave.
-    """
+    """Byte-pair encoding described by the content of a tokenizer.json, or by what `to_dict` returns."""
 
     def __init__(self, data: dict[str, Any]):
-        self.data = {name: data.get(name) for name in HELD}
-        model = self.data["model"]
-        _check(model, self.data["added_tokens"] or [])
-        self._vocab: dict[str, int] = model["vocab"]
-        self._suffix = model.get("end_of_word_suffix") or ""
+        self.data = {name: data.get(name) for name in KEPT}
+        model, added = self.data["model"], self.data["added_tokens"] or []
+        _check(model, added)
         super().__init__(_merges(model))
-        self._normalize = normalizer(self.data["normalizer"])
-        self._split = splitter(self.data["pre_tokenizer"])
-        special = {token["id"]: "" for token in self.data["added_tokens"] or []}
-        self._spelling = {token: text for text, token in self._vocab.items()} | special
-        self.vocab_size = max(self._spelling) + 1
-        self._unknown = self._vocab[model["unk_token"]] if model.get("unk_token") else None
-        self._byte_level = _uses(self.data["pre_tokenizer"], "ByteLevel")
-        self._marked = any(MARK in text for text in self._vocab)
+        self._vocab: dict[str, int] = model["vocab"]
+        self._texts = {token: text for text, token in self._vocab.items()}
+        self._texts |= {token["id"]: "" for token in added}
+        self.vocab_size = max(self._texts) + 1
+        self.unknown_id = self._vocab[model["unk_token"]] if model.get("unk_token") else None
+        if self.unknown_id is not None:
+            self._texts[self.unknown_id] = UNKNOWN_TEXT
+        self._suffix = model.get("end_of_word_suffix") or ""
+        tokenizers = _import_tokenizers()
+        parts = _normalizer_and_pre_tokenizer(tokenizers, self.data)
+        self._normalizer, self._pre_tokenizer = parts.normalizer, parts.pre_tokenizer
+        self._byte_level = '"ByteLevel"' in json.dumps(self.data["pre_tokenizer"])
+        self._marked = any(WORD_MARK in text for text in self._vocab)
+        decoders = tokenizers.decoders
+        self._decoder = decoders.ByteLevel() if self._byte_level else decoders.ByteFallback()
 
     def pieces(self, caption: str) -> list[str]:
-        """Normalized, then cut by the pre-tokenizer."""
-        text = self._normalize(caption)
-        return self._split([text]) if text else []
+        """The normalized caption, split by the pre-tokenizer."""
+        text = self._normalizer.normalize_str(caption) if self._normalizer else caption
+        if self._pre_tokenizer is None:
+            return [text] if text else []
+        return [piece for piece, _ in self._pre_tokenizer.pre_tokenize_str(text)]
 
     def symbols(self, piece: str) -> list[int]:
-        """A piece's letters; bytes or unknown for those that the vocabulary lacks."""
+        """A piece's characters; bytes or unknown for those outside the vocabulary."""
         model = self.data["model"]
         if model.get("ignore_merges") and piece in self._vocab:
             return [self._vocab[piece]]
         symbols: list[int] = []
-        unknowns = 0  # written when the next known letter comes
-        for at, letter in enumerate(piece, start=1):
-            text = letter + self._suffix if at == len(piece) else letter
+        unknowns = 0  # appended before the next known character
+        for at, character in enumerate(piece, start=1):
+            text = character + self._suffix if at == len(piece) else character
+            in_bytes = [self._vocab.get(f"<0x{byte:02X}>") for byte in text.encode()]
             if text in self._vocab:
-                symbols += [self._unknown] * unknowns + [self._vocab[text]]
+                symbols += [self.unknown_id] * unknowns + [self._vocab[text]]
                 unknowns = 0
-            elif model.get("byte_fallback") and (spelt := self._bytes(text)):
-                symbols += spelt
-            elif self._unknown is not None:
+            elif model.get("byte_fallback") and None not in in_bytes:
+                symbols += in_bytes
+            elif self.unknown_id is not None:
                 unknowns = 1 if model.get("fuse_unk") else unknowns + 1
-        return symbols + [self._unknown] * unknowns
-
-    def _bytes(self, text: str) -> list[int] | None:
-        """<0x0A> for each byte, if the vocabulary has them all."""
-        tokens = [self._vocab.get(f"<0x{byte:02X}>") for byte in text.encode()]
-        return None if None in tokens else tokens
+        return symbols + [self.unknown_id] * unknowns
 
     def decode(self, ids: Iterable[int]) -> str:
         """A readable caption; bytes that are not UTF-8 become U+FFFD, special tokens nothing."""
         texts = [self._text(self.check_token(at, token)) for at, token in enumerate(ids)]
-        if self._byte_level:
-            numbers = {letter: byte for byte, letter in enumerate(byte_letters())}
-            spelling = b"".join(
-                bytes([numbers[letter]]) if letter in numbers else letter.encode()
-                for text in texts
-                for letter in text
-            )
-            return spelling.decode("utf-8", errors="replace").strip()
-        spelling = b"".join(map(_plain_bytes, texts))
-        return spelling.decode("utf-8", errors="replace").strip()
+        return self._decoder.decode(texts).strip()
 
     def _text(self, token: int) -> str:
-        """How a token is written, with a space where a word begins or ends."""
-        text = UNKNOWN_TEXT if token == self._unknown else self._spelling.get(token, "")
+        """Text of a token, with a space where a word begins or ends."""
+        text = self._texts.get(token, "")
         if self._suffix:
-            return text.removesuffix(self._suffix) + " " * text.endswith(self._suffix)
-        if self._byte_level:
+            return text.replace(self._suffix, BYTE_LEVEL_SPACE if self._byte_level else " ")
+        if self._byte_level or not text:
             return text
-        return text.replace(MARK, " ") if self._marked else text + " " * bool(text)
+        return text.replace(WORD_MARK, " ") if self._marked else f"{text} "
 
     def to_dict(self) -> dict[str, Any]:
-        """What ids depend on, in types that JSON knows."""
+        """The parts of tokenizer.json that ids depend on."""
         return {"format": FORMAT, "version": VERSION, **self.data}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "HuggingFaceTokenizer":
-        """The inverse of to_dict; ValueError if data is anything else."""
+        """The inverse of to_dict; ValueError for other data."""
         if (data.get("format"), data.get("version")) != (FORMAT, VERSION):
             raise ValueError(f"expected the format {FORMAT!r} in version {VERSION}")
         return cls(data)
 
 
-def _plain_bytes(text: str) -> bytes:
-    """The byte of "<0x0A>", else the text as UTF-8."""
-    if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-        return bytes.fromhex(text[3:5])
-    return text.encode()
+def _import_tokenizers() -> ModuleType:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError("a Hugging Face tokenizer needs the package: pip install tokenizers") from error
+    return tokenizers
+
+
+def _normalizer_and_pre_tokenizer(tokenizers: ModuleType, data: dict[str, Any]) -> Any:
+    """A `tokenizers.Tokenizer` with these two parts alone."""
+    parts = {name: data[name] for name in ("normalizer", "pre_tokenizer")}
+    if '"Precompiled"' in json.dumps(parts):  # of SentencePiece; tokenizers panics if it is damaged
+        raise ValueError("tokenizer.json has the normalizer 'Precompiled', which is not supported")
+    empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(empty | parts))
+    except Exception as error:  # tokenizers raises no narrower class
+        raise ValueError(
+            f"the tokenizers package cannot read its normalizer or pre_tokenizer: {error}"
+        ) from None
 
 
 def _check(model: Any, added: list[dict[str, Any]]) -> None:
-    """ValueError, by name, for what cannot be held exactly."""
+    """ValueError for what the ids of this library would not be equal for."""
     kind = model.get("type", "BPE") if isinstance(model, dict) else None
     if kind != "BPE" or not {"vocab", "merges"} <= model.keys():
-        raise ValueError(f"tokenizer.json has a model of type {kind!r}; only BPE is read here")
+        raise ValueError(f"tokenizer.json has a model of type {kind!r}; only BPE is supported")
     ids = [*(model["vocab"] or {}).values(), *(token["id"] for token in added)]
     if not ids or any(type(token) is not int or token < 0 for token in ids):
         raise ValueError("tokenizer.json has tokens that are not numbered from 0")
@@ -124,30 +129,19 @@ def _check(model: Any, added: list[dict[str, Any]]) -> None:
         raise ValueError("tokenizer.json has an end_of_word_suffix that is no text")
     for name in ("continuing_subword_prefix", "dropout"):
         if model.get(name):
-            raise ValueError(
-                f"tokenizer.json sets the model's {name} to {model[name]!r}, which this library does not hold"
-            )
-    words = [token["content"] for token in added if not token.get("special")]
-    if words:
-        raise ValueError(
-            f"tokenizer.json adds the words {words[:5]!r} outside BPE, which this library does not hold"
-        )
+            raise ValueError(f"tokenizer.json sets {name} to {model[name]!r}, which is not supported")
+    if words := [token["content"] for token in added if not token.get("special")]:
+        raise ValueError(f"tokenizer.json adds the words {words[:5]!r} outside BPE, which is not supported")
 
 
 def _merges(model: dict[str, Any]) -> Merges:
     vocab, merges = model["vocab"], {}
     for rank, pair in enumerate(model["merges"]):
         left, right = pair.split(" ") if isinstance(pair, str) else pair
-        try:
-            parts = vocab[left], vocab[right]  # before the whole, which lacks what a part lacks
-            merges[parts] = rank, vocab[left + right]
-        except KeyError as error:
-            raise ValueError(
-                f"merge {rank} of tokenizer.json, {pair!r}, needs {error}, which its vocabulary lacks"
-            ) from None
+        for part in (left, right, left + right):
+            if part not in vocab:
+                raise ValueError(
+                    f"merge {rank} of tokenizer.json, {pair!r}, needs {part!r}, which its vocabulary lacks"
+                )
+        merges[vocab[left], vocab[right]] = rank, vocab[left + right]
     return merges
-
-
-def _uses(pre_tokenizer: dict[str, Any] | None, kind: str) -> bool:
-    parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
-    return any(part.get("type") == kind for part in parts)
