@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from dalle.config import cli_errors, parse
 from dalle.data.caption_datasets import CaptionRecord, Format, Naming, published_files, read_published
-from dalle.io.files import make_directory
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MEMORY = 65536  # KiB that the database keeps
@@ -80,6 +79,8 @@ def convert_captions(run: ConvertCaptionsArgs) -> Converted:
     Raises:
         ValueError: captions of another format, or no record that finds an image.
     """
+    from dalle.io.files import make_directory
+
     for name in ("format", "captions", "images"):
         if getattr(run, name) is None:
             raise ValueError(f"--{name} is missing; --help shows commands, docs/data.md those for each set")

@@ -70,12 +70,11 @@ def train_transformer(run: TrainTransformerArgs) -> Path:
     import torch
     from tqdm import tqdm
 
-    from dalle.commands.encode_images import take_image_tokenizer
     from dalle.data import TokenCache
     from dalle.hub.registry import build_model
     from dalle.runs.batches import TokenBatches
     from dalle.runs.init_weights import init_weights, overfit_config
-    from dalle.runs.inputs import load_text_input, resolve_input
+    from dalle.runs.inputs import load_dvae_input, load_text_input, resolve_input
     from dalle.runs.training import run_training, start_processes
     from dalle.train.precision import compile_layers
     from dalle.transformer.objective import TransformerObjective
@@ -86,7 +85,7 @@ def train_transformer(run: TrainTransformerArgs) -> Path:
         text, cache = load_text_input(run.text_tokenizer), TokenCache(resolve_input("tokens", run.tokens))
         image_tokenizer, dvae_hash = None, cache.meta["dvae"]
         if run.dvae:
-            image_tokenizer, dvae_hash = take_image_tokenizer(run.dvae, dist.device)
+            image_tokenizer, dvae_hash = load_dvae_input(run.dvae, dist.device)
         check_inputs(run, text, cache, dvae_hash)
         torch.manual_seed(run.seed)
         model = build_model("transformer", run.model).to(dist.device)

@@ -1,4 +1,4 @@
-"""Pack images and captions of any form into WebDataset tars, which large sets read best from.
+"""WebDataset tars of captioned images in any format; large datasets read best from them.
 
 python scripts/write_tars.py --path my/images --out my/tars
 python scripts/write_tars.py --path coco.jsonl --out coco-tars --shard-size 5000
@@ -7,51 +7,53 @@ python scripts/write_tars.py --path coco.jsonl --out coco-tars --shard-size 5000
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dalle.config import cli_errors, parse
 from dalle.data.config import Format
-from dalle.data.sources import open_source
-from dalle.data.webdataset_writer import Packed, write_tars
-from dalle.io.files import make_directory
 
 
 @dataclass(frozen=True)
 class WriteTarsArgs:
-    """Writes images and captions of any form into tars that `--data.path` opens."""
+    """Packs captioned images in any format into tars that `--data.path` opens."""
 
     path: str | None = None
-    """What to pack, as `--data.path` takes it."""
+    """Captioned images, as for `--data.path`."""
     out: Path | None = None
-    """Folder of the tars; must hold none yet."""
+    """Folder of the tars; must not hold any yet."""
     shard_size: int = 10_000
-    """Samples a tar."""
-    kind: Format = "auto"
-    """folder, table, tars or hub, where the path does not tell."""
+    """Samples per tar."""
+    format: Format = "auto"
+    """folder, table, tars or hub, if the path does not determine it."""
     image_column: str | None = None
-    """Column of a table with the images; found among the usual names unless given."""
+    """Column of a table with the images; default: the first of the usual names."""
     caption_column: str | None = None
-    """Column of a table, or key in JSON, with the captions; found among the usual names unless given."""
-    images: str | None = None
-    """Folder that a table's relative paths start from; the table's own unless given."""
+    """Column of a table, or key in JSON, with the captions; default: the first of the usual names."""
+    image_root: str | None = None
+    """Folder that a table's relative paths start from; default: the table's own."""
 
 
-def pack(run: WriteTarsArgs) -> Packed:
-    """Writes the tars and says what was left out."""
+def run_write_tars(args: WriteTarsArgs) -> None:
+    """Writes the tars and prints the samples that were left out."""
+    from tqdm import tqdm
+
+    from dalle.data.sources import open_source
+    from dalle.data.webdataset_writer import write_tars
+    from dalle.io.files import make_directory
+
     for name in ("path", "out"):
-        if getattr(run, name) is None:
+        if getattr(args, name) is None:
             raise ValueError(f"--{name} is missing; for example --path my/table.csv --out my/tars")
-    source = open_source(run.path, run.kind, run.image_column, run.caption_column, images=run.images)
-    make_directory(run.out)
+    source = open_source(
+        args.path, args.format, args.image_column, args.caption_column, image_root=args.image_root
+    )
+    make_directory(args.out)
     with tqdm(total=len(source), desc="tars", unit="image", disable=None) as bar:
-        done = write_tars(source, run.out, run.shard_size, bar.update)
-    print(f"{run.out}: {done.images} images in {done.tars} tars; {len(done.left_out)} left out")
+        done = write_tars(source, args.out, args.shard_size, bar.update)
+    print(f"{args.out}: {done.images} images in {done.tars} tars; {len(done.left_out)} left out")
     for text in done.left_out[:5]:
         print(f"  {text}")
-    return done
 
 
 def main() -> None:
     """Command line of write_tars."""
     with cli_errors():
-        pack(parse(WriteTarsArgs, description=__doc__))
+        run_write_tars(parse(WriteTarsArgs, description=__doc__))

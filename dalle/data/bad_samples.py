@@ -23,7 +23,7 @@ CAUSES = (
     "broken tar member",
     "unreadable shard",
 )
-LEAST = 100
+MIN_BAD = 100
 """So many unusable samples never stop a run, whatever their share."""
 
 
@@ -48,8 +48,8 @@ def is_fault(cause: str) -> bool:
 
 
 def check_bad_fraction(faults: int, seen: int, limit: float, where: str) -> None:
-    """ValueError when more than LEAST samples and more than a share `limit` of those seen are at fault."""
-    if faults > LEAST and faults > limit * seen:
+    """ValueError when more than MIN_BAD samples and more than a share `limit` of those seen are at fault."""
+    if faults > MIN_BAD and faults > limit * seen:
         raise ValueError(
             f"{faults} of {seen} samples cannot be used ({faults / seen:.1%}, more than {limit:.1%}): {where}; "
             "mend or remove them (scripts/check_data.py lists all), or raise --data.max-bad-fraction"
@@ -63,7 +63,7 @@ def count_causes(skips: Iterable[BadSample]) -> str:
 
 
 class BadSampleLog:
-    """Counts by cause, and run/skipped.jsonl: one line for each sample, however often it is met.
+    """Counts by cause, and run/bad_samples.jsonl: one line for each sample, however often it is met.
 
     It goes on with the file of a stopped run. Nothing is written before the first sample is skipped.
 
@@ -71,7 +71,7 @@ class BadSampleLog:
         path: the log; None only counts.
         size: samples of the set; None for an endless one.
         opening: what was found while the set was opened.
-        limit: the share above which a run ends, once there are more than LEAST.
+        limit: the share above which a run ends, once there are more than MIN_BAD.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class BadSampleLog:
             replaced: in place of each that could not be used another was read, which adds to those seen.
 
         Raises:
-            ValueError: more than LEAST and more than the share `limit` of those seen.
+            ValueError: more than MIN_BAD and more than the share `limit` of those seen.
         """
         if not self._begun:
             self._begin(fresh=step == 0)

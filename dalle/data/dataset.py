@@ -57,8 +57,8 @@ def open_dataset(config: DataConfig, split: str = "train", siblings: bool = Fals
         config.image_column,
         config.caption_column,
         part=part,
-        images=config.image_root,
-        cache=config.index_dir,
+        image_root=config.image_root,
+        index_dir=config.index_dir,
     )
     check_bad_fraction(
         len(source.skipped),

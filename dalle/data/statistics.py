@@ -1,7 +1,7 @@
-"""One look at every sample of a source, by workers: what scripts/check_data.py counts.
+"""Statistics of a dataset: image sizes, caption lengths, what filters drop, duplicates (scripts/check_data.py).
 
-A worker is given the number of a stretch of STRETCH samples and gives its findings, which add up in the order of the
-stretches; so the sum is the same for any number of workers. What grows with the set is 16 bytes a sample.
+Workers scan chunks of CHUNK samples, and the parts add up in order, so the result is the same for any number of
+workers. Memory grows by 16 bytes a sample.
 """
 
 from array import array
@@ -17,22 +17,22 @@ from PIL import Image, ImageOps
 from dalle.data.bad_samples import BadSampleError
 from dalle.data.config import FilterConfig
 from dalle.data.dataloader import Loader
-from dalle.data.dedup import alike, copies, image_hash, small_copy
+from dalle.data.dedup import find_copies, image_hash, near_duplicate_groups, thumbnail
 from dalle.data.filters import Filters, count_words, one_by_one
 from dalle.data.image_decode import decode, open_image
 from dalle.types import BadSample, DataSource, RawSample, TextTokenizerLike
 
-STRETCH = 32
-"""Samples that a worker reads at a time."""
+CHUNK = 32
+"""Samples that a worker scans at a time."""
 EXAMPLES = 5
-"""Kept of what each filter drops."""
+"""Examples kept of what each filter drops."""
 TILE = 128
-"""Pixels on a side of an image on a sheet."""
+"""Side of an image on the contact sheet, in pixels."""
 
 
 @dataclass
 class DatasetStats:
-    """What was found in some samples. Sizes, words and tokens are of those that can be used."""
+    """Statistics of a part of a dataset. Sizes, words and tokens are those of usable samples."""
 
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Images by (width, height), upright."""
@@ -42,38 +42,38 @@ class DatasetStats:
     """Captions by number of tokens."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Samples that each filter alone would drop."""
-    left_out: int = 0
+    dropped_by_any: int = 0
     """Samples that all filters together would drop."""
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """The first few samples that each filter would drop."""
-    numbers: array = field(default_factory=lambda: array("Q"))
-    """Of the samples that can be used."""
+    """The first samples that each filter would drop."""
+    indices: array = field(default_factory=lambda: array("Q"))
+    """Usable samples."""
     hashes: array = field(default_factory=lambda: array("Q"))
-    """Of their images."""
+    """Perceptual hashes of their images."""
     skipped: list[BadSample] = field(default_factory=list)
-    """Those that cannot."""
+    """Bad samples; not added up, since a dataset may hold any number of them."""
     tiles: list[tuple[str, Image.Image]] = field(default_factory=list)
-    """A caption and a small image of each sample asked for."""
+    """(caption, small image) of the samples on the contact sheet."""
 
     def add(self, other: "DatasetStats") -> None:
-        """Takes in those of the next stretch, but for `skipped`: a set may hold any number of them."""
+        """Adds the statistics of the next part, except `skipped`."""
         for name in ("sizes", "words", "tokens", "dropped"):
             getattr(self, name).update(getattr(other, name))
-        for name in ("numbers", "hashes", "tiles"):
+        for name in ("indices", "hashes", "tiles"):
             getattr(self, name).extend(getattr(other, name))
-        self.left_out += other.left_out
+        self.dropped_by_any += other.dropped_by_any
         for name, more in other.examples.items():
             self.examples[name] = [*self.examples.get(name, []), *more][:EXAMPLES]
 
 
 class DatasetScanner:
-    """What a worker does: the findings of stretch after stretch of a source.
+    """Chunk number -> statistics of its samples, for the workers.
 
     Args:
         source: any.
-        filters: to be tried one by one and together, on the samples that can be used.
+        filters: tried one by one and together on the usable samples.
         text: counts tokens.
-        tiles: numbers of the samples whose small images are wanted.
+        tiles: indices of the samples on the contact sheet.
 
     Raises:
         ValueError, ImportError: a filter cannot be set up.
@@ -87,100 +87,118 @@ class DatasetScanner:
         tiles: Collection[int] = (),
     ):
         self.source, self.text, self.tiles = source, text, frozenset(tiles)
-        self._each = {name: Filters(config) for name, config in one_by_one(filters).items()}
-        self._all = Filters(filters)
-        self.filters = list(self._each)
+        self.filters = {name: Filters(config) for name, config in one_by_one(filters).items()}
+        self._all_filters = Filters(filters)
 
-    def __call__(self, stretch: int) -> DatasetStats:
-        found = DatasetStats()
-        for number in range(stretch * STRETCH, min((stretch + 1) * STRETCH, len(self.source))):
+    def scan(self, workers: int = 0) -> Iterator[DatasetStats]:
+        """The statistics of each chunk in order."""
+        return _map(self, -(-len(self.source) // CHUNK), workers)
+
+    def __call__(self, chunk: int) -> DatasetStats:
+        stats = DatasetStats()
+        for index in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.source))):
             try:
-                self._look(number, found)
+                self._scan_one(index, stats)
             except BadSampleError as error:
-                found.skipped.append(error.skip(number))
-        return found
+                stats.skipped.append(error.skip(index))
+        return stats
 
-    def _look(self, number: int, found: DatasetStats) -> None:
-        record = self.source.read(number)
-        if not any(caption.strip() for caption in record.captions):
-            raise BadSampleError(record.name, "empty caption")
-        image = decoded(record)
-        found.numbers.append(number)
-        found.hashes.append(image_hash(image))
-        found.sizes[image.size] += 1
-        found.words.update(map(count_words, record.captions))
+    def _scan_one(self, index: int, stats: DatasetStats) -> None:
+        sample = self.source.read(index)
+        if not any(caption.strip() for caption in sample.captions):
+            raise BadSampleError(sample.name, "empty caption")
+        image = decode_sample(sample)
+        stats.indices.append(index)
+        stats.hashes.append(image_hash(image))
+        stats.sizes[image.size] += 1
+        stats.words.update(map(count_words, sample.captions))
         if self.text:
-            found.tokens.update(len(self.text.encode(caption)) for caption in record.captions)
-        self._try_filters(record, image.size, found)
-        if number in self.tiles:
-            found.tiles.append((record.captions[0], tile(image)))
+            stats.tokens.update(len(self.text.encode(caption)) for caption in sample.captions)
+        if index in self.tiles:
+            tile = ImageOps.pad(image, (TILE, TILE), color="lightgray")
+            stats.tiles.append((sample.captions[0], tile))
 
-    def _try_filters(self, record: RawSample, size: tuple[int, int], found: DatasetStats) -> None:
         def drops(filters: Filters) -> bool:
-            return filters.reason(record.captions, *size, name=record.name) is not None
+            return filters.reason(sample.captions, *image.size, name=sample.name) is not None
 
-        dropping = [name for name, filters in self._each.items() if drops(filters)]
-        found.dropped.update(dropping)
+        dropping = [name for name, filters in self.filters.items() if drops(filters)]
+        stats.dropped.update(dropping)
+        example = {"name": sample.name, "size": list(image.size), "captions": sample.captions[:EXAMPLES]}
         for name in dropping:
-            examples = found.examples.setdefault(name, [])
-            if len(examples) < EXAMPLES:
-                examples.append(
-                    {"name": record.name, "size": list(size), "captions": record.captions[:EXAMPLES]}
-                )
-        # Of several captions each may fall to another filter.
-        found.left_out += bool(dropping) or (len(record.captions) > 1 and drops(self._all))
+            stats.examples.setdefault(name, []).append(example)
+        # several captions may each fall to another filter
+        stats.dropped_by_any += bool(dropping) or (len(sample.captions) > 1 and drops(self._all_filters))
 
 
-def decoded(record: RawSample) -> Image.Image:
-    """The whole image of a record, RGB and upright; BadSampleError says why not."""
-    return decode(open_image(record.image, record.name), record.name)
+def decode_sample(sample: RawSample) -> Image.Image:
+    """The image of a sample, RGB and upright; BadSampleError if it cannot be decoded."""
+    return decode(open_image(sample.image, sample.name), sample.name)
 
 
-def tile(image: Image.Image) -> Image.Image:
-    """All of an image within TILE x TILE, the rest grey."""
-    return ImageOps.pad(image, (TILE, TILE), color="lightgrey")
-
-
-def examine(examiner: DatasetScanner, workers: int = 0) -> Iterator[DatasetStats]:
-    """The findings of each stretch, read ahead by `workers` processes or in this one."""
-    yield from _each(examiner, -(-len(examiner.source) // STRETCH), workers)
-
-
-def _each(task: Callable[[int], Any], steps: int, workers: int) -> Iterator[Any]:
+def _map(task: Callable[[int], Any], steps: int, workers: int) -> Iterator[Any]:
     with Loader(task, steps, workers) as load:
         yield from map(load, range(steps))
 
 
-# ---------------------------------------------------------------------------------------------
-# Duplicates
-# ---------------------------------------------------------------------------------------------
+def summarize(counts: Counter[int]) -> dict[str, Any]:
+    """Mean, percentiles and a histogram with doubling bins of numbers by their counts; {} for none."""
+    if not counts:
+        return {}
+    values = np.array(sorted(counts))
+    numbers = np.array([counts[value] for value in values.tolist()])
+    cumulative = numbers.cumsum()
+    ranks = np.array([0, 5, 50, 95, 100]) / 100 * cumulative[-1]
+    percentiles = values[np.searchsorted(cumulative, np.maximum(ranks, 1))].tolist()
+    bins = Counter()
+    for value, count in counts.items():
+        bins[value.bit_length()] += count
+    histogram = {
+        f"{(1 << bits) >> 1}-{(1 << bits) - 1}" if bits > 1 else f"{bits}": bins[bits]
+        for bits in range(min(bins), max(bins) + 1)
+    }
+    return {
+        **dict(zip(("min", "p5", "median", "p95", "max"), percentiles, strict=True)),
+        "mean": round(float(values @ numbers / cumulative[-1]), 2),
+        "histogram": histogram,
+    }
+
+
+def aspect(size: tuple[int, int]) -> str:
+    """The shape of an image of (width, height): "square", "wide, up to 4:3", "tall, beyond 2:1"."""
+    longer, shorter = max(size), min(size)
+    if longer == shorter:
+        return "square"
+    limit = "beyond 2:1"
+    if 3 * longer <= 4 * shorter:
+        limit = "up to 4:3"
+    elif longer <= 2 * shorter:
+        limit = "up to 2:1"
+    return f"{'wide' if size[0] > size[1] else 'tall'}, {limit}"
 
 
 @dataclass(frozen=True)
-class SmallCopies:
-    """What a worker does: small copies of the samples of a stretch of `numbers`."""
+class Thumbnails:
+    """Chunk number -> thumbnails of a chunk of `indices`, for the workers."""
 
     source: DataSource
-    """Any."""
-    numbers: Sequence[int]
-    """Of the samples."""
+    indices: Sequence[int]
 
-    def __call__(self, stretch: int) -> list[np.ndarray]:
-        numbers = self.numbers[stretch * STRETCH : (stretch + 1) * STRETCH]
-        return [small_copy(decoded(self.source.read(number))) for number in numbers]
+    def __call__(self, chunk: int) -> list[np.ndarray]:
+        indices = self.indices[chunk * CHUNK : (chunk + 1) * CHUNK]
+        return [thumbnail(decode_sample(self.source.read(index))) for index in indices]
 
 
-def find_duplicates(source: DataSource, found: DatasetStats, workers: int = 0) -> Iterator[tuple[int, int]]:
-    """(number of a copy, number of the first that shows the same image), by `alike`, then by `copies`.
+def find_duplicates(source: DataSource, stats: DatasetStats, workers: int = 0) -> Iterator[tuple[int, int]]:
+    """(index of a copy, index of the first sample with the same image).
 
-    The images of which others have nearly the same hash are read a second time, no more than a group in memory.
+    Images whose hashes have near neighbors are read a second time, a group in memory at once.
     """
-    groups = alike(np.array(found.hashes, dtype=np.uint64))
-    numbers = [found.numbers[place] for group in groups for place in group]
-    task = SmallCopies(source, numbers)
-    images = chain.from_iterable(_each(task, -(-len(numbers) // STRETCH), workers))
+    groups = near_duplicate_groups(np.array(stats.hashes, dtype=np.uint64))
+    indices = [stats.indices[i] for group in groups for i in group]
+    chunks = _map(Thumbnails(source, indices), -(-len(indices) // CHUNK), workers)
+    images = chain.from_iterable(chunks)
     for group in groups:
-        firsts = copies(list(islice(images, len(group))))
-        for place, first in zip(group, firsts, strict=True):
+        firsts = find_copies(list(islice(images, len(group))))
+        for i, first in zip(group, firsts, strict=True):
             if first is not None:
-                yield found.numbers[place], found.numbers[group[first]]
+                yield stats.indices[i], stats.indices[group[first]]

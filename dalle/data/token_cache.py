@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-FORMAT = 2  # 1 was one tokens.npy with captions.jsonl
+FORMAT = 1
 MAPPED_SHARDS = 4096  # a process may map some 65,000 files
 MAKE = "make one with scripts/encode_images.py"
 
@@ -174,7 +174,7 @@ def read_shard_info(path: Path) -> dict[str, Any]:
 def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        kind, found = meta["kind"], meta.get("format", 1)
+        kind, found = meta["kind"], meta.get("format")
     except FileNotFoundError as error:
         raise ValueError(_unfinished(folder) or f"{folder} is not a token cache ({error}); {MAKE}") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -30,10 +30,6 @@ class TokenWriter:
         if folder.is_dir() and (folder / "plan.json").is_file():
             plan.require(read_plan(folder), folder)
             return
-        if (folder / "tokens.npy").is_file():
-            raise ValueError(
-                f"{folder} holds a token cache of an earlier version; give another --out, or remove it"
-            )
         if folder.is_file() or (folder.is_dir() and any(_strangers(folder))):
             raise ValueError(
                 f"{folder} is no token cache; its contents would be mixed with one, choose another place"

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dalle.data import PairsLoader, StepOfPairs
 from dalle.hub.registry import LoadedModel, load_model
 from dalle.io.files import make_directory, read_json
@@ -11,6 +13,7 @@ from dalle.pretrained.load import is_external_checkpoint, load_image_tokenizer
 from dalle.runs.args import ROOT
 from dalle.text import BPETokenizer, load_text_tokenizer
 from dalle.train.precision import resolve_device
+from dalle.types import ImageTokenizer
 
 MAKE_COMMANDS = {
     "text": "python scripts/train_tokenizer.py --config configs/transformer/shapes.yaml",
@@ -26,10 +29,10 @@ _MARKS = {"text": "text_tokenizer.json", "tokens": "meta.json"}
 def loader(
     task: StepOfPairs, run: Any, out: Path, receive: Callable[[Any], Any] = lambda made: made
 ) -> PairsLoader:
-    """The batches of a training run, by as many workers as `--data.workers` says; <out>/skipped.jsonl names
+    """The batches of a training run, by as many workers as `--data.workers` says; <out>/bad_samples.jsonl names
     what is skipped."""
     data = run.data
-    log = make_directory(out) / "skipped.jsonl"
+    log = make_directory(out) / "bad_samples.jsonl"
     pin = resolve_device(run.device).type == "cuda"
     return PairsLoader(task, run.steps, data.workers, data.prefetch, log, data.max_bad_fraction, receive, pin)
 
@@ -107,6 +110,12 @@ def load_stage(stage: str, given: Path | None, device: Any = "cpu") -> LoadedMod
     if step is not None and step < steps:
         print(f"note: this {stage} was trained for {step} of {steps} steps only")
     return part
+
+
+def load_dvae_input(given: Path | None, device: torch.device) -> tuple[ImageTokenizer, str]:
+    """The image tokenizer of --dvae, and the hash of its weights."""
+    part = load_stage("dvae", given, device)
+    return part.model.to(memory_format=torch.channels_last), part.hash
 
 
 def load_text_input(given: Path | None) -> BPETokenizer:

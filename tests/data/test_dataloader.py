@@ -281,7 +281,7 @@ def test_the_first_pairs_are_the_first_usable_ones(capsys):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_skipped_sample_is_named_once_whoever_met_it(tmp_path, workers):
-    log = tmp_path / "skipped.jsonl"
+    log = tmp_path / "bad_samples.jsonl"
     with PairsLoader(task(pairs_of(10, bad=[2, 7])), 20, workers, log=log) as batches:  # six epochs
         for step in range(20):
             assert len(batches(step)[1]) == 3
@@ -292,7 +292,7 @@ def test_each_skipped_sample_is_named_once_whoever_met_it(tmp_path, workers):
 
 
 def test_a_resumed_run_goes_on_with_its_list(tmp_path):
-    log = tmp_path / "skipped.jsonl"
+    log = tmp_path / "bad_samples.jsonl"
     opening = [BadSample(None, "x.png", "missing twin")]
     for _ in range(2):
         skipped = BadSampleLog(log, 1000, opening)
@@ -312,16 +312,16 @@ def test_a_resumed_run_goes_on_with_its_list(tmp_path):
 
 
 def test_a_run_that_begins_again_forgets_the_list_of_the_one_before(tmp_path):
-    log = tmp_path / "skipped.jsonl"
+    log = tmp_path / "bad_samples.jsonl"
     BadSampleLog(log, 1000).add([BadSample(4, "of another set", "truncated")], 0, 10)
     BadSampleLog(log, 1000).add([], 0, 10)
     assert log.read_text() == ""
 
 
 def test_nothing_is_written_when_nothing_is_skipped(tmp_path):
-    skipped = BadSampleLog(tmp_path / "skipped.jsonl", 10)
+    skipped = BadSampleLog(tmp_path / "bad_samples.jsonl", 10)
     skipped.add([], 0, 5)
-    assert not (tmp_path / "skipped.jsonl").exists()
+    assert not (tmp_path / "bad_samples.jsonl").exists()
     assert str(skipped) == "skipped 0 samples"
 
 
@@ -536,7 +536,7 @@ def own_run(tiny_runs, tmp_path, path, out, workers, steps=8):
 def test_each_kind_of_broken_sample_is_trained_past_and_named(tmp_path, tiny_runs, form, workers):
     bad = {i: cause for i, cause in BAD.items() if form is write_tar or cause != "broken tar member"}
     train_dvae(own_run(tiny_runs, tmp_path, form(tmp_path / "set.tar", bad), "run", workers))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert len(lines) == len(bad)
     assert {int(Path(line["name"]).stem): line["cause"] for line in lines} == bad
     assert [line["step"] for line in read_log(tmp_path / "run" / "log.jsonl") if "loss" in line] == list(
@@ -552,5 +552,5 @@ def test_a_run_goes_on_with_another_number_of_workers_to_the_same_weights(tmp_pa
         (latest_checkpoint(tmp_path / out) / "model.safetensors").read_bytes() for out in ("whole", "parts")
     ]
     assert models[0] == models[1]
-    logs = [(tmp_path / out / "skipped.jsonl").read_text().splitlines() for out in ("whole", "parts")]
+    logs = [(tmp_path / out / "bad_samples.jsonl").read_text().splitlines() for out in ("whole", "parts")]
     assert sorted(logs[0]) == sorted(logs[1])

@@ -74,7 +74,7 @@ def test_the_command_trains_past_five_kinds_of_broken_members_and_reports_exactl
     ]
     done = script("train_dvae", *words)
     assert done.code == 0, done.err
-    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert sorted((int(line["name"].split("/")[1][:2]), line["cause"]) for line in lines) == sorted(
         kinds.items()
     )

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from dalle.commands import encode_images as stage
-from dalle.commands.encode_images import EncodeImagesArgs, encode_images, turn
+from dalle.commands.encode_images import EncodeImagesArgs, encode_images
 from dalle.commands.train_dvae import EncodeConfig, train_dvae
 from dalle.commands.train_transformer import train_transformer
 from dalle.data import TokenCache
 from dalle.data.token_cache import TokenCacheSpec, shard_name
 from dalle.data.token_writer import TokenWriter
+from dalle.runs import encoding
+from dalle.runs.encoding import Encoder, resolve_part
 from dalle.types import BadSample, ImageTextBatch, ImageTokenizer
 
 PLAN = TokenCacheSpec(dvae="abc", data="def", grid=(2, 3), vocab=65536, images=11, crops=2, shard=4)
@@ -229,17 +230,10 @@ def test_a_folder_that_is_no_cache_is_named(tmp_path):
         TokenCache(tmp_path / "nothing")
 
 
-def test_a_cache_of_the_earlier_format_is_refused(tmp_path):
-    folder = tmp_path / "tokens"
-    folder.mkdir()
-    np.save(folder / "tokens.npy", TOKENS[:, 0].astype(np.uint16))
-    (folder / "meta.json").write_text(
-        json.dumps({"kind": "tokens", "grid": [2, 3], "vocab": 16, "dvae": "abc"})
-    )
-    with pytest.raises(ValueError, match="format 1, this version reads 2; remove it and encode again"):
-        TokenCache(folder)
-    with pytest.raises(ValueError, match="holds a token cache of an earlier version; give another --out"):
-        TokenWriter(folder, PLAN)
+def test_another_format_is_refused(tmp_path):
+    (tmp_path / "meta.json").write_text(json.dumps({"kind": "tokens", "format": 2}))
+    with pytest.raises(ValueError, match="format 2, this version reads 1"):
+        TokenCache(tmp_path)
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -270,7 +264,7 @@ def test_a_shard_that_breaks_off_before_the_cache_is_whole_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "meta", [[], {"kind": "tokens", "format": 2}, {"kind": "tokens", "format": 2, "shards": [3]}]
+    "meta", [[], {"kind": "tokens", "format": 1}, {"kind": "tokens", "format": 1, "shards": [3]}]
 )
 def test_meta_data_of_another_shape_are_refused(tmp_path, meta):
     write(tmp_path / "tokens")
@@ -327,8 +321,8 @@ class Greys:
 def greys(monkeypatch) -> SimpleNamespace:
     """Encoding ten grey images with `Brightness`; .pairs says what was read, .run(...) encodes."""
     place = SimpleNamespace(pairs=Greys())
-    monkeypatch.setattr(stage, "take_image_tokenizer", lambda given, device: (Brightness(), "bright"))
-    monkeypatch.setattr(stage, "open_dataset", lambda config: place.pairs)
+    monkeypatch.setattr(encoding, "load_dvae_input", lambda given, device: (Brightness(), "bright"))
+    monkeypatch.setattr(encoding, "open_dataset", lambda config: place.pairs)
 
     def run(out, seed=0, workers=0, **settings):
         config = EncodeConfig(**{"shard": 4, "batch_size": 3, **settings})
@@ -358,7 +352,9 @@ def test_a_image_with_a_broken_crop_is_left_out_and_told(greys, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "3 of 10 images could not be used and are left out" in printed
     assert "skipped 3 samples: 3 truncated" in printed
-    lines = [json.loads(line) for line in (tmp_path / "tokens" / "skipped.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "tokens" / "bad_samples.jsonl").read_text().splitlines()
+    ]
     assert [line["name"] for line in lines] == ["grey 1", "grey 4", "grey 8"]
 
 
@@ -370,7 +366,7 @@ def test_what_is_skipped_is_counted_over_stops(greys, tmp_path, capsys):
     capsys.readouterr()
     greys.run(tmp_path / "tokens")
     assert "skipped 2 samples: 2 truncated" in capsys.readouterr().out
-    assert len((tmp_path / "tokens" / "skipped.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "tokens" / "bad_samples.jsonl").read_text().splitlines()) == 2
 
 
 def test_batches_of_broken_images_only_are_no_obstacle(greys, tmp_path):
@@ -409,7 +405,7 @@ def test_data_that_moved_are_the_same_data(greys):
     def key(path):
         places = {name: path for name in ("path", "image_root", "val_path")}
         run = EncodeImagesArgs(data=replace(EncodeImagesArgs().data, resolution=32, **places))
-        return stage.Encoder(Brightness(), greys.pairs, run, torch.device("cpu")).plan("w", "d").key
+        return Encoder(Brightness(), greys.pairs, run, torch.device("cpu")).spec("w").key
 
     assert key("here") == key("there")
 
@@ -449,11 +445,11 @@ def test_a_tokenizer_that_breaks_its_word_is_named(greys, tmp_path, monkeypatch)
 def test_the_turn_of_a_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert turn(EncodeConfig()) == (0, 1)
-    assert turn(EncodeConfig(part=1, parts=3)) == (1, 3)
+    assert resolve_part(EncodeConfig()) == (0, 1)
+    assert resolve_part(EncodeConfig(part=1, parts=3)) == (1, 3)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert turn(EncodeConfig()) == (2, 4)
-    assert turn(EncodeConfig(part=1, parts=3)) == (1, 3)
+    assert resolve_part(EncodeConfig()) == (2, 4)
+    assert resolve_part(EncodeConfig(part=1, parts=3)) == (1, 3)
     with pytest.raises(ValueError, match=r"both --encode\.part and --encode\.parts"):
-        turn(EncodeConfig(part=1))
+        resolve_part(EncodeConfig(part=1))

@@ -189,7 +189,7 @@ def test_commands_of_the_page_run_in_order(page, workplace, typed, python):
         if "convert_captions" in command:  # the table written is a dataset of one image
             words = shlex.split(command)
             out, images = (workplace / words[words.index(flag) + 1] for flag in ("--out", "--images"))
-            source = open_source(out, images=None if images.is_relative_to(out.parent) else images)
+            source = open_source(out, image_root=None if images.is_relative_to(out.parent) else images)
             assert len(source) == 1, command
             assert source.read(0).captions, command
 

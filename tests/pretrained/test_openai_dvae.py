@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dalle.commands.encode_images import take_image_tokenizer
 from dalle.dvae import DVAE
 from dalle.hub.registry import weights_hash
 from dalle.pretrained.family import DetectedCheckpoint, compare_keys, meta_init
 from dalle.pretrained.load import detect_checkpoint, load_image_tokenizer
 from dalle.pretrained.openai_dvae import FAMILY
+from dalle.runs.inputs import load_dvae_input
 from dalle.types import ImageTokenizer
 
 SIZES = {"n_hid": 8, "vocab_size": 24, "n_blk_per_group": 2}
@@ -107,7 +107,7 @@ def test_the_published_size_is_recognized() -> None:
 
 def test_the_encode_stage_takes_the_folder(tmp_path: Path, halves, released) -> None:
     write(halves, tmp_path / "published")
-    tokenizer, weights = take_image_tokenizer(tmp_path / "published", torch.device("cpu"))
+    tokenizer, weights = load_dvae_input(tmp_path / "published", torch.device("cpu"))
     assert weights == weights_hash(tokenizer)
     pixels = torch.rand(1, 3, 32, 32)
     expected = halves["encoder"](released.map_pixels(pixels)).argmax(dim=1).flatten(1)

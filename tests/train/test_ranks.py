@@ -90,12 +90,12 @@ def test_broken_samples_are_replaced_by_the_same_ones_and_each_process_names_wha
     alone, parts, named = loaded(pairs), [], []
     for rank in range(2):
         task = StepOfPairs(pairs, BATCH, SEED, "dvae", Listed(), rank=rank, world=2)
-        with PairsLoader(task, STEPS, log=tmp_path / "skipped.jsonl") as batches:
+        with PairsLoader(task, STEPS, log=tmp_path / "bad_samples.jsonl") as batches:
             parts.append([batches(step) for step in range(STEPS)])
             named.append(batches.skipped.counts)
     assert joined(parts) == alone
     assert [counts["broken row"] for counts in named] == [1, 0]  # what opening found is told once
-    texts = [(tmp_path / name).read_text() for name in ("skipped.jsonl", "skipped-1.jsonl")]
+    texts = [(tmp_path / name).read_text() for name in ("bad_samples.jsonl", "bad_samples-1.jsonl")]
     assert [text.count("pairs.csv:14") for text in texts] == [1, 0]
     assert all(any(f"p{number:03}.png" in text for text in texts) for number in (2, 7))
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle.commands.encode_images import take_image_tokenizer
 from dalle.evals.reconstruction import run as evaluate_dvae
 from dalle.hub.registry import weights_hash
 from dalle.pretrained.family import DetectedCheckpoint, compare_keys, meta_init
@@ -15,6 +14,7 @@ from dalle.pretrained.load import detect_checkpoint, load_image_tokenizer
 from dalle.pretrained.rudalle.vqgan_dwt import FAMILY as FAMILY_OF_WAVELETS
 from dalle.pretrained.rudalle.vqgan_dwt import InverseWavelets
 from dalle.pretrained.vqgan import GUMBEL, TAMING
+from dalle.runs.inputs import load_dvae_input
 from dalle.types import ImageTokenizer
 from dalle.vqgan import VQGAN, VQGANConfig
 from tests.helpers.vqgan_reference import (
@@ -227,7 +227,7 @@ def test_the_published_gumbel_is_recognized() -> None:
 
 def test_the_encode_stage_takes_one(tmp_path: Path) -> None:
     torch.save({"state_dict": make_state(names_of_taming)}, tmp_path / "last.ckpt")
-    tokenizer, weights = take_image_tokenizer(tmp_path / "last.ckpt", torch.device("cpu"))
+    tokenizer, weights = load_dvae_input(tmp_path / "last.ckpt", torch.device("cpu"))
     assert weights == weights_hash(tokenizer)
     assert tokenizer.encode(PIXELS).shape == (2, 24)
 

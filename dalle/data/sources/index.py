@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dalle.types import BadSample
 
-FORMAT = 2
+FORMAT = 1
 """Raised when what an index holds changes."""
 FOLDER = ".dalle-index"
 TRIES = 5

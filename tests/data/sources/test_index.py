@@ -19,7 +19,7 @@ def opening(path: Path, start, out) -> None:
     for number in range(ROUNDS):
         start.wait(60)
         try:
-            source = open_source(path, cache=path.parent / f"index-{number}")
+            source = open_source(path, index_dir=path.parent / f"index-{number}")
             said = (
                 source.hash,
                 [source.captions(i)[0] for i in range(len(source))],
@@ -36,7 +36,7 @@ def opening(path: Path, start, out) -> None:
 def test_processes_that_index_a_set_at_once_end_with_one_index(tmp_path, form, damaged):
     (tmp_path / "set").mkdir()
     path = form(tmp_path / "set")
-    source = open_source(path, cache=tmp_path / "first")
+    source = open_source(path, index_dir=tmp_path / "first")
     if damaged:
         for number in range(ROUNDS):
             folder = path.parent / f"index-{number}" / source._index.folder.name

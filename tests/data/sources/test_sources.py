@@ -325,7 +325,7 @@ def test_the_images_of_a_table_may_lie_elsewhere(tmp_path):
     os.rename(tmp_path / "pairs.csv", tmp_path / "lists" / "pairs.csv")
     with pytest.raises(BadSampleError, match=r"images/p000\.png: missing twin"):
         open_source(tmp_path / "lists" / "pairs.csv").read(0)
-    assert level(open_source(tmp_path / "lists" / "pairs.csv", images=tmp_path).read(5).image) == 5
+    assert level(open_source(tmp_path / "lists" / "pairs.csv", image_root=tmp_path).read(5).image) == 5
 
 
 def test_rows_of_the_same_image_fall_into_the_same_part(tmp_path):
@@ -626,15 +626,15 @@ def indexes(place: Path) -> list[str]:
 
 def test_an_index_is_built_once_and_again_when_the_files_change(tmp_path, monkeypatch):
     one_tar(tmp_path)
-    first = open_source(tmp_path / "all.tar", cache=tmp_path / "index")
+    first = open_source(tmp_path / "all.tar", index_dir=tmp_path / "index")
     [name] = indexes(tmp_path / "index")
     before = (tmp_path / "index" / name / "meta.json").stat().st_mtime_ns
-    open_source(tmp_path / "all.tar", cache=tmp_path / "index")
+    open_source(tmp_path / "all.tar", index_dir=tmp_path / "index")
     assert (tmp_path / "index" / name / "meta.json").stat().st_mtime_ns == before
     write_tar(tmp_path / "all.tar", pair("only", 1))
-    assert len(open_source(tmp_path / "all.tar", cache=tmp_path / "index")) == 1
+    assert len(open_source(tmp_path / "all.tar", index_dir=tmp_path / "index")) == 1
     assert len(indexes(tmp_path / "index")) == 2
-    assert first.hash != open_source(tmp_path / "all.tar", cache=tmp_path / "index").hash
+    assert first.hash != open_source(tmp_path / "all.tar", index_dir=tmp_path / "index").hash
 
 
 def test_the_hash_names_the_data_not_their_place_or_time(tmp_path):
@@ -647,10 +647,10 @@ def test_the_hash_names_the_data_not_their_place_or_time(tmp_path):
 @pytest.mark.parametrize("name", ["samples.bin", "text.bin", "meta.json"])
 def test_a_damaged_index_is_built_again(tmp_path, name):
     one_tar(tmp_path)
-    open_source(tmp_path / "all.tar", cache=tmp_path / "index")
+    open_source(tmp_path / "all.tar", index_dir=tmp_path / "index")
     [folder] = (tmp_path / "index").iterdir()
     (folder / name).write_bytes((folder / name).read_bytes()[:-7])
-    source = open_source(tmp_path / "all.tar", cache=tmp_path / "index")
+    source = open_source(tmp_path / "all.tar", index_dir=tmp_path / "index")
     assert [source.captions(i) for i in range(COUNT)] == [caption(i) for i in range(COUNT)]
 
 
@@ -661,7 +661,7 @@ def test_an_index_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     one_tar(tmp_path)
     monkeypatch.setattr("dalle.data.sources.webdataset.scan_tar", failing)
     with pytest.raises(KeyboardInterrupt):
-        open_source(tmp_path / "all.tar", cache=tmp_path / "index")
+        open_source(tmp_path / "all.tar", index_dir=tmp_path / "index")
     assert indexes(tmp_path / "index") == []
 
 
@@ -684,7 +684,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"cannot write an index to .*file .*; give another --data.index-dir"
     ):
-        open_source(tmp_path / "all.tar", cache=tmp_path / "file")
+        open_source(tmp_path / "all.tar", index_dir=tmp_path / "file")
 
 
 def test_many_tars_are_indexed_by_several_processes(tmp_path):

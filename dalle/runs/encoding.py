@@ -1,0 +1,177 @@
+"""Encoding of a dataset into a token cache (paper section 2.2): shards of this process, images read by workers."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle.commands.encode_images import EncodeImagesArgs
+from dalle.commands.train_dvae import EncodeConfig
+from dalle.config import resume_fingerprint
+from dalle.data import Loader, TokenCache, open_dataset
+from dalle.data.bad_samples import BadSampleLog
+from dalle.data.dataloader import worker_count
+from dalle.data.token_cache import TokenCacheSpec
+from dalle.data.token_writer import TokenWriter
+from dalle.io.files import make_directory
+from dalle.runs.inputs import load_dvae_input
+from dalle.train.precision import autocast, local_device, resolve_precision
+from dalle.types import CaptionedImages, ImageTextBatch, ImageTokenizer, check_tokens
+
+TRANSFORM = 1
+"""Version of crop and resize; part of the cache's key."""
+
+
+def encode(args: EncodeImagesArgs, out: Path) -> tuple[TokenCache | None, BadSampleLog, str]:
+    """Encodes the missing shards of this process.
+
+    Returns the cache (None while shards of other parts are missing), the bad samples, and "part i of n".
+    """
+    make_directory(out.parent)
+    part, parts = resolve_part(args.encode)
+    device = local_device(args.device)
+    tokenizer, weights = load_dvae_input(args.dvae, device)
+    dataset = open_dataset(args.data)
+    encoder = Encoder(tokenizer, dataset, args, device)
+    writer = TokenWriter(out, encoder.spec(weights), part, parts)
+    log = out / (f"bad_samples-{part}.jsonl" if parts > 1 else "bad_samples.jsonl")
+    opening = getattr(dataset, "skipped", ())
+    bad_samples = BadSampleLog(log, dataset.size, opening, args.data.max_bad_fraction)
+    for shard, arrays in encoder.shards(writer, bad_samples):
+        writer.write(shard, *arrays)
+    return writer.finish(), bad_samples, f"part {part} of {parts}"
+
+
+def resolve_part(config: EncodeConfig) -> tuple[int, int]:
+    """(part, parts) of this process: as configured, else torchrun's RANK and WORLD_SIZE, else (0, 1)."""
+    if (config.part is None) != (config.parts is None):
+        raise ValueError("give both --encode.part and --encode.parts, or neither")
+    if config.part is not None:
+        return config.part, config.parts
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@dataclass(frozen=True)
+class ShardReader:
+    """Step -> one crop of one batch of a shard, for the workers; steps go on from shard to shard."""
+
+    dataset: CaptionedImages
+    spec: TokenCacheSpec
+    shards: tuple[int, ...]
+    batch_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        last = len(self.spec.numbers(self.shards[-1])) if self.shards else 0  # it may be short
+        return max(0, len(self.shards) - 1) * self._steps(self.spec.shard) + self._steps(last)
+
+    def _steps(self, images: int) -> int:
+        return -(-images // self.batch_size) * self.spec.crops
+
+    def batches(self, shard: int) -> list[range]:
+        """The images of a shard, batch by batch."""
+        numbers = self.spec.numbers(shard)
+        return [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
+
+    def __call__(self, step: int) -> ImageTextBatch:
+        shard, within = divmod(step, self._steps(self.spec.shard))
+        batch, crop = divmod(within, self.spec.crops)
+        samples = [(crop, number) for number in self.batches(self.shards[shard])[batch]]
+        return self.dataset.load(samples, "transformer", self.seed)
+
+
+class Encoder:
+    """Encodes the images of a dataset with any image tokenizer."""
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        dataset: CaptionedImages,
+        args: EncodeImagesArgs,
+        device: torch.device,
+    ):
+        self.tokenizer, self.dataset, self.args, self.device = tokenizer, dataset, args, device
+        self.precision = resolve_precision(args.encode.precision, device)
+        self.crops = 1 if dataset.size is None else args.encode.crops
+        self.side, rest = divmod(args.data.resolution, tokenizer.downsample_factor)
+        if rest:
+            raise ValueError(
+                f"data.resolution {args.data.resolution} is no multiple of {tokenizer.downsample_factor}, "
+                "the pixels on a side of a token; change it"
+            )
+
+    def spec(self, weights: str) -> TokenCacheSpec:
+        """Everything that the tokens depend on."""
+        config = self.args.encode
+        data = resume_fingerprint(self.args.data)
+        for name in ("path", "image_root", "val_path"):
+            del data[name]  # the hash of the dataset identifies the images, wherever they are
+        return TokenCacheSpec(
+            dvae=weights,
+            data=self.dataset.hash,
+            grid=(self.side, self.side),
+            vocab=self.tokenizer.vocab_size,
+            images=min(config.images, self.dataset.size or config.images),
+            crops=self.crops,
+            shard=config.shard,
+            transform={
+                "listing": 2,
+                "version": TRANSFORM,
+                "seed": self.args.seed,
+                "precision": self.precision,
+                "data": data,
+            },
+        )
+
+    def shards(self, writer: TokenWriter, bad_samples: BadSampleLog) -> Iterator[tuple[int, tuple]]:
+        """(shard, tokens, numbers and captions) of each missing shard, for `TokenWriter.write`."""
+        data, spec, missing = self.args.data, writer.plan, writer.missing()
+        reader = ShardReader(self.dataset, spec, tuple(missing), self.args.encode.batch_size, self.args.seed)
+        done = [shard for shard in writer.own() if shard not in set(missing)]
+        seen = sum(len(spec.numbers(shard)) for shard in done)
+        total = seen + sum(len(spec.numbers(shard)) for shard in missing)
+        step = 0
+        with (
+            tqdm(total=total, initial=seen, desc="tokens", unit="image", disable=None) as bar,
+            Loader(reader, len(reader), worker_count(data.workers, self.dataset.size), data.prefetch) as load,
+        ):
+            for shard in missing:
+                tokens: dict[int, dict[int, np.ndarray]] = {}  # image -> crop -> tokens
+                captions: dict[int, list[str]] = {}
+                for numbers in reader.batches(shard):
+                    seen += len(numbers)
+                    for crop in range(self.crops):
+                        batch = load(step)
+                        rows = self._encode(batch).numpy().astype(np.uint16)
+                        for (_, number), row, texts in zip(batch.samples, rows, batch.captions, strict=True):
+                            tokens.setdefault(number, {})[crop] = row
+                            captions[number] = texts
+                        bad_samples.add(batch.skipped, len(done) + step, seen)
+                        step += 1
+                    bar.update(len(numbers))
+                yield shard, self._complete(tokens, captions)
+
+    def _complete(self, tokens: dict[int, dict[int, np.ndarray]], captions: dict[int, list[str]]) -> tuple:
+        """Tokens uint16 (n, crops, length), numbers and captions of the images that have every crop."""
+        numbers = [number for number in sorted(tokens) if len(tokens[number]) == self.crops]
+        rows = [[tokens[number][crop] for crop in range(self.crops)] for number in numbers]
+        array = np.array(rows, np.uint16).reshape(len(numbers), self.crops, self.side**2)
+        return array, numbers, [captions[number] for number in numbers]
+
+    def _encode(self, batch: ImageTextBatch) -> Tensor:
+        """int64 (B, rows * columns)."""
+        expected = (len(batch.samples), self.side**2)
+        if not batch.samples:
+            return torch.zeros(expected, dtype=torch.int64)
+        pixels = torch.from_numpy(batch.pixels).to(self.device, memory_format=torch.channels_last)
+        with torch.inference_mode(), autocast(self.precision, self.device):
+            tokens = self.tokenizer.encode(pixels)
+        if tokens.shape != expected:
+            raise ValueError(f"the image tokenizer gave {tuple(tokens.shape)} tokens, expected {expected}")
+        check_tokens(tokens, self.tokenizer.vocab_size, "image tokens")
+        return tokens.cpu()
