@@ -17,17 +17,14 @@ tokens: start-of-text counts among the 256, as Figure 10 draws it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dalle.lazy import LazyModule
 from dalle.types import check_tokens
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-else:
-    torch = LazyModule("torch")
 
 
 @dataclass(frozen=True)
@@ -45,68 +42,55 @@ class TokenLayout:
     grid: int | tuple[int, int] = 32
     text_vocab: int = 16384
     image_vocab: int = 8192
+    rows: int = field(init=False)
+    """Rows of image tokens."""
+    columns: int = field(init=False)
+    """Columns of image tokens."""
+    num_image_tokens: int = field(init=False)
+    """Image positions."""
+    seq_len: int = field(init=False)
+    """N, all positions."""
+    max_caption_len: int = field(init=False)
+    """Most tokens of a caption."""
+    image_offset: int = field(init=False)
+    """Joint id of image code 0."""
+    vocab: int = field(init=False)
+    """V, what the model predicts over."""
+    start_of_text: int = field(init=False)
+    """Input id of position 0."""
+    start_of_image: int = field(init=False)
+    """Input id of the first image position."""
+    embedding_size: int = field(init=False)
+    """What the model reads: the joint vocabulary and the two starts."""
 
     def __post_init__(self):
-        if isinstance(self.grid, int):
-            object.__setattr__(self, "grid", (self.grid, self.grid))
-        if len(self.grid) != 2 or min(self.grid) < 1:
-            raise ValueError(f"grid must be (rows, columns), both positive, got {self.grid}")
+        grid = (self.grid, self.grid) if isinstance(self.grid, int) else self.grid
+        if len(grid) != 2 or min(grid) < 1:
+            raise ValueError(f"grid must be (rows, columns), both positive, got {grid}")
         if self.text_len < 2:
             raise ValueError(
                 f"text_len must be at least 2 (start-of-text and one token), got {self.text_len}"
             )
         if min(self.text_vocab, self.image_vocab) < 1:
             raise ValueError(f"vocabularies must be positive, got {self.text_vocab} and {self.image_vocab}")
-
-    @property
-    def rows(self) -> int:
-        """Rows of image tokens."""
-        return self.grid[0]
-
-    @property
-    def columns(self) -> int:
-        """Columns of image tokens."""
-        return self.grid[1]
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Image slots."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def seq_len(self) -> int:
-        """N, all slots."""
-        return self.text_len + self.grid[0] * self.grid[1]
-
-    @property
-    def max_caption_len(self) -> int:
-        """Most tokens of a caption."""
-        return self.text_len - 1
-
-    @property
-    def image_offset(self) -> int:
-        """Joint id of image code 0."""
-        return self.text_vocab + self.text_len
-
-    @property
-    def vocab(self) -> int:
-        """V, what the model predicts over."""
-        return self.image_offset + self.image_vocab
-
-    @property
-    def start_of_text(self) -> int:
-        """Input id of slot 0."""
-        return self.vocab
-
-    @property
-    def start_of_image(self) -> int:
-        """Input id of the first image slot."""
-        return self.vocab + 1
-
-    @property
-    def embedding_size(self) -> int:
-        """What the model reads: the joint vocabulary and the two starts."""
-        return self.vocab + 2
+        rows, columns = grid
+        image_offset = self.text_vocab + self.text_len
+        vocab = image_offset + self.image_vocab
+        derived = {
+            "grid": grid,
+            "rows": rows,
+            "columns": columns,
+            "num_image_tokens": rows * columns,
+            "seq_len": self.text_len + rows * columns,
+            "max_caption_len": self.text_len - 1,
+            "image_offset": image_offset,
+            "vocab": vocab,
+            "start_of_text": vocab,
+            "start_of_image": vocab + 1,
+            "embedding_size": vocab + 2,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def pad_text(self, captions: Sequence[Sequence[int]], truncate: bool = False) -> Tensor:
         """Text ids of captions -> text_tokens int64 (B, T), filled up with each position's pad.
@@ -114,6 +98,8 @@ class TokenLayout:
         Raises:
             ValueError: an id outside the vocabulary, or more than `max_caption_len` ids without `truncate`.
         """
+        import torch
+
         tokens = self.text_vocab + torch.arange(self.text_len).repeat(len(captions), 1)
         for row, ids in enumerate(captions):
             if len(ids) > self.max_caption_len and not truncate:
@@ -129,6 +115,8 @@ class TokenLayout:
 
     def pack(self, text_tokens: Tensor, image_tokens: Tensor) -> Tensor:
         """text_tokens (B, T) and image_tokens (B, n) -> joint ids (B, T + n); n may stop short."""
+        import torch
+
         if text_tokens.shape[1] != self.text_len or image_tokens.shape[1] > self.num_image_tokens:
             raise ValueError(
                 f"expected ({self.text_len}) text tokens and at most {self.num_image_tokens} "
@@ -145,6 +133,8 @@ class TokenLayout:
 
     def shift(self, ids: Tensor) -> Tensor:
         """What each slot reads: joint ids (B, n) -> input ids (B, min(n + 1, N))."""
+        import torch
+
         start = ids.new_full((len(ids), 1), self.start_of_text)
         inputs = torch.cat([start, ids], dim=1)[:, : self.seq_len]
         inputs[:, self.text_len : self.text_len + 1] = self.start_of_image
@@ -156,6 +146,8 @@ class TokenLayout:
         Every image token; every caption token and the first pad, which says that the caption ends.
         Later pads follow from the first and are left out (the paper is silent).
         """
+        import torch
+
         text, image = self.unpack(ids)
         is_pad = text >= self.text_vocab
         first_pad = is_pad & (is_pad.cumsum(dim=1) == 1)
@@ -163,6 +155,8 @@ class TokenLayout:
 
     def allowed_text(self, device: torch.device | None = None) -> Tensor:
         """bool (T, text_vocab + T): text ids anywhere, a pad only at its own position."""
+        import torch
+
         words = torch.ones(self.text_len, self.text_vocab, dtype=torch.bool, device=device)
         pads = torch.eye(self.text_len, dtype=torch.bool, device=device)
         return torch.cat([words, pads], dim=1)

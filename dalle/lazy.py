@@ -1,4 +1,4 @@
-"""Lazy imports: names of a package, and modules as heavy as torch, are loaded when they are first used.
+"""Lazy exports: the names of a package are imported when they are first used.
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, {"DVAE": "model", "DVAEConfig": "config"})
 """
@@ -6,7 +6,6 @@ __getattr__, __dir__, __all__ = lazy_exports(__name__, {"DVAE": "model", "DVAECo
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
 
 
 def lazy_exports(package: str, homes: dict[str, str]) -> tuple[Callable, Callable, list[str]]:
@@ -27,13 +26,3 @@ def lazy_exports(package: str, homes: dict[str, str]) -> tuple[Callable, Callabl
         return value
 
     return get, lambda: sorted({*vars(sys.modules[package]), *homes}), sorted(homes)
-
-
-class LazyModule:
-    """A module imported at its first use: `torch = LazyModule("torch")` keeps torch out of `--help`."""
-
-    def __init__(self, name: str):
-        self._name = name
-
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(import_module(self._name), attribute)

@@ -16,15 +16,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dalle.layout import TokenLayout
-from dalle.lazy import LazyModule
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     MaskFn = Callable[[Tensor, Tensor], Tensor]
-else:
-    torch = LazyModule("torch")
 
 KINDS = ("row", "column", "conv", "causal")
 
@@ -66,6 +62,8 @@ def visible(kind: str, layout: TokenLayout, kernel: int = 11) -> MaskFn:
 
 def dense_mask(kind: str, layout: TokenLayout, kernel: int = 11) -> Tensor:
     """bool (N, N), True = visible, raster order; row q is what slot q sees."""
+    import torch
+
     slots = torch.arange(layout.seq_len)
     return visible(kind, layout, kernel)(slots[:, None], slots[None, :])
 

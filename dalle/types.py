@@ -13,14 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from dalle.lazy import LazyModule
-
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor
-else:
-    torch = LazyModule("torch")
 
 
 @dataclass
@@ -243,12 +239,12 @@ def check_images(pixels: Tensor, multiple_of: int = 1) -> None:
             f"image sides must be multiples of {multiple_of}, got {tuple(pixels.shape[2:])}; crop or resize "
             "first"
         )
-    low, high = pixels.detach().aminmax()
-    if not (torch.isfinite(low) and torch.isfinite(high)):
+    low, high = map(float, pixels.detach().aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("pixels hold NaN or infinite values")
     if low < -1e-3 or high > 1 + 1e-3:
         hint = "divide by 255" if high > 2 else "map [-1, 1] by (x + 1) / 2" if low < 0 else "clamp to [0, 1]"
-        raise ValueError(f"pixels must lie in [0, 1], got [{float(low):.3g}, {float(high):.3g}]; {hint}")
+        raise ValueError(f"pixels must lie in [0, 1], got [{low:.3g}, {high:.3g}]; {hint}")
 
 
 def token_grid(tokens: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -265,7 +261,7 @@ def token_grid(tokens: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
 
 def check_tokens(tokens: Tensor, vocab_size: int, name: str = "tokens") -> None:
     """ValueError, naming position and value, unless tokens are int64 (B, N) in [0, vocab_size)."""
-    if tokens.ndim != 2 or tokens.dtype != torch.int64:
+    if tokens.ndim != 2 or str(tokens.dtype) != "torch.int64":
         raise ValueError(f"{name} must be int64 (B, N), got {tokens.dtype} {tuple(tokens.shape)}")
     bad = (tokens < 0) | (tokens >= vocab_size)
     if bad.any():

@@ -291,7 +291,7 @@ SMALL = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_layer_reaches_exactly_what_its_mask_shows(monkeypatch, kind, backend):
     monkeypatch.setattr(OneKind, "kind", kind)
-    model = lively(OneKind(depth=1, backend=backend, **SMALL))
+    model = lively(OneKind(depth=1, attention_backend=backend, **SMALL))
     assert torch.equal(reach(model, TOY.seq_len), dense_mask(kind, TOY, kernel=3))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dalle.benchmarks.common import hardware, print_results, save_report, seconds_of
 from dalle.benchmarks.config import AttentionBenchmark
-from dalle.nn.attention import attend_with, auto_backend, resolve_backend, uses_column_major
+from dalle.nn.attention import attend_with, resolve_backend, uses_column_major
 from dalle.nn.sparse_mask import SparseMask
 from dalle.train.precision import DTYPES, resolve_device, resolve_precision
 
@@ -48,11 +48,15 @@ def benchmark_attention(args: AttentionBenchmark) -> dict[str, Any]:
         }
         for backend in totals[0]
     }
+    auto = {
+        kind: resolve_backend("auto", SparseMask(kind, config.layout, config.conv_kernel), shape[3], device, config.head_dim)
+        for kind in counts
+    }
     report = {
         "results": results,
         "seconds_per_layer": {" ".join(key): median(times[key] for times in rounds) for key in layers},
         "layers": dict(counts),
-        "auto_backend": {kind: auto_backend(kind, device) for kind in counts},
+        "auto_backend": auto,
         "shape": dict(zip(("batch", "heads", "positions", "head_dim"), shape[1:], strict=True)),
         "precision": precision,
         "hardware": hardware(device),

@@ -9,7 +9,7 @@ from dalle.dvae import DVAEConfig
 from dalle.train.config import Precision
 from dalle.transformer.config import SIZES, TransformerConfig
 
-BACKENDS = ("auto", "dense", "sdpa", "blocks", "flex")
+BACKENDS = ("auto", "dense", "sdpa", "window", "flex")
 MIX = ("axial_row", "axial_col", "axial_row", "axial_row")
 """The layers of DALLE-pytorch that are nearest to the paper's row and column attention."""
 
@@ -55,7 +55,7 @@ def check_backends(backends: tuple[str, ...], known: tuple[str, ...]) -> None:
 class TrainBenchmark(BenchmarkArgs):
     """Times training steps of a transformer on random tokens."""
 
-    backends: tuple[str, ...] = ("dense", "sdpa", "blocks")
+    backends: tuple[str, ...] = ("dense", "sdpa", "window")
     """Attention backends to compare (also flex, auto, and causal: without sparse layers); ratios are to the
     first."""
     baseline: Literal["none", "dalle-pytorch"] = "none"
@@ -127,7 +127,7 @@ class AttentionBenchmark(BenchmarkArgs):
 
     model: TransformerConfig = TransformerConfig()
     """Layer kinds, head width and lengths; the paper's 64 layers by default."""
-    backends: tuple[str, ...] = ("auto", "sdpa", "blocks")
+    backends: tuple[str, ...] = ("auto", "sdpa", "window")
     """Attention backends (also dense, flex)."""
     batch_size: int = 1
     """Sequences."""

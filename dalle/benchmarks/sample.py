@@ -15,7 +15,6 @@ from torch import Tensor
 from dalle.benchmarks.common import hardware, print_results, save_report, seconds_of
 from dalle.benchmarks.config import SampleBenchmark
 from dalle.benchmarks.dalle_pytorch import DallePytorchSampler
-from dalle.nn.int8 import weight_like
 from dalle.train.loggers import peak_memory
 from dalle.train.precision import DTYPES, resolve_device, resolve_precision
 from dalle.transformer import Transformer
@@ -70,7 +69,7 @@ def benchmark_sampling(args: SampleBenchmark) -> dict[str, Any]:
 def _time_batch(args: SampleBenchmark, model: Transformer, batch: int, bandwidth: float) -> dict[str, Any]:
     """The caption and the first token (with --graph also the second, which records it) apart from the other
     steps."""
-    weight, layout = weight_like(model.layers[0].mlp.f.expand), model.layout
+    weight, layout = model.layers[0].mlp.f.expand.weight, model.layout
     device, image_tokens = weight.device, layout.num_image_tokens
     text = layout.pad_text([list(range(min(20, layout.max_caption_len)))]).to(device)
     noise = torch.rand(1, batch, image_tokens, dtype=torch.float64)

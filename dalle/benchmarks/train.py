@@ -77,7 +77,11 @@ class TransformerStep:
     """Our transformer with its optimizer; a call is one training step."""
 
     def __init__(self, args: TrainBenchmark, backend: str, device: torch.device, precision: str):
-        changes = {"sparse": False, "backend": "auto"} if backend == "causal" else {"backend": backend}
+        changes = (
+            {"sparse": False, "attention_backend": "auto"}
+            if backend == "causal"
+            else {"attention_backend": backend}
+        )
         config = replace(args.config, **changes)
         self.step = Stepper("transformer", config, TransformerObjective(), device, precision, args.compile)
         self.flops = args.batch_size * sum(training_flops(config).values())

@@ -72,6 +72,8 @@ class SampleArgs:
     out: Path | None = None
     """Directory for the images; by default a new one under runs/samples. Required with --prompts-file, where
     the same command resumes."""
+    log_likelihood: bool = False
+    """Also record the log-likelihood of the prompt and of each image: one more pass over every image."""
     save_pretrained: Path | None = None
     """Also write the joined models as a model directory here."""
     device: str = "auto"
@@ -167,7 +169,8 @@ def _sample_file(args: SampleArgs, model: DALLE, out: Path, group: Distributed) 
     from dalle.pipelines.sample_prompts import sample_prompts
     from dalle.train.precision import precision_label
 
-    facts = {"precision": precision_label(args.precision, args.int8, model.device)}
+    facts = {"log_likelihood": args.log_likelihood}
+    facts["precision"] = precision_label(args.precision, args.int8, model.device)
     if args.clip and args.clip.is_file():  # an external CLIP is not in the model's hash
         facts["clip"] = weights_hash(model.scorer.model)
     counts = (args.num_images, args.best_of, args.seed)
@@ -204,7 +207,7 @@ def _sample_prompt(args: SampleArgs, model: DALLE, out: Path, group: Distributed
     options["best_of"] = generation.num_generated
     options["precision"] = precision_label(args.precision, args.int8, model.device)
     make_directory(out)
-    write_sample(out, model, generation, options)
+    write_sample(out, model, generation, options, args.log_likelihood)
     note = f", interrupted at {generation.num_generated} of {args.best_of}" if generation.interrupted else ""
     print(f"{out}: {len(generation.images)} of {generation.num_generated} images for {args.prompt!r}{note}")
 

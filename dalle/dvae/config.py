@@ -33,7 +33,7 @@ class DVAEConfig:
         if self.downsample_factor not in [2**poolings for poolings in range(len(self.widths))]:
             raise ValueError(
                 f"downsample_factor must be a power of two up to {2 ** (len(self.widths) - 1)}, got "
-                f" {self.downsample_factor} with {len(self.widths)} groups; add a width or lower it"
+                f"{self.downsample_factor} with {len(self.widths)} groups; add a width or lower it"
             )
         if bad := [w for w in self.widths if w < 4 or w % 4]:
             raise ValueError(f"widths must be positive multiples of 4 (bottleneck = width / 4), got {bad[0]}")

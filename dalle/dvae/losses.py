@@ -13,17 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-EPSILON = 0.1  # A.3: pixels are mapped into (0.1, 0.9)
-
-
-def map_pixels(pixels: Tensor) -> Tensor:
-    """phi of A.3: [0, 1] -> [0.1, 0.9], inside the support of the logit-Laplace."""
-    return (1 - 2 * EPSILON) * pixels + EPSILON
-
-
-def unmap_pixels(mapped: Tensor) -> Tensor:
-    """phi^-1 of A.3, clamped to [0, 1]."""
-    return ((mapped - EPSILON) / (1 - 2 * EPSILON)).clamp(0, 1)
+from dalle.dvae.model import map_pixels
 
 
 def logit_laplace_log_prob(x: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.dvae.losses import gumbel_softmax, kl_loss, reconstruction_loss
-from dalle.dvae.model import DVAE
+from dalle.dvae.model import DVAE, unmap_pixels
 from dalle.io.images import image_grid, to_pil
 from dalle.types import FULL_BATCH, BatchShard
 
@@ -53,7 +53,7 @@ def dvae_scores(model: DVAE, pixels: Tensor, tau: float) -> tuple[dict[str, Tens
     (mu_soft, b_soft), (mu_hard, b_hard) = (
         model.reconstruct(codes) for codes in (gumbel_softmax(logits, tau), hard_codes)
     )
-    soft, hard = model.to_pixels(mu_soft), model.to_pixels(mu_hard)
+    soft, hard = unmap_pixels(mu_soft.sigmoid()), unmap_pixels(mu_hard.sigmoid())
     scores = {
         "recon_loss": reconstruction_loss(pixels, mu_soft, b_soft),
         "recon_loss_hard": reconstruction_loss(pixels, mu_hard, b_hard),

@@ -20,8 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.dvae.config import DVAEConfig
-from dalle.dvae.losses import map_pixels, unmap_pixels
 from dalle.types import check_images, check_tokens, token_grid
+
+EPSILON = 0.1  # A.3: pixels are mapped into (0.1, 0.9)
+
+
+def map_pixels(pixels: Tensor) -> Tensor:
+    """phi of A.3: [0, 1] -> [0.1, 0.9], inside the support of the logit-Laplace."""
+    return (1 - 2 * EPSILON) * pixels + EPSILON
+
+
+def unmap_pixels(mapped: Tensor) -> Tensor:
+    """phi^-1 of A.3, clamped to [0, 1]."""
+    return ((mapped - EPSILON) / (1 - 2 * EPSILON)).clamp(0, 1)
 
 
 class Conv2d(nn.Module):
@@ -124,15 +135,12 @@ class Decoder(nn.Module):
         self.min_log_scale = config.min_log_scale
 
     def forward(self, codes: Tensor) -> Tensor:
-        return self._after_codebook(self.blocks.input(codes))
-
-    def look_up(self, tokens: Tensor) -> Tensor:
-        """The same for tokens int64 (B, h, w), without making them one-hot."""
+        """Also tokens int64 (B, h, w), which are looked up without making them one-hot."""
         codebook = self.blocks.input
-        vectors = F.embedding(tokens, codebook.w[:, :, 0, 0].T) + codebook.b  # (B, h, w, D)
-        return self._after_codebook(vectors.movedim(-1, 1))
-
-    def _after_codebook(self, x: Tensor) -> Tensor:
+        if codes.is_floating_point():
+            x = codebook(codes)
+        else:
+            x = (F.embedding(codes, codebook.w[:, :, 0, 0].T) + codebook.b).movedim(-1, 1)  # (B, D, h, w)
         out = self.blocks[1:](x)
         if self.min_log_scale is None:
             return out
@@ -149,18 +157,12 @@ class DVAE(nn.Module):
     def __init__(self, config: DVAEConfig):
         super().__init__()
         self.config = config
+        self.downsample_factor = config.downsample_factor
+        """Pixels on a side of one token."""
+        self.vocab_size = config.vocab_size
+        """Number of codes."""
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-
-    @property
-    def downsample_factor(self) -> int:
-        """Pixels on a side of one token."""
-        return self.config.downsample_factor
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of codes."""
-        return self.config.vocab_size
 
     def fsdp_groups(self) -> list[list[nn.Module]]:
         """What sharded training gathers at once, in order of use: all in it is computed in 16 bit under
@@ -202,10 +204,5 @@ class DVAE(nn.Module):
         """
         check_tokens(tokens, self.vocab_size, "image_tokens")
         h, w = token_grid(tokens, grid)
-        mu, _ = self.decoder.look_up(tokens.view(-1, h, w)).float().chunk(2, dim=1)
-        return self.to_pixels(mu)
-
-    @staticmethod
-    def to_pixels(mu: Tensor) -> Tensor:
-        """phi^-1(sigmoid(mu)): the image of a location, in [0, 1] (A.3)."""
+        mu, _ = self.decoder(tokens.view(-1, h, w)).float().chunk(2, dim=1)
         return unmap_pixels(torch.sigmoid(mu))

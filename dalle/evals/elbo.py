@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from dalle.dvae import DVAE
-from dalle.dvae.losses import EPSILON
+from dalle.dvae.model import EPSILON
 from dalle.evals.running_mean import MeanMetric
 from dalle.transformer import Transformer
 from dalle.transformer.losses import log_likelihood
@@ -75,7 +75,7 @@ def run(
 def _parts(dvae: DVAE, transformer: Transformer, pixels: Tensor, text_tokens: Tensor, tokens: Tensor):
     """-ln p(x | z), -ln p(z | y), -ln p(y) of each pair."""
     grid = tuple(side // dvae.downsample_factor for side in pixels.shape[2:])
-    mu, log_b = dvae.decoder.look_up(tokens.view(-1, *grid)).double().chunk(2, dim=1)
+    mu, log_b = dvae.decoder(tokens.view(-1, *grid)).double().chunk(2, dim=1)
     image = -log_mass(pixels, mu, log_b).sum((1, 2, 3))
     text, image_tokens = log_likelihood(transformer, transformer.layout.pack(text_tokens, tokens))
     return {"image": image, "image_token": -image_tokens, "text": -text}

@@ -53,6 +53,6 @@ def run(
 
 def _likelihoods(model: DVAE, pixels: Tensor) -> dict[str, Tensor]:
     logits = model.codebook_logits(pixels)
-    mu, log_b = model.decoder.look_up(logits.argmax(1)).float().chunk(2, dim=1)
+    mu, log_b = model.decoder(logits.argmax(1)).float().chunk(2, dim=1)
     nats = [reconstruction_loss(*one) for one in zip(pixels, mu, log_b, strict=True)]
     return {"nats_per_pixel_value": torch.stack(nats), "kl": kl_to_uniform(logits).mean((1, 2))}

@@ -107,6 +107,6 @@ def generate_samples(
     sampling = SamplingConfig(temperature, batch_size=min(batch, len(texts) * best_of))
     with tqdm(total=len(texts) * best_of, desc="sampling", unit="image", disable=None) as bar:
         for step in model.steps(texts, best_of, best_of, seed, sampling):
-            bar.update(step.batch.count if step.ranked else 0)
+            bar.update(step.seen - bar.n)
     pixels = [torch.stack([c[3] for c in sorted(top.best, key=lambda c: c[1])]) for top in step.top]
     return ShapesSamples(list(texts), torch.stack(pixels), [top.best[0][1] for top in step.top])

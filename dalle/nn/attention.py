@@ -2,7 +2,7 @@
 
     dense    the softmax over all keys written out, the reference
     sdpa     torch's fused kernel, with a mask or causal
-    blocks   scores only where a kind can see: the text, and the rows above or the own column
+    window   scores only where a kind can see: the text, and the rows above or the own column
     flex     FlexAttention over blocks of visible pairs (dalle/nn/flex_attention.py); gradients on CUDA only
     auto     one of these, by `auto_backend`
 
@@ -37,7 +37,7 @@ def attend(
     Args:
         q, k, v: (B, H, Q, d), of the first Q slots.
         pattern: the kind of the layer.
-        backend: one of ATTENTION_BACKENDS; "blocks" and "flex" need the whole stream, its beginning takes
+        backend: one of ATTENTION_BACKENDS; "window" and "flex" need the whole stream, its beginning takes
             "dense" and "sdpa".
         transposed: q, k, v and the result are `pattern.to_column_major`; so "flex" wants its column layers.
 
@@ -62,8 +62,8 @@ def attend_with(
             else (pattern.to_column_major, pattern.to_row_major)
         )
         return back(attend_with(backend, there(q), there(k), there(v), pattern, not transposed))
-    if backend == "blocks":
-        return _by_blocks(q, k, v, pattern)
+    if backend == "window":
+        return _attend_window(q, k, v, pattern)
     if backend == "flex":
         return flex_attend(q, k, v, pattern)
     if backend == "sdpa" and pattern.kind == "causal":
@@ -77,8 +77,11 @@ def attend_with(
 def resolve_backend(
     backend: str, pattern: SparseMask, queries: int, device: torch.device, head_dim: int
 ) -> str:
-    """The backend for a number of queries: "auto" by `auto_backend`, the beginning of a stream by dense or
-    sdpa.
+    """The backend for a number of queries.
+
+    "auto" is torch's fused causal kernel for causal layers; for sparse layers on a CPU "window", the fastest
+    measured there (docs/log.md), elsewhere torch's kernel under a mask. The beginning of a sequence, with fewer
+    queries than positions, is computed by "dense" or "sdpa".
 
     Raises:
         ValueError: an unknown backend, or one that the device cannot run.
@@ -88,22 +91,12 @@ def resolve_backend(
             f"unknown attention backend {backend!r}; expected one of {', '.join(ATTENTION_BACKENDS)}"
         )
     if backend == "auto":
-        backend = auto_backend(pattern.kind, device)
+        backend = "window" if pattern.kind != "causal" and device.type == "cpu" else "sdpa"
     if backend == "flex" and (refusal := flex_refusal(device, head_dim)):
         raise ValueError(refusal)
     if queries < pattern.layout.seq_len:
-        return "dense" if backend in ("dense", "blocks") else "sdpa"
-    return "dense" if backend == "blocks" and pattern.kind == "causal" else backend
-
-
-def auto_backend(kind: str, device: torch.device) -> str:
-    """What "auto" takes for a whole stream.
-
-    Causal layers: torch's fused causal kernel. Sparse layers: on a CPU `blocks`, the fastest measured there
-    (docs/log.md); elsewhere torch's kernel under a mask, until `flex` and `blocks` have been measured on a
-    GPU.
-    """
-    return "blocks" if kind != "causal" and device.type == "cpu" else "sdpa"
+        return "dense" if backend in ("dense", "window") else "sdpa"
+    return "dense" if backend == "window" and pattern.kind == "causal" else backend
 
 
 def uses_column_major(backend: str, pattern: SparseMask) -> bool:
@@ -115,13 +108,13 @@ def build_mask(backend: str, pattern: SparseMask, device: torch.device) -> None:
     """Builds the mask that a resolved backend reads, so that compiled code finds it cached."""
     if backend == "flex":
         pattern.blocks(device)
-    elif backend == "blocks":
+    elif backend == "window":
         pattern.near(device)
     elif backend == "dense" or pattern.kind != "causal":
         pattern.dense(device)
 
 
-def _by_blocks(q: Tensor, k: Tensor, v: Tensor, pattern: SparseMask) -> Tensor:
+def _attend_window(q: Tensor, k: Tensor, v: Tensor, pattern: SparseMask) -> Tensor:
     text, shape = pattern.layout.text_len, q.shape
     text_k, text_v = k[:, :, :text], v[:, :, :text]
     text_out = F.scaled_dot_product_attention(q[:, :, :text], text_k, text_v, is_causal=True)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle.nn.attention import attend_with, uses_column_major
-from dalle.nn.int8 import weight_like
-from dalle.nn.kv_cache import KVCache, scale_query
+from dalle.nn.kv_cache import KVCache
 from dalle.nn.sparse_mask import SparseMask
 
 
@@ -52,7 +51,7 @@ class Attention(nn.Module):
         """x (B, D) of one image slot of every stream; what came before is in the cache."""
         shape = {"c": cache.captions, "h": self.heads, "three": 3}
         q, k, v = rearrange(self.qkv(x), "(c n) (three h d) -> three (c h) n d", **shape)
-        mixed = cache.attend(scale_query(q), k, v, slot)
+        mixed = cache.attend(q, k, v, slot)
         return self.out(rearrange(mixed, "(c h) n d -> (c n) (h d)", h=self.heads))
 
 
@@ -109,8 +108,8 @@ class TransformerBlock(nn.Module):
     def step(self, x: Tensor, cache: KVCache, slot: int | Tensor) -> Tensor:
         """One image slot of every stream (B, D), computed in the number format of the matrices."""
         attention, mlp = self.attention.f, self.mlp.f
-        x = x + attention.step(self.attention.norm(x).to(weight_like(attention.qkv).dtype), cache, slot)
-        return x + mlp(self.mlp.norm(x).to(weight_like(mlp.expand).dtype))
+        x = x + attention.step(self.attention.norm(x).to(attention.qkv.weight.dtype), cache, slot)
+        return x + mlp(self.mlp.norm(x).to(mlp.expand.weight.dtype))
 
 
 class _ScaleGradient(torch.autograd.Function):

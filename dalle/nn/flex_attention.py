@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from dalle.nn.sparse_mask import SparseMask
 
 NARROWEST = 16  # head width of the kernel on CUDA
-REMEDY = "set model.backend to auto, blocks, sdpa or dense"
+REMEDY = "set model.attention_backend to auto, window, sdpa or dense"
 
 
 def flex_attend(q: Tensor, k: Tensor, v: Tensor, pattern: SparseMask) -> Tensor:

@@ -31,24 +31,19 @@ class Int8Linear(nn.Module):
         codes = (weight / scale.float()[:, None]).round().clamp(-LARGEST, LARGEST)
         self.register_buffer("codes", codes.to(torch.int8))
         self.register_buffer("scale", scale)
-        self.register_buffer("like", linear.weight.new_empty(0))
+        self.register_buffer(
+            "weight", linear.weight.new_empty(0)
+        )  # device and dtype of results, as nn.Linear's
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., inputs) -> (..., outputs), in the layer's number format."""
-        product = int8_linear(x.to(self.like.dtype), self)
+        product = int8_linear(x.to(self.weight.dtype), self)
         return product if self.bias is None else product + self.bias
 
 
-def weight_like(linear: nn.Linear | Int8Linear) -> Tensor:
-    """A tensor of the device and the number format that a linear layer computes on and in."""
-    return linear.like if isinstance(linear, Int8Linear) else linear.weight
-
-
-def int8_linear(x: Tensor, linear: nn.Linear | Int8Linear, rows: slice = slice(None)) -> Tensor:
+def int8_linear(x: Tensor, linear: Int8Linear, rows: slice = slice(None)) -> Tensor:
     """x (..., inputs) by some rows of a layer's matrix, without its bias, in the number format of x."""
-    if isinstance(linear, nn.Linear):
-        return F.linear(x, linear.weight[rows].to(x.dtype))
     codes, scale = linear.codes[rows], linear.scale[rows]
     if x.device.type == "cpu" and x.shape[:-1].numel() <= MAX_GEMV_ROWS and x.shape[-1] % ALIGNMENT == 0:
         product = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16().contiguous(), codes, scale)

@@ -104,13 +104,14 @@ class KVCache:
         """Stores the key and value of an image position and attends to all it sees, in one softmax.
 
         Args:
-            q, k, v: (C H, n, d) at that position; q already divided by sqrt(d).
+            q, k, v: (C H, n, d) at that position.
             position: an int reads only what is seen; a tensor (1,) on the device has the same shapes at every
                 position, as compiled code and CUDA graphs need.
 
         Returns:
             (C H, n, d).
         """
+        q = q / math.sqrt(q.shape[-1])
         self._write(k.flatten(0, 1), v.flatten(0, 1), position)
         keys, values, bias = self._read(position)  # (C H n, P, d) twice, (P,)
         to_text = q @ self.text[0].transpose(1, 2)  # (C H, n, T)
@@ -145,8 +146,3 @@ def kv_cache_bytes(caches: list[KVCache]) -> tuple[int, int]:
     """Measured memory of caches: per caption, and per candidate."""
     text = sum(cache.text.nbytes // cache.captions for cache in caches)
     return text, sum(cache.image.nbytes // (cache.captions * cache.candidates) for cache in caches)
-
-
-def scale_query(q: Tensor) -> Tensor:
-    """Queries divided by sqrt(d), as `KVCache.attend` expects them."""
-    return q / math.sqrt(q.shape[-1])

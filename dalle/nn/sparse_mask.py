@@ -7,9 +7,6 @@ for the device it was asked for, so a model that never needs a mask of all N x N
     G groups of M image slots that share their L near keys
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -36,30 +33,30 @@ class SparseMask:
         visible(kind, layout, kernel)  # refuses what cannot be
         self.kind, self.layout, self.kernel = kind, layout, kernel
         self.rows_above = {"row": 1, "conv": (kernel + 1) // 2}.get(kind, 0)
-        self._dense = self._near = self._blocks = None  # (device, form)
+        self._dense: Tensor | None = None
+        self._near: Tensor | None = None
+        self._blocks: BlockMask | None = None
 
+    @torch.inference_mode(False)  # what sampling builds must also serve training
     def dense(self, device: torch.device) -> Tensor:
         """bool (N, N), True = visible, raster order."""
-        return self._cached(
-            "_dense", device, lambda: dense_mask(self.kind, self.layout, self.kernel).to(device)
-        )
+        if self._dense is None or self._dense.device != device:
+            self._dense = dense_mask(self.kind, self.layout, self.kernel).to(device)
+        return self._dense
 
+    @torch.inference_mode(False)
     def near(self, device: torch.device) -> Tensor:
         """bool (G, M, L): which of its near keys each image query sees."""
-        return self._cached("_near", device, lambda: self._near_mask().to(device))
+        if self._near is None or self._near.device != device:
+            self._near = self._near_mask().to(device)
+        return self._near
 
+    @torch.inference_mode(False)
     def blocks(self, device: torch.device) -> BlockMask:
-        """FlexAttention's blocks of 128 x 128; for "column" over `to_column_major` slots, where they are
-        dense (11c)."""
-        return self._cached("_blocks", device, lambda: self._block_mask(device))
-
-    def _cached(self, name: str, device: torch.device, make: Callable[[], Any]) -> Any:
-        kept = getattr(self, name)
-        if kept is None or kept[0] != device:
-            with torch.inference_mode(False), torch.no_grad():  # what sampling makes must also serve training
-                kept = (device, make())
-            setattr(self, name, kept)
-        return kept[1]
+        """FlexAttention's blocks of 128 x 128; for "column" over `to_column_major` slots (11c)."""
+        if self._blocks is None or self._blocks.kv_num_blocks.device != device:
+            self._blocks = self._block_mask(device)
+        return self._blocks
 
     # Image slots by groups, for scores over near keys alone.
 

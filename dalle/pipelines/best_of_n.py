@@ -22,13 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.io.images import to_pil
-from dalle.nn.int8 import weight_like
 from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.generation import Generation
 from dalle.sampling import candidate_noise
 from dalle.transformer import Transformer
 from dalle.transformer.generate import decode_step_of, generate_tokens
-from dalle.transformer.sizes import cache_bytes
 from dalle.types import Scorer
 
 CACHE_SHARE = 0.8  # of the free memory
@@ -92,17 +90,11 @@ class TopN:
 
 @dataclass
 class CandidateBatch:
-    """Prompts by index and the candidates of each that are generated together, of which the first `wanted`
-    count."""
+    """Prompts by index, and the candidates of each that are generated together; the first `wanted` are kept."""
 
     prompts: list[int]
     candidates: range
     wanted: int
-
-    @property
-    def count(self) -> int:
-        """Candidates that count, of all its prompts."""
-        return len(set(self.prompts)) * self.wanted
 
 
 def candidate_batches(
@@ -121,7 +113,8 @@ def candidate_batches(
     for start in range(0, prompts, per_batch):
         indices = [min(i, prompts - 1) for i in range(start, start + per_batch)]
         for first in range(0, best_of, each):
-            yield CandidateBatch(indices, range(first, first + each), min(each, best_of - first))
+            wanted = min(each, best_of - first)
+            yield CandidateBatch(indices, range(first, first + each), wanted)
 
 
 def num_prompts_per_batch(best_of: int, batch_size: int, prompts_per_batch: int | None) -> int:
@@ -222,7 +215,7 @@ def sample_best_of_n(
     options = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "guidance")}
     batches = list(candidate_batches(len(prompts), best_of, rows, sampling.prompts_per_batch))
     batches = batches[shard[0] :: shard[1]]
-    total = sum(batch.count for batch in batches)
+    total = sum(len(set(batch.prompts)) * batch.wanted for batch in batches)
     for batch in batches:
         noise = torch.stack(
             [
@@ -256,7 +249,7 @@ def run_best_of_n(
         with tqdm(desc="sampling", unit="image", disable=None if progress else True) as bar:
             for step in steps:
                 bar.total = step.total
-                bar.update(step.batch.count if step.ranked else 0)
+                bar.update(step.seen - bar.n)
                 if callback is not None and (step.ranked or step.whole_rows):
                     callback(step)
     except KeyboardInterrupt:
@@ -268,13 +261,9 @@ def run_best_of_n(
 
 def auto_batch_size(model: Transformer, guidance: float | None = None) -> int:
     """Rows of a batch: 16 on a CPU and 64 elsewhere, halved until the KV caches fit the free memory."""
-    like = weight_like(model.to_logits)
-    rows = 16 if like.device.type == "cpu" else 64  # a CPU gains little by more
-    if isinstance(model, Transformer):
-        _, each = cache_bytes(model.config, weight_like(model.layers[0].attention.f.qkv).itemsize)
-    else:  # dalle/pretrained/external_transformer.py
-        each = model.kv_bytes_per_sample()
-    streams, free = 1 if guidance in (None, 1) else 2, free_memory(like.device)
+    device, each = model.to_logits.weight.device, model.kv_bytes_per_sample()
+    rows = 16 if device.type == "cpu" else 64  # a CPU gains little by more
+    streams, free = 1 if guidance in (None, 1) else 2, free_memory(device)
     while free is not None and rows > 1 and rows * streams * each > CACHE_SHARE * free:
         rows //= 2
     return rows

@@ -17,7 +17,6 @@ from dalle.hub.model_directory import model_files, write_model_directory
 from dalle.hub.registry import LoadedModel, check_linked, load_model, weights_hash
 from dalle.io.format import read_config
 from dalle.io.images import load_image, resize_center_crop, to_tensor
-from dalle.nn.int8 import weight_like
 from dalle.pipelines.best_of_n import Callback, GenerationProgress, run_best_of_n, sample_best_of_n
 from dalle.pipelines.completion import prefix_tokens
 from dalle.pipelines.config import SamplingConfig
@@ -59,7 +58,7 @@ class DALLE(HubMixin):
     @property
     def device(self) -> torch.device:
         """Device of the transformer."""
-        return weight_like(self.transformer.to_logits).device
+        return self.transformer.to_logits.weight.device
 
     @property
     def hash(self) -> str:

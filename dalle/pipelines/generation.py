@@ -94,13 +94,13 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 def write_images(
-    generation: Generation, nats: LogLikelihood, folder: Path, stem: str, model_hash: str
+    generation: Generation, folder: Path, stem: str, model_hash: str, nats: LogLikelihood | None = None
 ) -> list[dict[str, Any]]:
     """Writes <stem>00.png, <stem>01.png, ... (best first) and <stem>grid.png.
 
     Args:
-        nats: `DALLE.log_likelihood` of the images.
         model_hash: `DALLE.hash`.
+        nats: `DALLE.log_likelihood` of the images, to be recorded too.
 
     Returns:
         A record of each image.
@@ -108,26 +108,30 @@ def write_images(
     records = []
     for i, image in enumerate(generation.images):
         save_png(image, folder / f"{stem}{i:02d}.png")
-        records.append(
-            {
-                "file": f"{stem}{i:02d}.png",
-                "prompt": generation.prompt,
-                "seed": generation.seed,
-                "candidate": generation.candidates[i],
-                "score": generation.scores[i] if generation.scores else None,
-                "log_likelihood": {"text": float(nats.text[i]), "image": float(nats.image[i])},
-                "model": model_hash,
-            }
-        )
+        record = {
+            "file": f"{stem}{i:02d}.png",
+            "prompt": generation.prompt,
+            "seed": generation.seed,
+            "candidate": generation.candidates[i],
+            "score": generation.scores[i] if generation.scores else None,
+            "model": model_hash,
+        }
+        if nats is not None:
+            record["log_likelihood"] = {"text": float(nats.text[i]), "image": float(nats.image[i])}
+        records.append(record)
     save_png(generation.grid(), folder / f"{stem}grid.png")
     return records
 
 
-def write_sample(out: Path, model: Any, generation: Generation, options: dict[str, Any]) -> None:
+def write_sample(
+    out: Path, model: Any, generation: Generation, options: dict[str, Any], log_likelihood: bool = False
+) -> None:
     """Writes the images as `write_images`, and sample.json with the options and a record of each image."""
-    nats = model.log_likelihood(generation.prompt, generation.image_tokens, truncate=True)
-    records = write_images(generation, nats, out, "", model.hash)
+    nats, model_hash = None, model.hash
+    if log_likelihood:
+        nats = model.log_likelihood(generation.prompt, generation.image_tokens, truncate=True)
+    records = write_images(generation, out, "", model_hash, nats)
     keys = ("file", "candidate", "score", "log_likelihood")
-    images = [{key: record[key] for key in keys} for record in records]
-    sample = {"prompt": generation.prompt, **options, "model": model.hash, "images": images}
+    images = [{key: record[key] for key in keys if key in record} for record in records]
+    sample = {"prompt": generation.prompt, **options, "model": model_hash, "images": images}
     write_json(out / "sample.json", sample)

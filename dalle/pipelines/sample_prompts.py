@@ -104,7 +104,8 @@ def sample_prompts(
 
     Args:
         out: where everything is written.
-        facts: what else must be the same for a run to resume, such as the precision.
+        facts: what else must be the same for a run to resume: the precision, and `log_likelihood`, whether to
+            record it.
         processes: those that share the prompts.
 
     Returns:
@@ -136,7 +137,7 @@ def sample_prompts(
             part = out / "parts" / f"{first:06d}.jsonl"
             if i % processes.world_size == processes.rank and not part.exists():
                 padded = prompts + prompts[-1:] * (group_size - len(prompts))  # one shape for all batches
-                _sample_group(model, first, padded, len(prompts), settings, run["model"], part)
+                _sample_group(model, first, padded, len(prompts), run, part)
     processes.barrier()
     if processes.rank == 0:
         _join(path, out, group_size)
@@ -145,18 +146,20 @@ def sample_prompts(
 
 
 def _sample_group(
-    model: DALLE, first: int, prompts: list[str], count: int, settings: dict, model_hash: str, part: Path
+    model: DALLE, first: int, prompts: list[str], count: int, run: dict[str, Any], part: Path
 ) -> None:
     """Writes the images and records of the first `count` prompts."""
-    generations = model.generate(prompts, progress=False, **settings)
+    generations = model.generate(prompts, progress=False, **run["settings"])
     if len(generations) < len(prompts) or any(one.interrupted for one in generations):
         raise KeyboardInterrupt
     folder = make_directory(part.parents[1] / f"{first // PROMPTS_PER_FOLDER:03d}")
     lines = []
     for index, generation in enumerate(generations[:count], start=first):
         stem = f"{index:06d}-{slug(generation.prompt)}-"
-        nats = model.log_likelihood(generation.prompt, generation.image_tokens, truncate=True)
-        for record in write_images(generation, nats, folder, stem, model_hash):
+        nats = None
+        if run["log_likelihood"]:
+            nats = model.log_likelihood(generation.prompt, generation.image_tokens, truncate=True)
+        for record in write_images(generation, folder, stem, run["model"], nats):
             line = {"index": index, **record, "file": f"{folder.name}/{record['file']}"}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(part, "".join(lines))

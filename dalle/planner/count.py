@@ -114,8 +114,8 @@ def estimate_step(
         precision: fp32, bf16 or fp16.
         pixels: height and width of the images, for the dVAE.
     """
-    if kind == "transformer" and config.backend in ("auto", "flex"):
-        config = replace(config, backend="sdpa")
+    if kind == "transformer" and config.attention_backend in ("auto", "flex"):
+        config = replace(config, attention_backend="sdpa")
     first, second, names = {
         "transformer": (_trunk, _logits, ("layers", "logits")),
         "dvae": (lambda model, batch: _encoder(model, batch, pixels), _decoder, ("encoder", "decoder")),

@@ -16,8 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dalle.nn.blocks import FP32LayerNorm, ResidualBlock
-from dalle.nn.int8 import weight_like
-from dalle.nn.kv_cache import KVCache, scale_query
+from dalle.nn.kv_cache import KVCache
 
 GELUS: dict[str, Callable[[Tensor], Tensor]] = {
     "exact": F.gelu,
@@ -96,7 +95,7 @@ class Attention(nn.Module):
         shape = {"c": cache.captions, "h": self.heads, "three": 3}
         q, k, v = rearrange(self.qkv(x), "(c n) (three h d) -> three (c h) n d", **shape)
         q, k, v = (rotate(part, angles) for part in (q, k, v))
-        mixed = cache.attend(scale_query(q), k, v, position)
+        mixed = cache.attend(q, k, v, position)
         return self._bounded(self.out(rearrange(mixed, "(c h) n d -> (c n) (h d)", h=self.heads)))
 
     def _bounded(self, x: Tensor) -> Tensor:
@@ -156,6 +155,6 @@ class Layer(nn.Module):
     def step(self, x: Tensor, cache: KVCache, position: int | Tensor, angles: Tensor | None) -> Tensor:
         """One image token of every stream (B, D), computed in the number format of the matrices."""
         attention, mlp = self.attention, self.mlp
-        dtype = weight_like(mlp.f.expand).dtype
+        dtype = mlp.f.expand.weight.dtype
         x = x + attention.norm_out(attention.f.step(attention.norm(x).to(dtype), cache, position, angles))
         return x + mlp.norm_out(mlp.f(mlp.norm(x).to(dtype)))

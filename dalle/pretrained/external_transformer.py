@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.layout import TokenLayout
-from dalle.nn.int8 import weight_like
 from dalle.nn.kv_cache import KVCache, KVCacheLayout
 from dalle.pretrained.external_blocks import BlockConfig, Layer
 from dalle.types import check_tokens
@@ -206,7 +205,7 @@ class ExternalTransformer(nn.Module, ABC):
 
     def init_kv_caches(self, captions: int, candidates: int) -> list[KVCache]:
         """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
-        blocks, like = self.config.blocks, weight_like(self.layers[0].attention.f.out)
+        blocks, like = self.config.blocks, self.layers[0].attention.f.out.weight
         layouts = {
             kind: KVCacheLayout(m, torch.arange(len(m))).to(like.device)
             for kind, m in self.image_masks.items()
@@ -220,7 +219,7 @@ class ExternalTransformer(nn.Module, ABC):
 
     def kv_bytes_per_sample(self) -> int:
         """Memory that sampling keeps of one candidate."""
-        itemsize = weight_like(self.layers[0].attention.f.out).itemsize
+        itemsize = self.layers[0].attention.f.out.weight.itemsize
         return 2 * len(self.layers) * self.layout.num_image_tokens * self.config.blocks.inner * itemsize
 
 

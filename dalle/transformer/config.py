@@ -33,8 +33,8 @@ class TransformerConfig:
     """Makes every n-th layer causal, counted from 1; not in the paper."""
     init_scale: float = 0.125
     """Weights start as N(0, init_scale / sqrt(inputs)) (Child et al.)."""
-    backend: str = "auto"
-    """How attention is computed: dense, sdpa, blocks, flex, or auto: by device (dalle/nn/attention.py)."""
+    attention_backend: str = "auto"
+    """How attention is computed: dense, sdpa, window, flex, or auto: by device (dalle/nn/attention.py)."""
     activation_checkpointing: bool = False
     """Activation checkpointing: recompute the inside of each resblock in the backward pass (2.4)."""
 
@@ -46,9 +46,9 @@ class TransformerConfig:
             raise ValueError(
                 f"full_attention_every must be positive, or null for none, got {self.full_attention_every}"
             )
-        if self.backend not in ATTENTION_BACKENDS:
+        if self.attention_backend not in ATTENTION_BACKENDS:
             raise ValueError(
-                f"unknown backend {self.backend!r}; expected one of {', '.join(ATTENTION_BACKENDS)}"
+                f"unknown attention_backend {self.attention_backend!r}; expected one of {', '.join(ATTENTION_BACKENDS)}"
             )
         if self.sparse:
             visible("conv", self.layout, self.conv_kernel)  # checks the kernel

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle.nn.int8 import Int8Linear, weight_like
+from dalle.nn.int8 import Int8Linear
 from dalle.nn.kv_cache import KVCache
 from dalle.sampling import sample_tokens
 from dalle.transformer.model import Transformer
@@ -111,7 +111,7 @@ def decode_step_of(model: Transformer, compile: bool = False, cuda_graph: bool =
     Raises:
         ValueError: a CUDA graph on another device.
     """
-    device = weight_like(model.to_logits).device
+    device = model.to_logits.weight.device
     if cuda_graph and device.type != "cuda":
         raise ValueError(f"cuda_graph needs a CUDA device, the model is on {device.type}")
     step = type(model).decode_step
@@ -187,5 +187,5 @@ def _tensors(model: Transformer) -> dict[int, Any]:
 def inference_autocast(model: Transformer) -> torch.autocast:
     """The autocast context for whole sequences, by the dtype of the blocks."""
     linear = next(module for module in model.layers.modules() if isinstance(module, (nn.Linear, Int8Linear)))
-    like = weight_like(linear)
+    like = linear.weight
     return torch.autocast(like.device.type, dtype=like.dtype, enabled=like.dtype != torch.float32)

@@ -9,11 +9,12 @@ tokenizer. Every layer is attention of one kind (dalle/masks.py) and an MLP, pre
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.nn.attention import build_mask, resolve_backend
 from dalle.nn.blocks import FP32LayerNorm, ResidualBlock, TransformerBlock
-from dalle.nn.int8 import int8_linear, weight_like
+from dalle.nn.int8 import int8_linear
 from dalle.nn.kv_cache import KVCache, KVCacheLayout
 from dalle.nn.sparse_mask import SparseMask
 from dalle.transformer.config import TransformerConfig
@@ -106,9 +107,9 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the device cannot run the backend that the configuration names.
         """
-        c, device, slots = self.config, weight_like(self.to_logits).device, slots or self.layout.seq_len
+        c, device, slots = self.config, self.to_logits.weight.device, slots or self.layout.seq_len
         return {
-            kind: resolve_backend(c.backend, p, slots, device, c.head_dim)
+            kind: resolve_backend(c.attention_backend, p, slots, device, c.head_dim)
             for kind, p in self.patterns.items()
         }
 
@@ -136,6 +137,8 @@ class Transformer(nn.Module):
 
     def _logits(self, hidden: Tensor, ids: slice) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):  # B.2: logits in fp32
+            if isinstance(self.to_logits, nn.Linear):
+                return F.linear(hidden.float(), self.to_logits.weight[ids].float())
             return int8_linear(hidden.float(), self.to_logits, ids)
 
     def resblocks(self) -> list[ResidualBlock]:
@@ -149,12 +152,20 @@ class Transformer(nn.Module):
 
     def init_kv_caches(self, captions: int, candidates: int) -> list[KVCache]:
         """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
-        c, like = self.config, weight_like(self.layers[0].attention.f.qkv)
-        places = {
-            kind: KVCacheLayout.of_kind(kind, self.layout, c.conv_kernel).to(like.device)
-            for kind in self.patterns
-        }
-        return [KVCache(places[kind], captions, candidates, c.heads, c.head_dim, like) for kind in c.kinds]
+        c, like = self.config, self.layers[0].attention.f.qkv.weight
+        layouts = self._kv_layouts()
+        for layout in layouts.values():
+            layout.to(like.device)
+        return [KVCache(layouts[kind], captions, candidates, c.heads, c.head_dim, like) for kind in c.kinds]
+
+    def kv_bytes_per_sample(self) -> int:
+        """Bytes of the image keys and values of one candidate in all layers."""
+        layouts, itemsize = self._kv_layouts(), self.layers[0].attention.f.qkv.weight.itemsize
+        return sum(layouts[kind].bytes(self.config.width, itemsize) for kind in self.config.kinds)
+
+    def _kv_layouts(self) -> dict[str, KVCacheLayout]:
+        kernel = self.config.conv_kernel
+        return {kind: KVCacheLayout.of_kind(kind, self.layout, kernel) for kind in self.patterns}
 
 
 def init_weights(model: Transformer) -> None:

@@ -44,7 +44,7 @@ METRICS = ("loss", "image_loss", "text_loss", "comm_mb")
 class PowerSGDStudy:
     """Trains a small transformer once with each method."""
 
-    model: TransformerConfig = small_transformer(depth=4, head_dim=32, backend="dense")
+    model: TransformerConfig = small_transformer(depth=4, head_dim=32, attention_backend="dense")
     """Shape of the transformer; image tokens are the pixels of 12 x 12 images."""
     rank: int = 14
     """Rank of the compressed gradients; the paper's is 0.23 of the width."""

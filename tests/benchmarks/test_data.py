@@ -8,7 +8,7 @@ from dalle.benchmarks.data import Case, benchmark_data, summarize
 from dalle.dvae import DVAEConfig
 from dalle.transformer import TransformerConfig
 
-CONFIG = TransformerConfig(2, 2, 8, 6, (4, 4), 11, 13, conv_kernel=3, backend="dense")
+CONFIG = TransformerConfig(2, 2, 8, 6, (4, 4), 11, 13, conv_kernel=3, attention_backend="dense")
 SMALL_DVAE = DVAEConfig(widths=(4, 8), blocks_per_group=1, downsample_factor=2, vocab_size=8, codebook_dim=4)
 DATA = DataBenchmark(
     workers=(0, 1),

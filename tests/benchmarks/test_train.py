@@ -27,7 +27,7 @@ from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.losses import cross_entropies
 from dalle.transformer.sizes import training_flops
 
-CONFIG = TransformerConfig(2, 2, 8, 6, (4, 4), 11, 13, conv_kernel=3, backend="dense")
+CONFIG = TransformerConfig(2, 2, 8, 6, (4, 4), 11, 13, conv_kernel=3, attention_backend="dense")
 
 
 def test_operations_equal_those_that_torch_counts():
@@ -55,21 +55,21 @@ def test_the_report_compares_backends(tmp_path):
     path = tmp_path / "report.json"
     benchmark_training(
         TrainBenchmark(
-            **QUICK, backends=("dense", "blocks", "auto", "causal"), rounds=2, peak_flops=1e12, json=path
+            **QUICK, backends=("dense", "window", "auto", "causal"), rounds=2, peak_flops=1e12, json=path
         )
     )
     report = json.loads(path.read_text(encoding="utf-8"))
     lines = report["results"]
     assert lines["dense"]["parameters"] == sum(p.numel() for p in Transformer(CONFIG).parameters())
     assert lines["dense"]["speedup_vs_dense"] == 1
-    assert lines["blocks"]["seconds"] > 0
-    assert lines["auto"]["attention"] == {"conv": "blocks", "row": "blocks"}
+    assert lines["window"]["seconds"] > 0
+    assert lines["auto"]["attention"] == {"conv": "window", "row": "window"}
     assert report["hardware"]["torch"] == torch.__version__
     for line in lines.values():
         assert line["mfu"] == pytest.approx(line["flops"] / line["seconds"] / 1e12)
     assert lines["causal"]["attention"] == {"causal": "sdpa"}
-    assert lines["causal"]["flops"] > lines["blocks"]["flops"] == sum(training_flops(CONFIG).values()) * 2
-    assert lines["blocks"]["flops_executed"] < lines["dense"]["flops_executed"]
+    assert lines["causal"]["flops"] > lines["window"]["flops"] == sum(training_flops(CONFIG).values()) * 2
+    assert lines["window"]["flops_executed"] < lines["dense"]["flops_executed"]
 
 
 def test_recomputing_executes_more_operations_and_needs_no_more(tmp_path):
@@ -111,13 +111,13 @@ def their_package(monkeypatch):
 
 
 def test_the_other_package_is_timed_with_the_same_shapes(their_package):
-    run = TrainBenchmark(**QUICK, backends=("blocks",), rounds=1, baseline="dalle-pytorch")
+    run = TrainBenchmark(**QUICK, backends=("window",), rounds=1, baseline="dalle-pytorch")
     report = benchmark_training(run)
     line = report["results"]["dalle-pytorch"]
     assert line["precision"] == "fp32"
     assert line["attn_types"] == ["axial_row", "axial_col", "axial_row", "axial_row"]
     assert line["parameters"] == 3
-    assert report["results"]["blocks"]["speedup_vs_dalle-pytorch"] > 0
+    assert report["results"]["window"]["speedup_vs_dalle-pytorch"] > 0
     assert "mfu" not in line
 
 

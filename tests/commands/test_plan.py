@@ -34,7 +34,7 @@ TINY = TransformerConfig(
     text_vocab=300,
     image_vocab=64,
     conv_kernel=3,
-    backend="sdpa",
+    attention_backend="sdpa",
 )
 WIDE = replace(TINY, heads=16, depth=3, text_vocab=50, image_vocab=32)  # weights outweigh activations
 LONG = replace(TINY, text_len=64, grid=(24, 24), depth=3)  # the other way round
@@ -91,7 +91,9 @@ def planned(kind: str, config, precision: str = "fp32", batch: int = 4) -> StepE
     return estimate_step(kind, config, batch, precision, (32, 32))
 
 
-@pytest.mark.parametrize(("kind", "config"), [*CASES, ("transformer", replace(TINY, backend="blocks"))])
+@pytest.mark.parametrize(
+    ("kind", "config"), [*CASES, ("transformer", replace(TINY, attention_backend="window"))]
+)
 def test_operations_are_those_of_a_real_step(kind, config):
     step, batch = real(kind, config)
     with FlopCounterMode(display=False) as counted:
@@ -134,7 +136,7 @@ def test_operations_of_the_transformer_by_formula():
         ("transformer", LONG, "fp16"),
         ("transformer", replace(LONG, activation_checkpointing=True), "bf16"),
         ("transformer", replace(BALANCED, activation_checkpointing=True, depth=12), "fp32"),
-        ("transformer", replace(LONG, backend="blocks"), "fp32"),
+        ("transformer", replace(LONG, attention_backend="window"), "fp32"),
         ("transformer", BALANCED, "fp32"),
         ("transformer", BALANCED, "bf16"),
         ("dvae", DVAE, "fp32"),

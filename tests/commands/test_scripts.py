@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from dalle import paths
-from dalle.commands import quickstart as stage
 from dalle.commands.evaluate import EvaluateArgs
 from dalle.commands.quickstart import QuickstartArgs
 from dalle.commands.train_dvae import train_dvae
@@ -25,6 +24,7 @@ from dalle.hub.registry import load_model
 from dalle.io.files import read_json
 from dalle.pipelines.dalle import DALLE
 from dalle.runs import inputs as runs
+from dalle.runs import quickstart as stage
 from dalle.train import trainer as loop
 from dalle.train.checkpoint import latest_checkpoint
 
@@ -279,7 +279,7 @@ class TestNoArguments:
         done = script("train_transformer")
         assert done.code == 0, done.err
         assert "no arguments: using --config" in done.out
-        made = [line for line in done.out.splitlines() if "making it first" in line]
+        made = [line for line in done.out.splitlines() if "training or encoding first" in line]
         assert [line.split()[1] for line in made] == ["text", "dvae", "tokens"]
         assert latest_checkpoint(tmp_path / "runs" / "transformer").name == "step-00000002"
 
@@ -288,7 +288,7 @@ class TestNoArguments:
             shutil.copytree(chain / name, tmp_path / "runs" / name)
         done = script("train_transformer")
         assert done.code == 0, done.err
-        assert "making it first" not in done.out
+        assert "training or encoding first" not in done.out
 
     def test_the_dvae_takes_its_preset(self, script, tiny, tmp_path):
         done = script("train_dvae")

@@ -12,10 +12,9 @@ from dalle.dvae.losses import (
     kl_loss,
     kl_to_uniform,
     logit_laplace_log_prob,
-    map_pixels,
     reconstruction_loss,
-    unmap_pixels,
 )
+from dalle.dvae.model import map_pixels, unmap_pixels
 
 
 @pytest.fixture(autouse=True)

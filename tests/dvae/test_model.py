@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from dalle.dvae import DVAE, DVAEConfig
-from dalle.dvae.losses import gumbel_softmax, map_pixels, unmap_pixels
-from dalle.dvae.model import Block, Conv2d
+from dalle.dvae.losses import gumbel_softmax
+from dalle.dvae.model import Block, Conv2d, map_pixels, unmap_pixels
 
 SMALL = DVAEConfig(widths=(8, 16, 32, 64), vocab_size=24, codebook_dim=12)
 TINY = DVAEConfig(widths=(8, 8), downsample_factor=2, blocks_per_group=1, vocab_size=7, codebook_dim=5)
@@ -175,8 +175,8 @@ def test_the_grid_is_square_unless_given():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"downsample_factor": 3}, r"power of two up to .* = 8, got 3"),
-        ({"downsample_factor": 16}, r"= 8, got 16 with 4 groups; add a width or lower it"),
+        ({"downsample_factor": 3}, r"power of two up to 8, got 3"),
+        ({"downsample_factor": 16}, r"up to 8, got 16 with 4 groups; add a width or lower it"),
         ({"downsample_factor": 0}, "got 0"),
         ({"downsample_factor": -2}, "got -2"),
         ({"widths": ()}, "with 0 groups"),
@@ -377,4 +377,4 @@ def test_looking_codes_up_equals_the_one_hot_convolution():
     model = DVAE(DVAEConfig(widths=(8, 8), downsample_factor=2, vocab_size=11, codebook_dim=6))
     tokens = torch.randint(11, (2, 3, 5))
     one_hot = torch.nn.functional.one_hot(tokens, 11).movedim(-1, 1).float()
-    torch.testing.assert_close(model.decoder.look_up(tokens), model.decoder(one_hot), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model.decoder(tokens), model.decoder(one_hot), rtol=1e-6, atol=1e-6)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from dalle.dvae import DVAE, DVAEConfig, DVAELossConfig
-from dalle.dvae.losses import gumbel_softmax, kl_to_uniform, logit_laplace_log_prob, map_pixels
+from dalle.dvae.losses import gumbel_softmax, kl_to_uniform, logit_laplace_log_prob
 from dalle.dvae.metrics import code_usage, collapse_warning, dvae_scores
-from dalle.dvae.model import Conv2d
+from dalle.dvae.model import Conv2d, map_pixels
 from dalle.dvae.objective import DVAEObjective
 from dalle.schedules import Schedule
 from dalle.transformer import Transformer, TransformerConfig

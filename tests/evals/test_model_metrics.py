@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dalle.dvae import DVAE, DVAEConfig
-from dalle.dvae.losses import logit_laplace_log_prob, map_pixels
+from dalle.dvae.losses import logit_laplace_log_prob
 from dalle.dvae.metrics import codebook_usage
+from dalle.dvae.model import map_pixels
 from dalle.evals import best_of_n as pool
 from dalle.evals import clip_score, zero_shot
 from dalle.evals import elbo as bound
@@ -154,7 +155,7 @@ class TestBound:
         pairs = list(zip(pixels.split([2, 3]), text.split([2, 3]), strict=True))
         found = bound.run(image_tokenizer, stream, pairs, seed=4)
         tokens = image_tokenizer.encode(pixels)
-        mu, log_b = image_tokenizer.decoder.look_up(tokens.view(-1, 8, 8)).chunk(2, dim=1)
+        mu, log_b = image_tokenizer.decoder(tokens.view(-1, 8, 8)).chunk(2, dim=1)
         image = -bound.log_mass(pixels, mu, log_b).sum() / 5
         ids = stream.layout.pack(text, tokens)
         nats = -stream(ids).log_softmax(2).gather(2, ids[..., None])[
@@ -184,7 +185,7 @@ class TestBound:
         image = torch.randint(256, (1, 3, 2, 4)) / 255
         text = model.layout.pad_text([[1, 2]])
         tokens = torch.tensor(list(itertools.product(range(6), repeat=2)))
-        mu, log_b = image_tokenizer.decoder.look_up(tokens.view(-1, 1, 2)).chunk(2, dim=1)
+        mu, log_b = image_tokenizer.decoder(tokens.view(-1, 1, 2)).chunk(2, dim=1)
         each = bound.log_mass(image.expand(36, -1, -1, -1), mu, log_b).sum((1, 2, 3))
         of_text, of_image = transformer.log_likelihood(model, model.layout.pack(text.expand(36, -1), tokens))
         exact = float(-(each + of_text + of_image).logsumexp(0)) / math.log(2) / 24

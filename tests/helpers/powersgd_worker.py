@@ -264,7 +264,9 @@ def torchs_hook_does_the_same_when_its_q_is_put_back_or_left() -> None:
                 )
 
 
-CONFIG = TransformerConfig(2, 2, 8, 6, (4, 4), 11, 13, conv_kernel=3, backend="dense", init_scale=1.0)
+CONFIG = TransformerConfig(
+    2, 2, 8, 6, (4, 4), 11, 13, conv_kernel=3, attention_backend="dense", init_scale=1.0
+)
 OPTIM = OptimizerConfig(lr=Schedule(1e-3, 1e-3), warmup_steps=0)
 
 

@@ -79,7 +79,7 @@ def test_every_configuration_field_of_the_shape_is_either_equal_or_growing(kind)
             "sparse",
             "full_attention_every",
             "init_scale",
-            "backend",
+            "attention_backend",
             "activation_checkpointing",
         },
         "dvae": {"residual_scale", "logit_init_scale", "codebook_init_std", "min_log_scale"},

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from dalle.layout import TokenLayout
 from dalle.masks import KINDS, dense_mask, visible
 from dalle.nn import ATTENTION_BACKENDS
-from dalle.nn.attention import attend, auto_backend, resolve_backend
+from dalle.nn.attention import attend, resolve_backend
 from dalle.nn.flex_attention import flex_refusal
 from dalle.nn.sparse_mask import SparseMask
 
@@ -33,7 +33,7 @@ def values_and_gradients(backend, inputs, pattern, weight):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.rows}x{layout.columns}")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ["sdpa", "blocks", "auto"])
+@pytest.mark.parametrize("backend", ["sdpa", "window", "auto"])
 def test_backends_equal_dense_in_value_and_gradient(backend, kind, layout, dtype, tolerance):
     pattern = SparseMask(kind, layout, kernel=3)
     inputs, weight = random_inputs(layout, dtype=dtype)
@@ -78,7 +78,7 @@ def test_attention_of_transposed_slots_is_the_transposed_attention():
     q, k, v = (t.detach() for t in random_inputs(LAYOUTS[2])[0])
     expected = pattern.to_column_major(attend(q, k, v, pattern, "dense"))
     exchanged = [pattern.to_column_major(x) for x in (q, k, v)]
-    for backend in ("dense", "blocks", "flex"):
+    for backend in ("dense", "window", "flex"):
         torch.testing.assert_close(attend(*exchanged, pattern, backend, transposed=True), expected)
 
 
@@ -159,9 +159,9 @@ def test_transposed_slots_go_back_to_raster_order(layout):
 @pytest.mark.parametrize(
     ("kind", "device", "chosen"),
     [
-        ("row", "cpu", "blocks"),
-        ("column", "cpu", "blocks"),
-        ("conv", "cpu", "blocks"),
+        ("row", "cpu", "window"),
+        ("column", "cpu", "window"),
+        ("conv", "cpu", "window"),
         ("causal", "cpu", "sdpa"),
         ("conv", "mps", "sdpa"),
         ("row", "cuda", "sdpa"),
@@ -170,14 +170,13 @@ def test_transposed_slots_go_back_to_raster_order(layout):
 )
 def test_auto_chooses_by_kind_and_device(kind, device, chosen):
     pattern = SparseMask(kind, LAYOUTS[1], 3)
-    assert auto_backend(kind, torch.device(device)) == chosen
     assert resolve_backend("auto", pattern, LAYOUTS[1].seq_len, torch.device(device), 64) == chosen
 
 
 @pytest.mark.parametrize(
     ("device", "triton", "width", "message"),
     [
-        ("mps", True, 64, "backend flex does not run on mps; set model.backend to auto"),
+        ("mps", True, 64, "backend flex does not run on mps; set model.attention_backend to auto"),
         ("cuda", False, 64, "backend flex needs triton on cuda"),
         ("cuda", True, 8, "heads at least 16 wide, got 8"),
     ],
@@ -215,7 +214,7 @@ def test_a_kernel_that_cannot_be_is_refused_before_any_mask_is_made(kernel):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_sampling_builds_serves_training_too(kind):
     pattern, (inputs, weight) = SparseMask(kind, LAYOUTS[1], 3), random_inputs(LAYOUTS[1])
-    for backend in ("dense", "sdpa", "blocks"):
+    for backend in ("dense", "sdpa", "window"):
         with torch.inference_mode():
             attend(*inputs, pattern, backend)
         values_and_gradients(backend, inputs, pattern, weight)

@@ -5,7 +5,7 @@ import torch
 
 from dalle.layout import TokenLayout
 from dalle.masks import KINDS, dense_mask
-from dalle.nn.kv_cache import KVCacheLayout, kv_cache_bytes, scale_query
+from dalle.nn.kv_cache import KVCacheLayout, kv_cache_bytes
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.sizes import cache_bytes, read_bytes
 
@@ -73,7 +73,7 @@ def test_the_two_parts_are_joined_by_one_softmax():
     k, v = 3 * torch.randn(2, 2, 2, 6 + 4, 8, generator=generator)
     cache.prefill(k, v, 6)
     q, own_k, own_v = 3 * torch.randn(3, 4, 3, 8, generator=generator)
-    mixed = cache.attend(scale_query(q), own_k, own_v, 4)
+    mixed = cache.attend(q, own_k, own_v, 4)
     every_k, every_v = (
         torch.cat([old.flatten(0, 1)[:, None].expand(-1, 3, -1, -1), own[:, :, None]], dim=2)
         for old, own in ((k, own_k), (v, own_v))

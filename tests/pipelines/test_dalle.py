@@ -390,7 +390,7 @@ class TestBlocks:
             16,
             64,
         )
-        each = best_of_n.cache_bytes(model.transformer.config, 4)[1]
+        each = model.transformer.kv_bytes_per_sample()
         monkeypatch.setattr(best_of_n, "free_memory", lambda device: 6 * each)
         assert (auto_batch_size(model.transformer), auto_batch_size(model.transformer, 1.5)) == (4, 2)
         monkeypatch.setattr(best_of_n, "free_memory", lambda device: 2**34)

@@ -60,7 +60,7 @@ def records(folder: str) -> list[dict]:
 
 
 def test_each_caption_has_its_images_a_sheet_and_records(run, chain):
-    sample(run)
+    sample(replace(run, log_likelihood=True))
     names = {f"000/{stem}-{end}.png" for stem in STEMS for end in ("00", "01", "grid")}
     assert contents("all").keys() == names | {"run.json", "samples.jsonl", "sheet.png"}
     found = records("all")

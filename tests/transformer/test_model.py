@@ -153,24 +153,27 @@ def test_the_masks_are_no_part_of_a_checkpoint():
 
 
 @pytest.mark.parametrize(
-    ("backend", "made"), [("dense", ["dense"]), ("sdpa", ["dense"]), ("blocks", ["near"]), ("auto", ["near"])]
+    ("backend", "made"), [("dense", ["dense"]), ("sdpa", ["dense"]), ("window", ["near"]), ("auto", ["near"])]
 )
-def test_a_model_builds_only_the_masks_that_its_backend_reads(monkeypatch, backend, made):
-    asked, kept = set(), SparseMask._cached
+def test_a_model_builds_only_the_masks_that_its_backend_reads(backend, made):
+    model = small(attention_backend=backend)
+    forms = ("dense", "near", "blocks")
 
-    def watched(self, name, device, make):
-        asked.add((self.kind, name.removeprefix("_")))
-        return kept(self, name, device, make)
+    def built() -> set[str]:
+        return {
+            form
+            for mask in model.patterns.values()
+            for form in forms
+            if getattr(mask, f"_{form}") is not None
+        }
 
-    monkeypatch.setattr(SparseMask, "_cached", watched)
-    model = small(backend=backend)
-    assert asked == set()
+    assert built() == set()
     cross_entropies(model, ids_of(model))
-    assert asked == {(kind, form) for kind in ("row", "column", "conv") for form in made}
+    assert built() == set(made)
 
 
 def test_causal_layers_of_fused_attention_need_no_mask():
-    model = small(sparse=False, backend="auto")
+    model = small(sparse=False, attention_backend="auto")
     model.hidden(ids_of(model))
     assert model.patterns["causal"]._dense is None
     assert model.backends() == {"causal": "sdpa"}
@@ -182,7 +185,7 @@ def test_causal_layers_of_fused_attention_need_no_mask():
         ({"depth": 0}, "depth must be positive, got 0"),
         ({"heads": 0}, "heads must be positive, got 0"),
         ({"head_dim": -8}, "head_dim must be positive, got -8"),
-        ({"backend": "flash9"}, "unknown backend 'flash9'; expected one of auto, dense, sdpa, blocks, flex"),
+        ({"attention_backend": "flash9"}, "unknown attention_backend 'flash9'; expected one of auto, dense"),
         ({"full_attention_every": 0}, "full_attention_every must be positive, or null for none, got 0"),
         ({"conv_kernel": 4}, "kernel must be odd"),
         ({"grid": (8, 8)}, "at most the 8 columns of the grid, got 11"),
@@ -358,7 +361,7 @@ def test_train_and_eval_mode_give_the_same():
 def test_backends_agree_in_logits_and_gradients():
     results = []
     for backend in TRAINABLE:
-        model = small(backend=backend)
+        model = small(attention_backend=backend)
         text, image = cross_entropies(model, ids_of(model))
         gradients = torch.autograd.grad(text + image, list(model.parameters()))
         results.append((model(ids_of(model)), *gradients))
@@ -368,7 +371,7 @@ def test_backends_agree_in_logits_and_gradients():
 
 def test_flex_agrees_in_logits():
     """In the model, column layers exchange rows and columns before q, k and v are made."""
-    model, other = small(grid=(2, 5), backend="dense"), small(grid=(2, 5), backend="flex")
+    model, other = small(grid=(2, 5), attention_backend="dense"), small(grid=(2, 5), attention_backend="flex")
     with torch.no_grad():
         torch.testing.assert_close(other(ids_of(other)), model(ids_of(model)), rtol=1e-4, atol=1e-5)
 
@@ -421,7 +424,7 @@ def test_steps_have_the_logits_of_the_whole_at_every_slot_after_any_beginning(
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 def test_the_cache_is_filled_by_any_backend(backend):
-    model = small(grid=(2, 5), backend=backend)
+    model = small(grid=(2, 5), attention_backend=backend)
     ids = ids_of(model)
     whole = model.hidden(ids)[:, model.layout.text_len :]
     torch.testing.assert_close(states_by_steps(model, ids, 0), whole, rtol=1e-4, atol=2e-5)
@@ -753,7 +756,7 @@ def test_computing_resblocks_again_changes_no_gradient():
 )
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
 def test_layers_compile_without_a_break_and_keep_their_names(backend, activation_checkpointing):
-    model = small(backend=backend, activation_checkpointing=activation_checkpointing)
+    model = small(attention_backend=backend, activation_checkpointing=activation_checkpointing)
     expected, names = losses_and_gradients(model, 10**6), list(model.state_dict())
     torch.compiler.reset()
     compile_layers(model, fullgraph=True, backend="aot_eager")

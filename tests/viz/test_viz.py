@@ -101,7 +101,7 @@ def lively() -> Transformer:
         conv_kernel=3,
         full_attention_every=3,
         init_scale=3.0,
-        backend="sdpa",
+        attention_backend="sdpa",
     )
     return Transformer(config).eval()
 

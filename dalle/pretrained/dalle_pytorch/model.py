@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.nn.blocks import FP32LayerNorm
-from dalle.nn.int8 import weight_like
 from dalle.nn.kv_cache import KVCache
 from dalle.pretrained.external_blocks import MLP, Attention, BlockConfig, ResidualPath
 from dalle.pretrained.external_transformer import ExternalConfig, ExternalLayout, ExternalTransformer
@@ -120,7 +119,7 @@ class ScaledPath(ResidualPath):
     @property
     def dtype(self) -> torch.dtype:
         """Number format of the matrices."""
-        return weight_like(self.f.project if isinstance(self.f, MLP) else self.f.out).dtype
+        return (self.f.project if isinstance(self.f, MLP) else self.f.out).weight.dtype
 
     def forward(self, x: Tensor, prefix_len: int, cache: ShiftCache | None, *rest) -> Tensor:
         """x (B, n, D) of the first inputs, and what f takes."""
