@@ -49,7 +49,9 @@ def benchmark_attention(args: AttentionBenchmark) -> dict[str, Any]:
         for backend in totals[0]
     }
     auto = {
-        kind: resolve_backend("auto", SparseMask(kind, config.layout, config.conv_kernel), shape[3], device, config.head_dim)
+        kind: resolve_backend(
+            "auto", SparseMask(kind, config.layout, config.conv_kernel), shape[3], device, config.head_dim
+        )
         for kind in counts
     }
     report = {

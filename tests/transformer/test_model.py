@@ -10,7 +10,6 @@ from dalle.layout import TokenLayout
 from dalle.masks import KINDS
 from dalle.nn import ATTENTION_BACKENDS
 from dalle.nn.blocks import Attention
-from dalle.nn.sparse_mask import SparseMask
 from dalle.sampling import candidate_noise
 from dalle.train.grad_scaler import PerBlockGradScaler
 from dalle.train.precision import compile_layers
