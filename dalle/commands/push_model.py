@@ -8,6 +8,7 @@ python scripts/push_model.py runs/quickstart/dvae --to owner/name-dvae       onl
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from tyro.conf import Positional
 
@@ -30,7 +31,7 @@ class PushModelArgs:
     """Make a new repository private."""
     revision: str | None = None
     """Branch; main unless given."""
-    message: str | None = None
+    message: str = "Upload of a model directory"
     """Of the commit."""
     dry_run: bool = False
     """List the files with their sizes and print the card; nothing is uploaded, no login is needed."""
@@ -52,18 +53,22 @@ def push_model(args: PushModelArgs) -> str | None:
         raise ValueError(f"no directory {args.path}; give a model directory or a run")
     if not args.dry_run:
         check_login(args.to)
+    model: Any = args.path
+    if not (args.path / "config.json").is_file():
+        model = LoadedModel.from_pretrained(args.path)
+    if not args.dry_run:
+        private = args.private or None
+        url = push_to_hub(
+            model, args.to, args.report, args.license, private, args.revision, message=args.message
+        )
+        print(f"{args.path} is at {url}")
+        return url
     with TemporaryDirectory() as folder:
         directory = args.path
-        if not (directory / "config.json").is_file():
-            directory = Path(folder) / "model"
-            LoadedModel.from_pretrained(args.path).save_pretrained(directory)
-        card = read_card(directory, args.report, args.license)
-        if not args.dry_run:
-            private = args.private or None
-            url = push_to_hub(directory, args.to, card, private, args.revision, message=args.message)
-            print(f"{args.path} is at {url}")
-            return url
-        card = card.replace(PLACEHOLDER, args.to or PLACEHOLDER)
+        if model is not args.path:
+            directory = Path(folder)
+            model.save_pretrained(directory)
+        card = read_card(directory, args.report, args.license).replace(PLACEHOLDER, args.to or PLACEHOLDER)
         sizes = {CARD: len(card.encode())}
         sizes |= {name: path.stat().st_size for name, path in list_hub_files(directory).items()}
     print(f"would go to {args.to or 'the repository that --to names'}:")

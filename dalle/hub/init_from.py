@@ -1,10 +1,8 @@
-"""Starting from weights that were trained before: of the same family and shape, with vocabularies that may be
-larger.
+"""Initialization from trained weights (--init-from) and frozen parameters (--freeze).
 
-A row that stands for something (a text id, the pad of a position, an image code, a row of the grid) is copied
-to where that thing stands in the larger model; everything new keeps the values of a fresh model. Frozen
-parameters stay as they
-are: they have no gradient, no moments and no average of their own.
+The source has the same family and shape, vocabularies may be larger: the row of a text id, the pad of a
+position, an image code or a grid row is copied to its place in the larger model, new rows keep their fresh
+values.
 """
 
 from collections.abc import Sequence
@@ -17,77 +15,63 @@ from torch import Tensor, nn
 from dalle.layout import TokenLayout
 
 Rows = dict[str, tuple[int, Tensor]]
-"""Parameter -> (dimension, where in it each row of the source goes)."""
+"""Parameter -> (dimension, new index of each row of the source)."""
 
 GROWING = {
     "transformer": ("text_len", "grid", "text_vocab", "image_vocab"),
     "dvae": ("vocab_size",),
     "clip": ("text_len", "text_vocab"),
 }
-"""Fields of the configuration that may be larger than the source's."""
+"""Configuration fields that may be larger than the source's."""
+CLIP_TOWERS = ("vision_width", "vision_layers", "vision_pool", "text_width", "text_layers", "head_dim")
 SAME = {
     "transformer": ("depth", "heads", "head_dim"),
     "dvae": ("widths", "blocks_per_group", "downsample_factor", "codebook_dim", "residual_gain"),
-    "clip": (
-        "embed_width",
-        "image_size",
-        "patch_size",
-        "vision_width",
-        "vision_layers",
-        "vision_pool",
-        "text_width",
-        "text_layers",
-        "head_dim",
-    ),
+    "clip": ("embed_width", "image_size", "patch_size", *CLIP_TOWERS),
 }
 """Fields that must be equal to the source's."""
 
 
 @torch.no_grad()
 def load_pretrained_weights(kind: str, model: nn.Module, source: nn.Module) -> list[str]:
-    """Copies a source's weights into a fresh model of the same kind.
-
-    Returns:
-        which fields have grown, one line each.
+    """Copies a source's weights into a fresh model of the same kind; returns the fields that have grown.
 
     Raises:
         ValueError: a field that must be equal is not, or one that may grow is smaller than the source's.
     """
     new, old = model.config, source.config
-    for name in SAME[kind]:
-        if getattr(new, name) != getattr(old, name):
+    grown = []
+    for name in SAME[kind] + GROWING[kind]:
+        before, after = getattr(old, name), getattr(new, name)
+        if before == after:
+            continue
+        if name in SAME[kind]:
             raise ValueError(
-                f"the source has {name} {getattr(old, name)}, model.{name} is {getattr(new, name)}; "
-                "make them equal, only " + ", ".join(GROWING[kind]) + " may differ"
+                f"the source has {name} {before}, model.{name} is {after}; make them equal, only "
+                f"{', '.join(GROWING[kind])} may differ"
             )
-    for name in GROWING[kind]:
-        if any(a < b for a, b in zip(_sizes(new, name), _sizes(old, name), strict=True)):
+        if any(b > a for b, a in zip(_sizes(before), _sizes(after), strict=True)):
             raise ValueError(
-                f"the source has {name} {getattr(old, name)}, model.{name} is only {getattr(new, name)}; "
-                "it may grow but not shrink"
+                f"the source has {name} {before}, model.{name} is only {after}; it may grow but not shrink"
             )
+        grown.append(f"{name} {before} -> {after}")
     rows, parameters = ROWS[kind](old, new), dict(model.named_parameters())
     for name, value in source.named_parameters():
         value = value.to(parameters[name].device)
         if name in rows:
-            dimension, places = rows[name]
-            parameters[name].index_copy_(dimension, places.to(value.device), value)
+            dimension, indices = rows[name]
+            parameters[name].index_copy_(dimension, indices.to(value.device), value)
         else:
             parameters[name].copy_(value)
-    return [
-        f"{name} {getattr(old, name)} -> {getattr(new, name)}"
-        for name in GROWING[kind]
-        if getattr(old, name) != getattr(new, name)
-    ]
+    return grown
 
 
-def _sizes(config: Any, name: str) -> tuple[int, ...]:
-    value = getattr(config, name)
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
+def _sizes(value: int | Sequence[int]) -> Sequence[int]:
+    return (value,) if isinstance(value, int) else value
 
 
-def joint_ids(old: TokenLayout, new: TokenLayout) -> Tensor:
-    """Where each input id of one layout stands in a larger one: int64 (embedding_size of the old)."""
+def map_token_ids(old: TokenLayout, new: TokenLayout) -> Tensor:
+    """Input ids of a layout -> those of a larger one: int64 (embedding_size of the old)."""
     parts = (
         torch.arange(old.text_vocab),
         new.text_vocab + torch.arange(old.text_len),  # the pad of each position
@@ -98,7 +82,7 @@ def joint_ids(old: TokenLayout, new: TokenLayout) -> Tensor:
 
 
 def _transformer_rows(old: Any, new: Any) -> Rows:
-    ids = joint_ids(old.layout, new.layout)
+    ids = map_token_ids(old.layout, new.layout)
     return {
         "token_embedding.weight": (0, ids),
         "to_logits.weight": (0, ids[: old.layout.vocab]),
@@ -126,19 +110,17 @@ ROWS = {"transformer": _transformer_rows, "dvae": _dvae_rows, "clip": _clip_rows
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Takes the gradient from parameters whose names fit a pattern (`*` stands for anything); returns their
+    """Disables the gradient of parameters whose names match a pattern (`*` matches anything); returns the
     names.
 
     Raises:
-        ValueError: a pattern that fits no parameter, or nothing is left to train.
+        ValueError: a pattern that matches no parameter, or nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"--freeze {pattern!r} fits no parameter; their names are such as {', '.join(names[:3])}, "
-                f"{names[-1]}"
-            )
+            known = f"{', '.join(names[:3])}, {names[-1]}"
+            raise ValueError(f"--freeze {pattern!r} matches no parameter; their names are such as {known}")
     frozen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
     if len(frozen) == len(names):
         raise ValueError(f"--freeze {' '.join(patterns)} leaves nothing to train")

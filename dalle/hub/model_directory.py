@@ -1,7 +1,7 @@
-"""A model directory: config.json, text_tokenizer.json, README.md and a safetensors file a part.
+"""Model directories: config.json, text_tokenizer.json, README.md and a safetensors file for each part.
 
-One form serves the whole model and a part alone. The files belong together by their hashes: config.json names
-those of the weights ("parts"), of the text tokenizer and of the dVAE that made the image tokens ("links").
+A directory holds a whole model or a single part. config.json names the hashes of the weights ("parts"), of
+the text tokenizer and of the dVAE that made the image tokens ("links").
 """
 
 import hashlib
@@ -39,49 +39,47 @@ def write_model_directory(
     report: Report | None = None,
     license: str | None = None,
 ) -> None:
-    """Writes a model directory.
+    """Writes a model directory, with a model card.
 
     Args:
-        directory: made if there is none.
+        directory: created if there is none.
         parts: any of "dvae", "transformer" and "clip".
-        text: the tokenizer that the parts read.
-        dvae_hash: of the dVAE whose tokens a transformer draws; of the one among the parts, if there is one.
-        report, license: for the card, see `dalle.hub.model_card.write_card`.
+        text: the tokenizer of the parts.
+        dvae_hash: of the dVAE whose tokens a transformer generates, unless it is among the parts.
+        report, license: see `dalle.hub.model_card.write_card`.
 
     Raises:
-        ValueError: a part that is not one of the library's own models, a directory that cannot be made, or a
-            report of another model.
+        ValueError: a part that is not this library's, a directory that cannot be written, or a report of
+            another model.
     """
-    for kind, (_, expected) in MODEL_REGISTRY.items():
-        if kind in parts and not isinstance(parts[kind], expected):
-            raise ValueError(
-                f"only a {expected.__name__} of this library can be saved as {kind}; save it yourself"
-            )
-    described = {
-        kind: {"config": to_dict(one.config), "hash": weights_hash(one)} for kind, one in parts.items()
-    }
+    for kind, model in parts.items():
+        if not isinstance(model, expected := MODEL_REGISTRY[kind][1]):
+            raise ValueError(f"only a {expected.__name__} of this library can be saved as {kind}")
+    described = {kind: {"config": to_dict(m.config), "hash": weights_hash(m)} for kind, m in parts.items()}
     report = read_report(report, described)
     make_directory(directory)
     for kind, model in parts.items():
         save_weights(model, directory / f"{kind}.safetensors")
+    links = {}
     if text is not None:
         text.save(directory / "text_tokenizer.json")
-    links = {"text": text.hash} if text is not None else {}
-    if dvae_hash := described["dvae"]["hash"] if "dvae" in parts else dvae_hash:
+        links["text"] = text.hash
+    if "dvae" in parts:
+        dvae_hash = described["dvae"]["hash"]
+    if dvae_hash:
         links["dvae"] = dvae_hash
-    write_json(
-        directory / "config.json", {"format": FORMAT, "kind": "dalle", "links": links, "parts": described}
-    )
+    config = {"format": FORMAT, "kind": "dalle", "links": links, "parts": described}
+    write_json(directory / "config.json", config)
     write_card(directory, report, license)
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """The weights in use as one safetensors file."""
+    """The weights as a safetensors file."""
     write_tensors(path, model.state_dict())
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over names, shapes and bytes of the weights in order of name, 16 hex characters."""
+    """SHA-256 over names, shapes and bytes of the weights in order of name, 16 hex characters."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

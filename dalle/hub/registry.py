@@ -1,7 +1,7 @@
-"""From a kind to its model, and back from a checkpoint that describes itself.
+"""Building, loading and saving models by kind: "dvae", "transformer" or "clip".
 
-A part is read from a run (its newest checkpoint, sharded or not), from one checkpoint, or from a model
-directory written by `save_pretrained`. The averaged weights are taken unless the raw ones are asked for.
+A part is loaded from a run (its latest checkpoint), from a checkpoint, or from a model directory, with its
+EMA weights unless the raw ones are requested.
 """
 
 from dataclasses import dataclass, field
@@ -26,8 +26,8 @@ from dalle.train.state import load_strict
 
 @dataclass
 class LoadedModel(HubMixin):
-    """A loaded model and what its checkpoint says of it; `LoadedModel("dvae", model)` of a model made
-    otherwise."""
+    """A model with the description of its checkpoint; `LoadedModel("dvae", model)` for a model without
+    one."""
 
     kind: str
     model: nn.Module
@@ -36,32 +36,23 @@ class LoadedModel(HubMixin):
 
     @property
     def hash(self) -> str:
-        """Of the weights in use."""
+        """Of the weights."""
         return weights_hash(self.model)
 
     @property
     def links(self) -> dict[str, Any]:
-        """What it was trained with: "text" (the tokenizer itself), "text_hash", "dvae" (a hash)."""
+        """What it was trained with: "text" (the tokenizer's data), "text_hash", "dvae" (a hash)."""
         return self.meta.get("links", {})
 
     def save_pretrained(
         self, directory: Path | str, report: Report | None = None, license: str | None = None
     ) -> None:
-        """Writes a model directory of this part alone, with the text tokenizer it reads.
-
-        Args:
-            directory: made if there is none.
-            report, license: for the card, see `dalle.hub.model_card.write_card`.
-
-        Raises:
-            ValueError: a model that is not one of the library's own, or a directory that cannot be made.
-        """
-        text = (
-            text_tokenizer_from_dict(self.links["text"])
-            if self.kind != "dvae" and "text" in self.links
-            else None
-        )
-        dvae_hash = self.links.get("dvae") if self.kind == "transformer" else None
+        """Writes a model directory of this part, with its text tokenizer; see `write_model_directory`."""
+        text = dvae_hash = None
+        if self.kind != "dvae" and "text" in self.links:
+            text = text_tokenizer_from_dict(self.links["text"])
+        if self.kind == "transformer":
+            dvae_hash = self.links.get("dvae")
         write_model_directory(Path(directory), {self.kind: self.model}, text, dvae_hash, report, license)
 
     @classmethod
@@ -73,17 +64,16 @@ class LoadedModel(HubMixin):
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> "LoadedModel":
-        """One part from a model directory, a run, or the Hub; of a whole model no other part is downloaded.
+        """One part of a model directory, a run, or a Hub repository, of which only its files are downloaded.
 
         Args:
-            source: a path, or an id of the Hub (dalle/hub/hub.py).
-            kind: "dvae", "transformer" or "clip"; needed where there are several.
-            device: where the model goes.
-            revision, token: of the Hub.
+            source: a path, or an id of the Hub.
+            kind: required if there are several parts.
+            device: of the model.
+            revision, token: see `dalle.hub.hub.resolve_source`.
 
         Raises:
-            ValueError: nothing there, several parts and no kind, another kind, a damaged file; as
-                `dalle.hub.hub.resolve_source`.
+            ValueError: no such model, several parts and no kind, another kind, or a damaged file.
         """
         if kind is None:
             kind = _only_kind(resolve_source(source, ["config.json"], revision, token))
@@ -95,7 +85,7 @@ class LoadedModel(HubMixin):
 def check_linked(
     dvae: LoadedModel, transformer: LoadedModel, clip: LoadedModel | None, text: BPETokenizer | None
 ) -> BPETokenizer:
-    """The transformer's text tokenizer; ValueError for models that were not trained for one another."""
+    """The transformer's text tokenizer; ValueError for models that were not trained together."""
     for part, needed in ((transformer, {"text", "dvae"}), (clip, {"text_hash"})):
         if part and (missing := needed - part.links.keys()):
             raise ValueError(
@@ -103,47 +93,40 @@ def check_linked(
             )
     own = text_tokenizer_from_dict(transformer.links["text"])
     if text is not None and text.hash != own.hash:
-        raise ValueError(f"{transformer.source} was trained with a text tokenizer other than the one given")
+        raise ValueError(f"{transformer.source} was trained with another text tokenizer than the one given")
     if transformer.links["dvae"] != dvae.hash:
         raise ValueError(
             f"{transformer.source} was trained on tokens of dVAE {transformer.links['dvae']}, "
             f"{dvae.source} is {dvae.hash}: they do not belong together"
         )
     if clip is not None and clip.links["text_hash"] != own.hash:
-        raise ValueError(f"{clip.source} was trained with a text tokenizer other than {transformer.source}'s")
+        raise ValueError(f"{clip.source} was trained with another text tokenizer than {transformer.source}")
     return own
 
 
 def build_model(kind: str, config: Any) -> nn.Module:
-    """A fresh model of a kind."""
+    """A freshly initialized model."""
     config_class, model_class = MODEL_REGISTRY[kind]
-    assert isinstance(config, config_class), (
-        f"{kind} needs a {config_class.__name__}, got {type(config).__name__}"
-    )
+    assert isinstance(config, config_class), f"{kind} needs a {config_class.__name__}, got {type(config)}"
     return model_class(config)
 
 
 def checkpoint_meta(
     kind: str, model: nn.Module, run: Any, links: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The meta of a checkpoint: all that is needed to build and join the model again."""
+    """meta.json of a checkpoint: what is needed to build the model again and to join it with others."""
     versions = {"torch": torch.__version__}
-    return {
-        "kind": kind,
-        "config": to_dict(model.config),
-        "run": run,
-        "links": links or {},
-        "versions": versions,
-    }
+    config = to_dict(model.config)
+    return {"kind": kind, "config": config, "run": run, "links": links or {}, "versions": versions}
 
 
 def load_model(
     path: Path | str, kind: str, device: str | torch.device = "cpu", averaged: bool = True
 ) -> LoadedModel:
-    """A model in eval mode from a run, a checkpoint or a model directory, all of them on disk.
+    """A model in eval mode from a run, a checkpoint or a model directory on disk.
 
     Raises:
-        ValueError: nothing there, another kind, another format, a damaged file (by its hash).
+        ValueError: no such model, another kind or format, or a damaged file.
     """
     path = Path(path)
     if (path / "config.json").is_file():
@@ -151,62 +134,56 @@ def load_model(
     folder = latest_checkpoint(path) or path
     meta = check_meta(read_json(folder / "meta.json"), kind, folder)
     if damaged := verify_checkpoint(folder, parts=("model", "ema") if averaged else ("model",)):
-        raise ValueError(f"{damaged}; an earlier checkpoint beside it may be whole")
+        raise ValueError(f"{damaged}; use an earlier checkpoint")
     tensors = read_whole(folder, "model")
     if averaged:
         ema = meta["ema"]
         tensors |= bias_corrected(read_whole(folder, "ema"), ema["decay"], ema["updates"])
-    return _part(kind, meta, tensors, folder, device)
+    return _load(kind, meta, tensors, folder, device)
 
 
 def _from_model_directory(path: Path, kind: str, device: str | torch.device) -> LoadedModel:
     config = read_config(path)
     if kind not in config["parts"]:
         raise ValueError(f"{path} holds no {kind}; it has {', '.join(config['parts'])}")
-    links = _links(path, config["links"])
-    meta = config["parts"][kind] | {"links": links}
-    part = _part(kind, meta, read_tensors(path / f"{kind}.safetensors"), path, device)
-    if part.hash != meta["hash"]:
-        raise ValueError(
-            f"{path / f'{kind}.safetensors'}: the weights have hash {part.hash}, expected {meta['hash']}; "
-            "the file is of another model, or changed"
-        )
-    return part
-
-
-def _links(path: Path, named: dict[str, str]) -> dict[str, Any]:
-    """`LoadedModel.links` of a model directory; ValueError where text_tokenizer.json is of another model."""
-    links: dict[str, Any] = {"dvae": named["dvae"]} if "dvae" in named else {}
-    if "text" in named:
+    hashes = config["links"]
+    links = {"dvae": hashes["dvae"]} if "dvae" in hashes else {}
+    if "text" in hashes:
         text = load_text_tokenizer(path / "text_tokenizer.json")
-        if text.hash != named["text"]:
+        if text.hash != hashes["text"]:
             raise ValueError(
                 f"{path}: the files do not belong together: text_tokenizer.json has hash {text.hash}, "
-                f"expected {named['text']}"
+                f"expected {hashes['text']}"
             )
         links |= {"text": text.to_dict(), "text_hash": text.hash}
-    return links
+    meta, file = config["parts"][kind] | {"links": links}, path / f"{kind}.safetensors"
+    model = _load(kind, meta, read_tensors(file), path, device)
+    if model.hash != meta["hash"]:
+        raise ValueError(
+            f"{file}: the weights have hash {model.hash}, expected {meta['hash']}; "
+            "the file is of another model, or changed"
+        )
+    return model
 
 
 def _only_kind(path: Path) -> str:
-    """What a model directory of one part, or a run, holds."""
-    if not (path / "config.json").is_file():
-        folder = latest_checkpoint(path) or path
-        meta = read_json(folder / "meta.json")
-        kind = meta.get("kind") if isinstance(meta, dict) else None
-        if not isinstance(kind, str):
-            raise ValueError(
-                f"{folder} holds {kind or 'something unknown'!r}, expected one of {', '.join(MODEL_REGISTRY)}"
-            )
-        return kind
-    parts = list(read_config(path)["parts"])
-    if len(parts) != 1:
-        raise ValueError(f"{path} holds {', '.join(parts)}; say which as kind")
-    return parts[0]
+    """Kind of a model directory of one part, or of a run."""
+    if (path / "config.json").is_file():
+        kinds = list(read_config(path)["parts"])
+        if len(kinds) != 1:
+            raise ValueError(f"{path} holds {', '.join(kinds)}; give kind")
+        return kinds[0]
+    folder = latest_checkpoint(path) or path
+    meta = read_json(folder / "meta.json")
+    kind = meta.get("kind") if isinstance(meta, dict) else None
+    if not isinstance(kind, str):
+        raise ValueError(
+            f"{folder} holds a model of kind {kind!r}, expected one of {', '.join(MODEL_REGISTRY)}"
+        )
+    return kind
 
 
-def _part(kind: str, meta: dict[str, Any], tensors: dict[str, Tensor], source: Path, device) -> LoadedModel:
-    config_class, _ = MODEL_REGISTRY[kind]
-    model = build_model(kind, from_dict(config_class, meta["config"], str(source)))
+def _load(kind: str, meta: dict[str, Any], tensors: dict[str, Tensor], source: Path, device) -> LoadedModel:
+    model = build_model(kind, from_dict(MODEL_REGISTRY[kind][0], meta["config"], str(source)))
     load_strict(model, tensors, source)
     return LoadedModel(kind, model.to(device).eval().requires_grad_(False), meta, source)

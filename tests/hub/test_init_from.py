@@ -1,5 +1,4 @@
-"""Beginning from other weights, frozen parameters, one batch again and again, and the sweep of learning
-rates."""
+"""Weights of another run in a fresh model (--init-from), frozen parameters, and overfitting one batch."""
 
 import json
 import shutil
@@ -10,12 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from dalle.clip import CLIPConfig
-from dalle.commands.lr_sweep import last_loss, sweep
 from dalle.commands.train_clip import train_clip
 from dalle.commands.train_dvae import train_dvae
 from dalle.commands.train_transformer import train_transformer
 from dalle.dvae import DVAEConfig
-from dalle.hub.init_from import GROWING, SAME, freeze, joint_ids, load_pretrained_weights
+from dalle.hub.init_from import GROWING, SAME, freeze, load_pretrained_weights, map_token_ids
 from dalle.hub.registry import build_model, load_model, weights_hash
 from dalle.layout import TokenLayout
 from dalle.schedules import Schedule
@@ -27,18 +25,8 @@ STAGES = {"dvae": train_dvae, "transformer": train_transformer, "clip": train_cl
 TRANSFORMER = TransformerConfig(
     depth=2, heads=2, head_dim=8, text_len=5, grid=(3, 3), text_vocab=11, image_vocab=7, conv_kernel=3
 )
-CLIP = CLIPConfig(
-    embed_width=8,
-    image_size=32,
-    patch_size=16,
-    vision_width=16,
-    vision_layers=1,
-    text_len=6,
-    text_vocab=11,
-    text_width=16,
-    text_layers=1,
-    head_dim=8,
-)
+TOWERS = {"vision_width": 16, "vision_layers": 1, "text_width": 16, "text_layers": 1, "head_dim": 8}
+CLIP = CLIPConfig(embed_width=8, image_size=32, patch_size=16, text_len=6, text_vocab=11, **TOWERS)
 DVAE = DVAEConfig(widths=(4, 8), blocks_per_group=1, downsample_factor=2, vocab_size=6, codebook_dim=4)
 LARGER = {
     "transformer": replace(TRANSFORMER, text_len=8, grid=(4, 5), text_vocab=13, image_vocab=9),
@@ -58,13 +46,8 @@ def pair(kind: str, config=None):
     return source, build_model(kind, config or LARGER[kind])
 
 
-# ---------------------------------------------------------------------------------------------
-# Rows go where their meaning goes
-# ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", SMALL)
-def test_the_same_shape_is_copied_whole(kind):
+def test_the_same_shape_is_copied(kind):
     source, model = pair(kind, SMALL[kind])
     assert load_pretrained_weights(kind, model, source) == []
     assert weights_hash(model) == weights_hash(source)
@@ -73,18 +56,17 @@ def test_the_same_shape_is_copied_whole(kind):
 @pytest.mark.parametrize("kind", SMALL)
 def test_every_configuration_field_of_the_shape_is_either_equal_or_growing(kind):
     known = {*SAME[kind], *GROWING[kind]}
-    free = {  # how it is computed or begins, not what shape it has
-        "transformer": {
+    free = {  # no part of the shape
+        *(
             "conv_kernel",
             "sparse",
             "full_attention_every",
             "init_scale",
             "attention_backend",
             "activation_checkpointing",
-        },
-        "dvae": {"residual_scale", "logit_init_scale", "codebook_init_std", "min_log_scale"},
-        "clip": set(),
-    }[kind]
+        ),
+        *("residual_scale", "logit_init_scale", "codebook_init_std", "min_log_scale"),
+    }
     assert set(vars(SMALL[kind])) <= known | free
 
 
@@ -93,14 +75,14 @@ def test_ids_are_moved_by_meaning():
         TokenLayout(c.text_len, c.grid, c.text_vocab, c.image_vocab)
         for c in (TRANSFORMER, LARGER["transformer"])
     )
-    moved = joint_ids(old, new).tolist()
+    moved = map_token_ids(old, new).tolist()
     assert moved[:11] == list(range(11))  # text ids
     assert moved[11:16] == [13, 14, 15, 16, 17]  # the pads of positions 0 to 4
     assert moved[16:23] == [21, 22, 23, 24, 25, 26, 27]  # image codes, behind 13 ids and 8 pads
     assert moved[23:] == [new.start_of_text, new.start_of_image]
 
 
-def test_a_larger_transformer_knows_what_the_small_one_knew():
+def test_rows_of_a_larger_transformer():
     source, model = pair("transformer")
     fresh = {name: p.clone() for name, p in model.named_parameters()}
     grown = load_pretrained_weights("transformer", model, source)
@@ -113,9 +95,8 @@ def test_a_larger_transformer_knows_what_the_small_one_knew():
         assert torch.equal(rows[13:18], before[11:16])  # pads
         assert torch.equal(rows[18:21], fresh[f"{name}.weight"][18:21])  # pads of new positions
         assert torch.equal(rows[new.image_offset :][:7], before[old.image_offset :][:7])
-    assert torch.equal(
-        model.token_embedding.weight[-2:], source.token_embedding.weight[-2:]
-    )  # the two starts
+    starts = [m.token_embedding.weight[-2:] for m in (model, source)]
+    assert torch.equal(*starts)
     assert torch.equal(model.row.weight[:3], source.row.weight)
     assert torch.equal(model.row.weight[3:], fresh["row.weight"][3:])
     assert torch.equal(model.layers[1].mlp.f.expand.weight, source.layers[1].mlp.f.expand.weight)
@@ -137,9 +118,8 @@ def test_a_larger_clip_reads_the_same_captions_the_same():
     load_pretrained_weights("clip", model, source)
     captions = [[3, 4, 5], [10]]
     pixels = torch.rand(2, 3, 32, 32)
-    torch.testing.assert_close(
-        model.encode_text(model.pack_text(captions)), source.encode_text(source.pack_text(captions))
-    )
+    after, before = (m.encode_text(m.pack_text(captions)) for m in (model, source))
+    torch.testing.assert_close(after, before)
     torch.testing.assert_close(model.encode_image(pixels), source.encode_image(pixels))
 
 
@@ -153,60 +133,36 @@ def test_a_larger_codebook_decodes_old_codes_the_same():
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "sentence"),
+    ("kind", "changes", "message"),
     [
-        ("transformer", {"depth": 3}, "the source has depth 2, model.depth is 3; make them equal"),
-        ("transformer", {"heads": 4, "head_dim": 4}, "the source has heads 2, model.heads is 4"),
-        (
-            "transformer",
-            {"text_vocab": 10},
-            "the source has text_vocab 11, model.text_vocab is only 10; it may grow",
-        ),
-        (
-            "transformer",
-            {"grid": (5, 2), "conv_kernel": 1},
-            r"the source has grid \(3, 3\), model.grid is only \(5, 2\)",
-        ),
-        ("clip", {"text_layers": 2}, "the source has text_layers 1"),
-        ("dvae", {"vocab_size": 5}, "the source has vocab_size 6, model.vocab_size is only 5"),
-        ("dvae", {"residual_scale": 0.3}, "the source has residual_gain"),
+        ("transformer", {"depth": 3}, "depth 2, model.depth is 3; make them equal"),
+        ("transformer", {"heads": 4, "head_dim": 4}, "heads 2, model.heads is 4"),
+        ("transformer", {"text_vocab": 10}, "text_vocab 11, model.text_vocab is only 10; it may grow"),
+        ("transformer", {"grid": (5, 2), "conv_kernel": 1}, r"grid \(3, 3\), model.grid is only \(5, 2\)"),
+        ("clip", {"text_layers": 2}, "text_layers 1"),
+        ("dvae", {"vocab_size": 5}, "vocab_size 6, model.vocab_size is only 5"),
+        ("dvae", {"residual_scale": 0.3}, "residual_gain"),
     ],
 )
-def test_what_does_not_fit_is_refused(kind, changes, sentence):
+def test_another_shape_is_refused(kind, changes, message):
     source, model = pair(kind, replace(SMALL[kind], **changes))
     before = weights_hash(model)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         load_pretrained_weights(kind, model, source)
     assert weights_hash(model) == before
 
 
-# ---------------------------------------------------------------------------------------------
-# Freezing
-# ---------------------------------------------------------------------------------------------
-
-
-def test_patterns_fit_names():
+def test_freeze():
     model = build_model("transformer", TRANSFORMER)
-    frozen = freeze(model, ["layers.0.*", "row.weight"])
-    assert "row.weight" in frozen
-    assert {name for name, p in model.named_parameters() if not p.requires_grad} == set(frozen)
-    assert all(name.startswith("layers.0.") or name == "row.weight" for name in frozen)
-
-
-def test_a_pattern_that_fits_nothing_or_everything_is_refused():
-    model = build_model("transformer", TRANSFORMER)
-    with pytest.raises(
-        ValueError, match=r"--freeze 'layer\.0\.\*' fits no parameter; their names are such as token_"
-    ):
+    with pytest.raises(ValueError, match=r"'layer\.0\.\*' matches no parameter; .* token_"):
         freeze(model, ["row.weight", "layer.0.*"])
     with pytest.raises(ValueError, match=r"--freeze \* leaves nothing to train"):
         freeze(model, ["*"])
     assert all(p.requires_grad for p in model.parameters())
-
-
-# ---------------------------------------------------------------------------------------------
-# In the stages
-# ---------------------------------------------------------------------------------------------
+    frozen = freeze(model, ["layers.0.*", "row.weight"])
+    assert "row.weight" in frozen
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == set(frozen)
+    assert all(name.startswith("layers.0.") or name == "row.weight" for name in frozen)
 
 
 @pytest.fixture(scope="module")
@@ -215,11 +171,8 @@ def start(tiny_runs, chain, with_inputs):
 
     def run(kind, out, steps=2, train=None, **changes):
         base = getattr(tiny_runs, kind)
-        return STAGES[kind](
-            with_inputs(
-                base, chain, out=out, steps=steps, train=replace(base.train, **(train or {})), **changes
-            )
-        )
+        train = replace(base.train, **(train or {}))
+        return STAGES[kind](with_inputs(base, chain, out=out, steps=steps, train=train, **changes))
 
     return run
 
@@ -229,7 +182,7 @@ def meta_of(run):
 
 
 @pytest.mark.parametrize("kind", STAGES)
-def test_a_run_begins_from_another_with_its_averaged_weights(kind, chain, start, tiny_runs, tmp_path, capsys):
+def test_a_run_starts_from_the_averaged_weights_of_another(kind, chain, start, tiny_runs, tmp_path, capsys):
     optimizer = replace(getattr(tiny_runs, kind).train.optimizer, lr=Schedule(0.0, 0.0))
     out = start(kind, tmp_path / "tuned", train={"optimizer": optimizer}, init_from=chain / kind)
     source = load_model(chain / kind, kind)
@@ -240,14 +193,16 @@ def test_a_run_begins_from_another_with_its_averaged_weights(kind, chain, start,
     assert f"begins with the weights of {chain / kind}" in capsys.readouterr().out
 
 
-def test_a_model_directory_serves_too_and_a_vocabulary_grows(chain, start, tiny_runs, tmp_path, capsys):
+def test_a_run_starts_from_a_model_directory_with_a_smaller_vocabulary(
+    chain, start, tiny_runs, tmp_path, capsys
+):
     model = replace(tiny_runs.transformer.model, text_len=24, text_vocab=450)
     out = start("transformer", tmp_path / "tuned", init_from=chain / "model", model=model)
     assert "text_len 20 -> 24, text_vocab 400 -> 450" in capsys.readouterr().out
     assert load_model(out, "transformer").model.config.text_vocab == 450
 
 
-def test_going_on_does_not_read_the_source_again(chain, start, tmp_path):
+def test_resuming_does_not_read_the_source_again(chain, start, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(chain / "clip", source)
     whole = start("clip", tmp_path / "whole", steps=4, init_from=source)
@@ -261,7 +216,7 @@ def test_going_on_does_not_read_the_source_again(chain, start, tmp_path):
         start("clip", tmp_path / "parts", steps=5, init_from=tmp_path / "other")
 
 
-def test_a_fresh_run_does_not_go_on_from_other_weights(chain, start, tmp_path):
+def test_a_fresh_run_does_not_resume_from_other_weights(chain, start, tmp_path):
     start("clip", tmp_path / "fresh")
     with pytest.raises(ValueError, match=r"began from fresh weights, not from .*clip; give another --out"):
         start("clip", tmp_path / "fresh", steps=3, init_from=chain / "clip")
@@ -285,7 +240,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("kind", STAGES)
-def test_frozen_parameters_stay_have_no_moments_and_are_their_own_average(kind, chain, start, tmp_path):
+def test_frozen_parameters_keep_their_values_and_have_no_optimizer_state(kind, chain, start, tmp_path):
     out = start(kind, tmp_path / "tuned", init_from=chain / kind, freeze=PATTERNS[kind], steps=4)
     before, after = load_model(chain / kind, kind).model, load_model(out, kind).model
     frozen = set(freeze(load_model(out, kind).model.requires_grad_(True), PATTERNS[kind]))
@@ -298,7 +253,7 @@ def test_frozen_parameters_stay_have_no_moments_and_are_their_own_average(kind, 
     assert set(load_file(folder / "ema.safetensors")) == trained
 
 
-def test_going_on_with_frozen_parameters_is_exact(start, tmp_path):
+def test_resuming_with_frozen_parameters_is_exact(start, tmp_path):
     words = {"freeze": PATTERNS["transformer"]}
     whole = start("transformer", tmp_path / "whole", steps=4, **words)
     start("transformer", tmp_path / "parts", steps=2, **words)
@@ -310,16 +265,10 @@ def test_going_on_with_frozen_parameters_is_exact(start, tmp_path):
         start("transformer", tmp_path / "parts", steps=5)
 
 
-# ---------------------------------------------------------------------------------------------
-# One batch; learning rates
-# ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("kind", "name", "steps"), [("transformer", "image_loss", 250), ("clip", "loss", 150)]
 )
-def test_one_batch_is_learned_by_heart(kind, name, steps, start, tiny_runs, tmp_path):
-    """The loss of the same few samples again and again goes near zero, or something is broken."""
+def test_one_batch_is_overfitted(kind, name, steps, start, tiny_runs, tmp_path):
     optimizer = replace(
         getattr(tiny_runs, kind).train.optimizer, lr=Schedule(1e-2, 1e-2), warmup_steps=10, weight_decay=0.0
     )
@@ -331,7 +280,7 @@ def test_one_batch_is_learned_by_heart(kind, name, steps, start, tiny_runs, tmp_
     assert lines[-1][name] < 0.1
 
 
-def test_one_batch_lowers_the_loss_of_the_dvae(start, tiny_runs, tmp_path):
+def test_overfitting_one_batch_lowers_the_loss_of_the_dvae(start, tiny_runs, tmp_path):
     optimizer = replace(tiny_runs.dvae.train.optimizer, lr=Schedule(3e-3, 3e-3), warmup_steps=10)
     train = {"optimizer": optimizer, "save_every": 1000, "eval_every": 1000}
     out = start("dvae", tmp_path / "dvae", steps=60, overfit_batch=2, train=train)
@@ -347,28 +296,3 @@ def test_every_step_of_overfitting_has_the_same_batch(start, tiny_runs, tmp_path
     assert meta_of(out)["run"]["overfit_batch"] == 3
     with pytest.raises(ValueError, match="overfit_batch must be positive"):
         replace(tiny_runs.clip, overfit_batch=0)
-
-
-def test_a_sweep_trains_at_each_step_size_and_draws_one_image(
-    chain, tiny_runs, with_inputs, tmp_path, capsys
-):
-    run = with_inputs(tiny_runs.clip, chain, out=tmp_path / "sweep", steps=3)
-    base = run.train.optimizer.lr.initial
-    losses = sweep("clip", run, [0.5, 1.0])
-    assert list(losses) == [0.5 * base, base]
-    assert losses[base] == last_loss(tmp_path / "sweep" / f"lr-{base:g}")
-    assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 1000
-    assert capsys.readouterr().out.count("<- lowest") == 1
-
-
-def test_a_run_that_diverges_does_not_end_the_sweep(chain, tiny_runs, with_inputs, tmp_path, capsys):
-    run = with_inputs(tiny_runs.clip, chain, out=tmp_path / "sweep", steps=3)
-    optimizer = replace(run.train.optimizer, warmup_steps=0)
-    losses = sweep("clip", replace(run, train=replace(run.train, optimizer=optimizer)), [1.0, 1e40])
-    assert losses[1e40 * run.train.optimizer.lr.initial] == float("inf")
-    assert "diverged" in capsys.readouterr().out
-
-
-def test_a_sweep_needs_factors(tiny_runs):
-    with pytest.raises(ValueError, match="give factors on the learning rate, each above 0"):
-        sweep("clip", tiny_runs.clip, [])
