@@ -1,5 +1,4 @@
-"""Serve a web page that draws images for captions, ranks them and completes uploaded ones (paper sections
-2.6, 3.3)."""
+"""Serve a web page that samples images for captions, ranks them and completes uploaded ones."""
 
 from dalle.commands.app import main
 

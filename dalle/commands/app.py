@@ -1,16 +1,14 @@
-"""Serve a web page that draws images for captions, ranks them and completes uploaded ones (paper sections
-2.6, 3.3).
+"""Serve a web page that samples images for captions, ranks them and completes uploaded ones.
 
-python scripts/app.py runs/quickstart/model                        http://127.0.0.1:7860, for this computer
-alone python scripts/app.py runs/quickstart/model --host 0.0.0.0         for the whole network; it asks no
-password
+python scripts/app.py runs/quickstart/model                   http://127.0.0.1:7860, for this computer alone
+python scripts/app.py runs/quickstart/model --host 0.0.0.0    for the whole network, without a password
 
 It needs gradio: pip install 'zeroshot-text2image[app]'.
 """
 
+import importlib.util
 import os
 import signal
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from dalle.app.config import Limits
 from dalle.config import cli_errors, parse
 from dalle.train.config import Precision
 
@@ -28,123 +25,81 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AppArgs:
-    """Serves a web page that draws images for captions."""
+    """Serves a web page that samples images for captions."""
 
     model: Positional[Path | None] = None
     """Model directory, such as runs/quickstart/model."""
     host: str = "127.0.0.1"
-    """Address to listen at; this computer alone unless given. 0.0.0.0 lets in the whole network, without a
-    password."""
+    """Address to listen at; 0.0.0.0 admits the whole network, without a password."""
     port: int = 7860
     """Port to listen at; 0 takes a free one."""
     share: bool = False
-    """Ask Gradio's server for a public address, through which anyone who knows it can draw."""
-    limits: Limits = Limits()
-    """The most that a visitor may ask for."""
+    """Ask Gradio's server for a public address; anyone who knows it can sample."""
+    max_caption: int = 1000
+    """Characters of a caption at most."""
+    max_images: int = 16
+    """Images to keep at most."""
+    max_candidates: int = 512
+    """Candidates at most; 512 in the paper."""
+    max_upload: int = 10 * 2**20
+    """Bytes of an uploaded image at most."""
     device: str = "auto"
-    """cuda, mps or cpu; auto takes the first there is."""
+    """cuda, mps or cpu; auto takes the first available."""
     precision: Precision = "auto"
-    """Of the transformer's matrices: fp32, bf16 or fp16; auto takes bf16 where the device has it in
-    hardware."""
+    """Format of the transformer's matrices; auto is bf16 where the hardware supports it."""
     int8: bool = False
-    """Keep the transformer's matrices in 8 bits, a quarter of the bytes of fp32, see `sample.py --help`."""
+    """Store the transformer's matrices in 8 bits, see `sample.py --help`."""
 
 
-class OnlyOurFiles:
-    """Refuses what would let Gradio fetch other servers' files for a visitor."""
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] == "http" and ("://" in scope["path"] or "/proxy=" in scope["path"]):
-            await send({"type": "http.response.start", "status": 403, "headers": []})
-            await send({"type": "http.response.body", "body": b"only files of this page are served"})
-            return
-        await self.app(scope, receive, send)
-
-
-def app(run: AppArgs) -> None:
+def app(args: AppArgs) -> None:
     """Serves until it is interrupted.
 
     Raises:
-        ValueError: no model there, a port that cannot be had.
+        ValueError: no model there, or a port that cannot be had.
         ImportError: Gradio is not installed.
     """
-    from dalle.app.ui import load_gradio
-    from dalle.hub.hub import resolve_source
-    from dalle.io.format import read_config
     from dalle.pipelines.dalle import DALLE
     from dalle.train.precision import resolve_device
 
-    if run.model is None:
+    if args.model is None:
         raise ValueError("say which model: python scripts/app.py runs/quickstart/model")
-    read_config(
-        resolve_source(run.model, ["config.json"])
-    )  # a mistake is told at once, with Gradio or without
-    load_gradio()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Control-C does: the folder is removed
-    model = DALLE.from_pretrained(run.model, resolve_device(run.device))
+    if importlib.util.find_spec("gradio") is None:
+        raise ImportError("the web page needs gradio: pip install 'zeroshot-text2image[app]'")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # removes the folder, as Ctrl-C does
+    model = DALLE.from_pretrained(args.model, resolve_device(args.device))
     with TemporaryDirectory(prefix="dalle-app-") as folder:
-        page = launch(run, model, Path(folder))
+        page = launch(args, model, folder)
         try:
-            print(f"{page.local_url} draws with {run.model}; Control-C ends it", flush=True)
+            print(f"{page.share_url or page.local_url} samples from {args.model}; Ctrl-C ends it", flush=True)
             page.block_thread()
         finally:
             page.close(verbose=False)
 
 
-def launch(run: AppArgs, model: "DALLE", folder: Path):
-    """Starts the server in a thread of its own and gives its `gradio.Blocks`; `close` ends it.
+def launch(args: AppArgs, model: "DALLE", folder: str) -> Any:
+    """Starts the server in a thread and returns its `gradio.Blocks`; files are kept in the folder."""
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    from dalle.app.ui import CSS, THEME, Page
 
-    Args:
-        folder: for uploads and images; the caller removes it.
-    """
-    from dalle.app.ui import Page
-    from dalle.train.precision import precision_label
-
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)  # the only way to tell Gradio where
-    facts = {"precision": precision_label(run.precision, run.int8, model.device)}
-    page = Page(model.to_precision(run.precision, run.int8), run.limits, facts)
-    blocks = page.build()
+    page = Page(model.to_precision(args.precision, args.int8), args).build()
     try:
-        blocks.launch(**_server(run), **page.look())
-        if run.share and not blocks.share_url:
-            blocks.close(verbose=False)
-            raise ValueError("Gradio's server gave no public address; leave out --share, or try again later")
+        page.launch(
+            server_name=args.host,
+            server_port=args.port or None,
+            share=args.share,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=False,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            max_file_size=args.max_upload,
+            theme=THEME,
+            css=CSS,
+        )
     except OSError:
-        raise ValueError(
-            f"cannot listen at {run.host}, port {run.port}; give another --host or --port"
-        ) from None
-    return blocks
-
-
-def _server(run: AppArgs) -> dict[str, Any]:
-    from starlette.middleware import Middleware  # comes with Gradio
-
-    return {
-        "server_name": run.host,
-        "server_port": run.port or _free_port(run.host),
-        "share": run.share,
-        "prevent_thread_lock": True,
-        "quiet": True,
-        "show_error": False,
-        "inbrowser": False,
-        "footer_links": [],
-        "run_history": False,
-        "enable_monitoring": False,
-        "ssr_mode": False,
-        "pwa": False,
-        "mcp_server": False,
-        "max_file_size": run.limits.upload,
-        "app_kwargs": {"middleware": [Middleware(OnlyOurFiles)]},
-    }
-
-
-def _free_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
+        raise ValueError(f"cannot listen at {args.host}:{args.port}; give another --host or --port") from None
+    return page
 
 
 def main() -> None:
