@@ -121,7 +121,7 @@ def _load_clip(args: EvaluateArgs, device: Any) -> Any:
     if not args.clip.is_dir():
         return load_scorer(args.clip, device, args.quick_gelu)
     loaded = load_stage("clip", args.clip, device)
-    return CLIPScorer(loaded.model, text_tokenizer_from_dict(loaded.links["text"]))
+    return CLIPScorer(loaded.model, text_tokenizer_from_dict(loaded.inputs["text"]))
 
 
 def finite(report: dict[str, Any]) -> dict[str, Any]:

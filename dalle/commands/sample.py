@@ -249,7 +249,7 @@ def find_clip(args: SampleArgs, transformer: LoadedModel, device: torch.device) 
         print("note: there is no CLIP, so the images are unranked")
         return None
     clip = load_stage("clip", path, device)
-    if clip.links["text_hash"] != transformer.links["text_hash"]:
+    if clip.inputs["text_hash"] != transformer.inputs["text_hash"]:
         print(f"note: {path} was trained with another text tokenizer, so the images are unranked")
         return None
     return clip

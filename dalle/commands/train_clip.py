@@ -91,8 +91,8 @@ def train_clip(run: TrainCLIPArgs) -> Path:
         val_set = open_dataset(run.data, "held_out", run.hard_negative_captions)
         torch.manual_seed(run.seed)
         model = build_model("clip", run.model).to(dist.device)
-        links = {"text": text.to_dict(), "text_hash": text.hash, "data": train_set.hash}
-        init = init_weights("clip", run, model, links)
+        inputs = {"text": text.to_dict(), "text_hash": text.hash, "data": train_set.hash}
+        init = init_weights("clip", run, model, inputs)
         if run.compile:
             compile_layers(model)
 
@@ -118,7 +118,7 @@ def train_clip(run: TrainCLIPArgs) -> Path:
             return {"loss": loss.total, **loss.metrics, "retrieval": grid}
 
         with loader(steps, run, run.directory("clip"), pack) as batches:
-            out = run_training("clip", run, dist, model, CLIPObjective(), batches, links, init, evaluate)
+            out = run_training("clip", run, dist, model, CLIPObjective(), batches, inputs, init, evaluate)
         if model.truncated:
             tqdm.write(
                 f"note: {model.truncated} captions were longer than {run.model.text_len - 1} tokens and cut"

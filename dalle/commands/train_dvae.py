@@ -107,8 +107,8 @@ def train_dvae(run: TrainDVAEArgs) -> Path:
         train_set, val_set = open_dataset(run.data), open_dataset(run.data, "held_out")
         torch.manual_seed(run.seed)
         model = build_model("dvae", run.model).to(dist.device, memory_format=torch.channels_last)
-        links = {"data": train_set.hash}
-        init = init_weights("dvae", run, model, links)
+        inputs = {"data": train_set.hash}
+        init = init_weights("dvae", run, model, inputs)
         if run.compile:
             compile_layers(model)
         count = min(run.eval_samples, val_set.size or run.eval_samples)
@@ -124,7 +124,7 @@ def train_dvae(run: TrainDVAEArgs) -> Path:
 
         with loader(steps, run, run.directory("dvae")) as batches:
             return run_training(
-                "dvae", run, dist, model, DVAEObjective(run.loss), batches, links, init, evaluate
+                "dvae", run, dist, model, DVAEObjective(run.loss), batches, inputs, init, evaluate
             )
 
 

@@ -89,8 +89,8 @@ def train_transformer(run: TrainTransformerArgs) -> Path:
         check_inputs(run, text, cache, dvae_hash)
         torch.manual_seed(run.seed)
         model = build_model("transformer", run.model).to(dist.device)
-        links = {"text": text.to_dict(), "text_hash": text.hash, "dvae": dvae_hash, "tokens": cache.hash}
-        init = init_weights("transformer", run, model, links)
+        inputs = {"text": text.to_dict(), "text_hash": text.hash, "dvae": dvae_hash, "tokens": cache.hash}
+        init = init_weights("transformer", run, model, inputs)
         # backends() refuses, before any work, what this device cannot run
         print("attention: " + ", ".join(f"{kind} by {backend}" for kind, backend in model.backends().items()))
         if run.compile:
@@ -111,7 +111,7 @@ def train_transformer(run: TrainTransformerArgs) -> Path:
             scores = {name: float(torch.stack(each).cpu() @ weights) for name, each in values.items()}
             return scores | ({"samples": sample_grid(model)} if sample_grid else {})
 
-        out = run_training("transformer", run, dist, model, objective, batches, links, init, evaluate)
+        out = run_training("transformer", run, dist, model, objective, batches, inputs, init, evaluate)
         if batches.truncated:
             tqdm.write(
                 f"note: {batches.truncated} captions were longer than {model.layout.max_caption_len} tokens "

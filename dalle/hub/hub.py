@@ -72,7 +72,7 @@ def list_hub_files(directory: Path) -> dict[str, Path]:
     """
     config = read_config(directory)
     names = ["config.json", *(f"{kind}.safetensors" for kind in config["parts"])]
-    if "text" in config["links"]:
+    if "text" in config["inputs"]:
         names.append("text_tokenizer.json")
     for name in names:
         if not (directory / name).is_file():

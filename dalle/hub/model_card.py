@@ -38,7 +38,7 @@ def write_card(directory: Path, report: Report | None = None, license: str | Non
 def model_card(directory: Path, report: Report | None = None, license: str | None = None) -> str:
     """The text that `write_card` writes."""
     config = read_config(directory)
-    parts, links = config["parts"], config["links"]
+    parts, inputs = config["parts"], config["inputs"]
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
@@ -48,8 +48,8 @@ def model_card(directory: Path, report: Report | None = None, license: str | Non
         source=PLACEHOLDER,
         parts=parts,
         parameters={kind: count_parameters(directory / f"{kind}.safetensors") for kind in parts},
-        text_hash=links.get("text"),
-        dvae_hash=None if "dvae" in parts else links.get("dvae"),
+        text_hash=inputs.get("text"),
+        dvae_hash=None if "dvae" in parts else inputs.get("dvae"),
         metrics=list(flatten(read_report(report, parts))),
         license=license or None,
     )

@@ -1,7 +1,7 @@
 """Model directories: config.json, text_tokenizer.json, README.md and a safetensors file for each part.
 
 A directory holds a whole model or a single part. config.json names the hashes of the weights ("parts"), of
-the text tokenizer and of the dVAE that made the image tokens ("links").
+the text tokenizer and of the dVAE that made the image tokens ("inputs").
 """
 
 import hashlib
@@ -55,20 +55,20 @@ def write_model_directory(
     for kind, model in parts.items():
         if not isinstance(model, expected := MODEL_REGISTRY[kind][1]):
             raise ValueError(f"only a {expected.__name__} of this library can be saved as {kind}")
-    described = {kind: {"config": to_dict(m.config), "hash": weights_hash(m)} for kind, m in parts.items()}
+    described = {kind: {"model_config": to_dict(m.config), "hash": weights_hash(m)} for kind, m in parts.items()}
     report = read_report(report, described)
     make_directory(directory)
     for kind, model in parts.items():
         save_weights(model, directory / f"{kind}.safetensors")
-    links = {}
+    inputs = {}
     if text is not None:
         text.save(directory / "text_tokenizer.json")
-        links["text"] = text.hash
+        inputs["text"] = text.hash
     if "dvae" in parts:
         dvae_hash = described["dvae"]["hash"]
     if dvae_hash:
-        links["dvae"] = dvae_hash
-    config = {"format": FORMAT, "kind": "dalle", "links": links, "parts": described}
+        inputs["dvae"] = dvae_hash
+    config = {"format": FORMAT, "kind": "dalle", "inputs": inputs, "parts": described}
     write_json(directory / "config.json", config)
     write_card(directory, report, license)
 

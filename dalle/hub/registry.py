@@ -40,19 +40,19 @@ class LoadedModel(HubMixin):
         return weights_hash(self.model)
 
     @property
-    def links(self) -> dict[str, Any]:
+    def inputs(self) -> dict[str, Any]:
         """What it was trained with: "text" (the tokenizer's data), "text_hash", "dvae" (a hash)."""
-        return self.meta.get("links", {})
+        return self.meta.get("inputs", {})
 
     def save_pretrained(
         self, directory: Path | str, report: Report | None = None, license: str | None = None
     ) -> None:
         """Writes a model directory of this part, with its text tokenizer; see `write_model_directory`."""
         text = dvae_hash = None
-        if self.kind != "dvae" and "text" in self.links:
-            text = text_tokenizer_from_dict(self.links["text"])
+        if self.kind != "dvae" and "text" in self.inputs:
+            text = text_tokenizer_from_dict(self.inputs["text"])
         if self.kind == "transformer":
-            dvae_hash = self.links.get("dvae")
+            dvae_hash = self.inputs.get("dvae")
         write_model_directory(Path(directory), {self.kind: self.model}, text, dvae_hash, report, license)
 
     @classmethod
@@ -87,19 +87,19 @@ def check_linked(
 ) -> BPETokenizer:
     """The transformer's text tokenizer; ValueError for models that were not trained together."""
     for part, needed in ((transformer, {"text", "dvae"}), (clip, {"text_hash"})):
-        if part and (missing := needed - part.links.keys()):
+        if part and (missing := needed - part.inputs.keys()):
             raise ValueError(
                 f"{part.source} does not name the {' and '.join(sorted(missing))} of its training"
             )
-    own = text_tokenizer_from_dict(transformer.links["text"])
+    own = text_tokenizer_from_dict(transformer.inputs["text"])
     if text is not None and text.hash != own.hash:
         raise ValueError(f"{transformer.source} was trained with another text tokenizer than the one given")
-    if transformer.links["dvae"] != dvae.hash:
+    if transformer.inputs["dvae"] != dvae.hash:
         raise ValueError(
-            f"{transformer.source} was trained on tokens of dVAE {transformer.links['dvae']}, "
+            f"{transformer.source} was trained on tokens of dVAE {transformer.inputs['dvae']}, "
             f"{dvae.source} is {dvae.hash}: they do not belong together"
         )
-    if clip is not None and clip.links["text_hash"] != own.hash:
+    if clip is not None and clip.inputs["text_hash"] != own.hash:
         raise ValueError(f"{clip.source} was trained with another text tokenizer than {transformer.source}")
     return own
 
@@ -112,12 +112,12 @@ def build_model(kind: str, config: Any) -> nn.Module:
 
 
 def checkpoint_meta(
-    kind: str, model: nn.Module, run: Any, links: dict[str, Any] | None = None
+    kind: str, model: nn.Module, run: Any, inputs: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """meta.json of a checkpoint: what is needed to build the model again and to join it with others."""
     versions = {"torch": torch.__version__}
     config = to_dict(model.config)
-    return {"kind": kind, "config": config, "run": run, "links": links or {}, "versions": versions}
+    return {"kind": kind, "model_config": config, "config": run, "inputs": inputs or {}, "versions": versions}
 
 
 def load_model(
@@ -146,8 +146,8 @@ def _from_model_directory(path: Path, kind: str, device: str | torch.device) -> 
     config = read_config(path)
     if kind not in config["parts"]:
         raise ValueError(f"{path} holds no {kind}; it has {', '.join(config['parts'])}")
-    hashes = config["links"]
-    links = {"dvae": hashes["dvae"]} if "dvae" in hashes else {}
+    hashes = config["inputs"]
+    inputs = {"dvae": hashes["dvae"]} if "dvae" in hashes else {}
     if "text" in hashes:
         text = load_text_tokenizer(path / "text_tokenizer.json")
         if text.hash != hashes["text"]:
@@ -155,8 +155,8 @@ def _from_model_directory(path: Path, kind: str, device: str | torch.device) -> 
                 f"{path}: the files do not belong together: text_tokenizer.json has hash {text.hash}, "
                 f"expected {hashes['text']}"
             )
-        links |= {"text": text.to_dict(), "text_hash": text.hash}
-    meta, file = config["parts"][kind] | {"links": links}, path / f"{kind}.safetensors"
+        inputs |= {"text": text.to_dict(), "text_hash": text.hash}
+    meta, file = config["parts"][kind] | {"inputs": inputs}, path / f"{kind}.safetensors"
     model = _load(kind, meta, read_tensors(file), path, device)
     if model.hash != meta["hash"]:
         raise ValueError(
@@ -184,6 +184,6 @@ def _only_kind(path: Path) -> str:
 
 
 def _load(kind: str, meta: dict[str, Any], tensors: dict[str, Tensor], source: Path, device) -> LoadedModel:
-    model = build_model(kind, from_dict(MODEL_REGISTRY[kind][0], meta["config"], str(source)))
+    model = build_model(kind, from_dict(MODEL_REGISTRY[kind][0], meta["model_config"], str(source)))
     load_strict(model, tensors, source)
     return LoadedModel(kind, model.to(device).eval().requires_grad_(False), meta, source)

@@ -69,15 +69,15 @@ def _training_checkpoint(folder: Path) -> dict[str, Any]:
     kind = meta.get("kind") if isinstance(meta, dict) else None
     _check_kind(folder, kind)
     check_meta(meta, kind, folder)
-    if lacking := [name for name in ("config", "step", "steps") if name not in meta]:
+    if lacking := [name for name in ("model_config", "step", "steps") if name not in meta]:
         raise ValueError(f"{folder / 'meta.json'} lacks {', '.join(lacking)}; it is damaged")
-    links = {name: value for name, value in meta.get("links", {}).items() if name != "text"}
+    inputs = {name: value for name, value in meta.get("inputs", {}).items() if name != "text"}
     return {
         "family": f"{kind} of this library",
         "format": meta["format"],
         "step": f"{meta['step']} of {meta['steps']}",
-        **_model(kind, meta["config"], folder / "model.safetensors", folder),
-        "links": links,
+        **_model(kind, meta["model_config"], folder / "model.safetensors", folder),
+        "inputs": inputs,
         "versions": meta.get("versions", {}),
     }
 
@@ -87,7 +87,7 @@ def _model_directory(path: Path, written: dict[str, Any]) -> dict[str, Any]:
     report: dict[str, Any] = {"family": "model directory of this library", "format": written["format"]}
     for kind, part in parts.items():
         _check_kind(path, kind)
-        report[kind] = _model(kind, part["config"], path / f"{kind}.safetensors", path)
+        report[kind] = _model(kind, part["model_config"], path / f"{kind}.safetensors", path)
     return report | {"hash": "-".join(part["hash"] for part in parts.values())}
 
 

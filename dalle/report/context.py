@@ -63,7 +63,7 @@ class ReportContext:
     def run_config(self, kind: str) -> dict[str, Any]:
         """The configuration of a run; empty without one."""
         run = self.contents.runs.get(kind)
-        return run.meta.get("run", {}) if run else {}
+        return run.meta.get("config", {}) if run else {}
 
     @cached_property
     def val_batch(self) -> ImageTextBatch:

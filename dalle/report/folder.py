@@ -10,7 +10,14 @@ from dalle.io.files import read_json
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.viz.curves import CURVES, Lines, read_lines
 
-META_TYPES = {"kind": str, "step": int, "config": dict, "run": dict, "links": dict, "versions": dict}
+META_TYPES = {
+    "kind": str,
+    "step": int,
+    "model_config": dict,
+    "config": dict,
+    "inputs": dict,
+    "versions": dict,
+}
 """Types in a checkpoint's meta.json; values of another type are dropped."""
 EVALUATION_KEYS = {"caption_accuracy", "provenance"}
 """A JSON file with one of these is an evaluation."""

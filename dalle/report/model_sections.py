@@ -141,9 +141,9 @@ def masks(context: ReportContext) -> list[Item] | None:
     """Figure 11 at the paper's size and at the model's own."""
     run, folder = context.contents.runs.get("transformer"), context.contents.model
     part = run.meta if run else read_config(folder)["parts"].get("transformer", {}) if folder else {}
-    if "config" not in part:
+    if "model_config" not in part:
         return None
-    config = from_dict(TransformerConfig, part["config"], str(run.folder if run else folder))
+    config = from_dict(TransformerConfig, part["model_config"], str(run.folder if run else folder))
     layout = config.layout
     own = viz.plot_figure_11(layout, config.conv_kernel, max(1, 300 // layout.seq_len))
     note = "A row is a query, a column a key; visible text keys are orange, visible image keys blue."

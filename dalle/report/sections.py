@@ -125,8 +125,8 @@ def configuration(context: ReportContext) -> list[Item] | None:
     """Settings of each run that differ from the defaults, which are the paper's; then all."""
     items: list[Item] = []
     for kind, run in context.contents.runs.items():
-        if "run" in run.meta:
-            values, defaults = settings(run.meta["run"]), settings(to_dict(TRAININGS[kind][0]()))
+        if "config" in run.meta:
+            values, defaults = settings(run.meta["config"]), settings(to_dict(TRAININGS[kind][0]()))
             marked = [i for i, (name, value) in enumerate(values.items()) if value != defaults.get(name)]
             every = [(name, value, defaults.get(name, "")) for name, value in values.items()]
             title = f"{kind}: {len(marked)} of {len(values)} settings differ from the defaults"
@@ -156,12 +156,12 @@ def checkpoints(context: ReportContext) -> list[Item] | None:
                     Text(f"{kind}: {step.name}", heading=True),
                     Table(rows, ("file", f"sha256 ({CHECKSUMS})")),
                 ]
-        links = [(name, link) for name, link in run.meta.get("links", {}).items() if isinstance(link, str)]
-        items += [Text(f"The {kind} was trained with:"), Table(links)] if links else []
+        inputs = [(name, link) for name, link in run.meta.get("inputs", {}).items() if isinstance(link, str)]
+        items += [Text(f"The {kind} was trained with:"), Table(inputs)] if inputs else []
     if folder := context.contents.model:
         config = read_config(folder)
         rows = [(f"{kind}: weights", part["hash"]) for kind, part in config["parts"].items()]
-        rows += [(f"trained with: {name}", link) for name, link in config["links"].items()]
+        rows += [(f"trained with: {name}", link) for name, link in config["inputs"].items()]
         items += [Text("model directory", heading=True), Table(rows, ("config.json", "sha256"))]
     return items or None
 

@@ -17,13 +17,13 @@ from dalle.train.checkpoint import latest_checkpoint
 Run = TypeVar("Run", bound=TrainArgs)
 
 
-def init_weights(kind: str, run: TrainArgs, model: nn.Module, links: dict[str, Any]) -> dict[str, Any]:
+def init_weights(kind: str, run: TrainArgs, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Puts `--init-from` and `--freeze` into a fresh model; returns what the run's checkpoints say of it.
 
     A run that goes on keeps what its checkpoint holds and says: the source is not read again.
 
     Args:
-        links: what the new run is trained with, to warn of ids that mean something else than in the source.
+        inputs: what the new run is trained with, to warn of ids that mean something else than in the source.
 
     Raises:
         ValueError: the source does not fit, a pattern fits nothing, or the run in --out began from another
@@ -41,7 +41,7 @@ def init_weights(kind: str, run: TrainArgs, model: nn.Module, links: dict[str, A
     grown = load_pretrained_weights(kind, model, part.model)
     print(f"{kind}: begins with the weights of {run.init_from}" + (f" ({', '.join(grown)})" if grown else ""))
     for name, maker, ids in (("text_hash", "text tokenizer", "text ids"), ("dvae", "dVAE", "image codes")):
-        if {name} <= links.keys() & part.links.keys() and links[name] != part.links[name]:
+        if {name} <= inputs.keys() & part.inputs.keys() and inputs[name] != part.inputs[name]:
             print(f"note: the source was trained with another {maker}: its {ids} may mean something else")
     return {"init": {"name": run.init_from.resolve().name, "weights": part.hash}}
 

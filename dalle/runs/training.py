@@ -32,14 +32,14 @@ def run_training(
     model: nn.Module,
     objective: Objective,
     batches: Callable[[int], Any],
-    links: dict[str, Any],
+    inputs: dict[str, Any],
     init: dict[str, Any],
     evaluate: Callable[[nn.Module, int], dict[str, Any]],
 ) -> Path:
     """Trains a model of a command's arguments; returns the run's directory.
 
     Args:
-        links: what the model is trained with: hashes and the text tokenizer.
+        inputs: what the model is trained with: hashes and the text tokenizer.
         init: where its first weights come from, as `init_weights` returns it.
     """
     trainer = Trainer(
@@ -48,7 +48,7 @@ def run_training(
         overfit_batches(args, batches),
         args.train,
         run_dir=args.directory(kind),
-        meta=checkpoint_meta(kind, model, args.record(), links) | init,
+        meta=checkpoint_meta(kind, model, args.record(), inputs) | init,
         steps=args.steps,
         seed=args.seed,
         evaluate=evaluate,

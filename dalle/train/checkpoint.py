@@ -5,7 +5,7 @@
                                   optimizer.safetensors  the optimizers' moments, "parameter/moment"
                                   scales.safetensors     gradient scales, with fp16 only
                                   NAME.safetensors       whatever else has a memory
-                                  meta.json              format, kind, config, run, step, ema, links, versions
+                                  meta.json              format, kind, model_config, config, step, ema, inputs, ...
                                   SHA256SUMS             of all of these, written last
     run/checkpoints/latest                               name of the newest complete folder
 

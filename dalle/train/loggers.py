@@ -189,7 +189,7 @@ class WandB:
             id=name.read_text(encoding="utf-8"),
             resume="allow",
             dir=str(run_dir),
-            config=meta.get("run"),
+            config=meta.get("config"),
             mode=None if known else "offline",
         )
 

@@ -49,7 +49,7 @@ class Trainer:
     run_dir: Path
     """Receives log.jsonl and checkpoints/."""
     meta: dict[str, Any]
-    """What makes a checkpoint describe itself: kind, config, run, links."""
+    """What makes a checkpoint describe itself: kind, model_config, config, inputs."""
     steps: int
     """Steps in all."""
     seed: int = 0
@@ -158,8 +158,8 @@ class Trainer:
         if self.resume == "never":
             raise ValueError(f"{self.run_dir} holds a run; give another --out, or --resume auto to resume it")
         old = check_meta(read_json(folder / "meta.json"), self.meta["kind"], self.run_dir)
-        changes = differences(old["run"], self.meta["run"])
-        changes += differences(_hashes(old), _hashes(self.meta), "links")
+        changes = differences(old["config"], self.meta["config"])
+        changes += differences(_hashes(old), _hashes(self.meta), "inputs")
         if changes and self.resume != "changed":
             raise ValueError(
                 f"{self.run_dir} holds a run with another configuration ({'; '.join(changes)}); give another --out, "
@@ -231,7 +231,7 @@ def random_baseline(objective: Objective, model: nn.Module) -> Numbers:
 
 def _hashes(meta: dict[str, Any]) -> dict[str, str]:
     """Hashes of a run's inputs."""
-    return {name: value for name, value in meta["links"].items() if isinstance(value, str)}
+    return {name: value for name, value in meta["inputs"].items() if isinstance(value, str)}
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -108,7 +108,7 @@ def test_a_model_directory(chain: Path, tmp_path: Path, script) -> None:
         ("config.json", "null", "is neither a run"),
         ("meta.json", '{"kind": ["dvae"]}', "kind ['dvae'], expected one of dvae, transformer, clip"),
         ("meta.json", "3", "kind None, expected"),
-        ("meta.json", '{"kind": "dvae", "format": FORMAT}', "lacks config, step, steps"),
+        ("meta.json", '{"kind": "dvae", "format": FORMAT}', "lacks model_config, step, steps"),
     ],
 )
 def test_odd_descriptions(tmp_path: Path, chain: Path, name: str, text: str, message: str) -> None:

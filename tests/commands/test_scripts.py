@@ -71,9 +71,9 @@ class TestChain:
             kind: read_json(latest_checkpoint(workplace.path / "runs" / kind) / "meta.json")
             for kind in ("dvae", "transformer", "clip")
         }
-        assert metas["dvae"]["run"]["train"]["batch_size"] == 6
-        assert metas["dvae"]["config"]["widths"] == [4, 8, 8, 8]
-        assert (metas["transformer"]["step"], metas["clip"]["run"]["seed"]) == (3, 1)
+        assert metas["dvae"]["config"]["train"]["batch_size"] == 6
+        assert metas["dvae"]["model_config"]["widths"] == [4, 8, 8, 8]
+        assert (metas["transformer"]["step"], metas["clip"]["config"]["seed"]) == (3, 1)
         assert TokenCache(workplace.path / "runs" / "tokens").size == 20
 
     def test_each_says_which_earlier_stage_it_took(self, workplace):

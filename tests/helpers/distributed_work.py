@@ -211,7 +211,7 @@ def train(case: Case, parallel: Distributed, out: Path) -> TrainState:
             steps=steps,
             seed=7,
             run_dir=out,
-            meta={"kind": "case", "run": {}, "links": {}},
+            meta={"kind": "case", "config": {}, "inputs": {}},
             evaluate=evaluate,
             dist=parallel,
         ).train()

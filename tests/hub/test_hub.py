@@ -128,7 +128,7 @@ class TestCard:
         exec(example(tmp_path / "path/of/this/folder"), found)
         assert type(found["model"]) is type(part.model)
         text = (tmp_path / "path/of/this/folder/README.md").read_text()
-        assert (f"those of the dVAE `{part.links.get('dvae')}`" in text) == (kind == "transformer")
+        assert (f"those of the dVAE `{part.inputs.get('dvae')}`" in text) == (kind == "transformer")
 
     @pytest.mark.parametrize(
         ("content", "message"), [(None, "no report"), ("[1]", "is no report"), ("{", "is not JSON")]
@@ -309,8 +309,8 @@ class TestPush:
         part.push_to_hub(NAME, token=TOKEN)
         again = LoadedModel.from_pretrained(NAME)
         assert (again.kind, again.hash) == (kind, part.hash)
-        kept = {name: part.links[name] for name in ("text", "text_hash", "dvae") if name in part.links}
-        assert again.links == kept | ({"dvae": part.hash} if kind == "dvae" else {})
+        kept = {name: part.inputs[name] for name in ("text", "text_hash", "dvae") if name in part.inputs}
+        assert again.inputs == kept | ({"dvae": part.hash} if kind == "dvae" else {})
 
     def test_a_private_repository_with_the_token_of_the_login(self, hub, dalle, monkeypatch):
         monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -189,7 +189,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(kind, chain, start, t
     tuned = load_model(out, kind, averaged=False)
     assert tuned.hash == source.hash  # with a learning rate of 0 nothing moves
     assert meta_of(out)["init"] == {"name": kind, "weights": source.hash}
-    assert "init_from" not in meta_of(out)["run"]
+    assert "init_from" not in meta_of(out)["config"]
     assert f"begins with the weights of {chain / kind}" in capsys.readouterr().out
 
 
@@ -225,7 +225,7 @@ def test_a_fresh_run_does_not_resume_from_other_weights(chain, start, tmp_path):
 def test_another_tokenizer_is_noted(chain, change_meta, start, tmp_path, capsys):
     changed = tmp_path / "source"
     shutil.copytree(chain / "transformer", changed)
-    change_meta(latest_checkpoint(changed), links=meta_of(changed)["links"] | {"text_hash": "other"})
+    change_meta(latest_checkpoint(changed), inputs=meta_of(changed)["inputs"] | {"text_hash": "other"})
     start("transformer", tmp_path / "tuned", init_from=changed)
     assert "the source was trained with another text tokenizer: its text ids may mean something else" in (
         capsys.readouterr().out
@@ -293,6 +293,6 @@ def test_every_step_of_overfitting_has_the_same_batch(start, tiny_runs, tmp_path
     out = start("clip", tmp_path / "clip", steps=3, overfit_batch=3, train={"optimizer": optimizer})
     losses = {line["loss"] for line in read_log(out / "log.jsonl") if "loss" in line}
     assert len(losses) == 1
-    assert meta_of(out)["run"]["overfit_batch"] == 3
+    assert meta_of(out)["config"]["overfit_batch"] == 3
     with pytest.raises(ValueError, match="overfit_batch must be positive"):
         replace(tiny_runs.clip, overfit_batch=0)

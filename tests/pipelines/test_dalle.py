@@ -656,7 +656,7 @@ class TestSaving:
     def test_a_part_can_be_read_from_a_model_directory(self, chain, parts, kind):
         found = load_model(chain / "model", kind)
         assert found.hash == parts[kind].hash == weights_hash(found.model)
-        assert found.links["text_hash"] == parts["transformer"].links["text_hash"]
+        assert found.inputs["text_hash"] == parts["transformer"].inputs["text_hash"]
 
 
 class TestOpening:
@@ -693,19 +693,17 @@ class TestOpening:
         with pytest.raises(ValueError, match="the weights have hash"):
             DALLE.from_pretrained(folder)
 
-    def test_a_config_without_links_is_named(self, folder):
+    def test_a_config_without_inputs_is_named(self, folder):
         config = json.loads((folder / "config.json").read_text())
-        del config["links"]
+        del config["inputs"]
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=r"config\.json lacks links; it is damaged"):
+        with pytest.raises(ValueError, match=r"config\.json lacks inputs"):
             DALLE.from_pretrained(folder)
 
     def test_a_newer_format_is_named(self, folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"format": 99}))
-        with pytest.raises(
-            ValueError, match="has format 99, this version reads 4 and older: a later version"
-        ):
+        with pytest.raises(ValueError, match="has format 99, this version reads 1"):
             DALLE.from_pretrained(folder)
 
     def test_another_dvae_in_the_directory_is_refused(self, folder, parts):
@@ -748,7 +746,7 @@ class TestJoining:
         assert DALLE.from_parts(parts["dvae"], parts["transformer"], None, model.text).scorer is None
 
     def test_a_clip_of_another_text_tokenizer_is_refused(self, parts):
-        clip = replace(parts["clip"], meta=parts["clip"].meta | {"links": {"text_hash": "other"}})
+        clip = replace(parts["clip"], meta=parts["clip"].meta | {"inputs": {"text_hash": "other"}})
         with pytest.raises(ValueError, match="was trained with a text tokenizer other than"):
             DALLE.from_parts(parts["dvae"], parts["transformer"], clip)
 

@@ -167,7 +167,7 @@ class TestWhole:
         config = read_json(whole / "model" / "config.json")
         for kind, part in config["parts"].items():
             assert f"{kind}: weights{part['hash']}" in read.text
-        assert config["links"]["text"] in read.text
+        assert config["inputs"]["text"] in read.text
 
     def test_captions_are_text_and_never_markup(self, read, report):
         assert "<script>red</script> & <b>circle</b>" in read.text
@@ -249,7 +249,7 @@ class TestParts:
         file = next((tmp_path / "run").glob("checkpoints/step-*/meta.json"))
         meta = read_json(file)
         for config, said in (({"rings": 3}, "Masks: .*rings"), (None, "Masks: ")):
-            write_json(file, meta | {"config": config})
+            write_json(file, meta | {"model_config": config})
             assert re.search(said, made(tmp_path / "run").text)
 
     def test_a_model_without_a_clip_is_unranked(self, dalle, tmp_path, prompt):
@@ -341,7 +341,7 @@ class TestOddValues:
 
     @pytest.mark.parametrize(
         "odd",
-        [{"versions": None}, {"links": ["x"]}, {"step": None}, {"run": [1]}],
+        [{"versions": None}, {"inputs": ["x"]}, {"step": None}, {"config": [1]}],
         ids=lambda odd: next(iter(odd)),
     )
     def test_in_a_checkpoint(self, chain, tmp_path, odd):

@@ -57,7 +57,7 @@ def squared_error(model: nn.Module, batch: Tensor, step: int) -> Loss:
 def fit_line(out: Path, steps: int, objective=squared_error, resume="auto", run=None, width=1, **changes):
     """A line, y = w x + b, which trains in milliseconds."""
     torch.manual_seed(0)
-    meta = {"kind": "line", "run": run or {}, "links": {}}
+    meta = {"kind": "line", "config": run or {}, "inputs": {}}
     return Trainer(
         nn.Linear(width, width),
         objective,

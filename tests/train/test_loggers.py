@@ -115,7 +115,7 @@ def test_a_cpu_has_a_peak_only_if_told():
 # Where to
 # ---------------------------------------------------------------------------------------------
 
-META = {"kind": "line", "run": {"train": {"batch_size": 4}}, "links": {}}
+META = {"kind": "line", "config": {"train": {"batch_size": 4}}, "inputs": {}}
 
 
 def image(model: nn.Module) -> Image.Image:
@@ -249,7 +249,7 @@ def test_wandb_is_offline_unless_logged_in_and_gets_all(wandb, tmp_path):
     (words,) = wandb.init
     assert words["mode"] == "offline"
     assert (words["project"], words["name"], words["dir"]) == ("lines", "line", str(tmp_path / "line"))
-    assert words["config"] == META["run"]
+    assert words["config"] == META["config"]
     assert [step for step, numbers in wandb.logged if "loss" in numbers] == [1, 2, 3, 4]
     assert (2, {"grey": ("image", (8, 4))}) in wandb.logged
     assert wandb.finished == 1

@@ -89,7 +89,7 @@ def train(out: Path, steps: int, plateau: PlateauConfig) -> list[float]:
         save_every=1,
         optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup_steps=0, plateau=plateau),
     )
-    meta = {"kind": "flat", "run": {}, "links": {}}
+    meta = {"kind": "flat", "config": {}, "inputs": {}}
     Trainer(
         nn.Linear(1, 1),
         flat,

@@ -41,7 +41,7 @@ def train(out: Path, steps: int, objective, seen: list | None = None, **changes)
         **settings,
         optimizer=OptimizerConfig(lr=Schedule(0.1, 0.1), warmup_steps=0),
     )
-    meta = {"kind": "line", "run": {}, "links": {}}
+    meta = {"kind": "line", "config": {}, "inputs": {}}
     return Trainer(
         nn.Linear(1, 1),
         objective,
@@ -108,7 +108,7 @@ def test_a_gradient_is_named_that_is_itself_bad(tmp_path):
             steps=1,
             seed=0,
             run_dir=tmp_path,
-            meta={"kind": "two", "run": {}, "links": {}},
+            meta={"kind": "two", "config": {}, "inputs": {}},
         ).train()
 
 

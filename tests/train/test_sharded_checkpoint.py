@@ -40,7 +40,7 @@ from dalle.transformer import Transformer, TransformerConfig
 CONFIG = TransformerConfig(
     depth=1, heads=1, head_dim=6, text_len=3, grid=(3, 3), text_vocab=5, image_vocab=7, conv_kernel=3
 )
-META = {"kind": "transformer", "config": None, "run": {}, "links": {}}
+META = {"kind": "transformer", "model_config": None, "config": {}, "inputs": {}}
 
 
 def processes(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -224,7 +224,7 @@ def test_a_sharded_checkpoint_is_a_part_and_becomes_one_file(saved, tmp_path):
     meta = run / "checkpoints" / "step-00000002" / "meta.json"
     text = meta.read_text()
     try:
-        meta.write_text(text.replace('"config": null', f'"config": {describe()}'))
+        meta.write_text(text.replace('"model_config": null', f'"model_config": {describe()}'))
         write_checksums(meta.parent)
         raw = load_model(run, "transformer", averaged=False)
         averaged = load_model(run, "transformer")
