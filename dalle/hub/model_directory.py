@@ -55,7 +55,9 @@ def write_model_directory(
     for kind, model in parts.items():
         if not isinstance(model, expected := MODEL_REGISTRY[kind][1]):
             raise ValueError(f"only a {expected.__name__} of this library can be saved as {kind}")
-    described = {kind: {"model_config": to_dict(m.config), "hash": weights_hash(m)} for kind, m in parts.items()}
+    described = {
+        kind: {"model_config": to_dict(m.config), "hash": weights_hash(m)} for kind, m in parts.items()
+    }
     report = read_report(report, described)
     make_directory(directory)
     for kind, model in parts.items():
