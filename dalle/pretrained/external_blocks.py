@@ -1,9 +1,10 @@
-"""Pre-norm blocks of DALLE-pytorch, minDALL-E and ruDALL-E, under a table of what each position sees.
+"""Transformer blocks of DALLE-pytorch, minDALL-E and ruDALL-E, on this library's residual blocks and KV
+cache.
 
-Against ours: another GELU or GEGLU, other biases, rotary positions, a norm after each path too (the sandwich
-of CogView), bounded attention.
+Options against ours: another GELU or GEGLU, other biases, rotary positions, a norm after each residual branch
+too (the sandwich of CogView), clamped attention outputs.
 
-    B batch, n inputs of this call, D width, d width of a head
+    B batch, n inputs of this call, D width, d head_dim
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ GELUS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """Shape of a layer."""
 
@@ -33,24 +34,24 @@ class BlockConfig:
     """D."""
     heads: int
     """Attention heads."""
-    gelu: str
-    """One of GELUS."""
     head_dim: int | None = None
-    """d; D / heads by default."""
+    """d; D / heads unless given."""
+    gelu: str = "exact"
+    """One of GELUS."""
     gated: bool = False
     """GEGLU in the MLP: value * GELU(gate)."""
-    matrices: int = 1
-    """q, k and v come from one matrix, or from 3."""
+    qkv_matrices: int = 1
+    """q, k and v from one matrix, or from 3."""
     qkv_bias: bool = True
-    """Of the matrices of q, k and v."""
+    """Bias of q, k and v."""
     out_bias: bool = True
-    """Of the output matrix of attention."""
+    """Bias of the output of attention."""
     mlp_bias: bool = True
-    """Of both matrices of the MLP."""
+    """Bias of both matrices of the MLP."""
     sandwich: bool = False
-    """A norm after each path too."""
-    bound: float | None = None
-    """Largest magnitude that attention gives."""
+    """A norm after each residual branch too."""
+    max_attention: float | None = None
+    """Attention outputs are clamped to this magnitude."""
 
     def __post_init__(self):
         if self.head_dim is None and self.width % self.heads:
@@ -70,46 +71,48 @@ class Projections(nn.ModuleList):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; where the model has rotary angles, values are rotated too."""
+    """Multi-head self-attention; rotary angles, where there are any, rotate the values too."""
 
     def __init__(self, config: BlockConfig):
         super().__init__()
-        width, inner, count = config.width, config.inner, config.matrices
-        self.heads, self.bound = config.heads, config.bound
-        self.qkv = Projections(nn.Linear(width, 3 * inner // count, config.qkv_bias) for _ in range(count))
-        self.out = nn.Linear(inner, width, config.out_bias)
+        self.heads, self.max_attention = config.heads, config.max_attention
+        columns = 3 * config.inner // config.qkv_matrices
+        matrices = (nn.Linear(config.width, columns, config.qkv_bias) for _ in range(config.qkv_matrices))
+        self.qkv = Projections(matrices)
+        self.out = nn.Linear(config.inner, config.width, config.out_bias)
 
     def forward(
         self, x: Tensor, mask: Tensor, prefix_len: int, cache: KVCache | None, angles: Tensor | None
     ) -> Tensor:
-        """x (B, n, D) of the first inputs under mask (n, n); a cache takes the first `prefix_len` as text."""
+        """x (B, n, D) of the first inputs under mask (n, n); a cache stores the first `prefix_len` as
+        text."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         q, k, v = (rotate(part, angles) for part in (q, k, v))
         if cache is not None:
             cache.prefill(k, v, prefix_len)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self._bounded(self.out(rearrange(mixed, "b h n d -> b n (h d)")))
+        return self._clamped(self.out(rearrange(mixed, "b h n d -> b n (h d)")))
 
     def step(self, x: Tensor, cache: KVCache, position: int | Tensor, angles: Tensor | None) -> Tensor:
-        """x (B, D) of one image token of every stream."""
+        """x (B, D) of one image token of every candidate."""
         shape = {"c": cache.captions, "h": self.heads, "three": 3}
         q, k, v = rearrange(self.qkv(x), "(c n) (three h d) -> three (c h) n d", **shape)
         q, k, v = (rotate(part, angles) for part in (q, k, v))
         mixed = cache.attend(q, k, v, position)
-        return self._bounded(self.out(rearrange(mixed, "(c h) n d -> (c n) (h d)", h=self.heads)))
+        return self._clamped(self.out(rearrange(mixed, "(c h) n d -> (c n) (h d)", h=self.heads)))
 
-    def _bounded(self, x: Tensor) -> Tensor:
-        return x if self.bound is None else x.clamp(-self.bound, self.bound)
+    def _clamped(self, x: Tensor) -> Tensor:
+        return x if self.max_attention is None else x.clamp(-self.max_attention, self.max_attention)
 
 
 def rotate(x: Tensor, angles: Tensor | None) -> Tensor:
-    """The first r numbers of x (..., n, d), in pairs, by angles (n, r)."""
+    """Rotates the first r numbers of x (..., n, d), in pairs, by angles (n, r)."""
     if angles is None:
         return x
-    turned, rest = x[..., : angles.shape[-1]], x[..., angles.shape[-1] :]
-    one, other = turned.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated, rest = x[..., : angles.shape[-1]], x[..., angles.shape[-1] :]
+    one, other = rotated.float().unflatten(-1, (-1, 2)).unbind(-1)
     across = torch.stack([-other, one], dim=-1).flatten(-2)
-    return torch.cat([(turned * angles.cos() + across * angles.sin()).to(x.dtype), rest], dim=-1)
+    return torch.cat([(rotated * angles.cos() + across * angles.sin()).to(x.dtype), rest], dim=-1)
 
 
 class MLP(nn.Module):
@@ -128,16 +131,27 @@ class MLP(nn.Module):
         return self.project(self.gelu(self.expand(x)))
 
 
-class ResidualPath(ResidualBlock):
-    """What a layer adds to the trunk: f(norm(x)), in a sandwich normed again."""
+class SandwichBlock(ResidualBlock):
+    """The residual branch f(norm(x)), in a sandwich normed again."""
 
     def __init__(self, config: BlockConfig, f: nn.Module):
         super().__init__(config.width, f)
         self.norm_out = FP32LayerNorm(config.width) if config.sandwich else nn.Identity()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the matrices."""
+        return (self.f.project if isinstance(self.f, MLP) else self.f.out).weight.dtype
+
     def forward(self, x: Tensor, *rest) -> Tensor:
-        """x (B, n, D), and what f takes besides."""
+        """x (B, n, D) and the other arguments of f."""
         return self.norm_out(super().forward(x, *rest))
+
+    def step(self, x: Tensor, *rest) -> Tensor:
+        """x (B, D) of one image token and the other arguments of f.step, in the number format of the
+        matrices."""
+        x = self.norm(x).to(self.dtype)
+        return self.norm_out(self.f.step(x, *rest) if rest else self.f(x))
 
 
 class Layer(nn.Module):
@@ -145,16 +159,15 @@ class Layer(nn.Module):
 
     def __init__(self, config: BlockConfig):
         super().__init__()
-        self.attention = ResidualPath(config, Attention(config))
-        self.mlp = ResidualPath(config, MLP(config))
+        self.attention = SandwichBlock(config, Attention(config))
+        self.mlp = SandwichBlock(config, MLP(config))
 
     def forward(self, x: Tensor, *rest) -> Tensor:
+        """x (B, n, D) and the other arguments of `Attention.forward`."""
         x = x + self.attention(x, *rest)
         return x + self.mlp(x)
 
-    def step(self, x: Tensor, cache: KVCache, position: int | Tensor, angles: Tensor | None) -> Tensor:
-        """One image token of every stream (B, D), computed in the number format of the matrices."""
-        attention, mlp = self.attention, self.mlp
-        dtype = mlp.f.expand.weight.dtype
-        x = x + attention.norm_out(attention.f.step(attention.norm(x).to(dtype), cache, position, angles))
-        return x + mlp.norm_out(mlp.f(mlp.norm(x).to(dtype)))
+    def step(self, x: Tensor, *rest) -> Tensor:
+        """x (B, D) and the other arguments of `Attention.step`."""
+        x = x + self.attention.step(x, *rest)
+        return x + self.mlp.step(x)

@@ -1,21 +1,22 @@
-"""Transformers of DALLE-pytorch, minDALL-E and ruDALL-E: their common stream and cache.
+"""Base of the transformers of DALLE-pytorch, minDALL-E and ruDALL-E: their token layout, passes and KV
+caches.
 
-They predict the first image token from the last text id, where ours reads start-of-image. So their inputs are
-T + 1 text ids (a start and T ids), or T without a start, then image tokens, each read one position later than
-it is predicted.
+They predict the first image token from the last text id, where ours reads start-of-image. Their inputs are a
+start token, if there is one, T text ids and the image tokens but the last.
 
-    B batch, n inputs of this call, T text_len, N image tokens, D width, d width of a head, V joint vocabulary
+    B batch, n inputs of this call, T text_len, N image tokens, D width, d head_dim, V joint vocabulary
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.layout import TokenLayout
+from dalle.masks import dense_mask
 from dalle.nn.kv_cache import KVCache, KVCacheLayout
 from dalle.pretrained.external_blocks import BlockConfig, Layer
 from dalle.types import check_tokens
@@ -23,69 +24,81 @@ from dalle.types import check_tokens
 
 @dataclass(frozen=True)
 class ExternalLayout(TokenLayout):
-    """Text ids and image tokens behind one start, whose input id is `start`, or behind none.
+    """Text ids and image tokens, all text positions open to captions.
 
     Args:
-        start: input id at position 0; None has the first text id there, which nothing predicts.
-        zero_is_pad: text id 0 stands for the pad of its position.
+        start: input id at position 0; None if the first text id is there, which nothing predicts.
+        zero_is_pad: text id 0 means the pad of its position.
+        pad: the one pad of all positions; None if each has its own.
+        frame: ids before and after each caption.
     """
 
     start: int | None = 0
     zero_is_pad: bool = False
+    pad: int | None = None
+    frame: tuple[int, int] | None = None
 
-    @property
-    def max_caption_len(self) -> int:
-        """Most tokens of a caption: all text positions."""
-        return self.text_len
+    def __post_init__(self):
+        super().__post_init__()
+        derived = {"max_caption_len": self.text_len - len(self.frame or ())}
+        if self.pad is not None:
+            derived |= {"image_offset": self.text_vocab, "vocab": self.text_vocab + self.image_vocab}
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     @property
     def unpredicted(self) -> int:
-        """Ids at the beginning that no state predicts: one where there is no start."""
+        """Text ids at the beginning that no state predicts."""
         return int(self.start is None)
 
     @property
     def text_inputs(self) -> int:
-        """Inputs before the image: the start, if there is one, and T ids."""
+        """Inputs before the image."""
         return self.text_len + 1 - self.unpredicted
 
     def pad_text(self, captions: Sequence[Sequence[int]], truncate: bool = False) -> Tensor:
-        """See `TokenLayout.pad_text`."""
+        """See `TokenLayout.pad_text`; a truncated caption loses its end mark first, as in the package."""
         tokens = super().pad_text(captions, truncate)
+        if self.frame is not None:
+            begin, end = self.frame
+            framed = [[begin, *ids, end][: self.text_len] for ids in captions]
+            return replace(self, frame=None).pad_text(framed)
+        if self.pad is not None:
+            tokens = tokens.where(tokens < self.text_vocab, self.pad)
         if self.zero_is_pad:
-            tokens = torch.where(tokens == 0, self.text_vocab + torch.arange(self.text_len), tokens)
+            tokens = tokens.where(tokens != 0, self.text_vocab + torch.arange(self.text_len))
         return tokens
 
     def shift(self, ids: Tensor) -> Tensor:
-        """Joint ids (B, n) -> input ids, one more for the start; the last image token is never read."""
+        """Joint ids (B, n) -> input ids, one more with a start; the last image token is never read."""
         if self.start is None:
             return ids[:, : self.seq_len - 1]
         return torch.cat([ids.new_full((len(ids), 1), self.start), ids], dim=1)[:, : self.seq_len]
 
     def loss_mask(self, ids: Tensor) -> Tensor:
-        """See `TokenLayout.loss_mask`."""
-        mask = super().loss_mask(ids)
-        mask[:, : self.unpredicted] = False
-        return mask
+        """See `TokenLayout.loss_mask`; without the text id that nothing predicts."""
+        text, image = self.unpack(ids)
+        is_pad = text >= self.text_vocab if self.pad is None else text == self.pad
+        counts = ~is_pad | (is_pad & (is_pad.cumsum(dim=1) == 1))
+        counts[:, : self.unpredicted] = False
+        return torch.cat([counts, torch.ones_like(image, dtype=torch.bool)], dim=1)
 
 
 def stream_mask(image_mask: Tensor, prefix_len: int) -> Tensor:
-    """bool (P + N, P + N): causal, all of the prefix seen by the image, image by image as (N, N) says."""
+    """bool (P + N, P + N): causal, all P inputs of the prefix visible to the image, image_mask (N, N) within
+    it."""
     length = prefix_len + len(image_mask)
     mask = torch.ones(length, length, dtype=torch.bool).tril()
     mask[prefix_len:, prefix_len:] &= image_mask
     return mask
 
 
-@dataclass(frozen=True)
-class ExternalConfig(ABC):
-    """Shape of an external transformer."""
+@dataclass(frozen=True, kw_only=True)
+class ExternalConfig(BlockConfig, ABC):
+    """Shape of an external transformer; a subclass has `kinds`, the kind of mask of each layer."""
 
-    width: int
-    """D."""
-    heads: int
-    """Attention heads."""
     text_len: int
-    """T, text ids without the start."""
+    """T."""
     grid: tuple[int, int]
     """Rows and columns of image tokens, equal."""
     text_vocab: int
@@ -96,41 +109,38 @@ class ExternalConfig(ABC):
     @property
     @abstractmethod
     def layout(self) -> ExternalLayout:
-        """Lengths and offsets of the stream."""
-
-    @property
-    @abstractmethod
-    def blocks(self) -> BlockConfig:
-        """Shape of a layer."""
+        """Lengths and offsets of the sequence."""
 
     @property
     def prefix_len(self) -> int:
         """Inputs that every layer sees; a cache counts image positions from there."""
         return self.layout.text_inputs
 
-    @abstractmethod
     def image_mask(self, kind: str) -> Tensor:
-        """bool (N, N): which image tokens each sees in a layer of a kind, itself and some before it."""
+        """bool (N, N): image tokens that each sees in a layer of a kind; those of dalle/masks.py are ours."""
+        return dense_mask(kind, self.layout)[self.text_len :, self.text_len :]
 
     @property
     def vocabulary(self) -> str:
-        """Its ids, for people."""
+        """Description of its ids."""
         codes = f"{self.image_vocab} codes in {self.grid[0]} rows"
         return f"{self.text_vocab} text ids, {self.text_len} at a time; {codes}"
 
 
 class ExternalTransformer(nn.Module, ABC):
-    """Joint ids -> logits, and what sampling asks of a transformer (see `dalle.transformer.Transformer`).
+    """Joint ids -> logits, with the methods of `dalle.transformer.Transformer` that sampling calls.
 
-    A subclass adds embeddings, `final` (trunk -> final states) and `to_logits`; its config has `kinds`.
+    A subclass adds embeddings, `final` (trunk -> final states) and `to_logits`.
     """
 
-    def __init__(self, config: ExternalConfig, layers: Iterable[nn.Module] | None = None):
+    layer_class: type[nn.Module] = Layer
+
+    def __init__(self, config: ExternalConfig):
         super().__init__()
         self.config, self.layout = config, config.layout
-        self.layers = nn.ModuleList(layers or (Layer(config.blocks) for _ in config.kinds))
-        self.patterns: dict[str, Tensor] = {}  # ours has some, and sampling in 16 bits asks for them
-        with torch.device("cpu"):  # not in a file, so they need values when the rest is made without
+        self.layers = nn.ModuleList(self.layer_class(config) for _ in config.kinds)
+        self.patterns: dict[str, Tensor] = {}  # as ours has, for sampling in 16 bits
+        with torch.device("cpu"):  # not in a file, so computed even in a model without weights
             self.image_masks = {kind: config.image_mask(kind) for kind in sorted(set(config.kinds))}
 
     @abstractmethod
@@ -139,20 +149,20 @@ class ExternalTransformer(nn.Module, ABC):
 
     @abstractmethod
     def embed_image(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Image tokens (B, p) at positions (p,) of the image -> (B, p, D)."""
+        """Image tokens (B, p) at image positions (p,) -> (B, p, D)."""
 
     def trunk(self, x: Tensor) -> Tensor:
-        """Embeddings -> what enters the first layer."""
+        """Embeddings -> input of the first layer."""
         return x
 
     def rotation(self, inputs: Tensor) -> Tensor | None:
-        """Rotary angles (n, r) of the inputs at these positions (n,)."""
+        """Rotary angles (n, r) of inputs (n,)."""
         return None
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits of every position: joint ids (B, n) -> fp32 (B, n, V); the other modality has -inf.
 
-        Those of a first text id that nothing predicts (`ExternalLayout.unpredicted`) mean nothing.
+        Those of a text id that nothing predicts have no meaning.
         """
         hidden = self.hidden(ids)
         text, image = hidden[:, : self.layout.text_len], hidden[:, self.layout.text_len :]
@@ -166,21 +176,19 @@ class ExternalTransformer(nn.Module, ABC):
         text, image = self.layout.unpack(ids)
         check_tokens(text, self.layout.image_offset, "text ids")
         check_tokens(image, self.layout.image_vocab, "image ids less their offset")
-        lacking = self.layout.unpredicted
-        states = self.prefill(self.layout.shift(ids)[:, : ids.shape[1] - lacking])
-        return F.pad(states, (0, 0, lacking, 0))
+        missing = self.layout.unpredicted
+        states = self.prefill(self.layout.shift(ids)[:, : ids.shape[1] - missing])
+        return F.pad(states, (0, 0, missing, 0))
 
     def prefill(self, inputs: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """Input ids (B, n) -> final states (B, n, D); `caches` take what `decode_step` needs."""
+        """Input ids (B, n) -> final states (B, n, D); fills `caches` for `decode_step`."""
         n, prefix = inputs.shape[1], self.config.prefix_len
         text, image = inputs.tensor_split([self.layout.text_inputs], dim=1)
         positions = torch.arange(n, device=inputs.device)
         image = self.embed_image(image - self.layout.image_offset, positions[: image.shape[1]])
         x = self.trunk(torch.cat([self.embed_text(text), image], dim=1))
         angles = self.rotation(positions)
-        masks = {
-            kind: stream_mask(m, prefix)[:n, :n].to(inputs.device) for kind, m in self.image_masks.items()
-        }
+        masks = {k: stream_mask(m, prefix)[:n, :n].to(inputs.device) for k, m in self.image_masks.items()}
         for i, (layer, kind) in enumerate(zip(self.layers, self.config.kinds, strict=True)):
             x = layer(x, masks[kind], prefix, caches[i] if caches else None, angles)
         return self.final(x)
@@ -196,7 +204,7 @@ class ExternalTransformer(nn.Module, ABC):
         return self.final(x)
 
     def text_logits(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
-        """States (..., D) of text positions -> fp32 (..., ids of text), every pad everywhere."""
+        """States (..., D) of text positions -> fp32 (..., text ids), every pad everywhere."""
         return fp32_logits(hidden, self.to_logits, slice(self.layout.image_offset))
 
     def image_logits(self, hidden: Tensor) -> Tensor:
@@ -205,22 +213,20 @@ class ExternalTransformer(nn.Module, ABC):
 
     def init_kv_caches(self, captions: int, candidates: int) -> list[KVCache]:
         """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
-        blocks, like = self.config.blocks, self.layers[0].attention.f.out.weight
-        layouts = {
-            kind: KVCacheLayout(m, torch.arange(len(m))).to(like.device)
-            for kind, m in self.image_masks.items()
-        }
-        shape = captions, candidates, blocks.heads, blocks.inner // blocks.heads, like
-        return [self.new_cache(layouts[kind], *shape) for kind in self.config.kinds]
+        config, like = self.config, self.layers[0].attention.f.out.weight
+        masks = self.image_masks.items()
+        layouts = {kind: KVCacheLayout(m, torch.arange(len(m))).to(like.device) for kind, m in masks}
+        shape = captions, candidates, config.heads, config.inner // config.heads, like
+        return [self.new_cache(layouts[kind], *shape) for kind in config.kinds]
 
     def new_cache(self, *arguments) -> KVCache:
         """The empty cache of a layer, by `KVCache`'s arguments."""
         return KVCache(*arguments)
 
     def kv_bytes_per_sample(self) -> int:
-        """Memory that sampling keeps of one candidate."""
+        """Memory of one candidate's caches."""
         itemsize = self.layers[0].attention.f.out.weight.itemsize
-        return 2 * len(self.layers) * self.layout.num_image_tokens * self.config.blocks.inner * itemsize
+        return 2 * len(self.layers) * self.layout.num_image_tokens * self.config.inner * itemsize
 
 
 def fp32_logits(hidden: Tensor, linear: nn.Linear, rows: slice = slice(None)) -> Tensor:

@@ -1,8 +1,8 @@
 """The transformer of DALLE-pytorch (lucidrains, 1.6.6), for sampling.
 
-Against ours: a learned scale on each path, GEGLU, a quarter of each state taken from the token above and a
-quarter from the left (half from the left in text), rotated queries, keys and values, row and column masks
-that end at the own row or column, a mask of 5 x 5, and two trunks where it is "reversible".
+Against ours: a learned scale on each residual branch, GEGLU, a quarter of each state taken from the token
+above and a quarter from the left (half from the left in text), rotated queries, keys and values, row and
+column masks that end at the own row or column, a 5 x 5 mask, and two trunks in a "reversible" model.
 
     B batch, n inputs of this call, N image tokens, D width, W columns
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dalle.nn.blocks import FP32LayerNorm
 from dalle.nn.kv_cache import KVCache
-from dalle.pretrained.external_blocks import MLP, Attention, BlockConfig, ResidualPath
+from dalle.pretrained.external_blocks import MLP, Attention, SandwichBlock
 from dalle.pretrained.external_transformer import ExternalConfig, ExternalLayout, ExternalTransformer
 
 KINDS = ("full", "axial_row", "axial_col", "conv_like")
@@ -23,20 +23,18 @@ CONV_KERNEL = 5  # the package has no other
 Trunks = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DallePytorchConfig(ExternalConfig):
-    """Shape of the transformer."""
+    """Shape of the transformer; heads * head_dim may differ from the width."""
 
-    head_dim: int
-    """d; heads * d need not be D."""
+    gated: bool = True
+    qkv_bias: bool = False
     kinds: tuple[str, ...]
-    """Kind of each layer, one of KINDS."""
+    """Kind of mask of each layer, one of KINDS."""
     shift: bool = True
     """States are mixed with those of the tokens above and to the left."""
     rotary: int = 0
-    """Numbers of a head that are rotated; 0 has learned positions instead."""
-    sandwich: bool = False
-    """A norm after each path too."""
+    """Numbers of a head that are rotated; 0 for learned positions instead."""
     reversible: bool = False
     """Two trunks, averaged at the end."""
     stable: bool = False
@@ -45,6 +43,7 @@ class DallePytorchConfig(ExternalConfig):
     """Tokens are embedded by rows of the output matrix."""
 
     def __post_init__(self):
+        super().__post_init__()
         if unknown := sorted(set(self.kinds) - set(KINDS)):
             raise ValueError(f"layers of kind {unknown[0]!r} are not supported; known: {', '.join(KINDS)}")
         if self.shift and self.width % 4:
@@ -55,9 +54,9 @@ class DallePytorchConfig(ExternalConfig):
         return ExternalLayout(self.text_len, self.grid, self.text_vocab, self.image_vocab, zero_is_pad=True)
 
     @property
-    def blocks(self) -> BlockConfig:
-        shape = {"head_dim": self.head_dim, "gated": True, "qkv_bias": False, "sandwich": self.sandwich}
-        return BlockConfig(self.width, self.heads, "exact", **shape)
+    def shift_columns(self) -> int:
+        """W, or 0 where nothing is shifted."""
+        return self.grid[1] if self.shift else 0
 
     def image_mask(self, kind: str) -> Tensor:
         index = torch.arange(self.layout.num_image_tokens)
@@ -73,23 +72,25 @@ class DallePytorchConfig(ExternalConfig):
 
 
 class ShiftCache(KVCache):
-    """A KV cache that also keeps the last W image states of both paths before the shift."""
+    """A KV cache that also keeps the last W image states of both residual branches before the shift."""
 
     def __init__(self, *arguments, columns: int, width: int):
         super().__init__(*arguments)
         rows = self.captions * self.candidates
         self.states = [torch.zeros(rows, columns, width // 2, device=self.image.device) for _ in range(2)]
 
-    def fill_states(self, path: int, image: Tensor) -> None:
-        """Image states (C, p, D) at the beginning of each caption's stream, for all candidates of it."""
-        states, columns = self.states[path], self.states[path].shape[1]  # none where nothing is shifted
+    def fill_states(self, branch: int, image: Tensor) -> None:
+        """Stores the first image states (C, p, D) of each caption for all its candidates."""
+        states = self.states[branch]
+        columns = states.shape[1]  # 0 where nothing is shifted
         for position in range(max(0, image.shape[1] - columns), image.shape[1]):
             state = image[:, position, : states.shape[2]]
             states[:, position % columns] = state.repeat_interleave(self.candidates, 0)
 
-    def shifted(self, path: int, x: Tensor, position: Tensor) -> Tensor:
-        """Keeps states (B, D) of image token `position` (1,) -> mixed with those above and to the left."""
-        states, columns = self.states[path], self.states[path].shape[1]
+    def shifted(self, branch: int, x: Tensor, position: Tensor) -> Tensor:
+        """Stores states (B, D) of image token `position` (1,) and mixes them with those above and to the
+        left."""
+        states, columns = self.states[branch], self.states[branch].shape[1]
         quarter = x.shape[1] // 4
         above = states.index_select(1, position % columns)[:, 0, :quarter]
         left = states.index_select(1, (position - 1) % columns)[:, 0, quarter:] * (position % columns != 0)
@@ -108,50 +109,46 @@ def shifted(x: Tensor, text_inputs: int, columns: int) -> Tensor:
     return torch.cat([text, torch.cat([above, left * inside[:, None], image[..., half:]], dim=2)], dim=1)
 
 
-class ScaledPath(ResidualPath):
-    """scale * f(shifted norm(x)), in a sandwich normed before the scale; `path` numbers it in ShiftCache."""
+class ScaledBlock(SandwichBlock):
+    """scale * f(shifted norm(x)), in a sandwich normed before the scale; `branch` is its index in
+    ShiftCache."""
 
-    def __init__(self, config: DallePytorchConfig, f: nn.Module, path: int):
-        super().__init__(config.blocks, f)
+    def __init__(self, config: DallePytorchConfig, f: nn.Module, branch: int):
+        super().__init__(config, f)
         self.scale = nn.Parameter(torch.ones(1, 1, config.width))
-        self.path, self.columns = path, config.grid[1] * config.shift
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Number format of the matrices."""
-        return (self.f.project if isinstance(self.f, MLP) else self.f.out).weight.dtype
+        self.branch, self.columns = branch, config.shift_columns
 
     def forward(self, x: Tensor, prefix_len: int, cache: ShiftCache | None, *rest) -> Tensor:
-        """x (B, n, D) of the first inputs, and what f takes."""
+        """x (B, n, D) of the first inputs and the other arguments of f."""
         x = self.norm(x)
         if cache is not None:
-            cache.fill_states(self.path, x[:, prefix_len:])
+            cache.fill_states(self.branch, x[:, prefix_len:])
         if self.columns:
             x = shifted(x, prefix_len, self.columns)
         return self.norm_out(self.f(x, *rest)) * self.scale
 
     def step(self, x: Tensor, position: Tensor, cache: ShiftCache, *rest) -> Tensor:
-        """x (B, D) of the image token at a position (1,)."""
+        """x (B, D) of the image token at a position (1,) and the other arguments of f.step."""
         x = self.norm(x)
         if self.columns:
-            x = cache.shifted(self.path, x, position)
+            x = cache.shifted(self.branch, x, position)
         x = x.to(self.dtype)
         return self.norm_out(self.f.step(x, *rest) if rest else self.f(x)) * self.scale[0]
 
 
-class Layer(nn.Module):
+class DallePytorchLayer(nn.Module):
     """Attention, then MLP, on one trunk or on two."""
 
     def __init__(self, config: DallePytorchConfig):
         super().__init__()
-        self.attention = ScaledPath(config, Attention(config.blocks), 0)
-        self.mlp = ScaledPath(config, MLP(config.blocks), 1)
+        self.attention = ScaledBlock(config, Attention(config), 0)
+        self.mlp = ScaledBlock(config, MLP(config), 1)
         self.reversible = config.reversible
 
     def forward(
         self, trunks: Trunks, mask: Tensor, prefix_len: int, cache: ShiftCache | None, angles: Tensor | None
     ) -> Trunks:
-        """Both trunks (B, n, D); see `Attention.forward`."""
+        """Both trunks (B, n, D) and the other arguments of `Attention.forward`."""
         rest = mask, prefix_len, cache, angles
         first = trunks[0] + self.attention(trunks[1], prefix_len, cache, *rest)
         return self._joined(first, trunks[1], self.mlp(first, prefix_len, cache))
@@ -159,7 +156,7 @@ class Layer(nn.Module):
     def step(
         self, trunks: Trunks, cache: ShiftCache, position: int | Tensor, angles: Tensor | None
     ) -> Trunks:
-        """Both trunks (B, D) of one image token of every stream."""
+        """Both trunks (B, D) of one image token of every candidate."""
         at = torch.as_tensor(position, device=trunks[0].device).view(1)
         first = trunks[0] + self.attention.step(trunks[1], at, cache, cache, position, angles)
         return self._joined(first, trunks[1], self.mlp.step(first, at, cache))
@@ -171,8 +168,10 @@ class Layer(nn.Module):
 class DallePytorch(ExternalTransformer):
     """The package's DALLE, without its image tokenizer."""
 
+    layer_class = DallePytorchLayer
+
     def __init__(self, config: DallePytorchConfig):
-        super().__init__(config, [Layer(config) for _ in config.kinds])
+        super().__init__(config)
         layout, width = self.layout, config.width
         if not config.shared:
             self.text_embedding = nn.Embedding(layout.image_offset, width)
@@ -212,10 +211,8 @@ class DallePytorch(ExternalTransformer):
         return self.final_norm(x / x.amax(dim=-1, keepdim=True) if self.config.stable else x)
 
     def new_cache(self, *arguments) -> ShiftCache:
-        return ShiftCache(
-            *arguments, columns=self.config.grid[1] * self.config.shift, width=self.config.width
-        )
+        return ShiftCache(*arguments, columns=self.config.shift_columns, width=self.config.width)
 
     def kv_bytes_per_sample(self) -> int:
-        states = 4 * self.config.width * self.config.grid[1] * self.config.shift
+        states = 4 * self.config.width * self.config.shift_columns
         return super().kv_bytes_per_sample() + len(self.layers) * states

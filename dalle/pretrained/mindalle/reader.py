@@ -99,6 +99,7 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> MinDalleConfig:
         raise ValueError(f"{CONFIG} has n_heads {shown(heads):.40}, expected a positive number")
     if not 0 <= pad < text_vocab:
         raise ValueError(f"{VOCABULARY} numbers {PAD} {pad}, the tensors are of {text_vocab} text ids")
+    attention_bias = _switch(hparams, "attn_bias", True)
     return MinDalleConfig(
         width=width,
         depth=sizes["n_layers"],
@@ -108,7 +109,8 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> MinDalleConfig:
         text_vocab=text_vocab,
         image_vocab=sizes["vocab_size_img"],
         pad=pad,
-        attention_bias=_switch(hparams, "attn_bias", True),
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
         mlp_bias=_switch(hparams, "mlp_bias", True),
         gelu="sigmoid" if _switch(hparams, "gelu_use_approx", False) else "exact",
     )
