@@ -1,5 +1,4 @@
-"""Show any run as one HTML page: curves, images, attention, codebook, masks, evaluations, configuration,
-hashes.
+"""Show any run as one HTML page: curves, images, attention, codebook, masks, evaluations, configuration.
 
 python scripts/report.py runs/quickstart                            writes runs/quickstart/report.html
 python scripts/report.py runs/transformer --no-sample               files of the folder only, in a second
@@ -18,16 +17,14 @@ from dalle.pipelines.config import SamplingConfig
 
 @dataclass(frozen=True)
 class ReportArgs:
-    """Writes a page about any run folder: a training, the quick start, a model, samples, or an evaluation's
-    JSON."""
+    """Writes a page about a run folder: a training, the quick start, a model, samples, or an evaluation."""
 
     run: Positional[Path] = Path("runs/quickstart")
     """The folder, or the JSON of scripts/evaluate.py."""
     out: Path | None = None
     """File of the page; by default report.html in the folder."""
     sample: bool = True
-    """Load the model for samples, attention and codebook; otherwise the page shows the files of the
-    folder."""
+    """Load the model for samples, attention and codebook."""
     prompts: tuple[str, ...] = ()
     """Prompts; by default the first validation captions of the training's dataset."""
     captions: int = 4
@@ -41,7 +38,7 @@ class ReportArgs:
     seed: int = 0
     """Seed of the samples."""
     device: str = "auto"
-    """cuda, mps or cpu; auto takes the first that is available."""
+    """cuda, mps or cpu; auto takes the first available."""
 
     def __post_init__(self):
         for name in ("captions", "best_of", "num_codes"):

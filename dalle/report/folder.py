@@ -10,33 +10,18 @@ from dalle.io.files import read_json
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.viz.curves import CURVES, Lines, read_lines
 
-META_TYPES = {
-    "kind": str,
-    "step": int,
-    "model_config": dict,
-    "config": dict,
-    "inputs": dict,
-    "versions": dict,
-}
-"""Types in a checkpoint's meta.json; values of another type are dropped."""
 EVALUATION_KEYS = {"caption_accuracy", "provenance"}
 """A JSON file with one of these is an evaluation."""
 
 
 @dataclass
 class TrainedRun:
-    """A training run: its kind (dvae, transformer, clip), the meta.json of its newest checkpoint, and its
-    log."""
+    """A training run: its kind, the meta.json of its newest checkpoint, and its log."""
 
     kind: str
     folder: Path
-    meta: dict[str, Any] = field(default_factory=dict)
-    lines: Lines = field(default_factory=list)
-
-    def sheets(self, name: str) -> list[tuple[int, Path]]:
-        """(step, file) of the sheets <name>-STEP.png that evaluations wrote, by step."""
-        files = [(path.stem.rpartition("-")[2], path) for path in self.folder.glob(f"{name}-*.png")]
-        return sorted((int(step), path) for step, path in files if step.isdecimal())
+    meta: dict[str, Any]
+    lines: Lines
 
 
 @dataclass
@@ -59,19 +44,16 @@ def scan_folder(path: Path) -> Contents:
     if path.is_file():
         contents = Contents(path.parent, evaluations=_evaluations([path]))
     elif path.is_dir():
-        below = [child for child in sorted(path.iterdir()) if child.is_dir()]
-        runs = [run for run in map(_run, [path, *below]) if run]
-        models = [folder for folder in (path, path / "model", *below) if _is_model(folder)]
-        depths, names = ("", "*/", "*/*/"), ("sample.json", "samples.jsonl")
-        samples = [file.parent for d in depths for name in names for file in sorted(path.glob(d + name))]
+        folders = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
+        runs = [run for folder in folders if (run := _run(folder))]
         by_kind = {kind: run for kind in MODEL_REGISTRY for run in reversed(runs) if run.kind == kind}
-        contents = Contents(
-            path, by_kind, next(iter(models), None), _evaluations(path.glob("*.json")), samples
-        )
+        models = [folder for folder in folders if _read_object(folder / "config.json").get("kind") == "dalle"]
+        patterns = [depth + name for depth in ("", "*/", "*/*/") for name in ("sample.json", "samples.jsonl")]
+        samples = [file.parent for pattern in patterns for file in sorted(path.glob(pattern))]
+        evaluations = _evaluations(sorted(path.glob("*.json")))
+        contents = Contents(path, by_kind, next(iter(models), None), evaluations, samples)
     else:
-        raise ValueError(
-            f"nothing at {path}; give the folder of a run, or make one: python scripts/quickstart.py"
-        )
+        raise ValueError(f"nothing at {path}; give a run's folder, or make one: python scripts/quickstart.py")
     if not (contents.runs or contents.model or contents.evaluations or contents.samples):
         raise ValueError(
             f"{path} holds no run, model, samples or evaluation of this library; give the folder of one, "
@@ -81,38 +63,28 @@ def scan_folder(path: Path) -> Contents:
 
 
 def _run(folder: Path) -> TrainedRun | None:
+    """The run of a folder; its log tells the kind where there is no readable checkpoint."""
     try:
         checkpoint = latest_checkpoint(folder)
-    except ValueError:  # a dangling pointer: the rest of the folder is still shown
+    except ValueError:
         checkpoint = None
-    meta = _object(checkpoint / "meta.json") if checkpoint else {}
-    meta = {name: value for name, value in meta.items() if isinstance(value, META_TYPES.get(name, object))}
+    meta = _read_object(checkpoint / "meta.json") if checkpoint else {}
     lines = read_lines(folder) if (folder / "log.jsonl").is_file() else []
-    kind = meta.get("kind")
-    if not checkpoint:  # the kind by its metrics
-        logged = {name for line in lines for name in line}
-        kind = next((kind for kind, names in CURVES.items() if set(names[1:]) & logged), None)
-    return TrainedRun(kind, folder, meta, lines) if kind in MODEL_REGISTRY else None
-
-
-def _is_model(folder: Path) -> bool:
-    file = folder / "config.json"
-    return file.is_file() and _object(file).get("kind") == "dalle"
+    logged = {name for line in lines for name in line}
+    kinds = [kind for kind, names in CURVES.items() if logged.intersection(names[1:])]
+    kind = meta.get("kind", next(iter(kinds), None))
+    return TrainedRun(kind, folder, meta, lines) if kind in list(MODEL_REGISTRY) else None
 
 
 def _evaluations(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    reports = {file.name: _object(file) for file in sorted(files) if file.is_file()}
-    return {name: data for name, data in reports.items() if EVALUATION_KEYS & data.keys()}
+    reports = {file.name: _read_object(file) for file in files}
+    return {name: report for name, report in reports.items() if EVALUATION_KEYS & report.keys()}
 
 
-def _object(file: Path) -> dict[str, Any]:
+def _read_object(file: Path) -> dict[str, Any]:
     """A JSON object; empty for anything else."""
     try:
-        return dict_or_empty(read_json(file))
+        data = read_json(file) if file.is_file() else {}
     except ValueError:
-        return {}
-
-
-def dict_or_empty(value: Any) -> dict[str, Any]:
-    """The value if it is a JSON object; empty for anything else."""
-    return value if isinstance(value, dict) else {}
+        data = {}
+    return data if isinstance(data, dict) else {}
