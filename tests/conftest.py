@@ -1,7 +1,4 @@
-"""Shared by the tests: every stage at a width of seconds, and a model directory that took two steps.
-
-The tiny sizes stand in one place, YAML; `tiny_configs` is a directory like configs/ that holds them.
-"""
+"""Shared fixtures: every stage at a tiny size, and a model directory trained for two steps."""
 
 import os
 import runpy
@@ -88,7 +85,7 @@ eval_samples: 4
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Tiny tensors gain nothing by threads, and other work goes on beside the tests."""
+    """Tiny tensors gain nothing by threads."""
     torch.set_num_threads(1)
 
 
@@ -117,8 +114,7 @@ def tiny_runs(tiny_configs: Path) -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory: pytest.TempPathFactory, tiny_runs: SimpleNamespace) -> Path:
-    """Every stage once, two steps each: text/ dvae/ tokens/ transformer/ clip/ model/. Copy before you change
-    it."""
+    """Every stage for two steps: text/ dvae/ tokens/ transformer/ clip/ model/. Read-only: copy it."""
     out = tmp_path_factory.mktemp("chain")
     train_tokenizer(replace(tiny_runs.text, out=out / "text", captions=2000))
     train_dvae(replace(tiny_runs.dvae, out=out / "dvae"))
@@ -172,29 +168,27 @@ def python() -> Callable[..., subprocess.CompletedProcess]:
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
     """script(name, *words): scripts/NAME.py in this process, in an empty directory or `cwd`.
 
-    Gives .code .out .err as a shell would; an error that the script does not tell in a sentence is the
-    test's.
+    Gives .code .out .err as a shell would; an unexpected error is raised.
     """
 
     def run(name: str, *words: str | Path, cwd: Path = tmp_path) -> SimpleNamespace:
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *map(str, words)])
         capsys.readouterr()
-        code, said = 0, ""
+        code, message = 0, ""
         try:
             runpy.run_path(str(PROJECT / "scripts" / f"{name}.py"), run_name="__main__")
         except SystemExit as stop:
-            code, said = (1, stop.code) if isinstance(stop.code, str) else (stop.code or 0, "")
+            code, message = (1, stop.code) if isinstance(stop.code, str) else (stop.code or 0, "")
         printed = capsys.readouterr()
-        return SimpleNamespace(code=code, out=printed.out, err=printed.err + said)
+        return SimpleNamespace(code=code, out=printed.out, err=printed.err + message)
 
     return run
 
 
 @pytest.fixture
 def typed(script: Callable) -> Callable[[str, Path], str]:
-    """typed("python scripts/NAME.py ...", cwd): the same for a command that must end well; what it
-    printed."""
+    """typed("python scripts/NAME.py ...", cwd): the output of a command, which must succeed."""
 
     def run(command: str, cwd: Path) -> str:
         path, *words = shlex.split(command)[1:]
@@ -206,30 +200,27 @@ def typed(script: Callable) -> Callable[[str, Path], str]:
 
 
 @pytest.fixture
-def slots_drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many slots are drawn, one entry after each: what a drawing that is stopped has not done is not in
-    it."""
-    plain, slots = best_of_n.generate_tokens, []
+def positions_sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Positions of each batch sampled so far, one entry after each."""
+    plain, positions = best_of_n.generate_tokens, []
 
     def counted(*args, **options):
         for tokens in plain(*args, **options):
-            slots.append(tokens.shape[2])
+            positions.append(tokens.shape[2])
             yield tokens
 
     monkeypatch.setattr(best_of_n, "generate_tokens", counted)
-    return slots
+    return positions
 
 
 @pytest.fixture(scope="session")
 def change_meta() -> Callable[..., None]:
-    """change_meta(checkpoint, key=value): other words in its meta.json, hashed as if they had been written
-    so."""
+    """change_meta(checkpoint, key=value): edits its meta.json and the checksums."""
 
     def change(checkpoint: Path, **changes: object) -> None:
         write_json(checkpoint / "meta.json", read_json(checkpoint / "meta.json") | changes)
         (checkpoint / CHECKSUMS).unlink()
-        write_checksums(
-            checkpoint, file_hashes(checkpoint, [path for path in checkpoint.iterdir() if path.is_file()])
-        )
+        files = [path for path in checkpoint.iterdir() if path.is_file()]
+        write_checksums(checkpoint, file_hashes(checkpoint, files))
 
     return change

@@ -162,9 +162,11 @@ class TestGenerate:
             ({"rows": 4}, "greater than maximum value 3"),
         ],
     )
-    def test_wrong_options_are_refused_before_sampling(self, server, prompt, slots_drawn, changes, words):
+    def test_wrong_options_are_refused_before_sampling(
+        self, server, prompt, positions_sampled, changes, words
+    ):
         assert words in error(generate(server, **{"prompt": prompt} | changes))
-        assert slots_drawn == []
+        assert positions_sampled == []
 
 
 class TestServer:
