@@ -1,4 +1,4 @@
-"""Captions as people store them: lines of text, JSON, columns of a table."""
+"""Captions as stored on disk: lines of text, JSON, columns of a table."""
 
 import json
 from collections import Counter
@@ -7,31 +7,17 @@ from typing import Any
 
 from dalle.data.bad_samples import BadSampleError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""What is taken for an image."""
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CAPTION_NAMES = ("captions", "caption", "text", "txt", "title", "description", "prompt", "sentence", "label")
 IMAGE_NAMES = (
-    "image",
-    "img",
-    "image",
-    "photo",
-    "file_name",
-    "filename",
-    "filepath",
-    "file_path",
-    "image_path",
-    "path",
-    "file",
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
+    *("image", "img", "picture", "photo", "file_name", "filename", "filepath", "file_path", "image_path"),
+    *("path", "file", "jpg", "jpeg", "png", "webp"),
 )
-"""Names of columns that are tried in this order, in any case."""
+"""Usual column names, tried in this order, in any case."""
 
 
-def from_text(data: bytes, name: str) -> list[str]:
-    """One caption a line; blank lines and a byte order mark are none."""
+def parse_text(data: bytes, name: str) -> list[str]:
+    """One caption per line, without blank lines and byte order mark."""
     try:
         lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
@@ -39,8 +25,8 @@ def from_text(data: bytes, name: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def from_json(data: bytes, name: str, columns: str | None = None) -> list[str]:
-    """A caption, a list of them, or a mapping with one of CAPTION_NAMES or the columns given."""
+def parse_json(data: bytes, name: str, columns: str | None = None) -> list[str]:
+    """A caption, a list of them, or a mapping with one of CAPTION_NAMES or the given keys."""
     try:
         value = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -50,25 +36,25 @@ def from_json(data: bytes, name: str, columns: str | None = None) -> list[str]:
     if isinstance(value, Mapping):
         keys = [word.strip() for word in columns.split(",")] if columns else [find_name(value, CAPTION_NAMES)]
         value = [value.get(key) for key in keys]
-    return listed(value)
+    return flatten_captions(value)
 
 
-def listed(value: Any) -> list[str]:
-    """Captions out of text, lists of text, at any depth; whatever else stands there is none.
+def flatten_captions(value: Any) -> list[str]:
+    """The non-blank captions in text and nested lists of text; other values hold none.
 
-    Bytes are UTF-8; what is not is kept as lone surrogates, for `check_utf8` to find.
+    Bytes that are not UTF-8 become lone surrogates, which `check_utf8` finds.
     """
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
     if isinstance(value, str):
         return [value.strip()] if value.strip() else []
     if isinstance(value, list | tuple):
-        return [caption for inner in value for caption in listed(inner)]
+        return [caption for inner in value for caption in flatten_captions(inner)]
     return []
 
 
 def check_utf8(captions: list[str], name: str) -> list[str]:
-    """The captions; BadSampleError where one holds bytes that were no text."""
+    """The captions; BadSampleError if one of them was not UTF-8."""
     try:
         "".join(captions).encode()
     except UnicodeEncodeError as error:
@@ -82,26 +68,27 @@ def find_name(names: Iterable[str], wanted: Iterable[str]) -> str | None:
     return next((lower[name] for name in wanted if name in lower), None)
 
 
-def check_names(names: list[str], place: str) -> None:
-    """ValueError names the columns that are there more than once; nobody could say which is meant."""
-    twice = [name for name, count in Counter(names).items() if name and count > 1]
-    if twice:
+def check_column_names(names: list[str], table: str) -> None:
+    """ValueError if several columns have the same name."""
+    repeated = [name for name, count in Counter(names).items() if name and count > 1]
+    if repeated:
         raise ValueError(
-            f"{place} has several columns of the name {', '.join(map(repr, twice))}; rename all but one"
+            f"{table} has several columns named {', '.join(map(repr, repeated))}; rename all but one"
         )
 
 
 def choose_columns(
-    names: list[str], image: str | None, caption: str | None, place: str
+    names: list[str], image: str | None, caption: str | None, table: str
 ) -> tuple[str, list[str]]:
-    """The column of images and those of captions (several, with commas); ValueError lists what there is."""
+    """The column of images and those of captions (several, with commas); ValueError lists the columns."""
     image = image or find_name(names, IMAGE_NAMES)
     captions = [word.strip() for word in caption.split(",")] if caption else [find_name(names, CAPTION_NAMES)]
-    for what, columns in (("image", [image]), ("caption", captions)):
+    for kind, columns in (("image", [image]), ("caption", captions)):
         for column in columns:
             if column not in names:
-                problem = f"no column {column!r}" if column else f"no column that sounds like {what} data"
+                problem = f"no column {column!r}" if column else f"no column with a usual name for {kind}s"
                 raise ValueError(
-                    f"{place} has {problem}, only {', '.join(map(repr, names))}; name it by --data.{what}-column"
+                    f"{table} has {problem}, only {', '.join(map(repr, names))}; "
+                    f"name it by --data.{kind}-column"
                 )
     return image, captions

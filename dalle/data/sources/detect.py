@@ -1,4 +1,4 @@
-"""What lies at a path: the kind of data, the files, and which of them the set itself keeps for evaluation."""
+"""Detection of a data source: its format, its files, and its own validation split."""
 
 import glob
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dalle.data.config import Format
 from dalle.data.sources import hf_datasets
-from dalle.data.sources.captions import SUFFIXES
+from dalle.data.sources.captions import IMAGE_SUFFIXES
 from dalle.data.sources.image_folder import CAPTION_SUFFIXES, walk
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -20,16 +20,16 @@ TEST = re.compile(r"test([-_.\d]|$)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class DataLocation:
-    """Where data lie."""
+    """Format and files of a data source."""
 
-    kind: Format
+    format: Format
     """folder, table, tars or hub."""
     path: str
     """As given."""
     files: tuple[Path, ...] = ()
-    """Tables or tars, by name; those of the set's own test part are left out where there are others."""
+    """Tables or tars by name, without a test split of the dataset's own."""
     held_out: tuple[Path, ...] = ()
-    """Those of them that the set keeps for evaluation: named val*, validation* or dev*."""
+    """The validation split among them: files named val*, validation* or dev*."""
 
     @property
     def train(self) -> tuple[Path, ...]:
@@ -37,92 +37,98 @@ class DataLocation:
         return tuple(file for file in self.files if file not in self.held_out)
 
 
-def detect_source(path: str, kind: Format = "auto") -> DataLocation:
-    """What lies at a path, a pattern with *, ? and {000..099}, or a folder.
+def detect_source(path: str, format: Format = "auto") -> DataLocation:
+    """The source at a path: a file, a folder, or a pattern with *, ? and {000..099}.
 
     Raises:
-        ValueError: nothing, or nothing that is known; says what was found and what is expected.
+        ValueError: nothing there, or no known format; says what is expected.
     """
-    if kind == "hub":
+    if format == "hub":
         return DataLocation("hub", path)
     if re.match(r"[a-z0-9]+:", path) and not Path(path).exists():
         raise ValueError(f"{path} is not on a disk; copy or mount it, and give the path")
     root = Path(path).expanduser()
-    files = [root] if root.is_file() else [] if root.is_dir() else list(_matches(str(root)))
-    if root.is_dir() and kind in ("auto", "folder"):
-        kind = "folder" if kind == "folder" else _kind_of_folder(root)
-    if kind == "folder":
-        return DataLocation("folder", str(root))
-    if root.is_dir() and kind == "hub":
-        return DataLocation("hub", str(root))
-    files = files or _files(root, kind)
-    if kind == "auto":
-        kind = _kind_of_files(files, path)
+    if root.is_dir():
+        format = _folder_format(root) if format == "auto" else format
+        if format in ("folder", "hub"):
+            return DataLocation(format, str(root))
+        files = _list_files(root, format)
+    else:
+        files = [root] if root.is_file() else list(_expand(str(root)))
+        if format == "folder":
+            return DataLocation("folder", str(root))
+        if format == "auto":
+            format = _file_format(files, path)
     if not files:
         raise ValueError(
-            f"no {kind} at {path}; expected {'.tar files' if kind == 'tars' else ', '.join(TABLES)}"
+            f"no {format} at {path}; expected {'.tar files' if format == 'tars' else ', '.join(TABLES)}"
         )
-    return _parted(kind, path, files)
+    suffixes = {file.suffix.lower() for file in files}
+    if len(suffixes) > 1:
+        raise ValueError(f"{path} holds several formats ({', '.join(sorted(suffixes))}); give one of them")
+    used = [file for file in files if not TEST.match(file.name)] or files
+    held_out = [file for file in used if HELD_OUT.match(file.name)]
+    return DataLocation(format, path, tuple(used), tuple(held_out) if len(held_out) < len(used) else ())
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """ "a-{08..10}.tar" gives a-08.tar, a-09.tar, a-10.tar; "{a,b}.csv" gives a.csv, b.csv."""
+    """ "a-{08..10}.tar" -> a-08.tar, a-09.tar, a-10.tar; "{a,b}.csv" -> a.csv, b.csv."""
     found = BRACES.search(pattern)
     if not found:
         yield pattern
         return
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
     words = found[1].split(",")
-    if numbers:
-        first, last = int(numbers[1]), int(numbers[2])
-        words = [str(number).zfill(len(numbers[1])) for number in range(first, last + 1)]
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
+        width, first, last = len(numbers[1]), int(numbers[1]), int(numbers[2])
+        words = [str(number).zfill(width) for number in range(first, last + 1)]
     for word in words:
         yield from expand_braces(pattern[: found.start()] + word + pattern[found.end() :])
 
 
-def _matches(pattern: str) -> Iterator[Path]:
-    """Files of a pattern; ValueError names the first that braces promise and that is not there."""
+def _expand(pattern: str) -> Iterator[Path]:
+    """The files of a pattern; ValueError if one of its braces does not exist."""
     if not any(mark in pattern for mark in "*?[{"):
-        raise ValueError(f"nothing lies at {pattern}; give a folder, a table or tars, or the word shapes")
+        raise ValueError(f"nothing at {pattern}; give a folder, a table or tars, or the word shapes")
     for part in expand_braces(pattern):
         found = sorted(glob.glob(part, recursive=True)) if any(mark in part for mark in "*?[") else [part]
+        if not found:
+            raise ValueError(f"no file matches {part}")
         for name in found:
             if not os.path.isfile(name):
                 raise ValueError(f"no file {name}, which {pattern} names")
             yield Path(name)
-        if not found:
-            raise ValueError(f"no file fits {part}")
 
 
-def _files(root: Path, kind: str) -> list[Path]:
-    suffixes = (".tar",) if kind == "tars" else TABLES
+def _list_files(root: Path, format: str) -> list[Path]:
+    suffixes = (".tar",) if format == "tars" else TABLES
     found = []
     with os.scandir(root) as entries:
-        for entry in entries:  # the name is asked first: a folder may hold millions of other files
+        for entry in entries:  # the name is tested first: a folder may hold millions of other files
             suffix = os.path.splitext(entry.name)[1].lower()
             if suffix in suffixes and not entry.name.startswith(".") and entry.is_file():
                 found.append(root / entry.name)
     return sorted(found)
 
 
-def _kind_of_folder(root: Path) -> Format:
-    """By what lies in it: a saved data set, tars, images with captions beside them, tables; else images."""
+def _folder_format(root: Path) -> Format:
+    """By content: a saved dataset, tars, captioned images, tables, else images."""
     if hf_datasets.is_saved(root):
         return "hub"
-    if _files(root, "tars"):
+    if _list_files(root, "tars"):
         return "tars"
-    return "table" if _files(root, "table") and not _has_pair(root) else "folder"
+    return "table" if _list_files(root, "table") and not _has_captioned_image(root) else "folder"
 
 
-def _has_pair(root: Path) -> bool:
+def _has_captioned_image(root: Path) -> bool:
     for _, files in walk(root, []):
         stems = {os.path.splitext(file)[0] for file in files if file.endswith(CAPTION_SUFFIXES)}
-        if any(os.path.splitext(file)[0] in stems for file in files if file.lower().endswith(SUFFIXES)):
+        images = (os.path.splitext(file)[0] for file in files if file.lower().endswith(IMAGE_SUFFIXES))
+        if any(stem in stems for stem in images):
             return True
     return False
 
 
-def _kind_of_files(files: Sequence[Path], path: str) -> Format:
+def _file_format(files: Sequence[Path], path: str) -> Format:
     suffixes = {file.suffix.lower() for file in files}
     if suffixes == {".tar"}:
         return "tars"
@@ -132,15 +138,3 @@ def _kind_of_files(files: Sequence[Path], path: str) -> Format:
         f"{path} is {', '.join(sorted(suffixes)) or 'a file without suffix'}; expected a folder of images, "
         f".tar files (not compressed) or a table ({', '.join(TABLES)})"
     )
-
-
-def _parted(kind: Format, path: str, files: Sequence[Path]) -> DataLocation:
-    """The files with the set's own parts told apart."""
-    suffixes = {file.suffix.lower() for file in files}
-    if len(suffixes) > 1:
-        raise ValueError(
-            f"{path} holds tables of several kinds ({', '.join(sorted(suffixes))}); give one of them"
-        )
-    used = [file for file in files if not TEST.match(file.name)] or list(files)
-    held_out = [file for file in used if HELD_OUT.match(file.name)]
-    return DataLocation(kind, path, tuple(used), tuple(held_out) if len(held_out) < len(used) else ())

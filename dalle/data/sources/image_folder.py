@@ -1,4 +1,4 @@
-"""A folder of images, each with its captions in a file of the same stem in the same folder."""
+"""Folders of images, each with its captions in a .txt or .json file of the same stem in the same folder."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -7,23 +7,22 @@ from pathlib import Path
 import numpy as np
 
 from dalle.data.bad_samples import BadSampleError
-from dalle.data.sources.captions import SUFFIXES, from_json, from_text
-from dalle.data.sources.names import Names, share
+from dalle.data.sources.captions import IMAGE_SUFFIXES, parse_json, parse_text
+from dalle.data.sources.index import StringTable, name_hash
 from dalle.types import BadSample, RawSample
 
 CAPTION_SUFFIXES = (".txt", ".TXT", ".json", ".JSON")
-"""Of the twin of an image; the first that is there is read."""
+"""Suffixes of caption files; the first that exists is read."""
 
 
 class FolderSource:
-    """Images below a folder, in the order of their names; `.txt` (a caption a line) goes before `.json`.
+    """Images below a folder, sorted by name. Hidden files and folders are ignored.
 
-    Images without captions are told in `skipped`. Links are followed within the folder alone; hidden files
-    and folders are left alone.
+    `skipped` lists images without captions and symbolic links out of the folder, which are not followed.
 
     Args:
-        folder: where the images lie.
-        caption_column: the key of the captions in JSON; then `.json` goes before `.txt`.
+        folder: root of the images.
+        caption_column: key of the captions in JSON; if given, `.json` is preferred to `.txt`.
 
     Raises:
         ValueError: no folder, or no image with captions in it.
@@ -35,48 +34,47 @@ class FolderSource:
         self.folder, self.caption_column = folder, caption_column
         self._root = folder.resolve()
         self.skipped: list[BadSample] = []
-        self._names = Names(self._pairs())
+        self._names = StringTable(self._find_images())
         if not len(self._names):
             raise ValueError(
-                f"{folder} has {len(self.skipped)} images ({', '.join(SUFFIXES)}), none with a .txt of the same name"
+                f"{folder} has {len(self.skipped)} images ({', '.join(IMAGE_SUFFIXES)}), "
+                "none with a .txt of the same name"
             )
         self.hash = self._names.digest()
 
-    def _pairs(self) -> Iterator[str]:
-        """Images that have captions; the others are noted."""
+    def _find_images(self) -> Iterator[str]:
         for folder, files in walk(self.folder, self.skipped):
-            there = set(files)
+            existing = set(files)
             for file in files:
                 stem, suffix = os.path.splitext(file)
-                if suffix.lower() not in SUFFIXES:
+                if suffix.lower() not in IMAGE_SUFFIXES:
                     continue
                 name = f"{folder}/{file}" if folder else file
-                if any(stem + caption in there for caption in CAPTION_SUFFIXES):
+                if any(stem + caption in existing for caption in CAPTION_SUFFIXES):
                     yield name
                 else:
-                    self.skipped.append(
-                        BadSample(None, name, "missing twin", "an image without .txt or .json beside it")
-                    )
+                    detail = "an image without .txt or .json beside it"
+                    self.skipped.append(BadSample(None, name, "missing twin", detail))
 
     def __len__(self) -> int:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        """The place of the image within the folder."""
+        """The path of the image below the folder."""
         return self._names[index]
 
     def shares(self) -> np.ndarray:
         """uint32 (N,), a hash of each name."""
-        return np.fromiter((share(self._names[i]) for i in range(len(self))), np.uint32, len(self))
+        return np.fromiter((name_hash(self._names[i]) for i in range(len(self))), np.uint32, len(self))
 
     def read(self, index: int) -> RawSample:
-        """BadSampleError, naming the sample and the cause, for one that cannot be read."""
-        name = self._names[index]
+        """One sample; BadSampleError if it cannot be read."""
         captions = self.captions(index)
+        name = self._names[index]
         return RawSample(name, read_inside(self._root, name, "unreadable image"), captions)
 
     def captions(self, index: int) -> list[str]:
-        """Those of `read`, without reading the image."""
+        """The captions of `read`, without reading the image."""
         stem = os.path.splitext(self._names[index])[0]
         suffixes = CAPTION_SUFFIXES[::-1] if self.caption_column else CAPTION_SUFFIXES
         found = next((stem + suffix for suffix in suffixes if (self._root / (stem + suffix)).is_file()), None)
@@ -84,35 +82,29 @@ class FolderSource:
             raise BadSampleError(self._names[index], "missing twin", "its .txt or .json is gone")
         data = read_inside(self._root, found, "missing twin")
         if found.lower().endswith(".json"):
-            return from_json(data, found, self.caption_column)
-        return from_text(data, found)
+            return parse_json(data, found, self.caption_column)
+        return parse_text(data, found)
 
 
 def read_inside(root: Path, name: str, cause: str) -> bytes:
-    """A file below a resolved folder; BadSampleError for one that cannot be read or lies elsewhere by a link or `..`."""
+    """A file below a resolved folder; BadSampleError if unreadable, or outside by a link or `..`."""
     try:
         path = (root / name).resolve(strict=True)
-        if not path.is_relative_to(root):
-            raise BadSampleError(name, "leaves the folder", f"it is {path}")
-        return path.read_bytes()
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # RuntimeError: links in a circle, before Python 3.13
-        if isinstance(error, BadSampleError):
-            raise
+        if path.is_relative_to(root):
+            return path.read_bytes()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a cycle of links, before Python 3.13
         raise BadSampleError(name, cause, getattr(error, "strerror", None) or str(error)) from None
+    raise BadSampleError(name, "leaves the folder", f"it is {path}")
 
 
 def read_listed(root: Path, path: str) -> bytes:
-    """The image of a path in a table; backslashes are slashes, as Windows writes them, unless a file is so named."""
+    """The image of a path in a table. Backslashes are separators, as on Windows, unless a file is so named."""
     windows = "\\" in path and not os.path.lexists(os.path.join(root, path))
     return read_inside(root, path.replace("\\", "/") if windows else path, "missing twin")
 
 
 def walk(root: Path, skipped: list[BadSample]) -> Iterator[tuple[str, Sequence[str]]]:
-    """(folder, names of its files) below a root, sorted; what leads out of it is noted and left."""
+    """(folder, file names) below a root, sorted; links that lead out of it go to `skipped`."""
     resolved, todo = root.resolve(), [""]
     while todo:
         folder = todo.pop()
@@ -121,18 +113,14 @@ def walk(root: Path, skipped: list[BadSample]) -> Iterator[tuple[str, Sequence[s
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                place = f"{folder}/{entry.name}" if folder else entry.name
+                path = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(resolved):
-                    foreign.append(
-                        BadSample(None, place, "leaves the folder", f"it is {os.readlink(entry.path)}")
-                    )
+                    detail = f"it is {os.readlink(entry.path)}"
+                    foreign.append(BadSample(None, path, "leaves the folder", detail))
                 elif entry.is_dir(follow_symlinks=False):
-                    folders.append(place)
-                elif entry.is_file(follow_symlinks=False) or os.path.isfile(
-                    entry.path
-                ):  # links in a circle are none
+                    folders.append(path)
+                elif os.path.isfile(entry.path):
                     files.append(entry.name)
-        skipped += sorted(foreign, key=lambda skip: skip.name)
+        skipped += sorted(foreign, key=lambda bad: bad.name)
         todo += sorted(folders, reverse=True)
-        files.sort()
-        yield folder, files
+        yield folder, sorted(files)

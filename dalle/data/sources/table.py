@@ -1,40 +1,67 @@
 """Tables: CSV, TSV, JSONL and Parquet with a column of images and one or more of captions.
 
-Images are paths, relative to the table or to a folder that is given; in Parquet also the bytes themselves.
-Rows are read once into an index of [path, captions], so that memory holds none of them.
+Images are paths, relative to the table or a given folder; in Parquet also the encoded bytes. Rows are read once into
+an index of [name, path, captions], so memory holds none of them.
 """
 
+import codecs
+import csv
 import json
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from dalle.data.sources.captions import check_utf8
+from dalle.data.bad_samples import BadSampleError
+from dalle.data.sources.captions import (
+    IMAGE_NAMES,
+    check_column_names,
+    check_utf8,
+    choose_columns,
+    find_name,
+    flatten_captions,
+)
 from dalle.data.sources.image_folder import read_listed
-from dalle.data.sources.index import Writer, progress, take_index
-from dalle.data.sources.names import share
-from dalle.data.sources.parquet import embedded_image, parquet_rows
-from dalle.data.sources.rows import text_rows
-from dalle.types import RawSample
+from dalle.data.sources.index import IndexWriter, name_hash, open_or_build_index, progress
+from dalle.types import BadSample, RawSample
 
 ROW = np.dtype(
     [("share", "<u4"), ("at", "<u8"), ("size", "<u4"), ("file", "<u4"), ("group", "<u4"), ("row", "<u4")]
 )
+HEAD_ROWS = 10_000
+"""Rows searched for columns: lines of JSON may lack some of them."""
+LARGE_GROUP = 64 * 2**20
+"""Bytes of a Parquet row group above which reading single images is slow."""
+
+
+class Row(NamedTuple):
+    """A row to index. `image` is a path; None where the bytes are in row `row` of a Parquet row group."""
+
+    name: str
+    image: str | None
+    captions: list[str]
+    group: int = 0
+    row: int = 0
 
 
 class TableSource:
-    """The rows of one or more tables of a kind, in their order.
+    """The rows of one or more tables with the same columns, in order.
 
     Args:
-        files: tables with the same columns.
-        image_column: by name; found among the usual ones unless given.
-        caption_column: by name, several with commas between; found among the usual ones unless given.
-        images: where relative paths start; the folder of the first table unless given.
-        cache: where the index lies; see `take_index`.
+        files: tables of one format.
+        image_column: default: the first of the usual names.
+        caption_column: several separated by commas; default: the first of the usual names.
+        image_root: folder that relative paths start from; default: that of the first table.
+        index_dir: see `open_or_build_index`.
 
     Raises:
-        ValueError: columns that are not there, or no row.
+        ValueError: a column is missing, or there is no row.
     """
 
     def __init__(
@@ -42,30 +69,29 @@ class TableSource:
         files: Sequence[Path],
         image_column: str | None = None,
         caption_column: str | None = None,
-        images: Path | None = None,
-        cache: Path | None = None,
+        image_root: Path | None = None,
+        index_dir: Path | None = None,
     ):
-        self.files, self._root = list(files), (images or files[0].parent).resolve()
+        self.files, self._root = list(files), (image_root or files[0].parent).resolve()
         self.image_column, self.caption_column = image_column, caption_column
         kind = f"table {image_column} {caption_column}"
-        self._index = take_index(files, kind, ROW, self._build, cache)
+        self._index = open_or_build_index(files, kind, ROW, self._build, index_dir)
         self.hash, self.skipped = self._index.hash, self._index.skipped
         if not len(self):
-            said = "; ".join(f"{skip.name}: {skip.cause}, {skip.detail}" for skip in self.skipped[:3])
-            raise ValueError(f"{files[0]} holds no row with an image" + f" ({said})" * bool(said))
+            details = "; ".join(f"{bad.name}: {bad.cause}, {bad.detail}" for bad in self.skipped[:3])
+            raise ValueError(f"{files[0]} holds no row with an image ({details or 'it is empty'})")
 
-    def _build(self, writer: Writer, files: Sequence[Path]) -> dict:
+    def _build(self, writer: IndexWriter, files: Sequence[Path]) -> None:
         for number, file in enumerate(progress(files, "tables")):
-            rows = parquet_rows if file.suffix.lower() == ".parquet" else text_rows
-            records: list[tuple] = []
-            for row in rows(file, self.image_column, self.caption_column, writer):
-                place = writer.put_text(json.dumps([row.name, row.image, row.captions]).encode())
-                records.append((share(row.name), *place, number, row.group, row.row))
-                if len(records) == 65536:
-                    writer.put(np.array(records, ROW))
-                    records.clear()
-            writer.put(np.array(records, ROW))
-        return {}
+            read_rows = _parquet_rows if file.suffix.lower() == ".parquet" else _text_rows
+            rows = read_rows(file, self.image_column, self.caption_column, writer)
+            while batch := list(islice(rows, 65536)):
+                records = []
+                for row in batch:
+                    text = json.dumps([row.name, row.image, row.captions]).encode()
+                    place = writer.add_text(text)
+                    records.append((name_hash(row.name), *place, number, row.group, row.row))
+                writer.add(np.array(records, ROW))
 
     def __len__(self) -> int:
         return len(self._index.samples)
@@ -75,7 +101,7 @@ class TableSource:
         return json.loads(self._index.text(record["at"], record["size"]))
 
     def name(self, index: int) -> str:
-        """The path of the image, else file and row."""
+        """The path of the image, else table and row."""
         return self._row(index)[0]
 
     def shares(self) -> np.ndarray:
@@ -83,17 +109,204 @@ class TableSource:
         return self._index.samples["share"]
 
     def read(self, index: int) -> RawSample:
-        """Unusable, naming the sample and the cause, for one that cannot be read."""
-        name, image, _ = self._row(index)
-        captions = self.captions(index)
+        """One sample; BadSampleError if it cannot be read."""
+        name, image, captions = self._row(index)
+        check_utf8(captions, name)
         if image is not None:
             return RawSample(name, read_listed(self._root, image), captions)
         record = self._index.samples[index]
-        file = self.files[record["file"]]
-        data = embedded_image(file, int(record["group"]), int(record["row"]), self.image_column, name)
-        return RawSample(name, data, captions)
+        file, group, row = self.files[record["file"]], int(record["group"]), int(record["row"])
+        return RawSample(name, _embedded_image(file, group, row, self.image_column, name), captions)
 
     def captions(self, index: int) -> list[str]:
-        """Those of `read`, without reading the image."""
+        """The captions of `read`, without reading the image."""
         name, _, captions = self._row(index)
         return check_utf8(captions, name)
+
+
+# ---------------------------------------------------------------------------------------------
+# CSV, TSV, JSONL
+# ---------------------------------------------------------------------------------------------
+
+
+def _text_rows(file: Path, image: str | None, caption: str | None, writer: IndexWriter) -> Iterator[Row]:
+    """The rows of CSV, TSV or JSONL; bad ones go to `writer.skipped`."""
+
+    def skip(line: int, cause: str, detail: str) -> None:
+        writer.skipped.append(BadSample(None, f"{file.name}:{line}", cause, detail))
+
+    read = _read_jsonl if file.suffix.lower() in (".jsonl", ".ndjson") else _read_csv
+    try:
+        with file.open("rb") as opened:
+            if opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise ValueError(f"{file} is UTF-16, expected UTF-8; save it again (in Excel as CSV UTF-8)")
+        columns = _find_columns(read(file), image, caption, str(file))
+        for line, values in read(file):
+            if isinstance(values, str):
+                skip(line, "broken row", values)
+                continue
+            columns = columns or choose_columns(list(values), image, caption, str(file))
+            path = values.get(columns[0])
+            if not isinstance(path, str) or not path.strip():
+                skip(line, "missing twin", "a row without an image")
+                continue
+            path, texts = path.strip(), flatten_captions([values.get(column) for column in columns[1]])
+            yield Row(path.replace("\\", "/"), path, texts)
+    except OSError as error:
+        writer.skipped.append(BadSample(None, file.name, "unreadable shard", error.strerror or str(error)))
+        writer.keep = False
+
+
+def _find_columns(
+    rows: Iterable[tuple[int, dict[str, Any] | str]], image: str | None, caption: str | None, table: str
+) -> tuple[str, list[str]] | None:
+    """The columns of the first rows that together have them; None if no row can be read."""
+    names: dict[str, None] = {}
+    problem: ValueError | None = None
+    for _, values in islice(rows, HEAD_ROWS):
+        if isinstance(values, str) or values.keys() <= names.keys():
+            continue
+        names |= dict.fromkeys(values)
+        try:
+            return choose_columns(list(names), image, caption, table)
+        except ValueError as error:
+            problem = error
+    if problem:
+        raise problem
+    return None
+
+
+def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
+    """(line, values by column), or (line, error). In TSV quotes count around a whole field only."""
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        header = re.sub('"[^"]*"', "", lines.readline())
+        lines.seek(0)
+        tabs = file.suffix.lower() == ".tsv"
+        delimiter = "\t" if tabs else "," if "," in header or ";" not in header else ";"
+        quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+        rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, skipinitialspace=not tabs)
+        try:
+            names = [name.strip() for name in next(rows, [])]
+        except csv.Error as error:
+            raise ValueError(
+                f"the first line of {file} cannot be read ({error}); it must name the columns"
+            ) from None
+        check_column_names(names, str(file))
+        while True:
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                yield rows.line_num, str(error)
+                continue
+            if row is None:
+                return
+            if row and len(row) != len(names):
+                yield rows.line_num, f"{len(row)} fields, the header has {len(names)}"
+            elif row:
+                fields = map(_unquote, row) if tabs else row
+                yield rows.line_num, dict(zip(names, fields, strict=True))
+
+
+def _unquote(field: str) -> str:
+    quoted = len(field) > 1 and field[0] == field[-1] == '"'
+    return field[1:-1].replace('""', '"') if quoted else field
+
+
+def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(line, values by key), or (line, error)."""
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                values = f"no JSON: {error}"
+            else:
+                if not isinstance(values, dict):
+                    values = 'expected a mapping, as {"image": ..., "caption": ...}'
+            yield number, values
+
+
+# ---------------------------------------------------------------------------------------------
+# Parquet
+# ---------------------------------------------------------------------------------------------
+
+
+def _parquet_rows(file: Path, image: str | None, caption: str | None, writer: IndexWriter) -> Iterator[Row]:
+    """The rows of a Parquet file, a row group at a time; embedded images are not read."""
+
+    def skip(name: str, cause: str, detail: str) -> None:
+        writer.skipped.append(BadSample(None, name, cause, detail))
+
+    try:
+        table = _open_parquet(file)
+    except (OSError, ValueError) as error:
+        skip(file.name, "unreadable shard", str(error))
+        writer.keep &= not isinstance(error, OSError)
+        return
+    names = table.schema_arrow.names
+    check_column_names(names, str(file))
+    column, captions = choose_columns(names, image, caption, str(file))
+    dtype = table.schema_arrow.field(column).type
+    dtype = dtype.value_type if hasattr(dtype, "index_type") else dtype  # a categorical of pandas
+    paths = str(dtype) in ("string", "large_string", "string_view")
+    wanted = list(dict.fromkeys([*captions, column] if paths else captions))
+    start = 0
+    for group in range(table.num_row_groups):
+        try:
+            for row, values in enumerate(_group_rows(table, group, wanted)):
+                name, texts = f"{file.name}/{start + row}", flatten_captions([values[c] for c in captions])
+                if not paths:
+                    yield Row(name, None, texts, group, row)
+                elif values[column]:
+                    yield Row(values[column].replace("\\", "/"), values[column], texts)
+                else:
+                    skip(name, "missing twin", "a row without an image")
+        except (OSError, ValueError) as error:
+            skip(f"{file.name}, row group {group}", "unreadable shard", str(error))
+        start += table.metadata.row_group(group).num_rows
+    groups = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
+    if not paths and max(groups, default=0) > LARGE_GROUP:
+        tqdm.write(
+            f"note: {file} has row groups of {max(groups) / 2**20:.0f} MiB, and one image costs reading a whole "
+            "one; write it with row groups of about 100 rows, or as tars"
+        )
+
+
+def _group_rows(table: Any, group: int, columns: list[str]) -> Iterator[dict[str, Any]]:
+    for batch in table.read_row_group(group, columns, use_threads=False).to_batches(max_chunksize=4096):
+        yield from batch.to_pylist()
+
+
+def _embedded_image(file: Path, group: int, row: int, image: str | None, name: str) -> bytes:
+    """The bytes of an image in a row of a row group; BadSampleError if there are none."""
+    try:
+        value = _image_column(os.getpid(), file, group, image)[row].as_py()
+    except (OSError, ValueError, IndexError) as error:
+        raise BadSampleError(name, "unreadable shard", f"{file}: {error}") from None
+    value = value.get("bytes") if isinstance(value, Mapping) else value
+    if not isinstance(value, bytes):
+        raise BadSampleError(name, "missing twin", "a row without the bytes of an image")
+    return value
+
+
+@lru_cache(maxsize=2)
+def _image_column(pid: int, file: Path, group: int, image: str | None) -> Any:
+    """The images of one row group; each process reads its own."""
+    table = _open_in_process(pid, file)
+    column = image or find_name(table.schema_arrow.names, IMAGE_NAMES)
+    return table.read_row_group(group, [column], use_threads=False).column(0)
+
+
+@lru_cache(maxsize=16)
+def _open_in_process(pid: int, file: Path) -> Any:
+    return _open_parquet(file)
+
+
+def _open_parquet(file: Path) -> Any:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ImportError('Parquet needs pyarrow: pip install "zeroshot-text2image[data]"') from None
+    return ParquetFile(file)

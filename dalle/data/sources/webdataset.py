@@ -1,58 +1,61 @@
-"""WebDataset tars: members KEY.jpg (.png, .webp, ...) and KEY.txt or KEY.json, found by an index of offsets.
+"""WebDataset tars: members KEY.jpg (.png, .webp, ...) and KEY.txt or KEY.json, read by an index of offsets.
 
-The index is built once for a set of tars. With it any sample is one read at a known place: the order is free,
-no buffer is filled, and a tar may hold any number of samples for any number of workers.
+The index is built once for a set of tars. With it any sample is one read at a known offset, so the order is free, and
+a tar may hold any number of samples for any number of workers. Nothing is unpacked; links are not followed.
 """
 
 import os
+import tarfile
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from io import FileIO
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
 from dalle.data.bad_samples import BadSampleError
-from dalle.data.sources.captions import SUFFIXES, from_json, from_text
-from dalle.data.sources.index import Writer, progress, take_index
-from dalle.data.sources.names import share
-from dalle.data.sources.tar_members import Member, members
+from dalle.data.sources.captions import IMAGE_SUFFIXES, parse_json, parse_text
+from dalle.data.sources.index import IndexWriter, name_hash, open_or_build_index, progress
 from dalle.types import BadSample, RawSample
 
-PLACE = [("at", "<u8"), ("size", "<u4")]
+SPAN = [("at", "<u8"), ("size", "<u4")]
 SAMPLE = np.dtype(
-    [("tar", "<u4"), ("share", "<u4"), ("name", PLACE), ("image", PLACE), ("text", PLACE), ("json", PLACE)]
+    [("tar", "<u4"), ("share", "<u4"), ("name", SPAN), ("image", SPAN), ("text", SPAN), ("json", SPAN)]
 )
-OPEN_FILES = 64
-PROCESSES_FROM = 16
-"""So many tars are indexed by several processes."""
+MAX_OPEN_FILES = 64
+POOL_FROM = 16
+"""Number of tars from which several processes build the index."""
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
 class TarSource:
-    """Samples of tars in the order of their names; keys are unique within a tar.
+    """The samples of tars in order; keys are unique within a tar.
 
     Args:
         files: uncompressed tars.
-        caption_column: the key of the captions in JSON; then `.json` goes before `.txt`.
-        cache: where the index lies; see `take_index`.
+        caption_column: key of the captions in JSON; if given, `.json` is preferred to `.txt`.
+        index_dir: see `open_or_build_index`.
 
     Raises:
         ValueError: no image with captions in any of them.
     """
 
-    def __init__(self, files: Sequence[Path], caption_column: str | None = None, cache: Path | None = None):
+    def __init__(
+        self, files: Sequence[Path], caption_column: str | None = None, index_dir: Path | None = None
+    ):
         self.files, self.caption_column = list(files), caption_column
-        self._index = take_index(files, "tars", SAMPLE, build_index, cache)
+        self._index = open_or_build_index(files, "tars", SAMPLE, build_index, index_dir)
         self.hash, self.skipped = self._index.hash, self._index.skipped
         if not len(self):
-            said = "; ".join(f"{skip.name}: {skip.cause}, {skip.detail}" for skip in self.skipped[:3])
+            details = "; ".join(f"{bad.name}: {bad.cause}, {bad.detail}" for bad in self.skipped[:3])
             raise ValueError(
-                f"{len(self.files)} tars from {self.files[0]} on hold no KEY.jpg (.png, .webp, ...) with KEY.txt or "
-                f"KEY.json beside it" + f" ({said})" * bool(said)
+                f"{len(self.files)} tars from {self.files[0]} on hold no KEY.jpg (.png, .webp, ...) with KEY.txt "
+                f"or KEY.json beside it ({details or 'they are empty'})"
             )
-        self._open = _OpenFiles()
+        self._open_files = _OpenFiles()
 
     def __len__(self) -> int:
         return len(self._index.samples)
@@ -66,21 +69,21 @@ class TarSource:
         return self._index.samples["share"]
 
     def read(self, index: int) -> RawSample:
-        """BadSampleError, naming the sample and the cause, for one that cannot be read."""
+        """One sample; BadSampleError if it cannot be read."""
         return RawSample(self.name(index), self._bytes(index, "image"), self.captions(index))
 
     def captions(self, index: int) -> list[str]:
-        """Those of `read`, without reading the image."""
+        """The captions of `read`, without reading the image."""
         sample = self._index.samples[index]
         if sample["json"]["at"] and (self.caption_column or not sample["text"]["at"]):
-            return from_json(self._bytes(index, "json"), self.name(index), self.caption_column)
-        return from_text(self._bytes(index, "text"), self.name(index))
+            return parse_json(self._bytes(index, "json"), self.name(index), self.caption_column)
+        return parse_text(self._bytes(index, "text"), self.name(index))
 
-    def _bytes(self, index: int, what: str) -> bytes:
+    def _bytes(self, index: int, field: str) -> bytes:
         sample = self._index.samples[index]
-        file, (at, size) = self.files[sample["tar"]], sample[what].tolist()
+        file, (at, size) = self.files[sample["tar"]], sample[field].tolist()
         try:
-            data = os.pread(self._open(file), size, at)
+            data = os.pread(self._open_files.descriptor(file), size, at)
         except OSError as error:
             raise BadSampleError(self.name(index), "unreadable shard", f"{file}: {error.strerror}") from None
         if len(data) != size:
@@ -94,9 +97,9 @@ class _OpenFiles:
     def __init__(self):
         self.files: OrderedDict[Path, FileIO] = OrderedDict()
 
-    def __call__(self, file: Path) -> int:
+    def descriptor(self, file: Path) -> int:
         if file not in self.files:
-            if len(self.files) >= OPEN_FILES:
+            if len(self.files) >= MAX_OPEN_FILES:
                 self.files.popitem(last=False)[1].close()
             self.files[file] = FileIO(file)
         self.files.move_to_end(file)
@@ -106,45 +109,50 @@ class _OpenFiles:
         return _OpenFiles, ()
 
 
-def build_index(writer: Writer, files: Sequence[Path]) -> dict:
-    """Scans the tars and appends their samples; what meta.json shall hold besides."""
-    many = len(files) >= PROCESSES_FROM
-    with ProcessPoolExecutor() if many else nullcontext() as pool:
-        scans = pool.map(scan_tar, files) if many else map(scan_tar, files)
+# ---------------------------------------------------------------------------------------------
+# Index
+# ---------------------------------------------------------------------------------------------
+
+
+class Member(NamedTuple):
+    """A file in a tar; `damage` says why it cannot be used."""
+
+    name: str
+    offset: int
+    size: int
+    damage: str = ""
+
+
+def build_index(writer: IndexWriter, files: Sequence[Path]) -> None:
+    """Scans the tars and appends their samples."""
+    with ProcessPoolExecutor() if len(files) >= POOL_FROM else nullcontext() as pool:
+        scans = pool.map(scan_tar, files) if pool else map(scan_tar, files)
         for number, (_, scan) in enumerate(zip(progress(files, "tars"), scans, strict=True)):
             samples, names, skipped, readable = scan
-            start, _ = writer.put_text(names)
+            start, _ = writer.add_text(names)
             samples["tar"] = number
             samples["name"]["at"] += start
-            writer.put(samples)
+            writer.add(samples)
             writer.skipped += skipped
             writer.keep &= readable
-    return {}
 
 
 def scan_tar(file: Path) -> tuple[np.ndarray, bytes, list[BadSample], bool]:
-    """Its samples, their names one after another, what is unusable, and whether it could be read at all."""
+    """(samples, their names end to end, bad samples, whether the file could be read)."""
+    problem, readable, members = "not a tar", True, []
     try:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            found = list(members(descriptor))
-            start = os.pread(descriptor, 6, 0)
-        finally:
-            os.close(descriptor)
+        with file.open("rb") as opened:
+            start = opened.read(6)
+            if not start:
+                problem = "empty"
+            elif start.startswith(COMPRESSED):
+                problem = "compressed: unpack it, images are compressed already"
+            members = list(_members(file, opened))
     except OSError as error:
-        return (
-            _records([]),
-            b"",
-            [BadSample(None, file.name, "unreadable shard", error.strerror or str(error))],
-            False,
-        )
-    if all(member.damage for member in found):
-        packed = start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
-        detail = (
-            "compressed: unpack it, images are already" if packed else "empty" if not found else "not a tar"
-        )
-        return _records([]), b"", [BadSample(None, file.name, "unreadable shard", detail)], True
-    rows, names, skipped = _group(found, file.name)
+        problem, readable, members = error.strerror or str(error), False, []
+    if all(member.damage for member in members):
+        return _records([]), b"", [BadSample(None, file.name, "unreadable shard", problem)], readable
+    rows, names, skipped = _group(members, file.name)
     return _records(rows), names, skipped, True
 
 
@@ -152,22 +160,59 @@ def _records(rows: Iterable[tuple]) -> np.ndarray:
     return np.array(list(rows), SAMPLE)
 
 
-def _group(found: Sequence[Member], tar: str) -> tuple[list[tuple], bytes, list[BadSample]]:
-    """Samples of one tar: members of the same key together."""
+def _members(file: Path, opened) -> Iterator[Member]:
+    """The files in a tar. A damaged header costs one member: the search goes on at the next sound header."""
+
+    def damage_at(offset: int) -> Iterator[Member]:
+        block = os.pread(opened.fileno(), tarfile.BLOCKSIZE, offset)
+        if any(block):  # zeros are padding
+            name = block[:100].split(b"\0")[0] if block[257:262] == b"ustar" else b""
+            yield Member(
+                name.decode("utf-8", "surrogateescape"), offset, 0, f"no sound header at byte {offset}"
+            )
+
+    size, expected = os.fstat(opened.fileno()).st_size, 0
+    try:
+        tar = tarfile.open(file, "r:", ignore_zeros=True, encoding="utf-8")
+    except tarfile.TarError:
+        return
+    with tar:
+        while True:
+            try:
+                member = tar.next()
+            except tarfile.TarError:
+                member = None
+            if member is None:
+                break
+            if member.offset != expected:
+                yield from damage_at(expected)
+            if member.size < 0 or member.offset_data + member.size > size:
+                yield Member(member.name, member.offset, 0, "the tar breaks off within it")
+                return
+            if member.isreg() and not member.issparse():
+                yield Member(member.name, member.offset_data, member.size)
+            elif not member.isdir():
+                yield Member(member.name, member.offset, 0, "a link or a special file, not followed")
+            expected = tar.offset
+    yield from damage_at(expected)
+
+
+def _group(members: Sequence[Member], tar: str) -> tuple[list[tuple], bytes, list[BadSample]]:
+    """Samples of one tar: members with the same key."""
     keys: dict[str, dict[str, tuple[int, int]]] = {}
     damaged: dict[str, BadSample] = {}
-    for member in found:
-        key, what = _key(member.name)
+    for member in members:
+        key, field = _key(member.name)
         damage, cause = member.damage, "broken tar member"
-        if not damage and _unsafe(member.name):
+        if not damage and (member.name.startswith("/") or ".." in PurePosixPath(member.name).parts):
             damage, cause = "its name leads out of the folder", "leaves the folder"
-        if not damage and what in ("txt", "json") and what in keys.get(key, ()):
-            damage = f"a second .{what}"
-        if damage and (what or not member.name):
+        if not damage and field in ("txt", "json") and field in keys.get(key, ()):
+            damage = f"a second .{field}"
+        if damage and (field or not member.name):
             name = member.name or f"byte {member.offset}"
             damaged.setdefault(key or name, BadSample(None, f"{tar}/{name}", cause, damage))
-        elif what:
-            keys.setdefault(key, {}).setdefault(what, (member.offset, member.size))
+        elif field:
+            keys.setdefault(key, {}).setdefault(field, (member.offset, member.size))
     rows, names, skipped = [], bytearray(), list(damaged.values())
     for key, parts in keys.items():
         if key in damaged:
@@ -178,22 +223,17 @@ def _group(found: Sequence[Member], tar: str) -> tuple[list[tuple], bytes, list[
             skipped.append(BadSample(None, name, "missing twin", lacks))
             continue
         data = name.encode("utf-8", "surrogatepass")
-        places = [parts.get(what, (0, 0)) for what in ("image", "txt", "json")]
-        rows.append((0, share(name), (len(names), len(data)), *places))
+        spans = [parts.get(field, (0, 0)) for field in ("image", "txt", "json")]
+        rows.append((0, name_hash(name), (len(names), len(data)), *spans))
         names += data
     return rows, bytes(names), skipped
 
 
 def _key(name: str) -> tuple[str, str]:
-    """The key of a member (its path up to the first dot of the file name) and what it is, "" for neither."""
+    """The key of a member (its path up to the first dot of the file name), and "image", "txt", "json" or ""."""
     folder, _, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
-    key = f"{folder}/{stem}" if folder else stem
-    suffix = suffix.lower()
-    if not stem:
-        return key, ""
-    return key, "image" if f".{suffix}" in SUFFIXES else suffix if suffix in ("txt", "json") else ""
-
-
-def _unsafe(name: str) -> bool:
-    return name.startswith("/") or ".." in PurePosixPath(name).parts
+    key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
+    if stem and f".{suffix}" in IMAGE_SUFFIXES:
+        return key, "image"
+    return key, suffix if stem and suffix in ("txt", "json") else ""

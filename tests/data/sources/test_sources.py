@@ -17,7 +17,7 @@ from dalle.data.config import DataConfig
 from dalle.data.dataset import open_dataset
 from dalle.data.sources import detect_source, has_val_split, open_source
 from dalle.data.sources.detect import expand_braces
-from dalle.data.sources.names import Names
+from dalle.data.sources.index import StringTable
 from tests.helpers.formats import (
     COUNT,
     FORMS,
@@ -95,14 +95,14 @@ def test_what_braces_promise_must_be_there(tmp_path):
     tars(tmp_path)
     with pytest.raises(ValueError, match=r"no file .*set-003\.tar, which .* names"):
         detect_source(f"{tmp_path}/set-{{000..003}}.tar")
-    with pytest.raises(ValueError, match=r"no file fits .*other-\*\.tar"):
+    with pytest.raises(ValueError, match=r"no file matches .*other-\*\.tar"):
         detect_source(f"{tmp_path}/other-*.tar")
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("nowhere", "nothing lies at .*nowhere; give a folder, a table or tars, or the word shapes"),
+        ("nowhere", "nothing at .*nowhere; give a folder, a table or tars, or the word shapes"),
         ("image.png", r"is \.png; expected a folder of images"),
         ("set.tar.gz", r"is \.gz; expected a folder of images, \.tar files \(not compressed\) or a table"),
     ],
@@ -136,7 +136,7 @@ def test_tables_of_two_kinds_are_refused(tmp_path):
     csv_file(tmp_path)
     (tmp_path / "more.jsonl").write_text("{}")
     with pytest.raises(
-        ValueError, match=r"holds tables of several kinds \(\.csv, \.jsonl\); give one of them"
+        ValueError, match=r"holds several formats \(\.csv, \.jsonl\); give one of them"
     ):
         open_source(tmp_path)
 
@@ -197,7 +197,7 @@ def test_a_missing_column_is_named_with_those_there(tmp_path, form, columns):
 def test_columns_without_a_usual_name_are_asked_for(tmp_path):
     (tmp_path / "a.csv").write_text("x,y\n1,2\n")
     with pytest.raises(
-        ValueError, match="has no column that sounds like image data, only 'x', 'y'; name it by --data"
+        ValueError, match="has no column with a usual name for images, only 'x', 'y'; name it by --data"
     ):
         open_source(tmp_path / "a.csv")
 
@@ -250,7 +250,7 @@ def test_the_mark_between_columns_is_looked_for_outside_quotes(tmp_path, text):
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 def test_utf_16_is_told_with_what_to_do(tmp_path, form):
     (tmp_path / f"a.{form}").write_bytes("image,caption\na.png,hello\n".encode("utf-16"))
-    with pytest.raises(ValueError, match=r"a\..* is UTF-16, expected UTF-8; save it anew"):
+    with pytest.raises(ValueError, match=r"a\..* is UTF-16, expected UTF-8; save it again"):
         open_source(tmp_path)
 
 
@@ -617,7 +617,7 @@ def test_a_pair_more_costs_a_few_bytes(tmp_path, form):
 
 
 def test_the_name_of_a_image_costs_its_letters_and_eight_bytes():
-    assert kept(lambda: Names(f"cats/{i:06}.png" for i in range(20_000))) < 20_000 * (15 + 8) + 10_000
+    assert kept(lambda: StringTable(f"cats/{i:06}.png" for i in range(20_000))) < 20_000 * (15 + 8) + 10_000
 
 
 def indexes(place: Path) -> list[str]:
@@ -698,7 +698,7 @@ def test_many_tars_are_indexed_by_several_processes(tmp_path):
 @pytest.mark.parametrize("write", [folder, one_tar, tars])
 def test_a_part_that_a_set_does_not_have_is_refused(tmp_path, write):
     place = write(tmp_path)
-    with pytest.raises(ValueError, match="has no part of its own for evaluation"):
+    with pytest.raises(ValueError, match="no validation split of its own"):
         open_source(place, part="held_out")
     with pytest.raises(ValueError, match="unknown part 'val'; expected one of all, train, held_out"):
         open_source(place, part="val")

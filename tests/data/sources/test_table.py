@@ -107,7 +107,7 @@ def test_columns_of_the_same_name_are_refused_by_name(tmp_path, form):
     lines = [["image", "caption", "Caption", " caption ", "image"], ["a.png", "one", "two", "three", "b.png"]]
     (tmp_path / f"a.{form}").write_text("\n".join(mark.join(line) for line in lines))
     with pytest.raises(
-        ValueError, match=rf"a\.{form} has several columns of the name 'image', 'caption'; rename all"
+        ValueError, match=rf"a\.{form} has several columns named 'image', 'caption'; rename all"
     ):
         open_source(tmp_path)
 
@@ -117,7 +117,7 @@ def test_columns_of_the_same_name_in_parquet_are_refused_by_name(tmp_path):
     columns = [pa.array(["a.png"]), pa.array(["one"]), pa.array(["two"])]
     parquet.write_table(pa.Table.from_arrays(columns, ["image", "text", "text"]), tmp_path / "a.parquet")
     with pytest.raises(
-        ValueError, match=r"a\.parquet has several columns of the name 'text'; rename all but one"
+        ValueError, match=r"a\.parquet has several columns named 'text'; rename all but one"
     ):
         open_source(tmp_path)
 
@@ -169,18 +169,18 @@ def test_lines_that_lack_their_captions_are_named_in_training(tmp_path):
 def test_columns_that_no_line_has_are_asked_for_with_all_that_are_there(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"x": 1}\n{"y": 2}\n{broken\n{"x": 1, "z": 3}\n')
     with pytest.raises(
-        ValueError, match="has no column that sounds like image data, only 'x', 'y', 'z'; name it"
+        ValueError, match="has no column with a usual name for images, only 'x', 'y', 'z'; name it"
     ):
         open_source(tmp_path)
 
 
 def test_columns_are_looked_for_in_so_many_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr("dalle.data.sources.rows.LOOKED_AT", 3)
+    monkeypatch.setattr("dalle.data.sources.table.HEAD_ROWS", 3)
     lines = ['{"x": 1}'] * 3 + [json.dumps(FULL)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="has no column that sounds like image data, only 'x'"):
+    with pytest.raises(ValueError, match="has no column with a usual name for images, only 'x'"):
         open_source(tmp_path)
-    monkeypatch.setattr("dalle.data.sources.rows.LOOKED_AT", 4)
+    monkeypatch.setattr("dalle.data.sources.table.HEAD_ROWS", 4)
     assert open_source(tmp_path).captions(0) == ["two"]
 
 
