@@ -1,25 +1,25 @@
-"""Captions of public sets, read from the files in which their authors publish them, one record at a time.
-
-A record names its image in its set's own way; `dalle.commands.convert_captions` looks for that image in a folder.
+"""Readers of public caption datasets, from the files that their authors publish, one record at a time.
 
     coco         captions_train2017.json: {"images": [{id, file_name}], "annotations": [{image_id, caption}]}
     karpathy     dataset_coco.json, dataset_flickr30k.json: {"images": [{filename, sentences: [{raw}]}]}
     cc           Train_GCC-training.tsv: caption, URL
     cc12m        cc12m.tsv: URL, caption
     redcaps      <subreddit>_<year>.json: {"annotations": [{image_id, subreddit, caption}]}
-    narratives   open_images_*_localized_narratives*.jsonl: {image_id, caption} a line
+    narratives   open_images_*_localized_narratives*.jsonl: {image_id, caption} per line
     flickr       results_20130124.token, Flickr8k.token.txt: image#number, caption
     openclipart  *.svg with title and keywords in their metadata
+
+Any of them may be compressed by gzip. A record names its image in the dataset's own way;
+`dalle.commands.convert_captions` finds that image in a folder.
 """
 
+import gzip
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 from xml.etree import ElementTree
-
-from dalle.data.long_json import json_items, open_text
 
 Format = Literal["coco", "karpathy", "cc", "cc12m", "redcaps", "narratives", "flickr", "openclipart"]
 Naming = Literal["number", "md5", "sha256"]
@@ -35,13 +35,13 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "openclipart": (".svg",),
 }
 DUBLIN_CORE = "{http://purl.org/dc/elements/1.1/}"
-BOILERPLATE = {"clip art", "clipart", "image", "media", "svg", "png", "public domain"}
+STOP_TITLES = {"clip art", "clipart", "image", "media", "svg", "png", "public domain"}
 
 
 class CaptionRecord(NamedTuple):
-    """What a record says. `name` is a path within the set where it has a slash, else a file name; the suffix may lack.
+    """A record. `name` is a file name, or with a slash a path within the dataset; its suffix may be missing.
 
-    A record that cannot be read has no name, and says why in `captions`.
+    A bad record has the name None and the problem in `captions`.
     """
 
     name: str | None
@@ -49,11 +49,7 @@ class CaptionRecord(NamedTuple):
 
 
 def published_files(path: Path, format: Format) -> list[Path]:
-    """A file, or those of the format's suffix below a folder, by name; `.gz` behind it is as good.
-
-    Raises:
-        ValueError: nothing there.
-    """
+    """A file, or the files of a format below a folder, by name; ValueError if there are none."""
     if path.is_file():
         return [path]
     suffixes = tuple(suffix + ending for suffix in SUFFIXES[format] for ending in ("", ".gz"))
@@ -61,26 +57,26 @@ def published_files(path: Path, format: Format) -> list[Path]:
         file for file in path.rglob("*") if file.name.lower().endswith(suffixes) and file.is_file()
     )
     if not found:
-        what = (
-            f"folder {path} with {', '.join(SUFFIXES[format])}" if path.is_dir() else f"file or folder {path}"
-        )
-        raise ValueError(f"no {what}; expected captions as {format} publishes them")
+        wanted = f"file or folder {path}"
+        if path.is_dir():
+            wanted = f"folder {path} with {', '.join(SUFFIXES[format])}"
+        raise ValueError(f"no {wanted}; expected captions as {format} publishes them")
     return found
 
 
-def read_published(
+def read_captions(
     file: Path, format: Format, naming: Naming = "number", root: Path | None = None
 ) -> Iterator[CaptionRecord]:
-    """The records of one published file, in its order.
+    """The records of a published file in order.
 
     Args:
-        file: of the set's own format.
-        format: which set's.
-        naming: how the images of `cc` and `cc12m` are called, whose records know a URL only.
-        root: the folder that names in `openclipart` begin at; the file's own unless given.
+        file: in the format of the dataset.
+        format: the dataset.
+        naming: names of the images of `cc` and `cc12m`, whose records have only a URL.
+        root: folder that names in `openclipart` are relative to; default: that of the file.
 
     Raises:
-        ValueError: a file of another format, or one that breaks off.
+        ValueError: a file in another format, or a truncated one.
     """
     match format:
         case "coco":
@@ -88,7 +84,7 @@ def read_published(
         case "karpathy":
             return _karpathy(file)
         case "cc" | "cc12m":
-            return _links(file, naming, caption_first=format == "cc")
+            return _conceptual(file, naming, caption_first=format == "cc")
         case "redcaps":
             return _redcaps(file)
         case "narratives":
@@ -100,120 +96,130 @@ def read_published(
     raise ValueError(f"unknown format {format!r}; expected one of {', '.join(get_args(Format))}")
 
 
-# ---------------------------------------------------------------------------------------------
-# One reader a format
-# ---------------------------------------------------------------------------------------------
-
-
 def _coco(file: Path) -> Iterator[CaptionRecord]:
-    """Twice through the file: names of images, then captions, whichever comes first in it."""
-    names = {
-        item["id"]: item["file_name"]
-        for item in json_items(file, "images")
-        if {"id", "file_name"} <= item.keys()
-    }
-    for item in json_items(file, "annotations"):
-        name, caption = names.get(item.get("image_id")), item.get("caption")
-        if name is None:
-            yield CaptionRecord(
-                None, [f"{file.name}: a caption of image_id {item.get('image_id')!r}, which is not listed"]
-            )
+    """Two passes: names of images, then captions, in whichever order the file has them."""
+    names = {item.get("id"): item.get("file_name") for item in _json_list(file, "images")}
+    for item in _json_list(file, "annotations"):
+        number = item.get("image_id")
+        if name := names.get(number):
+            yield CaptionRecord(name, _clean(item.get("caption")))
         else:
-            yield CaptionRecord(name, _texts(caption))
+            yield CaptionRecord(None, [f"{file.name}: a caption of image_id {number!r}, which is not listed"])
 
 
 def _karpathy(file: Path) -> Iterator[CaptionRecord]:
-    for item in json_items(file, "images"):
-        sentences = item.get("sentences")
-        raw = [sentence.get("raw") for sentence in sentences or [] if isinstance(sentence, dict)]
-        yield _named(file, item, "filename", _texts(*raw))
+    for item in _json_list(file, "images"):
+        sentences = [sentence for sentence in item.get("sentences") or [] if isinstance(sentence, dict)]
+        yield _record(file, item, "filename", *(sentence.get("raw") for sentence in sentences))
 
 
 def _redcaps(file: Path) -> Iterator[CaptionRecord]:
-    """The authors' downloader puts an image at <subreddit>/<image_id>.jpg."""
-    for item in json_items(file, "annotations"):
-        record = _named(file, item, "image_id", _texts(item.get("caption") or item.get("raw_caption")))
+    """The authors' downloader saves an image as <subreddit>/<image_id>.jpg."""
+    for item in _json_list(file, "annotations"):
+        record = _record(file, item, "image_id", item.get("caption") or item.get("raw_caption"))
         folder = item.get("subreddit")
         yield record._replace(name=f"{folder}/{record.name}") if record.name and folder else record
 
 
 def _narratives(file: Path) -> Iterator[CaptionRecord]:
-    with open_text(file) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                item = json.loads(line)
-            except ValueError:
-                item = None
-            if not isinstance(item, dict):
-                yield CaptionRecord(None, [f"{file.name}, line {number}: not a JSON object"])
-            else:
-                yield _named(file, item, "image_id", _texts(item.get("caption")))
+    for number, line in _lines(file):
+        try:
+            item = json.loads(line)
+        except ValueError:
+            item = None
+        if isinstance(item, dict):
+            yield _record(file, item, "image_id", item.get("caption"))
+        else:
+            yield CaptionRecord(None, [f"{file.name}, line {number}: not a JSON object"])
 
 
-def _links(file: Path, naming: Naming, caption_first: bool) -> Iterator[CaptionRecord]:
-    """Two columns of tabs, quotes mean nothing; a header that somebody put on top is no record."""
-    number = 0
-    with open_text(file) as lines:
-        for line in lines:
-            fields = line.rstrip("\r\n").split("\t")
-            if number == 0 and sorted(field.lower() for field in fields) == ["caption", "url"]:
-                continue
-            if len(fields) == 2:
-                caption, url = fields if caption_first else fields[::-1]
-                yield CaptionRecord(_link_name(url, number, naming), _texts(caption))
-            else:
-                yield CaptionRecord(
-                    None, [f"{file.name}, record {number}: {len(fields)} columns, expected 2"]
-                )
-            number += 1
-
-
-def _link_name(url: str, number: int, naming: Naming) -> str:
-    if naming == "number":
-        return str(number)
-    return hashlib.new(naming, url.encode("utf-8", "surrogateescape")).hexdigest()
+def _conceptual(file: Path, naming: Naming, caption_first: bool) -> Iterator[CaptionRecord]:
+    """Two columns separated by a tab, without quoting; a header is skipped."""
+    header = 0
+    for line, text in _lines(file):
+        fields = text.split("\t")
+        if line == 1 and sorted(field.lower() for field in fields) == ["caption", "url"]:
+            header = 1
+            continue
+        if len(fields) != 2:
+            yield CaptionRecord(None, [f"{file.name}, line {line}: {len(fields)} columns, expected 2"])
+            continue
+        caption, url = fields if caption_first else fields[::-1]
+        name = str(line - 1 - header)
+        if naming != "number":
+            name = hashlib.new(naming, url.encode("utf-8", "surrogateescape")).hexdigest()
+        yield CaptionRecord(name, _clean(caption))
 
 
 def _flickr(file: Path) -> Iterator[CaptionRecord]:
-    with open_text(file) as lines:
-        for number, line in enumerate(lines, 1):
-            name, tab, caption = line.rstrip("\r\n").partition("\t")
-            if tab and "#" in name:
-                yield CaptionRecord(name.rpartition("#")[0], _texts(caption))
-            else:
-                yield CaptionRecord(
-                    None, [f"{file.name}, line {number}: expected image#number, a tab, a caption"]
-                )
+    for number, line in _lines(file):
+        name, tab, caption = line.partition("\t")
+        if tab and "#" in name:
+            yield CaptionRecord(name.rpartition("#")[0], _clean(caption))
+        else:
+            yield CaptionRecord(
+                None, [f"{file.name}, line {number}: expected image#number, a tab, a caption"]
+            )
 
 
 def _openclipart(file: Path, root: Path) -> Iterator[CaptionRecord]:
-    """One caption: the title, then the keywords that it does not say already."""
+    """One caption: the title, then the keywords that are not in it."""
     name = file.relative_to(root).with_suffix("").as_posix()
     try:
         tree = ElementTree.parse(file)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         yield CaptionRecord(None, [f"{file.name}: not XML: {error}"])
         return
-    work = next((node for node in tree.iter() if str(node.tag).endswith("}Work")), None)
-    if work is None:
-        yield CaptionRecord(name, [])
-        return
-    title = " ".join((work.findtext(f"{DUBLIN_CORE}title") or "").split())
-    subject = work.find(f"{DUBLIN_CORE}subject")
-    items = [] if subject is None else [node for node in subject.iter() if str(node.tag).endswith("}li")]
-    words = [" ".join((node.text or "").split()) for node in items]
-    fresh = [word for word in words if word.lower() not in BOILERPLATE and word.lower() not in title.lower()]
-    yield CaptionRecord(name, _texts(", ".join(filter(None, [title, *dict.fromkeys(fresh)]))))
+    title, keywords = "", []
+    for work in tree.iter():
+        if str(work.tag).endswith("}Work"):
+            title = " ".join((work.findtext(f"{DUBLIN_CORE}title") or "").split())
+            for item in work.iterfind(f"{DUBLIN_CORE}subject//"):
+                if str(item.tag).endswith("}li"):
+                    keywords.append(" ".join((item.text or "").split()))
+            break
+    fresh = [
+        word for word in keywords if word.lower() not in STOP_TITLES and word.lower() not in title.lower()
+    ]
+    yield CaptionRecord(name, _clean(", ".join(filter(None, [title, *dict.fromkeys(fresh)]))))
 
 
-def _texts(*captions: Any) -> list[str]:
-    """What is text and not blank, in one line each."""
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, line); bytes that are not UTF-8 become lone surrogates, which are counted later."""
+    unpack = gzip.open if file.suffix == ".gz" else open
+    with unpack(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            yield number, line.rstrip("\r\n")
+
+
+def _json_list(file: Path, key: str) -> Iterator[dict[str, Any]]:
+    """The objects in the list `key` of a JSON file, one in memory at a time."""
+    try:
+        import ijson
+    except ImportError:
+        raise ImportError('captions in JSON need ijson: pip install "zeroshot-text2image[data]"') from None
+    unpack = gzip.open if file.suffix == ".gz" else open
+    empty = True
+    try:
+        with unpack(file, "rb") as opened:
+            for item in ijson.items(opened, f"{key}.item"):
+                empty = False
+                if isinstance(item, dict):
+                    yield item
+    except ijson.JSONError as error:
+        raise ValueError(f"{file} is not JSON, or truncated: {str(error).splitlines()[0]}") from None
+    if empty:
+        raise ValueError(f"{file} has no list {key!r}; is it in this format?")
+
+
+def _clean(*captions: Any) -> list[str]:
+    """The captions that are text and not blank, on one line each."""
     lines = [" ".join(caption.split()) for caption in captions if isinstance(caption, str)]
     return [line for line in lines if line]
 
 
-def _named(file: Path, item: dict[str, Any], key: str, captions: list[str]) -> CaptionRecord:
+def _record(file: Path, item: dict[str, Any], key: str, *captions: Any) -> CaptionRecord:
     name = item.get(key)
     if isinstance(name, str | int) and str(name):
-        return CaptionRecord(str(name), captions)
+        return CaptionRecord(str(name), _clean(*captions))
     return CaptionRecord(None, [f"{file.name}: a record without {key}"])

@@ -18,8 +18,7 @@ from PIL import Image
 
 from dalle.commands.convert_captions import ConvertCaptionsArgs, convert_captions
 from dalle.config import parse
-from dalle.data import long_json
-from dalle.data.caption_datasets import Format, published_files, read_published
+from dalle.data.caption_datasets import Format, published_files, read_captions
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_captions.py"
 
@@ -144,7 +143,7 @@ def test_conceptual_12m_has_the_address_first_names_by_hash(tmp_path, naming):
 @pytest.mark.parametrize(("format", "header"), [("cc", "caption\turl"), ("cc12m", "url\tcaption")])
 def test_a_header_for_the_downloader_is_no_record(tmp_path, format, header):
     file = write(tmp_path / "captions.tsv", header, "first\tsecond")
-    (record,) = read_published(file, format)
+    (record,) = read_captions(file, format)
     assert record == ("0", ["first" if format == "cc" else "second"])
 
 
@@ -313,44 +312,25 @@ def test_a_run_that_fails_leaves_the_old_table_and_nothing_else(tmp_path):
 # Files that are not what they should be
 
 
-def test_long_json_is_read_piece_by_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(long_json, "CHUNK", 7)  # every value is cut somewhere
-    records = list(
-        read_published(write(tmp_path / "c.json", json.dumps(COCO, indent=1, ensure_ascii=False)), "coco")
-    )
-    assert [record.captions for record in records[:2]] == [
-        ["A black motorcycle à la café"],
-        ["A clock with a wheel."],
-    ]
-    assert len(records) == len(COCO["annotations"])
-
-
 @pytest.mark.parametrize("length", [1, 40, 400, -3])
-def test_json_that_breaks_off_says_so(tmp_path, length):
+def test_truncated_json_is_refused(tmp_path, length):
     file = write(tmp_path / "c.json", json.dumps(COCO)[:length])
-    with pytest.raises(ValueError, match="breaks off"):
-        list(read_published(file, "coco"))
+    with pytest.raises(ValueError, match="truncated"):
+        list(read_captions(file, "coco"))
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "words"),
     [
-        ("[]", "'\\[' stands where '{' should"),
+        ("[]", "no list 'annotations'"),
         ('{"info": {}}', "no list 'annotations'"),
         ('{"annotations": [oops]}', "not JSON"),
-        ('{"annotations" 1}', "stands where ':' should"),
+        ('{"annotations" 1}', "not JSON"),
     ],
 )
-def test_json_of_another_form_says_so(tmp_path, text, said):
-    with pytest.raises(ValueError, match=said):
-        list(read_published(write(tmp_path / "c.json", text), "redcaps"))
-
-
-def test_a_value_without_end_is_not_read_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(long_json, "LONGEST", 100)
-    monkeypatch.setattr(long_json, "CHUNK", 10)
-    with pytest.raises(ValueError, match="longer than 100"):
-        list(read_published(write(tmp_path / "c.json", '{"annotations": ["' + "x" * 1000), "redcaps"))
+def test_other_json_is_refused(tmp_path, text, words):
+    with pytest.raises(ValueError, match=words):
+        list(read_captions(write(tmp_path / "c.json", text), "redcaps"))
 
 
 def test_a_broken_gzip_is_told(tmp_path):
@@ -377,7 +357,7 @@ def test_what_is_missing_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"must end in \.jsonl"):
         replace(run, out=tmp_path / "table.csv")
     with pytest.raises(ValueError, match="unknown format"):
-        read_published(file, "laion")
+        read_captions(file, "laion")
     write(tmp_path / "cc" / "b.tsv", "y\thttp://b")
     with pytest.raises(ValueError, match="2 files, each counts from 0"):
         convert_captions(replace(run, captions=tmp_path / "cc"))

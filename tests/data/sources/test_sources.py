@@ -122,14 +122,14 @@ def test_what_is_not_on_a_disk_is_refused():
 def test_a_table_in_a_folder_of_images_with_captions_is_left_alone(tmp_path):
     folder(tmp_path)
     (tmp_path / "list.csv").write_text("image,caption\np000.png,other\n")
-    assert detect_source(str(tmp_path)).kind == "folder"
+    assert detect_source(str(tmp_path)).format == "folder"
     assert detect_source(str(tmp_path), "table").files == (tmp_path / "list.csv",)
     assert open_source(tmp_path, "table").read(0).captions == ["other"]
 
 
 def test_a_folder_of_images_with_one_table_is_that_table(tmp_path):
     csv_file(tmp_path)
-    assert detect_source(str(tmp_path)).kind == "table"
+    assert detect_source(str(tmp_path)).format == "table"
 
 
 def test_tables_of_two_kinds_are_refused(tmp_path):
