@@ -24,8 +24,7 @@ from dalle.benchmarks.common import Stepper, hardware, print_results, save_repor
 from dalle.benchmarks.config import DataBenchmark
 from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.data import Loader, StepOfPairs, TokenCache, open_dataset
-from dalle.data.token_cache import TokenCacheSpec
-from dalle.data.token_writer import TokenWriter
+from dalle.data.token_cache import TokenCacheSpec, TokenWriter
 from dalle.dvae.objective import DVAEObjective
 from dalle.layout import TokenLayout
 from dalle.runs.batches import TokenBatches

@@ -1,17 +1,15 @@
-"""The token cache: images turned into tokens once, before stage two (paper section 2.2).
+"""Token cache: the tokens of a dataset's images, encoded once before stage two (paper section 2.2).
 
-DIR/plan.json                   what the tokens are made of: weights, images, transform. Its hash is the key
+DIR/spec.json                   what the tokens depend on: weights, images, transform. Its hash is the key
 DIR/shard-000000.safetensors    tokens    uint16 (n, crops, rows * columns)
-                                numbers   int64 (n): which image of the data each is
+                                numbers   int64 (n): index of each image in the dataset
                                 captions  uint8: a JSON list of strings for each image, end to end
-                                offsets   int64 (n + 1): where each list begins
-DIR/meta.json                   the plan again, with count, size and hash of every shard; written last
+                                offsets   int64 (n + 1): where each list starts
+DIR/meta.json                   the spec again, with count, size and hash of every shard; written last
 
-A shard holds a fixed range of the data, less the images that could not be read. It is written under another
-name and renamed, so a shard that is there is whole: an encoding that stopped goes on at the shard it stopped in,
-and several processes share the work by taking every n-th shard. Only the shards in use are mapped into memory.
-
-B images
+A shard holds a fixed range of the dataset without the bad samples. It is written under a temporary name and renamed,
+so an existing shard is complete: an interrupted encoding resumes at the shard where it stopped, and several processes
+share the work by taking every n-th shard. Only the shards in use are mapped into memory.
 """
 
 import hashlib
@@ -26,33 +24,34 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
 FORMAT = 1
-MAPPED_SHARDS = 4096  # a process may map some 65,000 files
-MAKE = "make one with scripts/encode_images.py"
+MAX_MAPPED = 4096  # a process may map some 65,000 files
+MAKE_COMMAND = "make one with scripts/encode_images.py"
 
 
 @dataclass(frozen=True)
 class TokenCacheSpec:
-    """All that tokens depend on. Caches of one key are one cache."""
+    """Everything that the tokens depend on; caches with the same key are equal."""
 
     dvae: str
-    """Hash of the weights that encode."""
+    """Hash of the weights of the image tokenizer."""
     data: str
-    """Hash of the images."""
+    """Hash of the dataset."""
     grid: tuple[int, int]
     """Rows and columns of tokens."""
     vocab: int
-    """Codes of the image tokenizer; they are kept in 16 bit."""
+    """Codes of the image tokenizer, stored in 16 bits."""
     images: int
-    """Images of the data, read in their order; those that cannot be read are left out."""
+    """Images of the dataset in order, bad samples included."""
     crops: int = 1
     """Crops of each image."""
     shard: int = 8192
-    """Images of the data in a shard."""
+    """Images of the dataset per shard."""
     transform: dict[str, Any] = field(default_factory=dict)
-    """What is done to an image before it is encoded, and at which precision."""
+    """Preprocessing of an image, and the precision of the encoder."""
 
     def __post_init__(self):
         if self.vocab > 65536:
@@ -61,35 +60,35 @@ class TokenCacheSpec:
     @property
     def key(self) -> str:
         """16 hex characters."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return _key(asdict(self))
 
     @property
     def shards(self) -> int:
-        """Files in the cache."""
+        """Number of shards."""
         return -(-self.images // self.shard)
 
     def numbers(self, shard: int) -> range:
-        """The images of the data that a shard is made from."""
+        """Indices of the images of a shard in the dataset."""
         return range(shard * self.shard, min((shard + 1) * self.shard, self.images))
 
-    def require(self, other: dict[str, Any], folder: Path) -> None:
-        """ValueError, naming both keys and what differs, unless `other`, found in a folder, is this plan."""
+    def check_matches(self, other: dict[str, Any], folder: Path) -> None:
+        """ValueError with both keys and the differences if the spec in a folder is another one."""
         own = json.loads(json.dumps(asdict(self)))
         if other != own:
             names = [name for name in own if other.get(name) != own[name]]
             changes = "; ".join(f"{name} was {other.get(name)!r}, is {own[name]!r}" for name in names)
             raise ValueError(
-                f"{folder} holds tokens of key {_hash(other)}, this run makes {self.key}: {changes or 'another plan'}. "
-                "They do not belong together; give another --out, or remove it"
+                f"{folder} holds tokens of key {_key(other)}, this run makes {self.key}: "
+                f"{changes or 'another spec'}; give another --out, or remove it"
             )
 
 
-def _hash(plan: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+def _key(spec: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class TokenCache:
-    """Tokens and captions by image. Memory grows with the shards, by a few numbers each, not with the images."""
+    """Tokens and captions by image; memory grows with the number of shards, not of images."""
 
     def __init__(self, folder: Path | str):
         self.folder = folder = Path(folder)
@@ -101,9 +100,18 @@ class TokenCache:
             self.crops = int(meta["crops"])
             self.grid = (int(meta["grid"][0]), int(meta["grid"][1]))
         except (LookupError, ValueError, TypeError) as error:
-            raise ValueError(f"{folder} is not a token cache (meta.json: {error!r}); {MAKE}") from None
-        _check_sizes(folder, sizes)
-        self._shard = lru_cache(MAPPED_SHARDS)(self._open)
+            raise ValueError(
+                f"{folder} is not a token cache (meta.json: {error!r}); {MAKE_COMMAND}"
+            ) from None
+        with os.scandir(folder) as entries:
+            found = {entry.name: entry.stat().st_size for entry in entries}
+        for shard, size in enumerate(sizes):
+            if found.get(shard_name(shard)) != size:
+                raise ValueError(
+                    f"{folder / shard_name(shard)} has {found.get(shard_name(shard), 'no')} bytes, expected {size}: "
+                    "the cache is damaged; remove meta.json and this file, and encode again"
+                )
+        self._shard = lru_cache(MAX_MAPPED)(self._open)
 
     def __reduce__(self):
         return TokenCache, (self.folder,)
@@ -114,111 +122,210 @@ class TokenCache:
         return int(self._starts[-1])
 
     def image_tokens(self, images: Sequence[int], crops: Sequence[int] | None = None) -> Tensor:
-        """int64 (B, rows * columns), of the first crop unless told."""
+        """int64 (B, rows * columns), by default of the first crop."""
         tokens = np.empty((len(images), self.grid[0] * self.grid[1]), np.int64)
         for row, (image, crop) in enumerate(zip(images, crops or [0] * len(images), strict=True)):
-            shard, place = self._locate(image)
-            tokens[row] = shard["tokens"][place, crop]
+            shard, index = self._locate(image)
+            tokens[row] = shard["tokens"][index, crop]
         return torch.from_numpy(tokens)
 
     def captions(self, images: Sequence[int]) -> list[list[str]]:
-        """Every caption of each image."""
+        """All captions of each image."""
         lists = []
         for image in images:
-            shard, place = self._locate(image)
-            start, end = shard["offsets"][place : place + 2].tolist()
+            shard, index = self._locate(image)
+            start, end = shard["offsets"][index : index + 2].tolist()
             lists.append(json.loads(shard["captions"][start:end].tobytes()))
         return lists
 
     def number(self, image: int) -> int:
-        """Which image of the data an image of the cache is; they part where one could not be read."""
-        shard, place = self._locate(image)
-        return int(shard["numbers"][place : place + 1][0])
+        """Index of an image in the dataset, which differs after a bad sample."""
+        shard, index = self._locate(image)
+        return int(shard["numbers"][index : index + 1][0])
 
     def _locate(self, image: int) -> tuple[dict[str, Any], int]:
-        """The shard of an image and its place therein."""
+        """The shard of an image and its index in the shard."""
         if not 0 <= image < self.size:
             raise IndexError(f"{self.folder} holds images 0 .. {self.size - 1}, not {image}")
         shard = int(np.searchsorted(self._starts, image, side="right")) - 1
         return self._shard(shard), int(image - self._starts[shard])
 
     def _open(self, shard: int) -> dict[str, Any]:
-        """Views into a mapped file, by name."""
+        """Slices of a mapped file by name."""
         path = self.folder / shard_name(shard)
-        info = read_shard_info(path)
-        if info["key"] != self.key:
-            raise ValueError(
-                f"{path} holds tokens of key {info['key']}, the cache is {self.key}; make it again"
-            )
+        _check_key(path, _read_shard_info(path), self.key)
         file = safe_open(path, "np")
         return {name: file.get_slice(name) for name in ("tokens", "numbers", "captions", "offsets")}
 
 
 def shard_name(shard: int) -> str:
-    """Its file."""
+    """File name of a shard."""
     return f"shard-{shard:06d}.safetensors"
 
 
-def read_shard_info(path: Path) -> dict[str, Any]:
-    """What a shard says of itself: key, images, hash. ValueError for a file that breaks off or is something else."""
+def _read_shard_info(path: Path) -> dict[str, Any]:
+    """Key, number of images and hash of a shard; ValueError for a truncated or foreign file."""
     try:
         with safe_open(path, "np") as file:
             info = json.loads(file.metadata()["tokens"])
             return {name: info[name] for name in ("key", "images", "hash")}
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged or no shard of tokens ({error}); remove it and encode again"
+            f"{path} is damaged or no token shard ({error}); remove it and encode again"
         ) from None
+
+
+def _check_key(path: Path, info: dict[str, Any], key: str) -> None:
+    if info["key"] != key:
+        raise ValueError(
+            f"{path} holds tokens of key {info['key']}, expected {key}; remove it and encode again"
+        )
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        kind, found = meta["kind"], meta.get("format")
+        kind, found = meta["kind"], meta["format"]
     except FileNotFoundError as error:
-        raise ValueError(_unfinished(folder) or f"{folder} is not a token cache ({error}); {MAKE}") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is not a token cache ({error}); {MAKE}") from None
+        try:
+            spec = _read_spec(folder)
+            shards = -(-spec["images"] // spec["shard"])
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f"{folder} is not a token cache ({error}); {MAKE_COMMAND}") from None
+        done = sum((folder / shard_name(shard)).is_file() for shard in range(shards))
+        raise ValueError(
+            f"{folder} is incomplete, it has {done} of {shards} shards; run the same command (of every part, if "
+            "there are parts) again, and it resumes"
+        ) from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{folder} is not a token cache ({error}); {MAKE_COMMAND}") from None
     if kind != "tokens":
         raise ValueError(f"{folder} holds {kind!r}, expected a token cache")
     if found != FORMAT:
         raise ValueError(
-            f"{folder} is a token cache of format {found}, this version reads {FORMAT}; remove it and encode again"
+            f"{folder} is a token cache of format {found}, this version reads {FORMAT}; encode again"
         )
     return meta
 
 
-def _unfinished(folder: Path) -> str | None:
-    """What to say of a folder whose encoding has not come to its end."""
+def _read_spec(folder: Path) -> dict[str, Any]:
+    """The spec of a cache, complete or not; ValueError if there is none."""
     try:
-        plan = read_plan(folder)
-        shards = -(-plan["images"] // plan["shard"])
-    except (ValueError, LookupError, TypeError):
-        return None
-    there = sum((folder / shard_name(shard)).is_file() for shard in range(shards))
-    return (
-        f"{folder} is not whole: {there} of {shards} shards are there; give the same command "
-        "(of every part, if there are parts) again, and it goes on where it stopped"
-    )
-
-
-def read_plan(folder: Path) -> dict[str, Any]:
-    """The plan of a cache, whole or not; ValueError where there is none."""
-    try:
-        plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'plan.json'} cannot be read ({error})") from None
-    if not isinstance(plan, dict):
-        raise ValueError(f"{folder / 'plan.json'} holds no plan")
-    return plan
+        raise ValueError(f"{folder / 'spec.json'} cannot be read ({error})") from None
+    if not isinstance(spec, dict):
+        raise ValueError(f"{folder / 'spec.json'} holds no spec")
+    return spec
 
 
-def _check_sizes(folder: Path, sizes: Sequence[int]) -> None:
-    with os.scandir(folder) as entries:
-        found = {entry.name: entry.stat().st_size for entry in entries}
-    for shard, size in enumerate(sizes):
-        if found.get(shard_name(shard)) != size:
+class TokenWriter:
+    """Writes a cache shard by shard, in one of `parts` processes that share a folder.
+
+    Args:
+        folder: a new one, or an incomplete cache of the same spec, which is resumed.
+        spec: what the tokens depend on.
+        part, parts: this process writes shards part, part + parts, ...
+
+    Raises:
+        ValueError: the folder holds another cache, or something else.
+    """
+
+    def __init__(self, folder: Path, spec: TokenCacheSpec, part: int = 0, parts: int = 1):
+        if not 0 <= part < parts:
+            raise ValueError(f"part must lie in 0 .. {parts - 1} for {parts} parts, got {part}")
+        self.folder, self.spec, self.part, self.parts = folder, spec, part, parts
+        if (folder / "spec.json").is_file():
+            spec.check_matches(_read_spec(folder), folder)
+            return
+        # a part that starts at the same time may have written its spec just now
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        foreign = [name for name in names if name != "spec.json" and not name.startswith(".partial-")]
+        if folder.is_file() or foreign:
+            raise ValueError(f"{folder} is no token cache, and holds other files; give another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_json("spec.json", asdict(spec))
+
+    def own(self) -> range:
+        """The shards of this part."""
+        return range(self.part, self.spec.shards, self.parts)
+
+    def missing(self) -> list[int]:
+        """The shards of this part that do not exist yet."""
+        return [shard for shard in self.own() if not (self.folder / shard_name(shard)).is_file()]
+
+    def write(
+        self, shard: int, tokens: np.ndarray, numbers: Sequence[int], captions: Sequence[list[str]]
+    ) -> None:
+        """Writes a shard.
+
+        Args:
+            shard: its number.
+            tokens: integers (n, crops, rows * columns).
+            numbers: indices of the n images in the dataset, ascending, out of `spec.numbers(shard)`.
+            captions: of each image.
+        """
+        rows, columns = self.spec.grid
+        shape = (len(numbers), self.spec.crops, rows * columns)
+        if tokens.shape != shape or len(captions) != len(numbers):
             raise ValueError(
-                f"{folder / shard_name(shard)} has {found.get(shard_name(shard), 'no')} bytes, expected {size}: the "
-                "cache is damaged; remove meta.json and this file, and encode again to mend it"
+                f"expected tokens {shape} and as many captions, got {tokens.shape} and {len(captions)}"
             )
+        lines = [json.dumps(texts, ensure_ascii=False).encode("utf-8", "replace") for texts in captions]
+        arrays = {
+            "tokens": tokens.astype(np.uint16),
+            "numbers": np.asarray(numbers, np.int64),
+            "captions": np.frombuffer(b"".join(lines), np.uint8),
+            "offsets": np.cumsum([0, *map(len, lines)], dtype=np.int64),
+        }
+        digest = hashlib.sha256()
+        for array in arrays.values():
+            digest.update(array.tobytes())
+        info = {"key": self.spec.key, "images": len(numbers), "hash": digest.hexdigest()}
+        partial = self._partial(shard_name(shard))
+        save_file(arrays, partial, metadata={"tokens": json.dumps(info)})
+        self._rename(partial, shard_name(shard))
+
+    def finish(self) -> TokenCache | None:
+        """Writes meta.json and returns the cache if the shards of all parts exist; else None."""
+        files = [self.folder / shard_name(shard) for shard in range(self.spec.shards)]
+        if not all(file.is_file() for file in files):
+            return None
+        if not (self.folder / "meta.json").is_file():
+            infos = [_read_shard_info(file) for file in files]
+            for file, info in zip(files, infos, strict=True):
+                _check_key(file, info, self.spec.key)
+            images = sum(info["images"] for info in infos)
+            if not images:
+                raise ValueError(f"none of {self.spec.images} images could be read; the cache would be empty")
+            digest = hashlib.sha256("".join([self.spec.key, *(info["hash"] for info in infos)]).encode())
+            meta = {
+                "kind": "tokens",
+                "format": FORMAT,
+                "key": self.spec.key,
+                "hash": digest.hexdigest()[:16],
+                **asdict(self.spec),
+                "left_out": self.spec.images - images,
+                "shards": [
+                    {"images": info["images"], "bytes": file.stat().st_size}
+                    for file, info in zip(files, infos, strict=True)
+                ],
+            }
+            self._write_json("meta.json", meta)
+            for leftover in self.folder.glob(".partial-*-shard-*"):
+                leftover.unlink(missing_ok=True)
+        return TokenCache(self.folder)
+
+    def _write_json(self, name: str, data: Any) -> None:
+        partial = self._partial(name)
+        partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        self._rename(partial, name)
+
+    def _partial(self, name: str) -> Path:
+        """A temporary name of this part."""
+        return self.folder / f".partial-{self.part}-{name}"
+
+    def _rename(self, partial: Path, name: str) -> None:
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, self.folder / name)

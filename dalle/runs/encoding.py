@@ -16,8 +16,7 @@ from dalle.config import resume_fingerprint
 from dalle.data import Loader, TokenCache, open_dataset
 from dalle.data.bad_samples import BadSampleLog
 from dalle.data.dataloader import worker_count
-from dalle.data.token_cache import TokenCacheSpec
-from dalle.data.token_writer import TokenWriter
+from dalle.data.token_cache import TokenCacheSpec, TokenWriter
 from dalle.io.files import make_directory
 from dalle.runs.inputs import load_dvae_input
 from dalle.train.precision import autocast, local_device, resolve_precision
@@ -130,7 +129,7 @@ class Encoder:
 
     def shards(self, writer: TokenWriter, bad_samples: BadSampleLog) -> Iterator[tuple[int, tuple]]:
         """(shard, tokens, numbers and captions) of each missing shard, for `TokenWriter.write`."""
-        data, spec, missing = self.args.data, writer.plan, writer.missing()
+        data, spec, missing = self.args.data, writer.spec, writer.missing()
         reader = ShardReader(self.dataset, spec, tuple(missing), self.args.encode.batch_size, self.args.seed)
         done = [shard for shard in writer.own() if shard not in set(missing)]
         seen = sum(len(spec.numbers(shard)) for shard in done)

@@ -1,4 +1,4 @@
-"""The token cache: dalle/data/token_cache.py, dalle/data/token_writer.py, dalle/commands/encode_images.py."""
+"""The token cache: dalle/data/token_cache.py, dalle/commands/encode_images.py."""
 
 import json
 import os
@@ -16,8 +16,7 @@ from dalle.commands.encode_images import EncodeImagesArgs, encode_images
 from dalle.commands.train_dvae import EncodeConfig, train_dvae
 from dalle.commands.train_transformer import train_transformer
 from dalle.data import TokenCache
-from dalle.data.token_cache import TokenCacheSpec, shard_name
-from dalle.data.token_writer import TokenWriter
+from dalle.data.token_cache import TokenCacheSpec, TokenWriter, shard_name
 from dalle.runs import encoding
 from dalle.runs.encoding import Encoder, resolve_part
 from dalle.types import BadSample, ImageTextBatch, ImageTokenizer

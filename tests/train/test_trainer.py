@@ -22,8 +22,7 @@ from dalle.commands.train_clip import train_clip
 from dalle.commands.train_dvae import train_dvae
 from dalle.commands.train_transformer import train_transformer
 from dalle.data import TokenCache
-from dalle.data.token_cache import TokenCacheSpec
-from dalle.data.token_writer import TokenWriter
+from dalle.data.token_cache import TokenCacheSpec, TokenWriter
 from dalle.hub.registry import load_model, weights_hash
 from dalle.io.files import write_checksums
 from dalle.pipelines.dalle import DALLE

@@ -135,9 +135,7 @@ def test_a_folder_of_images_with_one_table_is_that_table(tmp_path):
 def test_tables_of_two_kinds_are_refused(tmp_path):
     csv_file(tmp_path)
     (tmp_path / "more.jsonl").write_text("{}")
-    with pytest.raises(
-        ValueError, match=r"holds several formats \(\.csv, \.jsonl\); give one of them"
-    ):
+    with pytest.raises(ValueError, match=r"holds several formats \(\.csv, \.jsonl\); give one of them"):
         open_source(tmp_path)
 
 

@@ -116,9 +116,7 @@ def test_columns_of_the_same_name_in_parquet_are_refused_by_name(tmp_path):
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     columns = [pa.array(["a.png"]), pa.array(["one"]), pa.array(["two"])]
     parquet.write_table(pa.Table.from_arrays(columns, ["image", "text", "text"]), tmp_path / "a.parquet")
-    with pytest.raises(
-        ValueError, match=r"a\.parquet has several columns named 'text'; rename all but one"
-    ):
+    with pytest.raises(ValueError, match=r"a\.parquet has several columns named 'text'; rename all but one"):
         open_source(tmp_path)
 
 
