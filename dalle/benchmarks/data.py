@@ -23,7 +23,7 @@ from torch import Tensor
 from dalle.benchmarks.common import Stepper, hardware, print_results, save_report, seconds_of
 from dalle.benchmarks.config import DataBenchmark
 from dalle.commands.train_transformer import TrainTransformerArgs
-from dalle.data import Loader, StepOfPairs, TokenCache, open_dataset
+from dalle.data import BatchReader, ImageTextLoader, Loader, TokenCache, open_dataset
 from dalle.data.token_cache import TokenCacheSpec, TokenWriter
 from dalle.dvae.objective import DVAEObjective
 from dalle.layout import TokenLayout
@@ -83,7 +83,7 @@ def _images(args: DataBenchmark, device: torch.device, precision: str) -> list[C
     cases = []
     for source, resolution in itertools.product(args.sources, args.resolutions):
         pairs = open_dataset(replace(args.data, path=source, resolution=resolution))
-        task = StepOfPairs(pairs, args.batch_size, 0, "transformer", pixels_of)
+        task = BatchReader(pairs, args.batch_size, 0, "transformer", pixels_of)
         for workers in args.workers:
             name = f"{source}, {resolution} x {resolution}, {workers} workers"
             loader = _loader(task, workers, args.data.prefetch)
@@ -91,8 +91,8 @@ def _images(args: DataBenchmark, device: torch.device, precision: str) -> list[C
     return cases
 
 
-def _loader(task: StepOfPairs, workers: int, prefetch: int) -> Callable[[], Loader]:
-    return lambda: Loader(task, STEPS, workers, prefetch, lambda step, item: item[0])
+def _loader(task: BatchReader, workers: int, prefetch: int) -> Callable[[], Loader]:
+    return lambda: ImageTextLoader(task, STEPS, workers, prefetch)
 
 
 def pixels_of(batch: ImageTextBatch, step: int) -> Tensor:

@@ -6,8 +6,8 @@ python scripts/check_data.py --data.path my/images --exclude-list duplicates.txt
 python scripts/train_dvae.py --data.path my/images --data.filters.exclude-list duplicates.txt
 
 Writes report.json, bad_samples.jsonl (every bad sample with its cause) and contact_sheet.png to --out.
---data.filters (default: all of the paper's) are tried one by one; nothing is dropped. The exit status is 1 when
-too many samples are bad, else 0.
+--data.filters (default: all of the paper's) are tried one by one; nothing is dropped. The exit status is 1
+when too many samples are bad, else 0.
 """
 
 from dataclasses import asdict, dataclass, replace

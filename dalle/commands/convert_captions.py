@@ -3,7 +3,8 @@
 python scripts/convert_captions.py --format coco --captions annotations/captions_train2017.json \
     --images train2017 --out coco.jsonl
 python scripts/convert_captions.py --format redcaps --captions annotations --images images --out redcaps.jsonl
-python scripts/convert_captions.py --format narratives --captions narratives --images open_images --out open.jsonl
+python scripts/convert_captions.py --format narratives --captions narratives --images open_images --out
+open.jsonl
 """
 
 import json

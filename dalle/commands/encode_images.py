@@ -27,7 +27,8 @@ class EncodeImagesArgs:
     """Directory of the cache; default: runs/tokens. An interrupted encoding in it resumes."""
     dvae: Path | None = None
     """Run, checkpoint or model directory of the dVAE; default: the newest under runs/. Also a published image
-    tokenizer: the folder of OpenAI's encoder.pkl and decoder.pkl, or a file that dalle/pretrained/load.py reads."""
+    tokenizer: the folder of OpenAI's encoder.pkl and decoder.pkl, or a file that dalle/pretrained/load.py
+    reads."""
     seed: int = 0
     """Seed of the random crops."""
     device: str = "auto"
@@ -39,7 +40,8 @@ class EncodeImagesArgs:
 
 
 def encode_images(args: EncodeImagesArgs) -> "TokenCache | None":
-    """Encodes the shards of this process; returns the cache, or None while shards of other parts are missing."""
+    """Encodes the shards of this process; returns the cache, or None while shards of other parts are
+    missing."""
     from dalle.runs.encoding import encode
 
     out = args.out or ROOT / "tokens"

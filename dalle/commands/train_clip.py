@@ -70,7 +70,7 @@ def train_clip(run: TrainCLIPArgs) -> Path:
     from tqdm import tqdm
 
     from dalle.clip.objective import CLIPObjective
-    from dalle.data import StepOfPairs, first_samples, open_dataset, sample_captions
+    from dalle.data import BatchReader, first_samples, open_dataset, sample_captions
     from dalle.hub.registry import build_model
     from dalle.runs.batches import CLIPBatch
     from dalle.runs.init_weights import init_weights, overfit_config
@@ -108,7 +108,7 @@ def train_clip(run: TrainCLIPArgs) -> Path:
         val_batch = tuple(tensor.to(dist.device) for tensor in pack(collate_val(samples)))
         captions = sample_captions(samples, run.seed)
         # Listing 2 does not flip: captions speak of left and right
-        steps = StepOfPairs(
+        steps = BatchReader(
             train_set, run.train.batch_size, run.seed, "transformer", collate, dist.rank, dist.world_size
         )
 

@@ -92,7 +92,7 @@ def train_dvae(run: TrainDVAEArgs) -> Path:
     evaluation."""
     import torch
 
-    from dalle.data import StepOfPairs, first_samples, open_dataset
+    from dalle.data import BatchReader, first_samples, open_dataset
     from dalle.dvae.metrics import evaluate_dvae
     from dalle.dvae.objective import DVAEObjective
     from dalle.hub.registry import build_model
@@ -115,7 +115,7 @@ def train_dvae(run: TrainDVAEArgs) -> Path:
         val_images = torch.from_numpy(first_samples(val_set, count).pixels).to(dist.device)
         collate = DVAEBatch(run.crop, run.seed, dist.rank, dist.world_size)
         # Listing 1
-        steps = StepOfPairs(
+        steps = BatchReader(
             train_set, run.train.batch_size, run.seed, "dvae", collate, dist.rank, dist.world_size
         )
 

@@ -1,14 +1,14 @@
-"""Captioned images and their tokens, by number, in an order that depends on the seed alone."""
+"""Datasets of captioned images and their tokens, dataloaders, and token caches."""
 
 from dalle.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "BatchReader": "dataloader",
         "DataConfig": "config",
+        "ImageTextLoader": "dataloader",
         "Loader": "dataloader",
-        "PairsLoader": "dataloader",
-        "StepOfPairs": "dataloader",
         "TokenCache": "token_cache",
         "first_samples": "dataset",
         "load_images": "dataset",

@@ -15,15 +15,15 @@ class FilterConfig:
     """Filters of Section 2.3: each drops samples and counts them; None, 0 or false switches it off."""
 
     boilerplate: bool = True
-    """Drop captions that are only a date and the words around it ("photographed on 3 May 2009"), or a camera's file
-    name (2.3)."""
+    """Drop captions that are only a date and the words around it ("photographed on 3 May 2009"), or a
+    camera's file name (2.3)."""
     max_aspect_ratio: float | None = 2.0
     """Drop images whose longer side exceeds this multiple of the shorter (2.3: outside [1/2, 2])."""
     min_words: int = 0
     """Drop captions with fewer words (2.3, without a number)."""
     language: str | None = None
-    """Drop captions in another language than this two-letter code; the paper keeps "en" (2.3). Needs py3langid, which
-    errs on captions of one or two words."""
+    """Drop captions in another language than this two-letter code; the paper keeps "en" (2.3). Needs
+    py3langid, which errs on captions of one or two words."""
     min_size: int = 0
     """Drop images with fewer pixels on the shorter side. Training crops need the resolution in any case."""
     exclude_list: Path | None = None
@@ -51,14 +51,15 @@ class DataConfig:
     """Where images and captions come from, and how they are read."""
 
     path: str | None = None
-    """Images and captions, or the word "shapes" for the embedded set. A folder of images, each with its captions in a
-    .txt (one a line) or .json file of the same name; a table (.csv .tsv .jsonl .parquet) or a folder of them;
-    WebDataset tars: one, a folder of them, a pattern such as "data/{000..099}.tar"; or a folder written by Hugging
-    Face datasets."""
+    """Images and captions, or the word "shapes" for the embedded set. A folder of images, each with its
+    captions in a .txt (one a line) or .json file of the same name; a table (.csv .tsv .jsonl .parquet) or a
+    folder of them; WebDataset tars: one, a folder of them, a pattern such as "data/{000..099}.tar"; or a
+    folder written by Hugging Face datasets."""
     format: Format = "auto"
     """folder, table, tars or hub, if the path does not determine it."""
     image_column: str | None = None
-    """Column of a table with the images; default: the first of the usual names (image, file_name, path, ...)."""
+    """Column of a table with the images; default: the first of the usual names (image, file_name, path,
+    ...)."""
     caption_column: str | None = None
     """Column of a table, or key in JSON, with the captions; several separated by commas."""
     image_root: str | None = None
@@ -66,20 +67,20 @@ class DataConfig:
     resolution: int = 256
     """Image side in pixels (2.1)."""
     val_fraction: float = 0.05
-    """Fraction of the images for validation, chosen by name; a set with its own validation split (files named val*, a
-    split "validation") keeps that split instead."""
+    """Fraction of the images for validation, chosen by name; a set with its own validation split (files named
+    val*, a split "validation") keeps that split instead."""
     val_path: str | None = None
     """Images for validation in another place; then all of `path` is trained on."""
     filters: FilterConfig = FilterConfig()
     """Which samples are dropped (2.3)."""
     jpeg_draft: bool = False
-    """Decode large JPEGs at a half, a quarter or an eighth, never below twice the resolution, before cropping: nearly
-    twice as fast, but not the exact pixels of the paper's listings (docs/paper.md)."""
+    """Decode large JPEGs at a half, a quarter or an eighth, never below twice the resolution, before
+    cropping: nearly twice as fast, but not the exact pixels of the paper's listings (docs/paper.md)."""
     max_bad_fraction: float = field(default=0.01, metadata=RESUME_FREE)
     """Fraction of bad samples above which a run ends, once there are more than a hundred."""
     workers: int = field(default=-1, metadata=RESUME_FREE)
-    """Dataloader processes; 0 loads in the training process, -1 uses one for each core but one, eight at most, and
-    none for the shapes. The batches are the same for any number."""
+    """Dataloader processes; 0 loads in the training process, -1 uses one for each core but one, eight at
+    most, and none for the shapes. The batches are the same for any number."""
     prefetch: int = field(default=2, metadata=RESUME_FREE)
     """Batches that each worker keeps ready."""
     index_dir: str | None = field(default=None, metadata=RESUME_FREE)

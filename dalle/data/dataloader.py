@@ -1,7 +1,7 @@
-"""Batches ahead of time: worker processes compute the batch of a step while the model is at work.
+"""Dataloader: torch's DataLoader over training steps, so that a resume needs no state.
 
-What a worker is given is the number of a step, and a batch is a function of (seed, step). So any number of
-workers, and any resume, gives the same next batch; there is no state to keep and no buffer to fill.
+The batch of a step is a function of (seed, step). Workers receive step numbers and return whole batches, so
+any number of workers and any resume give the same next batch, and no buffer has to be refilled.
 """
 
 import os
@@ -22,60 +22,54 @@ from dalle.data.bad_samples import BadSampleLog
 from dalle.data.sampler import batch_indices
 from dalle.types import BadSample, CaptionedImages, ImageTextBatch
 
-PATIENCE = 600
-"""Seconds without a batch after which a worker is given up."""
-WATCHED_EVERY = 2.0
-"""Seconds after which a worker looks again whether its training is still there."""
+WORKER_TIMEOUT = 600
+"""Seconds without a batch after which a worker is ended as hanging."""
+WATCH_INTERVAL = 2.0
+"""Seconds between a worker's checks that the training process still exists."""
 
 
 @dataclass(frozen=True)
-class StepOfPairs:
-    """What a worker does: reads the samples of a step and makes a batch of them.
+class BatchReader:
+    """Step -> (batch, bad samples), for the workers."""
 
-    Calling it gives (batch, what was skipped).
-    """
-
-    pairs: CaptionedImages
-    """Where the samples come from."""
+    dataset: CaptionedImages
+    """Any."""
     batch_size: int
-    """Samples in a step, over all processes."""
+    """Samples of a step over all processes."""
     seed: int
-    """Of order and crops."""
+    """Seed of order and crops."""
     augment: str
-    """The listing that crops."""
-    finish: Callable[[ImageTextBatch, int], Any]
-    """(pairs, step) -> batch; a function or object that another process can import."""
+    """The listing of the random crops, or "none"."""
+    collate: Callable[[ImageTextBatch, int], Any]
+    """(samples, step) -> batch; importable by another process."""
     rank: int = 0
-    """Which of the training processes."""
+    """Rank of this training process."""
     world: int = 1
-    """Of how many."""
+    """Number of training processes."""
 
     def __call__(self, step: int) -> tuple[Any, list[BadSample]]:
-        samples = batch_indices(step, self.batch_size, self.pairs.size, self.seed, self.rank, self.world)
-        batch = self.pairs.load(samples, self.augment, self.seed, replace=True)
-        return self.finish(batch, step), batch.skipped
+        samples = batch_indices(step, self.batch_size, self.dataset.size, self.seed, self.rank, self.world)
+        batch = self.dataset.load(samples, self.augment, self.seed, replace=True)
+        return self.collate(batch, step), batch.skipped
 
 
 class Loader:
-    """The batch of a step, computed in this process or ahead of time in others.
+    """The item of a step, computed in this process or ahead of time by workers, which end with the context.
 
-    Use it as a context, so that the workers end with it; step after step is what they are ahead of, and any other
-    step starts them anew.
+    Consecutive steps are prefetched; any other step restarts the workers.
 
     Args:
-        make: step -> item, the same for the same step; with workers, it must be picklable where processes are
-            spawned.
-        steps: no step beyond is prepared.
-        workers: processes; 0 for none.
+        make: step -> item, deterministic, and picklable where processes are spawned.
+        steps: no later step is prefetched.
+        workers: number of worker processes; 0 for none.
         prefetch: items that each worker keeps ready.
-        receive: (step, item) -> batch, here.
-        start_method: "fork", "spawn", "forkserver"; the system's own unless given.
-        pin: put tensors into memory from which a CUDA device copies quickly.
-        patience: seconds to wait for an item.
+        start_method: "fork", "spawn", "forkserver"; default: that of the system.
+        pin: pin the memory of tensors for fast copies to a CUDA device.
+        timeout: seconds to wait for an item.
 
     Raises:
-        ValueError: what `make` raised, without the worker's traceback.
-        RuntimeError: a worker died, or has hung for as long as the patience lasts; names its process.
+        ValueError: raised by `make`, without the traceback of the worker.
+        RuntimeError: a worker died or hangs; names its process.
     """
 
     def __init__(
@@ -84,60 +78,60 @@ class Loader:
         steps: int,
         workers: int = 0,
         prefetch: int = 2,
-        receive: Callable[[int, Any], Any] = lambda step, item: item,
         start_method: str | None = None,
         pin: bool = False,
-        patience: float = PATIENCE,
+        timeout: float = WORKER_TIMEOUT,
     ):
-        self.make, self.steps, self.workers, self.prefetch = make, steps, workers, prefetch
-        self.receive, self.start_method, self.pin, self.patience = receive, start_method, pin, patience
+        self.make, self.steps, self.workers, self.timeout = make, steps, workers, timeout
+        self._options = {
+            "num_workers": workers,
+            "prefetch_factor": prefetch,
+            "multiprocessing_context": start_method,
+            "pin_memory": pin,
+            "timeout": timeout,
+        }
         self._stream: Any = None
         self._first = self._next = -1
 
     def __call__(self, step: int) -> Any:
-        item = self._take(step) if self.workers and step < self.steps else self.make(step)
-        return self.receive(step, item)
-
-    def _take(self, step: int) -> Any:
+        if not self.workers or step >= self.steps:
+            return self.make(step)
         if self._stream is None or step != self._next:
             self.close()
             self._first = step
             self._stream = iter(
                 DataLoader(
                     _Steps(self.make),
-                    batch_size=None,
+                    batch_size=None,  # an item is a whole batch
                     sampler=range(step, self.steps),
-                    num_workers=self.workers,
-                    prefetch_factor=self.prefetch,
-                    timeout=self.patience,
-                    multiprocessing_context=self.start_method,
-                    pin_memory=self.pin,
-                    collate_fn=_as_it_is,
-                    worker_init_fn=partial(_serve, os.getpid()),
-                    generator=torch.Generator(),  # else starting workers would draw from the one of the training
+                    collate_fn=_identity,
+                    worker_init_fn=partial(_init_worker, os.getpid()),
+                    generator=torch.Generator(),  # leaves the global generator alone
+                    **self._options,
                 )
             )
         try:
             item = next(self._stream)
         except RuntimeError as error:
-            said = str(error).splitlines()[0] if "DataLoader" in str(error) else str(error)
-            if "timed out" in said:  # the workers take turns
-                number = (step - self._first) % self.workers
-                said = f"worker {number} (pid {self._stream._workers[number].pid}) hangs: nothing in {self.patience} s."
+            problem = str(error).splitlines()[0] if "DataLoader" in str(error) else str(error)
+            if "timed out" in problem:
+                number = (step - self._first) % self.workers  # the workers take turns
+                pid = self._stream._workers[number].pid
+                problem = f"worker {number} (pid {pid}) hangs: nothing in {self.timeout} s."
             self.close()
             raise RuntimeError(
-                f"the data of step {step + 1} did not come: {said} A worker that is killed mostly lacks memory: lower "
-                "--data.workers or --data.prefetch, in a container give more shared memory (docker --shm-size), and "
-                "with --data.workers 0 an error shows where it is made"
+                f"no data for step {step + 1}: {problem} A killed worker mostly lacks memory: lower "
+                "--data.workers or --data.prefetch, in a container raise shared memory (docker --shm-size); "
+                "--data.workers 0 shows a traceback"
             ) from error
-        if isinstance(item, _Mistake):
+        if isinstance(item, _Failure):
             self.close()
-            raise ValueError(item.said)
+            raise ValueError(item.message)
         self._next = step + 1
         return item
 
     def close(self) -> None:
-        """Ends the workers, also those that hang; the next step starts them anew."""
+        """Ends the workers, hanging ones included; the next step starts new ones."""
         stream, self._stream, self._next = self._stream, None, -1
         if stream is not None:
             stream._shutdown_workers()
@@ -152,64 +146,67 @@ class Loader:
         self.close()
 
 
-class PairsLoader(Loader):
-    """The batches of pairs; what is skipped goes to `skipped`, which is told at the end.
+class ImageTextLoader(Loader):
+    """Batches of captioned images; bad samples are counted in `bad_samples` and printed at the end.
 
     Args:
-        task: what a worker does.
-        steps: no step beyond is prepared.
-        workers: as in PairsConfig: -1 takes as many as serve.
-        prefetch: items that each worker keeps ready.
-        log: names what is skipped; None only counts. Of several processes each writes its own, skipped-RANK.jsonl
-            after the first, and what opening found is told by the first alone.
-        max_bad_fraction: the share above which a run ends; each process judges by what it has read itself.
-        receive: turns what `task.finish` made into a batch, in this process.
-        pin: as in Loader.
+        reader: reads a batch. steps: no later step is prefetched. workers: as in DataConfig; -1 chooses.
+        prefetch: batches that each worker keeps ready. log: file of bad samples; None only counts. Rank 1
+        writes NAME-1.jsonl, and so on; bad samples found while
+            opening the dataset are in the file of rank 0 alone.
+        max_bad_fraction: fraction of bad samples, among those that this process has read, above which a run
+        ends. receive: converts a batch in the training process. pin: as in Loader.
     """
 
     def __init__(
         self,
-        task: StepOfPairs,
+        reader: BatchReader,
         steps: int,
         workers: int = 0,
         prefetch: int = 2,
         log: Path | None = None,
         max_bad_fraction: float = 0.01,
-        receive: Callable[[Any], Any] = lambda made: made,
+        receive: Callable[[Any], Any] | None = None,
         pin: bool = False,
     ):
-        opening: Sequence[BadSample] = () if task.rank else getattr(task.pairs, "skipped", ())
-        if log and task.rank:
-            log = log.with_stem(f"{log.stem}-{task.rank}")
-        self.skipped = BadSampleLog(log, task.pairs.size, opening, max_bad_fraction)
+        opening: Sequence[BadSample] = () if reader.rank else getattr(reader.dataset, "skipped", ())
+        if log and reader.rank:
+            log = log.with_stem(f"{log.stem}-{reader.rank}")
+        self.reader, self.receive = reader, receive
+        self.bad_samples = BadSampleLog(log, reader.dataset.size, opening, max_bad_fraction)
+        super().__init__(reader, steps, worker_count(workers, reader.dataset.size), prefetch, pin=pin)
 
-        def take(step: int, item: tuple[Any, list[BadSample]]) -> Any:
-            made, skips = item
-            self.skipped.add(skips, step, (step + 1) * task.batch_size // task.world, replaced=True)
-            return receive(made)
-
-        super().__init__(task, steps, worker_count(workers, task.pairs.size), prefetch, take, pin=pin)
+    def __call__(self, step: int) -> Any:
+        batch, skipped = super().__call__(step)
+        seen = (step + 1) * self.reader.batch_size // self.reader.world
+        self.bad_samples.add(skipped, step, seen, replaced=True)
+        return self.receive(batch) if self.receive else batch
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        if self.skipped.counts:
-            tqdm.write(f"note: {self.skipped}")
+        if self.bad_samples.counts:
+            tqdm.write(f"note: {self.bad_samples}")
 
 
-def worker_count(asked: int, size: int | None) -> int:
-    """As many as asked for; for -1 one for each core that this process may use but one, eight at most, and none for
-    an endless set (size None), which is drawn and not read. Processes that torchrun starts share a machine's cores."""
-    if asked >= 0:
-        return asked
+def worker_count(workers: int, size: int | None) -> int:
+    """The number of workers; -1 becomes one for each core but one, eight at most, none for an endless
+    dataset.
+
+    The processes of torchrun share the cores of their machine.
+    """
+    if workers >= 0:
+        return workers
     if size is None:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
-def _serve(training: int, worker: int) -> None:
-    """A scheduler and a terminal signal every process at once; a worker that obeyed would take the training with it
-    before it has saved. It ends with the loader, or when the training process, of that pid, is gone."""
+def _init_worker(training: int, worker: int) -> None:
+    """Ignores signals, which schedulers and terminals send to every process: the training saves first.
+
+    A worker ends with its loader, or when the process `training` is gone.
+    """
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -218,32 +215,30 @@ def _serve(training: int, worker: int) -> None:
 
 
 def _end_with(training: int) -> None:
-    """Ends this process within seconds after that one is gone."""
     while True:
-        time.sleep(WATCHED_EVERY)
+        time.sleep(WATCH_INTERVAL)
         try:
             os.kill(training, 0)
         except ProcessLookupError:
             os._exit(1)
-        except PermissionError:  # it is there, and another user's
+        except PermissionError:  # it exists, and belongs to another user
             pass
 
 
-def _as_it_is(item: Any) -> Any:
-    """In place of torch's own, which makes lists of tuples and tensors of numbers."""
+def _identity(item: Any) -> Any:
     return item
 
 
 @dataclass(frozen=True)
-class _Mistake:
+class _Failure:
     """A ValueError on its way out of a worker."""
 
-    said: str
+    message: str
 
 
 @dataclass(frozen=True)
 class _Steps(Dataset):
-    """Steps as torch's DataLoader wants them: numbered items."""
+    """Steps as items of a torch Dataset."""
 
     make: Callable[[int], Any]
 
@@ -251,4 +246,4 @@ class _Steps(Dataset):
         try:
             return self.make(step)
         except ValueError as error:
-            return _Mistake(str(error))
+            return _Failure(str(error))

@@ -1,4 +1,4 @@
-"""Captioned images by number: the embedded shapes, or the images of any source.
+"""Datasets of captioned images by index: the embedded shapes, or the images of a source.
 
 B batch, R resolution
 """
@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,22 +20,22 @@ from dalle.data.sources import has_val_split, open_source
 from dalle.data.transforms import transform
 from dalle.io.rng import epoch_stream, generator
 from dalle.shapes.dataset import ShapesDataset
-from dalle.types import BadSample, CaptionedImages, DataSource, ImageTextBatch, RawSample
+from dalle.types import BadSample, CaptionedImages, DataSource, ImageTextBatch
 
 TRIES = 1000
-"""Samples tried in place of one that cannot be used."""
+"""Candidates tried in place of a bad sample."""
 
 
 def open_dataset(config: DataConfig, split: str = "train", siblings: bool = False) -> CaptionedImages:
-    """The pairs of a split, "train" or "held_out" ("new_pairs" too for shapes).
+    """A split of a dataset: "train" or "held_out"; of the shapes also "new_pairs".
 
     Args:
-        config: which set.
-        split: which part.
-        siblings: for shapes, every second image differs from the one before in one attribute.
+        config: dataset and filters.
+        split: name of the split.
+        siblings: shapes only: every second image differs from the one before in one attribute.
 
     Raises:
-        ValueError: no data, or too much of it is found to be broken while opening.
+        ValueError: no data, or too many bad samples found while opening.
     """
     if config.path is None:
         raise ValueError("no data: give --data.path FOLDER, or --data.path shapes for the embedded set")
@@ -60,37 +59,32 @@ def open_dataset(config: DataConfig, split: str = "train", siblings: bool = Fals
         image_root=config.image_root,
         index_dir=config.index_dir,
     )
-    check_bad_fraction(
-        len(source.skipped),
-        len(source) + len(source.skipped),
-        config.max_bad_fraction,
-        _examples(source.skipped),
-    )
-    return ImageTextDataset(
-        source, config.resolution, split, held_out, Filters(config.filters), config.jpeg_draft
-    )
+    bad = len(source.skipped)
+    check_bad_fraction(bad, len(source) + bad, config.max_bad_fraction, _examples(source.skipped))
+    filters = Filters(config.filters)
+    return ImageTextDataset(source, config.resolution, split, held_out, filters, config.jpeg_draft)
 
 
 def load_images(
-    pairs: CaptionedImages, samples: Sequence[tuple[int, int]], augment: str, seed: int
+    dataset: CaptionedImages, samples: Sequence[tuple[int, int]], augment: str, seed: int
 ) -> Tensor:
     """Pixels (B, 3, R, R) of (epoch, index) samples; a crop depends on (seed, epoch, index) alone."""
-    return torch.from_numpy(pairs.load(samples, augment, seed, replace=True).pixels)
+    return torch.from_numpy(dataset.load(samples, augment, seed, replace=True).pixels)
 
 
 class ImageTextDataset:
-    """The images of a source, or of a part of it, by number.
+    """The images of a source, or of a split of it, by index.
 
     Args:
-        source: all of them.
+        source: all images.
         resolution: pixels on a side.
         split: "train" or "held_out".
-        held_out: the share that is held out, chosen by name; None takes the whole source.
-        filters: what else is left out.
-        draft: decode large JPEGs smaller before a random crop.
+        held_out: fraction that is held out, chosen by name; None takes the whole source.
+        filters: drop more samples.
+        draft: decode large JPEGs at a smaller size before a random crop.
 
     Raises:
-        ValueError: no sample falls into the split.
+        ValueError: the split is empty.
     """
 
     def __init__(
@@ -105,32 +99,32 @@ class ImageTextDataset:
         self.source, self.resolution, self.draft = source, resolution, draft
         self.skipped: Sequence[BadSample] = source.skipped
         self._filters = filters or Filters(FilterConfig())
-        self._numbers: np.ndarray | None = None
+        self._indices: np.ndarray | None = None
         if held_out is not None:
             chosen = (source.shares() < held_out * 2**32) == (split == "held_out")
             dtype = np.uint32 if len(source) < 2**32 else np.uint64
-            self._numbers = np.flatnonzero(chosen).astype(dtype)
-            if not len(self._numbers):
+            self._indices = np.flatnonzero(chosen).astype(dtype)
+            if not len(self._indices):
                 raise ValueError(
-                    f"none of {len(source)} pairs falls into split {split!r}; raise --data.val-fraction"
+                    f"none of {len(source)} samples falls into split {split!r}; raise --data.val-fraction"
                 )
-        self.size = len(source) if self._numbers is None else len(self._numbers)
+        self.size = len(source) if self._indices is None else len(self._indices)
         part = f"{split} {held_out}" if held_out is not None else "whole"
         self.hash = hashlib.blake2b(f"{source.hash} {part}".encode(), digest_size=8).hexdigest()
 
     def name(self, index: int) -> str:
-        """Names an image for people."""
-        return self.source.name(self._number(index))
+        """Name of a sample in reports."""
+        return self.source.name(self._source_index(index))
 
     def captions(self, indices: Sequence[int]) -> list[list[str]]:
-        """Every caption of each image, read without the images; none for one that cannot be used."""
-        return [self._captions_or_none(index) for index in indices]
-
-    def _captions_or_none(self, index: int) -> list[str]:
-        try:
-            return self._filters.captions(self.source.captions(self._number(index)))
-        except BadSampleError:
-            return []
+        """All captions of each image, read without the images; none for a bad sample."""
+        lists = []
+        for index in indices:
+            try:
+                lists.append(self._filters.captions(self.source.captions(self._source_index(index))))
+            except BadSampleError:
+                lists.append([])
+        return lists
 
     def load(
         self, samples: Sequence[tuple[int, int]], augment: str = "none", seed: int = 0, replace: bool = False
@@ -138,20 +132,20 @@ class ImageTextDataset:
         """The images of (epoch, index) samples; a random crop depends on (seed, epoch, index) alone.
 
         Args:
-            samples: which.
-            augment: the listing that crops, or "none" for the middle.
-            seed: of the crops.
-            replace: in place of one that cannot be used take another, drawn from (seed, epoch, index).
+            samples: epoch and index of each.
+            augment: the listing of the random crops, or "none" for the center.
+            seed: seed of the crops.
+            replace: replace a bad sample by another one, which depends on (seed, epoch, index) alone.
 
         Raises:
-            ValueError: nothing usable among many tried.
+            ValueError: no replacement among many candidates.
         """
         batch = ImageTextBatch(np.zeros((0, 3, self.resolution, self.resolution), np.float32), [], [])
         images = []
         for epoch, index in samples:
             for candidate in self._candidates(seed, epoch, index) if replace else [index]:
                 try:
-                    image, captions = self._sample(candidate, augment, epoch_stream(seed, epoch))
+                    image, captions = self._read(candidate, augment, epoch_stream(seed, epoch))
                 except BadSampleError as error:
                     batch.skipped.append(error.skip(candidate))
                     continue
@@ -168,54 +162,50 @@ class ImageTextDataset:
         return batch
 
     def _candidates(self, seed: int, epoch: int, index: int) -> Iterator[int]:
-        """The sample itself, then others in an order of its own: any broken stretch is spread over the whole set."""
+        """The sample, then others in a random order of its own, which spreads a bad range over the
+        dataset."""
         yield index
-        others = FeistelPermutation(self.size, "replacement", seed, epoch, index)
-        for place in range(min(TRIES, self.size)):
-            other = int(others(np.array([place]))[0])
+        order = FeistelPermutation(self.size, "replacement", seed, epoch, index)
+        for position in range(min(TRIES, self.size)):
+            other = int(order(np.array([position]))[0])
             if other != index:
                 yield other
 
-    def _sample(self, index: int, augment: str, stream: int) -> tuple[np.ndarray, list[str]]:
-        """Values (R, R, 3) in [0, 255] and captions; BadSampleError says why not."""
-        record = self._read(index)
-        image = open_image(record.image, record.name)
-        if reason := self._filters.reason(record.captions, *image.size, name=record.name):
-            raise BadSampleError(record.name, f"filter:{reason}")
-        captions = self._filters.captions(record.captions)
-        rgb = decode(image, record.name, 2 * self.resolution if self.draft and augment != "none" else None)
-        return self._crop(rgb, record.name, augment, generator("crop", stream, index)), captions
-
-    def _read(self, index: int) -> RawSample:
-        record = self.source.read(self._number(index))
-        if not any(caption.strip() for caption in record.captions):
-            raise BadSampleError(record.name, "empty caption")
-        return record
-
-    def _crop(self, image: Image.Image, name: str, augment: str, rng: np.random.Generator) -> np.ndarray:
+    def _read(self, index: int, augment: str, stream: int) -> tuple[np.ndarray, list[str]]:
+        """Pixels (R, R, 3) in [0, 255] and captions; BadSampleError if the sample cannot be used."""
+        sample = self.source.read(self._source_index(index))
+        name = sample.name
+        if not any(caption.strip() for caption in sample.captions):
+            raise BadSampleError(name, "empty caption")
+        image = open_image(sample.image, name)
+        if reason := self._filters.reason(sample.captions, *image.size, name=name):
+            raise BadSampleError(name, f"filter:{reason}")
+        image = decode(image, name, 2 * self.resolution if self.draft and augment != "none" else None)
         try:
-            return np.asarray(transform(image, self.resolution, augment, rng), np.float32)
+            image = transform(image, self.resolution, augment, generator("crop", stream, index))
         except ValueError as error:
             raise BadSampleError(name, "too small", str(error)) from None
+        return np.asarray(image, np.float32), self._filters.captions(sample.captions)
 
-    def _number(self, index: int) -> int:
-        return index if self._numbers is None else int(self._numbers[index])
+    def _source_index(self, index: int) -> int:
+        return index if self._indices is None else int(self._indices[index])
 
 
-def first_samples(pairs: CaptionedImages, count: int) -> ImageTextBatch:
-    """The first usable pairs, `count` at most, without augmentation; a note tells what was left out."""
-    at, parts = 0, []
+def first_samples(dataset: CaptionedImages, count: int) -> ImageTextBatch:
+    """The first usable samples, `count` at most, without augmentation; prints what was left out."""
+    start, parts = 0, []
     found, skipped = 0, []
-    while found < count and (pairs.size is None or at < pairs.size):
-        end = at + count - found if pairs.size is None else min(at + count - found, pairs.size)
-        parts.append(pairs.load([(0, index) for index in range(at, end)]))
+    while found < count and (dataset.size is None or start < dataset.size):
+        end = start + count - found
+        end = end if dataset.size is None else min(end, dataset.size)
+        parts.append(dataset.load([(0, index) for index in range(start, end)]))
         found += len(parts[-1].samples)
         skipped += parts[-1].skipped
-        at = end
+        start = end
     if not found:
         raise ValueError(f"no usable sample to evaluate on: {_examples(skipped)}")
     if skipped:
-        tqdm.write(f"note: of the pairs to evaluate on, left out {_examples(skipped)}")
+        tqdm.write(f"note: of the samples to evaluate on, left out {_examples(skipped)}")
     return ImageTextBatch(
         np.concatenate([part.pixels for part in parts]),
         [captions for part in parts for captions in part.captions],
@@ -225,15 +215,15 @@ def first_samples(pairs: CaptionedImages, count: int) -> ImageTextBatch:
 
 
 def sample_captions(batch: ImageTextBatch, seed: int) -> list[str]:
-    """One caption of each image; which depends on (seed, epoch, index) alone."""
-    drawn = []
-    for (epoch, index), captions in zip(batch.samples, batch.captions, strict=True):
-        drawn.append(captions[generator("caption", seed, epoch, index).integers(len(captions))])
-    return drawn
+    """One random caption of each image, which depends on (seed, epoch, index) alone."""
+    return [
+        captions[generator("caption", seed, epoch, index).integers(len(captions))]
+        for (epoch, index), captions in zip(batch.samples, batch.captions, strict=True)
+    ]
 
 
-def _examples(skips: Sequence[BadSample]) -> str:
-    named = ", ".join(
-        f"{skip.name} ({skip.cause}{', ' * bool(skip.detail)}{skip.detail})" for skip in skips[:3]
-    )
-    return f"{count_causes(skips)}; for example {named}" if skips else ""
+def _examples(samples: Sequence[BadSample]) -> str:
+    if not samples:
+        return ""
+    named = (f"{bad.name} ({', '.join(filter(None, [bad.cause, bad.detail]))})" for bad in samples[:3])
+    return f"{count_causes(samples)}; for example {', '.join(named)}"

@@ -1,10 +1,10 @@
 """Which captioned images are left out (paper section 2.3): text filters, image filters, a list of names.
 
-On by default are the two that the paper states exactly and that a real caption does not meet by chance: captions
-that are only boilerplate, and images so long that a square crop would cut away what the caption mentions. Off
-unless asked for are those for which the paper gives no number ("too short") or that rest on a judge which errs on
-few words (the language): a user's "cat" stays. Duplicates need a look at the whole set: scripts/check_data.py finds
-them and writes the list of names that `exclude_list` takes.
+On by default are the two that the paper states exactly and that a real caption does not meet by chance:
+captions that are only boilerplate, and images so long that a square crop would cut away what the caption
+mentions. Off unless asked for are those for which the paper gives no number ("too short") or that rest on a
+judge which errs on few words (the language): a user's "cat" stays. Duplicates need a look at the whole set:
+scripts/check_data.py finds them and writes the list of names that `exclude_list` takes.
 """
 
 import re
@@ -136,7 +136,8 @@ _AROUND_DATES = re.compile(
 
 
 def is_boilerplate(caption: str) -> bool:
-    """Whether a caption holds a date or a camera's file name, and besides only words like "photographed on"."""
+    """Whether a caption holds a date or a camera's file name, and besides only words like "photographed
+    on"."""
     text = caption.lower()
     rest = _DATE.sub(" ", _CAMERA_FILE.sub(" ", text))
     return rest != text and not re.search(r"\w", _AROUND_DATES.sub(" ", rest))
@@ -146,7 +147,8 @@ def is_boilerplate(caption: str) -> bool:
 def language_detector(language: str) -> Callable[[str], str | None]:
     """Caption -> code of its language, or None where the detector is not sure (probability of half or less).
 
-    py3langid is langid.py (Lui and Baldwin 2012) kept up: one wheel for all systems, its model inside, no download.
+    py3langid is langid.py (Lui and Baldwin 2012) kept up: one wheel for all systems, its model inside, no
+    download.
     """
     try:
         from py3langid import langid

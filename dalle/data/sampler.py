@@ -1,9 +1,9 @@
 """Which samples a step takes: a function of (seed, step), so that resuming needs no state.
 
 Every epoch is a permutation of the set, drawn from (seed, epoch). It is a Feistel network (Luby and Rackoff
-1988) over the smallest power of two that holds the set; a number that falls outside is put through again until
-it falls inside ("cycle walking", Black and Rogaway 2002). So the place of any sample of a billion is computed
-alone, without a table, and any process finds the same.
+1988) over the smallest power of two that holds the set; a number that falls outside is put through again
+until it falls inside ("cycle walking", Black and Rogaway 2002). So the place of any sample of a billion is
+computed alone, without a table, and any process finds the same.
 """
 
 from functools import lru_cache

@@ -1,7 +1,8 @@
-"""Statistics of a dataset: image sizes, caption lengths, what filters drop, duplicates (scripts/check_data.py).
+"""Statistics of a dataset: image sizes, caption lengths, what filters drop, duplicates
+(scripts/check_data.py).
 
-Workers scan chunks of CHUNK samples, and the parts add up in order, so the result is the same for any number of
-workers. Memory grows by 16 bytes a sample.
+Workers scan chunks of CHUNK samples, and the parts add up in order, so the result is the same for any number
+of workers. Memory grows by 16 bytes a sample.
 """
 
 from array import array

@@ -7,9 +7,9 @@ DIR/shard-000000.safetensors    tokens    uint16 (n, crops, rows * columns)
                                 offsets   int64 (n + 1): where each list starts
 DIR/meta.json                   the spec again, with count, size and hash of every shard; written last
 
-A shard holds a fixed range of the dataset without the bad samples. It is written under a temporary name and renamed,
-so an existing shard is complete: an interrupted encoding resumes at the shard where it stopped, and several processes
-share the work by taking every n-th shard. Only the shards in use are mapped into memory.
+A shard holds a fixed range of the dataset without the bad samples. It is written under a temporary name and
+renamed, so an existing shard is complete: an interrupted encoding resumes at the shard where it stopped, and
+several processes share the work by taking every n-th shard. Only the shards in use are mapped into memory.
 """
 
 import hashlib
@@ -106,10 +106,11 @@ class TokenCache:
         with os.scandir(folder) as entries:
             found = {entry.name: entry.stat().st_size for entry in entries}
         for shard, size in enumerate(sizes):
-            if found.get(shard_name(shard)) != size:
+            file = folder / shard_name(shard)
+            if found.get(file.name) != size:
                 raise ValueError(
-                    f"{folder / shard_name(shard)} has {found.get(shard_name(shard), 'no')} bytes, expected {size}: "
-                    "the cache is damaged; remove meta.json and this file, and encode again"
+                    f"{file} has {found.get(file.name, 'no')} bytes, expected {size}: the cache is damaged; "
+                    "remove meta.json and this file, and encode again"
                 )
         self._shard = lru_cache(MAX_MAPPED)(self._open)
 
@@ -185,7 +186,7 @@ def _check_key(path: Path, info: dict[str, Any], key: str) -> None:
 def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        kind, found = meta["kind"], meta["format"]
+        kind, found = meta["kind"], meta.get("format")
     except FileNotFoundError as error:
         try:
             spec = _read_spec(folder)
@@ -194,10 +195,10 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder} is not a token cache ({error}); {MAKE_COMMAND}") from None
         done = sum((folder / shard_name(shard)).is_file() for shard in range(shards))
         raise ValueError(
-            f"{folder} is incomplete, it has {done} of {shards} shards; run the same command (of every part, if "
-            "there are parts) again, and it resumes"
+            f"{folder} is incomplete, it has {done} of {shards} shards; run the same command again (of every "
+            "part, if there are parts), and it resumes"
         ) from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} is not a token cache ({error}); {MAKE_COMMAND}") from None
     if kind != "tokens":
         raise ValueError(f"{folder} holds {kind!r}, expected a token cache")

@@ -1,10 +1,11 @@
 """Random crops of the paper (Listings 1 and 2) and the fixed crop of evaluation.
 
-Where and how large is drawn exactly as listed. The resize is TensorFlow 1's by area with align_corners: pixel i of
-a row covers [i * scale, (i + 1) * scale) of the image, scale = (size_in - 1) / (size_out - 1), and is the mean of
-what it covers, each pixel weighted by the fraction covered. The first pixel thus begins at the left rim; the last
-one reaches beyond the right rim, where the image's last pixel goes on. Then values are clipped, rounded (half to
-even, as TensorFlow) and stored in 8 bits. Pillow's BOX and torch's mode="area" take whole pixels only.
+Where and how large is drawn exactly as listed. The resize is TensorFlow 1's by area with align_corners: pixel
+i of a row covers [i * scale, (i + 1) * scale) of the image, scale = (size_in - 1) / (size_out - 1), and is
+the mean of what it covers, each pixel weighted by the fraction covered. The first pixel thus begins at the
+left rim; the last one reaches beyond the right rim, where the image's last pixel goes on. Then values are
+clipped, rounded (half to even, as TensorFlow) and stored in 8 bits. Pillow's BOX and torch's mode="area" take
+whole pixels only.
 
     R resolution, S side of the square taken, K pixels that a covered length touches at most
 """
@@ -103,8 +104,8 @@ def _weighted_sum(lines: np.ndarray, cells: np.ndarray, weights: np.ndarray) -> 
 def covered_pixels(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
     """Which pixels of a row each pixel of the resized row covers, and by what share of its length.
 
-    In single precision, as TensorFlow computes them. Returns indices (size_out, K) and float32 weights (size_out, K),
-    whose rows sum to 1 within the precision of the edges.
+    In single precision, as TensorFlow computes them. Returns indices (size_out, K) and float32 weights
+    (size_out, K), whose rows sum to 1 within the precision of the edges.
     """
     scale = np.float32((size_in - 1) / (size_out - 1) if size_out > 1 else size_in)
     left, right = (np.arange(start, start + size_out, dtype=np.float32) * scale for start in (0, 1))

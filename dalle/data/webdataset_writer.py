@@ -1,6 +1,7 @@
 """Any captioned images as WebDataset tars: KEY.jpg (.png, .webp, ...) and KEY.txt, one caption a line.
 
-The same source gives the same bytes: keys count from 0 in the source's order, and no member has a time or an owner.
+The same source gives the same bytes: keys count from 0 in the source's order, and no member has a time or an
+owner.
 """
 
 import io

@@ -1,4 +1,5 @@
-"""Encoding of a dataset into a token cache (paper section 2.2): shards of this process, images read by workers."""
+"""Encoding of a dataset into a token cache (paper section 2.2): shards of this process, images read by
+workers."""
 
 import os
 from collections.abc import Iterator

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dalle.data import PairsLoader, StepOfPairs
+from dalle.data import BatchReader, ImageTextLoader
 from dalle.hub.registry import LoadedModel, load_model
 from dalle.io.files import make_directory, read_json
 from dalle.pretrained.load import is_external_checkpoint, load_image_tokenizer
@@ -27,14 +27,15 @@ _MARKS = {"text": "text_tokenizer.json", "tokens": "meta.json"}
 
 
 def loader(
-    task: StepOfPairs, run: Any, out: Path, receive: Callable[[Any], Any] = lambda made: made
-) -> PairsLoader:
-    """The batches of a training run, by as many workers as `--data.workers` says; <out>/bad_samples.jsonl names
-    what is skipped."""
-    data = run.data
+    reader: BatchReader, args: Any, out: Path, receive: Callable[[Any], Any] | None = None
+) -> ImageTextLoader:
+    """The dataloader of a training; <out>/bad_samples.jsonl names bad samples."""
+    data = args.data
     log = make_directory(out) / "bad_samples.jsonl"
-    pin = resolve_device(run.device).type == "cuda"
-    return PairsLoader(task, run.steps, data.workers, data.prefetch, log, data.max_bad_fraction, receive, pin)
+    pin = resolve_device(args.device).type == "cuda"
+    return ImageTextLoader(
+        reader, args.steps, data.workers, data.prefetch, log, data.max_bad_fraction, receive, pin
+    )
 
 
 def is_complete(stage: str, root: Path | None = None) -> bool:

@@ -23,10 +23,10 @@ from PIL import Image
 
 from dalle.commands.train_dvae import train_dvae
 from dalle.data import (
+    BatchReader,
     DataConfig,
+    ImageTextLoader,
     Loader,
-    PairsLoader,
-    StepOfPairs,
     first_samples,
     open_dataset,
     sample_captions,
@@ -91,14 +91,14 @@ def pairs_of(size=10, bad=()):
 
 
 def task(pairs=None, batch_size=3, **changes):
-    return StepOfPairs(pairs or pairs_of(), batch_size, 7, "dvae", Sums(), **changes)
+    return BatchReader(pairs or pairs_of(), batch_size, 7, "dvae", Sums(), **changes)
 
 
 # Loader.
 
 
 def stream(workers, first=0, steps=6, pairs=None, **options):
-    with PairsLoader(task(pairs), steps, workers, **options) as batches:
+    with ImageTextLoader(task(pairs), steps, workers, **options) as batches:
         return [batches(step) for step in range(first, steps)]
 
 
@@ -127,7 +127,7 @@ def test_starting_workers_draws_nothing_from_the_generator_of_the_training():
 
 def test_a_step_out_of_turn_is_given_all_the_same():
     alone = stream(0)
-    with PairsLoader(task(), 6, workers=2) as batches:
+    with ImageTextLoader(task(), 6, workers=2) as batches:
         assert [batches(step) for step in (3, 4, 0, 0, 5)] == [alone[step] for step in (3, 4, 0, 0, 5)]
 
 
@@ -147,7 +147,7 @@ def test_a_users_mistake_comes_out_of_a_worker_as_one_sentence(workers):
 
 
 def test_a_worker_that_dies_is_named():
-    said = r"the data of step \d did not come: .*pid.*lower --data\.workers"
+    said = r"no data for step \d: .*pid.*lower --data\.workers"
     with (
         Loader(Failing("dies"), 3, workers=1, prefetch=1) as batches,
         pytest.raises(RuntimeError, match=said),
@@ -157,8 +157,8 @@ def test_a_worker_that_dies_is_named():
 
 def test_a_worker_that_hangs_is_named_and_ended():
     before = set(torch.multiprocessing.active_children())
-    said = r"the data of step 2 did not come: worker 1 \(pid \d+\) hangs: nothing in 2 s\."
-    with Loader(Failing("hangs"), 3, workers=2, prefetch=1, patience=2) as batches:
+    said = r"no data for step 2: worker 1 \(pid \d+\) hangs: nothing in 2 s\."
+    with Loader(Failing("hangs"), 3, workers=2, prefetch=1, timeout=2) as batches:
         assert batches(0) == 0
         with pytest.raises(RuntimeError, match=said):
             batches(1)
@@ -176,7 +176,7 @@ def test_workers_outlive_a_signal_that_is_for_the_training(name):
 
 def test_workers_end_with_the_loader():
     before = set(torch.multiprocessing.active_children())
-    with PairsLoader(task(), 100, workers=2) as batches:
+    with ImageTextLoader(task(), 100, workers=2) as batches:
         batches(0)
         started = set(torch.multiprocessing.active_children()) - before
         assert len(started) == 2
@@ -282,10 +282,10 @@ def test_the_first_pairs_are_the_first_usable_ones(capsys):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_skipped_sample_is_named_once_whoever_met_it(tmp_path, workers):
     log = tmp_path / "bad_samples.jsonl"
-    with PairsLoader(task(pairs_of(10, bad=[2, 7])), 20, workers, log=log) as batches:  # six epochs
+    with ImageTextLoader(task(pairs_of(10, bad=[2, 7])), 20, workers, log=log) as batches:  # six epochs
         for step in range(20):
             assert len(batches(step)[1]) == 3
-        assert batches.skipped.counts == Counter({"truncated": 2})
+        assert batches.bad_samples.counts == Counter({"truncated": 2})
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert sorted(line["name"] for line in lines) == ["m2", "m7"]
     assert {line["cause"] for line in lines} == {"truncated"}

@@ -183,7 +183,7 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_an_empty_split_is_refused(tmp_path):
     add_pair(tmp_path, "a.png")
     with pytest.raises(
-        ValueError, match=r"none of 1 pairs falls into split 'held_out'; raise --data.val-fraction"
+        ValueError, match=r"none of 1 samples falls into split 'held_out'; raise --data.val-fraction"
     ):
         folder_pairs(tmp_path, "held_out", val_fraction=1e-9)
 

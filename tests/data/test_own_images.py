@@ -15,7 +15,8 @@ COLORS = {"red": (200, 30, 30), "grün": (30, 160, 60), "синий": (40, 60, 2
 
 @pytest.fixture
 def images(tmp_path):
-    """Forty images in two folders and pairs.csv, as Excel writes it; in some captions a comma and a line break."""
+    """Forty images in two folders and pairs.csv, as Excel writes it; in some captions a comma and a line
+    break."""
     rows = [("file name", "image", "caption")]
     for i in range(40):
         name = f"photos/{'ab'[i % 2]}/Größe {i:02}.v2.JPG"

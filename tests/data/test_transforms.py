@@ -1,4 +1,5 @@
-"""Random crops of the paper (Listings 1 and 2): boxes for given draws, and the resize by area, against a slow twin."""
+"""Random crops of the paper (Listings 1 and 2): boxes for given draws, and the resize by area, against a slow
+twin."""
 
 import math
 
@@ -25,7 +26,8 @@ def noise(width, height, seed=0):
 
 
 class Draws:
-    """A generator whose draws are given; it keeps the bounds that it was asked for, the upper one excluded."""
+    """A generator whose draws are given; it keeps the bounds that it was asked for, the upper one
+    excluded."""
 
     def __init__(self, *values):
         self.values, self.bounds = list(values), []
@@ -41,7 +43,8 @@ class Draws:
 
 
 def test_listing_1_by_given_draws():
-    """400 x 300 at R = 256: a square of 300, resized to 288 .. 300 (12/8 R is beyond it), flipped below 0.5."""
+    """400 x 300 at R = 256: a square of 300, resized to 288 .. 300 (12/8 R is beyond it), flipped below
+    0.5."""
     rng = Draws(100, 0, 290, 5, 34, 0.49)
     assert dvae_crop(400, 300, 256, rng) == Crop(100, 0, 300, 290, 5, 34, flip=True)
     assert rng.bounds == [(0, 101), (0, 1), (288, 301), (0, 35), (0, 35)]
@@ -134,7 +137,8 @@ def by_area(square, size):
     scale = (side - 1) / (size - 1) if size > 1 else side / size  # align_corners
 
     def covered(i):
-        """(pixel, length of it) for all that [i * scale, (i + 1) * scale) covers; beyond the rim the last goes on."""
+        """(pixel, length of it) for all that [i * scale, (i + 1) * scale) covers; beyond the rim the last
+        goes on."""
         start, end = i * scale, (i + 1) * scale
         for cell in range(math.floor(start), math.ceil(end)):
             yield min(cell, side - 1), min(cell + 1, end) - max(cell, start)
@@ -202,7 +206,8 @@ def test_a_square_of_the_right_size_stays_as_it_is():
 
 
 def test_halves_are_rounded_to_even():
-    """3 x 3 to 2 x 2 has a scale of 2, so the first pixel is the mean of four; 0.5 -> 0, 1.5 -> 2, 2.5 -> 2."""
+    """3 x 3 to 2 x 2 has a scale of 2, so the first pixel is the mean of four; 0.5 -> 0, 1.5 -> 2, 2.5 ->
+    2."""
     for total, expected in ((2, 0), (6, 2), (10, 2), (14, 4)):
         array = np.zeros((3, 3, 3), dtype=np.uint8)
         array[0, 0] = total

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle.data import DataConfig, PairsLoader, StepOfPairs, TokenCache, open_dataset, sample_captions
+from dalle.data import BatchReader, DataConfig, ImageTextLoader, TokenCache, open_dataset, sample_captions
 from dalle.data.dataloader import worker_count
 from dalle.hub.registry import load_model
 from dalle.runs.batches import CLIPBatch, DVAEBatch, TokenBatches, random_squares
@@ -37,8 +37,8 @@ class Listed:
 
 def loaded(pairs, rank=0, world=1, first=0, last=STEPS, workers=0, augment="dvae"):
     """Step by step, what a process is given."""
-    task = StepOfPairs(pairs, BATCH, SEED, augment, Listed(), rank=rank, world=world)
-    with PairsLoader(task, last, workers) as batches:
+    task = BatchReader(pairs, BATCH, SEED, augment, Listed(), rank=rank, world=world)
+    with ImageTextLoader(task, last, workers) as batches:
         return [batches(step) for step in range(first, last)]
 
 
@@ -89,10 +89,10 @@ def test_broken_samples_are_replaced_by_the_same_ones_and_each_process_names_wha
     pairs = open_dataset(DataConfig(str(tmp_path), resolution=16, val_fraction=1e-9))
     alone, parts, named = loaded(pairs), [], []
     for rank in range(2):
-        task = StepOfPairs(pairs, BATCH, SEED, "dvae", Listed(), rank=rank, world=2)
-        with PairsLoader(task, STEPS, log=tmp_path / "bad_samples.jsonl") as batches:
+        task = BatchReader(pairs, BATCH, SEED, "dvae", Listed(), rank=rank, world=2)
+        with ImageTextLoader(task, STEPS, log=tmp_path / "bad_samples.jsonl") as batches:
             parts.append([batches(step) for step in range(STEPS)])
-            named.append(batches.skipped.counts)
+            named.append(batches.bad_samples.counts)
     assert joined(parts) == alone
     assert [counts["broken row"] for counts in named] == [1, 0]  # what opening found is told once
     texts = [(tmp_path / name).read_text() for name in ("bad_samples.jsonl", "bad_samples-1.jsonl")]
@@ -109,8 +109,8 @@ def test_each_process_judges_by_what_it_has_read_itself():
         samples,
         [BadSample(index, "m", "truncated") for _, index in samples[:2]],
     )
-    task = StepOfPairs(pairs, 400, SEED, "none", lambda batch, step: step, rank=3, world=4)
-    with PairsLoader(task, 100) as batches:
+    task = BatchReader(pairs, 400, SEED, "none", lambda batch, step: step, rank=3, world=4)
+    with ImageTextLoader(task, 100) as batches:
         for step in range(50):
             assert batches(step) == step
         with pytest.raises(ValueError, match="102 of 5202 samples cannot be used"):
@@ -128,7 +128,7 @@ def test_random_squares_are_those_of_one_process():
 def test_the_batch_of_the_dvae_is_shared():
     pairs = ShapesDataset(16)
     whole, *halves = (
-        StepOfPairs(pairs, 6, 1, "dvae", DVAEBatch(8, 1, r, w), rank=r, world=w)(4)[0] for r, w in RANKS
+        BatchReader(pairs, 6, 1, "dvae", DVAEBatch(8, 1, r, w), rank=r, world=w)(4)[0] for r, w in RANKS
     )
     assert torch.equal(torch.cat(halves), whole)
 
@@ -137,7 +137,7 @@ def test_the_batch_of_clip_is_shared(chain):
     pairs = ShapesDataset(48, siblings=True)
     finish = CLIPBatch(load_text_input(chain / "text"), 1, pairs)
     whole, *halves = (
-        StepOfPairs(pairs, 6, 1, "transformer", finish, rank=r, world=w)(2)[0] for r, w in RANKS
+        BatchReader(pairs, 6, 1, "transformer", finish, rank=r, world=w)(2)[0] for r, w in RANKS
     )
     for i in (0, 2):
         assert torch.equal(torch.cat([half[i] for half in halves]), whole[i])
@@ -154,7 +154,7 @@ def test_the_shares_of_a_token_cache_are_the_step_of_one_process(chain, tiny_run
     shares = [TokenBatches(cache, text, layout, run, rank=rank, world=world) for rank in range(world)]
     for step in (0, 3, 4, 11):  # twenty images in steps of four
         assert torch.equal(torch.cat([share(step) for share in shares]), alone(step))
-    assert torch.equal(shares[-1].held_out(), alone.val())
+    assert torch.equal(shares[-1].val(), alone.val())
 
 
 def test_a_batch_that_does_not_divide_and_a_rank_that_is_none_are_refused(chain, tiny_runs):

@@ -26,7 +26,8 @@ def open_source(
     """The captioned images at a path.
 
     Args:
-        path: a folder of images with .txt or .json beside them, of tars, or of tables; a table; a tar; a pattern
+        path: a folder of images with .txt or .json beside them, of tars, or of tables; a table; a tar; a
+        pattern
             with *, ? and {000..099}; or a folder written by Hugging Face `datasets`.
         format: "folder", "table", "tars" or "hub", if the path does not determine it.
         image_column: of a table; default: the first of the usual names.

@@ -1,8 +1,8 @@
 """Indexes of tars and tables, built once, memory-mapped, and shared by processes.
 
-An index is a folder with samples.bin (fixed-size records), text.bin (strings that they point into) and meta.json.
-Its name is a hash of the names, sizes and times of the indexed files, so a change builds another one. It is written
-under a temporary name and renamed when complete.
+An index is a folder with samples.bin (fixed-size records), text.bin (strings that they point into) and
+meta.json. Its name is a hash of the names, sizes and times of the indexed files, so a change builds another
+one. It is written under a temporary name and renamed when complete.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Tables: CSV, TSV, JSONL and Parquet with a column of images and one or more of captions.
 
-Images are paths, relative to the table or a given folder; in Parquet also the encoded bytes. Rows are read once into
-an index of [name, path, captions], so memory holds none of them.
+Images are paths, relative to the table or a given folder; in Parquet also the encoded bytes. Rows are read
+once into an index of [name, path, captions], so memory holds none of them.
 """
 
 import codecs
@@ -256,7 +256,8 @@ def _parquet_rows(file: Path, image: str | None, caption: str | None, writer: In
     for group in range(table.num_row_groups):
         try:
             for row, values in enumerate(_group_rows(table, group, wanted)):
-                name, texts = f"{file.name}/{start + row}", flatten_captions([values[c] for c in captions])
+                name = f"{file.name}/{start + row}"
+                texts = flatten_captions([values[caption] for caption in captions])
                 if not paths:
                     yield Row(name, None, texts, group, row)
                 elif values[column]:

@@ -1,7 +1,8 @@
 """WebDataset tars: members KEY.jpg (.png, .webp, ...) and KEY.txt or KEY.json, read by an index of offsets.
 
-The index is built once for a set of tars. With it any sample is one read at a known offset, so the order is free, and
-a tar may hold any number of samples for any number of workers. Nothing is unpacked; links are not followed.
+The index is built once for a set of tars. With it any sample is one read at a known offset, so the order is
+free, and a tar may hold any number of samples for any number of workers. Nothing is unpacked; links are not
+followed.
 """
 
 import os
@@ -9,7 +10,7 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -52,8 +53,8 @@ class TarSource:
         if not len(self):
             details = "; ".join(f"{bad.name}: {bad.cause}, {bad.detail}" for bad in self.skipped[:3])
             raise ValueError(
-                f"{len(self.files)} tars from {self.files[0]} on hold no KEY.jpg (.png, .webp, ...) with KEY.txt "
-                f"or KEY.json beside it ({details or 'they are empty'})"
+                f"{len(self.files)} tars from {self.files[0]} on hold no KEY.jpg (.png, .webp, ...) with "
+                f"KEY.txt or KEY.json beside it ({details or 'they are empty'})"
             )
         self._open_files = _OpenFiles()
 
@@ -172,18 +173,11 @@ def _members(file: Path, opened) -> Iterator[Member]:
             )
 
     size, expected = os.fstat(opened.fileno()).st_size, 0
-    try:
-        tar = tarfile.open(file, "r:", ignore_zeros=True, encoding="utf-8")
-    except tarfile.TarError:
-        return
-    with tar:
-        while True:
-            try:
-                member = tar.next()
-            except tarfile.TarError:
-                member = None
-            if member is None:
-                break
+    with (
+        suppress(tarfile.TarError),
+        tarfile.open(file, "r:", ignore_zeros=True, encoding="utf-8") as tar,
+    ):
+        while (member := tar.next()) is not None:
             if member.offset != expected:
                 yield from damage_at(expected)
             if member.size < 0 or member.offset_data + member.size > size:
@@ -230,7 +224,8 @@ def _group(members: Sequence[Member], tar: str) -> tuple[list[tuple], bytes, lis
 
 
 def _key(name: str) -> tuple[str, str]:
-    """The key of a member (its path up to the first dot of the file name), and "image", "txt", "json" or ""."""
+    """The key of a member (its path up to the first dot of the file name), and "image", "txt", "json" or
+    ""."""
     folder, _, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
     key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()

@@ -1,4 +1,5 @@
-"""Sets of every form on disk with something broken in each: check_data names it, a run ends on it, resuming is exact.
+"""Sets of every form on disk with something broken in each: check_data names it, a run ends on it, resuming
+is exact.
 
 What the sources themselves do is in test_sources.py and test_tables.py, the stage on tars and folders in
 test_check_data.py.
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle.data import DataConfig, PairsLoader, StepOfPairs, open_dataset, sample_captions
+from dalle.data import BatchReader, DataConfig, ImageTextLoader, open_dataset, sample_captions
 from dalle.io.files import read_json
 from tests.helpers.formats import COUNT, FORMS, IDS, image
 
@@ -153,8 +154,8 @@ def test_every_form_goes_on_at_the_same_sample_with_any_number_of_workers(tmp_pa
     pairs = open_dataset(DataConfig(path, resolution=16, caption_column=columns, val_path=path))
 
     def stream(workers: int, first: int, steps: int, rank: int = 0, world: int = 1) -> list:
-        task = StepOfPairs(pairs, 4, 7, "dvae", Seen(), rank, world)
-        with PairsLoader(task, steps, workers) as batches:
+        task = BatchReader(pairs, 4, 7, "dvae", Seen(), rank, world)
+        with ImageTextLoader(task, steps, workers) as batches:
             return [batches(step) for step in range(first, steps)]
 
     steps = 2 * COUNT // 4  # two epochs

@@ -1,4 +1,5 @@
-"""Tables as people and programs write them: other systems' paths, odd columns, captions in bytes (data/sources)."""
+"""Tables as people and programs write them: other systems' paths, odd columns, captions in bytes
+(data/sources)."""
 
 import csv
 import json
