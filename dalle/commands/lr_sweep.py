@@ -1,4 +1,4 @@
-"""Find a learning rate: the same short training at several multiples of the configured one.
+"""Learning rate sweep: the same short training at several multiples of the configured rate.
 
 python scripts/lr_sweep.py 0.25 0.5 1 2 4 --config configs/transformer/shapes.yaml --steps 100
 """
@@ -9,23 +9,22 @@ from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from dalle.config import cli_errors, overview, parse
 from dalle.runs.args import TrainArgs
 from dalle.runs.kinds import EACH_KIND, TRAININGS, take_kind
-from dalle.train.loggers import read_log
 
 
 def sweep(kind: str, run: TrainArgs, factors: Sequence[float]) -> dict[float, float]:
-    """Trains once for each factor into <out>/lr-<learning rate>, draws <out>/sweep.png, prints the losses.
+    """Trains once for each factor into <out>/lr-<learning rate>, plots <out>/lr_sweep.png, prints the losses.
 
     Returns:
-        learning rate -> loss, the mean over the last tenth of the logged updates; infinite where a run diverged.
+        learning rate -> loss, the mean over the last tenth of the logged updates; infinite where a run
+        diverged.
     """
     if min(factors, default=0) <= 0:
         raise ValueError(
-            "give factors on the learning rate, each above 0: python scripts/lr_sweep.py 0.5 1 2 --config FILE"
+            "give factors on the learning rate, each above 0: python scripts/lr_sweep.py 0.5 1 2 --config "
+            "FILE"
         )
     out, optimizer, losses = run.out or Path("runs/sweep"), run.train.optimizer, {}
     for factor in factors:
@@ -38,7 +37,7 @@ def sweep(kind: str, run: TrainArgs, factors: Sequence[float]) -> dict[float, fl
         except FloatingPointError as error:
             print(f"learning rate {lr.initial:g} diverged: {error}")
             losses[lr.initial] = float("inf")
-    draw_sweep(out, losses)
+    plot_sweep(out, losses)
     print("learning rate    loss")
     for rate, loss in losses.items():
         print(f"{rate:9.3g}{loss:8.4f}{'  <- lowest' if loss == min(losses.values()) else ''}")
@@ -47,6 +46,8 @@ def sweep(kind: str, run: TrainArgs, factors: Sequence[float]) -> dict[float, fl
 
 def curve(folder: Path) -> list[tuple[float, float]]:
     """(step, loss) of each line that a training logged."""
+    from dalle.train.loggers import read_log
+
     return [(line["step"], line["loss"]) for line in read_log(folder / "log.jsonl") if "loss" in line]
 
 
@@ -57,8 +58,10 @@ def last_loss(folder: Path) -> float:
     return sum(last) / len(last)
 
 
-def draw_sweep(out: Path, losses: dict[float, float]) -> None:
-    """<out>/sweep.png: the curves, and the last loss against the learning rate."""
+def plot_sweep(out: Path, losses: dict[float, float]) -> None:
+    """<out>/lr_sweep.png: loss curves, and the last loss against the learning rate."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3), layout="constrained")
     curves, ends = figure.subplots(1, 2)
     for rate in losses:
@@ -67,11 +70,11 @@ def draw_sweep(out: Path, losses: dict[float, float]) -> None:
     curves.legend(title="learning rate", fontsize=8)
     ends.plot(list(losses), list(losses.values()), marker="o", linewidth=1)
     ends.set_xscale("log")
-    for axis, below in ((curves, "update"), (ends, "learning rate")):
+    for axis, below in ((curves, "step"), (ends, "learning rate")):
         axis.set_xlabel(below)
         axis.set_ylabel("loss")
         axis.grid(alpha=0.3)
-    figure.savefig(out / "sweep.png", dpi=110)
+    figure.savefig(out / "lr_sweep.png", dpi=110)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Estimate memory, FLOPs, communication, time and cost of a training run before launching it.
 
-python scripts/plan.py --config configs/transformer/paper.yaml --num-gpus 1024 --gpu v100-16gb --train.precision fp16
+python scripts/plan.py --config configs/transformer/paper.yaml --num-gpus 64 --gpu h100
 python scripts/plan.py --config configs/dvae/small.yaml --num-gpus 1 --gpu rtx-4090 --mfu 0.3 --json plan.json
 """
 
@@ -13,18 +13,15 @@ from dalle.commands.train_clip import TrainCLIPArgs
 from dalle.commands.train_dvae import TrainDVAEArgs
 from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.config import cli_errors, overview, parse
-from dalle.io.files import make_directory, write_json
-from dalle.planner.count import StepEstimate, estimate_step
 from dalle.planner.gpus import GPU, GPUS
-from dalle.planner.memory import FP32, HALF, ParallelLayout, memory, starts_whole
+from dalle.planner.memory import FP32, HALF, ParallelLayout, StepEstimate, memory
 from dalle.planner.table import print_plan
 from dalle.planner.traffic import traffic
 from dalle.runs.kinds import EACH_KIND, take_kind
 from dalle.train.config import POWERSGD_RANKS, compression_rate
-from dalle.transformer.sizes import cache_bytes, training_flops
 
 HEADROOM = 0.9
-"""Share of a GPU's memory that a step may fill: the rest goes to CUDA itself, to NCCL and to gaps between blocks."""
+"""Fraction of a GPU's memory that a step may fill; the rest is for CUDA, NCCL and fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +64,15 @@ class PlanOptions:
 
     def hardware(self) -> GPU:
         """The GPU with the numbers that the options override."""
-        known, given = GPUS[self.gpu], {}
-        given |= {"memory": self.max_memory_gib} if self.max_memory_gib else {}
-        given |= {"fp32": self.peak_flops, "half": self.peak_flops} if self.peak_flops else {}
-        given |= {"inside": self.intra_node_gbps * 1e9} if self.intra_node_gbps else {}
-        given |= {"between": self.inter_node_gbps * 1e9} if self.inter_node_gbps else {}
-        return replace(known, **given, **({"per_machine": self.gpus_per_node} if self.gpus_per_node else {}))
+        changes = {
+            "memory": self.max_memory_gib,
+            "fp32": self.peak_flops,
+            "half": self.peak_flops,
+            "inside": self.intra_node_gbps and self.intra_node_gbps * 1e9,
+            "between": self.inter_node_gbps and self.inter_node_gbps * 1e9,
+            "per_node": self.gpus_per_node,
+        }
+        return replace(GPUS[self.gpu], **{name: value for name, value in changes.items() if value})
 
 
 @dataclass(frozen=True)
@@ -93,157 +93,145 @@ class CLIPPlan(PlanOptions, TrainCLIPArgs):
 PLANS: dict[str, type] = {"dvae": DVAEPlan, "transformer": TransformerPlan, "clip": CLIPPlan}
 
 
-def plan_training(kind: str, run: Any) -> dict[str, Any]:
-    """Estimates the training, prints a table and writes --json.
+def plan_training(kind: str, args: Any) -> dict[str, Any]:
+    """Estimates the training, prints tables and writes --json.
 
     Raises:
         ValueError: the batch does not divide among the GPUs.
     """
-    if run.json:
-        make_directory(run.json.parent)
-    gpu = run.hardware()
-    precision = _precision(run.train.precision, gpu)
-    batch = _batch_of_pass(run)
-    steps = dry_steps(kind, run, batch, precision)
-    own = steps[
-        "activation_checkpointing" if getattr(run.model, "activation_checkpointing", False) else "keep"
-    ]
-    report = {
+    from dalle.io.files import make_directory, write_json
+
+    if args.json:
+        make_directory(args.json.parent)
+    gpu, train = args.hardware(), args.train
+    precision = train.precision
+    if precision == "auto":
+        precision = "bf16" if gpu.bf16 else "fp32"
+    parts = args.num_gpus * train.grad_accum_steps
+    if train.batch_size % parts:
+        raise ValueError(
+            f"train.batch_size {train.batch_size} does not divide among {args.num_gpus} GPUs and "
+            f"{train.grad_accum_steps} passes (train.grad_accum_steps); make it a multiple of {parts}"
+        )
+    batch = train.batch_size // parts
+    steps = estimate_steps(kind, args, batch, precision)
+    checkpointed = getattr(args.model, "activation_checkpointing", False)
+    step = steps["checkpointed" if checkpointed else "kept"]
+    layouts = {mode: _layout(args, mode, precision) for mode in _modes(args)}
+    flops = _flops(kind, args, step, parts)
+    plan = {
         "kind": kind,
-        "parameters": own.parameters,
-        "num_gpus": run.num_gpus,
-        "gpu": run.gpu,
+        "parameters": step.parameters,
+        "num_gpus": args.num_gpus,
+        "gpu": args.gpu,
         "hardware": asdict(gpu),
         "precision": precision,
-        "batch": {"update": run.train.batch_size, "pass": batch, "accumulate": _accumulate(run)},
-        "flops": _flops(kind, run, own, batch),
-        "memory": {mode: _memory(run, mode, steps, precision) for mode in modes(run)},
-        "starts_whole": starts_whole(own),
-        "traffic": {mode: _traffic(kind, run, mode, own, gpu, precision) for mode in modes(run)},
+        "batch": {"step": train.batch_size, "pass": batch, "grad_accum_steps": train.grad_accum_steps},
+        "flops": flops,
+        "memory": {
+            mode: {name: memory(one, layout) for name, one in steps.items()}
+            for mode, layout in layouts.items()
+        },
+        "initial_bytes": FP32 * step.parameters,
+        "traffic": {mode: _traffic(kind, args, step, layout, gpu) for mode, layout in layouts.items()},
+        "time": _time(args, sum(flops["needed"].values()), gpu.fp32 if precision == "fp32" else gpu.half),
     }
     if kind == "transformer":
-        report["cache_per_candidate"] = {
-            name: cache_bytes(run.model, FP32 if name == "fp32" else HALF)[1] for name in ("fp32", precision)
+        from dalle.transformer.sizes import cache_bytes
+
+        plan["cache_per_candidate"] = {
+            name: cache_bytes(args.model, FP32 if name == "fp32" else HALF)[1] for name in ("fp32", precision)
         }
-    report["time"] = _time(run, report["flops"]["needed"], gpu, precision)
-    if run.json:
-        write_json(run.json, report)
-    print_plan(report, HEADROOM)
-    return report
+    if args.json:
+        write_json(args.json, plan)
+    print_plan(plan, HEADROOM)
+    return plan
 
 
-def modes(run: Any) -> list[str]:
-    """One GPU trains alone; more may share in three ways, hsdp only where there is more than one machine."""
-    if run.num_gpus == 1:
-        return ["none"]
-    return ["ddp", "fsdp"] + (["hsdp"] if _shards(run, "hsdp") < run.num_gpus else [])
+def estimate_steps(kind: str, args: Any, batch: int, precision: str) -> dict[str, StepEstimate]:
+    """A step that keeps all activations, and for the transformer one with activation checkpointing."""
+    from dalle.planner.count import estimate_step
 
-
-def dry_steps(kind: str, run: Any, batch: int, precision: str) -> dict[str, StepEstimate]:
-    """A step that keeps what is inside of each resblock, and for the transformer one that computes it again."""
     if kind != "transformer":
-        pixels = None
-        if kind == "dvae":
-            side = run.crop or run.data.resolution
-            pixels = (side, side)
-        return {"keep": estimate_step(kind, run.model, batch, precision, pixels)}
-    variants = {"keep": False, "activation_checkpointing": True}
+        side = (args.crop or args.data.resolution) if kind == "dvae" else 0
+        return {"kept": estimate_step(kind, args.model, batch, precision, (side, side))}
     return {
-        name: estimate_step(kind, replace(run.model, activation_checkpointing=on), batch, precision)
-        for name, on in variants.items()
+        name: estimate_step(kind, replace(args.model, activation_checkpointing=on), batch, precision)
+        for name, on in (("kept", False), ("checkpointed", True))
     }
 
 
-def _precision(asked: str, gpu: GPU) -> str:
-    return asked if asked != "auto" else "bf16" if gpu.bf16 else "fp32"
+def _modes(args: Any) -> list[str]:
+    """One GPU trains alone; more share in two or three ways, hsdp only with several nodes."""
+    if args.num_gpus == 1:
+        return ["none"]
+    return ["ddp", "fsdp", "hsdp"] if _shards(args, "hsdp") < args.num_gpus else ["ddp", "fsdp"]
 
 
-def _accumulate(run: Any) -> int:
-    return getattr(run.train, "accumulate", 1)
-
-
-def _batch_of_pass(run: Any) -> int:
-    parts = run.num_gpus * _accumulate(run)
-    if run.train.batch_size % parts:
-        raise ValueError(
-            f"train.batch_size {run.train.batch_size} does not divide among {run.num_gpus} GPUs and {_accumulate(run)} "
-            f"passes (train.accumulate); make it a multiple of {parts}"
-        )
-    return run.train.batch_size // parts
-
-
-def _shards(run: Any, mode: str) -> int:
+def _shards(args: Any, mode: str) -> int:
     if mode == "hsdp":
-        return getattr(run, "shard", None) or min(run.hardware().per_machine, run.num_gpus)
-    return run.num_gpus if mode == "fsdp" else 1
+        return args.shard or min(args.hardware().per_node, args.num_gpus)
+    return args.num_gpus if mode == "fsdp" else 1
 
 
-def _rank(kind: str, run: Any) -> int | None:
-    """PowerSGD's rank, where it applies."""
-    if kind != "transformer":
-        return None
-    configured = getattr(getattr(run.train, "powersgd", None), "rank", None)
-    return run.powersgd_rank or configured or POWERSGD_RANKS.get(run.model.width)
-
-
-def _memory(
-    run: Any, mode: str, steps: dict[str, StepEstimate], precision: str
-) -> dict[str, dict[str, float]]:
-    optimizer, powersgd = run.train.optimizer, getattr(run.train, "powersgd", None)
-    replicas = run.num_gpus // _shards(run, mode)
-    how = ParallelLayout(
+def _layout(args: Any, mode: str, precision: str) -> ParallelLayout:
+    train, shards = args.train, _shards(args, mode)
+    return ParallelLayout(
         mode=mode,
-        shards=_shards(run, mode),
+        shards=shards,
         half=precision != "fp32",
-        accumulate=_accumulate(run),
-        moments=getattr(optimizer, "state_dtype", "fp32"),
-        ema_on_gpu=getattr(run.train.ema, "device", "same") == "same",
-        bounds_variance=getattr(optimizer, "max_variance", None) is not None,
-        error_buffers=replicas > 1 and getattr(powersgd, "rank", None) is not None,
+        grad_accum_steps=train.grad_accum_steps,
+        state_dtype=train.optimizer.state_dtype,
+        ema_on_gpu=train.ema.device == "same",
+        clips_variance=train.optimizer.max_variance is not None,
+        error_buffers=args.num_gpus > shards and train.powersgd.rank is not None,
     )
-    return {name: memory(step, how) for name, step in steps.items()}
 
 
-def _traffic(
-    kind: str, run: Any, mode: str, step: StepEstimate, gpu: GPU, precision: str
-) -> dict[str, dict[str, float]]:
-    shards, half = _shards(run, mode), precision != "fp32"
-    place = (mode, step, run.num_gpus, gpu.per_machine, shards, half)
-    found = {"whole": traffic(*place, accumulate=_accumulate(run))}
-    rank = _rank(kind, run)
-    if (
-        rank
-        and mode in ("ddp", "hsdp")
-        and (share := 1 - compression_rate(run.model.width, rank, shards)) < 1
-    ):
-        found["powersgd"] = traffic(*place, share=share, accumulate=_accumulate(run)) | {"rank": rank}
-    for sent in found.values():
+def _traffic(kind: str, args: Any, step: StepEstimate, layout: ParallelLayout, gpu: GPU) -> dict[str, Any]:
+    """Bytes and seconds of a step's communication, with full gradients and with PowerSGD."""
+    variants: dict[str, Any] = {"full": traffic(step, layout, args.num_gpus, gpu.per_node)}
+    if kind == "transformer" and layout.mode in ("ddp", "hsdp"):
+        rank = args.powersgd_rank or args.train.powersgd.rank or POWERSGD_RANKS.get(args.model.width)
+        kept = 1 - compression_rate(args.model.width, rank, layout.shards) if rank else 1
+        if kept < 1:
+            sent = traffic(step, layout, args.num_gpus, gpu.per_node, kept)
+            variants["powersgd"] = sent | {"rank": rank}
+    for sent in variants.values():
         sent["seconds"] = sent["inside"] / gpu.inside + sent["between"] / gpu.between
-    return found
+    return variants
 
 
-def _flops(kind: str, run: Any, step: StepEstimate, batch: int) -> dict[str, Any]:
-    """Of an update: what is computed, by part, and what the model needs; and 6 N for each token, the usual estimate."""
-    passes = run.train.batch_size // batch
+def _flops(kind: str, args: Any, step: StepEstimate, passes: int) -> dict[str, Any]:
+    """FLOPs of a step by part: computed, and needed (masked pairs and recomputation are not)."""
     computed = {part: passes * count for part, count in step.flops.items()}
-    needed = dict(computed)
-    if kind == "transformer":
-        of_stream = training_flops(run.model)
-        needed = {name: run.train.batch_size * count for name, count in of_stream.items()}
-    result: dict[str, Any] = {"computed": computed, "needed": sum(needed.values()), "needed_by_part": needed}
-    if kind == "transformer":
-        tokens = run.train.batch_size * run.model.layout.seq_len
-        result |= {"tokens": tokens, "six_n_of_run": 6 * step.parameters * tokens * run.steps}
-    return result
+    if kind != "transformer":
+        return {"computed": computed, "needed": computed}
+    from dalle.transformer.sizes import training_flops
+
+    needed = training_flops(args.model)
+    by_part = {"attention": needed["attention"], "matrices": needed["matrices"] + needed["logits"]}
+    tokens = args.train.batch_size * args.model.layout.seq_len
+    return {
+        "computed": computed,
+        "needed": {part: args.train.batch_size * count for part, count in by_part.items()},
+        "tokens": tokens,
+        "six_n_of_run": 6 * step.parameters * tokens * args.steps,
+    }
 
 
-def _time(run: Any, needed: int, gpu: GPU, precision: str) -> dict[str, float]:
-    peak = gpu.fp32 if precision == "fp32" else gpu.half
-    seconds = needed / (run.mfu * peak * run.num_gpus)
-    hours = seconds * run.steps * run.num_gpus / 3600
-    found = {"mfu": run.mfu, "step_seconds": seconds, "steps": run.steps, "days": seconds * run.steps / 86400}
-    found |= {"flops_of_run": needed * run.steps, "gpu_hours": hours}
-    return found | ({"usd": run.usd_per_gpu_hour * hours} if run.usd_per_gpu_hour else {})
+def _time(args: Any, needed: int, peak: float) -> dict[str, float]:
+    seconds = needed / (args.mfu * peak * args.num_gpus)
+    hours = seconds * args.steps * args.num_gpus / 3600
+    time = {
+        "mfu": args.mfu,
+        "step_seconds": seconds,
+        "steps": args.steps,
+        "days": seconds * args.steps / 86400,
+        "flops_of_run": needed * args.steps,
+        "gpu_hours": hours,
+    }
+    return time | ({"usd": args.usd_per_gpu_hour * hours} if args.usd_per_gpu_hour else {})
 
 
 def main() -> None:

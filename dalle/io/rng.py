@@ -10,7 +10,8 @@ import numpy as np
 
 
 def generator(purpose: str, *key: int | str) -> np.random.Generator:
-    """A generator of its own for every purpose ("scene", "caption", ...) and key; text stands last in a key."""
+    """A generator of its own for every purpose ("scene", "caption", ...) and key; text stands last in a
+    key."""
     digest = hashlib.blake2b("\n".join([purpose, *map(str, key)]).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype="<u8")))
 

@@ -1,1 +1,1 @@
-"""What a training run will take, before it is started: see dalle/commands/plan.py."""
+"""Memory, FLOPs and communication of a training run, estimated before it is launched."""

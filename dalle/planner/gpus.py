@@ -1,32 +1,33 @@
-"""GPUs by name: what their makers state. Every number can be overruled on the command line."""
+"""GPU data sheets: memory, peak FLOP/s and links."""
 
 from dataclasses import dataclass
 
-from dalle.train.throughput import PEAK_FLOPS
+from dalle.train.config import PEAK_FLOPS
 
 
 @dataclass(frozen=True)
 class GPU:
-    """One GPU in a machine of several; peaks are dense, without sparsity."""
+    """One GPU of a node; peaks are dense, without sparsity."""
 
     memory: float
     """GiB."""
     fp32: float
-    """FLOP/s of fp32 matrix products (without TF32)."""
+    """FLOP/s of fp32 matrix products, without TF32."""
     half: float
-    """FLOP/s of bf16 or fp16 matrix products with sums in fp32."""
+    """FLOP/s of bf16 or fp16 matrix products with fp32 sums."""
     inside: float
-    """Bytes/s that it sends to the others of its machine."""
+    """Bytes/s that it sends to the others of its node."""
     between: float
-    """Bytes/s that it sends to other machines: its share of the machine's network."""
-    per_machine: int = 8
-    """GPUs of a machine."""
+    """Bytes/s that it sends to other nodes: its share of the node's network."""
+    per_node: int = 8
+    """GPUs of a node."""
     bf16: bool = True
-    """Whether it multiplies bf16 in hardware; else 16 bit is fp16."""
+    """Whether it multiplies bf16 in hardware."""
 
 
 GPUS: dict[str, GPU] = {
-    # data sheets of the GPU, and of DGX-1 (4 x 100 Gb/s), DGX A100 (8 x 200 Gb/s), DGX H100, H200, B200 (8 x 400 Gb/s)
+    # data sheets of the GPU and of DGX-1 (4 x 100 Gb/s), DGX A100 (8 x 200), DGX H100, H200 and B200 (8 x
+    # 400)
     "v100-16gb": GPU(16, 15.7e12, PEAK_FLOPS["V100"], 150e9, 6.25e9, bf16=False),
     "v100-32gb": GPU(32, 15.7e12, PEAK_FLOPS["V100"], 150e9, 6.25e9, bf16=False),
     "a100-40gb": GPU(40, 19.5e12, PEAK_FLOPS["A100"], 300e9, 25e9),

@@ -1,4 +1,4 @@
-"""The estimate of a training run as text tables."""
+"""Text tables of a plan."""
 
 from typing import Any
 
@@ -7,73 +7,72 @@ PARTS = {
     "weights": "weights, fp32",
     "gradients": "gradients",
     "moments": "moments of AdamW",
-    "average": "averaged weights",
+    "ema": "averaged weights",
     "error_buffers": "error buffers of PowerSGD",
     "gathered": "gathered layers, buckets",
     "copies": "16-bit copies of weights",
     "activations": "activations",
-    "working": "logits, the block at work",
-    "peak": "at the peak",
+    "working": "logits, one layer at work",
+    "peak": "peak",
 }
 
 
-def print_plan(report: dict[str, Any], headroom: float) -> None:
-    """Parameters, memory, operations, traffic and time, one block each."""
-    gpu, batch, modes = report["hardware"], report["batch"], list(report["memory"])
+def print_row(name: str, *cells: str) -> None:
+    """One row: the name and right-aligned cells."""
+    print(f"{name:32}" + "".join(f"{cell:>14}" for cell in cells))
+
+
+def print_plan(plan: dict[str, Any], headroom: float) -> None:
+    """Prints parameters, memory, FLOPs, communication and time, one block each."""
+    gpu, batch, time = plan["hardware"], plan["batch"], plan["time"]
     print(
-        f"{report['kind']}: {report['parameters']:,} parameters, {report['precision']}; {report['num_gpus']} x "
-        f"{report['gpu']} of {gpu['memory']:g} GiB; {batch['update']} images an update, {batch['pass']} a pass"
+        f"{plan['kind']}: {plan['parameters']:,} parameters, {plan['precision']}; {plan['num_gpus']} x "
+        f"{plan['gpu']} of {gpu['memory']:g} GiB; {batch['step']} images a step, {batch['pass']} a pass\n"
     )
-    _print_memory(report, modes, headroom * gpu["memory"])
-    _print_operations(report)
-    _print_traffic(report, modes)
-    time = report["time"]
+    _print_memory(plan, headroom * gpu["memory"])
+    flops = plan["flops"]
+    print()
+    print_row("FLOPs of a step", "computed", "needed")
+    for part, computed in flops["computed"].items():
+        print_row(part, f"{computed:.3g}", f"{flops['needed'][part]:.3g}")
+    print_row("all", f"{sum(flops['computed'].values()):.3g}", f"{sum(flops['needed'].values()):.3g}")
+    print(f"needed by all steps: {time['flops_of_run']:.3g}")
+    if "six_n_of_run" in flops:
+        print(f"6 N for each token: {flops['six_n_of_run']:.3g}")
+    _print_traffic(plan)
     cost = f", {time['usd']:,.0f} USD" if "usd" in time else ""
     print(
-        f"\n{time['steps']:,} updates of {time['step_seconds']:.3g} s at {time['mfu']:.0%} of the peak: "
+        f"\n{time['steps']:,} steps of {time['step_seconds']:.3g} s at {time['mfu']:.0%} of the peak: "
         f"{time['days']:.3g} days, {time['gpu_hours']:,.0f} GPU-hours{cost}"
     )
-    for name, size in report.get("cache_per_candidate", {}).items():
-        print(f"sampling: {size / 2**20:.4g} MiB of cache for each candidate in {name}")
+    for name, size in plan.get("cache_per_candidate", {}).items():
+        print(f"sampling: {size / 2**20:.4g} MiB of KV cache for each candidate in {name}")
 
 
-def _print_memory(report: dict[str, Any], modes: list[str], room: float) -> None:
-    memory = report["memory"]
-    variants = list(memory[modes[0]])
-    columns = [(mode, variant) for mode in modes for variant in variants]
-    print(f"\n{'GiB on each GPU':30}" + "".join(f"{mode:>12}" for mode, _ in columns))
-    if len(variants) > 1:
-        print(f"{'':30}" + "".join(f"{variant:>12}" for _, variant in columns))
+def _print_memory(plan: dict[str, Any], available: float) -> None:
+    columns = [
+        (mode, name, parts) for mode, all_parts in plan["memory"].items() for name, parts in all_parts.items()
+    ]
+    print_row("GiB on each GPU", *(mode for mode, _, _ in columns))
+    if any(name == "checkpointed" for _, name, _ in columns):
+        print_row("activations", *(name for _, name, _ in columns))
     for part, name in PARTS.items():
-        sizes = [memory[mode][variant][part] / GIB for mode, variant in columns]
+        sizes = [parts[part] / GIB for _, _, parts in columns]
         if any(sizes):
-            print(f"{name:30}" + "".join(f"{size:12.2f}" for size in sizes))
-    fits = [memory[mode][variant]["peak"] / GIB <= room for mode, variant in columns]
-    print(f"{f'within {room:.4g} GiB':30}" + "".join(f"{'yes' if fit else 'no':>12}" for fit in fits))
-    if (whole := report["starts_whole"] / GIB) > room:
-        print(
-            f"note: at the start each process builds the whole model, {whole:.1f} GiB, more than such a GPU has"
-        )
+            print_row(name, *(f"{size:.2f}" for size in sizes))
+    fits = [parts["peak"] / GIB <= available for _, _, parts in columns]
+    print_row(f"within {available:.4g} GiB", *("yes" if fit else "no" for fit in fits))
+    if (whole := plan["initial_bytes"] / GIB) > available:
+        print(f"note: each process first builds the whole model, {whole:.1f} GiB, more than such a GPU has")
 
 
-def _print_operations(report: dict[str, Any]) -> None:
-    flops = report["flops"]
-    print(f"\n{'operations of an update':30}{'computed':>12}{'needed':>12}")
-    for part in dict.fromkeys((*flops["computed"], *flops["needed_by_part"])):
-        computed, needed = (flops[key].get(part) for key in ("computed", "needed_by_part"))
-        print(f"{part:30}{computed:12.3g}{needed:12.3g}")
-    print(f"{'all':30}{sum(flops['computed'].values()):12.3g}{flops['needed']:12.3g}")
-    print(f"needed by all updates: {report['time']['flops_of_run']:.3g}", end="")
-    print(f"; 6 N for each token: {flops['six_n_of_run']:.3g}" if "six_n_of_run" in flops else "")
-
-
-def _print_traffic(report: dict[str, Any], modes: list[str]) -> None:
-    if modes == ["none"]:
+def _print_traffic(plan: dict[str, Any]) -> None:
+    if "none" in plan["traffic"]:
         return
-    print(f"\n{'GB that a GPU sends an update':30}{'in machine':>12}{'between':>12}{'s, alone':>12}")
-    for mode in modes:
-        for how, sent in report["traffic"][mode].items():
-            name = mode if how == "whole" else f"{mode}, PowerSGD rank {sent['rank']}"
-            print(
-                f"{name:30}{sent['inside'] / 1e9:12.3g}{sent['between'] / 1e9:12.3g}{sent['seconds']:12.3g}"
-            )
+    print()
+    print_row("GB that a GPU sends in a step", "in node", "between nodes", "seconds alone")
+    for mode, variants in plan["traffic"].items():
+        for name, sent in variants.items():
+            label = mode if name == "full" else f"{mode}, PowerSGD rank {sent['rank']}"
+            sizes = (f"{sent[link] / 1e9:.3g}" for link in ("inside", "between"))
+            print_row(label, *sizes, f"{sent['seconds']:.3g}")

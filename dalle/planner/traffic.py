@@ -1,52 +1,38 @@
-"""Bytes that one GPU sends in a step, within its machine and between machines (paper section 2.5, Table 2).
+"""Bytes that one GPU sends in a step, within its node and between nodes (paper section 2.5, Table 2).
 
-    P parameters, S processes that share them, R replicas of each slice, n GPUs in all = S R
-
-Collectives are counted as rings, which send least: n processes gather or reduce-scatter B bytes by each sending
-(n - 1) / n B, and average them by twice that.
+Collectives are counted as rings, which send least: each of n processes sends (n - 1) / n of B bytes to gather
+or reduce-scatter them, and twice that to average them.
 """
 
-from dalle.planner.count import StepEstimate
-from dalle.planner.memory import FP32, HALF
+from dalle.planner.memory import FP32, HALF, ParallelLayout, StepEstimate
 
 
 def ring(size: float, processes: int) -> float:
-    """Bytes that each of a ring's processes sends to gather, or to reduce and scatter, `size` bytes."""
+    """Bytes that each of a ring's processes sends to gather, or to reduce-scatter, `size` bytes."""
     return size * (processes - 1) / processes
 
 
 def traffic(
-    mode: str,
-    step: StepEstimate,
-    gpus: int,
-    per_machine: int,
-    shards: int,
-    half: bool,
-    share: float = 1.0,
-    accumulate: int = 1,
+    step: StepEstimate, how: ParallelLayout, gpus: int, gpus_per_node: int, kept: float = 1.0
 ) -> dict[str, float]:
-    """Bytes that one GPU sends in an update: {"inside": to its machine, "between": to other machines}.
+    """Bytes that one GPU sends in a step: {"inside": within its node, "between": to other nodes}.
 
     Args:
-        mode: none, ddp, fsdp or hsdp.
         step: of the model.
+        how: mode, shards, precision and passes; fsdp and hsdp gather and scatter in each pass.
         gpus: in all.
-        per_machine: of which so many in a machine.
-        shards: processes that share one set of parameters.
-        half: whether layers are gathered in 16 bit.
-        share: of the gradients of the layers that replicas send, as PowerSGD leaves it.
-        accumulate: passes in an update: fsdp and hsdp gather and scatter in each.
+        gpus_per_node: in a node.
+        kept: fraction of the layers' gradients that replicas still send with PowerSGD.
     """
-    replicas = gpus // shards
-    layers = step.parameters - step.outside
-    gather = ring((HALF if half else FP32) * layers + FP32 * step.outside, shards)
-    again = ring(
-        (HALF if half else FP32) * layers, shards
-    )  # for the backward pass; what lies outside is still there
-    scatter = ring(FP32 * step.parameters, shards)
-    slicing = accumulate * (gather + again + scatter) if mode in ("fsdp", "hsdp") else 0.0
-    averaging = 2 * ring(FP32 * (share * layers + step.outside) / shards, replicas) if mode != "none" else 0.0
-    crossing = {"inside": 0.0, "between": 0.0}
-    crossing["between" if shards > per_machine else "inside"] += slicing
-    crossing["between" if gpus > per_machine else "inside"] += averaging
-    return crossing
+    layers = step.parameters - step.ungrouped
+    sent = {"inside": 0.0, "between": 0.0}
+    if how.mode in ("fsdp", "hsdp"):
+        dtype = HALF if how.half else FP32
+        forward = ring(dtype * layers + FP32 * step.ungrouped, how.shards)
+        backward = ring(dtype * layers, how.shards) + ring(FP32 * step.parameters, how.shards)
+        link = "between" if how.shards > gpus_per_node else "inside"
+        sent[link] += how.grad_accum_steps * (forward + backward)
+    if how.mode != "none":
+        averaged = FP32 * (kept * layers + step.ungrouped) / how.shards
+        sent["between" if gpus > gpus_per_node else "inside"] += 2 * ring(averaged, gpus // how.shards)
+    return sent

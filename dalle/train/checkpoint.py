@@ -5,13 +5,13 @@
                                   optimizer.safetensors  the optimizers' moments, "parameter/moment"
                                   scales.safetensors     gradient scales, with fp16 only
                                   NAME.safetensors       whatever else has a memory
-                                  meta.json              format, kind, model_config, config, step, ema, inputs, ...
-                                  SHA256SUMS             of all of these, written last
+                                  meta.json              format, kind, model_config, config, step, ema,
+                                  inputs, ... SHA256SUMS             of all of these, written last
     run/checkpoints/latest                               name of the newest complete folder
 
-A folder is written under another name, synced, renamed; the pointer moves last. What lies on many processes is a
-folder of shards in place of a file (dalle/train/sharded_checkpoint.py). Random numbers, the learning rate and the place in the data
-follow from the seed and the step.
+A folder is written under another name, synced, renamed; the pointer moves last. What lies on many processes
+is a folder of shards in place of a file (dalle/train/sharded_checkpoint.py). Random numbers, the learning
+rate and the place in the data follow from the seed and the step.
 """
 
 import os
@@ -71,7 +71,8 @@ class Snapshot:
 def save_checkpoint(
     run_dir: Path, state: TrainState, meta: dict[str, Any], keep: int, keep_every: int | None = None
 ) -> Path:
-    """Writes a checkpoint of the state and removes all but the newest `keep` and every `keep_every`-th step's."""
+    """Writes a checkpoint of the state and removes all but the newest `keep` and every `keep_every`-th
+    step's."""
     dist = Distributed.current()
     return write_checkpoint(run_dir, Snapshot.of(state, meta, dist.rank), keep, keep_every, dist)
 
@@ -163,7 +164,8 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 def latest_valid_checkpoint(run_dir: Path, dist: Distributed) -> Path | None:
     """The newest checkpoint of a run whose files are all as they were written, or None if it has none at all.
 
-    Says which file is damaged when it takes an earlier one. All processes call it together, each reads its share.
+    Says which file is damaged when it takes an earlier one. All processes call it together, each reads its
+    share.
 
     Raises:
         ValueError: there are checkpoints, and each is damaged.
@@ -198,7 +200,8 @@ def _candidates(run_dir: Path) -> list[Path]:
 def verify_checkpoint(
     folder: Path, rank: int = 0, world: int = 1, parts: tuple[str, ...] | None = None
 ) -> str | None:
-    """What is wrong with the files of a checkpoint, in a sentence, or None; `parts` limits it to some tensors."""
+    """What is wrong with the files of a checkpoint, in a sentence, or None; `parts` limits it to some
+    tensors."""
     try:
         read_json(folder / "meta.json")
     except ValueError as error:

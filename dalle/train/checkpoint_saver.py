@@ -80,7 +80,8 @@ class AsyncCheckpointer:
 
 
 class RunGuard:
-    """Context of a training: locks the directory, handles signals, saves checkpoints, and waits for them at the end.
+    """Context of a training: locks the directory, handles signals, saves checkpoints, and waits for them at
+    the end.
 
     Args:
         run_dir: the run's directory, created if missing.
@@ -148,8 +149,9 @@ class RunGuard:
 class RunLock:
     """<run>/.lock, which names the process that holds it and its host.
 
-    A record lock (`fcntl.lockf`): the kernel frees it when its process dies, a forked data worker that outlives the
-    process does not inherit it, and network file systems know it. Where the system has none, nothing is locked.
+    A record lock (`fcntl.lockf`): the kernel frees it when its process dies, a forked data worker that
+    outlives the process does not inherit it, and network file systems know it. Where the system has none,
+    nothing is locked.
     """
 
     def __init__(self, run_dir: Path):
@@ -176,7 +178,8 @@ class RunLock:
     def _refused(self, error: OSError) -> None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             print(
-                f"note: {self.run_dir} cannot be locked ({error.strerror}); see that no other run writes there"
+                f"note: {self.run_dir} cannot be locked ({error.strerror}); see that no other run writes "
+                "there"
             )
             return
         self.file.seek(0)

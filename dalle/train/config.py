@@ -1,4 +1,5 @@
-"""Training configuration: optimizer, EMA, precision, PowerSGD, logging; the defaults are the transformer's (B.2).
+"""Training configuration: optimizer, EMA, precision, PowerSGD, logging; the defaults are the transformer's
+(B.2).
 
 A field marked `RESUME_FREE` may change when a run resumes: it leaves the weights as they are.
 """
@@ -14,6 +15,20 @@ Mode = Literal["none", "ddp", "fsdp", "hsdp"]
 Resume = Literal["auto", "changed", "never"]
 POWERSGD_RANKS = {1920: 512, 2688: 640, 3968: 896}
 """Width -> rank (Table 1): the least multiple of 128 that leaves no gap in the training loss."""
+PEAK_FLOPS = {  # dense, 16 bit with fp32 sums, by the data sheets; the first match wins
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
 LOGGERS = ("tensorboard", "wandb")
 TIMEOUT_MINUTES = 15.0
 """Longest wait for the other processes in a step: longer than a data worker may take (10 minutes)."""
@@ -41,7 +56,8 @@ class PlateauConfig:
     def __post_init__(self):
         if self.max_reductions < 0 or min(self.window, self.patience) < 1 or not self.threshold >= 0:
             raise ValueError(
-                f"max_reductions and threshold cannot be negative, window and patience must be positive, got {self}"
+                "max_reductions and threshold cannot be negative, window and patience must be positive, "
+                f"got {self}"
             )
 
 
@@ -73,7 +89,8 @@ class OptimizerConfig:
     """Largest second moment, not bias-corrected, before it is used (B.2); null does not clip."""
     state_dtype: Literal["fp32", "8bit", "paper"] = "fp32"
     """How AdamW stores both moments of matrices: fp32; paper: rounded to 1-6-9 and 0-6-10, emulated (B.2); or
-    8bit: by torchao, which needs max_variance null. Gains, biases and embeddings always use fp32 (D, guideline 2)."""
+    8bit: by torchao, which needs max_variance null. Gains, biases and embeddings always use fp32 (D,
+    guideline 2)."""
     muon_lr_scale: float | None = None
     """Muon's learning rate over AdamW's, for the matrices of the layers; null leaves them to AdamW (B.2)."""
 
@@ -118,7 +135,8 @@ class PowerSGDConfig:
     """How replicas average their gradients (2.5); without replicas it has no effect."""
 
     rank: int | None = None
-    """Of all shards of a matrix together: 896 for 12 billion parameters (Table 1); null sends whole gradients."""
+    """Of all shards of a matrix together: 896 for 12 billion parameters (Table 1); null sends whole
+    gradients."""
     start_step: int = 0
     """First step whose gradients are factored; earlier ones are sent whole."""
     q_mode: Literal["fixed", "warm_start", "random"] = "fixed"
@@ -134,7 +152,8 @@ class PowerSGDConfig:
 
 
 def compression_rate(width: int, rank: int, shards: int = 8) -> float:
-    """Share of the gradients of the layers' matrices that is not sent (Table 2): 1 - 5 r / 8 d for 8 shards."""
+    """Share of the gradients of the layers' matrices that is not sent (Table 2): 1 - 5 r / 8 d for 8
+    shards."""
     return 1 - rank * (shards + 2) / (2 * width * shards)
 
 
@@ -180,9 +199,9 @@ class TrainConfig:
     save_every: int = field(default=1000, metadata=RESUME_FREE)
     """Steps between two checkpoints; the last step is always saved."""
     max_skipped_steps: int = 8
-    """Steps in a row, skipped because loss or gradient is not finite, that end the run; 1 ends it at the first.
-    The paper skipped 5 % (E.2): 8 in a row are no chance. In fp16, where only the gradient is not finite, 125 times
-    as many, since a scale is lowered once in 125 steps (D)."""
+    """Steps in a row, skipped because loss or gradient is not finite, that end the run; 1 ends it at the
+    first. The paper skipped 5 % (E.2): 8 in a row are no chance. In fp16, where only the gradient is not
+    finite, 125 times as many, since a scale is lowered once in 125 steps (D)."""
     keep_last: int = field(default=2, metadata=RESUME_FREE)
     """Newest checkpoints kept; the disk needs space for one more while it is written."""
     keep_every: int | None = field(default=None, metadata=RESUME_FREE)
@@ -196,5 +215,6 @@ class TrainConfig:
         )
         if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.save_every):
             raise ValueError(
-                f"keep_every must be a multiple of save_every, {self.save_every}, or null, got {self.keep_every}"
+                f"keep_every must be a multiple of save_every, {self.save_every}, or null, got "
+                f"{self.keep_every}"
             )

@@ -5,8 +5,8 @@
     fsdp   each process holds a shard of every parameter, gradient and moment; layers are gathered as needed
     hsdp   shards among the processes of a machine, replicas between machines, as in the paper
 
-torchrun starts the processes. Each takes its shard of every step's batch; the shards in rank order are the batch of a
-single process, and so are loss, gradient and update up to rounding.
+torchrun starts the processes. Each takes its shard of every step's batch; the shards in rank order are the
+batch of a single process, and so are loss, gradient and update up to rounding.
 """
 
 import os
@@ -88,8 +88,8 @@ class Distributed:
     ) -> "Distributed":
         """Joins the processes that torchrun started for a training; mode "none" is a single process.
 
-        Only rank 0 prints from then on. A process that waits longer than `timeout` ends with an error that names the
-        ranks that do not answer (over NCCL the watchdog ends it and names the collective).
+        Only rank 0 prints from then on. A process that waits longer than `timeout` ends with an error that
+        names the ranks that do not answer (over NCCL the watchdog ends it and names the collective).
 
         Raises:
             ValueError: mode, torchrun, devices and `shard` do not match.
@@ -109,7 +109,8 @@ class Distributed:
 
     @classmethod
     def join(cls, device: str = "auto", timeout: timedelta = timedelta(days=7)) -> "Distributed":
-        """Joins the processes that torchrun started to divide work without training together; alone without torchrun."""
+        """Joins the processes that torchrun started to divide work without training together; alone without
+        torchrun."""
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         if world_size == 1:
             return cls(device=resolve_device(device))
@@ -126,7 +127,8 @@ class Distributed:
         return group
 
     def channel(self) -> "Distributed":
-        """The same processes with a control group of their own, for a thread; all create it in the same order."""
+        """The same processes with a control group of their own, for a thread; all create it in the same
+        order."""
         other = copy(self)
         if self.world_size > 1 or self.mode != "none":
             other.control = dist.new_group(backend="gloo")
@@ -156,9 +158,9 @@ class Distributed:
     def wrap(self, model: nn.Module, precision: str, averaged: bool = True) -> None:
         """Wraps the model in DDP or FSDP2, before optimizers are built; parameter names do not change.
 
-        Under fsdp and hsdp the groups of `model.fsdp_groups()` are gathered one by one, in 16 bit under bf16 and fp16 (as
-        autocast would cast them), the next one ahead of time; everything else once a step in fp32: norms,
-        embeddings, outputs (appendix D, guideline 2). Gradients are averaged in fp32.
+        Under fsdp and hsdp the groups of `model.fsdp_groups()` are gathered one by one, in 16 bit under bf16
+        and fp16 (as autocast would cast them), the next one ahead of time; everything else once a step in
+        fp32: norms, embeddings, outputs (appendix D, guideline 2). Gradients are averaged in fp32.
 
         Args:
             model: the same weights in every process.
@@ -197,8 +199,8 @@ class Distributed:
     def no_sync(self, active: bool) -> Iterator[None]:
         """Around a pass whose gradients accumulate (`active`): what can wait for the last pass does.
 
-        ddp averages in the last pass only. fsdp reduces shards in each, else every process would hold the gradient
-        of all parameters; hsdp does so within a machine and averages between machines in the last.
+        ddp averages in the last pass only. fsdp reduces shards in each, else every process would hold the
+        gradient of all parameters; hsdp does so within a machine and averages between machines in the last.
         """
         if self.mode == "ddp" and self.averaged and active:
             with self.wrapped.no_sync():
@@ -253,7 +255,8 @@ class Distributed:
         return values
 
     def gather_results(self, function: Callable[[], T]) -> list[T]:
-        """What the function returns in each process; an error in one is raised in all, after all have called it."""
+        """What the function returns in each process; an error in one is raised in all, after all have called
+        it."""
         outcome: tuple[Any, Exception | None]
         try:
             outcome = function(), None

@@ -1,4 +1,5 @@
-"""Sharded parameters: DTensor helpers that also take plain tensors, gradient norms, and FSDP2 sharding of a model."""
+"""Sharded parameters: DTensor helpers that also take plain tensors, gradient norms, and FSDP2 sharding of a
+model."""
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -51,7 +52,8 @@ def _split_by_sharding(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 class ForwardProxy(nn.Module):
-    """A model behind a single `forward`, the call that DDP and FSDP hook: forward(f, ...) is f(model, ...)."""
+    """A model behind a single `forward`, the call that DDP and FSDP hook: forward(f, ...) is f(model,
+    ...)."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -91,9 +93,10 @@ def shard_model(
 
 
 def shard_dim(shape: tuple[int, ...], shards: int) -> int:
-    """The dimension by which to shard a parameter: the longer side of a matrix, where the factors are smallest.
+    """The dimension by which to shard a parameter: the longer side of a matrix, where the factors are
+    smallest.
 
-    It is the paper's choice (E.2): by outputs, but the second matrix of the MLP by inputs. FSDP2 shards a dimension
-    other than the first only evenly, so a matrix that does not divide is sharded by the first.
+    It is the paper's choice (E.2): by outputs, but the second matrix of the MLP by inputs. FSDP2 shards a
+    dimension other than the first only evenly, so a matrix that does not divide is sharded by the first.
     """
     return int(len(shape) == 2 and shape[1] > shape[0] and shape[1] % shards == 0)

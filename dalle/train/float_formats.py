@@ -17,7 +17,8 @@ from dalle.train.dtensor import local
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """A floating-point format as IEEE 754 builds them: hidden bit, subnormals, top exponent for Inf and NaN."""
+    """A floating-point format as IEEE 754 builds them: hidden bit, subnormals, top exponent for Inf and
+    NaN."""
 
     exponent: int
     """Bits of the exponent; 6 at most, so that fp32 holds every value and its reciprocal."""

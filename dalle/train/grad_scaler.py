@@ -41,7 +41,8 @@ class PerBlockGradScaler:
 
     @torch.no_grad()
     def unscale(self) -> Tensor:
-        """Divides the gradients of each resblock by its scale; bool (blocks,), which of them are finite here."""
+        """Divides the gradients of each resblock by its scale; bool (blocks,), which of them are finite
+        here."""
         finite = []
         for block, value in zip(self.resblocks, self.values, strict=True):
             gradients = [local(p.grad) for p in block.parameters() if p.grad is not None]

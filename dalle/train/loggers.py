@@ -70,7 +70,8 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def peak_memory(device: torch.device | None = None) -> float:
-    """Largest memory so far in GiB: of a CUDA device, else of this process, without that of the one that started it."""
+    """Largest memory so far in GiB: of a CUDA device, else of this process, without that of the one that
+    started it."""
     if device is not None and device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
     status = Path("/proc/self/status")  # Linux, where getrusage starts at the parent's peak

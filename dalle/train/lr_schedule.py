@@ -1,7 +1,7 @@
 """Reduction of the learning rate when the training loss plateaus: halved, five times at most (appendix B.2).
 
-The paper does not define a plateau. Here the mean loss of `window` steps makes one reading; when `patience` readings
-in a row are not lower than the best one by `threshold`, the learning rate is halved.
+The paper does not define a plateau. Here the mean loss of `window` steps makes one reading; when `patience`
+readings in a row are not lower than the best one by `threshold`, the learning rate is halved.
 """
 
 import math

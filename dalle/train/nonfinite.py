@@ -1,8 +1,8 @@
 """Non-finite losses and gradients: such steps are skipped and counted, and too many in a row end the run.
 
-A skipped step leaves weights, moments and averages as they were and counts as a step, so the next one has the next
-batch. With gradient scales (fp16) it is part of the method: the paper skipped one step in twenty, and a scale that is
-too large is lowered once in 125 steps. Without them it is a bad batch, or a diverged run.
+A skipped step leaves weights, moments and averages as they were and counts as a step, so the next one has the
+next batch. With gradient scales (fp16) it is part of the method: the paper skipped one step in twenty, and a
+scale that is too large is lowered once in 125 steps. Without them it is a bad batch, or a diverged run.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +33,8 @@ class NonfiniteGuard:
         """A step was skipped. Returns whether these are too many in a row.
 
         Args:
-            scaled: lower gradient scales may help. They back off once in 125 steps, so the limit is 125 times as high.
+            scaled: lower gradient scales may help. They back off once in 125 steps, so the limit is 125 times
+                as high.
         """
         self.skipped += 1
         self.in_a_row += 1
@@ -51,7 +52,8 @@ class NonfiniteGuard:
 def find_nonfinite(
     model: nn.Module, forward: Callable[[], Any], all_true: Callable[[Tensor], Tensor] = lambda flags: flags
 ) -> str:
-    """Where NaN or infinity first appears in any process: a parameter, else a module's output, else a gradient.
+    """Where NaN or infinity first appears in any process: a parameter, else a module's output, else a
+    gradient.
 
     Every process gives the same answer, also where another one holds what is bad.
 

@@ -1,4 +1,5 @@
-"""AdamW with the paper's groups: weight decay on matrices only, the running variance bounded (appendices A.2, B.2).
+"""AdamW with the paper's groups: weight decay on matrices only, the running variance bounded (appendices A.2,
+B.2).
 
 Short runs may leave the matrices of the layers to Muon (Jordan et al. 2024), which makes the singular values
 of an update equal; at the size of the quick start it needs fewer steps than AdamW (docs/log.md).
@@ -41,7 +42,8 @@ def hidden_matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over the trainable parameters in two groups; with `muon`, Muon before it for the matrices of the layers.
+    """AdamW over the trainable parameters in two groups; with `muon`, Muon before it for the matrices of the
+    layers.
 
     Raises:
         ValueError: `muon` for a model without such matrices.
@@ -75,7 +77,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
 def set_lr(
     optimizers: list[torch.optim.Optimizer], config: OptimizerConfig, step: int, share: float = 1.0
 ) -> None:
-    """Gives every group the learning rate of an update, counted from 0, times a share (1/2 after one halving)."""
+    """Gives every group the learning rate of an update, counted from 0, times a share (1/2 after one
+    halving)."""
     for optimizer in optimizers:
         factor = config.muon_lr_scale if isinstance(optimizer, torch.optim.Muon) else 1.0
         for group in optimizer.param_groups:
@@ -87,11 +90,13 @@ def set_lr(
 
 
 def clip_second_moment(optimizer: torch.optim.AdamW, limit: float) -> None:
-    """From now on the running variance v is at most `limit` where parameters and moments are updated by it (B.2).
+    """From now on the running variance v is at most `limit` where parameters and moments are updated by it
+    (B.2).
 
-    The fused update leaves no room between v <- b v + (1 - b) g^2 and its use. So v is lowered before it, to at
-    most (limit - (1 - b) g^2) / b, which makes the result min(limit, v). One gradient alone can exceed the limit
-    if (1 - b) g^2 > limit, which the paper's clipping of the norm rules out; then v starts again from it.
+    The fused update leaves no room between v <- b v + (1 - b) g^2 and its use. So v is lowered before it, to
+    at most (limit - (1 - b) g^2) / b, which makes the result min(limit, v). One gradient alone can exceed the
+    limit if (1 - b) g^2 > limit, which the paper's clipping of the norm rules out; then v starts again from
+    it.
     """
 
     @torch.no_grad()
@@ -149,7 +154,8 @@ def plain_tensors(moment: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def load_moment(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, tensor: Tensor) -> None:
-    """Puts a plain tensor back where `plain_tensors` took it from; an optimizer of 8 bits rounds moments of fp32.
+    """Puts a plain tensor back where `plain_tensors` took it from; an optimizer of 8 bits rounds moments of
+    fp32.
 
     Raises:
         ValueError: moments of 8 bits for an optimizer of fp32.

@@ -39,7 +39,8 @@ EPS = 1e-6  # E.2, step 5
 def build_powersgd(
     model: nn.Module, config: PowerSGDConfig, seed: int, group: Any = None
 ) -> "PowerSGD | None":
-    """PowerSGD over a model's trainable parameters, or None where no rank is given or there is one replica only.
+    """PowerSGD over a model's trainable parameters, or None where no rank is given or there is one replica
+    only.
 
     Args:
         model: bare, or with its parameters sharded over a one-dimensional mesh (FSDP2).
@@ -87,8 +88,8 @@ class PowerSGD:
         group: the replicas; all processes unless given.
 
     Raises:
-        ValueError: no rank; parameters on a mesh of two dimensions, which FSDP2 averages by itself; shards with
-            a Q that changes.
+        ValueError: no rank; parameters on a mesh of two dimensions, which FSDP2 averages by itself; shards
+            with a Q that changes.
     """
 
     def __init__(
@@ -121,8 +122,8 @@ class PowerSGD:
                 self._draw(name, 0)
 
     def traffic(self) -> dict[str, float]:
-        """Of the last update, for the log: MB that this process gave to the averaging, and the share of those of
-        the same gradients whole in fp32."""
+        """Of the last update, for the log: MB that this process gave to the averaging, and the share of those
+        of the same gradients whole in fp32."""
         whole = sum(4 * local(p).numel() for p in self.parameters.values())
         return {"comm_mb": self.sent / 1e6, "comm_ratio": self.sent / whole}
 
@@ -194,8 +195,8 @@ class PowerSGD:
                 one.qs = [orthonormal(qs.pop(0)).contiguous() for _ in one.qs]  # as a checkpoint gives it
 
     def _all_good(self, held: dict[str, Factored], gradients: dict[str, Tensor], sent: Tensor) -> bool:
-        """Whether all buffers and messages were finite. If not, nothing was taken, so buffers keep what is owed,
-        but those that are not finite start again from 0 (E.2, step 12)."""
+        """Whether all buffers and messages were finite. If not, nothing was taken, so buffers keep what is
+        owed, but those that are not finite start again from 0 (E.2, step 12)."""
         buffers = torch.stack([one.error.isfinite().all() for one in held.values()])
         if self.share(buffers.all() & sent):
             return True
@@ -207,7 +208,8 @@ class PowerSGD:
         return False
 
     def _average(self, tensors: list[Tensor], paper: bool = False) -> Tensor:
-        """The mean over the replicas, in place, in one message. Whether the message was finite at both ends."""
+        """The mean over the replicas, in place, in one message. Whether the message was finite at both
+        ends."""
         if not tensors:
             return torch.tensor(True)
         message = torch.cat([t.flatten() for t in tensors]).float()
@@ -245,8 +247,8 @@ class PowerSGD:
     def state_dict(self) -> dict[str, Tensor]:
         """The mean of the replicas' error buffers, and Q if it changes.
 
-        Only the mean acts on training, so a checkpoint of it serves any number of replicas (E.2). Each replica
-        goes on from the mean too, so that going on and resuming are the same to the last bit.
+        Only the mean acts on training, so a checkpoint of it serves any number of replicas (E.2). Each
+        replica goes on from the mean too, so that going on and resuming are the same to the last bit.
         """
         for one in self.factored.values():
             self._mean(one.error)
@@ -263,7 +265,8 @@ class PowerSGD:
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Takes them up on every replica; ValueError for those of other parameters.
 
-        Another number of shards may factor other parameters: what is owed to one that is sent whole now is dropped,
+        Another number of shards may factor other parameters: what is owed to one that is sent whole now is
+            dropped,
         and one that is new owes nothing.
         """
         own = {f"error/{name}": one.error for name, one in self.factored.items()} | self._changing_qs()

@@ -75,7 +75,8 @@ def _named_device(name: str) -> torch.device:
 
 
 def compile_layers(model: nn.Module, **options) -> None:
-    """Compiles each repeated layer by itself, or each child of a model without any; names of weights stay as they are.
+    """Compiles each repeated layer by itself, or each child of a model without any; names of weights stay as
+    they are.
 
     Args:
         model: layers are the members of its `nn.ModuleList`s.

@@ -4,9 +4,11 @@
                   model/shard-00002-...                                 the second
                   ema/  optimizer/  ...                                 likewise
 
-DCP's default storage pickles its `.metadata` and whatever is no tensor. This uses its safetensors storage, in which
-the header of each shard says where its tensors belong, and hands it nothing but tensors: nothing is unpickled from
-a file. Which number of processes reads does not matter, nor whether a tensor was written whole (`model.safetensors`).
+DCP's default storage pickles its `.metadata` and whatever is no tensor. This uses its safetensors storage, in
+which
+the header of each shard says where its tensors belong, and hands it nothing but tensors: nothing is unpickled
+from a file. Which number of processes reads does not matter, nor whether a tensor was written whole
+(`model.safetensors`).
 """
 
 import warnings
@@ -41,7 +43,8 @@ def is_sharded(tensors: dict[str, Tensor]) -> bool:
 
 
 def of_each_process(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
-    """What every process has a value of its own of, as one tensor (processes, ...) to put into a checkpoint."""
+    """What every process has a value of its own of, as one tensor (processes, ...) to put into a
+    checkpoint."""
     return DTensor.from_local(tensor.detach()[None], mesh, [Shard(0)] * mesh.ndim, run_check=False)
 
 

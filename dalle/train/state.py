@@ -19,8 +19,8 @@ from dalle.train.optimizer import load_moment, plain_tensors
 class Stateful(Protocol):
     """A part of training with a state of its own: tensors and numbers by name.
 
-    A tensor that differs between processes is a DTensor over them (`sharded_checkpoint.per_rank_tensor`). When their
-    number has changed, it is loaded as one tensor (processes of the checkpoint, ...).
+    A tensor that differs between processes is a DTensor over them (`sharded_checkpoint.per_rank_tensor`).
+    When their number has changed, it is loaded as one tensor (processes of the checkpoint, ...).
     """
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -41,7 +41,8 @@ class TrainState:
     """Other stateful parts, by name: nonfinite, plateau, powersgd."""
 
     def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Every tensor by file and name, a shard where parameters are sharded; and everything that is no tensor."""
+        """Every tensor by file and name, a shard where parameters are sharded; and everything that is no
+        tensor."""
         tensors = {"model": self.model.state_dict(), "ema": self.ema.sums, "optimizer": self._moments()}
         if self.scales:
             tensors["scales"] = self.scales.state_dict()

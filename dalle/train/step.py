@@ -34,7 +34,8 @@ def train_step(
     Args:
         batch: this process's shard.
         dist: the processes; default: a single one.
-        passes: gradient accumulation: forward and backward passes of the shard; they change memory and no result.
+        passes: gradient accumulation: forward and backward passes of the shard; they change memory and no
+            result.
 
     Raises:
         FloatingPointError: too many skipped steps in a row; names the first bad tensor.
@@ -141,7 +142,8 @@ def mean_loss(losses: list[Loss], dist: Distributed) -> Loss:
 
 
 def split(batch: Any, count: int) -> list[Any]:
-    """A batch (tensor, or tuples, lists and dicts of them) as `count` equal parts; ValueError if it does not divide."""
+    """A batch (tensor, or tuples, lists and dicts of them) as `count` equal parts; ValueError if it does not
+    divide."""
     if count == 1:
         return [batch]
     if isinstance(batch, dict):
@@ -158,9 +160,10 @@ def split(batch: Any, count: int) -> list[Any]:
 def build_grad_scaler(model: nn.Module) -> PerBlockGradScaler:
     """A gradient scale for each of the model's resblocks; ValueError for a model without resblocks.
 
-    The paper divides the loss by the images of all M processes and multiplies the scales by M. Here each process
-    takes the mean over its shard, M times as large, and the fp32 means of the gradients divide by M: fp16 holds the
-    same numbers, and a scale means the same on any number of processes.
+    The paper divides the loss by the images of all M processes and multiplies the scales by M. Here each
+    process
+    takes the mean over its shard, M times as large, and the fp32 means of the gradients divide by M: fp16
+    holds the same numbers, and a scale means the same on any number of processes.
     """
     if not hasattr(model, "resblocks"):
         raise ValueError(

@@ -1,4 +1,5 @@
-"""How fast a run is: seconds of an update, share spent waiting for data, samples and tokens a second, utilisation.
+"""How fast a run is: seconds of an update, share spent waiting for data, samples and tokens a second,
+utilisation.
 
 Every rate is over all updates since the last line of the log, without evaluations and checkpoints.
 
@@ -11,23 +12,9 @@ from contextlib import contextmanager
 
 import torch
 
+from dalle.train.config import PEAK_FLOPS
 from dalle.train.loggers import Numbers, peak_memory
 from dalle.types import StepCost
-
-PEAK_FLOPS = {  # dense 16-bit tensor cores with fp32 sums, from the makers' data sheets; first match wins
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
 
 
 def known_peak_flops(name: str, precision: str) -> float | None:

@@ -1,7 +1,8 @@
 """Trainer: one training loop for every model family.
 
-It receives a model, an objective and a function that gives the batch of a step, and knows no family. Every step is a
-function of the state, the seed and the step's number, so N steps equal k steps, a resume and N - k steps, bit for bit.
+It receives a model, an objective and a function that gives the batch of a step, and knows no family. Every
+step is a function of the state, the seed and the step's number, so N steps equal k steps, a resume and N - k
+steps, bit for bit.
 """
 
 from collections.abc import Callable
@@ -75,7 +76,8 @@ class Trainer:
 
         Raises:
             ValueError: the directory holds another run, is in use, or no checkpoint is valid.
-            FloatingPointError: loss or gradient were not finite too often in a row; names the first bad tensor.
+            FloatingPointError: loss or gradient were not finite too often in a row; names the first bad
+                tensor.
             OSError: a checkpoint could not be written.
             Preempted: (a SystemExit of status 75) a signal stopped the run; it has saved.
         """
@@ -151,7 +153,8 @@ class Trainer:
             tqdm.write(f"{self.meta['kind']} step {state.step}: {shown}")
 
     def _maybe_resume(self, control: Distributed) -> list[str]:
-        """Loads the newest valid checkpoint of the directory, if any; returns changes of the configuration."""
+        """Loads the newest valid checkpoint of the directory, if any; returns changes of the
+        configuration."""
         folder = latest_valid_checkpoint(self.run_dir, control)
         if folder is None:
             return []
@@ -224,7 +227,8 @@ def step_cost(objective: Objective, model: nn.Module, batch: Any) -> StepCost:
 
 
 def random_baseline(objective: Objective, model: nn.Module) -> Numbers:
-    """Metrics of an uninformed model as {"baseline/NAME": value}, if the objective has a method `random_baseline`."""
+    """Metrics of an uninformed model as {"baseline/NAME": value}, if the objective has a method
+    `random_baseline`."""
     baseline = getattr(objective, "random_baseline", None)
     return {f"baseline/{name}": value for name, value in baseline(model).items()} if baseline else {}
 

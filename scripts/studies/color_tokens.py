@@ -1,6 +1,7 @@
 """Rendered shapes as token streams, and a plot of curves: what the studies of training share.
 
-A stream holds the words of a caption and the colors of 12 x 12 pixels, rounded to 64, so no tokenizer must be trained.
+A stream holds the words of a caption and the colors of 12 x 12 pixels, rounded to 64, so no tokenizer must be
+trained.
 """
 
 from typing import Any

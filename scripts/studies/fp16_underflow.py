@@ -1,8 +1,10 @@
-"""fp16 gradient underflow: one loss scale against one scale per resblock (Section 2.4, Appendix D, Figure 12).
+"""fp16 gradient underflow: one loss scale against one scale per resblock (Section 2.4, Appendix D, Figure
+12).
 
-The gradients of a small model do not spread as those of a billion parameters do, so the study spreads them: a gradient
-is multiplied by a power of two on its way into a resblock and divided by it on its way out. The forward pass and, in
-fp32, AdamW's updates stay the same up to rounding. CPU autocast computes in real fp16, so gradients do underflow.
+The gradients of a small model do not spread as those of a billion parameters do, so the study spreads them: a
+gradient is multiplied by a power of two on its way into a resblock and divided by it on its way out. The
+forward pass and, in fp32, AdamW's updates stay the same up to rounding. CPU autocast computes in real fp16,
+so gradients do underflow.
 
 python scripts/studies/fp16_underflow.py --plot underflow.png --plot-scales scales.png --json underflow.json
 """
@@ -145,7 +147,8 @@ def _train(method: str, args: UnderflowStudy) -> list[dict[str, Any]]:
 
 
 def optimizer(lr: float) -> OptimizerConfig:
-    """AdamW that does not depend on the size of gradients: no clipping, and an eps far below all but noise."""
+    """AdamW that does not depend on the size of gradients: no clipping, and an eps far below all but
+    noise."""
     return OptimizerConfig(
         lr=Schedule(lr, lr),
         warmup_steps=100,

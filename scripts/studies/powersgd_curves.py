@@ -1,6 +1,8 @@
-"""Loss curves of PowerSGD and low-precision optimizer moments at equal steps (Section 2.5, Appendices B.2 and E).
+"""Loss curves of PowerSGD and low-precision optimizer moments at equal steps (Section 2.5, Appendices B.2 and
+E).
 
-Replicas are processes that exchange gradients over gloo, as in real training; all methods start from the same weights.
+Replicas are processes that exchange gradients over gloo, as in real training; all methods start from the same
+weights.
 
 python scripts/studies/powersgd_curves.py --steps 200 --plot curves.png --json curves.json
 """

@@ -13,7 +13,7 @@ def test_a_sweep_trains_at_each_learning_rate_and_plots_them(chain, tiny_runs, w
     losses = sweep("clip", run, [0.5, 1.0])
     assert list(losses) == [0.5 * base, base]
     assert losses[base] == last_loss(tmp_path / "sweep" / f"lr-{base:g}")
-    assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 1000
+    assert (tmp_path / "sweep" / "lr_sweep.png").stat().st_size > 1000
     assert capsys.readouterr().out.count("<- lowest") == 1
 
 

@@ -107,7 +107,8 @@ def test_cmyk_becomes_rgb(tmp_path):
     assert (red > 250, green < 5, blue < 5) == (True, True, True)
 
 
-# Where the first row and column of the stored image belong, by the EXIF standard; upright it is 1 2 3 / 4 5 6.
+# Where the first row and column of the stored image belong, by the EXIF standard; upright it is 1 2 3 / 4 5
+# 6.
 STORED = {
     1: ([1, 2, 3], [4, 5, 6]),  # top, left
     2: ([3, 2, 1], [6, 5, 4]),  # top, right

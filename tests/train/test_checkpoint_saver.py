@@ -1,4 +1,5 @@
-"""A run that dies at any instant goes on as if it had not (dalle/train: checkpoint, keeper, signals, lock)."""
+"""A run that dies at any instant goes on as if it had not (dalle/train: checkpoint, keeper, signals,
+lock)."""
 
 import contextlib
 import multiprocessing
@@ -533,7 +534,8 @@ def begun(run: Path, pattern: str) -> set[tuple[Path, int]]:
 
 
 def kill_somewhere(run, rng: random.Random) -> str:
-    """Trains, waits for some events, then a moment, and kills it; what was seen, and whether a save was open."""
+    """Trains, waits for some events, then a moment, and kills it; what was seen, and whether a save was
+    open."""
     event, count = rng.choice(["step", "save", "file"]), rng.randint(1, 3)
     pattern = ".partial-step-*/model.safetensors" if event == "file" else ".partial-step-*"
     wanted, left, left_open = (

@@ -1,8 +1,9 @@
-"""Several processes train as one does (dalle/train/distributed.py, section 2.5): ddp, fsdp and hsdp by gloo on the CPU.
+"""Several processes train as one does (dalle/train/distributed.py, section 2.5): ddp, fsdp and hsdp by gloo
+on the CPU.
 
-Each mode's processes are started once and train every family (tests/helpers/distributed_work.py); a run is its checkpoint and
-log, which are compared with those of a single process. Sums over processes are rounded in another order, and that
-is all that may differ.
+Each mode's processes are started once and train every family (tests/helpers/distributed_work.py); a run is
+its checkpoint and log, which are compared with those of a single process. Sums over processes are rounded in
+another order, and that is all that may differ.
 """
 
 import json
@@ -137,7 +138,8 @@ def assert_close_runs(one: Path, other: Path, tolerance: float) -> None:
 @pytest.mark.parametrize("case", PLAIN)
 @pytest.mark.parametrize("mode", MODES)
 def test_several_processes_train_as_one(mode, case, single, several):
-    """Weights, averages, moments, losses, norms, scales; several also stop, activation_checkpointing and take several passes."""
+    """Weights, averages, moments, losses, norms, scales; several also stop, activation_checkpointing and take
+    several passes."""
     assert_close_runs(single / case, several(mode)[0] / case, TOLERANCE[case])
 
 

@@ -1,4 +1,5 @@
-"""Rounding to formats of 16 bits: against torch's own formats, against the paper's numbers, and inside Adam."""
+"""Rounding to formats of 16 bits: against torch's own formats, against the paper's numbers, and inside
+Adam."""
 
 import pytest
 import torch

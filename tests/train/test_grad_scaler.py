@@ -1,4 +1,5 @@
-"""fp16 with a gradient scale per resblock: the laws of the schedule and the flow of Figure 4 (2.4, appendix D)."""
+"""fp16 with a gradient scale per resblock: the laws of the schedule and the flow of Figure 4 (2.4, appendix
+D)."""
 
 import math
 from dataclasses import replace

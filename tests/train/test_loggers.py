@@ -1,4 +1,5 @@
-"""What a run tells: rates, utilisation, TensorBoard, W&B, images (dalle/train/throughput.py, dalle/train/writers.py)."""
+"""What a run tells: rates, utilisation, TensorBoard, W&B, images (dalle/train/throughput.py,
+dalle/train/writers.py)."""
 
 import sys
 from dataclasses import replace
@@ -74,7 +75,8 @@ def test_evaluations_and_checkpoints_are_not_training(clock):
 
 
 def test_what_is_not_known_is_not_told(clock):
-    """No tokens for images, no utilisation without a peak or without operations, no rates for a bare function."""
+    """No tokens for images, no utilisation without a peak or without operations, no rates for a bare
+    function."""
     for peak, work in [(None, StepCost(4, 0, 100.0)), (1000.0, StepCost(4))]:
         meter = ThroughputMeter(CPU, peak=peak)
         clock(1.0)

@@ -1,4 +1,5 @@
-"""AdamW's groups: weight decay on matrices and convolutions only (appendix B.2). Muon for the layers, if asked."""
+"""AdamW's groups: weight decay on matrices and convolutions only (appendix B.2). Muon for the layers, if
+asked."""
 
 from types import SimpleNamespace
 
@@ -120,7 +121,8 @@ def test_muon_takes_every_matrix_of_the_transformers_layers(tiny_runs):
 
 
 def test_an_update_of_muon_has_equal_singular_values():
-    """Up to the about 0.7 to 1.2 of five Newton-Schulz steps, whatever the gradient's are; its directions are kept."""
+    """Up to the about 0.7 to 1.2 of five Newton-Schulz steps, whatever the gradient's are; its directions are
+    kept."""
     model = Stack()
     weight = model.layers[0][1].weight
     before = weight.detach().clone()
@@ -190,7 +192,8 @@ def adamw_by_hand(weight: Tensor, gradients: list[Tensor], optim: OptimizerConfi
 
 @pytest.mark.parametrize("limit", [5.0, 1.0, None])
 def test_the_variance_is_clipped_before_parameter_and_moment_see_it(limit):
-    """Gradients up to 4, as clipping their norm leaves; the first values reach the limit, the last never do."""
+    """Gradients up to 4, as clipping their norm leaves; the first values reach the limit, the last never
+    do."""
     optim = OptimizerConfig(lr=Schedule(0.01, 0.01), warmup_steps=0, weight_decay=0.0, max_variance=limit)
     layer = nn.Linear(4, 1, bias=False).double()
     start = layer.weight.detach().clone()

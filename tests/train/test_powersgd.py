@@ -1,4 +1,5 @@
-"""PowerSGD: what it promises to two replicas (tests/helpers/powersgd_worker.py has the scenarios), ranks and rates."""
+"""PowerSGD: what it promises to two replicas (tests/helpers/powersgd_worker.py has the scenarios), ranks and
+rates."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Several processes share each step: together they load what one loads, from every source (dalle/data, stages)."""
+"""Several processes share each step: together they load what one loads, from every source (dalle/data,
+stages)."""
 
 import itertools
 from collections import Counter

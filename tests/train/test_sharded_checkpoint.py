@@ -1,4 +1,5 @@
-"""Checkpoints of many processes (dalle/train/sharded_checkpoint.py): two or four over gloo, each a fork of the test.
+"""Checkpoints of many processes (dalle/train/sharded_checkpoint.py): two or four over gloo, each a fork of
+the test.
 
 What a process finds comes back by a pipe, as numpy arrays.
 """
@@ -46,7 +47,8 @@ META = {"kind": "transformer", "model_config": None, "config": {}, "inputs": {}}
 def processes(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What function(rank, *args) gives in each of `world` processes that form a gloo group.
 
-    They are forks, so that torch is loaded once; they meet at a file, since the threads of a store do not fork.
+    They are forks, so that torch is loaded once; they meet at a file, since the threads of a store do not
+    fork.
     """
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in range(world)]

@@ -347,8 +347,9 @@ def crash(monkeypatch):
     return arm
 
 
-# One checkpoint: three tensor files; renames of meta.json, SHA256SUMS, the folder and the pointer; a sync of each
-# file and of the folders; removals of a folder of the same name and of the oldest one. The log is renamed before.
+# One checkpoint: three tensor files; renames of meta.json, SHA256SUMS, the folder and the pointer; a sync of
+# each file and of the folders; removals of a folder of the same name and of the oldest one. The log is
+# renamed before.
 CRASHES = [("write_tensors", n) for n in (1, 2, 3)] + [("replace", n) for n in (2, 3, 4, 5)]
 CRASHES += [("sync", n) for n in range(2, 10)] + [("rmtree", n) for n in (1, 2)]
 
