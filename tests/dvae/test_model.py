@@ -1,5 +1,4 @@
-"""The dVAE (sections 2.1, A.1): dalle/dvae/model.py, against the paper's counts and OpenAI's published
-modules."""
+"""The dVAE (sections 2.1, A.1) against the paper's counts and OpenAI's modules (dalle/dvae/model.py)."""
 
 import math
 
@@ -69,23 +68,12 @@ def test_paper_size_has_the_releases_parameters(paper, part, parameters, tensors
     assert (sum(sizes), len(sizes)) == (parameters, tensors)
 
 
-def test_encoder_has_the_releases_keys_and_shapes(paper):
+def test_parameters_have_the_releases_names_and_shapes(paper):
+    """The skip path has a convolution only where the width changes."""
     first, last = (256, 3, 7, 7), (8192, 2048, 1, 1)
     assert shapes_of(paper.encoder) == released_shapes([256, 512, 1024, 2048], 256, first, last, (3, 3, 3, 1))
-
-
-def test_decoder_has_the_releases_keys_and_shapes(paper):
     first, last = (128, 8192, 1, 1), (6, 256, 1, 1)
     assert shapes_of(paper.decoder) == released_shapes([2048, 1024, 512, 256], 128, first, last, (1, 3, 3, 3))
-
-
-def test_the_skip_path_has_a_convolution_only_where_the_width_changes(paper):
-    in_encoder, in_decoder = (
-        [name for name in part.state_dict() if name.endswith("id_path.w")]
-        for part in (paper.encoder, paper.decoder)
-    )
-    assert in_encoder == [f"blocks.group_{group}.block_1.id_path.w" for group in (2, 3, 4)]
-    assert in_decoder == [f"blocks.group_{group}.block_1.id_path.w" for group in (1, 2, 3, 4)]
 
 
 # Equal to the published modules on shared weights.
@@ -93,9 +81,7 @@ def test_the_skip_path_has_a_convolution_only_where_the_width_changes(paper):
 
 @pytest.fixture
 def released():
-    return pytest.importorskip(
-        "dall_e", reason="OpenAI's package dall-e, the golden reference, is not installed"
-    )
+    return pytest.importorskip("dall_e", reason="needs OpenAI's package dall-e, the golden reference")
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
@@ -160,10 +146,8 @@ def test_shapes_of_any_configuration(downsample_factor, widths, blocks_per_group
     assert (images.shape, images.dtype) == (pixels.shape, torch.float32)
     assert images.min() >= 0
     assert images.max() <= 1
-    assert (
-        len([name for name in model.state_dict() if name.endswith("conv_1.w")])
-        == 2 * len(widths) * blocks_per_group
-    )
+    blocks = [name for name in model.state_dict() if name.endswith("conv_1.w")]
+    assert len(blocks) == 2 * len(widths) * blocks_per_group
 
 
 def test_the_grid_is_square_unless_given():
@@ -213,20 +197,9 @@ def test_encode_maps_pixels_inward_before_the_encoder():
     assert torch.equal(model.codebook_logits(pixels), model.encoder(0.8 * pixels + 0.1))
 
 
-def test_encode_and_decode_are_repeatable_and_keep_no_graph():
-    model, pixels = build(TINY), random_pixels(2, 3, 4, 4)
-    tokens = model.encode(pixels)
-    images = model.decode(tokens)
-    assert torch.equal(model.encode(pixels), tokens)
-    assert torch.equal(model.decode(tokens), images)
-    assert not images.requires_grad
-
-
-def test_each_token_draws_its_own_square():
+def test_each_token_determines_its_own_square():
     """Without residual paths the decoder has 1x1 convolutions only, so a token reaches no further."""
-    model = build(
-        DVAEConfig(widths=(8, 8, 8), downsample_factor=4, vocab_size=5, codebook_dim=8, residual_scale=0.0)
-    )
+    model = build(DVAEConfig((8, 8, 8), 2, 4, vocab_size=5, codebook_dim=8, residual_scale=0.0))
     tokens = torch.zeros(1, 2 * 3, dtype=torch.int64)
     changed = tokens.clone()
     changed[0, 1 * 3 + 2] = 4  # row 1, column 2 of a grid of 2 x 3
@@ -236,50 +209,36 @@ def test_each_token_draws_its_own_square():
     assert torch.equal(difference, expected)
 
 
-def test_decode_drops_the_log_scale():
-    model, tokens = build(TINY), torch.arange(4)[None]
-    before = model.decode(tokens)
-    output = model.decoder.blocks.output.conv
-    with torch.no_grad():
-        output.w[3:] += 5
-        output.b[3:] -= 5
-    assert torch.equal(model.decode(tokens), before)
-    with torch.no_grad():
-        output.b[:3] += 0.5
-    assert not torch.equal(model.decode(tokens), before)
-
-
-def test_decode_is_the_unmapped_sigmoid_of_the_location():
+def test_decode_is_the_unmapped_sigmoid_of_the_location_without_the_log_scale():
     model, tokens = build(TINY), torch.arange(4)[None]
     codes = torch.zeros(1, 7, 2, 2)
     codes[0, torch.arange(4), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])] = 1
     mu, log_b = model.decoder(codes).chunk(2, dim=1)
-    torch.testing.assert_close(model.decode(tokens), ((torch.sigmoid(mu) - 0.1) / 0.8).clamp(0, 1))
+    images = model.decode(tokens)
+    assert not images.requires_grad
+    torch.testing.assert_close(images, ((torch.sigmoid(mu) - 0.1) / 0.8).clamp(0, 1))
     torch.testing.assert_close(model.reconstruct(codes), (mu, log_b))
 
 
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        (torch.rand(3, 8, 8), r"must be \(B, 3, H, W\), got \(3, 8, 8\)"),
+        (torch.rand(3, 8, 8), r"\(B, 3, H, W\), got \(3, 8, 8\)"),
         (torch.rand(1, 4, 8, 8), r"got \(1, 4, 8, 8\)"),
         (torch.rand(1, 8, 8, 3), r"got \(1, 8, 8, 3\)"),
         (torch.rand(0, 3, 8, 8), r"got none: \(0, 3, 8, 8\)"),
         (torch.rand(1, 3, 0, 8), r"got none: \(1, 3, 0, 8\)"),
-        (
-            torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
-            "must be float .* torch.uint8; divide uint8 images by 255",
-        ),
-        (torch.rand(1, 3, 9, 8), r"multiples of 2, got \(9, 8\); crop or resize first"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "torch.uint8; divide .* by 255"),
+        (torch.rand(1, 3, 9, 8), r"multiples of 2, got \(9, 8\)"),
         (torch.rand(1, 3, 8, 7), r"multiples of 2, got \(8, 7\)"),
-        (torch.rand(1, 3, 8, 8) * 255, r"must lie in \[0, 1\], got .*; divide by 255"),
+        (torch.rand(1, 3, 8, 8) * 255, r"\[0, 1\], got .* divide by 255"),
         (torch.rand(1, 3, 8, 8) * 2 - 1, r"map \[-1, 1\] by \(x \+ 1\) / 2"),
         (torch.full((1, 3, 8, 8), 1.2), "clamp to"),
         (torch.full((1, 3, 8, 8), float("nan")), "NaN or infinite"),
         (torch.rand(1, 3, 8, 8).index_fill(3, torch.tensor(5), float("inf")), "NaN or infinite"),
     ],
 )
-def test_encode_refuses_what_are_no_pixels(pixels, message):
+def test_encode_refuses_invalid_pixels(pixels, message):
     with pytest.raises(ValueError, match=message):
         build(TINY).encode(pixels)
 
@@ -291,15 +250,11 @@ def test_encode_refuses_what_are_no_pixels(pixels, message):
         (torch.tensor([[0, -1, 2, 3]]), None, r"in \[0, 7\), got -1 at row 0, position 1"),
         (torch.zeros(1, 4), None, r"image_tokens must be int64 \(B, N\), got torch.float32"),
         (torch.zeros(1, 2, 2, dtype=torch.int64), None, r"got torch.int64 \(1, 2, 2\)"),
-        (
-            torch.zeros(1, 6, dtype=torch.int64),
-            None,
-            r"6 tokens do not fill a grid of 2 x 2; give grid=\(rows, columns\)",
-        ),
-        (torch.zeros(1, 6, dtype=torch.int64), (2, 2), "6 tokens do not fill a grid of 2 x 2"),
+        (torch.zeros(1, 6, dtype=torch.int64), None, "6 tokens .* grid of 2 x 2"),
+        (torch.zeros(1, 6, dtype=torch.int64), (2, 2), "6 tokens .* grid of 2 x 2"),
     ],
 )
-def test_decode_refuses_what_are_no_tokens(tokens, grid, message):
+def test_decode_refuses_invalid_tokens(tokens, grid, message):
     with pytest.raises(ValueError, match=message):
         build(TINY).decode(tokens, grid)
 
@@ -317,9 +272,7 @@ def test_the_relaxation_and_the_convolutions_beside_it_stay_fp32_under_autocast(
         "last": model.decoder.blocks.output.conv,
     }
     for name, layer in layers.items():
-        layer.register_forward_hook(
-            lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)})
-        )
+        layer.register_forward_hook(lambda _, x, output, name=name: seen.update({name: (x[0], output)}))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model.codebook_logits(pixels)
         relaxed = gumbel_softmax(logits, 0.5)
@@ -345,9 +298,7 @@ def test_logit_gain_scales_the_initial_logits():
 
 
 def test_code_std_is_the_initial_size_of_the_code_vectors():
-    model = DVAE(
-        DVAEConfig(widths=(8,), downsample_factor=1, vocab_size=64, codebook_dim=64, codebook_init_std=1.0)
-    )
+    model = DVAE(DVAEConfig((8,), 2, 1, vocab_size=64, codebook_dim=64, codebook_init_std=1.0))
     assert model.decoder.blocks.input.w.std().item() == pytest.approx(1, rel=0.05)
 
 
@@ -373,7 +324,7 @@ def test_pixel_maps_equal_the_published_ones(released):
     assert torch.equal(unmap_pixels(pixels), released.unmap_pixels(pixels))
 
 
-def test_looking_codes_up_equals_the_one_hot_convolution():
+def test_embedding_lookup_equals_the_one_hot_convolution():
     model = DVAE(DVAEConfig(widths=(8, 8), downsample_factor=2, vocab_size=11, codebook_dim=6))
     tokens = torch.randint(11, (2, 3, 5))
     one_hot = torch.nn.functional.one_hot(tokens, 11).movedim(-1, 1).float()

@@ -1,4 +1,4 @@
-"""Matrices in 8 bits: what they round, what they share, and how near the model stays (dalle/nn/int8.py)."""
+"""Weights in 8 bits: rounding, sharing, closeness of the model (dalle/nn/int8.py)."""
 
 import pytest
 import torch
@@ -40,9 +40,7 @@ class TestInt8Linear:
         plain.weight[3] *= 100  # a row of its own scale
         rounded = Int8Linear(plain)
         away = (matrix_of(rounded) - plain.weight.double()).abs() / rounded.scale.double()[:, None]
-        assert (
-            away.max() <= 0.75
-        )  # the largest weight of a row may lie 127 / 2^9 beyond, for the scale is in bf16
+        assert away.max() <= 0.75  # the largest weight of a row may be 127 / 2^9 beyond: the scale is bf16
         inside = plain.weight.abs() <= 127 * rounded.scale.float()[:, None]
         assert away[inside].max() <= 0.5 + 1e-6
         assert rounded.codes.abs().amax(dim=1).min() >= 126
@@ -66,7 +64,7 @@ class TestInt8Linear:
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
 
-    def test_columns_that_lie_apart_are_taken_together(self):
+    def test_strided_inputs_are_made_contiguous(self):
         rounded, x = Int8Linear(linear(inputs=ALIGNMENT)), torch.randn(ALIGNMENT, 5).T
         assert torch.equal(rounded(x), rounded(x.contiguous()))
 
@@ -89,12 +87,8 @@ class TestModel:
                 assert isinstance(plain[name], nn.Linear)
                 assert module.weight.dtype == (torch.float32 if name == "to_logits" else dtype)
         shared = {name for name, p in rounded.named_parameters() if p is model.get_parameter(name)}
-        assert {
-            "token_embedding.weight",
-            "row.weight",
-            "final_norm.weight",
-            "layers.0.mlp.norm.bias",
-        } <= shared
+        names = ("token_embedding.weight", "row.weight", "final_norm.weight", "layers.0.mlp.norm.bias")
+        assert shared.issuperset(names)
         assert ("layers.1.mlp.f.expand.bias" in shared) == (dtype == torch.float32)
         assert rounded.patterns["row"] is model.patterns["row"]
         assert model.layers[0].mlp.f.expand.weight.dtype == torch.float32
@@ -114,18 +108,15 @@ class TestModel:
     def test_steps_with_caches_take_the_tokens_of_whole_passes(self, model, dtype, guidance):
         rounded = quantize_int8(cast_linear_weights(model, dtype))
         text, noise = model.layout.pad_text([[1, 2], [3]]), torch.rand(2, 3, 10, dtype=torch.float64)
-        assert (
-            rounded.layers[0].mlp.f.expand.weight.dtype
-            == rounded.init_kv_caches(1, 1)[0].image.dtype
-            == dtype
-        )
-        drawn = generate(rounded, text, noise, guidance=guidance, temperature=0)
+        assert rounded.layers[0].mlp.f.expand.weight.dtype == dtype
+        assert rounded.init_kv_caches(1, 1)[0].image.dtype == dtype
+        tokens = generate(rounded, text, noise, guidance=guidance, temperature=0)
         with inference_autocast(rounded):
-            logits = rounded(model.layout.pack(text, drawn[:, 0]))[:, 6:, -13:]
+            logits = rounded(model.layout.pack(text, tokens[:, 0]))[:, 6:, -13:]
             empty = model.layout.pad_text([[]]).expand(2, -1)
-            other = rounded(model.layout.pack(empty, drawn[:, 0]))[:, 6:, -13:]
+            other = rounded(model.layout.pack(empty, tokens[:, 0]))[:, 6:, -13:]
         logits = logits if guidance is None else other + guidance * (logits - other)
-        missed = logits.amax(dim=2) - logits.gather(2, drawn[:, 0, :, None])[..., 0]
+        missed = logits.amax(dim=2) - logits.gather(2, tokens[:, 0, :, None])[..., 0]
         assert missed.max() < 0.05  # a tie within the rounding of bf16, else the likeliest
 
     def test_under_autocast_it_stays_as_it_is(self, model):
@@ -133,8 +124,8 @@ class TestModel:
         text, noise = model.layout.pad_text([[1, 2]]), torch.rand(1, 3, 10, dtype=torch.float64)
         *_, plain = generate_tokens(rounded, text, noise)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            *_, drawn = generate_tokens(rounded, text, noise)
-        assert torch.equal(drawn, plain)
+            *_, tokens = generate_tokens(rounded, text, noise)
+        assert torch.equal(tokens, plain)
         assert cast_linear_weights(rounded, torch.bfloat16) is quantize_int8(rounded) is rounded
 
 

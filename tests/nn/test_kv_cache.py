@@ -1,4 +1,4 @@
-"""What sampling keeps of earlier slots (paper Figure 11): dalle/nn/kv_cache.py, against dalle/masks.py."""
+"""KV caches of each kind of layer (paper Figure 11) against the masks (dalle/nn/kv_cache.py)."""
 
 import pytest
 import torch
@@ -15,24 +15,21 @@ TINY = {"heads": 2, "head_dim": 8, "text_len": 6, "text_vocab": 11, "image_vocab
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_places_that_a_step_sees_hold_what_the_mask_shows_and_nothing_else(kind, grid):
-    """Slot numbers are written as a decoder writes keys, and read back."""
+def test_a_step_reads_the_keys_that_the_mask_shows_and_no_others(kind, grid):
+    """Positions are written as a decoder writes keys, and read back."""
     layout = TokenLayout(4, grid, 5, 5)
-    places, mask = KVCacheLayout.of_kind(kind, layout, 3), dense_mask(kind, layout, 3)[4:, 4:]
-    held = torch.full((places.groups, places.window), -1)
-    for slot in range(layout.num_image_tokens):
-        held.view(-1)[places.index[slot]] = slot
-        seen = held[places.group[slot]][places.sees[slot]]
-        assert sorted(seen.tolist()) == mask[slot].nonzero().flatten().tolist()
-        assert places.num_read[slot] == 1 + max(places.sees[slot].nonzero().flatten().tolist())
+    cache, mask = KVCacheLayout.of_kind(kind, layout, 3), dense_mask(kind, layout, 3)[4:, 4:]
+    held = torch.full((cache.groups, cache.window), -1)
+    for position in range(layout.num_image_tokens):
+        held.view(-1)[cache.index[position]] = position
+        seen = held[cache.group[position]][cache.sees[position]]
+        assert sorted(seen.tolist()) == mask[position].nonzero().flatten().tolist()
+        assert cache.num_read[position] == 1 + max(cache.sees[position].nonzero().flatten().tolist())
 
 
 def test_at_paper_size_a_step_reads_33_or_32_or_192_keys():
-    sizes = {
-        kind: (places.groups, places.window)
-        for kind in KINDS
-        if (places := KVCacheLayout.of_kind(kind, TokenLayout()))
-    }
+    layouts = {kind: KVCacheLayout.of_kind(kind, TokenLayout()) for kind in KINDS}
+    sizes = {kind: (layout.groups, layout.window) for kind, layout in layouts.items()}
     assert sizes == {"row": (1, 33), "column": (32, 32), "conv": (1, 192), "causal": (1, 1024)}
 
 
@@ -88,9 +85,9 @@ def test_a_step_makes_no_copy_of_a_cache():
     caches = Transformer(config).init_kv_caches(2, 3)
     for cache in caches:
         before = cache.image.data_ptr()
-        for slot in range(16):
-            keys, values, _ = cache._read(slot)
+        for position in range(16):
+            keys, values, _ = cache._read(position)
             for part in (keys, values):
                 assert part.untyped_storage().data_ptr() == cache.image.untyped_storage().data_ptr()
-            cache._write(torch.ones(12, 8), torch.ones(12, 8), slot)
+            cache._write(torch.ones(12, 8), torch.ones(12, 8), position)
         assert cache.image.data_ptr() == before
