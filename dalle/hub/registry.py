@@ -93,14 +93,14 @@ def check_linked(
             )
     own = text_tokenizer_from_dict(transformer.inputs["text"])
     if text is not None and text.hash != own.hash:
-        raise ValueError(f"{transformer.source} was trained with another text tokenizer than the one given")
+        raise ValueError(f"{transformer.source} was trained with a text tokenizer other than the one given")
     if transformer.inputs["dvae"] != dvae.hash:
         raise ValueError(
             f"{transformer.source} was trained on tokens of dVAE {transformer.inputs['dvae']}, "
             f"{dvae.source} is {dvae.hash}: they do not belong together"
         )
     if clip is not None and clip.inputs["text_hash"] != own.hash:
-        raise ValueError(f"{clip.source} was trained with another text tokenizer than {transformer.source}")
+        raise ValueError(f"{clip.source} was trained with a text tokenizer other than {transformer.source}")
     return own
 
 
