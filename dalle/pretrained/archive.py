@@ -1,7 +1,7 @@
-"""Extraction of a few named files from a tar.gz that nobody vouches for.
+"""Safe extraction of a few named files from a tar.gz.
 
-Names of members are compared and never used as paths. An archive is refused as a whole if a member leads
-outside of it, is a link or a device, or has the name of another, or if it swells like a bomb.
+Member names are compared and never used as paths. The archive is refused if a member leads outside of it, is
+a link or a device, or has the name of another, or if it expands like a bomb.
 """
 
 import gzip
@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 MAX_RATIO = 20  # times the archive; weights hardly shrink
 SLACK = 2**20  # bytes that are no bomb, however small the archive
-CHUNK = 2**20
 
 
 class _BoundedStream:
-    """A stream of at most `limit` bytes: headers too can swell."""
+    """A stream of at most `limit` bytes, headers included."""
 
     def __init__(self, stream: IO[bytes], limit: int, path: Path):
         self.stream, self.left, self.path = stream, limit, path
@@ -36,7 +35,7 @@ class _BoundedStream:
     def require(self, size: int) -> None:
         """ValueError unless so many bytes are left."""
         if size > self.left:
-            raise ValueError(f"{self.path} swells to more than {MAX_RATIO} times its size: a bomb")
+            raise ValueError(f"{self.path} expands to more than {MAX_RATIO} times its size: a bomb")
 
 
 def is_archive(path: Path) -> bool:
@@ -82,23 +81,20 @@ def _extract(path: Path, names: Collection[str], folder: Path) -> set[str]:
         path.open("rb") as file,
         tqdm.wrapattr(file, "read", total=size, desc=f"unpacking {path.name}", disable=None) as bar,
         gzip.GzipFile(fileobj=bar) as unzipped,
-        tarfile.open(
-            fileobj=(stream := _BoundedStream(unzipped, MAX_RATIO * size + SLACK, path)), mode="r|"
-        ) as tar,
     ):
-        for member in tar:
-            _check_member(path, member, seen)
-            stream.require(member.size)  # of a member with holes too, whose bytes are not all there
-            parts = PurePosixPath(member.name).parts
-            name = next((n for n in names if n in ("/".join(parts), "/".join(parts[1:]))), None)
-            if member.isfile() and name:
-                if name in taken:
-                    raise ValueError(f"{path} is refused: it holds {name} twice")
-                taken.add(name)
-                _write(tar.extractfile(member), folder / name, member.size)
-        while stream.read(
-            CHUNK
-        ):  # to the end of gzip, beyond that of tar: only there its checksum is compared
+        stream = _BoundedStream(unzipped, MAX_RATIO * size + SLACK, path)
+        with tarfile.open(fileobj=stream, mode="r|") as tar:
+            for member in tar:
+                _check_member(path, member, seen)
+                stream.require(member.size)  # a sparse member claims bytes that are not there
+                parts = PurePosixPath(member.name).parts
+                name = next((n for n in names if n in ("/".join(parts), "/".join(parts[1:]))), None)
+                if member.isfile() and name:
+                    if name in taken:
+                        raise ValueError(f"{path} is refused: it holds {name} twice")
+                    taken.add(name)
+                    _write(tar.extractfile(member), folder / name, member.size)
+        while stream.read(2**20):  # gzip compares its checksum at the end
             pass
     return taken
 
@@ -120,4 +116,4 @@ def _write(source: IO[bytes], target: Path, size: int) -> None:
     if size > (free := shutil.disk_usage(target.parent).free):
         raise ValueError(f"{target.name} takes {size} bytes, {free} are free; set TMPDIR to a larger disk")
     with target.open("wb") as file:
-        shutil.copyfileobj(source, file, CHUNK)
+        shutil.copyfileobj(source, file)

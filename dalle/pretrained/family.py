@@ -1,15 +1,13 @@
 """Published checkpoint formats: detection by tensor names, comparison of keys, strict loading.
 
-A format is recognized by the names of its tensors and takes every size from their shapes, since file names
-and separate YAML files are often lost. Loading is strict: a tensor that is neither in the model nor on the
-format's list of ignored ones is an error, since programs that load what happens to match run half-empty
-models silently.
+A format takes every size from the shapes of the tensors, since file names and separate YAML files are often
+lost. A tensor that is neither in the model nor on the format's list of ignored ones is an error.
 """
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -26,23 +24,23 @@ class CheckpointFormat:
     """One published format."""
 
     name: str
-    """For people."""
+    """Display name."""
     kind: str
-    """Its model here: "image tokenizer", "scorer" or "transformer"."""
+    """Of its model: "image tokenizer", "scorer" or "transformer"."""
     license: str
-    """Of the published weights, as far as known; a user's own file may have another."""
+    """Of the published weights, as far as known."""
     key_patterns: tuple[str, ...]
     """Patterns of tensor names; a file has this format if each matches a name."""
     infer_config: Callable[[Shapes, "DetectedCheckpoint"], Any]
     """Shapes by the model's names, and the file -> configuration; ValueError for what is not supported."""
     build: Callable[[Any], nn.Module]
     """Configuration -> a model without the file's weights."""
-    vocabulary: Callable[[Any], str]
-    """Configuration -> its ids, for people."""
+    vocabulary: Callable[[Any], str] = lambda config: ""
+    """Configuration -> description of its ids."""
     rename: Callable[[str, Collection[str]], str] = lambda name, names: name
     """The file's name of a tensor, and all its names -> the model's."""
     ignored: tuple[str, ...] = ()
-    """Patterns of names that a model has no use for: losses of training, masks that are computed."""
+    """Patterns of names that a model has no use for: training losses, masks that are computed."""
 
     def matches(self, names: Collection[str]) -> bool:
         """Whether a file with tensors of these names has this format."""
@@ -55,7 +53,7 @@ class DetectedCheckpoint:
 
     path: Path
     family: CheckpointFormat | None
-    """None if no known program writes such names."""
+    """None if it is unknown."""
     tensors: Mapping[str, Tensor]
     tree: Any = None
     """All of the file."""
@@ -65,26 +63,23 @@ class DetectedCheckpoint:
 
 @dataclass(frozen=True)
 class KeyComparison:
-    """A file's tensors against the model that their shapes call for."""
+    """A file's tensors against the model of their shapes."""
 
     config: Any
     parameters: int
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    wrong_shape: list[str] = field(default_factory=list)
-    wrong_dtype: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
+    faults: dict[str, list[str]]
+    """Names that are missing, unexpected, of wrong_shape or of wrong_dtype."""
+    ignored: list[str]
 
     def check(self, source: Path | str) -> None:
         """ValueError unless the file fills the model exactly."""
-        for names, fault in (
-            (self.missing, "lacks"),
-            (self.unexpected, "holds unexpected"),
-            (self.wrong_shape, "has, in another shape than the model,"),
-            (self.wrong_dtype, "has, in another dtype than the model,"),
-        ):
+        for fault, names in self.faults.items():
             if names:
-                raise ValueError(f"{source} {fault} {len(names)} tensors, first {names[0]}")
+                what = f"{len(names)} tensors" + (
+                    "" if fault == "missing" else f" ({fault.replace('_', ' ')})"
+                )
+                verb = "lacks" if fault == "missing" else "holds"
+                raise ValueError(f"{source} {verb} {what}, first {names[0]}")
 
 
 def compare_keys(found: DetectedCheckpoint) -> KeyComparison:
@@ -104,23 +99,22 @@ def compare_keys(found: DetectedCheckpoint) -> KeyComparison:
     except ValueError as error:
         if "to unpack" not in str(error):  # of a shape
             raise
-        reason = f"a tensor has too many or few dimensions: {error}"
-        raise ValueError(f"it looks like {family.name}, but {reason}") from None
+        raise ValueError(
+            f"it looks like {family.name}, but a tensor has too many or few dimensions"
+        ) from None
     except (RuntimeError, ArithmeticError, IndexError, TypeError, AssertionError) as error:
         raise ValueError(f"it looks like {family.name}, but has impossible sizes: {error}") from None
     state = model.state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     both = sorted(shapes.keys() & expected.keys())
     other = [n for n in both if tensors[n].is_floating_point() != state[n].is_floating_point()]
-    return KeyComparison(
-        config=config,
-        parameters=sum(p.numel() for p in model.parameters()),
-        missing=sorted(expected.keys() - shapes.keys()),
-        unexpected=sorted(shapes.keys() - expected.keys()),
-        wrong_shape=[f"{n}: {shapes[n]}, not {expected[n]}" for n in both if shapes[n] != expected[n]],
-        wrong_dtype=[f"{n}: {tensors[n].dtype}, not {state[n].dtype}" for n in other],
-        ignored=ignored,
-    )
+    faults = {
+        "missing": sorted(expected.keys() - shapes.keys()),
+        "unexpected": sorted(shapes.keys() - expected.keys()),
+        "wrong_shape": [f"{n}: {shapes[n]}, not {expected[n]}" for n in both if shapes[n] != expected[n]],
+        "wrong_dtype": [f"{n}: {tensors[n].dtype}, not {state[n].dtype}" for n in other],
+    }
+    return KeyComparison(config, sum(p.numel() for p in model.parameters()), faults, ignored)
 
 
 def load_weights(found: DetectedCheckpoint) -> nn.Module:
@@ -150,13 +144,13 @@ def load_weights(found: DetectedCheckpoint) -> nn.Module:
 
 @contextmanager
 def meta_init() -> Iterator[None]:
-    """Modules made here have shapes and no numbers, whatever their size."""
+    """Modules made here have shapes and no numbers."""
     with torch.device("meta"), _SkipRandomInit():
         yield
 
 
 class _SkipRandomInit(TorchFunctionMode):
-    """Leaves out random initialization, for which torch imports 900 modules even on the meta device."""
+    """Omits random initialization, for which torch imports 900 modules even on the meta device."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (torch.Tensor.normal_, torch.Tensor.uniform_):
@@ -173,7 +167,7 @@ def _renamed(found: DetectedCheckpoint) -> tuple[dict[str, Tensor], list[str]]:
             continue
         renamed = family.rename(name, found.tensors)
         if renamed in tensors:
-            raise ValueError(f"two tensors stand for {renamed}, one of them {name}")
+            raise ValueError(f"two tensors have the name {renamed}, one of them {name}")
         tensors[renamed] = tensor
     return tensors, sorted(ignored)
 
@@ -181,7 +175,7 @@ def _renamed(found: DetectedCheckpoint) -> tuple[dict[str, Tensor], list[str]]:
 def rename_layers(pattern: str, parts: dict[str, str], others: dict[str, str]) -> Callable[..., str]:
     """A `CheckpointFormat.rename` by tables for names inside of layers and outside of them.
 
-    `pattern` matches a name without its last word, with the number and what follows it as groups.
+    `pattern` matches a name without its last word; its groups are the layer's number and the part.
     """
 
     def rename(name: str, names: Collection[str]) -> str:
@@ -194,5 +188,5 @@ def rename_layers(pattern: str, parts: dict[str, str], others: dict[str, str]) -
 
 
 def count_matches(names: Collection[str], pattern: str) -> int:
-    """How many names match, for numbers of layers and levels."""
+    """How many names match."""
     return sum(fnmatchcase(name, pattern) for name in names)

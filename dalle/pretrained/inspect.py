@@ -14,8 +14,6 @@ from dalle.pretrained.openai_dvae import HALVES
 from dalle.pretrained.torch_file import read_torch_file
 from dalle.train.checkpoint import latest_checkpoint
 
-FAULTS = ("missing", "unexpected", "wrong_shape", "wrong_dtype")
-
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """What a file or folder holds, as plain data.
@@ -24,11 +22,11 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: a file that is broken or would run code, or no checkpoint.
     """
     if is_external_checkpoint(path):
-        with extracted(path) as place:
-            return _external(detect_checkpoint(place))
+        with extracted(path) as extracted_path:
+            return _external(detect_checkpoint(extracted_path))
     config = read_json(path / "config.json") if (path / "config.json").is_file() else None
     if isinstance(config, dict) and "parts" in config:
-        return _model_directory(path, config)
+        return _model_directory(path)
     if folder := latest_checkpoint(path) or (path if (path / "meta.json").is_file() else None):
         return _training_checkpoint(folder)
     check_supported_path(path)
@@ -40,21 +38,23 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
 
 def _external(found: DetectedCheckpoint) -> dict[str, Any]:
     tensors, family = found.tensors.values(), found.family
-    files = [found.path] if found.path.is_file() else [found.path / f"{half}.pkl" for half in HALVES]
-    report: dict[str, Any] = {"container": found.container, "tensors": len(tensors)}
-    report["numbers"] = sum(tensor.numel() for tensor in tensors)
-    report["dtypes"] = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+    report: dict[str, Any] = {
+        "container": found.container,
+        "tensors": len(tensors),
+        "numbers": sum(tensor.numel() for tensor in tensors),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
+        "family": family.name if family else None,
+    }
     if family is None:
         names = ", ".join(sorted(found.tensors)[:5])
-        note = f"tensors of an unknown format, such as {names}" if names else "no tensors under any known key"
-        report |= {"family": None, "note": note}
+        report["note"] = f"unknown tensors, such as {names}" if names else "no tensors under any known key"
     else:
-        report |= {"family": family.name, "kind": family.kind}
+        report |= {"kind": family.kind, "license": family.license}
         try:
             report |= _comparison(found)
         except ValueError as error:
             report |= {"fits": False, "note": str(error)}
-        report["license"] = family.license
+    files = [found.path] if found.path.is_file() else [found.path / f"{half}.pkl" for half in HALVES]
     return report | {"sha256": {file.name: sha256(file) for file in files}}
 
 
@@ -66,53 +66,51 @@ def sha256(path: Path) -> str:
 
 def _training_checkpoint(folder: Path) -> dict[str, Any]:
     meta = read_json(folder / "meta.json")
-    kind = meta.get("kind") if isinstance(meta, dict) else None
-    _check_kind(folder, kind)
+    kind = _check_kind(folder, meta.get("kind") if isinstance(meta, dict) else None)
     check_meta(meta, kind, folder)
-    if lacking := [name for name in ("model_config", "step", "steps") if name not in meta]:
-        raise ValueError(f"{folder / 'meta.json'} lacks {', '.join(lacking)}; it is damaged")
-    inputs = {name: value for name, value in meta.get("inputs", {}).items() if name != "text"}
+    if missing := [name for name in ("model_config", "step", "steps") if name not in meta]:
+        raise ValueError(f"{folder / 'meta.json'} lacks {', '.join(missing)}; it is damaged")
     return {
         "family": f"{kind} of this library",
         "format": meta["format"],
         "step": f"{meta['step']} of {meta['steps']}",
         **_model(kind, meta["model_config"], folder / "model.safetensors", folder),
-        "inputs": inputs,
+        "inputs": {name: value for name, value in meta.get("inputs", {}).items() if name != "text"},
         "versions": meta.get("versions", {}),
     }
 
 
-def _model_directory(path: Path, written: dict[str, Any]) -> dict[str, Any]:
-    parts = read_config(path)["parts"]
-    report: dict[str, Any] = {"family": "model directory of this library", "format": written["format"]}
-    for kind, part in parts.items():
-        _check_kind(path, kind)
-        report[kind] = _model(kind, part["model_config"], path / f"{kind}.safetensors", path)
-    return report | {"hash": "-".join(part["hash"] for part in parts.values())}
+def _model_directory(path: Path) -> dict[str, Any]:
+    config = read_config(path)
+    report: dict[str, Any] = {"family": "model directory of this library", "format": config["format"]}
+    for kind, part in config["parts"].items():
+        file = path / f"{kind}.safetensors"
+        report[kind] = _model(_check_kind(path, kind), part["model_config"], file, path)
+    return report | {"hash": "-".join(part["hash"] for part in config["parts"].values())}
 
 
-def _check_kind(path: Path, kind: Any) -> None:
+def _check_kind(path: Path, kind: Any) -> str:
     if not isinstance(kind, str) or kind not in MODEL_REGISTRY:
         raise ValueError(f"{path} has a model of kind {kind!r}, expected one of {', '.join(MODEL_REGISTRY)}")
+    return kind
 
 
 def _model(kind: str, settings: dict[str, Any], file: Path, source: Path) -> dict[str, Any]:
     config_class, model_class = MODEL_REGISTRY[kind]
     config = from_dict(config_class, settings, str(source))
-    family = CheckpointFormat(
-        *(kind, kind, "", ()), infer_config=lambda *_: config, build=model_class, vocabulary=lambda config: ""
-    )
+    family = CheckpointFormat(kind, kind, "", (), infer_config=lambda *_: config, build=model_class)
     report = _comparison(DetectedCheckpoint(file, family, read_torch_file(file).tree))
     return report | {"sha256": {file.name: sha256(file)}}
 
 
 def _comparison(found: DetectedCheckpoint) -> dict[str, Any]:
     comparison = compare_keys(found)
-    report: dict[str, Any] = {"sizes": to_dict(comparison.config)}
-    if vocabulary := found.family.vocabulary(comparison.config):
-        report["vocabulary"] = vocabulary
-    faults = {name: getattr(comparison, name) for name in FAULTS}
-    report |= {"parameters": comparison.parameters, "fits": not any(faults.values())}
-    return report | {
-        name: names for name, names in {**faults, "ignored": comparison.ignored}.items() if names
+    report = {
+        "sizes": to_dict(comparison.config),
+        "vocabulary": found.family.vocabulary(comparison.config),
+        "parameters": comparison.parameters,
+        "fits": not any(comparison.faults.values()),
+        **comparison.faults,
+        "ignored": comparison.ignored,
     }
+    return {name: value for name, value in report.items() if value not in ("", [])}

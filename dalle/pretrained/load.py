@@ -1,4 +1,4 @@
-"""Loading checkpoints of other programs: whose format a file has, and the model in it."""
+"""Loading checkpoints of other programs: detection of their format, and the models in them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,10 +38,7 @@ FAMILIES = (
     dalle_pytorch_vae.FAMILY,
 )
 """In the order in which they are tried."""
-DALLE_MINI = (
-    "dalle-mini (also Craiyon): its decoder attends to an encoder of the caption, as in BART; "
-    "the transformer here is one stream with one kind of attention, and cannot compute that"
-)
+DALLE_MINI = "dalle-mini (also Craiyon): its decoder attends to an encoder of the caption, which ours cannot"
 DEEPSPEED = (
     "its weights are in pieces that only DeepSpeed joins; run the zero_to_fp32.py in it, save the result as "
     "`weights` beside the hparams of auxiliary.pt"
@@ -63,14 +60,14 @@ UNSUPPORTED = {
 
 
 def is_external_checkpoint(path: Path) -> bool:
-    """Whether a path is a file, OpenAI's folder of two or minDALL-E's: nothing that this library writes."""
-    folders = [path / mindalle.STAGE2, *(path / f"{half}.pkl" for half in openai_dvae.HALVES)]
-    return path.is_file() or any(file.is_file() for file in folders)
+    """Whether a path is a file, OpenAI's folder of two files or minDALL-E's folder."""
+    names = (mindalle.STAGE2, *(f"{half}.pkl" for half in openai_dvae.HALVES))
+    return path.is_file() or any((path / name).is_file() for name in names)
 
 
 @contextmanager
 def extracted(path: Path | str) -> Iterator[Path]:
-    """The path itself, or for minDALL-E's archive a temporary folder with its files.
+    """The path itself, or of minDALL-E's archive a temporary folder with its files.
 
     Raises:
         ValueError: an archive of something else, or one that is damaged or hostile.
@@ -126,7 +123,7 @@ def check_supported_path(path: Path) -> None:
 
 
 def _inner_tokenizer(found: DetectedCheckpoint) -> DetectedCheckpoint:
-    """The image tokenizer inside a transformer's file; the file itself where there is none."""
+    """The image tokenizer inside DALLE-pytorch's transformer; the file itself where there is none."""
     prefix = dalle_pytorch.INSIDE
     tensors = {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}
     if found.family is None or found.family.kind != "transformer" or not tensors:
@@ -144,26 +141,25 @@ def load_image_tokenizer(path: Path | str, device: str | torch.device = "cpu") -
     Raises:
         ValueError: no known image tokenizer, or one with missing or unexpected tensors.
     """
-    with extracted(path) as place:
-        file = place / mindalle.STAGE1 if mindalle.is_folder(place) else place
+    with extracted(path) as folder:
+        file = folder / mindalle.STAGE1 if mindalle.is_folder(folder) else folder
         return _load(_inner_tokenizer(detect_checkpoint(file)), "image tokenizer").to(device)
 
 
 def load_transformer(path: Path | str, device: str | torch.device = "cpu") -> nn.Module:
-    """A transformer of another program; `load_external_pipeline` joins it with its tokenizers.
+    """A transformer of another program, without its tokenizers; see `load_external_pipeline`.
 
     Raises:
         ValueError: no known transformer, or one with missing or unexpected tensors.
     """
-    with extracted(path) as place:
-        return _load(detect_checkpoint(place), "transformer").to(device)
+    with extracted(path) as folder:
+        return _load(detect_checkpoint(folder), "transformer").to(device)
 
 
 def _load(found: DetectedCheckpoint, kind: str) -> nn.Module:
-    if found.family is None or found.family.kind != kind:
-        what = (
-            f"of kind {found.family.kind!r} ({found.family.name})" if found.family else "of an unknown format"
-        )
+    family = found.family
+    if family is None or family.kind != kind:
+        what = f"of kind {family.kind!r} ({family.name})" if family else "of an unknown format"
         names = ", ".join(family.name for family in FAMILIES if family.kind == kind)
         raise ValueError(f"{found.path} is {what}, not a published {kind}; known are: {names}")
     return load_weights(found)
@@ -184,26 +180,25 @@ def load_external_pipeline(
     """A `DALLE` from a published transformer.
 
     Args:
-        path: the file: DALLE-pytorch's dalle.pt or ruDALL-E's pytorch_model.bin; or minDALL-E's archive
-            1.3B.tar.gz, or its folder.
+        path: DALLE-pytorch's dalle.pt, ruDALL-E's pytorch_model.bin, or minDALL-E's 1.3B.tar.gz or its
+            folder.
         text: the text tokenizer of its training (`dalle.text.load_text_tokenizer`); minDALL-E has its own.
-            ruDALL-E's bpe.model is made to read lowercase.
         dvae: the image tokenizer of its training; by default the one in the file or folder.
         scorer: ranks images.
 
     Raises:
         ValueError: no such transformer, no text tokenizer, or parts that do not belong together.
     """
-    with extracted(path) as place:
-        if text is None and not mindalle.is_folder(place):
+    with extracted(path) as folder:
+        if text is None and not mindalle.is_folder(folder):
             raise ValueError(f"{path} does not hold its text tokenizer; give the one of its training")
-        text = mindalle.load_tokenizer(place) if text is None else text
-        transformer = load_transformer(place, device)
+        text = mindalle.load_tokenizer(folder) if text is None else text
+        transformer = load_transformer(folder, device)
         if isinstance(transformer, Rudalle):
             text = rudalle.lowercase(text)
             if dvae is None:
                 raise ValueError(
                     f"{path} is ruDALL-E's transformer alone; give its image tokenizer too, a VQGAN"
                 )
-        dvae = load_image_tokenizer(place, device) if dvae is None else dvae
+        dvae = load_image_tokenizer(folder, device) if dvae is None else dvae
         return DALLE(dvae, transformer, text, scorer)

@@ -1,10 +1,9 @@
 """CLIP for reranking: TorchScript archives and state dicts of OpenAI, checkpoints of open_clip.
 
-The towers are open_clip's; sizes come from shapes. The activation shows in no shape: OpenAI's weights want x
-sigmoid(1.702 x), most of open_clip's want the exact GELU, and the wrong one loads silently and ranks worse.
-OpenAI's files are recognized by three numbers that they keep beside the weights; for others it is an
-argument. An architecture that is not this layout (timm towers, SigLIP) is opened by its name, with
-`PretrainedScorer`.
+The towers are open_clip's; sizes come from shapes, which do not tell the activation: OpenAI's weights were
+trained with x sigmoid(1.702 x), most of open_clip's with the exact GELU, and the wrong one ranks worse
+without an error. OpenAI's files are recognized by three numbers beside the weights; for others it is an
+argument. Other architectures (timm towers, SigLIP) are opened by name, with `PretrainedScorer`.
 """
 
 from dataclasses import dataclass, replace
@@ -25,10 +24,7 @@ CLIP_VOCAB = 49408  # ids of the byte-pair encoding that all of these read
 
 @dataclass(frozen=True)
 class PublishedCLIP:
-    """Shape of a published CLIP: of the shared space, and of both transformers; `text_len` counts both marks.
-
-    A ResNet has no patches, and in `vision_layers` the blocks of each stage.
-    """
+    """Shape of a published CLIP; a ResNet has no patches, and in `vision_layers` the blocks of each stage."""
 
     embed_width: int
     image_size: int
@@ -71,24 +67,13 @@ def build(config: PublishedCLIP, quick_gelu: bool) -> nn.Module:
 
     for name in ("vision_width", "text_width"):
         if getattr(config, name) % HEAD_WIDTH:
-            raise ValueError(
-                f"{name} {getattr(config, name)} is no multiple of {HEAD_WIDTH}, CLIP's head width"
-            )
-    vision = CLIPVisionCfg(
-        layers=config.vision_layers,
-        width=config.vision_width,
-        patch_size=config.patch_size,
-        image_size=config.image_size,
-    )
-    text = CLIPTextCfg(
-        context_length=config.text_len,
-        vocab_size=config.text_vocab,
-        width=config.text_width,
-        heads=config.text_width // HEAD_WIDTH,
-        layers=config.text_layers,
-    )
+            raise ValueError(f"{name} {getattr(config, name)} is no multiple of the head width {HEAD_WIDTH}")
+    layers, width, heads = config.vision_layers, config.vision_width, config.text_width // HEAD_WIDTH
+    vision = CLIPVisionCfg(layers, width, patch_size=config.patch_size, image_size=config.image_size)
+    sizes = {"width": config.text_width, "heads": heads, "layers": config.text_layers}
+    text = CLIPTextCfg(context_length=config.text_len, vocab_size=config.text_vocab, **sizes)
     model = CLIP(config.embed_width, vision, text, quick_gelu=quick_gelu)
-    with torch.device("cpu"):  # not in a state dict, so it needs values when the rest has none
+    with torch.device("cpu"):  # not in a state dict, so computed even in a model without weights
         model.attn_mask = torch.full((config.text_len, config.text_len), -torch.inf).triu(1)
     return model
 
@@ -121,20 +106,17 @@ def load_scorer(
 
     Args:
         path: TorchScript archive or state dict of OpenAI; checkpoint of open_clip (.pt, .safetensors).
-        device: where it runs.
-        quick_gelu: the activation; needed for a file that is not OpenAI's.
+        quick_gelu: the activation; required for a file that is not OpenAI's.
 
     Raises:
-        ValueError: not a CLIP of this layout, another text tokenizer, or the activation is not known.
+        ValueError: not a CLIP of this layout, another text tokenizer, or the activation is not given.
     """
     import open_clip
 
     tensors = weights_of(read_torch_file(path).tree)
     family = OPENAI if OPENAI.matches(tensors) else OPEN_CLIP
     if not family.matches(tensors):
-        raise ValueError(
-            f"{path} is no CLIP of OpenAI's layout; open others by name with PretrainedScorer(name, file)"
-        )
+        raise ValueError(f"{path} is no CLIP of OpenAI's layout; use PretrainedScorer(name, file)")
     if family is OPENAI and quick_gelu is False:
         raise ValueError(f"{path} is OpenAI's, which is trained with quick_gelu")
     if family is OPEN_CLIP:

@@ -1,11 +1,8 @@
 """OpenAI's dVAE: encoder.pkl and decoder.pkl of github.com/openai/DALL-E, or a state dict of both.
 
-The published files are whole modules, written by an old torch; newer ones refuse them, or fail in Upsample.
-Here they are read as data. Parameters have the names of dalle.dvae, so nothing is renamed; what has no
-parameters (poolings, the gain of the residual paths) is compared with what our modules do.
-
-The files hold fp32 weights. OpenAI's code runs most convolutions in half precision on a GPU; this one only
-does so under autocast, so that tokens on CPU and GPU agree but for near ties.
+The published files are whole modules of an old torch, here read as data. Parameters have the names of
+dalle.dvae; what has no parameters (poolings, residual gains) is compared with our modules. OpenAI's code runs
+most convolutions in half precision on a GPU, this one only under autocast.
 """
 
 import math
@@ -22,7 +19,7 @@ HALVES = ("encoder", "decoder")
 
 
 def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DVAEConfig:
-    """Sizes from the shapes; ValueError for one half alone, or what is no dVAE of this kind."""
+    """Sizes from the shapes; ValueError for one half alone, or another model."""
     halves = [half for half in HALVES if f"{half}.blocks.input.w" in shapes]
     if len(halves) == 1:
         raise ValueError(f"only the {halves[0]} is there: put encoder.pkl and decoder.pkl in one folder")
@@ -40,7 +37,7 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DVAEConfig:
 
 
 def describe_codes(config: DVAEConfig) -> str:
-    """The vocabulary of an image tokenizer, for people."""
+    """Description of an image tokenizer's codes."""
     side = config.downsample_factor
     return f"{config.vocab_size} codes, {side} x {side} pixels each"
 
@@ -69,7 +66,7 @@ def read_folder(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(saved: SavedFile) -> Mapping[str, Tensor]:
-    """Tensors of one file, named encoder.blocks.* and decoder.blocks.*; DALLE-pytorch says enc and dec."""
+    """Tensors of one file, named encoder.blocks.* and decoder.blocks.*; enc and dec in DALLE-pytorch."""
     _check_module(saved)
     tensors = weights_of(saved.tree)
     if "blocks.input.w" in tensors:
@@ -92,5 +89,4 @@ def _check_module(saved: SavedFile) -> None:
     states = [block.state or {} for group in groups for block in group.values() if isinstance(block, StandIn)]
     gains = [state["post_gain"] for state in states if "post_gain" in state]
     if any(not math.isclose(gain, len(gains) ** -2) for gain in gains):
-        expected = f"{len(gains) ** -2} for {len(gains)} blocks"
-        raise ValueError(f"{saved.path}: a residual gain of {gains[0]}, expected {expected}")
+        raise ValueError(f"{saved.path}: a residual gain of {gains[0]}, expected {len(gains) ** -2}")

@@ -1,9 +1,9 @@
 """Static scan of a pickle: the globals that it names and the sizes that it claims, before torch loads it.
 
-`torch.load(weights_only=True)` runs no code, but it stops at the first global that it does not know,
-allocates what a file claims, and hashes any key. The scan follows the stack by `pickletools` and makes no
-object. It names every forbidden global, in protocols 0 to 5, and refuses tensors beyond their storage and
-tuples of exponential size.
+`torch.load(weights_only=True)` runs no code, but stops at the first unknown global, allocates what a file
+claims, and hashes any key. The scan simulates the stack by `pickletools` without making objects. It names
+every forbidden global, in protocols 0 to 5, and refuses tensors beyond their storage and tuples of
+exponential size.
 """
 
 import math
@@ -14,29 +14,30 @@ from typing import Any, NamedTuple
 
 import torch
 
-STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-ITEM_SIZES = dict(
-    zip((f"torch.{name}Storage" for name in STORAGES), (8, 4, 2, 2, 8, 4, 2, 1, 1, 1), strict=True)
-)
+SIZES = {
+    "Double": 8,
+    "Float": 4,
+    "Half": 2,
+    "BFloat16": 2,
+    "Long": 8,
+    "Int": 4,
+    "Short": 2,
+    "Char": 1,
+    "Byte": 1,
+}
+ITEM_SIZES = {f"torch.{name}Storage": size for name, size in (SIZES | {"Bool": 1}).items()}
 ITEM_SIZES["torch.storage.UntypedStorage"] = 1
 DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 REBUILDS = {f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3")}
 CALLED = REBUILDS | {
-    "collections.OrderedDict",
-    "builtins.set",
-    "builtins.bytearray",
-    "builtins.complex",
-    "_codecs.encode",
-    "torch.Size",
-    "torch.device",
-    "torch.nn.parameter.Parameter",
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_parameter_with_state",
+    *("collections.OrderedDict", "builtins.set", "builtins.bytearray", "builtins.complex", "_codecs.encode"),
+    *("torch.Size", "torch.device", "torch.nn.parameter.Parameter"),
+    *("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"),
 }
 """What torch calls for data; none of it reaches beyond its arguments."""
 RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2, in protocols 0 to 2
 MAX_TUPLE = 10_000
-"""Values of a tuple, with those of the tuples inside it, each counted as often as it occurs."""
+"""Values of a tuple at all levels, each counted as often as it occurs."""
 MARK = pickletools.markobject
 
 
@@ -65,7 +66,7 @@ class Global(NamedTuple):
 
 
 class Instance(NamedTuple):
-    """The result of calling a global."""
+    """The result of calling a global of this name."""
 
     name: str
 
@@ -86,7 +87,7 @@ class ScannedPickle:
     """Classes whose instances are kept as data."""
     storages: dict[str, Storage] = field(default_factory=dict)
     literals: set[Any] = field(default_factory=set)
-    """Texts and whole numbers."""
+    """Strings and integers."""
     modules: list[tuple[int, int, int, int]] = field(default_factory=list)
     """Classes that a legacy file keeps with their source: start and end of both, then of the class."""
     protocol: int = 0
@@ -94,12 +95,11 @@ class ScannedPickle:
 
 
 def scan_pickle(stream: Any, is_stand_in: Callable[[str], bool], limit: int) -> ScannedPickle:
-    """Scans one pickle, from the stream's position to its end mark.
+    """Scans one pickle from the position of a binary stream.
 
     Args:
-        stream: bytes with `read`, `readline` and `tell`.
         is_stand_in: whether the instances of a class are kept as data.
-        limit: numbers in a storage at most.
+        limit: most numbers in a storage.
 
     Raises:
         Forbidden: a global that is not data; the message names it.
@@ -126,10 +126,10 @@ class _Scanner:
         self.memo: dict[int, Item] = {}
         self.forbidden: dict[str, None] = {}
         self.found = ScannedPickle()
-        self.error: ValueError | None = None  # the first; names are looked for to the end
+        self.error: ValueError | None = None  # the first; the scan for names continues
 
     def step(self, opcode: pickletools.OpcodeInfo, argument: Any, position: int) -> None:
-        """Follows one instruction; `pickletools` knows what it takes from the stack and leaves on it."""
+        """Simulates one instruction; `pickletools` knows what it takes from the stack and leaves on it."""
         name = opcode.name
         if name == "PROTO":
             self.found.protocol = argument
@@ -171,9 +171,8 @@ class _Scanner:
         """The value that an instruction leaves on the stack."""
         items = [item for item in taken if item.value is not MARK]
         if name in ("GLOBAL", "STACK_GLOBAL"):
-            return Item(
-                self.name(*(argument.split(" ", 1) if argument else (item.value for item in items))), start
-            )
+            names = argument.split(" ", 1) if argument else [item.value for item in items]
+            return Item(self.name(*names), start)
         if name == "INST":
             self.name(*argument.split(" ", 1))
         elif "TUPLE" in name:
@@ -186,11 +185,8 @@ class _Scanner:
         elif name in ("REDUCE", "NEWOBJ"):
             return Item(self.call(items[0].value, items[1].value), start)
         elif name == "BUILD":
-            target = items[0].value
-            if not isinstance(target, Instance) or target.name not in {
-                "collections.OrderedDict",
-                *self.found.stand_ins,
-            }:
+            target, known = items[0].value, {"collections.OrderedDict", *self.found.stand_ins}
+            if not isinstance(target, Instance) or target.name not in known:
                 raise ValueError("attributes of what has none")
             return items[0]
         elif name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS"):
@@ -246,9 +242,7 @@ def _check_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any
         raise ValueError(f"a tensor of shape {shape} with strides {stride} at {offset}")
     dtype = DTYPES.get(rest[2].name) if len(rest) > 2 and isinstance(rest[2], Global) else None
     capacity = storage.nbytes // dtype.itemsize if dtype else storage.count
-    count, last = (
-        math.prod(shape),
-        offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)),
-    )
+    count = math.prod(shape)
+    last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if count and (last >= capacity or count > max(capacity, 2**20)):
         raise ValueError(f"a tensor of shape {shape} over a storage of {capacity} numbers")

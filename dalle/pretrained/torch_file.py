@@ -1,4 +1,4 @@
-"""Files of weights of any program, read without running code: the container and what it holds.
+"""Files of weights of any program, read without running code.
 
     safetensors    a header of JSON, then bytes
     torch zip      torch.save since 1.6: data.pkl, and an uncompressed member for each storage
@@ -6,15 +6,13 @@
     torch legacy   torch.save before 1.6: five pickles, then the storages
 
 Pickles are scanned (dalle/pretrained/pickle_scan.py), then read by `torch.load(weights_only=True)`. Instances
-of the classes in STAND_INS, such as the whole modules that OpenAI published, become a `StandIn` that keeps
-their attributes. Tensors of a torch zip are mapped from the file, so their numbers are read only when used.
+of the classes in STAND_INS, such as OpenAI's whole modules, become a `StandIn` with their attributes. Tensors
+of a torch zip are mapped from the file.
 """
 
 import io
 import mmap
-import pickle
 import re
-import struct
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -34,11 +32,11 @@ from dalle.pretrained.pickle_scan import Forbidden, ScannedPickle, scan_pickle
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 WRONG_KINDS = {
-    b"\x1f\x8b": "a gzip archive; unpack it and give the file inside",
-    b"BZh": "a bzip2 archive; unpack it and give the file inside",
-    b"\xfd7zXZ": "an xz archive; unpack it and give the file inside",
-    b"\x89HDF": "a file of HDF5, which no checkpoint known here is",
-    b"version https://git-lfs": "a pointer of Git LFS, not the file; fetch the file itself",
+    b"\x1f\x8b": "a gzip archive; unpack it",
+    b"BZh": "a bzip2 archive; unpack it",
+    b"\xfd7zXZ": "an xz archive; unpack it",
+    b"\x89HDF": "an HDF5 file, which no known checkpoint is",
+    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself",
     b"<": "a page of HTML or XML, perhaps of a download that failed",
 }
 STAND_INS = re.compile(
@@ -80,7 +78,7 @@ def is_stand_in(name: str) -> bool:
 
 @dataclass
 class SavedFile:
-    """What a file holds; `tree` is plain data with tensors and `StandIn` among it."""
+    """Content of a file; `tree` is plain data with tensors and `StandIn` in it."""
 
     path: Path
     container: str
@@ -91,7 +89,7 @@ def read_torch_file(path: Path | str) -> SavedFile:
     """Reads a file of weights.
 
     Raises:
-        Forbidden: a pickle that names a global that is not data; no code of it is run.
+        Forbidden: a pickle that names a global that is not data.
         ValueError: no file, empty, truncated, compressed, or no file of weights.
     """
     path = Path(path)
@@ -106,9 +104,7 @@ def read_torch_file(path: Path | str) -> SavedFile:
             if head.startswith(start):
                 raise ValueError(f"it is {kind}")
         if head[257:262] == b"ustar":
-            raise ValueError(
-                "it is a tar; unpack it and give the file inside (torch before 0.1.10 wrote tars too)"
-            )
+            raise ValueError("it is a tar; unpack it (torch before 0.1.10 wrote tars too)")
         if head.startswith(b"PK\x03\x04"):
             return _read_zip(path)
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
@@ -118,35 +114,27 @@ def read_torch_file(path: Path | str) -> SavedFile:
 
 @contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
-    """Errors of the libraries that read, as one sentence about the file."""
+    """Errors of the libraries that read, as one line about the file."""
     try:
         yield
     except Forbidden as error:
         raise Forbidden(f"{path} is refused: {error}; nothing of it was run") from None
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read: truncated or not a safetensors file: {error}") from None
-    except pickle.UnpicklingError as error:
-        reason = re.search(r"WeightsUnpickler error: (.*?)(\. Please use|\n|$)", str(error))
-        raise ValueError(f"{path} cannot be read: {reason[1] if reason else error}") from None
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} cannot be read: a truncated or damaged zip: {error}") from None
-    except (
-        *(ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError),
-        *(RuntimeError, OSError, EOFError, MemoryError, struct.error),
-    ) as error:
-        raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from None
+    except Exception as error:  # a damaged file raises nearly anything
+        kind = type(error).__name__
+        reason = re.sub(r"(?s).*WeightsUnpickler error: |\. Please use.*|\n.*", "", str(error)) or kind
+        if isinstance(error, zipfile.BadZipFile | SafetensorError):
+            reason = (
+                f"a truncated or damaged {'zip' if kind == 'BadZipFile' else 'safetensors file'}: {reason}"
+            )
+        raise ValueError(f"{path} cannot be read: {reason}") from None
 
 
 def _load(source: Path | io.BytesIO, scanned: ScannedPickle, mapped: bool = False) -> Any:
-    """The scanned file's value, by torch."""
+    """The value of a scanned file, by torch."""
     if scanned.protocol > 2:
-        raise ValueError(
-            f"a pickle with protocol {scanned.protocol}, not 2; save it again by torch.save's default"
-        )
-    classes = [
-        (DictStandIn if name.endswith(("defaultdict", ".AttributeDict")) else StandIn, name)
-        for name in scanned.stand_ins
-    ]
+        raise ValueError(f"a pickle with protocol {scanned.protocol}, not torch.save's default of 2")
+    dicts = ("defaultdict", ".AttributeDict")
+    classes = [(DictStandIn if name.endswith(dicts) else StandIn, name) for name in scanned.stand_ins]
     with warnings.catch_warnings(), safe_globals(classes):
         warnings.simplefilter("ignore")  # of old pickles, about which a user can do nothing
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
@@ -174,17 +162,15 @@ def _read_zip(path: Path) -> SavedFile:
 
 
 def _checked_members(path: Path, archive: zipfile.ZipFile, root: str) -> dict[str, zipfile.ZipInfo]:
-    """The members that are read, each whole by its CRC; ValueError for a zip bomb."""
-    files = [
-        f"{root}{name}"
-        for name in ("data.pkl", "version", "byteorder", ".format_version", ".storage_alignment")
-    ]
+    """The members that torch reads, their CRC checked; ValueError for a zip bomb."""
+    names = ("data.pkl", "version", "byteorder", ".format_version", ".storage_alignment")
+    files = {f"{root}{name}" for name in names}
     used = [m for m in archive.infolist() if m.filename in files or m.filename.startswith(f"{root}data/")]
     for member in used:
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            name = f"{member.filename:.80}"
             raise ValueError(
-                f"its member {member.filename:.80} is compressed, to {member.compress_size} of "
-                f"{member.file_size} bytes; torch compresses none, so this is a zip bomb or was packed again"
+                f"its member {name} is compressed, which torch never does: a zip bomb, or repacked"
             )
     if (size := sum(member.file_size for member in used)) > path.stat().st_size:
         raise ValueError(f"its members claim {size} bytes, the file has {path.stat().st_size}: a zip bomb")
@@ -211,9 +197,7 @@ def _read_legacy(path: Path, head: bytes) -> SavedFile:
         try:
             scans = [scan_pickle(data, is_stand_in, size)]
             if scans[0].value != LEGACY_MAGIC:
-                raise ValueError(
-                    "a pickle that torch.save did not write; load it where it is from, save it by torch.save"
-                )
+                raise ValueError("a pickle that torch.save did not write; save it by torch.save")
             scans += [scan_pickle(data, is_stand_in, size) for _ in range(4)]
         except Forbidden:
             raise
@@ -223,7 +207,7 @@ def _read_legacy(path: Path, head: bytes) -> SavedFile:
             raise
         _, _, _, tree, keys = scans
         if {*map(str, keys.literals)} != tree.storages.keys():
-            raise ValueError("its storages are not those that its tensors name")
+            raise ValueError("its storages are not those of its tensors")
         source = _without_sources(data, tree) if tree.modules else path
     return SavedFile(path, "torch legacy", _load(source, tree))
 
@@ -238,7 +222,7 @@ def _without_sources(data: mmap.mmap, tree: ScannedPickle) -> io.BytesIO:
 
 
 WEIGHT_KEYS = ("state_dict", "weights", "ema", "model", "module")
-"""Under which key programs keep the weights, in the order in which they are looked for."""
+"""Keys of the weights in files of other programs, in the order in which they are tried."""
 MAX_MODULES, MAX_DEPTH = 20_000, 50
 
 
@@ -248,20 +232,14 @@ def weights_of(tree: Any, depth: int = 3) -> dict[str, Tensor]:
         return _module_tensors(tree)
     if not isinstance(tree, dict):
         return {}
-    for key in WEIGHT_KEYS:
-        if (
-            depth
-            and isinstance(tree.get(key), dict | StandIn)
-            and (inner := weights_of(tree[key], depth - 1))
-        ):
+    for key in WEIGHT_KEYS if depth else ():
+        if isinstance(tree.get(key), dict | StandIn) and (inner := weights_of(tree[key], depth - 1)):
             return inner
-    return {
-        k: value.detach() for k, value in tree.items() if isinstance(k, str) and isinstance(value, Tensor)
-    }
+    return {k: t.detach() for k, t in tree.items() if isinstance(k, str) and isinstance(t, Tensor)}
 
 
 def _module_tensors(root: StandIn) -> dict[str, Tensor]:
-    """The tensors of a module and of those inside it; a TorchScript module has them among its attributes."""
+    """The tensors of a module and of those inside it."""
     found: dict[str, Tensor] = {}
     queue, visits = [("", root)], 0
     while queue:
@@ -278,7 +256,7 @@ def _module_tensors(root: StandIn) -> dict[str, Tensor]:
 
 
 def attributes(module: StandIn) -> dict[str, Any]:
-    """Tensors and inner modules of a module by name."""
+    """Tensors and inner modules of a module by name; of a TorchScript module, all its attributes."""
     state = module.state if isinstance(module.state, dict) else {}
     if "_modules" not in state:
         return state

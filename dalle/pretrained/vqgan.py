@@ -1,8 +1,8 @@
 """VQGAN files of taming-transformers (also minDALL-E's first stage), ruDALL-E and LlamaGen.
 
-All three are one network under two sets of names. taming's and ruDALL-E's are Lightning checkpoints with the
-losses of their training (VGG, a discriminator), which are ignored. Gumbel models are recognized by
-`quantize.proj`, LlamaGen's unit vectors by its names alone.
+One network under two sets of names. The training losses in taming's and ruDALL-E's files (VGG, a
+discriminator) are ignored. Gumbel models are recognized by `quantize.proj`, LlamaGen's unit vectors by its
+names.
 """
 
 import re

@@ -212,7 +212,7 @@ REFUSED = {
     "another depth": (hparams(depth=9), "has 9 layers"),
     "no number": (hparams(heads="many"), "heads 'many'"),
     "a text longer than all": (hparams(text_seq_len=99), "positive"),
-    "another text": (hparams(text_seq_len=5), r"lacks|another shape"),
+    "another text": (hparams(text_seq_len=5), r"lacks|wrong shape"),
     "a missing tensor": (
         lambda file: file["weights"].pop("transformer.layers.layers.2.1.fn.norm.bias"),
         r"lacks 1 tensors, first layers\.2\.mlp\.norm\.bias",

@@ -255,7 +255,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a missing tensor": (change_state(lambda s: s.pop("blocks.1.attn.key.bias")), r"lacks 1 .*qkv\.1\.bias"),
     "a transposed matrix": (
         change_state(lambda s: s.update({"blocks.0.mlp.0.weight": s["blocks.0.mlp.0.weight"].T})),
-        "another shape.*expand",
+        "wrong shape.*expand",
     ),
     "biases that are switched off": (config(attn_bias=False), "unexpected.*bias"),
     "another depth": (config(n_layers=9), "n_layers 9, the tensors are of 3"),

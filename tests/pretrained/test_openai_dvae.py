@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[Callable[[dict], Any], str]] = {
         lambda state: state.update({"encoder.blocks.extra.w": torch.zeros(1)}),
         r"unexpected.*encoder\.blocks\.extra\.w",
     ),
-    "another shape": (changed(**{CONV: lambda w: w.transpose(0, 1)}), "another shape"),
+    "wrong shape": (changed(**{CONV: lambda w: w.transpose(0, 1)}), "wrong shape"),
     "a number that is none": (changed(**{INPUT: lambda w: w * float("nan")}), "NaN"),
     "another program's file": (
         lambda state: state.clear() or state.update(x=torch.ones(2)),

@@ -306,11 +306,11 @@ REFUSED: dict[str, tuple[Callable[[dict], Any], str]] = {
     ),
     "columns that are not rows": (
         change(**{"image_col_embeddings.weight": torch.zeros(5, WIDTH)}),
-        r"another shape.*column_position",
+        r"wrong shape.*column_position",
     ),
     "whole numbers": (
         lambda w: w.update({n: t.long() for n, t in w.items()}),
-        r"another dtype.*int64, not torch\.float32",
+        r"wrong dtype.*int64, not torch\.float32",
     ),
     "an infinite number": (
         change(**{"to_logits.1.bias": torch.full((WORDS + TEXT + CODES,), torch.inf)}),

@@ -138,7 +138,7 @@ def test_the_wavelets_are_those_of_pywavelets() -> None:
     ("name", "tensor", "message"),
     [
         ("model.decoder.idwt.g1_row", None, r"lacks 1 .*wavelets\.g1_row"),
-        ("model.decoder.decoder.conv_out.bias", torch.zeros(3), "another shape.*conv_out"),
+        ("model.decoder.decoder.conv_out.bias", torch.zeros(3), "wrong shape.*conv_out"),
         ("model.decoder.idwt.g2_row", torch.zeros(1), "unexpected.*g2_row"),
     ],
 )
@@ -245,7 +245,7 @@ REFUSED = {
     ),
     "a level of LlamaGen too few": (
         without(names_of_llamagen, "decoder.conv_blocks.2"),
-        "lacks|another shape",
+        "lacks|wrong shape",
     ),
     "other widths": (make_state(names_of_taming) | WIDE, "multiples of 32"),
 }

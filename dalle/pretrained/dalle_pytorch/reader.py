@@ -1,10 +1,9 @@
 """dalle.pt of DALLE-pytorch (lucidrains), version 1.6: the transformer and the image tokenizer inside.
 
-Heads and kinds of layers show in no shape, so the file's own `hparams` are needed. Wrappers around a module
-depend on the options it was made with and nest the names; they are matched by their ends. Rotary angles are
-those of the file. Versions before 1.6 differ under the same names (shifts, masks, positions), were not
-compared, and are refused. Its text tokenizer is not in the file: CLIP's byte-pair encoding unless another was
-chosen in training.
+Heads and kinds of layers are in the file's `hparams`. Wrappers around a module depend on the options of
+training and nest the names, so names are matched by their ends. Versions before 1.6 differ under the same
+names (shifts, masks, positions) and are refused. The text tokenizer is not in the file: CLIP's unless another
+was chosen.
 """
 
 import re
@@ -27,26 +26,26 @@ _LAYER = re.compile(
 )
 _PARTS = {"to_qkv": "f.qkv.0", "to_out.0": "f.out", "net.0": "f.expand", "net.3": "f.project"}
 _OTHERS = {
-    "text_emb.weight": "text_embedding.weight",
-    "image_emb.weight": "image_embedding.weight",
-    "text_pos_emb.weight": "text_position.weight",
+    "text_emb.": "text_embedding.",
+    "image_emb.": "image_embedding.",
+    "text_pos_emb.": "text_position.",
     "transformer.pos_emb": "angles",
-    "image_pos_emb.weights.0": "image_position.0",
-    "image_pos_emb.weights_0": "image_position.0",
-    "image_pos_emb.weights.1": "image_position.1",
-    "image_pos_emb.weights_1": "image_position.1",
-    "to_logits.0.weight": "final_norm.weight",
-    "to_logits.0.bias": "final_norm.bias",
-    "to_logits.1.weight": "to_logits.weight",
-    "to_logits.1.bias": "to_logits.bias",
+    "image_pos_emb.weights.": "image_position.",
+    "image_pos_emb.weights_": "image_position.",
+    "to_logits.0.": "final_norm.",
+    "to_logits.1.": "to_logits.",
 }
+"""Beginnings of names outside of layers."""
 
 
 def own_name(name: str, names: Collection[str] = ()) -> str:
     """The file's name of a tensor -> the model's."""
     match = _LAYER.fullmatch(name)
     if not match:
-        return _OTHERS.get(name, name)
+        for theirs, ours in _OTHERS.items():
+            if name.startswith(theirs):
+                return ours + name.removeprefix(theirs)
+        return name
     layer, path, rest = match[1] or match[3], match[2] or match[4], match[5]
     for theirs, ours in _PARTS.items():
         if rest.startswith(f"{theirs}."):
@@ -89,15 +88,11 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DallePytorchConfi
 def _hparams(tree: Any) -> Mapping[str, Any]:
     hparams = tree.get("hparams") if isinstance(tree, dict) else None
     if not isinstance(hparams, dict):
-        raise ValueError(
-            "it has no hparams, which name heads and kinds of layers; give the dalle.pt of its training"
-        )
+        raise ValueError("it has no hparams, which name heads and kinds of layers")
     version = tree.get("version")
     if not str(version).startswith(VERSION):
         which = f"version {version!s:.20}" if version else "a version before 1.0 (it names none)"
-        raise ValueError(
-            f"it is of {which}; versions differ under the same names, only {VERSION}x is supported"
-        )
+        raise ValueError(f"it is of {which}; only {VERSION}x is supported")
     return hparams
 
 

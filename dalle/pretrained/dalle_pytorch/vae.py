@@ -1,9 +1,8 @@
 """The discrete VAE of DALLE-pytorch (lucidrains, 1.6.6), in vae.pt or inside dalle.pt.
 
-Other than ours: convolutions by 4 x 4 with stride 2, residual blocks at the coarsest resolution, three
-channels out (no log scale). Images are normalized on the way in by means and deviations of its hyper-
-parameters; its decoder gives normalized pixels, which the package shows as they are and which are mapped back
-here.
+Against ours: 4 x 4 convolutions with stride 2, residual blocks at the coarsest resolution, three output
+channels (no log scale). Images are normalized by means and deviations of the hyper-parameters; the decoder's
+normalized pixels are mapped back here.
 """
 
 import math
@@ -13,7 +12,6 @@ from reprlib import repr as shown
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
@@ -50,7 +48,7 @@ class DiscreteVAEConfig:
 
 
 def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DiscreteVAEConfig:
-    """Sizes from the shapes, the normalization from the file's hyper-parameters, or the package's default."""
+    """Sizes from the shapes, the normalization from the file's hyper-parameters."""
     levels = sum(bool(re.fullmatch(r"encoder\.\d+\.0\.weight", name)) for name in shapes)
     blocks = count_matches(shapes, "encoder.*.net.0.weight")
     if not levels:
@@ -82,33 +80,31 @@ class Block(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 1),
-        )
+        first, second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(width, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.net(x)
 
 
 class DiscreteVAE(nn.Module):
-    """An `ImageTokenizer`; parameters bear the package's names."""
+    """An `ImageTokenizer` with the package's parameter names."""
 
     def __init__(self, config: DiscreteVAEConfig):
         super().__init__()
         self.config, width = config, config.width
-        blocks = [Block(width) for _ in range(2 * config.blocks)]
-        first = nn.Conv2d(config.codebook_dim, width, 1)  # only where there are blocks behind it
-        down = [_down(3 if i == 0 else width, width) for i in range(config.levels)]
-        up = [_up(width if config.blocks or i else config.codebook_dim, width) for i in range(config.levels)]
+        down, up = [], []
+        for level in range(config.levels):
+            n_in = width if level else 3
+            down.append(nn.Sequential(nn.Conv2d(n_in, width, 4, stride=2, padding=1), nn.ReLU()))
+            n_in = width if level or config.blocks else config.codebook_dim
+            up.append(nn.Sequential(nn.ConvTranspose2d(n_in, width, 4, stride=2, padding=1), nn.ReLU()))
+        before, after = ([Block(width) for _ in range(config.blocks)] for _ in range(2))
+        if config.blocks:
+            after = [nn.Conv2d(config.codebook_dim, width, 1), *after]
         self.codebook = nn.Embedding(config.vocab_size, config.codebook_dim)
-        self.encoder = nn.Sequential(*down, *blocks[: config.blocks], nn.Conv2d(width, config.vocab_size, 1))
-        self.decoder = nn.Sequential(
-            *[first] * bool(config.blocks), *blocks[config.blocks :], *up, nn.Conv2d(width, 3, 1)
-        )
+        self.encoder = nn.Sequential(*down, *before, nn.Conv2d(width, config.vocab_size, 1))
+        self.decoder = nn.Sequential(*after, *up, nn.Conv2d(width, 3, 1))
 
     @property
     def downsample_factor(self) -> int:
@@ -131,25 +127,13 @@ class DiscreteVAE(nn.Module):
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """int64 (B, h * w), square unless `grid` is (h, w) -> float32 (B, 3, H, W) in [0, 1]."""
         check_tokens(tokens, self.vocab_size, "image_tokens")
-        h, w = token_grid(tokens, grid)
-        z = F.embedding(tokens, self.codebook.weight).movedim(2, 1).unflatten(2, (h, w))
+        z = self.codebook(tokens).movedim(2, 1).unflatten(2, token_grid(tokens, grid))
         means, deviations = self._normalization(z)
         return (self.decoder(z) * deviations + means).float().clamp(0, 1)
 
-    def _normalization(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _normalization(self, like: Tensor) -> list[Tensor]:
         values = (self.config.means, self.config.deviations)
-        means, deviations = (
-            torch.tensor(part, device=like.device, dtype=like.dtype)[:, None, None] for part in values
-        )
-        return means, deviations
-
-
-def _down(n_in: int, n_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(n_in, n_out, 4, stride=2, padding=1), nn.ReLU())
-
-
-def _up(n_in: int, n_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1), nn.ReLU())
+        return [torch.tensor(v, device=like.device, dtype=like.dtype)[:, None, None] for v in values]
 
 
 FAMILY = CheckpointFormat(

@@ -24,10 +24,19 @@ from dalle.text.external.huggingface import HuggingFaceTokenizer
 CONFIG, STAGE1, STAGE2 = "config.yaml", "stage1_last.ckpt", "stage2_last.ckpt"
 VOCABULARY, MERGES = "tokenizer/bpe-16k-vocab.json", "tokenizer/bpe-16k-merges.txt"
 FILES = (CONFIG, VOCABULARY, MERGES, STAGE1, STAGE2)
+PUBLISHED = {
+    "embed_dim": 1536,
+    "n_layers": 42,
+    "n_dense_layers": 42,
+    "n_heads": 24,
+    "ctx_len_img": 256,
+    "ctx_len_txt": 64,
+    "vocab_size_txt": 16384,
+    "vocab_size_img": 16384,
+}
+"""Defaults of its configuration (dalle/utils/config.py there)."""
 UNKNOWN, PAD, SUFFIX = "[UNK]", "[PAD]", "</w>"
-LICENSE = (
-    "CC-BY-NC-SA 4.0 for the transformer, which forbids commercial use; not stated for its image tokenizer"
-)
+LICENSE = "CC-BY-NC-SA 4.0 for the transformer (no commercial use); not stated for its image tokenizer"
 
 _OTHERS = {
     "tok_emb_txt": "text_embedding",
@@ -51,14 +60,14 @@ _PARTS = {
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is what the archive unpacks to."""
+    """Whether a folder is the unpacked archive."""
     return (path / STAGE2).is_file()
 
 
 def read_stage2(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The transformer's part of config.yaml and its hyper-parameters; ValueError if of another model."""
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"no {CONFIG} in {folder}, which has heads and biases; keep all its files together")
+        raise ValueError(f"no {CONFIG} in {folder}, which has heads and biases")
     try:
         config = read_yaml(folder / CONFIG)
     except ConfigError as error:
@@ -116,19 +125,6 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> MinDalleConfig:
     )
 
 
-PUBLISHED = {
-    "embed_dim": 1536,
-    "n_layers": 42,
-    "n_dense_layers": 42,
-    "n_heads": 24,
-    "ctx_len_img": 256,
-    "ctx_len_txt": 64,
-    "vocab_size_txt": 16384,
-    "vocab_size_img": 16384,
-}
-"""Defaults of its configuration (dalle/utils/config.py there)."""
-
-
 def _switch(hparams: Mapping[str, Any], name: str, default: bool) -> bool:
     value = hparams.get(name, default)
     if type(value) is not bool:
@@ -161,26 +157,17 @@ def load_tokenizer(folder: Path) -> HuggingFaceTokenizer:
         raise ValueError(f"{folder / MERGES} cannot be read: {error}") from None
     merges = [line for line in lines if line.strip() and not line.startswith("#version")]
     if wrong := [line for line in merges if len(line.split(" ")) != 2]:
-        raise ValueError(
-            f"{folder / MERGES} has the line {wrong[0]!r:.40}; expected two parts with a space between"
-        )
+        raise ValueError(f"{folder / MERGES} has the line {wrong[0]!r:.40}; expected two parts")
     bert = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": False}
     normalizers = [{"type": "BertNormalizer", **bert}, {"type": "Lowercase"}]
-    model = {
-        "type": "BPE",
-        "vocab": vocabulary,
-        "merges": merges,
-        "unk_token": UNKNOWN,
-        "end_of_word_suffix": SUFFIX,
-    }
+    model = {"type": "BPE", "vocab": vocabulary, "merges": merges, "unk_token": UNKNOWN}
+    special = [{"id": vocabulary[token], "content": token, "special": True} for token in (UNKNOWN, PAD)]
     return HuggingFaceTokenizer(
         {
             "normalizer": {"type": "Sequence", "normalizers": normalizers},
             "pre_tokenizer": {"type": "BertPreTokenizer"},
-            "model": model,
-            "added_tokens": [
-                {"id": vocabulary[token], "content": token, "special": True} for token in (UNKNOWN, PAD)
-            ],
+            "model": model | {"end_of_word_suffix": SUFFIX},
+            "added_tokens": special,
         }
     )
 

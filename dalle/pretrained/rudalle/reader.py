@@ -1,18 +1,16 @@
 """ruDALL-E (Sber): a state dict of the transformer alone. Malevich, Emojich, Surrealist XL, Kandinsky.
 
 The file's three masks distinguish version 2 from 3 (dalle/pretrained/rudalle/model.py), whose tensors have
-the same names and shapes. The number of heads shows nowhere; it is known for the published widths. The text
-tokenizer is a youtokentome model, bpe.model, of lowercase captions; the image tokenizer is
-vqgan.gumbelf8-sber.model.ckpt, or its sibling with wavelets (dalle/pretrained/rudalle/vqgan_dwt.py).
+the same names and shapes. The number of heads is known for the published widths. The text tokenizer is a
+youtokentome model, bpe.model, of lowercase captions; the image tokenizer is vqgan.gumbelf8-sber.model.ckpt,
+or its sibling with wavelets (dalle/pretrained/rudalle/vqgan_dwt.py).
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dalle.pretrained.external_transformer import stream_mask
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches, rename_layers
@@ -49,15 +47,13 @@ _PARTS = {
 
 
 def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> RudalleConfig:
-    """Sizes from the shapes, the version from the masks; ValueError for heads or masks that are not known."""
+    """Sizes from the shapes, the version from the masks; ValueError for unknown heads or masks."""
     text_len, side = shapes["text_position.weight"][0] - 1, shapes["row_position.weight"][0]
     depth = count_matches(shapes, "layers.*.attention.norm.weight")
     text_ids, width = shapes["text_embedding.weight"]
     if (depth, width) not in HEADS:
         known = ", ".join(f"{d} layers of width {w}" for d, w in HEADS)
-        raise ValueError(
-            f"its heads are unknown; they are known for {known}, it has {depth} layers of width {width}"
-        )
+        raise ValueError(f"its heads are unknown: {depth} layers of width {width}, known are {known}")
     config = RudalleConfig(
         width=width,
         depth=depth,
@@ -68,38 +64,26 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> RudalleConfig:
         image_vocab=shapes["image_embedding.weight"][0],
         sandwich="layers.0.attention.norm_out.weight" in shapes,
     )
-    masks = {
-        name: found.tensors.get(f"transformer.{name}", found.tensors.get(name)) for name in MASKS.values()
-    }
-    return replace(config, version=version_of(config, masks))
-
-
-def version_of(config: RudalleConfig, masks: Mapping[str, Tensor | None]) -> str:
-    """Which of VERSIONS the masks of a file belong to; ValueError for one that is missing, or for neither."""
-    size = config.text_len + config.grid[0] ** 2
-    found = {kind: _read_mask(masks, name, size) for kind, name in MASKS.items()}
+    size, masks = text_len + side**2, {}
+    for kind, name in MASKS.items():
+        mask = found.tensors.get(f"transformer.{name}", found.tensors.get(name))
+        if mask is None:
+            raise ValueError(f"it lacks {name}; only its masks distinguish v2 from v3")
+        if mask.shape != (size, size):
+            raise ValueError(f"its {name} is of shape {tuple(mask.shape)}, expected {size} x {size}")
+        masks[kind] = mask != 0
     for version in VERSIONS:
-        named = replace(config, version=version)
-        if all(torch.equal(found[k], stream_mask(named.image_mask(k), config.text_len)) for k in MASKS):
-            return version
-    raise ValueError(
-        f"its masks are neither those of {' nor of '.join(VERSIONS)}: a grid or a kernel of its own"
-    )
-
-
-def _read_mask(masks: Mapping[str, Tensor | None], name: str, size: int) -> Tensor:
-    if masks[name] is None:
-        raise ValueError(f"it lacks {name}; only its masks distinguish v2 from v3")
-    if masks[name].shape != (size, size):
-        raise ValueError(f"its {name} is of shape {tuple(masks[name].shape)}, expected {size} x {size}")
-    return masks[name] != 0
+        config = replace(config, version=version)
+        if all(torch.equal(masks[k], stream_mask(config.image_mask(k), text_len)) for k in MASKS):
+            return config
+    raise ValueError(f"its masks are neither those of {' nor of '.join(VERSIONS)}")
 
 
 class RudalleTokenizer(YoutokentomeTokenizer):
-    """Its bpe.model: ids of lowercase captions, without begin and end, which the layout adds."""
+    """Its bpe.model for lowercase captions; begin and end are added by the layout."""
 
     def pieces(self, caption: str) -> list[str]:
-        """Words between spaces, less any white space at both ends, which the package strips first."""
+        """Words between spaces of the lowercased caption, stripped first as in the package."""
         return super().pieces(caption.lower().strip())
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,7 +92,7 @@ class RudalleTokenizer(YoutokentomeTokenizer):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "RudalleTokenizer":
-        """The inverse of to_dict; ValueError if data is anything else."""
+        """The inverse of to_dict; ValueError for other data."""
         if (data.get("format"), data.get("version")) != (FORMAT, VERSION):
             raise ValueError(f"expected the format {FORMAT!r} in version {VERSION}")
         return cls({name: data[name] for name in ("characters", "merges", "special")})

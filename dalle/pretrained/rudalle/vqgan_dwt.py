@@ -1,8 +1,8 @@
 """ruDALL-E's VQGAN with wavelets, vqgan.gumbelf8-sber-dwt.model.ckpt.
 
-It encodes 256 x 256 pixels and decodes to 512 x 512. The encoder is the Gumbel f8's. Its decoder has 12
-channels: an image of half the size, then for each color its differences down, across, both; one step of the
-inverse wavelet transform makes pixels of them, with the filters in the file (Haar's).
+It encodes 256 x 256 pixels by the encoder of the Gumbel f8 and decodes to 512 x 512. The decoder has 12
+channels: an image of half the size, then for each color its differences down, across and both, which one step
+of the inverse wavelet transform with the file's filters (Haar's) turns into pixels.
 """
 
 from collections.abc import Collection
@@ -37,7 +37,7 @@ class InverseWavelets(nn.Module):
 
 
 def _joined(low: Tensor, high: Tensor, g0: Tensor, g1: Tensor, dim: int) -> Tensor:
-    """Twice the length along a side: each number of both becomes two, by the filters, which are added."""
+    """Twice the length along a side: the sum of both parts, upsampled by their filters."""
     shape, stride = ((1, 1, 2, 1), (2, 1)) if dim == 2 else ((1, 1, 1, 2), (1, 2))
     filters = (g.view(shape).repeat(low.shape[1], 1, 1, 1) for g in (g0, g1))
     first, second = (
@@ -48,7 +48,7 @@ def _joined(low: Tensor, high: Tensor, g0: Tensor, g1: Tensor, dim: int) -> Tens
 
 
 class WaveletVQGAN(VQGAN):
-    """A VQGAN whose images have twice the sides of those that it encodes."""
+    """A VQGAN whose decoded images have twice the sides of those that it encodes."""
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
