@@ -423,7 +423,7 @@ def test_help_shows_each_command_on_its_own_line(monkeypatch, capsys):
 def test_a_script_runs_from_any_directory(python, tmp_path):
     done = python(["scripts/train_tokenizer.py", "--help"], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "Learn the text vocabulary" in done.stdout
+    assert "Train the text tokenizer" in done.stdout
 
 
 @dataclasses.dataclass(frozen=True)

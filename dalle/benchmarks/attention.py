@@ -15,8 +15,7 @@ from torch import Tensor
 
 from dalle.benchmarks.common import hardware, print_results, save_report, seconds_of
 from dalle.benchmarks.config import AttentionBenchmark
-from dalle.nn.attention import attend_with, resolve_backend, uses_column_major
-from dalle.nn.sparse_mask import SparseMask
+from dalle.nn.attention import SparseMask, attend_with, resolve_backend
 from dalle.train.precision import DTYPES, resolve_device, resolve_precision
 
 WARMUP_ROUNDS = 3
@@ -73,7 +72,7 @@ def _layer(backend: str, kind: str, args: AttentionBenchmark, inputs: list[Tenso
     mask = SparseMask(kind, args.config.layout, args.config.conv_kernel)
     q, k, v, gradient = inputs
     backend = resolve_backend(backend, mask, q.shape[2], q.device, q.shape[3])
-    column_major = uses_column_major(backend, mask)
+    column_major = backend == "flex" and mask.kind == "column"
     return lambda: torch.autograd.grad(attend_with(backend, q, k, v, mask, column_major), (q, k, v), gradient)
 
 

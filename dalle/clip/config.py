@@ -48,13 +48,3 @@ class CLIPConfig:
                 raise ValueError(
                     f"{name} {getattr(self, name)} is not a multiple of head_dim {self.head_dim}"
                 )
-
-    @property
-    def pad(self) -> int:
-        """Text id that fills up."""
-        return self.text_vocab
-
-    @property
-    def end(self) -> int:
-        """Text id that ends a caption: the highest, so open_clip reads its state."""
-        return self.text_vocab + 1

@@ -47,15 +47,17 @@ class CLIP(nn.Module):
         )
         self.config = config
         self.net = OpenCLIP(config.embed_width, vision, text)
+        self.pad = config.text_vocab
+        self.end = config.text_vocab + 1  # the highest id, so that open_clip reads its state
         self.truncated = 0
 
     def pack_text(self, captions: Sequence[Sequence[int]]) -> Tensor:
         """Text ids of captions -> int64 (B, L): ids, the end mark, pads; longer captions are cut and
         counted."""
-        rows = torch.full((len(captions), self.config.text_len), self.config.pad)
+        rows = torch.full((len(captions), self.config.text_len), self.pad)
         for row, ids in zip(rows, captions, strict=True):
             self.truncated += len(ids) > self.config.text_len - 1
-            kept = [*ids[: self.config.text_len - 1], self.config.end]
+            kept = [*ids[: self.config.text_len - 1], self.end]
             row[: len(kept)] = torch.tensor(kept)
         return rows
 
@@ -116,10 +118,8 @@ class CLIPScorer:
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
         """Captions -> unit vectors (N, E)."""
-        device = self.model.net.logit_scale.device
-        return self.model.encode_text(
-            self.model.pack_text([self.text.encode(one) for one in captions]).to(device)
-        )
+        text = self.model.pack_text(list(map(self.text.encode, captions)))
+        return self.model.encode_text(text.to(self.model.net.logit_scale.device))
 
 
 class OpenClipScorer:

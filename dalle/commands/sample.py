@@ -203,7 +203,9 @@ def _sample_prompt(args: SampleArgs, model: DALLE, out: Path, group: Distributed
     shards = group.gather_objects(model.generate([args.prompt], **shared))
     if not group.is_main:
         return
-    generation = merge_generations([part for shard in shards for part in shard], args.num_images)
+    generation = shards[0][0]
+    if len(shards) > 1:
+        generation = merge_generations([part for shard in shards for part in shard], args.num_images)
     options["best_of"] = generation.num_generated
     options["precision"] = precision_label(args.precision, args.int8, model.device)
     make_directory(out)

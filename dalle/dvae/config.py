@@ -1,6 +1,5 @@
 """Configuration of the dVAE and of its loss (Sections 2.1, A.1, A.2)."""
 
-import math
 from dataclasses import dataclass
 
 from dalle.schedules import Schedule
@@ -40,11 +39,6 @@ class DVAEConfig:
         for name in ("blocks_per_group", "vocab_size", "codebook_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-
-    @property
-    def poolings(self) -> int:
-        """Groups that are followed by a factor of two."""
-        return int(math.log2(self.downsample_factor))
 
     @property
     def residual_gain(self) -> float:

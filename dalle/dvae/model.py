@@ -101,7 +101,7 @@ class Encoder(nn.Module):
         last = config.widths[0]
         layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(3, last, 7))
         for i, width in enumerate(config.widths):
-            pool = ("pool", nn.MaxPool2d(2)) if i < config.poolings else None
+            pool = ("pool", nn.MaxPool2d(2)) if 2**i < config.downsample_factor else None
             sizes = [last] + [width] * config.blocks_per_group
             layers[f"group_{i + 1}"] = _group(EncoderBlock, sizes, config.residual_gain, pool)
             last = width
@@ -125,7 +125,11 @@ class Decoder(nn.Module):
             nn.init.normal_(codebook.w, std=config.codebook_init_std)
         layers: OrderedDict[str, nn.Module] = OrderedDict(input=codebook)
         for i, width in enumerate(reversed(config.widths)):
-            up = ("upsample", nn.Upsample(scale_factor=2, mode="nearest")) if i < config.poolings else None
+            up = (
+                ("upsample", nn.Upsample(scale_factor=2, mode="nearest"))
+                if 2**i < config.downsample_factor
+                else None
+            )
             sizes = [last] + [width] * config.blocks_per_group
             layers[f"group_{i + 1}"] = _group(DecoderBlock, sizes, config.residual_gain, up)
             last = width

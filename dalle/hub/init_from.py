@@ -99,7 +99,7 @@ def _dvae_rows(old: Any, new: Any) -> Rows:
 
 
 def _clip_rows(old: Any, new: Any) -> Rows:
-    ids = torch.cat([torch.arange(old.text_vocab), torch.tensor([new.pad, new.end])])
+    ids = torch.cat([torch.arange(old.text_vocab), torch.tensor([new.text_vocab, new.text_vocab + 1])])
     return {
         "net.token_embedding.weight": (0, ids),
         "net.positional_embedding": (0, torch.arange(old.text_len)),

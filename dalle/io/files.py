@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def make_directory(folder: Path) -> Path:
@@ -61,6 +61,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"no file {path}; the checkpoint is incomplete") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
+
+
+def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Weights into a model; ValueError that names the first missing, unexpected or misshapen tensor."""
+    expected = model.state_dict()
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise ValueError(f"{source} lacks {len(missing)} tensors of the model, first {missing[0]!r}")
+    if extra := sorted(tensors.keys() - expected.keys()):
+        raise ValueError(f"{source} holds {len(extra)} tensors the model lacks, first {extra[0]!r}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            shapes = f"{tuple(tensor.shape)}, the model's is {tuple(expected[name].shape)}"
+            raise ValueError(f"{source}: {name!r} is {shapes}")
+    model.load_state_dict(tensors)
 
 
 def write_json(path: Path, data: Any) -> None:

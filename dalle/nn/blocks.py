@@ -9,9 +9,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dalle.nn.attention import attend_with, uses_column_major
+from dalle.nn.attention import SparseMask, attend_with
 from dalle.nn.kv_cache import KVCache
-from dalle.nn.sparse_mask import SparseMask
 
 
 class FP32LayerNorm(nn.LayerNorm):
@@ -35,7 +34,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, pattern: SparseMask, backend: str, cache: KVCache | None = None) -> Tensor:
         """x (B, n, D) of the first n slots, which a cache takes for `step`; backend as `resolve` gave it."""
-        transposed = uses_column_major(backend, pattern)  # x is one array where q, k and v are three
+        transposed = (
+            backend == "flex" and pattern.kind == "column"
+        )  # x is one array where q, k and v are three
         x = pattern.to_column_major(x) if transposed else x
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         if cache is not None:

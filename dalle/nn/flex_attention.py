@@ -8,18 +8,20 @@ order touches as many blocks as a causal one, so it exchanges rows and columns o
 
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from dalle.nn.sparse_mask import SparseMask
+if TYPE_CHECKING:
+    from dalle.nn.attention import SparseMask
 
 NARROWEST = 16  # head width of the kernel on CUDA
 REMEDY = "set model.attention_backend to auto, window, sdpa or dense"
 
 
-def flex_attend(q: Tensor, k: Tensor, v: Tensor, pattern: SparseMask) -> Tensor:
+def flex_attend(q: Tensor, k: Tensor, v: Tensor, pattern: "SparseMask") -> Tensor:
     """Attention of the whole stream; q, k, v and result (B, H, N, d), of column layers
     `pattern.to_column_major`.
 

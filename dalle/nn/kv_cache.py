@@ -33,9 +33,12 @@ class KVCacheLayout:
         offset: int64 (N,), index of each position's own key in its group.
         group: int64 (N,), group of each position; None is one group for all.
         groups: G.
+        device: where a step reads the tensors.
     """
 
-    def __init__(self, sees: Tensor, offset: Tensor, group: Tensor | None = None, groups: int = 1):
+    def __init__(
+        self, sees: Tensor, offset: Tensor, group: Tensor | None = None, groups: int = 1, device=None
+    ):
         self.sees, self.groups, self.window = sees, groups, sees.shape[1]
         self.group = torch.zeros_like(offset) if group is None else group
         self.index = self.group * self.window + offset  # (N,) among all G P keys
@@ -44,9 +47,12 @@ class KVCacheLayout:
         self.num_read = (sees * torch.arange(1, self.window + 1)).amax(dim=1).tolist()
         self.needs_bias = [not bool(s[:count].all()) for s, count in zip(sees, self.num_read, strict=True)]
         self.int_group, self.int_index = self.group.tolist(), self.index.tolist()
+        self.group, self.index, self.bias = (x.to(device) for x in (self.group, self.index, self.bias))
 
     @classmethod
-    def of_kind(cls, kind: str, layout: TokenLayout, kernel: int = 11) -> "KVCacheLayout":
+    def of_kind(
+        cls, kind: str, layout: TokenLayout, kernel: int = 11, device: torch.device | None = None
+    ) -> "KVCacheLayout":
         """The layout for an attention kind of dalle/masks.py."""
         rows, columns, tokens = layout.rows, layout.columns, layout.num_image_tokens
         window = {"row": columns + 1, "conv": columns * (kernel + 1) // 2, "column": rows, "causal": tokens}
@@ -60,12 +66,7 @@ class KVCacheLayout:
             held = t[:, None] - (t[:, None] - slots) % window
         text = layout.text_len
         sees = visible(kind, layout, kernel)(t[:, None] + text, held + text) & (held >= 0)  # (N, P)
-        return cls(sees, offset, group, columns if kind == "column" else 1)
-
-    def to(self, device: torch.device) -> "KVCacheLayout":
-        """Moves the tensors that a step reads."""
-        self.group, self.index, self.bias = (x.to(device) for x in (self.group, self.index, self.bias))
-        return self
+        return cls(sees, offset, group, columns if kind == "column" else 1, device)
 
     def bytes(self, width: int, itemsize: int) -> int:
         """Memory for the keys and values of one candidate in one layer of `width`."""

@@ -46,7 +46,10 @@ def rank(scorer: Scorer, pixels: Tensor, caption: str, chunk: int = 64) -> tuple
     Returns:
         order int64 (N,) and scores (N,), both best first, on the CPU.
     """
-    scores = torch.cat([scorer.score(part, caption).float().cpu() for part in pixels.split(chunk)])
+    parts = []
+    for part in pixels.split(chunk):
+        parts.append(scorer.score(part, caption).float().cpu())
+    scores = torch.cat(parts)
     if not torch.isfinite(scores).all():
         raise ValueError(f"the scorer returned a score that is not finite for {caption!r}")
     order = torch.sort(scores, descending=True, stable=True).indices

@@ -13,8 +13,14 @@ from torch import Tensor
 from dalle.clip import CLIP, CLIPScorer
 from dalle.hub.hub import HubMixin, resolve_source
 from dalle.hub.model_card import Report
-from dalle.hub.model_directory import model_files, write_model_directory
-from dalle.hub.registry import LoadedModel, check_linked, load_model, weights_hash
+from dalle.hub.registry import (
+    LoadedModel,
+    check_linked,
+    load_model,
+    model_files,
+    weights_hash,
+    write_model_directory,
+)
 from dalle.io.format import read_config
 from dalle.io.images import load_image, resize_center_crop, to_tensor
 from dalle.pipelines.best_of_n import Callback, GenerationProgress, run_best_of_n, sample_best_of_n
@@ -22,7 +28,6 @@ from dalle.pipelines.completion import prefix_tokens
 from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.generation import Generation, LogLikelihood
 from dalle.text import BPETokenizer
-from dalle.text.coverage import out_of_vocabulary
 from dalle.train.precision import DTYPES, Precision, resolve_precision
 from dalle.transformer import Transformer
 from dalle.transformer.generate import cast_linear_weights, inference_autocast, quantize_int8
@@ -172,7 +177,7 @@ class DALLE(HubMixin):
         if best_of < n:
             raise ValueError(f"best_of must be at least n, got best_of={best_of}, n={n}")
         text_tokens = self.text_tokens(prompts, truncate)
-        if pieces := [piece for prompt in prompts for piece in out_of_vocabulary(self.text, prompt)]:
+        if pieces := [piece for prompt in prompts for piece in self.text.out_of_vocabulary(prompt)]:
             shown = ", ".join(map(repr, pieces[:5]))
             warnings.warn(
                 f"the vocabulary lacks letters of {shown}: the model may not know them", stacklevel=3
@@ -231,7 +236,7 @@ class DALLE(HubMixin):
     def save_pretrained(
         self, directory: Path | str, report: Report | None = None, license: str | None = None
     ) -> None:
-        """Writes a model directory (dalle/hub/model_directory.py), with a model card by the report and
+        """Writes a model directory (dalle/hub/registry.py), with a model card by the report and
         license.
 
         Raises:

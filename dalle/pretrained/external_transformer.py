@@ -215,7 +215,7 @@ class ExternalTransformer(nn.Module, ABC):
         """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
         config, like = self.config, self.layers[0].attention.f.out.weight
         masks = self.image_masks.items()
-        layouts = {kind: KVCacheLayout(m, torch.arange(len(m))).to(like.device) for kind, m in masks}
+        layouts = {kind: KVCacheLayout(m, torch.arange(len(m)), device=like.device) for kind, m in masks}
         shape = captions, candidates, config.heads, config.inner // config.heads, like
         return [self.new_cache(layouts[kind], *shape) for kind in config.kinds]
 

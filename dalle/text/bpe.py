@@ -11,7 +11,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -95,13 +95,17 @@ class BPETokenizer(ABC):
             raise TypeError(f"a caption must be a str, not {type(caption).__name__}: {caption!r:.80}")
         pieces = self.pieces(caption)
         if dropout == 0:
-            return [token for piece in pieces for token in self._encode_piece(piece)]
+            return list(chain.from_iterable(map(self._encode_piece, pieces)))
         if seed is None:
             raise ValueError("encoding with dropout is random: give a seed, such as (seed, epoch, sample)")
         seed = seed if isinstance(seed, tuple) else (seed,)
         rng = random.Random(repr([index(number) for number in seed]))
         words = [apply_merges(self.symbols(p), self._merges, lambda: rng.random() < dropout) for p in pieces]
         return [token for word in words for token in word]
+
+    def out_of_vocabulary(self, caption: str) -> list[str]:
+        """Pieces of a caption with characters outside the vocabulary, which become bytes or unknown."""
+        return [piece for piece in self.pieces(caption) if self.unknown_id in self.symbols(piece)]
 
     def check_token(self, position: int, token: int) -> int:
         """The token as an int; ValueError if it is not in the vocabulary."""

@@ -5,15 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from dalle.text.bpe import BPETokenizer
 from dalle.text.tokenizer import UNKNOWN_ID, TextTokenizer
-
-
-def out_of_vocabulary(text: BPETokenizer, caption: str) -> list[str]:
-    """Pieces of a caption with characters outside the vocabulary, which become bytes or unknown."""
-    if isinstance(text, TextTokenizer):
-        return [piece for piece in text.pieces(caption) if not set(text.characters).issuperset(piece)]
-    return [piece for piece in text.pieces(caption) if text.unknown_id in text.symbols(piece)]
 
 
 def vocabulary_coverage(text: TextTokenizer, captions: Iterable[str], room: int) -> dict[str, Any]:

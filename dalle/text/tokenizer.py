@@ -101,6 +101,10 @@ class TextTokenizer(BPETokenizer):
                 symbols.append(UNKNOWN_ID)
         return symbols
 
+    def out_of_vocabulary(self, caption: str) -> list[str]:
+        """Pieces of a caption with characters outside the alphabet, which become bytes or unknown."""
+        return [piece for piece in normalize(caption) if not self._character_ids.keys() >= set(piece)]
+
     def decode(self, ids: Iterable[int]) -> str:
         """A readable caption in lower case, which encodes to the same ids if they had no dropout.
 

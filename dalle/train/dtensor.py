@@ -82,7 +82,7 @@ def shard_model(
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     placement = (lambda p: Shard(shard_dim(p.shape, mesh.size()))) if by_longer_side else None
-    groups = model.fsdp_groups() if hasattr(model, "shards") else []
+    groups = model.fsdp_groups() if hasattr(model, "fsdp_groups") else []
     for group in groups:
         fully_shard(group, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     for before, after in pairwise(groups):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dalle.io.files import load_strict
 from dalle.train.dtensor import distribute_like
 from dalle.train.ema import EMA
 from dalle.train.grad_scaler import PerBlockGradScaler
@@ -82,7 +83,9 @@ class TrainState:
         Raises:
             ValueError: a tensor of the model is missing, unexpected or of another shape.
         """
-        load_strict(self.model, tensors["model"], source)
+        own = self.model.state_dict()
+        weights = {n: distribute_like(t, own[n]) if n in own else t for n, t in tensors["model"].items()}
+        load_strict(self.model, weights, source)
         ema = numbers["ema"]
         self.ema.config = replace(self.ema.config, decay=ema["decay"], update_every=ema["update_every"])
         self.ema.updates = ema["updates"]
@@ -113,20 +116,6 @@ class TrainState:
         for key, tensor in moments.items():
             name, moment = key.rsplit("/", 1)
             load_moment(owners[names[name]], names[name], moment, tensor)
-
-
-def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Weights into a model; ValueError that names the first missing, unexpected or misshapen tensor."""
-    expected = model.state_dict()
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"{source} lacks {len(missing)} tensors of the model, first {missing[0]!r}")
-    if extra := sorted(tensors.keys() - expected.keys()):
-        raise ValueError(f"{source} holds {len(extra)} tensors the model lacks, first {extra[0]!r}")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            shapes = f"{tuple(tensor.shape)}, the model's is {tuple(expected[name].shape)}"
-            raise ValueError(f"{source}: {name!r} is {shapes}")
-    model.load_state_dict({name: distribute_like(tensor, expected[name]) for name, tensor in tensors.items()})
 
 
 def _empty_like(like: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.nn.attention import build_mask, resolve_backend
+from dalle.nn.attention import SparseMask, build_mask, resolve_backend
 from dalle.nn.blocks import FP32LayerNorm, ResidualBlock, TransformerBlock
 from dalle.nn.int8 import int8_linear
 from dalle.nn.kv_cache import KVCache, KVCacheLayout
-from dalle.nn.sparse_mask import SparseMask
 from dalle.transformer.config import TransformerConfig
 from dalle.types import check_tokens
 
@@ -153,19 +152,17 @@ class Transformer(nn.Module):
     def init_kv_caches(self, captions: int, candidates: int) -> list[KVCache]:
         """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
         c, like = self.config, self.layers[0].attention.f.qkv.weight
-        layouts = self._kv_layouts()
-        for layout in layouts.values():
-            layout.to(like.device)
+        layouts = self._kv_layouts(like.device)
         return [KVCache(layouts[kind], captions, candidates, c.heads, c.head_dim, like) for kind in c.kinds]
 
     def kv_bytes_per_sample(self) -> int:
         """Bytes of the image keys and values of one candidate in all layers."""
-        layouts, itemsize = self._kv_layouts(), self.layers[0].attention.f.qkv.weight.itemsize
+        layouts, itemsize = self._kv_layouts("cpu"), self.layers[0].attention.f.qkv.weight.itemsize
         return sum(layouts[kind].bytes(self.config.width, itemsize) for kind in self.config.kinds)
 
-    def _kv_layouts(self) -> dict[str, KVCacheLayout]:
+    def _kv_layouts(self, device: torch.device | str) -> dict[str, KVCacheLayout]:
         kernel = self.config.conv_kernel
-        return {kind: KVCacheLayout.of_kind(kind, self.layout, kernel) for kind in self.patterns}
+        return {kind: KVCacheLayout.of_kind(kind, self.layout, kernel, device) for kind in self.patterns}
 
 
 def init_weights(model: Transformer) -> None:

@@ -24,8 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.layout import TokenLayout
+from dalle.nn.attention import SparseMask
 from dalle.nn.blocks import TransformerBlock
-from dalle.nn.sparse_mask import SparseMask
 from dalle.pipelines.dalle import DALLE
 from dalle.transformer import Transformer
 from dalle.transformer.generate import inference_autocast

@@ -12,7 +12,7 @@ from torch import Tensor
 from dalle.io.images import captioned_grid
 from dalle.layout import TokenLayout
 from dalle.masks import visible
-from dalle.nn.sparse_mask import SparseMask
+from dalle.nn.attention import SparseMask
 
 FIGURE_11 = TokenLayout(text_len=6, grid=4, text_vocab=1, image_vocab=1)
 """The lengths in the paper's figure: 6 text tokens, 4 x 4 image tokens; its convolution is 3 wide."""

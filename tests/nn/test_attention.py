@@ -9,9 +9,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from dalle.layout import TokenLayout
 from dalle.masks import KINDS, dense_mask, visible
 from dalle.nn import ATTENTION_BACKENDS
-from dalle.nn.attention import attend, resolve_backend
+from dalle.nn.attention import SparseMask, attend, resolve_backend
 from dalle.nn.flex_attention import flex_refusal
-from dalle.nn.sparse_mask import SparseMask
 
 LAYOUTS = [TokenLayout(2, (1, 3), 5, 5), TokenLayout(5, (4, 4), 5, 5), TokenLayout(7, (3, 8), 5, 5)]
 CPU = torch.device("cpu")

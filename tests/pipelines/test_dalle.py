@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import dalle as package
 from dalle.clip import PretrainedScorer
-from dalle.hub.model_directory import save_weights, weights_hash
-from dalle.hub.registry import LoadedModel, load_model
+from dalle.hub.registry import LoadedModel, load_model, save_weights, weights_hash
 from dalle.io.images import to_pil, to_tensor
 from dalle.pipelines import best_of_n
 from dalle.pipelines.best_of_n import (

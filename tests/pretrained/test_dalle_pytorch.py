@@ -10,7 +10,7 @@ import torch
 from dalle.benchmarks.dalle_pytorch import _import
 from dalle.commands.inspect_checkpoint import InspectCheckpointArgs, inspect_checkpoint
 from dalle.dvae import DVAE, DVAEConfig
-from dalle.hub.model_directory import write_model_directory
+from dalle.hub.registry import write_model_directory
 from dalle.pretrained.family import compare_keys
 from dalle.pretrained.load import (
     detect_checkpoint,

@@ -25,8 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from dalle.config import to_dict
-from dalle.hub.model_directory import save_weights
-from dalle.hub.registry import load_model
+from dalle.hub.registry import load_model, save_weights
 from dalle.io.files import verify_checksums, write_checksums, write_tensors
 from dalle.train import sharded_checkpoint as sharded
 from dalle.train.checkpoint import latest_valid_checkpoint, restore, save_checkpoint, verify_checkpoint
