@@ -72,7 +72,7 @@ class TestPackText:
         """open_clip reads the state at the argmax of the ids."""
         packed = model.pack_text([[0], [19, 19, 19], [5] * 5, []])
         assert packed.argmax(dim=1).tolist() == [1, 3, 5, 0]
-        assert packed.max() == CONFIG.end == model.net.vocab_size - 1
+        assert packed.max() == model.end == model.net.vocab_size - 1
 
     def test_a_caption_too_long_is_cut_and_keeps_its_end_mark(self, model):
         assert model.pack_text([list(range(10))]).tolist() == [[0, 1, 2, 3, 4, 21]]
