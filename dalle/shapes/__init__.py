@@ -1,1 +1,1 @@
-"""shapes"""
+"""Synthetic shapes: dataset and judge."""

@@ -1,10 +1,9 @@
-"""Things out of shape: what a model draws that miscounts rows, or forgets half way which shape it draws.
+"""Corrupted shapes: hard negative images for CLIP.
 
-A CLIP that has seen whole things only cannot tell them from these (docs/log.md). Each broken image is the given
-one, with one thing of it spoilt on the lattice of the shapes set; every spoiling is done downward, in an image
-turned by a random quarter first.
+Generated images often miscount rows of an object, or change its shape half way; a CLIP trained on whole
+objects cannot see that (docs/log.md). One object of each image is corrupted on the grid of the dataset.
 
-    R resolution; rows and columns are cells of the lattice
+    R resolution; rows and columns are cells of the grid
 """
 
 from collections.abc import Sequence
@@ -12,82 +11,65 @@ from collections.abc import Sequence
 import numpy as np
 
 from dalle.io.rng import generator
-from dalle.shapes.dataset import COLORS, LATTICE, Scene, ShapesDataset, other_shape, render
+from dalle.shapes.dataset import COLORS, GRID, Scene, ShapesDataset, other_shape, render
 from dalle.types import CaptionedImages
 
-WAYS = ("drop", "repeat", "shift", "mix")
-SHARES = (0.5, 0.25, 0.1, 0.15)  # of the ways
-TWO_ROWS = 0.3  # share of drops that take two rows
+CORRUPTIONS = {"drop": 0.5, "repeat": 0.25, "shift": 0.1, "mix": 0.15}  # probabilities
+TWO_ROWS = 0.3  # probability that a drop takes two rows
 
 
-def corrupted_images(pairs: CaptionedImages, indices: Sequence[int]) -> np.ndarray:
-    """The images of the shapes set with these numbers, one thing of each out of shape: float32 (B, 3, R, R).
+def corrupted_images(dataset: CaptionedImages, indices: Sequence[int]) -> np.ndarray:
+    """The images at these indices, one object of each corrupted: float32 (B, 3, R, R).
 
     Raises:
-        ValueError: another set than the shapes, or a resolution that is no multiple of the lattice.
+        ValueError: another dataset than the shapes, or a resolution that is no multiple of the grid.
     """
-    if not isinstance(pairs, ShapesDataset):
-        raise ValueError(
-            "only the drawn shapes can be broken; leave --hard-negative-images out for other images"
-        )
-    scenes, boxes = pairs.drawn(indices)
-    whole = render(scenes, boxes, pairs.resolution)
-    rngs = [generator("broken", pairs.seed, index) for index in indices]
-    return np.stack([break_thing(*of_one) for of_one in zip(whole, scenes, boxes, rngs, strict=True)])
+    if not isinstance(dataset, ShapesDataset):
+        raise ValueError("only the shapes dataset can be corrupted; leave out --hard-negative-images")
+    if dataset.resolution % GRID:
+        raise ValueError(f"resolution {dataset.resolution} is no multiple of {GRID}, the cells to corrupt")
+    scenes, boxes = dataset.scenes_and_boxes(indices)
+    images = render(scenes, boxes, dataset.resolution)
+    rngs = [generator("broken", dataset.seed, index) for index in indices]
+    return np.stack([corrupt_object(*sample) for sample in zip(images, scenes, boxes, rngs, strict=True)])
 
 
-def break_thing(image: np.ndarray, scene: Scene, boxes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A copy of an image in which one thing is out of shape.
+def corrupt_object(
+    image: np.ndarray, scene: Scene, boxes: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """A copy of an image with one object corrupted, downward after a random rotation.
 
     Args:
-        image: float32 (3, R, R) in [0, 1], the scene as rendered; R a multiple of the lattice.
-        scene: what it shows.
-        boxes: (K, 3) from `draw_layout`.
-        rng: says which thing, where and how.
+        image: float32 (3, R, R) in [0, 1], rendered from `scene`; R a multiple of the grid.
+        boxes: (K, 3) from `sample_boxes`.
+        rng: samples the object, the corruption and its row.
     """
     resolution = image.shape[-1]
-    if resolution % LATTICE:
-        raise ValueError(
-            f"images are broken on a lattice of {LATTICE} cells; {resolution} pixels are no multiple"
-        )
-    which = int(rng.integers(len(scene.things)))
-    turns, way = int(rng.integers(4)), str(rng.choice(WAYS, p=SHARES))
+    which, turns = int(rng.integers(len(scene.things))), int(rng.integers(4))
+    corruption = str(rng.choice(list(CORRUPTIONS), p=list(CORRUPTIONS.values())))
     source = image
-    if way == "mix":
+    if corruption == "mix":
         source = render([other_shape(scene, which, rng)], boxes[None], resolution)[0]
-    whole, source = (np.rot90(p, turns, axes=(1, 2)).copy() for p in (image, source))
-    left, top, extent = _cells(boxes[which], turns)
-    cells = whole.reshape(3, LATTICE, resolution // LATTICE, LATTICE, -1)  # a view: color, row, y, column, x
-    _spoil(cells, source.reshape(cells.shape), way, left, top, extent, _ground(scene), rng)
-    return np.rot90(whole, -turns, axes=(1, 2)).copy()
-
-
-def _cells(box: np.ndarray, turns: int) -> tuple[int, int, int]:
-    """Left, top and extent of a thing in cells, in an image turned `turns` times by np.rot90."""
-    extent = round(float(box[2]) * LATTICE)
-    left, top = (round(float(centre) * LATTICE - extent / 2) for centre in box[:2])
+    image, source = (np.rot90(x, turns, axes=(1, 2)).copy() for x in (image, source))
+    extent = round(float(boxes[which, 2]) * GRID)
+    left, top = (round(float(center) * GRID - extent / 2) for center in boxes[which, :2])
     for _ in range(turns):
-        left, top = top, LATTICE - left - extent
-    return left, top, extent
-
-
-def _ground(scene: Scene) -> np.ndarray:
-    return np.array(COLORS[scene.background], np.float32).reshape(3, 1, 1, 1, 1) / 255
-
-
-def _spoil(cells, source, way, left, top, extent, ground, rng) -> None:
-    """Spoils the thing in place. cells and source: (3, rows, y, columns, x)."""
+        left, top = top, GRID - left - extent
     right, bottom = left + extent, top + extent
-    row = top + int(rng.integers(1, extent))  # some row of it, not the first
-    thing = cells[:, :, :, left:right]
-    if way == "mix":
-        cells[:, row:] = source[:, row:]
-    elif way == "repeat" and bottom < LATTICE:
-        thing[:, row : bottom + 1] = thing[:, row - 1 : bottom].copy()
-    elif way == "shift" and right < LATTICE:
+    row = top + int(rng.integers(1, extent))  # not the first
+
+    cells = image.reshape(3, GRID, resolution // GRID, GRID, -1)  # a view: color, row, y, column, x
+    background = np.array(COLORS[scene.background], np.float32).reshape(3, 1, 1, 1, 1) / 255
+    columns = cells[:, :, :, left:right]
+    if corruption == "mix":
+        cells[:, row:] = source.reshape(cells.shape)[:, row:]
+    elif corruption == "repeat" and bottom < GRID:
+        columns[:, row : bottom + 1] = columns[:, row - 1 : bottom].copy()
+    elif corruption == "shift" and right < GRID:
         cells[:, row:bottom, :, left + 1 : right + 1] = cells[:, row:bottom, :, left:right].copy()
-        cells[:, row:bottom, :, left : left + 1] = ground
-    else:  # drop, and what has no room for the others
+        cells[:, row:bottom, :, left : left + 1] = background
+    else:  # drop, also where the others have no room
         rows = min(1 + (rng.random() < TWO_ROWS), bottom - row)
-        thing[:, row : bottom - rows] = thing[:, row + rows : bottom].copy()
-        thing[:, bottom - rows : bottom] = ground
+        columns[:, row : bottom - rows] = columns[:, row + rows : bottom].copy()
+        columns[:, bottom - rows : bottom] = background
+    return np.rot90(image, -turns, axes=(1, 2)).copy()

@@ -1,20 +1,20 @@
-"""The embedded data set: an endless, seeded stream of drawn scenes with captions.
+"""Synthetic dataset of captioned shapes: endless, seeded, rendered when read.
 
-One or two plain shapes stand on a colored ground: "a red circle above a blue square on a yellow
-background". Every number is drawn from (seed, index), so image i is always image i. Things start at,
-and extend over, whole twelfths of the image, five or more: a small dVAE whose patches are twelfths can
-show them, and the edge of a shape crosses its patches in few ways (docs/log.md).
+One or two shapes on a colored background: "a red circle above a blue square on a yellow background". Image i
+depends on (seed, split, i) alone. Shapes cover whole cells of a 12 x 12 grid, at least 5 x 5, so that a small
+dVAE whose patches are these cells can reconstruct them (docs/log.md).
 
-Two parts of the scenes are never drawn for training: `held_out`, a tenth of all scenes chosen by hash,
-and `new_pairs`, scenes with a color-shape pair that no training scene has on any object.
+Training never sees two kinds of scenes: `held_out`, a tenth of all scenes chosen by hash, and `new_pairs`,
+scenes with a color-shape pair that no training scene contains.
 
-    B batch, K two object slots, R resolution in pixels; lengths are in image widths, x right, y down.
+    B batch, K = 2 boxes of an image, R resolution in pixels; lengths in image widths, x right, y down
 """
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import permutations, product
 
 import numpy as np
 
@@ -33,8 +33,9 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = ("small", "large")
-RELATIONS = ("left of", "above")  # of the first thing to the second
-PLACES = {  # of a thing that stands alone: steps from the middle (x, y)
+WORDINGS = {"left of": ("to the left of", "to the right of"), "above": ("above", "below")}
+RELATIONS = tuple(WORDINGS)  # of the first shape to the second
+PLACES = {  # of a single shape: steps from the middle (x, y)
     "at the top left": (-1, -1),
     "at the top": (0, -1),
     "at the top right": (1, -1),
@@ -45,31 +46,20 @@ PLACES = {  # of a thing that stands alone: steps from the middle (x, y)
     "at the bottom": (0, 1),
     "at the bottom right": (1, 1),
 }
-# One color-shape pair in eight, each shape once: training never shows them.
+# One color-shape pair in eight, each shape once.
 NEW_PAIRS = frozenset({("red", "circle"), ("blue", "square"), ("yellow", "triangle"), ("black", "cross")})
 SPLITS = ("train", "held_out", "new_pairs")
 
-LATTICE = 12  # cells on a side
-STARTS = {  # extent of a thing in cells: where it may start, at the left or top, in the middle, at the right or bottom
-    5: ((0, 1), (3, 4), (6, 7)),
-    8: ((0,), (2,), (4,)),
-}
-PAIR_STARTS = (
-    (0, 6),
-    (0, 7),
-    (1, 7),
-)  # of two things, along the axis of their relation: a cell or two between them
-CELLS = {"small": 5, "large": 8}  # width of a thing
-EXTENT = {size: cells / LATTICE for size, cells in CELLS.items()}  # the same in image widths
-PLACE_STEP = {"small": 3 / LATTICE, "large": 2 / LATTICE}  # from the middle to a place at the side, about
-
-_OPPOSITE = {"left of": "right of", "above": "below"}
-_DIRECTION = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
+GRID = 12  # cells per side
+CELLS = {"small": 5, "large": 8}  # width of a shape in cells
+# First cells of a shape of each width: at the left or top, in the middle, at the right or bottom.
+STARTS = {5: ((0, 1), (3, 4), (6, 7)), 8: ((0,), (2,), (4,))}
+PAIR_STARTS = ((0, 6), (0, 7), (1, 7))  # first cells of two shapes along the axis of their relation
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn object."""
+    """A shape of a color."""
 
     color: str
     shape: str
@@ -80,9 +70,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says. Two things have a relation; one thing has a place and a size.
+    """What a caption describes: two things with a relation, or one thing with a place and a size.
 
-    The first of two things is the left or the upper one, so that each scene has one spelling.
+    The first of two things is the left or the upper one. `split` hashes the repr: renamed classes or fields
+    change it.
     """
 
     background: str
@@ -100,15 +91,15 @@ class Scene:
         return "held_out" if int.from_bytes(digest) % 10 == 0 else "train"
 
 
-def draw_scene(rng: np.random.Generator, split: str) -> Scene:
+def sample_scene(rng: np.random.Generator, split: str) -> Scene:
     """A scene of the split: two things in two thirds of the cases, all colors in it different."""
-    while True:
-        scene = _any_scene(rng)
-        if scene.split == split:
-            return scene
+    scene = _sample_any(rng)
+    while scene.split != split:
+        scene = _sample_any(rng)
+    return scene
 
 
-def _any_scene(rng: np.random.Generator) -> Scene:
+def _sample_any(rng: np.random.Generator) -> Scene:
     background, *colors = rng.permutation(list(COLORS))[:3].tolist()
     shapes = [SHAPES[i] for i in rng.integers(len(SHAPES), size=2)]
     things = tuple(Thing(c, s) for c, s in zip(colors, shapes, strict=True))
@@ -119,25 +110,20 @@ def _any_scene(rng: np.random.Generator) -> Scene:
 
 
 def change_one_attribute(scene: Scene, rng: np.random.Generator) -> Scene:
-    """A scene that differs from the given one in one attribute: a color, a shape, the ground,
-    the relation (two things swap places or turn) or the place or size of one thing."""
-    choices = (
-        ["background", "color", "shape", "relation"]
-        if scene.relation
-        else ["background", "color", "shape", "place", "size"]
-    )
-    what = choices[rng.integers(len(choices))]
+    """The scene with another background, color, shape, relation (turned or swapped), place or size."""
+    attributes = ["background", "color", "shape", *(["relation"] if scene.relation else ["place", "size"])]
+    attribute = attributes[rng.integers(len(attributes))]
     used = {scene.background, *(thing.color for thing in scene.things)}
     which = int(rng.integers(len(scene.things)))
-    if what == "background":
+    if attribute == "background":
         return replace(scene, background=_other(COLORS, used, rng))
-    if what == "color":
+    if attribute == "color":
         return _with_thing(scene, which, color=_other(COLORS, used, rng))
-    if what == "shape":
+    if attribute == "shape":
         return other_shape(scene, which, rng)
-    if what == "place":
+    if attribute == "place":
         return replace(scene, place=_other(PLACES, {scene.place}, rng))
-    if what == "size":
+    if attribute == "size":
         return replace(scene, size=_other(SIZES, {scene.size}, rng))
     turned = replace(scene, relation=_other(RELATIONS, {scene.relation}, rng))
     swapped = replace(scene, things=scene.things[::-1])
@@ -160,9 +146,16 @@ def _with_thing(scene: Scene, which: int, **changes: str) -> Scene:
     return replace(scene, things=tuple(things))
 
 
-# ---------------------------------------------------------------------------------------------
-# Captions
-# ---------------------------------------------------------------------------------------------
+def all_scenes() -> list[Scene]:
+    """Every scene of every split."""
+    scenes = []
+    for background, *colors in permutations(COLORS, 3):
+        for shapes, relation in product(product(SHAPES, repeat=2), RELATIONS):
+            scenes.append(Scene(background, tuple(map(Thing, colors, shapes)), relation=relation))
+    for background, color in permutations(COLORS, 2):
+        for shape, place, size in product(SHAPES, PLACES, SIZES):
+            scenes.append(Scene(background, (Thing(color, shape),), place=place, size=size))
+    return scenes
 
 
 def captions(scene: Scene) -> list[str]:
@@ -176,7 +169,7 @@ def captions(scene: Scene) -> list[str]:
             f"{ground} with {thing} {scene.place}",
         ]
     a, b = (f"a {thing}" for thing in scene.things)
-    relation, opposite = _DIRECTION[scene.relation], _DIRECTION[_OPPOSITE[scene.relation]]
+    relation, opposite = WORDINGS[scene.relation]
     return [
         f"{a} {relation} {b} on {ground}",
         f"{b} {opposite} {a} on {ground}",
@@ -186,44 +179,21 @@ def captions(scene: Scene) -> list[str]:
     ]
 
 
-_THING = re.compile(rf"(?:({'|'.join(SIZES)}) )?({'|'.join(COLORS)}) ({'|'.join(SHAPES)})")
-_GROUND = re.compile(rf"({'|'.join(COLORS)}) background")
-_PLACE = re.compile("|".join(sorted(PLACES, key=len, reverse=True)))
-_RELATION = re.compile(r"left of|right of|above|below")
+@cache
+def _scene_of_caption() -> dict[str, Scene]:
+    return {caption: scene for scene in all_scenes() for caption in captions(scene)}
 
 
 def parse_caption(caption: str) -> Scene:
-    """The scene that a caption in one of our wordings describes; ValueError for any other text."""
-    scene = _find_scene(caption)
-    if scene is None or caption not in captions(scene):
+    """The scene of a caption in any of its wordings; ValueError for other text."""
+    if caption not in _scene_of_caption():
         example = "a red circle above a blue square on a yellow background"
         raise ValueError(f"not a caption of the shapes set: {caption!r}; expected a wording like {example!r}")
-    return scene
+    return _scene_of_caption()[caption]
 
 
-def _find_scene(text: str) -> Scene | None:
-    things, ground = _THING.findall(text), _GROUND.search(text)
-    relation, place = _RELATION.search(text), _PLACE.search(text)
-    if ground and len(things) == 1 and place:
-        size, color, shape = things[0]
-        return Scene(ground[1], (Thing(color, shape),), place=place[0], size=size)
-    if ground and len(things) == 2 and relation:
-        first, second = (Thing(color, shape) for _, color, shape in things)
-        if text.endswith(f"it on a {ground[1]} background"):  # "a with b below it": b is below a
-            first, second = second, first
-        if relation[0] in RELATIONS:
-            return Scene(ground[1], (first, second), relation=relation[0])
-        return Scene(ground[1], (second, first), relation="left of" if relation[0] == "right of" else "above")
-    return None
-
-
-# ---------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------
-
-
-def draw_layout(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Where the things stand: (K, 3) of centre x, centre y, extent; extent 0 for an empty slot."""
+def sample_boxes(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """A box for each thing: (K, 3) of center x, center y, extent; extent 0 where there is no second thing."""
     cells = np.zeros((2, 3))  # left, top, extent
     if scene.relation is None:
         extent = CELLS[scene.size]
@@ -234,11 +204,11 @@ def draw_layout(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         cells[:, :2] = np.stack([along, across] if scene.relation == "left of" else [across, along], 1)
         cells[:, 2] = CELLS["small"]
     cells[:, :2] += cells[:, 2:] / 2
-    return cells / LATTICE
+    return cells / GRID
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance to the outline of a shape of extent 1 about the origin, negative inside."""
+    """Distance to the outline of a shape of extent 1 centered at the origin, negative inside."""
     if shape == "circle":
         return np.hypot(x, y) - 0.5
     if shape == "square":
@@ -252,22 +222,13 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def render(scenes: Sequence[Scene], boxes: np.ndarray, resolution: int) -> np.ndarray:
-    """Anti-aliased images.
-
-    Args:
-        scenes: B scenes.
-        boxes: (B, K, 3) from `draw_layout`.
-        resolution: R, pixels on a side.
-
-    Returns:
-        float32 (B, 3, R, R) in [0, 1].
-    """
-    centres = ((np.arange(resolution) + 0.5) / resolution).astype(np.float32)
+    """Anti-aliased images of B scenes with boxes (B, K, 3): float32 (B, 3, R, R) in [0, 1]."""
+    centers = ((np.arange(resolution) + 0.5) / resolution).astype(np.float32)
     grounds = np.array([COLORS[scene.background] for scene in scenes], np.float32)
     images = np.tile(grounds[:, :, None, None], (1, 1, resolution, resolution))
     for b, scene in enumerate(scenes):
         for thing, (cx, cy, extent) in zip(scene.things, boxes[b].astype(np.float32), strict=False):
-            x, y = (centres[None, :] - cx) / extent, (centres[:, None] - cy) / extent
+            x, y = (centers[None, :] - cx) / extent, (centers[:, None] - cy) / extent
             distance = signed_distance(thing.shape, x, y) * extent * resolution  # in pixels
             cover = np.clip(0.5 - distance, 0, 1)
             color = np.array(COLORS[thing.color], np.float32)[:, None, None]
@@ -276,13 +237,13 @@ def render(scenes: Sequence[Scene], boxes: np.ndarray, resolution: int) -> np.nd
 
 
 class ShapesDataset:
-    """Endless captioned images. Image i depends on (seed, split, i) alone.
+    """Endless dataset of captioned shapes; a `CaptionedImages`.
 
     Args:
-        resolution: pixels on a side.
-        seed: another seed is another set.
+        resolution: pixels per side.
+        seed: of the scenes and boxes.
         split: "train", "held_out" or "new_pairs".
-        siblings: every odd image differs from the one before it in one attribute (for CLIP).
+        siblings: every odd image differs from the one before it in one attribute (hard negatives for CLIP).
     """
 
     size = None
@@ -291,41 +252,37 @@ class ShapesDataset:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
         if resolution < 16:
-            raise ValueError(f"resolution {resolution} is too small to draw shapes; expected 16 or more")
+            raise ValueError(f"resolution {resolution} is too small for shapes; expected 16 or more")
         self.resolution, self.seed, self.split, self.siblings = resolution, seed, split, siblings
-        self.hash = f"shapes-{resolution}-{seed}-{split}" + "-siblings" * siblings
+        self.hash = f"shapes-{resolution}-{seed}-{split}{'-siblings' if siblings else ''}"
 
-    def _generator(self, index: int) -> np.random.Generator:
-        return generator("scene", self.seed, SPLITS.index(self.split), index)
+    def _sample(self, index: int) -> tuple[Scene, np.random.Generator]:
+        rng = generator("scene", self.seed, SPLITS.index(self.split), index)
+        if self.siblings and index % 2:
+            sibling = self.scene(index - 1)
+            for _ in range(100):  # a held-out scene may have no held-out neighbor
+                scene = change_one_attribute(sibling, rng)
+                if scene.split == self.split:
+                    return scene, rng
+        return sample_scene(rng, self.split), rng
 
     def scene(self, index: int) -> Scene:
-        """The scene of image `index`."""
-        return self._draw(index, self._generator(index))
+        """The scene of an image."""
+        return self._sample(index)[0]
 
-    def _draw(self, index: int, rng: np.random.Generator) -> Scene:
-        if not (self.siblings and index % 2):
-            return draw_scene(rng, self.split)
-        elder = self.scene(index - 1)
-        for _ in range(100):
-            scene = change_one_attribute(elder, rng)
-            if scene.split == self.split:
-                return scene
-        return draw_scene(rng, self.split)  # a held-out scene may have no held-out neighbour
-
-    def drawn(self, indices: Sequence[int]) -> tuple[list[Scene], np.ndarray]:
-        """The scenes of images and where their things stand, (B, K, 3) as `draw_layout`."""
-        generators = [self._generator(index) for index in indices]
-        scenes = [self._draw(index, rng) for index, rng in zip(indices, generators, strict=True)]
-        return scenes, np.stack([draw_layout(s, rng) for s, rng in zip(scenes, generators, strict=True)])
+    def scenes_and_boxes(self, indices: Sequence[int]) -> tuple[list[Scene], np.ndarray]:
+        """The scenes of images and their boxes (B, K, 3), as `sample_boxes`."""
+        scenes, rngs = zip(*map(self._sample, indices), strict=True)
+        return list(scenes), np.stack([sample_boxes(s, rng) for s, rng in zip(scenes, rngs, strict=True)])
 
     def pixels(self, indices: Sequence[int]) -> np.ndarray:
-        """float32 (B, 3, R, R) in [0, 1]; drawn images are never cropped."""
-        return render(*self.drawn(indices), self.resolution)
+        """float32 (B, 3, R, R) in [0, 1]."""
+        return render(*self.scenes_and_boxes(indices), self.resolution)
 
     def load(
         self, samples: Sequence[tuple[int, int]], augment: str = "none", seed: int = 0, replace: bool = False
     ) -> ImageTextBatch:
-        """Images and wordings of (epoch, index) samples; whatever the epoch, they are the same."""
+        """Images and wordings of (epoch, index) samples; never cropped, the same in every epoch."""
         indices = [index for _, index in samples]
         return ImageTextBatch(self.pixels(indices), self.captions(indices), list(samples))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dalle.layout import TokenLayout
-from dalle.shapes.dataset import LATTICE, ShapesDataset, render
+from dalle.shapes.dataset import GRID, ShapesDataset, render
 from dalle.transformer import TransformerConfig
 
 LEVELS = 4  # of each color channel
@@ -19,7 +19,7 @@ LEVELS = 4  # of each color channel
 
 def small_transformer(depth: int, head_dim: int, backend: str) -> TransformerConfig:
     """A transformer whose image tokens are colors of pixels."""
-    grid, vocab = (LATTICE, LATTICE), LEVELS**3
+    grid, vocab = (GRID, GRID), LEVELS**3
     return TransformerConfig(
         depth, 2, head_dim, 18, grid, text_vocab=64, image_vocab=vocab, init_scale=1.0, backend=backend
     )
@@ -36,7 +36,7 @@ class ColorTokens:
 
     def __call__(self, indices: range) -> Tensor:
         """int64 (B, N) of these samples."""
-        pixels = render(*self.dataset.drawn(indices), LATTICE)
+        pixels = render(*self.dataset.scenes_and_boxes(indices), GRID)
         levels = (pixels * LEVELS).clip(0, LEVELS - 1).astype(np.int64)
         red, green, blue = np.moveaxis(levels, 1, 0)  # each (B, 12, 12)
         codes = (red * LEVELS + green) * LEVELS + blue

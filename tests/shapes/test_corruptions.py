@@ -1,42 +1,40 @@
-"""Things out of shape, for CLIP to tell from whole ones (dalle/shapes/corruptions.py)."""
+"""Corrupted shapes (dalle/shapes/corruptions.py)."""
 
 import numpy as np
 import pytest
 
-from dalle.shapes.corruptions import SHARES, WAYS, break_thing, corrupted_images
+from dalle.shapes.corruptions import corrupt_object, corrupted_images
 from dalle.shapes.dataset import Scene, ShapesDataset, Thing, render
-from dalle.shapes.judge import disagreements, read_image
+from dalle.shapes.judge import attribute_errors, detect
 
 CELL = 4
 SQUARE = Scene("white", (Thing("red", "square"),), place="in the middle", size="small")
-BOXES = np.array([[5.5, 5.5, 5], [0, 0, 0]]) / 12  # cells 3 to 7 in both directions
+BOXES = np.array([[5.5, 5.5, 5], [0, 0, 0]]) / 12  # the five cells from 3 to 7
 
 
-class Scripted:
-    """A generator whose draws are given: which thing, the turns, the way, the row, one row or two."""
+class ScriptedGenerator:
+    """A generator of given values: object 0, the rotation, the corruption, more integers, one row or two."""
 
-    def __init__(self, turns: int, way: str, row: int, two: float = 1.0):
-        self.integers_, self.way, self.two = iter([0, turns, row]), way, two
+    def __init__(self, turns: int, corruption: str, *integers: int, random: float = 1.0):
+        self._integers, self._corruption, self._random = iter([0, turns, *integers]), corruption, random
 
     def integers(self, *bounds) -> int:
-        return next(self.integers_)
+        return next(self._integers)
 
     def choice(self, names, p):
-        assert sum(p) == pytest.approx(1)
-        return self.way
+        return self._corruption
 
     def random(self) -> float:
-        return self.two
+        return self._random
 
 
 def occupied(image: np.ndarray) -> np.ndarray:
-    """Cells of the lattice that are not the ground, bool (12, 12)."""
+    """Cells of the grid other than the background, bool (12, 12)."""
     return (image[2] < 0.5)[CELL // 2 :: CELL, CELL // 2 :: CELL]
 
 
-def broken_square(*script) -> np.ndarray:
-    image = render([SQUARE], BOXES[None], 48)[0]
-    return occupied(break_thing(image, SQUARE, BOXES, Scripted(*script)))
+def corrupted_square(rng: ScriptedGenerator, boxes: np.ndarray = BOXES) -> np.ndarray:
+    return corrupt_object(render([SQUARE], boxes[None], 48)[0], SQUARE, boxes, rng)
 
 
 def rectangle(top: int, left: int, bottom: int, right: int) -> np.ndarray:
@@ -45,76 +43,56 @@ def rectangle(top: int, left: int, bottom: int, right: int) -> np.ndarray:
     return cells
 
 
-def test_whole_the_square_is_five_by_five():
-    assert (occupied(render([SQUARE], BOXES[None], 48)[0]) == rectangle(3, 3, 8, 8)).all()
-
-
 @pytest.mark.parametrize(
-    ("script", "expected"),
+    ("turns", "corruption", "random", "expected"),
     [
-        ((0, "drop", 2), rectangle(3, 3, 7, 8)),
-        ((0, "drop", 2, 0.0), rectangle(3, 3, 6, 8)),
-        ((2, "drop", 2), rectangle(4, 3, 8, 8)),  # downward in an image upside down
-        ((1, "drop", 2), rectangle(3, 4, 8, 8)),
-        ((0, "repeat", 2), rectangle(3, 3, 9, 8)),
-        ((3, "repeat", 2), rectangle(3, 3, 8, 9)),
-        ((0, "shift", 2), rectangle(3, 3, 5, 8) | rectangle(5, 4, 8, 9)),
+        (0, "drop", 1, rectangle(3, 3, 7, 8)),
+        (0, "drop", 0, rectangle(3, 3, 6, 8)),
+        (2, "drop", 1, rectangle(4, 3, 8, 8)),  # downward in an image upside down
+        (1, "drop", 1, rectangle(3, 4, 8, 8)),
+        (0, "repeat", 1, rectangle(3, 3, 9, 8)),
+        (3, "repeat", 1, rectangle(3, 3, 8, 9)),
+        (0, "shift", 1, rectangle(3, 3, 5, 8) | rectangle(5, 4, 8, 9)),
     ],
 )
-def test_each_way_on_a_square(script, expected):
-    assert (broken_square(*script) == expected).all()
+def test_corruptions_of_a_square(turns, corruption, random, expected):
+    rng = ScriptedGenerator(turns, corruption, 2, random=random)
+    assert (occupied(corrupted_square(rng)) == expected).all()
 
 
-def test_mixing_draws_the_rest_of_another_shape():
-    image = render([SQUARE], BOXES[None], 48)[0]
-    script = Scripted(0, "mix", 2)
-    script.integers_ = iter(
-        [0, 0, 0, 2]
-    )  # the thing, no turn, the first other shape (circle), from row 2 of it on
-    broken = break_thing(image, SQUARE, BOXES, script)
-    circle = render(
-        [Scene("white", (Thing("red", "circle"),), place="in the middle", size="small")], BOXES[None], 48
-    )
-    assert (broken[:, : 5 * CELL] == image[:, : 5 * CELL]).all()
-    assert (broken[:, 5 * CELL :] == circle[0][:, 5 * CELL :]).all()
+def test_mix_continues_with_another_shape():
+    mixed = corrupted_square(ScriptedGenerator(0, "mix", 0, 2))  # a circle, from its row 2
+    circle = Scene("white", (Thing("red", "circle"),), place="in the middle", size="small")
+    square, circle = render([SQUARE, circle], np.stack([BOXES, BOXES]), 48)
+    assert (mixed[:, : 5 * CELL] == square[:, : 5 * CELL]).all()
+    assert (mixed[:, 5 * CELL :] == circle[:, 5 * CELL :]).all()
 
 
-def test_what_has_no_room_is_dropped_instead():
-    boxes = np.array([[2.5, 9.5, 5], [0, 0, 0]]) / 12  # at the bottom left
-    image = render([SQUARE], boxes[None], 48)[0]
-    for turns, way in ((0, "repeat"), (1, "shift")):
-        assert occupied(break_thing(image, SQUARE, boxes, Scripted(turns, way, 2))).sum() == 20
+@pytest.mark.parametrize(("turns", "corruption"), [(0, "repeat"), (1, "shift")])
+def test_without_room_a_row_is_dropped(turns, corruption):
+    bottom_left = np.array([[2.5, 9.5, 5], [0, 0, 0]]) / 12
+    assert occupied(corrupted_square(ScriptedGenerator(turns, corruption, 2), bottom_left)).sum() == 20
 
 
-def test_only_images_change_and_each_is_its_own():
-    pairs = ShapesDataset(48, seed=3)
-    whole, broken = pairs.pixels(range(64)), corrupted_images(pairs, range(64))
-    assert broken.dtype == whole.dtype
-    assert broken.shape == whole.shape
-    assert ((whole != broken).any(axis=(1, 2, 3))).all()
-    assert (pairs.pixels(range(64)) == whole).all()
-    assert (corrupted_images(pairs, [7]) == broken[7]).all()
-    assert (whole != broken).any(axis=1).mean() < 0.2  # a thing covers at most 64 of 144 cells
+def test_every_image_is_corrupted_and_depends_on_its_index_alone():
+    dataset = ShapesDataset(48, seed=3)
+    images, corrupted = dataset.pixels(range(64)), corrupted_images(dataset, range(64))
+    assert (corrupted.dtype, corrupted.shape) == (images.dtype, images.shape)
+    assert (images != corrupted).any(axis=(1, 2, 3)).all()
+    assert (corrupted_images(dataset, [7]) == corrupted[7]).all()
+    assert (images != corrupted).any(axis=1).mean() < 0.2  # an object covers at most 64 of 144 cells
 
 
-def test_the_judge_finds_shapes_wrong_in_most_and_colors_in_none():
-    pairs = ShapesDataset(48, seed=4)
-    scenes, _ = pairs.drawn(range(100))
-    found = [
-        disagreements(read_image(p), s)
-        for p, s in zip(corrupted_images(pairs, range(100)), scenes, strict=True)
-    ]
-    assert np.mean([bool(wrong) for wrong in found]) > 0.4
-    assert not any(set(wrong) & {"background", "color"} for wrong in found)
+def test_the_judge_finds_wrong_shapes_in_most_and_wrong_colors_in_none():
+    dataset = ShapesDataset(48, seed=4)
+    detections = detect(corrupted_images(dataset, range(100)))
+    errors = [set(attribute_errors(found, dataset.scene(i))) for i, found in enumerate(detections)]
+    assert np.mean([bool(names) for names in errors]) > 0.4
+    assert not any(names & {"background", "color"} for names in errors)
 
 
-def test_the_shares_are_a_distribution():
-    assert len(SHARES) == len(WAYS)
-    assert sum(SHARES) == pytest.approx(1)
-
-
-def test_other_sets_and_resolutions_are_refused():
-    with pytest.raises(ValueError, match="only the drawn shapes can be broken"):
+def test_other_datasets_and_resolutions_are_refused():
+    with pytest.raises(ValueError, match="only the shapes dataset"):
         corrupted_images(object(), [0])
-    with pytest.raises(ValueError, match="lattice of 12 cells; 50 pixels are no multiple"):
+    with pytest.raises(ValueError, match="50 is no multiple of 12"):
         corrupted_images(ShapesDataset(50), [0])
