@@ -1,10 +1,9 @@
-"""Which captioned images are left out (paper section 2.3): text filters, image filters, a list of names.
+"""Filters of captioned images (paper section 2.3): captions, image sizes, a list of names.
 
-On by default are the two that the paper states exactly and that a real caption does not meet by chance:
-captions that are only boilerplate, and images so long that a square crop would cut away what the caption
-mentions. Off unless asked for are those for which the paper gives no number ("too short") or that rest on a
-judge which errs on few words (the language): a user's "cat" stays. Duplicates need a look at the whole set:
-scripts/check_data.py finds them and writes the list of names that `exclude_list` takes.
+On by default are the two that the paper states exactly: captions that are only boilerplate, and elongated
+images. Off by default are those without a number in the paper (short captions) or with a detector that errs
+on few words (language). Duplicates need the whole dataset: scripts/check_data.py writes their names for
+`exclude_list`.
 """
 
 import re
@@ -19,11 +18,11 @@ _OFF = FilterConfig(boilerplate=False, max_aspect_ratio=None)
 
 
 class Filters:
-    """The filters of a configuration, in the order of its fields.
+    """The filters of a configuration in the order of its fields.
 
     Raises:
-        ValueError: a exclude list that cannot be read, or an unknown language.
-        ImportError: a language, and py3langid is not installed.
+        ValueError: an exclude list that cannot be read, or an unknown language.
+        ImportError: a language is given, and py3langid is not installed.
     """
 
     def __init__(self, config: FilterConfig):
@@ -34,25 +33,24 @@ class Filters:
         if config.min_words:
             self._caption_tests["too short"] = lambda caption: count_words(caption) < config.min_words
         if config.language:
-            probably = language_detector(config.language)
-            self._caption_tests["language"] = lambda caption: probably(caption) not in (None, config.language)
+            detect = language_detector(config.language)
+            self._caption_tests["language"] = lambda caption: detect(caption) not in (None, config.language)
         self._names = _read_names(config.exclude_list) if config.exclude_list else frozenset()
 
     def __reduce__(self):
-        return Filters, (self.config,)  # worker processes build their own
+        return Filters, (self.config,)
 
     def reason(self, captions: Sequence[str], width: int, height: int, name: str | None = None) -> str | None:
-        """The first filter that drops a sample ("boilerplate", "aspect", ...), or None for one that stays.
+        """The first filter that drops a sample ("boilerplate", "aspect", ...), or None.
 
-        A filter of captions drops a sample when it leaves none of the captions that there were.
+        A caption filter drops a sample if it drops all of its captions.
         """
+        config, shorter = self.config, min(width, height)
         if name is not None and name in self._names:
             return "exclude list"
-        if self.config.max_aspect_ratio and max(width, height) > self.config.max_aspect_ratio * min(
-            width, height
-        ):
+        if config.max_aspect_ratio and max(width, height) > config.max_aspect_ratio * shorter:
             return "aspect"
-        if min(width, height) < self.config.min_size:
+        if shorter < config.min_size:
             return "too small"
         for filter_name, drops in self._caption_tests.items():
             left = [caption for caption in captions if not drops(caption)]
@@ -62,16 +60,13 @@ class Filters:
         return None
 
     def captions(self, captions: Sequence[str]) -> list[str]:
-        """The captions that stay."""
-        return [
-            caption
-            for caption in captions
-            if not any(drops(caption) for drops in self._caption_tests.values())
-        ]
+        """The captions that no filter drops."""
+        tests = self._caption_tests.values()
+        return [caption for caption in captions if not any(drops(caption) for drops in tests)]
 
 
 def one_by_one(config: FilterConfig) -> dict[str, FilterConfig]:
-    """Each filter that is on, alone, under the name that `Filters.reason` gives it: for a dry run."""
+    """Each active filter alone, by the name that `Filters.reason` returns: for a dry run."""
     names = {
         "max_aspect_ratio": "aspect",
         "min_words": "too short",
@@ -87,20 +82,16 @@ def _read_names(path: Path) -> frozenset[str]:
         return frozenset(path.read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"cannot read the exclude list {path} ({error}); give a text file of names, one a line"
+            f"cannot read the exclude list {path} ({error}); give a text file with one name per line"
         ) from None
 
 
-# ---------------------------------------------------------------------------------------------
-# Captions
-# ---------------------------------------------------------------------------------------------
-
-# Scripts without spaces between words: each character counts as one.
+# scripts without spaces between words: each character counts as one
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+(?:['\u2019][^\W_]+)*")
 
 
 def count_words(caption: str) -> int:
-    """Runs of letters and digits; each character of Chinese and Japanese."""
+    """Runs of letters and digits, and single characters of Chinese and Japanese."""
     return len(_WORD.findall(caption))
 
 
@@ -129,15 +120,14 @@ _CAMERA_FILE = re.compile(
 )
 _AROUND_DATES = re.compile(
     rf"(?<!\w)(?:\d\d?[:.]\d\d(?:[:.]\d\d)?\s*(?:[ap]\.?m\.?)?|{_WEEKDAY}|{_YEAR}"
-    r"|photo(?:s|graph(?:s|ed)?)?|images?|pics?|images?|snapshots?|shots?|scan(?:ned)?|taken|shot|captured|recorded"
-    r"|uploaded|posted|published|created|added|dated?|time|stamp|file|camera|digital|on|at|in|of|the|this|was|is|it"
+    r"|photo(?:s|graph(?:s|ed)?)?|images?|pics?|pictures?|snapshots?|shots?|scan(?:ned)?|taken"
+    r"|shot|captured|recorded|uploaded|posted|published|created|added|dated?|time|stamp|file|camera|digital|on|at|in|of|the|this|was|is|it"
     r"|a|an|by|from|and|&)(?!\w)"
 )
 
 
 def is_boilerplate(caption: str) -> bool:
-    """Whether a caption holds a date or a camera's file name, and besides only words like "photographed
-    on"."""
+    """Whether a caption is only a date or a camera's file name, and words such as "photographed on"."""
     text = caption.lower()
     rest = _DATE.sub(" ", _CAMERA_FILE.sub(" ", text))
     return rest != text and not re.search(r"\w", _AROUND_DATES.sub(" ", rest))
@@ -145,10 +135,9 @@ def is_boilerplate(caption: str) -> bool:
 
 @cache
 def language_detector(language: str) -> Callable[[str], str | None]:
-    """Caption -> code of its language, or None where the detector is not sure (probability of half or less).
+    """Caption -> code of its language, or None at a probability of half or less.
 
-    py3langid is langid.py (Lui and Baldwin 2012) kept up: one wheel for all systems, its model inside, no
-    download.
+    py3langid is the maintained langid.py (Lui and Baldwin 2012), with its model inside.
     """
     try:
         from py3langid import langid
@@ -157,10 +146,10 @@ def language_detector(language: str) -> Callable[[str], str | None]:
     identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
     if language not in identifier.labels:
         known = ", ".join(sorted(identifier.labels))
-        raise ValueError(f"no language {language!r} is known; expected one of {known}")
+        raise ValueError(f"unknown language {language!r}; expected one of {known}")
 
-    def probably(caption: str) -> str | None:
+    def detect(caption: str) -> str | None:
         found, probability = identifier.classify(caption)
         return found if probability > 0.5 else None
 
-    return probably
+    return detect

@@ -1,11 +1,10 @@
-"""Random crops of the paper (Listings 1 and 2) and the fixed crop of evaluation.
+"""Random crops of the paper (Listings 1 and 2), and the center crop of evaluation.
 
-Where and how large is drawn exactly as listed. The resize is TensorFlow 1's by area with align_corners: pixel
-i of a row covers [i * scale, (i + 1) * scale) of the image, scale = (size_in - 1) / (size_out - 1), and is
-the mean of what it covers, each pixel weighted by the fraction covered. The first pixel thus begins at the
-left rim; the last one reaches beyond the right rim, where the image's last pixel goes on. Then values are
-clipped, rounded (half to even, as TensorFlow) and stored in 8 bits. Pillow's BOX and torch's mode="area" take
-whole pixels only.
+The resize is TensorFlow 1's by area with align_corners: pixel i of a row covers [i * scale, (i + 1) * scale)
+of the image, scale = (size_in - 1) / (size_out - 1), and is the mean of what it covers, partly covered pixels
+weighted by their fraction. The last one reaches beyond the image, whose last pixel is repeated. Values are
+clipped, rounded half to even, and stored in 8 bits. Pillow's BOX and torch's mode="area" take whole pixels
+only.
 
     R resolution, S side of the square taken, K pixels that a covered length touches at most
 """
@@ -41,9 +40,8 @@ def dvae_crop(width: int, height: int, resolution: int, rng: np.random.Generator
     low, high = min(side, round(9 / 8 * resolution)), min(side, round(12 / 8 * resolution))
     resized = rng.integers(low, high + 1)
     inner = rng.integers(resized - resolution + 1, size=2)
-    return Crop(
-        int(left), int(top), side, int(resized), int(inner[0]), int(inner[1]), bool(rng.random() < 0.5)
-    )
+    flip = bool(rng.random() < 0.5)
+    return Crop(int(left), int(top), side, int(resized), int(inner[0]), int(inner[1]), flip)
 
 
 def transformer_crop(width: int, height: int, resolution: int, rng: np.random.Generator) -> Crop:
@@ -58,9 +56,7 @@ def transformer_crop(width: int, height: int, resolution: int, rng: np.random.Ge
 def _side(width: int, height: int, resolution: int) -> int:
     side = min(width, height)
     if side < resolution:
-        raise ValueError(
-            f"image of {width} x {height} is smaller than the {resolution} x {resolution} asked for"
-        )
+        raise ValueError(f"image of {width} x {height} is smaller than the resolution {resolution}")
     return side
 
 
@@ -73,23 +69,20 @@ def apply_crop(image: Image.Image, crop: Crop, resolution: int) -> Image.Image:
     """The R x R image that a crop of an RGB image describes."""
     box = (crop.left, crop.top, crop.left + crop.side, crop.top + crop.side)
     pixels = _resize_window(np.asarray(image.crop(box)), crop, resolution)
-    pixels = pixels.clip(0, 255).round().astype(np.uint8)  # numpy too rounds half to even
+    pixels = pixels.clip(0, 255).round().astype(np.uint8)  # numpy rounds half to even too
     return Image.fromarray(pixels[:, ::-1] if crop.flip else pixels)
 
 
 def _resize_window(square: np.ndarray, crop: Crop, resolution: int) -> np.ndarray:
-    """The window of a resized square, and no more than it: uint8 (S, S, 3) -> float32 (R, R, 3)."""
-    cells, weights = covered_pixels(crop.side, crop.resized)
+    """The inner window of a resized square, and nothing else of it: uint8 (S, S, 3) -> float32 (R, R, 3)."""
+    cells, weights = area_resize_weights(crop.side, crop.resized)
     rows, columns = (slice(start, start + resolution) for start in (crop.inner_top, crop.inner_left))
     first, last = cells[columns].min(), cells[columns].max() + 1
     lines = square[:, first:last].reshape(crop.side, -1)  # (S, columns touched * 3)
     lines = _weighted_sum(lines, cells[rows], weights[rows]).reshape(resolution, last - first, 3)
     lines = lines.swapaxes(0, 1).reshape(last - first, -1)  # (columns touched, R * 3)
-    return (
-        _weighted_sum(lines, cells[columns] - first, weights[columns])
-        .reshape(-1, resolution, 3)
-        .swapaxes(0, 1)
-    )
+    window = _weighted_sum(lines, cells[columns] - first, weights[columns])
+    return window.reshape(-1, resolution, 3).swapaxes(0, 1)
 
 
 def _weighted_sum(lines: np.ndarray, cells: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -101,11 +94,11 @@ def _weighted_sum(lines: np.ndarray, cells: np.ndarray, weights: np.ndarray) -> 
 
 
 @lru_cache(maxsize=1024)
-def covered_pixels(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which pixels of a row each pixel of the resized row covers, and by what share of its length.
+def area_resize_weights(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels of a row that each pixel of the resized row covers, and their weights.
 
-    In single precision, as TensorFlow computes them. Returns indices (size_out, K) and float32 weights
-    (size_out, K), whose rows sum to 1 within the precision of the edges.
+    In single precision, as TensorFlow. Returns indices (size_out, K) and float32 weights (size_out, K) whose
+    rows sum to 1.
     """
     scale = np.float32((size_in - 1) / (size_out - 1) if size_out > 1 else size_in)
     left, right = (np.arange(start, start + size_out, dtype=np.float32) * scale for start in (0, 1))
@@ -113,12 +106,12 @@ def covered_pixels(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray]
     cells = start[:, None] + np.arange(int((np.ceil(right) - start).max()))
     weights = (np.minimum(cells + 1, right[:, None]) - np.maximum(cells, left[:, None])).clip(0) / scale
     cells, weights = cells.clip(0, size_in - 1), weights.astype(np.float32)
-    cells.flags.writeable = weights.flags.writeable = False  # the cache hands out the same arrays
+    cells.flags.writeable = weights.flags.writeable = False  # shared by the cache
     return cells, weights
 
 
 def transform(image: Image.Image, resolution: int, augment: str, rng: np.random.Generator) -> Image.Image:
-    """An R x R image by the listing of `augment`, or the middle square for "none"."""
+    """An R x R image by the listing of `augment`, or the center crop for "none"."""
     if augment == "none":
         return resize_center_crop(image, resolution)
     if augment not in AUGMENTS:

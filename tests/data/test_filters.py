@@ -230,7 +230,7 @@ def test_another_language_than_english_can_be_kept():
 
 def test_an_unknown_language_is_told():
     pytest.importorskip("py3langid")
-    with pytest.raises(ValueError, match=r"no language 'xx' is known; expected one of .*, en, "):
+    with pytest.raises(ValueError, match=r"language 'xx'; expected one of .*, en, "):
         Filters(replace(OFF, language="xx"))
 
 
@@ -263,7 +263,7 @@ def test_settings_that_mean_nothing_are_refused(settings, said):
 
 
 def test_a_drop_list_that_is_not_there_is_told(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot read the exclude list .*nowhere.*a text file of names"):
+    with pytest.raises(ValueError, match=r"cannot read the exclude list .*nowhere.*a text file"):
         Filters(FilterConfig(exclude_list=tmp_path / "nowhere"))
 
 

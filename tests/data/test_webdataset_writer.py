@@ -49,7 +49,7 @@ def test_every_sample_is_in_one_tar_by_number_and_true_suffix(tmp_path):
     kinds = ["JPEG", "PNG", "WEBP", "GIF", "BMP"]
     records = [RawSample(f"{i}.jpg", image(kind), [f"caption {i}", "猫\nقط"]) for i, kind in enumerate(kinds)]
     counted = []
-    done = write_tars(Listed(records), tmp_path / "tars", shard_size=2, said=counted.append)
+    done = write_tars(Listed(records), tmp_path / "tars", shard_size=2, progress=counted.append)
     files = sorted((tmp_path / "tars").iterdir())
     assert [file.name for file in files] == ["00000.tar", "00001.tar", "00002.tar"]
     assert (done.tars, done.images, done.left_out, sum(counted)) == (3, 5, [], 5)

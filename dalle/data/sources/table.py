@@ -270,8 +270,8 @@ def _parquet_rows(file: Path, image: str | None, caption: str | None, writer: In
     groups = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
     if not paths and max(groups, default=0) > LARGE_GROUP:
         tqdm.write(
-            f"note: {file} has row groups of {max(groups) / 2**20:.0f} MiB, and one image costs reading a whole "
-            "one; write it with row groups of about 100 rows, or as tars"
+            f"note: {file} has row groups of {max(groups) / 2**20:.0f} MiB, each read whole for one image; "
+            "write it with row groups of about 100 rows, or as tars"
         )
 
 

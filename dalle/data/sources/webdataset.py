@@ -7,7 +7,6 @@ followed.
 
 import os
 import tarfile
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, suppress
@@ -56,7 +55,7 @@ class TarSource:
                 f"{len(self.files)} tars from {self.files[0]} on hold no KEY.jpg (.png, .webp, ...) with "
                 f"KEY.txt or KEY.json beside it ({details or 'they are empty'})"
             )
-        self._open_files = _OpenFiles()
+        self._files: dict[Path, FileIO] = {}
 
     def __len__(self) -> int:
         return len(self._index.samples)
@@ -84,30 +83,22 @@ class TarSource:
         sample = self._index.samples[index]
         file, (at, size) = self.files[sample["tar"]], sample[field].tolist()
         try:
-            data = os.pread(self._open_files.descriptor(file), size, at)
+            data = os.pread(self._descriptor(file), size, at)
         except OSError as error:
             raise BadSampleError(self.name(index), "unreadable shard", f"{file}: {error.strerror}") from None
         if len(data) != size:
             raise BadSampleError(self.name(index), "unreadable shard", f"{file} has become shorter")
         return data
 
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()
+            self._files[file] = FileIO(file)
+        return self._files[file].fileno()
 
-class _OpenFiles:
-    """The files read last, kept open; another process opens its own."""
-
-    def __init__(self):
-        self.files: OrderedDict[Path, FileIO] = OrderedDict()
-
-    def descriptor(self, file: Path) -> int:
-        if file not in self.files:
-            if len(self.files) >= MAX_OPEN_FILES:
-                self.files.popitem(last=False)[1].close()
-            self.files[file] = FileIO(file)
-        self.files.move_to_end(file)
-        return self.files[file].fileno()
-
-    def __reduce__(self):
-        return _OpenFiles, ()
+    def __getstate__(self):  # another process opens its own files
+        return self.__dict__ | {"_files": {}}
 
 
 # ---------------------------------------------------------------------------------------------
