@@ -1,4 +1,4 @@
-"""Serve a web page that samples images for captions, ranks them and completes uploaded ones."""
+"""Web page that generates images for captions, ranks them and completes uploaded ones."""
 
 from dalle.commands.app import main
 

@@ -1,4 +1,4 @@
-"""Benchmarks of training, sampling, data loading, attention and memory: see dalle/commands/benchmark.py."""
+"""Benchmarks of training, sampling, data loading, attention and memory."""
 
 from dalle.commands.benchmark import main
 

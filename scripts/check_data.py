@@ -1,4 +1,4 @@
-"""Read all of your data once, before you train: what is in it, what is broken, what is there twice."""
+"""Report on a dataset before training: contents, bad samples, duplicates."""
 
 from dalle.commands.check_data import main
 

@@ -1,4 +1,4 @@
-"""Turn the captions of a public set, and the images that you fetched of it, into a table; see docs/data.md."""
+"""Convert the captions of a public dataset and its downloaded images to a table (docs/data.md)."""
 
 from dalle.commands.convert_captions import main
 

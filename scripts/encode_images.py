@@ -1,4 +1,4 @@
-"""Turn images into tokens with a trained dVAE (paper section 2.2), once, before stage two."""
+"""Encode images into tokens with a trained dVAE, once before stage two (paper section 2.2)."""
 
 from dalle.commands.encode_images import main
 

@@ -1,4 +1,4 @@
-"""Measure a model: by the judge of the drawn shapes, or its parts and images on held-out pairs."""
+"""Evaluate a model: shapes judge, losses, retrieval, FID on held-out captions and images."""
 
 from dalle.commands.evaluate import main
 

@@ -1,4 +1,4 @@
-"""Say what a checkpoint is, of this library or another, without running anything that is in it."""
+"""Report what a checkpoint contains, of this library or another, without running its code."""
 
 from dalle.commands.inspect_checkpoint import main
 

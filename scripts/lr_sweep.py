@@ -1,4 +1,4 @@
-"""Find a learning rate: the same short training at several multiples of the configured one."""
+"""Learning rate sweep: short trainings at multiples of the configured learning rate."""
 
 from dalle.commands.lr_sweep import main
 

@@ -1,4 +1,4 @@
-"""Before you rent: memory, operations, traffic, days and cost of a training, without starting it."""
+"""Memory, FLOPs, traffic, days and cost of a training before it starts."""
 
 from dalle.commands.plan import main
 

@@ -1,4 +1,4 @@
-"""Plot the training curves of one or many runs, from their log.jsonl, as one image."""
+"""Plot the training curves of one or more runs as one image."""
 
 from dalle.commands.plot import main
 

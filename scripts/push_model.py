@@ -1,4 +1,4 @@
-"""Upload a model to the Hugging Face Hub; look first with --dry-run, which uploads nothing."""
+"""Upload a model to the Hugging Face Hub; --dry-run uploads nothing."""
 
 from dalle.commands.push_model import main
 

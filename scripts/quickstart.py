@@ -1,4 +1,4 @@
-"""Train all of DALL-E small on drawn shapes and make images from captions it never saw."""
+"""Train a small DALL-E on synthetic shapes and generate images for unseen captions."""
 
 from dalle.commands.quickstart import main
 

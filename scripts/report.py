@@ -1,4 +1,4 @@
-"""Show any run as one page: curves, images, attention, codes, masks, numbers, configuration, hashes."""
+"""Report of a run as one HTML page: curves, images, attention, codebook, configuration."""
 
 from dalle.commands.report import main
 

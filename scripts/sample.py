@@ -1,4 +1,4 @@
-"""Generates images for a prompt: see dalle/commands/sample.py."""
+"""Generate images for prompts and keep the best by CLIP."""
 
 from dalle.commands.sample import main
 

@@ -1,4 +1,4 @@
-"""Train a small CLIP on the same pairs, to rank images (paper section 2.6)."""
+"""Train a small CLIP to rank images (paper section 2.6)."""
 
 from dalle.commands.train_clip import main
 

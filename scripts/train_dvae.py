@@ -1,4 +1,4 @@
-"""Train the dVAE on images (paper section 2.1): stage one."""
+"""Train the dVAE, stage one (paper section 2.1)."""
 
 from dalle.commands.train_dvae import main
 

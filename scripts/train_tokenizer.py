@@ -1,4 +1,4 @@
-"""Learn the text vocabulary from captions (paper section 2.2): the first stage."""
+"""Train the text tokenizer on captions (paper section 2.2)."""
 
 from dalle.commands.train_tokenizer import main
 

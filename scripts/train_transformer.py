@@ -1,4 +1,4 @@
-"""Train the transformer on a token cache (paper section 2.2): stage two."""
+"""Train the transformer on a token cache, stage two (paper section 2.2)."""
 
 from dalle.commands.train_transformer import main
 

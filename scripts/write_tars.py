@@ -1,4 +1,4 @@
-"""Pack images and captions of any form into WebDataset tars, which large sets read best from."""
+"""Write a dataset of images and captions as WebDataset tars."""
 
 from dalle.commands.write_tars import main
 

@@ -1,7 +1,6 @@
-"""Rendered shapes as token streams, and a plot of curves: what the studies of training share.
+"""Token sequences of the shapes without trained tokenizers, and plots of curves, for the training studies.
 
-A stream holds the words of a caption and the colors of 12 x 12 pixels, rounded to 64, so no tokenizer must be
-trained.
+A sequence holds the words of a caption and the colors of 12 x 12 pixels, rounded to 64.
 """
 
 from typing import Any
@@ -17,11 +16,18 @@ from dalle.transformer import TransformerConfig
 LEVELS = 4  # of each color channel
 
 
-def small_transformer(depth: int, head_dim: int, backend: str) -> TransformerConfig:
+def small_transformer(depth: int, head_dim: int, attention_backend: str) -> TransformerConfig:
     """A transformer whose image tokens are colors of pixels."""
-    grid, vocab = (GRID, GRID), LEVELS**3
     return TransformerConfig(
-        depth, 2, head_dim, 18, grid, text_vocab=64, image_vocab=vocab, init_scale=1.0, backend=backend
+        depth=depth,
+        heads=2,
+        head_dim=head_dim,
+        text_len=18,
+        grid=(GRID, GRID),
+        text_vocab=64,
+        image_vocab=LEVELS**3,
+        init_scale=1.0,
+        attention_backend=attention_backend,
     )
 
 

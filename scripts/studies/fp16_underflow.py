@@ -1,10 +1,8 @@
-"""fp16 gradient underflow: one loss scale against one scale per resblock (Section 2.4, Appendix D, Figure
-12).
+"""fp16 gradient underflow with one scale or one per residual block (Section 2.4, Appendix D, Figure 12).
 
-The gradients of a small model do not spread as those of a billion parameters do, so the study spreads them: a
-gradient is multiplied by a power of two on its way into a resblock and divided by it on its way out. The
-forward pass and, in fp32, AdamW's updates stay the same up to rounding. CPU autocast computes in real fp16,
-so gradients do underflow.
+Gradients of a small model spread less than those of a billion parameters, so the study spreads them: a
+gradient is multiplied by a power of two on its way into a block and divided by it on its way out. The forward
+pass and, in fp32, AdamW's updates stay the same up to rounding. CPU autocast computes in real fp16.
 
 python scripts/studies/fp16_underflow.py --plot underflow.png --plot-scales scales.png --json underflow.json
 """
@@ -69,7 +67,7 @@ METHODS: dict[str, Callable[[list[ResidualBlock]], PerBlockGradScaler] | None] =
 class UnderflowStudy:
     """Trains a deep narrow transformer in fp32 and in fp16 with one scale and with a scale per resblock."""
 
-    model: TransformerConfig = small_transformer(depth=8, head_dim=16, backend="sdpa")
+    model: TransformerConfig = small_transformer(depth=8, head_dim=16, attention_backend="sdpa")
     """Shape of the transformer; image tokens are the pixels of 12 x 12 images."""
     grad_exponents: tuple[int, ...] = (*[-22] * 15, 8)
     """log2 of the factor on the gradients of each resblock."""
@@ -93,12 +91,10 @@ class UnderflowStudy:
     def __post_init__(self):
         if not 1 <= self.log_every <= self.steps:
             raise ValueError(f"log-every must be 1 to {self.steps} steps, got {self.log_every}")
-        if (
-            len(self.grad_exponents) != 2 * self.model.depth
-            or max(map(abs, self.grad_exponents)) > MAX_EXPONENT
-        ):
+        blocks = 2 * self.model.depth
+        if len(self.grad_exponents) != blocks or max(map(abs, self.grad_exponents)) > MAX_EXPONENT:
             raise ValueError(
-                f"grad-exponents must be one for each of {2 * self.model.depth} resblocks, within {MAX_EXPONENT} of 0; "
+                f"grad-exponents must be one for each of {blocks} resblocks, within {MAX_EXPONENT} of 0; "
                 f"got {self.grad_exponents}"
             )
 
@@ -116,9 +112,8 @@ def fp16_underflow(args: UnderflowStudy) -> dict[str, Any]:
         lines = [line for line in curves[PER_BLOCK] if "grad_scale_log2" in line]
         scales_figure(lines).savefig(args.plot_scales, dpi=100)
     for method, line in results.items():
-        print(
-            f"{method:28}loss {line['loss']:.4f}  skipped {line['skipped']}  zeros {fmean(line['zeros']):.3f}"
-        )
+        zeros = fmean(line["zeros"])
+        print(f"{method:28}loss {line['loss']:.4f}  skipped {line['skipped']}  zeros {zeros:.3f}")
     return report
 
 
@@ -147,8 +142,7 @@ def _train(method: str, args: UnderflowStudy) -> list[dict[str, Any]]:
 
 
 def optimizer(lr: float) -> OptimizerConfig:
-    """AdamW that does not depend on the size of gradients: no clipping, and an eps far below all but
-    noise."""
+    """AdamW independent of the size of gradients: no clipping, a tiny eps."""
     return OptimizerConfig(
         lr=Schedule(lr, lr),
         warmup_steps=100,

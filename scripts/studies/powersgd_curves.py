@@ -1,8 +1,6 @@
-"""Loss curves of PowerSGD and low-precision optimizer moments at equal steps (Section 2.5, Appendices B.2 and
-E).
+"""Loss curves of PowerSGD and low-precision optimizer moments (Section 2.5, Appendices B.2 and E).
 
-Replicas are processes that exchange gradients over gloo, as in real training; all methods start from the same
-weights.
+Replicas are processes that exchange gradients over gloo. All methods start from the same weights.
 
 python scripts/studies/powersgd_curves.py --steps 200 --plot curves.png --json curves.json
 """
@@ -32,10 +30,10 @@ from dalle.transformer.objective import TransformerObjective
 
 METHODS: dict[str, dict[str, str]] = {  # settings of PowerSGD, and the format of the moments
     "full gradients": {},
-    "fixed Q (paper)": {"q": "fixed"},
-    "updated Q": {"q": "updated"},
-    "redrawn Q": {"q": "redrawn"},
-    "fixed Q, messages and errors 1-6-9": {"q": "fixed", "formats": "paper"},
+    "fixed Q (paper)": {"q_mode": "fixed"},
+    "warm-started Q": {"q_mode": "warm_start"},
+    "random Q": {"q_mode": "random"},
+    "fixed Q, messages and errors 1-6-9": {"q_mode": "fixed", "message_dtype": "paper"},
     "moments 1-6-9 and 0-6-10": {"moments": "paper"},
     "moments fp16": {"moments": "fp16"},
 }
@@ -124,7 +122,7 @@ def _train(settings: dict[str, str], args: PowerSGDStudy, data: ColorTokens) -> 
     )
     if moments == "fp16":
         store_moments(step.state.optimizers, [p for _, p in hidden_matrices(step.model)], HALF, HALF)
-    powersgd = PowerSGDConfig(args.rank, start=0 if compression else args.steps, **compression)
+    powersgd = PowerSGDConfig(args.rank, start_step=0 if compression else args.steps, **compression)
     if averager := build_powersgd(step.model, powersgd, args.seed):
         step.state.extras["powersgd"] = averager
     share = args.batch_size // args.replicas

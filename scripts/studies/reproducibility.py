@@ -1,10 +1,9 @@
 """Agreement of samples of one seed across batch sizes, number formats and devices.
 
 For one batch size, format and device, samples are equal bit for bit. Elsewhere the last bits of a matrix
-product may differ, which once in a while decides a token, and the rest of that image then differs too. The
-change in the model
-itself is given in nats per token: for samples of the reference, the mean log-likelihood by the reference less
-that by the other setting estimates, at temperature 1, the Kullback-Leibler divergence of the two models.
+product may differ, which rarely changes a token, and then the rest of the image. The change of the model is the
+mean log-likelihood that samples of the reference lose, in nats per token: at temperature 1 an estimate of the
+KL divergence.
 
 python scripts/studies/reproducibility.py --model runs/quickstart/model --candidates 64
 """
@@ -131,8 +130,7 @@ def equal_fractions(tokens: Tensor, expected: Tensor) -> dict[str, float]:
 def nats_lost(
     args: ReproducibilityStudy, model: DALLE, reference: Setting, others: list[Setting], tokens: Tensor
 ) -> dict[str, tuple[float, float]]:
-    """For each number format: the mean log-likelihood per token that the reference's samples lose, and its
-    error."""
+    """For each number format the mean log-likelihood per token that is lost, and its error."""
 
     def nats(setting: Setting) -> Tensor:
         rounded = model.to_precision(setting.precision, setting.int8)
