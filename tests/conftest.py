@@ -6,9 +6,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -164,24 +167,33 @@ def python() -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
-@pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
-    """script(name, *words): scripts/NAME.py in this process, in an empty directory or `cwd`.
+@pytest.fixture(scope="session")
+def run_script() -> Callable[..., SimpleNamespace]:
+    """run_script(name, *words, cwd): scripts/NAME.py in this process; gives .code .out .err as a shell would.
 
-    Gives .code .out .err as a shell would; an unexpected error is raised.
+    An unexpected error is raised.
     """
+
+    def run(name: str, *words: str | Path, cwd: Path) -> SimpleNamespace:
+        file, out, err, code, message = PROJECT / "scripts" / f"{name}.py", StringIO(), StringIO(), 0, ""
+        argv = patch.object(sys, "argv", [f"scripts/{name}.py", *map(str, words)])
+        with argv, chdir(cwd), redirect_stdout(out), redirect_stderr(err):
+            try:
+                runpy.run_path(str(file), run_name="__main__")
+            except SystemExit as stop:
+                code, message = (1, stop.code) if isinstance(stop.code, str) else (stop.code or 0, "")
+        return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue() + message)
+
+    return run
+
+
+@pytest.fixture
+def script(run_script: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """script(name, *words): `run_script` in an empty directory or `cwd`, which stays the current one."""
 
     def run(name: str, *words: str | Path, cwd: Path = tmp_path) -> SimpleNamespace:
         monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *map(str, words)])
-        capsys.readouterr()
-        code, message = 0, ""
-        try:
-            runpy.run_path(str(PROJECT / "scripts" / f"{name}.py"), run_name="__main__")
-        except SystemExit as stop:
-            code, message = (1, stop.code) if isinstance(stop.code, str) else (stop.code or 0, "")
-        printed = capsys.readouterr()
-        return SimpleNamespace(code=code, out=printed.out, err=printed.err + message)
+        return run_script(name, *words, cwd=cwd)
 
     return run
 

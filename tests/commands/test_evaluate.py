@@ -1,4 +1,4 @@
-"""scripts/evaluate.py: every part on a tiny model, what the report holds, and mistakes told in one line."""
+"""scripts/evaluate.py: every metric on a tiny model, the report, and mistakes."""
 
 import json
 import math
@@ -18,6 +18,7 @@ from dalle.io.files import read_json
 from dalle.io.images import to_tensor
 from dalle.pipelines.dalle import DALLE
 from dalle.pretrained.openai_clip import load_scorer
+from tests.helpers.external import open_clip_weights
 
 COLORS = {"red": (230, 20, 20), "green": (20, 200, 30), "blue": (30, 40, 230)}
 
@@ -54,187 +55,151 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def data(folder: Path) -> DataConfig:
+    return DataConfig(path=str(folder), val_path=str(folder), workers=0)
+
+
 class TestReport:
-    def test_each_part_has_its_numbers(self, report):
+    def test_each_metric_has_its_numbers(self, report):
+        text = json.dumps(report)
+        assert "NaN" not in text
+        assert "Infinity" not in text
         assert report["dvae"]["images"] == report["transformer"]["pairs"] == report["clip"]["images"] == 12
         assert {"nats_per_pixel_value", "psnr", "ssim", "perplexity"} <= report["dvae"].keys()
         assert report["transformer"]["image_tokens"] == 12 * 16
-        assert {"argmax", "sampled"} == report["transformer"]["bound"].keys()
+        assert report["transformer"]["bound"].keys() == {"argmax", "sampled"}
         assert report["clip"]["retrieval"].keys() == {"image_to_text_acc", "text_to_image_acc"}
-        assert (
-            report["images"]["num_generated"],
-            report["images"]["num_real"],
-            report["images"]["best_of"],
-        ) == (
-            3,
-            12,
-            4,
-        )
+        counts = {"num_generated": 3, "num_real": 12, "best_of": 4, "same_clip_as_ranker": True}
+        assert {name: report["images"][name] for name in counts} == counts
         assert report["images"]["blur"].keys() == {"0", "2"}
-        assert report["images"]["same_clip_as_ranker"] is True
         for name in ("score", "accuracy", "fd_clip"):
             assert report["rerank"][name].keys() == {"1", "2", "4"}
 
-    def test_the_best_of_more_scores_higher_and_ends_where_sampling_does(self, report, run):
+    def test_the_score_rises_with_best_of_to_that_of_generate(self, report, run):
         curve = report["rerank"]["score"]
         assert curve["1"] <= curve["2"] <= curve["4"]
         model = DALLE.from_pretrained(run.model)
         prompts = ValidationSet(run.data, 32, 12, 5, 0).prompts(3)
-        drawn = model.to_precision("auto").generate(prompts, 1, 4, 0, progress=False, truncate=True)
-        assert curve["4"] == pytest.approx(sum(one.scores[0] for one in drawn) / 3, rel=1e-5)
+        best = model.to_precision("auto").generate(prompts, 1, 4, 0, progress=False, truncate=True)
+        assert curve["4"] == pytest.approx(sum(one.scores[0] for one in best) / 3, rel=1e-5)
 
-    def test_it_says_what_the_numbers_rest_on(self, report, run):
+    def test_the_provenance_names_models_and_data(self, report, run):
         model = DALLE.from_pretrained(run.model)
-        rests = report["provenance"]
+        provenance = report["provenance"]
+        hashes = provenance["hashes"]
         assert report["model"] == model.hash
-        assert (
-            f"{rests['hashes']['dvae']}-{rests['hashes']['transformer']}-{rests['hashes']['clip']}"
-            == model.hash
-        )
-        assert rests["hashes"]["text"] == model.text.hash
-        assert rests["hashes"]["feature_extractor"] == rests["hashes"]["clip"]
+        assert f"{hashes['dvae']}-{hashes['transformer']}-{hashes['clip']}" == model.hash
+        assert hashes["text"] == model.text.hash
+        assert hashes["feature_extractor"] == hashes["clip"]
         facts = ValidationSet(run.data, 32, 12, 5, 0).provenance()
         assert (facts["path"], facts["max_pairs"], facts["resolution"]) == ("shapes", 12, 32)
-        assert rests["data"] == facts
-        assert "Lanczos" in rests["resize"]["images"]
+        assert provenance["data"] == facts
+        assert "Lanczos" in provenance["resize"]["images"]
         assert report["seed"] == 0
 
     def test_the_same_seed_gives_the_same_numbers(self, run, report):
         again = evaluate(replace(run, metrics=("transformer", "rerank"), batch=7))
         assert again["rerank"]["score"] == pytest.approx(report["rerank"]["score"], abs=1e-5)
-        assert again["transformer"]["text_loss"] == pytest.approx(
-            report["transformer"]["text_loss"], rel=1e-5
-        )
-
-    def test_no_number_is_missing_or_infinite(self, report):
-        assert "NaN" not in json.dumps(report)
-        assert "Infinity" not in json.dumps(report)
+        text_loss = report["transformer"]["text_loss"]
+        assert again["transformer"]["text_loss"] == pytest.approx(text_loss, rel=1e-5)
 
 
 class TestOwnImages:
-    def test_classes_are_the_captions(self, run, folder, tmp_path_factory):
+    def test_classes_are_the_captions(self, run, data, tmp_path_factory):
         classes = tmp_path_factory.mktemp("classes") / "names.txt"
         classes.write_text("red\ngreen\nblue\n", encoding="utf-8")
-        data = DataConfig(path=str(folder), val_path=str(folder), workers=0)
-        found = evaluate(
-            replace(run, metrics=("clip",), data=data, classes=classes, templates=("a {} circle",))
-        )["clip"]
+        asked = replace(run, metrics=("clip",), data=data, classes=classes, templates=("a {} circle",))
+        found = evaluate(asked)["clip"]
         assert found["images"] == 9
         assert found["zero_shot"]["images"] == 6  # captions of the other three are no class
         assert found["zero_shot"]["acc_chance"] == pytest.approx(1 / 3)
-        assert set(found["typographic_attack"]) == {
-            "acc_clean",
-            "acc_attacked",
-            "attack_success",
-            "attack_success_clean",
-        }
+        attack = {"acc_clean", "acc_attacked", "attack_success", "attack_success_clean"}
+        assert found["typographic_attack"].keys() == attack
 
-    def test_pairs_come_in_order_and_no_more_than_asked_for(self, folder):
-        data = DataConfig(path=str(folder), val_path=str(folder), workers=0)
-        pairs = ValidationSet(data, 32, 7, 3, 0)
-        sizes = [len(batch.captions) for batch in pairs.batches()]
-        assert sizes == [3, 3, 1]
-        assert sum(len(batch.captions) for batch in ValidationSet(data, 32, 100, 4, 0).batches()) == 9
+    def test_at_most_max_pairs_come_in_order(self, data):
+        def sizes(max_pairs: int, batch: int) -> list[int]:
+            return [len(batch.captions) for batch in ValidationSet(data, 32, max_pairs, batch, 0).batches()]
 
-    def test_other_images_are_other_facts(self, folder):
-        """Else statistics of real images would be taken for those of others."""
-        data = DataConfig(path=str(folder), val_path=str(folder), workers=0)
+        assert sizes(7, 3) == [3, 3, 1]
+        assert sum(sizes(100, 4)) == 9
+
+    def test_provenance_differs_for_other_images(self, data):
+        """Else statistics of real images would be used for others."""
         facts = ValidationSet(data, 32, 9, 3, 0).provenance()
-        for changed, count, side in (
-            (replace(data, filters=replace(data.filters, min_words=3)), 9, 32),
-            (data, 8, 32),
-            (data, 9, 16),
-        ):
+        filtered = replace(data, filters=replace(data.filters, min_words=3))
+        for changed, count, side in ((filtered, 9, 32), (data, 8, 32), (data, 9, 16)):
             assert ValidationSet(changed, side, count, 3, 0).provenance() != facts
 
-    def test_classes_that_no_caption_names(self, folder):
-        data = DataConfig(path=str(folder), val_path=str(folder), workers=0)
-        with pytest.raises(
-            ValueError, match=r"no validation caption .* is the name of a class, such as 'dog'"
-        ):
+    def test_classes_that_no_caption_names_are_refused(self, data):
+        with pytest.raises(ValueError, match="class, such as 'dog'"):
             list(ValidationSet(data, 32, 9, 3, 0).labeled(["dog", "cat"]))
 
-    def test_class_files_that_cannot_be(self, tmp_path):
-        with pytest.raises(ValueError, match="a class name per line"):
+    def test_invalid_class_files_are_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="class name per line"):
             read_classes(tmp_path / "absent.txt")
         for text in ("one\n", "one\nOne \n"):
             (tmp_path / "few.txt").write_text(text, encoding="utf-8")
-            with pytest.raises(ValueError, match="two or more class names"):
+            with pytest.raises(ValueError, match="two or more"):
                 read_classes(tmp_path / "few.txt")
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory) -> Path:
-    """clip.pt of open_clip's layout, which does not tell its activation."""
-    open_clip = pytest.importorskip("open_clip.model")
-    torch.manual_seed(0)
-    vision = open_clip.CLIPVisionCfg(layers=1, width=64, patch_size=16, image_size=32)
-    text = open_clip.CLIPTextCfg(context_length=16, vocab_size=49408, width=64, heads=1, layers=1)
+def external(tmp_path_factory) -> Path:
+    """clip.pt of open_clip, which does not hold its activation."""
     file = tmp_path_factory.mktemp("published") / "clip.pt"
-    torch.save(open_clip.CLIP(16, vision, text, quick_gelu=True).state_dict(), file)
+    torch.save(open_clip_weights(), file)
     return file
 
 
-class TestPublishedCLIP:
-    def test_it_measures_and_the_ranking_stays_the_models(self, run, report, published):
+class TestExternalCLIP:
+    def test_it_measures_and_the_models_clip_still_ranks(self, run, report, external):
         for quick_gelu in (True, False):
-            found = evaluate(replace(run, metrics=("clip", "rerank"), clip=published, quick_gelu=quick_gelu))
+            found = evaluate(replace(run, metrics=("clip", "rerank"), clip=external, quick_gelu=quick_gelu))
             assert found["provenance"]["hashes"]["clip"] != report["provenance"]["hashes"]["clip"]
             assert found["rerank"]["score"] == pytest.approx(report["rerank"]["score"])
             assert "ranked_by" not in found
 
-    def test_it_ranks_where_asked_to(self, run, report, published):
-        asked = replace(run, metrics=("rerank",), clip=published, rerank_with="clip")
+    def test_it_ranks_on_request(self, run, report, external):
+        asked = replace(run, metrics=("rerank",), clip=external, rerank_with="clip")
         found = [evaluate(replace(asked, quick_gelu=quick_gelu)) for quick_gelu in (True, False)]
-        scorer = load_scorer(published, "cpu", True)
+        scorer = load_scorer(external, "cpu", True)
         prompts = ValidationSet(run.data, 32, 12, 5, 0).prompts(3)
         model = DALLE.from_pretrained(run.model)
-        drawn = model.generate(prompts, 4, 4, 0, progress=False, truncate=True)
-        scores = [
-            scorer.score(to_tensor(one.images), prompt) for one, prompt in zip(drawn, prompts, strict=True)
-        ]
-        expected = sum(float(one.max()) for one in scores) / 3
-        assert found[0]["rerank"]["score"]["4"] == pytest.approx(expected, abs=1e-3)  # images of 8 bits here
-        assert found[0]["rerank"]["score"] != found[1]["rerank"]["score"]
+        generations = model.generate(prompts, 4, 4, 0, progress=False, truncate=True)
+        best = [float(scorer.score(to_tensor(one.images), one.prompt).max()) for one in generations]
+        score = found[0]["rerank"]["score"]
+        assert score["4"] == pytest.approx(sum(best) / 3, abs=1e-3)  # images of 8 bits here
+        assert score != found[1]["rerank"]["score"]
         assert found[0]["ranked_by"] == found[0]["provenance"]["hashes"]["clip"] == weights_hash(scorer.model)
         assert found[0]["model"] == report["model"]
 
-    def test_who_ranks_is_told_of_the_images(self, run, published):
-        asked = replace(run, metrics=("images",), feature_extractor="clip", clip=published, quick_gelu=True)
+    def test_the_ranker_is_recorded_with_the_images(self, run, external):
+        asked = replace(run, metrics=("images",), feature_extractor="clip", clip=external, quick_gelu=True)
         assert evaluate(asked)["images"]["same_clip_as_ranker"] is False
         assert evaluate(replace(asked, rerank_with="clip"))["images"]["same_clip_as_ranker"] is True
 
-    def test_a_model_without_a_clip_is_ranked_by_it(self, run, dalle, published, tmp_path):
+    def test_a_model_without_a_clip_needs_it(self, run, dalle, external, tmp_path):
         dalle.scorer = None
         dalle.save_pretrained(tmp_path / "model")
-        asked = replace(run, model=tmp_path / "model", metrics=("shapes",), clip=published, quick_gelu=True)
+        run = replace(run, model=tmp_path / "model", num_prompts=2, best_of=2)
+        for metric, message in (("rerank", "rank with"), ("clip", "measure with")):
+            with pytest.raises(ValueError, match=f"no CLIP to {message}"):
+                evaluate(replace(run, metrics=(metric,)))
+        asked = replace(run, metrics=("shapes",), clip=external, quick_gelu=True)
         with pytest.raises(ValueError, match="--clip FILE --rerank-with clip"):
             evaluate(asked)
-        assert (
-            evaluate(replace(asked, rerank_with="clip", num_prompts=2, best_of=2))["shapes"]["held_out"][
-                "acc_real"
-            ]
-            == 1
-        )
+        found = evaluate(replace(asked, rerank_with="clip"))
+        assert found["shapes"]["held_out"]["acc_real"] == 1
 
-    def test_an_activation_that_no_file_tells_is_asked_for(self, run, published):
+    def test_an_unknown_activation_is_refused(self, run, external):
         with pytest.raises(ValueError, match="activation"):
-            evaluate(replace(run, clip=published))
+            evaluate(replace(run, clip=external))
 
 
-class TestRunOfTheLibrary:
-    @pytest.mark.parametrize("name", ["clip", "model"])
-    def test_as_clip_it_measures_what_it_does_in_the_model(self, run, report, chain, name):
-        found = evaluate(replace(run, metrics=("clip",), clip=chain / name))
-        assert found["clip"] == report["clip"]
-
-    def test_a_directory_of_something_else_is_told(self, run, tmp_path):
-        with pytest.raises(ValueError, match="expected a run or model directory of this library"):
-            evaluate(replace(run, metrics=("clip",), clip=tmp_path))
-
-    def test_the_activation_is_of_a_file(self, run, chain):
-        with pytest.raises(ValueError, match="--quick-gelu is for the file of a CLIP"):
-            replace(run, clip=chain / "clip", quick_gelu=True)
+@pytest.mark.parametrize("name", ["clip", "model"])
+def test_a_run_as_clip_measures_what_the_models_clip_does(run, report, chain, name):
+    assert evaluate(replace(run, metrics=("clip",), clip=chain / name))["clip"] == report["clip"]
 
 
 def test_counts_are_printed_whole(capsys):
@@ -242,29 +207,23 @@ def test_counts_are_printed_whole(capsys):
     assert capsys.readouterr().out == "dvae psnr 21.500  images 200\ndvae codes used 7\n"
 
 
-def strict(text: str) -> dict:
-    """JSON as its standard has it: no NaN, no Infinity."""
-
-    def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
 class TestInfinity:
-    def test_a_image_kept_exactly_leaves_valid_json(self, run, monkeypatch, tmp_path):
+    def test_a_lossless_reconstruction_leaves_valid_json(self, run, monkeypatch, tmp_path):
+        def encode(model, pixels):
+            self.seen = pixels
+            return torch.zeros(len(pixels), 16, dtype=torch.int64)
+
+        def refuse(word: str) -> None:
+            raise AssertionError(f"{word} is not JSON")
+
         monkeypatch.setattr(DVAE, "decode", lambda model, tokens, grid=None: self.seen)
-        monkeypatch.setattr(DVAE, "encode", self.encode)
+        monkeypatch.setattr(DVAE, "encode", encode)
         found = evaluate(replace(run, metrics=("dvae",), json=tmp_path / "report.json"))
-        written = strict((tmp_path / "report.json").read_text(encoding="utf-8"))
+        written = json.loads((tmp_path / "report.json").read_text("utf-8"), parse_constant=refuse)
         assert written == found
         assert written["dvae"]["psnr"] is None
         assert written["dvae"]["ssim"] == pytest.approx(1)
         assert written["nonfinite"] == {"dvae.psnr": "inf"}
-
-    def encode(self, pixels):
-        self.seen = pixels
-        return torch.zeros(len(pixels), 16, dtype=torch.int64)
 
     def test_every_depth_and_sign(self):
         report = {"a": {"b": math.nan, "c": 1.5}, "d": -math.inf, "e": [1], "f": "inf", "g": True}
@@ -275,7 +234,7 @@ class TestInfinity:
 
 class TestMistakes:
     @pytest.mark.parametrize(
-        ("changes", "said"),
+        ("changes", "message"),
         [
             ({"num_samples": 0}, "num-samples must be positive"),
             ({"metrics": ()}, "one or more"),
@@ -285,22 +244,21 @@ class TestMistakes:
             ({"lpips_weights": Path("alex.pth")}, "give both, or neither"),
             ({"quick_gelu": True}, "give it with --clip"),
             ({"rerank_with": "clip"}, "give it with --clip"),
+            ({"clip": Path(__file__).parent, "quick_gelu": True}, "--quick-gelu is for the file"),
         ],
     )
-    def test_fields(self, changes, said):
-        with pytest.raises(ValueError, match=said):
+    def test_fields(self, changes, message):
+        with pytest.raises(ValueError, match=message):
             EvaluateArgs(**changes)
 
-    def test_images_without_weights_say_how_to_get_them(self, run):
-        with pytest.raises(ValueError, match=r"pt_inception-2015-12-05-6726825d.pth.*--feature-extractor"):
-            evaluate(replace(run, metrics=("images",)))
-        with pytest.raises(ValueError, match=r"no file .*nowhere.pth"):
-            evaluate(replace(run, metrics=("images",), feature_extractor="nowhere.pth"))
-
-    def test_a_model_without_a_clip(self, run, dalle, tmp_path):
-        dalle.scorer = None
-        dalle.save_pretrained(tmp_path / "model")
-        with pytest.raises(ValueError, match="no CLIP to rank with"):
-            evaluate(replace(run, model=tmp_path / "model", metrics=("rerank",)))
-        with pytest.raises(ValueError, match="no CLIP to measure with"):
-            evaluate(replace(run, model=tmp_path / "model", metrics=("clip",)))
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"metrics": ("images",)}, r"pt_inception-2015-12-05-6726825d.pth.*--feature-extractor"),
+            ({"metrics": ("images",), "feature_extractor": "nowhere.pth"}, r"no file .*nowhere.pth"),
+            ({"metrics": ("clip",), "clip": Path(__file__).parent}, "run or model directory"),
+        ],
+    )
+    def test_missing_files(self, run, changes, message):
+        with pytest.raises(ValueError, match=message):
+            evaluate(replace(run, **changes))

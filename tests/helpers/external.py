@@ -1,5 +1,6 @@
 """Checks that every external transformer passes (dalle/pretrained/external_transformer.py)."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -51,3 +52,12 @@ def cache_bytes(model: ExternalTransformer) -> int:
     caches = model.init_kv_caches(1, 1)
     states = [state for cache in caches for state in getattr(cache, "states", [])]
     return kv_cache_bytes(caches)[1] + sum(state.nbytes for state in states)
+
+
+def open_clip_weights() -> dict[str, Tensor]:
+    """State dict of a small CLIP of the package open_clip, with the activation QuickGELU."""
+    open_clip = pytest.importorskip("open_clip.model")
+    torch.manual_seed(0)
+    vision = open_clip.CLIPVisionCfg(layers=1, width=64, patch_size=16, image_size=32)
+    text = open_clip.CLIPTextCfg(context_length=16, vocab_size=49408, width=64, heads=1, layers=1)
+    return open_clip.CLIP(16, vision, text, quick_gelu=True).state_dict()
