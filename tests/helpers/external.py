@@ -5,13 +5,22 @@ import torch
 from torch import Tensor
 
 from dalle.nn.kv_cache import kv_cache_bytes
-from dalle.pretrained.external_transformer import ExternalTransformer
+from dalle.pretrained.external_transformer import ExternalLayout, ExternalTransformer
 from dalle.sampling import candidate_noise
 from dalle.transformer.generate import cast_linear_weights, generate, inference_autocast, quantize_int8
 
 
+def check_logits(found: Tensor, text: Tensor, image: Tensor, layout: ExternalLayout) -> None:
+    """Logits (T + N, V) of one sequence are those of a reference: (<= T, text ids) and (N, codes)."""
+    length, offset = layout.text_len, layout.image_offset
+    torch.testing.assert_close(found[length - len(text) : length, :offset], text, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(found[length:, offset:], image, atol=2e-4, rtol=2e-4)
+    assert (found[:length, offset:] == -torch.inf).all()
+    assert (found[length:, :offset] == -torch.inf).all()
+
+
 def check_sampling(model: ExternalTransformer, text: Tensor, image: Tensor, read: int) -> None:
-    """Sampling with caches agrees with whole passes, in fp32, bf16 and int8.
+    """Sampling with KV caches agrees with whole passes, in fp32, bf16 and int8.
 
     Args:
         text: of two captions, as `pad_text` gives them.

@@ -1,7 +1,5 @@
 """CLIP of OpenAI's archives and state dicts and of open_clip's checkpoints: open_clip's scores."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -16,7 +14,7 @@ CAPTION = "a red circle above a blue square"
 class Published(nn.Module):
     """As OpenAI's archives are: the towers in half precision and three numbers beside them."""
 
-    def __init__(self, towers: nn.Module):
+    def __init__(self, towers):
         super().__init__()
         state = towers.state_dict()
         for name, child in towers.named_children():
@@ -26,12 +24,12 @@ class Published(nn.Module):
         for name, value in (("input_resolution", 32), ("context_length", 16), ("vocab_size", 49408)):
             self.register_buffer(name, torch.tensor(value))
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels):
         return self.visual.conv1(pixels)
 
 
 @pytest.fixture(scope="module")
-def towers() -> nn.Module:
+def towers():
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     torch.manual_seed(0)
@@ -45,7 +43,7 @@ def towers() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def expected(towers: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+def expected(towers, pixels):
     ids = open_clip.SimpleTokenizer(context_length=16)([CAPTION])
     image, text = (
         towers.encode_image(normalized(pixels), normalize=True),
@@ -55,11 +53,11 @@ def expected(towers: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def pixels() -> torch.Tensor:
+def pixels():
     return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def normalized(pixels: torch.Tensor) -> torch.Tensor:
+def normalized(pixels):
     mean, std = (
         torch.tensor(v)[:, None, None] for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     )
@@ -69,21 +67,21 @@ def normalized(pixels: torch.Tensor) -> torch.Tensor:
 @pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"
 )
-def test_a_torchscript_archive_as_openai_publishes(tmp_path: Path, towers, pixels, expected) -> None:
+def test_a_torchscript_archive_as_openai_publishes(tmp_path, towers, pixels, expected):
     torch.jit.save(torch.jit.trace(Published(towers), pixels[:1]), tmp_path / "ViT.pt")
     assert detect_checkpoint(tmp_path / "ViT.pt").family.name == "OpenAI CLIP"
     scorer = load_scorer(tmp_path / "ViT.pt")
     torch.testing.assert_close(scorer.score(pixels, CAPTION), expected)
 
 
-def test_its_state_dict(tmp_path: Path, towers, pixels, expected) -> None:
+def test_its_state_dict(tmp_path, towers, pixels, expected):
     torch.save(Published(towers).state_dict(), tmp_path / "clip.pt")
     torch.testing.assert_close(load_scorer(tmp_path / "clip.pt").score(pixels, CAPTION), expected)
     with pytest.raises(ValueError, match="OpenAI's"):
         load_scorer(tmp_path / "clip.pt", quick_gelu=False)
 
 
-def test_half_precision_is_widened(tmp_path: Path, towers, pixels, expected) -> None:
+def test_half_precision_is_widened(tmp_path, towers, pixels, expected):
     state = {n: t.half() if t.is_floating_point() else t for n, t in Published(towers).state_dict().items()}
     torch.save(state, tmp_path / "clip.pt")
     scorer = load_scorer(tmp_path / "clip.pt")
@@ -92,7 +90,7 @@ def test_half_precision_is_widened(tmp_path: Path, towers, pixels, expected) -> 
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_open_clip_must_be_told_its_activation(tmp_path: Path, towers, pixels, expected, prefix: str) -> None:
+def test_open_clip_must_be_told_its_activation(tmp_path, towers, pixels, expected, prefix):
     state = {prefix + name: tensor for name, tensor in towers.state_dict().items()}
     torch.save({"epoch": 1, "name": "run", "state_dict": state, "optimizer": {}}, tmp_path / "epoch_1.pt")
     with pytest.raises(ValueError, match="does not hold its activation"):
@@ -104,9 +102,7 @@ def test_open_clip_must_be_told_its_activation(tmp_path: Path, towers, pixels, e
     assert (other - expected).abs().max() > 1e-4
 
 
-def test_scores_have_gradients_in_the_pixels_and_cut_captions_are_counted(
-    tmp_path: Path, towers, pixels
-) -> None:
+def test_scores_have_gradients_in_the_pixels_and_cut_captions_are_counted(tmp_path, towers, pixels):
     torch.save(Published(towers).state_dict(), tmp_path / "clip.pt")
     scorer = load_scorer(tmp_path / "clip.pt")
     image = pixels[:1].clone().requires_grad_()
@@ -115,7 +111,7 @@ def test_scores_have_gradients_in_the_pixels_and_cut_captions_are_counted(
     assert scorer.truncated == 1
 
 
-def test_a_resnet_by_its_shapes() -> None:
+def test_a_resnet_by_its_shapes():
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     with torch.device("meta"):
@@ -138,7 +134,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_what_is_refused(tmp_path: Path, towers, case: str) -> None:
+def test_what_is_refused(tmp_path, towers, case):
     changes, message = FAULTS[case]
     state = Published(towers).state_dict() | changes
     torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, tmp_path / "clip.pt")
@@ -146,7 +142,7 @@ def test_what_is_refused(tmp_path: Path, towers, case: str) -> None:
         load_scorer(tmp_path / "clip.pt")
 
 
-def test_a_clip_is_no_image_tokenizer(tmp_path: Path, towers) -> None:
+def test_a_clip_is_no_image_tokenizer(tmp_path, towers):
     torch.save(Published(towers).state_dict(), tmp_path / "clip.pt")
     with pytest.raises(ValueError, match=r"of kind 'scorer' \(OpenAI CLIP\)"):
         load_image_tokenizer(tmp_path / "clip.pt")

@@ -28,19 +28,19 @@ def released():
 
 
 @pytest.fixture(scope="module")
-def halves(released) -> dict[str, nn.Module]:
+def halves(released):
     torch.manual_seed(0)
     return {"encoder": released.Encoder(**SIZES), "decoder": released.Decoder(n_init=12, **SIZES)}
 
 
-def write(halves: dict[str, nn.Module], folder: Path, **options) -> Path:
+def write(halves, folder, **options):
     folder.mkdir(parents=True, exist_ok=True)
     for name, module in halves.items():
         torch.save(module, folder / f"{name}.pkl", **options)
     return folder
 
 
-def equal(model: DVAE, halves: dict[str, nn.Module], released) -> None:
+def equal(model, halves, released):
     pixels = torch.rand(2, 3, 32, 24, generator=torch.Generator().manual_seed(1))
     tokens = halves["encoder"](released.map_pixels(pixels)).argmax(dim=1)
     codes = F.one_hot(tokens, 24).permute(0, 3, 1, 2).float()
@@ -52,7 +52,7 @@ def equal(model: DVAE, halves: dict[str, nn.Module], released) -> None:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_whole_modules_as_published(tmp_path: Path, halves, released, zipped: bool) -> None:
+def test_whole_modules_as_published(tmp_path, halves, released, zipped):
     write(halves, tmp_path, _use_new_zipfile_serialization=zipped)
     model = load_image_tokenizer(tmp_path)
     assert isinstance(model, ImageTokenizer)
@@ -61,7 +61,7 @@ def test_whole_modules_as_published(tmp_path: Path, halves, released, zipped: bo
     equal(model, halves, released)
 
 
-def named(halves: dict[str, nn.Module], length: int | None = None) -> dict[str, torch.Tensor]:
+def named(halves, length=None):
     return {f"{half[:length]}.{n}": t for half, m in halves.items() for n, t in m.state_dict().items()}
 
 
@@ -73,12 +73,12 @@ LAYOUTS: dict[str, Callable[[dict[str, nn.Module]], dict]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_state_dicts(tmp_path: Path, halves, released, layout: str) -> None:
+def test_state_dicts(tmp_path, halves, released, layout):
     torch.save(LAYOUTS[layout](halves), tmp_path / "dvae.pt")
     equal(load_image_tokenizer(tmp_path / "dvae.pt"), halves, released)
 
 
-def test_half_precision_and_transposed_memory_become_plain_fp32(tmp_path: Path, halves) -> None:
+def test_half_precision_and_transposed_memory_become_plain_fp32(tmp_path, halves):
     state = LAYOUTS["both halves"](halves)
     state = {
         name: t.half().to(memory_format=torch.channels_last) if t.ndim == 4 else t
@@ -89,7 +89,7 @@ def test_half_precision_and_transposed_memory_become_plain_fp32(tmp_path: Path, 
     assert all(p.dtype == torch.float32 and p.is_contiguous() for p in model.parameters())
 
 
-def test_the_published_size_is_recognized() -> None:
+def test_the_published_size_is_recognized():
     shapes = {"encoder.blocks.input.w": (256, 3, 7, 7), "decoder.blocks.input.w": (128, 8192, 1, 1)}
     shapes["encoder.blocks.output.conv.w"] = (8192, 2048, 1, 1)
     for group, width in enumerate((256, 512, 1024, 2048), start=1):
@@ -105,7 +105,7 @@ def test_the_published_size_is_recognized() -> None:
     compare_keys(DetectedCheckpoint(Path("published"), FAMILY, tensors)).check("published")
 
 
-def test_the_encode_stage_takes_the_folder(tmp_path: Path, halves, released) -> None:
+def test_the_encode_stage_takes_the_folder(tmp_path, halves, released):
     write(halves, tmp_path / "published")
     tokenizer, weights = load_dvae_input(tmp_path / "published", torch.device("cpu"))
     assert weights == weights_hash(tokenizer)
@@ -114,7 +114,7 @@ def test_the_encode_stage_takes_the_folder(tmp_path: Path, halves, released) -> 
     assert torch.equal(tokenizer.encode(pixels), expected)
 
 
-def changed(**tensors: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict], Any]:
+def changed(**tensors):
     return lambda state: state.update({name: change(state[name]) for name, change in tensors.items()})
 
 
@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[Callable[[dict], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(tmp_path: Path, halves, case: str) -> None:
+def test_what_is_refused(tmp_path, halves, case):
     change, message = REFUSED[case]
     state = dict(LAYOUTS["both halves"](halves))
     change(state)
@@ -147,7 +147,7 @@ def test_what_is_refused(tmp_path: Path, halves, case: str) -> None:
         load_image_tokenizer(tmp_path / "x.pt")
 
 
-def test_one_half_is_refused(tmp_path: Path, halves) -> None:
+def test_one_half_is_refused(tmp_path, halves):
     folder = write({"encoder": halves["encoder"]}, tmp_path)
     for path, message in ((folder, r"no decoder\.pkl"), (folder / "encoder.pkl", "only the encoder")):
         with pytest.raises(ValueError, match=message):
@@ -158,22 +158,20 @@ def test_one_half_is_refused(tmp_path: Path, halves) -> None:
         detect_checkpoint(folder)
 
 
-def another_gain(encoder: nn.Module) -> None:
+def another_gain(encoder):
     for module in encoder.modules():
         if hasattr(module, "post_gain"):
             module.post_gain = 0.5
 
 
-def a_pooling_less(encoder: nn.Module) -> None:
+def a_pooling_less(encoder):
     del encoder.blocks.group_1.pool
 
 
 @pytest.mark.parametrize(
     ("change", "message"), [(another_gain, r"gain of 0\.5"), (a_pooling_less, "2 poolings in 4 groups")]
 )
-def test_a_module_that_computes_something_else_is_refused(
-    tmp_path: Path, halves, released, change: Callable, message: str
-) -> None:
+def test_a_module_that_computes_something_else_is_refused(tmp_path, halves, released, change, message):
     encoder = released.Encoder(**SIZES)
     change(encoder)
     write({"encoder": encoder, "decoder": halves["decoder"]}, tmp_path)

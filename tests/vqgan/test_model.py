@@ -1,6 +1,5 @@
 """VQGANs of taming-transformers, ruDALL-E and LlamaGen, against the network written out."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,13 +35,13 @@ TRAINING = {
 }
 
 
-def distances(z: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
+def distances(z, book):
     """(B, D, h, w) and (K, D) -> (B, h, w, K), each difference squared and summed."""
     return (z.movedim(1, -1)[..., None, :] - book).square().sum(-1)
 
 
 @pytest.mark.parametrize("attention", [(2,), (1, 2), ()])
-def test_taming(tmp_path: Path, attention: tuple[int, ...]) -> None:
+def test_taming(tmp_path, attention):
     state = make_state(names_of_taming, blocks=2, attention=attention)
     torch.save({"epoch": 3, "state_dict": state | TRAINING, "callbacks": {}}, tmp_path / "last.ckpt")
     model = load_image_tokenizer(tmp_path / "last.ckpt")
@@ -58,7 +57,7 @@ def test_taming(tmp_path: Path, attention: tuple[int, ...]) -> None:
     assert 0.6 < expected.max() <= 1
 
 
-def test_gumbel_of_taming_and_rudalle(tmp_path: Path) -> None:
+def test_gumbel_of_taming_and_rudalle(tmp_path):
     state = make_state(names_of_taming, gumbel=True)
     torch.save({"state_dict": state | TRAINING}, tmp_path / "vqgan.gumbelf8-sber.model.ckpt")
     model = load_image_tokenizer(tmp_path / "vqgan.gumbelf8-sber.model.ckpt")
@@ -74,7 +73,7 @@ HALF = 0.5**0.5
 FILTERS = {"g0_col": [HALF, HALF], "g1_col": [HALF, -HALF], "g0_row": [HALF, HALF], "g1_row": [HALF, -HALF]}
 
 
-def with_wavelets(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def with_wavelets(state, prefix):
     """A Gumbel file's tensors as in ruDALL-E's other file: the decoder one level deeper, 12 channels."""
     draws, wide = torch.Generator().manual_seed(2), {}
     for name, tensor in state.items():
@@ -91,7 +90,7 @@ def with_wavelets(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torc
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
-def test_rudalle_with_wavelets(tmp_path: Path, prefix: str) -> None:
+def test_rudalle_with_wavelets(tmp_path, prefix):
     state = make_state(names_of_taming, gumbel=True)
     wide = with_wavelets(state, prefix)
     torch.save({"state_dict": wide}, tmp_path / "dwt.ckpt")
@@ -122,7 +121,7 @@ def test_rudalle_with_wavelets(tmp_path: Path, prefix: str) -> None:
         evaluate_dvae(model, [PIXELS])
 
 
-def test_the_wavelets_are_those_of_pywavelets() -> None:
+def test_the_wavelets_are_those_of_pywavelets():
     pywt = pytest.importorskip("pywt", reason="PyWavelets is not installed")
     bands = torch.randn(1, 12, 4, 6, generator=torch.Generator().manual_seed(3))
     wavelets = InverseWavelets()
@@ -142,7 +141,7 @@ def test_the_wavelets_are_those_of_pywavelets() -> None:
         ("model.decoder.idwt.g2_row", torch.zeros(1), "unexpected.*g2_row"),
     ],
 )
-def test_incomplete_wavelets_are_refused(tmp_path: Path, name: str, tensor, message: str) -> None:
+def test_incomplete_wavelets_are_refused(tmp_path, name, tensor, message):
     state = with_wavelets(make_state(names_of_taming, gumbel=True), "model.") | {name: tensor}
     state = {name: tensor for name, tensor in state.items() if tensor is not None}
     torch.save({"state_dict": state}, tmp_path / "dwt.ckpt")
@@ -151,7 +150,7 @@ def test_incomplete_wavelets_are_refused(tmp_path: Path, name: str, tensor, mess
 
 
 @pytest.mark.parametrize("key", ["model", "ema", "state_dict"])
-def test_llamagen(tmp_path: Path, key: str) -> None:
+def test_llamagen(tmp_path, key):
     state = make_state(names_of_llamagen, blocks=2)
     torch.save({key: state | {"quantize.codebook_used": torch.zeros(65536)}, "steps": 1}, tmp_path / "vq.pt")
     model = load_image_tokenizer(tmp_path / "vq.pt")
@@ -165,7 +164,7 @@ def test_llamagen(tmp_path: Path, key: str) -> None:
     torch.testing.assert_close(model.decode(tokens.flatten(1), (4, 6)), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_against_the_package_of_taming(tmp_path: Path) -> None:
+def test_against_the_package_of_taming(tmp_path):
     parts = pytest.importorskip(
         "taming.modules.diffusionmodules.model", reason="taming-transformers is not installed"
     )
@@ -204,7 +203,7 @@ PUBLISHED = {  # tensors and parameters without the losses, counted on the origi
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_sizes(name: str) -> None:
+def test_published_sizes(name):
     config, tensors, parameters = PUBLISHED[name]
     with meta_init():
         model = VQGAN(config)
@@ -212,7 +211,7 @@ def test_published_sizes(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_the_published_gumbel_is_recognized() -> None:
+def test_the_published_gumbel_is_recognized():
     config = VQGANConfig(widths=(128, 128, 256, 512), attention=(3,), vocab_size=8192, quantizer="logits")
     with meta_init():
         found = VQGAN(config).state_dict()
@@ -225,14 +224,14 @@ def test_the_published_gumbel_is_recognized() -> None:
     assert config.downsample_factor == 8
 
 
-def test_the_encode_stage_takes_one(tmp_path: Path) -> None:
+def test_the_encode_stage_takes_one(tmp_path):
     torch.save({"state_dict": make_state(names_of_taming)}, tmp_path / "last.ckpt")
     tokenizer, weights = load_dvae_input(tmp_path / "last.ckpt", torch.device("cpu"))
     assert weights == weights_hash(tokenizer)
     assert tokenizer.encode(PIXELS).shape == (2, 24)
 
 
-def without(names: Callable, part: str) -> dict[str, torch.Tensor]:
+def without(names, part):
     return {name: tensor for name, tensor in make_state(names).items() if part not in name}
 
 
@@ -252,14 +251,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(tmp_path: Path, case: str) -> None:
+def test_what_is_refused(tmp_path, case):
     state, message = REFUSED[case]
     torch.save({"state_dict": state}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=message):
         load_image_tokenizer(tmp_path / "last.ckpt")
 
 
-def test_inputs_are_checked() -> None:
+def test_inputs_are_checked():
     model = VQGAN(VQGANConfig(widths=WIDTHS, attention=(), latent=LATENT, codebook_dim=6, vocab_size=CODES))
     with pytest.raises(ValueError, match="multiples of 4"):
         model.encode(torch.rand(1, 3, 18, 16))
@@ -274,7 +273,7 @@ def test_inputs_are_checked() -> None:
             VQGANConfig(**{field: value})
 
 
-def test_inspection_names_it(tmp_path: Path) -> None:
+def test_inspection_names_it(tmp_path):
     torch.save({"model": make_state(names_of_llamagen)}, tmp_path / "vq.pt")
     found = detect_checkpoint(tmp_path / "vq.pt")
     assert found.family.name == "VQ of LlamaGen"
