@@ -43,25 +43,17 @@ def towers():
 
 
 @pytest.fixture(scope="module")
-def expected(towers, pixels):
-    ids = open_clip.SimpleTokenizer(context_length=16)([CAPTION])
-    image, text = (
-        towers.encode_image(normalized(pixels), normalize=True),
-        towers.encode_text(ids, normalize=True),
-    )
-    return (image @ text.T)[:, 0].detach()
-
-
-@pytest.fixture(scope="module")
 def pixels():
     return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def normalized(pixels):
-    mean, std = (
-        torch.tensor(v)[:, None, None] for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    )
-    return (pixels - mean) / std
+@pytest.fixture(scope="module")
+def expected(towers, pixels):
+    constants = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    mean, std = (torch.tensor(values)[:, None, None] for values in constants)
+    image = towers.encode_image((pixels - mean) / std, normalize=True)
+    ids = open_clip.SimpleTokenizer(context_length=16)([CAPTION])
+    return (image @ towers.encode_text(ids, normalize=True).T)[:, 0].detach()
 
 
 @pytest.mark.filterwarnings(
@@ -74,14 +66,18 @@ def test_a_torchscript_archive_as_openai_publishes(tmp_path, towers, pixels, exp
     torch.testing.assert_close(scorer.score(pixels, CAPTION), expected)
 
 
-def test_its_state_dict(tmp_path, towers, pixels, expected):
+def test_state_dicts_of_openai(tmp_path, towers, pixels, expected):
     torch.save(Published(towers).state_dict(), tmp_path / "clip.pt")
-    torch.testing.assert_close(load_scorer(tmp_path / "clip.pt").score(pixels, CAPTION), expected)
+    scorer = load_scorer(tmp_path / "clip.pt")
+    torch.testing.assert_close(scorer.score(pixels, CAPTION), expected)
+    image = pixels[:1].clone().requires_grad_()
+    scorer.score(image, "a " * 40).sum().backward()
+    assert image.grad.abs().sum() > 0
+    assert scorer.truncated == 1
     with pytest.raises(ValueError, match="OpenAI's"):
         load_scorer(tmp_path / "clip.pt", quick_gelu=False)
-
-
-def test_half_precision_is_widened(tmp_path, towers, pixels, expected):
+    with pytest.raises(ValueError, match=r"of kind 'scorer' \(OpenAI CLIP\)"):
+        load_image_tokenizer(tmp_path / "clip.pt")
     state = {n: t.half() if t.is_floating_point() else t for n, t in Published(towers).state_dict().items()}
     torch.save(state, tmp_path / "clip.pt")
     scorer = load_scorer(tmp_path / "clip.pt")
@@ -90,7 +86,7 @@ def test_half_precision_is_widened(tmp_path, towers, pixels, expected):
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_open_clip_must_be_told_its_activation(tmp_path, towers, pixels, expected, prefix):
+def test_open_clip_needs_its_activation(tmp_path, towers, pixels, expected, prefix):
     state = {prefix + name: tensor for name, tensor in towers.state_dict().items()}
     torch.save({"epoch": 1, "name": "run", "state_dict": state, "optimizer": {}}, tmp_path / "epoch_1.pt")
     with pytest.raises(ValueError, match="does not hold its activation"):
@@ -100,15 +96,6 @@ def test_open_clip_must_be_told_its_activation(tmp_path, towers, pixels, expecte
     )
     other = load_scorer(tmp_path / "epoch_1.pt", quick_gelu=False).score(pixels, CAPTION)
     assert (other - expected).abs().max() > 1e-4
-
-
-def test_scores_have_gradients_in_the_pixels_and_cut_captions_are_counted(tmp_path, towers, pixels):
-    torch.save(Published(towers).state_dict(), tmp_path / "clip.pt")
-    scorer = load_scorer(tmp_path / "clip.pt")
-    image = pixels[:1].clone().requires_grad_()
-    scorer.score(image, "a " * 40).sum().backward()
-    assert image.grad.abs().sum() > 0
-    assert scorer.truncated == 1
 
 
 def test_a_resnet_by_its_shapes():
@@ -134,15 +121,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_what_is_refused(tmp_path, towers, case):
+def test_refusals(tmp_path, towers, case):
     changes, message = FAULTS[case]
     state = Published(towers).state_dict() | changes
     torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, tmp_path / "clip.pt")
     with pytest.raises(ValueError, match=message):
         load_scorer(tmp_path / "clip.pt")
-
-
-def test_a_clip_is_no_image_tokenizer(tmp_path, towers):
-    torch.save(Published(towers).state_dict(), tmp_path / "clip.pt")
-    with pytest.raises(ValueError, match=r"of kind 'scorer' \(OpenAI CLIP\)"):
-        load_image_tokenizer(tmp_path / "clip.pt")
