@@ -2,8 +2,7 @@
 
 python scripts/evaluate.py --model runs/quickstart/model --json report.json
 python scripts/evaluate.py --model runs/my-model --metrics dvae transformer clip --data.path my/images
-python scripts/evaluate.py --metrics rerank --clip ViT-B-32.pt --rerank-with clip      ranked by a published
-CLIP
+python scripts/evaluate.py --metrics rerank --clip ViT-B-32.pt --rerank-with clip   ranked by a published CLIP
 
 | metrics | what is measured |
 |---|---|
@@ -37,17 +36,16 @@ class EvaluateArgs(EvalConfig):
     """One or more of shapes dvae transformer clip images rerank."""
     clip: Path | None = None
     """CLIP that measures in place of the model's own: a file of OpenAI's or open_clip's, or a run or model
-    directory of this library; the model's own goes on ranking without --rerank-with clip."""
+    directory of this library. It ranks only with --rerank-with clip."""
     quick_gelu: bool | None = None
-    """Activation of an open_clip file's CLIP, which files do not record: true for "-quickgelu" models, else
-    false."""
+    """Activation of an open_clip file's CLIP, which files do not record: true for "-quickgelu" models."""
     rerank_with: Literal["model", "clip"] = "model"
     """The CLIP that ranks the candidates: the model's own, or that of --clip."""
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first available."""
     json: Path | None = None
-    """File for the report, which is also printed. Numbers that are not finite (the PSNR of an exact
-    reconstruction) are null there, and listed under nonfinite."""
+    """File for the report, which is also printed; numbers that are not finite are null, and listed under
+    nonfinite."""
 
     def __post_init__(self):
         for name in ("num_prompts", "best_of", "chunk", "num_samples", "batch"):
@@ -58,23 +56,17 @@ class EvaluateArgs(EvalConfig):
             raise ValueError(f"{self.json} is a directory; expected a file name")
         if not self.metrics or len(set(self.metrics)) < len(self.metrics):
             raise ValueError(f"metrics must be one or more, each once; got {self.metrics}")
-        if (
-            not self.blur_radii
-            or min(self.blur_radii) < 0
-            or len(set(self.blur_radii)) < len(self.blur_radii)
-        ):
-            raise ValueError(f"blur-radii must be 0 or more, each once; got {self.blur_radii}")
+        radii = self.blur_radii
+        if not radii or min(radii) < 0 or len(set(radii)) < len(radii):
+            raise ValueError(f"blur-radii must be 0 or more, each once; got {radii}")
         if self.clip is None and self.rerank_with == "clip":
             raise ValueError("--rerank-with clip needs a CLIP; give it with --clip")
         if self.quick_gelu is not None and (self.clip is None or self.clip.is_dir()):
             raise ValueError("--quick-gelu is for the file of a CLIP; give it with --clip")
-        if (self.lpips_backbone is None) != (self.lpips_weights is None):
-            raise ValueError("LPIPS needs both --lpips-backbone and --lpips-weights; give both, or neither")
 
 
 def evaluate(args: EvaluateArgs) -> dict[str, Any]:
-    """Computes and prints each metric; writes --json after each, so that an interrupted run keeps what it
-    has."""
+    """Computes and prints each metric; writes --json after each, for a run that is interrupted."""
     from dalle.evals.context import EvalContext
     from dalle.evals.suite import METRICS
     from dalle.hub.registry import weights_hash
@@ -125,8 +117,7 @@ def _load_clip(args: EvaluateArgs, device: Any) -> Any:
 
 
 def finite(report: dict[str, Any]) -> dict[str, Any]:
-    """The report as JSON can hold it: numbers that are not finite become None and {"nonfinite": {"dvae.psnr":
-    "inf"}}."""
+    """The report with None for numbers that are not finite, and {"nonfinite": {"dvae.psnr": "inf"}}."""
     nonfinite: dict[str, str] = {}
 
     def plain(value: Any, name: str) -> Any:
@@ -144,10 +135,9 @@ def finite(report: dict[str, Any]) -> dict[str, Any]:
 def _print(name: str, values: dict[str, Any]) -> None:
     """A line for each group of numbers."""
     numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-    if numbers:
-        print(
-            name, "  ".join(f"{k} {v}" if isinstance(v, int) else f"{k} {v:.3f}" for k, v in numbers.items())
-        )
+    texts = [f"{k} {v}" if isinstance(v, int) else f"{k} {v:.3f}" for k, v in numbers.items()]
+    if texts:
+        print(name, "  ".join(texts))
     for key, inner in values.items():
         if isinstance(inner, dict):
             _print(f"{name} {key}", inner)

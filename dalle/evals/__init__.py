@@ -1,1 +1,1 @@
-"""Measurements of images and models: each file answers one question."""
+"""Metrics of images and models."""

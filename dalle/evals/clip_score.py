@@ -1,9 +1,4 @@
-"""CLIP score: how well images fit their captions by a CLIP (Hessel et al. 2021).
-
-The mean of 2.5 max(cosine, 0). It depends on the CLIP, and says little of the CLIP that ranked the images.
-
-    B images of a batch
-"""
+"""CLIP score: 2.5 max(cosine, 0) of images and their captions (Hessel et al. 2021)."""
 
 from collections.abc import Iterable, Sequence
 

@@ -18,12 +18,11 @@ class EvalConfig:
     num_samples: int = 1000
     """Validation pairs to read at most; the paper's FID uses 30,000."""
     num_prompts: int = 200
-    """Captions to sample images for: of each split for shapes, of the validation pairs for images and
-    rerank."""
+    """Captions to sample images for; for shapes, of each split."""
     best_of: int = 16
-    """Candidates of each caption; the paper samples 512."""
+    """Candidates of each caption; 512 in the paper."""
     temperature: float = 1.0
-    """Sampling temperature; 1 as the paper."""
+    """Sampling temperature; 1 in the paper."""
     chunk: int = 512
     """Images sampled at once for shapes."""
     batch: int = 32
@@ -33,14 +32,11 @@ class EvalConfig:
     feature_extractor: str | None = None
     """File of the Inception weights for FID and IS, or the word clip for the features of the CLIP."""
     classes: Path | None = None
-    """Text file with a class name per line, for images whose caption is their class: zero-shot and
-    typographic attack."""
+    """Text file of class names, one a line, for images whose caption is their class."""
     templates: tuple[str, ...] = TEMPLATES
     """Prompts of a class for the CLIP; {} is its name."""
     lpips_backbone: Path | None = None
-    """torchvision's AlexNet, for LPIPS."""
-    lpips_weights: Path | None = None
-    """The weights of LPIPS for AlexNet."""
+    """File of torchvision's AlexNet, for LPIPS."""
     stats_dir: Path = Path("runs/statistics")
     """Folder that caches the feature statistics of real images."""
     seed: int = 0

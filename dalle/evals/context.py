@@ -1,8 +1,7 @@
-"""What an evaluation measures with: the model, validation pairs, the CLIP, feature extractor and
-provenance."""
+"""Evaluation context: the model, validation pairs, CLIP, feature extractor and provenance."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from dalle.config import to_dict
 from dalle.data import DataConfig, open_dataset, sample_captions
 from dalle.evals.config import EvalConfig
 from dalle.evals.image_features import CLIPFeatures, Extractor
-from dalle.evals.inception import HOW, Inception
-from dalle.evals.lpips import LPIPS
+from dalle.evals.networks import INCEPTION_FILE, LPIPS, Inception
 from dalle.hub.registry import weights_hash
 from dalle.pipelines.dalle import DALLE
 from dalle.types import Embedder, ImageTextBatch
@@ -33,9 +31,6 @@ class ValidationSet:
         count: number of pairs at most.
         batch: pairs read at once.
         seed: chooses a caption of a pair where one is needed.
-
-    Raises:
-        ValueError: no such dataset.
     """
 
     def __init__(self, data: DataConfig, resolution: int, count: int, batch: int, seed: int):
@@ -44,7 +39,7 @@ class ValidationSet:
         self.dataset = open_dataset(self.data, "held_out")
 
     def batches(self, count: int | None = None) -> Iterator[ImageTextBatch]:
-        """The first `count` usable pairs (default `self.count`); ValueError where there is none."""
+        """The first `count` usable pairs (by default `self.count`); ValueError where there is none."""
         index, found, count, size = 0, 0, count or self.count, self.dataset.size
         while found < count and (size is None or index < size):
             end = min(index + self.batch, index + count - found, size or 2**62)
@@ -60,21 +55,20 @@ class ValidationSet:
         return [caption for batch in self.batches(count) for caption in sample_captions(batch, self.seed)]
 
     def labeled(self, classes: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels (B, 3, R, R) and classes int64 (B,) of the pairs with a caption that is the name of a class.
+        """Pixels (B, 3, R, R) and labels int64 (B,) of the pairs with a caption that names a class.
 
         Raises:
             ValueError: there is none.
         """
-        numbers, found = {_normalized(name): i for i, name in enumerate(classes)}, 0
+        numbers, found = {_normalized(name): i for i, name in enumerate(classes)}, False
         for batch in self.batches():
-            labels = [
-                next((numbers[c] for c in map(_normalized, captions) if c in numbers), -1)
-                for captions in batch.captions
-            ]
-            chosen = [i for i, label in enumerate(labels) if label >= 0]
-            found += len(chosen)
-            if chosen:
-                yield torch.from_numpy(batch.pixels[chosen]), torch.tensor([labels[i] for i in chosen])
+            labels = {}
+            for i, captions in enumerate(batch.captions):
+                named = [numbers[one] for one in map(_normalized, captions) if one in numbers]
+                labels |= {i: named[0]} if named else {}
+            if labels:
+                found = True
+                yield torch.from_numpy(batch.pixels[list(labels)]), torch.tensor(list(labels.values()))
         if not found:
             raise ValueError(
                 f"no validation caption of {self.data.path} is the name of a class, such as {classes[0]!r}; "
@@ -97,9 +91,7 @@ def read_classes(path: Path) -> list[str]:
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"cannot read {path} ({error}); give a text file with a class name per line"
-        ) from None
+        raise ValueError(f"cannot read {path} ({error}); give a text file of a class name per line") from None
     if len(names) < 2 or len(set(map(_normalized, names))) < len(names):
         raise ValueError(f"{path} must have two or more class names, one per line, none twice")
     return names
@@ -121,7 +113,6 @@ class EvalContext:
     model: DALLE
     clip: Embedder | None = None
     """Measures in place of the model's own CLIP."""
-    validation: ValidationSet = field(init=False)
 
     def __post_init__(self):
         layout, args = self.model.transformer.layout, self.args
@@ -131,13 +122,12 @@ class EvalContext:
         self.validation = ValidationSet(args.data, resolution, args.num_samples, args.batch, args.seed)
         if self.clip is None and isinstance(self.model.scorer, Embedder):
             self.clip = self.model.scorer
-        weights = (args.lpips_backbone, args.lpips_weights)
-        self.lpips = LPIPS(*weights, self.model.device) if args.lpips_weights else None
+        self.lpips = LPIPS(args.lpips_backbone, self.model.device) if args.lpips_backbone else None
         self.classes = read_classes(args.classes) if args.classes else None
 
     @cached_property
     def extractor(self) -> Extractor | None:
-        """Features for FID and IS, or None where --feature-extractor is not given."""
+        """Features for FID and IS, or None without --feature-extractor."""
         name = self.args.feature_extractor
         if name == "clip":
             return CLIPFeatures(self.require_clip(), weights_hash(self.clip.model))
@@ -152,7 +142,7 @@ class EvalContext:
     def require_extractor(self) -> Extractor:
         """The feature extractor; ValueError without one."""
         if self.extractor is None:
-            raise ValueError(HOW)
+            raise ValueError(INCEPTION_FILE)
         return self.extractor
 
     @cached_property

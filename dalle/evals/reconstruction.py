@@ -20,7 +20,7 @@ from dalle.types import ImageTokenizer
 def run(
     model: ImageTokenizer, batches: Iterable[Tensor], lpips: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> dict[str, float]:
-    """Means over images, and codebook usage over all of them.
+    """Means over images of reconstructions by hard codes, and codebook usage over all of them.
 
     Args:
         model: any image tokenizer; a DVAE has likelihoods too.
@@ -28,17 +28,16 @@ def run(
         lpips: pixels, others -> distances (B,).
 
     Returns:
-        images; psnr in decibels, ssim, mae and, with `lpips`, lpips of reconstructions by hard codes;
-        codebook_used, codebook_dead_frac and perplexity; of a DVAE also nats_per_pixel_value (logit-Laplace,
-        hard codes) and kl in nats per position.
+        images; psnr in dB, ssim, mae, lpips; codebook_used, codebook_dead_frac, perplexity; of a DVAE
+        nats_per_pixel_value (logit-Laplace) and kl in nats per position.
     """
     means, counts = MeanMetric(), torch.zeros(model.vocab_size, dtype=torch.int64)
     for pixels in batches:
-        means.add(_likelihoods(model, pixels) if isinstance(model, DVAE) else {})
+        if isinstance(model, DVAE):
+            means.add(_likelihoods(model, pixels))
         tokens = model.encode(pixels)
         counts += torch.bincount(tokens.flatten().cpu(), minlength=model.vocab_size)
-        grid = tuple(side // model.downsample_factor for side in pixels.shape[2:])
-        decoded = model.decode(tokens, grid)
+        decoded = model.decode(tokens, tuple(side // model.downsample_factor for side in pixels.shape[2:]))
         if decoded.shape != pixels.shape:
             raise ValueError(
                 f"reconstructions {tuple(decoded.shape)} of images {tuple(pixels.shape)}: sizes differ"

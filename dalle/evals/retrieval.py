@@ -1,5 +1,4 @@
-"""Finding the caption of an image and the image of a caption among all (Radford et al. 2021, section 3.1;
-Table 13).
+"""Retrieval of captions by images and of images by captions (Radford et al. 2021, section 3.1; Table 13).
 
 P images, C captions, E embedding width
 """
@@ -9,43 +8,38 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FIRST = (1, 5, 10)
 
-
-def retrieval(images: Tensor, captions: Tensor, owners: Sequence[int], first: Sequence[int] = FIRST) -> dict:
-    """R@k both ways: the share of queries whose right answer is among the k with the highest cosine.
-
-    An image with several captions is served by any of them. Ties count against the model, so that a CLIP
-    which gives every pair the same score finds nothing.
+def retrieval(
+    images: Tensor, captions: Tensor, owners: Sequence[int], ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, dict[str, float]]:
+    """R@k both ways: the share of queries whose answer is among the k highest cosines; ties count as misses.
 
     Args:
         images: unit vectors (P, E).
         captions: unit vectors (C, E).
-        owners: the image of each caption; every image must have one.
-        first: the values of k.
+        owners: the image of each caption; any caption of an image answers it, and every image must have one.
+        ks: values of k; those that every query reaches are left out.
 
     Returns:
-        {"image_to_text_acc": {"R@1": share, ...}, "text_to_image_acc": {...}}; a k that all would reach is
-        left out.
+        {"image_to_text_acc": {"R@1": share, ...}, "text_to_image_acc": {...}}
     """
     owner = torch.as_tensor(owners, device=images.device)
     if len(owner) != len(captions) or not len(captions):
-        raise ValueError(
-            f"{len(captions)} captions of {len(owner)} owners; expected one owner each, and one or more"
-        )
-    if not torch.equal(owner.unique(), torch.arange(len(images), device=images.device)):
-        raise ValueError(f"the captions do not belong to {len(images)} images: each must have a caption")
-    own = owner == torch.arange(len(images), device=images.device)[:, None]  # (P, C)
+        raise ValueError(f"{len(captions)} captions of {len(owner)} owners; expected one owner each")
+    numbers = torch.arange(len(images), device=images.device)
+    if not torch.equal(owner.unique(), numbers):
+        raise ValueError(f"each of the {len(images)} images must have a caption")
+    own = owner == numbers[:, None]  # (P, C)
     cosines = images @ captions.T
     best_own = cosines.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-    before_caption = ((cosines >= best_own) & ~own).sum(1)  # wrong ones at least as near
-    right = cosines[owner, torch.arange(len(captions), device=images.device)]
-    before_image = ((cosines >= right) & ~own).sum(0)
+    wrong_captions = ((cosines >= best_own) & ~own).sum(1)  # at least as near as the best own caption
+    answers = cosines.gather(0, owner[None])  # (1, C)
+    wrong_images = ((cosines >= answers) & ~own).sum(0)
     return {
-        "image_to_text_acc": _shares(before_caption, first, len(captions)),
-        "text_to_image_acc": _shares(before_image, first, len(images)),
+        "image_to_text_acc": _shares(wrong_captions, ks, len(captions)),
+        "text_to_image_acc": _shares(wrong_images, ks, len(images)),
     }
 
 
-def _shares(before: Tensor, first: Sequence[int], among: int) -> dict[str, float]:
-    return {f"R@{k}": float((before < k).double().mean()) for k in first if k < among}
+def _shares(wrong: Tensor, ks: Sequence[int], among: int) -> dict[str, float]:
+    return {f"R@{k}": float((wrong < k).double().mean()) for k in ks if k < among}

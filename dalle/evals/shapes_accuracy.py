@@ -21,7 +21,7 @@ from dalle.shapes.judge import matches_caption
 
 @dataclass(frozen=True)
 class ShapesSamples:
-    """Candidates for captions, and the one that CLIP ranks first."""
+    """Candidates for captions, and the one of each that CLIP ranks first."""
 
     captions: list[str]
     pixels: Tensor
@@ -47,10 +47,10 @@ def caption_accuracy(
     seed: int = 0,
     temperature: float = 1.0,
 ) -> tuple[dict[str, float], ShapesSamples]:
-    """Fraction of images that the judge accepts.
+    """Fraction of images that the judge accepts, and the samples.
 
     Args:
-        model: trained on the shapes set, with a scorer.
+        model: trained on the shapes, with a scorer.
         split: "held_out" or "new_pairs".
         count: captions C.
         best_of: candidates n.
@@ -61,25 +61,21 @@ def caption_accuracy(
     Returns:
         acc_real: true images; acc_mismatched: true images against a caption that differs in one attribute;
         acc_reconstruction: true images through hard codes; acc_first: the first sample; acc_best_of_n: the
-            one that
-        CLIP ranks first; acc_random_of_n, acc_oracle_of_n: a random one, any of the n; acc_chance: first
-        samples against other images' captions. And the samples.
+        one that CLIP ranks first; acc_random_of_n, acc_oracle_of_n: a random one, any of the n; acc_chance:
+        first samples against other images' captions.
     """
-    layout = model.transformer.layout
-    pairs = ShapesDataset(layout.rows * model.dvae.downsample_factor, seed, split)
-    rng = np.random.default_rng(seed)
-    scenes = [pairs.scene(index) for index in range(count)]
+    resolution = model.transformer.layout.rows * model.dvae.downsample_factor
+    dataset, rng = ShapesDataset(resolution, seed, split), np.random.default_rng(seed)
+    scenes = [dataset.scene(index) for index in range(count)]
     texts = [_one_wording(scene, rng) for scene in scenes]
     mismatched = [_one_wording(change_one_attribute(scene, rng), rng) for scene in scenes]
-    pixels = torch.from_numpy(pairs.pixels(range(count)))
+    pixels = torch.from_numpy(dataset.pixels(range(count)))
     with torch.no_grad():
-        decoded = torch.cat(
-            [model.decode(model.dvae.encode(p.to(model.device))).cpu() for p in pixels.split(chunk)]
-        )
+        tokens = [model.dvae.encode(part.to(model.device)) for part in pixels.split(chunk)]
+        decoded = torch.cat([model.decode(part).cpu() for part in tokens])
     samples = generate_samples(model, texts, best_of, chunk, seed, temperature)
-    correct = matches_caption(
-        samples.pixels.flatten(0, 1), [text for text in texts for _ in range(best_of)]
-    ).reshape(count, best_of)
+    repeated = [text for text in texts for _ in range(best_of)]
+    correct = matches_caption(samples.pixels.flatten(0, 1), repeated).reshape(count, best_of)
     rows = np.arange(count)
     scores = {
         "acc_real": matches_caption(pixels, texts).mean(),

@@ -1,7 +1,4 @@
-"""The metrics of scripts/evaluate.py, one function each: EvalContext -> report.
-
-B pairs of a batch
-"""
+"""Metrics of scripts/evaluate.py, one function each: EvalContext -> report."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,18 +8,12 @@ import torch
 from torch import Tensor
 
 from dalle.data import sample_captions
-from dalle.evals import (
-    best_of_n,
-    clip_score,
-    elbo,
-    image_features,
-    likelihood,
-    reconstruction,
-    retrieval,
-    typographic_attack,
-    zero_shot,
-)
+from dalle.dvae import DVAE
+from dalle.evals import clip_score, image_features, reconstruction, typographic_attack, zero_shot
+from dalle.evals.best_of_n import best_of_n, sizes
 from dalle.evals.context import RESIZE, EvalContext
+from dalle.evals.likelihood import bits_per_dim, nats_per_token
+from dalle.evals.retrieval import retrieval
 from dalle.evals.running_mean import MeanMetric
 from dalle.evals.shapes_accuracy import caption_accuracy
 from dalle.io.images import to_tensor
@@ -44,19 +35,20 @@ def dvae_metrics(context: EvalContext) -> dict[str, Any]:
 
 
 def transformer_metrics(context: EvalContext) -> dict[str, Any]:
-    """Nats per token; and the ELBO, where the image tokenizer has a likelihood."""
-    model = context.model
+    """Nats per token; and the evidence lower bound, where the image tokenizer has a likelihood."""
+    model, layout = context.model, context.model.transformer.layout
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in context.validation.batches():
             ids = [model.text.encode(caption) for caption in sample_captions(batch, context.args.seed)]
-            text = model.transformer.layout.pad_text(ids, truncate=True).to(model.device)
-            yield torch.from_numpy(batch.pixels).to(model.device), text
+            text_tokens = layout.pad_text(ids, truncate=True).to(model.device)
+            yield torch.from_numpy(batch.pixels).to(model.device), text_tokens
 
-    ids = (model.transformer.layout.pack(text, model.dvae.encode(pixels)) for pixels, text in pairs())
-    report = likelihood.run(model.transformer, ids)
-    if isinstance(model.dvae, elbo.DVAE):
-        report["bound"] = elbo.run(model.dvae, model.transformer, pairs(), context.args.seed)
+    report = nats_per_token(
+        model.transformer, (layout.pack(text, model.dvae.encode(pixels)) for pixels, text in pairs())
+    )
+    if isinstance(model.dvae, DVAE):
+        report["bound"] = bits_per_dim(model.dvae, model.transformer, pairs(), context.args.seed)
     return report
 
 
@@ -66,12 +58,11 @@ def clip_metrics(context: EvalContext) -> dict[str, Any]:
     images, captions, owners = [], [], []
     with torch.no_grad():
         for batch in context.validation.batches():
-            first = sum(map(len, images))
+            owners += [sum(map(len, images)) + i for i, texts in enumerate(batch.captions) for _ in texts]
             images.append(clip.embed_images(torch.from_numpy(batch.pixels).to(device)).cpu())
-            owners += [first + i for i, texts in enumerate(batch.captions) for _ in texts]
             captions.append(clip.embed_captions([text for texts in batch.captions for text in texts]).cpu())
     report = {"images": sum(map(len, images)), "captions": len(owners)}
-    report["retrieval"] = retrieval.retrieval(torch.cat(images), torch.cat(captions), owners)
+    report["retrieval"] = retrieval(torch.cat(images), torch.cat(captions), owners)
     if context.classes is None:
         return report
     vectors = zero_shot.class_vectors(clip, context.classes, args.templates)
@@ -84,10 +75,8 @@ def clip_metrics(context: EvalContext) -> dict[str, Any]:
     predictions, labels = (torch.cat(tensors) for tensors in zip(*ranked, strict=True))
     accuracy = zero_shot.accuracy(predictions, labels)
     report["zero_shot"] = accuracy | {"images": len(labels), "templates": list(args.templates)}
-    report["typographic_attack"] = typographic_attack.run(
-        clip, labeled(), context.classes, vectors, args.seed
-    )
-    return report
+    attack = typographic_attack.run(clip, labeled(), context.classes, vectors, args.seed)
+    return report | {"typographic_attack": attack}
 
 
 def image_metrics(context: EvalContext) -> dict[str, Any]:
@@ -121,7 +110,7 @@ def rerank_metrics(context: EvalContext) -> dict[str, Any]:
     """Of the best of N: mean score, accuracy by the judge of the shapes, FID."""
     size, extractor = context.args.best_of, context.extractor
     scores, correct = [], []
-    stats = {n: image_features.ImageStats() for n in best_of_n.sizes(size)}
+    stats = {n: image_features.ImageStats() for n in sizes(size)}
     for captions, generations in generate(context, size, keep=size):
         for caption, generation in zip(captions, generations, strict=True):
             order = np.argsort(generation.candidates)
@@ -129,24 +118,21 @@ def rerank_metrics(context: EvalContext) -> dict[str, Any]:
             pixels = to_tensor([generation.images[i] for i in order])
             if context.args.data.path == "shapes":
                 correct.append(matches_caption(pixels, [caption] * size))
-            for n in stats if extractor else ():
-                best = int(scores[-1][:n].argmax())
-                stats[n].add(*extractor(pixels[[best]].to(context.model.device)))
-    table = np.stack(scores)
-    report: dict[str, Any] = {"captions": len(table), "candidates": size}
-    report["score"] = best_of_n.best_of_n(table)
+            if extractor:
+                for n, one in stats.items():
+                    best = int(scores[-1][:n].argmax())
+                    one.add(*extractor(pixels[[best]].to(context.model.device)))
+    curves = {"score": best_of_n(np.stack(scores))}
     if correct:
-        report["accuracy"] = best_of_n.best_of_n(table, np.stack(correct))
+        curves["accuracy"] = best_of_n(np.stack(scores), np.stack(correct))
     if extractor:
         real, _ = _real_stats(context, (0,))
-        for n in stats:
-            metrics = image_features.compare({0: stats[n]}, real, extractor.metric, context.args.seed)["0"]
+        for n, one in stats.items():
+            metrics = image_features.compare({0: one}, real, extractor.metric, context.args.seed)["0"]
             for name, value in metrics.items():
-                report.setdefault(name, {})[n] = value
-    return {
-        name: {str(n): value for n, value in curve.items()} if isinstance(curve, dict) else curve
-        for name, curve in report.items()
-    }
+                curves.setdefault(name, {})[n] = value
+    by_name = {name: {str(n): value for n, value in curve.items()} for name, curve in curves.items()}
+    return {"captions": len(scores), "candidates": size, **by_name}
 
 
 def _real_stats(context: EvalContext, radii: tuple[float, ...]) -> tuple[dict, str]:

@@ -1,9 +1,6 @@
 """Typographic attack: does a CLIP follow a wrong class name written on the image (Goh et al. 2021)?
 
-A CLIP that reads takes an apple with "iPod" on it for an iPod. Reranking by such a CLIP prefers images with
-words.
-
-    B images, C classes
+B images, C classes
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,8 +15,7 @@ from dalle.evals.zero_shot import predictions
 from dalle.io.images import to_pil, to_tensor
 from dalle.types import Embedder
 
-WIDTH = 0.9  # of the image's width that a label takes at most
-HEIGHT = 0.25  # and of its height
+WIDTH, HEIGHT = 0.9, 0.25  # of a label, at most, relative to the image
 
 
 def run(
@@ -29,48 +25,41 @@ def run(
     classes: Tensor,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Predictions before and after a wrong name is written on each image.
+    """Accuracy before and after a wrong class name is written on each image.
 
     Args:
-        clip: names the images.
-        batches: pixels (B, 3, H, W) in [0, 1] and the class of each, int64 (B,).
+        clip: classifies the images.
+        batches: pixels (B, 3, H, W) in [0, 1] and labels int64 (B,).
         names: of the C classes.
         classes: their vectors (C, E), by `zero_shot.class_vectors`.
         seed: of the wrong names and their positions.
 
     Returns:
-        acc_clean, acc_attacked: accuracy without and with the word; attack_success: fraction predicted as the
-        word says; attack_success_clean: fraction predicted so without the word.
+        acc_clean, acc_attacked; attack_success and attack_success_clean: the fraction predicted as the
+        written name, with and without it on the image.
     """
     rng, means = np.random.default_rng(seed), MeanMetric()
     for pixels, labels in batches:
         labels = labels.cpu()
         words = (labels + torch.from_numpy(rng.integers(1, len(names), size=len(labels)))) % len(names)
-        written = write_words(pixels, [names[i] for i in words], rng).to(pixels.device)
-        before, after = (predictions(clip, part, classes)[:, 0].cpu() for part in (pixels, written))
-        means.add(
-            {
-                "acc_clean": before == labels,
-                "acc_attacked": after == labels,
-                "attack_success": after == words,
-                "attack_success_clean": before == words,
-            }
-        )
+        attacked = write_words(pixels, [names[i] for i in words], rng).to(pixels.device)
+        before, after = (predictions(clip, part, classes)[:, 0].cpu() for part in (pixels, attacked))
+        means.add({"acc_clean": before == labels, "acc_attacked": after == labels})
+        means.add({"attack_success": after == words, "attack_success_clean": before == words})
     return means.values()
 
 
 def write_words(pixels: Tensor, words: Sequence[str], rng: np.random.Generator) -> Tensor:
-    """Each image (B, 3, H, W) with its word on a white label, anywhere in it, as large as fits."""
+    """Each image (B, 3, H, W) with its word on a white label at a random position, as large as fits."""
     images = to_pil(pixels)
     for image, word in zip(images, words, strict=True):
-        pen, (width, height) = ImageDraw.Draw(image), image.size
-        font = _font(word, WIDTH * width, HEIGHT * height)
-        left, top, right, bottom = pen.textbbox((0, 0), word, font=font)
-        x, y = (
-            int(rng.integers(max(1, free + 1))) for free in (width - (right - left), height - (bottom - top))
-        )
-        pen.rectangle((x - 1, y - 1, x + right - left, y + bottom - top), fill="white")
-        pen.text((x - left, y - top), word, font=font, fill="black")
+        canvas = ImageDraw.Draw(image)
+        font = _font(word, WIDTH * image.width, HEIGHT * image.height)
+        left, top, right, bottom = canvas.textbbox((0, 0), word, font=font)
+        x = int(rng.integers(max(1, image.width - (right - left) + 1)))
+        y = int(rng.integers(max(1, image.height - (bottom - top) + 1)))
+        canvas.rectangle((x - 1, y - 1, x + right - left, y + bottom - top), fill="white")
+        canvas.text((x - left, y - top), word, font=font, fill="black")
     return to_tensor(images)
 
 

@@ -241,7 +241,6 @@ class TestMistakes:
             ({"metrics": ("dvae", "dvae")}, "each once"),
             ({"blur_radii": (0, -1)}, "0 or more"),
             ({"blur_radii": ()}, "0 or more"),
-            ({"lpips_weights": Path("alex.pth")}, "give both, or neither"),
             ({"quick_gelu": True}, "give it with --clip"),
             ({"rerank_with": "clip"}, "give it with --clip"),
             ({"clip": Path(__file__).parent, "quick_gelu": True}, "--quick-gelu is for the file"),

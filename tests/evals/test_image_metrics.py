@@ -8,12 +8,10 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from dalle.evals.blur import blur
 from dalle.evals.config import RADII
-from dalle.evals.fid import FeatureGaussian, RunningCovariance, frechet_distance
+from dalle.evals.fid import FeatureGaussian, RunningCovariance, frechet_distance, inception_score
 from dalle.evals.image_features import cached_reference_stats, compare, extract_stats
-from dalle.evals.inception_score import inception_score
-from dalle.evals.psnr_ssim import psnr, ssim
+from dalle.evals.psnr_ssim import blur, psnr, ssim
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

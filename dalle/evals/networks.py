@@ -1,0 +1,114 @@
+"""Networks of FID, inception score and LPIPS: torch-fidelity and lpips, with weights from given files.
+
+Nothing is downloaded, and reading a file runs none of its code: torch-fidelity, which would download or
+unpickle, gets a copy of the file's tensors; lpips builds its network without weights and gets them later.
+"""
+
+import hashlib
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from dalle.pretrained.torch_file import read_torch_file, weights_of
+from dalle.types import check_images
+
+INSTALL = "FID, inception score and LPIPS need pip install 'zeroshot-text2image[evals]'"
+INCEPTION_FILE = (
+    "FID and IS need the Inception weights of 2015, pt_inception-2015-12-05-6726825d.pth (91 MB): release "
+    "fid_weights of github.com/mseitzer/pytorch-fid or weights-inception-2015-12-05 of "
+    "github.com/toshas/torch-fidelity; give it with --feature-extractor. The word clip in its place takes "
+    "the features of the model's own CLIP, whose distance is no FID"
+)
+ALEXNET_FILE = "LPIPS needs torchvision's AlexNet, alexnet-owt-7be5be79.pth; give it with --lpips-backbone"
+MIN_LPIPS_SIDE = 32
+
+
+class Inception:
+    """Inception v3 of 2015, as FID uses it, on a device.
+
+    Raises:
+        ImportError: torch-fidelity is missing.
+        ValueError: no such file, or other weights.
+    """
+
+    resize, metric = "bilinear to 299 x 299 as TensorFlow 1 (no antialiasing)", "fid"
+
+    def __init__(self, path: Path, device: str | torch.device = "cpu"):
+        tensors = read_weights(path, INCEPTION_FILE)
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ImportError(INSTALL) from error
+        with TemporaryDirectory() as folder:
+            copy = str(Path(folder) / "inception.pth")
+            torch.save(tensors, copy)
+            try:
+                net = FeatureExtractorInceptionV3("fid", ["2048", "logits_unbiased"], copy)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{path} holds other weights: {str(error)[:300]} ... {INCEPTION_FILE}"
+                ) from None
+        self.net, self.device, self.hash = net.to(device), device, file_hash(path)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, H, W) in [0, 1], rounded to 8 bits -> features (B, 2048) and logits (B, 1008)."""
+        check_images(pixels)
+        features, logits = self.net((pixels.to(self.device).clamp(0, 1) * 255).round().byte())
+        return features.cpu(), logits.cpu()
+
+
+class LPIPS:
+    """LPIPS 0.1 by AlexNet (Zhang et al. 2018), on a device.
+
+    Raises:
+        ImportError: lpips is missing.
+        ValueError: no such file, or other weights.
+    """
+
+    def __init__(self, backbone: Path, device: str | torch.device = "cpu"):
+        tensors = read_weights(backbone, ALEXNET_FILE)
+        try:
+            import lpips
+        except ImportError as error:
+            raise ImportError(INSTALL) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision's new names of arguments
+            net = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
+        layers = Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth"
+        net.load_state_dict(read_weights(layers, INSTALL), strict=False)
+        features = {name: f"features.{name.split('.', 1)[1]}" for name in net.net.state_dict()}
+        try:
+            net.net.load_state_dict({name: tensors[source] for name, source in features.items()})
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"{backbone} holds other weights: {str(error)[:300]} ... {ALEXNET_FILE}"
+            ) from None
+        self.net: nn.Module = net.to(device).eval().requires_grad_(False)
+        self.hash = f"{file_hash(backbone)}-{file_hash(layers)}"
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, others: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1], twice -> (B,), 0 for equal images."""
+        check_images(pixels)
+        check_images(others)
+        if min(pixels.shape[2:]) < MIN_LPIPS_SIDE:
+            size = f"{MIN_LPIPS_SIDE} x {MIN_LPIPS_SIDE}"
+            raise ValueError(f"LPIPS needs images of {size} pixels or more, got {tuple(pixels.shape[2:])}")
+        return self.net(pixels, others, normalize=True).flatten()
+
+
+def read_weights(path: Path, missing: str) -> dict[str, Tensor]:
+    """Tensors of a PyTorch file by name; ValueError, with `missing`, where there is none."""
+    if not path.is_file():
+        raise ValueError(f"no file {path}. {missing}")
+    return {name: tensor.clone() for name, tensor in weights_of(read_torch_file(path).tree).items()}
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, 16 hex characters."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
