@@ -1,10 +1,11 @@
-"""The same twelve captioned images in every form that --data.path opens; shared by the tests of data."""
+"""The same twelve captioned images in every format that --data.path opens; shared by the tests of data."""
 
 import io
 import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,6 +16,22 @@ def image(level: int, size=(24, 20), form="PNG") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, (level, level, level)).save(buffer, form)
     return buffer.getvalue()
+
+
+def level(data: bytes) -> int:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[0, 0, 0]
+
+
+def names(source) -> list[str]:
+    return [source.name(i) for i in range(len(source))]
+
+
+def all_captions(source) -> list[list[str]]:
+    return [source.captions(i) for i in range(len(source))]
+
+
+def skipped(source) -> list[tuple[str, str]]:
+    return [(bad.name, bad.cause) for bad in source.skipped]
 
 
 def caption(i: int) -> list[str]:

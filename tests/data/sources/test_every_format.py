@@ -1,23 +1,44 @@
-"""Sets of every form on disk with something broken in each: check_data names it, a run ends on it, resuming
-is exact.
-
-What the sources themselves do is in test_sources.py and test_tables.py, the stage on tars and folders in
-test_check_data.py.
-"""
+"""Every format of data: equal samples, bad samples, exact resume with any number of workers."""
 
 import json
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from dalle.data import BatchReader, DataConfig, ImageTextLoader, open_dataset, sample_captions
+from dalle.data import BatchReader, DataConfig, ImageTextLoader, open_dataset, open_source, sample_captions
 from dalle.io.files import read_json
-from tests.helpers.formats import COUNT, FORMS, IDS, image
+from tests.helpers.formats import COUNT, FORMS, IDS, caption, image, level, names, skipped
 
 GOOD = 8
+
+
+@pytest.mark.parametrize(("form", "columns"), FORMS, ids=IDS)
+def test_every_format_gives_the_same_samples(tmp_path, form, columns):
+    path = form(tmp_path)
+    source, again = (open_source(path, caption_column=columns) for _ in range(2))
+    assert source.hash == again.hash
+    assert (len(source), skipped(source)) == (COUNT, [])
+    source.read(1)
+    copy = pickle.loads(pickle.dumps(source))
+    for i in (3, 0, 11, 7):
+        sample = source.read(i)
+        assert sample == copy.read(i)
+        assert sample.captions == source.captions(i) == caption(i)
+        assert abs(int(level(sample.image)) - i) <= 1  # WebP is lossy
+        assert sample.name == source.name(i)
+    assert len(set(names(source))) == COUNT
+    assert source.shares().dtype == np.uint32
+    config = DataConfig(str(path), resolution=16, val_fraction=0.4, caption_column=columns)
+    splits = [open_dataset(config, split) for split in ("train", "held_out")]
+    parts = [{split.name(i) for i in range(split.size)} for split in splits]
+    assert len(parts[0] | parts[1]) == splits[0].size + splits[1].size == COUNT
+    assert splits[0].hash != splits[1].hash
+    assert splits[0].load([(0, 0)], "dvae", seed=1).pixels.shape == (1, 3, 16, 16)
 
 
 # check_data.

@@ -1,39 +1,130 @@
-"""Several processes that open and index the same set at once (dalle/data/sources/index.py)."""
+"""Indexes of tars and tables: dalle/data/sources/index.py."""
 
+import gc
 import multiprocessing
 import os
+import pickle
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from dalle.data.sources import open_source
-from dalle.data.sources.index import FOLDER
-from tests.helpers.formats import COUNT, caption, csv_file, tars
+from dalle.data import DataConfig, open_dataset, open_source
+from dalle.data.sources.index import FOLDER, StringTable
+from tests.helpers.formats import COUNT, all_captions, caption, csv_file, one_tar, pair, tars, write_tar
 
 PROCESSES = 4
 ROUNDS = 6
 
 
-def opening(path: Path, start, out) -> None:
-    """Opens a set at the same moment as the others, reads all of it, and tells what it found."""
+def write_rows(place: Path, form: str, count: int) -> Path:
+    """`count` samples without images."""
+    path = place / f"{count}.{form}"
+    if form == "tar":
+        return write_tar(path, [(f"{i:06}.{kind}", b"x") for i in range(count) for kind in ("png", "txt")])
+    row = "{0}.png,caption {0}" if form == "csv" else '{{"image": "{0}.png", "text": "caption {0}"}}'
+    header = ["image,caption"] if form == "csv" else []
+    path.write_text("\n".join([*header, *(row.format(i) for i in range(count))]))
+    return path
+
+
+def memory_of(make) -> int:
+    """Bytes of Python and numpy objects that `make` leaves; mapped files do not count."""
+    tracemalloc.start()
+    made = make()
+    gc.collect()
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    return used if made is not None else 0
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "tar"])
+def test_a_sample_takes_a_few_bytes(tmp_path, form):
+    """4 bytes for its index in the split: no name, no caption, no object."""
+
+    def cost(count):
+        path = write_rows(tmp_path, form, count)
+        config = DataConfig(str(path), resolution=16, index_dir=str(tmp_path / "index"))
+        assert len(pickle.dumps(open_source(path, index_dir=tmp_path / "index"))) < 2000
+        return memory_of(lambda: [open_dataset(config), open_dataset(config, "held_out")])
+
+    cost(500)  # imports and caches
+    assert (cost(5000) - cost(1000)) / 4000 < 14
+
+
+def test_a_name_takes_its_letters_and_eight_bytes():
+    table = memory_of(lambda: StringTable(f"cats/{i:06}.png" for i in range(20_000)))
+    assert table < 20_000 * (15 + 8) + 10_000
+
+
+def test_an_index_is_built_once_and_again_when_the_files_change(tmp_path):
+    path, folder = one_tar(tmp_path), tmp_path / "index"
+    first = open_source(path, index_dir=folder)
+    [name] = os.listdir(folder)
+    before = (folder / name / "meta.json").stat().st_mtime_ns
+    open_source(path, index_dir=folder)
+    assert (folder / name / "meta.json").stat().st_mtime_ns == before
+    write_tar(path, pair("only", 1))
+    second = open_source(path, index_dir=folder)
+    assert (len(second), len(os.listdir(folder))) == (1, 2)
+    assert first.hash != second.hash
+
+
+def test_the_hash_is_of_the_content_not_of_path_or_time(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        os.utime(one_tar(tmp_path / name), (1, 1 if name == "here" else 2))
+    assert open_source(tmp_path / "here").hash == open_source(tmp_path / "there").hash
+
+
+@pytest.mark.parametrize("name", ["samples.bin", "text.bin", "meta.json"])
+def test_a_damaged_index_is_built_again(tmp_path, name):
+    path = one_tar(tmp_path)
+    open_source(path, index_dir=tmp_path / "index")
+    [folder] = (tmp_path / "index").iterdir()
+    (folder / name).write_bytes((folder / name).read_bytes()[:-7])
+    assert all_captions(open_source(path, index_dir=tmp_path / "index")) == [caption(i) for i in range(COUNT)]
+
+
+def test_an_interrupted_index_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    path = one_tar(tmp_path)
+    monkeypatch.setattr("dalle.data.sources.webdataset.scan_tar", fail)
+    with pytest.raises(KeyboardInterrupt):
+        open_source(path, index_dir=tmp_path / "index")
+    assert os.listdir(tmp_path / "index") == []
+
+
+def test_an_index_is_beside_the_data_or_in_the_users_cache(tmp_path, monkeypatch):
+    open_source(one_tar(tmp_path))
+    assert len(os.listdir(tmp_path / FOLDER)) == 1
+    for name in ("home", "set"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "set" / FOLDER).write_text("in the way")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    assert len(open_source(one_tar(tmp_path / "set"))) == COUNT
+    assert len(os.listdir(tmp_path / "home" / ".cache" / "dalle")) == 1
+    with pytest.raises(ValueError, match=r"cannot write an index to .*--data\.index-dir"):
+        open_source(tmp_path / "all.tar", index_dir=tmp_path / "set" / FOLDER)
+
+
+def open_at_once(path: Path, start, out) -> None:
     for number in range(ROUNDS):
         start.wait(60)
         try:
             source = open_source(path, index_dir=path.parent / f"index-{number}")
-            said = (
-                source.hash,
-                [source.captions(i)[0] for i in range(len(source))],
-                str(source._index.folder),
-            )
+            found = source.hash, [texts[0] for texts in all_captions(source)], str(source._index.folder)
         except Exception as error:
-            said = repr(error)
-        out.put((number, said))
+            found = repr(error)
+        out.put((number, found))
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="forks")
 @pytest.mark.parametrize("damaged", [False, True], ids=["new", "damaged"])
 @pytest.mark.parametrize("form", [tars, csv_file])
-def test_processes_that_index_a_set_at_once_end_with_one_index(tmp_path, form, damaged):
+def test_processes_that_index_at_once_end_with_one_index(tmp_path, form, damaged):
     (tmp_path / "set").mkdir()
     path = form(tmp_path / "set")
     source = open_source(path, index_dir=tmp_path / "first")
@@ -44,7 +135,7 @@ def test_processes_that_index_a_set_at_once_end_with_one_index(tmp_path, form, d
             (folder / "meta.json").write_text('{"sizes": {"samp')
     context = multiprocessing.get_context("fork")
     start, out = context.Barrier(PROCESSES), context.Queue()
-    processes = [context.Process(target=opening, args=(path, start, out)) for _ in range(PROCESSES)]
+    processes = [context.Process(target=open_at_once, args=(path, start, out)) for _ in range(PROCESSES)]
     for process in processes:
         process.start()
     found = [out.get(timeout=60) for _ in range(PROCESSES * ROUNDS)]
@@ -53,6 +144,6 @@ def test_processes_that_index_a_set_at_once_end_with_one_index(tmp_path, form, d
     for number in range(ROUNDS):
         index = path.parent / f"index-{number}" / source._index.folder.name
         expected = (source.hash, [caption(i)[0] for i in range(COUNT)], str(index))
-        assert [said for which, said in found if which == number] == [expected] * PROCESSES
-        assert os.listdir(index.parent) == [index.name]  # and nothing half made is left
+        assert [result for which, result in found if which == number] == [expected] * PROCESSES
+        assert os.listdir(index.parent) == [index.name]  # no partial index is left
     assert not (path.parent / FOLDER).exists()

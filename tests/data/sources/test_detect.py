@@ -1,0 +1,110 @@
+"""Detection of format, files and splits at a path: dalle/data/sources/detect.py."""
+
+import pytest
+
+from dalle.data import open_source
+from dalle.data.config import DataConfig
+from dalle.data.dataset import open_dataset
+from dalle.data.sources import detect_source, has_val_split
+from dalle.data.sources.detect import expand_braces
+from tests.helpers.formats import COUNT, csv_file, folder, image, one_tar, pair, tars, write_tar
+
+
+def test_braces_keep_leading_zeros():
+    assert list(expand_braces("a-{08..10}.tar")) == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert list(expand_braces("{a,b}/{0..1}")) == ["a/0", "a/1", "b/0", "b/1"]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["set-{000..002}.tar", "set-*.tar", "set-00[0-2].tar", "*-{000,001,002}.tar"]
+)
+def test_patterns_name_tars(tmp_path, pattern):
+    tars(tmp_path)
+    source = open_source(f"{tmp_path}/{pattern}")
+    assert (len(source), source.hash) == (COUNT, open_source(tmp_path).hash)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("set-{000..003}.tar", r"no file .*set-003\.tar"),
+        ("other-*.tar", r"no file matches .*other-\*\.tar"),
+        ("nowhere", "nothing at .*nowhere"),
+        ("image.png", r"is \.png; expected a folder of images"),
+        ("set.tar.gz", r"is \.gz; .*not compressed"),
+        ("both", r"several formats \(\.csv, \.jsonl\)"),
+    ],
+)
+def test_other_paths_are_refused(tmp_path, path, words):
+    tars(tmp_path)
+    for name in ("image.png", "set.tar.gz"):
+        (tmp_path / name).write_bytes(b"something")
+    (tmp_path / "both").mkdir()
+    csv_file(tmp_path / "both")
+    (tmp_path / "both" / "more.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=words):
+        detect_source(f"{tmp_path}/{path}")
+
+
+def test_a_url_is_refused():
+    with pytest.raises(ValueError, match=r"s3://bucket/set\.tar is not on a disk"):
+        open_source("s3://bucket/set.tar")
+
+
+def test_a_table_among_captioned_images_is_ignored_unless_asked_for(tmp_path):
+    folder(tmp_path)
+    (tmp_path / "list.csv").write_text("image,caption\np000.png,other\n")
+    assert detect_source(str(tmp_path)).format == "folder"
+    assert open_source(tmp_path, "table").read(0).captions == ["other"]
+
+
+def test_a_table_among_images_is_the_dataset(tmp_path):
+    csv_file(tmp_path)
+    assert detect_source(str(tmp_path)).format == "table"
+
+
+@pytest.mark.parametrize("name", ["val.tar", "val-000.tar", "Validation_0.tar", "dev.tar", "held-out.tar"])
+def test_files_named_for_validation_are_its_split(tmp_path, name):
+    tars(tmp_path)
+    write_tar(tmp_path / name, pair("a", 1) + pair("b", 2))
+    write_tar(tmp_path / "test-000.tar", pair("c", 3))
+    config = DataConfig(str(tmp_path), resolution=16)
+    assert has_val_split(str(tmp_path))
+    assert (open_dataset(config).size, open_dataset(config, "held_out").size) == (COUNT, 2)
+    assert len(open_source(tmp_path)) == COUNT + 2  # without the test split
+
+
+@pytest.mark.parametrize("name", ["valley.tar", "device.tar", "interval-0.tar"])
+def test_other_names_are_no_validation_split(tmp_path, name):
+    write_tar(tmp_path / name, pair("a", 1))
+    write_tar(tmp_path / "set.tar", pair("b", 1))
+    assert not has_val_split(str(tmp_path))
+
+
+def test_the_validation_split_may_be_elsewhere(tmp_path):
+    for name in ("train", "other"):
+        (tmp_path / name).mkdir()
+    one_tar(tmp_path / "train")
+    config = DataConfig(str(tmp_path / "train"), resolution=16, val_path=str(csv_file(tmp_path / "other")))
+    train, held_out = open_dataset(config), open_dataset(config, "held_out")
+    assert (train.size, held_out.size, held_out.name(0)) == (COUNT, COUNT, "images/p000.png")
+
+
+def test_splits_of_a_hub_dataset_are_its_parts(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"image": [{"bytes": image(i), "path": None} for i in range(4)], "text": ["a"] * 4}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    splits = datasets.DatasetDict({"train": dataset, "validation": dataset.select([0])})
+    splits.save_to_disk(str(tmp_path / "set"))
+    config = DataConfig(str(tmp_path / "set"), resolution=16)
+    assert (open_dataset(config).size, open_dataset(config, "held_out").size) == (4, 1)
+
+
+@pytest.mark.parametrize("write", [folder, one_tar])
+def test_a_missing_split_is_refused(tmp_path, write):
+    path = write(tmp_path)
+    with pytest.raises(ValueError, match="no validation split"):
+        open_source(path, part="held_out")
+    with pytest.raises(ValueError, match="unknown part 'val'"):
+        open_source(path, part="val")
+    assert len(open_source(path, part="train")) == COUNT
