@@ -1,10 +1,8 @@
 """Attention maps: what each layer attends to for one caption and image.
 
-The weights are computed here from the model's queries and keys, since the fast backends do not return them.
-
-Position p reads token p - 1 (dalle/layout.py), so a key is shown at the token that its position *reads*;
-position 0 reads start-of-text, the first image position start-of-image. The query of a token is the position
-that predicts it.
+The weights are computed here from queries and keys, since the fast backends do not return them. Position p
+reads token p - 1 (dalle/layout.py): a key is shown at the token that its position reads, and the query of a
+token is the position that predicts it. Position 0 reads start-of-text, the first image position start-of-image.
 
     B batch, H heads, n positions, T text positions, R rows and C columns of the grid, d width of a head
 """
@@ -45,14 +43,9 @@ class LayerWeights(NamedTuple):
 
 @torch.no_grad()
 def attention_weights(model: Transformer, ids: Tensor) -> Iterator[LayerWeights]:
-    """softmax(q k^T / sqrt(d)) over the visible keys, layer by layer.
+    """softmax(q k^T / sqrt(d)) over the visible keys of joint ids int64 (B, n), layer by layer.
 
-    Args:
-        model: a transformer of this library.
-        ids: joint ids int64 (B, n), as `model.layout.pack` gives them.
-
-    Yields:
-        the weights of one layer: 0.4 GB for all heads of the paper's model.
+    A layer of the paper's model takes 0.4 GB.
     """
     _check(model)
     model.layout.unpack(ids)
@@ -74,7 +67,7 @@ def _weights(layer: TransformerBlock, x: Tensor, pattern: SparseMask) -> Tensor:
 
 
 class AttentionShares(NamedTuple):
-    """The attention of one query by what it goes to; the sum over all fields is 1."""
+    """The attention of one query by its target; the sum over all fields is 1."""
 
     text: np.ndarray
     """(words + 1,): to start-of-text, then to each token of the caption."""
@@ -102,22 +95,20 @@ def plot_attention(
     layers: Sequence[int] | None = None,
     truncate: bool = False,
 ) -> Image.Image:
-    """What layers attend to when they predict tokens of an image: a row for each layer, a column for each
-    token.
+    """What layers attend to when they predict tokens of an image: a row per layer, a column per token.
 
     Each panel is the image, brighter where the weight is (mean over heads, relative to the maximum); the red
     square is the predicted token. Bars on the right give the weights of the text tokens.
 
     Args:
         caption: the caption.
-        image: the image (center-cropped and resized to the model's size), or its R * C image tokens.
+        image: the image, of which the center square is taken, or its R * C image tokens.
         positions: (row, column) of the tokens; by default three in the middle column.
         layers: indices of layers; by default the last one of each kind.
-        truncate: truncate a caption that is too long instead of raising.
+        truncate: cut a caption that is too long instead of refusing it.
 
     Raises:
-        ValueError: a position or layer out of range; an empty or too long caption; a transformer of another
-            library.
+        ValueError: a position or layer out of range; a wrong caption; a transformer of another library.
     """
     _check(model.transformer)
     layout, kinds = model.transformer.layout, model.transformer.config.kinds
@@ -125,9 +116,8 @@ def plot_attention(
     chosen = sorted({kind: i for i, kind in enumerate(kinds)}.values()) if layers is None else list(layers)
     for row, column in positions:
         if not (0 <= row < layout.rows and 0 <= column < layout.columns):
-            raise ValueError(
-                f"position must be in the {layout.rows} x {layout.columns} grid, got ({row}, {column})"
-            )
+            size = f"{layout.rows} x {layout.columns}"
+            raise ValueError(f"position must be in the {size} grid, got ({row}, {column})")
     if not chosen or not all(0 <= layer < len(kinds) for layer in chosen):
         raise ValueError(f"layers must be from 0 to {len(kinds) - 1}, got {chosen}")
     tokens = image.reshape(1, -1).to(model.device) if isinstance(image, Tensor) else model.encode(image)
@@ -179,11 +169,10 @@ def _plot_text_attention(axis: Any, shares: list[AttentionShares], words: list[s
 
 
 def attention_heatmap(weights: Tensor) -> Image.Image:
-    """Square roots of weights (n, n), of one head or a mean of heads: a pixel for each pair, the maximum
-    brightest."""
+    """Square roots of weights (n, n), a pixel per query and key, brightest at the maximum."""
     if weights.ndim != 2:
         raise ValueError(
-            f"weights must be (n, n), got {tuple(weights.shape)}; take a head, or the mean of the heads"
+            f"weights must be (n, n), got {tuple(weights.shape)}; take a head or the mean of the heads"
         )
     root = weights.float().clamp(min=0).sqrt().cpu().numpy()
     colors = colormaps["inferno"](root / max(float(root.max()), 1e-12))[..., :3]

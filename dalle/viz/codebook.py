@@ -1,14 +1,13 @@
-"""Codebook plots of an image tokenizer: codes decoded alone, code usage, token maps, relaxed against hard
-codes.
+"""Codebook plots of an image tokenizer: codes decoded alone, usage, token maps, relaxed against hard codes.
 
 B images, K codes, h w grid
 """
 
-import colorsys
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -30,27 +29,21 @@ def decode_codebook(
     Args:
         model: any image tokenizer.
         codes: which codes; by default all.
-        around: tokens of the same code on each side of the middle one, against effects of the image's edge.
-            The edge is outside the receptive field from 3 blocks_per_group (1 + 1/2 + 1/4 ...) on: 12 in the
-            paper's dVAE.
+        around: tokens on each side of the middle one, which keep the image's edge out of the receptive field:
+            3 blocks_per_group (1 + 1/2 + 1/4 ...), or 12 in the paper's dVAE.
         batch: codes decoded at once.
 
     Returns:
         float32 (len(codes), 3, s, s) in [0, 1] on the CPU, s pixels per token.
-
-    Raises:
-        ValueError: a code outside the vocabulary, or none.
     """
-    wanted = (
-        torch.arange(model.vocab_size) if codes is None else torch.as_tensor(list(codes), dtype=torch.int64)
-    )
-    if not len(wanted) or around < 0:
-        raise ValueError(f"expected one code or more and around of 0 or more, got {len(wanted)} and {around}")
-    check_tokens(wanted[None], model.vocab_size, "codes")
+    chosen = torch.tensor(range(model.vocab_size) if codes is None else list(codes), dtype=torch.int64)
+    if not len(chosen):
+        raise ValueError("expected one code or more, got none")
+    check_tokens(chosen[None], model.vocab_size, "codes")
     side, token = 2 * around + 1, model.downsample_factor
     middle = slice(around * token, (around + 1) * token)
     images = []
-    for part in tqdm(wanted.split(batch), desc="codes", unit="batch", disable=None, leave=False):
+    for part in tqdm(chosen.split(batch), desc="codes", unit="batch", disable=None, leave=False):
         grids = part[:, None].expand(-1, side * side).to(_device(model))
         images.append(model.decode(grids, (side, side))[:, :, middle, middle].float().cpu())
     return torch.cat(images)
@@ -63,12 +56,7 @@ def plot_codebook(
     scale: int | None = None,
     around: int = 4,
 ) -> Image.Image:
-    """`decode_codebook` as a grid, row by row in the order of the codes.
-
-    Args:
-        columns: codes in a row.
-        scale: enlargement; by default to 16 pixels or more per code.
-    """
+    """`decode_codebook` as a grid, row by row; a code has 16 pixels or more a side without `scale`."""
     images = to_pil(decode_codebook(model, codes, around))
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     return image_grid(rows, scale or -(-16 // model.downsample_factor), gap=2)
@@ -76,25 +64,18 @@ def plot_codebook(
 
 def code_colors(vocab_size: int) -> np.ndarray:
     """A distinct color for each code, uint8 (K, 3); consecutive codes are far apart in hue."""
-    golden = 0.6180339887
-    hues = [
-        (i * golden % 1, 0.55 + 0.4 * (i % 3) / 2, 0.95 - 0.45 * (i // 3 % 3) / 2) for i in range(vocab_size)
-    ]
-    return np.array(
-        [[round(255 * part) for part in colorsys.hsv_to_rgb(*hue)] for hue in hues], dtype=np.uint8
-    )
+    codes = np.arange(vocab_size)
+    hue, saturation = codes * 0.6180339887 % 1, 0.55 + 0.2 * (codes % 3)  # steps of the golden ratio
+    value = 0.95 - 0.225 * (codes // 3 % 3)
+    return np.round(255 * hsv_to_rgb(np.stack([hue, saturation, value], axis=1))).astype(np.uint8)
 
 
 def token_map(
     tokens: Tensor, vocab_size: int, grid: tuple[int, int] | None = None, cell: int = 16
 ) -> Image.Image:
-    """The codes of one image, an arbitrary color for each code.
+    """The codes of one image, int64 (h * w) or (1, h * w), as cells of a color for each of the K codes.
 
-    Args:
-        tokens: int64 (h * w) or (1, h * w).
-        vocab_size: K.
-        grid: (h, w); by default square.
-        cell: pixels per token.
+    The grid (h, w) is square by default.
     """
     tokens = tokens.detach().cpu().view(1, -1)
     check_tokens(tokens, vocab_size, "tokens")
@@ -105,7 +86,7 @@ def token_map(
 
 @torch.no_grad()
 def count_codes(model: ImageTokenizer, batches: Iterable[Tensor]) -> Tensor:
-    """How often each code is used in images: batches of pixels (B, 3, H, W) in [0, 1] -> int64 (K,)."""
+    """Uses of each code in batches of pixels (B, 3, H, W) in [0, 1]: int64 (K,)."""
     counts = torch.zeros(model.vocab_size, dtype=torch.int64)
     for pixels in batches:
         tokens = model.encode(pixels.to(_device(model))).flatten().cpu()
@@ -114,10 +95,7 @@ def count_codes(model: ImageTokenizer, batches: Iterable[Tensor]) -> Tensor:
 
 
 def plot_code_usage(counts: Tensor) -> Image.Image:
-    """Share of the tokens for each code, (K,), the most used first, against uniform use.
-
-    The title gives the number of codes in use and the perplexity exp(H) of the shares.
-    """
+    """Share of the tokens for each code (K,), most used first, and the perplexity exp(H) of the shares."""
     usage = codebook_usage(counts)
     shares = counts.double().sort(descending=True).values / counts.sum()
     figure = Figure(figsize=(5.4, 2.8), layout="constrained")
@@ -141,12 +119,10 @@ def plot_reconstructions(model: DVAE, pixels: Tensor, tau: float = 1 / 16, seed:
         model: a dVAE; other image tokenizers have no relaxed codes.
         pixels: (B, 3, H, W) in [0, 1].
         tau: temperature of the relaxed codes (A.2: 1/16 at the end of training).
-        seed: seed of the Gumbel noise.
+        seed: of the Gumbel noise.
     """
     if not isinstance(model, DVAE):
         raise ValueError(f"relaxed codes need a DVAE, got {type(model).__name__}; use decode(encode(pixels))")
-    if not tau > 0:
-        raise ValueError(f"tau must be positive, got {tau}")
     check_images(pixels, model.downsample_factor)
     pixels = pixels.to(_device(model))
     with torch.random.fork_rng(devices=[]):  # Gumbel noise uses torch's global CPU generator

@@ -41,13 +41,12 @@ def plot_curves(
     Args:
         runs: directories of training runs, or their log.jsonl; a mapping gives them names.
         metrics: names in log.jsonl; by default the losses of the runs. Validation values (val/NAME) are dots.
-        smooth: weight of the previous average in the exponential moving average of training values, in [0,
-            1).
+        smooth: weight of the previous average in the moving average of training values, in [0, 1).
         log_x, log_y: logarithmic axes.
         chance: a dotted line at the value of an uninformed model.
 
     Raises:
-        ValueError: a metric that no run has, empty logs, a run without a log.
+        ValueError: a metric that no run has, or a run without a log.
     """
     named = runs if isinstance(runs, Mapping) else dict(zip(run_names(runs), runs, strict=True))
     logs = {name: read_lines(run) for name, run in named.items()}
@@ -87,11 +86,7 @@ def plot_losses(runs: Mapping[str, Path]) -> Image.Image:
 
 
 def plot_gradient_scales(run: Path) -> Image.Image:
-    """Figure 12 for any run in fp16: log2 of each residual block's gradient scale against steps.
-
-    Raises:
-        ValueError: the log has no gradient scales.
-    """
+    """Figure 12 for a run in fp16: log2 of each resblock's gradient scale; ValueError for other runs."""
     lines = [line for line in read_lines(run) if isinstance(line.get("grad_scale_log2"), list)]
     if not lines:
         raise ValueError(f"{run} has no gradient scales; only runs with train.precision fp16 have them")

@@ -1,7 +1,6 @@
 """Attention mask plots (Figure 11), at the paper's small size or any other.
 
-A row of a mask is a query, a column a key. Visible text and image keys have a color each; hidden keys are
-pale.
+A row of a mask is a query, a column a key. Visible text and image keys have a color each, hidden are pale.
 """
 
 import numpy as np
@@ -32,20 +31,15 @@ def plot_mask(
 
     Args:
         kind: "row", "column", "conv" or "causal".
-        layout: sequence lengths; by default those of Figure 11. `model.transformer.layout` gives a model's.
+        layout: sequence lengths; by default those of Figure 11.
         kernel: side of the convolution; 11 in the paper's model.
         transposed: image positions column by column, as the paper computes column layers (Figure 11c).
         cell: pixels per query and key; by default the image is at least `SIDE` wide.
-
-    Raises:
-        ValueError: an unknown kind, a kernel that does not fit, a cell below 1.
     """
     pattern = SparseMask(kind, layout, kernel)
     mask = pattern.dense(torch.device("cpu"))
     if transposed:
-        mask = pattern.to_column_major(
-            pattern.to_column_major(mask).T
-        ).T  # keys of each query, then queries of each key
+        mask = pattern.to_column_major(pattern.to_column_major(mask).T).T  # keys, then queries
     colors = _colors(mask, torch.arange(layout.seq_len) < layout.text_len)
     return _tiles(colors, cell, SIDE)
 
@@ -68,15 +62,10 @@ def plot_figure_11(layout: TokenLayout = FIGURE_11, kernel: int = 3, cell: int |
 def plot_receptive_field(
     kind: str, layout: TokenLayout, row: int, column: int, kernel: int = 11, cell: int | None = None
 ) -> Image.Image:
-    """The image positions visible to the query at (row, column), on the image grid; the query itself is red.
-
-    Raises:
-        ValueError: a position outside the grid, and as `plot_mask`.
-    """
+    """Image positions visible to the query at (row, column), on the image grid; the query itself is red."""
     if not (0 <= row < layout.rows and 0 <= column < layout.columns):
-        raise ValueError(
-            f"position must be in the {layout.rows} x {layout.columns} grid, got ({row}, {column})"
-        )
+        size = f"{layout.rows} x {layout.columns}"
+        raise ValueError(f"position must be in the {size} grid, got ({row}, {column})")
     keys = torch.arange(layout.num_image_tokens) + layout.text_len
     query = layout.text_len + row * layout.columns + column
     mask = visible(kind, layout, kernel)(torch.tensor(query), keys).view(layout.grid)
@@ -92,8 +81,7 @@ def _colors(mask: Tensor, is_text: Tensor) -> np.ndarray:
 
 
 def _tiles(colors: np.ndarray, cell: int | None, side: int) -> Image.Image:
-    """Each color as a square of `cell` pixels, by default to `side` in all; white lines between where there
-    is room."""
+    """Each color as a square of `cell` pixels, by default to `side` in all, with white lines if large."""
     height, width = colors.shape[:2]
     if cell is None:
         cell = -(-side // max(height, width))

@@ -17,14 +17,7 @@ SIDE = 160
 
 
 class SampleGrid:
-    """A grid of samples with the same random numbers each time, so that grids differ by the weights alone.
-
-    Args:
-        tokenizer: the image tokenizer that the transformer's tokens are of.
-        text: the text tokenizer.
-        captions: the prompts.
-        seed: of the random numbers.
-    """
+    """A grid of samples with the same random numbers each time, so that grids differ by the weights alone."""
 
     def __init__(self, tokenizer: ImageTokenizer, text: BPETokenizer, captions: list[str], seed: int):
         self.tokenizer, self.text, self.captions, self.seed = tokenizer, text, captions, seed
@@ -33,26 +26,21 @@ class SampleGrid:
         """Samples at temperature 1, as in section 3."""
         layout = model.layout
         text_tokens = layout.pad_text([self.text.encode(caption) for caption in self.captions], truncate=True)
-        noise = torch.stack(
-            [
-                candidate_noise(self.seed, caption, range(1), layout.num_image_tokens)
-                for caption in self.captions
-            ]
-        )
-        tokens = generate(model, text_tokens.to(model.to_logits.weight.device), noise)[:, 0]
+        count = layout.num_image_tokens
+        noise = [candidate_noise(self.seed, caption, range(1), count) for caption in self.captions]
+        tokens = generate(model, text_tokens.to(model.to_logits.weight.device), torch.stack(noise))[:, 0]
         images = to_pil(self.tokenizer.decode(tokens, layout.grid))
         cells = list(zip(self.captions, images, strict=True))
         return captioned_grid(cells, columns=4, scale=-(-SIDE // images[0].width))
 
 
 def retrieval_grid(model: CLIP, pixels: Tensor, packed: Tensor, captions: list[str]) -> Image.Image:
-    """The first captions, each with its own image at the left and the one of all that fits it best at the
-    right.
+    """The first captions, each with its own image at the left and the most similar of all at the right.
 
     Args:
-        pixels: (N, 3, R, R) to choose among, each caption's own at its number.
+        pixels: (N, 3, R, R), one for each caption.
         packed: (N, L) packed text.
-        captions: the words, of at least those to show.
+        captions: as text, of at least those to show.
     """
     found = (model.encode_text(packed).float() @ model.encode_image(pixels).float().T).argmax(dim=1)
     shown = range(min(8, len(captions)))

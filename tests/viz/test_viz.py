@@ -26,63 +26,49 @@ def letters(image: Image.Image, cell: int = 1) -> list[str]:
 
 
 class TestMasks:
-    def test_rows_as_figure_11_draws_them(self):
-        """The fourth line of the 4 x 4 image, typed from the paper's drawing: all text, itself and four
-        before."""
-        lines = letters(viz.plot_mask("row", cell=1))
-        assert lines[0] == "t" + "." * 21
-        assert lines[5] == "tttttt" + "." * 16
-        assert lines[6] == "tttttti" + "." * 15
-        assert lines[6 + 15] == "tttttt" + "." * 11 + "iiiii"
+    @pytest.mark.parametrize(
+        ("kind", "line", "expected"),
+        [
+            ("row", 0, "t" + "." * 21),
+            ("row", 5, "tttttt" + "." * 16),
+            ("row", 6, "tttttti" + "." * 15),
+            ("row", 6 + 15, "tttttt...........iiiii"),
+            ("column", 6 + 13, "tttttt.i...i...i...i.."),
+            ("conv", 6 + 10, "tttttt...i.iii.ii....."),
+        ],
+    )
+    def test_lines_typed_from_figure_11(self, kind, line, expected):
+        assert letters(viz.plot_mask(kind, cell=1))[line] == expected
 
-    def test_columns_and_their_transpose(self):
-        assert letters(viz.plot_mask("column", cell=1))[6 + 13] == "tttttt" + ".i...i...i...i.."
-        turned = letters(viz.plot_mask("column", transposed=True, cell=1))
-        assert turned[6 + 7] == "tttttt" + "....iiii........"  # (3, 1) is slot 7 column by column
-        blocks = np.array([list(line[6:]) for line in turned[6:]])
+    def test_transposed_columns_are_blocks(self):
+        lines = letters(viz.plot_mask("column", transposed=True, cell=1))
+        blocks = np.array([list(line[6:]) for line in lines[6:]])
         assert (blocks == np.where(np.kron(np.eye(4), np.tri(4)) > 0, "i", ".")).all()
 
-    def test_convolution(self):
-        assert (
-            letters(viz.plot_mask("conv", cell=1))[6 + 10] == "tttttt" + "...i.iii.ii....."
-        )  # round the row's end
-
-    def test_cells_have_their_size_and_lines_between(self):
-        small = viz.plot_mask("row", cell=8)
-        assert small.size == (22 * 8, 22 * 8)
-        assert small.getpixel((8, 3)) == (255, 255, 255)
-        assert letters(small, 8) == letters(viz.plot_mask("row", cell=1))
+    def test_sizes(self):
+        cells = viz.plot_mask("row", cell=8)
+        assert cells.size == (22 * 8, 22 * 8)
+        assert cells.getpixel((8, 3)) == (255, 255, 255)
+        assert letters(cells, 8) == letters(viz.plot_mask("row", cell=1))
         assert viz.plot_mask("causal").width >= 352
-
-    def test_the_paper_size_is_a_pixel_a_pair(self):
-        image = viz.plot_mask("conv", TokenLayout(), 11, cell=1)
-        assert image.size == (1280, 1280)
-        assert (np.asarray(image)[256:, 256:] == IMAGE).all(-1).sum() == 61_344  # as tests/test_masks.py
-
-    def test_figure_11_has_four_panels(self):
-        assert viz.plot_figure_11(cell=4).size == (2 * (22 * 4 + 10) + 10, viz.plot_figure_11(cell=4).height)
+        paper = viz.plot_mask("conv", TokenLayout(), 11, cell=1)
+        assert paper.size == (1280, 1280)
+        assert (np.asarray(paper)[256:, 256:] == IMAGE).all(-1).sum() == 61_344  # as tests/test_masks.py
+        assert viz.plot_figure_11(cell=4).width == 2 * (22 * 4 + 10) + 10
         assert viz.plot_figure_11(TokenLayout(8, 12, 1, 1), 11, cell=2).width == 2 * (152 * 2 + 10) + 10
 
-    def test_the_reach_of_a_slot(self):
-        assert letters(viz.plot_receptive_field("row", FIGURE_11, 1, 2, cell=1)) == [
-            "..ii",
-            "iiq.",
-            "....",
-            "....",
-        ]
-        assert letters(viz.plot_receptive_field("column", FIGURE_11, 2, 1, cell=1)) == [
-            ".i..",
-            ".i..",
-            ".q..",
-            "....",
-        ]
+    def test_receptive_fields(self):
+        row = letters(viz.plot_receptive_field("row", FIGURE_11, 1, 2, cell=1))
+        column = letters(viz.plot_receptive_field("column", FIGURE_11, 2, 1, cell=1))
+        assert row == ["..ii", "iiq.", "....", "...."]
+        assert column == [".i..", ".i..", ".q..", "...."]
 
-    def test_what_cannot_be_is_refused(self):
-        with pytest.raises(ValueError, match=r"4 x 4 grid, got \(4, 0\)"):
+    def test_wrong_arguments_are_refused(self):
+        with pytest.raises(ValueError, match="4 x 4 grid"):
             viz.plot_receptive_field("row", FIGURE_11, 4, 0)
         with pytest.raises(ValueError, match="unknown attention kind"):
             viz.plot_mask("rows")
-        with pytest.raises(ValueError, match="cell must be at least 1"):
+        with pytest.raises(ValueError, match="cell"):
             viz.plot_mask("row", cell=0)
 
 
@@ -113,28 +99,24 @@ class TestAttention:
         return model.layout.pack(text, torch.randint(7, (2, 16), generator=rng))
 
     def test_the_weights_make_what_the_layer_gives(self, lively):
-        """Weights times the layer's own values, through its last matrix: what the fast path computed in
-        `forward`."""
         ids, seen = self.ids(lively), []
-        hooks = [
-            layer.attention.f.register_forward_hook(
-                lambda module, given, made: seen.append((module, given[0], made))
-            )
-            for layer in lively.layers
-        ]
+
+        def record(module, inputs, output):
+            seen.append((module, inputs[0], output))
+
+        hooks = [layer.attention.f.register_forward_hook(record) for layer in lively.layers]
         with torch.no_grad():
             lively(ids)
         for hook in hooks:
             hook.remove()
-        found = list(viz.attention_weights(lively, ids))
-        assert [(one.layer, one.kind) for one in found] == list(
-            enumerate(["row", "column", "causal", "conv"])
-        )
-        for (module, x, made), one in zip(seen, found, strict=True):
+        layers = list(viz.attention_weights(lively, ids))
+        kinds = ["row", "column", "causal", "conv"]
+        assert [(one.layer, one.kind) for one in layers] == list(enumerate(kinds))
+        for (module, x, made), one in zip(seen, layers, strict=True):
             v = rearrange(module.qkv(x), "b n (three h d) -> three b h n d", three=3, h=module.heads)[2]
             mixed = rearrange(one.weights @ v, "b h n d -> b n (h d)")
             torch.testing.assert_close(module.out(mixed), made, atol=1e-5, rtol=1e-4)
-            assert one.weights.amax() > 0.5  # not the even ones, of which any order would do
+            assert one.weights.amax() > 0.5  # even weights would hide a wrong order
 
     def test_lines_add_up_to_one_over_what_is_visible(self, lively):
         for one in viz.attention_weights(lively, self.ids(lively)):
@@ -161,10 +143,9 @@ class TestAttention:
         assert found.image.tolist() == [[6, 7, 8], [9, 10, 0]]
 
     def test_the_image_has_a_line_for_each_kind(self, dalle, prompt):
-        image = viz.plot_attention(dalle, prompt, torch.arange(16)[None] % 16, positions=[(1, 1), (3, 2)])
-        one = viz.plot_attention(
-            dalle, prompt, Image.new("RGB", (40, 40), "red"), [(1, 1), (3, 2)], layers=[0]
-        )
+        positions = [(1, 1), (3, 2)]
+        image = viz.plot_attention(dalle, prompt, torch.arange(16)[None] % 16, positions)
+        one = viz.plot_attention(dalle, prompt, Image.new("RGB", (40, 40), "red"), positions, layers=[0])
         assert image.height == pytest.approx(2 * one.height, abs=2)  # row and conv
         assert image.width == one.width
 
@@ -192,10 +173,7 @@ class TestCodes:
     @pytest.fixture
     def dvae(self) -> DVAE:
         torch.manual_seed(0)
-        config = DVAEConfig(
-            widths=(8, 8, 8), blocks_per_group=1, downsample_factor=4, vocab_size=12, codebook_dim=8
-        )
-        return DVAE(config).eval()
+        return DVAE(DVAEConfig((8, 8, 8), 1, 4, vocab_size=12, codebook_dim=8)).eval()
 
     def test_a_code_alone_is_the_middle_of_a_field_of_it(self, dvae):
         found = viz.decode_codebook(dvae, [7, 2], around=3, batch=1)
@@ -245,8 +223,7 @@ class TestCodes:
         state = torch.get_rng_state()
         image = viz.plot_reconstructions(dvae, pixels, tau=0.5)
         assert torch.equal(torch.get_rng_state(), state)
-        side = 64 * 2
-        cell = side + 2 * 4
+        side, cell = 64 * 2, 64 * 2 + 2 * 4
         assert image.width == 4 * (cell + 10) + 10
         shown = np.asarray(image).astype(float) / 255
         hard = dvae.decode(dvae.encode(pixels))[1].movedim(0, -1).numpy()
