@@ -1,4 +1,4 @@
-"""scripts/inspect_checkpoint.py: descriptions of checkpoints, and one line with status 1 for a refusal."""
+"""scripts/inspect_checkpoint.py: descriptions of checkpoints, and refusals in one line."""
 
 import hashlib
 import json
@@ -15,19 +15,11 @@ from dalle.commands.inspect_checkpoint import InspectCheckpointArgs, inspect_che
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.hub.registry import LoadedModel
 
-SIZES = {
-    "widths": (8, 16),
-    "blocks_per_group": 1,
-    "downsample_factor": 2,
-    "vocab_size": 24,
-    "codebook_dim": 12,
-}
-
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    return dict(DVAE(DVAEConfig(**SIZES)).state_dict())
+    return dict(DVAE(DVAEConfig((8, 16), 1, 2, vocab_size=24, codebook_dim=12)).state_dict())
 
 
 def report_of(path: Path, tensors: dict) -> dict:
@@ -35,20 +27,15 @@ def report_of(path: Path, tensors: dict) -> dict:
     return inspect_checkpoint(InspectCheckpointArgs(path))
 
 
-def test_a_published_file(tmp_path: Path, state, script) -> None:
+def test_an_external_file(tmp_path: Path, state, script) -> None:
     file = tmp_path / "dvae.pt"
     torch.save(state, file)
     done = script("inspect_checkpoint", file, "--json", tmp_path / "report.json")
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "report.json").read_text())
-    described = {name: report[name] for name in ("family", "kind", "container", "vocabulary", "fits")}
-    assert described == {
-        "family": "OpenAI dVAE",
-        "kind": "image tokenizer",
-        "container": "torch zip",
-        "vocabulary": "24 codes, 2 x 2 pixels each",
-        "fits": True,
-    }
+    expected = {"family": "OpenAI dVAE", "kind": "image tokenizer", "container": "torch zip"}
+    expected |= {"vocabulary": "24 codes, 2 x 2 pixels each", "fits": True}
+    assert {name: report[name] for name in expected} == expected
     assert report["sizes"]["widths"] == [8, 16]
     assert report["parameters"] == report["numbers"] == sum(t.numel() for t in state.values())
     assert report["sha256"] == {"dvae.pt": hashlib.sha256(file.read_bytes()).hexdigest()}
@@ -104,9 +91,9 @@ def test_a_model_directory(chain: Path, tmp_path: Path, script) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("config.json", "3", "is neither a run, a checkpoint nor a model directory"),
-        ("config.json", "null", "is neither a run"),
-        ("meta.json", '{"kind": ["dvae"]}', "kind ['dvae'], expected one of dvae, transformer, clip"),
+        ("config.json", "3", "neither a run"),
+        ("config.json", "null", "neither a run"),
+        ("meta.json", '{"kind": ["dvae"]}', "kind ['dvae'], expected"),
         ("meta.json", "3", "kind None, expected"),
         ("meta.json", '{"kind": "dvae", "format": FORMAT}', "lacks model_config, step, steps"),
     ],
