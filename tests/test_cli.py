@@ -42,25 +42,25 @@ def test_help(words, capsys):
 
 def test_as_a_module_without_torch(python, tmp_path):
     code = (
-        "import sys; from dalle.cli import main;"
-        "codes = [main([word]) for word in ('--help', '--version', 'trian-dvae')];"
-        "print([name for name in ('torch', 'numpy', 'PIL', 'tyro') if name in sys.modules], codes)"
+        "import sys; from dalle.cli import main; main(['--version']); main(['trian-dvae']);"
+        "print([name for name in ('torch', 'numpy', 'PIL', 'tyro') if name in sys.modules])"
     )
     done = python(["-c", code], cwd=tmp_path)
-    assert done.stdout.splitlines()[-1] == "[] [0, 0, 2]", done.stderr
-    assert "did you mean 'train-dvae'?" in done.stderr
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
     assert python(["-m", "dalle", "--version"], cwd=tmp_path).stdout == f"dalle {dalle.__version__}\n"
 
 
-def test_an_unknown_command_without_a_near_one(capsys):
-    assert main(["zzz"]) == 2
-    assert "did you mean" not in capsys.readouterr().err
+@pytest.mark.parametrize(("word", "near"), [("trian-dvae", "did you mean 'train-dvae'"), ("zzz", None)])
+def test_an_unknown_command(word, near, capsys):
+    assert main([word]) == 2
+    error = capsys.readouterr().err
+    assert near in error if near else "did you mean" not in error
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_has_the_help_of_its_script(name, capsys, monkeypatch):
     words, script = [*FIRST.get(name, []), "--help"], str(SCRIPTS[name.replace("-", "_")])
-    monkeypatch.setenv("COLUMNS", "500")  # no line is wrapped, so the two differ by the usage line alone
+    monkeypatch.setenv("COLUMNS", "500")  # no line is wrapped
     texts = []
     for argv, call in [
         ([script, *words], lambda: runpy.run_path(script, run_name="__main__")),
@@ -100,33 +100,31 @@ def test_a_command_trains_as_its_script(tiny_configs, tmp_path, monkeypatch):
 
 
 class TestShippedConfigs:
-    def test_are_taken_where_there_is_none_here(self, tmp_path, monkeypatch):
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        name = Path("configs/dvae/shapes.yaml")
+
+    def test_a_file_in_the_current_directory_wins(self, tmp_path):
+        name, own = Path("configs/dvae/shapes.yaml"), tmp_path / "configs" / "dvae" / "shapes.yaml"
         assert find_config(name) == CONFIGS / "dvae" / "shapes.yaml"
         assert read_yaml(name) == read_yaml(CONFIGS / "dvae" / "shapes.yaml") != {}
-
-    def test_the_one_here_wins(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        own = tmp_path / "configs" / "dvae" / "shapes.yaml"
         own.parent.mkdir(parents=True)
         own.write_text("steps: 7\n")
-        assert read_yaml("configs/dvae/shapes.yaml") == {"steps": 7}
+        assert read_yaml(name) == {"steps": 7}
 
     @pytest.mark.parametrize(
         "name", ["dvae/shapes.yaml", "x/configs/dvae/shapes.yaml", "configs/../README.md"]
     )
-    def test_no_other_path_is_looked_up(self, name, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
+    def test_no_other_path_is_looked_up(self, name):
         assert find_config(name) == Path(name)
 
-    def test_a_mistyped_name_is_told_the_nearest(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(
-            ConfigError, match=r"^no configuration file .*; did you mean configs/dvae/shapes\.yaml\?$"
-        ):
-            read_yaml("configs/dvae/shpes.yaml")
-        with pytest.raises(
-            ConfigError, match=r"shipped are configs/clip/clipart\.yaml, .*transformer/small\.yaml$"
-        ):
-            read_yaml("my.yaml")
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("configs/dvae/shpes.yaml", r"did you mean configs/dvae/shapes\.yaml\?"),
+            ("my.yaml", r"shipped are configs/clip/clipart\.yaml, .*transformer/small\.yaml"),
+        ],
+    )
+    def test_a_wrong_name_gives_the_nearest_or_all(self, name, message):
+        with pytest.raises(ConfigError, match=rf"no configuration file .*{message}$"):
+            read_yaml(name)

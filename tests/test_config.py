@@ -1,4 +1,4 @@
-"""Configuration: strict in each direction, and `--help` explains every field (dalle/config.py)."""
+"""Configuration: strict parsing, merging, and --help (dalle/config.py)."""
 
 import ast
 import dataclasses
@@ -46,6 +46,11 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
+def flat(text: str) -> str:
+    """Words alone: no frames, no line breaks."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
 class TestUnknownKeys:
     @pytest.mark.parametrize(
         ("data", "place", "nearest"),
@@ -57,7 +62,7 @@ class TestUnknownKeys:
             ({"loss": {"tau": {"inital": 1.0}}}, "loss.tau.inital", "initial"),
         ],
     )
-    def test_the_place_and_the_nearest_name_are_told_at_any_depth(self, data, place, nearest):
+    def test_the_place_and_the_nearest_name_are_reported_at_any_depth(self, data, place, nearest):
         with pytest.raises(ConfigError, match=re.escape(f"no key '{place}'")) as caught:
             from_dict(TrainDVAEArgs, data)
         assert nearest is None or f"did you mean {nearest!r}?" in str(caught.value)
@@ -67,75 +72,52 @@ class TestUnknownKeys:
             from_dict(TrainDVAEArgs, {"qqq": 1})
         assert "did you mean" not in str(caught.value)
 
-    def test_the_file_is_named(self, tmp_path):
-        file = write(tmp_path / "my.yaml", "stpes: 3")
-        with pytest.raises(ConfigError, match=r"my\.yaml: no key 'stpes'"):
-            load(TrainDVAEArgs, [file])
-
 
 class TestTypes:
     @pytest.mark.parametrize(
-        ("data", "place", "said"),
+        ("data", "place", "message"),
         [
-            ({"steps": "ten"}, "steps", "expected int, got 'ten'"),
-            ({"steps": 10.0}, "steps", "expected int, got 10.0"),
-            ({"steps": True}, "steps", "expected int, got True"),
-            ({"device": 3}, "device", "expected str, got 3"),
-            (
-                {"train": {"optimizer": {"beta1": "0.9"}}},
-                "train.optimizer.beta1",
-                "expected float, got '0.9'",
-            ),
-            ({"train": {"optimizer": {"beta1": True}}}, "train.optimizer.beta1", "expected float, got True"),
-            ({"model": {"widths": [8, "16"]}}, "model.widths", "expected int, got '16'"),
+            ({"steps": "ten"}, "steps", "int, got 'ten'"),
+            ({"steps": 10.0}, "steps", "int, got 10.0"),
+            ({"steps": True}, "steps", "int, got True"),
+            ({"device": 3}, "device", "str, got 3"),
+            ({"train": {"optimizer": {"beta1": "0.9"}}}, "train.optimizer.beta1", "float, got '0.9'"),
+            ({"train": {"optimizer": {"beta1": True}}}, "train.optimizer.beta1", "float, got True"),
+            ({"model": {"widths": [8, "16"]}}, "model.widths", "int, got '16'"),
             ({"train": {"precision": "fp64"}}, "train.precision", "fp64"),
             ({"resume": "maybe"}, "resume", "maybe"),
-            ({"train": 3}, "train", "must be a mapping"),
-            ({"model": [1, 2]}, "model", "must be a mapping"),
-            ({"steps": {"a": 1}}, "steps", "expected int"),
-            ({"steps": None}, "steps", "expected int, got None"),
+            ({"train": 3}, "train", "mapping"),
+            ({"model": [1, 2]}, "model", "mapping"),
+            ({"steps": {"a": 1}}, "steps", "int"),
+            ({"steps": None}, "steps", "int, got None"),
+            ({"model": None}, "model: ", ""),
+            ({"train": {"optimizer": None}}, "optimizer: ", ""),
+            ({"loss": {"tau": {"initial": 1.0, "final": 0.1, "decay_steps": 0}}}, "loss.tau", "decay_steps"),
         ],
     )
-    def test_a_wrong_one_is_refused_with_place_and_value(self, data, place, said):
+    def test_a_wrong_value_is_refused_with_its_place(self, data, place, message):
         with pytest.raises(ConfigError, match=re.escape(place)) as caught:
             from_dict(TrainDVAEArgs, data)
-        assert said in str(caught.value)
-
-    @pytest.mark.parametrize("data", [{"model": None}, {"train": {"optimizer": None}}])
-    def test_an_empty_section_is_refused_by_name(self, data):
-        with pytest.raises(ConfigError, match=r"model: |optimizer: "):
-            from_dict(TrainDVAEArgs, data)
-
-    def test_a_whole_number_is_a_float_where_one_is_asked_for(self):
-        eps = from_dict(TrainDVAEArgs, {"train": {"optimizer": {"eps": 1}}}).train.optimizer.eps
-        assert type(eps) is float
-
-    def test_none_and_a_number_are_both_right_where_the_field_says_so(self):
-        for clip in (None, 2.0):
-            assert (
-                from_dict(
-                    TrainDVAEArgs, {"train": {"optimizer": {"max_grad_norm": clip}}}
-                ).train.optimizer.max_grad_norm
-                == clip
-            )
-
-    def test_all_wrong_values_are_told_at_once(self):
-        with pytest.raises(ConfigError, match=r"steps: .*; seed: "):
-            from_dict(TrainDVAEArgs, {"steps": "a", "seed": "b"})
-
-    def test_what_the_class_itself_refuses_is_told_with_its_place(self):
-        with pytest.raises(ConfigError, match=r"my\.yaml: loss\.tau: decay_steps must be positive"):
-            from_dict(
-                TrainDVAEArgs, {"loss": {"tau": {"initial": 1.0, "final": 0.1, "decay_steps": 0}}}, "my.yaml"
-            )
+        assert message in str(caught.value)
 
     def test_a_missing_field_without_a_default_is_named(self):
         with pytest.raises(ConfigError, match="final: missing"):
             from_dict(Schedule, {"initial": 1.0})
 
+    def test_an_int_is_a_float_and_none_is_allowed_where_the_field_says_so(self):
+        for eps, norm in ((1, None), (1e-3, 2.0)):
+            data = {"train": {"optimizer": {"eps": eps, "max_grad_norm": norm}}}
+            optimizer = from_dict(TrainDVAEArgs, data).train.optimizer
+            assert type(optimizer.eps) is float
+            assert optimizer.max_grad_norm == norm
+
+    def test_all_wrong_values_are_reported_at_once_with_the_source(self):
+        with pytest.raises(ConfigError, match=r"my\.yaml: steps: .*; seed: "):
+            from_dict(TrainDVAEArgs, {"steps": "a", "seed": "b"}, "my.yaml")
+
 
 class TestDefaults:
-    def test_a_section_that_names_one_value_keeps_the_others_of_its_run(self):
+    def test_a_section_with_one_value_keeps_the_other_defaults_of_its_stage(self):
         """Not those of the section's class, which are the transformer's."""
         run = from_dict(TrainDVAEArgs, {"train": {"optimizer": {"weight_decay": 0.5}}})
         optimizer = dataclasses.replace(TrainDVAEArgs().train.optimizer, weight_decay=0.5)
@@ -143,10 +125,8 @@ class TestDefaults:
         assert run.train.batch_size != TrainTransformerArgs().train.batch_size
 
     def test_file_and_command_line_mean_the_same(self, tmp_path):
-        file = write(
-            tmp_path / "a.yaml",
-            "train: {optimizer: {lr: {final: 0.5}}, keep_last: 7}\nloss: {tau: {decay_steps: 9}}",
-        )
+        text = "train: {optimizer: {lr: {final: 0.5}}, keep_last: 7}\nloss: {tau: {decay_steps: 9}}"
+        file = write(tmp_path / "a.yaml", text)
         words = ["--train.optimizer.lr.final", "0.5", "--train.keep-last", "7", "--loss.tau.decay-steps", "9"]
         assert load(TrainDVAEArgs, [file]) == parse(TrainDVAEArgs, words)
 
@@ -169,39 +149,30 @@ class TestYAML:
         read = read_yaml(write(tmp_path / "a.yaml", f"x: {text}"))["x"]
         assert (read, type(read)) == (value, type(value))
 
-    def test_a_step_size_may_be_written_1e_4(self, tmp_path):
-        file = write(tmp_path / "a.yaml", "train: {optimizer: {lr: {initial: 1e-4, final: 1e-5}}}")
-        assert load(TrainDVAEArgs, [file]).train.optimizer.lr.initial == 1e-4
-
     def test_a_file_of_comments_is_all_defaults(self, tmp_path):
         assert load(TrainDVAEArgs, [write(tmp_path / "a.yaml", "# nothing\n")]) == TrainDVAEArgs()
 
     @pytest.mark.parametrize(
-        ("text", "said"),
+        ("text", "message"),
         [
-            ("- a\n- b", "whole file must be a mapping"),
-            ("a: [1", "is not YAML"),
-            ("steps: 1\nsteps: 2", "is not YAML"),
-            ("steps: !!bool foo", "is not YAML"),
-            ("steps: 2020-02-31", "is not YAML"),
-            ("steps: !!python/object:os.system 1", "is not YAML"),
+            (b"- a\n- b", "must be a mapping"),
+            (b"a: [1", "not YAML"),
+            (b"steps: 1\nsteps: 2", "not YAML"),
+            (b"steps: !!bool foo", "not YAML"),
+            (b"steps: 2020-02-31", "not YAML"),
+            (b"steps: !!python/object:os.system 1", "not YAML"),
+            (b"\xff\xfe\x00", "not YAML"),
+            (b"stpes: 3", "no key 'stpes'"),
         ],
     )
-    def test_what_is_no_configuration_is_refused_by_name(self, tmp_path, text, said):
-        with pytest.raises(ConfigError, match=said) as caught:
-            load(TrainDVAEArgs, [write(tmp_path / "a.yaml", text)])
-        assert "a.yaml" in str(caught.value)
+    def test_an_invalid_file_is_refused_by_name(self, tmp_path, text, message):
+        (tmp_path / "a.yaml").write_bytes(text)
+        with pytest.raises(ConfigError, match=rf"a\.yaml.*{message}"):
+            load(TrainDVAEArgs, [tmp_path / "a.yaml"])
 
-    def test_a_file_that_is_not_text_is_refused_by_name(self, tmp_path):
-        (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(ConfigError, match=r"a\.yaml is not YAML"):
-            read_yaml(tmp_path / "a.yaml")
-
-    def test_a_missing_file_says_where_the_shipped_ones_are(self, tmp_path):
+    def test_a_missing_file_or_a_directory_is_refused_by_name(self, tmp_path):
         with pytest.raises(ConfigError, match=r"no configuration file .*none\.yaml; .* configs/"):
             read_yaml(tmp_path / "none.yaml")
-
-    def test_a_directory_is_refused_by_name(self, tmp_path):
         with pytest.raises(ConfigError, match="cannot read"):
             read_yaml(tmp_path)
 
@@ -214,16 +185,13 @@ class TestMerging:
         assert (run.steps, run.train.batch_size, run.train.keep_last) == (10, 20, 3)
         assert load(TrainDVAEArgs, [b, a]).steps == 1
 
-    def test_lists_are_replaced_and_not_joined(self):
-        assert merge({"widths": [1, 2, 3]}, {"widths": [4]}) == {"widths": [4]}
-
-    def test_it_changes_neither_side(self):
-        base, update = {"a": {"b": 1}}, {"a": {"c": 2}}
-        assert merge(base, update) == {"a": {"b": 1, "c": 2}}
-        assert (base, update) == ({"a": {"b": 1}}, {"a": {"c": 2}})
+    def test_lists_are_replaced_and_neither_side_changes(self):
+        base, update = {"a": {"b": 1}, "widths": [1, 2, 3]}, {"a": {"c": 2}, "widths": [4]}
+        assert merge(base, update) == {"a": {"b": 1, "c": 2}, "widths": [4]}
+        assert (base, update) == ({"a": {"b": 1}, "widths": [1, 2, 3]}, {"a": {"c": 2}, "widths": [4]})
 
     def test_each_file_is_checked_by_itself(self, tmp_path):
-        """What the second would have covered up in the first is still an error of the first."""
+        """An error in the first file is one even if the second overrides it."""
         a = write(tmp_path / "a.yaml", "steps: ten")
         b = write(tmp_path / "b.yaml", "steps: 10")
         with pytest.raises(ConfigError, match=r"a\.yaml: steps"):
@@ -236,7 +204,7 @@ class TestCommandLine:
         return str(write(tmp_path / "a.yaml", "steps: 7\ntrain: {batch_size: 2, keep_last: 3}"))
 
     @pytest.mark.parametrize("dotted", [["--train.batch-size", "9"], ["--train.batch_size", "9"]])
-    def test_dotted_words_win_before_and_after_the_file(self, file, dotted):
+    def test_flags_win_before_and_after_the_file(self, file, dotted):
         for words in (
             [*dotted, "--config", file],
             ["--config", file, *dotted],
@@ -245,7 +213,7 @@ class TestCommandLine:
             run = parse(TrainDVAEArgs, words)
             assert (run.train.batch_size, run.train.keep_last, run.steps) == (9, 3, 7)
 
-    def test_several_files_merge_in_their_order_wherever_they_stand(self, file, tmp_path):
+    def test_several_files_merge_in_their_order(self, file, tmp_path):
         other = str(write(tmp_path / "b.yaml", "steps: 8"))
         assert parse(TrainDVAEArgs, ["--config", file, "--seed", "1", "--config", other]).steps == 8
         assert parse(TrainDVAEArgs, ["--config", other, "--config", file]).steps == 7
@@ -253,35 +221,28 @@ class TestCommandLine:
     def test_tuples_none_and_paths_can_be_given(self):
         words = ["--model.widths", "8", "16", "--train.optimizer.max-grad-norm", "None", "--out", "somewhere"]
         run = parse(TrainDVAEArgs, [*words, "--model.downsample_factor", "2"])
-        assert (run.model.widths, run.train.optimizer.max_grad_norm, run.out) == (
-            (8, 16),
-            None,
-            Path("somewhere"),
-        )
+        assert (run.model.widths, run.out) == ((8, 16), Path("somewhere"))
+        assert run.train.optimizer.max_grad_norm is None
 
     @pytest.mark.parametrize(
         "words", [["--stpes", "3"], ["--steps", "x"], ["--steps", "0"], ["--resume", "maybe"]]
     )
-    def test_a_wrong_word_ends_the_run_with_its_name(self, words, capsys):
+    def test_a_wrong_flag_exits_with_its_name(self, words, capsys):
         with pytest.raises(SystemExit) as caught:
             parse(TrainDVAEArgs, words)
         assert caught.value.code not in (0, None)
         assert words[0].removeprefix("--") in capsys.readouterr().err
 
-    def test_a_wrong_file_ends_the_run_with_one_line(self, tmp_path):
+    def test_a_wrong_file_exits_with_one_line(self, tmp_path):
         file = write(tmp_path / "a.yaml", "stpes: 3")
-        with pytest.raises(SystemExit, match=r"^error: .*a\.yaml: no key 'stpes'; did you mean 'steps'"):
+        with pytest.raises(SystemExit, match=r"^error: .*a\.yaml: no key 'stpes'"):
             parse(TrainDVAEArgs, ["--config", str(file)])
-
-    def test_config_without_a_file_is_an_error(self):
         with pytest.raises(SystemExit, match="--config needs a file"):
             parse(TrainDVAEArgs, ["--steps", "3", "--config"])
 
-    def test_without_any_argument_the_preset_is_taken_and_named(self, file, capsys):
+    def test_the_preset_is_for_no_arguments(self, file, capsys):
         assert parse(TrainDVAEArgs, [], preset=file).steps == 7
         assert f"no arguments: using --config {file}" in capsys.readouterr().out
-
-    def test_with_an_argument_the_preset_is_not_taken(self, file, capsys):
         assert parse(TrainDVAEArgs, ["--seed", "1"], preset=file).steps == TrainDVAEArgs().steps
         assert capsys.readouterr().out == ""
 
@@ -292,10 +253,7 @@ class TestCommandLine:
             raise KeyError("a bug")
 
     def test_an_output_that_nothing_reads_any_more_is_one_line(self):
-        code = (
-            "from dalle.config import cli_errors\nwith cli_errors():\n    for i in range(10**5):\n       "
-            " print(i)"
-        )
+        code = "from dalle.config import cli_errors\nwith cli_errors():\n    print('x' * 10**6, flush=True)"
         reader, writer = os.pipe()
         os.close(reader)
         done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
@@ -304,63 +262,38 @@ class TestCommandLine:
 
 
 class TestReadingAnotherStagesFile:
-    @pytest.fixture
-    def file(self, tmp_path) -> Path:
+    def test_the_tokenizer_takes_its_sections_of_the_transformers_file(self, tmp_path):
         text = "steps: 7\ndata: {path: shapes, resolution: 48}\ntext: {vocab_size: 400}\nmodel: {depth: 2}"
-        return write(tmp_path / "transformer.yaml", text)
-
-    def test_the_tokenizer_takes_its_sections_of_the_transformers_file(self, file):
-        run = parse(
-            TrainTokenizerArgs, ["--config", str(file), "--captions", "5"], schema=TrainTransformerArgs
-        )
+        file = write(tmp_path / "transformer.yaml", text)
+        words = ["--config", str(file), "--captions", "5"]
+        run = parse(TrainTokenizerArgs, words, schema=TrainTransformerArgs)
         assert (run.text.vocab_size, run.data.path, run.captions) == (400, "shapes", 5)
-
-    def test_without_the_schema_the_other_sections_are_an_error(self, file):
         with pytest.raises(ConfigError, match="no key 'steps'"):
             load(TrainTokenizerArgs, [file])
 
-    def test_what_the_schema_does_not_know_is_still_an_error(self, tmp_path):
-        file = write(tmp_path / "a.yaml", "modell: {depth: 2}")
-        with pytest.raises(ConfigError, match=r"no key 'modell'; did you mean 'model'"):
-            load(TrainTokenizerArgs, [file], schema=TrainTransformerArgs)
-
-    def test_wrong_values_in_sections_left_out_are_still_errors(self, tmp_path):
-        file = write(tmp_path / "a.yaml", "model: {depth: 0}")
-        with pytest.raises(ConfigError, match="depth must be positive"):
-            load(TrainTokenizerArgs, [file], schema=TrainTransformerArgs)
-
-
-# ---------------------------------------------------------------------------------------------
-# Every run
-# ---------------------------------------------------------------------------------------------
+    @pytest.mark.parametrize(
+        ("text", "message"), [("modell: {depth: 2}", "'modell'"), ("model: {depth: 0}", "depth must")]
+    )
+    def test_the_other_sections_are_checked_too(self, tmp_path, text, message):
+        with pytest.raises(ConfigError, match=message):
+            load(TrainTokenizerArgs, [write(tmp_path / "a.yaml", text)], schema=TrainTransformerArgs)
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=lambda cls: cls.__name__)
-class TestRoundTrip:
-    def test_through_a_dict(self, run):
-        assert from_dict(run, to_dict(run())) == run()
-
-    def test_through_json(self, run):
-        assert from_dict(run, json.loads(json.dumps(to_dict(run())))) == run()
-
-    def test_through_yaml(self, run, tmp_path):
-        text = StringIO()
-        YAML(typ="safe", pure=True).dump(to_dict(run()), text)
-        assert load(run, [write(tmp_path / "a.yaml", text.getvalue())]) == run()
-
-    def test_with_every_path_given(self, run):
-        paths = [
-            name
-            for name, hint in typing.get_type_hints(run).items()
-            if Path in (hint, *typing.get_args(hint))
-        ]
-        assert paths
-        changed = dataclasses.replace(run(), **{name: Path("some") / name for name in paths})
-        assert from_dict(run, to_dict(changed)) == changed
+def test_round_trip_through_json_and_yaml(run, tmp_path):
+    assert from_dict(run, json.loads(json.dumps(to_dict(run())))) == run()
+    text = StringIO()
+    YAML(typ="safe", pure=True).dump(to_dict(run()), text)
+    assert load(run, [write(tmp_path / "a.yaml", text.getvalue())]) == run()
+    hints = typing.get_type_hints(run).items()
+    paths = [name for name, hint in hints if Path in (hint, *typing.get_args(hint))]
+    assert paths
+    changed = dataclasses.replace(run(), **{name: Path("some") / name for name in paths})
+    assert from_dict(run, to_dict(changed)) == changed
 
 
 def sentences(cls: type) -> dict[str, str]:
-    """The sentence under each field, those of the parent classes among them."""
+    """The docstring under each field, with those of the parent classes."""
     found: dict[str, str] = {}
     for owner in reversed(cls.__mro__[:-1]):
         body = ast.parse(inspect.getsource(owner)).body[0].body
@@ -372,9 +305,9 @@ def sentences(cls: type) -> dict[str, str]:
 
 def every_field(cls: type, prefix: str = ""):
     """(dotted option, sentence) of each field at any depth; None for a section with options of its own."""
-    hints, told = typing.get_type_hints(cls), sentences(cls)
+    hints, docs = typing.get_type_hints(cls), sentences(cls)
     for field in dataclasses.fields(cls):
-        assert field.name in told, f"{cls.__name__}.{field.name} has no sentence"
+        assert field.name in docs, f"{cls.__name__}.{field.name} has no sentence"
         if dataclasses.is_dataclass(hints[field.name]):
             flat_section = (cls, field.name) == (SampleArgs, "sampling")  # its options have no prefix
             inner = prefix if flat_section else f"{prefix}{field.name}."
@@ -383,19 +316,10 @@ def every_field(cls: type, prefix: str = ""):
                 option and "." not in option.removeprefix(f"--{inner}".replace("_", "-"))
                 for option, _ in options
             ):
-                yield None, told[field.name]
+                yield None, docs[field.name]
             yield from options
         else:
-            yield f"--{prefix}{field.name}".replace("_", "-"), told[field.name]
-
-
-def flat(text: str) -> str:
-    """Words alone: no frames, no line breaks."""
-    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
-
-
-def test_every_script_is_tested_here():
-    assert {path.stem for path in SCRIPTS.glob("*.py")} >= set(RUNS)
+            yield f"--{prefix}{field.name}".replace("_", "-"), docs[field.name]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -427,20 +351,20 @@ def test_a_script_runs_from_any_directory(python, tmp_path):
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
+class Args:
     """A run."""
 
     name: int = 1
-    """A sentence that
-    goes on (and on), to
-    its end."""
+    """A sentence of
+    several (three)
+    lines."""
 
 
 def test_help_joins_the_lines_of_a_sentence(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit):
-        parse(Told, ["--help"])
-    assert "A sentence that goes on (and on), to its end. (default: 1)" in capsys.readouterr().out
+        parse(Args, ["--help"])
+    assert "A sentence of several (three) lines. (default: 1)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -455,5 +379,5 @@ def test_help_joins_the_lines_of_a_sentence(monkeypatch, capsys):
 def test_the_usage_names_what_was_typed(typed, words, program, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", typed)
     with pytest.raises(SystemExit):
-        parse(Told, words)
+        parse(Args, words)
     assert capsys.readouterr().out.startswith(f"usage: {program} [-h] ")

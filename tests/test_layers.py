@@ -1,9 +1,7 @@
-"""Imports go downward only. The table below is the one place that says which module stands where.
+"""Imports go downward only through LAYERS.
 
-    L0 <- L1 <- L2 <- L3 <- L4 <- L5 commands <- cli <- scripts
-
-Only a command may import inside a function, so that its --help starts without torch. Within L3 nobody imports
-a neighbour: the families know neither each other nor `data` and `train`, and those two see L0 and L1 only
+Only a command may import inside a function, so that its --help starts without torch. Within the fourth layer
+the families import neither each other nor `data` and `train`, and those two import the first two layers only
 (`data` also the shapes). `dalle/__init__.py`, which re-exports lazily, is exempt.
 """
 
@@ -95,10 +93,7 @@ def plant(root: Path, name: str, code: str) -> Path:
         ("train/loop.py", "from dalle import data"),  # service to service
         ("data/pairs.py", "from ..nn import resnet"),  # a service above L1
         ("pipelines/dalle.py", "from dalle.commands.sample import run"),
-        (
-            "app/ui.py",
-            "def run():\n    from dalle.pipelines.dalle import DALLE",
-        ),  # downward, but hidden
+        ("app/ui.py", "def run():\n    import dalle.pipelines"),  # downward, but hidden
         ("hub/registry.py", "class A:\n    async def f(self):\n        import dalle.dvae"),
         ("evals/fid.py", "from dalle import DALLE"),  # the package's front door
         ("viz/masks.py", "import dalle"),
@@ -112,10 +107,7 @@ def test_a_wrong_import_is_caught(tmp_path: Path, name: str, code: str) -> None:
 @pytest.mark.parametrize(
     ("name", "code"),
     [
-        (
-            "__init__.py",
-            "def __getattr__(name):\n    from dalle.pipelines.dalle import DALLE\n    return DALLE",
-        ),
+        ("__init__.py", "def __getattr__(name):\n    from dalle.pipelines.dalle import DALLE"),
         ("masks.py", "from dalle.layout import TokenLayout\nfrom . import sampling"),
         ("transformer/generate.py", "from .model import Transformer\nfrom ..nn.cache import Cache"),
         ("train/loop.py", "from ..types import Loss\nfrom .state import State"),

@@ -1,4 +1,4 @@
-"""The stream of tokens (section 2.2, Figure 10): dalle/layout.py."""
+"""The joint sequence of text and image tokens (section 2.2, Figure 10; dalle/layout.py)."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ IDS = torch.tensor([[3, 1, 4, 13, 14, 15, 16, 22, 18, 18, 21, 17]])
 # Lengths and offsets.
 
 
-def test_paper_size():
+def test_lengths_and_offsets_at_paper_size():
     layout = TokenLayout()
     assert (layout.text_len, layout.num_image_tokens, layout.seq_len) == (256, 1024, 1280)
     assert (layout.rows, layout.columns) == layout.grid == (32, 32)
@@ -26,35 +26,24 @@ def test_paper_size():
     assert layout.embedding_size == layout.vocab + 2
 
 
-def test_text_pads_image_and_starts_follow_one_another():
-    assert (TOY.image_offset, TOY.vocab, TOY.start_of_text, TOY.start_of_image, TOY.embedding_size) == (
-        16,
-        23,
-        23,
-        24,
-        25,
-    )
-
-
-def test_an_oblong_grid():
+def test_lengths_and_offsets_of_an_oblong_grid():
+    assert (TOY.image_offset, TOY.vocab, TOY.embedding_size) == (16, 23, 25)
+    assert (TOY.start_of_text, TOY.start_of_image) == (23, 24)
     assert (TOY.rows, TOY.columns, TOY.num_image_tokens, TOY.seq_len) == (2, 3, 6, 12)
-
-
-def test_one_number_is_a_square_grid():
     assert TokenLayout(6, 3, 10, 7) == TokenLayout(6, (3, 3), 10, 7)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"grid": (2, 0)}, r"grid must be \(rows, columns\), both positive, got \(2, 0\)"),
+        ({"grid": (2, 0)}, r"grid must .* got \(2, 0\)"),
         ({"grid": (2, 3, 4)}, r"got \(2, 3, 4\)"),
-        ({"text_len": 1}, "text_len must be at least 2 .* got 1"),
-        ({"text_vocab": 0}, "vocabularies must be positive, got 0 and 8192"),
+        ({"text_len": 1}, "text_len .* got 1"),
+        ({"text_vocab": 0}, "got 0 and 8192"),
         ({"image_vocab": 0}, "got 16384 and 0"),
     ],
 )
-def test_a_layout_that_cannot_be_is_refused(arguments, message):
+def test_an_invalid_layout_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         TokenLayout(**arguments)
 
@@ -62,11 +51,9 @@ def test_a_layout_that_cannot_be_is_refused(arguments, message):
 # Captions.
 
 
-def test_captions_are_filled_up_with_the_pad_of_each_position():
-    assert torch.equal(
-        TOY.pad_text([CAPTION, [], [9] * 5]),
-        torch.tensor([[3, 1, 4, 13, 14, 15], [10, 11, 12, 13, 14, 15], [9, 9, 9, 9, 9, 15]]),
-    )
+def test_captions_are_padded_with_the_pad_of_each_position():
+    expected = [[3, 1, 4, 13, 14, 15], [10, 11, 12, 13, 14, 15], [9, 9, 9, 9, 9, 15]]
+    assert TOY.pad_text([CAPTION, [], [9] * 5]).tolist() == expected
 
 
 def test_every_position_has_its_own_pad():
@@ -77,27 +64,22 @@ def test_every_position_has_its_own_pad():
     assert pads.max() < layout.image_offset
 
 
-def test_a_caption_that_is_too_long_is_refused():
-    with pytest.raises(
-        ValueError, match="caption 1 has 6 tokens, the layout has room for 5; shorten it or ask for trunc"
-    ):
+def test_a_caption_that_is_too_long_is_refused_or_cut_on_request():
+    with pytest.raises(ValueError, match=r"caption 1 has 6 tokens, .* 5"):
         TOY.pad_text([CAPTION, [1] * 6])
-
-
-def test_a_caption_that_is_too_long_is_cut_on_request():
     assert TOY.pad_text([[1, 2, 3, 4, 5, 6, 7]], truncate=True).tolist() == [[1, 2, 3, 4, 5, 15]]
 
 
 @pytest.mark.parametrize("value", [10, -1])
 def test_a_text_id_outside_the_vocabulary_is_named(value):
-    with pytest.raises(ValueError, match=rf"text ids must be in \[0, 10\), got {value} at row 0, position 2"):
+    with pytest.raises(ValueError, match=rf"\[0, 10\), got {value} at row 0, position 2"):
         TOY.pad_text([[0, 9, value]])
 
 
 # Packing.
 
 
-def test_pack_puts_the_image_behind_the_text_in_the_joint_vocabulary():
+def test_pack_appends_the_image_in_the_joint_vocabulary():
     assert torch.equal(TOY.pack(TEXT, IMAGE), IDS)
 
 
@@ -108,49 +90,29 @@ def test_unpack_undoes_pack_however_much_of_the_image_there_is(given):
     assert torch.equal(image, IMAGE[:, :given])
 
 
-def test_tokens_of_another_grid_are_refused():
-    with pytest.raises(
-        ValueError, match=r"at most 6 \(2 x 3\) image tokens, got 6 and 9; is it another grid\?"
-    ):
-        TOY.pack(TEXT, torch.zeros(1, 9, dtype=torch.int64))
-
-
-def test_text_of_another_length_is_refused():
-    with pytest.raises(ValueError, match=r"expected \(6\) text tokens .* got 5 and 6"):
-        TOY.pack(TEXT[:, :5], IMAGE)
-
-
 @pytest.mark.parametrize(
     ("text", "image", "message"),
     [
-        (
-            [[3, 1, 4, 16, 14, 15]],
-            [[0] * 6],
-            r"text_tokens must be in \[0, 16\), got 16 at row 0, position 3",
-        ),
-        (
-            [[3, 1, 4, 13, 14, 15]],
-            [[0, 1, 2, 3, 7, 0]],
-            r"image_tokens must be in \[0, 7\), got 7 at row 0, position 4",
-        ),
-        ([[3, 1, 4, 13, 14, 15]], [[0, -1, 2, 3, 7, 0]], "got -1 at row 0, position 1"),
+        (TEXT, torch.zeros(1, 9, dtype=torch.int64), r"at most 6 \(2 x 3\) image tokens, got 6 and 9"),
+        (TEXT[:, :5], IMAGE, r"\(6\) text tokens .* got 5 and 6"),
+        (TEXT + 1, IMAGE, r"text_tokens .*\[0, 16\), got 16 at row 0, position 5"),
+        (TEXT, IMAGE + 1, r"image_tokens .*\[0, 7\), got 7 at row 0, position 1"),
+        (TEXT, IMAGE - 1, "got -1 at row 0, position 0"),
+        (TEXT, IMAGE.int(), "image_tokens must be int64"),
     ],
 )
-def test_a_token_out_of_range_is_named(text, image, message):
+def test_invalid_tokens_are_refused(text, image, message):
     with pytest.raises(ValueError, match=message):
-        TOY.pack(torch.tensor(text), torch.tensor(image))
+        TOY.pack(text, image)
 
 
-def test_tokens_must_be_int64():
-    with pytest.raises(ValueError, match="image_tokens must be int64"):
-        TOY.pack(TEXT, IMAGE.int())
-
-
-# What each slot reads.
+# What each position reads.
 
 
 def test_inputs_are_shifted_by_one_and_each_modality_begins_with_its_start():
-    assert TOY.shift(IDS).tolist() == [[23, 3, 1, 4, 13, 14, 24, 16, 22, 18, 18, 21]]
+    ids = IDS.clone()
+    assert TOY.shift(ids).tolist() == [[23, 3, 1, 4, 13, 14, 24, 16, 22, 18, 18, 21]]
+    assert torch.equal(ids, IDS)
 
 
 def test_the_last_text_id_and_the_last_image_id_are_never_read():
@@ -160,14 +122,8 @@ def test_the_last_text_id_and_the_last_image_id_are_never_read():
 
 
 @pytest.mark.parametrize("n", range(12))
-def test_a_beginning_is_shifted_as_it_is_in_the_whole(n):
+def test_a_prefix_is_shifted_as_it_is_in_the_whole(n):
     assert torch.equal(TOY.shift(IDS[:, :n]), TOY.shift(IDS)[:, : n + 1])
-
-
-def test_shifting_leaves_the_ids_alone():
-    ids = IDS.clone()
-    TOY.shift(ids)
-    assert torch.equal(ids, IDS)
 
 
 # Which targets count.

@@ -1,4 +1,4 @@
-"""Who sees whom (section 2.2, Figure 11): dalle/masks.py, and a model that keeps to it."""
+"""Attention masks (section 2.2, Figure 11), and a model that respects them (dalle/masks.py)."""
 
 import pytest
 import torch
@@ -72,54 +72,21 @@ FIGURE = {
         0000000101110110
         0000000010111011
     """,
-    "causal": """
-        1000000000000000
-        1100000000000000
-        1110000000000000
-        1111000000000000
-        1111100000000000
-        1111110000000000
-        1111111000000000
-        1111111100000000
-        1111111110000000
-        1111111111000000
-        1111111111100000
-        1111111111110000
-        1111111111111000
-        1111111111111100
-        1111111111111110
-        1111111111111111
-    """,
 }
 
-TEXT = """
-    1000000000000000000000
-    1100000000000000000000
-    1110000000000000000000
-    1111000000000000000000
-    1111100000000000000000
-    1111110000000000000000
-"""
-
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_image_tokens_see_what_figure_11_draws(kind):
-    assert torch.equal(dense_mask(kind, TOY, kernel=3)[6:, 6:], from_strings(FIGURE[kind]))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_text_is_causal_and_never_sees_the_image(kind):
-    assert torch.equal(dense_mask(kind, TOY, kernel=3)[:6], from_strings(TEXT))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_image_token_sees_all_text(kind):
-    assert dense_mask(kind, TOY, kernel=3)[6:, :6].all()
+def test_a_mask_is_that_of_figure_11(kind):
+    """Text is causal and never sees the image; an image token sees all text."""
+    mask = dense_mask(kind, TOY, kernel=3)
+    causal = torch.ones(22, 22, dtype=torch.bool).tril()
+    assert torch.equal(mask[:6], causal[:6])
+    assert mask[6:, :6].all()
+    assert torch.equal(mask[6:, 6:], from_strings(FIGURE[kind]) if kind in FIGURE else causal[6:, 6:])
 
 
 def test_column_is_the_transpose_of_blocks():
-    """Figure 11c: with rows and columns of the image swapped, column attention is causal within blocks of
-    4."""
+    """Figure 11c: with rows and columns swapped, column attention is causal within blocks of 4."""
     swapped = torch.arange(16).view(4, 4).T.flatten()
     blocks = torch.block_diag(*[torch.ones(4, 4).tril()] * 4).bool()
     assert torch.equal(dense_mask("column", TOY)[6:, 6:][swapped][:, swapped], blocks)
@@ -133,15 +100,13 @@ def test_column_is_the_transpose_of_blocks():
 )
 def test_visible_image_pairs_at_paper_size(kind, pairs):
     """row: 1024 * 33 - (1 + ... + 32); column: 32 * (1 + ... + 32); causal: 1 + ... + 1024."""
-    assert int(dense_mask(kind, PAPER)[256:, 256:].sum()) == pairs
-
-
-def test_paper_size_convolution_has_66_keys_at_most():
-    assert int(dense_mask("conv", PAPER)[256:, 256:].sum(dim=1).max()) == 66
+    mask = dense_mask(kind, PAPER)[256:, 256:]
+    assert mask.sum() == pairs
+    assert kind != "conv" or mask.sum(dim=1).max() == 66
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_slot_sees_itself_and_nothing_later(kind):
+def test_every_position_sees_itself_and_nothing_later(kind):
     mask = dense_mask(kind, PAPER)
     assert mask.shape == (1280, 1280)
     assert mask.diagonal().all()
@@ -163,8 +128,7 @@ def test_oblong_grids_count_rows_by_their_columns(grid):
 
 
 def test_oblong_convolution():
-    """Two rows of 5 end at the query; a key is at most one column away, around the edge: d in {0, 1, 4, 5, 6,
-    9}."""
+    """A key is at most one column away, around the edge: the distance is 0, 1, 4, 5, 6 or 9."""
     expected = """
         1000000000
         1100000000
@@ -177,9 +141,8 @@ def test_oblong_convolution():
         0011100110
         1001110011
     """
-    assert torch.equal(
-        dense_mask("conv", TokenLayout(2, (2, 5), 5, 5), kernel=3)[2:, 2:], from_strings(expected)
-    )
+    mask = dense_mask("conv", TokenLayout(2, (2, 5), 5, 5), kernel=3)
+    assert torch.equal(mask[2:, 2:], from_strings(expected))
 
 
 def test_a_kernel_of_one_sees_the_token_itself():
@@ -187,7 +150,7 @@ def test_a_kernel_of_one_sees_the_token_itself():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_predicate_is_the_dense_mask_at_any_slots(kind):
+def test_the_predicate_is_the_dense_mask_at_any_positions(kind):
     q, k = torch.tensor([21, 8, 6, 3])[:, None], torch.tensor([0, 5, 6, 7, 20])
     assert torch.equal(visible(kind, TOY, kernel=3)(q, k), dense_mask(kind, TOY, kernel=3)[q, k])
 
@@ -195,13 +158,13 @@ def test_the_predicate_is_the_dense_mask_at_any_slots(kind):
 @pytest.mark.parametrize(
     ("kind", "kernel", "message"),
     [
-        ("diagonal", 3, "unknown attention kind 'diagonal'; expected one of row, column, conv, causal"),
-        ("conv", 2, "kernel must be odd and at most the 4 columns of the grid, got 2"),
-        ("conv", 5, "at most the 4 columns of the grid, got 5"),
+        ("diagonal", 3, "'diagonal'; expected one of row, column"),
+        ("conv", 2, "kernel must be odd .* got 2"),
+        ("conv", 5, "4 columns .* got 5"),
         ("conv", -1, "got -1"),
     ],
 )
-def test_a_mask_that_cannot_be_is_refused(kind, kernel, message):
+def test_an_invalid_mask_is_refused(kind, kernel, message):
     with pytest.raises(ValueError, match=message):
         dense_mask(kind, TOY, kernel)
 
@@ -239,7 +202,7 @@ def test_layer_i_is_column_if_i_minus_2_divides_by_4_and_the_last_is_conv(depth)
 
 
 def test_depth_must_be_positive():
-    with pytest.raises(ValueError, match="depth must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"depth .* got 0"):
         layer_kinds(0)
 
 
@@ -256,14 +219,14 @@ class OneKind(TransformerConfig):
         return [self.kind] * self.depth
 
 
-def reach(model, slots):
-    """bool (N, N): [q, k] says whether the logits of slot q have a gradient by what slot k reads."""
-    ids = torch.cat([torch.arange(6), 16 + torch.arange(slots - 6) % 10])[None]
-    inputs = model.layout.shift(ids)[:, :slots]
+def reach(model, n):
+    """bool (n, n): [q, k] is whether the logits at q have a gradient with respect to the input at k."""
+    ids = torch.cat([torch.arange(6), 16 + torch.arange(n - 6) % 10])[None]
+    inputs = model.layout.shift(ids)[:, :n]
     embedded = model.embed(inputs).detach().requires_grad_()
     model.embed = lambda inputs: embedded
     logits = model(ids)[0]
-    rows = [logits[q][torch.isfinite(logits[q])].square().sum() for q in range(slots)]
+    rows = [logits[q][torch.isfinite(logits[q])].square().sum() for q in range(n)]
     gradients = [torch.autograd.grad(row, embedded, retain_graph=True)[0] for row in rows]
     return torch.stack([gradient[0] != 0 for gradient in gradients]).any(dim=-1)
 
@@ -276,15 +239,8 @@ def lively(config):
     return model
 
 
-SMALL = {
-    "heads": 2,
-    "head_dim": 4,
-    "text_len": 6,
-    "grid": (4, 4),
-    "text_vocab": 10,
-    "image_vocab": 10,
-    "conv_kernel": 3,
-}
+SMALL = {"heads": 2, "head_dim": 4, "text_len": 6, "grid": (4, 4)}
+SMALL |= {"text_vocab": 10, "image_vocab": 10, "conv_kernel": 3}
 
 
 @pytest.mark.parametrize("backend", ["dense", "sdpa"])

@@ -1,5 +1,4 @@
-"""The reranker: our CLIP, its objective, and open_clip's models from a file (dalle/clip, Radford et al.
-2021)."""
+"""CLIP (Radford et al. 2021): the model, its objective, and open_clip's models (dalle/clip)."""
 
 import json
 import pickle
@@ -17,18 +16,9 @@ from dalle.clip.objective import CLIPObjective
 from dalle.pipelines.best_of_n import rank
 from dalle.types import Scorer
 
-CONFIG = CLIPConfig(
-    embed_width=8,
-    image_size=16,
-    patch_size=8,
-    vision_width=16,
-    vision_layers=1,
-    text_len=6,
-    text_vocab=20,
-    text_width=16,
-    text_layers=1,
-    head_dim=8,
-)
+VISION = {"image_size": 16, "patch_size": 8, "vision_width": 16, "vision_layers": 1}
+TEXT = {"text_len": 6, "text_vocab": 20, "text_width": 16, "text_layers": 1}
+CONFIG = CLIPConfig(embed_width=8, head_dim=8, **VISION, **TEXT)
 
 
 class Letters:
@@ -51,33 +41,33 @@ def pixels() -> torch.Tensor:
     return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-class TestConfig:
-    def test_a_patch_that_does_not_divide_the_image_is_refused(self):
-        with pytest.raises(ValueError, match="image_size 224 is not a multiple of patch_size 15"):
-            CLIPConfig(patch_size=15)
-
-    @pytest.mark.parametrize("name", ["vision_width", "text_width"])
-    def test_heads_that_do_not_divide_a_width_are_refused(self, name):
-        with pytest.raises(ValueError, match=f"{name} 100 is not a multiple of head_dim 64"):
-            CLIPConfig(**{name: 100})
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("patch_size", 15, "image_size 224 .* patch_size 15"),
+        ("vision_width", 100, "vision_width 100 .* head_dim 64"),
+        ("text_width", 100, "text_width 100 .* head_dim 64"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        CLIPConfig(**{field: value})
 
 
 class TestPackText:
-    def test_ids_then_the_end_mark_then_pads(self, model):
+    def test_ids_then_the_end_token_then_pads(self, model):
         packed = model.pack_text([[3, 4], []])
         assert packed.dtype == torch.int64
         assert packed.tolist() == [[3, 4, 21, 20, 20, 20], [21, 20, 20, 20, 20, 20]]
+        assert model.pack_text([list(range(10))]).tolist() == [[0, 1, 2, 3, 4, 21]]  # cut
 
-    def test_the_end_mark_is_the_highest_id(self, model):
+    def test_the_end_token_is_the_highest_id(self, model):
         """open_clip reads the state at the argmax of the ids."""
         packed = model.pack_text([[0], [19, 19, 19], [5] * 5, []])
         assert packed.argmax(dim=1).tolist() == [1, 3, 5, 0]
         assert packed.max() == model.end == model.net.vocab_size - 1
 
-    def test_a_caption_too_long_is_cut_and_keeps_its_end_mark(self, model):
-        assert model.pack_text([list(range(10))]).tolist() == [[0, 1, 2, 3, 4, 21]]
-
-    def test_what_stands_after_the_end_mark_does_not_count(self, model):
+    def test_ids_after_the_end_token_do_not_count(self, model):
         packed = model.pack_text([[3, 4]])
         other = packed.clone()
         other[0, 3:] = 7
@@ -103,18 +93,15 @@ class TestTowers:
         with pytest.raises(ValueError, match="divide by 255"):
             model.encode_image(pixels * 255)
 
-    def test_pixels_are_normalised_as_in_the_release(self):
-        grey = torch.full((1, 3, 4, 4), 0.5)
-        expected = (
-            torch.tensor([0.5] * 3) - torch.tensor([0.48145466, 0.4578275, 0.40821073])
-        ) / torch.tensor([0.26862954, 0.26130258, 0.27577711])
-        torch.testing.assert_close(prepare_pixels(grey, 4)[0, :, 0, 0], expected)
+    def test_pixels_are_normalized_as_in_the_release(self):
+        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+        std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+        found = prepare_pixels(torch.full((1, 3, 4, 4), 0.5), 4)[0, :, 0, 0]
+        torch.testing.assert_close(found, (0.5 - mean) / std)
 
-    def test_the_scale_starts_at_one_over_0_07(self, model):
+    def test_the_scale_starts_at_one_over_0_07_and_is_at_most_100(self, model):
         """Radford et al., section 2.5."""
         assert model.logit_scale().item() == pytest.approx(1 / 0.07, rel=1e-4)
-
-    def test_the_scale_is_at_most_100(self, model):
         with torch.no_grad():
             model.net.logit_scale.fill_(10.0)
         assert model.logit_scale().item() == 100.0
@@ -132,18 +119,17 @@ class TestObjective:
 
     def test_it_does_not_depend_on_the_order_of_the_pairs(self, model, pixels):
         text, order = model.pack_text([[1], [2, 3], [4]]), [2, 0, 1]
-        losses = [
-            CLIPObjective()(model, batch, 0).total for batch in ((pixels, text), (pixels[order], text[order]))
-        ]
+        one, other = ((pixels, text), (pixels[order], text[order]))
+        losses = [CLIPObjective()(model, batch, 0).total for batch in (one, other)]
         torch.testing.assert_close(*losses)
 
-    def test_a_batch_of_one_pair_has_nothing_to_confuse(self, model, pixels):
+    def test_the_loss_of_one_pair_is_zero(self, model, pixels):
         loss = CLIPObjective()(model, (pixels[:1], model.pack_text([[1]])), 0)
         assert loss.total.item() == pytest.approx(0.0, abs=1e-6)
         assert loss.metrics["image_to_text_acc"] == 1.0
 
-    def test_images_without_a_caption_are_what_each_caption_must_not_prefer(self, model, pixels):
-        """The cross-entropy of each caption over all six images comes on top of the symmetric one."""
+    def test_images_without_a_caption_are_hard_negatives(self, model, pixels):
+        """The cross-entropy of each caption over all six images is added to the symmetric one."""
         text, others = model.pack_text([[1], [2, 3], [4]]), pixels.flip(3)
         loss = CLIPObjective()(model, (pixels, text, others), 0)
         cosines = model.encode_text(text) @ model.encode_image(torch.cat([pixels, others])).T
@@ -154,17 +140,12 @@ class TestObjective:
         assert loss.metrics["hard_negative_acc"] == better
 
     @pytest.mark.parametrize("pool", ["class", "average"])
-    def test_attention_written_out_is_the_fused_one(self, pool, pixels):
+    def test_plain_attention_is_the_fused_one(self, pool, pixels):
         model = CLIP(replace(CONFIG, vision_pool=pool)).eval()
         fused = model.net.encode_image(prepare_pixels(pixels, 16), normalize=True)
         torch.testing.assert_close(model.encode_image(pixels), fused)
 
-    def test_both_towers_and_the_scale_learn(self, model, pixels):
-        CLIPObjective()(model, (pixels, model.pack_text([[1], [2, 3], [4]])), 0).total.backward()
-        for part in (model.net.visual.proj, model.net.text_projection, model.net.logit_scale):
-            assert part.grad.abs().sum() > 0
-
-    def test_training_on_three_pairs_tells_them_apart(self, model):
+    def test_training_on_three_pairs_separates_them(self, model):
         colors = torch.eye(3)[:, :, None, None].expand(3, 3, 16, 16)
         batch = colors, model.pack_text([[1], [2, 3], [4]])
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -178,12 +159,11 @@ class TestObjective:
 
 
 class TestScorer:
-    def test_it_keeps_the_protocol(self, model):
-        assert isinstance(CLIPScorer(model, Letters()), Scorer)
-
     def test_a_score_is_the_cosine(self, model, pixels):
         expected = model.encode_image(pixels) @ model.encode_text(model.pack_text([[1, 2]]))[0]
-        torch.testing.assert_close(CLIPScorer(model, Letters()).score(pixels, "bc"), expected)
+        scorer = CLIPScorer(model, Letters())
+        assert isinstance(scorer, Scorer)
+        torch.testing.assert_close(scorer.score(pixels, "bc"), expected)
 
     @pytest.mark.parametrize("size", [16, 20])
     def test_gradients_reach_the_pixels(self, model, size):
@@ -194,7 +174,7 @@ class TestScorer:
     def test_a_text_tokenizer_with_more_ids_is_refused(self, model):
         text = Letters()
         text.vocab_size = 21
-        with pytest.raises(ValueError, match="has 21 ids, this CLIP reads 20: they do not belong together"):
+        with pytest.raises(ValueError, match=r"21 ids, .* 20"):
             CLIPScorer(model, text)
 
 
@@ -206,25 +186,21 @@ class Brightness:
 
 
 class TestRank:
-    grey = torch.tensor([0.2, 0.9, 0.5, 0.9])[:, None, None, None].expand(4, 3, 8, 8)
+    gray = torch.tensor([0.2, 0.9, 0.5, 0.9])[:, None, None, None].expand(4, 3, 8, 8)
 
-    def test_the_best_comes_first_and_equals_keep_their_order(self):
-        order, scores = rank(Brightness(), self.grey, "a")
+    def test_the_best_comes_first_and_ties_keep_their_order(self):
+        order, scores = rank(Brightness(), self.gray, "a")
         assert order.tolist() == [1, 3, 2, 0]
         assert scores.tolist() == pytest.approx([0.9, 0.9, 0.5, 0.2])
 
     @pytest.mark.parametrize("chunk", [1, 3, 4, 64])
     def test_the_chunk_changes_nothing(self, chunk):
-        assert rank(Brightness(), self.grey, "a", chunk)[0].tolist() == [1, 3, 2, 0]
+        assert rank(Brightness(), self.gray, "a", chunk)[0].tolist() == [1, 3, 2, 0]
 
     def test_a_score_that_is_not_finite_is_refused(self):
         with pytest.raises(ValueError, match="not finite for 'a'"):
-            rank(Brightness(), self.grey * torch.nan, "a")
+            rank(Brightness(), self.gray * torch.nan, "a")
 
-
-# ---------------------------------------------------------------------------------------------
-# open_clip's models
-# ---------------------------------------------------------------------------------------------
 
 ARCHITECTURE = {
     "embed_dim": 8,
@@ -235,7 +211,7 @@ ARCHITECTURE = {
 
 @pytest.fixture(scope="module")
 def open_clip(tmp_path_factory):
-    """open_clip with a tiny architecture of the name "tiny-test"."""
+    """open_clip with a tiny architecture named "tiny-test"."""
     open_clip = pytest.importorskip("open_clip")
     folder = tmp_path_factory.mktemp("architectures")
     (folder / "tiny-test.json").write_text(json.dumps(ARCHITECTURE))
@@ -282,7 +258,7 @@ class TestPretrainedScorer:
         assert pixels.grad.abs().sum() > 0
 
     def test_captions_that_are_cut_are_counted(self, weights):
-        """The context of ten holds eight ids beside the marks of start and end."""
+        """The context of ten holds eight ids beside the start and end tokens."""
         scorer = PretrainedScorer("tiny-test", str(weights[0]))
         pixels = torch.rand(1, 3, 32, 32)
         for caption, cut in (("a " * 8, 0), ("a " * 9, 1), ("a", 1), ("a " * 30, 2)):
@@ -305,11 +281,9 @@ class TestPretrainedScorer:
 
     @pytest.mark.parametrize("missing", ["none.pt", "openai", "laion2b_s34b_b79k"])
     def test_nothing_is_downloaded_unless_allowed(self, open_clip, no_network, missing):
-        with pytest.raises(
-            ValueError, match=f"no file {missing}; give a file of weights .* or allow the download"
-        ):
+        with pytest.raises(ValueError, match=f"no file {missing}.* download"):
             PretrainedScorer("ViT-B-32", missing)
 
     def test_an_unknown_architecture_is_named(self, weights, no_network):
-        with pytest.raises(ValueError, match="open_clip knows no model 'no-such'"):
+        with pytest.raises(ValueError, match="'no-such'"):
             PretrainedScorer("no-such", str(weights[0]))
