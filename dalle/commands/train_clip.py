@@ -58,58 +58,50 @@ class TrainCLIPArgs(TrainArgs):
             raise ValueError(f"eval_samples must be positive, got {self.eval_samples}")
         if self.train.grad_accum_steps > 1:
             raise ValueError(
-                "train.grad_accum_steps changes CLIP's loss, which compares every caption with every image "
-                "of the batch; set it to 1, and lower train.batch_size or start more processes where memory is short"
+                "train.grad_accum_steps changes CLIP's loss, which compares every caption with every image of "
+                "the batch; set it to 1, and lower train.batch_size or start more processes to save memory"
             )
 
 
-def train_clip(run: TrainCLIPArgs) -> Path:
-    """Train; return the run's directory, with checkpoints, retrieval accuracy in log.jsonl and retrieval
-    grids."""
-    import torch
+def train_clip(args: TrainCLIPArgs) -> Path:
+    """Train; return the run's directory: checkpoints, retrieval accuracy in log.jsonl, retrieval grids."""
     from tqdm import tqdm
 
     from dalle.clip.objective import CLIPObjective
     from dalle.data import BatchReader, first_samples, open_dataset, sample_captions
-    from dalle.hub.registry import build_model
     from dalle.runs.batches import CLIPBatch
-    from dalle.runs.init_weights import init_weights, overfit_config
     from dalle.runs.inputs import load_text_input, loader
-    from dalle.runs.training import run_training, start_processes
-    from dalle.train.precision import compile_layers
+    from dalle.runs.training import TrainingRun
     from dalle.viz.sample_grids import retrieval_grid
 
-    run = overfit_config(run)
-    with start_processes(run) as dist:
-        text = load_text_input(run.text_tokenizer)
-        if text.vocab_size > run.model.text_vocab:
+    with TrainingRun("clip", args) as run:
+        args, dist = run.args, run.dist
+        text = load_text_input(args.text_tokenizer)
+        if text.vocab_size > args.model.text_vocab:
             raise ValueError(
-                f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {run.model.text_vocab}; "
+                f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {args.model.text_vocab}; "
                 "raise it"
             )
-        train_set = open_dataset(run.data, "train", run.hard_negative_captions)
-        val_set = open_dataset(run.data, "held_out", run.hard_negative_captions)
-        torch.manual_seed(run.seed)
-        model = build_model("clip", run.model).to(dist.device)
+        train_set, val_set = (
+            open_dataset(args.data, split, args.hard_negative_captions) for split in ("train", "held_out")
+        )
         inputs = {"text": text.to_dict(), "text_hash": text.hash, "data": train_set.hash}
-        init = init_weights("clip", run, model, inputs)
-        if run.compile:
-            compile_layers(model)
+        model = run.build_model(inputs)
 
         def pack(batch):
             pixels, ids, *negatives = batch
             return pixels, model.pack_text(ids), *negatives
 
         collate, collate_val = (
-            CLIPBatch(text, run.seed, dataset if run.hard_negative_images else None)
+            CLIPBatch(text, args.seed, dataset if args.hard_negative_images else None)
             for dataset in (train_set, val_set)
         )
-        samples = first_samples(val_set, min(run.eval_samples, val_set.size or run.eval_samples))
+        samples = first_samples(val_set, min(args.eval_samples, val_set.size or args.eval_samples))
         val_batch = tuple(tensor.to(dist.device) for tensor in pack(collate_val(samples)))
-        captions = sample_captions(samples, run.seed)
-        # Listing 2 does not flip: captions speak of left and right
-        steps = BatchReader(
-            train_set, run.train.batch_size, run.seed, "transformer", collate, dist.rank, dist.world_size
+        captions = sample_captions(samples, args.seed)
+        # augmented as in Listing 2, which does not flip: captions mention left and right
+        reader = BatchReader(
+            train_set, args.train.batch_size, args.seed, "transformer", collate, dist.rank, dist.world_size
         )
 
         def evaluate(model, step: int):
@@ -117,13 +109,13 @@ def train_clip(run: TrainCLIPArgs) -> Path:
             grid = retrieval_grid(model, *val_batch[:2], captions)
             return {"loss": loss.total, **loss.metrics, "retrieval": grid}
 
-        with loader(steps, run, run.directory("clip"), pack) as batches:
-            out = run_training("clip", run, dist, model, CLIPObjective(), batches, inputs, init, evaluate)
+        with loader(reader, args, run.dir, pack) as batches:
+            run.train(CLIPObjective(), batches, evaluate)
         if model.truncated:
             tqdm.write(
-                f"note: {model.truncated} captions were longer than {run.model.text_len - 1} tokens and cut"
+                f"note: {model.truncated} captions were longer than {args.model.text_len - 1} tokens and cut"
             )
-    return out
+    return run.dir
 
 
 def main() -> None:

@@ -87,45 +87,34 @@ class TrainDVAEArgs(TrainArgs):
             )
 
 
-def train_dvae(run: TrainDVAEArgs) -> Path:
-    """Train; return the run's directory, with checkpoints, log.jsonl and reconstructions of each
-    evaluation."""
+def train_dvae(args: TrainDVAEArgs) -> Path:
+    """Train; return the run's directory: checkpoints, log.jsonl, reconstructions of each evaluation."""
     import torch
 
     from dalle.data import BatchReader, first_samples, open_dataset
     from dalle.dvae.metrics import evaluate_dvae
     from dalle.dvae.objective import DVAEObjective
-    from dalle.hub.registry import build_model
     from dalle.runs.batches import DVAEBatch
-    from dalle.runs.init_weights import init_weights, overfit_config
     from dalle.runs.inputs import loader
-    from dalle.runs.training import run_training, start_processes
-    from dalle.train.precision import compile_layers
+    from dalle.runs.training import TrainingRun
 
-    run = overfit_config(run)
-    with start_processes(run) as dist:
-        train_set, val_set = open_dataset(run.data), open_dataset(run.data, "held_out")
-        torch.manual_seed(run.seed)
-        model = build_model("dvae", run.model).to(dist.device, memory_format=torch.channels_last)
-        inputs = {"data": train_set.hash}
-        init = init_weights("dvae", run, model, inputs)
-        if run.compile:
-            compile_layers(model)
-        count = min(run.eval_samples, val_set.size or run.eval_samples)
+    with TrainingRun("dvae", args) as run:
+        args, dist = run.args, run.dist
+        train_set, val_set = open_dataset(args.data), open_dataset(args.data, "held_out")
+        run.build_model({"data": train_set.hash}, memory_format=torch.channels_last)
+        count = min(args.eval_samples, val_set.size or args.eval_samples)
         val_images = torch.from_numpy(first_samples(val_set, count).pixels).to(dist.device)
-        collate = DVAEBatch(run.crop, run.seed, dist.rank, dist.world_size)
-        # Listing 1
-        steps = BatchReader(
-            train_set, run.train.batch_size, run.seed, "dvae", collate, dist.rank, dist.world_size
+        collate = DVAEBatch(args.crop, args.seed, dist.rank, dist.world_size)
+        # augmented as in Listing 1
+        reader = BatchReader(
+            train_set, args.train.batch_size, args.seed, "dvae", collate, dist.rank, dist.world_size
         )
 
         def evaluate(model, step: int):
-            return evaluate_dvae(model, val_images, run.loss.tau(step))
+            return evaluate_dvae(model, val_images, args.loss.tau(step))
 
-        with loader(steps, run, run.directory("dvae")) as batches:
-            return run_training(
-                "dvae", run, dist, model, DVAEObjective(run.loss), batches, inputs, init, evaluate
-            )
+        with loader(reader, args, run.dir) as batches:
+            return run.train(DVAEObjective(args.loss), batches, evaluate)
 
 
 def main() -> None:

@@ -64,60 +64,52 @@ class TrainTransformerArgs(TrainArgs):
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
 
 
-def train_transformer(run: TrainTransformerArgs) -> Path:
-    """Train; return the run's directory, with checkpoints, losses per text and image token, and sample
-    grids."""
+def train_transformer(args: TrainTransformerArgs) -> Path:
+    """Train; return the run's directory: checkpoints, losses per text and image token, sample grids."""
     import torch
     from tqdm import tqdm
 
     from dalle.data import TokenCache
-    from dalle.hub.registry import build_model
     from dalle.runs.batches import TokenBatches
-    from dalle.runs.init_weights import init_weights, overfit_config
     from dalle.runs.inputs import load_dvae_input, load_text_input, resolve_input
-    from dalle.runs.training import run_training, start_processes
-    from dalle.train.precision import compile_layers
+    from dalle.runs.training import TrainingRun
     from dalle.transformer.objective import TransformerObjective
     from dalle.viz.sample_grids import SampleGrid
 
-    run = overfit_config(run)
-    with start_processes(run) as dist:
-        text, cache = load_text_input(run.text_tokenizer), TokenCache(resolve_input("tokens", run.tokens))
+    with TrainingRun("transformer", args) as run:
+        args, dist = run.args, run.dist
+        text, cache = load_text_input(args.text_tokenizer), TokenCache(resolve_input("tokens", args.tokens))
         image_tokenizer, dvae_hash = None, cache.meta["dvae"]
-        if run.dvae:
-            image_tokenizer, dvae_hash = load_dvae_input(run.dvae, dist.device)
-        check_inputs(run, text, cache, dvae_hash)
-        torch.manual_seed(run.seed)
-        model = build_model("transformer", run.model).to(dist.device)
+        if args.dvae:
+            image_tokenizer, dvae_hash = load_dvae_input(args.dvae, dist.device)
+        check_inputs(args, text, cache, dvae_hash)
         inputs = {"text": text.to_dict(), "text_hash": text.hash, "dvae": dvae_hash, "tokens": cache.hash}
-        init = init_weights("transformer", run, model, inputs)
+        model = run.build_model(inputs)
         # backends() refuses, before any work, what this device cannot run
         print("attention: " + ", ".join(f"{kind} by {backend}" for kind, backend in model.backends().items()))
-        if run.compile:
-            compile_layers(model)
-        batches = TokenBatches(cache, text, model.layout, run, dist.rank, dist.world_size)
-        val_batches = batches.val().split(run.train.batch_size)
-        captions = batches.val_captions(run.sample_grid_size)
+        batches = TokenBatches(cache, text, model.layout, args, dist.rank, dist.world_size)
+        val_batches = batches.val().split(args.train.batch_size)
+        captions = batches.val_captions(args.sample_grid_size)
         sample_grid = None
         if image_tokenizer and captions and not dist.sharded:  # sampling needs whole weights
-            sample_grid = SampleGrid(image_tokenizer, text, captions, run.seed)
-        objective = TransformerObjective(run.loss)
+            sample_grid = SampleGrid(image_tokenizer, text, captions, args.seed)
+        objective = TransformerObjective(args.loss)
 
         def evaluate(model, step: int):
             losses = [objective(model, ids.to(dist.device), step) for ids in val_batches]
-            weights = torch.tensor([len(ids) for ids in val_batches]) / run.eval_samples
+            weights = torch.tensor([len(ids) for ids in val_batches]) / args.eval_samples
             values = {"loss": [loss.total for loss in losses]}
             values |= {name: [loss.metrics[name] for loss in losses] for name in losses[0].metrics}
             scores = {name: float(torch.stack(each).cpu() @ weights) for name, each in values.items()}
             return scores | ({"samples": sample_grid(model)} if sample_grid else {})
 
-        out = run_training("transformer", run, dist, model, objective, batches, inputs, init, evaluate)
+        run.train(objective, batches, evaluate)
         if batches.truncated:
             tqdm.write(
                 f"note: {batches.truncated} captions were longer than {model.layout.max_caption_len} tokens "
                 "and cut"
             )
-    return out
+    return run.dir
 
 
 def check_inputs(

@@ -1,18 +1,126 @@
-"""One training of a command: its arguments handed to the trainer."""
+"""Training commands: processes, a model from fresh or earlier weights, and the trainer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
+import torch
 from torch import nn
 
-from dalle.hub.registry import checkpoint_meta
+from dalle.hub.init_from import freeze, load_pretrained_weights
+from dalle.hub.registry import build_model, checkpoint_meta, load_model
+from dalle.io.files import read_json
 from dalle.runs.args import TrainArgs
-from dalle.runs.init_weights import overfit_batches
+from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.distributed import Distributed
+from dalle.train.precision import compile_layers
 from dalle.train.trainer import Trainer
 from dalle.types import Objective
+
+Args = TypeVar("Args", bound=TrainArgs)
+
+
+class TrainingRun(Generic[Args]):
+    """One training of a command, as a context that leaves the process group at its end.
+
+    With `--overfit-batch N` every step trains on the first batch, of N samples.
+
+    Args:
+        kind: "dvae", "transformer" or "clip".
+        args: of the command.
+
+    Raises:
+        ValueError: processes that do not match --parallel.
+    """
+
+    def __init__(self, kind: str, args: Args):
+        if args.overfit_batch is not None:
+            args = replace(args, train=replace(args.train, batch_size=args.overfit_batch))
+        self.kind, self.args, self.dir = kind, args, args.directory(kind)
+        self.dist = start_processes(args)
+
+    def __enter__(self) -> Self:
+        self.dist.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.dist.__exit__(*error)
+
+    def build_model(self, inputs: dict[str, Any], **placement: Any) -> nn.Module:
+        """The model on its device, with `--init-from`, `--freeze` and `--compile` applied.
+
+        Args:
+            inputs: what it is trained with, for its checkpoints: hashes and the text tokenizer.
+            placement: for `nn.Module.to`.
+
+        Raises:
+            ValueError: the source does not fit, a pattern matches nothing, or the run in --out started from
+                another source.
+        """
+        torch.manual_seed(self.args.seed)
+        model = build_model(self.kind, self.args.model).to(self.dist.device, **placement)
+        self.model, self.inputs, self.init = model, inputs, self._init_weights(model, inputs)
+        if self.args.compile:
+            compile_layers(model)
+        return model
+
+    def train(
+        self,
+        objective: Objective,
+        batches: Callable[[int], Any],
+        evaluate: Callable[[nn.Module, int], dict[str, Any]],
+    ) -> Path:
+        """Trains the model; returns the run's directory."""
+        args = self.args
+        if args.overfit_batch is not None:
+            first = cache(lambda: batches(0))
+        trainer = Trainer(
+            self.model,
+            objective,
+            batches if args.overfit_batch is None else lambda step: first(),
+            args.train,
+            run_dir=self.dir,
+            meta=checkpoint_meta(self.kind, self.model, args.record(), self.inputs) | self.init,
+            steps=args.steps,
+            seed=args.seed,
+            evaluate=evaluate,
+            resume=args.resume,
+            dist=self.dist,
+            log_config=args.log,
+        )
+        trainer.train()
+        return self.dir
+
+    def _init_weights(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Where the first weights come from, for meta.json; a resumed run does not read the source again."""
+        args = self.args
+        if args.freeze:
+            frozen = freeze(model, args.freeze)
+            print(f"frozen: {len(frozen)} of {sum(1 for _ in model.parameters())} parameters")
+        if checkpoint := latest_checkpoint(self.dir):
+            init = read_json(checkpoint / "meta.json").get("init")
+            if args.init_from and (init is None or init["name"] != args.init_from.resolve().name):
+                source = f"from {init['name']}" if init else "from fresh weights"
+                raise ValueError(
+                    f"the run in --out started {source}, not from {args.init_from}; give another --out"
+                )
+            return {"init": init} if init else {}
+        if args.init_from is None:
+            return {}
+        part = load_model(args.init_from, self.kind)
+        grown = load_pretrained_weights(self.kind, model, part.model)
+        grown = f" ({', '.join(grown)})" if grown else ""
+        print(f"{self.kind}: starts from the weights of {args.init_from}{grown}")
+        for name, maker, ids in (
+            ("text_hash", "text tokenizer", "text ids"),
+            ("dvae", "dVAE", "image codes"),
+        ):
+            if name in inputs and inputs[name] != part.inputs.get(name, inputs[name]):
+                print(f"note: the source was trained with another {maker}: its {ids} may mean something else")
+        return {"init": {"name": args.init_from.resolve().name, "weights": part.hash}}
 
 
 def start_processes(args: TrainArgs) -> Distributed:
@@ -23,38 +131,3 @@ def start_processes(args: TrainArgs) -> Distributed:
         )
     timeout = timedelta(minutes=args.dist_timeout_minutes)
     return Distributed.start(args.parallel, args.device, args.shard, timeout)
-
-
-def run_training(
-    kind: str,
-    args: TrainArgs,
-    dist: Distributed,
-    model: nn.Module,
-    objective: Objective,
-    batches: Callable[[int], Any],
-    inputs: dict[str, Any],
-    init: dict[str, Any],
-    evaluate: Callable[[nn.Module, int], dict[str, Any]],
-) -> Path:
-    """Trains a model of a command's arguments; returns the run's directory.
-
-    Args:
-        inputs: what the model is trained with: hashes and the text tokenizer.
-        init: where its first weights come from, as `init_weights` returns it.
-    """
-    trainer = Trainer(
-        model,
-        objective,
-        overfit_batches(args, batches),
-        args.train,
-        run_dir=args.directory(kind),
-        meta=checkpoint_meta(kind, model, args.record(), inputs) | init,
-        steps=args.steps,
-        seed=args.seed,
-        evaluate=evaluate,
-        resume=args.resume,
-        dist=dist,
-        log_config=args.log,
-    )
-    trainer.train()
-    return trainer.run_dir

@@ -190,7 +190,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(kind, chain, start, t
     assert tuned.hash == source.hash  # with a learning rate of 0 nothing moves
     assert meta_of(out)["init"] == {"name": kind, "weights": source.hash}
     assert "init_from" not in meta_of(out)["config"]
-    assert f"begins with the weights of {chain / kind}" in capsys.readouterr().out
+    assert f"starts from the weights of {chain / kind}" in capsys.readouterr().out
 
 
 def test_a_run_starts_from_a_model_directory_with_a_smaller_vocabulary(
@@ -212,13 +212,13 @@ def test_resuming_does_not_read_the_source_again(chain, start, tmp_path):
     parts = start("clip", tmp_path / "parts", steps=4)  # the flag may be left out
     assert load_model(parts, "clip").hash == load_model(whole, "clip").hash
     assert meta_of(parts)["init"] == meta_of(whole)["init"]
-    with pytest.raises(ValueError, match=r"began from source, not from .*other; give another --out"):
+    with pytest.raises(ValueError, match=r"started from source, not from .*other; give another --out"):
         start("clip", tmp_path / "parts", steps=5, init_from=tmp_path / "other")
 
 
 def test_a_fresh_run_does_not_resume_from_other_weights(chain, start, tmp_path):
     start("clip", tmp_path / "fresh")
-    with pytest.raises(ValueError, match=r"began from fresh weights, not from .*clip; give another --out"):
+    with pytest.raises(ValueError, match=r"started from fresh weights, not from .*clip; give another --out"):
         start("clip", tmp_path / "fresh", steps=3, init_from=chain / "clip")
 
 

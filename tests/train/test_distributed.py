@@ -482,7 +482,7 @@ def test_muon_is_refused_where_matrices_are_sliced():
 
 
 def test_clip_refuses_to_accumulate():
-    with pytest.raises(ValueError, match="grad_accum_steps changes the loss of CLIP"):
+    with pytest.raises(ValueError, match="grad_accum_steps changes CLIP's loss"):
         TrainCLIPArgs(train=replace(TRAIN, grad_accum_steps=2))
 
 
