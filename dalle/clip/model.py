@@ -52,7 +52,7 @@ class CLIP(nn.Module):
         self.truncated = 0
 
     def pack_text(self, captions: Sequence[Sequence[int]]) -> Tensor:
-        """Text ids of captions -> int64 (B, L): ids, the end mark, pads; longer captions are cut and
+        """Text ids of captions -> int64 (B, L): ids, end mark, pads; longer captions are truncated and
         counted."""
         rows = torch.full((len(captions), self.config.text_len), self.pad)
         for row, ids in zip(rows, captions, strict=True):
@@ -72,7 +72,7 @@ class CLIP(nn.Module):
             return self.net.encode_text(text, normalize=True)
 
     def fsdp_groups(self) -> list[list[nn.Module]]:
-        """What sharded training gathers at once, in order of use: all in it is computed in 16 bit under
+        """Groups that sharded training gathers at once, in order of use; computed in 16 bit under
         autocast."""
         towers = self.net.transformer, self.net.visual.transformer
         return [[block.attn, block.mlp] for tower in towers for block in tower.resblocks]
@@ -83,13 +83,12 @@ class CLIP(nn.Module):
 
 
 def _attention(device: torch.device) -> AbstractContextManager:
-    """On a CPU torch's fused attention takes half of a training step at these lengths; written out it is a
-    tenth."""
+    """On a CPU torch's fused attention is slower than the plain one at these lengths."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def prepare_pixels(pixels: Tensor, size: int, mean=PIXEL_MEAN, std=PIXEL_STD) -> Tensor:
-    """Bicubic resize to size x size where needed, then CLIP's normalisation; differentiable."""
+    """Bicubic resize to size x size where needed, then CLIP's normalization; differentiable."""
     check_images(pixels)
     if pixels.shape[2:] != (size, size):
         pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
@@ -97,7 +96,15 @@ def prepare_pixels(pixels: Tensor, size: int, mean=PIXEL_MEAN, std=PIXEL_STD) ->
     return (pixels - shift) / scale
 
 
-class CLIPScorer:
+class _CosineScorer:
+    """`Scorer.score` from the unit vectors of an `Embedder`."""
+
+    def score(self, pixels: Tensor, caption: str) -> Tensor:
+        """Pixels (N, 3, H, W) in [0, 1] -> cosines (N,)."""
+        return (self.embed_images(pixels) @ self.embed_captions([caption]).T)[:, 0]
+
+
+class CLIPScorer(_CosineScorer):
     """A `Scorer` and `Embedder`: cosine of images and caption by a CLIP that reads our text ids."""
 
     def __init__(self, model: CLIP, text: TextTokenizerLike):
@@ -107,10 +114,6 @@ class CLIPScorer:
                 "they do not belong together"
             )
         self.model, self.text = model, text
-
-    def score(self, pixels: Tensor, caption: str) -> Tensor:
-        """Pixels (N, 3, H, W) in [0, 1] -> cosines (N,)."""
-        return (self.embed_images(pixels) @ self.embed_captions([caption]).T)[:, 0]
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, H, W) in [0, 1] -> unit vectors (N, E)."""
@@ -122,11 +125,9 @@ class CLIPScorer:
         return self.model.encode_text(text.to(self.model.net.logit_scale.device))
 
 
-class OpenClipScorer:
-    """A `Scorer` and `Embedder` by any model of open_clip and the tokenizer that belongs to it.
-
-    A caption longer than the model's context is cut and counted in `truncated`.
-    """
+class OpenClipScorer(_CosineScorer):
+    """A `Scorer` and `Embedder` by any model of open_clip and its tokenizer; `truncated` counts long
+    captions."""
 
     def __init__(self, model: nn.Module, tokenizer: Callable[[list[str]], Tensor]):
         self.model, self.tokenizer = model, tokenizer
@@ -135,10 +136,6 @@ class OpenClipScorer:
         self.size = size if isinstance(size, int) else size[0]
         self.mean, self.std = preprocess.get("mean", PIXEL_MEAN), preprocess.get("std", PIXEL_STD)
         self.truncated = 0
-
-    def score(self, pixels: Tensor, caption: str) -> Tensor:
-        """Pixels (N, 3, H, W) in [0, 1] -> cosines (N,)."""
-        return (self.embed_images(pixels) @ self.embed_captions([caption]).T)[:, 0]
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, H, W) in [0, 1] -> unit vectors (N, E)."""

@@ -9,33 +9,30 @@ from dalle.types import FULL_BATCH, BatchShard, Loss, StepCost
 
 
 class CLIPObjective:
-    """Symmetric cross-entropy over the scaled cosines of a batch (Radford et al., Figure 3).
+    """Symmetric cross-entropy over the scaled cosines of a batch, of all processes together.
 
-    A batch may also hold images that no caption describes, one beside each pair: then each caption must
-    prefer its image to all of these too. Every caption meets the images of all processes, and so for the
-    images.
+    A batch may also hold hard negatives, an image without a caption beside each pair: then each caption must
+    prefer its image to all of these too.
     """
 
     def __call__(
         self, model: CLIP, batch: tuple[Tensor, ...], step: int, part: BatchShard = FULL_BATCH
     ) -> Loss:
-        """batch: pixels (B, 3, H, W) in [0, 1], packed text (B, L), perhaps other images (B, 3, H, W)."""
-        pixels, packed, *others = batch
+        """batch: pixels (B, 3, H, W) in [0, 1], packed text (B, L), perhaps hard negatives (B, 3, H, W)."""
+        pixels, packed, *negatives = batch
         text = model.encode_text(packed).float()
-        images, *spoilt = model.encode_image(torch.cat([pixels, *others])).float().split(len(pixels))
+        images, *negatives = model.encode_image(torch.cat([pixels, *negatives])).float().split(len(pixels))
         all_text, all_images = part.gather(text), part.gather(images)  # (processes * B, E)
-        scale, own = (
-            model.logit_scale(),
-            part.index * len(pixels) + torch.arange(len(pixels), device=pixels.device),
-        )
+        scale = model.logit_scale()
+        own = part.index * len(pixels) + torch.arange(len(pixels), device=pixels.device)
         to_text, to_images = scale * images @ all_text.T, scale * text @ all_images.T
         total = (F.cross_entropy(to_text, own) + F.cross_entropy(to_images, own)) / 2
         right = (to_text.argmax(dim=1) == own).float().mean()
         metrics = {"image_to_text_acc": right, "logit_scale": scale.detach()}
-        if spoilt:  # a caption's own image stands at its number among all images, whole and broken
-            to_spoilt = scale * text @ part.gather(spoilt[0]).T
-            total = total + F.cross_entropy(torch.cat([to_images, to_spoilt], dim=1), own)
-            metrics["hard_negative_acc"] = ((images - spoilt[0]) * text).sum(dim=1).gt(0).float().mean()
+        if negatives:
+            to_negatives = scale * text @ part.gather(negatives[0]).T
+            total = total + F.cross_entropy(torch.cat([to_images, to_negatives], dim=1), own)
+            metrics["hard_negative_acc"] = ((images - negatives[0]) * text).sum(dim=1).gt(0).float().mean()
         return Loss(total, metrics)
 
     def step_cost(self, model: CLIP, batch: tuple[Tensor, ...]) -> StepCost:

@@ -19,6 +19,7 @@ from dalle.layout import TokenLayout
 from dalle.masks import dense_mask
 from dalle.nn.kv_cache import KVCache, KVCacheLayout
 from dalle.pretrained.external_blocks import BlockConfig, Layer
+from dalle.transformer import Transformer
 from dalle.types import check_tokens
 
 
@@ -120,12 +121,6 @@ class ExternalConfig(BlockConfig, ABC):
         """bool (N, N): image tokens that each sees in a layer of a kind; those of dalle/masks.py are ours."""
         return dense_mask(kind, self.layout)[self.text_len :, self.text_len :]
 
-    @property
-    def vocabulary(self) -> str:
-        """Description of its ids."""
-        codes = f"{self.image_vocab} codes in {self.grid[0]} rows"
-        return f"{self.text_vocab} text ids, {self.text_len} at a time; {codes}"
-
 
 class ExternalTransformer(nn.Module, ABC):
     """Joint ids -> logits, with the methods of `dalle.transformer.Transformer` that sampling calls.
@@ -159,17 +154,7 @@ class ExternalTransformer(nn.Module, ABC):
         """Rotary angles (n, r) of inputs (n,)."""
         return None
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits of every position: joint ids (B, n) -> fp32 (B, n, V); the other modality has -inf.
-
-        Those of a text id that nothing predicts have no meaning.
-        """
-        hidden = self.hidden(ids)
-        text, image = hidden[:, : self.layout.text_len], hidden[:, self.layout.text_len :]
-        logits = hidden.new_full((*hidden.shape[:2], self.layout.vocab), -torch.inf)
-        logits[:, : text.shape[1], : self.layout.image_offset] = self.text_logits(text)
-        logits[:, text.shape[1] :, self.layout.image_offset :] = self.image_logits(image)
-        return logits
+    forward = Transformer.forward  # the logits of a text id that nothing predicts have no meaning
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Joint ids (B, n) -> final states (B, n, D); state p reads ids before p, and is 0 if none does."""

@@ -35,8 +35,6 @@ class CheckpointFormat:
     """Shapes by the model's names, and the file -> configuration; ValueError for what is not supported."""
     build: Callable[[Any], nn.Module]
     """Configuration -> a model without the file's weights."""
-    vocabulary: Callable[[Any], str] = lambda config: ""
-    """Configuration -> description of its ids."""
     rename: Callable[[str, Collection[str]], str] = lambda name, names: name
     """The file's name of a tensor, and all its names -> the model's."""
     ignored: tuple[str, ...] = ()

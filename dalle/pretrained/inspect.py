@@ -107,10 +107,9 @@ def _comparison(found: DetectedCheckpoint) -> dict[str, Any]:
     comparison = compare_keys(found)
     report = {
         "sizes": to_dict(comparison.config),
-        "vocabulary": found.family.vocabulary(comparison.config),
         "parameters": comparison.parameters,
         "fits": not any(comparison.faults.values()),
         **comparison.faults,
         "ignored": comparison.ignored,
     }
-    return {name: value for name, value in report.items() if value not in ("", [])}
+    return {name: value for name, value in report.items() if value != []}

@@ -85,7 +85,6 @@ OPENAI = CheckpointFormat(
     key_patterns=("visual.*", "token_embedding.weight", "text_projection", "input_resolution"),
     infer_config=infer_config,
     build=partial(build, quick_gelu=True),
-    vocabulary=lambda config: f"{config.text_vocab} text ids, {config.text_len} at a time",
     ignored=NUMBERS,
 )
 OPEN_CLIP = replace(

@@ -36,12 +36,6 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DVAEConfig:
     )
 
 
-def describe_codes(config: DVAEConfig) -> str:
-    """Description of an image tokenizer's codes."""
-    side = config.downsample_factor
-    return f"{config.vocab_size} codes, {side} x {side} pixels each"
-
-
 FAMILY = CheckpointFormat(
     name="OpenAI dVAE",
     kind="image tokenizer",
@@ -49,7 +43,6 @@ FAMILY = CheckpointFormat(
     key_patterns=("*blocks.group_1.block_1.res_path.conv_1.w",),
     infer_config=infer_config,
     build=DVAE,
-    vocabulary=describe_codes,
 )
 
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
-from dalle.pretrained.openai_dvae import describe_codes
 from dalle.vqgan import VQGAN, VQGANConfig
 
 
@@ -46,7 +45,6 @@ TAMING = CheckpointFormat(
     ),
     infer_config=infer_config,
     build=VQGAN,
-    vocabulary=describe_codes,
     ignored=("loss.*",),
 )
 GUMBEL = replace(

@@ -176,44 +176,20 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQGANConfig):
         super().__init__()
         self.config = config
+        self.downsample_factor, self.vocab_size = config.downsample_factor, config.vocab_size
         self.encoder, self.decoder, self.quantize = Encoder(config), Decoder(config), Codebook(config)
         self.quant_conv = nn.Conv2d(config.latent, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent, 1)
 
-    @property
-    def downsample_factor(self) -> int:
-        """Pixels on a side of one token."""
-        return self.config.downsample_factor
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of codes."""
-        return self.config.vocab_size
-
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """The code of each position; a Gumbel model's most likely one, without noise.
-
-        Args:
-            pixels: float (B, 3, H, W) in [0, 1], sides multiples of `downsample_factor`.
-
-        Returns:
-            int64 (B, h * w) in raster order.
-        """
+        """Pixels (B, 3, H, W) in [0, 1], sides multiples of `downsample_factor` -> codes int64 (B, h * w)."""
         check_images(pixels, self.downsample_factor)
         return self.quantize(self.quant_conv(self.encoder(2 * pixels - 1))).flatten(1)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Images of tokens.
-
-        Args:
-            tokens: int64 (B, h * w).
-            grid: (h, w); square by default.
-
-        Returns:
-            float32 (B, 3, H, W) in [0, 1].
-        """
+        """Tokens int64 (B, h * w), square unless `grid` is (h, w) -> float32 (B, 3, H, W) in [0, 1]."""
         check_tokens(tokens, self.vocab_size, "image_tokens")
         h, w = token_grid(tokens, grid)
         z = F.embedding(tokens, self.quantize.vectors()).movedim(2, 1).unflatten(2, (h, w))  # (B, D, h, w)

@@ -159,7 +159,6 @@ def test_inspection(tmp_path):
     report = inspect_checkpoint(InspectCheckpointArgs(path))
     assert (report["family"], report["kind"], report["fits"]) == ("DALLE-pytorch", "transformer", True)
     assert report["sizes"]["kinds"][:2] == ["full", "axial_row"]
-    assert "30 text ids, 6 at a time; 24 codes" in report["vocabulary"]
     assert set(report["ignored"]) == {name for name in weights if name.startswith("vae.")}
 
 

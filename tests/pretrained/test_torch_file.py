@@ -308,7 +308,7 @@ def test_recursive_values():
         (b"\x1f\x8b\x08\x00", "gzip"),
         (b"\x00" * 257 + b"ustar", "tar"),
         (b"PK\x03\x04" + b"\x00" * 40, "zip"),
-        (struct.pack("<Q", 20) + b'{"a": not json at all', "safetensors"),
+        (struct.pack("<Q", 20) + b'{"a": not json at all', "invalid JSON"),
         (b"\x80\x02K\x01", "broken pickle"),
         (b"\x80\x02\x82\x01.", "EXT1"),
         (b"\x80\x02(]h\x00", "broken pickle"),

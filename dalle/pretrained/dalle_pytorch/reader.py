@@ -10,7 +10,6 @@ import re
 from collections.abc import Collection, Mapping
 from itertools import cycle, islice
 from math import isqrt
-from operator import attrgetter
 from reprlib import repr as shown
 from typing import Any
 
@@ -115,7 +114,6 @@ FAMILY = CheckpointFormat(
     ),
     infer_config=infer_config,
     build=DallePytorch,
-    vocabulary=attrgetter("vocabulary"),
     rename=own_name,
     ignored=(f"{INSIDE}*", "text_emb.linear.*", "image_emb.linear.*", "logits_mask"),
 )

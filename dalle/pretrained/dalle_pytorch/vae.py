@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
-from dalle.pretrained.openai_dvae import describe_codes
 from dalle.types import check_images, check_tokens, token_grid
 
 LICENSE = "MIT, of github.com/lucidrains/DALLE-pytorch; weights are of whoever trained them"
@@ -93,6 +92,7 @@ class DiscreteVAE(nn.Module):
     def __init__(self, config: DiscreteVAEConfig):
         super().__init__()
         self.config, width = config, config.width
+        self.downsample_factor, self.vocab_size = config.downsample_factor, config.vocab_size
         down, up = [], []
         for level in range(config.levels):
             n_in = width if level else 3
@@ -105,16 +105,6 @@ class DiscreteVAE(nn.Module):
         self.codebook = nn.Embedding(config.vocab_size, config.codebook_dim)
         self.encoder = nn.Sequential(*down, *before, nn.Conv2d(width, config.vocab_size, 1))
         self.decoder = nn.Sequential(*after, *up, nn.Conv2d(width, 3, 1))
-
-    @property
-    def downsample_factor(self) -> int:
-        """Pixels on a side of one token."""
-        return self.config.downsample_factor
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of codes."""
-        return self.config.vocab_size
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -143,5 +133,4 @@ FAMILY = CheckpointFormat(
     key_patterns=("codebook.weight", "encoder.0.0.weight", "decoder.*.0.weight"),
     infer_config=infer_config,
     build=DiscreteVAE,
-    vocabulary=describe_codes,
 )

@@ -5,12 +5,11 @@
     stage1_last.ckpt                   the image tokenizer, a VQGAN (dalle/pretrained/vqgan.py)
     stage2_last.ckpt                   the transformer
 
-What config.yaml leaves out is as in the published model.
+What config.yaml omits is as in the published model.
 """
 
 from collections.abc import Mapping
 from math import isqrt
-from operator import attrgetter
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
@@ -24,17 +23,6 @@ from dalle.text.external.huggingface import HuggingFaceTokenizer
 CONFIG, STAGE1, STAGE2 = "config.yaml", "stage1_last.ckpt", "stage2_last.ckpt"
 VOCABULARY, MERGES = "tokenizer/bpe-16k-vocab.json", "tokenizer/bpe-16k-merges.txt"
 FILES = (CONFIG, VOCABULARY, MERGES, STAGE1, STAGE2)
-PUBLISHED = {
-    "embed_dim": 1536,
-    "n_layers": 42,
-    "n_dense_layers": 42,
-    "n_heads": 24,
-    "ctx_len_img": 256,
-    "ctx_len_txt": 64,
-    "vocab_size_txt": 16384,
-    "vocab_size_img": 16384,
-}
-"""Defaults of its configuration (dalle/utils/config.py there)."""
 UNKNOWN, PAD, SUFFIX = "[UNK]", "[PAD]", "</w>"
 LICENSE = "CC-BY-NC-SA 4.0 for the transformer (no commercial use); not stated for its image tokenizer"
 
@@ -64,8 +52,8 @@ def is_folder(path: Path) -> bool:
     return (path / STAGE2).is_file()
 
 
-def read_stage2(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The transformer's part of config.yaml and its hyper-parameters; ValueError if of another model."""
+def read_hparams(folder: Path) -> dict[str, Any]:
+    """The hyper-parameters of the transformer in config.yaml; ValueError if of another model."""
     if not (folder / CONFIG).is_file():
         raise ValueError(f"no {CONFIG} in {folder}, which has heads and biases")
     try:
@@ -78,32 +66,19 @@ def read_stage2(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{CONFIG} has no mapping of the name stage2")
     if (kind := stage2.get("type", "transformer1d")) != "transformer1d":
         raise ValueError(f"{CONFIG} has a model of type {shown(kind):.40}; only transformer1d reads captions")
-    return stage2, hparams
+    return hparams
 
 
 def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> MinDalleConfig:
-    """Sizes from the shapes, compared with config.yaml of the folder; ValueError where they differ."""
+    """Sizes from the shapes, heads, biases and GELU from config.yaml of the folder."""
     folder = found.path.parent
-    stage2, hparams = read_stage2(folder)
+    hparams = read_hparams(folder)
     pad = read_vocabulary(folder / VOCABULARY)[PAD]
     text_vocab, width = shapes["text_embedding.weight"]
     positions = shapes["image_position.weight"][0]
-    sizes = {
-        "embed_dim": width,
-        "n_layers": count_matches(shapes, "layers.*.attention.norm.weight"),
-        "ctx_len_img": positions,
-        "ctx_len_txt": shapes["text_position.weight"][0],
-        "vocab_size_txt": text_vocab,
-        "vocab_size_img": shapes["image_embedding.weight"][0],
-    }
-    sizes["n_dense_layers"] = sizes["n_layers"]
-    for name, size in sizes.items():
-        value = (stage2 if name.startswith("vocab") else hparams).get(name, PUBLISHED[name])
-        if value != size:
-            raise ValueError(f"{CONFIG} has {name} {shown(value):.40}, the tensors are of {size}")
     if isqrt(positions) ** 2 != positions:
         raise ValueError(f"{positions} image tokens are no square")
-    heads = hparams.get("n_heads", PUBLISHED["n_heads"])
+    heads = hparams.get("n_heads", 24 if width == MinDalleConfig.width else None)
     if type(heads) is not int or heads < 1:
         raise ValueError(f"{CONFIG} has n_heads {shown(heads):.40}, expected a positive number")
     if not 0 <= pad < text_vocab:
@@ -111,12 +86,12 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> MinDalleConfig:
     attention_bias = _switch(hparams, "attn_bias", True)
     return MinDalleConfig(
         width=width,
-        depth=sizes["n_layers"],
+        depth=count_matches(shapes, "layers.*.attention.norm.weight"),
         heads=heads,
-        text_len=sizes["ctx_len_txt"],
+        text_len=shapes["text_position.weight"][0],
         grid=(isqrt(positions),) * 2,
         text_vocab=text_vocab,
-        image_vocab=sizes["vocab_size_img"],
+        image_vocab=shapes["image_embedding.weight"][0],
         pad=pad,
         qkv_bias=attention_bias,
         out_bias=attention_bias,
@@ -184,7 +159,6 @@ FAMILY = CheckpointFormat(
     ),
     infer_config=infer_config,
     build=MinDalle,
-    vocabulary=attrgetter("vocabulary"),
     rename=rename_layers(r"blocks\.(\d+)\.(.+)", _PARTS, _OTHERS),
     ignored=("blocks.*.attn.mask",),
 )

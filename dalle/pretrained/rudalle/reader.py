@@ -7,8 +7,6 @@ or its sibling with wavelets (dalle/pretrained/rudalle/vqgan_dwt.py).
 """
 
 from dataclasses import replace
-from operator import attrgetter
-from typing import Any
 
 import torch
 
@@ -22,7 +20,6 @@ HEADS = {(24, 2048): 16, (64, 3840): 60, (12, 768): 12}
 """(depth, width) -> heads, of Malevich and its siblings, Kandinsky, and the package's untrained "dummy"."""
 MASKS = {"row": "row_mask", "column": "col_mask", "square": "conv_mask"}
 SPECIAL = {"unknown": 1, "pad": 0, "begin": BEGIN, "end": END}
-FORMAT, VERSION = "youtokentome, lowercase", 1
 
 _OTHERS = {
     "text_embeddings": "text_embedding",
@@ -79,26 +76,7 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> RudalleConfig:
     raise ValueError(f"its masks are neither those of {' nor of '.join(VERSIONS)}")
 
 
-class RudalleTokenizer(YoutokentomeTokenizer):
-    """Its bpe.model for lowercase captions; begin and end are added by the layout."""
-
-    def pieces(self, caption: str) -> list[str]:
-        """Words between spaces of the lowercased caption, stripped first as in the package."""
-        return super().pieces(caption.lower().strip())
-
-    def to_dict(self) -> dict[str, Any]:
-        """The model as plain data."""
-        return super().to_dict() | {"format": FORMAT, "version": VERSION}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "RudalleTokenizer":
-        """The inverse of to_dict; ValueError for other data."""
-        if (data.get("format"), data.get("version")) != (FORMAT, VERSION):
-            raise ValueError(f"expected the format {FORMAT!r} in version {VERSION}")
-        return cls({name: data[name] for name in ("characters", "merges", "special")})
-
-
-def lowercase(text: BPETokenizer) -> RudalleTokenizer:
+def lowercase(text: BPETokenizer) -> YoutokentomeTokenizer:
     """The tokenizer of its bpe.model as the package uses it.
 
     Raises:
@@ -108,7 +86,7 @@ def lowercase(text: BPETokenizer) -> RudalleTokenizer:
         raise ValueError(f"ruDALL-E reads a youtokentome model, its bpe.model, not a {type(text).__name__}")
     if text.model["special"] != SPECIAL:
         raise ValueError(f"ruDALL-E's bpe.model has the ids {SPECIAL}, this one {text.model['special']}")
-    return RudalleTokenizer(text.model)
+    return YoutokentomeTokenizer(text.model | {"lowercase": True})
 
 
 FAMILY = CheckpointFormat(
@@ -122,7 +100,6 @@ FAMILY = CheckpointFormat(
     ),
     infer_config=infer_config,
     build=Rudalle,
-    vocabulary=attrgetter("vocabulary"),
     rename=rename_layers(r"transformer\.layers\.(\d+)\.(.+)", _PARTS, _OTHERS),
     ignored=tuple(f"{prefix}{name}" for prefix in ("", "transformer.") for name in MASKS.values()),
 )

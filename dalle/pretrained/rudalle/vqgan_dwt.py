@@ -70,11 +70,6 @@ def own_name(name: str, names: Collection[str] = ()) -> str:
     return rest.replace("idwt.", "wavelets.") if half == "decoder" and rest.startswith("idwt.") else name
 
 
-def _vocabulary(config: VQGANConfig) -> str:
-    side = config.downsample_factor
-    return f"{config.vocab_size} codes of {side} x {side} pixels each, decoded to {2 * side} x {2 * side}"
-
-
 FAMILY = CheckpointFormat(
     name="VQGAN of ruDALL-E with wavelets",
     kind="image tokenizer",
@@ -87,7 +82,6 @@ FAMILY = CheckpointFormat(
     ),
     infer_config=infer_config,
     build=WaveletVQGAN,
-    vocabulary=_vocabulary,
     rename=own_name,
     ignored=(
         "model.post_quant_conv.*",

@@ -39,7 +39,8 @@ class YoutokentomeTokenizer(BPETokenizer):
     """Encodes as `youtokentome.BPE(path).encode` without begin and end, which belong to the layout.
 
     Args:
-        model: what `parse_model` returns.
+        model: what `parse_model` returns; with lowercase=True, captions are lowercased and stripped
+            (ruDALL-E).
     """
 
     def __init__(self, model: dict[str, Any]):
@@ -62,7 +63,7 @@ class YoutokentomeTokenizer(BPETokenizer):
 
     def pieces(self, caption: str) -> list[str]:
         """Words between spaces."""
-        return WORDS.findall(caption)
+        return WORDS.findall(caption.lower().strip() if self.model.get("lowercase") else caption)
 
     def symbols(self, piece: str) -> list[int]:
         """The word-start mark and the characters; one unknown for a run of unknown ones."""
@@ -88,6 +89,6 @@ class YoutokentomeTokenizer(BPETokenizer):
         if (data.get("format"), data.get("version")) != (FORMAT, VERSION):
             raise ValueError(f"expected the format {FORMAT!r} in version {VERSION}")
         try:
-            return cls({name: data[name] for name in ("characters", "merges", "special")})
+            return cls({name: value for name, value in data.items() if name not in ("format", "version")})
         except (KeyError, TypeError) as error:
             raise ValueError(f"the youtokentome model is incomplete or damaged ({error!r})") from error
