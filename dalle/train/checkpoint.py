@@ -1,17 +1,15 @@
-"""Checkpoints: a folder that describes itself, written so that a crash never leaves half of one.
+"""Checkpoints: directories that describe themselves, written so that a crash never leaves half of one.
 
     run/checkpoints/step-00001000/model.safetensors      weights
                                   ema.safetensors        running sums of the averaged weights
                                   optimizer.safetensors  the optimizers' moments, "parameter/moment"
                                   scales.safetensors     gradient scales, with fp16 only
-                                  NAME.safetensors       whatever else has a memory
                                   meta.json              format, kind, model_config, config, step, ema,
                                   inputs, ... SHA256SUMS             of all of these, written last
-    run/checkpoints/latest                               name of the newest complete folder
+    run/checkpoints/latest                               name of the newest complete checkpoint
 
-A folder is written under another name, synced, renamed; the pointer moves last. What lies on many processes
-is a folder of shards in place of a file (dalle/train/sharded_checkpoint.py). Random numbers, the learning
-rate and the place in the data follow from the seed and the step.
+A checkpoint is written under another name, synced, renamed; the pointer moves last. Sharded tensors are a
+folder of shards in place of a file (dalle/train/sharded_checkpoint.py).
 """
 
 import os
@@ -45,70 +43,62 @@ from dalle.train.state import TrainState
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state as it was at one step, in the CPU's memory: what may be written while training goes on."""
+    """A copy of the state on the CPU, to be written while training continues."""
 
     tensors: dict[str, dict[str, Tensor]]
     """This process's, by file and name."""
     meta: dict[str, Any]
-    """What meta.json will hold."""
+    """Contents of meta.json."""
 
     @classmethod
-    def of(cls, state: TrainState, meta: dict[str, Any], rank: int = 0) -> "Snapshot":
-        """Copies this process's share of the state; what all processes have alike is the first one's."""
+    def of(cls, state: TrainState, meta: dict[str, Any], rank: int) -> "Snapshot":
+        """Copies this process's shards of the state; replicated tensors on rank 0 only."""
         tensors, numbers = state.state_dict()
-        copies = {
-            file: sharded.copy_to_cpu(held) if sharded.is_sharded(held) else on_cpu(held) if rank == 0 else {}
-            for file, held in tensors.items()
-        }
+        copies = {}
+        for file, values in tensors.items():
+            if sharded.is_sharded(values):
+                copies[file] = sharded.copy_to_cpu(values)
+            else:
+                copies[file] = on_cpu(values) if rank == 0 else {}
         return cls(copies, deepcopy({"format": FORMAT, **meta, **numbers}))
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of the checkpoint's directory."""
         return f"step-{self.meta['step']:08d}"
-
-
-def save_checkpoint(
-    run_dir: Path, state: TrainState, meta: dict[str, Any], keep: int, keep_every: int | None = None
-) -> Path:
-    """Writes a checkpoint of the state and removes all but the newest `keep` and every `keep_every`-th
-    step's."""
-    dist = Distributed.current()
-    return write_checkpoint(run_dir, Snapshot.of(state, meta, dist.rank), keep, keep_every, dist)
 
 
 def write_checkpoint(
     run_dir: Path, snapshot: Snapshot, keep: int, keep_every: int | None, dist: Distributed
 ) -> Path:
-    """`save_checkpoint` of a snapshot; all processes call it together.
+    """Writes a checkpoint; removes all but the newest `keep` and every `keep_every`-th step's.
+
+    All processes call it together.
 
     Raises:
-        OSError: the disk is full, or cannot be written to; earlier checkpoints are as they were.
+        OSError: the disk is full or cannot be written to; earlier checkpoints are as they were.
     """
     root = run_dir / "checkpoints"
     partial = root / f".partial-{snapshot.name}"
+
+    def clear() -> None:
+        for leftover in root.glob(".partial-step-*"):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+
     try:
-        dist.on_main(lambda: _clear(root, partial))
-        sums = _write_tensors(partial, snapshot, dist)
-        dist.on_main(lambda: _complete(partial, snapshot, sums))
+        dist.on_main(clear)
+        hashes = _write_tensors(partial, snapshot, dist)
+        dist.on_main(lambda: _complete(partial, snapshot, hashes))
     except OSError:
-        shutil.rmtree(
-            partial, ignore_errors=True
-        )  # half a checkpoint is of use to no one, and the room may be
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     dist.on_main(lambda: _remove_older(root, snapshot, keep, keep_every))
     return root / snapshot.name
 
 
-def _clear(root: Path, partial: Path) -> None:
-    """Takes away what earlier crashes left, and makes the folder to write in."""
-    for left in root.glob(".partial-step-*"):
-        shutil.rmtree(left)
-    partial.mkdir(parents=True)
-
-
 def _write_tensors(partial: Path, snapshot: Snapshot, dist: Distributed) -> dict[str, str]:
-    """Writes every tensor; sha256 of each file, those of other processes too."""
+    """Writes every tensor; sha256 of each file of all processes."""
     written: list[Path] = []
     for file, tensors in snapshot.tensors.items():
         if sharded.is_sharded(tensors):
@@ -116,19 +106,16 @@ def _write_tensors(partial: Path, snapshot: Snapshot, dist: Distributed) -> dict
         else:
             path = partial / f"{file}.safetensors"
             dist.on_main(lambda path=path, tensors=tensors: write_tensors(path, tensors, copy=False))
-            written += [path] if dist.rank == 0 else []
-    return {
-        name: digest
-        for sums in dist.gather_results(lambda: file_hashes(partial, written))
-        for name, digest in sums.items()
-    }
+            written += [path] if dist.is_main else []
+    by_process = dist.gather_results(lambda: file_hashes(partial, written))
+    return {name: digest for hashes in by_process for name, digest in hashes.items()}
 
 
-def _complete(partial: Path, snapshot: Snapshot, sums: dict[str, str]) -> None:
+def _complete(partial: Path, snapshot: Snapshot, hashes: dict[str, str]) -> None:
     """Meta and hashes, then the rename, then the pointer."""
     folder = partial.with_name(snapshot.name)
     write_json(partial / "meta.json", snapshot.meta)
-    write_checksums(partial, sums | file_hashes(partial, [partial / "meta.json"]))
+    write_checksums(partial, hashes | file_hashes(partial, [partial / "meta.json"]))
     sync_folder(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -137,14 +124,14 @@ def _complete(partial: Path, snapshot: Snapshot, sums: dict[str, str]) -> None:
 
 
 def _remove_older(root: Path, snapshot: Snapshot, keep: int, keep_every: int | None) -> None:
-    older = [folder for folder in _steps(root) if folder.name < snapshot.name]
+    older = [folder for folder in _checkpoints(root) if folder.name < snapshot.name]
     for folder in older[: max(0, len(older) + 1 - keep)]:
         if not keep_every or int(folder.name.removeprefix("step-")) % keep_every:
             shutil.rmtree(folder)
 
 
-def _steps(root: Path) -> list[Path]:
-    """The checkpoints there are, oldest first."""
+def _checkpoints(root: Path) -> list[Path]:
+    """All checkpoints, oldest first."""
     return sorted(folder for folder in root.glob("step-*") if folder.name.removeprefix("step-").isdigit())
 
 
@@ -162,24 +149,23 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def latest_valid_checkpoint(run_dir: Path, dist: Distributed) -> Path | None:
-    """The newest checkpoint of a run whose files are all as they were written, or None if it has none at all.
+    """The newest checkpoint of a run whose files match their hashes, or None if there are no checkpoints.
 
-    Says which file is damaged when it takes an earlier one. All processes call it together, each reads its
-    share.
+    Warns of damaged files when it takes an earlier one. All processes call it together; each reads its share.
 
     Raises:
-        ValueError: there are checkpoints, and each is damaged.
+        ValueError: every checkpoint is damaged.
     """
     damages: list[str] = []
     for folder in dist.on_main(lambda: _candidates(run_dir)):
-        found = dist.gather_results(
+        errors = dist.gather_results(
             lambda folder=folder: verify_checkpoint(folder, dist.rank, dist.world_size)
         )
-        if not any(found):
-            if damages and dist.rank == 0:
+        if not any(errors):
+            if damages and dist.is_main:
                 tqdm.write(f"warning: {'; '.join(damages)}; taking {folder.name}, the newest that is whole")
             return folder
-        damages.append(next(filter(None, found)))
+        damages.append(next(filter(None, errors)))
     if damages:
         raise ValueError(
             f"no checkpoint of {run_dir} is whole: {'; '.join(damages)}. Restore one, or give another --out"
@@ -188,20 +174,19 @@ def latest_valid_checkpoint(run_dir: Path, dist: Distributed) -> Path | None:
 
 
 def _candidates(run_dir: Path) -> list[Path]:
-    """What the pointer names, then what is older; without a pointer, whatever there is."""
+    """The checkpoint that `latest` names, then older ones; without `latest`, all."""
     root = run_dir / "checkpoints"
     pointer = root / "latest"
-    newest = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
-    if newest is None:
-        return _steps(root)[::-1]
-    return [root / newest, *(folder for folder in _steps(root)[::-1] if folder.name < newest)]
+    if not pointer.is_file():
+        return _checkpoints(root)[::-1]
+    newest = pointer.read_text(encoding="utf-8").strip()
+    return [root / newest, *(folder for folder in _checkpoints(root)[::-1] if folder.name < newest)]
 
 
 def verify_checkpoint(
     folder: Path, rank: int = 0, world: int = 1, parts: tuple[str, ...] | None = None
 ) -> str | None:
-    """What is wrong with the files of a checkpoint, in a sentence, or None; `parts` limits it to some
-    tensors."""
+    """What is wrong with a checkpoint's files, or None; `parts` limits the check to some tensor files."""
     try:
         read_json(folder / "meta.json")
     except ValueError as error:
@@ -211,24 +196,21 @@ def verify_checkpoint(
 
 
 def restore(folder: Path, state: TrainState, dist: Distributed | None = None) -> None:
-    """Puts a checkpoint's weights, moments, averages and step into the state; strict.
-
-    However many processes wrote it, and however many read it; these call it together.
+    """Loads a checkpoint into the state, strictly; the number of processes may differ from that of the
+    writers.
 
     Raises:
         ValueError: a file is missing or no safetensors file, or holds other tensors than the state.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
-    held, _ = state.state_dict()
-    spread = any(
-        map(sharded.is_sharded, held.values())
-    )  # the moments to come too, of which a fresh state has none
-    for file in held:
+    own, _ = state.state_dict()
+    any_sharded = any(map(sharded.is_sharded, own.values()))
+    for file in own:
         place = sharded.find(folder, file)
         if place is None and file not in ("model", "ema", "optimizer"):
             continue  # new to the run
-        if place and (place.is_dir() or spread):
-            tensors[file] = state.empty_like(held, file, sharded.look_up(place))
+        if place and (place.is_dir() or any_sharded):
+            tensors[file] = state.empty_like(own, file, sharded.read_shapes(place))
             sharded.read_into(place, tensors[file], dist)
         else:
             tensors[file] = read_tensors(folder / f"{file}.safetensors")
@@ -236,5 +218,5 @@ def restore(folder: Path, state: TrainState, dist: Distributed | None = None) ->
 
 
 def saved_at(folder: Path) -> str:
-    """When a checkpoint was written: local time, to the second."""
+    """When a checkpoint was written, in local time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((folder / "meta.json").stat().st_mtime))

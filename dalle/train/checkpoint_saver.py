@@ -28,13 +28,7 @@ CONTINUE, STOP, FAILED = range(3)
 
 
 class AsyncCheckpointer:
-    """Writes checkpoints in a thread while training continues, one at a time.
-
-    Args:
-        run_dir: the run's directory.
-        keep_last: newest checkpoints kept.
-        keep_every: steps whose multiples are kept too, or None.
-    """
+    """Writes checkpoints in a thread while training continues, one at a time."""
 
     def __init__(self, run_dir: Path, keep_last: int, keep_every: int | None):
         self.run_dir, self.keep_last, self.keep_every = run_dir, keep_last, keep_every
@@ -69,24 +63,16 @@ class AsyncCheckpointer:
             written.result()
         except OSError as error:
             last = latest_checkpoint(self.run_dir)
-            left = (
-                f"{last} is intact, the same command resumes from it" if last else "there is none before it"
-            )
+            earlier = f"{last} is intact" if last else "there is no earlier one"
             raise OSError(
                 error.errno or errno.EIO,
-                f"cannot write the checkpoint of step {step} ({error.strerror or error}): {left}. Free disk space "
-                "(train.keep_last + 1 checkpoints must fit) and run the same command again",
+                f"cannot write the checkpoint of step {step} ({error.strerror or error}); {earlier}. "
+                "Free disk space (train.keep_last + 1 checkpoints must fit) and run the same command again",
             ) from error
 
 
 class RunGuard:
-    """Context of a training: locks the directory, handles signals, saves checkpoints, and waits for them at
-    the end.
-
-    Args:
-        run_dir: the run's directory, created if missing.
-        meta: description of the checkpoints, with `kind` and `steps`.
-        config: intervals and number of checkpoints.
+    """Context of a training: locks the run's directory, handles signals, saves checkpoints.
 
     Raises:
         ValueError: the directory cannot be written to, or is in use by another process.
@@ -122,10 +108,11 @@ class RunGuard:
         if status == STOP and not last:
             self.checkpointer.wait()
             if self.control.is_main:
-                asked = self.stop.asked or "a signal to another process"
+                cause = self.stop.asked or "a signal to another process"
                 tqdm.write(
-                    f"{self.meta['kind']}: stopped by {asked} after step {state.step} of {self.meta['steps']}, saved in "
-                    f"{latest_checkpoint(self.run_dir)}. The training is not complete: the same command resumes it "
+                    f"{self.meta['kind']}: stopped by {cause} "
+                    f"after step {state.step} of {self.meta['steps']}, "
+                    f"saved in {latest_checkpoint(self.run_dir)}; the same command resumes it "
                     f"(exit status {EXIT_PREEMPTED})"
                 )
             raise Preempted
@@ -149,9 +136,9 @@ class RunGuard:
 class RunLock:
     """<run>/.lock, which names the process that holds it and its host.
 
-    A record lock (`fcntl.lockf`): the kernel frees it when its process dies, a forked data worker that
-    outlives the process does not inherit it, and network file systems know it. Where the system has none,
-    nothing is locked.
+    The kernel frees a record lock when its process dies, and forked data workers do not inherit it. Windows
+    has
+    none: nothing is locked there.
     """
 
     def __init__(self, run_dir: Path):
@@ -177,10 +164,7 @@ class RunLock:
 
     def _refused(self, error: OSError) -> None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            print(
-                f"note: {self.run_dir} cannot be locked ({error.strerror}); see that no other run writes "
-                "there"
-            )
+            print(f"note: {self.run_dir} cannot be locked ({error.strerror}); let no other run write there")
             return
         self.file.seek(0)
         holder = self.file.read().strip() or "another process"
@@ -196,7 +180,7 @@ class RunLock:
 EXIT_PREEMPTED = 75
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 SAME_PRESS = 1.0
-"""Seconds in which a second SIGINT is an echo: a launcher passes on what the terminal has sent already."""
+"""Seconds in which a second SIGINT is an echo of the first: torchrun passes on what the terminal has sent."""
 
 
 class Preempted(SystemExit):
@@ -207,10 +191,7 @@ class Preempted(SystemExit):
 
 
 class PreemptionHandler:
-    """Listens for a signal to stop while it is open; `asked` is then the signal's name.
-
-    Outside of the main thread it hears nothing, since Python gives signals to that one alone.
-    """
+    """Sets `asked` to the name of a signal to stop; outside of the main thread Python delivers none."""
 
     def __init__(self):
         self.asked: str | None = None
@@ -227,6 +208,6 @@ class PreemptionHandler:
             self.asked, self._since = signal.Signals(number).name, now
 
     def close(self) -> None:
-        """Gives the signals back to whoever had them."""
+        """Restores the earlier handlers."""
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not Python's own

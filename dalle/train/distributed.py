@@ -5,15 +5,14 @@
     fsdp   each process holds a shard of every parameter, gradient and moment; layers are gathered as needed
     hsdp   shards among the processes of a machine, replicas between machines, as in the paper
 
-torchrun starts the processes. Each takes its shard of every step's batch; the shards in rank order are the
-batch of a single process, and so are loss, gradient and update up to rounding.
+torchrun starts the processes. Each takes its shard of a step's batch; loss, gradient and update equal those
+of a single process up to rounding.
 """
 
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from datetime import timedelta
 from inspect import signature
 from typing import Any, TypeVar
@@ -57,12 +56,8 @@ class Distributed:
         world_size: int = 1,
         shard: int | None = None,
     ):
-        self.mode, self.device, self.rank, self.world_size = (
-            mode,
-            device or torch.device("cpu"),
-            rank,
-            world_size,
-        )
+        self.mode, self.rank, self.world_size = mode, rank, world_size
+        self.device = device or torch.device("cpu")
         self.mesh: Any = None
         self.wrapped: Any = None
         self.control: Any = None
@@ -73,10 +68,10 @@ class Distributed:
             from torch.distributed.device_mesh import init_device_mesh  # takes seconds to import
 
             replicas = 1 if mode == "fsdp" else world_size // (shard or world_size)
-            shape = (world_size,) if mode == "fsdp" else (replicas, world_size // replicas)
-            self.mesh = init_device_mesh(
-                self.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]
-            )
+            dims = {"shard": world_size // replicas}
+            if mode == "hsdp":
+                dims = {"replicate": replicas} | dims
+            self.mesh = init_device_mesh(self.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
 
     @classmethod
     def start(
@@ -89,7 +84,7 @@ class Distributed:
         """Joins the processes that torchrun started for a training; mode "none" is a single process.
 
         Only rank 0 prints from then on. A process that waits longer than `timeout` ends with an error that
-        names the ranks that do not answer (over NCCL the watchdog ends it and names the collective).
+        names the ranks that do not answer (over NCCL the watchdog names the collective).
 
         Raises:
             ValueError: mode, torchrun, devices and `shard` do not match.
@@ -102,15 +97,15 @@ class Distributed:
             torch.cuda.set_device(own)
         dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timeout)
         per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        group = cls(mode, own, dist.get_rank(), world_size, shard or per_machine).channel()
+        group = cls(mode, own, dist.get_rank(), world_size, shard or per_machine)
+        group.control = dist.new_group(backend="gloo")
         if not group.is_main:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed by `close`
         return group
 
     @classmethod
     def join(cls, device: str = "auto", timeout: timedelta = timedelta(days=7)) -> "Distributed":
-        """Joins the processes that torchrun started to divide work without training together; alone without
-        torchrun."""
+        """Joins torchrun's processes to divide work, as sampling; a single process without torchrun."""
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         if world_size == 1:
             return cls(device=resolve_device(device))
@@ -125,14 +120,6 @@ class Distributed:
         group = cls(rank=dist.get_rank(), world_size=dist.get_world_size())
         group.control = dist.new_group(backend="gloo")
         return group
-
-    def channel(self) -> "Distributed":
-        """The same processes with a control group of their own, for a thread; all create it in the same
-        order."""
-        other = copy(self)
-        if self.world_size > 1 or self.mode != "none":
-            other.control = dist.new_group(backend="gloo")
-        return other
 
     @property
     def is_main(self) -> bool:
@@ -151,16 +138,11 @@ class Distributed:
             return dist.group.WORLD
         return self.mesh["replicate"].get_group() if self.mode == "hsdp" else None
 
-    # -----------------------------------------------------------------------------------------
-    # Model and gradients
-    # -----------------------------------------------------------------------------------------
-
     def wrap(self, model: nn.Module, precision: str, averaged: bool = True) -> None:
         """Wraps the model in DDP or FSDP2, before optimizers are built; parameter names do not change.
 
-        Under fsdp and hsdp the groups of `model.fsdp_groups()` are gathered one by one, in 16 bit under bf16
-        and fp16 (as autocast would cast them), the next one ahead of time; everything else once a step in
-        fp32: norms, embeddings, outputs (appendix D, guideline 2). Gradients are averaged in fp32.
+        fsdp and hsdp gather layers in 16 bit under bf16 and fp16, as autocast would cast them, and norms,
+        embeddings and outputs in fp32 (appendix D, guideline 2). Gradients are averaged in fp32.
 
         Args:
             model: the same weights in every process.
@@ -177,14 +159,11 @@ class Distributed:
             self.wrapped = shard_model(model, mesh, precision, self._scalars, by_longer_side=not averaged)
 
     def forward(self, model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-        """function(model, *args) as the one forward pass that DDP and FSDP hook, whatever methods it calls.
-
-        Every process must call it. The result is a tensor, or a tuple or dict of tensors.
-        """
+        """function(model, *args) as the forward pass that DDP and FSDP hook, whatever methods it calls."""
         return self.wrapped(function, *args) if self.wrapped else function(model, *args)
 
     def reshard(self) -> None:
-        """Frees what a pass without gradients has left gathered."""
+        """Frees parameters left gathered by a pass without gradients."""
         if self.sharded:
             self.wrapped.reshard()
 
@@ -197,10 +176,10 @@ class Distributed:
 
     @contextmanager
     def no_sync(self, active: bool) -> Iterator[None]:
-        """Around a pass whose gradients accumulate (`active`): what can wait for the last pass does.
+        """Context of a pass whose gradients accumulate (`active`): what can wait for the last pass does.
 
-        ddp averages in the last pass only. fsdp reduces shards in each, else every process would hold the
-        gradient of all parameters; hsdp does so within a machine and averages between machines in the last.
+        ddp averages in the last pass only. fsdp reduces in each, else every process would hold all gradients;
+        hsdp reduces within a node in each and averages between nodes in the last.
         """
         if self.mode == "ddp" and self.averaged and active:
             with self.wrapped.no_sync():
@@ -211,7 +190,7 @@ class Distributed:
         yield
 
     def finish_gradients(self, model: nn.Module, passes: int) -> None:
-        """After the last pass: divides by the passes, and averages what neither DDP nor FSDP has."""
+        """Divides gradients by the passes, and averages those of scalars, which FSDP2 leaves alone."""
         for scalar in self._scalars:
             if scalar.grad is not None:
                 scalar.grad = self.all_reduce(scalar.grad) / self.world_size
@@ -219,12 +198,9 @@ class Distributed:
         if passes > 1 and gradients:
             torch._foreach_div_(gradients, passes)
 
-    # -----------------------------------------------------------------------------------------
-    # Collectives; identity for a single process
-    # -----------------------------------------------------------------------------------------
-
     def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """Sum (or another reduction) over the processes, without gradient."""
+        """Sum (or another reduction) over the processes, without gradient; as all collectives, identity for
+        one."""
         if self.world_size == 1:
             return tensor.detach()
         result = tensor.detach().clone()
@@ -277,7 +253,7 @@ class Distributed:
             dist.barrier()
 
     def close(self) -> None:
-        """Leaves the other processes; this one prints again."""
+        """Ends the process group; this process prints again."""
         if sys.stdout is not self._stdout:
             sys.stdout.close()
             sys.stdout = self._stdout
@@ -320,7 +296,7 @@ class _Gather(torch.autograd.Function):
 
 
 def _check_launch(mode: Mode, shard: int | None) -> int:
-    """The number of processes; ValueError for a mode that does not match how they were started."""
+    """The number of processes; ValueError if mode and launch do not match."""
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
     if shard is not None and mode != "hsdp":
@@ -338,7 +314,7 @@ def _check_launch(mode: Mode, shard: int | None) -> int:
         size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if shard is None else shard
         if size < 1 or world_size % size:
             raise ValueError(
-                f"{world_size} processes do not divide into groups of {size} that share one set of parameters; "
+                f"{world_size} processes do not divide into groups of {size} that share parameters; "
                 "set --shard to a divisor, or start as many processes on each machine"
             )
     return world_size

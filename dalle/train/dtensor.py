@@ -1,5 +1,4 @@
-"""Sharded parameters: DTensor helpers that also take plain tensors, gradient norms, and FSDP2 sharding of a
-model."""
+"""FSDP2 sharding of a model, and helpers for tensors that may be DTensors."""
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -66,7 +65,7 @@ class ForwardProxy(nn.Module):
 def shard_model(
     model: nn.Module, mesh: Any, precision: str, ignored: list[nn.Parameter], by_longer_side: bool
 ) -> nn.Module:
-    """Shards a model by FSDP2: each group of `model.fsdp_groups()` on its own, everything else together.
+    """Shards a model by FSDP2: each group of `model.fsdp_groups()` by itself, everything else together.
 
     Args:
         model: the same weights in every process.
@@ -93,10 +92,10 @@ def shard_model(
 
 
 def shard_dim(shape: tuple[int, ...], shards: int) -> int:
-    """The dimension by which to shard a parameter: the longer side of a matrix, where the factors are
+    """The dimension of a parameter to shard: the longer side of a matrix (E.2), where the factors are
     smallest.
 
-    It is the paper's choice (E.2): by outputs, but the second matrix of the MLP by inputs. FSDP2 shards a
-    dimension other than the first only evenly, so a matrix that does not divide is sharded by the first.
+    FSDP2 shards other dimensions than the first only evenly, so a matrix that does not divide is sharded by
+    it.
     """
     return int(len(shape) == 2 and shape[1] > shape[0] and shape[1] % shards == 0)

@@ -1,7 +1,7 @@
-"""Exponentially averaged weights (appendices A.2, B.2), corrected for their start at zero.
+"""EMA of the weights (appendices A.2, B.2), corrected for its start at zero.
 
-After n updates with decay d the plain average still holds the share d^n of its start: 67 % after the
-1,000 steps of a run that averages every 25 with 0.99. So the sum starts at 0 and is divided by 1 - d^n.
+After n updates with decay d the plain average still holds the fraction d^n of its initial value: 67 % after
+1,000 steps with an update every 25 and decay 0.99. So the sum starts at 0 and is divided by 1 - d^n.
 """
 
 from collections.abc import Iterator

@@ -1,9 +1,8 @@
-"""Number formats of 16 bits with a wider range than fp16 (appendices B.2, D, E), emulated by rounding fp32.
+"""16-bit float formats 1-6-9 and 0-6-10 (appendices B.2, D, E), emulated by rounding fp32.
 
-fp16 has 1 sign, 5 exponent and 10 significand bits. The paper keeps Adam's mean, the error buffers and the
-messages of PowerSGD in 1-6-9 and Adam's variance, which has no sign, in 0-6-10: twice the binades. No
-hardware has these, so values stay fp32 here and are only rounded to the nearest that the format holds:
-memory is not saved, the effect on training is shown.
+The paper keeps Adam's mean and PowerSGD's error buffers and messages in 1-6-9 (sign, exponent and significand
+bits) and Adam's variance in 0-6-10: a wider range than fp16's 1-5-10. No hardware has these, so rounding
+shows their effect on training and saves no memory.
 """
 
 from collections.abc import Iterable
@@ -17,15 +16,14 @@ from dalle.train.dtensor import local
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """A floating-point format as IEEE 754 builds them: hidden bit, subnormals, top exponent for Inf and
-    NaN."""
+    """A float format as in IEEE 754: hidden bit, subnormals, top exponent for Inf and NaN."""
 
     exponent: int
     """Bits of the exponent; 6 at most, so that fp32 holds every value and its reciprocal."""
     significand: int
     """Bits of the significand after the hidden one."""
     bias: int
-    """What is taken off the stored exponent."""
+    """Subtracted from the stored exponent."""
     signed: bool = True
     """Without a sign everything below 0 becomes 0."""
 
@@ -67,7 +65,7 @@ def rounded(x: Tensor, form: FloatFormat, saturate: bool = False) -> Tensor:
     Args:
         x: fp32, any shape.
         form: the format.
-        saturate: what lies beyond the largest value, Inf too, becomes it (E.2, steps 4 and 7), and not Inf.
+        saturate: values beyond the largest become it, and not Inf (E.2, steps 4 and 7).
     """
     x = x if form.signed else x.clamp(min=0)
     _, exponent = torch.frexp(x)  # |x| = f 2^exponent, f in [1/2, 1)
@@ -92,15 +90,12 @@ def store_moments(
     mean: FloatFormat = MEAN,
     variance: FloatFormat = VARIANCE,
 ) -> None:
-    """From now on Adam's moments of these parameters are stored in these formats: rounded after every update.
-
-    Adam's own arithmetic stays fp32, and the update is made before its moments are rounded.
+    """Rounds Adam's moments of these parameters after every step; Adam's own arithmetic stays fp32.
 
     Args:
         optimizers: Adam or AdamW; others are left alone.
         parameters: "most" in the paper: gains, biases and embeddings keep fp32 moments (D, guideline 2).
-        mean: of the running mean.
-        variance: of the running variance.
+        mean, variance: formats of the moments.
     """
     chosen = {id(p) for p in parameters}
 

@@ -1,14 +1,15 @@
-"""The paper's fp16: one gradient scale per resblock (section 2.4, appendix D, guideline 1).
+"""Gradient scales for fp16: one per resblock (section 2.4, appendix D, guideline 1).
 
-A single scale for the whole model fails beyond a billion parameters: the gradients of late resblocks are so
-much smaller than those of early ones that no scale keeps both inside fp16. So each resblock multiplies its
-gradient before the cast down and divides it after (dalle/nn/blocks.py), by a scale that follows these laws:
+Beyond a billion parameters no single loss scale keeps the gradients of early and late resblocks inside fp16.
+So each resblock multiplies its gradient before the cast to fp16 and divides it after (dalle/nn/blocks.py).
+Its scale
 
-    it starts at 2^13 M, M the number of replicas;
-    an update with finite gradients in that resblock multiplies it by 2^(1/1000);
-    otherwise it is divided by sqrt(2), at most once in 125 updates;
-    it stays within [2^7 M, 2^24 M];
-    an update with any gradient that is not finite is skipped.
+    starts at 2^13 M, M the number of replicas;
+    is multiplied by 2^(1/1000) after a step with finite gradients in that resblock;
+    is divided by sqrt(2) otherwise, at most once in 125 steps;
+    stays within [2^7 M, 2^24 M].
+
+A step with any gradient that is not finite is skipped.
 """
 
 import torch
@@ -41,7 +42,7 @@ class PerBlockGradScaler:
 
     @torch.no_grad()
     def unscale(self) -> Tensor:
-        """Divides the gradients of each resblock by its scale; bool (blocks,), which of them are finite
+        """Divides the gradients of each resblock by its scale; bool (blocks,): whether they are finite
         here."""
         finite = []
         for block, value in zip(self.resblocks, self.values, strict=True):
@@ -53,7 +54,7 @@ class PerBlockGradScaler:
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
-        """Moves each scale by the laws above after an update in which these resblocks were finite."""
+        """Moves each scale by the rules above; `finite`: bool (blocks,)."""
         back = ~finite & (self.since_backoff >= BACKOFF_INTERVAL)
         factor = torch.where(finite, GROWTH, torch.where(back, BACKOFF, 1.0))
         self.since_backoff.add_(1).masked_fill_(back, 1)

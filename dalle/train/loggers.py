@@ -1,4 +1,4 @@
-"""What every run tells: a line of JSON per logged step (dalle/train/writers.py has what else may be told)."""
+"""Loggers of training metrics: log.jsonl, TensorBoard and Weights & Biases."""
 
 import json
 import math
@@ -43,20 +43,17 @@ class JSONLLogger:
 
 
 class NullLogger:
-    """The log of a process that is not the first: keeps nothing."""
+    """The logger of other processes than the first."""
 
-    def write(self, step: int, numbers: Numbers) -> None:
-        """Does nothing."""
+    def write(self, step: int, numbers: Numbers) -> None: ...
 
-    def log_image(self, step: int, name: str, image: Any) -> None:
-        """Does nothing."""
+    def log_image(self, step: int, name: str, image: Any) -> None: ...
 
-    def close(self) -> None:
-        """Does nothing."""
+    def close(self) -> None: ...
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The lines of a log, up to the first that is none: one that broke off, or what another program wrote."""
+    """The lines of a log up to the first that is damaged."""
     lines: list[dict[str, float]] = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -70,8 +67,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def peak_memory(device: torch.device | None = None) -> float:
-    """Largest memory so far in GiB: of a CUDA device, else of this process, without that of the one that
-    started it."""
+    """Peak memory in GiB: of a CUDA device, else of this process alone."""
     if device is not None and device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
     status = Path("/proc/self/status")  # Linux, where getrusage starts at the parent's peak
@@ -82,7 +78,7 @@ def peak_memory(device: torch.device | None = None) -> float:
 
 
 class Logger(Protocol):
-    """One place beside the run's directory."""
+    """A logger besides log.jsonl."""
 
     def write(self, step: int, numbers: Numbers) -> None: ...
 
@@ -92,55 +88,44 @@ class Logger(Protocol):
 
 
 class Loggers:
-    """All places of a run.
-
-    Args:
-        run_dir: receives log.jsonl and NAME-STEP.png.
-        step: where the run stands; what a crash left after it is dropped.
-        config: the other places.
-        meta: what describes the run.
+    """All loggers of a run; what a crash left in log.jsonl after `step` is dropped.
 
     Raises:
-        ImportError: a package is not there; says how to install it.
+        ImportError: a package is missing; says how to install it.
     """
 
     def __init__(self, run_dir: Path, step: int, config: LogConfig, meta: dict[str, Any]):
         self.run_dir = run_dir
-        self.writers: list[Logger] = []
+        self.others: list[Logger] = []
         if "tensorboard" in config.loggers:
-            self.writers.append(TensorBoard(run_dir, step))
+            self.others.append(TensorBoard(run_dir, step))
         if "wandb" in config.loggers:
-            self.writers.append(WandB(run_dir, config.project, meta))
+            self.others.append(WandB(run_dir, config.project, meta))
         self.lines = JSONLLogger(run_dir / "log.jsonl", step)
 
     def write(self, step: int, numbers: Numbers) -> None:
-        """Numbers of a step."""
+        """Logs the metrics of a step; of a list, as the gradient scales, the other loggers get min and
+        max."""
         self.lines.write(step, numbers)
-        for writer in self.writers:
-            writer.write(step, spread(numbers))
+        plain: dict[str, float] = {}
+        for name, value in numbers.items():
+            if isinstance(value, list):
+                plain |= {f"{name}/min": min(value), f"{name}/max": max(value)}
+            else:
+                plain[name] = value
+        for logger in self.others:
+            logger.write(step, plain)
 
     def log_image(self, step: int, name: str, image: Image.Image) -> None:
-        """An image of a step."""
+        """Writes NAME-STEP.png and logs it."""
         image.save(self.run_dir / f"{name}-{step:08d}.png")
-        for writer in self.writers:
-            writer.log_image(step, name, image)
+        for logger in self.others:
+            logger.log_image(step, name, image)
 
     def close(self) -> None:
-        """Everything is written."""
-        for writer in self.writers:
-            writer.close()
-
-
-def spread(numbers: Numbers) -> dict[str, float]:
-    """Plain numbers only: of a list, as the gradient scales, the least and the largest."""
-    plain: dict[str, float] = {}
-    for name, value in numbers.items():
-        plain |= (
-            {f"{name}/least": min(value), f"{name}/most": max(value)}
-            if isinstance(value, list)
-            else {name: value}
-        )
-    return plain
+        """Closes all loggers."""
+        for logger in self.others:
+            logger.close()
 
 
 class TensorBoard:
@@ -156,22 +141,19 @@ class TensorBoard:
         self.events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        """A point of each curve."""
         for name, value in numbers.items():
             self.events.add_scalar(name, value, step)
-        self.events.flush()  # a run may die at any instant
+        self.events.flush()
 
     def log_image(self, step: int, name: str, image: Image.Image) -> None:
-        """An image under its name."""
         self.events.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flushes."""
         self.events.close()
 
 
 class WandB:
-    """A run of Weights & Biases; resuming goes on with the same one, whose id lies in run/wandb-id.txt."""
+    """A run of Weights & Biases, resumed by its id in run/wandb-id.txt."""
 
     def __init__(self, run_dir: Path, project: str, meta: dict[str, Any]):
         try:
@@ -195,13 +177,10 @@ class WandB:
         )
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        """A point of each curve."""
         self.run.log(numbers, step=step)
 
     def log_image(self, step: int, name: str, image: Image.Image) -> None:
-        """An image under its name."""
         self.run.log({name: self.image(image)}, step=step)
 
     def close(self) -> None:
-        """Waits until all is written."""
         self.run.finish()

@@ -1,8 +1,7 @@
-"""Non-finite losses and gradients: such steps are skipped and counted, and too many in a row end the run.
+"""Non-finite losses and gradients: such steps are skipped and counted; too many in a row end the run.
 
-A skipped step leaves weights, moments and averages as they were and counts as a step, so the next one has the
-next batch. With gradient scales (fp16) it is part of the method: the paper skipped one step in twenty, and a
-scale that is too large is lowered once in 125 steps. Without them it is a bad batch, or a diverged run.
+A skipped step changes no weights, moments or averages, and the next step has the next batch. With gradient
+scales (fp16) skipping is part of the method: the paper skipped one step in twenty.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,11 +15,7 @@ from dalle.train.grad_scaler import BACKOFF_INTERVAL
 
 
 class NonfiniteGuard:
-    """Counts skipped steps.
-
-    Args:
-        limit: skipped steps in a row that end the run; 1 ends it at the first.
-    """
+    """Counts skipped steps; `limit` in a row end the run."""
 
     def __init__(self, limit: int):
         self.limit, self.skipped, self.in_a_row = limit, 0, 0
@@ -30,11 +25,9 @@ class NonfiniteGuard:
         self.in_a_row = 0
 
     def record_skip(self, scaled: bool) -> bool:
-        """A step was skipped. Returns whether these are too many in a row.
+        """Counts a skipped step; whether these are too many in a row.
 
-        Args:
-            scaled: lower gradient scales may help. They back off once in 125 steps, so the limit is 125 times
-                as high.
+        Gradient scales (`scaled`) are lowered once in 125 steps, so with them the limit is 125 times as high.
         """
         self.skipped += 1
         self.in_a_row += 1
@@ -52,15 +45,14 @@ class NonfiniteGuard:
 def find_nonfinite(
     model: nn.Module, forward: Callable[[], Any], all_true: Callable[[Tensor], Tensor] = lambda flags: flags
 ) -> str:
-    """Where NaN or infinity first appears in any process: a parameter, else a module's output, else a
-    gradient.
+    """The first tensor that is not finite: a parameter, else a module's output, else a gradient.
 
-    Every process gives the same answer, also where another one holds what is bad.
+    The answer is the same in every process, whichever has the bad tensor.
 
     Args:
         model: the model.
-        forward: runs the failing step's forward pass again.
-        all_true: bool (flags,) -> which are true in every process; they must all run `forward`, or none.
+        forward: repeats the failing forward pass.
+        all_true: bool (flags,) -> which are true in every process.
     """
     parameters = dict(model.named_parameters())
     yes = torch.ones((), dtype=torch.bool, device=local(next(iter(parameters.values()))).device)
@@ -95,7 +87,7 @@ def find_nonfinite(
 
 
 def _finite(tensors: Iterable[Tensor], yes: Tensor) -> Tensor:
-    """bool scalar: whether all of these are, as far as this process holds them; `yes` for none."""
+    """bool scalar: whether all shards on this process are finite; `yes` for none."""
     return torch.stack([yes, *(torch.isfinite(local(tensor)).all() for tensor in tensors)]).all()
 
 

@@ -1,8 +1,7 @@
-"""AdamW with the paper's groups: weight decay on matrices only, the running variance bounded (appendices A.2,
-B.2).
+"""Optimizers: AdamW with the paper's parameter groups and clipped variance (A.2, B.2), optionally Muon.
 
-Short runs may leave the matrices of the layers to Muon (Jordan et al. 2024), which makes the singular values
-of an update equal; at the size of the quick start it needs fewer steps than AdamW (docs/log.md).
+Muon (Jordan et al. 2024) for the matrices of the layers needs fewer steps than AdamW at the size of the quick
+start (docs/log.md).
 """
 
 from collections.abc import Iterator
@@ -16,9 +15,9 @@ from dalle.train.dtensor import distribute_like, local
 from dalle.train.float_formats import store_moments
 
 CHUNK = 2**26
-"""Elements whose second moment is clipped at once: bounds the temporary memory."""
+"""Elements whose second moment is clipped at once."""
 INNER = ("codes", "scale")
-"""Tensors inside torchao's 8-bit tensors that training changes."""
+"""Tensors inside torchao's 8-bit tensors."""
 
 
 def decay_groups(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
@@ -26,9 +25,8 @@ def decay_groups(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decay, keep = [], []
     for name, parameter in model.named_parameters():
-        embedding = id(parameter) in embeddings or name.endswith(
-            "embedding"
-        )  # open_clip's are bare parameters
+        bare = name.endswith("embedding")  # open_clip's
+        embedding = id(parameter) in embeddings or bare
         matrix = parameter.ndim >= 2 and not embedding
         (decay if matrix else keep).append((name, parameter))
     return decay, keep
@@ -42,11 +40,10 @@ def hidden_matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over the trainable parameters in two groups; with `muon`, Muon before it for the matrices of the
-    layers.
+    """AdamW over the trainable parameters in two groups, and Muon before it for the matrices of the layers.
 
     Raises:
-        ValueError: `muon` for a model without such matrices.
+        ValueError: Muon for a model without such matrices.
     """
     decay, keep = ([p for _, p in group if p.requires_grad] for group in decay_groups(model))
     optimizers: list[torch.optim.Optimizer] = []
@@ -77,8 +74,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
 def set_lr(
     optimizers: list[torch.optim.Optimizer], config: OptimizerConfig, step: int, share: float = 1.0
 ) -> None:
-    """Gives every group the learning rate of an update, counted from 0, times a share (1/2 after one
-    halving)."""
+    """Sets the learning rate of a step, counted from 0, times `share` (1/2 after one plateau)."""
     for optimizer in optimizers:
         factor = config.muon_lr_scale if isinstance(optimizer, torch.optim.Muon) else 1.0
         for group in optimizer.param_groups:
@@ -90,13 +86,11 @@ def set_lr(
 
 
 def clip_second_moment(optimizer: torch.optim.AdamW, limit: float) -> None:
-    """From now on the running variance v is at most `limit` where parameters and moments are updated by it
-    (B.2).
+    """Keeps the second moment v at most `limit` in all further steps (B.2).
 
-    The fused update leaves no room between v <- b v + (1 - b) g^2 and its use. So v is lowered before it, to
-    at most (limit - (1 - b) g^2) / b, which makes the result min(limit, v). One gradient alone can exceed the
-    limit if (1 - b) g^2 > limit, which the paper's clipping of the norm rules out; then v starts again from
-    it.
+    The fused step updates v <- b v + (1 - b) g^2 and uses it at once. So v is lowered before, to at most
+    (limit - (1 - b) g^2) / b, which makes the result min(limit, v). Only if (1 - b) g^2 alone exceeds the
+    limit, which clipping the gradient norm rules out, v exceeds it too.
     """
 
     @torch.no_grad()
@@ -104,7 +98,7 @@ def clip_second_moment(optimizer: torch.optim.AdamW, limit: float) -> None:
         for group in optimizer.param_groups:
             b = group["betas"][1]
             used = [p for p in group["params"] if p.grad is not None and "exp_avg_sq" in optimizer.state[p]]
-            for part in _parts(used, CHUNK):
+            for part in _chunks(used, CHUNK):
                 gradients = [local(p.grad) for p in part]
                 most = torch._foreach_mul(gradients, gradients)
                 torch._foreach_mul_(most, -(1 - b) / b)
@@ -115,8 +109,8 @@ def clip_second_moment(optimizer: torch.optim.AdamW, limit: float) -> None:
     optimizer.register_step_pre_hook(lower)
 
 
-def _parts(parameters: list[Tensor], elements: int) -> Iterator[list[Tensor]]:
-    """In order, in lists of so many elements or of one parameter."""
+def _chunks(parameters: list[Tensor], elements: int) -> Iterator[list[Tensor]]:
+    """Lists of at most so many elements, or of one parameter."""
     part: list[Tensor] = []
     for parameter in parameters:
         if part and sum(p.numel() for p in part) + parameter.numel() > elements:
@@ -128,12 +122,7 @@ def _parts(parameters: list[Tensor], elements: int) -> Iterator[list[Tensor]]:
 
 
 def adamw_8bit(parameters: list[Tensor], **settings: Any) -> torch.optim.Optimizer:
-    """torchao's AdamW8bit.
-
-    Raises:
-        ImportError: torchao is not there.
-        ValueError: a parameter is sharded.
-    """
+    """torchao's AdamW8bit; ImportError without torchao, ValueError for sharded parameters."""
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
@@ -154,11 +143,10 @@ def plain_tensors(moment: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def load_moment(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, tensor: Tensor) -> None:
-    """Puts a plain tensor back where `plain_tensors` took it from; an optimizer of 8 bits rounds moments of
-    fp32.
+    """Loads a tensor of `plain_tensors`; an 8-bit optimizer quantizes fp32 moments.
 
     Raises:
-        ValueError: moments of 8 bits for an optimizer of fp32.
+        ValueError: 8-bit moments for an fp32 optimizer.
     """
     moment, _, inner = name.partition(".")
     state, in_8bit = optimizer.state[parameter], hasattr(optimizer, "_new_buffer")
@@ -172,8 +160,6 @@ def load_moment(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, 
         elif in_8bit:
             state[moment] = optimizer._new_buffer(parameter, signed=moment == "exp_avg")
         else:
-            state[moment] = torch.empty_like(
-                parameter, dtype=tensor.dtype
-            )  # fused kernels want these strides
+            state[moment] = torch.empty_like(parameter, dtype=tensor.dtype)  # strides of fused kernels
     target = getattr(state[moment], inner) if inner else state[moment]
     target.copy_(distribute_like(tensor, target))

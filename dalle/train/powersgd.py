@@ -1,22 +1,19 @@
-"""PowerSGD (section 2.5, appendix E; Vogels et al. 2019): gradients cross the slow link as two thin factors.
+"""PowerSGD gradient compression between replicas (section 2.5, appendix E; Vogels et al. 2019).
 
-Replicas must average their gradients. Instead of a matrix G (m, n) each sends P (m, r) and Q' (n, r):
+Instead of a gradient G (m, n) each replica sends two thin factors, P (m, r) and Q' (n, r):
 
-    E <- E + G            the error buffer: what earlier updates left unsent
-    P  = mean of E Q      Q (n, r) Gaussian, drawn once and kept
+    E <- E + G            error buffer: what earlier steps left unsent
+    P  = mean of E Q      Q (n, r) Gaussian, sampled once and kept
     P <- orthonormal columns that span P
     Q' = mean of E^T P
-    P Q'^T                is taken for the mean gradient; E <- E - P Q'^T stays for the next update
+    G <- P Q'^T           in place of the mean gradient
+    E <- E - P Q'^T
 
-so that all that was taken and the mean of E together are always the sum of the mean gradients. Only the
-matrices of the layers are factored; embeddings, outputs, gains and biases are averaged whole in fp32.
-
-A plain function on gradients, called after the backward pass, rather than torch's communication hook: that
-one updates Q or redraws it each step (`warm_start`), factors whatever is large, embeddings too, keeps its
-errors by the numbers of DDP's buckets, which no checkpoint can carry to another number of processes, and
-does not know FSDP2. A test holds this against torch's with its Q put back. The same function serves
-replicas (ddp) and the replicas of shards (hsdp): each process factors the gradient of its own shard. What
-is lost is the overlap of sending with the backward pass.
+Only matrices of the layers are factored; other gradients are averaged whole in fp32. torch's communication
+hook
+is not used: it changes Q in each step, factors embeddings, keeps errors by DDP bucket, which no checkpoint
+can carry to another number of processes, and does not know FSDP2. Here replicas may hold shards (hsdp): each
+process factors the gradient of its own shard. Communication does not overlap with the backward pass.
 """
 
 import math
@@ -39,14 +36,13 @@ EPS = 1e-6  # E.2, step 5
 def build_powersgd(
     model: nn.Module, config: PowerSGDConfig, seed: int, group: Any = None
 ) -> "PowerSGD | None":
-    """PowerSGD over a model's trainable parameters, or None where no rank is given or there is one replica
-    only.
+    """PowerSGD over a model's trainable parameters; None without a rank or with one replica.
 
     Args:
-        model: bare, or with its parameters sharded over a one-dimensional mesh (FSDP2).
+        model: bare, or sharded over a one-dimensional mesh (FSDP2).
         config: rank and the rest.
         seed: of Q.
-        group: the processes that hold the same parameters (the same shards of them); all unless given.
+        group: the replicas: processes that hold the same (shards of) parameters; default: all.
     """
     if (
         config.rank is None
@@ -59,8 +55,8 @@ def build_powersgd(
 
 
 @dataclass
-class Factored:
-    """One parameter whose gradient is factored."""
+class FactoredParameter:
+    """The state of a parameter whose gradient is factored."""
 
     error: Tensor
     """E, the shape of the parameter's shard on this process."""
@@ -78,18 +74,17 @@ class Factored:
 class PowerSGD:
     """Averages gradients over replicas, those of the layers' matrices by factors.
 
-    Every process of every replica calls `reduce` and `state_dict` at the same time as the others: both send.
+    All processes of all replicas call `reduce` and `state_dict` together.
 
     Args:
-        parameters: name -> parameter, whole or sharded over a one-dimensional mesh.
-        matrices: name -> how many matrices are stacked in it; all others are averaged whole.
-        config: rank and the rest; its rank is of all shards together.
+        parameters: by name, whole or sharded over a one-dimensional mesh.
+        matrices: name -> number of matrices stacked in it; other parameters are averaged whole.
+        config: its rank is that of all shards together.
         seed: of Q.
-        group: the replicas; all processes unless given.
+        group: the replicas; default: all processes.
 
     Raises:
-        ValueError: no rank; parameters on a mesh of two dimensions, which FSDP2 averages by itself; shards
-            with a Q that changes.
+        ValueError: no rank; a two-dimensional mesh; shards with a Q that changes.
     """
 
     def __init__(
@@ -103,9 +98,8 @@ class PowerSGD:
         if config.rank is None:
             raise ValueError("PowerSGD needs a rank, got None; Table 1 has 512, 640 and 896")
         self.parameters, self.config, self.seed, self.group = parameters, config, seed, group
-        self.sent = 0
-        """Bytes that this process gave to the averaging of the last update."""
-        self.factored: dict[str, Factored] = {}
+        self.sent = 0  # bytes in the last step
+        self.factored: dict[str, FactoredParameter] = {}
         for name in (name for name in parameters if name in matrices):  # in the same order everywhere
             shard = local(parameters[name]).detach()
             shards = _place(parameters[name])[1]
@@ -113,34 +107,30 @@ class PowerSGD:
                 raise ValueError(
                     "a checkpoint cannot carry the Q of each shard; set powersgd.q_mode to fixed or random"
                 )
-            even = (
-                shard.numel() * shards == parameters[name].numel()
-            )  # else shards would not agree, and some are empty
+            even = shard.numel() * shards == parameters[name].numel()
             ranks = plan_ranks(shard.shape, matrices[name], math.ceil(config.rank / shards)) if even else None
             if ranks:
-                self.factored[name] = Factored(torch.zeros_like(shard, dtype=torch.float32), ranks)
-                self._draw(name, 0)
+                self.factored[name] = FactoredParameter(torch.zeros_like(shard, dtype=torch.float32), ranks)
+                self._sample_q(name, 0)
 
     def traffic(self) -> dict[str, float]:
-        """Of the last update, for the log: MB that this process gave to the averaging, and the share of those
-        of the same gradients whole in fp32."""
-        whole = sum(4 * local(p).numel() for p in self.parameters.values())
-        return {"comm_mb": self.sent / 1e6, "comm_ratio": self.sent / whole}
+        """MB that this process sent in the last step, and as a fraction of full fp32 gradients."""
+        full = sum(4 * local(p).numel() for p in self.parameters.values())
+        return {"comm_mb": self.sent / 1e6, "comm_ratio": self.sent / full}
 
     @torch.no_grad()
     def reduce(self, step: int) -> None:
-        """Puts (what is taken for) the mean over the replicas into every gradient.
+        """Replaces every gradient by (an approximation of) its mean over the replicas.
 
-        If any gradient on any process is not finite, the update is to be skipped: those gradients become Inf
-        everywhere, and no error buffer changes. Parameters without a gradient are left out; they must be the
-        same ones on all processes.
+        If any gradient is not finite on any process, it becomes Inf everywhere, so that the step is skipped,
+        and no error buffer changes. Parameters without a gradient must be the same ones on all processes.
 
         Args:
-            step: the update, counted from 0.
+            step: counted from 0.
         """
         self.sent = 0
         gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
-        if self._spoilt(gradients):
+        if self._any_nonfinite(gradients):
             return
         names = (
             [name for name in self.factored if name in gradients] if step >= self.config.start_step else []
@@ -149,11 +139,11 @@ class PowerSGD:
         if names:
             self._factor({name: gradients[name] for name in names}, step)
 
-    def _spoilt(self, gradients: dict[str, Tensor]) -> bool:
-        """Whether any process has Inf or NaN; the gradients concerned are then Inf on all of them."""
+    def _any_nonfinite(self, gradients: dict[str, Tensor]) -> bool:
+        """Whether any process has Inf or NaN; those gradients become Inf on all of them."""
         if not gradients:
             return False
-        finite = self.share(torch.stack([g.isfinite().all() for g in gradients.values()]))
+        finite = self.all_true(torch.stack([g.isfinite().all() for g in gradients.values()]))
         if finite.all():
             return False
         for gradient, good in zip(gradients.values(), finite.tolist(), strict=True):
@@ -161,19 +151,19 @@ class PowerSGD:
                 gradient.fill_(torch.inf)
         return True
 
-    def share(self, finite: Tensor) -> Tensor:
-        """Flags, of which each becomes false if it is so on any process of any replica (E.2, step 10)."""
-        flags = finite.int()
+    def all_true(self, flags: Tensor) -> Tensor:
+        """bool: true where the flag is true on all processes of all replicas (E.2, step 10)."""
+        flags = flags.int()
         dist.all_reduce(flags, dist.ReduceOp.MIN)
         return flags.bool()
 
     def _factor(self, gradients: dict[str, Tensor], step: int) -> None:
-        """The algorithm above, on all matrices at once."""
+        """The algorithm above, for all matrices at once."""
         held = {name: self.factored[name] for name in gradients}
         paper = self.config.message_dtype == "paper"
         for name, one in held.items():
             if self.config.q_mode == "random":
-                self._draw(name, step)
+                self._sample_q(name, step)
             one.error.add_(gradients[name])
             self._keep(one.error)
         matrices = [matrix for one in held.values() for matrix in one.matrices(one.error)]
@@ -192,13 +182,15 @@ class PowerSGD:
             one.error.sub_(gradients[name])
             self._keep(one.error)
             if self.config.q_mode == "warm_start":
-                one.qs = [orthonormal(qs.pop(0)).contiguous() for _ in one.qs]  # as a checkpoint gives it
+                one.qs = [orthonormal(qs.pop(0)).contiguous() for _ in one.qs]
 
-    def _all_good(self, held: dict[str, Factored], gradients: dict[str, Tensor], sent: Tensor) -> bool:
-        """Whether all buffers and messages were finite. If not, nothing was taken, so buffers keep what is
-        owed, but those that are not finite start again from 0 (E.2, step 12)."""
+    def _all_good(
+        self, held: dict[str, FactoredParameter], gradients: dict[str, Tensor], sent: Tensor
+    ) -> bool:
+        """Whether all buffers and messages were finite; if not, the step is skipped and buffers that are not
+        finite restart from 0 (E.2, step 12)."""
         buffers = torch.stack([one.error.isfinite().all() for one in held.values()])
-        if self.share(buffers.all() & sent):
+        if self.all_true(buffers.all() & sent):
             return True
         for one, good in zip(held.values(), buffers.tolist(), strict=True):
             if not good:
@@ -208,8 +200,7 @@ class PowerSGD:
         return False
 
     def _average(self, tensors: list[Tensor], paper: bool = False) -> Tensor:
-        """The mean over the replicas, in place, in one message. Whether the message was finite at both
-        ends."""
+        """Averages tensors over the replicas in place, in one message; returns whether it was finite."""
         if not tensors:
             return torch.tensor(True)
         message = torch.cat([t.flatten() for t in tensors]).float()
@@ -228,18 +219,18 @@ class PowerSGD:
         return message.div_(dist.get_world_size(self.group))
 
     def _keep(self, error: Tensor) -> None:
-        """Rounds a buffer to its format."""
+        """Rounds an error buffer to its format."""
         if self.config.message_dtype == "paper":
             error.copy_(rounded(error, MEAN))
 
-    def _draw(self, name: str, step: int) -> None:
-        """Q of each matrix in a parameter: Gaussian, the same on all replicas of a shard."""
+    def _sample_q(self, name: str, step: int) -> None:
+        """Samples Q of each matrix in a parameter, the same on all replicas of a shard."""
         one = self.factored[name]
         place = _place(self.parameters[name])[0]
-        draws = generator("powersgd", self.seed, step, place, name)
+        rng = generator("powersgd", self.seed, step, place, name)
         widths = [matrix.shape[1] for matrix in one.matrices(one.error)]
         one.qs = [
-            torch.tensor(draws.standard_normal((n, r), dtype="float32"), device=one.error.device)
+            torch.tensor(rng.standard_normal((n, r), dtype="float32"), device=one.error.device)
             for n, r in zip(widths, one.ranks, strict=True)
         ]
 
@@ -247,8 +238,8 @@ class PowerSGD:
     def state_dict(self) -> dict[str, Tensor]:
         """The mean of the replicas' error buffers, and Q if it changes.
 
-        Only the mean acts on training, so a checkpoint of it serves any number of replicas (E.2). Each
-        replica goes on from the mean too, so that going on and resuming are the same to the last bit.
+        Only the mean acts on training, so it serves any number of replicas (E.2). Each replica continues from
+        the mean too, so that continuing and resuming are bit-exact.
         """
         for one in self.factored.values():
             self._mean(one.error)
@@ -263,11 +254,11 @@ class PowerSGD:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Takes them up on every replica; ValueError for those of other parameters.
+        """Loads them on every replica; ValueError for those of other parameters.
 
-        Another number of shards may factor other parameters: what is owed to one that is sent whole now is
-            dropped,
-        and one that is new owes nothing.
+        Another number of shards may factor other parameters: errors of one now sent whole are dropped, those
+            of a
+        new one start at 0.
         """
         own = {f"error/{name}": one.error for name, one in self.factored.items()} | self._changing_qs()
         wrong = sorted(tensors.keys() - own.keys() - {f"error/{name}" for name in self.parameters})
@@ -283,7 +274,7 @@ class PowerSGD:
             own[name].copy_(local(tensor))
 
     def _like(self, name: str, shard: Tensor) -> Tensor:
-        """This process's shard as a tensor sharded as its parameter is."""
+        """This process's shard as a DTensor like its parameter."""
         parameter = self.parameters[name]
         if not hasattr(parameter, "device_mesh"):
             return shard
@@ -292,7 +283,7 @@ class PowerSGD:
 
 
 def _place(parameter: Tensor) -> tuple[int, int]:
-    """(which shard of a parameter this process holds, of how many)."""
+    """Index of this process's shard of a parameter, and the number of shards."""
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
         return 0, 1
@@ -302,20 +293,15 @@ def _place(parameter: Tensor) -> tuple[int, int]:
 
 
 def orthonormal(p: Tensor) -> Tensor:
-    """(m, r) -> orthonormal columns with the same span, by Householder reflections (E.2, step 5).
-
-    The paper adds eps I to P as its constants scale it; here eps is relative to the largest entry.
-    """
+    """(m, r) -> orthonormal columns with the same span (E.2, step 5); eps is relative to the largest
+    entry."""
     shifted = p.clone()
     shifted.diagonal().add_(EPS * p.abs().max())
     return torch.linalg.qr(shifted)[0]
 
 
 def stacked_matrices(model: nn.Module) -> dict[str, int]:
-    """Names of the layers' matrices, and how many each parameter holds one below the other.
-
-    Queries, keys and values have a matrix each in the paper; here they share a parameter.
-    """
+    """Names of the layers' matrices -> how many are stacked: queries, keys and values share a parameter."""
     return {
         name: 3 if name.endswith(("qkv.weight", "in_proj_weight")) else 1
         for name, _ in hidden_matrices(model)
@@ -323,13 +309,7 @@ def stacked_matrices(model: nn.Module) -> dict[str, int]:
 
 
 def plan_ranks(shape: tuple[int, ...], stacked: int, rank: int) -> list[int] | None:
-    """The rank of each of the matrices stacked in a shard; None where the factors would be no smaller.
-
-    Args:
-        shape: (rows, columns) of the shard.
-        stacked: matrices one below the other.
-        rank: of one shard.
-    """
+    """The rank of each matrix stacked in a shard (rows, columns); None if the factors would be no smaller."""
     heights = [len(part) for part in torch.empty(shape[0], device="meta").tensor_split(stacked)]
     if any(rank * (height + shape[1]) >= height * shape[1] for height in heights):
         return None

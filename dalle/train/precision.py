@@ -11,7 +11,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def local_device(name: str) -> torch.device:
-    """The device of this process among those of torchrun: on GPUs the one of its LOCAL_RANK."""
+    """This process's device under torchrun: the GPU of its LOCAL_RANK."""
     device, number = resolve_device(name), os.environ.get("LOCAL_RANK")
     if device.type == "cpu" or number is None:
         return device
@@ -37,8 +37,9 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
 
 
 def precision_label(precision: Precision, int8: bool, device: torch.device) -> str:
-    """What records say of how a model draws: "bf16", or "bf16, int8 matrices"."""
-    return resolve_precision(precision, device) + ", int8 matrices" * int8
+    """Precision as in sample records: "bf16", or "bf16, int8 matrices"."""
+    label = resolve_precision(precision, device)
+    return f"{label}, int8 matrices" if int8 else label
 
 
 def _cpu_has_bf16() -> bool:
@@ -75,13 +76,8 @@ def _named_device(name: str) -> torch.device:
 
 
 def compile_layers(model: nn.Module, **options) -> None:
-    """Compiles each repeated layer by itself, or each child of a model without any; names of weights stay as
-    they are.
-
-    Args:
-        model: layers are the members of its `nn.ModuleList`s.
-        options: for `torch.compile`.
-    """
+    """Compiles each layer of the model's ModuleLists, or each child if there are none; weight names do not
+    change."""
     layers = [layer for stack in model.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
     for part in layers or model.children():
         part.compile(**options)

@@ -1,4 +1,4 @@
-"""All that changes during training, as named tensors and plain numbers.
+"""Training state: model, optimizers, EMA, gradient scales and counters, as named tensors and numbers.
 
 Random numbers, learning rate and data position are not part of it: they follow from seed and step.
 """
@@ -18,10 +18,10 @@ from dalle.train.optimizer import load_moment, plain_tensors
 
 
 class Stateful(Protocol):
-    """A part of training with a state of its own: tensors and numbers by name.
+    """A stateful part of training: tensors and numbers by name.
 
-    A tensor that differs between processes is a DTensor over them (`sharded_checkpoint.per_rank_tensor`).
-    When their number has changed, it is loaded as one tensor (processes of the checkpoint, ...).
+    A tensor that differs between processes is a DTensor (`sharded_checkpoint.per_rank_tensor`); with another
+    number of processes it is loaded as one tensor (processes of the checkpoint, ...).
     """
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -42,8 +42,7 @@ class TrainState:
     """Other stateful parts, by name: nonfinite, plateau, powersgd."""
 
     def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Every tensor by file and name, a shard where parameters are sharded; and everything that is no
-        tensor."""
+        """Tensors by file and name, sharded as the parameters are, and numbers."""
         tensors = {"model": self.model.state_dict(), "ema": self.ema.sums, "optimizer": self._moments()}
         if self.scales:
             tensors["scales"] = self.scales.state_dict()
@@ -64,12 +63,11 @@ class TrainState:
         file: str,
         stored: dict[str, tuple[torch.Size, torch.dtype]],
     ) -> dict[str, Tensor]:
-        """Tensors to read a file of a checkpoint into, sharded as the state's own are.
+        """Tensors to read a checkpoint's file into, sharded as `tensors`, the state's own by file and name,
+        are.
 
         Args:
-            tensors: the state's, by file and name.
-            file: of the checkpoint.
-            stored: shape and dtype of each of its tensors.
+            stored: shape and dtype of each of the file's tensors.
         """
         like = tensors.get(file, {})
         if file == "optimizer":  # a new optimizer has no moments: they are sharded as their parameters

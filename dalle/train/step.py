@@ -1,4 +1,5 @@
-"""One training step, a function of state, batch, seed and step: loss, gradient, clipping, optimizers, EMA."""
+"""Training step: loss, gradients, clipping, optimizers and EMA, as a function of state, batch, seed and
+step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -46,9 +47,7 @@ def train_step(
     shards = batch_shards(model, objective, parts, dist)
 
     def forward(i: int) -> Loss:
-        torch.manual_seed(
-            step_seed(seed, state.step)
-        )  # of all shards: an objective samples by its shard's index
+        torch.manual_seed(step_seed(seed, state.step))
         with autocast(precision, device):
             return Loss(*dist.forward(model, _loss_and_metrics, objective, parts[i], state.step, *shards[i]))
 
@@ -62,9 +61,9 @@ def train_step(
     elif guard.record_skip(scaled=state.scales is not None and bool(loss.total.isfinite())):
         where = find_nonfinite(model, lambda: [forward(i) for i in range(passes)], dist.all_true)
         raise FloatingPointError(
-            f"step {state.step + 1}: loss {float(loss.total.detach())}, gradient norm {float(norm)}; first bad tensor: "
-            f"{where}. {guard.in_a_row} steps in a row are not finite (train.max_skipped_steps). The last checkpoint is "
-            "intact; lower the learning rate, or check the data"
+            f"step {state.step + 1}: loss {float(loss.total.detach())}, gradient norm {float(norm)}; "
+            f"first bad tensor: {where}. {guard.in_a_row} steps in a row are not finite "
+            "(train.max_skipped_steps). The last checkpoint is intact; lower the learning rate, or check the data"
         )
     if state.scales:
         state.scales.update(finite_blocks)
@@ -78,7 +77,7 @@ def train_step(
 def accumulate_gradients(
     state: TrainState, forward: Callable[[int], Loss], passes: int, dist: Distributed
 ) -> tuple[Loss, Tensor | None]:
-    """Leaves the gradients of a step, averaged over passes and processes, in the parameters.
+    """Computes the gradients of a step, averaged over passes and processes.
 
     Returns:
         the loss of the whole batch; with gradient scales, bool (resblocks,): which have finite gradients.
@@ -158,12 +157,12 @@ def split(batch: Any, count: int) -> list[Any]:
 
 
 def build_grad_scaler(model: nn.Module) -> PerBlockGradScaler:
-    """A gradient scale for each of the model's resblocks; ValueError for a model without resblocks.
+    """A gradient scale for each resblock; ValueError for a model without resblocks.
 
     The paper divides the loss by the images of all M processes and multiplies the scales by M. Here each
     process
-    takes the mean over its shard, M times as large, and the fp32 means of the gradients divide by M: fp16
-    holds the same numbers, and a scale means the same on any number of processes.
+    takes the mean over its shard, M times as large, and gradients are averaged in fp32: the same numbers in
+    fp16.
     """
     if not hasattr(model, "resblocks"):
         raise ValueError(

@@ -1,8 +1,7 @@
-"""Trainer: one training loop for every model family.
+"""Trainer: the training loop for every model family, given an objective.
 
-It receives a model, an objective and a function that gives the batch of a step, and knows no family. Every
-step is a function of the state, the seed and the step's number, so N steps equal k steps, a resume and N - k
-steps, bit for bit.
+A step is a function of state, seed and step number, so N steps equal k steps, a resume and N - k steps, bit
+for bit.
 """
 
 from collections.abc import Callable
@@ -37,7 +36,7 @@ from dalle.types import Loss, Objective, StepCost
 
 @dataclass
 class Trainer:
-    """Trains a model until `steps` steps are done; final: a family gives an objective, never a subclass."""
+    """Trains a model until `steps` steps are done; a family gives an objective, never a subclass."""
 
     model: nn.Module
     """On its device."""
@@ -106,17 +105,11 @@ class Trainer:
             with meter.waiting():
                 batch = to_device(self.batches(state.step), dist.device)
             cost = cost or step_cost(self.objective, self.model, batch)
+            passes = config.grad_accum_steps
             loss, norm = train_step(
-                state,
-                batch,
-                self.objective,
-                config.optimizer,
-                self.precision,
-                self.seed,
-                dist,
-                config.grad_accum_steps,
+                state, batch, self.objective, config.optimizer, self.precision, self.seed, dist, passes
             )
-            meter.update(cost)
+            meter.step(cost)
             bar.update()
             last = state.step == self.steps
             if last or state.step == 1 or state.step % config.log_every == 0:
@@ -131,10 +124,7 @@ class Trainer:
         bar.close()
 
     def _evaluate(self, logger: Loggers | NullLogger) -> None:
-        """Evaluates and logs the EMA weights; training's random numbers and mode stay as they were.
-
-        Every process evaluates the same, in training's precision, since sharded layers are gathered in it.
-        """
+        """Evaluates the EMA weights in training's precision; random numbers and mode stay as they were."""
         state, dist = self.state, self.dist
         self.model.eval()
         with torch.random.fork_rng(), state.ema.applied(self.model), torch.no_grad():
@@ -162,11 +152,15 @@ class Trainer:
             raise ValueError(f"{self.run_dir} holds a run; give another --out, or --resume auto to resume it")
         old = check_meta(read_json(folder / "meta.json"), self.meta["kind"], self.run_dir)
         changes = differences(old["config"], self.meta["config"])
-        changes += differences(_hashes(old), _hashes(self.meta), "inputs")
+        old_hashes, hashes = (
+            {name: value for name, value in meta["inputs"].items() if isinstance(value, str)}
+            for meta in (old, self.meta)
+        )
+        changes += differences(old_hashes, hashes, "inputs")
         if changes and self.resume != "changed":
             raise ValueError(
-                f"{self.run_dir} holds a run with another configuration ({'; '.join(changes)}); give another --out, "
-                "or --resume changed to resume with the new one"
+                f"{self.run_dir} holds a run with another configuration ({'; '.join(changes)}); give another "
+                "--out, or --resume changed to resume with the new one"
             )
         restore(folder, self.state, control)
         if control.is_main:
@@ -196,12 +190,12 @@ def init_train_state(model: nn.Module, config: TrainConfig, seed: int, dist: Dis
 
 
 def check_batch_size(config: TrainConfig, dist: Distributed) -> None:
-    """ValueError if a batch does not divide into equal shards, or an optimizer needs whole matrices."""
+    """ValueError if the batch does not divide among processes and passes, or Muon would get shards."""
     shards = dist.world_size * config.grad_accum_steps
     if config.batch_size % shards:
         raise ValueError(
             f"train.batch_size {config.batch_size} does not divide among {dist.world_size} processes and "
-            f"{config.grad_accum_steps} passes in each (train.grad_accum_steps); make it a multiple of {shards}"
+            f"{config.grad_accum_steps} passes (train.grad_accum_steps); make it a multiple of {shards}"
         )
     if dist.sharded and config.optimizer.muon_lr_scale is not None:
         raise ValueError(
@@ -211,7 +205,7 @@ def check_batch_size(config: TrainConfig, dist: Distributed) -> None:
 
 
 def step_metrics(state: TrainState, loss: Loss, norm: Tensor) -> Numbers:
-    """What is logged of a step."""
+    """Metrics that are logged of a step."""
     numbers = to_numbers({"loss": loss.total.detach(), "grad_norm": norm, **loss.metrics})
     if state.scales:
         numbers["grad_scale_log2"] = state.scales.values.log2().tolist()
@@ -233,13 +227,8 @@ def random_baseline(objective: Objective, model: nn.Module) -> Numbers:
     return {f"baseline/{name}": value for name, value in baseline(model).items()} if baseline else {}
 
 
-def _hashes(meta: dict[str, Any]) -> dict[str, str]:
-    """Hashes of a run's inputs."""
-    return {name: value for name, value in meta["inputs"].items() if isinstance(value, str)}
-
-
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Differences of two plain configurations, one line each: "train.batch_size was 16, is 32"."""
+    """Differences of two configurations, one line each: "train.batch_size was 16, is 32"."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for key in sorted(old.keys() | new.keys()):

@@ -1,26 +1,24 @@
-"""What tests/train/test_distributed.py has done by one process and by several: small trainings of every family.
+"""Small trainings of every family, by one process and by several."""
 
-    python tests/helpers/distributed_work.py MODE OUT [SHARD]
-
-under the variables of torchrun; a test calls `train` itself for the run of a single process.
-"""
-
-import json
-import sys
+import contextlib
+import io
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from dalle.clip import CLIP, CLIPConfig
 from dalle.clip.objective import CLIPObjective
 from dalle.dvae import DVAE, DVAEConfig, DVAELossConfig
 from dalle.dvae.objective import DVAEObjective
 from dalle.schedules import Schedule
-from dalle.train import TrainConfig, Trainer
+from dalle.train import TrainConfig, Trainer, distributed
 from dalle.train.config import EMAConfig, OptimizerConfig, PlateauConfig, PowerSGDConfig
 from dalle.train.distributed import Distributed
 from dalle.train.dtensor import local
@@ -115,11 +113,12 @@ SEVERAL = PLAIN | {
     ),
     "fp16": replace(PLAIN["fp16"], model=transformer(activation_checkpointing=True)),
 }
-"""What several processes do: the same trainings, stopped, recomputed and in several passes, which changes no result."""
+"""What several processes do: the same trainings, stopped, recomputed and in several passes, which changes no
+result."""
 
 
 @dataclass(frozen=True)
-class Spoilt:
+class NaNInLast:
     """The transformer's loss; in the second step and from the fourth on NaN in the last process alone."""
 
     inner: TransformerObjective = TransformerObjective()
@@ -140,7 +139,7 @@ def half_bad() -> nn.Module:
 
 BROKEN = {
     "spoilt": Case(
-        transformer(), Spoilt(), token_batch, {"max_skipped_steps": 2, "eval_every": 9}, stops=(6,)
+        transformer(), NaNInLast(), token_batch, {"max_skipped_steps": 2, "eval_every": 9}, stops=(6,)
     ),
     "half_bad": Case(
         half_bad, TransformerObjective(), token_batch, {"max_skipped_steps": 1, "eval_every": 9}
@@ -185,8 +184,8 @@ FACTORED = {
     ),
 }
 FACTORED["resumed"] = replace(FACTORED["factored"], stops=(6, 8))
-"""Replicas average by factors (PowerSGD), beside all else that a run remembers. A rank of 1000 would make factors
-larger than gradients, which are then sent whole."""
+"""Replicas average by factors (PowerSGD), beside all else that a run remembers. A rank of 1000 would make
+factors larger than gradients, which are then sent whole."""
 
 
 def share(batch: Any, rank: int, world: int) -> Any:
@@ -218,51 +217,73 @@ def train(case: Case, parallel: Distributed, out: Path) -> TrainState:
     return state
 
 
-def words(parallel: Distributed) -> dict[str, Any]:
-    """What the processes say to each other and how much each holds of a transformer.
-
-    The gradient of `gather` is that of this process's own rows.
-    """
+def communicate(parallel: Distributed) -> dict[str, Any]:
+    """Collectives, and how much each process holds of a transformer."""
     rank = parallel.rank
     rows = torch.full((2, 3), float(rank), requires_grad=True)
     gathered = parallel.gather(rows)
     (gathered * (rank + 1)).sum().backward()
     model = Transformer(TRANSFORMER_CONFIG)
     parallel.wrap(model, "fp32")
-    for_factors = Transformer(TRANSFORMER_CONFIG)
-    parallel.wrap(for_factors, "fp32", averaged=False)
-    mlp = for_factors.layers[0].mlp.f
+    groups = [any(isinstance(m, FSDPModule) for m in group) for group in model.fsdp_groups()]
+    for_powersgd = Transformer(TRANSFORMER_CONFIG)
+    parallel.wrap(for_powersgd, "fp32", averaged=False)
+    mlp = for_powersgd.layers[0].mlp.f
+    dims = [p.placements[0].dim for p in (mlp.expand.weight, mlp.project.weight)] if parallel.sharded else []
+
+    def fail_on_1() -> None:
+        if rank == 1:
+            raise ValueError("error of 1")
+
+    try:
+        parallel.gather_results(fail_on_1)
+        error = "none"
+    except ValueError as failure:
+        error = str(failure)
+    mesh = parallel.mesh
     return {
-        "cuts": [p.placements[0].dim for p in (mlp.expand.weight, mlp.project.weight)]
-        if parallel.sharded
-        else [],
         "sum": float(parallel.all_reduce(torch.tensor(rank + 1.0))),
-        "mean": float(parallel.all_reduce(torch.tensor(float(rank)))) / parallel.world_size,
         "true": parallel.all_true(torch.tensor([True, rank == 0])).tolist(),
+        "max": parallel.max(rank),
+        "results": parallel.gather_results(lambda: 10 * rank),
+        "main": parallel.on_main(lambda: f"of {rank}"),
+        "error": error,
         "gathered": gathered[:, 0].tolist(),
         "gradient": rows.grad[:, 0].tolist(),
-        "main": parallel.is_main,
-        "mesh": dict(zip(parallel.mesh.mesh_dim_names, parallel.mesh.shape, strict=True))
-        if parallel.mesh
-        else {},
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "held": sum(local(p).numel() for p in model.parameters()),
+        "is_main": parallel.is_main,
+        "groups": groups,
+        "shard_dims": dims,
+        "mesh": dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)) if mesh else {},
+        "fraction": sum(local(p).numel() for p in model.parameters())
+        / sum(p.numel() for p in model.parameters()),
     }
 
 
-def main(mode: str, out: str, shard: str | None = None) -> None:
-    torch.set_num_threads(1)
-    with Distributed.start(mode, "cpu", int(shard) if shard else None) as parallel:
-        (Path(out) / f"words-{parallel.rank}.json").write_text(json.dumps(words(parallel)))
+def work(rank: int, mode: str, out: Path, shard: int | None) -> dict[str, Any]:
+    """Everything that one of several processes does; what it found and printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), Distributed.start(mode, "cpu", shard) as parallel:
+        found: dict[str, Any] = {"communicated": communicate(parallel), "weights": {}}
         print(f"printed by process {parallel.rank}")
         for name, case in (SEVERAL | FACTORED).items():
-            state = train(case, parallel, Path(out) / name)
+            state = train(case, parallel, out / name)
             if name in FACTORED:
-                held = {parameter: local(p).tolist() for parameter, p in state.model.named_parameters()}
-                (Path(out) / f"{name}-{parallel.rank}.json").write_text(json.dumps(held))
-        said = {name: failure(case, parallel, Path(out) / name) for name, case in BROKEN.items()}
-        (Path(out) / f"failures-{parallel.rank}.json").write_text(json.dumps(said))
+                weights = torch.cat([local(p).detach().flatten() for p in state.model.parameters()])
+                found["weights"][name] = weights
+        found["failures"] = {name: failure(case, parallel, out / name) for name, case in BROKEN.items()}
+    return found | {"printed": printed.getvalue()}
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def hang(rank: int) -> str:
+    """The second process does not answer; what the first one reports."""
+    distributed.MONITOR_TIMEOUT = timedelta(seconds=1)
+    try:
+        with Distributed.start("ddp", "cpu", timeout=timedelta(seconds=2)) as parallel:
+            parallel.all_reduce(torch.ones(1))
+            if rank == 1:
+                time.sleep(5)
+                return "nothing"
+            parallel.all_reduce(torch.ones(1))
+    except RuntimeError as error:
+        return "\n".join(error.__notes__)
+    return "nothing"

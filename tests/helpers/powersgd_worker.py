@@ -1,13 +1,6 @@
-"""Runs scenarios of PowerSGD as one of several processes: worker.py FOLDER RANK WORLD SCENARIO...
+"""Checks of PowerSGD that each of several processes runs: functions that assert."""
 
-Every scenario is a function below that asserts; FOLDER/RANK.json says which went wrong.
-"""
-
-import json
-import sys
 import traceback
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -157,7 +150,7 @@ def a_gradient_that_is_not_finite_anywhere_is_inf_everywhere_and_touches_no_erro
     for name, one in powersgd.factored.items():
         assert torch.equal(one.error, before[name])
     mine = torch.tensor([True, dist.get_rank() == 0])
-    assert powersgd.share(mine).tolist() == [True, False]
+    assert powersgd.all_true(mine).tolist() == [True, False]
 
 
 def a_buffer_that_overflowed_starts_again_and_the_others_keep_what_they_owe() -> None:
@@ -346,20 +339,31 @@ def shards_are_factored_each_by_itself() -> None:
     assert not build_powersgd(uneven, PowerSGDConfig(4), seed=7, group=group).factored
 
 
-def main(folder: Path, rank: int, world: int, scenarios: list[str]) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    wrong = {}
-    for name in scenarios:
+CHECKS = (
+    "exact_where_the_gradients_have_no_higher_rank",
+    "what_was_taken_and_the_errors_are_the_sum_of_the_mean_gradients",
+    "parameters_that_are_not_factored_equal_a_plain_all_reduce",
+    "resuming_changes_no_bit",
+    "errors_of_another_model_are_refused",
+    "what_is_factored_no_more_is_owed_no_more",
+    "a_gradient_that_is_not_finite_anywhere_is_inf_everywhere_and_touches_no_error",
+    "a_buffer_that_overflowed_starts_again_and_the_others_keep_what_they_owe",
+    "what_is_sent_is_counted",
+    "before_its_start_all_is_sent_whole",
+    "q_is_kept_updated_or_redrawn_and_equal_on_all_replicas",
+    "the_papers_formats_hold_buffers_and_lose_no_more_than_rounding",
+    "torchs_hook_does_the_same_when_its_q_is_put_back_or_left",
+    "a_training_step_averages_and_at_full_rank_equals_the_whole_batch",
+)
+
+
+def run_checks(rank: int, names: list[str]) -> dict[str, str]:
+    """Check -> traceback, for those that fail in this process."""
+    errors = {}
+    for name in names:
         try:
             globals()[name]()
         except Exception:
-            wrong[name] = traceback.format_exc()
+            errors[name] = traceback.format_exc()
         dist.barrier()
-    (folder / f"{rank}.json").write_text(json.dumps(wrong))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    return errors

@@ -306,7 +306,7 @@ def test_a_failed_write_ends_the_run_and_says_what_is_left(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_tensors", full_disk)
         with pytest.raises(
-            OSError, match=r"cannot write the checkpoint of step 3 \(No space left on device\): .*2 is intact"
+            OSError, match=r"cannot write the checkpoint of step 3 \(No space left on device\).*2 is intact"
         ):
             fit_line(tmp_path, steps=1000, objective=at_step(1000, lambda: steps.append(1)))
     assert not steps
@@ -315,7 +315,7 @@ def test_a_failed_write_ends_the_run_and_says_what_is_left(tmp_path, monkeypatch
 
 def test_a_first_write_that_fails_says_that_there_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_tensors", full_disk)
-    with pytest.raises(OSError, match=r"there is none before it\. Free disk space"):
+    with pytest.raises(OSError, match=r"there is no earlier one\. Free disk space"):
         fit_line(tmp_path, steps=1)
 
 
@@ -494,8 +494,8 @@ def test_a_disk_that_takes_no_more_keeps_the_last_checkpoint_and_says_so(tmp_pat
     assert process.exitcode == 1
     said = (tmp_path / "said").read_text()
     assert "error: " in said
-    assert "cannot write the checkpoint of step 4 (File too large): " in said
-    assert "step-00000003 is intact, the same command resumes from it" in said
+    assert "cannot write the checkpoint of step 4 (File too large)" in said
+    assert "step-00000003 is intact" in said
     assert files(tmp_path / "run" / "checkpoints") == before
     assert fit_line(tmp_path / "run", steps=4, width=100).step == 4
 

@@ -1,19 +1,16 @@
-"""Several processes train as one does (dalle/train/distributed.py, section 2.5): ddp, fsdp and hsdp by gloo
-on the CPU.
+"""Training in several processes equals training in one (section 2.5): ddp, fsdp and hsdp over gloo.
 
-Each mode's processes are started once and train every family (tests/helpers/distributed_work.py); a run is
-its checkpoint and log, which are compared with those of a single process. Sums over processes are rounded in
-another order, and that is all that may differ.
+The processes of each mode start once and train every family (tests/helpers/distributed_work.py); checkpoints
+and logs are compared with those of a single process. Only the order of sums may differ.
 """
 
-import json
-import os
-import socket
-import subprocess
-import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -42,43 +39,21 @@ from tests.helpers.distributed_work import (
     PLAIN,
     TRAIN,
     dvae,
+    hang,
     pair_batch,
     pixel_batch,
     token_batch,
     train,
+    work,
 )
+from tests.helpers.processes import run_processes
 
-PROJECT = Path(__file__).parents[2]
 WORLD = {"ddp": 2, "fsdp": 2, "hsdp": 4}
 MODES = ["ddp", "fsdp", pytest.param("hsdp", marks=pytest.mark.slow)]
 FILES = ("model", "ema", "optimizer")
+MUON = replace(TRAIN.optimizer, muon_lr_scale=5.0)
 TOLERANCE = {"transformer": 1e-6, "dvae": 1e-6, "clip": 5e-6, "fp16": 2e-4, "bf16": 2e-3}
 """Largest difference of any weight, average or moment after three steps of 1e-2."""
-
-
-def processes(words: list[str], world: int, cwd: Path) -> list[subprocess.CompletedProcess]:
-    """The same command as each of `world` processes, under the variables that torchrun would set."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    shared |= {"LOCAL_WORLD_SIZE": str(world), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, *words],
-            cwd=cwd,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(world)
-    ]
-    outputs = [process.communicate(timeout=400) for process in started]
-    return [
-        subprocess.CompletedProcess(p.args, p.returncode, *out)
-        for p, out in zip(started, outputs, strict=True)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -92,22 +67,13 @@ def single(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
-    """several(mode): run directories of that mode, by case, and what each process printed."""
-    made: dict[str, tuple[Path, list[str]]] = {}
+    """several(mode): run directories of that mode, by case, and what each process found."""
 
-    def start(mode: str) -> tuple[Path, list[str]]:
-        if mode not in made:
-            out = tmp_path_factory.mktemp(mode)
-            words = [
-                str(PROJECT / "tests" / "helpers" / "distributed_work.py"),
-                mode,
-                str(out),
-                *(["2"] if mode == "hsdp" else []),
-            ]
-            done = processes(words, WORLD[mode], out)
-            assert [p.returncode for p in done] == [0] * WORLD[mode], done[0].stderr + done[-1].stderr
-            made[mode] = out, [p.stdout for p in done]
-        return made[mode]
+    @cache
+    def start(mode: str) -> tuple[Path, list[dict[str, Any]]]:
+        out = tmp_path_factory.mktemp(mode)
+        shard = 2 if mode == "hsdp" else None
+        return out, run_processes(WORLD[mode], work, mode, out, shard, seconds=300)
 
     return start
 
@@ -166,7 +132,8 @@ def test_an_overflow_anywhere_lowers_the_scales_everywhere(mode, single, several
 
 @pytest.mark.parametrize("mode", MODES)
 def test_one_process_writes_and_prints(mode, single, several):
-    out, printed = several(mode)
+    out, found = several(mode)
+    printed = [process["printed"] for process in found]
     assert "printed by process 0" in printed[0]
     assert "resuming from step 2" in printed[0]
     assert printed[1:] == [""] * (WORLD[mode] - 1)
@@ -175,34 +142,40 @@ def test_one_process_writes_and_prints(mode, single, several):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_processes_say_to_each_other(mode, several):
-    world = WORLD[mode]
+def test_collectives_and_shards(mode, several):
+    world, sharded = WORLD[mode], mode != "ddp"
     total = world * (world + 1) / 2
-    for rank in range(world):
-        said = json.loads((several(mode)[0] / f"words-{rank}.json").read_text())
-        assert said["sum"] == total
-        assert said["mean"] == (world - 1) / 2
-        assert said["true"] == [True, False]
-        assert said["gathered"] == [float(r) for r in range(world) for _ in range(2)]
-        assert said["gradient"] == [total] * 2  # each process r weighs all rows by r + 1
-        assert said["main"] == (rank == 0)
-        assert said["cuts"] == (
-            [0, 1] if mode != "ddp" else []
-        )  # by outputs, but the second of the MLP by inputs (E.2)
-        assert said["mesh"] == {"ddp": {}, "fsdp": {"shard": 2}, "hsdp": {"replicate": 2, "shard": 2}}[mode]
-        held = {"ddp": 1, "fsdp": 2, "hsdp": 2}[mode]
-        assert said["held"] == pytest.approx(said["parameters"] / held, rel=0.1)
+    mesh = {"ddp": {}, "fsdp": {"shard": 2}, "hsdp": {"replicate": 2, "shard": 2}}[mode]
+    for rank, process in enumerate(several(mode)[1]):
+        found = process["communicated"]
+        assert found.pop("fraction") == pytest.approx(0.5 if sharded else 1, rel=0.1)
+        assert found.pop("groups") == [sharded] * 3  # FSDP gathers layer by layer
+        assert found == {
+            "sum": total,
+            "true": [True, False],
+            "max": world - 1,
+            "results": [10 * r for r in range(world)],
+            "main": "of 0",
+            "error": "error of 1",
+            "gathered": [float(r) for r in range(world) for _ in range(2)],
+            "gradient": [total] * 2,  # each process r weighs all rows by r + 1
+            "is_main": rank == 0,
+            "shard_dims": [0, 1] if sharded else [],  # the MLP's second matrix by inputs (E.2)
+            "mesh": mesh,
+        }
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_replicas_that_average_by_factors_stay_alike_and_learn(mode, several):
     """fsdp has no replicas: nothing is factored."""
-    out = several(mode)[0]
+    out, found = several(mode)
     losses = [line["loss"] for line in read_log(out / "factored" / "log.jsonl") if "loss" in line]
     assert all(after < before for before, after in pairwise(losses))
     for name in FACTORED:
-        held = [json.loads((out / f"{name}-{rank}.json").read_text()) for rank in range(WORLD[mode])]
-        assert {"ddp": held[0] == held[1], "fsdp": held[0] != held[1], "hsdp": held[:2] == held[2:]}[mode]
+        weights = [process["weights"][name] for process in found]
+        if mode != "fsdp":
+            replica = weights[1 if mode == "ddp" else 2]
+            assert torch.equal(weights[0], replica)
         sent = [line["comm_ratio"] for line in read_log(out / name / "log.jsonl") if "comm_ratio" in line]
         assert bool(sent) == (mode != "fsdp")
         assert all((share < 0.7) == (name != "whole") for share in sent)
@@ -230,47 +203,20 @@ def test_a_rank_too_high_to_save_anything_trains_as_without(mode, single, severa
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_that_is_bad_in_one_process_is_skipped_and_named_by_all(mode, several):
-    out = several(mode)[0]
-    said = [json.loads((out / f"failures-{rank}.json").read_text()) for rank in range(WORLD[mode])]
-    assert all(words == said[0] for words in said)
-    assert "step 5: loss nan" in said[0]["spoilt"]
-    assert "first bad tensor: gradient of " in said[0]["spoilt"]
-    assert "first bad tensor: parameter to_logits.weight." in said[0]["half_bad"]
-    assert [
-        line["skipped_steps"] for line in read_log(out / "spoilt" / "log.jsonl") if "skipped_steps" in line
-    ] == [
-        0,
-        1,
-        1,
-        2,
-    ]
+    out, found = several(mode)
+    messages = [process["failures"] for process in found]
+    assert all(message == messages[0] for message in messages)
+    assert "step 5: loss nan" in messages[0]["spoilt"]
+    assert "first bad tensor: gradient of " in messages[0]["spoilt"]
+    assert "first bad tensor: parameter to_logits.weight." in messages[0]["half_bad"]
+    lines = read_log(out / "spoilt" / "log.jsonl")
+    assert [line["skipped_steps"] for line in lines if "skipped_steps" in line] == [0, 1, 1, 2]
 
 
-@pytest.mark.slow
-def test_a_process_that_hangs_is_named(tmp_path):
-    (tmp_path / "hang.py").write_text(HANG)
-    first, _ = processes([str(tmp_path / "hang.py")], 2, tmp_path)
-    assert first.returncode != 0
-    assert "A process hangs or has ended: [Rank 0]: Ranks 1 failed" in first.stderr
-
-
-HANG = """
-import time
-from datetime import timedelta
-import torch
-from dalle.train import distributed as parallel
-parallel.ANSWER = timedelta(seconds=3)
-with parallel.Distributed.start("ddp", "cpu", timeout=timedelta(seconds=5)) as several:
-    several.all_sum(torch.ones(1))
-    if several.rank == 1:
-        time.sleep(15)
-    several.all_sum(torch.ones(1))
-"""
-
-
-# ---------------------------------------------------------------------------------------------
-# Parts of a batch, without processes
-# ---------------------------------------------------------------------------------------------
+def test_a_process_that_hangs_is_named():
+    first, _ = run_processes(2, hang)
+    assert "A process hangs or has ended" in first
+    assert "Ranks 1 failed" in first
 
 
 @pytest.mark.parametrize("case", ["transformer", "dvae", "fp16"])
@@ -373,41 +319,41 @@ def test_gradients_of_plain_tensors_are_clipped_as_torch_does():
     assert local(weights[0]) is distribute_like(weights[0], weights[1]) is weights[0]
 
 
-# ---------------------------------------------------------------------------------------------
-# Mistakes
-# ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def torchrun(monkeypatch):
-    """torchrun(world, local_world, local_rank): its variables."""
+    """torchrun(world, local_world, local_rank) sets its variables."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
     def pretend(world: int, local_world: int | None = None, local_rank: int = 0) -> None:
-        values = {
-            "RANK": 0,
-            "WORLD_SIZE": world,
-            "LOCAL_RANK": local_rank,
-            "LOCAL_WORLD_SIZE": local_world or world,
-        }
-        for name, value in values.items():
-            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world or world))
 
     return pretend
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp", "hsdp"])
-def test_a_parallel_mode_without_torchrun_is_refused_with_the_command(mode, torchrun):
-    with pytest.raises(ValueError, match=f"--parallel {mode} needs torchrun.*torchrun --nproc-per-node 2"):
-        start_processes(TrainArgs(parallel=mode))
-
-
-@pytest.mark.parametrize("mode", ["fsdp", "hsdp"])
-def test_compiled_slices_are_refused(mode, torchrun):
-    torchrun(2)
-    with pytest.raises(ValueError, match=f"--compile with --parallel {mode} is untested"):
-        start_processes(TrainArgs(parallel=mode, compile=True))
+@pytest.mark.parametrize(
+    ("world", "local_world", "args", "words"),
+    [
+        (None, None, {"parallel": "ddp"}, "--parallel ddp needs torchrun"),
+        (None, None, {"parallel": "fsdp"}, "--parallel fsdp needs torchrun"),
+        (None, None, {"parallel": "hsdp"}, "--parallel hsdp needs torchrun"),
+        (2, 2, {"parallel": "fsdp", "compile": True}, "--compile with --parallel fsdp"),
+        (2, 2, {"parallel": "hsdp", "compile": True}, "--compile with --parallel hsdp"),
+        (2, 2, {}, "torchrun started 2 processes.*--parallel ddp, fsdp or hsdp"),
+        (6, 4, {"parallel": "hsdp"}, "6 processes do not divide into groups of 4.*--shard"),
+        (4, 4, {"parallel": "hsdp", "shard": 3}, "4 processes do not divide into groups of 3"),
+        (4, 4, {"parallel": "hsdp", "shard": 0}, "4 processes do not divide into groups of 0"),
+        (2, 2, {"parallel": "fsdp", "shard": 2}, "--shard is for --parallel hsdp"),
+    ],
+)
+def test_a_mode_that_does_not_match_the_launch_is_refused(world, local_world, args, words, torchrun):
+    if world:
+        torchrun(world, local_world)
+    with pytest.raises(ValueError, match=words):
+        start_processes(TrainArgs(**args))
 
 
 def test_no_patience_is_refused():
@@ -415,30 +361,10 @@ def test_no_patience_is_refused():
         TrainArgs(dist_timeout_minutes=0)
 
 
-def test_torchrun_without_a_parallel_mode_is_refused(torchrun):
-    torchrun(2)
-    with pytest.raises(ValueError, match=r"torchrun started 2 processes.* add --parallel ddp, fsdp or hsdp"):
-        start_processes(TrainArgs())
-
-
 def test_one_process_of_torchrun_may_train_alone(torchrun):
     torchrun(1)
     with start_processes(TrainArgs(device="cpu")) as parallel:
         assert (parallel.world_size, parallel.is_main, parallel.mesh) == (1, True, None)
-
-
-@pytest.mark.parametrize(("world", "local_world", "shard"), [(6, 4, None), (4, 4, 3), (4, 4, 0)])
-def test_hsdp_needs_groups_of_one_size(world, local_world, shard, torchrun):
-    torchrun(world, local_world)
-    size = local_world if shard is None else shard
-    with pytest.raises(ValueError, match=f"{world} processes do not divide into groups of {size}.*--shard"):
-        start_processes(TrainArgs(parallel="hsdp", shard=shard))
-
-
-def test_shard_is_for_hsdp(torchrun):
-    torchrun(2)
-    with pytest.raises(ValueError, match="shard is for --parallel hsdp, not for fsdp"):
-        start_processes(TrainArgs(parallel="fsdp", shard=2))
 
 
 @pytest.mark.parametrize(
@@ -456,33 +382,24 @@ def test_each_process_needs_a_gpu_of_its_own(found, name, said, torchrun, monkey
         start_processes(TrainArgs(parallel="ddp", device=name))
 
 
-class Sixfold(Distributed):
-    """Six processes, in name."""
-
-    def __init__(self, mode: str = "ddp"):
-        super().__init__()
-        self.mode, self.world_size = mode, 6
-
-
-def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(
-        ValueError, match=f"train.batch_size {BATCH} does not divide among 6 processes and 1 passes"
-    ):
-        check_batch_size(TRAIN, Sixfold())
-    check_batch_size(replace(TRAIN, batch_size=12, grad_accum_steps=2), Sixfold())
-    with pytest.raises(ValueError, match="make it a multiple of 24"):
-        check_batch_size(replace(TRAIN, batch_size=12, grad_accum_steps=4), Sixfold())
-
-
-def test_muon_is_refused_where_matrices_are_sliced():
-    muon = replace(TRAIN, batch_size=6, optimizer=replace(TRAIN.optimizer, muon_lr_scale=5.0))
-    check_batch_size(muon, Sixfold("ddp"))
-    with pytest.raises(ValueError, match="Muon needs whole matrices, and --parallel fsdp shards them"):
-        check_batch_size(muon, Sixfold("fsdp"))
+@pytest.mark.parametrize(
+    ("mode", "changes", "words"),
+    [
+        ("ddp", {}, f"batch_size {BATCH} does not divide among 6 processes and 1 passes"),
+        ("ddp", {"batch_size": 12, "grad_accum_steps": 2}, None),
+        ("ddp", {"batch_size": 12, "grad_accum_steps": 4}, "make it a multiple of 24"),
+        ("ddp", {"batch_size": 6, "optimizer": MUON}, None),
+        ("fsdp", {"batch_size": 6, "optimizer": MUON}, "Muon needs whole matrices"),
+    ],
+)
+def test_batches_that_do_not_divide_and_muon_with_shards_are_refused(mode, changes, words):
+    dist = SimpleNamespace(mode=mode, world_size=6, sharded=mode == "fsdp")
+    with pytest.raises(ValueError, match=words) if words else nullcontext():
+        check_batch_size(replace(TRAIN, **changes), dist)
 
 
 def test_clip_refuses_to_accumulate():
-    with pytest.raises(ValueError, match="grad_accum_steps changes CLIP's loss"):
+    with pytest.raises(ValueError, match="grad_accum_steps changes"):
         TrainCLIPArgs(train=replace(TRAIN, grad_accum_steps=2))
 
 
@@ -490,11 +407,6 @@ def test_what_only_shares_the_work_may_change_when_a_run_goes_on(tiny_runs):
     run = tiny_runs.transformer
     other = replace(run, parallel="hsdp", shard=2, train=replace(run.train, grad_accum_steps=2))
     assert other.record() == run.record()
-
-
-# ---------------------------------------------------------------------------------------------
-# torchrun
-# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from torch import nn
 
 from dalle.nn.blocks import ResidualBlock, scale_gradient
 from dalle.schedules import Schedule
-from dalle.train.checkpoint import restore, save_checkpoint
+from dalle.train.checkpoint import restore
 from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.ema import EMA
 from dalle.train.grad_scaler import PerBlockGradScaler
@@ -19,6 +19,7 @@ from dalle.train.state import TrainState
 from dalle.train.step import build_grad_scaler, train_step
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.objective import TransformerObjective
+from tests.helpers.checkpoints import save_checkpoint
 
 CONFIG = TransformerConfig(
     depth=2,

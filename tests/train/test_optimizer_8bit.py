@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from dalle.schedules import Schedule
-from dalle.train.checkpoint import restore, save_checkpoint
+from dalle.train.checkpoint import restore
 from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.ema import EMA
 from dalle.train.optimizer import build_optimizers
 from dalle.train.state import TrainState
 from dalle.train.step import train_step
 from dalle.types import Loss
+from tests.helpers.checkpoints import save_checkpoint
 
 SETTINGS = {"lr": Schedule(1e-2, 1e-2), "warmup_steps": 0, "max_variance": None}
 IN_8BIT = OptimizerConfig(**SETTINGS, state_dtype="8bit")

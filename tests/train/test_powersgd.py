@@ -1,11 +1,4 @@
-"""PowerSGD: what it promises to two replicas (tests/helpers/powersgd_worker.py has the scenarios), ranks and
-rates."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""PowerSGD: two replicas (the checks of tests/helpers/powersgd_worker.py), ranks and rates."""
 
 import pytest
 import torch
@@ -15,60 +8,25 @@ from dalle.train.config import POWERSGD_RANKS, PowerSGDConfig, compression_rate
 from dalle.train.dtensor import shard_dim
 from dalle.train.powersgd import PowerSGD, build_powersgd, orthonormal, plan_ranks, stacked_matrices
 from dalle.transformer.config import SIZES
-
-HERE = Path(__file__).parent
-SCENARIOS = [
-    "exact_where_the_gradients_have_no_higher_rank",
-    "what_was_taken_and_the_errors_are_the_sum_of_the_mean_gradients",
-    "parameters_that_are_not_factored_equal_a_plain_all_reduce",
-    "resuming_changes_no_bit",
-    "errors_of_another_model_are_refused",
-    "what_is_factored_no_more_is_owed_no_more",
-    "a_gradient_that_is_not_finite_anywhere_is_inf_everywhere_and_touches_no_error",
-    "a_buffer_that_overflowed_starts_again_and_the_others_keep_what_they_owe",
-    "what_is_sent_is_counted",
-    "before_its_start_all_is_sent_whole",
-    "q_is_kept_updated_or_redrawn_and_equal_on_all_replicas",
-    "the_papers_formats_hold_buffers_and_lose_no_more_than_rounding",
-    "torchs_hook_does_the_same_when_its_q_is_put_back_or_left",
-    "a_training_step_averages_and_at_full_rank_equals_the_whole_batch",
-]
-
-
-def failures(folder: Path, world: int, scenarios: list[str]) -> dict[str, str]:
-    """Scenario -> what went wrong in it, on the first process where it did."""
-    env = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, HERE.parent / "helpers" / "powersgd_worker.py", folder]
-    workers = [
-        subprocess.Popen(
-            [*words, str(rank), str(world), *scenarios], env=env, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(world)
-    ]
-    said = [worker.communicate(timeout=300)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * world, "\n".join(said)
-    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
-    return {name: text for one in reversed(found) for name, text in one.items()}
+from tests.helpers.powersgd_worker import CHECKS, run_checks
+from tests.helpers.processes import run_group
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return failures(tmp_path_factory.mktemp("replicas"), 2, SCENARIOS)
+def errors() -> dict[str, str]:
+    """Check -> its traceback in two replicas, for those that failed."""
+    first, second = run_group(2, run_checks, list(CHECKS))
+    return first | second
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_two_replicas(scenario, of_two):
-    assert scenario not in of_two, of_two.get(scenario)
+@pytest.mark.parametrize("check", CHECKS)
+def test_two_replicas(check, errors):
+    assert check not in errors, errors[check]
 
 
 @pytest.mark.slow
-def test_two_replicas_of_two_shards(tmp_path):
-    assert failures(tmp_path, 4, ["shards_are_factored_each_by_itself"]) == {}
-
-
-# ---------------------------------------------------------------------------------------------
-# Ranks and rates
-# ---------------------------------------------------------------------------------------------
+def test_two_replicas_of_two_shards():
+    assert run_group(4, run_checks, ["shards_are_factored_each_by_itself"]) == [{}] * 4
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,8 @@
-"""Checkpoints of many processes (dalle/train/sharded_checkpoint.py): two or four over gloo, each a fork of
-the test.
+"""Sharded checkpoints: written and read by other numbers of processes, and damaged."""
 
-What a process finds comes back by a pipe, as numpy arrays.
-"""
-
-import datetime
 import json
-import multiprocessing
 import os
 import pickle
-import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +20,7 @@ from dalle.config import to_dict
 from dalle.hub.registry import load_model, save_weights
 from dalle.io.files import verify_checksums, write_checksums, write_tensors
 from dalle.train import sharded_checkpoint as sharded
-from dalle.train.checkpoint import latest_valid_checkpoint, restore, save_checkpoint, verify_checkpoint
+from dalle.train.checkpoint import latest_valid_checkpoint, restore, verify_checkpoint
 from dalle.train.checkpoint_saver import AsyncCheckpointer
 from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.distributed import Distributed
@@ -36,6 +28,8 @@ from dalle.train.ema import EMA
 from dalle.train.optimizer import build_optimizers
 from dalle.train.state import TrainState
 from dalle.transformer import Transformer, TransformerConfig
+from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.processes import run_group
 
 CONFIG = TransformerConfig(
     depth=1, heads=1, head_dim=6, text_len=3, grid=(3, 3), text_vocab=5, image_vocab=7, conv_kernel=3
@@ -43,58 +37,10 @@ CONFIG = TransformerConfig(
 META = {"kind": "transformer", "model_config": None, "config": {}, "inputs": {}}
 
 
-def processes(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What function(rank, *args) gives in each of `world` processes that form a gloo group.
-
-    They are forks, so that torch is loaded once; they meet at a file, since the threads of a store do not
-    fork.
-    """
-    context = multiprocessing.get_context("fork")
-    pipes = [context.Pipe(duplex=False) for _ in range(world)]
-    with tempfile.TemporaryDirectory() as place:
-        return _results(
-            [receiver for receiver, _ in pipes],
-            [
-                context.Process(target=_process, args=(rank, world, f"{place}/store", sender, function, args))
-                for rank, (_, sender) in enumerate(pipes)
-            ],
-        )
-
-
-def _results(receivers: list[Any], started: list[Any]) -> list[Any]:
-    for process in started:
-        process.start()
-    results = [
-        receiver.recv() if receiver.poll(120) else "nothing came in two minutes" for receiver in receivers
-    ]
-    for process in started:
-        process.kill()
-        process.join()
-    wrong = [result for result in results if isinstance(result, str)]
-    assert not wrong, "\n".join(wrong)
-    return [result[0] for result in results]
-
-
-def _process(
-    rank: int, world: int, place: str, sender: Any, function: Callable[..., Any], args: tuple
-) -> None:
-    try:
-        store = dist.FileStore(place, world)
-        timeout = datetime.timedelta(seconds=90)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
-        sender.send((function(rank, *args),))
-    except BaseException:
-        sender.send(traceback.format_exc())
-
-
-def model_of(seed: int) -> Transformer:
-    torch.manual_seed(seed)
-    return Transformer(CONFIG)
-
-
 def state_of(seed: int, shape: tuple[int, ...] = ()) -> TrainState:
     """A fresh state, sharded over a mesh of that shape."""
-    model = model_of(seed)
+    torch.manual_seed(seed)
+    model = Transformer(CONFIG)
     if shape:
         fully_shard(
             model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
@@ -127,12 +73,8 @@ def contents(state: TrainState) -> dict[str, Tensor]:
     }
 
 
-def numpy(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
-
-
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def trained(rank: int, run: Path, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -142,7 +84,7 @@ def trained(rank: int, run: Path, shape: tuple[int, ...]) -> dict[str, Any]:
     one_update(state, 2)
     saver = AsyncCheckpointer(run, keep_last=2, keep_every=None)
     saver.save(state, META)
-    expected = numpy(contents(state))
+    expected = contents(state)
     one_update(state, 3)
     saver.wait()
     return expected
@@ -156,7 +98,7 @@ def resumed(rank: int, run: Path, shape: tuple[int, ...]) -> tuple[dict[str, Any
     for optimizer in state.optimizers:
         for parameter, moments in optimizer.state.items():
             assert type(moments["exp_avg"]) is type(parameter.data)
-    found = numpy(contents(state))
+    found = contents(state)
     one_update(state, 3)  # goes on
     return found, state.step
 
@@ -164,7 +106,7 @@ def resumed(rank: int, run: Path, shape: tuple[int, ...]) -> tuple[dict[str, Any
 def run_with(shape: tuple[int, ...], function: Callable[..., Any], run: Path) -> Any:
     """The function in as many processes as the mesh has; in this one for no mesh."""
     world = torch.Size(shape).numel()
-    return processes(world, function, run, shape)[0] if shape else function(0, run, ())
+    return run_group(world, function, run, shape)[0] if shape else function(0, run, ())
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +125,13 @@ def saved(tmp_path_factory) -> Callable[[tuple[int, ...]], tuple[Path, dict[str,
 
 @pytest.mark.parametrize(
     ("writers", "readers"),
-    [((2,), (2,)), ((2,), ()), ((), (2,)), ((2,), (4,)), ((2, 2), (2,)), ((2,), (2, 2))],
+    [
+        ((2,), ()),
+        ((), (2,)),
+        ((2, 2), (2,)),
+        pytest.param((2,), (4,), marks=pytest.mark.slow),
+        pytest.param((2,), (2, 2), marks=pytest.mark.slow),
+    ],
 )
 def test_another_number_of_processes_takes_up_a_run(writers, readers, saved):
     """Bit for bit, also between fsdp and none, and between hsdp and fsdp."""
@@ -204,7 +152,7 @@ def test_shards_are_safetensors_of_which_each_process_writes_its_share(saved):
     ]
     assert names == ["SHA256SUMS", *shards[:2], "meta.json", *shards[2:]]
     sizes = [sum(t.numel() for t in load_file(folder / shard).values()) for shard in shards[2:4]]
-    assert sum(sizes) == sum(array.size for name, array in expected.items() if name.startswith("model/"))
+    assert sum(sizes) == sum(tensor.numel() for name, tensor in expected.items() if name.startswith("model/"))
     assert max(sizes) < 0.7 * sum(sizes)
 
 
@@ -225,7 +173,9 @@ def test_a_sharded_checkpoint_is_a_part_and_becomes_one_file(saved, tmp_path):
     meta = run / "checkpoints" / "step-00000002" / "meta.json"
     text = meta.read_text()
     try:
-        meta.write_text(text.replace('"model_config": null', f'"model_config": {describe()}'))
+        meta.write_text(
+            text.replace('"model_config": null', f'"model_config": {json.dumps(to_dict(CONFIG))}')
+        )
         write_checksums(meta.parent)
         raw = load_model(run, "transformer", averaged=False)
         averaged = load_model(run, "transformer")
@@ -233,19 +183,11 @@ def test_a_sharded_checkpoint_is_a_part_and_becomes_one_file(saved, tmp_path):
         meta.write_text(text)
         write_checksums(meta.parent)
     save_weights(raw.model, tmp_path / "one.safetensors")
-    exported = {f"model/{name}": t.numpy() for name, t in load_file(tmp_path / "one.safetensors").items()}
-    assert same(exported, {name: array for name, array in expected.items() if name.startswith("model/")})
+    exported = {f"model/{name}": t for name, t in load_file(tmp_path / "one.safetensors").items()}
+    assert same(exported, {name: tensor for name, tensor in expected.items() if name.startswith("model/")})
     name = "to_logits.weight"
-    assert torch.allclose(averaged.model.state_dict()[name], torch.tensor(expected[f"ema/{name}"] / 0.75))
+    assert torch.allclose(averaged.model.state_dict()[name], expected[f"ema/{name}"] / 0.75)
 
-
-def describe() -> str:
-    return json.dumps(to_dict(CONFIG))
-
-
-# ---------------------------------------------------------------------------------------------
-# Placements
-# ---------------------------------------------------------------------------------------------
 
 PLACEMENTS = {
     "rows": [Shard(0), Replicate()],
@@ -270,7 +212,7 @@ def placed(rank: int, folder: Path) -> bool:
     }
     tensors["number"] = torch.tensor(3.0)
     tensors["counts"] = torch.tensor([1, 2], dtype=torch.int64)
-    tensors["own"] = sharded.of_each_process(torch.tensor([10.0, rank]), init_device_mesh("cpu", (4,)))
+    tensors["own"] = sharded.per_rank_tensor(torch.tensor([10.0, rank]), init_device_mesh("cpu", (4,)))
     tensors["half"] = distribute_tensor(value((5, 7)).bfloat16(), mesh, [Shard(0), Shard(1)])
     sharded.write_shards(folder, sharded.copy_to_cpu(tensors), Distributed.current())
     other = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
@@ -280,7 +222,7 @@ def placed(rank: int, folder: Path) -> bool:
 
 def test_any_placement_is_written_and_read(tmp_path):
     """Uneven and empty shares too, single numbers, integers, bf16, and what each process has of its own."""
-    assert processes(4, placed, tmp_path / "part") == [True] * 4
+    assert run_group(4, placed, tmp_path / "part") == [True] * 4
     found = sharded.read_whole(tmp_path, "part")
     for name in PLACEMENTS:
         for shape in SHAPES:
@@ -289,11 +231,6 @@ def test_any_placement_is_written_and_read(tmp_path):
     assert torch.equal(found["counts"], torch.tensor([1, 2]))
     assert torch.equal(found["own"], torch.tensor([[10.0, 0], [10, 1], [10, 2], [10, 3]]))
     assert torch.equal(found["half"], value((5, 7)).bfloat16())
-
-
-# ---------------------------------------------------------------------------------------------
-# What goes wrong
-# ---------------------------------------------------------------------------------------------
 
 
 class Trap:
@@ -360,7 +297,7 @@ def damaged_shard(rank: int, run: Path, shape: tuple[int, ...]) -> tuple[str, in
 
 
 def test_a_flipped_bit_in_one_shard_makes_all_processes_take_the_checkpoint_before(tmp_path):
-    assert processes(2, damaged_shard, tmp_path, (2,)) == [("step-00000001", 1)] * 2
+    assert run_group(2, damaged_shard, tmp_path, (2,)) == [("step-00000001", 1)] * 2
     assert "optimizer/shard-00002" in verify_checkpoint(tmp_path / "checkpoints" / "step-00000002")
 
 
@@ -404,31 +341,8 @@ def cannot_write(rank: int, run: Path, shape: tuple[int, ...]) -> str:
 
 
 def test_a_full_disk_of_one_process_is_told_by_all(tmp_path):
-    said = processes(2, cannot_write, tmp_path, (2,))
+    said = run_group(2, cannot_write, tmp_path, (2,))
     assert said[0] == said[1]
     assert "cannot write the checkpoint of step 2 (No space left on device)" in said[0]
     assert "step-00000001 is intact" in said[0]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001"]
-
-
-def test_ranks_speak(tmp_path):
-    assert processes(2, speaking) == [(1, [0, 10], "first", "error of 1")] * 2
-
-
-def speaking(rank: int) -> tuple:
-    ranks = Distributed.current()
-
-    def fail() -> None:
-        if rank == 1:
-            raise ValueError("error of 1")
-
-    try:
-        ranks.gather_results(fail)
-    except ValueError as error:
-        said = str(error)
-    return (
-        ranks.max(rank),
-        ranks.gather_results(lambda: 10 * rank),
-        ranks.on_main(lambda: ["first", "second"][rank]),
-        said,
-    )
