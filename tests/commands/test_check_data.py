@@ -1,7 +1,6 @@
 """The report on a dataset: dalle/commands/check_data.py."""
 
 import json
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +12,10 @@ from dalle.data import DataConfig, open_dataset, statistics
 from dalle.data.config import PAPER_FILTERS, FilterConfig
 from dalle.data.statistics import TILE
 from dalle.text import TextTokenizerConfig, train_text_tokenizer
-from tests.helpers.formats import write_tar
-from tests.helpers.scenes import encoded, put, scene
+from tests.helpers import scenes
+from tests.helpers.scenes import put, scene, write_scenes_tar
 
-BAD = {2: "truncated", 5: "wrong type", 9: "caption not UTF-8", 12: "empty caption", 14: "broken tar member"}
+BAD = {i: cause for i, cause in scenes.BAD.items() if cause != "missing twin"}
 
 
 def args_of(path, out, filters=PAPER_FILTERS, workers=0, resolution=32, **settings):
@@ -31,19 +30,7 @@ def index_of(named):
 @pytest.fixture
 def bad_tar(tmp_path):
     """Twenty samples, five of them bad, each in its own way."""
-    members = []
-    for i in range(20):
-        image, text = encoded(scene(i)), f"an image with the number {i}".encode()
-        image = {"truncated": image[:200], "wrong type": b"<html>"}.get(BAD.get(i), image)
-        text = {"caption not UTF-8": b"sch\xf6n", "empty caption": b"\n"}.get(BAD.get(i), text)
-        members += [(f"{i:02}.png", image), (f"{i:02}.txt", text)]
-    file = write_tar(tmp_path / "set.tar", members)
-    with tarfile.open(file) as tar:
-        damaged = tar.getmember("14.png").offset
-    data = bytearray(file.read_bytes())
-    data[damaged + 130] ^= 0xFF
-    file.write_bytes(data)
-    return file
+    return write_scenes_tar(tmp_path / "set.tar", BAD)
 
 
 @pytest.fixture

@@ -15,47 +15,28 @@ def reason(captions, width=300, height=300, name=None, base=OFF, **settings):
     return Filters(replace(base, **settings)).reason(captions, width, height, name)
 
 
-# By default.
-
-
 @pytest.mark.parametrize("caption", ["cat", "a cat", "chat noir", "猫", "x", "may", "2001", "12 monkeys"])
-def test_a_users_small_captions_stay(caption):
+def test_short_captions_stay_by_default(caption):
     filters = Filters(FilterConfig())
     assert filters.reason([caption], 30, 20) is None
     assert filters.captions([caption]) == [caption]
 
 
-def test_by_default_boilerplate_and_long_images_go():
-    assert Filters(FilterConfig()).reason(["photographed on 3 May 2009"], 300, 300) == "boilerplate"
-    assert Filters(FilterConfig()).reason(["a train"], 601, 300) == "aspect"
-
-
-def test_every_filter_can_be_off():
-    assert reason(["photographed on 3 May 2009"], 9000, 1) is None
-    assert Filters(OFF).captions(["", "IMG_2031"]) == ["", "IMG_2031"]
-
-
-# One filter after the other.
-
-
 @pytest.mark.parametrize(
-    ("width", "height", "dropped"),
+    ("settings", "width", "height", "expected"),
     [
-        (200, 100, False),
-        (100, 200, False),
-        (201, 100, True),
-        (100, 201, True),
-        (100, 100, False),
-        (1000, 1, True),
+        ({}, 9000, 1, None),
+        ({"max_aspect_ratio": 2.0}, 200, 100, None),
+        ({"max_aspect_ratio": 2.0}, 100, 200, None),
+        ({"max_aspect_ratio": 2.0}, 201, 100, "aspect"),
+        ({"max_aspect_ratio": 2.0}, 100, 201, "aspect"),
+        ({"min_size": 64}, 64, 64, None),
+        ({"min_size": 64}, 63, 500, "too small"),
+        ({"min_size": 64}, 500, 63, "too small"),
     ],
 )
-def test_aspect_keeps_from_half_to_two(width, height, dropped):
-    assert reason(["a"], width, height, max_aspect_ratio=2.0) == ("aspect" if dropped else None)
-
-
-@pytest.mark.parametrize(("width", "height", "dropped"), [(64, 64, False), (63, 500, True), (500, 63, True)])
-def test_small_is_by_the_shorter_side(width, height, dropped):
-    assert reason(["a"], width, height, min_size=64) == ("too small" if dropped else None)
+def test_filters_of_sizes(settings, width, height, expected):
+    assert reason(["photographed on 3 May 2009"], width, height, **settings) == expected
 
 
 @pytest.mark.parametrize(
@@ -78,42 +59,34 @@ def test_words_are_counted(caption, words):
     assert count_words(caption) == words
 
 
-def test_captions_of_too_few_words_go():
-    assert reason(["a cat"], min_words=3) == "too short"
-    assert reason(["a black cat"], min_words=3) is None
+@pytest.mark.parametrize(
+    ("captions", "settings", "expected"),
+    [
+        (["a cat"], {"min_words": 3}, "too short"),
+        (["a black cat"], {"min_words": 3}, None),
+        (["cat", "IMG_2031", "a black cat"], {"min_words": 3, "boilerplate": True}, None),
+        (
+            ["IMG_2031", "cat"],
+            {"min_words": 2, "boilerplate": True},
+            "too short",
+        ),  # the filter that drops the last
+        (["IMG_2031", "photo of 3 May 2009"], {"min_words": 2, "boilerplate": True}, "boilerplate"),
+        ([], {"min_words": 3, "boilerplate": True}, None),  # a sample without captions is another matter
+    ],
+)
+def test_filters_of_captions(captions, settings, expected):
+    filters = Filters(replace(OFF, **settings))
+    assert filters.reason(captions, 9, 9) == expected
+    if captions:
+        assert bool(filters.captions(captions)) == (expected is None)
 
 
-def test_a_sample_stays_while_one_caption_does():
-    captions = ["cat", "IMG_2031", "a black cat"]
-    filters = Filters(FilterConfig(min_words=2))
-    assert filters.reason(captions, 10, 10) is None
-    assert filters.captions(captions) == ["a black cat"]
-
-
-def test_the_filter_that_leaves_no_caption_gives_the_reason():
-    assert reason(["IMG_2031", "cat"], min_words=2, boilerplate=True) == "too short"
-    assert reason(["IMG_2031", "photo of 3 May 2009"], min_words=2, boilerplate=True) == "boilerplate"
-
-
-def test_captions_and_reason_agree():
-    filters = Filters(FilterConfig(min_words=2))
-    for captions in (["cat", "IMG_2031"], ["a cat", "cat"], ["photo 3.5.2009"], ["two cats"]):
-        assert (filters.reason(captions, 9, 9) is None) == bool(filters.captions(captions))
-
-
-def test_a_image_without_captions_is_not_a_matter_of_caption_filters():
-    assert reason([], min_words=3, boilerplate=True) is None
-
-
-def test_names_of_a_list_go(tmp_path):
+def test_names_of_the_exclude_list_are_dropped(tmp_path):
     (tmp_path / "drop.txt").write_text("cats/1.png\nhündin.png\n", encoding="utf-8")
     settings = {"exclude_list": tmp_path / "drop.txt"}
     assert reason(["a"], name="hündin.png", **settings) == "exclude list"
     assert reason(["a"], name="cats/2.png", **settings) is None
     assert reason(["a"], **settings) is None
-
-
-# Boilerplate.
 
 
 @pytest.mark.parametrize(
@@ -140,7 +113,7 @@ def test_names_of_a_list_go(tmp_path):
         "Shot on Sat. 4 july '09",
     ],
 )
-def test_boilerplate_is_told(caption):
+def test_boilerplate(caption):
     assert is_boilerplate(caption)
     assert reason([caption], boilerplate=True) == "boilerplate"
 
@@ -172,69 +145,43 @@ def test_boilerplate_is_told(caption):
         "",
     ],
 )
-def test_what_says_something_is_no_boilerplate(caption):
+def test_other_captions_are_no_boilerplate(caption):
     assert not is_boilerplate(caption)
 
 
 @pytest.mark.parametrize("caption", ["1" * 20000, "may " * 5000, "1.1." * 5000, "on " * 7000 + "1 may"])
-def test_endless_captions_do_no_harm(caption):
-    is_boilerplate(caption)  # no pattern may take more than linear time
+def test_long_captions_take_linear_time(caption):
+    is_boilerplate(caption)
     count_words(caption)
 
 
-# Language.
+ENGLISH = [
+    "two dogs playing in the snow",
+    "cat",
+    "pizza",
+    "a bowl of fresh fruit on a wooden table",
+    "?!",
+    "",
+]
+GERMAN = "zwei Hunde spielen im Schnee vor dem Haus"
+OTHERS = [GERMAN, "deux chiens jouent dans la neige", "две собаки играют в снегу", "两只狗在雪地里玩耍"]
 
 
-@pytest.fixture
-def english():
+def test_the_language():
     pytest.importorskip("py3langid")
-    return Filters(replace(OFF, language="en"))
+    english, german = (Filters(replace(OFF, language=code)) for code in ("en", "de"))
+    assert {english.reason([caption], 9, 9) for caption in ENGLISH} == {None}
+    assert {english.reason([caption], 9, 9) for caption in OTHERS} == {"language"}
+    assert [german.reason([caption], 9, 9) for caption in (GERMAN, ENGLISH[0])] == [None, "language"]
 
 
-@pytest.mark.parametrize(
-    "caption",
-    [
-        "two dogs playing in the snow",
-        "cat",
-        "pizza",
-        "a bowl of fresh fruit on a wooden table",
-        "a neon sign",
-        "?!",
-        "",
-    ],
-)
-def test_english_stays(english, caption):
-    assert english.reason([caption], 9, 9) is None
-
-
-@pytest.mark.parametrize(
-    "caption",
-    [
-        "zwei Hunde spielen im Schnee vor dem Haus",
-        "deux chiens jouent dans la neige",
-        "две собаки играют в снегу",
-        "两只狗在雪地里玩耍",
-        "kalbin üzerinde oturan küçük bir kedi",
-    ],
-)
-def test_other_languages_go(english, caption):
-    assert english.reason([caption], 9, 9) == "language"
-
-
-def test_another_language_than_english_can_be_kept():
-    pytest.importorskip("py3langid")
-    german = Filters(replace(OFF, language="de"))
-    assert german.reason(["zwei Hunde spielen im Schnee vor dem Haus"], 9, 9) is None
-    assert german.reason(["two dogs playing in the snow"], 9, 9) == "language"
-
-
-def test_an_unknown_language_is_told():
+def test_an_unknown_language_is_refused():
     pytest.importorskip("py3langid")
     with pytest.raises(ValueError, match=r"language 'xx'; expected one of .*, en, "):
         Filters(replace(OFF, language="xx"))
 
 
-def test_a_missing_detector_is_told(monkeypatch):
+def test_a_missing_detector_is_named(monkeypatch):
     from dalle.data.filters import language_detector
 
     language_detector.cache_clear()
@@ -244,11 +191,8 @@ def test_a_missing_detector_is_told(monkeypatch):
     assert Filters(OFF).reason(["eine Katze"], 9, 9) is None
 
 
-# Configurations.
-
-
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "words"),
     [
         ({"max_aspect_ratio": 0.5}, "max_aspect_ratio is longer side / shorter side, so at least 1"),
         ({"max_aspect_ratio": float("nan")}, "max_aspect_ratio"),
@@ -257,17 +201,17 @@ def test_a_missing_detector_is_told(monkeypatch):
         ({"language": "English"}, "language must be a code such as en"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(settings, said):
-    with pytest.raises(ValueError, match=said):
+def test_settings_out_of_range_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
         FilterConfig(**settings)
 
 
-def test_a_drop_list_that_is_not_there_is_told(tmp_path):
+def test_a_missing_exclude_list_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read the exclude list .*nowhere.*a text file"):
         Filters(FilterConfig(exclude_list=tmp_path / "nowhere"))
 
 
-def test_the_filters_one_by_one_cover_those_that_are_on(tmp_path):
+def test_one_by_one_has_the_active_filters(tmp_path):
     (tmp_path / "drop").touch()
     config = FilterConfig(True, 2.0, 3, None, 64, tmp_path / "drop")
     alone = one_by_one(config)
@@ -282,6 +226,6 @@ def test_each_filter_alone_gives_its_own_name_as_the_reason():
         assert Filters(config).reason(*samples[name]) == name
 
 
-def test_filters_go_to_another_process():
+def test_filters_can_be_pickled():
     again = pickle.loads(pickle.dumps(Filters(FilterConfig(min_words=2))))
     assert again.reason(["cat"], 9, 9) == "too short"

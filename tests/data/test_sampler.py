@@ -1,7 +1,7 @@
-"""The order of samples: a permutation for each epoch that takes no memory (dalle/data/sampler.py)."""
+"""The order of samples, a permutation per epoch: dalle/data/sampler.py."""
 
 from collections import Counter
-from itertools import permutations
+from itertools import islice, permutations
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ PINNED_LARGE = [55825314, 649763454, 959558517]
 
 @pytest.mark.parametrize("size", [3, 4])
 def test_each_order_of_a_small_set_is_as_likely(size):
-    draws = 2400
+    draws = 1200
     counts = Counter(tuple(order(size, seed, 0)) for seed in range(draws))
     expected = draws / len(list(permutations(range(size))))
     chi_squared = sum((counts[p] - expected) ** 2 / expected for p in permutations(range(size)))
@@ -100,3 +100,30 @@ def test_a_batch_that_does_not_divide_is_refused():
 def test_an_empty_set_has_no_order():
     with pytest.raises(ValueError, match="at least one number, got 0"):
         FeistelPermutation(0, "order", 0)
+
+
+def samples_of(batch_size, size, seed, count):
+    """The first samples, step after step."""
+    steps = (batch_indices(step, batch_size, size, seed) for step in range(-(-count // batch_size)))
+    return list(islice((sample for step in steps for sample in step), count))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 7, 23])
+def test_every_epoch_is_a_permutation_whatever_the_batch_size(batch_size):
+    samples = samples_of(batch_size, size=10, seed=0, count=50)
+    assert samples == samples_of(8, 10, 0, 50)
+    assert [epoch for epoch, _ in samples] == [i // 10 for i in range(50)]
+    for epoch in range(5):
+        assert sorted(index for _, index in samples[10 * epoch : 10 * epoch + 10]) == list(range(10))
+
+
+def test_epochs_and_seeds_have_their_own_permutations():
+    orders = {
+        tuple(i for _, i in samples_of(20, 20, seed, 60)[n : n + 20]) for seed in (0, 1) for n in (0, 20, 40)
+    }
+    assert len(orders) == 6
+
+
+def test_batches_span_epochs_and_an_endless_dataset_is_read_in_order():
+    assert [epoch for epoch, _ in batch_indices(0, 7, 3, 0)] == [0, 0, 0, 1, 1, 1, 2]
+    assert list(batch_indices(3, 4, None, seed=5)) == [(0, 12), (0, 13), (0, 14), (0, 15)]

@@ -1,5 +1,4 @@
-"""Random crops of the paper (Listings 1 and 2): boxes for given draws, and the resize by area, against a slow
-twin."""
+"""Random crops of the paper (Listings 1 and 2) and the resize by area: dalle/data/transforms.py."""
 
 import math
 
@@ -22,12 +21,8 @@ def noise(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-# Where the crops lie.
-
-
-class Draws:
-    """A generator whose draws are given; it keeps the bounds that it was asked for, the upper one
-    excluded."""
+class Scripted:
+    """A generator with given values; it records the bounds, the upper one excluded."""
 
     def __init__(self, *values):
         self.values, self.bounds = list(values), []
@@ -35,45 +30,63 @@ class Draws:
     def integers(self, low, high=None, size=None):
         bounds = (0, low) if high is None else (low, high)
         self.bounds += [bounds] * (size or 1)
-        drawn = [self.random() for _ in range(size or 1)]
-        return np.array(drawn) if size else drawn[0]
+        values = [self.random() for _ in range(size or 1)]
+        return np.array(values) if size else values[0]
 
     def random(self):
         return self.values.pop(0)
 
 
-def test_listing_1_by_given_draws():
-    """400 x 300 at R = 256: a square of 300, resized to 288 .. 300 (12/8 R is beyond it), flipped below
-    0.5."""
-    rng = Draws(100, 0, 290, 5, 34, 0.49)
-    assert dvae_crop(400, 300, 256, rng) == Crop(100, 0, 300, 290, 5, 34, flip=True)
-    assert rng.bounds == [(0, 101), (0, 1), (288, 301), (0, 35), (0, 35)]
+@pytest.mark.parametrize(
+    ("size", "values", "crop", "bounds"),
+    [
+        (  # a square of 300, resized to 288 .. 300 (12/8 R is larger), flipped below 0.5
+            (400, 300),
+            (100, 0, 290, 5, 34, 0.49),
+            Crop(100, 0, 300, 290, 5, 34, flip=True),
+            [(0, 101), (0, 1), (288, 301), (0, 35), (0, 35)],
+        ),
+        (
+            (1000, 1200),
+            (0, 200, 384, 128, 0, 0.5),
+            Crop(0, 200, 1000, 384, 128, 0, flip=False),
+            [(0, 1), (0, 201), (288, 385), (0, 129), (0, 129)],
+        ),
+        (  # smaller than 9/8 R
+            (260, 260),
+            (0, 0, 260, 1, 2, 0.9),
+            Crop(0, 0, 260, 260, 1, 2, flip=False),
+            [(0, 1), (0, 1), (260, 261), (0, 5), (0, 5)],
+        ),
+    ],
+)
+def test_listing_1(size, values, crop, bounds):
+    rng = Scripted(*values)
+    assert dvae_crop(*size, 256, rng) == crop
+    assert rng.bounds == bounds
 
 
-def test_listing_1_of_a_large_image():
-    rng = Draws(0, 200, 384, 128, 0, 0.5)
-    assert dvae_crop(1000, 1200, 256, rng) == Crop(0, 200, 1000, 384, 128, 0, flip=False)
-    assert rng.bounds == [(0, 1), (0, 201), (288, 385), (0, 129), (0, 129)]
-
-
-def test_listing_1_of_a_image_smaller_than_nine_eighths():
-    rng = Draws(0, 0, 260, 1, 2, 0.9)
-    assert dvae_crop(260, 260, 256, rng) == Crop(0, 0, 260, 260, 1, 2, flip=False)
-    assert rng.bounds == [(0, 1), (0, 1), (260, 261), (0, 5), (0, 5)]
-
-
-def test_listing_2_by_given_draws():
-    """640 x 480 at R = 256: slack 160, so left is 3/8 to 5/8 of it, 5/8 excluded; resized to 256 .. 288."""
-    rng = Draws(60, 0, 288, 32, 7)
-    assert transformer_crop(640, 480, 256, rng) == Crop(60, 0, 480, 288, 32, 7)
-    assert rng.bounds == [(60, 100), (0, 1), (256, 289), (0, 33), (0, 33)]
-
-
-def test_listing_2_of_a_tall_image_with_little_slack():
-    """Slack 1: 3 * 1 // 8 = 0 and 5 * 1 // 8 = 0, so the only offset is 0; the image ends at 270."""
-    rng = Draws(0, 0, 270, 14, 14)
-    assert transformer_crop(270, 271, 256, rng) == Crop(0, 0, 270, 270, 14, 14)
-    assert rng.bounds == [(0, 1), (0, 1), (256, 271), (0, 15), (0, 15)]
+@pytest.mark.parametrize(
+    ("size", "values", "crop", "bounds"),
+    [
+        (  # slack 160, so left is 3/8 to 5/8 of it, 5/8 excluded; resized to 256 .. 288
+            (640, 480),
+            (60, 0, 288, 32, 7),
+            Crop(60, 0, 480, 288, 32, 7),
+            [(60, 100), (0, 1), (256, 289), (0, 33), (0, 33)],
+        ),
+        (  # slack 1: 3 * 1 // 8 = 5 * 1 // 8 = 0; the image ends at 270
+            (270, 271),
+            (0, 0, 270, 14, 14),
+            Crop(0, 0, 270, 270, 14, 14),
+            [(0, 1), (0, 1), (256, 271), (0, 15), (0, 15)],
+        ),
+    ],
+)
+def test_listing_2(size, values, crop, bounds):
+    rng = Scripted(*values)
+    assert transformer_crop(*size, 256, rng) == crop
+    assert rng.bounds == bounds
 
 
 @pytest.mark.parametrize("crop_of", [dvae_crop, transformer_crop])
@@ -107,7 +120,7 @@ def test_listing_1_reaches_every_offset_and_flips_half_the_time():
 
 
 @pytest.mark.parametrize("crop_of", [dvae_crop, transformer_crop])
-def test_a_image_smaller_than_the_resolution_is_refused(crop_of):
+def test_an_image_smaller_than_the_resolution_is_refused(crop_of):
     with pytest.raises(ValueError, match="300 x 255 is smaller"):
         crop_of(300, 255, 256, np.random.default_rng(0))
 
@@ -128,17 +141,13 @@ def test_a_crop_takes_the_square_in_the_square(flip):
     assert (array[..., 1] == y[:, None]).all()
 
 
-# The resize by area.
-
-
 def by_area(square, size):
     """The resize written out, pixel by pixel, in double precision: square (S, S, 3) -> (size, size, 3)."""
     side = len(square)
     scale = (side - 1) / (size - 1) if size > 1 else side / size  # align_corners
 
     def covered(i):
-        """(pixel, length of it) for all that [i * scale, (i + 1) * scale) covers; beyond the rim the last
-        goes on."""
+        """(pixel, length) of [i * scale, (i + 1) * scale); the last pixel is repeated."""
         start, end = i * scale, (i + 1) * scale
         for cell in range(math.floor(start), math.ceil(end)):
             yield min(cell, side - 1), min(cell + 1, end) - max(cell, start)
@@ -159,20 +168,7 @@ def resized(image, size):
 
 @pytest.mark.parametrize(
     ("side", "size"),
-    [
-        (8, 8),
-        (9, 8),
-        (13, 8),
-        (17, 12),
-        (31, 16),
-        (40, 7),
-        (24, 5),
-        (23, 2),
-        (6, 1),
-        (2, 1),
-        (5, 4),
-        (37, 36),
-    ],
+    [(8, 8), (13, 8), (17, 12), (31, 16), (40, 7), (24, 5), (23, 2), (6, 1), (2, 1), (37, 36)],
 )
 def test_a_resize_is_that_by_fractional_coverage(side, size):
     image = noise(side, side)
@@ -201,10 +197,6 @@ def test_the_corners_are_aligned():
     assert (values[:, :-1] == 0).all()
 
 
-def test_a_square_of_the_right_size_stays_as_it_is():
-    assert (resized(noise(33, 33), 33) == np.asarray(noise(33, 33))).all()
-
-
 def test_halves_are_rounded_to_even():
     """3 x 3 to 2 x 2 has a scale of 2, so the first pixel is the mean of four; 0.5 -> 0, 1.5 -> 2, 2.5 ->
     2."""
@@ -226,13 +218,6 @@ def test_the_paper_sizes_agree_with_two_matrix_products():
     assert abs(window[:, ::-1] - values[7:263, 40:296]).max() < 0.501
 
 
-def test_whole_pixels_would_be_another_thing():
-    """Pillow's box filter weights no pixel by the fraction covered; on noise that shows."""
-    image = noise(40, 40)
-    box = np.asarray(image.resize((30, 30), Image.Resampling.BOX)).astype(int)
-    assert abs(box - resized(image, 30)).mean() > 5
-
-
 def test_weights_are_shared_and_cannot_be_changed():
     cells, weights = area_resize_weights(20, 10)
     assert area_resize_weights(20, 10)[1] is weights
@@ -241,42 +226,22 @@ def test_weights_are_shared_and_cannot_be_changed():
             array[0] = 0
 
 
-# The two together.
-
-
-def test_transform_without_augmentation_is_the_middle_and_draws_nothing():
+def test_transform_without_augmentation_is_the_center_crop():
     array = np.asarray(transform(coordinates(60, 20), 20, "none", rng=None))
     assert (array[..., 0] == np.arange(20, 40)).all()
 
 
-def test_transform_follows_the_listing_that_is_named():
-    image = coordinates(60, 50)
-    for augment, crop_of in (("dvae", dvae_crop), ("transformer", transformer_crop)):
-        crop = crop_of(60, 50, 16, np.random.default_rng(4))
-        expected = apply_crop(image, crop, 16)
-        assert transform(image, 16, augment, np.random.default_rng(4)).tobytes() == expected.tobytes()
+@pytest.mark.parametrize(("augment", "crop_of"), [("dvae", dvae_crop), ("transformer", transformer_crop)])
+def test_transform_follows_its_listing(augment, crop_of):
+    image = noise(60, 50)
+    expected = apply_crop(image, crop_of(60, 50, 16, np.random.default_rng(4)), 16)
+    first, again, other = (transform(image, 16, augment, np.random.default_rng(seed)) for seed in (4, 4, 5))
+    assert first.tobytes() == again.tobytes() == expected.tobytes()
+    assert other.tobytes() != first.tobytes()
+    assert (first.size, first.mode) == ((16, 16), "RGB")
 
 
 def test_an_unknown_augment_is_refused():
-    with pytest.raises(ValueError, match="unknown augment 'clip'; expected one of dvae, transformer, none"):
-        transform(coordinates(20, 20), 16, "clip", np.random.default_rng(0))
-
-
-def test_a_crop_is_a_function_of_the_generator_alone():
-    image = noise(70, 50)
-    for augment in ("dvae", "transformer"):
-        first, again, other = (
-            transform(image, 16, augment, np.random.default_rng(seed)).tobytes() for seed in (1, 1, 2)
-        )
-        assert first == again
-        assert first != other
-
-
-def test_augments_are_named_once():
     assert AUGMENTS == ("dvae", "transformer", "none")
-
-
-@pytest.mark.parametrize("augment", AUGMENTS)
-def test_every_augment_gives_an_rgb_image_of_the_resolution(augment):
-    image = transform(noise(41, 67), 24, augment, np.random.default_rng(0))
-    assert (image.size, image.mode) == ((24, 24), "RGB")
+    with pytest.raises(ValueError, match="unknown augment 'clip'"):
+        transform(coordinates(20, 20), 16, "clip", np.random.default_rng(0))

@@ -1,0 +1,67 @@
+"""Bad samples, counted and logged: dalle/data/bad_samples.py."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from dalle.data.bad_samples import BadSampleLog
+from dalle.types import BadSample
+
+
+def bad(count, cause="truncated"):
+    return [BadSample(i, f"m{i}", cause) for i in range(count)]
+
+
+def test_a_resumed_run_continues_its_file(tmp_path):
+    path = tmp_path / "bad_samples.jsonl"
+    opening = [BadSample(None, "x.png", "missing twin")]
+    for _ in range(2):
+        log = BadSampleLog(path, 1000, opening)
+        log.add([BadSample(4, "m4", "truncated")], 5, 10)
+    log.add([BadSample(5, "m5", "empty caption")], 6, 20)
+    assert log.counts == Counter({"missing twin": 1, "truncated": 1, "empty caption": 1})
+    assert str(log).startswith(
+        "skipped 3 samples: 1 missing twin, 1 truncated, 1 empty caption; each is named"
+    )
+    with path.open("a") as file:
+        file.write('{"index": 6, "na')  # an interrupted run
+    again = BadSampleLog(path, 1000, opening)
+    again.add([], 7, 30)
+    assert again.counts == log.counts
+    again.add([BadSample(7, "m7", "truncated")], 7, 30)
+    assert [json.loads(line)["name"] for line in path.read_text().splitlines()] == ["x.png", "m4", "m5", "m7"]
+
+
+def test_a_new_run_starts_a_new_file(tmp_path):
+    path = tmp_path / "bad_samples.jsonl"
+    BadSampleLog(path, 1000).add([], 0, 10)
+    assert not path.exists()  # nothing to write
+    BadSampleLog(path, 1000).add([BadSample(4, "of another set", "truncated")], 0, 10)
+    BadSampleLog(path, 1000).add([], 0, 10)
+    assert path.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "seen", "replaced", "message"),
+    [
+        (10**6, 101, 10_000, False, r"101 of 10000 samples .*\(1\.0%, more than 1\.0%\): skipped 101"),
+        (10**6, 101, 10_101, False, None),
+        (10**6, 100, 100, False, None),
+        (500, 101, 10**6, False, "101 of 500 samples"),  # many epochs of a small dataset
+        (10**6, 101, 50, True, r"101 of 151 samples"),  # fifty requested, and as many read in place of others
+        (10**6, 101, 9_999, True, None),
+    ],
+)
+def test_a_run_ends_above_one_percent_and_a_hundred_samples(size, count, seen, replaced, message):
+    log = BadSampleLog(None, size)
+    if message is None:
+        return log.add(bad(count), 0, seen, replaced)
+    with pytest.raises(ValueError, match=message):
+        log.add(bad(count), 0, seen, replaced)
+
+
+def test_filtered_samples_never_end_a_run():
+    log = BadSampleLog(None, 1000)
+    log.add(bad(900, "filter:aspect"), 0, 1000)
+    assert log.counts["filter:aspect"] == 900

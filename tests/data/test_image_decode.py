@@ -1,0 +1,103 @@
+"""Decoding of images, broken and hostile ones included: dalle/data/image_decode.py."""
+
+import struct
+import warnings
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle.data import DataConfig, open_dataset
+from dalle.data.bad_samples import CAUSES, BadSampleError
+from dalle.data.image_decode import decode, open_image
+from dalle.data.transforms import transform
+from dalle.io.rng import epoch_stream, generator
+from tests.helpers.scenes import encoded
+
+
+def noise(form="PNG", size=(64, 64)) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return encoded(Image.fromarray(pixels), form)
+
+
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (b"", "truncated"),
+        (b"<html>404</html>", "wrong type"),
+        (b"%PDF-1.7", "wrong type"),
+        (b"\x89PNG\r\n\x1a\nrubbish", "unreadable image"),
+        (noise("JPEG")[:600], "truncated"),
+        (noise("PNG")[:600], "truncated"),
+        (noise("GIF")[:1200], "truncated"),
+        (noise("WEBP")[:600], "unreadable image"),
+        (b"\xff\xd8\xff\xe0", "unreadable image"),
+    ],
+)
+def test_causes_of_broken_images(data, cause):
+    with pytest.raises(BadSampleError) as caught:
+        decode(open_image(data, "a.png"), "a.png")
+    assert (caught.value.name, caught.value.cause) == ("a.png", cause)
+    assert cause in CAUSES
+
+
+def test_pillows_own_limit_is_a_bomb(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(BadSampleError, match="decompression bomb"):
+        open_image(noise(), "a.png")
+
+
+def png_with_header(width: int, height: int) -> bytes:
+    """A PNG whose header claims any size."""
+    data = bytearray(noise(size=(8, 8)))
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(10_000, 9_000), (17_000, 10_000), (60_000, 60_000)])
+def test_more_than_ninety_megapixels_are_a_bomb(size):
+    """Where Pillow only warns, and where it refuses."""
+    assert open_image(png_with_header(9459, 9459), "a.png").size == (9459, 9459)
+    with pytest.raises(BadSampleError, match=r"a\.png: decompression bomb \(.*pixels"):
+        open_image(png_with_header(*size), "a.png")
+
+
+def test_a_warning_of_pillow_as_an_error_is_a_bomb():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BadSampleError, match="decompression bomb"):
+            open_image(png_with_header(17_000, 10_000), "a.png")
+
+
+def test_a_jpeg_draft_is_small_and_looks_the_same():
+    y, x = np.mgrid[:1200, :1600] / 1200
+    pixels = (255 * np.stack([x / 1.34, y, 0.5 + 0 * x], -1)).astype(np.uint8)
+    data = encoded(Image.fromarray(pixels), "JPEG", quality=95)
+    small, large = (decode(open_image(data, "a"), "a", side) for side in (128, None))
+    assert (small.size, large.size) == ((200, 150), (1600, 1200))
+    difference = np.asarray(large.resize((200, 150), Image.Resampling.BOX), int) - np.asarray(small, int)
+    assert abs(difference).max() <= 4
+    assert decode(open_image(noise("JPEG", (150, 100)), "a"), "a", 128).size == (
+        150,
+        100,
+    )  # half is too small
+
+
+@pytest.mark.parametrize("augment", ["dvae", "transformer"])
+def test_a_draft_is_decoded_on_request_and_never_in_evaluation(tmp_path, augment):
+    data = noise("JPEG", (200, 160))
+    (tmp_path / "a.jpg").write_bytes(data)
+    (tmp_path / "a.txt").write_text("noise")
+    config = DataConfig(str(tmp_path), resolution=16, val_fraction=1e-9)
+    datasets = [open_dataset(replace(config, jpeg_draft=draft)) for draft in (False, True)]
+    results = [dataset.load([(0, 0)], augment, 3).pixels for dataset in datasets]
+    for side, pixels in zip((None, 32), results, strict=True):
+        rng = generator("crop", epoch_stream(3, 0), 0)
+        crop = np.asarray(transform(decode(open_image(data, "a"), "a", side), 16, augment, rng), np.float32)
+        np.testing.assert_array_equal(pixels[0], crop.transpose(2, 0, 1) / np.float32(255))
+    assert abs(results[0] - results[1]).max() > 0.05
+    np.testing.assert_array_equal(*(dataset.load([(0, 0)]).pixels for dataset in datasets))
