@@ -1,1 +1,1 @@
-"""benchmarks"""
+"""Benchmarks of speed and memory."""

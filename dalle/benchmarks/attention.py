@@ -1,8 +1,7 @@
-"""Attention alone, forward and backward: the layers of a model by each backend against causal attention.
+"""Attention alone, forward and backward: a model's layers by each backend against as many causal layers.
 
-Each kind of layer is timed once a round and counted as often as the model has it. The reference is the cost
-of as many
-causal layers: by FlexAttention and by torch's fused `is_causal` kernel.
+Each kind of layer is timed once a round and counted as often as the model has it. Causal layers are timed by
+FlexAttention and by torch's fused `is_causal` kernel.
 """
 
 from collections import Counter
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle.benchmarks.common import hardware, print_results, save_report, seconds_of
+from dalle.benchmarks.common import finish, seconds_of
 from dalle.benchmarks.config import AttentionBenchmark
 from dalle.nn.attention import SparseMask, attend_with, resolve_backend
 from dalle.train.precision import DTYPES, resolve_device, resolve_precision
@@ -60,11 +59,8 @@ def benchmark_attention(args: AttentionBenchmark) -> dict[str, Any]:
         "auto_backend": auto,
         "shape": dict(zip(("batch", "heads", "positions", "head_dim"), shape[1:], strict=True)),
         "precision": precision,
-        "hardware": hardware(device),
     }
-    save_report(report, args.json)
-    print_results(report)
-    return report
+    return finish(report, args, device)
 
 
 def _layer(backend: str, kind: str, args: AttentionBenchmark, inputs: list[Tensor]) -> Callable[[], Any]:

@@ -1,14 +1,14 @@
-"""Shared parts of the benchmarks: a training step, a timer that synchronizes the device, reports."""
+"""Parts that benchmarks share: a training step, a timer that synchronizes the device, reports."""
 
 import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dalle.benchmarks.config import BenchmarkArgs
 from dalle.hub.registry import build_model
 from dalle.io.files import make_directory, write_json
 from dalle.layout import TokenLayout
@@ -20,8 +20,7 @@ from dalle.train.state import TrainState
 from dalle.train.step import build_grad_scaler, train_step
 from dalle.types import Loss, Objective
 
-OPTIM = OptimizerConfig(lr=Schedule(1e-4, 1e-4), warmup_steps=0)
-"""The optimizer of steps that are only timed."""
+OPTIM = OptimizerConfig(lr=Schedule(1e-4, 1e-4), warmup_steps=0)  # of steps that are only timed
 
 
 class Stepper:
@@ -52,16 +51,12 @@ class Stepper:
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     """Wall time of a call; the device is synchronized before and after."""
-    _wait(device)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
     started = time.perf_counter()
     work()
-    _wait(device)
+    synchronize()
     return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def matmul_rate(device: torch.device, precision: str) -> float:
@@ -92,22 +87,14 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
-def save_report(report: dict[str, Any], path: Path | None) -> None:
-    """Writes the report as JSON where --json says."""
-    if path:
-        make_directory(path.parent)
-        write_json(path, report)
-
-
-def print_results(report: dict[str, Any]) -> None:
-    """What was measured on, then a line for each of the results."""
-    print(
-        "  ".join(f"{name} {_short(value)}" for name, value in report.items() if not isinstance(value, dict))
-    )
-    print(", ".join(f"{name} {value}" for name, value in report["hardware"].items()))
-    for name, line in report["results"].items():
-        print(f"  {name:14}", "  ".join(f"{key} {_short(value)}" for key, value in line.items()))
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def finish(report: dict[str, Any], args: BenchmarkArgs, device: torch.device) -> dict[str, Any]:
+    """Adds the hardware, prints a line for each of the results, and writes --json."""
+    report["hardware"] = hardware(device)
+    if args.json:
+        make_directory(args.json.parent)
+        write_json(args.json, report)
+    facts = {name: value for name, value in report.items() if not isinstance(value, dict)}
+    for name, line in {"": facts, "hardware": report["hardware"], **report["results"]}.items():
+        values = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()]
+        print(f"  {name:14}", "  ".join(values))
+    return report

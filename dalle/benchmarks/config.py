@@ -1,4 +1,4 @@
-"""Command-line arguments of the benchmarks (no torch here, so that --help answers at once)."""
+"""Arguments of the benchmarks (no torch here)."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +10,7 @@ from dalle.train.config import Precision
 from dalle.transformer.config import SIZES, TransformerConfig
 
 BACKENDS = ("auto", "dense", "sdpa", "window", "flex")
-MIX = ("axial_row", "axial_col", "axial_row", "axial_row")
-"""The layers of DALLE-pytorch that are nearest to the paper's row and column attention."""
+MIX = ("axial_row", "axial_col", "axial_row", "axial_row")  # nearest to the paper's in DALLE-pytorch
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,9 @@ class TrainBenchmark(BenchmarkArgs):
     """Times training steps of a transformer on random tokens."""
 
     backends: tuple[str, ...] = ("dense", "sdpa", "window")
-    """Attention backends to compare (also flex, auto, and causal: without sparse layers); ratios are to the
-    first."""
+    """Attention backends to compare (also flex, auto, and causal, without sparse layers)."""
     baseline: Literal["none", "dalle-pytorch"] = "none"
-    """Another package to time in the same run, in fp32 as it trains: dalle-pytorch 1.6.6, if installed."""
+    """Another package to time in the same run, in fp32: dalle-pytorch 1.6.6, if installed."""
     attn_types: tuple[str, ...] = MIX
     """Layers of that package, repeated to the depth: axial_row, axial_col, conv_like or full."""
     batch_size: int = 2
@@ -71,8 +69,7 @@ class TrainBenchmark(BenchmarkArgs):
     activation_checkpointing: bool = False
     """Recompute the inside of each resblock in the backward pass."""
     peak_flops: float | None = None
-    """The device's peak FLOP/s in that precision, for MFU; known GPUs need none
-    (dalle/train/throughput.py)."""
+    """The device's peak FLOP/s in that precision, for MFU; known GPUs need none."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,10 +88,9 @@ class SampleBenchmark(BenchmarkArgs):
     """Times sampling image tokens from a transformer with random weights."""
 
     batch: tuple[int, ...] = (1, 8, 64)
-    """Candidates of one caption that are sampled together; several are measured one after the other."""
+    """Candidates of one caption that are sampled together; several numbers are measured in turn."""
     tokens: int | None = None
-    """Image tokens to sample; None samples whole images. Seconds per image are then by proportion, and early
-    tokens have fewer keys to read than late ones."""
+    """Image tokens to sample, by default whole images; seconds per image are by proportion."""
     int8: bool = False
     """Store the matrices of the layers in 8 bits."""
     graph: bool = False
@@ -102,8 +98,7 @@ class SampleBenchmark(BenchmarkArgs):
     compile: bool = False
     """Compile a step; the time of compiling is reported apart."""
     baseline: Literal["none", "dalle-pytorch"] = "none"
-    """Another package to time in the same run, with its cache on and in fp32: dalle-pytorch 1.6.6, if
-    installed."""
+    """Another package to time in the same run, in fp32 with its cache: dalle-pytorch 1.6.6."""
     attn_types: tuple[str, ...] = MIX
     """Layers of that package, repeated to the depth: axial_row, axial_col, conv_like or full."""
 

@@ -1,9 +1,7 @@
-"""DALLE-pytorch (lucidrains, version 1.6.6) at the shapes of our transformer, training and sampling: the
-baseline.
+"""DALLE-pytorch (lucidrains, version 1.6.6) at the shapes of our transformer: the baseline of benchmarks.
 
-Its import needs two modules that other packages no longer have; stand-ins exist while it is imported. It
-trains in fp32, shifts tokens and rotates queries and keys by default, its MLP is GEGLU (3 matrices of 4 D x
-D, ours has 2), and it computes the logits of both vocabularies at every position.
+It trains in fp32, shifts tokens and rotates queries and keys by default, its MLP is GEGLU (3 matrices of
+4 D x D, ours has 2), and it computes the logits of both vocabularies at every position.
 """
 
 import importlib
@@ -21,14 +19,8 @@ from dalle.transformer import TransformerConfig
 class DallePytorchStep:
     """A model of that package with AdamW; a call is one training step.
 
-    Args:
-        config: shapes; the grid must be square with a side that is a power of 2.
-        batch_size: sequences per step.
-        attn_types: its kinds of layers, repeated to the depth.
-        device: where it runs.
-
     Raises:
-        ValueError: the package is not installed, or cannot have these shapes.
+        ValueError: the package is not installed, or the grid is not square with a side of a power of 2.
     """
 
     flops = None  # not known by formula; what it executes is counted
@@ -59,9 +51,8 @@ class DallePytorchStep:
 class DallePytorchSampler:
     """A model of that package that samples the tokens of one image, with its cache.
 
-    Its `generate_images(use_cache=True)` drops the cache on the way to the model unless guidance is on too,
-    so the model is called here as that function calls it, with the cache. Arguments and errors as
-    `DallePytorchStep`.
+    Its `generate_images(use_cache=True)` drops the cache unless guidance is on, so the model is called here
+    as that function calls it, with the cache.
     """
 
     def __init__(self, config: TransformerConfig, attn_types: tuple[str, ...], device: torch.device):
@@ -118,6 +109,7 @@ def _import() -> ModuleType:
 
 @contextmanager
 def _stand_ins() -> Iterator[None]:
+    """Modules that its import needs and other packages no longer have."""
     resources = ModuleType("pkg_resources")
     resources.get_distribution = lambda name: SimpleNamespace(version="1.6.6")
     distributed = ModuleType("pytorch_lightning.utilities.distributed")

@@ -1,9 +1,8 @@
 """Data loading throughput: images and tokens per second, and the time a training step waits for data.
 
-A case is one source, number of workers and resolution, or the token cache. It is timed twice: batches alone,
-and batches with a training step after each, where the wait is what remains of a batch's time when the step is
-over. Every round times each case once, and medians of the rounds and of the ratios within a round are
-reported.
+A case is a source, number of workers and resolution, or the token cache. It is timed twice: batches alone,
+and with a training step after each, where the wait is the rest of a batch's time when the step is over. Every
+round times each case once; medians of the rounds and of the ratios within a round are reported.
 """
 
 import itertools
@@ -13,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.benchmarks.common import Stepper, hardware, print_results, save_report, seconds_of
+from dalle.benchmarks.common import Stepper, finish, seconds_of
 from dalle.benchmarks.config import DataBenchmark
 from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.data import BatchReader, ImageTextLoader, Loader, TokenCache, open_dataset
@@ -30,31 +30,25 @@ from dalle.layout import TokenLayout
 from dalle.runs.batches import TokenBatches
 from dalle.runs.inputs import load_text_input
 from dalle.shapes.dataset import ShapesDataset
-from dalle.text import BPETokenizer, TextTokenizerConfig, train_text_tokenizer
+from dalle.text import TextTokenizerConfig, train_text_tokenizer
 from dalle.train import TrainConfig
 from dalle.train.precision import resolve_device, resolve_precision
 from dalle.train.step import to_device
 from dalle.transformer.objective import TransformerObjective
 from dalle.types import ImageTextBatch
 
-STEPS = 10**6
-"""Workers read ahead up to this step, which is never reached."""
+STEPS = 10**6  # never reached; workers read ahead up to it
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way of loading data."""
+    """One way of loading data, in batches of `count` units (images or tokens), and its training step."""
 
     name: str
-    """Source, resolution and workers."""
     unit: str
-    """images or tokens."""
     count: int
-    """Units in a batch."""
     load: Callable[[], Loader]
-    """Opens the loader of batches."""
     step: Stepper
-    """The training step that reads a batch."""
 
 
 def benchmark_data(args: DataBenchmark) -> dict[str, Any]:
@@ -70,11 +64,8 @@ def benchmark_data(args: DataBenchmark) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "precision": precision,
         "results": {case.name: summarize(case, rounds, cases[0].name) for case in cases},
-        "hardware": hardware(device),
     }
-    save_report(report, args.json)
-    print_results(report)
-    return report
+    return finish(report, args, device)
 
 
 def _images(args: DataBenchmark, device: torch.device, precision: str) -> list[Case]:
@@ -86,13 +77,9 @@ def _images(args: DataBenchmark, device: torch.device, precision: str) -> list[C
         task = BatchReader(pairs, args.batch_size, 0, "transformer", pixels_of)
         for workers in args.workers:
             name = f"{source}, {resolution} x {resolution}, {workers} workers"
-            loader = _loader(task, workers, args.data.prefetch)
+            loader = partial(ImageTextLoader, task, STEPS, workers, args.data.prefetch)
             cases.append(Case(name, "images", args.batch_size, loader, step))
     return cases
-
-
-def _loader(task: BatchReader, workers: int, prefetch: int) -> Callable[[], Loader]:
-    return lambda: ImageTextLoader(task, STEPS, workers, prefetch)
 
 
 def pixels_of(batch: ImageTextBatch, step: int) -> Tensor:
@@ -106,27 +93,19 @@ def _tokens(args: DataBenchmark, device: torch.device, precision: str) -> Iterat
     with tempfile.TemporaryDirectory() as folder:
         layout = args.config.layout
         captions = ShapesDataset(16).captions(range(2000))
-        text = (
-            load_text_input(args.tokenizer)
-            if args.tokenizer
-            else _train_tokenizer(captions, layout.text_vocab)
-        )
-        cache = (
-            TokenCache(args.tokens) if args.tokens else random_cache(Path(folder, "tokens"), layout, captions)
-        )
-        training = TrainTransformerArgs(
-            model=args.config, train=TrainConfig(batch_size=args.batch_size), eval_samples=1
-        )
+        if args.tokenizer:
+            text = load_text_input(args.tokenizer)
+        else:
+            config = TextTokenizerConfig(vocab_size=min(layout.text_vocab, 1000))
+            text = train_text_tokenizer((texts[0] for texts in captions), config)
+        path = args.tokens or Path(folder, "tokens")
+        cache = TokenCache(path) if args.tokens else random_cache(path, layout, captions)
+        train = TrainConfig(batch_size=args.batch_size)
+        training = TrainTransformerArgs(model=args.config, train=train, eval_samples=1)
         batches = TokenBatches(cache, text, layout, training)
         step = Stepper("transformer", args.config, TransformerObjective(), device, precision)
-        yield Case(
-            "token cache", "tokens", args.batch_size * layout.seq_len, lambda: Loader(batches, STEPS), step
-        )
-
-
-def _train_tokenizer(captions: list[list[str]], vocab_size: int) -> BPETokenizer:
-    words = (texts[0] for texts in captions)
-    return train_text_tokenizer(words, TextTokenizerConfig(vocab_size=min(vocab_size, 1000)))
+        count = args.batch_size * layout.seq_len
+        yield Case("token cache", "tokens", count, lambda: Loader(batches, STEPS), step)
 
 
 def random_cache(folder: Path, layout: TokenLayout, captions: list[list[str]]) -> TokenCache:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle.benchmarks.common import hardware, print_results, random_ids, save_report
+from dalle.benchmarks.common import finish, random_ids
 from dalle.benchmarks.config import MemoryBenchmark
 from dalle.hub.registry import build_model
 from dalle.train.loggers import peak_memory
@@ -42,11 +42,8 @@ def benchmark_memory(args: MemoryBenchmark) -> dict[str, Any]:
         "joint_logits_gib": 4 * args.batch_size * layout.seq_len * layout.vocab / 2**30,
         "batch_size": args.batch_size,
         "precision": resolve_precision(args.precision, device),
-        "hardware": hardware(device),
     }
-    save_report(report, args.json)
-    print_results(report)
-    return report
+    return finish(report, args, device)
 
 
 def peak_of_step(args: MemoryBenchmark, chunked: bool, activation_checkpointing: bool) -> float:

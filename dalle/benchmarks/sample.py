@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle.benchmarks.common import hardware, print_results, save_report, seconds_of
+from dalle.benchmarks.common import finish, seconds_of
 from dalle.benchmarks.config import SampleBenchmark
 from dalle.benchmarks.dalle_pytorch import DallePytorchSampler
 from dalle.train.loggers import peak_memory
@@ -59,16 +59,12 @@ def benchmark_sampling(args: SampleBenchmark) -> dict[str, Any]:
         "image_tokens": image_tokens,
         "copy_bytes_per_second": bandwidth,
         "peak_memory_gib": peak_memory(device),
-        "hardware": hardware(device),
     }
-    save_report(report, args.json)
-    print_results(report)
-    return report
+    return finish(report, args, device)
 
 
 def _time_batch(args: SampleBenchmark, model: Transformer, batch: int, bandwidth: float) -> dict[str, Any]:
-    """The caption and the first token (with --graph also the second, which records it) apart from the other
-    steps."""
+    """Times the caption and the first token (with --graph also the second) apart from the other steps."""
     weight, layout = model.layers[0].mlp.f.expand.weight, model.layout
     device, image_tokens = weight.device, layout.num_image_tokens
     text = layout.pad_text([list(range(min(20, layout.max_caption_len)))]).to(device)

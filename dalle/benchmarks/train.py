@@ -1,8 +1,8 @@
 """Speed of a transformer's training step: attention backends, and DALLE-pytorch, in one run.
 
-Every round times each contender once, and medians of the rounds and of the ratios within a round are
-reported, since times on a shared machine vary. MFU is that of the training log (dalle/train/throughput.py);
-`matmul_utilization` is the same FLOP/s over what a large matrix product reaches on the device in that run.
+Every round times each contender once; medians of the rounds and of the ratios within a round are reported.
+MFU is that of the training log (dalle/train/throughput.py); `matmul_utilization` is the same FLOP/s over
+what a large matrix product reaches on the device in that run.
 """
 
 from dataclasses import replace
@@ -12,15 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle.benchmarks.common import (
-    Stepper,
-    hardware,
-    matmul_rate,
-    print_results,
-    random_ids,
-    save_report,
-    seconds_of,
-)
+from dalle.benchmarks.common import Stepper, finish, matmul_rate, random_ids, seconds_of
 from dalle.benchmarks.config import TrainBenchmark
 from dalle.benchmarks.dalle_pytorch import DallePytorchStep
 from dalle.train.loggers import peak_memory
@@ -66,11 +58,8 @@ def benchmark_training(args: TrainBenchmark) -> dict[str, Any]:
         "compile": args.compile,
         "activation_checkpointing": args.activation_checkpointing,
         "peak_memory_gib": peak_memory(device),
-        "hardware": hardware(device),
     }
-    save_report(report, args.json)
-    print_results(report)
-    return report
+    return finish(report, args, device)
 
 
 class TransformerStep:

@@ -2,7 +2,8 @@
 
 The weights are computed here from queries and keys, since the fast backends do not return them. Position p
 reads token p - 1 (dalle/layout.py): a key is shown at the token that its position reads, and the query of a
-token is the position that predicts it. Position 0 reads start-of-text, the first image position start-of-image.
+token is the position that predicts it. Position 0 reads start-of-text, the first image position
+start-of-image.
 
     B batch, H heads, n positions, T text positions, R rows and C columns of the grid, d width of a head
 """

@@ -1,12 +1,9 @@
 """The benchmark of sampling runs and reports (dalle/benchmarks/sample.py)."""
 
 import json
-import sys
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from dalle.benchmarks.config import SampleBenchmark
 from dalle.benchmarks.dalle_pytorch import DallePytorchSampler
@@ -53,26 +50,7 @@ def test_a_graph_is_for_cuda():
         benchmark_sampling(SampleBenchmark(**QUICK, graph=True))
 
 
-class Recorder(nn.Module):
-    """A package of that name that records what it is asked for."""
-
-    def __init__(self, **words):
-        super().__init__()
-        self.words, self.calls = words, []
-
-    def forward(self, text, image, cache):
-        self.calls.append((tuple(text.shape), tuple(image.shape), cache))
-        return torch.zeros(1, 1, 11 + 6 + 13)
-
-
-@pytest.fixture
-def _their_package(monkeypatch):
-    package = ModuleType("dalle_pytorch")
-    package.DALLE, package.DiscreteVAE = Recorder, lambda **words: SimpleNamespace(**words)
-    monkeypatch.setitem(sys.modules, "dalle_pytorch", package)
-
-
-@pytest.mark.usefixtures("_their_package")
+@pytest.mark.usefixtures("_dalle_pytorch")
 def test_the_other_package_samples_token_by_token_with_one_cache():
     theirs = DallePytorchSampler(CONFIG, ("full",), torch.device("cpu"))
     tokens = theirs(5)
@@ -84,7 +62,7 @@ def test_the_other_package_samples_token_by_token_with_one_cache():
     assert all(cache is caches[0] for cache in caches)
 
 
-@pytest.mark.usefixtures("_their_package")
+@pytest.mark.usefixtures("_dalle_pytorch")
 def test_a_part_of_an_image_counts_by_proportion():
     args = SampleBenchmark(**QUICK, batch=(1,), tokens=4, baseline="dalle-pytorch")
     report = benchmark_sampling(args)
