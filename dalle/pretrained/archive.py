@@ -93,7 +93,11 @@ def _extract(path: Path, names: Collection[str], folder: Path) -> set[str]:
                     if name in taken:
                         raise ValueError(f"{path} is refused: it holds {name} twice")
                     taken.add(name)
-                    _write(tar.extractfile(member), folder / name, member.size)
+                    if member.size > (free := shutil.disk_usage(folder).free):
+                        raise ValueError(f"{name} takes {member.size} bytes, {free} are free; set TMPDIR")
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    with (folder / name).open("wb") as target:
+                        shutil.copyfileobj(tar.extractfile(member), target)
         while stream.read(2**20):  # gzip compares its checksum at the end
             pass
     return taken
@@ -109,11 +113,3 @@ def _check_member(path: Path, member: tarfile.TarInfo, seen: set[str]) -> None:
     if str(name) in seen and member.isfile():
         raise ValueError(f"{path} is refused: it has two members of the name {shown}")
     seen.add(str(name))
-
-
-def _write(source: IO[bytes], target: Path, size: int) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if size > (free := shutil.disk_usage(target.parent).free):
-        raise ValueError(f"{target.name} takes {size} bytes, {free} are free; set TMPDIR to a larger disk")
-    with target.open("wb") as file:
-        shutil.copyfileobj(source, file)

@@ -31,9 +31,7 @@ class BlockConfig:
     """Shape of a layer."""
 
     width: int
-    """D."""
     heads: int
-    """Attention heads."""
     head_dim: int | None = None
     """d; D / heads unless given."""
     gelu: str = "exact"
@@ -43,11 +41,8 @@ class BlockConfig:
     qkv_matrices: int = 1
     """q, k and v from one matrix, or from 3."""
     qkv_bias: bool = True
-    """Bias of q, k and v."""
     out_bias: bool = True
-    """Bias of the output of attention."""
     mlp_bias: bool = True
-    """Bias of both matrices of the MLP."""
     sandwich: bool = False
     """A norm after each residual branch too."""
     max_attention: float | None = None

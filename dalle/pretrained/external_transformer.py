@@ -96,16 +96,15 @@ def stream_mask(image_mask: Tensor, prefix_len: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ExternalConfig(BlockConfig, ABC):
-    """Shape of an external transformer; a subclass has `kinds`, the kind of mask of each layer."""
+    """Shape of an external transformer; a subclass has `kinds`, the kind of mask of each layer.
+
+    `grid` is square, `text_vocab` has no pads of positions.
+    """
 
     text_len: int
-    """T."""
     grid: tuple[int, int]
-    """Rows and columns of image tokens, equal."""
     text_vocab: int
-    """Text ids without the pads of positions."""
     image_vocab: int
-    """Codes of the image tokenizer."""
 
     @property
     @abstractmethod

@@ -23,22 +23,18 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # the package's default
 
 @dataclass(frozen=True)
 class DiscreteVAEConfig:
-    """Shape of the VAE."""
+    """Shape of the VAE: `levels` halve the image, `blocks` are residual blocks on each side of the
+    codebook."""
 
     levels: int
-    """Halvings of the image."""
     blocks: int
-    """Residual blocks on each side."""
     width: int
-    """Channels."""
     vocab_size: int
-    """Codes."""
     codebook_dim: int
-    """Width of a code vector."""
     means: tuple[float, ...] = HALF[0]
     """Subtracted from each channel of an image."""
     deviations: tuple[float, ...] = HALF[1]
-    """Each channel is divided by."""
+    """Divisor of each channel."""
 
     @property
     def downsample_factor(self) -> int:

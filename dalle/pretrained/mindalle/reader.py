@@ -8,6 +8,7 @@
 What config.yaml omits is as in the published model.
 """
 
+import json
 from collections.abc import Mapping
 from math import isqrt
 from pathlib import Path
@@ -18,12 +19,12 @@ from dalle.config import ConfigError, read_yaml
 from dalle.io.files import read_json
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches, rename_layers
 from dalle.pretrained.mindalle.model import MinDalle, MinDalleConfig
-from dalle.text.external.huggingface import HuggingFaceTokenizer
+from dalle.text.external.huggingface import HuggingFaceTokenizer, import_tokenizers
 
 CONFIG, STAGE1, STAGE2 = "config.yaml", "stage1_last.ckpt", "stage2_last.ckpt"
 VOCABULARY, MERGES = "tokenizer/bpe-16k-vocab.json", "tokenizer/bpe-16k-merges.txt"
 FILES = (CONFIG, VOCABULARY, MERGES, STAGE1, STAGE2)
-UNKNOWN, PAD, SUFFIX = "[UNK]", "[PAD]", "</w>"
+UNKNOWN, PAD = "[UNK]", "[PAD]"
 LICENSE = "CC-BY-NC-SA 4.0 for the transformer (no commercial use); not stated for its image tokenizer"
 
 _OTHERS = {
@@ -120,31 +121,20 @@ def read_vocabulary(path: Path) -> dict[str, int]:
 
 
 def load_tokenizer(folder: Path) -> HuggingFaceTokenizer:
-    """Its text tokenizer: the ids of `tokenizers.CharBPETokenizer` with lowercase, less padding.
+    """Its text tokenizer, `tokenizers.CharBPETokenizer` with lowercase, less padding.
 
     Raises:
+        ImportError: tokenizers is not installed.
         ValueError: files that are missing, or of another tokenizer.
     """
-    vocabulary = read_vocabulary(folder / VOCABULARY)
+    tokenizers, files = import_tokenizers(), (str(folder / VOCABULARY), str(folder / MERGES))
+    read_vocabulary(folder / VOCABULARY)
     try:
-        lines = (folder / MERGES).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        theirs = tokenizers.CharBPETokenizer.from_file(*files, unk_token=UNKNOWN, lowercase=True)
+    except Exception as error:  # tokenizers raises no narrower class
         raise ValueError(f"{folder / MERGES} cannot be read: {error}") from None
-    merges = [line for line in lines if line.strip() and not line.startswith("#version")]
-    if wrong := [line for line in merges if len(line.split(" ")) != 2]:
-        raise ValueError(f"{folder / MERGES} has the line {wrong[0]!r:.40}; expected two parts")
-    bert = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": False}
-    normalizers = [{"type": "BertNormalizer", **bert}, {"type": "Lowercase"}]
-    model = {"type": "BPE", "vocab": vocabulary, "merges": merges, "unk_token": UNKNOWN}
-    special = [{"id": vocabulary[token], "content": token, "special": True} for token in (UNKNOWN, PAD)]
-    return HuggingFaceTokenizer(
-        {
-            "normalizer": {"type": "Sequence", "normalizers": normalizers},
-            "pre_tokenizer": {"type": "BertPreTokenizer"},
-            "model": model | {"end_of_word_suffix": SUFFIX},
-            "added_tokens": special,
-        }
-    )
+    theirs.add_special_tokens([UNKNOWN, PAD])
+    return HuggingFaceTokenizer(json.loads(theirs.to_str()))
 
 
 FAMILY = CheckpointFormat(

@@ -35,7 +35,7 @@ class HuggingFaceTokenizer(BPETokenizer):
         if self.unknown_id is not None:
             self._texts[self.unknown_id] = UNKNOWN_TEXT
         self._suffix = model.get("end_of_word_suffix") or ""
-        tokenizers = _import_tokenizers()
+        tokenizers = import_tokenizers()
         parts = _normalizer_and_pre_tokenizer(tokenizers, self.data)
         self._normalizer, self._pre_tokenizer = parts.normalizer, parts.pre_tokenizer
         self._byte_level = '"ByteLevel"' in json.dumps(self.data["pre_tokenizer"])
@@ -95,7 +95,8 @@ class HuggingFaceTokenizer(BPETokenizer):
         return cls(data)
 
 
-def _import_tokenizers() -> ModuleType:
+def import_tokenizers() -> ModuleType:
+    """The optional package."""
     try:
         import tokenizers
     except ImportError as error:
