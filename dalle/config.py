@@ -8,6 +8,7 @@ several merge in order, and dotted overrides on the command line win wherever th
 A key that does not exist is an error that names the nearest one; so is a value of the wrong type.
 """
 
+import argparse
 import ast
 import dataclasses
 import difflib
@@ -32,9 +33,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
-from dalle.paths import CONFIGS, find_config
-
 T = TypeVar("T")
+PACKAGE = Path(__file__).parent
+CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+"""Shipped configurations: configs/ of a checkout, or the copy inside an installed wheel."""
 RESUME_FREE = {"resume": "free"}
 """Metadata of a field that a resumed run may change."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -184,6 +186,15 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     return {} if data is None else data
 
 
+def find_config(path: Path | str) -> Path:
+    """The file, or the shipped one if it does not exist: configs/dvae/small.yaml works in any directory."""
+    path = Path(path)
+    if path.parts[:1] != ("configs",) or path.exists():
+        return path
+    shipped = CONFIGS.joinpath(*path.parts[1:])
+    return shipped if shipped.is_file() and ".." not in path.parts else path
+
+
 def _shipped_hint(path: Path) -> str:
     names = [f"configs/{file.relative_to(CONFIGS).as_posix()}" for file in sorted(CONFIGS.glob("*/*.yaml"))]
     near = difflib.get_close_matches(path.as_posix(), names, n=1, cutoff=0.6)
@@ -246,15 +257,14 @@ def parse(
     if preset and not words:
         print(f"no arguments: using --config {preset} (see --help for all settings)")
         words = ["--config", str(preset)]
-    files, rest = _split_config(words)
     try:
+        files, rest = split_config(words)
         default = load(cls, files, schema)
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
     text = f"{description or cls.__doc__}\n\n--config FILE (repeatable) reads YAML; dotted overrides win."
-    text = re.sub(
-        r"^(?=python |torchrun )", "  ", text, flags=re.MULTILINE
-    )  # tyro joins lines that start with a letter
+    # tyro joins lines that start with a letter
+    text = re.sub(r"^(?=python |torchrun )", "  ", text, flags=re.MULTILINE)
     with _field_docs() if {"-h", "--help"} & {*rest} else nullcontext():
         prog = " ".join([sys.argv[0], *subcommand])
         return tyro.cli(cls, prog=prog, args=rest, default=default, description=text)
@@ -286,23 +296,15 @@ def cli_errors() -> Iterator[None]:
         raise SystemExit("stopped; the same command resumes a training from its last checkpoint") from None
 
 
-def _split_config(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Takes every `--config FILE` or `--config=FILE` out of the words."""
-    files, rest = [], []
-    queue = list(words)
-    while queue:
-        word = queue.pop(0)
-        if word == "--config":
-            if not queue:
-                raise SystemExit(
-                    "error: --config needs a file, for example --config configs/dvae/shapes.yaml"
-                )
-            files.append(queue.pop(0))
-        elif word.startswith("--config="):
-            files.append(word.removeprefix("--config="))
-        else:
-            rest.append(word)
-    return files, rest
+def split_config(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files of every `--config FILE` or `--config=FILE`, and the other words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append", default=[])
+    try:
+        known, rest = parser.parse_known_args(words)
+    except argparse.ArgumentError:
+        raise ConfigError("--config needs a file, for example --config configs/dvae/shapes.yaml") from None
+    return known.config, rest
 
 
 def _field_docs() -> ConstructorRegistry:

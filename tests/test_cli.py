@@ -8,9 +8,8 @@ import pytest
 
 import dalle
 from dalle.cli import COMMANDS, GROUPS, listing, main
-from dalle.config import ConfigError, read_yaml
+from dalle.config import CONFIGS, ConfigError, find_config, read_yaml
 from dalle.hub.registry import load_model
-from dalle.paths import CONFIGS, find_config
 
 PROJECT = Path(__file__).parents[1]
 SCRIPTS = {file.stem: file for file in (PROJECT / "scripts").glob("*.py")}

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"lazy", "config", "types", "paths", "__version__"},
+    {"lazy", "config", "types", "__version__"},
     {"io", "layout", "masks", "sampling", "schedules"},
     {"nn", "shapes"},
     {"text", "dvae", "vqgan", "transformer", "clip", "data", "train"},

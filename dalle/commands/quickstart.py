@@ -6,8 +6,7 @@ python scripts/quickstart.py                                        about twenty
 from dataclasses import dataclass
 from pathlib import Path
 
-from dalle.config import cli_errors, parse
-from dalle.paths import CONFIGS
+from dalle.config import CONFIGS, cli_errors, parse
 from dalle.pipelines.config import SamplingConfig
 from dalle.runs.args import ROOT
 

@@ -58,8 +58,8 @@ class TrainCLIPArgs(TrainArgs):
             raise ValueError(f"eval_samples must be positive, got {self.eval_samples}")
         if self.train.grad_accum_steps > 1:
             raise ValueError(
-                "train.grad_accum_steps changes CLIP's loss, which compares every caption with every image of "
-                "the batch; set it to 1, and lower train.batch_size or start more processes to save memory"
+                "train.grad_accum_steps changes CLIP's loss, which compares every caption with every image "
+                "of the batch; set it to 1, and lower train.batch_size or start more processes to save memory"
             )
 
 

@@ -192,8 +192,8 @@ def resolve_backend(
     """The backend for a number of queries.
 
     "auto" is torch's fused causal kernel for causal layers; for sparse layers on a CPU "window", the fastest
-    measured there (docs/log.md), elsewhere torch's kernel under a mask. The beginning of a sequence, with fewer
-    queries than positions, is computed by "dense" or "sdpa".
+    measured there (docs/log.md), elsewhere torch's kernel under a mask. The beginning of a
+    sequence, with fewer queries than positions, is computed by "dense" or "sdpa".
 
     Raises:
         ValueError: an unknown backend, or one that the device cannot run.

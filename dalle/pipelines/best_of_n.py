@@ -93,7 +93,7 @@ class TopN:
 
 @dataclass
 class CandidateBatch:
-    """Prompts by index, and the candidates of each that are generated together; the first `wanted` are kept."""
+    """Indices of prompts and the candidates of each generated together; the first `wanted` are kept."""
 
     prompts: list[int]
     candidates: range

@@ -1,5 +1,6 @@
 """Which family a configuration file is of: by its folder, else by the fields that it fills."""
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from dalle.commands.train_clip import TrainCLIPArgs, train_clip
 from dalle.commands.train_dvae import TrainDVAEArgs, train_dvae
 from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
-from dalle.config import ConfigError, from_dict, read_yaml
+from dalle.config import ConfigError, from_dict, read_yaml, split_config
 from dalle.runs.args import TrainArgs
 
 TRAININGS: dict[str, tuple[type[TrainArgs], Callable[[Any], Path]]] = {
@@ -20,25 +21,23 @@ EACH_KIND = f"--help after --kind {{{','.join(TRAININGS)}}}, or after --config F
 
 
 def take_kind(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The family that command line words speak of, and the words without --kind.
+    """The family of a command line, and the words without --kind.
 
-    `--kind` says it; else the folder of the first --config does (configs/clip/paper.yaml); else its fields
-    do.
+    It is that of `--kind`; else of the folder of the first --config (configs/clip/paper.yaml); else the one
+    whose fields the file has.
 
     Raises:
-        ValueError: an unknown kind, or none can be told.
+        ValueError: an unknown kind, or a file whose kind is not clear.
     """
-    joined = ("--kind=", "--config=")
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith(joined) else [word])]
-    if "--kind" in words[:-1]:
-        at = words.index("--kind")
-        kind, words = words[at + 1], words[:at] + words[at + 2 :]
-        if kind not in TRAININGS:
-            raise ValueError(f"unknown kind {kind!r}; expected one of {', '.join(TRAININGS)}")
-        return kind, words
-    if "--config" not in words[:-1]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--kind")
+    known, rest = parser.parse_known_args(words)
+    if known.kind not in (None, *TRAININGS):
+        raise ValueError(f"unknown kind {known.kind!r}; expected one of {', '.join(TRAININGS)}")
+    files, _ = split_config(rest)
+    if not (known.kind or files):
         raise ValueError(f"give --config configs/<family>/<name>.yaml, or --kind {{{','.join(TRAININGS)}}}")
-    return kind_of_file(Path(words[words.index("--config") + 1])), words
+    return known.kind or kind_of_file(Path(files[0])), rest
 
 
 def kind_of_file(path: Path) -> str:

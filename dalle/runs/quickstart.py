@@ -16,13 +16,12 @@ from dalle.commands.train_clip import TrainCLIPArgs, train_clip
 from dalle.commands.train_dvae import TrainDVAEArgs, train_dvae
 from dalle.commands.train_tokenizer import TrainTokenizerArgs, train_tokenizer
 from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
-from dalle.config import load
+from dalle.config import CONFIGS, load
 from dalle.evals.shapes_accuracy import ShapesSamples, caption_accuracy
 from dalle.hub.model_card import write_card
 from dalle.hub.registry import load_model
 from dalle.io.files import make_directory, write_json
 from dalle.io.images import captioned_grid, image_grid, to_pil
-from dalle.paths import CONFIGS
 from dalle.pipelines.dalle import DALLE
 from dalle.runs.args import ROOT
 from dalle.runs.inputs import is_complete

@@ -48,7 +48,8 @@ class TransformerConfig:
             )
         if self.attention_backend not in ATTENTION_BACKENDS:
             raise ValueError(
-                f"unknown attention_backend {self.attention_backend!r}; expected one of {', '.join(ATTENTION_BACKENDS)}"
+                f"unknown attention_backend {self.attention_backend!r}; "
+                f"expected one of {', '.join(ATTENTION_BACKENDS)}"
             )
         if self.sparse:
             visible("conv", self.layout, self.conv_kernel)  # checks the kernel

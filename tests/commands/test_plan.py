@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 
 from dalle.commands.plan import PLANS, TransformerPlan, plan_training
-from dalle.config import load
-from dalle.paths import CONFIGS
+from dalle.config import CONFIGS, load
 from dalle.runs.kinds import kind_of_file, take_kind
 
 

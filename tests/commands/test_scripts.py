@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle import paths
+from dalle import config as paths
 from dalle.commands.evaluate import EvaluateArgs
 from dalle.commands.quickstart import QuickstartArgs
 from dalle.commands.train_dvae import train_dvae

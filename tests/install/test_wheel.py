@@ -175,7 +175,7 @@ def places_of_packages() -> list[str]:
 
 class TestInstalled:
     def test_is_the_wheel(self, borrowed, tmp_path):
-        code = "import dalle, dalle.paths as shipped; print(dalle.__file__, shipped.CONFIGS, sep='\\n')"
+        code = "import dalle, dalle.config as shipped; print(dalle.__file__, shipped.CONFIGS, sep='\\n')"
         done = run([borrowed / "python", "-c", code], tmp_path)
         assert done.returncode == 0, done.stderr
         assert all(Path(line).is_relative_to(borrowed.parent) for line in done.stdout.splitlines())
