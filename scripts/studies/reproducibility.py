@@ -1,9 +1,9 @@
 """Agreement of samples of one seed across batch sizes, number formats and devices.
 
 For one batch size, format and device, samples are equal bit for bit. Elsewhere the last bits of a matrix
-product may differ, which rarely changes a token, and then the rest of the image. The change of the model is the
-mean log-likelihood that samples of the reference lose, in nats per token: at temperature 1 an estimate of the
-KL divergence.
+product may differ, which rarely changes a token, and then the rest of the image. The change of the model is
+the mean log-likelihood that samples of the reference lose, in nats per token: at temperature 1 an estimate of
+the KL divergence.
 
 python scripts/studies/reproducibility.py --model runs/quickstart/model --candidates 64
 """
