@@ -1,7 +1,7 @@
-"""scripts/setup.sh in a made-up project, with stand-ins for all it calls: nothing is installed here.
+"""scripts/setup.sh in a small project, with stubs for all it calls: nothing is installed.
 
-PATH holds one folder, so that a thing is missing when its stand-in is. The stand-in for Python writes each
-command it gets to `log`, and its `-m venv` makes a .venv whose python, pip and uv are such stand-ins too.
+PATH is one folder of stubs. That of Python writes its commands to `log`, and its `-m venv` makes a .venv of
+stubs.
 """
 
 import shutil
@@ -33,7 +33,7 @@ esac
 
 
 class Project:
-    """A copy of setup.sh beside a small pyproject.toml, and the folder of stand-ins that is its PATH."""
+    """A copy of setup.sh beside a small pyproject.toml, and the folder of stubs that is its PATH."""
 
     def __init__(self, base: Path) -> None:
         self.root, self.bin, self.log = base / "a project", base / "bin", base / "log"
@@ -56,12 +56,11 @@ class Project:
     def setup(self, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
         command = [shutil.which("sh"), str(self.root / "scripts" / "setup.sh")]
         env = {"PATH": str(self.bin), **env}
-        return subprocess.run(
-            command, cwd=cwd or self.root, env=env, capture_output=True, text=True, timeout=60
-        )
+        options = {"cwd": cwd or self.root, "env": env, "timeout": 60}
+        return subprocess.run(command, capture_output=True, text=True, **options)
 
     def commands(self) -> list[str]:
-        """The first two words of each command that did work, since the last call of this."""
+        """The first two words of each command since the last call."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         self.log.unlink(missing_ok=True)
         return [" ".join(line.split()[:2]) for line in lines]
@@ -72,8 +71,16 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
 
 
+@pytest.fixture
+def installed(project: Project) -> Project:
+    """A project after its first setup."""
+    assert project.setup().returncode == 0
+    assert project.commands() == FULL
+    return project
+
+
 FULL = ["venv", "-m pip", "uv pip"]
-LACKS = {
+MISSING = {
     "too-old": ("Python 3.11 or newer", "Python 3.9.2", "python3.11", "python3.11-venv", "python3.11-dev"),
     "python3": ("Python 3.11 or newer", "python3", "python3-venv", "python3-dev", "brew install python"),
     "no-venv": ("ensurepip", "python3-venv"),
@@ -82,7 +89,7 @@ LACKS = {
 }
 
 
-def take_away(project: Project, thing: str) -> None:
+def remove(project: Project, thing: str) -> None:
     if thing in ("python3", "g++", "make"):
         (project.bin / thing).unlink()
     else:
@@ -96,20 +103,20 @@ def assert_refused(project: Project, result: subprocess.CompletedProcess, *words
     assert not (project.root / ".venv").exists()
 
 
-@pytest.mark.parametrize("thing", LACKS)
+@pytest.mark.parametrize("thing", MISSING)
 def test_what_is_missing_is_named_and_nothing_is_made(project: Project, thing: str) -> None:
-    take_away(project, thing)
+    remove(project, thing)
     result = project.setup()
-    assert_refused(project, result, *LACKS[thing])
+    assert_refused(project, result, *MISSING[thing])
     assert result.stderr.count("  - ") == 1
 
 
 def test_all_that_is_missing_is_named_at_once(project: Project) -> None:
     things = ["no-venv", "no-headers", "g++"]
     for thing in things:
-        take_away(project, thing)
+        remove(project, thing)
     result = project.setup()
-    assert_refused(project, result, *(word for thing in things for word in LACKS[thing][:1]))
+    assert_refused(project, result, *(word for thing in things for word in MISSING[thing][:1]))
     assert "sudo apt-get install python3-venv python3-dev g++\n" in result.stderr
     assert "sudo dnf install python3 python3-devel gcc-c++\n" in result.stderr
 
@@ -121,7 +128,7 @@ def test_a_compiler_that_does_not_compile_is_none(project: Project) -> None:
     assert project.setup().returncode == 0
 
 
-def test_a_newer_python_stands_in_for_an_old_python3(project: Project) -> None:
+def test_a_newer_python_replaces_an_old_python3(project: Project) -> None:
     text = (project.bin / "python3").read_text()
     project.add("python3", f"#!{shutil.which('sh')}\nexit 1\n")
     project.add("python3.12", text)
@@ -129,27 +136,21 @@ def test_a_newer_python_stands_in_for_an_old_python3(project: Project) -> None:
     assert project.commands() == FULL
 
 
-def test_the_second_run_does_nothing(project: Project, tmp_path: Path) -> None:
-    first = project.setup(cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    assert project.commands() == FULL
-    for thing in LACKS:  # not even the checks
-        take_away(project, thing)
-    second = project.setup(cwd=tmp_path)
+def test_the_second_run_does_nothing(installed: Project, tmp_path: Path) -> None:
+    for thing in MISSING:  # not even the checks
+        remove(installed, thing)
+    second = installed.setup(cwd=tmp_path)
     assert (second.returncode, second.stdout) == (0, "setup: .venv is up to date\n")
-    assert project.commands() == []
+    assert installed.commands() == []
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "scripts/setup.sh"])
-def test_a_change_installs_again_into_the_same_venv(project: Project, name: str) -> None:
-    project.setup()
-    project.commands()
-    with (project.root / name).open("a") as file:
+def test_a_change_installs_again_into_the_same_venv(installed: Project, name: str) -> None:
+    with (installed.root / name).open("a") as file:
         file.write("# changed\n")
-    assert project.setup().returncode == 0
-    assert project.commands() == FULL[1:]
-    project.setup()
-    assert project.commands() == []
+    for expected in (FULL[1:], []):
+        assert installed.setup().returncode == 0
+        assert installed.commands() == expected
 
 
 def test_a_failed_install_is_tried_again(project: Project) -> None:
@@ -162,44 +163,35 @@ def test_a_failed_install_is_tried_again(project: Project) -> None:
     assert project.commands() == FULL[1:]
 
 
-def test_a_failed_upgrade_takes_the_old_stamp_with_it(project: Project) -> None:
-    project.setup()
-    before = (project.root / "pyproject.toml").read_text()
-    (project.root / "pyproject.toml").write_text("[project]\nname = 'other'\n")
-    failure = project.add("uv-fails")
-    assert project.setup().returncode != 0
+def test_a_failed_upgrade_removes_the_old_stamp(installed: Project) -> None:
+    before = (installed.root / "pyproject.toml").read_text()
+    (installed.root / "pyproject.toml").write_text("[project]\nname = 'other'\n")
+    failure = installed.add("uv-fails")
+    assert installed.setup().returncode != 0
     failure.unlink()
-    project.commands()
-    (project.root / "pyproject.toml").write_text(before)  # what lies in .venv may be the other one's
-    project.setup()
-    assert project.commands() == FULL[1:]
+    installed.commands()
+    (installed.root / "pyproject.toml").write_text(before)  # .venv may hold packages of the other one
+    installed.setup()
+    assert installed.commands() == FULL[1:]
 
 
-def test_a_broken_venv_is_remade(project: Project) -> None:
-    project.setup()
-    project.commands()
-    for name in ("python", "pip"):  # what is left of them when the system's Python goes
-        link = project.root / ".venv" / "bin" / name
-        link.unlink()
-        link.symlink_to("gone")
-    assert project.setup().returncode == 0
-    assert project.commands() == FULL
+@pytest.mark.parametrize("change", ["broken", "moved"])
+def test_a_broken_or_moved_venv_is_remade(installed: Project, tmp_path: Path, change: str) -> None:
+    if change == "moved":
+        installed.root = installed.root.rename(tmp_path / "elsewhere")
+    else:
+        for name in ("python", "pip"):  # as after an upgrade of the system's Python
+            link = installed.root / ".venv" / "bin" / name
+            link.unlink()
+            link.symlink_to("gone")
+    assert installed.setup().returncode == 0
+    assert installed.commands() == FULL
 
 
-def test_a_moved_venv_is_remade(project: Project, tmp_path: Path) -> None:
-    project.setup()
-    project.commands()
-    project.root = project.root.rename(tmp_path / "elsewhere")
-    assert project.setup().returncode == 0
-    assert project.commands() == FULL
-
-
-def test_another_interpreter_remakes_the_venv(project: Project) -> None:
-    project.setup()
-    project.commands()
-    text = PYTHON.format(sh=shutil.which("sh"), bin=project.bin, log=project.log, name="another")
-    other = str(project.add("another", text))
-    for env, expected in [({"PYTHON": other}, FULL), ({"PYTHON": other}, []), ({}, [])]:
+def test_another_interpreter_remakes_the_venv(installed: Project) -> None:
+    sh, project = shutil.which("sh"), installed
+    other = project.add("another", PYTHON.format(sh=sh, bin=project.bin, log=project.log, name="another"))
+    for env, expected in [({"PYTHON": str(other)}, FULL), ({"PYTHON": str(other)}, []), ({}, [])]:
         assert project.setup(**env).returncode == 0
         assert project.commands() == expected
 

@@ -1,4 +1,4 @@
-"""The scripts of scripts/studies at a tiny size: their reports, plots and the arithmetic they rest on."""
+"""The scripts of scripts/studies at a tiny size: reports, plots and arithmetic."""
 
 import importlib
 import json
@@ -25,31 +25,25 @@ def study(monkeypatch):
     return importlib.import_module
 
 
-class TestColorTokens:
-    def test_image_tokens_are_the_rounded_colors_of_pixels(self, study):
-        module = study("color_tokens")
-        layout = module.small_transformer(2, 8, "dense").layout
-        data = module.ColorTokens(layout, seed=0)
-        text, image = layout.unpack(data(range(3)))
-        assert image.shape == (3, 144)
-        assert image.max() < 64
-        assert 2 <= len(image[0].unique()) < 64  # a background and the objects on it
-        assert torch.equal(data(range(1, 2)), data(range(3))[1:2])
-        assert (text[:, 0] > 0).all()
+def test_image_tokens_are_the_rounded_colors_of_pixels(study):
+    module = study("color_tokens")
+    layout = module.small_transformer(2, 8, "dense").layout
+    data = module.ColorTokens(layout, seed=0)
+    text, image = layout.unpack(data(range(3)))
+    assert image.shape == (3, 144)
+    assert image.max() < 64
+    assert 2 <= len(image[0].unique()) < 64  # a background and the objects on it
+    assert torch.equal(data(range(1, 2)), data(range(3))[1:2])
+    assert (text[:, 0] > 0).all()
 
 
 class TestPowerSGDCurves:
     @pytest.mark.slow
     def test_every_method_has_a_curve_and_sends_what_it_should(self, study, tmp_path):
         module = study("powersgd_curves")
-        args = module.PowerSGDStudy(
-            model=study("color_tokens").small_transformer(2, 8, "dense"),
-            steps=2,
-            batch_size=2,
-            rank=2,
-            plot=tmp_path / "curves.png",
-            json=tmp_path / "report.json",
-        )
+        model = study("color_tokens").small_transformer(2, 8, "dense")
+        files = {"plot": tmp_path / "curves.png", "json": tmp_path / "report.json"}
+        args = module.PowerSGDStudy(model=model, steps=2, batch_size=2, rank=2, **files)
         report = module.powersgd_curves(args)
         assert json.loads(args.json.read_text())["results"] == report["results"]
         assert report["results"].keys() == module.METHODS.keys()
@@ -57,9 +51,7 @@ class TestPowerSGDCurves:
         full, factored, rounded = (sent[list(module.METHODS)[i]] for i in (0, 1, 4))
         assert rounded < factored < full == sent["moments fp16"]
         assert all(len(curve["loss"]) == 2 for curve in report["curves"].values())
-        assert (
-            len({curve["loss"][0] for curve in report["curves"].values()}) == 1
-        )  # same weights, same images
+        assert len({curve["loss"][0] for curve in report["curves"].values()}) == 1  # same weights and images
         assert args.plot.stat().st_size > 0
 
     def test_a_batch_that_the_replicas_cannot_share_is_refused(self, study):
@@ -82,7 +74,7 @@ class TestUnderflow:
     @pytest.fixture
     def build(self, module, config):
         def build(*exponents: int) -> Transformer:
-            """Weights of seed 0, the output's not 0, so that gradients flow at once."""
+            """A model whose output layer is not 0, so that gradients flow at once."""
             torch.manual_seed(0)
             model = Transformer(config)
             torch.nn.init.normal_(model.to_logits.weight, std=0.1)
@@ -130,7 +122,6 @@ class TestUnderflow:
             assert torch.linalg.vector_norm(spread[name] - plain[name]) < 0.01 * learned, name
 
     def test_one_scale_follows_torch_amp(self, module, build):
-        """An overflow now and then, thousands of finite updates between."""
         blocks = build().resblocks()
         ours, theirs = module.SingleGradScaler(blocks), torch.amp.GradScaler("cpu")
         weight = torch.nn.Parameter(torch.ones(()))
@@ -148,7 +139,7 @@ class TestUnderflow:
         assert theirs.get_scale() == 2.0**13  # four times halved, once doubled
 
     def test_gradients_that_one_scale_loses_survive_with_a_scale_per_resblock(self, module, build, backward):
-        """The last resblock allows no scale above 2^10, and at that the other gradients are 0 in fp16."""
+        """The last resblock allows no scale above 2^10, where the other gradients are 0 in fp16."""
         exact = build(*self.EXPONENTS)
         backward(exact)
         dead, alive = build(*self.EXPONENTS), build(*self.EXPONENTS)
@@ -206,12 +197,8 @@ class TestReproducibility:
         module.reproducibility(args)
         report = json.loads(args.json.read_text(encoding="utf-8"))
         assert report["images"] == 10
-        assert list(report["equal"]) == [
-            "batch 3, fp32, cpu",
-            "batch 2, bf16, cpu",
-            "batch 2, fp32, int8 matrices, cpu",
-            "batch 2, bf16, int8 matrices, cpu",
-        ]
+        options = ("3, fp32", "2, bf16", "2, fp32, int8 matrices", "2, bf16, int8 matrices")
+        assert list(report["equal"]) == [f"batch {one}, cpu" for one in options]
         assert list(report["nats_lost_per_token"]) == list(report["equal"])[1:]
         assert all(0 <= share <= 1 for equal in report["equal"].values() for share in equal.values())
         assert len(module.settings(replace(args, int8=False))) == 3
