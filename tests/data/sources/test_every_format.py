@@ -41,26 +41,21 @@ def test_every_format_gives_the_same_samples(tmp_path, form, columns):
     assert splits[0].load([(0, 0)], "dvae", seed=1).pixels.shape == (1, 3, 16, 16)
 
 
-# check_data.
+# Bad samples: a function writes GOOD good ones and some bad ones; it returns path and causes.
 
 
-def good_rows() -> list[tuple[str | None, object]]:
-    """(path, caption) of images that can be used."""
-    return [(f"images/{i}.png", f"an image with the number {i}") for i in range(GOOD)]
-
-
-def write_images(place: Path) -> None:
+def write_images(place: Path) -> list[tuple[str, str]]:
+    """(path, caption) of the good ones; two more are bad."""
     (place / "images").mkdir(parents=True)
     for i in range(GOOD):
         (place / "images" / f"{i}.png").write_bytes(image(20 * i))
     (place / "images" / "cut.png").write_bytes(image(1)[:50])
     (place / "images" / "page.png").write_bytes(b"<html>404</html>")
+    return [(f"images/{i}.png", f"an image with the number {i}") for i in range(GOOD)]
 
 
-def broken_csv(place: Path) -> tuple[Path, dict[str, str]]:
-    """A table with a broken row of each kind, and what each is to be called."""
-    write_images(place)
-    rows = [f'{path},"{text}"' for path, text in good_rows()]
+def bad_csv(place: Path) -> tuple[Path, dict[str, str]]:
+    rows = [f'{path},"{text}"' for path, text in write_images(place)]
     rows += [
         "images/gone.png,one",
         "images/cut.png,two",
@@ -84,9 +79,8 @@ def broken_csv(place: Path) -> tuple[Path, dict[str, str]]:
     }
 
 
-def broken_jsonl(place: Path) -> tuple[Path, dict[str, str]]:
-    write_images(place)
-    rows = [json.dumps({"image": path, "caption": text}) for path, text in good_rows()]
+def bad_jsonl(place: Path) -> tuple[Path, dict[str, str]]:
+    rows = [json.dumps({"image": path, "caption": text}) for path, text in write_images(place)]
     rows += [
         '{"image": "images/gone.png", "caption": "one"}',
         '{"image": "images/0.png"}',
@@ -104,32 +98,26 @@ def broken_jsonl(place: Path) -> tuple[Path, dict[str, str]]:
     }
 
 
-def embedded(i: int, data: bytes | None) -> dict:
-    return {"image": data and {"bytes": data, "path": None}, "caption": f"an image with the number {i}"}
-
-
 def embedded_rows() -> list[dict]:
-    rows = [embedded(i, image(20 * i)) for i in range(GOOD)]
-    rows += [embedded(9, image(1)[:50]), embedded(10, b"<html>404</html>"), embedded(11, None)]
-    return [*rows, {"image": {"bytes": image(1), "path": None}, "caption": None}]
+    data = [*(image(20 * i) for i in range(GOOD)), image(1)[:50], b"<html>404</html>", None, image(1)]
+    images = [item and {"bytes": item, "path": None} for item in data]
+    captions = [*(f"an image with the number {i}" for i in range(GOOD + 3)), None]
+    return [{"image": item, "caption": text} for item, text in zip(images, captions, strict=True)]
 
 
-EMBEDDED = dict(
-    zip(range(GOOD, GOOD + 4), ("truncated", "wrong type", "missing twin", "empty caption"), strict=True)
-)
+EMBEDDED = {8: "truncated", 9: "wrong type", 10: "missing twin", 11: "empty caption"}
 
 
-def broken_parquet(place: Path) -> tuple[Path, dict[str, str]]:
+def bad_parquet(place: Path) -> tuple[Path, dict[str, str]]:
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     place.mkdir()
     parquet.write_table(pa.Table.from_pylist(embedded_rows()), place / "a.parquet", row_group_size=5)
     (place / "b.parquet").write_bytes(b"PAR1 nothing")
-    return place, {f"a.parquet/{i}": cause for i, cause in EMBEDDED.items()} | {
-        "b.parquet": "unreadable shard"
-    }
+    causes = {f"a.parquet/{i}": cause for i, cause in EMBEDDED.items()}
+    return place, causes | {"b.parquet": "unreadable shard"}
 
 
-def broken_hub(place: Path) -> tuple[Path, dict[str, str]]:
+def bad_hub(place: Path) -> tuple[Path, dict[str, str]]:
     datasets = pytest.importorskip("datasets")
     rows = embedded_rows()
     columns = {name: [row[name] for row in rows] for name in rows[0]}
@@ -138,7 +126,7 @@ def broken_hub(place: Path) -> tuple[Path, dict[str, str]]:
     return place, {f"row {i}": cause for i, cause in EMBEDDED.items()}
 
 
-@pytest.mark.parametrize("form", [broken_csv, broken_jsonl, broken_parquet, broken_hub])
+@pytest.mark.parametrize("form", [bad_csv, bad_jsonl, bad_parquet, bad_hub])
 def test_check_data_names_bad_samples_of_each_format(form, tmp_path, script):
     path, expected = form(tmp_path / "set")
     words = ["--data.path", path, "--data.workers", "0", "--data.resolution", "16"]
@@ -154,23 +142,17 @@ def test_check_data_names_bad_samples_of_each_format(form, tmp_path, script):
     assert f"{len(expected)} of {GOOD + len(expected)} samples are bad" in done.err
 
 
-# The order, and going on.
-
-
 @dataclass(frozen=True)
 class Seen:
-    """A batch as what is compared."""
+    """What is compared of a batch."""
 
     def __call__(self, batch, step):
-        return (
-            list(batch.samples),
-            torch.from_numpy(batch.pixels).sum((1, 2, 3)).tolist(),
-            sample_captions(batch, 5),
-        )
+        sums = torch.from_numpy(batch.pixels).sum((1, 2, 3)).tolist()
+        return list(batch.samples), sums, sample_captions(batch, 5)
 
 
 @pytest.mark.parametrize(("form", "columns"), FORMS, ids=IDS)
-def test_every_form_goes_on_at_the_same_sample_with_any_number_of_workers(tmp_path, form, columns):
+def test_every_format_resumes_exactly_with_any_number_of_workers(tmp_path, form, columns):
     path = str(form(tmp_path))
     pairs = open_dataset(DataConfig(path, resolution=16, caption_column=columns, val_path=path))
 
@@ -190,45 +172,25 @@ def test_every_form_goes_on_at_the_same_sample_with_any_number_of_workers(tmp_pa
         assert sorted(index for _, index in seen) == list(range(COUNT))
 
 
-# A run that meets too much.
-
-
-@pytest.fixture
-def mostly_broken(tmp_path):
-    """130 of 160 images break off."""
+def test_a_training_ends_above_the_fraction_of_bad_samples(tiny_configs, tmp_path, script):
     (tmp_path / "set").mkdir()
-    for i in range(160):
+    for i in range(160):  # 130 are truncated
         data = image(i, size=(40, 40))
         (tmp_path / "set" / f"{i:03}.png").write_bytes(data if i % 16 < 3 else data[:50])
         (tmp_path / "set" / f"{i:03}.txt").write_text(f"an image with the number {i}")
-    return tmp_path / "set"
-
-
-def test_a_training_ends_in_one_sentence_above_the_set_rate(mostly_broken, tiny_configs, tmp_path, python):
-    words = [
-        "scripts/train_dvae.py",
-        "--config",
-        tiny_configs / "dvae" / "shapes.yaml",
-        "--data.path",
-        mostly_broken,
-    ]
-    words += ["--train.batch-size", "40", "--eval-samples", "2", "--data.workers", "0", "--steps", "4"]
-    stopped = python([*words, "--out", "stopped"], tmp_path)
-    assert stopped.returncode == 1
-    said = [line for line in stopped.stderr.splitlines() if line.startswith("error:")]
-    assert len(said) == 1
-    assert "samples cannot be used" in said[0]
-    assert "more than 1.0%" in said[0]
-    assert "truncated; each is named in stopped/bad_samples.jsonl" in said[0]
-    faults, tried = map(int, re.match(r"error: (\d+) of (\d+) samples", said[0]).groups())
-    assert 100 < faults < tried <= 160  # of those asked for and those read in their place, some are good
-    assert "raise --data.max-bad-fraction" in said[0]
-    assert "Traceback" not in stopped.stderr
-    named = [
+    words = ["--config", tiny_configs / "dvae" / "shapes.yaml", "--data.path", "set", "--data.workers", "0"]
+    words += ["--train.batch-size", "40", "--eval-samples", "2", "--steps", "4"]
+    stopped = script("train_dvae", *words, "--out", "stopped")
+    assert stopped.code == 1
+    [message] = [line for line in stopped.err.splitlines() if line.startswith("error:")]
+    assert "truncated; each is named in stopped/bad_samples.jsonl" in message
+    bad, tried = map(int, re.match(r"error: (\d+) of (\d+) samples .*more than 1\.0%", message).groups())
+    assert 100 < bad < tried <= 160  # of those requested and those read in their place, some are good
+    lines = [
         json.loads(line) for line in (tmp_path / "stopped" / "bad_samples.jsonl").read_text().splitlines()
     ]
-    assert len(named) > 100
-    assert {line["cause"] for line in named} == {"truncated"}
-    borne = python([*words, "--data.max-bad-fraction", "0.9", "--out", "borne"], tmp_path)
-    assert borne.returncode == 0, borne.stderr
-    assert (tmp_path / "borne" / "checkpoints" / "latest").read_text().strip() == "step-00000004"
+    assert len(lines) > 100
+    assert {line["cause"] for line in lines} == {"truncated"}
+    done = script("train_dvae", *words, "--data.max-bad-fraction", "0.9", "--out", "done")
+    assert done.code == 0, done.err
+    assert (tmp_path / "done" / "checkpoints" / "latest").read_text().strip() == "step-00000004"
