@@ -1,13 +1,12 @@
-"""Public caption sets become a table: dalle/data/caption_datasets.py and dalle/commands/convert_captions.py.
+"""Tables of public caption datasets: dalle/commands/convert_captions.py, dalle/data/caption_datasets.py.
 
-Each test writes a small file in exactly the form in which the set is published.
+Each test writes a small file in exactly the published format.
 """
 
 import gzip
 import hashlib
 import json
 import os
-import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,9 @@ from PIL import Image
 
 from dalle.commands.convert_captions import ConvertCaptionsArgs, convert_captions
 from dalle.config import parse
-from dalle.data.caption_datasets import Format, published_files, read_captions
+from dalle.data.caption_datasets import Format, read_captions
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_captions.py"
+DATA_PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 
 
 def images(folder: Path, *names: str) -> Path:
@@ -50,26 +49,16 @@ def write(path: Path, *lines: str) -> Path:
     return path
 
 
-# One published form after another
-
-
 COCO = {
-    "info": {
-        "description": "COCO 2017 Dataset",
-        "url": "http://cocodataset.org",
-        "version": "1.0",
-        "year": 2017,
-    },
-    "licenses": [
-        {"url": "http://creativecommons.org/licenses/by-nc-sa/2.0/", "id": 1, "name": "Attribution"}
-    ],
+    "info": {"description": "COCO 2017 Dataset", "url": "http://cocodataset.org", "year": 2017},
+    "licenses": [{"url": "http://creativecommons.org/licenses/by-nc-sa/2.0/", "id": 1}],
     "images": [
         {"license": 1, "file_name": "000000203564.jpg", "height": 400, "width": 600, "id": 203564},
         {"license": 1, "file_name": "000000179765.jpg", "height": 480, "width": 640, "id": 179765},
         {"license": 1, "file_name": "000000322141.jpg", "height": 480, "width": 640, "id": 322141},
     ],
     "annotations": [
-        {"image_id": 179765, "id": 38, "caption": "A black motorcycle \u00e0 la caf\u00e9"},
+        {"image_id": 179765, "id": 38, "caption": "A black motorcycle à la café"},
         {"image_id": 203564, "id": 37, "caption": "A clock with a wheel.\n"},
         {"image_id": 322141, "id": 49, "caption": "A room with sinks"},
         {"image_id": 203564, "id": 181, "caption": "A bicycle as a clock"},
@@ -80,7 +69,7 @@ COCO = {
 }
 
 
-def test_coco_has_several_captions_of_a_image_anywhere_in_the_file(tmp_path):
+def test_coco(tmp_path):
     images(tmp_path / "images", "train2017/000000179765.jpg", "train2017/000000203564.jpg", "val2017/1.jpg")
     done, rows = convert(tmp_path, "coco", write(tmp_path / "captions_train2017.json", json.dumps(COCO)))
     assert rows == {
@@ -92,22 +81,14 @@ def test_coco_has_several_captions_of_a_image_anywhere_in_the_file(tmp_path):
     assert done.examples["no such image"] == "000000322141.jpg"
 
 
-def test_karpathys_splits(tmp_path):
-    image = {
-        "filepath": "val2014",
-        "sentids": [1, 2],
-        "filename": "COCO_val2014_000000391895.jpg",
-        "imgid": 0,
-    }
-    image |= {"split": "test", "cocoid": 391895}
-    image["sentences"] = [
-        {"tokens": ["a", "man"], "raw": "A man with a helmet.", "imgid": 0, "sentid": 770337},
-        {"tokens": ["a", "bike"], "raw": "A bike on a road.", "imgid": 0, "sentid": 771687},
-    ]
-    images(tmp_path / "images", "val2014/COCO_val2014_000000391895.jpg")
+def test_karpathy(tmp_path):
+    sentences = [{"tokens": [text], "raw": text, "imgid": 0} for text in ("A man with a helmet.", "A bike.")]
+    name = "COCO_val2014_000000391895.jpg"
+    image = {"filepath": "val2014", "filename": name, "imgid": 0, "split": "test", "sentences": sentences}
+    images(tmp_path / "images", f"val2014/{name}")
     file = write(tmp_path / "dataset_coco.json", json.dumps({"images": [image], "dataset": "coco"}))
     _, rows = convert(tmp_path, "karpathy", file)
-    assert list(rows.values()) == [["A man with a helmet.", "A bike on a road."]]
+    assert list(rows.values()) == [["A man with a helmet.", "A bike."]]
 
 
 CC = [
@@ -118,7 +99,7 @@ CC = [
 ]
 
 
-def test_conceptual_captions_by_number_quotes_mean_nothing(tmp_path):
+def test_conceptual_captions_by_number_without_quoting(tmp_path):
     images(tmp_path / "images", "00000/000000001.jpg", "00000/000000002.webp", "00000/000000004.jpg")
     done, rows = convert(tmp_path, "cc", write(tmp_path / "Train_GCC-training.tsv", *CC))
     assert rows == {
@@ -130,7 +111,7 @@ def test_conceptual_captions_by_number_quotes_mean_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("naming", ["md5", "sha256"])
-def test_conceptual_12m_has_the_address_first_names_by_hash(tmp_path, naming):
+def test_conceptual_12m_by_hash_of_the_url(tmp_path, naming):
     lines = ["\t".join(line.split("\t")[::-1]) for line in CC[:3]]
     name = hashlib.new(naming, b"http://lh6.example.com/IMG.jpg").hexdigest()
     images(tmp_path / "images", f"{name[:2]}/{name}.jpg")
@@ -141,37 +122,21 @@ def test_conceptual_12m_has_the_address_first_names_by_hash(tmp_path, naming):
 
 
 @pytest.mark.parametrize(("format", "header"), [("cc", "caption\turl"), ("cc12m", "url\tcaption")])
-def test_a_header_for_the_downloader_is_no_record(tmp_path, format, header):
+def test_a_header_is_no_record(tmp_path, format, header):
     file = write(tmp_path / "captions.tsv", header, "first\tsecond")
     (record,) = read_captions(file, format)
     assert record == ("0", ["first" if format == "cc" else "second"])
 
 
-def test_redcaps_finds_a_image_in_the_folder_of_its_subreddit(tmp_path):
+def test_redcaps_keeps_subreddits_apart(tmp_path):
     def post(subreddit, image_id, caption):
-        more = {
-            "author": "a",
-            "score": 9,
-            "created_utc": 1,
-            "permalink": f"/r/{subreddit}",
-            "crosspost_parents": None,
-        }
-        link = {
-            "url": f"https://i.redd.it/{image_id}.jpg",
-            "raw_caption": caption.upper(),
-            "caption": caption,
-        }
-        return {"image_id": image_id, "subreddit": subreddit} | link | more
+        link = {"url": f"https://i.redd.it/{image_id}.jpg", "author": "a", "score": 9}
+        texts = {"raw_caption": caption.upper(), "caption": caption}
+        return {"image_id": image_id, "subreddit": subreddit} | link | texts
 
-    info = {
-        "start_date": "2017-01-01",
-        "end_date": "2017-12-31",
-        "url": "https://redcaps.xyz",
-        "version": "1.0",
-    }
     folder = tmp_path / "annotations"
     for subreddit, posts in {"birds": [("1", "a wren"), ("2", "an owl")], "cats": [("1", "mlem")]}.items():
-        data = {"info": info, "annotations": [post(subreddit, *words) for words in posts]}
+        data = {"info": {"version": "1.0"}, "annotations": [post(subreddit, *words) for words in posts]}
         write(folder / f"{subreddit}_2017.json", json.dumps(data))
     images(tmp_path / "images", "birds/1.jpg", "cats/1.jpg", "cats/2.jpg")
     done, rows = convert(tmp_path, "redcaps", folder)
@@ -238,23 +203,20 @@ def test_open_clip_art_takes_title_and_new_keywords(tmp_path):
     assert done.left_out == {"no such image": 1, "no caption": 1, "not readable": 1}
 
 
-# Which image a record means
-
-
-def test_a_name_that_two_images_bear_is_left_out(tmp_path):
+def test_an_ambiguous_name_is_left_out(tmp_path):
     images(tmp_path / "images", "a/7.jpg", "b/7.jpg", "8.jpg")
     done, rows = convert(tmp_path, "flickr", write(tmp_path / "x.token", "7.jpg#0\tseven", "8.jpg#0\teight"))
     assert rows == {"images/8.jpg": ["eight"]}
     assert done.left_out == {"several images of that name": 1}
 
 
-def test_the_very_name_goes_before_the_same_number(tmp_path):
+def test_the_exact_name_is_preferred_to_the_number(tmp_path):
     images(tmp_path / "images", "7.jpg", "007.jpg")
     _, rows = convert(tmp_path, "flickr", write(tmp_path / "x.token", "007.jpg#0\ta", "7.jpg#0\tb"))
     assert rows == {"images/007.jpg": ["a"], "images/7.jpg": ["b"]}
 
 
-def test_captions_that_are_no_utf8_are_counted_not_mended(tmp_path):
+def test_captions_that_are_not_utf8_are_counted(tmp_path):
     images(tmp_path / "images", "1.jpg", "2.jpg")
     file = tmp_path / "x.token"
     file.write_bytes(b"1.jpg#0\tcaf\xe9\n2.jpg#0\t\xe7\x8c\xab \xd9\x82\xd8\xb7\n")
@@ -264,15 +226,12 @@ def test_captions_that_are_no_utf8_are_counted_not_mended(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs file names that are any bytes")
-def test_a_file_name_that_is_no_utf8_is_counted(tmp_path):
+def test_file_names_that_are_not_utf8_are_counted(tmp_path):
     images(tmp_path / "images", "1.jpg")
     os.rename(tmp_path / "images" / "1.jpg", os.fsencode(tmp_path / "images") + b"/caf\xe9.jpg")
     images(tmp_path / "images", "2.jpg")
     done, _ = convert(tmp_path, "flickr", write(tmp_path / "x.token", "2.jpg#0\tx"))
     assert done.left_out == {"a file name that is not UTF-8": 1}
-
-
-# The table
 
 
 def test_paths_start_at_the_table_or_at_the_images(tmp_path, capsys):
@@ -298,7 +257,7 @@ def test_the_table_is_the_same_again_and_replaces_the_old_one(tmp_path):
     assert list(table(tmp_path / "table.jsonl")) == sorted(f"images/{i}.jpg" for i in range(20))
 
 
-def test_a_run_that_fails_leaves_the_old_table_and_nothing_else(tmp_path):
+def test_a_failed_run_leaves_the_old_table_alone(tmp_path):
     images(tmp_path / "images", "1.jpg")
     convert(tmp_path, "flickr", write(tmp_path / "x.token", "1.jpg#0\tone"))
     before = sorted(tmp_path.iterdir())
@@ -307,9 +266,6 @@ def test_a_run_that_fails_leaves_the_old_table_and_nothing_else(tmp_path):
         convert(tmp_path, "flickr", write(tmp_path / "x.token", "2.jpg#0\ttwo"))
     assert sorted(tmp_path.iterdir()) == before
     assert (tmp_path / "table.jsonl").read_bytes() == old
-
-
-# Files that are not what they should be
 
 
 @pytest.mark.parametrize("length", [1, 40, 400, -3])
@@ -333,7 +289,7 @@ def test_other_json_is_refused(tmp_path, text, words):
         list(read_captions(write(tmp_path / "c.json", text), "redcaps"))
 
 
-def test_a_broken_gzip_is_told(tmp_path):
+def test_a_truncated_gzip_is_refused(tmp_path):
     images(tmp_path / "images", "0.jpg")
     file = tmp_path / "cc.tsv.gz"
     file.write_bytes(gzip.compress(b"caption\thttp://a\n" * 100)[:-9])
@@ -341,52 +297,41 @@ def test_a_broken_gzip_is_told(tmp_path):
         convert(tmp_path, "cc", file)
 
 
-def test_what_is_missing_is_told(tmp_path):
+def test_missing_arguments_and_files_are_refused(tmp_path):
     images(tmp_path / "images", "0.jpg")
     file = write(tmp_path / "cc" / "a.tsv", "x\thttp://a")
-    run = ConvertCaptionsArgs("cc", file, tmp_path / "images", tmp_path / "t.jsonl")
-    for name in ("format", "captions", "images"):
-        with pytest.raises(ValueError, match=f"--{name} is missing"):
-            convert_captions(replace(run, **{name: None}))
-    with pytest.raises(ValueError, match=r"no folder .*fetched"):
-        convert_captions(replace(run, images=tmp_path / "none"))
-    with pytest.raises(ValueError, match="no file or folder"):
-        convert_captions(replace(run, captions=tmp_path / "none"))
-    with pytest.raises(ValueError, match=r"with \.json"):
-        published_files(tmp_path / "cc", "coco")
+    args = ConvertCaptionsArgs("cc", file, tmp_path / "images", tmp_path / "t.jsonl")
+    for changes, words in (
+        ({"format": None}, "--format is missing"),
+        ({"captions": None}, "--captions is missing"),
+        ({"images": None}, "--images is missing"),
+        ({"images": tmp_path / "none"}, "no folder .*fetched"),
+        ({"captions": tmp_path / "none"}, "no file or folder"),
+        ({"captions": tmp_path / "cc", "format": "coco"}, r"with \.json"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            convert_captions(replace(args, **changes))
     with pytest.raises(ValueError, match=r"must end in \.jsonl"):
-        replace(run, out=tmp_path / "table.csv")
+        replace(args, out=tmp_path / "table.csv")
     with pytest.raises(ValueError, match="unknown format"):
         read_captions(file, "laion")
     write(tmp_path / "cc" / "b.tsv", "y\thttp://b")
     with pytest.raises(ValueError, match="2 files, each counts from 0"):
-        convert_captions(replace(run, captions=tmp_path / "cc"))
+        convert_captions(replace(args, captions=tmp_path / "cc"))
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_command(tmp_path, script):
     images(tmp_path / "images", "1.jpg")
     write(tmp_path / "x.token", "1.jpg#0\tone")
     words = ["--format", "flickr", "--captions", "x.token"]
-    command([*words, "--images", "images"], monkeypatch)
-    assert "1 images with 1 captions" in capsys.readouterr().out
+    assert "1 images with 1 captions" in script("convert_captions", *words, "--images", "images").out
     assert table(tmp_path / "table.jsonl") == {"images/1.jpg": ["one"]}
-    with pytest.raises(SystemExit, match="error: --images is missing"):
-        command(words, monkeypatch)
+    assert "--images is missing" in script("convert_captions", *words).err
 
 
-def test_the_page_on_data_has_a_command_for_each_format():
-    page = (SCRIPT.parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
-    commands = [
-        line.split()[2:]
-        for line in page.splitlines()
-        if line.startswith("python scripts/convert_captions.py")
-    ]
+def test_the_data_page_has_a_command_for_each_format():
+    lines = DATA_PAGE.read_text(encoding="utf-8").splitlines()
+    commands = [line.split()[2:] for line in lines if line.startswith("python scripts/convert_captions.py")]
     runs = [parse(ConvertCaptionsArgs, words) for words in commands]
     assert {run.format for run in runs} == set(get_args(Format))
     assert all(run.captions and run.images for run in runs)
-
-
-def command(words: list[str], monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["convert_captions.py", *words])
-    runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -1,11 +1,8 @@
-"""Any source becomes WebDataset tars: dalle/data/webdataset_writer.py."""
+"""WebDataset tars of any source: dalle/data/webdataset_writer.py, dalle/commands/write_tars.py."""
 
 import io
-import runpy
-import sys
 import tarfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -13,8 +10,6 @@ from PIL import Image
 from dalle.data.sources import open_source
 from dalle.data.webdataset_writer import write_tars
 from dalle.types import RawSample
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "write_tars.py"
 
 
 def image(kind: str, color: int = 0) -> bytes:
@@ -107,21 +102,16 @@ def test_what_cannot_be_is_refused(tmp_path):
         write_tars(good, tmp_path)
 
 
-def test_the_command_packs_a_folder_that_then_opens_as_tars(tmp_path, monkeypatch, capsys):
+def test_the_command_packs_a_folder_that_opens_as_tars(tmp_path, script):
     (tmp_path / "mine").mkdir()
     for i in range(5):
         (tmp_path / "mine" / f"{i}.png").write_bytes(image("PNG", i))
         (tmp_path / "mine" / f"{i}.txt").write_text(f"number {i}\nقط {i}", encoding="utf-8")
     (tmp_path / "mine" / "3.png").write_bytes(b"broken")
-    monkeypatch.chdir(tmp_path)
-    words = ["write_tars.py", "--path", "mine", "--out", "tars", "--shard-size", "2"]
-    monkeypatch.setattr(sys, "argv", words)
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert "4 images in 2 tars; 1 left out" in capsys.readouterr().out
-    packed = open_source("tars")
-    read = [packed.read(i) for i in range(len(packed))]
-    assert [record.captions for record in read] == [[f"number {i}", f"قط {i}"] for i in (0, 1, 2, 4)]
-    assert [record.image for record in read] == [image("PNG", i) for i in (0, 1, 2, 4)]
-    monkeypatch.setattr(sys, "argv", words[:3])
-    with pytest.raises(SystemExit, match="error: --out is missing"):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+    words = ["--path", "mine", "--out", "tars", "--shard-size", "2"]
+    assert "4 images in 2 tars; 1 left out" in script("write_tars", *words).out
+    source = open_source(tmp_path / "tars")
+    samples = [source.read(i) for i in range(len(source))]
+    assert [sample.captions for sample in samples] == [[f"number {i}", f"قط {i}"] for i in (0, 1, 2, 4)]
+    assert [sample.image for sample in samples] == [image("PNG", i) for i in (0, 1, 2, 4)]
+    assert "--out is missing" in script("write_tars", *words[:2]).err
