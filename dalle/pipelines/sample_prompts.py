@@ -1,4 +1,4 @@
-"""Images for every prompt of a file: shared by processes, resumable, in constant memory.
+"""Images for every prompt of a file: shared by processes, resumable.
 
 OUT/run.json                       settings, model and prompts by hash: a run resumes only if they are the
 same OUT/000/000012-a-red-cross-00.png  the best image of prompt 12, then -01.png, ..., and -grid.png
@@ -9,11 +9,8 @@ OUT/sheet.png                      the best images of the first prompts
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +28,32 @@ PROMPTS_PER_FOLDER = 1000
 PROMPTS_ON_SHEET = 24
 
 
-def read_prompts(path: Path) -> Iterator[str]:
+def read_prompts(path: Path) -> list[str]:
     """Prompts in the order of the file: one per line, or the field "prompt" or "caption" of JSON lines.
 
     Raises:
-        ValueError: no such file, or a line without a prompt; the line is named.
+        ValueError: no such file, no prompts, or a line without a prompt, which is named.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                prompt = line.strip()
-                if path.suffix in (".jsonl", ".ndjson"):
-                    prompt = _prompt_of_json(line, f"{path}, line {number}")
-                if not prompt:
-                    raise ValueError(f"{path}, line {number} is empty; delete the line")
-                yield prompt
+            lines = list(file)
     except OSError as error:
         raise ValueError(
             f"cannot read {path} ({error.strerror}); expected a text file, one prompt per line"
         ) from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8; save it as UTF-8") from None
+    if not lines:
+        raise ValueError(f"{path} holds no prompts")
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        prompt = line.strip()
+        if path.suffix in (".jsonl", ".ndjson"):
+            prompt = _prompt_of_json(line, f"{path}, line {number}")
+        if not prompt:
+            raise ValueError(f"{path}, line {number} is empty; delete the line")
+        prompts.append(prompt)
+    return prompts
 
 
 def _prompt_of_json(line: str, where: str) -> str:
@@ -63,29 +65,6 @@ def _prompt_of_json(line: str, where: str) -> str:
         if isinstance(record, dict) and isinstance(record.get(key), str):
             return " ".join(record[key].split())
     raise ValueError(f'{where} has no "prompt" or "caption"')
-
-
-def check_prompts(path: Path, check: Callable[[str], object]) -> tuple[int, str]:
-    """Reads the whole file once: how many prompts, and a hash of them; a ValueError of `check` names the
-    line."""
-    count, digest = 0, hashlib.sha256()
-    for count, prompt in enumerate(read_prompts(path), start=1):
-        try:
-            check(prompt)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {count}: {error}") from None
-        digest.update(f"{prompt}\n".encode())
-    if not count:
-        raise ValueError(f"{path} holds no prompts")
-    return count, digest.hexdigest()[:16]
-
-
-def prompt_groups(path: Path, size: int) -> Iterator[tuple[int, list[str]]]:
-    """(index of the first, prompts), `size` at a time."""
-    prompts, first = read_prompts(path), 0
-    while group := list(islice(prompts, size)):
-        yield first, group
-        first += len(group)
 
 
 def sample_prompts(
@@ -114,7 +93,13 @@ def sample_prompts(
     Raises:
         ValueError: a prompt that is too long (nothing is written then), or a directory of another run.
     """
-    count, prompts_hash = check_prompts(path, lambda prompt: model.text_tokens([prompt], truncate))
+    prompts = read_prompts(path)
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            model.text_tokens([prompt], truncate)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    prompts_hash = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
     earlier = read_json(out / "run.json") if (out / "run.json").exists() else None
     if earlier is None and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no run of prompts; give another --out")
@@ -132,25 +117,27 @@ def sample_prompts(
         differ = [key for key in run if earlier.get(key) != run[key]]
         raise ValueError(f"{out} holds a run with other {', '.join(differ)}; give another --out")
     processes.barrier()
+    firsts = range(0, len(prompts), group_size)
     if not (out / "samples.jsonl").exists():
-        for i, (first, prompts) in enumerate(prompt_groups(path, group_size)):
+        for first in firsts[processes.rank :: processes.world_size]:
             part = out / "parts" / f"{first:06d}.jsonl"
-            if i % processes.world_size == processes.rank and not part.exists():
-                padded = prompts + prompts[-1:] * (group_size - len(prompts))  # one shape for all batches
-                _sample_group(model, first, padded, len(prompts), run, part)
+            if not part.exists():
+                _sample_group(model, first, prompts[first : first + group_size], group_size, run, part)
     processes.barrier()
     if processes.rank == 0:
-        _join(path, out, group_size)
+        _join(out, firsts)
     processes.barrier()
-    return count
+    return len(prompts)
 
 
 def _sample_group(
-    model: DALLE, first: int, prompts: list[str], count: int, run: dict[str, Any], part: Path
+    model: DALLE, first: int, prompts: list[str], group_size: int, run: dict[str, Any], part: Path
 ) -> None:
-    """Writes the images and records of the first `count` prompts."""
+    """Writes the images and records of some prompts, padded to a group so that all batches have one shape."""
+    count = len(prompts)
+    prompts = prompts + prompts[-1:] * (group_size - count)
     generations = model.generate(prompts, progress=False, **run["settings"])
-    if len(generations) < len(prompts) or any(one.interrupted for one in generations):
+    if len(generations) < group_size or any(one.interrupted for one in generations):
         raise KeyboardInterrupt
     folder = make_directory(part.parents[1] / f"{first // PROMPTS_PER_FOLDER:03d}")
     lines = []
@@ -166,26 +153,19 @@ def _sample_group(
     print(f"{part.stem}: {prompts[0]!r}" + (f" and {count - 1} more" if count > 1 else ""))
 
 
-def _join(path: Path, out: Path, group_size: int) -> None:
+def _join(out: Path, firsts: range) -> None:
     """parts/*.jsonl -> samples.jsonl in order of the prompts, and sheet.png."""
     if not (out / "samples.jsonl").exists():
-        partial = out / ".partial-samples.jsonl"
-        with partial.open("w", encoding="utf-8") as joined:
-            for first, _ in prompt_groups(path, group_size):
-                joined.write((out / "parts" / f"{first:06d}.jsonl").read_text(encoding="utf-8"))
-        os.replace(partial, out / "samples.jsonl")
+        parts = [(out / "parts" / f"{first:06d}.jsonl").read_text(encoding="utf-8") for first in firsts]
+        write_text(out / "samples.jsonl", "".join(parts))
         save_png(best_images(out), out / "sheet.png")
     shutil.rmtree(out / "parts", ignore_errors=True)
 
 
 def best_images(out: Path) -> Image.Image:
     """The best image of each of the first prompts, with the prompt below it."""
-    cells: dict[int, tuple[str, Image.Image]] = {}
     with (out / "samples.jsonl").open(encoding="utf-8") as lines:
-        for record in map(json.loads, lines):
-            if record["index"] not in cells:
-                if len(cells) == PROMPTS_ON_SHEET:
-                    break
-                cells[record["index"]] = record["prompt"], Image.open(out / record["file"])
-    scale = max(1, 128 // cells[0][1].width)
-    return captioned_grid(list(cells.values()), columns=6, scale=scale)
+        records = [json.loads(line) for line in lines]
+    best = [record for record in records if record["file"].endswith("-00.png")][:PROMPTS_ON_SHEET]
+    cells = [(record["prompt"], Image.open(out / record["file"])) for record in best]
+    return captioned_grid(cells, columns=6, scale=max(1, 128 // cells[0][1].width))

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from dalle.commands.sample import SampleArgs, sample
 from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import slug
-from dalle.pipelines.sample_prompts import check_prompts, prompt_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:the vocabulary lacks letters")  # of CAPTIONS[2]
 CAPTIONS = ["a red cross above a blue circle", "a blue circle", "../ a*b", "a small red cross"]
@@ -195,21 +193,6 @@ def test_two_processes_write_what_one_writes(run, prompt, monkeypatch, kind):
         process.join(120)
         assert process.exitcode == 0
     assert contents("shared") == contents("all")
-
-
-def test_thirty_thousand_lines_are_read_in_constant_memory(tmp_path):
-    path = tmp_path / "many.txt"
-    with path.open("w") as file:
-        for i in range(30_000):
-            file.write(f"caption number {i} of very many that say nothing of an image at all {'x' * 100}\n")
-    tracemalloc.start()
-    try:
-        assert check_prompts(path, lambda caption: None)[0] == 30_000
-        assert sum(len(some) for _, some in prompt_groups(path, 7)) == 30_000
-        assert tracemalloc.get_traced_memory()[1] < 2**19
-    finally:
-        tracemalloc.stop()
-    assert path.stat().st_size > 2**22
 
 
 @pytest.mark.parametrize(
