@@ -1,0 +1,349 @@
+"""Checkpoints: crashes while writing, damaged files, which are kept, and loading models from them."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dalle.commands.train_dvae import train_dvae
+from dalle.hub.registry import load_model
+from dalle.io.files import CHECKSUMS, write_checksums
+from dalle.pipelines.dalle import DALLE
+from dalle.train import TrainConfig, checkpoint, trainer
+from dalle.train.checkpoint import latest_checkpoint, restore
+from dalle.train.ema import bias_corrected
+from tests.helpers.line import at_step, checkpoint_names, file_contents, fit_line, fresh_state
+
+FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "meta.json")
+
+
+@pytest.fixture
+def crash(monkeypatch):
+    """crash(where, n): the n-th call of that function from now on leaves half its work and raises."""
+
+    def arm(where: str, n: int) -> None:
+        owners = {"write_tensors": checkpoint, "replace": os, "fsync": os, "rmtree": shutil}
+        original, calls = getattr(owners[where], where), 0
+
+        def failing(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls < n:
+                return original(*args, **kwargs)
+            if where == "write_tensors":
+                Path(args[0]).write_bytes(b"half a file")
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr(owners[where], where, failing)
+
+    return arm
+
+
+# One checkpoint: three tensor files; renames of meta.json, SHA256SUMS, the folder and the pointer; a sync of
+# each file and of the folders; removals of a folder of the same name and of the oldest one. The log is
+# renamed before.
+CRASHES = [("write_tensors", n) for n in (1, 2, 3)] + [("replace", n) for n in (2, 3, 4, 5)]
+CRASHES += [("fsync", n) for n in range(2, 10)] + [("rmtree", n) for n in (1, 2)]
+
+
+@pytest.mark.parametrize(("where", "n"), CRASHES)
+def test_a_crash_at_any_write_leaves_a_whole_checkpoint(where, n, crash, tmp_path, monkeypatch):
+    fit_line(tmp_path / "whole", steps=5)
+    fit_line(tmp_path / "run", steps=3)
+    crash(where, n)
+    with pytest.raises(OSError, match="no space left"):
+        fit_line(tmp_path / "run", steps=4)
+    monkeypatch.undo()
+    found = fresh_state()
+    restore(latest_checkpoint(tmp_path / "run"), found)
+    assert found.step == (4 if (where, n) == ("rmtree", 2) else 3)
+    fit_line(tmp_path / "run", steps=5)
+    runs = [file_contents(latest_checkpoint(tmp_path / name)) for name in ("run", "whole")]
+    assert runs[0] == runs[1]
+    assert checkpoint_names(tmp_path / "run") == ["latest", "step-00000004", "step-00000005"]
+
+
+def test_there_are_no_writes_that_the_crashes_above_miss(tmp_path, monkeypatch):
+    calls = []
+
+    def count(owner, name):
+        original = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for owner, name in ((checkpoint, "write_tensors"), (os, "replace"), (os, "fsync")):
+        count(owner, name)
+    fit_line(tmp_path, steps=1)
+    for name, of_the_log in (("write_tensors", 0), ("replace", 1), ("fsync", 1)):
+        assert calls.count(name) - of_the_log == sum(where == name for where, _ in CRASHES)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("harm", [flip, cut, Path.unlink])
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(file, harm, tmp_path, capsys):
+    fit_line(tmp_path / "whole", steps=4)
+    fit_line(tmp_path / "run", steps=3)
+    harm(latest_checkpoint(tmp_path / "run") / file)
+    fit_line(tmp_path / "run", steps=4)
+    printed = capsys.readouterr().out
+    for words in (f"step-00000003/{file}", "warning: ", "taking step-00000002", "resuming from step 2"):
+        assert words in printed
+    runs = [file_contents(latest_checkpoint(tmp_path / name)) for name in ("run", "whole")]
+    assert runs[0] == runs[1]
+
+
+def test_without_a_whole_checkpoint_a_run_is_refused_and_each_damage_named(tmp_path):
+    fit_line(tmp_path, steps=2)
+    flip(tmp_path / "checkpoints" / "step-00000001" / "ema.safetensors")
+    (tmp_path / "checkpoints" / "step-00000002" / CHECKSUMS).unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint .*2/SHA256SUMS is missing.*1/ema.*another --out"):
+        fit_line(tmp_path, steps=3)
+
+
+def test_a_pointer_that_is_lost_or_names_nothing_costs_no_checkpoint(tmp_path, capsys):
+    fit_line(tmp_path, steps=3)
+    (tmp_path / "checkpoints" / "latest").unlink()
+    fit_line(tmp_path, steps=4)
+    assert "resuming from step 3" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000004")
+    with pytest.raises(ValueError, match="names step-00000004, which is not there"):
+        latest_checkpoint(tmp_path)
+    fit_line(tmp_path, steps=5)
+    assert "resuming from step 3" in capsys.readouterr().out
+
+
+def test_sums_are_what_sha256sum_reads(tmp_path):
+    fit_line(tmp_path, steps=1)
+    folder = latest_checkpoint(tmp_path)
+    names = [line.split("  ")[1] for line in (folder / CHECKSUMS).read_text().splitlines()]
+    assert names == sorted(FILES)
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--quiet", CHECKSUMS], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "keep", "every", "kept"),
+    [
+        (5, 1, None, [5]),
+        (5, 2, None, [4, 5]),
+        (5, 10, None, [1, 2, 3, 4, 5]),
+        (9, 2, 3, [3, 6, 8, 9]),
+    ],
+)
+def test_the_newest_and_every_mth_are_kept(steps, keep, every, kept, tmp_path):
+    fit_line(tmp_path, steps=steps, keep_last=keep, keep_every=every)
+    assert checkpoint_names(tmp_path) == ["latest", *(f"step-0000000{step}" for step in kept)]
+    assert latest_checkpoint(tmp_path).name == f"step-0000000{steps}"
+
+
+@pytest.mark.parametrize("every", [0, 3])
+def test_keep_every_must_meet_a_save(every):
+    with pytest.raises(ValueError, match="keep_every must be a multiple of save_every"):
+        TrainConfig(save_every=2, keep_every=every)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_folder_that_a_crash_left_ahead_never_pushes_out_the_newest(keep, tmp_path):
+    """Killed between the folder's rename and the pointer's, then resumed from a smaller step."""
+    fit_line(tmp_path, steps=3, keep_last=keep)
+    shutil.copytree(tmp_path / "checkpoints" / "step-00000003", tmp_path / "checkpoints" / "step-00000009")
+    fit_line(tmp_path, steps=4, keep_last=keep)
+    assert latest_checkpoint(tmp_path).name == "step-00000004"
+
+
+def test_resuming_names_step_checkpoint_and_date(tmp_path, capsys):
+    fit_line(tmp_path, steps=2)
+    assert "resuming" not in capsys.readouterr().out
+    os.utime(latest_checkpoint(tmp_path) / "meta.json", (0, time.mktime((2021, 2, 24, 12, 30, 5, 0, 0, -1))))
+    fit_line(tmp_path, steps=3)
+    place = tmp_path / "checkpoints" / "step-00000002"
+    expected = f"line: resuming from step 2 of 3 ({place}, saved 2021-02-24 12:30:05)"
+    assert capsys.readouterr().out.splitlines()[0] == expected
+
+
+class Counter:
+    """A stateful part of training."""
+
+    def __init__(self):
+        self.count, self.name = torch.zeros(1), "new"
+
+    def state_dict(self):
+        return {"count": self.count, "name": self.name}
+
+    def load_state_dict(self, state):
+        self.count.copy_(state["count"])
+        self.name = state["name"]
+
+
+def test_a_part_that_is_new_to_a_run_starts_afresh(tmp_path, monkeypatch):
+    fit_line(tmp_path, steps=1)
+    state_class, parts = trainer.TrainState, []
+
+    def with_part(*args):
+        parts.append(Counter())
+        return state_class(*args, extras={"part": parts[-1]})
+
+    def change() -> None:
+        parts[-1].count.fill_(7)
+        parts[-1].name = "changed"
+
+    monkeypatch.setattr(trainer, "TrainState", with_part)
+    fit_line(tmp_path, steps=2, objective=at_step(2, change))
+    assert (latest_checkpoint(tmp_path) / "part.safetensors").exists()
+    fit_line(tmp_path, steps=3)
+    assert [(float(part.count), part.name) for part in parts] == [(7, "changed")] * 2
+
+
+def test_a_checkpoint_describes_itself(chain):
+    meta = json.loads((latest_checkpoint(chain / "transformer") / "meta.json").read_text())
+    names = "format kind model_config config inputs versions steps step ema extras"
+    assert meta.keys() == set(names.split())
+    assert meta["kind"] == "transformer"
+    assert meta["model_config"]["depth"] == 2
+    assert meta["config"]["train"]["batch_size"] == 4
+    assert meta["inputs"]["dvae"] == load_model(chain / "dvae", "dvae").hash
+    assert meta["inputs"]["text"]["merges"]
+
+
+@pytest.fixture
+def broken(chain, tmp_path) -> Path:
+    """A copy of a dVAE's checkpoint."""
+    shutil.copytree(chain / "dvae", tmp_path / "dvae")
+    return latest_checkpoint(tmp_path / "dvae")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors"])
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_a_truncated_file_is_named(broken, file, length):
+    (broken / file).write_bytes((broken / file).read_bytes()[:length])
+    with pytest.raises(ValueError, match=rf"{file} is truncated or changed"):
+        load_model(broken, "dvae")
+    write_checksums(broken)
+    with pytest.raises(ValueError, match=rf"{file} is truncated or not a safetensors file"):
+        load_model(broken, "dvae")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "meta.json"])
+def test_a_missing_file_is_named(broken, file):
+    (broken / file).unlink()
+    with pytest.raises(ValueError, match=file):
+        load_model(broken, "dvae")
+
+
+def test_missing_moments_are_named_on_resuming(broken, tiny_runs):
+    run = replace(tiny_runs.dvae, out=broken.parents[1], steps=3)
+    (broken / "optimizer.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors cannot be read"):
+        train_dvae(run)
+    write_checksums(broken)
+    with pytest.raises(ValueError, match=r"no file .*optimizer\.safetensors"):
+        train_dvae(run)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{half", r"meta\.json is not JSON"),
+        ("[]", "unknown"),
+        ('{"kind": "dvae"}', "format None"),
+        ('{"kind": "clip"}', "'clip', expected 'dvae'"),
+    ],
+)
+def test_a_bad_description_is_refused(broken, text, words):
+    (broken / "meta.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        load_model(broken, "dvae")
+
+
+def test_an_unknown_key_of_the_configuration_is_named(broken, change_meta):
+    change_meta(broken, model_config={"width": 3})
+    with pytest.raises(ValueError, match=r"'width'; did you mean 'widths'"):
+        load_model(broken, "dvae")
+
+
+NAME = "encoder.blocks.input.b"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({NAME: torch.zeros(5)}, rf"'{NAME}' is \(5,\), the model's is \(4,\)"),
+        ({NAME: None}, f"lacks 1 tensors of the model, first '{NAME}'"),
+        ({"extra": torch.zeros(1)}, "holds 1 tensors the model lacks, first 'extra'"),
+    ],
+)
+def test_other_tensors_are_refused(broken, changes, words):
+    weights = load_file(broken / "model.safetensors") | changes
+    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    save_file(weights, broken / "model.safetensors")
+    write_checksums(broken)
+    with pytest.raises(ValueError, match=words):
+        load_model(broken, "dvae", averaged=False)
+
+
+@pytest.mark.parametrize("place", ["nowhere", "dvae/log.jsonl"])
+def test_a_path_that_holds_no_run_is_refused(broken, place):
+    with pytest.raises(ValueError, match="expected a run or model directory"):
+        load_model(broken.parents[2] / place, "dvae")
+
+
+def test_a_run_a_checkpoint_and_a_model_directory_hold_the_same(chain):
+    paths = [chain / "dvae", latest_checkpoint(chain / "dvae"), chain / "model"]
+    assert len({load_model(path, "dvae").hash for path in paths}) == 1
+
+
+def test_the_averaged_weights_are_taken_unless_the_raw_are_asked_for(tiny_runs, tmp_path):
+    train_dvae(replace(tiny_runs.dvae, out=tmp_path, steps=4))
+    folder = latest_checkpoint(tmp_path)
+    meta = json.loads((folder / "meta.json").read_text())["ema"]
+    averages = bias_corrected(load_file(folder / "ema.safetensors"), meta["decay"], meta["updates"])
+    raw = load_file(folder / "model.safetensors")
+    for averaged, expected, other in ((True, averages, raw), (False, raw, averages)):
+        model = load_model(tmp_path, "dvae", averaged=averaged).model
+        assert not model.training
+        assert not any(p.requires_grad for p in model.parameters())
+        assert torch.equal(model.state_dict()[NAME], expected[NAME])
+        assert not torch.equal(model.state_dict()[NAME], other[NAME])
+
+
+def test_nothing_is_unpickled(chain, tmp_path, monkeypatch):
+    """Neither on loading nor on resuming: a checkpoint cannot run code."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was unpickled")
+
+    fit_line(tmp_path, steps=1)
+    for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(owner, name, refuse)
+    for kind in ("dvae", "transformer", "clip"):
+        load_model(chain / kind, kind)
+    DALLE.from_pretrained(chain / "model")
+    assert fit_line(tmp_path, steps=2).step == 2
+
+
+def test_nothing_is_pickled(chain):
+    """Every file is JSON, text, an image, safetensors, or numpy without objects."""
+    allowed = {".json", ".jsonl", ".md", ".safetensors", ".png", ".npy", ""}  # "": latest, SHA256SUMS, .lock
+    assert {path.suffix for path in chain.rglob("*") if path.is_file()} <= allowed
