@@ -18,7 +18,7 @@ from dalle.io.files import CHECKSUMS, read_json
 from dalle.io.format import read_config
 from dalle.io.images import load_image
 from dalle.report.context import ReportContext
-from dalle.report.page import Item, Table, Text, curve_figure, format_value, image_figure
+from dalle.report.page import Item, Table, Text, curve_figure, image_figure
 from dalle.runs.inputs import MAKE_COMMANDS
 from dalle.runs.kinds import TRAININGS
 from dalle.transformer import TransformerConfig
@@ -28,36 +28,27 @@ IMAGES_OVER_TIME = {"dvae": "reconstructions", "transformer": "samples", "clip":
 
 
 def overview(context: ReportContext) -> list[Item]:
-    """Steps and last validation values of the runs; plain values of the evaluations."""
-    rows, items = [], []
+    """Steps and last validation values of each run."""
+    rows = []
     for kind, run in context.contents.runs.items():
         step = run.meta.get("step", run.lines[-1]["step"] if run.lines else 0)
         last = {name: metric_points(run.lines, f"val/{name}")[-1:] for name in CURVES[kind]}
         values = [f"{name} {value:.4g}" for name, points in last.items() for _, value in points]
         rows.append((kind, f"{step:,} of {run.meta.get('steps', step):,}", ", ".join(values)))
-    if rows:
-        items.append(Table(rows, ("training", "steps", "last validation")))
-    for name, report in context.contents.evaluations.items():
-        values = [f"{key} {format_value(v)}" for key, v in report.items() if not isinstance(v, dict | list)]
-        items.append(Text(f"{name}: {', '.join(values)}"))
-    return items
+    return [Table(rows, ("training", "steps", "last validation"))] if rows else []
 
 
 def samples(context: ReportContext) -> list[Item]:
     """The best images of each prompt and the worst, with scores."""
-    ranking = f"The best of {context.args.best_of} by CLIP score"
-    if not context.model.scorer:
-        ranking = "Unranked: there is no CLIP"
-    items: list[Item] = [Text(f"{ranking}; temperature {context.temperature:g}, seed {context.args.seed}.")]
+    ranking = "best and worst by CLIP score" if context.model.scorer else "unranked: there is no CLIP"
+    settings = f"temperature {context.temperature:g}, seed {context.args.seed}"
+    items: list[Item] = [Text(f"Of {context.args.best_of} candidates, {ranking}; {settings}.")]
     for one in context.generations:
-        labels = [f"score {score:.3f}" for score in one.scores or ()] or [""] * len(one.images)
-        if one.scores:
-            labels[-1] = f"worst of {len(labels)}: {one.scores[-1]:.3f}"
-        figures = [
-            image_figure(image, one.prompt, label, "small")
-            for image, label in zip(one.images, labels, strict=True)
-        ]
-        items += [Text(one.prompt, heading=True), *figures[:3], *figures[3:][-1:]]
+        items.append(Text(one.prompt, heading=True))
+        count = len(one.images)
+        for i in sorted({*range(min(3, count)), count - 1}):
+            label = f"score {one.scores[i]:.3f}" if one.scores else ""
+            items.append(image_figure(one.images[i], one.prompt, label, "small"))
     return items
 
 
@@ -182,16 +173,16 @@ def masks(context: ReportContext) -> list[Item]:
 
 
 def evaluation(context: ReportContext) -> list[Item]:
-    """Every number of every evaluation."""
+    """Every number of every evaluation, and metrics against blur (Figure 9)."""
     items: list[Item] = []
     for name, report in context.contents.evaluations.items():
         items.append(Text(name, heading=True))
-        by_radius = report.get("images", {}).get("blur", {})  # Figure 9
+        by_radius = report.get("images", {}).get("blur", {})
         for metric in dict.fromkeys(key for values in by_radius.values() for key in values):
-            points = [(float(radius), values.get(metric)) for radius, values in by_radius.items()]
+            points = [(float(radius), values[metric]) for radius, values in by_radius.items()]
             points = [(radius, value) for radius, value in points if value is not None]
             items.append(curve_figure(metric, {metric: (points, "o-")}, "radius of the blur in pixels"))
-        items.append(Table(flatten({k: v for k, v in report.items() if isinstance(v, dict | list)})))
+        items.append(Table(flatten(report)))
     return items
 
 
@@ -225,7 +216,7 @@ def settings(data: dict[str, Any]) -> dict[str, str]:
 
 
 def checkpoints(context: ReportContext) -> list[Item]:
-    """Hashes of the files of the newest checkpoints of each run, and of the model directory."""
+    """Hashes of the newest checkpoints of each run with its inputs, and of the model directory."""
     items: list[Item] = []
     for kind, run in context.contents.runs.items():
         for file in sorted(run.folder.glob(f"checkpoints/*/{CHECKSUMS}"), reverse=True)[:3]:
@@ -245,16 +236,13 @@ def versions(context: ReportContext) -> list[Item]:
     """Software and speed of the runs, and the machine of this page."""
     rows: list[tuple[str, Any]] = []
     for kind, run in context.contents.runs.items():
-        rows += [
-            (f"{kind}: trained with {name}", value) for name, value in run.meta.get("versions", {}).items()
-        ]
+        rows += [(f"{kind}: {name}", value) for name, value in run.meta.get("versions", {}).items()]
         for name in ("seconds", "max_memory_gib", "samples_per_sec", "tokens_per_sec", "mfu"):
             if values := [value for _, value in metric_points(run.lines, name)]:
                 rows.append((f"{kind}: {name}, median of the log", float(np.median(values))))
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    rows.append(("this page: python, torch", f"{platform.python_version()}, {torch.__version__}"))
-    rows.append(("this page: system", f"{platform.platform()}, {os.cpu_count()} processors"))
-    return [Table([*rows, ("this page: GPU", ", ".join(gpus) or "none")])]
+    system = f"{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}"
+    devices = f"{os.cpu_count()}, {torch.cuda.device_count()}"
+    return [Table([*rows, ("this page", system), ("processors, GPUs", devices)])]
 
 
 EVALUATE = "python scripts/evaluate.py --model runs/quickstart/model --json runs/quickstart/evaluation.json"
