@@ -20,8 +20,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dalle.benchmarks.common import Stepper, hardware, save_report
+from dalle.benchmarks.common import Stepper, hardware
 from dalle.config import cli_errors, parse
+from dalle.io.files import write_json
 from dalle.nn.blocks import ResidualBlock, scale_gradient
 from dalle.schedules import Schedule
 from dalle.train.config import NO_PLATEAU, OptimizerConfig
@@ -105,7 +106,8 @@ def fp16_underflow(args: UnderflowStudy) -> dict[str, Any]:
     tail = max(1, args.steps // 20)
     results = {method: _summary(lines, tail) for method, lines in curves.items()}
     report = {"results": results, "hardware": hardware(torch.device("cpu")), "curves": curves}
-    save_report(report, args.json)
+    if args.json:
+        write_json(args.json, report)
     if args.plot:
         plot_underflow(curves, tail).savefig(args.plot, dpi=110)
     if args.plot_scales:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from color_tokens import ColorTokens, plot_curves, small_transformer
 from matplotlib.figure import Figure
 
-from dalle.benchmarks.common import Stepper, hardware, save_report
+from dalle.benchmarks.common import Stepper, hardware
 from dalle.config import cli_errors, parse
 from dalle.io.files import read_json, write_json
 from dalle.schedules import Schedule
@@ -81,7 +81,8 @@ def powersgd_curves(args: PowerSGDStudy) -> dict[str, Any]:
         for method, metrics in curves.items()
     }
     report = {"results": results, "hardware": hardware(torch.device("cpu")), "curves": curves}
-    save_report(report, args.json)
+    if args.json:
+        write_json(args.json, report)
     if args.plot:
         losses = {method: metrics["loss"] for method, metrics in curves.items()}
         figure = Figure(figsize=(7, 4), layout="constrained")

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle.benchmarks.common import hardware, save_report
+from dalle.benchmarks.common import hardware
 from dalle.config import cli_errors, parse
+from dalle.io.files import write_json
 from dalle.pipelines.dalle import DALLE
 from dalle.train.precision import Precision, resolve_device, resolve_precision
 
@@ -84,7 +85,8 @@ def reproducibility(args: ReproducibilityStudy) -> dict[str, Any]:
         "model_hash": model.hash,
         "hardware": hardware(torch.device(reference.device)),
     }
-    save_report(report, args.json)
+    if args.json:
+        write_json(args.json, report)
     print(f"{report['images']} images of {report['tokens_per_image']} tokens; equal to {reference}:")
     for name, equal in report["equal"].items():
         mean, error = report["nats_lost_per_token"].get(name, (0, 0))
