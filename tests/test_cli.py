@@ -9,7 +9,6 @@ import pytest
 import dalle
 from dalle.cli import COMMANDS, GROUPS, listing, main
 from dalle.config import CONFIGS, ConfigError, find_config, read_yaml
-from dalle.hub.registry import load_model
 
 PROJECT = Path(__file__).parents[1]
 SCRIPTS = {file.stem: file for file in (PROJECT / "scripts").glob("*.py")}
@@ -87,15 +86,6 @@ def test_help_alone_explains_what_to_choose_first(name, capsys, monkeypatch):
 def options(text: str) -> list[str]:
     """The options that a help explains, with their defaults."""
     return [line for line in map(str.strip, text.splitlines()) if line.startswith(("│ --", "--"))]
-
-
-def test_a_command_trains_as_its_script(tiny_configs, tmp_path, monkeypatch):
-    words = ["--config", str(tiny_configs / "dvae" / "shapes.yaml"), "--out"]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train_dvae.py", *words, "script"])
-    runpy.run_path(str(SCRIPTS["train_dvae"]), run_name="__main__")
-    assert main(["train_dvae", *words, "command"]) == 0
-    assert load_model(tmp_path / "script", "dvae").hash == load_model(tmp_path / "command", "dvae").hash
 
 
 class TestShippedConfigs:

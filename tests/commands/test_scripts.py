@@ -1,4 +1,4 @@
-"""The scripts: the chain of stages as a user types it, the quick start, and mistakes answered in one line."""
+"""The scripts: sampling, the quick start, missing stages, and mistakes answered in one line."""
 
 import os
 import re
@@ -16,8 +16,6 @@ from dalle.commands.evaluate import EvaluateArgs
 from dalle.commands.quickstart import QuickstartArgs
 from dalle.commands.train_dvae import train_dvae
 from dalle.commands.train_tokenizer import train_tokenizer
-from dalle.data import TokenCache
-from dalle.hub.registry import load_model
 from dalle.io.files import read_json
 from dalle.pipelines.dalle import DALLE
 from dalle.runs import inputs as runs
@@ -27,66 +25,6 @@ from dalle.train.checkpoint import latest_checkpoint
 
 PROJECT = Path(__file__).parents[2]
 CONFIGS = PROJECT / "configs"
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory, tiny_configs, run_script) -> SimpleNamespace:
-    """A directory where the five stages ran one after the other, and the output of each."""
-    folder, printed = tmp_path_factory.mktemp("workplace"), {}
-
-    def run(name: str, family: str, *words) -> None:
-        shipped, tiny = (root / family / "shapes.yaml" for root in (CONFIGS, tiny_configs))
-        done = run_script(name, "--config", shipped, "--config", tiny, *words, cwd=folder)
-        assert done.code == 0, f"{name}\n{done.out}\n{done.err}"
-        printed[name] = done.out
-
-    run("train_tokenizer", "transformer", "--captions", "2000")
-    run("train_dvae", "dvae", "--train.batch-size", "6")
-    run("encode_images", "dvae", "--encode.images", "20")
-    run("train_transformer", "transformer", "--steps", "3")
-    run("train_clip", "clip", "--seed", "1")
-    return SimpleNamespace(path=folder, printed=printed)
-
-
-class TestChain:
-    def test_flags_override_files_and_each_stage_takes_the_earlier_ones(self, workplace):
-        folder, printed = workplace.path / "runs", workplace.printed
-        assert {path.name for path in folder.iterdir()} == {"clip", "dvae", "text", "tokens", "transformer"}
-        dvae, transformer, clip = (
-            read_json(latest_checkpoint(folder / kind) / "meta.json")
-            for kind in ("dvae", "transformer", "clip")
-        )
-        assert dvae["config"]["train"]["batch_size"] == 6
-        assert dvae["model_config"]["widths"] == [4, 8, 8, 8]
-        assert (transformer["step"], clip["config"]["seed"]) == (3, 1)
-        assert TokenCache(folder / "tokens").size == 20
-        assert f"dvae from {Path('runs/dvae')}" in printed["encode_images"]
-        assert f"tokens from {Path('runs/tokens')}" in printed["train_transformer"]
-        assert f"text from {Path('runs/text')}" in printed["train_clip"]
-
-    def test_sample_joins_the_runs(self, workplace, run_script, prompt):
-        words = ["--prompt", prompt, "--best-of", "4", "--num-images", "2", "--device", "cpu"]
-        done = run_script("sample", *words, cwd=workplace.path)
-        assert done.code == 0, done.err
-        (folder,) = (workplace.path / "runs" / "samples").iterdir()
-        files = {"00.png", "01.png", "grid.png", "sample.json"}
-        assert {path.name for path in folder.iterdir()} == files
-        assert Image.open(folder / "00.png").size == (32, 32)
-        record = read_json(folder / "sample.json")
-        assert (record["prompt"], record["best_of"], len(record["images"])) == (prompt, 4, 2)
-        assert record["images"][0]["score"] >= record["images"][1]["score"]
-
-    def test_evaluate_measures_a_model_directory(self, workplace, run_script):
-        parts = (load_model(workplace.path / "runs" / kind, kind) for kind in ("dvae", "transformer", "clip"))
-        model = DALLE.from_parts(*parts)
-        model.save_pretrained(workplace.path / "model")
-        words = ["--model", "model", "--num-prompts", "3", "--best-of", "2", "--json", "out/report.json"]
-        done = run_script("evaluate", *words, "--device", "cpu", cwd=workplace.path)
-        assert done.code == 0, done.err
-        report = read_json(workplace.path / "out" / "report.json")
-        assert report["model"] == model.hash
-        for split in ("held_out", "new_pairs"):
-            assert report["shapes"][split]["acc_real"] == 1.0
 
 
 class TestSample:
@@ -109,6 +47,20 @@ class TestSample:
         before = (tmp_path / "mine" / "00.png").read_bytes()
         assert_refused(sample("--out", "mine", "--seed", "5"), "mine is not empty; give another --out")
         assert (tmp_path / "mine" / "00.png").read_bytes() == before
+
+    def test_it_joins_the_runs(self, script, chain, prompt, tmp_path):
+        for kind in ("dvae", "transformer", "clip"):
+            shutil.copytree(chain / kind, tmp_path / "runs" / kind)
+        words = ["--prompt", prompt, "--best-of", "4", "--num-images", "2", "--device", "cpu"]
+        done = script("sample", *words)
+        assert done.code == 0, done.err
+        (folder,) = (tmp_path / "runs" / "samples").iterdir()
+        files = {"00.png", "01.png", "grid.png", "sample.json"}
+        assert {path.name for path in folder.iterdir()} == files
+        assert Image.open(folder / "00.png").size == (32, 32)
+        record = read_json(folder / "sample.json")
+        assert (record["prompt"], record["best_of"], len(record["images"])) == (prompt, 4, 2)
+        assert record["images"][0]["score"] >= record["images"][1]["score"]
 
     def test_a_failed_sample_leaves_no_directory(self, sample, prompt, tmp_path):
         assert sample("--prompt", " and ".join([prompt] * 5)).code == 1
@@ -220,6 +172,7 @@ class TestNoArguments:
         assert "no arguments: using --config" in done.out
         made = [line for line in done.out.splitlines() if "training or encoding first" in line]
         assert [line.split()[1] for line in made] == missing
+        assert f"tokens from {Path('runs/tokens')}" in done.out
         assert latest_checkpoint(tmp_path / "runs" / "transformer").name == "step-00000002"
 
     def test_the_dvae_takes_its_preset(self, script, tiny, tmp_path):

@@ -91,19 +91,6 @@ def test_it_is_small_and_names_no_path_of_a_machine(path):
     assert [found for text in texts if (found := MACHINE.search(text))] == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *(f"wrote /{folder}/x.png" for folder in ("home", "tmp", "root", "Users")),
-        "<PIL.Image at 0x7f3a2b1c>",
-        "http://localhost:8888/lab",
-        "lib/python3.11/site-packages/torch",
-    ],
-)
-def test_paths_of_a_machine_are_found(text):
-    assert MACHINE.search(text)
-
-
 @book
 def test_it_begins_with_a_title_and_has_text_between_the_cells(path):
     assert source(cells(path, "markdown")[0]).startswith(f"# {path.stem[0]}. ")
@@ -132,22 +119,6 @@ def test_files_and_commands_in_its_text_exist(path):
         assert (PROJECT / name).is_file(), name
     targets = re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"`make ([a-z-]+)`", text)) <= set(targets)
-
-
-@book
-def test_names_are_defined_before_they_are_used(path):
-    known = set(dir(__builtins__) if not isinstance(__builtins__, dict) else __builtins__)
-    for cell in cells(path, "code"):
-        tree = ast.parse(source(cell))
-        nodes = list(ast.walk(tree))
-        bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-        bound |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-        bound |= {n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name}
-        bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
-        aliases = [alias for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for alias in n.names]
-        known |= bound | {(alias.asname or alias.name).split(".")[0] for alias in aliases}
-        used = {n.id for n in nodes if isinstance(n, ast.Name)}
-        assert used <= known, used - known
 
 
 # Executed.

@@ -1,6 +1,7 @@
 """The dVAE (sections 2.1, A.1) against the paper's counts and OpenAI's modules (dalle/dvae/model.py)."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +110,8 @@ def test_encode_and_decode_follow_the_published_recipe(released):
     tokens = encoder(released.map_pixels(pixels)).argmax(dim=1)
     codes = F.one_hot(tokens, 24).permute(0, 3, 1, 2).float()
     images = released.unmap_pixels(torch.sigmoid(decoder(codes)[:, :3]))
+    assert torch.equal(map_pixels(pixels), released.map_pixels(pixels))
+    assert torch.equal(unmap_pixels(pixels), released.unmap_pixels(pixels))
     assert torch.equal(model.encode(pixels), tokens.flatten(1))
     torch.testing.assert_close(model.decode(tokens.flatten(1)), images)
 
@@ -150,12 +153,6 @@ def test_shapes_of_any_configuration(downsample_factor, widths, blocks_per_group
     assert len(blocks) == 2 * len(widths) * blocks_per_group
 
 
-def test_the_grid_is_square_unless_given():
-    model = build(TINY)
-    assert model.decode(torch.zeros(1, 16, dtype=torch.int64)).shape == (1, 3, 8, 8)
-    assert model.decode(torch.zeros(1, 16, dtype=torch.int64), (2, 8)).shape == (1, 3, 4, 16)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -172,7 +169,7 @@ def test_the_grid_is_square_unless_given():
         ({"codebook_dim": -1}, "codebook_dim must be positive, got -1"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused(change, message):
+def test_an_invalid_configuration_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         DVAEConfig(**change)
 
@@ -185,16 +182,12 @@ def test_encode_takes_the_most_likely_code_of_each_position_in_raster_order():
     with torch.no_grad():  # no code is more likely than the others on the whole
         model.encoder.blocks.output.conv.b -= model.codebook_logits(pixels).mean(dim=(0, 2, 3))
     logits, tokens = model.codebook_logits(pixels), model.encode(pixels)
+    assert torch.equal(logits, model.encoder(0.8 * pixels + 0.1))  # pixels are mapped inward
     assert logits.shape == (1, 24, 2, 3)
     assert len(tokens.unique()) > 2
     for row in range(2):
         for column in range(3):
             assert tokens[0, row * 3 + column] == logits[0, :, row, column].argmax()
-
-
-def test_encode_maps_pixels_inward_before_the_encoder():
-    model, pixels = build(SMALL), random_pixels(1, 3, 16, 16)
-    assert torch.equal(model.codebook_logits(pixels), model.encoder(0.8 * pixels + 0.1))
 
 
 def test_each_token_determines_its_own_square():
@@ -218,6 +211,7 @@ def test_decode_is_the_unmapped_sigmoid_of_the_location_without_the_log_scale():
     assert not images.requires_grad
     torch.testing.assert_close(images, ((torch.sigmoid(mu) - 0.1) / 0.8).clamp(0, 1))
     torch.testing.assert_close(model.reconstruct(codes), (mu, log_b))
+    assert model.decode(torch.arange(6)[None], (1, 6)).shape == (1, 3, 2, 12)  # square unless given
 
 
 @pytest.mark.parametrize(
@@ -289,39 +283,30 @@ def test_the_relaxation_and_the_convolutions_beside_it_stay_fp32_under_autocast(
 # Departures for small models, off by default.
 
 
-def test_logit_gain_scales_the_initial_logits():
+def test_logit_and_codebook_init_scale_the_initial_weights():
     torch.manual_seed(0)
     plain = DVAE(SMALL).codebook_logits(random_pixels(1, 3, 8, 8))
     torch.manual_seed(0)
-    small = DVAE(DVAEConfig(SMALL.widths, vocab_size=24, codebook_dim=12, logit_init_scale=0.25))
+    small = DVAE(replace(SMALL, logit_init_scale=0.25))
     torch.testing.assert_close(small.codebook_logits(random_pixels(1, 3, 8, 8)), plain / 4)
-
-
-def test_code_std_is_the_initial_size_of_the_code_vectors():
     model = DVAE(DVAEConfig((8,), 2, 1, vocab_size=64, codebook_dim=64, codebook_init_std=1.0))
     assert model.decoder.blocks.input.w.std().item() == pytest.approx(1, rel=0.05)
 
 
 def test_min_log_scale_is_a_floor_on_the_log_scale_alone():
     free = build(TINY)
-    bound = build(DVAEConfig((8, 8), 1, 2, vocab_size=7, codebook_dim=5, min_log_scale=0.25))
+    bound = build(replace(TINY, min_log_scale=0.25))
     codes = random_pixels(1, 7, 2, 2)
     mu, log_b = free.reconstruct(codes)
     assert log_b.min() < 0.25 < log_b.max()
     torch.testing.assert_close(bound.reconstruct(codes), (mu, log_b.clamp(min=0.25)))
 
 
-def test_post_gain_replaces_the_factor_on_the_residual_paths():
+def test_residual_scale_replaces_the_factor_on_the_residual_paths():
     x = random_pixels(1, 8, 4, 4)
     block = Block(8, 8, (3, 3, 3, 1), gain=0.5)
     torch.testing.assert_close(block(x), x + 0.5 * block.res_path(x))
     assert build(DVAEConfig((8,), 1, 1, 7, 5, residual_scale=0.5)).encoder.blocks.group_1.block_1.gain == 0.5
-
-
-def test_pixel_maps_equal_the_published_ones(released):
-    pixels = random_pixels(2, 3, 4, 4)
-    assert torch.equal(map_pixels(pixels), released.map_pixels(pixels))
-    assert torch.equal(unmap_pixels(pixels), released.unmap_pixels(pixels))
 
 
 def test_embedding_lookup_equals_the_one_hot_convolution():

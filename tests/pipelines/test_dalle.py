@@ -140,12 +140,7 @@ class TestMistakes:
             ({"n": -1}, "n must .* got -1"),
             ({"n": 4, "best_of": 3}, "best_of must .*best_of=3, n=4"),
             ({"temperature": -0.5}, "temperature must .*-0.5"),
-            ({"temperature": float("nan")}, "temperature"),
-            ({"top_p": 0.0}, "top_p must .* got 0.0"),
-            ({"top_p": 1.5}, "top_p must .* got 1.5"),
-            ({"top_k": 0}, "top_k must .* got 0"),
             ({"decode_batch_size": 0}, "decode_batch_size .* got 0"),
-            ({"batch_size": 0}, "batch_size .* got 0"),
             ({"guidance": float("inf")}, "guidance must be finite"),
         ],
     )
@@ -224,7 +219,8 @@ class TestComplete:
 
 class TestSeveralCaptions:
     @pytest.mark.parametrize(
-        "settings", [{"best_of": 2}, {"best_of": 2, "batch_size": 4}, {"best_of": 3, "batch_size": 2}]
+        "settings",
+        [{"best_of": 2}, {"best_of": 2, "batch_size": 4}, {"best_of": 3, "batch_size": 2}, {"best_of": 20}],
     )
     def test_each_has_the_images_that_it_has_alone(self, model, settings):
         together = generate(model, CAPTIONS, n=2, **settings)
@@ -232,14 +228,6 @@ class TestSeveralCaptions:
         for caption, one in zip(CAPTIONS, together, strict=True):
             alone = generate(model, caption, n=2, **settings)
             assert (alone.candidates, images(alone.images)) == (one.candidates, images(one.images))
-
-    @pytest.mark.parametrize("best_of", [2, 20])
-    def test_their_order_does_not_matter(self, model, best_of):
-        one, other = (generate(model, c, n=2, best_of=best_of) for c in (CAPTIONS, CAPTIONS[::-1]))
-        for a, b in zip(one, other[::-1], strict=True):
-            assert torch.equal(a.image_tokens, b.image_tokens)
-
-    def test_none_give_none(self, model):
         assert generate(model, []) == []
 
 
@@ -267,8 +255,6 @@ class TestCandidateBatches:
     )
     def test_prompts_and_candidates_of_each_batch(self, counts, batches):
         assert list(candidate_batches(*counts)) == [CandidateBatch(*batch) for batch in batches]
-
-    def test_more_prompts_per_batch_than_its_size_are_refused(self):
         with pytest.raises(ValueError, match=r"prompts_per_batch .* 4, got 5"):
             list(candidate_batches(1, 1, 4, 5))
 
@@ -366,16 +352,16 @@ class TestInterruption:
         assert (part.interrupted, part.num_generated, part.best_of) == (True, 8, 100)
         assert (part.candidates, images(part.images)) == (whole.candidates, images(whole.images))
 
-    def test_with_nothing_ranked_the_interruption_is_raised(self, model, prompt, interrupt):
-        interrupt(0)
-        with pytest.raises(KeyboardInterrupt):
-            generate(model, prompt)
-
-    def test_captions_without_an_image_are_left_out(self, model, prompt, interrupt):
+    def test_prompts_without_an_image_are_left_out_and_with_no_image_it_is_raised(
+        self, model, prompt, interrupt
+    ):
         interrupt(1)
         with pytest.warns(UserWarning, match="interrupted"):
             found = generate(model, [prompt, "a blue circle"], n=1, best_of=4, batch_size=4)
         assert [one.prompt for one in found] == [prompt]
+        interrupt(0)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, prompt)
 
 
 class TestLogLikelihood:
@@ -437,18 +423,10 @@ class TestStream:
         plain = DALLE(model.dvae, model.transformer, model.text)
         assert images(steps[-1]) == images(generate(plain, prompt, n=2, seed=5).images)
 
-    @pytest.mark.parametrize(
-        ("settings", "message"),
-        [
-            ({"n": 0}, "n must be at least 1"),
-            ({"temperature": -1}, "temperature"),
-            ({"n": 5, "batch_size": 4}, "n must .* 4, got 5"),
-            ({"prompt": " "}, "prompt is empty"),
-        ],
-    )
-    def test_settings_that_mean_nothing_are_refused(self, model, prompt, settings, message):
-        with pytest.raises(ValueError, match=message):
-            next(model.stream(**{"prompt": prompt} | settings))
+    def test_settings_are_checked(self, model, prompt):
+        for options, message in (({"n": 0}, "n must"), ({"n": 5, "batch_size": 4}, "n must .* 4, got 5")):
+            with pytest.raises(ValueError, match=message):
+                next(model.stream(prompt, **options))
 
 
 class TestSteps:
@@ -490,12 +468,8 @@ class TestSteps:
                 break
         steps.close()
         assert positions_sampled == [1, 2, 3, 4]
-
-    def test_all_is_checked_before_the_first_step(self, model, prompt):
-        with pytest.raises(ValueError, match="best_of must"):
+        with pytest.raises(ValueError, match="best_of must"):  # before the first step
             model.steps([prompt], 4, 2)
-        with pytest.raises(ValueError, match="prompt is empty"):
-            model.steps([""], 1, 1)
 
 
 def test_a_notebook_shows_a_png_with_at_most_four_images_a_row(model, prompt):
@@ -509,20 +483,19 @@ def test_a_notebook_shows_a_png_with_at_most_four_images_a_row(model, prompt):
 
 
 class TestSaving:
-    def test_a_model_opened_again_samples_the_same(self, dalle, prompt, tmp_path):
+    def test_a_model_opened_again_samples_the_same_and_its_hash_names_the_weights(
+        self, dalle, prompt, tmp_path
+    ):
         dalle.save_pretrained(tmp_path / "model")
         again = DALLE.from_pretrained(tmp_path / "model")
         assert again.hash == dalle.hash
         one, other = (generate(m, prompt, n=2, best_of=4) for m in (dalle, again))
         assert images(one.images) == images(other.images)
         assert one.scores == other.scores
-
-    def test_the_hash_names_the_weights(self, dalle):
-        before = dalle.hash
         with torch.no_grad():
-            dalle.dvae.decoder.blocks.input.b[0] += 1
-        assert dalle.hash.split("-")[0] != before.split("-")[0]
-        assert dalle.hash.split("-")[1] == before.split("-")[1]
+            again.dvae.decoder.blocks.input.b[0] += 1
+        same = [a == b for a, b in zip(again.hash.split("-"), dalle.hash.split("-"), strict=True)]
+        assert same == [False, True, True]
 
     def test_without_a_scorer_there_is_no_clip_in_the_directory(self, dalle, tmp_path):
         dalle.scorer = None
@@ -532,17 +505,15 @@ class TestSaving:
         assert {path.name for path in tmp_path.iterdir()} == files
         assert DALLE.from_pretrained(tmp_path).scorer is None
 
-    def test_an_external_scorer_is_refused_and_nothing_is_written(self, dalle, tmp_path):
+    def test_a_path_that_cannot_be_written_or_an_external_scorer_is_refused(self, dalle, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        with pytest.raises(ValueError, match=r"cannot write to .*file"):
+            dalle.save_pretrained(tmp_path / "file" / "model")
         dalle.scorer = PretrainedScorer.__new__(PretrainedScorer)
         dalle.scorer.model = torch.nn.Linear(1, 1)
         with pytest.raises(ValueError, match="only a CLIP of this library"):
             dalle.save_pretrained(tmp_path / "model")
         assert not (tmp_path / "model").exists()
-
-    def test_a_path_that_cannot_be_written_is_named(self, dalle, tmp_path):
-        (tmp_path / "file").write_text("in the way")
-        with pytest.raises(ValueError, match=r"cannot write to .*file"):
-            dalle.save_pretrained(tmp_path / "file" / "model")
 
 
 class TestOpening:

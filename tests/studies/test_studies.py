@@ -54,10 +54,6 @@ class TestPowerSGDCurves:
         assert len({curve["loss"][0] for curve in report["curves"].values()}) == 1  # same weights and images
         assert args.plot.stat().st_size > 0
 
-    def test_a_batch_that_the_replicas_cannot_share_is_refused(self, study):
-        with pytest.raises(ValueError, match="multiple"):
-            study("powersgd_curves").PowerSGDStudy(batch_size=3)
-
 
 class TestUnderflow:
     EXPONENTS = (*[-28] * 5, 5)
@@ -174,13 +170,6 @@ class TestUnderflow:
         assert len({lines[0]["loss"] for lines in report["curves"].values()}) == 1
         assert all(path.stat().st_size > 0 for path in plots.values())
 
-    def test_bad_settings_are_refused(self, module):
-        with pytest.raises(ValueError, match="log-every"):
-            module.UnderflowStudy(steps=10, log_every=11)
-        for exponents in ((1, 2), (0,) * 15 + (-41,)):
-            with pytest.raises(ValueError, match="grad-exponents"):
-                module.UnderflowStudy(grad_exponents=exponents)
-
 
 class TestReproducibility:
     @pytest.fixture
@@ -225,6 +214,17 @@ class TestReproducibility:
         }
         assert expected[0] != 0
 
-    def test_a_single_image_is_refused(self, module):
-        with pytest.raises(ValueError, match="two images or more"):
-            module.ReproducibilityStudy(prompts=("a cat",), candidates=1)
+
+@pytest.mark.parametrize(
+    ("name", "args", "options", "message"),
+    [
+        ("powersgd_curves", "PowerSGDStudy", {"batch_size": 3}, "multiple"),
+        ("fp16_underflow", "UnderflowStudy", {"steps": 10, "log_every": 11}, "log-every"),
+        ("fp16_underflow", "UnderflowStudy", {"grad_exponents": (1, 2)}, "grad-exponents"),
+        ("fp16_underflow", "UnderflowStudy", {"grad_exponents": (0,) * 15 + (-41,)}, "grad-exponents"),
+        ("reproducibility", "ReproducibilityStudy", {"prompts": ("a cat",), "candidates": 1}, "two images"),
+    ],
+)
+def test_invalid_settings_are_refused(study, name, args, options, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(study(name), args)(**options)
