@@ -118,7 +118,7 @@ def random_cache(folder: Path, layout: TokenLayout, captions: list[list[str]]) -
     for shard in writer.missing():
         numbers = plan.numbers(shard)
         tokens = rng.integers(plan.vocab, size=(len(numbers), 1, layout.num_image_tokens))
-        writer.write(shard, tokens, numbers, [captions[number] for number in numbers])
+        writer.write(shard, tokens, [captions[number] for number in numbers])
     return writer.finish()
 
 

@@ -11,7 +11,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Loader": "dataloader",
         "TokenCache": "token_cache",
         "first_samples": "dataset",
-        "load_images": "dataset",
         "open_dataset": "dataset",
         "open_source": "sources",
         "sample_captions": "dataset",

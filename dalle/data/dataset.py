@@ -1,14 +1,9 @@
-"""Datasets of captioned images by index: the embedded shapes, or the images of a source.
-
-B batch, R resolution
-"""
+"""Datasets of captioned images by index: the embedded shapes, or the images of a source."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from dalle.data.bad_samples import BadSampleError, check_bad_fraction, count_causes
@@ -63,13 +58,6 @@ def open_dataset(config: DataConfig, split: str = "train", siblings: bool = Fals
     check_bad_fraction(bad, len(source) + bad, config.max_bad_fraction, _examples(source.skipped))
     filters = Filters(config.filters)
     return ImageTextDataset(source, config.resolution, split, held_out, filters, config.jpeg_draft)
-
-
-def load_images(
-    dataset: CaptionedImages, samples: Sequence[tuple[int, int]], augment: str, seed: int
-) -> Tensor:
-    """Pixels (B, 3, R, R) of (epoch, index) samples; a crop depends on (seed, epoch, index) alone."""
-    return torch.from_numpy(dataset.load(samples, augment, seed, replace=True).pixels)
 
 
 class ImageTextDataset:

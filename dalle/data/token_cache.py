@@ -2,7 +2,6 @@
 
 DIR/spec.json                   what the tokens depend on: weights, images, transform. Its hash is the key
 DIR/shard-000000.safetensors    tokens    uint16 (n, crops, rows * columns)
-                                numbers   int64 (n): index of each image in the dataset
                                 captions  uint8: a JSON list of strings for each image, end to end
                                 offsets   int64 (n + 1): where each list starts
 DIR/meta.json                   the spec again, with count, size and hash of every shard; written last
@@ -139,11 +138,6 @@ class TokenCache:
             lists.append(json.loads(shard["captions"][start:end].tobytes()))
         return lists
 
-    def number(self, image: int) -> int:
-        """Index of an image in the dataset, which differs after a bad sample."""
-        shard, index = self._locate(image)
-        return int(shard["numbers"][index : index + 1][0])
-
     def _locate(self, image: int) -> tuple[dict[str, Any], int]:
         """The shard of an image and its index in the shard."""
         if not 0 <= image < self.size:
@@ -156,7 +150,7 @@ class TokenCache:
         path = self.folder / shard_name(shard)
         _check_key(path, _read_shard_info(path), self.key)
         file = safe_open(path, "np")
-        return {name: file.get_slice(name) for name in ("tokens", "numbers", "captions", "offsets")}
+        return {name: file.get_slice(name) for name in ("tokens", "captions", "offsets")}
 
 
 def shard_name(shard: int) -> str:
@@ -255,34 +249,23 @@ class TokenWriter:
         """The shards of this part that do not exist yet."""
         return [shard for shard in self.own() if not (self.folder / shard_name(shard)).is_file()]
 
-    def write(
-        self, shard: int, tokens: np.ndarray, numbers: Sequence[int], captions: Sequence[list[str]]
-    ) -> None:
-        """Writes a shard.
-
-        Args:
-            shard: its number.
-            tokens: integers (n, crops, rows * columns).
-            numbers: indices of the n images in the dataset, ascending, out of `spec.numbers(shard)`.
-            captions: of each image.
-        """
+    def write(self, shard: int, tokens: np.ndarray, captions: Sequence[list[str]]) -> None:
+        """Writes a shard: tokens, integers (n, crops, rows * columns), and captions of the n usable images of
+        `spec.numbers(shard)`, in order."""
         rows, columns = self.spec.grid
-        shape = (len(numbers), self.spec.crops, rows * columns)
-        if tokens.shape != shape or len(captions) != len(numbers):
-            raise ValueError(
-                f"expected tokens {shape} and as many captions, got {tokens.shape} and {len(captions)}"
-            )
+        shape = (len(captions), self.spec.crops, rows * columns)
+        if tokens.shape != shape:
+            raise ValueError(f"expected tokens {shape} for {len(captions)} images, got {tokens.shape}")
         lines = [json.dumps(texts, ensure_ascii=False).encode("utf-8", "replace") for texts in captions]
         arrays = {
             "tokens": tokens.astype(np.uint16),
-            "numbers": np.asarray(numbers, np.int64),
             "captions": np.frombuffer(b"".join(lines), np.uint8),
             "offsets": np.cumsum([0, *map(len, lines)], dtype=np.int64),
         }
         digest = hashlib.sha256()
         for array in arrays.values():
             digest.update(array.tobytes())
-        info = {"key": self.spec.key, "images": len(numbers), "hash": digest.hexdigest()}
+        info = {"key": self.spec.key, "images": len(captions), "hash": digest.hexdigest()}
         partial = self._partial(shard_name(shard))
         save_file(arrays, partial, metadata={"tokens": json.dumps(info)})
         self._rename(partial, shard_name(shard))

@@ -147,7 +147,7 @@ def two_crops(tmp_path) -> TokenCache:
     tokens = np.random.default_rng(0).integers(16, size=(12, 2, 16))
     for shard in writer.missing():
         numbers = plan.numbers(shard)
-        writer.write(shard, tokens[numbers], numbers, [[f"number {n}"] for n in numbers])
+        writer.write(shard, tokens[numbers], [[f"number {n}"] for n in numbers])
     return writer.finish()
 
 

@@ -1,7 +1,7 @@
 """Indexes of tars and tables, built once, memory-mapped, and shared by processes.
 
-An index is a folder with samples.bin (fixed-size records), text.bin (strings that they point into) and
-meta.json. Its name is a hash of the names, sizes and times of the indexed files, so a change builds another
+An index is one file: strings, fixed-size records that point into them, JSON metadata, and the length of the
+metadata. Its name is a hash of the names, sizes and times of the indexed files, so a change builds another
 one. It is written under a temporary name and renamed when complete.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -23,8 +24,8 @@ from dalle.types import BadSample
 
 FORMAT = 1
 FOLDER = ".dalle-index"
-TRIES = 5
-"""Attempts to replace a damaged index while other processes may do the same."""
+FOOTER = 8
+"""Bytes of the length of the metadata, at the end of the file."""
 
 
 class StringTable:
@@ -57,17 +58,17 @@ def name_hash(name: str) -> int:
 class IndexWriter:
     """Appends to an index under construction."""
 
-    def __init__(self, folder: Path, dtype: np.dtype):
-        self.folder, self.dtype = folder, dtype
-        self._samples, self._text = (folder / "samples.bin").open("wb"), (folder / "text.bin").open("wb")
+    def __init__(self, file: BinaryIO, dtype: np.dtype):
+        self.file, self.dtype = file, dtype
         self.skipped: list[BadSample] = []
         self.keep = True  # False if a file could not be read this time but might be the next
+        self._samples = tempfile.TemporaryFile()  # noqa: SIM115
         self._hash = hashlib.blake2b(digest_size=8)
 
     def add_text(self, data: bytes) -> tuple[int, int]:
         """Appends a string; returns its offset and length."""
-        offset = self._text.tell()
-        self._text.write(data)
+        offset = self.file.tell()
+        self.file.write(data)
         self._hash.update(data)
         return offset, len(data)
 
@@ -78,40 +79,42 @@ class IndexWriter:
         self._hash.update(data)
 
     def close(self) -> None:
-        """Writes meta.json."""
-        meta = {
-            "sizes": {"samples": self._samples.tell(), "text": self._text.tell()},
-            "hash": self._hash.hexdigest(),
-            "skipped": [asdict(bad) for bad in self.skipped],
-        }
+        """Writes records and metadata behind the strings."""
+        start = self.file.tell()
+        self._samples.seek(0)
+        shutil.copyfileobj(self._samples, self.file)
         self._samples.close()
-        self._text.close()
-        (self.folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        skipped = [asdict(bad) for bad in self.skipped]
+        meta = {"start": start, "end": self.file.tell(), "hash": self._hash.hexdigest(), "skipped": skipped}
+        data = json.dumps(meta).encode()
+        self.file.write(data + len(data).to_bytes(FOOTER))
+        self.file.close()
 
 
 class Index:
-    """A complete index: `samples` are records, `text(offset, length)` the strings that they point to."""
+    """A complete index: `samples` are records, `text(offset, length)` the strings that they point to.
 
-    def __init__(self, folder: Path, dtype: np.dtype):
-        self.folder, self.dtype = folder, dtype
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        for name, size in meta["sizes"].items():
-            if (folder / f"{name}.bin").stat().st_size != size:
-                raise ValueError(f"{folder / name}.bin is truncated")
-        self.hash = meta["hash"]
-        self.skipped = [BadSample(**bad) for bad in meta["skipped"]]
-        self.samples, self._text = self._map("samples", dtype), self._map("text", np.dtype(np.uint8))
+    Raises:
+        OSError, ValueError, LookupError, TypeError: no index, or a damaged one.
+    """
 
-    def _map(self, name: str, dtype: np.dtype) -> np.ndarray:
-        file = self.folder / f"{name}.bin"
-        return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path, self.dtype = path, dtype
+        self._data = np.memmap(path, np.uint8, "r")
+        end = len(self._data) - FOOTER
+        meta_start = end - int.from_bytes(self._data[end:].tobytes())
+        meta = json.loads(self._data[meta_start:end].tobytes())
+        if meta["end"] != meta_start:
+            raise ValueError(f"{path} is damaged")
+        self.hash, self.skipped = meta["hash"], [BadSample(**bad) for bad in meta["skipped"]]
+        self.samples = self._data[meta["start"] : meta["end"]].view(dtype)
 
     def text(self, offset: int, length: int) -> bytes:
         """Bytes added by `IndexWriter.add_text`."""
-        return self._text[int(offset) : int(offset) + int(length)].tobytes()
+        return self._data[int(offset) : int(offset) + int(length)].tobytes()
 
-    def __reduce__(self):  # another process maps the files again
-        return Index, (self.folder, self.dtype)
+    def __reduce__(self):  # another process maps the file again
+        return Index, (self.path, self.dtype)
 
 
 def open_or_build_index(
@@ -128,58 +131,38 @@ def open_or_build_index(
         kind: everything else that the index depends on, as text.
         dtype: of a record.
         build: fills the index.
-        index_dir: folder of indexes. None tries a hidden folder beside the files, then ~/.cache/dalle, then a
-            temporary folder.
+        index_dir: folder of indexes; None takes a hidden folder beside the files, or else ~/.cache/dalle.
     """
     digest = hashlib.blake2b(f"{FORMAT} {kind}".encode(), digest_size=12)
     for file in files:
         status = file.stat()
         text = f"\n{file.resolve()} {status.st_size} {status.st_mtime_ns}"
         digest.update(text.encode("utf-8", "surrogateescape"))
-    key = digest.hexdigest()
-    folders = [index_dir] if index_dir else [files[0].parent / FOLDER, Path.home() / ".cache" / "dalle", None]
-    for folder in filter(None, folders):
-        with suppress(OSError, ValueError, LookupError):
-            return Index(folder / key, dtype)
+    name = f"{digest.hexdigest()}.index"
+    folders = [index_dir] if index_dir else [files[0].parent / FOLDER, Path.home() / ".cache" / "dalle"]
+    for folder in folders:
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            return Index(folder / name, dtype)
     for folder in folders:
         try:
-            if folder:
-                folder.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".partial-{key[:6]}-", dir=folder))
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = tempfile.NamedTemporaryFile(dir=folder, prefix=".partial-", delete=False)  # noqa: SIM115
         except OSError as error:
             problem = error
             continue
-        return _build(partial, files, dtype, build, folder / key if folder else None)
-    raise ValueError(f"cannot write an index to {index_dir} ({problem}); give another --data.index-dir")
-
-
-def _build(
-    partial: Path, files: Sequence[Path], dtype: np.dtype, build: Callable, final: Path | None
-) -> Index:
-    try:
-        writer = IndexWriter(partial, dtype)
-        build(writer, files)
-        writer.close()
-        index = Index(partial, dtype)  # its maps stay valid, whatever another process does to the folder
-        return _rename(index, final) if writer.keep and final else index
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _rename(index: Index, final: Path) -> Index:
-    """Renames a complete index, or opens the one that another process has made meanwhile."""
-    for _ in range(TRIES):
-        with suppress(OSError):
-            os.replace(index.folder, final)
-            index.folder = final
-            break
-        with suppress(OSError, ValueError, LookupError):
-            found = Index(final, index.dtype)
-            shutil.rmtree(index.folder)
-            return found
-        shutil.rmtree(final, ignore_errors=True)  # damaged
-    return index
+        path = Path(partial.name)
+        try:
+            writer = IndexWriter(partial, dtype)
+            build(writer, files)
+            writer.close()
+            if writer.keep:
+                os.replace(path, folder / name)  # another process writes the same
+                path = folder / name
+            return Index(path, dtype)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+    raise ValueError(f"cannot write an index to {folders[-1]} ({problem}); give another --data.index-dir")
 
 
 def progress(files: Sequence[Path], kind: str):
