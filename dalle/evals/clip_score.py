@@ -1,22 +1,13 @@
 """CLIP score: 2.5 max(cosine, 0) of images and their captions (Hessel et al. 2021)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dalle.evals.running_mean import MeanMetric
 from dalle.types import Embedder
 
 WEIGHT = 2.5  # Hessel et al.
-
-
-def run(clip: Embedder, batches: Iterable[tuple[Tensor, Sequence[str]]]) -> dict[str, float]:
-    """Mean cosine and CLIP score of pixels (B, 3, H, W) in [0, 1] and a caption for each."""
-    means = MeanMetric()
-    for pixels, captions in batches:
-        means.add(clip_scores(clip, pixels, captions))
-    return means.values()
 
 
 @torch.no_grad()

@@ -13,8 +13,7 @@ from torch import Tensor
 from dalle.config import to_dict
 from dalle.data import DataConfig, open_dataset, sample_captions
 from dalle.evals.config import EvalConfig
-from dalle.evals.image_features import CLIPFeatures, Extractor
-from dalle.evals.networks import INCEPTION_FILE, LPIPS, Inception
+from dalle.evals.networks import INCEPTION_FILE, LPIPS, CLIPFeatures, Extractor, Inception
 from dalle.hub.registry import weights_hash
 from dalle.pipelines.dalle import DALLE
 from dalle.types import Embedder, ImageTextBatch

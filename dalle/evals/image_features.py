@@ -9,41 +9,16 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dalle.evals.config import RADII
 from dalle.evals.fid import SPLITS, FeatureGaussian, RunningCovariance, frechet_distance, inception_score
+from dalle.evals.networks import Extractor
 from dalle.evals.psnr_ssim import blur
 from dalle.io.files import make_directory, read_json, read_tensors, write_json, write_tensors
-from dalle.types import Embedder
-
-
-class Extractor(Protocol):
-    """Pixels (B, 3, H, W) in [0, 1] -> features (B, D), and logits of classes (B, C) or None."""
-
-    hash: str
-    resize: str
-    metric: str
-    """Name of the Frechet distance in its space: fid, or fd_clip."""
-
-    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]: ...
-
-
-class CLIPFeatures:
-    """Embeddings of a CLIP in place of Inception features: their distance is no FID, and there is no IS."""
-
-    metric = "fd_clip"
-    resize = "bicubic with antialiasing to the CLIP's size"
-
-    def __init__(self, clip: Embedder, clip_hash: str):
-        self.clip, self.hash = clip, clip_hash
-
-    @torch.no_grad()
-    def __call__(self, pixels: Tensor) -> tuple[Tensor, None]:
-        return self.clip.embed_images(pixels).float().cpu(), None
 
 
 class ImageStats:

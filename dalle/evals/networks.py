@@ -6,16 +6,17 @@ unpickle, gets a copy of the file's tensors; lpips builds its network without we
 
 import hashlib
 import warnings
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from dalle.pretrained.torch_file import read_torch_file, weights_of
-from dalle.types import check_images
+from dalle.types import Embedder, check_images
 
-INSTALL = "FID, inception score and LPIPS need pip install 'zeroshot-text2image[evals]'"
 INCEPTION_FILE = (
     "FID and IS need the Inception weights of 2015, pt_inception-2015-12-05-6726825d.pth (91 MB): release "
     "fid_weights of github.com/mseitzer/pytorch-fid or weights-inception-2015-12-05 of "
@@ -23,7 +24,6 @@ INCEPTION_FILE = (
     "the features of the model's own CLIP, whose distance is no FID"
 )
 ALEXNET_FILE = "LPIPS needs torchvision's AlexNet, alexnet-owt-7be5be79.pth; give it with --lpips-backbone"
-MIN_LPIPS_SIDE = 32
 
 
 class Inception:
@@ -38,15 +38,12 @@ class Inception:
 
     def __init__(self, path: Path, device: str | torch.device = "cpu"):
         tensors = read_weights(path, INCEPTION_FILE)
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise ImportError(INSTALL) from error
+        package = _import("torch_fidelity.feature_extractor_inceptionv3")
         with TemporaryDirectory() as folder:
             copy = str(Path(folder) / "inception.pth")
             torch.save(tensors, copy)
             try:
-                net = FeatureExtractorInceptionV3("fid", ["2048", "logits_unbiased"], copy)
+                net = package.FeatureExtractorInceptionV3("fid", ["2048", "logits_unbiased"], copy)
             except RuntimeError as error:
                 raise ValueError(
                     f"{path} holds other weights: {str(error)[:300]} ... {INCEPTION_FILE}"
@@ -71,15 +68,12 @@ class LPIPS:
 
     def __init__(self, backbone: Path, device: str | torch.device = "cpu"):
         tensors = read_weights(backbone, ALEXNET_FILE)
-        try:
-            import lpips
-        except ImportError as error:
-            raise ImportError(INSTALL) from error
+        lpips = _import("lpips")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchvision's new names of arguments
             net = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
         layers = Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth"
-        net.load_state_dict(read_weights(layers, INSTALL), strict=False)
+        net.load_state_dict(read_weights(layers, "Install lpips again"), strict=False)
         features = {name: f"features.{name.split('.', 1)[1]}" for name in net.net.state_dict()}
         try:
             net.net.load_state_dict({name: tensors[source] for name, source in features.items()})
@@ -95,10 +89,32 @@ class LPIPS:
         """(B, 3, H, W) in [0, 1], twice -> (B,), 0 for equal images."""
         check_images(pixels)
         check_images(others)
-        if min(pixels.shape[2:]) < MIN_LPIPS_SIDE:
-            size = f"{MIN_LPIPS_SIDE} x {MIN_LPIPS_SIDE}"
-            raise ValueError(f"LPIPS needs images of {size} pixels or more, got {tuple(pixels.shape[2:])}")
+        if min(pixels.shape[2:]) < 32:
+            raise ValueError(f"LPIPS needs images of 32 x 32 pixels or more, got {tuple(pixels.shape[2:])}")
         return self.net(pixels, others, normalize=True).flatten()
+
+
+class CLIPFeatures:
+    """Embeddings of a CLIP in place of Inception features: their distance is no FID, and there is no IS."""
+
+    resize, metric = "bicubic with antialiasing to the CLIP's size", "fd_clip"
+
+    def __init__(self, clip: Embedder, clip_hash: str):
+        self.clip, self.hash = clip, clip_hash
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, None]:
+        return self.clip.embed_images(pixels).float().cpu(), None
+
+
+Extractor = Inception | CLIPFeatures
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError("FID, IS and LPIPS need pip install 'zeroshot-text2image[evals]'") from error
 
 
 def read_weights(path: Path, missing: str) -> dict[str, Tensor]:

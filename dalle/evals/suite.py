@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dalle.data import sample_captions
 from dalle.dvae import DVAE
-from dalle.evals import clip_score, image_features, reconstruction, typographic_attack, zero_shot
+from dalle.evals import image_features, reconstruction, typographic_attack, zero_shot
 from dalle.evals.best_of_n import best_of_n, sizes
+from dalle.evals.clip_score import clip_scores
 from dalle.evals.context import RESIZE, EvalContext
 from dalle.evals.likelihood import bits_per_dim, nats_per_token
 from dalle.evals.retrieval import retrieval
@@ -88,7 +89,7 @@ def image_metrics(context: EvalContext) -> dict[str, Any]:
         for captions, generations in generate(context, n, keep=1):
             pixels = to_tensor([one.images[0] for one in generations]).to(context.model.device)
             if context.clip:
-                clip_means.add(clip_score.clip_scores(context.clip, pixels, captions))
+                clip_means.add(clip_scores(context.clip, pixels, captions))
             yield pixels
 
     real, real_hash = _real_stats(context, args.blur_radii)
