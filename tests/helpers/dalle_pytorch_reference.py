@@ -1,7 +1,6 @@
-"""DALLE-pytorch 1.6.6 written out over the tensors of its file, slot by slot; and such files at small width.
+"""Reference of DALLE-pytorch 1.6.6 over the tensors of its file, position by position, and small files.
 
-Nothing of it is shared with dalle/pretrained: it follows the package's description. Where the package is
-installed, tests hold this reference equal to it.
+It shares nothing with dalle/pretrained. Where the package is installed, tests compare the reference with it.
 """
 
 import re
@@ -11,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-State = dict[str, Tensor]
+from tests.helpers.reference import RandomState, State, attend
+
 HPARAMS: dict[str, Any] = {
     "num_text_tokens": 30,
     "text_seq_len": 6,
@@ -31,108 +31,81 @@ HPARAMS: dict[str, Any] = {
     "shared_ff_ids": None,
     "share_input_output_emb": False,
 }
-VAE = {
-    "image_size": 24,
-    "num_tokens": 24,
-    "codebook_dim": 12,
-    "num_layers": 2,
-    "num_resnet_blocks": 1,
-    "hidden_dim": 8,
-}
+VAE = {"image_size": 24, "num_tokens": 24, "codebook_dim": 12}
+VAE |= {"num_layers": 2, "num_resnet_blocks": 1, "hidden_dim": 8}
 SIDE, TEXT, WORDS, CODES = 6, 6, 30, 24  # a grid wider than the 5 of the convolution
 
 
 def make_weights(**changed: Any) -> State:
     """Random tensors under the names that the package's modules give, with its wrappers; the dVAE's too."""
-    h = HPARAMS | changed
-    draws, state = torch.Generator().manual_seed(0), {}
-
-    def put(name: str, *shape: int, around: float = 0.0, size: float = 0.3) -> None:
-        state[name] = around + size * torch.randn(*shape, generator=draws)
-
-    def norm(name: str) -> None:
-        put(f"{name}.weight", width, around=1.0), put(f"{name}.bias", width)
-
+    h, state = HPARAMS | changed, RandomState()
     width, inner, vocab = h["dim"], h["heads"] * h["dim_head"], WORDS + TEXT + CODES
     if h["rotary_emb"]:
         state["transformer.pos_emb"] = angles(h["dim_head"])
     else:
-        put("text_pos_emb.weight", TEXT + 1, width)
-        put("image_pos_emb.weights.0", 1, SIDE, 1, width), put("image_pos_emb.weights.1", 1, 1, SIDE, width)
-    norm("to_logits.0"), put("to_logits.1.weight", vocab, width), put("to_logits.1.bias", vocab)
+        state.put("text_pos_emb.weight", TEXT + 1, width)
+        state.put("image_pos_emb.weights.0", 1, SIDE, 1, width)
+        state.put("image_pos_emb.weights.1", 1, 1, SIDE, width)
+    state.norm("to_logits.0", width)
+    state.linear("to_logits.1", vocab, width)
     if h["share_input_output_emb"]:
         for name in ("text_emb", "image_emb"):
-            state[f"{name}.linear.weight"], state[f"{name}.linear.bias"] = (
-                state["to_logits.1.weight"],
-                state["to_logits.1.bias"],
-            )
+            for end in ("weight", "bias"):
+                state[f"{name}.linear.{end}"] = state[f"to_logits.1.{end}"]
     else:
-        put("text_emb.weight", WORDS + TEXT, width), put("image_emb.weight", CODES, width)
-    depth_of_fn = "fn." * (2 if h["shift_tokens"] else 0)
+        state.put("text_emb.weight", WORDS + TEXT, width)
+        state.put("image_emb.weight", CODES, width)
+    wrappers = "fn.fn." if h["shift_tokens"] else ""
     for i in range(h["depth"]):
-        for path in (0, 1):
-            at = f"blocks.{i}.{'fg'[path]}.net" if h["reversible"] else f"layers.{i}.{path}"
+        for branch in (0, 1):
+            at = f"blocks.{i}.{'fg'[branch]}.net" if h["reversible"] else f"layers.{i}.{branch}"
             at = f"transformer.layers.{at}"
-            put(f"{at}.scale", 1, 1, width, around=0.8)
-            norm(f"{at}.fn.norm")
+            state.put(f"{at}.scale", 1, 1, width, around=0.8)
+            state.norm(f"{at}.fn.norm", width)
             if h.get("sandwich_norm"):
-                norm(f"{at}.fn.norm_out")
-            inside = f"{at}.fn.fn.{depth_of_fn}"
-            if path == 0:
-                put(f"{inside}fn.to_qkv.weight", 3 * inner, width)
-                put(f"{inside}fn.to_out.0.weight", width, inner), put(f"{inside}fn.to_out.0.bias", width)
+                state.norm(f"{at}.fn.norm_out", width)
+            inside = f"{at}.fn.fn.{wrappers}"
+            if branch == 0:
+                state.linear(f"{inside}fn.to_qkv", 3 * inner, width, bias=False)
+                state.linear(f"{inside}fn.to_out.0", width, inner)
             else:
-                put(f"{inside}net.0.weight", 8 * width, width), put(f"{inside}net.0.bias", 8 * width)
-                put(f"{inside}net.3.weight", width, 4 * width), put(f"{inside}net.3.bias", width)
-    (
-        put("vae.codebook.weight", CODES, 12),
-        put("vae.decoder.0.weight", 8, 12, 1, 1),
-        put("vae.decoder.0.bias", 8),
-    )
-    convs = {
-        "encoder.0.0": (8, 3, 4),
-        "encoder.1.0": (8, 8, 4),
-        "encoder.3": (CODES, 8, 1),
-        "decoder.2.0": (8, 8, 4),
-        "decoder.3.0": (8, 8, 4),
-        "decoder.4": (3, 8, 1),
-    }
-    convs |= {
-        f"{at}.net.{i}": (8, 8, 1 if i == 4 else 3) for at in ("encoder.2", "decoder.1") for i in (0, 2, 4)
-    }
+                state.linear(f"{inside}net.0", 8 * width, width)
+                state.linear(f"{inside}net.3", width, 4 * width)
+    state.put("vae.codebook.weight", CODES, 12)
+    convs = {"encoder.0.0": (8, 3, 4), "encoder.1.0": (8, 8, 4), "encoder.3": (CODES, 8, 1)}
+    convs |= {"decoder.0": (8, 12, 1), "decoder.2.0": (8, 8, 4), "decoder.3.0": (8, 8, 4)}
+    convs |= {"decoder.4": (3, 8, 1)}
+    for at in ("encoder.2", "decoder.1"):
+        convs |= {f"{at}.net.{i}": (8, 8, 1 if i == 4 else 3) for i in (0, 2, 4)}
     for name, (n_out, n_in, kernel) in convs.items():
-        put(f"vae.{name}.weight", n_out, n_in, kernel, kernel), put(f"vae.{name}.bias", n_out)
-    return state
+        state.linear(f"vae.{name}", n_out, n_in, kernel, kernel)
+    return dict(state)
 
 
 def make_file(weights: State, **changed: Any) -> dict[str, Any]:
     """What its training script writes."""
     about = {"hparams": HPARAMS | changed, "vae_params": VAE, "epoch": 0, "version": "1.6.6"}
-    about |= {
-        "vae_class_name": "DiscreteVAE",
-        "opt_state": {"state": {}, "param_groups": []},
-        "scheduler_state": None,
-    }
-    return about | {"weights": weights}
+    about |= {"vae_class_name": "DiscreteVAE", "scheduler_state": None}
+    return about | {"opt_state": {"state": {}, "param_groups": []}, "weights": weights}
 
 
 def angles(head_dim: int) -> Tensor:
-    """(1, 1 + T + N, r): by place in text, by row, by column."""
+    """(1, 1 + T + N, r): by position in text, by row, by column."""
     r = head_dim // 3
     slow = 1 / 10000 ** (torch.arange(0, r, 2)[: r // 2].float() / r)
     fast = torch.linspace(1.0, 5.0, r // 2) * torch.pi
     side = torch.linspace(-1, 1, SIDE)
-    places = []
-    for slot in range(1 + TEXT + SIDE * SIDE):
-        image = slot - TEXT - 1
+    all_angles = []
+    for position in range(1 + TEXT + SIDE * SIDE):
+        image = position - TEXT - 1
         row, column = (side[image // SIDE], side[image % SIDE]) if image >= 0 else (-10.0, -10.0)
-        parts = [(slot if image < 0 else 8192) * slow, row * fast, column * fast]
-        places.append(torch.cat([part.repeat_interleave(2) for part in parts]))
-    return torch.stack(places)[None]
+        parts = [(position if image < 0 else 8192) * slow, row * fast, column * fast]
+        all_angles.append(torch.cat([part.repeat_interleave(2) for part in parts]))
+    return torch.stack(all_angles)[None]
 
 
 def sees(kind: str, q: int, k: int) -> bool:
-    """Whether slot q sees slot k: the start, T words, image tokens."""
+    """Whether position q sees position k: the start, T words, image tokens."""
     if k > q or k <= TEXT or kind == "full":
         return k <= q
     (row, column), (other, beside) = divmod(q - TEXT - 1, SIDE), divmod(k - TEXT - 1, SIDE)
@@ -141,22 +114,21 @@ def sees(kind: str, q: int, k: int) -> bool:
     return row == other if kind == "axial_row" else column == beside
 
 
-def mixed(x: Tensor) -> Tensor:
-    """The shift, (n, D) slot by slot."""
+def shifted(x: Tensor) -> Tensor:
+    """The shift of states (n, D), one position at a time."""
     out, half, quarter = x.clone(), x.shape[1] // 2, x.shape[1] // 4
-    for slot in range(len(x)):
-        image = slot - TEXT - 1
+    for position in range(len(x)):
+        image = position - TEXT - 1
         if image < 0:
-            out[slot, :half] = x[slot - 1, :half] if slot else 0
+            out[position, :half] = x[position - 1, :half] if position else 0
         else:
-            out[slot, :quarter] = x[slot - SIDE, :quarter] if image >= SIDE else 0
-            out[slot, quarter:half] = x[slot - 1, quarter:half] if image % SIDE else 0
+            out[position, :quarter] = x[position - SIDE, :quarter] if image >= SIDE else 0
+            out[position, quarter:half] = x[position - 1, quarter:half] if image % SIDE else 0
     return out
 
 
 def logits(state: State, text: list[int], image: list[int], **changed: Any) -> Tensor:
-    """Text ids (T, zeros behind the caption) and image tokens -> (1 + T + n less the last, V) of one
-    stream."""
+    """Text ids (T, zeros after the caption) and image tokens (n) -> (T + n, V)."""
     h = HPARAMS | changed
     words = [0] + [WORDS + place if token == 0 else token for place, token in enumerate(text)]
     book = state["to_logits.1.weight"]
@@ -181,7 +153,7 @@ def logits(state: State, text: list[int], image: list[int], **changed: Any) -> T
 
     def added(i: int, path: int, x: Tensor) -> Tensor:
         x = normed(x, (i, path, "norm"))
-        x = mixed(x) if h["shift_tokens"] else x
+        x = shifted(x) if h["shift_tokens"] else x
         x = attention(i, x) if path == 0 else feed_forward(i, x)
         x = normed(x, (i, path, "norm_out")) if h.get("sandwich_norm") else x
         return x * found[i, path, "scale"][0]
@@ -192,23 +164,16 @@ def logits(state: State, text: list[int], image: list[int], **changed: Any) -> T
 
     def attention(i: int, x: Tensor) -> Tensor:
         kind = h["attn_types"][i % len(h["attn_types"])]
-        q, k, v = (
-            F.linear(x, found[i, 0, "to_qkv.weight"]).view(len(x), 3, h["heads"], -1).unbind(1)
-        )  # (n, H, d)
-        if h["rotary_emb"]:
-            q, k, v = (turned(part) for part in (q, k, v))
-        out = []
-        for slot in range(len(x)):
-            seen = [other for other in range(len(x)) if sees(kind, slot, other)]
-            weights = (torch.einsum("hd,khd->hk", q[slot], k[seen]) / h["dim_head"] ** 0.5).softmax(1)
-            out.append(torch.einsum("hk,khd->hd", weights, v[seen]).flatten())
-        return F.linear(torch.stack(out), found[i, 0, "to_out.0.weight"], found[i, 0, "to_out.0.bias"])
+        qkv = F.linear(x, found[i, 0, "to_qkv.weight"]).view(len(x), 3, h["heads"], -1)
+        q, k, v = (rotated(part) if h["rotary_emb"] else part for part in qkv.unbind(1))  # (n, H, d)
+        mixed = attend(q, k, v, lambda query, key: sees(kind, query, key))
+        return F.linear(mixed, found[i, 0, "to_out.0.weight"], found[i, 0, "to_out.0.bias"])
 
-    def turned(x: Tensor) -> Tensor:
+    def rotated(x: Tensor) -> Tensor:
         by = state["transformer.pos_emb"][0, : len(x), None, ::2]  # (n, 1, pairs)
         pairs = torch.view_as_complex(x[..., : 2 * by.shape[2]].unflatten(-1, (-1, 2)).contiguous())
-        turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(by), by)).flatten(-2)
-        return torch.cat([turned, x[..., 2 * by.shape[2] :]], dim=-1)
+        rotated = torch.view_as_real(pairs * torch.polar(torch.ones_like(by), by)).flatten(-2)
+        return torch.cat([rotated, x[..., 2 * by.shape[2] :]], dim=-1)
 
     other = x
     for i in range(h["depth"]):

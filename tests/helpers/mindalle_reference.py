@@ -1,6 +1,6 @@
-"""minDALL-E written out over the tensors of its file, slot by slot; and its folder at small width.
+"""Reference of minDALL-E over the tensors of its file, position by position, and its folder at small width.
 
-Nothing of it is shared with dalle/pretrained: it follows the description of the published model.
+It shares nothing with dalle/pretrained.
 """
 
 import json
@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from tests.helpers.reference import RandomState, State, attend
 from tests.helpers.vqgan_reference import CODES, make_state, names_of_taming
 
-State = dict[str, Tensor]
 WIDTH, DEPTH, HEADS, TEXT, SIDE = 24, 3, 4, 7, 4
 CAPTIONS = [
     f"A {color} {shape} on the {place}, café"
@@ -39,46 +38,31 @@ HPARAMS: dict[str, Any] = {
 
 
 def make_weights(words: int, **changed: Any) -> State:
-    """Random tensors under the names that its modules give, norms and biases too."""
-    h, draws, state = HPARAMS | changed, torch.Generator().manual_seed(0), {}
-
-    def put(name: str, *shape: int, around: float = 0.0, size: float = 0.3) -> None:
-        state[name] = around + size * torch.randn(*shape, generator=draws)
-
-    def norm(name: str) -> None:
-        put(f"{name}.weight", WIDTH, around=1.0), put(f"{name}.bias", WIDTH)
-
-    def linear(name: str, n_out: int, n_in: int, bias: bool) -> None:
-        put(f"{name}.weight", n_out, n_in)
-        if bias:
-            put(f"{name}.bias", n_out)
-
-    put("tok_emb_img.weight", CODES, WIDTH), put("tok_emb_txt.weight", words, WIDTH)
-    put("pos_emb_img.weight", SIDE * SIDE, WIDTH), put("pos_emb_txt.weight", TEXT, WIDTH)
+    """Random tensors under the names that its modules give."""
+    h, state = HPARAMS | changed, RandomState()
+    state.put("tok_emb_img.weight", CODES, WIDTH)
+    state.put("tok_emb_txt.weight", words, WIDTH)
+    state.put("pos_emb_img.weight", SIDE * SIDE, WIDTH)
+    state.put("pos_emb_txt.weight", TEXT, WIDTH)
     for i in range(DEPTH):
-        norm(f"blocks.{i}.ln1"), norm(f"blocks.{i}.ln2")
+        for norm in ("ln1", "ln2"):
+            state.norm(f"blocks.{i}.{norm}", WIDTH)
         for part in ("key", "query", "value", "proj"):
-            linear(f"blocks.{i}.attn.{part}", WIDTH, WIDTH, h["attn_bias"])
-        linear(f"blocks.{i}.mlp.0", 4 * WIDTH, WIDTH, h["mlp_bias"])
-        linear(f"blocks.{i}.mlp.2", WIDTH, 4 * WIDTH, h["mlp_bias"])
-    norm("ln_f")
-    linear("head_img", CODES, WIDTH, False), linear("head_txt", words, WIDTH, False)
-    return state
+            state.linear(f"blocks.{i}.attn.{part}", WIDTH, WIDTH, bias=h["attn_bias"])
+        state.linear(f"blocks.{i}.mlp.0", 4 * WIDTH, WIDTH, bias=h["mlp_bias"])
+        state.linear(f"blocks.{i}.mlp.2", WIDTH, 4 * WIDTH, bias=h["mlp_bias"])
+    state.norm("ln_f", WIDTH)
+    state.linear("head_img", CODES, WIDTH, bias=False)
+    state.linear("head_txt", words, WIDTH, bias=False)
+    return dict(state)
 
 
 def logits(state: State, text: list[int], image: list[int], **changed: Any) -> tuple[Tensor, Tensor]:
     """Text ids (T) and image tokens -> logits of text ids 1 .. T - 1, and of image tokens 0 .. n."""
     h = HPARAMS | changed
-    x = torch.stack(
-        [
-            state["tok_emb_txt.weight"][token] + state["pos_emb_txt.weight"][at]
-            for at, token in enumerate(text)
-        ]
-        + [
-            state["tok_emb_img.weight"][token] + state["pos_emb_img.weight"][at]
-            for at, token in enumerate(image)
-        ]
-    )
+    of_text = state["tok_emb_txt.weight"][text] + state["pos_emb_txt.weight"][: len(text)]
+    of_image = state["tok_emb_img.weight"][image] + state["pos_emb_img.weight"][: len(image)]
+    x = torch.cat([of_text, of_image])
 
     def normed(x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
@@ -89,32 +73,24 @@ def logits(state: State, text: list[int], image: list[int], **changed: Any) -> t
         return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", torch.zeros(1))
 
     def gelu(x: Tensor) -> Tensor:
-        return (
-            x * (1.702 * x).sigmoid() if h["gelu_use_approx"] else x * (1 + torch.erf(x / math.sqrt(2))) / 2
-        )
+        if h["gelu_use_approx"]:
+            return x * (1.702 * x).sigmoid()
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
     def attention(x: Tensor, name: str) -> Tensor:
-        q, k, v = (
-            linear(x, f"{name}.{part}").unflatten(1, (h["n_heads"], -1)) for part in ("query", "key", "value")
-        )
-        out = []
-        for slot in range(len(x)):
-            weights = torch.einsum("hd,khd->hk", q[slot], k[: slot + 1]) / math.sqrt(WIDTH // h["n_heads"])
-            out.append(torch.einsum("hk,khd->hd", weights.softmax(1), v[: slot + 1]).flatten())
-        return linear(torch.stack(out), f"{name}.proj")
+        parts = (linear(x, f"{name}.{part}") for part in ("query", "key", "value"))
+        q, k, v = (part.unflatten(1, (h["n_heads"], -1)) for part in parts)
+        return linear(attend(q, k, v, lambda query, key: key <= query), f"{name}.proj")
 
     for i in range(DEPTH):
         x = x + attention(normed(x, f"blocks.{i}.ln1"), f"blocks.{i}.attn")
         x = x + linear(gelu(linear(normed(x, f"blocks.{i}.ln2"), f"blocks.{i}.mlp.0")), f"blocks.{i}.mlp.2")
     x = normed(x, "ln_f")
-    return F.linear(x[: TEXT - 1], state["head_txt.weight"]), F.linear(
-        x[TEXT - 1 :], state["head_img.weight"]
-    )
+    return linear(x[: TEXT - 1], "head_txt"), linear(x[TEXT - 1 :], "head_img")
 
 
 def train_tokenizer(folder: Path) -> Any:
-    """A CharBPETokenizer of its own library, saved as minDALL-E's files are; the one that its program would
-    read."""
+    """A CharBPETokenizer saved as minDALL-E's files, as its program would read it."""
     from tokenizers import CharBPETokenizer
 
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""ruDALL-E written out over the tensors of its file, slot by slot, in both versions; and such files at small
-width.
+"""Reference of ruDALL-E over the tensors of its file, position by position, in both versions, and small
+files.
 
-Nothing of it is shared with dalle/pretrained: it follows the package's description.
+It shares nothing with dalle/pretrained.
 """
 
 import math
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-State = dict[str, Tensor]
+from tests.helpers.reference import RandomState, State, attend
+
 WIDTH, DEPTH, HEADS, TEXT, SIDE, WORDS, CODES = 16, 4, 2, 6, 12, 30, 20  # a grid wider than the square of 11
 IMAGE_LEN = SIDE * SIDE
 MASKS = ("row_mask", "col_mask", "conv_mask")
@@ -25,7 +26,7 @@ def kind_of(layer: int, depth: int) -> str:
 
 
 def sees(mask: str, version: str, q: int, k: int) -> bool:
-    """Whether slot q sees slot k, where the masks begin to count the image at slot TEXT."""
+    """Whether position q sees position k, where the masks begin to count the image at position TEXT."""
     if k > q or k < TEXT:
         return k <= q
     (row, column), (other, beside) = divmod(q - TEXT, SIDE), divmod(k - TEXT, SIDE)
@@ -40,37 +41,28 @@ def sees(mask: str, version: str, q: int, k: int) -> bool:
 
 
 def make_weights(version: str, depth: int = DEPTH, sandwich: bool = True, at_top: bool = False) -> State:
-    """Random tensors under the names that the package's modules give, norms and biases too, and its masks."""
-    draws, state = torch.Generator().manual_seed(0), {}
-
-    def put(name: str, *shape: int, around: float = 0.0, size: float = 0.3) -> None:
-        state[name] = around + size * torch.randn(*shape, generator=draws)
-
-    def norm(name: str) -> None:
-        put(f"{name}.weight", WIDTH, around=1.0), put(f"{name}.bias", WIDTH)
-
-    def linear(name: str, n_out: int, n_in: int) -> None:
-        put(f"{name}.weight", n_out, n_in), put(f"{name}.bias", n_out)
-
-    put("text_embeddings.weight", WORDS + TEXT, WIDTH), put("image_embeddings.weight", CODES, WIDTH)
-    put("text_pos_embeddings.weight", TEXT + 1, WIDTH)
-    put("image_row_embeddings.weight", SIDE, WIDTH), put("image_col_embeddings.weight", SIDE, WIDTH)
-    norm("to_logits.0"), linear("to_logits.1", WORDS + TEXT + CODES, WIDTH)
+    """Random tensors under the names that the package's modules give, and its masks."""
+    state = RandomState()
+    state.put("text_embeddings.weight", WORDS + TEXT, WIDTH)
+    state.put("image_embeddings.weight", CODES, WIDTH)
+    state.put("text_pos_embeddings.weight", TEXT + 1, WIDTH)
+    state.put("image_row_embeddings.weight", SIDE, WIDTH)
+    state.put("image_col_embeddings.weight", SIDE, WIDTH)
+    state.norm("to_logits.0", WIDTH)
+    state.linear("to_logits.1", WORDS + TEXT + CODES, WIDTH)
+    norms = ["input", "post_attention"]
+    if sandwich:
+        norms += ["before_first_addition", "before_second_addition"]
     for i in range(depth):
         at = f"transformer.layers.{i}"
-        norm(f"{at}.input_layernorm"), norm(f"{at}.post_attention_layernorm")
-        if sandwich:
-            norm(f"{at}.before_first_addition_layernorm"), norm(f"{at}.before_second_addition_layernorm")
-        (
-            linear(f"{at}.attention.query_key_value", 3 * WIDTH, WIDTH),
-            linear(f"{at}.attention.dense", WIDTH, WIDTH),
-        )
-        (
-            linear(f"{at}.mlp.dense_h_to_4h", 4 * WIDTH, WIDTH),
-            linear(f"{at}.mlp.dense_4h_to_h", WIDTH, 4 * WIDTH),
-        )
-    norm("transformer.final_layernorm")
-    return state | make_masks(version, "" if at_top else "transformer.")
+        for norm in norms:
+            state.norm(f"{at}.{norm}_layernorm", WIDTH)
+        state.linear(f"{at}.attention.query_key_value", 3 * WIDTH, WIDTH)
+        state.linear(f"{at}.attention.dense", WIDTH, WIDTH)
+        state.linear(f"{at}.mlp.dense_h_to_4h", 4 * WIDTH, WIDTH)
+        state.linear(f"{at}.mlp.dense_4h_to_h", WIDTH, 4 * WIDTH)
+    state.norm("transformer.final_layernorm", WIDTH)
+    return dict(state) | make_masks(version, "" if at_top else "transformer.")
 
 
 def make_masks(version: str, prefix: str = "transformer.") -> State:
@@ -80,29 +72,22 @@ def make_masks(version: str, prefix: str = "transformer.") -> State:
 
 @cache
 def table(mask: str, version: str) -> Tensor:
-    """1 where a slot sees a slot, else 0."""
-    slots = range(TEXT + IMAGE_LEN)
-    return torch.tensor([[sees(mask, version, q, k) for k in slots] for q in slots]).float()
+    """1 where a position sees a position, else 0."""
+    positions = range(TEXT + IMAGE_LEN)
+    return torch.tensor([[sees(mask, version, q, k) for k in positions] for q in positions]).float()
 
 
 def logits(state: State, version: str, text: list[int], image: list[int], depth: int = DEPTH) -> Tensor:
-    """Text ids (T, zeros behind the caption) and image tokens -> (slots, V), a row for each slot of the
-    stream."""
-    words = [WORDS + place if token == 0 else token for place, token in enumerate(text)]
+    """Text ids (T, zeros after the caption) and image tokens -> (positions, V)."""
+    words = [WORDS + position if token == 0 else token for position, token in enumerate(text)]
     words = [2, *words] if version == "v2" else words
-    x = torch.cat(
-        [
-            state["text_embeddings.weight"][words] + state["text_pos_embeddings.weight"][: len(words)],
-            torch.stack(
-                [
-                    state["image_embeddings.weight"][token]
-                    + state["image_row_embeddings.weight"][at // SIDE]
-                    + state["image_col_embeddings.weight"][at % SIDE]
-                    for at, token in enumerate(image)
-                ]
-            ),
-        ]
-    )[: TEXT + IMAGE_LEN]
+    of_text = state["text_embeddings.weight"][words] + state["text_pos_embeddings.weight"][: len(words)]
+    row, column = torch.arange(len(image)) // SIDE, torch.arange(len(image)) % SIDE
+    of_image = state["image_embeddings.weight"][image]
+    of_image = (
+        of_image + state["image_row_embeddings.weight"][row] + state["image_col_embeddings.weight"][column]
+    )
+    x = torch.cat([of_text, of_image])[: TEXT + IMAGE_LEN]
 
     def normed(x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, (WIDTH,), state[f"{name}.weight"], state[f"{name}.bias"], 1e-5)
@@ -114,16 +99,11 @@ def logits(state: State, version: str, text: list[int], image: list[int], depth:
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
     def attention(x: Tensor, i: int) -> Tensor:
-        name = f"transformer.layers.{i}.attention"
-        q, k, v = (
-            part.view(len(x), HEADS, -1) for part in linear(x, f"{name}.query_key_value").split(WIDTH, dim=1)
-        )
-        out = []
-        for slot in range(len(x)):
-            seen = [other for other in range(slot + 1) if sees(kind_of(i, depth), version, slot, other)]
-            weights = (torch.einsum("hd,khd->hk", q[slot], k[seen]) / math.sqrt(WIDTH / HEADS)).softmax(1)
-            out.append(torch.einsum("hk,khd->hd", weights, v[seen]).flatten())
-        return linear(torch.stack(out), f"{name}.dense").clamp(-65504, 65504)
+        name, kind = f"transformer.layers.{i}.attention", kind_of(i, depth)
+        parts = linear(x, f"{name}.query_key_value").split(WIDTH, dim=1)
+        q, k, v = (part.view(len(x), HEADS, -1) for part in parts)
+        mixed = attend(q, k, v, lambda query, key: sees(kind, version, query, key))
+        return linear(mixed, f"{name}.dense").clamp(-65504, 65504)
 
     for i in range(depth):
         at = f"transformer.layers.{i}"
