@@ -53,16 +53,8 @@ def test_value_and_gradient_are_exact_at_the_ends(x, mu, log_b):
 
     single, double = with_gradient(torch.float32), with_gradient(torch.float64)
     assert torch.isfinite(single).all()
-    torch.testing.assert_close(
-        single.double(), double, rtol=1e-5, atol=20 * math.exp(max(-log_b, 0)) * 1e-7 + 1e-5
-    )
-
-
-def test_the_reconstruction_is_the_mean_over_mapped_pixel_values():
-    pixels = torch.rand(2, 3, 4, 5)
-    mu, log_b = torch.randn(2, 2, 3, 4, 5)
-    expected = -logit_laplace_log_prob(0.1 + 0.8 * pixels, mu, log_b).sum() / (2 * 3 * 4 * 5)
-    torch.testing.assert_close(reconstruction_loss(pixels, mu, log_b), expected)
+    tolerance = 20 * math.exp(max(-log_b, 0)) * 1e-7 + 1e-5
+    torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=tolerance)
 
 
 # The KL from the uniform distribution.
@@ -74,7 +66,9 @@ def test_kl_is_zero_at_equal_logits_and_ln_k_at_one_hot():
         torch.testing.assert_close(uniform, torch.zeros(1, 1, 1), rtol=0, atol=1e-5)
     logits = torch.zeros(1, 8192, 1, 1)
     logits[0, 17] = 1e4
-    torch.testing.assert_close(kl_to_uniform(logits), torch.full((1, 1, 1), math.log(8192)))
+    kl = kl_to_uniform(logits.requires_grad_())
+    torch.testing.assert_close(kl, torch.full((1, 1, 1), math.log(8192)))
+    assert torch.isfinite(torch.autograd.grad(kl.sum(), logits)[0]).all()
 
 
 def test_kl_equals_torch_distributions():
@@ -82,12 +76,6 @@ def test_kl_equals_torch_distributions():
     q = distributions.Categorical(logits=logits.permute(0, 2, 3, 1))
     uniform = distributions.Categorical(logits=torch.zeros(10))
     torch.testing.assert_close(kl_to_uniform(logits), distributions.kl_divergence(q, uniform))
-
-
-def test_kl_has_finite_gradients_at_a_peak():
-    logits = torch.zeros(1, 5, 1, 1).index_fill(1, torch.tensor(2), 1e4).requires_grad_()
-    kl_to_uniform(logits).sum().backward()
-    assert torch.isfinite(logits.grad).all()
 
 
 def test_kl_and_samples_are_computed_in_fp32():
@@ -110,24 +98,20 @@ def test_the_loss_is_the_joint_bound_of_each_image_over_its_pixel_values():
     torch.testing.assert_close(total, torch.stack(expected).mean())
 
 
-def test_at_paper_size_beta_acts_as_beta_over_192_on_the_mean_kl_of_a_position():
+def test_at_paper_size_the_loss_is_the_mean_kl_of_a_position_over_192():
     logits = torch.randn(2, 5, 32, 32)
     mean = kl_to_uniform(logits).mean()
-    torch.testing.assert_close(6.6 * kl_loss(logits, 256 * 256 * 3), 0.034375 * mean)
     torch.testing.assert_close(kl_loss(logits, 256 * 256 * 3), mean / 192)
 
 
 # Pixels between [0, 1] and (0.1, 0.9).
 
 
-def test_the_pixel_maps_are_inverse():
+def test_the_pixel_maps_are_inverse_and_stay_in_range():
     pixels = torch.linspace(0, 1, 256)
     mapped = map_pixels(pixels)
     torch.testing.assert_close((mapped[0], mapped[-1]), (torch.tensor(0.1), torch.tensor(0.9)))
     torch.testing.assert_close(unmap_pixels(mapped), pixels)
-
-
-def test_unmapping_stays_in_range():
     unmapped = unmap_pixels(torch.tensor([0.0, 0.05, 0.5, 0.95, 1.0]))
     torch.testing.assert_close(unmapped, torch.tensor([0, 0, 0.5, 1, 1]))
 
