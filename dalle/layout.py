@@ -1,4 +1,4 @@
-"""The stream of tokens: text_len text slots, then rows x columns image slots (paper section 2.2, Figure 10).
+"""The token sequence: text_len text positions, then rows x columns image positions (2.2, Figure 10).
 
 The only place with sequence arithmetic. The joint vocabulary holds
 
@@ -6,8 +6,8 @@ The only place with sequence arithmetic. The joint vocabulary holds
     text_vocab + p                     the pad of text position p: each has its own (2.2)
     text_vocab + text_len + [0, image_vocab)   image ids
 
-and, as inputs only, start-of-text and start-of-image behind it. Inputs are shifted right, so slot p
-reads id p - 1 and predicts id p; slot 0 reads start-of-text and the first image slot reads
+and, as inputs only, start-of-text and start-of-image behind it. Inputs are shifted right, so position p
+reads id p - 1 and predicts id p; position 0 reads start-of-text and the first image position reads
 start-of-image. The last text id is therefore never read, and a caption has room for text_len - 1
 tokens: start-of-text counts among the 256, as Figure 10 draws it.
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Lengths, offsets and rules of the stream; the defaults are the paper's.
+    """Lengths, offsets and rules of the sequence; the defaults are the paper's.
 
     Args:
-        text_len: text slots, start-of-text among them.
-        grid: image slots as (rows, columns), or one number for a square.
+        text_len: text positions, start-of-text among them.
+        grid: image positions as (rows, columns), or one number for a square.
         text_vocab: text ids without pads.
         image_vocab: codes of the image tokenizer.
     """
@@ -132,7 +132,7 @@ class TokenLayout:
         return ids[:, : self.text_len], ids[:, self.text_len :] - self.image_offset
 
     def shift(self, ids: Tensor) -> Tensor:
-        """What each slot reads: joint ids (B, n) -> input ids (B, min(n + 1, N))."""
+        """What each position reads: joint ids (B, n) -> input ids (B, min(n + 1, N))."""
         import torch
 
         start = ids.new_full((len(ids), 1), self.start_of_text)

@@ -1,10 +1,10 @@
 """Sparse attention masks: which keys each query sees, and which layer uses which (paper Figure 11, 2.2).
 
 One predicate defines each kind; a dense mask, a row of it while sampling, or a block mask are ways of
-evaluating the predicate. Text sees the text before it; every image slot sees all text. Among image
-slots, with q, k their raster indices, d = q - k >= 0 and W columns, a query sees
+evaluating the predicate. Text sees the text before it; every image position sees all text. Among image
+positions, with q, k their raster indices, d = q - k >= 0 and W columns, a query sees
 
-    row      d <= W: itself and the W slots before it, across row ends (11a)
+    row      d <= W: itself and the W positions before it, across row ends (11a)
     column   d mod W == 0: the column above it (11b; 11c is the same, transposed for speed)
     conv     d < W (kernel + 1) / 2 and the circular column distance <= (kernel - 1) / 2 (11d)
     causal   everything before it
@@ -26,11 +26,11 @@ KINDS = ("row", "column", "conv", "causal")
 
 
 def visible(kind: str, layout: TokenLayout, kernel: int = 11) -> MaskFn:
-    """The predicate (q, k) -> bool over slots of the stream, elementwise with broadcasting.
+    """The predicate (q, k) -> bool over positions of the sequence, elementwise with broadcasting.
 
     Args:
         kind: one of KINDS.
-        layout: lengths of the stream.
+        layout: lengths of the sequence.
         kernel: side of the convolution, odd, at most the number of columns; only "conv" reads it.
 
     Raises:
@@ -61,11 +61,11 @@ def visible(kind: str, layout: TokenLayout, kernel: int = 11) -> MaskFn:
 
 
 def dense_mask(kind: str, layout: TokenLayout, kernel: int = 11) -> Tensor:
-    """bool (N, N), True = visible, raster order; row q is what slot q sees."""
+    """bool (N, N), True = visible, raster order; row q is what position q sees."""
     import torch
 
-    slots = torch.arange(layout.seq_len)
-    return visible(kind, layout, kernel)(slots[:, None], slots[None, :])
+    positions = torch.arange(layout.seq_len)
+    return visible(kind, layout, kernel)(positions[:, None], positions[None, :])
 
 
 def layer_kinds(depth: int) -> list[str]:

@@ -17,7 +17,7 @@ from dalle.train.config import TrainConfig
 from dalle.transformer.config import TransformerConfig, TransformerLossConfig
 
 if TYPE_CHECKING:
-    from dalle.data import TokenCache
+    from dalle.data.token_cache import TokenCache
     from dalle.text import BPETokenizer
 
 
@@ -69,7 +69,7 @@ def train_transformer(args: TrainTransformerArgs) -> Path:
     import torch
     from tqdm import tqdm
 
-    from dalle.data import TokenCache
+    from dalle.data.token_cache import TokenCache
     from dalle.runs.batches import TokenBatches
     from dalle.runs.inputs import load_dvae_input, load_text_input, resolve_input
     from dalle.runs.training import TrainingRun

@@ -33,7 +33,7 @@ class SparseMask:
 
     Args:
         kind: see dalle/masks.py.
-        layout: lengths of the stream.
+        layout: lengths of the sequence.
         kernel: side of the convolution.
 
     Raises:
@@ -64,15 +64,15 @@ class SparseMask:
 
     @torch.inference_mode(False)
     def blocks(self, device: torch.device) -> BlockMask:
-        """FlexAttention's blocks of 128 x 128; for "column" over `to_column_major` slots (11c)."""
+        """FlexAttention's blocks of 128 x 128; for "column" over `to_column_major` positions (11c)."""
         if self._blocks is None or self._blocks.kv_num_blocks.device != device:
             self._blocks = self._block_mask(device)
         return self._blocks
 
-    # Image slots by groups, for scores over near keys alone.
+    # Image positions by groups, for scores over near keys alone.
 
     def group(self, x: Tensor) -> Tensor:
-        """Image slots in raster order (B, H, R * C, d) -> (B, H, G, M, d): by rows, or by columns for
+        """Image positions in raster order (B, H, R * C, d) -> (B, H, G, M, d): by rows, or by columns for
         "column"."""
         order = "b h (r c) d -> b h c r d" if self.kind == "column" else "b h (r c) d -> b h r c d"
         return rearrange(x, order, r=self.layout.grid[0])
@@ -94,20 +94,20 @@ class SparseMask:
 
     def _near_mask(self) -> Tensor:
         layout = self.layout
-        slots = (
+        positions = (
             torch.arange(layout.num_image_tokens, dtype=torch.float32)[None, None, :, None] + 1
         )  # 0: none above the top
-        queries = self.group(slots)  # (1, 1, G, M, 1)
+        queries = self.group(positions)  # (1, 1, G, M, 1)
         keys = self.near_keys(queries).transpose(-1, -2)  # (1, 1, G, 1, L)
         sees = visible(self.kind, layout, self.kernel)(
             queries.long() + layout.text_len, keys.long() + layout.text_len
         )
         return (sees & (keys > 0))[0, 0]
 
-    # All slots with rows and columns of the image exchanged (Figure 11c), for blocks of pairs.
+    # All positions with rows and columns of the image exchanged (Figure 11c), for blocks of pairs.
 
     def to_column_major(self, x: Tensor) -> Tensor:
-        """(..., N, d) in raster order -> image slots column by column."""
+        """(..., N, d) in raster order -> image positions column by column."""
         return self._exchange(x, "... (r c) d -> ... (c r) d")
 
     def to_row_major(self, x: Tensor) -> Tensor:
@@ -122,15 +122,15 @@ class SparseMask:
         layout, sees = self.layout, visible(self.kind, self.layout, self.kernel)
         text, rows, columns = layout.text_len, layout.rows, layout.columns
 
-        def raster_slot(slot: Tensor) -> Tensor:
-            image = slot - text
-            return torch.where(slot < text, slot, text + image % rows * columns + image // rows)
+        def raster_position(position: Tensor) -> Tensor:
+            image = position - text
+            return torch.where(position < text, position, text + image % rows * columns + image // rows)
 
         def straight(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return sees(q, k)
 
         def exchanged(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return sees(raster_slot(q), raster_slot(k))
+            return sees(raster_position(q), raster_position(k))
 
         rule = exchanged if self.kind == "column" else straight
         return create_block_mask(rule, None, None, layout.seq_len, layout.seq_len, device=device)
@@ -147,9 +147,9 @@ def attend(
     """softmax(q k^T / sqrt(d)) v over the visible keys; one softmax for text and image keys (2.2).
 
     Args:
-        q, k, v: (B, H, Q, d), of the first Q slots.
+        q, k, v: (B, H, Q, d), of the first Q positions.
         pattern: the kind of the layer.
-        backend: one of ATTENTION_BACKENDS; "window" and "flex" need the whole stream, its beginning takes
+        backend: one of ATTENTION_BACKENDS; "window" and "flex" need the whole sequence, its beginning takes
             "dense" and "sdpa".
         transposed: q, k, v and the result are `pattern.to_column_major`; so "flex" wants its column layers.
 

@@ -1,6 +1,6 @@
 """Pre-norm transformer blocks (paper section 2.2, after Child et al. 2019; gradient scales 2.4, Figure 4).
 
-B batch, N slots, D width, H heads
+B batch, N positions, D width, H heads
 """
 
 import torch
@@ -33,7 +33,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, pattern: SparseMask, backend: str, cache: KVCache | None = None) -> Tensor:
-        """x (B, n, D) of the first n slots, which a cache takes for `step`; backend as `resolve` gave it."""
+        """x (B, n, D) of the first n positions, which a cache takes for `step`; backend as `resolve` gave
+        it."""
         transposed = (
             backend == "flex" and pattern.kind == "column"
         )  # x is one array where q, k and v are three
@@ -48,11 +49,11 @@ class Attention(nn.Module):
         x = self.out(rearrange(mixed, "b h n d -> b n (h d)"))
         return pattern.to_row_major(x) if transposed else x
 
-    def step(self, x: Tensor, cache: KVCache, slot: int | Tensor) -> Tensor:
-        """x (B, D) of one image slot of every stream; what came before is in the cache."""
+    def step(self, x: Tensor, cache: KVCache, position: int | Tensor) -> Tensor:
+        """x (B, D) of one image position of every sequence; what came before is in the cache."""
         shape = {"c": cache.captions, "h": self.heads, "three": 3}
         q, k, v = rearrange(self.qkv(x), "(c n) (three h d) -> three (c h) n d", **shape)
-        mixed = cache.attend(q, k, v, slot)
+        mixed = cache.attend(q, k, v, position)
         return self.out(rearrange(mixed, "(c h) n d -> (c n) (h d)", h=self.heads))
 
 
@@ -106,10 +107,10 @@ class TransformerBlock(nn.Module):
         x = x + self.attention(x, pattern, backend, cache)  # (B, n, D)
         return x + self.mlp(x)
 
-    def step(self, x: Tensor, cache: KVCache, slot: int | Tensor) -> Tensor:
-        """One image slot of every stream (B, D), computed in the number format of the matrices."""
+    def step(self, x: Tensor, cache: KVCache, position: int | Tensor) -> Tensor:
+        """One image position of every sequence (B, D), computed in the number format of the matrices."""
         attention, mlp = self.attention.f, self.mlp.f
-        x = x + attention.step(self.attention.norm(x).to(attention.qkv.weight.dtype), cache, slot)
+        x = x + attention.step(self.attention.norm(x).to(attention.qkv.weight.dtype), cache, position)
         return x + mlp(self.mlp.norm(x).to(mlp.expand.weight.dtype))
 
 

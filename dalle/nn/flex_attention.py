@@ -22,7 +22,7 @@ REMEDY = "set model.attention_backend to auto, window, sdpa or dense"
 
 
 def flex_attend(q: Tensor, k: Tensor, v: Tensor, pattern: "SparseMask") -> Tensor:
-    """Attention of the whole stream; q, k, v and result (B, H, N, d), of column layers
+    """Attention of the whole sequence; q, k, v and result (B, H, N, d), of column layers
     `pattern.to_column_major`.
 
     Raises:

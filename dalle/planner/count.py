@@ -150,9 +150,9 @@ def _transformer_loss(model: Transformer, batch: int) -> Tensor:
     layout = model.layout
     hidden = model.prefill(torch.zeros(batch, layout.seq_len, dtype=torch.int64))
     text, image = hidden[:, : layout.text_len].flatten(0, 1), hidden[:, layout.text_len :].flatten(0, 1)
-    slots, codes = (torch.zeros(len(states), dtype=torch.int64) for states in (text, image))
+    positions, codes = (torch.zeros(len(states), dtype=torch.int64) for states in (text, image))
     text_chunk, image_chunk = (max(1, LOGITS // vocab) for vocab in (layout.image_offset, layout.image_vocab))
-    text_loss = chunked_cross_entropy(model.text_logits, (text, slots), slots, text_chunk)
+    text_loss = chunked_cross_entropy(model.text_logits, (text, positions), positions, text_chunk)
     return text_loss + chunked_cross_entropy(model.image_logits, (image,), codes, image_chunk)
 
 

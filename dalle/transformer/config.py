@@ -18,7 +18,7 @@ class TransformerConfig:
     head_dim: int = 64
     """Width of a head (2.2); the model is heads * head_dim = 3968 wide."""
     text_len: int = 256
-    """Text slots, start-of-text among them (2.2)."""
+    """Text positions, start-of-text among them (2.2)."""
     grid: tuple[int, int] = (32, 32)
     """Rows and columns of image tokens (2.1)."""
     text_vocab: int = 16384
@@ -61,7 +61,7 @@ class TransformerConfig:
 
     @property
     def layout(self) -> TokenLayout:
-        """Lengths and offsets of the stream."""
+        """Lengths and offsets of the sequence."""
         return TokenLayout(self.text_len, self.grid, self.text_vocab, self.image_vocab)
 
     @property

@@ -5,7 +5,7 @@ The cross-entropies of text and of image tokens are each divided by the number o
 batch, then weighted 1/8 and 7/8. Each modality has a softmax over its own vocabulary, and logits exist
 for a chunk of positions at a time: at paper size those of a batch would outweigh the model.
 
-    B batch, T text_len, N all slots, R positions, D width
+    B batch, T text_len, N all positions, R positions, D width
 """
 
 from collections.abc import Callable
@@ -36,10 +36,12 @@ def cross_entropies(
     hidden = model.hidden(ids)
     text, image = layout.unpack(ids)
     counts = layout.loss_mask(ids)[:, : layout.text_len]
-    slots = torch.arange(layout.text_len, device=ids.device).expand_as(counts)[counts]
+    positions = torch.arange(layout.text_len, device=ids.device).expand_as(counts)[counts]
     states = hidden[:, : layout.text_len][counts], hidden[:, layout.text_len :].flatten(0, 1)
     return (
-        chunked_cross_entropy(model.text_logits, (states[0], slots), text[counts], at_once[0], text_tokens),
+        chunked_cross_entropy(
+            model.text_logits, (states[0], positions), text[counts], at_once[0], text_tokens
+        ),
         chunked_cross_entropy(model.image_logits, (states[1],), image.flatten(), at_once[1]),
     )
 
@@ -73,7 +75,7 @@ def chunked_cross_entropy(
 
 @torch.no_grad()
 def log_likelihood(model: Transformer, ids: Tensor, logits: int = LOGITS) -> tuple[Tensor, Tensor]:
-    """Log likelihood of each stream's caption and of its image tokens after it, in nats.
+    """Log likelihood of each sequence's caption and of its image tokens after it, in nats.
 
     Args:
         ids: joint ids (B, N).
@@ -88,7 +90,7 @@ def log_likelihood(model: Transformer, ids: Tensor, logits: int = LOGITS) -> tup
     at_once = [max(1, logits // (vocab * len(ids))) for vocab in (layout.image_offset, layout.image_vocab)]
     of_text = _log_probabilities(model.text_logits, hidden[:, : layout.text_len], text, at_once[0])
     of_image = _log_probabilities(
-        lambda states, slots: model.image_logits(states), hidden[:, layout.text_len :], image, at_once[1]
+        lambda states, positions: model.image_logits(states), hidden[:, layout.text_len :], image, at_once[1]
     )
     return (of_text * counts).sum(dim=1), of_image.sum(dim=1)
 
@@ -97,8 +99,8 @@ def _log_probabilities(
     to_logits: Callable[..., Tensor], states: Tensor, targets: Tensor, chunk: int
 ) -> Tensor:
     """States (B, n, D) and targets (B, n) -> nats (B, n), `chunk` positions at a time."""
-    slots = torch.arange(states.shape[1], device=states.device)
-    parts = zip(states.split(chunk, 1), slots.split(chunk), targets.split(chunk, 1), strict=True)
+    positions = torch.arange(states.shape[1], device=states.device)
+    parts = zip(states.split(chunk, 1), positions.split(chunk), targets.split(chunk, 1), strict=True)
     nats = [
         -F.cross_entropy(to_logits(some, at).flatten(0, 1), goal.flatten(), reduction="none").view(goal.shape)
         for some, at, goal in parts

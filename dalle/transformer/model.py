@@ -1,9 +1,9 @@
 """The sparse transformer, stage two (paper section 2.2, appendix B.1).
 
-A decoder over text_len text slots and rows x columns image slots. It sees ids and knows no image
+A decoder over text_len text positions and rows x columns image positions. It sees ids and knows no image
 tokenizer. Every layer is attention of one kind (dalle/masks.py) and an MLP, pre-norm.
 
-    B batch, T text_len, N all slots, n slots of this call, D width, V joint vocabulary
+    B batch, T text_len, N all positions, n positions of this call, D width, V joint vocabulary
 """
 
 import math
@@ -51,8 +51,8 @@ class Transformer(nn.Module):
         hidden = self.hidden(ids)
         text, image = hidden[:, : self.layout.text_len], hidden[:, self.layout.text_len :]
         logits = hidden.new_full((*hidden.shape[:2], self.layout.vocab), -torch.inf)
-        slots = torch.arange(text.shape[1], device=ids.device)
-        logits[:, : text.shape[1], : self.layout.image_offset] = self.text_logits(text, slots)
+        positions = torch.arange(text.shape[1], device=ids.device)
+        logits[:, : text.shape[1], : self.layout.image_offset] = self.text_logits(text, positions)
         logits[:, text.shape[1] :, self.layout.image_offset :] = self.image_logits(image)
         return logits
 
@@ -70,7 +70,7 @@ class Transformer(nn.Module):
         return self.prefill(self.layout.shift(ids)[:, : ids.shape[1]])
 
     def prefill(self, inputs: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """Input ids (B, n) of the first n slots -> final states (B, n, D); `caches` take what `step`
+        """Input ids (B, n) of the first n positions -> final states (B, n, D); `caches` take what `step`
         needs."""
         x = self.embed(inputs)
         backends = self.backends(inputs.shape[1])
@@ -80,58 +80,62 @@ class Transformer(nn.Module):
             x = layer(x, self.patterns[kind], backends[kind], caches[i] if caches else None)
         return self.final_norm(x)
 
-    def decode_step(self, tokens: Tensor, slot: int | Tensor, caches: list[KVCache]) -> Tensor:
-        """Reads one image token of every stream, in sampling.
+    def decode_step(self, tokens: Tensor, position: int | Tensor, caches: list[KVCache]) -> Tensor:
+        """Reads one image token of every sequence, in sampling.
 
         Args:
-            tokens: int64 (B,), those of image slot `slot - 1`.
-            slot: the image slot that reads them, at least 1; an int or a tensor (1,), see `KVCache.attend`.
-            caches: hold the slots before it, and take this one.
+            tokens: int64 (B,), those of image position `position - 1`.
+            position: the image position that reads them, at least 1; an int or a tensor (1,), see
+                `KVCache.attend`.
+            caches: hold the positions before it, and take this one.
 
         Returns:
-            (B, D), the state that predicts the token of the slot.
+            (B, D), the state that predicts the token of the position.
         """
-        row, column = slot // self.layout.columns, slot % self.layout.columns
+        row, column = position // self.layout.columns, position % self.layout.columns
         x = self.token_embedding(tokens + self.layout.image_offset) + (
             self.row.weight[row] + self.column.weight[column]
         )
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer.step(x, cache, slot)
+            x = layer.step(x, cache, position)
         return self.final_norm(x)
 
-    def backends(self, slots: int | None = None) -> dict[str, str]:
+    def backends(self, positions: int | None = None) -> dict[str, str]:
         """What computes the attention of each kind, on the model's device, for a call with that many
         positions.
 
         Raises:
             ValueError: the device cannot run the backend that the configuration names.
         """
-        c, device, slots = self.config, self.to_logits.weight.device, slots or self.layout.seq_len
+        c, device, positions = self.config, self.to_logits.weight.device, positions or self.layout.seq_len
         return {
-            kind: resolve_backend(c.attention_backend, p, slots, device, c.head_dim)
+            kind: resolve_backend(c.attention_backend, p, positions, device, c.head_dim)
             for kind, p in self.patterns.items()
         }
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """Token plus position: text slots have one embedding each, image slots row + column.
+        """Token plus position: text positions have one embedding each, image positions row + column.
 
-        Slots that read a pad have no position embedding: each pad is its position's own (Figure 10).
+        Positions that read a pad have no position embedding: each pad is its position's own (Figure 10).
         """
-        slots = torch.arange(inputs.shape[1], device=inputs.device)
-        text, image = slots[: self.layout.text_len], slots[self.layout.text_len :] - self.layout.text_len
+        positions = torch.arange(inputs.shape[1], device=inputs.device)
+        text, image = (
+            positions[: self.layout.text_len],
+            positions[self.layout.text_len :] - self.layout.text_len,
+        )
         is_pad = (inputs >= self.layout.text_vocab) & (inputs < self.layout.image_offset)
         at_text = self.text_position(text) * ~is_pad[:, : len(text), None]
         at_image = self.row(image // self.layout.columns) + self.column(image % self.layout.columns)
         position = torch.cat([at_text, at_image.expand(len(inputs), -1, -1)], dim=1)
         return self.token_embedding(inputs) + position
 
-    def text_logits(self, hidden: Tensor, slots: Tensor) -> Tensor:
-        """States (..., D) of text slots (...) -> fp32 (..., text_vocab + T)."""
+    def text_logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """States (..., D) of text positions (...) -> fp32 (..., text_vocab + T)."""
         logits = self._logits(hidden, slice(self.layout.image_offset))
-        return logits.masked_fill(~self.allowed_text[slots], -torch.inf)
+        return logits.masked_fill(~self.allowed_text[positions], -torch.inf)
 
     def image_logits(self, hidden: Tensor) -> Tensor:
-        """States (..., D) of image slots -> fp32 (..., image_vocab)."""
+        """States (..., D) of image positions -> fp32 (..., image_vocab)."""
         return self._logits(hidden, slice(self.layout.image_offset, None))
 
     def _logits(self, hidden: Tensor, ids: slice) -> Tensor:

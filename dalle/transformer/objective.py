@@ -37,7 +37,7 @@ class TransformerObjective:
         return StepCost(len(batch), batch.numel(), len(batch) * sum(training_flops(model.config).values()))
 
     def random_baseline(self, model: Transformer) -> dict[str, float]:
-        """ln(vocabulary): nats a token of one who guesses evenly. A text slot may also hold its pad."""
+        """ln(vocabulary): nats a token of one who guesses evenly. A text position may also hold its pad."""
         layout = model.layout
         text, image = math.log(layout.text_vocab + 1), math.log(layout.image_vocab)
         total = self.config.text_weight * text + (1 - self.config.text_weight) * image

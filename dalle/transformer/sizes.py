@@ -25,7 +25,7 @@ def parameter_counts(config: TransformerConfig) -> dict[str, int]:
 
 
 def training_flops(config: TransformerConfig) -> dict[str, int]:
-    """Floating-point operations of forward and backward over one stream, 2 a multiplication with addition.
+    """Floating-point operations of forward and backward over one sequence, 2 a multiplication with addition.
 
     Only what must be computed: attention counts the pairs that the masks show, logits each position's own
     vocabulary, and nothing is counted twice for being computed again in the backward pass.

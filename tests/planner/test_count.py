@@ -48,7 +48,7 @@ CLIP = CLIPConfig(
 
 
 def ids(config: TransformerConfig, batch: int) -> torch.Tensor:
-    """Captions that fill every text slot, as the plan counts them, and image tokens."""
+    """Captions that fill every text position, as the plan counts them, and image tokens."""
     layout = config.layout
     text = torch.randint(layout.text_vocab, (batch, layout.text_len))
     return layout.pack(text, torch.randint(layout.image_vocab, (batch, layout.num_image_tokens)))

@@ -61,7 +61,7 @@ def text_of(model, count=None):
 
 
 def ids_of(model, seed=0):
-    """A stream for each caption."""
+    """A sequence for each caption."""
     layout = model.layout
     generator = torch.Generator().manual_seed(seed)
     image = torch.randint(layout.image_vocab, (len(CAPTIONS), layout.num_image_tokens), generator=generator)
@@ -343,9 +343,9 @@ def states_by_steps(model, ids, begun, candidates=1, as_tensor=False):
     text, image = layout.unpack(ids)
     state = model.prefill(layout.shift(layout.pack(text, image[:, :begun])), caches)[:, -1]
     states = [state.repeat_interleave(candidates, dim=0)]
-    for slot in range(begun + 1, layout.num_image_tokens):
-        read = image[:, slot - 1].repeat_interleave(candidates, dim=0)
-        states.append(model.decode_step(read, torch.tensor([slot]) if as_tensor else slot, caches))
+    for position in range(begun + 1, layout.num_image_tokens):
+        read = image[:, position - 1].repeat_interleave(candidates, dim=0)
+        states.append(model.decode_step(read, torch.tensor([position]) if as_tensor else position, caches))
     return torch.stack(states, dim=1)
 
 
@@ -427,26 +427,28 @@ def steps_after(model, ids, begun):
     caches = model.init_kv_caches(len(ids), 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.prefill(model.layout.shift(model.layout.pack(text, image[:, :begun])), caches)
-    slots = range(begun + 1, model.layout.num_image_tokens)
-    return torch.stack([model.decode_step(image[:, slot - 1], slot, caches) for slot in slots], dim=1)
+    positions = range(begun + 1, model.layout.num_image_tokens)
+    return torch.stack(
+        [model.decode_step(image[:, position - 1], position, caches) for position in positions], dim=1
+    )
 
 
 @torch.no_grad()
 def generate_slowly(model, text_tokens, noise, prefix=None, guidance=1.0):
-    """Image tokens (n, N) of candidates of one caption (1, T): every position reads the whole stream."""
+    """Image tokens (n, N) of candidates of one caption (1, T): every position reads the whole sequence."""
     layout = model.layout
     empty = layout.pad_text([[]])
     rows = []
     for numbers in noise:
         image = prefix if prefix is not None else torch.zeros(1, 0, dtype=torch.int64)
-        for slot in range(image.shape[1], layout.num_image_tokens):
+        for position in range(image.shape[1], layout.num_image_tokens):
             unknown = torch.cat([image, torch.zeros(1, 1, dtype=torch.int64)], dim=1)
             conditional, unconditional = (
                 model(layout.pack(text, unknown))[0, -1, layout.image_offset :]
                 for text in (text_tokens, empty)
             )
             logits = unconditional + guidance * (conditional - unconditional)
-            token = (torch.softmax(logits, dim=0).double().cumsum(dim=0) <= numbers[slot]).sum()
+            token = (torch.softmax(logits, dim=0).double().cumsum(dim=0) <= numbers[position]).sum()
             image = torch.cat([image, token.view(1, 1)], dim=1)
         rows.append(image[0])
     return torch.stack(rows)
