@@ -66,31 +66,22 @@ def test_before_the_first_averaging_there_is_none_and_the_weights_stand(model):
         assert torch.equal(model.weight, own)
 
 
-def test_applied_holds_the_average_inside_and_restores_after(model):
+def test_applied_holds_the_average_inside_and_restores_the_weights(model):
     ema = EMA(model, EMAConfig(decay=0.5, update_every=1))
     set_weights(model, 1.0)
     ema.update(model, 1)
-    set_weights(model, 7.0)
-    with ema.applied(model):
-        assert model.weight[0, 0].item() == pytest.approx(1.0)
-    assert model.weight[0, 0].item() == 7.0
-
-
-def test_applied_restores_when_the_block_raises(model):
-    ema = EMA(model, EMAConfig(decay=0.5, update_every=1))
-    ema.update(model, 1)
-    set_weights(model, 7.0)
-    with pytest.raises(RuntimeError, match="inside"), ema.applied(model):
-        raise RuntimeError("inside")
-    assert model.weight[0, 0].item() == 7.0
-
-
-def test_applied_leaves_the_average_as_it_was(model):
-    ema = EMA(model, EMAConfig(decay=0.5, update_every=1))
-    ema.update(model, 1)
     before = ema.averaged()["weight"].clone()
-    with ema.applied(model):
-        set_weights(model, 3.0)
+    set_weights(model, 7.0)
+
+    def inside():
+        with ema.applied(model):
+            assert model.weight[0, 0].item() == pytest.approx(1.0)
+            set_weights(model, 3.0)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        inside()
+    assert model.weight[0, 0].item() == 7.0
     assert torch.equal(ema.averaged()["weight"], before)
 
 

@@ -1,5 +1,4 @@
-"""fp16 with a gradient scale per resblock: the laws of the schedule and the flow of Figure 4 (2.4, appendix
-D)."""
+"""fp16 with a gradient scale per resblock: its rules and the flow of Figure 4 (section 2.4, appendix D)."""
 
 import math
 from dataclasses import replace
@@ -21,17 +20,7 @@ from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.objective import TransformerObjective
 from tests.helpers.checkpoints import save_checkpoint
 
-CONFIG = TransformerConfig(
-    depth=2,
-    heads=2,
-    head_dim=8,
-    text_len=4,
-    grid=(3, 3),
-    text_vocab=8,
-    image_vocab=8,
-    conv_kernel=3,
-    init_scale=1.0,
-)
+CONFIG = TransformerConfig(2, 2, 8, 4, (3, 3), 8, 8, conv_kernel=3, init_scale=1.0)
 
 
 def blocks(count: int = 3) -> list[ResidualBlock]:
@@ -39,63 +28,44 @@ def blocks(count: int = 3) -> list[ResidualBlock]:
     return [ResidualBlock(4, nn.Linear(4, 4)) for _ in range(count)]
 
 
-def good(*finite: bool) -> torch.Tensor:
-    return torch.tensor(finite)
-
-
-# ---------------------------------------------------------------------------------------------
-# The laws
-# ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("replicas", [1, 1024])
 def test_scales_start_at_two_to_the_thirteen_times_the_replicas(replicas):
     assert PerBlockGradScaler(blocks(), replicas).values.tolist() == [2.0**13 * replicas] * 3
 
 
-def test_a_thousand_finite_updates_double_a_scale():
-    scales = PerBlockGradScaler(blocks(1))
-    for _ in range(1000):
-        scales.update(good(True))
-    assert scales.values.item() == pytest.approx(2.0**14, rel=1e-4)
+GROWTH, BACKOFF = 2 ** (1 / 1000), 1 / math.sqrt(2)
 
 
-def test_an_overflow_divides_its_own_scale_by_the_root_of_two():
-    scales = PerBlockGradScaler(blocks())
-    scales.update(good(True, False, True))
-    up, down = 2.0**13 * 2 ** (1 / 1000), 2.0**13 / math.sqrt(2)
-    assert scales.values.tolist() == pytest.approx([up, down, up])
-
-
-def test_a_scale_is_divided_at_most_once_in_125_updates():
-    scales = PerBlockGradScaler(blocks(1))
-    values = []
-    for _ in range(251):
-        scales.update(good(False))
-        values.append(scales.values.item())
-    divisions = [i for i, (a, b) in enumerate(zip([2.0**13, *values], values, strict=False)) if b < a]
-    assert divisions == [0, 125, 250]
-
-
-def test_a_finite_update_between_two_overflows_lets_the_scale_grow_but_not_divide():
-    scales = PerBlockGradScaler(blocks(1))
-    for finite in (False, True, False):
-        scales.update(good(finite))
-    assert scales.values.item() == pytest.approx(2.0**13 / math.sqrt(2) * 2 ** (1 / 1000))
+@pytest.mark.parametrize(
+    ("steps", "factor"),
+    [
+        ([True] * 1000, 2.0),
+        ([True, False], GROWTH * BACKOFF),
+        ([False, True, False], BACKOFF * GROWTH),  # at most one division in 125 steps
+        ([False] * 125, BACKOFF),
+        ([False] * 126, BACKOFF**2),
+        ([False] * 251, BACKOFF**3),
+    ],
+)
+def test_a_scale_follows_its_own_resblock(steps, factor):
+    scales = PerBlockGradScaler(blocks(2))
+    for finite in steps:
+        scales.update(torch.tensor([finite, True]))
+    assert scales.values.tolist() == pytest.approx([2**13 * factor, 2**13 * GROWTH ** len(steps)], rel=1e-4)
 
 
 @pytest.mark.parametrize("replicas", [1, 1024])
 def test_scales_stay_between_their_bounds(replicas):
     scales = PerBlockGradScaler(blocks(2), replicas)
     scales.values.copy_(torch.tensor([2.0**7 * replicas, 2.0**24 * replicas]))
-    scales.update(good(False, True))
+    scales.update(torch.tensor([False, True]))
     assert scales.values.tolist() == [2.0**7 * replicas, 2.0**24 * replicas]
 
 
 def test_the_resblocks_see_a_changed_scale():
     made = blocks(2)
     scales = PerBlockGradScaler(made)
-    scales.update(good(True, False))
+    scales.update(torch.tensor([True, False]))
     assert [float(block.gradient_scale) for block in made] == scales.values.tolist()
     scales.load_state_dict({"values": torch.tensor([1.0, 2.0]), "since_backoff": torch.tensor([3, 4])})
     assert [float(block.gradient_scale) for block in made] == [1.0, 2.0]
@@ -104,11 +74,6 @@ def test_the_resblocks_see_a_changed_scale():
 def test_scales_of_another_model_are_refused():
     with pytest.raises(ValueError, match="2 gradient scales for 3 resblocks"):
         PerBlockGradScaler(blocks(3)).load_state_dict(PerBlockGradScaler(blocks(2)).state_dict())
-
-
-# ---------------------------------------------------------------------------------------------
-# The flow of Figure 4
-# ---------------------------------------------------------------------------------------------
 
 
 def trunk(made: list[ResidualBlock], x: torch.Tensor) -> torch.Tensor:
@@ -174,11 +139,6 @@ def test_the_trunk_is_fp32_and_the_path_inside_fp16():
     assert dtypes == [(torch.float32, torch.float16)]
 
 
-# ---------------------------------------------------------------------------------------------
-# In the loop
-# ---------------------------------------------------------------------------------------------
-
-
 def state_of(config: TransformerConfig = CONFIG) -> TrainState:
     torch.manual_seed(0)
     model = Transformer(config)
@@ -221,8 +181,8 @@ def test_an_infinite_loss_ends_the_run_all_the_same():
 def test_scales_are_in_the_checkpoint(tmp_path):
     state = state_of()
     step(state)
-    state.scales.update(good(True, False, True, True))
-    folder = save_checkpoint(tmp_path, state, {"kind": "transformer"}, keep=1)
+    state.scales.update(torch.tensor([True, False, True, True]))
+    folder = save_checkpoint(tmp_path, state, {"kind": "transformer"})
     other = state_of()
     restore(folder, other)
     assert other.scales.values.tolist() == state.scales.values.tolist()

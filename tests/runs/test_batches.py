@@ -1,5 +1,4 @@
-"""Several processes share each step: together they load what one loads, from every source (dalle/data,
-stages)."""
+"""Batches of a step: any number of processes and workers load the same samples, from every source."""
 
 import itertools
 from collections import Counter
@@ -12,10 +11,12 @@ import torch
 
 from dalle.data import BatchReader, DataConfig, ImageTextLoader, TokenCache, open_dataset, sample_captions
 from dalle.data.dataloader import worker_count
+from dalle.data.token_cache import TokenCacheSpec, TokenWriter
 from dalle.hub.registry import load_model
 from dalle.runs.batches import CLIPBatch, DVAEBatch, TokenBatches, random_squares
 from dalle.runs.inputs import load_text_input
 from dalle.shapes.dataset import ShapesDataset
+from dalle.text import load_text_tokenizer
 from dalle.types import BadSample, ImageTextBatch
 from tests.helpers.formats import FORMS, IDS, csv_file
 
@@ -177,3 +178,43 @@ def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "40")
     assert worker_count(-1, 100) == 0
     assert worker_count(5, 100) == 5
+
+
+@pytest.fixture
+def two_crops(tmp_path) -> TokenCache:
+    """Twelve images in two crops, tokens 0 .. 15; a caption names its image."""
+    plan = TokenCacheSpec(dvae="d", data="p", grid=(4, 4), vocab=16, images=12, crops=2, shard=5)
+    writer = TokenWriter(tmp_path / "tokens", plan)
+    tokens = np.random.default_rng(0).integers(16, size=(12, 2, 16))
+    for shard in writer.missing():
+        numbers = plan.numbers(shard)
+        writer.write(shard, tokens[numbers], [[f"number {n}"] for n in numbers])
+    return writer.finish()
+
+
+def test_no_crop_of_a_held_out_image_is_trained_on(two_crops, chain, tiny_runs):
+    """The last four of twelve images are held out, and an epoch is both crops of the other eight."""
+    run = replace(
+        tiny_runs.transformer, eval_samples=4, train=replace(tiny_runs.transformer.train, batch_size=16)
+    )
+    batches = TokenBatches(
+        two_crops, load_text_tokenizer(chain / "text" / "text_tokenizer.json"), run.model.layout, run
+    )
+    _, image = run.model.layout.unpack(batches(0))
+    images = [p for p in range(8) for _ in range(2)]
+    expected = two_crops.image_tokens(images, [0, 1] * 8)
+    assert sorted(image.tolist()) == sorted(expected.tolist())
+    assert torch.equal(run.model.layout.unpack(batches.val())[1], two_crops.image_tokens([8, 9, 10, 11]))
+
+
+def test_caption_and_image_of_a_sample_belong_together(two_crops, chain, tiny_runs):
+    run = replace(tiny_runs.transformer, eval_samples=4, bpe_dropout=0.0)
+    text = load_text_tokenizer(chain / "text" / "text_tokenizer.json")
+    batches = TokenBatches(two_crops, text, run.model.layout, run)
+    captions = {
+        tuple(run.model.layout.pad_text([text.encode(f"number {n}")])[0].tolist()): n for n in range(8)
+    }
+    for step in range(4):
+        text_tokens, image_tokens = (part.tolist() for part in run.model.layout.unpack(batches(step)))
+        for words, tokens in zip(text_tokens, image_tokens, strict=True):
+            assert tokens in two_crops.image_tokens([captions[tuple(words)]] * 2, [0, 1]).tolist()
