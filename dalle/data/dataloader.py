@@ -63,7 +63,6 @@ class Loader:
         steps: no later step is prefetched.
         workers: number of worker processes; 0 for none.
         prefetch: items that each worker keeps ready.
-        start_method: "fork", "spawn", "forkserver"; default: that of the system.
         pin: pin the memory of tensors for fast copies to a CUDA device.
         timeout: seconds to wait for an item.
 
@@ -78,7 +77,6 @@ class Loader:
         steps: int,
         workers: int = 0,
         prefetch: int = 2,
-        start_method: str | None = None,
         pin: bool = False,
         timeout: float = WORKER_TIMEOUT,
     ):
@@ -86,7 +84,6 @@ class Loader:
         self._options = {
             "num_workers": workers,
             "prefetch_factor": prefetch,
-            "multiprocessing_context": start_method,
             "pin_memory": pin,
             "timeout": timeout,
         }

@@ -61,7 +61,7 @@ def open_dataset(config: DataConfig, split: str = "train", siblings: bool = Fals
 
 
 class ImageTextDataset:
-    """The images of a source, or of a split of it, by index.
+    """The images of a source, or of a split of it, as `CaptionedImages`.
 
     Args:
         source: all images.
@@ -101,11 +101,9 @@ class ImageTextDataset:
         self.hash = hashlib.blake2b(f"{source.hash} {part}".encode(), digest_size=8).hexdigest()
 
     def name(self, index: int) -> str:
-        """Name of a sample in reports."""
         return self.source.name(self._source_index(index))
 
     def captions(self, indices: Sequence[int]) -> list[list[str]]:
-        """All captions of each image, read without the images; none for a bad sample."""
         lists = []
         for index in indices:
             try:
@@ -117,17 +115,7 @@ class ImageTextDataset:
     def load(
         self, samples: Sequence[tuple[int, int]], augment: str = "none", seed: int = 0, replace: bool = False
     ) -> ImageTextBatch:
-        """The images of (epoch, index) samples; a random crop depends on (seed, epoch, index) alone.
-
-        Args:
-            samples: epoch and index of each.
-            augment: the listing of the random crops, or "none" for the center.
-            seed: seed of the crops.
-            replace: replace a bad sample by another one, which depends on (seed, epoch, index) alone.
-
-        Raises:
-            ValueError: no replacement among many candidates.
-        """
+        """See `CaptionedImages`; ValueError if no sample among many can replace a bad one."""
         batch = ImageTextBatch(np.zeros((0, 3, self.resolution, self.resolution), np.float32), [], [])
         images = []
         for epoch, index in samples:

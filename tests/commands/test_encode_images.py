@@ -11,7 +11,6 @@ from torch import nn
 
 from dalle.commands.encode_images import EncodeImagesArgs, encode_images
 from dalle.commands.train_dvae import EncodeConfig, train_dvae
-from dalle.commands.train_transformer import train_transformer
 from dalle.data.token_cache import shard_name
 from dalle.runs import encoding
 from dalle.runs.encoding import Encoder, resolve_part
@@ -139,15 +138,12 @@ def test_another_seed_is_another_cache_and_another_path_is_not(grays, tmp_path):
         grays.run(tmp_path / "tokens", seed=1)
 
 
-def test_tokens_of_another_dvae_are_refused_with_both_hashes(chain, tiny_runs, tmp_path):
+def test_another_dvae_is_refused_with_both_hashes(chain, tiny_runs, tmp_path):
     args = replace(tiny_runs.encode, out=tmp_path / "tokens", dvae=chain / "dvae")
     own = encode_images(args).meta["dvae"]
     train_dvae(replace(tiny_runs.dvae, out=tmp_path / "other", seed=9, steps=1))
     with pytest.raises(ValueError, match=f"dvae was '{own}', is '[0-9a-f]{{16}}'"):
         encode_images(replace(args, dvae=tmp_path / "other"))
-    training = replace(tiny_runs.transformer, text_tokenizer=chain / "text", out=tmp_path / "transformer")
-    with pytest.raises(ValueError, match=f"tokens of dVAE {own}, .*other is [0-9a-f]{{16}}"):
-        train_transformer(replace(training, tokens=tmp_path / "tokens", dvae=tmp_path / "other"))
 
 
 def test_a_resolution_that_is_no_multiple_is_refused(grays, tmp_path):

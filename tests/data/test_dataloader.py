@@ -77,8 +77,12 @@ def test_any_number_of_workers_and_any_resume_gives_the_same_batches(workers):
 
 @pytest.mark.slow
 def test_spawned_workers_give_the_same_batches():
-    with Loader(reader(), 2, workers=1, start_method="spawn") as batches:
-        assert [batches(step)[0] for step in range(2)] == stream(0, steps=2)
+    alone, method = stream(0, steps=2), torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    try:
+        assert stream(1, steps=2) == alone
+    finally:
+        torch.multiprocessing.set_start_method(method, force=True)
 
 
 def test_steps_in_any_order():
@@ -132,10 +136,12 @@ def test_workers_ignore_signals_and_end_with_the_loader(name):
 
 KILLED = """
 import os, signal, sys
+import torch.multiprocessing
 from tests.helpers.failing import Failing
 from dalle.data.dataloader import Loader
 if __name__ == "__main__":
-    batches = Loader(Failing("works"), 10**6, workers=1, start_method=sys.argv[1])
+    torch.multiprocessing.set_start_method(sys.argv[1])
+    batches = Loader(Failing("works"), 10**6, workers=1)
     batches(0)
     print(batches._stream._workers[0].pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)

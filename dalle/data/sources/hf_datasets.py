@@ -48,15 +48,12 @@ class HubSource:
         return len(self._rows)
 
     def name(self, index: int) -> str:
-        """The row."""
         return f"row {index}"
 
     def shares(self) -> np.ndarray:
-        """uint32 (N,), a hash of each name."""
         return np.fromiter((name_hash(self.name(i)) for i in range(len(self))), np.uint32, len(self))
 
     def read(self, index: int) -> RawSample:
-        """One sample; BadSampleError if it cannot be read."""
         row, name = self._rows[index], self.name(index)
         image = row[self._image]
         if isinstance(image, Mapping):
@@ -68,7 +65,6 @@ class HubSource:
         return RawSample(name, image, self._captions_of(row, name))
 
     def captions(self, index: int) -> list[str]:
-        """The captions of `read`, without reading the image."""
         return self._captions_of(self._texts[index], self.name(index))
 
     def _captions_of(self, row: Mapping[str, Any], name: str) -> list[str]:

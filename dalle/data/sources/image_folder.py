@@ -60,21 +60,17 @@ class FolderSource:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        """The path of the image below the folder."""
         return self._names[index]
 
     def shares(self) -> np.ndarray:
-        """uint32 (N,), a hash of each name."""
         return np.fromiter((name_hash(self._names[i]) for i in range(len(self))), np.uint32, len(self))
 
     def read(self, index: int) -> RawSample:
-        """One sample; BadSampleError if it cannot be read."""
         captions = self.captions(index)
         name = self._names[index]
         return RawSample(name, read_inside(self._root, name, "unreadable image"), captions)
 
     def captions(self, index: int) -> list[str]:
-        """The captions of `read`, without reading the image."""
         stem = os.path.splitext(self._names[index])[0]
         suffixes = CAPTION_SUFFIXES[::-1] if self.caption_column else CAPTION_SUFFIXES
         found = next((stem + suffix for suffix in suffixes if (self._root / (stem + suffix)).is_file()), None)

@@ -101,15 +101,12 @@ class TableSource:
         return json.loads(self._index.text(record["at"], record["size"]))
 
     def name(self, index: int) -> str:
-        """The path of the image, else table and row."""
         return self._row(index)[0]
 
     def shares(self) -> np.ndarray:
-        """uint32 (N,), a hash of each name; rows of the same image have the same."""
         return self._index.samples["share"]
 
     def read(self, index: int) -> RawSample:
-        """One sample; BadSampleError if it cannot be read."""
         name, image, captions = self._row(index)
         check_utf8(captions, name)
         if image is not None:
@@ -119,7 +116,6 @@ class TableSource:
         return RawSample(name, _embedded_image(file, group, row, self.image_column, name), captions)
 
     def captions(self, index: int) -> list[str]:
-        """The captions of `read`, without reading the image."""
         name, _, captions = self._row(index)
         return check_utf8(captions, name)
 

@@ -61,19 +61,15 @@ class TarSource:
         return len(self._index.samples)
 
     def name(self, index: int) -> str:
-        """ "train-0003.tar/000123"."""
         return self._index.text(*self._index.samples[index]["name"]).decode("utf-8", "surrogatepass")
 
     def shares(self) -> np.ndarray:
-        """uint32 (N,), a hash of each name."""
         return self._index.samples["share"]
 
     def read(self, index: int) -> RawSample:
-        """One sample; BadSampleError if it cannot be read."""
         return RawSample(self.name(index), self._bytes(index, "image"), self.captions(index))
 
     def captions(self, index: int) -> list[str]:
-        """The captions of `read`, without reading the image."""
         sample = self._index.samples[index]
         if sample["json"]["at"] and (self.caption_column or not sample["text"]["at"]):
             return parse_json(self._bytes(index, "json"), self.name(index), self.caption_column)
