@@ -22,8 +22,7 @@ class CLIPConfig:
     vision_layers: int = 12
     """Its layers."""
     vision_pool: Literal["class", "average"] = "class"
-    """What stands for the image: the state of a class token (Radford et al.), or the average of all
-    patches."""
+    """Image vector: the state of a class token (Radford et al.), or the average of all patches."""
     text_len: int = 77
     """Text ids, the end mark among them."""
     text_vocab: int = 16384

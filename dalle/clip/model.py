@@ -52,8 +52,7 @@ class CLIP(nn.Module):
         self.truncated = 0
 
     def pack_text(self, captions: Sequence[Sequence[int]]) -> Tensor:
-        """Text ids of captions -> int64 (B, L): ids, end mark, pads; longer captions are truncated and
-        counted."""
+        """Text ids of captions -> int64 (B, L): ids, end mark, pads; truncated captions are counted."""
         rows = torch.full((len(captions), self.config.text_len), self.pad)
         for row, ids in zip(rows, captions, strict=True):
             self.truncated += len(ids) > self.config.text_len - 1
@@ -72,8 +71,7 @@ class CLIP(nn.Module):
             return self.net.encode_text(text, normalize=True)
 
     def fsdp_groups(self) -> list[list[nn.Module]]:
-        """Groups that sharded training gathers at once, in order of use; computed in 16 bit under
-        autocast."""
+        """Groups that sharded training gathers at once, in order of use."""
         towers = self.net.transformer, self.net.visual.transformer
         return [[block.attn, block.mlp] for tower in towers for block in tower.resblocks]
 
@@ -126,8 +124,7 @@ class CLIPScorer(_CosineScorer):
 
 
 class OpenClipScorer(_CosineScorer):
-    """A `Scorer` and `Embedder` by any model of open_clip and its tokenizer; `truncated` counts long
-    captions."""
+    """A `Scorer` and `Embedder` by a model of open_clip and its tokenizer; counts `truncated` captions."""
 
     def __init__(self, model: nn.Module, tokenizer: Callable[[list[str]], Tensor]):
         self.model, self.tokenizer = model, tokenizer

@@ -55,7 +55,7 @@ def inspect_checkpoint(args: InspectCheckpointArgs) -> dict[str, Any]:
 
 
 def _one_line(value: Any) -> str:
-    """A value of the report, lists cut, foreign names without control characters."""
+    """A value of the report, lists cut, names without control characters."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_one_line(inner)}" for name, inner in value.items())
     if isinstance(value, list) and len(value) > SHOWN and all(isinstance(inner, str) for inner in value):

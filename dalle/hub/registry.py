@@ -38,8 +38,7 @@ MODEL_REGISTRY: dict[str, tuple[type, type[nn.Module]]] = {
 
 @dataclass
 class LoadedModel(HubMixin):
-    """A model with the description of its checkpoint; `LoadedModel("dvae", model)` for a model without
-    one."""
+    """A model and the description of its checkpoint, if any: `LoadedModel("dvae", model)`."""
 
     kind: str
     model: nn.Module

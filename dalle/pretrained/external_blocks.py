@@ -79,8 +79,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor, prefix_len: int, cache: KVCache | None, angles: Tensor | None
     ) -> Tensor:
-        """x (B, n, D) of the first inputs under mask (n, n); a cache stores the first `prefix_len` as
-        text."""
+        """x (B, n, D) of the first inputs, mask (n, n); a cache stores the first `prefix_len` as text."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         q, k, v = (rotate(part, angles) for part in (q, k, v))
         if cache is not None:
@@ -143,8 +142,7 @@ class SandwichBlock(ResidualBlock):
         return self.norm_out(super().forward(x, *rest))
 
     def step(self, x: Tensor, *rest) -> Tensor:
-        """x (B, D) of one image token and the other arguments of f.step, in the number format of the
-        matrices."""
+        """x (B, D) of one image token and the other arguments of f.step."""
         x = self.norm(x).to(self.dtype)
         return self.norm_out(self.f.step(x, *rest) if rest else self.f(x))
 

@@ -86,8 +86,7 @@ class ExternalLayout(TokenLayout):
 
 
 def stream_mask(image_mask: Tensor, prefix_len: int) -> Tensor:
-    """bool (P + N, P + N): causal, all P inputs of the prefix visible to the image, image_mask (N, N) within
-    it."""
+    """bool (P + N, P + N): causal; the image sees all P inputs of the prefix, and itself by image_mask."""
     length = prefix_len + len(image_mask)
     mask = torch.ones(length, length, dtype=torch.bool).tril()
     mask[prefix_len:, prefix_len:] &= image_mask

@@ -8,18 +8,17 @@ import numpy as np
 from dalle.text.tokenizer import UNKNOWN_ID, TextTokenizer
 
 
-def vocabulary_coverage(text: TextTokenizer, captions: Iterable[str], room: int) -> dict[str, Any]:
+def vocabulary_coverage(text: TextTokenizer, captions: Iterable[str], max_caption_len: int) -> dict[str, Any]:
     """Statistics of captions, which are read once and not kept.
 
     Args:
         text: the tokenizer.
         captions: any number.
-        room: tokens of a caption before it is truncated.
+        max_caption_len: tokens of a caption before it is truncated.
 
     Returns:
-        captions: how many; coverage: share of their characters in the alphabet; tokens_per_caption: mean,
-            median,
-        95th percentile, maximum; truncated: share of captions longer than room.
+        captions: how many; coverage: share of their characters in the alphabet; tokens_per_caption: statistics;
+        truncated: share of captions longer than max_caption_len.
     """
     lengths: list[int] = []
     characters = outside = 0
@@ -40,7 +39,7 @@ def vocabulary_coverage(text: TextTokenizer, captions: Iterable[str], room: int)
             "95_of_100": int(np.percentile(counts, 95, method="higher")),
             "most": int(counts.max()),
         },
-        "room": room,
-        "truncated": round(float((counts > room).mean()), 6),
+        "max_caption_len": max_caption_len,
+        "truncated": round(float((counts > max_caption_len).mean()), 6),
         "vocab_size": text.vocab_size,
     }

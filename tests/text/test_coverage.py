@@ -59,9 +59,9 @@ def test_training_again_on_the_same_sample_reads_the_same(monkeypatch, tmp_path)
 
 def test_the_report_counts_by_hand():
     text = train_text_tokenizer(["ab ab"] * 10, TextTokenizerConfig())  # a word is one token
-    report = vocabulary_coverage(text, ["ab", "ab ab ab", "ab é!", "ab " * 20], room=4)
+    report = vocabulary_coverage(text, ["ab", "ab ab ab", "ab é!", "ab " * 20], max_caption_len=4)
     assert report["captions"] == 4
-    letters, outside = 2 + 6 + 4 + 40, 2  # é and ! are spelt in 2 and 1 bytes, each behind a mark
+    letters, outside = 2 + 6 + 4 + 40, 2  # é and ! are 2 bytes and 1, each after a mark
     assert report["coverage"] == pytest.approx(1 - outside / letters, abs=1e-6)
     lengths = [1, 3, 1 + 3 + 2, 20]
     assert report["tokens_per_caption"] == {
@@ -70,7 +70,11 @@ def test_the_report_counts_by_hand():
         "95_of_100": 20,
         "most": 20,
     }
-    assert (report["room"], report["truncated"], report["outside_the_alphabet"]) == (4, 0.5, "bytes")
+    assert (report["max_caption_len"], report["truncated"], report["outside_the_alphabet"]) == (
+        4,
+        0.5,
+        "bytes",
+    )
 
 
 def test_no_captions_make_an_empty_report():
@@ -85,13 +89,13 @@ def test_the_stage_prints_and_writes_the_report(tiny_runs, tmp_path, capsys):
     text = train_tokenizer(run)
     report = json.loads((tmp_path / "text" / "report.json").read_text())
     assert report["vocab_size"] == text.vocab_size
-    assert report["room"] == run.model.layout.max_caption_len == 19
+    assert report["max_caption_len"] == run.model.layout.max_caption_len == 19
     assert report["coverage"] > 0.999
     assert "95 of 100" in capsys.readouterr().out
 
 
-def test_the_room_is_that_of_the_transformer_to_be(tiny_runs, tmp_path):
+def test_the_length_is_that_of_the_transformer_to_be(tiny_runs, tmp_path):
     model = TransformerConfig(1, 1, 8, 4, (4, 4), 400, 16, conv_kernel=3)
     train_tokenizer(replace(tiny_runs.text, out=tmp_path / "text", captions=50, model=model))
     report = json.loads((tmp_path / "text" / "report.json").read_text())
-    assert (report["room"], report["truncated"]) == (3, 1.0)
+    assert (report["max_caption_len"], report["truncated"]) == (3, 1.0)

@@ -205,17 +205,17 @@ def exact_dropout_distribution(tokenizer, word, dropout):
     return result
 
 
-def chi_square_excess(draws, distribution):
+def chi_square_excess(samples, distribution):
     """Standard deviations by which chi-square exceeds its mean; classes expected under 5 times are pooled."""
-    n, expected, observed = sum(draws.values()), [0.0], [0]
-    assert set(draws) <= set(distribution)
+    n, expected, observed = sum(samples.values()), [0.0], [0]
+    assert set(samples) <= set(distribution)
     for outcome, probability in distribution.items():
         if n * probability >= 5:
             expected.append(n * probability)
-            observed.append(draws[outcome])
+            observed.append(samples[outcome])
         else:
             expected[0] += n * probability
-            observed[0] += draws[outcome]
+            observed[0] += samples[outcome]
     classes = [(o, e) for o, e in zip(observed, expected, strict=True) if e >= 1]
     freedom = len(classes) - 1
     return (sum((o - e) ** 2 / e for o, e in classes) - freedom) / math.sqrt(2 * freedom)
@@ -224,13 +224,13 @@ def chi_square_excess(draws, distribution):
 # Chi-square is a chance variable even for a right answer; 5 standard deviations of it are exceeded about once
 # in 1,000 seeds. test_another_dropout_would_be_noticed shows that wrong answers exceed them by far.
 TOO_FAR = 5
-N_DRAWS = 4000
+N_SAMPLES = 4000
 ONE_TREE = by_hand("a b", "c d", f"{WORD_START} ab", f"{WORD_START}ab cd")  # no merge excludes another
 OVERLAPPING = by_hand("e n", "o k", "t ok", "k e", "t o", "ke n", "tok en", f"{WORD_START} token")
 
 
 def sample_segmentations(tokenizer, word, dropout):
-    return Counter(tuple(tokenizer.encode(word, dropout, seed=(7, i))) for i in range(N_DRAWS))
+    return Counter(tuple(tokenizer.encode(word, dropout, seed=(7, i))) for i in range(N_SAMPLES))
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
@@ -256,16 +256,16 @@ def test_dropout_probabilities_by_hand():
 
 
 def test_another_dropout_would_be_noticed():
-    draws = sample_segmentations(OVERLAPPING, "token", 0.13)
-    assert chi_square_excess(draws, exact_dropout_distribution(OVERLAPPING, "token", 0.1)) > 2 * TOO_FAR
+    samples = sample_segmentations(OVERLAPPING, "token", 0.13)
+    assert chi_square_excess(samples, exact_dropout_distribution(OVERLAPPING, "token", 0.1)) > 2 * TOO_FAR
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
 def test_dropout_agrees_with_youtokentome_where_no_merge_excludes_another(tmp_path, dropout):
     youtokentome = to_youtokentome(ONE_TREE, tmp_path / "model")
-    draws = youtokentome.encode(["abcd"] * N_DRAWS, dropout_prob=dropout)
-    draws = Counter(tuple(from_youtokentome(ids)) for ids in draws)
-    assert chi_square_excess(draws, exact_dropout_distribution(ONE_TREE, "abcd", dropout)) < TOO_FAR
+    samples = youtokentome.encode(["abcd"] * N_SAMPLES, dropout_prob=dropout)
+    samples = Counter(tuple(from_youtokentome(ids)) for ids in samples)
+    assert chi_square_excess(samples, exact_dropout_distribution(ONE_TREE, "abcd", dropout)) < TOO_FAR
 
 
 def test_youtokentome_drops_less_where_merges_exclude_one_another(tmp_path):
@@ -273,7 +273,7 @@ def test_youtokentome_drops_less_where_merges_exclude_one_another(tmp_path):
     youtokentome = to_youtokentome(OVERLAPPING, tmp_path / "model")
     whole = youtokentome.encode(["token"])[0]
     assert from_youtokentome(whole) == OVERLAPPING.encode("token")
-    theirs = youtokentome.encode(["token"] * N_DRAWS, dropout_prob=0.1).count(whole) / N_DRAWS
+    theirs = youtokentome.encode(["token"] * N_SAMPLES, dropout_prob=0.1).count(whole) / N_SAMPLES
     ours = exact_dropout_distribution(OVERLAPPING, "token", 0.1)[tuple(from_youtokentome(whole))]
     assert ours < theirs - 0.05  # 7 standard deviations of theirs
 

@@ -88,8 +88,7 @@ class ShiftCache(KVCache):
             states[:, position % columns] = state.repeat_interleave(self.candidates, 0)
 
     def shifted(self, branch: int, x: Tensor, position: Tensor) -> Tensor:
-        """Stores states (B, D) of image token `position` (1,) and mixes them with those above and to the
-        left."""
+        """Stores states (B, D) of a position (1,) and mixes them with those above and to the left."""
         states, columns = self.states[branch], self.states[branch].shape[1]
         quarter = x.shape[1] // 4
         above = states.index_select(1, position % columns)[:, 0, :quarter]
@@ -110,8 +109,7 @@ def shifted(x: Tensor, text_inputs: int, columns: int) -> Tensor:
 
 
 class ScaledBlock(SandwichBlock):
-    """scale * f(shifted norm(x)), in a sandwich normed before the scale; `branch` is its index in
-    ShiftCache."""
+    """scale * f(shifted norm(x)), in a sandwich normed before the scale; `branch` indexes ShiftCache."""
 
     def __init__(self, config: DallePytorchConfig, f: nn.Module, branch: int):
         super().__init__(config, f)

@@ -23,8 +23,7 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # the package's default
 
 @dataclass(frozen=True)
 class DiscreteVAEConfig:
-    """Shape of the VAE: `levels` halve the image, `blocks` are residual blocks on each side of the
-    codebook."""
+    """Shape of the VAE: `levels` halve the image, `blocks` are residual blocks on each side."""
 
     levels: int
     blocks: int
