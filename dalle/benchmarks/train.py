@@ -5,6 +5,7 @@ MFU is that of the training log (dalle/train/throughput.py); `matmul_utilization
 what a large matrix product reaches on the device in that run.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -62,39 +63,30 @@ def benchmark_training(args: TrainBenchmark) -> dict[str, Any]:
     return finish(report, args, device)
 
 
-class TransformerStep:
+class TransformerStep(Stepper):
     """Our transformer with its optimizer; a call is one training step."""
 
     def __init__(self, args: TrainBenchmark, backend: str, device: torch.device, precision: str):
-        changes = (
-            {"sparse": False, "attention_backend": "auto"}
-            if backend == "causal"
-            else {"attention_backend": backend}
-        )
+        changes = {"attention_backend": backend}
+        if backend == "causal":
+            changes = {"sparse": False, "attention_backend": "auto"}
         config = replace(args.config, **changes)
-        self.step = Stepper("transformer", config, TransformerObjective(), device, precision, args.compile)
+        super().__init__("transformer", config, TransformerObjective(), device, precision, args.compile)
         self.flops = args.batch_size * sum(training_flops(config).values())
-        self.ids, self.precision = random_ids(config.layout, args.batch_size).to(device), precision
+        self.ids = random_ids(config.layout, args.batch_size).to(device)
 
     def __call__(self) -> None:
-        self.step(self.ids)
+        super().__call__(self.ids)
 
     def facts(self) -> dict[str, Any]:
         """What is timed."""
-        model = self.step.model
-        return {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "precision": self.precision,
-            "attention": model.backends(),
-            "flops": self.flops,
-        }
+        parameters = sum(p.numel() for p in self.model.parameters())
+        facts = {"parameters": parameters, "precision": self.precision, "flops": self.flops}
+        return facts | {"attention": self.model.backends()}
 
 
 def _executed_flops(step: Any, compiled: bool) -> int | None:
     """FLOPs of one step as torch counts them, which also warms it up; None for compiled code."""
-    if compiled:
+    with nullcontext() if compiled else FlopCounterMode(display=False) as counter:
         step()
-        return None
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
+    return None if compiled else counter.get_total_flops()
