@@ -38,20 +38,15 @@ def benchmark_attention(args: AttentionBenchmark) -> dict[str, Any]:
         for _ in range(WARMUP_ROUNDS + args.rounds)
     ][WARMUP_ROUNDS:]
     totals = [_total(times, counts) for times in rounds]
-    results = {
-        backend: {"total_seconds": median(total[backend] for total in totals)}
-        | {
-            f"speedup_vs_causal_{name}": median(total[f"causal {name}"] / total[backend] for total in totals)
-            for name in causal
-        }
-        for backend in totals[0]
-    }
-    auto = {
-        kind: resolve_backend(
-            "auto", SparseMask(kind, config.layout, config.conv_kernel), shape[3], device, config.head_dim
-        )
-        for kind in counts
-    }
+    results = {}
+    for backend in totals[0]:
+        results[backend] = {"total_seconds": median(total[backend] for total in totals)}
+        for name in causal:
+            ratios = [total[f"causal {name}"] / total[backend] for total in totals]
+            results[backend][f"speedup_vs_causal_{name}"] = median(ratios)
+    masks = {kind: SparseMask(kind, config.layout, config.conv_kernel) for kind in counts}
+    sizes = (shape[3], device, config.head_dim)
+    auto = {kind: resolve_backend("auto", mask, *sizes) for kind, mask in masks.items()}
     report = {
         "results": results,
         "seconds_per_layer": {" ".join(key): median(times[key] for times in rounds) for key in layers},

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import torch
 
@@ -29,11 +28,13 @@ class DallePytorchStep:
         self, config: TransformerConfig, batch_size: int, attn_types: tuple[str, ...], device: torch.device
     ):
         rows, columns = config.grid
-        self.attn_types, self.model = attn_types, _build(config, attn_types).to(device)
+        self.model = _build(config, attn_types).to(device)
         self.text = torch.randint(1, config.text_vocab, (batch_size, config.text_len), device=device)
         self.image = torch.randint(config.image_vocab, (batch_size, rows * columns), device=device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
+        parameters = sum(p.numel() for p in self.trained)
+        self.facts = {"parameters": parameters, "precision": "fp32", "attn_types": list(attn_types)}
 
     def __call__(self) -> None:
         loss = self.model(self.text, self.image, return_loss=True)
@@ -41,11 +42,6 @@ class DallePytorchStep:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 4.0)
         self.optimizer.step()
-
-    def facts(self) -> dict[str, Any]:
-        """What is timed."""
-        parameters = sum(p.numel() for p in self.trained)
-        return {"parameters": parameters, "precision": "fp32", "attn_types": list(self.attn_types)}
 
 
 class DallePytorchSampler:
@@ -56,7 +52,8 @@ class DallePytorchSampler:
     """
 
     def __init__(self, config: TransformerConfig, attn_types: tuple[str, ...], device: torch.device):
-        self.attn_types, self.model = attn_types, _build(config, attn_types).to(device).eval()
+        self.model = _build(config, attn_types).to(device).eval()
+        self.facts = {"precision": "fp32", "attn_types": list(attn_types), "cache": True}
         self.text = torch.randint(1, config.text_vocab, (1, config.text_len), device=device)
         self.offset, self.codes = config.text_vocab + config.text_len, config.image_vocab
 
@@ -70,10 +67,6 @@ class DallePytorchSampler:
             sample = top.indices.gather(1, torch.multinomial(top.values.softmax(-1), 1))
             image = torch.cat([image, sample], dim=1)
         return image
-
-    def facts(self) -> dict[str, Any]:
-        """What is timed."""
-        return {"precision": "fp32", "attn_types": list(self.attn_types), "cache": True}
 
 
 def _build(config: TransformerConfig, attn_types: tuple[str, ...]) -> torch.nn.Module:

@@ -48,7 +48,7 @@ def benchmark_sampling(args: SampleBenchmark) -> dict[str, Any]:
         per_image = seconds * image_tokens / args.num_tokens
         for line in results.values():
             line[f"speedup_vs_{args.baseline}"] = per_image / line["seconds_per_image"]
-        results[args.baseline] = {"batch": 1, "seconds_per_image": per_image, **theirs.facts()}
+        results[args.baseline] = {"batch": 1, "seconds_per_image": per_image, **theirs.facts}
     report = {
         "results": results,
         "precision": precision,

@@ -41,7 +41,7 @@ def benchmark_training(args: TrainBenchmark) -> dict[str, Any]:
     results = {}
     for name, step in steps.items():
         seconds = median(times[name] for times in rounds)
-        line = step.facts() | {"flops_executed": executed[name], "seconds": seconds}
+        line = step.facts | {"flops_executed": executed[name], "seconds": seconds}
         line["tokens_per_sec"] = tokens / seconds
         if step.flops:
             line["matmul_utilization"] = step.flops / seconds / rate
@@ -74,15 +74,12 @@ class TransformerStep(Stepper):
         super().__init__("transformer", config, TransformerObjective(), device, precision, args.compile)
         self.flops = args.batch_size * sum(training_flops(config).values())
         self.ids = random_ids(config.layout, args.batch_size).to(device)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        self.facts = {"parameters": parameters, "precision": precision, "flops": self.flops}
+        self.facts["attention"] = self.model.backends()
 
     def __call__(self) -> None:
         super().__call__(self.ids)
-
-    def facts(self) -> dict[str, Any]:
-        """What is timed."""
-        parameters = sum(p.numel() for p in self.model.parameters())
-        facts = {"parameters": parameters, "precision": self.precision, "flops": self.flops}
-        return facts | {"attention": self.model.backends()}
 
 
 def _executed_flops(step: Any, compiled: bool) -> int | None:
