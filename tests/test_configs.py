@@ -47,20 +47,17 @@ def test_it_builds_and_names_its_command(file):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_families_fit_together(size):
+def test_the_families_fit_together_and_their_schedules_end_within_the_run(size):
     dvae, transformer, clip = (read(family, size) for family in RUNS)
     side = dvae.data.resolution // dvae.model.downsample_factor
     assert transformer.model.grid == (side, side)
     assert transformer.model.image_vocab == dvae.model.vocab_size
     assert transformer.text.vocab_size <= min(transformer.model.text_vocab, clip.model.text_vocab)
     assert transformer.data == dvae.data
-
-
-@pytest.mark.parametrize("family", RUNS)
-def test_the_lr_schedule_ends_within_the_run(family):
-    for size in ("shapes", "small", "clipart"):
-        run = read(family, size)
+    for run in () if size == "paper" else (dvae, transformer, clip):
         assert run.train.optimizer.lr.decay_steps <= run.steps
+    if size == "small":
+        assert 30e6 < parameters("transformer", transformer.model) < 60e6
 
 
 # The paper's numbers.
@@ -119,10 +116,6 @@ def test_the_papers_clip_is_vit_b_16():
     assert sum(p.numel() for p in model.net.visual.parameters()) == pytest.approx(86.2e6, rel=0.01)
     optimizer = run.train.optimizer
     assert (run.train.batch_size, optimizer.weight_decay, optimizer.warmup_steps) == (32_768, 0.2, 2_000)
-
-
-def test_the_small_transformer_has_tens_of_millions_of_parameters():
-    assert 30e6 < parameters("transformer", read("transformer", "small").model) < 60e6
 
 
 # Two steps.

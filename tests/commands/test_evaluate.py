@@ -237,6 +237,8 @@ class TestMistakes:
         ("changes", "message"),
         [
             ({"num_samples": 0}, "num-samples must be positive"),
+            ({"best_of": 0}, "best.of must"),
+            ({"num_prompts": 0}, "num.prompts must"),
             ({"metrics": ()}, "one or more"),
             ({"metrics": ("dvae", "dvae")}, "each once"),
             ({"blur_radii": (0, -1)}, "0 or more"),

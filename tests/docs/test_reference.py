@@ -84,7 +84,6 @@ def test_the_site_builds_without_a_warning(tmp_path):
     for name in dalle.__all__:
         assert objects[f"dalle.{name}"].startswith("docs/api/dalle.html")
     assert {"dalle.masks.visible", "dalle.transformer.losses.weighted_cross_entropy"} <= set(objects)
-    page = (site / "docs" / "api" / "dalle.html").read_text(encoding="utf-8")
-    assert "What stands for the image: the state of a class token" in page
+    assert "class token" in (site / "docs" / "api" / "dalle.html").read_text(encoding="utf-8")  # of a field
     assert "docs/index.html" in (site / "index.html").read_text(encoding="utf-8")
     assert (site / "docs" / "index.html").is_file()

@@ -30,6 +30,7 @@ case "$*" in
     "-m pip "*) echo "$*" >>"{log}" ;;
 esac
 """
+FAILING = f"#!{shutil.which('sh')}\nexit 1\n"
 
 
 class Project:
@@ -103,34 +104,29 @@ def assert_refused(project: Project, result: subprocess.CompletedProcess, *words
     assert not (project.root / ".venv").exists()
 
 
-@pytest.mark.parametrize("thing", MISSING)
-def test_what_is_missing_is_named_and_nothing_is_made(project: Project, thing: str) -> None:
-    remove(project, thing)
-    result = project.setup()
-    assert_refused(project, result, *MISSING[thing])
-    assert result.stderr.count("  - ") == 1
-
-
-def test_all_that_is_missing_is_named_at_once(project: Project) -> None:
-    things = ["no-venv", "no-headers", "g++"]
+@pytest.mark.parametrize("things", [*([thing] for thing in MISSING), ["no-venv", "no-headers", "g++"]])
+def test_all_that_is_missing_is_named_and_nothing_is_made(project: Project, things: list[str]) -> None:
     for thing in things:
         remove(project, thing)
     result = project.setup()
-    assert_refused(project, result, *(word for thing in things for word in MISSING[thing][:1]))
-    assert "sudo apt-get install python3-venv python3-dev g++\n" in result.stderr
-    assert "sudo dnf install python3 python3-devel gcc-c++\n" in result.stderr
+    assert_refused(project, result, *(word for thing in things for word in MISSING[thing]))
+    assert result.stderr.count("  - ") == len(things)
+    if len(things) == 3:
+        assert "sudo apt-get install python3-venv python3-dev g++\n" in result.stderr
+        assert "sudo dnf install python3 python3-devel gcc-c++\n" in result.stderr
 
 
-def test_a_compiler_that_does_not_compile_is_none(project: Project) -> None:
-    project.add("g++", f"#!{shutil.which('sh')}\nexit 1\n")
+def test_a_compiler_or_interpreter_that_does_not_run_is_refused(project: Project) -> None:
+    project.add("g++", FAILING)
     assert_refused(project, project.setup(), "C++ compiler")
+    assert_refused(project, project.setup(PYTHON="nonesuch"), "nonesuch", "none that runs")
     project.add("c++")
     assert project.setup().returncode == 0
 
 
 def test_a_newer_python_replaces_an_old_python3(project: Project) -> None:
     text = (project.bin / "python3").read_text()
-    project.add("python3", f"#!{shutil.which('sh')}\nexit 1\n")
+    project.add("python3", FAILING)
     project.add("python3.12", text)
     assert project.setup().returncode == 0
     assert project.commands() == FULL
@@ -194,8 +190,3 @@ def test_another_interpreter_remakes_the_venv(installed: Project) -> None:
     for env, expected in [({"PYTHON": str(other)}, FULL), ({"PYTHON": str(other)}, []), ({}, [])]:
         assert project.setup(**env).returncode == 0
         assert project.commands() == expected
-
-
-def test_an_interpreter_that_does_not_run_is_named(project: Project) -> None:
-    result = project.setup(PYTHON="nonesuch")
-    assert_refused(project, result, "nonesuch", "none that runs")

@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
 
 from dalle.layout import TokenLayout
-from dalle.masks import KINDS, dense_mask, visible
+from dalle.masks import KINDS, dense_mask
 from dalle.nn import ATTENTION_BACKENDS
 from dalle.nn.attention import SparseMask, attend, resolve_backend
 from dalle.nn.flex_attention import flex_refusal
@@ -92,15 +91,8 @@ def test_flex_equals_dense_in_value_and_gradient_on_a_gpu(kind, layout, dtype, t
 
 @pytest.mark.parametrize(("kind", "empty"), [("causal", 45), ("row", 66), ("conv", 60), ("column", 73)])
 def test_percentage_of_empty_blocks_at_paper_size(kind, empty):
-    """Blocks of 128 x 128 of 1,280 x 1,280 pairs."""
+    """Blocks of 128 x 128 of 1,280 x 1,280 pairs; without the transposition "column" has 45."""
     assert SparseMask(kind, TokenLayout()).blocks(CPU).sparsity() == pytest.approx(empty)
-
-
-def test_without_the_transposition_column_has_no_more_empty_blocks_than_causal():
-    """Only the transposition (11c) makes blocks of "column" dense."""
-    sees = visible("column", TokenLayout())
-    raster = create_block_mask(lambda b, h, q, k: sees(q, k), None, None, 1280, 1280, device="cpu")
-    assert raster.sparsity() == pytest.approx(45)
 
 
 @pytest.mark.parametrize("layout", [TokenLayout(), TokenLayout(100, (9, 25), 5, 5)], ids=str)
@@ -234,14 +226,7 @@ def test_dense_is_one_softmax_over_all_visible_keys():
         torch.testing.assert_close(out[1, 2, position], expected)
 
 
-def test_large_scores_do_not_overflow():
-    layout = LAYOUTS[1]
-    q, k, v = (t.detach() for t in random_inputs(layout)[0])
-    for backend in ATTENTION_BACKENDS:
-        assert torch.isfinite(attend(100 * q, 100 * k, v, SparseMask("row", layout), backend)).all()
-
-
-def test_an_unknown_backend_is_refused():
-    (q, k, v), _ = random_inputs(LAYOUTS[0])
-    with pytest.raises(ValueError, match="backend 'flash9'"):
-        attend(q, k, v, SparseMask("row", LAYOUTS[0]), "flash9")
+@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+def test_large_scores_do_not_overflow(backend):
+    q, k, v = (t.detach() for t in random_inputs(LAYOUTS[1])[0])
+    assert torch.isfinite(attend(100 * q, 100 * k, v, SparseMask("row", LAYOUTS[1]), backend)).all()
