@@ -1,4 +1,4 @@
-"""Files written whole or not at all, read without running what is in them, and known by their hashes."""
+"""File I/O: atomic writes, safetensors, JSON and checksums."""
 
 import errno
 import hashlib
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def make_directory(folder: Path) -> Path:
-    """The directory, made where there is none; ValueError where it cannot be, or cannot be written to."""
+    """Creates a directory; ValueError if it cannot be created or written to."""
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -29,24 +29,19 @@ def make_directory(folder: Path) -> Path:
 
 
 def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in the CPU's memory, each of its own."""
+    """Copies of tensors on the CPU."""
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], copy: bool = True) -> None:
-    """A safetensors file, on disk when this returns.
-
-    Args:
-        path: the file.
-        tensors: by name.
-        copy: False for tensors that are `on_cpu` already.
+    """Writes a safetensors file and syncs it; `copy` is False for tensors that are `on_cpu` already.
 
     Raises:
-        OSError: the disk is full, or cannot be written to.
+        OSError: the disk is full or cannot be written to.
     """
     try:
         save_file(on_cpu(tensors) if copy else tensors, path)
-    except SafetensorError as error:  # its only sign of a full disk is a number in a sentence
+    except SafetensorError as error:  # has the error number in its text only
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code) if number else str(error), str(path)) from None
@@ -54,7 +49,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], copy: bool = True) -> 
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file; ValueError for one that is missing, truncated or something else."""
+    """Reads a safetensors file; ValueError if it is missing or damaged."""
     try:
         return load_file(path)
     except FileNotFoundError:
@@ -78,12 +73,12 @@ def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> N
 
 
 def write_json(path: Path, data: Any) -> None:
-    """JSON, on disk when this returns; never half a file."""
+    """Writes JSON, atomically."""
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """JSON; ValueError for a file that is missing or something else."""
+    """Reads JSON; ValueError if the file is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -93,7 +88,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file replaced in one instant."""
+    """Writes a text file and syncs it, atomically."""
     partial = path.with_name(f".partial-{path.name}")
     partial.write_text(text, encoding="utf-8")
     sync(partial)
@@ -101,13 +96,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """The file is on disk when this returns."""
+    """Waits until a file is on disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """The folder's list of names is on disk when this returns, where the system can do that."""
+    """Waits until a folder's list of names is on disk, on POSIX systems."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
@@ -115,7 +110,7 @@ def sync_folder(folder: Path) -> None:
 
 
 CHECKSUMS = "SHA256SUMS"
-"""A list of hashes beside the files, as `sha256sum --check SHA256SUMS` reads it."""
+"""Hashes of a folder's files, in the format of `sha256sum --check`."""
 
 
 def file_hashes(folder: Path, files: Iterable[Path]) -> dict[str, str]:
@@ -128,7 +123,7 @@ def file_hashes(folder: Path, files: Iterable[Path]) -> dict[str, str]:
 
 
 def write_checksums(folder: Path, sums: dict[str, str] | None = None) -> None:
-    """SHA256SUMS of a folder, by the hashes given or those of all its files."""
+    """Writes a folder's SHA256SUMS, of the given hashes or of all its files."""
     if sums is None:
         sums = file_hashes(
             folder, (path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
@@ -139,13 +134,12 @@ def write_checksums(folder: Path, sums: dict[str, str] | None = None) -> None:
 def verify_checksums(
     folder: Path, wanted: Callable[[str], bool] = lambda name: True, rank: int = 0, world: int = 1
 ) -> str | None:
-    """The first file that is not as its folder's SHA256SUMS says, in a sentence; None if all are.
+    """An error for the first file that does not match its folder's SHA256SUMS, or None.
 
     Args:
-        folder: where SHA256SUMS lies.
-        wanted: which of the files to read; all unless given.
-        rank: of `world` processes that share the reading, which one.
-        world: how many.
+        folder: contains SHA256SUMS.
+        wanted: which of the files to read; default: all.
+        rank, world: one of several processes that share the reading.
     """
     try:
         lines = [

@@ -1,4 +1,4 @@
-"""Images: load, resize, crop, draw as a sheet. Pixels are float (B, 3, H, W) in [0, 1]."""
+"""Image I/O: load, resize, convert to and from tensors, grids. Pixels are float (B, 3, H, W) in [0, 1]."""
 
 import contextlib
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def load_image(source: Path | str | Image.Image) -> Image.Image:
-    """An RGB image, upright: EXIF rotation applied, alpha laid over white, 16-bit scaled to 8.
+    """Loads an RGB image: EXIF rotation applied, alpha over white, 16 bit scaled to 8.
 
     Raises:
-        ValueError: not an image, or one that breaks off.
+        ValueError: not an image, or a truncated one.
     """
     name = "this" if isinstance(source, Image.Image) else source
     try:
@@ -31,9 +31,9 @@ def load_image(source: Path | str | Image.Image) -> Image.Image:
     if image.mode in ("I", "I;16", "I;16B", "I;16L"):
         values = np.asarray(image, dtype=np.float64)
         if values.min() < 0 or values.max() > 65535:
-            reach = f"{values.min():.0f} to {values.max():.0f}"
             raise ValueError(
-                f"cannot read {name} as an image: its values go from {reach}; save it in 8 or 16 bits"
+                f"cannot read {name} as an image: its values go from {values.min():.0f} to "
+                f"{values.max():.0f}; save it in 8 or 16 bits"
             )
         return Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -64,7 +64,7 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 
 
 def image_grid(rows: Sequence[Sequence[Image.Image]], scale: int = 1, gap: int = 4) -> Image.Image:
-    """Rows of equal images on white, each enlarged `scale` times without smoothing."""
+    """A grid of equal images on white, each enlarged `scale` times without smoothing."""
     width, height = (side * scale for side in rows[0][0].size)
     columns = max(len(row) for row in rows)
     page = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * (height + gap) + gap), "white")

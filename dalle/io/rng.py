@@ -1,7 +1,6 @@
-"""Random numbers by name: the same purpose and numbers always give the same generator.
+"""Random generators by name: the same purpose and key always give the same generator.
 
-Philox is counter-based, so a generator costs microseconds and needs no state to be saved. The purpose keeps
-apart what else has the same numbers: the scene of image 7 and the choice of a caption for image 7.
+Philox is counter-based: a generator costs microseconds and has no state to save.
 """
 
 import hashlib
@@ -10,8 +9,7 @@ import numpy as np
 
 
 def generator(purpose: str, *key: int | str) -> np.random.Generator:
-    """A generator of its own for every purpose ("scene", "caption", ...) and key; text stands last in a
-    key."""
+    """A generator for a purpose ("scene", "caption", ...) and a key; text comes last in a key."""
     digest = hashlib.blake2b("\n".join([purpose, *map(str, key)]).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype="<u8")))
 
