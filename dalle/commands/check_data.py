@@ -239,7 +239,7 @@ def _print_report(report: dict[str, Any], args: CheckDataArgs, out: Path) -> Non
 
     bad, duplicates, small = report["bad"], report["duplicates"], report["smaller_than_resolution"]
     print(f"{args.data.path}: {report['usable']} usable images with {report['captions']} captions")
-    print(f"bad samples: {percent(bad)}; see {out / 'bad_samples.jsonl'}")
+    print(f"bad samples: {percent(bad)}")
     for cause, count in bad["causes"].items():
         name = next((named["name"] for named in bad["named"] if named["cause"] == cause), "not named")
         print(f"  {count:9,}  {cause}, for example {name}")
@@ -262,7 +262,8 @@ def _print_report(report: dict[str, Any], args: CheckDataArgs, out: Path) -> Non
             width, height = example["size"]
             captions = _shorten(" / ".join(example["captions"]))
             print(f"             {example['name']}, {width} x {height}: {captions}")
-    print(f"{out}: report.json, bad_samples.jsonl, contact_sheet.png")
+    files = ("report.json", "bad_samples.jsonl", "contact_sheet.png")
+    print(f"{out}: {', '.join(name for name in files if (out / name).is_file())}")
 
 
 def main() -> None:
