@@ -81,13 +81,9 @@ def _neighbors_in_bands(hashes: np.ndarray, mask: np.uint64, distance: int) -> n
         (first,) = np.nonzero(keys[step:] == keys[:-step])
         if not len(first):
             break
-        near = first[_count_bits(hashes[first] ^ hashes[first + step]) <= distance]
+        near = first[np.bitwise_count(hashes[first] ^ hashes[first + step]) <= distance]
         found.append(np.sort(np.stack([order[near], order[near + step]], axis=1), axis=1))
     return np.concatenate(found)
-
-
-def _count_bits(words: np.ndarray) -> np.ndarray:
-    return np.unpackbits(words.view(np.uint8).reshape(-1, 8), axis=1).sum(axis=1)
 
 
 def find_copies(thumbnails: Sequence[np.ndarray]) -> list[int | None]:

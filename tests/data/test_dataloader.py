@@ -204,9 +204,10 @@ def run_of(tiny_runs, tmp_path, path, out, workers, steps=8):
 
 
 @pytest.mark.parametrize(("write", "workers"), [(write_scenes, 0), (write_scenes_tar, 2)])
-def test_a_training_replaces_and_names_each_kind_of_bad_sample(tmp_path, tiny_runs, write, workers):
+def test_a_training_replaces_and_names_each_kind_of_bad_sample(tmp_path, tiny_runs, write, workers, capsys):
     bad = {i: cause for i, cause in BAD.items() if write is write_scenes_tar or cause != "broken tar member"}
     train_dvae(run_of(tiny_runs, tmp_path, write(tmp_path / "set.tar", bad), "run", workers))
+    assert f"skipped {len(bad)} samples" in "".join(capsys.readouterr())
     lines = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert len(lines) == len(bad)
     assert {int(Path(line["name"]).stem): line["cause"] for line in lines} == bad

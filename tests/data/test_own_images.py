@@ -1,13 +1,11 @@
 """A folder of images and a CSV become a small trained model by four commands, as a newcomer gives them."""
 
 import csv
-import json
 
 import pytest
 from PIL import Image
 
 from dalle.io.files import read_json
-from tests.helpers.scenes import BAD, write_scenes, write_scenes_tar
 
 COLORS = {"red": (200, 30, 30), "grün": (30, 160, 60), "синий": (40, 60, 200), "黄色": (240, 220, 60)}
 
@@ -52,17 +50,3 @@ def test_four_commands_from_a_folder_and_a_csv_to_a_model_and_its_images(
     assert Image.open(tmp_path / "sampled" / said["images"][0]["file"]).size == (32, 32)
     assert read_json(tmp_path / "runs" / "tokens" / "meta.json")["left_out"] == 0
     assert not list((tmp_path / "runs").rglob("bad_samples*.jsonl"))
-
-
-def test_the_command_replaces_and_reports_bad_samples(tiny_configs, tmp_path, script):
-    write_scenes_tar(tmp_path / "set.tar", BAD)
-    write_scenes(tmp_path / "held-out", {})
-    words = ["--config", tiny_configs / "dvae" / "shapes.yaml", "--data.path", "set.tar", "--steps", "8"]
-    words += ["--data.val-path", "held-out", "--eval-samples", "2", "--data.workers", "1", "--out", "run"]
-    done = script("train_dvae", *words)
-    assert done.code == 0, done.err
-    lines = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
-    found = {int(line["name"].split("/")[1][:2]): line["cause"] for line in lines}
-    assert (found, len(lines)) == (BAD, len(BAD))
-    assert f"skipped {len(BAD)} samples" in done.err + done.out
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step-00000008"
