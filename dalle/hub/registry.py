@@ -235,7 +235,7 @@ def write_model_directory(
     report = read_report(report, described)
     make_directory(directory)
     for kind, model in parts.items():
-        save_weights(model, directory / f"{kind}.safetensors")
+        write_tensors(directory / f"{kind}.safetensors", model.state_dict())
     inputs = {}
     if text is not None:
         text.save(directory / "text_tokenizer.json")
@@ -247,11 +247,6 @@ def write_model_directory(
     config = {"format": FORMAT, "kind": "dalle", "inputs": inputs, "parts": described}
     write_json(directory / "config.json", config)
     write_card(directory, report, license)
-
-
-def save_weights(model: nn.Module, path: Path) -> None:
-    """The weights as a safetensors file."""
-    write_tensors(path, model.state_dict())
 
 
 def weights_hash(model: nn.Module) -> str:

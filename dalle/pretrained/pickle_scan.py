@@ -8,6 +8,7 @@ exponential size.
 
 import math
 import pickletools
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,17 +16,12 @@ from typing import Any, NamedTuple
 import torch
 
 SIZES = {
-    "Double": 8,
-    "Float": 4,
-    "Half": 2,
-    "BFloat16": 2,
-    "Long": 8,
-    "Int": 4,
-    "Short": 2,
-    "Char": 1,
-    "Byte": 1,
+    8: ["Double", "Long"],
+    4: ["Float", "Int"],
+    2: ["Half", "BFloat16", "Short"],
+    1: ["Char", "Byte", "Bool"],
 }
-ITEM_SIZES = {f"torch.{name}Storage": size for name, size in (SIZES | {"Bool": 1}).items()}
+ITEM_SIZES = {f"torch.{name}Storage": size for size, names in SIZES.items() for name in names}
 ITEM_SIZES["torch.storage.UntypedStorage"] = 1
 DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 REBUILDS = {f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3")}
@@ -59,24 +55,9 @@ class Item(NamedTuple):
         return tuple(item.plain() for item in self.value) if type(self.value) is tuple else self.value
 
 
-class Global(NamedTuple):
-    """A class or function by name."""
-
-    name: str
-
-
-class Instance(NamedTuple):
-    """The result of calling a global of this name."""
-
-    name: str
-
-
-class Storage(NamedTuple):
-    """A storage outside of the pickle."""
-
-    key: str
-    count: int
-    nbytes: int
+Global = namedtuple("Global", "name")  # a class or function
+Instance = namedtuple("Instance", "name")  # the result of calling a global
+Storage = namedtuple("Storage", "key count nbytes")  # outside of the pickle
 
 
 @dataclass

@@ -17,8 +17,8 @@ def vocabulary_coverage(text: TextTokenizer, captions: Iterable[str], max_captio
         max_caption_len: tokens of a caption before it is truncated.
 
     Returns:
-        captions: how many; coverage: share of their characters in the alphabet; tokens_per_caption: statistics;
-        truncated: share of captions longer than max_caption_len.
+        captions: how many; coverage: share of their characters in the alphabet; tokens_per_caption:
+        statistics; truncated: share of captions longer than max_caption_len.
     """
     lengths: list[int] = []
     characters = outside = 0

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from dalle.config import to_dict
-from dalle.hub.registry import load_model, save_weights
+from dalle.hub.registry import load_model
 from dalle.io.files import verify_checksums, write_checksums, write_tensors
 from dalle.train import sharded_checkpoint as sharded
 from dalle.train.checkpoint import latest_valid_checkpoint, restore, verify_checkpoint
@@ -168,7 +168,7 @@ def test_one_process_writes_plain_files(saved):
 
 
 def test_a_sharded_checkpoint_is_a_part_and_becomes_one_file(saved, tmp_path):
-    """load_part reads it by itself, and save_weights writes one safetensors file of it."""
+    """load_part reads it by itself, and write_tensors writes one safetensors file of it."""
     run, expected = saved((2,))
     meta = run / "checkpoints" / "step-00000002" / "meta.json"
     text = meta.read_text()
@@ -182,7 +182,7 @@ def test_a_sharded_checkpoint_is_a_part_and_becomes_one_file(saved, tmp_path):
     finally:
         meta.write_text(text)
         write_checksums(meta.parent)
-    save_weights(raw.model, tmp_path / "one.safetensors")
+    write_tensors(tmp_path / "one.safetensors", raw.model.state_dict())
     exported = {f"model/{name}": t for name, t in load_file(tmp_path / "one.safetensors").items()}
     assert same(exported, {name: tensor for name, tensor in expected.items() if name.startswith("model/")})
     name = "to_logits.weight"
