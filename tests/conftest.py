@@ -31,7 +31,10 @@ PROJECT = Path(__file__).parents[1]
 PROMPT = "a red cross above a blue circle on a white background"
 
 
-TRAIN = """\
+COMMON = """\
+steps: 2
+device: cpu
+eval_samples: 4
 train:
   batch_size: 4
   precision: fp32
@@ -42,46 +45,22 @@ train:
 """
 TINY = {  # 32 x 32 pixels, 4 x 4 tokens
     "dvae": """\
-steps: 2
-device: cpu
 data: {path: shapes, resolution: 32}
 model: {widths: [4, 8, 8, 8], blocks_per_group: 1, downsample_factor: 8, vocab_size: 16, codebook_dim: 8}
 encode: {images: 24, batch_size: 8}
 crop: null
-eval_samples: 4
 """,
     "transformer": """\
-steps: 2
-device: cpu
 data: {path: shapes, resolution: 32}
 text: {vocab_size: 400}
 model:
-  depth: 2
-  heads: 2
-  head_dim: 8
-  text_len: 20
-  grid: [4, 4]
-  text_vocab: 400
-  image_vocab: 16
-  conv_kernel: 3
-eval_samples: 4
+  {depth: 2, heads: 2, head_dim: 8, text_len: 20, grid: [4, 4], text_vocab: 400, image_vocab: 16, conv_kernel: 3}
 """,
     "clip": """\
-steps: 2
-device: cpu
 data: {path: shapes, resolution: 36}
 model:
-  embed_width: 8
-  image_size: 32
-  patch_size: 16
-  vision_width: 16
-  vision_layers: 1
-  text_len: 20
-  text_vocab: 400
-  text_width: 16
-  text_layers: 1
-  head_dim: 8
-eval_samples: 4
+  {embed_width: 8, head_dim: 8, image_size: 32, patch_size: 16, vision_width: 16, vision_layers: 1,
+   text_len: 20, text_vocab: 400, text_width: 16, text_layers: 1}
 """,
 }
 
@@ -98,7 +77,7 @@ def tiny_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("configs")
     for family, text in TINY.items():
         (folder / family).mkdir()
-        (folder / family / "shapes.yaml").write_text(text + TRAIN)
+        (folder / family / "shapes.yaml").write_text(text + COMMON)
     return folder
 
 

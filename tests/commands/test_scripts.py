@@ -311,8 +311,3 @@ class TestMistakes:
         config = tiny_configs / "transformer" / "shapes.yaml"
         assert_refused(script("train_transformer", "--config", config, *inputs, *words), message)
         assert not (tmp_path / "runs").exists()
-
-    def test_a_run_of_another_configuration_is_refused(self, script, chain, tiny_configs, tmp_path):
-        shutil.copytree(chain / "dvae", tmp_path / "runs" / "dvae")
-        words = ("--config", tiny_configs / "dvae" / "shapes.yaml", "--train.batch-size", "5")
-        assert_refused(script("train_dvae", *words), r"train\.batch_size was 4, is 5")

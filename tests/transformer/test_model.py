@@ -637,7 +637,7 @@ def test_activation_checkpointing_changes_no_gradient(model):
 )
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
 def test_layers_compile_without_a_break_and_keep_their_names(backend, activation_checkpointing):
-    model = small(attention_backend=backend, activation_checkpointing=activation_checkpointing)
+    model = small(3, attention_backend=backend, activation_checkpointing=activation_checkpointing)
     expected, names = losses_and_gradients(model), list(model.state_dict())
     torch.compiler.reset()
     compile_layers(model, fullgraph=True, backend="aot_eager")
