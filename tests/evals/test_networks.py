@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models import alexnet
 from torchvision.models.inception import inception_v3
 
+from dalle.commands.evaluate import EvaluateArgs, evaluate
 from dalle.evals.networks import LPIPS, Inception
 
 fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
@@ -130,3 +131,13 @@ class TestLPIPS:
     def test_small_images_are_refused(self, backbone):
         with pytest.raises(ValueError, match="32 x 32"):
             LPIPS(backbone)(images(1, 16), images(1, 16))
+
+
+def test_evaluate_reads_both_files(chain, inception_file, backbone, tmp_path):
+    options = {"num_samples": 4, "num_prompts": 2, "best_of": 2, "blur_radii": (0,), "stats_dir": tmp_path}
+    files = {"feature_extractor": str(inception_file), "lpips_backbone": backbone}
+    metrics = ("dvae", "images")
+    report = evaluate(EvaluateArgs(model=chain / "model", metrics=metrics, device="cpu", **options, **files))
+    assert report["dvae"]["lpips"] > 0
+    assert report["images"]["blur"]["0"].keys() == {"fid", "inception_score", "inception_score_std"}
+    assert {"feature_extractor", "lpips"} <= report["provenance"]["hashes"].keys()
