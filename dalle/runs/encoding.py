@@ -58,7 +58,7 @@ def resolve_part(config: EncodeConfig) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class ShardReader:
-    """Step -> one crop of one batch of a shard, for the workers; steps go on from shard to shard."""
+    """Step -> one crop of one batch of a shard, for the workers; every shard has the steps of a full one."""
 
     dataset: CaptionedImages
     spec: TokenCacheSpec
@@ -66,23 +66,21 @@ class ShardReader:
     batch_size: int
     seed: int
 
-    def __len__(self) -> int:
-        last = len(self.spec.numbers(self.shards[-1])) if self.shards else 0  # it may be short
-        return max(0, len(self.shards) - 1) * self._steps(self.spec.shard) + self._steps(last)
+    def steps(self, shard: int) -> range:
+        """The steps of the shard at this position."""
+        count = -(-self.spec.shard // self.batch_size) * self.spec.crops
+        return range(shard * count, (shard + 1) * count)
 
-    def _steps(self, images: int) -> int:
-        return -(-images // self.batch_size) * self.spec.crops
-
-    def batches(self, shard: int) -> list[range]:
-        """The images of a shard, batch by batch."""
-        numbers = self.spec.numbers(shard)
-        return [numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size)]
-
-    def __call__(self, step: int) -> ImageTextBatch:
-        shard, within = divmod(step, self._steps(self.spec.shard))
+    def samples(self, step: int) -> list[tuple[int, int]]:
+        """(crop, image) of a step; none behind the end of a short last shard."""
+        shard, within = divmod(step, len(self.steps(0)))
         batch, crop = divmod(within, self.spec.crops)
-        samples = [(crop, number) for number in self.batches(self.shards[shard])[batch]]
-        return self.dataset.load(samples, "transformer", self.seed)
+        numbers = self.spec.numbers(self.shards[shard])
+        return [(crop, n) for n in numbers[batch * self.batch_size : (batch + 1) * self.batch_size]]
+
+    def __call__(self, step: int) -> ImageTextBatch | None:
+        samples = self.samples(step)
+        return self.dataset.load(samples, "transformer", self.seed) if samples else None
 
 
 class Encoder:
@@ -135,25 +133,27 @@ class Encoder:
         done = [shard for shard in writer.own() if shard not in set(missing)]
         seen = sum(len(spec.numbers(shard)) for shard in done)
         total = seen + sum(len(spec.numbers(shard)) for shard in missing)
-        step = 0
+        steps, workers = len(missing) * len(reader.steps(0)), worker_count(data.workers, self.dataset.size)
         with (
             tqdm(total=total, initial=seen, desc="tokens", unit="image", disable=None) as bar,
-            Loader(reader, len(reader), worker_count(data.workers, self.dataset.size), data.prefetch) as load,
+            Loader(reader, steps, workers, data.prefetch) as load,
         ):
-            for shard in missing:
+            for position, shard in enumerate(missing):
                 tokens: dict[int, dict[int, np.ndarray]] = {}  # image -> crop -> tokens
                 captions: dict[int, list[str]] = {}
-                for numbers in reader.batches(shard):
-                    seen += len(numbers)
-                    for crop in range(self.crops):
-                        batch = load(step)
-                        rows = self._encode(batch).numpy().astype(np.uint16)
-                        for (_, number), row, texts in zip(batch.samples, rows, batch.captions, strict=True):
-                            tokens.setdefault(number, {})[crop] = row
-                            captions[number] = texts
-                        bad_samples.add(batch.skipped, len(done) + step, seen)
-                        step += 1
-                    bar.update(len(numbers))
+                for step in reader.steps(position):
+                    batch = load(step)
+                    if batch is None:
+                        break
+                    rows = self._encode(batch).numpy().astype(np.uint16)
+                    for (crop, number), row, texts in zip(batch.samples, rows, batch.captions, strict=True):
+                        tokens.setdefault(number, {})[crop] = row
+                        captions[number] = texts
+                    if step % self.crops == 0:
+                        new = len(reader.samples(step))
+                        seen += new
+                        bar.update(new)
+                    bad_samples.add(batch.skipped, len(done) + step, seen)
                 yield shard, self._complete(tokens, captions)
 
     def _complete(self, tokens: dict[int, dict[int, np.ndarray]], captions: dict[int, list[str]]) -> tuple:

@@ -180,14 +180,6 @@ def test_a_first_line_may_lack_the_columns(tmp_path, first, found, left_out):
     assert skipped(source) == [(name, "missing twin") for name in left_out]
 
 
-def test_rows_without_captions_are_bad_samples(tmp_path):
-    for name in "ab":
-        put(tmp_path / f"{name}.png", 1)
-    text_table(tmp_path, "\n".join(map(json.dumps, [{"image": "a.png"}, FULL])), "jsonl")
-    dataset = open_dataset(DataConfig(str(tmp_path), resolution=16, val_path=str(tmp_path)))
-    assert skipped(dataset.load([(0, 0), (0, 1)])) == [("a.png", "empty caption")]
-
-
 def test_columns_are_searched_in_the_first_rows_only(tmp_path, monkeypatch):
     path = text_table(tmp_path, "\n".join(['{"x": 1}'] * 3 + [json.dumps(FULL)]), "jsonl")
     monkeypatch.setattr("dalle.data.sources.table.HEAD_ROWS", 3)
