@@ -79,16 +79,12 @@ class DALLE(HubMixin):
         n: int = 4,
         best_of: int = 64,
         seed: int = 0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance: float | None = None,
         prefix: Tensor | None = None,
         truncate: bool = False,
         progress: bool = True,
         callback: Callback | None = None,
         shard: tuple[int, int] = (0, 1),
-        **settings,
+        **sampling,
     ) -> Generation | list[Generation]:
         """Generates `best_of` candidates for a prompt and keeps the n that the scorer ranks highest.
 
@@ -98,23 +94,21 @@ class DALLE(HubMixin):
             prompt: one, or several: then a list comes back, without the prompts that were interrupted.
             n: images to keep.
             best_of: candidates, 512 in the paper. Memory does not depend on it.
-            seed: with the prompt and a candidate's index it fixes the candidate's random numbers.
-            temperature: 1 in the paper; 0 is greedy.
-            top_k, top_p: sample among the most likely tokens only.
-            guidance: scale of classifier-free guidance; needs a model trained with caption dropout.
+            seed: with the prompt and a candidate's index it determines the candidate's random numbers.
             prefix: image tokens to keep, from `dalle.pipelines.completion.prefix_tokens`.
             truncate: cut a prompt that is too long instead of refusing it.
             progress: show a progress bar.
             callback: called with the state after each row of tokens and after each ranked batch.
             shard: see `dalle.pipelines.best_of_n.sample_best_of_n`.
-            settings: the other fields of `dalle.pipelines.config.SamplingConfig`.
+            sampling: temperature, top_k, top_p, guidance and the other fields of
+                `dalle.pipelines.config.SamplingConfig`.
 
         Raises:
             ValueError: an empty or too long prompt, best_of < n, settings out of range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        sampling = SamplingConfig(temperature, top_k, top_p, guidance, **settings)
-        steps = self.steps(prompts, n, best_of, seed, sampling, prefix, truncate, shard)
+        config = SamplingConfig(**sampling)
+        steps = self.steps(prompts, n, best_of, seed, config, prefix, truncate, shard)
         generations = run_best_of_n(steps, progress, callback)
         return generations[0] if isinstance(prompt, str) else generations
 
@@ -138,15 +132,10 @@ class DALLE(HubMixin):
         return self.generate(prompt, prefix=prefix_tokens(self, image, rows, box), **options)
 
     def stream(
-        self, prompt: str, n: int = 1, seed: int = 0, truncate: bool = False, **settings
+        self, prompt: str, n: int = 1, seed: int = 0, truncate: bool = False, **sampling
     ) -> Iterator[list[Image.Image]]:
-        """Yields n images after each row of tokens, gray where none is generated yet; unranked candidates 0
-        .. n - 1.
-
-        Args:
-            settings: fields of `dalle.pipelines.config.SamplingConfig`; the rest as `generate`.
-        """
-        for step in self.steps([prompt], n, n, seed, SamplingConfig(**settings), truncate=truncate):
+        """Yields n unranked images after each row of tokens, gray below it; arguments as `generate`."""
+        for step in self.steps([prompt], n, n, seed, SamplingConfig(**sampling), truncate=truncate):
             if step.batch.wanted < n:
                 raise ValueError(
                     f"n must be at most the batch size of {step.batch.wanted}, got {n}; raise batch_size"
