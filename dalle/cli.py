@@ -43,8 +43,7 @@ GROUPS = {
         "benchmark": "measure speed and memory of this machine",
     },
 }
-"""Subcommands and their lines in --help, under a heading. The script of train-dvae is
-scripts/train_dvae.py."""
+"""Subcommands and their lines in --help, by heading; train-dvae is scripts/train_dvae.py."""
 COMMANDS = {name: line for group in GROUPS.values() for name, line in group.items()}
 
 

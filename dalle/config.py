@@ -167,8 +167,7 @@ def _dataclass_in(hint: Any) -> type | None:
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
-    """A YAML 1.2 file as plain data (so 1e-4 is a number and `no` a word); see `find_config` for the shipped
-    ones."""
+    """A YAML 1.2 file as plain data (1e-4 is a number, `no` a word); see `find_config`."""
     path = find_config(path)
     try:
         data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))

@@ -1,5 +1,4 @@
-"""Protocols and contracts shared by all modules: image tokenizer, scorer, objective, dataset, pixels and
-tokens.
+"""Protocols shared by all modules: image tokenizer, scorer, objective, dataset, pixels and tokens.
 
 Pixels are float (B, 3, H, W) in [0, 1] everywhere; only the dVAE maps them to its own range. Tokens are
 int64.
@@ -83,16 +82,14 @@ class StepCost:
 
 @dataclass(frozen=True)
 class BatchShard:
-    """The shard of a step's batch that one call of an objective receives: of one process, or one accumulation
-    pass."""
+    """The shard of a step's batch for one call of an objective: of a process or an accumulation pass."""
 
     index: int = 0
     """Rank of the shard; the shards in order form the batch."""
     count: int = 1
     """Number of shards, all of equal size."""
     num_targets: Tensor | None = None
-    """The objective's `num_targets`, summed over all shards; None for a single shard or an objective without
-    it."""
+    """The objective's `num_targets` summed over all shards; None for a single shard."""
     sum: Callable[[Tensor], Tensor] = _same
     """All-reduce (sum) over the processes, without gradient."""
     gather: Callable[[Tensor], Tensor] = _same
@@ -248,8 +245,7 @@ def check_images(pixels: Tensor, multiple_of: int = 1) -> None:
 
 
 def token_grid(tokens: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """(rows, columns) of image tokens (B, N): those given, else a square; ValueError unless N tokens fill
-    it."""
+    """(rows, columns) of image tokens (B, N): those given, else a square; ValueError unless they fit."""
     side = math.isqrt(tokens.shape[1])
     rows, columns = grid or (side, side)
     if rows * columns != tokens.shape[1]:

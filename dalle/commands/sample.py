@@ -34,8 +34,7 @@ class SampleArgs:
     prompt: str = ""
     """What the images show."""
     prompts_file: Path | None = None
-    """Instead of --prompt, a file of prompts: one per line, or JSON lines with "prompt" or "caption"
-    (.jsonl)."""
+    """A file of prompts instead: one per line, or JSON lines with "prompt" or "caption" (.jsonl)."""
     model: Path | None = None
     """Model directory, or its owner/name on the Hub; without it the models below are joined. Or an external
     transformer, such as DALLE-pytorch's dalle.pt: then --text-tokenizer is needed, --clip (a file) to rank,
@@ -65,13 +64,11 @@ class SampleArgs:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the transformer's matrices; auto is bf16 where the device has it in hardware."""
     int8: bool = False
-    """Store the transformer's matrices in 8 bits, a quarter of fp32's memory: faster on a CPU, smaller on a
-    GPU."""
+    """Store the transformer's matrices in 8 bits, a quarter of fp32: faster on a CPU, smaller on a GPU."""
     truncate: bool = False
     """Cut a prompt that is too long instead of refusing it."""
     out: Path | None = None
-    """Directory for the images; by default a new one under runs/samples. Required with --prompts-file, where
-    the same command resumes."""
+    """Directory for the images; default: a new one under runs/samples. With --prompts-file it is resumed."""
     log_likelihood: bool = False
     """Also record the log-likelihood of the prompt and of each image: one more pass over every image."""
     save_pretrained: Path | None = None
@@ -215,8 +212,7 @@ def _sample_prompt(args: SampleArgs, model: DALLE, out: Path, group: Distributed
 
 
 def open_model(args: SampleArgs, external: bool, group: Distributed) -> DALLE:
-    """The model directory, the external model, or the joined runs; refuses models that do not belong
-    together."""
+    """The model directory, the external model, or the joined runs; ValueError if they do not fit."""
     from dalle.pipelines.dalle import DALLE
     from dalle.pretrained.load import load_external_pipeline
     from dalle.pretrained.openai_clip import load_scorer

@@ -43,8 +43,7 @@ class TrainCLIPArgs(TrainArgs):
     hard_negative_captions: bool = False
     """Every second pair differs from the one before in one attribute; shapes only."""
     hard_negative_images: bool = False
-    """Beside each image stands one with a thing out of shape, which its caption must not prefer; shapes
-    only."""
+    """Add to each image one with a misshapen object, which its caption must rank lower; shapes only."""
     model: CLIPConfig = CLIPConfig()
     """Shape of both towers."""
     train: TrainConfig = CLIP_TRAINING

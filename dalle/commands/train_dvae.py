@@ -72,8 +72,7 @@ class TrainDVAEArgs(TrainArgs):
     encode: EncodeConfig = field(default=EncodeConfig(), metadata=RESUME_FREE)
     """For encode_images."""
     crop: int | None = None
-    """Train on random squares of this side, since the dVAE is fully convolutional; None takes whole
-    images."""
+    """Train on random squares of this side (the dVAE is fully convolutional); None takes whole images."""
     eval_samples: int = 64
     """Held-out images measured at each evaluation."""
 

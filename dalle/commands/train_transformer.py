@@ -28,11 +28,9 @@ class TrainTransformerArgs(TrainArgs):
     tokens: Path | None = field(default=None, metadata=RESUME_FREE)
     """Token cache; the newest under runs/ unless given."""
     text_tokenizer: Path | None = field(default=None, metadata=RESUME_FREE)
-    """Text tokenizer; the newest under runs/ unless given. A Hugging Face tokenizer.json or a youtokentome
-    model is read too."""
+    """Text tokenizer, also a Hugging Face tokenizer.json or a youtokentome one; default: newest in runs/."""
     dvae: Path | None = field(default=None, metadata=RESUME_FREE)
-    """The dVAE that the tokens must be of; given, a cache of another one is refused, and each evaluation
-    draws."""
+    """The dVAE of the tokens: checked against the cache, and used for a sample grid at each evaluation."""
     data: DataConfig = DataConfig()
     """Captions; read by train_tokenizer only."""
     text: TextTokenizerConfig = TextTokenizerConfig()
@@ -50,8 +48,7 @@ class TrainTransformerArgs(TrainArgs):
     eval_samples: int = 256
     """Images at the end of the cache kept for evaluation."""
     sample_grid_size: int = 8
-    """Held-out captions drawn at each evaluation into <out>/samples-STEP.png, with --dvae; 0 draws none, nor
-    do fsdp and hsdp."""
+    """Held-out captions in <out>/samples-STEP.png, with --dvae; 0 for none; not with fsdp and hsdp."""
 
     def __post_init__(self):
         super().__post_init__()

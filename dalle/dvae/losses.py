@@ -56,8 +56,7 @@ def gumbel_softmax(logits: Tensor, tau: float, first: int = 0) -> Tensor:
 
 
 def uniform_by_place(like: Tensor, first: int) -> Tensor:
-    """Numbers in [0, 1) of a tensor's shape and device, row by row: row i is that of place first + i in any
-    batch.
+    """Numbers in [0, 1) of a tensor's shape and device; row i is that of index first + i in any batch.
 
     One number is drawn from torch's own CPU generator; processes of the same seed and step so draw the same.
     """

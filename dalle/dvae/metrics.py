@@ -77,8 +77,7 @@ def collapse_warning(scores: dict[str, Any], vocab_size: int) -> str | None:
 
 
 def evaluate_dvae(model: DVAE, pixels: Tensor, tau: float) -> dict[str, Any]:
-    """Meters of held-out images; "reconstructions" shows original, soft and hard reconstruction side by
-    side."""
+    """Metrics of held-out images; "reconstructions" shows original, soft and hard reconstruction."""
     parts = [dvae_scores(model, part, tau) for part in pixels.split(64)]
     scores = {
         name: float(torch.stack([part[0][name].float() for part in parts]).mean()) for name in parts[0][0]

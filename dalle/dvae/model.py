@@ -169,8 +169,7 @@ class DVAE(nn.Module):
         self.decoder = Decoder(config)
 
     def fsdp_groups(self) -> list[list[nn.Module]]:
-        """What sharded training gathers at once, in order of use: all in it is computed in 16 bit under
-        autocast."""
+        """Groups that sharded training gathers at once, in order; computed in 16 bit under autocast."""
         return [[block] for block in self.modules() if isinstance(block, Block)]
 
     def codebook_logits(self, pixels: Tensor) -> Tensor:

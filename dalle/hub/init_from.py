@@ -110,8 +110,7 @@ ROWS = {"transformer": _transformer_rows, "dvae": _dvae_rows, "clip": _clip_rows
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Disables the gradient of parameters whose names match a pattern (`*` matches anything); returns the
-    names.
+    """Freezes parameters whose names match a pattern (`*` matches anything); returns their names.
 
     Raises:
         ValueError: a pattern that matches no parameter, or nothing is left to train.

@@ -72,8 +72,7 @@ class SparseMask:
     # Image positions by groups, for scores over near keys alone.
 
     def group(self, x: Tensor) -> Tensor:
-        """Image positions in raster order (B, H, R * C, d) -> (B, H, G, M, d): by rows, or by columns for
-        "column"."""
+        """Image positions in raster order (B, H, R * C, d) -> (B, H, G, M, d): by rows, or by columns."""
         order = "b h (r c) d -> b h c r d" if self.kind == "column" else "b h (r c) d -> b h r c d"
         return rearrange(x, order, r=self.layout.grid[0])
 
@@ -84,8 +83,7 @@ class SparseMask:
         )
 
     def near_keys(self, x: Tensor) -> Tensor:
-        """Grouped keys (B, H, G, M, d) -> (B, H, G, L, d): each group's own and those of the rows above
-        it."""
+        """Grouped keys (B, H, G, M, d) -> (B, H, G, L, d): of each group and of the rows above it."""
         above, rows = self.rows_above, x.shape[2]
         if not above:
             return x

@@ -33,8 +33,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, pattern: SparseMask, backend: str, cache: KVCache | None = None) -> Tensor:
-        """x (B, n, D) of the first n positions, which a cache takes for `step`; backend as `resolve` gave
-        it."""
+        """x (B, n, D) of the first n positions, which a cache stores for `step`; a resolved backend."""
         transposed = (
             backend == "flex" and pattern.kind == "column"
         )  # x is one array where q, k and v are three

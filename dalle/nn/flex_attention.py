@@ -1,5 +1,4 @@
-"""FlexAttention over the blocks of visible pairs: on a GPU, work only where something is seen (2.2, Figure
-11).
+"""FlexAttention over blocks of visible pairs: on a GPU, work only where something is visible (2.2).
 
 Two thirds of the 128 x 128 blocks of a row layer hold no visible pair at paper size. A column layer in raster
 order touches as many blocks as a causal one, so it exchanges rows and columns of the image states (Figure
@@ -22,8 +21,7 @@ REMEDY = "set model.attention_backend to auto, window, sdpa or dense"
 
 
 def flex_attend(q: Tensor, k: Tensor, v: Tensor, pattern: "SparseMask") -> Tensor:
-    """Attention of the whole sequence; q, k, v and result (B, H, N, d), of column layers
-    `pattern.to_column_major`.
+    """Attention of the whole sequence (B, H, N, d), of column layers `pattern.to_column_major`.
 
     Raises:
         ValueError: gradients are wanted on a CPU, for which FlexAttention has none.

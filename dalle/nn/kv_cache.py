@@ -1,5 +1,4 @@
-"""KV cache for sampling: buffers of fixed size that hold only the image keys a layer can still see (Figure
-11).
+"""KV cache for sampling: fixed-size buffers of the image keys that a layer can still see (Figure 11).
 
 Text keys are computed once per caption and shared by its candidates. Of the image keys a layer keeps, with W
 columns,

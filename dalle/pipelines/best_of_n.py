@@ -1,5 +1,4 @@
-"""Best of N: candidates generated in batches, decoded, scored, and all but the best dropped (paper section
-2.6).
+"""Best of N: candidates generated in batches, decoded and scored; only the best are kept (2.6).
 
 The last bits of a matrix product depend on its number of rows, and so may a token. A batch therefore always
 has the same shape, `batch_size` rows of `prompts_per_batch` prompts, even if fewer candidates are wanted:
@@ -103,8 +102,7 @@ class CandidateBatch:
 def candidate_batches(
     prompts: int, best_of: int, batch_size: int, prompts_per_batch: int | None = None
 ) -> Iterator[CandidateBatch]:
-    """Batches of one shape that hold candidates 0 .. best_of of each prompt; the last prompt fills up the
-    last one.
+    """Batches of one shape with candidates 0 .. best_of of each prompt; the last prompt fills the last one.
 
     Raises:
         ValueError: more prompts per batch than rows.
@@ -121,8 +119,7 @@ def candidate_batches(
 
 
 def num_prompts_per_batch(best_of: int, batch_size: int, prompts_per_batch: int | None) -> int:
-    """How many of several prompts share a batch: those asked for, or as many as fit with all their
-    candidates.
+    """Prompts that share a batch: as configured, or as many as fit with all their candidates.
 
     Raises:
         ValueError: more prompts than rows.
@@ -165,8 +162,7 @@ class GenerationProgress:
 
     @property
     def images(self) -> list[Image.Image]:
-        """The first prompt's candidates of this batch, at most n, from whole rows; gray where none is
-        generated."""
+        """The first prompt's candidates of this batch, at most n, from complete rows; gray below."""
         layout = self.model.transformer.layout
         tokens = self.tokens[0, : min(self.top[0].n, self.batch.wanted)].clone()
         pixels = self.model.dvae.decode(tokens, (tokens.shape[1] // layout.columns, layout.columns))

@@ -1,5 +1,4 @@
-"""Settings of sampling, shared by `DALLE.generate`, the scripts and the web page; importing it loads no
-torch."""
+"""Sampling configuration of `DALLE.generate`, the scripts and the web page; imports no torch."""
 
 import math
 from dataclasses import dataclass

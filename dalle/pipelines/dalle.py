@@ -67,8 +67,7 @@ class DALLE(HubMixin):
 
     @property
     def hash(self) -> str:
-        """Identifies the weights: hashes of the dVAE, the transformer and, if it is a `CLIP`, the scorer's
-        model."""
+        """Hashes of the weights of the dVAE, the transformer and, if the scorer is ours, its `CLIP`."""
         clip = getattr(self.scorer, "model", None)
         models = [self.dvae, self.transformer, *([clip] if isinstance(clip, CLIP) else [])]
         return self._hash or "-".join(map(weights_hash, models))
@@ -154,8 +153,7 @@ class DALLE(HubMixin):
         truncate: bool = False,
         shard: tuple[int, int] = (0, 1),
     ) -> Iterator[GenerationProgress]:
-        """The loop behind `generate`, `complete` and `stream`: its state after each token and each ranked
-        batch.
+        """The loop behind `generate`, `complete` and `stream`: its state after each token and ranked batch.
 
         All arguments are checked before it returns; leaving the loop stops the sampling.
 
@@ -225,8 +223,7 @@ class DALLE(HubMixin):
     def save_pretrained(
         self, directory: Path | str, report: Report | None = None, license: str | None = None
     ) -> None:
-        """Writes a model directory (dalle/hub/registry.py), with a model card by the report and
-        license.
+        """Writes a model directory (dalle/hub/registry.py), with a model card.
 
         Raises:
             ValueError: a model that is not one of the library's own, rounded weights, or no right to write.

@@ -81,8 +81,7 @@ class LogLikelihood(NamedTuple):
 
 
 def slug(prompt: str, length: int = 60) -> str:
-    """Part of a file name for any prompt: its letters a-z and digits joined by "-", or "prompt" if it has
-    none."""
+    """File name part for any prompt: its a-z and digits joined by "-", or "prompt" if it has none."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:length].rstrip("-") or "prompt"
 
 

@@ -31,8 +31,7 @@ class TrainArgs:
     shard: int | None = field(default=None, metadata=RESUME_FREE)
     """For hsdp: processes that share one set of parameters; default: those of a machine."""
     init_from: Path | None = field(default=None, metadata=RESUME_FREE)
-    """Start from the weights of this run, checkpoint or model directory of the same family; vocabularies may
-    grow."""
+    """Start from a run, checkpoint or model directory of the same family; vocabularies may grow."""
     freeze: tuple[str, ...] = ()
     """Names of parameters that are not trained; * matches anything: "layers.0.*"."""
     overfit_batch: int | None = None

@@ -102,8 +102,7 @@ class TokenBatches:
         self.truncated = 0
 
     def __call__(self, step: int) -> Tensor:
-        """int64 (B / world, N). A sample is one crop of one image: all images in one crop, then all in the
-        next."""
+        """int64 (B / world, N). A sample is one crop of one image: all images in one crop, then the next."""
         size = self.cache.crops * self.trained
         indices = batch_indices(step, self.run.train.batch_size, size, self.run.seed, self.rank, self.world)
         samples = [(epoch, *divmod(sample, self.trained)) for epoch, sample in indices]

@@ -1,5 +1,4 @@
-"""Encoding of a dataset into a token cache (paper section 2.2): shards of this process, images read by
-workers."""
+"""Encoding of a dataset into a token cache (2.2): shards of this process, images read by workers."""
 
 import os
 from collections.abc import Iterator

@@ -120,7 +120,6 @@ def load_dvae_input(given: Path | None, device: torch.device) -> tuple[ImageToke
 
 
 def load_text_input(given: Path | None) -> BPETokenizer:
-    """The text tokenizer of an earlier stage, or a file of another library that `load_text_tokenizer`
-    reads."""
+    """The text tokenizer of an earlier stage, or any file that `load_text_tokenizer` reads."""
     path = resolve_input("text", given)
     return load_text_tokenizer(path / "text_tokenizer.json" if path.is_dir() else path)

@@ -31,8 +31,7 @@ from dalle.viz.curves import plot_losses
 
 
 def quickstart(run: QuickstartArgs) -> dict[str, Any]:
-    """Run every stage; write samples.png, reconstructions.png, losses.png, report.json, report.html and
-    model/."""
+    """Run every stage; write samples, reconstructions and losses as PNG, report.json, report.html, model/."""
     out = _prepare(run.out)
     seconds: dict[str, float] = {}
     resumed = any(out.iterdir())
@@ -95,8 +94,7 @@ def quickstart(run: QuickstartArgs) -> dict[str, Any]:
 
 
 def make_missing_stages() -> None:
-    """Train text tokenizer and dVAE on shapes and encode images, where runs/ has no complete result of a
-    stage."""
+    """Train text tokenizer and dVAE on shapes and encode images, unless runs/ has complete results."""
     transformer, dvae = (CONFIGS / family / "shapes.yaml" for family in ("transformer", "dvae"))
     makers: dict[str, Callable[[], Any]] = {
         "text": lambda: train_tokenizer(load(TrainTokenizerArgs, [transformer], schema=TrainTransformerArgs)),

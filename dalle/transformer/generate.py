@@ -166,8 +166,7 @@ def cast_linear_weights(model: Transformer, dtype: torch.dtype) -> Transformer:
 
 
 def quantize_int8(model: Transformer) -> Transformer:
-    """The same model with int8 matrices in its blocks and output (dalle/nn/int8.py); everything else is
-    shared.
+    """The same model with int8 matrices in blocks and output (dalle/nn/int8.py); the rest is shared.
 
     A transformer of another library keeps its output matrix, which may be tied to the embedding.
     """

@@ -1,5 +1,4 @@
-"""Losses of the transformer: chunked cross-entropies of text and image tokens (paper section 2.2, appendix
-B.2).
+"""Losses of the transformer: chunked cross-entropies of text and image tokens (2.2, B.2).
 
 The cross-entropies of text and of image tokens are each divided by the number of such tokens in the
 batch, then weighted 1/8 and 7/8. Each modality has a softmax over its own vocabulary, and logits exist

@@ -70,8 +70,7 @@ class Transformer(nn.Module):
         return self.prefill(self.layout.shift(ids)[:, : ids.shape[1]])
 
     def prefill(self, inputs: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """Input ids (B, n) of the first n positions -> final states (B, n, D); `caches` take what `step`
-        needs."""
+        """Input ids (B, n) -> final states (B, n, D); `caches` are filled for `step`."""
         x = self.embed(inputs)
         backends = self.backends(inputs.shape[1])
         for kind, backend in backends.items():
@@ -101,8 +100,7 @@ class Transformer(nn.Module):
         return self.final_norm(x)
 
     def backends(self, positions: int | None = None) -> dict[str, str]:
-        """What computes the attention of each kind, on the model's device, for a call with that many
-        positions.
+        """Attention backend of each kind on the model's device, for a number of positions.
 
         Raises:
             ValueError: the device cannot run the backend that the configuration names.
@@ -149,8 +147,7 @@ class Transformer(nn.Module):
         return [block for layer in self.layers for block in (layer.attention, layer.mlp)]
 
     def fsdp_groups(self) -> list[list[nn.Module]]:
-        """What sharded training gathers at once, in order of use: all in it is computed in 16 bit under
-        autocast."""
+        """Groups that sharded training gathers at once, in order; computed in 16 bit under autocast."""
         return [[layer.attention.f, layer.mlp.f] for layer in self.layers]
 
     def init_kv_caches(self, captions: int, candidates: int) -> list[KVCache]:

@@ -1,5 +1,4 @@
-"""Training objective of the transformer: weighted cross-entropy of text and image tokens (Section 2.2,
-B.2)."""
+"""Training objective of the transformer: weighted cross-entropy of text and image tokens (2.2, B.2)."""
 
 import math
 from dataclasses import dataclass

@@ -45,8 +45,7 @@ def training_flops(config: TransformerConfig) -> dict[str, int]:
 
 
 def cache_bytes(config: TransformerConfig, itemsize: int) -> tuple[int, int]:
-    """Memory of the cache that sampling keeps: for a caption, shared by its candidates, and for each
-    candidate.
+    """KV cache memory: of a caption, shared by its candidates, and of each candidate.
 
     Args:
         itemsize: bytes of a number, 2 in bf16.
