@@ -54,7 +54,8 @@ crop: null
 data: {path: shapes, resolution: 32}
 text: {vocab_size: 400}
 model:
-  {depth: 2, heads: 2, head_dim: 8, text_len: 20, grid: [4, 4], text_vocab: 400, image_vocab: 16, conv_kernel: 3}
+  {depth: 2, heads: 2, head_dim: 8, text_len: 20, grid: [4, 4], conv_kernel: 3,
+   text_vocab: 400, image_vocab: 16}
 """,
     "clip": """\
 data: {path: shapes, resolution: 36}

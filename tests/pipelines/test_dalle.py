@@ -268,12 +268,17 @@ class TestCandidateBatches:
     def test_memory_does_not_grow_with_the_number_of_candidates(self, model, prompt, monkeypatch):
         """At most a decode batch is decoded at once, and at most n images are kept."""
         sizes, kept, decode, add = [], [], model.dvae.decode, best_of_n.TopN.add
-        monkeypatch.setattr(
-            model.dvae, "decode", lambda tokens, grid: sizes.append(len(tokens)) or decode(tokens, grid)
-        )
-        monkeypatch.setattr(
-            best_of_n.TopN, "add", lambda self, *new: add(self, *new) or kept.append(len(self.best))
-        )
+
+        def counted_decode(tokens, grid):
+            sizes.append(len(tokens))
+            return decode(tokens, grid)
+
+        def counted_add(self, *new):
+            add(self, *new)
+            kept.append(len(self.best))
+
+        monkeypatch.setattr(model.dvae, "decode", counted_decode)
+        monkeypatch.setattr(best_of_n.TopN, "add", counted_add)
         generate(model, prompt, n=3, best_of=40, batch_size=8, decode_batch_size=4)
         assert sizes == [4] * 10
         assert max(kept) == 3
@@ -512,11 +517,6 @@ class TestOpening:
 
         return edit
 
-    def test_a_directory_of_something_else_is_refused(self, chain, tmp_path):
-        for path in (chain / "dvae", tmp_path / "none"):
-            with pytest.raises(ValueError, match="no model directory"):
-                DALLE.from_pretrained(path)
-
     @pytest.mark.parametrize("change", ["missing", "truncated"])
     @pytest.mark.parametrize(
         "file",
@@ -554,8 +554,11 @@ class TestOpening:
         edit_config(change)
         with pytest.raises(ValueError, match=message):
             DALLE.from_pretrained(folder)
+        for path in (folder.parent, folder / "none"):
+            with pytest.raises(ValueError, match="no model directory"):
+                DALLE.from_pretrained(path)
 
-    def test_another_dvae_in_the_directory_is_refused(self, folder, edit_config):
+    def test_another_dvae_or_text_tokenizer_in_the_directory_is_refused(self, chain, folder, edit_config):
         other = load_model(folder, "dvae").model
         with torch.no_grad():
             other.encoder.blocks.input.b += 1
@@ -565,8 +568,7 @@ class TestOpening:
         edit_config(lambda config: config["parts"]["dvae"].update(hash=weights_hash(other)))
         with pytest.raises(ValueError, match="do not belong together"):
             DALLE.from_pretrained(folder)
-
-    def test_another_text_tokenizer_in_the_directory_is_refused(self, folder):
+        shutil.copytree(chain / "model", folder, dirs_exist_ok=True)
         other = train_text_tokenizer(["other words"], TextTokenizerConfig(vocab_size=300))
         other.save(folder / "text_tokenizer.json")
         with pytest.raises(ValueError, match="do not belong together"):
