@@ -1,9 +1,10 @@
 """Sharded checkpoints: written and read by other numbers of processes, and damaged."""
 
-import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from dalle.config import to_dict
 from dalle.hub.registry import load_model
-from dalle.io.files import verify_checksums, write_checksums, write_tensors
+from dalle.io.files import verify_checksums, write_tensors
 from dalle.train import sharded_checkpoint as sharded
 from dalle.train.checkpoint import latest_valid_checkpoint, restore, verify_checkpoint
 from dalle.train.checkpoint_saver import AsyncCheckpointer
@@ -31,10 +32,9 @@ from dalle.transformer import Transformer, TransformerConfig
 from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.processes import run_group
 
-CONFIG = TransformerConfig(
-    depth=1, heads=1, head_dim=6, text_len=3, grid=(3, 3), text_vocab=5, image_vocab=7, conv_kernel=3
-)
-META = {"kind": "transformer", "model_config": None, "config": {}, "inputs": {}}
+CONFIG = TransformerConfig(1, 1, 6, 3, (3, 3), 5, 7, conv_kernel=3)
+META = {"kind": "transformer", "model_config": to_dict(CONFIG), "config": {}, "inputs": {}}
+SECOND_SHARD = "shard-00002-model-00001-of-00001.safetensors"
 
 
 def state_of(seed: int, shape: tuple[int, ...] = ()) -> TrainState:
@@ -42,9 +42,8 @@ def state_of(seed: int, shape: tuple[int, ...] = ()) -> TrainState:
     torch.manual_seed(seed)
     model = Transformer(CONFIG)
     if shape:
-        fully_shard(
-            model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-        )
+        names = ("replicate", "shard")[-len(shape) :]
+        fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
     return TrainState(model, build_optimizers(model, OptimizerConfig()), EMA(model, EMAConfig(0.5, 1)))
 
 
@@ -68,9 +67,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def contents(state: TrainState) -> dict[str, Tensor]:
     """Every tensor of a state, whole."""
-    return {
-        f"{file}/{name}": whole(t) for file, held in state.state_dict()[0].items() for name, t in held.items()
-    }
+    tensors, _ = state.state_dict()
+    return {f"{file}/{name}": whole(t) for file, part in tensors.items() for name, t in part.items()}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -112,13 +110,11 @@ def run_with(shape: tuple[int, ...], function: Callable[..., Any], run: Path) ->
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Callable[[tuple[int, ...]], tuple[Path, dict[str, Any]]]:
     """saved(mesh): (a run by that many processes, what its checkpoint holds)."""
-    made = {}
 
+    @cache
     def save(shape: tuple[int, ...]) -> tuple[Path, dict[str, Any]]:
-        if shape not in made:
-            run = tmp_path_factory.mktemp("run")
-            made[shape] = run, run_with(shape, trained, run)
-        return made[shape]
+        run = tmp_path_factory.mktemp("run")
+        return run, run_with(shape, trained, run)
 
     return save
 
@@ -158,30 +154,14 @@ def test_shards_are_safetensors_of_which_each_process_writes_its_share(saved):
 
 def test_one_process_writes_plain_files(saved):
     folder = saved(())[0] / "checkpoints" / "step-00000002"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "SHA256SUMS",
-        "ema.safetensors",
-        "meta.json",
-        "model.safetensors",
-        "optimizer.safetensors",
-    ]
+    tensors = [f"{name}.safetensors" for name in ("ema", "model", "optimizer")]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["SHA256SUMS", "meta.json", *tensors])
 
 
-def test_a_sharded_checkpoint_is_a_part_and_becomes_one_file(saved, tmp_path):
-    """load_part reads it by itself, and write_tensors writes one safetensors file of it."""
+def test_a_sharded_checkpoint_is_loaded_and_exported_as_one_file(saved, tmp_path):
     run, expected = saved((2,))
-    meta = run / "checkpoints" / "step-00000002" / "meta.json"
-    text = meta.read_text()
-    try:
-        meta.write_text(
-            text.replace('"model_config": null', f'"model_config": {json.dumps(to_dict(CONFIG))}')
-        )
-        write_checksums(meta.parent)
-        raw = load_model(run, "transformer", averaged=False)
-        averaged = load_model(run, "transformer")
-    finally:
-        meta.write_text(text)
-        write_checksums(meta.parent)
+    raw = load_model(run, "transformer", averaged=False)
+    averaged = load_model(run, "transformer")
     write_tensors(tmp_path / "one.safetensors", raw.model.state_dict())
     exported = {f"model/{name}": t for name, t in load_file(tmp_path / "one.safetensors").items()}
     assert same(exported, {name: tensor for name, tensor in expected.items() if name.startswith("model/")})
@@ -234,7 +214,7 @@ def test_any_placement_is_written_and_read(tmp_path):
 
 
 class Trap:
-    """Runs when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -243,28 +223,21 @@ class Trap:
         return Path.touch, (self.mark,)
 
 
-def test_a_hostile_metadata_file_runs_nothing(saved, tmp_path, monkeypatch):
+def test_a_hostile_metadata_file_runs_nothing(saved, tmp_path):
     """DCP's default reader would unpickle it: shown first, so that the trap is known to work."""
     mark = tmp_path / "ran"
     run, expected = saved((2,))
-    folder = run / "checkpoints" / "step-00000002"
-    hostile = [
-        place / ".metadata" for place in (folder, *(folder / part for part in ("model", "ema", "optimizer")))
-    ]
-    try:
-        for path in hostile:
-            path.write_bytes(pickle.dumps(Trap(mark)))
-        with pytest.raises(BaseException, match=r".*"):
-            torch.distributed.checkpoint.FileSystemReader(folder / "model").read_metadata()
-        assert mark.exists()
-        mark.unlink()
-        assert same(run_with((), resumed, run)[0], expected)
-        assert same(run_with((2,), resumed, run)[0], expected)
-        sharded.read_whole(folder, "model")
-        assert not mark.exists()
-    finally:
-        for path in hostile:
-            path.unlink(missing_ok=True)
+    folder = shutil.copytree(run, tmp_path / "run") / "checkpoints" / "step-00000002"
+    for place in (".", "model", "ema", "optimizer"):
+        (folder / place / ".metadata").write_bytes(pickle.dumps(Trap(mark)))
+    with pytest.raises(BaseException, match=r".*"):
+        torch.distributed.checkpoint.FileSystemReader(folder / "model").read_metadata()
+    assert mark.exists()
+    mark.unlink()
+    assert same(run_with((), resumed, tmp_path / "run")[0], expected)
+    assert same(run_with((2,), resumed, tmp_path / "run")[0], expected)
+    sharded.read_whole(folder, "model")
+    assert not mark.exists()
 
 
 def test_nothing_is_unpickled_from_a_file(saved, monkeypatch):
@@ -286,7 +259,7 @@ def damaged_shard(rank: int, run: Path, shape: tuple[int, ...]) -> tuple[str, in
         folder = save_checkpoint(run, state, META, keep=2)
     ranks = Distributed.current()
     if rank == 0:
-        path = folder / "optimizer" / "shard-00002-model-00001-of-00001.safetensors"
+        path = folder / "optimizer" / SECOND_SHARD
         data = bytearray(path.read_bytes())
         data[-3] ^= 1
         path.write_bytes(data)
@@ -301,25 +274,18 @@ def test_a_flipped_bit_in_one_shard_makes_all_processes_take_the_checkpoint_befo
     assert "optimizer/shard-00002" in verify_checkpoint(tmp_path / "checkpoints" / "step-00000002")
 
 
-def test_a_shard_too_many_or_too_few_is_seen(saved):
-    folder = saved((2,))[0] / "checkpoints" / "step-00000002"
-    extra = folder / "model" / "shard-00003-model-00001-of-00001.safetensors"
+def test_a_shard_too_many_or_too_few_is_named(saved, tmp_path):
+    folder = shutil.copytree(saved((2,))[0], tmp_path / "run") / "checkpoints" / "step-00000002"
+    extra = folder / "model" / SECOND_SHARD.replace("2", "3", 1)
     write_tensors(extra, {"a": torch.zeros(1)})
-    try:
-        assert "shard-00003" in verify_checksums(folder)
-    finally:
-        extra.unlink()
-    shard = folder / "model" / "shard-00002-model-00001-of-00001.safetensors"
-    data = shard.read_bytes()
-    shard.unlink()
-    try:
-        assert "shard-00002-model-00001-of-00001.safetensors cannot be read" in verify_checksums(folder)
-    finally:
-        shard.write_bytes(data)
+    assert "shard-00003" in verify_checksums(folder)
+    extra.unlink()
+    (folder / "model" / SECOND_SHARD).unlink()
+    assert f"{SECOND_SHARD} cannot be read" in verify_checksums(folder)
 
 
 def cannot_write(rank: int, run: Path, shape: tuple[int, ...]) -> str:
-    """The disk of the second process is full; every process is told, and the first checkpoint stays."""
+    """The second process's disk is full; every process raises it, and the first checkpoint stays."""
     state = state_of(0, shape)
     one_update(state, 1)
     saver = AsyncCheckpointer(run, keep_last=1, keep_every=None)
@@ -340,9 +306,9 @@ def cannot_write(rank: int, run: Path, shape: tuple[int, ...]) -> str:
     return "nothing"
 
 
-def test_a_full_disk_of_one_process_is_told_by_all(tmp_path):
-    said = run_group(2, cannot_write, tmp_path, (2,))
-    assert said[0] == said[1]
-    assert "cannot write the checkpoint of step 2 (No space left on device)" in said[0]
-    assert "step-00000001 is intact" in said[0]
+def test_a_full_disk_of_one_process_is_raised_in_all(tmp_path):
+    errors = run_group(2, cannot_write, tmp_path, (2,))
+    assert errors[0] == errors[1]
+    assert "cannot write the checkpoint of step 2 (No space left on device)" in errors[0]
+    assert "step-00000001 is intact" in errors[0]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000001"]
