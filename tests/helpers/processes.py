@@ -14,7 +14,13 @@ from typing import Any
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
-    ["dalle.hub.registry", "pytest", "tests.helpers.distributed_work", "tests.helpers.powersgd_worker"]
+    [
+        "dalle.hub.registry",
+        "pytest",
+        "tests.helpers.distributed_work",
+        "tests.helpers.powersgd_worker",
+        "torch._dynamo",  # optimizers and FSDP import it when they are first used
+    ]
 )
 
 
