@@ -41,14 +41,11 @@ class ReportContext:
 
     @cached_property
     def dvae(self) -> ImageTokenizer:
-        """The model's image tokenizer, else that of the dVAE's run or directory."""
-        try:
+        """The image tokenizer of the dVAE's run, else of the model or its directory."""
+        run = self.contents.runs.get("dvae")
+        folder = run.folder if run else self.contents.model
+        if not self.args.sample or folder is None:
             return self.model.dvae
-        except ValueError:
-            run = self.contents.runs.get("dvae")
-            folder = run.folder if run else self.contents.model
-            if not self.args.sample or folder is None:
-                raise
         return load_model(folder, "dvae", resolve_device(self.args.device)).model
 
     @cached_property

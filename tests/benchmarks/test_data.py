@@ -1,6 +1,5 @@
-"""The benchmark of data: each case with its rate, its ratios and the wait it causes."""
+"""Benchmark of data loading: rates, ratios and waits of each case."""
 
-import json
 from dataclasses import replace
 
 from dalle.benchmarks.config import DataBenchmark
@@ -23,10 +22,8 @@ DATA = DataBenchmark(
 )
 
 
-def test_the_report_has_every_case_with_its_ratios_and_its_wait(tmp_path):
-    path = tmp_path / "report.json"
-    benchmark_data(replace(DATA, json=path))
-    report = json.loads(path.read_text(encoding="utf-8"))
+def test_the_report_has_every_case_with_its_ratios_and_its_wait():
+    report = benchmark_data(DATA)
     names = [f"shapes, {r} x {r}, {workers} workers" for r in (16, 32) for workers in (0, 1)]
     assert list(report["results"]) == [*names, "token cache"]
     assert report["results"][names[0]]["speedup_vs_first"] == 1
