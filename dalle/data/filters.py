@@ -31,7 +31,7 @@ class Filters:
         if config.boilerplate:
             self._caption_tests["boilerplate"] = is_boilerplate
         if config.min_words:
-            self._caption_tests["too short"] = lambda caption: count_words(caption) < config.min_words
+            self._caption_tests["min_words"] = lambda caption: count_words(caption) < config.min_words
         if config.language:
             detect = language_detector(config.language)
             self._caption_tests["language"] = lambda caption: detect(caption) not in (None, config.language)
@@ -41,17 +41,17 @@ class Filters:
         return Filters, (self.config,)
 
     def reason(self, captions: Sequence[str], width: int, height: int, name: str | None = None) -> str | None:
-        """The first filter that drops a sample ("boilerplate", "aspect", ...), or None.
+        """The first filter that drops a sample by the name of its field, or None.
 
         A caption filter drops a sample if it drops all of its captions.
         """
         config, shorter = self.config, min(width, height)
         if name is not None and name in self._names:
-            return "exclude list"
+            return "exclude_list"
         if config.max_aspect_ratio and max(width, height) > config.max_aspect_ratio * shorter:
-            return "aspect"
+            return "max_aspect_ratio"
         if shorter < config.min_size:
-            return "too small"
+            return "min_size"
         for filter_name, drops in self._caption_tests.items():
             left = [caption for caption in captions if not drops(caption)]
             if captions and not left:
@@ -66,15 +66,9 @@ class Filters:
 
 
 def one_by_one(config: FilterConfig) -> dict[str, FilterConfig]:
-    """Each active filter alone, by the name that `Filters.reason` returns: for a dry run."""
-    names = {
-        "max_aspect_ratio": "aspect",
-        "min_words": "too short",
-        "min_size": "too small",
-        "exclude_list": "exclude list",
-    }
-    chosen = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {names.get(key, key): replace(_OFF, **{key: value}) for key, value in chosen.items() if value}
+    """Each active filter alone, by name, for a dry run."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {name: replace(_OFF, **{name: value}) for name, value in values.items() if value}
 
 
 def _read_names(path: Path) -> frozenset[str]:

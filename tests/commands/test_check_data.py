@@ -147,18 +147,23 @@ def test_each_filter_of_the_paper_is_tried_with_examples(folder, tmp_path):
     report = check_data(args_of(folder, tmp_path / "out"))
     filters = report["filters"]
     named = {name: [example["name"] for example in filters[name]["examples"]] for name in filters}
-    assert named == {"boilerplate": ["c.png"], "aspect": ["b.png"], "too short": [], "language": ["f.png"]}
-    assert filters["aspect"]["examples"] == [
+    assert named == {
+        "boilerplate": ["c.png"],
+        "max_aspect_ratio": ["b.png"],
+        "min_words": [],
+        "language": ["f.png"],
+    }
+    assert filters["max_aspect_ratio"]["examples"] == [
         {"name": "b.png", "size": [100, 40], "captions": ["a very long bridge over the river"]}
     ]
-    assert filters["aspect"]["samples"] == 1
+    assert filters["max_aspect_ratio"]["samples"] == 1
     assert report["all_filters"]["samples"] == 4  # g too: each of its captions falls to another filter
 
 
 def test_all_filters_drop_what_training_drops(folder, tmp_path):
     filters = FilterConfig(min_words=2, min_size=30)
     report = check_data(args_of(folder, tmp_path / "out", filters))
-    assert list(report["filters"]) == ["boilerplate", "aspect", "too short", "too small"]
+    assert list(report["filters"]) == ["boilerplate", "max_aspect_ratio", "min_words", "min_size"]
     dataset = open_dataset(DataConfig(path=str(folder), resolution=8, filters=filters, val_path=str(folder)))
     skipped = dataset.load([(0, i) for i in range(dataset.size)]).skipped
     assert report["all_filters"]["samples"] == len(skipped) == 4
@@ -170,7 +175,7 @@ def test_a_filter_shows_the_first_examples_only(tmp_path, monkeypatch):
     for i in range(20):
         put(tmp_path / "set", f"{i:02}.png", scene(i), "cat")
     report = check_data(args_of(tmp_path / "set", tmp_path / "out", FilterConfig(min_words=2)))
-    numbers = report["filters"]["too short"]
+    numbers = report["filters"]["min_words"]
     assert numbers["samples"] == 20
     assert [example["name"] for example in numbers["examples"]] == [f"{i:02}.png" for i in range(5)]
 
@@ -204,7 +209,7 @@ def test_duplicates_are_listed_for_training(folder, tmp_path):
     filters = FilterConfig(boilerplate=False, max_aspect_ratio=None, exclude_list=args.exclude_list)
     dataset = open_dataset(DataConfig(path=str(folder), resolution=8, filters=filters, val_path=str(folder)))
     skipped = dataset.load([(0, i) for i in range(dataset.size)]).skipped
-    assert [(bad.name, bad.cause) for bad in skipped] == [("e.jpg", "filter:exclude list")]
+    assert [(bad.name, bad.cause) for bad in skipped] == [("e.jpg", "filter:exclude_list")]
 
 
 def test_the_contact_sheet_shows_images_of_the_whole_dataset(tmp_path):
@@ -224,7 +229,7 @@ def test_captions_with_lone_surrogates_are_written(tmp_path):
     (tmp_path / "set" / "a.txt").unlink()
     (tmp_path / "set" / "a.json").write_text('"\\ud800 photo"')
     report = check_data(args_of(tmp_path / "set", tmp_path / "out", FilterConfig(min_words=9)))
-    assert report["filters"]["too short"]["examples"][0]["captions"] == ["\\ud800 photo"]
+    assert report["filters"]["min_words"]["examples"][0]["captions"] == ["\\ud800 photo"]
 
 
 def test_the_command_prints_the_report_and_sets_its_exit_status(script, bad_tar, tmp_path):

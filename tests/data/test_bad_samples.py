@@ -63,5 +63,5 @@ def test_a_run_ends_above_one_percent_and_a_hundred_samples(size, count, seen, r
 
 def test_filtered_samples_never_end_a_run():
     log = BadSampleLog(None, 1000)
-    log.add(bad(900, "filter:aspect"), 0, 1000)
-    assert log.counts["filter:aspect"] == 900
+    log.add(bad(900, "filter:max_aspect_ratio"), 0, 1000)
+    assert log.counts["filter:max_aspect_ratio"] == 900

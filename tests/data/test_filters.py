@@ -28,11 +28,11 @@ def test_short_captions_stay_by_default(caption):
         ({}, 9000, 1, None),
         ({"max_aspect_ratio": 2.0}, 200, 100, None),
         ({"max_aspect_ratio": 2.0}, 100, 200, None),
-        ({"max_aspect_ratio": 2.0}, 201, 100, "aspect"),
-        ({"max_aspect_ratio": 2.0}, 100, 201, "aspect"),
+        ({"max_aspect_ratio": 2.0}, 201, 100, "max_aspect_ratio"),
+        ({"max_aspect_ratio": 2.0}, 100, 201, "max_aspect_ratio"),
         ({"min_size": 64}, 64, 64, None),
-        ({"min_size": 64}, 63, 500, "too small"),
-        ({"min_size": 64}, 500, 63, "too small"),
+        ({"min_size": 64}, 63, 500, "min_size"),
+        ({"min_size": 64}, 500, 63, "min_size"),
     ],
 )
 def test_filters_of_sizes(settings, width, height, expected):
@@ -62,13 +62,13 @@ def test_words_are_counted(caption, words):
 @pytest.mark.parametrize(
     ("captions", "settings", "expected"),
     [
-        (["a cat"], {"min_words": 3}, "too short"),
+        (["a cat"], {"min_words": 3}, "min_words"),
         (["a black cat"], {"min_words": 3}, None),
         (["cat", "IMG_2031", "a black cat"], {"min_words": 3, "boilerplate": True}, None),
         (
             ["IMG_2031", "cat"],
             {"min_words": 2, "boilerplate": True},
-            "too short",
+            "min_words",
         ),  # the filter that drops the last
         (["IMG_2031", "photo of 3 May 2009"], {"min_words": 2, "boilerplate": True}, "boilerplate"),
         ([], {"min_words": 3, "boilerplate": True}, None),  # a sample without captions is another matter
@@ -84,7 +84,7 @@ def test_filters_of_captions(captions, settings, expected):
 def test_names_of_the_exclude_list_are_dropped(tmp_path):
     (tmp_path / "drop.txt").write_text("cats/1.png\nhündin.png\n", encoding="utf-8")
     settings = {"exclude_list": tmp_path / "drop.txt"}
-    assert reason(["a"], name="hündin.png", **settings) == "exclude list"
+    assert reason(["a"], name="hündin.png", **settings) == "exclude_list"
     assert reason(["a"], name="cats/2.png", **settings) is None
     assert reason(["a"], **settings) is None
 
@@ -215,17 +215,21 @@ def test_one_by_one_has_the_active_filters(tmp_path):
     (tmp_path / "drop").touch()
     config = FilterConfig(True, 2.0, 3, None, 64, tmp_path / "drop")
     alone = one_by_one(config)
-    assert list(alone) == ["boilerplate", "aspect", "too short", "too small", "exclude list"]
-    assert alone["too short"] == replace(OFF, min_words=3)
+    assert list(alone) == ["boilerplate", "max_aspect_ratio", "min_words", "min_size", "exclude_list"]
+    assert alone["min_words"] == replace(OFF, min_words=3)
     assert one_by_one(OFF) == {}
 
 
 def test_each_filter_alone_gives_its_own_name_as_the_reason():
-    samples = {"boilerplate": (["IMG_0001"], 9, 9), "aspect": (["a"], 9, 1), "too short": (["a"], 9, 9)}
+    samples = {
+        "boilerplate": (["IMG_0001"], 9, 9),
+        "max_aspect_ratio": (["a"], 9, 1),
+        "min_words": (["a"], 9, 9),
+    }
     for name, config in one_by_one(replace(PAPER_FILTERS, language=None)).items():
         assert Filters(config).reason(*samples[name]) == name
 
 
 def test_filters_can_be_pickled():
     again = pickle.loads(pickle.dumps(Filters(FilterConfig(min_words=2))))
-    assert again.reason(["cat"], 9, 9) == "too short"
+    assert again.reason(["cat"], 9, 9) == "min_words"

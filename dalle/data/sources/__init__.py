@@ -48,7 +48,9 @@ def open_source(
         return FolderSource(Path(location.path), caption_column)
     if location.format == "hub":
         return HubSource(location.path, image_column, caption_column, part)
-    files = {"all": location.files, "train": location.train, "held_out": location.held_out}[part]
+    files = location.held_out if part == "held_out" else location.files
+    if part == "train":
+        files = tuple(file for file in files if file not in location.held_out)
     folder = Path(index_dir) if index_dir else None
     if location.format == "tars":
         return TarSource(files, caption_column, folder)

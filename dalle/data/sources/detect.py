@@ -31,11 +31,6 @@ class DataLocation:
     held_out: tuple[Path, ...] = ()
     """The validation split among them: files named val*, validation* or dev*."""
 
-    @property
-    def train(self) -> tuple[Path, ...]:
-        """The other files."""
-        return tuple(file for file in self.files if file not in self.held_out)
-
 
 def detect_source(path: str, format: Format = "auto") -> DataLocation:
     """The source at a path: a file, a folder, or a pattern with *, ? and {000..099}.
