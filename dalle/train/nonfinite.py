@@ -4,11 +4,12 @@ A skipped step changes no weights, moments or averages, and the next step has th
 scales (fp16) skipping is part of the method: the paper skipped one step in twenty.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dalle.train.dtensor import local
 from dalle.train.grad_scaler import BACKOFF_INTERVAL
@@ -97,9 +98,6 @@ def _first_false(flags: dict[str, Tensor], all_true: Callable[[Tensor], Tensor])
     return next((name for name, good in zip(flags, together, strict=True) if not good), None)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        yield value
-    elif isinstance(value, tuple | list):
-        for inner in value:
-            yield from _tensors(inner)
+def _tensors(value: Any) -> list[Tensor]:
+    leaves = tree_leaves(value)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]

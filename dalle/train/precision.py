@@ -31,8 +31,9 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type == "cpu":
-        return "bf16" if torch.backends.cpu.get_cpu_capability() == "AVX512" and _cpu_has_bf16() else "fp32"
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and has_bf16:
+        return "bf16" if has_bf16() else "fp32"
     return "fp32"
 
 
@@ -42,11 +43,6 @@ def precision_label(precision: Precision, int8: bool, device: torch.device) -> s
     return f"{label}, int8 matrices" if int8 else label
 
 
-def _cpu_has_bf16() -> bool:
-    check = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(check and check())
-
-
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context for a forward pass."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
@@ -54,23 +50,21 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" becomes cuda, mps or cpu, the first there is."""
-    if name != "auto":
-        return _named_device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _named_device(name: str) -> torch.device:
+    """A device that is there; "auto" becomes cuda, mps or cpu, the first there is."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, found in available.items() if found))
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"unknown device {name!r}; expected auto, cpu, cuda, cuda:1 or mps") from None
-    if device.type not in ("cpu", "cuda", "mps"):
+        device = None
+    if device is None or device.type not in available:
         raise ValueError(f"unknown device {name!r}; expected auto, cpu, cuda, cuda:1 or mps")
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if device.type in there and not there[device.type]():
+    if not available[device.type]:
         raise ValueError(f"this computer has no {device.type} that torch can use; give --device auto")
     return device
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from dalle.train.config import OptimizerConfig
 from dalle.train.distributed import Distributed
@@ -63,7 +64,8 @@ def train_step(
         raise FloatingPointError(
             f"step {state.step + 1}: loss {float(loss.total.detach())}, gradient norm {float(norm)}; "
             f"first bad tensor: {where}. {guard.in_a_row} steps in a row are not finite "
-            "(train.max_skipped_steps). The last checkpoint is intact; lower the learning rate, or check the data"
+            "(train.max_skipped_steps). The last checkpoint is intact; lower the learning rate, "
+            "or check the data"
         )
     if state.scales:
         state.scales.update(finite_blocks)
@@ -141,19 +143,18 @@ def mean_loss(losses: list[Loss], dist: Distributed) -> Loss:
 
 
 def split(batch: Any, count: int) -> list[Any]:
-    """A batch (tensor, or tuples, lists and dicts of them) as `count` equal parts; ValueError if it does not
-    divide."""
+    """A batch (tensors in tuples, lists and dicts) in `count` equal parts; ValueError if not divisible."""
     if count == 1:
         return [batch]
-    if isinstance(batch, dict):
-        return [dict(zip(batch, parts, strict=True)) for parts in split(tuple(batch.values()), count)]
-    if isinstance(batch, tuple | list):
-        return [type(batch)(parts) for parts in zip(*(split(value, count) for value in batch), strict=True)]
-    if len(batch) % count:
-        raise ValueError(
-            f"{len(batch)} samples do not divide among {count} passes; change batch_size or grad_accum_steps"
-        )
-    return list(batch.chunk(count))
+    tensors, structure = tree_flatten(batch)
+    for tensor in tensors:
+        if len(tensor) % count:
+            raise ValueError(
+                f"{len(tensor)} samples do not divide among {count} passes; "
+                "change batch_size or grad_accum_steps"
+            )
+    parts = zip(*(tensor.chunk(count) for tensor in tensors), strict=True)
+    return [tree_unflatten(part, structure) for part in parts]
 
 
 def build_grad_scaler(model: nn.Module) -> PerBlockGradScaler:
@@ -178,10 +179,4 @@ def step_seed(seed: int, step: int) -> int:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The tensors of a batch (also in tuples, lists and dicts) on the device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
