@@ -115,7 +115,8 @@ _CAMERA_FILE = re.compile(
 _AROUND_DATES = re.compile(
     rf"(?<!\w)(?:\d\d?[:.]\d\d(?:[:.]\d\d)?\s*(?:[ap]\.?m\.?)?|{_WEEKDAY}|{_YEAR}"
     r"|photo(?:s|graph(?:s|ed)?)?|images?|pics?|pictures?|snapshots?|shots?|scan(?:ned)?|taken"
-    r"|shot|captured|recorded|uploaded|posted|published|created|added|dated?|time|stamp|file|camera|digital|on|at|in|of|the|this|was|is|it"
+    r"|shot|captured|recorded|uploaded|posted|published|created|added|dated?|time|stamp|file|camera|digital"
+    r"|on|at|in|of|the|this|was|is|it"
     r"|a|an|by|from|and|&)(?!\w)"
 )
 

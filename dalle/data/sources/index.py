@@ -146,13 +146,13 @@ def open_or_build_index(
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            partial = tempfile.NamedTemporaryFile(dir=folder, prefix=".partial-", delete=False)  # noqa: SIM115
+            descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=folder)
         except OSError as error:
             problem = error
             continue
-        path = Path(partial.name)
+        path = Path(partial)
         try:
-            writer = IndexWriter(partial, dtype)
+            writer = IndexWriter(os.fdopen(descriptor, "wb"), dtype)
             build(writer, files)
             writer.close()
             if writer.keep:
