@@ -26,9 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cattrs
 import tyro
-from cattrs.gen import make_dict_structure_fn
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
@@ -47,63 +45,25 @@ class ConfigError(ValueError):
     """A configuration that cannot be: says which key, what was found, what was expected."""
 
 
-# ---------------------------------------------------------------------------------------------
-# dict <-> dataclass
-# ---------------------------------------------------------------------------------------------
-
-
-def _exactly(kind: type):
-    """A hook that takes a value of this type and nothing that merely converts to it."""
-
-    def structure(value: Any, _: Any) -> Any:
-        if kind is float and type(value) is int:
-            return float(value)
-        if kind is Path and type(value) is str:
-            return Path(value)
-        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-            raise TypeError(f"expected {kind.__name__}, got {value!r}")
-        return value
-
-    return structure
-
-
-def _converter() -> cattrs.Converter:
-    converter = cattrs.Converter(forbid_extra_keys=True)
-    for kind in (bool, int, float, str, Path):
-        converter.register_structure_hook(kind, _exactly(kind))
-    converter.register_unstructure_hook(Path, str)
-    converter.register_structure_hook_factory(
-        dataclasses.is_dataclass,
-        lambda cls: make_dict_structure_fn(cls, converter, _cattrs_forbid_extra_keys=True),
-    )
-    return converter
-
-
-_CONVERTER = _converter()
-
-
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> Any:
     """A dataclass as plain dicts, lists, strings and numbers (what JSON and YAML hold)."""
-    return _plain(_CONVERTER.unstructure(config))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(inner) for inner in value]
-    return value
+    if dataclasses.is_dataclass(config):
+        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, tuple | list):
+        return [to_dict(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
 
 
 def resume_fingerprint(config: Any) -> dict[str, Any]:
     """The configuration as a plain dict, without the fields that a resumed run may change (`RESUME_FREE`)."""
     classes = [cls for cls in type(config).__mro__ if dataclasses.is_dataclass(cls)]
     free = {f.name for cls in classes for f in dataclasses.fields(cls) if f.metadata.get("resume") == "free"}
-    plain = to_dict(config)
-    for field in dataclasses.fields(config):
-        if dataclasses.is_dataclass(value := getattr(config, field.name)):
-            plain[field.name] = resume_fingerprint(value)
-    return {name: value for name, value in plain.items() if name not in free}
+    kept = [field.name for field in dataclasses.fields(config) if field.name not in free]
+    values = {name: getattr(config, name) for name in kept}
+    return {
+        name: resume_fingerprint(value) if dataclasses.is_dataclass(value) else to_dict(value)
+        for name, value in values.items()
+    }
 
 
 def from_dict(cls: type[T], data: dict[str, Any], source: str = "configuration") -> T:
@@ -112,58 +72,64 @@ def from_dict(cls: type[T], data: dict[str, Any], source: str = "configuration")
     Raises:
         ConfigError: unknown key (with the nearest name), wrong type, or a value the class refuses.
     """
-    _check_keys(cls, data, source)
+    wrong: list[str] = []
     try:
-        return _CONVERTER.structure(merge(_defaults(cls), data), cls)
-    except Exception as error:
-        raise ConfigError(f"{source}: {'; '.join(_reasons(error))}") from None
+        config = _read_fields(cls, data, None, "", wrong)
+    except (ConfigError, OverflowError, RecursionError) as error:
+        wrong = [str(error)]
+    if wrong:
+        raise ConfigError(f"{source}: {'; '.join(wrong)}")
+    return config
 
 
-def _defaults(cls: type) -> dict[str, Any]:
-    """Plain defaults: a section that names one value keeps the others of *this* class's section."""
-    fields = {field.name: field.default for field in dataclasses.fields(cls)}
-    return {name: to_dict(value) for name, value in fields.items() if value is not dataclasses.MISSING}
-
-
-def _reasons(error: BaseException, path: str = "") -> list[str]:
-    """One line per leaf of cattrs' tree of errors, with the dotted place."""
-    if isinstance(error, cattrs.errors.BaseValidationError):
-        lines = []
-        for inner in error.exceptions:
-            notes = [n for n in getattr(inner, "__notes__", []) if hasattr(n, "name") or hasattr(n, "index")]
-            step = str(getattr(notes[0], "name", getattr(notes[0], "index", ""))) if notes else ""
-            lines += _reasons(inner, f"{path}.{step}" if path and step else path or step)
-        return lines
-    said = "missing" if isinstance(error, KeyError) else str(error)
-    return [f"{path}: {said}" if path else said]
-
-
-def _check_keys(cls: type, data: Any, source: str, path: str = "") -> None:
-    """Unknown keys, at any depth, before anything else is said."""
+def _read_fields(cls: type, data: Any, default: Any, path: str, wrong: list[str]) -> Any:
+    """A dataclass; `default` has the values of fields left out, `wrong` collects errors by dotted path."""
     if not isinstance(data, dict):
-        raise ConfigError(
-            f"{source}: {path or 'the whole file'} must be a mapping of names to values, got {data!r}"
-        )
-    fields = typing.get_type_hints(cls)
-    for key, value in data.items():
-        place = f"{path}.{key}" if path else str(key)
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
+        place = f"{path}: " if path else ""
+        raise ConfigError(f"{place}must be a mapping of names to values, got {data!r}")
+    hints, prefix, values, before = typing.get_type_hints(cls), f"{path}." if path else "", {}, len(wrong)
+    for key in data:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{source}: no key {place!r}{hint} (known here: {', '.join(fields)})")
-        if (inner := _dataclass_in(fields[key])) and value is not None:
-            _check_keys(inner, value, source, place)
+            raise ConfigError(f"no key '{prefix}{key}'{hint} (known here: {', '.join(hints)})")
+    for field in dataclasses.fields(cls):
+        name = field.name
+        value = field.default if default is None else getattr(default, name)
+        if name in data:
+            section = value if dataclasses.is_dataclass(value) else None
+            values[name] = _read_value(hints[name], data[name], section, prefix + name, wrong)
+        elif value is dataclasses.MISSING:
+            wrong.append(f"{prefix}{name}: missing")
+        else:
+            values[name] = value
+    if len(wrong) == before:
+        try:
+            return cls(**values)
+        except Exception as error:
+            wrong.append(f"{path}: {error}" if path else str(error))
+    return None
 
 
-def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass of a field, also of `X | None`."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
-
-
-# ---------------------------------------------------------------------------------------------
-# YAML
-# ---------------------------------------------------------------------------------------------
+def _read_value(hint: Any, value: Any, default: Any, path: str, wrong: list[str]) -> Any:
+    """A value of exactly this type, not one that merely converts to it; an int is a float."""
+    if dataclasses.is_dataclass(hint):
+        return _read_fields(hint, value, default, path, wrong)
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):  # X | None
+        return None if value is None else _read_value(options[0], value, None, path, wrong)
+    if origin is tuple and isinstance(value, tuple | list):
+        hints = options[:1] * len(value) if options[-1] is ... else options
+        if len(hints) == len(value):
+            pairs = enumerate(zip(hints, value, strict=True))
+            return tuple(_read_value(of, item, None, f"{path}.{i}", wrong) for i, (of, item) in pairs)
+    if type(value) is hint or (origin is typing.Literal and value in options):
+        return value
+    if (hint is float and type(value) is int) or (hint is Path and isinstance(value, str | Path)):
+        return hint(value)
+    names = f"one of {', '.join(options)}" if origin is typing.Literal else getattr(hint, "__name__", hint)
+    wrong.append(f"{path}: expected {hint if origin is tuple else names}, got {value!r}")
+    return None
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
@@ -172,15 +138,13 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     try:
         data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"no configuration file {path}; {_shipped_hint(path)}") from None
+        names = [f"configs/{f.relative_to(CONFIGS).as_posix()}" for f in sorted(CONFIGS.glob("*/*.yaml"))]
+        near = difflib.get_close_matches(path.as_posix(), names, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(names)}"
+        raise ConfigError(f"no configuration file {path}; {hint}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error.strerror}); give a YAML file") from None
-    except (
-        YAMLError,
-        ValueError,
-        KeyError,
-        RecursionError,
-    ) as error:  # the others of !!bool foo and the like
+    except (YAMLError, ValueError, KeyError, RecursionError) as error:  # KeyError of !!bool foo
         raise ConfigError(f"{path} is not YAML: {error}") from None
     return {} if data is None else data
 
@@ -194,12 +158,6 @@ def find_config(path: Path | str) -> Path:
     return shipped if shipped.is_file() and ".." not in path.parts else path
 
 
-def _shipped_hint(path: Path) -> str:
-    names = [f"configs/{file.relative_to(CONFIGS).as_posix()}" for file in sorted(CONFIGS.glob("*/*.yaml"))]
-    near = difflib.get_close_matches(path.as_posix(), names, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else f"shipped are {', '.join(names)}"
-
-
 def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
     """`update` over `base`, mappings merged at every depth, everything else replaced."""
     merged = dict(base)
@@ -210,13 +168,10 @@ def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(cls: type[T], files: Sequence[Path | str], schema: type | None = None) -> T:
-    """A dataclass from files merged in order.
+    """A dataclass from YAML files merged in order.
 
-    Args:
-        cls: what to build.
-        files: YAML files.
-        schema: the dataclass whose files these are, where a script reads another stage's file: the
-            file is checked against it, and the sections that `cls` lacks are left out.
+    `schema` is the dataclass of a file of another stage: the file is checked against it, and the sections
+    that `cls` lacks are left out.
     """
     data: dict[str, Any] = {}
     for file in files:
@@ -227,11 +182,6 @@ def load(cls: type[T], files: Sequence[Path | str], schema: type | None = None) 
         known = typing.get_type_hints(cls)
         data = {key: value for key, value in data.items() if key in known}
     return from_dict(cls, data, ", ".join(map(str, files)) or "configuration")
-
-
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
 
 
 def parse(
@@ -246,8 +196,8 @@ def parse(
 
     Args:
         cls: the run's dataclass.
-        argv: words; None takes the process's own.
-        preset: the file used when no argument at all is given; the run says so.
+        argv: arguments; default: the process's own.
+        preset: configuration used, and named, when there is no argument.
         schema: see `load`.
         description: shown by `--help` above the fields.
     """
@@ -314,25 +264,22 @@ def _field_docs() -> ConstructorRegistry:
     def read(info: StructTypeInfo) -> StructConstructorSpec | None:
         if not dataclasses.is_dataclass(info.type) or not isinstance(info.default, info.type):
             return None
+        docs: dict[str, str] = {}
+        for owner in filter(dataclasses.is_dataclass, reversed(info.type.__mro__)):
+            body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
+            for field, text in pairwise(body):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    docs[field.target.id] = " ".join(text.value.value.split())
         hints = typing.get_type_hints(info.type, include_extras=True)
-        docs = _docs_of_fields(info.type)
         fields = tuple(
             StructFieldSpec(
-                name=name, type=hints[name], default=getattr(info.default, name), helptext=docs.get(name)
+                name=field.name,
+                type=hints[field.name],
+                default=getattr(info.default, field.name),
+                helptext=docs.get(field.name),
             )
-            for name in (field.name for field in dataclasses.fields(info.type))
+            for field in dataclasses.fields(info.type)
         )
         return StructConstructorSpec(instantiate=info.type, fields=fields)
 
     return registry
-
-
-def _docs_of_fields(cls: type) -> dict[str, str]:
-    """Text under each field, inherited ones included, on one line."""
-    found: dict[str, str] = {}
-    for owner in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
-        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
-        for field, text in pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                found[field.target.id] = " ".join(text.value.value.split())
-    return found
