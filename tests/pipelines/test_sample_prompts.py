@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,12 +183,14 @@ def test_two_processes_write_what_one_writes(run, prompt, monkeypatch, kind):
     sample(run)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "29611")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
     fork, processes = multiprocessing.get_context("fork"), []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
-        processes.append(fork.Process(target=sample, args=(replace(run, out=Path("shared")),)))
+        processes.append(fork.Process(target=sample, args=(replace(run, out=Path("shared")),), daemon=True))
         processes[-1].start()
     for process in processes:
         process.join(120)
