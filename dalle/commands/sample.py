@@ -1,8 +1,8 @@
 """Generates images for a prompt, ranks them by CLIP, and writes the best (paper section 2.6).
 
-python scripts/sample.py --model runs/quickstart/model --prompt "a red circle above a blue square on a white
-background" python scripts/sample.py --prompt "..." --best-of 64 --num-images 8   joins the newest models
-under runs/ python scripts/sample.py --model runs/quickstart/model --prompts-file prompts.txt --out runs/many
+python scripts/sample.py --model runs/quickstart/model --prompt "a red circle above a blue square"
+python scripts/sample.py --prompt "..." --best-of 64            joins the newest models under runs/
+python scripts/sample.py --model runs/quickstart/model --prompts-file prompts.txt --out runs/many
 python scripts/sample.py --model 1.3B --prompt "..."                  minDALL-E's folder, or its 1.3B.tar.gz
 python scripts/sample.py --model pytorch_model_v3.bin --text-tokenizer bpe.model \\
     --dvae vqgan.gumbelf8-sber.model.ckpt --prompt "..."              ruDALL-E
@@ -20,9 +20,6 @@ from dalle.config import cli_errors, parse
 from dalle.pipelines.config import SamplingConfig
 
 if TYPE_CHECKING:
-    import torch
-
-    from dalle.hub.registry import LoadedModel
     from dalle.pipelines.dalle import DALLE
     from dalle.train.distributed import Distributed
 
@@ -85,18 +82,12 @@ def check(args: SampleArgs, external: bool, holds_text: bool) -> None:
     for wrong, message in (
         (
             args.num_images < 1 or args.best_of < args.num_images,
-            (
-                f"best-of must be at least num-images, and that at least 1; got {args.best_of} and "
-                f"{args.num_images}"
-            ),
+            f"best-of must be at least num-images, 1 or more; got {args.best_of}, {args.num_images}",
         ),
         (not prompt and not args.prompts_file, 'no prompt; give --prompt "a red circle above a blue square"'),
         (prompt and args.prompts_file, "--prompts-file replaces --prompt; give one of them"),
         (args.keep_rows is not None and not args.init_image, "--keep-rows needs --init-image"),
-        (
-            args.prompts_file and args.init_image,
-            "--init-image needs a single --prompt; leave out --prompts-file",
-        ),
+        (args.prompts_file and args.init_image, "--init-image needs one --prompt; leave out --prompts-file"),
         (args.prompts_file and not args.out, "--prompts-file needs --out, from which it resumes"),
         (
             external and not args.text_tokenizer and not holds_text,
@@ -109,7 +100,7 @@ def check(args: SampleArgs, external: bool, holds_text: bool) -> None:
         ),
         (
             args.quick_gelu is not None and not clip_file,
-            "--quick-gelu is for a CLIP's file; give it with --clip",
+            "--quick-gelu is for a CLIP file; give it with --clip",
         ),
     ):
         if wrong:
@@ -216,7 +207,7 @@ def open_model(args: SampleArgs, external: bool, group: Distributed) -> DALLE:
     from dalle.pipelines.dalle import DALLE
     from dalle.pretrained.load import load_external_pipeline
     from dalle.pretrained.openai_clip import load_scorer
-    from dalle.runs.inputs import load_stage, load_text_input
+    from dalle.runs.inputs import latest_run, load_stage, load_text_input
 
     device = group.device
     scorer = load_scorer(args.clip, device, args.quick_gelu) if args.clip and args.clip.is_file() else None
@@ -229,25 +220,19 @@ def open_model(args: SampleArgs, external: bool, group: Distributed) -> DALLE:
     if args.model:
         return DALLE.from_pretrained(args.model, device)
     dvae, transformer = (load_stage(kind, getattr(args, kind), device) for kind in ("dvae", "transformer"))
-    clip = None if scorer else find_clip(args, transformer, device)
+    clip, optional = None, args.clip is None and args.best_of == args.num_images
+    if scorer is None:
+        try:
+            path = args.clip or latest_run("clip")
+        except ValueError:
+            if not optional:
+                raise
+            print("note: there is no CLIP, so the images are unranked")
+        else:
+            clip = load_stage("clip", path, device)
+    if optional and clip and clip.inputs["text_hash"] != transformer.inputs["text_hash"]:
+        print(f"note: the images are unranked: {clip.source} was trained with another text tokenizer")
+        clip = None
     model = DALLE.from_parts(dvae, transformer, clip, text)
     model.scorer = scorer or model.scorer
     return model
-
-
-def find_clip(args: SampleArgs, transformer: LoadedModel, device: torch.device) -> LoadedModel | None:
-    """The CLIP run; optional where all candidates are kept and --clip is not given."""
-    from dalle.runs.inputs import latest_run, load_stage
-
-    if args.clip is not None or args.best_of != args.num_images:
-        return load_stage("clip", args.clip, device)
-    try:
-        path = latest_run("clip")
-    except ValueError:
-        print("note: there is no CLIP, so the images are unranked")
-        return None
-    clip = load_stage("clip", path, device)
-    if clip.inputs["text_hash"] != transformer.inputs["text_hash"]:
-        print(f"note: {path} was trained with another text tokenizer, so the images are unranked")
-        return None
-    return clip

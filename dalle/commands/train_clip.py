@@ -53,8 +53,6 @@ class TrainCLIPArgs(TrainArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.eval_samples < 1:
-            raise ValueError(f"eval_samples must be positive, got {self.eval_samples}")
         if self.train.grad_accum_steps > 1:
             raise ValueError(
                 "train.grad_accum_steps changes CLIP's loss, which compares every caption with every image "
@@ -67,10 +65,10 @@ def train_clip(args: TrainCLIPArgs) -> Path:
     from tqdm import tqdm
 
     from dalle.clip.objective import CLIPObjective
-    from dalle.data import BatchReader, first_samples, open_dataset, sample_captions
+    from dalle.data import first_samples, open_dataset, sample_captions
     from dalle.runs.batches import CLIPBatch
-    from dalle.runs.inputs import load_text_input, loader
-    from dalle.runs.training import TrainingRun
+    from dalle.runs.inputs import load_text_input
+    from dalle.runs.training import TrainingRun, open_loader
     from dalle.viz.sample_grids import retrieval_grid
 
     with TrainingRun("clip", args) as run:
@@ -98,17 +96,14 @@ def train_clip(args: TrainCLIPArgs) -> Path:
         samples = first_samples(val_set, min(args.eval_samples, val_set.size or args.eval_samples))
         val_batch = tuple(tensor.to(dist.device) for tensor in pack(collate_val(samples)))
         captions = sample_captions(samples, args.seed)
-        # augmented as in Listing 2, which does not flip: captions mention left and right
-        reader = BatchReader(
-            train_set, args.train.batch_size, args.seed, "transformer", collate, dist.rank, dist.world_size
-        )
 
         def evaluate(model, step: int):
             loss = CLIPObjective()(model, val_batch, step)
             grid = retrieval_grid(model, *val_batch[:2], captions)
             return {"loss": loss.total, **loss.metrics, "retrieval": grid}
 
-        with loader(reader, args, run.dir, pack) as batches:
+        # augmented as in Listing 2, which does not flip: captions mention left and right
+        with open_loader("transformer", train_set, collate, run, pack) as batches:
             run.train(CLIPObjective(), batches, evaluate)
         if model.truncated:
             tqdm.write(

@@ -78,8 +78,6 @@ class TrainDVAEArgs(TrainArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.eval_samples < 1:
-            raise ValueError(f"eval_samples must be positive, got {self.eval_samples}")
         if self.crop is not None and self.crop < self.model.downsample_factor:
             raise ValueError(
                 f"crop must hold a token of {self.model.downsample_factor} pixels, got {self.crop}"
@@ -90,12 +88,11 @@ def train_dvae(args: TrainDVAEArgs) -> Path:
     """Train; return the run's directory: checkpoints, log.jsonl, reconstructions of each evaluation."""
     import torch
 
-    from dalle.data import BatchReader, first_samples, open_dataset
+    from dalle.data import first_samples, open_dataset
     from dalle.dvae.metrics import evaluate_dvae
     from dalle.dvae.objective import DVAEObjective
     from dalle.runs.batches import DVAEBatch
-    from dalle.runs.inputs import loader
-    from dalle.runs.training import TrainingRun
+    from dalle.runs.training import TrainingRun, open_loader
 
     with TrainingRun("dvae", args) as run:
         args, dist = run.args, run.dist
@@ -104,16 +101,12 @@ def train_dvae(args: TrainDVAEArgs) -> Path:
         count = min(args.eval_samples, val_set.size or args.eval_samples)
         val_images = torch.from_numpy(first_samples(val_set, count).pixels).to(dist.device)
         collate = DVAEBatch(args.crop, args.seed, dist.rank, dist.world_size)
-        # augmented as in Listing 1
-        reader = BatchReader(
-            train_set, args.train.batch_size, args.seed, "dvae", collate, dist.rank, dist.world_size
-        )
-
-        def evaluate(model, step: int):
-            return evaluate_dvae(model, val_images, args.loss.tau(step))
-
-        with loader(reader, args, run.dir) as batches:
-            return run.train(DVAEObjective(args.loss), batches, evaluate)
+        with open_loader("dvae", train_set, collate, run) as batches:  # augmented as in Listing 1
+            return run.train(
+                DVAEObjective(args.loss),
+                batches,
+                lambda model, step: evaluate_dvae(model, val_images, args.loss.tau(step)),
+            )
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Train the transformer on a token cache (paper section 2.2): stage two.
 
-python scripts/train_transformer.py                                 the shapes preset, earlier stages made
-first python scripts/train_transformer.py --config configs/transformer/small.yaml --tokens runs/tokens
+python scripts/train_transformer.py                      the shapes preset, after missing earlier stages
+python scripts/train_transformer.py --config configs/transformer/small.yaml --tokens runs/tokens
 """
 
 import sys
@@ -52,8 +52,6 @@ class TrainTransformerArgs(TrainArgs):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.eval_samples < 1:
-            raise ValueError(f"eval_samples must be positive, got {self.eval_samples}")
         if self.sample_grid_size < 0:
             raise ValueError(f"sample_grid_size cannot be negative, got {self.sample_grid_size}")
         for name in ("bpe_dropout", "caption_dropout"):

@@ -1,12 +1,11 @@
 """Models to and from the Hugging Face Hub; a local path never uses the network.
 
-A source is a directory, or else an id "owner/name", which is downloaded into the cache of huggingface_hub.
-Its
-environment variables apply: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
+A source is a directory, or else an id "owner/name", which is downloaded into the cache of huggingface_hub,
+whose environment variables apply: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,19 +19,18 @@ from dalle.io.format import read_config
 
 
 def resolve_source(
-    source: Path | str, files: list[str], revision: str | None = None, token: str | bool | None = None
+    source: Path | str, kinds: Sequence[str], revision: str | None = None, token: str | bool | None = None
 ) -> Path:
     """The directory of a source; of a Hub id, the snapshot in the cache, downloaded if need be.
 
     Args:
         source: a path, which is used if it exists, or an id of the Hub.
-        files: names of the files to download, where they exist.
+        kinds: parts to download with config.json and the text tokenizer, where they exist.
         revision: branch, tag or commit of a repository, "main" unless given.
         token: to read a private repository; that of the login unless given.
 
     Raises:
-        ValueError: neither a path nor an id; or an id that is unknown, private, gated, or neither in the
-            cache nor reachable.
+        ValueError: neither a path nor an id, or an id that cannot be downloaded.
     """
     path = Path(source)
     if path.exists():
@@ -45,6 +43,7 @@ def resolve_source(
             f"{source} is no model directory, nor an id of the Hub (owner/name); make a directory with "
             "save_pretrained, or python scripts/quickstart.py"
         )
+    files = ["config.json", "text_tokenizer.json", *(f"{kind}.safetensors" for kind in kinds)]
     with _hub_errors(repo_id):
         folder = huggingface_hub.snapshot_download(
             repo_id, revision=revision, token=token, allow_patterns=files
@@ -65,11 +64,7 @@ def _is_id(name: str) -> bool:
 
 
 def list_hub_files(directory: Path) -> dict[str, Path]:
-    """Files of a model directory to upload beside the card, by name: config, text tokenizer, weights.
-
-    Raises:
-        ValueError: no model directory, or a missing file.
-    """
+    """Files of a model directory to upload beside the card, by name; ValueError for a missing one."""
     config = read_config(directory)
     names = ["config.json", *(f"{kind}.safetensors" for kind in config["parts"])]
     if "text" in config["inputs"]:

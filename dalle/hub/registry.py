@@ -77,20 +77,16 @@ class LoadedModel(HubMixin):
     ) -> "LoadedModel":
         """One part of a model directory, a run, or a Hub repository, of which only its files are downloaded.
 
-        Args:
-            source: a path, or an id of the Hub.
-            kind: required if there are several parts.
-            device: of the model.
-            revision, token: see `dalle.hub.hub.resolve_source`.
+        `kind` is required if there are several parts; for `revision` and `token` see `resolve_source`.
 
         Raises:
             ValueError: no such model, several parts and no kind, another kind, or a damaged file.
         """
         if kind is None:
-            kind = _only_kind(resolve_source(source, ["config.json"], revision, token))
+            kind = _only_kind(resolve_source(source, (), revision, token))
         if kind not in MODEL_REGISTRY:
             raise ValueError(f"kind must be one of {', '.join(MODEL_REGISTRY)}, got {kind!r}")
-        return load_model(resolve_source(source, model_files(kind), revision, token), kind, device)
+        return load_model(resolve_source(source, (kind,), revision, token), kind, device)
 
 
 def check_linked(
@@ -117,9 +113,7 @@ def check_linked(
 
 def build_model(kind: str, config: Any) -> nn.Module:
     """A freshly initialized model."""
-    config_class, model_class = MODEL_REGISTRY[kind]
-    assert isinstance(config, config_class), f"{kind} needs a {config_class.__name__}, got {type(config)}"
-    return model_class(config)
+    return MODEL_REGISTRY[kind][1](config)
 
 
 def checkpoint_meta(
@@ -140,20 +134,31 @@ def load_model(
         ValueError: no such model, another kind or format, or a damaged file.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
-        return _from_model_directory(path, kind, device)
-    folder = latest_checkpoint(path) or path
-    meta = check_meta(read_json(folder / "meta.json"), kind, folder)
-    if damaged := verify_checkpoint(folder, parts=("model", "ema") if averaged else ("model",)):
-        raise ValueError(f"{damaged}; use an earlier checkpoint")
-    tensors = read_whole(folder, "model")
-    if averaged:
-        ema = meta["ema"]
-        tensors |= bias_corrected(read_whole(folder, "ema"), ema["decay"], ema["updates"])
-    return _load(kind, meta, tensors, folder, device)
+    is_directory = (path / "config.json").is_file()
+    if is_directory:
+        folder, (meta, tensors) = path, _read_model_directory(path, kind)
+    else:
+        folder = latest_checkpoint(path) or path
+        meta = check_meta(read_json(folder / "meta.json"), kind, folder)
+        if damaged := verify_checkpoint(folder, parts=("model", "ema") if averaged else ("model",)):
+            raise ValueError(f"{damaged}; use an earlier checkpoint")
+        tensors = read_whole(folder, "model")
+        if averaged:
+            ema = meta["ema"]
+            tensors |= bias_corrected(read_whole(folder, "ema"), ema["decay"], ema["updates"])
+    config_class, model_class = MODEL_REGISTRY[kind]
+    model = model_class(from_dict(config_class, meta["model_config"], str(folder)))
+    load_strict(model, tensors, folder)
+    model = model.to(device).eval().requires_grad_(False)
+    if is_directory and (found := weights_hash(model)) != meta["hash"]:
+        raise ValueError(
+            f"{path / f'{kind}.safetensors'}: the weights have hash {found}, expected {meta['hash']}; "
+            "the file is of another model, or changed"
+        )
+    return LoadedModel(kind, model, meta, folder)
 
 
-def _from_model_directory(path: Path, kind: str, device: str | torch.device) -> LoadedModel:
+def _read_model_directory(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = read_config(path)
     if kind not in config["parts"]:
         raise ValueError(f"{path} holds no {kind}; it has {', '.join(config['parts'])}")
@@ -167,14 +172,7 @@ def _from_model_directory(path: Path, kind: str, device: str | torch.device) -> 
                 f"expected {hashes['text']}"
             )
         inputs |= {"text": text.to_dict(), "text_hash": text.hash}
-    meta, file = config["parts"][kind] | {"inputs": inputs}, path / f"{kind}.safetensors"
-    model = _load(kind, meta, read_tensors(file), path, device)
-    if model.hash != meta["hash"]:
-        raise ValueError(
-            f"{file}: the weights have hash {model.hash}, expected {meta['hash']}; "
-            "the file is of another model, or changed"
-        )
-    return model
+    return config["parts"][kind] | {"inputs": inputs}, read_tensors(path / f"{kind}.safetensors")
 
 
 def _only_kind(path: Path) -> str:
@@ -194,17 +192,6 @@ def _only_kind(path: Path) -> str:
     return kind
 
 
-def _load(kind: str, meta: dict[str, Any], tensors: dict[str, Tensor], source: Path, device) -> LoadedModel:
-    model = build_model(kind, from_dict(MODEL_REGISTRY[kind][0], meta["model_config"], str(source)))
-    load_strict(model, tensors, source)
-    return LoadedModel(kind, model.to(device).eval().requires_grad_(False), meta, source)
-
-
-def model_files(*kinds: str) -> list[str]:
-    """Names of the files that opening these parts needs."""
-    return ["config.json", "text_tokenizer.json", *(f"{kind}.safetensors" for kind in kinds)]
-
-
 def write_model_directory(
     directory: Path,
     parts: dict[str, nn.Module],
@@ -220,7 +207,7 @@ def write_model_directory(
         parts: any of "dvae", "transformer" and "clip".
         text: the tokenizer of the parts.
         dvae_hash: of the dVAE whose tokens a transformer generates, unless it is among the parts.
-        report, license: see `dalle.hub.model_card.write_card`.
+        report, license: see `write_card`.
 
     Raises:
         ValueError: a part that is not this library's, a directory that cannot be written, or a report of
@@ -236,14 +223,11 @@ def write_model_directory(
     make_directory(directory)
     for kind, model in parts.items():
         write_tensors(directory / f"{kind}.safetensors", model.state_dict())
-    inputs = {}
+    inputs = {"dvae": described["dvae"]["hash"] if "dvae" in parts else dvae_hash}
     if text is not None:
         text.save(directory / "text_tokenizer.json")
         inputs["text"] = text.hash
-    if "dvae" in parts:
-        dvae_hash = described["dvae"]["hash"]
-    if dvae_hash:
-        inputs["dvae"] = dvae_hash
+    inputs = {name: value for name, value in inputs.items() if value}
     config = {"format": FORMAT, "kind": "dalle", "inputs": inputs, "parts": described}
     write_json(directory / "config.json", config)
     write_card(directory, report, license)

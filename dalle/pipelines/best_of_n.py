@@ -9,7 +9,6 @@ share a batch, and the number of candidates is then among what the last bits dep
     C prompts in a batch, n candidates of each, C n = batch_size; N image positions
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from dalle.io.images import to_pil
 from dalle.pipelines.config import SamplingConfig
@@ -32,61 +30,47 @@ CACHE_SHARE = 0.8  # of the free memory
 BYTES_PER_PIXEL = 8192  # while the paper's dVAE decodes: eight arrays of 256 channels in fp32
 
 
-@torch.no_grad()
-def rank(scorer: Scorer, pixels: Tensor, caption: str, chunk: int = 64) -> tuple[Tensor, Tensor]:
-    """Orders images by how well they fit a caption, best first; equal scores keep their order (Figure 9c).
-
-    Args:
-        scorer: any Scorer.
-        pixels: (N, 3, H, W) in [0, 1].
-        caption: the text.
-        chunk: images scored at once.
-
-    Returns:
-        order int64 (N,) and scores (N,), both best first, on the CPU.
-    """
-    parts = []
-    for part in pixels.split(chunk):
-        parts.append(scorer.score(part, caption).float().cpu())
-    scores = torch.cat(parts)
-    if not torch.isfinite(scores).all():
-        raise ValueError(f"the scorer returned a score that is not finite for {caption!r}")
-    order = torch.sort(scores, descending=True, stable=True).indices
-    return order, scores[order]
-
-
 class TopN:
-    """The n best candidates seen so far; the others are dropped, so memory does not grow.
+    """The n best of a prompt's candidates so far; the others are dropped, so memory does not grow.
 
     Args:
-        n: how many to keep.
+        n: how many to keep; the first n where there is no scorer.
         prompt: what they are ranked by.
-        scorer: ranks them; without it the first n are kept, in order.
+        scorer: ranks them.
+        seed, best_of: recorded in the result.
     """
 
-    def __init__(self, n: int, prompt: str, scorer: Scorer | None):
-        self.n, self.prompt, self.scorer = n, prompt, scorer
+    def __init__(self, n: int, prompt: str, scorer: Scorer | None, seed: int, best_of: int):
+        self.n, self.prompt, self.scorer, self.seed, self.best_of = n, prompt, scorer, seed, best_of
         self.seen = 0
         self.best: list[tuple[float, int, Tensor, Tensor]] = []
         """(score, candidate, tokens, pixels), best first; equal scores in the order of the candidates."""
 
+    @torch.no_grad()
     def add(self, tokens: Tensor, pixels: Tensor, first: int) -> None:
-        """Adds the next candidates, numbered from `first`: tokens (N, h * w), pixels (N, 3, H, W)."""
-        order, scores = torch.arange(len(tokens)), torch.zeros(len(tokens))
+        """Ranks the next candidates, numbered from `first`: tokens (N, h * w), pixels (N, 3, H, W)."""
+        scores = torch.zeros(len(tokens))
         if self.scorer is not None:
-            order, scores = rank(self.scorer, pixels, self.prompt, len(pixels))
-        new = zip(scores[: self.n].tolist(), order[: self.n].tolist(), strict=True)
-        new = [(score, first + i, tokens[i].cpu(), pixels[i].cpu()) for score, i in new]
+            scores = self.scorer.score(pixels, self.prompt).float().cpu()
+            if not torch.isfinite(scores).all():
+                raise ValueError(f"the scorer returned a score that is not finite for {self.prompt!r}")
+        order = torch.sort(scores, descending=True, stable=True).indices[: self.n].tolist()
+        new = [(float(scores[i]), first + i, tokens[i].cpu(), pixels[i].cpu()) for i in order]
         self.best = sorted(self.best + new, key=lambda one: (-one[0], one[1]))[: self.n]
         self.seen += len(tokens)
 
-    def generation(self, seed: int, best_of: int) -> Generation:
+    def generation(self) -> Generation:
         """The best so far, at least one."""
         scores, candidates, tokens, pixels = zip(*self.best, strict=True)
-        scores = None if self.scorer is None else list(scores)
-        images = to_pil(torch.stack(pixels))
         return Generation(
-            self.prompt, seed, images, scores, torch.stack(tokens), list(candidates), self.seen, best_of
+            self.prompt,
+            self.seed,
+            to_pil(torch.stack(pixels)),
+            None if self.scorer is None else list(scores),
+            torch.stack(tokens),
+            list(candidates),
+            self.seen,
+            self.best_of,
         )
 
 
@@ -102,11 +86,7 @@ class CandidateBatch:
 def candidate_batches(
     prompts: int, best_of: int, batch_size: int, prompts_per_batch: int | None = None
 ) -> Iterator[CandidateBatch]:
-    """Batches of one shape with candidates 0 .. best_of of each prompt; the last prompt fills the last one.
-
-    Raises:
-        ValueError: more prompts per batch than rows.
-    """
+    """Batches of one shape with candidates 0 .. best_of of each prompt; the last prompt fills the last."""
     per_batch = 1
     if prompts > 1 or prompts_per_batch:
         per_batch = num_prompts_per_batch(best_of, batch_size, prompts_per_batch)
@@ -119,11 +99,7 @@ def candidate_batches(
 
 
 def num_prompts_per_batch(best_of: int, batch_size: int, prompts_per_batch: int | None) -> int:
-    """Prompts that share a batch: as configured, or as many as fit with all their candidates.
-
-    Raises:
-        ValueError: more prompts than rows.
-    """
+    """Prompts that share a batch: as configured, or as many as fit with all their candidates."""
     if prompts_per_batch is not None and prompts_per_batch > batch_size:
         raise ValueError(
             f"prompts_per_batch must be at most the batch size of {batch_size}, got {prompts_per_batch}; "
@@ -146,9 +122,6 @@ class GenerationProgress:
     """The best candidates of each prompt so far."""
     total: int
     """Candidates of all prompts."""
-    seed: int
-    best_of: int
-    """Candidates of each prompt, over all shards."""
 
     @property
     def seen(self) -> int:
@@ -172,7 +145,7 @@ class GenerationProgress:
     @property
     def generations(self) -> list[Generation]:
         """The best images so far of each prompt that has any."""
-        return [top.generation(self.seed, self.best_of) for top in self.top if top.seen]
+        return [top.generation() for top in self.top if top.seen]
 
 
 Callback = Callable[[GenerationProgress], None]
@@ -193,10 +166,7 @@ def sample_best_of_n(
 
     Args:
         model: a `dalle.pipelines.dalle.DALLE`; its `.transformer`, `.dvae` and `.scorer` are used.
-        prompts: what to show.
-        n: images to keep of each.
-        best_of: candidates of each.
-        seed: with the prompt and a candidate's index it fixes the candidate's random numbers.
+        prompts, n, best_of, seed: as `DALLE.generate`.
         sampling: settings.
         text_tokens: int64 (len(prompts), T), the prompts.
         prefix: int64 (1, N), image tokens to keep, TO_GENERATE elsewhere.
@@ -207,7 +177,7 @@ def sample_best_of_n(
         the state after each token, and once more after each batch is ranked.
     """
     transformer, layout = model.transformer, model.transformer.layout
-    top = [TopN(n, prompt, model.scorer) for prompt in prompts]
+    top = [TopN(n, prompt, model.scorer, seed, best_of) for prompt in prompts]
     rows = sampling.batch_size or auto_batch_size(transformer, sampling.guidance)
     pixels = layout.num_image_tokens * model.dvae.downsample_factor**2
     decode_rows = sampling.decode_batch_size or auto_decode_batch_size(pixels, text_tokens.device)
@@ -216,46 +186,18 @@ def sample_best_of_n(
     batches = batches[shard[0] :: shard[1]]
     total = sum(len(set(batch.prompts)) * batch.wanted for batch in batches)
     for batch in batches:
-        noise = torch.stack(
-            [
-                candidate_noise(seed, prompts[i], batch.candidates, layout.num_image_tokens)
-                for i in batch.prompts
-            ]
-        )
+        length, candidates = layout.num_image_tokens, batch.candidates
+        noise = [candidate_noise(seed, prompts[i], candidates, length) for i in batch.prompts]
         step = decode_step_of(transformer, sampling.compile, sampling.cuda_graph)
         known = None if prefix is None else prefix.expand(len(batch.prompts), -1)
         text = text_tokens[batch.prompts]
-        for tokens in generate_tokens(transformer, text, noise, known, step=step, **options):
-            yield GenerationProgress(model, batch, tokens, False, top, total, seed, best_of)
+        for tokens in generate_tokens(transformer, text, torch.stack(noise), known, step=step, **options):
+            yield GenerationProgress(model, batch, tokens, False, top, total)
         for i, prompt in enumerate(dict.fromkeys(batch.prompts)):
             for start in range(0, batch.wanted, decode_rows):
                 part = tokens[i, start : min(start + decode_rows, batch.wanted)].clone()
                 top[prompt].add(part, model.dvae.decode(part, layout.grid), batch.candidates[start])
-        yield GenerationProgress(model, batch, tokens, True, top, total, seed, best_of)
-
-
-def run_best_of_n(
-    steps: Iterator[GenerationProgress], progress: bool = True, callback: Callback | None = None
-) -> list[Generation]:
-    """Runs `sample_best_of_n` to its end, or to Ctrl-C, and returns the best of what is ranked.
-
-    Args:
-        progress: show a progress bar.
-        callback: called after each row of tokens and each ranked batch.
-    """
-    step = None
-    try:
-        with tqdm(desc="sampling", unit="image", disable=None if progress else True) as bar:
-            for step in steps:
-                bar.total = step.total
-                bar.update(step.seen - bar.n)
-                if callback is not None and (step.ranked or step.whole_rows):
-                    callback(step)
-    except KeyboardInterrupt:
-        if step is None or not step.seen:
-            raise
-        warnings.warn(f"interrupted: {step.seen} of {step.total} candidates are ranked", stacklevel=3)
-    return [] if step is None else step.generations
+        yield GenerationProgress(model, batch, tokens, True, top, total)
 
 
 def auto_batch_size(model: Transformer, guidance: float | None = None) -> int:

@@ -9,21 +9,15 @@ from typing import Self
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from dalle.clip import CLIP, CLIPScorer
 from dalle.hub.hub import HubMixin, resolve_source
 from dalle.hub.model_card import Report
-from dalle.hub.registry import (
-    LoadedModel,
-    check_linked,
-    load_model,
-    model_files,
-    weights_hash,
-    write_model_directory,
-)
+from dalle.hub.registry import LoadedModel, check_linked, load_model, weights_hash, write_model_directory
 from dalle.io.format import read_config
 from dalle.io.images import load_image, resize_center_crop, to_tensor
-from dalle.pipelines.best_of_n import Callback, GenerationProgress, run_best_of_n, sample_best_of_n
+from dalle.pipelines.best_of_n import Callback, GenerationProgress, sample_best_of_n
 from dalle.pipelines.completion import prefix_tokens
 from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.generation import Generation, LogLikelihood
@@ -107,8 +101,19 @@ class DALLE(HubMixin):
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         config = SamplingConfig(**sampling)
-        steps = self.steps(prompts, n, best_of, seed, config, prefix, truncate, shard)
-        generations = run_best_of_n(steps, progress, callback)
+        step = None
+        try:
+            with tqdm(desc="sampling", unit="image", disable=None if progress else True) as bar:
+                for step in self.steps(prompts, n, best_of, seed, config, prefix, truncate, shard):
+                    bar.total = step.total
+                    bar.update(step.seen - bar.n)
+                    if callback is not None and (step.ranked or step.whole_rows):
+                        callback(step)
+        except KeyboardInterrupt:
+            if step is None or not step.seen:
+                raise
+            warnings.warn(f"interrupted: {step.seen} of {step.total} candidates are ranked", stacklevel=2)
+        generations = [] if step is None else step.generations
         return generations[0] if isinstance(prompt, str) else generations
 
     def complete(
@@ -153,11 +158,9 @@ class DALLE(HubMixin):
         truncate: bool = False,
         shard: tuple[int, int] = (0, 1),
     ) -> Iterator[GenerationProgress]:
-        """The loop behind `generate`, `complete` and `stream`: its state after each token and ranked batch.
+        """The loop behind `generate`, with its arguments: the state after each token and each ranked batch.
 
         All arguments are checked before it returns; leaving the loop stops the sampling.
-
-        Arguments as `generate`.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
@@ -255,21 +258,19 @@ class DALLE(HubMixin):
         Raises:
             ValueError: no such directory, a damaged file, or models that do not belong together.
         """
-        directory = resolve_source(source, model_files("dvae", "transformer", "clip"), revision, token)
-        has_clip = "clip" in read_config(directory)["parts"]
-        dvae, transformer = (
-            load_model(directory, "dvae", device),
-            load_model(directory, "transformer", device),
-        )
-        clip = load_model(directory, "clip", device) if has_clip else None
-        return cls.from_parts(dvae, transformer, clip).to_precision(precision, int8)
+        kinds = ("dvae", "transformer", "clip")
+        directory = resolve_source(source, kinds, revision, token)
+        if "clip" not in read_config(directory)["parts"]:
+            kinds = kinds[:2]
+        models = [load_model(directory, kind, device) for kind in kinds]
+        return cls.from_parts(*models).to_precision(precision, int8)
 
     @classmethod
     def from_parts(
         cls,
         dvae: LoadedModel,
         transformer: LoadedModel,
-        clip: LoadedModel | None,
+        clip: LoadedModel | None = None,
         text: BPETokenizer | None = None,
     ) -> Self:
         """Joins models loaded from runs; ValueError for those that were not trained for one another."""

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from dalle.config import RESUME_FREE, resume_fingerprint
+from dalle.config import RESUME_FREE
 from dalle.train.config import TIMEOUT_MINUTES, LogConfig, Mode, Resume
 
 ROOT = Path("runs")
@@ -44,19 +43,9 @@ class TrainArgs:
     """Loggers besides log.jsonl."""
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps must be positive, got {self.steps}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
-        if self.overfit_batch is not None and self.overfit_batch < 1:
-            raise ValueError(f"overfit_batch must be positive, got {self.overfit_batch}")
-        if not self.dist_timeout_minutes > 0:
-            raise ValueError(f"dist_timeout_minutes must be positive, got {self.dist_timeout_minutes}")
-
-    def directory(self, stage: str) -> Path:
-        """Directory of the run."""
-        return self.out or ROOT / stage
-
-    def record(self) -> dict[str, Any]:
-        """The configuration for the checkpoint, without what a resumed run may change."""
-        return resume_fingerprint(self)
+        for name in ("steps", "overfit_batch", "dist_timeout_minutes", "eval_samples"):
+            value = getattr(self, name, None)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")

@@ -1,18 +1,15 @@
-"""Inputs of a command: results of earlier stages under runs/, and the dataloader of a training."""
+"""Inputs of a command: results of earlier stages under runs/."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dalle.data import BatchReader, ImageTextLoader
 from dalle.hub.registry import LoadedModel, load_model
-from dalle.io.files import make_directory, read_json
+from dalle.io.files import read_json
 from dalle.pretrained.load import is_external_checkpoint, load_image_tokenizer
 from dalle.runs.args import ROOT
 from dalle.text import BPETokenizer, load_text_tokenizer
-from dalle.train.precision import resolve_device
 from dalle.types import ImageTokenizer
 
 MAKE_COMMANDS = {
@@ -22,70 +19,51 @@ MAKE_COMMANDS = {
     "transformer": "python scripts/train_transformer.py --config configs/transformer/shapes.yaml",
     "clip": "python scripts/train_clip.py --config configs/clip/shapes.yaml",
 }
-_MARKS = {"text": "text_tokenizer.json", "tokens": "meta.json"}
-"""File that marks a complete result; else the pointer to the latest checkpoint."""
+MARKS = {stage: "checkpoints/latest" for stage in MAKE_COMMANDS}
+MARKS |= {"text": "text_tokenizer.json", "tokens": "meta.json"}
+"""File that marks a result of a stage."""
 
 
-def loader(
-    reader: BatchReader, args: Any, out: Path, receive: Callable[[Any], Any] | None = None
-) -> ImageTextLoader:
-    """The dataloader of a training; <out>/bad_samples.jsonl names bad samples."""
-    data = args.data
-    log = make_directory(out) / "bad_samples.jsonl"
-    pin = resolve_device(args.device).type == "cuda"
-    return ImageTextLoader(
-        reader, args.steps, data.workers, data.prefetch, log, data.max_bad_fraction, receive, pin
-    )
-
-
-def is_complete(stage: str, root: Path | None = None) -> bool:
+def is_complete(stage: str) -> bool:
     """Whether the newest result of a stage under runs/ is there and, if it is trained, trained to its end."""
-    if not _results(stage, root or ROOT):
-        return False
-    pointer = latest_run(stage, root) / "checkpoints" / "latest"
-    if not pointer.is_file():
-        return True
-    meta = read_json(pointer.parent / pointer.read_text(encoding="utf-8").strip() / "meta.json")
-    return meta["step"] >= meta["steps"]
+    found = _results(stage, ROOT)
+    meta = read_json(_meta_file(stage, found[-1])) if found and stage != "text" else {}
+    return bool(found) and meta.get("step", 0) >= meta.get("steps", 0)
 
 
 def latest_run(stage: str, root: Path | None = None) -> Path:
     """The newest result of a stage under runs/; ValueError names the command that makes one."""
-    found = [path for path in _results(stage, root or ROOT)]
-    if not found:
-        raise ValueError(f"no {stage} under {root or ROOT}/; make one:\n    {MAKE_COMMANDS[stage]}")
-    return max(found, key=lambda path: _mark(stage, path).stat().st_mtime)
-
-
-def _mark(stage: str, folder: Path) -> Path:
-    return folder / _MARKS.get(stage, "checkpoints/latest")
+    root = root or ROOT
+    if found := _results(stage, root):
+        return found[-1]
+    raise ValueError(f"no {stage} under {root}/; make one:\n    {MAKE_COMMANDS[stage]}")
 
 
 def _results(stage: str, root: Path) -> list[Path]:
-    """Folders one or two levels below the root that hold a whole result of the stage."""
-    folders = [*root.glob("*/"), *root.glob("*/*/")]
-    return [
-        f
-        for f in folders
-        if not f.name.startswith(".") and _mark(stage, f).is_file() and _kind(stage, f) == stage
-    ]
+    """Folders one or two levels below the root that hold a complete result of the stage, oldest first."""
+    marks = []
+    for mark in sorted([*root.glob(f"*/{MARKS[stage]}"), *root.glob(f"*/*/{MARKS[stage]}")]):
+        folder = mark.parents[MARKS[stage].count("/")]
+        if folder.name.startswith("."):
+            continue
+        if stage == "text":  # a model directory has a text_tokenizer.json too
+            fits = not (folder / "config.json").exists()
+        else:
+            try:
+                meta = read_json(_meta_file(stage, folder))
+            except ValueError:  # damaged
+                continue
+            fits = isinstance(meta, dict) and meta.get("kind") == stage
+        if fits:
+            marks.append((mark.stat().st_mtime, folder))
+    return [folder for _, folder in sorted(marks, key=lambda one: one[0])]
 
 
-def _kind(stage: str, folder: Path) -> str | None:
-    """Which stage made a folder; None for one that is damaged or something else."""
-    if stage == "text":  # a model directory holds a text_tokenizer.json too
-        return None if (folder / "config.json").exists() else "text"
-    try:
-        if stage != "tokens":
-            folder = (
-                folder
-                / "checkpoints"
-                / (folder / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-            )
-        meta = read_json(folder / "meta.json")
-    except ValueError:
-        return None
-    return meta.get("kind") if isinstance(meta, dict) else None
+def _meta_file(stage: str, folder: Path) -> Path:
+    """meta.json of a token cache, or of the latest checkpoint of a run."""
+    if stage == "tokens":
+        return folder / "meta.json"
+    return folder / "checkpoints" / (folder / MARKS[stage]).read_text(encoding="utf-8").strip() / "meta.json"
 
 
 def resolve_input(stage: str, given: Path | None) -> Path:
@@ -98,10 +76,9 @@ def resolve_input(stage: str, given: Path | None) -> Path:
 
 
 def load_stage(stage: str, given: Path | None, device: Any = "cpu") -> LoadedModel:
-    """A model of an earlier stage, with its averaged weights; warns when its training is not complete.
+    """A model of an earlier stage, with its EMA weights, or a published image tokenizer as the dVAE.
 
-    As the dVAE it also takes a published image tokenizer: OpenAI's encoder.pkl and decoder.pkl in one folder,
-    say.
+    Prints a note if its training is not complete.
     """
     path = resolve_input(stage, given)
     if stage == "dvae" and is_external_checkpoint(path):

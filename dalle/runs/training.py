@@ -10,15 +10,17 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import nn
 
+from dalle.config import resume_fingerprint
+from dalle.data import BatchReader, ImageTextLoader
 from dalle.hub.init_from import freeze, load_pretrained_weights
 from dalle.hub.registry import build_model, checkpoint_meta, load_model
-from dalle.io.files import read_json
-from dalle.runs.args import TrainArgs
+from dalle.io.files import make_directory, read_json
+from dalle.runs.args import ROOT, TrainArgs
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.distributed import Distributed
 from dalle.train.precision import compile_layers
 from dalle.train.trainer import Trainer
-from dalle.types import Objective
+from dalle.types import CaptionedImages, Objective
 
 Args = TypeVar("Args", bound=TrainArgs)
 
@@ -26,11 +28,8 @@ Args = TypeVar("Args", bound=TrainArgs)
 class TrainingRun(Generic[Args]):
     """One training of a command, as a context that leaves the process group at its end.
 
-    With `--overfit-batch N` every step trains on the first batch, of N samples.
-
-    Args:
-        kind: "dvae", "transformer" or "clip".
-        args: of the command.
+    `kind` is "dvae", "transformer" or "clip". With `--overfit-batch N` every step trains on the first batch,
+    of N samples.
 
     Raises:
         ValueError: processes that do not match --parallel.
@@ -39,7 +38,7 @@ class TrainingRun(Generic[Args]):
     def __init__(self, kind: str, args: Args):
         if args.overfit_batch is not None:
             args = replace(args, train=replace(args.train, batch_size=args.overfit_batch))
-        self.kind, self.args, self.dir = kind, args, args.directory(kind)
+        self.kind, self.args, self.dir = kind, args, args.out or ROOT / kind
         self.dist = start_processes(args)
 
     def __enter__(self) -> Self:
@@ -74,16 +73,14 @@ class TrainingRun(Generic[Args]):
         evaluate: Callable[[nn.Module, int], dict[str, Any]],
     ) -> Path:
         """Trains the model; returns the run's directory."""
-        args = self.args
-        if args.overfit_batch is not None:
-            first = cache(lambda: batches(0))
+        args, first = self.args, cache(lambda: batches(0))
         trainer = Trainer(
             self.model,
             objective,
             batches if args.overfit_batch is None else lambda step: first(),
             args.train,
             run_dir=self.dir,
-            meta=checkpoint_meta(self.kind, self.model, args.record(), self.inputs) | self.init,
+            meta=checkpoint_meta(self.kind, self.model, resume_fingerprint(args), self.inputs) | self.init,
             steps=args.steps,
             seed=args.seed,
             evaluate=evaluate,
@@ -114,10 +111,8 @@ class TrainingRun(Generic[Args]):
         grown = load_pretrained_weights(self.kind, model, part.model)
         grown = f" ({', '.join(grown)})" if grown else ""
         print(f"{self.kind}: starts from the weights of {args.init_from}{grown}")
-        for name, maker, ids in (
-            ("text_hash", "text tokenizer", "text ids"),
-            ("dvae", "dVAE", "image codes"),
-        ):
+        makers = (("text_hash", "text tokenizer", "text ids"), ("dvae", "dVAE", "image codes"))
+        for name, maker, ids in makers:
             if name in inputs and inputs[name] != part.inputs.get(name, inputs[name]):
                 print(f"note: the source was trained with another {maker}: its {ids} may mean something else")
         return {"init": {"name": args.init_from.resolve().name, "weights": part.hash}}
@@ -131,3 +126,16 @@ def start_processes(args: TrainArgs) -> Distributed:
         )
     timeout = timedelta(minutes=args.dist_timeout_minutes)
     return Distributed.start(args.parallel, args.device, args.shard, timeout)
+
+
+def open_loader(
+    augment: str, dataset: CaptionedImages, collate: Any, run: TrainingRun, receive: Any = None
+) -> ImageTextLoader:
+    """The dataloader of a training; <out>/bad_samples.jsonl names bad samples."""
+    args, dist = run.args, run.dist
+    data, size = args.data, args.train.batch_size
+    reader = BatchReader(dataset, size, args.seed, augment, collate, dist.rank, dist.world_size)
+    log, pin = make_directory(run.dir) / "bad_samples.jsonl", dist.device.type == "cuda"
+    return ImageTextLoader(
+        reader, args.steps, data.workers, data.prefetch, log, data.max_bad_fraction, receive, pin
+    )

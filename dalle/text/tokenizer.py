@@ -85,9 +85,7 @@ class TextTokenizer(BPETokenizer):
         for left, right in self.merges:
             self._token_bytes.append(self._token_bytes[left] + self._token_bytes[right])
 
-    def pieces(self, caption: str) -> list[str]:
-        """See `normalize`."""
-        return normalize(caption)
+    pieces = staticmethod(normalize)
 
     def symbols(self, piece: str) -> list[int]:
         """The word-start mark, then characters, bytes or unknowns."""

@@ -61,6 +61,8 @@ class Distributed:
         self.mesh: Any = None
         self.wrapped: Any = None
         self.control: Any = None
+        self.is_main = rank == 0  # writes and prints for all
+        self.sharded = mode in ("fsdp", "hsdp")  # each process holds shards of the parameters
         self.averaged = True
         self._scalars: list[nn.Parameter] = []
         self._stdout = sys.stdout
@@ -100,7 +102,7 @@ class Distributed:
         group = cls(mode, own, dist.get_rank(), world_size, shard or per_machine)
         group.control = dist.new_group(backend="gloo")
         if not group.is_main:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed by `close`
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed by `__exit__`
         return group
 
     @classmethod
@@ -120,16 +122,6 @@ class Distributed:
         group = cls(rank=dist.get_rank(), world_size=dist.get_world_size())
         group.control = dist.new_group(backend="gloo")
         return group
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes and prints for all."""
-        return self.rank == 0
-
-    @property
-    def sharded(self) -> bool:
-        """Whether each process holds shards of the parameters."""
-        return self.mode in ("fsdp", "hsdp")
 
     @property
     def replicas(self) -> Any:
@@ -252,14 +244,6 @@ class Distributed:
         if self.world_size > 1:
             dist.barrier()
 
-    def close(self) -> None:
-        """Ends the process group; this process prints again."""
-        if sys.stdout is not self._stdout:
-            sys.stdout.close()
-            sys.stdout = self._stdout
-        if (self.world_size > 1 or self.mode != "none") and dist.is_initialized():
-            dist.destroy_process_group()
-
     def __enter__(self) -> "Distributed":
         return self
 
@@ -269,7 +253,11 @@ class Distributed:
                 dist.monitored_barrier(self.control, MONITOR_TIMEOUT, wait_all_ranks=True)
             except RuntimeError as missing:
                 error.add_note(f"A process hangs or has ended: {missing}")
-        self.close()
+        if sys.stdout is not self._stdout:
+            sys.stdout.close()
+            sys.stdout = self._stdout
+        if (self.world_size > 1 or self.mode != "none") and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 BUFFERS_OPTION = next(  # renamed in torch 2.15
