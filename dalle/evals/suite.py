@@ -148,7 +148,8 @@ def generate(context: EvalContext, best_of: int, keep: int) -> Iterator[tuple[li
     group = max(1, args.batch // keep)
     for start in range(0, len(context.prompts), group):
         captions = context.prompts[start : start + group]
-        generations = model.generate(captions, keep, best_of, args.seed, args.temperature, truncate=True)
+        options = {"temperature": args.temperature, "truncate": True}
+        generations = model.generate(captions, keep, best_of, args.seed, **options)
         if len(generations) < len(captions) or any(one.interrupted for one in generations):
             raise KeyboardInterrupt
         yield captions, generations
