@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from dalle.clip import CLIP, CLIPConfig, CLIPScorer, PretrainedScorer
 from dalle.clip.model import prepare_pixels
 from dalle.clip.objective import CLIPObjective
-from dalle.pipelines.best_of_n import rank
+from dalle.pipelines.best_of_n import TopN
 from dalle.types import Scorer
 
 VISION = {"image_size": 16, "patch_size": 8, "vision_width": 16, "vision_layers": 1}
@@ -148,20 +148,23 @@ class TestScorer:
             CLIPScorer(model, Letters())
 
 
-class TestRank:
-    class Brightness:
-        def score(self, pixels: torch.Tensor, caption: str) -> torch.Tensor:
-            return pixels.mean(dim=(1, 2, 3)).round(decimals=4)
+class Brightness:
+    def score(self, pixels: torch.Tensor, caption: str) -> torch.Tensor:
+        return pixels.mean(dim=(1, 2, 3)).round(decimals=4)
 
-    gray = torch.tensor([0.2, 0.9, 0.5, 0.9])[:, None, None, None].expand(4, 3, 8, 8)
 
-    @pytest.mark.parametrize("chunk", [1, 3, 4, 64])
-    def test_the_best_comes_first_and_ties_keep_their_order(self, chunk):
-        order, scores = rank(self.Brightness(), self.gray, "a", chunk)
-        assert order.tolist() == [1, 3, 2, 0]
-        assert scores.tolist() == pytest.approx([0.9, 0.9, 0.5, 0.2])
-        with pytest.raises(ValueError, match="not finite for 'a'"):
-            rank(self.Brightness(), self.gray * torch.nan, "a", chunk)
+@pytest.mark.parametrize("chunk", [1, 3, 4])
+def test_the_best_comes_first_and_ties_keep_their_order(chunk):
+    pixels = torch.tensor([0.2, 0.9, 0.5, 0.9])[:, None, None, None].expand(4, 3, 8, 8)
+    top = TopN(3, "a", Brightness(), seed=0, best_of=4)
+    for start in range(0, 4, chunk):
+        part = pixels[start : start + chunk]
+        top.add(torch.zeros(len(part), 16, dtype=torch.int64), part, start)
+    generation = top.generation()
+    assert generation.candidates == [1, 3, 2]
+    assert generation.scores == pytest.approx([0.9, 0.9, 0.5])
+    with pytest.raises(ValueError, match="not finite for 'a'"):
+        top.add(torch.zeros(4, 16, dtype=torch.int64), pixels * torch.nan, 4)
 
 
 ARCHITECTURE = {
