@@ -1,4 +1,4 @@
-"""Reference of DALLE-pytorch 1.6.6 over the tensors of its file, position by position, and small files.
+"""Reference of DALLE-pytorch 1.6.6 over the tensors of its file, and small files.
 
 It shares nothing with dalle/pretrained. Where the package is installed, tests compare the reference with it.
 """
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers.reference import RandomState, State, attend
+from tests.helpers.reference import RandomState, State, attend, layer_norm, linear
 
 HPARAMS: dict[str, Any] = {
     "num_text_tokens": 30,
@@ -50,8 +50,8 @@ def make_weights(**changed: Any) -> State:
     state.linear("to_logits.1", vocab, width)
     if h["share_input_output_emb"]:
         for name in ("text_emb", "image_emb"):
-            for end in ("weight", "bias"):
-                state[f"{name}.linear.{end}"] = state[f"to_logits.1.{end}"]
+            state[f"{name}.linear.weight"] = state["to_logits.1.weight"]
+            state[f"{name}.linear.bias"] = state["to_logits.1.bias"]
     else:
         state.put("text_emb.weight", WORDS + TEXT, width)
         state.put("image_emb.weight", CODES, width)
@@ -140,34 +140,29 @@ def logits(state: State, text: list[int], image: list[int], **changed: Any) -> T
         grid = (state["image_pos_emb.weights.0"] + state["image_pos_emb.weights.1"])[0].flatten(0, 1)
         of_image = of_image + grid[: len(image)]
     x = torch.cat([of_text, of_image])[: TEXT + SIDE * SIDE]
-    found = {}  # by layer, path and the end of the name
+    found: State = {}  # by layer, path and the end of the name
     for name, tensor in state.items():
-        if match := re.match(
-            r"transformer\.layers\.(?:layers|blocks)\.(\d+)\.([01fg])\.(?:net\.(?!\d))?(?:fn\.)*(.+)", name
-        ):
-            found[int(match[1]), "0f1g".index(match[2]) // 2, match[3]] = tensor
-
-    def normed(x: Tensor, name: tuple[int, int, str]) -> Tensor:
-        i, path, end = name
-        return F.layer_norm(x, x.shape[-1:], found[i, path, f"{end}.weight"], found[i, path, f"{end}.bias"])
+        if match := re.match(r"transformer\.layers\.(?:layers|blocks)\.(\d+)\.([01fg])\.(.+)", name):
+            end = re.sub(r"^(net\.(?!\d))?(fn\.)*", "", match[3])
+            found[f"{match[1]}.{'0f1g'.index(match[2]) // 2}.{end}"] = tensor
 
     def added(i: int, path: int, x: Tensor) -> Tensor:
-        x = normed(x, (i, path, "norm"))
+        x = layer_norm(x, found, f"{i}.{path}.norm")
         x = shifted(x) if h["shift_tokens"] else x
         x = attention(i, x) if path == 0 else feed_forward(i, x)
-        x = normed(x, (i, path, "norm_out")) if h.get("sandwich_norm") else x
-        return x * found[i, path, "scale"][0]
+        x = layer_norm(x, found, f"{i}.{path}.norm_out") if h.get("sandwich_norm") else x
+        return x * found[f"{i}.{path}.scale"][0]
 
     def feed_forward(i: int, x: Tensor) -> Tensor:
-        value, gate = F.linear(x, found[i, 1, "net.0.weight"], found[i, 1, "net.0.bias"]).chunk(2, dim=1)
-        return F.linear(value * F.gelu(gate), found[i, 1, "net.3.weight"], found[i, 1, "net.3.bias"])
+        value, gate = linear(x, found, f"{i}.1.net.0").chunk(2, dim=1)
+        return linear(value * F.gelu(gate), found, f"{i}.1.net.3")
 
     def attention(i: int, x: Tensor) -> Tensor:
         kind = h["attn_types"][i % len(h["attn_types"])]
-        qkv = F.linear(x, found[i, 0, "to_qkv.weight"]).view(len(x), 3, h["heads"], -1)
+        qkv = linear(x, found, f"{i}.0.to_qkv").view(len(x), 3, h["heads"], -1)
         q, k, v = (rotated(part) if h["rotary_emb"] else part for part in qkv.unbind(1))  # (n, H, d)
         mixed = attend(q, k, v, lambda query, key: sees(kind, query, key))
-        return F.linear(mixed, found[i, 0, "to_out.0.weight"], found[i, 0, "to_out.0.bias"])
+        return linear(mixed, found, f"{i}.0.to_out.0")
 
     def rotated(x: Tensor) -> Tensor:
         by = state["transformer.pos_emb"][0, : len(x), None, ::2]  # (n, 1, pairs)
@@ -185,5 +180,4 @@ def logits(state: State, text: list[int], image: list[int], **changed: Any) -> T
             x = x + added(i, 1, x)
     x = (x + other) / 2 if h["reversible"] else x
     x = x / x.max(dim=1, keepdim=True).values if h["stable"] else x
-    x = F.layer_norm(x, x.shape[-1:], state["to_logits.0.weight"], state["to_logits.0.bias"])
-    return F.linear(x, book, state["to_logits.1.bias"])
+    return linear(layer_norm(x, state, "to_logits.0"), state, "to_logits.1")

@@ -59,8 +59,8 @@ def pair(key: str, i: int) -> list[tuple[str, bytes]]:
 
 def folder(place: Path) -> Path:
     for i in range(COUNT):
-        (place / f"p{i:03}.png").write_bytes(image(i))
-        (place / f"p{i:03}.txt").write_text("\n".join(caption(i)), encoding="utf-8")
+        for name, data in pair(f"p{i:03}", i):
+            (place / name).write_bytes(data)
     return place
 
 
@@ -71,58 +71,53 @@ def folder_json(place: Path) -> Path:
     return place
 
 
-def images(place: Path) -> Path:
-    (place / "images").mkdir()
+def write_table(path: Path, text: str) -> Path:
+    """A table beside the folder images/ of the images it names."""
+    (path.parent / "images").mkdir()
     for i in range(COUNT):
-        (place / "images" / f"p{i:03}.png").write_bytes(image(i))
-    return place
+        (path.parent / "images" / f"p{i:03}.png").write_bytes(image(i))
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def row(i: int, separator: str, quote: str = "") -> str:
+    first, second = (*caption(i), "")[:2]
+    return separator.join([f"images/p{i:03}.png", quote + first + quote, second])
 
 
 def csv_file(place: Path) -> Path:
-    rows = ["\ufeffimage,caption,second"]  # as Excel writes it
-    for i in range(COUNT):
-        rows.append(f'images/p{i:03}.png,"{caption(i)[0]}",{caption(i)[1] if i % 3 == 0 else ""}')
-    (images(place) / "pairs.csv").write_text("\r\n".join(rows) + "\r\n", encoding="utf-8")
-    return place / "pairs.csv"
+    rows = ["\ufeffimage,caption,second", *(row(i, ",", '"') for i in range(COUNT))]  # as Excel writes it
+    return write_table(place / "pairs.csv", "\r\n".join(rows) + "\r\n")
 
 
 def tsv_file(place: Path) -> Path:
-    rows = ["file_name\ttext\tsecond"]
-    for i in range(COUNT):
-        rows.append(f"images/p{i:03}.png\t{caption(i)[0]}\t{caption(i)[1] if i % 3 == 0 else ''}")
-    (images(place) / "pairs.tsv").write_text("\n".join(rows), encoding="utf-8")
-    return place / "pairs.tsv"
+    rows = ["file_name\ttext\tsecond", *(row(i, "\t") for i in range(COUNT))]
+    return write_table(place / "pairs.tsv", "\n".join(rows))
 
 
 def jsonl_file(place: Path) -> Path:
     rows = [json.dumps({"file_name": f"images/p{i:03}.png", "text": caption(i)}) for i in range(COUNT)]
-    (images(place) / "pairs.jsonl").write_text("\n".join(rows))
-    return place / "pairs.jsonl"
+    return write_table(place / "pairs.jsonl", "\n".join(rows))
+
+
+def columns() -> dict[str, list]:
+    images = [{"bytes": image(i), "path": None} for i in range(COUNT)]
+    return {"image": images, "caption": [caption(i) for i in range(COUNT)]}
 
 
 def parquet_bytes(place: Path) -> Path:
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    table = pa.table(
-        {
-            "image": [{"bytes": image(i), "path": None} for i in range(COUNT)],
-            "caption": [caption(i) for i in range(COUNT)],
-        }
-    )
-    parquet.write_table(table, place / "pairs.parquet", row_group_size=5)
+    parquet.write_table(pa.table(columns()), place / "pairs.parquet", row_group_size=5)
     return place / "pairs.parquet"
 
 
 def parquet_paths(place: Path) -> Path:
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    table = pa.table(
-        {
-            "path": [f"images/p{i:03}.png" for i in range(COUNT)],
-            "TEXT": [caption(i)[0] for i in range(COUNT)],
-            "second": [caption(i)[1] if i % 3 == 0 else None for i in range(COUNT)],
-        }
-    )
-    parquet.write_table(table, images(place) / "pairs.parquet", row_group_size=5)
-    return place / "pairs.parquet"
+    path = write_table(place / "pairs.parquet", "")
+    rows = [(f"images/p{i:03}.png", *caption(i), None)[:3] for i in range(COUNT)]
+    table = dict(zip(("path", "TEXT", "second"), map(list, zip(*rows, strict=True)), strict=True))
+    parquet.write_table(pa.table(table), path, row_group_size=5)
+    return path
 
 
 def one_tar(place: Path) -> Path:
@@ -144,14 +139,9 @@ def tars_json(place: Path) -> Path:
 
 def hub(place: Path) -> Path:
     datasets = pytest.importorskip("datasets")
-    rows = {
-        "image": [{"bytes": image(i), "path": None} for i in range(COUNT)],
-        "caption": [caption(i) for i in range(COUNT)],
-    }
-    features = datasets.Features(
-        {"image": datasets.Image(), "caption": datasets.Sequence(datasets.Value("string"))}
-    )
-    datasets.Dataset.from_dict(rows, features).save_to_disk(str(place / "set"))
+    captions = datasets.Sequence(datasets.Value("string"))
+    features = datasets.Features({"image": datasets.Image(), "caption": captions})
+    datasets.Dataset.from_dict(columns(), features).save_to_disk(str(place / "set"))
     return place / "set"
 
 

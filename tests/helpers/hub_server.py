@@ -1,8 +1,4 @@
-"""A small Hub on this machine: what huggingface_hub asks for when it lists, downloads and commits a model's
-files.
-
-Repositories lie in memory. A private one answers only those who bring the token.
-"""
+"""A local Hugging Face Hub in memory: listing, downloads and commits of model files, private repositories."""
 
 import base64
 import hashlib
@@ -47,24 +43,19 @@ class Handler(BaseHTTPRequestHandler):
             repo_id, what, revision = match[1], match[2] or "revision", match[3] or "main"
             files = self.files(repo_id, revision)
             if files is not None and what == "revision":
-                self.answer(
-                    {
-                        "id": repo_id,
-                        "sha": commit(files),
-                        "siblings": [{"rfilename": name} for name in files],
-                        "private": repo_id in self.server.hidden,
-                    }
-                )
+                siblings = [{"rfilename": name} for name in files]
+                private = repo_id in self.server.hidden
+                self.answer({"id": repo_id, "sha": commit(files), "siblings": siblings, "private": private})
             elif files is not None:
-                self.answer([entry(name, content) for name, content in files.items()])
+                entries = [(name, len(content), oid(content)) for name, content in files.items()]
+                self.answer([{"type": "file", "path": n, "size": size, "oid": o} for n, size, o in entries])
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             files = self.files(match[1], match[2])
             if files is not None and match[3] not in files:
                 self.refuse(404, "EntryNotFound")
             elif files is not None:
-                self.send(
-                    files[match[3]], {"ETag": f'"{oid(files[match[3]])}"', "X-Repo-Commit": commit(files)}
-                )
+                content = files[match[3]]
+                self.send(content, {"ETag": f'"{oid(content)}"', "X-Repo-Commit": commit(files)})
         else:
             self.refuse(404, "RepoNotFound")
 
@@ -93,11 +84,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({}, 409 if match[2] in branches else 200)
             branches.setdefault(match[2], dict(branches["main"]))
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/(.+)", path):
-            files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(body)["files"]
-            ]
-            self.answer({"files": files})
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            self.answer({"files": [{"path": file["path"]} | how for file in json.loads(body)["files"]]})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/(.+)", path):
             files = self.server.repos[match[1]][match[2]]
             for line in map(json.loads, body.splitlines()):
@@ -119,7 +107,6 @@ class Handler(BaseHTTPRequestHandler):
         return self.refuse(404, "RevisionNotFound")
 
     def answer(self, data: object, status: int = 200) -> None:
-        """JSON."""
         self.send(json.dumps(data).encode(), {"Content-Type": "application/json"}, status)
 
     def refuse(self, status: int, code: str) -> None:
@@ -142,14 +129,7 @@ def oid(content: bytes) -> str:
 
 def commit(files: dict[str, bytes]) -> str:
     """A name of these files, 40 hex characters as git's."""
-    return hashlib.sha1(
-        json.dumps({name: oid(content) for name, content in files.items()}).encode()
-    ).hexdigest()
-
-
-def entry(name: str, content: bytes) -> dict[str, object]:
-    """A file in the listing of a tree."""
-    return {"type": "file", "path": name, "size": len(content), "oid": oid(content)}
+    return oid(json.dumps({name: oid(content) for name, content in files.items()}).encode())
 
 
 @contextmanager

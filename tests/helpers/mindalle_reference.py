@@ -1,17 +1,17 @@
-"""Reference of minDALL-E over the tensors of its file, position by position, and its folder at small width.
+"""Reference of minDALL-E over the tensors of its file, and its folder at small width.
 
 It shares nothing with dalle/pretrained.
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers.reference import RandomState, State, attend
+from tests.helpers.reference import RandomState, State, attend, layer_norm, linear
 from tests.helpers.vqgan_reference import CODES, make_state, names_of_taming
 
 WIDTH, DEPTH, HEADS, TEXT, SIDE = 24, 3, 4, 7, 4
@@ -64,44 +64,33 @@ def logits(state: State, text: list[int], image: list[int], **changed: Any) -> t
     of_image = state["tok_emb_img.weight"][image] + state["pos_emb_img.weight"][: len(image)]
     x = torch.cat([of_text, of_image])
 
-    def normed(x: Tensor, name: str) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        spread = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return centred / spread * state[f"{name}.weight"] + state[f"{name}.bias"]
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", torch.zeros(1))
-
     def gelu(x: Tensor) -> Tensor:
-        if h["gelu_use_approx"]:
-            return x * (1.702 * x).sigmoid()
-        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+        return x * (1.702 * x).sigmoid() if h["gelu_use_approx"] else F.gelu(x)
 
     def attention(x: Tensor, name: str) -> Tensor:
-        parts = (linear(x, f"{name}.{part}") for part in ("query", "key", "value"))
+        parts = (linear(x, state, f"{name}.{part}") for part in ("query", "key", "value"))
         q, k, v = (part.unflatten(1, (h["n_heads"], -1)) for part in parts)
-        return linear(attend(q, k, v, lambda query, key: key <= query), f"{name}.proj")
+        return linear(attend(q, k, v, lambda query, key: key <= query), state, f"{name}.proj")
 
     for i in range(DEPTH):
-        x = x + attention(normed(x, f"blocks.{i}.ln1"), f"blocks.{i}.attn")
-        x = x + linear(gelu(linear(normed(x, f"blocks.{i}.ln2"), f"blocks.{i}.mlp.0")), f"blocks.{i}.mlp.2")
-    x = normed(x, "ln_f")
-    return linear(x[: TEXT - 1], "head_txt"), linear(x[TEXT - 1 :], "head_img")
+        x = x + attention(layer_norm(x, state, f"blocks.{i}.ln1"), f"blocks.{i}.attn")
+        inner = gelu(linear(layer_norm(x, state, f"blocks.{i}.ln2"), state, f"blocks.{i}.mlp.0"))
+        x = x + linear(inner, state, f"blocks.{i}.mlp.2")
+    x = layer_norm(x, state, "ln_f")
+    return linear(x[: TEXT - 1], state, "head_txt"), linear(x[TEXT - 1 :], state, "head_img")
 
 
-def train_tokenizer(folder: Path) -> Any:
-    """A CharBPETokenizer saved as minDALL-E's files, as its program would read it."""
+def train_tokenizer(folder: Path) -> None:
+    """Writes a CharBPETokenizer as minDALL-E's files."""
     from tokenizers import CharBPETokenizer
 
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
     trained = CharBPETokenizer(unk_token="[UNK]", lowercase=True)
-    trained.train_from_iterator(
-        CAPTIONS, vocab_size=120, special_tokens=["[PAD]", "[UNK]"], show_progress=False
-    )
+    special = ["[PAD]", "[UNK]"]
+    trained.train_from_iterator(CAPTIONS, vocab_size=120, special_tokens=special, show_progress=False)
     vocabulary, merges = trained.save_model(str(folder / "tokenizer"))
     Path(vocabulary).rename(folder / "tokenizer/bpe-16k-vocab.json")
     Path(merges).rename(folder / "tokenizer/bpe-16k-merges.txt")
-    return published_tokenizer(folder)
 
 
 def published_tokenizer(folder: Path) -> Any:

@@ -1,9 +1,9 @@
-"""Random weights and plain attention for the references of external transformers; nothing of dalle is
-used."""
+"""Random weights and plain layers for the references of external models; nothing of dalle is used."""
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 State = dict[str, Tensor]
@@ -28,11 +28,17 @@ class RandomState(dict):
             self.put(f"{name}.bias", n_out)
 
 
+def linear(x: Tensor, state: State, name: str) -> Tensor:
+    return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+
+def layer_norm(x: Tensor, state: State, name: str) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, sees: Callable[[int, int], bool]) -> Tensor:
-    """(n, H, d) three times -> (n, H d), one query at a time; sees(query, key)."""
-    out = []
-    for query in range(len(q)):
-        seen = [key for key in range(len(k)) if sees(query, key)]
-        weights = (torch.einsum("hd,khd->hk", q[query], k[seen]) / q.shape[-1] ** 0.5).softmax(1)
-        out.append(torch.einsum("hk,khd->hd", weights, v[seen]).flatten())
-    return torch.stack(out)
+    """(n, H, d) three times -> (n, H d); sees(query, key)."""
+    mask = torch.tensor([[sees(query, key) for key in range(len(k))] for query in range(len(q))])
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(2)
+    return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)

@@ -1,17 +1,15 @@
-"""Reference of ruDALL-E over the tensors of its file, position by position, in both versions, and small
-files.
+"""Reference of ruDALL-E over the tensors of its file, in both versions, and small files.
 
 It shares nothing with dalle/pretrained.
 """
 
-import math
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers.reference import RandomState, State, attend
+from tests.helpers.reference import RandomState, State, attend, layer_norm, linear
 
 WIDTH, DEPTH, HEADS, TEXT, SIDE, WORDS, CODES = 16, 4, 2, 6, 12, 30, 20  # a grid wider than the square of 11
 IMAGE_LEN = SIDE * SIDE
@@ -83,40 +81,30 @@ def logits(state: State, version: str, text: list[int], image: list[int], depth:
     words = [2, *words] if version == "v2" else words
     of_text = state["text_embeddings.weight"][words] + state["text_pos_embeddings.weight"][: len(words)]
     row, column = torch.arange(len(image)) // SIDE, torch.arange(len(image)) % SIDE
-    of_image = state["image_embeddings.weight"][image]
-    of_image = (
-        of_image + state["image_row_embeddings.weight"][row] + state["image_col_embeddings.weight"][column]
-    )
+    places = state["image_row_embeddings.weight"][row] + state["image_col_embeddings.weight"][column]
+    of_image = state["image_embeddings.weight"][image] + places
     x = torch.cat([of_text, of_image])[: TEXT + IMAGE_LEN]
-
-    def normed(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, (WIDTH,), state[f"{name}.weight"], state[f"{name}.bias"], 1e-5)
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
-
-    def gelu(x: Tensor) -> Tensor:
-        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
     def attention(x: Tensor, i: int) -> Tensor:
         name, kind = f"transformer.layers.{i}.attention", kind_of(i, depth)
-        parts = linear(x, f"{name}.query_key_value").split(WIDTH, dim=1)
+        parts = linear(x, state, f"{name}.query_key_value").split(WIDTH, dim=1)
         q, k, v = (part.view(len(x), HEADS, -1) for part in parts)
         mixed = attend(q, k, v, lambda query, key: sees(kind, version, query, key))
-        return linear(mixed, f"{name}.dense").clamp(-65504, 65504)
+        return linear(mixed, state, f"{name}.dense").clamp(-65504, 65504)
+
+    def mlp(x: Tensor, i: int) -> Tensor:
+        inner = linear(x, state, f"transformer.layers.{i}.mlp.dense_h_to_4h")
+        return linear(F.gelu(inner, approximate="tanh"), state, f"transformer.layers.{i}.mlp.dense_4h_to_h")
 
     for i in range(depth):
-        at = f"transformer.layers.{i}"
-        added = attention(normed(x, f"{at}.input_layernorm"), i)
-        if f"{at}.before_first_addition_layernorm.weight" in state:
-            added = normed(added, f"{at}.before_first_addition_layernorm")
-        x = x + added
-        added = linear(normed(x, f"{at}.post_attention_layernorm"), f"{at}.mlp.dense_h_to_4h")
-        added = linear(gelu(added), f"{at}.mlp.dense_4h_to_h")
-        if f"{at}.before_second_addition_layernorm.weight" in state:
-            added = normed(added, f"{at}.before_second_addition_layernorm")
-        x = x + added
-    return linear(normed(normed(x, "transformer.final_layernorm"), "to_logits.0"), "to_logits.1")
+        for path, before, after in ((attention, "input", "first"), (mlp, "post_attention", "second")):
+            at = f"transformer.layers.{i}"
+            added = path(layer_norm(x, state, f"{at}.{before}_layernorm"), i)
+            if f"{at}.before_{after}_addition_layernorm.weight" in state:
+                added = layer_norm(added, state, f"{at}.before_{after}_addition_layernorm")
+            x = x + added
+    x = layer_norm(layer_norm(x, state, "transformer.final_layernorm"), state, "to_logits.0")
+    return linear(x, state, "to_logits.1")
 
 
 BPE = "4 1\n9601 4\n97 5\n98 6\n1078 7\n5 6 8\n1 0 2 3\n"

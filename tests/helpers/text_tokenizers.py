@@ -7,14 +7,8 @@ from pathlib import Path
 import pytest
 
 COLORS, SHAPES = ["red", "green", "blue", "yellow"], ["circle", "square", "photograph"]
-PLACES = [
-    "under a dog's bowl",
-    "(seen from above)",
-    "in 1984, of 3.5 m",
-    " красная",
-    "红色的圆 在左边",
-    "كرة حمراء",
-]
+PLACES = ["under a dog's bowl", "(seen from above)", "in 1984, of 3.5 m"]
+PLACES += [" красная", "红色的圆 在左边", "كرة حمراء"]
 CAPTIONS = [f"A {c} {s} {p}, the {c2}-{s}!" for c, s, p, c2 in product(COLORS, SHAPES, PLACES, COLORS)]
 
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -24,17 +18,20 @@ LLAMA_WORDS = (
 )
 
 
-def byte_level(**options):
-    fields = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return {"type": "ByteLevel", **fields, **options}
+def byte_level(use_regex=True):
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
 def normalizers(*parts):
     return {"type": "Sequence", "normalizers": list(parts)}
 
 
-def split(pattern, behavior="Isolated", invert=False):
-    return {"type": "Split", "pattern": pattern, "behavior": behavior, "invert": invert}
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def split(regex, behavior, invert):
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert}
 
 
 def sequence(*parts):
@@ -57,24 +54,17 @@ HUGGING_FACE = {
     ),
     "GPT-2": (None, byte_level(), {}),
     "CLIP": (
-        normalizers(
-            {"type": "NFC"},
-            {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
-            {"type": "Lowercase"},
-        ),
-        sequence(split({"Regex": CLIP_WORDS}, "Removed", True), byte_level()),
+        normalizers({"type": "NFC"}, replace({"Regex": r"\s+"}, " "), {"type": "Lowercase"}),
+        sequence(split(CLIP_WORDS, "Removed", True), byte_level()),
         UNKNOWN | SUFFIX,
     ),
     "Llama 3": (
         None,
-        sequence(split({"Regex": LLAMA_WORDS}), byte_level(use_regex=False)),
+        sequence(split(LLAMA_WORDS, "Isolated", False), byte_level(use_regex=False)),
         {"ignore_merges": True},
     ),
     "Llama 2": (
-        normalizers(
-            {"type": "Prepend", "prepend": "\u2581"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-        ),
+        normalizers({"type": "Prepend", "prepend": "\u2581"}, replace({"String": " "}, "\u2581")),
         None,
         UNKNOWN | {"fuse_unk": True, "byte_fallback": True},
     ),
@@ -115,6 +105,6 @@ def train_youtokentome(folder: Path, **options) -> Path:
     """The model file of youtokentome."""
     youtokentome = pytest.importorskip("youtokentome")
     (folder / "captions.txt").write_text("\n".join(CAPTIONS), encoding="utf-8")
-    options = {"vocab_size": 200, "coverage": 0.999, "n_threads": 1, **options}
-    youtokentome.BPE.train(data=str(folder / "captions.txt"), model=str(folder / "bpe.model"), **options)
+    files = {"data": str(folder / "captions.txt"), "model": str(folder / "bpe.model")}
+    youtokentome.BPE.train(**files, vocab_size=200, coverage=0.999, n_threads=1, **options)
     return folder / "bpe.model"

@@ -1,17 +1,15 @@
-"""A VQGAN written out over the tensors of a file, by names of taming-transformers or of LlamaGen; and such
-files.
+"""Reference of VQGAN over the tensors of a file, by names of taming-transformers or of LlamaGen; such files.
 
-Nothing of it is shared with dalle/vqgan: it follows the descriptions of the published networks, level by
-level.
+It shares nothing with dalle/vqgan.
 """
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-State = dict[str, Tensor]
+from tests.helpers.reference import RandomState, State
+
 WIDTHS, LATENT, CODES, CODE_WIDTH = (32, 64, 64), 8, 20, 6
 LEVELS = len(WIDTHS)
 
@@ -41,33 +39,27 @@ MIDDLE = {names_of_taming: ("block_1", "attn_1", "block_2"), names_of_llamagen: 
 
 def make_state(names, blocks: int = 1, attention: tuple[int, ...] = (2,), gumbel: bool = False) -> State:
     """A file's tensors at small width, all random, norms too."""
-    state: State = {}
-    generator = torch.Generator().manual_seed(0)
+    state = RandomState()
 
     def conv(name: str, n_in: int, n_out: int, kernel: int) -> None:
-        state[f"{name}.weight"] = torch.randn(n_out, n_in, kernel, kernel, generator=generator) / (
-            n_in**0.5 * kernel
-        )
-        state[f"{name}.bias"] = torch.randn(n_out, generator=generator) / 10
-
-    def norm(name: str, width: int) -> None:
-        state[f"{name}.weight"] = 1 + torch.randn(width, generator=generator) / 10
-        state[f"{name}.bias"] = torch.randn(width, generator=generator) / 10
+        state.linear(name, n_out, n_in, kernel, kernel)
+        state[f"{name}.weight"] /= 0.3 * n_in**0.5 * kernel
 
     def block(name: str, n_in: int, n_out: int) -> None:
-        norm(f"{name}.norm1", n_in), conv(f"{name}.conv1", n_in, n_out, 3)
-        norm(f"{name}.norm2", n_out), conv(f"{name}.conv2", n_out, n_out, 3)
+        for i, width in ((1, n_in), (2, n_out)):
+            state.norm(f"{name}.norm{i}", width)
+            conv(f"{name}.conv{i}", width, n_out, 3)
         if n_in != n_out:
             conv(f"{name}.nin_shortcut", n_in, n_out, 1)
 
     def attn(name: str, width: int) -> None:
-        norm(f"{name}.norm", width)
+        state.norm(f"{name}.norm", width)
         for part in ("q", "k", "v", "proj_out"):
             conv(f"{name}.{part}", width, width, 1)
 
     for half in ("encoder", "decoder"):
         at, down = names(half), half == "encoder"
-        last = WIDTHS[0] if down else WIDTHS[-1]
+        last, end = (WIDTHS[0], WIDTHS[-1]) if down else (WIDTHS[-1], WIDTHS[0])
         conv(f"{half}.conv_in", 3 if down else LATENT, last, 3)
         for level in range(LEVELS) if down else reversed(range(LEVELS)):
             for i in range(blocks + (not down)):
@@ -77,30 +69,23 @@ def make_state(names, blocks: int = 1, attention: tuple[int, ...] = (2,), gumbel
                     attn(f"{at('attn', level)}.{i}", last)
             if level < LEVELS - 1 if down else level > 0:
                 conv(f"{at('resize', level)}.{'downsample' if down else 'upsample'}.conv", last, last, 3)
-        first, middle, second = MIDDLE[names]
-        for inner in (first, second):
-            block(f"{at('mid', 0)}.{inner}", WIDTHS[-1], WIDTHS[-1])
-        attn(f"{at('mid', 0)}.{middle}", WIDTHS[-1])
-        norm(f"{half}.norm_out", WIDTHS[-1] if down else WIDTHS[0])
-        conv(f"{half}.conv_out", WIDTHS[-1] if down else WIDTHS[0], LATENT if down else 3, 3)
+        first, middle, second = (f"{at('mid', 0)}.{inner}" for inner in MIDDLE[names])
+        block(first, WIDTHS[-1], WIDTHS[-1])
+        attn(middle, WIDTHS[-1])
+        block(second, WIDTHS[-1], WIDTHS[-1])
+        state.norm(f"{half}.norm_out", end)
+        conv(f"{half}.conv_out", end, LATENT if down else 3, 3)
     width = LATENT if gumbel else CODE_WIDTH
-    conv("quant_conv", LATENT, width, 1), conv("post_quant_conv", width, LATENT, 1)
+    conv("quant_conv", LATENT, width, 1)
+    conv("post_quant_conv", width, LATENT, 1)
     if gumbel:
         conv("quantize.proj", width, CODES, 1)
-    book = "quantize.embed.weight" if gumbel else "quantize.embedding.weight"
-    state[book] = torch.randn(CODES, width, generator=generator)
-    return state
+    state.put("quantize.embed.weight" if gumbel else "quantize.embedding.weight", CODES, width)
+    return dict(state)
 
 
 def _norm(x: Tensor, state: State, name: str) -> Tensor:
-    groups = x.reshape(len(x), 32, -1)
-    spread = (groups - groups.mean(2, keepdim=True)) / (
-        groups.var(2, keepdim=True, correction=0) + 1e-6
-    ).sqrt()
-    return (
-        spread.reshape(x.shape) * state[f"{name}.weight"][:, None, None]
-        + state[f"{name}.bias"][:, None, None]
-    )
+    return F.group_norm(x, 32, state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-6)
 
 
 def _conv(x: Tensor, state: State, name: str, **options) -> Tensor:
@@ -110,16 +95,15 @@ def _conv(x: Tensor, state: State, name: str, **options) -> Tensor:
 def _block(x: Tensor, state: State, name: str) -> Tensor:
     inner = x
     for i in (1, 2):
-        inner = _norm(inner, state, f"{name}.norm{i}")
-        inner = _conv(inner * inner.sigmoid(), state, f"{name}.conv{i}", padding=1)
+        inner = _conv(F.silu(_norm(inner, state, f"{name}.norm{i}")), state, f"{name}.conv{i}", padding=1)
     return inner + (_conv(x, state, f"{name}.nin_shortcut") if f"{name}.nin_shortcut.weight" in state else x)
 
 
 def _attn(x: Tensor, state: State, name: str) -> Tensor:
     normed = _norm(x, state, f"{name}.norm")
-    q, k, v = (_conv(normed, state, f"{name}.{part}").flatten(2) for part in "qkv")  # (B, C, places)
-    weights = torch.einsum("bci,bcj->bij", q, k).div(x.shape[1] ** 0.5).softmax(dim=2)
-    return x + _conv(torch.einsum("bij,bcj->bci", weights, v).reshape(x.shape), state, f"{name}.proj_out")
+    q, k, v = (_conv(normed, state, f"{name}.{part}").flatten(2).mT for part in "qkv")  # (B, places, C)
+    mixed = (q @ k.mT / x.shape[1] ** 0.5).softmax(dim=2) @ v
+    return x + _conv(mixed.mT.reshape(x.shape), state, f"{name}.proj_out")
 
 
 def _half(x: Tensor, state: State, half: str, names) -> Tensor:
@@ -139,13 +123,13 @@ def _half(x: Tensor, state: State, half: str, names) -> Tensor:
             if f"{at('attn', level)}.{i}.q.weight" in state:
                 x = _attn(x, state, f"{at('attn', level)}.{i}")
             i += 1
-        name = f"{at('resize', level)}.{'downsample' if down else 'upsample'}.conv"
-        if f"{name}.weight" in state and down:
-            x = _conv(F.pad(x, (0, 1, 0, 1)), state, name, stride=2)
-        elif f"{name}.weight" in state:
-            x = _conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), state, name, padding=1)
-    x = _norm(middle(x) if down else x, state, f"{half}.norm_out")
-    return _conv(x * x.sigmoid(), state, f"{half}.conv_out", padding=1)
+        if down and level < LEVELS - 1:
+            x = _conv(F.pad(x, (0, 1, 0, 1)), state, f"{at('resize', level)}.downsample.conv", stride=2)
+        elif not down and level > 0:
+            x = F.interpolate(x, scale_factor=2)
+            x = _conv(x, state, f"{at('resize', level)}.upsample.conv", padding=1)
+    x = middle(x) if down else x
+    return _conv(F.silu(_norm(x, state, f"{half}.norm_out")), state, f"{half}.conv_out", padding=1)
 
 
 def vectors(pixels: Tensor, state: State, names) -> Tensor:

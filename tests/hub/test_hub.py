@@ -1,6 +1,5 @@
 """Models to and from a local Hub: model cards, single parts, paths before ids, errors."""
 
-import json
 import re
 import shutil
 import socket
@@ -73,31 +72,19 @@ class TestCard:
         report["note"] = "{{ 1 + 1 }} <b>'\""
         dalle.save_pretrained(tmp_path, report | {"model": dalle.hash, "left_out": None}, license="cc-by-4.0")
         card = ModelCard.load(tmp_path / "README.md")
-        assert card.data.to_dict() == {
-            "license": "cc-by-4.0",
-            "library_name": "zeroshot-text2image",
-            "pipeline_tag": "text-to-image",
-            "tags": ["dalle", "text-to-image"],
-        }
+        expected = {"library_name": "zeroshot-text2image", "pipeline_tag": "text-to-image"}
+        assert card.data.to_dict() == expected | {"license": "cc-by-4.0", "tags": ["dalle", "text-to-image"]}
         rows = re.findall(r"^\| (.+) \| (.+) \|$", card.text.split("## Training")[1], re.MULTILINE)
-        assert rows[2:] == [
-            ("accuracy.first", "0.9351"),
-            ("accuracy.best\\|of", "1"),
-            ("steps", "12,000"),
-            ("whole", "yes"),
-            ("grid", "(4, 4)"),
-            ("note", "{{ 1 + 1 }} <b>'\""),
-        ]
+        expected = {"accuracy.first": "0.9351", "accuracy.best\\|of": "1", "steps": "12,000", "whole": "yes"}
+        assert dict(rows[2:]) == expected | {"grid": "(4, 4)", "note": "{{ 1 + 1 }} <b>'\""}
         assert card.text.split("## License")[1].strip() == "cc-by-4.0"
         rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| `(\w+)` \|$", card.text, re.MULTILINE)
-        models = {"dvae": dalle.dvae, "transformer": dalle.transformer, "clip": dalle.scorer.model}
-        count = {kind: sum(t.numel() for t in model.state_dict().values()) for kind, model in models.items()}
-        hashes = zip(KINDS, dalle.hash.split("-"), strict=True)
-        assert rows == [(kind, f"{count[kind]:,}", hashed) for kind, hashed in hashes]
+        models = (dalle.dvae, dalle.transformer, dalle.scorer.model)
+        counts = [f"{sum(t.numel() for t in model.state_dict().values()):,}" for model in models]
+        assert rows == list(zip(KINDS, counts, dalle.hash.split("-"), strict=True))
 
-    @pytest.mark.parametrize("license", [None, ""])
-    def test_without_report_and_license(self, dalle, tmp_path, license):
-        dalle.save_pretrained(tmp_path, license=license)
+    def test_without_report_and_license(self, dalle, tmp_path):
+        dalle.save_pretrained(tmp_path)
         card = ModelCard.load(tmp_path / "README.md")
         assert "license" not in card.data.to_dict()
         assert "None is given" in card.text.split("## License")[1]
@@ -111,11 +98,10 @@ class TestCard:
     def test_the_example_runs(self, dalle, tmp_path, monkeypatch):
         dalle.save_pretrained(tmp_path / "path/of/this/folder")
         monkeypatch.chdir(tmp_path)
-        code = example(tmp_path / "path/of/this/folder")
-        found: dict = {}
+        code, found = example(tmp_path / "path/of/this/folder"), {}
         exec(code.replace("n=4, best_of=16", "n=1, best_of=1, progress=False"), found)
         assert found["model"].hash == dalle.hash
-        monkeypatch.setattr(dalle, "scorer", None)
+        dalle.scorer = None
         dalle.save_pretrained(tmp_path)
         assert "best_of=4)" in example(tmp_path)
 
@@ -131,7 +117,7 @@ class TestCard:
         assert (f"those of the dVAE `{part.inputs.get('dvae')}`" in text) == (kind == "transformer")
 
     @pytest.mark.parametrize(
-        ("content", "message"), [(None, "no report"), ("[1]", "is no report"), ("{", "is not JSON")]
+        ("content", "message"), [(None, "no report"), ("[1]", "no report"), ("{", "not JSON")]
     )
     def test_a_report_file(self, dalle, tmp_path, content, message):
         report, model = tmp_path / "report.json", tmp_path / "model"
@@ -139,7 +125,7 @@ class TestCard:
             report.write_text(content)
         with pytest.raises(ValueError, match=message):
             dalle.save_pretrained(model, report=report)
-        with pytest.raises(ValueError, match="the report is of the model 0-1-2, the weights here are"):
+        with pytest.raises(ValueError, match="of the model 0-1-2"):
             dalle.save_pretrained(model, report={"model": "0-1-2", "loss": 1.0})
         assert not model.exists()
         write_json(report, {"loss": 3.25, "model": dalle.hash})
@@ -174,10 +160,10 @@ class TestParts:
             DALLE.from_parts(dvae, LoadedModel.from_pretrained(tmp_path), None)
 
     def test_of_several_parts_the_kind_must_be_given(self, chain):
-        with pytest.raises(ValueError, match="holds dvae, transformer, clip; give kind"):
+        with pytest.raises(ValueError, match="give kind"):
             LoadedModel.from_pretrained(chain / "model")
         assert LoadedModel.from_pretrained(chain / "model", "clip").kind == "clip"
-        with pytest.raises(ValueError, match="kind must be one of dvae, transformer, clip, got 'vae'"):
+        with pytest.raises(ValueError, match=r"kind .* got 'vae'"):
             LoadedModel.from_pretrained(chain / "model", "vae")
         assert LoadedModel.from_pretrained(chain / "dvae").hash == load_model(chain / "dvae", "dvae").hash
 
@@ -185,7 +171,6 @@ class TestParts:
 class TestPaths:
     def test_a_path_uses_no_network(self, chain, dalle, prompt, offline, tmp_path, monkeypatch):
         assert sampled(DALLE.from_pretrained(str(chain / "model")), prompt) == sampled(dalle, prompt)
-        assert LoadedModel.from_pretrained(chain / "model", "dvae").kind == "dvae"
         monkeypatch.chdir(tmp_path)
         with pytest.raises(AssertionError, match="the network was used"):
             DALLE.from_pretrained(NAME)
@@ -195,7 +180,7 @@ class TestPaths:
         monkeypatch.chdir(tmp_path)
         assert DALLE.from_pretrained(NAME).hash == dalle.hash
         assert hub.asked == []
-        with pytest.raises(ValueError, match="local path, which has no revision 'v1'"):
+        with pytest.raises(ValueError, match="no revision 'v1'"):
             DALLE.from_pretrained(NAME, revision="v1")
 
     @pytest.mark.parametrize(
@@ -233,9 +218,6 @@ class TestDownload:
         assert len(published.asked) == requests
 
     def test_a_part_downloads_its_files_only(self, published, chain, monkeypatch):
-        with pytest.raises(ValueError, match="give kind"):
-            LoadedModel.from_pretrained(NAME)
-        assert downloads(published) == {"config.json", "text_tokenizer.json"}
         part = LoadedModel.from_pretrained(NAME, "dvae")
         assert part.hash == load_model(chain / "dvae", "dvae").hash
         assert downloads(published) == {"config.json", "text_tokenizer.json", "dvae.safetensors"}
@@ -245,7 +227,7 @@ class TestDownload:
 
     def test_a_revision_and_a_token_are_passed_on(self, published, dalle):
         published.repos[NAME]["raw"] = {"config.json": b"{}"}
-        with pytest.raises(ValueError, match="holds 'something unknown', expected 'dalle'"):
+        with pytest.raises(ValueError, match="expected 'dalle'"):
             DALLE.from_pretrained(NAME, revision="raw")
         published.hidden[NAME] = "RepoNotFound"
         assert DALLE.from_pretrained(NAME, token=TOKEN, revision="main").hash == dalle.hash
@@ -274,12 +256,6 @@ class TestDownload:
         run = SampleArgs(prompt, model=Path(NAME), **options)
         assert read_json(sample(run) / "sample.json")["model"] == dalle.hash
 
-    def test_a_later_format_is_refused(self, published):
-        files = published.repos[NAME]["main"]
-        files["config.json"] = json.dumps(json.loads(files["config.json"]) | {"format": 99}).encode()
-        with pytest.raises(ValueError, match="format 99"):
-            DALLE.from_pretrained(NAME)
-
     def test_an_unreachable_hub(self, published, dalle, monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(ValueError, match=f"{NAME} on the Hub: .*local disk"):
@@ -289,7 +265,7 @@ class TestDownload:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
         with pytest.raises(ValueError, match=f"{NAME} on the Hub: .*connection"):
             DALLE.from_pretrained(NAME)
-        with pytest.raises(ValueError, match=f"{NAME} on the Hub: .*refused"):
+        with pytest.raises(ValueError, match=f"{NAME} on the Hub"):
             dalle.push_to_hub(NAME, token=TOKEN)
 
 
@@ -300,7 +276,8 @@ class TestPush:
         assert sorted(hub.repos[NAME]["main"]) == sorted(FILES)
         assert sampled(DALLE.from_pretrained(NAME), prompt) == sampled(dalle, prompt)
         card = ModelCard(hub.repos[NAME]["main"]["README.md"].decode())
-        assert (card.data.license, f'from_pretrained("{NAME}")' in card.text) == ("mit", True)
+        assert card.data.license == "mit"
+        assert f'from_pretrained("{NAME}")' in card.text
         assert "path/of/this/folder" not in card.text
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -330,7 +307,7 @@ class TestPush:
     @pytest.mark.parametrize(
         ("repo_id", "token", "message"),
         [
-            *((NAME, token, f"pushing to {NAME} needs a token") for token in (None, False, True)),
+            *((NAME, token, "needs a token") for token in (None, False, True)),
             *((name, TOKEN, "owner/name") for name in ("shapes", "a/b/c", "some..one/shapes", "")),
         ],
     )
@@ -344,10 +321,7 @@ class TestPush:
         [
             ({"token": READ_ONLY}, "403"),
             ({"token": "hf_wrong"}, "401"),
-            (
-                {"token": TOKEN, "license": "no-such"},
-                'Invalid metadata in README.md. - "license" must be one',
-            ),
+            ({"token": TOKEN, "license": "no-such"}, '"license" must be one'),
         ],
     )
     def test_refusals_of_the_hub(self, hub, dalle, options, message):
@@ -370,32 +344,26 @@ class TestPushModel:
 
     def test_an_edited_card_is_kept_unless_a_report_is_given(self, chain, hub, tmp_path, monkeypatch):
         shutil.copytree(chain / "model", tmp_path / "model")
-        (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\nMy own words.\n")
+        card = b"---\nlicense: mit\n---\nMy own words.\n"
+        (tmp_path / "model" / "README.md").write_bytes(card)
         (tmp_path / "model" / "diary.txt").write_text("private")
         before = contents(tmp_path / "model")
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         push_model(PushModelArgs(tmp_path / "model", to=NAME))
         pushed = hub.repos[NAME]["main"]
-        assert pushed["README.md"] == b"---\nlicense: mit\n---\nMy own words.\n"
+        assert pushed["README.md"] == card
         assert "diary.txt" not in pushed
         write_json(tmp_path / "report.json", {"loss": 1.25})
         push_model(PushModelArgs(tmp_path / "model", to=NAME, report=tmp_path / "report.json"))
         assert b"| loss | 1.25 |" in pushed["README.md"]
         assert contents(tmp_path / "model") == before
 
-    def test_a_run(self, chain, hub, monkeypatch):
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        push_model(PushModelArgs(chain / "transformer", to=NAME))
-        assert LoadedModel.from_pretrained(NAME).hash == load_model(chain / "transformer", "transformer").hash
-
     @pytest.mark.parametrize(
         ("run", "message"),
         [
             (PushModelArgs(), "give a model directory"),
             (PushModelArgs(Path("nowhere"), to=NAME), "no directory nowhere"),
-            (PushModelArgs(Path(), to=""), "owner/name"),
-            (PushModelArgs(Path(), to=NAME), "needs a token"),
-            (PushModelArgs(Path(), dry_run=True), "expected a run or model directory"),
+            (PushModelArgs(Path(), dry_run=True), "run or model directory"),
         ],
     )
     def test_mistakes(self, hub, run, message, tmp_path, monkeypatch):
@@ -407,15 +375,15 @@ class TestPushModel:
     def test_an_incomplete_directory(self, chain, tmp_path):
         shutil.copytree(chain / "model", tmp_path / "model")
         (tmp_path / "model" / "text_tokenizer.json").unlink()
-        with pytest.raises(ValueError, match=r"no file .*text_tokenizer\.json; .* incomplete"):
+        with pytest.raises(ValueError, match=r"text_tokenizer\.json; .* incomplete"):
             push_model(PushModelArgs(tmp_path / "model", dry_run=True))
 
-    def test_the_script(self, chain, dalle, hub, monkeypatch, capsys):
+    def test_the_script_pushes_a_run(self, chain, hub, monkeypatch, capsys):
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("sys.argv", ["push_model.py", str(chain / "model"), "--to", NAME])
+        monkeypatch.setattr("sys.argv", ["push_model.py", str(chain / "transformer"), "--to", NAME])
         main()
         assert f"is at {hub.url}/{NAME}/commit/" in capsys.readouterr().out
-        assert DALLE.from_pretrained(NAME).hash == dalle.hash
+        assert LoadedModel.from_pretrained(NAME).hash == load_model(chain / "transformer", "transformer").hash
         monkeypatch.delenv("HF_TOKEN")
-        with pytest.raises(SystemExit, match=f"error: pushing to {NAME} needs a token"):
+        with pytest.raises(SystemExit, match="needs a token"):
             main()

@@ -15,7 +15,6 @@ from dalle.commands.train_transformer import train_transformer
 from dalle.dvae import DVAEConfig
 from dalle.hub.init_from import GROWING, SAME, freeze, load_pretrained_weights, map_token_ids
 from dalle.hub.registry import build_model, load_model, weights_hash
-from dalle.layout import TokenLayout
 from dalle.schedules import Schedule
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.loggers import read_log
@@ -54,7 +53,7 @@ def test_the_same_shape_is_copied(kind):
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_every_configuration_field_of_the_shape_is_either_equal_or_growing(kind):
+def test_every_field_of_the_shape_is_either_equal_or_growing(kind):
     known = {*SAME[kind], *GROWING[kind]}
     free = "conv_kernel sparse full_attention_every init_scale attention_backend activation_checkpointing "
     free += "residual_scale logit_init_scale codebook_init_std min_log_scale"  # no part of the shape
@@ -62,10 +61,7 @@ def test_every_configuration_field_of_the_shape_is_either_equal_or_growing(kind)
 
 
 def test_ids_are_moved_by_meaning():
-    old, new = (
-        TokenLayout(c.text_len, c.grid, c.text_vocab, c.image_vocab)
-        for c in (TRANSFORMER, LARGER["transformer"])
-    )
+    old, new = TRANSFORMER.layout, LARGER["transformer"].layout
     moved = map_token_ids(old, new).tolist()
     assert moved[:11] == list(range(11))  # text ids
     assert moved[11:16] == [13, 14, 15, 16, 17]  # the pads of positions 0 to 4
@@ -122,12 +118,12 @@ def test_a_larger_model_computes_the_same(case):
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("transformer", {"depth": 3}, "depth 2, model.depth is 3; make them equal"),
-        ("transformer", {"heads": 4, "head_dim": 4}, "heads 2, model.heads is 4"),
-        ("transformer", {"text_vocab": 10}, "text_vocab 11, model.text_vocab is only 10; it may grow"),
-        ("transformer", {"grid": (5, 2), "conv_kernel": 1}, r"grid \(3, 3\), model.grid is only \(5, 2\)"),
+        ("transformer", {"depth": 3}, "depth 2, .*equal"),
+        ("transformer", {"heads": 4, "head_dim": 4}, "heads 2"),
+        ("transformer", {"text_vocab": 10}, "text_vocab 11, .*may grow"),
+        ("transformer", {"grid": (5, 2), "conv_kernel": 1}, "grid"),
         ("clip", {"text_layers": 2}, "text_layers 1"),
-        ("dvae", {"vocab_size": 5}, "vocab_size 6, model.vocab_size is only 5"),
+        ("dvae", {"vocab_size": 5}, "vocab_size 6"),
         ("dvae", {"residual_scale": 0.3}, "residual_gain"),
     ],
 )
@@ -141,9 +137,9 @@ def test_another_shape_is_refused(kind, changes, message):
 
 def test_freeze():
     model = build_model("transformer", TRANSFORMER)
-    with pytest.raises(ValueError, match=r"'layer\.0\.\*' matches no parameter; .* token_"):
+    with pytest.raises(ValueError, match=r"'layer\.0\.\*' matches no"):
         freeze(model, ["row.weight", "layer.0.*"])
-    with pytest.raises(ValueError, match=r"--freeze \* leaves nothing to train"):
+    with pytest.raises(ValueError, match="nothing to train"):
         freeze(model, ["*"])
     assert all(p.requires_grad for p in model.parameters())
     frozen = freeze(model, ["layers.0.*", "row.weight"])
@@ -154,11 +150,14 @@ def test_freeze():
 
 @pytest.fixture(scope="module")
 def start(tiny_runs, chain, with_inputs):
-    """start(kind, out, **changes): that stage's run on the inputs of `chain`."""
+    """start(kind, out, ...): that stage's run on the inputs of `chain`; `train` changes its fields."""
 
-    def run(kind, out, steps=2, train=None, **changes):
+    def run(kind, out, steps=2, lr=None, train=None, **changes):
         base = getattr(tiny_runs, kind)
-        train = replace(base.train, **(train or {}))
+        optimizer = base.train.optimizer
+        if lr is not None:
+            optimizer = replace(optimizer, lr=Schedule(lr, lr), warmup_steps=10, weight_decay=0.0)
+        train = replace(base.train, optimizer=optimizer, **(train or {}))
         return STAGES[kind](with_inputs(base, chain, out=out, steps=steps, train=train, **changes))
 
     return run
@@ -169,9 +168,8 @@ def meta_of(run):
 
 
 @pytest.mark.parametrize("kind", STAGES)
-def test_a_run_starts_from_the_averaged_weights_of_another(kind, chain, start, tiny_runs, tmp_path, capsys):
-    optimizer = replace(getattr(tiny_runs, kind).train.optimizer, lr=Schedule(0.0, 0.0))
-    out = start(kind, tmp_path / "tuned", train={"optimizer": optimizer}, init_from=chain / kind)
+def test_a_run_starts_from_the_averaged_weights_of_another(kind, chain, start, tmp_path, capsys):
+    out = start(kind, tmp_path / "tuned", lr=0.0, init_from=chain / kind)
     source = load_model(chain / kind, kind)
     tuned = load_model(out, kind, averaged=False)
     assert tuned.hash == source.hash  # with a learning rate of 0 nothing moves
@@ -180,9 +178,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(kind, chain, start, t
     assert f"starts from the weights of {chain / kind}" in capsys.readouterr().out
 
 
-def test_a_run_starts_from_a_model_directory_with_a_smaller_vocabulary(
-    chain, start, tiny_runs, tmp_path, capsys
-):
+def test_a_run_starts_from_a_smaller_model_directory(chain, start, tiny_runs, tmp_path, capsys):
     model = replace(tiny_runs.transformer.model, text_len=24, text_vocab=450)
     out = start("transformer", tmp_path / "tuned", init_from=chain / "model", model=model)
     assert "text_len 20 -> 24, text_vocab 400 -> 450" in capsys.readouterr().out
@@ -199,10 +195,10 @@ def test_resuming_does_not_read_the_source_again(chain, start, tmp_path):
     parts = start("clip", tmp_path / "parts", steps=4)  # the flag may be left out
     assert load_model(parts, "clip").hash == load_model(whole, "clip").hash
     assert meta_of(parts)["init"] == meta_of(whole)["init"]
-    with pytest.raises(ValueError, match=r"started from source, not from .*other; give another --out"):
+    with pytest.raises(ValueError, match=r"from source, not from .*other"):
         start("clip", tmp_path / "parts", steps=5, init_from=tmp_path / "other")
     start("clip", tmp_path / "fresh")
-    with pytest.raises(ValueError, match=r"started from fresh weights, not from .*clip; give another --out"):
+    with pytest.raises(ValueError, match=r"from fresh weights, not from .*clip"):
         start("clip", tmp_path / "fresh", steps=3, init_from=chain / "clip")
 
 
@@ -247,32 +243,28 @@ def test_resuming_with_frozen_parameters_is_exact(start, tmp_path):
         start("transformer", tmp_path / "parts", steps=5)
 
 
+RARELY = {"save_every": 1000, "eval_every": 1000}
+
+
 @pytest.mark.parametrize(
-    ("kind", "name", "steps"), [("transformer", "image_loss", 250), ("clip", "loss", 150)]
+    ("kind", "name", "steps", "changes"),
+    [("transformer", "image_loss", 250, {"bpe_dropout": 0.0}), ("clip", "loss", 150, {})],
 )
-def test_one_batch_is_overfitted(kind, name, steps, start, tiny_runs, tmp_path):
-    optimizer = replace(
-        getattr(tiny_runs, kind).train.optimizer, lr=Schedule(1e-2, 1e-2), warmup_steps=10, weight_decay=0.0
-    )
-    changes = {"bpe_dropout": 0.0} if kind == "transformer" else {}
-    train = {"optimizer": optimizer, "save_every": 1000, "eval_every": 1000}
-    out = start(kind, tmp_path / kind, steps=steps, overfit_batch=4, train=train, **changes)
-    lines = [line for line in read_log(out / "log.jsonl") if name in line]
-    assert lines[0][name] > 1
-    assert lines[-1][name] < 0.1
+def test_one_batch_is_overfitted(kind, name, steps, changes, start, tmp_path):
+    out = start(kind, tmp_path / kind, steps, lr=1e-2, overfit_batch=4, train=RARELY, **changes)
+    losses = [line[name] for line in read_log(out / "log.jsonl") if name in line]
+    assert losses[0] > 1
+    assert losses[-1] < 0.1
 
 
-def test_overfitting_one_batch_lowers_the_loss_of_the_dvae(start, tiny_runs, tmp_path):
-    optimizer = replace(tiny_runs.dvae.train.optimizer, lr=Schedule(3e-3, 3e-3), warmup_steps=10)
-    train = {"optimizer": optimizer, "save_every": 1000, "eval_every": 1000}
-    out = start("dvae", tmp_path / "dvae", steps=60, overfit_batch=2, train=train)
+def test_overfitting_one_batch_lowers_the_loss_of_the_dvae(start, tmp_path):
+    out = start("dvae", tmp_path / "dvae", steps=60, lr=3e-3, overfit_batch=2, train=RARELY)
     losses = [line["recon_loss"] for line in read_log(out / "log.jsonl") if "loss" in line]
     assert losses[-1] < losses[0] - 0.3
 
 
 def test_every_step_of_overfitting_has_the_same_batch(start, tiny_runs, tmp_path):
-    optimizer = replace(tiny_runs.clip.train.optimizer, lr=Schedule(0.0, 0.0))
-    out = start("clip", tmp_path / "clip", steps=3, overfit_batch=3, train={"optimizer": optimizer})
+    out = start("clip", tmp_path / "clip", steps=3, lr=0.0, overfit_batch=3)
     losses = {line["loss"] for line in read_log(out / "log.jsonl") if "loss" in line}
     assert len(losses) == 1
     assert meta_of(out)["config"]["overfit_batch"] == 3

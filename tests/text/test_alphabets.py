@@ -21,6 +21,7 @@ from dalle.io.files import read_json
 from dalle.pipelines.dalle import DALLE
 from dalle.text import load_text_tokenizer
 from dalle.text.tokenizer import FIRST_BYTE_ID, normalize
+from tests.helpers.scenes import put
 from tests.helpers.text_tokenizers import train_hugging_face, train_youtokentome
 
 CAPTIONS = {
@@ -32,35 +33,42 @@ CAPTIONS = {
 }
 
 
+def train_both(runs, out, text, tokens, data=None, **sizes):
+    """Two steps of a transformer and of a CLIP with this tokenizer and sizes."""
+    options = {"text_tokenizer": text}
+    model = replace(runs.transformer.model, **sizes)
+    train_transformer(
+        replace(runs.transformer, model=model, out=out / "transformer", tokens=tokens, **options)
+    )
+    model = replace(runs.clip.model, **sizes)
+    train_clip(replace(runs.clip, model=model, out=out / "clip", data=data or runs.clip.data, **options))
+
+
+def join(chain, out) -> DALLE:
+    folders = {"dvae": chain / "dvae", "transformer": out / "transformer", "clip": out / "clip"}
+    return DALLE.from_parts(*(load_model(folder, kind) for kind, folder in folders.items()))
+
+
 @pytest.fixture(scope="module")
 def world(chain, tiny_runs, tmp_path_factory):
     """A model that took two steps on twenty images with these captions, and their cache."""
     out = tmp_path_factory.mktemp("world")
-    (out / "images").mkdir()
     rng = np.random.default_rng(0)
     for n in range(20):
-        name, caption = list(CAPTIONS.items())[n % len(CAPTIONS)]
-        Image.fromarray(rng.integers(256, size=(40, 40, 3), dtype=np.uint8)).save(
-            out / "images" / f"{name}{n}.png"
-        )
-        (out / "images" / f"{name}{n}.txt").write_text(caption, encoding="utf-8")
+        image = Image.fromarray(rng.integers(256, size=(40, 40, 3), dtype=np.uint8))
+        put(out / "images", f"{n}.png", image, list(CAPTIONS.values())[n % len(CAPTIONS)])
     data = replace(tiny_runs.encode.data, path=str(out / "images"), val_fraction=1e-9, workers=0)
     encode_images(replace(tiny_runs.encode, out=out / "tokens", dvae=chain / "dvae", data=data))
-    run = replace(tiny_runs.transformer, model=replace(tiny_runs.transformer.model, text_len=80))
-    train_transformer(
-        replace(run, out=out / "transformer", tokens=out / "tokens", text_tokenizer=chain / "text")
+    train_both(
+        tiny_runs, out, chain / "text", out / "tokens", text_len=80, data=replace(data, val_path=data.path)
     )
-    data = replace(data, val_path=data.path)
-    run = replace(tiny_runs.clip, data=data, model=replace(tiny_runs.clip.model, text_len=80))
-    train_clip(replace(run, out=out / "clip", text_tokenizer=chain / "text"))
     train_tokenizer(replace(tiny_runs.text, out=out / "text", data=data))
     return out
 
 
 @pytest.fixture(scope="module")
 def model(world, chain) -> DALLE:
-    places = {"dvae": chain / "dvae", "transformer": world / "transformer", "clip": world / "clip"}
-    return DALLE.from_parts(*(load_model(place, kind) for kind, place in places.items()))
+    return join(chain, world)
 
 
 def test_the_cache_holds_the_captions_as_they_were(world):
@@ -70,10 +78,8 @@ def test_the_cache_holds_the_captions_as_they_were(world):
 
 @pytest.mark.parametrize("name", CAPTIONS)
 def test_every_letter_is_kept(chain, name):
-    text = load_text_tokenizer(chain / "text" / "text_tokenizer.json")
-    caption = CAPTIONS[name]
-    ids = text.encode(caption)
-    letters = "".join(normalize(caption))
+    text, caption = load_text_tokenizer(chain / "text" / "text_tokenizer.json"), CAPTIONS[name]
+    ids, letters = text.encode(caption), "".join(normalize(caption))
     in_bytes = sum(FIRST_BYTE_ID <= token < FIRST_BYTE_ID + 256 for token in ids)
     assert in_bytes == sum(len(letter.encode()) for letter in letters if letter not in text.characters) > 0
     assert text.decode(ids).replace(" ", "") == letters
@@ -109,25 +115,15 @@ def test_a_vocabulary_trained_on_such_captions_has_their_letters(world, name):
 
 @pytest.mark.filterwarnings("ignore:the vocabulary lacks letters")
 @pytest.mark.parametrize("library", ["hugging face", "youtokentome"])
-def test_a_model_is_trained_with_a_tokenizer_of_another_library_and_holds_it(
-    library, chain, tiny_runs, tmp_path
-):
+def test_a_model_holds_its_tokenizer_of_another_library(library, chain, tiny_runs, tmp_path):
     if library == "youtokentome":
         file = train_youtokentome(tmp_path)
     else:
         file = tmp_path / "tokenizer.json"
         file.write_text(json.dumps(train_hugging_face("CLIP")[1]), encoding="utf-8")
     text = load_text_tokenizer(file)
-    sizes = {"text_len": 80, "text_vocab": 720}
-    options = {"text_tokenizer": file, "out": tmp_path / "transformer", "tokens": chain / "tokens"}
-    run = tiny_runs.transformer
-    train_transformer(replace(run, model=replace(run.model, **sizes), **options))
-    run = tiny_runs.clip
-    options = {"text_tokenizer": file, "out": tmp_path / "clip"}
-    train_clip(replace(run, model=replace(run.model, **sizes), **options))
-    folders = {"dvae": chain / "dvae", "transformer": tmp_path / "transformer", "clip": tmp_path / "clip"}
-    parts = [load_model(folder, kind) for kind, folder in folders.items()]
-    DALLE.from_parts(*parts).save_pretrained(tmp_path / "model")
+    train_both(tiny_runs, tmp_path, file, chain / "tokens", text_len=80, text_vocab=720)
+    join(chain, tmp_path).save_pretrained(tmp_path / "model")
     file.unlink()  # the model directory holds its own
     model = DALLE.from_pretrained(tmp_path / "model")
     assert type(model.text) is type(text)

@@ -8,22 +8,10 @@ import unicodedata
 
 import pytest
 
-from dalle.text import (
-    BPETokenizer,
-    TextTokenizer,
-    TextTokenizerConfig,
-    load_text_tokenizer,
-    text_tokenizer_from_dict,
-)
+from dalle.text import TextTokenizer, TextTokenizerConfig, load_text_tokenizer, text_tokenizer_from_dict
 from dalle.text.external.huggingface import HuggingFaceTokenizer
 from dalle.text.external.youtokentome import YoutokentomeTokenizer, parse_model
-from tests.helpers.text_tokenizers import (
-    CAPTIONS,
-    HUGGING_FACE,
-    split,
-    train_hugging_face,
-    train_youtokentome,
-)
+from tests.helpers.text_tokenizers import CAPTIONS, HUGGING_FACE, train_hugging_face, train_youtokentome
 
 AWKWARD = [
     *map(chr, range(9, 127)),
@@ -82,9 +70,9 @@ class TestHuggingFace:
         assert 1 < min(lengths) + 1 < max(lengths) < 11
         assert ours.encode("photograph", 0.5, 3) == ours.encode("photograph", 0.5, 3)
 
-    def test_merges_as_strings_and_as_pairs(self):
-        for merges in (["a b"], [["a", "b"]]):
-            assert HuggingFaceTokenizer({"model": BPE | {"merges": merges}}).encode("aab") == [0, 2]
+    @pytest.mark.parametrize("merges", [["a b"], [["a", "b"]]])
+    def test_merges_as_strings_and_as_pairs(self, merges):
+        assert HuggingFaceTokenizer({"model": BPE | {"merges": merges}}).encode("aab") == [0, 2]
 
     def test_without_tokenizers_the_package_is_named(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "tokenizers", None)
@@ -93,15 +81,16 @@ class TestHuggingFace:
 
 
 BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+SPLIT = {"type": "Split", "pattern": {"String": "a"}, "behavior": "Isolated", "invert": False}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"type": "WordPiece", "vocab": {}}}, "type 'WordPiece'; only BPE"),
-        ({"model": {"type": "Unigram", "vocab": []}}, "type 'Unigram'; only BPE"),
-        ({"model": BPE | {"continuing_subword_prefix": "##"}}, "continuing_subword_prefix to '##'"),
-        ({"model": BPE | {"dropout": 0.1}}, "dropout to 0.1"),
+        ({"model": {"type": "WordPiece", "vocab": {}}}, "WordPiece"),
+        ({"model": {"type": "Unigram", "vocab": []}}, "Unigram"),
+        ({"model": BPE | {"continuing_subword_prefix": "##"}}, "continuing_subword_prefix"),
+        ({"model": BPE | {"dropout": 0.1}}, "dropout"),
         ({"model": BPE | {"merges": ["a c"]}}, "merge 0 .* needs 'c'"),
         ({"model": BPE | {"vocab": [1]}}, "damaged"),
         ({"model": BPE | {"vocab": {"a": "0"}}}, "numbered from 0"),
@@ -113,9 +102,9 @@ BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
         ({"normalizer": "x"}, "normalizer"),
         ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Precompiled"}]}}, "'Precompiled'"),
         ({"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "often"}}, "often"),
-        ({"pre_tokenizer": split({"Regex": "("})}, "parenthesis"),
-        ({"pre_tokenizer": split({"Glob": "*"})}, "Glob"),
-        ({"pre_tokenizer": split({"String": "a"}, "Sometimes")}, "Sometimes"),
+        ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": "("}}}, "parenthesis"),
+        ({"pre_tokenizer": SPLIT | {"pattern": {"Glob": "*"}}}, "Glob"),
+        ({"pre_tokenizer": SPLIT | {"behavior": "Sometimes"}}, "Sometimes"),
         ({"added_tokens": [{"id": 3, "content": "Pikachu", "special": False}]}, "Pikachu"),
     ],
 )
@@ -147,10 +136,10 @@ class TestYoutokentome:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("1 1\n97 1\n1 1 2\n0 -1 -1 -1", "lacks the word-start mark"),
+            ("1 1\n97 1\n1 1 2\n0 -1 -1 -1", "word-start mark"),
             ("1 1\n9601 1\n1 7 2\n0 -1 -1 -1", "joins 1 and 7"),
-            ("1 0\n97 1\n0 -1", "expected the text of a youtokentome model"),
-            ("1 0\n-5 1\n0 -1 -1 -1", "expected the text of a youtokentome model"),
+            ("1 0\n97 1\n0 -1", "expected"),
+            ("1 0\n-5 1\n0 -1 -1 -1", "expected"),
         ],
     )
     def test_a_damaged_model_is_refused(self, text, message):
@@ -159,7 +148,7 @@ class TestYoutokentome:
 
 
 @pytest.fixture(params=["hugging face", "youtokentome", "own"])
-def any_tokenizer(request) -> BPETokenizer:
+def any_tokenizer(request):
     if request.param == "hugging face":
         return HuggingFaceTokenizer(train_hugging_face("CLIP")[1])
     if request.param == "youtokentome":
