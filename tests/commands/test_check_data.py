@@ -23,8 +23,13 @@ def args_of(path, out, filters=PAPER_FILTERS, workers=0, resolution=32, **settin
     return CheckDataArgs(data=data, out=out, **settings)
 
 
-def index_of(named):
-    return int(Path(named["name"]).stem)
+def causes(named):
+    return {int(Path(line["name"]).stem): line["cause"] for line in named}
+
+
+def skipped_in_training(folder, filters):
+    dataset = open_dataset(DataConfig(path=str(folder), resolution=8, filters=filters, val_path=str(folder)))
+    return dataset.load([(0, i) for i in range(dataset.size)]).skipped
 
 
 @pytest.fixture
@@ -50,13 +55,12 @@ def folder(tmp_path):
 def test_bad_samples_are_named_with_their_causes(bad_tar, tmp_path):
     report = check_data(args_of(bad_tar, tmp_path / "out"))
     bad = report["bad"]
-    assert {index_of(named): named["cause"] for named in bad["named"]} == BAD
+    assert causes(bad["named"]) == BAD
     assert (bad["samples"], bad["of"], bad["fraction"]) == (5, 20, 0.25)
     assert bad["causes"] == dict.fromkeys(BAD.values(), 1)
     assert (report["samples"], report["usable"], report["captions"]) == (20, 15, 15)
     lines = [json.loads(line) for line in (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()]
-    assert len(lines) == 5
-    assert {index_of(line): line["cause"] for line in lines} == BAD
+    assert causes(lines) == BAD
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
 
 
@@ -70,9 +74,10 @@ def test_any_number_of_workers_gives_the_same(bad_tar, tmp_path, monkeypatch):
 
 def test_a_second_check_replaces_the_first(bad_tar, tmp_path):
     check_data(args_of(bad_tar, tmp_path / "out"))
-    put(tmp_path / "good", "a.png", scene(0), "a good image")
-    check_data(args_of(tmp_path / "good", tmp_path / "out", sheet=0))
-    assert (tmp_path / "out" / "bad_samples.jsonl").read_text() == ""
+    put(tmp_path / "empty", "a.png", scene(0), "\n")
+    report = check_data(args_of(tmp_path / "empty", tmp_path / "out", sheet=0))
+    assert (report["usable"], report["bad"]["samples"], report["words"]) == (0, 1, {})
+    assert len((tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()) == 1
     assert not (tmp_path / "out" / "contact_sheet.png").exists()
 
 
@@ -83,21 +88,11 @@ def test_the_report_names_a_limited_number(bad_tar, tmp_path, monkeypatch):
     assert len((tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()) == 5
 
 
-def test_a_dataset_without_usable_samples_is_reported(tmp_path):
-    put(tmp_path / "set", "a.png", scene(0), "\n")
-    report = check_data(args_of(tmp_path / "set", tmp_path / "out"))
-    assert (report["usable"], report["bad"]["samples"], report["words"]) == (0, 1, {})
-
-
-@pytest.mark.parametrize(("limit", "fails"), [(None, False), (0.0, True), (0.24, True), (0.25, False)])
-def test_more_than_max_bad_fails_after_everything_is_written(bad_tar, tmp_path, limit, fails):
-    args = args_of(bad_tar, tmp_path / "out", max_bad=limit)
-    if fails:
-        with pytest.raises(ValueError, match=r"5 of 20 .*--max-bad.*truncated"):
-            check_data(args)
-    else:
-        check_data(args)
-    assert (tmp_path / "out" / "report.json").exists()
+def test_more_than_max_bad_fails_after_everything_is_written(bad_tar, tmp_path):
+    check_data(args_of(bad_tar, tmp_path / "out", max_bad=0.25))
+    with pytest.raises(ValueError, match=r"5 of 20 .*--max-bad.*truncated"):
+        check_data(args_of(bad_tar, tmp_path / "again", max_bad=0.24))
+    assert (tmp_path / "again" / "report.json").exists()
 
 
 def test_more_than_a_training_accepts_fails(bad_tar, tmp_path, monkeypatch):
@@ -130,12 +125,8 @@ def test_sizes_and_captions_are_counted(folder, bad_tar, tmp_path, capsys):
     assert (report["samples"], report["usable"], report["captions"]) == (7, 7, 9)
     assert [report["width"][name] for name in ("min", "median", "max")] == [20, 60, 200]
     assert report["shorter_side"]["histogram"] == {"16-31": 1, "32-63": 4, "64-127": 0, "128-255": 2}
-    assert report["smaller_than_resolution"] == {
-        "resolution": 32,
-        "samples": 1,
-        "of": 7,
-        "fraction": 0.142857,
-    }
+    expected = {"resolution": 32, "samples": 1, "of": 7, "fraction": 0.142857}
+    assert report["smaller_than_resolution"] == expected
     assert report["aspect"]["square"] == 3
     assert sum(report["aspect"].values()) == 7
     assert sum(report["words"]["histogram"].values()) == 9
@@ -147,15 +138,10 @@ def test_each_filter_of_the_paper_is_tried_with_examples(folder, tmp_path):
     report = check_data(args_of(folder, tmp_path / "out"))
     filters = report["filters"]
     named = {name: [example["name"] for example in filters[name]["examples"]] for name in filters}
-    assert named == {
-        "boilerplate": ["c.png"],
-        "max_aspect_ratio": ["b.png"],
-        "min_words": [],
-        "language": ["f.png"],
-    }
-    assert filters["max_aspect_ratio"]["examples"] == [
-        {"name": "b.png", "size": [100, 40], "captions": ["a very long bridge over the river"]}
-    ]
+    kept = {"boilerplate": ["c.png"], "max_aspect_ratio": ["b.png"], "min_words": [], "language": ["f.png"]}
+    assert named == kept
+    example = {"name": "b.png", "size": [100, 40], "captions": ["a very long bridge over the river"]}
+    assert filters["max_aspect_ratio"]["examples"] == [example]
     assert filters["max_aspect_ratio"]["samples"] == 1
     assert report["all_filters"]["samples"] == 4  # g too: each of its captions falls to another filter
 
@@ -164,8 +150,7 @@ def test_all_filters_drop_what_training_drops(folder, tmp_path):
     filters = FilterConfig(min_words=2, min_size=30)
     report = check_data(args_of(folder, tmp_path / "out", filters))
     assert list(report["filters"]) == ["boilerplate", "max_aspect_ratio", "min_words", "min_size"]
-    dataset = open_dataset(DataConfig(path=str(folder), resolution=8, filters=filters, val_path=str(folder)))
-    skipped = dataset.load([(0, i) for i in range(dataset.size)]).skipped
+    skipped = skipped_in_training(folder, filters)
     assert report["all_filters"]["samples"] == len(skipped) == 4
     assert {bad.name for bad in skipped} == {"b.png", "c.png", "f.png", "g.png"}
 
@@ -207,16 +192,14 @@ def test_duplicates_are_listed_for_training(folder, tmp_path):
     assert (duplicates["samples"], duplicates["named"]) == (1, [{"copy": "e.jpg", "of": "a.png"}])
     assert args.exclude_list.read_text() == "e.jpg\n"
     filters = FilterConfig(boilerplate=False, max_aspect_ratio=None, exclude_list=args.exclude_list)
-    dataset = open_dataset(DataConfig(path=str(folder), resolution=8, filters=filters, val_path=str(folder)))
-    skipped = dataset.load([(0, i) for i in range(dataset.size)]).skipped
+    skipped = skipped_in_training(folder, filters)
     assert [(bad.name, bad.cause) for bad in skipped] == [("e.jpg", "filter:exclude_list")]
 
 
 def test_the_contact_sheet_shows_images_of_the_whole_dataset(tmp_path):
     for i in range(30):
-        put(
-            tmp_path / "set", f"{i:02}.png", Image.new("RGB", (40, 40), (8 * i, 0, 0)), f"{i} " + "long " * 60
-        )
+        image = Image.new("RGB", (40, 40), (8 * i, 0, 0))
+        put(tmp_path / "set", f"{i:02}.png", image, f"{i} " + "long " * 60)
     check_data(args_of(tmp_path / "set", tmp_path / "out", sheet=3))
     sheet = Image.open(tmp_path / "out" / "contact_sheet.png")
     middles = [sheet.getpixel((10 + TILE // 2 + i * (TILE + 10), 10 + TILE // 2)) for i in range(3)]
@@ -240,7 +223,7 @@ def test_the_command_prints_the_report_and_sets_its_exit_status(script, bad_tar,
         "15 usable images with 15 captions",
         "bad samples: 5 of 20 (25.00%)",
         "1  truncated, for example set.tar/02",
-        "--data.resolution 37, so that no crop fits: 15 of 15 (100.00%)",
+        "no crop fits: 15 of 15 (100.00%)",
         "duplicates: 0 of 15",
         "15  wide, up to 4:3",
         "words per caption: median 6",
@@ -248,6 +231,4 @@ def test_the_command_prints_the_report_and_sets_its_exit_status(script, bad_tar,
     ):
         assert line in done.out
     assert (tmp_path / "runs" / "check" / "report.json").is_file()
-    done = script("check_data", *words, "--max-bad", "0.1")
-    assert done.code == 1
-    assert "more than --max-bad 0.1" in done.err
+    assert script("check_data", *words, "--max-bad", "0.1").code == 1

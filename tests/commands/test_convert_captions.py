@@ -1,7 +1,4 @@
-"""Tables of public caption datasets: dalle/commands/convert_captions.py, dalle/data/caption_datasets.py.
-
-Each test writes a small file in exactly the published format.
-"""
+"""Tables of public caption datasets, from small files in exactly the published formats."""
 
 import gzip
 import hashlib
@@ -72,10 +69,9 @@ COCO = {
 def test_coco(tmp_path):
     images(tmp_path / "images", "train2017/000000179765.jpg", "train2017/000000203564.jpg", "val2017/1.jpg")
     done, rows = convert(tmp_path, "coco", write(tmp_path / "captions_train2017.json", json.dumps(COCO)))
-    assert rows == {
-        "images/train2017/000000179765.jpg": ["A black motorcycle à la café"],
-        "images/train2017/000000203564.jpg": ["A clock with a wheel.", "A bicycle as a clock"],
-    }
+    first, second = (f"images/train2017/000000{number}.jpg" for number in (179765, 203564))
+    clock = ["A clock with a wheel.", "A bicycle as a clock"]
+    assert rows == {first: ["A black motorcycle à la café"], second: clock}
     assert (done.images, done.captions, done.without_caption) == (2, 3, 1)
     assert done.left_out == {"no such image": 1, "not readable": 1, "no caption": 1}
     assert done.examples["no such image"] == "000000322141.jpg"
@@ -203,26 +199,22 @@ def test_open_clip_art_takes_title_and_new_keywords(tmp_path):
     assert done.left_out == {"no such image": 1, "no caption": 1, "not readable": 1}
 
 
-def test_an_ambiguous_name_is_left_out(tmp_path):
-    images(tmp_path / "images", "a/7.jpg", "b/7.jpg", "8.jpg")
-    done, rows = convert(tmp_path, "flickr", write(tmp_path / "x.token", "7.jpg#0\tseven", "8.jpg#0\teight"))
-    assert rows == {"images/8.jpg": ["eight"]}
-    assert done.left_out == {"several images of that name": 1}
-
-
-def test_the_exact_name_is_preferred_to_the_number(tmp_path):
-    images(tmp_path / "images", "7.jpg", "007.jpg")
-    _, rows = convert(tmp_path, "flickr", write(tmp_path / "x.token", "007.jpg#0\ta", "7.jpg#0\tb"))
-    assert rows == {"images/007.jpg": ["a"], "images/7.jpg": ["b"]}
-
-
-def test_captions_that_are_not_utf8_are_counted(tmp_path):
-    images(tmp_path / "images", "1.jpg", "2.jpg")
-    file = tmp_path / "x.token"
-    file.write_bytes(b"1.jpg#0\tcaf\xe9\n2.jpg#0\t\xe7\x8c\xab \xd9\x82\xd8\xb7\n")
-    done, rows = convert(tmp_path, "flickr", file)
-    assert rows == {"images/2.jpg": ["猫 قط"]}
-    assert done.left_out == {"not UTF-8": 1}
+@pytest.mark.parametrize(
+    ("names", "content", "expected", "left_out"),
+    [
+        (["a/7.jpg", "b/7.jpg", "8.jpg"], "7.jpg#0\ts\n8.jpg#0\te", {"8": ["e"]}, "several images"),
+        (["7.jpg", "007.jpg"], "007.jpg#0\ta\n7.jpg#0\tb", {"007": ["a"], "7": ["b"]}, ""),
+        (["1.jpg", "2.jpg"], "1.jpg#0\tcaf\udce9\n2.jpg#0\t猫 قط", {"2": ["猫 قط"]}, "not UTF-8"),
+    ],
+    ids=["an ambiguous name", "the exact name before the number", "a caption that is not UTF-8"],
+)
+def test_names_and_captions_that_cannot_be_used_are_left_out(tmp_path, names, content, expected, left_out):
+    images(tmp_path / "images", *names)
+    (tmp_path / "x.token").write_text(content, encoding="utf-8", errors="surrogateescape")
+    done, rows = convert(tmp_path, "flickr", tmp_path / "x.token")
+    assert rows == {f"images/{name}.jpg": captions for name, captions in expected.items()}
+    assert sum(done.left_out.values()) == bool(left_out)
+    assert all(left_out in cause for cause in done.left_out)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs file names that are any bytes")
@@ -237,11 +229,8 @@ def test_file_names_that_are_not_utf8_are_counted(tmp_path):
 def test_paths_start_at_the_table_or_at_the_images(tmp_path, capsys):
     images(tmp_path / "images", "a/1.jpg")
     file = write(tmp_path / "x.token", "1.jpg#0\tone")
-    for out, path in {
-        "images/t.jsonl": "a/1.jpg",
-        "t.jsonl": "images/a/1.jpg",
-        "else/t.jsonl": "a/1.jpg",
-    }.items():
+    paths = {"images/t.jsonl": "a/1.jpg", "t.jsonl": "images/a/1.jpg", "else/t.jsonl": "a/1.jpg"}
+    for out, path in paths.items():
         convert_captions(ConvertCaptionsArgs("flickr", file, tmp_path / "images", tmp_path / out))
         assert list(table(tmp_path / out)) == [path]
         assert ("--data.image-root" in capsys.readouterr().out) == (out == "else/t.jsonl")

@@ -15,10 +15,8 @@ def paper() -> dict:
     """The plan of the paper's run: 1,024 V100 of 16 GB, fp16, at 30 % of their peak."""
     run = load(TransformerPlan, [CONFIGS / "transformer" / "paper.yaml"])
     train = replace(run.train, precision="fp16")
-    return plan_training(
-        "transformer",
-        replace(run, train=train, num_gpus=1024, gpu="v100-16gb", mfu=0.3, usd_per_gpu_hour=2.0),
-    )
+    run = replace(run, train=train, num_gpus=1024, gpu="v100-16gb", mfu=0.3, usd_per_gpu_hour=2.0)
+    return plan_training("transformer", run)
 
 
 @pytest.mark.slow
@@ -50,69 +48,52 @@ def test_the_papers_memory_and_traffic(paper):
 
 
 def test_kind_by_folder_by_fields_and_by_name(tmp_path):
-    assert take_kind(["--config", "configs/clip/paper.yaml", "--num-gpus", "2"]) == (
-        "clip",
-        ["--config", "configs/clip/paper.yaml", "--num-gpus", "2"],
-    )
+    words = ["--config", "configs/clip/paper.yaml", "--num-gpus", "2"]
+    assert take_kind(words) == ("clip", words)
     assert take_kind(["--kind=dvae"]) == ("dvae", [])
     file = tmp_path / "mine.yaml"
     file.write_text("model: {heads: 2}")
     assert kind_of_file(file) == "transformer"
     file.write_text("steps: 3")
-    with pytest.raises(ValueError, match="fits dvae and transformer and clip; say --kind"):
+    with pytest.raises(ValueError, match="say --kind"):
         kind_of_file(file)
     file.write_text("model: {wings: 2}")
     with pytest.raises(ValueError, match="fits no family"):
         kind_of_file(file)
-    with pytest.raises(ValueError, match="unknown kind 'vqgan'; expected one of dvae, transformer, clip"):
+    with pytest.raises(ValueError, match="unknown kind 'vqgan'"):
         take_kind(["--kind", "vqgan"])
-    with pytest.raises(ValueError, match="give --config"):
-        take_kind([])
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
-        ({"gpu": "abacus"}, "unknown gpu 'abacus'; expected one of v100-16gb"),
-        ({"mfu": 1.5}, r"mfu must lie in \(0, 1\], got 1.5"),
-        ({"num_gpus": 0}, "num-gpus must be positive, got 0"),
+        ({"gpu": "abacus"}, "unknown gpu 'abacus'.*v100-16gb"),
+        ({"mfu": 1.5}, "mfu .*1.5"),
+        ({"num_gpus": 0}, "num-gpus must be positive"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(change, sentence):
+def test_what_cannot_be_planned_is_refused(change, message):
     for plan in PLANS.values():
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(ValueError, match=message):
             plan(**change)
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    run = TransformerPlan(num_gpus=3)
-    with pytest.raises(ValueError, match=r"1024 does not divide among 3 GPUs and 1 passes .*a multiple of 3"):
-        plan_training("transformer", run)
+    with pytest.raises(ValueError, match=r"1024 does not divide.*a multiple of 3"):
+        plan_training("transformer", TransformerPlan(num_gpus=3))
 
 
 def test_an_unlisted_gpu_by_its_numbers():
-    run = TransformerPlan(
-        gpu="t4", max_memory_gib=48, peak_flops=1e14, intra_node_gbps=20, inter_node_gbps=1, gpus_per_node=4
-    )
-    gpu = run.hardware()
-    assert (gpu.memory, gpu.half, gpu.fp32, gpu.inside, gpu.between, gpu.per_node) == (
-        48,
-        1e14,
-        1e14,
-        20e9,
-        1e9,
-        4,
-    )
+    speeds = {"peak_flops": 1e14, "intra_node_gbps": 20, "inter_node_gbps": 1}
+    gpu = TransformerPlan(gpu="t4", max_memory_gib=48, gpus_per_node=4, **speeds).hardware()
+    assert (gpu.memory, gpu.half, gpu.fp32) == (48, 1e14, 1e14)
+    assert (gpu.inside, gpu.between, gpu.per_node) == (20e9, 1e9, 4)
 
 
 @pytest.mark.parametrize("family", ["dvae", "transformer", "clip"])
 def test_each_family_is_planned(family, tmp_path, capsys):
-    run = replace(
-        load(PLANS[family], [CONFIGS / family / "shapes.yaml"]),
-        num_gpus=2,
-        gpu="rtx-4090",
-        json=tmp_path / "p",
-    )
+    run = load(PLANS[family], [CONFIGS / family / "shapes.yaml"])
+    run = replace(run, num_gpus=2, gpu="rtx-4090", json=tmp_path / "p")
     report = plan_training(family, run)
     assert json.loads((tmp_path / "p").read_text()) == report
     assert set(report["memory"]) == {"ddp", "fsdp"}
@@ -124,14 +105,10 @@ def test_each_family_is_planned(family, tmp_path, capsys):
 
 
 def test_the_script(script):
-    done = script(
-        "plan", "--config", CONFIGS / "dvae" / "shapes.yaml", "--num-gpus", "1", "--train.batch-size", "32"
-    )
+    words = ["--config", CONFIGS / "dvae" / "shapes.yaml", "--num-gpus", "1", "--train.batch-size", "32"]
+    done = script("plan", *words)
     assert done.code == 0, done.err
     assert "32 images a step, 32 a pass" in done.out
-
-
-def test_the_script_says_what_is_wrong(script):
     done = script("plan")
     assert done.code == 1
     assert "give --config" in done.err

@@ -42,12 +42,11 @@ def fit_line(
     model: nn.Module | None = None,
     width: int = 1,
     config: dict | None = None,
-    inputs: dict | None = None,
     evaluate: Callable | None = None,
     resume: str = "auto",
     **changes,
 ) -> TrainState:
-    """Trains; `config` and `inputs` go into meta.json, `changes` into the training configuration."""
+    """Trains; `config` goes into meta.json, `changes` into the training configuration."""
     torch.manual_seed(0)
     return Trainer(
         model or nn.Linear(width, width),
@@ -55,7 +54,7 @@ def fit_line(
         lambda step: torch.linspace(-1, 1, 4 * width).view(4, width) + step,
         replace(CONFIG, **changes),
         run_dir=out,
-        meta={"kind": "line", "config": config or {}, "inputs": inputs or {}},
+        meta={"kind": "line", "config": config or {}, "inputs": {}},
         steps=steps,
         evaluate=evaluate,
         resume=resume,

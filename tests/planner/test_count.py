@@ -18,33 +18,16 @@ from dalle.transformer import TransformerConfig
 from dalle.transformer.objective import TransformerObjective
 from dalle.transformer.sizes import training_flops
 
+TEXT = {"text_len": 16, "text_vocab": 300}
 TINY = TransformerConfig(
-    depth=2,
-    heads=2,
-    head_dim=16,
-    text_len=16,
-    grid=(8, 8),
-    text_vocab=300,
-    image_vocab=64,
-    conv_kernel=3,
-    attention_backend="sdpa",
+    2, 2, 16, grid=(8, 8), image_vocab=64, conv_kernel=3, attention_backend="sdpa", **TEXT
 )
 WIDE = replace(TINY, heads=16, depth=3, text_vocab=50, image_vocab=32)  # weights outweigh activations
 LONG = replace(TINY, text_len=64, grid=(24, 24), depth=3)  # the other way round
 BALANCED = replace(TINY, heads=4, grid=(16, 16), depth=4)
 DVAE = DVAEConfig(widths=(16, 32), downsample_factor=2, vocab_size=64, codebook_dim=16)
-CLIP = CLIPConfig(
-    embed_width=32,
-    image_size=32,
-    patch_size=8,
-    vision_width=64,
-    vision_layers=2,
-    text_len=16,
-    text_vocab=300,
-    text_width=64,
-    text_layers=2,
-    head_dim=32,
-)
+TOWERS = {"vision_width": 64, "vision_layers": 2, "text_width": 64, "text_layers": 2, "head_dim": 32}
+CLIP = CLIPConfig(embed_width=32, image_size=32, patch_size=8, **TOWERS, **TEXT)
 
 
 def ids(config: TransformerConfig, batch: int) -> torch.Tensor:
@@ -141,9 +124,8 @@ def test_memory_of_a_real_step_within_15_percent(kind, config, precision):
 
 def allocated_at_the_peak(kind: str, config, precision: str) -> int:
     """Most bytes that torch's allocator on a CPU has given out during two steps, by the profiler."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as seen:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as seen:
         step, batch = real(kind, config, precision)
         for _ in range(2):
             for optimizer in step.state.optimizers:

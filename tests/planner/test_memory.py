@@ -7,16 +7,8 @@ import pytest
 from dalle.planner.memory import ParallelLayout, StepEstimate, memory
 from dalle.planner.traffic import ring, traffic
 
-STEP = StepEstimate(
-    1000,
-    largest_group=100,
-    ungrouped=200,
-    flops={},
-    activations=5000,
-    copies=1600,
-    working=700,
-    peak=8000,
-)
+SIZES = {"largest_group": 100, "ungrouped": 200, "activations": 5000, "copies": 1600, "working": 700}
+STEP = StepEstimate(1000, flops={}, peak=8000, **SIZES)
 
 
 def test_memory():

@@ -19,17 +19,8 @@ from dalle.pretrained.load import (
 )
 from dalle.text.external.huggingface import HuggingFaceTokenizer
 from dalle.vqgan import VQGAN
-from tests.helpers.dalle_pytorch_reference import (
-    CODES,
-    HPARAMS,
-    SIDE,
-    TEXT,
-    VAE,
-    WORDS,
-    logits,
-    make_file,
-    make_weights,
-)
+from tests.helpers import dalle_pytorch_reference as reference
+from tests.helpers.dalle_pytorch_reference import CODES, SIDE, TEXT, WORDS, make_file, make_weights
 from tests.helpers.external import check_logits, check_sampling
 from tests.helpers.vqgan_reference import make_state, names_of_taming
 
@@ -45,10 +36,14 @@ CAPTIONS = [[3, 5, 0, 7], [1, 2, 3, 4, 5, 6]]  # the 0 within is a pad to the pa
 IMAGE = torch.randint(CODES, (2, SIDE * SIDE), generator=torch.Generator().manual_seed(1))
 
 
-def write(path, **changed):
+def write(folder, **changed):
     weights = make_weights(**changed)
-    torch.save(make_file(weights, **changed), path / "dalle.pt")
-    return path / "dalle.pt", weights
+    return save(folder, make_file(weights, **changed)), weights
+
+
+def save(folder, file):
+    torch.save(file, folder / "dalle.pt")
+    return folder / "dalle.pt"
 
 
 def padded(caption):
@@ -62,7 +57,7 @@ def test_logits_and_sampling(tmp_path, case):
     text = model.layout.pad_text(CAPTIONS)
     found = model(model.layout.pack(text, IMAGE))
     for row, caption in enumerate(CAPTIONS):
-        expected = logits(weights, padded(caption), IMAGE[row].tolist(), **CASES[case])
+        expected = reference.logits(weights, padded(caption), IMAGE[row].tolist(), **CASES[case])
         offset = WORDS + TEXT
         check_logits(found[row], expected[:TEXT, :offset], expected[TEXT:, offset:], model.layout)
     check_sampling(model, text, IMAGE, read=SIDE + 2)
@@ -76,12 +71,12 @@ def test_the_reference_equals_the_package(tmp_path, case):
         pytest.skip(str(error))
     weights, kept = make_weights(**CASES[case]), package.DiscreteVAE.__init__.__globals__
     kept["log2"] = lambda size: 5.0  # it wants sides that are powers of 2, of which none has 6 columns
-    vae = package.DiscreteVAE(**VAE)
-    original = package.DALLE(vae=vae, **(HPARAMS | CASES[case])).eval()
+    vae = package.DiscreteVAE(**reference.VAE)
+    original = package.DALLE(vae=vae, **(reference.HPARAMS | CASES[case])).eval()
     original.load_state_dict(weights, strict=True)
     found = original(torch.tensor([padded(caption) for caption in CAPTIONS]), IMAGE)
     for row, caption in enumerate(CAPTIONS):
-        expected = logits(weights, padded(caption), IMAGE[row].tolist(), **CASES[case])
+        expected = reference.logits(weights, padded(caption), IMAGE[row].tolist(), **CASES[case])
         for part in ((slice(TEXT), slice(WORDS + TEXT)), (slice(TEXT, None), slice(WORDS + TEXT, None))):
             torch.testing.assert_close(expected[part], found[row][part], atol=2e-4, rtol=2e-4)
     path, _ = write(tmp_path, **CASES[case])
@@ -107,7 +102,7 @@ def test_generation(tmp_path, text):
     completed = model.complete("a b", generation.images[0], rows=3, n=1, best_of=1)
     assert completed.image_tokens.shape == (1, SIDE * SIDE)
     assert torch.isfinite(model.log_likelihood("a b", generation.image_tokens).image).all()
-    with pytest.raises(ValueError, match="only a Transformer of this library"):
+    with pytest.raises(ValueError, match="of this library"):
         write_model_directory(tmp_path / "model", {"transformer": model.transformer}, text)
     layout = model.transformer.layout
     assert layout.pad_text([[1] * TEXT]).tolist() == [[1] * TEXT]
@@ -122,34 +117,33 @@ def test_a_vqgan_or_openais_dvae_inside(tmp_path):
     dvae = DVAE(DVAEConfig(widths=(8, 8), **sizes))
     dvae_names = {f"vae.{n.replace('oder', '', 1)}": tensor for n, tensor in dvae.state_dict().items()}
     for inner, kind in ((vqgan | {"vae.model.loss.x": torch.zeros(1)}, VQGAN), (dvae_names, DVAE)):
-        torch.save(make_file(plain | inner) | {"vae_params": None}, tmp_path / "dalle.pt")
-        model = load_image_tokenizer(tmp_path / "dalle.pt")
+        path = save(tmp_path, make_file(plain | inner) | {"vae_params": None})
+        model = load_image_tokenizer(path)
         assert isinstance(model, kind)
-        load_transformer(tmp_path / "dalle.pt")
+        load_transformer(path)
     assert torch.equal(model.encode(torch.ones(1, 3, 8, 8) / 3), dvae.encode(torch.ones(1, 3, 8, 8) / 3))
-    torch.save(make_file(plain), tmp_path / "dalle.pt")
-    with pytest.raises(ValueError, match=r"is of kind 'transformer' .* not a published image tokenizer"):
-        load_image_tokenizer(tmp_path / "dalle.pt")
+    with pytest.raises(ValueError, match="of kind 'transformer'"):
+        load_image_tokenizer(save(tmp_path, make_file(plain)))
 
 
 def test_old_names_of_axial_positions(tmp_path):
     weights = make_weights(rotary_emb=False)
     for axis in "01":
         weights[f"image_pos_emb.weights_{axis}"] = weights.pop(f"image_pos_emb.weights.{axis}")
-    torch.save(make_file(weights, rotary_emb=False), tmp_path / "dalle.pt")
-    found = detect_checkpoint(tmp_path / "dalle.pt")
-    compare_keys(found).check("dalle.pt")
+    path = save(tmp_path, make_file(weights, rotary_emb=False))
+    compare_keys(detect_checkpoint(path)).check("dalle.pt")
 
 
 def test_the_vae_alone(tmp_path):
     weights = {n.removeprefix("vae."): t for n, t in make_weights().items() if n.startswith("vae.")}
     for normalization in ({}, {"normalization": None}, {"normalization": ((0.0,) * 3, (1.0,) * 3)}):
-        torch.save({"hparams": VAE | normalization, "weights": weights}, tmp_path / "vae.pt")
+        torch.save({"hparams": reference.VAE | normalization, "weights": weights}, tmp_path / "vae.pt")
         model = load_image_tokenizer(tmp_path / "vae.pt")
         assert (model.downsample_factor, model.vocab_size) == (4, CODES)
         assert model.config.means == ((0.0,) * 3 if normalization else (0.5,) * 3)
         assert model.decode(model.encode(torch.rand(1, 3, 8, 12)), (2, 3)).shape == (1, 3, 8, 12)
-    torch.save({"hparams": VAE | {"normalization": (0.5, 0.5)}, "weights": weights}, tmp_path / "vae.pt")
+    hparams = reference.VAE | {"normalization": (0.5, 0.5)}
+    torch.save({"hparams": hparams, "weights": weights}, tmp_path / "vae.pt")
     with pytest.raises(ValueError, match="normalization"):
         load_image_tokenizer(tmp_path / "vae.pt")
 
@@ -182,8 +176,8 @@ def hparams(**changed):
 
 REFUSED = {
     "another version": (lambda file: file.update(version="1.4.2"), r"version 1\.4\.2"),
-    "a version of 2021": (lambda file: file.update(version="0.14.3"), r"DALLE-pytorch, .* version 0\.14\.3"),
-    "no version": (lambda file: file.pop("version"), r"DALLE-pytorch, is not supported: .*before 1\.0"),
+    "a version of 2021": (lambda file: file.update(version="0.14.3"), r"version 0\.14\.3"),
+    "no version": (lambda file: file.pop("version"), r"before 1\.0"),
     "no version and no scales": (before_scales, r"DALLE-pytorch, .*before 1\.0"),
     "no weights": (lambda file: file.pop("weights"), "beside DeepSpeed's folder"),
     "no hyper-parameters": (lambda file: file.pop("hparams"), "no hparams"),
@@ -194,7 +188,7 @@ REFUSED = {
     "another text": (hparams(text_seq_len=5), r"lacks|wrong shape"),
     "a missing tensor": (
         lambda file: file["weights"].pop("transformer.layers.layers.2.1.fn.norm.bias"),
-        r"lacks 1 tensors, first layers\.2\.mlp\.norm\.bias",
+        r"lacks 1 .*layers\.2\.mlp\.norm\.bias",
     ),
 }
 
@@ -204,6 +198,5 @@ def test_refusals(tmp_path, case):
     change, message = REFUSED[case]
     file = make_file(make_weights())
     change(file)
-    torch.save(file, tmp_path / "dalle.pt")
     with pytest.raises(ValueError, match=message):
-        load_transformer(tmp_path / "dalle.pt")
+        load_transformer(save(tmp_path, file))

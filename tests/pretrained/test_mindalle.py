@@ -22,17 +22,9 @@ from dalle.pretrained.load import (
 from dalle.pretrained.mindalle.model import MinDalle, MinDalleConfig
 from dalle.pretrained.mindalle.reader import FAMILY, FILES, STAGE2, load_tokenizer
 from dalle.vqgan import VQGAN
+from tests.helpers import mindalle_reference as reference
 from tests.helpers.external import check_logits, check_sampling
-from tests.helpers.mindalle_reference import (
-    CAPTIONS,
-    SIDE,
-    TEXT,
-    logits,
-    make_weights,
-    published_tokenizer,
-    write_config,
-    write_folder,
-)
+from tests.helpers.mindalle_reference import CAPTIONS, SIDE, TEXT, write_config, write_folder
 from tests.helpers.vqgan_reference import CODES
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed: its CharBPETokenizer writes the files")
@@ -61,15 +53,12 @@ def test_logits(tmp_path, case):
     tokens = model.layout.pad_text([text.encode("a red")[:TEXT], text.encode(CAPTIONS[3])[:TEXT]])
     found = model(model.layout.pack(tokens, IMAGE))
     for row in range(2):
-        expected = logits(state, tokens[row].tolist(), IMAGE[row].tolist()[:-1], **CASES[case])
+        expected = reference.logits(state, tokens[row].tolist(), IMAGE[row].tolist()[:-1], **CASES[case])
         check_logits(found[row], *expected, model.layout)
-    if "n_heads" in CASES[case]:
-        other = logits(state, tokens[row].tolist(), IMAGE[row].tolist()[:-1], n_heads=4)[1]
-        assert not torch.allclose(expected[1], other, atol=1e-2)
 
 
 def test_text_ids_are_those_of_its_tokenizer(folder):
-    theirs, ours = published_tokenizer(folder), load_tokenizer(folder)
+    theirs, ours = reference.published_tokenizer(folder), load_tokenizer(folder)
     layout = load_transformer(folder).layout
     assert ours.vocab_size == theirs.get_vocab_size()
     for caption in [*CAPTIONS, *AWKWARD]:
@@ -92,12 +81,11 @@ def test_sampling_and_layout(folder):
         layout.pad_text([[5] * (TEXT + 1)])
 
 
-def pack(folder, target, top="1.3B/", change=None):
+def pack(folder, target, top="1.3B/", change=lambda archive: None):
     with tarfile.open(target, "w:gz") as archive:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             archive.add(file, f"{top}{file.relative_to(folder)}")
-        if change:
-            change(archive)
+        change(archive)
     return target
 
 
@@ -120,7 +108,7 @@ def test_log_likelihood(tmp_path):
     model = load_external_pipeline(tmp_path)
     found = model.log_likelihood("a red circle", IMAGE[:1])
     (tokens,) = model.text_tokens(["a red circle"]).tolist()
-    of_text, of_image = logits(state, tokens, IMAGE[0].tolist()[:-1])
+    of_text, of_image = reference.logits(state, tokens, IMAGE[0].tolist()[:-1])
     counted = min(TEXT - 1, len(model.text.encode("a red circle")))
     expected = of_text.log_softmax(1)[range(counted), tokens[1 : counted + 1]].sum()
     torch.testing.assert_close(found.text[0], expected)
@@ -176,17 +164,13 @@ def change_state(change):
 
 
 def config(**changed):
-    return lambda folder: write_config(
-        folder, len(json.loads((folder / "tokenizer/bpe-16k-vocab.json").read_text())), **changed
-    )
+    return lambda folder: write_config(folder, len(json.loads((folder / VOCABULARY).read_text())), **changed)
 
 
-def without(token):
-    def apply(folder):
-        path = folder / "tokenizer/bpe-16k-vocab.json"
-        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != token}))
-
-    return apply
+def without_pad(folder):
+    vocabulary = json.loads((folder / VOCABULARY).read_text())
+    del vocabulary["[PAD]"]
+    (folder / VOCABULARY).write_text(json.dumps(vocabulary))
 
 
 SWELLING = "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12))
@@ -209,15 +193,15 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "biases that are switched off": (config(attn_bias=False), "unexpected.*bias"),
     "no heads": (write_text("config.yaml", "stage1: 1\n"), "n_heads None"),
     "heads that are no number": (config(n_heads="many"), "n_heads 'many'"),
-    "heads that do not divide": (config(n_heads=5), "24 does not divide into 5 heads"),
+    "heads that do not divide": (config(n_heads=5), "5 heads"),
     "a switch that is none": (config(gelu_use_approx="maybe"), "gelu_use_approx 'maybe'"),
-    "another kind of model": (config(type="igpt"), "type 'igpt'; only transformer1d"),
-    "a value that swells": (write_text("config.yaml", SWELLING), r"type \[\[\[.*only"),
+    "another kind of model": (config(type="igpt"), "type 'igpt'"),
+    "a value that swells": (write_text("config.yaml", SWELLING), r"type \[\[\["),
     "no configuration": (unlink("config.yaml"), r"no config\.yaml in"),
     "no YAML": (write_text("config.yaml", "a: [1\n"), r"config\.yaml is not YAML"),
     "no mapping": (write_text("config.yaml", "- 1\n"), "no mapping"),
     "no vocabulary": (unlink(VOCABULARY), "no tokenizer/bpe-16k-vocab"),
-    "a vocabulary without pad": (without("[PAD]"), r"lacks \[PAD\]"),
+    "a vocabulary without pad": (without_pad, r"lacks \[PAD\]"),
     "no merges": (unlink(MERGES), "merges.txt cannot be read"),
     "merges of another file": (write_text(MERGES, "#version\nx y z\n"), "merges.txt cannot be read"),
     "merges of another vocabulary": (write_text(MERGES, "ж ж\n"), "merges.txt cannot be read"),
@@ -237,7 +221,7 @@ def test_refusals(tmp_path, case):
 @pytest.mark.parametrize("prefix", ["", "stage2."])
 @pytest.mark.parametrize("condition", [{"sos.weight": torch.zeros(10, 24)}, {"sos": torch.zeros(1, 1, 24)}])
 def test_the_transfer_to_imagenet_is_refused_by_name(tmp_path, condition, prefix):
-    state = {n: t for n, t in make_weights(30).items() if "txt" not in n and n != "head_img.weight"}
+    state = {n: t for n, t in reference.make_weights(30).items() if "txt" not in n and n != "head_img.weight"}
     state |= {"head.weight": torch.zeros(CODES, 24)} | condition
     torch.save({"state_dict": {f"{prefix}{name}": t for name, t in state.items()}}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=r"minDALL-E transferred to ImageNet.*reads no captions"):
@@ -303,7 +287,7 @@ def test_damaged_and_other_archives(folder, tmp_path):
         (tmp_path / "broken.tar.gz").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load_external_pipeline(tmp_path / "broken.tar.gz")
-    with tarfile.open(tmp_path / "other.tar.gz", "w:gz") as archive:
-        member("readme.txt")(archive)
-    with pytest.raises(ValueError, match=r"an archive without config\.yaml, so not minDALL-E's"):
-        load_external_pipeline(tmp_path / "other.tar.gz")
+    (tmp_path / "empty").mkdir()
+    other = pack(tmp_path / "empty", tmp_path / "other.tar.gz", change=member("readme.txt"))
+    with pytest.raises(ValueError, match=r"without config\.yaml"):
+        load_external_pipeline(other)

@@ -28,14 +28,16 @@ class Published(nn.Module):
         return self.visual.conv1(pixels)
 
 
+def make_clip(width, **vision):
+    vision = open_clip.CLIPVisionCfg(width=64, **vision)
+    text = open_clip.CLIPTextCfg(context_length=16, vocab_size=49408, width=64, heads=1, layers=2)
+    return open_clip.CLIP(width, vision, text, quick_gelu=True).eval()
+
+
 @pytest.fixture(scope="module")
 def towers():
-    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-
     torch.manual_seed(0)
-    vision = CLIPVisionCfg(layers=2, width=64, patch_size=16, image_size=32)
-    text = CLIPTextCfg(context_length=16, vocab_size=49408, width=64, heads=1, layers=2)
-    model = CLIP(16, vision, text, quick_gelu=True).eval()
+    model = make_clip(16, layers=2, patch_size=16, image_size=32)
     with torch.no_grad():  # as if it were trained: far enough from zero that the activations differ
         for parameter in model.parameters():
             parameter.mul_(3)
@@ -76,7 +78,7 @@ def test_state_dicts_of_openai(tmp_path, towers, pixels, expected):
     assert scorer.truncated == 1
     with pytest.raises(ValueError, match="OpenAI's"):
         load_scorer(tmp_path / "clip.pt", quick_gelu=False)
-    with pytest.raises(ValueError, match=r"of kind 'scorer' \(OpenAI CLIP\)"):
+    with pytest.raises(ValueError, match="OpenAI CLIP"):
         load_image_tokenizer(tmp_path / "clip.pt")
     state = {n: t.half() if t.is_floating_point() else t for n, t in Published(towers).state_dict().items()}
     torch.save(state, tmp_path / "clip.pt")
@@ -99,12 +101,8 @@ def test_open_clip_needs_its_activation(tmp_path, towers, pixels, expected, pref
 
 
 def test_a_resnet_by_its_shapes():
-    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-
     with torch.device("meta"):
-        vision = CLIPVisionCfg(layers=(1, 2, 1, 1), width=64, image_size=64, patch_size=None)
-        text = CLIPTextCfg(context_length=16, vocab_size=49408, width=64, heads=1, layers=1)
-        model = CLIP(32, vision, text, quick_gelu=True)
+        model = make_clip(32, layers=(1, 2, 1, 1), image_size=64, patch_size=None)
         shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         config = infer_config(shapes)
         again = build(config, quick_gelu=True)
@@ -113,10 +111,10 @@ def test_a_resnet_by_its_shapes():
 
 
 FAULTS = {
-    "another vocabulary": ({"token_embedding.weight": torch.zeros(1000, 64)}, r"1000 text ids, .* 49408"),
-    "other dimensions": ({"visual.conv1.weight": torch.zeros(64)}, "a tensor has too many or few dimensions"),
-    "a missing tensor": ({"visual.ln_post.weight": None}, r"lacks 1 tensors, first visual\.ln_post\.weight"),
-    "no projection": ({"ln_final.bias": None, "text_projection": None}, "no CLIP of OpenAI's layout"),
+    "another vocabulary": ({"token_embedding.weight": torch.zeros(1000, 64)}, "1000 text ids"),
+    "other dimensions": ({"visual.conv1.weight": torch.zeros(64)}, "dimensions"),
+    "a missing tensor": ({"visual.ln_post.weight": None}, r"lacks 1 .*visual\.ln_post\.weight"),
+    "no projection": ({"ln_final.bias": None, "text_projection": None}, "OpenAI's layout"),
 }
 
 

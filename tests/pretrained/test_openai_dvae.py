@@ -29,7 +29,6 @@ def halves(released):
 
 
 def write(halves, folder, **options):
-    folder.mkdir(parents=True, exist_ok=True)
     for name, module in halves.items():
         torch.save(module, folder / f"{name}.pkl", **options)
     return folder
@@ -90,8 +89,7 @@ def test_the_published_size_is_recognized():
 
 
 def test_the_encode_stage_takes_the_folder(tmp_path, halves, released):
-    write(halves, tmp_path / "published")
-    tokenizer, weights = load_dvae_input(tmp_path / "published", torch.device("cpu"))
+    tokenizer, weights = load_dvae_input(write(halves, tmp_path), torch.device("cpu"))
     assert weights == weights_hash(tokenizer)
     pixels = torch.rand(1, 3, 32, 32)
     expected = halves["encoder"](released.map_pixels(pixels)).argmax(dim=1).flatten(1)
@@ -119,6 +117,9 @@ def test_refusals(tmp_path, halves, case):
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=message):
         load_image_tokenizer(tmp_path / "x.pt")
+
+
+def test_an_unknown_file_is_refused(tmp_path):
     torch.save({"x": torch.ones(2)}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"unknown format.*Op"):
         load_image_tokenizer(tmp_path / "x.pt")

@@ -17,20 +17,9 @@ from dalle.pretrained.rudalle import reader as rudalle
 from dalle.pretrained.rudalle.model import Rudalle, RudalleConfig
 from dalle.pretrained.rudalle.reader import FAMILY, lowercase
 from dalle.text import TextTokenizerConfig, load_text_tokenizer, train_text_tokenizer
+from tests.helpers import rudalle_reference as reference
 from tests.helpers.external import check_logits, check_sampling
-from tests.helpers.rudalle_reference import (
-    BPE,
-    CODES,
-    DEPTH,
-    HEADS,
-    IMAGE_LEN,
-    SIDE,
-    TEXT,
-    WIDTH,
-    WORDS,
-    logits,
-    make_weights,
-)
+from tests.helpers.rudalle_reference import CODES, IMAGE_LEN, SIDE, TEXT, WIDTH, WORDS, make_weights
 from tests.helpers.vqgan_reference import make_state, names_of_taming
 
 CASES: dict[str, dict[str, Any]] = {
@@ -45,46 +34,45 @@ IMAGE = torch.randint(CODES, (2, IMAGE_LEN), generator=torch.Generator().manual_
 
 @pytest.fixture(autouse=True)
 def small_heads(monkeypatch):
-    monkeypatch.setattr(rudalle, "HEADS", rudalle.HEADS | {(depth, WIDTH): HEADS for depth in (2, 4, 6)})
+    heads = {(depth, WIDTH): reference.HEADS for depth in (2, 4, 6)}
+    monkeypatch.setattr(rudalle, "HEADS", rudalle.HEADS | heads)
 
 
-def write(path, **options):
-    weights = make_weights(**options)
-    torch.save(weights, path / "pytorch_model.bin")
-    return path / "pytorch_model.bin", weights
+def save(folder, weights):
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder / "pytorch_model.bin"
 
 
 def framed(caption):
     return ([2, *caption, 3] + [0] * TEXT)[:TEXT]
 
 
-def reference(weights, version, row, depth):
+def expected_logits(weights, version, row, depth):
     """(text logits of predicted ids, image logits) of a caption and an image."""
     first = int(version == "v3")  # of the text ids that a state predicts
-    expected = logits(weights, version, framed(CAPTIONS[row]), IMAGE[row].tolist(), depth)
+    expected = reference.logits(weights, version, framed(CAPTIONS[row]), IMAGE[row].tolist(), depth)
     expected, begin = expected[: TEXT + IMAGE_LEN - first], TEXT - first
     return expected[:begin, : WORDS + TEXT], expected[begin:, WORDS + TEXT :]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits(tmp_path, case):
-    path, weights = write(tmp_path, **CASES[case])
-    version, depth = CASES[case]["version"], CASES[case].get("depth", DEPTH)
-    model = load_transformer(path)
+    weights = make_weights(**CASES[case])
+    version, depth = CASES[case]["version"], CASES[case].get("depth", reference.DEPTH)
+    model = load_transformer(save(tmp_path, weights))
     assert model.config.version == version
     found = model(model.layout.pack(model.layout.pad_text(CAPTIONS), IMAGE))
     for row in range(2):
-        check_logits(found[row], *reference(weights, version, row, depth), model.layout)
+        check_logits(found[row], *expected_logits(weights, version, row, depth), model.layout)
 
 
 def test_attention_outputs_are_clamped(tmp_path):
     weights = make_weights("v3", depth=2)
     for end in ("weight", "bias"):
         weights[f"transformer.layers.1.attention.dense.{end}"] *= 1e5
-    torch.save(weights, tmp_path / "pytorch_model.bin")
-    model = load_transformer(tmp_path / "pytorch_model.bin")
+    model = load_transformer(save(tmp_path, weights))
     found = model(model.layout.pack(model.layout.pad_text(CAPTIONS[:1]), IMAGE[:1]))
-    check_logits(found[0], *reference(weights, "v3", 0, 2), model.layout)
+    check_logits(found[0], *expected_logits(weights, "v3", 0, 2), model.layout)
 
 
 @pytest.mark.parametrize("at_top", [True, False])
@@ -92,18 +80,17 @@ def test_attention_outputs_are_clamped(tmp_path):
 def test_the_version_by_masks_of_any_dtype_and_name(tmp_path, at_top, dtype):
     weights = make_weights("v2", at_top=at_top)
     weights |= {name: tensor.to(dtype) for name, tensor in weights.items() if name.endswith("_mask")}
-    torch.save(weights, tmp_path / "pytorch_model.bin")
-    assert load_transformer(tmp_path / "pytorch_model.bin").config.version == "v2"
+    assert load_transformer(save(tmp_path, weights)).config.version == "v2"
 
 
 @pytest.mark.parametrize("version", ["v2", "v3"])
 def test_sampling(tmp_path, version):
-    model = load_transformer(write(tmp_path, version=version)[0])
+    model = load_transformer(save(tmp_path, make_weights(version)))
     check_sampling(model, model.layout.pad_text(CAPTIONS), IMAGE, read=3 * SIDE + 2)
 
 
 def test_captions_between_begin_and_end(tmp_path):
-    layout = load_transformer(write(tmp_path, version="v3")[0]).layout
+    layout = load_transformer(save(tmp_path, make_weights("v3"))).layout
     assert layout.pad_text([[7, 5]]).tolist() == [[2, 7, 5, 3, WORDS + 4, WORDS + 5]]
     assert layout.pad_text([[7] * (TEXT - 2)]).tolist() == [[2, *[7] * (TEXT - 2), 3]]
     with pytest.raises(ValueError, match=f"room for {TEXT - 2}"):
@@ -116,8 +103,8 @@ def test_captions_between_begin_and_end(tmp_path):
 @pytest.fixture
 def parts(tmp_path):
     """pytorch_model.bin, bpe.model, vqgan.ckpt."""
-    write(tmp_path, version="v3")
-    (tmp_path / "bpe.model").write_text(BPE, encoding="utf-8")
+    save(tmp_path, make_weights("v3"))
+    (tmp_path / "bpe.model").write_text(reference.BPE, encoding="utf-8")
     torch.save({"state_dict": make_state(names_of_taming, gumbel=True)}, tmp_path / "vqgan.ckpt")
     return tmp_path
 
@@ -131,9 +118,9 @@ def test_generation_for_captions_in_any_case(parts):
     assert generation.images[0].size == (4 * SIDE, 4 * SIDE)
     assert torch.isfinite(model.log_likelihood("ab", generation.image_tokens).image).all()
     assert pickle.loads(pickle.dumps(model.text)).hash == model.text.hash != text.hash
-    with pytest.raises(ValueError, match="give its image tokenizer too"):
+    with pytest.raises(ValueError, match="image tokenizer"):
         load_external_pipeline(parts / "pytorch_model.bin", text)
-    with pytest.raises(ValueError, match="does not hold its text tokenizer"):
+    with pytest.raises(ValueError, match="text tokenizer"):
         load_external_pipeline(parts / "pytorch_model.bin")
     files = {"model": "pytorch_model.bin", "text_tokenizer": "bpe.model", "dvae": "vqgan.ckpt"}
     options = {name: parts / file for name, file in files.items()} | {"best_of": 2, "num_images": 2}
@@ -144,7 +131,7 @@ def test_generation_for_captions_in_any_case(parts):
 def test_its_tokenizer_is_a_youtokentome_model_with_its_ids(parts):
     with pytest.raises(ValueError, match="reads a youtokentome model"):
         lowercase(train_text_tokenizer(["ab"], TextTokenizerConfig(vocab_size=300)))
-    (parts / "bpe.model").write_text(BPE.replace("1 0 2 3", "0 1 2 3"), encoding="utf-8")
+    (parts / "bpe.model").write_text(reference.BPE.replace("1 0 2 3", "0 1 2 3"), encoding="utf-8")
     with pytest.raises(ValueError, match="has the ids"):
         lowercase(load_text_tokenizer(parts / "bpe.model"))
 
@@ -206,13 +193,9 @@ def masks_of_the_published(version):
     near = [a <= 5 if version == "v3" else (a <= 5) | (a >= 27) for a in apart]
     square = near[0] & near[1] & (k <= q)
     assert int(square.sum()) == {"v2": 62_464, "v3": 52_354}[version]
-    images = {
-        "row_mask": (k <= q) & (q - k <= 32),
-        "col_mask": (k <= q) & (q % 32 == k % 32),
-        "conv_mask": square,
-    }
+    images = {"row_mask": (k <= q) & (q - k <= 32), "col_mask": (k <= q) & (q % 32 == k % 32)}
     whole = {}
-    for name, image in images.items():
+    for name, image in (images | {"conv_mask": square}).items():
         whole[name] = torch.ones(1152, 1152, dtype=torch.bool).tril()
         whole[name][128:, 128:] = image
     return whole
@@ -228,16 +211,16 @@ def test_kinds_of_layers(depth, columns, last):
 
 
 def test_inspection(tmp_path):
-    path, weights = write(tmp_path, version="v2")
-    report = inspect_checkpoint(InspectCheckpointArgs(path))
+    weights = make_weights("v2")
+    report = inspect_checkpoint(InspectCheckpointArgs(save(tmp_path, weights)))
     assert (report["family"], report["kind"], report["fits"]) == ("ruDALL-E", "transformer", True)
     assert report["sizes"]["version"] == "v2"
     assert "Apache-2.0" in report["license"]
     assert len(report["ignored"]) == 3
-    torch.save(weights | {"to_logits.0.bias": torch.ones(WIDTH, dtype=torch.bool)}, path)
+    path = save(tmp_path, weights | {"to_logits.0.bias": torch.ones(WIDTH, dtype=torch.bool)})
     report = inspect_checkpoint(InspectCheckpointArgs(path))
-    fault = ["final.1.bias: torch.bool, not torch.float32"]
-    assert (report["fits"], report["wrong_dtype"]) == (False, fault)
+    assert not report["fits"]
+    assert report["wrong_dtype"] == ["final.1.bias: torch.bool, not torch.float32"]
 
 
 def change(**changed):
@@ -251,27 +234,18 @@ def set_last(name):
 LAYER = "transformer.layers.1"
 REFUSED: dict[str, tuple[Callable[[dict], Any], str]] = {
     "a missing tensor": (lambda w: w.pop(f"{LAYER}.mlp.dense_4h_to_h.bias"), r"lacks 1 .*layers\.1\.mlp"),
-    "half a sandwich": (
-        lambda w: w.pop(f"{LAYER}.before_second_addition_layernorm.bias"),
-        r"lacks 1 .*norm_out\.bias",
-    ),
+    "half a sandwich": (lambda w: w.pop(f"{LAYER}.before_second_addition_layernorm.bias"), "norm_out"),
     "columns that are not rows": (
         change(**{"image_col_embeddings.weight": torch.zeros(5, WIDTH)}),
-        r"wrong shape.*column_position",
+        "wrong shape.*column_position",
     ),
-    "whole numbers": (
-        lambda w: w.update({n: t.long() for n, t in w.items()}),
-        r"wrong dtype.*int64, not torch\.float32",
-    ),
-    "an infinite number": (
-        change(**{"to_logits.1.bias": torch.full((WORDS + TEXT + CODES,), torch.inf)}),
-        "infinite",
-    ),
-    "no mask": (lambda w: w.pop("transformer.conv_mask"), "lacks conv_mask; only its masks"),
+    "whole numbers": (lambda w: w.update({n: t.long() for n, t in w.items()}), "wrong dtype.*int64"),
+    "an infinite number": (lambda w: w["to_logits.1.bias"].fill_(torch.inf), "infinite"),
+    "no mask": (lambda w: w.pop("transformer.conv_mask"), "lacks conv_mask"),
     "a mask of another size": (change(**{"transformer.row_mask": torch.ones(3, 3)}), "row_mask is of shape"),
-    "a mask of neither version": (set_last("transformer.conv_mask"), "neither those of v2 nor of v3"),
-    "a row mask of its own": (set_last("transformer.row_mask"), "neither those of v2 nor of v3"),
-    "another depth": (lambda w: [w.pop(n) for n in list(w) if ".layers.3." in n], "its heads are unknown"),
+    "a mask of neither version": (set_last("transformer.conv_mask"), "neither"),
+    "a row mask of its own": (set_last("transformer.row_mask"), "neither"),
+    "another depth": (lambda w: [w.pop(n) for n in list(w) if ".layers.3." in n], "heads are unknown"),
 }
 
 
@@ -280,6 +254,5 @@ def test_refusals(tmp_path, case):
     make, message = REFUSED[case]
     weights = make_weights("v3")
     make(weights)
-    torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=message):
-        load_transformer(tmp_path / "pytorch_model.bin")
+        load_transformer(save(tmp_path, weights))

@@ -32,14 +32,9 @@ def example():
         state[name] = torch.arange(-2, 3).to(getattr(torch, name))
     state |= {"bytes": torch.tensor([0, 255], dtype=torch.uint8), "bools": torch.tensor([True, False])}
     state["parameter"] = nn.Parameter(torch.ones(2))
-    return {
-        "state_dict": state,
-        "hparams": {"dim": 8, "names": ("a", "b"), "rate": 1e-4, "on": True, "off": None},
-        "tags": {"x"},
-        "big": 2**70,
-        "raw": b"\x00\xff",
-        "size": torch.Size([2, 3]),
-    }
+    hparams = {"dim": 8, "names": ("a", "b"), "rate": 1e-4, "on": True, "off": None}
+    other = {"tags": {"x"}, "big": 2**70, "raw": b"\x00\xff", "size": torch.Size([2, 3])}
+    return {"state_dict": state, "hparams": hparams, **other}
 
 
 def same(found, expected):
@@ -130,10 +125,12 @@ def rezip(path, change):
 
 def packed(code, path):
     """A torch zip with `code` as its data.pkl."""
+
+    def change(new, name, data):
+        new.writestr(name, code if name.endswith("data.pkl") else data)
+
     torch.save({"a": torch.zeros(4)}, path)
-    return rezip(
-        path, lambda new, name, data: new.writestr(name, code if name.endswith("data.pkl") else data)
-    )
+    return rezip(path, change)
 
 
 def test_objects_of_trainers_are_data(tmp_path):
@@ -240,14 +237,8 @@ def scan(code):
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (
-            b"\x8c\x08builtins\x8c\x07getattr\x93\x8c\x05torch\x8c\x03hub\x93",
-            r"builtins\.getattr, torch\.hub",
-        ),
-        (
-            b"\x8c\x0ctorch._utils\x8c\x22_rebuild_tensor_v2.__globals__.get\x93",
-            r"_rebuild_tensor_v2\.__globals__",
-        ),
+        (b"\x8c\x08builtins\x8c\x07getattr\x93\x8c\x05torch\x8c\x03hub\x93", r"getattr, torch\.hub"),
+        (b"\x8c\x0ctorch._utils\x8c\x22_rebuild_tensor_v2.__globals__.get\x93", r"v2\.__globals__"),
         (b"\x8c\x01m\x8c\x05\x1b[31m\x93", r"m\.\\x1b\[31m"),  # cannot write on the terminal
     ],
 )
@@ -334,7 +325,7 @@ def test_a_truncated_or_changed_file_is_read_or_refused(tmp_path, container):
         for tensor in weights_of(read_torch_file(broken).tree).values():
             tensor.clone()
 
-    for length in range(1, len(content) - 1, max(1, len(content) // 30)):
+    for length in range(1, len(content) - 1, len(content) // 30):
         with pytest.raises(ValueError, match="broken"):
             read(content[:length])
     random = np.random.default_rng(0)

@@ -97,14 +97,12 @@ def test_normalize(caption, pieces):
 
 
 def test_ids_are_bytes_then_characters_then_merges(tokenizer):
-    assert tokenizer.vocab_size == CONFIG.vocab_size
-    assert tokenizer.vocab_size == 1 + N_BYTES + len(tokenizer.characters) + len(tokenizer.merges)
     first_merge = 1 + N_BYTES + len(tokenizer.characters)
+    assert tokenizer.vocab_size == CONFIG.vocab_size == first_merge + len(tokenizer.merges)
     decoded = [tokenizer.decode([i]) for i in range(FIRST_BYTE_ID, FIRST_BYTE_ID + 128)]
     assert decoded == [chr(i) if not chr(i).isspace() else "" for i in range(128)]
-    assert tokenizer.decode(range(1 + N_BYTES, first_merge)).replace(" ", "") == (
-        tokenizer.characters.replace(WORD_START, "")
-    )
+    characters = tokenizer.decode(range(1 + N_BYTES, first_merge)).replace(" ", "")
+    assert characters == tokenizer.characters.replace(WORD_START, "")
     for merged, pair in enumerate(tokenizer.merges, start=first_merge):
         assert tokenizer.decode([merged]) == tokenizer.decode(pair)
 
@@ -151,19 +149,9 @@ def test_byte_fallback_encodes_what_the_alphabet_lacks(tokenizer):
 # Decoding.
 
 
-@pytest.mark.parametrize(
-    "caption",
-    [
-        "a dog's bowl, 12.5 m (or so) at 10:45!",
-        "black-and-white; won't and/or 'quoted'",
-        "",
-        *CAPTIONS[:3],
-    ],
-)
-def test_decode_gives_a_readable_caption_that_encodes_alike(tokenizer, caption):
-    ids = tokenizer.encode(caption)
-    assert tokenizer.decode(ids).replace("' quoted '", "'quoted'") == caption.lower()
-    assert tokenizer.encode(tokenizer.decode(ids)) == ids
+def test_decode_gives_a_readable_caption(tokenizer):
+    for caption in ("a dog's bowl, 12.5 m (or so) at 10:45!", "black-and-white; and/or", "", *CAPTIONS[:3]):
+        assert tokenizer.decode(tokenizer.encode(caption)) == caption.lower()
 
 
 def test_decode_then_encode_gives_the_ids_back(tokenizer):
@@ -185,11 +173,7 @@ def test_decoding_of_damaged_ids(tokenizer):
 
 
 def exact_dropout_distribution(tokenizer, word, dropout):
-    """{segmentation: probability}, by following every branch of Algorithm 1.
-
-    The best of n candidates survives with probability 1 - p, the second is best with p (1 - p), ...; with
-    p ** n none is left and the word stays as it is.
-    """
+    """{segmentation: probability}, by following every branch of Algorithm 1."""
     first_merge = tokenizer.vocab_size - len(tokenizer.merges)
     ids = {pair: first_merge + rank for rank, pair in enumerate(tokenizer.merges)}
     mark, *letters = tokenizer.encode(word, dropout=1.0, seed=0)
@@ -221,8 +205,7 @@ def chi_square_excess(samples, distribution):
     return (sum((o - e) ** 2 / e for o, e in classes) - freedom) / math.sqrt(2 * freedom)
 
 
-# Chi-square is a chance variable even for a right answer; 5 standard deviations of it are exceeded about once
-# in 1,000 seeds. test_another_dropout_would_be_noticed shows that wrong answers exceed them by far.
+# A right answer exceeds 5 standard deviations about once in 1,000 seeds.
 TOO_FAR = 5
 N_SAMPLES = 4000
 ONE_TREE = by_hand("a b", "c d", f"{WORD_START} ab", f"{WORD_START}ab cd")  # no merge excludes another
@@ -245,14 +228,9 @@ def test_dropout_probabilities_by_hand():
     """abc with the merges bc, ab, (ab)c: bc unless skipped; else ab unless skipped, then (ab)c likewise."""
     tokenizer, p = by_hand("b c", "a b", "ab c"), 0.1
     a, b, c, mark, bc, ab, abc = range(1 + N_BYTES, tokenizer.vocab_size)
-    assert exact_dropout_distribution(tokenizer, "abc", p) == pytest.approx(
-        {
-            (mark, a, bc): 1 - p,
-            (mark, abc): p * (1 - p) * (1 - p),
-            (mark, ab, c): p * (1 - p) * p,
-            (mark, a, b, c): p * p,
-        }
-    )
+    expected = {(mark, a, bc): 1 - p, (mark, abc): p * (1 - p) ** 2}
+    expected |= {(mark, ab, c): p * (1 - p) * p, (mark, a, b, c): p * p}
+    assert exact_dropout_distribution(tokenizer, "abc", p) == pytest.approx(expected)
 
 
 def test_another_dropout_would_be_noticed():
@@ -289,9 +267,8 @@ def test_dropout_depends_on_the_seed_alone(tokenizer):
     assert encode(5) == encode((5,))
     assert all(encode(other) != first for other in [(1, 2, 4), (1, 3, 3), (2, 2, 3), (12, 3), 1])
     assert random.getstate() == state
-    assert {tokenizer.decode(ids) for ids in first} == {
-        tokenizer.decode(tokenizer.encode(c)) for c in CAPTIONS[:20]
-    }
+    whole = [tokenizer.encode(caption) for caption in CAPTIONS[:20]]
+    assert [*map(tokenizer.decode, first)] == [*map(tokenizer.decode, whole)]
 
 
 def test_full_dropout_gives_letters_and_a_wrong_dropout_is_refused(tokenizer):
@@ -324,11 +301,11 @@ def test_few_captions_give_a_smaller_vocabulary():
     assert len(tokenizer.encode("ab")) == 1
 
 
-@pytest.mark.parametrize("captions", [[], [""], [" ", "\n"]])
-def test_nothing_to_train_on(captions):
-    with pytest.raises(ValueError, match="nothing to train on"):
-        train_text_tokenizer(captions)
-    with pytest.raises(TypeError, match="put it in a list"):
+def test_nothing_to_train_on():
+    for captions in ([], [""], [" ", "\n"]):
+        with pytest.raises(ValueError, match="nothing to train on"):
+            train_text_tokenizer(captions)
+    with pytest.raises(TypeError, match="in a list"):
         train_text_tokenizer("a red star")
 
 
@@ -350,8 +327,7 @@ def test_character_coverage_leaves_rare_characters_to_bytes():
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{"vocab_size": 0}, {"vocab_size": 1e4}, {"byte_fallback": None}, {"character_coverage": 0}],
+    "fields", [{"vocab_size": 0}, {"vocab_size": 1e4}, {"byte_fallback": None}, {"character_coverage": 0}]
 )
 def test_config_refuses(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
