@@ -94,11 +94,7 @@ PLANS: dict[str, type] = {"dvae": DVAEPlan, "transformer": TransformerPlan, "cli
 
 
 def plan_training(kind: str, args: Any) -> dict[str, Any]:
-    """Estimates the training, prints tables and writes --json.
-
-    Raises:
-        ValueError: the batch does not divide among the GPUs.
-    """
+    """Estimates the training, prints tables and writes --json; ValueError for an indivisible batch."""
     from dalle.io.files import make_directory, write_json
 
     if args.json:
@@ -117,7 +113,11 @@ def plan_training(kind: str, args: Any) -> dict[str, Any]:
     steps = estimate_steps(kind, args, batch, precision)
     checkpointed = getattr(args.model, "activation_checkpointing", False)
     step = steps["checkpointed" if checkpointed else "kept"]
-    layouts = {mode: _layout(args, mode, precision) for mode in _modes(args)}
+    if args.num_gpus == 1:
+        modes = ["none"]
+    else:
+        modes = ["ddp", "fsdp", "hsdp"] if _shards(args, "hsdp") < args.num_gpus else ["ddp", "fsdp"]
+    layouts = {mode: _layout(args, mode, precision) for mode in modes}
     flops = _flops(kind, args, step, parts)
     plan = {
         "kind": kind,
@@ -159,13 +159,6 @@ def estimate_steps(kind: str, args: Any, batch: int, precision: str) -> dict[str
         name: estimate_step(kind, replace(args.model, activation_checkpointing=on), batch, precision)
         for name, on in (("kept", False), ("checkpointed", True))
     }
-
-
-def _modes(args: Any) -> list[str]:
-    """One GPU trains alone; more share in two or three ways, hsdp only with several nodes."""
-    if args.num_gpus == 1:
-        return ["none"]
-    return ["ddp", "fsdp", "hsdp"] if _shards(args, "hsdp") < args.num_gpus else ["ddp", "fsdp"]
 
 
 def _shards(args: Any, mode: str) -> int:

@@ -83,7 +83,7 @@ def read_captions(dataset: CaptionedImages, most: int, seed: int) -> Iterator[st
 
 
 def sample_indices(size: int | None, most: int, seed: int) -> Iterator[int]:
-    """Up to `most` ascending indices below `size`: one random index from each of `most` equal stretches.
+    """Up to `most` ascending indices below `size`, one random index from each of `most` equal stretches.
 
     An endless dataset (size None) gives its first `most`.
     """

@@ -96,19 +96,16 @@ def push_to_hub(
     token: str | bool | None = None,
     message: str = "Upload of a model directory",
 ) -> str:
-    """Uploads a model in one commit; creates the repository if there is none.
+    """Uploads a model in one commit and returns its URL; creates the repository if there is none.
 
     Args:
         model: a model directory, or an object with `save_pretrained`.
         repo_id: "owner/name".
         report, license: for a new model card (`dalle.hub.model_card.model_card`).
-        private: visibility of a new repository; the owner's default unless given.
-        revision: branch, "main" unless given; created if there is none.
-        token: with the right to write; that of the login unless given.
+        private: visibility of a new repository; default: the owner's.
+        revision: branch, created if there is none; default: "main".
+        token: with the right to write; default: that of the login.
         message: of the commit.
-
-    Returns:
-        The address of the commit.
 
     Raises:
         ValueError: no login, no right to write, or the Hub cannot be reached or refuses the card.

@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 from dalle.layout import TokenLayout
 
-Rows = dict[str, tuple[int, Tensor]]
-"""Parameter -> (dimension, new index of each row of the source)."""
-
 GROWING = {
     "transformer": ("text_len", "grid", "text_vocab", "image_vocab"),
     "dvae": ("vocab_size",),
@@ -50,12 +47,13 @@ def load_pretrained_weights(kind: str, model: nn.Module, source: nn.Module) -> l
                 f"the source has {name} {before}, model.{name} is {after}; make them equal, only "
                 f"{', '.join(GROWING[kind])} may differ"
             )
-        if any(b > a for b, a in zip(_sizes(before), _sizes(after), strict=True)):
+        pair = (before, after) if isinstance(before, tuple) else ((before,), (after,))
+        if any(b > a for b, a in zip(*pair, strict=True)):
             raise ValueError(
                 f"the source has {name} {before}, model.{name} is only {after}; it may grow but not shrink"
             )
         grown.append(f"{name} {before} -> {after}")
-    rows, parameters = ROWS[kind](old, new), dict(model.named_parameters())
+    rows, parameters = _rows_of(kind, old, new), dict(model.named_parameters())
     for name, value in source.named_parameters():
         value = value.to(parameters[name].device)
         if name in rows:
@@ -64,10 +62,6 @@ def load_pretrained_weights(kind: str, model: nn.Module, source: nn.Module) -> l
         else:
             parameters[name].copy_(value)
     return grown
-
-
-def _sizes(value: int | Sequence[int]) -> Sequence[int]:
-    return (value,) if isinstance(value, int) else value
 
 
 def map_token_ids(old: TokenLayout, new: TokenLayout) -> Tensor:
@@ -81,7 +75,15 @@ def map_token_ids(old: TokenLayout, new: TokenLayout) -> Tensor:
     return torch.cat(parts)
 
 
-def _transformer_rows(old: Any, new: Any) -> Rows:
+def _rows_of(kind: str, old: Any, new: Any) -> dict[str, tuple[int, Tensor]]:
+    """Parameter -> (dimension, new index of each row of the source)."""
+    if kind == "dvae":
+        codes, output = torch.arange(old.vocab_size), "encoder.blocks.output.conv"
+        return {f"{output}.w": (0, codes), f"{output}.b": (0, codes), "decoder.blocks.input.w": (1, codes)}
+    if kind == "clip":
+        ids = torch.cat([torch.arange(old.text_vocab), torch.tensor([new.text_vocab, new.text_vocab + 1])])
+        positions = torch.arange(old.text_len)
+        return {"net.token_embedding.weight": (0, ids), "net.positional_embedding": (0, positions)}
     ids = map_token_ids(old.layout, new.layout)
     return {
         "token_embedding.weight": (0, ids),
@@ -90,23 +92,6 @@ def _transformer_rows(old: Any, new: Any) -> Rows:
         "row.weight": (0, torch.arange(old.layout.rows)),
         "column.weight": (0, torch.arange(old.layout.columns)),
     }
-
-
-def _dvae_rows(old: Any, new: Any) -> Rows:
-    codes = torch.arange(old.vocab_size)
-    output, codebook = "encoder.blocks.output.conv", "decoder.blocks.input"
-    return {f"{output}.w": (0, codes), f"{output}.b": (0, codes), f"{codebook}.w": (1, codes)}
-
-
-def _clip_rows(old: Any, new: Any) -> Rows:
-    ids = torch.cat([torch.arange(old.text_vocab), torch.tensor([new.text_vocab, new.text_vocab + 1])])
-    return {
-        "net.token_embedding.weight": (0, ids),
-        "net.positional_embedding": (0, torch.arange(old.text_len)),
-    }
-
-
-ROWS = {"transformer": _transformer_rows, "dvae": _dvae_rows, "clip": _clip_rows}
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:

@@ -22,23 +22,31 @@ Report = dict[str, Any] | Path | str
 
 
 def write_card(directory: Path, report: Report | None = None, license: str | None = None) -> None:
-    """Writes README.md into a model directory.
+    """Writes README.md into a model directory; arguments as `model_card`."""
+    write_text(directory / CARD, model_card(directory, report, license))
+
+
+def model_card(directory: Path, report: Report | None = None, license: str | None = None) -> str:
+    """The model card of a directory that `save_pretrained` wrote.
 
     Args:
-        directory: what `save_pretrained` wrote.
         report: metrics of the run.
         license: as the Hub names it, for example "mit" or "cc-by-4.0".
 
     Raises:
         ValueError: no model directory, a report that cannot be read, or one of another model.
     """
-    write_text(directory / CARD, model_card(directory, report, license))
-
-
-def model_card(directory: Path, report: Report | None = None, license: str | None = None) -> str:
-    """The text that `write_card` writes."""
     config = read_config(directory)
     parts, inputs = config["parts"], config["inputs"]
+    parameters = {}
+    for kind in parts:
+        path = directory / f"{kind}.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                shapes = [file.get_slice(name).get_shape() for name in list(file.keys())]
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+        parameters[kind] = sum(map(math.prod, shapes))
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
@@ -47,7 +55,7 @@ def model_card(directory: Path, report: Report | None = None, license: str | Non
         kind="dalle" if {"dvae", "transformer"} <= parts.keys() else next(iter(parts)),
         source=PLACEHOLDER,
         parts=parts,
-        parameters={kind: count_parameters(directory / f"{kind}.safetensors") for kind in parts},
+        parameters=parameters,
         text_hash=inputs.get("text"),
         dvae_hash=None if "dvae" in parts else inputs.get("dvae"),
         metrics=list(flatten(read_report(report, parts))),
@@ -56,14 +64,9 @@ def model_card(directory: Path, report: Report | None = None, license: str | Non
 
 
 def read_report(report: Report | None, parts: dict[str, Any]) -> dict[str, Any]:
-    """The metrics, empty without a report.
+    """The metrics, empty without a report; ValueError for a file that cannot be read or another model's.
 
-    Args:
-        report: its "model", if there, holds the hashes of its weights.
-        parts: as in config.json, with their hashes.
-
-    Raises:
-        ValueError: a file that cannot be read, or metrics of other weights.
+    A report's "model" has the hashes of its weights, to compare with those of `parts`.
     """
     if report is not None and not isinstance(report, dict):
         if not Path(report).is_file():
@@ -107,12 +110,3 @@ def format_value(value: Any) -> str:
             shown.append("...")
         return f"({', '.join(shown)})"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def count_parameters(path: Path) -> int:
-    """Numbers in a safetensors file, from its header."""
-    try:
-        with safe_open(path, "pt") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in list(file.keys()))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None

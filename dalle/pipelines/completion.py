@@ -15,11 +15,7 @@ def prefix_tokens(
     rows: int | None = None,
     box: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Image tokens (1, h * w) with TO_GENERATE below `rows` or inside `box`.
-
-    Args:
-        model: a `dalle.pipelines.dalle.DALLE`.
-        image, rows, box: as `DALLE.complete`.
+    """Image tokens (1, h * w) with TO_GENERATE below `rows` or inside `box`; arguments as `DALLE.complete`.
 
     Raises:
         ValueError: rows or a box beyond the grid, both, or neither.

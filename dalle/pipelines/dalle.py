@@ -37,9 +37,6 @@ class DALLE(HubMixin):
         transformer: generates image tokens from text tokens.
         text: the text tokenizer of the transformer's training.
         scorer: ranks images; without it they come unranked.
-
-    Raises:
-        ValueError: vocabularies that do not fit.
     """
 
     def __init__(
@@ -180,13 +177,9 @@ class DALLE(HubMixin):
     def log_likelihood(
         self, caption: str, image: Image.Image | Path | str | Tensor, truncate: bool = False
     ) -> LogLikelihood:
-        """Log-likelihood in nats of a caption, and of an image after it.
+        """Log-likelihood in nats of a caption, and of an image after it: numbers.
 
-        Args:
-            image: an image (its center square, through the image tokenizer), or image tokens (N, h * w).
-
-        Returns:
-            Numbers for an image, tensors (N,) for image tokens.
+        For image tokens (N, h * w) in place of an image, tensors (N,).
         """
         tokens = image.to(self.device) if isinstance(image, Tensor) else self.encode(image)
         check_tokens(tokens, self.transformer.layout.image_vocab, "image tokens")
@@ -208,11 +201,7 @@ class DALLE(HubMixin):
         return self.transformer.layout.pad_text(ids, truncate).to(self.device)
 
     def encode(self, image: Image.Image | Path | str) -> Tensor:
-        """The center square of an image, resized to the model's size, as image tokens int64 (1, h * w).
-
-        Raises:
-            ValueError: a model whose grid is not square.
-        """
+        """The center square of an image, resized to the model's size, as image tokens int64 (1, h * w)."""
         rows, columns = self.transformer.layout.grid
         if rows != columns:
             raise ValueError(f"images need a model with a square grid, this one has {rows} x {columns}")

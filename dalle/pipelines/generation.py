@@ -95,14 +95,9 @@ def save_png(image: Image.Image, path: Path) -> None:
 def write_images(
     generation: Generation, folder: Path, stem: str, model_hash: str, nats: LogLikelihood | None = None
 ) -> list[dict[str, Any]]:
-    """Writes <stem>00.png, <stem>01.png, ... (best first) and <stem>grid.png.
+    """Writes <stem>00.png, <stem>01.png, ... (best first) and <stem>grid.png; returns a record of each image.
 
-    Args:
-        model_hash: `DALLE.hash`.
-        nats: `DALLE.log_likelihood` of the images, to be recorded too.
-
-    Returns:
-        A record of each image.
+    `model_hash` and `nats` (`DALLE.hash` and `DALLE.log_likelihood` of the images) are recorded.
     """
     records = []
     for i, image in enumerate(generation.images):

@@ -1,7 +1,7 @@
 """Images for every prompt of a file: shared by processes, resumable.
 
-OUT/run.json                       settings, model and prompts by hash: a run resumes only if they are the
-same OUT/000/000012-a-red-cross-00.png  the best image of prompt 12, then -01.png, ..., and -grid.png
+OUT/run.json                       settings, model and prompts by hash: a run resumes only with the same
+OUT/000/000012-a-red-cross-00.png  the best image of prompt 12, then -01.png, ..., and -grid.png
 OUT/parts/000012.jsonl             records of the prompts from 12 on, written when their images are complete
 OUT/samples.jsonl                  all records in order, at the end; parts/ is gone then
 OUT/sheet.png                      the best images of the first prompts
@@ -29,11 +29,7 @@ PROMPTS_ON_SHEET = 24
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts in the order of the file: one per line, or the field "prompt" or "caption" of JSON lines.
-
-    Raises:
-        ValueError: no such file, no prompts, or a line without a prompt, which is named.
-    """
+    """One prompt per line, or the field "prompt" or "caption" of JSON lines; ValueError names a bad line."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             lines = list(file)
@@ -47,24 +43,21 @@ def read_prompts(path: Path) -> list[str]:
         raise ValueError(f"{path} holds no prompts")
     prompts = []
     for number, line in enumerate(lines, start=1):
-        prompt = line.strip()
+        prompt, place = line, f"{path}, line {number}"
         if path.suffix in (".jsonl", ".ndjson"):
-            prompt = _prompt_of_json(line, f"{path}, line {number}")
-        if not prompt:
-            raise ValueError(f"{path}, line {number} is empty; delete the line")
-        prompts.append(prompt)
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place} is not JSON: {error}") from None
+            values = [record.get(key) for key in ("prompt", "caption")] if isinstance(record, dict) else []
+            prompt = next((value for value in values if isinstance(value, str)), None)
+            if prompt is None:
+                raise ValueError(f'{place} has no "prompt" or "caption"')
+            prompt = " ".join(prompt.split())
+        if not prompt.strip():
+            raise ValueError(f"{place} is empty; delete the line")
+        prompts.append(prompt.strip())
     return prompts
-
-
-def _prompt_of_json(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
-    for key in ("prompt", "caption"):
-        if isinstance(record, dict) and isinstance(record.get(key), str):
-            return " ".join(record[key].split())
-    raise ValueError(f'{where} has no "prompt" or "caption"')
 
 
 def sample_prompts(
@@ -82,7 +75,6 @@ def sample_prompts(
     """Generates the n best of `best_of` images for each prompt of a file, or what an earlier run left undone.
 
     Args:
-        out: where everything is written.
         facts: what else must be the same for a run to resume: the precision, and `log_likelihood`, whether to
             record it.
         processes: those that share the prompts.
@@ -158,14 +150,9 @@ def _join(out: Path, firsts: range) -> None:
     if not (out / "samples.jsonl").exists():
         parts = [(out / "parts" / f"{first:06d}.jsonl").read_text(encoding="utf-8") for first in firsts]
         write_text(out / "samples.jsonl", "".join(parts))
-        save_png(best_images(out), out / "sheet.png")
+        records = [json.loads(line) for line in "".join(parts).split("\n") if line]
+        best = [record for record in records if record["file"].endswith("-00.png")][:PROMPTS_ON_SHEET]
+        cells = [(record["prompt"], Image.open(out / record["file"])) for record in best]
+        sheet = captioned_grid(cells, columns=6, scale=max(1, 128 // cells[0][1].width))
+        save_png(sheet, out / "sheet.png")
     shutil.rmtree(out / "parts", ignore_errors=True)
-
-
-def best_images(out: Path) -> Image.Image:
-    """The best image of each of the first prompts, with the prompt below it."""
-    with (out / "samples.jsonl").open(encoding="utf-8") as lines:
-        records = [json.loads(line) for line in lines]
-    best = [record for record in records if record["file"].endswith("-00.png")][:PROMPTS_ON_SHEET]
-    cells = [(record["prompt"], Image.open(out / record["file"])) for record in best]
-    return captioned_grid(cells, columns=6, scale=max(1, 128 // cells[0][1].width))

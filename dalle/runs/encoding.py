@@ -126,7 +126,7 @@ class Encoder:
         )
 
     def shards(self, writer: TokenWriter, bad_samples: BadSampleLog) -> Iterator[tuple[int, tuple]]:
-        """(shard, (tokens, captions)) of each missing shard, for `TokenWriter.write`."""
+        """(shard, (tokens uint16 (n, crops, length), captions)) of each missing shard."""
         data, spec, missing = self.args.data, writer.spec, writer.missing()
         reader = ShardReader(self.dataset, spec, tuple(missing), self.args.encode.batch_size, self.args.seed)
         done = [shard for shard in writer.own() if shard not in set(missing)]
@@ -153,14 +153,11 @@ class Encoder:
                         seen += new
                         bar.update(new)
                     bad_samples.add(batch.skipped, len(done) + step, seen)
-                yield shard, self._complete(tokens, captions)
-
-    def _complete(self, tokens: dict[int, dict[int, np.ndarray]], captions: dict[int, list[str]]) -> tuple:
-        """Tokens uint16 (n, crops, length) and captions of the images that have every crop."""
-        numbers = [number for number in sorted(tokens) if len(tokens[number]) == self.crops]
-        rows = [[tokens[number][crop] for crop in range(self.crops)] for number in numbers]
-        array = np.array(rows, np.uint16).reshape(len(numbers), self.crops, self.side**2)
-        return array, [captions[number] for number in numbers]
+                # only images with every crop
+                numbers = [number for number in sorted(tokens) if len(tokens[number]) == self.crops]
+                rows = [[tokens[number][crop] for crop in range(self.crops)] for number in numbers]
+                array = np.array(rows, np.uint16).reshape(len(numbers), self.crops, self.side**2)
+                yield shard, (array, [captions[number] for number in numbers])
 
     def _encode(self, batch: ImageTextBatch) -> Tensor:
         """int64 (B, rows * columns)."""

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,7 @@ EACH_KIND = f"--help after --kind {{{','.join(TRAININGS)}}}, or after --config F
 
 
 def take_kind(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The family of a command line, and the words without --kind.
-
-    It is that of `--kind`; else of the folder of the first --config (configs/clip/paper.yaml); else the one
-    whose fields the file has.
+    """The family of a command line, by `--kind` or else by the first --config; and the words without --kind.
 
     Raises:
         ValueError: an unknown kind, or a file whose kind is not clear.
@@ -44,17 +42,12 @@ def kind_of_file(path: Path) -> str:
     """The family of a configuration file; ValueError where its fields fit none, or several."""
     if path.parent.name in TRAININGS:
         return path.parent.name
-    data = read_yaml(path)
-    fitting = [kind for kind, (run_class, _) in TRAININGS.items() if _fits(run_class, data)]
+    data, fitting = read_yaml(path), []
+    for kind, (run_class, _) in TRAININGS.items():
+        with suppress(ConfigError):
+            from_dict(run_class, data)
+            fitting.append(kind)
     if len(fitting) != 1:
         said = f"fits {' and '.join(fitting)}" if fitting else "fits no family"
         raise ValueError(f"{path} {said}; say --kind {{{','.join(TRAININGS)}}}")
     return fitting[0]
-
-
-def _fits(run_class: type, data: dict[str, Any]) -> bool:
-    try:
-        from_dict(run_class, data)
-    except ConfigError:
-        return False
-    return True

@@ -36,7 +36,7 @@ def quickstart(run: QuickstartArgs) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     resumed = any(out.iterdir())
     files = {family: run.configs / family / "shapes.yaml" for family in ("dvae", "transformer", "clip")}
-    common = {"seed": run.seed, "device": run.device}
+    common: dict[str, Any] = {"seed": run.seed, "device": run.device}
     text_run = load(TrainTokenizerArgs, [files["transformer"]], schema=TrainTransformerArgs)
     dvae_run = load(TrainDVAEArgs, [files["dvae"]])
     encode_run = load(EncodeImagesArgs, [files["dvae"]], schema=TrainDVAEArgs)
@@ -51,13 +51,11 @@ def quickstart(run: QuickstartArgs) -> dict[str, Any]:
         train_dvae(replace(dvae_run, out=out / "dvae", **common))
     with _stage("encode", seconds):
         encode_images(replace(encode_run, out=out / "tokens", dvae=out / "dvae", **common))
-    parts = {"text_tokenizer": out / "text"}
+    common["text_tokenizer"] = out / "text"
     with _stage("transformer", seconds):
-        train_transformer(
-            replace(transformer_run, out=out / "transformer", tokens=out / "tokens", **parts, **common)
-        )
+        train_transformer(replace(transformer_run, out=out / "transformer", tokens=out / "tokens", **common))
     with _stage("clip", seconds):
-        train_clip(replace(clip_run, out=out / "clip", **parts, **common))
+        train_clip(replace(clip_run, out=out / "clip", **common))
     with _stage("sample", seconds):
         device = resolve_device(run.device)
         model = DALLE.from_parts(
@@ -69,14 +67,15 @@ def quickstart(run: QuickstartArgs) -> dict[str, Any]:
         new_pairs, _ = caption_accuracy(model, "new_pairs", run.captions, run.best_of, **options)
         _save_sheets(out, samples)
     seconds["total"] = sum(seconds.values())
+    last = [line for line in read_log(out / "dvae" / "log.jsonl") if "val/codebook_used" in line][-1]
+    parts = {"dvae": model.dvae, "transformer": model.transformer, "clip": model.scorer.model}
     report = {
         "caption_accuracy": accuracy,
         "caption_accuracy_new_pairs": new_pairs,
         "resumed": resumed,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "codebook": _codebook(out / "dvae"),
-        "sizes": {kind: _size(getattr(model, kind)) for kind in ("dvae", "transformer")}
-        | {"clip": _size(model.scorer.model)},
+        "codebook": {"used": int(last["val/codebook_used"]), "perplexity": round(last["val/perplexity"], 1)},
+        "sizes": {kind: sum(p.numel() for p in part.parameters()) for kind, part in parts.items()},
         "captions": run.captions,
         "best_of": run.best_of,
         "temperature": run.temperature,
@@ -140,19 +139,6 @@ def _save_sheets(out: Path, samples: ShapesSamples) -> None:
     (out / "reconstructions.png").write_bytes(newest_sheet.read_bytes())
     runs = {kind: out / kind for kind in ("dvae", "transformer", "clip")}
     plot_losses(runs).save(out / "losses.png")
-
-
-def _codebook(run: Path) -> dict[str, float]:
-    """Codes used and perplexity at the dVAE's last evaluation."""
-    lines = [line for line in read_log(run / "log.jsonl") if "val/codebook_used" in line]
-    return {
-        "used": int(lines[-1]["val/codebook_used"]),
-        "perplexity": round(lines[-1]["val/perplexity"], 1),
-    }
-
-
-def _size(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def _print(out: Path, report: dict[str, Any]) -> None:
