@@ -23,12 +23,9 @@ HPARAMS: dict[str, Any] = {
     "loss_img_weight": 7,
     "attn_types": ("full", "axial_row", "axial_col", "conv_like"),
     "ff_dropout": 0.0,
-    "attn_dropout": 0.0,
     "stable": False,
     "shift_tokens": True,
     "rotary_emb": True,
-    "shared_attn_ids": None,
-    "shared_ff_ids": None,
     "share_input_output_emb": False,
 }
 VAE = {"image_size": 24, "num_tokens": 24, "codebook_dim": 12}
@@ -84,9 +81,8 @@ def make_weights(**changed: Any) -> State:
 
 def make_file(weights: State, **changed: Any) -> dict[str, Any]:
     """What its training script writes."""
-    about = {"hparams": HPARAMS | changed, "vae_params": VAE, "epoch": 0, "version": "1.6.6"}
-    about |= {"vae_class_name": "DiscreteVAE", "scheduler_state": None}
-    return about | {"opt_state": {"state": {}, "param_groups": []}, "weights": weights}
+    about = {"hparams": HPARAMS | changed, "vae_params": VAE, "vae_class_name": "DiscreteVAE"}
+    return about | {"version": "1.6.6", "opt_state": {}, "scheduler_state": None, "weights": weights}
 
 
 def angles(head_dim: int) -> Tensor:

@@ -23,13 +23,15 @@ def check_sampling(model: ExternalTransformer, text: Tensor, image: Tensor, read
     """Sampling with KV caches agrees with whole passes, in fp32, bf16 and int8.
 
     Args:
-        text: of two captions, as `pad_text` gives them.
+        text: of two captions, by `pad_text`.
         image: tokens of two images.
         read: image tokens to prefill; two more are read one by one, by positions that are ints, then tensors.
     """
     layout = model.layout
     ids, n = layout.pack(text, image), layout.num_image_tokens
-    assert model.kv_bytes_per_sample() == cache_bytes(model) > 0
+    caches = model.init_kv_caches(1, 1)
+    states = sum(state.nbytes for cache in caches for state in getattr(cache, "states", []))
+    assert model.kv_bytes_per_sample() == kv_cache_bytes(caches)[1] + states > 0
     noise = torch.stack([candidate_noise(0, str(i), range(3), n) for i in range(2)])
     assert len(generate(model, text, noise, guidance=1.5).flatten(0, 1).unique(dim=0)) == 6
     for prefix in (None, image[:, :read]):
@@ -54,13 +56,6 @@ def check_sampling(model: ExternalTransformer, text: Tensor, image: Tensor, read
             with inference_autocast(rounded):
                 away = rounded.hidden(ids) - exact
             assert 0 < away.norm() < 0.1 * exact.norm()
-
-
-def cache_bytes(model: ExternalTransformer) -> int:
-    """Memory of one candidate's caches."""
-    caches = model.init_kv_caches(1, 1)
-    states = [state for cache in caches for state in getattr(cache, "states", [])]
-    return kv_cache_bytes(caches)[1] + sum(state.nbytes for state in states)
 
 
 def open_clip_weights() -> dict[str, Tensor]:

@@ -28,8 +28,6 @@ HPARAMS: dict[str, Any] = {
     "n_dense_layers": DEPTH,
     "ctx_len_img": SIDE * SIDE,
     "ctx_len_txt": TEXT,
-    "embd_pdrop": 0.0,
-    "resid_pdrop": 0.0,
     "attn_pdrop": 0.0,
     "mlp_bias": True,
     "attn_bias": True,

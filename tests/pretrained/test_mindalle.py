@@ -116,11 +116,10 @@ def test_log_likelihood(tmp_path):
 
 
 def test_sample_and_inspect_checkpoint(folder, tmp_path):
-    for path in (folder, pack(folder, tmp_path / "1.3B.tar.gz")):
-        out = tmp_path / f"{path.name}-out"
-        sample(SampleArgs(prompt="a red circle", model=path, best_of=2, num_images=2, out=out, device="cpu"))
-        assert (out / "01.png").is_file()
-    for path in (folder, tmp_path / "1.3B.tar.gz", folder / STAGE2):
+    archive, out = pack(folder, tmp_path / "1.3B.tar.gz"), tmp_path / "out"
+    sample(SampleArgs(prompt="a red circle", model=archive, best_of=2, num_images=2, out=out, device="cpu"))
+    assert (out / "01.png").is_file()
+    for path in (folder, archive, folder / STAGE2):
         report = inspect_checkpoint(InspectCheckpointArgs(path))
         assert (report["family"], report["kind"], report["fits"]) == ("minDALL-E", "transformer", True)
         assert "CC-BY-NC-SA" in report["license"]

@@ -1,7 +1,4 @@
-"""Captions in other scripts, and tokenizers of other libraries, through training and sampling.
-
-The vocabulary is that of the shapes, which has English letters only, so other letters are encoded as bytes.
-"""
+"""Captions in other scripts (in bytes, for the vocabulary is English), and tokenizers of other libraries."""
 
 import json
 from dataclasses import replace

@@ -42,11 +42,6 @@ def tokenizer(trained):
     return trained[0]
 
 
-def from_youtokentome(ids):
-    """youtokentome knows no bytes; unknown is 0 in both."""
-    return [i + N_BYTES if i != UNKNOWN_ID else UNKNOWN_ID for i in ids]
-
-
 def by_hand(*merges):
     """A tokenizer with the merges given as "left right", the first with the highest priority."""
     characters = "".join(sorted({WORD_START, *"".join(merges)} - {" "}))
@@ -57,15 +52,6 @@ def by_hand(*merges):
         pairs.append((ids[left], ids[right]))
         ids[left + right] = 1 + N_BYTES + len(ids)
     return TextTokenizer(TextTokenizerConfig(), characters, pairs)
-
-
-def to_youtokentome(tokenizer, path):
-    """The same vocabulary in the text format of youtokentome, loaded by youtokentome."""
-    n = len(tokenizer.characters)
-    lines = [(n, len(tokenizer.merges)), *((ord(c), 1 + i) for i, c in enumerate(tokenizer.characters))]
-    lines += [(x - N_BYTES, y - N_BYTES, 1 + n + i) for i, (x, y) in enumerate(tokenizer.merges)]
-    path.write_text("".join(" ".join(map(str, line)) + "\n" for line in [*lines, (UNKNOWN_ID, -1, -1, -1)]))
-    return pytest.importorskip("youtokentome").BPE(str(path))
 
 
 # Normalising: lower case, split on everything outside a-z (https://github.com/openai/DALL-E/issues/22).
@@ -119,15 +105,14 @@ def test_merges_never_cross_a_piece(tokenizer):
 
 def test_captions_encode_as_youtokentome_encodes_them(trained):
     tokenizer, youtokentome = trained
-    texts = [" ".join(normalize(caption)) for caption in CAPTIONS]
-    expected = [from_youtokentome(ids) for ids in youtokentome.encode(texts)]
-    assert [tokenizer.encode(caption) for caption in CAPTIONS] == expected
-    assert sum(map(len, expected)) < 0.5 * sum(len(text.replace(" ", "")) for text in texts)
     rng = random.Random(0)
     letters = tokenizer.characters.replace(WORD_START, "") + "      "
-    strings = ["".join(rng.choices(letters, k=rng.randrange(80))) for _ in range(3000)]
-    expected = youtokentome.encode([" ".join(normalize(string)) for string in strings])
-    assert [tokenizer.encode(string) for string in strings] == [from_youtokentome(ids) for ids in expected]
+    captions = CAPTIONS + ["".join(rng.choices(letters, k=rng.randrange(80))) for _ in range(3000)]
+    expected = youtokentome.encode([" ".join(normalize(caption)) for caption in captions])
+    # youtokentome has no bytes; unknown is 0 in both
+    shifted = [[i + N_BYTES if i != UNKNOWN_ID else i for i in ids] for ids in expected]
+    assert [tokenizer.encode(caption) for caption in captions] == shifted
+    assert sum(map(len, expected[: len(CAPTIONS)])) < 0.5 * sum(map(len, CAPTIONS))
 
 
 def test_without_byte_fallback_a_run_of_unknown_characters_is_one_unknown():
@@ -231,29 +216,6 @@ def test_dropout_probabilities_by_hand():
     expected = {(mark, a, bc): 1 - p, (mark, abc): p * (1 - p) ** 2}
     expected |= {(mark, ab, c): p * (1 - p) * p, (mark, a, b, c): p * p}
     assert exact_dropout_distribution(tokenizer, "abc", p) == pytest.approx(expected)
-
-
-def test_another_dropout_would_be_noticed():
-    samples = sample_segmentations(OVERLAPPING, "token", 0.13)
-    assert chi_square_excess(samples, exact_dropout_distribution(OVERLAPPING, "token", 0.1)) > 2 * TOO_FAR
-
-
-@pytest.mark.parametrize("dropout", [0.1, 0.5])
-def test_dropout_agrees_with_youtokentome_where_no_merge_excludes_another(tmp_path, dropout):
-    youtokentome = to_youtokentome(ONE_TREE, tmp_path / "model")
-    samples = youtokentome.encode(["abcd"] * N_SAMPLES, dropout_prob=dropout)
-    samples = Counter(tuple(from_youtokentome(ids)) for ids in samples)
-    assert chi_square_excess(samples, exact_dropout_distribution(ONE_TREE, "abcd", dropout)) < TOO_FAR
-
-
-def test_youtokentome_drops_less_where_merges_exclude_one_another(tmp_path):
-    """The departure that apply_merges describes: an impossible merge gives others another chance."""
-    youtokentome = to_youtokentome(OVERLAPPING, tmp_path / "model")
-    whole = youtokentome.encode(["token"])[0]
-    assert from_youtokentome(whole) == OVERLAPPING.encode("token")
-    theirs = youtokentome.encode(["token"] * N_SAMPLES, dropout_prob=0.1).count(whole) / N_SAMPLES
-    ours = exact_dropout_distribution(OVERLAPPING, "token", 0.1)[tuple(from_youtokentome(whole))]
-    assert ours < theirs - 0.05  # 7 standard deviations of theirs
 
 
 def test_dropout_depends_on_the_seed_alone(tokenizer):
