@@ -13,11 +13,12 @@ from dalle.hub.registry import build_model
 from dalle.io.files import make_directory, write_json
 from dalle.layout import TokenLayout
 from dalle.schedules import Schedule
-from dalle.train.ema import EMA, EMAConfig
-from dalle.train.optimizer import OptimizerConfig, build_optimizers
+from dalle.train.config import EMAConfig, OptimizerConfig
+from dalle.train.grad_scaler import build_grad_scaler
+from dalle.train.optimizer import build_optimizers
 from dalle.train.precision import DTYPES, compile_layers
-from dalle.train.state import TrainState
-from dalle.train.step import build_grad_scaler, train_step
+from dalle.train.state import EMA, TrainState
+from dalle.train.step import train_step
 from dalle.types import Loss, Objective
 
 OPTIM = OptimizerConfig(lr=Schedule(1e-4, 1e-4), warmup_steps=0)  # of steps that are only timed

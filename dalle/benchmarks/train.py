@@ -1,7 +1,7 @@
 """Speed of a transformer's training step: attention backends, and DALLE-pytorch, in one run.
 
 Every round times each contender once; medians of the rounds and of the ratios within a round are reported.
-MFU is that of the training log (dalle/train/throughput.py); `matmul_utilization` is the same FLOP/s over
+MFU is that of the training log (dalle/train/loggers.py); `matmul_utilization` is the same FLOP/s over
 what a large matrix product reaches on the device in that run.
 """
 
@@ -16,9 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dalle.benchmarks.common import Stepper, finish, matmul_rate, random_ids, seconds_of
 from dalle.benchmarks.config import TrainBenchmark
 from dalle.benchmarks.dalle_pytorch import DallePytorchStep
-from dalle.train.loggers import peak_memory
+from dalle.train.loggers import peak_flops, peak_memory
 from dalle.train.precision import resolve_device, resolve_precision
-from dalle.train.throughput import mfu, peak_flops
 from dalle.transformer.objective import TransformerObjective
 from dalle.transformer.sizes import training_flops
 
@@ -46,7 +45,7 @@ def benchmark_training(args: TrainBenchmark) -> dict[str, Any]:
         if step.flops:
             line["matmul_utilization"] = step.flops / seconds / rate
         if step.flops and peak:
-            line["mfu"] = mfu(step.flops, seconds, peak)
+            line["mfu"] = step.flops / seconds / peak
         for other in {args.backends[0]: 0, args.baseline: 0}:
             if other in steps:
                 line[f"speedup_vs_{other}"] = median(times[other] / times[name] for times in rounds)

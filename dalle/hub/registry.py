@@ -25,8 +25,8 @@ from dalle.io.files import load_strict, make_directory, read_json, read_tensors,
 from dalle.io.format import FORMAT, check_meta, read_config
 from dalle.text import BPETokenizer, load_text_tokenizer, text_tokenizer_from_dict
 from dalle.train.checkpoint import latest_checkpoint, verify_checkpoint
-from dalle.train.ema import bias_corrected
 from dalle.train.sharded_checkpoint import read_whole
+from dalle.train.state import bias_corrected
 from dalle.transformer import Transformer, TransformerConfig
 
 MODEL_REGISTRY: dict[str, tuple[type, type[nn.Module]]] = {

@@ -25,8 +25,8 @@ from dalle.dvae import DVAE
 from dalle.dvae.losses import kl_loss, reconstruction_loss
 from dalle.hub.registry import build_model
 from dalle.planner.memory import StepEstimate
+from dalle.train.grad_scaler import build_grad_scaler
 from dalle.train.precision import autocast
-from dalle.train.step import build_grad_scaler
 from dalle.transformer import Transformer
 from dalle.transformer.losses import LOGITS, chunked_cross_entropy
 

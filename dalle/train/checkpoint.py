@@ -38,6 +38,7 @@ from dalle.io.files import (
 from dalle.io.format import FORMAT
 from dalle.train import sharded_checkpoint as sharded
 from dalle.train.distributed import Distributed
+from dalle.train.dtensor import is_dtensor
 from dalle.train.state import TrainState
 
 
@@ -56,7 +57,7 @@ class Snapshot:
         tensors, numbers = state.state_dict()
         copies = {}
         for file, values in tensors.items():
-            if sharded.is_sharded(values):
+            if any(map(is_dtensor, values.values())):
                 copies[file] = sharded.copy_to_cpu(values)
             else:
                 copies[file] = on_cpu(values) if rank == 0 else {}
@@ -101,7 +102,7 @@ def _write_tensors(partial: Path, snapshot: Snapshot, dist: Distributed) -> dict
     """Writes every tensor; sha256 of each file of all processes."""
     written: list[Path] = []
     for file, tensors in snapshot.tensors.items():
-        if sharded.is_sharded(tensors):
+        if any(map(is_dtensor, tensors.values())):
             written += sharded.write_shards(partial / file, tensors, dist)
         else:
             path = partial / f"{file}.safetensors"
@@ -204,7 +205,7 @@ def restore(folder: Path, state: TrainState, dist: Distributed | None = None) ->
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     own, _ = state.state_dict()
-    any_sharded = any(map(sharded.is_sharded, own.values()))
+    any_sharded = any(is_dtensor(tensor) for tensors in own.values() for tensor in tensors.values())
     for file in own:
         place = sharded.find(folder, file)
         if place is None and file not in ("model", "ema", "optimizer"):

@@ -4,11 +4,13 @@ Beyond a billion parameters no single loss scale keeps the gradients of early an
 So each resblock multiplies its gradient before the cast to fp16 and divides it after (dalle/nn/blocks.py).
 Its scale
 
-    starts at 2^13 M, M the number of replicas;
+    starts at 2^13;
     is multiplied by 2^(1/1000) after a step with finite gradients in that resblock;
     is divided by sqrt(2) otherwise, at most once in 125 steps;
-    stays within [2^7 M, 2^24 M].
+    stays within [2^7, 2^24].
 
+The paper divides the loss by the images of all M replicas and multiplies these scales by M. Here each process
+takes the mean over its shard, M times as large, and gradients are averaged in fp32: the same numbers in fp16.
 A step with any gradient that is not finite is skipped.
 """
 
@@ -25,31 +27,24 @@ LOWEST, HIGHEST = 2.0**7, 2.0**24
 
 
 class PerBlockGradScaler:
-    """The scales of a model's resblocks, in order.
+    """The scales of a model's resblocks in order; sets their attribute `gradient_scale`."""
 
-    Args:
-        resblocks: modules with an attribute `gradient_scale`; each is given its own here.
-        replicas: M, the number of data-parallel copies.
-    """
-
-    def __init__(self, resblocks: list[nn.Module], replicas: int = 1):
-        device = next(resblocks[0].parameters()).device
-        self.resblocks, self.replicas = resblocks, replicas
-        self.values = torch.full((len(resblocks),), START * replicas, device=device)
+    def __init__(self, resblocks: list[nn.Module]):
+        self.resblocks, device = resblocks, next(resblocks[0].parameters()).device
+        self.values = torch.full((len(resblocks),), START, device=device)
         self.since_backoff = torch.full((len(resblocks),), BACKOFF_INTERVAL, dtype=torch.int64, device=device)
         for block, value in zip(resblocks, self.values.unbind(), strict=True):
             block.gradient_scale = value  # a view: it follows `values`
 
     @torch.no_grad()
     def unscale(self) -> Tensor:
-        """Divides the gradients of each resblock by its scale; bool (blocks,): whether they are finite
-        here."""
+        """Divides gradients by their resblock's scale; bool (blocks,): whether they are finite here."""
         finite = []
         for block, value in zip(self.resblocks, self.values, strict=True):
             gradients = [local(p.grad) for p in block.parameters() if p.grad is not None]
             if gradients:
                 torch._foreach_div_(gradients, value)
-            finite.append(all_finite(gradients, value.device))
+            finite.append(torch.stack([value.isfinite(), *(g.isfinite().all() for g in gradients)]).all())
         return torch.stack(finite)
 
     @torch.no_grad()
@@ -58,7 +53,7 @@ class PerBlockGradScaler:
         back = ~finite & (self.since_backoff >= BACKOFF_INTERVAL)
         factor = torch.where(finite, GROWTH, torch.where(back, BACKOFF, 1.0))
         self.since_backoff.add_(1).masked_fill_(back, 1)
-        self.values.mul_(factor).clamp_(LOWEST * self.replicas, HIGHEST * self.replicas)
+        self.values.mul_(factor).clamp_(LOWEST, HIGHEST)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that changes."""
@@ -73,6 +68,10 @@ class PerBlockGradScaler:
         self.since_backoff.copy_(tensors["since_backoff"])
 
 
-def all_finite(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """bool scalar: whether no element is Inf or NaN."""
-    return torch.stack([torch.tensor(True, device=device), *(g.isfinite().all() for g in gradients)]).all()
+def build_grad_scaler(model: nn.Module) -> PerBlockGradScaler:
+    """A gradient scale for each resblock; ValueError for a model without resblocks."""
+    if not hasattr(model, "resblocks"):
+        raise ValueError(
+            f"{type(model).__name__} has no gradient scales for fp16; set train.precision to bf16 or fp32"
+        )
+    return PerBlockGradScaler(model.resblocks())

@@ -1,4 +1,4 @@
-"""Loggers of training metrics: log.jsonl, TensorBoard and Weights & Biases."""
+"""Loggers of training metrics (log.jsonl, TensorBoard, Weights & Biases) and the throughput among them."""
 
 import json
 import math
@@ -6,16 +6,20 @@ import os
 import re
 import resource
 import sys
+import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
 from dalle.io.files import write_text
-from dalle.train.config import LogConfig
+from dalle.train.config import PEAK_FLOPS, LogConfig
+from dalle.types import StepCost
 
 Numbers = dict[str, float | list[float]]
 
@@ -77,16 +81,6 @@ def peak_memory(device: torch.device | None = None) -> float:
     return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)
 
 
-class Logger(Protocol):
-    """A logger besides log.jsonl."""
-
-    def write(self, step: int, numbers: Numbers) -> None: ...
-
-    def log_image(self, step: int, name: str, image: Image.Image) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class Loggers:
     """All loggers of a run; what a crash left in log.jsonl after `step` is dropped.
 
@@ -96,7 +90,7 @@ class Loggers:
 
     def __init__(self, run_dir: Path, step: int, config: LogConfig, meta: dict[str, Any]):
         self.run_dir = run_dir
-        self.others: list[Logger] = []
+        self.others: list[TensorBoard | WandB] = []
         if "tensorboard" in config.loggers:
             self.others.append(TensorBoard(run_dir, step))
         if "wandb" in config.loggers:
@@ -104,8 +98,7 @@ class Loggers:
         self.lines = JSONLLogger(run_dir / "log.jsonl", step)
 
     def write(self, step: int, numbers: Numbers) -> None:
-        """Logs the metrics of a step; of a list, as the gradient scales, the other loggers get min and
-        max."""
+        """Logs a step's metrics; of a list, as the gradient scales, the other loggers get min and max."""
         self.lines.write(step, numbers)
         plain: dict[str, float] = {}
         for name, value in numbers.items():
@@ -184,3 +177,64 @@ class WandB:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def peak_flops(device: torch.device, precision: str, given: float | None = None) -> float | None:
+    """Peak FLOP/s of a device: `given`, else by the GPU's name; None if unknown, and for fp32."""
+    if given is not None or device.type != "cuda" or precision == "fp32":
+        return given
+    words = f" {torch.cuda.get_device_name(device)} ".replace("-", " ")
+    return next((flops for gpu, flops in PEAK_FLOPS.items() if f" {gpu} " in words), None)
+
+
+class ThroughputMeter:
+    """Times the steps of a run, without evaluations and checkpoints.
+
+    MFU, model FLOP/s utilization, is the FLOPs that the model needs / seconds / peak FLOP/s of the device.
+
+    Args:
+        device: whose peak memory is reported.
+        processes: train together, each with as many samples.
+        peak: its peak FLOP/s; without it there is no MFU.
+    """
+
+    def __init__(self, device: torch.device, processes: int = 1, peak: float | None = None):
+        self.device, self.processes, self.peak = device, processes, peak
+        self._reset()
+
+    def _reset(self) -> None:
+        self.started, self.steps = time.perf_counter(), 0
+        self.seconds = {"waiting": 0.0, "paused": 0.0}
+        self.total = StepCost(0)
+
+    @contextmanager
+    def timed(self, kind: Literal["waiting", "paused"]) -> Iterator[None]:
+        """Times waiting for a batch; or an evaluation or checkpoint, which is left out."""
+        started = time.perf_counter()
+        yield
+        self.seconds[kind] += time.perf_counter() - started
+
+    def step(self, cost: StepCost) -> None:
+        """Counts a step and its cost in this process."""
+        self.steps += 1
+        total = self.total
+        self.total = StepCost(
+            total.samples + cost.samples, total.tokens + cost.tokens, total.flops + cost.flops
+        )
+
+    def lap(self) -> Numbers:
+        """Rates since the last lap: samples and tokens of all processes, memory and MFU of this device."""
+        seconds = max(time.perf_counter() - self.started - self.seconds["paused"], 1e-9)
+        numbers: Numbers = {
+            "step_time": seconds / max(1, self.steps),
+            "data_time_frac": self.seconds["waiting"] / seconds,
+            "max_memory_gib": peak_memory(self.device),
+        }
+        if self.total.samples:
+            numbers["samples_per_sec"] = self.processes * self.total.samples / seconds
+        if self.total.tokens:
+            numbers["tokens_per_sec"] = self.processes * self.total.tokens / seconds
+        if self.total.flops and self.peak:
+            numbers["mfu"] = self.total.flops / seconds / self.peak
+        self._reset()
+        return numbers

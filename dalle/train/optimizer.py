@@ -4,13 +4,14 @@ Muon (Jordan et al. 2024) for the matrices of the layers needs fewer steps than 
 start (docs/log.md).
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dalle.train.config import OptimizerConfig
+from dalle.train.config import OptimizerConfig, PlateauConfig
 from dalle.train.dtensor import distribute_like, local
 from dalle.train.float_formats import store_moments
 
@@ -163,3 +164,44 @@ def load_moment(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, 
             state[moment] = torch.empty_like(parameter, dtype=tensor.dtype)  # strides of fused kernels
     target = getattr(state[moment], inner) if inner else state[moment]
     target.copy_(distribute_like(tensor, target))
+
+
+class ReduceLROnPlateau:
+    """Halves the learning rate when the training loss plateaus (B.2); `factor` multiplies it.
+
+    The paper does not define a plateau. Here the mean loss of `window` steps makes one reading, and `patience`
+    readings in a row that are not below the best one by `threshold` make a plateau.
+    """
+
+    def __init__(self, config: PlateauConfig):
+        self.config = config
+        self.total, self.count = 0.0, 0  # of the current reading
+        self.best, self.bad_readings, self.reductions = math.inf, 0, 0
+
+    @property
+    def factor(self) -> float:
+        """1, 1/2, 1/4 and so on."""
+        return 0.5**self.reductions
+
+    def step(self, loss: float) -> None:
+        """Adds the loss of an update, the same number in every process."""
+        if self.reductions == self.config.max_reductions:
+            return
+        self.total, self.count = self.total + loss, self.count + 1
+        if self.count < self.config.window:
+            return
+        mean, self.total, self.count = self.total / self.count, 0.0, 0
+        self.bad_readings += 1
+        if mean < self.best - self.config.threshold:
+            self.best, self.bad_readings = mean, 0
+        if self.bad_readings == self.config.patience:
+            self.reductions, self.bad_readings = self.reductions + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes; no best reading yet is None (JSON has no infinity)."""
+        state = {key: value for key, value in vars(self).items() if key != "config"}
+        return state | {"best": None if math.isinf(self.best) else self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned."""
+        vars(self).update(state | {"best": math.inf if state["best"] is None else state["best"]})

@@ -35,11 +35,6 @@ class _FileOrFolder(FileSystem):
         return [str(path)] if Path(path).is_file() else super().ls(path)
 
 
-def is_sharded(tensors: dict[str, Tensor]) -> bool:
-    """Whether any is a DTensor."""
-    return any(isinstance(tensor, DTensor) for tensor in tensors.values())
-
-
 def per_rank_tensor(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
     """A tensor that differs between processes, as one DTensor (processes, ...) for a checkpoint."""
     return DTensor.from_local(tensor.detach()[None], mesh, [Shard(0)] * mesh.ndim, run_check=False)

@@ -1,18 +1,22 @@
-"""Training step: loss, gradients, clipping, optimizers and EMA, as a function of state, batch, seed and
-step."""
+"""Training step: loss, gradients, clipping, optimizers and EMA, as a function of state, batch, seed and step.
 
-from collections.abc import Callable
+A step whose loss or gradient is not finite is skipped and counted: it changes no weights, moments or averages,
+and the next step has the next batch. With gradient scales (fp16) this is part of the method: the paper skipped
+one step in twenty. Too many in a row end the run.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from dalle.train.config import OptimizerConfig
 from dalle.train.distributed import Distributed
-from dalle.train.dtensor import clip_gradients, gradient_norm
-from dalle.train.grad_scaler import PerBlockGradScaler
-from dalle.train.nonfinite import NonfiniteGuard, find_nonfinite
+from dalle.train.dtensor import clip_gradients, gradient_norm, local
+from dalle.train.grad_scaler import BACKOFF_INTERVAL
 from dalle.train.optimizer import set_lr
 from dalle.train.precision import autocast
 from dalle.train.state import TrainState
@@ -31,13 +35,10 @@ def train_step(
 ) -> tuple[Loss, Tensor]:
     """One update of the state; returns the loss and the gradient norm.
 
-    A step whose loss or gradient is not finite is skipped, and counts as a step (dalle/train/nonfinite.py).
-
     Args:
         batch: this process's shard.
         dist: the processes; default: a single one.
-        passes: gradient accumulation: forward and backward passes of the shard; they change memory and no
-            result.
+        passes: forward and backward passes of the shard (gradient accumulation): less memory, the same result.
 
     Raises:
         FloatingPointError: too many skipped steps in a row; names the first bad tensor.
@@ -57,7 +58,7 @@ def train_step(
     finite = bool(dist.all_true(norm.isfinite() & loss.total.detach().isfinite()))
     guard = state.extras.setdefault("nonfinite", NonfiniteGuard(limit=1))
     if finite:
-        guard.reset()
+        guard.in_a_row = 0
         optimize(state, norm, loss, config)
     elif guard.record_skip(scaled=state.scales is not None and bool(loss.total.isfinite())):
         where = find_nonfinite(model, lambda: [forward(i) for i in range(passes)], dist.all_true)
@@ -157,21 +158,6 @@ def split(batch: Any, count: int) -> list[Any]:
     return [tree_unflatten(part, structure) for part in parts]
 
 
-def build_grad_scaler(model: nn.Module) -> PerBlockGradScaler:
-    """A gradient scale for each resblock; ValueError for a model without resblocks.
-
-    The paper divides the loss by the images of all M processes and multiplies the scales by M. Here each
-    process
-    takes the mean over its shard, M times as large, and gradients are averaged in fp32: the same numbers in
-    fp16.
-    """
-    if not hasattr(model, "resblocks"):
-        raise ValueError(
-            f"{type(model).__name__} has no gradient scales for fp16; set train.precision to bf16 or fp32"
-        )
-    return PerBlockGradScaler(model.resblocks())
-
-
 def step_seed(seed: int, step: int) -> int:
     """A distinct seed for every step of every run."""
     return (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**63
@@ -180,3 +166,71 @@ def step_seed(seed: int, step: int) -> int:
 def to_device(batch: Any, device: torch.device) -> Any:
     """The tensors of a batch (also in tuples, lists and dicts) on the device."""
     return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+
+
+class NonfiniteGuard:
+    """Counts skipped steps, in all and in a row; `limit` in a row end the run."""
+
+    def __init__(self, limit: int):
+        self.limit, self.skipped, self.in_a_row = limit, 0, 0
+
+    def record_skip(self, scaled: bool) -> bool:
+        """Counts a skipped step; whether these are too many in a row.
+
+        Gradient scales (`scaled`) are lowered once in 125 steps, so with them the limit is 125 times as high.
+        """
+        self.skipped += 1
+        self.in_a_row += 1
+        return self.in_a_row >= self.limit * (BACKOFF_INTERVAL if scaled else 1)
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Loads what `state_dict` returned."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+
+def find_nonfinite(
+    model: nn.Module, forward: Callable[[], Any], all_true: Callable[[Tensor], Tensor] = lambda flags: flags
+) -> str:
+    """The first tensor that is not finite: a parameter, else a module's output, else a gradient.
+
+    Args:
+        model: the model.
+        forward: repeats the failing forward pass.
+        all_true: bool (flags,) -> which are true in every process, so that all name the same tensor.
+    """
+    parameters = dict(model.named_parameters())
+    yes = torch.ones((), dtype=torch.bool, device=local(next(iter(parameters.values()))).device)
+
+    def finite(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.stack([yes, *(torch.isfinite(local(tensor)).all() for tensor in tensors)]).all()
+
+    def first_bad(flags: dict[str, Tensor]) -> str | None:
+        together = all_true(torch.stack([*flags.values()])).tolist() if flags else []
+        return next((name for name, good in zip(flags, together, strict=True) if not good), None)
+
+    if bad := first_bad({f"parameter {name}": finite([p]) for name, p in parameters.items()}):
+        return bad
+    outputs: dict[str, Tensor] = {}
+
+    def watch(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        outputs[name] = outputs.get(name, yes) & finite(tensors)
+
+    hooks = [
+        module.register_forward_hook(partial(watch, f"output of {name or 'the model'}"))
+        for name, module in model.named_modules()
+    ]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gradients = {
+        f"gradient of {n}": finite([] if p.grad is None else [p.grad]) for n, p in parameters.items()
+    }
+    return first_bad(outputs) or first_bad(gradients) or "the loss itself"

@@ -21,16 +21,13 @@ from dalle.train.checkpoint import latest_valid_checkpoint, restore, saved_at
 from dalle.train.checkpoint_saver import RunGuard
 from dalle.train.config import LogConfig, Resume, TrainConfig
 from dalle.train.distributed import Distributed
-from dalle.train.ema import EMA
-from dalle.train.loggers import Loggers, NullLogger, Numbers, to_numbers
-from dalle.train.lr_schedule import ReduceLROnPlateau
-from dalle.train.nonfinite import NonfiniteGuard
-from dalle.train.optimizer import build_optimizers
+from dalle.train.grad_scaler import build_grad_scaler
+from dalle.train.loggers import Loggers, NullLogger, Numbers, ThroughputMeter, peak_flops, to_numbers
+from dalle.train.optimizer import ReduceLROnPlateau, build_optimizers
 from dalle.train.powersgd import build_powersgd
 from dalle.train.precision import autocast, resolve_precision
-from dalle.train.state import TrainState
-from dalle.train.step import build_grad_scaler, to_device, train_step
-from dalle.train.throughput import ThroughputMeter, peak_flops
+from dalle.train.state import EMA, TrainState
+from dalle.train.step import NonfiniteGuard, to_device, train_step
 from dalle.types import Loss, Objective, StepCost
 
 
@@ -102,7 +99,7 @@ class Trainer:
         bar = tqdm(total=self.steps, initial=state.step, desc=self.meta["kind"], unit="step", disable=disable)
         self.model.train()
         while state.step < self.steps:
-            with meter.waiting():
+            with meter.timed("waiting"):
                 batch = to_device(self.batches(state.step), dist.device)
             cost = cost or step_cost(self.objective, self.model, batch)
             passes = config.grad_accum_steps
@@ -117,7 +114,7 @@ class Trainer:
                 baseline = random_baseline(self.objective, self.model) if state.step == 1 else {}
                 logger.write(state.step, numbers | baseline | meter.lap())
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", skipped=numbers["skipped_steps"])
-            with meter.pause():
+            with meter.timed("paused"):
                 if self.evaluate and (last or state.step % config.eval_every == 0):
                     self._evaluate(logger)
                 guard.on_step_end(state)

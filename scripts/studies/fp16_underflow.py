@@ -27,7 +27,7 @@ from dalle.nn.blocks import ResidualBlock, scale_gradient
 from dalle.schedules import Schedule
 from dalle.train.config import NO_PLATEAU, OptimizerConfig
 from dalle.train.grad_scaler import PerBlockGradScaler
-from dalle.train.nonfinite import NonfiniteGuard
+from dalle.train.step import NonfiniteGuard
 from dalle.transformer import TransformerConfig
 from dalle.transformer.objective import TransformerObjective
 from dalle.viz.curves import scales_figure

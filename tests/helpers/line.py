@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from dalle.schedules import Schedule
 from dalle.train import TrainConfig, Trainer
 from dalle.train.config import EMAConfig, OptimizerConfig
-from dalle.train.ema import EMA
 from dalle.train.loggers import read_log
 from dalle.train.optimizer import build_optimizers
-from dalle.train.state import TrainState
+from dalle.train.state import EMA, TrainState
 from dalle.types import Loss
 
 CONFIG = TrainConfig(

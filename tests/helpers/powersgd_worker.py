@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from dalle.schedules import Schedule
 from dalle.train.config import EMAConfig, OptimizerConfig, PowerSGDConfig
-from dalle.train.ema import EMA
 from dalle.train.float_formats import MEAN, rounded
 from dalle.train.optimizer import build_optimizers
 from dalle.train.powersgd import PowerSGD, build_powersgd
-from dalle.train.state import TrainState
+from dalle.train.state import EMA, TrainState
 from dalle.train.step import train_step
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.objective import TransformerObjective

@@ -19,7 +19,7 @@ from dalle.io.files import CHECKSUMS, write_checksums
 from dalle.pipelines.dalle import DALLE
 from dalle.train import TrainConfig, checkpoint, trainer
 from dalle.train.checkpoint import latest_checkpoint, restore
-from dalle.train.ema import bias_corrected
+from dalle.train.state import bias_corrected
 from tests.helpers.line import at_step, checkpoint_names, file_contents, fit_line, fresh_state
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "meta.json")

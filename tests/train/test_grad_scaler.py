@@ -11,11 +11,10 @@ from dalle.nn.blocks import ResidualBlock, scale_gradient
 from dalle.schedules import Schedule
 from dalle.train.checkpoint import restore
 from dalle.train.config import EMAConfig, OptimizerConfig
-from dalle.train.ema import EMA
-from dalle.train.grad_scaler import PerBlockGradScaler
+from dalle.train.grad_scaler import PerBlockGradScaler, build_grad_scaler
 from dalle.train.optimizer import build_optimizers
-from dalle.train.state import TrainState
-from dalle.train.step import build_grad_scaler, train_step
+from dalle.train.state import EMA, TrainState
+from dalle.train.step import train_step
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.objective import TransformerObjective
 from tests.helpers.checkpoints import save_checkpoint
@@ -28,9 +27,8 @@ def blocks(count: int = 3) -> list[ResidualBlock]:
     return [ResidualBlock(4, nn.Linear(4, 4)) for _ in range(count)]
 
 
-@pytest.mark.parametrize("replicas", [1, 1024])
-def test_scales_start_at_two_to_the_thirteen_times_the_replicas(replicas):
-    assert PerBlockGradScaler(blocks(), replicas).values.tolist() == [2.0**13 * replicas] * 3
+def test_scales_start_at_two_to_the_thirteen():
+    assert PerBlockGradScaler(blocks()).values.tolist() == [2.0**13] * 3
 
 
 GROWTH, BACKOFF = 2 ** (1 / 1000), 1 / math.sqrt(2)
@@ -54,12 +52,11 @@ def test_a_scale_follows_its_own_resblock(steps, factor):
     assert scales.values.tolist() == pytest.approx([2**13 * factor, 2**13 * GROWTH ** len(steps)], rel=1e-4)
 
 
-@pytest.mark.parametrize("replicas", [1, 1024])
-def test_scales_stay_between_their_bounds(replicas):
-    scales = PerBlockGradScaler(blocks(2), replicas)
-    scales.values.copy_(torch.tensor([2.0**7 * replicas, 2.0**24 * replicas]))
+def test_scales_stay_between_their_bounds():
+    scales = PerBlockGradScaler(blocks(2))
+    scales.values.copy_(torch.tensor([2.0**7, 2.0**24]))
     scales.update(torch.tensor([False, True]))
-    assert scales.values.tolist() == [2.0**7 * replicas, 2.0**24 * replicas]
+    assert scales.values.tolist() == [2.0**7, 2.0**24]
 
 
 def test_the_resblocks_see_a_changed_scale():

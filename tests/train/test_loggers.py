@@ -14,9 +14,14 @@ from torch import Tensor, nn
 
 from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
 from dalle.config import load, resume_fingerprint
-from dalle.train import Trainer, throughput
-from dalle.train.loggers import LogConfig, Loggers, read_log
-from dalle.train.throughput import ThroughputMeter, known_peak_flops, mfu, peak_flops
+from dalle.train import Trainer, loggers
+from dalle.train.loggers import (
+    LogConfig,
+    Loggers,
+    ThroughputMeter,
+    peak_flops,
+    read_log,
+)
 from dalle.types import Loss, StepCost
 from tests.helpers.line import CONFIG, squared_error
 
@@ -27,7 +32,7 @@ CPU = torch.device("cpu")
 def clock(monkeypatch):
     """clock(seconds) advances the clock."""
     now = [100.0]
-    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loggers, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def advance(seconds: float) -> None:
         now[0] += seconds
@@ -38,7 +43,7 @@ def clock(monkeypatch):
 def test_rates_are_over_all_updates_since_the_last_line(clock):
     meter = ThroughputMeter(CPU, peak=1000.0)
     for waited, computed in [(1.0, 3.0), (3.0, 1.0)]:
-        with meter.waiting():
+        with meter.timed("waiting"):
             clock(waited)
         clock(computed)
         meter.step(StepCost(samples=4, tokens=40, flops=800.0))
@@ -59,7 +64,7 @@ def test_rates_are_over_all_updates_since_the_last_line(clock):
 def test_evaluations_and_checkpoints_are_not_training(clock):
     meter = ThroughputMeter(CPU)
     clock(2.0)
-    with meter.pause():
+    with meter.timed("paused"):
         clock(50.0)
     meter.step(StepCost(samples=4))
     lap = meter.lap()
@@ -72,7 +77,7 @@ def test_evaluations_and_checkpoints_are_not_training(clock):
     [
         (None, StepCost(4, 0, 100.0), {"samples_per_sec"}),
         (1e3, StepCost(4), {"samples_per_sec"}),
-        (1e3, None, set()),
+        (1e3, StepCost(0), set()),
     ],
 )
 def test_unknown_rates_are_left_out(peak, cost, more, clock):
@@ -88,24 +93,20 @@ def test_unknown_rates_are_left_out(peak, cost, more, clock):
     [
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
         ("Tesla V100-SXM2-16GB", 125e12),
-        ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
-        ("NVIDIA GeForce RTX 3090", 71e12),
         ("NVIDIA L400 of the future", None),
     ],
 )
-def test_gpus_are_known_by_name_in_16_bit_only(name, flops):
-    assert known_peak_flops(name, "bf16") == flops
-    assert known_peak_flops(name, "fp32") is None
+def test_gpus_are_known_by_name_in_16_bit_only(name, flops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), "bf16") == flops
+    assert peak_flops(torch.device("cuda"), "fp32") is None
 
 
 def test_a_cpu_has_a_peak_only_if_told():
     assert peak_flops(CPU, "bf16") is None
     assert peak_flops(CPU, "fp32", 1e12) == 1e12
-    assert mfu(2e12, 4.0, 1e12) == 0.5
 
 
 META = {"kind": "line", "config": {"train": {"batch_size": 4}}, "inputs": {}}
@@ -147,7 +148,7 @@ def train(out: Path, steps: int = 4, **log: Any) -> list[dict]:
     return read_log(out / "log.jsonl")
 
 
-def test_the_log_has_rates_and_chance_once(tmp_path):
+def test_the_log_has_rates_chance_once_and_evaluations(tmp_path):
     lines = train(tmp_path, peak_flops=1e9)
     trained = [line for line in lines if "loss" in line]
     assert [line.get("baseline/loss") for line in trained] == [7.5, None, None, None]
@@ -157,10 +158,6 @@ def test_the_log_has_rates_and_chance_once(tmp_path):
         assert line["tokens_per_sec"] == pytest.approx(2 * line["samples_per_sec"])
         assert line["mfu"] == pytest.approx(6 * line["samples_per_sec"] / 1e9)
         assert 0 <= line["data_time_frac"] <= 1
-
-
-def test_images_of_evaluations_are_saved_and_are_no_numbers(tmp_path):
-    lines = train(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["gray-00000002.png", "gray-00000004.png"]
     assert [line.keys() for line in lines if "val/weight" in line] == [{"step", "val/weight"}] * 2
 
@@ -234,19 +231,14 @@ def test_wandb_is_offline_unless_logged_in_and_gets_all(wandb, tmp_path):
     assert wandb.finished == 1
 
 
-def test_wandb_is_left_to_its_own_settings_when_logged_in(wandb, tmp_path, monkeypatch):
+def test_wandb_keeps_its_id_and_its_own_settings_when_logged_in(wandb, tmp_path, monkeypatch):
     wandb.module.api.api_key = "known"
-    train(tmp_path / "one", 1, loggers=("wandb",))
+    for steps in (1, 2):
+        train(tmp_path / "one", steps, loggers=("wandb",))
     wandb.module.api.api_key = None
     monkeypatch.setenv("WANDB_MODE", "disabled")
     train(tmp_path / "two", 1, loggers=("wandb",))
-    assert [words["mode"] for words in wandb.init] == [None, None]
-
-
-def test_wandb_goes_on_with_the_same_run(wandb, tmp_path):
-    train(tmp_path, 2, loggers=("wandb",))
-    train(tmp_path, 4, loggers=("wandb",))
-    train(tmp_path / "other", 2, loggers=("wandb",))
+    assert [words["mode"] for words in wandb.init] == [None] * 3
     ids = [words["id"] for words in wandb.init]
     assert ids[0] == ids[1] != ids[2]
 
@@ -265,15 +257,16 @@ def test_a_missing_package_is_named(name, module, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("args", "settings", "message"),
     [
-        ({"loggers": ("tensorbord",)}, "unknown logger"),
-        ({"peak_flops": 0.0}, "peak_flops must be positive"),
+        (LogConfig, {"loggers": ("tensorbord",)}, "unknown logger"),
+        (LogConfig, {"peak_flops": 0.0}, "peak_flops must be positive"),
+        (TrainTransformerArgs, {"sample_grid_size": -1}, "sample_grid_size cannot be negative"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(settings, message):
+def test_settings_that_mean_nothing_are_refused(args, settings, message):
     with pytest.raises(ValueError, match=message):
-        LogConfig(**settings)
+        args(**settings)
 
 
 def test_the_transformer_draws_held_out_captions_with_its_dvae(chain, tiny_runs, with_inputs, tmp_path):
@@ -304,11 +297,6 @@ def test_the_first_loss_of_the_transformer_is_chance(chain):
 def test_clip_shows_what_it_finds(chain):
     (sheet,) = (chain / "clip").glob("retrieval-*.png")
     assert np.asarray(Image.open(sheet)).std() > 5
-
-
-def test_drawings_cannot_be_negative():
-    with pytest.raises(ValueError, match="sample_grid_size cannot be negative"):
-        TrainTransformerArgs(sample_grid_size=-1)
 
 
 def test_the_log_may_change_on_going_on(tiny_runs):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.config import NO_PLATEAU, OptimizerConfig, PlateauConfig
 from dalle.train.loggers import read_log
-from dalle.train.lr_schedule import ReduceLROnPlateau
+from dalle.train.optimizer import ReduceLROnPlateau
 from dalle.types import Loss
 from tests.helpers.line import CONFIG, fit_line
 

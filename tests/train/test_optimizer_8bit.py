@@ -9,9 +9,8 @@ from torch import nn
 from dalle.schedules import Schedule
 from dalle.train.checkpoint import restore
 from dalle.train.config import EMAConfig, OptimizerConfig
-from dalle.train.ema import EMA
 from dalle.train.optimizer import build_optimizers
-from dalle.train.state import TrainState
+from dalle.train.state import EMA, TrainState
 from dalle.train.step import train_step
 from dalle.types import Loss
 from tests.helpers.checkpoints import save_checkpoint

@@ -25,9 +25,8 @@ from dalle.train.checkpoint import latest_valid_checkpoint, restore, verify_chec
 from dalle.train.checkpoint_saver import AsyncCheckpointer
 from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.distributed import Distributed
-from dalle.train.ema import EMA
 from dalle.train.optimizer import build_optimizers
-from dalle.train.state import TrainState
+from dalle.train.state import EMA, TrainState
 from dalle.transformer import Transformer, TransformerConfig
 from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.processes import run_group

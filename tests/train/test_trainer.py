@@ -22,10 +22,9 @@ from dalle.train import Trainer
 from dalle.train import trainer as loop
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.config import EMAConfig, OptimizerConfig
-from dalle.train.ema import EMA
 from dalle.train.loggers import JSONLLogger, read_log
 from dalle.train.optimizer import build_optimizers
-from dalle.train.state import TrainState
+from dalle.train.state import EMA, TrainState
 from dalle.types import ImageTextBatch, Loss
 from tests.helpers.line import CONFIG, file_contents, fit_line, fresh_state, log_lines, squared_error
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dalle.train.config import EMAConfig
-from dalle.train.ema import EMA, bias_corrected
+from dalle.train.state import EMA, bias_corrected
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.config import EMAConfig
 from dalle.train.grad_scaler import BACKOFF_INTERVAL
 from dalle.train.loggers import read_log
-from dalle.train.nonfinite import NonfiniteGuard
+from dalle.train.step import NonfiniteGuard
 from dalle.types import Loss
 from tests.helpers.line import file_contents, fit_line
 
