@@ -1,5 +1,6 @@
 """Folders of images, each with its captions in a .txt or .json file of the same stem in the same folder."""
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 
 from dalle.data.bad_samples import BadSampleError
 from dalle.data.sources.captions import IMAGE_SUFFIXES, parse_json, parse_text
-from dalle.data.sources.index import StringTable, name_hash
+from dalle.data.sources.index import name_hash
 from dalle.types import BadSample, RawSample
 
 CAPTION_SUFFIXES = (".txt", ".TXT", ".json", ".JSON")
@@ -34,13 +35,13 @@ class FolderSource:
         self.folder, self.caption_column = folder, caption_column
         self._root = folder.resolve()
         self.skipped: list[BadSample] = []
-        self._names = StringTable(self._find_images())
+        self._names = np.array([os.fsencode(name) for name in self._find_images()], np.bytes_)
         if not len(self._names):
             raise ValueError(
                 f"{folder} has {len(self.skipped)} images ({', '.join(IMAGE_SUFFIXES)}), "
                 "none with a .txt of the same name"
             )
-        self.hash = self._names.digest()
+        self.hash = hashlib.blake2b(self._names.tobytes(), digest_size=8).hexdigest()
 
     def _find_images(self) -> Iterator[str]:
         for folder, files in walk(self.folder, self.skipped):
@@ -60,22 +61,21 @@ class FolderSource:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        return self._names[index]
+        return os.fsdecode(self._names[index])
 
     def shares(self) -> np.ndarray:
-        return np.fromiter((name_hash(self._names[i]) for i in range(len(self))), np.uint32, len(self))
+        return np.fromiter((name_hash(self.name(i)) for i in range(len(self))), np.uint32, len(self))
 
     def read(self, index: int) -> RawSample:
-        captions = self.captions(index)
-        name = self._names[index]
+        captions, name = self.captions(index), self.name(index)
         return RawSample(name, read_inside(self._root, name, "unreadable image"), captions)
 
     def captions(self, index: int) -> list[str]:
-        stem = os.path.splitext(self._names[index])[0]
+        stem = os.path.splitext(self.name(index))[0]
         suffixes = CAPTION_SUFFIXES[::-1] if self.caption_column else CAPTION_SUFFIXES
         found = next((stem + suffix for suffix in suffixes if (self._root / (stem + suffix)).is_file()), None)
         if found is None:
-            raise BadSampleError(self._names[index], "missing twin", "its .txt or .json is gone")
+            raise BadSampleError(self.name(index), "missing twin", "its .txt or .json is gone")
         data = read_inside(self._root, found, "missing twin")
         if found.lower().endswith(".json"):
             return parse_json(data, found, self.caption_column)
@@ -102,22 +102,15 @@ def read_listed(root: Path, path: str) -> bytes:
 
 def walk(root: Path, skipped: list[BadSample]) -> Iterator[tuple[str, Sequence[str]]]:
     """(folder, file names) below a root, sorted; links that lead out of it go to `skipped`."""
-    resolved, todo = root.resolve(), [""]
-    while todo:
-        folder = todo.pop()
-        files, folders, foreign = [], [], []
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                path = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(resolved):
-                    detail = f"it is {os.readlink(entry.path)}"
-                    foreign.append(BadSample(None, path, "leaves the folder", detail))
-                elif entry.is_dir(follow_symlinks=False):
-                    folders.append(path)
-                elif os.path.isfile(entry.path):
-                    files.append(entry.name)
-        skipped += sorted(foreign, key=lambda bad: bad.name)
-        todo += sorted(folders, reverse=True)
-        yield folder, sorted(files)
+    resolved = root.resolve()
+    for folder, folders, names in os.walk(root):
+        files, below = [], Path(folder).relative_to(root)
+        for name in sorted(name for name in folders + names if not name.startswith(".")):
+            path = os.path.join(folder, name)
+            if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(resolved):
+                detail = f"it is {os.readlink(path)}"
+                skipped.append(BadSample(None, (below / name).as_posix(), "leaves the folder", detail))
+            elif os.path.isfile(path):
+                files.append(name)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield "" if below == Path() else below.as_posix(), files

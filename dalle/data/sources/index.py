@@ -10,15 +10,13 @@ import json
 import os
 import shutil
 import tempfile
-from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from dalle.types import BadSample
 
@@ -26,28 +24,6 @@ FORMAT = 1
 FOLDER = ".dalle-index"
 FOOTER = 8
 """Bytes of the length of the metadata, at the end of the file."""
-
-
-class StringTable:
-    """Strings by index in one run of bytes: a million file names take tens of megabytes."""
-
-    def __init__(self, texts: Iterable[str]):
-        data, ends = bytearray(), array("Q", [0])
-        for text in texts:
-            data += text.encode("utf-8", "surrogatepass")
-            ends.append(len(data))
-        self._data, self._ends = bytes(data), np.array(ends, np.uint64)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        start, end = int(self._ends[index]), int(self._ends[index + 1])
-        return self._data[start:end].decode("utf-8", "surrogatepass")
-
-    def digest(self) -> str:
-        """16 hex characters of all strings."""
-        return hashlib.blake2b(self._data + b"\n" + self._ends.tobytes(), digest_size=8).hexdigest()
 
 
 def name_hash(name: str) -> int:
@@ -65,6 +41,10 @@ class IndexWriter:
         self._samples = tempfile.TemporaryFile()  # noqa: SIM115
         self._hash = hashlib.blake2b(digest_size=8)
 
+    def skip(self, name: str, cause: str, detail: str) -> None:
+        """Adds a bad sample."""
+        self.skipped.append(BadSample(None, name, cause, detail))
+
     def add_text(self, data: bytes) -> tuple[int, int]:
         """Appends a string; returns its offset and length."""
         offset = self.file.tell()
@@ -81,9 +61,9 @@ class IndexWriter:
     def close(self) -> None:
         """Writes records and metadata behind the strings."""
         start = self.file.tell()
-        self._samples.seek(0)
-        shutil.copyfileobj(self._samples, self.file)
-        self._samples.close()
+        with self._samples:
+            self._samples.seek(0)
+            shutil.copyfileobj(self._samples, self.file)
         skipped = [asdict(bad) for bad in self.skipped]
         meta = {"start": start, "end": self.file.tell(), "hash": self._hash.hexdigest(), "skipped": skipped}
         data = json.dumps(meta).encode()
@@ -163,8 +143,3 @@ def open_or_build_index(
             path.unlink(missing_ok=True)
             raise
     raise ValueError(f"cannot write an index to {folders[-1]} ({problem}); give another --data.index-dir")
-
-
-def progress(files: Sequence[Path], kind: str):
-    """The files, with a progress bar."""
-    return tqdm(files, desc=f"index of {kind}", unit="file", disable=None, leave=False)

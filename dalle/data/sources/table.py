@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +28,15 @@ from dalle.data.sources.captions import (
     flatten_captions,
 )
 from dalle.data.sources.image_folder import read_listed
-from dalle.data.sources.index import IndexWriter, name_hash, open_or_build_index, progress
-from dalle.types import BadSample, RawSample
+from dalle.data.sources.index import IndexWriter, name_hash, open_or_build_index
+from dalle.types import RawSample
 
 ROW = np.dtype(
     [("share", "<u4"), ("at", "<u8"), ("size", "<u4"), ("file", "<u4"), ("group", "<u4"), ("row", "<u4")]
 )
 HEAD_ROWS = 10_000
 """Rows searched for columns: lines of JSON may lack some of them."""
+NO_IMAGE = "a row without an image"
 LARGE_GROUP = 64 * 2**20
 """Bytes of a Parquet row group above which reading single images is slow."""
 
@@ -82,7 +83,7 @@ class TableSource:
             raise ValueError(f"{files[0]} holds no row with an image ({details or 'it is empty'})")
 
     def _build(self, writer: IndexWriter, files: Sequence[Path]) -> None:
-        for number, file in enumerate(progress(files, "tables")):
+        for number, file in enumerate(tqdm(files, desc="index", unit="file", disable=None, leave=False)):
             read_rows = _parquet_rows if file.suffix.lower() == ".parquet" else _text_rows
             rows = read_rows(file, self.image_column, self.caption_column, writer)
             while batch := list(islice(rows, 65536)):
@@ -120,17 +121,8 @@ class TableSource:
         return check_utf8(captions, name)
 
 
-# ---------------------------------------------------------------------------------------------
-# CSV, TSV, JSONL
-# ---------------------------------------------------------------------------------------------
-
-
 def _text_rows(file: Path, image: str | None, caption: str | None, writer: IndexWriter) -> Iterator[Row]:
     """The rows of CSV, TSV or JSONL; bad ones go to `writer.skipped`."""
-
-    def skip(line: int, cause: str, detail: str) -> None:
-        writer.skipped.append(BadSample(None, f"{file.name}:{line}", cause, detail))
-
     read = _read_jsonl if file.suffix.lower() in (".jsonl", ".ndjson") else _read_csv
     try:
         with file.open("rb") as opened:
@@ -139,17 +131,17 @@ def _text_rows(file: Path, image: str | None, caption: str | None, writer: Index
         columns = _find_columns(read(file), image, caption, str(file))
         for line, values in read(file):
             if isinstance(values, str):
-                skip(line, "broken row", values)
+                writer.skip(f"{file.name}:{line}", "broken row", values)
                 continue
             columns = columns or choose_columns(list(values), image, caption, str(file))
             path = values.get(columns[0])
             if not isinstance(path, str) or not path.strip():
-                skip(line, "missing twin", "a row without an image")
+                writer.skip(f"{file.name}:{line}", "missing twin", NO_IMAGE)
                 continue
             path, texts = path.strip(), flatten_captions([values.get(column) for column in columns[1]])
             yield Row(path.replace("\\", "/"), path, texts)
     except OSError as error:
-        writer.skipped.append(BadSample(None, file.name, "unreadable shard", error.strerror or str(error)))
+        writer.skip(file.name, "unreadable shard", error.strerror or str(error))
         writer.keep = False
 
 
@@ -224,21 +216,12 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             yield number, values
 
 
-# ---------------------------------------------------------------------------------------------
-# Parquet
-# ---------------------------------------------------------------------------------------------
-
-
 def _parquet_rows(file: Path, image: str | None, caption: str | None, writer: IndexWriter) -> Iterator[Row]:
     """The rows of a Parquet file, a row group at a time; embedded images are not read."""
-
-    def skip(name: str, cause: str, detail: str) -> None:
-        writer.skipped.append(BadSample(None, name, cause, detail))
-
     try:
         table = _open_parquet(file)
     except (OSError, ValueError) as error:
-        skip(file.name, "unreadable shard", str(error))
+        writer.skip(file.name, "unreadable shard", str(error))
         writer.keep &= not isinstance(error, OSError)
         return
     names = table.schema_arrow.names
@@ -251,7 +234,8 @@ def _parquet_rows(file: Path, image: str | None, caption: str | None, writer: In
     start = 0
     for group in range(table.num_row_groups):
         try:
-            for row, values in enumerate(_group_rows(table, group, wanted)):
+            rows = table.read_row_group(group, wanted, use_threads=False).to_batches(max_chunksize=4096)
+            for row, values in enumerate(chain.from_iterable(batch.to_pylist() for batch in rows)):
                 name = f"{file.name}/{start + row}"
                 texts = flatten_captions([values[caption] for caption in captions])
                 if not paths:
@@ -259,9 +243,9 @@ def _parquet_rows(file: Path, image: str | None, caption: str | None, writer: In
                 elif values[column]:
                     yield Row(values[column].replace("\\", "/"), values[column], texts)
                 else:
-                    skip(name, "missing twin", "a row without an image")
+                    writer.skip(name, "missing twin", NO_IMAGE)
         except (OSError, ValueError) as error:
-            skip(f"{file.name}, row group {group}", "unreadable shard", str(error))
+            writer.skip(f"{file.name}, row group {group}", "unreadable shard", str(error))
         start += table.metadata.row_group(group).num_rows
     groups = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
     if not paths and max(groups, default=0) > LARGE_GROUP:
@@ -269,11 +253,6 @@ def _parquet_rows(file: Path, image: str | None, caption: str | None, writer: In
             f"note: {file} has row groups of {max(groups) / 2**20:.0f} MiB, each read whole for one image; "
             "write it with row groups of about 100 rows, or as tars"
         )
-
-
-def _group_rows(table: Any, group: int, columns: list[str]) -> Iterator[dict[str, Any]]:
-    for batch in table.read_row_group(group, columns, use_threads=False).to_batches(max_chunksize=4096):
-        yield from batch.to_pylist()
 
 
 def _embedded_image(file: Path, group: int, row: int, image: str | None, name: str) -> bytes:

@@ -7,7 +7,7 @@ followed.
 
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, suppress
 from io import FileIO
@@ -15,10 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from dalle.data.bad_samples import BadSampleError
 from dalle.data.sources.captions import IMAGE_SUFFIXES, parse_json, parse_text
-from dalle.data.sources.index import IndexWriter, name_hash, open_or_build_index, progress
+from dalle.data.sources.index import IndexWriter, name_hash, open_or_build_index
 from dalle.types import BadSample, RawSample
 
 SPAN = [("at", "<u8"), ("size", "<u4")]
@@ -97,11 +98,6 @@ class TarSource:
         return self.__dict__ | {"_files": {}}
 
 
-# ---------------------------------------------------------------------------------------------
-# Index
-# ---------------------------------------------------------------------------------------------
-
-
 class Member(NamedTuple):
     """A file in a tar; `damage` says why it cannot be used."""
 
@@ -115,8 +111,8 @@ def build_index(writer: IndexWriter, files: Sequence[Path]) -> None:
     """Scans the tars and appends their samples."""
     with ProcessPoolExecutor() if len(files) >= POOL_FROM else nullcontext() as pool:
         scans = pool.map(scan_tar, files) if pool else map(scan_tar, files)
-        for number, (_, scan) in enumerate(zip(progress(files, "tars"), scans, strict=True)):
-            samples, names, skipped, readable = scan
+        scans = tqdm(scans, "index", len(files), leave=False, unit="file", disable=None)
+        for number, (samples, names, skipped, readable) in enumerate(scans):
             start, _ = writer.add_text(names)
             samples["tar"] = number
             samples["name"]["at"] += start
@@ -139,13 +135,8 @@ def scan_tar(file: Path) -> tuple[np.ndarray, bytes, list[BadSample], bool]:
     except OSError as error:
         problem, readable, members = error.strerror or str(error), False, []
     if all(member.damage for member in members):
-        return _records([]), b"", [BadSample(None, file.name, "unreadable shard", problem)], readable
-    rows, names, skipped = _group(members, file.name)
-    return _records(rows), names, skipped, True
-
-
-def _records(rows: Iterable[tuple]) -> np.ndarray:
-    return np.array(list(rows), SAMPLE)
+        return np.empty(0, SAMPLE), b"", [BadSample(None, file.name, "unreadable shard", problem)], readable
+    return (*_group(members, file.name), True)
 
 
 def _members(file: Path, opened) -> Iterator[Member]:
@@ -160,10 +151,7 @@ def _members(file: Path, opened) -> Iterator[Member]:
             )
 
     size, expected = os.fstat(opened.fileno()).st_size, 0
-    with (
-        suppress(tarfile.TarError),
-        tarfile.open(file, "r:", ignore_zeros=True, encoding="utf-8") as tar,
-    ):
+    with suppress(tarfile.TarError), tarfile.open(file, "r:", ignore_zeros=True, encoding="utf-8") as tar:
         while (member := tar.next()) is not None:
             if member.offset != expected:
                 yield from damage_at(expected)
@@ -178,7 +166,7 @@ def _members(file: Path, opened) -> Iterator[Member]:
     yield from damage_at(expected)
 
 
-def _group(members: Sequence[Member], tar: str) -> tuple[list[tuple], bytes, list[BadSample]]:
+def _group(members: Sequence[Member], tar: str) -> tuple[np.ndarray, bytes, list[BadSample]]:
     """Samples of one tar: members with the same key."""
     keys: dict[str, dict[str, tuple[int, int]]] = {}
     damaged: dict[str, BadSample] = {}
@@ -207,7 +195,7 @@ def _group(members: Sequence[Member], tar: str) -> tuple[list[tuple], bytes, lis
         spans = [parts.get(field, (0, 0)) for field in ("image", "txt", "json")]
         rows.append((0, name_hash(name), (len(names), len(data)), *spans))
         names += data
-    return rows, bytes(names), skipped
+    return np.array(rows, SAMPLE), bytes(names), skipped
 
 
 def _key(name: str) -> tuple[str, str]:

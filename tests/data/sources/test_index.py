@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dalle.data import DataConfig, open_dataset, open_source
-from dalle.data.sources.index import FOLDER, StringTable
+from dalle.data.sources.index import FOLDER
 from tests.helpers.formats import COUNT, all_captions, caption, csv_file, one_tar, pair, tars, write_tar
 
 PROCESSES = 4
@@ -50,11 +50,6 @@ def test_a_sample_takes_a_few_bytes(tmp_path, form):
 
     cost(500)  # imports and caches
     assert (cost(5000) - cost(1000)) / 4000 < 14
-
-
-def test_a_name_takes_its_letters_and_eight_bytes():
-    table = memory_of(lambda: StringTable(f"cats/{i:06}.png" for i in range(20_000)))
-    assert table < 20_000 * (15 + 8) + 10_000
 
 
 def test_an_index_is_built_once_and_again_when_the_files_change(tmp_path):
