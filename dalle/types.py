@@ -125,7 +125,7 @@ class BadSample:
     name: str
     """Name in reports."""
     cause: str
-    """One of `dalle.data.bad_samples.CAUSES`, or "filter:NAME"."""
+    """As in `dalle.data.bad_samples.BadSampleError`, or "filter:NAME"."""
     detail: str = ""
     """Details of the cause."""
 

@@ -10,26 +10,16 @@ import numpy as np
 
 from dalle.types import BadSample
 
-CAUSES = (
-    "unreadable image",
-    "truncated",
-    "wrong type",
-    "decompression bomb",
-    "too small",
-    "empty caption",
-    "caption not UTF-8",
-    "missing twin",
-    "leaves the folder",
-    "broken row",
-    "broken tar member",
-    "unreadable shard",
-)
 MIN_BAD = 100
 """Up to this number of bad samples never ends a run."""
 
 
 class BadSampleError(ValueError):
-    """A sample that cannot be used: its name, the cause (one of CAUSES) and details."""
+    """A sample that cannot be used: its name, the cause and details.
+
+    Causes: unreadable image, truncated, wrong type, decompression bomb, too small; empty caption, caption
+    not UTF-8; missing twin, leaves the folder; broken row, broken tar member, unreadable shard.
+    """
 
     def __init__(self, name: str, cause: str, detail: str = ""):
         super().__init__(f"{name}: {cause} ({detail})" if detail else f"{name}: {cause}")
@@ -52,10 +42,9 @@ def check_bad_fraction(bad: int, seen: int, limit: float, details: str) -> None:
         )
 
 
-def count_causes(samples: Iterable[BadSample]) -> str:
-    """ "3: 2 truncated, 1 empty caption"."""
-    counts = Counter(bad.cause for bad in samples)
-    return f"{counts.total()}: " + ", ".join(f"{number} {cause}" for cause, number in counts.most_common())
+def causes_text(counts: Counter[str]) -> str:
+    """ "2 truncated, 1 empty caption"."""
+    return ", ".join(f"{number} {cause}" for cause, number in counts.most_common())
 
 
 class BadSampleLog:
@@ -126,9 +115,8 @@ class BadSampleLog:
     def __str__(self) -> str:
         if not self.counts:
             return "skipped 0 samples"
-        causes = ", ".join(f"{number} {cause}" for cause, number in self.counts.most_common())
         details = f"; each is named in {self.path}" if self.path else ""
-        return f"skipped {self.counts.total()} samples: {causes}{details}"
+        return f"skipped {self.counts.total()} samples: {causes_text(self.counts)}{details}"
 
 
 def _read(path: Path) -> Iterable[BadSample]:

@@ -1,12 +1,13 @@
 """Datasets of captioned images by index: the embedded shapes, or the images of a source."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
-from dalle.data.bad_samples import BadSampleError, check_bad_fraction, count_causes
+from dalle.data.bad_samples import BadSampleError, causes_text, check_bad_fraction
 from dalle.data.config import DataConfig, FilterConfig
 from dalle.data.filters import Filters
 from dalle.data.image_decode import decode, open_image
@@ -201,5 +202,6 @@ def sample_captions(batch: ImageTextBatch, seed: int) -> list[str]:
 def _examples(samples: Sequence[BadSample]) -> str:
     if not samples:
         return ""
+    causes = causes_text(Counter(bad.cause for bad in samples))
     named = (f"{bad.name} ({', '.join(filter(None, [bad.cause, bad.detail]))})" for bad in samples[:3])
-    return f"{count_causes(samples)}; for example {', '.join(named)}"
+    return f"{len(samples)}: {causes}; for example {', '.join(named)}"

@@ -14,7 +14,7 @@ several processes share the work by taking every n-th shard. Only the shards in 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
+
+from dalle.io.files import sync
 
 FORMAT = 1
 MAX_MAPPED = 4096  # a process may map some 65,000 files
@@ -69,17 +71,6 @@ class TokenCacheSpec:
     def numbers(self, shard: int) -> range:
         """Indices of the images of a shard in the dataset."""
         return range(shard * self.shard, min((shard + 1) * self.shard, self.images))
-
-    def check_matches(self, other: dict[str, Any], folder: Path) -> None:
-        """ValueError with both keys and the differences if the spec in a folder is another one."""
-        own = json.loads(json.dumps(asdict(self)))
-        if other != own:
-            names = [name for name in own if other.get(name) != own[name]]
-            changes = "; ".join(f"{name} was {other.get(name)!r}, is {own[name]!r}" for name in names)
-            raise ValueError(
-                f"{folder} holds tokens of key {_key(other)}, this run makes {self.key}: "
-                f"{changes or 'another spec'}; give another --out, or remove it"
-            )
 
 
 def _key(spec: dict[str, Any]) -> str:
@@ -148,7 +139,7 @@ class TokenCache:
     def _open(self, shard: int) -> dict[str, Any]:
         """Slices of a mapped file by name."""
         path = self.folder / shard_name(shard)
-        _check_key(path, _read_shard_info(path), self.key)
+        _read_shard_info(path, self.key)
         file = safe_open(path, "np")
         return {name: file.get_slice(name) for name in ("tokens", "captions", "offsets")}
 
@@ -158,41 +149,32 @@ def shard_name(shard: int) -> str:
     return f"shard-{shard:06d}.safetensors"
 
 
-def _read_shard_info(path: Path) -> dict[str, Any]:
-    """Key, number of images and hash of a shard; ValueError for a truncated or foreign file."""
+def _read_shard_info(path: Path, key: str) -> tuple[int, str]:
+    """Number of images and hash of a shard; ValueError for a truncated or foreign file, or another key."""
     try:
         with safe_open(path, "np") as file:
             info = json.loads(file.metadata()["tokens"])
-            return {name: info[name] for name in ("key", "images", "hash")}
+            found, images, digest = info["key"], info["images"], info["hash"]
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or no token shard ({error}); remove it and encode again"
         ) from None
-
-
-def _check_key(path: Path, info: dict[str, Any], key: str) -> None:
-    if info["key"] != key:
-        raise ValueError(
-            f"{path} holds tokens of key {info['key']}, expected {key}; remove it and encode again"
-        )
+    if found != key:
+        raise ValueError(f"{path} holds tokens of key {found}, expected {key}; remove it and encode again")
+    return images, digest
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        kind, found = meta["kind"], meta.get("format")
-    except FileNotFoundError as error:
-        try:
-            spec = _read_spec(folder)
-            shards = -(-spec["images"] // spec["shard"])
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(f"{folder} is not a token cache ({error}); {MAKE_COMMAND}") from None
-        done = sum((folder / shard_name(shard)).is_file() for shard in range(shards))
+    if (folder / "spec.json").is_file() and not (folder / "meta.json").is_file():
+        done = len(list(folder.glob("shard-*.safetensors")))
         raise ValueError(
-            f"{folder} is incomplete, it has {done} of {shards} shards; run the same command again (of every "
-            "part, if there are parts), and it resumes"
-        ) from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            f"{folder} is incomplete, it has {done} shards; run the same command again (of every part, if "
+            "there are parts), and it resumes"
+        )
+    try:
+        meta = _read_object(folder / "meta.json")
+        kind, found = meta["kind"], meta.get("format")
+    except (ValueError, LookupError) as error:
         raise ValueError(f"{folder} is not a token cache ({error}); {MAKE_COMMAND}") from None
     if kind != "tokens":
         raise ValueError(f"{folder} holds {kind!r}, expected a token cache")
@@ -203,15 +185,15 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _read_spec(folder: Path) -> dict[str, Any]:
-    """The spec of a cache, complete or not; ValueError if there is none."""
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; ValueError if there is none."""
     try:
-        spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'spec.json'} cannot be read ({error})") from None
-    if not isinstance(spec, dict):
-        raise ValueError(f"{folder / 'spec.json'} holds no spec")
-    return spec
+        raise ValueError(f"{path} cannot be read ({error})") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return data
 
 
 class TokenWriter:
@@ -231,7 +213,7 @@ class TokenWriter:
             raise ValueError(f"part must lie in 0 .. {parts - 1} for {parts} parts, got {part}")
         self.folder, self.spec, self.part, self.parts = folder, spec, part, parts
         if (folder / "spec.json").is_file():
-            spec.check_matches(_read_spec(folder), folder)
+            self._check_spec(_read_object(folder / "spec.json"))
             return
         # a part that starts at the same time may have written its spec just now
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -241,13 +223,21 @@ class TokenWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._write_json("spec.json", asdict(spec))
 
-    def own(self) -> range:
-        """The shards of this part."""
-        return range(self.part, self.spec.shards, self.parts)
+    def _check_spec(self, other: dict[str, Any]) -> None:
+        """ValueError with both keys and the differences if the spec in the folder is another one."""
+        own = json.loads(json.dumps(asdict(self.spec)))
+        if other != own:
+            names = [name for name in own if other.get(name) != own[name]]
+            changes = "; ".join(f"{name} was {other.get(name)!r}, is {own[name]!r}" for name in names)
+            raise ValueError(
+                f"{self.folder} holds tokens of key {_key(other)}, this run makes {self.spec.key}: "
+                f"{changes or 'another spec'}; give another --out, or remove it"
+            )
 
     def missing(self) -> list[int]:
         """The shards of this part that do not exist yet."""
-        return [shard for shard in self.own() if not (self.folder / shard_name(shard)).is_file()]
+        own = range(self.part, self.spec.shards, self.parts)
+        return [shard for shard in own if not (self.folder / shard_name(shard)).is_file()]
 
     def write(self, shard: int, tokens: np.ndarray, captions: Sequence[list[str]]) -> None:
         """Writes a shard: tokens, integers (n, crops, rows * columns), and captions of the n usable images of
@@ -266,9 +256,8 @@ class TokenWriter:
         for array in arrays.values():
             digest.update(array.tobytes())
         info = {"key": self.spec.key, "images": len(captions), "hash": digest.hexdigest()}
-        partial = self._partial(shard_name(shard))
-        save_file(arrays, partial, metadata={"tokens": json.dumps(info)})
-        self._rename(partial, shard_name(shard))
+        metadata = {"tokens": json.dumps(info)}
+        self._write(shard_name(shard), lambda path: save_file(arrays, path, metadata))
 
     def finish(self) -> TokenCache | None:
         """Writes meta.json and returns the cache if the shards of all parts exist; else None."""
@@ -276,13 +265,11 @@ class TokenWriter:
         if not all(file.is_file() for file in files):
             return None
         if not (self.folder / "meta.json").is_file():
-            infos = [_read_shard_info(file) for file in files]
-            for file, info in zip(files, infos, strict=True):
-                _check_key(file, info, self.spec.key)
-            images = sum(info["images"] for info in infos)
+            counts, hashes = zip(*(_read_shard_info(file, self.spec.key) for file in files), strict=True)
+            images = sum(counts)
             if not images:
                 raise ValueError(f"none of {self.spec.images} images could be read; the cache would be empty")
-            digest = hashlib.sha256("".join([self.spec.key, *(info["hash"] for info in infos)]).encode())
+            digest = hashlib.sha256("".join([self.spec.key, *hashes]).encode())
             meta = {
                 "kind": "tokens",
                 "format": FORMAT,
@@ -291,8 +278,8 @@ class TokenWriter:
                 **asdict(self.spec),
                 "left_out": self.spec.images - images,
                 "shards": [
-                    {"images": info["images"], "bytes": file.stat().st_size}
-                    for file, info in zip(files, infos, strict=True)
+                    {"images": count, "bytes": file.stat().st_size}
+                    for file, count in zip(files, counts, strict=True)
                 ],
             }
             self._write_json("meta.json", meta)
@@ -301,15 +288,12 @@ class TokenWriter:
         return TokenCache(self.folder)
 
     def _write_json(self, name: str, data: Any) -> None:
-        partial = self._partial(name)
-        partial.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        self._rename(partial, name)
+        text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+        self._write(name, lambda path: path.write_text(text, encoding="utf-8"))
 
-    def _partial(self, name: str) -> Path:
-        """A temporary name of this part."""
-        return self.folder / f".partial-{self.part}-{name}"
-
-    def _rename(self, partial: Path, name: str) -> None:
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+    def _write(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Writes a file of this part under a temporary name, then renames it."""
+        partial = self.folder / f".partial-{self.part}-{name}"
+        write(partial)
+        sync(partial)
         os.replace(partial, self.folder / name)

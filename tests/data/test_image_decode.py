@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dalle.data import DataConfig, open_dataset
-from dalle.data.bad_samples import CAUSES, BadSampleError
+from dalle.data.bad_samples import BadSampleError
 from dalle.data.image_decode import decode, open_image
 from dalle.data.transforms import transform
 from dalle.io.rng import epoch_stream, generator
@@ -40,7 +40,6 @@ def test_causes_of_broken_images(data, cause):
     with pytest.raises(BadSampleError) as caught:
         decode(open_image(data, "a.png"), "a.png")
     assert (caught.value.name, caught.value.cause) == ("a.png", cause)
-    assert cause in CAUSES
 
 
 def test_pillows_own_limit_is_a_bomb(monkeypatch):

@@ -88,7 +88,7 @@ def test_parts_write_the_cache_of_one_process(tmp_path):
     assert parts == [[0], [1], [2], []]
     single = write(tmp_path / "single")
     assert write(tmp_path / "shared", part=1, parts=2) is None
-    with pytest.raises(ValueError, match=r"incomplete.*1 of 3 shards"):
+    with pytest.raises(ValueError, match=r"incomplete.*1 shards"):
         TokenCache(tmp_path / "shared")
     assert write(tmp_path / "shared", part=0, parts=2).hash == single.hash
     assert contents(tmp_path / "shared") == contents(tmp_path / "single")
