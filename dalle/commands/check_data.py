@@ -69,10 +69,11 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
     """
     from tqdm import tqdm
 
-    from dalle.data.bad_samples import BadSampleLog
+    from dalle.data.bad_samples import BadSampleLog, check_bad_fraction
     from dalle.data.dataloader import worker_count
     from dalle.data.statistics import DatasetScanner, DatasetStats, find_duplicates
     from dalle.io.files import make_directory, write_json, write_text
+    from dalle.io.images import captioned_grid
     from dalle.runs.inputs import load_text_input
 
     source = _open_source(args.data)
@@ -94,17 +95,27 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
     duplicates = list(find_duplicates(source, stats, workers))
     report = _report(args, source, stats, bad_samples, duplicates, list(scanner.filters))
     write_json(out / "report.json", report)
-    _save_contact_sheet(stats, out / "contact_sheet.png")
+    (out / "contact_sheet.png").unlink(missing_ok=True)
+    if stats.tiles:
+        cells = [(_shorten(_printable(caption)), image) for caption, image in stats.tiles]
+        captioned_grid(cells, min(COLUMNS, len(cells))).save(out / "contact_sheet.png")
     if args.exclude_list:
         names = [_printable(source.name(copy)) for copy, _ in duplicates]
         write_text(args.exclude_list, "".join(f"{name}\n" for name in names))
     _print_report(report, args, out)
-    _check_max_bad(report["bad"], args, str(bad_samples))
+    bad = report["bad"]
+    if args.max_bad is None:
+        check_bad_fraction(bad["samples"], bad["of"], args.data.max_bad_fraction, str(bad_samples))
+    elif bad["samples"] > args.max_bad * bad["of"]:
+        raise ValueError(
+            f"{bad['samples']} of {bad['of']} samples are bad, more than --max-bad {args.max_bad:g}: "
+            f"{bad_samples}"
+        )
     return report
 
 
 def _open_source(data: DataConfig) -> "DataSource":
-    from dalle.data import open_source
+    from dalle.data.dataset import source_of
 
     if data.path is None:
         raise ValueError("no data: give --data.path, a folder, a table or tars (docs/data.md)")
@@ -112,14 +123,7 @@ def _open_source(data: DataConfig) -> "DataSource":
         raise ValueError("the shapes are generated, nothing to check; give --data.path with your own images")
     if data.val_path:
         print(f"note: {data.val_path} is not read; check it in a run of its own")
-    return open_source(
-        data.path,
-        data.format,
-        data.image_column,
-        data.caption_column,
-        image_root=data.image_root,
-        index_dir=data.index_dir,
-    )
+    return source_of(data, data.path)
 
 
 def _usable_filters(filters: FilterConfig) -> FilterConfig:
@@ -133,17 +137,6 @@ def _usable_filters(filters: FilterConfig) -> FilterConfig:
         print(f"note: {error}; until then that filter is not tried")
         return replace(filters, language=None)
     return filters
-
-
-def _check_max_bad(bad: dict[str, Any], args: CheckDataArgs, causes: str) -> None:
-    from dalle.data.bad_samples import check_bad_fraction
-
-    if args.max_bad is None:
-        check_bad_fraction(bad["samples"], bad["of"], args.data.max_bad_fraction, causes)
-    elif bad["samples"] > args.max_bad * bad["of"]:
-        raise ValueError(
-            f"{bad['samples']} of {bad['of']} samples are bad, more than --max-bad {args.max_bad:g}: {causes}"
-        )
 
 
 def _report(
@@ -175,8 +168,6 @@ def _report(
         "captions": stats.words.total(),
         "bad": _fraction(bad_samples.counts.total(), seen)
         | {"causes": dict(bad_samples.counts.most_common()), "named": [asdict(bad) for bad in stats.skipped]},
-        "width": summarize(count_by(lambda size: size[0])),
-        "height": summarize(count_by(lambda size: size[1])),
         "shorter_side": summarize(shorter_side),
         "smaller_than_resolution": {"resolution": args.data.resolution} | _fraction(small, usable),
         "aspect": dict(count_by(aspect).most_common()),
@@ -216,26 +207,14 @@ def _shorten(text: str) -> str:
     return text if len(text) <= MAX_CAPTION else text[: MAX_CAPTION - 3] + "..."
 
 
-def _save_contact_sheet(stats: "DatasetStats", path: Path) -> None:
-    from dalle.io.images import captioned_grid
-
-    path.unlink(missing_ok=True)
-    if stats.tiles:
-        cells = [(_shorten(_printable(caption)), image) for caption, image in stats.tiles]
-        captioned_grid(cells, min(COLUMNS, len(cells))).save(path)
-
-
 def _print_report(report: dict[str, Any], args: CheckDataArgs, out: Path) -> None:
     def percent(numbers: dict[str, Any]) -> str:
         return f"{numbers['samples']:,} of {numbers['of']:,} ({numbers['fraction']:.2%})"
 
     def print_summary(title: str, numbers: dict[str, Any]) -> None:
         if numbers:
-            print(
-                "{}: median {median}, 90% from {p5} to {p95}, all from {min} to {max}".format(
-                    title, **numbers
-                )
-            )
+            text = "{}: median {median}, 90% from {p5} to {p95}, all from {min} to {max}"
+            print(text.format(title, **numbers))
 
     bad, duplicates, small = report["bad"], report["duplicates"], report["smaller_than_resolution"]
     print(f"{args.data.path}: {report['usable']} usable images with {report['captions']} captions")

@@ -46,19 +46,18 @@ def open_dataset(config: DataConfig, split: str = "train", siblings: bool = Fals
         part, held_out = split, None
     elif config.val_path is not None:
         held_out = None
-    source = open_source(
-        path,
-        config.format,
-        config.image_column,
-        config.caption_column,
-        part=part,
-        image_root=config.image_root,
-        index_dir=config.index_dir,
-    )
+    source = source_of(config, path, part)
     bad = len(source.skipped)
     check_bad_fraction(bad, len(source) + bad, config.max_bad_fraction, _examples(source.skipped))
     filters = Filters(config.filters)
     return ImageTextDataset(source, config.resolution, split, held_out, filters, config.jpeg_draft)
+
+
+def source_of(config: DataConfig, path: str, part: str = "all") -> DataSource:
+    """The captioned images at a path, read as configured."""
+    columns = config.image_column, config.caption_column
+    places = {"image_root": config.image_root, "index_dir": config.index_dir}
+    return open_source(path, config.format, *columns, part=part, **places)
 
 
 class ImageTextDataset:

@@ -1,5 +1,4 @@
-"""Statistics of a dataset: image sizes, caption lengths, what filters drop, duplicates
-(scripts/check_data.py).
+"""Statistics of a dataset: image sizes, caption lengths, what filters drop, duplicates.
 
 Workers scan chunks of CHUNK samples, and the parts add up in order, so the result is the same for any number
 of workers. Memory grows by 16 bytes a sample.
@@ -9,6 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -142,7 +142,7 @@ def _map(task: Callable[[int], Any], steps: int, workers: int) -> Iterator[Any]:
 
 
 def summarize(counts: Counter[int]) -> dict[str, Any]:
-    """Mean, percentiles and a histogram with doubling bins of numbers by their counts; {} for none."""
+    """Mean and percentiles of numbers by their counts; {} for none."""
     if not counts:
         return {}
     values = np.array(sorted(counts))
@@ -150,18 +150,9 @@ def summarize(counts: Counter[int]) -> dict[str, Any]:
     cumulative = numbers.cumsum()
     ranks = np.array([0, 5, 50, 95, 100]) / 100 * cumulative[-1]
     percentiles = values[np.searchsorted(cumulative, np.maximum(ranks, 1))].tolist()
-    bins = Counter()
-    for value, count in counts.items():
-        bins[value.bit_length()] += count
-    histogram = {
-        f"{(1 << bits) >> 1}-{(1 << bits) - 1}" if bits > 1 else f"{bits}": bins[bits]
-        for bits in range(min(bins), max(bins) + 1)
-    }
-    return {
-        **dict(zip(("min", "p5", "median", "p95", "max"), percentiles, strict=True)),
-        "mean": round(float(values @ numbers / cumulative[-1]), 2),
-        "histogram": histogram,
-    }
+    names = ("min", "p5", "median", "p95", "max")
+    mean = round(float(values @ numbers / cumulative[-1]), 2)
+    return dict(zip(names, percentiles, strict=True)) | {"mean": mean}
 
 
 def aspect(size: tuple[int, int]) -> str:
@@ -177,16 +168,10 @@ def aspect(size: tuple[int, int]) -> str:
     return f"{'wide' if size[0] > size[1] else 'tall'}, {limit}"
 
 
-@dataclass(frozen=True)
-class Thumbnails:
-    """Chunk number -> thumbnails of a chunk of `indices`, for the workers."""
-
-    source: DataSource
-    indices: Sequence[int]
-
-    def __call__(self, chunk: int) -> list[np.ndarray]:
-        indices = self.indices[chunk * CHUNK : (chunk + 1) * CHUNK]
-        return [thumbnail(decode_sample(self.source.read(index))) for index in indices]
+def _thumbnails(source: DataSource, indices: Sequence[int], chunk: int) -> list[np.ndarray]:
+    """The thumbnails of a chunk of `indices`."""
+    indices = indices[chunk * CHUNK : (chunk + 1) * CHUNK]
+    return [thumbnail(decode_sample(source.read(index))) for index in indices]
 
 
 def find_duplicates(source: DataSource, stats: DatasetStats, workers: int = 0) -> Iterator[tuple[int, int]]:
@@ -196,7 +181,7 @@ def find_duplicates(source: DataSource, stats: DatasetStats, workers: int = 0) -
     """
     groups = near_duplicate_groups(np.array(stats.hashes, dtype=np.uint64))
     indices = [stats.indices[i] for group in groups for i in group]
-    chunks = _map(Thumbnails(source, indices), -(-len(indices) // CHUNK), workers)
+    chunks = _map(partial(_thumbnails, source, indices), -(-len(indices) // CHUNK), workers)
     images = chain.from_iterable(chunks)
     for group in groups:
         firsts = find_copies(list(islice(images, len(group))))

@@ -234,10 +234,13 @@ class TokenWriter:
                 f"{changes or 'another spec'}; give another --out, or remove it"
             )
 
+    def own(self) -> range:
+        """The shards of this part."""
+        return range(self.part, self.spec.shards, self.parts)
+
     def missing(self) -> list[int]:
         """The shards of this part that do not exist yet."""
-        own = range(self.part, self.spec.shards, self.parts)
-        return [shard for shard in own if not (self.folder / shard_name(shard)).is_file()]
+        return [shard for shard in self.own() if not (self.folder / shard_name(shard)).is_file()]
 
     def write(self, shard: int, tokens: np.ndarray, captions: Sequence[list[str]]) -> None:
         """Writes a shard: tokens, integers (n, crops, rows * columns), and captions of the n usable images of

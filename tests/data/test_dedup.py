@@ -22,9 +22,8 @@ SIZE = (200, 160)
 
 
 def recompressed(image, scale=0.7, quality=60):
-    smaller = image.resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
-    )
+    size = round(image.width * scale), round(image.height * scale)
+    smaller = image.resize(size, Image.Resampling.BICUBIC)
     return Image.open(io.BytesIO(encoded(smaller, "JPEG", quality=quality)))
 
 
@@ -35,11 +34,8 @@ def bits(a, b):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_copy_has_nearly_the_same_hash_and_thumbnail(seed):
     image, other = scene(seed, SIZE), scene(seed + 100, SIZE)
-    for copy in (
-        recompressed(image),
-        recompressed(image, 2.5, 90),
-        ImageEnhance.Brightness(image).enhance(0.95),
-    ):
+    brighter = ImageEnhance.Brightness(image).enhance(0.95)
+    for copy in (recompressed(image), recompressed(image, 2.5, 90), brighter):
         assert bits(image_hash(image), image_hash(copy)) <= DISTANCE
     assert relative_rmse(thumbnail(image), thumbnail(recompressed(image))) < MAX_RMSE
     assert relative_rmse(thumbnail(image), thumbnail(other)) > 5 * MAX_RMSE
@@ -95,12 +91,6 @@ def test_neighbors_take_less_than_all_pairs(monkeypatch):
     assert sum(compared) < 20 * 20000  # all pairs would be 2e8
 
 
-@pytest.mark.parametrize("distance", [-1, 31])
-def test_a_distance_outside_the_range_is_refused(distance):
-    with pytest.raises(ValueError, match="0 to 30"):
-        hamming_neighbors(np.zeros(2, dtype=np.uint64), distance)
-
-
 def test_groups_are_connected_by_steps():
     hashes = np.array([0, 0b11, 2**63, 0b1111, 0, 7 << 40], dtype=np.uint64)
     assert near_duplicate_groups(hashes, 2) == [[0, 1, 2, 3, 4]]
@@ -128,13 +118,8 @@ def test_flat_images_are_compared_by_color():
 
 def test_each_copy_names_its_first():
     a, b = scene(0, SIZE), scene(1, SIZE)
-    assert find_copies([thumbnail(i) for i in (a, b, recompressed(b), recompressed(a), a)]) == [
-        None,
-        None,
-        1,
-        0,
-        0,
-    ]
+    firsts = find_copies([thumbnail(i) for i in (a, b, recompressed(b), recompressed(a), a)])
+    assert firsts == [None, None, 1, 0, 0]
 
 
 def test_the_image_mode_does_not_matter():
