@@ -67,11 +67,15 @@ class EvaluateArgs(EvalConfig):
 
 def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     """Computes and prints each metric; writes --json after each, for a run that is interrupted."""
+    from dalle.clip import CLIPScorer
     from dalle.evals.context import EvalContext
     from dalle.evals.suite import METRICS
     from dalle.hub.registry import weights_hash
     from dalle.io.files import make_directory, write_json
     from dalle.pipelines.dalle import DALLE
+    from dalle.pretrained.openai_clip import load_scorer
+    from dalle.runs.inputs import load_stage
+    from dalle.text import text_tokenizer_from_dict
     from dalle.train.precision import resolve_device
 
     if args.json:
@@ -79,7 +83,12 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     device = resolve_device(args.device)
     model = DALLE.from_pretrained(args.model, device)
     report: dict[str, Any] = {"model": model.hash}
-    clip = _load_clip(args, device) if args.clip else None
+    clip = None
+    if args.clip and args.clip.is_dir():
+        loaded = load_stage("clip", args.clip, device)
+        clip = CLIPScorer(loaded.model, text_tokenizer_from_dict(loaded.inputs["text"]))
+    elif args.clip:
+        clip = load_scorer(args.clip, device, args.quick_gelu)
     if args.rerank_with == "clip":
         model.scorer = clip
         report["ranked_by"] = weights_hash(clip.model)
@@ -101,19 +110,6 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         if args.json:
             write_json(args.json, finite(report))
     return finite(report)
-
-
-def _load_clip(args: EvaluateArgs, device: Any) -> Any:
-    """The CLIP of --clip; one of this library reads the ids of the text tokenizer it was trained with."""
-    from dalle.clip import CLIPScorer
-    from dalle.pretrained.openai_clip import load_scorer
-    from dalle.runs.inputs import load_stage
-    from dalle.text import text_tokenizer_from_dict
-
-    if not args.clip.is_dir():
-        return load_scorer(args.clip, device, args.quick_gelu)
-    loaded = load_stage("clip", args.clip, device)
-    return CLIPScorer(loaded.model, text_tokenizer_from_dict(loaded.inputs["text"]))
 
 
 def finite(report: dict[str, Any]) -> dict[str, Any]:

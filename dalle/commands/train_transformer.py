@@ -112,19 +112,16 @@ def check_inputs(
 ) -> None:
     """ValueError for a token cache, text tokenizer or dVAE that does not fit the model or each other."""
     model, folder = run.model, cache.folder
-    if dvae_hash != cache.meta["dvae"]:
+    dvae, vocab = cache.meta["dvae"], cache.meta["vocab"]
+    if dvae_hash != dvae:
         raise ValueError(
-            f"{folder} holds tokens of dVAE {cache.meta['dvae']}, {run.dvae} is {dvae_hash}: "
-            "they do not belong together; encode the images again"
+            f"{folder} holds tokens of dVAE {dvae}, {run.dvae} is {dvae_hash}: they do not belong together; "
+            "encode the images again"
         )
     if cache.grid != model.grid:
-        raise ValueError(
-            f"{folder} has a grid of {list(cache.grid)}, model.grid is {list(model.grid)}; set it"
-        )
-    if cache.meta["vocab"] != model.image_vocab:
-        raise ValueError(
-            f"{folder} has {cache.meta['vocab']} codes, model.image_vocab is {model.image_vocab}; set it"
-        )
+        raise ValueError(f"{folder} has grid {list(cache.grid)}, model.grid is {list(model.grid)}; set it")
+    if vocab != model.image_vocab:
+        raise ValueError(f"{folder} has {vocab} codes, model.image_vocab is {model.image_vocab}; set it")
     if text.vocab_size > model.text_vocab:
         raise ValueError(
             f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {model.text_vocab}; raise it"

@@ -120,7 +120,7 @@ def write_images(
 def write_sample(
     out: Path, model: Any, generation: Generation, options: dict[str, Any], log_likelihood: bool = False
 ) -> None:
-    """Writes the images as `write_images`, and sample.json with the options and a record of each image."""
+    """Writes images as `write_images`, and sample.json with the options and a record of each image."""
     nats, model_hash = None, model.hash
     if log_likelihood:
         nats = model.log_likelihood(generation.prompt, generation.image_tokens, truncate=True)

@@ -122,7 +122,15 @@ def fp16_underflow(args: UnderflowStudy) -> dict[str, Any]:
 def _train(method: str, args: UnderflowStudy) -> list[dict[str, Any]]:
     """A line for each update: step, loss, skipped; each `log_every` also zeros and grad_scale_log2."""
     scaler, cpu = METHODS[method], torch.device("cpu")
-    precision, optim = "fp16" if scaler else "fp32", optimizer(args.lr)
+    precision = "fp16" if scaler else "fp32"
+    optim = OptimizerConfig(  # independent of the size of gradients
+        lr=Schedule(args.lr, args.lr),
+        warmup_steps=100,
+        eps=1e-18,
+        max_grad_norm=None,
+        max_variance=None,
+        plateau=NO_PLATEAU,
+    )
     step = Stepper(
         "transformer", args.model, TransformerObjective(), cpu, precision, optim=optim, seed=args.seed
     )
@@ -141,18 +149,6 @@ def _train(method: str, args: UnderflowStudy) -> list[dict[str, Any]]:
                 line["grad_scale_log2"] = step.state.scales.values.log2().tolist()
         lines.append(line)
     return lines
-
-
-def optimizer(lr: float) -> OptimizerConfig:
-    """AdamW independent of the size of gradients: no clipping, a tiny eps."""
-    return OptimizerConfig(
-        lr=Schedule(lr, lr),
-        warmup_steps=100,
-        eps=1e-18,
-        max_grad_norm=None,
-        max_variance=None,
-        plateau=NO_PLATEAU,
-    )
 
 
 def spread_gradients(blocks: Sequence[ResidualBlock], exponents: Sequence[int]) -> None:
