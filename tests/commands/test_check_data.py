@@ -98,7 +98,7 @@ def test_more_than_max_bad_fails_after_everything_is_written(bad_tar, tmp_path):
 def test_more_than_a_training_accepts_fails(bad_tar, tmp_path, monkeypatch):
     monkeypatch.setattr("dalle.data.bad_samples.MIN_BAD", 4)
     args = args_of(bad_tar, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"5 of 20 samples .*25\.0%"):
+    with pytest.raises(ValueError, match="5 of 20 samples"):
         check_data(args)
     check_data(replace(args, data=replace(args.data, max_bad_fraction=0.25)))
 

@@ -3,7 +3,7 @@
 It shares nothing with dalle/pretrained.
 """
 
-import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,8 @@ from tests.helpers.reference import RandomState, State, attend, layer_norm, line
 from tests.helpers.vqgan_reference import CODES, make_state, names_of_taming
 
 WIDTH, DEPTH, HEADS, TEXT, SIDE = 24, 3, 4, 7, 4
-CAPTIONS = [
-    f"A {color} {shape} on the {place}, café"
-    for color in ("red", "blue", "golden")
-    for shape in ("circle", "square")
-    for place in ("beach", "mountain")
-]
+WORDS = ("red", "blue", "golden"), ("circle", "square"), ("beach", "mountain")
+CAPTIONS = [f"A {color} {shape} on the {place}, café" for color, shape, place in product(*WORDS)]
 HPARAMS: dict[str, Any] = {
     "embed_dim": WIDTH,
     "n_layers": DEPTH,
@@ -78,8 +74,8 @@ def logits(state: State, text: list[int], image: list[int], **changed: Any) -> t
     return linear(x[: TEXT - 1], state, "head_txt"), linear(x[TEXT - 1 :], state, "head_img")
 
 
-def train_tokenizer(folder: Path) -> None:
-    """Writes a CharBPETokenizer as minDALL-E's files."""
+def train_tokenizer(folder: Path) -> int:
+    """Writes a CharBPETokenizer as minDALL-E's files; its vocabulary size."""
     from tokenizers import CharBPETokenizer
 
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
@@ -89,6 +85,7 @@ def train_tokenizer(folder: Path) -> None:
     vocabulary, merges = trained.save_model(str(folder / "tokenizer"))
     Path(vocabulary).rename(folder / "tokenizer/bpe-16k-vocab.json")
     Path(merges).rename(folder / "tokenizer/bpe-16k-merges.txt")
+    return trained.get_vocab_size()
 
 
 def published_tokenizer(folder: Path) -> Any:
@@ -105,8 +102,7 @@ def published_tokenizer(folder: Path) -> Any:
 
 def write_folder(folder: Path, **changed: Any) -> State:
     """All its files at small width; the transformer's tensors."""
-    train_tokenizer(folder)
-    words = len(json.loads((folder / "tokenizer/bpe-16k-vocab.json").read_text()))
+    words = train_tokenizer(folder)
     write_config(folder, words, **changed)
     state = make_weights(words, **changed)
     torch.save({"state_dict": state}, folder / "stage2_last.ckpt")
