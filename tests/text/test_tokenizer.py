@@ -176,16 +176,12 @@ def exact_dropout_distribution(tokenizer, word, dropout):
 
 def chi_square_excess(samples, distribution):
     """Standard deviations by which chi-square exceeds its mean; classes expected under 5 times are pooled."""
-    n, expected, observed = sum(samples.values()), [0.0], [0]
+    n = sum(samples.values())
     assert set(samples) <= set(distribution)
-    for outcome, probability in distribution.items():
-        if n * probability >= 5:
-            expected.append(n * probability)
-            observed.append(samples[outcome])
-        else:
-            expected[0] += n * probability
-            observed[0] += samples[outcome]
-    classes = [(o, e) for o, e in zip(observed, expected, strict=True) if e >= 1]
+    classes = [(samples[outcome], n * p) for outcome, p in distribution.items() if n * p >= 5]
+    observed, expected = (n - sum(counts) for counts in zip(*classes, strict=True))
+    if expected >= 1:
+        classes.append((observed, expected))
     freedom = len(classes) - 1
     return (sum((o - e) ** 2 / e for o, e in classes) - freedom) / math.sqrt(2 * freedom)
 
