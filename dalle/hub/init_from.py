@@ -31,11 +31,7 @@ SAME = {
 
 @torch.no_grad()
 def load_pretrained_weights(kind: str, model: nn.Module, source: nn.Module) -> list[str]:
-    """Copies a source's weights into a fresh model of the same kind; returns the fields that have grown.
-
-    Raises:
-        ValueError: a field that must be equal is not, or one that may grow is smaller than the source's.
-    """
+    """Copies a source's weights into a fresh model of the same kind; returns the fields that have grown."""
     new, old = model.config, source.config
     grown = []
     for name in SAME[kind] + GROWING[kind]:
@@ -95,11 +91,7 @@ def _rows_of(kind: str, old: Any, new: Any) -> dict[str, tuple[int, Tensor]]:
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Freezes parameters whose names match a pattern (`*` matches anything); returns their names.
-
-    Raises:
-        ValueError: a pattern that matches no parameter, or nothing is left to train.
-    """
+    """Freezes parameters whose names match a pattern (`*` matches anything); returns their names."""
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):

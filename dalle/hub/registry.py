@@ -78,9 +78,6 @@ class LoadedModel(HubMixin):
         """One part of a model directory, a run, or a Hub repository, of which only its files are downloaded.
 
         `kind` is required if there are several parts; for `revision` and `token` see `resolve_source`.
-
-        Raises:
-            ValueError: no such model, several parts and no kind, another kind, or a damaged file.
         """
         if kind is None:
             kind = _only_kind(resolve_source(source, (), revision, token))
@@ -210,8 +207,7 @@ def write_model_directory(
         report, license: see `write_card`.
 
     Raises:
-        ValueError: a part that is not this library's, a directory that cannot be written, or a report of
-            another model.
+        ValueError: a part that is not this library's, or a report of another model.
     """
     for kind, model in parts.items():
         if not isinstance(model, expected := MODEL_REGISTRY[kind][1]):

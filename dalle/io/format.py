@@ -9,15 +9,9 @@ FORMAT = 1
 
 
 def check_meta(meta: Any, kind: str, source: Path) -> dict[str, Any]:
-    """Checks what meta.json or config.json holds; returns it.
+    """The content of meta.json or config.json; ValueError for another kind or format, or a damaged file.
 
-    Args:
-        meta: the parsed file.
-        kind: expected: "dvae", "transformer", "clip", or "dalle" for a model directory.
-        source: named in errors.
-
-    Raises:
-        ValueError: another kind, another format, or a damaged file.
+    `kind` is "dvae", "transformer", "clip", or "dalle" for a model directory.
     """
     found = meta.get("kind") if isinstance(meta, dict) else None
     if found != kind:
@@ -34,11 +28,7 @@ def check_meta(meta: Any, kind: str, source: Path) -> dict[str, Any]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory, checked.
-
-    Raises:
-        ValueError: no model directory, another format, or a damaged config.json.
-    """
+    """config.json of a model directory; ValueError if there is none, for another format or a damaged one."""
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(

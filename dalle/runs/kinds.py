@@ -22,11 +22,7 @@ EACH_KIND = f"--help after --kind {{{','.join(TRAININGS)}}}, or after --config F
 
 
 def take_kind(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The family of a command line, by `--kind` or else by the first --config; and the words without --kind.
-
-    Raises:
-        ValueError: an unknown kind, or a file whose kind is not clear.
-    """
+    """The family of a command line, by `--kind` or else the first --config; and the words without --kind."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--kind")
     known, rest = parser.parse_known_args(words)

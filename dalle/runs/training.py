@@ -54,10 +54,6 @@ class TrainingRun(Generic[Args]):
         Args:
             inputs: what it is trained with, for its checkpoints: hashes and the text tokenizer.
             placement: for `nn.Module.to`.
-
-        Raises:
-            ValueError: the source does not fit, a pattern matches nothing, or the run in --out started from
-                another source.
         """
         torch.manual_seed(self.args.seed)
         model = build_model(self.kind, self.args.model).to(self.dist.device, **placement)
