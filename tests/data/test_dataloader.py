@@ -91,13 +91,6 @@ def test_steps_in_any_order():
         assert [batches(step) for step in (3, 4, 0, 0, 5)] == [alone[step] for step in (3, 4, 0, 0, 5)]
 
 
-def test_the_ranks_together_load_the_step_of_one():
-    alone = reader(batch_size=4)(2)[0]
-    halves = [reader(batch_size=4, rank=rank, world=2)(2)[0] for rank in range(2)]
-    assert halves[0][1] + halves[1][1] == alone[1]
-    assert halves[0][2] + halves[1][2] == alone[2]
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_value_error_of_a_worker_keeps_its_message(workers):
     with Loader(Failing("raises"), 3, workers) as batches:
