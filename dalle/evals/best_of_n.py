@@ -32,12 +32,9 @@ def best_probabilities(candidates: int, n: int) -> np.ndarray:
 def best_of_n(
     scores: np.ndarray, values: np.ndarray | None = None, ns: Sequence[int] | None = None
 ) -> dict[int, float]:
-    """Expected value of the candidate with the highest score among n, for each n.
+    """Expected value (C, M) of the candidate with the highest score (C, M) among n, for each n.
 
-    Args:
-        scores: (C, M). Equal ones share their chances.
-        values: (C, M); the scores themselves by default.
-        ns: by default powers of two.
+    Equal scores share their chances. By default the values are the scores, the ns powers of two.
     """
     scores = np.asarray(scores, dtype=np.float64)
     values = scores if values is None else np.asarray(values, dtype=np.float64)

@@ -22,15 +22,7 @@ RESIZE = "shorter side by Pillow's Lanczos, then the middle square"
 
 
 class ValidationSet:
-    """The first usable validation pairs of a dataset.
-
-    Args:
-        data: the dataset.
-        resolution: pixels on a side.
-        count: number of pairs at most.
-        batch: pairs read at once.
-        seed: chooses a caption of a pair where one is needed.
-    """
+    """The first usable validation pairs of a dataset, at most `count`; the seed chooses among captions."""
 
     def __init__(self, data: DataConfig, resolution: int, count: int, batch: int, seed: int):
         self.data = replace(data, resolution=resolution)
@@ -54,11 +46,7 @@ class ValidationSet:
         return [caption for batch in self.batches(count) for caption in sample_captions(batch, self.seed)]
 
     def labeled(self, classes: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels (B, 3, R, R) and labels int64 (B,) of the pairs with a caption that names a class.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """Pixels (B, 3, R, R) and labels int64 (B,) of the pairs whose caption names a class."""
         numbers, found = {_normalized(name): i for i, name in enumerate(classes)}, False
         for batch in self.batches():
             labels = {}
@@ -69,10 +57,8 @@ class ValidationSet:
                 found = True
                 yield torch.from_numpy(batch.pixels[list(labels)]), torch.tensor(list(labels.values()))
         if not found:
-            raise ValueError(
-                f"no validation caption of {self.data.path} is the name of a class, such as {classes[0]!r}; "
-                "classes are for images whose caption is their class"
-            )
+            what = f"no validation caption of {self.data.path} is the name of a class"
+            raise ValueError(f"{what}, such as {classes[0]!r}; each caption must be a class")
 
     def provenance(self) -> dict[str, Any]:
         """What identifies the images."""
@@ -102,16 +88,11 @@ def _normalized(name: str) -> str:
 
 @dataclass
 class EvalContext:
-    """A model with the data and networks that measure it.
-
-    Raises:
-        ValueError: no data, or a file of weights that is missing or wrong.
-    """
+    """A model with the data and networks that measure it."""
 
     args: EvalConfig
     model: DALLE
-    clip: Embedder | None = None
-    """Measures in place of the model's own CLIP."""
+    clip: Embedder | None = None  # measures in place of the model's own CLIP
 
     def __post_init__(self):
         layout, args = self.model.transformer.layout, self.args

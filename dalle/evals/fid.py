@@ -72,17 +72,9 @@ def frechet_distance(a: FeatureGaussian, b: FeatureGaussian) -> float:
 
 
 def inception_score(logits: Tensor, splits: int = SPLITS, seed: int = 0) -> tuple[float, float]:
-    """Mean and standard deviation of the score over equal parts of the images, shuffled by the seed.
-
-    Args:
-        logits: (N, classes).
-        splits: number of parts.
-        seed: of the order.
-    """
+    """Mean and standard deviation of the score of logits (N, classes) over shuffled parts."""
     if logits.ndim != 2 or len(logits) < splits or splits < 1:
-        raise ValueError(
-            f"{splits} parts need logits (N, classes) of as many images, got {tuple(logits.shape)}"
-        )
+        raise ValueError(f"{splits} parts need as many logits (N, classes), got {tuple(logits.shape)}")
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
     scores = []
     for part in logits.cpu().double()[order].tensor_split(splits):

@@ -68,17 +68,10 @@ def cached_reference_stats(
 ) -> tuple[dict[float, FeatureGaussian], str]:
     """Statistics of real images by radius, from the folder or computed and saved there, and a hash of them.
 
-    Args:
-        extractor: its hash is part of the key.
-        batches: gives the images where they are needed.
-        facts: what else the statistics depend on: which images, how many, their size.
-        folder: has a file of tensors and one of facts for each radius.
+    `facts` are what they depend on beside the extractor: which images, how many, their size.
     """
     described = {radius: facts | {"extractor": extractor.hash, "radius": radius} for radius in radii}
-    texts = {radius: json.dumps(one, sort_keys=True) for radius, one in described.items()}
-    paths = {
-        radius: folder / hashlib.sha256(text.encode()).hexdigest()[:16] for radius, text in texts.items()
-    }
+    paths = {radius: folder / _hash(json.dumps(one, sort_keys=True)) for radius, one in described.items()}
     stats = {radius: _read(path) for radius, path in paths.items()}
     if missing := [radius for radius in radii if stats[radius] is None]:
         make_directory(folder)
@@ -87,7 +80,11 @@ def cached_reference_stats(
             tensors = {"mean": gaussian.mean, "covariance": gaussian.covariance}
             write_tensors(paths[radius].with_suffix(".safetensors"), tensors)
             write_json(paths[radius].with_suffix(".json"), described[radius] | {"count": gaussian.count})
-    return stats, hashlib.sha256("".join(path.name for path in paths.values()).encode()).hexdigest()[:16]
+    return stats, _hash("".join(path.name for path in paths.values()))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _read(path: Path) -> FeatureGaussian | None:

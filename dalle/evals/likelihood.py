@@ -36,11 +36,8 @@ LEVELS = 255
 def nats_per_token(model: Transformer, batches: Iterable[Tensor]) -> dict[str, float]:
     """text_loss, image_loss and loss (both weighted as in training) in nats per token, and numbers of tokens.
 
-    A caption's end counts as a token; long captions weigh more than short ones.
-
-    Args:
-        model: the transformer.
-        batches: joint ids (B, N), on the model's device.
+    Batches are joint ids (B, N) on the model's device. A caption's end counts as a token; long captions
+    weigh more than short ones.
     """
     nats, tokens, pairs = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64), 0
     for ids in batches:
@@ -51,11 +48,8 @@ def nats_per_token(model: Transformer, batches: Iterable[Tensor]) -> dict[str, f
     if not pairs:
         raise ValueError("no pairs to measure; expected one or more")
     (text, image), (text_tokens, image_tokens) = (nats / tokens).tolist(), tokens.tolist()
-    losses = {
-        "text_loss": text,
-        "image_loss": image,
-        "loss": weighted_cross_entropy(text, image, TEXT_WEIGHT),
-    }
+    losses = {"text_loss": text, "image_loss": image}
+    losses["loss"] = weighted_cross_entropy(text, image, TEXT_WEIGHT)
     return losses | {"text_tokens": text_tokens, "image_tokens": image_tokens, "pairs": pairs}
 
 
@@ -65,15 +59,9 @@ def bits_per_dim(
 ) -> dict[str, dict[str, float]]:
     """The bound and its parts, means over pairs, for both choices of q.
 
-    Args:
-        dvae: the image tokenizer.
-        transformer: trained on its tokens.
-        batches: pixels (B, 3, H, W) in [0, 1] of 8-bit images and text_tokens (B, T), on the models' device.
-        seed: of the sampled tokens.
-
-    Returns:
-        "argmax" and "sampled", each with image_nats (-ln p(x | z)), image_token_nats, text_nats, entropy_nats
-        per pair; bits_per_dim of image and caption; bits_per_dim_given_caption.
+    Batches are pixels (B, 3, H, W) in [0, 1] of 8-bit images and text_tokens (B, T), on the models' device.
+    "argmax" and "sampled" each have image_nats (-ln p(x | z)), image_token_nats, text_nats, entropy_nats per
+    pair; bits_per_dim of image and caption; bits_per_dim_given_caption.
     """
     rng = torch.Generator().manual_seed(seed)
     means, dims = {"argmax": MeanMetric(), "sampled": MeanMetric()}, 0
@@ -107,13 +95,7 @@ def _with_bits(means: dict[str, float], nats_per_bit: float) -> dict[str, float]
 
 
 def log_mass(pixels: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:
-    """Log probability of 8-bit values under the logit-Laplace, elementwise, in nats.
-
-    Args:
-        pixels: in [0, 1], rounded here to multiples of 1/255.
-        mu: location, on the logit scale.
-        log_b: ln of the scale.
-    """
+    """Log probability of 8-bit values under the logit-Laplace of mu and ln b, elementwise, in nats."""
     level = (pixels.double() * LEVELS).round()
     edges = [EPSILON + (1 - 2 * EPSILON) * (level + step) / LEVELS for step in (-0.5, 0.5)]
     low = torch.logit(edges[0]).masked_fill(level == 0, -torch.inf)

@@ -4,7 +4,6 @@ Nothing is downloaded, and reading a file runs none of its code: torch-fidelity,
 unpickle, gets a copy of the file's tensors; lpips builds its network without weights and gets them later.
 """
 
-import hashlib
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from dalle.io.files import file_hashes
 from dalle.pretrained.torch_file import read_torch_file, weights_of
 from dalle.types import Embedder, check_images
 
@@ -27,12 +27,7 @@ ALEXNET_FILE = "LPIPS needs torchvision's AlexNet, alexnet-owt-7be5be79.pth; giv
 
 
 class Inception:
-    """Inception v3 of 2015, as FID uses it, on a device.
-
-    Raises:
-        ImportError: torch-fidelity is missing.
-        ValueError: no such file, or other weights.
-    """
+    """Inception v3 of 2015, as FID uses it; ValueError for other weights."""
 
     resize, metric = "bilinear to 299 x 299 as TensorFlow 1 (no antialiasing)", "fid"
 
@@ -45,9 +40,7 @@ class Inception:
             try:
                 net = package.FeatureExtractorInceptionV3("fid", ["2048", "logits_unbiased"], copy)
             except RuntimeError as error:
-                raise ValueError(
-                    f"{path} holds other weights: {str(error)[:300]} ... {INCEPTION_FILE}"
-                ) from None
+                raise ValueError(f"{path} holds other weights: {error!s:.300}. {INCEPTION_FILE}") from None
         self.net, self.device, self.hash = net.to(device), device, file_hash(path)
 
     @torch.no_grad()
@@ -59,12 +52,7 @@ class Inception:
 
 
 class LPIPS:
-    """LPIPS 0.1 by AlexNet (Zhang et al. 2018), on a device.
-
-    Raises:
-        ImportError: lpips is missing.
-        ValueError: no such file, or other weights.
-    """
+    """LPIPS 0.1 by AlexNet (Zhang et al. 2018); ValueError for other weights."""
 
     def __init__(self, backbone: Path, device: str | torch.device = "cpu"):
         tensors = read_weights(backbone, ALEXNET_FILE)
@@ -78,9 +66,7 @@ class LPIPS:
         try:
             net.net.load_state_dict({name: tensors[source] for name, source in features.items()})
         except (KeyError, RuntimeError) as error:
-            raise ValueError(
-                f"{backbone} holds other weights: {str(error)[:300]} ... {ALEXNET_FILE}"
-            ) from None
+            raise ValueError(f"{backbone} holds other weights: {error!s:.300}. {ALEXNET_FILE}") from None
         self.net: nn.Module = net.to(device).eval().requires_grad_(False)
         self.hash = f"{file_hash(backbone)}-{file_hash(layers)}"
 
@@ -126,5 +112,4 @@ def read_weights(path: Path, missing: str) -> dict[str, Tensor]:
 
 def file_hash(path: Path) -> str:
     """sha256 of a file, 16 hex characters."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return file_hashes(path.parent, [path])[path.name][:16]

@@ -25,9 +25,7 @@ def ssim(pixels: Tensor, others: Tensor) -> Tensor:
     """
     _check(pixels, others)
     if min(pixels.shape[2:]) < WINDOW:
-        raise ValueError(
-            f"SSIM needs images of {WINDOW} x {WINDOW} pixels or more, got {tuple(pixels.shape[2:])}"
-        )
+        raise ValueError(f"SSIM needs {WINDOW} x {WINDOW} pixels or more, got {tuple(pixels.shape[2:])}")
     x, y = pixels.double(), others.double()
     mean_x, mean_y, xx, yy, xy = (gaussian_filter(z, SIGMA, WINDOW // 2) for z in (x, y, x * x, y * y, x * y))
     var_x, var_y, cov = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
@@ -60,6 +58,5 @@ def gaussian_filter(pixels: Tensor, sigma: float, reach: int) -> Tensor:
 
 def _check(pixels: Tensor, others: Tensor) -> None:
     if pixels.ndim != 4 or pixels.shape != others.shape:
-        raise ValueError(
-            f"expected two equal shapes (B, C, H, W), got {tuple(pixels.shape)} and {tuple(others.shape)}"
-        )
+        shapes = f"{tuple(pixels.shape)} and {tuple(others.shape)}"
+        raise ValueError(f"expected two equal shapes (B, C, H, W), got {shapes}")

@@ -22,14 +22,9 @@ def run(
 ) -> dict[str, float]:
     """Means over images of reconstructions by hard codes, and codebook usage over all of them.
 
-    Args:
-        model: any image tokenizer; a DVAE has likelihoods too.
-        batches: pixels (B, 3, H, W) in [0, 1], on the model's device.
-        lpips: pixels, others -> distances (B,).
-
-    Returns:
-        images; psnr in dB, ssim, mae, lpips; codebook_used, codebook_dead_frac, perplexity; of a DVAE
-        nats_per_pixel_value (logit-Laplace) and kl in nats per position.
+    Batches are pixels (B, 3, H, W) in [0, 1] on the model's device; `lpips` gives distances (B,) of two. The
+    names are images; psnr in dB, ssim, mae, lpips; codebook_used, codebook_dead_frac, perplexity; of a DVAE
+    nats_per_pixel_value (logit-Laplace) and kl in nats per position.
     """
     means, counts = MeanMetric(), torch.zeros(model.vocab_size, dtype=torch.int64)
     for pixels in batches:
@@ -39,9 +34,8 @@ def run(
         counts += torch.bincount(tokens.flatten().cpu(), minlength=model.vocab_size)
         decoded = model.decode(tokens, tuple(side // model.downsample_factor for side in pixels.shape[2:]))
         if decoded.shape != pixels.shape:
-            raise ValueError(
-                f"reconstructions {tuple(decoded.shape)} of images {tuple(pixels.shape)}: sizes differ"
-            )
+            shapes = f"{tuple(decoded.shape)} of images {tuple(pixels.shape)}"
+            raise ValueError(f"reconstructions {shapes}: sizes differ")
         error = (decoded - pixels).abs().mean((1, 2, 3))
         means.add({"psnr": psnr(pixels, decoded), "ssim": ssim(pixels, decoded), "mae": error})
         if lpips is not None:

@@ -15,13 +15,9 @@ def retrieval(
     """R@k both ways: the share of queries whose answer is among the k highest cosines; ties count as misses.
 
     Args:
-        images: unit vectors (P, E).
-        captions: unit vectors (C, E).
+        images, captions: unit vectors (P, E) and (C, E).
         owners: the image of each caption; any caption of an image answers it, and every image must have one.
         ks: values of k; those that every query reaches are left out.
-
-    Returns:
-        {"image_to_text_acc": {"R@1": share, ...}, "text_to_image_acc": {...}}
     """
     owner = torch.as_tensor(owners, device=images.device)
     if len(owner) != len(captions) or not len(captions):

@@ -21,13 +21,11 @@ from dalle.shapes.judge import matches_caption
 
 @dataclass(frozen=True)
 class ShapesSamples:
-    """Candidates for captions, and the one of each that CLIP ranks first."""
+    """Candidates (C, n, 3, R, R) for captions, and the one of each that CLIP ranks first."""
 
     captions: list[str]
     pixels: Tensor
-    """(C, n, 3, R, R)."""
     best: list[int]
-    """The candidate ranked first, for each caption."""
 
     def first(self) -> Tensor:
         """Candidate 0 of each caption (C, 3, R, R)."""
@@ -42,7 +40,7 @@ def caption_accuracy(
     model: DALLE,
     split: str,
     count: int,
-    best_of: int = 16,
+    best_of: int,
     chunk: int = 512,
     seed: int = 0,
     temperature: float = 1.0,
@@ -50,13 +48,9 @@ def caption_accuracy(
     """Fraction of images that the judge accepts, and the samples.
 
     Args:
-        model: trained on the shapes, with a scorer.
         split: "held_out" or "new_pairs".
         count: captions C.
-        best_of: candidates n.
         chunk: images sampled at once.
-        seed: of captions and candidates.
-        temperature: of the samples.
 
     Returns:
         acc_real: true images; acc_mismatched: true images against a caption that differs in one attribute;

@@ -27,16 +27,9 @@ def run(
 ) -> dict[str, float]:
     """Accuracy before and after a wrong class name is written on each image.
 
-    Args:
-        clip: classifies the images.
-        batches: pixels (B, 3, H, W) in [0, 1] and labels int64 (B,).
-        names: of the C classes.
-        classes: their vectors (C, E), by `zero_shot.class_vectors`.
-        seed: of the wrong names and their positions.
-
-    Returns:
-        acc_clean, acc_attacked; attack_success and attack_success_clean: the fraction predicted as the
-        written name, with and without it on the image.
+    Batches are pixels (B, 3, H, W) in [0, 1] and labels int64 (B,); `classes` are the vectors (C, E) of the
+    names, by `zero_shot.class_vectors`. attack_success and attack_success_clean are the fractions predicted
+    as the written name, with and without it on the image.
     """
     rng, means = np.random.default_rng(seed), MeanMetric()
     for pixels, labels in batches:

@@ -14,11 +14,7 @@ from dalle.types import Embedder
 
 @torch.no_grad()
 def class_vectors(clip: Embedder, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
-    """Unit vectors (C, E): the mean embedding of each class name in all templates.
-
-    Raises:
-        ValueError: fewer than two names, a name twice, no template, or one without its {}.
-    """
+    """Unit vectors (C, E): the mean embedding of each class name in all templates, each with {} once."""
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"expected two or more class names, each once; got {list(names)[:5]}")
     if not templates or any(template.count("{}") != 1 for template in templates):

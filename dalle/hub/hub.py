@@ -28,9 +28,6 @@ def resolve_source(
         kinds: parts to download with config.json and the text tokenizer, where they exist.
         revision: branch, tag or commit of a repository, "main" unless given.
         token: to read a private repository; that of the login unless given.
-
-    Raises:
-        ValueError: neither a path nor an id, or an id that cannot be downloaded.
     """
     path = Path(source)
     if path.exists():
@@ -39,20 +36,15 @@ def resolve_source(
         return path
     repo_id = str(source).replace(os.sep, "/")
     if not _is_id(repo_id) or Path(repo_id).parent.is_dir():  # a typo in a local path is not sent to the Hub
-        raise ValueError(
-            f"{source} is no model directory, nor an id of the Hub (owner/name); make a directory with "
-            "save_pretrained, or python scripts/quickstart.py"
-        )
+        make = "make a directory with save_pretrained, or python scripts/quickstart.py"
+        raise ValueError(f"{source} is no model directory, nor an id of the Hub (owner/name); {make}")
     files = ["config.json", "text_tokenizer.json", *(f"{kind}.safetensors" for kind in kinds)]
     with _hub_errors(repo_id):
-        folder = huggingface_hub.snapshot_download(
-            repo_id, revision=revision, token=token, allow_patterns=files
-        )
-    if not Path(folder, "config.json").is_file():
-        raise ValueError(
-            f"{repo_id} on the Hub has no config.json: it holds no model directory of this library"
-        )
-    return Path(folder)
+        options = {"revision": revision, "token": token, "allow_patterns": files}
+        folder = Path(huggingface_hub.snapshot_download(repo_id, **options))
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{repo_id} on the Hub has no config.json: it holds no model of this library")
+    return folder
 
 
 def _is_id(name: str) -> bool:
@@ -64,7 +56,7 @@ def _is_id(name: str) -> bool:
 
 
 def list_hub_files(directory: Path) -> dict[str, Path]:
-    """Files of a model directory to upload beside the card, by name; ValueError for a missing one."""
+    """Files of a model directory to upload, by name; ValueError for a missing file."""
     config = read_config(directory)
     names = ["config.json", *(f"{kind}.safetensors" for kind in config["parts"])]
     if "text" in config["inputs"]:
@@ -80,10 +72,8 @@ def check_login(repo_id: str, token: str | bool | None = None) -> None:
     if not _is_id(repo_id):
         raise ValueError(f"expected the id of a repository of the Hub, owner/name, got {repo_id!r}")
     if not isinstance(token, str) and (token is False or huggingface_hub.get_token() is None):
-        raise ValueError(
-            f"pushing to {repo_id} needs a token with the right to write: run `hf auth login`, set HF_TOKEN, "
-            "or give token="
-        )
+        login = "run `hf auth login`, set HF_TOKEN, or give token="
+        raise ValueError(f"pushing to {repo_id} needs a token with the right to write: {login}")
 
 
 def push_to_hub(
@@ -106,9 +96,6 @@ def push_to_hub(
         revision: branch, created if there is none; default: "main".
         token: with the right to write; default: that of the login.
         message: of the commit.
-
-    Raises:
-        ValueError: no login, no right to write, or the Hub cannot be reached or refuses the card.
     """
     check_login(repo_id, token)
     api = huggingface_hub.HfApi(token=token)
@@ -123,19 +110,11 @@ def push_to_hub(
         with _hub_errors(repo_id):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if private and not api.model_info(repo_id).private:
-                raise ValueError(
-                    "the repository exists and is public; make it private on its page of the Hub"
-                )
+                raise ValueError("the repository exists and is public; make it private on its page")
             if revision not in (None, "main"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
             return commit.commit_url
-
-
-class HubMixin:
-    """A class with `save_pretrained` that can `push_to_hub`."""
-
-    push_to_hub = push_to_hub
 
 
 @contextmanager

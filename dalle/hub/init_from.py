@@ -38,16 +38,13 @@ def load_pretrained_weights(kind: str, model: nn.Module, source: nn.Module) -> l
         before, after = getattr(old, name), getattr(new, name)
         if before == after:
             continue
+        found = f"the source has {name} {before}, model.{name} is {after}"
         if name in SAME[kind]:
-            raise ValueError(
-                f"the source has {name} {before}, model.{name} is {after}; make them equal, only "
-                f"{', '.join(GROWING[kind])} may differ"
-            )
+            allowed = ", ".join(GROWING[kind])
+            raise ValueError(f"{found}; make them equal, only {allowed} may differ")
         pair = (before, after) if isinstance(before, tuple) else ((before,), (after,))
         if any(b > a for b, a in zip(*pair, strict=True)):
-            raise ValueError(
-                f"the source has {name} {before}, model.{name} is only {after}; it may grow but not shrink"
-            )
+            raise ValueError(f"{found}; it may grow but not shrink")
         grown.append(f"{name} {before} -> {after}")
     rows, parameters = _rows_of(kind, old, new), dict(model.named_parameters())
     for name, value in source.named_parameters():

@@ -13,12 +13,10 @@ from dalle.io.format import read_config
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.jinja")
-PLACEHOLDER = "path/of/this/folder"
-"""Source in the card's example until the model has an id."""
+PLACEHOLDER = "path/of/this/folder"  # source in the card's example until the model has an id
 LISTED = 8
 """Values of a list that a card shows."""
-Report = dict[str, Any] | Path | str
-"""Metrics of a run, or the file of its report.json."""
+Report = dict[str, Any] | Path | str  # metrics of a run, or the file of its report.json
 
 
 def write_card(directory: Path, report: Report | None = None, license: str | None = None) -> None:
@@ -32,9 +30,6 @@ def model_card(directory: Path, report: Report | None = None, license: str | Non
     Args:
         report: metrics of the run.
         license: as the Hub names it, for example "mit" or "cc-by-4.0".
-
-    Raises:
-        ValueError: no model directory, a report that cannot be read, or one of another model.
     """
     config = read_config(directory)
     parts, inputs = config["parts"], config["inputs"]
@@ -64,10 +59,7 @@ def model_card(directory: Path, report: Report | None = None, license: str | Non
 
 
 def read_report(report: Report | None, parts: dict[str, Any]) -> dict[str, Any]:
-    """The metrics, empty without a report; ValueError for a file that cannot be read or another model's.
-
-    A report's "model" has the hashes of its weights, to compare with those of `parts`.
-    """
+    """The metrics, empty without a report; ValueError for metrics of other weights than those of `parts`."""
     if report is not None and not isinstance(report, dict):
         if not Path(report).is_file():
             raise ValueError(f"no report {report}; give the report.json of a run")

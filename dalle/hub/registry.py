@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dalle.clip import CLIP, CLIPConfig
 from dalle.config import from_dict, to_dict
 from dalle.dvae import DVAE, DVAEConfig
-from dalle.hub.hub import HubMixin, resolve_source
+from dalle.hub.hub import push_to_hub, resolve_source
 from dalle.hub.model_card import Report, read_report, write_card
 from dalle.io.files import load_strict, make_directory, read_json, read_tensors, write_json, write_tensors
 from dalle.io.format import FORMAT, check_meta, read_config
@@ -37,13 +37,15 @@ MODEL_REGISTRY: dict[str, tuple[type, type[nn.Module]]] = {
 
 
 @dataclass
-class LoadedModel(HubMixin):
+class LoadedModel:
     """A model and the description of its checkpoint, if any: `LoadedModel("dvae", model)`."""
 
     kind: str
     model: nn.Module
     meta: dict[str, Any] = field(default_factory=dict)
     source: Path = Path("this model")
+
+    push_to_hub = push_to_hub
 
     @property
     def hash(self) -> str:
@@ -91,18 +93,14 @@ def check_linked(
 ) -> BPETokenizer:
     """The transformer's text tokenizer; ValueError for models that were not trained together."""
     for part, needed in ((transformer, {"text", "dvae"}), (clip, {"text_hash"})):
-        if part and (missing := needed - part.inputs.keys()):
-            raise ValueError(
-                f"{part.source} does not name the {' and '.join(sorted(missing))} of its training"
-            )
+        if part and (missing := sorted(needed - part.inputs.keys())):
+            raise ValueError(f"{part.source} does not name the {' and '.join(missing)} of its training")
     own = text_tokenizer_from_dict(transformer.inputs["text"])
     if text is not None and text.hash != own.hash:
         raise ValueError(f"{transformer.source} was trained with a text tokenizer other than the one given")
     if transformer.inputs["dvae"] != dvae.hash:
-        raise ValueError(
-            f"{transformer.source} was trained on tokens of dVAE {transformer.inputs['dvae']}, "
-            f"{dvae.source} is {dvae.hash}: they do not belong together"
-        )
+        trained_on = f"{transformer.source} was trained on tokens of dVAE {transformer.inputs['dvae']}"
+        raise ValueError(f"{trained_on}, {dvae.source} is {dvae.hash}: they do not belong together")
     if clip is not None and clip.inputs["text_hash"] != own.hash:
         raise ValueError(f"{clip.source} was trained with a text tokenizer other than {transformer.source}")
     return own
@@ -125,11 +123,7 @@ def checkpoint_meta(
 def load_model(
     path: Path | str, kind: str, device: str | torch.device = "cpu", averaged: bool = True
 ) -> LoadedModel:
-    """A model in eval mode from a run, a checkpoint or a model directory on disk.
-
-    Raises:
-        ValueError: no such model, another kind or format, or a damaged file.
-    """
+    """A model in eval mode from a run, a checkpoint or a model directory; ValueError if damaged."""
     path = Path(path)
     is_directory = (path / "config.json").is_file()
     if is_directory:
@@ -148,10 +142,8 @@ def load_model(
     load_strict(model, tensors, folder)
     model = model.to(device).eval().requires_grad_(False)
     if is_directory and (found := weights_hash(model)) != meta["hash"]:
-        raise ValueError(
-            f"{path / f'{kind}.safetensors'}: the weights have hash {found}, expected {meta['hash']}; "
-            "the file is of another model, or changed"
-        )
+        file, found = path / f"{kind}.safetensors", f"the weights have hash {found}, expected {meta['hash']}"
+        raise ValueError(f"{file}: {found}; the file is of another model, or changed")
     return LoadedModel(kind, model, meta, folder)
 
 
@@ -164,10 +156,8 @@ def _read_model_directory(path: Path, kind: str) -> tuple[dict[str, Any], dict[s
     if "text" in hashes:
         text = load_text_tokenizer(path / "text_tokenizer.json")
         if text.hash != hashes["text"]:
-            raise ValueError(
-                f"{path}: the files do not belong together: text_tokenizer.json has hash {text.hash}, "
-                f"expected {hashes['text']}"
-            )
+            found = f"text_tokenizer.json has hash {text.hash}, expected {hashes['text']}"
+            raise ValueError(f"{path}: the files do not belong together: {found}")
         inputs |= {"text": text.to_dict(), "text_hash": text.hash}
     return config["parts"][kind] | {"inputs": inputs}, read_tensors(path / f"{kind}.safetensors")
 
@@ -183,9 +173,7 @@ def _only_kind(path: Path) -> str:
     meta = read_json(folder / "meta.json")
     kind = meta.get("kind") if isinstance(meta, dict) else None
     if not isinstance(kind, str):
-        raise ValueError(
-            f"{folder} holds a model of kind {kind!r}, expected one of {', '.join(MODEL_REGISTRY)}"
-        )
+        raise ValueError(f"{folder} has a model of kind {kind!r}, not one of {', '.join(MODEL_REGISTRY)}")
     return kind
 
 
@@ -197,7 +185,7 @@ def write_model_directory(
     report: Report | None = None,
     license: str | None = None,
 ) -> None:
-    """Writes a model directory, with a model card.
+    """Writes a model directory with its card; ValueError for a part that is not this library's.
 
     Args:
         directory: created if there is none.
@@ -205,9 +193,6 @@ def write_model_directory(
         text: the tokenizer of the parts.
         dvae_hash: of the dVAE whose tokens a transformer generates, unless it is among the parts.
         report, license: see `write_card`.
-
-    Raises:
-        ValueError: a part that is not this library's, or a report of another model.
     """
     for kind, model in parts.items():
         if not isinstance(model, expected := MODEL_REGISTRY[kind][1]):

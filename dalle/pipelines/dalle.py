@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.clip import CLIP, CLIPScorer
-from dalle.hub.hub import HubMixin, resolve_source
+from dalle.hub.hub import push_to_hub, resolve_source
 from dalle.hub.model_card import Report
 from dalle.hub.registry import LoadedModel, check_linked, load_model, weights_hash, write_model_directory
 from dalle.io.format import read_config
@@ -29,7 +29,7 @@ from dalle.transformer.losses import log_likelihood
 from dalle.types import ImageTokenizer, Scorer, check_tokens
 
 
-class DALLE(HubMixin):
+class DALLE:
     """The whole model. `from_pretrained` opens a model directory; `save_pretrained` writes one.
 
     Args:
@@ -50,6 +50,8 @@ class DALLE(HubMixin):
             )
         self.dvae, self.transformer, self.text, self.scorer = dvae, transformer, text, scorer
         self._hash: str | None = None  # of the weights before rounding
+
+    push_to_hub = push_to_hub
 
     @property
     def device(self) -> torch.device:

@@ -48,27 +48,18 @@ def is_archive(path: Path) -> bool:
 
 @contextmanager
 def extract(path: Path, names: Collection[str]) -> Iterator[Path]:
-    """A temporary folder with files of a tar.gz.
+    """A temporary folder with files of a tar.gz; ValueError for one that is damaged, hostile or lacks a file.
 
-    Args:
-        path: the archive.
-        names: of the files, at the top of the archive or below one folder.
-
-    Raises:
-        ValueError: no tar.gz, one that is damaged or hostile, or that lacks a file.
+    The `names` are at the top of the archive or below one folder.
     """
     with tempfile.TemporaryDirectory(prefix="dalle-") as folder:
         try:
             taken = _extract(path, names, Path(folder))
         except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
             reason = str(error) or type(error).__name__
-            raise ValueError(
-                f"{path} cannot be unpacked: {reason}. If it is no tar.gz, unpack it first"
-            ) from None
+            raise ValueError(f"{path} cannot be unpacked: {reason}; if no tar.gz, unpack it") from None
         if missing := [name for name in names if name not in taken]:
-            raise ValueError(
-                f"{path} is an archive without {missing[0]}, so not minDALL-E's; unpack it first"
-            )
+            raise ValueError(f"{path} is an archive without {missing[0]}, not minDALL-E's; unpack it first")
         yield Path(folder)
 
 

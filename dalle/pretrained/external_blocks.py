@@ -32,21 +32,15 @@ class BlockConfig:
 
     width: int
     heads: int
-    head_dim: int | None = None
-    """d; D / heads unless given."""
-    gelu: str = "exact"
-    """One of GELUS."""
-    gated: bool = False
-    """GEGLU in the MLP: value * GELU(gate)."""
-    qkv_matrices: int = 1
-    """q, k and v from one matrix, or from 3."""
+    head_dim: int | None = None  # d; D / heads unless given
+    gelu: str = "exact"  # one of GELUS
+    gated: bool = False  # GEGLU in the MLP: value * GELU(gate)
+    qkv_matrices: int = 1  # q, k and v from one matrix, or from 3
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
-    sandwich: bool = False
-    """A norm after each residual branch too."""
-    max_attention: float | None = None
-    """Attention outputs are clamped to this magnitude."""
+    sandwich: bool = False  # a norm after each residual branch too
+    max_attention: float | None = None  # attention outputs are clamped to this magnitude
 
     def __post_init__(self):
         if self.head_dim is None and self.width % self.heads:

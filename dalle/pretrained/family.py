@@ -23,18 +23,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 class CheckpointFormat:
     """One published format."""
 
-    name: str
-    """Display name."""
+    name: str  # display name
     kind: str
     """Of its model: "image tokenizer", "scorer" or "transformer"."""
-    license: str
-    """Of the published weights, as far as known."""
-    key_patterns: tuple[str, ...]
-    """Patterns of tensor names; a file has this format if each matches a name."""
+    license: str  # of the published weights, as far as known
+    key_patterns: tuple[str, ...]  # patterns of tensor names; a file has this format if each matches a name
     infer_config: Callable[[Shapes, "DetectedCheckpoint"], Any]
     """Shapes by the model's names, and the file -> configuration; ValueError for what is not supported."""
-    build: Callable[[Any], nn.Module]
-    """Configuration -> a model without the file's weights."""
+    build: Callable[[Any], nn.Module]  # configuration -> a model without the file's weights
     rename: Callable[[str, Collection[str]], str] = lambda name, names: name
     """The file's name of a tensor, and all its names -> the model's."""
     ignored: tuple[str, ...] = ()
@@ -50,13 +46,10 @@ class DetectedCheckpoint:
     """A file or folder of another program, and its format."""
 
     path: Path
-    family: CheckpointFormat | None
-    """None if it is unknown."""
+    family: CheckpointFormat | None  # None if it is unknown
     tensors: Mapping[str, Tensor]
-    tree: Any = None
-    """All of the file."""
-    container: str = ""
-    """See `dalle.pretrained.torch_file`."""
+    tree: Any = None  # all of the file
+    container: str = ""  # see `dalle.pretrained.torch_file`
 
 
 @dataclass(frozen=True)
@@ -64,28 +57,21 @@ class KeyComparison:
     """A file's tensors against the model of their shapes."""
 
     config: Any
-    parameters: int
-    faults: dict[str, list[str]]
-    """Names that are missing, unexpected, of wrong_shape or of wrong_dtype."""
+    model: nn.Module  # on the meta device
+    tensors: dict[str, Tensor]  # by the model's names
+    faults: dict[str, list[str]]  # names that are missing, unexpected, of wrong_shape or of wrong_dtype
     ignored: list[str]
 
     def check(self, source: Path | str) -> None:
         """ValueError unless the file fills the model exactly."""
         for fault, names in self.faults.items():
             if names:
-                what = f"{len(names)} tensors" + (
-                    "" if fault == "missing" else f" ({fault.replace('_', ' ')})"
-                )
-                verb = "lacks" if fault == "missing" else "holds"
-                raise ValueError(f"{source} {verb} {what}, first {names[0]}")
+                kind = "lacks" if fault == "missing" else f"has {fault.replace('_', ' ')}:"
+                raise ValueError(f"{source} {kind} {len(names)} tensors, first {names[0]}")
 
 
 def compare_keys(found: DetectedCheckpoint) -> KeyComparison:
-    """Compares a file with the model of its format, by names, shapes and dtypes.
-
-    Raises:
-        ValueError: sizes that the format's model cannot have.
-    """
+    """Compares a file with its format's model; ValueError for sizes that the model cannot have."""
     family, (tensors, ignored) = found.family, _renamed(found)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
@@ -97,9 +83,7 @@ def compare_keys(found: DetectedCheckpoint) -> KeyComparison:
     except ValueError as error:
         if "to unpack" not in str(error):  # of a shape
             raise
-        raise ValueError(
-            f"it looks like {family.name}, but a tensor has too many or few dimensions"
-        ) from None
+        raise ValueError(f"it looks like {family.name}, but a tensor has other dimensions") from None
     except (RuntimeError, ArithmeticError, IndexError, TypeError, AssertionError) as error:
         raise ValueError(f"it looks like {family.name}, but has impossible sizes: {error}") from None
     state = model.state_dict()
@@ -112,24 +96,18 @@ def compare_keys(found: DetectedCheckpoint) -> KeyComparison:
         "wrong_shape": [f"{n}: {shapes[n]}, not {expected[n]}" for n in both if shapes[n] != expected[n]],
         "wrong_dtype": [f"{n}: {tensors[n].dtype}, not {state[n].dtype}" for n in other],
     }
-    return KeyComparison(config, sum(p.numel() for p in model.parameters()), faults, ignored)
+    return KeyComparison(config, model, tensors, faults, ignored)
 
 
 def load_weights(found: DetectedCheckpoint) -> nn.Module:
-    """The format's model with a file's weights, in fp32 and eval mode, its parameters frozen.
-
-    Raises:
-        ValueError: tensors that are missing, unexpected, of another shape or dtype, or not finite.
-    """
+    """The format's frozen model in fp32 with a file's weights; ValueError for weights that do not fill it."""
     try:
         comparison = compare_keys(found)
     except ValueError as error:
         raise ValueError(f"{found.path}, of {found.family.name}, is not supported: {error}") from None
     comparison.check(found.path)
-    with meta_init():
-        model = found.family.build(comparison.config)
-    state = {}
-    for name, tensor in _renamed(found)[0].items():
+    model, state = comparison.model, {}
+    for name, tensor in comparison.tensors.items():
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         state[name] = tensor.to(dtype, memory_format=torch.contiguous_format, copy=True)  # unmaps the file
         if tensor.is_floating_point() and not torch.isfinite(state[name]).all():

@@ -1,12 +1,11 @@
 """Description of a checkpoint, of this library or another: format, sizes, faults, SHA-256."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from dalle.config import from_dict, to_dict
 from dalle.hub.registry import MODEL_REGISTRY
-from dalle.io.files import read_json
+from dalle.io.files import file_hashes, read_json
 from dalle.io.format import check_meta, read_config
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, compare_keys
 from dalle.pretrained.load import check_supported_path, detect_checkpoint, extracted, is_external_checkpoint
@@ -16,11 +15,7 @@ from dalle.train.checkpoint import latest_checkpoint
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
-    """What a file or folder holds, as plain data.
-
-    Raises:
-        ValueError: a file that is broken or would run code, or no checkpoint.
-    """
+    """What a file or folder holds, as plain data; ValueError for one that is broken or no checkpoint."""
     if is_external_checkpoint(path):
         with extracted(path) as extracted_path:
             return _external(detect_checkpoint(extracted_path))
@@ -30,10 +25,8 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
     if folder := latest_checkpoint(path) or (path if (path / "meta.json").is_file() else None):
         return _training_checkpoint(folder)
     check_supported_path(path)
-    raise ValueError(
-        f"{path} is neither a run, a checkpoint nor a model directory, nor has it encoder.pkl or decoder.pkl;"
-        " of another program's folder give the file"
-    )
+    what = "neither a run, a checkpoint, a model directory nor a folder of encoder.pkl and decoder.pkl"
+    raise ValueError(f"{path} is {what}; of another program's folder give the file")
 
 
 def _external(found: DetectedCheckpoint) -> dict[str, Any]:
@@ -55,13 +48,7 @@ def _external(found: DetectedCheckpoint) -> dict[str, Any]:
         except ValueError as error:
             report |= {"fits": False, "note": str(error)}
     files = [found.path] if found.path.is_file() else [found.path / f"{half}.pkl" for half in HALVES]
-    return report | {"sha256": {file.name: sha256(file) for file in files}}
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return report | {"sha256": file_hashes(files[0].parent, files)}
 
 
 def _training_checkpoint(folder: Path) -> dict[str, Any]:
@@ -100,14 +87,14 @@ def _model(kind: str, settings: dict[str, Any], file: Path, source: Path) -> dic
     config = from_dict(config_class, settings, str(source))
     family = CheckpointFormat(kind, kind, "", (), infer_config=lambda *_: config, build=model_class)
     report = _comparison(DetectedCheckpoint(file, family, read_torch_file(file).tree))
-    return report | {"sha256": {file.name: sha256(file)}}
+    return report | {"sha256": file_hashes(source, [file])}
 
 
 def _comparison(found: DetectedCheckpoint) -> dict[str, Any]:
     comparison = compare_keys(found)
     report = {
         "sizes": to_dict(comparison.config),
-        "parameters": comparison.parameters,
+        "parameters": sum(p.numel() for p in comparison.model.parameters()),
         "fits": not any(comparison.faults.values()),
         **comparison.faults,
         "ignored": comparison.ignored,

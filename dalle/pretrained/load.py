@@ -67,11 +67,7 @@ def is_external_checkpoint(path: Path) -> bool:
 
 @contextmanager
 def extracted(path: Path | str) -> Iterator[Path]:
-    """The path itself, or of minDALL-E's archive a temporary folder with its files.
-
-    Raises:
-        ValueError: an archive of something else, or one that is damaged or hostile.
-    """
+    """The path itself, or a folder with the files of minDALL-E's archive; ValueError for another archive."""
     if is_archive(Path(path)):
         with extract(Path(path), mindalle.FILES) as folder:
             yield folder
@@ -80,11 +76,7 @@ def extracted(path: Path | str) -> Iterator[Path]:
 
 
 def detect_checkpoint(path: Path | str) -> DetectedCheckpoint:
-    """The format of a file or folder; of minDALL-E's folder the transformer's.
-
-    Raises:
-        ValueError: a file that cannot be read, that would run code, or whose format is not supported.
-    """
+    """The format of a file or folder (minDALL-E's transformer); ValueError for one that cannot be read."""
     path = Path(path)
     check_supported_path(path)
     if mindalle.is_folder(path):
@@ -98,9 +90,7 @@ def detect_checkpoint(path: Path | str) -> DetectedCheckpoint:
 def _detect(saved: SavedFile) -> DetectedCheckpoint:
     tensors, tree = weights_of(saved.tree), saved.tree
     if isinstance(tree, dict) and {"hparams", "vae_params"} <= tree.keys() and not tensors:
-        raise ValueError(
-            f"{saved.path} is the part of DALLE-pytorch's checkpoint beside DeepSpeed's folder: {DEEPSPEED}"
-        )
+        raise ValueError(f"{saved.path} is the part beside DeepSpeed's folder: {DEEPSPEED}")
     for reason, patterns in UNSUPPORTED.items():
         if all(any(fnmatchcase(name, pattern) for name in tensors) for pattern in patterns):
             raise ValueError(f"{saved.path} is not supported. It is of {reason}")
@@ -137,9 +127,6 @@ def load_image_tokenizer(path: Path | str, device: str | torch.device = "cpu") -
     """An `ImageTokenizer` from a published file, or from a folder of OpenAI's encoder.pkl and decoder.pkl.
 
     Of DALLE-pytorch's dalle.pt and of minDALL-E's folder or archive it is the one inside.
-
-    Raises:
-        ValueError: no known image tokenizer, or one with missing or unexpected tensors.
     """
     with extracted(path) as folder:
         file = folder / mindalle.STAGE1 if mindalle.is_folder(folder) else folder
@@ -147,11 +134,7 @@ def load_image_tokenizer(path: Path | str, device: str | torch.device = "cpu") -
 
 
 def load_transformer(path: Path | str, device: str | torch.device = "cpu") -> nn.Module:
-    """A transformer of another program, without its tokenizers; see `load_external_pipeline`.
-
-    Raises:
-        ValueError: no known transformer, or one with missing or unexpected tensors.
-    """
+    """A transformer of another program without its tokenizers (see `load_external_pipeline`)."""
     with extracted(path) as folder:
         return _load(detect_checkpoint(folder), "transformer").to(device)
 
@@ -177,7 +160,7 @@ def load_external_pipeline(
     scorer: Scorer | None = None,
     device: str | torch.device = "cpu",
 ) -> DALLE:
-    """A `DALLE` from a published transformer.
+    """A `DALLE` from a published transformer; ValueError for parts that do not belong together.
 
     Args:
         path: DALLE-pytorch's dalle.pt, ruDALL-E's pytorch_model.bin, or minDALL-E's 1.3B.tar.gz or its
@@ -185,9 +168,6 @@ def load_external_pipeline(
         text: the text tokenizer of its training (`dalle.text.load_text_tokenizer`); minDALL-E has its own.
         dvae: the image tokenizer of its training; by default the one in the file or folder.
         scorer: ranks images.
-
-    Raises:
-        ValueError: no such transformer, no text tokenizer, or parts that do not belong together.
     """
     with extracted(path) as folder:
         if text is None and not mindalle.is_folder(folder):
@@ -197,8 +177,6 @@ def load_external_pipeline(
         if isinstance(transformer, Rudalle):
             text = rudalle.lowercase(text)
             if dvae is None:
-                raise ValueError(
-                    f"{path} is ruDALL-E's transformer alone; give its image tokenizer too, a VQGAN"
-                )
+                raise ValueError(f"{path} is ruDALL-E's transformer; give its image tokenizer too, a VQGAN")
         dvae = load_image_tokenizer(folder, device) if dvae is None else dvae
         return DALLE(dvae, transformer, text, scorer)

@@ -6,9 +6,10 @@ without an error. OpenAI's files are recognized by three numbers beside the weig
 argument. Other architectures (timm towers, SigLIP) are opened by name, with `PretrainedScorer`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,24 +23,9 @@ NUMBERS = ("input_resolution", "context_length", "vocab_size")
 CLIP_VOCAB = 49408  # ids of the byte-pair encoding that all of these read
 
 
-@dataclass(frozen=True)
-class PublishedCLIP:
-    """Shape of a published CLIP; a ResNet has no patches, and in `vision_layers` the blocks of each stage."""
-
-    embed_width: int
-    image_size: int
-    vision_layers: int | tuple[int, ...]
-    vision_width: int
-    patch_size: int | None
-    text_len: int
-    text_vocab: int
-    text_width: int
-    text_layers: int
-
-
-def infer_config(shapes: Shapes, found: DetectedCheckpoint | None = None) -> PublishedCLIP:
-    """Sizes from the shapes."""
-    text_vocab, text_width = shapes["token_embedding.weight"]
+def infer_config(shapes: Shapes, found: DetectedCheckpoint | None = None) -> dict[str, Any]:
+    """Sizes from the shapes, as in open_clip's model configurations; a ResNet has the blocks of 4 stages."""
+    vocab_size, text_width = shapes["token_embedding.weight"]
     if "visual.proj" in shapes:
         width, _, patch, _ = shapes["visual.conv1.weight"]
         scale, positions = patch, shapes["visual.positional_embedding"][0]
@@ -48,33 +34,31 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint | None = None) -> Pub
         width, patch = shapes["visual.layer1.0.conv1.weight"][0], None
         scale, positions = 32, shapes["visual.attnpool.positional_embedding"][0]
         layers = tuple(count_matches(shapes, f"visual.layer{i}.*.conv1.weight") for i in (1, 2, 3, 4))
-    return PublishedCLIP(
-        embed_width=shapes["text_projection"][1],
-        image_size=scale * round((positions - 1) ** 0.5),
-        vision_layers=layers,
-        vision_width=width,
-        patch_size=patch,
-        text_len=shapes["positional_embedding"][0],
-        text_vocab=text_vocab,
-        text_width=text_width,
-        text_layers=count_matches(shapes, "transformer.resblocks.*.attn.in_proj_weight"),
-    )
+    image_size = scale * round((positions - 1) ** 0.5)
+    text = {
+        "context_length": shapes["positional_embedding"][0],
+        "vocab_size": vocab_size,
+        "width": text_width,
+    }
+    text["layers"] = count_matches(shapes, "transformer.resblocks.*.attn.in_proj_weight")
+    return {
+        "embed_dim": shapes["text_projection"][1],
+        "vision_cfg": {"layers": layers, "width": width, "patch_size": patch, "image_size": image_size},
+        "text_cfg": text | {"heads": text_width // HEAD_WIDTH},
+    }
 
 
-def build(config: PublishedCLIP, quick_gelu: bool) -> nn.Module:
+def build(config: dict[str, Any], quick_gelu: bool) -> nn.Module:
     """open_clip's towers; the activation is x sigmoid(1.702 x) with `quick_gelu`, else the exact GELU."""
-    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+    from open_clip.model import CLIP
 
-    for name in ("vision_width", "text_width"):
-        if getattr(config, name) % HEAD_WIDTH:
-            raise ValueError(f"{name} {getattr(config, name)} is no multiple of the head width {HEAD_WIDTH}")
-    layers, width, heads = config.vision_layers, config.vision_width, config.text_width // HEAD_WIDTH
-    vision = CLIPVisionCfg(layers, width, patch_size=config.patch_size, image_size=config.image_size)
-    sizes = {"width": config.text_width, "heads": heads, "layers": config.text_layers}
-    text = CLIPTextCfg(context_length=config.text_len, vocab_size=config.text_vocab, **sizes)
-    model = CLIP(config.embed_width, vision, text, quick_gelu=quick_gelu)
+    for name in ("vision_cfg", "text_cfg"):
+        if (width := config[name]["width"]) % HEAD_WIDTH:
+            raise ValueError(f"the width {width} of {name} is no multiple of the head width {HEAD_WIDTH}")
+    model = CLIP(**config, quick_gelu=quick_gelu)
+    length = config["text_cfg"]["context_length"]
     with torch.device("cpu"):  # not in a state dict, so computed even in a model without weights
-        model.attn_mask = torch.full((config.text_len, config.text_len), -torch.inf).triu(1)
+        model.attn_mask = torch.full((length, length), -torch.inf).triu(1)
     return model
 
 
@@ -106,9 +90,6 @@ def load_scorer(
     Args:
         path: TorchScript archive or state dict of OpenAI; checkpoint of open_clip (.pt, .safetensors).
         quick_gelu: the activation; required for a file that is not OpenAI's.
-
-    Raises:
-        ValueError: not a CLIP of this layout, another text tokenizer, or the activation is not given.
     """
     import open_clip
 
@@ -120,10 +101,8 @@ def load_scorer(
         raise ValueError(f"{path} is OpenAI's, which is trained with quick_gelu")
     if family is OPEN_CLIP:
         if quick_gelu is None:
-            raise ValueError(
-                f"{path} does not hold its activation: give quick_gelu=True for OpenAI's weights and "
-                "'-quickgelu' models of open_clip, quick_gelu=False for others"
-            )
+            which = "True for OpenAI's weights and '-quickgelu' models of open_clip, False for others"
+            raise ValueError(f"{path} does not hold its activation; give quick_gelu={which}")
         family = replace(family, build=partial(build, quick_gelu=quick_gelu))
     model = load_weights(DetectedCheckpoint(Path(path), family, tensors)).to(device)
     if (vocab := model.vocab_size) != CLIP_VOCAB:

@@ -47,11 +47,7 @@ FAMILY = CheckpointFormat(
 
 
 def read_folder(path: Path) -> dict[str, Tensor]:
-    """Tensors of a folder with encoder.pkl and decoder.pkl.
-
-    Raises:
-        ValueError: a file that is missing or cannot be read, or modules that differ from the release.
-    """
+    """Tensors of a folder with encoder.pkl and decoder.pkl; ValueError for other modules."""
     files = [path / f"{half}.pkl" for half in HALVES]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{path} has no {missing[0]}; both encoder.pkl and decoder.pkl are needed")

@@ -32,8 +32,7 @@ CALLED = REBUILDS | {
 }
 """What torch calls for data; none of it reaches beyond its arguments."""
 RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2, in protocols 0 to 2
-MAX_TUPLE = 10_000
-"""Values of a tuple at all levels, each counted as often as it occurs."""
+MAX_TUPLE = 10_000  # values of a tuple at all levels, each counted as often as it occurs
 MARK = pickletools.markobject
 
 
@@ -45,10 +44,8 @@ class Item(NamedTuple):
     """A value on the stack: a literal, a tuple of Items, a Global, Instance or Storage, else None."""
 
     value: Any
-    start: int
-    """Position of the first instruction that makes it."""
-    size: int = 1
-    """Values in a tuple, at all levels."""
+    start: int  # position of the first instruction that makes it
+    size: int = 1  # values in a tuple, at all levels
 
     def plain(self) -> Any:
         """The value, with tuples of values for tuples of Items."""
@@ -64,18 +61,16 @@ Storage = namedtuple("Storage", "key count nbytes")  # outside of the pickle
 class ScannedPickle:
     """Findings of a scan."""
 
-    stand_ins: set[str] = field(default_factory=set)
-    """Classes whose instances are kept as data."""
+    stand_ins: set[str] = field(default_factory=set)  # classes whose instances are kept as data
     storages: dict[str, Storage] = field(default_factory=dict)
-    literals: set[Any] = field(default_factory=set)
-    """Strings and integers."""
+    literals: set[Any] = field(default_factory=set)  # strings and integers
     modules: list[tuple[int, int, int, int]] = field(default_factory=list)
     """Classes that a legacy file keeps with their source: start and end of both, then of the class."""
     protocol: int = 0
     value: Any = None
 
 
-def scan_pickle(stream: Any, is_stand_in: Callable[[str], bool], limit: int) -> ScannedPickle:
+def scan_pickle(stream: Any, is_stand_in: Callable[[str], Any], limit: int) -> ScannedPickle:
     """Scans one pickle from the position of a binary stream.
 
     Args:
@@ -101,7 +96,7 @@ def scan_pickle(stream: Any, is_stand_in: Callable[[str], bool], limit: int) -> 
 
 
 class _Scanner:
-    def __init__(self, is_stand_in: Callable[[str], bool], limit: int):
+    def __init__(self, is_stand_in: Callable[[str], Any], limit: int):
         self.is_stand_in, self.limit = is_stand_in, limit
         self.stack: list[Item] = []
         self.memo: dict[int, Item] = {}

@@ -51,8 +51,7 @@ STAND_INS = re.compile(
 class StandIn:
     """An instance of a class that is not imported."""
 
-    state: Any = None
-    """Its attributes."""
+    state: Any = None  # its attributes
 
     def __new__(cls, *arguments: Any):
         return super().__new__(cls)
@@ -66,11 +65,6 @@ class DictStandIn:
 
     def __new__(cls, *arguments: Any):
         return OrderedDict()
-
-
-def is_stand_in(name: str) -> bool:
-    """Whether instances of a class are kept as data."""
-    return STAND_INS.fullmatch(name) is not None
 
 
 @dataclass
@@ -147,7 +141,9 @@ def _read_zip(path: Path) -> SavedFile:
         script = any(name.startswith(f"{root}code/") for name in names)
         kind = "TorchScript" if script else "torch zip"
         members = _checked_members(path, archive, root)
-        scanned = scan_pickle(io.BytesIO(archive.read(f"{root}data.pkl")), is_stand_in, path.stat().st_size)
+        scanned = scan_pickle(
+            io.BytesIO(archive.read(f"{root}data.pkl")), STAND_INS.fullmatch, path.stat().st_size
+        )
         for storage in scanned.storages.values():
             if (size := members[f"{root}data/{storage.key}"].file_size) != storage.nbytes:
                 raise ValueError(f"storage {storage.key} has {size} bytes, expected {storage.nbytes}")
@@ -186,10 +182,10 @@ def _read_legacy(path: Path, head: bytes) -> SavedFile:
     size = path.stat().st_size
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            scans = [scan_pickle(data, is_stand_in, size)]
+            scans = [scan_pickle(data, STAND_INS.fullmatch, size)]
             if scans[0].value != LEGACY_MAGIC:
                 raise ValueError("a pickle that torch.save did not write; save it by torch.save")
-            scans += [scan_pickle(data, is_stand_in, size) for _ in range(4)]
+            scans += [scan_pickle(data, STAND_INS.fullmatch, size) for _ in range(4)]
         except Forbidden:
             raise
         except ValueError:

@@ -32,10 +32,8 @@ class ReportContext:
         if self.contents.model:
             return DALLE.from_pretrained(self.contents.model, device)
         if not {"dvae", "transformer"} <= runs.keys():
-            raise ValueError(
-                "needs a dVAE and a transformer, which are not both in this folder; make a model directory:\n"
-                "python scripts/sample.py --prompt WORDS --save-pretrained runs/model"
-            )
+            make = "python scripts/sample.py --prompt WORDS --save-pretrained runs/model"
+            raise ValueError(f"needs a dVAE and a transformer; make a model directory:\n{make}")
         parts = {kind: load_model(runs[kind].folder, kind, device) for kind in MODEL_REGISTRY if kind in runs}
         return DALLE.from_parts(parts["dvae"], parts["transformer"], parts.get("clip"))
 

@@ -10,8 +10,7 @@ from dalle.io.files import read_json
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.viz.curves import CURVES, Lines, read_lines
 
-EVALUATION_KEYS = {"caption_accuracy", "provenance"}
-"""A JSON file with one of these is an evaluation."""
+EVALUATION_KEYS = {"caption_accuracy", "provenance"}  # a JSON file with one of these is an evaluation
 
 
 @dataclass
@@ -36,11 +35,7 @@ class Contents:
 
 
 def scan_folder(path: Path) -> Contents:
-    """Searches a folder and two levels below it; or reads the JSON of an evaluation.
-
-    Raises:
-        ValueError: nothing there, or nothing of this library.
-    """
+    """Searches a folder and two levels below it, or reads an evaluation; ValueError for nothing there."""
     if path.is_file():
         contents = Contents(path.parent, evaluations=_evaluations([path]))
     elif path.is_dir():
@@ -55,10 +50,8 @@ def scan_folder(path: Path) -> Contents:
     else:
         raise ValueError(f"nothing at {path}; give a run's folder, or make one: python scripts/quickstart.py")
     if not (contents.runs or contents.model or contents.evaluations or contents.samples):
-        raise ValueError(
-            f"{path} holds no run, model, samples or evaluation of this library; give the folder of one, "
-            "such as runs/quickstart, or the JSON of scripts/evaluate.py"
-        )
+        give = "give the folder of one, such as runs/quickstart, or the JSON of scripts/evaluate.py"
+        raise ValueError(f"{path} holds no run, model, samples or evaluation of this library; {give}")
     return contents
 
 

@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib import figure
 from PIL import Image
 
+from dalle.hub.model_card import format_value
 from dalle.viz.curves import label_axis
 
 LOSSLESS = 600
@@ -95,22 +96,11 @@ def _data_url(media: str, buffer: BytesIO) -> str:
     return f"data:image/{media};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def format_value(value: Any) -> str:
-    """A JSON value: integers and large numbers with separators, other floats with four digits."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int) or (isinstance(value, float) and 1e4 <= abs(value) < 1e15):
-        return f"{value:,.0f}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def render(title: str, lead: str, sections: dict[str, list[Item]], missing: Sequence[str]) -> str:
     """The page as HTML.
 
-    Args:
-        title, lead: heading, and the line below it.
-        sections: items by title; the anchor is the first word of the title.
-        missing: a reason for each section left out, with commands on further lines.
+    The anchor of a section is the first word of its title. `missing` has a reason for each section left out,
+    with commands on further lines.
     """
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -19,11 +19,7 @@ TWO_ROWS = 0.3  # probability that a drop takes two rows
 
 
 def corrupted_images(dataset: CaptionedImages, indices: Sequence[int]) -> np.ndarray:
-    """The images at these indices, one object of each corrupted: float32 (B, 3, R, R).
-
-    Raises:
-        ValueError: another dataset than the shapes, or a resolution that is no multiple of the grid.
-    """
+    """The images at these indices, one object of each corrupted: float32 (B, 3, R, R)."""
     if not isinstance(dataset, ShapesDataset):
         raise ValueError("only the shapes dataset can be corrupted; leave out --hard-negative-images")
     if dataset.resolution % GRID:

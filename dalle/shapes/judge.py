@@ -65,7 +65,7 @@ class Detection:
 
 
 def matches_caption(pixels: np.ndarray | Tensor, captions: list[str]) -> np.ndarray:
-    """Whether each image shows its caption.
+    """Whether each image shows its caption: bool (B,); ValueError for other pixels or captions.
 
     Args:
         pixels: (B, 3, R, R) floats in [0, 1], R at least 32.
@@ -73,9 +73,6 @@ def matches_caption(pixels: np.ndarray | Tensor, captions: list[str]) -> np.ndar
 
     Returns:
         bool (B,).
-
-    Raises:
-        ValueError: pixels of another rank, type or range; another number of captions; another caption.
     """
     detections = detect(pixels)
     if len(captions) != len(detections):

@@ -7,24 +7,12 @@ viz.plot_codebook(model.dvae)
 
 from dalle.lazy import lazy_exports
 
+NAMES = {
+    "attention": "attention_heatmap attention_shares attention_weights plot_attention",
+    "codebook": "count_codes decode_codebook plot_code_usage plot_codebook plot_reconstructions token_map",
+    "curves": "plot_curves plot_gradient_scales plot_losses",
+    "masks": "plot_figure_11 plot_mask plot_receptive_field",
+}
 __getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "attention_heatmap": "attention",
-        "attention_shares": "attention",
-        "attention_weights": "attention",
-        "count_codes": "codebook",
-        "decode_codebook": "codebook",
-        "plot_attention": "attention",
-        "plot_code_usage": "codebook",
-        "plot_codebook": "codebook",
-        "plot_curves": "curves",
-        "plot_figure_11": "masks",
-        "plot_gradient_scales": "curves",
-        "plot_losses": "curves",
-        "plot_mask": "masks",
-        "plot_receptive_field": "masks",
-        "plot_reconstructions": "codebook",
-        "token_map": "codebook",
-    },
+    __name__, {name: module for module, names in NAMES.items() for name in names.split()}
 )

@@ -34,12 +34,9 @@ from dalle.viz.curves import figure_image
 class LayerWeights(NamedTuple):
     """The attention of one layer."""
 
-    layer: int
-    """Index of the layer, from 0."""
-    kind: str
-    """row, column, conv or causal."""
-    weights: Tensor
-    """fp32 (B, H, n, n): softmax over keys for each query."""
+    layer: int  # index of the layer, from 0
+    kind: str  # row, column, conv or causal
+    weights: Tensor  # fp32 (B, H, n, n): softmax over keys for each query
 
 
 @torch.no_grad()
@@ -70,14 +67,10 @@ def _weights(layer: TransformerBlock, x: Tensor, pattern: SparseMask) -> Tensor:
 class AttentionShares(NamedTuple):
     """The attention of one query by its target; the sum over all fields is 1."""
 
-    text: np.ndarray
-    """(words + 1,): to start-of-text, then to each token of the caption."""
-    pads: float
-    """To the padding after the caption."""
-    start: float
-    """To start-of-image."""
-    image: np.ndarray
-    """(R, C): to each image token; no position reads the last one."""
+    text: np.ndarray  # (words + 1,): to start-of-text, then to each token of the caption
+    pads: float  # to the padding after the caption
+    start: float  # to start-of-image
+    image: np.ndarray  # (R, C): to each image token; no position reads the last one
 
 
 def attention_shares(weights: Tensor, layout: TokenLayout, words: int) -> AttentionShares:
@@ -107,9 +100,6 @@ def plot_attention(
         positions: (row, column) of the tokens; by default three in the middle column.
         layers: indices of layers; by default the last one of each kind.
         truncate: cut a caption that is too long instead of refusing it.
-
-    Raises:
-        ValueError: a position or layer out of range; a wrong caption; a transformer of another library.
     """
     _check(model.transformer)
     layout, kinds = model.transformer.layout, model.transformer.config.kinds
@@ -123,9 +113,7 @@ def plot_attention(
         raise ValueError(f"layers must be from 0 to {len(kinds) - 1}, got {chosen}")
     tokens = image.reshape(1, -1).to(model.device) if isinstance(image, Tensor) else model.encode(image)
     if tokens.shape[1] != layout.num_image_tokens:
-        raise ValueError(
-            f"expected the {layout.num_image_tokens} tokens of one image, got {tuple(image.shape)}"
-        )
+        raise ValueError(f"expected the {layout.num_image_tokens} tokens of one image, got {tokens.numel()}")
     ids = layout.pack(model.text_tokens([caption], truncate), tokens)
     pixels = model.decode(tokens)[0].movedim(0, -1).float().cpu().numpy()
     caption_ids = model.text.encode(caption)[: layout.max_caption_len]
@@ -172,9 +160,7 @@ def _plot_text_attention(axis: Any, shares: list[AttentionShares], words: list[s
 def attention_heatmap(weights: Tensor) -> Image.Image:
     """Square roots of weights (n, n), a pixel per query and key, brightest at the maximum."""
     if weights.ndim != 2:
-        raise ValueError(
-            f"weights must be (n, n), got {tuple(weights.shape)}; take a head or the mean of the heads"
-        )
+        raise ValueError(f"weights must be (n, n), got {tuple(weights.shape)}; take a head or the mean")
     root = weights.float().clamp(min=0).sqrt().cpu().numpy()
     colors = colormaps["inferno"](root / max(float(root.max()), 1e-12))[..., :3]
     return Image.fromarray((colors * 255).astype(np.uint8))

@@ -36,7 +36,7 @@ def plot_curves(
     log_y: bool = False,
     chance: bool = True,
 ) -> Image.Image:
-    """A panel for each metric, a color for each run.
+    """A panel for each metric, a color for each run; ValueError for a metric that no run has.
 
     Args:
         runs: directories of training runs, or their log.jsonl; a mapping gives them names.
@@ -44,9 +44,6 @@ def plot_curves(
         smooth: weight of the previous average in the moving average of training values, in [0, 1).
         log_x, log_y: logarithmic axes.
         chance: a dotted line at the value of an uninformed model.
-
-    Raises:
-        ValueError: a metric that no run has, or a run without a log.
     """
     named = runs if isinstance(runs, Mapping) else dict(zip(run_names(runs), runs, strict=True))
     logs = {name: read_lines(run) for name, run in named.items()}

@@ -16,8 +16,7 @@ from dalle.nn.attention import SparseMask
 FIGURE_11 = TokenLayout(text_len=6, grid=4, text_vocab=1, image_vocab=1)
 """The lengths in the paper's figure: 6 text tokens, 4 x 4 image tokens; its convolution is 3 wide."""
 HIDDEN, TEXT, IMAGE, QUERY = (233, 236, 240), (242, 153, 74), (45, 108, 181), (192, 40, 60)
-SIDE = 352
-"""Minimum side of a mask's image in pixels."""
+SIDE = 352  # minimum side of a mask's image in pixels
 
 
 def plot_mask(

@@ -12,8 +12,7 @@ from dalle.transformer import Transformer
 from dalle.transformer.generate import generate
 from dalle.types import ImageTokenizer
 
-SIDE = 160
-"""Pixels of an image on a sheet, at least: room for its caption."""
+SIDE = 160  # pixels of an image on a sheet, at least: room for its caption
 
 
 class SampleGrid:

@@ -134,8 +134,8 @@ class TestGenerate:
         assert (record["image"], record["rows"]) == ("cat.png", 1)
 
     def test_a_random_seed_is_shown(self, server, prompt):
-        seeds = {results(generate(server, prompt, seed=-1, best_of=2))[0].split(", ")[1] for _ in range(3)}
-        assert len(seeds) == 3
+        one, other = (results(generate(server, prompt, seed=-1, best_of=2))[0] for _ in range(2))
+        assert one.split(", ")[1] != other.split(", ")[1]
 
     def test_without_a_scorer_images_are_unranked(self, server, model, prompt, monkeypatch):
         monkeypatch.setattr(model, "scorer", None)

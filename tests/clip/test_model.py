@@ -41,17 +41,10 @@ def pixels() -> torch.Tensor:
     return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("patch_size", 15, "image_size 224 .* patch_size 15"),
-        ("vision_width", 100, "vision_width 100 .* head_dim 64"),
-        ("text_width", 100, "text_width 100 .* head_dim 64"),
-    ],
-)
-def test_sizes_that_do_not_divide_are_refused(field, value, message):
-    with pytest.raises(ValueError, match=message):
-        CLIPConfig(**{field: value})
+@pytest.mark.parametrize("field", ["patch_size", "vision_width", "text_width"])
+def test_sizes_that_do_not_divide_are_refused(field):
+    with pytest.raises(ValueError, match=f"{field} 100"):
+        CLIPConfig(**{field: 100})
 
 
 class TestPackText:
@@ -66,19 +59,16 @@ class TestPackText:
     def test_ids_of_the_caption_count_and_no_others(self, model):
         packed = model.pack_text([[3, 4], [3, 5], [2, 4], [3, 4, 4]])
         texts = model.encode_text(packed)
+        torch.testing.assert_close(texts.norm(dim=1), torch.ones(4))
         assert len({tuple(text.tolist()) for text in texts.round(decimals=4)}) == 4
         packed[0, 3:] = 7
         torch.testing.assert_close(model.encode_text(packed), texts)
 
 
 class TestTowers:
-    def test_vectors_have_length_one(self, model, pixels):
-        for vectors in (model.encode_image(pixels), model.encode_text(model.pack_text([[1], [2], [3]]))):
-            assert vectors.shape == (3, 8)
-            torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
-
     def test_images_of_another_size_are_resized_and_uint8_values_are_refused(self, model):
         large = torch.rand(2, 3, 40, 40)
+        torch.testing.assert_close(model.encode_image(large).norm(dim=1), torch.ones(2))
         resized = F.interpolate(large, size=(16, 16), mode="bicubic", antialias=True).clamp(0, 1)
         torch.testing.assert_close(model.encode_image(large), model.encode_image(resized))
         with pytest.raises(ValueError, match="divide by 255"):
@@ -190,10 +180,8 @@ def weights(request, open_clip, tmp_path):
     torch.manual_seed(0)
     model = open_clip.create_model("tiny-test").eval()
     file = tmp_path / f"weights.{request.param}"
-    if request.param == "pt":
-        torch.save(model.state_dict(), file)
-    else:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, file)
+    write = torch.save if request.param == "pt" else save_file
+    write({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, file)
     return file, model
 
 
@@ -210,17 +198,15 @@ class Touch:
 class TestPretrainedScorer:
     def test_it_scores_as_the_model_of_the_file(self, weights, open_clip):
         file, model = weights
-        pixels = torch.rand(2, 3, 32, 32)
+        pixels = torch.rand(2, 3, 48, 48, requires_grad=True)
         images = model.encode_image(prepare_pixels(pixels, 32), normalize=True)
         text = model.encode_text(open_clip.get_tokenizer("tiny-test")(["a red circle"]), normalize=True)
         scorer = PretrainedScorer("tiny-test", str(file))
-        torch.testing.assert_close(scorer.score(pixels, "a red circle"), (images @ text.T)[:, 0])
-        assert isinstance(scorer, Scorer)
-
-    def test_gradients_reach_pixels_of_any_size(self, weights):
-        pixels = torch.rand(1, 3, 48, 48, requires_grad=True)
-        PretrainedScorer("tiny-test", str(weights[0])).score(pixels, "a circle").sum().backward()
+        scores = scorer.score(pixels, "a red circle")
+        torch.testing.assert_close(scores, (images @ text.T)[:, 0])
+        scores.sum().backward()
         assert pixels.grad.abs().sum() > 0
+        assert isinstance(scorer, Scorer)
 
     def test_captions_that_are_cut_are_counted(self, weights):
         """The context of ten holds eight ids beside the start and end tokens."""

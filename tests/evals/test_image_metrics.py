@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
 
 from dalle.evals.config import RADII
 from dalle.evals.fid import FeatureGaussian, RunningCovariance, frechet_distance, inception_score
@@ -18,8 +17,10 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 class TestPSNRAndSSIM:
-    def test_psnr_of_a_known_error(self):
-        gray = torch.full((1, 3, 12, 12), 0.5)
+    def test_known_values(self):
+        image, gray = noise(1, 3, 32, 32), torch.full((1, 3, 12, 12), 0.5)
+        assert ssim(image, image).item() == pytest.approx(1)
+        assert ssim(image, 1 - image).item() < 0
         assert psnr(gray, gray + 0.1).item() == pytest.approx(20, abs=1e-5)
         assert psnr(gray, gray).item() == math.inf
 
@@ -44,11 +45,6 @@ class TestPSNRAndSSIM:
         expected = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
         assert ssim(a, b).item() == pytest.approx(expected.mean().item(), abs=1e-10)
 
-    def test_ssim_of_an_image_with_itself_and_its_negative(self):
-        image = noise(1, 3, 32, 32)
-        assert ssim(image, image).item() == pytest.approx(1)
-        assert ssim(image, 1 - image).item() < 0
-
     def test_wrong_shapes_are_refused(self):
         with pytest.raises(ValueError, match="two equal shapes"):
             psnr(noise(2, 3, 12, 12), noise(1, 3, 12, 12))
@@ -66,22 +62,12 @@ class TestBlur:
         wanted = np.exp(-(x**2 + y**2) / (2 * radius**2)) / (2 * math.pi * radius**2)
         assert np.abs(blur(image, radius)[0, 0].numpy() - wanted).max() < 1e-3 * wanted.max()
 
-    def test_the_mean_of_an_even_image_stays_up_to_its_rim(self):
+    def test_an_even_image_and_radius_0(self):
         assert torch.allclose(blur(torch.full((2, 3, 9, 9), 0.3), 8), torch.full((2, 3, 9, 9), 0.3))
-
-    def test_radius_0_changes_no_bit_and_a_negative_one_is_refused(self):
         image = noise(1, 3, 8, 8)
         assert torch.equal(blur(image, 0), image)
         with pytest.raises(ValueError, match="cannot be negative"):
             blur(image, -1)
-
-    def test_it_is_near_pillows(self):
-        image = Image.fromarray((noise(48, 48, 3) * 255).byte().numpy())
-        theirs = np.asarray(image.filter(ImageFilter.GaussianBlur(2)), dtype=float)
-        ours = (
-            blur(torch.from_numpy(np.array(image)).movedim(-1, 0)[None].float(), 2)[0].movedim(0, -1).numpy()
-        )
-        assert np.abs(ours - theirs)[8:-8, 8:-8].mean() < 1.5  # Pillow's is made of boxes
 
 
 class TestFrechet:
@@ -91,10 +77,8 @@ class TestFrechet:
         turn, _ = torch.linalg.qr(noise(3, 3).double())
         one = FeatureGaussian(torch.zeros(3).double(), turn @ a.diag() @ turn.T, 10)
         two = FeatureGaussian(mean, turn @ b.diag() @ turn.T, 10)
-        wanted = float(mean @ mean + (a.sqrt() - b.sqrt()).square().sum())  # 5.25 + 1 + 4 + 0.25
-        assert wanted == 10.5
-        assert frechet_distance(one, two) == pytest.approx(wanted, abs=1e-6)
-        assert frechet_distance(two, one) == pytest.approx(wanted, abs=1e-6)
+        wanted = pytest.approx(5.25 + 1 + 4 + 0.25, abs=1e-6)
+        assert (frechet_distance(one, two), frechet_distance(two, one)) == (wanted, wanted)
         assert frechet_distance(one, one) == pytest.approx(0, abs=1e-6)
 
     def test_any_covariances_agree_with_the_eigenvalues_of_their_product(self):
@@ -104,13 +88,6 @@ class TestFrechet:
         traces = a.covariance.trace() + b.covariance.trace()
         expected = float((a.mean - b.mean).square().sum() + traces) - 2 * roots.sum()
         assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-
-    def test_samples_of_known_gaussians_come_near_their_distance(self):
-        rng, one, two = torch.Generator().manual_seed(0), RunningCovariance(), RunningCovariance()
-        for _ in range(40):
-            one.add(torch.randn(1000, 4, generator=rng))
-            two.add(torch.randn(1000, 4, generator=rng) * 2 + 1)
-        assert frechet_distance(one.gaussian(), two.gaussian()) == pytest.approx(4 + 4, rel=0.03)
 
     def test_moments_in_uneven_batches_are_numpys_even_far_from_zero(self):
         vectors = noise(57, 6) + 3000
@@ -137,11 +114,8 @@ class TestFrechet:
 
 
 class TestInceptionScore:
-    def test_sure_of_as_many_classes_as_there_are_is_their_number(self):
-        logits = torch.eye(8).repeat(10, 1) * 100
-        assert inception_score(logits, splits=1)[0] == pytest.approx(8)
-
-    def test_unsure_or_always_the_same_is_one(self):
+    def test_sure_of_all_classes_is_their_number_unsure_or_always_the_same_is_one(self):
+        assert inception_score(torch.eye(8).repeat(10, 1) * 100, splits=1)[0] == pytest.approx(8)
         assert inception_score(torch.zeros(20, 5))[0] == pytest.approx(1)
         assert inception_score(torch.tensor([[9.0, 0, 0]]).repeat(20, 1))[0] == pytest.approx(1)
 
@@ -154,8 +128,6 @@ class TestInceptionScore:
         ]
         mean, deviation = inception_score(logits, splits=3, seed=3)
         assert (mean, deviation) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
-
-    def test_fewer_images_than_parts_are_refused(self):
         with pytest.raises(ValueError, match="10 parts"):
             inception_score(noise(4, 5))
 

@@ -106,7 +106,8 @@ def test_a_resnet_by_its_shapes():
         shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         config = infer_config(shapes)
         again = build(config, quick_gelu=True)
-    assert (config.vision_layers, config.image_size) == ((1, 2, 1, 1), 64)
+    vision = config["vision_cfg"]
+    assert (vision["layers"], vision["image_size"]) == ((1, 2, 1, 1), 64)
     assert {name: tuple(t.shape) for name, t in again.state_dict().items()} == shapes
 
 

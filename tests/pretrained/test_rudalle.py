@@ -170,7 +170,7 @@ def test_the_published_files_fit(name, version):
     comparison = compare_keys(DetectedCheckpoint(Path("pytorch_model.bin"), FAMILY, tensors))
     comparison.check("published")
     assert comparison.config == replace(config, version=version)
-    assert comparison.parameters == parameters
+    assert sum(p.numel() for p in comparison.model.parameters()) == parameters
 
 
 def masks_of_the_published(version):

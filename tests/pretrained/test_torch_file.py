@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dalle.pretrained.pickle_scan import Forbidden, scan_pickle
-from dalle.pretrained.torch_file import StandIn, is_stand_in, read_torch_file, weights_of
+from dalle.pretrained.torch_file import STAND_INS, StandIn, read_torch_file, weights_of
 
 
 def example():
@@ -231,7 +231,7 @@ def test_each_instruction_that_could_call_is_refused(tmp_path, instruction):
 
 
 def scan(code):
-    scan_pickle(io.BytesIO(code), is_stand_in, 100)
+    scan_pickle(io.BytesIO(code), STAND_INS.fullmatch, 100)
 
 
 @pytest.mark.parametrize(

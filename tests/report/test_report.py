@@ -139,13 +139,11 @@ class TestWholeFolder:
         assert not re.search(r"https?://|//[a-z]|url\(|@import", re.sub(r"base64,[^\"]*", "", text))
         assert len(text) < 3_000_000
 
-    @pytest.mark.parametrize(
-        "record", [[], {"prompt": "a"}, {"images": None}, {"images": [{"file": 3, "score": 1}]}]
-    )
-    def test_a_record_of_something_else_is_left_out(self, run, tmp_path, record):
+    def test_a_record_of_something_else_is_left_out(self, run, tmp_path):
         shutil.copy(run / "evaluation.json", tmp_path)
-        (tmp_path / "sample.json").write_text(json.dumps(record))
-        assert "Stored samples: unexpected contents" in report_of(tmp_path).text
+        for record in ([], {"prompt": "a"}, {"images": None}, {"images": [{"file": 3, "score": 1}]}):
+            (tmp_path / "sample.json").write_text(json.dumps(record))
+            assert "Stored samples: unexpected contents" in report_of(tmp_path).text
 
     def test_a_record_names_no_file_outside_its_folder(self, run, tmp_path):
         folder = tmp_path / "run"
@@ -176,10 +174,8 @@ class TestPartialFolders:
         LoadedModel.from_pretrained(chain / kind).save_pretrained(tmp_path / "model")
         page = report_of(tmp_path / "model")
         assert "checkpoints" in page.sections
-        assert ("masks" in page.sections, "codebook" in page.sections) == (
-            kind == "transformer",
-            kind == "dvae",
-        )
+        shown = {"masks", "codebook"} & set(page.sections)
+        assert shown == {"transformer": {"masks"}, "dvae": {"codebook"}, "clip": set()}[kind]
 
     def test_a_model_directory(self, chain, tmp_path, prompt):
         shutil.copytree(chain / "model", tmp_path / "model")
@@ -225,19 +221,16 @@ class TestPartialFolders:
 
     def test_a_log_without_a_checkpoint_and_values_that_are_not_finite(self, tmp_path):
         lines = [{"step": i, "loss": math.nan, "image_loss": 10**400 if i == 2 else i} for i in (1, 2, 3)]
-        write_log(tmp_path, [*lines, {"step": 4, "val/loss": None, "val/image_loss": 2.5}])
+        last = {"step": 4, "val/loss": None, "val/image_loss": 2.5, "grad_scale_log2": [13.0, 12.0]}
+        write_log(tmp_path, [*lines, last])
         numbers = {"provenance": {}, "rerank": {"score": {"1": math.nan}, "accuracy": {"1": 0.5, "2": 0.75}}}
         numbers["images"] = {"blur": {r: {"psnr": math.inf, "fid": 9.0} for r in ("0", "1")}}
         (tmp_path / "numbers.json").write_text(json.dumps(numbers))
         page = report_of(tmp_path)
         assert page.charts == ["accuracy of the best (numbers.json)", "image_loss", "fid"]
         assert "image_loss 2.5" in page.text
+        assert "gradient scale (Figure 12)" in page.text
         assert "checkpoints" not in page.sections
-
-    def test_gradient_scales(self, tmp_path):
-        line = {"loss": 1.0, "image_loss": 1.0, "grad_scale_log2": [13.0, 12.0]}
-        write_log(tmp_path, [{"step": step} | line for step in (1, 2)])
-        assert "gradient scale (Figure 12)" in report_of(tmp_path).text
 
     def test_damaged_files_leave_the_other_sections(self, chain, tmp_path):
         run = tmp_path / "run"
@@ -249,12 +242,8 @@ class TestPartialFolders:
         file = next((run / "transformer").glob("checkpoints/step-*/meta.json"))
         write_json(file, read_json(file) | {"model_config": {"rings": 3}, "versions": None})
         page = report_of(run)
-        for words in (
-            "Images over time: cannot read",
-            "Samples, Reranking, Attention: ",
-            "not a safetensors file",
-        ):
-            assert words in page.text
+        assert "Images over time: cannot read" in page.text
+        assert re.search("Samples, Reranking, Attention: .*not a safetensors file", page.text)
         assert re.search("Masks: .*rings", page.text)
         assert "image_to_text_acc" in page.text
         assert {"curves", "configuration", "codebook"} <= set(page.sections)
@@ -268,9 +257,9 @@ def test_mistakes(tmp_path, script):
     write_log(tmp_path, [{"step": 1, "image_loss": 1.0}])
     (tmp_path / "report.html").mkdir()
     assert re.match(r"error: .*report\.html is a directory", script("report", tmp_path).err)
-    for options in ({"captions": 0}, {"best_of": 0}, {"num_codes": 0}, {"temperature": -1.0}):
-        with pytest.raises(ValueError, match=r"must be"):
-            ReportArgs(**options)
+    for name in ("captions", "best_of", "num_codes", "temperature"):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            ReportArgs(**{name: -1})
 
 
 class TestItems:

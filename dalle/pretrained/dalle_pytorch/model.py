@@ -29,18 +29,12 @@ class DallePytorchConfig(ExternalConfig):
 
     gated: bool = True
     qkv_bias: bool = False
-    kinds: tuple[str, ...]
-    """Kind of mask of each layer, one of KINDS."""
-    shift: bool = True
-    """States are mixed with those of the tokens above and to the left."""
-    rotary: int = 0
-    """Numbers of a head that are rotated; 0 for learned positions instead."""
-    reversible: bool = False
-    """Two trunks, averaged at the end."""
-    stable: bool = False
-    """Final states are divided by their largest number."""
-    shared: bool = False
-    """Tokens are embedded by rows of the output matrix."""
+    kinds: tuple[str, ...]  # kind of mask of each layer, one of KINDS
+    shift: bool = True  # states are mixed with those of the tokens above and to the left
+    rotary: int = 0  # numbers of a head that are rotated; 0 for learned positions instead
+    reversible: bool = False  # two trunks, averaged at the end
+    stable: bool = False  # final states are divided by their largest number
+    shared: bool = False  # tokens are embedded by rows of the output matrix
 
     def __post_init__(self):
         super().__post_init__()

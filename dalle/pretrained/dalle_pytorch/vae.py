@@ -30,10 +30,8 @@ class DiscreteVAEConfig:
     width: int
     vocab_size: int
     codebook_dim: int
-    means: tuple[float, ...] = HALF[0]
-    """Subtracted from each channel of an image."""
-    deviations: tuple[float, ...] = HALF[1]
-    """Divisor of each channel."""
+    means: tuple[float, ...] = HALF[0]  # subtracted from each channel of an image
+    deviations: tuple[float, ...] = HALF[1]  # divisor of each channel
 
     @property
     def downsample_factor(self) -> int:
@@ -63,9 +61,7 @@ def _normalization(hparams: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     except (TypeError, ValueError):
         valid = False
     if not valid:
-        raise ValueError(
-            f"a normalization of {shown(given):.80}; expected means and deviations of 3 channels"
-        )
+        raise ValueError(f"a normalization of {shown(given):.80}; expected 3 means and 3 deviations")
     return means, deviations
 
 

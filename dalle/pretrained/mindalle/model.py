@@ -28,10 +28,8 @@ class MinDalleConfig(ExternalConfig):
     text_vocab: int = 16384
     image_vocab: int = 16384
     qkv_matrices: int = 3
-    depth: int = 42
-    """Layers."""
-    pad: int = 0
-    """The id of [PAD]."""
+    depth: int = 42  # layers
+    pad: int = 0  # the id of [PAD]
 
     @property
     def kinds(self) -> tuple[str, ...]:

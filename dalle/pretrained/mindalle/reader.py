@@ -121,12 +121,7 @@ def read_vocabulary(path: Path) -> dict[str, int]:
 
 
 def load_tokenizer(folder: Path) -> HuggingFaceTokenizer:
-    """Its text tokenizer, `tokenizers.CharBPETokenizer` with lowercase, less padding.
-
-    Raises:
-        ImportError: tokenizers is not installed.
-        ValueError: files that are missing, or of another tokenizer.
-    """
+    """Its text tokenizer, `tokenizers.CharBPETokenizer` with lowercase; ValueError for other files."""
     tokenizers, files = import_tokenizers(), (str(folder / VOCABULARY), str(folder / MERGES))
     read_vocabulary(folder / VOCABULARY)
     try:

@@ -38,10 +38,8 @@ class RudalleConfig(ExternalConfig):
     gelu: str = "tanh"
     sandwich: bool = True
     max_attention: float | None = 65504.0  # the largest number of fp16
-    depth: int = 24
-    """Layers."""
-    version: str = "v3"
-    """One of VERSIONS."""
+    depth: int = 24  # layers
+    version: str = "v3"  # one of VERSIONS
 
     @property
     def layout(self) -> ExternalLayout:

@@ -77,11 +77,7 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> RudalleConfig:
 
 
 def lowercase(text: BPETokenizer) -> YoutokentomeTokenizer:
-    """The tokenizer of its bpe.model as the package uses it.
-
-    Raises:
-        ValueError: a tokenizer of another kind, or one with other ids of begin and end.
-    """
+    """The tokenizer of its bpe.model as the package uses it; ValueError for another tokenizer."""
     if not isinstance(text, YoutokentomeTokenizer):
         raise ValueError(f"ruDALL-E reads a youtokentome model, its bpe.model, not a {type(text).__name__}")
     if text.model["special"] != SPECIAL:
