@@ -218,6 +218,9 @@ class TestDownload:
         assert len(published.asked) == requests
 
     def test_a_part_downloads_its_files_only(self, published, chain, monkeypatch):
+        with pytest.raises(ValueError, match="give kind"):
+            LoadedModel.from_pretrained(NAME)
+        assert downloads(published) == {"config.json", "text_tokenizer.json"}
         part = LoadedModel.from_pretrained(NAME, "dvae")
         assert part.hash == load_model(chain / "dvae", "dvae").hash
         assert downloads(published) == {"config.json", "text_tokenizer.json", "dvae.safetensors"}

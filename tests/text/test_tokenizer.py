@@ -214,6 +214,32 @@ def test_dropout_probabilities_by_hand():
     assert exact_dropout_distribution(tokenizer, "abc", p) == pytest.approx(expected)
 
 
+def test_another_dropout_would_be_noticed():
+    samples = sample_segmentations(OVERLAPPING, "token", 0.13)
+    assert chi_square_excess(samples, exact_dropout_distribution(OVERLAPPING, "token", 0.1)) > 2 * TOO_FAR
+
+
+def to_youtokentome(tokenizer, path):
+    """The same vocabulary in the text format of youtokentome, loaded by youtokentome."""
+    n = len(tokenizer.characters)
+    lines = [(n, len(tokenizer.merges)), *((ord(c), 1 + i) for i, c in enumerate(tokenizer.characters))]
+    lines += [(x - N_BYTES, y - N_BYTES, 1 + n + i) for i, (x, y) in enumerate(tokenizer.merges)]
+    path.write_text("".join(" ".join(map(str, line)) + "\n" for line in [*lines, (UNKNOWN_ID, -1, -1, -1)]))
+    return pytest.importorskip("youtokentome").BPE(str(path))
+
+
+def test_youtokentome_drops_less_where_merges_exclude_one_another(tmp_path):
+    """The departure that apply_merges describes: an impossible merge gives others another chance."""
+    more = []
+    for tokenizer, word in ((ONE_TREE, "abcd"), (OVERLAPPING, "token")):
+        youtokentome = to_youtokentome(tokenizer, tmp_path / "model")
+        whole = youtokentome.encode([word])[0]
+        theirs = youtokentome.encode([word] * N_SAMPLES, dropout_prob=0.1).count(whole) / N_SAMPLES
+        more.append(theirs - exact_dropout_distribution(tokenizer, word, 0.1)[tuple(tokenizer.encode(word))])
+    assert abs(more[0]) < 0.03  # 5 standard deviations
+    assert more[1] > 0.05
+
+
 def test_dropout_depends_on_the_seed_alone(tokenizer):
     def encode(seed):
         return [tokenizer.encode(caption, 0.1, seed) for caption in CAPTIONS[:20]]
