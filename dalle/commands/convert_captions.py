@@ -13,6 +13,7 @@ import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -23,8 +24,6 @@ from dalle.config import cli_errors, parse
 from dalle.data.caption_datasets import CaptionRecord, Format, Naming, published_files, read_captions
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-CACHE_KIB = 65536
-"""Memory of the database."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,7 @@ class ConversionResult:
     """Counts of a conversion."""
 
     images: int = 0
-    """Rows of the table, one per image."""
     captions: int = 0
-    """Captions in the table."""
     without_caption: int = 0
     """Images of the folder without a record."""
     left_out: Counter[str] = field(default_factory=Counter)
@@ -96,20 +93,16 @@ def convert_captions(args: ConvertCaptionsArgs) -> ConversionResult:
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}); give another --out") from None
     with temporary as partial:
-        database = sqlite3.connect(Path(partial) / "pairs.sqlite", isolation_level=None)
-        try:
+        with closing(sqlite3.connect(Path(partial) / "pairs.sqlite", isolation_level=None)) as database:
             # nothing in it outlives the run, so it need not survive a crash
-            for setting in ("journal_mode=off", "synchronous=off", f"cache_size=-{CACHE_KIB}"):
-                database.execute(f"pragma {setting}")
+            database.executescript("pragma journal_mode=off; pragma synchronous=off")
             _insert_images(database, args.images, result)
             _insert_captions(database, args, files, result)
             table = Path(partial) / "table.jsonl"
             _write_table(database, images.relative_to(start), table, result)
-            if not result.images:
-                raise ValueError(f"no record of {args.captions} finds an image in {args.images}\n{result}")
-            table.replace(args.out)
-        finally:
-            database.close()
+        if not result.images:
+            raise ValueError(f"no record of {args.captions} finds an image in {args.images}\n{result}")
+        table.replace(args.out)
     flags = f"--data.path {args.out}"
     if start != folder:
         flags += f" --data.image-root {args.images}"

@@ -18,18 +18,15 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 from xml.etree import ElementTree
 
 Format = Literal["coco", "karpathy", "cc", "cc12m", "redcaps", "narratives", "flickr", "openclipart"]
 Naming = Literal["number", "md5", "sha256"]
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
-    "coco": (".json",),
-    "karpathy": (".json",),
-    "cc": (".tsv",),
-    "cc12m": (".tsv",),
-    "redcaps": (".json",),
+    **dict.fromkeys(("coco", "karpathy", "redcaps"), (".json",)),
+    **dict.fromkeys(("cc", "cc12m"), (".tsv",)),
     "narratives": (".jsonl",),
     "flickr": (".token", ".txt"),
     "openclipart": (".svg",),
@@ -52,14 +49,10 @@ def published_files(path: Path, format: Format) -> list[Path]:
     """A file, or the files of a format below a folder, by name; ValueError if there are none."""
     if path.is_file():
         return [path]
-    suffixes = tuple(suffix + ending for suffix in SUFFIXES[format] for ending in ("", ".gz"))
-    found = sorted(
-        file for file in path.rglob("*") if file.name.lower().endswith(suffixes) and file.is_file()
-    )
+    endings = SUFFIXES[format] + tuple(f"{suffix}.gz" for suffix in SUFFIXES[format])
+    found = sorted(file for file in path.rglob("*") if file.name.lower().endswith(endings))
     if not found:
-        wanted = f"file or folder {path}"
-        if path.is_dir():
-            wanted = f"folder {path} with {', '.join(SUFFIXES[format])}"
+        wanted = f"folder {path} with {', '.join(endings)}" if path.is_dir() else f"file or folder {path}"
         raise ValueError(f"no {wanted}; expected captions as {format} publishes them")
     return found
 
@@ -93,7 +86,6 @@ def read_captions(
             return _flickr(file)
         case "openclipart":
             return _openclipart(file, root or file.parent)
-    raise ValueError(f"unknown format {format!r}; expected one of {', '.join(get_args(Format))}")
 
 
 def _coco(file: Path) -> Iterator[CaptionRecord]:
@@ -157,9 +149,8 @@ def _flickr(file: Path) -> Iterator[CaptionRecord]:
         if tab and "#" in name:
             yield CaptionRecord(name.rpartition("#")[0], _clean(caption))
         else:
-            yield CaptionRecord(
-                None, [f"{file.name}, line {number}: expected image#number, a tab, a caption"]
-            )
+            problem = f"{file.name}, line {number}: expected image#number, a tab, a caption"
+            yield CaptionRecord(None, [problem])
 
 
 def _openclipart(file: Path, root: Path) -> Iterator[CaptionRecord]:
@@ -178,10 +169,9 @@ def _openclipart(file: Path, root: Path) -> Iterator[CaptionRecord]:
                 if str(item.tag).endswith("}li"):
                     keywords.append(" ".join((item.text or "").split()))
             break
-    fresh = [
-        word for word in keywords if word.lower() not in STOP_TITLES and word.lower() not in title.lower()
-    ]
-    yield CaptionRecord(name, _clean(", ".join(filter(None, [title, *dict.fromkeys(fresh)]))))
+    words = dict.fromkeys(word for word in keywords if word.lower() not in STOP_TITLES)
+    new = [word for word in words if word.lower() not in title.lower()]
+    yield CaptionRecord(name, _clean(", ".join(filter(None, [title, *new]))))
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dalle.data.bad_samples import BadSampleLog
@@ -33,19 +33,15 @@ class BatchReader:
     """Step -> (batch, bad samples), for the workers."""
 
     dataset: CaptionedImages
-    """Any."""
     batch_size: int
     """Samples of a step over all processes."""
     seed: int
-    """Seed of order and crops."""
     augment: str
     """The listing of the random crops, or "none"."""
     collate: Callable[[ImageTextBatch, int], Any]
     """(samples, step) -> batch; importable by another process."""
     rank: int = 0
-    """Rank of this training process."""
     world: int = 1
-    """Number of training processes."""
 
     def __call__(self, step: int) -> tuple[Any, list[BadSample]]:
         samples = batch_indices(step, self.batch_size, self.dataset.size, self.seed, self.rank, self.world)
@@ -81,12 +77,7 @@ class Loader:
         timeout: float = WORKER_TIMEOUT,
     ):
         self.make, self.steps, self.workers, self.timeout = make, steps, workers, timeout
-        self._options = {
-            "num_workers": workers,
-            "prefetch_factor": prefetch,
-            "pin_memory": pin,
-            "timeout": timeout,
-        }
+        self._options = {"prefetch_factor": prefetch, "pin_memory": pin, "timeout": timeout}
         self._stream: Any = None
         self._first = self._next = -1
 
@@ -98,10 +89,11 @@ class Loader:
             self._first = step
             self._stream = iter(
                 DataLoader(
-                    _Steps(self.make),
+                    range(self.steps),
                     batch_size=None,  # an item is a whole batch
                     sampler=range(step, self.steps),
-                    collate_fn=_identity,
+                    collate_fn=partial(_try, self.make),
+                    num_workers=self.workers,
                     worker_init_fn=partial(_init_worker, os.getpid()),
                     generator=torch.Generator(),  # leaves the global generator alone
                     **self._options,
@@ -147,12 +139,13 @@ class ImageTextLoader(Loader):
     """Batches of captioned images; bad samples are counted in `bad_samples` and printed at the end.
 
     Args:
-        reader: reads a batch. steps: no later step is prefetched. workers: as in DataConfig; -1 chooses.
-        prefetch: batches that each worker keeps ready. log: file of bad samples; None only counts. Rank 1
-        writes NAME-1.jsonl, and so on; bad samples found while
-            opening the dataset are in the file of rank 0 alone.
-        max_bad_fraction: fraction of bad samples, among those that this process has read, above which a run
-        ends. receive: converts a batch in the training process. pin: as in Loader.
+        reader: reads a batch.
+        workers: as in DataConfig; -1 chooses.
+        log: file of bad samples; None only counts. Rank 1 writes NAME-1.jsonl, and so on; bad samples found
+            while opening the dataset are in the file of rank 0 alone.
+        max_bad_fraction: of the samples that this process has read; more end a run.
+        receive: converts a batch in the training process.
+        steps, prefetch, pin: as in Loader.
     """
 
     def __init__(
@@ -186,8 +179,7 @@ class ImageTextLoader(Loader):
 
 
 def worker_count(workers: int, size: int | None) -> int:
-    """The number of workers; -1 becomes one for each core but one, eight at most, none for an endless
-    dataset.
+    """The number of workers; -1 becomes one for each core but one, eight at most, none for an endless set.
 
     The processes of torchrun share the cores of their machine.
     """
@@ -222,10 +214,6 @@ def _end_with(training: int) -> None:
             pass
 
 
-def _identity(item: Any) -> Any:
-    return item
-
-
 @dataclass(frozen=True)
 class _Failure:
     """A ValueError on its way out of a worker."""
@@ -233,14 +221,8 @@ class _Failure:
     message: str
 
 
-@dataclass(frozen=True)
-class _Steps(Dataset):
-    """Steps as items of a torch Dataset."""
-
-    make: Callable[[int], Any]
-
-    def __getitem__(self, step: int) -> Any:
-        try:
-            return self.make(step)
-        except ValueError as error:
-            return _Failure(str(error))
+def _try(make: Callable[[int], Any], step: int) -> Any:
+    try:
+        return make(step)
+    except ValueError as error:
+        return _Failure(str(error))

@@ -1,16 +1,13 @@
 """Filters of captioned images (paper section 2.3): captions, image sizes, a list of names.
 
-On by default are the two that the paper states exactly: captions that are only boilerplate, and elongated
-images. Off by default are those without a number in the paper (short captions) or with a detector that errs
-on few words (language). Duplicates need the whole dataset: scripts/check_data.py writes their names for
-`exclude_list`.
+On by default are the two that the paper states exactly: boilerplate captions and elongated images. Duplicates
+need the whole dataset: scripts/check_data.py writes their names for `exclude_list`.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cache
-from pathlib import Path
 
 from dalle.data.config import FilterConfig
 
@@ -35,7 +32,13 @@ class Filters:
         if config.language:
             detect = language_detector(config.language)
             self._caption_tests["language"] = lambda caption: detect(caption) not in (None, config.language)
-        self._names = _read_names(config.exclude_list) if config.exclude_list else frozenset()
+        self._names: frozenset[str] = frozenset()
+        if config.exclude_list:
+            try:
+                self._names = frozenset(config.exclude_list.read_text(encoding="utf-8").splitlines())
+            except (OSError, UnicodeDecodeError) as error:
+                problem = f"cannot read the exclude list {config.exclude_list} ({error})"
+                raise ValueError(f"{problem}; give a text file with one name per line") from None
 
     def __reduce__(self):
         return Filters, (self.config,)
@@ -69,15 +72,6 @@ def one_by_one(config: FilterConfig) -> dict[str, FilterConfig]:
     """Each active filter alone, by name, for a dry run."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     return {name: replace(_OFF, **{name: value}) for name, value in values.items() if value}
-
-
-def _read_names(path: Path) -> frozenset[str]:
-    try:
-        return frozenset(path.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"cannot read the exclude list {path} ({error}); give a text file with one name per line"
-        ) from None
 
 
 # scripts without spaces between words: each character counts as one

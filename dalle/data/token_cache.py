@@ -44,11 +44,10 @@ class TokenCacheSpec:
     grid: tuple[int, int]
     """Rows and columns of tokens."""
     vocab: int
-    """Codes of the image tokenizer, stored in 16 bits."""
     images: int
     """Images of the dataset in order, bad samples included."""
     crops: int = 1
-    """Crops of each image."""
+    """Per image."""
     shard: int = 8192
     """Images of the dataset per shard."""
     transform: dict[str, Any] = field(default_factory=dict)

@@ -30,9 +30,7 @@ class WrittenTars:
     """What `write_tars` has written."""
 
     tars: int = 0
-    """Number of tars."""
     images: int = 0
-    """Samples in them."""
     left_out: list[str] = field(default_factory=list)
     """Samples that cannot be packed, with the reason."""
 

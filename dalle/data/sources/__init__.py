@@ -27,8 +27,7 @@ def open_source(
 
     Args:
         path: a folder of images with .txt or .json beside them, of tars, or of tables; a table; a tar; a
-        pattern
-            with *, ? and {000..099}; or a folder written by Hugging Face `datasets`.
+            pattern with *, ? and {000..099}; or a folder written by Hugging Face `datasets`.
         format: "folder", "table", "tars" or "hub", if the path does not determine it.
         image_column: of a table; default: the first of the usual names.
         caption_column: of a table, or key in JSON; several separated by commas.
