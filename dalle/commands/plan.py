@@ -14,9 +14,8 @@ from dalle.commands.train_dvae import TrainDVAEArgs
 from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.config import cli_errors, overview, parse
 from dalle.planner.gpus import GPU, GPUS
-from dalle.planner.memory import FP32, HALF, ParallelLayout, StepEstimate, memory
+from dalle.planner.memory import FP32, HALF, ParallelLayout, StepEstimate, memory, traffic
 from dalle.planner.table import print_plan
-from dalle.planner.traffic import traffic
 from dalle.runs.kinds import EACH_KIND, take_kind
 from dalle.train.config import POWERSGD_RANKS, compression_rate
 

@@ -1,4 +1,4 @@
-"""Memory of one GPU during training, by part, for each way of sharing the training
+"""Memory and traffic of one GPU in a training step, for each way of sharing the training
 (dalle/train/distributed.py).
 
 Activations are each GPU's own. Sharded layers are gathered in 16 bit as they are needed, the next one ahead
@@ -96,3 +96,34 @@ def _gathered(step: StepEstimate, how: ParallelLayout) -> float:
     weights = 2 * (HALF if how.half else FP32) * step.largest_group + FP32 * step.ungrouped
     gradients = (HALF + FP32 if how.half else FP32) * step.largest_group + FP32 * step.ungrouped
     return weights + gradients
+
+
+def ring(size: float, processes: int) -> float:
+    """Bytes that each process sends to gather or reduce-scatter `size` bytes by a ring, which sends least."""
+    return size * (processes - 1) / processes
+
+
+def traffic(
+    step: StepEstimate, how: ParallelLayout, gpus: int, gpus_per_node: int, kept: float = 1.0
+) -> dict[str, float]:
+    """Bytes that one GPU sends in a step (2.5, Table 2): {"inside": its node, "between": to other nodes}.
+
+    Args:
+        step: of the model.
+        how: fsdp and hsdp gather and scatter in each pass.
+        gpus: in all.
+        gpus_per_node: in a node.
+        kept: fraction of the layers' gradients that replicas still send with PowerSGD.
+    """
+    layers = step.parameters - step.ungrouped
+    sent = {"inside": 0.0, "between": 0.0}
+    if how.mode in ("fsdp", "hsdp"):
+        dtype = HALF if how.half else FP32
+        forward = ring(dtype * layers + FP32 * step.ungrouped, how.shards)
+        backward = ring(dtype * layers, how.shards) + ring(FP32 * step.parameters, how.shards)
+        link = "between" if how.shards > gpus_per_node else "inside"
+        sent[link] += how.grad_accum_steps * (forward + backward)
+    if how.mode != "none":
+        averaged = FP32 * (kept * layers + step.ungrouped) / how.shards
+        sent["between" if gpus > gpus_per_node else "inside"] += 2 * ring(averaged, gpus // how.shards)
+    return sent

@@ -4,8 +4,8 @@
                                   ema.safetensors        running sums of the averaged weights
                                   optimizer.safetensors  the optimizers' moments, "parameter/moment"
                                   scales.safetensors     gradient scales, with fp16 only
-                                  meta.json              format, kind, model_config, config, step, ema,
-                                  inputs, ... SHA256SUMS             of all of these, written last
+                                  meta.json              format, kind, model_config, config, inputs, step, ...
+                                  SHA256SUMS             of all of these, written last
     run/checkpoints/latest                               name of the newest complete checkpoint
 
 A checkpoint is written under another name, synced, renamed; the pointer moves last. Sharded tensors are a
@@ -72,9 +72,7 @@ class Snapshot:
 def write_checkpoint(
     run_dir: Path, snapshot: Snapshot, keep: int, keep_every: int | None, dist: Distributed
 ) -> Path:
-    """Writes a checkpoint; removes all but the newest `keep` and every `keep_every`-th step's.
-
-    All processes call it together.
+    """Writes a checkpoint; removes all but the newest `keep` and every `keep_every`-th step's; collective.
 
     Raises:
         OSError: the disk is full or cannot be written to; earlier checkpoints are as they were.
@@ -197,8 +195,7 @@ def verify_checkpoint(
 
 
 def restore(folder: Path, state: TrainState, dist: Distributed | None = None) -> None:
-    """Loads a checkpoint into the state, strictly; the number of processes may differ from that of the
-    writers.
+    """Loads a checkpoint into the state, strictly; any number of processes may have written it.
 
     Raises:
         ValueError: a file is missing or no safetensors file, or holds other tensors than the state.

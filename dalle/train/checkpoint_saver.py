@@ -81,14 +81,13 @@ class RunGuard:
     def __init__(self, run_dir: Path, meta: dict[str, Any], config: TrainConfig):
         self.run_dir, self.meta, self.save_every = run_dir, meta, config.save_every
         self.control = Distributed.current()
-        self.lock = RunLock(run_dir)
-        self.control.on_main(self._enter_directory)
+        self.lock: TextIO | None = None
+        self.control.on_main(self._lock)
         self.checkpointer = AsyncCheckpointer(run_dir, config.keep_last, config.keep_every)
         self.stop = PreemptionHandler()
 
-    def _enter_directory(self) -> None:
-        make_directory(self.run_dir)
-        self.lock.take()
+    def _lock(self) -> None:
+        self.lock = lock_directory(self.run_dir)
 
     def on_step_end(self, state: TrainState) -> None:
         """Saves a checkpoint if one is due, or if a signal asked any process to stop.
@@ -110,10 +109,9 @@ class RunGuard:
             if self.control.is_main:
                 cause = self.stop.asked or "a signal to another process"
                 tqdm.write(
-                    f"{self.meta['kind']}: stopped by {cause} "
-                    f"after step {state.step} of {self.meta['steps']}, "
-                    f"saved in {latest_checkpoint(self.run_dir)}; the same command resumes it "
-                    f"(exit status {EXIT_PREEMPTED})"
+                    f"{self.meta['kind']}: stopped by {cause} after step {state.step} of "
+                    f"{self.meta['steps']}, saved in {latest_checkpoint(self.run_dir)}; the same command "
+                    f"resumes it (exit status {EXIT_PREEMPTED})"
                 )
             raise Preempted
 
@@ -130,51 +128,38 @@ class RunGuard:
         finally:
             self.checkpointer.thread.shutdown()
             self.stop.close()
-            self.lock.close()
+            if self.lock:
+                self.lock.close()
 
 
-class RunLock:
-    """<run>/.lock, which names the process that holds it and its host.
+def lock_directory(run_dir: Path) -> TextIO:
+    """Makes a run's directory and holds its .lock until the file is closed or the process ends.
 
-    The kernel frees a record lock when its process dies, and forked data workers do not inherit it. Windows
-    has
-    none: nothing is locked there.
+    The file names the process and its host. The kernel frees a record lock when its process dies, and forked
+    data workers do not inherit it. Windows has none: nothing is locked there.
+
+    Raises:
+        ValueError: another process holds it, or the directory cannot be written to.
     """
-
-    def __init__(self, run_dir: Path):
-        self.run_dir = run_dir
-        self.file: TextIO | None = None
-
-    def take(self) -> None:
-        """Holds the directory until `close`, or until the process ends.
-
-        Raises:
-            ValueError: another process holds it.
-        """
-        self.file = (self.run_dir / ".lock").open("a+", encoding="utf-8")
-        try:
-            if fcntl:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._refused(error)
-        else:
-            self.file.truncate(0)
-            self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            self.file.flush()
-
-    def _refused(self, error: OSError) -> None:
+    make_directory(run_dir)
+    file = (run_dir / ".lock").open("a+", encoding="utf-8")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            print(f"note: {self.run_dir} cannot be locked ({error.strerror}); let no other run write there")
-            return
-        self.file.seek(0)
-        holder = self.file.read().strip() or "another process"
-        self.close()
-        raise ValueError(f"{self.run_dir} is in use by {holder}; wait until it ends, or give another --out")
-
-    def close(self) -> None:
-        """Frees the directory."""
-        if self.file:
-            self.file.close()
+            print(f"note: {run_dir} cannot be locked ({error.strerror}); let no other run write there")
+            return file
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ValueError(
+            f"{run_dir} is in use by {holder}; wait until it ends, or give another --out"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 EXIT_PREEMPTED = 75

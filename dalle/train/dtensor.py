@@ -51,8 +51,7 @@ def _split_by_sharding(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 class ForwardProxy(nn.Module):
-    """A model behind a single `forward`, the call that DDP and FSDP hook: forward(f, ...) is f(model,
-    ...)."""
+    """A model whose only call is forward(f, ...) = f(model, ...), which DDP and FSDP hook."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -92,10 +91,8 @@ def shard_model(
 
 
 def shard_dim(shape: tuple[int, ...], shards: int) -> int:
-    """The dimension of a parameter to shard: the longer side of a matrix (E.2), where the factors are
-    smallest.
+    """The dimension of a parameter to shard: the longer side of a matrix (E.2), where factors are smallest.
 
-    FSDP2 shards other dimensions than the first only evenly, so a matrix that does not divide is sharded by
-    it.
+    FSDP2 shards other dimensions than the first only evenly; a matrix that does not divide is sharded by it.
     """
     return int(len(shape) == 2 and shape[1] > shape[0] and shape[1] % shards == 0)

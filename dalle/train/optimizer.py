@@ -26,10 +26,8 @@ def decay_groups(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decay, keep = [], []
     for name, parameter in model.named_parameters():
-        bare = name.endswith("embedding")  # open_clip's
-        embedding = id(parameter) in embeddings or bare
-        matrix = parameter.ndim >= 2 and not embedding
-        (decay if matrix else keep).append((name, parameter))
+        embedding = id(parameter) in embeddings or name.endswith("embedding")  # open_clip's are bare
+        (keep if parameter.ndim < 2 or embedding else decay).append((name, parameter))
     return decay, keep
 
 
@@ -169,8 +167,8 @@ def load_moment(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, 
 class ReduceLROnPlateau:
     """Halves the learning rate when the training loss plateaus (B.2); `factor` multiplies it.
 
-    The paper does not define a plateau. Here the mean loss of `window` steps makes one reading, and `patience`
-    readings in a row that are not below the best one by `threshold` make a plateau.
+    The paper does not define a plateau. Here the mean loss of `window` steps makes one reading, and
+    `patience` readings in a row that are not below the best one by `threshold` make a plateau.
     """
 
     def __init__(self, config: PlateauConfig):

@@ -10,10 +10,9 @@ Instead of a gradient G (m, n) each replica sends two thin factors, P (m, r) and
     E <- E - P Q'^T
 
 Only matrices of the layers are factored; other gradients are averaged whole in fp32. torch's communication
-hook
-is not used: it changes Q in each step, factors embeddings, keeps errors by DDP bucket, which no checkpoint
-can carry to another number of processes, and does not know FSDP2. Here replicas may hold shards (hsdp): each
-process factors the gradient of its own shard. Communication does not overlap with the backward pass.
+hook is not used: it changes Q in each step, factors embeddings, keeps errors by DDP bucket, which no
+checkpoint can carry to another number of processes, and does not know FSDP2. With hsdp each process factors
+the gradient of its own shard. Communication does not overlap with the backward pass.
 """
 
 import math
@@ -36,19 +35,9 @@ EPS = 1e-6  # E.2, step 5
 def build_powersgd(
     model: nn.Module, config: PowerSGDConfig, seed: int, group: Any = None
 ) -> "PowerSGD | None":
-    """PowerSGD over a model's trainable parameters; None without a rank or with one replica.
-
-    Args:
-        model: bare, or sharded over a one-dimensional mesh (FSDP2).
-        config: rank and the rest.
-        seed: of Q.
-        group: the replicas: processes that hold the same (shards of) parameters; default: all.
-    """
-    if (
-        config.rank is None
-        or not (dist.is_available() and dist.is_initialized())
-        or dist.get_world_size(group) == 1
-    ):
+    """PowerSGD over a model's trainable parameters; None without a rank or with one replica."""
+    joined = dist.is_available() and dist.is_initialized()
+    if config.rank is None or not joined or dist.get_world_size(group) == 1:
         return None
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return PowerSGD(parameters, stacked_matrices(model), config, seed, group)
@@ -81,7 +70,7 @@ class PowerSGD:
         matrices: name -> number of matrices stacked in it; other parameters are averaged whole.
         config: its rank is that of all shards together.
         seed: of Q.
-        group: the replicas; default: all processes.
+        group: the replicas: processes that hold the same (shards of) parameters; default: all.
 
     Raises:
         ValueError: no rank; a two-dimensional mesh; shards with a Q that changes.
@@ -132,9 +121,8 @@ class PowerSGD:
         gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         if self._any_nonfinite(gradients):
             return
-        names = (
-            [name for name in self.factored if name in gradients] if step >= self.config.start_step else []
-        )
+        started = step >= self.config.start_step
+        names = [name for name in self.factored if name in gradients and started]
         self._average([gradient for name, gradient in gradients.items() if name not in names])
         if names:
             self._factor({name: gradients[name] for name in names}, step)
@@ -187,8 +175,8 @@ class PowerSGD:
     def _all_good(
         self, held: dict[str, FactoredParameter], gradients: dict[str, Tensor], sent: Tensor
     ) -> bool:
-        """Whether all buffers and messages were finite; if not, the step is skipped and buffers that are not
-        finite restart from 0 (E.2, step 12)."""
+        """Whether all buffers and messages were finite; else the step is skipped and such buffers restart
+        from 0 (E.2, step 12)."""
         buffers = torch.stack([one.error.isfinite().all() for one in held.values()])
         if self.all_true(buffers.all() & sent):
             return True
@@ -219,7 +207,6 @@ class PowerSGD:
         return message.div_(dist.get_world_size(self.group))
 
     def _keep(self, error: Tensor) -> None:
-        """Rounds an error buffer to its format."""
         if self.config.message_dtype == "paper":
             error.copy_(rounded(error, MEAN))
 
@@ -257,8 +244,7 @@ class PowerSGD:
         """Loads them on every replica; ValueError for those of other parameters.
 
         Another number of shards may factor other parameters: errors of one now sent whole are dropped, those
-            of a
-        new one start at 0.
+        of a new one start at 0.
         """
         own = {f"error/{name}": one.error for name, one in self.factored.items()} | self._changing_qs()
         wrong = sorted(tensors.keys() - own.keys() - {f"error/{name}" for name in self.parameters})
@@ -293,8 +279,7 @@ def _place(parameter: Tensor) -> tuple[int, int]:
 
 
 def orthonormal(p: Tensor) -> Tensor:
-    """(m, r) -> orthonormal columns with the same span (E.2, step 5); eps is relative to the largest
-    entry."""
+    """(m, r) -> orthonormal columns of the same span (E.2, step 5); eps is relative to the largest entry."""
     shifted = p.clone()
     shifted.diagonal().add_(EPS * p.abs().max())
     return torch.linalg.qr(shifted)[0]

@@ -4,9 +4,8 @@
                   model/shard-00002-...                                 rank 1's
                   ema/  optimizer/  ...                                 likewise
 
-DCP's default storage pickles its metadata. Its safetensors storage keeps the place of each shard in the
-file's header, and is given tensors only. Any number of processes can read them, and files of whole tensors
-too.
+DCP's default storage pickles its metadata; its safetensors storage keeps the place of each shard in the
+file's header. Any number of processes can read them, and files of whole tensors too.
 """
 
 import warnings
@@ -22,7 +21,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from torch.distributed.tensor import DeviceMesh, DTensor, Shard
 
 from dalle.io.files import read_tensors, sync_folder
 from dalle.train.distributed import Distributed
@@ -33,11 +31,6 @@ class _FileOrFolder(FileSystem):
 
     def ls(self, path: Any) -> list[str]:
         return [str(path)] if Path(path).is_file() else super().ls(path)
-
-
-def per_rank_tensor(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
-    """A tensor that differs between processes, as one DTensor (processes, ...) for a checkpoint."""
-    return DTensor.from_local(tensor.detach()[None], mesh, [Shard(0)] * mesh.ndim, run_check=False)
 
 
 def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

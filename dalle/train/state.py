@@ -80,8 +80,8 @@ class TrainState:
     scales: PerBlockGradScaler | None = None
     step: int = 0
     extras: dict[str, Any] = field(default_factory=dict)
-    """Parts with state_dict and load_state_dict by name: nonfinite, plateau, powersgd. A tensor of theirs that
-    differs between processes is a DTensor."""
+    """Parts with state_dict and load_state_dict by name: nonfinite, plateau, powersgd. Their tensors that
+    differ between processes are DTensors."""
 
     def state_dict(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Tensors by file and name, sharded as the parameters are, and numbers."""

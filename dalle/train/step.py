@@ -1,8 +1,8 @@
 """Training step: loss, gradients, clipping, optimizers and EMA, as a function of state, batch, seed and step.
 
-A step whose loss or gradient is not finite is skipped and counted: it changes no weights, moments or averages,
-and the next step has the next batch. With gradient scales (fp16) this is part of the method: the paper skipped
-one step in twenty. Too many in a row end the run.
+A step whose loss or gradient is not finite is skipped and counted: it changes no weights, moments or
+averages, and the next step has the next batch. With gradient scales (fp16) this is part of the method: the
+paper skipped one step in twenty. Too many in a row end the run.
 """
 
 from collections.abc import Callable, Iterable
@@ -38,7 +38,7 @@ def train_step(
     Args:
         batch: this process's shard.
         dist: the processes; default: a single one.
-        passes: forward and backward passes of the shard (gradient accumulation): less memory, the same result.
+        passes: forward and backward passes of the shard (gradient accumulation); the result is the same.
 
     Raises:
         FloatingPointError: too many skipped steps in a row; names the first bad tensor.

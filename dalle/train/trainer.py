@@ -38,7 +38,7 @@ class Trainer:
     model: nn.Module
     """On its device."""
     objective: Objective
-    """(model, batch, step) -> Loss."""
+    """(model, batch, step) -> Loss; may have methods step_cost and random_baseline (dalle/types.py)."""
     batches: Callable[[int], Any]
     """step -> this process's shard of the batch; the same step must give the same batch."""
     config: TrainConfig
@@ -94,14 +94,17 @@ class Trainer:
     def _train_loop(self, guard: RunGuard, logger: Loggers | NullLogger) -> None:
         state, config, dist = self.state, self.config, self.dist
         peak = peak_flops(dist.device, self.precision, self.log_config.peak_flops)
-        meter, cost = ThroughputMeter(dist.device, dist.world_size, peak), None
+        meter = ThroughputMeter(dist.device, dist.world_size, peak)
+        count = getattr(self.objective, "step_cost", lambda model, batch: StepCost(0))
+        baseline = getattr(self.objective, "random_baseline", lambda model: {})
+        cost: StepCost | None = None
         disable = None if dist.is_main else True
         bar = tqdm(total=self.steps, initial=state.step, desc=self.meta["kind"], unit="step", disable=disable)
         self.model.train()
         while state.step < self.steps:
             with meter.timed("waiting"):
                 batch = to_device(self.batches(state.step), dist.device)
-            cost = cost or step_cost(self.objective, self.model, batch)
+            cost = cost or count(self.model, batch)
             passes = config.grad_accum_steps
             loss, norm = train_step(
                 state, batch, self.objective, config.optimizer, self.precision, self.seed, dist, passes
@@ -111,8 +114,9 @@ class Trainer:
             last = state.step == self.steps
             if last or state.step == 1 or state.step % config.log_every == 0:
                 numbers = step_metrics(state, loss, norm)
-                baseline = random_baseline(self.objective, self.model) if state.step == 1 else {}
-                logger.write(state.step, numbers | baseline | meter.lap())
+                if state.step == 1:
+                    numbers |= {f"baseline/{name}": x for name, x in baseline(self.model).items()}
+                logger.write(state.step, numbers | meter.lap())
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", skipped=numbers["skipped_steps"])
             with meter.timed("paused"):
                 if self.evaluate and (last or state.step % config.eval_every == 0):
@@ -140,8 +144,7 @@ class Trainer:
             tqdm.write(f"{self.meta['kind']} step {state.step}: {shown}")
 
     def _maybe_resume(self, control: Distributed) -> list[str]:
-        """Loads the newest valid checkpoint of the directory, if any; returns changes of the
-        configuration."""
+        """Loads the newest valid checkpoint, if any; returns changes of the configuration."""
         folder = latest_valid_checkpoint(self.run_dir, control)
         if folder is None:
             return []
@@ -209,19 +212,6 @@ def step_metrics(state: TrainState, loss: Loss, norm: Tensor) -> Numbers:
     if plateau := state.extras.get("plateau"):
         numbers["lr_reductions"] = plateau.reductions
     return numbers | {"lr": float(state.optimizers[-1].param_groups[0]["lr"])}
-
-
-def step_cost(objective: Objective, model: nn.Module, batch: Any) -> StepCost:
-    """Samples, tokens and FLOPs of a step, if the objective has a method `step_cost`."""
-    count = getattr(objective, "step_cost", None)
-    return count(model, batch) if count else StepCost(0)
-
-
-def random_baseline(objective: Objective, model: nn.Module) -> Numbers:
-    """Metrics of an uninformed model as {"baseline/NAME": value}, if the objective has a method
-    `random_baseline`."""
-    baseline = getattr(objective, "random_baseline", None)
-    return {f"baseline/{name}": value for name, value in baseline(model).items()} if baseline else {}
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -124,20 +125,18 @@ def test_peak_memory_of_a_process_is_not_that_of_its_parent():
     del ballast
 
 
-class Inline:
-    """A pool that works in this process."""
-
-    def __init__(self, **_):
-        pass
-
-    __enter__, __exit__ = lambda self: self, lambda self, *_: None
-
-    def submit(self, work, *words):
-        return SimpleNamespace(result=lambda: work(*words))
+@pytest.fixture
+def inline(monkeypatch):
+    """Variants run in this process."""
+    pool = MagicMock()
+    pool.return_value.__enter__.return_value.submit = lambda work, *args: SimpleNamespace(
+        result=lambda: work(*args)
+    )
+    monkeypatch.setattr("dalle.benchmarks.memory.ProcessPoolExecutor", pool)
 
 
-def test_each_variant_of_memory_is_reported(monkeypatch, capsys):
-    monkeypatch.setattr("dalle.benchmarks.memory.ProcessPoolExecutor", Inline)
+@pytest.mark.usefixtures("inline")
+def test_each_variant_of_memory_is_reported(capsys):
     report = benchmark_memory(MemoryBenchmark(**QUICK, batch_size=2))
     assert list(report["results"]) == list(VARIANTS)
     assert report["joint_logits_gib"] == 4 * 2 * 22 * (11 + 6 + 13) / 2**30

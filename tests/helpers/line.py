@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dalle.schedules import Schedule
 from dalle.train import TrainConfig, Trainer
+from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.loggers import read_log
 from dalle.train.optimizer import build_optimizers
@@ -41,11 +42,12 @@ def fit_line(
     model: nn.Module | None = None,
     width: int = 1,
     config: dict | None = None,
+    inputs: dict | None = None,
     evaluate: Callable | None = None,
     resume: str = "auto",
     **changes,
 ) -> TrainState:
-    """Trains; `config` goes into meta.json, `changes` into the training configuration."""
+    """Trains; `config` and `inputs` go into meta.json, `changes` into the training configuration."""
     torch.manual_seed(0)
     return Trainer(
         model or nn.Linear(width, width),
@@ -53,7 +55,7 @@ def fit_line(
         lambda step: torch.linspace(-1, 1, 4 * width).view(4, width) + step,
         replace(CONFIG, **changes),
         run_dir=out,
-        meta={"kind": "line", "config": config or {}, "inputs": {}},
+        meta={"kind": "line", "config": config or {}, "inputs": inputs or {}},
         steps=steps,
         evaluate=evaluate,
         resume=resume,
@@ -84,6 +86,11 @@ def send(name: str) -> None:
 def file_contents(folder: Path) -> dict[str, bytes]:
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def newest_files(run: Path) -> dict[str, bytes]:
+    """Every file of a run's newest checkpoint."""
+    return file_contents(latest_checkpoint(run))
 
 
 def checkpoint_names(run: Path) -> list[str]:

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dalle.planner.memory import ParallelLayout, StepEstimate, memory
-from dalle.planner.traffic import ring, traffic
+from dalle.planner.memory import ParallelLayout, StepEstimate, memory, ring, traffic
 
 SIZES = {"largest_group": 100, "ungrouped": 200, "activations": 5000, "copies": 1600, "working": 700}
 STEP = StepEstimate(1000, flops={}, peak=8000, **SIZES)

@@ -7,7 +7,7 @@ from torch import nn
 
 from dalle.schedules import Schedule
 from dalle.train.config import OptimizerConfig
-from dalle.train.float_formats import HALF, MEAN, VARIANCE, FloatFormat, rounded, store_moments
+from dalle.train.float_formats import HALF, MEAN, VARIANCE, FloatFormat, rounded
 from dalle.train.optimizer import build_optimizers
 
 
@@ -32,13 +32,9 @@ def test_formats_that_torch_has_are_rounded_as_torch_does(form, dtype, low):
     torch.testing.assert_close(rounded(x, form), x.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
 
 
-def test_the_largest_value_of_1_6_9_is_slightly_less_than_16():
+def test_1_6_9_ends_below_16_and_0_6_10_holds_the_variance_that_is_clipped_to_5():
     assert MEAN.largest == 15.984375
-    assert MEAN.smallest_normal == 2.0**-58
-    assert rounded(torch.tensor([MEAN.smallest, MEAN.smallest / 2]), MEAN).tolist() == [2.0**-67, 0]
-
-
-def test_0_6_10_holds_the_variance_that_is_clipped_to_5():
+    assert rounded(torch.tensor([2.0**-67, 2.0**-68]), MEAN).tolist() == [2.0**-67, 0]
     assert 5 < VARIANCE.largest < 8
     assert rounded(torch.tensor([5.0, -1.0]), VARIANCE).tolist() == [5, 0]
 
@@ -60,12 +56,6 @@ def test_saturation_keeps_the_sign_and_nan():
     assert rounded(x, MEAN, saturate=True).tolist()[:4] == [top, -top, top, -top]
     assert rounded(x, MEAN).tolist()[:4] == [torch.inf, -torch.inf, torch.inf, -torch.inf]
     assert rounded(x, MEAN, saturate=True).isnan().tolist() == [False] * 4 + [True]
-
-
-@pytest.mark.parametrize("wrong", [{"exponent": 8}, {"significand": 23}, {"bias": 127}])
-def test_a_format_that_fp32_cannot_hold_is_refused(wrong):
-    with pytest.raises(ValueError, match="fp32 cannot emulate"):
-        FloatFormat(**{"exponent": 6, "significand": 9, "bias": 59} | wrong)
 
 
 def stack() -> nn.Module:
@@ -103,15 +93,3 @@ def test_moments_in_the_papers_formats_change_an_update_slightly_and_fp32_moment
     assert torch.equal(kept["0.weight"], paper["0.weight"])
     assert not torch.equal(kept["1.0.weight"], paper["1.0.weight"])
     torch.testing.assert_close(kept["1.0.weight"], paper["1.0.weight"], rtol=0.01, atol=0.01)
-
-
-def test_moments_in_fp16_lose_small_gradients():
-    model = stack()
-    (optimizer,) = build_optimizers(model, OptimizerConfig(warmup_steps=0))
-    weight = model[1][0].weight
-    store_moments([optimizer], [weight], HALF, HALF)
-    for p in model.parameters():
-        p.grad = torch.full_like(p, 1e-6)
-    optimizer.step()
-    assert not optimizer.state[weight]["exp_avg_sq"].any()
-    assert optimizer.state[model[0].weight]["exp_avg_sq"].all()

@@ -1,5 +1,8 @@
-"""Optimizers: AdamW's groups, Muon, and the clipped second moment (appendix B.2)."""
+"""Optimizers: AdamW's groups, Muon, clipped second moment, halvings of the learning rate (B.2), 8 bits."""
 
+import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +13,21 @@ from dalle.commands.train_clip import CLIP_TRAINING
 from dalle.commands.train_dvae import PAPER_TRAINING
 from dalle.hub.registry import build_model
 from dalle.schedules import Schedule
-from dalle.train.config import OptimizerConfig
-from dalle.train.optimizer import build_optimizers, decay_groups, hidden_matrices, set_lr
+from dalle.train.checkpoint import latest_checkpoint, restore
+from dalle.train.config import NO_PLATEAU, EMAConfig, OptimizerConfig, PlateauConfig
+from dalle.train.loggers import read_log
+from dalle.train.optimizer import (
+    ReduceLROnPlateau,
+    build_optimizers,
+    decay_groups,
+    hidden_matrices,
+    set_lr,
+)
+from dalle.train.state import EMA, TrainState
+from dalle.train.step import train_step
+from dalle.types import Loss
+from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.line import CONFIG, fit_line
 
 
 @pytest.fixture(params=["dvae", "transformer", "clip"])
@@ -59,21 +75,14 @@ def test_decay_shrinks_matrices_by_learning_rate_times_decay_and_leaves_the_rest
     assert torch.equal(after["0.weight"], before["0.weight"])
 
 
-def test_the_settings_reach_adamw():
-    (optimizer,) = build_optimizers(nn.Linear(2, 2), OptimizerConfig())
+def test_the_settings_reach_adamw_and_frozen_parameters_are_left_out():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    (optimizer,) = build_optimizers(model, OptimizerConfig())
     matrix, vector = optimizer.param_groups
     assert (matrix["betas"], matrix["eps"], matrix["weight_decay"]) == ((0.9, 0.96), 1e-8, 4.5e-2)
     assert vector["weight_decay"] == 0
-
-
-def test_frozen_parameters_are_left_out():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[0].requires_grad_(False)
-    held = [
-        p for group in build_optimizers(model, OptimizerConfig())[0].param_groups for p in group["params"]
-    ]
-    assert len(held) == 2
-    assert all(p.requires_grad for p in held)
+    assert matrix["params"] + vector["params"] == list(model[1].parameters())
 
 
 class Stack(nn.Module):
@@ -140,23 +149,25 @@ def test_a_model_without_layers_refuses_muon():
         build_optimizers(nn.Linear(2, 2), OptimizerConfig(muon_lr_scale=5.0))
 
 
+BAD_PLATEAU = {"max_reductions": -1, "window": 0, "patience": 0, "threshold": -0.1}
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"muon_lr_scale": 0.0}, "muon_lr_scale must be positive"),
-        ({"muon_lr_scale": float("nan")}, "muon_lr_scale must be positive"),
         ({"warmup_steps": -5}, "cannot be negative"),
         ({"lr": Schedule(-1.0, 0.1)}, "cannot be negative"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm must be positive"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm must be positive"),
         ({"max_variance": 0.0}, "max_variance"),
         ({"max_variance": 5.0, "beta2": 0.0}, "beta2 must be in"),
         ({"state_dtype": "8bit"}, "set optimizer.max_variance to null"),
+        *(({name: value}, "cannot be negative") for name, value in BAD_PLATEAU.items()),
     ],
 )
 def test_bad_settings_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
-        OptimizerConfig(**settings)
+        (PlateauConfig if settings.keys() <= BAD_PLATEAU.keys() else OptimizerConfig)(**settings)
 
 
 def adamw_by_hand(weight: Tensor, gradients: list[Tensor], optim: OptimizerConfig, rate: float) -> Tensor:
@@ -208,19 +219,15 @@ def test_a_gradient_beyond_all_bounds_leaves_the_variance_finite_and_positive():
 
 
 def test_parameters_are_bounded_in_parts(monkeypatch):
-    """Whatever fits at once, every parameter is bounded."""
     monkeypatch.setattr("dalle.train.optimizer.CHUNK", 5)
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3), nn.Linear(3, 1))
-    optimizers = build_optimizers(
-        model, OptimizerConfig(lr=Schedule(0.0, 0.0), warmup_steps=0, max_variance=1e-3)
-    )
+    (optimizer,) = build_optimizers(model, OptimizerConfig(warmup_steps=0, max_variance=1e-3))
     for _ in range(3):
         for p in model.parameters():
             p.grad = torch.full_like(p, 0.1)
-        optimizers[0].step()
-    variances = [moments["exp_avg_sq"] for moments in optimizers[0].state.values()]
-    assert len(variances) == 6
-    assert all(torch.allclose(v, torch.full_like(v, 1e-3)) for v in variances)
+        optimizer.step()
+    for p in model.parameters():
+        torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], torch.full_like(p, 1e-3))
 
 
 def test_the_dvae_and_clip_have_no_bound_and_no_plateau_of_their_papers():
@@ -229,3 +236,166 @@ def test_the_dvae_and_clip_have_no_bound_and_no_plateau_of_their_papers():
         assert training.optimizer.plateau.max_reductions == 0
     assert OptimizerConfig().max_variance == 5
     assert OptimizerConfig().plateau.max_reductions == 5
+
+
+def halved_at(losses: list[float], **settings) -> list[int]:
+    """Updates, counted from 1, after which the learning rate was halved."""
+    plateau, found = ReduceLROnPlateau(PlateauConfig(**settings)), []
+    for update, loss in enumerate(losses, 1):
+        before = plateau.reductions
+        plateau.step(loss)
+        if plateau.reductions > before:
+            found.append(update)
+    return found
+
+
+def test_the_paper_halves_five_times_and_ends_at_a_32nd():
+    plateau = ReduceLROnPlateau(PlateauConfig(window=1, patience=1))
+    for _ in range(100):
+        plateau.step(1.0)
+    assert PlateauConfig().max_reductions == plateau.reductions == 5
+    assert OptimizerConfig().lr_at(5000) * plateau.factor == pytest.approx(1.40625e-5)
+
+
+@pytest.mark.parametrize(
+    ("losses", "settings", "halved"),
+    [
+        ([10 - 0.1 * i for i in range(60)], {"window": 2, "patience": 2}, []),  # falls
+        ([1.0] * 30, {"window": 2, "patience": 3, "max_reductions": 3}, [8, 14, 20]),  # flat
+        ([0.5, 1.5] * 15, {"window": 2, "patience": 3, "max_reductions": 3}, [8, 14, 20]),  # noise
+        ([3.0, 3.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0], {"window": 1, "patience": 3}, [9]),  # falls late
+        # gains below `threshold` add up, since the best reading stands until it is beaten by as much
+        ([1 - 0.004 * i for i in range(100)], {"window": 1, "patience": 4, "threshold": 0.01}, []),
+        ([1 - 0.002 * i for i in range(10)], {"window": 1, "patience": 4, "threshold": 0.01}, [5]),
+    ],
+)
+def test_a_plateau_halves_when_patience_runs_out(losses, settings, halved):
+    assert halved_at(losses, **settings) == halved
+
+
+def flat(model: nn.Module, batch: Tensor, step: int) -> Loss:
+    """1, whatever the weights, with a gradient."""
+    out = model(batch).sum()
+    return Loss(1 + out - out.detach())
+
+
+def train_flat(out: Path, steps: int, plateau: PlateauConfig) -> list[float]:
+    """The learning rates of a run on `flat`."""
+    fit_line(out, steps, flat, optimizer=replace(CONFIG.optimizer, plateau=plateau))
+    return [line["lr"] for line in read_log(out / "log.jsonl")]
+
+
+SHORT = PlateauConfig(max_reductions=2, window=2, patience=1)
+
+
+def test_the_step_size_of_the_next_update_is_the_halved_one(tmp_path):
+    """Readings after 2 (the best), 4 and 6 (halved)."""
+    assert train_flat(tmp_path, 8, SHORT) == pytest.approx([0.1] * 4 + [0.05] * 2 + [0.025] * 2)
+    assert [line["lr_reductions"] for line in read_log(tmp_path / "log.jsonl")] == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert train_flat(tmp_path / "none", 8, NO_PLATEAU) == pytest.approx([0.1] * 8)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5])
+def test_stopping_and_going_on_halves_at_the_same_update(stop, tmp_path):
+    """In the middle of a reading, after one, and after a halving."""
+    whole = train_flat(tmp_path / "whole", 8, SHORT)
+    train_flat(tmp_path / "split", stop, SHORT)
+    assert "Infinity" not in (latest_checkpoint(tmp_path / "split") / "meta.json").read_text()
+    assert train_flat(tmp_path / "split", 8, SHORT) == whole
+    files = [(latest_checkpoint(tmp_path / name) / "meta.json").read_text() for name in ("whole", "split")]
+    assert files[0] == files[1]
+
+
+# Moments in 8 bits by torchao, not compiled.
+
+SETTINGS = {"lr": Schedule(1e-2, 1e-2), "warmup_steps": 0, "max_variance": None}
+IN_8BIT = OptimizerConfig(**SETTINGS, state_dtype="8bit")
+IN_FP32 = OptimizerConfig(**SETTINGS)
+
+
+def test_a_missing_torchao_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(ImportError, match=r"zeroshot-text2image\[lowbit\]"):
+        build_optimizers(nn.Linear(64, 64), IN_8BIT)
+
+
+class Net(nn.Module):
+    """A matrix of 4,096 values, one of fewer, an embedding and biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(64, 64)
+        self.large, self.small = nn.Linear(64, 64), nn.Linear(64, 1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.small(torch.relu(self.large(self.embedding(ids))))
+
+
+def net_loss(model: nn.Module, batch: torch.Tensor, step: int) -> Loss:
+    return Loss((model(batch)[:, 0] - batch / 64).square().mean())
+
+
+def fresh(optim: OptimizerConfig = IN_8BIT) -> TrainState:
+    torch.manual_seed(0)
+    model = Net()
+    return TrainState(model, build_optimizers(model, optim), EMA(model, EMAConfig()))
+
+
+def train_net(state: TrainState, steps: int, optim: OptimizerConfig = IN_8BIT) -> list[float]:
+    batches = [torch.arange(64)[(7 * (state.step + i)) % 32 :] for i in range(steps)]
+    return [
+        float(train_step(state, batch, net_loss, optim, "fp32", 0)[0].total.detach()) for batch in batches
+    ]
+
+
+@pytest.mark.slow  # importing torchao takes longer than the tests
+class TestIn8Bit:
+    @pytest.fixture(autouse=True)
+    def _eager(self):
+        pytest.importorskip("torchao.optim", reason="needs torchao, the extra lowbit")
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+    def test_large_matrices_have_8_bits_and_the_rest_fp32(self):
+        state = fresh()
+        train_net(state, 1)
+        kept = {name: tensor.dtype for name, tensor in state.state_dict()[0]["optimizer"].items()}
+        assert kept["large.weight/exp_avg.codes"] == kept["large.weight/exp_avg_sq.codes"] == torch.uint8
+        for name in ("embedding.weight", "large.bias", "small.weight", "small.bias"):
+            assert kept[f"{name}/exp_avg"] == kept[f"{name}/exp_avg_sq"] == torch.float32
+
+    def test_it_learns_as_fp32_does(self):
+        low, full = (train_net(fresh(optim), 60, optim) for optim in (IN_8BIT, IN_FP32))
+        assert low[0] == full[0]
+        assert low[-1] < 0.05 * low[0]
+        assert low != full
+
+    def test_the_learning_rate_follows_the_schedule(self):
+        optim = OptimizerConfig(**SETTINGS | {"lr": Schedule(1.0, 0.0, 4, "linear")}, state_dtype="8bit")
+        state = fresh(optim)
+        for rate in (1.0, 0.75, 0.5):
+            train_net(state, 1, optim)
+            assert [float(group["lr"]) for o in state.optimizers for group in o.param_groups] == [rate] * 2
+
+    def test_resuming_is_exact(self, tmp_path):
+        whole = fresh()
+        train_net(whole, 6)
+        first = fresh()
+        train_net(first, 3)
+        folder = save_checkpoint(tmp_path, first, {"kind": "net"})
+        second = fresh()
+        restore(folder, second)
+        train_net(second, 3)
+        one, other = whole.state_dict()[0], second.state_dict()[0]
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+    def test_moments_of_fp32_are_rounded_and_the_other_way_is_refused(self, tmp_path):
+        fp32, low = fresh(IN_FP32), fresh()
+        train_net(fp32, 3, IN_FP32)
+        low.load(*fp32.state_dict(), tmp_path)
+        expected = fp32.optimizers[0].state[fp32.model.large.weight]["exp_avg"]
+        kept = low.optimizers[0].state[low.model.large.weight]["exp_avg"]
+        torch.testing.assert_close(kept.dequantize(), expected, rtol=0, atol=float(expected.abs().max()) / 50)
+        train_net(low, 1)
+        with pytest.raises(ValueError, match=r"set optimizer\.state_dtype to 8bit"):
+            fresh(IN_FP32).load(*low.state_dict(), tmp_path)

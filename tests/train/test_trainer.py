@@ -26,15 +26,18 @@ from dalle.train.loggers import JSONLLogger, read_log
 from dalle.train.optimizer import build_optimizers
 from dalle.train.state import EMA, TrainState
 from dalle.types import ImageTextBatch, Loss
-from tests.helpers.line import CONFIG, file_contents, fit_line, fresh_state, log_lines, squared_error
+from tests.helpers.line import (
+    CONFIG,
+    file_contents,
+    fit_line,
+    fresh_state,
+    log_lines,
+    newest_files,
+    squared_error,
+)
 
 TRAININGS = {"dvae": train_dvae, "transformer": train_transformer, "clip": train_clip}
 STEPS = 7
-
-
-def state_of(run: Path) -> dict[str, bytes]:
-    """Every file of a run's newest checkpoint."""
-    return file_contents(latest_checkpoint(run))
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +65,9 @@ def test_stopping_and_resuming_changes_nothing(kind, stop, start, whole, tmp_pat
     """Between two updates of the EMA and on one; with an evaluation at the stop that the whole run lacks."""
     start(kind, tmp_path, steps=stop)
     start(kind, tmp_path)
-    assert state_of(tmp_path) == state_of(whole(kind))
+    assert newest_files(tmp_path) == newest_files(whole(kind))
     assert log_lines(tmp_path) == log_lines(whole(kind))
+    assert [line["step"] for line in log_lines(whole(kind))] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("kind", TRAININGS)
@@ -83,7 +87,7 @@ def test_a_run_that_dies_resumes_from_its_last_checkpoint(kind, start, whole, tm
     assert latest_checkpoint(tmp_path).name == "step-00000004"
     assert log_lines(tmp_path)[-1]["step"] == 5
     start(kind, tmp_path)
-    assert state_of(tmp_path) == state_of(whole(kind))
+    assert newest_files(tmp_path) == newest_files(whole(kind))
     for evaluations in (False, True):
         assert log_lines(tmp_path, evaluations) == log_lines(whole(kind), evaluations)
 
@@ -95,7 +99,7 @@ def test_a_fresh_process_resumes_exactly(start, whole, chain, tiny_configs, tmp_
     done = python(["scripts/train_transformer.py", *words], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resuming from step 3" in done.stdout
-    assert state_of(tmp_path / "run") == state_of(whole("transformer"))
+    assert newest_files(tmp_path / "run") == newest_files(whole("transformer"))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,7 @@ def test_resuming_is_exact_in_bf16_and_with_muon(kind, train, start, tiny_runs, 
     for name, stops in (("whole", (4,)), ("split", (1, 4))):
         for steps in stops:
             start(kind, tmp_path / name, steps=steps, train=train)
-    assert state_of(tmp_path / "whole") == state_of(tmp_path / "split")
+    assert newest_files(tmp_path / "whole") == newest_files(tmp_path / "split")
 
 
 def test_resuming_with_other_tokens_is_refused(tiny_runs, with_inputs, chain, tmp_path):
@@ -141,7 +145,7 @@ def test_evaluating_changes_nothing(kind, start, whole, tmp_path):
     assert len(log_lines(tmp_path, True)) > len(log_lines(whole(kind), True))
     for file in ("model", "ema", "optimizer"):
         name = f"{file}.safetensors"
-        assert state_of(tmp_path)[name] == state_of(whole(kind))[name]
+        assert newest_files(tmp_path)[name] == newest_files(whole(kind))[name]
 
 
 def test_another_seed_is_another_run(start, whole, tmp_path):
@@ -153,11 +157,6 @@ def test_the_transformers_samples_span_epochs(chain, tiny_runs):
     """Or the tests above would not show that the order survives a resume in mid-epoch."""
     images = tiny_runs.encode.encode.images - tiny_runs.transformer.eval_samples
     assert STEPS * tiny_runs.transformer.train.batch_size > images
-
-
-def test_the_log_of_a_whole_run_has_each_step_once(whole):
-    assert [line["step"] for line in log_lines(whole("clip"))] == list(range(1, STEPS + 1))
-    assert [line["step"] for line in log_lines(whole("clip"), True)] == [2, 4, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -227,11 +226,10 @@ def test_never_takes_a_new_directory_only(tmp_path):
         fit_line(tmp_path, steps=2, resume="never")
 
 
-@pytest.mark.parametrize("name", ["file", "file/run"])
-def test_a_directory_that_cannot_be_made_is_named(name, tmp_path):
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=rf"cannot write to .*{name}.*another --out"):
-        fit_line(tmp_path / name, steps=1)
+    with pytest.raises(ValueError, match=r"cannot write to .*file/run.*another --out"):
+        fit_line(tmp_path / "file" / "run", steps=1)
 
 
 def test_nan_in_pixels_is_named(start, tmp_path, monkeypatch):
@@ -242,24 +240,6 @@ def test_nan_in_pixels_is_named(start, tmp_path, monkeypatch):
     monkeypatch.setattr("dalle.shapes.dataset.ShapesDataset.load", with_nan)
     with pytest.raises(ValueError, match="pixels hold NaN"):
         start("dvae", tmp_path)
-
-
-@pytest.mark.parametrize("kind", TRAININGS)
-def test_a_nan_weight_is_named(kind, start, tmp_path, monkeypatch):
-    """In the last parameter, as if an update had gone wrong."""
-    train_step, names = loop.train_step, []
-
-    def poisoned(state, *rest):
-        name, parameter = list(state.model.named_parameters())[-1]
-        if state.step == 1:
-            names.append(name)
-            parameter.data.view(-1)[0] = torch.nan
-        return train_step(state, *rest)
-
-    monkeypatch.setattr(loop, "train_step", poisoned)
-    with pytest.raises(FloatingPointError, match=r"^step 2: .* first bad tensor: parameter ") as caught:
-        start(kind, tmp_path, train={"max_skipped_steps": 1})
-    assert f"parameter {names[0]}." in str(caught.value)
 
 
 class Overflow(nn.Module):
@@ -275,19 +255,26 @@ def infinite_at_two(model: nn.Module, batch: Tensor, step: int) -> Loss:
     return Loss(model(batch).sum() + (torch.inf if step == 2 else 0.0))
 
 
+def nan_weight_at_two(model: nn.Module, batch: Tensor, step: int) -> Loss:
+    if step == 2:
+        model[0].bias.data.fill_(torch.nan)
+    return squared_error(model, batch, step)
+
+
 @pytest.mark.parametrize(
     ("objective", "layers", "words"),
     [
         (squared_error, [nn.Linear(1, 1), Overflow(), nn.Linear(1, 1)], "step 1: .*output of 1"),
         (root_at_zero, [nn.Linear(1, 1)], r"step 1: .*gradient of 0\.weight"),
         (infinite_at_two, [nn.Linear(1, 1)], "step 3: .*the loss itself"),
+        (nan_weight_at_two, [nn.Linear(1, 1)], r"step 3: .*parameter 0\.bias"),
     ],
 )
 def test_the_first_bad_tensor_is_named_and_the_update_not_made(objective, layers, words, tmp_path):
     model = nn.Sequential(*layers)
     with pytest.raises(FloatingPointError, match=words):
         fit_line(tmp_path, steps=5, objective=objective, model=model)
-    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert model[0].weight.isfinite().all()
 
 
 def test_clipping_bounds_the_gradient_and_the_norm_is_that_before_it():
@@ -309,12 +296,6 @@ def test_the_learning_rate_follows_its_schedule(tmp_path):
     optimizer = OptimizerConfig(lr=Schedule(1.0, 0.0, 4, "linear"), warmup_steps=2)
     fit_line(tmp_path, steps=5, optimizer=optimizer)
     assert [line["lr"] for line in log_lines(tmp_path)] == pytest.approx([0.5, 0.75, 0.5, 0.25, 0.0])
-
-
-def test_training_lowers_the_loss(tmp_path):
-    fit_line(tmp_path, steps=60, save_every=60)
-    lines = log_lines(tmp_path)
-    assert lines[-1]["loss"] < 0.1 * lines[0]["loss"]
 
 
 def test_evaluation_sees_the_averaged_weights_in_eval_mode_and_training_its_own(tmp_path):
