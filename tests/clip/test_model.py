@@ -112,6 +112,20 @@ class TestObjective:
         better = sum(cosines[i, i] > cosines[i, i + 3] for i in range(3)) / 3
         assert loss.metrics["hard_negative_acc"] == better
 
+    def test_both_towers_and_the_scale_learn_to_match_three_pairs(self, model):
+        colors = torch.eye(3)[:, :, None, None].expand(3, 3, 16, 16)
+        batch = colors, model.pack_text([[1], [2, 3], [4]])
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        for step in range(40):
+            optimizer.zero_grad()
+            CLIPObjective()(model, batch, step).total.backward()
+            optimizer.step()
+        for part in (model.net.visual.proj, model.net.text_projection, model.net.logit_scale):
+            assert part.grad.abs().sum() > 0
+        loss = CLIPObjective()(model, batch, 0)
+        assert loss.metrics["image_to_text_acc"] == 1.0
+        assert loss.total < 0.1
+
     @pytest.mark.parametrize("pool", ["class", "average"])
     def test_plain_attention_is_the_fused_one(self, pool, pixels):
         model = CLIP(replace(CONFIG, vision_pool=pool)).eval()
