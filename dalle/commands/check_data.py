@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dalle.config import cli_errors, parse
-from dalle.data.config import PAPER_FILTERS, DataConfig, FilterConfig
+from dalle.data.config import PAPER_FILTERS, DataConfig
 from dalle.layout import TokenLayout
 from dalle.runs.args import ROOT
 
@@ -83,7 +83,11 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
     workers = worker_count(args.data.workers, len(source))
     text = load_text_input(args.text_tokenizer) if args.text_tokenizer else None
     tiles = {i * len(source) // args.sheet for i in range(args.sheet)}
-    scanner = DatasetScanner(source, _usable_filters(args.data.filters), text, tiles)
+    try:
+        scanner = DatasetScanner(source, args.data.filters, text, tiles)
+    except ImportError as error:
+        print(f"note: {error}; until then that filter is not tried")
+        scanner = DatasetScanner(source, replace(args.data.filters, language=None), text, tiles)
     stats = DatasetStats(skipped=list(source.skipped[:MAX_NAMED]))
     bad_samples = BadSampleLog(out / "bad_samples.jsonl", len(source), source.skipped, limit=1)
     with tqdm(total=len(source), desc="check", unit="image", disable=None) as bar:
@@ -124,19 +128,6 @@ def _open_source(data: DataConfig) -> "DataSource":
     if data.val_path:
         print(f"note: {data.val_path} is not read; check it in a run of its own")
     return source_of(data, data.path)
-
-
-def _usable_filters(filters: FilterConfig) -> FilterConfig:
-    """The filters, without that of language if its detector is not installed."""
-    from dalle.data.filters import language_detector
-
-    try:
-        if filters.language:
-            language_detector(filters.language)
-    except ImportError as error:
-        print(f"note: {error}; until then that filter is not tried")
-        return replace(filters, language=None)
-    return filters
 
 
 def _report(

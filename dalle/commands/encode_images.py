@@ -40,8 +40,7 @@ class EncodeImagesArgs:
 
 
 def encode_images(args: EncodeImagesArgs) -> "TokenCache | None":
-    """Encodes the shards of this process; returns the cache, or None while shards of other parts are
-    missing."""
+    """Encodes the shards of this process; returns the cache, or None while other parts have shards to do."""
     from dalle.runs.encoding import encode
 
     out = args.out or ROOT / "tokens"

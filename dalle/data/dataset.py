@@ -1,6 +1,7 @@
 """Datasets of captioned images by index: the embedded shapes, or the images of a source."""
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -138,8 +139,7 @@ class ImageTextDataset:
         return batch
 
     def _candidates(self, seed: int, epoch: int, index: int) -> Iterator[int]:
-        """The sample, then others in a random order of its own, which spreads a bad range over the
-        dataset."""
+        """The sample, then others in a random order of its own, so that a bad range is spread over all."""
         yield index
         order = FeistelPermutation(self.size, "replacement", seed, epoch, index)
         for position in range(min(TRIES, self.size)):
@@ -169,11 +169,10 @@ class ImageTextDataset:
 
 def first_samples(dataset: CaptionedImages, count: int) -> ImageTextBatch:
     """The first usable samples, `count` at most, without augmentation; prints what was left out."""
-    start, parts = 0, []
-    found, skipped = 0, []
-    while found < count and (dataset.size is None or start < dataset.size):
-        end = start + count - found
-        end = end if dataset.size is None else min(end, dataset.size)
+    start, parts, found, skipped = 0, [], 0, []
+    size = dataset.size or sys.maxsize
+    while found < count and start < size:
+        end = min(start + count - found, size)
         parts.append(dataset.load([(0, index) for index in range(start, end)]))
         found += len(parts[-1].samples)
         skipped += parts[-1].skipped

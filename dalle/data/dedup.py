@@ -1,10 +1,8 @@
 """Near-duplicate images, rescaled and re-encoded copies included (paper section 2.3, appendix C).
 
-A 64-bit perceptual hash finds candidates, thumbnails decide. The hash is the sign of the lowest 8 x 8
-frequencies of the gray image (pHash), against a margin instead of the median, so that compression noise does
-not flip the bits of flat images. Candidates differ in at most DISTANCE bits. They are found by bands (Manku
-et al. 2007): two hashes that differ in d bits agree in at least two of d + 2 bands, so sorting by each pair
-of bands finds all of them without comparing all pairs.
+A 64-bit perceptual hash (pHash: the lowest 8 x 8 frequencies of the gray image, here against a margin, so
+that noise does not flip the bits of flat images) finds candidates, thumbnails decide. Hashes that differ in d
+bits agree in two of d + 2 bands (Manku et al. 2007), so sorting by each pair of bands finds all candidates.
 """
 
 from collections.abc import Sequence

@@ -21,7 +21,7 @@ from dalle.data.dataloader import Loader
 from dalle.data.dedup import find_copies, image_hash, near_duplicate_groups, thumbnail
 from dalle.data.filters import Filters, count_words, one_by_one
 from dalle.data.image_decode import decode, open_image
-from dalle.types import BadSample, DataSource, RawSample, TextTokenizerLike
+from dalle.types import BadSample, DataSource, TextTokenizerLike
 
 CHUNK = 32
 """Samples that a worker scans at a time."""
@@ -38,19 +38,16 @@ class DatasetStats:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Images by (width, height), upright."""
     words: Counter[int] = field(default_factory=Counter)
-    """Captions by number of words."""
     tokens: Counter[int] = field(default_factory=Counter)
-    """Captions by number of tokens."""
+    """Captions by number of words and of tokens."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Samples that each filter alone would drop."""
     dropped_by_any: int = 0
-    """Samples that all filters together would drop."""
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """The first samples that each filter would drop."""
     indices: array = field(default_factory=lambda: array("Q"))
-    """Usable samples."""
     hashes: array = field(default_factory=lambda: array("Q"))
-    """Perceptual hashes of their images."""
+    """Usable samples, and perceptual hashes of their images."""
     skipped: list[BadSample] = field(default_factory=list)
     """Bad samples; not added up, since a dataset may hold any number of them."""
     tiles: list[tuple[str, Image.Image]] = field(default_factory=list)
@@ -108,7 +105,7 @@ class DatasetScanner:
         sample = self.source.read(index)
         if not any(caption.strip() for caption in sample.captions):
             raise BadSampleError(sample.name, "empty caption")
-        image = decode_sample(sample)
+        image = decode(open_image(sample.image, sample.name), sample.name)
         stats.indices.append(index)
         stats.hashes.append(image_hash(image))
         stats.sizes[image.size] += 1
@@ -129,11 +126,6 @@ class DatasetScanner:
             stats.examples.setdefault(name, []).append(example)
         # several captions may each fall to another filter
         stats.dropped_by_any += bool(dropping) or (len(sample.captions) > 1 and drops(self._all_filters))
-
-
-def decode_sample(sample: RawSample) -> Image.Image:
-    """The image of a sample, RGB and upright; BadSampleError if it cannot be decoded."""
-    return decode(open_image(sample.image, sample.name), sample.name)
 
 
 def _map(task: Callable[[int], Any], steps: int, workers: int) -> Iterator[Any]:
@@ -171,7 +163,8 @@ def aspect(size: tuple[int, int]) -> str:
 def _thumbnails(source: DataSource, indices: Sequence[int], chunk: int) -> list[np.ndarray]:
     """The thumbnails of a chunk of `indices`."""
     indices = indices[chunk * CHUNK : (chunk + 1) * CHUNK]
-    return [thumbnail(decode_sample(source.read(index))) for index in indices]
+    samples = map(source.read, indices)
+    return [thumbnail(decode(open_image(sample.image, sample.name), sample.name)) for sample in samples]
 
 
 def find_duplicates(source: DataSource, stats: DatasetStats, workers: int = 0) -> Iterator[tuple[int, int]]:

@@ -6,9 +6,8 @@ DIR/shard-000000.safetensors    tokens    uint16 (n, crops, rows * columns)
                                 offsets   int64 (n + 1): where each list starts
 DIR/meta.json                   the spec again, with count, size and hash of every shard; written last
 
-A shard holds a fixed range of the dataset without the bad samples. It is written under a temporary name and
-renamed, so an existing shard is complete: an interrupted encoding resumes at the shard where it stopped, and
-several processes share the work by taking every n-th shard. Only the shards in use are mapped into memory.
+A shard holds a fixed range of the dataset without the bad samples. It is renamed when complete, so an
+interrupted encoding resumes at its shard, and several processes share the work by taking every n-th shard.
 """
 
 import hashlib
@@ -89,9 +88,7 @@ class TokenCache:
             self.crops = int(meta["crops"])
             self.grid = (int(meta["grid"][0]), int(meta["grid"][1]))
         except (LookupError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{folder} is not a token cache (meta.json: {error!r}); {MAKE_COMMAND}"
-            ) from None
+            raise ValueError(f"{folder} is not a token cache ({error!r}); {MAKE_COMMAND}") from None
         with os.scandir(folder) as entries:
             found = {entry.name: entry.stat().st_size for entry in entries}
         for shard, size in enumerate(sizes):
@@ -155,9 +152,7 @@ def _read_shard_info(path: Path, key: str) -> tuple[int, str]:
             info = json.loads(file.metadata()["tokens"])
             found, images, digest = info["key"], info["images"], info["hash"]
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or no token shard ({error}); remove it and encode again"
-        ) from None
+        raise ValueError(f"{path} is damaged or no shard ({error}); remove it and encode again") from None
     if found != key:
         raise ValueError(f"{path} holds tokens of key {found}, expected {key}; remove it and encode again")
     return images, digest
@@ -242,8 +237,7 @@ class TokenWriter:
         return [shard for shard in self.own() if not (self.folder / shard_name(shard)).is_file()]
 
     def write(self, shard: int, tokens: np.ndarray, captions: Sequence[list[str]]) -> None:
-        """Writes a shard: tokens, integers (n, crops, rows * columns), and captions of the n usable images of
-        `spec.numbers(shard)`, in order."""
+        """Writes tokens (n, crops, rows * columns) and captions of the n usable images of a shard."""
         rows, columns = self.spec.grid
         shape = (len(captions), self.spec.crops, rows * columns)
         if tokens.shape != shape:

@@ -120,9 +120,3 @@ def test_each_copy_names_its_first():
     a, b = scene(0, SIZE), scene(1, SIZE)
     firsts = find_copies([thumbnail(i) for i in (a, b, recompressed(b), recompressed(a), a)])
     assert firsts == [None, None, 1, 0, 0]
-
-
-def test_the_image_mode_does_not_matter():
-    gray = scene(0, SIZE).convert("L")
-    assert image_hash(gray) == image_hash(gray.convert("RGB"))
-    assert (thumbnail(gray) == thumbnail(gray.convert("RGB"))).all()

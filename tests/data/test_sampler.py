@@ -46,16 +46,6 @@ def test_each_order_of_a_small_set_is_as_likely(size):
     assert chi_squared < {3: 20.5, 4: 49.7}[size]  # 5 and 23 degrees of freedom, one in a thousand
 
 
-@pytest.mark.parametrize("size", [10, 50])
-def test_each_number_is_as_likely_at_each_place(size):
-    draws = 1500
-    orders = np.array([order(size, 5, epoch) for epoch in range(draws)])
-    expected = draws / size
-    for place in (0, 1, size // 2, size - 1):
-        counts = np.bincount(orders[:, place], minlength=size)
-        assert ((counts - expected) ** 2 / expected).sum() < {10: 27.9, 50: 85.4}[size]  # one in a thousand
-
-
 def test_neighbours_in_the_order_are_no_neighbours_in_the_set():
     numbers = FeistelPermutation(10_000, "order", 0, 0)(np.arange(10_000)).astype(np.int64)
     steps = np.diff(numbers)

@@ -158,13 +158,6 @@ def test_bad_arguments_are_refused(tmp_path):
             TokenWriter(tmp_path / "tokens", SPEC, part, 2)
 
 
-def test_a_missing_shard_is_named(tmp_path):
-    write(tmp_path / "tokens")
-    (tmp_path / "tokens" / shard_name(1)).unlink()
-    with pytest.raises(ValueError, match=r"shard-000001.*no bytes.*damaged"):
-        TokenCache(tmp_path / "tokens")
-
-
 @pytest.mark.parametrize("fraction", [0, 0.3, 0.97])
 @pytest.mark.parametrize("name", [shard_name(2), "meta.json"])
 def test_a_truncated_file_is_refused_and_can_be_repaired(tmp_path, name, fraction):

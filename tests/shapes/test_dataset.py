@@ -114,24 +114,9 @@ class TestCaptions:
             "a white background with a small cyan cross at the top left",
         ]
 
-    def test_captions_describe_the_pixels(self):
-        dataset = shapes.ShapesDataset(32)
-        assert dataset.captions(range(20)) == [shapes.captions(dataset.scene(index)) for index in range(20)]
-        corners = dataset.pixels(range(20))[:, :, 0, 0] * 255
-        backgrounds = [shapes.COLORS[dataset.scene(index).background] for index in range(20)]
-        np.testing.assert_allclose(corners, backgrounds, atol=1e-3)
-
-    @pytest.mark.parametrize(
-        "text",
-        [
-            "",
-            "a red circle on a yellow background",
-            "a red circle above a blue square",
-            "a red circle above a blue square on a yellow background, honestly",
-            "a pink circle above a blue square on a yellow background",
-        ],
-    )
-    def test_other_text_is_refused(self, text):
+    @pytest.mark.parametrize("end", ["", ", honestly", " on a pink background"])
+    def test_other_text_is_refused(self, end):
+        text = "a red circle above a blue square" + end
         with pytest.raises(ValueError, match="not a caption of the shapes"):
             shapes.parse_caption(text)
 
@@ -189,13 +174,6 @@ class TestRender:
     def test_coverage_is_the_area_of_the_shape(self, shape, extent, resolution):
         area = ((self.render_shape(shape, extent, resolution) - 25) / 220).mean()
         assert area == pytest.approx(AREAS[shape] * extent**2, rel=0.01)
-
-    @pytest.mark.parametrize("shape", shapes.SHAPES)
-    def test_only_edges_are_mixed(self, shape):
-        image = self.render_shape(shape, 0.65, 48)
-        mixed = (image > 25.5) & (image < 244.5)
-        assert 40 < mixed.sum() < 3 * 4 * 0.65 * 48  # an outline of at most three pixels
-        assert set(np.unique(np.round(image[~mixed]))) == {25, 245}
 
     def test_every_resolution_shows_the_same_image(self):
         fine = shapes.ShapesDataset(192).pixels(range(4))

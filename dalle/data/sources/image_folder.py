@@ -94,8 +94,7 @@ def read_inside(root: Path, name: str, cause: str) -> bytes:
 
 
 def read_listed(root: Path, path: str) -> bytes:
-    """The image of a path in a table. Backslashes are separators, as on Windows, unless a file is so
-    named."""
+    """The image of a path in a table. Backslashes are separators, unless a file is so named."""
     windows = "\\" in path and not os.path.lexists(os.path.join(root, path))
     return read_inside(root, path.replace("\\", "/") if windows else path, "missing twin")
 

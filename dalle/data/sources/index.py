@@ -1,8 +1,7 @@
 """Indexes of tars and tables, built once, memory-mapped, and shared by processes.
 
 An index is one file: strings, fixed-size records that point into them, JSON metadata, and the length of the
-metadata. Its name is a hash of the names, sizes and times of the indexed files, so a change builds another
-one. It is written under a temporary name and renamed when complete.
+metadata. Its name is a hash of the names, sizes and times of the indexed files. It is renamed when complete.
 """
 
 import hashlib

@@ -1,8 +1,7 @@
 """WebDataset tars: members KEY.jpg (.png, .webp, ...) and KEY.txt or KEY.json, read by an index of offsets.
 
-The index is built once for a set of tars. With it any sample is one read at a known offset, so the order is
-free, and a tar may hold any number of samples for any number of workers. Nothing is unpacked; links are not
-followed.
+With the index, built once, any sample is one read at a known offset, so the order is free. Nothing is
+unpacked; links are not followed.
 """
 
 import os
@@ -199,8 +198,7 @@ def _group(members: Sequence[Member], tar: str) -> tuple[np.ndarray, bytes, list
 
 
 def _key(name: str) -> tuple[str, str]:
-    """The key of a member (its path up to the first dot of the file name), and "image", "txt", "json" or
-    ""."""
+    """The key of a member (its path up to the first dot of the file name), and image, txt, json or ""."""
     folder, _, file = name.rpartition("/")
     stem, _, suffix = file.partition(".")
     key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()

@@ -11,7 +11,6 @@ import pytest
 from dalle.data import DataConfig, open_dataset, open_source
 from dalle.data.bad_samples import BadSampleError
 from tests.helpers.formats import (
-    COUNT,
     all_captions,
     caption,
     csv_file,
@@ -250,13 +249,6 @@ def test_other_encodings_are_named(tmp_path):
         path.write_bytes("image,caption\na.png,hello\n".encode("utf-16"))
         with pytest.raises(ValueError, match=r"b\..* is UTF-16, expected UTF-8"):
             open_source(path)
-
-
-def test_an_unreadable_parquet_file_is_named(tmp_path):
-    parquet_bytes(tmp_path)
-    (tmp_path / "zz.parquet").write_bytes(b"PAR1 nothing")
-    source = open_source(tmp_path)
-    assert (len(source), skipped(source)) == (COUNT, [("zz.parquet", "unreadable shard")])
 
 
 @pytest.mark.parametrize("kind", ["binary", "large_binary", "list"])
