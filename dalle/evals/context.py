@@ -49,13 +49,11 @@ class ValidationSet:
         """Pixels (B, 3, R, R) and labels int64 (B,) of the pairs whose caption names a class."""
         numbers, found = {_normalized(name): i for i, name in enumerate(classes)}, False
         for batch in self.batches():
-            labels = {}
-            for i, captions in enumerate(batch.captions):
-                named = [numbers[one] for one in map(_normalized, captions) if one in numbers]
-                labels |= {i: named[0]} if named else {}
-            if labels:
+            named = [[numbers[c] for c in map(_normalized, one) if c in numbers] for one in batch.captions]
+            if any(named):
                 found = True
-                yield torch.from_numpy(batch.pixels[list(labels)]), torch.tensor(list(labels.values()))
+                kept = [i for i, labels in enumerate(named) if labels]
+                yield torch.from_numpy(batch.pixels[kept]), torch.tensor([named[i][0] for i in kept])
         if not found:
             what = f"no validation caption of {self.data.path} is the name of a class"
             raise ValueError(f"{what}, such as {classes[0]!r}; each caption must be a class")

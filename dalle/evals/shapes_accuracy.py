@@ -47,16 +47,10 @@ def caption_accuracy(
 ) -> tuple[dict[str, float], ShapesSamples]:
     """Fraction of images that the judge accepts, and the samples.
 
-    Args:
-        split: "held_out" or "new_pairs".
-        count: captions C.
-        chunk: images sampled at once.
-
-    Returns:
-        acc_real: true images; acc_mismatched: true images against a caption that differs in one attribute;
-        acc_reconstruction: true images through hard codes; acc_first: the first sample; acc_best_of_n: the
-        one that CLIP ranks first; acc_random_of_n, acc_oracle_of_n: a random one, any of the n; acc_chance:
-        first samples against other images' captions.
+    acc_real: true images; acc_mismatched: true images against a caption that differs in one attribute;
+    acc_reconstruction: true images through hard codes; acc_first: the first sample; acc_best_of_n: the one
+    ranked first; acc_random_of_n, acc_oracle_of_n: a random one, any of the n; acc_chance: first samples
+    against other images' captions.
     """
     resolution = model.transformer.layout.rows * model.dvae.downsample_factor
     dataset, rng = ShapesDataset(resolution, seed, split), np.random.default_rng(seed)

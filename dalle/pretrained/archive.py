@@ -33,7 +33,6 @@ class _BoundedStream:
         return content
 
     def require(self, size: int) -> None:
-        """ValueError unless so many bytes are left."""
         if size > self.left:
             raise ValueError(f"{self.path} expands to more than {MAX_RATIO} times its size: a bomb")
 

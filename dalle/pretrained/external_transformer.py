@@ -25,19 +25,14 @@ from dalle.types import check_tokens
 
 @dataclass(frozen=True)
 class ExternalLayout(TokenLayout):
-    """Text ids and image tokens, all text positions open to captions.
+    """Text ids and image tokens, all text positions open to captions."""
 
-    Args:
-        start: input id at position 0; None if the first text id is there, which nothing predicts.
-        zero_is_pad: text id 0 means the pad of its position.
-        pad: the one pad of all positions; None if each has its own.
-        frame: ids before and after each caption.
-    """
-
-    start: int | None = 0
-    zero_is_pad: bool = False
-    pad: int | None = None
-    frame: tuple[int, int] | None = None
+    start: int | None = (
+        0  # input id at position 0; None if the first text id is there, which nothing predicts
+    )
+    zero_is_pad: bool = False  # text id 0 means the pad of its position
+    pad: int | None = None  # the one pad of all positions; None if each has its own
+    frame: tuple[int, int] | None = None  # ids before and after each caption
 
     def __post_init__(self):
         super().__post_init__()

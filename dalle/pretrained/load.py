@@ -160,14 +160,9 @@ def load_external_pipeline(
     scorer: Scorer | None = None,
     device: str | torch.device = "cpu",
 ) -> DALLE:
-    """A `DALLE` from a published transformer; ValueError for parts that do not belong together.
+    """A `DALLE` from DALLE-pytorch's dalle.pt, ruDALL-E's pytorch_model.bin, minDALL-E's archive or folder.
 
-    Args:
-        path: DALLE-pytorch's dalle.pt, ruDALL-E's pytorch_model.bin, or minDALL-E's 1.3B.tar.gz or its
-            folder.
-        text: the text tokenizer of its training (`dalle.text.load_text_tokenizer`); minDALL-E has its own.
-        dvae: the image tokenizer of its training; by default the one in the file or folder.
-        scorer: ranks images.
+    The tokenizers are by default those in the file; ValueError for missing parts, or some of other models.
     """
     with extracted(path) as folder:
         if text is None and not mindalle.is_folder(folder):

@@ -87,9 +87,7 @@ def load_scorer(
 ) -> OpenClipScorer:
     """A `Scorer` by a CLIP from a file.
 
-    Args:
-        path: TorchScript archive or state dict of OpenAI; checkpoint of open_clip (.pt, .safetensors).
-        quick_gelu: the activation; required for a file that is not OpenAI's.
+    `quick_gelu` is the activation, required for a file that is not OpenAI's archive or state dict.
     """
     import open_clip
 

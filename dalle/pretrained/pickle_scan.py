@@ -71,11 +71,7 @@ class ScannedPickle:
 
 
 def scan_pickle(stream: Any, is_stand_in: Callable[[str], Any], limit: int) -> ScannedPickle:
-    """Scans one pickle from the position of a binary stream.
-
-    Args:
-        is_stand_in: whether the instances of a class are kept as data.
-        limit: most numbers in a storage.
+    """Scans one pickle from the position of a binary stream; `limit` is the most numbers in a storage.
 
     Raises:
         Forbidden: a global that is not data; the message names it.

@@ -230,8 +230,7 @@ def _module_tensors(root: StandIn) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     queue, visits = [("", root)], 0
     while queue:
-        prefix, module = queue.pop()
-        visits += 1
+        (prefix, module), visits = queue.pop(), visits + 1
         if visits > MAX_MODULES or prefix.count(".") > MAX_DEPTH:
             raise ValueError("a module that holds itself, or too many of them")
         for name, value in attributes(module).items():

@@ -57,11 +57,10 @@ def stored_samples(context: ReportContext) -> list[Item]:
     items: list[Item] = []
     for folder in context.contents.samples[-3:]:
         if not (folder / "sample.json").is_file():
-            caption = "the best image of each of the first captions"
-            items += [
-                Text(folder.name, heading=True),
-                image_figure(load_image(folder / "sheet.png"), caption),
-            ]
+            sheet = image_figure(
+                load_image(folder / "sheet.png"), "the best image of each of the first captions"
+            )
+            items += [Text(folder.name, heading=True), sheet]
             continue
         record = read_json(folder / "sample.json")
         facts = (f"{name} {record[name]}" for name in ("best_of", "temperature", "seed"))

@@ -33,12 +33,9 @@ def corrupted_images(dataset: CaptionedImages, indices: Sequence[int]) -> np.nda
 def corrupt_object(
     image: np.ndarray, scene: Scene, boxes: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """A copy of an image with one object corrupted, downward after a random rotation.
+    """A copy of an image (3, R, R) of a scene with one object corrupted, downward after a random rotation.
 
-    Args:
-        image: float32 (3, R, R) in [0, 1], rendered from `scene`; R a multiple of the grid.
-        boxes: (K, 3) from `sample_boxes`.
-        rng: samples the object, the corruption and its row.
+    R is a multiple of the grid; boxes (K, 3) are from `sample_boxes`.
     """
     resolution = image.shape[-1]
     which, turns = int(rng.integers(len(scene.things))), int(rng.integers(4))

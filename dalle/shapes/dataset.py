@@ -239,11 +239,7 @@ def render(scenes: Sequence[Scene], boxes: np.ndarray, resolution: int) -> np.nd
 class ShapesDataset:
     """Endless dataset of captioned shapes; a `CaptionedImages`.
 
-    Args:
-        resolution: pixels per side.
-        seed: of the scenes and boxes.
-        split: "train", "held_out" or "new_pairs".
-        siblings: every odd image differs from the one before it in one attribute (hard negatives for CLIP).
+    With `siblings` every odd image differs from the one before it in one attribute (hard negatives for CLIP).
     """
 
     size = None

@@ -67,12 +67,7 @@ class Detection:
 def matches_caption(pixels: np.ndarray | Tensor, captions: list[str]) -> np.ndarray:
     """Whether each image shows its caption: bool (B,); ValueError for other pixels or captions.
 
-    Args:
-        pixels: (B, 3, R, R) floats in [0, 1], R at least 32.
-        captions: B captions of the shapes dataset.
-
-    Returns:
-        bool (B,).
+    Pixels are (B, 3, R, R) floats in [0, 1], R at least 32; captions are of the shapes dataset.
     """
     detections = detect(pixels)
     if len(captions) != len(detections):
@@ -153,11 +148,7 @@ def _mean_color(pixels: Tensor, mask: Tensor) -> Tensor:
 
 
 def _segment(pixels: Tensor, errors: Tensor, background: Tensor) -> tuple[Tensor, ...]:
-    """Segments images into objects.
-
-    Returns:
-        image (N,) of each object, its color name (N,), mean color (N, 3), and mask, bool (N, W, W).
-    """
+    """Objects: image (N,) of each, its color name (N,), mean color (N, 3), and mask, bool (N, W, W)."""
     image, name, tint, seeds = _find_seeds(pixels, errors, background)
     seen = F.one_hot(background, len(COLORS)).bool()  # (B, C)
     seen[image, name] = True
@@ -174,10 +165,9 @@ def _segment(pixels: Tensor, errors: Tensor, background: Tensor) -> tuple[Tensor
 
 
 def _find_seeds(pixels: Tensor, errors: Tensor, background: Tensor) -> tuple[Tensor, ...]:
-    """Finds the colors other than the background that fill a SEED x SEED square.
+    """Colors other than the background that fill a SEED x SEED square.
 
-    Returns:
-        for each of M: image (M,), color name (M,), mean color (M, 3), centers of the squares, bool (M, W, W).
+    Image (M,) of each, color name (M,), mean color (M, 3), centers of the squares, bool (M, W, W).
     """
     error, names = errors.min(1)
     plain = (_max_pool(names, SEED // 2) == -_max_pool(-names, SEED // 2)) & (error <= MAX_COLOR_ERROR)

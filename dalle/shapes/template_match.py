@@ -27,15 +27,10 @@ BLURS = (0.0, 0.07, 0.14)  # standard deviations
 
 
 def match_shapes(cover: Tensor) -> tuple[Tensor, Tensor]:
-    """Finds the shape and pose of each object.
+    """Shape and pose of each object, from how much of each pixel it covers (N, W, W) in [0, 1].
 
-    Overlap is intersection over union, |a b| / (|a|^2 + |b|^2 - |a b|) for soft masks.
-
-    Args:
-        cover: (N, W, W) in [0, 1], how much of each pixel the object covers; none may be empty.
-
-    Returns:
-        index into SHAPES (N,), -1 for none of them; center x, center y and extent (N, 3) in image widths.
+    Overlap is intersection over union, |a b| / (|a|^2 + |b|^2 - |a b|) for soft masks. Gives the index into
+    SHAPES (N,), -1 for none of them; center x, center y and extent (N, 3) in image widths.
     """
     line = (torch.arange(cover.shape[1]) + 0.5) / cover.shape[1]
     weight = cover / cover.sum((1, 2), keepdim=True)  # (N, W, W)

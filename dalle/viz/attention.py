@@ -95,7 +95,6 @@ def plot_attention(
     square is the predicted token. Bars on the right give the weights of the text tokens.
 
     Args:
-        caption: the caption.
         image: the image, of which the center square is taken, or its R * C image tokens.
         positions: (row, column) of the tokens; by default three in the middle column.
         layers: indices of layers; by default the last one of each kind.

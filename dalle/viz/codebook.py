@@ -26,15 +26,8 @@ def decode_codebook(
 ) -> Tensor:
     """Each code decoded alone: the middle token of a grid filled with this code.
 
-    Args:
-        model: any image tokenizer.
-        codes: which codes; by default all.
-        around: tokens on each side of the middle one, which keep the image's edge out of the receptive field:
-            3 blocks_per_group (1 + 1/2 + 1/4 ...), or 12 in the paper's dVAE.
-        batch: codes decoded at once.
-
-    Returns:
-        float32 (len(codes), 3, s, s) in [0, 1] on the CPU, s pixels per token.
+    `around` tokens on each side keep the image's edge out of the receptive field: 3 blocks_per_group (1 + 1/2
+    + 1/4 ...), or 12 in the paper's dVAE. float32 (codes, 3, s, s) in [0, 1] on the CPU, s pixels per token.
     """
     chosen = torch.tensor(range(model.vocab_size) if codes is None else list(codes), dtype=torch.int64)
     if not len(chosen):
@@ -115,11 +108,7 @@ def plot_code_usage(counts: Tensor) -> Image.Image:
 def plot_reconstructions(model: DVAE, pixels: Tensor, tau: float = 1 / 16, seed: int = 0) -> Image.Image:
     """Images, their reconstructions from relaxed and from hard codes, and 4 times the difference of the two.
 
-    Args:
-        model: a dVAE; other image tokenizers have no relaxed codes.
-        pixels: (B, 3, H, W) in [0, 1].
-        tau: temperature of the relaxed codes (A.2: 1/16 at the end of training).
-        seed: of the Gumbel noise.
+    `tau` is the temperature of the relaxed codes (A.2: 1/16 at the end of training), `seed` of the noise.
     """
     if not isinstance(model, DVAE):
         raise ValueError(f"relaxed codes need a DVAE, got {type(model).__name__}; use decode(encode(pixels))")

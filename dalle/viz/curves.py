@@ -54,17 +54,14 @@ def plot_curves(
         raise ValueError(f"no run has {unknown[0]!r} in its log; there are {', '.join(sorted(logged))}")
     if not chosen:
         raise ValueError("the logs are empty: no step is logged yet")
-    columns, rows = min(3, len(chosen)), -(-len(chosen) // 3)
-    figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis, name in zip(axes, chosen, strict=False):
+    figure = Figure(figsize=(4.5 * min(3, len(chosen)), 3.2 * -(-len(chosen) // 3)), layout="constrained")
+    for number, name in enumerate(chosen, 1):
+        axis = figure.add_subplot(-(-len(chosen) // 3), min(3, len(chosen)), number)
         _plot_metric(axis, logs, name, smooth, chance)
         axis.set_xscale("log" if log_x else "linear")
         axis.set_yscale("log" if log_y else "linear")
-    for axis in axes[len(chosen) :]:
-        axis.set_visible(False)
     if len(logs) > 1:
-        axes[0].legend(fontsize=7)
+        figure.axes[0].legend(fontsize=7)
     return figure_image(figure)
 
 
@@ -72,12 +69,10 @@ def plot_losses(runs: Mapping[str, Path]) -> Image.Image:
     """A row of curves for each run, {kind: directory} of "dvae", "transformer", "clip"."""
     width = max(len(CURVES[kind]) for kind in runs)
     figure = Figure(figsize=(4 * width, 2.6 * len(runs)), layout="constrained")
-    axes = figure.subplots(len(runs), width, squeeze=False)
-    for row, (kind, folder) in zip(axes, runs.items(), strict=True):
+    for row, (kind, folder) in enumerate(runs.items()):
         logs = {kind: read_lines(folder)}
-        for axis in row[len(CURVES[kind]) :]:
-            axis.set_visible(False)
-        for axis, name in zip(row, CURVES[kind], strict=False):
+        for column, name in enumerate(CURVES[kind], 1):
+            axis = figure.add_subplot(len(runs), width, row * width + column)
             _plot_metric(axis, logs, name, title=f"{kind}: {name}")
     return figure_image(figure)
 

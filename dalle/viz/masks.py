@@ -5,7 +5,7 @@ A row of a mask is a query, a column a key. Visible text and image keys have a c
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from dalle.io.images import captioned_grid
@@ -26,14 +26,10 @@ def plot_mask(
     transposed: bool = False,
     cell: int | None = None,
 ) -> Image.Image:
-    """The mask of one kind of layer.
+    """The mask of a "row", "column", "conv" or "causal" layer.
 
-    Args:
-        kind: "row", "column", "conv" or "causal".
-        layout: sequence lengths; by default those of Figure 11.
-        kernel: side of the convolution; 11 in the paper's model.
-        transposed: image positions column by column, as the paper computes column layers (Figure 11c).
-        cell: pixels per query and key; by default the image is at least `SIDE` wide.
+    `transposed` orders image positions by columns, as the paper computes column layers (Figure 11c); `cell`
+    is pixels per query and key, by default such that the image is at least `SIDE` wide.
     """
     pattern = SparseMask(kind, layout, kernel)
     mask = pattern.dense(torch.device("cpu"))
@@ -88,9 +84,7 @@ def _tiles(colors: np.ndarray, cell: int | None, side: int) -> Image.Image:
         raise ValueError(f"cell must be at least 1 pixel, got {cell}")
     image = Image.fromarray(colors).resize((width * cell, height * cell), Image.Resampling.NEAREST)
     if cell >= 6:
-        pen = ImageDraw.Draw(image)
-        for x in range(width + 1):
-            pen.line([(x * cell, 0), (x * cell, height * cell)], fill="white")
-        for y in range(height + 1):
-            pen.line([(0, y * cell), (width * cell, y * cell)], fill="white")
+        pixels = np.array(image)
+        pixels[::cell], pixels[:, ::cell] = 255, 255
+        return Image.fromarray(pixels)
     return image

@@ -36,10 +36,7 @@ class SampleGrid:
 def retrieval_grid(model: CLIP, pixels: Tensor, packed: Tensor, captions: list[str]) -> Image.Image:
     """The first captions, each with its own image at the left and the most similar of all at the right.
 
-    Args:
-        pixels: (N, 3, R, R), one for each caption.
-        packed: (N, L) packed text.
-        captions: as text, of at least those to show.
+    pixels (N, 3, R, R) and packed text (N, L) are of N captions; `captions` are those to show.
     """
     found = (model.encode_text(packed).float() @ model.encode_image(pixels).float().T).argmax(dim=1)
     shown = range(min(8, len(captions)))

@@ -188,12 +188,10 @@ class TestServer:
         upload(server, bytes(200_001), status=413)
         assert not list(server.folder.rglob("cat.png"))
 
-    @pytest.mark.parametrize(
-        ("path", "words"), [("/etc/passwd", None), ("http://192.0.2.1/a.png", "expected an uploaded image")]
-    )
-    def test_a_forged_path_is_not_read(self, server, path, words):
-        message = error(call(server, "preview", [as_file(path), 2]))
-        assert message is None if words is None else words in message
+    def test_a_forged_path_is_not_read(self, server):
+        assert error(call(server, "preview", [as_file("/etc/passwd"), 2])) is None
+        message = error(call(server, "preview", [as_file("http://192.0.2.1/a.png"), 2]))
+        assert "expected an uploaded image" in message
         assert server.outside == []
 
     def test_a_preview_of_an_upload(self, server, image):
@@ -203,12 +201,10 @@ class TestServer:
         assert shown.getpixel((5, 3))[0] > 200
         assert max(abs(value - 128) for value in shown.getpixel((5, 25))) < 9
 
-    def test_a_file_that_is_no_image_is_an_escaped_message(self, server):
+    def test_errors_are_escaped_and_internal_ones_show_no_details(self, server, image, monkeypatch):
         message = error(call(server, "preview", [upload(server, b"<b>no image</b>"), 2]))
         assert message.startswith("cat.png: wrong type")
         assert "<b>" not in message
-
-    def test_an_internal_error_shows_no_details(self, server, image, monkeypatch):
         monkeypatch.setattr("dalle.app.ui.tiles", None)
         assert error(call(server, "preview", [upload(server, image.read_bytes()), 2])) is None
 

@@ -15,6 +15,7 @@ from dalle.clip.model import prepare_pixels
 from dalle.clip.objective import CLIPObjective
 from dalle.pipelines.best_of_n import TopN
 from dalle.types import Scorer
+from tests.helpers.hostile import Call
 
 VISION = {"image_size": 16, "patch_size": 8, "vision_width": 16, "vision_layers": 1}
 TEXT = {"text_len": 6, "text_vocab": 20, "text_width": 16, "text_layers": 1}
@@ -199,16 +200,6 @@ def weights(request, open_clip, tmp_path):
     return file, model
 
 
-class Touch:
-    """Unpickled, it would make a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 class TestPretrainedScorer:
     def test_it_scores_as_the_model_of_the_file(self, weights, open_clip):
         file, model = weights
@@ -231,7 +222,7 @@ class TestPretrainedScorer:
             assert scorer.truncated == cut
 
     def test_a_file_of_weights_runs_no_code(self, open_clip, tmp_path):
-        torch.save({"state_dict": Touch(tmp_path / "touched")}, tmp_path / "weights.pt")
+        torch.save({"state_dict": Call(Path.touch, tmp_path / "touched")}, tmp_path / "weights.pt")
         with pytest.raises(pickle.UnpicklingError):
             PretrainedScorer("tiny-test", str(tmp_path / "weights.pt"))
         assert not (tmp_path / "touched").exists()

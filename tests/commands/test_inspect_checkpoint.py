@@ -14,6 +14,7 @@ import torch
 from dalle.commands.inspect_checkpoint import InspectCheckpointArgs, inspect_checkpoint
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.hub.registry import LoadedModel
+from tests.helpers.hostile import Call
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +108,12 @@ def test_odd_descriptions(tmp_path: Path, chain: Path, name: str, text: str, mes
             LoadedModel.from_pretrained(tmp_path)
 
 
-class Attack:
-    def __reduce__(self) -> tuple:
-        return os.system, ("touch ran",)
+ATTACK = Call(os.system, "touch ran")
 
 
 REFUSED = {
-    "hostile": (lambda path: torch.save({"state_dict": Attack()}, path), rf"asks for {os.name}\.system"),
-    "bare": (lambda path: path.write_bytes(pickle.dumps(Attack(), 0)), rf"asks for {os.name}\.system"),
+    "hostile": (lambda path: torch.save({"state_dict": ATTACK}, path), rf"asks for {os.name}\.system"),
+    "bare": (lambda path: path.write_bytes(pickle.dumps(ATTACK, 0)), rf"asks for {os.name}\.system"),
     "empty": (lambda path: path.touch(), "is empty"),
     "text": (lambda path: path.write_text("hello world, I am text"), "text file"),
     "truncated": (lambda path: path.write_bytes(pickle.dumps({"a": 1})[:-3]), "cannot be read"),

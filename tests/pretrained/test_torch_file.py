@@ -21,6 +21,7 @@ from torch import nn
 
 from dalle.pretrained.pickle_scan import Forbidden, scan_pickle
 from dalle.pretrained.torch_file import STAND_INS, StandIn, read_torch_file, weights_of
+from tests.helpers.hostile import Call
 
 
 def example():
@@ -142,16 +143,6 @@ def test_objects_of_trainers_are_data(tmp_path):
     tree = read_torch_file(packed(code, tmp_path / "file.pt")).tree
     assert tree["conf"].state == {"a": 1}
     assert tree["hp"] == {"b": 2}
-
-
-class Call:
-    """Pickles as a call."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 def attacks(marker):

@@ -208,12 +208,10 @@ class TestPartialFolders:
         assert {"samples", "attention", "codebook"}.isdisjoint(page.sections)
         assert "--no-sample" in page.text
 
-    def test_an_evaluation(self, run, tmp_path):
+    def test_an_evaluation_and_the_sheet_of_a_prompts_file(self, run, tmp_path):
         shutil.copy(run / "evaluation.json", tmp_path / "numbers.json")
         for path in (tmp_path, tmp_path / "numbers.json"):
             assert report_of(path).sections[:3] == ["reranking", "evaluation", "versions"]
-
-    def test_the_sheet_of_a_prompts_file(self, tmp_path):
         (tmp_path / "many").mkdir()
         (tmp_path / "many" / "samples.jsonl").write_text("{}\n")
         Image.new("RGB", (70, 50), "green").save(tmp_path / "many" / "sheet.png")
@@ -268,11 +266,9 @@ class TestItems:
         assert (list(contents.runs), contents.model) == (["dvae", "transformer", "clip"], chain / "model")
         assert scan_folder(chain / "clip").runs.keys() == {"clip"}
 
-    def test_small_images_are_exact(self):
+    def test_small_images_and_settings_are_exact(self):
         image = decode(image_figure(Image.new("RGB", (40, 30), (1, 2, 255)), "blue").source)
         assert (image.size, image.convert("RGB").getpixel((5, 5))) == ((40, 30), (1, 2, 255))
-
-    def test_settings_are_exact(self):
         data = {"a": {"lr": 1.25e-6, "on": True}, "b": [1, 0.1234567], "c": None, "d": "red"}
         expected = {"a.lr": "1.25e-06", "a.on": "true", "b": "[1, 0.1234567]", "c": "null", "d": "red"}
         assert settings(data) == expected
@@ -313,9 +309,8 @@ def line_points(points, style: str = "o-", log2: bool = False) -> list[tuple[flo
 def test_in_a_browser(report, width, scheme):
     """Opened offline: no request, no message, every image shown, nothing too wide, readable colors."""
     with open_chromium() as browser:
-        context = browser.new_context(
-            viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True
-        )
+        viewport = {"width": width, "height": 800}
+        context = browser.new_context(viewport=viewport, color_scheme=scheme, offline=True)
         tab, requests, messages = context.new_page(), [], []
         tab.on("request", lambda request: requests.append(request.url))
         tab.on("console", lambda message: messages.append(message.text))

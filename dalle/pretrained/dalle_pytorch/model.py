@@ -172,9 +172,8 @@ class DallePytorch(ExternalTransformer):
             self.register_buffer("angles", torch.zeros(1, layout.seq_len + 1, config.rotary))
         else:
             self.text_position = nn.Embedding(layout.text_inputs, width)
-            self.image_position = nn.ParameterList(
-                [torch.zeros(1, layout.rows, 1, width), torch.zeros(1, 1, layout.columns, width)]
-            )
+            shapes = (1, layout.rows, 1, width), (1, 1, layout.columns, width)
+            self.image_position = nn.ParameterList(torch.zeros(shape) for shape in shapes)
         self.final_norm = FP32LayerNorm(width)
         self.to_logits = nn.Linear(width, layout.vocab)
 

@@ -33,11 +33,6 @@ class DiscreteVAEConfig:
     means: tuple[float, ...] = HALF[0]  # subtracted from each channel of an image
     deviations: tuple[float, ...] = HALF[1]  # divisor of each channel
 
-    @property
-    def downsample_factor(self) -> int:
-        """Pixels on a side of one token."""
-        return 2**self.levels
-
 
 def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DiscreteVAEConfig:
     """Sizes from the shapes, the normalization from the file's hyper-parameters."""
@@ -83,7 +78,7 @@ class DiscreteVAE(nn.Module):
     def __init__(self, config: DiscreteVAEConfig):
         super().__init__()
         self.config, width = config, config.width
-        self.downsample_factor, self.vocab_size = config.downsample_factor, config.vocab_size
+        self.downsample_factor, self.vocab_size = 2**config.levels, config.vocab_size
         down, up = [], []
         for level in range(config.levels):
             n_in = width if level else 3

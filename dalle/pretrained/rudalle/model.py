@@ -5,8 +5,7 @@ and column masks are ours; the last layer sees a square around each token. The w
 not interchangeable:
 
     v2    another begin mark in front shifts the inputs by one but not the masks, to which the last text id is
-    the
-          first image token. The square wraps around all borders of the image
+          the first image token. The square wraps around all borders of the image
     v3    no mark in front: no state predicts the first text id. The square ends at the border
 
 The package's measure against overflow in fp16 (CogView's "PB-relax") changes nothing in fp32 and is omitted.

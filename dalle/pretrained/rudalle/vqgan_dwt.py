@@ -40,11 +40,8 @@ def _joined(low: Tensor, high: Tensor, g0: Tensor, g1: Tensor, dim: int) -> Tens
     """Twice the length along a side: the sum of both parts, upsampled by their filters."""
     shape, stride = ((1, 1, 2, 1), (2, 1)) if dim == 2 else ((1, 1, 1, 2), (1, 2))
     filters = (g.view(shape).repeat(low.shape[1], 1, 1, 1) for g in (g0, g1))
-    first, second = (
-        F.conv_transpose2d(part, by, stride=stride, groups=low.shape[1])
-        for part, by in zip((low, high), filters, strict=True)
-    )
-    return first + second
+    options = {"stride": stride, "groups": low.shape[1]}
+    return sum(F.conv_transpose2d(x, by, **options) for x, by in zip((low, high), filters, strict=True))
 
 
 class WaveletVQGAN(VQGAN):
@@ -83,10 +80,6 @@ FAMILY = CheckpointFormat(
     infer_config=infer_config,
     build=WaveletVQGAN,
     rename=own_name,
-    ignored=(
-        "model.post_quant_conv.*",
-        "post_quant_conv.*",
-        "loss.*",
-        "model.loss.*",
-    ),  # the decoder has its own post_quant_conv
+    # the decoder has its own post_quant_conv
+    ignored=("model.post_quant_conv.*", "post_quant_conv.*", "loss.*", "model.loss.*"),
 )
