@@ -138,19 +138,10 @@ def _report(
     duplicates: list[tuple[int, int]],
     filters: list[str],
 ) -> dict[str, Any]:
-    from collections import Counter
-
-    from dalle.data.statistics import aspect, summarize
-
-    def count_by(key) -> Counter:
-        counts = Counter()
-        for size, count in stats.sizes.items():
-            counts[key(size)] += count
-        return counts
+    from dalle.data.statistics import summarize
 
     usable, seen = len(stats.indices), len(source) + len(source.skipped)
-    shorter_side = count_by(min)
-    small = sum(count for side, count in shorter_side.items() if side < args.data.resolution)
+    small = sum(count for side, count in stats.shorter_side.items() if side < args.data.resolution)
     report = {
         "path": args.data.path,
         "hash": source.hash,
@@ -159,9 +150,9 @@ def _report(
         "captions": stats.words.total(),
         "bad": _fraction(bad_samples.counts.total(), seen)
         | {"causes": dict(bad_samples.counts.most_common()), "named": [asdict(bad) for bad in stats.skipped]},
-        "shorter_side": summarize(shorter_side),
+        "shorter_side": summarize(stats.shorter_side),
         "smaller_than_resolution": {"resolution": args.data.resolution} | _fraction(small, usable),
-        "aspect": dict(count_by(aspect).most_common()),
+        "aspect": dict(stats.aspect.most_common()),
         "words": summarize(stats.words),
         "duplicates": _fraction(len(duplicates), usable)
         | {"named": [{"copy": source.name(i), "of": source.name(j)} for i, j in duplicates[:MAX_NAMED]]},

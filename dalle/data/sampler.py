@@ -27,10 +27,8 @@ def batch_indices(
     one process.
 
     Raises:
-        ValueError: the batch does not divide into shares, or there is no such rank.
+        ValueError: the batch does not divide into shares.
     """
-    if not 0 <= rank < world:
-        raise ValueError(f"rank must lie in 0 .. {world - 1} for {world} processes, got {rank}")
     if batch_size % world:
         raise ValueError(
             f"a batch of {batch_size} does not divide among {world} processes; make it a multiple"
@@ -43,14 +41,8 @@ def batch_indices(
     while len(samples) < share:
         epoch, start = divmod(first + len(samples), size)
         positions = np.arange(start, min(size, start + share - len(samples)), dtype=np.uint64)
-        samples += [(epoch, int(index)) for index in epoch_permutation(seed, epoch, size)(positions)]
+        samples += [(epoch, int(index)) for index in _permutation(size, "order", seed, epoch)(positions)]
     return samples
-
-
-@lru_cache(maxsize=4)
-def epoch_permutation(seed: int, epoch: int, size: int) -> "FeistelPermutation":
-    """The order of an epoch: position -> index."""
-    return FeistelPermutation(size, "order", seed, epoch)
 
 
 class FeistelPermutation:
@@ -60,8 +52,6 @@ class FeistelPermutation:
     """
 
     def __init__(self, size: int, purpose: str, *key: int):
-        if size < 1:
-            raise ValueError(f"a permutation needs at least one number, got {size}")
         self.size = size
         bits = max(MIN_BITS, (size - 1).bit_length())
         self.low = np.uint64(bits // 2)
@@ -83,6 +73,9 @@ class FeistelPermutation:
             else:
                 high = high ^ (_splitmix64(low + key) & self.masks[0])
         return high << self.low | low
+
+
+_permutation = lru_cache(maxsize=4)(FeistelPermutation)
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:

@@ -35,8 +35,9 @@ TILE = 128
 class DatasetStats:
     """Statistics of a part of a dataset. Sizes, words and tokens are those of usable samples."""
 
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """Images by (width, height), upright."""
+    shorter_side: Counter[int] = field(default_factory=Counter)
+    aspect: Counter[str] = field(default_factory=Counter)
+    """Images by pixels and by shape, upright."""
     words: Counter[int] = field(default_factory=Counter)
     tokens: Counter[int] = field(default_factory=Counter)
     """Captions by number of words and of tokens."""
@@ -55,7 +56,7 @@ class DatasetStats:
 
     def add(self, other: "DatasetStats") -> None:
         """Adds the statistics of the next part, except `skipped`."""
-        for name in ("sizes", "words", "tokens", "dropped"):
+        for name in ("shorter_side", "aspect", "words", "tokens", "dropped"):
             getattr(self, name).update(getattr(other, name))
         for name in ("indices", "hashes", "tiles"):
             getattr(self, name).extend(getattr(other, name))
@@ -108,7 +109,8 @@ class DatasetScanner:
         image = decode(open_image(sample.image, sample.name), sample.name)
         stats.indices.append(index)
         stats.hashes.append(image_hash(image))
-        stats.sizes[image.size] += 1
+        stats.shorter_side[min(image.size)] += 1
+        stats.aspect[aspect(image.size)] += 1
         stats.words.update(map(count_words, sample.captions))
         if self.text:
             stats.tokens.update(len(self.text.encode(caption)) for caption in sample.captions)

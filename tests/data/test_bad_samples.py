@@ -21,9 +21,7 @@ def test_a_resumed_run_continues_its_file(tmp_path):
         log.add([BadSample(4, "m4", "truncated")], 5, 10)
     log.add([BadSample(5, "m5", "empty caption")], 6, 20)
     assert log.counts == Counter({"missing twin": 1, "truncated": 1, "empty caption": 1})
-    assert str(log).startswith(
-        "skipped 3 samples: 1 missing twin, 1 truncated, 1 empty caption; each is named"
-    )
+    assert "3 samples: 1 missing twin, 1 truncated, 1 empty caption; each is named" in str(log)
     with path.open("a") as file:
         file.write('{"index": 6, "na')  # an interrupted run
     again = BadSampleLog(path, 1000, opening)

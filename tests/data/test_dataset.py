@@ -161,10 +161,8 @@ def test_bad_images_are_left_out_and_named(tmp_path):
     dataset = dataset_of(tmp_path, resolution=32)
     batch = dataset.load([(2, index) for index in range(4)], "dvae")
     assert (batch.samples, batch.captions) == ([(2, 0), (2, 3)], [["a"], ["d"]])
-    assert [(bad.name, bad.cause) for bad in batch.skipped] == [
-        ("b.png", "too small"),
-        ("c.png", "wrong type"),
-    ]
+    bad = {bad.name: bad.cause for bad in batch.skipped}
+    assert bad == {"b.png": "too small", "c.png": "wrong type"}
     assert len(dataset.load([(0, 1)]).samples) == 1  # without augmentation it is enlarged
     assert dataset.load([(0, 1)], "transformer").skipped[0].cause == "too small"
 

@@ -74,10 +74,8 @@ def test_a_jpeg_draft_is_small_and_looks_the_same():
     assert (small.size, large.size) == ((200, 150), (1600, 1200))
     difference = np.asarray(large.resize((200, 150), Image.Resampling.BOX), int) - np.asarray(small, int)
     assert abs(difference).max() <= 4
-    assert decode(open_image(noise("JPEG", (150, 100)), "a"), "a", 128).size == (
-        150,
-        100,
-    )  # half is too small
+    unchanged = decode(open_image(noise("JPEG", (150, 100)), "a"), "a", 128)  # half is too small
+    assert unchanged.size == (150, 100)
 
 
 @pytest.mark.parametrize("augment", ["dvae", "transformer"])

@@ -69,15 +69,8 @@ def test_the_shares_of_a_step_together_are_the_step(world, size):
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(
-        ValueError, match="a batch of 10 does not divide among 4 processes; make it a multiple"
-    ):
+    with pytest.raises(ValueError, match="batch of 10 does not divide among 4 processes"):
         batch_indices(0, 10, 100, 0, rank=0, world=4)
-
-
-def test_an_empty_set_has_no_order():
-    with pytest.raises(ValueError, match="at least one number, got 0"):
-        FeistelPermutation(0, "order", 0)
 
 
 def samples_of(batch_size, size, seed, count):

@@ -10,8 +10,6 @@ from dalle.data.sources.table import TableSource
 from dalle.data.sources.webdataset import TarSource
 from dalle.types import DataSource
 
-PARTS = ("all", "train", "held_out")
-
 
 def open_source(
     path: str | Path,
@@ -38,8 +36,6 @@ def open_source(
     Raises:
         ValueError: nothing there, nothing to read in it, or no such part; says what was expected.
     """
-    if part not in PARTS:
-        raise ValueError(f"unknown part {part!r}; expected one of {', '.join(PARTS)}")
     location = detect_source(str(path), format)
     if part == "held_out" and not has_val_split(str(path), format):
         raise ValueError(f"{path} has no validation split of its own (val*.tar, a split validation)")

@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,7 @@ class DataLocation:
     """Format and files of a data source."""
 
     format: Format
-    """folder, table, tars or hub."""
     path: str
-    """As given."""
     files: tuple[Path, ...] = ()
     """Tables or tars by name, without a test split of the dataset's own."""
     held_out: tuple[Path, ...] = ()
@@ -52,13 +50,18 @@ def detect_source(path: str, format: Format = "auto") -> DataLocation:
         files = [root] if root.is_file() else list(_expand(str(root)))
         if format == "folder":
             return DataLocation("folder", str(root))
-        if format == "auto":
-            format = _file_format(files, path)
+    suffixes = {file.suffix.lower() for file in files}
+    if format == "auto":
+        if not suffixes <= {".tar", *TABLES}:
+            raise ValueError(
+                f"{path} is {', '.join(sorted(suffixes)) or 'without suffix'}; expected a folder of images, "
+                f".tar files (not compressed) or a table ({', '.join(TABLES)})"
+            )
+        format = "tars" if ".tar" in suffixes else "table"
     if not files:
         raise ValueError(
             f"no {format} at {path}; expected {'.tar files' if format == 'tars' else ', '.join(TABLES)}"
         )
-    suffixes = {file.suffix.lower() for file in files}
     if len(suffixes) > 1:
         raise ValueError(f"{path} holds several formats ({', '.join(sorted(suffixes))}); give one of them")
     used = [file for file in files if not TEST.match(file.name)] or files
@@ -121,15 +124,3 @@ def _has_captioned_image(root: Path) -> bool:
         if any(stem in stems for stem in images):
             return True
     return False
-
-
-def _file_format(files: Sequence[Path], path: str) -> Format:
-    suffixes = {file.suffix.lower() for file in files}
-    if suffixes == {".tar"}:
-        return "tars"
-    if suffixes and suffixes <= set(TABLES):
-        return "table"
-    raise ValueError(
-        f"{path} is {', '.join(sorted(suffixes)) or 'a file without suffix'}; expected a folder of images, "
-        f".tar files (not compressed) or a table ({', '.join(TABLES)})"
-    )

@@ -110,10 +110,9 @@ def open_at_once(path: Path, start, out) -> None:
         start.wait(60)
         try:
             source = open_source(path, index_dir=path.parent / f"index-{number}")
-            found = source.hash, [texts[0] for texts in all_captions(source)], str(source._index.path)
+            out.put((number, (source.hash, all_captions(source), str(source._index.path))))
         except Exception as error:
-            found = repr(error)
-        out.put((number, found))
+            out.put((number, repr(error)))
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="forks")
@@ -138,7 +137,7 @@ def test_processes_that_index_at_once_end_with_one_index(tmp_path, form, damaged
         process.join(60)
     for number in range(ROUNDS):
         index = path.parent / f"index-{number}" / source._index.path.name
-        expected = (source.hash, [caption(i)[0] for i in range(COUNT)], str(index))
+        expected = (source.hash, all_captions(source), str(index))
         assert [result for which, result in found if which == number] == [expected] * PROCESSES
         assert os.listdir(index.parent) == [index.name]  # no partial index is left
     assert not (path.parent / FOLDER).exists()
