@@ -146,7 +146,7 @@ class MemoryBenchmark(BenchmarkArgs):
 
 @dataclass(frozen=True)
 class DataBenchmark(BenchmarkArgs):
-    """Times image sources and the token cache, alone and with a training step."""
+    """Times image sources and a cache of random tokens, alone and with a training step."""
 
     sources: tuple[str, ...] = ("shapes",)
     """Images and captions to compare, each as --data.path takes it; ratios are to the first case."""
@@ -158,10 +158,6 @@ class DataBenchmark(BenchmarkArgs):
     """Other settings of the sources."""
     dvae: DVAEConfig = DVAEConfig(widths=(64, 128, 256), downsample_factor=4, vocab_size=1024)
     """The model whose training step reads the images."""
-    tokens: Path | None = None
-    """Token cache of the transformer's grid; random tokens by default."""
-    tokenizer: Path | None = None
-    """Text tokenizer of its captions; trained on shapes captions by default."""
     batch_size: int = 8
     """Samples per step."""
     num_batches: int = 4

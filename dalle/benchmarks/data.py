@@ -23,12 +23,10 @@ from torch import Tensor
 from dalle.benchmarks.common import Stepper, finish, seconds_of
 from dalle.benchmarks.config import DataBenchmark
 from dalle.commands.train_transformer import TrainTransformerArgs
-from dalle.data import BatchReader, ImageTextLoader, Loader, TokenCache, open_dataset
+from dalle.data import BatchReader, ImageTextLoader, Loader, open_dataset
 from dalle.data.token_cache import TokenCacheSpec, TokenWriter
 from dalle.dvae.objective import DVAEObjective
-from dalle.layout import TokenLayout
 from dalle.runs.batches import TokenBatches
-from dalle.runs.inputs import load_text_input
 from dalle.shapes.dataset import ShapesDataset
 from dalle.text import TextTokenizerConfig, train_text_tokenizer
 from dalle.train import TrainConfig
@@ -89,37 +87,26 @@ def pixels_of(batch: ImageTextBatch, step: int) -> Tensor:
 
 @contextmanager
 def _tokens(args: DataBenchmark, device: torch.device, precision: str) -> Iterator[Case]:
-    """The token cache, read as in the training of the transformer."""
+    """A cache of random tokens, read as in the training of the transformer."""
+    layout, captions = args.config.layout, ShapesDataset(16).captions(range(2000))
+    config = TextTokenizerConfig(vocab_size=min(layout.text_vocab, 1000))
+    text = train_text_tokenizer((texts[0] for texts in captions), config)
+    spec = TokenCacheSpec(
+        "random", "random", (layout.rows, layout.columns), layout.image_vocab, len(captions), shard=500
+    )
+    rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        layout = args.config.layout
-        captions = ShapesDataset(16).captions(range(2000))
-        if args.tokenizer:
-            text = load_text_input(args.tokenizer)
-        else:
-            config = TextTokenizerConfig(vocab_size=min(layout.text_vocab, 1000))
-            text = train_text_tokenizer((texts[0] for texts in captions), config)
-        path = args.tokens or Path(folder, "tokens")
-        cache = TokenCache(path) if args.tokens else random_cache(path, layout, captions)
+        writer = TokenWriter(Path(folder, "tokens"), spec)
+        for shard in writer.missing():
+            numbers = spec.numbers(shard)
+            tokens = rng.integers(spec.vocab, size=(len(numbers), 1, layout.num_image_tokens))
+            writer.write(shard, tokens, [captions[number] for number in numbers])
         train = TrainConfig(batch_size=args.batch_size)
         training = TrainTransformerArgs(model=args.config, train=train, eval_samples=1)
-        batches = TokenBatches(cache, text, layout, training)
+        batches = TokenBatches(writer.finish(), text, layout, training)
         step = Stepper("transformer", args.config, TransformerObjective(), device, precision)
         count = args.batch_size * layout.seq_len
         yield Case("token cache", "tokens", count, lambda: Loader(batches, STEPS), step)
-
-
-def random_cache(folder: Path, layout: TokenLayout, captions: list[list[str]]) -> TokenCache:
-    """A cache of random tokens, one row for each list of captions."""
-    plan = TokenCacheSpec(
-        "random", "random", (layout.rows, layout.columns), layout.image_vocab, len(captions), shard=500
-    )
-    writer = TokenWriter(folder, plan)
-    rng = np.random.default_rng(0)
-    for shard in writer.missing():
-        numbers = plan.numbers(shard)
-        tokens = rng.integers(plan.vocab, size=(len(numbers), 1, layout.num_image_tokens))
-        writer.write(shard, tokens, [captions[number] for number in numbers])
-    return writer.finish()
 
 
 def measure(case: Case, num_batches: int, device: torch.device) -> dict[str, float]:

@@ -80,20 +80,15 @@ def captioned_grid(cells: Sequence[tuple[str, Image.Image]], columns: int, scale
     font = ImageFont.load_default(12)
     width, height = (side * scale for side in cells[0][1].size)
     texts = [_wrap(caption, font, width) for caption, _ in cells]
-    line = 15
-    text_height = line * max(len(text) for text in texts) + 6
-    gap = 10
-    count = -(-len(cells) // columns)
-    page = Image.new(
-        "RGB", (columns * (width + gap) + gap, count * (height + text_height + gap) + gap), "white"
-    )
-    pen = ImageDraw.Draw(page)
-    for i, ((_, image), text) in enumerate(zip(cells, texts, strict=True)):
-        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + text_height + gap)
-        page.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+    text_height = 15 * max(len(text) for text in texts) + 6
+    tiles = []
+    for (_, image), text in zip(cells, texts, strict=True):
+        tile = Image.new("RGB", (width, height + text_height), "white")
+        tile.paste(image.resize((width, height), Image.Resampling.NEAREST))
         for n, words in enumerate(text):
-            pen.text((x, y + height + 4 + n * line), words, fill="black", font=font)
-    return page
+            ImageDraw.Draw(tile).text((0, height + 4 + n * 15), words, fill="black", font=font)
+        tiles.append(tile)
+    return image_grid([tiles[i : i + columns] for i in range(0, len(tiles), columns)], gap=10)
 
 
 def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:

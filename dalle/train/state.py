@@ -105,17 +105,23 @@ class TrainState:
         file: str,
         stored: dict[str, tuple[torch.Size, torch.dtype]],
     ) -> dict[str, Tensor]:
-        """Tensors to read a checkpoint's file into, sharded as `tensors`, the state's own by file and name,
-        are.
+        """Tensors to read a checkpoint's file into, sharded as the state's own are.
 
         Args:
+            tensors: the state's own, by file and name.
             stored: shape and dtype of each of the file's tensors.
         """
         like = tensors.get(file, {})
         if file == "optimizer":  # a new optimizer has no moments: they are sharded as their parameters
             parameters = dict(self.model.named_parameters())
             like = {name: parameters[name.rsplit("/", 1)[0]] for name in stored}
-        return {name: _empty_like(like.get(name), *info) for name, info in stored.items()}
+        empty = {}
+        for name, (shape, dtype) in stored.items():
+            if name in like and like[name].shape == shape:
+                empty[name] = torch.empty_like(like[name], dtype=dtype, requires_grad=False)
+            else:
+                empty[name] = torch.empty(shape, dtype=dtype)
+        return empty
 
     def load(self, tensors: dict[str, dict[str, Tensor]], numbers: dict[str, Any], source: Path) -> None:
         """Loads what `state_dict` returned; strict.
@@ -156,10 +162,3 @@ class TrainState:
         for key, tensor in moments.items():
             name, moment = key.rsplit("/", 1)
             load_moment(owners[names[name]], names[name], moment, tensor)
-
-
-def _empty_like(like: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """An empty tensor, sharded as `like` where that has the same shape; else full and on the CPU."""
-    if like is not None and like.shape == shape:
-        return torch.empty_like(like, dtype=dtype, requires_grad=False)
-    return torch.empty(shape, dtype=dtype)

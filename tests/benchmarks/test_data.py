@@ -43,11 +43,3 @@ def test_ratios_are_taken_within_a_round():
     assert numbers["speedup_vs_first"] == 2
     assert numbers["speedup_vs_step"] == 1.5
     assert numbers["data_time_frac"] == 0.25
-
-
-def test_a_given_cache_and_tokenizer_are_read(chain, tiny_runs):
-    run = replace(
-        DATA, tokens=chain / "tokens", tokenizer=chain / "text", workers=(0,), resolutions=(16,), rounds=1
-    )
-    report = benchmark_data(replace(run, model=tiny_runs.transformer.model))
-    assert report["results"]["token cache"]["tokens_per_sec"] > 0

@@ -32,17 +32,13 @@ def test_the_report_has_seconds_tokens_and_bytes_of_each_batch(tmp_path):
     assert (report["tokens_sampled"], report["image_tokens"], report["precision"]) == (16, 16, "fp32")
 
 
-def test_matrices_in_8_bits_are_counted_so(tmp_path):
-    report = benchmark_sampling(SampleBenchmark(**QUICK, batch=(2,), int8=True))
-    assert report["int8"]
-    assert report["results"]["batch 2"]["bytes_per_step"] == read_bytes(CONFIG, 2, 4, int8=True)
-
-
-def test_compiling_is_timed_apart(monkeypatch):
+def test_matrices_in_8_bits_are_counted_so_and_compiling_is_timed_apart(monkeypatch):
     monkeypatch.setattr("torch.compile", lambda function, **_: function)
-    report = benchmark_sampling(SampleBenchmark(**QUICK, batch=(1,), tokens=4, compile=True))
+    report = benchmark_sampling(SampleBenchmark(**QUICK, batch=(2,), tokens=4, int8=True, compile=True))
+    assert report["int8"]
     assert report["compile"]
-    assert report["results"]["batch 1"]["compile_seconds"] > 0
+    assert report["results"]["batch 2"]["bytes_per_step"] == read_bytes(CONFIG, 2, 4, int8=True)
+    assert report["results"]["batch 2"]["compile_seconds"] > 0
 
 
 def test_a_graph_is_for_cuda():

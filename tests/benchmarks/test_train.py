@@ -93,10 +93,6 @@ def test_its_step_trains_and_gets_our_shapes():
     assert (words["dim"], words["depth"], words["heads"], words["dim_head"]) == (16, 2, 2, 8)
     assert (words["num_text_tokens"], words["text_seq_len"], words["vae"].num_tokens) == (11, 6, 13)
     assert words["vae"].image_size // 2 ** words["vae"].num_layers == 4
-
-
-@pytest.mark.usefixtures("_dalle_pytorch")
-def test_a_grid_that_it_cannot_have_is_refused():
     with pytest.raises(ValueError, match="square grids of a power of 2, got 4 x 6"):
         DallePytorchStep(replace(CONFIG, grid=(4, 6)), 1, ("full",), torch.device("cpu"))
 
@@ -169,13 +165,11 @@ def test_attention_is_timed_by_kind_and_summed_over_the_mix():
     [
         (TrainBenchmark, {"size": "13b"}, "unknown size"),
         (TrainBenchmark, {"rounds": 0}, "rounds must be positive"),
-        (TrainBenchmark, {"backends": ()}, "one or more of"),
         (TrainBenchmark, {"backends": ("flash9",)}, "unknown backend"),
         (TrainBenchmark, {"peak_flops": -1.0}, "peak-flops must be positive"),
         (MemoryBenchmark, {"batch_size": 0}, "batch-size must be positive"),
         (AttentionBenchmark, {"heads": 0}, "heads must be positive"),
         (AttentionBenchmark, {"backends": ("causal",)}, "unknown backend"),
-        (SampleBenchmark, {"batch": (0,)}, "batch must be one or more positive"),
         (SampleBenchmark, {"batch": ()}, "batch must be one or more positive"),
         (SampleBenchmark, {"tokens": 1}, "tokens must be 4 to 1024, got 1"),
         (DataBenchmark, {"num_batches": 0}, "num-batches must be positive"),

@@ -49,7 +49,7 @@ def gradients(averager: PowerSGD) -> dict[str, Tensor]:
     return {name: p.grad for name, p in averager.parameters.items()}
 
 
-def exact_where_the_gradients_have_no_higher_rank() -> None:
+def check_exact_where_the_gradients_have_no_higher_rank() -> None:
     powersgd = averager()
     own = give(powersgd, 0, low=True)  # rank 1 each, 2 together
     powersgd.reduce(0)
@@ -60,7 +60,7 @@ def exact_where_the_gradients_have_no_higher_rank() -> None:
     assert powersgd.factored.keys() == MATRICES.keys()
 
 
-def what_was_taken_and_the_errors_are_the_sum_of_the_mean_gradients() -> None:
+def check_what_was_taken_and_the_errors_are_the_sum_of_the_mean_gradients() -> None:
     for q in ("fixed", "warm_start", "random"):
         powersgd = averager(q_mode=q)
         taken, true = ({name: torch.zeros(shape) for name, shape in SHAPES.items()} for _ in range(2))
@@ -77,7 +77,7 @@ def what_was_taken_and_the_errors_are_the_sum_of_the_mean_gradients() -> None:
                 assert same_everywhere(gradient)
 
 
-def resuming_changes_no_bit() -> None:
+def check_resuming_changes_no_bit() -> None:
     for settings in ({}, {"q_mode": "warm_start"}, {"q_mode": "random"}, {"message_dtype": "paper"}):
         first, resumed = averager(**settings), averager(**settings)
         for step in range(3):
@@ -98,7 +98,7 @@ def resuming_changes_no_bit() -> None:
             assert torch.equal(one.error, resumed.factored[name].error)
 
 
-def errors_of_another_model_are_refused() -> None:
+def check_errors_of_another_model_are_refused() -> None:
     powersgd = averager()
     saved = powersgd.state_dict()
     for wrong in ({}, saved | {"error/other": torch.zeros(1)}, saved | {"error/wide": torch.zeros(3, 3)}):
@@ -106,7 +106,7 @@ def errors_of_another_model_are_refused() -> None:
             powersgd.load_state_dict(wrong)
 
 
-def what_is_factored_no_more_is_owed_no_more() -> None:
+def check_what_is_factored_no_more_is_owed_no_more() -> None:
     """As when shards, and so what their factors save, are of another number."""
     fewer = PowerSGD(parameters(), {"wide": 1}, PowerSGDConfig(3), seed=7)
     more = averager()
@@ -122,7 +122,7 @@ def what_is_factored_no_more_is_owed_no_more() -> None:
     assert not fresh.factored["tall"].error.any()
 
 
-def a_gradient_that_is_not_finite_anywhere_is_inf_everywhere_and_touches_no_error() -> None:
+def check_a_gradient_that_is_not_finite_anywhere_is_inf_everywhere_and_touches_no_error() -> None:
     powersgd = averager()
     give(powersgd, 0)
     powersgd.reduce(0)
@@ -139,7 +139,7 @@ def a_gradient_that_is_not_finite_anywhere_is_inf_everywhere_and_touches_no_erro
     assert powersgd.all_true(mine).tolist() == [True, False]
 
 
-def a_buffer_that_overflowed_starts_again_and_the_others_keep_what_they_owe() -> None:
+def check_a_buffer_that_overflowed_starts_again_and_the_others_keep_what_they_owe() -> None:
     powersgd = averager()
     if dist.get_rank() == 1:
         powersgd.factored["wide"].error[0, 0] = torch.inf
@@ -154,7 +154,7 @@ def a_buffer_that_overflowed_starts_again_and_the_others_keep_what_they_owe() ->
     assert all(gradient.isfinite().all() for gradient in gradients(powersgd).values())
 
 
-def what_is_sent_is_counted() -> None:
+def check_what_is_sent_is_counted() -> None:
     factors = 3 * (12 + 20) + 3 * (24 + 12) + 3 * 3 * (12 + 12)
     others = 30 * 12 + 12
     everything = others + 12 * 20 + 24 * 12 + 36 * 12
@@ -166,7 +166,7 @@ def what_is_sent_is_counted() -> None:
         assert powersgd.traffic()["comm_ratio"] == powersgd.sent / (4 * everything)
 
 
-def before_its_start_all_is_sent_whole() -> None:
+def check_before_its_start_all_is_sent_whole() -> None:
     powersgd = averager(start_step=1)
     own = give(powersgd, 0)
     powersgd.reduce(0)
@@ -176,7 +176,7 @@ def before_its_start_all_is_sent_whole() -> None:
     assert not torch.allclose(powersgd.parameters["wide"].grad, mean(own["wide"]), atol=0.1)
 
 
-def q_is_kept_updated_or_redrawn_and_equal_on_all_replicas() -> None:
+def check_q_is_kept_updated_or_redrawn_and_equal_on_all_replicas() -> None:
     for q in ("fixed", "warm_start", "random"):
         powersgd = averager(q_mode=q)
         qs = []
@@ -189,7 +189,7 @@ def q_is_kept_updated_or_redrawn_and_equal_on_all_replicas() -> None:
     assert not torch.equal(*powersgd.factored["qkv.weight"].qs[:2])
 
 
-def the_papers_formats_hold_buffers_and_lose_no_more_than_rounding() -> None:
+def check_the_papers_formats_hold_buffers_and_lose_no_more_than_rounding() -> None:
     powersgd = averager(message_dtype="paper")
     taken, true = ({name: torch.zeros(SHAPES[name]) for name in MATRICES} for _ in range(2))
     for step in range(3):
@@ -216,7 +216,7 @@ class Given(nn.Module):
         return (self.weight * gradient).sum()
 
 
-def torchs_hook_does_the_same_when_its_q_is_put_back_or_left() -> None:
+def check_torchs_hook_does_the_same_when_its_q_is_put_back_or_left() -> None:
     from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
     for q in ("fixed", "warm_start"):
@@ -287,20 +287,7 @@ def shards_are_factored_each_by_itself() -> None:
     assert not build_powersgd(uneven, PowerSGDConfig(4), seed=7, group=group).factored
 
 
-CHECKS = (
-    "exact_where_the_gradients_have_no_higher_rank",
-    "what_was_taken_and_the_errors_are_the_sum_of_the_mean_gradients",
-    "resuming_changes_no_bit",
-    "errors_of_another_model_are_refused",
-    "what_is_factored_no_more_is_owed_no_more",
-    "a_gradient_that_is_not_finite_anywhere_is_inf_everywhere_and_touches_no_error",
-    "a_buffer_that_overflowed_starts_again_and_the_others_keep_what_they_owe",
-    "what_is_sent_is_counted",
-    "before_its_start_all_is_sent_whole",
-    "q_is_kept_updated_or_redrawn_and_equal_on_all_replicas",
-    "the_papers_formats_hold_buffers_and_lose_no_more_than_rounding",
-    "torchs_hook_does_the_same_when_its_q_is_put_back_or_left",
-)
+CHECKS = [name for name in list(globals()) if name.startswith("check_")]
 
 
 def run_checks(rank: int, names: list[str]) -> dict[str, str]:

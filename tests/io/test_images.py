@@ -171,21 +171,18 @@ def test_what_is_no_image_is_named(tmp_path):
             load_image(place)
 
 
-def test_a_image_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+def refuse(_):
+    raise ValueError("Invalid dimensions")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("MAX_IMAGE_PIXELS", 100, "decompression bomb"), ("open", refuse, "Invalid dimensions")],
+)
+def test_what_pillow_refuses_is_named(name, value, words, tmp_path, monkeypatch):
     path = saved(noise(), tmp_path / "huge.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"cannot read .*huge\.png as an image: .*decompression bomb"):
-        load_image(path)
-
-
-def test_a_header_that_pillow_refuses_by_value_error_is_named(tmp_path, monkeypatch):
-    path = saved(noise(), tmp_path / "odd.png")
-
-    def refuse(_):
-        raise ValueError("Invalid dimensions")
-
-    monkeypatch.setattr(Image, "open", refuse)
-    with pytest.raises(ValueError, match=r"cannot read .*odd\.png as an image: Invalid dimensions"):
+    monkeypatch.setattr(Image, name, value)
+    with pytest.raises(ValueError, match=rf"cannot read .*huge\.png as an image: .*{words}"):
         load_image(path)
 
 

@@ -162,11 +162,7 @@ def test_the_transformers_samples_span_epochs(chain, tiny_runs):
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        (
-            {"config": {"a": 1, "train": {"b": 4}}},
-            {"config": {"a": 1, "train": {"b": 8}}},
-            r"train\.b was 4, is 8",
-        ),
+        ({"config": {"train": {"b": 4}}}, {"config": {"train": {"b": 8}}}, r"train\.b was 4, is 8"),
         ({"inputs": {"dvae": "aaaa"}}, {"inputs": {"dvae": "bbbb"}}, r"inputs\.dvae was 'aaaa', is 'bbbb'"),
     ],
 )
@@ -247,10 +243,6 @@ class Overflow(nn.Module):
         return x * 1e30 * 1e30
 
 
-def root_at_zero(model: nn.Module, batch: Tensor, step: int) -> Loss:
-    return Loss((model(batch) * 0).abs().sqrt().sum())
-
-
 def infinite_at_two(model: nn.Module, batch: Tensor, step: int) -> Loss:
     return Loss(model(batch).sum() + (torch.inf if step == 2 else 0.0))
 
@@ -265,7 +257,6 @@ def nan_weight_at_two(model: nn.Module, batch: Tensor, step: int) -> Loss:
     ("objective", "layers", "words"),
     [
         (squared_error, [nn.Linear(1, 1), Overflow(), nn.Linear(1, 1)], "step 1: .*output of 1"),
-        (root_at_zero, [nn.Linear(1, 1)], r"step 1: .*gradient of 0\.weight"),
         (infinite_at_two, [nn.Linear(1, 1)], "step 3: .*the loss itself"),
         (nan_weight_at_two, [nn.Linear(1, 1)], r"step 3: .*parameter 0\.bias"),
     ],
