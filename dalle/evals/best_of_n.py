@@ -15,8 +15,6 @@ import numpy as np
 
 def sizes(candidates: int) -> list[int]:
     """1, 2, 4, ... up to the number of candidates, which comes last in any case."""
-    if candidates < 1:
-        raise ValueError(f"a pool needs one candidate or more, got {candidates}")
     powers = [2**k for k in range(candidates.bit_length()) if 2**k < candidates]
     return [*powers, candidates]
 

@@ -98,7 +98,6 @@ def plot_attention(
         image: the image, of which the center square is taken, or its R * C image tokens.
         positions: (row, column) of the tokens; by default three in the middle column.
         layers: indices of layers; by default the last one of each kind.
-        truncate: cut a caption that is too long instead of refusing it.
     """
     _check(model.transformer)
     layout, kinds = model.transformer.layout, model.transformer.config.kinds

@@ -93,8 +93,9 @@ def plot_code_usage(counts: Tensor) -> Image.Image:
     shares = counts.double().sort(descending=True).values / counts.sum()
     figure = Figure(figsize=(5.4, 2.8), layout="constrained")
     axis = figure.subplots()
-    numbers = np.arange(1, len(counts) + 1)
-    axis.step(numbers, shares.numpy(), where="mid", color="#2d6cb5", label="share of the tokens")
+    axis.step(
+        range(1, len(counts) + 1), shares.numpy(), where="mid", color="#2d6cb5", label="share of the tokens"
+    )
     axis.axhline(1 / len(counts), linestyle=":", color="grey", label="uniform")
     if usage["codebook_used"] > 1:
         axis.set_yscale("log")

@@ -42,7 +42,6 @@ def plot_curves(
         runs: directories of training runs, or their log.jsonl; a mapping gives them names.
         metrics: names in log.jsonl; by default the losses of the runs. Validation values (val/NAME) are dots.
         smooth: weight of the previous average in the moving average of training values, in [0, 1).
-        log_x, log_y: logarithmic axes.
         chance: a dotted line at the value of an uninformed model.
     """
     named = runs if isinstance(runs, Mapping) else dict(zip(run_names(runs), runs, strict=True))

@@ -164,23 +164,20 @@ class TestImages:
             assert scores["inception_score"] >= 1
 
     def test_statistics_are_kept_by_all_that_they_depend_on(self, tmp_path):
-        first, again, other = Corner(), Corner(), Corner()
-        kept, name = cached_reference_stats(first, self.batches, {"data": 1}, tmp_path, (0, 1))
-        found, same = cached_reference_stats(again, self.batches, {"data": 1}, tmp_path, (0, 1))
-        assert (first.calls, again.calls) == (6, 0)
-        assert torch.equal(kept[1].covariance, found[1].covariance)
-        assert found[1].count == 12
-        assert same == name
-        _, another = cached_reference_stats(other, self.batches, {"data": 2}, tmp_path, (0, 1))
-        assert other.calls == 6
-        assert another != name
+        def cached(data):
+            extractor = Corner()
+            stats, name = cached_reference_stats(extractor, self.batches, {"data": data}, tmp_path, (0,))
+            return stats[0], name, extractor.calls
 
-    def test_a_damaged_file_is_computed_again(self, tmp_path):
-        cached_reference_stats(Corner(), self.batches, {"data": 1}, tmp_path, (0,))
+        kept, name, calls = cached(1)
+        found, same, none = cached(1)
+        assert (calls, none, found.count, same) == (3, 0, 12, name)
+        assert torch.equal(kept.covariance, found.covariance)
         (file,) = tmp_path.glob("*.safetensors")
         whole = file.read_bytes()
         file.write_bytes(whole[:50])
-        again = Corner()
-        cached_reference_stats(again, self.batches, {"data": 1}, tmp_path, (0,))
-        assert again.calls == 3
+        assert cached(1)[2] == 3  # a damaged file is computed again
         assert file.read_bytes() == whole
+        _, another, calls = cached(2)
+        assert another != name
+        assert calls == 3

@@ -300,19 +300,14 @@ class TestBestOfN:
         tied = best_of_n(np.zeros((1, 4)), np.array([[1.0, 0, 0, 0]]))
         assert tied == pytest.approx({1: 0.25, 2: 0.25, 4: 0.25})
 
-    @pytest.mark.parametrize(
-        ("call", "words"),
-        [
-            (lambda: best_of_n(np.zeros((2, 3)), np.zeros((2, 4))), "one shape"),
-            (lambda: best_of_n(np.zeros((0, 3))), "one shape"),
-            (lambda: best_of_n(np.full((1, 2), np.nan)), "not finite"),
-            (lambda: best_probabilities(3, 4), "n must be 1 to 3"),
-            (lambda: sizes(0), "one candidate or more"),
-        ],
-    )
-    def test_wrong_pools_are_refused(self, call, words):
-        with pytest.raises(ValueError, match=words):
-            call()
+    def test_wrong_pools_are_refused(self):
+        for arrays in ((np.zeros((2, 3)), np.zeros((2, 4))), (np.zeros((0, 3)),)):
+            with pytest.raises(ValueError, match="one shape"):
+                best_of_n(*arrays)
+        with pytest.raises(ValueError, match="not finite"):
+            best_of_n(np.full((1, 2), np.nan))
+        with pytest.raises(ValueError, match="n must be 1 to 3"):
+            best_of_n(np.zeros((1, 3)), ns=(4,))
 
 
 def test_means_weigh_samples_and_not_batches():
