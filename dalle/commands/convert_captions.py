@@ -111,13 +111,12 @@ def convert_captions(args: ConvertCaptionsArgs) -> ConversionResult:
 
 
 def _insert_images(database: sqlite3.Connection, root: Path, result: ConversionResult) -> None:
-    columns = ("path", "path_stem", "stem", "number")
-    database.execute(f"create table images (id integer primary key, {' text, '.join(columns)} text)")
+    database.execute("create table images (id integer primary key, path, path_stem, stem, number)")
     database.execute("begin")
     rows = tqdm(_find_images(root, result), desc="images", unit="image", disable=None)
-    database.executemany(f"insert into images ({', '.join(columns)}) values (?, ?, ?, ?)", rows)
+    database.executemany("insert into images values (null, ?, ?, ?, ?)", rows)
     database.execute("commit")
-    for column in columns:
+    for column in ("path", "path_stem", "stem", "number"):
         database.execute(f"create index by_{column} on images ({column})")
 
 

@@ -184,7 +184,3 @@ class TestRender:
             step = 192 // resolution
             averaged = fine.reshape(4, 3, resolution, step, resolution, step).mean((3, 5))
             assert np.abs(averaged - pixels).mean() < 0.01
-
-    def test_unknown_shape(self):
-        with pytest.raises(ValueError, match="unknown shape 'star'"):
-            shapes.signed_distance("star", np.zeros(1), np.zeros(1))

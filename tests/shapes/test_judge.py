@@ -25,9 +25,8 @@ def samples(split: str, resolution: int, count: int = 300) -> tuple[torch.Tensor
 def wrong(texts: list[str]) -> list[str]:
     """Captions that differ in one attribute."""
     rng = np.random.default_rng(0)
-    return [
-        shapes.captions(shapes.change_one_attribute(shapes.parse_caption(text), rng))[0] for text in texts
-    ]
+    scenes = [shapes.change_one_attribute(shapes.parse_caption(text), rng) for text in texts]
+    return [shapes.captions(scene)[0] for scene in scenes]
 
 
 def paint(background: str, *parts: tuple[str, np.ndarray]) -> np.ndarray:

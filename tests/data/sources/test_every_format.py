@@ -1,6 +1,5 @@
 """Every format of data: equal samples, bad samples, exact resume with any number of workers."""
 
-import json
 import pickle
 import re
 from dataclasses import dataclass
@@ -120,11 +119,7 @@ def test_a_training_ends_above_the_fraction_of_bad_samples(tiny_configs, tmp_pat
     assert "truncated; each is named in stopped/bad_samples.jsonl" in message
     bad, tried = map(int, re.match(r"error: (\d+) of (\d+) samples .*more than 1\.0%", message).groups())
     assert 100 < bad < tried <= 160  # of those requested and those read in their place, some are good
-    lines = [
-        json.loads(line) for line in (tmp_path / "stopped" / "bad_samples.jsonl").read_text().splitlines()
-    ]
-    assert len(lines) > 100
-    assert {line["cause"] for line in lines} == {"truncated"}
+    assert len((tmp_path / "stopped" / "bad_samples.jsonl").read_text().splitlines()) > 100
     done = script("train_dvae", *words, "--data.max-bad-fraction", "0.9", "--out", "done")
     assert done.code == 0, done.err
     assert (tmp_path / "done" / "checkpoints" / "latest").read_text().strip() == "step-00000004"
