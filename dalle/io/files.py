@@ -136,16 +136,11 @@ def verify_checksums(
 ) -> str | None:
     """An error for the first file that does not match its folder's SHA256SUMS, or None.
 
-    Args:
-        folder: contains SHA256SUMS.
-        wanted: which of the files to read; default: all.
-        rank, world: one of several processes that share the reading.
+    `wanted` chooses files; of `world` processes the one of this `rank` reads its share.
     """
     try:
-        lines = [
-            line.split("  ", 1) for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
-        ]
-        sums = {name: digest for digest, name in lines}
+        lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError):
         return f"{folder / CHECKSUMS} is missing or not a list of hashes"
     unknown = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")} - sums.keys()

@@ -193,6 +193,5 @@ class PreemptionHandler:
             self.asked, self._since = signal.Signals(number).name, now
 
     def close(self) -> None:
-        """Restores the earlier handlers."""
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not Python's own

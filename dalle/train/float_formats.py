@@ -42,12 +42,9 @@ HALF = FloatFormat(5, 10, bias=15)
 
 
 def rounded(x: Tensor, form: FloatFormat, saturate: bool = False) -> Tensor:
-    """The nearest values that a format holds, ties to even.
+    """The values of a format nearest to fp32 x, ties to even; beyond the largest, Inf.
 
-    Args:
-        x: fp32, any shape.
-        form: the format.
-        saturate: values beyond the largest become it, and not Inf (E.2, steps 4 and 7).
+    With `saturate` values beyond the largest become the largest (E.2, steps 4 and 7).
     """
     x = x if form.signed else x.clamp(min=0)
     _, exponent = torch.frexp(x)  # |x| = f 2^exponent, f in [1/2, 1)
@@ -74,10 +71,8 @@ def store_moments(
 ) -> None:
     """Rounds Adam's moments of these parameters after every step; Adam's own arithmetic stays fp32.
 
-    Args:
-        optimizers: Adam or AdamW; others are left alone.
-        parameters: "most" in the paper: gains, biases and embeddings keep fp32 moments (D, guideline 2).
-        mean, variance: formats of the moments.
+    "Most" parameters in the paper: gains, biases and embeddings keep fp32 moments (D, guideline 2). Other
+    optimizers than Adam and AdamW are left alone.
     """
     chosen = {id(p) for p in parameters}
 

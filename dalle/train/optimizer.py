@@ -178,7 +178,6 @@ class ReduceLROnPlateau:
 
     @property
     def factor(self) -> float:
-        """1, 1/2, 1/4 and so on."""
         return 0.5**self.reductions
 
     def step(self, loss: float) -> None:
@@ -201,5 +200,4 @@ class ReduceLROnPlateau:
         return state | {"best": None if math.isinf(self.best) else self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned."""
         vars(self).update(state | {"best": math.inf if state["best"] is None else state["best"]})

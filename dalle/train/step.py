@@ -184,11 +184,9 @@ class NonfiniteGuard:
         return self.in_a_row >= self.limit * (BACKOFF_INTERVAL if scaled else 1)
 
     def state_dict(self) -> dict[str, int]:
-        """The counts."""
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Loads what `state_dict` returned."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
 

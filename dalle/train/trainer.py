@@ -205,7 +205,6 @@ def check_batch_size(config: TrainConfig, dist: Distributed) -> None:
 
 
 def step_metrics(state: TrainState, loss: Loss, norm: Tensor) -> Numbers:
-    """Metrics that are logged of a step."""
     numbers = to_numbers({"loss": loss.total.detach(), "grad_norm": norm, **loss.metrics})
     if state.scales:
         numbers["grad_scale_log2"] = state.scales.values.log2().tolist()
