@@ -16,11 +16,10 @@ tokens: start-of-text counts among the 256, as Figure 10 draws it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-
-from dalle.types import check_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -160,3 +159,27 @@ class TokenLayout:
         words = torch.ones(self.text_len, self.text_vocab, dtype=torch.bool, device=device)
         pads = torch.eye(self.text_len, dtype=torch.bool, device=device)
         return torch.cat([words, pads], dim=1)
+
+
+def token_grid(tokens: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """(rows, columns) of image tokens (B, N): those given, else a square; ValueError unless they fit."""
+    side = math.isqrt(tokens.shape[1])
+    rows, columns = grid or (side, side)
+    if rows * columns != tokens.shape[1]:
+        raise ValueError(
+            f"{tokens.shape[1]} tokens do not fill a grid of {rows} x {columns}; give grid=(rows, columns)"
+        )
+    return rows, columns
+
+
+def check_tokens(tokens: Tensor, vocab_size: int, name: str = "tokens") -> None:
+    """ValueError, naming position and value, unless tokens are int64 (B, N) in [0, vocab_size)."""
+    if tokens.ndim != 2 or str(tokens.dtype) != "torch.int64":
+        raise ValueError(f"{name} must be int64 (B, N), got {tokens.dtype} {tuple(tokens.shape)}")
+    bad = (tokens < 0) | (tokens >= vocab_size)
+    if bad.any():
+        row, position = bad.nonzero()[0].tolist()
+        value = int(tokens[row, position])
+        raise ValueError(
+            f"{name} must be in [0, {vocab_size}), got {value} at row {row}, position {position}"
+        )

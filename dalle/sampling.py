@@ -1,20 +1,79 @@
-"""Sampling of tokens from logits: temperature, top-k, top-p. The random numbers are arguments.
+"""Sampling: its settings, seeded random numbers, and tokens from logits (temperature, top-k, top-p).
 
-Those of candidate i of a prompt depend on (seed, prompt, i, position) alone, so it is the same image
-whatever the batch, the order or the number of candidates.
+The random numbers of candidate i of a prompt depend on (seed, prompt, i, position) alone, so it is the same
+image whatever the batch, the order or the number of candidates. Imports no torch.
 
     B batch, V vocabulary, n candidates, N positions
 """
 
-import numpy as np
-import torch
-from torch import Tensor
+from __future__ import annotations
 
-from dalle.io.rng import generator
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MIN_TEMPERATURE = 1e-30
+"""Logits divided by less could overflow float32."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How image tokens are sampled."""
+
+    temperature: float = 1.0
+    """1 in the paper; 0 is greedy."""
+    top_k: int | None = None
+    """Sample among the k most likely tokens only."""
+    top_p: float | None = None
+    """Sample among the fewest most likely tokens whose probability reaches p."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance; needs a model trained with caption dropout."""
+    batch_size: int | None = None
+    """Candidates per decoding step; by default 16 on a CPU and 64 elsewhere, or fewer where memory is short.
+    The last bits of a logit, and so rarely a token, depend on it."""
+    prompts_per_batch: int | None = None
+    """Prompts that share a decoding step; by default as many as fit with all their candidates. A fixed number
+    gives the same bits for any number of prompts and candidates."""
+    decode_batch_size: int | None = None
+    """Images decoded and scored at once; by default as many as half of the free memory holds."""
+    cuda_graph: bool = False
+    """Record a decoding step as a CUDA graph and replay it."""
+    compile: bool = False
+    """Compile the decoding step: half a minute or more at first, so it pays for many candidates."""
+
+    def __post_init__(self):
+        if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf):
+            raise ValueError(
+                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {self.temperature}"
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be finite, 1 for the plain model, got {self.guidance}")
+        for name in ("top_k", "batch_size", "prompts_per_batch", "decode_batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def generator(purpose: str, *key: int | str) -> np.random.Generator:
+    """A generator for a purpose ("scene", "caption", ...) and a key; text comes last in a key.
+
+    Philox is counter-based: a generator costs microseconds and has no state to save.
+    """
+    digest = hashlib.blake2b("\n".join([purpose, *map(str, key)]).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype="<u8")))
 
 
 def candidate_noise(seed: int, prompt: str, candidates: range, positions: int) -> Tensor:
     """Random numbers of candidates of a prompt: float64 (n, positions) in [0, 1)."""
+    import torch
+
     rows = [generator("candidate", seed, i, prompt).random(positions) for i in candidates]
     return torch.from_numpy(np.stack(rows))
 
@@ -31,14 +90,15 @@ def sample_tokens(
     Args:
         logits: (B, V); -inf is never sampled.
         uniform: (B,) in [0, 1).
-        temperature: above 0, or 0 for the most likely id; `dalle.pipelines.config.SamplingConfig` checks all
-            three.
+        temperature: above 0, or 0 for the most likely id; `SamplingConfig` checks all three.
         top_k: keep the k most likely ids.
         top_p: keep the fewest most likely ids whose probability reaches p.
 
     Returns:
         int64 (B,).
     """
+    import torch
+
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
@@ -46,16 +106,11 @@ def sample_tokens(
         values, ids = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
     if top_p is not None and top_p < 1:
-        logits = _nucleus(logits, top_p)
+        values, order = logits.sort(dim=-1, descending=True)
+        probability = torch.softmax(values, dim=-1)
+        outside = probability.cumsum(dim=-1) - probability >= top_p  # at least one stays
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
     precise = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
     cumulative = torch.softmax(logits, dim=-1).to(precise).cumsum(dim=-1)
     target = uniform.to(precise).to(logits.device)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
-
-
-def _nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """-inf for ids outside the smallest set whose probability reaches top_p (at least one stays)."""
-    values, order = logits.sort(dim=-1, descending=True)
-    probability = torch.softmax(values, dim=-1)
-    outside = probability.cumsum(dim=-1) - probability >= top_p
-    return logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)

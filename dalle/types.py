@@ -6,7 +6,6 @@ int64.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,48 +220,3 @@ class TextTokenizerLike(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
     def save(self, path: Path | str) -> None: ...
-
-
-def check_images(pixels: Tensor, multiple_of: int = 1) -> None:
-    """ValueError unless pixels are float (B, 3, H, W), finite, in [0, 1], sides a multiple."""
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
-        raise ValueError(f"pixels must be (B, 3, H, W), got {tuple(pixels.shape)}")
-    if not pixels.is_floating_point():
-        raise ValueError(f"pixels must be float in [0, 1], got {pixels.dtype}; divide uint8 images by 255")
-    if not pixels.numel():
-        raise ValueError(f"pixels must hold an image, got none: {tuple(pixels.shape)}")
-    if pixels.shape[2] % multiple_of or pixels.shape[3] % multiple_of:
-        raise ValueError(
-            f"image sides must be multiples of {multiple_of}, got {tuple(pixels.shape[2:])}; crop or resize "
-            "first"
-        )
-    low, high = map(float, pixels.detach().aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError("pixels hold NaN or infinite values")
-    if low < -1e-3 or high > 1 + 1e-3:
-        hint = "divide by 255" if high > 2 else "map [-1, 1] by (x + 1) / 2" if low < 0 else "clamp to [0, 1]"
-        raise ValueError(f"pixels must lie in [0, 1], got [{low:.3g}, {high:.3g}]; {hint}")
-
-
-def token_grid(tokens: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """(rows, columns) of image tokens (B, N): those given, else a square; ValueError unless they fit."""
-    side = math.isqrt(tokens.shape[1])
-    rows, columns = grid or (side, side)
-    if rows * columns != tokens.shape[1]:
-        raise ValueError(
-            f"{tokens.shape[1]} tokens do not fill a grid of {rows} x {columns}; give grid=(rows, columns)"
-        )
-    return rows, columns
-
-
-def check_tokens(tokens: Tensor, vocab_size: int, name: str = "tokens") -> None:
-    """ValueError, naming position and value, unless tokens are int64 (B, N) in [0, vocab_size)."""
-    if tokens.ndim != 2 or str(tokens.dtype) != "torch.int64":
-        raise ValueError(f"{name} must be int64 (B, N), got {tokens.dtype} {tuple(tokens.shape)}")
-    bad = (tokens < 0) | (tokens >= vocab_size)
-    if bad.any():
-        row, position = bad.nonzero()[0].tolist()
-        value = int(tokens[row, position])
-        raise ValueError(
-            f"{name} must be in [0, {vocab_size}), got {value} at row {row}, position {position}"
-        )

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle.pipelines.config import SamplingConfig
-from dalle.sampling import candidate_noise, sample_tokens
+from dalle.sampling import SamplingConfig, candidate_noise, generator, sample_tokens
 
 
 def numbers(n, seed=0):
@@ -171,3 +170,10 @@ def test_truncation_that_keeps_everything_changes_nothing(options):
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**options)
+
+
+def test_purposes_and_keys_have_generators_of_their_own():
+    keys = [("scene", 1, 2), ("scene", 2, 1), ("caption", 1, 2), ("crop", 1, 2), ("order", 1, 2)]
+    values = [generator(*key).random() for key in keys]
+    assert len(set(values)) == len(keys)
+    assert [generator(*key).random() for key in keys] == values

@@ -21,9 +21,9 @@ from dalle.data.image_decode import decode, open_image
 from dalle.io.images import resize_center_crop
 from dalle.pipelines.best_of_n import auto_batch_size
 from dalle.pipelines.completion import prefix_tokens
-from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import Generation, slug, write_sample
+from dalle.sampling import SamplingConfig
 from dalle.train.precision import precision_label
 
 INTERVAL = 0.15  # seconds between partial images

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dalle.clip.config import CLIPConfig
-from dalle.types import TextTokenizerLike, check_images
+from dalle.io.images import check_images
+from dalle.types import TextTokenizerLike
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # Radford et al., released code
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)

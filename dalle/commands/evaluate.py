@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from dalle.config import cli_errors, parse
 from dalle.evals.config import EvalConfig
-from dalle.pipelines.config import SamplingConfig
+from dalle.sampling import SamplingConfig
 
 Metric = Literal["shapes", "dvae", "transformer", "clip", "images", "rerank"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dalle.config import CONFIGS, cli_errors, parse
-from dalle.pipelines.config import SamplingConfig
 from dalle.runs.args import ROOT
+from dalle.sampling import SamplingConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from dalle.config import cli_errors, parse
-from dalle.pipelines.config import SamplingConfig
+from dalle.sampling import SamplingConfig
 
 
 @dataclass(frozen=True)

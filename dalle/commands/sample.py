@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from dalle.config import cli_errors, parse
-from dalle.pipelines.config import SamplingConfig
+from dalle.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from dalle.pipelines.dalle import DALLE

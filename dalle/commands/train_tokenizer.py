@@ -87,7 +87,7 @@ def sample_indices(size: int | None, most: int, seed: int) -> Iterator[int]:
 
     An endless dataset (size None) gives its first `most`.
     """
-    from dalle.io.rng import generator
+    from dalle.sampling import generator
 
     if size is None or size <= most:
         yield from range(most if size is None else size)

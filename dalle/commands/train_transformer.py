@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dalle.config import RESUME_FREE, cli_errors, parse
 from dalle.data.config import DataConfig
 from dalle.runs.args import TrainArgs
-from dalle.text.config import TextTokenizerConfig
+from dalle.text.tokenizer import TextTokenizerConfig
 from dalle.train.config import TrainConfig
 from dalle.transformer.config import TransformerConfig, TransformerLossConfig
 

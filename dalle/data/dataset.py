@@ -12,10 +12,10 @@ from dalle.data.bad_samples import BadSampleError, causes_text, check_bad_fracti
 from dalle.data.config import DataConfig, FilterConfig
 from dalle.data.filters import Filters
 from dalle.data.image_decode import decode, open_image
-from dalle.data.sampler import FeistelPermutation
+from dalle.data.sampler import FeistelPermutation, epoch_stream
 from dalle.data.sources import has_val_split, open_source
 from dalle.data.transforms import transform
-from dalle.io.rng import epoch_stream, generator
+from dalle.sampling import generator
 from dalle.shapes.dataset import ShapesDataset
 from dalle.types import BadSample, CaptionedImages, DataSource, ImageTextBatch
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dalle.io.rng import generator
+from dalle.sampling import generator
 
 ROUNDS = 8
 MIN_BITS = 6
@@ -83,3 +83,8 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def epoch_stream(seed: int, epoch: int) -> int:
+    """The stream of an epoch of a run; seeds and epochs below 2^32."""
+    return seed << 32 | epoch

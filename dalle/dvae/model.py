@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle.dvae.config import DVAEConfig
-from dalle.types import check_images, check_tokens, token_grid
+from dalle.io.images import check_images
+from dalle.layout import check_tokens, token_grid
 
 EPSILON = 0.1  # A.3: pixels are mapped into (0.1, 0.9)
 

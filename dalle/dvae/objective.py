@@ -9,7 +9,8 @@ from dalle.dvae.config import DVAELossConfig
 from dalle.dvae.losses import gumbel_softmax, kl_loss, reconstruction_loss
 from dalle.dvae.metrics import code_usage
 from dalle.dvae.model import DVAE
-from dalle.types import FULL_BATCH, BatchShard, Loss, StepCost, check_images
+from dalle.io.images import check_images
+from dalle.types import FULL_BATCH, BatchShard, Loss, StepCost
 
 
 class DVAEObjective:

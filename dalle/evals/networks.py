@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dalle.io.files import file_hashes
+from dalle.io.images import check_images
 from dalle.pretrained.torch_file import read_torch_file, weights_of
-from dalle.types import Embedder, check_images
+from dalle.types import Embedder
 
 INCEPTION_FILE = (
     "FID and IS need the Inception weights of 2015, pt_inception-2015-12-05-6726825d.pth (91 MB): release "

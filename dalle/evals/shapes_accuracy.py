@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.dalle import DALLE
+from dalle.sampling import SamplingConfig
 from dalle.shapes.dataset import ShapesDataset, captions, change_one_attribute
 from dalle.shapes.judge import matches_caption
 

@@ -15,7 +15,7 @@ import huggingface_hub
 from huggingface_hub import errors, utils
 
 from dalle.hub.model_card import CARD, PLACEHOLDER, Report, read_card
-from dalle.io.format import read_config
+from dalle.io.files import read_config
 
 
 def resolve_source(

@@ -8,8 +8,7 @@ from typing import Any
 import jinja2
 from safetensors import SafetensorError, safe_open
 
-from dalle.io.files import read_json, write_text
-from dalle.io.format import read_config
+from dalle.io.files import read_config, read_json, write_text
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.jinja")

@@ -21,8 +21,17 @@ from dalle.config import from_dict, to_dict
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.hub.hub import push_to_hub, resolve_source
 from dalle.hub.model_card import Report, read_report, write_card
-from dalle.io.files import load_strict, make_directory, read_json, read_tensors, write_json, write_tensors
-from dalle.io.format import FORMAT, check_meta, read_config
+from dalle.io.files import (
+    FORMAT,
+    check_meta,
+    load_strict,
+    make_directory,
+    read_config,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from dalle.text import BPETokenizer, load_text_tokenizer, text_tokenizer_from_dict
 from dalle.train.checkpoint import latest_checkpoint, verify_checkpoint
 from dalle.train.sharded_checkpoint import read_whole

@@ -1,6 +1,7 @@
 """Image I/O: load, resize, convert to and from tensors, grids. Pixels are float (B, 3, H, W) in [0, 1]."""
 
 import contextlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,6 +62,27 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
     """float (B, 3, H, W) in [0, 1] -> 8-bit RGB images."""
     arrays = (pixels.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in arrays]
+
+
+def check_images(pixels: Tensor, multiple_of: int = 1) -> None:
+    """ValueError unless pixels are float (B, 3, H, W), finite, in [0, 1], sides a multiple."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels must be (B, 3, H, W), got {tuple(pixels.shape)}")
+    if not pixels.is_floating_point():
+        raise ValueError(f"pixels must be float in [0, 1], got {pixels.dtype}; divide uint8 images by 255")
+    if not pixels.numel():
+        raise ValueError(f"pixels must hold an image, got none: {tuple(pixels.shape)}")
+    if pixels.shape[2] % multiple_of or pixels.shape[3] % multiple_of:
+        raise ValueError(
+            f"image sides must be multiples of {multiple_of}, got {tuple(pixels.shape[2:])}; crop or resize "
+            "first"
+        )
+    low, high = map(float, pixels.detach().aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("pixels hold NaN or infinite values")
+    if low < -1e-3 or high > 1 + 1e-3:
+        hint = "divide by 255" if high > 2 else "map [-1, 1] by (x + 1) / 2" if low < 0 else "clamp to [0, 1]"
+        raise ValueError(f"pixels must lie in [0, 1], got [{low:.3g}, {high:.3g}]; {hint}")
 
 
 def image_grid(rows: Sequence[Sequence[Image.Image]], scale: int = 1, gap: int = 4) -> Image.Image:

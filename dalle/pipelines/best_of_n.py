@@ -19,9 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.io.images import to_pil
-from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.generation import Generation
-from dalle.sampling import candidate_noise
+from dalle.sampling import SamplingConfig, candidate_noise
 from dalle.transformer import Transformer
 from dalle.transformer.generate import decode_step_of, generate_tokens
 from dalle.types import Scorer

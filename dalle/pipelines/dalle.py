@@ -15,18 +15,19 @@ from dalle.clip import CLIP, CLIPScorer
 from dalle.hub.hub import push_to_hub, resolve_source
 from dalle.hub.model_card import Report
 from dalle.hub.registry import LoadedModel, check_linked, load_model, weights_hash, write_model_directory
-from dalle.io.format import read_config
+from dalle.io.files import read_config
 from dalle.io.images import load_image, resize_center_crop, to_tensor
+from dalle.layout import check_tokens
 from dalle.pipelines.best_of_n import Callback, GenerationProgress, sample_best_of_n
 from dalle.pipelines.completion import prefix_tokens
-from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.generation import Generation, LogLikelihood
+from dalle.sampling import SamplingConfig
 from dalle.text import BPETokenizer
 from dalle.train.precision import DTYPES, Precision, resolve_precision
 from dalle.transformer import Transformer
 from dalle.transformer.generate import cast_linear_weights, inference_autocast, quantize_int8
 from dalle.transformer.losses import log_likelihood
-from dalle.types import ImageTokenizer, Scorer, check_tokens
+from dalle.types import ImageTokenizer, Scorer
 
 
 class DALLE:
@@ -93,7 +94,7 @@ class DALLE:
             callback: called with the state after each row of tokens and after each ranked batch.
             shard: see `dalle.pipelines.best_of_n.sample_best_of_n`.
             sampling: temperature, top_k, top_p, guidance and the other fields of
-                `dalle.pipelines.config.SamplingConfig`.
+                `dalle.sampling.SamplingConfig`.
 
         Raises:
             ValueError: an empty or too long prompt, best_of < n, settings out of range.

@@ -19,9 +19,9 @@ from PIL import Image
 from dalle.io.files import make_directory, read_json, write_json, write_text
 from dalle.io.images import captioned_grid
 from dalle.pipelines.best_of_n import auto_batch_size, num_prompts_per_batch
-from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import save_png, slug, write_images
+from dalle.sampling import SamplingConfig
 from dalle.train.distributed import Distributed
 
 PROMPTS_PER_FOLDER = 1000

@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.layout import TokenLayout
+from dalle.layout import TokenLayout, check_tokens
 from dalle.masks import dense_mask
 from dalle.nn.kv_cache import KVCache, KVCacheLayout
 from dalle.pretrained.external_blocks import BlockConfig, Layer
 from dalle.transformer import Transformer
-from dalle.types import check_tokens
 
 
 @dataclass(frozen=True)

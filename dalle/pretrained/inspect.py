@@ -5,8 +5,7 @@ from typing import Any
 
 from dalle.config import from_dict, to_dict
 from dalle.hub.registry import MODEL_REGISTRY
-from dalle.io.files import file_hashes, read_json
-from dalle.io.format import check_meta, read_config
+from dalle.io.files import check_meta, file_hashes, read_config, read_json
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, compare_keys
 from dalle.pretrained.load import check_supported_path, detect_checkpoint, extracted, is_external_checkpoint
 from dalle.pretrained.openai_dvae import HALVES

@@ -14,8 +14,7 @@ from dalle import viz
 from dalle.config import from_dict, to_dict
 from dalle.dvae import DVAE
 from dalle.evals.best_of_n import best_of_n
-from dalle.io.files import CHECKSUMS, read_json
-from dalle.io.format import read_config
+from dalle.io.files import CHECKSUMS, read_config, read_json
 from dalle.io.images import load_image
 from dalle.report.context import ReportContext
 from dalle.report.page import Item, Table, Text, curve_figure, image_figure

@@ -10,8 +10,8 @@ from torch import Tensor
 from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.data import TokenCache, sample_captions
 from dalle.data.sampler import batch_indices
-from dalle.io.rng import generator
 from dalle.layout import TokenLayout
+from dalle.sampling import generator
 from dalle.shapes.corruptions import corrupted_images
 from dalle.text import BPETokenizer, TextTokenizer
 from dalle.train.step import step_seed

@@ -18,9 +18,10 @@ from dalle.data.bad_samples import BadSampleLog
 from dalle.data.dataloader import worker_count
 from dalle.data.token_cache import TokenCacheSpec, TokenWriter
 from dalle.io.files import make_directory
+from dalle.layout import check_tokens
 from dalle.runs.inputs import load_dvae_input
 from dalle.train.precision import autocast, local_device, resolve_precision
-from dalle.types import CaptionedImages, ImageTextBatch, ImageTokenizer, check_tokens
+from dalle.types import CaptionedImages, ImageTextBatch, ImageTokenizer
 
 TRANSFORM = 1
 """Version of crop and resize; part of the cache's key."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dalle.io.rng import generator
+from dalle.sampling import generator
 from dalle.shapes.dataset import COLORS, GRID, Scene, ShapesDataset, other_shape, render
 from dalle.types import CaptionedImages
 

@@ -18,7 +18,7 @@ from itertools import permutations, product
 
 import numpy as np
 
-from dalle.io.rng import generator
+from dalle.sampling import generator
 from dalle.types import ImageTextBatch
 
 COLORS: dict[str, tuple[int, int, int]] = {

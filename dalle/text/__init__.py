@@ -7,9 +7,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "BPETokenizer": "bpe",
         "TextTokenizer": "tokenizer",
-        "TextTokenizerConfig": "config",
-        "load_text_tokenizer": "load",
-        "text_tokenizer_from_dict": "load",
+        "TextTokenizerConfig": "tokenizer",
+        "load_text_tokenizer": "tokenizer",
+        "text_tokenizer_from_dict": "tokenizer",
         "train_text_tokenizer": "train_bpe",
     },
 )

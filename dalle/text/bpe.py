@@ -19,6 +19,8 @@ from typing import Any
 CACHED_PIECES = 65536
 UNKNOWN_TEXT = "\ufffd"
 """Decoded form of the unknown token."""
+WORD_START = "\u2581"
+"""youtokentome's mark of a word's start."""
 
 Merges = dict[tuple[int, int], tuple[int, int]]
 """Two ids -> (rank, merged id); the lowest rank is merged first."""

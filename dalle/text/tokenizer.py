@@ -17,19 +17,20 @@ Ids:
 Start and pad tokens belong to the layout of the sequence, not to this vocabulary.
 """
 
+import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import ftfy
 
-from dalle.text.bpe import UNKNOWN_TEXT, BPETokenizer
-from dalle.text.config import FIRST_BYTE_ID, TextTokenizerConfig
+from dalle.text.bpe import UNKNOWN_TEXT, WORD_START, BPETokenizer
+from dalle.text.external import huggingface, youtokentome
 
 FORMAT, VERSION = "dalle-text-tokenizer", 1
-UNKNOWN_ID = 0
-WORD_START = "\u2581"
+UNKNOWN_ID, FIRST_BYTE_ID = 0, 1
 MAX_PIECE = 64  # characters; encoding a piece takes quadratic time, so longer ones are split
 
 # Runs of a-z, and runs of letters of other scripts. Digits, punctuation and symbols are a piece each.
@@ -44,6 +45,26 @@ SPACING = (
     (re.compile(r"(?<=[a-z]) ([-/]) (?=[a-z])"), r"\1"),  # black - white -> black-white
     (re.compile(r"(?<=[a-z]) ' (?=(?:s|t|re|ve|ll|d|m)\b)"), "'"),  # dog ' s -> dog's
 )
+
+
+@dataclass(frozen=True)
+class TextTokenizerConfig:
+    """Vocabulary of the text tokenizer; where the paper is silent the defaults are ours."""
+
+    vocab_size: int = 16384
+    """Maximum number of ids: unknown, bytes, characters and merges together (2.2)."""
+    byte_fallback: bool = True
+    """Encode a character outside the alphabet as its UTF-8 bytes instead of unknown."""
+    character_coverage: float = 0.9999
+    """Share of the training text that the alphabet covers; rarer characters leave their ids to merges."""
+
+    def __post_init__(self):
+        if type(self.vocab_size) is not int or self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be a positive integer, got {self.vocab_size!r}")
+        if type(self.byte_fallback) is not bool:
+            raise ValueError(f"byte_fallback must be true or false, got {self.byte_fallback!r}")
+        if not 0 < self.character_coverage <= 1:
+            raise ValueError(f"character_coverage must be in (0, 1], got {self.character_coverage!r}")
 
 
 def normalize(caption: str) -> list[str]:
@@ -66,7 +87,7 @@ class TextTokenizer(BPETokenizer):
         self.config = config
         self.characters = characters
         self.merges = [(left, right) for left, right in merges]
-        first = config.first_character_id
+        first = FIRST_BYTE_ID + (256 if config.byte_fallback else 0)
         first_merge = first + len(characters)
         self.vocab_size = first_merge + len(self.merges)
         self._character_ids = {character: first + i for i, character in enumerate(characters)}
@@ -134,3 +155,39 @@ class TextTokenizer(BPETokenizer):
             return cls(TextTokenizerConfig(**data["config"]), data["characters"], data["merges"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"the text tokenizer is incomplete or damaged ({error!r})") from error
+
+
+def load_text_tokenizer(path: Path | str) -> BPETokenizer:
+    """Reads text_tokenizer.json of this library, a Hugging Face tokenizer.json, or a youtokentome model.
+
+    Raises:
+        ValueError: another file, or a damaged or unsupported one.
+    """
+    expected = (
+        "expected text_tokenizer.json of scripts/train_tokenizer.py, a Hugging Face tokenizer.json of BPE "
+        "kind, or a youtokentome model"
+    )
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror}); {expected}") from error
+    try:
+        if content[:1].isdigit():
+            return youtokentome.YoutokentomeTokenizer(youtokentome.parse_model(content.decode()))
+        data = json.loads(content)
+        if isinstance(data, dict) and "model" in data and "format" not in data:
+            return huggingface.HuggingFaceTokenizer(data)
+        return text_tokenizer_from_dict(data)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = error if isinstance(error, ValueError) else f"it is damaged ({error!r})"
+        raise ValueError(f"{path} is not a text tokenizer: {reason}; {expected}") from error
+
+
+def text_tokenizer_from_dict(data: dict[str, Any]) -> BPETokenizer:
+    """The inverse of `BPETokenizer.to_dict`, whatever its class."""
+    name = data.get("format") if isinstance(data, dict) else None
+    external = {
+        huggingface.FORMAT: huggingface.HuggingFaceTokenizer,
+        youtokentome.FORMAT: youtokentome.YoutokentomeTokenizer,
+    }
+    return external.get(name, TextTokenizer).from_dict(data)

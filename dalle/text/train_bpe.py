@@ -32,7 +32,7 @@ def train_text_tokenizer(captions: Iterable[str], config: TextTokenizerConfig | 
     if isinstance(captions, str):
         raise TypeError("captions must be an iterable of str, not one str: put it in a list")
     config = config or TextTokenizerConfig()
-    offset = config.first_character_id - (UNKNOWN_ID + 1)  # youtokentome has no ids of bytes
+    offset = 256 if config.byte_fallback else 0  # youtokentome has no ids of bytes
     with tempfile.TemporaryDirectory() as folder:
         text, model_file = Path(folder, "captions.txt"), Path(folder, "bpe.model")
         n_pieces = 0

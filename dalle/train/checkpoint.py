@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.io.files import (
+    FORMAT,
     file_hashes,
     on_cpu,
     read_json,
@@ -35,7 +36,6 @@ from dalle.io.files import (
     write_tensors,
     write_text,
 )
-from dalle.io.format import FORMAT
 from dalle.train import sharded_checkpoint as sharded
 from dalle.train.distributed import Distributed
 from dalle.train.dtensor import is_dtensor

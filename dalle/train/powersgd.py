@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dalle.io.rng import generator
+from dalle.sampling import generator
 from dalle.train.config import PowerSGDConfig
 from dalle.train.dtensor import local
 from dalle.train.float_formats import MEAN, rounded

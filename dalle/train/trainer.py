@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dalle.io.files import read_json
-from dalle.io.format import check_meta
+from dalle.io.files import check_meta, read_json
 from dalle.train.checkpoint import latest_valid_checkpoint, restore, saved_at
 from dalle.train.checkpoint_saver import RunGuard
 from dalle.train.config import LogConfig, Resume, TrainConfig

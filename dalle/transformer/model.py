@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle.layout import check_tokens
 from dalle.nn.attention import SparseMask, build_mask, resolve_backend
 from dalle.nn.blocks import FP32LayerNorm, ResidualBlock, TransformerBlock
 from dalle.nn.int8 import int8_linear
 from dalle.nn.kv_cache import KVCache, KVCacheLayout
 from dalle.transformer.config import TransformerConfig
-from dalle.types import check_tokens
 
 
 class Transformer(nn.Module):

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from dalle.dvae import DVAE
 from dalle.dvae.metrics import codebook_usage, dvae_scores
-from dalle.io.images import captioned_grid, image_grid, to_pil
-from dalle.types import ImageTokenizer, check_images, check_tokens, token_grid
+from dalle.io.images import captioned_grid, check_images, image_grid, to_pil
+from dalle.layout import check_tokens, token_grid
+from dalle.types import ImageTokenizer
 from dalle.viz.curves import figure_image, label_axis
 
 

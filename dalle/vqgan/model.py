@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.types import check_images, check_tokens, token_grid
+from dalle.io.images import check_images
+from dalle.layout import check_tokens, token_grid
 from dalle.vqgan.config import GROUPS, VQGANConfig
 
 EPS = 1e-6  # of every group norm (release)

@@ -21,8 +21,8 @@ from PIL import Image
 from dalle.commands.app import AppArgs, app, launch
 from dalle.commands.sample import SampleArgs, sample
 from dalle.pipelines import best_of_n
-from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.dalle import DALLE
+from dalle.sampling import SamplingConfig
 from tests.helpers.browser import open_chromium
 
 httpx = pytest.importorskip("httpx", reason="comes with gradio")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dalle.commands.sample import SampleArgs, sample
-from dalle.pipelines.config import SamplingConfig
+from dalle.sampling import SamplingConfig
 from tests.helpers.dalle_pytorch_reference import make_file, make_weights
 from tests.helpers.external import open_clip_weights
 

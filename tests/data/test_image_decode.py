@@ -12,8 +12,9 @@ from PIL import Image
 from dalle.data import DataConfig, open_dataset
 from dalle.data.bad_samples import BadSampleError
 from dalle.data.image_decode import decode, open_image
+from dalle.data.sampler import epoch_stream
 from dalle.data.transforms import transform
-from dalle.io.rng import epoch_stream, generator
+from dalle.sampling import generator
 from tests.helpers.scenes import encoded
 
 

@@ -22,9 +22,9 @@ from dalle.pipelines.best_of_n import (
     auto_decode_batch_size,
     candidate_batches,
 )
-from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import Generation, merge_generations
+from dalle.sampling import SamplingConfig
 from dalle.text import TextTokenizerConfig, train_text_tokenizer
 from dalle.types import ImageTokenizer, Scorer
 

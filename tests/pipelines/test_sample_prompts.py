@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from dalle.commands.sample import SampleArgs, sample
-from dalle.pipelines.config import SamplingConfig
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import slug
+from dalle.sampling import SamplingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:the vocabulary lacks letters")  # of CAPTIONS[2]
 CAPTIONS = ["a red cross above a blue circle", "a blue circle", "../ a*b", "a small red cross"]

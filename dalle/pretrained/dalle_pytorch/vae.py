@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dalle.io.images import check_images
+from dalle.layout import check_tokens, token_grid
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
-from dalle.types import check_images, check_tokens, token_grid
 
 LICENSE = "MIT, of github.com/lucidrains/DALLE-pytorch; weights are of whoever trained them"
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # the package's default

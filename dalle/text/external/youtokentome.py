@@ -9,8 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from dalle.text.bpe import UNKNOWN_TEXT, BPETokenizer
-from dalle.text.tokenizer import WORD_START
+from dalle.text.bpe import UNKNOWN_TEXT, WORD_START, BPETokenizer
 
 FORMAT, VERSION = "youtokentome", 1
 WORDS = re.compile(rf"[^ \t\n\v\f\r{WORD_START}]+")  # C's isspace, and the mark itself

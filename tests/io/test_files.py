@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dalle.io.format import FORMAT, check_meta, read_config
+from dalle.io.files import FORMAT, check_meta, read_config
 
 META = {"kind": "dvae", "format": FORMAT, "model_config": {}, "inputs": {}}
 PART = {"model_config": {"width": 2}, "hash": "00ff"}
