@@ -206,9 +206,13 @@ def parse(
     if preset and not words:
         print(f"no arguments: using --config {preset} (see --help for all settings)")
         words = ["--config", str(preset)]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append", default=[])
     try:
-        files, rest = split_config(words)
-        default = load(cls, files, schema)
+        known, rest = parser.parse_known_args(words)
+        default = load(cls, known.config, schema)
+    except argparse.ArgumentError:
+        raise SystemExit("error: --config needs a file, such as configs/dvae/shapes.yaml") from None
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
     text = f"{description or cls.__doc__}\n\n--config FILE (repeatable) reads YAML; dotted overrides win."
@@ -243,17 +247,6 @@ def cli_errors() -> Iterator[None]:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command resumes a training from its last checkpoint") from None
-
-
-def split_config(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files of every `--config FILE` or `--config=FILE`, and the other words."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", action="append", default=[])
-    try:
-        known, rest = parser.parse_known_args(words)
-    except argparse.ArgumentError:
-        raise ConfigError("--config needs a file, for example --config configs/dvae/shapes.yaml") from None
-    return known.config, rest
 
 
 def _field_docs() -> ConstructorRegistry:

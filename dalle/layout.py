@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -151,14 +150,6 @@ class TokenLayout:
         is_pad = text >= self.text_vocab
         first_pad = is_pad & (is_pad.cumsum(dim=1) == 1)
         return torch.cat([~is_pad | first_pad, torch.ones_like(image, dtype=torch.bool)], dim=1)
-
-    def allowed_text(self, device: torch.device | None = None) -> Tensor:
-        """bool (T, text_vocab + T): text ids anywhere, a pad only at its own position."""
-        import torch
-
-        words = torch.ones(self.text_len, self.text_vocab, dtype=torch.bool, device=device)
-        pads = torch.eye(self.text_len, dtype=torch.bool, device=device)
-        return torch.cat([words, pads], dim=1)
 
 
 def token_grid(tokens: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:

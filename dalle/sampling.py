@@ -1,7 +1,7 @@
 """Sampling: its settings, seeded random numbers, and tokens from logits (temperature, top-k, top-p).
 
 The random numbers of candidate i of a prompt depend on (seed, prompt, i, position) alone, so it is the same
-image whatever the batch, the order or the number of candidates. Imports no torch.
+image whatever the batch, the order or the number of candidates. Importing it imports neither numpy nor torch.
 
     B batch, V vocabulary, n candidates, N positions
 """
@@ -13,9 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 MIN_TEMPERATURE = 1e-30
@@ -66,12 +65,15 @@ def generator(purpose: str, *key: int | str) -> np.random.Generator:
 
     Philox is counter-based: a generator costs microseconds and has no state to save.
     """
+    import numpy as np
+
     digest = hashlib.blake2b("\n".join([purpose, *map(str, key)]).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype="<u8")))
 
 
 def candidate_noise(seed: int, prompt: str, candidates: range, positions: int) -> Tensor:
     """Random numbers of candidates of a prompt: float64 (n, positions) in [0, 1)."""
+    import numpy as np
     import torch
 
     rows = [generator("candidate", seed, i, prompt).random(positions) for i in candidates]

@@ -129,10 +129,3 @@ def test_the_caption_its_first_pad_and_the_whole_image_count():
     assert mask[:, :6].sum(dim=1).tolist() == [4, 1, 5, 6]
     assert (mask[:, :6] == mask[:, :6].cummin(dim=1).values).all()
     assert mask[:, 6:].all()
-
-
-def test_a_pad_is_allowed_only_at_its_own_position():
-    allowed = TOY.allowed_text()
-    assert allowed.shape == (6, 16)
-    for position in range(6):
-        assert allowed[position].nonzero().flatten().tolist() == [*range(10), 10 + position]

@@ -18,13 +18,13 @@ from PIL import Image
 from dalle.commands.app import AppArgs
 from dalle.commands.sample import SampleArgs
 from dalle.data.image_decode import decode, open_image
+from dalle.io.files import write_json
 from dalle.io.images import resize_center_crop
 from dalle.pipelines.best_of_n import auto_batch_size
 from dalle.pipelines.completion import prefix_tokens
 from dalle.pipelines.dalle import DALLE
-from dalle.pipelines.generation import Generation, slug, write_sample
+from dalle.pipelines.generation import Generation, slug, write_images
 from dalle.sampling import SamplingConfig
-from dalle.train.precision import precision_label
 
 INTERVAL = 0.15  # seconds between partial images
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
@@ -100,7 +100,7 @@ class Page:
             batch_size = auto_batch_size(self.model.transformer, guidance)
             sampling = SamplingConfig(temperature, top_k or None, top_p, guidance, batch_size)
             record = {"n": n, "seed": seed, **asdict(sampling)}
-            record["precision"] = precision_label(self.args.precision, self.args.int8, self.model.device)
+            record["precision"] = self.model.precision
             prefix = None
             if image:
                 prefix = prefix_tokens(self.model, open_upload(image), rows)
@@ -116,7 +116,7 @@ class Page:
         with TemporaryDirectory() as folder:
             for step in steps:
                 if step.ranked:
-                    images, text, archive = self.results(step.generations[0], record, folder)
+                    images, text, archive = self.results(step.top[0].generation(), record, folder)
                     text = f"{text}, seed {seed}, {time.monotonic() - start:.1f} s"
                     yield "", hidden, text, gr.update(value=images, visible=True), archive
                 elif step.whole_rows and time.monotonic() - shown > INTERVAL:
@@ -135,7 +135,9 @@ class Page:
             labels = [f"{i}: score {score:.3f}" for i, score in enumerate(generation.scores, 1)]
             summary = f"The best {len(images)} of {generated} images"
         with TemporaryDirectory() as files:
-            write_sample(Path(files), self.model, generation, {"best_of": generated, **record})
+            record = {"prompt": generation.prompt, "best_of": generated, **record, "model": self.model.hash}
+            record["images"] = write_images(generation, Path(files), self.model)
+            write_json(Path(files, "sample.json"), record)
             stem = Path(folder, f"{slug(generation.prompt)}-{generation.seed}")
             archive = shutil.make_archive(str(stem), "zip", files)
         return list(zip(images, labels, strict=True)), summary, gr.update(value=archive, visible=True)

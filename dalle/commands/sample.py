@@ -137,7 +137,7 @@ def sample(args: SampleArgs) -> Path:
         elif not args.prompts_file and out.is_dir() and any(out.iterdir()):
             raise ValueError(f"{out} is not empty; give another --out")
         else:
-            group.on_main(lambda: make_directory(out))  # a place that cannot be written fails before the work
+            make_directory(out)  # a place that cannot be written fails before the work
         try:
             model = open_model(args, external, group)
             if args.save_pretrained and group.is_main:
@@ -155,10 +155,8 @@ def sample(args: SampleArgs) -> Path:
 def _sample_file(args: SampleArgs, model: DALLE, out: Path, group: Distributed) -> None:
     from dalle.hub.registry import weights_hash
     from dalle.pipelines.sample_prompts import sample_prompts
-    from dalle.train.precision import precision_label
 
-    facts = {"log_likelihood": args.log_likelihood}
-    facts["precision"] = precision_label(args.precision, args.int8, model.device)
+    facts = {"log_likelihood": args.log_likelihood, "precision": model.precision}
     if args.clip and args.clip.is_file():  # an external CLIP is not in the model's hash
         facts["clip"] = weights_hash(model.scorer.model)
     counts = (args.num_images, args.best_of, args.seed)
@@ -173,11 +171,10 @@ def _sample_file(args: SampleArgs, model: DALLE, out: Path, group: Distributed) 
 
 
 def _sample_prompt(args: SampleArgs, model: DALLE, out: Path, group: Distributed) -> None:
-    from dalle.io.files import make_directory
+    from dalle.io.files import make_directory, write_json
     from dalle.pipelines.best_of_n import auto_batch_size
     from dalle.pipelines.completion import prefix_tokens
-    from dalle.pipelines.generation import merge_generations, write_sample
-    from dalle.train.precision import precision_label
+    from dalle.pipelines.generation import merge_generations, write_images
 
     rows = args.sampling.batch_size or auto_batch_size(model.transformer, args.sampling.guidance)
     sampling = replace(args.sampling, batch_size=min(group.gather_objects(rows)))
@@ -195,11 +192,14 @@ def _sample_prompt(args: SampleArgs, model: DALLE, out: Path, group: Distributed
     if len(shards) > 1:
         generation = merge_generations([part for shard in shards for part in shard], args.num_images)
     options["best_of"] = generation.num_generated
-    options["precision"] = precision_label(args.precision, args.int8, model.device)
+    options["precision"] = model.precision
     make_directory(out)
-    write_sample(out, model, generation, options, args.log_likelihood)
-    note = f", interrupted at {generation.num_generated} of {args.best_of}" if generation.interrupted else ""
-    print(f"{out}: {len(generation.images)} of {generation.num_generated} images for {args.prompt!r}{note}")
+    options["model"] = model.hash
+    options["images"] = write_images(generation, out, model, log_likelihood=args.log_likelihood)
+    write_json(out / "sample.json", {"prompt": args.prompt, **options})
+    generated = generation.num_generated
+    note = f", interrupted at {generated} of {args.best_of}" if generated < generation.best_of else ""
+    print(f"{out}: {len(generation.images)} of {generated} images for {args.prompt!r}{note}")
 
 
 def open_model(args: SampleArgs, external: bool, group: Distributed) -> DALLE:

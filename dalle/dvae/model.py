@@ -12,8 +12,6 @@ help small models over the first hundred steps (docs/log.md says what each does)
 
 import math
 from collections import OrderedDict
-from functools import partial
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -79,21 +77,6 @@ class Block(nn.Module):
         return self.id_path(x) + self.gain * self.res_path(x)
 
 
-EncoderBlock = partial(Block, kernels=(3, 3, 3, 1))
-DecoderBlock = partial(Block, kernels=(1, 3, 3, 3))
-
-
-def _group(block, widths: list[int], gain: float, after: tuple[str, nn.Module] | None) -> nn.Sequential:
-    """Blocks from widths[0] to widths[1], widths[1] to widths[2], ..., then an optional resize."""
-    layers = OrderedDict(
-        (f"block_{i}", block(n_in, n_out, gain=gain))
-        for i, (n_in, n_out) in enumerate(pairwise(widths), start=1)
-    )
-    if after:
-        layers[after[0]] = after[1]
-    return nn.Sequential(layers)
-
-
 class Encoder(nn.Module):
     """Mapped pixels (B, 3, H, W) -> logits over the codes (B, K, h, w)."""
 
@@ -102,10 +85,13 @@ class Encoder(nn.Module):
         last = config.widths[0]
         layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(3, last, 7))
         for i, width in enumerate(config.widths):
-            pool = ("pool", nn.MaxPool2d(2)) if 2**i < config.downsample_factor else None
-            sizes = [last] + [width] * config.blocks_per_group
-            layers[f"group_{i + 1}"] = _group(EncoderBlock, sizes, config.residual_gain, pool)
-            last = width
+            group: OrderedDict[str, nn.Module] = OrderedDict()
+            for j in range(config.blocks_per_group):
+                group[f"block_{j + 1}"] = Block(last, width, (3, 3, 3, 1), config.residual_gain)
+                last = width
+            if 2**i < config.downsample_factor:
+                group["pool"] = nn.MaxPool2d(2)
+            layers[f"group_{i + 1}"] = nn.Sequential(group)
         output = Conv2d(last, config.vocab_size, 1, full_precision=True)
         output.w.data.mul_(config.logit_init_scale)
         layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=output))
@@ -126,14 +112,13 @@ class Decoder(nn.Module):
             nn.init.normal_(codebook.w, std=config.codebook_init_std)
         layers: OrderedDict[str, nn.Module] = OrderedDict(input=codebook)
         for i, width in enumerate(reversed(config.widths)):
-            up = (
-                ("upsample", nn.Upsample(scale_factor=2, mode="nearest"))
-                if 2**i < config.downsample_factor
-                else None
-            )
-            sizes = [last] + [width] * config.blocks_per_group
-            layers[f"group_{i + 1}"] = _group(DecoderBlock, sizes, config.residual_gain, up)
-            last = width
+            group: OrderedDict[str, nn.Module] = OrderedDict()
+            for j in range(config.blocks_per_group):
+                group[f"block_{j + 1}"] = Block(last, width, (1, 3, 3, 3), config.residual_gain)
+                last = width
+            if 2**i < config.downsample_factor:
+                group["upsample"] = nn.Upsample(scale_factor=2, mode="nearest")
+            layers[f"group_{i + 1}"] = nn.Sequential(group)
         output = Conv2d(last, 6, 1)  # mu and ln b of each color (A.3)
         layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=output))
         self.blocks = nn.Sequential(layers)

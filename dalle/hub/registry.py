@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dalle.clip import CLIP, CLIPConfig
 from dalle.config import from_dict, to_dict
@@ -32,7 +32,8 @@ from dalle.io.files import (
     write_json,
     write_tensors,
 )
-from dalle.text import BPETokenizer, load_text_tokenizer, text_tokenizer_from_dict
+from dalle.text import BPETokenizer, text_tokenizer_from_dict
+from dalle.text.bpe import json_hash
 from dalle.train.checkpoint import latest_checkpoint, verify_checkpoint
 from dalle.train.sharded_checkpoint import read_whole
 from dalle.train.state import bias_corrected
@@ -53,6 +54,8 @@ class LoadedModel:
     model: nn.Module
     meta: dict[str, Any] = field(default_factory=dict)
     source: Path = Path("this model")
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """What it was trained with: "text" (the tokenizer's data), "text_hash", "dvae" (a hash)."""
 
     push_to_hub = push_to_hub
 
@@ -60,11 +63,6 @@ class LoadedModel:
     def hash(self) -> str:
         """Of the weights."""
         return weights_hash(self.model)
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """What it was trained with: "text" (the tokenizer's data), "text_hash", "dvae" (a hash)."""
-        return self.meta.get("inputs", {})
 
     def save_pretrained(
         self, directory: Path | str, report: Report | None = None, license: str | None = None
@@ -97,24 +95,6 @@ class LoadedModel:
         return load_model(resolve_source(source, (kind,), revision, token), kind, device)
 
 
-def check_linked(
-    dvae: LoadedModel, transformer: LoadedModel, clip: LoadedModel | None, text: BPETokenizer | None
-) -> BPETokenizer:
-    """The transformer's text tokenizer; ValueError for models that were not trained together."""
-    for part, needed in ((transformer, {"text", "dvae"}), (clip, {"text_hash"})):
-        if part and (missing := sorted(needed - part.inputs.keys())):
-            raise ValueError(f"{part.source} does not name the {' and '.join(missing)} of its training")
-    own = text_tokenizer_from_dict(transformer.inputs["text"])
-    if text is not None and text.hash != own.hash:
-        raise ValueError(f"{transformer.source} was trained with a text tokenizer other than the one given")
-    if transformer.inputs["dvae"] != dvae.hash:
-        trained_on = f"{transformer.source} was trained on tokens of dVAE {transformer.inputs['dvae']}"
-        raise ValueError(f"{trained_on}, {dvae.source} is {dvae.hash}: they do not belong together")
-    if clip is not None and clip.inputs["text_hash"] != own.hash:
-        raise ValueError(f"{clip.source} was trained with a text tokenizer other than {transformer.source}")
-    return own
-
-
 def build_model(kind: str, config: Any) -> nn.Module:
     """A freshly initialized model."""
     return MODEL_REGISTRY[kind][1](config)
@@ -133,10 +113,21 @@ def load_model(
     path: Path | str, kind: str, device: str | torch.device = "cpu", averaged: bool = True
 ) -> LoadedModel:
     """A model in eval mode from a run, a checkpoint or a model directory; ValueError if damaged."""
-    path = Path(path)
+    path = folder = Path(path)
     is_directory = (path / "config.json").is_file()
     if is_directory:
-        folder, (meta, tensors) = path, _read_model_directory(path, kind)
+        config = read_config(path)
+        if kind not in config["parts"]:
+            raise ValueError(f"{path} holds no {kind}; it has {', '.join(config['parts'])}")
+        inputs = dict(config["inputs"])
+        if "text" in inputs:
+            file, expected = path / "text_tokenizer.json", inputs["text"]
+            inputs |= {"text": read_json(file), "text_hash": expected}
+            if (found := json_hash(inputs["text"])) != expected:
+                found = f"{file.name} has hash {found}, expected {expected}"
+                raise ValueError(f"{path}: the files do not belong together: {found}")
+        meta = config["parts"][kind] | {"inputs": inputs}
+        tensors = read_tensors(path / f"{kind}.safetensors")
     else:
         folder = latest_checkpoint(path) or path
         meta = check_meta(read_json(folder / "meta.json"), kind, folder)
@@ -153,22 +144,7 @@ def load_model(
     if is_directory and (found := weights_hash(model)) != meta["hash"]:
         file, found = path / f"{kind}.safetensors", f"the weights have hash {found}, expected {meta['hash']}"
         raise ValueError(f"{file}: {found}; the file is of another model, or changed")
-    return LoadedModel(kind, model, meta, folder)
-
-
-def _read_model_directory(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    config = read_config(path)
-    if kind not in config["parts"]:
-        raise ValueError(f"{path} holds no {kind}; it has {', '.join(config['parts'])}")
-    hashes = config["inputs"]
-    inputs = {"dvae": hashes["dvae"]} if "dvae" in hashes else {}
-    if "text" in hashes:
-        text = load_text_tokenizer(path / "text_tokenizer.json")
-        if text.hash != hashes["text"]:
-            found = f"text_tokenizer.json has hash {text.hash}, expected {hashes['text']}"
-            raise ValueError(f"{path}: the files do not belong together: {found}")
-        inputs |= {"text": text.to_dict(), "text_hash": text.hash}
-    return config["parts"][kind] | {"inputs": inputs}, read_tensors(path / f"{kind}.safetensors")
+    return LoadedModel(kind, model, meta, folder, meta.get("inputs", {}))
 
 
 def _only_kind(path: Path) -> str:

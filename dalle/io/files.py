@@ -90,8 +90,10 @@ def read_json(path: Path) -> Any:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file and syncs it, atomically."""
     partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 

@@ -181,7 +181,8 @@ def attend_with(
     mask = pattern.dense(q.device)[: q.shape[2], : q.shape[2]]
     if backend == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return _scores(q, k, mask).softmax(-1).to(v.dtype) @ v
+    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
 def resolve_backend(

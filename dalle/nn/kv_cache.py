@@ -111,9 +111,21 @@ class KVCache:
         Returns:
             (C H, n, d).
         """
-        q = q / math.sqrt(q.shape[-1])
-        self._write(k.flatten(0, 1), v.flatten(0, 1), position)
-        keys, values, bias = self._read(position)  # (C H n, P, d) twice, (P,)
+        q, k, v = q / math.sqrt(q.shape[-1]), k.flatten(0, 1), v.flatten(0, 1)
+        layout = self.layout
+        if isinstance(position, int):
+            index = layout.int_index[position]
+            self.image[0, :, index], self.image[1, :, index] = k, v
+            start, count = layout.int_group[position] * layout.window, layout.num_read[position]
+            image = self.image[:, :, start : start + count]
+            bias = layout.bias[position, :count] if layout.needs_bias[position] else None
+        else:
+            image = self.image.index_copy_(2, layout.index[position], torch.stack([k, v])[:, :, None])
+            if layout.groups > 1:
+                groups = image.unflatten(2, (layout.groups, layout.window))
+                image = groups.index_select(2, layout.group[position])[:, :, 0]
+            bias = layout.bias[position]
+        keys, values = image  # (C H n, P, d) each
         to_text = q @ self.text[0].transpose(1, 2)  # (C H, n, T)
         to_image = (q.flatten(0, 1)[:, None] @ keys.transpose(1, 2)).view(*q.shape[:2], -1)  # (C H, n, P)
         if bias is not None:
@@ -122,24 +134,6 @@ class KVCache:
         from_text, from_image = weights.split([to_text.shape[2], to_image.shape[2]], dim=2)
         mixed = from_image.flatten(0, 1)[:, None] @ values  # (C H n, 1, d)
         return torch.baddbmm(mixed.view(q.shape), from_text, self.text[1])
-
-    def _write(self, k: Tensor, v: Tensor, position: int | Tensor) -> None:
-        if isinstance(position, int):
-            index = self.layout.int_index[position]
-            self.image[0, :, index], self.image[1, :, index] = k, v
-        else:
-            self.image.index_copy_(2, self.layout.index[position], torch.stack([k, v])[:, :, None])
-
-    def _read(self, position: int | Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        layout, image = self.layout, self.image
-        if isinstance(position, int):
-            start, count = layout.int_group[position] * layout.window, layout.num_read[position]
-            bias = layout.bias[position, :count] if layout.needs_bias[position] else None
-            return *image[:, :, start : start + count].unbind(0), bias
-        if layout.groups > 1:
-            groups = image.unflatten(2, (layout.groups, layout.window))
-            image = groups.index_select(2, layout.group[position])[:, :, 0]
-        return *image.unbind(0), layout.bias[position]
 
 
 def kv_cache_bytes(caches: list[KVCache]) -> tuple[int, int]:

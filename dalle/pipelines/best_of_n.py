@@ -10,7 +10,7 @@ share a batch, and the number of candidates is then among what the last bits dep
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +26,24 @@ from dalle.transformer.generate import decode_step_of, generate_tokens
 from dalle.types import Scorer
 
 CACHE_SHARE = 0.8  # of the free memory
-BYTES_PER_PIXEL = 8192  # while the paper's dVAE decodes: eight arrays of 256 channels in fp32
+DECODE_BYTES_PER_PIXEL = 8192  # while the paper's dVAE decodes: eight arrays of 256 channels in fp32
 
 
+@dataclass
 class TopN:
-    """The n best of a prompt's candidates so far; the others are dropped, so memory does not grow.
+    """The n best of a prompt's candidates so far; the others are dropped, so memory does not grow."""
 
-    Args:
-        n: how many to keep; the first n where there is no scorer.
-        prompt: what they are ranked by.
-        scorer: ranks them.
-        seed, best_of: recorded in the result.
-    """
-
-    def __init__(self, n: int, prompt: str, scorer: Scorer | None, seed: int, best_of: int):
-        self.n, self.prompt, self.scorer, self.seed, self.best_of = n, prompt, scorer, seed, best_of
-        self.seen = 0
-        self.best: list[tuple[float, int, Tensor, Tensor]] = []
-        """(score, candidate, tokens, pixels), best first; equal scores in the order of the candidates."""
+    n: int
+    """How many to keep; the first n where there is no scorer."""
+    prompt: str
+    """What they are ranked by."""
+    scorer: Scorer | None
+    seed: int
+    best_of: int
+    seen: int = 0
+    """Candidates ranked so far."""
+    best: list[tuple[float, int, Tensor, Tensor]] = field(default_factory=list)
+    """(score, candidate, tokens, pixels), best first; equal scores in the order of the candidates."""
 
     @torch.no_grad()
     def add(self, tokens: Tensor, pixels: Tensor, first: int) -> None:
@@ -119,13 +119,10 @@ class GenerationProgress:
     """The batch is decoded and in `top`."""
     top: list[TopN]
     """The best candidates of each prompt so far."""
+    seen: int
+    """Candidates ranked so far, of all prompts."""
     total: int
     """Candidates of all prompts."""
-
-    @property
-    def seen(self) -> int:
-        """Candidates ranked so far."""
-        return sum(top.seen for top in self.top)
 
     @property
     def whole_rows(self) -> bool:
@@ -140,11 +137,6 @@ class GenerationProgress:
         pixels = self.model.dvae.decode(tokens, (tokens.shape[1] // layout.columns, layout.columns))
         height = pixels.shape[3] // layout.columns * layout.rows
         return to_pil(torch.nn.functional.pad(pixels, (0, 0, 0, height - pixels.shape[2]), value=0.5))
-
-    @property
-    def generations(self) -> list[Generation]:
-        """The best images so far of each prompt that has any."""
-        return [top.generation() for top in self.top if top.seen]
 
 
 Callback = Callable[[GenerationProgress], None]
@@ -178,25 +170,31 @@ def sample_best_of_n(
     transformer, layout = model.transformer, model.transformer.layout
     top = [TopN(n, prompt, model.scorer, seed, best_of) for prompt in prompts]
     rows = sampling.batch_size or auto_batch_size(transformer, sampling.guidance)
-    pixels = layout.num_image_tokens * model.dvae.downsample_factor**2
-    decode_rows = sampling.decode_batch_size or auto_decode_batch_size(pixels, text_tokens.device)
+    decode_rows = sampling.decode_batch_size
+    if decode_rows is None:
+        image_bytes = layout.num_image_tokens * model.dvae.downsample_factor**2 * DECODE_BYTES_PER_PIXEL
+        free = free_memory(text_tokens.device)
+        decode_rows = 64 if free is None else max(1, min(64, int(free / 2 / image_bytes)))
     options = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "guidance")}
     batches = list(candidate_batches(len(prompts), best_of, rows, sampling.prompts_per_batch))
     batches = batches[shard[0] :: shard[1]]
-    total = sum(len(set(batch.prompts)) * batch.wanted for batch in batches)
+    seen, total = 0, sum(len(set(batch.prompts)) * batch.wanted for batch in batches)
     for batch in batches:
         length, candidates = layout.num_image_tokens, batch.candidates
         noise = [candidate_noise(seed, prompts[i], candidates, length) for i in batch.prompts]
-        step = decode_step_of(transformer, sampling.compile, sampling.cuda_graph)
+        step = None
+        if sampling.compile or sampling.cuda_graph:
+            step = decode_step_of(transformer, sampling.compile, sampling.cuda_graph)
         known = None if prefix is None else prefix.expand(len(batch.prompts), -1)
         text = text_tokens[batch.prompts]
         for tokens in generate_tokens(transformer, text, torch.stack(noise), known, step=step, **options):
-            yield GenerationProgress(model, batch, tokens, False, top, total)
+            yield GenerationProgress(model, batch, tokens, False, top, seen, total)
         for i, prompt in enumerate(dict.fromkeys(batch.prompts)):
             for start in range(0, batch.wanted, decode_rows):
                 part = tokens[i, start : min(start + decode_rows, batch.wanted)].clone()
                 top[prompt].add(part, model.dvae.decode(part, layout.grid), batch.candidates[start])
-        yield GenerationProgress(model, batch, tokens, True, top, total)
+        seen = sum(one.seen for one in top)
+        yield GenerationProgress(model, batch, tokens, True, top, seen, total)
 
 
 def auto_batch_size(model: Transformer, guidance: float | None = None) -> int:
@@ -207,12 +205,6 @@ def auto_batch_size(model: Transformer, guidance: float | None = None) -> int:
     while free is not None and rows > 1 and rows * streams * each > CACHE_SHARE * free:
         rows //= 2
     return rows
-
-
-def auto_decode_batch_size(pixels: int, device: torch.device) -> int:
-    """How many images of that many pixels half of the free memory decodes at once, 64 at most."""
-    free = free_memory(device)
-    return 64 if free is None else max(1, min(64, int(free / 2 / (pixels * BYTES_PER_PIXEL))))
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dalle.clip import CLIP, CLIPScorer
 from dalle.hub.hub import push_to_hub, resolve_source
 from dalle.hub.model_card import Report
-from dalle.hub.registry import LoadedModel, check_linked, load_model, weights_hash, write_model_directory
+from dalle.hub.registry import LoadedModel, load_model, weights_hash, write_model_directory
 from dalle.io.files import read_config
 from dalle.io.images import load_image, resize_center_crop, to_tensor
 from dalle.layout import check_tokens
@@ -22,7 +22,7 @@ from dalle.pipelines.best_of_n import Callback, GenerationProgress, sample_best_
 from dalle.pipelines.completion import prefix_tokens
 from dalle.pipelines.generation import Generation, LogLikelihood
 from dalle.sampling import SamplingConfig
-from dalle.text import BPETokenizer
+from dalle.text import BPETokenizer, text_tokenizer_from_dict
 from dalle.train.precision import DTYPES, Precision, resolve_precision
 from dalle.transformer import Transformer
 from dalle.transformer.generate import cast_linear_weights, inference_autocast, quantize_int8
@@ -51,6 +51,8 @@ class DALLE:
             )
         self.dvae, self.transformer, self.text, self.scorer = dvae, transformer, text, scorer
         self._hash: str | None = None  # of the weights before rounding
+        self.precision = "fp32"
+        """Of the transformer's matrices, as sample records name it: "bf16", or "bf16, int8 matrices"."""
 
     push_to_hub = push_to_hub
 
@@ -113,7 +115,7 @@ class DALLE:
             if step is None or not step.seen:
                 raise
             warnings.warn(f"interrupted: {step.seen} of {step.total} candidates are ranked", stacklevel=2)
-        generations = [] if step is None else step.generations
+        generations = [top.generation() for top in step.top if top.seen] if step else []
         return generations[0] if isinstance(prompt, str) else generations
 
     def complete(
@@ -251,7 +253,9 @@ class DALLE:
             ValueError: no such directory, a damaged file, or models that do not belong together.
         """
         kinds = ("dvae", "transformer", "clip")
-        directory = resolve_source(source, kinds, revision, token)
+        directory = Path(source)
+        if revision is not None or not directory.is_dir():
+            directory = resolve_source(source, kinds, revision, token)
         if "clip" not in read_config(directory)["parts"]:
             kinds = kinds[:2]
         models = [load_model(directory, kind, device) for kind in kinds]
@@ -266,7 +270,18 @@ class DALLE:
         text: BPETokenizer | None = None,
     ) -> Self:
         """Joins models loaded from runs; ValueError for those that were not trained for one another."""
-        own = check_linked(dvae, transformer, clip, text)
+        for part, needed in ((transformer, {"text", "text_hash", "dvae"}), (clip, {"text_hash"})):
+            if part and (missing := sorted(needed - part.inputs.keys())):
+                raise ValueError(f"{part.source} does not name the {' and '.join(missing)} of its training")
+        own, made_by = text_tokenizer_from_dict(transformer.inputs["text"]), transformer.inputs["dvae"]
+        another = "was trained with a text tokenizer other than"
+        if text is not None and text.hash != transformer.inputs["text_hash"]:
+            raise ValueError(f"{transformer.source} {another} the one given")
+        if clip is not None and clip.inputs["text_hash"] != transformer.inputs["text_hash"]:
+            raise ValueError(f"{clip.source} {another} {transformer.source}")
+        if made_by != (found := weights_hash(dvae.model)):
+            trained_on = f"{transformer.source} was trained on tokens of dVAE {made_by}"
+            raise ValueError(f"{trained_on}, {dvae.source} is {found}: they do not belong together")
         return cls(dvae.model, transformer.model, own, CLIPScorer(clip.model, own) if clip else None)
 
     def to_precision(self, precision: Precision, int8: bool = False) -> Self:
@@ -279,11 +294,12 @@ class DALLE:
             int8: store them and the output matrix in 8 bits, see dalle/nn/int8.py. An int8 model stays as it
                 is.
         """
-        dtype = DTYPES[resolve_precision(precision, self.device)]
-        transformer = cast_linear_weights(self.transformer, dtype)
+        resolved = resolve_precision(precision, self.device)
+        transformer = cast_linear_weights(self.transformer, DTYPES[resolved])
         transformer = quantize_int8(transformer) if int8 else transformer
         if transformer is self.transformer:
             return self
         rounded = type(self)(self.dvae, transformer, self.text, self.scorer)
+        rounded.precision = f"{resolved}, int8 matrices" if int8 else resolved
         rounded._hash = self.hash
         return rounded

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle.io.files import write_json
 from dalle.io.images import image_grid
 
 
@@ -93,39 +92,27 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 def write_images(
-    generation: Generation, folder: Path, stem: str, model_hash: str, nats: LogLikelihood | None = None
+    generation: Generation, folder: Path, model: Any, stem: str = "", log_likelihood: bool = False
 ) -> list[dict[str, Any]]:
     """Writes <stem>00.png, <stem>01.png, ... (best first) and <stem>grid.png; returns a record of each image.
 
-    `model_hash` and `nats` (`DALLE.hash` and `DALLE.log_likelihood` of the images) are recorded.
+    `model` is the `DALLE` that computes the log-likelihood of prompt and image, if it is to be recorded.
     """
     records = []
     for i, image in enumerate(generation.images):
-        save_png(image, folder / f"{stem}{i:02d}.png")
+        file = f"{stem}{i:02d}.png"
+        save_png(image, folder / file)
         record = {
-            "file": f"{stem}{i:02d}.png",
+            "file": file,
             "prompt": generation.prompt,
             "seed": generation.seed,
             "candidate": generation.candidates[i],
             "score": generation.scores[i] if generation.scores else None,
-            "model": model_hash,
         }
-        if nats is not None:
-            record["log_likelihood"] = {"text": float(nats.text[i]), "image": float(nats.image[i])}
         records.append(record)
-    save_png(generation.grid(), folder / f"{stem}grid.png")
-    return records
-
-
-def write_sample(
-    out: Path, model: Any, generation: Generation, options: dict[str, Any], log_likelihood: bool = False
-) -> None:
-    """Writes images as `write_images`, and sample.json with the options and a record of each image."""
-    nats, model_hash = None, model.hash
     if log_likelihood:
         nats = model.log_likelihood(generation.prompt, generation.image_tokens, truncate=True)
-    records = write_images(generation, out, "", model_hash, nats)
-    keys = ("file", "candidate", "score", "log_likelihood")
-    images = [{key: record[key] for key in keys if key in record} for record in records]
-    sample = {"prompt": generation.prompt, **options, "model": model_hash, "images": images}
-    write_json(out / "sample.json", sample)
+        for record, text, image in zip(records, nats.text.tolist(), nats.image.tolist(), strict=True):
+            record["log_likelihood"] = {"text": text, "image": image}
+    save_png(generation.grid(), folder / f"{stem}grid.png")
+    return records

@@ -135,12 +135,9 @@ def _sample_group(
     lines = []
     for index, generation in enumerate(generations[:count], start=first):
         stem = f"{index:06d}-{slug(generation.prompt)}-"
-        nats = None
-        if run["log_likelihood"]:
-            nats = model.log_likelihood(generation.prompt, generation.image_tokens, truncate=True)
-        for record in write_images(generation, folder, stem, run["model"], nats):
-            line = {"index": index, **record, "file": f"{folder.name}/{record['file']}"}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        for record in write_images(generation, folder, model, stem, run["log_likelihood"]):
+            record |= {"index": index, "model": run["model"], "file": f"{folder.name}/{record['file']}"}
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     write_text(part, "".join(lines))
     print(f"{part.stem}: {prompts[0]!r}" + (f" and {count - 1} more" if count > 1 else ""))
 

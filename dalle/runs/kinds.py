@@ -9,7 +9,7 @@ from typing import Any
 from dalle.commands.train_clip import TrainCLIPArgs, train_clip
 from dalle.commands.train_dvae import TrainDVAEArgs, train_dvae
 from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
-from dalle.config import ConfigError, from_dict, read_yaml, split_config
+from dalle.config import ConfigError, from_dict, read_yaml
 from dalle.runs.args import TrainArgs
 
 TRAININGS: dict[str, tuple[type[TrainArgs], Callable[[Any], Path]]] = {
@@ -25,13 +25,14 @@ def take_kind(words: Sequence[str]) -> tuple[str, list[str]]:
     """The family of a command line, by `--kind` or else the first --config; and the words without --kind."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--kind")
+    parser.add_argument("--config", action="append", default=[])
     known, rest = parser.parse_known_args(words)
     if known.kind not in (None, *TRAININGS):
         raise ValueError(f"unknown kind {known.kind!r}; expected one of {', '.join(TRAININGS)}")
-    files, _ = split_config(rest)
-    if not (known.kind or files):
+    if not (known.kind or known.config):
         raise ValueError(f"give --config configs/<family>/<name>.yaml, or --kind {{{','.join(TRAININGS)}}}")
-    return known.kind or kind_of_file(Path(files[0])), rest
+    configs = [word for file in known.config for word in ("--config", file)]
+    return known.kind or kind_of_file(Path(known.config[0])), configs + rest
 
 
 def kind_of_file(path: Path) -> str:

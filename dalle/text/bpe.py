@@ -42,6 +42,12 @@ def apply_merges(symbols: list[int], merges: Merges, skip: Callable[[], bool]) -
         symbols[at : at + 2] = [merged]
 
 
+def json_hash(data: Any) -> str:
+    """SHA-256 of data as JSON, in one canonical form."""
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 class BPETokenizer(ABC):
     """Captions to ids 0 .. vocab_size - 1. Saved and hashed by its plain data, `to_dict`."""
 
@@ -120,9 +126,8 @@ class BPETokenizer(ABC):
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the canonical JSON."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        """SHA-256 of the canonical JSON of `to_dict`."""
+        return json_hash(self.to_dict())
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes JSON, under a temporary name that is then renamed."""

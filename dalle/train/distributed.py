@@ -106,13 +106,18 @@ class Distributed:
         return group
 
     @classmethod
-    def join(cls, device: str = "auto", timeout: timedelta = timedelta(days=7)) -> "Distributed":
-        """Joins torchrun's processes to divide work, as sampling; a single process without torchrun."""
+    @contextmanager
+    def join(cls, device: str = "auto", timeout: timedelta = timedelta(days=7)) -> Iterator["Distributed"]:
+        """Context of the processes that divide work, as sampling; a single one without torchrun."""
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         if world_size == 1:
-            return cls(device=resolve_device(device))
+            yield cls(device=resolve_device(device))
+            return
         dist.init_process_group("gloo", timeout=timeout)
-        return cls("none", local_device(device), dist.get_rank(), world_size)
+        try:
+            yield cls("none", local_device(device), dist.get_rank(), world_size)
+        finally:
+            dist.destroy_process_group()
 
     @classmethod
     def current(cls) -> "Distributed":

@@ -37,12 +37,6 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
     return "fp32"
 
 
-def precision_label(precision: Precision, int8: bool, device: torch.device) -> str:
-    """Precision as in sample records: "bf16", or "bf16, int8 matrices"."""
-    label = resolve_precision(precision, device)
-    return f"{label}, int8 matrices" if int8 else label
-
-
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The context for a forward pass."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16

@@ -8,7 +8,6 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,8 +102,8 @@ def generate(model: Transformer, text_tokens: Tensor, noise: Tensor, **options) 
     return deque(generate_tokens(model, text_tokens, noise, **options), maxlen=1).pop()
 
 
-def decode_step_of(model: Transformer, compile: bool = False, cuda_graph: bool = False) -> DecodeStep | None:
-    """The decoding step for `generate_tokens`, compiled or as a CUDA graph; None is the plain one.
+def decode_step_of(model: Transformer, compile: bool = False, cuda_graph: bool = False) -> DecodeStep:
+    """The decoding step for `generate_tokens`, compiled, as a CUDA graph, or both.
 
     Compiling takes half a minute or more, once for each class of model and shape.
 
@@ -115,8 +114,9 @@ def decode_step_of(model: Transformer, compile: bool = False, cuda_graph: bool =
     if cuda_graph and device.type != "cuda":
         raise ValueError(f"cuda_graph needs a CUDA device, the model is on {device.type}")
     step = type(model).decode_step
-    step = _compiled(step) if compile else step
-    return CUDAGraphStep(step) if cuda_graph else step if compile else None
+    if compile:
+        step = _compiled(step)
+    return CUDAGraphStep(step) if cuda_graph else step
 
 
 @cache
@@ -158,7 +158,7 @@ def cast_linear_weights(model: Transformer, dtype: torch.dtype) -> Transformer:
     linear = [module for module in model.layers.modules() if isinstance(module, nn.Linear)]
     if all(module.weight.dtype == dtype for module in linear):
         return model
-    shared = _tensors(model)
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers(), *model.patterns.values())}
     for module in linear:
         for p in module.parameters():
             shared[id(p)] = nn.Parameter(p.detach().to(dtype), requires_grad=False)
@@ -174,13 +174,8 @@ def quantize_int8(model: Transformer) -> Transformer:
     if not linear:
         return model
     linear += [model.to_logits] if isinstance(model, Transformer) else []
-    return copy.deepcopy(model, _tensors(model) | {id(module): Int8Linear(module) for module in linear})
-
-
-def _tensors(model: Transformer) -> dict[int, Any]:
-    """The `memo` of a deep copy that shares all tensors."""
-    tensors = [*model.parameters(), *model.buffers(), *model.patterns.values()]
-    return {id(tensor): tensor for tensor in tensors}
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers(), *model.patterns.values())}
+    return copy.deepcopy(model, shared | {id(module): Int8Linear(module) for module in linear})
 
 
 def inference_autocast(model: Transformer) -> torch.autocast:

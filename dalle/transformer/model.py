@@ -40,7 +40,6 @@ class Transformer(nn.Module):
         self.patterns = {
             kind: SparseMask(kind, layout, config.conv_kernel) for kind in sorted(set(config.kinds))
         }
-        self.register_buffer("allowed_text", layout.allowed_text(), persistent=False)
         init_weights(self)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -128,9 +127,11 @@ class Transformer(nn.Module):
         return self.token_embedding(inputs) + position
 
     def text_logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """States (..., D) of text positions (...) -> fp32 (..., text_vocab + T)."""
+        """States (..., D) of text positions (...) -> fp32 (..., text_vocab + T), -inf for others' pads."""
         logits = self._logits(hidden, slice(self.layout.image_offset))
-        return logits.masked_fill(~self.allowed_text[positions], -torch.inf)
+        others = torch.arange(self.layout.text_len, device=hidden.device) != positions[..., None]
+        logits[..., self.layout.text_vocab :].masked_fill_(others, -torch.inf)
+        return logits
 
     def image_logits(self, hidden: Tensor) -> Tensor:
         """States (..., D) of image positions -> fp32 (..., image_vocab)."""
@@ -150,20 +151,24 @@ class Transformer(nn.Module):
         """Groups that sharded training gathers at once, in order; computed in 16 bit under autocast."""
         return [[layer.attention.f, layer.mlp.f] for layer in self.layers]
 
-    def init_kv_caches(self, captions: int, candidates: int) -> list[KVCache]:
-        """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
+    def init_kv_caches(
+        self, captions: int, candidates: int, device: torch.device | str | None = None
+    ) -> list[KVCache]:
+        """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices.
+
+        They are on the model's device unless another one is given.
+        """
         c, like = self.config, self.layers[0].attention.f.qkv.weight
-        layouts = self._kv_layouts(like.device)
+        like = like.new_empty(0, device=device)
+        layouts = {
+            kind: KVCacheLayout.of_kind(kind, self.layout, c.conv_kernel, like.device)
+            for kind in self.patterns
+        }
         return [KVCache(layouts[kind], captions, candidates, c.heads, c.head_dim, like) for kind in c.kinds]
 
     def kv_bytes_per_sample(self) -> int:
         """Bytes of the image keys and values of one candidate in all layers."""
-        layouts, itemsize = self._kv_layouts("cpu"), self.layers[0].attention.f.qkv.weight.itemsize
-        return sum(layouts[kind].bytes(self.config.width, itemsize) for kind in self.config.kinds)
-
-    def _kv_layouts(self, device: torch.device | str) -> dict[str, KVCacheLayout]:
-        kernel = self.config.conv_kernel
-        return {kind: KVCacheLayout.of_kind(kind, self.layout, kernel, device) for kind in self.patterns}
+        return sum(cache.image.nbytes for cache in self.init_kv_caches(1, 1, "meta"))
 
 
 def init_weights(model: Transformer) -> None:

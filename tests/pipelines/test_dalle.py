@@ -19,7 +19,6 @@ from dalle.pipelines import best_of_n
 from dalle.pipelines.best_of_n import (
     CandidateBatch,
     auto_batch_size,
-    auto_decode_batch_size,
     candidate_batches,
 )
 from dalle.pipelines.dalle import DALLE
@@ -282,21 +281,20 @@ class TestCandidateBatches:
         generate(model, prompt, n=3, best_of=40, batch_size=8, decode_batch_size=4)
         assert sizes == [4] * 10
         assert max(kept) == 3
+        monkeypatch.setattr(best_of_n, "free_memory", lambda device: 1)
+        generate(model, prompt, n=3, best_of=4, batch_size=2)
+        assert sizes[10:] == [1] * 4
 
     def test_batch_sizes_follow_the_free_memory(self, model, monkeypatch):
         free = best_of_n.free_memory(torch.device("cpu"))
         assert free is None or free > 2**20
 
-        def sizes(free: int | None, guidance: float | None = None) -> tuple[int, int]:
+        def rows(free: int | None, guidance: float | None = None) -> int:
             monkeypatch.setattr(best_of_n, "free_memory", lambda device: free)
-            decode = auto_decode_batch_size(256**2, torch.device("cpu"))
-            return auto_batch_size(model.transformer, guidance), decode
+            return auto_batch_size(model.transformer, guidance)
 
         each = model.transformer.kv_bytes_per_sample()
-        assert sizes(None) == (16, 64)
-        assert (sizes(6 * each)[0], sizes(6 * each, 1.5)[0]) == (4, 2)
-        assert sizes(2**34)[1] == 16
-        assert sizes(1) == (1, 1)
+        assert (rows(None), rows(6 * each), rows(6 * each, 1.5), rows(1)) == (16, 4, 2, 1)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -421,7 +419,7 @@ class TestSteps:
     def test_the_last_state_has_what_generate_returns(self, model, prompt):
         steps = list(model.steps([prompt], 3, 10, 5, self.SAMPLING))
         whole = generate(model, prompt, n=3, best_of=10, seed=5, batch_size=4)
-        (last,) = steps[-1].generations
+        (last,) = [top.generation() for top in steps[-1].top]
         assert (last.scores, last.candidates) == (whole.scores, whole.candidates)
         assert images(last.images) == images(whole.images)
         assert [step.top[0].seen for step in steps if step.ranked] == [10] * 3  # the list is shared
@@ -598,7 +596,7 @@ class TestJoining:
         other = train_text_tokenizer(["other words"], TextTokenizerConfig(vocab_size=300))
         with pytest.raises(ValueError, match="text tokenizer"):
             DALLE.from_parts(parts["dvae"], parts["transformer"], None, other)
-        clip = replace(parts["clip"], meta=parts["clip"].meta | {"inputs": {"text_hash": "other"}})
+        clip = replace(parts["clip"], inputs={"text_hash": "other"})
         with pytest.raises(ValueError, match="text tokenizer"):
             DALLE.from_parts(parts["dvae"], parts["transformer"], clip)
 
