@@ -87,7 +87,7 @@ def test_the_papers_dvae():
     assert (optimizer.weight_decay, optimizer.warmup_steps, optimizer.max_grad_norm) == (1e-4, 0, None)
     assert (run.train.ema.decay, run.train.ema.update_every) == (0.999, 1)
     assert (run.model.vocab_size, run.model.downsample_factor) == (8192, 8)
-    assert run.model.residual_gain == 1 / 64  # four groups of two resblocks
+    assert run.model.residual_scale is None
 
 
 def test_the_papers_transformer():

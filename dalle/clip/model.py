@@ -6,7 +6,7 @@ open_clip is imported when a model is built, not before: it takes seconds.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from dalle.types import TextTokenizerLike
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # Radford et al., released code
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+ATTENTION = SDPBackend.MATH  # on a CPU; torch's fused attention is slower at these lengths
 MAX_LOGIT_SCALE = 100.0  # Radford et al., section 2.5
 
 
@@ -63,12 +64,12 @@ class CLIP(nn.Module):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] -> unit vectors (B, E)."""
-        with _attention(pixels.device):
+        with sdpa_kernel(ATTENTION) if pixels.device.type == "cpu" else nullcontext():
             return self.net.encode_image(prepare_pixels(pixels, self.config.image_size), normalize=True)
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Packed text (B, L) -> unit vectors (B, E)."""
-        with _attention(text.device):
+        with sdpa_kernel(ATTENTION) if text.device.type == "cpu" else nullcontext():
             return self.net.encode_text(text, normalize=True)
 
     def fsdp_groups(self) -> list[list[nn.Module]]:
@@ -79,11 +80,6 @@ class CLIP(nn.Module):
     def logit_scale(self) -> Tensor:
         """The learned factor on cosines, at most 100."""
         return self.net.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
-
-
-def _attention(device: torch.device) -> AbstractContextManager:
-    """On a CPU torch's fused attention is slower than the plain one at these lengths."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 def prepare_pixels(pixels: Tensor, size: int, mean=PIXEL_MEAN, std=PIXEL_STD) -> Tensor:

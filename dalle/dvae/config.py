@@ -40,15 +40,6 @@ class DVAEConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-    @property
-    def residual_gain(self) -> float:
-        """Factor on each residual path."""
-        return (
-            (len(self.widths) * self.blocks_per_group) ** -2
-            if self.residual_scale is None
-            else self.residual_scale
-        )
-
 
 @dataclass(frozen=True)
 class DVAELossConfig:

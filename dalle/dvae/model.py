@@ -80,14 +80,14 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Mapped pixels (B, 3, H, W) -> logits over the codes (B, K, h, w)."""
 
-    def __init__(self, config: DVAEConfig):
+    def __init__(self, config: DVAEConfig, gain: float):
         super().__init__()
         last = config.widths[0]
         layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(3, last, 7))
         for i, width in enumerate(config.widths):
             group: OrderedDict[str, nn.Module] = OrderedDict()
             for j in range(config.blocks_per_group):
-                group[f"block_{j + 1}"] = Block(last, width, (3, 3, 3, 1), config.residual_gain)
+                group[f"block_{j + 1}"] = Block(last, width, (3, 3, 3, 1), gain)
                 last = width
             if 2**i < config.downsample_factor:
                 group["pool"] = nn.MaxPool2d(2)
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Codes, one-hot or relaxed, (B, K, h, w) -> mu and ln b (B, 2 * 3, H, W)."""
 
-    def __init__(self, config: DVAEConfig):
+    def __init__(self, config: DVAEConfig, gain: float):
         super().__init__()
         last = config.codebook_dim
         codebook = Conv2d(config.vocab_size, last, 1, full_precision=True)
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         for i, width in enumerate(reversed(config.widths)):
             group: OrderedDict[str, nn.Module] = OrderedDict()
             for j in range(config.blocks_per_group):
-                group[f"block_{j + 1}"] = Block(last, width, (1, 3, 3, 3), config.residual_gain)
+                group[f"block_{j + 1}"] = Block(last, width, (1, 3, 3, 3), gain)
                 last = width
             if 2**i < config.downsample_factor:
                 group["upsample"] = nn.Upsample(scale_factor=2, mode="nearest")
@@ -151,8 +151,11 @@ class DVAE(nn.Module):
         """Pixels on a side of one token."""
         self.vocab_size = config.vocab_size
         """Number of codes."""
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        gain = config.residual_scale
+        if gain is None:
+            gain = (len(config.widths) * config.blocks_per_group) ** -2
+        self.encoder = Encoder(config, gain)
+        self.decoder = Decoder(config, gain)
 
     def fsdp_groups(self) -> list[list[nn.Module]]:
         """Groups that sharded training gathers at once, in order; computed in 16 bit under autocast."""

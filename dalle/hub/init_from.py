@@ -23,7 +23,7 @@ GROWING = {
 CLIP_TOWERS = ("vision_width", "vision_layers", "vision_pool", "text_width", "text_layers", "head_dim")
 SAME = {
     "transformer": ("depth", "heads", "head_dim"),
-    "dvae": ("widths", "blocks_per_group", "downsample_factor", "codebook_dim", "residual_gain"),
+    "dvae": ("widths", "blocks_per_group", "downsample_factor", "codebook_dim", "residual_scale"),
     "clip": ("embed_width", "image_size", "patch_size", *CLIP_TOWERS),
 }
 """Fields that must be equal to the source's."""

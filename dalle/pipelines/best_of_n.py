@@ -199,7 +199,8 @@ def sample_best_of_n(
 
 def auto_batch_size(model: Transformer, guidance: float | None = None) -> int:
     """Rows of a batch: 16 on a CPU and 64 elsewhere, halved until the KV caches fit the free memory."""
-    device, each = model.to_logits.weight.device, model.kv_bytes_per_sample()
+    device = model.to_logits.weight.device
+    each = sum(cache.image.nbytes for cache in model.init_kv_caches(1, 1, "meta"))
     rows = 16 if device.type == "cpu" else 64  # a CPU gains little by more
     streams, free = 1 if guidance in (None, 1) else 2, free_memory(device)
     while free is not None and rows > 1 and rows * streams * each > CACHE_SHARE * free:

@@ -188,9 +188,11 @@ class ExternalTransformer(nn.Module, ABC):
         """States (..., D) of image positions -> fp32 (..., image_vocab)."""
         return fp32_logits(hidden, self.to_logits, slice(self.layout.image_offset, None))
 
-    def init_kv_caches(self, captions: int, candidates: int) -> list[KVCache]:
-        """Empty caches, one a layer, for candidates of each caption, in the number format of the matrices."""
-        config, like = self.config, self.layers[0].attention.f.out.weight
+    def init_kv_caches(
+        self, captions: int, candidates: int, device: torch.device | str | None = None
+    ) -> list[KVCache]:
+        """As `Transformer.init_kv_caches`."""
+        config, like = self.config, self.layers[0].attention.f.out.weight.new_empty(0, device=device)
         masks = self.image_masks.items()
         layouts = {kind: KVCacheLayout(m, torch.arange(len(m)), device=like.device) for kind, m in masks}
         shape = captions, candidates, config.heads, config.inner // config.heads, like
@@ -199,11 +201,6 @@ class ExternalTransformer(nn.Module, ABC):
     def new_cache(self, *arguments) -> KVCache:
         """The empty cache of a layer, by `KVCache`'s arguments."""
         return KVCache(*arguments)
-
-    def kv_bytes_per_sample(self) -> int:
-        """Memory of one candidate's caches."""
-        itemsize = self.layers[0].attention.f.out.weight.itemsize
-        return 2 * len(self.layers) * self.layout.num_image_tokens * self.config.inner * itemsize
 
 
 def fp32_logits(hidden: Tensor, linear: nn.Linear, rows: slice = slice(None)) -> Tensor:

@@ -166,10 +166,6 @@ class Transformer(nn.Module):
         }
         return [KVCache(layouts[kind], captions, candidates, c.heads, c.head_dim, like) for kind in c.kinds]
 
-    def kv_bytes_per_sample(self) -> int:
-        """Bytes of the image keys and values of one candidate in all layers."""
-        return sum(cache.image.nbytes for cache in self.init_kv_caches(1, 1, "meta"))
-
 
 def init_weights(model: Transformer) -> None:
     """Child et al. (2019): the loss starts at ln(vocabulary), residual paths start small.

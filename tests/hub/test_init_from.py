@@ -121,7 +121,7 @@ def test_a_larger_model_computes_the_same(case):
         ("transformer", {"grid": (5, 2), "conv_kernel": 1}, "grid"),
         ("clip", {"text_layers": 2}, "text_layers 1"),
         ("dvae", {"vocab_size": 5}, "vocab_size 6"),
-        ("dvae", {"residual_scale": 0.3}, "residual_gain"),
+        ("dvae", {"residual_scale": 0.3}, "residual_scale"),
     ],
 )
 def test_another_shape_is_refused(kind, changes, message):

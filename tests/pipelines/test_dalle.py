@@ -15,6 +15,7 @@ from dalle.clip import PretrainedScorer
 from dalle.hub.registry import LoadedModel, load_model, weights_hash
 from dalle.io.files import write_tensors
 from dalle.io.images import to_pil, to_tensor
+from dalle.nn.kv_cache import kv_cache_bytes
 from dalle.pipelines import best_of_n
 from dalle.pipelines.best_of_n import (
     CandidateBatch,
@@ -293,7 +294,7 @@ class TestCandidateBatches:
             monkeypatch.setattr(best_of_n, "free_memory", lambda device: free)
             return auto_batch_size(model.transformer, guidance)
 
-        each = model.transformer.kv_bytes_per_sample()
+        each = kv_cache_bytes(model.transformer.init_kv_caches(1, 1))[1]
         assert (rows(None), rows(6 * each), rows(6 * each, 1.5), rows(1)) == (16, 4, 2, 1)
 
 

@@ -203,7 +203,3 @@ class DallePytorch(ExternalTransformer):
 
     def new_cache(self, *arguments) -> ShiftCache:
         return ShiftCache(*arguments, columns=self.config.shift_columns, width=self.config.width)
-
-    def kv_bytes_per_sample(self) -> int:
-        states = 4 * self.config.width * self.config.shift_columns
-        return super().kv_bytes_per_sample() + len(self.layers) * states
