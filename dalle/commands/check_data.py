@@ -53,10 +53,7 @@ class CheckDataArgs:
     than --data.max-bad-fraction and more than a hundred samples."""
 
     def __post_init__(self):
-        if self.sheet < 0:
-            raise ValueError(f"sheet must be 0 (none) or more images, got {self.sheet}")
-        if self.text_len < 2:
-            raise ValueError(f"text_len must be 2 or more, got {self.text_len}")
+        TokenLayout(text_len=self.text_len)  # checks it
         if self.max_bad is not None and not 0 <= self.max_bad <= 1:
             raise ValueError(f"max_bad is a fraction, so in [0, 1], got {self.max_bad}")
 
@@ -71,12 +68,19 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
 
     from dalle.data.bad_samples import BadSampleLog, check_bad_fraction
     from dalle.data.dataloader import worker_count
+    from dalle.data.dataset import source_of
     from dalle.data.statistics import DatasetScanner, DatasetStats, find_duplicates
     from dalle.io.files import make_directory, write_json, write_text
     from dalle.io.images import captioned_grid
     from dalle.runs.inputs import load_text_input
 
-    source = _open_source(args.data)
+    if args.data.path is None:
+        raise ValueError("no data: give --data.path, a folder, a table or tars (docs/data.md)")
+    if args.data.path == "shapes":
+        raise ValueError("the shapes are generated, nothing to check; give --data.path with your own images")
+    if args.data.val_path:
+        print(f"note: {args.data.val_path} is not read; check it in a run of its own")
+    source = source_of(args.data, args.data.path)
     out = make_directory(args.out or ROOT / "check")
     if args.exclude_list:
         make_directory(args.exclude_list.parent)
@@ -118,18 +122,6 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
     return report
 
 
-def _open_source(data: DataConfig) -> "DataSource":
-    from dalle.data.dataset import source_of
-
-    if data.path is None:
-        raise ValueError("no data: give --data.path, a folder, a table or tars (docs/data.md)")
-    if data.path == "shapes":
-        raise ValueError("the shapes are generated, nothing to check; give --data.path with your own images")
-    if data.val_path:
-        print(f"note: {data.val_path} is not read; check it in a run of its own")
-    return source_of(data, data.path)
-
-
 def _report(
     args: CheckDataArgs,
     source: "DataSource",
@@ -141,32 +133,34 @@ def _report(
     from dalle.data.statistics import summarize
 
     usable, seen = len(stats.indices), len(source) + len(source.skipped)
-    small = sum(count for side, count in stats.shorter_side.items() if side < args.data.resolution)
+    sides, words, tokens, dropped = (
+        stats.counts[name] for name in ("shorter_side", "words", "tokens", "dropped")
+    )
+    small = sum(count for side, count in sides.items() if side < args.data.resolution)
     report = {
         "path": args.data.path,
         "hash": source.hash,
         "samples": seen,
         "usable": usable,
-        "captions": stats.words.total(),
+        "captions": words.total(),
         "bad": _fraction(bad_samples.counts.total(), seen)
         | {"causes": dict(bad_samples.counts.most_common()), "named": [asdict(bad) for bad in stats.skipped]},
-        "shorter_side": summarize(stats.shorter_side),
-        "smaller_than_resolution": {"resolution": args.data.resolution} | _fraction(small, usable),
-        "aspect": dict(stats.aspect.most_common()),
-        "words": summarize(stats.words),
+        "shorter_side": summarize(sides),
+        "smaller_than_resolution": _fraction(small, usable),
+        "aspect": summarize(stats.counts["aspect"]),
+        "words": summarize(words),
         "duplicates": _fraction(len(duplicates), usable)
         | {"named": [{"copy": source.name(i), "of": source.name(j)} for i, j in duplicates[:MAX_NAMED]]},
         "filters": {
-            name: _fraction(stats.dropped[name], usable) | {"examples": stats.examples.get(name, [])}
-            for name in filters
+            name: _fraction(dropped[name], usable) | {"examples": stats.examples[name]} for name in filters
         },
-        "all_filters": _fraction(stats.dropped_by_any, usable),
+        "all_filters": _fraction(dropped["all"], usable),
     }
     if args.text_tokenizer:
         limit = TokenLayout(text_len=args.text_len).max_caption_len
-        cut = sum(count for length, count in stats.tokens.items() if length > limit)
-        more = {"max_caption_len": limit, "cut": _fraction(cut, stats.tokens.total())}
-        report["tokens"] = summarize(stats.tokens) | more
+        cut = sum(count for length, count in tokens.items() if length > limit)
+        more = {"max_caption_len": limit, "cut": _fraction(cut, tokens.total())}
+        report["tokens"] = summarize(tokens) | more
     return _printable(report)
 
 
@@ -205,9 +199,8 @@ def _print_report(report: dict[str, Any], args: CheckDataArgs, out: Path) -> Non
         name = next((named["name"] for named in bad["named"] if named["cause"] == cause), "not named")
         print(f"  {count:9,}  {cause}, for example {name}")
     print_summary("shorter side, pixels", report["shorter_side"])
-    print(f"  smaller than --data.resolution {small['resolution']}, so that no crop fits: {percent(small)}")
-    for shape, count in report["aspect"].items():
-        print(f"  {count:9,}  {shape}")
+    print(f"  smaller than --data.resolution, so that no crop fits: {percent(small)}")
+    print_summary("width / height", report["aspect"])
     print_summary("words per caption", report["words"])
     if "tokens" in report:
         tokens = report["tokens"]

@@ -22,8 +22,15 @@ from tqdm import tqdm
 
 from dalle.config import cli_errors, parse
 from dalle.data.caption_datasets import CaptionRecord, Format, Naming, published_files, read_captions
+from dalle.data.sources.captions import IMAGE_SUFFIXES
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SCHEMA = """
+pragma journal_mode=off;
+pragma synchronous=off;
+create table images (id integer primary key, path, path_stem, stem, number);
+create table captions (image integer, caption text);
+"""
+"""A database on disk, so that memory does not grow. Nothing in it outlives the run: a crash may break it."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,8 @@ def convert_captions(args: ConvertCaptionsArgs) -> ConversionResult:
     Raises:
         ValueError: captions in another format, or no record with an image.
     """
+    from dalle.io.files import make_directory
+
     for name in ("format", "captions", "images"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name} is missing; docs/data.md has the command of each dataset")
@@ -85,17 +94,12 @@ def convert_captions(args: ConvertCaptionsArgs) -> ConversionResult:
     files = published_files(args.captions, args.format)
     if args.format in ("cc", "cc12m") and args.naming == "number" and len(files) > 1:
         raise ValueError(f"{args.captions} has {len(files)} files, each counts from 0; convert one at a time")
-    result, folder, images = ConversionResult(), args.out.resolve().parent, args.images.resolve()
+    result, images = ConversionResult(), args.images.resolve()
+    folder = make_directory(args.out.resolve().parent)
     start = folder if images.is_relative_to(folder) else images  # where the paths in the table start
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=".converting-")
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder} ({error.strerror}); give another --out") from None
-    with temporary as partial:
-        with closing(sqlite3.connect(Path(partial) / "pairs.sqlite", isolation_level=None)) as database:
-            # nothing in it outlives the run, so it need not survive a crash
-            database.executescript("pragma journal_mode=off; pragma synchronous=off")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".converting-") as partial:
+        with closing(sqlite3.connect(Path(partial) / "pairs.sqlite")) as database:
+            database.executescript(SCHEMA)
             _insert_images(database, args.images, result)
             _insert_captions(database, args, files, result)
             table = Path(partial) / "table.jsonl"
@@ -111,11 +115,8 @@ def convert_captions(args: ConvertCaptionsArgs) -> ConversionResult:
 
 
 def _insert_images(database: sqlite3.Connection, root: Path, result: ConversionResult) -> None:
-    database.execute("create table images (id integer primary key, path, path_stem, stem, number)")
-    database.execute("begin")
     rows = tqdm(_find_images(root, result), desc="images", unit="image", disable=None)
     database.executemany("insert into images values (null, ?, ?, ?, ?)", rows)
-    database.execute("commit")
     for column in ("path", "path_stem", "stem", "number"):
         database.execute(f"create index by_{column} on images ({column})")
 
@@ -151,8 +152,6 @@ def _insert_captions(
     database: sqlite3.Connection, args: ConvertCaptionsArgs, files: list[Path], result: ConversionResult
 ) -> None:
     root = args.captions if args.captions.is_dir() else None
-    database.execute("create table captions (image integer, caption text)")
-    database.execute("begin")
     with tqdm(desc=f"{args.format} records", unit="record", disable=None) as bar:
         for file in files:
             try:
@@ -161,7 +160,6 @@ def _insert_captions(
                     _insert_record(database, record, result)
             except (OSError, EOFError) as error:
                 raise ValueError(f"cannot read {file}: {error}") from None
-    database.execute("commit")
 
 
 def _insert_record(database: sqlite3.Connection, record: CaptionRecord, result: ConversionResult) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from dalle.commands.train_dvae import EncodeConfig, TrainDVAEArgs
 from dalle.config import cli_errors, parse
 from dalle.data.config import DataConfig
-from dalle.runs.args import ROOT
 
 if TYPE_CHECKING:
     from dalle.data import TokenCache
@@ -43,19 +42,7 @@ def encode_images(args: EncodeImagesArgs) -> "TokenCache | None":
     """Encodes the shards of this process; returns the cache, or None while other parts have shards to do."""
     from dalle.runs.encoding import encode
 
-    out = args.out or ROOT / "tokens"
-    cache, bad_samples, part = encode(args, out)
-    if bad_samples.counts:
-        print(f"note: {bad_samples}")
-    if cache is None:
-        print(f"{out}: {part} is done; the cache is complete when all parts are")
-        return None
-    rows, columns = cache.grid
-    crops = f", {cache.crops} crops each" if cache.crops > 1 else ""
-    print(f"{out}: {cache.size} images of {rows} x {columns} tokens{crops}")
-    if left_out := cache.meta["left_out"]:
-        print(f"note: {left_out} of {cache.size + left_out} images could not be used and are left out")
-    return cache
+    return encode(args)
 
 
 def main() -> None:

@@ -74,8 +74,7 @@ def train_tokenizer(args: TrainTokenizerArgs) -> TextTokenizer:
 def read_captions(dataset: CaptionedImages, most: int, seed: int) -> Iterator[str]:
     """Every caption of up to `most` images, 256 images in memory at a time."""
     indices = sample_indices(dataset.size, most, seed)
-    total = most if dataset.size is None else min(most, dataset.size)
-    with tqdm(total=total, desc="captions", unit="image", disable=None) as bar:
+    with tqdm(total=min(most, dataset.size or most), desc="captions", unit="image", disable=None) as bar:
         while batch := list(islice(indices, 256)):
             for captions in dataset.captions(batch):
                 yield from captions
@@ -89,9 +88,8 @@ def sample_indices(size: int | None, most: int, seed: int) -> Iterator[int]:
     """
     from dalle.sampling import generator
 
-    if size is None or size <= most:
-        yield from range(most if size is None else size)
-        return
+    size = size or most
+    most = min(most, size)
     rng = generator("vocabulary", seed)
     for stretch in range(most):
         yield int(rng.integers(stretch * size // most, (stretch + 1) * size // most))

@@ -2,13 +2,25 @@
 
 python scripts/write_tars.py --path my/images --out my/tars
 python scripts/write_tars.py --path coco.jsonl --out coco-tars --shard-size 5000
+
+The members are KEY.jpg (.png, .webp, ...) and KEY.txt, one caption per line. The same data gives the same
+bytes: keys count from 0 in their order, members have no time or owner.
 """
 
+import io
+import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from dalle.config import cli_errors, parse
 from dalle.data.config import Format
+from dalle.types import DataSource
+
+SUFFIXES = {kind: kind.lower() for kind in ("PNG", "WEBP", "BMP", "GIF")}
+SUFFIXES |= {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
+"""Suffix of a member by the type of its image."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +45,7 @@ class WriteTarsArgs:
 
 def run_write_tars(args: WriteTarsArgs) -> None:
     """Writes the tars and prints the samples that were left out."""
-    from tqdm import tqdm
-
     from dalle.data.sources import open_source
-    from dalle.data.webdataset_writer import write_tars
-    from dalle.io.files import make_directory
 
     for name in ("path", "out"):
         if getattr(args, name) is None:
@@ -45,12 +53,66 @@ def run_write_tars(args: WriteTarsArgs) -> None:
     source = open_source(
         args.path, args.format, args.image_column, args.caption_column, image_root=args.image_root
     )
-    make_directory(args.out)
-    with tqdm(total=len(source), desc="tars", unit="image", disable=None) as bar:
-        done = write_tars(source, args.out, args.shard_size, bar.update)
-    print(f"{args.out}: {done.images} images in {done.tars} tars; {len(done.left_out)} left out")
-    for text in done.left_out[:5]:
+    tars, images, left_out = write_tars(source, args.out, args.shard_size)
+    print(f"{args.out}: {images} images in {tars} tars; {len(left_out)} left out")
+    for text in left_out[:5]:
         print(f"  {text}")
+
+
+def write_tars(source: DataSource, folder: Path, shard_size: int = 10_000) -> tuple[int, int, list[str]]:
+    """Writes 00000.tar, 00001.tar, ... into a folder; a tar gets its name when it is complete.
+
+    Returns the number of tars, that of images, and the samples that cannot be packed, with the reason.
+
+    Raises:
+        ValueError: the folder holds tars, or no sample can be packed.
+    """
+    from dalle.io.files import make_directory
+
+    if shard_size < 1:
+        raise ValueError(f"shard_size must be positive, got {shard_size}")
+    if any(make_directory(folder).glob("*.tar")):
+        raise ValueError(f"{folder} holds tars already; give an empty folder, or remove them")
+    tars, images, left_out = 0, 0, list[str]()
+    samples = _samples(source, left_out)
+    for first in samples:
+        path = folder / f"{tars:05d}.tar"
+        part = path.with_suffix(".tar.part")
+        with tarfile.TarFile(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for members in chain([first], islice(samples, shard_size - 1)):
+                for name, data in members:
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+                images += 1
+        part.replace(path)
+        tars += 1
+    if not images:
+        raise ValueError(f"none of {len(source)} samples can be packed: {'; '.join(left_out[:1])}")
+    return tars, images, left_out
+
+
+def _samples(source: DataSource, left_out: list[str]) -> Iterator[list[tuple[str, bytes]]]:
+    """(name, bytes) of image and captions; the suffix follows the content, whatever the file is called."""
+    from tqdm import tqdm
+
+    from dalle.data.image_decode import open_image
+
+    for index in tqdm(range(len(source)), "tars", unit="image", disable=None):
+        try:
+            sample = source.read(index)
+            text = "\n".join(filter(None, (" ".join(caption.split()) for caption in sample.captions)))
+            if not text:
+                raise ValueError(f"{sample.name}: no caption")
+            kind = open_image(sample.image, sample.name).format
+            if kind not in SUFFIXES:
+                raise ValueError(f"{sample.name}: an image of type {kind}; expected {', '.join(SUFFIXES)}")
+            key = f"{index:09d}"
+            members = [(f"{key}.{SUFFIXES[kind]}", sample.image), (f"{key}.txt", text.encode())]
+        except ValueError as error:
+            left_out.append(str(error))
+            continue
+        yield members
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -50,10 +51,8 @@ def causes_text(counts: Counter[str]) -> str:
 class BadSampleLog:
     """Counts bad samples by cause and writes each once to a JSONL file, which a resumed run continues.
 
-    Nothing is written before the first bad sample.
-
     Args:
-        path: the file; None only counts.
+        path: the file, written from the first bad sample on; None only counts.
         size: samples of the dataset; None if endless.
         opening: bad samples found while opening the dataset.
         limit: fraction of bad samples above which a run ends, once there are more than MIN_BAD.
@@ -65,23 +64,18 @@ class BadSampleLog:
         self.path, self.size, self.limit = path, size, limit
         self.counts: Counter[str] = Counter(bad.cause for bad in opening)
         self._opening = opening
-        self._known = np.zeros((size or 0) // 8 + 1, np.uint8)  # one bit per sample
+        self._known = np.zeros(size or 0, bool)  # one byte per sample
         self._bad, self._started = 0, False
 
     def add(self, samples: Sequence[BadSample], step: int, seen: int, replaced: bool = False) -> None:
-        """Adds the bad samples of a step. A first step of 0 starts a new file, any other continues it.
+        """Adds the bad samples of a step; ValueError if there are too many.
 
-        Args:
-            samples: possibly known already.
-            step: training step.
-            seen: samples requested since the run started.
-            replaced: for each bad sample another one was read, which adds to those seen.
-
-        Raises:
-            ValueError: too many bad samples.
+        A first step of 0 starts a new file, any other continues it. `seen` counts the samples requested since
+        the run started; if bad ones are `replaced`, the others that were read add to it.
         """
         if not self._started:
             self._start(fresh=step == 0)
+            self._started = True
         new = [bad for bad in samples if self._count(bad)]
         if new:
             self._write(new, "a")
@@ -91,18 +85,20 @@ class BadSampleLog:
 
     def _start(self, fresh: bool) -> None:
         """Writes what opening found, then what an earlier part of the run found."""
-        self._started = True
         exists = self.path is not None and self.path.is_file()
-        earlier = [bad for bad in _read(self.path) if self._count(bad)] if exists and not fresh else []
+        earlier = []
+        if exists and not fresh:
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError, TypeError):  # the last line may be truncated
+                    earlier.append(BadSample(**json.loads(line)))
         if exists or self._opening:
-            self._write([*self._opening, *earlier], "w")
+            self._write([*self._opening, *filter(self._count, earlier)], "w")
 
     def _count(self, bad: BadSample) -> bool:
         """Counts a sample; whether it is a new one."""
-        byte, bit = divmod(bad.index, 8)
-        if byte >= len(self._known) or self._known[byte] >> bit & 1:
+        if bad.index is None or bad.index >= len(self._known) or self._known[bad.index]:
             return False
-        self._known[byte] |= 1 << bit
+        self._known[bad.index] = True
         self.counts[bad.cause] += 1
         self._bad += not bad.cause.startswith("filter:")  # a filtered sample is not at fault
         return True
@@ -117,15 +113,3 @@ class BadSampleLog:
             return "skipped 0 samples"
         details = f"; each is named in {self.path}" if self.path else ""
         return f"skipped {self.counts.total()} samples: {causes_text(self.counts)}{details}"
-
-
-def _read(path: Path) -> Iterable[BadSample]:
-    """The samples of a file that have an index, up to a truncated last line."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            try:
-                bad = BadSample(**json.loads(line))
-            except (ValueError, TypeError):
-                return
-            if bad.index is not None:
-                yield bad

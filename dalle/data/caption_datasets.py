@@ -60,32 +60,17 @@ def published_files(path: Path, format: Format) -> list[Path]:
 def read_captions(
     file: Path, format: Format, naming: Naming = "number", root: Path | None = None
 ) -> Iterator[CaptionRecord]:
-    """The records of a published file in order.
+    """The records of a published file in order; ValueError for another format, or a truncated file.
 
-    Args:
-        file: in the format of the dataset.
-        format: the dataset.
-        naming: names of the images of `cc` and `cc12m`, whose records have only a URL.
-        root: folder that names in `openclipart` are relative to; default: that of the file.
-
-    Raises:
-        ValueError: a file in another format, or a truncated one.
+    `naming` is that of the images of `cc` and `cc12m`, whose records have only a URL; names in `openclipart`
+    are relative to `root`, or else to the folder of the file.
     """
-    match format:
-        case "coco":
-            return _coco(file)
-        case "karpathy":
-            return _karpathy(file)
-        case "cc" | "cc12m":
-            return _conceptual(file, naming, caption_first=format == "cc")
-        case "redcaps":
-            return _redcaps(file)
-        case "narratives":
-            return _narratives(file)
-        case "flickr":
-            return _flickr(file)
-        case "openclipart":
-            return _openclipart(file, root or file.parent)
+    if format in ("cc", "cc12m"):
+        return _conceptual(file, naming, caption_first=format == "cc")
+    if format == "openclipart":
+        return _openclipart(file, root or file.parent)
+    readers = {"coco": _coco, "karpathy": _karpathy, "redcaps": _redcaps, "narratives": _narratives}
+    return (readers | {"flickr": _flickr})[format](file)
 
 
 def _coco(file: Path) -> Iterator[CaptionRecord]:
@@ -102,55 +87,51 @@ def _coco(file: Path) -> Iterator[CaptionRecord]:
 def _karpathy(file: Path) -> Iterator[CaptionRecord]:
     for item in _json_list(file, "images"):
         sentences = [sentence for sentence in item.get("sentences") or [] if isinstance(sentence, dict)]
-        yield _record(file, item, "filename", *(sentence.get("raw") for sentence in sentences))
+        yield _record(file.name, item, "filename", *(sentence.get("raw") for sentence in sentences))
 
 
 def _redcaps(file: Path) -> Iterator[CaptionRecord]:
     """The authors' downloader saves an image as <subreddit>/<image_id>.jpg."""
     for item in _json_list(file, "annotations"):
-        record = _record(file, item, "image_id", item.get("caption") or item.get("raw_caption"))
+        record = _record(file.name, item, "image_id", item.get("caption") or item.get("raw_caption"))
         folder = item.get("subreddit")
         yield record._replace(name=f"{folder}/{record.name}") if record.name and folder else record
 
 
 def _narratives(file: Path) -> Iterator[CaptionRecord]:
-    for number, line in _lines(file):
+    for place, line in _lines(file):
         try:
             item = json.loads(line)
-        except ValueError:
-            item = None
-        if isinstance(item, dict):
-            yield _record(file, item, "image_id", item.get("caption"))
-        else:
-            yield CaptionRecord(None, [f"{file.name}, line {number}: not a JSON object"])
+            yield _record(place, item, "image_id", item.get("caption"))
+        except (ValueError, AttributeError):
+            yield CaptionRecord(None, [f"{place}: not a JSON object"])
 
 
 def _conceptual(file: Path, naming: Naming, caption_first: bool) -> Iterator[CaptionRecord]:
     """Two columns separated by a tab, without quoting; a header is skipped."""
-    header = 0
-    for line, text in _lines(file):
-        fields = text.split("\t")
-        if line == 1 and sorted(field.lower() for field in fields) == ["caption", "url"]:
-            header = 1
-            continue
-        if len(fields) != 2:
-            yield CaptionRecord(None, [f"{file.name}, line {line}: {len(fields)} columns, expected 2"])
-            continue
-        caption, url = fields if caption_first else fields[::-1]
-        name = str(line - 1 - header)
-        if naming != "number":
-            name = hashlib.new(naming, url.encode("utf-8", "surrogateescape")).hexdigest()
-        yield CaptionRecord(name, _clean(caption))
+    number = -1
+    for place, line in _lines(file):
+        fields = line.split("\t")
+        number += 1
+        if number == 0 and sorted(field.lower() for field in fields) == ["caption", "url"]:
+            number = -1  # of the header; the records count from 0
+        elif len(fields) != 2:
+            yield CaptionRecord(None, [f"{place}: {len(fields)} columns, expected 2"])
+        else:
+            caption, url = fields if caption_first else fields[::-1]
+            name = str(number)
+            if naming != "number":
+                name = hashlib.new(naming, url.encode("utf-8", "surrogateescape")).hexdigest()
+            yield CaptionRecord(name, _clean(caption))
 
 
 def _flickr(file: Path) -> Iterator[CaptionRecord]:
-    for number, line in _lines(file):
+    for place, line in _lines(file):
         name, tab, caption = line.partition("\t")
         if tab and "#" in name:
             yield CaptionRecord(name.rpartition("#")[0], _clean(caption))
         else:
-            problem = f"{file.name}, line {number}: expected image#number, a tab, a caption"
-            yield CaptionRecord(None, [problem])
+            yield CaptionRecord(None, [f"{place}: expected image#number, a tab, a caption"])
 
 
 def _openclipart(file: Path, root: Path) -> Iterator[CaptionRecord]:
@@ -161,25 +142,19 @@ def _openclipart(file: Path, root: Path) -> Iterator[CaptionRecord]:
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         yield CaptionRecord(None, [f"{file.name}: not XML: {error}"])
         return
-    title, keywords = "", []
-    for work in tree.iter():
-        if str(work.tag).endswith("}Work"):
-            title = " ".join((work.findtext(f"{DUBLIN_CORE}title") or "").split())
-            for item in work.iterfind(f"{DUBLIN_CORE}subject//"):
-                if str(item.tag).endswith("}li"):
-                    keywords.append(" ".join((item.text or "").split()))
-            break
-    words = dict.fromkeys(word for word in keywords if word.lower() not in STOP_TITLES)
-    new = [word for word in words if word.lower() not in title.lower()]
+    title = " ".join((tree.findtext(f".//{{*}}Work/{DUBLIN_CORE}title") or "").split())
+    items = tree.iterfind(f".//{{*}}Work/{DUBLIN_CORE}subject//{{*}}li")
+    words = dict.fromkeys(_clean(*(item.text for item in items)))
+    new = [word for word in words if word.lower() not in STOP_TITLES and word.lower() not in title.lower()]
     yield CaptionRecord(name, _clean(", ".join(filter(None, [title, *new]))))
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line); bytes that are not UTF-8 become lone surrogates, which are counted later."""
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    """("FILE, line N", line); bytes that are not UTF-8 become lone surrogates, which are counted later."""
     unpack = gzip.open if file.suffix == ".gz" else open
     with unpack(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
-            yield number, line.rstrip("\r\n")
+            yield f"{file.name}, line {number}", line.rstrip("\r\n")
 
 
 def _json_list(file: Path, key: str) -> Iterator[dict[str, Any]]:
@@ -208,8 +183,8 @@ def _clean(*captions: Any) -> list[str]:
     return [line for line in lines if line]
 
 
-def _record(file: Path, item: dict[str, Any], key: str, *captions: Any) -> CaptionRecord:
+def _record(place: str, item: dict[str, Any], key: str, *captions: Any) -> CaptionRecord:
     name = item.get(key)
     if isinstance(name, str | int) and str(name):
         return CaptionRecord(str(name), _clean(*captions))
-    return CaptionRecord(None, [f"{file.name}: a record without {key}"])
+    return CaptionRecord(None, [f"{place}: a record without {key}"])

@@ -62,9 +62,8 @@ class Loader:
         pin: pin the memory of tensors for fast copies to a CUDA device.
         timeout: seconds to wait for an item.
 
-    Raises:
-        ValueError: raised by `make`, without the traceback of the worker.
-        RuntimeError: a worker died or hangs; names its process.
+    A ValueError of `make` comes without the traceback of the worker; a RuntimeError names a worker that died
+    or hangs.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class Loader:
         try:
             item = next(self._stream)
         except RuntimeError as error:
-            problem = str(error).splitlines()[0] if "DataLoader" in str(error) else str(error)
+            problem = str(error).partition("\n")[0]
             if "timed out" in problem:
                 number = (step - self._first) % self.workers  # the workers take turns
                 pid = self._stream._workers[number].pid
@@ -113,9 +112,9 @@ class Loader:
                 "--data.workers or --data.prefetch, in a container raise shared memory (docker --shm-size); "
                 "--data.workers 0 shows a traceback"
             ) from error
-        if isinstance(item, _Failure):
+        if isinstance(item, ValueError):
             self.close()
-            raise ValueError(item.message)
+            raise item
         self._next = step + 1
         return item
 
@@ -139,13 +138,12 @@ class ImageTextLoader(Loader):
     """Batches of captioned images; bad samples are counted in `bad_samples` and printed at the end.
 
     Args:
-        reader: reads a batch.
+        reader, steps, prefetch, pin: as in Loader.
         workers: as in DataConfig; -1 chooses.
         log: file of bad samples; None only counts. Rank 1 writes NAME-1.jsonl, and so on; bad samples found
             while opening the dataset are in the file of rank 0 alone.
         max_bad_fraction: of the samples that this process has read; more end a run.
         receive: converts a batch in the training process.
-        steps, prefetch, pin: as in Loader.
     """
 
     def __init__(
@@ -208,21 +206,13 @@ def _end_with(training: int) -> None:
         time.sleep(WATCH_INTERVAL)
         try:
             os.kill(training, 0)
-        except ProcessLookupError:
+        except OSError:  # none, or one of another user that has its number now
             os._exit(1)
-        except PermissionError:  # it exists, and belongs to another user
-            pass
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """A ValueError on its way out of a worker."""
-
-    message: str
 
 
 def _try(make: Callable[[int], Any], step: int) -> Any:
+    """What a worker returns: an item or a ValueError."""
     try:
         return make(step)
     except ValueError as error:
-        return _Failure(str(error))
+        return ValueError(str(error))

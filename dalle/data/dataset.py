@@ -26,13 +26,8 @@ TRIES = 1000
 def open_dataset(config: DataConfig, split: str = "train", siblings: bool = False) -> CaptionedImages:
     """A split of a dataset: "train" or "held_out"; of the shapes also "new_pairs".
 
-    Args:
-        config: dataset and filters.
-        split: name of the split.
-        siblings: shapes only: every second image differs from the one before in one attribute.
-
-    Raises:
-        ValueError: no data, or too many bad samples found while opening.
+    With `siblings` every second image of the shapes differs from the one before in one attribute. ValueError
+    if there are no data, or too many bad samples found while opening.
     """
     if config.path is None:
         raise ValueError("no data: give --data.path FOLDER, or --data.path shapes for the embedded set")
@@ -64,16 +59,8 @@ def source_of(config: DataConfig, path: str, part: str = "all") -> DataSource:
 class ImageTextDataset:
     """The images of a source, or of a split of it, as `CaptionedImages`.
 
-    Args:
-        source: all images.
-        resolution: pixels on a side.
-        split: "train" or "held_out".
-        held_out: fraction that is held out, chosen by name; None takes the whole source.
-        filters: drop more samples.
-        draft: decode large JPEGs at a smaller size before a random crop.
-
-    Raises:
-        ValueError: the split is empty.
+    The fraction `held_out` is chosen by name; None takes the whole source. With `draft` large JPEGs are
+    decoded at a smaller size before a random crop.
     """
 
     def __init__(
@@ -88,27 +75,27 @@ class ImageTextDataset:
         self.source, self.resolution, self.draft = source, resolution, draft
         self.skipped: Sequence[BadSample] = source.skipped
         self._filters = filters or Filters(FilterConfig())
-        self._indices: np.ndarray | None = None
+        self._indices: Sequence[int] | np.ndarray = range(len(source))
+        part = "whole"
         if held_out is not None:
             chosen = (source.shares() < held_out * 2**32) == (split == "held_out")
-            dtype = np.uint32 if len(source) < 2**32 else np.uint64
-            self._indices = np.flatnonzero(chosen).astype(dtype)
+            self._indices = np.flatnonzero(chosen).astype(np.uint32 if len(source) < 2**32 else np.uint64)
+            part = f"{split} {held_out}"
             if not len(self._indices):
                 raise ValueError(
                     f"none of {len(source)} samples falls into split {split!r}; raise --data.val-fraction"
                 )
-        self.size = len(source) if self._indices is None else len(self._indices)
-        part = f"{split} {held_out}" if held_out is not None else "whole"
+        self.size = len(self._indices)
         self.hash = hashlib.blake2b(f"{source.hash} {part}".encode(), digest_size=8).hexdigest()
 
     def name(self, index: int) -> str:
-        return self.source.name(self._source_index(index))
+        return self.source.name(int(self._indices[index]))
 
     def captions(self, indices: Sequence[int]) -> list[list[str]]:
         lists = []
         for index in indices:
             try:
-                lists.append(self._filters.captions(self.source.captions(self._source_index(index))))
+                lists.append(self._filters.captions(self.source.captions(int(self._indices[index]))))
             except BadSampleError:
                 lists.append([])
         return lists
@@ -142,14 +129,12 @@ class ImageTextDataset:
         """The sample, then others in a random order of its own, so that a bad range is spread over all."""
         yield index
         order = FeistelPermutation(self.size, "replacement", seed, epoch, index)
-        for position in range(min(TRIES, self.size)):
-            other = int(order(np.array([position]))[0])
-            if other != index:
-                yield other
+        others = order(np.arange(min(TRIES, self.size))).tolist()
+        yield from (other for other in others if other != index)
 
     def _read(self, index: int, augment: str, stream: int) -> tuple[np.ndarray, list[str]]:
         """Pixels (R, R, 3) in [0, 255] and captions; BadSampleError if the sample cannot be used."""
-        sample = self.source.read(self._source_index(index))
+        sample = self.source.read(int(self._indices[index]))
         name = sample.name
         if not any(caption.strip() for caption in sample.captions):
             raise BadSampleError(name, "empty caption")
@@ -163,30 +148,24 @@ class ImageTextDataset:
             raise BadSampleError(name, "too small", str(error)) from None
         return np.asarray(image, np.float32), self._filters.captions(sample.captions)
 
-    def _source_index(self, index: int) -> int:
-        return index if self._indices is None else int(self._indices[index])
-
 
 def first_samples(dataset: CaptionedImages, count: int) -> ImageTextBatch:
     """The first usable samples, `count` at most, without augmentation; prints what was left out."""
-    start, parts, found, skipped = 0, [], 0, []
     size = dataset.size or sys.maxsize
-    while found < count and start < size:
-        end = min(start + count - found, size)
-        parts.append(dataset.load([(0, index) for index in range(start, end)]))
-        found += len(parts[-1].samples)
-        skipped += parts[-1].skipped
-        start = end
-    if not found:
-        raise ValueError(f"no usable sample to evaluate on: {_examples(skipped)}")
-    if skipped:
-        tqdm.write(f"note: of the samples to evaluate on, left out {_examples(skipped)}")
-    return ImageTextBatch(
-        np.concatenate([part.pixels for part in parts]),
-        [captions for part in parts for captions in part.captions],
-        [sample for part in parts for sample in part.samples],
-        skipped,
-    )
+    end = min(count, size)
+    found = dataset.load([(0, index) for index in range(end)])
+    while len(found.samples) < count and end < size:
+        start, end = end, min(end + count - len(found.samples), size)
+        more = dataset.load([(0, index) for index in range(start, end)])
+        found.pixels = np.concatenate([found.pixels, more.pixels])
+        found.captions += more.captions
+        found.samples += more.samples
+        found.skipped += more.skipped
+    if not found.samples:
+        raise ValueError(f"no usable sample to evaluate on: {_examples(found.skipped)}")
+    if found.skipped:
+        tqdm.write(f"note: of the samples to evaluate on, left out {_examples(found.skipped)}")
+    return found
 
 
 def sample_captions(batch: ImageTextBatch, seed: int) -> list[str]:
@@ -198,8 +177,6 @@ def sample_captions(batch: ImageTextBatch, seed: int) -> list[str]:
 
 
 def _examples(samples: Sequence[BadSample]) -> str:
-    if not samples:
-        return ""
     causes = causes_text(Counter(bad.cause for bad in samples))
     named = (f"{bad.name} ({', '.join(filter(None, [bad.cause, bad.detail]))})" for bad in samples[:3])
     return f"{len(samples)}: {causes}; for example {', '.join(named)}"

@@ -5,7 +5,7 @@ of workers. Memory grows by 16 bytes a sample.
 """
 
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,16 +35,10 @@ TILE = 128
 class DatasetStats:
     """Statistics of a part of a dataset. Sizes, words and tokens are those of usable samples."""
 
-    shorter_side: Counter[int] = field(default_factory=Counter)
-    aspect: Counter[str] = field(default_factory=Counter)
-    """Images by pixels and by shape, upright."""
-    words: Counter[int] = field(default_factory=Counter)
-    tokens: Counter[int] = field(default_factory=Counter)
-    """Captions by number of words and of tokens."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Samples that each filter alone would drop."""
-    dropped_by_any: int = 0
-    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    counts: dict[str, Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
+    """Images by "shorter_side" and "aspect" (width / height), captions by number of "words" and "tokens", and
+    samples "dropped" by each filter alone, under its name, and by "all" together."""
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
     """The first samples that each filter would drop."""
     indices: array = field(default_factory=lambda: array("Q"))
     hashes: array = field(default_factory=lambda: array("Q"))
@@ -56,26 +50,19 @@ class DatasetStats:
 
     def add(self, other: "DatasetStats") -> None:
         """Adds the statistics of the next part, except `skipped`."""
-        for name in ("shorter_side", "aspect", "words", "tokens", "dropped"):
-            getattr(self, name).update(getattr(other, name))
+        for name, more in other.counts.items():
+            self.counts[name].update(more)
         for name in ("indices", "hashes", "tiles"):
             getattr(self, name).extend(getattr(other, name))
-        self.dropped_by_any += other.dropped_by_any
         for name, more in other.examples.items():
-            self.examples[name] = [*self.examples.get(name, []), *more][:EXAMPLES]
+            self.examples[name] = [*self.examples[name], *more][:EXAMPLES]
 
 
 class DatasetScanner:
     """Chunk number -> statistics of its samples, for the workers.
 
-    Args:
-        source: any.
-        filters: tried one by one and together on the usable samples.
-        text: counts tokens.
-        tiles: indices of the samples on the contact sheet.
-
-    Raises:
-        ValueError, ImportError: a filter cannot be set up.
+    `filters` are tried one by one and together on the usable samples, `text` counts tokens, and `tiles` are
+    the indices of the samples on the contact sheet.
     """
 
     def __init__(
@@ -109,11 +96,11 @@ class DatasetScanner:
         image = decode(open_image(sample.image, sample.name), sample.name)
         stats.indices.append(index)
         stats.hashes.append(image_hash(image))
-        stats.shorter_side[min(image.size)] += 1
-        stats.aspect[aspect(image.size)] += 1
-        stats.words.update(map(count_words, sample.captions))
+        stats.counts["shorter_side"][min(image.size)] += 1
+        stats.counts["aspect"][round(image.width / image.height, 2)] += 1
+        stats.counts["words"].update(map(count_words, sample.captions))
         if self.text:
-            stats.tokens.update(len(self.text.encode(caption)) for caption in sample.captions)
+            stats.counts["tokens"].update(len(self.text.encode(caption)) for caption in sample.captions)
         if index in self.tiles:
             tile = ImageOps.pad(image, (TILE, TILE), color="lightgray")
             stats.tiles.append((sample.captions[0], tile))
@@ -122,12 +109,13 @@ class DatasetScanner:
             return filters.reason(sample.captions, *image.size, name=sample.name) is not None
 
         dropping = [name for name, filters in self.filters.items() if drops(filters)]
-        stats.dropped.update(dropping)
         example = {"name": sample.name, "size": list(image.size), "captions": sample.captions[:EXAMPLES]}
         for name in dropping:
-            stats.examples.setdefault(name, []).append(example)
+            stats.examples[name].append(example)
         # several captions may each fall to another filter
-        stats.dropped_by_any += bool(dropping) or (len(sample.captions) > 1 and drops(self._all_filters))
+        if dropping or (len(sample.captions) > 1 and drops(self._all_filters)):
+            dropping.append("all")
+        stats.counts["dropped"].update(dropping)
 
 
 def _map(task: Callable[[int], Any], steps: int, workers: int) -> Iterator[Any]:
@@ -135,31 +123,14 @@ def _map(task: Callable[[int], Any], steps: int, workers: int) -> Iterator[Any]:
         yield from map(load, range(steps))
 
 
-def summarize(counts: Counter[int]) -> dict[str, Any]:
+def summarize(counts: Counter[float]) -> dict[str, Any]:
     """Mean and percentiles of numbers by their counts; {} for none."""
     if not counts:
         return {}
-    values = np.array(sorted(counts))
-    numbers = np.array([counts[value] for value in values.tolist()])
-    cumulative = numbers.cumsum()
-    ranks = np.array([0, 5, 50, 95, 100]) / 100 * cumulative[-1]
-    percentiles = values[np.searchsorted(cumulative, np.maximum(ranks, 1))].tolist()
-    names = ("min", "p5", "median", "p95", "max")
-    mean = round(float(values @ numbers / cumulative[-1]), 2)
-    return dict(zip(names, percentiles, strict=True)) | {"mean": mean}
-
-
-def aspect(size: tuple[int, int]) -> str:
-    """The shape of an image of (width, height): "square", "wide, up to 4:3", "tall, beyond 2:1"."""
-    longer, shorter = max(size), min(size)
-    if longer == shorter:
-        return "square"
-    limit = "beyond 2:1"
-    if 3 * longer <= 4 * shorter:
-        limit = "up to 4:3"
-    elif longer <= 2 * shorter:
-        limit = "up to 2:1"
-    return f"{'wide' if size[0] > size[1] else 'tall'}, {limit}"
+    values, numbers = np.array(list(counts.keys())), np.array(list(counts.values()))
+    percentiles = np.percentile(values, [0, 5, 50, 95, 100], weights=numbers, method="inverted_cdf").tolist()
+    mean = round(float(np.average(values, weights=numbers)), 2)
+    return dict(zip(("min", "p5", "median", "p95", "max"), percentiles, strict=True), mean=mean)
 
 
 def _thumbnails(source: DataSource, indices: Sequence[int], chunk: int) -> list[np.ndarray]:

@@ -25,11 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from dalle.io.files import sync
+from dalle.io.files import read_json, sync
+from dalle.io.format import FORMAT, check_meta
 
-FORMAT = 1
 MAX_MAPPED = 4096  # a process may map some 65,000 files
-MAKE_COMMAND = "make one with scripts/encode_images.py"
 
 
 @dataclass(frozen=True)
@@ -80,22 +79,28 @@ class TokenCache:
 
     def __init__(self, folder: Path | str):
         self.folder = folder = Path(folder)
-        self.meta = meta = _read_meta(folder)
+        if (folder / "spec.json").is_file() and not (folder / "meta.json").is_file():
+            done = len(list(folder.glob("shard-*.safetensors")))
+            raise ValueError(
+                f"{folder} is incomplete, it has {done} shards; run the same command again (of every part, "
+                "if there are parts), and it resumes"
+            )
         try:
+            self.meta = meta = check_meta(read_json(folder / "meta.json"), "tokens", folder)
             counts, sizes = ([shard[name] for shard in meta["shards"]] for name in ("images", "bytes"))
-            self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-            self.key, self.hash = str(meta["key"]), str(meta["hash"])
-            self.crops = int(meta["crops"])
-            self.grid = (int(meta["grid"][0]), int(meta["grid"][1]))
+            self._starts = np.cumsum([0, *counts], dtype=np.int64)
+            self.key, self.hash, self.crops = meta["key"], meta["hash"], meta["crops"]
+            self.grid: tuple[int, int] = tuple(meta["grid"])
         except (LookupError, ValueError, TypeError) as error:
-            raise ValueError(f"{folder} is not a token cache ({error!r}); {MAKE_COMMAND}") from None
-        with os.scandir(folder) as entries:
-            found = {entry.name: entry.stat().st_size for entry in entries}
+            raise ValueError(
+                f"{folder} is not a token cache ({error}); make one with scripts/encode_images.py"
+            ) from None
         for shard, size in enumerate(sizes):
             file = folder / shard_name(shard)
-            if found.get(file.name) != size:
+            found = file.stat().st_size if file.is_file() else "no"
+            if found != size:
                 raise ValueError(
-                    f"{file} has {found.get(file.name, 'no')} bytes, expected {size}: the cache is damaged; "
+                    f"{file} has {found} bytes, expected {size}: the cache is damaged; "
                     "remove meta.json and this file, and encode again"
                 )
         self._shard = lru_cache(MAX_MAPPED)(self._open)
@@ -134,9 +139,7 @@ class TokenCache:
 
     def _open(self, shard: int) -> dict[str, Any]:
         """Slices of a mapped file by name."""
-        path = self.folder / shard_name(shard)
-        _read_shard_info(path, self.key)
-        file = safe_open(path, "np")
+        file, _ = _open_shard(self.folder / shard_name(shard), self.key)
         return {name: file.get_slice(name) for name in ("tokens", "captions", "offsets")}
 
 
@@ -145,61 +148,23 @@ def shard_name(shard: int) -> str:
     return f"shard-{shard:06d}.safetensors"
 
 
-def _read_shard_info(path: Path, key: str) -> tuple[int, str]:
-    """Number of images and hash of a shard; ValueError for a truncated or foreign file, or another key."""
+def _open_shard(path: Path, key: str) -> tuple[Any, dict[str, Any]]:
+    """A mapped shard and its metadata; ValueError for a truncated or foreign file, or another key."""
     try:
-        with safe_open(path, "np") as file:
-            info = json.loads(file.metadata()["tokens"])
-            found, images, digest = info["key"], info["images"], info["hash"]
+        file = safe_open(path, "np")
+        info = json.loads(file.metadata()["tokens"])
+        found = info["key"]
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no shard ({error}); remove it and encode again") from None
     if found != key:
         raise ValueError(f"{path} holds tokens of key {found}, expected {key}; remove it and encode again")
-    return images, digest
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    if (folder / "spec.json").is_file() and not (folder / "meta.json").is_file():
-        done = len(list(folder.glob("shard-*.safetensors")))
-        raise ValueError(
-            f"{folder} is incomplete, it has {done} shards; run the same command again (of every part, if "
-            "there are parts), and it resumes"
-        )
-    try:
-        meta = _read_object(folder / "meta.json")
-        kind, found = meta["kind"], meta.get("format")
-    except (ValueError, LookupError) as error:
-        raise ValueError(f"{folder} is not a token cache ({error}); {MAKE_COMMAND}") from None
-    if kind != "tokens":
-        raise ValueError(f"{folder} holds {kind!r}, expected a token cache")
-    if found != FORMAT:
-        raise ValueError(
-            f"{folder} is a token cache of format {found}, this version reads {FORMAT}; encode again"
-        )
-    return meta
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; ValueError if there is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error})") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return data
+    return file, info
 
 
 class TokenWriter:
-    """Writes a cache shard by shard, in one of `parts` processes that share a folder.
+    """Writes a cache shard by shard; of `parts` processes that share a folder each takes every n-th shard.
 
-    Args:
-        folder: a new one, or an incomplete cache of the same spec, which is resumed.
-        spec: what the tokens depend on.
-        part, parts: this process writes shards part, part + parts, ...
-
-    Raises:
-        ValueError: the folder holds another cache, or something else.
+    An incomplete cache of the same spec is resumed; ValueError if the folder holds something else.
     """
 
     def __init__(self, folder: Path, spec: TokenCacheSpec, part: int = 0, parts: int = 1):
@@ -207,7 +172,14 @@ class TokenWriter:
             raise ValueError(f"part must lie in 0 .. {parts - 1} for {parts} parts, got {part}")
         self.folder, self.spec, self.part, self.parts = folder, spec, part, parts
         if (folder / "spec.json").is_file():
-            self._check_spec(_read_object(folder / "spec.json"))
+            other, own = read_json(folder / "spec.json"), json.loads(json.dumps(asdict(spec)))
+            if other != own:
+                names = [name for name in own if other.get(name) != own[name]]
+                changes = "; ".join(f"{name} was {other.get(name)!r}, is {own[name]!r}" for name in names)
+                raise ValueError(
+                    f"{folder} holds tokens of key {_key(other)}, this run makes {spec.key}: {changes}; "
+                    "give another --out, or remove it"
+                )
             return
         # a part that starts at the same time may have written its spec just now
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -216,17 +188,6 @@ class TokenWriter:
             raise ValueError(f"{folder} is no token cache, and holds other files; give another --out")
         folder.mkdir(parents=True, exist_ok=True)
         self._write_json("spec.json", asdict(spec))
-
-    def _check_spec(self, other: dict[str, Any]) -> None:
-        """ValueError with both keys and the differences if the spec in the folder is another one."""
-        own = json.loads(json.dumps(asdict(self.spec)))
-        if other != own:
-            names = [name for name in own if other.get(name) != own[name]]
-            changes = "; ".join(f"{name} was {other.get(name)!r}, is {own[name]!r}" for name in names)
-            raise ValueError(
-                f"{self.folder} holds tokens of key {_key(other)}, this run makes {self.spec.key}: "
-                f"{changes or 'another spec'}; give another --out, or remove it"
-            )
 
     def own(self) -> range:
         """The shards of this part."""
@@ -248,9 +209,7 @@ class TokenWriter:
             "captions": np.frombuffer(b"".join(lines), np.uint8),
             "offsets": np.cumsum([0, *map(len, lines)], dtype=np.int64),
         }
-        digest = hashlib.sha256()
-        for array in arrays.values():
-            digest.update(array.tobytes())
+        digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays.values()))
         info = {"key": self.spec.key, "images": len(captions), "hash": digest.hexdigest()}
         metadata = {"tokens": json.dumps(info)}
         self._write(shard_name(shard), lambda path: save_file(arrays, path, metadata))
@@ -261,11 +220,11 @@ class TokenWriter:
         if not all(file.is_file() for file in files):
             return None
         if not (self.folder / "meta.json").is_file():
-            counts, hashes = zip(*(_read_shard_info(file, self.spec.key) for file in files), strict=True)
-            images = sum(counts)
+            infos = [_open_shard(file, self.spec.key)[1] for file in files]
+            images = sum(info["images"] for info in infos)
             if not images:
                 raise ValueError(f"none of {self.spec.images} images could be read; the cache would be empty")
-            digest = hashlib.sha256("".join([self.spec.key, *hashes]).encode())
+            digest = hashlib.sha256("".join([self.spec.key, *(info["hash"] for info in infos)]).encode())
             meta = {
                 "kind": "tokens",
                 "format": FORMAT,
@@ -274,8 +233,8 @@ class TokenWriter:
                 **asdict(self.spec),
                 "left_out": self.spec.images - images,
                 "shards": [
-                    {"images": count, "bytes": file.stat().st_size}
-                    for file, count in zip(files, counts, strict=True)
+                    {"images": info["images"], "bytes": file.stat().st_size}
+                    for file, info in zip(files, infos, strict=True)
                 ],
             }
             self._write_json("meta.json", meta)

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from dalle.data.dataloader import worker_count
 from dalle.data.token_cache import TokenCacheSpec, TokenWriter
 from dalle.io.files import make_directory
 from dalle.layout import check_tokens
+from dalle.runs.args import ROOT
 from dalle.runs.inputs import load_dvae_input
 from dalle.train.precision import autocast, local_device, resolve_precision
 from dalle.types import CaptionedImages, ImageTextBatch, ImageTokenizer
@@ -27,11 +27,9 @@ TRANSFORM = 1
 """Version of crop and resize; part of the cache's key."""
 
 
-def encode(args: EncodeImagesArgs, out: Path) -> tuple[TokenCache | None, BadSampleLog, str]:
-    """Encodes the missing shards of this process.
-
-    Returns the cache (None while shards of other parts are missing), the bad samples, and "part i of n".
-    """
+def encode(args: EncodeImagesArgs) -> TokenCache | None:
+    """Encodes the missing shards of this process; returns the cache, or None while other parts have to do."""
+    out = args.out or ROOT / "tokens"
     make_directory(out.parent)
     part, parts = resolve_part(args.encode)
     device = local_device(args.device)
@@ -44,7 +42,18 @@ def encode(args: EncodeImagesArgs, out: Path) -> tuple[TokenCache | None, BadSam
     bad_samples = BadSampleLog(log, dataset.size, opening, args.data.max_bad_fraction)
     for shard, arrays in encoder.shards(writer, bad_samples):
         writer.write(shard, *arrays)
-    return writer.finish(), bad_samples, f"part {part} of {parts}"
+    cache = writer.finish()
+    if bad_samples.counts:
+        print(f"note: {bad_samples}")
+    if cache is None:
+        print(f"{out}: part {part} of {parts} is done; the cache is complete when all parts are")
+        return None
+    rows, columns = cache.grid
+    crops = f", {cache.crops} crops each" if cache.crops > 1 else ""
+    print(f"{out}: {cache.size} images of {rows} x {columns} tokens{crops}")
+    if left_out := cache.meta["left_out"]:
+        print(f"note: {left_out} of {cache.size + left_out} images could not be used and are left out")
+    return cache
 
 
 def resolve_part(config: EncodeConfig) -> tuple[int, int]:
@@ -109,6 +118,7 @@ class Encoder:
         data = resume_fingerprint(self.args.data)
         for name in ("path", "image_root", "val_path"):
             del data[name]  # the hash of the dataset identifies the images, wherever they are
+        transform = {"listing": 2, "version": TRANSFORM, "seed": self.args.seed, "precision": self.precision}
         return TokenCacheSpec(
             dvae=weights,
             data=self.dataset.hash,
@@ -117,37 +127,31 @@ class Encoder:
             images=min(config.images, self.dataset.size or config.images),
             crops=self.crops,
             shard=config.shard,
-            transform={
-                "listing": 2,
-                "version": TRANSFORM,
-                "seed": self.args.seed,
-                "precision": self.precision,
-                "data": data,
-            },
+            transform=transform | {"data": data},
         )
 
     def shards(self, writer: TokenWriter, bad_samples: BadSampleLog) -> Iterator[tuple[int, tuple]]:
         """(shard, (tokens uint16 (n, crops, length), captions)) of each missing shard."""
         data, spec, missing = self.args.data, writer.spec, writer.missing()
         reader = ShardReader(self.dataset, spec, tuple(missing), self.args.encode.batch_size, self.args.seed)
-        done = [shard for shard in writer.own() if shard not in set(missing)]
+        done = set(writer.own()) - set(missing)
         seen = sum(len(spec.numbers(shard)) for shard in done)
-        total = seen + sum(len(spec.numbers(shard)) for shard in missing)
+        total = sum(len(spec.numbers(shard)) for shard in writer.own())
         steps, workers = len(missing) * len(reader.steps(0)), worker_count(data.workers, self.dataset.size)
         with (
             tqdm(total=total, initial=seen, desc="tokens", unit="image", disable=None) as bar,
             Loader(reader, steps, workers, data.prefetch) as load,
         ):
             for position, shard in enumerate(missing):
-                tokens: dict[int, dict[int, np.ndarray]] = {}  # image -> crop -> tokens
+                tokens: dict[int, list[np.ndarray]] = {}  # image -> its crops
                 captions: dict[int, list[str]] = {}
                 for step in reader.steps(position):
                     batch = load(step)
                     if batch is None:
                         break
                     rows = self._encode(batch).numpy().astype(np.uint16)
-                    for (crop, number), row, texts in zip(batch.samples, rows, batch.captions, strict=True):
-                        tokens.setdefault(number, {})[crop] = row
+                    for (_, number), row, texts in zip(batch.samples, rows, batch.captions, strict=True):
+                        tokens.setdefault(number, []).append(row)
                         captions[number] = texts
                     if step % self.crops == 0:
                         new = len(reader.samples(step))
@@ -156,8 +160,8 @@ class Encoder:
                     bad_samples.add(batch.skipped, len(done) + step, seen)
                 # only images with every crop
                 numbers = [number for number in sorted(tokens) if len(tokens[number]) == self.crops]
-                rows = [[tokens[number][crop] for crop in range(self.crops)] for number in numbers]
-                array = np.array(rows, np.uint16).reshape(len(numbers), self.crops, self.side**2)
+                array = np.array([tokens[number] for number in numbers], np.uint16)
+                array = array.reshape(len(numbers), self.crops, self.side**2)  # also of no image
                 yield shard, (array, [captions[number] for number in numbers])
 
     def _encode(self, batch: ImageTextBatch) -> Tensor:

@@ -184,6 +184,19 @@ def test_each_bad_sample_is_named_once(tmp_path, workers):
     assert sorted(json.loads(line)["name"] for line in log.read_text().splitlines()) == ["m2", "m7"]
 
 
+def test_too_many_bad_samples_end_a_run(tmp_path):
+    broken = reader(160, [i for i in range(160) if i % 16 > 2], batch_size=40)
+    log = tmp_path / "bad_samples.jsonl"
+    with ImageTextLoader(broken, 4, log=log) as batches:
+        with pytest.raises(
+            ValueError, match=r"of 1\d\d samples .*more than 1\.0%.*truncated; each is named in"
+        ):
+            list(map(batches, range(4)))
+        assert len(log.read_text().splitlines()) > 100
+    with ImageTextLoader(broken, 4, max_bad_fraction=0.9) as batches:
+        list(map(batches, range(4)))
+
+
 # Trainings.
 
 

@@ -12,6 +12,7 @@ from dalle.data.bad_samples import BadSampleError
 from dalle.data.dataset import ImageTextDataset
 from dalle.data.sources import FolderSource
 from dalle.types import BadSample
+from tests.helpers.formats import skipped
 from tests.helpers.scenes import scene
 
 
@@ -93,8 +94,7 @@ def test_an_image_without_captions_is_skipped(tmp_path):
         dataset_of(tmp_path)
     add(tmp_path, "b.png")
     dataset = dataset_of(tmp_path)
-    assert [(bad.name, bad.cause) for bad in dataset.skipped] == [("a.png", "missing twin")]
-    assert dataset.size == 1
+    assert (dataset.size, skipped(dataset)) == (1, [("a.png", "missing twin")])
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,13 @@ def test_missing_data_and_splits_are_refused(tmp_path, monkeypatch, config, spli
         FolderSource(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.1])
-def test_a_val_fraction_out_of_range_is_refused(fraction):
-    with pytest.raises(ValueError, match="val_fraction must lie between 0 and 1"):
-        DataConfig(val_fraction=fraction)
+@pytest.mark.parametrize(
+    "settings",
+    [{"val_fraction": 0}, {"val_fraction": 1}, {"max_bad_fraction": 2}, {"workers": -2}, {"prefetch": 0}],
+)
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} must"):
+        DataConfig(**settings)
 
 
 def test_a_folder_or_the_shapes_are_opened(folder):
@@ -147,7 +150,7 @@ def test_bad_captions_are_named(tmp_path, text):
     assert (batch.samples, batch.captions, len(batch.pixels)) == ([], [], 0)
     assert dataset.captions([0]) == [[]]
     if text.strip():
-        assert [(bad.name, bad.cause) for bad in batch.skipped] == [("a.txt", "caption not UTF-8")]
+        assert skipped(batch) == [("a.txt", "caption not UTF-8")]
         with pytest.raises(BadSampleError, match=r"a\.txt: caption not UTF-8"):
             dataset.source.read(0)
     else:
@@ -161,8 +164,7 @@ def test_bad_images_are_left_out_and_named(tmp_path):
     dataset = dataset_of(tmp_path, resolution=32)
     batch = dataset.load([(2, index) for index in range(4)], "dvae")
     assert (batch.samples, batch.captions) == ([(2, 0), (2, 3)], [["a"], ["d"]])
-    bad = {bad.name: bad.cause for bad in batch.skipped}
-    assert bad == {"b.png": "too small", "c.png": "wrong type"}
+    assert skipped(batch) == [("b.png", "too small"), ("c.png", "wrong type")]
     assert len(dataset.load([(0, 1)]).samples) == 1  # without augmentation it is enlarged
     assert dataset.load([(0, 1)], "transformer").skipped[0].cause == "too small"
 

@@ -1,6 +1,7 @@
 """Near-duplicate images: dalle/data/dedup.py."""
 
 import io
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -76,9 +77,8 @@ def planted_hashes(count, planted, distance):
 @pytest.mark.parametrize("distance", [0, 1, 4, 7])
 def test_neighbors_against_all_pairs(distance):
     hashes = planted_hashes(400, 150, distance)
-    values = hashes.tolist()
     expected = [
-        (i, j) for i in range(400) for j in range(i + 1, 400) if bits(values[i], values[j]) <= distance
+        pair for pair in combinations(range(400), 2) if bits(*hashes[list(pair)].tolist()) <= distance
     ]
     assert len(expected) > 50
     assert list(map(tuple, hamming_neighbors(hashes, distance).tolist())) == expected
@@ -100,17 +100,11 @@ def test_groups_are_connected_by_steps():
     assert near_duplicate_groups(np.full(1000, 5, dtype=np.uint64)) == [list(range(1000))]
 
 
-def test_pale_drawings_are_compared_by_their_contrast():
-    drawings = []
-    for start in (4, 20):
-        array = np.full((32, 32, 3), 255, dtype=np.uint8)
-        array[start : start + 6, start : start + 6] = 245
-        drawings.append(array)
+def test_pale_drawings_are_compared_by_contrast_and_flat_images_by_color():
+    drawings = np.full((2, 32, 32, 3), 255, dtype=np.uint8)
+    drawings[0, 4:10, 4:10] = drawings[1, 20:26, 20:26] = 245
     assert relative_rmse(*drawings) > 1
     assert relative_rmse(drawings[0], drawings[0]) == 0
-
-
-def test_flat_images_are_compared_by_color():
     white, nearly, red = (thumbnail(Image.new("RGB", (9, 9), c)) for c in ("white", "#fefefe", "red"))
     assert find_copies([white, white, red, red]) == [None, 0, None, 2]
     assert relative_rmse(white, nearly) == pytest.approx(1)

@@ -1,12 +1,13 @@
 """Filters of paper section 2.3: dalle/data/filters.py."""
 
 import pickle
+import sys
 from dataclasses import replace
 
 import pytest
 
 from dalle.data.config import FilterConfig
-from dalle.data.filters import Filters, count_words, is_boilerplate, one_by_one
+from dalle.data.filters import Filters, count_words, is_boilerplate, language_detector, one_by_one
 
 OFF = FilterConfig(boilerplate=False, max_aspect_ratio=None)
 
@@ -18,8 +19,7 @@ def reason(captions, width=300, height=300, name=None, base=OFF, **settings):
 @pytest.mark.parametrize("caption", ["cat", "a cat", "chat noir", "猫", "x", "may", "2001", "12 monkeys"])
 def test_short_captions_stay_by_default(caption):
     filters = Filters(FilterConfig())
-    assert filters.reason([caption], 30, 20) is None
-    assert filters.captions([caption]) == [caption]
+    assert (filters.reason([caption], 30, 20), filters.captions([caption])) == (None, [caption])
 
 
 @pytest.mark.parametrize(
@@ -74,10 +74,11 @@ def test_filters_of_captions(captions, settings, expected):
 
 def test_names_of_the_exclude_list_are_dropped(tmp_path):
     (tmp_path / "drop.txt").write_text("cats/1.png\nhündin.png\n", encoding="utf-8")
-    settings = {"exclude_list": tmp_path / "drop.txt"}
-    assert reason(["a"], name="hündin.png", **settings) == "exclude_list"
-    assert reason(["a"], name="cats/2.png", **settings) is None
-    assert reason(["a"], **settings) is None
+    names = ("hündin.png", "cats/2.png", None)
+    reasons = [reason(["a"], name=name, exclude_list=tmp_path / "drop.txt") for name in names]
+    assert reasons == ["exclude_list", None, None]
+    with pytest.raises(ValueError, match=r"cannot read the exclude list .*nowhere.*a text file"):
+        Filters(FilterConfig(exclude_list=tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -143,22 +144,15 @@ def test_the_language():
     assert {english.reason([caption], 9, 9) for caption in ENGLISH} == {None}
     assert {english.reason([caption], 9, 9) for caption in OTHERS} == {"language"}
     assert [german.reason([caption], 9, 9) for caption in (GERMAN, ENGLISH[0])] == [None, "language"]
-
-
-def test_an_unknown_language_is_refused():
-    pytest.importorskip("py3langid")
     with pytest.raises(ValueError, match=r"language 'xx'; expected one of .*, en, "):
         Filters(replace(OFF, language="xx"))
 
 
 def test_a_missing_detector_is_named(monkeypatch):
-    from dalle.data.filters import language_detector
-
     language_detector.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "py3langid", None)
+    monkeypatch.setitem(sys.modules, "py3langid", None)
     with pytest.raises(ImportError, match="needs py3langid: pip install"):
         Filters(replace(OFF, language="en"))
-    assert Filters(OFF).reason(["eine Katze"], 9, 9) is None
 
 
 @pytest.mark.parametrize(
@@ -176,11 +170,6 @@ def test_settings_out_of_range_are_refused(settings, words):
         FilterConfig(**settings)
 
 
-def test_a_missing_exclude_list_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot read the exclude list .*nowhere.*a text file"):
-        Filters(FilterConfig(exclude_list=tmp_path / "nowhere"))
-
-
 def test_one_by_one_has_the_active_filters(tmp_path):
     (tmp_path / "drop").touch()
     config = FilterConfig(True, 2.0, 3, None, 64, tmp_path / "drop")
@@ -188,8 +177,5 @@ def test_one_by_one_has_the_active_filters(tmp_path):
     assert list(alone) == ["boilerplate", "max_aspect_ratio", "min_words", "min_size", "exclude_list"]
     assert alone["min_words"] == replace(OFF, min_words=3)
     assert one_by_one(OFF) == {}
-
-
-def test_filters_can_be_pickled():
-    again = pickle.loads(pickle.dumps(Filters(FilterConfig(min_words=2))))
+    again = pickle.loads(pickle.dumps(Filters(alone["min_words"])))  # for the workers
     assert again.reason(["cat"], 9, 9) == "min_words"

@@ -7,7 +7,7 @@ import pytest
 
 from dalle.data import open_source, statistics
 from dalle.data.config import PAPER_FILTERS
-from dalle.data.statistics import DatasetScanner, DatasetStats, aspect, find_duplicates, summarize
+from dalle.data.statistics import DatasetScanner, DatasetStats, find_duplicates, summarize
 from tests.helpers.scenes import put, scene
 
 
@@ -23,21 +23,6 @@ def test_duplicates_across_chunks_point_to_the_first(tmp_path, monkeypatch, work
         stats.add(part)
     expected = [(i, seeds.index(seed)) for i, seed in enumerate(seeds) if seeds.index(seed) != i]
     assert sorted(find_duplicates(source, stats, workers)) == expected
-
-
-@pytest.mark.parametrize(
-    ("size", "words"),
-    [
-        ((8, 8), "square"),
-        ((4, 3), "wide, up to 4:3"),
-        ((3, 4), "tall, up to 4:3"),
-        ((401, 300), "wide, up to 2:1"),
-        ((100, 200), "tall, up to 2:1"),
-        ((201, 100), "wide, beyond 2:1"),
-    ],
-)
-def test_aspect(size, words):
-    assert aspect(size) == words
 
 
 def test_a_summary_against_numpy():

@@ -105,19 +105,20 @@ def columns() -> dict[str, list]:
     return {"image": images, "caption": [caption(i) for i in range(COUNT)]}
 
 
-def parquet_bytes(place: Path) -> Path:
+def write_parquet(path: Path, columns: list | dict, names: list[str] | None = None) -> Path:
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pa.table(columns()), place / "pairs.parquet", row_group_size=5)
-    return place / "pairs.parquet"
+    parquet.write_table(pa.table(columns, names), path, row_group_size=5)
+    return path
+
+
+def parquet_bytes(place: Path) -> Path:
+    return write_parquet(place / "pairs.parquet", columns())
 
 
 def parquet_paths(place: Path) -> Path:
-    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path = write_table(place / "pairs.parquet", "")
     rows = [(f"images/p{i:03}.png", *caption(i), None)[:3] for i in range(COUNT)]
-    table = dict(zip(("path", "TEXT", "second"), map(list, zip(*rows, strict=True)), strict=True))
-    parquet.write_table(pa.table(table), path, row_group_size=5)
-    return path
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    return write_parquet(write_table(place / "pairs.parquet", ""), columns, ["path", "TEXT", "second"])
 
 
 def one_tar(place: Path) -> Path:

@@ -23,15 +23,8 @@ def open_source(
 ) -> DataSource:
     """The captioned images at a path.
 
-    Args:
-        path: a folder of images with .txt or .json beside them, of tars, or of tables; a table; a tar; a
-            pattern with *, ? and {000..099}; or a folder written by Hugging Face `datasets`.
-        format: "folder", "table", "tars" or "hub", if the path does not determine it.
-        image_column: of a table; default: the first of the usual names.
-        caption_column: of a table, or key in JSON; several separated by commas.
-        part: "all", or the "train" or "held_out" part of a dataset that has them (`has_val_split`).
-        image_root: folder that relative paths of a table start from; default: that of the table.
-        index_dir: folder for indexes of tars and tables.
+    The arguments are those of `dalle.data.config.DataConfig`; `part` is "all", or the "train" or "held_out"
+    part of a dataset that has them (`has_val_split`).
 
     Raises:
         ValueError: nothing there, nothing to read in it, or no such part; says what was expected.

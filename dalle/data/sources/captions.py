@@ -18,25 +18,27 @@ IMAGE_NAMES = (
 
 def parse_text(data: bytes, name: str) -> list[str]:
     """One caption per line, without blank lines and byte order mark."""
-    try:
-        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise BadSampleError(name, "caption not UTF-8", str(error)) from None
-    return [line for line in lines if line]
+    return flatten_captions(_decode(data, name).splitlines())
 
 
 def parse_json(data: bytes, name: str, columns: str | None = None) -> list[str]:
     """A caption, a list of them, or a mapping with one of CAPTION_NAMES or the given keys."""
+    text = _decode(data, name)
     try:
-        value = json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadSampleError(name, "caption not UTF-8", str(error)) from None
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadSampleError(name, "broken row", f"no JSON: {error}") from None
     if isinstance(value, Mapping):
         keys = [word.strip() for word in columns.split(",")] if columns else [find_name(value, CAPTION_NAMES)]
         value = [value.get(key) for key in keys]
     return flatten_captions(value)
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSampleError(name, "caption not UTF-8", str(error)) from None
 
 
 def flatten_captions(value: Any) -> list[str]:

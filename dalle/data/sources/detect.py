@@ -9,8 +9,7 @@ from pathlib import Path
 
 from dalle.data.config import Format
 from dalle.data.sources import hf_datasets
-from dalle.data.sources.captions import IMAGE_SUFFIXES
-from dalle.data.sources.image_folder import CAPTION_SUFFIXES, walk
+from dalle.data.sources.image_folder import find_images
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -33,23 +32,21 @@ class DataLocation:
 def detect_source(path: str, format: Format = "auto") -> DataLocation:
     """The source at a path: a file, a folder, or a pattern with *, ? and {000..099}.
 
-    Raises:
-        ValueError: nothing there, or no known format; says what is expected.
+    ValueError says what is expected if there is nothing, or no known format.
     """
     if format == "hub":
         return DataLocation("hub", path)
     if re.match(r"[a-z0-9]+:", path) and not Path(path).exists():
         raise ValueError(f"{path} is not on a disk; copy or mount it, and give the path")
     root = Path(path).expanduser()
+    if root.is_dir() and format == "auto":
+        format = _folder_format(root)
+    if format in ("folder", "hub"):
+        return DataLocation(format, str(root))
     if root.is_dir():
-        format = _folder_format(root) if format == "auto" else format
-        if format in ("folder", "hub"):
-            return DataLocation(format, str(root))
         files = _list_files(root, format)
     else:
         files = [root] if root.is_file() else list(_expand(str(root)))
-        if format == "folder":
-            return DataLocation("folder", str(root))
     suffixes = {file.suffix.lower() for file in files}
     if format == "auto":
         if not suffixes <= {".tar", *TABLES}:
@@ -99,13 +96,8 @@ def _expand(pattern: str) -> Iterator[Path]:
 
 def _list_files(root: Path, format: str) -> list[Path]:
     suffixes = (".tar",) if format == "tars" else TABLES
-    found = []
-    with os.scandir(root) as entries:
-        for entry in entries:  # the name is tested first: a folder may hold millions of other files
-            suffix = os.path.splitext(entry.name)[1].lower()
-            if suffix in suffixes and not entry.name.startswith(".") and entry.is_file():
-                found.append(root / entry.name)
-    return sorted(found)
+    names = (name for name in os.listdir(root) if name.lower().endswith(suffixes) and name[0] != ".")
+    return sorted(path for name in names if (path := root / name).is_file())
 
 
 def _folder_format(root: Path) -> Format:
@@ -114,13 +106,4 @@ def _folder_format(root: Path) -> Format:
         return "hub"
     if _list_files(root, "tars"):
         return "tars"
-    return "table" if _list_files(root, "table") and not _has_captioned_image(root) else "folder"
-
-
-def _has_captioned_image(root: Path) -> bool:
-    for _, files in walk(root, []):
-        stems = {os.path.splitext(file)[0] for file in files if file.endswith(CAPTION_SUFFIXES)}
-        images = (os.path.splitext(file)[0] for file in files if file.lower().endswith(IMAGE_SUFFIXES))
-        if any(stem in stems for stem in images):
-            return True
-    return False
+    return "table" if _list_files(root, "table") and not any(find_images(root, [])) else "folder"

@@ -10,7 +10,7 @@ import numpy as np
 from dalle.data.bad_samples import BadSampleError
 from dalle.data.sources.captions import check_utf8, choose_columns, flatten_captions
 from dalle.data.sources.image_folder import read_listed
-from dalle.data.sources.index import name_hash
+from dalle.data.sources.index import name_hashes
 from dalle.types import BadSample, RawSample
 
 SPLITS = {"train": ("train",), "held_out": ("validation", "valid", "val", "dev")}
@@ -20,11 +20,8 @@ SPLITS = {"train": ("train",), "held_out": ("validation", "valid", "val", "dev")
 class HubSource:
     """Rows of a `datasets.Dataset` with a column of images and one or more of captions.
 
-    Args:
-        path: a folder written by `save_to_disk`, or an argument of `load_dataset`.
-        image_column: default: the first of the usual names.
-        caption_column: several separated by commas; default: the first of the usual names.
-        part: "train", "held_out", or "all": the training split if there are splits.
+    `path` is a folder written by `save_to_disk`, or an argument of `load_dataset`. Part "all" of a dataset
+    with splits is its training split.
     """
 
     def __init__(
@@ -51,7 +48,7 @@ class HubSource:
         return f"row {index}"
 
     def shares(self) -> np.ndarray:
-        return np.fromiter((name_hash(self.name(i)) for i in range(len(self))), np.uint32, len(self))
+        return name_hashes(map(self.name, range(len(self))))
 
     def read(self, index: int) -> RawSample:
         row, name = self._rows[index], self.name(index)
@@ -89,9 +86,8 @@ def load(path: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise ImportError(
-            'a Hugging Face dataset needs datasets: pip install "zeroshot-text2image[data]"'
-        ) from None
+        problem = "a Hugging Face dataset needs datasets"
+        raise ImportError(f'{problem}: pip install "zeroshot-text2image[data]"') from None
     try:
         return datasets.load_from_disk(path) if is_saved(Path(path)) else datasets.load_dataset(path)
     except (OSError, ValueError) as error:

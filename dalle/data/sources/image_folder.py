@@ -2,14 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from dalle.data.bad_samples import BadSampleError
 from dalle.data.sources.captions import IMAGE_SUFFIXES, parse_json, parse_text
-from dalle.data.sources.index import name_hash
+from dalle.data.sources.index import name_hashes
 from dalle.types import BadSample, RawSample
 
 CAPTION_SUFFIXES = (".txt", ".TXT", ".json", ".JSON")
@@ -21,9 +21,7 @@ class FolderSource:
 
     `skipped` lists images without captions and symbolic links out of the folder, which are not followed.
 
-    Args:
-        folder: root of the images.
-        caption_column: key of the captions in JSON; if given, `.json` is preferred to `.txt`.
+    If `caption_column` is given, a key of JSON, `.json` is preferred to `.txt`.
 
     Raises:
         ValueError: no folder, or no image with captions in it.
@@ -35,27 +33,13 @@ class FolderSource:
         self.folder, self.caption_column = folder, caption_column
         self._root = folder.resolve()
         self.skipped: list[BadSample] = []
-        self._names = np.array([os.fsencode(name) for name in self._find_images()], np.bytes_)
+        self._names = np.array([os.fsencode(name) for name in find_images(folder, self.skipped)], np.bytes_)
         if not len(self._names):
             raise ValueError(
                 f"{folder} has {len(self.skipped)} images ({', '.join(IMAGE_SUFFIXES)}), "
                 "none with a .txt of the same name"
             )
         self.hash = hashlib.blake2b(self._names.tobytes(), digest_size=8).hexdigest()
-
-    def _find_images(self) -> Iterator[str]:
-        for folder, files in walk(self.folder, self.skipped):
-            existing = set(files)
-            for file in files:
-                stem, suffix = os.path.splitext(file)
-                if suffix.lower() not in IMAGE_SUFFIXES:
-                    continue
-                name = f"{folder}/{file}" if folder else file
-                if any(stem + caption in existing for caption in CAPTION_SUFFIXES):
-                    yield name
-                else:
-                    detail = "an image without .txt or .json beside it"
-                    self.skipped.append(BadSample(None, name, "missing twin", detail))
 
     def __len__(self) -> int:
         return len(self._names)
@@ -64,7 +48,7 @@ class FolderSource:
         return os.fsdecode(self._names[index])
 
     def shares(self) -> np.ndarray:
-        return np.fromiter((name_hash(self.name(i)) for i in range(len(self))), np.uint32, len(self))
+        return name_hashes(map(self.name, range(len(self))))
 
     def read(self, index: int) -> RawSample:
         captions, name = self.captions(index), self.name(index)
@@ -99,8 +83,8 @@ def read_listed(root: Path, path: str) -> bytes:
     return read_inside(root, path.replace("\\", "/") if windows else path, "missing twin")
 
 
-def walk(root: Path, skipped: list[BadSample]) -> Iterator[tuple[str, Sequence[str]]]:
-    """(folder, file names) below a root, sorted; links that lead out of it go to `skipped`."""
+def find_images(root: Path, skipped: list[BadSample]) -> Iterator[str]:
+    """Images with captions below a root, sorted by folder; others and links that lead out go to `skipped`."""
     resolved = root.resolve()
     for folder, folders, names in os.walk(root):
         files, below = [], Path(folder).relative_to(root)
@@ -112,4 +96,13 @@ def walk(root: Path, skipped: list[BadSample]) -> Iterator[tuple[str, Sequence[s
             elif os.path.isfile(path):
                 files.append(name)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield "" if below == Path() else below.as_posix(), files
+        existing = set(files)
+        for file in files:
+            stem, suffix = os.path.splitext(file)
+            if suffix.lower() in IMAGE_SUFFIXES:
+                name = (below / file).as_posix()
+                if any(stem + caption in existing for caption in CAPTION_SUFFIXES):
+                    yield name
+                else:
+                    detail = "an image without .txt or .json beside it"
+                    skipped.append(BadSample(None, name, "missing twin", detail))

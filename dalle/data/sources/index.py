@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 
 from dalle.types import BadSample
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = ".dalle-index"
 FOOTER = 8
 """Bytes of the length of the metadata, at the end of the file."""
@@ -28,6 +28,11 @@ FOOTER = 8
 def name_hash(name: str) -> int:
     """A number below 2^32 that depends on the name alone; it decides the split of a sample."""
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).digest())
+
+
+def name_hashes(names: Iterable[str]) -> np.ndarray:
+    """uint32 (N,), the hash of each name."""
+    return np.fromiter(map(name_hash, names), np.uint32)
 
 
 class IndexWriter:
@@ -103,14 +108,10 @@ def open_or_build_index(
     build: Callable[[IndexWriter, Sequence[Path]], None],
     index_dir: Path | None,
 ) -> Index:
-    """The index of these files: the existing one, or a new one.
+    """The index of these files: the existing one, or a new one filled by `build`.
 
-    Args:
-        files: indexed files.
-        kind: everything else that the index depends on, as text.
-        dtype: of a record.
-        build: fills the index.
-        index_dir: folder of indexes; None takes a hidden folder beside the files, or else ~/.cache/dalle.
+    `kind` is everything else that it depends on, `dtype` that of a record. Without `index_dir` it is in a
+    hidden folder beside the files, or else in ~/.cache/dalle.
     """
     digest = hashlib.blake2b(f"{FORMAT} {kind}".encode(), digest_size=12)
     for file in files:
@@ -125,13 +126,13 @@ def open_or_build_index(
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor, partial = tempfile.mkstemp(prefix=".partial-", dir=folder)
+            file = tempfile.NamedTemporaryFile(prefix=".partial-", dir=folder, delete=False)  # noqa: SIM115
         except OSError as error:
             problem = error
             continue
-        path = Path(partial)
+        path = Path(file.name)
         try:
-            writer = IndexWriter(os.fdopen(descriptor, "wb"), dtype)
+            writer = IndexWriter(file, dtype)
             build(writer, files)
             writer.close()
             if writer.keep:

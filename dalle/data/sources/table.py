@@ -1,7 +1,7 @@
 """Tables: CSV, TSV, JSONL and Parquet with a column of images and one or more of captions.
 
 Images are paths, relative to the table or a given folder; in Parquet also the encoded bytes. Rows are read
-once into an index of [name, path, captions], so memory holds none of them.
+once into an index of [file, name, image, captions], so memory holds none of them.
 """
 
 import codecs
@@ -10,10 +10,11 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -31,38 +32,18 @@ from dalle.data.sources.image_folder import read_listed
 from dalle.data.sources.index import IndexWriter, name_hash, open_or_build_index
 from dalle.types import RawSample
 
-ROW = np.dtype(
-    [("share", "<u4"), ("at", "<u8"), ("size", "<u4"), ("file", "<u4"), ("group", "<u4"), ("row", "<u4")]
-)
+ROW = np.dtype([("share", "<u4"), ("at", "<u8"), ("size", "<u4")])
 HEAD_ROWS = 10_000
 """Rows searched for columns: lines of JSON may lack some of them."""
-NO_IMAGE = "a row without an image"
-LARGE_GROUP = 64 * 2**20
-"""Bytes of a Parquet row group above which reading single images is slow."""
-
-
-class Row(NamedTuple):
-    """A row to index. `image` is a path; None where the bytes are in row `row` of a Parquet row group."""
-
-    name: str
-    image: str | None
-    captions: list[str]
-    group: int = 0
-    row: int = 0
+Row = tuple[str, str | tuple[int, int], list[str]]
+"""Name, path of the image or (row group, row in it) of its bytes in Parquet, captions."""
 
 
 class TableSource:
     """The rows of one or more tables with the same columns, in order.
 
-    Args:
-        files: tables of one format.
-        image_column: default: the first of the usual names.
-        caption_column: several separated by commas; default: the first of the usual names.
-        image_root: folder that relative paths start from; default: that of the first table.
-        index_dir: see `open_or_build_index`.
-
-    Raises:
-        ValueError: a column is missing, or there is no row.
+    Relative paths start from `image_root`, or else from the folder of the first table. ValueError if a column
+    is missing, or there is no row.
     """
 
     def __init__(
@@ -89,35 +70,34 @@ class TableSource:
             while batch := list(islice(rows, 65536)):
                 records = []
                 for row in batch:
-                    text = json.dumps([row.name, row.image, row.captions]).encode()
-                    place = writer.add_text(text)
-                    records.append((name_hash(row.name), *place, number, row.group, row.row))
+                    place = writer.add_text(json.dumps([number, *row]).encode())
+                    records.append((name_hash(row[0]), *place))
                 writer.add(np.array(records, ROW))
 
     def __len__(self) -> int:
         return len(self._index.samples)
 
-    def _row(self, index: int) -> tuple[str, str | None, list[str]]:
+    def _row(self, index: int) -> tuple[int, str, str | list[int], list[str]]:
         record = self._index.samples[index]
         return json.loads(self._index.text(record["at"], record["size"]))
 
     def name(self, index: int) -> str:
-        return self._row(index)[0]
+        return self._row(index)[1]
 
     def shares(self) -> np.ndarray:
         return self._index.samples["share"]
 
     def read(self, index: int) -> RawSample:
-        name, image, captions = self._row(index)
+        file, name, image, captions = self._row(index)
         check_utf8(captions, name)
-        if image is not None:
-            return RawSample(name, read_listed(self._root, image), captions)
-        record = self._index.samples[index]
-        file, group, row = self.files[record["file"]], int(record["group"]), int(record["row"])
-        return RawSample(name, _embedded_image(file, group, row, self.image_column, name), captions)
+        if isinstance(image, str):
+            data = read_listed(self._root, image)
+        else:
+            data = _embedded_image(self.files[file], *image, self.image_column, name)
+        return RawSample(name, data, captions)
 
     def captions(self, index: int) -> list[str]:
-        name, _, captions = self._row(index)
+        _, name, _, captions = self._row(index)
         return check_utf8(captions, name)
 
 
@@ -133,13 +113,13 @@ def _text_rows(file: Path, image: str | None, caption: str | None, writer: Index
             if isinstance(values, str):
                 writer.skip(f"{file.name}:{line}", "broken row", values)
                 continue
-            columns = columns or choose_columns(list(values), image, caption, str(file))
-            path = values.get(columns[0])
-            if not isinstance(path, str) or not path.strip():
-                writer.skip(f"{file.name}:{line}", "missing twin", NO_IMAGE)
-                continue
-            path, texts = path.strip(), flatten_captions([values.get(column) for column in columns[1]])
-            yield Row(path.replace("\\", "/"), path, texts)
+            column, captions = columns or choose_columns(list(values), image, caption, str(file))
+            path = values.get(column)
+            if isinstance(path, str) and path.strip():
+                path, texts = path.strip(), flatten_captions([values.get(name) for name in captions])
+                yield path.replace("\\", "/"), path, texts
+            else:
+                writer.skip(f"{file.name}:{line}", "missing twin", "a row without an image")
     except OSError as error:
         writer.skip(file.name, "unreadable shard", error.strerror or str(error))
         writer.keep = False
@@ -150,18 +130,12 @@ def _find_columns(
 ) -> tuple[str, list[str]] | None:
     """The columns of the first rows that together have them; None if no row can be read."""
     names: dict[str, None] = {}
-    problem: ValueError | None = None
     for _, values in islice(rows, HEAD_ROWS):
-        if isinstance(values, str) or values.keys() <= names.keys():
-            continue
-        names |= dict.fromkeys(values)
-        try:
-            return choose_columns(list(names), image, caption, table)
-        except ValueError as error:
-            problem = error
-    if problem:
-        raise problem
-    return None
+        if not isinstance(values, str) and not values.keys() <= names.keys():
+            names |= dict.fromkeys(values)
+            with suppress(ValueError):
+                return choose_columns(list(names), image, caption, table)
+    return choose_columns(list(names), image, caption, table) if names else None
 
 
 def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
@@ -177,22 +151,22 @@ def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
             names = [name.strip() for name in next(rows, [])]
         except csv.Error as error:
             raise ValueError(
-                f"the first line of {file} cannot be read ({error}); it must name the columns"
+                f"the first line of {file} must name the columns; it is unreadable: {error}"
             ) from None
         check_column_names(names, str(file))
         while True:
             try:
-                row = next(rows, None)
+                for row in filter(None, rows):
+                    if len(row) == len(names):
+                        yield (
+                            rows.line_num,
+                            dict(zip(names, map(_unquote, row) if tabs else row, strict=True)),
+                        )
+                    else:
+                        yield rows.line_num, f"{len(row)} fields, the header has {len(names)}"
+                return
             except csv.Error as error:
                 yield rows.line_num, str(error)
-                continue
-            if row is None:
-                return
-            if row and len(row) != len(names):
-                yield rows.line_num, f"{len(row)} fields, the header has {len(names)}"
-            elif row:
-                fields = map(_unquote, row) if tabs else row
-                yield rows.line_num, dict(zip(names, fields, strict=True))
 
 
 def _unquote(field: str) -> str:
@@ -209,11 +183,10 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             try:
                 values = json.loads(line)
             except (ValueError, RecursionError) as error:
-                values = f"no JSON: {error}"
+                yield number, f"no JSON: {error}"
             else:
-                if not isinstance(values, dict):
-                    values = 'expected a mapping, as {"image": ..., "caption": ...}'
-            yield number, values
+                mapping = isinstance(values, dict)
+                yield number, values if mapping else 'expected a mapping, as {"image": ..., "caption": ...}'
 
 
 def _parquet_rows(file: Path, image: str | None, caption: str | None, writer: IndexWriter) -> Iterator[Row]:
@@ -239,20 +212,14 @@ def _parquet_rows(file: Path, image: str | None, caption: str | None, writer: In
                 name = f"{file.name}/{start + row}"
                 texts = flatten_captions([values[caption] for caption in captions])
                 if not paths:
-                    yield Row(name, None, texts, group, row)
+                    yield name, (group, row), texts
                 elif values[column]:
-                    yield Row(values[column].replace("\\", "/"), values[column], texts)
+                    yield values[column].replace("\\", "/"), values[column], texts
                 else:
-                    writer.skip(name, "missing twin", NO_IMAGE)
+                    writer.skip(name, "missing twin", "a row without an image")
         except (OSError, ValueError) as error:
             writer.skip(f"{file.name}, row group {group}", "unreadable shard", str(error))
         start += table.metadata.row_group(group).num_rows
-    groups = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
-    if not paths and max(groups, default=0) > LARGE_GROUP:
-        tqdm.write(
-            f"note: {file} has row groups of {max(groups) / 2**20:.0f} MiB, each read whole for one image; "
-            "write it with row groups of about 100 rows, or as tars"
-        )
 
 
 def _embedded_image(file: Path, group: int, row: int, image: str | None, name: str) -> bytes:

@@ -32,15 +32,9 @@ COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
 class TarSource:
-    """The samples of tars in order; keys are unique within a tar.
+    """The samples of uncompressed tars in order; keys are unique within a tar.
 
-    Args:
-        files: uncompressed tars.
-        caption_column: key of the captions in JSON; if given, `.json` is preferred to `.txt`.
-        index_dir: see `open_or_build_index`.
-
-    Raises:
-        ValueError: no image with captions in any of them.
+    If `caption_column` is given, a key of JSON, `.json` is preferred to `.txt`.
     """
 
     def __init__(
@@ -52,8 +46,8 @@ class TarSource:
         if not len(self):
             details = "; ".join(f"{bad.name}: {bad.cause}, {bad.detail}" for bad in self.skipped[:3])
             raise ValueError(
-                f"{len(self.files)} tars from {self.files[0]} on hold no KEY.jpg (.png, .webp, ...) with "
-                f"KEY.txt or KEY.json beside it ({details or 'they are empty'})"
+                f"{len(files)} tars from {files[0]} on hold no KEY.jpg (.png, .webp, ...) with KEY.txt or "
+                f"KEY.json beside it ({details or 'they are empty'})"
             )
         self._files: dict[Path, FileIO] = {}
 
@@ -132,7 +126,7 @@ def scan_tar(file: Path) -> tuple[np.ndarray, bytes, list[BadSample], bool]:
                 problem = "compressed: unpack it, images are compressed already"
             members = list(_members(file, opened))
     except OSError as error:
-        problem, readable, members = error.strerror or str(error), False, []
+        problem, readable = error.strerror or str(error), False
     if all(member.damage for member in members):
         return np.empty(0, SAMPLE), b"", [BadSample(None, file.name, "unreadable shard", problem)], readable
     return (*_group(members, file.name), True)

@@ -1,17 +1,15 @@
 """Every format of data: equal samples, bad samples, exact resume with any number of workers."""
 
 import pickle
-import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from dalle.commands.check_data import CheckDataArgs, check_data
-from dalle.data import BatchReader, DataConfig, ImageTextLoader, open_dataset, open_source, sample_captions
-from tests.helpers.formats import COUNT, FORMS, IDS, caption, image, level, names, skipped
+from dalle.data import BatchReader, DataConfig, ImageTextLoader, open_dataset, open_source
+from tests.data.test_dataloader import Sums
+from tests.helpers.formats import COUNT, FORMS, IDS, caption, image, level, names, skipped, write_parquet
 
 GOOD = 8
 
@@ -43,20 +41,19 @@ def test_every_format_gives_the_same_samples(tmp_path, form, columns):
 # Bad samples: a function writes GOOD good ones and some bad ones.
 
 
-def embedded_rows() -> list[dict]:
+def embedded_columns() -> dict[str, list]:
     data = [*(image(20 * i) for i in range(GOOD)), image(1)[:50], b"<html>404</html>", None, image(1)]
     images = [item and {"bytes": item, "path": None} for item in data]
     captions = [*(f"an image with the number {i}" for i in range(GOOD + 3)), None]
-    return [{"image": item, "caption": text} for item, text in zip(images, captions, strict=True)]
+    return {"image": images, "caption": captions}
 
 
 EMBEDDED = {8: "truncated", 9: "wrong type", 10: "missing twin", 11: "empty caption"}
 
 
 def bad_parquet(place: Path) -> tuple[Path, dict[str, str]]:
-    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     place.mkdir()
-    parquet.write_table(pa.Table.from_pylist(embedded_rows()), place / "a.parquet", row_group_size=5)
+    write_parquet(place / "a.parquet", embedded_columns())
     (place / "b.parquet").write_bytes(b"PAR1 nothing")
     causes = {f"a.parquet/{i}": cause for i, cause in EMBEDDED.items()}
     return place, causes | {"b.parquet": "unreadable shard"}
@@ -64,10 +61,8 @@ def bad_parquet(place: Path) -> tuple[Path, dict[str, str]]:
 
 def bad_hub(place: Path) -> tuple[Path, dict[str, str]]:
     datasets = pytest.importorskip("datasets")
-    rows = embedded_rows()
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
     features = datasets.Features({"image": datasets.Image(decode=False), "caption": datasets.Value("string")})
-    datasets.Dataset.from_dict(columns, features).save_to_disk(str(place))
+    datasets.Dataset.from_dict(embedded_columns(), features).save_to_disk(str(place))
     return place, {f"row {i}": cause for i, cause in EMBEDDED.items()}
 
 
@@ -79,47 +74,18 @@ def test_bad_embedded_images_are_named(form, tmp_path):
     assert (report["usable"], report["captions"]) == (GOOD, GOOD)
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What is compared of a batch."""
-
-    def __call__(self, batch, step):
-        sums = torch.from_numpy(batch.pixels).sum((1, 2, 3)).tolist()
-        return list(batch.samples), sums, sample_captions(batch, 5)
-
-
 @pytest.mark.parametrize(("form", "columns"), FORMS, ids=IDS)
 def test_every_format_resumes_exactly_with_any_number_of_workers(tmp_path, form, columns):
     path = str(form(tmp_path))
     pairs = open_dataset(DataConfig(path, resolution=16, caption_column=columns, val_path=path))
 
     def stream(workers: int, first: int, steps: int) -> list:
-        with ImageTextLoader(BatchReader(pairs, 4, 7, "dvae", Seen()), steps, workers) as batches:
+        with ImageTextLoader(BatchReader(pairs, 4, 7, "dvae", Sums()), steps, workers) as batches:
             return [batches(step) for step in range(first, steps)]
 
     steps = 2 * COUNT // 4  # two epochs
     whole = stream(0, 0, steps)
     assert stream(2, 0, 2) + stream(1, 2, steps) == whole
     for epoch in range(2):
-        seen = [sample for samples, *_ in whole for sample in samples if sample[0] == epoch]
+        seen = [sample for _, samples, *_ in whole for sample in samples if sample[0] == epoch]
         assert sorted(index for _, index in seen) == list(range(COUNT))
-
-
-def test_a_training_ends_above_the_fraction_of_bad_samples(tiny_configs, tmp_path, script):
-    (tmp_path / "set").mkdir()
-    for i in range(160):  # 130 are truncated
-        data = image(i, size=(40, 40))
-        (tmp_path / "set" / f"{i:03}.png").write_bytes(data if i % 16 < 3 else data[:50])
-        (tmp_path / "set" / f"{i:03}.txt").write_text(f"an image with the number {i}")
-    words = ["--config", tiny_configs / "dvae" / "shapes.yaml", "--data.path", "set", "--data.workers", "0"]
-    words += ["--train.batch-size", "40", "--eval-samples", "2", "--steps", "4"]
-    stopped = script("train_dvae", *words, "--out", "stopped")
-    assert stopped.code == 1
-    [message] = [line for line in stopped.err.splitlines() if line.startswith("error:")]
-    assert "truncated; each is named in stopped/bad_samples.jsonl" in message
-    bad, tried = map(int, re.match(r"error: (\d+) of (\d+) samples .*more than 1\.0%", message).groups())
-    assert 100 < bad < tried <= 160  # of those requested and those read in their place, some are good
-    assert len((tmp_path / "stopped" / "bad_samples.jsonl").read_text().splitlines()) > 100
-    done = script("train_dvae", *words, "--data.max-bad-fraction", "0.9", "--out", "done")
-    assert done.code == 0, done.err
-    assert (tmp_path / "done" / "checkpoints" / "latest").read_text().strip() == "step-00000004"
