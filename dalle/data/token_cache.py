@@ -25,8 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from dalle.io.files import read_json, sync
-from dalle.io.format import FORMAT, check_meta
+from dalle.io.files import FORMAT, check_meta, read_json, sync
 
 MAX_MAPPED = 4096  # a process may map some 65,000 files
 
