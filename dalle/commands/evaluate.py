@@ -99,10 +99,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         )
     report |= {name: getattr(args, name) for name in ("num_prompts", "seed", "temperature", "best_of")}
     context = EvalContext(args, model, clip)
-    if "clip" in args.metrics:
-        context.require_clip()
-    if "images" in args.metrics:
-        context.require_extractor()
+    context.check(args.metrics)
     report["provenance"] = context.provenance()
     for name in args.metrics:
         report[name] = METRICS[name](context)

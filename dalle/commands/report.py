@@ -61,19 +61,18 @@ def write_report(args: ReportArgs) -> Path:
     """
     from dalle.io.files import make_directory, write_text
     from dalle.report.context import ReportContext
-    from dalle.report.folder import scan_folder
     from dalle.report.page import render
     from dalle.report.sections import make_sections
 
-    contents = scan_folder(args.run)
-    out = args.out or contents.root / "report.html"
+    context = ReportContext(args)
+    out = args.out or context.root / "report.html"
     if out.is_dir():
         raise ValueError(f"{out} is a directory; expected the name of a file")
     make_directory(out.parent)
-    sections, missing = make_sections(ReportContext(contents, args))
+    sections, missing = make_sections(context)
     title = "/".join(args.run.resolve().parts[-2:])
-    other = "model" if contents.model else "evaluation" if contents.evaluations else "samples"
-    write_text(out, render(title, ", ".join(contents.runs) or other, sections, missing))
+    other = "model" if context.model_directory else "evaluation" if context.evaluations else "samples"
+    write_text(out, render(title, ", ".join(context.runs) or other, sections, missing))
     print(f"{out}: {len(sections)} sections, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
     for line in missing:
         print(f"left out: {line}".replace("\n", "\n    "))

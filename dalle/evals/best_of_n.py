@@ -32,7 +32,7 @@ def best_of_n(
 ) -> dict[int, float]:
     """Expected value (C, M) of the candidate with the highest score (C, M) among n, for each n.
 
-    Equal scores share their chances. By default the values are the scores, the ns powers of two.
+    Candidates of equal score get their mean value. By default the values are the scores.
     """
     scores = np.asarray(scores, dtype=np.float64)
     values = scores if values is None else np.asarray(values, dtype=np.float64)
@@ -42,16 +42,9 @@ def best_of_n(
         )
     if not (np.isfinite(scores).all() and np.isfinite(values).all()):
         raise ValueError("a score or value is not finite")
-    order = np.argsort(-scores, axis=1, kind="stable")
-    values = _average_ties(np.take_along_axis(scores, order, 1), np.take_along_axis(values, order, 1)).mean(0)
-    count = scores.shape[1]
-    return {n: float(values @ best_probabilities(count, n)) for n in ns or sizes(count)}
-
-
-def _average_ties(scores: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Candidates of equal score get their mean value."""
-    averaged = []
+    best_first = []
     for row_scores, row_values in zip(scores, values, strict=True):
-        _, group, count = np.unique(row_scores, return_inverse=True, return_counts=True)
-        averaged.append((np.bincount(group, row_values) / count)[group])
-    return np.stack(averaged)
+        _, group, size = np.unique(-row_scores, return_inverse=True, return_counts=True)
+        best_first.append(np.repeat(np.bincount(group, row_values) / size, size))
+    means, count = np.mean(best_first, axis=0), scores.shape[1]
+    return {n: float(means @ best_probabilities(count, n)) for n in ns or sizes(count)}

@@ -1,7 +1,7 @@
 """Evaluation context: the model, validation pairs, CLIP, feature extractor and provenance."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dalle.config import to_dict
-from dalle.data import DataConfig, open_dataset, sample_captions
+from dalle.data import open_dataset, sample_captions
 from dalle.evals.config import EvalConfig
 from dalle.evals.networks import INCEPTION_FILE, LPIPS, CLIPFeatures, Extractor, Inception
 from dalle.hub.registry import weights_hash
@@ -19,54 +19,6 @@ from dalle.pipelines.dalle import DALLE
 from dalle.types import Embedder, ImageTextBatch
 
 RESIZE = "shorter side by Pillow's Lanczos, then the middle square"
-
-
-class ValidationSet:
-    """The first usable validation pairs of a dataset, at most `count`; the seed chooses among captions."""
-
-    def __init__(self, data: DataConfig, resolution: int, count: int, batch: int, seed: int):
-        self.data = replace(data, resolution=resolution)
-        self.count, self.batch, self.seed = count, batch, seed
-        self.dataset = open_dataset(self.data, "held_out")
-
-    def batches(self, count: int | None = None) -> Iterator[ImageTextBatch]:
-        """The first `count` usable pairs (by default `self.count`); ValueError where there is none."""
-        index, found, count, size = 0, 0, count or self.count, self.dataset.size
-        while found < count and (size is None or index < size):
-            end = min(index + self.batch, index + count - found, size or 2**62)
-            batch = self.dataset.load([(0, i) for i in range(index, end)])
-            index, found = end, found + len(batch.samples)
-            if batch.samples:
-                yield batch
-        if not found:
-            raise ValueError(f"no usable validation pair in {self.data.path}; scripts/check_data.py says why")
-
-    def prompts(self, count: int) -> list[str]:
-        """One caption of each of the first pairs."""
-        return [caption for batch in self.batches(count) for caption in sample_captions(batch, self.seed)]
-
-    def labeled(self, classes: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels (B, 3, R, R) and labels int64 (B,) of the pairs whose caption names a class."""
-        numbers, found = {_normalized(name): i for i, name in enumerate(classes)}, False
-        for batch in self.batches():
-            named = [[numbers[c] for c in map(_normalized, one) if c in numbers] for one in batch.captions]
-            if any(named):
-                found = True
-                kept = [i for i, labels in enumerate(named) if labels]
-                yield torch.from_numpy(batch.pixels[kept]), torch.tensor([named[i][0] for i in kept])
-        if not found:
-            what = f"no validation caption of {self.data.path} is the name of a class"
-            raise ValueError(f"{what}, such as {classes[0]!r}; each caption must be a class")
-
-    def provenance(self) -> dict[str, Any]:
-        """What identifies the images."""
-        return {
-            "path": self.data.path,
-            "hash": self.dataset.hash,
-            "max_pairs": self.count,
-            "resolution": self.data.resolution,
-            "filters": to_dict(self.data.filters),
-        }
 
 
 def read_classes(path: Path) -> list[str]:
@@ -84,23 +36,18 @@ def _normalized(name: str) -> str:
     return " ".join(name.lower().split())
 
 
-@dataclass
 class EvalContext:
-    """A model with the data and networks that measure it."""
+    """A model with the validation pairs and networks that measure it; `clip` in place of its own CLIP."""
 
-    args: EvalConfig
-    model: DALLE
-    clip: Embedder | None = None  # measures in place of the model's own CLIP
-
-    def __post_init__(self):
-        layout, args = self.model.transformer.layout, self.args
+    def __init__(self, args: EvalConfig, model: DALLE, clip: Embedder | None = None):
+        layout = model.transformer.layout
         if layout.rows != layout.columns:
             raise ValueError(f"images are square, the model's grid is {layout.rows} x {layout.columns}")
-        resolution = layout.rows * self.model.dvae.downsample_factor
-        self.validation = ValidationSet(args.data, resolution, args.num_samples, args.batch, args.seed)
-        if self.clip is None and isinstance(self.model.scorer, Embedder):
-            self.clip = self.model.scorer
-        self.lpips = LPIPS(args.lpips_backbone, self.model.device) if args.lpips_backbone else None
+        self.args, self.model = args, model
+        self.clip = clip or (model.scorer if isinstance(model.scorer, Embedder) else None)
+        self.data = replace(args.data, resolution=layout.rows * model.dvae.downsample_factor)
+        self.dataset = open_dataset(self.data, "held_out")
+        self.lpips = LPIPS(args.lpips_backbone, model.device) if args.lpips_backbone else None
         self.classes = read_classes(args.classes) if args.classes else None
 
     @cached_property
@@ -108,30 +55,61 @@ class EvalContext:
         """Features for FID and IS, or None without --feature-extractor."""
         name = self.args.feature_extractor
         if name == "clip":
-            return CLIPFeatures(self.require_clip(), weights_hash(self.clip.model))
+            return CLIPFeatures(self.clip, weights_hash(self.clip.model))
         return Inception(Path(name), self.model.device) if name else None
 
-    def require_clip(self) -> Embedder:
-        """The CLIP that measures; ValueError without one."""
-        if self.clip is None:
+    def check(self, metrics: Sequence[str]) -> None:
+        """ValueError where a metric lacks its network."""
+        if self.clip is None and ("clip" in metrics or self.args.feature_extractor == "clip"):
             raise ValueError("the model has no CLIP to measure with; give OpenAI's by --clip FILE")
-        return self.clip
-
-    def require_extractor(self) -> Extractor:
-        """The feature extractor; ValueError without one."""
-        if self.extractor is None:
+        if "images" in metrics and not self.extractor:
             raise ValueError(INCEPTION_FILE)
-        return self.extractor
 
-    @cached_property
-    def prompts(self) -> list[str]:
-        """A caption of each of the first validation pairs, to sample images for."""
-        return self.validation.prompts(self.args.num_prompts)
+    def batches(self, count: int | None = None) -> Iterator[tuple[Tensor, ImageTextBatch]]:
+        """The first `count` usable validation pairs (by default --num-samples); ValueError for none.
+
+        Pixels (B, 3, R, R) are on the model's device.
+        """
+        index, found, count, size = 0, 0, count or self.args.num_samples, self.dataset.size or 2**62
+        while found < count and index < size:
+            end = min(index + self.args.batch, index + count - found, size)
+            batch = self.dataset.load([(0, i) for i in range(index, end)])
+            index, found = end, found + len(batch.samples)
+            if batch.samples:
+                yield torch.from_numpy(batch.pixels).to(self.model.device), batch
+        if not found:
+            raise ValueError(f"no usable validation pair in {self.data.path}; scripts/check_data.py says why")
 
     def pixels(self) -> Iterator[Tensor]:
-        """Validation images (B, 3, R, R) on the model's device."""
-        for batch in self.validation.batches():
-            yield torch.from_numpy(batch.pixels).to(self.model.device)
+        """Validation images."""
+        return (pixels for pixels, _ in self.batches())
+
+    def prompts(self) -> list[str]:
+        """One caption of each of the first --num-prompts pairs; the seed chooses among captions."""
+        batches = [batch for _, batch in self.batches(self.args.num_prompts)]
+        return [caption for batch in batches for caption in sample_captions(batch, self.args.seed)]
+
+    def labeled(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels (B, 3, R, R) and labels int64 (B,) of the pairs whose caption names a class."""
+        numbers, found = {_normalized(name): i for i, name in enumerate(self.classes)}, False
+        for pixels, batch in self.batches():
+            named = [[numbers[c] for c in map(_normalized, one) if c in numbers] for one in batch.captions]
+            if kept := [i for i, labels in enumerate(named) if labels]:
+                found = True
+                yield pixels[kept], torch.tensor([named[i][0] for i in kept])
+        if not found:
+            what = f"no validation caption of {self.data.path} is the name of a class"
+            raise ValueError(f"{what}, such as {self.classes[0]!r}; each caption must be a class")
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies the validation images."""
+        return {
+            "path": self.data.path,
+            "hash": self.dataset.hash,
+            "max_pairs": self.args.num_samples,
+            "resolution": self.data.resolution,
+            "filters": to_dict(self.data.filters),
+        }
 
     def provenance(self) -> dict[str, Any]:
         """Hashes of weights and data, sizes and versions that the numbers depend on."""
@@ -146,7 +124,7 @@ class EvalContext:
         }
         return {
             "hashes": {name: value for name, value in hashes.items() if value},
-            "data": self.validation.provenance(),
+            "data": self.facts(),
             "resize": {"images": RESIZE} | ({"features": extractor.resize} if extractor else {}),
             "versions": {"torch": torch.__version__, "pillow": PIL.__version__},
         }

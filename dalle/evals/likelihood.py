@@ -70,28 +70,20 @@ def bits_per_dim(
         log_q = dvae.codebook_logits(pixels).double().log_softmax(1).flatten(2).mT.cpu()  # (B, h * w, K)
         sampled = torch.multinomial(log_q.exp().flatten(0, 1), 1, generator=rng).view(log_q.shape[:2])
         entropy = torch.special.entr(log_q.exp()).sum((1, 2))
-        for name, tokens, h in (("argmax", log_q.argmax(2), 0 * entropy), ("sampled", sampled, entropy)):
-            nats = _negative_log_likelihoods(dvae, transformer, pixels, text_tokens, tokens.to(pixels.device))
-            means[name].add(nats | {"entropy_nats": h})
-    return {name: _with_bits(mean.values(), dims * math.log(2)) for name, mean in means.items()}
-
-
-def _negative_log_likelihoods(
-    dvae: DVAE, transformer: Transformer, pixels: Tensor, text_tokens: Tensor, tokens: Tensor
-) -> dict[str, Tensor]:
-    grid = tuple(side // dvae.downsample_factor for side in pixels.shape[2:])
-    mu, log_b = dvae.decoder(tokens.view(-1, *grid)).double().chunk(2, dim=1)
-    text, image_tokens = log_likelihood(transformer, transformer.layout.pack(text_tokens, tokens))
-    image = log_mass(pixels, mu, log_b).sum((1, 2, 3))
-    return {"image_nats": -image, "image_token_nats": -image_tokens, "text_nats": -text}
-
-
-def _with_bits(means: dict[str, float], nats_per_bit: float) -> dict[str, float]:
-    given_caption = means["image_nats"] + means["image_token_nats"] - means["entropy_nats"]
-    return means | {
-        "bits_per_dim": (given_caption + means["text_nats"]) / nats_per_bit,
-        "bits_per_dim_given_caption": given_caption / nats_per_bit,
-    }
+        for name, ids, h in (("argmax", log_q.argmax(2), 0 * entropy), ("sampled", sampled, entropy)):
+            tokens = ids.to(pixels.device)
+            grid = tuple(side // dvae.downsample_factor for side in pixels.shape[2:])
+            mu, log_b = dvae.decoder(tokens.view(-1, *grid)).double().chunk(2, dim=1)
+            text, image_tokens = log_likelihood(transformer, transformer.layout.pack(text_tokens, tokens))
+            image = log_mass(pixels, mu, log_b).sum((1, 2, 3))
+            means[name].add({"image_nats": -image, "image_token_nats": -image_tokens})
+            means[name].add({"text_nats": -text, "entropy_nats": h})
+    report = {name: mean.values() for name, mean in means.items()}
+    for nats in report.values():
+        given_caption = nats["image_nats"] + nats["image_token_nats"] - nats["entropy_nats"]
+        nats["bits_per_dim"] = (given_caption + nats["text_nats"]) / (dims * math.log(2))
+        nats["bits_per_dim_given_caption"] = given_caption / (dims * math.log(2))
+    return report
 
 
 def log_mass(pixels: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:

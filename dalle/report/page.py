@@ -12,16 +12,13 @@ from typing import Any
 
 import matplotlib
 from jinja2 import Environment, FileSystemLoader
-from matplotlib import figure
 from PIL import Image
 
 from dalle.hub.model_card import format_value
-from dalle.viz.curves import label_axis
+from dalle.viz.curves import Lines, metric_points, metrics_figure
 
 LOSSLESS = 600
-MAX_VALUE = 1e100  # of a plotted value; JSON may hold integers beyond any float
 SVG_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "report", "path.simplify_threshold": 1.0}
-Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -63,29 +60,15 @@ def image_figure(image: Image.Image, alt: str, caption: str = "", css: str = "")
 
 
 def curve_figure(
-    title: str, curves: dict[str, tuple[Points, str]], x_label: str = "step", log2: bool = False
+    title: str, metric: str, lines: Lines, x_label: str = "step", log2: bool = False
 ) -> Figure | None:
-    """A chart of {name: (points, style)} as SVG; None without a finite point.
-
-    The style is matplotlib's, such as "-" or "o-"; "level" is a dotted line at the first y.
-    """
-    plot = figure.Figure(figsize=(4.2, 2.6), layout="constrained")
-    axis, plotted = plot.subplots(), 0
-    for name, (points, style) in curves.items():
-        finite = [(x, y) for x, y in points if abs(x) < MAX_VALUE and abs(y) < MAX_VALUE]  # false for NaN
-        if finite and style == "level":
-            axis.axhline(finite[0][1], linestyle=":", color="grey", label=name)
-        elif finite:
-            plotted += 1
-            style = "o-" if len(finite) == 1 else style
-            axis.plot(*zip(*finite, strict=True), style, markersize=3, linewidth=1.2, label=name)
-    if not plotted:
+    """A chart of a metric in log lines as SVG; None without a finite point of training or validation."""
+    if not (metric_points(lines, metric) or metric_points(lines, f"val/{metric}")):
         return None
+    plot = metrics_figure([(title, metric, {metric: lines})])
+    plot.axes[0].set_xlabel(x_label)
     if log2:
-        axis.set_xscale("log", base=2)
-    if len(curves) > 1:
-        axis.legend(fontsize=7)
-    label_axis(axis, title, x_label)
+        plot.axes[0].set_xscale("log", base=2)
     buffer = BytesIO()
     with matplotlib.rc_context(SVG_STYLE):
         plot.savefig(buffer, format="svg", metadata={"Date": None})

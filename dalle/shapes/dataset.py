@@ -94,20 +94,17 @@ class Scene:
 
 def sample_scene(rng: np.random.Generator, split: str) -> Scene:
     """A scene of the split: two things in two thirds of the cases, all colors in it different."""
-    scene = _sample_any(rng)
-    while scene.split != split:
-        scene = _sample_any(rng)
-    return scene
-
-
-def _sample_any(rng: np.random.Generator) -> Scene:
-    background, *colors = rng.permutation(list(COLORS))[:3].tolist()
-    shapes = [SHAPES[i] for i in rng.integers(len(SHAPES), size=2)]
-    things = tuple(Thing(c, s) for c, s in zip(colors, shapes, strict=True))
-    if rng.random() < 2 / 3:
-        return Scene(background, things, relation=RELATIONS[rng.integers(2)])
-    place = list(PLACES)[rng.integers(len(PLACES))]
-    return Scene(background, things[:1], place=place, size=SIZES[rng.integers(2)])
+    while True:
+        background, *colors = rng.permutation(list(COLORS))[:3].tolist()
+        shapes = [SHAPES[i] for i in rng.integers(len(SHAPES), size=2)]
+        things = tuple(map(Thing, colors, shapes))
+        if rng.random() < 2 / 3:
+            scene = Scene(background, things, relation=RELATIONS[rng.integers(2)])
+        else:
+            place = list(PLACES)[rng.integers(len(PLACES))]
+            scene = Scene(background, things[:1], place=place, size=SIZES[rng.integers(2)])
+        if scene.split == split:
+            return scene
 
 
 def change_one_attribute(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -122,13 +119,11 @@ def change_one_attribute(scene: Scene, rng: np.random.Generator) -> Scene:
         return _with_thing(scene, which, color=_other(COLORS, used, rng))
     if attribute == "shape":
         return other_shape(scene, which, rng)
-    if attribute == "place":
-        return replace(scene, place=_other(PLACES, {scene.place}, rng))
-    if attribute == "size":
-        return replace(scene, size=_other(SIZES, {scene.size}, rng))
-    turned = replace(scene, relation=_other(RELATIONS, {scene.relation}, rng))
-    swapped = replace(scene, things=scene.things[::-1])
-    return (turned, swapped)[rng.integers(2)]
+    values = {"relation": RELATIONS, "place": PLACES, "size": SIZES}[attribute]
+    changed = replace(scene, **{attribute: _other(values, {getattr(scene, attribute)}, rng)})
+    if attribute == "relation" and rng.integers(2):
+        return replace(scene, things=scene.things[::-1])
+    return changed
 
 
 def other_shape(scene: Scene, which: int, rng: np.random.Generator) -> Scene:

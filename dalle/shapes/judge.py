@@ -6,12 +6,15 @@ The judge sees the pixels alone. It detects the background and the objects, pars
 2. squares of one other name are seeds; edges, where colors mix to resemble a third, are too thin or too far
    from it;
 3. the pixels around a seed that are nearer to its color than to the others in the image are an object;
-4. the shape with the best overlap is the object's shape (template_match.py).
+4. every shape is laid over an object at nearby positions and sizes, sharp and blurred; the best overlap names
+   the object's shape, if it is good and clearly better than the second shape's.
 
     B images, N objects in them, C colors, M pairs of an image and a color in it, W working resolution
+    S shapes, P poses of a shape, F samples per side of the frame that an object is sampled in
 """
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import permutations
 
 import numpy as np
@@ -19,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle.shapes.dataset import CELLS, COLORS, GRID, PLACES, SHAPES, Scene, parse_caption
-from dalle.shapes.template_match import match_shapes
+from dalle.shapes.dataset import CELLS, COLORS, GRID, PLACES, SHAPES, Scene, parse_caption, signed_distance
+from dalle.types import check_images
 
 WORKING = 48  # W; lengths below are in pixels of this resolution
 BORDER = 2  # width of the border that names the background
@@ -31,6 +34,16 @@ PALETTE = torch.tensor(list(COLORS.values())) / 255  # (C, 3)
 MAX_COLOR_ERROR = 0.21  # RGB in [0, 1]; a mixture of red and blue is 0.217 from purple
 MIN_AREA = 0.03  # of an object; the smallest in the dataset covers 0.09 of the image
 MAX_CLUTTER = 2 / 144  # area of neither background nor object: two patches of a 12 x 12 grid
+MIN_OVERLAP = 0.88  # intersection over union: rendered shapes have at least 0.95, a circle over a square 0.84
+MAX_DOUBT = 0.65  # (1 - best overlap) / (1 - second best)
+
+# Lengths below are in square roots of the object's area.
+FRAME = 32  # F
+FRAME_RADIUS = 1.1  # the tip of a triangle is 0.94 from its centroid
+FRAME_LINE = (((np.arange(FRAME) + 0.5) / FRAME * 2 - 1) * FRAME_RADIUS).astype(np.float32)  # of samples
+SCALES = (0.92, 0.96, 1.0, 1.04, 1.08)  # of the size from the object's area
+SHIFTS = (-0.1, -0.05, 0.0, 0.05, 0.1)  # from the object's centroid
+BLURS = (0.0, 0.07, 0.14)  # standard deviations
 
 
 @dataclass(frozen=True)
@@ -102,12 +115,10 @@ def _object_errors(objects: tuple[DetectedObject, ...], scene: Scene) -> list[st
 def detect(pixels: np.ndarray | Tensor, batch_size: int = 256) -> list[Detection]:
     """What B images show; arguments and errors as for `matches_caption`."""
     pixels = pixels.detach().cpu() if isinstance(pixels, Tensor) else torch.from_numpy(np.array(pixels))
-    if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3] or pixels.shape[2] < 32:
+    if len(pixels):
+        check_images(pixels)
+    if pixels.shape[2] != pixels.shape[3] or pixels.shape[2] < 32:
         raise ValueError(f"pixels of shape {tuple(pixels.shape)}; expected (B, 3, R, R) with R at least 32")
-    if not pixels.is_floating_point():
-        raise ValueError(f"pixels of type {pixels.dtype}; expected floats in [0, 1]: divide by 255")
-    if not ((pixels >= 0) & (pixels <= 1)).all():  # also false for NaN
-        raise ValueError(f"pixels from {pixels.min():.3g} to {pixels.max():.3g}; expected floats in [0, 1]")
     return [found for batch in pixels.float().split(batch_size) for found in _detect(batch)]
 
 
@@ -123,8 +134,15 @@ def _detect(pixels: Tensor) -> list[Detection]:
     image, name, tint, masks = _segment(pixels, errors, background)
 
     occupied = torch.zeros(names.shape).index_add_(0, image, masks.float())  # (B, W, W)
-    own = _with_rim(masks, occupied[image] > masks.float())
-    shape, poses = match_shapes(_coverage(pixels[image], base[image], tint) * own)
+    own, near, far = masks, masks, occupied[image] > masks.float()
+    for _ in range(RIM):  # with the rim that is nearer to the object than to the image's others
+        near, far = _max_pool(near, 1), _max_pool(far, 1)
+        own = own | (near & ~far)
+    # Position of each pixel on the line from the color of the background to that of the object.
+    base = base[image]
+    along = (tint - base) / (tint - base).square().sum(1, keepdim=True)
+    cover = torch.einsum("nchw,nc->nhw", pixels[image] - base[:, :, None, None], along).clamp(0, 1)
+    shape, poses = match_shapes(cover * own)
     clutter = ((names != background[:, None, None]) & ~_max_pool(occupied > 0, RIM)).float().mean((1, 2))
 
     colors, shapes = list(COLORS), [*SHAPES, None]
@@ -137,19 +155,15 @@ def _detect(pixels: Tensor) -> list[Detection]:
     ]
 
 
-def _distance(a: Tensor, b: Tensor) -> Tensor:
-    """Of colors, along dimension 1; ten times as fast as torch's norm."""
-    return (a - b).square().sum(1).sqrt()
-
-
-def _mean_color(pixels: Tensor, mask: Tensor) -> Tensor:
-    """(N, 3, W, W) and bool (N, W, W) -> (N, 3)."""
-    return (pixels * mask[:, None]).sum((2, 3)) / mask.sum((1, 2))[:, None]
-
-
 def _segment(pixels: Tensor, errors: Tensor, background: Tensor) -> tuple[Tensor, ...]:
     """Objects: image (N,) of each, its color name (N,), mean color (N, 3), and mask, bool (N, W, W)."""
-    image, name, tint, seeds = _find_seeds(pixels, errors, background)
+    error, names = errors.min(1)
+    plain = (_max_pool(names, SEED // 2) == -_max_pool(-names, SEED // 2)) & (error <= MAX_COLOR_ERROR)
+    plain &= names != background[:, None, None]
+    centers = torch.stack([plain & (names == color) for color in range(len(COLORS))], 1)  # of seeds
+    image, name = centers.flatten(2).any(2).nonzero().T  # (M,)
+    seeds = centers[image, name]  # (M, W, W)
+    tint = _mean_color(pixels[image], seeds)
     seen = F.one_hot(background, len(COLORS)).bool()  # (B, C)
     seen[image, name] = True
     nearest = errors.masked_fill(~seen[:, :, None, None], torch.inf).min(1).indices
@@ -164,18 +178,14 @@ def _segment(pixels: Tensor, errors: Tensor, background: Tensor) -> tuple[Tensor
     return image[plane], name[plane], tint[plane], masks[large]
 
 
-def _find_seeds(pixels: Tensor, errors: Tensor, background: Tensor) -> tuple[Tensor, ...]:
-    """Colors other than the background that fill a SEED x SEED square.
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """Of colors, along dimension 1; ten times as fast as torch's norm."""
+    return (a - b).square().sum(1).sqrt()
 
-    Image (M,) of each, color name (M,), mean color (M, 3), centers of the squares, bool (M, W, W).
-    """
-    error, names = errors.min(1)
-    plain = (_max_pool(names, SEED // 2) == -_max_pool(-names, SEED // 2)) & (error <= MAX_COLOR_ERROR)
-    plain &= names != background[:, None, None]
-    centers = torch.stack([plain & (names == color) for color in range(len(COLORS))], 1)
-    image, name = centers.flatten(2).any(2).nonzero().T
-    seeds = centers[image, name]
-    return image, name, _mean_color(pixels[image], seeds), seeds
+
+def _mean_color(pixels: Tensor, mask: Tensor) -> Tensor:
+    """(N, 3, W, W) and bool (N, W, W) -> (N, 3)."""
+    return (pixels * mask[:, None]).sum((2, 3)) / mask.sum((1, 2))[:, None]
 
 
 def _connected_regions(mask: Tensor) -> Tensor:
@@ -188,21 +198,6 @@ def _connected_regions(mask: Tensor) -> Tensor:
         regions = spread
 
 
-def _with_rim(masks: Tensor, others: Tensor) -> Tensor:
-    """Each object with the rim that is nearer to it than to the image's other objects, bool (N, W, W)."""
-    own, near, far = masks, masks, others
-    for _ in range(RIM):
-        near, far = _max_pool(near, 1), _max_pool(far, 1)
-        own = own | (near & ~far)
-    return own
-
-
-def _coverage(pixels: Tensor, base: Tensor, tint: Tensor) -> Tensor:
-    """Position of each pixel on the line from `base` to `tint`, (N, W, W) in [0, 1]."""
-    along = (tint - base) / (tint - base).square().sum(1, keepdim=True)
-    return torch.einsum("nchw,nc->nhw", pixels - base[:, :, None, None], along).clamp(0, 1)
-
-
 def _max_pool(x: Tensor, radius: int) -> Tensor:
     """Maximum over the square of `radius` around each pixel, (B, W, W) of any type; thirty times as fast on a
     CPU as torch's."""
@@ -212,3 +207,62 @@ def _max_pool(x: Tensor, radius: int) -> Tensor:
             target = x.narrow(dim, to, WORKING - 1)
             torch.maximum(target, source.narrow(dim, start, WORKING - 1), out=target)
     return x
+
+
+def match_shapes(cover: Tensor) -> tuple[Tensor, Tensor]:
+    """Shape and pose of each object, from how much of each pixel it covers (N, W, W) in [0, 1].
+
+    Overlap is intersection over union, |a b| / (|a|^2 + |b|^2 - |a b|) for soft masks. Gives the index into
+    SHAPES (N,), -1 for none of them; center x, center y and extent (N, 3) in image widths.
+    """
+    line = (torch.arange(cover.shape[1]) + 0.5) / cover.shape[1]
+    weight = cover / cover.sum((1, 2), keepdim=True)  # (N, W, W)
+    centroid = torch.stack([weight.sum(1) @ line, weight.sum(2) @ line], 1)  # (N, 2) x, y
+    unit = cover.mean((1, 2)).sqrt()  # (N,)
+
+    frame = torch.from_numpy(np.stack(np.meshgrid(FRAME_LINE, FRAME_LINE), -1))  # (F, F, 2) x, y
+    points = centroid[:, None, None] + unit[:, None, None, None] * frame
+    framed = F.grid_sample(cover[:, None], 2 * points - 1, align_corners=False).flatten(1)  # (N, F * F)
+    templates, poses = _templates()
+    both = torch.einsum("nf,spf->nsp", framed, templates)
+    either = framed.square().sum(1)[:, None, None] + templates.square().sum(2) - both
+    overlap, pose = (both / either).max(2)  # (N, S)
+    first, second = overlap.topk(2).values.T  # (N,)
+    good = (first >= MIN_OVERLAP) & (1 - first <= MAX_DOUBT * (1 - second))
+
+    best = overlap.argmax(1)
+    boxes = poses[best, pose[torch.arange(len(best)), best]] * unit[:, None]
+    boxes[:, :2] += centroid
+    return torch.where(good, best, -1), boxes
+
+
+@cache
+def _templates() -> tuple[Tensor, Tensor]:
+    """Coverage (S, P, F * F) and poses (S, P, 3) of the shapes, of area about 1 near the origin."""
+    x, y = FRAME_LINE[None, :], FRAME_LINE[:, None]
+    softness = 2 * FRAME_RADIUS / FRAME  # an edge is as wide as a sample
+    poses = np.array([_poses(shape) for shape in SHAPES])  # (S, P, 3)
+    covers = []
+    for shape, (cx, cy, extent) in zip(SHAPES, poses.transpose(0, 2, 1)[..., None, None], strict=True):
+        distance = signed_distance(shape, (x - cx) / extent, (y - cy) / extent) * extent  # (P, F, F)
+        covers.append(np.clip(0.5 - distance / softness, 0, 1))
+    templates = np.concatenate([blur @ np.array(covers) @ blur for blur in map(_blur_matrix, BLURS)], 1)
+    poses = np.tile(poses, (1, len(BLURS), 1))
+    return torch.from_numpy(templates).float().flatten(2), torch.from_numpy(poses).float()
+
+
+def _poses(shape: str) -> list[tuple[float, float, float]]:
+    """Center x, center y and extent of the shape of area 1 about the origin, shifted and scaled."""
+    line = (np.arange(400) + 0.5) / 400 - 0.5
+    rows, columns = np.nonzero(signed_distance(shape, line[None, :], line[:, None]) < 0)
+    extent = np.sqrt(line.size**2 / len(rows))
+    x, y = -extent * line[columns].mean(), -extent * line[rows].mean()
+    return [(x + dx, y + dy, extent * scale) for scale in SCALES for dx in SHIFTS for dy in SHIFTS]
+
+
+def _blur_matrix(deviation: float) -> np.ndarray:
+    """The matrix (F, F) that blurs a row of the frame by a Gaussian."""
+    if deviation == 0:
+        return np.eye(FRAME)
+    kernel = np.exp(-((FRAME_LINE[:, None] - FRAME_LINE) ** 2) / (2 * deviation**2))
+    return kernel / kernel.sum(1).max()

@@ -23,12 +23,11 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.layout import TokenLayout
-from dalle.nn.attention import SparseMask
-from dalle.nn.blocks import TransformerBlock
 from dalle.pipelines.dalle import DALLE
 from dalle.transformer import Transformer
 from dalle.transformer.generate import inference_autocast
 from dalle.viz.curves import figure_image
+from dalle.viz.masks import query_at
 
 
 class LayerWeights(NamedTuple):
@@ -45,23 +44,20 @@ def attention_weights(model: Transformer, ids: Tensor) -> Iterator[LayerWeights]
 
     A layer of the paper's model takes 0.4 GB.
     """
-    _check(model)
+    if not isinstance(model, Transformer):
+        raise ValueError(f"attention plots need this library's Transformer, got {type(model).__name__}")
     model.layout.unpack(ids)
     x = model.embed(model.layout.shift(ids)[:, : ids.shape[1]])  # (B, n, D)
     for number, (layer, kind) in enumerate(zip(model.layers, model.config.kinds, strict=True)):
+        block, pattern, length = layer.attention, model.patterns[kind], x.shape[1]
+        mask = pattern.dense(x.device)[:length, :length]
         with inference_autocast(model):
-            weights = _weights(layer, x, model.patterns[kind])
-            x = layer(x, model.patterns[kind], "dense")
+            qkv = block.f.qkv(block.norm(x))
+            q, k, _ = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=block.f.heads)
+            scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
+            weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+            x = layer(x, pattern, "dense")
         yield LayerWeights(number, kind, weights)
-
-
-def _weights(layer: TransformerBlock, x: Tensor, pattern: SparseMask) -> Tensor:
-    block, length = layer.attention, x.shape[1]
-    qkv = block.f.qkv(block.norm(x))
-    q, k, _ = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=block.f.heads)
-    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
-    mask = pattern.dense(x.device)[:length, :length]
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
 
 class AttentionShares(NamedTuple):
@@ -99,14 +95,10 @@ def plot_attention(
         positions: (row, column) of the tokens; by default three in the middle column.
         layers: indices of layers; by default the last one of each kind.
     """
-    _check(model.transformer)
     layout, kinds = model.transformer.layout, model.transformer.config.kinds
     positions = positions or [(layout.rows * part // 4, layout.columns // 2) for part in (1, 2, 3)]
     chosen = sorted({kind: i for i, kind in enumerate(kinds)}.values()) if layers is None else list(layers)
-    for row, column in positions:
-        if not (0 <= row < layout.rows and 0 <= column < layout.columns):
-            size = f"{layout.rows} x {layout.columns}"
-            raise ValueError(f"position must be in the {size} grid, got ({row}, {column})")
+    queries = [query_at(layout, *position) for position in positions]
     if not chosen or not all(0 <= layer < len(kinds) for layer in chosen):
         raise ValueError(f"layers must be from 0 to {len(kinds) - 1}, got {chosen}")
     tokens = image.reshape(1, -1).to(model.device) if isinstance(image, Tensor) else model.encode(image)
@@ -121,8 +113,7 @@ def plot_attention(
     for layer, kind, weights in attention_weights(model.transformer, ids):
         if layer in chosen:
             row_axes, means = next(axes), weights[0].mean(0)
-            queries = [means[layout.text_len + row * layout.columns + column] for row, column in positions]
-            shares = [attention_shares(query, layout, len(words) - 1) for query in queries]
+            shares = [attention_shares(means[query], layout, len(words) - 1) for query in queries]
             row_axes[0].set_ylabel(f"{kind}, layer {layer + 1}", fontsize=9)
             for axis, share, position in zip(row_axes, shares, positions, strict=False):
                 _plot_image_attention(axis, pixels, share, position)
@@ -162,8 +153,3 @@ def attention_heatmap(weights: Tensor) -> Image.Image:
     root = weights.float().clamp(min=0).sqrt().cpu().numpy()
     colors = colormaps["inferno"](root / max(float(root.max()), 1e-12))[..., :3]
     return Image.fromarray((colors * 255).astype(np.uint8))
-
-
-def _check(model: Any) -> None:
-    if not isinstance(model, Transformer):
-        raise ValueError(f"attention plots need this library's Transformer, got {type(model).__name__}")

@@ -38,7 +38,7 @@ def decode_codebook(
     middle = slice(around * token, (around + 1) * token)
     images = []
     for part in tqdm(chosen.split(batch), desc="codes", unit="batch", disable=None, leave=False):
-        grids = part[:, None].expand(-1, side * side).to(_device(model))
+        grids = part[:, None].expand(-1, side * side).to(next(model.parameters()).device)
         images.append(model.decode(grids, (side, side))[:, :, middle, middle].float().cpu())
     return torch.cat(images)
 
@@ -83,7 +83,7 @@ def count_codes(model: ImageTokenizer, batches: Iterable[Tensor]) -> Tensor:
     """Uses of each code in batches of pixels (B, 3, H, W) in [0, 1]: int64 (K,)."""
     counts = torch.zeros(model.vocab_size, dtype=torch.int64)
     for pixels in batches:
-        tokens = model.encode(pixels.to(_device(model))).flatten().cpu()
+        tokens = model.encode(pixels.to(next(model.parameters()).device)).flatten().cpu()
         counts += torch.bincount(tokens, minlength=model.vocab_size)
     return counts
 
@@ -94,9 +94,8 @@ def plot_code_usage(counts: Tensor) -> Image.Image:
     shares = counts.double().sort(descending=True).values / counts.sum()
     figure = Figure(figsize=(5.4, 2.8), layout="constrained")
     axis = figure.subplots()
-    axis.step(
-        range(1, len(counts) + 1), shares.numpy(), where="mid", color="#2d6cb5", label="share of the tokens"
-    )
+    ranks, label = range(1, len(counts) + 1), "share of the tokens"
+    axis.step(ranks, shares.numpy(), where="mid", color="#2d6cb5", label=label)
     axis.axhline(1 / len(counts), linestyle=":", color="grey", label="uniform")
     if usage["codebook_used"] > 1:
         axis.set_yscale("log")
@@ -115,7 +114,7 @@ def plot_reconstructions(model: DVAE, pixels: Tensor, tau: float = 1 / 16, seed:
     if not isinstance(model, DVAE):
         raise ValueError(f"relaxed codes need a DVAE, got {type(model).__name__}; use decode(encode(pixels))")
     check_images(pixels, model.downsample_factor)
-    pixels = pixels.to(_device(model))
+    pixels = pixels.to(next(model.parameters()).device)
     with torch.random.fork_rng(devices=[]):  # Gumbel noise uses torch's global CPU generator
         torch.manual_seed(seed)
         _, relaxed, hard = dvae_scores(model, pixels, tau)
@@ -125,7 +124,3 @@ def plot_reconstructions(model: DVAE, pixels: Tensor, tau: float = 1 / 16, seed:
     columns = zip(names, (pixels, relaxed, hard, difference), strict=True)
     cells = [(name, image_grid([[one] for one in to_pil(images)], scale)) for name, images in columns]
     return captioned_grid(cells, columns=4)
-
-
-def _device(model: ImageTokenizer) -> torch.device:
-    return next(model.parameters()).device

@@ -18,6 +18,7 @@ CURVES = {
     "clip": ["loss", "image_to_text_acc"],
 }
 """Metrics plotted by default, by the kind of model that a run trains."""
+MAX_VALUE = 1e100  # of a plotted value; JSON may hold integers beyond any float
 Lines = list[dict[str, Any]]
 
 
@@ -44,8 +45,10 @@ def plot_curves(
         smooth: weight of the previous average in the moving average of training values, in [0, 1).
         chance: a dotted line at the value of an uninformed model.
     """
-    named = runs if isinstance(runs, Mapping) else dict(zip(run_names(runs), runs, strict=True))
-    logs = {name: read_lines(run) for name, run in named.items()}
+    if not isinstance(runs, Mapping):
+        names = [(run.parent if run.suffix == ".jsonl" else run).resolve().name for run in runs]
+        runs = dict(zip(names if len(set(names)) == len(names) else map(str, runs), runs, strict=True))
+    logs = {name: read_lines(run) for name, run in runs.items()}
     logged = {name for lines in logs.values() for line in lines for name in line} - {"step"}
     known = dict.fromkeys(name for names in CURVES.values() for name in names)
     chosen = list(metrics) or [name for name in known if name in logged]
@@ -53,10 +56,8 @@ def plot_curves(
         raise ValueError(f"no run has {unknown[0]!r} in its log; there are {', '.join(sorted(logged))}")
     if not chosen:
         raise ValueError("the logs are empty: no step is logged yet")
-    figure = Figure(figsize=(4.5 * min(3, len(chosen)), 3.2 * -(-len(chosen) // 3)), layout="constrained")
-    for number, name in enumerate(chosen, 1):
-        axis = figure.add_subplot(-(-len(chosen) // 3), min(3, len(chosen)), number)
-        _plot_metric(axis, logs, name, smooth, chance)
+    figure = metrics_figure([(name, name, logs) for name in chosen], smooth, chance)
+    for axis in figure.axes:
         axis.set_xscale("log" if log_x else "linear")
         axis.set_yscale("log" if log_y else "linear")
     if len(logs) > 1:
@@ -65,15 +66,33 @@ def plot_curves(
 
 
 def plot_losses(runs: Mapping[str, Path]) -> Image.Image:
-    """A row of curves for each run, {kind: directory} of "dvae", "transformer", "clip"."""
-    width = max(len(CURVES[kind]) for kind in runs)
-    figure = Figure(figsize=(4 * width, 2.6 * len(runs)), layout="constrained")
-    for row, (kind, folder) in enumerate(runs.items()):
-        logs = {kind: read_lines(folder)}
-        for column, name in enumerate(CURVES[kind], 1):
-            axis = figure.add_subplot(len(runs), width, row * width + column)
-            _plot_metric(axis, logs, name, title=f"{kind}: {name}")
-    return figure_image(figure)
+    """A panel for each loss of each run, {kind: directory} of "dvae", "transformer", "clip"."""
+    logs = {kind: {kind: read_lines(folder)} for kind, folder in runs.items()}
+    return figure_image(
+        metrics_figure([(f"{kind}: {name}", name, logs[kind]) for kind in runs for name in CURVES[kind]])
+    )
+
+
+def metrics_figure(
+    panels: Sequence[tuple[str, str, Mapping[str, Lines]]], smooth: float = 0.0, chance: bool = True
+) -> Figure:
+    """Three panels a row, each (title, metric, {run: log}): training as a line, validation as dots."""
+    columns, rows = min(3, len(panels)), -(-len(panels) // 3)
+    figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
+    for number, (title, name, logs) in enumerate(panels):
+        axis = figure.add_subplot(rows, columns, number + 1)
+        for run, (label, lines) in enumerate(logs.items()):
+            color = f"C{run % 10}"
+            if trained := metric_points(lines, name):
+                steps, values = zip(*trained, strict=True)
+                style = "o-" if len(trained) < 16 else "-"
+                axis.plot(steps, smoothed(values, smooth), style, ms=3, lw=1, color=color, label=label)
+            if measured := metric_points(lines, f"val/{name}"):
+                axis.plot(*zip(*measured, strict=True), "o--", ms=3, lw=0.6, color=color)
+            if chance and (known := metric_points(lines, f"baseline/{name}")):
+                axis.axhline(known[0][1], linestyle=":", lw=1, color=color)
+        label_axis(axis, title, "step")
+    return figure
 
 
 def plot_gradient_scales(run: Path) -> Image.Image:
@@ -107,8 +126,9 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
 
 
 def metric_points(lines: Lines, name: str) -> list[tuple[int, float]]:
-    """(step, value) of a metric, where the log has it."""
-    return [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
+    """(step, value) of a metric, where the log has a finite one."""
+    points = [(line["step"], line.get(name)) for line in lines]
+    return [p for p in points if all(isinstance(one, int | float) and abs(one) < MAX_VALUE for one in p)]
 
 
 def read_lines(run: Path) -> Lines:
@@ -119,30 +139,8 @@ def read_lines(run: Path) -> Lines:
     return read_log(path)
 
 
-def run_names(runs: Sequence[Path]) -> list[str]:
-    """Names of directories; whole paths where two have the same name."""
-    names = [(run.parent if run.suffix == ".jsonl" else run).resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run) for run in runs]
-
-
 def label_axis(axis: Any, title: str, x_label: str) -> None:
     """Title, label of the horizontal axis, and a pale grid."""
     axis.set_title(title, fontsize=9)
     axis.set_xlabel(x_label, fontsize=8)
     axis.grid(alpha=0.3)
-
-
-def _plot_metric(
-    axis: Any, logs: Mapping[str, Lines], name: str, smooth: float = 0.0, chance: bool = True, title: str = ""
-) -> None:
-    """One metric of every run that has it: training as a line, validation as dots, chance dotted."""
-    for number, (label, lines) in enumerate(logs.items()):
-        color = f"C{number % 10}"
-        if trained := metric_points(lines, name):
-            steps, values = zip(*trained, strict=True)
-            axis.plot(steps, smoothed(values, smooth), linewidth=1, color=color, label=label)
-        if measured := metric_points(lines, f"val/{name}"):
-            axis.plot(*zip(*measured, strict=True), "o--", markersize=3, linewidth=0.6, color=color)
-        if chance and (known := metric_points(lines, f"baseline/{name}")):
-            axis.axhline(known[0][1], linestyle=":", linewidth=1, color=color)
-    label_axis(axis, title or name, "step")

@@ -35,22 +35,18 @@ def plot_mask(
     mask = pattern.dense(torch.device("cpu"))
     if transposed:
         mask = pattern.to_column_major(pattern.to_column_major(mask).T).T  # keys, then queries
-    colors = _colors(mask, torch.arange(layout.seq_len) < layout.text_len)
-    return _tiles(colors, cell, SIDE)
+    return _tiles(_colors(mask, torch.arange(layout.seq_len) < layout.text_len), cell, SIDE)
 
 
 def plot_figure_11(layout: TokenLayout = FIGURE_11, kernel: int = 3, cell: int | None = None) -> Image.Image:
     """The four masks of Figure 11 with their names: row, column, column transposed, causal convolution."""
-    names = {
-        "(a) row": ("row", False),
-        "(b) column": ("column", False),
-        "(c) column, image positions transposed": ("column", True),
-        f"(d) causal convolution, {kernel} x {kernel}": ("conv", False),
-    }
-    cells = [
-        (name, plot_mask(kind, layout, kernel, transposed, cell))
-        for name, (kind, transposed) in names.items()
+    masks = [
+        ("(a) row", "row", False),
+        ("(b) column", "column", False),
+        ("(c) column, image positions transposed", "column", True),
+        (f"(d) causal convolution, {kernel} x {kernel}", "conv", False),
     ]
+    cells = [(name, plot_mask(kind, layout, kernel, columns, cell)) for name, kind, columns in masks]
     return captioned_grid(cells, columns=2)
 
 
@@ -58,15 +54,19 @@ def plot_receptive_field(
     kind: str, layout: TokenLayout, row: int, column: int, kernel: int = 11, cell: int | None = None
 ) -> Image.Image:
     """Image positions visible to the query at (row, column), on the image grid; the query itself is red."""
-    if not (0 <= row < layout.rows and 0 <= column < layout.columns):
-        size = f"{layout.rows} x {layout.columns}"
-        raise ValueError(f"position must be in the {size} grid, got ({row}, {column})")
-    keys = torch.arange(layout.num_image_tokens) + layout.text_len
-    query = layout.text_len + row * layout.columns + column
+    keys, query = torch.arange(layout.num_image_tokens) + layout.text_len, query_at(layout, row, column)
     mask = visible(kind, layout, kernel)(torch.tensor(query), keys).view(layout.grid)
     colors = _colors(mask, torch.zeros(layout.columns, dtype=torch.bool))
     colors[row, column] = QUERY
     return _tiles(colors, cell, 192)
+
+
+def query_at(layout: TokenLayout, row: int, column: int) -> int:
+    """The position that predicts the image token at (row, column)."""
+    if not (0 <= row < layout.rows and 0 <= column < layout.columns):
+        size = f"{layout.rows} x {layout.columns}"
+        raise ValueError(f"position must be in the {size} grid, got ({row}, {column})")
+    return layout.text_len + row * layout.columns + column
 
 
 def _colors(mask: Tensor, is_text: Tensor) -> np.ndarray:
@@ -78,8 +78,7 @@ def _colors(mask: Tensor, is_text: Tensor) -> np.ndarray:
 def _tiles(colors: np.ndarray, cell: int | None, side: int) -> Image.Image:
     """Each color as a square of `cell` pixels, by default to `side` in all, with white lines if large."""
     height, width = colors.shape[:2]
-    if cell is None:
-        cell = -(-side // max(height, width))
+    cell = -(-side // max(height, width)) if cell is None else cell
     if cell < 1:
         raise ValueError(f"cell must be at least 1 pixel, got {cell}")
     image = Image.fromarray(colors).resize((width * cell, height * cell), Image.Resampling.NEAREST)

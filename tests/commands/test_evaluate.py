@@ -12,7 +12,7 @@ from PIL import Image
 from dalle.commands.evaluate import EvaluateArgs, _print, evaluate, finite
 from dalle.data import DataConfig
 from dalle.dvae import DVAE
-from dalle.evals.context import ValidationSet, read_classes
+from dalle.evals.context import EvalContext
 from dalle.hub.registry import weights_hash
 from dalle.io.files import read_json
 from dalle.io.images import to_tensor
@@ -80,7 +80,7 @@ class TestReport:
         curve = report["rerank"]["score"]
         assert curve["1"] <= curve["2"] <= curve["4"]
         model = DALLE.from_pretrained(run.model)
-        prompts = ValidationSet(run.data, 32, 12, 5, 0).prompts(3)
+        prompts = EvalContext(run, model).prompts()
         best = model.to_precision("auto").generate(prompts, 1, 4, 0, progress=False, truncate=True)
         assert curve["4"] == pytest.approx(sum(one.scores[0] for one in best) / 3, rel=1e-5)
 
@@ -92,9 +92,8 @@ class TestReport:
         assert f"{hashes['dvae']}-{hashes['transformer']}-{hashes['clip']}" == model.hash
         assert hashes["text"] == model.text.hash
         assert hashes["feature_extractor"] == hashes["clip"]
-        facts = ValidationSet(run.data, 32, 12, 5, 0).provenance()
+        facts = provenance["data"]
         assert (facts["path"], facts["max_pairs"], facts["resolution"]) == ("shapes", 12, 32)
-        assert provenance["data"] == facts
         assert "Lanczos" in provenance["resize"]["images"]
         assert report["seed"] == 0
 
@@ -117,31 +116,36 @@ class TestOwnImages:
         attack = {"acc_clean", "acc_attacked", "attack_success", "attack_success_clean"}
         assert found["typographic_attack"].keys() == attack
 
-    def test_at_most_max_pairs_come_in_order(self, data):
-        def sizes(max_pairs: int, batch: int) -> list[int]:
-            return [len(batch.captions) for batch in ValidationSet(data, 32, max_pairs, batch, 0).batches()]
+    def test_at_most_num_samples_come_in_order(self, run, data, dalle):
+        def sizes(count: int, batch: int) -> list[int]:
+            context = EvalContext(replace(run, data=data, num_samples=count, batch=batch), dalle)
+            return [len(pixels) for pixels in context.pixels()]
 
         assert sizes(7, 3) == [3, 3, 1]
         assert sum(sizes(100, 4)) == 9
 
-    def test_provenance_differs_for_other_images(self, data):
+    def test_provenance_differs_for_other_images(self, run, data, dalle):
         """Else statistics of real images would be used for others."""
-        facts = ValidationSet(data, 32, 9, 3, 0).provenance()
         filtered = replace(data, filters=replace(data.filters, min_words=3))
-        for changed, count, side in ((filtered, 9, 32), (data, 8, 32), (data, 9, 16)):
-            assert ValidationSet(changed, side, count, 3, 0).provenance() != facts
+        options = ({"data": data}, {"data": filtered}, {"data": data, "num_samples": 8})
+        facts, *others = (EvalContext(replace(run, **one), dalle).facts() for one in options)
+        assert facts not in others
 
-    def test_classes_that_no_caption_names_are_refused(self, data):
-        with pytest.raises(ValueError, match="class, such as 'dog'"):
-            list(ValidationSet(data, 32, 9, 3, 0).labeled(["dog", "cat"]))
-
-    def test_invalid_class_files_are_refused(self, tmp_path):
-        with pytest.raises(ValueError, match="class name per line"):
-            read_classes(tmp_path / "absent.txt")
-        for text in ("one\n", "one\nOne \n"):
-            (tmp_path / "few.txt").write_text(text, encoding="utf-8")
-            with pytest.raises(ValueError, match="two or more"):
-                read_classes(tmp_path / "few.txt")
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("dog\ncat\n", "class, such as 'dog'"),
+            ("one\n", "two or more"),
+            ("one\nOne \n", "two or more"),
+            (None, "class name per line"),
+        ],
+    )
+    def test_wrong_classes_are_refused(self, run, data, tmp_path, text, message):
+        file = tmp_path / "classes.txt"
+        if text:
+            file.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            evaluate(replace(run, metrics=("clip",), data=data, classes=file))
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +168,8 @@ class TestExternalCLIP:
         asked = replace(run, metrics=("rerank",), clip=external, rerank_with="clip")
         found = [evaluate(replace(asked, quick_gelu=quick_gelu)) for quick_gelu in (True, False)]
         scorer = load_scorer(external, "cpu", True)
-        prompts = ValidationSet(run.data, 32, 12, 5, 0).prompts(3)
         model = DALLE.from_pretrained(run.model)
+        prompts = EvalContext(run, model).prompts()
         generations = model.generate(prompts, 4, 4, 0, progress=False, truncate=True)
         best = [float(scorer.score(to_tensor(one.images), one.prompt).max()) for one in generations]
         score = found[0]["rerank"]["score"]

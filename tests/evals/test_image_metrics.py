@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from dalle.evals import fid
 from dalle.evals.config import RADII
-from dalle.evals.fid import FeatureGaussian, RunningCovariance, frechet_distance, inception_score
-from dalle.evals.image_features import cached_reference_stats, compare, extract_stats
 from dalle.evals.psnr_ssim import blur, psnr, ssim
 
 
@@ -45,12 +44,6 @@ class TestPSNRAndSSIM:
         expected = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
         assert ssim(a, b).item() == pytest.approx(expected.mean().item(), abs=1e-10)
 
-    def test_wrong_shapes_are_refused(self):
-        with pytest.raises(ValueError, match="two equal shapes"):
-            psnr(noise(2, 3, 12, 12), noise(1, 3, 12, 12))
-        with pytest.raises(ValueError, match="11 x 11 pixels or more"):
-            ssim(noise(1, 3, 8, 8), noise(1, 3, 8, 8))
-
 
 class TestBlur:
     @pytest.mark.parametrize("radius", RADII[1:])
@@ -66,70 +59,42 @@ class TestBlur:
         assert torch.allclose(blur(torch.full((2, 3, 9, 9), 0.3), 8), torch.full((2, 3, 9, 9), 0.3))
         image = noise(1, 3, 8, 8)
         assert torch.equal(blur(image, 0), image)
-        with pytest.raises(ValueError, match="cannot be negative"):
-            blur(image, -1)
 
 
-class TestFrechet:
-    def test_gaussians_with_commuting_covariances_have_the_closed_form(self):
-        mean = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-        a, b = torch.tensor([4.0, 1.0, 0.25]).double(), torch.tensor([1.0, 9.0, 0.0]).double()
-        turn, _ = torch.linalg.qr(noise(3, 3).double())
-        one = FeatureGaussian(torch.zeros(3).double(), turn @ a.diag() @ turn.T, 10)
-        two = FeatureGaussian(mean, turn @ b.diag() @ turn.T, 10)
-        wanted = pytest.approx(5.25 + 1 + 4 + 0.25, abs=1e-6)
-        assert (frechet_distance(one, two), frechet_distance(two, one)) == (wanted, wanted)
-        assert frechet_distance(one, one) == pytest.approx(0, abs=1e-6)
-
-    def test_any_covariances_agree_with_the_eigenvalues_of_their_product(self):
-        x, y = noise(9, 5).double(), noise(9, 5, seed=1).double() * 3
-        a, b = (FeatureGaussian(z.mean(0), torch.from_numpy(np.cov(z.numpy().T)), 9) for z in (x, y))
-        roots = np.linalg.eigvals(a.covariance.numpy() @ b.covariance.numpy()).real.clip(0) ** 0.5
-        traces = a.covariance.trace() + b.covariance.trace()
-        expected = float((a.mean - b.mean).square().sum() + traces) - 2 * roots.sum()
-        assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-
-    def test_moments_in_uneven_batches_are_numpys_even_far_from_zero(self):
-        vectors = noise(57, 6) + 3000
-        moments = RunningCovariance()
-        for part in vectors.split([1, 30, 20, 0, 6]):
-            moments.add(part)
-        found = moments.gaussian()
-        assert found.count == 57
-        assert np.allclose(found.mean, vectors.double().numpy().mean(0), rtol=1e-14)
-        assert np.allclose(found.covariance, np.cov(vectors.double().numpy().T), rtol=1e-9, atol=1e-12)
-
-    def test_what_cannot_be_is_refused(self):
-        moments = RunningCovariance()
-        moments.add(noise(1, 4))
-        with pytest.raises(ValueError, match="two vectors or more, got 1"):
-            moments.gaussian()
-        with pytest.raises(ValueError, match="of one width"):
-            moments.add(noise(2, 5))
-        with pytest.raises(ValueError, match="not finite"):
-            moments.add(torch.full((1, 4), torch.nan))
-        two, three = (FeatureGaussian(torch.zeros(n), torch.eye(n), 3) for n in (2, 3))
-        with pytest.raises(ValueError, match="different widths: 2 and 3"):
-            frechet_distance(two, three)
+def test_frechet_distance_agrees_with_the_eigenvalues_of_the_product():
+    x, y = noise(9, 5).double(), noise(9, 5, seed=1).double() * 3
+    a, b = (fid.FeatureGaussian(z.mean(0), torch.from_numpy(np.cov(z.numpy().T)), 9) for z in (x, y))
+    roots = np.linalg.eigvals(a.covariance.numpy() @ b.covariance.numpy()).real.clip(0) ** 0.5
+    traces = a.covariance.trace() + b.covariance.trace()
+    expected = float((a.mean - b.mean).square().sum() + traces) - 2 * roots.sum()
+    assert fid.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert fid.frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+    assert fid.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
-class TestInceptionScore:
-    def test_sure_of_all_classes_is_their_number_unsure_or_always_the_same_is_one(self):
-        assert inception_score(torch.eye(8).repeat(10, 1) * 100, splits=1)[0] == pytest.approx(8)
-        assert inception_score(torch.zeros(20, 5))[0] == pytest.approx(1)
-        assert inception_score(torch.tensor([[9.0, 0, 0]]).repeat(20, 1))[0] == pytest.approx(1)
+def test_moments_in_uneven_batches_are_numpys_even_far_from_zero():
+    features, stats = noise(57, 6) + 3000, fid.FeatureStats()
+    for part in features.split([1, 30, 20, 6]):
+        stats.add(part)
+    found = stats.gaussian()
+    assert found.count == 57
+    assert np.allclose(found.mean, features.double().numpy().mean(0), rtol=1e-14)
+    assert np.allclose(found.covariance, np.cov(features.double().numpy().T), rtol=1e-9, atol=1e-12)
 
-    def test_the_formula_and_the_spread_over_parts(self):
-        logits = noise(12, 4) * 5
-        p = logits.double().softmax(1).numpy()
-        order = torch.randperm(12, generator=torch.Generator().manual_seed(3)).numpy()
-        scores = [
-            np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in np.array_split(p[order], 3)
-        ]
-        mean, deviation = inception_score(logits, splits=3, seed=3)
-        assert (mean, deviation) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
-        with pytest.raises(ValueError, match="10 parts"):
-            inception_score(noise(4, 5))
+
+def test_inception_score_of_sure_unsure_and_constant_predictions():
+    assert fid.inception_score(torch.eye(8).repeat(10, 1) * 100, splits=1)[0] == pytest.approx(8)
+    assert fid.inception_score(torch.zeros(20, 5))[0] == pytest.approx(1)
+    assert fid.inception_score(torch.tensor([[9.0, 0, 0]]).repeat(20, 1))[0] == pytest.approx(1)
+
+
+def test_inception_score_is_the_formula_over_shuffled_parts():
+    logits = noise(12, 4) * 5
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    parts = np.array_split(logits.double().softmax(1)[order].numpy(), 3)
+    scores = [np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in parts]
+    mean, deviation = fid.inception_score(logits, splits=3, seed=3)
+    assert (mean, deviation) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
 
 
 class Corner:
@@ -144,40 +109,60 @@ class Corner:
         return means, means * 10
 
 
-class TestImages:
-    def batches(self):
-        return noise(12, 3, 16, 16).split(5)
+def batches() -> tuple[torch.Tensor, ...]:
+    return noise(12, 3, 16, 16).split(5)
 
-    def test_each_radius_is_measured_on_filtered_images(self):
-        found = extract_stats(Corner(), self.batches(), (0, 2))
-        wanted = blur(noise(12, 3, 16, 16), 2).mean((2, 3)).double()
-        assert torch.allclose(found[2].moments.gaussian().mean, wanted.mean(0))
-        covariances = [one.moments.gaussian().covariance for one in found.values()]
-        assert not torch.allclose(*covariances)
 
-    def test_the_same_images_have_distance_0_behind_every_blur(self, tmp_path):
-        real, _ = cached_reference_stats(Corner(), self.batches, {"data": 1}, tmp_path)
-        report = compare(extract_stats(Corner(), self.batches()), real)
-        assert list(report) == ["0", "1", "2", "4", "8"]
-        for scores in report.values():
-            assert scores["fid"] == pytest.approx(0, abs=1e-6)
-            assert scores["inception_score"] >= 1
+def test_each_radius_is_measured_on_filtered_images():
+    found = {radius: one.gaussian() for radius, one in fid.extract_stats(Corner(), batches(), (0, 2)).items()}
+    wanted = blur(noise(12, 3, 16, 16), 2).mean((2, 3)).double()
+    assert torch.allclose(found[2].mean, wanted.mean(0))
+    assert not torch.allclose(found[0].covariance, found[2].covariance)
 
-    def test_statistics_are_kept_by_all_that_they_depend_on(self, tmp_path):
-        def cached(data):
-            extractor = Corner()
-            stats, name = cached_reference_stats(extractor, self.batches, {"data": data}, tmp_path, (0,))
-            return stats[0], name, extractor.calls
 
-        kept, name, calls = cached(1)
-        found, same, none = cached(1)
-        assert (calls, none, found.count, same) == (3, 0, 12, name)
-        assert torch.equal(kept.covariance, found.covariance)
-        (file,) = tmp_path.glob("*.safetensors")
-        whole = file.read_bytes()
-        file.write_bytes(whole[:50])
-        assert cached(1)[2] == 3  # a damaged file is computed again
-        assert file.read_bytes() == whole
-        _, another, calls = cached(2)
-        assert another != name
-        assert calls == 3
+def test_the_same_images_have_distance_0_behind_every_blur(tmp_path):
+    real, _ = fid.cached_reference_stats(Corner(), batches, {"data": 1}, tmp_path)
+    report = fid.compare(fid.extract_stats(Corner(), batches()), real)
+    assert list(report) == ["0", "1", "2", "4", "8"]
+    for scores in report.values():
+        assert scores["fid"] == pytest.approx(0, abs=1e-6)
+        assert scores["inception_score"] >= 1
+
+
+def test_statistics_are_cached_by_all_that_they_depend_on(tmp_path):
+    def cached(data):
+        extractor = Corner()
+        stats, name = fid.cached_reference_stats(extractor, batches, {"data": data}, tmp_path, (0,))
+        return stats[0], name, extractor.calls
+
+    kept, name, calls = cached(1)
+    found, same, none = cached(1)
+    assert (calls, none, found.count, same) == (3, 0, 12, name)
+    assert torch.equal(kept.covariance, found.covariance)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:50])
+    assert cached(1)[2] == 3  # a damaged file is computed again
+    assert file.read_bytes() == whole
+    _, another, calls = cached(2)
+    assert another != name
+    assert calls == 3
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        (lambda: psnr(noise(2, 3, 12, 12), noise(1, 3, 12, 12)), "two equal shapes"),
+        (lambda: ssim(noise(1, 3, 8, 8), noise(1, 3, 8, 8)), "11 x 11 pixels or more"),
+        (lambda: blur(noise(1, 3, 8, 8), -1), "cannot be negative"),
+        (
+            lambda: fid.extract_stats(Corner(), [noise(1, 3, 8, 8)])[0].gaussian(),
+            "two features or more, got 1",
+        ),
+        (lambda: fid.FeatureStats().add(torch.full((1, 4), torch.nan)), "not finite"),
+        (lambda: fid.inception_score(noise(4, 5)), "10 parts"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(refused, message):
+    with pytest.raises(ValueError, match=message):
+        refused()

@@ -15,7 +15,7 @@ from PIL import Image
 from dalle.commands.report import ReportArgs, write_report
 from dalle.hub.registry import LoadedModel
 from dalle.io.files import read_json, write_json
-from dalle.report.folder import scan_folder
+from dalle.report.context import ReportContext
 from dalle.report.page import Table, Text, curve_figure, image_figure, render
 from dalle.report.sections import SECTIONS, settings
 from tests.helpers.browser import open_chromium
@@ -105,24 +105,20 @@ def page(report: Path) -> Page:
 
 
 class TestWholeFolder:
-    def test_every_section_with_its_link_and_images(self, page):
+    def test_every_section_with_its_link_images_and_charts(self, page):
         assert page.sections == NAMES
         assert [one["href"] for tag, one in page.tags if tag == "a"] == [f"#{name}" for name in NAMES]
         assert len(page.images()) >= 14
         assert min(min(image.size) for image in page.images()) >= 16
-
-    def test_charts_of_runs_and_evaluations(self, page):
         expected = {"loss", "image_loss", "text_loss", "perplexity", "image_to_text_acc", "lr", "fid"}
         expected |= {f"{name} of the best (evaluation.json)" for name in ("score", "accuracy")}
         assert expected <= set(page.charts)
         assert page.charts.count("loss") == 3
 
-    def test_settings_that_differ_from_the_defaults(self, page):
+    def test_settings_that_differ_from_the_defaults_and_hashes_on_disk(self, page, run):
         assert re.search(r"dvae: \d+ of \d+ settings differ", page.text)
         head = page.text.index("transformer: ", page.text.index("Configuration"))
         assert re.match(r"model.depth\s*2\s*64", page.text[page.text.index("model.depth", head) :])
-
-    def test_hashes_are_those_on_disk(self, page, run):
         assert next(run.glob("dvae/checkpoints/step-*/SHA256SUMS")).read_text().split()[0] in page.text
         config = read_json(run / "model" / "config.json")
         for kind, part in config["parts"].items():
@@ -262,9 +258,9 @@ def test_mistakes(tmp_path, script):
 
 class TestItems:
     def test_runs_of_a_folder(self, chain):
-        contents = scan_folder(chain)
-        assert (list(contents.runs), contents.model) == (["dvae", "transformer", "clip"], chain / "model")
-        assert scan_folder(chain / "clip").runs.keys() == {"clip"}
+        whole, part = (ReportContext(ReportArgs(folder)) for folder in (chain, chain / "clip"))
+        assert (list(whole.runs), whole.model_directory) == (["dvae", "transformer", "clip"], chain / "model")
+        assert list(part.runs) == ["clip"]
 
     def test_small_images_and_settings_are_exact(self):
         image = decode(image_figure(Image.new("RGB", (40, 30), (1, 2, 255)), "blue").source)
@@ -286,20 +282,19 @@ class TestItems:
         assert y0 - y2 == pytest.approx((y0 - y1) / 2, abs=0.11)
         (x0, _), (x1, _), (x2, _) = line_points([(1, 0.1), (2, 0.2), (4, 0.3)], log2=True)
         assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11)
-        level = {"training": ([(1, math.nan)], "-"), "chance": ([(1, 2.0)], "level")}
-        assert curve_figure("a", level) is None
+        assert curve_figure("a", "loss", [{"step": 1, "loss": math.nan, "baseline/loss": 2.0}]) is None
 
     def test_long_curves_are_thinned_and_keep_their_spikes(self):
         values = [(i, {1234: 9.0, 7777: -9.0}.get(i, i % 2)) for i in range(10_000)]
-        heights = [y for _, y in line_points(values, style="-")]
+        heights = [y for _, y in line_points(values)]
         assert len(heights) < 2000
         spikes = [y for y in heights if abs(y - sorted(heights)[len(heights) // 2]) > 50]
         assert min(spikes) < sorted(heights)[len(heights) // 2] < max(spikes)
 
 
-def line_points(points, style: str = "o-", log2: bool = False) -> list[tuple[float, float]]:
+def line_points(points, log2: bool = False) -> list[tuple[float, float]]:
     """Points of a curve in the units of its SVG."""
-    source = curve_figure("loss", {"training": (points, style)}, log2=log2).source
+    source = curve_figure("loss", "loss", [{"step": x, "loss": y} for x, y in points], log2=log2).source
     svg = base64.b64decode(source.split(",")[1]).decode()
     path = re.search(r'<path d="([^"]+)" clip-path="[^"]*" style="fill: none; stroke: #1f77b4', svg)[1]
     return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path)]

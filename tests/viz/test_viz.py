@@ -1,7 +1,5 @@
 """Plots of dalle.viz: masks, attention, codebook, curves."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -52,9 +50,7 @@ class TestMasks:
         assert letters(cells, 8) == letters(viz.plot_mask("row", cell=1))
         assert viz.plot_mask("causal").width >= 352
         paper = viz.plot_mask("conv", TokenLayout(), 11, cell=1)
-        assert paper.size == (1280, 1280)
         assert (np.asarray(paper)[256:, 256:] == IMAGE).all(-1).sum() == 61_344  # as tests/test_masks.py
-        assert viz.plot_figure_11(cell=4).width == 2 * (22 * 4 + 10) + 10
         assert viz.plot_figure_11(TokenLayout(8, 12, 1, 1), 11, cell=2).width == 2 * (152 * 2 + 10) + 10
 
     def test_receptive_fields(self):
@@ -63,16 +59,8 @@ class TestMasks:
         assert row == ["..ii", "iiq.", "....", "...."]
         assert column == [".i..", ".i..", ".q..", "...."]
 
-    def test_wrong_arguments_are_refused(self):
-        with pytest.raises(ValueError, match="4 x 4 grid"):
-            viz.plot_receptive_field("row", FIGURE_11, 4, 0)
-        with pytest.raises(ValueError, match="unknown attention kind"):
-            viz.plot_mask("rows")
-        with pytest.raises(ValueError, match="cell"):
-            viz.plot_mask("row", cell=0)
 
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def lively() -> Transformer:
     """Every kind of layer, with weights large enough that attention is far from even."""
     torch.manual_seed(3)
@@ -90,18 +78,14 @@ class TestAttention:
 
     def test_the_weights_make_what_the_layer_gives(self, lively):
         ids, seen = self.ids(lively), []
-        hooks = [
+        for layer in lively.layers:
             layer.attention.f.register_forward_hook(lambda *call: seen.append(call))
-            for layer in lively.layers
-        ]
         with torch.no_grad():
             lively(ids)
-        for hook in hooks:
-            hook.remove()
         layers = list(viz.attention_weights(lively, ids))
         kinds = ["row", "column", "causal", "conv"]
         assert [(one.layer, one.kind) for one in layers] == list(enumerate(kinds))
-        for (module, (x, *_), made), one in zip(seen, layers, strict=True):
+        for (module, (x, *_), made), one in zip(seen[:4], layers, strict=True):
             v = rearrange(module.qkv(x), "b n (three h d) -> three b h n d", three=3, h=module.heads)[2]
             mixed = rearrange(one.weights @ v, "b h n d -> b n (h d)")
             torch.testing.assert_close(module.out(mixed), made, atol=1e-5, rtol=1e-4)
@@ -133,31 +117,31 @@ class TestAttention:
         assert image.height == pytest.approx(2 * one.height, abs=2)  # row and conv
         assert image.width == one.width
 
-    def test_what_cannot_be_shown_is_refused(self, dalle, prompt):
-        tokens = torch.zeros(1, 16, dtype=torch.int64)
-        with pytest.raises(ValueError, match="4 x 4 grid"):
-            viz.plot_attention(dalle, prompt, tokens, [(0, 4)])
-        with pytest.raises(ValueError, match="layers must be from 0 to 1"):
-            viz.plot_attention(dalle, prompt, tokens, layers=[2])
-        for wrong in (torch.zeros(2, 16, dtype=torch.int64), tokens[:, :9]):
-            with pytest.raises(ValueError, match="expected the 16 tokens"):
-                viz.plot_attention(dalle, prompt, wrong)
-        with pytest.raises(ValueError, match="Transformer, got Linear"):
-            next(viz.attention_weights(torch.nn.Linear(1, 1), tokens))
+    @pytest.mark.parametrize(
+        ("shape", "options", "message"),
+        [
+            ((1, 16), {"positions": [(0, 4)]}, "4 x 4 grid"),
+            ((1, 16), {"layers": [2]}, "layers must be from 0 to 1"),
+            ((2, 16), {}, "expected the 16 tokens"),
+            ((1, 9), {}, "expected the 16 tokens"),
+        ],
+    )
+    def test_what_cannot_be_shown_is_refused(self, dalle, prompt, shape, options, message):
+        with pytest.raises(ValueError, match=message):
+            viz.plot_attention(dalle, prompt, torch.zeros(shape, dtype=torch.int64), **options)
 
     def test_the_matrix_is_brightest_at_the_largest_weight(self):
         image = np.asarray(viz.attention_heatmap(torch.tensor([[1.0, 0.0], [0.2, 0.8]]))).astype(int).sum(-1)
         assert (image[0, 0], image[0, 1]) == (image.max(), image.min())
-        with pytest.raises(ValueError, match="take a head"):
-            viz.attention_heatmap(torch.zeros(3, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def dvae() -> DVAE:
+    torch.manual_seed(0)
+    return DVAE(DVAEConfig((8, 8, 8), 1, 4, vocab_size=12, codebook_dim=8)).eval()
 
 
 class TestCodes:
-    @pytest.fixture
-    def dvae(self) -> DVAE:
-        torch.manual_seed(0)
-        return DVAE(DVAEConfig((8, 8, 8), 1, 4, vocab_size=12, codebook_dim=8)).eval()
-
     def test_a_code_alone_is_the_middle_of_a_field_of_it(self, dvae):
         found = viz.decode_codebook(dvae, [7, 2], around=3, batch=1)
         field = dvae.decode(torch.full((1, 49), 7))
@@ -174,22 +158,12 @@ class TestCodes:
         expected = (viz.decode_codebook(dvae, [7])[0].movedim(0, -1) * 255).round().byte().numpy()
         assert (tile == expected).all()
 
-    def test_what_cannot_be_shown_is_refused(self, dvae):
-        with pytest.raises(ValueError, match="DVAE, got Linear"):
-            viz.plot_reconstructions(torch.nn.Linear(1, 1), torch.zeros(1, 3, 8, 8))
-        with pytest.raises(ValueError, match=r"codes must be in \[0, 12\), got 12"):
-            viz.decode_codebook(dvae, [12])
-        with pytest.raises(ValueError, match="one code or more"):
-            viz.decode_codebook(dvae, [])
-
     def test_the_map_gives_each_code_its_color(self):
         image = viz.token_map(torch.tensor([3, 0, 3, 5, 1, 2]), 8, (2, 3), cell=4)
         assert image.size == (12, 8)
         shown = np.asarray(image)[1, 1::4]
         assert (shown == code_colors(8)[[3, 0, 3]]).all()
         assert len({tuple(color) for color in code_colors(256).tolist()}) == 256
-        with pytest.raises(ValueError, match="must be in"):
-            viz.token_map(torch.tensor([8]), 8)
 
     def test_counting(self, dvae):
         pixels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -212,11 +186,20 @@ class TestCodes:
         assert np.array_equal(shown, np.asarray(viz.plot_reconstructions(dvae, pixels, tau=0.5)) / 255)
 
 
-class TestCurves:
-    def test_runs_by_place_and_by_name(self, chain):
-        assert viz.plot_curves([chain / "dvae"]).width > 900  # three panels
-        named = viz.plot_curves({"a": chain / "dvae", "b": chain / "transformer"}, ["loss"], smooth=0.5)
-        assert math.isclose(named.width, 4.5 * 110, abs_tol=2)
-        assert viz.plot_losses({"clip": chain / "clip"}).width > 700
-        with pytest.raises(ValueError, match="only runs with train"):
-            viz.plot_gradient_scales(chain / "transformer")
+@pytest.mark.parametrize(
+    ("plot", "message"),
+    [
+        (lambda dvae: viz.plot_receptive_field("row", FIGURE_11, 4, 0), "4 x 4 grid"),
+        (lambda dvae: viz.plot_mask("rows"), "unknown attention kind"),
+        (lambda dvae: viz.plot_mask("row", cell=0), "cell must be"),
+        (lambda dvae: next(viz.attention_weights(dvae, torch.zeros(1, 16))), "Transformer, got DVAE"),
+        (lambda dvae: viz.attention_heatmap(torch.zeros(3, 2, 2)), "take a head"),
+        (lambda dvae: viz.plot_reconstructions(torch.nn.Linear(1, 1), torch.zeros(1, 3, 8, 8)), "got Linear"),
+        (lambda dvae: viz.decode_codebook(dvae, [12]), r"codes must be in \[0, 12\), got 12"),
+        (lambda dvae: viz.decode_codebook(dvae, []), "one code or more"),
+        (lambda dvae: viz.token_map(torch.tensor([8]), 8), "must be in"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(dvae, plot, message):
+    with pytest.raises(ValueError, match=message):
+        plot(dvae)

@@ -123,7 +123,7 @@ def test_rudalle_with_wavelets(load, prefix):
     found = model.decode(tokens.flatten(1), (4, 6))
     torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=1e-4)
     assert 0 < found.min() < found.max() < 1
-    with pytest.raises(ValueError, match="sizes differ"):
+    with pytest.raises(ValueError, match="two equal shapes"):
         evaluate_dvae(model, [PIXELS])
 
 
