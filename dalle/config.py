@@ -54,6 +54,22 @@ def to_dict(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
+def check_positive(config: Any, *names: str) -> None:
+    """ValueError for the first of these fields that is less than 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+
+
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested dicts by dotted name; a list is one value."""
+    flat = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
 def resume_fingerprint(config: Any) -> dict[str, Any]:
     """The configuration as a plain dict, without the fields that a resumed run may change (`RESUME_FREE`)."""
     classes = [cls for cls in type(config).__mro__ if dataclasses.is_dataclass(cls)]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dalle.config import check_positive
+
 
 @dataclass(frozen=True)
 class CLIPConfig:
@@ -35,9 +37,7 @@ class CLIPConfig:
     """Width of a head, in both towers."""
 
     def __post_init__(self):
-        for name in ("embed_width", "image_size", "patch_size", "text_len", "text_vocab", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_positive(self, "embed_width", "image_size", "patch_size", "text_len", "text_vocab", "head_dim")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"

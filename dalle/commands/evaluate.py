@@ -14,12 +14,13 @@ python scripts/evaluate.py --metrics rerank --clip ViT-B-32.pt --rerank-with cli
 | rerank | what the best of 1, 2, 4, ... candidates is worth (Figure 9c) |
 """
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dalle.config import cli_errors, parse
+from dalle.config import check_positive, cli_errors, flatten, parse
 from dalle.evals.config import EvalConfig
 from dalle.sampling import SamplingConfig
 
@@ -48,9 +49,7 @@ class EvaluateArgs(EvalConfig):
     nonfinite."""
 
     def __post_init__(self):
-        for name in ("num_prompts", "best_of", "chunk", "num_samples", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+        check_positive(self, "num_prompts", "best_of", "chunk", "num_samples", "batch")
         SamplingConfig(self.temperature)
         if self.json and self.json.is_dir():
             raise ValueError(f"{self.json} is a directory; expected a file name")
@@ -111,17 +110,9 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
 
 def finite(report: dict[str, Any]) -> dict[str, Any]:
     """The report with None for numbers that are not finite, and {"nonfinite": {"dvae.psnr": "inf"}}."""
-    nonfinite: dict[str, str] = {}
-
-    def plain(value: Any, name: str) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(inner, f"{name}.{key}" if name else key) for key, inner in value.items()}
-        if isinstance(value, float) and not math.isfinite(value):
-            nonfinite[name] = str(value)
-            return None
-        return value
-
-    result = plain(report, "")
+    numbers = {name: value for name, value in flatten(report).items() if isinstance(value, float)}
+    nonfinite = {name: str(value) for name, value in numbers.items() if not math.isfinite(value)}
+    result = json.loads(json.dumps(report), parse_constant=lambda word: None)
     return result | {"nonfinite": nonfinite} if nonfinite else result
 
 

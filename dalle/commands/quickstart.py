@@ -6,7 +6,7 @@ python scripts/quickstart.py                                        about twenty
 from dataclasses import dataclass
 from pathlib import Path
 
-from dalle.config import CONFIGS, cli_errors, parse
+from dalle.config import CONFIGS, check_positive, cli_errors, parse
 from dalle.runs.args import ROOT
 from dalle.sampling import SamplingConfig
 
@@ -31,9 +31,7 @@ class QuickstartArgs:
     """Directory with <family>/shapes.yaml of each family."""
 
     def __post_init__(self):
-        for name in ("captions", "best_of"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_positive(self, "captions", "best_of")
         SamplingConfig(self.temperature)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from dalle.config import cli_errors, parse
+from dalle.config import check_positive, cli_errors, parse
 from dalle.sampling import SamplingConfig
 
 
@@ -41,9 +41,7 @@ class ReportArgs:
     """cuda, mps or cpu; auto takes the first available."""
 
     def __post_init__(self):
-        for name in ("captions", "best_of", "num_codes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_positive(self, "captions", "best_of", "num_codes")
         SamplingConfig(1.0 if self.temperature is None else self.temperature)
 
 

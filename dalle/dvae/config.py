@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dalle.config import check_positive
 from dalle.schedules import Schedule
 
 
@@ -36,9 +37,7 @@ class DVAEConfig:
             )
         if bad := [w for w in self.widths if w < 4 or w % 4]:
             raise ValueError(f"widths must be positive multiples of 4 (bottleneck = width / 4), got {bad[0]}")
-        for name in ("blocks_per_group", "vocab_size", "codebook_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_positive(self, "blocks_per_group", "vocab_size", "codebook_dim")
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,6 @@ def best_of_n(
         raise ValueError(
             f"expected scores and values of one shape (C, M), got {scores.shape}, {values.shape}"
         )
-    if not (np.isfinite(scores).all() and np.isfinite(values).all()):
-        raise ValueError("a score or value is not finite")
     best_first = []
     for row_scores, row_values in zip(scores, values, strict=True):
         _, group, size = np.unique(-row_scores, return_inverse=True, return_counts=True)

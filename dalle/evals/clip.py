@@ -44,8 +44,6 @@ def retrieval(
         ks: values of k; those that every query reaches are left out.
     """
     owner = torch.as_tensor(owners, device=images.device)
-    if len(owner) != len(captions) or not len(captions):
-        raise ValueError(f"{len(captions)} captions of {len(owner)} owners; expected one owner each")
     numbers = torch.arange(len(images), device=images.device)
     if not torch.equal(owner.unique(), numbers):
         raise ValueError(f"each of the {len(images)} images must have a caption")
@@ -55,10 +53,11 @@ def retrieval(
     wrong_captions = ((cosines >= best_own) & ~own).sum(1)  # at least as near as the best own caption
     answers = cosines.gather(0, owner[None])  # (1, C)
     wrong_images = ((cosines >= answers) & ~own).sum(0)
-    queries = {"image_to_text_acc": (wrong_captions, captions), "text_to_image_acc": (wrong_images, images)}
+    wrong = {"image_to_text_acc": wrong_captions, "text_to_image_acc": wrong_images}
+    among = {"image_to_text_acc": len(captions), "text_to_image_acc": len(images)}
     return {
-        name: {f"R@{k}": float((wrong < k).double().mean()) for k in ks if k < len(among)}
-        for name, (wrong, among) in queries.items()
+        name: {f"R@{k}": float((wrong[name] < k).double().mean()) for k in ks if k < among[name]}
+        for name in wrong
     }
 
 
@@ -86,11 +85,7 @@ def accuracy(ranked: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def typographic_attack(
-    clip: Embedder,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    names: Sequence[str],
-    classes: Tensor,
-    seed: int = 0,
+    clip: Embedder, batches: Iterable[tuple[Tensor, Tensor]], names: Sequence[str], classes: Tensor, seed: int
 ) -> dict[str, float]:
     """Accuracy before and after a wrong class name is written on each image (Goh et al. 2021).
 
@@ -100,7 +95,6 @@ def typographic_attack(
     """
     rng, means = np.random.default_rng(seed), MeanMetric()
     for pixels, labels in batches:
-        labels = labels.cpu()
         words = (labels + torch.from_numpy(rng.integers(1, len(names), size=len(labels)))) % len(names)
         attacked = write_words(pixels, [names[i] for i in words], rng).to(pixels.device)
         before, after = (zero_shot(clip, part, classes)[:, 0].cpu() for part in (pixels, attacked))

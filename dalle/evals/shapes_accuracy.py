@@ -37,13 +37,7 @@ class ShapesSamples:
 
 
 def caption_accuracy(
-    model: DALLE,
-    split: str,
-    count: int,
-    best_of: int,
-    chunk: int = 512,
-    seed: int = 0,
-    temperature: float = 1.0,
+    model: DALLE, split: str, count: int, best_of: int, seed: int, temperature: float, chunk: int = 512
 ) -> tuple[dict[str, float], ShapesSamples]:
     """Fraction of images that the judge accepts, and the samples.
 

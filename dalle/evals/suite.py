@@ -24,7 +24,7 @@ from dalle.shapes.judge import matches_caption
 def shapes_metrics(context: EvalContext) -> dict[str, Any]:
     """Caption accuracy on both validation sets of the shapes."""
     args = context.args
-    options = (args.num_prompts, args.best_of, args.chunk, args.seed, args.temperature)
+    options = (args.num_prompts, args.best_of, args.seed, args.temperature, args.chunk)
     splits = ("held_out", "new_pairs")
     return {split: caption_accuracy(context.model, split, *options)[0] for split in splits}
 
@@ -126,8 +126,7 @@ def rerank_metrics(context: EvalContext) -> dict[str, Any]:
             metrics = fid.compare({0: one}, real, extractor.metric, context.args.seed)["0"]
             for name, value in metrics.items():
                 curves.setdefault(name, {})[n] = value
-    by_name = {name: {str(n): value for n, value in curve.items()} for name, curve in curves.items()}
-    return {"captions": len(scores), "candidates": size, **by_name}
+    return {"captions": len(scores), "candidates": size, **curves}
 
 
 def _real_stats(context: EvalContext, radii: tuple[float, ...]) -> tuple[dict, str]:

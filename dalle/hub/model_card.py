@@ -1,13 +1,13 @@
 """Model cards of the Hugging Face Hub: README.md of a model directory, from the directory's own contents."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from safetensors import SafetensorError, safe_open
 
+from dalle.config import flatten
 from dalle.io.files import read_config, read_json, write_text
 
 CARD = "README.md"
@@ -52,7 +52,7 @@ def model_card(directory: Path, report: Report | None = None, license: str | Non
         parameters=parameters,
         text_hash=inputs.get("text"),
         dvae_hash=None if "dvae" in parts else inputs.get("dvae"),
-        metrics=list(flatten(read_report(report, parts))),
+        metrics=metric_rows(read_report(report, parts)),
         license=license or None,
     )
 
@@ -79,14 +79,11 @@ def read_card(directory: Path, report: Report | None = None, license: str | None
     return model_card(directory, report, license)
 
 
-def flatten(report: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def metric_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows (dotted name, value) of a Markdown table, without the hash of the model."""
-    for name, value in report.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{name}.")
-        elif value is not None and f"{prefix}{name}" != "model":
-            cells = (f"{prefix}{name}", format_value(value))
-            yield tuple(" ".join(cell.split()).replace("|", "\\|") for cell in cells)
+    values = {name: value for name, value in flatten(report).items() if value is not None and name != "model"}
+    rows = [(name, format_value(value)) for name, value in values.items()]
+    return [tuple(" ".join(cell.split()).replace("|", "\\|") for cell in row) for row in rows]
 
 
 def format_value(value: Any) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dalle import viz
-from dalle.config import from_dict, to_dict
+from dalle.config import flatten, from_dict, to_dict
 from dalle.dvae import DVAE
 from dalle.evals.best_of_n import best_of_n
 from dalle.io.files import CHECKSUMS, read_config, read_json
@@ -174,15 +174,7 @@ def evaluation(context: ReportContext) -> Items:
         for metric in dict.fromkeys(key for values in by_radius.values() for key in values):
             values = {radius: values[metric] for radius, values in by_radius.items()}
             yield _value_figure(metric, metric, values, "radius of the blur in pixels")
-        yield Table(flatten(report))
-
-
-def flatten(data: Any, name: str = "") -> list[tuple[str, Any]]:
-    """Dotted names and plain values of nested objects; a list is one value."""
-    if not isinstance(data, dict):
-        return [(name, data)]
-    prefix = f"{name}." if name else ""
-    return [row for key, inner in data.items() for row in flatten(inner, f"{prefix}{key}")]
+        yield Table(list(flatten(report).items()))
 
 
 def configuration(context: ReportContext) -> Items:
@@ -200,7 +192,7 @@ def configuration(context: ReportContext) -> Items:
 
 def settings(data: dict[str, Any]) -> dict[str, str]:
     """Dotted names and exact values: JSON, but strings without quotes."""
-    rows = flatten(data)
+    rows = flatten(data).items()
     return {name: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for name, v in rows}
 
 
@@ -213,7 +205,7 @@ def checkpoints(context: ReportContext) -> Items:
             yield Table(rows, ("file", "sha256"))
         if inputs := run.meta.get("inputs"):
             yield Text(f"The {kind} was trained with:")
-            yield Table(flatten(inputs))
+            yield Table(list(flatten(inputs).items()))
     if context.model_directory:
         config = read_config(context.model_directory)
         rows = [(f"{kind}: weights", part["hash"]) for kind, part in config["parts"].items()]

@@ -5,9 +5,9 @@ A field marked `RESUME_FREE` may change when a run resumes: it leaves the weight
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from dalle.config import RESUME_FREE
+from dalle.config import RESUME_FREE, check_positive
 from dalle.schedules import Schedule
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -32,12 +32,6 @@ PEAK_FLOPS = {  # dense, 16 bit with fp32 sums, by the data sheets; the first ma
 LOGGERS = ("tensorboard", "wandb")
 TIMEOUT_MINUTES = 15.0
 """Longest wait for the other processes in a step: longer than a data worker may take (10 minutes)."""
-
-
-def _check_positive(config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -127,7 +121,7 @@ class EMAConfig:
     def __post_init__(self):
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {self.decay}")
-        _check_positive(self, "update_every")
+        check_positive(self, "update_every")
 
 
 @dataclass(frozen=True)
@@ -208,7 +202,7 @@ class TrainConfig:
     """Also keep each checkpoint whose step this divides; null keeps the newest only."""
 
     def __post_init__(self):
-        _check_positive(
+        check_positive(
             self,
             *("batch_size", "grad_accum_steps", "log_every", "eval_every", "save_every"),
             *("keep_last", "max_skipped_steps"),

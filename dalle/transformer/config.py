@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dalle.config import check_positive
 from dalle.layout import TokenLayout
 from dalle.masks import layer_kinds, visible
 from dalle.nn import ATTENTION_BACKENDS
@@ -39,9 +40,7 @@ class TransformerConfig:
     """Activation checkpointing: recompute the inside of each resblock in the backward pass (2.4)."""
 
     def __post_init__(self):
-        for name in ("depth", "heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_positive(self, "depth", "heads", "head_dim")
         if self.full_attention_every is not None and self.full_attention_every < 1:
             raise ValueError(
                 f"full_attention_every must be positive, or null for none, got {self.full_attention_every}"

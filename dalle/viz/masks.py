@@ -77,13 +77,10 @@ def _colors(mask: Tensor, is_text: Tensor) -> np.ndarray:
 
 def _tiles(colors: np.ndarray, cell: int | None, side: int) -> Image.Image:
     """Each color as a square of `cell` pixels, by default to `side` in all, with white lines if large."""
-    height, width = colors.shape[:2]
-    cell = -(-side // max(height, width)) if cell is None else cell
+    cell = -(-side // max(colors.shape[:2])) if cell is None else cell
     if cell < 1:
         raise ValueError(f"cell must be at least 1 pixel, got {cell}")
-    image = Image.fromarray(colors).resize((width * cell, height * cell), Image.Resampling.NEAREST)
+    pixels = colors.repeat(cell, 0).repeat(cell, 1)
     if cell >= 6:
-        pixels = np.array(image)
         pixels[::cell], pixels[:, ::cell] = 255, 255
-        return Image.fromarray(pixels)
-    return image
+    return Image.fromarray(pixels)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from dalle.config import check_positive
+
 GROUPS = 32  # of every group norm (release)
 QUANTIZERS = ("nearest", "cosine", "logits")
 
@@ -35,9 +37,7 @@ class VQGANConfig:
             )
         if any(level not in range(len(self.widths)) for level in self.attention):
             raise ValueError(f"attention must name levels below {len(self.widths)}, got {self.attention}")
-        for name in ("blocks", "latent", "codebook_dim", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_positive(self, "blocks", "latent", "codebook_dim", "vocab_size")
 
     @property
     def downsample_factor(self) -> int:

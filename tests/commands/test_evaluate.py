@@ -240,7 +240,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"num_samples": 0}, "num-samples must be positive"),
+            ({"num_samples": 0}, "num_samples must be positive"),
             ({"best_of": 0}, "best.of must"),
             ({"num_prompts": 0}, "num.prompts must"),
             ({"metrics": ()}, "one or more"),

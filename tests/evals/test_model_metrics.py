@@ -217,9 +217,9 @@ class TestCLIP:
         two, one = (plain(RED, GREEN, side=96), [0, 1]), (plain(RED, side=96), [0])
         batches = [(images, torch.tensor(labels)) for images, labels in (two, one)]
         names, classes = ["red", "green"], torch.eye(3)[:2]
-        blind = clip.typographic_attack(Colors(), batches, names, classes)
+        blind = clip.typographic_attack(Colors(), batches, names, classes, 0)
         assert blind == {"acc_clean": 1, "acc_attacked": 1, "attack_success": 0, "attack_success_clean": 0}
-        reader = clip.typographic_attack(Reader(), batches[1:], names, classes)
+        reader = clip.typographic_attack(Reader(), batches[1:], names, classes, 0)
         assert reader == {"acc_clean": 1, "acc_attacked": 0, "attack_success": 1, "attack_success_clean": 0}
 
     def test_the_word_is_written_within_the_image_by_the_seed(self):
@@ -288,10 +288,8 @@ class TestBestOfN:
         (lambda: clip.class_vectors(Table(), ["red", "blue"], ["a photo"]), "templates must be one or more"),
         (lambda: clip.class_vectors(Table(), ["red", "blue"], []), "templates must be one or more"),
         (lambda: retrieval(torch.eye(3), torch.eye(3), [0, 1, 1]), "must have a caption"),
-        (lambda: retrieval(torch.eye(3), torch.eye(3), [0, 1]), "one owner each"),
         (lambda: best_of_n(np.zeros((2, 3)), np.zeros((2, 4))), "one shape"),
         (lambda: best_of_n(np.zeros((0, 3))), "one shape"),
-        (lambda: best_of_n(np.full((1, 2), np.nan)), "not finite"),
         (lambda: best_of_n(np.zeros((1, 3)), ns=(4,)), "n must be 1 to 3"),
     ],
 )

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from dalle.commands.push_model import PushModelArgs, main, push_model
 from dalle.commands.sample import SampleArgs, sample
-from dalle.hub.model_card import flatten
+from dalle.hub.model_card import metric_rows
 from dalle.hub.registry import LoadedModel, load_model
 from dalle.io.files import read_json, write_json
 from dalle.pipelines.dalle import DALLE
@@ -133,9 +133,9 @@ class TestCard:
         assert "| loss | 3.25 |" in (model / "README.md").read_text()
 
     def test_long_values_are_cut_and_lines_stay_lines(self):
-        rows = flatten({"a": {"b": list(range(20))}, "c": "x\ny | z", "d": 123456.7, "model": "hash"})
+        rows = metric_rows({"a": {"b": list(range(20))}, "c": "x\ny | z", "d": 123456.7, "model": "hash"})
         numbers = "(0, 1, 2, 3, 4, 5, 6, 7, ...)"
-        assert list(rows) == [("a.b", numbers), ("c", "x y \\| z"), ("d", "123,457")]
+        assert rows == [("a.b", numbers), ("c", "x y \\| z"), ("d", "123,457")]
 
 
 class TestParts:
