@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle.io.images import check_images
 from dalle.shapes.dataset import CELLS, COLORS, GRID, PLACES, SHAPES, Scene, parse_caption, signed_distance
-from dalle.types import check_images
 
 WORKING = 48  # W; lengths below are in pixels of this resolution
 BORDER = 2  # width of the border that names the background

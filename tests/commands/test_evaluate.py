@@ -9,18 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle.commands.evaluate import EvaluateArgs, _print, evaluate, finite
+from dalle.commands.evaluate import EvaluateArgs, _print, evaluate
 from dalle.data import DataConfig
-from dalle.dvae import DVAE
 from dalle.evals.context import EvalContext
+from dalle.evals.suite import METRICS
 from dalle.hub.registry import weights_hash
 from dalle.io.files import read_json
 from dalle.io.images import to_tensor
 from dalle.pipelines.dalle import DALLE
 from dalle.pretrained.openai_clip import load_scorer
 from tests.helpers.external import open_clip_weights
-
-COLORS = {"red": (230, 20, 20), "green": (20, 200, 30), "blue": (30, 40, 230)}
+from tests.helpers.scenes import put
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +45,12 @@ def report(run: EvaluateArgs, tmp_path_factory) -> dict:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Images whose captions are their classes, all held out by another folder."""
+def data(tmp_path: Path) -> DataConfig:
+    """Nine images, of which six have their class as caption, in training and validation."""
     for i in range(9):
-        name = list(COLORS)[i % 3]
-        Image.new("RGB", (40, 40), COLORS[name]).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(name.title() if i < 6 else f"something {name}", encoding="utf-8")
-    return tmp_path
-
-
-@pytest.fixture
-def data(folder: Path) -> DataConfig:
-    return DataConfig(path=str(folder), val_path=str(folder), workers=0)
+        name = ("red", "green", "blue")[i % 3]
+        put(tmp_path, f"{i}.png", Image.new("RGB", (40, 40), name), name.title() if i < 6 else f"a {name}")
+    return DataConfig(path=str(tmp_path), val_path=str(tmp_path), workers=0)
 
 
 class TestReport:
@@ -105,9 +98,9 @@ class TestReport:
 
 
 class TestOwnImages:
-    def test_classes_are_the_captions(self, run, data, tmp_path_factory):
-        classes = tmp_path_factory.mktemp("classes") / "names.txt"
-        classes.write_text("red\ngreen\nblue\n", encoding="utf-8")
+    def test_classes_are_the_captions(self, run, data, tmp_path):
+        classes = tmp_path / "classes"
+        classes.write_text("red\ngreen\nblue\n")
         asked = replace(run, metrics=("clip",), data=data, classes=classes, templates=("a {} circle",))
         found = evaluate(asked)["clip"]
         assert found["images"] == 9
@@ -141,9 +134,9 @@ class TestOwnImages:
         ],
     )
     def test_wrong_classes_are_refused(self, run, data, tmp_path, text, message):
-        file = tmp_path / "classes.txt"
+        file = tmp_path / "classes"
         if text:
-            file.write_text(text, encoding="utf-8")
+            file.write_text(text)
         with pytest.raises(ValueError, match=message):
             evaluate(replace(run, metrics=("clip",), data=data, classes=file))
 
@@ -211,59 +204,44 @@ def test_counts_are_printed_whole(capsys):
     assert capsys.readouterr().out == "dvae psnr 21.500  images 200\ndvae codes used 7\n"
 
 
-class TestInfinity:
-    def test_a_lossless_reconstruction_leaves_valid_json(self, run, monkeypatch, tmp_path):
-        def encode(model, pixels):
-            self.seen = pixels
-            return torch.zeros(len(pixels), 16, dtype=torch.int64)
-
-        def refuse(word: str) -> None:
-            raise AssertionError(f"{word} is not JSON")
-
-        monkeypatch.setattr(DVAE, "decode", lambda model, tokens, grid=None: self.seen)
-        monkeypatch.setattr(DVAE, "encode", encode)
-        found = evaluate(replace(run, metrics=("dvae",), json=tmp_path / "report.json"))
-        written = json.loads((tmp_path / "report.json").read_text("utf-8"), parse_constant=refuse)
-        assert written == found
-        assert written["dvae"]["psnr"] is None
-        assert written["dvae"]["ssim"] == pytest.approx(1)
-        assert written["nonfinite"] == {"dvae.psnr": "inf"}
-
-    def test_every_depth_and_sign(self):
-        report = {"a": {"b": math.nan, "c": 1.5}, "d": -math.inf, "e": [1], "f": "inf", "g": True}
-        kept = {"a": {"b": None, "c": 1.5}, "d": None, "e": [1], "f": "inf", "g": True}
-        assert finite(report) == kept | {"nonfinite": {"a.b": "nan", "d": "-inf"}}
-        assert finite({"a": 1.0}) == {"a": 1.0}
+def test_numbers_that_are_not_finite_leave_valid_json(run, monkeypatch, tmp_path):
+    numbers = {"psnr": math.inf, "a": {"b": math.nan, "c": 1.5}, "d": -math.inf, "e": "inf", "f": True}
+    monkeypatch.setitem(METRICS, "dvae", lambda context: numbers)
+    found = evaluate(replace(run, metrics=("dvae",), json=tmp_path / "report.json"))
+    assert "Infinity" not in (tmp_path / "report.json").read_text("utf-8")
+    assert read_json(tmp_path / "report.json") == found
+    assert found["dvae"] == numbers | {"psnr": None, "a": {"b": None, "c": 1.5}, "d": None}
+    assert found["nonfinite"] == {"dvae.psnr": "inf", "dvae.a.b": "nan", "dvae.d": "-inf"}
 
 
-class TestMistakes:
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"num_samples": 0}, "num_samples must be positive"),
-            ({"best_of": 0}, "best.of must"),
-            ({"num_prompts": 0}, "num.prompts must"),
-            ({"metrics": ()}, "one or more"),
-            ({"metrics": ("dvae", "dvae")}, "each once"),
-            ({"blur_radii": (0, -1)}, "0 or more"),
-            ({"blur_radii": ()}, "0 or more"),
-            ({"quick_gelu": True}, "give it with --clip"),
-            ({"rerank_with": "clip"}, "give it with --clip"),
-            ({"clip": Path(__file__).parent, "quick_gelu": True}, "--quick-gelu is for the file"),
-        ],
-    )
-    def test_fields(self, changes, message):
-        with pytest.raises(ValueError, match=message):
-            EvaluateArgs(**changes)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_samples": 0}, "num_samples must be positive"),
+        ({"best_of": 0}, "best.of must"),
+        ({"num_prompts": 0}, "num.prompts must"),
+        ({"metrics": ()}, "one or more"),
+        ({"metrics": ("dvae", "dvae")}, "each once"),
+        ({"blur_radii": (0, -1)}, "0 or more"),
+        ({"blur_radii": ()}, "0 or more"),
+        ({"quick_gelu": True}, "give it with --clip"),
+        ({"rerank_with": "clip"}, "give it with --clip"),
+        ({"clip": Path(__file__).parent, "quick_gelu": True}, "--quick-gelu is for the file"),
+    ],
+)
+def test_wrong_arguments_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluateArgs(**changes)
 
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"metrics": ("images",)}, r"pt_inception-2015-12-05-6726825d.pth.*--feature-extractor"),
-            ({"metrics": ("images",), "feature_extractor": "nowhere.pth"}, r"no file .*nowhere.pth"),
-            ({"metrics": ("clip",), "clip": Path(__file__).parent}, "run or model directory"),
-        ],
-    )
-    def test_missing_files(self, run, changes, message):
-        with pytest.raises(ValueError, match=message):
-            evaluate(replace(run, **changes))
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": ("images",)}, r"pt_inception-2015-12-05-6726825d.pth.*--feature-extractor"),
+        ({"metrics": ("images",), "feature_extractor": "nowhere.pth"}, r"no file .*nowhere.pth"),
+        ({"metrics": ("clip",), "clip": Path(__file__).parent}, "run or model directory"),
+    ],
+)
+def test_missing_files_are_refused(run, changes, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(replace(run, **changes))

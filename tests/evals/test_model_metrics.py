@@ -163,24 +163,15 @@ def plain(*colors: Sequence[float], side: int = 32) -> Tensor:
 
 
 class Table:
-    """An Embedder: an image is the color of its first pixel, a caption is looked up by its last word."""
+    """An Embedder: an image is its mean color without gray, a caption is looked up by its last word."""
 
     WORDS: ClassVar = {"red": RED, "green": GREEN, "blue": BLUE, "gray": (3**-0.5,) * 3, "cyan": (-1.0, 0, 0)}
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(pixels[:, :, 0, 0], dim=1)
+        return torch.nn.functional.normalize((pixels - pixels.amin(1, keepdim=True)).mean((2, 3)), dim=1)
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
         return torch.tensor([self.WORDS[one.rstrip(".").split()[-1]] for one in captions])
-
-
-class Colors(Table):
-    """Sees the most saturated corner, which a label in another corner does not hide."""
-
-    def embed_images(self, pixels: Tensor) -> Tensor:
-        corners = pixels[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
-        saturation = corners.amax(1) - corners.amin(1)
-        return super().embed_images(corners[torch.arange(len(pixels)), :, saturation.argmax(1), None, None])
 
 
 class Reader(Table):
@@ -188,7 +179,7 @@ class Reader(Table):
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         labeled = (pixels.amin(1) > 0.95).float().mean((1, 2)) > 0.01
-        own = super().embed_images(pixels[:, :, -1:, -1:])
+        own = super().embed_images(pixels)
         return torch.where(labeled[:, None], own.roll(1, dims=1), own)
 
 
@@ -217,7 +208,7 @@ class TestCLIP:
         two, one = (plain(RED, GREEN, side=96), [0, 1]), (plain(RED, side=96), [0])
         batches = [(images, torch.tensor(labels)) for images, labels in (two, one)]
         names, classes = ["red", "green"], torch.eye(3)[:2]
-        blind = clip.typographic_attack(Colors(), batches, names, classes, 0)
+        blind = clip.typographic_attack(Table(), batches, names, classes, 0)
         assert blind == {"acc_clean": 1, "acc_attacked": 1, "attack_success": 0, "attack_success_clean": 0}
         reader = clip.typographic_attack(Reader(), batches[1:], names, classes, 0)
         assert reader == {"acc_clean": 1, "acc_attacked": 0, "attack_success": 1, "attack_success_clean": 0}
@@ -257,10 +248,7 @@ class TestRetrieval:
 
 
 class TestBestOfN:
-    def test_best_probabilities_are_those_of_every_subset(self):
-        for m, n in ((5, 1), (5, 2), (6, 3), (4, 4)):
-            best = [min(subset) for subset in itertools.combinations(range(m), n)]
-            assert np.allclose(best_probabilities(m, n), np.bincount(best, minlength=m) / len(best))
+    def test_probabilities_and_sizes_of_the_papers_512_candidates(self):
         assert best_probabilities(512, 256).sum() == pytest.approx(1)
         assert best_probabilities(512, 512)[0] == 1
         assert sizes(512) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
@@ -283,7 +271,7 @@ class TestBestOfN:
     ("refused", "message"),
     [
         (lambda: MeanMetric().values(), "nothing to measure"),
-        (lambda: likelihood.nats_per_token(make_transformer(0, text_len=5, grid=2), []), "no pairs"),
+        (lambda: likelihood.nats_per_token(None, []), "no pairs"),
         (lambda: clip.clip_scores(Table(), plain(RED), ["red", "red"]), "1 images with 2 captions"),
         (lambda: clip.class_vectors(Table(), ["red", "blue"], ["a photo"]), "templates must be one or more"),
         (lambda: clip.class_vectors(Table(), ["red", "blue"], []), "templates must be one or more"),

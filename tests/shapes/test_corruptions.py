@@ -1,5 +1,7 @@
 """Corrupted shapes (dalle/shapes/corruptions.py)."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -12,29 +14,20 @@ SQUARE = Scene("white", (Thing("red", "square"),), place="in the middle", size="
 BOXES = np.array([[5.5, 5.5, 5], [0, 0, 0]]) / 12  # the five cells from 3 to 7
 
 
-class ScriptedGenerator:
-    """A generator of given values: object 0, the rotation, the corruption, more integers, one row or two."""
-
-    def __init__(self, turns: int, corruption: str, *integers: int, random: float = 1.0):
-        self._integers, self._corruption, self._random = iter([0, turns, *integers]), corruption, random
-
-    def integers(self, *bounds) -> int:
-        return next(self._integers)
-
-    def choice(self, names, p):
-        return self._corruption
-
-    def random(self) -> float:
-        return self._random
+def corrupted_square(
+    turns: int, corruption: str, *integers: int, random: float = 1.0, boxes: np.ndarray = BOXES
+) -> np.ndarray:
+    """By a generator of given values; `random` decides between one row and two."""
+    values = iter([0, turns, *integers])
+    rng = SimpleNamespace(
+        integers=lambda *bounds: next(values), choice=lambda names, p: corruption, random=lambda: random
+    )
+    return corrupt_object(render([SQUARE], boxes[None], 48)[0], SQUARE, boxes, rng)
 
 
 def occupied(image: np.ndarray) -> np.ndarray:
     """Cells of the grid other than the background, bool (12, 12)."""
     return (image[2] < 0.5)[CELL // 2 :: CELL, CELL // 2 :: CELL]
-
-
-def corrupted_square(rng: ScriptedGenerator, boxes: np.ndarray = BOXES) -> np.ndarray:
-    return corrupt_object(render([SQUARE], boxes[None], 48)[0], SQUARE, boxes, rng)
 
 
 def rectangle(top: int, left: int, bottom: int, right: int) -> np.ndarray:
@@ -56,12 +49,11 @@ def rectangle(top: int, left: int, bottom: int, right: int) -> np.ndarray:
     ],
 )
 def test_corruptions_of_a_square(turns, corruption, random, expected):
-    rng = ScriptedGenerator(turns, corruption, 2, random=random)
-    assert (occupied(corrupted_square(rng)) == expected).all()
+    assert (occupied(corrupted_square(turns, corruption, 2, random=random)) == expected).all()
 
 
 def test_mix_continues_with_another_shape():
-    mixed = corrupted_square(ScriptedGenerator(0, "mix", 0, 2))  # a circle, from its row 2
+    mixed = corrupted_square(0, "mix", 0, 2)  # a circle, from its row 2
     circle = Scene("white", (Thing("red", "circle"),), place="in the middle", size="small")
     square, circle = render([SQUARE, circle], np.stack([BOXES, BOXES]), 48)
     assert (mixed[:, : 5 * CELL] == square[:, : 5 * CELL]).all()
@@ -71,7 +63,7 @@ def test_mix_continues_with_another_shape():
 @pytest.mark.parametrize(("turns", "corruption"), [(0, "repeat"), (1, "shift")])
 def test_without_room_a_row_is_dropped(turns, corruption):
     bottom_left = np.array([[2.5, 9.5, 5], [0, 0, 0]]) / 12
-    assert occupied(corrupted_square(ScriptedGenerator(turns, corruption, 2), bottom_left)).sum() == 20
+    assert occupied(corrupted_square(turns, corruption, 2, boxes=bottom_left)).sum() == 20
 
 
 def test_every_image_is_corrupted_and_depends_on_its_index_alone():
