@@ -47,25 +47,29 @@ def is_archive(path: Path) -> bool:
 
 @contextmanager
 def extract(path: Path, names: Collection[str]) -> Iterator[Path]:
-    """A temporary folder with files of a tar.gz; ValueError for one that is damaged, hostile or lacks a file.
+    """A temporary folder with files of a tar.gz, or the path itself if it is none.
 
-    The `names` are at the top of the archive or below one folder.
+    The `names` are at the top of the archive or below one folder; ValueError for an archive that is damaged,
+    hostile or lacks one.
     """
+    if not is_archive(path):
+        yield path
+        return
     with tempfile.TemporaryDirectory(prefix="dalle-") as folder:
         try:
-            taken = _extract(path, names, Path(folder))
+            missing = set(names) - _extract(path, set(names), Path(folder))
         except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
             reason = str(error) or type(error).__name__
             raise ValueError(f"{path} cannot be unpacked: {reason}; if no tar.gz, unpack it") from None
-        if missing := [name for name in names if name not in taken]:
-            raise ValueError(f"{path} is an archive without {missing[0]}, not minDALL-E's; unpack it first")
+        if missing:
+            raise ValueError(f"{path} is an archive without {min(missing)}, not minDALL-E's; unpack it first")
         yield Path(folder)
 
 
-def _extract(path: Path, names: Collection[str], folder: Path) -> set[str]:
+def _extract(path: Path, names: set[str], folder: Path) -> set[str]:
     """Reads the archive once, from end to end; the files that it took."""
     size = path.stat().st_size
-    seen: set[str] = set()
+    seen: set[PurePosixPath] = set()
     taken: set[str] = set()
     with (
         path.open("rb") as file,
@@ -77,9 +81,8 @@ def _extract(path: Path, names: Collection[str], folder: Path) -> set[str]:
             for member in tar:
                 _check_member(path, member, seen)
                 stream.require(member.size)  # a sparse member claims bytes that are not there
-                parts = PurePosixPath(member.name).parts
-                name = next((n for n in names if n in ("/".join(parts), "/".join(parts[1:]))), None)
-                if member.isfile() and name:
+                parts = PurePosixPath(member.name).parts if member.isfile() else ()
+                for name in names & {"/".join(parts), "/".join(parts[1:])}:
                     if name in taken:
                         raise ValueError(f"{path} is refused: it holds {name} twice")
                     taken.add(name)
@@ -93,13 +96,13 @@ def _extract(path: Path, names: Collection[str], folder: Path) -> set[str]:
     return taken
 
 
-def _check_member(path: Path, member: tarfile.TarInfo, seen: set[str]) -> None:
+def _check_member(path: Path, member: tarfile.TarInfo, seen: set[PurePosixPath]) -> None:
     """ValueError for a member that no honest archive of weights has."""
     name, shown = PurePosixPath(member.name), ascii(member.name)[:80]
     if name.is_absolute() or ".." in name.parts or "\\" in member.name or ":" in member.name:
         raise ValueError(f"{path} is refused: its member {shown} leads outside of it")
     if not (member.isfile() or member.isdir()):
         raise ValueError(f"{path} is refused: its member {shown} is a link or a device")
-    if str(name) in seen and member.isfile():
+    if name in seen and member.isfile():
         raise ValueError(f"{path} is refused: it has two members of the name {shown}")
-    seen.add(str(name))
+    seen.add(name)

@@ -112,11 +112,14 @@ class MLP(nn.Module):
         self.project = nn.Linear(4 * config.width, config.width, config.mlp_bias)
         self.gelu, self.gated = GELUS[config.gelu], config.gated
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *rest) -> Tensor:
+        """x (..., D); the other arguments are for attention."""
         if self.gated:
             value, gate = self.expand(x).chunk(2, dim=-1)
             return self.project(value * self.gelu(gate))
         return self.project(self.gelu(self.expand(x)))
+
+    step = forward
 
 
 class SandwichBlock(ResidualBlock):
@@ -137,24 +140,25 @@ class SandwichBlock(ResidualBlock):
 
     def step(self, x: Tensor, *rest) -> Tensor:
         """x (B, D) of one image token and the other arguments of f.step."""
-        x = self.norm(x).to(self.dtype)
-        return self.norm_out(self.f.step(x, *rest) if rest else self.f(x))
+        return self.norm_out(self.f.step(self.norm(x).to(self.dtype), *rest))
 
 
 class Layer(nn.Module):
     """Attention, then MLP; the trunk stays fp32."""
 
+    block_class: type[SandwichBlock] = SandwichBlock
+
     def __init__(self, config: BlockConfig):
         super().__init__()
-        self.attention = SandwichBlock(config, Attention(config))
-        self.mlp = SandwichBlock(config, MLP(config))
+        self.attention = self.block_class(config, Attention(config))
+        self.mlp = self.block_class(config, MLP(config))
 
     def forward(self, x: Tensor, *rest) -> Tensor:
         """x (B, n, D) and the other arguments of `Attention.forward`."""
         x = x + self.attention(x, *rest)
-        return x + self.mlp(x)
+        return x + self.mlp(x, *rest)
 
     def step(self, x: Tensor, *rest) -> Tensor:
         """x (B, D) and the other arguments of `Attention.step`."""
         x = x + self.attention.step(x, *rest)
-        return x + self.mlp.step(x)
+        return x + self.mlp.step(x, *rest)

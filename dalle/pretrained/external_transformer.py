@@ -26,20 +26,17 @@ from dalle.transformer import Transformer
 class ExternalLayout(TokenLayout):
     """Text ids and image tokens, all text positions open to captions."""
 
-    start: int | None = (
-        0  # input id at position 0; None if the first text id is there, which nothing predicts
-    )
+    start: int | None = 0  # input id at position 0; None: it is the first text id, which nothing predicts
     zero_is_pad: bool = False  # text id 0 means the pad of its position
     pad: int | None = None  # the one pad of all positions; None if each has its own
     frame: tuple[int, int] | None = None  # ids before and after each caption
 
     def __post_init__(self):
         super().__post_init__()
-        derived = {"max_caption_len": self.text_len - len(self.frame or ())}
+        object.__setattr__(self, "max_caption_len", self.text_len - len(self.frame or ()))
         if self.pad is not None:
-            derived |= {"image_offset": self.text_vocab, "vocab": self.text_vocab + self.image_vocab}
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, "image_offset", self.text_vocab)
+            object.__setattr__(self, "vocab", self.text_vocab + self.image_vocab)
 
     @property
     def unpredicted(self) -> int:
@@ -117,22 +114,22 @@ class ExternalConfig(BlockConfig, ABC):
 class ExternalTransformer(nn.Module, ABC):
     """Joint ids -> logits, with the methods of `dalle.transformer.Transformer` that sampling calls.
 
-    A subclass adds embeddings, `final` (trunk -> final states) and `to_logits`.
+    A subclass adds `text_position`, other embeddings, `final` (trunk -> final states) and `to_logits`.
     """
-
-    layer_class: type[nn.Module] = Layer
 
     def __init__(self, config: ExternalConfig):
         super().__init__()
         self.config, self.layout = config, config.layout
-        self.layers = nn.ModuleList(self.layer_class(config) for _ in config.kinds)
+        self.text_embedding = nn.Embedding(self.layout.image_offset, config.width)
+        self.image_embedding = nn.Embedding(self.layout.image_vocab, config.width)
+        self.layers = nn.ModuleList(self.new_layer(config) for _ in config.kinds)
         self.patterns: dict[str, Tensor] = {}  # as ours has, for sampling in 16 bits
         with torch.device("cpu"):  # not in a file, so computed even in a model without weights
             self.image_masks = {kind: config.image_mask(kind) for kind in sorted(set(config.kinds))}
 
-    @abstractmethod
     def embed_text(self, text: Tensor) -> Tensor:
         """Input ids (B, t) of the first text inputs -> (B, t, D)."""
+        return self.text_embedding(text) + self.text_position.weight[: text.shape[1]]
 
     @abstractmethod
     def embed_image(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -197,6 +194,10 @@ class ExternalTransformer(nn.Module, ABC):
         layouts = {kind: KVCacheLayout(m, torch.arange(len(m)), device=like.device) for kind, m in masks}
         shape = captions, candidates, config.heads, config.inner // config.heads, like
         return [self.new_cache(layouts[kind], *shape) for kind in config.kinds]
+
+    def new_layer(self, config: ExternalConfig) -> nn.Module:
+        """A layer."""
+        return Layer(config)
 
     def new_cache(self, *arguments) -> KVCache:
         """The empty cache of a layer, by `KVCache`'s arguments."""

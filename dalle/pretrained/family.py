@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import torch
@@ -31,14 +32,24 @@ class CheckpointFormat:
     infer_config: Callable[[Shapes, "DetectedCheckpoint"], Any]
     """Shapes by the model's names, and the file -> configuration; ValueError for what is not supported."""
     build: Callable[[Any], nn.Module]  # configuration -> a model without the file's weights
-    rename: Callable[[str, Collection[str]], str] = lambda name, names: name
-    """The file's name of a tensor, and all its names -> the model's."""
+    renames: Callable[[Collection[str]], Mapping[str, str]] = lambda names: {}
+    """The file's names -> regular expressions and what replaces them in each name, in this order."""
     ignored: tuple[str, ...] = ()
     """Patterns of names that a model has no use for: training losses, masks that are computed."""
 
     def matches(self, names: Collection[str]) -> bool:
         """Whether a file with tensors of these names has this format."""
-        return all(any(fnmatchcase(name, pattern) for name in names) for pattern in self.key_patterns)
+        return matches_all(names, self.key_patterns)
+
+    def rename(self, names: Collection[str]) -> dict[str, str]:
+        """The model's name by the file's name of each tensor that is not ignored."""
+        renames, renamed = self.renames(names), {}
+        for name in names:
+            if not any(fnmatchcase(name, pattern) for pattern in self.ignored):
+                renamed[name] = name
+                for pattern, new in renames.items():
+                    renamed[name] = re.sub(pattern, new, renamed[name])
+        return renamed
 
 
 @dataclass(frozen=True)
@@ -72,20 +83,23 @@ class KeyComparison:
 
 def compare_keys(found: DetectedCheckpoint) -> KeyComparison:
     """Compares a file with its format's model; ValueError for sizes that the model cannot have."""
-    family, (tensors, ignored) = found.family, _renamed(found)
+    family, tensors = found.family, {}
+    renamed = family.rename(found.tensors)
+    for name, new in renamed.items():
+        if new in tensors:
+            raise ValueError(f"two tensors have the name {new}, one of them {name}")
+        tensors[new] = found.tensors[name]
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
         config = family.infer_config(shapes, found)
         with meta_init():
             model = family.build(config)
     except KeyError as error:
-        raise ValueError(f"it looks like {family.name}, but lacks {error.args[0]}") from None
-    except ValueError as error:
-        if "to unpack" not in str(error):  # of a shape
+        raise ValueError(f"it lacks {error.args[0]}") from None
+    except (ValueError, RuntimeError, ArithmeticError, IndexError, TypeError, AssertionError) as error:
+        if isinstance(error, ValueError) and "to unpack" not in str(error):  # of a shape
             raise
-        raise ValueError(f"it looks like {family.name}, but a tensor has other dimensions") from None
-    except (RuntimeError, ArithmeticError, IndexError, TypeError, AssertionError) as error:
-        raise ValueError(f"it looks like {family.name}, but has impossible sizes: {error}") from None
+        raise ValueError(f"a tensor has impossible dimensions: {error}") from None
     state = model.state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     both = sorted(shapes.keys() & expected.keys())
@@ -96,7 +110,7 @@ def compare_keys(found: DetectedCheckpoint) -> KeyComparison:
         "wrong_shape": [f"{n}: {shapes[n]}, not {expected[n]}" for n in both if shapes[n] != expected[n]],
         "wrong_dtype": [f"{n}: {tensors[n].dtype}, not {state[n].dtype}" for n in other],
     }
-    return KeyComparison(config, model, tensors, faults, ignored)
+    return KeyComparison(config, model, tensors, faults, sorted(found.tensors.keys() - renamed.keys()))
 
 
 def load_weights(found: DetectedCheckpoint) -> nn.Module:
@@ -134,35 +148,20 @@ class _SkipRandomInit(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _renamed(found: DetectedCheckpoint) -> tuple[dict[str, Tensor], list[str]]:
-    """(tensors by the model's names, names ignored)."""
-    family, tensors, ignored = found.family, {}, []
-    for name, tensor in found.tensors.items():
-        if any(fnmatchcase(name, pattern) for pattern in family.ignored):
-            ignored.append(name)
-            continue
-        renamed = family.rename(name, found.tensors)
-        if renamed in tensors:
-            raise ValueError(f"two tensors have the name {renamed}, one of them {name}")
-        tensors[renamed] = tensor
-    return tensors, sorted(ignored)
-
-
-def rename_layers(pattern: str, parts: dict[str, str], others: dict[str, str]) -> Callable[..., str]:
-    """A `CheckpointFormat.rename` by tables for names inside of layers and outside of them.
-
-    `pattern` matches a name without its last word; its groups are the layer's number and the part.
-    """
-
-    def rename(name: str, names: Collection[str]) -> str:
-        stem, _, end = name.rpartition(".")
-        if match := re.fullmatch(pattern, stem):
-            return f"layers.{match[1]}.{parts.get(match[2], match[2])}.{end}"
-        return f"{others.get(stem, stem)}.{end}"
-
-    return rename
-
-
 def count_matches(names: Collection[str], pattern: str) -> int:
     """How many names match."""
     return sum(fnmatchcase(name, pattern) for name in names)
+
+
+def matches_all(names: Collection[str], patterns: Collection[str]) -> bool:
+    """Whether each pattern matches a name."""
+    return all(count_matches(names, pattern) for pattern in patterns)
+
+
+def hparam(hparams: Mapping[str, Any], name: str, default: int | bool | None = None) -> Any:
+    """A hyper-parameter: true or false if the default is, else a positive number; ValueError for another."""
+    value, switch = hparams.get(name, default), type(default) is bool
+    if type(value) is not (bool if switch else int) or not (switch or 0 < value < 2**31):
+        expected = "true or false" if switch else "a positive number"
+        raise ValueError(f"its hparams have {name} {shown(value):.40}, expected {expected}")
+    return value

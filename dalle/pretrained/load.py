@@ -1,8 +1,6 @@
 """Loading checkpoints of other programs: detection of their format, and the models in them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +9,18 @@ from torch import nn
 
 from dalle.io.files import read_json
 from dalle.pipelines.dalle import DALLE
-from dalle.pretrained import openai_clip, openai_dvae, vqgan
+from dalle.pretrained import (
+    dalle_pytorch,
+    dalle_pytorch_vae,
+    mindalle,
+    openai_clip,
+    openai_dvae,
+    rudalle,
+    rudalle_vqgan,
+    vqgan,
+)
 from dalle.pretrained.archive import extract, is_archive
-from dalle.pretrained.dalle_pytorch import reader as dalle_pytorch
-from dalle.pretrained.dalle_pytorch import vae as dalle_pytorch_vae
-from dalle.pretrained.family import DetectedCheckpoint, load_weights
-from dalle.pretrained.mindalle import reader as mindalle
-from dalle.pretrained.rudalle import reader as rudalle
-from dalle.pretrained.rudalle import vqgan_dwt
-from dalle.pretrained.rudalle.model import Rudalle
+from dalle.pretrained.family import DetectedCheckpoint, load_weights, matches_all
 from dalle.pretrained.torch_file import SavedFile, read_torch_file, weights_of
 from dalle.text import BPETokenizer
 from dalle.types import ImageTokenizer, Scorer
@@ -31,7 +32,7 @@ FAMILIES = (
     openai_dvae.FAMILY,
     openai_clip.OPENAI,
     openai_clip.OPEN_CLIP,
-    vqgan_dwt.FAMILY,
+    rudalle_vqgan.FAMILY,
     vqgan.TAMING,
     vqgan.GUMBEL,
     vqgan.LLAMAGEN,
@@ -65,14 +66,9 @@ def is_external_checkpoint(path: Path) -> bool:
     return path.is_file() or any((path / name).is_file() for name in names)
 
 
-@contextmanager
-def extracted(path: Path | str) -> Iterator[Path]:
+def extracted(path: Path | str) -> AbstractContextManager[Path]:
     """The path itself, or a folder with the files of minDALL-E's archive; ValueError for another archive."""
-    if is_archive(Path(path)):
-        with extract(Path(path), mindalle.FILES) as folder:
-            yield folder
-    else:
-        yield Path(path)
+    return extract(Path(path), mindalle.FILES)
 
 
 def detect_checkpoint(path: Path | str) -> DetectedCheckpoint:
@@ -92,7 +88,7 @@ def _detect(saved: SavedFile) -> DetectedCheckpoint:
     if isinstance(tree, dict) and {"hparams", "vae_params"} <= tree.keys() and not tensors:
         raise ValueError(f"{saved.path} is the part beside DeepSpeed's folder: {DEEPSPEED}")
     for reason, patterns in UNSUPPORTED.items():
-        if all(any(fnmatchcase(name, pattern) for name in tensors) for pattern in patterns):
+        if matches_all(tensors, patterns):
             raise ValueError(f"{saved.path} is not supported. It is of {reason}")
     family = next((family for family in FAMILIES if family.matches(tensors)), None)
     if family is openai_dvae.FAMILY:
@@ -169,7 +165,7 @@ def load_external_pipeline(
             raise ValueError(f"{path} does not hold its text tokenizer; give the one of its training")
         text = mindalle.load_tokenizer(folder) if text is None else text
         transformer = load_transformer(folder, device)
-        if isinstance(transformer, Rudalle):
+        if isinstance(transformer, rudalle.Rudalle):
             text = rudalle.lowercase(text)
             if dvae is None:
                 raise ValueError(f"{path} is ruDALL-E's transformer; give its image tokenizer too, a VQGAN")

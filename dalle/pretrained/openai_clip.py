@@ -39,13 +39,11 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint | None = None) -> dic
         "context_length": shapes["positional_embedding"][0],
         "vocab_size": vocab_size,
         "width": text_width,
+        "heads": text_width // HEAD_WIDTH,
+        "layers": count_matches(shapes, "transformer.resblocks.*.attn.in_proj_weight"),
     }
-    text["layers"] = count_matches(shapes, "transformer.resblocks.*.attn.in_proj_weight")
-    return {
-        "embed_dim": shapes["text_projection"][1],
-        "vision_cfg": {"layers": layers, "width": width, "patch_size": patch, "image_size": image_size},
-        "text_cfg": text | {"heads": text_width // HEAD_WIDTH},
-    }
+    vision = {"layers": layers, "width": width, "patch_size": patch, "image_size": image_size}
+    return {"embed_dim": shapes["text_projection"][1], "vision_cfg": vision, "text_cfg": text}
 
 
 def build(config: dict[str, Any], quick_gelu: bool) -> nn.Module:
@@ -77,7 +75,7 @@ OPEN_CLIP = replace(
     license="unknown; open_clip's own differ by training set",
     key_patterns=("*visual.*", "*token_embedding.weight", "*text_projection"),
     build=partial(build, quick_gelu=False),
-    rename=lambda name, names: name.removeprefix("module."),
+    renames=lambda names: {r"^module\.": ""},
     ignored=(),
 )
 

@@ -43,6 +43,7 @@ FAMILY = CheckpointFormat(
     key_patterns=("*blocks.group_1.block_1.res_path.conv_1.w",),
     infer_config=infer_config,
     build=DVAE,
+    renames=lambda names: {r"^(enc|dec)\.": r"\1oder."},
 )
 
 
@@ -55,15 +56,13 @@ def read_folder(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(saved: SavedFile) -> Mapping[str, Tensor]:
-    """Tensors of one file, named encoder.blocks.* and decoder.blocks.*; enc and dec in DALLE-pytorch."""
+    """Tensors of one file, named encoder.blocks.* and decoder.blocks.*, or enc and dec (DALLE-pytorch)."""
     _check_module(saved)
     tensors = weights_of(saved.tree)
     if "blocks.input.w" in tensors:
         half = "encoder" if tensors["blocks.input.w"].shape[-1] > 1 else "decoder"
         return {f"{half}.{name}": tensor for name, tensor in tensors.items()}
-    full = {"enc": "encoder", "dec": "decoder"}
-    parts = ((*name.partition("."), tensor) for name, tensor in tensors.items())
-    return {f"{full.get(half, half)}.{rest}": tensor for half, _, rest, tensor in parts}
+    return tensors
 
 
 def _check_module(saved: SavedFile) -> None:

@@ -16,8 +16,6 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import safe_globals
 
-from dalle.pretrained.pickle_scan import Forbidden, ScannedPickle, scan_pickle
+from dalle.pretrained.pickle_scan import Forbidden, PickleScan
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 WRONG_KINDS = {
@@ -36,16 +34,6 @@ WRONG_KINDS = {
     b"version https://git-lfs": "a Git LFS pointer; fetch the file itself",
     b"<": "a page of HTML or XML, perhaps of a download that failed",
 }
-STAND_INS = re.compile(
-    r"dall_e\.\w+\.\w+"  # OpenAI's dVAE
-    r"|torch\.nn\.modules\.\w+\.\w+"
-    r"|(__torch__|omegaconf|pytorch_lightning|lightning)\..+"  # TorchScript; what Lightning adds
-    r"|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray)"
-    r"|builtins\.(object|int|float|str|bool|list|dict|tuple)"
-    r"|pathlib\.(_local\.)?(Posix|Windows)Path"
-    r"|argparse\.Namespace|typing\.Any|collections\.defaultdict"
-)
-"""Classes whose instances are kept as data; none of them is imported."""
 
 
 class StandIn:
@@ -86,28 +74,19 @@ def read_torch_file(path: Path | str) -> SavedFile:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file {path}")
-    if not path.stat().st_size:
-        raise ValueError(f"{path} is empty")
-    with _named_errors(path):
-        with path.open("rb") as file:
-            head = file.read(512)
-        for start, kind in WRONG_KINDS.items():
-            if head.startswith(start):
-                raise ValueError(f"it is {kind}")
-        if head[257:262] == b"ustar":
-            raise ValueError("it is a tar; unpack it (torch before 0.1.10 wrote tars too)")
+    with path.open("rb") as file:
+        head = file.read(512)
+    kinds = [kind for start, kind in WRONG_KINDS.items() if head.startswith(start)]
+    if head[257:262] == b"ustar":
+        kinds = ["a tar; unpack it (torch before 0.1.10 wrote tars too)"]
+    if kinds or not head:
+        raise ValueError(f"{path} is {kinds[0] if kinds else 'empty'}")
+    try:
         if head.startswith(b"PK\x03\x04"):
             return _read_zip(path)
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
             return SavedFile(path, "safetensors", load_file(path))
-        return _read_legacy(path, head)
-
-
-@contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    """Errors of the libraries that read, as one line about the file."""
-    try:
-        yield
+        return _read_legacy(path)
     except Forbidden as error:
         raise Forbidden(f"{path} is refused: {error}; nothing of it was run") from None
     except Exception as error:  # a damaged file raises nearly anything
@@ -115,15 +94,17 @@ def _named_errors(path: Path) -> Iterator[None]:
         reason = re.sub(r"(?s).*WeightsUnpickler error: |\. Please use.*|\n.*", "", str(error)) or kind
         if isinstance(error, zipfile.BadZipFile | SafetensorError):
             reason = f"truncated or damaged: {reason}"
+        if all(byte >= 32 or byte in b"\t\r\n" for byte in head[:64]):
+            reason = "it is a text file, or a pickle that torch.save did not write"
         raise ValueError(f"{path} cannot be read: {reason}") from None
 
 
-def _load(source: Path | io.BytesIO, scanned: ScannedPickle, mapped: bool = False) -> Any:
+def _load(source: Path | io.BytesIO, scan: PickleScan, mapped: bool = False) -> Any:
     """The value of a scanned file, by torch."""
-    if scanned.protocol > 2:
-        raise ValueError(f"a pickle with protocol {scanned.protocol}, not torch.save's default of 2")
+    if scan.protocol > 2:
+        raise ValueError(f"a pickle with protocol {scan.protocol}, not torch.save's default of 2")
     dicts = ("defaultdict", ".AttributeDict")
-    classes = [(DictStandIn if name.endswith(dicts) else StandIn, name) for name in scanned.stand_ins]
+    classes = [(DictStandIn if name.endswith(dicts) else StandIn, name) for name in scan.stand_ins]
     with warnings.catch_warnings(), safe_globals(classes):
         warnings.simplefilter("ignore")  # of old pickles, about which a user can do nothing
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
@@ -138,17 +119,14 @@ def _read_zip(path: Path) -> SavedFile:
         if len({name.lower() for name in names}) != len(names):  # torch ignores their case
             raise ValueError("a zip with two members of one name")
         root = roots[0]
-        script = any(name.startswith(f"{root}code/") for name in names)
-        kind = "TorchScript" if script else "torch zip"
         members = _checked_members(path, archive, root)
-        scanned = scan_pickle(
-            io.BytesIO(archive.read(f"{root}data.pkl")), STAND_INS.fullmatch, path.stat().st_size
-        )
-        for storage in scanned.storages.values():
-            if (size := members[f"{root}data/{storage.key}"].file_size) != storage.nbytes:
-                raise ValueError(f"storage {storage.key} has {size} bytes, expected {storage.nbytes}")
-        source = _without_code(archive, members) if script else path
-    return SavedFile(path, kind, _load(source, scanned, mapped=not script))
+        scan = PickleScan(io.BytesIO(archive.read(f"{root}data.pkl")))
+        for key, nbytes in scan.storages:  # torch trusts the pickle
+            if (size := members[f"{root}data/{key}"].file_size) != nbytes:
+                raise ValueError(f"storage {key} has {size} bytes, expected {nbytes}")
+        if any(name.startswith(f"{root}code/") for name in names):
+            return SavedFile(path, "TorchScript", _load(_without_code(archive, members), scan))
+        return SavedFile(path, "torch zip", _load(path, scan, mapped=True))
 
 
 def _checked_members(path: Path, archive: zipfile.ZipFile, root: str) -> dict[str, zipfile.ZipInfo]:
@@ -178,34 +156,26 @@ def _without_code(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo])
     return buffer
 
 
-def _read_legacy(path: Path, head: bytes) -> SavedFile:
+def _read_legacy(path: Path) -> SavedFile:
     size = path.stat().st_size
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            scans = [scan_pickle(data, STAND_INS.fullmatch, size)]
-            if scans[0].value != LEGACY_MAGIC:
-                raise ValueError("a pickle that torch.save did not write; save it by torch.save")
-            scans += [scan_pickle(data, STAND_INS.fullmatch, size) for _ in range(4)]
-        except Forbidden:
-            raise
-        except ValueError:
-            if all(byte >= 32 or byte in b"\t\r\n" for byte in head[:64]) and not head.startswith(b"("):
-                raise ValueError("it is a text file, not one of weights") from None
-            raise
-        _, _, _, tree, keys = scans
-        if {*map(str, keys.literals)} != tree.storages.keys():
+        if PickleScan(data).value != LEGACY_MAGIC:
+            raise ValueError("a pickle that torch.save did not write; save it by torch.save")
+        _, _, tree, keys = (PickleScan(data) for _ in range(4))
+        if large := [nbytes for _, nbytes in tree.storages if not 0 <= nbytes <= size]:
+            raise ValueError(f"a storage of {large[0]} bytes in a file of {size}")
+        if {*map(str, keys.literals)} != {key for key, _ in tree.storages}:
             raise ValueError("its storages are not those of its tensors")
-        source = _without_sources(data, tree) if tree.modules else path
-    return SavedFile(path, "torch legacy", _load(source, tree))
+        return SavedFile(path, "torch legacy", _load(_without_sources(data, tree) or path, tree))
 
 
-def _without_sources(data: mmap.mmap, tree: ScannedPickle) -> io.BytesIO:
-    """A legacy file without the sources of classes, which torch does not read with weights_only."""
+def _without_sources(data: mmap.mmap, tree: PickleScan) -> io.BytesIO | None:
+    """A legacy file without the sources of its classes, if there are any: torch would refuse them."""
     pieces, end = [], 0
     for start, after, name, name_end in tree.modules:
         pieces += [data[end:start], data[name:name_end]]
         end = after
-    return io.BytesIO(b"".join([*pieces, data[end:]]))
+    return io.BytesIO(b"".join([*pieces, data[end:]])) if pieces else None
 
 
 WEIGHT_KEYS = ("state_dict", "weights", "ema", "model", "module")
@@ -228,16 +198,15 @@ def weights_of(tree: Any, depth: int = 3) -> dict[str, Tensor]:
 def _module_tensors(root: StandIn) -> dict[str, Tensor]:
     """The tensors of a module and of those inside it."""
     found: dict[str, Tensor] = {}
-    queue, visits = [("", root)], 0
-    while queue:
-        (prefix, module), visits = queue.pop(), visits + 1
-        if visits > MAX_MODULES or prefix.count(".") > MAX_DEPTH:
+    modules = [("", root)]
+    for prefix, module in modules:  # which grows
+        if len(modules) > MAX_MODULES or prefix.count(".") > MAX_DEPTH:
             raise ValueError("a module that holds itself, or too many of them")
         for name, value in attributes(module).items():
             if isinstance(value, Tensor):
                 found[f"{prefix}{name}"] = value.detach()
             elif isinstance(value, StandIn):
-                queue.append((f"{prefix}{name}.", value))
+                modules.append((f"{prefix}{name}.", value))
     return found
 
 

@@ -5,7 +5,6 @@ discriminator) are ignored. Gumbel models are recognized by `quantize.proj`, Lla
 names.
 """
 
-import re
 from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
@@ -52,22 +51,16 @@ GUMBEL = replace(
     name="Gumbel VQGAN of taming-transformers or ruDALL-E",
     license="not stated for taming's weights (its code is MIT); ruDALL-E's Apache-2.0",
     key_patterns=(*TAMING.key_patterns[:2], "quantize.proj.weight", "quantize.embed.weight"),
-    rename=lambda name, names: "quantize.embedding.weight" if name == "quantize.embed.weight" else name,
+    renames=lambda names: {r"^quantize\.embed\.": "quantize.embedding."},
 )
 
 
-def _taming_name(name: str, names: Collection[str]) -> str:
-    """LlamaGen's name of a tensor -> taming's. Its decoder counts levels from the coarsest."""
+def _taming_names(names: Collection[str]) -> dict[str, str]:
+    """Names of LlamaGen -> taming's. Its decoder counts levels from the coarsest."""
     levels = count_matches(names, "decoder.conv_blocks.*.res.0.conv1.weight")
-    half, _, rest = name.partition(".")
-    if half not in ("encoder", "decoder"):
-        return name
-    rest = re.sub(r"^mid\.([012])\.", lambda m: f"mid.{('block_1', 'attn_1', 'block_2')[int(m[1])]}.", rest)
-    if match := re.match(r"conv_blocks\.(\d+)\.", rest):
-        level = int(match[1]) if half == "encoder" else max(0, levels - 1 - int(match[1]))
-        rest = f"{'down' if half == 'encoder' else 'up'}.{level}.{rest[match.end() :]}"
-        rest = re.sub(r"^(\w+\.\d+)\.res\.", r"\1.block.", rest)
-    return f"{half}.{rest}"
+    ups = {rf"^decoder\.conv_blocks\.{i}\.": f"decoder.up.{levels - 1 - i}." for i in range(levels)}
+    middle = {rf"\.mid\.{i}\.": f".mid.{part}." for i, part in enumerate(("block_1", "attn_1", "block_2"))}
+    return ups | middle | {r"^encoder\.conv_blocks\.": "encoder.down.", r"\.res\.": ".block."}
 
 
 LLAMAGEN = replace(
@@ -77,5 +70,5 @@ LLAMAGEN = replace(
     key_patterns=("encoder.conv_blocks.*.res.*", "decoder.conv_blocks.*.res.*", "quantize.embedding.weight"),
     infer_config=partial(infer_config, quantizer="cosine"),
     ignored=("quantize.codebook_used",),
-    rename=_taming_name,
+    renames=_taming_names,
 )

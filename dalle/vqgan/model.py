@@ -6,6 +6,8 @@ is no training here: no discriminator, no commitment loss.
     B batch, H W pixels, h w grid, K vocabulary, D width of a code
 """
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,79 +52,52 @@ class Attention(nn.Module):
         return x + self.proj_out(mixed.transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
+def downsample(width: int) -> nn.Sequential:
     """Half the sides, by a convolution that looks right and down."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    conv = nn.Conv2d(width, width, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
 
-class Upsample(nn.Module):
+def upsample(width: int) -> nn.Sequential:
     """Twice the sides: each pixel four times, then a convolution."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    conv = nn.Conv2d(width, width, 3, padding=1)
+    return nn.Sequential(OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=conv))
 
 
 class Level(nn.Module):
     """Blocks of one resolution, each followed by attention or none, then a resize or none."""
 
-    def __init__(self, n_in: int, n_out: int, blocks: int, attention: bool, **resize: nn.Module):
+    def __init__(self, n_in: int, n_out: int, blocks: int, attention: bool):
         super().__init__()
         self.block = nn.ModuleList(Block(n_in if i == 0 else n_out, n_out) for i in range(blocks))
-        self.attn = nn.ModuleList(Attention(n_out) for _ in range(blocks * attention))
-        for name, module in resize.items():
-            self.add_module(name, module)
-        self.resize = tuple(resize)
+        self.attn = nn.ModuleList(Attention(n_out) if attention else nn.Identity() for _ in self.block)
+        self.downsample = self.upsample = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x)
-            x = self.attn[i](x) if self.attn else x
-        for name in self.resize:
-            x = getattr(self, name)(x)
-        return x
+        for block, attn in zip(self.block, self.attn, strict=True):
+            x = attn(block(x))
+        return self.upsample(self.downsample(x))
 
 
-class Middle(nn.Module):
+def middle(width: int) -> nn.Sequential:
     """Block, attention, block at the coarsest resolution."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.block_1, self.attn_1, self.block_2 = Block(width, width), Attention(width), Block(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+    parts = {"block_1": Block(width, width), "attn_1": Attention(width), "block_2": Block(width, width)}
+    return nn.Sequential(OrderedDict(parts))
 
 
-class Encoder(nn.Module):
-    """Pixels in [-1, 1] (B, 3, H, W) -> latents (B, latent, h, w)."""
+class Encoder(nn.Sequential):
+    """Pixels in [-1, 1] (B, 3, H, W) -> latents (B, latent, h, w), by its parts in the order below."""
 
     def __init__(self, config: VQGANConfig):
+        widths = config.widths
+        sizes = enumerate(zip((widths[0], *widths), widths, strict=False))
+        levels = [Level(*sides, config.blocks, i in config.attention) for i, sides in sizes]
+        for level, width in zip(levels[:-1], widths, strict=False):
+            level.downsample = downsample(width)
         super().__init__()
-        widths, last = config.widths, len(config.widths) - 1
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList()
-        for level, width in enumerate(widths):
-            resize = {"downsample": Downsample(width)} if level < last else {}
-            before = widths[max(0, level - 1)]
-            self.down.append(Level(before, width, config.blocks, level in config.attention, **resize))
-        self.mid, self.norm_out = Middle(widths[-1]), _norm(widths[-1])
+        self.conv_in, self.down = nn.Conv2d(3, widths[0], 3, padding=1), nn.Sequential(*levels)
+        self.mid, self.norm_out, self.swish = middle(widths[-1]), _norm(widths[-1]), nn.SiLU()
         self.conv_out = nn.Conv2d(widths[-1], config.latent, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -130,13 +105,13 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VQGANConfig):
         super().__init__()
-        widths, last = config.widths, len(config.widths) - 1
+        widths = config.widths
         self.conv_in = nn.Conv2d(config.latent, widths[-1], 3, padding=1)
-        self.mid, self.up = Middle(widths[-1]), nn.ModuleList()
-        for level, width in enumerate(widths):
-            resize = {"upsample": Upsample(width)} if level else {}
-            before = widths[min(last, level + 1)]
-            self.up.append(Level(before, width, config.blocks + 1, level in config.attention, **resize))
+        self.mid = middle(widths[-1])
+        sizes = enumerate(zip((*widths[1:], widths[-1]), widths, strict=True))
+        self.up = nn.ModuleList(Level(*sides, config.blocks + 1, i in config.attention) for i, sides in sizes)
+        for level, width in zip(self.up[1:], widths[1:], strict=True):
+            level.upsample = upsample(width)
         self.norm_out, self.conv_out = _norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,8 +19,7 @@ from dalle.pretrained.load import (
     load_image_tokenizer,
     load_transformer,
 )
-from dalle.pretrained.mindalle.model import MinDalle, MinDalleConfig
-from dalle.pretrained.mindalle.reader import FAMILY, FILES, STAGE2, load_tokenizer
+from dalle.pretrained.mindalle import FAMILY, FILES, STAGE2, MinDalle, MinDalleConfig, load_tokenizer
 from dalle.vqgan import VQGAN
 from tests.helpers import mindalle_reference as reference
 from tests.helpers.external import check_logits, check_sampling

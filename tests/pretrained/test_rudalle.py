@@ -11,11 +11,10 @@ import torch
 
 from dalle.commands.inspect_checkpoint import InspectCheckpointArgs, inspect_checkpoint
 from dalle.commands.sample import SampleArgs, sample
+from dalle.pretrained import rudalle
 from dalle.pretrained.family import DetectedCheckpoint, compare_keys, meta_init
 from dalle.pretrained.load import load_external_pipeline, load_image_tokenizer, load_transformer
-from dalle.pretrained.rudalle import reader as rudalle
-from dalle.pretrained.rudalle.model import Rudalle, RudalleConfig
-from dalle.pretrained.rudalle.reader import FAMILY, lowercase
+from dalle.pretrained.rudalle import FAMILY, Rudalle, RudalleConfig, lowercase
 from dalle.text import TextTokenizerConfig, load_text_tokenizer, train_text_tokenizer
 from tests.helpers import rudalle_reference as reference
 from tests.helpers.external import check_logits, check_sampling

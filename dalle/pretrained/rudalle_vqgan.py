@@ -5,8 +5,6 @@ channels: an image of half the size, then for each color its differences down, a
 of the inverse wavelet transform with the file's filters (Haar's) turns into pixels.
 """
 
-from collections.abc import Collection
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,17 +54,12 @@ class WaveletVQGAN(VQGAN):
         return self.wavelets(super().image(z))
 
 
-def own_name(name: str, names: Collection[str] = ()) -> str:
-    """The file's name of a tensor -> the model's."""
-    name = name.removeprefix("model.")
-    if name == "quantize.embed.weight":
-        return "quantize.embedding.weight"
-    half, _, rest = name.partition(".")
-    if half == "decoder" and rest.startswith(("decoder.", "post_quant_conv.")):
-        return rest
-    return rest.replace("idwt.", "wavelets.") if half == "decoder" and rest.startswith("idwt.") else name
-
-
+RENAMES = {
+    r"^model\.": "",
+    r"^quantize\.embed\.": "quantize.embedding.",
+    r"^decoder\.(decoder|post_quant_conv)\.": r"\1.",
+    r"^decoder\.idwt\.": "wavelets.",
+}
 FAMILY = CheckpointFormat(
     name="VQGAN of ruDALL-E with wavelets",
     kind="image tokenizer",
@@ -79,7 +72,7 @@ FAMILY = CheckpointFormat(
     ),
     infer_config=infer_config,
     build=WaveletVQGAN,
-    rename=own_name,
+    renames=lambda names: RENAMES,
     # the decoder has its own post_quant_conv
     ignored=("model.post_quant_conv.*", "post_quant_conv.*", "loss.*", "model.loss.*"),
 )

@@ -1,13 +1,20 @@
-"""The transformer of DALLE-pytorch (lucidrains, 1.6.6), for sampling.
+"""dalle.pt of DALLE-pytorch (lucidrains), version 1.6: the transformer and the image tokenizer inside.
 
-Against ours: a learned scale on each residual branch, GEGLU, a quarter of each state taken from the token
-above and a quarter from the left (half from the left in text), rotated queries, keys and values, row and
-column masks that end at the own row or column, a 5 x 5 mask, and two trunks in a "reversible" model.
+Against our transformer: a learned scale on each residual branch, GEGLU, a quarter of each state taken from
+the token above and a quarter from the left (half from the left in text), rotated queries, keys and values,
+row and column masks that end at the own row or column, a 5 x 5 mask, and two trunks in a "reversible" model.
+
+Heads and kinds of layers are in the file's `hparams`. Versions before 1.6 differ under the same names
+(shifts, masks, positions) and are refused. The text tokenizer, CLIP's by default, is not in the file.
 
     B batch, n inputs of this call, N image tokens, D width, W columns
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import cycle, islice
+from math import isqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +22,10 @@ from torch import Tensor, nn
 
 from dalle.nn.blocks import FP32LayerNorm
 from dalle.nn.kv_cache import KVCache
-from dalle.pretrained.external_blocks import MLP, Attention, SandwichBlock
+from dalle.pretrained.dalle_pytorch_vae import LICENSE
+from dalle.pretrained.external_blocks import MLP, Layer, SandwichBlock
 from dalle.pretrained.external_transformer import ExternalConfig, ExternalLayout, ExternalTransformer
+from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, hparam
 
 KINDS = ("full", "axial_row", "axial_col", "conv_like")
 CONV_KERNEL = 5  # the package has no other
@@ -103,71 +112,58 @@ def shifted(x: Tensor, text_inputs: int, columns: int) -> Tensor:
 
 
 class ScaledBlock(SandwichBlock):
-    """scale * f(shifted norm(x)), in a sandwich normed before the scale; `branch` indexes ShiftCache."""
+    """scale * f(shifted norm(x)), in a sandwich normed before the scale."""
 
-    def __init__(self, config: DallePytorchConfig, f: nn.Module, branch: int):
+    def __init__(self, config: DallePytorchConfig, f: nn.Module):
         super().__init__(config, f)
         self.scale = nn.Parameter(torch.ones(1, 1, config.width))
-        self.branch, self.columns = branch, config.shift_columns
+        self.branch, self.columns = int(isinstance(f, MLP)), config.shift_columns  # of ShiftCache
 
-    def forward(self, x: Tensor, prefix_len: int, cache: ShiftCache | None, *rest) -> Tensor:
-        """x (B, n, D) of the first inputs and the other arguments of f."""
+    def forward(
+        self, x: Tensor, mask: Tensor, prefix_len: int, cache: ShiftCache | None, angles: Tensor | None
+    ) -> Tensor:
+        """x (B, n, D) and the other arguments of `Attention.forward`."""
         x = self.norm(x)
         if cache is not None:
             cache.fill_states(self.branch, x[:, prefix_len:])
         if self.columns:
             x = shifted(x, prefix_len, self.columns)
-        return self.norm_out(self.f(x, *rest)) * self.scale
+        return self.norm_out(self.f(x, mask, prefix_len, cache, angles)) * self.scale
 
-    def step(self, x: Tensor, position: Tensor, cache: ShiftCache, *rest) -> Tensor:
-        """x (B, D) of the image token at a position (1,) and the other arguments of f.step."""
+    def step(self, x: Tensor, cache: ShiftCache, position: int | Tensor, angles: Tensor | None) -> Tensor:
+        """x (B, D) of one image token of every candidate."""
         x = self.norm(x)
         if self.columns:
-            x = cache.shifted(self.branch, x, position)
-        x = x.to(self.dtype)
-        return self.norm_out(self.f.step(x, *rest) if rest else self.f(x)) * self.scale[0]
+            x = cache.shifted(self.branch, x, torch.as_tensor(position, device=x.device).view(1))
+        return self.norm_out(self.f.step(x.to(self.dtype), cache, position, angles)) * self.scale[0]
 
 
-class DallePytorchLayer(nn.Module):
-    """Attention, then MLP, on one trunk or on two."""
+class DallePytorchLayer(Layer):
+    """Attention, then MLP."""
 
-    def __init__(self, config: DallePytorchConfig):
-        super().__init__()
-        self.attention = ScaledBlock(config, Attention(config), 0)
-        self.mlp = ScaledBlock(config, MLP(config), 1)
-        self.reversible = config.reversible
+    block_class = ScaledBlock
 
-    def forward(
-        self, trunks: Trunks, mask: Tensor, prefix_len: int, cache: ShiftCache | None, angles: Tensor | None
-    ) -> Trunks:
-        """Both trunks (B, n, D) and the other arguments of `Attention.forward`."""
-        rest = mask, prefix_len, cache, angles
-        first = trunks[0] + self.attention(trunks[1], prefix_len, cache, *rest)
-        return self._joined(first, trunks[1], self.mlp(first, prefix_len, cache))
 
-    def step(
-        self, trunks: Trunks, cache: ShiftCache, position: int | Tensor, angles: Tensor | None
-    ) -> Trunks:
-        """Both trunks (B, D) of one image token of every candidate."""
-        at = torch.as_tensor(position, device=trunks[0].device).view(1)
-        first = trunks[0] + self.attention.step(trunks[1], at, cache, cache, position, angles)
-        return self._joined(first, trunks[1], self.mlp.step(first, at, cache))
+class ReversibleLayer(DallePytorchLayer):
+    """Attention of the second trunk is added to the first, the MLP of the first to the second."""
 
-    def _joined(self, first: Tensor, second: Tensor, added: Tensor) -> Trunks:
-        return (first, second + added) if self.reversible else (first + added,) * 2
+    def forward(self, trunks: Trunks, *rest) -> Trunks:
+        first = trunks[0] + self.attention(trunks[1], *rest)
+        return first, trunks[1] + self.mlp(first, *rest)
+
+    def step(self, trunks: Trunks, *rest) -> Trunks:
+        first = trunks[0] + self.attention.step(trunks[1], *rest)
+        return first, trunks[1] + self.mlp.step(first, *rest)
 
 
 class DallePytorch(ExternalTransformer):
     """The package's DALLE, without its image tokenizer."""
 
-    layer_class = DallePytorchLayer
-
     def __init__(self, config: DallePytorchConfig):
         super().__init__(config)
         layout, width = self.layout, config.width
-        if not config.shared:
-            self.text_embedding = nn.Embedding(layout.image_offset, width)
-            self.image_embedding = nn.Embedding(layout.image_vocab, width)
+        if config.shared:
+            self.text_embedding = self.image_embedding = None
         if config.rotary:
             self.register_buffer("angles", torch.zeros(1, layout.seq_len + 1, config.rotary))
         else:
@@ -178,28 +174,110 @@ class DallePytorch(ExternalTransformer):
         self.to_logits = nn.Linear(width, layout.vocab)
 
     def embed_text(self, text: Tensor) -> Tensor:
-        shared, offset = self.config.shared, self.layout.image_offset
-        x = F.embedding(text, self.to_logits.weight[:offset] if shared else self.text_embedding.weight)
+        x = F.embedding(text, self.to_logits.weight) if self.config.shared else self.text_embedding(text)
         return x if self.config.rotary else x + self.text_position.weight[: text.shape[1]]
 
     def embed_image(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        shared, offset = self.config.shared, self.layout.image_offset
-        x = F.embedding(tokens, self.to_logits.weight[offset:] if shared else self.image_embedding.weight)
+        if self.config.shared:
+            x = F.embedding(tokens + self.layout.image_offset, self.to_logits.weight)
+        else:
+            x = self.image_embedding(tokens)
         if self.config.rotary:
             return x
         rows, columns = (part.flatten(0, 2) for part in self.image_position)
         return x + rows[positions // self.layout.columns] + columns[positions % self.layout.columns]
 
-    def trunk(self, x: Tensor) -> Trunks:
-        """Both trunks."""
-        return x, x
+    def trunk(self, x: Tensor) -> Tensor | Trunks:
+        return (x, x) if self.config.reversible else x
 
     def rotation(self, inputs: Tensor) -> Tensor | None:
         return self.angles[0].index_select(0, inputs) if self.config.rotary else None
 
-    def final(self, trunks: Trunks) -> Tensor:
-        x = sum(trunks) / 2 if self.config.reversible else trunks[0]
+    def final(self, x: Tensor | Trunks) -> Tensor:
+        x = sum(x) / 2 if self.config.reversible else x
         return self.final_norm(x / x.amax(dim=-1, keepdim=True) if self.config.stable else x)
+
+    def new_layer(self, config: DallePytorchConfig) -> Layer:
+        return (ReversibleLayer if config.reversible else DallePytorchLayer)(config)
 
     def new_cache(self, *arguments) -> ShiftCache:
         return ShiftCache(*arguments, columns=self.config.shift_columns, width=self.config.width)
+
+
+VERSION = "1.6."
+INSIDE = "vae."
+_LAYER = r"^transformer\.layers\.(?:layers|blocks)\.(\d+)\."
+RENAMES = {
+    rf"{_LAYER}(?:0|f\.net)\.(?:fn\.)*": r"layers.\1.attention.",
+    rf"{_LAYER}(?:1|g\.net)\.(?:fn\.)*": r"layers.\1.mlp.",
+    r"\.to_qkv\.": ".f.qkv.0.",
+    r"\.to_out\.0\.": ".f.out.",
+    r"\.net\.0\.": ".f.expand.",
+    r"\.net\.3\.": ".f.project.",
+    r"^(text|image)_emb\.": r"\1_embedding.",
+    r"^text_pos_emb\.": "text_position.",
+    r"^transformer\.pos_emb$": "angles",
+    r"^image_pos_emb\.weights[._]": "image_position.",
+    r"^to_logits\.0\.": "final_norm.",
+    r"^to_logits\.1\.": "to_logits.",
+}
+
+
+def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DallePytorchConfig:
+    """Sizes from the file's hyper-parameters and the shapes; ValueError for what is not supported."""
+    hparams = _hparams(found.tree)
+    text_len, depth, width = (hparam(hparams, name) for name in ("text_seq_len", "depth", "dim"))
+    text_vocab = hparam(hparams, "num_text_tokens", 10000)
+    layers = sum(name.endswith(".attention.scale") for name in shapes)
+    if (depth, width) != (layers, shapes["final_norm.weight"][0]):
+        raise ValueError(
+            f"hparams has {depth} layers of width {width}, the tensors {layers} or another width"
+        )
+    rotary = shapes.get("angles")
+    side = isqrt(max(0, rotary[1] - text_len - 1)) if rotary else shapes["image_position.0"][1]
+    kinds = hparams.get("attn_types") or ("full",)
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    return DallePytorchConfig(
+        width=width,
+        heads=hparam(hparams, "heads", 8),
+        head_dim=hparam(hparams, "dim_head", 64),
+        kinds=tuple(islice(cycle(map(str, kinds)), depth)),
+        text_len=text_len,
+        grid=(side, side),
+        text_vocab=text_vocab,
+        image_vocab=shapes["to_logits.weight"][0] - text_vocab - text_len,
+        shift=bool(hparams.get("shift_tokens", True)),
+        rotary=rotary[2] if rotary else 0,
+        sandwich=bool(hparams.get("sandwich_norm", False)),
+        reversible=bool(hparams.get("reversible", False)),
+        stable=bool(hparams.get("stable", False)),
+        shared=bool(hparams.get("share_input_output_emb", False)),
+    )
+
+
+def _hparams(tree: Any) -> Mapping[str, Any]:
+    hparams = tree.get("hparams") if isinstance(tree, dict) else None
+    if not isinstance(hparams, dict):
+        raise ValueError("it has no hparams, which name heads and kinds of layers")
+    version = tree.get("version")
+    if not str(version).startswith(VERSION):
+        which = f"version {version!s:.20}" if version else "a version before 1.0 (it names none)"
+        raise ValueError(f"it is of {which}; only {VERSION}x is supported")
+    return hparams
+
+
+FAMILY = CheckpointFormat(
+    name="DALLE-pytorch",
+    kind="transformer",
+    license=LICENSE,
+    key_patterns=(
+        "to_logits.1.weight",
+        "*_emb.*weight",
+        "transformer.layers.*to_qkv.weight",
+        "transformer.layers.*net.3.weight",
+    ),
+    infer_config=infer_config,
+    build=DallePytorch,
+    renames=lambda names: RENAMES,
+    ignored=(f"{INSIDE}*", "text_emb.linear.*", "image_emb.linear.*", "logits_mask"),
+)

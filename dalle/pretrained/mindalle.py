@@ -5,46 +5,102 @@
     stage1_last.ckpt                   the image tokenizer, a VQGAN (dalle/pretrained/vqgan.py)
     stage2_last.ckpt                   the transformer
 
-What config.yaml omits is as in the published model.
+What config.yaml omits is as in the published model. The transformer reads 64 text ids and 256 image tokens,
+each of which sees all before it. There is no start: the state of the last text id predicts the first image
+token, and no state predicts the first text id. Every pad is [PAD].
 """
 
 import json
-from collections.abc import Mapping
+from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
-from dalle.config import ConfigError, read_yaml
+from torch import Tensor, nn
+
+from dalle.config import read_yaml
 from dalle.io.files import read_json
-from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches, rename_layers
-from dalle.pretrained.mindalle.model import MinDalle, MinDalleConfig
+from dalle.nn.blocks import FP32LayerNorm
+from dalle.pretrained.external_transformer import (
+    ExternalConfig,
+    ExternalLayout,
+    ExternalTransformer,
+    fp32_logits,
+)
+from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches, hparam
 from dalle.text.external.huggingface import HuggingFaceTokenizer, import_tokenizers
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinDalleConfig(ExternalConfig):
+    """Shape of the transformer; the defaults are the published model's. `text_vocab` counts [PAD]."""
+
+    width: int = 1536
+    heads: int = 24
+    text_len: int = 64
+    grid: tuple[int, int] = (16, 16)
+    text_vocab: int = 16384
+    image_vocab: int = 16384
+    qkv_matrices: int = 3
+    depth: int = 42  # layers
+    pad: int = 0  # the id of [PAD]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kind of mask of each layer."""
+        return ("causal",) * self.depth
+
+    @property
+    def layout(self) -> ExternalLayout:
+        sizes = self.text_len, self.grid, self.text_vocab, self.image_vocab
+        return ExternalLayout(*sizes, start=None, pad=self.pad)
+
+
+class MinDalle(ExternalTransformer):
+    """`to_logits` is the output matrix of image tokens, `to_text_logits` that of text."""
+
+    def __init__(self, config: MinDalleConfig):
+        super().__init__(config)
+        layout, width = self.layout, config.width
+        self.text_position = nn.Embedding(layout.text_len, width)
+        self.image_position = nn.Embedding(layout.num_image_tokens, width)
+        self.final = FP32LayerNorm(width)
+        self.to_text_logits = nn.Linear(width, layout.text_vocab, bias=False)
+        self.to_logits = nn.Linear(width, layout.image_vocab, bias=False)
+
+    def embed_image(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.image_embedding(tokens) + self.image_position(positions)
+
+    def text_logits(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+        return fp32_logits(hidden, self.to_text_logits)
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        return fp32_logits(hidden, self.to_logits)
+
 
 CONFIG, STAGE1, STAGE2 = "config.yaml", "stage1_last.ckpt", "stage2_last.ckpt"
 VOCABULARY, MERGES = "tokenizer/bpe-16k-vocab.json", "tokenizer/bpe-16k-merges.txt"
 FILES = (CONFIG, VOCABULARY, MERGES, STAGE1, STAGE2)
 UNKNOWN, PAD = "[UNK]", "[PAD]"
-LICENSE = "CC-BY-NC-SA 4.0 for the transformer (no commercial use); not stated for its image tokenizer"
 
-_OTHERS = {
-    "tok_emb_txt": "text_embedding",
-    "tok_emb_img": "image_embedding",
-    "pos_emb_txt": "text_position",
-    "pos_emb_img": "image_position",
-    "ln_f": "final",
-    "head_txt": "to_text_logits",
-    "head_img": "to_logits",
-}
-_PARTS = {
-    "ln1": "attention.norm",
-    "ln2": "mlp.norm",
-    "attn.query": "attention.f.qkv.0",
-    "attn.key": "attention.f.qkv.1",
-    "attn.value": "attention.f.qkv.2",
-    "attn.proj": "attention.f.out",
-    "mlp.0": "mlp.f.expand",
-    "mlp.2": "mlp.f.project",
+RENAMES = {
+    r"^blocks\.": "layers.",
+    r"\.ln1\.": ".attention.norm.",
+    r"\.ln2\.": ".mlp.norm.",
+    r"\.attn\.query\.": ".attention.f.qkv.0.",
+    r"\.attn\.key\.": ".attention.f.qkv.1.",
+    r"\.attn\.value\.": ".attention.f.qkv.2.",
+    r"\.attn\.proj\.": ".attention.f.out.",
+    r"\.mlp\.0\.": ".mlp.f.expand.",
+    r"\.mlp\.2\.": ".mlp.f.project.",
+    r"^tok_emb_txt\.": "text_embedding.",
+    r"^tok_emb_img\.": "image_embedding.",
+    r"^pos_emb_txt\.": "text_position.",
+    r"^pos_emb_img\.": "image_position.",
+    r"^ln_f\.": "final.",
+    r"^head_txt\.": "to_text_logits.",
+    r"^head_img\.": "to_logits.",
 }
 
 
@@ -57,10 +113,7 @@ def read_hparams(folder: Path) -> dict[str, Any]:
     """The hyper-parameters of the transformer in config.yaml; ValueError if of another model."""
     if not (folder / CONFIG).is_file():
         raise ValueError(f"no {CONFIG} in {folder}, which has heads and biases")
-    try:
-        config = read_yaml(folder / CONFIG)
-    except ConfigError as error:
-        raise ValueError(str(error)) from None
+    config = read_yaml(folder / CONFIG)
     stage2 = config.get("stage2", {}) if isinstance(config, dict) else None
     hparams = stage2.get("hparams", {}) if isinstance(stage2, dict) else None
     if not isinstance(hparams, dict):
@@ -76,36 +129,23 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> MinDalleConfig:
     hparams = read_hparams(folder)
     pad = read_vocabulary(folder / VOCABULARY)[PAD]
     text_vocab, width = shapes["text_embedding.weight"]
-    positions = shapes["image_position.weight"][0]
-    if isqrt(positions) ** 2 != positions:
-        raise ValueError(f"{positions} image tokens are no square")
-    heads = hparams.get("n_heads", 24 if width == MinDalleConfig.width else None)
-    if type(heads) is not int or heads < 1:
-        raise ValueError(f"{CONFIG} has n_heads {shown(heads):.40}, expected a positive number")
     if not 0 <= pad < text_vocab:
         raise ValueError(f"{VOCABULARY} numbers {PAD} {pad}, the tensors are of {text_vocab} text ids")
-    attention_bias = _switch(hparams, "attn_bias", True)
+    attention_bias = hparam(hparams, "attn_bias", True)
     return MinDalleConfig(
         width=width,
         depth=count_matches(shapes, "layers.*.attention.norm.weight"),
-        heads=heads,
+        heads=hparam(hparams, "n_heads", 24 if width == MinDalleConfig.width else None),
         text_len=shapes["text_position.weight"][0],
-        grid=(isqrt(positions),) * 2,
+        grid=(isqrt(shapes["image_position.weight"][0]),) * 2,
         text_vocab=text_vocab,
         image_vocab=shapes["image_embedding.weight"][0],
         pad=pad,
         qkv_bias=attention_bias,
         out_bias=attention_bias,
-        mlp_bias=_switch(hparams, "mlp_bias", True),
-        gelu="sigmoid" if _switch(hparams, "gelu_use_approx", False) else "exact",
+        mlp_bias=hparam(hparams, "mlp_bias", True),
+        gelu="sigmoid" if hparam(hparams, "gelu_use_approx", False) else "exact",
     )
-
-
-def _switch(hparams: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = hparams.get(name, default)
-    if type(value) is not bool:
-        raise ValueError(f"{CONFIG} has {name} {shown(value):.40}, expected true or false")
-    return value
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
@@ -135,7 +175,7 @@ def load_tokenizer(folder: Path) -> HuggingFaceTokenizer:
 FAMILY = CheckpointFormat(
     name="minDALL-E",
     kind="transformer",
-    license=LICENSE,
+    license="CC-BY-NC-SA 4.0 for the transformer (no commercial use); not stated for its image tokenizer",
     key_patterns=(
         "tok_emb_txt.weight",
         "tok_emb_img.weight",
@@ -144,6 +184,6 @@ FAMILY = CheckpointFormat(
     ),
     infer_config=infer_config,
     build=MinDalle,
-    rename=rename_layers(r"blocks\.(\d+)\.(.+)", _PARTS, _OTHERS),
+    renames=lambda names: RENAMES,
     ignored=("blocks.*.attn.mask",),
 )

@@ -1,1 +1,0 @@
-"""dalle_pytorch"""
