@@ -69,11 +69,9 @@ class ExternalLayout(TokenLayout):
 
     def loss_mask(self, ids: Tensor) -> Tensor:
         """See `TokenLayout.loss_mask`; without the text id that nothing predicts."""
-        text, image = self.unpack(ids)
-        is_pad = text >= self.text_vocab if self.pad is None else text == self.pad
-        counts = ~is_pad | (is_pad & (is_pad.cumsum(dim=1) == 1))
+        counts = super().loss_mask(ids if self.pad is None else ids.where(ids != self.pad, self.text_vocab))
         counts[:, : self.unpredicted] = False
-        return torch.cat([counts, torch.ones_like(image, dtype=torch.bool)], dim=1)
+        return counts
 
 
 def stream_mask(image_mask: Tensor, prefix_len: int) -> Tensor:

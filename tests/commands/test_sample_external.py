@@ -8,14 +8,8 @@ import torch
 
 from dalle.commands.sample import SampleArgs, sample
 from dalle.sampling import SamplingConfig
-from tests.helpers.dalle_pytorch_reference import make_file, make_weights
-from tests.helpers.external import open_clip_weights
-
-TEXT = {
-    "model": {"type": "BPE", "vocab": {"!": 0, "a": 1, "b": 2}, "merges": []},
-    "pre_tokenizer": {"type": "WhitespaceSplit"},
-    "added_tokens": [],
-}
+from tests.helpers.dalle_pytorch_reference import TOKENIZER, make_file, make_weights
+from tests.helpers.external import OPENAI_CLIP, open_clip_weights
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +17,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """dalle.pt, tokenizer.json, clip.pt of open_clip, openai.pt of OpenAI."""
     folder = tmp_path_factory.mktemp("published")
     torch.save(make_file(make_weights(depth=1), depth=1), folder / "dalle.pt")
-    (folder / "tokenizer.json").write_text(json.dumps(TEXT))
-    state = open_clip_weights()
-    torch.save(state, folder / "clip.pt")
-    numbers = {"input_resolution": 32, "context_length": 16, "vocab_size": 49408}
-    state |= {name: torch.tensor(number) for name, number in numbers.items()}
-    torch.save(state, folder / "openai.pt")
+    (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER | {"added_tokens": []}))
+    torch.save(open_clip_weights(), folder / "clip.pt")
+    torch.save(open_clip_weights() | OPENAI_CLIP, folder / "openai.pt")
     return folder
 
 

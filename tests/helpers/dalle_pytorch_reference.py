@@ -30,6 +30,8 @@ HPARAMS: dict[str, Any] = {
 }
 VAE = {"image_size": 24, "num_tokens": 24, "codebook_dim": 12}
 VAE |= {"num_layers": 2, "num_resnet_blocks": 1, "hidden_dim": 8}
+TOKENIZER = {"model": {"type": "BPE", "vocab": {"!": 0, "a": 1, "b": 2}, "merges": []}}
+TOKENIZER |= {"pre_tokenizer": {"type": "WhitespaceSplit"}}
 SIDE, TEXT, WORDS, CODES = 6, 6, 30, 24  # a grid wider than the 5 of the convolution
 
 

@@ -54,10 +54,20 @@ def check_sampling(model: ExternalTransformer, text: Tensor, image: Tensor, read
             assert 0 < away.norm() < 0.1 * exact.norm()
 
 
-def open_clip_weights() -> dict[str, Tensor]:
-    """State dict of a small CLIP of the package open_clip, with the activation QuickGELU."""
+def make_open_clip(embed_dim: int = 16, layers: int | tuple = 1, patch_size: int | None = 16, side: int = 32):
+    """A small CLIP of the package open_clip, with the activation QuickGELU."""
     open_clip = pytest.importorskip("open_clip.model")
-    torch.manual_seed(0)
-    vision = open_clip.CLIPVisionCfg(layers=1, width=64, patch_size=16, image_size=32)
+    vision = open_clip.CLIPVisionCfg(layers=layers, width=64, patch_size=patch_size, image_size=side)
     text = open_clip.CLIPTextCfg(context_length=16, vocab_size=49408, width=64, heads=1, layers=1)
-    return open_clip.CLIP(16, vision, text, quick_gelu=True).state_dict()
+    return open_clip.CLIP(embed_dim, vision, text, quick_gelu=True)
+
+
+def open_clip_weights() -> dict[str, Tensor]:
+    """State dict of a small CLIP."""
+    torch.manual_seed(0)
+    return make_open_clip().state_dict()
+
+
+OPENAI_CLIP = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(16)}
+OPENAI_CLIP["vocab_size"] = torch.tensor(49408)
+"""What OpenAI's files have beside the weights."""

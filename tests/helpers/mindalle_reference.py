@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.helpers.reference import RandomState, State, attend, layer_norm, linear
-from tests.helpers.vqgan_reference import CODES, make_state, names_of_taming
+from tests.helpers.vqgan_reference import CODES, make_state
 
 WIDTH, DEPTH, HEADS, TEXT, SIDE = 24, 3, 4, 7, 4
 WORDS = ("red", "blue", "golden"), ("circle", "square"), ("beach", "mountain")
@@ -38,7 +38,7 @@ def make_weights(words: int, **changed: Any) -> State:
     state.put("tok_emb_txt.weight", words, WIDTH)
     state.put("pos_emb_img.weight", SIDE * SIDE, WIDTH)
     state.put("pos_emb_txt.weight", TEXT, WIDTH)
-    for i in range(DEPTH):
+    for i in range(h["n_layers"]):
         for norm in ("ln1", "ln2"):
             state.norm(f"blocks.{i}.{norm}", WIDTH)
         for part in ("key", "query", "value", "proj"):
@@ -106,7 +106,7 @@ def write_folder(folder: Path, **changed: Any) -> State:
     write_config(folder, words, **changed)
     state = make_weights(words, **changed)
     torch.save({"state_dict": state}, folder / "stage2_last.ckpt")
-    torch.save({"state_dict": make_state(names_of_taming)}, folder / "stage1_last.ckpt")
+    torch.save({"state_dict": make_state()}, folder / "stage1_last.ckpt")
     return state
 
 

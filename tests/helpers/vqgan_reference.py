@@ -1,9 +1,9 @@
-"""Reference of VQGAN over the tensors of a file, by names of taming-transformers or of LlamaGen; such files.
+"""Reference of VQGAN over the tensors of a file by names of taming-transformers; such files.
 
 It shares nothing with dalle/vqgan.
 """
 
-from collections.abc import Callable
+import re
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,33 +11,10 @@ from torch import Tensor
 from tests.helpers.reference import RandomState, State
 
 WIDTHS, LATENT, CODES, CODE_WIDTH = (32, 64, 64), 8, 20, 6
-LEVELS = len(WIDTHS)
+LEVELS = range(len(WIDTHS))
 
 
-def names_of_taming(half: str) -> Callable[[str, int], str]:
-    """(part, level, finest first) -> prefix."""
-    return lambda part, level: {
-        "block": f"{half}.{'down' if half == 'encoder' else 'up'}.{level}.block",
-        "mid": f"{half}.mid",
-        "attn": f"{half}.{'down' if half == 'encoder' else 'up'}.{level}.attn",
-        "resize": f"{half}.{'down' if half == 'encoder' else 'up'}.{level}",
-    }[part]
-
-
-def names_of_llamagen(half: str) -> Callable[[str, int], str]:
-    """As `names_of_taming`; the decoder counts from the coarsest."""
-
-    def name(part: str, level: int) -> str:
-        at = f"{half}.conv_blocks.{level if half == 'encoder' else LEVELS - 1 - level}"
-        return {"block": f"{at}.res", "attn": f"{at}.attn", "resize": at, "mid": f"{half}.mid"}[part]
-
-    return name
-
-
-MIDDLE = {names_of_taming: ("block_1", "attn_1", "block_2"), names_of_llamagen: ("0", "1", "2")}
-
-
-def make_state(names, blocks: int = 1, attention: tuple[int, ...] = (2,), gumbel: bool = False) -> State:
+def make_state(blocks: int = 1, attention: tuple[int, ...] = (2,), gumbel: bool = False) -> State:
     """A file's tensors at small width, all random, norms too."""
     state = RandomState()
 
@@ -57,24 +34,22 @@ def make_state(names, blocks: int = 1, attention: tuple[int, ...] = (2,), gumbel
         for part in ("q", "k", "v", "proj_out"):
             conv(f"{name}.{part}", width, width, 1)
 
-    for half in ("encoder", "decoder"):
-        at, down = names(half), half == "encoder"
-        last, end = (WIDTHS[0], WIDTHS[-1]) if down else (WIDTHS[-1], WIDTHS[0])
-        conv(f"{half}.conv_in", 3 if down else LATENT, last, 3)
-        for level in range(LEVELS) if down else reversed(range(LEVELS)):
-            for i in range(blocks + (not down)):
-                block(f"{at('block', level)}.{i}", last, WIDTHS[level])
-                last = WIDTHS[level]
+    for half, levels, more in (("encoder.down", LEVELS, 0), ("decoder.up", LEVELS[::-1], 1)):
+        name, width = half.split(".")[0], WIDTHS[levels[0]]
+        conv(f"{name}.conv_in", LATENT if more else 3, width, 3)
+        for level in levels:
+            for i in range(blocks + more):
+                block(f"{half}.{level}.block.{i}", width, WIDTHS[level])
+                width = WIDTHS[level]
                 if level in attention:
-                    attn(f"{at('attn', level)}.{i}", last)
-            if level < LEVELS - 1 if down else level > 0:
-                conv(f"{at('resize', level)}.{'downsample' if down else 'upsample'}.conv", last, last, 3)
-        first, middle, second = (f"{at('mid', 0)}.{inner}" for inner in MIDDLE[names])
-        block(first, WIDTHS[-1], WIDTHS[-1])
-        attn(middle, WIDTHS[-1])
-        block(second, WIDTHS[-1], WIDTHS[-1])
-        state.norm(f"{half}.norm_out", end)
-        conv(f"{half}.conv_out", end, LATENT if down else 3, 3)
+                    attn(f"{half}.{level}.attn.{i}", width)
+            if level != levels[-1]:
+                conv(f"{half}.{level}.{'upsample' if more else 'downsample'}.conv", width, width, 3)
+        block(f"{name}.mid.block_1", WIDTHS[-1], WIDTHS[-1])
+        attn(f"{name}.mid.attn_1", WIDTHS[-1])
+        block(f"{name}.mid.block_2", WIDTHS[-1], WIDTHS[-1])
+        state.norm(f"{name}.norm_out", width)
+        conv(f"{name}.conv_out", width, 3 if more else LATENT, 3)
     width = LATENT if gumbel else CODE_WIDTH
     conv("quant_conv", LATENT, width, 1)
     conv("post_quant_conv", width, LATENT, 1)
@@ -82,6 +57,16 @@ def make_state(names, blocks: int = 1, attention: tuple[int, ...] = (2,), gumbel
         conv("quantize.proj", width, CODES, 1)
     state.put("quantize.embed.weight" if gumbel else "quantize.embedding.weight", CODES, width)
     return dict(state)
+
+
+def as_llamagen(state: State) -> State:
+    """The tensors under LlamaGen's names; its decoder counts from the coarsest level."""
+    middle, renamed = {"block_1": 0, "attn_1": 1, "block_2": 2}, {}
+    for name, tensor in state.items():
+        name = re.sub(r"\.mid\.(\w+)", lambda m: f".mid.{middle[m[1]]}", name)
+        name = re.sub(r"\.up\.(\d)", lambda m: f".conv_blocks.{LEVELS[-1] - int(m[1])}", name)
+        renamed[name.replace(".down.", ".conv_blocks.").replace(".block.", ".res.")] = tensor
+    return renamed
 
 
 def _norm(x: Tensor, state: State, name: str) -> Tensor:
@@ -106,42 +91,43 @@ def _attn(x: Tensor, state: State, name: str) -> Tensor:
     return x + _conv(mixed.mT.reshape(x.shape), state, f"{name}.proj_out")
 
 
-def _half(x: Tensor, state: State, half: str, names) -> Tensor:
-    at, down = names(half), half == "encoder"
-
-    def middle(x: Tensor) -> Tensor:
-        for inner, apply in zip(MIDDLE[names], (_block, _attn, _block), strict=True):
-            x = apply(x, state, f"{at('mid', 0)}.{inner}")
-        return x
-
-    x = _conv(x, state, f"{half}.conv_in", padding=1)
-    x = x if down else middle(x)
-    for level in range(LEVELS) if down else reversed(range(LEVELS)):
-        i = 0
-        while f"{at('block', level)}.{i}.conv1.weight" in state:
-            x = _block(x, state, f"{at('block', level)}.{i}")
-            if f"{at('attn', level)}.{i}.q.weight" in state:
-                x = _attn(x, state, f"{at('attn', level)}.{i}")
-            i += 1
-        if down and level < LEVELS - 1:
-            x = _conv(F.pad(x, (0, 1, 0, 1)), state, f"{at('resize', level)}.downsample.conv", stride=2)
-        elif not down and level > 0:
-            x = F.interpolate(x, scale_factor=2)
-            x = _conv(x, state, f"{at('resize', level)}.upsample.conv", padding=1)
-    x = middle(x) if down else x
-    return _conv(F.silu(_norm(x, state, f"{half}.norm_out")), state, f"{half}.conv_out", padding=1)
+def _middle(x: Tensor, state: State, name: str) -> Tensor:
+    x = _attn(_block(x, state, f"{name}.mid.block_1"), state, f"{name}.mid.attn_1")
+    return _block(x, state, f"{name}.mid.block_2")
 
 
-def vectors(pixels: Tensor, state: State, names) -> Tensor:
+def _level(x: Tensor, state: State, name: str) -> Tensor:
+    i = 0
+    while f"{name}.block.{i}.conv1.weight" in state:
+        x = _block(x, state, f"{name}.block.{i}")
+        if f"{name}.attn.{i}.q.weight" in state:
+            x = _attn(x, state, f"{name}.attn.{i}")
+        i += 1
+    return x
+
+
+def vectors(pixels: Tensor, state: State) -> Tensor:
     """Pixels in [0, 1] -> what stands before the codebook, (B, D, h, w)."""
-    return _conv(_half(pixels * 2 - 1, state, "encoder", names), state, "quant_conv")
+    x = _conv(pixels * 2 - 1, state, "encoder.conv_in", padding=1)
+    for level in LEVELS:
+        x = _level(x, state, f"encoder.down.{level}")
+        if level < LEVELS[-1]:
+            x = _conv(F.pad(x, (0, 1, 0, 1)), state, f"encoder.down.{level}.downsample.conv", stride=2)
+    x = F.silu(_norm(_middle(x, state, "encoder"), state, "encoder.norm_out"))
+    return _conv(_conv(x, state, "encoder.conv_out", padding=1), state, "quant_conv")
 
 
-def image(codes: Tensor, state: State, names) -> Tensor:
-    """Code vectors (B, D, h, w) -> pixels in [0, 1]."""
-    return (decoded(codes, state, names) / 2 + 0.5).clamp(0, 1)
-
-
-def decoded(codes: Tensor, state: State, names) -> Tensor:
+def decoded(codes: Tensor, state: State) -> Tensor:
     """Code vectors (B, D, h, w) -> what the decoder gives."""
-    return _half(_conv(codes, state, "post_quant_conv"), state, "decoder", names)
+    x = _conv(_conv(codes, state, "post_quant_conv"), state, "decoder.conv_in", padding=1)
+    x = _middle(x, state, "decoder")
+    for level in reversed(LEVELS):
+        x = _level(x, state, f"decoder.up.{level}")
+        if level > 0:
+            x = _conv(F.interpolate(x, scale_factor=2), state, f"decoder.up.{level}.upsample.conv", padding=1)
+    return _conv(F.silu(_norm(x, state, "decoder.norm_out")), state, "decoder.conv_out", padding=1)
+
+
+def image(codes: Tensor, state: State) -> Tensor:
+    """Code vectors (B, D, h, w) -> pixels in [0, 1]."""
+    return (decoded(codes, state) / 2 + 0.5).clamp(0, 1)

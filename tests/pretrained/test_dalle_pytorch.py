@@ -22,7 +22,7 @@ from dalle.vqgan import VQGAN
 from tests.helpers import dalle_pytorch_reference as reference
 from tests.helpers.dalle_pytorch_reference import CODES, SIDE, TEXT, WORDS, make_file, make_weights
 from tests.helpers.external import check_logits, check_sampling
-from tests.helpers.vqgan_reference import make_state, names_of_taming
+from tests.helpers.vqgan_reference import make_state
 
 CASES: dict[str, dict[str, Any]] = {
     "as trained by default": {},
@@ -87,13 +87,8 @@ def test_the_reference_equals_the_package(tmp_path, case):
     torch.testing.assert_close(tokenizer.decode(IMAGE), shown.clamp(0, 1))
 
 
-@pytest.fixture(scope="module")
-def text():
-    model = {"type": "BPE", "vocab": {"!": 0, "a": 1, "b": 2}, "merges": []}
-    return HuggingFaceTokenizer({"model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}})
-
-
-def test_generation(tmp_path, text):
+def test_generation(tmp_path):
+    text = HuggingFaceTokenizer(reference.TOKENIZER)
     model = load_external_pipeline(write(tmp_path)[0], text)
     options = {"n": 2, "best_of": 2, "seed": 1, "batch_size": 2}
     generation = model.generate("a b", **options)
@@ -112,7 +107,7 @@ def test_generation(tmp_path, text):
 
 def test_a_vqgan_or_openais_dvae_inside(tmp_path):
     plain = {name: tensor for name, tensor in make_weights().items() if not name.startswith("vae.")}
-    vqgan = {f"vae.model.{name}": tensor for name, tensor in make_state(names_of_taming).items()}
+    vqgan = {f"vae.model.{name}": tensor for name, tensor in make_state().items()}
     sizes = {"blocks_per_group": 1, "downsample_factor": 2, "vocab_size": CODES, "codebook_dim": 4}
     dvae = DVAE(DVAEConfig(widths=(8, 8), **sizes))
     dvae_names = {f"vae.{n.replace('oder', '', 1)}": tensor for n, tensor in dvae.state_dict().items()}

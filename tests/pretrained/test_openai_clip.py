@@ -1,43 +1,22 @@
 """CLIP of OpenAI's archives and state dicts and of open_clip's checkpoints: open_clip's scores."""
 
+import copy
+
 import pytest
 import torch
-from torch import nn
 
 from dalle.pretrained.load import detect_checkpoint, load_image_tokenizer
 from dalle.pretrained.openai_clip import build, infer_config, load_scorer
+from tests.helpers.external import OPENAI_CLIP, make_open_clip
 
 open_clip = pytest.importorskip("open_clip")
 CAPTION = "a red circle above a blue square"
 
 
-class Published(nn.Module):
-    """As OpenAI's archives are: the towers in half precision and three numbers beside them."""
-
-    def __init__(self, towers):
-        super().__init__()
-        state = towers.state_dict()
-        for name, child in towers.named_children():
-            self.add_module(name, child)
-        for name in ("positional_embedding", "text_projection", "logit_scale"):
-            self.register_parameter(name, nn.Parameter(state[name].clone()))
-        for name, value in (("input_resolution", 32), ("context_length", 16), ("vocab_size", 49408)):
-            self.register_buffer(name, torch.tensor(value))
-
-    def forward(self, pixels):
-        return self.visual.conv1(pixels)
-
-
-def make_clip(width, **vision):
-    vision = open_clip.CLIPVisionCfg(width=64, **vision)
-    text = open_clip.CLIPTextCfg(context_length=16, vocab_size=49408, width=64, heads=1, layers=2)
-    return open_clip.CLIP(width, vision, text, quick_gelu=True).eval()
-
-
 @pytest.fixture(scope="module")
 def towers():
     torch.manual_seed(0)
-    model = make_clip(16, layers=2, patch_size=16, image_size=32)
+    model = make_open_clip(layers=2).eval()
     with torch.no_grad():  # as if it were trained: far enough from zero that the activations differ
         for parameter in model.parameters():
             parameter.mul_(3)
@@ -62,14 +41,19 @@ def expected(towers, pixels):
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"
 )
 def test_a_torchscript_archive_as_openai_publishes(tmp_path, towers, pixels, expected):
-    torch.jit.save(torch.jit.trace(Published(towers), pixels[:1]), tmp_path / "ViT.pt")
+    published = copy.deepcopy(towers)
+    for name, number in OPENAI_CLIP.items():
+        published.register_buffer(name, number)
+    traced = torch.jit.trace_module(published, {"encode_image": pixels[:1]})
+    torch.jit.save(traced, tmp_path / "ViT.pt")
     assert detect_checkpoint(tmp_path / "ViT.pt").family.name == "OpenAI CLIP"
     scorer = load_scorer(tmp_path / "ViT.pt")
     torch.testing.assert_close(scorer.score(pixels, CAPTION), expected)
 
 
 def test_state_dicts_of_openai(tmp_path, towers, pixels, expected):
-    torch.save(Published(towers).state_dict(), tmp_path / "clip.pt")
+    published = towers.state_dict() | OPENAI_CLIP
+    torch.save(published, tmp_path / "clip.pt")
     scorer = load_scorer(tmp_path / "clip.pt")
     torch.testing.assert_close(scorer.score(pixels, CAPTION), expected)
     image = pixels[:1].clone().requires_grad_()
@@ -80,8 +64,8 @@ def test_state_dicts_of_openai(tmp_path, towers, pixels, expected):
         load_scorer(tmp_path / "clip.pt", quick_gelu=False)
     with pytest.raises(ValueError, match="OpenAI CLIP"):
         load_image_tokenizer(tmp_path / "clip.pt")
-    state = {n: t.half() if t.is_floating_point() else t for n, t in Published(towers).state_dict().items()}
-    torch.save(state, tmp_path / "clip.pt")
+    half = {n: t.half() if t.is_floating_point() else t for n, t in published.items()}
+    torch.save(half, tmp_path / "clip.pt")
     scorer = load_scorer(tmp_path / "clip.pt")
     assert {p.dtype for p in scorer.model.parameters()} == {torch.float32}
     torch.testing.assert_close(scorer.score(pixels, CAPTION), expected, atol=0.02, rtol=0.02)
@@ -102,7 +86,7 @@ def test_open_clip_needs_its_activation(tmp_path, towers, pixels, expected, pref
 
 def test_a_resnet_by_its_shapes():
     with torch.device("meta"):
-        model = make_clip(32, layers=(1, 2, 1, 1), image_size=64, patch_size=None)
+        model = make_open_clip(32, layers=(1, 2, 1, 1), side=64, patch_size=None)
         shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         config = infer_config(shapes)
         again = build(config, quick_gelu=True)
@@ -122,7 +106,7 @@ FAULTS = {
 @pytest.mark.parametrize("case", FAULTS)
 def test_refusals(tmp_path, towers, case):
     changes, message = FAULTS[case]
-    state = Published(towers).state_dict() | changes
+    state = towers.state_dict() | OPENAI_CLIP | changes
     torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, tmp_path / "clip.pt")
     with pytest.raises(ValueError, match=message):
         load_scorer(tmp_path / "clip.pt")

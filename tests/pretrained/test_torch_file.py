@@ -1,6 +1,5 @@
 """Files of other programs, read without running code; hostile ones refused by name."""
 
-import io
 import os
 import pickle
 import struct
@@ -19,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dalle.pretrained.pickle_scan import Forbidden, scan_pickle
-from dalle.pretrained.torch_file import STAND_INS, StandIn, read_torch_file, weights_of
+from dalle.pretrained.pickle_scan import Forbidden
+from dalle.pretrained.torch_file import StandIn, read_torch_file, weights_of
 from tests.helpers.hostile import Call
 
 
@@ -46,11 +45,20 @@ def same(found, expected):
     return found == expected and type(found) is type(expected)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_torch_files(tmp_path, zipped):
-    torch.save(example(), tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
+WRITERS: dict[str, Callable[[Any, Path, int], Any]] = {
+    "bare": lambda value, path, protocol: path.write_bytes(pickle.dumps(value, protocol)),
+    "zip": lambda value, path, protocol: torch.save(value, path, pickle_protocol=max(protocol, 2)),
+    "legacy": lambda value, path, protocol: torch.save(
+        value, path, pickle_protocol=max(protocol, 2), _use_new_zipfile_serialization=False
+    ),
+}
+
+
+@pytest.mark.parametrize("container", ["zip", "legacy"])
+def test_torch_files(tmp_path, container):
+    WRITERS[container](example(), tmp_path / "file.pt", 2)
     saved = read_torch_file(tmp_path / "file.pt")
-    assert saved.container == ("torch zip" if zipped else "torch legacy")
+    assert saved.container == f"torch {container}"
     assert same(saved.tree, example())
 
 
@@ -90,19 +98,9 @@ def test_new_dtypes_and_shared_storages(tmp_path):
     assert tree["b"].data_ptr() == tree["c"].data_ptr()
 
 
-class Inner(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(2, 3).half()
-        self.register_buffer("resolution", torch.tensor(224))
-
-    def forward(self, x):
-        return self.fc(x)
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_the_weights_of_a_torchscript_archive(tmp_path):
-    model = nn.Sequential(Inner(), nn.LayerNorm(3))
+    model = nn.Sequential(nn.Linear(2, 3).half(), nn.BatchNorm1d(3))
     torch.jit.save(torch.jit.script(model), tmp_path / "file.pt")
     saved = read_torch_file(tmp_path / "file.pt")
     assert saved.container == "TorchScript"
@@ -158,16 +156,8 @@ def attacks(marker):
         "numpy.load": Call(np.load, str(marker), None, True),
         "open": Call(open, str(marker), "w"),
         "__import__": Call(__import__, "antigravity"),
+        r"torch\.storage\._load_from_bytes": Call(torch.storage._load_from_bytes, b"another pickle"),
     }
-
-
-WRITERS: dict[str, Callable[[Any, Path, int], Any]] = {
-    "bare": lambda value, path, protocol: path.write_bytes(pickle.dumps(value, protocol)),
-    "zip": lambda value, path, protocol: torch.save(value, path, pickle_protocol=max(protocol, 2)),
-    "legacy": lambda value, path, protocol: torch.save(
-        value, path, pickle_protocol=max(protocol, 2), _use_new_zipfile_serialization=False
-    ),
-}
 
 
 @pytest.mark.parametrize("container", WRITERS)
@@ -221,10 +211,6 @@ def test_each_instruction_that_could_call_is_refused(tmp_path, instruction):
             read_torch_file(file)
 
 
-def scan(code):
-    scan_pickle(io.BytesIO(code), STAND_INS.fullmatch, 100)
-
-
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -233,41 +219,37 @@ def scan(code):
         (b"\x8c\x01m\x8c\x05\x1b[31m\x93", r"m\.\\x1b\[31m"),  # cannot write on the terminal
     ],
 )
-def test_names_are_read_literally(code, message):
+def test_names_are_read_literally(tmp_path, code, message):
     with pytest.raises(Forbidden, match=message) as caught:
-        scan(b"\x80\x04" + code + b".")
+        read_torch_file(packed(b"\x80\x04" + code + b".", tmp_path / "file.pt"))
     assert "\x1b" not in str(caught.value)
 
 
-def test_a_storage_inside_a_bare_pickle_cannot_hide_a_call(tmp_path):
-    inner = io.BytesIO()
-    torch.save(Call(os.system, "ls"), inner, _use_new_zipfile_serialization=False)
-    (tmp_path / "file.pkl").write_bytes(pickle.dumps(Call(torch.storage._load_from_bytes, inner.getvalue())))
-    with pytest.raises(Forbidden, match=r"torch\.storage\._load_from_bytes"):
-        read_torch_file(tmp_path / "file.pkl")
-
-
-NESTED = b")" + b"2\x86" * 60  # a tuple of 2 to the 60th values, by 60 instructions
+NESTED = b"K\x01" + b"q\x00h\x00\x86" * 60  # a tuple of 2 to the 60th values, by 180 instructions
 
 
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00zip\x86R.", "encoding 'zip'"),
-        (b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "bytes of int"),
+        (b"c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00zip\x86R.", "encoding .*zip"),
+        (
+            b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x04\x00\x00\x00idnaX\x00\x00\x00\x00tR.",
+            "encoding .*idna",
+        ),
+        (b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.", r"asks for builtins\.bytearray"),
         (b"ctorch\nFloatStorage\nJ\xff\xff\xff\x7f\x85R.", "no function"),
         (b"ctorch\nSize\n)\x85R}b.", "attributes"),
-        (b"K\x01" + b"2\x86" * 60 + b".", "a tuple of more than"),
         (b"}" + NESTED + b"K\x01s.", "a tuple of more than"),
         (b"cbuiltins\nset\n]" + NESTED + b"a\x85R.", "a tuple of more than"),
-        (b")" + b"q\x00h\x00h\x00\x86" * 60 + b".", "a tuple of more than"),
         (b")" + b"\x85" * 100_000 + b".", "a tuple of more than"),
+        (b"K\x01" + b"2\x86" * 60 + b".", "Unsupported"),
+        (b"\x82\x01.", "Unsupported"),
         (b"X\x01\x00\x00\x00aQ.", "outside of the file"),
     ],
 )
-def test_what_torch_would_hang_on_or_allocate_is_refused(code, message):
+def test_what_torch_would_hang_on_or_allocate_is_refused(tmp_path, code, message):
     with pytest.raises(ValueError, match=message):
-        scan(b"\x80\x02" + code)
+        read_torch_file(packed(b"\x80\x02" + code, tmp_path / "file.pt"))
 
 
 def test_recursive_values():
@@ -292,7 +274,7 @@ def test_recursive_values():
         (b"PK\x03\x04" + b"\x00" * 40, "zip"),
         (struct.pack("<Q", 20) + b'{"a": not json at all', "invalid JSON"),
         (b"\x80\x02K\x01", "broken pickle"),
-        (b"\x80\x02\x82\x01.", "EXT1"),
+        (b"\x80\x02\x82\x01.", "torch.save did not write"),
         (b"\x80\x02(]h\x00", "broken pickle"),
         (None, "no file"),
     ],
@@ -332,51 +314,51 @@ def test_a_truncated_or_changed_file_is_read_or_refused(tmp_path, container):
         assert broken.name in message
 
 
-@pytest.mark.parametrize("member", ["data.pkl", "data/0"])
-def test_a_zip_bomb_is_refused(tmp_path, member):
+def deflated(member):
     def write(new, name, data):
         new.writestr(name, data, zipfile.ZIP_DEFLATED if name.endswith(member) else zipfile.ZIP_STORED)
 
-    torch.save({"a": torch.zeros(300_000)}, tmp_path / "file.pt")
-    with pytest.raises(ValueError, match="zip bomb"):
-        read_torch_file(rezip(tmp_path / "file.pt", write))
+    return write
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate")
-@pytest.mark.parametrize("second", ["data/0", "data/0".upper()])
-def test_a_zip_with_two_members_of_one_name_is_refused(tmp_path, second):
-    torch.save({"a": torch.zeros(3)}, tmp_path / "file.pt")
-
-    def twice(new, name, data):
+def twice(second):
+    def write(new, name, data):
         new.writestr(name, data)
         if name.endswith("data/0"):
             new.writestr(name.replace("data/0", second), data)
 
-    with pytest.raises(ValueError, match="two members of one name"):
-        read_torch_file(rezip(tmp_path / "file.pt", twice))
+    return write
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (deflated("data.pkl"), "zip bomb"),
+        (deflated("data/0"), "zip bomb"),
+        (twice("data/0"), "two members of one name"),
+        (twice("DATA/0"), "two members of one name"),
+    ],
+)
+def test_a_zip_that_torch_save_did_not_write_is_refused(tmp_path, change, message):
+    torch.save({"a": torch.zeros(300_000)}, tmp_path / "file.pt")
+    with pytest.raises(ValueError, match=message):
+        read_torch_file(rezip(tmp_path / "file.pt", change))
 
 
 def test_a_changed_storage_is_refused(tmp_path):
     torch.save({"a": torch.full((50,), 7.25)}, tmp_path / "file.pt")
     content = (tmp_path / "file.pt").read_bytes()
-    position = content.index(struct.pack("<f", 7.25) * 20)
-    (tmp_path / "file.pt").write_bytes(content[:position] + b"\x01" + content[position + 1 :])
+    (tmp_path / "file.pt").write_bytes(content.replace(struct.pack("<f", 7.25), struct.pack("<f", 7.5), 1))
     with pytest.raises(ValueError, match="CRC"):
         read_torch_file(tmp_path / "file.pt")
 
 
-def tensor_pickle(count, offset, shape, stride):
+def tensor_pickle(count, *sizes):
     """A data.pkl with one tensor over a storage of `count` numbers."""
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value):
-            is_tensor = isinstance(value, torch.Tensor)
-            return ("storage", torch.FloatStorage, "0", "cpu", count) if is_tensor else None
-
-    buffer = io.BytesIO()
-    arguments = torch.zeros(4), offset, shape, stride, False, OrderedDict()
-    Pickler(buffer, 2).dump({"a": Call(torch._utils._rebuild_tensor_v2, *arguments)})
-    return buffer.getvalue()
+    values = ("storage", torch.FloatStorage, "0", "cpu", count), *sizes, False, OrderedDict()
+    storage, *rest = (pickle.dumps(value, 2)[2:-1] for value in values)
+    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"Q" + b"".join(rest) + b"tR."
 
 
 @pytest.mark.parametrize(
@@ -393,7 +375,7 @@ def tensor_pickle(count, offset, shape, stride):
     ],
 )
 def test_sizes_beyond_the_file_are_refused(tmp_path, count, offset, shape, stride):
-    with pytest.raises(ValueError, match=r"a tensor of shape|a storage of \d+ numbers|16 bytes, expected 12"):
+    with pytest.raises(ValueError, match=r"file\.new is refused|file\.new cannot be read"):
         read_torch_file(packed(tensor_pickle(count, offset, shape, stride), tmp_path / "file.pt"))
 
 
@@ -403,5 +385,5 @@ def test_a_legacy_file_that_claims_more_than_it_has_is_refused(tmp_path):
     claim = b"cpuq\x06K\x04"
     assert claim in content
     (tmp_path / "file.pt").write_bytes(content.replace(claim, b"cpuq\x06J\xff\xff\xff\x7f"))
-    with pytest.raises(ValueError, match="a storage of 2147483647 numbers"):
+    with pytest.raises(ValueError, match=f"a storage of {4 * 2147483647} bytes"):
         read_torch_file(tmp_path / "file.pt")
