@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
-from dalle.pretrained.torch_file import SavedFile, StandIn, attributes, read_torch_file, weights_of
+from dalle.pretrained.torch_file import SavedFile, attributes, read_torch_file, weights_of
 
 HALVES = ("encoder", "decoder")
 
@@ -67,14 +67,12 @@ def read_tensors(saved: SavedFile) -> Mapping[str, Tensor]:
 
 def _check_module(saved: SavedFile) -> None:
     """ValueError for a whole module whose poolings or gains are not those of the release."""
-    blocks = attributes(saved.tree).get("blocks") if isinstance(saved.tree, StandIn) else None
-    if not isinstance(blocks, StandIn):
-        return
-    groups = [attributes(group) for name, group in attributes(blocks).items() if name.startswith("group_")]
+    blocks = attributes(attributes(saved.tree).get("blocks"))
+    groups = [attributes(group) for name, group in blocks.items() if name.startswith("group_")]
     resizes = sum(name in ("pool", "upsample") for group in groups for name in group)
     if groups and resizes != len(groups) - 1:
         raise ValueError(f"{saved.path}: {resizes} poolings in {len(groups)} groups, expected one fewer")
-    states = [block.state or {} for group in groups for block in group.values() if isinstance(block, StandIn)]
+    states = [getattr(block, "state", None) or {} for group in groups for block in group.values()]
     gains = [state["post_gain"] for state in states if "post_gain" in state]
     if any(not math.isclose(gain, len(gains) ** -2) for gain in gains):
         raise ValueError(f"{saved.path}: a residual gain of {gains[0]}, expected {len(gains) ** -2}")

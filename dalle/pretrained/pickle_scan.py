@@ -168,8 +168,9 @@ def _call(function: Any, arguments: tuple) -> Instance:
     if function.name == "_codecs.encode" and arguments[1:] != ("latin1",):
         raise ValueError(f"text in encoding {arguments[1:]!r:.40}")
     if function.name in REBUILDS and isinstance(arguments[0], Storage):
-        storage, _, shape, *_ = arguments
-        sizes = type(shape) is tuple and all(type(n) is int for n in shape)
-        if not sizes or math.prod(shape) > max(storage.nbytes, 2**20):
+        storage, _, shape, stride, *_ = arguments
+        sizes = type(shape) is type(stride) is tuple and len(shape) == len(stride)
+        whole = sizes and all(type(n) is int for n in shape)
+        if not whole or math.prod(shape) > max(storage.nbytes, 2**20):
             raise ValueError(f"a tensor of shape {shape} over a storage of {storage.nbytes} bytes")
     return Instance(function.name)

@@ -91,7 +91,7 @@ def read_torch_file(path: Path | str) -> SavedFile:
         raise Forbidden(f"{path} is refused: {error}; nothing of it was run") from None
     except Exception as error:  # a damaged file raises nearly anything
         kind = type(error).__name__
-        reason = re.sub(r"(?s).*WeightsUnpickler error: |\. Please use.*|\n.*", "", str(error)) or kind
+        reason = re.sub(r"(?s).*WeightsUnpickler error:\s*|\. Please use.*|\n.*", "", str(error)) or kind
         if isinstance(error, zipfile.BadZipFile | SafetensorError):
             reason = f"truncated or damaged: {reason}"
         if all(byte >= 32 or byte in b"\t\r\n" for byte in head[:64]):
@@ -210,9 +210,9 @@ def _module_tensors(root: StandIn) -> dict[str, Tensor]:
     return found
 
 
-def attributes(module: StandIn) -> dict[str, Any]:
-    """Tensors and inner modules of a module by name; of a TorchScript module, all its attributes."""
-    state = module.state if isinstance(module.state, dict) else {}
+def attributes(module: Any) -> dict[str, Any]:
+    """Tensors and inner modules of a module by name, all attributes of one of TorchScript, none of others."""
+    state = module.state if isinstance(module, StandIn) and isinstance(module.state, dict) else {}
     if "_modules" not in state:
         return state
     parts = [state.get(key) for key in ("_parameters", "_buffers", "_modules")]

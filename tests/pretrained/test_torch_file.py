@@ -242,7 +242,7 @@ NESTED = b"K\x01" + b"q\x00h\x00\x86" * 60  # a tuple of 2 to the 60th values, b
         (b"}" + NESTED + b"K\x01s.", "a tuple of more than"),
         (b"cbuiltins\nset\n]" + NESTED + b"a\x85R.", "a tuple of more than"),
         (b")" + b"\x85" * 100_000 + b".", "a tuple of more than"),
-        (b"K\x01" + b"2\x86" * 60 + b".", "Unsupported"),
+        (b"K\x01" + b"2\x86" * 60 + b".", "an empty stack"),
         (b"\x82\x01.", "Unsupported"),
         (b"X\x01\x00\x00\x00aQ.", "outside of the file"),
     ],
