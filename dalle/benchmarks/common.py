@@ -3,12 +3,13 @@
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dalle.benchmarks.config import BenchmarkArgs
 from dalle.hub.registry import build_model
 from dalle.io.files import make_directory, write_json
 from dalle.layout import TokenLayout
@@ -16,7 +17,7 @@ from dalle.schedules import Schedule
 from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.grad_scaler import build_grad_scaler
 from dalle.train.optimizer import build_optimizers
-from dalle.train.precision import DTYPES, compile_layers
+from dalle.train.precision import compile_layers
 from dalle.train.state import EMA, TrainState
 from dalle.train.step import train_step
 from dalle.types import Loss, Objective
@@ -42,7 +43,7 @@ class Stepper:
         self.model = model = build_model(kind, config).to(device)
         self.objective, self.precision, self.optim = objective, precision, optim
         scales = build_grad_scaler(model) if precision == "fp16" else None
-        self.state = TrainState(model, build_optimizers(model, self.optim), EMA(model, EMAConfig()), scales)
+        self.state = TrainState(model, build_optimizers(model, optim), EMA(model, EMAConfig()), scales)
         if compiled:
             compile_layers(model)
 
@@ -60,12 +61,10 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def matmul_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large matrix product: the best of eight."""
-    side = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(side, side, device=device, dtype=DTYPES[precision])
-    times = [seconds_of(lambda: a @ a, device) for _ in range(8)]
-    return 2 * side**3 / min(times)
+def time_rounds(work: dict[Any, Callable], rounds: int, device: torch.device) -> dict[Any, np.ndarray]:
+    """Seconds of each call, float (rounds,); every round times each of them once."""
+    times = [[seconds_of(call, device) for call in work.values()] for _ in range(rounds)]
+    return dict(zip(work, np.array(times).T, strict=True))
 
 
 def random_ids(layout: TokenLayout, batch_size: int) -> Tensor:
@@ -88,14 +87,16 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
-def finish(report: dict[str, Any], args: BenchmarkArgs, device: torch.device) -> dict[str, Any]:
-    """Adds the hardware, prints a line for each of the results, and writes --json."""
+def finish(report: dict[str, Any], json: Path | None, device: torch.device) -> dict[str, Any]:
+    """Adds the hardware, prints a line for each of the results, and writes the report to a file, if any."""
     report["hardware"] = hardware(device)
-    if args.json:
-        make_directory(args.json.parent)
-        write_json(args.json, report)
     facts = {name: value for name, value in report.items() if not isinstance(value, dict)}
-    for name, line in {"": facts, "hardware": report["hardware"], **report["results"]}.items():
+    lines = {"": facts, "hardware": report["hardware"], **report["results"]}
+    width = max(map(len, lines))
+    for name, line in lines.items():
         values = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()]
-        print(f"  {name:14}", "  ".join(values))
+        print(f"  {name:{width}}", "  ".join(values))
+    if json:
+        make_directory(json.parent)
+        write_json(json, report)
     return report

@@ -22,8 +22,6 @@ class DallePytorchStep:
         ValueError: the package is not installed, or the grid is not square with a side of a power of 2.
     """
 
-    flops = None  # not known by formula; what it executes is counted
-
     def __init__(
         self, config: TransformerConfig, batch_size: int, attn_types: tuple[str, ...], device: torch.device
     ):
@@ -73,7 +71,13 @@ def _build(config: TransformerConfig, attn_types: tuple[str, ...]) -> torch.nn.M
     rows, columns = config.grid
     if rows != columns or rows & (rows - 1):
         raise ValueError(f"dalle-pytorch takes square grids of a power of 2, got {rows} x {columns}")
-    package = _import()
+    try:
+        with _stand_ins():
+            package = importlib.import_module("dalle_pytorch")
+    except ImportError as error:
+        raise ValueError(
+            f"--baseline dalle-pytorch cannot import it ({error}); pip install dalle-pytorch==1.6.6"
+        ) from None
     torch.manual_seed(0)
     vae = package.DiscreteVAE(
         image_size=2 * rows, num_layers=1, num_tokens=config.image_vocab, codebook_dim=8, hidden_dim=8
@@ -88,16 +92,6 @@ def _build(config: TransformerConfig, attn_types: tuple[str, ...]) -> torch.nn.M
         dim_head=config.head_dim,
         attn_types=attn_types,
     )
-
-
-def _import() -> ModuleType:
-    try:
-        with _stand_ins():
-            return importlib.import_module("dalle_pytorch")
-    except ImportError as error:
-        raise ValueError(
-            f"--baseline dalle-pytorch cannot import it ({error}); pip install dalle-pytorch==1.6.6"
-        ) from None
 
 
 @contextmanager

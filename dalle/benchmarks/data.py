@@ -6,19 +6,18 @@ round times each case once; medians of the rounds and of the ratios within a rou
 """
 
 import itertools
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dalle.benchmarks.common import Stepper, finish, seconds_of
 from dalle.benchmarks.config import DataBenchmark
@@ -26,14 +25,13 @@ from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.data import BatchReader, ImageTextLoader, Loader, open_dataset
 from dalle.data.token_cache import TokenCacheSpec, TokenWriter
 from dalle.dvae.objective import DVAEObjective
-from dalle.runs.batches import TokenBatches
+from dalle.runs.batches import DVAEBatch, TokenBatches
 from dalle.shapes.dataset import ShapesDataset
 from dalle.text import TextTokenizerConfig, train_text_tokenizer
 from dalle.train import TrainConfig
 from dalle.train.precision import resolve_device, resolve_precision
 from dalle.train.step import to_device
 from dalle.transformer.objective import TransformerObjective
-from dalle.types import ImageTextBatch
 
 STEPS = 10**6  # never reached; workers read ahead up to it
 
@@ -53,26 +51,22 @@ def benchmark_data(args: DataBenchmark) -> dict[str, Any]:
     """Times every case."""
     device = resolve_device(args.device)
     precision = resolve_precision(args.precision, device)
-    with ExitStack() as stack:
-        cases = [*_images(args, device, precision), stack.enter_context(_tokens(args, device, precision))]
-        rounds = [
-            {case.name: measure(case, args.num_batches, device) for case in cases} for _ in range(args.rounds)
-        ]
-    report = {
-        "batch_size": args.batch_size,
-        "precision": precision,
-        "results": {case.name: summarize(case, rounds, cases[0].name) for case in cases},
-    }
-    return finish(report, args, device)
+    with _token_case(args, device, precision) as token_case:
+        cases = [*_image_cases(args, device, precision), token_case]
+        rounds = [[measure(case, args.num_batches, device) for case in cases] for _ in range(args.rounds)]
+    times = np.moveaxis(np.array(rounds), 0, -1)  # (cases, 3, rounds)
+    results = {case.name: summarize(case, times[i], times[0, 0]) for i, case in enumerate(cases)}
+    report = {"batch_size": args.batch_size, "precision": precision, "results": results}
+    return finish(report, args.json, device)
 
 
-def _images(args: DataBenchmark, device: torch.device, precision: str) -> list[Case]:
+def _image_cases(args: DataBenchmark, device: torch.device, precision: str) -> list[Case]:
     """Every source at every resolution, with every number of workers."""
     step = Stepper("dvae", args.dvae, DVAEObjective(), device, precision)
     cases = []
     for source, resolution in itertools.product(args.sources, args.resolutions):
         pairs = open_dataset(replace(args.data, path=source, resolution=resolution))
-        task = BatchReader(pairs, args.batch_size, 0, "transformer", pixels_of)
+        task = BatchReader(pairs, args.batch_size, 0, "transformer", DVAEBatch(None, 0))
         for workers in args.workers:
             name = f"{source}, {resolution} x {resolution}, {workers} workers"
             loader = partial(ImageTextLoader, task, STEPS, workers, args.data.prefetch)
@@ -80,13 +74,8 @@ def _images(args: DataBenchmark, device: torch.device, precision: str) -> list[C
     return cases
 
 
-def pixels_of(batch: ImageTextBatch, step: int) -> Tensor:
-    """(B, 3, R, R): what a dVAE is trained on."""
-    return torch.from_numpy(batch.pixels)
-
-
 @contextmanager
-def _tokens(args: DataBenchmark, device: torch.device, precision: str) -> Iterator[Case]:
+def _token_case(args: DataBenchmark, device: torch.device, precision: str) -> Iterator[Case]:
     """A cache of random tokens, read as in the training of the transformer."""
     layout, captions = args.config.layout, ShapesDataset(16).captions(range(2000))
     config = TextTokenizerConfig(vocab_size=min(layout.text_vocab, 1000))
@@ -109,8 +98,8 @@ def _tokens(args: DataBenchmark, device: torch.device, precision: str) -> Iterat
         yield Case("token cache", "tokens", count, lambda: Loader(batches, STEPS), step)
 
 
-def measure(case: Case, num_batches: int, device: torch.device) -> dict[str, float]:
-    """Seconds of a batch alone, of a training step, and of the wait for its batch."""
+def measure(case: Case, num_batches: int, device: torch.device) -> tuple[float, float, float]:
+    """Seconds of a batch alone, of the wait for the batch of a training step, and of the step."""
     waits, steps = [], []
     with case.load() as load:
         load(0)  # workers start, files open
@@ -120,19 +109,19 @@ def measure(case: Case, num_batches: int, device: torch.device) -> dict[str, flo
             batch = to_device(load(i), device)
             waits.append(time.perf_counter() - started)
             steps.append(seconds_of(lambda batch=batch: case.step(batch), device))
-    return {"batch": alone, "wait": statistics.fmean(waits), "step": statistics.fmean(steps)}
+    return alone, fmean(waits), fmean(steps)
 
 
-def summarize(case: Case, rounds: list[dict[str, dict[str, float]]], first: str) -> dict[str, float]:
-    """A case's medians over the rounds."""
-    times = [timed[case.name] for timed in rounds]
-    batch, wait, step = (statistics.median(t[name] for t in times) for name in ("batch", "wait", "step"))
+def summarize(case: Case, times: np.ndarray, first: np.ndarray) -> dict[str, float]:
+    """A case's medians over the rounds, from what `measure` gives of each, and batches of the first case."""
+    batches, waits, steps = times
+    batch, wait, step = median(batches), median(waits), median(steps)
     return {
         f"{case.unit}_per_sec": case.count / batch,
         "batch_time": batch,
         "step_time": step,
         "data_time": wait,
         "data_time_frac": wait / (wait + step),
-        "speedup_vs_first": statistics.median(t[first]["batch"] / t[case.name]["batch"] for t in rounds),
-        "speedup_vs_step": statistics.median(t["step"] / t["batch"] for t in times),
+        "speedup_vs_first": median(first / batches),
+        "speedup_vs_step": median(steps / batches),
     }

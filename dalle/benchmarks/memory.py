@@ -35,15 +35,15 @@ def benchmark_memory(args: MemoryBenchmark) -> dict[str, Any]:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn, max_tasks_per_child=1) as pool:
         peaks = {name: pool.submit(peak_of_step, args, *flags).result() for name, flags in VARIANTS.items()}
-    layout = args.config.layout
+    joint = args.batch_size * args.config.layout.seq_len * args.config.layout.vocab
     report = {
         "results": {name: {"peak_gib": peak} for name, peak in peaks.items()},
         "weights_and_gradients_gib": 2 * 4 * sum(parameter_counts(args.config).values()) / 2**30,
-        "joint_logits_gib": 4 * args.batch_size * layout.seq_len * layout.vocab / 2**30,
+        "joint_logits_gib": 4 * joint / 2**30,
         "batch_size": args.batch_size,
         "precision": resolve_precision(args.precision, device),
     }
-    return finish(report, args, device)
+    return finish(report, args.json, device)
 
 
 def peak_of_step(args: MemoryBenchmark, chunked: bool, activation_checkpointing: bool) -> float:

@@ -13,21 +13,15 @@ python scripts/benchmark.py memory --size 60m
 import sys
 from importlib import import_module
 
-from dalle.benchmarks.config import (
-    AttentionBenchmark,
-    DataBenchmark,
-    MemoryBenchmark,
-    SampleBenchmark,
-    TrainBenchmark,
-)
+from dalle.benchmarks import config
 from dalle.config import cli_errors, overview, parse
 
-BENCHMARKS = {  # arguments, and the function of dalle.benchmarks.NAME
-    "train": (TrainBenchmark, "benchmark_training"),
-    "sample": (SampleBenchmark, "benchmark_sampling"),
-    "data": (DataBenchmark, "benchmark_data"),
-    "attention": (AttentionBenchmark, "benchmark_attention"),
-    "memory": (MemoryBenchmark, "benchmark_memory"),
+BENCHMARKS = {  # NAME is timed by dalle.benchmarks.NAME.benchmark_NAME
+    "train": config.TrainBenchmark,
+    "sample": config.SampleBenchmark,
+    "data": config.DataBenchmark,
+    "attention": config.AttentionBenchmark,
+    "memory": config.MemoryBenchmark,
 }
 
 
@@ -40,6 +34,5 @@ def main() -> None:
             raise ValueError(
                 f"missing or unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}"
             )
-        args_class, function = BENCHMARKS[name]
-        args = parse(args_class, sys.argv[2:], description=__doc__)
-        getattr(import_module(f"dalle.benchmarks.{name}"), function)(args)
+        args = parse(BENCHMARKS[name], sys.argv[2:], description=__doc__)
+        getattr(import_module(f"dalle.benchmarks.{name}"), f"benchmark_{name}")(args)

@@ -19,9 +19,6 @@ from dalle.planner.table import print_plan
 from dalle.runs.kinds import EACH_KIND, take_kind
 from dalle.train.config import POWERSGD_RANKS, compression_rate
 
-HEADROOM = 0.9
-"""Fraction of a GPU's memory that a step may fill; the rest is for CUDA, NCCL and fragmentation."""
-
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -31,14 +28,6 @@ class PlanOptions:
     """GPUs in all."""
     gpu: str = "h100"
     """Their model: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, h200, b200, t4, l4 or rtx-4090."""
-    max_memory_gib: float | None = None
-    """Memory of one GPU, for a model that is not listed."""
-    peak_flops: float | None = None
-    """FLOP/s of one GPU in the precision of the training, for a model that is not listed."""
-    intra_node_gbps: float | None = None
-    """GB/s that a GPU sends within its node, for a model that is not listed."""
-    inter_node_gbps: float | None = None
-    """GB/s that a GPU sends to other nodes, for a model that is not listed."""
     gpus_per_node: int | None = None
     """GPUs of a node; the manufacturer's by default."""
     mfu: float = 0.4
@@ -60,18 +49,6 @@ class PlanOptions:
             value = getattr(self, name)
             if isinstance(value, int | float) and not value > 0:
                 raise ValueError(f"{name.replace('_', '-')} must be positive, got {value}")
-
-    def hardware(self) -> GPU:
-        """The GPU with the numbers that the options override."""
-        changes = {
-            "memory": self.max_memory_gib,
-            "fp32": self.peak_flops,
-            "half": self.peak_flops,
-            "inside": self.intra_node_gbps and self.intra_node_gbps * 1e9,
-            "between": self.inter_node_gbps and self.inter_node_gbps * 1e9,
-            "per_node": self.gpus_per_node,
-        }
-        return replace(GPUS[self.gpu], **{name: value for name, value in changes.items() if value})
 
 
 @dataclass(frozen=True)
@@ -95,10 +72,13 @@ PLANS: dict[str, type] = {"dvae": DVAEPlan, "transformer": TransformerPlan, "cli
 def plan_training(kind: str, args: Any) -> dict[str, Any]:
     """Estimates the training, prints tables and writes --json; ValueError for an indivisible batch."""
     from dalle.io.files import make_directory, write_json
+    from dalle.transformer.sizes import cache_bytes
 
     if args.json:
         make_directory(args.json.parent)
-    gpu, train = args.hardware(), args.train
+    gpu, train = GPUS[args.gpu], args.train
+    if args.gpus_per_node:
+        gpu = replace(gpu, per_node=args.gpus_per_node)
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if gpu.bf16 else "fp32"
@@ -109,14 +89,9 @@ def plan_training(kind: str, args: Any) -> dict[str, Any]:
             f"{train.grad_accum_steps} passes (train.grad_accum_steps); make it a multiple of {parts}"
         )
     batch = train.batch_size // parts
-    steps = estimate_steps(kind, args, batch, precision)
-    checkpointed = getattr(args.model, "activation_checkpointing", False)
-    step = steps["checkpointed" if checkpointed else "kept"]
-    if args.num_gpus == 1:
-        modes = ["none"]
-    else:
-        modes = ["ddp", "fsdp", "hsdp"] if _shards(args, "hsdp") < args.num_gpus else ["ddp", "fsdp"]
-    layouts = {mode: _layout(args, mode, precision) for mode in modes}
+    steps = _estimate_steps(kind, args, batch, precision)
+    step = steps["checkpointed" if getattr(args.model, "activation_checkpointing", False) else "kept"]
+    layouts = _layouts(args, gpu, precision)
     flops = _flops(kind, args, step, parts)
     plan = {
         "kind": kind,
@@ -127,27 +102,21 @@ def plan_training(kind: str, args: Any) -> dict[str, Any]:
         "precision": precision,
         "batch": {"step": train.batch_size, "pass": batch, "grad_accum_steps": train.grad_accum_steps},
         "flops": flops,
-        "memory": {
-            mode: {name: memory(one, layout) for name, one in steps.items()}
-            for mode, layout in layouts.items()
-        },
+        "memory": {how.mode: {name: memory(one, how) for name, one in steps.items()} for how in layouts},
         "initial_bytes": FP32 * step.parameters,
-        "traffic": {mode: _traffic(kind, args, step, layout, gpu) for mode, layout in layouts.items()},
+        "traffic": {how.mode: _traffic(kind, args, step, how, gpu) for how in layouts},
         "time": _time(args, sum(flops["needed"].values()), gpu.fp32 if precision == "fp32" else gpu.half),
     }
     if kind == "transformer":
-        from dalle.transformer.sizes import cache_bytes
-
-        plan["cache_per_candidate"] = {
-            name: cache_bytes(args.model, FP32 if name == "fp32" else HALF)[1] for name in ("fp32", precision)
-        }
+        sizes = {"fp32": FP32, precision: FP32 if precision == "fp32" else HALF}
+        plan["cache_per_candidate"] = {name: cache_bytes(args.model, size)[1] for name, size in sizes.items()}
     if args.json:
         write_json(args.json, plan)
-    print_plan(plan, HEADROOM)
+    print_plan(plan)
     return plan
 
 
-def estimate_steps(kind: str, args: Any, batch: int, precision: str) -> dict[str, StepEstimate]:
+def _estimate_steps(kind: str, args: Any, batch: int, precision: str) -> dict[str, StepEstimate]:
     """A step that keeps all activations, and for the transformer one with activation checkpointing."""
     from dalle.planner.count import estimate_step
 
@@ -160,24 +129,25 @@ def estimate_steps(kind: str, args: Any, batch: int, precision: str) -> dict[str
     }
 
 
-def _shards(args: Any, mode: str) -> int:
-    if mode == "hsdp":
-        return args.shard or min(args.hardware().per_node, args.num_gpus)
-    return args.num_gpus if mode == "fsdp" else 1
-
-
-def _layout(args: Any, mode: str, precision: str) -> ParallelLayout:
-    train, shards = args.train, _shards(args, mode)
-    return ParallelLayout(
-        mode=mode,
-        shards=shards,
-        half=precision != "fp32",
-        grad_accum_steps=train.grad_accum_steps,
-        state_dtype=train.optimizer.state_dtype,
-        ema_on_gpu=train.ema.device == "same",
-        clips_variance=train.optimizer.max_variance is not None,
-        error_buffers=args.num_gpus > shards and train.powersgd.rank is not None,
-    )
+def _layouts(args: Any, gpu: GPU, precision: str) -> list[ParallelLayout]:
+    """Ways of sharing the training among the GPUs."""
+    train, of_group = args.train, args.shard or gpu.per_node
+    shards = {"ddp": 1, "fsdp": args.num_gpus} if args.num_gpus > 1 else {"none": 1}
+    if of_group < args.num_gpus:
+        shards["hsdp"] = of_group
+    return [
+        ParallelLayout(
+            mode=mode,
+            shards=count,
+            half=precision != "fp32",
+            grad_accum_steps=train.grad_accum_steps,
+            state_dtype=train.optimizer.state_dtype,
+            ema_on_gpu=train.ema.device == "same",
+            clips_variance=train.optimizer.max_variance is not None,
+            error_buffers=args.num_gpus > count and train.powersgd.rank is not None,
+        )
+        for mode, count in shards.items()
+    ]
 
 
 def _traffic(kind: str, args: Any, step: StepEstimate, layout: ParallelLayout, gpu: GPU) -> dict[str, Any]:
@@ -196,34 +166,37 @@ def _traffic(kind: str, args: Any, step: StepEstimate, layout: ParallelLayout, g
 
 def _flops(kind: str, args: Any, step: StepEstimate, passes: int) -> dict[str, Any]:
     """FLOPs of a step by part: computed, and needed (masked pairs and recomputation are not)."""
+    from dalle.transformer.sizes import training_flops
+
     computed = {part: passes * count for part, count in step.flops.items()}
     if kind != "transformer":
         return {"computed": computed, "needed": computed}
-    from dalle.transformer.sizes import training_flops
-
-    needed = training_flops(args.model)
-    by_part = {"attention": needed["attention"], "matrices": needed["matrices"] + needed["logits"]}
-    tokens = args.train.batch_size * args.model.layout.seq_len
+    batch, needed = args.train.batch_size, training_flops(args.model)
+    tokens = batch * args.model.layout.seq_len
     return {
         "computed": computed,
-        "needed": {part: args.train.batch_size * count for part, count in by_part.items()},
+        "needed": {
+            "attention": batch * needed["attention"],
+            "matrices": batch * (needed["matrices"] + needed["logits"]),
+        },
         "tokens": tokens,
         "six_n_of_run": 6 * step.parameters * tokens * args.steps,
     }
 
 
-def _time(args: Any, needed: int, peak: float) -> dict[str, float]:
+def _time(args: Any, needed: int, peak: float) -> dict[str, float | None]:
+    """Seconds of a step of `needed` FLOPs, and time and cost of the run."""
     seconds = needed / (args.mfu * peak * args.num_gpus)
     hours = seconds * args.steps * args.num_gpus / 3600
-    time = {
+    return {
         "mfu": args.mfu,
         "step_seconds": seconds,
         "steps": args.steps,
         "days": seconds * args.steps / 86400,
         "flops_of_run": needed * args.steps,
         "gpu_hours": hours,
+        "usd": args.usd_per_gpu_hour and args.usd_per_gpu_hour * hours,
     }
-    return time | ({"usd": args.usd_per_gpu_hour * hours} if args.usd_per_gpu_hour else {})
 
 
 def main() -> None:

@@ -26,8 +26,7 @@ class GPU:
 
 
 GPUS: dict[str, GPU] = {
-    # data sheets of the GPU and of DGX-1 (4 x 100 Gb/s), DGX A100 (8 x 200), DGX H100, H200 and B200 (8 x
-    # 400)
+    # data sheets of the GPU and of its DGX: DGX-1 has 4 x 100 Gb/s, A100 8 x 200, H100, H200 and B200 8 x 400
     "v100-16gb": GPU(16, 15.7e12, PEAK_FLOPS["V100"], 150e9, 6.25e9, bf16=False),
     "v100-32gb": GPU(32, 15.7e12, PEAK_FLOPS["V100"], 150e9, 6.25e9, bf16=False),
     "a100-40gb": GPU(40, 19.5e12, PEAK_FLOPS["A100"], 300e9, 25e9),

@@ -50,30 +50,9 @@ def cache_bytes(config: TransformerConfig, itemsize: int) -> tuple[int, int]:
     Args:
         itemsize: bytes of a number, 2 in bf16.
     """
-    places = _places(config)
-    text = 2 * config.depth * config.text_len * config.width * itemsize
-    return text, sum(places[kind].bytes(config.width, itemsize) for kind in config.kinds)
-
-
-def read_bytes(config: TransformerConfig, candidates: int, itemsize: int, int8: bool = False) -> int:
-    """Bytes that a decoding step must read for the candidates of one caption, with full ring buffers.
-
-    Each matrix once (the output matrix in 4 bytes, its image part), the caption's keys and values once, and
-    of every candidate those of the places that a step reads.
-
-    Args:
-        itemsize: bytes of a number, 2 in bf16.
-        int8: the matrices have 8 bits (`generate.quantize_int8`).
-    """
-    places, width = _places(config), config.width
-    layers, output = (1, 1) if int8 else (itemsize, 4)
-    matrices = 12 * width**2 * config.depth * layers + config.image_vocab * width * output
-    near = sum(2 * places[kind].window * width * itemsize for kind in config.kinds)
-    return matrices + cache_bytes(config, itemsize)[0] + candidates * near
-
-
-def _places(config: TransformerConfig) -> dict[str, KVCacheLayout]:
     with torch.device("cpu"):
-        return {
+        places = {
             kind: KVCacheLayout.of_kind(kind, config.layout, config.conv_kernel) for kind in set(config.kinds)
         }
+    text = 2 * config.depth * config.text_len * config.width * itemsize
+    return text, sum(places[kind].bytes(config.width, itemsize) for kind in config.kinds)

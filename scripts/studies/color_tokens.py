@@ -1,19 +1,50 @@
-"""Token sequences of the shapes without trained tokenizers, and plots of curves, for the training studies.
+"""Small transformers whose image tokens are colors of pixels, for studies of training.
 
 A sequence holds the words of a caption and the colors of 12 x 12 pixels, rounded to 64.
 """
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dalle.benchmarks.common import Stepper
 from dalle.layout import TokenLayout
 from dalle.shapes.dataset import GRID, ShapesDataset, render
+from dalle.train.config import OptimizerConfig
 from dalle.transformer import TransformerConfig
+from dalle.transformer.objective import TransformerObjective
 
+CPU = torch.device("cpu")
 LEVELS = 4  # of each color channel
+
+
+@dataclass(frozen=True)
+class TrainingStudy:
+    """What the studies take that train a small transformer with several methods."""
+
+    model: TransformerConfig
+    """Shape of the transformer; image tokens are the pixels of 12 x 12 images."""
+    steps: int = 300
+    """Updates of each training."""
+    batch_size: int = 8
+    """Images of a process in an update."""
+    lr: float = 2e-3
+    """Learning rate of AdamW after the warm-up."""
+    seed: int = 0
+    """Seed of weights and images."""
+    plot: Path | None = None
+    """File for the curves."""
+    json: Path | None = None
+    """File for the report."""
+
+    def stepper(self, precision: str, optimizer: OptimizerConfig) -> Stepper:
+        """The model before its first update."""
+        objective = TransformerObjective()
+        return Stepper("transformer", self.model, objective, CPU, precision, optim=optimizer, seed=self.seed)
 
 
 def small_transformer(depth: int, head_dim: int, attention_backend: str) -> TransformerConfig:
@@ -52,13 +83,12 @@ class ColorTokens:
         return self.layout.pack(text, torch.from_numpy(codes.reshape(len(codes), -1)))
 
 
-def plot_curves(axis: Any, title: str, curves: dict[str, list[float]], window: int) -> None:
-    """Running means over `window` updates; a logarithmic axis where all values are positive."""
+def plot_losses(axis: Any, curves: dict[str, list[float]], window: int) -> None:
+    """Running means over `window` updates on a logarithmic axis."""
     for name, values in curves.items():
         means = np.convolve(values, np.full(window, 1 / window), mode="valid")
         axis.plot(np.arange(window, len(values) + 1), means, linewidth=1, label=name)
-    if min(map(min, curves.values())) > 0:
-        axis.set_yscale("log")
+    axis.set_yscale("log")
     axis.legend(fontsize=7)
-    axis.set_title(title, fontsize=9)
+    axis.set_title("loss", fontsize=9)
     axis.set_xlabel("update", fontsize=8)

@@ -15,24 +15,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from color_tokens import ColorTokens, plot_curves, small_transformer
+from color_tokens import CPU, ColorTokens, TrainingStudy, plot_losses, small_transformer
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dalle.benchmarks.common import Stepper, hardware
+from dalle.benchmarks.common import finish
 from dalle.config import cli_errors, parse
-from dalle.io.files import write_json
 from dalle.nn.blocks import ResidualBlock, scale_gradient
 from dalle.schedules import Schedule
 from dalle.train.config import NO_PLATEAU, OptimizerConfig
 from dalle.train.grad_scaler import PerBlockGradScaler
 from dalle.train.step import NonfiniteGuard
 from dalle.transformer import TransformerConfig
-from dalle.transformer.objective import TransformerObjective
 from dalle.viz.curves import scales_figure
-
-MAX_EXPONENT = 40  # beyond it the squares of the gradients, AdamW's variance, leave fp32
 
 
 class SingleGradScaler(PerBlockGradScaler):
@@ -65,65 +61,44 @@ METHODS: dict[str, Callable[[list[ResidualBlock]], PerBlockGradScaler] | None] =
 
 
 @dataclass(frozen=True)
-class UnderflowStudy:
+class UnderflowStudy(TrainingStudy):
     """Trains a deep narrow transformer in fp32 and in fp16 with one scale and with a scale per resblock."""
 
     model: TransformerConfig = small_transformer(depth=8, head_dim=16, attention_backend="sdpa")
-    """Shape of the transformer; image tokens are the pixels of 12 x 12 images."""
     grad_exponents: tuple[int, ...] = (*[-22] * 15, 8)
-    """log2 of the factor on the gradients of each resblock."""
+    """log2 of the factor on the gradients of each resblock; beyond 40 their squares leave fp32."""
     steps: int = 3000
     """Updates of each training; a scale grows by one power of two in 1000."""
     batch_size: int = 2
     """Images in an update."""
-    lr: float = 2e-3
-    """Learning rate of AdamW, after a warm-up of 100 steps."""
-    seed: int = 0
-    """Seed of weights and images."""
-    log_every: int = 50
-    """Updates between two records of zero gradients and scales."""
-    plot: Path | None = None
-    """File for the losses and a map of zero gradients."""
     plot_scales: Path | None = None
     """File for Figure 12: the scale of each resblock."""
-    json: Path | None = None
-    """File for the report."""
-
-    def __post_init__(self):
-        if not 1 <= self.log_every <= self.steps:
-            raise ValueError(f"log-every must be 1 to {self.steps} steps, got {self.log_every}")
-        blocks = 2 * self.model.depth
-        if len(self.grad_exponents) != blocks or max(map(abs, self.grad_exponents)) > MAX_EXPONENT:
-            raise ValueError(
-                f"grad-exponents must be one for each of {blocks} resblocks, within {MAX_EXPONENT} of 0; "
-                f"got {self.grad_exponents}"
-            )
 
 
 def fp16_underflow(args: UnderflowStudy) -> dict[str, Any]:
     """Trains with every method; losses and shares of zeros are means over the last twentieth of the steps."""
     curves = {method: _train(method, args) for method in METHODS}
     tail = max(1, args.steps // 20)
-    results = {method: _summary(lines, tail) for method, lines in curves.items()}
-    report = {"results": results, "hardware": hardware(torch.device("cpu")), "curves": curves}
-    if args.json:
-        write_json(args.json, report)
+    results = {
+        method: {
+            "loss": fmean(line["loss"] for line in lines[-tail:]),
+            "skipped": lines[-1]["skipped"],
+            "zeros": fmean(fmean(line["zeros"]) for line in lines[-tail:] if "zeros" in line),
+        }
+        for method, lines in curves.items()
+    }
     if args.plot:
         plot_underflow(curves, tail).savefig(args.plot, dpi=110)
     if args.plot_scales:
         lines = [line for line in curves[PER_BLOCK] if "grad_scale_log2" in line]
         scales_figure(lines).savefig(args.plot_scales, dpi=100)
-    for method, line in results.items():
-        zeros = fmean(line["zeros"])
-        print(f"{method:28}loss {line['loss']:.4f}  skipped {line['skipped']}  zeros {zeros:.3f}")
-    return report
+    return finish({"results": results, "curves": curves}, args.json, CPU)
 
 
 def _train(method: str, args: UnderflowStudy) -> list[dict[str, Any]]:
-    """A line for each update: step, loss, skipped; each `log_every` also zeros and grad_scale_log2."""
-    scaler, cpu = METHODS[method], torch.device("cpu")
-    precision = "fp16" if scaler else "fp32"
-    optim = OptimizerConfig(  # independent of the size of gradients
+    """A line for each update: step, loss, skipped; each sixtieth of them also zeros and grad_scale_log2."""
+    scaler = METHODS[method]
+    optimizer = OptimizerConfig(  # independent of the size of gradients
         lr=Schedule(args.lr, args.lr),
         warmup_steps=100,
         eps=1e-18,
@@ -131,20 +106,18 @@ def _train(method: str, args: UnderflowStudy) -> list[dict[str, Any]]:
         max_variance=None,
         plateau=NO_PLATEAU,
     )
-    step = Stepper(
-        "transformer", args.model, TransformerObjective(), cpu, precision, optim=optim, seed=args.seed
-    )
+    step = args.stepper("fp16" if scaler else "fp32", optimizer)
+    blocks, data = step.model.resblocks(), ColorTokens(args.model.layout, args.seed)
     if scaler:
-        step.state.scales = scaler(step.model.resblocks())
+        step.state.scales = scaler(blocks)
     step.state.extras["nonfinite"] = NonfiniteGuard(limit=8)
-    spread_gradients(step.model.resblocks(), args.grad_exponents)
-    data = ColorTokens(args.model.layout, args.seed)
-    lines = []
+    spread_gradients(blocks, args.grad_exponents)
+    lines, record_every = [], max(1, args.steps // 60)
     for update in tqdm(range(1, args.steps + 1), desc=method, unit="update", disable=None):
         loss = step(data(range((update - 1) * args.batch_size, update * args.batch_size)))
         line = {"step": update, "loss": float(loss.total.detach()), "skipped": loss.metrics["skipped_steps"]}
-        if update % args.log_every == 0:
-            line["zeros"] = zero_fractions(step.model.resblocks())
+        if update % record_every == 0:
+            line["zeros"] = zero_fractions(blocks)
             if scaler:
                 line["grad_scale_log2"] = step.state.scales.values.log2().tolist()
         lines.append(line)
@@ -165,22 +138,12 @@ def zero_fractions(blocks: list[nn.Module]) -> list[float]:
     return [float((gradient == 0).float().mean()) for gradient in gradients]
 
 
-def _summary(lines: list[dict[str, Any]], tail: int) -> dict[str, Any]:
-    recorded = [line["zeros"] for line in lines if "zeros" in line]
-    recent = recorded[-max(1, tail * len(recorded) // len(lines)) :]
-    return {
-        "loss": fmean(line["loss"] for line in lines[-tail:]),
-        "skipped": lines[-1]["skipped"],
-        "zeros": [fmean(fractions) for fractions in zip(*recent, strict=True)],
-    }
-
-
 def plot_underflow(curves: dict[str, list[dict[str, Any]]], window: int) -> Figure:
     """Losses of each method; then maps of the fractions of zero gradients, resblocks over updates."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     left, *maps = figure.subplots(1, len(METHODS))
     losses = {method: [line["loss"] for line in lines] for method, lines in curves.items()}
-    plot_curves(left, "loss", losses, window)
+    plot_losses(left, losses, window)
     for axis, method in zip(maps, list(METHODS)[1:], strict=True):
         zeros = np.array([line["zeros"] for line in curves[method] if "zeros" in line]).T
         extent = (0, len(curves[method]), len(zeros) + 0.5, 0.5)

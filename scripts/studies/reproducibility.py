@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle.benchmarks.common import hardware
+from dalle.benchmarks.common import finish
 from dalle.config import cli_errors, parse
-from dalle.io.files import write_json
 from dalle.pipelines.dalle import DALLE
 from dalle.train.precision import Precision, resolve_device, resolve_precision
 
@@ -52,13 +51,9 @@ class ReproducibilityStudy:
     batch: tuple[int, ...] = (16, 1, 8, 64)
     """Batch sizes; the first is the reference."""
     precision: tuple[Precision, ...] = ("fp32", "bf16")
-    """Number formats at the first batch size; the first is the reference."""
-    int8: bool = True
-    """Also int8 matrices, at the first batch size and in each number format."""
+    """Number formats at the first batch size, each also with int8 matrices; the first is the reference."""
     devices: tuple[str, ...] = ("auto",)
     """Devices at the first batch size and format; the first is the reference."""
-    temperature: float = 1.0
-    """Sampling temperature."""
     seed: int = 0
     """Sampling seed."""
     json: Path | None = None
@@ -66,33 +61,34 @@ class ReproducibilityStudy:
 
     def __post_init__(self):
         if len(self.prompts) * self.candidates < 2:
-            raise ValueError(
-                "a standard error needs two images or more; raise candidates, or give more prompts"
-            )
+            raise ValueError("a standard error needs two images or more; raise candidates")
 
 
 def reproducibility(args: ReproducibilityStudy) -> dict[str, Any]:
     """Fractions of images and tokens equal to the reference's, and nats per token lost to other formats."""
     reference, *others = settings(args)
     model = DALLE.from_pretrained(args.model, reference.device)
-    expected = sample(args, model, reference)
+    tokens = sample(args, model, reference)
+    exact, results = nats(args, model, reference, tokens), {}
+    for setting in others:
+        same = sample(args, model, setting) == tokens
+        line = {
+            "equal_images": same.all(dim=-1).float().mean().item(),
+            "equal_tokens": same.float().mean().item(),
+        }
+        if (setting.batch, setting.device) == (reference.batch, reference.device):
+            lost = exact - nats(args, model, setting, tokens)
+            line["nats_lost_per_token"] = lost.mean().item()
+            line["standard_error"] = lost.std().item() / len(lost) ** 0.5
+        results[str(setting)] = line
     report = {
         "reference": str(reference),
         "images": len(args.prompts) * args.candidates,
-        "tokens_per_image": expected.shape[-1],
-        "equal": {str(other): equal_fractions(sample(args, model, other), expected) for other in others},
-        "nats_lost_per_token": nats_lost(args, model, reference, others, expected),
+        "tokens_per_image": tokens.shape[-1],
         "model_hash": model.hash,
-        "hardware": hardware(torch.device(reference.device)),
+        "results": results,
     }
-    if args.json:
-        write_json(args.json, report)
-    print(f"{report['images']} images of {report['tokens_per_image']} tokens; equal to {reference}:")
-    for name, equal in report["equal"].items():
-        mean, error = report["nats_lost_per_token"].get(name, (0, 0))
-        nats = f"  nats lost per token {mean:.2g} (+- {error:.1g})" if error else ""
-        print(f"  {name:36}images {equal['images']:.3f}  tokens {equal['tokens']:.3f}{nats}")
-    return report
+    return finish(report, args.json, torch.device(reference.device))
 
 
 def settings(args: ReproducibilityStudy) -> list[Setting]:
@@ -103,7 +99,7 @@ def settings(args: ReproducibilityStudy) -> list[Setting]:
     candidates = [
         *(replace(first, batch=batch) for batch in args.batch),
         *(replace(first, precision=name) for name in formats),
-        *(replace(first, precision=name, int8=True) for name in formats if args.int8),
+        *(replace(first, precision=name, int8=True) for name in formats),
         *(replace(first, device=device.type) for device in devices),
     ]
     return list(dict.fromkeys(candidates))
@@ -114,36 +110,21 @@ def sample(args: ReproducibilityStudy, model: DALLE, setting: Setting) -> Tensor
     if setting.device != model.device.type:
         model = DALLE.from_pretrained(args.model, device=setting.device)
     model = model.to_precision(setting.precision, setting.int8)
-    options = {"seed": args.seed, "temperature": args.temperature, "batch_size": setting.batch}
+    options = {"n": args.candidates, "best_of": args.candidates, "batch_size": setting.batch}
     samples = []
     for prompt in args.prompts:
-        generation = model.generate(prompt, n=args.candidates, best_of=args.candidates, **options)
+        generation = model.generate(prompt, seed=args.seed, **options)
         order = torch.tensor(generation.candidates).argsort()
         samples.append(generation.image_tokens[order].cpu())
     return torch.stack(samples)
 
 
-def equal_fractions(tokens: Tensor, expected: Tensor) -> dict[str, float]:
-    """Of images whose tokens are all equal, and of single tokens."""
-    same = tokens == expected
-    return {"images": same.all(dim=-1).float().mean().item(), "tokens": same.float().mean().item()}
-
-
-def nats_lost(
-    args: ReproducibilityStudy, model: DALLE, reference: Setting, others: list[Setting], tokens: Tensor
-) -> dict[str, tuple[float, float]]:
-    """For each number format the mean log-likelihood per token that is lost, and its error."""
-
-    def nats(setting: Setting) -> Tensor:
-        rounded = model.to_precision(setting.precision, setting.int8)
-        pairs = zip(args.prompts, tokens, strict=True)
-        images = [rounded.log_likelihood(prompt, candidates).image for prompt, candidates in pairs]
-        return torch.cat(images).double() / tokens.shape[-1]
-
-    formats = [s for s in others if (s.batch, s.device) == (reference.batch, reference.device)]
-    expected = nats(reference)
-    lost = {str(setting): expected - nats(setting) for setting in formats}
-    return {name: (nats.mean().item(), nats.std().item() / len(nats) ** 0.5) for name, nats in lost.items()}
+def nats(args: ReproducibilityStudy, model: DALLE, setting: Setting, tokens: Tensor) -> Tensor:
+    """Log-likelihood per token of each image, float (prompts * candidates,)."""
+    rounded = model.to_precision(setting.precision, setting.int8)
+    pairs = zip(args.prompts, tokens, strict=True)
+    images = [rounded.log_likelihood(prompt, candidates).image for prompt, candidates in pairs]
+    return torch.cat(images).double() / tokens.shape[-1]
 
 
 if __name__ == "__main__":

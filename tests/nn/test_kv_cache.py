@@ -7,7 +7,7 @@ from dalle.layout import TokenLayout
 from dalle.masks import KINDS, dense_mask
 from dalle.nn.kv_cache import KVCacheLayout, kv_cache_bytes
 from dalle.transformer import Transformer, TransformerConfig
-from dalle.transformer.sizes import cache_bytes, read_bytes
+from dalle.transformer.sizes import cache_bytes
 
 GRIDS = [(1, 3), (4, 4), (2, 5), (5, 3), (3, 8)]
 TINY = {"heads": 2, "head_dim": 8, "text_len": 6, "text_vocab": 11, "image_vocab": 13, "conv_kernel": 3}
@@ -51,15 +51,6 @@ def test_a_candidate_of_the_papers_model_takes_288_megabytes():
     text, image = cache_bytes(TransformerConfig(), 2)
     assert image == 2 * 2 * 3968 * (47 * 33 + 16 * 1024 + 192) == 287_711_744
     assert text == 2 * 2 * 3968 * 64 * 256
-
-
-def test_bytes_of_a_step_count_each_matrix_once_and_each_candidates_keys():
-    config = TransformerConfig()
-    one, two = (read_bytes(config, rows, 2) for rows in (1, 2))
-    assert two - one == 2 * 2 * 3968 * (47 * 33 + 16 * 32 + 192)
-    matrices = 64 * 12 * 3968**2 * 2 + 8192 * 3968 * 4
-    assert one == matrices + (two - one) + cache_bytes(config, 2)[0]
-    assert read_bytes(config, 1, 2, int8=True) == one - matrices + 64 * 12 * 3968**2 + 8192 * 3968
 
 
 def test_the_two_parts_are_joined_by_one_softmax():
