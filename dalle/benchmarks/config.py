@@ -11,7 +11,6 @@ from dalle.transformer.config import SIZES, TransformerConfig
 
 Backend = Literal["auto", "dense", "sdpa", "window", "flex"]
 Baseline = Literal["none", "dalle-pytorch"]
-MIX = ("axial_row", "axial_col", "axial_row", "axial_row")  # nearest to the paper's in DALLE-pytorch
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class BenchmarkArgs:
     """What every benchmark takes."""
 
     size: Literal["tiny", "60m", "120m", "350m", "1.3b", "2.8b", "5.6b", "12b"] | None = None
-    """A named size instead of --model."""
+    """A named size; of --model only activation checkpointing is taken then."""
     model: TransformerConfig = TransformerConfig(depth=8, heads=8)
     """Shape of the transformer."""
     rounds: int = 1
@@ -42,7 +41,9 @@ class BenchmarkArgs:
     @property
     def config(self) -> TransformerConfig:
         """The shape that is measured."""
-        return SIZES[self.size] if self.size else self.model
+        if self.size is None:
+            return self.model
+        return replace(SIZES[self.size], activation_checkpointing=self.model.activation_checkpointing)
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,14 @@ class TrainBenchmark(BenchmarkArgs):
     """Attention backends to compare; causal is a model without sparse layers."""
     baseline: Baseline = "none"
     """Another package to time in the same run, in fp32: dalle-pytorch 1.6.6, if installed."""
-    attn_types: tuple[str, ...] = MIX
-    """Layers of that package, repeated to the depth: axial_row, axial_col, conv_like or full."""
     batch_size: int = 2
     """Sequences per step."""
     rounds: int = 5
     """Timed steps of each backend, after one warm-up step."""
     compile: bool = False
     """Compile each layer."""
-    activation_checkpointing: bool = False
-    """Recompute the inside of each resblock in the backward pass."""
     peak_flops: float | None = None
     """The device's peak FLOP/s in that precision, for MFU; known GPUs need none."""
-
-    @property
-    def config(self) -> TransformerConfig:
-        """The shape that is measured."""
-        return replace(super().config, activation_checkpointing=self.activation_checkpointing)
 
 
 @dataclass(frozen=True)
@@ -88,8 +80,6 @@ class SampleBenchmark(BenchmarkArgs):
     """Compile a step; the time of compiling is reported apart."""
     baseline: Baseline = "none"
     """Another package to time in the same run, in fp32 with its cache: dalle-pytorch 1.6.6."""
-    attn_types: tuple[str, ...] = MIX
-    """Layers of that package, repeated to the depth: axial_row, axial_col, conv_like or full."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -14,6 +14,9 @@ import torch
 
 from dalle.transformer import TransformerConfig
 
+ATTN_TYPES = ["axial_row", "axial_col", "axial_row", "axial_row"]
+"""Layers of that package nearest to the paper's, repeated to the depth."""
+
 
 class DallePytorchStep:
     """A model of that package with AdamW; a call is one training step.
@@ -22,17 +25,15 @@ class DallePytorchStep:
         ValueError: the package is not installed, or the grid is not square with a side of a power of 2.
     """
 
-    def __init__(
-        self, config: TransformerConfig, batch_size: int, attn_types: tuple[str, ...], device: torch.device
-    ):
+    def __init__(self, config: TransformerConfig, batch_size: int, device: torch.device):
         rows, columns = config.grid
-        self.model = _build(config, attn_types).to(device)
+        self.model = _build(config).to(device)
         self.text = torch.randint(1, config.text_vocab, (batch_size, config.text_len), device=device)
         self.image = torch.randint(config.image_vocab, (batch_size, rows * columns), device=device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
         parameters = sum(p.numel() for p in self.trained)
-        self.facts = {"parameters": parameters, "precision": "fp32", "attn_types": list(attn_types)}
+        self.facts = {"parameters": parameters, "precision": "fp32", "attn_types": ATTN_TYPES}
 
     def __call__(self) -> None:
         loss = self.model(self.text, self.image, return_loss=True)
@@ -49,9 +50,9 @@ class DallePytorchSampler:
     as that function calls it, with the cache.
     """
 
-    def __init__(self, config: TransformerConfig, attn_types: tuple[str, ...], device: torch.device):
-        self.model = _build(config, attn_types).to(device).eval()
-        self.facts = {"precision": "fp32", "attn_types": list(attn_types), "cache": True}
+    def __init__(self, config: TransformerConfig, device: torch.device):
+        self.model = _build(config).to(device).eval()
+        self.facts = {"precision": "fp32", "attn_types": ATTN_TYPES, "cache": True}
         self.text = torch.randint(1, config.text_vocab, (1, config.text_len), device=device)
         self.offset, self.codes = config.text_vocab + config.text_len, config.image_vocab
 
@@ -67,7 +68,7 @@ class DallePytorchSampler:
         return image
 
 
-def _build(config: TransformerConfig, attn_types: tuple[str, ...]) -> torch.nn.Module:
+def _build(config: TransformerConfig) -> torch.nn.Module:
     rows, columns = config.grid
     if rows != columns or rows & (rows - 1):
         raise ValueError(f"dalle-pytorch takes square grids of a power of 2, got {rows} x {columns}")
@@ -90,7 +91,7 @@ def _build(config: TransformerConfig, attn_types: tuple[str, ...]) -> torch.nn.M
         depth=config.depth,
         heads=config.heads,
         dim_head=config.head_dim,
-        attn_types=attn_types,
+        attn_types=tuple(ATTN_TYPES),
     )
 
 

@@ -36,7 +36,7 @@ def benchmark_sample(args: SampleBenchmark) -> dict[str, Any]:
     results = {f"batch {batch}": _time_batch(args, model, batch) for batch in args.batch}
     image_tokens = args.config.layout.num_image_tokens
     if args.baseline != "none":
-        theirs = DallePytorchSampler(args.config, args.attn_types, device)
+        theirs = DallePytorchSampler(args.config, device)
         seconds = median(seconds_of(lambda: theirs(args.num_tokens), device) for _ in range(args.rounds))
         per_image = seconds * image_tokens / args.num_tokens
         for line in results.values():

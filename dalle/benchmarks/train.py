@@ -4,7 +4,9 @@ Every round times each contender once; medians of the rounds and of the ratios w
 MFU is that of the training log (dalle/train/loggers.py).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -27,50 +29,47 @@ def benchmark_train(args: TrainBenchmark) -> dict[str, Any]:
     """
     device = resolve_device(args.device)
     precision = resolve_precision(args.precision, device)
-    steps: dict[str, Any] = {name: TransformerStep(args, name, device, precision) for name in args.backends}
+    results, steps = {}, {}
+    for name in args.backends:
+        steps[name], results[name] = _transformer_step(args, name, device, precision)
     if args.baseline != "none":
-        steps[args.baseline] = DallePytorchStep(args.config, args.batch_size, args.attn_types, device)
+        steps[args.baseline] = DallePytorchStep(args.config, args.batch_size, device)
+        results[args.baseline] = steps[args.baseline].facts
     time_rounds(steps, 1, device)  # warm-up
     times = time_rounds(steps, args.rounds, device)
     peak = peak_flops(device, precision, args.peak_flops)
     tokens = args.batch_size * args.config.layout.seq_len
-    results = {}
-    for name, step in steps.items():
+    for name, line in results.items():
         seconds = median(times[name])
-        line = step.facts | {"seconds": seconds, "tokens_per_sec": tokens / seconds}
+        line |= {"seconds": seconds, "tokens_per_sec": tokens / seconds}
         if peak and "flops" in line:
             line["mfu"] = line["flops"] / seconds / peak
         for other in (args.backends[0], args.baseline):
             if other in steps:
                 line[f"speedup_vs_{other}"] = median(times[other] / times[name])
-        results[name] = line
     report = {
         "results": results,
         "tokens": tokens,
         "peak_flops": peak,
         "compile": args.compile,
-        "activation_checkpointing": args.activation_checkpointing,
+        "activation_checkpointing": args.config.activation_checkpointing,
         "peak_memory_gib": peak_memory(device),
     }
     return finish(report, args.json, device)
 
 
-class TransformerStep(Stepper):
-    """Our transformer with its optimizer; a call is one training step."""
-
-    def __init__(self, args: TrainBenchmark, backend: str, device: torch.device, precision: str):
-        changes = {"attention_backend": backend}
-        if backend == "causal":
-            changes = {"sparse": False, "attention_backend": "auto"}
-        config = replace(args.config, **changes)
-        super().__init__("transformer", config, TransformerObjective(), device, precision, args.compile)
-        self.ids = random_ids(config.layout, args.batch_size).to(device)
-        self.facts = {
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "precision": precision,
-            "flops": args.batch_size * sum(training_flops(config).values()),
-            "attention": self.model.backends(),
-        }
-
-    def __call__(self) -> None:
-        super().__call__(self.ids)
+def _transformer_step(
+    args: TrainBenchmark, backend: str, device: torch.device, precision: str
+) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """A training step of our transformer, and what is known of it."""
+    config = replace(args.config, attention_backend="auto" if backend == "causal" else backend)
+    if backend == "causal":
+        config = replace(config, sparse=False)
+    step = Stepper("transformer", config, TransformerObjective(), device, precision, args.compile)
+    facts = {
+        "parameters": sum(p.numel() for p in step.model.parameters()),
+        "precision": precision,
+        "flops": args.batch_size * sum(training_flops(config).values()),
+        "attention": step.model.backends(),
+    }
+    return partial(step, random_ids(config.layout, args.batch_size).to(device)), facts

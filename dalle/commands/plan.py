@@ -34,8 +34,6 @@ class PlanOptions:
     """Fraction of the peak that the training reaches."""
     usd_per_gpu_hour: float | None = None
     """Price of a GPU for an hour."""
-    powersgd_rank: int | None = None
-    """Rank of PowerSGD over all shards; that of the configuration, or of Table 1, by default."""
     json: Path | None = None
     """File for the plan, which is also printed."""
 
@@ -154,7 +152,7 @@ def _traffic(kind: str, args: Any, step: StepEstimate, layout: ParallelLayout, g
     """Bytes and seconds of a step's communication, with full gradients and with PowerSGD."""
     variants: dict[str, Any] = {"full": traffic(step, layout, args.num_gpus, gpu.per_node)}
     if kind == "transformer" and layout.mode in ("ddp", "hsdp"):
-        rank = args.powersgd_rank or args.train.powersgd.rank or POWERSGD_RANKS.get(args.model.width)
+        rank = args.train.powersgd.rank or POWERSGD_RANKS.get(args.model.width)
         kept = 1 - compression_rate(args.model.width, rank, layout.shards) if rank else 1
         if kept < 1:
             sent = traffic(step, layout, args.num_gpus, gpu.per_node, kept)

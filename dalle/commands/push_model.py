@@ -8,7 +8,6 @@ python scripts/push_model.py runs/quickstart/dvae --to owner/name-dvae       onl
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from tyro.conf import Positional
 
@@ -53,21 +52,16 @@ def push_model(args: PushModelArgs) -> str | None:
         raise ValueError(f"no directory {args.path}; give a model directory or a run")
     if not args.dry_run:
         check_login(args.to)
-    model: Any = args.path
-    if not (args.path / "config.json").is_file():
-        model = LoadedModel.from_pretrained(args.path)
-    if not args.dry_run:
-        private = args.private or None
-        url = push_to_hub(
-            model, args.to, args.report, args.license, private, args.revision, message=args.message
-        )
-        print(f"{args.path} is at {url}")
-        return url
     with TemporaryDirectory() as folder:
         directory = args.path
-        if model is not args.path:
+        if not (directory / "config.json").is_file():
             directory = Path(folder)
-            model.save_pretrained(directory)
+            LoadedModel.from_pretrained(args.path).save_pretrained(directory)
+        if not args.dry_run:
+            options = {"private": args.private or None, "revision": args.revision, "message": args.message}
+            url = push_to_hub(directory, args.to, args.report, args.license, **options)
+            print(f"{args.path} is at {url}")
+            return url
         card = read_card(directory, args.report, args.license).replace(PLACEHOLDER, args.to or PLACEHOLDER)
         sizes = {CARD: len(card.encode())}
         sizes |= {name: path.stat().st_size for name, path in list_hub_files(directory).items()}

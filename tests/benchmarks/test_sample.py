@@ -1,4 +1,4 @@
-"""Benchmark of sampling: seconds, bytes and ratios of its report."""
+"""Benchmark of sampling: seconds and ratios of its report."""
 
 import json
 
@@ -7,48 +7,37 @@ import torch
 
 from dalle.benchmarks.config import SampleBenchmark
 from dalle.benchmarks.dalle_pytorch import DallePytorchSampler
-from dalle.benchmarks.sample import benchmark_sampling
+from dalle.benchmarks.sample import benchmark_sample
 from dalle.transformer import TransformerConfig
-from dalle.transformer.sizes import cache_bytes, read_bytes
 
 CONFIG = TransformerConfig(2, 2, 8, 6, (4, 4), 11, 13, conv_kernel=3)
 QUICK = {"model": CONFIG, "precision": "fp32", "device": "cpu"}
 
 
-def test_the_report_has_seconds_tokens_and_bytes_of_each_batch(tmp_path):
+def test_the_report_has_seconds_and_tokens_of_each_batch(tmp_path):
     path = tmp_path / "report.json"
-    report = benchmark_sampling(SampleBenchmark(**QUICK, batch=(1, 3), rounds=2, json=path))
+    report = benchmark_sample(SampleBenchmark(**QUICK, batch=(1, 3), rounds=2, json=path))
     assert json.loads(path.read_text(encoding="utf-8")) == report
     assert list(report["results"]) == ["batch 1", "batch 3"]
     for line in report["results"].values():
         image = (line["time_to_first_token"] + 15 * line["seconds_per_step"]) / line["batch"]
         assert line["seconds_per_image"] == pytest.approx(image)
         assert line["tokens_per_sec"] == pytest.approx(line["batch"] / line["seconds_per_step"])
-        assert line["bytes_per_step"] == read_bytes(CONFIG, line["batch"], 4)
-        assert (line["cache_bytes_per_caption"], line["cache_bytes_per_candidate"]) == cache_bytes(CONFIG, 4)
-        rate = line["bytes_per_step"] / line["seconds_per_step"]
-        assert line["bandwidth_utilization"] == pytest.approx(rate / report["copy_bytes_per_second"])
         assert line["overhead_vs_matmul"] > 0
     assert (report["tokens_sampled"], report["image_tokens"], report["precision"]) == (16, 16, "fp32")
 
 
-def test_matrices_in_8_bits_are_counted_so_and_compiling_is_timed_apart(monkeypatch):
+def test_compiling_is_timed_apart(monkeypatch):
     monkeypatch.setattr("torch.compile", lambda function, **_: function)
-    report = benchmark_sampling(SampleBenchmark(**QUICK, batch=(2,), tokens=4, int8=True, compile=True))
+    report = benchmark_sample(SampleBenchmark(**QUICK, batch=(2,), tokens=4, int8=True, compile=True))
     assert report["int8"]
     assert report["compile"]
-    assert report["results"]["batch 2"]["bytes_per_step"] == read_bytes(CONFIG, 2, 4, int8=True)
     assert report["results"]["batch 2"]["compile_seconds"] > 0
-
-
-def test_a_graph_is_for_cuda():
-    with pytest.raises(ValueError, match="graph needs cuda, the device is cpu"):
-        benchmark_sampling(SampleBenchmark(**QUICK, graph=True))
 
 
 @pytest.mark.usefixtures("_dalle_pytorch")
 def test_the_other_package_samples_token_by_token_with_one_cache():
-    theirs = DallePytorchSampler(CONFIG, ("full",), torch.device("cpu"))
+    theirs = DallePytorchSampler(CONFIG, torch.device("cpu"))
     tokens = theirs(5)
     assert tokens.shape == (1, 5)
     assert 0 <= tokens.min() <= tokens.max() < 13
@@ -60,8 +49,7 @@ def test_the_other_package_samples_token_by_token_with_one_cache():
 
 @pytest.mark.usefixtures("_dalle_pytorch")
 def test_a_part_of_an_image_counts_by_proportion():
-    args = SampleBenchmark(**QUICK, batch=(1,), tokens=4, baseline="dalle-pytorch")
-    report = benchmark_sampling(args)
+    report = benchmark_sample(SampleBenchmark(**QUICK, batch=(1,), tokens=4, baseline="dalle-pytorch"))
     assert report["tokens_sampled"] == 4
     ours, theirs = report["results"]["batch 1"], report["results"]["dalle-pytorch"]
     ratio = theirs["seconds_per_image"] / ours["seconds_per_image"]

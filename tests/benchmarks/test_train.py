@@ -3,13 +3,10 @@
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.benchmarks.attention import benchmark_attention
 from dalle.benchmarks.config import (
@@ -19,37 +16,21 @@ from dalle.benchmarks.config import (
     SampleBenchmark,
     TrainBenchmark,
 )
-from dalle.benchmarks.dalle_pytorch import DallePytorchStep
-from dalle.benchmarks.memory import VARIANTS, benchmark_memory, joint_cross_entropies
-from dalle.benchmarks.train import benchmark_training
+from dalle.benchmarks.dalle_pytorch import ATTN_TYPES, DallePytorchStep
+from dalle.benchmarks.memory import VARIANTS, benchmark_memory, joint_cross_entropies, peak_of_step
+from dalle.benchmarks.train import benchmark_train
 from dalle.train.loggers import peak_memory
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.losses import cross_entropies
 from dalle.transformer.sizes import training_flops
 
 CONFIG = TransformerConfig(2, 2, 8, 6, (4, 4), 11, 13, conv_kernel=3, attention_backend="dense")
-
-
-def test_operations_equal_those_that_torch_counts():
-    """Torch counts every pair of the dense attention; ours counts the visible ones."""
-    model = Transformer(CONFIG)
-    layout = model.layout
-    ids = layout.pack(torch.randint(11, (3, 6)), torch.randint(13, (3, 16)))
-    with FlopCounterMode(display=False) as counter:
-        sum(cross_entropies(model, ids)).backward()
-    assert training_flops(TransformerConfig())["matrices"] == 6 * 12 * 3968**2 * 64 * 1280  # 6 a parameter
-    counts = training_flops(CONFIG)
-    every_pair = 12 * CONFIG.width * layout.seq_len**2 * CONFIG.depth
-    assert counter.get_total_flops() == 3 * (counts["matrices"] + counts["logits"] + every_pair)
-    assert counts["attention"] < every_pair
-
-
 QUICK = {"model": CONFIG, "precision": "fp32", "device": "cpu"}
 
 
 def test_the_report_compares_backends():
     backends = ("dense", "window", "auto", "causal")
-    report = benchmark_training(TrainBenchmark(**QUICK, backends=backends, rounds=2, peak_flops=1e12))
+    report = benchmark_train(TrainBenchmark(**QUICK, backends=backends, rounds=2, peak_flops=1e12))
     lines = report["results"]
     assert lines["dense"]["parameters"] == sum(p.numel() for p in Transformer(CONFIG).parameters())
     assert lines["dense"]["speedup_vs_dense"] == 1
@@ -60,32 +41,17 @@ def test_the_report_compares_backends():
         assert line["mfu"] == pytest.approx(line["flops"] / line["seconds"] / 1e12)
     assert lines["causal"]["attention"] == {"causal": "sdpa"}
     assert lines["causal"]["flops"] > lines["window"]["flops"] == sum(training_flops(CONFIG).values()) * 2
-    assert lines["window"]["flops_executed"] < lines["dense"]["flops_executed"]
-
-
-def test_recomputing_executes_more_operations_and_needs_no_more():
-    args = TrainBenchmark(**QUICK, backends=("dense",), rounds=1)
-    runs = [args, replace(args, activation_checkpointing=True)]
-    plain, again = (benchmark_training(run)["results"]["dense"] for run in runs)
-    assert again["flops_executed"] > 1.2 * plain["flops_executed"]
-    assert again["flops"] == plain["flops"]
 
 
 @pytest.mark.usefixtures("_dalle_pytorch")
 def test_the_other_package_is_timed_with_the_same_shapes():
     run = TrainBenchmark(**QUICK, backends=("window",), rounds=1, baseline="dalle-pytorch")
-    report = benchmark_training(run)
+    report = benchmark_train(run)
     line = report["results"]["dalle-pytorch"]
-    assert line["precision"] == "fp32"
-    assert line["attn_types"] == ["axial_row", "axial_col", "axial_row", "axial_row"]
-    assert line["parameters"] == 3
+    assert (line["precision"], line["attn_types"], line["parameters"]) == ("fp32", ATTN_TYPES, 3)
     assert report["results"]["window"]["speedup_vs_dalle-pytorch"] > 0
     assert "mfu" not in line
-
-
-@pytest.mark.usefixtures("_dalle_pytorch")
-def test_its_step_trains_and_gets_our_shapes():
-    step = DallePytorchStep(CONFIG, 3, ("full",), torch.device("cpu"))
+    step = DallePytorchStep(CONFIG, 3, torch.device("cpu"))
     step()
     assert step.model.calls == [((3, 6), (3, 16))]
     assert (step.model.weight < 1).all()
@@ -94,13 +60,13 @@ def test_its_step_trains_and_gets_our_shapes():
     assert (words["num_text_tokens"], words["text_seq_len"], words["vae"].num_tokens) == (11, 6, 13)
     assert words["vae"].image_size // 2 ** words["vae"].num_layers == 4
     with pytest.raises(ValueError, match="square grids of a power of 2, got 4 x 6"):
-        DallePytorchStep(replace(CONFIG, grid=(4, 6)), 1, ("full",), torch.device("cpu"))
+        DallePytorchStep(replace(CONFIG, grid=(4, 6)), 1, torch.device("cpu"))
 
 
 def test_without_it_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "dalle_pytorch", None)
     with pytest.raises(ValueError, match=r"pip install dalle-pytorch==1\.6\.6"):
-        DallePytorchStep(CONFIG, 1, ("full",), torch.device("cpu"))
+        DallePytorchStep(CONFIG, 1, torch.device("cpu"))
     assert "pytorch_lightning.utilities.distributed" not in sys.modules
 
 
@@ -121,31 +87,21 @@ def test_peak_memory_of_a_process_is_not_that_of_its_parent():
     del ballast
 
 
-@pytest.fixture
-def inline(monkeypatch):
-    """Variants run in this process."""
-    pool = MagicMock()
-    pool.return_value.__enter__.return_value.submit = lambda work, *args: SimpleNamespace(
-        result=lambda: work(*args)
-    )
-    monkeypatch.setattr("dalle.benchmarks.memory.ProcessPoolExecutor", pool)
-
-
-@pytest.mark.usefixtures("inline")
-def test_each_variant_of_memory_is_reported(capsys):
-    report = benchmark_memory(MemoryBenchmark(**QUICK, batch_size=2))
-    assert list(report["results"]) == list(VARIANTS)
-    assert report["joint_logits_gib"] == 4 * 2 * 22 * (11 + 6 + 13) / 2**30
-    assert "chunked logits, activation checkpointing" in capsys.readouterr().out
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_variant_of_memory_runs(variant):
+    assert peak_of_step(MemoryBenchmark(**QUICK, batch_size=2), *VARIANTS[variant]) > 0
 
 
 @pytest.mark.slow
-def test_chunks_of_logits_save_what_they_should_measured_in_processes_of_their_own():
+def test_chunks_of_logits_save_what_they_should_measured_in_processes_of_their_own(capsys):
     """8,192 logits for each of 2 x 1,040 positions are 0.13 GiB in fp32, and so are their gradients."""
     config = TransformerConfig(1, 2, 8, 16, (32, 32), 8192, 8192)
     report = benchmark_memory(MemoryBenchmark(model=config, batch_size=2, precision="fp32", device="cpu"))
     peaks = {name: line["peak_gib"] for name, line in report["results"].items()}
+    assert list(peaks) == list(VARIANTS)
     assert peaks["chunked logits"] < peaks["joint logits"] - 0.1
+    assert report["joint_logits_gib"] == 4 * 2 * 1040 * (8192 + 16 + 8192) / 2**30
+    assert "chunked logits, activation checkpointing" in capsys.readouterr().out
 
 
 def test_attention_is_timed_by_kind_and_summed_over_the_mix():
@@ -163,17 +119,15 @@ def test_attention_is_timed_by_kind_and_summed_over_the_mix():
 @pytest.mark.parametrize(
     ("args_class", "words", "message"),
     [
-        (TrainBenchmark, {"size": "13b"}, "unknown size"),
         (TrainBenchmark, {"rounds": 0}, "rounds must be positive"),
-        (TrainBenchmark, {"backends": ("flash9",)}, "unknown backend"),
+        (TrainBenchmark, {"backends": ()}, "backends must name at least one"),
         (TrainBenchmark, {"peak_flops": -1.0}, "peak-flops must be positive"),
         (MemoryBenchmark, {"batch_size": 0}, "batch-size must be positive"),
         (AttentionBenchmark, {"heads": 0}, "heads must be positive"),
-        (AttentionBenchmark, {"backends": ("causal",)}, "unknown backend"),
-        (SampleBenchmark, {"batch": ()}, "batch must be one or more positive"),
+        (SampleBenchmark, {"batch": (0,)}, "batch must be positive"),
         (SampleBenchmark, {"tokens": 1}, "tokens must be 4 to 1024, got 1"),
         (DataBenchmark, {"num_batches": 0}, "num-batches must be positive"),
-        (DataBenchmark, {"sources": ()}, "must each name at least one"),
+        (DataBenchmark, {"sources": ()}, "sources must name at least one"),
         (DataBenchmark, {"workers": (-1,)}, "workers must be 0 or more, got -1"),
     ],
 )
@@ -186,6 +140,7 @@ def test_the_script_runs_a_benchmark_by_name(typed, script, tmp_path):
     shape = "--model.depth 1 --model.heads 1 --model.head-dim 8 --model.grid 4 4 --model.conv-kernel 3"
     options = f"--batch 1 --tokens 4 --precision fp32 --device cpu {shape}"
     assert "time_to_first_token" in typed(f"python scripts/benchmark.py sample {options}", tmp_path)
+    assert script("benchmark", "train", "--backends", "flash9").code == 2
     failed = script("benchmark", "underflow")
     assert failed.code == 1
     assert "train, sample, data, attention, memory" in failed.err
