@@ -89,7 +89,12 @@ def plan_training(kind: str, args: Any) -> dict[str, Any]:
     batch = train.batch_size // parts
     steps = _estimate_steps(kind, args, batch, precision)
     step = steps["checkpointed" if getattr(args.model, "activation_checkpointing", False) else "kept"]
-    layouts = _layouts(args, gpu, precision)
+    of_node = args.shard or gpu.per_node
+    shards = {"ddp": 1, "fsdp": args.num_gpus} if args.num_gpus > 1 else {"none": 1}
+    if of_node < args.num_gpus:
+        shards["hsdp"] = of_node
+    half = precision != "fp32"
+    layouts = [ParallelLayout(train, mode, args.num_gpus, n, half) for mode, n in shards.items()]
     flops = _flops(kind, args, step, parts)
     plan = {
         "kind": kind,
@@ -103,10 +108,10 @@ def plan_training(kind: str, args: Any) -> dict[str, Any]:
         "memory": {how.mode: {name: memory(one, how) for name, one in steps.items()} for how in layouts},
         "initial_bytes": FP32 * step.parameters,
         "traffic": {how.mode: _traffic(kind, args, step, how, gpu) for how in layouts},
-        "time": _time(args, sum(flops["needed"].values()), gpu.fp32 if precision == "fp32" else gpu.half),
+        "time": _time(args, sum(flops["needed"].values()), gpu.half if half else gpu.fp32),
     }
     if kind == "transformer":
-        sizes = {"fp32": FP32, precision: FP32 if precision == "fp32" else HALF}
+        sizes = {"fp32": FP32, precision: HALF if half else FP32}
         plan["cache_per_candidate"] = {name: cache_bytes(args.model, size)[1] for name, size in sizes.items()}
     if args.json:
         write_json(args.json, plan)
@@ -118,44 +123,23 @@ def _estimate_steps(kind: str, args: Any, batch: int, precision: str) -> dict[st
     """A step that keeps all activations, and for the transformer one with activation checkpointing."""
     from dalle.planner.count import estimate_step
 
-    if kind != "transformer":
-        side = (args.crop or args.data.resolution) if kind == "dvae" else 0
-        return {"kept": estimate_step(kind, args.model, batch, precision, (side, side))}
-    return {
-        name: estimate_step(kind, replace(args.model, activation_checkpointing=on), batch, precision)
-        for name, on in (("kept", False), ("checkpointed", True))
-    }
-
-
-def _layouts(args: Any, gpu: GPU, precision: str) -> list[ParallelLayout]:
-    """Ways of sharing the training among the GPUs."""
-    train, of_group = args.train, args.shard or gpu.per_node
-    shards = {"ddp": 1, "fsdp": args.num_gpus} if args.num_gpus > 1 else {"none": 1}
-    if of_group < args.num_gpus:
-        shards["hsdp"] = of_group
-    return [
-        ParallelLayout(
-            mode=mode,
-            shards=count,
-            half=precision != "fp32",
-            grad_accum_steps=train.grad_accum_steps,
-            state_dtype=train.optimizer.state_dtype,
-            ema_on_gpu=train.ema.device == "same",
-            clips_variance=train.optimizer.max_variance is not None,
-            error_buffers=args.num_gpus > count and train.powersgd.rank is not None,
-        )
-        for mode, count in shards.items()
-    ]
+    configs, side = {"kept": args.model}, 0
+    if kind == "transformer":
+        ways = {"kept": False, "checkpointed": True}
+        configs = {name: replace(args.model, activation_checkpointing=on) for name, on in ways.items()}
+    elif kind == "dvae":
+        side = args.crop or args.data.resolution
+    return {name: estimate_step(kind, config, batch, precision, side) for name, config in configs.items()}
 
 
 def _traffic(kind: str, args: Any, step: StepEstimate, layout: ParallelLayout, gpu: GPU) -> dict[str, Any]:
     """Bytes and seconds of a step's communication, with full gradients and with PowerSGD."""
-    variants: dict[str, Any] = {"full": traffic(step, layout, args.num_gpus, gpu.per_node)}
+    variants: dict[str, Any] = {"full": traffic(step, layout, gpu.per_node)}
     if kind == "transformer" and layout.mode in ("ddp", "hsdp"):
         rank = args.train.powersgd.rank or POWERSGD_RANKS.get(args.model.width)
         kept = 1 - compression_rate(args.model.width, rank, layout.shards) if rank else 1
         if kept < 1:
-            sent = traffic(step, layout, args.num_gpus, gpu.per_node, kept)
+            sent = traffic(step, layout, gpu.per_node, kept)
             variants["powersgd"] = sent | {"rank": rank}
     for sent in variants.values():
         sent["seconds"] = sent["inside"] / gpu.inside + sent["between"] / gpu.between

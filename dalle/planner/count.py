@@ -81,9 +81,7 @@ class LiveBytes(TorchDispatchMode):
         self.gradients += parameter.grad.untyped_storage().nbytes()
 
 
-def estimate_step(
-    kind: str, config: Any, batch: int, precision: str, pixels: tuple[int, int] | None = None
-) -> StepEstimate:
+def estimate_step(kind: str, config: Any, batch: int, precision: str, side: int = 0) -> StepEstimate:
     """Counts a step of a model.
 
     Args:
@@ -91,7 +89,7 @@ def estimate_step(
         config: of the model; attention backends `auto` and `flex` are counted as torch's fused attention.
         batch: images of one process.
         precision: fp32, bf16 or fp16.
-        pixels: height and width of the images, for the dVAE.
+        side: pixels on a side of the images, for the dVAE.
     """
     if kind == "transformer" and config.attention_backend in ("auto", "flex"):
         config = replace(config, attention_backend="sdpa")
@@ -105,14 +103,16 @@ def estimate_step(
             if kind == "transformer":
                 loss = _transformer_loss(model, batch)
             elif kind == "dvae":
-                loss = _dvae_loss(model, batch, pixels)
+                loss = _dvae_loss(model, torch.zeros(batch, 3, side, side))
             else:
                 loss = _clip_loss(model, batch)
             activations, copies = live.activations() - start, live.copies
         gc.freeze()
         loss.backward()
-    parameters = _count(model)
-    groups = [sum(map(_count, group)) for group in model.fsdp_groups()]
+    parameters, *groups = (
+        sum(parameter.numel() for module in modules for parameter in module.parameters())
+        for modules in ([model], *model.fsdp_groups())
+    )
     by_operator = {str(operator): n for operator, n in flops.get_flop_counts()["Global"].items()}
     attention = sum(n for operator, n in by_operator.items() if "attention" in operator or "bmm" in operator)
     return StepEstimate(
@@ -141,10 +141,6 @@ def _manual_gc() -> Iterator[None]:
             gc.enable()
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def _transformer_loss(model: Transformer, batch: int) -> Tensor:
     """The objective's cross-entropies, with every text position counted."""
     layout = model.layout
@@ -156,9 +152,8 @@ def _transformer_loss(model: Transformer, batch: int) -> Tensor:
     return text_loss + chunked_cross_entropy(model.image_logits, (image,), codes, image_chunk)
 
 
-def _dvae_loss(model: DVAE, batch: int, pixels: tuple[int, int]) -> Tensor:
+def _dvae_loss(model: DVAE, images: Tensor) -> Tensor:
     """The objective's loss; noise without a seed, which FakeTensors do not have."""
-    images = torch.zeros(batch, 3, *pixels)
     logits = model.codebook_logits(images)
     by_position = logits.float().movedim(1, -1)
     noise = -(-torch.rand_like(by_position).log()).log()

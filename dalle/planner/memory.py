@@ -7,6 +7,8 @@ of time; parameters outside of the layers once a step in fp32.
 
 from dataclasses import dataclass
 
+from dalle.train.config import TrainConfig
+
 FP32, HALF = 4, 2
 VARIANCE_CHUNK = FP32 * 2**26
 """Bytes of the second moment that are clipped at once, at most."""
@@ -36,25 +38,18 @@ class StepEstimate:
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a training is shared, as far as memory is concerned."""
+    """How a training is shared."""
 
+    train: TrainConfig
+    """Passes whose gradients add up, moments, averaged weights and PowerSGD."""
     mode: str
     """none, ddp, fsdp or hsdp."""
+    gpus: int = 1
+    """In all."""
     shards: int = 1
-    """Processes that share one set of parameters: 1 for none and ddp, all for fsdp, those of a node for
-    hsdp."""
+    """GPUs that share one set of parameters: 1 for none and ddp, all for fsdp, those of a node for hsdp."""
     half: bool = True
     """Whether it computes in bf16 or fp16."""
-    grad_accum_steps: int = 1
-    """Passes whose gradients add up."""
-    state_dtype: str = "fp32"
-    """How AdamW stores its moments: fp32, paper or 8bit."""
-    ema_on_gpu: bool = True
-    """Whether the averaged weights lie on the GPU."""
-    clips_variance: bool = False
-    """Whether the second moment is clipped before each update."""
-    error_buffers: bool = False
-    """Whether PowerSGD keeps error buffers."""
 
 
 def memory(step: StepEstimate, how: ParallelLayout) -> dict[str, float]:
@@ -67,23 +62,24 @@ def memory(step: StepEstimate, how: ParallelLayout) -> dict[str, float]:
         weights, gradients, moments, ema, error_buffers, gathered (whole layers and their gradients; ddp's
         buckets), copies (autocast's 16-bit weights), activations, working (logits, one layer), peak.
     """
-    shard = FP32 * step.parameters / how.shards
+    train, shard = how.train, FP32 * step.parameters / how.shards
     sharded = how.mode in ("fsdp", "hsdp")
+    factored = train.powersgd.rank is not None and how.gpus > how.shards
     parts = {
         "weights": shard,
         "gradients": shard,
-        "moments": 2 * (shard / FP32 if how.state_dtype == "8bit" else shard),
-        "ema": shard if how.ema_on_gpu else 0.0,
-        "error_buffers": FP32 * (step.parameters - step.ungrouped) / how.shards if how.error_buffers else 0.0,
+        "moments": 2 * (shard / FP32 if train.optimizer.state_dtype == "8bit" else shard),
+        "ema": shard if train.ema.device == "same" else 0.0,
+        "error_buffers": FP32 * (step.parameters - step.ungrouped) / how.shards if factored else 0.0,
         "gathered": _gathered(step, how),
         "copies": 0.0 if sharded else step.copies,
         "activations": step.activations,
         "working": step.working,
     }
     peak = sum(parts.values())
-    if not sharded and how.grad_accum_steps == 1:
+    if not sharded and train.grad_accum_steps == 1:
         of_step = sum(parts[name] for name in ("gradients", "copies", "activations", "working"))
-        clipping = min(shard, VARIANCE_CHUNK) if how.clips_variance else 0.0
+        clipping = 0.0 if train.optimizer.max_variance is None else min(shard, VARIANCE_CHUNK)
         peak += max(parts["gradients"] + clipping, step.peak) - of_step
     return parts | {"peak": peak}
 
@@ -104,14 +100,13 @@ def ring(size: float, processes: int) -> float:
 
 
 def traffic(
-    step: StepEstimate, how: ParallelLayout, gpus: int, gpus_per_node: int, kept: float = 1.0
+    step: StepEstimate, how: ParallelLayout, gpus_per_node: int, kept: float = 1.0
 ) -> dict[str, float]:
     """Bytes that one GPU sends in a step (2.5, Table 2): {"inside": its node, "between": to other nodes}.
 
     Args:
         step: of the model.
         how: fsdp and hsdp gather and scatter in each pass.
-        gpus: in all.
         gpus_per_node: in a node.
         kept: fraction of the layers' gradients that replicas still send with PowerSGD.
     """
@@ -122,8 +117,7 @@ def traffic(
         forward = ring(dtype * layers + FP32 * step.ungrouped, how.shards)
         backward = ring(dtype * layers, how.shards) + ring(FP32 * step.parameters, how.shards)
         link = "between" if how.shards > gpus_per_node else "inside"
-        sent[link] += how.grad_accum_steps * (forward + backward)
-    if how.mode != "none":
-        averaged = FP32 * (kept * layers + step.ungrouped) / how.shards
-        sent["between" if gpus > gpus_per_node else "inside"] += 2 * ring(averaged, gpus // how.shards)
+        sent[link] += how.train.grad_accum_steps * (forward + backward)
+    averaged = FP32 * (kept * layers + step.ungrouped) / how.shards
+    sent["between" if how.gpus > gpus_per_node else "inside"] += 2 * ring(averaged, how.gpus // how.shards)
     return sent

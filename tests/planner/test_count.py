@@ -14,6 +14,7 @@ from dalle.dvae import DVAEConfig
 from dalle.dvae.objective import DVAEObjective
 from dalle.planner.count import estimate_step
 from dalle.planner.memory import ParallelLayout, StepEstimate, memory
+from dalle.train.config import TrainConfig
 from dalle.transformer import TransformerConfig
 from dalle.transformer.objective import TransformerObjective
 from dalle.transformer.sizes import training_flops
@@ -44,7 +45,7 @@ def real(kind: str, config, precision: str = "fp32", batch: int = 4) -> tuple[St
 
 
 def planned(kind: str, config, precision: str = "fp32", batch: int = 4) -> StepEstimate:
-    return estimate_step(kind, config, batch, precision, (32, 32))
+    return estimate_step(kind, config, batch, precision, side=32)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,6 @@ def test_memory_of_a_real_step_within_15_percent(kind, config, precision):
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     measured = max(accumulate(sizes))
-    layout = ParallelLayout("none", half=precision != "fp32", clips_variance=True)
+    layout = ParallelLayout(TrainConfig(), "none", half=precision != "fp32")
     plan = memory(planned(kind, config, precision), layout)["peak"]
     assert plan == pytest.approx(measured, rel=0.15)
