@@ -17,7 +17,7 @@ Baseline = Literal["none", "dalle-pytorch"]
 class BenchmarkArgs:
     """What every benchmark takes."""
 
-    size: Literal["tiny", "60m", "120m", "350m", "1.3b", "2.8b", "5.6b", "12b"] | None = None
+    size: Literal[*SIZES] | None = None
     """A named size; of --model only activation checkpointing is taken then."""
     model: TransformerConfig = TransformerConfig(depth=8, heads=8)
     """Shape of the transformer."""

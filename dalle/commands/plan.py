@@ -7,7 +7,7 @@ python scripts/plan.py --config configs/dvae/small.yaml --num-gpus 1 --gpu rtx-4
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dalle.commands.train_clip import TrainCLIPArgs
 from dalle.commands.train_dvae import TrainDVAEArgs
@@ -26,8 +26,8 @@ class PlanOptions:
 
     num_gpus: int = 8
     """GPUs in all."""
-    gpu: str = "h100"
-    """Their model: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, h200, b200, t4, l4 or rtx-4090."""
+    gpu: Literal[*GPUS] = "h100"
+    """Their model."""
     gpus_per_node: int | None = None
     """GPUs of a node; the manufacturer's by default."""
     mfu: float = 0.4
@@ -39,8 +39,6 @@ class PlanOptions:
 
     def __post_init__(self):
         super().__post_init__()  # that of the training's arguments
-        if self.gpu not in GPUS:
-            raise ValueError(f"unknown gpu {self.gpu!r}; expected one of {', '.join(GPUS)}")
         if not 0 < self.mfu <= 1:
             raise ValueError(f"mfu must lie in (0, 1], got {self.mfu}")
         for name in (field.name for field in fields(PlanOptions)):

@@ -67,7 +67,6 @@ def test_kind_by_folder_by_fields_and_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gpu": "abacus"}, "unknown gpu 'abacus'.*v100-16gb"),
         ({"mfu": 1.5}, "mfu .*1.5"),
         ({"num_gpus": 0}, "num-gpus must be positive"),
     ],
@@ -104,6 +103,7 @@ def test_the_script(script):
     done = script("plan", *words)
     assert done.code == 0, done.err
     assert "32 images a step, 32 a pass" in done.out
+    assert script("plan", "--kind", "dvae", "--gpu", "abacus").code == 2
     done = script("plan")
     assert done.code == 1
     assert "give --config" in done.err

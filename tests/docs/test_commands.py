@@ -93,7 +93,6 @@ REPORT = {
     "caption_accuracy_new_pairs": {"acc_real": 1.0, "acc_first": 0.5},
     "seconds": {"total": 1.0},
 }
-COCO_IMAGE = "000000179765.jpg"
 
 
 def write_image(path: Path, value: int = 0) -> None:
@@ -132,36 +131,36 @@ def write_own_images(my: Path) -> None:
 
 def write_public_datasets(place: Path) -> None:
     """One image of each public dataset, with its captions in the published form."""
+    image, karpathy, url = "000000179765.jpg", "COCO_val2014_000000391895.jpg", "http://example.org/a.jpg"
     coco = {
-        "images": [{"id": 1, "file_name": COCO_IMAGE}],
+        "images": [{"id": 1, "file_name": image}],
         "annotations": [{"image_id": 1, "id": 2, "caption": "A man on a bicycle."}],
     }
-    for part in ("train2017", "val2017"):
-        write_text(place / "coco" / "annotations" / f"captions_{part}.json", json.dumps(coco))
-        write_image(place / "coco" / part / COCO_IMAGE)
-    name = "COCO_val2014_000000391895.jpg"
-    write_image(place / "coco" / "val2014" / name)
-    record = {"filepath": "val2014", "filename": name, "sentences": [{"raw": "A man with a helmet."}]}
-    write_text(place / "dataset_coco.json", json.dumps({"images": [record], "dataset": "coco"}))
-    write_text(place / "results_20130124.token", "1000092795.jpg#0\tTwo young guys .\n")
-    write_image(place / "flickr30k-images" / "1000092795.jpg")
-    line = {"dataset_id": "open_images_train", "image_id": "000a1249af2bc5f0", "caption": "a tree"}
-    write_text(place / "narratives" / "open_images_train_v6-00000-of-00010.jsonl", json.dumps(line))
-    write_image(place / "open-images" / "000a1249af2bc5f0.jpg")
+    record = {"filepath": "val2014", "filename": karpathy, "sentences": [{"raw": "A man with a helmet."}]}
+    narrative = {"dataset_id": "open_images_train", "image_id": "000a1249af2bc5f0", "caption": "a tree"}
+    post = {"image_id": "1", "subreddit": "birds", "url": "https://i.redd.it/1.jpg", "caption": "a wren"}
     svg = (
         '<svg xmlns:cc="http://web.resource.org/cc/" xmlns:dc="http://purl.org/dc/elements/1.1/"><metadata>'
         "<cc:Work><dc:title>soft drink in a cup</dc:title></cc:Work></metadata></svg>"
     )
-    write_text(place / "clipart" / "food" / "cup.svg", svg)
-    write_image(place / "clipart" / "food" / "cup.png")
-    url = "http://example.org/a.jpg"
-    write_text(place / "Train_GCC-training.tsv", f"a bus in the street\t{url}\n")
-    write_image(place / "cc3m" / "00000" / "000000000.jpg")
-    write_text(place / "cc12m.tsv", f"{url}\ta bus in the street\n")
-    write_image(place / "cc12m" / f"{hashlib.md5(url.encode()).hexdigest()}.jpg")
-    post = {"image_id": "1", "subreddit": "birds", "url": "https://i.redd.it/1.jpg", "caption": "a wren"}
-    write_text(place / "annotations" / "birds_2017.json", json.dumps({"info": {}, "annotations": [post]}))
-    write_image(place / "images" / "birds" / "1.jpg")
+    captions = {
+        "coco/annotations/captions_train2017.json": json.dumps(coco),
+        "coco/annotations/captions_val2017.json": json.dumps(coco),
+        "dataset_coco.json": json.dumps({"images": [record], "dataset": "coco"}),
+        "results_20130124.token": "1000092795.jpg#0\tTwo young guys .\n",
+        "narratives/open_images_train_v6-00000-of-00010.jsonl": json.dumps(narrative),
+        "clipart/food/cup.svg": svg,
+        "Train_GCC-training.tsv": f"a bus in the street\t{url}\n",
+        "cc12m.tsv": f"{url}\ta bus in the street\n",
+        "annotations/birds_2017.json": json.dumps({"info": {}, "annotations": [post]}),
+    }
+    for name, text in captions.items():
+        write_text(place / name, text)
+    images = [f"coco/train2017/{image}", f"coco/val2017/{image}", f"coco/val2014/{karpathy}"]
+    images += ["flickr30k-images/1000092795.jpg", "open-images/000a1249af2bc5f0.jpg", "clipart/food/cup.png"]
+    images += ["cc3m/00000/000000000.jpg", f"cc12m/{hashlib.md5(url.encode()).hexdigest()}.jpg"]
+    for name in [*images, "images/birds/1.jpg"]:
+        write_image(place / name)
 
 
 def smaller(command: str) -> str:

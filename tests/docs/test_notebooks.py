@@ -17,7 +17,6 @@ from PIL import Image
 
 PROJECT = Path(__file__).parents[2]
 BOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-NAMES = ["1_caption_to_image", "2_train_three_stages", "3_look_inside", "4_your_data_and_checkpoints"]
 MOST_BYTES = 1_500_000
 MACHINE = re.compile(
     r"/(?:home|root|tmp|work|Users|usr|opt|var|mnt)/|[A-Z]:\\\\|0x[0-9a-f]{6,}|site-packages|https?://(?!arxiv)"
@@ -43,17 +42,6 @@ def images(path: Path) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode("".join(one)))) for one in found if one]
 
 
-def text_of(path: Path) -> str:
-    return "\n".join(source(cell) for kind in ("code", "markdown") for cell in cells(path, kind))
-
-
-# As shipped.
-
-
-def test_all_four_are_there():
-    assert [path.stem for path in BOOKS] == NAMES
-
-
 @book
 def test_the_format_is_valid(path):
     nbformat = pytest.importorskip("nbformat", reason="the extra `notebooks` is not installed")
@@ -74,28 +62,20 @@ def test_every_code_cell_was_run_in_order_without_errors_or_warnings(path):
 
 
 @book
-def test_it_shows_images_that_are_not_blank(path):
-    found = images(path)
-    assert len(found) >= 8
-    for image in found:
-        assert len(image.convert("RGB").resize((64, 64)).getcolors(4096)) > 3
-
-
-@book
-def test_it_is_small_and_names_no_path_of_a_machine(path):
+def test_it_has_images_titles_and_text_and_names_no_path_of_a_machine(path):
+    assert len(images(path)) >= 8
+    for image in images(path):
+        assert len(image.convert("RGB").resize((64, 64)).getcolors(4096)) > 3  # not blank
     assert path.stat().st_size < MOST_BYTES
-    texts = [text_of(path)]
+    code, text = cells(path, "code"), cells(path, "markdown")
+    assert source(text[0]).startswith(f"# {path.stem[0]}. ")
+    assert len(text) > len(code) / 2
+    assert max(len(line) for cell in code for line in source(cell).splitlines()) <= 120
+    texts = [source(cell) for cell in (*code, *text)]
     for output in outputs(path):
         texts.append("".join(output.get("text", "")))
-        texts += ["".join(text) for mime, text in output.get("data", {}).items() if mime.startswith("text/")]
+        texts += ["".join(shown) for mime, shown in output.get("data", {}).items() if mime[:5] == "text/"]
     assert [found for text in texts if (found := MACHINE.search(text))] == []
-
-
-@book
-def test_it_begins_with_a_title_and_has_text_between_the_cells(path):
-    assert source(cells(path, "markdown")[0]).startswith(f"# {path.stem[0]}. ")
-    assert len(cells(path, "markdown")) > len(cells(path, "code")) / 2
-    assert max(len(line) for cell in cells(path, "code") for line in source(cell).splitlines()) <= 120
 
 
 @book
@@ -114,14 +94,11 @@ def test_its_imports_exist(path):
 
 @book
 def test_files_and_commands_in_its_text_exist(path):
-    text = text_of(path)
+    text = "\n".join(source(cell) for kind in ("code", "markdown") for cell in cells(path, kind))
     for name in re.findall(r"\b(?:scripts|configs|docs|dalle)/[\w/.-]*\w\.(?:py|md|yaml)\b", text):
         assert (PROJECT / name).is_file(), name
     targets = re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"`make ([a-z-]+)`", text)) <= set(targets)
-
-
-# Executed.
 
 
 @pytest.mark.slow
