@@ -39,16 +39,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.asked.append(f"{self.command} {self.path}")
         path = unquote(urlsplit(self.path).path)
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
-            repo_id, what, revision = match[1], match[2] or "revision", match[3] or "main"
-            files = self.files(repo_id, revision)
-            if files is not None and what == "revision":
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+            files = self.files(match[1], match[2] or "main")
+            if files is not None:
                 siblings = [{"rfilename": name} for name in files]
-                private = repo_id in self.server.hidden
-                self.answer({"id": repo_id, "sha": commit(files), "siblings": siblings, "private": private})
-            elif files is not None:
-                entries = [(name, len(content), oid(content)) for name, content in files.items()]
-                self.answer([{"type": "file", "path": n, "size": size, "oid": o} for n, size, o in entries])
+                private = match[1] in self.server.hidden
+                self.answer({"id": match[1], "sha": commit(files), "siblings": siblings, "private": private})
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             files = self.files(match[1], match[2])
             if files is not None and match[3] not in files:
@@ -135,10 +131,7 @@ def commit(files: dict[str, bytes]) -> str:
 @contextmanager
 def running() -> Iterator[Hub]:
     """A Hub that answers until the block ends."""
-    hub = Hub()
-    thread = Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield hub
-    hub.shutdown()
-    hub.server_close()
-    thread.join()
+    with Hub() as hub:
+        Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield hub
+        hub.shutdown()
