@@ -25,7 +25,7 @@ def benchmark_attention(args: AttentionBenchmark) -> dict[str, Any]:
     device, config = resolve_device(args.device), args.config
     precision, counts = resolve_precision(args.precision, device), Counter(config.kinds)
     generator = torch.Generator().manual_seed(0)
-    shape = (4, args.batch_size, args.heads, config.layout.seq_len, config.head_dim)
+    shape = (4, args.batch_size, config.heads, config.layout.seq_len, config.head_dim)
     *qkv, gradient = torch.randn(shape, generator=generator).to(device, DTYPES[precision])
     inputs = [*(x.requires_grad_() for x in qkv), gradient]
     masks = {kind: SparseMask(kind, config.layout, config.conv_kernel) for kind in {*counts, "causal"}}

@@ -19,7 +19,6 @@ from dalle.train.loggers import peak_memory
 from dalle.train.precision import autocast, resolve_device, resolve_precision
 from dalle.transformer import Transformer
 from dalle.transformer.losses import cross_entropies, weighted_cross_entropy
-from dalle.transformer.sizes import parameter_counts
 
 VARIANTS = {  # chunked logits, activation checkpointing
     "joint logits": (False, False),
@@ -38,7 +37,6 @@ def benchmark_memory(args: MemoryBenchmark) -> dict[str, Any]:
     joint = args.batch_size * args.config.layout.seq_len * args.config.layout.vocab
     report = {
         "results": {name: {"peak_gib": peak} for name, peak in peaks.items()},
-        "weights_and_gradients_gib": 2 * 4 * sum(parameter_counts(args.config).values()) / 2**30,
         "joint_logits_gib": 4 * joint / 2**30,
         "batch_size": args.batch_size,
         "precision": resolve_precision(args.precision, device),

@@ -89,7 +89,6 @@ def launch(args: AppArgs, model: "DALLE", folder: str) -> Any:
             share=args.share,
             prevent_thread_lock=True,
             quiet=True,
-            show_error=False,
             footer_links=[],
             run_history=False,
             enable_monitoring=False,

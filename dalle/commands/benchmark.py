@@ -6,7 +6,7 @@ python scripts/benchmark.py train --baseline dalle-pytorch --precision fp32
 python scripts/benchmark.py sample --batch 1 8 64 --json report.json
 python scripts/benchmark.py sample --baseline dalle-pytorch --tokens 32
 python scripts/benchmark.py data --sources my/images my/tars --workers 0 2 --resolutions 64 256
-python scripts/benchmark.py attention --heads 4
+python scripts/benchmark.py attention --model.heads 4
 python scripts/benchmark.py memory --size 60m
 """
 

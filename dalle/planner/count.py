@@ -32,8 +32,7 @@ from dalle.transformer.losses import LOGITS, chunked_cross_entropy
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of living storages; 16-bit copies of parameters and complete gradients are kept
-    apart."""
+    """Bytes of living storages; 16-bit copies of parameters and complete gradients are also counted apart."""
 
     def __init__(self):
         super().__init__()
