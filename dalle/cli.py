@@ -1,8 +1,7 @@
 """The command `dalle`: one subcommand for each script, in any directory.
 
 dalle train-dvae --steps 100                         the same as python scripts/train_dvae.py --steps 100
-torchrun --nproc-per-node 8 -m dalle encode-images   the same as torchrun --nproc-per-node 8
-scripts/encode_images.py
+torchrun --nproc-per-node 8 -m dalle encode-images   the same as with scripts/encode_images.py
 """
 
 import difflib

@@ -40,8 +40,7 @@ class Page:
     """The page of a model, within the limits of the command line."""
 
     def __init__(self, model: DALLE, args: AppArgs):
-        self.model, self.args = model, args
-        self.layout = model.transformer.layout
+        self.model, self.args, self.layout = model, args, model.transformer.layout
 
     def build(self) -> gr.Blocks:
         """Components and events; one request is sampled at a time, the others wait."""
@@ -65,7 +64,7 @@ class Page:
                             top_p = gr.Number(1, label="Top-p", info="1: all tokens", step=0.05)
                             guidance = gr.Number(1, label="Guidance", info="1: off", step=0.5)
                     with gr.Accordion("Complete an image", open=False, visible=grid[0] == grid[1] > 1):
-                        image = _upload("Image")
+                        image = _upload()
                         keep = _count("Rows of tokens to keep", max(grid[0] // 2, 1), max(grid[0] - 1, 1))
                         kept = gr.HTML(elem_id="kept")
                 with gr.Column(scale=3, min_width=320):
@@ -179,9 +178,9 @@ def _count(label: str, value: int, maximum: int, visible: bool = True) -> gr.Sli
     return gr.Slider(1, maximum, min(value, maximum), step=1, precision=0, label=label, visible=visible)
 
 
-def _upload(label: str) -> gr.File:
+def _upload() -> gr.File:
     """A file field that never downloads an address for a forged request."""
-    file = gr.File(label=label, file_types=["image"], elem_id="image")
+    file = gr.File(label="Image", file_types=["image"], elem_id="image")
     move_to_cache = file.async_move_resource_to_block_cache
 
     async def move_upload(path: str) -> str:

@@ -152,15 +152,13 @@ def _flops(kind: str, args: Any, step: StepEstimate, passes: int) -> dict[str, A
     if kind != "transformer":
         return {"computed": computed, "needed": computed}
     batch, needed = args.train.batch_size, training_flops(args.model)
-    tokens = batch * args.model.layout.seq_len
     return {
         "computed": computed,
         "needed": {
             "attention": batch * needed["attention"],
             "matrices": batch * (needed["matrices"] + needed["logits"]),
         },
-        "tokens": tokens,
-        "six_n_of_run": 6 * step.parameters * tokens * args.steps,
+        "six_n_of_run": 6 * step.parameters * batch * args.model.layout.seq_len * args.steps,
     }
 
 

@@ -46,10 +46,9 @@ def push_model(args: PushModelArgs) -> str | None:
     from dalle.hub.model_card import CARD, PLACEHOLDER, read_card
     from dalle.hub.registry import LoadedModel
 
-    if args.path is None:
-        raise ValueError("give a model directory: python scripts/push_model.py DIRECTORY --to owner/name")
-    if not args.path.is_dir():
-        raise ValueError(f"no directory {args.path}; give a model directory or a run")
+    if args.path is None or not args.path.is_dir():
+        usage = "python scripts/push_model.py DIRECTORY --to owner/name"
+        raise ValueError(f"expected a model directory or a run, got {args.path}: {usage}")
     if not args.dry_run:
         check_login(args.to)
     with TemporaryDirectory() as folder:

@@ -261,18 +261,17 @@ def start(page, caption: str, n: int = 2, best_of: int = 5, seed: int = 3) -> No
 
 
 @pytest.fixture
-def slow_steps(monkeypatch):
+def slow_steps(positions_sampled, monkeypatch):
     """Slows sampling down; gives a list that grows with each step."""
-    generate_tokens, steps = best_of_n.generate_tokens, []
+    generate_tokens = best_of_n.generate_tokens
 
     def slow(*args, **options):
         for tokens in generate_tokens(*args, **options):
-            steps.append(tokens.shape[2])
             time.sleep(0.1)
             yield tokens
 
     monkeypatch.setattr(best_of_n, "generate_tokens", slow)
-    return steps
+    return positions_sampled
 
 
 class TestBrowser:

@@ -356,8 +356,8 @@ class TestPushModel:
     @pytest.mark.parametrize(
         ("run", "message"),
         [
-            (PushModelArgs(), "give a model directory"),
-            (PushModelArgs(Path("nowhere"), to=NAME), "no directory nowhere"),
+            (PushModelArgs(), "expected a model directory or a run"),
+            (PushModelArgs(Path("nowhere"), to=NAME), "or a run, got nowhere"),
             (PushModelArgs(Path(), dry_run=True), "run or model directory"),
         ],
     )
