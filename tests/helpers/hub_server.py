@@ -39,12 +39,15 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.asked.append(f"{self.command} {self.path}")
         path = unquote(urlsplit(self.path).path)
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
-            files = self.files(match[1], match[2] or "main")
-            if files is not None:
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
+            repo_id, files = match[1], self.files(match[1], match[3] or "main")
+            if files is not None and match[2] == "tree":
+                entries = [(name, len(content), oid(content)) for name, content in files.items()]
+                self.answer([{"type": "file", "path": n, "size": size, "oid": o} for n, size, o in entries])
+            elif files is not None:
                 siblings = [{"rfilename": name} for name in files]
-                private = match[1] in self.server.hidden
-                self.answer({"id": match[1], "sha": commit(files), "siblings": siblings, "private": private})
+                private = repo_id in self.server.hidden
+                self.answer({"id": repo_id, "sha": commit(files), "siblings": siblings, "private": private})
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             files = self.files(match[1], match[2])
             if files is not None and match[3] not in files:
