@@ -31,8 +31,11 @@ def built(tmp_path_factory) -> SimpleNamespace:
     """The wheel, built from the sdist of this tree, and the file names in both: .wheel .in_wheel .in_sdist"""
     pytest.importorskip("hatchling", reason="the build backend is not installed")
     tree, out = tmp_path_factory.mktemp("tree") / "project", tmp_path_factory.mktemp("dist")
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "_build", "runs", "shared")
-    shutil.copytree(PROJECT, tree, ignore=left_out)
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "_build")
+    for folder in ("dalle", "configs", "scripts", "docs", "notebooks", "tests"):
+        shutil.copytree(PROJECT / folder, tree / folder, ignore=left_out)
+    for file in filter(Path.is_file, PROJECT.glob("[!.]*")):
+        shutil.copy(file, tree)
     (tree / "runs").mkdir()
     (tree / "runs" / "secret.json").write_text("{}")
 
