@@ -84,7 +84,7 @@ def convert_captions(args: ConvertCaptionsArgs) -> ConversionResult:
     Raises:
         ValueError: captions in another format, or no record with an image.
     """
-    from dalle.io.files import make_directory
+    from dalle.io.files import make_directory, sync
 
     for name in ("format", "captions", "images"):
         if getattr(args, name) is None:
@@ -106,6 +106,7 @@ def convert_captions(args: ConvertCaptionsArgs) -> ConversionResult:
             _write_table(database, images.relative_to(start), table, result)
         if not result.images:
             raise ValueError(f"no record of {args.captions} finds an image in {args.images}\n{result}")
+        sync(table)
         table.replace(args.out)
     flags = f"--data.path {args.out}"
     if start != folder:
@@ -206,8 +207,6 @@ def _write_table(database: sqlite3.Connection, prefix: Path, path: Path, result:
             table.write(json.dumps(row, ensure_ascii=False) + "\n")
             result.images += 1
             result.captions += len(captions)
-        table.flush()
-        os.fsync(table.fileno())
     total = database.execute("select count(*) from images").fetchone()[0]
     result.without_caption = total - result.images
 

@@ -6,7 +6,6 @@ bits agree in two of d + 2 bands (Manku et al. 2007), so sorting by each pair of
 """
 
 from collections.abc import Sequence
-from functools import cache
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -25,15 +24,10 @@ MARGIN = 128.0
 def image_hash(image: Image.Image) -> int:
     """64 bits that hardly change when an image is rescaled, re-encoded or slightly brightened."""
     gray = np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64)
-    frequencies = _cosines() @ gray @ _cosines().T
+    cosines = np.cos(np.pi * np.arange(8)[:, None] * (np.arange(SIDE) + 0.5) / SIDE)
+    frequencies = cosines @ gray @ cosines.T  # the lowest of the discrete cosine transform
     frequencies[0, 0] = 0  # brightness
     return int.from_bytes(np.packbits(frequencies > MARGIN).tobytes())
-
-
-@cache
-def _cosines() -> np.ndarray:
-    """The eight lowest waves of the discrete cosine transform, (8, SIDE)."""
-    return np.cos(np.pi * np.arange(8)[:, None] * (np.arange(SIDE) + 0.5) / SIDE)
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:

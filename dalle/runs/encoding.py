@@ -67,7 +67,7 @@ def resolve_part(config: EncodeConfig) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class ShardReader:
-    """Step -> one crop of one batch of a shard, for the workers; every shard has the steps of a full one."""
+    """Step -> one crop of one batch of a shard, for the workers."""
 
     dataset: CaptionedImages
     spec: TokenCacheSpec

@@ -1,8 +1,8 @@
 """The report on a dataset: dalle/commands/check_data.py."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -18,9 +18,9 @@ from tests.helpers.scenes import put, scene, write_scenes_tar
 BAD = {i: cause for i, cause in scenes.BAD.items() if cause != "missing twin"}
 
 
-def args_of(path, out, filters=PAPER_FILTERS, workers=0, resolution=32, **settings):
-    data = DataConfig(path=str(path), filters=filters, workers=workers, resolution=resolution)
-    return CheckDataArgs(data=data, out=out, **settings)
+def check(path, filters=PAPER_FILTERS, workers=0, val_path=None, **settings):
+    data = DataConfig(path=str(path), filters=filters, workers=workers, resolution=32, val_path=val_path)
+    return check_data(CheckDataArgs(data, **{"out": path.parent / "out"} | settings))
 
 
 def causes(named):
@@ -56,51 +56,41 @@ def folder(tmp_path):
     return place
 
 
-def test_bad_samples_are_named_with_their_causes(bad_tar, tmp_path):
-    report = check_data(args_of(bad_tar, tmp_path / "out"))
+def test_bad_samples_are_named_with_their_causes(bad_tar, tmp_path, monkeypatch):
+    report = check(bad_tar)
     bad = report["bad"]
-    assert causes(bad["named"]) == BAD
+    assert causes(bad["named"]) == causes(logged(tmp_path / "out")) == BAD
     assert (bad["samples"], bad["of"], bad["fraction"]) == (5, 20, 0.25)
     assert bad["causes"] == dict.fromkeys(BAD.values(), 1)
     assert (report["samples"], report["usable"], report["captions"]) == (20, 15, 15)
-    assert causes(logged(tmp_path / "out")) == BAD
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
-
-
-def test_any_number_of_workers_gives_the_same(bad_tar, tmp_path, monkeypatch):
-    monkeypatch.setattr(statistics, "CHUNK", 3)
-    for workers in (0, 2):
-        check_data(args_of(bad_tar, tmp_path / str(workers), workers=workers))
-    for name in ("report.json", "bad_samples.jsonl", "contact_sheet.png"):
-        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
-
-
-def test_a_second_check_replaces_the_first(bad_tar, tmp_path):
-    check_data(args_of(bad_tar, tmp_path / "out"))
+    monkeypatch.setattr("dalle.commands.check_data.MAX_NAMED", 2)
+    bad = check(bad_tar)["bad"]
+    assert (len(bad["named"]), bad["samples"], sum(bad["causes"].values())) == (2, 5, 5)
+    assert len(logged(tmp_path / "out")) == 5
     put(tmp_path / "empty", "a.png", scene(0), "\n")
-    report = check_data(args_of(tmp_path / "empty", tmp_path / "out", sheet=0))
+    report = check(tmp_path / "empty", sheet=0)  # replaces the first
     assert (report["usable"], report["bad"]["samples"], report["words"]) == (0, 1, {})
     assert len(logged(tmp_path / "out")) == 1
     assert not (tmp_path / "out" / "contact_sheet.png").exists()
 
 
-def test_the_report_names_a_limited_number(bad_tar, tmp_path, monkeypatch):
-    monkeypatch.setattr("dalle.commands.check_data.MAX_NAMED", 2)
-    bad = check_data(args_of(bad_tar, tmp_path / "out"))["bad"]
-    assert (len(bad["named"]), bad["samples"], sum(bad["causes"].values())) == (2, 5, 5)
-    assert len(logged(tmp_path / "out")) == 5
+def test_any_number_of_workers_gives_the_same(bad_tar, tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "CHUNK", 3)
+    for workers in (0, 2):
+        check(bad_tar, workers=workers, out=tmp_path / str(workers))
+    for name in ("report.json", "bad_samples.jsonl", "contact_sheet.png"):
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
 def test_too_many_bad_samples_fail_after_everything_is_written(bad_tar, tmp_path, monkeypatch):
-    args = args_of(bad_tar, tmp_path / "out", max_bad=0.25, sheet=0)
-    check_data(args)
+    check(bad_tar, max_bad=0.25)
     with pytest.raises(ValueError, match=r"5 of 20 .*--max-bad.*truncated"):
-        check_data(replace(args, out=tmp_path / "again", max_bad=0.24))
+        check(bad_tar, max_bad=0.24, out=tmp_path / "again")
     assert (tmp_path / "again" / "report.json").exists()
     monkeypatch.setattr("dalle.data.bad_samples.MIN_BAD", 4)  # as a training
     with pytest.raises(ValueError, match="5 of 20 samples"):
-        check_data(replace(args, max_bad=None))
-    check_data(replace(args, max_bad=None, data=replace(args.data, max_bad_fraction=0.25)))
+        check(bad_tar)
 
 
 @pytest.mark.parametrize(
@@ -118,60 +108,39 @@ def test_settings_out_of_range_are_refused(settings):
         CheckDataArgs(**settings)
 
 
-def test_sizes_and_captions_are_counted(folder, bad_tar, tmp_path, capsys):
-    args = args_of(folder, tmp_path / "out")
-    report = check_data(replace(args, data=replace(args.data, val_path=str(bad_tar))))
+def test_sizes_captions_and_what_training_drops_are_counted(folder, bad_tar, capsys):
+    filters = FilterConfig(min_words=2, min_size=30)
+    report = check(folder, filters, val_path=str(bad_tar))
     assert f"{bad_tar} is not read" in capsys.readouterr().out
     assert (report["samples"], report["usable"], report["captions"]) == (7, 7, 9)
     assert [report["shorter_side"][name] for name in ("min", "median", "max")] == [20, 40, 200]
     assert report["smaller_than_resolution"] == {"samples": 1, "of": 7, "fraction": 0.142857}
     assert [report["aspect"][name] for name in ("min", "median", "max")] == [0.67, 1, 2.5]
     assert "tokens" not in report
-
-
-def test_each_filter_of_the_paper_is_tried_with_examples(folder, tmp_path):
-    pytest.importorskip("py3langid")
-    report = check_data(args_of(folder, tmp_path / "out"))
-    filters = report["filters"]
-    named = {name: [example["name"] for example in filters[name]["examples"]] for name in filters}
-    dropped = {
-        "boilerplate": ["c.png"],
-        "max_aspect_ratio": ["b.png"],
-        "min_words": [],
-        "language": ["f.png"],
-    }
-    assert named == dropped
-    example = {"name": "b.png", "size": [100, 40], "captions": ["a very long bridge over the river"]}
-    assert filters["max_aspect_ratio"]["examples"] == [example]
-    assert filters["max_aspect_ratio"]["samples"] == 1
-    assert report["all_filters"]["samples"] == 4  # g too: each of its captions falls to another filter
-
-
-def test_all_filters_drop_what_training_drops(folder, tmp_path):
-    filters = FilterConfig(min_words=2, min_size=30)
-    report = check_data(args_of(folder, tmp_path / "out", filters))
     assert list(report["filters"]) == ["boilerplate", "max_aspect_ratio", "min_words", "min_size"]
     skipped = skipped_in_training(folder, filters)
     assert report["all_filters"]["samples"] == len(skipped) == 4
     assert {bad.name for bad in skipped} == {"b.png", "c.png", "f.png", "g.png"}
 
 
-def test_a_filter_shows_the_first_examples_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(statistics, "CHUNK", 4)
-    for i in range(20):
-        put(tmp_path / "set", f"{i:02}.png", scene(i), "cat")
-    report = check_data(args_of(tmp_path / "set", tmp_path / "out", FilterConfig(min_words=2)))
-    numbers = report["filters"]["min_words"]
-    assert numbers["samples"] == 20
-    assert [example["name"] for example in numbers["examples"]] == [f"{i:02}.png" for i in range(5)]
+def test_each_filter_of_the_paper_is_tried_with_examples(folder):
+    pytest.importorskip("py3langid")
+    report = check(folder)
+    named = {
+        name: [example["name"] for example in numbers["examples"]]
+        for name, numbers in report["filters"].items()
+    }
+    dropped = {"boilerplate": ["c.png"], "max_aspect_ratio": ["b.png"], "min_words": []}
+    assert named == dropped | {"language": ["f.png"]}
+    example = {"name": "b.png", "size": [100, 40], "captions": ["a very long bridge over the river"]}
+    assert report["filters"]["max_aspect_ratio"]["examples"] == [example]
+    assert report["all_filters"]["samples"] == 4  # g too: each of its captions falls to another filter
 
 
-def test_without_its_detector_the_language_is_not_tried(folder, tmp_path, monkeypatch, capsys):
-    def missing(language):
-        raise ImportError("needs py3langid")
-
+def test_without_its_detector_the_language_is_not_tried(folder, monkeypatch, capsys):
+    missing = Mock(side_effect=ImportError("needs py3langid"))
     monkeypatch.setattr("dalle.data.filters.language_detector", missing)
-    assert "language" not in check_data(args_of(folder, tmp_path / "out"))["filters"]
+    assert "language" not in check(folder)["filters"]
     assert "needs py3langid" in capsys.readouterr().out
 
 
@@ -181,27 +150,29 @@ def test_tokens_are_counted_and_those_cut(folder, tmp_path):
     text.save(tmp_path / "text.json")
     lengths = sorted(len(text.encode(caption)) for caption in captions)
     limit = lengths[-3]
-    args = args_of(folder, tmp_path / "out", text_tokenizer=tmp_path / "text.json", text_len=limit + 1)
-    tokens = check_data(args)["tokens"]
+    tokens = check(folder, text_tokenizer=tmp_path / "text.json", text_len=limit + 1)["tokens"]
     assert (tokens["min"], tokens["max"], tokens["max_caption_len"]) == (lengths[0], lengths[-1], limit)
     assert tokens["cut"]["samples"] == sum(length > limit for length in lengths) > 0
 
 
 def test_duplicates_are_listed_for_training(folder, tmp_path):
-    args = args_of(folder, tmp_path / "out", exclude_list=tmp_path / "lists" / "duplicates.txt")
-    duplicates = check_data(args)["duplicates"]
+    exclude_list = tmp_path / "lists" / "duplicates.txt"
+    duplicates = check(folder, exclude_list=exclude_list)["duplicates"]
     assert (duplicates["samples"], duplicates["named"]) == (1, [{"copy": "e.jpg", "of": "a.png"}])
-    assert args.exclude_list.read_text() == "e.jpg\n"
-    filters = FilterConfig(boilerplate=False, max_aspect_ratio=None, exclude_list=args.exclude_list)
+    assert exclude_list.read_text() == "e.jpg\n"
+    filters = FilterConfig(boilerplate=False, max_aspect_ratio=None, exclude_list=exclude_list)
     skipped = skipped_in_training(folder, filters)
     assert [(bad.name, bad.cause) for bad in skipped] == [("e.jpg", "filter:exclude_list")]
 
 
-def test_the_contact_sheet_shows_images_of_the_whole_dataset(tmp_path):
+def test_the_first_examples_and_images_of_the_whole_dataset_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "CHUNK", 4)
     for i in range(30):
         image = Image.new("RGB", (40, 40), (8 * i, 0, 0))
         put(tmp_path / "set", f"{i:02}.png", image, f"{i} " + "long " * 60)
-    check_data(args_of(tmp_path / "set", tmp_path / "out", sheet=3))
+    numbers = check(tmp_path / "set", FilterConfig(min_words=99), sheet=3)["filters"]["min_words"]
+    assert numbers["samples"] == 30
+    assert [example["name"] for example in numbers["examples"]] == [f"{i:02}.png" for i in range(5)]
     sheet = Image.open(tmp_path / "out" / "contact_sheet.png")
     middles = [sheet.getpixel((10 + TILE // 2 + i * (TILE + 10), 10 + TILE // 2)) for i in range(3)]
     assert middles == [(0, 0, 0), (80, 0, 0), (160, 0, 0)]
@@ -212,7 +183,7 @@ def test_captions_with_lone_surrogates_are_written(tmp_path):
     put(tmp_path / "set", "a.png", scene(0), "a house")
     (tmp_path / "set" / "a.txt").unlink()
     (tmp_path / "set" / "a.json").write_text('"\\ud800 photo"')
-    report = check_data(args_of(tmp_path / "set", tmp_path / "out", FilterConfig(min_words=9)))
+    report = check(tmp_path / "set", FilterConfig(min_words=9))
     assert report["filters"]["min_words"]["examples"][0]["captions"] == ["\\ud800 photo"]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dalle.commands.convert_captions import ConvertCaptionsArgs, convert_captions
 from dalle.config import parse
-from dalle.data.caption_datasets import Format, read_captions
+from dalle.data.caption_datasets import Format
 
 DATA_PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 
@@ -34,16 +34,18 @@ def table(path: Path) -> dict[str, list[str]]:
     return {row["image"]: row["captions"] for row in rows}
 
 
-def convert(tmp_path: Path, format: str, captions: Path, **changes):
-    run = ConvertCaptionsArgs(format, captions, tmp_path / "images", tmp_path / "table.jsonl")
-    done = convert_captions(replace(run, **changes))
-    return done, table(tmp_path / "table.jsonl")
-
-
-def write(path: Path, *lines: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path
+def convert(tmp_path: Path, format: str, files: dict[str, str], names: list[str], **changes):
+    """Writes published files and images, and converts them; what is told, and the rows."""
+    images(tmp_path / "images", *names)
+    for name, text in files.items():
+        (tmp_path / "captions" / name).parent.mkdir(parents=True, exist_ok=True)
+        content = text.encode("utf-8", "surrogateescape")
+        (tmp_path / "captions" / name).write_bytes(
+            gzip.compress(content) if name.endswith(".gz") else content
+        )
+    run = ConvertCaptionsArgs(format, tmp_path / "captions", tmp_path / "images", tmp_path / "table.jsonl")
+    run = replace(run, **changes)
+    return convert_captions(run), table(run.out)
 
 
 COCO = {
@@ -66,11 +68,10 @@ COCO = {
 
 
 def test_coco(tmp_path):
-    images(tmp_path / "images", "train2017/000000179765.jpg", "train2017/000000203564.jpg", "val2017/1.jpg")
-    done, rows = convert(tmp_path, "coco", write(tmp_path / "captions_train2017.json", json.dumps(COCO)))
-    first, second = (f"images/train2017/000000{number}.jpg" for number in (179765, 203564))
+    names = ["train2017/000000179765.jpg", "train2017/000000203564.jpg", "val2017/1.jpg"]
+    done, rows = convert(tmp_path, "coco", {"captions_train2017.json": json.dumps(COCO)}, names)
     clock = ["A clock with a wheel.", "A bicycle as a clock"]
-    assert rows == {first: ["A black motorcycle à la café"], second: clock}
+    assert rows == {f"images/{names[0]}": ["A black motorcycle à la café"], f"images/{names[1]}": clock}
     assert (done.images, done.captions, done.without_caption) == (2, 3, 1)
     assert done.left_out == {"no such image": 1, "not readable": 1, "no caption": 1}
     assert done.examples["no such image"] == "000000322141.jpg"
@@ -80,30 +81,26 @@ def test_karpathy(tmp_path):
     sentences = [{"tokens": [text], "raw": text, "imgid": 0} for text in ("A man with a helmet.", "A bike.")]
     name = "COCO_val2014_000000391895.jpg"
     image = {"filepath": "val2014", "filename": name, "imgid": 0, "split": "test", "sentences": sentences}
-    images(tmp_path / "images", f"val2014/{name}")
-    file = write(tmp_path / "dataset_coco.json", json.dumps({"images": [image], "dataset": "coco"}))
-    _, rows = convert(tmp_path, "karpathy", file)
+    files = {"dataset_coco.json": json.dumps({"images": [image], "dataset": "coco"})}
+    _, rows = convert(tmp_path, "karpathy", files, [f"val2014/{name}"])
     assert list(rows.values()) == [["A man with a helmet.", "A bike."]]
 
 
-CC = [
-    "a very typical bus station\thttp://lh6.example.com/IMG.jpg",
-    'sierra looked "stunning" in this top\thttp://78.example.com/tumblr.jpg?a=1',
-    '" young confused girl standing\thttp://media.example.com/x.png',
-    "a line that lacks its address",
-]
+CC = """\
+a very typical bus station\thttp://lh6.example.com/IMG.jpg
+sierra looked "stunning" in this top\thttp://78.example.com/tumblr.jpg?a=1
+" young confused girl standing\thttp://media.example.com/x.png
+a line that lacks its address
+"""
 
 
-@pytest.mark.parametrize("header", [[], ["caption\turl"]])
+@pytest.mark.parametrize("header", ["", "caption\turl\n"])
 def test_conceptual_captions_by_number_without_quoting(tmp_path, header):
-    images(tmp_path / "images", "00000/000000001.jpg", "00000/000000002.webp", "00000/000000004.jpg")
-    done, rows = convert(tmp_path, "cc", write(tmp_path / "Train_GCC-training.tsv", *header, *CC))
-    assert rows == {
-        "images/00000/000000001.jpg": ['sierra looked "stunning" in this top'],
-        "images/00000/000000002.webp": ['" young confused girl standing'],
-    }
-    assert done.left_out == {"no such image": 1, "not readable": 1}
-    assert done.without_caption == 1
+    names = ["00000/000000001.jpg", "00000/000000002.webp", "00000/000000004.jpg"]
+    done, rows = convert(tmp_path, "cc", {"Train_GCC-training.tsv": header + CC}, names)
+    texts = ['sierra looked "stunning" in this top', '" young confused girl standing']
+    assert rows == {f"images/{name}": [text] for name, text in zip(names, texts, strict=False)}
+    assert (done.left_out, done.without_caption) == ({"no such image": 1, "not readable": 1}, 1)
 
 
 @pytest.mark.parametrize("naming", ["number", "md5", "sha256"])
@@ -111,24 +108,20 @@ def test_conceptual_12m_by_hash_of_the_url(tmp_path, naming):
     url, name = "http://lh6.example.com/IMG.jpg", "0"
     if naming != "number":
         name = hashlib.new(naming, url.encode()).hexdigest()
-    images(tmp_path / "images", f"{name[:2]}/{name}.jpg")
-    file = tmp_path / "cc12m.tsv.gz"
-    file.write_bytes(gzip.compress(f"url\tcaption\n{url}\ta bus\nhttp://78.example.com\ta dress".encode()))
-    _, rows = convert(tmp_path, "cc12m", file, naming=naming)
-    assert rows == {f"images/{name[:2]}/{name}.jpg": ["a bus"]}
+    text = f"url\tcaption\n{url}\ta bus\nhttp://78.example.com\ta dress"
+    _, rows = convert(tmp_path, "cc12m", {"cc12m.tsv.gz": text}, [f"{name}.jpg"], naming=naming)
+    assert rows == {f"images/{name}.jpg": ["a bus"]}
 
 
 def test_redcaps_keeps_subreddits_apart(tmp_path):
-    folder = tmp_path / "annotations"
+    files = {}
     for subreddit, captions in {"birds": ["a wren", "an owl"], "cats": ["mlem"]}.items():
         posts = [
             {"image_id": str(i), "subreddit": subreddit, "author": "a", "raw_caption": "A", "caption": text}
             for i, text in enumerate(captions, 1)
         ]
-        data = {"info": {"version": "1.0"}, "annotations": posts}
-        write(folder / f"{subreddit}_2017.json", json.dumps(data))
-    images(tmp_path / "images", "birds/1.jpg", "cats/1.jpg", "cats/2.jpg")
-    done, rows = convert(tmp_path, "redcaps", folder)
+        files[f"{subreddit}_2017.json"] = json.dumps({"info": {"version": "1.0"}, "annotations": posts})
+    done, rows = convert(tmp_path, "redcaps", files, ["birds/1.jpg", "cats/1.jpg", "cats/2.jpg"])
     assert rows == {"images/birds/1.jpg": ["a wren"], "images/cats/1.jpg": ["mlem"]}
     assert done.examples["no such image"] == "birds/2"  # never the owl with a cat's image
 
@@ -138,25 +131,13 @@ def test_localized_narratives_with_and_without_leading_zeros(tmp_path):
         item = {"dataset_id": dataset, "image_id": image, "annotator_id": 93, "caption": caption}
         return json.dumps(item | {"timed_caption": [{"utterance": "In this"}], "traces": [[{"x": 0.2}]]})
 
-    folder = tmp_path / "narratives"
-    write(folder / "coco_val_localized_narratives.jsonl", line("mscoco_val2017", "137576", "cows"), "{broken")
+    coco, cows = "coco_val_localized_narratives.jsonl", line("mscoco_val2017", "137576", "cows")
     trees = [line("open_images_train", "000a1249af2bc5f0", text) for text in ("a tree", "a tall tree")]
-    write(folder / "open_images_train_v6_localized_narratives-00000-of-00010.jsonl", *trees)
-    images(tmp_path / "images", "000a1249af2bc5f0.jpg", "val2017/000000137576.jpg")
-    done, rows = convert(tmp_path, "narratives", folder)
-    assert rows == {
-        "images/000a1249af2bc5f0.jpg": ["a tree", "a tall tree"],
-        "images/val2017/000000137576.jpg": ["cows"],
-    }
-    assert done.examples == {"not readable": "coco_val_localized_narratives.jsonl, line 2: not a JSON object"}
-
-
-def test_flickr(tmp_path):
-    lines = ["1000092795.jpg#0\tTwo young guys .", "1000092795.jpg#1\tTwo friends .", "no number\tthere"]
-    images(tmp_path / "images", "1000092795.jpg")
-    done, rows = convert(tmp_path, "flickr", write(tmp_path / "results_20130124.token", *lines))
-    assert rows == {"images/1000092795.jpg": ["Two young guys .", "Two friends ."]}
-    assert done.left_out == {"not readable": 1}
+    files = {coco: f"{cows}\n{{broken", "open_images_train_v6-00000-of-00010.jsonl": "\n".join(trees)}
+    names = ["000a1249af2bc5f0.jpg", "val2017/000000137576.jpg"]
+    done, rows = convert(tmp_path, "narratives", files, names)
+    assert rows == {f"images/{names[0]}": ["a tree", "a tall tree"], f"images/{names[1]}": ["cows"]}
+    assert done.examples == {"not readable": f"{coco}, line 2: not a JSON object"}
 
 
 SVG = """\
@@ -177,30 +158,34 @@ SVG = """\
 
 
 def test_open_clip_art_takes_title_and_new_keywords(tmp_path):
-    folder = tmp_path / "clipart"
-    write(folder / "food" / "cup.svg", SVG.format(title="soft drink in a cup"))
-    write(folder / "tools" / "cup.svg", SVG.format(title="hammer"))
-    write(folder / "plain.svg", '<svg xmlns="http://www.w3.org/2000/svg"/>')
-    write(folder / "broken.svg", "<svg><path>")
-    images(folder, "food/cup.png", "plain.png", "broken.png")
-    done, rows = convert(tmp_path, "openclipart", folder, images=folder)
-    assert rows == {"clipart/food/cup.png": ["soft drink in a cup, food"]}
+    files = {
+        "food/cup.svg": SVG.format(title="soft drink in a cup"),
+        "tools/cup.svg": SVG.format(title="tool"),
+    }
+    files |= {"plain.svg": '<svg xmlns="http://www.w3.org/2000/svg"/>', "broken.svg": "<svg><path>"}
+    done, rows = convert(tmp_path, "openclipart", files, ["food/cup.png", "plain.png", "broken.png"])
+    assert rows == {"images/food/cup.png": ["soft drink in a cup, food"]}
     assert done.left_out == {"no such image": 1, "no caption": 1, "not readable": 1}
 
 
 @pytest.mark.parametrize(
-    ("names", "content", "expected", "left_out"),
+    ("names", "text", "expected", "left_out"),
     [
+        (
+            ["1.jpg"],
+            "1.jpg#0\tTwo guys .\n1.jpg#1\tTwo friends .",
+            {"1": ["Two guys .", "Two friends ."]},
+            "",
+        ),
+        (["1.jpg"], "1.jpg#0\tTwo guys .\nno number\tthere", {"1": ["Two guys ."]}, "not readable"),
         (["a/7.jpg", "b/7.jpg", "8.jpg"], "7.jpg#0\ts\n8.jpg#0\te", {"8": ["e"]}, "several images"),
         (["7.jpg", "007.jpg"], "007.jpg#0\ta\n7.jpg#0\tb", {"007": ["a"], "7": ["b"]}, ""),
         (["1.jpg", "2.jpg"], "1.jpg#0\tcaf\udce9\n2.jpg#0\t猫 قط", {"2": ["猫 قط"]}, "not UTF-8"),
     ],
-    ids=["an ambiguous name", "the exact name before the number", "a caption that is not UTF-8"],
+    ids=["two captions", "no number", "ambiguous", "the exact name before the number", "not UTF-8"],
 )
-def test_names_and_captions_that_cannot_be_used_are_left_out(tmp_path, names, content, expected, left_out):
-    images(tmp_path / "images", *names)
-    (tmp_path / "x.token").write_text(content, encoding="utf-8", errors="surrogateescape")
-    done, rows = convert(tmp_path, "flickr", tmp_path / "x.token")
+def test_flickr(tmp_path, names, text, expected, left_out):
+    done, rows = convert(tmp_path, "flickr", {"results_20130124.token": text}, names)
     assert rows == {f"images/{name}.jpg": captions for name, captions in expected.items()}
     assert sum(done.left_out.values()) == bool(left_out)
     assert all(left_out in cause for cause in done.left_out)
@@ -210,34 +195,31 @@ def test_names_and_captions_that_cannot_be_used_are_left_out(tmp_path, names, co
 def test_file_names_that_are_not_utf8_are_counted(tmp_path):
     images(tmp_path / "images", "1.jpg")
     os.rename(tmp_path / "images" / "1.jpg", os.fsencode(tmp_path / "images") + b"/caf\xe9.jpg")
-    images(tmp_path / "images", "2.jpg")
-    done, _ = convert(tmp_path, "flickr", write(tmp_path / "x.token", "2.jpg#0\tx"))
+    done, _ = convert(tmp_path, "flickr", {"x.token": "2.jpg#0\tx"}, ["2.jpg"])
     assert done.left_out == {"a file name that is not UTF-8": 1}
 
 
 def test_paths_start_at_the_table_or_at_the_images(tmp_path, capsys):
-    images(tmp_path / "images", "a/1.jpg")
-    file = write(tmp_path / "x.token", "1.jpg#0\tone")
     paths = {"images/t.jsonl": "a/1.jpg", "t.jsonl": "images/a/1.jpg", "else/t.jsonl": "a/1.jpg"}
     for out, path in paths.items():
-        convert_captions(ConvertCaptionsArgs("flickr", file, tmp_path / "images", tmp_path / out))
-        assert list(table(tmp_path / out)) == [path]
+        _, rows = convert(tmp_path, "flickr", {"x.token": "1.jpg#0\tone"}, ["a/1.jpg"], out=tmp_path / out)
+        assert list(rows) == [path]
         assert ("--data.image-root" in capsys.readouterr().out) == (out == "else/t.jsonl")
 
 
 def test_the_table_is_the_same_again_and_a_failed_run_leaves_it_alone(tmp_path):
-    images(tmp_path / "images", *(f"{i}.jpg" for i in range(20)))
+    names = [f"{i}.jpg" for i in range(20)]
     lines = [f"{i}.jpg#{k}\tcaption {k} of {i}" for k in range(3) for i in (*range(10, 20), *range(10))]
-    convert(tmp_path, "flickr", write(tmp_path / "x.token", *lines))
-    first = (tmp_path / "table.jsonl").read_bytes()
-    convert(tmp_path, "flickr", write(tmp_path / "x.token", *sorted(lines)))
-    assert (tmp_path / "table.jsonl").read_bytes() == first
-    assert list(table(tmp_path / "table.jsonl")) == sorted(f"images/{i}.jpg" for i in range(20))
-    before, old = sorted(tmp_path.iterdir()), (tmp_path / "table.jsonl").read_bytes()
+    tables = []
+    for ordered in (lines, sorted(lines)):
+        _, rows = convert(tmp_path, "flickr", {"x.token": "\n".join(ordered)}, names)
+        assert list(rows) == sorted(f"images/{name}" for name in names)
+        tables.append((tmp_path / "table.jsonl").read_bytes())
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(ValueError, match="finds an image"):
-        convert(tmp_path, "flickr", write(tmp_path / "x.token", "20.jpg#0\ttwo"))
+        convert(tmp_path, "flickr", {"x.token": "20.jpg#0\ttwo"}, [])
     assert sorted(tmp_path.iterdir()) == before
-    assert (tmp_path / "table.jsonl").read_bytes() == old
+    assert tables == [(tmp_path / "table.jsonl").read_bytes()] * 2
 
 
 @pytest.mark.parametrize(
@@ -252,39 +234,35 @@ def test_the_table_is_the_same_again_and_a_failed_run_leaves_it_alone(tmp_path):
 )
 def test_other_json_is_refused(tmp_path, text, words):
     with pytest.raises(ValueError, match=words):
-        list(read_captions(write(tmp_path / "c.json", text), "coco"))
+        convert(tmp_path, "coco", {"c.json": text}, ["1.jpg"])
 
 
 def test_a_truncated_gzip_is_refused(tmp_path):
-    images(tmp_path / "images", "0.jpg")
     file = tmp_path / "cc.tsv.gz"
     file.write_bytes(gzip.compress(b"caption\thttp://a\n" * 100)[:-9])
     with pytest.raises(ValueError, match="cannot read"):
-        convert(tmp_path, "cc", file)
+        convert(tmp_path, "cc", {}, ["0.jpg"], captions=file)
 
 
 def test_missing_arguments_and_files_are_refused(tmp_path):
-    images(tmp_path / "images", "0.jpg")
-    file = write(tmp_path / "cc" / "a.tsv", "x\thttp://a")
-    args = ConvertCaptionsArgs("cc", file, tmp_path / "images", tmp_path / "t.jsonl")
     for changes, words in (
         *(({name: None}, f"--{name} is missing") for name in ("format", "captions", "images")),
         ({"images": tmp_path / "none"}, "no folder .*fetched"),
         ({"captions": tmp_path / "none"}, "no file or folder"),
-        ({"captions": tmp_path / "cc", "format": "coco"}, r"with \.json"),
+        ({"captions": tmp_path / "images"}, r"with \.tsv"),
+        ({"out": tmp_path / "table.csv"}, r"\.jsonl"),
+        ({}, "2 files, each counts from 0"),
     ):
         with pytest.raises(ValueError, match=words):
-            convert_captions(replace(args, **changes))
-    with pytest.raises(ValueError, match=r"\.jsonl"):
-        replace(args, out=tmp_path / "table.csv")
-    write(tmp_path / "cc" / "b.tsv", "y\thttp://b")
-    with pytest.raises(ValueError, match="2 files, each counts from 0"):
-        convert_captions(replace(args, captions=tmp_path / "cc"))
+            convert(
+                tmp_path,
+                **{"format": "cc", "files": {"a.tsv": "", "b.tsv": ""}, "names": ["0.jpg"]} | changes,
+            )
 
 
 def test_the_command(tmp_path, script):
     images(tmp_path / "images", "1.jpg")
-    write(tmp_path / "x.token", "1.jpg#0\tone")
+    (tmp_path / "x.token").write_text("1.jpg#0\tone")
     words = ["--format", "flickr", "--captions", "x.token"]
     assert "1 images with 1 captions" in script("convert_captions", *words, "--images", "images").out
     assert table(tmp_path / "table.jsonl") == {"images/1.jpg": ["one"]}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dalle.data.config import Format
 from dalle.data.sources.detect import detect_source
-from dalle.data.sources.hf_datasets import HubSource, has_validation_split
+from dalle.data.sources.hf_datasets import HubSource, load_split
 from dalle.data.sources.image_folder import FolderSource
 from dalle.data.sources.table import TableSource
 from dalle.data.sources.webdataset import TarSource
@@ -48,4 +48,6 @@ def open_source(
 def has_val_split(path: str, format: Format = "auto") -> bool:
     """Whether a dataset has a validation split of its own, as train-*.tar and val.tar."""
     location = detect_source(path, format)
-    return bool(location.held_out) or (location.format == "hub" and has_validation_split(location.path))
+    if location.format == "hub":
+        return load_split(location.path, "held_out") is not None
+    return bool(location.held_out)

@@ -13,8 +13,8 @@ from dalle.data.sources.image_folder import read_listed
 from dalle.data.sources.index import name_hashes
 from dalle.types import BadSample, RawSample
 
-SPLITS = {"train": ("train",), "held_out": ("validation", "valid", "val", "dev")}
-"""Usual names of the splits."""
+HELD_OUT = ("validation", "valid", "val", "dev")
+"""Usual names of the validation split."""
 
 
 class HubSource:
@@ -27,7 +27,7 @@ class HubSource:
     def __init__(
         self, path: str, image_column: str | None = None, caption_column: str | None = None, part: str = "all"
     ):
-        dataset = _choose_split(load(path), part, path)
+        dataset = load_split(path, part)
         self._image, self._captions = choose_columns(dataset.column_names, image_column, caption_column, path)
         if type(dataset.features[self._image]).__name__ == "Image":
             import datasets
@@ -75,33 +75,21 @@ def is_saved(folder: Path) -> bool:
     )
 
 
-def has_validation_split(path: str) -> bool:
-    """Whether the dataset has a validation split."""
-    dataset = load(path)
-    return isinstance(dataset, dict) and any(name in dataset for name in SPLITS["held_out"])
-
-
-def load(path: str) -> Any:
-    """The `Dataset`, or the mapping of its splits."""
+def load_split(path: str, part: str) -> Any:
+    """The `Dataset` of a part; "all" is the training split if there are splits. None if none is held out."""
     try:
         import datasets
     except ImportError:
         problem = "a Hugging Face dataset needs datasets"
         raise ImportError(f'{problem}: pip install "zeroshot-text2image[data]"') from None
     try:
-        return datasets.load_from_disk(path) if is_saved(Path(path)) else datasets.load_dataset(path)
+        splits = datasets.load_from_disk(path) if is_saved(Path(path)) else datasets.load_dataset(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a Hugging Face dataset: {error}") from None
-
-
-def _choose_split(dataset: Any, part: str, path: str) -> Any:
-    if not isinstance(dataset, dict):
-        return dataset
-    for name in SPLITS["held_out" if part == "held_out" else "train"]:
-        if name in dataset:
-            return dataset[name]
-    if len(dataset) == 1:
-        return next(iter(dataset.values()))
-    raise ValueError(
-        f"{path} has the splits {', '.join(dataset)}; expected train, and validation if there is one"
-    )
+    if not isinstance(splits, dict):
+        splits = {"train": splits}
+    if part == "held_out":
+        return next((splits[name] for name in HELD_OUT if name in splits), None)
+    if "train" not in splits and len(splits) > 1:
+        raise ValueError(f"{path} has the splits {', '.join(splits)}; expected train, maybe validation")
+    return splits["train"] if "train" in splits else next(iter(splits.values()))
