@@ -55,10 +55,11 @@ def to_dict(config: Any) -> Any:
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """ValueError for the first of these fields that is less than 1."""
+    """ValueError for the first of these fields that is neither above 0 nor None."""
     for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

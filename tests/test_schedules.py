@@ -57,20 +57,21 @@ def test_the_dvae_follows_the_papers_schedules(step, tau, beta, lr):
     assert PAPER_TRAINING.optimizer.lr_at(step) == pytest.approx(lr, rel=0.01)
 
 
-class TestWarmup:
-    def test_it_rises_linearly_from_the_first_step(self):
-        config = OptimizerConfig(lr=Schedule(1.0, 1.0), warmup_steps=10)
-        found = [config.lr_at(step) for step in (0, 4, 9, 10, 1000)]
-        assert found == pytest.approx([0.1, 0.5, 1.0, 1.0, 1.0])
-        assert OptimizerConfig(lr=Schedule(1.0, 1.0), warmup_steps=0).lr_at(0) == 1.0
+@pytest.mark.parametrize(
+    ("schedule", "warmup_steps", "rates"),
+    [
+        (Schedule(1.0, 1.0), 10, {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 1000: 1.0}),  # from the first step
+        (Schedule(1.0, 1.0), 0, {0: 1.0}),
+        (Schedule(1.0, 0.0, 100, "linear"), 10, {4: 0.5 * 0.96}),  # the schedule runs from the first step too
+    ],
+)
+def test_warmup_rises_linearly_and_multiplies_the_schedule(schedule, warmup_steps, rates):
+    config = OptimizerConfig(lr=schedule, warmup_steps=warmup_steps)
+    assert {step: config.lr_at(step) for step in rates} == pytest.approx(rates)
 
-    def test_it_multiplies_the_schedule_which_runs_from_the_first_step(self):
-        config = OptimizerConfig(lr=Schedule(1.0, 0.0, 100, "linear"), warmup_steps=10)
-        assert config.lr_at(4) == pytest.approx(0.5 * 0.96)
 
-    def test_the_transformers_is_the_papers(self):
-        """B.2: 5,000 updates up to 4.5e-4."""
-        config = TrainConfig().optimizer
-        assert config.lr_at(0) == pytest.approx(4.5e-4 / 5000)
-        assert config.lr_at(2499) == pytest.approx(4.5e-4 / 2)
-        assert config.lr_at(4999) == config.lr_at(429_999) == pytest.approx(4.5e-4)
+def test_the_warmup_of_the_transformer_is_the_papers():
+    """B.2: 5,000 updates up to 4.5e-4."""
+    config = TrainConfig().optimizer
+    rates = [config.lr_at(step) for step in (0, 2499, 4999, 429_999)]
+    assert rates == pytest.approx([4.5e-4 / 5000, 4.5e-4 / 2, 4.5e-4, 4.5e-4])

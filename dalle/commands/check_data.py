@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dalle.config import cli_errors, parse
 from dalle.data.config import PAPER_FILTERS, DataConfig
 from dalle.layout import TokenLayout
-from dalle.runs.args import ROOT
+from dalle.runs import ROOT
 
 if TYPE_CHECKING:
     from dalle.data.bad_samples import BadSampleLog

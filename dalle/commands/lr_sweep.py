@@ -8,24 +8,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
+from statistics import fmean
 
 from dalle.config import cli_errors, overview, parse
-from dalle.runs.args import TrainArgs
 from dalle.runs.kinds import EACH_KIND, TRAININGS, take_kind
+from dalle.train.config import TrainArgs
 
 
 def sweep(kind: str, run: TrainArgs, factors: Sequence[float]) -> dict[float, float]:
     """Trains once for each factor into <out>/lr-<learning rate>, plots <out>/lr_sweep.png, prints the losses.
 
-    Returns:
-        learning rate -> loss, the mean over the last tenth of the logged updates; infinite where a run
-        diverged.
+    Returns learning rate -> mean loss over the last tenth of the log; infinite where a run diverged.
     """
     if min(factors, default=0) <= 0:
-        raise ValueError(
-            "give factors on the learning rate, each above 0: python scripts/lr_sweep.py 0.5 1 2 --config "
-            "FILE"
-        )
+        raise ValueError("give factors on the learning rate, each above 0: lr_sweep.py 0.5 1 2 --config FILE")
     out, optimizer, losses = run.out or Path("runs/sweep"), run.train.optimizer, {}
     for factor in factors:
         lr = replace(optimizer.lr, initial=factor * optimizer.lr.initial, final=factor * optimizer.lr.final)
@@ -53,9 +49,8 @@ def curve(folder: Path) -> list[tuple[float, float]]:
 
 def last_loss(folder: Path) -> float:
     """Mean over the last tenth of a run's lines."""
-    losses = [loss for _, loss in curve(folder)]
-    last = losses[-max(1, len(losses) // 10) :]
-    return sum(last) / len(last)
+    points = curve(folder)
+    return fmean(loss for _, loss in points[-max(1, len(points) // 10) :])
 
 
 def plot_sweep(out: Path, losses: dict[float, float]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dalle.config import CONFIGS, check_positive, cli_errors, parse
-from dalle.runs.args import ROOT
+from dalle.runs import ROOT
 from dalle.sampling import SamplingConfig
 
 

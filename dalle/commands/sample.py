@@ -122,7 +122,7 @@ def sample(args: SampleArgs) -> Path:
     from dalle.io.files import make_directory
     from dalle.pipelines.generation import slug
     from dalle.pretrained.load import holds_text_tokenizer, is_external_checkpoint
-    from dalle.runs.args import ROOT
+    from dalle.runs import ROOT
     from dalle.train.distributed import Distributed
 
     own = args.model is None or (args.model / "config.json").is_file()

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dalle.clip.config import CLIPConfig
-from dalle.config import RESUME_FREE, cli_errors, parse
+from dalle.config import RESUME_FREE, check_positive, cli_errors, parse
 from dalle.data.config import DataConfig
-from dalle.runs.args import TrainArgs
 from dalle.schedules import Schedule
-from dalle.train.config import NO_PLATEAU, EMAConfig, OptimizerConfig, TrainConfig
+from dalle.train.config import NO_PLATEAU, EMAConfig, OptimizerConfig, TrainArgs, TrainConfig
 
 CLIP_TRAINING = TrainConfig(
     batch_size=32_768,
@@ -53,6 +52,7 @@ class TrainCLIPArgs(TrainArgs):
 
     def __post_init__(self):
         super().__post_init__()
+        check_positive(self, "eval_samples")
         if self.train.grad_accum_steps > 1:
             raise ValueError(
                 "train.grad_accum_steps changes CLIP's loss, which compares every caption with every image "
@@ -73,12 +73,7 @@ def train_clip(args: TrainCLIPArgs) -> Path:
 
     with TrainingRun("clip", args) as run:
         args, dist = run.args, run.dist
-        text = load_text_input(args.text_tokenizer)
-        if text.vocab_size > args.model.text_vocab:
-            raise ValueError(
-                f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {args.model.text_vocab}; "
-                "raise it"
-            )
+        text = load_text_input(args.text_tokenizer, args.model.text_vocab)
         train_set, val_set = (
             open_dataset(args.data, split, args.hard_negative_captions) for split in ("train", "held_out")
         )

@@ -7,12 +7,11 @@ python scripts/train_dvae.py --config configs/dvae/small.yaml --data.path my/ima
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dalle.config import RESUME_FREE, cli_errors, parse
+from dalle.config import RESUME_FREE, check_positive, cli_errors, parse
 from dalle.data.config import DataConfig
 from dalle.dvae.config import DVAEConfig, DVAELossConfig
-from dalle.runs.args import TrainArgs
 from dalle.schedules import Schedule
-from dalle.train.config import NO_PLATEAU, EMAConfig, OptimizerConfig, Precision, TrainConfig
+from dalle.train.config import NO_PLATEAU, EMAConfig, OptimizerConfig, Precision, TrainArgs, TrainConfig
 
 PAPER_TRAINING = TrainConfig(
     batch_size=512,
@@ -50,9 +49,7 @@ class EncodeConfig:
     """Processes that share the work; torchrun's WORLD_SIZE unless given."""
 
     def __post_init__(self):
-        for name in ("images", "crops", "batch_size", "shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_positive(self, "images", "crops", "batch_size", "shard")
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,7 @@ class TrainDVAEArgs(TrainArgs):
 
     def __post_init__(self):
         super().__post_init__()
+        check_positive(self, "eval_samples")
         if self.crop is not None and self.crop < self.model.downsample_factor:
             raise ValueError(
                 f"crop must hold a token of {self.model.downsample_factor} pixels, got {self.crop}"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.config import cli_errors, parse
 from dalle.data import DataConfig
-from dalle.runs.args import ROOT
+from dalle.runs import ROOT
 from dalle.text import TextTokenizer, TextTokenizerConfig
 from dalle.transformer import TransformerConfig
 from dalle.types import CaptionedImages

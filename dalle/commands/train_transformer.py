@@ -9,16 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle.config import RESUME_FREE, cli_errors, parse
+from dalle.config import RESUME_FREE, check_positive, cli_errors, parse
 from dalle.data.config import DataConfig
-from dalle.runs.args import TrainArgs
 from dalle.text.tokenizer import TextTokenizerConfig
-from dalle.train.config import TrainConfig
+from dalle.train.config import TrainArgs, TrainConfig
 from dalle.transformer.config import TransformerConfig, TransformerLossConfig
 
 if TYPE_CHECKING:
     from dalle.data.token_cache import TokenCache
-    from dalle.text import BPETokenizer
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,7 @@ class TrainTransformerArgs(TrainArgs):
 
     def __post_init__(self):
         super().__post_init__()
+        check_positive(self, "eval_samples")
         if self.sample_grid_size < 0:
             raise ValueError(f"sample_grid_size cannot be negative, got {self.sample_grid_size}")
         for name in ("bpe_dropout", "caption_dropout"):
@@ -73,11 +72,12 @@ def train_transformer(args: TrainTransformerArgs) -> Path:
 
     with TrainingRun("transformer", args) as run:
         args, dist = run.args, run.dist
-        text, cache = load_text_input(args.text_tokenizer), TokenCache(resolve_input("tokens", args.tokens))
+        text = load_text_input(args.text_tokenizer, args.model.text_vocab)
+        cache = TokenCache(resolve_input("tokens", args.tokens))
         image_tokenizer, dvae_hash = None, cache.meta["dvae"]
         if args.dvae:
             image_tokenizer, dvae_hash = load_dvae_input(args.dvae, dist.device)
-        check_inputs(args, text, cache, dvae_hash)
+        check_cache(args, cache, dvae_hash)
         inputs = {"text": text.to_dict(), "text_hash": text.hash, "dvae": dvae_hash, "tokens": cache.hash}
         model = run.build_model(inputs)
         # backends() refuses, before any work, what this device cannot run
@@ -107,10 +107,8 @@ def train_transformer(args: TrainTransformerArgs) -> Path:
     return run.dir
 
 
-def check_inputs(
-    run: TrainTransformerArgs, text: "BPETokenizer", cache: "TokenCache", dvae_hash: str
-) -> None:
-    """ValueError for a token cache, text tokenizer or dVAE that does not fit the model or each other."""
+def check_cache(run: TrainTransformerArgs, cache: "TokenCache", dvae_hash: str) -> None:
+    """ValueError for a token cache that does not fit the model or the dVAE."""
     model, folder = run.model, cache.folder
     dvae, vocab = cache.meta["dvae"], cache.meta["vocab"]
     if dvae_hash != dvae:
@@ -122,10 +120,6 @@ def check_inputs(
         raise ValueError(f"{folder} has grid {list(cache.grid)}, model.grid is {list(model.grid)}; set it")
     if vocab != model.image_vocab:
         raise ValueError(f"{folder} has {vocab} codes, model.image_vocab is {model.image_vocab}; set it")
-    if text.vocab_size > model.text_vocab:
-        raise ValueError(
-            f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {model.text_vocab}; raise it"
-        )
     if cache.size <= run.eval_samples:
         raise ValueError(f"{folder} has {cache.size} images, eval_samples takes {run.eval_samples}; lower it")
 

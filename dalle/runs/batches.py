@@ -32,37 +32,30 @@ class DVAEBatch:
     """Of how many."""
 
     def __call__(self, batch: ImageTextBatch, step: int) -> Tensor:
-        """(B, 3, H, W)."""
+        """(B, 3, H, W). Squares are sampled for the images of all processes: their number changes none."""
         pixels = torch.from_numpy(batch.pixels)
         if self.crop is None:
             return pixels
-        return random_squares(pixels, self.crop, step_seed(self.seed, step), self.rank, self.world)
-
-
-def random_squares(pixels: Tensor, side: int, seed: int, rank: int = 0, world: int = 1) -> Tensor:
-    """A square of each image, anywhere: (B, 3, H, W) -> (B, 3, side, side).
-
-    They are drawn for the images of all `world` processes, whose shares are equal, and those of `rank` taken:
-    the same square of an image whatever the number of processes.
-    """
-    if side > min(pixels.shape[2:]):
-        raise ValueError(f"crop {side} is larger than the images, {tuple(pixels.shape[2:])}; lower it")
-    rng, own = generator("squares", seed), slice(rank * len(pixels), (rank + 1) * len(pixels))
-    rows, columns = (
-        rng.integers(free - side + 1, size=world * len(pixels))[own] for free in pixels.shape[2:]
-    )
-    squares = zip(pixels, rows, columns, strict=True)
-    return torch.stack([image[:, y : y + side, x : x + side] for image, y, x in squares])
+        if self.crop > min(pixels.shape[2:]):
+            raise ValueError(
+                f"crop {self.crop} is larger than the images, {tuple(pixels.shape[2:])}; lower it"
+            )
+        rng, count = generator("squares", step_seed(self.seed, step)), len(pixels)
+        own = slice(self.rank * count, (self.rank + 1) * count)
+        free = [side - self.crop + 1 for side in pixels.shape[2:]]
+        rows, columns = (rng.integers(places, size=self.world * count)[own] for places in free)
+        squares = zip(pixels, rows, columns, strict=True)
+        return torch.stack([image[:, y : y + self.crop, x : x + self.crop] for image, y, x in squares])
 
 
 @dataclass(frozen=True)
 class CLIPBatch:
-    """Pixels and text ids of a step, one caption drawn for each image."""
+    """Pixels and text ids of a step, one caption sampled for each image."""
 
     text: TextTokenizer
     """Turns captions into ids."""
     seed: int
-    """Of the drawing."""
+    """Of the captions."""
     broken: CaptionedImages | None = None
     """The shapes, where beside each image stands one with a thing out of shape."""
 
@@ -72,34 +65,29 @@ class CLIPBatch:
         pixels = torch.from_numpy(batch.pixels)
         if self.broken is None:
             return pixels, ids
-        return (
-            pixels,
-            ids,
-            torch.from_numpy(corrupted_images(self.broken, [index for _, index in batch.samples])),
-        )
+        broken = corrupted_images(self.broken, [index for _, index in batch.samples])
+        return pixels, ids, torch.from_numpy(broken)
 
 
+@dataclass
 class TokenBatches:
     """Joint ids of a step: a caption of each image, encoded with dropout, and its image tokens.
 
-    Which caption and which merges are skipped depends on (seed, epoch, image) alone. `truncated`
-    counts captions that were cut. Of `world` processes each takes its share of the step: joined in the order
-    of `rank` they are the step of one.
+    Which caption and which merges are skipped depends on (seed, epoch, image) alone. Of `world` processes
+    each takes its share of the step: joined in the order of `rank` they are the step of one.
     """
 
-    def __init__(
-        self,
-        cache: TokenCache,
-        text: BPETokenizer,
-        layout: TokenLayout,
-        run: TrainTransformerArgs,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        self.cache, self.text, self.layout, self.run = cache, text, layout, run
-        self.rank, self.world = rank, world
-        self.trained = cache.size - run.eval_samples
-        self.truncated = 0
+    cache: TokenCache
+    text: BPETokenizer
+    layout: TokenLayout
+    run: TrainTransformerArgs
+    rank: int = 0
+    world: int = 1
+    truncated: int = 0
+    """Captions that were cut."""
+
+    def __post_init__(self):
+        self.trained = self.cache.size - self.run.eval_samples
 
     def __call__(self, step: int) -> Tensor:
         """int64 (B / world, N). A sample is one crop of one image: all images in one crop, then the next."""

@@ -18,7 +18,7 @@ from dalle.data.dataloader import worker_count
 from dalle.data.token_cache import TokenCacheSpec, TokenWriter
 from dalle.io.files import make_directory
 from dalle.layout import check_tokens
-from dalle.runs.args import ROOT
+from dalle.runs import ROOT
 from dalle.runs.inputs import load_dvae_input
 from dalle.train.precision import autocast, local_device, resolve_precision
 from dalle.types import CaptionedImages, ImageTextBatch, ImageTokenizer

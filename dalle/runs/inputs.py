@@ -8,7 +8,7 @@ import torch
 from dalle.hub.registry import LoadedModel, load_model
 from dalle.io.files import read_json
 from dalle.pretrained.load import is_external_checkpoint, load_image_tokenizer
-from dalle.runs.args import ROOT
+from dalle.runs import ROOT
 from dalle.text import BPETokenizer, load_text_tokenizer
 from dalle.types import ImageTokenizer
 
@@ -26,37 +26,35 @@ MARKS |= {"text": "text_tokenizer.json", "tokens": "meta.json"}
 
 def is_complete(stage: str) -> bool:
     """Whether the newest result of a stage under runs/ is there and, if it is trained, trained to its end."""
-    found = _results(stage, ROOT)
+    found = _results(stage)
     meta = read_json(_meta_file(stage, found[-1])) if found and stage != "text" else {}
     return bool(found) and meta.get("step", 0) >= meta.get("steps", 0)
 
 
-def latest_run(stage: str, root: Path | None = None) -> Path:
+def latest_run(stage: str) -> Path:
     """The newest result of a stage under runs/; ValueError names the command that makes one."""
-    root = root or ROOT
-    if found := _results(stage, root):
+    if found := _results(stage):
         return found[-1]
-    raise ValueError(f"no {stage} under {root}/; make one:\n    {MAKE_COMMANDS[stage]}")
+    raise ValueError(f"no {stage} under {ROOT}/; make one:\n    {MAKE_COMMANDS[stage]}")
 
 
-def _results(stage: str, root: Path) -> list[Path]:
-    """Folders one or two levels below the root that hold a complete result of the stage, oldest first."""
-    marks = []
-    for mark in sorted([*root.glob(f"*/{MARKS[stage]}"), *root.glob(f"*/*/{MARKS[stage]}")]):
-        folder = mark.parents[MARKS[stage].count("/")]
-        if folder.name.startswith("."):
-            continue
-        if stage == "text":  # a model directory has a text_tokenizer.json too
-            fits = not (folder / "config.json").exists()
-        else:
-            try:
-                meta = read_json(_meta_file(stage, folder))
-            except ValueError:  # damaged
-                continue
-            fits = isinstance(meta, dict) and meta.get("kind") == stage
-        if fits:
-            marks.append((mark.stat().st_mtime, folder))
-    return [folder for _, folder in sorted(marks, key=lambda one: one[0])]
+def _results(stage: str) -> list[Path]:
+    """Folders one or two levels below runs/ that hold a complete result of the stage, oldest first."""
+    mark = MARKS[stage]
+    marks = [*ROOT.glob(f"*/{mark}"), *ROOT.glob(f"*/*/{mark}")]
+    marks.sort(key=lambda path: (path.stat().st_mtime, path))
+    folders = [path.parents[mark.count("/")] for path in marks]
+    return [folder for folder in folders if folder.name[0] != "." and _is_result(stage, folder)]
+
+
+def _is_result(stage: str, folder: Path) -> bool:
+    if stage == "text":  # a model directory has a text_tokenizer.json too
+        return not (folder / "config.json").exists()
+    try:
+        meta = read_json(_meta_file(stage, folder))
+    except ValueError:  # damaged
+        return False
+    return isinstance(meta, dict) and meta.get("kind") == stage
 
 
 def _meta_file(stage: str, folder: Path) -> Path:
@@ -96,7 +94,15 @@ def load_dvae_input(given: Path | None, device: torch.device) -> tuple[ImageToke
     return part.model.to(memory_format=torch.channels_last), part.hash
 
 
-def load_text_input(given: Path | None) -> BPETokenizer:
-    """The text tokenizer of an earlier stage, or any file that `load_text_tokenizer` reads."""
+def load_text_input(given: Path | None, text_vocab: int | None = None) -> BPETokenizer:
+    """The text tokenizer of an earlier stage, or any file that `load_text_tokenizer` reads.
+
+    ValueError if it has more ids than a model's `text_vocab`.
+    """
     path = resolve_input("text", given)
-    return load_text_tokenizer(path / "text_tokenizer.json" if path.is_dir() else path)
+    text = load_text_tokenizer(path / "text_tokenizer.json" if path.is_dir() else path)
+    if text_vocab is not None and text.vocab_size > text_vocab:
+        raise ValueError(
+            f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {text_vocab}; raise it"
+        )
+    return text

@@ -10,7 +10,7 @@ from dalle.commands.train_clip import TrainCLIPArgs, train_clip
 from dalle.commands.train_dvae import TrainDVAEArgs, train_dvae
 from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
 from dalle.config import ConfigError, from_dict, read_yaml
-from dalle.runs.args import TrainArgs
+from dalle.train.config import TrainArgs
 
 TRAININGS: dict[str, tuple[type[TrainArgs], Callable[[Any], Path]]] = {
     "dvae": (TrainDVAEArgs, train_dvae),

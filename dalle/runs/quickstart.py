@@ -1,7 +1,7 @@
 """Quick start: every stage of DALL-E on shapes, accuracy of its samples, and the report."""
 
+import shutil
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +23,13 @@ from dalle.hub.registry import load_model
 from dalle.io.files import make_directory, write_json
 from dalle.io.images import captioned_grid, image_grid, to_pil
 from dalle.pipelines.dalle import DALLE
-from dalle.runs.args import ROOT
+from dalle.runs import ROOT
 from dalle.runs.inputs import is_complete
 from dalle.train.loggers import peak_memory, read_log
 from dalle.train.precision import resolve_device
 from dalle.viz.curves import plot_losses
+
+KINDS = ("dvae", "transformer", "clip")
 
 
 def quickstart(run: QuickstartArgs) -> dict[str, Any]:
@@ -35,13 +37,10 @@ def quickstart(run: QuickstartArgs) -> dict[str, Any]:
     out = _prepare(run.out)
     seconds: dict[str, float] = {}
     resumed = any(out.iterdir())
-    files = {family: run.configs / family / "shapes.yaml" for family in ("dvae", "transformer", "clip")}
     common: dict[str, Any] = {"seed": run.seed, "device": run.device}
-    text_run = load(TrainTokenizerArgs, [files["transformer"]], schema=TrainTransformerArgs)
-    dvae_run = load(TrainDVAEArgs, [files["dvae"]])
-    encode_run = load(EncodeImagesArgs, [files["dvae"]], schema=TrainDVAEArgs)
-    transformer_run = load(TrainTransformerArgs, [files["transformer"]])
-    clip_run = load(TrainCLIPArgs, [files["clip"]])
+    text_run, dvae_run, encode_run = first_stages(run.configs)
+    transformer_run = load(TrainTransformerArgs, [run.configs / "transformer" / "shapes.yaml"])
+    clip_run = load(TrainCLIPArgs, [run.configs / "clip" / "shapes.yaml"])
 
     with _stage("tokenizer", seconds):
         # not trained again: the result may differ (dalle/text/train_bpe.py)
@@ -58,9 +57,7 @@ def quickstart(run: QuickstartArgs) -> dict[str, Any]:
         train_clip(replace(clip_run, out=out / "clip", **common))
     with _stage("sample", seconds):
         device = resolve_device(run.device)
-        model = DALLE.from_parts(
-            *(load_model(out / kind, kind, device) for kind in ("dvae", "transformer", "clip"))
-        )
+        model = DALLE.from_parts(*(load_model(out / kind, kind, device) for kind in KINDS))
         model.save_pretrained(out / "model")
         options = {"seed": run.seed, "temperature": run.temperature}
         accuracy, samples = caption_accuracy(model, "held_out", run.captions, run.best_of, **options)
@@ -92,18 +89,23 @@ def quickstart(run: QuickstartArgs) -> dict[str, Any]:
     return report
 
 
+def first_stages(configs: Path) -> tuple[TrainTokenizerArgs, TrainDVAEArgs, EncodeImagesArgs]:
+    """Text tokenizer, dVAE and image tokens, as configured for the shapes."""
+    transformer, dvae = (configs / family / "shapes.yaml" for family in ("transformer", "dvae"))
+    return (
+        load(TrainTokenizerArgs, [transformer], schema=TrainTransformerArgs),
+        load(TrainDVAEArgs, [dvae]),
+        load(EncodeImagesArgs, [dvae], schema=TrainDVAEArgs),
+    )
+
+
 def make_missing_stages() -> None:
     """Train text tokenizer and dVAE on shapes and encode images, unless runs/ has complete results."""
-    transformer, dvae = (CONFIGS / family / "shapes.yaml" for family in ("transformer", "dvae"))
-    makers: dict[str, Callable[[], Any]] = {
-        "text": lambda: train_tokenizer(load(TrainTokenizerArgs, [transformer], schema=TrainTransformerArgs)),
-        "dvae": lambda: train_dvae(load(TrainDVAEArgs, [dvae])),
-        "tokens": lambda: encode_images(load(EncodeImagesArgs, [dvae], schema=TrainDVAEArgs)),
-    }
-    for stage, make in makers.items():
+    commands = {"text": train_tokenizer, "dvae": train_dvae, "tokens": encode_images}
+    for (stage, command), args in zip(commands.items(), first_stages(CONFIGS), strict=True):
         if not is_complete(stage):
             print(f"no {stage} under {ROOT}/ yet: training or encoding first")
-            make()
+            command(args)
 
 
 def _prepare(out: Path) -> Path:
@@ -135,25 +137,18 @@ def _save_sheets(out: Path, samples: ShapesSamples) -> None:
         for caption, a, b in zip(samples.captions, first, best, strict=False)
     ]
     captioned_grid(cells, columns=4).save(out / "samples.png")
-    newest_sheet = max((out / "dvae").glob("reconstructions-*.png"))
-    (out / "reconstructions.png").write_bytes(newest_sheet.read_bytes())
-    runs = {kind: out / kind for kind in ("dvae", "transformer", "clip")}
-    plot_losses(runs).save(out / "losses.png")
+    shutil.copyfile(max((out / "dvae").glob("reconstructions-*.png")), out / "reconstructions.png")
+    plot_losses({kind: out / kind for kind in KINDS}).save(out / "losses.png")
 
 
 def _print(out: Path, report: dict[str, Any]) -> None:
-    total = report["seconds"]["total"]
     if report["resumed"]:
         print("\nResumed: the seconds leave out what an earlier, interrupted run took.")
-    print(
-        f"\n{total:.0f} s, {report['peak_memory_gib']} GiB. Share of images that show what their caption "
-        "says:"
-    )
-    names = list(report["caption_accuracy"])
+    seconds, memory = report["seconds"]["total"], report["peak_memory_gib"]
+    print(f"\n{seconds:.0f} s, {memory} GiB. Share of images that show their caption:")
     print(f"  {'':16}{'held-out scenes':>16}{'new color-shape pairs':>25}")
-    for name in names:
-        pair = report["caption_accuracy"][name], report["caption_accuracy_new_pairs"][name]
-        print(f"  {name:16}{pair[0]:16.3f}{pair[1]:25.3f}")
+    for name, share in report["caption_accuracy"].items():
+        print(f"  {name:16}{share:16.3f}{report['caption_accuracy_new_pairs'][name]:25.3f}")
     prompt = "a red cross above a blue circle on a white background"
     print(f"Look at {out / 'samples.png'} and, in a browser, {out / 'report.html'}. Generate your own:")
     words = f'--model {out / "model"} --prompt "{prompt}" --temperature {report["temperature"]}'

@@ -1,11 +1,12 @@
 """Training commands: processes, a model from fresh or earlier weights, and the trainer."""
 
+import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -15,8 +16,9 @@ from dalle.data import BatchReader, ImageTextLoader
 from dalle.hub.init_from import freeze, load_pretrained_weights
 from dalle.hub.registry import build_model, checkpoint_meta, load_model
 from dalle.io.files import make_directory, read_json
-from dalle.runs.args import ROOT, TrainArgs
+from dalle.runs import ROOT
 from dalle.train.checkpoint import latest_checkpoint
+from dalle.train.config import TrainArgs
 from dalle.train.distributed import Distributed
 from dalle.train.precision import compile_layers
 from dalle.train.trainer import Trainer
@@ -25,14 +27,11 @@ from dalle.types import CaptionedImages, Objective
 Args = TypeVar("Args", bound=TrainArgs)
 
 
-class TrainingRun(Generic[Args]):
+class TrainingRun(AbstractContextManager, Generic[Args]):
     """One training of a command, as a context that leaves the process group at its end.
 
     `kind` is "dvae", "transformer" or "clip". With `--overfit-batch N` every step trains on the first batch,
     of N samples.
-
-    Raises:
-        ValueError: processes that do not match --parallel.
     """
 
     def __init__(self, kind: str, args: Args):
@@ -41,19 +40,13 @@ class TrainingRun(Generic[Args]):
         self.kind, self.args, self.dir = kind, args, args.out or ROOT / kind
         self.dist = start_processes(args)
 
-    def __enter__(self) -> Self:
-        self.dist.__enter__()
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.dist.__exit__(*error)
 
     def build_model(self, inputs: dict[str, Any], **placement: Any) -> nn.Module:
         """The model on its device, with `--init-from`, `--freeze` and `--compile` applied.
 
-        Args:
-            inputs: what it is trained with, for its checkpoints: hashes and the text tokenizer.
-            placement: for `nn.Module.to`.
+        `inputs` is what it is trained with, for its checkpoints: hashes and the text tokenizer.
         """
         torch.manual_seed(self.args.seed)
         model = build_model(self.kind, self.args.model).to(self.dist.device, **placement)
@@ -115,13 +108,29 @@ class TrainingRun(Generic[Args]):
 
 
 def start_processes(args: TrainArgs) -> Distributed:
-    """Joins the processes of torchrun; ValueError if they do not match --parallel."""
-    if args.compile and args.parallel in ("fsdp", "hsdp"):
+    """Joins the processes of torchrun; ValueError if they do not match the arguments."""
+    mode, launched = args.parallel, "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
+    shard = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if args.shard is None else args.shard
+    if args.compile and mode in ("fsdp", "hsdp"):
+        raise ValueError(f"--compile with --parallel {mode} is untested; omit it, or use --parallel ddp")
+    if args.shard is not None and mode != "hsdp":
+        raise ValueError(f"--shard is for --parallel hsdp, not for {mode}; omit it")
+    if mode == "none" and world_size > 1:
         raise ValueError(
-            f"--compile with --parallel {args.parallel} is untested; omit --compile, or use --parallel ddp"
+            f"torchrun started {world_size} processes, and with --parallel none each would train alone; "
+            "add --parallel ddp, fsdp or hsdp, or start it without torchrun"
         )
-    timeout = timedelta(minutes=args.dist_timeout_minutes)
-    return Distributed.start(args.parallel, args.device, args.shard, timeout)
+    if mode != "none" and not launched:
+        raise ValueError(
+            f"--parallel {mode} needs torchrun: torchrun --nproc-per-node 2 SCRIPT ... --parallel {mode}"
+        )
+    if mode == "hsdp" and (shard < 1 or world_size % shard):
+        raise ValueError(
+            f"{world_size} processes do not divide into groups of {shard} that share parameters; "
+            "set --shard to a divisor, or start as many processes on each machine"
+        )
+    return Distributed.start(mode, args.device, args.shard, args.dist_timeout_minutes)
 
 
 def open_loader(

@@ -14,7 +14,6 @@ folder of shards in place of a file (dalle/train/sharded_checkpoint.py).
 
 import os
 import shutil
-import time
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,7 @@ from dalle.io.files import (
     write_text,
 )
 from dalle.train import sharded_checkpoint as sharded
-from dalle.train.distributed import Distributed
-from dalle.train.dtensor import is_dtensor
+from dalle.train.distributed import Distributed, is_dtensor
 from dalle.train.state import TrainState
 
 
@@ -74,8 +72,7 @@ def write_checkpoint(
 ) -> Path:
     """Writes a checkpoint; removes all but the newest `keep` and every `keep_every`-th step's; collective.
 
-    Raises:
-        OSError: the disk is full or cannot be written to; earlier checkpoints are as they were.
+    OSError if the disk is full or cannot be written to; earlier checkpoints are as they were.
     """
     root = run_dir / "checkpoints"
     partial = root / f".partial-{snapshot.name}"
@@ -150,10 +147,8 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 def latest_valid_checkpoint(run_dir: Path, dist: Distributed) -> Path | None:
     """The newest checkpoint of a run whose files match their hashes, or None if there are no checkpoints.
 
-    Warns of damaged files when it takes an earlier one. All processes call it together; each reads its share.
-
-    Raises:
-        ValueError: every checkpoint is damaged.
+    Warns of damaged files when it takes an earlier one; ValueError if all are damaged. All processes call it
+    together; each reads its share.
     """
     damages: list[str] = []
     for folder in dist.on_main(lambda: _candidates(run_dir)):
@@ -195,10 +190,9 @@ def verify_checkpoint(
 
 
 def restore(folder: Path, state: TrainState, dist: Distributed | None = None) -> None:
-    """Loads a checkpoint into the state, strictly; any number of processes may have written it.
+    """Loads a checkpoint into the state; any number of processes may have written it.
 
-    Raises:
-        ValueError: a file is missing or no safetensors file, or holds other tensors than the state.
+    ValueError for a file that is missing, no safetensors file, or holds other tensors than the state.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     own, _ = state.state_dict()
@@ -213,8 +207,3 @@ def restore(folder: Path, state: TrainState, dist: Distributed | None = None) ->
         else:
             tensors[file] = read_tensors(folder / f"{file}.safetensors")
     state.load(tensors, read_json(folder / "meta.json"), folder)
-
-
-def saved_at(folder: Path) -> str:
-    """When a checkpoint was written, in local time."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((folder / "meta.json").stat().st_mtime))

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -48,14 +49,10 @@ class AsyncCheckpointer:
     @property
     def failed(self) -> bool:
         """Whether the checkpoint could not be written; `wait` raises the reason."""
-        return self.writing is not None and self.writing[1].done() and self.writing[1].exception() is not None
+        return bool(self.writing and self.writing[1].done() and self.writing[1].exception())
 
     def wait(self) -> None:
-        """Waits until the checkpoint is written.
-
-        Raises:
-            OSError: it could not be written; says what a resume would start from.
-        """
+        """Waits until the checkpoint is written; OSError says what a resume would start from if it failed."""
         if self.writing is None:
             return
         (step, written), self.writing = self.writing, None
@@ -71,7 +68,7 @@ class AsyncCheckpointer:
             ) from error
 
 
-class RunGuard:
+class RunGuard(AbstractContextManager):
     """Context of a training: locks the run's directory, handles signals, saves checkpoints.
 
     Raises:
@@ -90,16 +87,10 @@ class RunGuard:
         self.lock = lock_directory(self.run_dir)
 
     def on_step_end(self, state: TrainState) -> None:
-        """Saves a checkpoint if one is due, or if a signal asked any process to stop.
-
-        Raises:
-            Preempted: a signal asked to stop before the last step; the state is saved.
-            OSError: a checkpoint could not be written.
-        """
+        """Saves a checkpoint if one is due, or a signal asked any process to stop: then raises Preempted."""
         last = state.step == self.meta["steps"]
-        status = self.control.max(
-            FAILED if self.checkpointer.failed else STOP if self.stop.asked else CONTINUE
-        )
+        own = FAILED if self.checkpointer.failed else STOP if self.stop.asked else CONTINUE
+        status = max(self.control.gather_objects(own))
         if status == FAILED:
             self.checkpointer.wait()
         if status == STOP or last or state.step % self.save_every == 0:
@@ -114,9 +105,6 @@ class RunGuard:
                     f"resumes it (exit status {EXIT_PREEMPTED})"
                 )
             raise Preempted
-
-    def __enter__(self) -> "RunGuard":
-        return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
@@ -137,9 +125,6 @@ def lock_directory(run_dir: Path) -> TextIO:
 
     The file names the process and its host. The kernel frees a record lock when its process dies, and forked
     data workers do not inherit it. Windows has none: nothing is locked there.
-
-    Raises:
-        ValueError: another process holds it, or the directory cannot be written to.
     """
     make_directory(run_dir)
     file = (run_dir / ".lock").open("a+", encoding="utf-8")

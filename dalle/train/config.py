@@ -5,6 +5,7 @@ A field marked `RESUME_FREE` may change when a run resumes: it leaves the weight
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from dalle.config import RESUME_FREE, check_positive
@@ -93,10 +94,7 @@ class OptimizerConfig:
             raise ValueError(
                 f"lr and warmup_steps cannot be negative, got {self.lr} and warmup_steps {self.warmup_steps}"
             )
-        for name in ("max_grad_norm", "max_variance", "muon_lr_scale"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, or null for none, got {value}")
+        check_positive(self, "max_grad_norm", "max_variance", "muon_lr_scale")
         if self.max_variance is not None and not 0 < self.beta2 < 1:
             raise ValueError(f"beta2 must be in (0, 1) with max_variance, got {self.beta2}")
         if self.state_dtype == "8bit" and self.max_variance is not None:
@@ -139,8 +137,7 @@ class PowerSGDConfig:
     """Of error buffers and messages: paper rounds them to 1-6-9, emulated (E.2)."""
 
     def __post_init__(self):
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank must be positive, or null to send whole gradients, got {self.rank}")
+        check_positive(self, "rank")
         if self.start_step < 0:
             raise ValueError(f"start_step cannot be negative, got {self.start_step}")
 
@@ -165,8 +162,7 @@ class LogConfig:
     def __post_init__(self):
         if unknown := sorted(set(self.loggers) - set(LOGGERS)):
             raise ValueError(f"unknown logger {unknown[0]!r}; expected tensorboard or wandb")
-        if self.peak_flops is not None and not self.peak_flops > 0:
-            raise ValueError(f"peak_flops must be positive, got {self.peak_flops}")
+        check_positive(self, "peak_flops")
 
 
 @dataclass(frozen=True)
@@ -202,13 +198,46 @@ class TrainConfig:
     """Also keep each checkpoint whose step this divides; null keeps the newest only."""
 
     def __post_init__(self):
-        check_positive(
-            self,
-            *("batch_size", "grad_accum_steps", "log_every", "eval_every", "save_every"),
-            *("keep_last", "max_skipped_steps"),
-        )
-        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.save_every):
-            raise ValueError(
-                f"keep_every must be a multiple of save_every, {self.save_every}, or null, got "
-                f"{self.keep_every}"
-            )
+        check_positive(self, "batch_size", "grad_accum_steps", "log_every", "eval_every", "save_every")
+        check_positive(self, "keep_last", "keep_every", "max_skipped_steps")
+        if self.keep_every and self.keep_every % self.save_every:
+            raise ValueError(f"keep_every {self.keep_every} is no multiple of save_every {self.save_every}")
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Arguments of every training command."""
+
+    out: Path | None = field(default=None, metadata=RESUME_FREE)
+    """Directory of the run; default: runs/<stage>."""
+    steps: int = field(default=430_000, metadata=RESUME_FREE)
+    """Steps in all; schedules have their own lengths."""
+    seed: int = 0
+    """Seed of weights, data order and noise."""
+    device: str = field(default="auto", metadata=RESUME_FREE)
+    """cuda, mps or cpu; auto takes the first that is available."""
+    resume: Resume = field(default="auto", metadata=RESUME_FREE)
+    """auto: resume the run in --out; changed: resume it with the new configuration (the EMA decay excepted);
+    never: refuse a directory that holds a run."""
+    parallel: Mode = field(default="none", metadata=RESUME_FREE)
+    """Data parallelism of the processes that torchrun starts: none is one process, ddp replicates the model,
+    fsdp shards it, hsdp shards it within a machine and replicates it between machines."""
+    shard: int | None = field(default=None, metadata=RESUME_FREE)
+    """For hsdp: processes that share one set of parameters; default: those of a machine."""
+    init_from: Path | None = field(default=None, metadata=RESUME_FREE)
+    """Start from a run, checkpoint or model directory of the same family; vocabularies may grow."""
+    freeze: tuple[str, ...] = ()
+    """Names of parameters that are not trained; * matches anything: "layers.0.*"."""
+    overfit_batch: int | None = None
+    """Train on the first batch of this many samples again and again: a check that the loss can fall."""
+    dist_timeout_minutes: float = field(default=TIMEOUT_MINUTES, metadata=RESUME_FREE)
+    """Longest wait for the other processes before a run ends with an error."""
+    compile: bool = field(default=False, metadata=RESUME_FREE)
+    """Compile each layer: minutes at the start, faster steps."""
+    log: LogConfig = field(default=LogConfig(), metadata=RESUME_FREE)
+    """Loggers besides log.jsonl."""
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
+        check_positive(self, "steps", "overfit_batch", "dist_timeout_minutes")

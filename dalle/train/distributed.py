@@ -12,9 +12,10 @@ of a single process up to rounding.
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from inspect import signature
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -23,24 +24,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dalle.train.config import TIMEOUT_MINUTES, Mode
-from dalle.train.dtensor import ForwardProxy, local, shard_model
 from dalle.train.precision import local_device, resolve_device
-from dalle.types import BatchShard
 
 T = TypeVar("T")
 MONITOR_TIMEOUT = timedelta(seconds=20)
 """Time a process has to answer when another one has timed out."""
 
 
-class Distributed:
+class Distributed(AbstractContextManager):
     """This process among those that work together; `Distributed()` is a single process.
-
-    Args:
-        mode: see above.
-        device: of this process.
-        rank: of this process.
-        world_size: number of processes.
-        shard: processes that share one set of parameters, for hsdp; default: all.
 
     Attributes:
         mesh: DeviceMesh, ("shard",) for fsdp and ("replicate", "shard") for hsdp, else None.
@@ -49,12 +41,7 @@ class Distributed:
     """
 
     def __init__(
-        self,
-        mode: Mode = "none",
-        device: torch.device | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        shard: int | None = None,
+        self, mode: Mode = "none", device: torch.device | None = None, rank: int = 0, world_size: int = 1
     ):
         self.mode, self.rank, self.world_size = mode, rank, world_size
         self.device = device or torch.device("cpu")
@@ -64,56 +51,49 @@ class Distributed:
         self.is_main = rank == 0  # writes and prints for all
         self.sharded = mode in ("fsdp", "hsdp")  # each process holds shards of the parameters
         self.averaged = True
-        self._scalars: list[nn.Parameter] = []
+        self._scalars: list[nn.Parameter] = []  # FSDP2 does not shard them
         self._stdout = sys.stdout
-        if self.sharded:
-            from torch.distributed.device_mesh import init_device_mesh  # takes seconds to import
-
-            replicas = 1 if mode == "fsdp" else world_size // (shard or world_size)
-            dims = {"shard": world_size // replicas}
-            if mode == "hsdp":
-                dims = {"replicate": replicas} | dims
-            self.mesh = init_device_mesh(self.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
 
     @classmethod
     def start(
-        cls,
-        mode: Mode,
-        device: str = "auto",
-        shard: int | None = None,
-        timeout: timedelta = timedelta(minutes=TIMEOUT_MINUTES),
+        cls, mode: Mode, device: str, shard: int | None = None, timeout_minutes: float = TIMEOUT_MINUTES
     ) -> "Distributed":
         """Joins the processes that torchrun started for a training; mode "none" is a single process.
 
-        Only rank 0 prints from then on. A process that waits longer than `timeout` ends with an error that
-        names the ranks that do not answer (over NCCL the watchdog names the collective).
-
-        Raises:
-            ValueError: mode, torchrun, devices and `shard` do not match.
+        Only rank 0 prints from then on. A process that waits longer than the timeout ends with an error that
+        names the ranks that do not answer (over NCCL the watchdog names the collective). With hsdp `shard`
+        processes share one set of parameters, by default those of a machine.
         """
-        world_size = _check_launch(mode, shard)
         if mode == "none":
             return cls(device=resolve_device(device))
         own = local_device(device)
         if own.type == "cuda":
             torch.cuda.set_device(own)
-        dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timeout)
-        per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        group = cls(mode, own, dist.get_rank(), world_size, shard or per_machine)
+        backend = "nccl" if own.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        world_size = dist.get_world_size()
+        group = cls(mode, own, dist.get_rank(), world_size)
         group.control = dist.new_group(backend="gloo")
+        if group.sharded:
+            from torch.distributed.device_mesh import init_device_mesh  # takes seconds to import
+
+            shard = shard or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+            dims = {"replicate": world_size // shard, "shard": shard}
+            dims = dims if mode == "hsdp" else {"shard": world_size}
+            group.mesh = init_device_mesh(own.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
         if not group.is_main:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed by `__exit__`
         return group
 
     @classmethod
     @contextmanager
-    def join(cls, device: str = "auto", timeout: timedelta = timedelta(days=7)) -> Iterator["Distributed"]:
+    def join(cls, device: str) -> Iterator["Distributed"]:
         """Context of the processes that divide work, as sampling; a single one without torchrun."""
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         if world_size == 1:
             yield cls(device=resolve_device(device))
             return
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
         try:
             yield cls("none", local_device(device), dist.get_rank(), world_size)
         finally:
@@ -139,37 +119,24 @@ class Distributed:
         """Wraps the model in DDP or FSDP2, before optimizers are built; parameter names do not change.
 
         fsdp and hsdp gather layers in 16 bit under bf16 and fp16, as autocast would cast them, and norms,
-        embeddings and outputs in fp32 (appendix D, guideline 2). Gradients are averaged in fp32.
-
-        Args:
-            model: the same weights in every process.
-            precision: fp32, bf16 or fp16.
-            averaged: whether replicas average their gradients here; else PowerSGD does.
+        embeddings and outputs in fp32 (appendix D, guideline 2). Gradients are averaged in fp32: here if
+        `averaged`, else by PowerSGD.
         """
         self.averaged = averaged
         if self.mode == "ddp":
-            proxy = ForwardProxy(model)
-            self.wrapped = DistributedDataParallel(proxy, **{BUFFERS_OPTION: False}) if averaged else proxy
+            self.wrapped = ForwardProxy(model)
+            if averaged:
+                renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+                option = "forward_sync_buffers" if renamed else "broadcast_buffers"  # before torch 2.15
+                self.wrapped = DistributedDataParallel(self.wrapped, **{option: False})
         elif self.sharded:
-            self._scalars = [p for p in model.parameters() if p.ndim == 0]  # FSDP2 does not shard scalars
+            self._scalars = [p for p in model.parameters() if p.ndim == 0]
             mesh = self.mesh if averaged else self.mesh["shard"]
             self.wrapped = shard_model(model, mesh, precision, self._scalars, by_longer_side=not averaged)
 
     def forward(self, model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
         """function(model, *args) as the forward pass that DDP and FSDP hook, whatever methods it calls."""
         return self.wrapped(function, *args) if self.wrapped else function(model, *args)
-
-    def reshard(self) -> None:
-        """Frees parameters left gathered by a pass without gradients."""
-        if self.sharded:
-            self.wrapped.reshard()
-
-    def shard_of(self, number: int, passes: int, num_targets: Tensor | None) -> BatchShard:
-        """The shard of a step's batch in pass `number` of `passes` of this process."""
-        if self.world_size == 1:
-            return BatchShard(number, passes, num_targets)
-        index, count = self.rank * passes + number, self.world_size * passes
-        return BatchShard(index, count, num_targets, self.all_reduce, self.gather)
 
     @contextmanager
     def no_sync(self, active: bool) -> Iterator[None]:
@@ -196,8 +163,7 @@ class Distributed:
             torch._foreach_div_(gradients, passes)
 
     def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """Sum (or another reduction) over the processes, without gradient; as all collectives, identity for
-        one."""
+        """Sum or another reduction, without gradient; as all collectives, the identity for one process."""
         if self.world_size == 1:
             return tensor.detach()
         result = tensor.detach().clone()
@@ -210,15 +176,7 @@ class Distributed:
 
     def gather(self, rows: Tensor) -> Tensor:
         """(B, ...) of each process -> (world_size * B, ...) in rank order; gradients flow back to each."""
-        return _Gather.apply(rows)
-
-    def max(self, value: int) -> int:
-        """The largest value of any process."""
-        if self.world_size == 1:
-            return value
-        result = torch.tensor(value)
-        dist.all_reduce(result, dist.ReduceOp.MAX, self.control)
-        return int(result)
+        return _Gather.apply(rows) if self.world_size > 1 else rows
 
     def gather_objects(self, value: T) -> list[T]:
         """The value of every process, in rank order."""
@@ -228,8 +186,7 @@ class Distributed:
         return values
 
     def gather_results(self, function: Callable[[], T]) -> list[T]:
-        """What the function returns in each process; an error in one is raised in all, after all have called
-        it."""
+        """What the function returns in each process; an error in one is raised in all, after all calls."""
         outcome: tuple[Any, Exception | None]
         try:
             outcome = function(), None
@@ -249,9 +206,6 @@ class Distributed:
         if self.world_size > 1:
             dist.barrier()
 
-    def __enter__(self) -> "Distributed":
-        return self
-
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if self.control is not None and isinstance(error, RuntimeError) and "timed out" in str(error).lower():
             try:
@@ -261,15 +215,71 @@ class Distributed:
         if sys.stdout is not self._stdout:
             sys.stdout.close()
             sys.stdout = self._stdout
-        if (self.world_size > 1 or self.mode != "none") and dist.is_initialized():
+        if self.mode != "none":
             dist.destroy_process_group()
 
 
-BUFFERS_OPTION = next(  # renamed in torch 2.15
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in signature(DistributedDataParallel).parameters
-)
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether this process holds a shard of the tensor only."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard, sharing its memory; a plain tensor is itself."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A full tensor, the same in every process, sharded as `like` is; no communication."""
+    if is_dtensor(tensor) or not is_dtensor(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # takes seconds to import
+
+    mesh = like.device_mesh
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
+
+
+class ForwardProxy(nn.Module):
+    """A model whose only call is forward(f, ...) = f(model, ...), which DDP and FSDP hook."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(self.model, *args)
+
+
+def shard_model(
+    model: nn.Module, mesh: Any, precision: str, ignored: list[nn.Parameter], by_longer_side: bool
+) -> nn.Module:
+    """Shards a model by FSDP2: each group of `model.fsdp_groups()` by itself, everything else together.
+
+    `by_longer_side` shards matrices where PowerSGD's factors are smallest.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard
+
+    model.to(memory_format=torch.contiguous_format)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    placement = (lambda p: Shard(shard_dim(p.shape, mesh.size()))) if by_longer_side else None
+    groups = model.fsdp_groups()
+    for group in groups:
+        fully_shard(group, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
+    for before, after in pairwise(groups):
+        before[0].set_modules_to_forward_prefetch([after[0]])
+        after[0].set_modules_to_backward_prefetch([before[0]])
+    proxy = ForwardProxy(model)
+    return fully_shard(proxy, mesh=mesh, ignored_params=set(ignored), shard_placement_fn=placement)
+
+
+def shard_dim(shape: tuple[int, ...], shards: int) -> int:
+    """The dimension of a parameter to shard: the longer side of a matrix (E.2), where factors are smallest.
+
+    FSDP2 shards other dimensions than the first only evenly; a matrix that does not divide is sharded by it.
+    """
+    return int(len(shape) == 2 and shape[1] > shape[0] and shape[1] % shards == 0)
 
 
 class _Gather(torch.autograd.Function):
@@ -286,28 +296,3 @@ class _Gather(torch.autograd.Function):
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def _check_launch(mode: Mode, shard: int | None) -> int:
-    """The number of processes; ValueError if mode and launch do not match."""
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
-    if shard is not None and mode != "hsdp":
-        raise ValueError(f"--shard is for --parallel hsdp, not for {mode}; omit it")
-    if mode == "none" and world_size > 1:
-        raise ValueError(
-            f"torchrun started {world_size} processes, and with --parallel none each would train alone; "
-            "add --parallel ddp, fsdp or hsdp, or start it without torchrun"
-        )
-    if mode != "none" and not launched:
-        raise ValueError(
-            f"--parallel {mode} needs torchrun: torchrun --nproc-per-node 2 SCRIPT ... --parallel {mode}"
-        )
-    if mode == "hsdp":
-        size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if shard is None else shard
-        if size < 1 or world_size % size:
-            raise ValueError(
-                f"{world_size} processes do not divide into groups of {size} that share parameters; "
-                "set --shard to a divisor, or start as many processes on each machine"
-            )
-    return world_size

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dalle.train.dtensor import local
+from dalle.train.distributed import local
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ A step with any gradient that is not finite is skipped.
 import torch
 from torch import Tensor, nn
 
-from dalle.train.dtensor import local
+from dalle.train.distributed import local
 
 START = 2.0**13
 GROWTH = 2.0 ** (1 / 1000)

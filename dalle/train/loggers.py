@@ -29,13 +29,16 @@ def to_numbers(metrics: dict[str, Any]) -> Numbers:
     return {name: float(value) for name, value in metrics.items()}
 
 
-class JSONLLogger:
-    """run/log.jsonl: {"step": 10, "loss": ...} a line. Opening at step k drops what a crash left after k."""
+class FileLogger:
+    """run/log.jsonl, {"step": 10, "loss": ...} a line, and NAME-STEP.png.
 
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        kept = [line for line in read_log(path) if line["step"] <= step] if path.exists() else []
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    Opening at step k drops the lines that a crash left after k.
+    """
+
+    def __init__(self, run_dir: Path, step: int):
+        self.run_dir, self.path = run_dir, run_dir / "log.jsonl"
+        kept = [line for line in read_log(self.path) if line["step"] <= step] if self.path.exists() else []
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, numbers: Numbers) -> None:
         """Appends one line; numbers that are not finite, which JSON cannot hold, are left out."""
@@ -45,13 +48,8 @@ class JSONLLogger:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
 
-
-class NullLogger:
-    """The logger of other processes than the first."""
-
-    def write(self, step: int, numbers: Numbers) -> None: ...
-
-    def log_image(self, step: int, name: str, image: Any) -> None: ...
+    def log_image(self, step: int, name: str, image: Image.Image) -> None:
+        image.save(self.run_dir / f"{name}-{step:08d}.png")
 
     def close(self) -> None: ...
 
@@ -82,43 +80,47 @@ def peak_memory(device: torch.device | None = None) -> float:
 
 
 class Loggers:
-    """All loggers of a run; what a crash left in log.jsonl after `step` is dropped.
+    """All loggers of a run; none in other processes than the first.
 
     Raises:
         ImportError: a package is missing; says how to install it.
     """
 
-    def __init__(self, run_dir: Path, step: int, config: LogConfig, meta: dict[str, Any]):
-        self.run_dir = run_dir
-        self.others: list[TensorBoard | WandB] = []
+    def __init__(self, run_dir: Path, step: int, config: LogConfig, meta: dict[str, Any], is_main: bool):
+        self.loggers: list[FileLogger | TensorBoard | WandB] = []
+        if not is_main:
+            return
         if "tensorboard" in config.loggers:
-            self.others.append(TensorBoard(run_dir, step))
+            self.loggers.append(TensorBoard(run_dir, step))
         if "wandb" in config.loggers:
-            self.others.append(WandB(run_dir, config.project, meta))
-        self.lines = JSONLLogger(run_dir / "log.jsonl", step)
+            self.loggers.append(WandB(run_dir, config.project, meta))
+        self.loggers.append(FileLogger(run_dir, step))
 
     def write(self, step: int, numbers: Numbers) -> None:
-        """Logs a step's metrics; of a list, as the gradient scales, the other loggers get min and max."""
-        self.lines.write(step, numbers)
-        plain: dict[str, float] = {}
-        for name, value in numbers.items():
-            if isinstance(value, list):
-                plain |= {f"{name}/min": min(value), f"{name}/max": max(value)}
-            else:
-                plain[name] = value
-        for logger in self.others:
-            logger.write(step, plain)
+        """Logs a step's metrics."""
+        for logger in self.loggers:
+            logger.write(step, numbers)
 
     def log_image(self, step: int, name: str, image: Image.Image) -> None:
         """Writes NAME-STEP.png and logs it."""
-        image.save(self.run_dir / f"{name}-{step:08d}.png")
-        for logger in self.others:
+        for logger in self.loggers:
             logger.log_image(step, name, image)
 
     def close(self) -> None:
         """Closes all loggers."""
-        for logger in self.others:
+        for logger in self.loggers:
             logger.close()
+
+
+def min_and_max(numbers: Numbers) -> dict[str, float]:
+    """A list, as the gradient scales, becomes NAME/min and NAME/max; text is left out."""
+    plain: dict[str, float] = {}
+    for name, value in numbers.items():
+        if not isinstance(value, list):
+            plain[name] = value
+        elif not isinstance(value[0], str):
+            plain |= {f"{name}/min": min(value), f"{name}/max": max(value)}
+    return plain
 
 
 class TensorBoard:
@@ -133,8 +135,8 @@ class TensorBoard:
             ) from None
         self.events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        for name, value in numbers.items():
+    def write(self, step: int, numbers: Numbers) -> None:
+        for name, value in min_and_max(numbers).items():
             self.events.add_scalar(name, value, step)
         self.events.flush()
 
@@ -169,8 +171,8 @@ class WandB:
             mode=None if known else "offline",
         )
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        self.run.log(numbers, step=step)
+    def write(self, step: int, numbers: Numbers) -> None:
+        self.run.log(min_and_max(numbers), step=step)
 
     def log_image(self, step: int, name: str, image: Image.Image) -> None:
         self.run.log({name: self.image(image)}, step=step)
@@ -195,7 +197,7 @@ class ThroughputMeter:
     Args:
         device: whose peak memory is reported.
         processes: train together, each with as many samples.
-        peak: its peak FLOP/s; without it there is no MFU.
+        peak: FLOP/s of the device; without it there is no MFU.
     """
 
     def __init__(self, device: torch.device, processes: int = 1, peak: float | None = None):
@@ -205,7 +207,6 @@ class ThroughputMeter:
     def _reset(self) -> None:
         self.started, self.steps = time.perf_counter(), 0
         self.seconds = {"waiting": 0.0, "paused": 0.0}
-        self.total = StepCost(0)
 
     @contextmanager
     def timed(self, kind: Literal["waiting", "paused"]) -> Iterator[None]:
@@ -214,27 +215,23 @@ class ThroughputMeter:
         yield
         self.seconds[kind] += time.perf_counter() - started
 
-    def step(self, cost: StepCost) -> None:
-        """Counts a step and its cost in this process."""
-        self.steps += 1
-        total = self.total
-        self.total = StepCost(
-            total.samples + cost.samples, total.tokens + cost.tokens, total.flops + cost.flops
-        )
+    def lap(self, cost: StepCost) -> Numbers:
+        """Rates since the last lap: samples and tokens of all processes, memory and MFU of this device.
 
-    def lap(self) -> Numbers:
-        """Rates since the last lap: samples and tokens of all processes, memory and MFU of this device."""
+        `cost` is that of each of the `steps` in this process.
+        """
         seconds = max(time.perf_counter() - self.started - self.seconds["paused"], 1e-9)
+        steps_per_sec = self.steps / seconds
         numbers: Numbers = {
             "step_time": seconds / max(1, self.steps),
             "data_time_frac": self.seconds["waiting"] / seconds,
             "max_memory_gib": peak_memory(self.device),
         }
-        if self.total.samples:
-            numbers["samples_per_sec"] = self.processes * self.total.samples / seconds
-        if self.total.tokens:
-            numbers["tokens_per_sec"] = self.processes * self.total.tokens / seconds
-        if self.total.flops and self.peak:
-            numbers["mfu"] = self.total.flops / seconds / self.peak
+        if cost.samples:
+            numbers["samples_per_sec"] = self.processes * cost.samples * steps_per_sec
+        if cost.tokens:
+            numbers["tokens_per_sec"] = self.processes * cost.tokens * steps_per_sec
+        if cost.flops and self.peak:
+            numbers["mfu"] = cost.flops * steps_per_sec / self.peak
         self._reset()
         return numbers

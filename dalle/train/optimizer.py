@@ -5,18 +5,15 @@ start (docs/log.md).
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dalle.train.config import OptimizerConfig, PlateauConfig
-from dalle.train.dtensor import distribute_like, local
+from dalle.train.distributed import distribute_like, is_dtensor, local
 from dalle.train.float_formats import store_moments
 
-CHUNK = 2**26
-"""Elements whose second moment is clipped at once."""
 INNER = ("codes", "scale")
 """Tensors inside torchao's 8-bit tensors."""
 
@@ -39,11 +36,7 @@ def hidden_matrices(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over the trainable parameters in two groups, and Muon before it for the matrices of the layers.
-
-    Raises:
-        ValueError: Muon for a model without such matrices.
-    """
+    """AdamW over the trainable parameters in two groups; Muon before it for the matrices of the layers."""
     decay, keep = ([p for _, p in group if p.requires_grad] for group in decay_groups(model))
     optimizers: list[torch.optim.Optimizer] = []
     if config.muon_lr_scale is not None:
@@ -96,28 +89,13 @@ def clip_second_moment(optimizer: torch.optim.AdamW, limit: float) -> None:
     def lower(optimizer: torch.optim.AdamW, *_: Any) -> None:
         for group in optimizer.param_groups:
             b = group["betas"][1]
-            used = [p for p in group["params"] if p.grad is not None and "exp_avg_sq" in optimizer.state[p]]
-            for part in _chunks(used, CHUNK):
-                gradients = [local(p.grad) for p in part]
-                most = torch._foreach_mul(gradients, gradients)
-                torch._foreach_mul_(most, -(1 - b) / b)
-                torch._foreach_add_(most, limit / b)
-                torch._foreach_clamp_min_(most, 0.0)
-                torch._foreach_minimum_([local(optimizer.state[p]["exp_avg_sq"]) for p in part], most)
+            for p in group["params"]:
+                if p.grad is not None and "exp_avg_sq" in optimizer.state[p]:
+                    gradient, moment = local(p.grad), local(optimizer.state[p]["exp_avg_sq"])
+                    most = (gradient * gradient).mul_(-(1 - b) / b).add_(limit / b).clamp_min_(0.0)
+                    torch.minimum(moment, most, out=moment)
 
     optimizer.register_step_pre_hook(lower)
-
-
-def _chunks(parameters: list[Tensor], elements: int) -> Iterator[list[Tensor]]:
-    """Lists of at most so many elements, or of one parameter."""
-    part: list[Tensor] = []
-    for parameter in parameters:
-        if part and sum(p.numel() for p in part) + parameter.numel() > elements:
-            yield part
-            part = []
-        part.append(parameter)
-    if part:
-        yield part
 
 
 def adamw_8bit(parameters: list[Tensor], **settings: Any) -> torch.optim.Optimizer:
@@ -126,7 +104,7 @@ def adamw_8bit(parameters: list[Tensor], **settings: Any) -> torch.optim.Optimiz
         from torchao.optim import AdamW8bit
     except ImportError:
         raise ImportError('8-bit moments need torchao: pip install "zeroshot-text2image[lowbit]"') from None
-    if any(hasattr(p, "to_local") for p in parameters):
+    if any(map(is_dtensor, parameters)):
         raise ValueError(
             "8-bit moments of sharded parameters cannot be saved for another number of processes; "
             "set optimizer.state_dtype to fp32, or --parallel to none or ddp"
@@ -142,11 +120,7 @@ def plain_tensors(moment: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def load_moment(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, tensor: Tensor) -> None:
-    """Loads a tensor of `plain_tensors`; an 8-bit optimizer quantizes fp32 moments.
-
-    Raises:
-        ValueError: 8-bit moments for an fp32 optimizer.
-    """
+    """Loads a tensor of `plain_tensors`; an 8-bit optimizer quantizes fp32 moments, no other reads 8 bits."""
     moment, _, inner = name.partition(".")
     state, in_8bit = optimizer.state[parameter], hasattr(optimizer, "_new_buffer")
     if inner and not in_8bit:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dalle.sampling import generator
 from dalle.train.config import PowerSGDConfig
-from dalle.train.dtensor import local
+from dalle.train.distributed import is_dtensor, local
 from dalle.train.float_formats import MEAN, rounded
 from dalle.train.optimizer import hidden_matrices
 
@@ -49,14 +49,16 @@ class FactoredParameter:
 
     error: Tensor
     """E, the shape of the parameter's shard on this process."""
-    ranks: list[int]
-    """r of each matrix in it."""
+    stacked: int
+    """Matrices stacked in it."""
+    rank: int
+    """r of each matrix."""
     qs: list[Tensor] = field(default_factory=list)
     """Q of each, (n, r)."""
 
     def matrices(self, shard: Tensor) -> list[Tensor]:
         """The matrices in a tensor of the parameter's shape as views, each (m, n) with m <= n (E.2)."""
-        parts = shard.tensor_split(len(self.ranks))
+        parts = shard.tensor_split(self.stacked)
         return [part if part.shape[0] <= part.shape[1] else part.T for part in parts]
 
 
@@ -71,9 +73,6 @@ class PowerSGD:
         config: its rank is that of all shards together.
         seed: of Q.
         group: the replicas: processes that hold the same (shards of) parameters; default: all.
-
-    Raises:
-        ValueError: no rank; a two-dimensional mesh; shards with a Q that changes.
     """
 
     def __init__(
@@ -84,8 +83,6 @@ class PowerSGD:
         seed: int = 0,
         group: Any = None,
     ):
-        if config.rank is None:
-            raise ValueError("PowerSGD needs a rank, got None; Table 1 has 512, 640 and 896")
         self.parameters, self.config, self.seed, self.group = parameters, config, seed, group
         self.sent = 0  # bytes in the last step
         self.factored: dict[str, FactoredParameter] = {}
@@ -96,10 +93,11 @@ class PowerSGD:
                 raise ValueError(
                     "a checkpoint cannot carry the Q of each shard; set powersgd.q_mode to fixed or random"
                 )
+            rank = math.ceil(config.rank / shards)
             even = shard.numel() * shards == parameters[name].numel()
-            ranks = plan_ranks(shard.shape, matrices[name], math.ceil(config.rank / shards)) if even else None
-            if ranks:
-                self.factored[name] = FactoredParameter(torch.zeros_like(shard, dtype=torch.float32), ranks)
+            if even and factors_are_smaller(shard.shape, matrices[name], rank):
+                error = torch.zeros_like(shard, dtype=torch.float32)
+                self.factored[name] = FactoredParameter(error, matrices[name], rank)
                 self._sample_q(name, 0)
 
     def traffic(self) -> dict[str, float]:
@@ -113,31 +111,21 @@ class PowerSGD:
 
         If any gradient is not finite on any process, it becomes Inf everywhere, so that the step is skipped,
         and no error buffer changes. Parameters without a gradient must be the same ones on all processes.
-
-        Args:
-            step: counted from 0.
         """
         self.sent = 0
         gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
-        if self._any_nonfinite(gradients):
+        finite = self.all_true(torch.stack([g.isfinite().all() for g in gradients.values()]))
+        if not finite.all():
+            for gradient, good in zip(gradients.values(), finite.tolist(), strict=True):
+                if not good:
+                    gradient.fill_(torch.inf)
             return
         started = step >= self.config.start_step
-        names = [name for name in self.factored if name in gradients and started]
-        self._average([gradient for name, gradient in gradients.items() if name not in names])
-        if names:
-            self._factor({name: gradients[name] for name in names}, step)
-
-    def _any_nonfinite(self, gradients: dict[str, Tensor]) -> bool:
-        """Whether any process has Inf or NaN; those gradients become Inf on all of them."""
-        if not gradients:
-            return False
-        finite = self.all_true(torch.stack([g.isfinite().all() for g in gradients.values()]))
-        if finite.all():
-            return False
-        for gradient, good in zip(gradients.values(), finite.tolist(), strict=True):
-            if not good:
-                gradient.fill_(torch.inf)
-        return True
+        held = {name: one for name, one in self.factored.items() if name in gradients and started}
+        if whole := [gradient for name, gradient in gradients.items() if name not in held]:
+            self._average(whole)
+        if held:
+            self._factor(held, gradients, step)
 
     def all_true(self, flags: Tensor) -> Tensor:
         """bool: true where the flag is true on all processes of all replicas (E.2, step 10)."""
@@ -145,9 +133,12 @@ class PowerSGD:
         dist.all_reduce(flags, dist.ReduceOp.MIN)
         return flags.bool()
 
-    def _factor(self, gradients: dict[str, Tensor], step: int) -> None:
-        """The algorithm above, for all matrices at once."""
-        held = {name: self.factored[name] for name in gradients}
+    def _factor(self, held: dict[str, FactoredParameter], gradients: dict[str, Tensor], step: int) -> None:
+        """The algorithm above, for all matrices at once.
+
+        If a buffer or message is not finite, the step is skipped and such buffers restart from 0 (E.2, step
+        12).
+        """
         paper = self.config.message_dtype == "paper"
         for name, one in held.items():
             if self.config.q_mode == "random":
@@ -161,7 +152,12 @@ class PowerSGD:
         ps = [rounded(p, MEAN) for p in ps] if paper else ps
         qs = [e.T @ p for e, p in zip(matrices, ps, strict=True)]
         good = good & self._average(qs, paper)
-        if not self._all_good(held, gradients, good):
+        finite = torch.stack([one.error.isfinite().all() for one in held.values()])
+        if not self.all_true(finite.all() & good):
+            for name, here in zip(held, finite.tolist(), strict=True):
+                gradients[name].fill_(torch.inf)
+                if not here:
+                    held[name].error.zero_()
             return
         taken = [matrix for name, one in held.items() for matrix in one.matrices(gradients[name])]
         for gradient, p, q in zip(taken, ps, qs, strict=True):
@@ -172,25 +168,8 @@ class PowerSGD:
             if self.config.q_mode == "warm_start":
                 one.qs = [orthonormal(qs.pop(0)).contiguous() for _ in one.qs]
 
-    def _all_good(
-        self, held: dict[str, FactoredParameter], gradients: dict[str, Tensor], sent: Tensor
-    ) -> bool:
-        """Whether all buffers and messages were finite; else the step is skipped and such buffers restart
-        from 0 (E.2, step 12)."""
-        buffers = torch.stack([one.error.isfinite().all() for one in held.values()])
-        if self.all_true(buffers.all() & sent):
-            return True
-        for one, good in zip(held.values(), buffers.tolist(), strict=True):
-            if not good:
-                one.error.zero_()
-        for gradient in gradients.values():
-            gradient.fill_(torch.inf)
-        return False
-
     def _average(self, tensors: list[Tensor], paper: bool = False) -> Tensor:
         """Averages tensors over the replicas in place, in one message; returns whether it was finite."""
-        if not tensors:
-            return torch.tensor(True)
         message = torch.cat([t.flatten() for t in tensors]).float()
         self.sent += message.numel() * (2 if paper else 4)
         good = message.isfinite().all()
@@ -213,12 +192,10 @@ class PowerSGD:
     def _sample_q(self, name: str, step: int) -> None:
         """Samples Q of each matrix in a parameter, the same on all replicas of a shard."""
         one = self.factored[name]
-        place = _place(self.parameters[name])[0]
-        rng = generator("powersgd", self.seed, step, place, name)
-        widths = [matrix.shape[1] for matrix in one.matrices(one.error)]
+        rng = generator("powersgd", self.seed, step, _place(self.parameters[name])[0], name)
         one.qs = [
-            torch.tensor(rng.standard_normal((n, r), dtype="float32"), device=one.error.device)
-            for n, r in zip(widths, one.ranks, strict=True)
+            torch.tensor(rng.standard_normal((matrix.shape[1], one.rank), "float32"), device=matrix.device)
+            for matrix in one.matrices(one.error)
         ]
 
     @torch.no_grad()
@@ -228,10 +205,11 @@ class PowerSGD:
         Only the mean acts on training, so it serves any number of replicas (E.2). Each replica continues from
         the mean too, so that continuing and resuming are bit-exact.
         """
-        for one in self.factored.values():
+        errors = {}
+        for name, one in self.factored.items():
             self._mean(one.error)
             self._keep(one.error)
-        errors = {f"error/{name}": self._like(name, one.error) for name, one in self.factored.items()}
+            errors[f"error/{name}"] = _sharded_like(one.error, self.parameters[name])
         return errors | self._changing_qs()
 
     def _changing_qs(self) -> dict[str, Tensor]:
@@ -248,31 +226,28 @@ class PowerSGD:
         """
         own = {f"error/{name}": one.error for name, one in self.factored.items()} | self._changing_qs()
         wrong = sorted(tensors.keys() - own.keys() - {f"error/{name}" for name in self.parameters})
+        wrong += [name for name in own if name in tensors and local(tensors[name]).shape != own[name].shape]
         if wrong or (own and not own.keys() & tensors.keys()):
             raise ValueError(
                 f"the saved errors of PowerSGD are of another model or rank, first {[*wrong, *own][0]!r}"
             )
-        tensors = {name: tensor for name, tensor in tensors.items() if name in own}
-        for name, tensor in tensors.items():
-            if local(tensor).shape != own[name].shape:
-                shapes = f"{tuple(local(tensor).shape)}, expected {tuple(own[name].shape)}"
-                raise ValueError(f"the saved errors of PowerSGD do not fit: {name!r} is {shapes}")
-            own[name].copy_(local(tensor))
+        for name in own.keys() & tensors.keys():
+            own[name].copy_(local(tensors[name]))
 
-    def _like(self, name: str, shard: Tensor) -> Tensor:
-        """This process's shard as a DTensor like its parameter."""
-        parameter = self.parameters[name]
-        if not hasattr(parameter, "device_mesh"):
-            return shard
-        layout = {"shape": parameter.shape, "stride": parameter.stride()}
-        return type(parameter.data).from_local(shard, parameter.device_mesh, parameter.placements, **layout)
+
+def _sharded_like(shard: Tensor, parameter: Tensor) -> Tensor:
+    """This process's shard as a DTensor like its parameter."""
+    if not is_dtensor(parameter):
+        return shard
+    layout = {"shape": parameter.shape, "stride": parameter.stride()}
+    return type(parameter.data).from_local(shard, parameter.device_mesh, parameter.placements, **layout)
 
 
 def _place(parameter: Tensor) -> tuple[int, int]:
     """Index of this process's shard of a parameter, and the number of shards."""
-    mesh = getattr(parameter, "device_mesh", None)
-    if mesh is None:
+    if not is_dtensor(parameter):
         return 0, 1
+    mesh = parameter.device_mesh
     if mesh.ndim != 1:
         raise ValueError(f"PowerSGD needs parameters sharded over a mesh of one dimension, got {mesh.ndim}")
     return mesh.get_local_rank(), mesh.size()
@@ -293,9 +268,7 @@ def stacked_matrices(model: nn.Module) -> dict[str, int]:
     }
 
 
-def plan_ranks(shape: tuple[int, ...], stacked: int, rank: int) -> list[int] | None:
-    """The rank of each matrix stacked in a shard (rows, columns); None if the factors would be no smaller."""
+def factors_are_smaller(shape: tuple[int, ...], stacked: int, rank: int) -> bool:
+    """Whether the factors of each of the matrices stacked in a shard (rows, columns) are smaller than it."""
     heights = [len(part) for part in torch.empty(shape[0], device="meta").tensor_split(stacked)]
-    if any(rank * (height + shape[1]) >= height * shape[1] for height in heights):
-        return None
-    return [rank] * stacked
+    return all(rank * (height + shape[1]) < height * shape[1] for height in heights)

@@ -39,11 +39,7 @@ def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_shards(folder: Path, tensors: dict[str, Tensor], dist: Distributed) -> list[Path]:
-    """Writes each process's shards; returns this process's files.
-
-    Raises:
-        OSError: in all processes, when one of them cannot write.
-    """
+    """Writes each process's shards; returns this process's files. OSError in all when one cannot write."""
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _first_error():
         dcp.save(tensors, storage_writer=writer, process_group=dist.control, no_dist=dist.control is None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dalle.io.files import load_strict
 from dalle.train.config import EMAConfig
-from dalle.train.dtensor import distribute_like
+from dalle.train.distributed import distribute_like
 from dalle.train.grad_scaler import PerBlockGradScaler
 from dalle.train.optimizer import load_moment, plain_tensors
 
@@ -28,20 +28,18 @@ class EMA:
 
     def __init__(self, model: nn.Module, config: EMAConfig):
         self.config, self.updates = config, 0
-        self.sums = {
-            name: self._moved(torch.zeros_like(p)) for name, p in model.named_parameters() if p.requires_grad
-        }
+        self.device = None if config.device == "same" else config.device
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.sums = {name: torch.zeros_like(p).to(device=self.device) for name, p in trained.items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """After update `step` (counted from 1): adds the weights if it is their turn."""
         if step % self.config.update_every == 0:
             self.updates += 1
-            weights = [self._moved(p.detach()) for name, p in model.named_parameters() if name in self.sums]
+            named = dict(model.named_parameters())
+            weights = [named[name].detach().to(device=self.device) for name in self.sums]
             torch._foreach_lerp_(list(self.sums.values()), weights, 1 - self.config.decay)
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor if self.config.device == "same" else tensor.to(self.config.device)
 
     def averaged(self) -> dict[str, Tensor]:
         """The corrected averages; empty before the first update."""
@@ -105,11 +103,9 @@ class TrainState:
         file: str,
         stored: dict[str, tuple[torch.Size, torch.dtype]],
     ) -> dict[str, Tensor]:
-        """Tensors to read a checkpoint's file into, sharded as the state's own are.
+        """Tensors to read a checkpoint's file into, of the shapes and dtypes `stored` in it.
 
-        Args:
-            tensors: the state's own, by file and name.
-            stored: shape and dtype of each of the file's tensors.
+        They are sharded as the state's own `tensors` are.
         """
         like = tensors.get(file, {})
         if file == "optimizer":  # a new optimizer has no moments: they are sharded as their parameters
@@ -124,11 +120,7 @@ class TrainState:
         return empty
 
     def load(self, tensors: dict[str, dict[str, Tensor]], numbers: dict[str, Any], source: Path) -> None:
-        """Loads what `state_dict` returned; strict.
-
-        Raises:
-            ValueError: a tensor of the model is missing, unexpected or of another shape.
-        """
+        """Loads what `state_dict` returned; ValueError if it does not fit the model."""
         own = self.model.state_dict()
         weights = {n: distribute_like(t, own[n]) if n in own else t for n, t in tensors["model"].items()}
         load_strict(self.model, weights, source)

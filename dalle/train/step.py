@@ -6,16 +6,17 @@ paper skipped one step in twenty. Too many in a row end the run.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from dalle.train.config import OptimizerConfig
-from dalle.train.distributed import Distributed
-from dalle.train.dtensor import clip_gradients, gradient_norm, local
+from dalle.train.distributed import Distributed, is_dtensor, local
 from dalle.train.grad_scaler import BACKOFF_INTERVAL
 from dalle.train.optimizer import set_lr
 from dalle.train.precision import autocast
@@ -37,7 +38,6 @@ def train_step(
 
     Args:
         batch: this process's shard.
-        dist: the processes; default: a single one.
         passes: forward and backward passes of the shard (gradient accumulation); the result is the same.
 
     Raises:
@@ -61,7 +61,7 @@ def train_step(
         guard.in_a_row = 0
         optimize(state, norm, loss, config)
     elif guard.record_skip(scaled=state.scales is not None and bool(loss.total.isfinite())):
-        where = find_nonfinite(model, lambda: [forward(i) for i in range(passes)], dist.all_true)
+        where = find_nonfinite(model, lambda: [forward(i) for i in range(passes)], dist)
         raise FloatingPointError(
             f"step {state.step + 1}: loss {float(loss.total.detach())}, gradient norm {float(norm)}; "
             f"first bad tensor: {where}. {guard.in_a_row} steps in a row are not finite "
@@ -82,8 +82,7 @@ def accumulate_gradients(
 ) -> tuple[Loss, Tensor | None]:
     """Computes the gradients of a step, averaged over passes and processes.
 
-    Returns:
-        the loss of the whole batch; with gradient scales, bool (resblocks,): which have finite gradients.
+    Returns the loss of the whole batch and, with gradient scales, bool (resblocks,): whose are finite.
     """
     for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -111,17 +110,29 @@ def batch_shards(
     model: nn.Module, objective: Objective, parts: list[Any], dist: Distributed
 ) -> list[tuple[BatchShard, ...]]:
     """The `BatchShard` argument of the objective for each pass; none where one pass sees the whole batch."""
-    if len(parts) * dist.world_size == 1:
+    passes, count = len(parts), len(parts) * dist.world_size
+    if count == 1:
         return [()]
-    count = getattr(objective, "num_targets", None)
-    num_targets = dist.all_reduce(sum(count(model, part) for part in parts)) if count else None
-    return [(dist.shard_of(i, len(parts), num_targets),) for i in range(len(parts))]
+    count_targets = getattr(objective, "num_targets", None)
+    targets = dist.all_reduce(sum(count_targets(model, part) for part in parts)) if count_targets else None
+    indices = range(dist.rank * passes, (dist.rank + 1) * passes)
+    return [(BatchShard(index, count, targets, dist.all_reduce, dist.gather),) for index in indices]
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The norm over all gradients and all their shards: a plain scalar, the same in every process."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    by_kind = [[g for g in gradients if is_dtensor(g) == sharded] for sharded in (False, True)]
+    norms = [get_total_norm(each) for each in by_kind if each]
+    full = torch.stack([norm.full_tensor() if is_dtensor(norm) else norm for norm in norms])
+    return full[0] if len(full) == 1 else torch.linalg.vector_norm(full)
 
 
 def optimize(state: TrainState, norm: Tensor, loss: Loss, config: OptimizerConfig) -> None:
     """Clips the gradients, whose norm is given, and steps the optimizers and the plateau rule."""
     if config.max_grad_norm is not None:
-        clip_gradients(state.model.parameters(), norm, config.max_grad_norm)
+        scale = (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        torch._foreach_mul_([local(p.grad) for p in state.model.parameters() if p.grad is not None], scale)
     plateau = state.extras.get("plateau")
     set_lr(state.optimizers, config, state.step, plateau.factor if plateau else 1.0)
     for optimizer in state.optimizers:
@@ -150,10 +161,7 @@ def split(batch: Any, count: int) -> list[Any]:
     tensors, structure = tree_flatten(batch)
     for tensor in tensors:
         if len(tensor) % count:
-            raise ValueError(
-                f"{len(tensor)} samples do not divide among {count} passes; "
-                "change batch_size or grad_accum_steps"
-            )
+            raise ValueError(f"{len(tensor)} samples do not divide among {count} passes; change batch_size")
     parts = zip(*(tensor.chunk(count) for tensor in tensors), strict=True)
     return [tree_unflatten(part, structure) for part in parts]
 
@@ -168,11 +176,13 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
+@dataclass
 class NonfiniteGuard:
     """Counts skipped steps, in all and in a row; `limit` in a row end the run."""
 
-    def __init__(self, limit: int):
-        self.limit, self.skipped, self.in_a_row = limit, 0, 0
+    limit: int
+    skipped: int = 0
+    in_a_row: int = 0
 
     def record_skip(self, scaled: bool) -> bool:
         """Counts a skipped step; whether these are too many in a row.
@@ -187,18 +197,13 @@ class NonfiniteGuard:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        vars(self).update(state)
 
 
-def find_nonfinite(
-    model: nn.Module, forward: Callable[[], Any], all_true: Callable[[Tensor], Tensor] = lambda flags: flags
-) -> str:
-    """The first tensor that is not finite: a parameter, else a module's output, else a gradient.
+def find_nonfinite(model: nn.Module, forward: Callable[[], Any], dist: Distributed) -> str:
+    """The first tensor that is not finite in any process: a parameter, a module's output or a gradient.
 
-    Args:
-        model: the model.
-        forward: repeats the failing forward pass.
-        all_true: bool (flags,) -> which are true in every process, so that all name the same tensor.
+    `forward` repeats the failing forward pass.
     """
     parameters = dict(model.named_parameters())
     yes = torch.ones((), dtype=torch.bool, device=local(next(iter(parameters.values()))).device)
@@ -207,7 +212,7 @@ def find_nonfinite(
         return torch.stack([yes, *(torch.isfinite(local(tensor)).all() for tensor in tensors)]).all()
 
     def first_bad(flags: dict[str, Tensor]) -> str | None:
-        together = all_true(torch.stack([*flags.values()])).tolist() if flags else []
+        together = dist.all_true(torch.stack([*flags.values()])).tolist() if flags else []
         return next((name for name, good in zip(flags, together, strict=True) if not good), None)
 
     if bad := first_bad({f"parameter {name}": finite([p]) for name, p in parameters.items()}):

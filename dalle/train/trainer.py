@@ -7,6 +7,7 @@ for bit.
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dalle.io.files import check_meta, read_json
-from dalle.train.checkpoint import latest_valid_checkpoint, restore, saved_at
+from dalle.train.checkpoint import latest_valid_checkpoint, restore
 from dalle.train.checkpoint_saver import RunGuard
 from dalle.train.config import LogConfig, Resume, TrainConfig
 from dalle.train.distributed import Distributed
 from dalle.train.grad_scaler import build_grad_scaler
-from dalle.train.loggers import Loggers, NullLogger, Numbers, ThroughputMeter, peak_flops, to_numbers
+from dalle.train.loggers import Loggers, Numbers, ThroughputMeter, peak_flops, to_numbers
 from dalle.train.optimizer import ReduceLROnPlateau, build_optimizers
 from dalle.train.powersgd import build_powersgd
 from dalle.train.precision import autocast, resolve_precision
@@ -71,26 +72,22 @@ class Trainer:
 
         Raises:
             ValueError: the directory holds another run, is in use, or no checkpoint is valid.
-            FloatingPointError: loss or gradient were not finite too often in a row; names the first bad
-                tensor.
+            FloatingPointError: loss or gradient were not finite too often in a row.
             OSError: a checkpoint could not be written.
             Preempted: (a SystemExit of status 75) a signal stopped the run; it has saved.
         """
         config = self.config
         with RunGuard(self.run_dir, self.meta, config) as guard:
             self.state = init_train_state(self.model, config, self.seed, self.dist)
-            changes = self._maybe_resume(guard.control)
-            main = self.dist.is_main
-            logger = (
-                Loggers(self.run_dir, self.state.step, self.log_config, self.meta) if main else NullLogger()
-            )
-            with closing(logger):
+            changes, step = self._maybe_resume(guard.control), self.state.step
+            loggers = Loggers(self.run_dir, step, self.log_config, self.meta, self.dist.is_main)
+            with closing(loggers):
                 if changes:
-                    logger.write(self.state.step, {"changes": changes})
-                self._train_loop(guard, logger)
+                    loggers.write(step, {"changes": changes})
+                self._train_loop(guard, loggers)
         return self.state
 
-    def _train_loop(self, guard: RunGuard, logger: Loggers | NullLogger) -> None:
+    def _train_loop(self, guard: RunGuard, loggers: Loggers) -> None:
         state, config, dist = self.state, self.config, self.dist
         peak = peak_flops(dist.device, self.precision, self.log_config.peak_flops)
         meter = ThroughputMeter(dist.device, dist.world_size, peak)
@@ -108,22 +105,22 @@ class Trainer:
             loss, norm = train_step(
                 state, batch, self.objective, config.optimizer, self.precision, self.seed, dist, passes
             )
-            meter.step(cost)
+            meter.steps += 1
             bar.update()
             last = state.step == self.steps
             if last or state.step == 1 or state.step % config.log_every == 0:
                 numbers = step_metrics(state, loss, norm)
                 if state.step == 1:
                     numbers |= {f"baseline/{name}": x for name, x in baseline(self.model).items()}
-                logger.write(state.step, numbers | meter.lap())
+                loggers.write(state.step, numbers | meter.lap(cost))
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", skipped=numbers["skipped_steps"])
             with meter.timed("paused"):
                 if self.evaluate and (last or state.step % config.eval_every == 0):
-                    self._evaluate(logger)
+                    self._evaluate(loggers)
                 guard.on_step_end(state)
         bar.close()
 
-    def _evaluate(self, logger: Loggers | NullLogger) -> None:
+    def _evaluate(self, loggers: Loggers) -> None:
         """Evaluates the EMA weights in training's precision; random numbers and mode stay as they were."""
         state, dist = self.state, self.dist
         self.model.eval()
@@ -131,13 +128,14 @@ class Trainer:
             torch.manual_seed(self.seed)
             with autocast(self.precision, dist.device):
                 scores = dist.forward(self.model, self.evaluate, state.step)
-            dist.reshard()
+            if dist.sharded:
+                dist.wrapped.reshard()  # frees parameters that a pass without gradients leaves gathered
         self.model.train()
         images = {name: value for name, value in scores.items() if isinstance(value, Image.Image)}
         numbers = to_numbers({name: value for name, value in scores.items() if name not in images})
-        logger.write(state.step, {f"val/{name}": value for name, value in numbers.items()})
+        loggers.write(state.step, {f"val/{name}": value for name, value in numbers.items()})
         for name, image in images.items():
-            logger.log_image(state.step, name, image)
+            loggers.log_image(state.step, name, image)
         if dist.is_main:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
             tqdm.write(f"{self.meta['kind']} step {state.step}: {shown}")
@@ -151,11 +149,9 @@ class Trainer:
             raise ValueError(f"{self.run_dir} holds a run; give another --out, or --resume auto to resume it")
         old = check_meta(read_json(folder / "meta.json"), self.meta["kind"], self.run_dir)
         changes = differences(old["config"], self.meta["config"])
-        old_hashes, hashes = (
-            {name: value for name, value in meta["inputs"].items() if isinstance(value, str)}
-            for meta in (old, self.meta)
-        )
-        changes += differences(old_hashes, hashes, "inputs")
+        inputs = (old["inputs"], self.meta["inputs"])
+        hashes = ({name: x for name, x in each.items() if isinstance(x, str)} for each in inputs)
+        changes += differences(*hashes, "inputs")
         if changes and self.resume != "changed":
             raise ValueError(
                 f"{self.run_dir} holds a run with another configuration ({'; '.join(changes)}); give another "
@@ -163,8 +159,11 @@ class Trainer:
             )
         restore(folder, self.state, control)
         if control.is_main:
-            progress = f"step {self.state.step} of {self.steps}"
-            print(f"{self.meta['kind']}: resuming from {progress} ({folder}, saved {saved_at(folder)})")
+            saved = datetime.fromtimestamp((folder / "meta.json").stat().st_mtime)
+            print(
+                f"{self.meta['kind']}: resuming from step {self.state.step} of {self.steps} "
+                f"({folder}, saved {saved:%Y-%m-%d %H:%M:%S})"
+            )
             if changes:
                 print(f"note: from here on with another configuration: {'; '.join(changes)}")
         return changes

@@ -1,4 +1,4 @@
-"""Checkpoints written at once, for tests."""
+"""Checkpoints written at once, and damaged, for tests."""
 
 from pathlib import Path
 from typing import Any
@@ -12,3 +12,10 @@ def save_checkpoint(run_dir: Path, state: TrainState, meta: dict[str, Any], keep
     """A checkpoint of the state; all processes call it together."""
     dist = Distributed.current()
     return write_checkpoint(run_dir, Snapshot.of(state, meta, dist.rank), keep, None, dist)
+
+
+def flip(path: Path) -> None:
+    """Flips a bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)

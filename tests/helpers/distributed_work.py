@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -20,12 +21,13 @@ from dalle.dvae.objective import DVAEObjective
 from dalle.schedules import Schedule
 from dalle.train import TrainConfig, Trainer, distributed
 from dalle.train.config import EMAConfig, OptimizerConfig, PlateauConfig, PowerSGDConfig
-from dalle.train.distributed import Distributed
-from dalle.train.dtensor import local
+from dalle.train.distributed import Distributed, local
 from dalle.train.state import TrainState
+from dalle.train.step import split
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.objective import TransformerObjective
 from dalle.types import FULL_BATCH, BatchShard, Loss
+from tests.helpers.processes import traceback_of
 
 BATCH, STEPS = 8, 3
 TRAIN = TrainConfig(
@@ -146,26 +148,12 @@ BROKEN = {
 }
 
 
-def failure(case: Case, parallel: Distributed, out: Path) -> str:
-    """What a training that breaks says in this process."""
-    try:
-        train(case, parallel, out)
-    except FloatingPointError as error:
-        return str(error)
-    return "nothing"
-
-
-def remembered(step: int) -> Tensor:
-    """The same batch in every step, so that its loss goes down."""
-    return token_batch(0)
-
-
 FACTORED = {
     "whole": Case(transformer(), TransformerObjective(), token_batch, {"powersgd": PowerSGDConfig(1000)}),
     "factored": Case(
         transformer(),
         TransformerObjective(),
-        remembered,
+        lambda step: token_batch(0),  # so that its loss goes down
         {
             "powersgd": PowerSGDConfig(4),
             "grad_accum_steps": 2,
@@ -187,12 +175,6 @@ FACTORED["resumed"] = replace(FACTORED["factored"], stops=(6, 8))
 factors larger than gradients, which are then sent whole."""
 
 
-def share(batch: Any, rank: int, world: int) -> Any:
-    if isinstance(batch, tuple):
-        return tuple(share(value, rank, world) for value in batch)
-    return batch.chunk(world)[rank]
-
-
 def train(case: Case, parallel: Distributed, out: Path) -> TrainState:
     """One case, into a run directory."""
 
@@ -204,7 +186,7 @@ def train(case: Case, parallel: Distributed, out: Path) -> TrainState:
         state = Trainer(
             case.model(),
             case.objective,
-            lambda step: share(case.batch(step), parallel.rank, parallel.world_size),
+            lambda step: split(case.batch(step), parallel.world_size)[parallel.rank],
             replace(TRAIN, **case.train),
             steps=steps,
             seed=7,
@@ -216,60 +198,54 @@ def train(case: Case, parallel: Distributed, out: Path) -> TrainState:
     return state
 
 
-def communicate(parallel: Distributed) -> dict[str, Any]:
+def check_collectives(parallel: Distributed) -> None:
     """Collectives, and how much each process holds of a transformer."""
-    rank = parallel.rank
+    rank, world, sharded = parallel.rank, parallel.world_size, parallel.sharded
+    total = world * (world + 1) / 2
     rows = torch.full((2, 3), float(rank), requires_grad=True)
     gathered = parallel.gather(rows)
-    (gathered * (rank + 1)).sum().backward()
-    model = Transformer(TRANSFORMER_CONFIG)
-    parallel.wrap(model, "fp32")
-    groups = [any(isinstance(m, FSDPModule) for m in group) for group in model.fsdp_groups()]
-    for_powersgd = Transformer(TRANSFORMER_CONFIG)
-    parallel.wrap(for_powersgd, "fp32", averaged=False)
-    mlp = for_powersgd.layers[0].mlp.f
-    dims = [p.placements[0].dim for p in (mlp.expand.weight, mlp.project.weight)] if parallel.sharded else []
+    (gathered * (rank + 1)).sum().backward()  # each process weighs all rows by rank + 1
+    assert gathered[:, 0].tolist() == [float(r) for r in range(world) for _ in range(2)]
+    assert rows.grad[:, 0].tolist() == [total] * 2
+    assert float(parallel.all_reduce(torch.tensor(rank + 1.0))) == total
+    assert parallel.all_true(torch.tensor([True, rank == 0])).tolist() == [True, False]
+    assert parallel.gather_results(lambda: 10 * rank) == [10 * r for r in range(world)]
+    assert parallel.on_main(lambda: f"of {rank}") == "of 0"
+    assert parallel.is_main == (rank == 0)
 
     def fail_on_1() -> None:
         if rank == 1:
             raise ValueError("error of 1")
 
-    try:
+    with pytest.raises(ValueError, match="error of 1"):
         parallel.gather_results(fail_on_1)
-        error = "none"
-    except ValueError as failure:
-        error = str(failure)
-    mesh = parallel.mesh
-    return {
-        "sum": float(parallel.all_reduce(torch.tensor(rank + 1.0))),
-        "true": parallel.all_true(torch.tensor([True, rank == 0])).tolist(),
-        "max": parallel.max(rank),
-        "results": parallel.gather_results(lambda: 10 * rank),
-        "main": parallel.on_main(lambda: f"of {rank}"),
-        "error": error,
-        "gathered": gathered[:, 0].tolist(),
-        "gradient": rows.grad[:, 0].tolist(),
-        "is_main": parallel.is_main,
-        "groups": groups,
-        "shard_dims": dims,
-        "mesh": dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)) if mesh else {},
-        "fraction": sum(local(p).numel() for p in model.parameters())
-        / sum(p.numel() for p in model.parameters()),
-    }
+    model, for_powersgd = Transformer(TRANSFORMER_CONFIG), Transformer(TRANSFORMER_CONFIG)
+    parallel.wrap(model, "fp32")
+    held = sum(local(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
+    assert held == pytest.approx(0.5 if sharded else 1, rel=0.1)
+    for group in model.fsdp_groups():  # FSDP gathers layer by layer
+        assert any(isinstance(m, FSDPModule) for m in group) == sharded
+    parallel.wrap(for_powersgd, "fp32", averaged=False)
+    if sharded:  # the MLP's second matrix by inputs (E.2)
+        mlp = for_powersgd.layers[0].mlp.f
+        assert [p.placements[0].dim for p in (mlp.expand.weight, mlp.project.weight)] == [0, 1]
+        shape = {"fsdp": {"shard": 2}, "hsdp": {"replicate": 2, "shard": 2}}[parallel.mode]
+        assert dict(zip(parallel.mesh.mesh_dim_names, parallel.mesh.shape, strict=True)) == shape
 
 
 def work(rank: int, mode: str, out: Path, shard: int | None) -> dict[str, Any]:
     """Everything that one of several processes does; what it found and printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), Distributed.start(mode, "cpu", shard) as parallel:
-        found: dict[str, Any] = {"communicated": communicate(parallel), "weights": {}}
+        found: dict[str, Any] = {"collectives": traceback_of(check_collectives, parallel), "weights": {}}
         print(f"printed by process {parallel.rank}")
         for name, case in (SEVERAL | FACTORED).items():
             state = train(case, parallel, out / name)
             if name in FACTORED:
                 weights = torch.cat([local(p).detach().flatten() for p in state.model.parameters()])
                 found["weights"][name] = weights
-        found["failures"] = {name: failure(case, parallel, out / name) for name, case in BROKEN.items()}
+        for name, case in BROKEN.items():
+            found[name] = traceback_of(train, case, parallel, out / name)
     return found | {"printed": printed.getvalue()}
 
 
@@ -277,7 +253,7 @@ def hang(rank: int) -> str:
     """The second process does not answer; what the first one reports."""
     distributed.MONITOR_TIMEOUT = timedelta(seconds=1)
     try:
-        with Distributed.start("ddp", "cpu", timeout=timedelta(seconds=2)) as parallel:
+        with Distributed.start("ddp", "cpu", timeout_minutes=1 / 30) as parallel:
             parallel.all_reduce(torch.ones(1))
             if rank == 1:
                 time.sleep(5)

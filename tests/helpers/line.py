@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dalle.schedules import Schedule
 from dalle.train import TrainConfig, Trainer
 from dalle.train.checkpoint import latest_checkpoint
-from dalle.train.config import EMAConfig, OptimizerConfig
+from dalle.train.config import EMAConfig, LogConfig, OptimizerConfig
 from dalle.train.loggers import read_log
 from dalle.train.optimizer import build_optimizers
 from dalle.train.state import EMA, TrainState
@@ -45,6 +45,7 @@ def fit_line(
     inputs: dict | None = None,
     evaluate: Callable | None = None,
     resume: str = "auto",
+    log: LogConfig | None = None,
     **changes,
 ) -> TrainState:
     """Trains; `config` and `inputs` go into meta.json, `changes` into the training configuration."""
@@ -59,6 +60,7 @@ def fit_line(
         steps=steps,
         evaluate=evaluate,
         resume=resume,
+        log_config=log or LogConfig(),
     ).train()
 
 
@@ -76,6 +78,10 @@ def at_step(step: int, act: Callable[[], None]) -> Callable:
         return squared_error(model, batch, now)
 
     return objective
+
+
+def power_cut() -> None:
+    raise RuntimeError("power cut")
 
 
 def send(name: str) -> None:

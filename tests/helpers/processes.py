@@ -87,3 +87,12 @@ def _in_group(rank: int, function: Callable[..., Any], args: tuple) -> Any:
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     return function(rank, *args)
+
+
+def traceback_of(function: Callable[..., Any], *args: Any) -> str:
+    """The traceback of a call that fails, else nothing."""
+    try:
+        function(*args)
+    except Exception:
+        return traceback.format_exc()
+    return ""

@@ -12,8 +12,7 @@ import torch
 from dalle.data import BatchReader, DataConfig, ImageTextLoader, TokenCache, open_dataset, sample_captions
 from dalle.data.dataloader import worker_count
 from dalle.data.token_cache import TokenCacheSpec, TokenWriter
-from dalle.hub.registry import load_model
-from dalle.runs.batches import CLIPBatch, DVAEBatch, TokenBatches, random_squares
+from dalle.runs.batches import CLIPBatch, DVAEBatch, TokenBatches
 from dalle.runs.inputs import load_text_input
 from dalle.shapes.dataset import ShapesDataset
 from dalle.text import load_text_tokenizer
@@ -21,13 +20,13 @@ from dalle.types import BadSample, ImageTextBatch
 from tests.helpers.formats import FORMS, IDS, csv_file
 
 BATCH, STEPS, SEED = 6, 5, 3  # more than two epochs of twelve
-RANKS = (0, 1), (0, 2), (1, 2)
-"""One process, and either of two: (rank, world)."""
+RANKS = (0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)
+"""One process, and each of two and of three: (rank, world)."""
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A batch as a list: sample, drawn caption and pixels of each image."""
+    """A batch as a list: sample, sampled caption and pixels of each image."""
 
     def __call__(self, batch, step):
         captions = sample_captions(batch, SEED)
@@ -46,7 +45,7 @@ def loaded(pairs, rank=0, world=1, first=0, last=STEPS, workers=0, augment="dvae
 
 def joined(parts):
     """Steps of several processes, in the order of their ranks."""
-    return [list(itertools.chain.from_iterable(shares)) for shares in zip(*parts, strict=True)]
+    return [list(itertools.chain(*shares)) for shares in zip(*parts, strict=True)]
 
 
 @pytest.fixture(params=[*FORMS, None], ids=[*IDS, "shapes"])
@@ -60,18 +59,15 @@ def pairs(request, tmp_path):
 
 
 def test_the_shares_of_every_source_are_the_step_of_one_process(pairs):
-    """Images, their random crops and the captions drawn; also where a run goes on with others."""
+    """Images, their random crops and the captions sampled; also where a run goes on with others."""
     alone = loaded(pairs)
     seen = Counter(sample for step in alone for sample, *_ in step)
-    wanted = (
-        {(0, i) for i in range(30)} if pairs.size is None else {(e, i) for e in range(2) for i in range(12)}
-    )
-    assert wanted <= set(seen)
+    epochs, size = (1, 30) if pairs.size is None else (2, 12)
+    assert set(itertools.product(range(epochs), range(size))) <= set(seen)
     assert set(seen.values()) == {1}
     assert joined(loaded(pairs, rank, 2, 0, 3) for rank in range(2)) == alone[:3]
-    assert (
-        joined(loaded(pairs, rank, 3, 3, 5) for rank in range(3)) == alone[3:]
-    )  # a stop, then three processes
+    three_go_on = joined(loaded(pairs, rank, 3, 3, 5) for rank in range(3))
+    assert three_go_on == alone[3:]
 
 
 def test_nor_does_the_number_of_workers_matter(tmp_path):
@@ -119,60 +115,54 @@ def test_each_process_judges_by_what_it_has_read_itself():
             batches(50)
 
 
-def test_random_squares_are_those_of_one_process():
-    pixels = torch.rand(6, 3, 20, 24)
-    whole = random_squares(pixels, 8, 5)
-    for world in (2, 3):
-        parts = [random_squares(part, 8, 5, rank, world) for rank, part in enumerate(pixels.chunk(world))]
-        assert torch.equal(torch.cat(parts), whole)
-
-
 def test_the_batch_of_the_dvae_is_shared():
     pairs = ShapesDataset(16)
-    whole, *halves = (
+    whole, *parts = (
         BatchReader(pairs, 6, 1, "dvae", DVAEBatch(8, 1, r, w), rank=r, world=w)(4)[0] for r, w in RANKS
     )
-    assert torch.equal(torch.cat(halves), whole)
+    assert torch.equal(torch.cat(parts[:2]), whole)
+    assert torch.equal(torch.cat(parts[2:]), whole)
 
 
 def test_the_batch_of_clip_is_shared(chain):
     pairs = ShapesDataset(48, siblings=True)
     finish = CLIPBatch(load_text_input(chain / "text"), 1, pairs)
-    whole, *halves = (
-        BatchReader(pairs, 6, 1, "transformer", finish, rank=r, world=w)(2)[0] for r, w in RANKS
-    )
-    for i in (0, 2):
-        assert torch.equal(torch.cat([half[i] for half in halves]), whole[i])
-    assert halves[0][1] + halves[1][1] == whole[1]
+    whole, *parts = (BatchReader(pairs, 6, 1, "transformer", finish, rank=r, world=w)(2)[0] for r, w in RANKS)
+    for halves in (parts[:2], parts[2:]):
+        pixels, ids, broken = zip(*halves, strict=True)
+        assert torch.equal(torch.cat(pixels), whole[0])
+        assert list(itertools.chain(*ids)) == whole[1]
+        assert torch.equal(torch.cat(broken), whole[2])
+
+
+@pytest.fixture
+def token_batches(chain):
+    """token_batches(run, **rank): the chain's token cache as batches."""
+    cache, text = TokenCache(chain / "tokens"), load_text_input(chain / "text")
+    return lambda run, **rank: TokenBatches(cache, text, run.model.layout, run, **rank)
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_shares_of_a_token_cache_are_the_step_of_one_process(chain, tiny_runs, world):
+def test_the_shares_of_a_token_cache_are_the_step_of_one_process(token_batches, tiny_runs, world):
     """Also with captions left empty and merges skipped, at any step."""
     run = replace(tiny_runs.transformer, bpe_dropout=0.3, caption_dropout=0.3)
-    cache, text = TokenCache(chain / "tokens"), load_text_input(chain / "text")
-    layout = load_model(chain / "transformer", "transformer").model.layout
-    alone = TokenBatches(cache, text, layout, run)
-    shares = [TokenBatches(cache, text, layout, run, rank=rank, world=world) for rank in range(world)]
+    alone = token_batches(run)
+    shares = [token_batches(run, rank=rank, world=world) for rank in range(world)]
     for step in (0, 3, 4, 11):  # twenty images in steps of four
         assert torch.equal(torch.cat([share(step) for share in shares]), alone(step))
     assert torch.equal(shares[-1].val(), alone.val())
 
 
-def test_a_batch_that_does_not_divide_is_refused(chain, tiny_runs):
-    cache, text = TokenCache(chain / "tokens"), load_text_input(chain / "text")
-    layout = load_model(chain / "transformer", "transformer").model.layout
+def test_a_batch_that_does_not_divide_is_refused(token_batches, tiny_runs):
     with pytest.raises(ValueError, match="a batch of 4 does not divide among 3 processes"):
-        TokenBatches(cache, text, layout, tiny_runs.transformer, rank=0, world=3)(0)
+        token_batches(tiny_runs.transformer, rank=0, world=3)(0)
 
 
 def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(17)), raising=False)
-    assert worker_count(-1, 100) == 8
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert worker_count(-1, 100) == 3
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "40")
-    assert worker_count(-1, 100) == 0
+    for processes, workers in ((1, 8), (4, 3), (40, 0)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert worker_count(-1, 100) == workers
     assert worker_count(5, 100) == 5
 
 

@@ -15,10 +15,10 @@ def numbers(low: int, high: int) -> torch.Tensor:
     """Many fp32 numbers of both signs between two powers of two, with ties, zeros, Inf and NaN."""
     generator = torch.Generator().manual_seed(0)
     powers = torch.randint(low, high, (20000,), generator=generator)
-    drawn = torch.ldexp(1 + torch.rand(20000, generator=generator), powers)
+    sampled = torch.ldexp(1 + torch.rand(20000, generator=generator), powers)
     ties = torch.ldexp(torch.randint(1, 4096, (4000,), generator=generator).float(), powers[:4000])
     special = torch.tensor([0.0, torch.inf, torch.nan])
-    every = torch.cat([drawn, ties, special])
+    every = torch.cat([sampled, ties, special])
     return torch.cat([every, -every])
 
 
@@ -58,14 +58,10 @@ def test_saturation_keeps_the_sign_and_nan():
     assert rounded(x, MEAN, saturate=True).isnan().tolist() == [False] * 4 + [True]
 
 
-def stack() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(5, 8), nn.ModuleList([nn.Linear(8, 8)]))
-
-
 def updated(moments: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model after three updates of AdamW on tiny gradients."""
-    model = stack()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 8), nn.ModuleList([nn.Linear(8, 8)]))
     config = OptimizerConfig(lr=Schedule(0.1, 0.1), warmup_steps=0, state_dtype=moments)
     (optimizer,) = build_optimizers(model, config)
     for step in range(3):

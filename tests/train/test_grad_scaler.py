@@ -24,16 +24,13 @@ def blocks(count: int = 3) -> list[ResidualBlock]:
     return [ResidualBlock(4, nn.Linear(4, 4)) for _ in range(count)]
 
 
-def test_scales_start_at_two_to_the_thirteen():
-    assert PerBlockGradScaler(blocks()).values.tolist() == [2.0**13] * 3
-
-
 GROWTH, BACKOFF = 2 ** (1 / 1000), 1 / math.sqrt(2)
 
 
 @pytest.mark.parametrize(
     ("steps", "factor"),
     [
+        ([], 1.0),
         ([True] * 1000, 2.0),
         ([True, False], GROWTH * BACKOFF),
         ([False, True, False], BACKOFF * GROWTH),  # at most one division in 125 steps
@@ -42,27 +39,22 @@ GROWTH, BACKOFF = 2 ** (1 / 1000), 1 / math.sqrt(2)
         ([False] * 251, BACKOFF**3),
     ],
 )
-def test_a_scale_follows_its_own_resblock(steps, factor):
+def test_a_scale_starts_at_two_to_the_thirteen_and_follows_its_own_resblock(steps, factor):
     scales = PerBlockGradScaler(blocks(2))
     for finite in steps:
         scales.update(torch.tensor([finite, True]))
     assert scales.values.tolist() == pytest.approx([2**13 * factor, 2**13 * GROWTH ** len(steps)], rel=1e-4)
 
 
-def test_scales_stay_between_their_bounds():
-    scales = PerBlockGradScaler(blocks(2))
-    scales.values.copy_(torch.tensor([2.0**7, 2.0**24]))
-    scales.update(torch.tensor([False, True]))
-    assert scales.values.tolist() == [2.0**7, 2.0**24]
-
-
-def test_the_resblocks_see_a_changed_scale():
+def test_scales_stay_between_their_bounds_and_the_resblocks_see_them():
     made = blocks(2)
     scales = PerBlockGradScaler(made)
-    scales.update(torch.tensor([True, False]))
-    assert [float(block.gradient_scale) for block in made] == scales.values.tolist()
-    scales.load_state_dict({"values": torch.tensor([1.0, 2.0]), "since_backoff": torch.tensor([3, 4])})
-    assert [float(block.gradient_scale) for block in made] == [1.0, 2.0]
+    bounds = torch.tensor([2.0**7, 2.0**24])
+    scales.load_state_dict({"values": bounds, "since_backoff": torch.tensor([125, 4])})
+    scales.update(torch.tensor([False, True]))
+    assert [float(block.gradient_scale) for block in made] == scales.values.tolist() == bounds.tolist()
+    scales.update(torch.tensor([True, True]))
+    assert float(made[0].gradient_scale) > 2.0**7
 
 
 def test_scales_of_another_model_are_refused():
@@ -79,16 +71,13 @@ def trunk(made: list[ResidualBlock], x: torch.Tensor) -> torch.Tensor:
 def test_scaling_changes_no_gradient_in_fp32():
     made = blocks()
     x = torch.randn(2, 4, requires_grad=True)
-    trunk(made, x).square().sum().backward()
-    expected = [x.grad.clone(), *(p.grad.clone() for block in made for p in block.parameters())]
+    tensors = (x, *(p for block in made for p in block.parameters()))
+    expected = torch.autograd.grad(trunk(made, x).square().sum(), tensors)
     scales = PerBlockGradScaler(made)
     scales.values.copy_(torch.tensor([2.0**7, 2.0**13, 2.0**20]))
-    for tensor in (x, *(p for block in made for p in block.parameters())):
-        tensor.grad = None
     trunk(made, x).square().sum().backward()
     assert scales.unscale().all()
-    found = [x.grad, *(p.grad for block in made for p in block.parameters())]
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close([tensor.grad for tensor in tensors], list(expected))
 
 
 def test_inside_a_resblock_the_gradient_is_scaled():
@@ -133,14 +122,15 @@ def test_the_trunk_is_fp32_and_the_path_inside_fp16():
     assert dtypes == [(torch.float32, torch.float16)]
 
 
-def state_of() -> TrainState:
+OPTIM = OptimizerConfig(lr=Schedule(1e-3, 1e-3), warmup_steps=0)
+
+
+@pytest.fixture
+def state() -> TrainState:
     torch.manual_seed(0)
     model = Transformer(CONFIG)
     optimizers = build_optimizers(model, OPTIM)
     return TrainState(model, optimizers, EMA(model, EMAConfig()), build_grad_scaler(model))
-
-
-OPTIM = OptimizerConfig(lr=Schedule(1e-3, 1e-3), warmup_steps=0)
 
 
 def step(state: TrainState):
@@ -148,8 +138,7 @@ def step(state: TrainState):
     return train_step(state, ids, TransformerObjective(), OPTIM, "fp16", seed=0)
 
 
-def test_an_overflow_skips_the_update_and_counts_as_a_step():
-    state = state_of()
+def test_an_overflow_skips_the_update_and_counts_as_a_step(state):
     step(state)
     before = [p.detach().clone() for p in state.model.parameters()]
     handle = state.model.resblocks()[2].f.out.weight.register_hook(lambda gradient: gradient * torch.nan)
@@ -164,8 +153,7 @@ def test_an_overflow_skips_the_update_and_counts_as_a_step():
     assert any(not torch.equal(p, old) for p, old in zip(state.model.parameters(), before, strict=True))
 
 
-def test_an_infinite_loss_ends_the_run_all_the_same():
-    state = state_of()
+def test_an_infinite_loss_ends_the_run_all_the_same(state):
     with torch.no_grad():
         state.model.to_logits.weight.fill_(torch.inf)
     with pytest.raises(FloatingPointError, match="to_logits"):
