@@ -57,20 +57,19 @@ def extract(path: Path, names: Collection[str]) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="dalle-") as folder:
         try:
-            missing = set(names) - _extract(path, set(names), Path(folder))
+            _extract(path, set(names), Path(folder))
         except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
             reason = str(error) or type(error).__name__
             raise ValueError(f"{path} cannot be unpacked: {reason}; if no tar.gz, unpack it") from None
-        if missing:
-            raise ValueError(f"{path} is an archive without {min(missing)}, not minDALL-E's; unpack it first")
+        if missing := [name for name in names if not (Path(folder) / name).is_file()]:
+            raise ValueError(f"{path} is an archive without {missing[0]}, not minDALL-E's; unpack it first")
         yield Path(folder)
 
 
-def _extract(path: Path, names: set[str], folder: Path) -> set[str]:
-    """Reads the archive once, from end to end; the files that it took."""
+def _extract(path: Path, names: set[str], folder: Path) -> None:
+    """Reads the archive once, from end to end."""
     size = path.stat().st_size
     seen: set[PurePosixPath] = set()
-    taken: set[str] = set()
     with (
         path.open("rb") as file,
         tqdm.wrapattr(file, "read", total=size, desc=f"unpacking {path.name}", disable=None) as bar,
@@ -83,9 +82,8 @@ def _extract(path: Path, names: set[str], folder: Path) -> set[str]:
                 stream.require(member.size)  # a sparse member claims bytes that are not there
                 parts = PurePosixPath(member.name).parts if member.isfile() else ()
                 for name in names & {"/".join(parts), "/".join(parts[1:])}:
-                    if name in taken:
+                    if (folder / name).exists():
                         raise ValueError(f"{path} is refused: it holds {name} twice")
-                    taken.add(name)
                     if member.size > (free := shutil.disk_usage(folder).free):
                         raise ValueError(f"{name} takes {member.size} bytes, {free} are free; set TMPDIR")
                     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +91,6 @@ def _extract(path: Path, names: set[str], folder: Path) -> set[str]:
                         shutil.copyfileobj(tar.extractfile(member), target)
         while stream.read(2**20):  # gzip compares its checksum at the end
             pass
-    return taken
 
 
 def _check_member(path: Path, member: tarfile.TarInfo, seen: set[PurePosixPath]) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle.layout import TokenLayout, check_tokens
+from dalle.layout import TokenLayout
 from dalle.masks import dense_mask
 from dalle.nn.kv_cache import KVCache, KVCacheLayout
 from dalle.pretrained.external_blocks import BlockConfig, Layer
@@ -145,12 +145,8 @@ class ExternalTransformer(nn.Module, ABC):
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Joint ids (B, n) -> final states (B, n, D); state p reads ids before p, and is 0 if none does."""
-        text, image = self.layout.unpack(ids)
-        check_tokens(text, self.layout.image_offset, "text ids")
-        check_tokens(image, self.layout.image_vocab, "image ids less their offset")
         missing = self.layout.unpredicted
-        states = self.prefill(self.layout.shift(ids)[:, : ids.shape[1] - missing])
-        return F.pad(states, (0, 0, missing, 0))
+        return F.pad(Transformer.hidden(self, ids[:, : ids.shape[1] - missing]), (0, 0, missing, 0))
 
     def prefill(self, inputs: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Input ids (B, n) -> final states (B, n, D); fills `caches` for `decode_step`."""

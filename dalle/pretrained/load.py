@@ -16,7 +16,6 @@ from dalle.pretrained import (
     openai_clip,
     openai_dvae,
     rudalle,
-    rudalle_vqgan,
     vqgan,
 )
 from dalle.pretrained.archive import extract, is_archive
@@ -32,7 +31,7 @@ FAMILIES = (
     openai_dvae.FAMILY,
     openai_clip.OPENAI,
     openai_clip.OPEN_CLIP,
-    rudalle_vqgan.FAMILY,
+    vqgan.WAVELETS,
     vqgan.TAMING,
     vqgan.GUMBEL,
     vqgan.LLAMAGEN,

@@ -10,7 +10,7 @@ its two versions, whose tensors have the same names and shapes:
 
 The number of heads is known for the published widths. The text tokenizer is a youtokentome model, bpe.model,
 of lowercase captions; the image tokenizer is vqgan.gumbelf8-sber.model.ckpt, or its sibling with wavelets
-(dalle/pretrained/rudalle_vqgan.py). The package's measure against overflow in fp16 (CogView's "PB-relax")
+(dalle/pretrained/vqgan.py). The package's measure against overflow in fp16 (CogView's "PB-relax")
 changes nothing in fp32 and is omitted.
 """
 
