@@ -3,6 +3,7 @@
 It shares nothing with dalle/pretrained.
 """
 
+import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -101,20 +102,12 @@ def published_tokenizer(folder: Path) -> Any:
 
 
 def write_folder(folder: Path, **changed: Any) -> State:
-    """All its files at small width; the transformer's tensors."""
+    """All its files at small width, config.yaml as it is published; the transformer's tensors."""
     words = train_tokenizer(folder)
-    write_config(folder, words, **changed)
+    stage2 = {"type": "transformer1d", "vocab_size_txt": words, "vocab_size_img": CODES}
+    config = {"stage1": {"type": "vqgan"}, "stage2": stage2 | {"hparams": HPARAMS | changed}}
+    (folder / "config.yaml").write_text(json.dumps(config))  # which is YAML
     state = make_weights(words, **changed)
     torch.save({"state_dict": state}, folder / "stage2_last.ckpt")
     torch.save({"state_dict": make_state()}, folder / "stage1_last.ckpt")
     return state
-
-
-def write_config(folder: Path, words: int, **changed: Any) -> None:
-    """config.yaml as it is published, with small numbers; `changed` may name hparams, or keys of stage2."""
-    stage2 = {"type": "transformer1d", "vocab_size_txt": words, "vocab_size_img": CODES}
-    stage2 |= {name: value for name, value in changed.items() if name in stage2}
-    hparams = HPARAMS | {name: value for name, value in changed.items() if name not in stage2}
-    lines = ["stage1:", "  type: vqgan", "stage2:", *(f"  {name}: {value}" for name, value in stage2.items())]
-    lines += ["  hparams:", *(f"    {name}: {value}" for name, value in hparams.items() if value is not None)]
-    (folder / "config.yaml").write_text("\n".join(lines) + "\n")

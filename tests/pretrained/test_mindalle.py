@@ -3,7 +3,6 @@
 import io
 import tarfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +18,11 @@ from dalle.pretrained.load import (
     load_transformer,
 )
 from dalle.pretrained.mindalle import (
+    CONFIG,
     FAMILY,
     FILES,
     MERGES,
+    STAGE1,
     STAGE2,
     VOCABULARY,
     MinDalle,
@@ -31,7 +32,7 @@ from dalle.pretrained.mindalle import (
 from dalle.vqgan import VQGAN
 from tests.helpers import mindalle_reference as reference
 from tests.helpers.external import check_logits, check_sampling
-from tests.helpers.mindalle_reference import CAPTIONS, SIDE, TEXT, write_config, write_folder
+from tests.helpers.mindalle_reference import CAPTIONS, SIDE, TEXT, write_folder
 from tests.helpers.vqgan_reference import CODES
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed: its CharBPETokenizer writes the files")
@@ -143,61 +144,46 @@ def test_the_published_file_fits(tmp_path, text):
     tensors = {name: torch.empty(state[ours].shape, device="meta") for name, ours in names.items()}
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / VOCABULARY).write_text('{"[PAD]": 16383, "[UNK]": 16382}')
-    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / CONFIG).write_text(text)
     comparison = compare_keys(DetectedCheckpoint(tmp_path / STAGE2, FAMILY, tensors))
     comparison.check("published")
     assert comparison.config == MinDalleConfig(pad=16383)
     assert sum(p.numel() for p in comparison.model.parameters()) == 1_291_081_728
 
 
-def change_state(change):
-    def apply(folder):
-        state = torch.load(folder / STAGE2, weights_only=True)["state_dict"]
-        change(state)
-        torch.save({"state_dict": state}, folder / STAGE2)
-
-    return apply
-
-
-def config(**changed):
-    return lambda folder: write_config(folder, 30, **changed)
-
-
-def text(name, content):
-    """Another text in a file; None for no file."""
-    return lambda folder: (folder / name).unlink() if content is None else (folder / name).write_text(content)
-
-
 SWELLING = "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(12))
 SWELLING = f"a0: &a0 [x]\n{SWELLING}stage2: {{type: *a12}}\n"  # 9 to the 12th, were it written out
-MATRIX = "blocks.0.mlp.0.weight"
-REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a missing tensor": (change_state(lambda s: s.pop("blocks.1.attn.key.bias")), r"lacks 1 .*qkv\.1\.bias"),
-    "a transposed matrix": (change_state(lambda s: s[MATRIX].t_()), "wrong shape.*expand"),
-    "biases that are switched off": (config(attn_bias=False), "unexpected.*bias"),
-    "no heads": (text("config.yaml", "stage1: 1\n"), "n_heads None"),
-    "heads that are no number": (config(n_heads="many"), "n_heads 'many'"),
-    "heads that do not divide": (config(n_heads=5), "5 heads"),
-    "a switch that is none": (config(gelu_use_approx="maybe"), "gelu_use_approx 'maybe'"),
-    "another kind of model": (config(type="igpt"), "type 'igpt'"),
-    "a value that swells": (text("config.yaml", SWELLING), r"type \[\[\["),
-    "no configuration": (text("config.yaml", None), r"no config\.yaml in"),
-    "no YAML": (text("config.yaml", "a: [1\n"), r"config\.yaml is not YAML"),
-    "no mapping": (text("config.yaml", "- 1\n"), "no mapping"),
-    "no vocabulary": (text(VOCABULARY, None), "no tokenizer/bpe-16k-vocab"),
-    "a vocabulary without pad": (text(VOCABULARY, '{"[UNK]": 0}'), r"lacks \[PAD\]"),
-    "no merges": (text(MERGES, None), "merges.txt cannot be read"),
-    "merges of another file": (text(MERGES, "#version\nx y z\n"), "merges.txt cannot be read"),
-    "merges of another vocabulary": (text(MERGES, "ж ж\n"), "merges.txt cannot be read"),
-    "no image tokenizer": (text("stage1_last.ckpt", None), "no file .*stage1_last"),
+REFUSED = {  # a file, its text (None: no file), the message
+    "biases that are switched off": (
+        CONFIG,
+        "stage2: {hparams: {n_heads: 4, attn_bias: false}}",
+        "unexpected.*bias",
+    ),
+    "no heads": (CONFIG, "stage1: 1", "n_heads None"),
+    "heads that are no number": (CONFIG, "stage2: {hparams: {n_heads: many}}", "n_heads 'many'"),
+    "heads that do not divide": (CONFIG, "stage2: {hparams: {n_heads: 5}}", "5 heads"),
+    "a switch that is none": (CONFIG, "stage2: {hparams: {n_heads: 4, mlp_bias: maybe}}", "mlp_bias 'maybe'"),
+    "another kind of model": (CONFIG, "stage2: {type: igpt}", "type 'igpt'"),
+    "a value that swells": (CONFIG, SWELLING, r"type \[\[\["),
+    "no configuration": (CONFIG, None, r"no config\.yaml in"),
+    "no YAML": (CONFIG, "a: [1\n", r"config\.yaml is not YAML"),
+    "no mapping": (CONFIG, "- 1\n", "no mapping"),
+    "no vocabulary": (VOCABULARY, None, "no tokenizer/bpe-16k-vocab"),
+    "a vocabulary without pad": (VOCABULARY, '{"[UNK]": 0}', r"lacks \[PAD\]"),
+    "no merges": (MERGES, None, "merges.txt cannot be read"),
+    "merges of another file": (MERGES, "#version\nx y z\n", "merges.txt cannot be read"),
+    "merges of another vocabulary": (MERGES, "ж ж\n", "merges.txt cannot be read"),
+    "no image tokenizer": (STAGE1, None, "no file .*stage1_last"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(tmp_path, case):
-    change, message = REFUSED[case]
+    name, text, message = REFUSED[case]
     write_folder(tmp_path)
-    change(tmp_path)
+    (tmp_path / name).unlink()
+    if text:
+        (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         load_external_pipeline(tmp_path)
 
@@ -212,19 +198,14 @@ def test_the_transfer_to_imagenet_is_refused_by_name(tmp_path, condition, prefix
         detect_checkpoint(tmp_path / "last.ckpt")
 
 
-def member(name, content=b"x", kind=tarfile.REGTYPE, link="", size=0):
+def member(name, content=b"x", **fields):
     def add(archive):
         info = tarfile.TarInfo(name)
-        info.size, info.type, info.linkname = size or len(content), kind, link
-        archive.addfile(info, None if size else io.BytesIO(content))
+        for field, value in ({"size": len(content)} | fields).items():
+            setattr(info, field, value)
+        archive.addfile(info, None if "size" in fields else io.BytesIO(content))
 
     return add
-
-
-def long_header(archive):
-    info = tarfile.TarInfo("1.3B/x")
-    info.pax_headers = {"comment": "x" * 2**23}
-    archive.addfile(info)
 
 
 HOSTILE: dict[str, tuple[Callable, str]] = {
@@ -232,13 +213,13 @@ HOSTILE: dict[str, tuple[Callable, str]] = {
     "a path upward": (member("1.3B/../../evil"), "leads outside"),
     "a path of Windows": (member("..\\evil"), "leads outside"),
     "a drive of Windows": (member("C:evil"), "leads outside"),
-    "a link to a file": (member("1.3B/x", b"", tarfile.SYMTYPE, "/etc/passwd"), "is a link"),
-    "a hard link": (member("1.3B/x", b"", tarfile.LNKTYPE, "1.3B/config.yaml"), "is a link"),
-    "a device": (member("1.3B/x", b"", tarfile.CHRTYPE), "is a link or a device"),
+    "a link to a file": (member("1.3B/x", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "is a link"),
+    "a hard link": (member("1.3B/x", b"", type=tarfile.LNKTYPE, linkname="1.3B/config.yaml"), "is a link"),
+    "a device": (member("1.3B/x", b"", type=tarfile.CHRTYPE), "is a link or a device"),
     "a file twice": (member("1.3B/config.yaml"), "two members"),
     "a file in two places": (member("other/config.yaml"), "twice"),
     "a bomb": (member("1.3B/zeros", bytes(2**23)), "a bomb"),
-    "a bomb in a header": (long_header, "a bomb"),
+    "a bomb in a header": (member("1.3B/x", pax_headers={"comment": "x" * 2**23}), "a bomb"),
     "a claim beyond any disk": (member("1.3B/zeros", size=2**50), "a bomb"),
 }
 

@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from dalle.evals.reconstruction import run as evaluate_dvae
-from dalle.hub.registry import weights_hash
 from dalle.pretrained.family import DetectedCheckpoint, compare_keys, meta_init
 from dalle.pretrained.load import detect_checkpoint, load_image_tokenizer
 from dalle.pretrained.vqgan import GUMBEL, TAMING
-from dalle.runs.inputs import load_dvae_input
 from dalle.types import ImageTokenizer
 from dalle.vqgan import VQGAN, VQGANConfig
 from tests.helpers.vqgan_reference import (
@@ -169,13 +167,6 @@ def test_the_published_gumbel_is_recognized():
     comparison.check("published")
     assert comparison.config == config
     assert config.downsample_factor == 8
-
-
-def test_the_encode_stage_takes_one(tmp_path):
-    torch.save({"state_dict": make_state()}, tmp_path / "last.ckpt")
-    tokenizer, weights = load_dvae_input(tmp_path / "last.ckpt", torch.device("cpu"))
-    assert weights == weights_hash(tokenizer)
-    assert tokenizer.encode(PIXELS).shape == (2, 24)
 
 
 TAMING_FILE, WAVELETS = make_state(), with_wavelets(make_state(gumbel=True), "model.")
