@@ -39,7 +39,7 @@ class CheckpointFormat:
 
     def matches(self, names: Collection[str]) -> bool:
         """Whether a file with tensors of these names has this format."""
-        return matches_all(names, self.key_patterns)
+        return all(count_matches(names, pattern) for pattern in self.key_patterns)
 
     def rename(self, names: Collection[str]) -> dict[str, str]:
         """The model's name by the file's name of each tensor that is not ignored."""
@@ -151,11 +151,6 @@ class _SkipRandomInit(TorchFunctionMode):
 def count_matches(names: Collection[str], pattern: str) -> int:
     """How many names match."""
     return sum(fnmatchcase(name, pattern) for name in names)
-
-
-def matches_all(names: Collection[str], patterns: Collection[str]) -> bool:
-    """Whether each pattern matches a name."""
-    return all(count_matches(names, pattern) for pattern in patterns)
 
 
 def hparam(hparams: Mapping[str, Any], name: str, default: int | bool | None = None) -> Any:

@@ -19,7 +19,7 @@ from dalle.pretrained import (
     vqgan,
 )
 from dalle.pretrained.archive import extract, is_archive
-from dalle.pretrained.family import DetectedCheckpoint, load_weights, matches_all
+from dalle.pretrained.family import DetectedCheckpoint, count_matches, load_weights
 from dalle.pretrained.torch_file import SavedFile, read_torch_file, weights_of
 from dalle.text import BPETokenizer
 from dalle.types import ImageTokenizer, Scorer
@@ -87,7 +87,7 @@ def _detect(saved: SavedFile) -> DetectedCheckpoint:
     if isinstance(tree, dict) and {"hparams", "vae_params"} <= tree.keys() and not tensors:
         raise ValueError(f"{saved.path} is the part beside DeepSpeed's folder: {DEEPSPEED}")
     for reason, patterns in UNSUPPORTED.items():
-        if matches_all(tensors, patterns):
+        if all(count_matches(tensors, pattern) for pattern in patterns):
             raise ValueError(f"{saved.path} is not supported. It is of {reason}")
     family = next((family for family in FAMILIES if family.matches(tensors)), None)
     if family is openai_dvae.FAMILY:

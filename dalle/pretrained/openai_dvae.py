@@ -24,8 +24,6 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DVAEConfig:
     if len(halves) == 1:
         raise ValueError(f"only the {halves[0]} is there: put encoder.pkl and decoder.pkl in one folder")
     groups = count_matches(shapes, "encoder.blocks.group_*.block_1.res_path.conv_4.w")
-    if not halves or not groups or "encoder.blocks.output.conv.w" not in shapes:
-        raise ValueError("the encoder lacks its input, blocks or output: not OpenAI's dVAE")
     widths = [shapes[f"encoder.blocks.group_{i + 1}.block_1.res_path.conv_4.w"][0] for i in range(groups)]
     return DVAEConfig(
         widths=tuple(widths),
