@@ -45,8 +45,7 @@ class EvaluateArgs(EvalConfig):
     device: str = "auto"
     """cuda, mps or cpu; auto takes the first available."""
     json: Path | None = None
-    """File for the report, which is also printed; numbers that are not finite are null, and listed under
-    nonfinite."""
+    """File for the report, which is also printed; numbers not finite are null and named under nonfinite."""
 
     def __post_init__(self):
         check_positive(self, "num_prompts", "best_of", "chunk", "num_samples", "batch")

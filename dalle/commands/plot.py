@@ -26,8 +26,7 @@ class PlotArgs:
     labels: tuple[str, ...] = ()
     """Names of the runs; by default those of their directories."""
     smooth: float = 0.0
-    """Weight of the previous average in the moving average of training values, in [0, 1): 0 plots the log as
-    it is."""
+    """Weight of the previous average in the moving average of training values, in [0, 1); 0 for none."""
     log_x: bool = False
     """Steps on a logarithmic axis."""
     log_y: bool = False
@@ -53,11 +52,7 @@ def main() -> None:
 
 
 def plot(args: PlotArgs) -> None:
-    """Reads the runs and writes the image.
-
-    Raises:
-        ValueError: no runs, a run without a log, a metric that no run has.
-    """
+    """Reads the runs and writes the image; ValueError for a run without a log, a metric that no run has."""
     from dalle.io.files import make_directory
     from dalle.viz.curves import plot_curves, plot_gradient_scales
 
@@ -65,10 +60,10 @@ def plot(args: PlotArgs) -> None:
         raise ValueError("no runs to plot; give one or more: python scripts/plot.py runs/transformer")
     if args.gradient_scales and len(args.runs) > 1:
         raise ValueError(f"--gradient-scales plots one run, got {len(args.runs)}")
-    runs = dict(zip(args.labels, args.runs, strict=True)) if args.labels else args.runs
     if args.gradient_scales:
         image = plot_gradient_scales(args.runs[0])
     else:
+        runs = dict(zip(args.labels, args.runs, strict=True)) if args.labels else args.runs
         image = plot_curves(runs, args.metrics, args.smooth, args.log_x, args.log_y, args.chance)
     make_directory(args.out.parent)
     image.save(args.out)

@@ -52,10 +52,9 @@ def main() -> None:
 
 
 def write_report(args: ReportArgs) -> Path:
-    """Writes the page and returns its path; it lists the sections that the folder has nothing for.
+    """Writes the page and returns its path; ValueError for nothing of this library there.
 
-    Raises:
-        ValueError: nothing of this library there, or the page cannot be written.
+    The page lists the sections that the folder has nothing for.
     """
     from dalle.io.files import make_directory, write_text
     from dalle.report.context import ReportContext

@@ -19,14 +19,6 @@ def sizes(candidates: int) -> list[int]:
     return [*powers, candidates]
 
 
-def best_probabilities(candidates: int, n: int) -> np.ndarray:
-    """(M,) probability that each candidate, best first, is the best of n distinct ones."""
-    if not 1 <= n <= candidates:
-        raise ValueError(f"n must be 1 to {candidates}, got {n}")
-    subsets = math.comb(candidates, n)
-    return np.array([math.comb(candidates - 1 - i, n - 1) / subsets for i in range(candidates)])
-
-
 def best_of_n(
     scores: np.ndarray, values: np.ndarray | None = None, ns: Sequence[int] | None = None
 ) -> dict[int, float]:
@@ -44,5 +36,11 @@ def best_of_n(
     for row_scores, row_values in zip(scores, values, strict=True):
         _, group, size = np.unique(-row_scores, return_inverse=True, return_counts=True)
         best_first.append(np.repeat(np.bincount(group, row_values) / size, size))
-    means, count = np.mean(best_first, axis=0), scores.shape[1]
-    return {n: float(means @ best_probabilities(count, n)) for n in ns or sizes(count)}
+    means, m = np.mean(best_first, axis=0), scores.shape[1]
+    curve = {}
+    for n in ns or sizes(m):
+        if not 1 <= n <= m:
+            raise ValueError(f"n must be 1 to {m}, got {n}")
+        chances = [math.comb(m - 1 - i, n - 1) / math.comb(m, n) for i in range(m)]
+        curve[n] = float(means @ chances)
+    return curve

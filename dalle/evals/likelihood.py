@@ -11,8 +11,8 @@ For an image x, a caption y and image tokens z, with beta = 1 and any distributi
                 (footnote 6) and whose entropy H(q) is 0; both are bounds
 
 The paper's likelihood is a density on (0, 1). Here an 8-bit value v has the mass of the logit-Laplace over
-phi((v - 1/2) / 255) .. phi((v + 1/2) / 255), the first and last value also all beyond, so that bits per
-dimension compare with other models of 8-bit images. They are -ln p / ln 2 over the 3 H W pixel values.
+phi((v - 1/2) / 255) .. phi((v + 1/2) / 255), the first and last value also all beyond, as in other models of
+8-bit images. Bits per dimension are -ln p / ln 2 over the 3 H W pixel values.
 
     B pairs of a batch, K codes, h w grid, T text positions, N positions
 """

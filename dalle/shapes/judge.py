@@ -101,8 +101,7 @@ def attribute_errors(detection: Detection, scene: Scene) -> list[str]:
 def _object_errors(objects: tuple[DetectedObject, ...], scene: Scene) -> list[str]:
     errors = []
     for found, expected in zip(objects, scene.things, strict=True):
-        errors += ["color"] if found.color != expected.color else []
-        errors += ["shape"] if found.shape != expected.shape else []
+        errors += [name for name in ("color", "shape") if getattr(found, name) != getattr(expected, name)]
     if scene.relation is None:
         errors += ["place"] if objects[0].place != PLACES[scene.place] else []
         errors += ["size"] if objects[0].size != scene.size else []

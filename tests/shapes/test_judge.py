@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dalle.shapes import dataset as shapes
-from dalle.shapes.judge import attribute_errors, detect, match_shapes, matches_caption
+from dalle.shapes.judge import attribute_errors, detect, matches_caption
 
 ATTRIBUTES = ("background", "color", "shape", "relation", "place", "size")
 LINE = (np.arange(48) + 0.5) / 48
@@ -202,12 +202,3 @@ def test_no_images():
 def test_wrong_pixels_and_captions_are_refused(shape, value, texts, message):
     with pytest.raises(ValueError, match=message):
         matches_caption(np.full(shape, value), texts)
-
-
-@pytest.mark.parametrize("shape", shapes.SHAPES)
-@pytest.mark.parametrize("extent", [0.42, 0.67])
-def test_match_shapes_finds_shape_and_pose(shape, extent):
-    index, pose = match_shapes(torch.from_numpy(outline(shape, 0.43, 0.56, extent)).float()[None])
-    assert shapes.SHAPES[index] == shape
-    assert pose[0, :2].tolist() == pytest.approx((0.43, 0.56), abs=0.01)
-    assert pose[0, 2] == pytest.approx(extent, rel=0.05)
