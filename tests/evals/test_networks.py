@@ -29,25 +29,20 @@ def _no_download(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def inception_file(tmp_path_factory) -> Path:
+def files(tmp_path_factory) -> dict[type, Path]:
+    """A file for each network."""
     torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("networks")
     net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):  # signals neither vanish nor grow
             nn.init.kaiming_normal_(module.weight)
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.bias, std=0.1)
-    path = tmp_path_factory.mktemp("inception") / "pt_inception.pth"
-    torch.save({k: t for k, t in net.state_dict().items() if not k.endswith("num_batches_tracked")}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory) -> Path:
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("lpips") / "alexnet.pth"
-    torch.save(alexnet().state_dict(), path)
-    return path
+    tensors = {name: t for name, t in net.state_dict().items() if not name.endswith("num_batches_tracked")}
+    torch.save(tensors, folder / "pt_inception.pth")
+    torch.save(alexnet().state_dict(), folder / "alexnet.pth")
+    return {Inception: folder / "pt_inception.pth", LPIPS: folder / "alexnet.pth"}
 
 
 def images(count: int, side: int, seed: int = 0) -> Tensor:
@@ -56,7 +51,7 @@ def images(count: int, side: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("network", [Inception, LPIPS])
-def test_files_of_something_else_are_refused_and_run_no_code(network, backbone, tmp_path):
+def test_files_of_something_else_are_refused_and_run_no_code(network, tmp_path):
     words = "pt_inception-2015-12-05" if network is Inception else "alexnet-owt-7be5be79"
     with pytest.raises(ValueError, match=f"no file .*{words}"):
         network(tmp_path / "absent.pth")
@@ -73,52 +68,49 @@ def test_files_of_something_else_are_refused_and_run_no_code(network, backbone, 
 @pytest.mark.parametrize(
     ("network", "package"), [(Inception, "torch_fidelity.feature_extractor_inceptionv3"), (LPIPS, "lpips")]
 )
-def test_a_missing_package_names_the_extra(network, package, inception_file, backbone, monkeypatch):
+def test_a_missing_package_names_the_extra(network, package, files, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r"zeroshot-text2image\[evals\]"):
-        network(inception_file if network is Inception else backbone)
+        network(files[network])
 
 
-def test_inception_values_are_those_of_the_published_port(inception_file):
-    names = ["2048", "logits_unbiased"]
-    theirs = fidelity.FeatureExtractorInceptionV3("inception", names, str(inception_file))
-    pixels = images(2, 48)
+def test_inception_values_are_those_of_the_published_port(files):
+    pixels, names = images(2, 48), ["2048", "logits_unbiased"]
+    theirs = fidelity.FeatureExtractorInceptionV3("inception", names, str(files[Inception]))
     expected = theirs((pixels * 255).round().byte())
-    features, logits = Inception(inception_file)(pixels)
+    features, logits = Inception(files[Inception])(pixels)
     assert features.std() > 0.05
     assert torch.equal(features, expected[0])
     assert torch.equal(logits, expected[1])
 
 
-class TestLPIPS:
-    def test_equal_images_and_the_formula(self, backbone):
-        network = LPIPS(backbone)
-        a, b = images(2, 32), images(2, 32, seed=1)
-        assert network(a, a).tolist() == [0, 0]
-        shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
-        scale = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
-        x, y = ((2 * pixels - 1 - shift) / scale for pixels in (a, b))
-        net = alexnet()
-        net.load_state_dict(torch.load(backbone, weights_only=True))
-        file = Path(lpips.__file__).parent / "weights/v0.1/alex.pth"
-        weights = iter(torch.load(file, weights_only=True, map_location="cpu").values())
-        total = torch.zeros(2)
-        for layer in net.features[:12]:
-            x, y = layer(x.clone()), layer(y.clone())
-            if isinstance(layer, nn.ReLU):
-                difference = F.normalize(x, dim=1) - F.normalize(y, dim=1)
-                total += (difference**2 * next(weights).flatten()[:, None, None]).sum(1).mean((1, 2))
-        assert torch.allclose(network(a, b), total, rtol=1e-4)
-        assert total.min() > 0
-        with pytest.raises(ValueError, match="32 x 32"):
-            network(images(1, 16), images(1, 16))
+def test_lpips_of_equal_images_and_the_formula(files):
+    network = LPIPS(files[LPIPS])
+    a, b = images(2, 32), images(2, 32, seed=1)
+    assert network(a, a).tolist() == [0, 0]
+    shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
+    scale = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
+    x, y = ((2 * pixels - 1 - shift) / scale for pixels in (a, b))
+    net = alexnet()
+    net.load_state_dict(torch.load(files[LPIPS], weights_only=True))
+    file = Path(lpips.__file__).parent / "weights/v0.1/alex.pth"
+    weights = iter(torch.load(file, weights_only=True, map_location="cpu").values())
+    total = torch.zeros(2)
+    for layer in net.features[:12]:
+        x, y = layer(x.clone()), layer(y.clone())
+        if isinstance(layer, nn.ReLU):
+            difference = F.normalize(x, dim=1) - F.normalize(y, dim=1)
+            total += (difference**2 * next(weights).flatten()[:, None, None]).sum(1).mean((1, 2))
+    assert torch.allclose(network(a, b), total, rtol=1e-4)
+    assert total.min() > 0
+    with pytest.raises(ValueError, match="32 x 32"):
+        network(images(1, 16), images(1, 16))
 
 
-def test_evaluate_reads_both_files(chain, inception_file, backbone, tmp_path):
+def test_evaluate_reads_both_files(chain, files, tmp_path):
     options = {"num_samples": 4, "num_prompts": 2, "best_of": 2, "blur_radii": (0,), "stats_dir": tmp_path}
-    files = {"feature_extractor": str(inception_file), "lpips_backbone": backbone}
-    metrics = ("dvae", "images")
-    report = evaluate(EvaluateArgs(model=chain / "model", metrics=metrics, device="cpu", **options, **files))
+    options |= {"feature_extractor": str(files[Inception]), "lpips_backbone": files[LPIPS], "device": "cpu"}
+    report = evaluate(EvaluateArgs(model=chain / "model", metrics=("dvae", "images"), **options))
     assert report["dvae"]["lpips"] > 0
     assert report["images"]["blur"]["0"].keys() == {"fid", "inception_score", "inception_score_std"}
     assert {"feature_extractor", "lpips"} <= report["provenance"]["hashes"].keys()

@@ -60,10 +60,6 @@ def report_of(folder: Path, **options) -> Page:
     return Page(write_report(ReportArgs(folder, device="cpu", **options)).read_text(encoding="utf-8"))
 
 
-def write_log(folder: Path, lines: list[dict]) -> None:
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 @pytest.fixture(scope="module")
 def run(chain: Path, tmp_path_factory) -> Path:
     """A folder as the quick start leaves it, with an evaluation and a sample under a hostile caption."""
@@ -215,7 +211,7 @@ class TestPartialFolders:
     def test_a_log_without_a_checkpoint_and_values_that_are_not_finite(self, tmp_path):
         lines = [{"step": i, "loss": math.nan, "image_loss": 10**400 if i == 2 else i} for i in (1, 2, 3)]
         last = {"step": 4, "val/loss": None, "val/image_loss": 2.5, "grad_scale_log2": [13.0, 12.0]}
-        write_log(tmp_path, [*lines, last])
+        (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, [*lines, last])))
         numbers = {"provenance": {}, "rerank": {"score": {"1": math.nan}, "accuracy": {"1": 0.5, "2": 0.75}}}
         numbers["images"] = {"blur": {r: {"psnr": math.inf, "fid": 9.0} for r in ("0", "1")}}
         (tmp_path / "numbers.json").write_text(json.dumps(numbers))
@@ -247,7 +243,7 @@ def test_mistakes(tmp_path, script):
     for path, words in (("absent", "nothing at"), (".", "holds no run"), ("other.json", "holds no run")):
         with pytest.raises(ValueError, match=words):
             write_report(ReportArgs(tmp_path / path))
-    write_log(tmp_path, [{"step": 1, "image_loss": 1.0}])
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "image_loss": 1.0}')
     (tmp_path / "report.html").mkdir()
     assert re.match(r"error: .*report\.html is a directory", script("report", tmp_path).err)
     for name in ("captions", "best_of", "num_codes", "temperature"):
