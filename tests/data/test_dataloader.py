@@ -73,6 +73,8 @@ def test_any_number_of_workers_and_any_resume_gives_the_same_batches(workers):
     assert stream(workers, first=4) == alone[4:]  # in the second epoch
     assert stream(workers, steps=2) == alone[:2]
     assert torch.equal(torch.get_rng_state(), state)  # the generator of the training is not used
+    with ImageTextLoader(reader(), 6, workers) as batches:
+        assert [batches(step) for step in (3, 4, 0, 0, 5)] == [alone[step] for step in (3, 4, 0, 0, 5)]
 
 
 @pytest.mark.slow
@@ -83,12 +85,6 @@ def test_spawned_workers_give_the_same_batches():
         assert stream(1, steps=2) == alone
     finally:
         torch.multiprocessing.set_start_method(method, force=True)
-
-
-def test_steps_in_any_order():
-    alone = stream(0)
-    with ImageTextLoader(reader(), 6, workers=2) as batches:
-        assert [batches(step) for step in (3, 4, 0, 0, 5)] == [alone[step] for step in (3, 4, 0, 0, 5)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -202,10 +198,8 @@ def test_too_many_bad_samples_end_a_run(tmp_path):
 
 def run_of(tiny_runs, tmp_path, path, out, workers, steps=8):
     """Eight steps of four: an epoch of twenty, and more."""
-    held_out = tmp_path / "held-out"
-    if not held_out.exists():
-        write_scenes(held_out, {})
-    data = replace(tiny_runs.dvae.data, path=str(path), workers=workers, val_path=str(held_out))
+    held_out = str(write_scenes_tar(tmp_path / "held-out.tar", {}))
+    data = replace(tiny_runs.dvae.data, path=str(path), workers=workers, val_path=held_out)
     return replace(tiny_runs.dvae, data=data, out=tmp_path / out, steps=steps, eval_samples=2)
 
 

@@ -8,11 +8,9 @@ import pytest
 from PIL import Image
 
 from dalle.data import DataConfig, first_samples, open_dataset
-from dalle.data.bad_samples import BadSampleError
 from dalle.data.dataset import ImageTextDataset
 from dalle.data.sources import FolderSource
-from dalle.types import BadSample
-from tests.helpers.formats import skipped
+from tests.helpers.formats import skipped, write_files
 from tests.helpers.scenes import scene
 
 
@@ -43,14 +41,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_captions_are_the_lines_of_the_file_beside_the_image(tmp_path):
-    add(tmp_path, "a.png", "\ufeffone dog\n\n  two dogs \r\nö\n")
-    assert dataset_of(tmp_path).captions([0]) == [["one dog", "two dogs", "ö"]]
-
-
 def test_pixels_and_captions_are_of_the_same_sample(folder):
-    for name in ("notes.txt", "list.csv"):
-        (folder / name).write_text("no image")
+    write_files(folder, {"notes.txt": "no image", "list.csv": "no image"})
     dataset = dataset_of(folder)
     assert dataset.size == 40
     batch = dataset.load([(0, 3), (0, 30), (0, 3)])
@@ -133,28 +125,27 @@ def test_a_folder_or_the_shapes_are_opened(folder):
 
 
 def test_many_bad_samples_at_the_opening_are_refused(tmp_path):
-    for i in range(150):
-        (tmp_path / f"{i}.png").write_bytes(b"")
-    (tmp_path / "1.txt").write_text("the only caption")
+    write_files(tmp_path, {f"{i}.png": "" for i in range(150)} | {"1.txt": "the only caption"})
     config = DataConfig(str(tmp_path), val_fraction=1e-9)
     with pytest.raises(ValueError, match=r"149 of 150 samples .*149 missing twin; for example 0\.png"):
         open_dataset(config)
     assert open_dataset(replace(config, max_bad_fraction=1.0)).size == 1
 
 
-@pytest.mark.parametrize("text", [b"", b" \n\n", b"sch\xf6n"])
-def test_bad_captions_are_named(tmp_path, text):
-    add(tmp_path, "a.png").with_suffix(".txt").write_bytes(text)
-    dataset = dataset_of(tmp_path)
+@pytest.mark.parametrize(
+    ("text", "captions", "bad"),
+    [
+        ("\ufeffone dog\n\n  two dogs \r\nö\n", ["one dog", "two dogs", "ö"], []),
+        ("", [], [("a.png", "empty caption")]),
+        (" \n\n", [], [("a.png", "empty caption")]),
+        (b"sch\xf6n", [], [("a.txt", "caption not UTF-8")]),
+    ],
+)
+def test_captions_are_the_lines_of_the_file_beside_the_image(tmp_path, text, captions, bad):
+    dataset = dataset_of(write_files(add(tmp_path, "a.png").parent, {"a.txt": text}))
     batch = dataset.load([(0, 0)])
-    assert (batch.samples, batch.captions, len(batch.pixels)) == ([], [], 0)
-    assert dataset.captions([0]) == [[]]
-    if text.strip():
-        assert skipped(batch) == [("a.txt", "caption not UTF-8")]
-        with pytest.raises(BadSampleError, match=r"a\.txt: caption not UTF-8"):
-            dataset.source.read(0)
-    else:
-        assert batch.skipped == [BadSample(0, "a.png", "empty caption")]
+    assert (dataset.captions([0]), batch.captions) == ([captions], [captions] if captions else [])
+    assert (len(batch.pixels), skipped(batch)) == (len(batch.captions), bad)
 
 
 def test_bad_images_are_left_out_and_named(tmp_path):

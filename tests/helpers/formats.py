@@ -22,6 +22,13 @@ def level(data: bytes) -> int:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[0, 0, 0]
 
 
+def write_files(place: Path, files: dict[str, bytes | str]) -> Path:
+    for name, content in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return place
+
+
 def names(source) -> list[str]:
     return [source.name(i) for i in range(len(source))]
 
@@ -47,6 +54,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes, **fields) -> None:
 
 
 def write_tar(path: Path, members: list[tuple], **options) -> Path:
+    path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w", **options) as tar:
         for name, data, *fields in members:
             add(tar, name, data, **(fields[0] if fields else {}))
@@ -57,27 +65,22 @@ def pair(key: str, i: int) -> list[tuple[str, bytes]]:
     return [(f"{key}.png", image(i)), (f"{key}.txt", "\n".join(caption(i)).encode())]
 
 
+def images(prefix: str = "") -> dict[str, bytes]:
+    return {f"{prefix}p{i:03}.png": image(i) for i in range(COUNT)}
+
+
 def folder(place: Path) -> Path:
-    for i in range(COUNT):
-        for name, data in pair(f"p{i:03}", i):
-            (place / name).write_bytes(data)
-    return place
+    return write_files(place, dict(member for i in range(COUNT) for member in pair(f"p{i:03}", i)))
 
 
 def folder_json(place: Path) -> Path:
-    for i in range(COUNT):
-        (place / f"p{i:03}.png").write_bytes(image(i))
-        (place / f"p{i:03}.json").write_text(json.dumps({"captions": caption(i), "licence": "CC0"}))
-    return place
+    texts = {f"p{i:03}.json": json.dumps({"captions": caption(i), "licence": "CC0"}) for i in range(COUNT)}
+    return write_files(place, images() | texts)
 
 
 def write_table(path: Path, text: str) -> Path:
     """A table beside the folder images/ of the images it names."""
-    (path.parent / "images").mkdir()
-    for i in range(COUNT):
-        (path.parent / "images" / f"p{i:03}.png").write_bytes(image(i))
-    path.write_text(text, encoding="utf-8")
-    return path
+    return write_files(path.parent, images("images/") | {path.name: text}) / path.name
 
 
 def row(i: int, separator: str, quote: str = "") -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.helpers.formats import write_tar
+from tests.helpers.formats import write_files, write_tar
 
 BAD = {
     2: "truncated",
@@ -51,10 +51,7 @@ def members(bad: dict[int, str]) -> Iterator[tuple[str, bytes]]:
 
 def write_scenes(folder: Path, bad: dict[int, str]) -> Path:
     """A folder of `members`."""
-    folder.mkdir()
-    for name, data in members(bad):
-        (folder / name).write_bytes(data)
-    return folder
+    return write_files(folder, dict(members(bad)))
 
 
 def write_scenes_tar(file: Path, bad: dict[int, str]) -> Path:

@@ -7,7 +7,7 @@ from dalle.data.config import DataConfig
 from dalle.data.dataset import open_dataset
 from dalle.data.sources import detect_source, has_val_split
 from dalle.data.sources.detect import expand_braces
-from tests.helpers.formats import COUNT, csv_file, folder, image, one_tar, pair, tars, write_tar
+from tests.helpers.formats import COUNT, csv_file, folder, image, one_tar, pair, tars, write_files, write_tar
 
 
 def test_braces_keep_leading_zeros():
@@ -38,18 +38,14 @@ def test_patterns_name_tars(tmp_path, pattern):
 )
 def test_other_paths_are_refused(tmp_path, monkeypatch, path, words):
     monkeypatch.chdir(tars(tmp_path))
-    for name in ("image.png", "set.tar.gz"):
-        (tmp_path / name).write_bytes(b"something")
-    (tmp_path / "both").mkdir()
     csv_file(tmp_path / "both")
-    (tmp_path / "both" / "more.jsonl").write_text("{}")
+    write_files(tmp_path, {"image.png": "something", "set.tar.gz": "something", "both/more.jsonl": "{}"})
     with pytest.raises(ValueError, match=words):
         detect_source(path)
 
 
 def test_a_table_among_captioned_images_is_ignored_unless_asked_for(tmp_path):
-    folder(tmp_path)
-    (tmp_path / "list.csv").write_text("image,caption\np000.png,other\n")
+    write_files(folder(tmp_path), {"list.csv": "image,caption\np000.png,other\n"})
     assert detect_source(str(tmp_path)).format == "folder"
     assert open_source(tmp_path, "table").read(0).captions == ["other"]
     for file in tmp_path.glob("*.txt"):
@@ -75,10 +71,8 @@ def test_other_names_are_no_validation_split(tmp_path):
 
 
 def test_the_validation_split_may_be_elsewhere(tmp_path):
-    for name in ("train", "other"):
-        (tmp_path / name).mkdir()
-    one_tar(tmp_path / "train")
-    config = DataConfig(str(tmp_path / "train"), resolution=16, val_path=str(csv_file(tmp_path / "other")))
+    tar, table = one_tar(tmp_path / "train"), csv_file(tmp_path / "other")
+    config = DataConfig(str(tar), resolution=16, val_path=str(table))
     train, held_out = open_dataset(config), open_dataset(config, "held_out")
     assert (train.size, held_out.size, held_out.name(0)) == (COUNT, COUNT, "images/p000.png")
 

@@ -4,77 +4,60 @@ import pytest
 
 from dalle.data import open_source
 from dalle.data.bad_samples import BadSampleError
-from tests.helpers.formats import COUNT, all_captions, folder, image, names, skipped
+from tests.helpers.formats import COUNT, all_captions, folder, image, names, skipped, write_files
 
 
 def test_links_out_of_a_folder_are_refused(tmp_path):
-    (tmp_path / "set" / "sub").mkdir(parents=True)
-    (tmp_path / "outside").mkdir()
-    folder(tmp_path / "outside")
-    for name in ("a", "b"):
-        (tmp_path / "set" / f"{name}.txt").write_text("words")
-    (tmp_path / "set" / "a.png").write_bytes(image(1))
-    (tmp_path / "set" / "b.png").symlink_to(tmp_path / "outside" / "p001.png")
-    (tmp_path / "set" / "more").symlink_to(tmp_path / "outside", target_is_directory=True)
-    source = open_source(tmp_path / "set")
+    outside = folder(tmp_path / "outside")
+    place = write_files(tmp_path / "set", {"a.png": image(1), "a.txt": "words", "b.txt": "words"})
+    (place / "b.png").symlink_to(outside / "p001.png")
+    (place / "more").symlink_to(outside, target_is_directory=True)
+    source = open_source(place)
     assert names(source) == ["a.png"]
     assert skipped(source) == [("b.png", "leaves the folder"), ("more", "leaves the folder")]
-
-
-def test_a_caption_file_that_becomes_a_link_out_is_not_read(tmp_path):
-    (tmp_path / "set").mkdir()
-    (tmp_path / "secret.txt").write_text("secret")
-    (tmp_path / "set" / "a.png").write_bytes(image(1))
-    (tmp_path / "set" / "a.txt").write_text("mine")
-    source = open_source(tmp_path / "set")
-    (tmp_path / "set" / "a.txt").unlink()
-    (tmp_path / "set" / "a.txt").symlink_to(tmp_path / "secret.txt")
+    (place / "a.txt").unlink()
+    (place / "a.txt").symlink_to(outside / "p001.txt")  # after it was opened
     with pytest.raises(BadSampleError, match="leaves the folder"):
         source.read(0)
 
 
 def test_a_link_to_the_folder_and_links_within_are_followed(tmp_path):
-    (tmp_path / "set").mkdir()
-    folder(tmp_path / "set")
-    (tmp_path / "set" / "zz.png").symlink_to("p001.png")
-    (tmp_path / "set" / "zz.txt").write_text("again")
-    (tmp_path / "link").symlink_to(tmp_path / "set")
+    place = folder(write_files(tmp_path / "set", {"zz.txt": "again"}))
+    (place / "zz.png").symlink_to("p001.png")
+    (tmp_path / "link").symlink_to(place)
     source = open_source(tmp_path / "link")
     assert (len(source), source.read(COUNT).captions) == (COUNT + 1, ["again"])
 
 
 def test_a_cycle_of_links_is_no_file(tmp_path):
-    (tmp_path / "a.png").write_bytes(image(1))
+    write_files(tmp_path, {"a.png": image(1), "a.txt": "words", "b.txt": "words"})
     (tmp_path / "b.png").symlink_to(tmp_path / "b.png")
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text("words")
     (tmp_path / "again").symlink_to(tmp_path)
     assert names(open_source(tmp_path)) == ["a.png"]
-    (tmp_path / "table.csv").write_text("image,caption\nb.png,words\n")
+    write_files(tmp_path, {"table.csv": "image,caption\nb.png,words\n"})
     with pytest.raises(BadSampleError, match=r"b\.png: missing twin"):
         open_source(tmp_path / "table.csv").read(0)
 
 
 def test_suffixes_may_be_in_capitals(tmp_path):
-    for name, suffix, text in (("A", "TXT", "one\ntwo"), ("B", "JSON", '{"caption": "three"}')):
-        (tmp_path / f"{name}.JPG").write_bytes(image(1))
-        (tmp_path / f"{name}.{suffix}").write_text(text)
-    (tmp_path / "list.csv").write_text("image,caption\nA.JPG,other\n")
+    write_files(
+        tmp_path, {"A.JPG": image(1), "A.TXT": "one\ntwo", "list.csv": "image,caption\nA.JPG,other\n"}
+    )
+    write_files(tmp_path, {"B.JPG": image(1), "B.JSON": '{"caption": "three"}'})
     source = open_source(tmp_path)
     assert (skipped(source), all_captions(source)) == ([], [["one", "two"], ["three"]])
 
 
 def test_lower_case_and_text_are_preferred(tmp_path):
-    (tmp_path / "a.png").write_bytes(image(1))
+    write_files(tmp_path, {"a.png": image(1)})
     for suffix, text in (("JSON", '"four"'), ("json", '"three"'), ("TXT", "two"), ("txt", "one")):
-        (tmp_path / f"a.{suffix}").write_text(text)
+        write_files(tmp_path, {f"a.{suffix}": text})
         assert open_source(tmp_path).captions(0) == [text.strip('"')]
 
 
 def test_captions_in_json(tmp_path):
-    (tmp_path / "a.png").write_bytes(image(1))
-    (tmp_path / "a.json").write_text('{"alt": "one", "title": "two"}')
+    write_files(tmp_path, {"a.png": image(1), "a.json": '{"alt": "one", "title": "two"}'})
     assert open_source(tmp_path, caption_column="alt, title").captions(0) == ["one", "two"]
-    (tmp_path / "a.json").write_text("[" * 100_000)
+    write_files(tmp_path, {"a.json": "[" * 100_000})
     with pytest.raises(BadSampleError, match="broken row"):
         open_source(tmp_path).read(0)

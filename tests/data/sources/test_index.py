@@ -13,7 +13,17 @@ import pytest
 
 from dalle.data import DataConfig, open_dataset, open_source
 from dalle.data.sources.index import FOLDER
-from tests.helpers.formats import COUNT, all_captions, caption, csv_file, one_tar, pair, tars, write_tar
+from tests.helpers.formats import (
+    COUNT,
+    all_captions,
+    caption,
+    csv_file,
+    one_tar,
+    pair,
+    tars,
+    write_files,
+    write_tar,
+)
 
 PROCESSES = 4
 ROUNDS = 6
@@ -63,7 +73,6 @@ def test_an_index_is_built_once_and_again_when_the_files_change(tmp_path):
 
 def test_the_hash_is_of_the_content_not_of_path_or_time(tmp_path):
     for name in ("here", "there"):
-        (tmp_path / name).mkdir()
         os.utime(one_tar(tmp_path / name), (1, 1 if name == "here" else 2))
     assert open_source(tmp_path / "here").hash == open_source(tmp_path / "there").hash
 
@@ -88,9 +97,7 @@ def test_an_interrupted_index_leaves_nothing(tmp_path, monkeypatch):
 def test_an_index_is_beside_the_data_or_in_the_users_cache(tmp_path, monkeypatch):
     open_source(one_tar(tmp_path))
     assert len(os.listdir(tmp_path / FOLDER)) == 1
-    for name in ("home", "set"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "set" / FOLDER).write_text("in the way")
+    write_files(tmp_path / "set", {FOLDER: "in the way"})
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     assert len(open_source(one_tar(tmp_path / "set"))) == COUNT
     assert len(os.listdir(tmp_path / "home" / ".cache" / "dalle")) == 1
@@ -101,15 +108,13 @@ def test_an_index_is_beside_the_data_or_in_the_users_cache(tmp_path, monkeypatch
 @pytest.mark.parametrize("damaged", [False, True], ids=["new", "damaged"])
 @pytest.mark.parametrize("form", [tars, csv_file])
 def test_processes_that_index_at_once_end_with_one_index(tmp_path, form, damaged):
-    (tmp_path / "set").mkdir()
     path = form(tmp_path / "set")
     source = open_source(path, index_dir=tmp_path / "first")
     with ProcessPoolExecutor(PROCESSES) as pool:
         for number in range(ROUNDS):
             index = tmp_path / f"index-{number}" / source._index.path.name
             if damaged:
-                index.parent.mkdir()
-                index.write_text('{"start": 12, "en')
+                write_files(index.parent, {index.name: '{"start": 12, "en'})
             found = pool.map(partial(open_source, index_dir=index.parent), [path] * PROCESSES)
             opened = [(each.hash, each._index.path, all_captions(each)) for each in found]
             assert opened == [(source.hash, index, all_captions(source))] * PROCESSES

@@ -20,6 +20,7 @@ from tests.helpers.formats import (
     names,
     parquet_bytes,
     skipped,
+    write_files,
     write_parquet,
 )
 
@@ -44,17 +45,12 @@ def text_table(place: Path, text: str, form: str = "csv") -> Path:
     return place / f"a.{form}"
 
 
-def put(path: Path, number: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(image(number))
-
-
 # Paths.
 
 
 @pytest.mark.parametrize("form", TABLES)
 def test_paths_of_windows_mean_the_same_samples(tmp_path, form):
-    put(tmp_path / "cats" / "a b" / "1.png", 1)
+    write_files(tmp_path, {"cats/a b/1.png": image(1)})
     sources = []
     for mark in "\\/":
         rows = [{"image": f"cats{mark}a b{mark}{i}.png", "caption": "one"} for i in range(1, 9)]
@@ -64,8 +60,8 @@ def test_paths_of_windows_mean_the_same_samples(tmp_path, form):
 
 
 def test_a_file_name_may_hold_a_backslash(tmp_path):
-    put(tmp_path / "a\\b.png", 1)
-    put(tmp_path / "a" / "b.png", 2)
+    write_files(tmp_path, {"a\\b.png": image(1)})
+    write_files(tmp_path, {"a/b.png": image(2)})
     source = open_source(table(tmp_path, [{"image": f"a{mark}b.png", "caption": "x"} for mark in "\\/"]))
     assert [source.read(i).image for i in range(2)] == [image(1), image(2)]
 
@@ -87,7 +83,7 @@ def test_a_file_name_may_hold_a_backslash(tmp_path):
     ],
 )
 def test_no_path_leads_out_of_the_folder(tmp_path, form, path, cause):
-    put(tmp_path / "secret.png", 1)
+    write_files(tmp_path, {"secret.png": image(1)})
     (tmp_path / "set" / "cats").mkdir(parents=True)
     (tmp_path / "set" / "out").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "set" / "link.png").symlink_to(tmp_path / "secret.png")
@@ -98,7 +94,7 @@ def test_no_path_leads_out_of_the_folder(tmp_path, form, path, cause):
 
 def test_no_path_of_a_hub_dataset_leads_out_of_its_folder(tmp_path):
     datasets = pytest.importorskip("datasets")
-    put(tmp_path / "secret.png", 1)
+    write_files(tmp_path, {"secret.png": image(1)})
     paths = ["../secret.png", str(tmp_path / "secret.png"), "..\\secret.png"]
     datasets.Dataset.from_dict({"image": paths, "text": ["a secret"] * 3}).save_to_disk(str(tmp_path / "set"))
     source = open_source(tmp_path / "set")
@@ -234,7 +230,7 @@ def test_bad_rows_are_named(tmp_path, form, text, bad):
 
 
 def test_other_encodings_are_named(tmp_path):
-    put(tmp_path / "a.png", 1)
+    write_files(tmp_path, {"a.png": image(1)})
     (tmp_path / "a.csv").write_bytes(b"image,caption\na.png,sch\xf6n\n")
     with pytest.raises(BadSampleError, match=r"a\.png: caption not UTF-8"):
         open_source(tmp_path / "a.csv").read(0)
@@ -248,7 +244,7 @@ def test_other_encodings_are_named(tmp_path):
 @pytest.mark.parametrize("kind", ["binary", "large_binary", "list"])
 def test_captions_as_bytes_in_parquet(tmp_path, kind):
     pa = pytest.importorskip("pyarrow")
-    put(tmp_path / "a.png", 1)
+    write_files(tmp_path, {"a.png": image(1)})
     kinds = {"binary": pa.binary(), "large_binary": pa.large_binary(), "list": pa.list_(pa.binary())}
     texts = [caption(3)[1].encode(), "猫 قط".encode(), b"caf\xe9", None]
     values = [[text] for text in texts] if kind == "list" else texts
@@ -273,7 +269,7 @@ def test_captions_as_bytes_in_a_hub_dataset(tmp_path):
 
 def test_paths_may_be_categorical(tmp_path):
     pa = pytest.importorskip("pyarrow")
-    put(tmp_path / "a.png", 1)
+    write_files(tmp_path, {"a.png": image(1)})
     paths = pa.array(["a.png"] * 2).dictionary_encode()
     source = open_source(write_parquet(tmp_path / "a.parquet", {"path": paths, "caption": ["one", "two"]}))
     assert all_captions(source) == [["one"], ["two"]]
