@@ -17,7 +17,6 @@ from dalle.schedules import Schedule
 from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.grad_scaler import build_grad_scaler
 from dalle.train.optimizer import build_optimizers
-from dalle.train.precision import compile_layers
 from dalle.train.state import EMA, TrainState
 from dalle.train.step import train_step
 from dalle.types import Loss, Objective
@@ -35,7 +34,6 @@ class Stepper:
         objective: Objective,
         device: torch.device,
         precision: str,
-        compiled: bool = False,
         optim: OptimizerConfig = OPTIM,
         seed: int = 0,
     ):
@@ -44,8 +42,6 @@ class Stepper:
         self.objective, self.precision, self.optim = objective, precision, optim
         scales = build_grad_scaler(model) if precision == "fp16" else None
         self.state = TrainState(model, build_optimizers(model, optim), EMA(model, EMAConfig()), scales)
-        if compiled:
-            compile_layers(model)
 
     def __call__(self, batch: Any) -> Loss:
         return train_step(self.state, batch, self.objective, self.optim, self.precision, seed=0)[0]

@@ -89,11 +89,6 @@ class SampleBenchmark(BenchmarkArgs):
         if self.tokens is not None and not 4 <= self.tokens <= image_tokens:
             raise ValueError(f"tokens must be 4 to {image_tokens}, got {self.tokens}")
 
-    @property
-    def num_tokens(self) -> int:
-        """Image tokens to sample of each image."""
-        return self.tokens or self.config.layout.num_image_tokens
-
 
 @dataclass(frozen=True)
 class AttentionBenchmark(BenchmarkArgs):

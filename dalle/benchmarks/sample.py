@@ -33,12 +33,13 @@ def benchmark_sample(args: SampleBenchmark) -> dict[str, Any]:
     with torch.device(device):
         model = cast_linear_weights(Transformer(args.config).requires_grad_(False).eval(), DTYPES[precision])
         model = quantize_int8(model) if args.int8 else model
-    results = {f"batch {batch}": _time_batch(args, model, batch) for batch in args.batch}
     image_tokens = args.config.layout.num_image_tokens
+    tokens = args.tokens or image_tokens
+    results = {f"batch {batch}": _time_batch(args, model, batch, tokens) for batch in args.batch}
     if args.baseline != "none":
         theirs = DallePytorchSampler(args.config, device)
-        seconds = median(seconds_of(lambda: theirs(args.num_tokens), device) for _ in range(args.rounds))
-        per_image = seconds * image_tokens / args.num_tokens
+        seconds = median(seconds_of(lambda: theirs(tokens), device) for _ in range(args.rounds))
+        per_image = seconds * image_tokens / tokens
         for line in results.values():
             line[f"speedup_vs_{args.baseline}"] = per_image / line["seconds_per_image"]
         results[args.baseline] = {"batch": 1, "seconds_per_image": per_image, **theirs.facts}
@@ -48,21 +49,21 @@ def benchmark_sample(args: SampleBenchmark) -> dict[str, Any]:
         "int8": args.int8,
         "graph": args.graph,
         "compile": args.compile,
-        "tokens_sampled": args.num_tokens,
+        "tokens_sampled": tokens,
         "image_tokens": image_tokens,
         "peak_memory_gib": peak_memory(device),
     }
     return finish(report, args.json, device)
 
 
-def _time_batch(args: SampleBenchmark, model: Transformer, batch: int) -> dict[str, Any]:
-    """Times the caption and the first token (with --graph also the second) apart from the other steps."""
+def _time_batch(args: SampleBenchmark, model: Transformer, batch: int, count: int) -> dict[str, Any]:
+    """Times the caption and the first token (with --graph also the second) apart from the rest of `count`."""
     weight, layout = model.layers[0].mlp.f.expand.weight, model.layout
     device, image_tokens = weight.device, layout.num_image_tokens
     text = layout.pad_text([list(range(min(20, layout.max_caption_len)))]).to(device)
     noise = torch.rand(1, batch, image_tokens, dtype=torch.float64)
     head = 2 if args.graph else 1
-    steps = args.num_tokens - head
+    steps = count - head
 
     def sampler():
         step = decode_step_of(model, args.compile, args.graph)

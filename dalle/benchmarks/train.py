@@ -16,7 +16,7 @@ from dalle.benchmarks.common import Stepper, finish, random_ids, time_rounds
 from dalle.benchmarks.config import TrainBenchmark
 from dalle.benchmarks.dalle_pytorch import DallePytorchStep
 from dalle.train.loggers import peak_flops, peak_memory
-from dalle.train.precision import resolve_device, resolve_precision
+from dalle.train.precision import compile_layers, resolve_device, resolve_precision
 from dalle.transformer.objective import TransformerObjective
 from dalle.transformer.sizes import training_flops
 
@@ -65,7 +65,9 @@ def _transformer_step(
     config = replace(args.config, attention_backend="auto" if backend == "causal" else backend)
     if backend == "causal":
         config = replace(config, sparse=False)
-    step = Stepper("transformer", config, TransformerObjective(), device, precision, args.compile)
+    step = Stepper("transformer", config, TransformerObjective(), device, precision)
+    if args.compile:
+        compile_layers(step.model)
     facts = {
         "parameters": sum(p.numel() for p in step.model.parameters()),
         "precision": precision,

@@ -129,15 +129,13 @@ def estimate_step(kind: str, config: Any, batch: int, precision: str, side: int 
 @contextmanager
 def _manual_gc() -> Iterator[None]:
     """Garbage is collected only when a gradient is complete, so that the count is the same each time."""
-    was_enabled = gc.isenabled()
     gc.disable()
     gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
-        if was_enabled:
-            gc.enable()
+        gc.enable()
 
 
 def _transformer_loss(model: Transformer, batch: int) -> Tensor:

@@ -20,13 +20,24 @@ from dalle.transformer.objective import TransformerObjective
 
 CPU = torch.device("cpu")
 LEVELS = 4  # of each color channel
+SMALL = TransformerConfig(
+    depth=4,
+    heads=2,
+    head_dim=32,
+    text_len=18,
+    grid=(GRID, GRID),
+    text_vocab=64,
+    image_vocab=LEVELS**3,
+    init_scale=1.0,
+    attention_backend="dense",
+)
 
 
 @dataclass(frozen=True)
 class TrainingStudy:
     """What the studies take that train a small transformer with several methods."""
 
-    model: TransformerConfig
+    model: TransformerConfig = SMALL
     """Shape of the transformer; image tokens are the pixels of 12 x 12 images."""
     steps: int = 300
     """Updates of each training."""
@@ -45,21 +56,6 @@ class TrainingStudy:
         """The model before its first update."""
         objective = TransformerObjective()
         return Stepper("transformer", self.model, objective, CPU, precision, optim=optimizer, seed=self.seed)
-
-
-def small_transformer(depth: int, head_dim: int, attention_backend: str) -> TransformerConfig:
-    """A transformer whose image tokens are colors of pixels."""
-    return TransformerConfig(
-        depth=depth,
-        heads=2,
-        head_dim=head_dim,
-        text_len=18,
-        grid=(GRID, GRID),
-        text_vocab=64,
-        image_vocab=LEVELS**3,
-        init_scale=1.0,
-        attention_backend=attention_backend,
-    )
 
 
 class ColorTokens:

@@ -8,14 +8,14 @@ python scripts/studies/fp16_underflow.py --plot underflow.png --plot-scales scal
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
-from color_tokens import CPU, ColorTokens, TrainingStudy, plot_losses, small_transformer
+from color_tokens import CPU, SMALL, ColorTokens, TrainingStudy, plot_losses
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -64,7 +64,7 @@ METHODS: dict[str, Callable[[list[ResidualBlock]], PerBlockGradScaler] | None] =
 class UnderflowStudy(TrainingStudy):
     """Trains a deep narrow transformer in fp32 and in fp16 with one scale and with a scale per resblock."""
 
-    model: TransformerConfig = small_transformer(depth=8, head_dim=16, attention_backend="sdpa")
+    model: TransformerConfig = replace(SMALL, depth=8, head_dim=16, attention_backend="sdpa")
     grad_exponents: tuple[int, ...] = (*[-22] * 15, 8)
     """log2 of the factor on the gradients of each resblock; beyond 40 their squares leave fp32."""
     steps: int = 3000
@@ -87,12 +87,13 @@ def fp16_underflow(args: UnderflowStudy) -> dict[str, Any]:
         }
         for method, lines in curves.items()
     }
+    report = finish({"results": results, "curves": curves}, args.json, CPU)
     if args.plot:
         plot_underflow(curves, tail).savefig(args.plot, dpi=110)
     if args.plot_scales:
         lines = [line for line in curves[PER_BLOCK] if "grad_scale_log2" in line]
         scales_figure(lines).savefig(args.plot_scales, dpi=100)
-    return finish({"results": results, "curves": curves}, args.json, CPU)
+    return report
 
 
 def _train(method: str, args: UnderflowStudy) -> list[dict[str, Any]]:
@@ -142,8 +143,7 @@ def plot_underflow(curves: dict[str, list[dict[str, Any]]], window: int) -> Figu
     """Losses of each method; then maps of the fractions of zero gradients, resblocks over updates."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     left, *maps = figure.subplots(1, len(METHODS))
-    losses = {method: [line["loss"] for line in lines] for method, lines in curves.items()}
-    plot_losses(left, losses, window)
+    plot_losses(left, {method: [line["loss"] for line in lines] for method, lines in curves.items()}, window)
     for axis, method in zip(maps, list(METHODS)[1:], strict=True):
         zeros = np.array([line["zeros"] for line in curves[method] if "zeros" in line]).T
         extent = (0, len(curves[method]), len(zeros) + 0.5, 0.5)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from color_tokens import CPU, ColorTokens, TrainingStudy, plot_losses, small_transformer
+from color_tokens import CPU, ColorTokens, TrainingStudy, plot_losses
 from matplotlib.figure import Figure
 
 from dalle.benchmarks.common import finish
@@ -25,7 +25,6 @@ from dalle.train.config import OptimizerConfig
 from dalle.train.float_formats import HALF, store_moments
 from dalle.train.optimizer import hidden_matrices
 from dalle.train.powersgd import PowerSGDConfig, build_powersgd
-from dalle.transformer import TransformerConfig
 
 METHODS: dict[str, tuple[dict[str, str], str]] = {  # settings of PowerSGD, and the format of the moments
     "full gradients": ({}, "fp32"),
@@ -43,7 +42,6 @@ METRICS = ("loss", "image_loss", "text_loss", "comm_mb")
 class PowerSGDStudy(TrainingStudy):
     """Trains a small transformer once with each method."""
 
-    model: TransformerConfig = small_transformer(depth=4, head_dim=32, attention_backend="dense")
     rank: int = 14
     """Rank of the compressed gradients; the paper's is 0.23 of the width."""
     replicas: int = 2
@@ -60,11 +58,12 @@ def powersgd_curves(args: PowerSGDStudy) -> dict[str, Any]:
         method: {name: fmean(values[-tail:]) for name, values in metrics.items()}
         for method, metrics in curves.items()
     }
+    report = finish({"results": results, "curves": curves}, args.json, CPU)
     if args.plot:
         figure = Figure(figsize=(7, 4), layout="constrained")
         plot_losses(figure.subplots(), {method: curve["loss"] for method, curve in curves.items()}, tail)
         figure.savefig(args.plot, dpi=110)
-    return finish({"results": results, "curves": curves}, args.json, CPU)
+    return report
 
 
 def _replica(rank: int, args: PowerSGDStudy, folder: Path) -> None:

@@ -10,18 +10,13 @@ from dalle.config import CONFIGS, load
 from dalle.runs.kinds import kind_of_file, take_kind
 
 
-@pytest.fixture(scope="module")
-def paper() -> dict:
-    """The plan of the paper's run: 1,024 V100 of 16 GB, fp16, at 30 % of their peak."""
+@pytest.mark.slow
+def test_the_papers_run():
+    """1,024 V100 of 16 GB, fp16, at 30 % of their peak: 430,000 updates of 1,024 streams of 1,280 tokens."""
     run = load(TransformerPlan, [CONFIGS / "transformer" / "paper.yaml"])
     train = replace(run.train, precision="fp16")
     run = replace(run, train=train, num_gpus=1024, gpu="v100-16gb", mfu=0.3, usd_per_gpu_hour=2.0)
-    return plan_training("transformer", run)
-
-
-@pytest.mark.slow
-def test_the_papers_run(paper):
-    """430,000 updates of 1,024 streams of 1,280 tokens, 6 N operations a token: about 4e22."""
+    paper = plan_training("transformer", run)
     assert paper["parameters"] == pytest.approx(12e9, rel=0.03)
     by_hand = 6 * paper["parameters"] * 1280 * 1024 * 430_000
     assert paper["flops"]["six_n_of_run"] == by_hand == pytest.approx(4.1e22, rel=0.03)
@@ -31,10 +26,6 @@ def test_the_papers_run(paper):
     assert days == pytest.approx(12.5, rel=0.02)
     assert paper["time"]["gpu_hours"] == pytest.approx(24 * 1024 * days)
     assert paper["time"]["usd"] == pytest.approx(2 * paper["time"]["gpu_hours"])
-
-
-@pytest.mark.slow
-def test_the_papers_memory_and_traffic(paper):
     assert set(paper["memory"]) == {"ddp", "fsdp", "hsdp"}
     weights = {mode: variants["kept"]["weights"] for mode, variants in paper["memory"].items()}
     assert weights["ddp"] == 4 * paper["parameters"] == 8 * weights["hsdp"] == 1024 * weights["fsdp"]

@@ -31,11 +31,6 @@ class TestSample:
         words = ["--model", chain / "model", "--prompt", prompt, "--device", "cpu"]
         return lambda *more: script("sample", *words, "--best-of", "2", "--num-images", "1", *more)
 
-    @pytest.fixture
-    def half(self, tmp_path) -> Path:
-        Image.new("RGB", (40, 40), "red").save(tmp_path / "half.png")
-        return tmp_path / "half.png"
-
     def test_it_never_overwrites_another_sample(self, sample, tmp_path):
         for _ in range(3):
             assert sample().code == 0
@@ -74,7 +69,9 @@ class TestSample:
         assert again.candidates == [image["candidate"]]
         assert again.images[0].tobytes() == Image.open(tmp_path / "mine" / image["file"]).tobytes()
 
-    def test_it_completes_an_image(self, sample, half, tmp_path):
+    def test_it_completes_an_image(self, sample, tmp_path):
+        half = tmp_path / "half.png"
+        Image.new("RGB", (40, 40), "red").save(half)
         assert sample("--init-image", half, "--out", "mine").code == 0
         assert read_json(tmp_path / "mine" / "sample.json")["rows"] == 2
         assert_refused(sample("--init-image", half, "--keep-rows", "0"), "rows must be 1 to 3, got 0")

@@ -1,8 +1,8 @@
 """Every name in docs/paper.md exists."""
 
 import re
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 ROOT = Path(__file__).parents[2]
 NAMES = re.findall(r"`([^`]+)`", (ROOT / "docs" / "paper.md").read_text(encoding="utf-8"))
@@ -15,18 +15,4 @@ def test_paths_and_names_exist():
     assert len(DOTTED) > 20
     assert [path for path in PATHS if not (ROOT / path).exists()] == []
     for name in DOTTED:
-        resolve(name)
-
-
-def resolve(name: str):
-    """The module, class, function or method of a dotted name."""
-    parts = name.split(".")
-    for split in range(len(parts), 0, -1):
-        try:
-            found = import_module(".".join(parts[:split]))
-        except ModuleNotFoundError:
-            continue
-        for attribute in parts[split:]:
-            found = getattr(found, attribute)
-        return found
-    raise AttributeError(name)
+        resolve_name(name)

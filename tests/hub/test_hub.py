@@ -87,8 +87,6 @@ class TestCard:
         assert "None is given" in card.text.split("## License")[1]
         assert "No report was given" in card.text
         assert "| metric |" not in card.text
-
-    def test_a_license_cannot_add_lines_to_the_front_matter(self, dalle, tmp_path):
         dalle.save_pretrained(tmp_path, license="mit\ntags: [evil]")
         assert ModelCard.load(tmp_path / "README.md").data.tags == ["dalle", "text-to-image"]
 

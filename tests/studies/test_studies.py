@@ -7,7 +7,7 @@ from statistics import fmean
 import powersgd_curves
 import pytest
 import torch
-from color_tokens import ColorTokens, small_transformer
+from color_tokens import SMALL, ColorTokens
 from fp16_underflow import (
     METHODS,
     SingleGradScaler,
@@ -25,7 +25,7 @@ from dalle.transformer.objective import TransformerObjective
 
 
 def test_image_tokens_are_the_rounded_colors_of_pixels():
-    layout = small_transformer(2, 8, "dense").layout
+    layout = SMALL.layout
     data = ColorTokens(layout, seed=0)
     text, image = layout.unpack(data(range(3)))
     assert image.shape == (3, 144)
@@ -37,7 +37,7 @@ def test_image_tokens_are_the_rounded_colors_of_pixels():
 
 @pytest.mark.slow
 def test_every_way_of_averaging_has_a_curve_and_sends_what_it_should(tmp_path):
-    model = small_transformer(2, 8, "dense")
+    model = replace(SMALL, depth=2, head_dim=8)
     files = {"plot": tmp_path / "curves.png", "json": tmp_path / "report.json"}
     args = powersgd_curves.PowerSGDStudy(model=model, steps=2, batch_size=1, rank=2, **files)
     report = powersgd_curves.powersgd_curves(args)
