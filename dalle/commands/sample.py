@@ -176,28 +176,28 @@ def _sample_prompt(args: SampleArgs, model: DALLE, out: Path, group: Distributed
     from dalle.pipelines.completion import prefix_tokens
     from dalle.pipelines.generation import merge_generations, write_images
 
-    rows = args.sampling.batch_size or auto_batch_size(model.transformer, args.sampling.guidance)
-    sampling = replace(args.sampling, batch_size=min(group.gather_objects(rows)))
+    batch_size = args.sampling.batch_size or auto_batch_size(model.transformer, args.sampling.guidance)
+    if group.world_size > 1:
+        batch_size = min(group.gather_objects(batch_size))
     options = {"n": args.num_images, "best_of": args.best_of, "seed": args.seed, "truncate": args.truncate}
-    options |= asdict(sampling)
+    options |= asdict(replace(args.sampling, batch_size=batch_size))
     shared = options | {"shard": (group.rank, group.world_size), "progress": group.is_main}
     if args.init_image:
         kept = model.transformer.layout.rows // 2 if args.keep_rows is None else args.keep_rows
         shared["prefix"] = prefix_tokens(model, args.init_image, kept)
         options |= {"image": str(args.init_image), "rows": kept}
-    shards = group.gather_objects(model.generate([args.prompt], **shared))
-    if not group.is_main:
-        return
-    generation = shards[0][0]
-    if len(shards) > 1:
-        generation = merge_generations([part for shard in shards for part in shard], args.num_images)
-    options["best_of"] = generation.num_generated
-    options["precision"] = model.precision
+    generations = model.generate([args.prompt], **shared)
+    if group.world_size > 1:
+        parts = [part for shard in group.gather_objects(generations) for part in shard]
+        if not group.is_main:
+            return
+        generations = [merge_generations(parts, args.num_images)]
+    generation = generations[0]
+    generated = generation.num_generated
+    options |= {"best_of": generated, "precision": model.precision, "model": model.hash}
     make_directory(out)
-    options["model"] = model.hash
     options["images"] = write_images(generation, out, model, log_likelihood=args.log_likelihood)
     write_json(out / "sample.json", {"prompt": args.prompt, **options})
-    generated = generation.num_generated
     note = f", interrupted at {generated} of {args.best_of}" if generated < generation.best_of else ""
     print(f"{out}: {len(generation.images)} of {generated} images for {args.prompt!r}{note}")
 
