@@ -38,8 +38,13 @@ def sees(mask: str, version: str, q: int, k: int) -> bool:
     return row in [(other + r) % SIDE for r in around] and column in [(beside + c) % SIDE for c in around]
 
 
-def make_weights(version: str, depth: int = DEPTH, sandwich: bool = True, at_top: bool = False) -> State:
-    """Random tensors under the names that the package's modules give, and its masks."""
+def make_weights(
+    version: str, depth: int = DEPTH, sandwich: bool = True, at_top: bool = False, gain: float = 1.0
+) -> State:
+    """Random tensors under the names that the package's modules give, and its masks.
+
+    `gain` multiplies the outputs of attention in the last layer.
+    """
     state = RandomState()
     state.put("text_embeddings.weight", WORDS + TEXT, WIDTH)
     state.put("image_embeddings.weight", CODES, WIDTH)
@@ -59,6 +64,8 @@ def make_weights(version: str, depth: int = DEPTH, sandwich: bool = True, at_top
         state.linear(f"{at}.attention.dense", WIDTH, WIDTH)
         state.linear(f"{at}.mlp.dense_h_to_4h", 4 * WIDTH, WIDTH)
         state.linear(f"{at}.mlp.dense_4h_to_h", WIDTH, 4 * WIDTH)
+    for end in ("weight", "bias"):
+        state[f"{at}.attention.dense.{end}"] *= gain
     state.norm("transformer.final_layernorm", WIDTH)
     return dict(state) | make_masks(version, "" if at_top else "transformer.")
 
@@ -75,7 +82,7 @@ def table(mask: str, version: str) -> Tensor:
     return torch.tensor([[sees(mask, version, q, k) for k in positions] for q in positions]).float()
 
 
-def logits(state: State, version: str, text: list[int], image: list[int], depth: int = DEPTH) -> Tensor:
+def logits(state: State, version: str, text: list[int], image: list[int]) -> Tensor:
     """Text ids (T, zeros after the caption) and image tokens -> (positions, V)."""
     words = [WORDS + position if token == 0 else token for position, token in enumerate(text)]
     words = [2, *words] if version == "v2" else words
@@ -84,6 +91,7 @@ def logits(state: State, version: str, text: list[int], image: list[int], depth:
     places = state["image_row_embeddings.weight"][row] + state["image_col_embeddings.weight"][column]
     of_image = state["image_embeddings.weight"][image] + places
     x = torch.cat([of_text, of_image])[: TEXT + IMAGE_LEN]
+    depth = sum(name.endswith("attention.dense.bias") for name in state)
 
     def attention(x: Tensor, i: int) -> Tensor:
         name, kind = f"transformer.layers.{i}.attention", kind_of(i, depth)
