@@ -53,13 +53,6 @@ def test_missing_unexpected_and_wrong_shapes(tmp_path: Path, state) -> None:
     assert report["wrong_shape"] == ["encoder.blocks.input.w: (8, 2, 7, 7), not (8, 3, 7, 7)"]
 
 
-def test_one_half_of_the_dvae(tmp_path: Path, state) -> None:
-    half = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder")}
-    report = report_of(tmp_path / "encoder.pkl", half)
-    assert (report["family"], report["fits"]) == ("OpenAI dVAE", False)
-    assert "only the encoder" in report["note"]
-
-
 def test_an_unknown_format(tmp_path: Path, script) -> None:
     assert "lonely.weight" in report_of(tmp_path / "x.pt", {"lonely.weight": torch.zeros(2)})["note"]
     assert "no tensors" in report_of(tmp_path / "x.pt", {"epoch": 3})["note"]
@@ -108,14 +101,9 @@ def test_odd_descriptions(tmp_path: Path, chain: Path, name: str, text: str, mes
             LoadedModel.from_pretrained(tmp_path)
 
 
-ATTACK = Call(os.system, "touch ran")
-
-
 REFUSED = {
-    "hostile": (lambda path: torch.save({"state_dict": ATTACK}, path), rf"asks for {os.name}\.system"),
-    "bare": (lambda path: path.write_bytes(pickle.dumps(ATTACK, 0)), rf"asks for {os.name}\.system"),
+    "hostile": (lambda path: torch.save(Call(os.system, "touch ran"), path), rf"asks for {os.name}\.system"),
     "empty": (lambda path: path.touch(), "is empty"),
-    "text": (lambda path: path.write_text("hello world, I am text"), "text file"),
     "truncated": (lambda path: path.write_bytes(pickle.dumps({"a": 1})[:-3]), "cannot be read"),
     "absent": (lambda path: None, "nothing at"),
     "folder": (lambda path: path.mkdir(), "neither a run"),

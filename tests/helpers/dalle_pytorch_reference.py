@@ -19,15 +19,12 @@ HPARAMS: dict[str, Any] = {
     "depth": 5,
     "heads": 3,
     "dim_head": 12,
-    "reversible": False,
-    "loss_img_weight": 7,
-    "attn_types": ("full", "axial_row", "axial_col", "conv_like"),
     "ff_dropout": 0.0,
-    "stable": False,
+    "attn_types": ("full", "axial_row", "axial_col", "conv_like"),
     "shift_tokens": True,
     "rotary_emb": True,
-    "share_input_output_emb": False,
 }
+HPARAMS |= dict.fromkeys(("reversible", "stable", "share_input_output_emb", "sandwich_norm"), False)
 VAE = {"image_size": 24, "num_tokens": 24, "codebook_dim": 12}
 VAE |= {"num_layers": 2, "num_resnet_blocks": 1, "hidden_dim": 8}
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"!": 0, "a": 1, "b": 2}, "merges": []}}
@@ -61,7 +58,7 @@ def make_weights(**changed: Any) -> State:
             at = f"transformer.layers.{at}"
             state.put(f"{at}.scale", 1, 1, width, around=0.8)
             state.norm(f"{at}.fn.norm", width)
-            if h.get("sandwich_norm"):
+            if h["sandwich_norm"]:
                 state.norm(f"{at}.fn.norm_out", width)
             inside = f"{at}.fn.fn.{wrappers}"
             if branch == 0:
@@ -148,7 +145,7 @@ def logits(state: State, text: list[int], image: list[int], **changed: Any) -> T
         x = layer_norm(x, found, f"{i}.{path}.norm")
         x = shifted(x) if h["shift_tokens"] else x
         x = attention(i, x) if path == 0 else feed_forward(i, x)
-        x = layer_norm(x, found, f"{i}.{path}.norm_out") if h.get("sandwich_norm") else x
+        x = layer_norm(x, found, f"{i}.{path}.norm_out") if h["sandwich_norm"] else x
         return x * found[f"{i}.{path}.scale"][0]
 
     def feed_forward(i: int, x: Tensor) -> Tensor:

@@ -19,12 +19,8 @@ WIDTH, DEPTH, HEADS, TEXT, SIDE = 24, 3, 4, 7, 4
 WORDS = ("red", "blue", "golden"), ("circle", "square"), ("beach", "mountain")
 CAPTIONS = [f"A {color} {shape} on the {place}, café" for color, shape, place in product(*WORDS)]
 HPARAMS: dict[str, Any] = {
-    "embed_dim": WIDTH,
     "n_layers": DEPTH,
     "n_heads": HEADS,
-    "n_dense_layers": DEPTH,
-    "ctx_len_img": SIDE * SIDE,
-    "ctx_len_txt": TEXT,
     "attn_pdrop": 0.0,
     "mlp_bias": True,
     "attn_bias": True,
