@@ -1,5 +1,6 @@
 """VQGANs of taming-transformers, ruDALL-E and LlamaGen against a plain network (dalle/vqgan)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,9 @@ TRAINING = {
 }
 
 
-def distances(z, book):
-    """Squared distances (B, h, w, K) of (B, D, h, w) to (K, D)."""
-    return (z.movedim(1, -1)[..., None, :] - book).square().sum(-1)
+def nearest(z, book):
+    """Codes (B, h, w) of vectors (B, D, h, w), by (K, D)."""
+    return torch.cdist(z.movedim(1, -1).flatten(1, 2), book).argmin(-1).view(len(z), *z.shape[2:])
 
 
 @pytest.fixture
@@ -46,7 +47,8 @@ def load(tmp_path):
     return load
 
 
-def check_decode(model, tokens, vectors, state):
+def check(model, tokens, vectors, state):
+    assert torch.equal(model.encode(PIXELS), tokens.flatten(1))
     expected = image(vectors.movedim(-1, 1), state)
     torch.testing.assert_close(model.decode(tokens.flatten(1), (4, 6)), expected, atol=1e-4, rtol=1e-4)
     assert 0 <= expected.min() < expected.max() <= 1
@@ -59,10 +61,9 @@ def test_taming(load, attention):
     assert isinstance(model, ImageTokenizer)
     assert (model.downsample_factor, model.vocab_size, model.config.attention) == (4, CODES, attention)
     book, z = state["quantize.embedding.weight"], vectors(PIXELS, state)
-    tokens = distances(z, book).argmin(-1)
+    tokens = nearest(z, book)
     assert len(tokens.unique()) > 4
-    assert torch.equal(model.encode(PIXELS), tokens.flatten(1))
-    check_decode(model, tokens, book[tokens], state)
+    check(model, tokens, book[tokens], state)
 
 
 def test_gumbel_of_taming_and_rudalle(load):
@@ -70,8 +71,7 @@ def test_gumbel_of_taming_and_rudalle(load):
     model = load({"state_dict": state | TRAINING})
     assert model.config.quantizer == "logits"
     tokens = gumbel_tokens(state)
-    assert torch.equal(model.encode(PIXELS), tokens.flatten(1))
-    check_decode(model, tokens, state["quantize.embed.weight"][tokens], state)
+    check(model, tokens, state["quantize.embed.weight"][tokens], state)
 
 
 def gumbel_tokens(state):
@@ -108,13 +108,11 @@ def test_rudalle_with_wavelets(load, prefix):
     inner = {name.removeprefix(outer): tensor for name, tensor in wide.items() if name.startswith(outer)}
     bands = decoded(state["quantize.embed.weight"][tokens].movedim(-1, 1), inner)
     expected = torch.empty(2, 3, 32, 48)
-    for color in range(3):
-        low = bands[:, color]
-        down, across, both = (bands[:, 3 + 3 * color + band] for band in range(3))
-        expected[:, color, 0::2, 0::2] = (low + down + across + both) / 2
-        expected[:, color, 1::2, 0::2] = (low - down + across - both) / 2
-        expected[:, color, 0::2, 1::2] = (low + down - across - both) / 2
-        expected[:, color, 1::2, 1::2] = (low - down - across + both) / 2
+    low, (down, across, both) = bands[:, :3], bands[:, 3:].unflatten(1, (3, 3)).unbind(2)
+    expected[:, :, 0::2, 0::2] = (low + down + across + both) / 2
+    expected[:, :, 1::2, 0::2] = (low - down + across - both) / 2
+    expected[:, :, 0::2, 1::2] = (low + down - across - both) / 2
+    expected[:, :, 1::2, 1::2] = (low - down - across + both) / 2
     found = model.decode(tokens.flatten(1), (4, 6))
     torch.testing.assert_close(found, (expected / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=1e-4)
     assert 0 < found.min() < found.max() < 1
@@ -130,28 +128,25 @@ def test_llamagen(load, tmp_path, key):
     assert model.config.quantizer == "cosine"
     book = F.normalize(state["quantize.embedding.weight"], dim=1)
     z = vectors(PIXELS, state)
-    tokens = distances(F.normalize(z, dim=1), book).argmin(-1)
-    assert not torch.equal(tokens, distances(z, state["quantize.embedding.weight"]).argmin(-1))
-    assert torch.equal(model.encode(PIXELS), tokens.flatten(1))
-    check_decode(model, tokens, book[tokens], state)
+    tokens = nearest(F.normalize(z, dim=1), book)
+    assert not torch.equal(tokens, nearest(z, state["quantize.embedding.weight"]))
+    check(model, tokens, book[tokens], state)
 
 
-VQ_8 = {"widths": (128, 256, 256, 512), "attention": (3,)}
+LLAMAGEN = VQGANConfig(codebook_dim=8, quantizer="cosine")
+PUBLISHED = {
+    "f16": (VQGANConfig(), 343, 76_073_859),
+    "LlamaGen VQ-16": (LLAMAGEN, 343, 71_883_403),
+    "LlamaGen VQ-8": (replace(LLAMAGEN, widths=(128, 256, 256, 512), attention=(3,)), 299, 70_109_835),
+}
 
 
-@pytest.mark.parametrize(
-    ("options", "tensors", "parameters"),
-    [
-        ({}, 343, 76_073_859),
-        ({"codebook_dim": 8, "quantizer": "cosine"}, 343, 71_883_403),
-        (VQ_8 | {"codebook_dim": 8, "quantizer": "cosine"}, 299, 70_109_835),
-    ],
-    ids=["f16", "LlamaGen VQ-16", "LlamaGen VQ-8"],
-)
-def test_published_sizes(options, tensors, parameters):
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
     """Without the losses, counted on the originals."""
+    config, tensors, parameters = PUBLISHED[name]
     with meta_init():
-        model = VQGAN(VQGANConfig(**options))
+        model = VQGAN(config)
     assert len(model.state_dict()) == tensors
     assert sum(p.numel() for p in model.parameters()) == parameters
 
@@ -171,22 +166,15 @@ def test_the_published_gumbel_is_recognized():
 
 TAMING_FILE, WAVELETS = make_state(), with_wavelets(make_state(gumbel=True), "model.")
 LLAMAGEN_FILE = as_llamagen(TAMING_FILE)
+WIDTH, CHANNELS = "encoder.down.0.block.0.conv1.weight", "model.decoder.decoder.conv_out.bias"
 LEVEL = {name: None for name in LLAMAGEN_FILE if "decoder.conv_blocks.2" in name}
 REFUSED = {
     "renumbered codes": (TAMING_FILE, {"quantize.used": torch.arange(4)}, "renumbered"),
     "a missing tensor": (TAMING_FILE, {"decoder.up.2.attn.1.k.bias": None}, r"lacks 1 .*decoder\.up\.2"),
     "a missing level": (LLAMAGEN_FILE, LEVEL, "lacks|wrong shape"),
-    "other widths": (
-        TAMING_FILE,
-        {"encoder.down.0.block.0.conv1.weight": torch.zeros(24, 24, 3, 3)},
-        "multiples of 32",
-    ),
+    "other widths": (TAMING_FILE, {WIDTH: torch.zeros(24, 24, 3, 3)}, "multiples of 32"),
     "a missing filter": (WAVELETS, {"model.decoder.idwt.g1_row": None}, r"lacks 1 .*wavelets\.g1_row"),
-    "3 channels": (
-        WAVELETS,
-        {"model.decoder.decoder.conv_out.bias": torch.zeros(3)},
-        "wrong shape.*conv_out",
-    ),
+    "3 channels": (WAVELETS, {CHANNELS: torch.zeros(3)}, "wrong shape.*conv_out"),
     "another filter": (WAVELETS, {"model.decoder.idwt.g2_row": torch.zeros(1)}, "unexpected.*g2_row"),
 }
 
