@@ -19,10 +19,9 @@ from dalle.pretrained.torch_file import read_torch_file, weights_of
 from dalle.types import Embedder
 
 INCEPTION_FILE = (
-    "FID and IS need the Inception weights of 2015, pt_inception-2015-12-05-6726825d.pth (91 MB): release "
-    "fid_weights of github.com/mseitzer/pytorch-fid or weights-inception-2015-12-05 of "
-    "github.com/toshas/torch-fidelity; give it with --feature-extractor. The word clip in its place takes "
-    "the features of the model's own CLIP, whose distance is no FID"
+    "FID and IS need the Inception weights of 2015, pt_inception-2015-12-05-6726825d.pth (91 MB), of "
+    "github.com/mseitzer/pytorch-fid and github.com/toshas/torch-fidelity; give it with --feature-extractor. "
+    "The word clip in its place takes the features of the model's own CLIP, whose distance is no FID"
 )
 ALEXNET_FILE = "LPIPS needs torchvision's AlexNet, alexnet-owt-7be5be79.pth; give it with --lpips-backbone"
 

@@ -41,8 +41,7 @@ def transformer_metrics(context: EvalContext) -> dict[str, Any]:
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for pixels, batch in context.batches():
             ids = [model.text.encode(caption) for caption in sample_captions(batch, context.args.seed)]
-            text_tokens = layout.pad_text(ids, truncate=True).to(model.device)
-            yield pixels, text_tokens
+            yield pixels, layout.pad_text(ids, truncate=True).to(model.device)
 
     packed = (layout.pack(text, model.dvae.encode(pixels)) for pixels, text in pairs())
     report = nats_per_token(model.transformer, packed)

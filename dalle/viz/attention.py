@@ -46,7 +46,6 @@ def attention_weights(model: Transformer, ids: Tensor) -> Iterator[LayerWeights]
     """
     if not isinstance(model, Transformer):
         raise ValueError(f"attention plots need this library's Transformer, got {type(model).__name__}")
-    model.layout.unpack(ids)
     x = model.embed(model.layout.shift(ids)[:, : ids.shape[1]])  # (B, n, D)
     for number, (layer, kind) in enumerate(zip(model.layers, model.config.kinds, strict=True)):
         block, pattern, length = layer.attention, model.patterns[kind], x.shape[1]
@@ -102,8 +101,6 @@ def plot_attention(
     if not chosen or not all(0 <= layer < len(kinds) for layer in chosen):
         raise ValueError(f"layers must be from 0 to {len(kinds) - 1}, got {chosen}")
     tokens = image.reshape(1, -1).to(model.device) if isinstance(image, Tensor) else model.encode(image)
-    if tokens.shape[1] != layout.num_image_tokens:
-        raise ValueError(f"expected the {layout.num_image_tokens} tokens of one image, got {tokens.numel()}")
     ids = layout.pack(model.text_tokens([caption], truncate), tokens)
     pixels = model.decode(tokens)[0].movedim(0, -1).float().cpu().numpy()
     caption_ids = model.text.encode(caption)[: layout.max_caption_len]
