@@ -10,6 +10,7 @@ Writes report.json, bad_samples.jsonl (every bad sample with its cause) and cont
 when too many samples are bad, else 0.
 """
 
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,14 +170,8 @@ def _fraction(count: int, of: int) -> dict[str, Any]:
 
 
 def _printable(value: Any) -> Any:
-    """Text, at any depth, with lone surrogates escaped: names of files and captions may hold any bytes."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
-    if isinstance(value, list):
-        return [_printable(inner) for inner in value]
-    if isinstance(value, dict):
-        return {key: _printable(inner) for key, inner in value.items()}
-    return value
+    """The value with ? for lone surrogates: names of files and captions may hold any bytes."""
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def _shorten(text: str) -> str:

@@ -9,6 +9,7 @@ open.jsonl
 
 import json
 import os
+import re
 import sqlite3
 import tempfile
 from collections import Counter
@@ -24,6 +25,7 @@ from dalle.config import cli_errors, parse
 from dalle.data.caption_datasets import CaptionRecord, Format, Naming, published_files, read_captions
 from dalle.data.sources.captions import IMAGE_SUFFIXES
 
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # lone surrogates stand for other bytes
 SCHEMA = """
 pragma journal_mode=off;
 pragma synchronous=off;
@@ -131,22 +133,14 @@ def _find_images(root: Path, result: ConversionResult) -> Iterator[tuple[str, st
             if suffix.lower() not in IMAGE_SUFFIXES:
                 continue
             path = Path(folder, file).relative_to(root).as_posix()
-            if _is_utf8(path):
-                yield path, path.removesuffix(suffix), stem, _number(stem)
-            else:
+            if NOT_UTF8.search(path):
                 result.leave_out("a file name that is not UTF-8", path)
+            else:
+                yield path, path.removesuffix(suffix), stem, _number(stem)
 
 
 def _number(stem: str) -> str | None:
     return (stem.lstrip("0") or "0") if stem.isascii() and stem.isdigit() else None
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # lone surrogates stand for other bytes
-        return False
-    return True
 
 
 def _insert_captions(
@@ -168,7 +162,7 @@ def _insert_record(database: sqlite3.Connection, record: CaptionRecord, result: 
         result.leave_out("not readable", record.captions[0])
     elif not record.captions:
         result.leave_out("no caption", record.name)
-    elif not _is_utf8(record.name + "".join(record.captions)):
+    elif NOT_UTF8.search(record.name + "".join(record.captions)):
         result.leave_out("not UTF-8", record.name)
     elif not (found := _find_image(database, record.name)):
         result.leave_out("no such image", record.name)

@@ -48,6 +48,13 @@ def causes_text(counts: Counter[str]) -> str:
     return ", ".join(f"{number} {cause}" for cause, number in counts.most_common())
 
 
+def examples_text(samples: Sequence[BadSample]) -> str:
+    """ "3: 2 truncated, 1 empty caption; for example a.png (truncated, no bytes), b.png (empty caption)"."""
+    causes = causes_text(Counter(bad.cause for bad in samples))
+    named = (f"{bad.name} ({', '.join(filter(None, [bad.cause, bad.detail]))})" for bad in samples[:3])
+    return f"{len(samples)}: {causes}; for example {', '.join(named)}"
+
+
 class BadSampleLog:
     """Counts bad samples by cause and writes each once to a JSONL file, which a resumed run continues.
 
@@ -109,7 +116,5 @@ class BadSampleLog:
                 file.writelines(json.dumps(asdict(bad)) + "\n" for bad in samples)
 
     def __str__(self) -> str:
-        if not self.counts:
-            return "skipped 0 samples"
         details = f"; each is named in {self.path}" if self.path else ""
         return f"skipped {self.counts.total()} samples: {causes_text(self.counts)}{details}"

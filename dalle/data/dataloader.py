@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +50,7 @@ class BatchReader:
         return self.collate(batch, step), batch.skipped
 
 
-class Loader:
+class Loader(AbstractContextManager):
     """The item of a step, computed in this process or ahead of time by workers, which end with the context.
 
     Consecutive steps are prefetched; any other step restarts the workers.
@@ -127,9 +128,6 @@ class Loader:
                 worker.kill()
                 worker.join()
 
-    def __enter__(self) -> "Loader":
-        return self
-
     def __exit__(self, *error: Any) -> None:
         self.close()
 
@@ -177,14 +175,12 @@ class ImageTextLoader(Loader):
 
 
 def worker_count(workers: int, size: int | None) -> int:
-    """The number of workers; -1 becomes one for each core but one, eight at most, none for an endless set.
-
-    The processes of torchrun share the cores of their machine.
-    """
+    """The number of workers; -1 becomes one for each core but one, eight at most, none for an endless set."""
     if workers >= 0:
         return workers
     if size is None:
         return 0
+    # the processes of torchrun share the cores of their machine
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 

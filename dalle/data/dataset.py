@@ -2,13 +2,12 @@
 
 import hashlib
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
-from dalle.data.bad_samples import BadSampleError, causes_text, check_bad_fraction
+from dalle.data.bad_samples import BadSampleError, check_bad_fraction, examples_text
 from dalle.data.config import DataConfig, FilterConfig
 from dalle.data.filters import Filters
 from dalle.data.image_decode import decode, open_image
@@ -44,7 +43,7 @@ def open_dataset(config: DataConfig, split: str = "train", siblings: bool = Fals
         held_out = None
     source = source_of(config, path, part)
     bad = len(source.skipped)
-    check_bad_fraction(bad, len(source) + bad, config.max_bad_fraction, _examples(source.skipped))
+    check_bad_fraction(bad, len(source) + bad, config.max_bad_fraction, examples_text(source.skipped))
     filters = Filters(config.filters)
     return ImageTextDataset(source, config.resolution, split, held_out, filters, config.jpeg_draft)
 
@@ -120,7 +119,7 @@ class ImageTextDataset:
             else:
                 if replace:
                     tried = batch.skipped[-min(TRIES, self.size) :]
-                    raise ValueError(f"no usable sample among {len(tried)} tried: {_examples(tried)}")
+                    raise ValueError(f"no usable sample among {len(tried)} tried: {examples_text(tried)}")
         if images:
             batch.pixels = np.stack(images).transpose(0, 3, 1, 2) / np.float32(255)
         return batch
@@ -162,9 +161,9 @@ def first_samples(dataset: CaptionedImages, count: int) -> ImageTextBatch:
         found.samples += more.samples
         found.skipped += more.skipped
     if not found.samples:
-        raise ValueError(f"no usable sample to evaluate on: {_examples(found.skipped)}")
+        raise ValueError(f"no usable sample to evaluate on: {examples_text(found.skipped)}")
     if found.skipped:
-        tqdm.write(f"note: of the samples to evaluate on, left out {_examples(found.skipped)}")
+        tqdm.write(f"note: of the samples to evaluate on, left out {examples_text(found.skipped)}")
     return found
 
 
@@ -174,9 +173,3 @@ def sample_captions(batch: ImageTextBatch, seed: int) -> list[str]:
         captions[generator("caption", seed, epoch, index).integers(len(captions))]
         for (epoch, index), captions in zip(batch.samples, batch.captions, strict=True)
     ]
-
-
-def _examples(samples: Sequence[BadSample]) -> str:
-    causes = causes_text(Counter(bad.cause for bad in samples))
-    named = (f"{bad.name} ({', '.join(filter(None, [bad.cause, bad.detail]))})" for bad in samples[:3])
-    return f"{len(samples)}: {causes}; for example {', '.join(named)}"

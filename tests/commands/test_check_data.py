@@ -184,7 +184,7 @@ def test_captions_with_lone_surrogates_are_written(tmp_path):
     (tmp_path / "set" / "a.txt").unlink()
     (tmp_path / "set" / "a.json").write_text('"\\ud800 photo"')
     report = check(tmp_path / "set", FilterConfig(min_words=9))
-    assert report["filters"]["min_words"]["examples"][0]["captions"] == ["\\ud800 photo"]
+    assert report["filters"]["min_words"]["examples"][0]["captions"] == ["? photo"]
 
 
 def test_the_command_prints_the_report_and_sets_its_exit_status(script, bad_tar, tmp_path):

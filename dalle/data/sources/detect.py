@@ -34,8 +34,6 @@ def detect_source(path: str, format: Format = "auto") -> DataLocation:
 
     ValueError says what is expected if there is nothing, or no known format.
     """
-    if format == "hub":
-        return DataLocation("hub", path)
     if re.match(r"[a-z0-9]+:", path) and not Path(path).exists():
         raise ValueError(f"{path} is not on a disk; copy or mount it, and give the path")
     root = Path(path).expanduser()

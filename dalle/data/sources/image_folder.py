@@ -57,9 +57,8 @@ class FolderSource:
     def captions(self, index: int) -> list[str]:
         stem = os.path.splitext(self.name(index))[0]
         suffixes = CAPTION_SUFFIXES[::-1] if self.caption_column else CAPTION_SUFFIXES
-        found = next((stem + suffix for suffix in suffixes if (self._root / (stem + suffix)).is_file()), None)
-        if found is None:
-            raise BadSampleError(self.name(index), "missing twin", "its .txt or .json is gone")
+        existing = (stem + suffix for suffix in suffixes if (self._root / (stem + suffix)).is_file())
+        found = next(existing, f"{stem}.txt")
         data = read_inside(self._root, found, "missing twin")
         if found.lower().endswith(".json"):
             return parse_json(data, found, self.caption_column)

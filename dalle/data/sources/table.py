@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dalle.data.bad_samples import BadSampleError
+from dalle.data.bad_samples import BadSampleError, examples_text
 from dalle.data.sources.captions import (
     IMAGE_NAMES,
     check_column_names,
@@ -60,8 +60,8 @@ class TableSource:
         self._index = open_or_build_index(files, kind, ROW, self._build, index_dir)
         self.hash, self.skipped = self._index.hash, self._index.skipped
         if not len(self):
-            details = "; ".join(f"{bad.name}: {bad.cause}, {bad.detail}" for bad in self.skipped[:3])
-            raise ValueError(f"{files[0]} holds no row with an image ({details or 'it is empty'})")
+            problem = f"{files[0]} holds no row with an image"
+            raise ValueError(f"{problem}; bad samples {examples_text(self.skipped)}")
 
     def _build(self, writer: IndexWriter, files: Sequence[Path]) -> None:
         for number, file in enumerate(tqdm(files, desc="index", unit="file", disable=None, leave=False)):

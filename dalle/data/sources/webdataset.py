@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dalle.data.bad_samples import BadSampleError
+from dalle.data.bad_samples import BadSampleError, examples_text
 from dalle.data.sources.captions import IMAGE_SUFFIXES, parse_json, parse_text
 from dalle.data.sources.index import IndexWriter, name_hash, open_or_build_index
 from dalle.types import BadSample, RawSample
@@ -44,10 +44,9 @@ class TarSource:
         self._index = open_or_build_index(files, "tars", SAMPLE, build_index, index_dir)
         self.hash, self.skipped = self._index.hash, self._index.skipped
         if not len(self):
-            details = "; ".join(f"{bad.name}: {bad.cause}, {bad.detail}" for bad in self.skipped[:3])
             raise ValueError(
                 f"{len(files)} tars from {files[0]} on hold no KEY.jpg (.png, .webp, ...) with KEY.txt or "
-                f"KEY.json beside it ({details or 'they are empty'})"
+                f"KEY.json beside it; bad samples {examples_text(self.skipped)}"
             )
         self._files: dict[Path, FileIO] = {}
 
