@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from dalle.config import cli_errors, parse
 from dalle.data.caption_datasets import CaptionRecord, Format, Naming, published_files, read_captions
-from dalle.data.sources.captions import IMAGE_SUFFIXES
+from dalle.data.config import IMAGE_SUFFIXES
 
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # lone surrogates stand for other bytes
 SCHEMA = """

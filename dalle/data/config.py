@@ -8,6 +8,7 @@ from typing import Literal
 from dalle.config import RESUME_FREE
 
 Format = Literal["auto", "folder", "table", "tars", "hub"]
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)

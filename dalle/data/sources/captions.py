@@ -7,7 +7,6 @@ from typing import Any
 
 from dalle.data.bad_samples import BadSampleError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CAPTION_NAMES = ("captions", "caption", "text", "txt", "title", "description", "prompt", "sentence", "label")
 IMAGE_NAMES = (
     *("image", "img", "picture", "photo", "file_name", "filename", "filepath", "file_path", "image_path"),

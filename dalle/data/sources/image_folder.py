@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from dalle.data.bad_samples import BadSampleError
-from dalle.data.sources.captions import IMAGE_SUFFIXES, parse_json, parse_text
+from dalle.data.config import IMAGE_SUFFIXES
+from dalle.data.sources.captions import parse_json, parse_text
 from dalle.data.sources.index import name_hashes
 from dalle.types import BadSample, RawSample
 

@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dalle.data.bad_samples import BadSampleError, examples_text
-from dalle.data.sources.captions import IMAGE_SUFFIXES, parse_json, parse_text
+from dalle.data.config import IMAGE_SUFFIXES
+from dalle.data.sources.captions import parse_json, parse_text
 from dalle.data.sources.index import IndexWriter, name_hash, open_or_build_index
 from dalle.types import BadSample, RawSample
 
