@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -147,33 +147,23 @@ def python() -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
-@pytest.fixture(scope="session")
-def run_script() -> Callable[..., SimpleNamespace]:
-    """run_script(name, *words, cwd): scripts/NAME.py in this process; gives .code .out .err as a shell would.
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SimpleNamespace]:
+    """script(name, *words): scripts/NAME.py in this process; gives .code .out .err as a shell would.
 
-    An unexpected error is raised.
+    It runs in an empty directory or `cwd`, which stays the current one. An unexpected error is raised.
     """
 
-    def run(name: str, *words: str | Path, cwd: Path) -> SimpleNamespace:
-        file, out, err, code, message = PROJECT / "scripts" / f"{name}.py", StringIO(), StringIO(), 0, ""
+    def run(name: str, *words: str | Path, cwd: Path = tmp_path) -> SimpleNamespace:
+        out, err, code, message = StringIO(), StringIO(), 0, ""
+        monkeypatch.chdir(cwd)
         argv = patch.object(sys, "argv", [f"scripts/{name}.py", *map(str, words)])
-        with argv, chdir(cwd), redirect_stdout(out), redirect_stderr(err):
+        with argv, redirect_stdout(out), redirect_stderr(err):
             try:
-                runpy.run_path(str(file), run_name="__main__")
+                runpy.run_path(str(PROJECT / "scripts" / f"{name}.py"), run_name="__main__")
             except SystemExit as stop:
                 code, message = (1, stop.code) if isinstance(stop.code, str) else (stop.code or 0, "")
         return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue() + message)
-
-    return run
-
-
-@pytest.fixture
-def script(run_script: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """script(name, *words): `run_script` in an empty directory or `cwd`, which stays the current one."""
-
-    def run(name: str, *words: str | Path, cwd: Path = tmp_path) -> SimpleNamespace:
-        monkeypatch.chdir(cwd)
-        return run_script(name, *words, cwd=cwd)
 
     return run
 

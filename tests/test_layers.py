@@ -6,6 +6,7 @@ the families import neither each other nor `data` and `train`, and those two imp
 """
 
 import ast
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -31,17 +32,15 @@ def may_import(importer: str, imported: str) -> bool:
     return LEVEL[imported] < LEVEL[importer] or LEVEL[imported] == LEVEL[importer] != 3
 
 
-def targets(node: ast.AST, package: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The dalle modules that one statement of a module in `package` imports, as tuples of name parts."""
+def targets(node: ast.AST, package: str) -> list[list[str]]:
+    """The dalle modules that one statement of a module in `package` imports, as parts of their names."""
+    names = []
     if isinstance(node, ast.Import):
-        found = [tuple(alias.name.split(".")) for alias in node.names]
+        names = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
-        start = package[: len(package) - node.level + 1] if node.level else ()
-        module = tuple(node.module.split(".")) if node.module else ()
-        found = [(*start, *module, alias.name) for alias in node.names]
-    else:
-        found = []
-    return [parts for parts in found if parts[0] == "dalle"]
+        module = resolve_name("." * node.level + (node.module or ""), package)
+        names = [f"{module}.{alias.name}" for alias in node.names]
+    return [parts for parts in (name.split(".") for name in names) if parts[0] == "dalle"]
 
 
 def violations(root: Path) -> list[str]:
@@ -59,7 +58,7 @@ def violations(root: Path) -> list[str]:
         functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
         hidden = {id(inner) for function in functions for inner in ast.walk(function)}
         for node in ast.walk(tree):
-            for target in targets(node, parts[:-1]):
+            for target in targets(node, ".".join(parts[:-1])):
                 place = f"{name}:{getattr(node, 'lineno', 0)}: {'.'.join(target)}"
                 if id(node) in hidden and parts[1] != "commands":
                     wrong.append(f"{place} is imported inside a function")

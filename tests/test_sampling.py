@@ -23,33 +23,27 @@ def sample_many(logits, n=20_000, **options):
 # The random numbers.
 
 
-def test_a_candidate_has_its_numbers_whatever_the_others():
-    three = candidate_noise(0, "a red square", range(3), 10)
-    assert torch.equal(three[1:], candidate_noise(0, "a red square", range(1, 3), 10))
-    assert torch.equal(three[[2]], candidate_noise(0, "a red square", range(2, 3), 10))
-
-
-def test_a_position_has_its_number_however_many_follow():
-    long, short = (candidate_noise(3, "dog", range(2), n) for n in (30, 10))
-    assert torch.equal(long[:, :10], short)
-
-
 def test_numbers_differ_by_seed_caption_candidate_and_position():
     settings = itertools.product([0, 1, 2**40], ["", "a", "b", "a b", "ä"], [range(2), range(1000, 1001)])
     everything = torch.cat([candidate_noise(*setting, 8).flatten() for setting in settings])
     assert len(everything.unique()) == len(everything) == 3 * 5 * 3 * 8
 
 
-def test_seed_and_caption_do_not_run_together():
-    assert not torch.equal(candidate_noise(1, "2", range(1), 4), candidate_noise(12, "", range(1), 4))
+def philox(purpose):
+    digest = hashlib.blake2b(purpose.encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-@pytest.mark.parametrize("caption", ["a", "b", "c", "d"])
-def test_the_numbers_are_philoxs_under_a_hash_of_all_they_depend_on(caption):
+@pytest.mark.parametrize("candidates", [range(3), range(2, 3), range(1000, 1002)])
+@pytest.mark.parametrize(("seed", "caption"), [(0, "a red square"), (1, "2"), (12, ""), (2**40, "ä")])
+def test_a_candidate_has_its_numbers_whatever_the_others_and_however_many_positions(
+    seed, caption, candidates
+):
     """They may never change: a seed and a candidate's index identify an image."""
-    digest = hashlib.blake2b(f"candidate\n5\n7\n{caption}".encode(), digest_size=16).digest()
-    expected = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(6)
-    assert candidate_noise(5, caption, range(7, 8), 6)[0].tolist() == expected.tolist()
+    expected = [philox(f"candidate\n{seed}\n{i}\n{caption}").random(30).tolist() for i in candidates]
+    for positions in (30, 4):
+        found = candidate_noise(seed, caption, candidates, positions)
+        assert found.tolist() == [row[:positions] for row in expected]
 
 
 def test_numbers_are_uniform_and_do_not_touch_global_state():
@@ -165,7 +159,8 @@ def test_truncation_that_keeps_everything_changes_nothing(options):
     ("options", "message"),
     [({"temperature": value}, f"temperature .* got {value}") for value in (-0.1, 1e-40, math.nan, math.inf)]
     + [({"top_p": value}, f"top_p .* got {value}") for value in (0.0, 1.1, math.nan)]
-    + [({"top_k": 0}, "top_k .* got 0")],
+    + [({name: 0}, f"{name} .* got 0") for name in ("top_k", "batch_size", "decode_batch_size")]
+    + [({"guidance": math.inf}, "guidance must be finite")],
 )
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -5,6 +5,7 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,16 +136,15 @@ class TestObjective:
 
 
 class TestScorer:
-    def test_a_score_is_the_cosine(self, model, pixels):
+    @pytest.mark.parametrize("size", [16, 20])
+    def test_a_score_is_the_cosine_with_a_gradient_for_the_pixels(self, model, size):
+        pixels = torch.rand(2, 3, size, size, requires_grad=True)
         expected = model.encode_image(pixels) @ model.encode_text(model.pack_text([[1, 2]]))[0]
         scorer = CLIPScorer(model, Letters())
         assert isinstance(scorer, Scorer)
-        torch.testing.assert_close(scorer.score(pixels, "bc"), expected)
-
-    @pytest.mark.parametrize("size", [16, 20])
-    def test_gradients_reach_the_pixels(self, model, size):
-        pixels = torch.rand(2, 3, size, size, requires_grad=True)
-        CLIPScorer(model, Letters()).score(pixels, "ab").sum().backward()
+        scores = scorer.score(pixels, "bc")
+        torch.testing.assert_close(scores, expected)
+        scores.sum().backward()
         assert (pixels.grad.flatten(1).abs().sum(1) > 0).all()
 
     def test_a_text_tokenizer_with_more_ids_is_refused(self, model, monkeypatch):
@@ -180,17 +180,15 @@ ARCHITECTURE = {
 
 
 @pytest.fixture(scope="module")
-def open_clip(tmp_path_factory):
-    """open_clip with a tiny architecture named "tiny-test"."""
-    open_clip = pytest.importorskip("open_clip")
+def architecture(tmp_path_factory):
+    """A tiny architecture named "tiny-test"."""
     folder = tmp_path_factory.mktemp("architectures")
     (folder / "tiny-test.json").write_text(json.dumps(ARCHITECTURE))
     open_clip.add_model_config(folder)
-    return open_clip
 
 
 @pytest.fixture(params=["safetensors", "pt"])
-def weights(request, open_clip, tmp_path):
+def weights(request, architecture, tmp_path):
     """(file, model): random weights of the tiny architecture on disk."""
     torch.manual_seed(0)
     model = open_clip.create_model("tiny-test").eval()
@@ -201,7 +199,7 @@ def weights(request, open_clip, tmp_path):
 
 
 class TestPretrainedScorer:
-    def test_it_scores_as_the_model_of_the_file(self, weights, open_clip):
+    def test_it_scores_as_the_model_of_the_file(self, weights):
         file, model = weights
         pixels = torch.rand(2, 3, 48, 48, requires_grad=True)
         images = model.encode_image(prepare_pixels(pixels, 32), normalize=True)
@@ -221,7 +219,7 @@ class TestPretrainedScorer:
             scorer.score(pixels, caption)
             assert scorer.truncated == cut
 
-    def test_a_file_of_weights_runs_no_code(self, open_clip, tmp_path):
+    def test_a_file_of_weights_runs_no_code(self, architecture, tmp_path):
         torch.save({"state_dict": Call(Path.touch, tmp_path / "touched")}, tmp_path / "weights.pt")
         with pytest.raises(pickle.UnpicklingError):
             PretrainedScorer("tiny-test", str(tmp_path / "weights.pt"))
@@ -229,14 +227,11 @@ class TestPretrainedScorer:
 
     @pytest.fixture
     def no_network(self, monkeypatch):
-        def refuse(*args, **kwargs):
-            raise AssertionError("a download was tried")
-
-        monkeypatch.setattr("socket.socket.connect", refuse)
-        monkeypatch.setattr("open_clip.create_model", refuse)
+        for name in ("socket.socket.connect", "open_clip.create_model"):
+            monkeypatch.setattr(name, lambda *_, **__: pytest.fail("a download was tried"))
 
     @pytest.mark.parametrize("missing", ["none.pt", "openai", "laion2b_s34b_b79k"])
-    def test_nothing_is_downloaded_unless_allowed(self, open_clip, no_network, missing):
+    def test_nothing_is_downloaded_unless_allowed(self, no_network, missing):
         with pytest.raises(ValueError, match=f"no file {missing}.* download"):
             PretrainedScorer("ViT-B-32", missing)
 

@@ -1,4 +1,4 @@
-"""Losses and metrics of the dVAE and the transformer against formulas (dalle/*/objective.py)."""
+"""Loss and metrics of the dVAE against formulas (dalle/dvae/objective.py, dalle/dvae/metrics.py)."""
 
 import math
 
@@ -12,11 +12,6 @@ from dalle.dvae.metrics import code_usage, collapse_warning, dvae_scores
 from dalle.dvae.model import Conv2d, map_pixels
 from dalle.dvae.objective import DVAEObjective
 from dalle.schedules import Schedule
-from dalle.transformer import Transformer, TransformerConfig
-from dalle.transformer.config import TransformerLossConfig
-from dalle.transformer.losses import cross_entropies
-from dalle.transformer.objective import TransformerObjective
-from dalle.transformer.sizes import training_flops
 
 
 @pytest.fixture(scope="module")
@@ -48,23 +43,23 @@ def test_the_dvae_minimizes_reconstruction_plus_beta_times_kl_per_pixel_value(mo
     torch.testing.assert_close(loss.metrics["kl"], kl_to_uniform(logits).mean().detach())
 
 
+def test_training_lowers_the_loss(model):
+    torch.manual_seed(0)
+    model, objective = DVAE(model.config), DVAEObjective()
+    colors = torch.eye(3)[:, :, None, None].expand(3, 3, 8, 8)
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=1e-2), []
+    for _ in range(40):
+        loss = objective(model, colors, 0).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+
+
 def test_tau_stays_above_zero():
     with pytest.raises(ValueError, match="tau"):
         DVAELossConfig(tau=Schedule(1.0, 0.0, 10))
-
-
-@pytest.mark.parametrize("config", [TransformerLossConfig(), TransformerLossConfig(0.5)])
-def test_the_transformer_minimizes_the_weighted_sum(config):
-    torch.manual_seed(0)
-    model = Transformer(TransformerConfig(2, 2, 8, 4, (3, 3), 8, 8, conv_kernel=3, init_scale=1.0))
-    ids = model.layout.pack(torch.randint(8, (2, 4)), torch.randint(8, (2, 9)))
-    torch.nn.init.normal_(model.to_logits.weight)
-    loss = TransformerObjective(config)(model, ids, 0)
-    text, image = cross_entropies(model, ids)
-    weight = config.text_weight
-    torch.testing.assert_close(loss.total, weight * text + (1 - weight) * image)
-    assert float(loss.metrics["text_loss"]) == pytest.approx(float(text.detach()))
-    assert float(loss.metrics["image_loss"]) == pytest.approx(float(image.detach()))
 
 
 def test_code_usage_by_hand():
@@ -90,14 +85,7 @@ def test_scores_of_an_evaluation_are_those_of_hard_codes(model, pixels):
 
 @pytest.mark.parametrize(
     ("perplexity", "codes", "warned"),
-    [
-        (1.2, 64, True),
-        (1.99, 64, True),
-        (2.1, 64, False),
-        (90.0, 64, False),
-        (50.0, 8192, True),
-        (100.0, 8192, False),
-    ],
+    [(1.99, 64, True), (2.1, 64, False), (50.0, 8192, True), (100.0, 8192, False)],
 )
 def test_a_collapsed_codebook_gives_a_warning_with_a_remedy(perplexity, codes, warned):
     warning = collapse_warning({"perplexity": perplexity}, codes)
@@ -120,24 +108,3 @@ def test_the_dvaes_operations_are_those_of_its_convolutions(model, pixels):
     work = DVAEObjective().step_cost(model, pixels)
     assert (work.samples, work.tokens) == (3, 0)
     assert work.flops == 3 * sum(forward) > 0
-
-
-def test_the_transformers_operations_are_those_of_its_formula():
-    config = TransformerConfig(2, 2, 8, 4, (3, 3), 8, 8, conv_kernel=3)
-    ids = torch.zeros(5, config.layout.seq_len, dtype=torch.int64)
-    work = TransformerObjective().step_cost(Transformer(config), ids)
-    assert (work.samples, work.tokens) == (5, 5 * 13)
-    assert work.flops == 5 * sum(training_flops(config).values())
-
-
-def test_chance_is_ln_vocabulary_and_the_loss_of_an_even_guess():
-    torch.manual_seed(0)
-    model = Transformer(TransformerConfig(2, 2, 8, 4, (3, 3), 8, 6, conv_kernel=3))  # output matrix 0
-    ids = model.layout.pack(torch.randint(8, (2, 4)), torch.randint(6, (2, 9)))
-    objective = TransformerObjective()
-    loss, known = objective(model, ids, 0), objective.random_baseline(model)
-    assert known["image_loss"] == pytest.approx(math.log(6))
-    assert known["text_loss"] == pytest.approx(math.log(8 + 1))  # or the pad
-    for name in ("image_loss", "text_loss"):
-        assert float(loss.metrics[name]) == pytest.approx(known[name], rel=1e-6)
-    assert float(loss.total.detach()) == pytest.approx(known["loss"], rel=1e-6)

@@ -1,62 +1,39 @@
 """meta.json and config.json: other formats and damaged files are named."""
 
-import json
-
 import pytest
 
-from dalle.io.files import FORMAT, check_meta, read_config
+from dalle.io.files import FORMAT, check_meta, read_config, write_json
 
 META = {"kind": "dvae", "format": FORMAT, "model_config": {}, "inputs": {}}
 PART = {"model_config": {"width": 2}, "hash": "00ff"}
 CONFIG = {"kind": "dalle", "format": FORMAT, "inputs": {}, "parts": {"dvae": PART}}
 
 
+BAD_PARTS = [None, [], {}, {"../dvae": PART}]
+BAD_PARTS += [{"dvae": part} for part in (3, {"hash": "00ff"}, PART | {"hash": None})]
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"kind": "clip"}, "'clip', expected 'dvae'"),
-        ({"kind": None}, "unknown"),
-        ({"format": FORMAT + 1}, rf"format {FORMAT + 1}, .* reads {FORMAT}; use the version"),
-        ({"format": 0}, "format 0"),
-        ({"format": None}, "format None"),
-        ({"format": True}, "format True"),
-        ({"inputs": ["text"]}, "inputs .* damaged"),
+    ("meta", "message"),
+    [(meta, "unknown") for meta in (None, [], "dvae", 3, META | {"kind": None})]
+    + [(META | {"format": number}, f"format {number}") for number in (0, None, True)]
+    + [
+        (META | {"format": FORMAT + 1}, rf"format {FORMAT + 1}, .* reads {FORMAT}; use the version"),
+        (META | {"kind": "clip"}, "'clip', expected 'dvae'"),
+        (META | {"inputs": ["text"]}, "inputs .* damaged"),
     ],
 )
-def test_bad_meta_is_refused(tmp_path, change, message):
+def test_bad_meta_is_refused(tmp_path, meta, message):
     assert check_meta(META, "dvae", tmp_path) == META
     with pytest.raises(ValueError, match=message):
-        check_meta(META | change, "dvae", tmp_path)
-
-
-@pytest.mark.parametrize("meta", [None, [], "dvae", 3])
-def test_meta_that_is_no_object_is_refused(tmp_path, meta):
-    with pytest.raises(ValueError, match="unknown"):
         check_meta(meta, "dvae", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        {},
-        {"../dvae": PART},
-        {"dvae": 3},
-        {"dvae": {"hash": "00ff"}},
-        {"dvae": PART | {"hash": None}},
-        None,
-        [],
-    ],
-    ids=str,
-)
-def test_bad_parts_are_refused(tmp_path, parts):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(CONFIG))
+@pytest.mark.parametrize("parts", BAD_PARTS, ids=str)
+def test_a_damaged_config_is_refused(tmp_path, parts):
+    write_json(tmp_path / "config.json", CONFIG)
     assert read_config(tmp_path) == CONFIG
-    path.write_text(json.dumps(CONFIG | {"parts": parts}))
-    with pytest.raises(ValueError, match="damaged"):
-        read_config(tmp_path)
-
-
-def test_a_folder_without_config_is_no_model_directory(tmp_path):
-    with pytest.raises(ValueError, match="no model directory"):
-        read_config(tmp_path)
+    for damaged in (CONFIG | {"parts": parts}, {name: CONFIG[name] for name in CONFIG if name != "inputs"}):
+        write_json(tmp_path / "config.json", damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            read_config(tmp_path)

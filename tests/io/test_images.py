@@ -1,6 +1,7 @@
 """Images: dalle/io/images.py."""
 
 import io
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,13 +22,18 @@ def saved(image, path, **options):
     return path
 
 
-def grey(*rows):
-    """An image of grey values."""
+def gray(*rows):
+    """An image of gray values, or of colors."""
     return Image.fromarray(np.array(rows, dtype=np.uint8))
 
 
+def colors(image):
+    """Of an image of one row."""
+    return [tuple(color) for color in np.asarray(image)[0].tolist()]
+
+
 def levels(image):
-    """Grey values of an RGB image whose channels agree."""
+    """Gray values of an RGB image whose channels agree."""
     assert image.mode == "RGB"
     array = np.asarray(image)
     assert (array == array[..., :1]).all()
@@ -37,7 +43,7 @@ def levels(image):
 # Loading: whatever the file holds, an upright RGB image.
 
 
-def test_a_path_may_be_a_string_and_a_image_stays_untouched(tmp_path):
+def test_a_path_may_be_a_string_and_an_image_stays_untouched(tmp_path):
     image = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
     assert levels(load_image(str(saved(image, tmp_path / "a.png")))) == [[255, 255], [255, 255]]
     assert levels(load_image(image)) == [[255, 255], [255, 255]]
@@ -47,22 +53,20 @@ def test_a_path_may_be_a_string_and_a_image_stays_untouched(tmp_path):
 @pytest.mark.parametrize(
     ("image", "expected"),
     [
-        (grey([0, 7], [200, 255]), [[0, 7], [200, 255]]),
-        (grey([0, 255]).convert("1"), [[0, 255]]),
-        (Image.merge("LA", (grey([100, 100, 100]), grey([0, 51, 255]))), [[255, 224, 100]]),  # over white
+        (gray([0, 7], [200, 255]), [[0, 7], [200, 255]]),
+        (gray([0, 255]).convert("1"), [[0, 255]]),
+        (Image.merge("LA", (gray([100, 100, 100]), gray([0, 51, 255]))), [[255, 224, 100]]),  # over white
     ],
 )
-def test_grey_and_black_and_white_become_three_equal_channels(image, expected, tmp_path):
+def test_gray_and_black_and_white_become_three_equal_channels(image, expected, tmp_path):
     assert levels(load_image(saved(image, tmp_path / "a.png"))) == expected
 
 
 def test_alpha_is_laid_over_white(tmp_path):
-    image = Image.new("RGBA", (3, 1))
-    for x, alpha in enumerate((0, 51, 255)):
-        image.putpixel((x, 0), (100, 0, 250, alpha))
+    image = gray([(100, 0, 250, alpha) for alpha in (0, 51, 255)])
     loaded = load_image(saved(image, tmp_path / "a.png"))
     # 255 + (value - 255) * alpha / 255
-    assert [loaded.getpixel((x, 0)) for x in range(3)] == [(255, 255, 255), (224, 204, 254), (100, 0, 250)]
+    assert colors(loaded) == [(255, 255, 255), (224, 204, 254), (100, 0, 250)]
 
 
 @pytest.mark.parametrize("suffix", ["png", "gif"])
@@ -71,14 +75,13 @@ def test_the_transparent_color_of_a_palette_becomes_white(tmp_path, suffix):
     image.putpalette([10, 20, 30, 200, 100, 50, 0, 0, 0])
     image.putdata([0, 1, 2])
     loaded = load_image(saved(image, tmp_path / f"a.{suffix}", transparency=1))
-    assert [loaded.getpixel((x, 0)) for x in range(3)] == [(10, 20, 30), (255, 255, 255), (0, 0, 0)]
+    assert colors(loaded) == [(10, 20, 30), (255, 255, 255), (0, 0, 0)]
 
 
 def test_a_transparent_color_without_a_palette_becomes_white(tmp_path):
-    image = Image.new("RGB", (2, 1), (9, 8, 7))
-    image.putpixel((1, 0), (1, 2, 3))
+    image = gray([(9, 8, 7), (1, 2, 3)])
     loaded = load_image(saved(image, tmp_path / "a.png", transparency=(1, 2, 3)))
-    assert [loaded.getpixel((x, 0)) for x in range(2)] == [(9, 8, 7), (255, 255, 255)]
+    assert colors(loaded) == [(9, 8, 7), (255, 255, 255)]
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -100,8 +103,7 @@ def test_cmyk_becomes_rgb(tmp_path):
     assert (red > 250, green < 5, blue < 5) == (True, True, True)
 
 
-# Where the first row and column of the stored image belong, by the EXIF standard; upright it is 1 2 3 / 4 5
-# 6.
+# Where the first row and column of the stored image belong (EXIF); upright it is 1 2 3 / 4 5 6.
 STORED = {
     1: ([1, 2, 3], [4, 5, 6]),  # top, left
     2: ([3, 2, 1], [6, 5, 4]),  # top, right
@@ -114,15 +116,11 @@ STORED = {
 }
 
 
-def with_orientation(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone(tmp_path, orientation):
-    path = saved(grey(*STORED[orientation]), tmp_path / "a.png", exif=with_orientation(orientation))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(gray(*STORED[orientation]), tmp_path / "a.png", exif=exif)
     assert levels(load_image(load_image(path))) == [[1, 2, 3], [4, 5, 6]]  # turned once
 
 
@@ -140,7 +138,7 @@ DAMAGED = {
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
 def test_an_exif_block_that_cannot_be_read_says_nothing(tmp_path, damage):
-    path = saved(grey([1, 2, 3], [4, 5, 6]), tmp_path / "a.png", exif=damage)
+    path = saved(gray([1, 2, 3], [4, 5, 6]), tmp_path / "a.png", exif=damage)
     assert levels(load_image(path)) == [[1, 2, 3], [4, 5, 6]]
 
 
@@ -149,7 +147,7 @@ def test_an_exif_block_that_cannot_be_read_says_nothing(tmp_path, damage):
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read")
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_image_that_breaks_off_is_named(tmp_path, form):
+def test_an_image_that_breaks_off_is_named(tmp_path, form):
     buffer = io.BytesIO()
     noise().save(buffer, form)
     path = tmp_path / f"broken.{form.lower()}"
@@ -162,22 +160,18 @@ def test_a_image_that_breaks_off_is_named(tmp_path, form):
 def test_what_is_no_image_is_named(tmp_path):
     path = tmp_path / "words.png"
     path.write_text("a red square")
-    for place, words in (
-        (path, r"cannot read .*words\.png"),
-        (tmp_path, "cannot read"),
-        (tmp_path / "x", "no image at"),
-    ):
+    files = {path: r"cannot read .*words\.png", tmp_path: "cannot read", tmp_path / "x": "no image at"}
+    for place, words in files.items():
         with pytest.raises(ValueError, match=words):
             load_image(place)
 
 
-def refuse(_):
-    raise ValueError("Invalid dimensions")
-
-
 @pytest.mark.parametrize(
     ("name", "value", "words"),
-    [("MAX_IMAGE_PIXELS", 100, "decompression bomb"), ("open", refuse, "Invalid dimensions")],
+    [
+        ("MAX_IMAGE_PIXELS", 100, "decompression bomb"),
+        ("open", Mock(side_effect=ValueError("Invalid dimensions")), "Invalid dimensions"),
+    ],
 )
 def test_what_pillow_refuses_is_named(name, value, words, tmp_path, monkeypatch):
     path = saved(noise(), tmp_path / "huge.png")

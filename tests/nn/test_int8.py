@@ -95,7 +95,8 @@ class TestModel:
         for name, module in rounded.named_modules():
             if isinstance(module, Int8Linear):
                 same.get_submodule(name).weight.copy_(matrix_of(module))
-        ids = ids_of(model)
+        image = torch.randint(13, (2, 10), generator=torch.Generator().manual_seed(0))
+        ids = model.layout.pack(model.layout.pad_text([[1, 2, 3], []]), image)
         torch.testing.assert_close(rounded(ids), same(ids), rtol=0.05, atol=0.05)
         assert (rounded(ids) - model(ids)).abs().nan_to_num().max() < 0.2
 
@@ -123,8 +124,3 @@ class TestModel:
             *_, tokens = generate_tokens(rounded, text, noise)
         assert torch.equal(tokens, plain)
         assert cast_linear_weights(rounded, torch.bfloat16) is quantize_int8(rounded) is rounded
-
-
-def ids_of(model: Transformer) -> torch.Tensor:
-    text = model.layout.pad_text([[1, 2, 3], []])
-    return model.layout.pack(text, torch.randint(13, (2, 10), generator=torch.Generator().manual_seed(0)))

@@ -53,23 +53,6 @@ def test_a_candidate_of_the_papers_model_takes_288_megabytes():
     assert text == 2 * 2 * 3968 * 64 * 256
 
 
-def test_the_two_parts_are_joined_by_one_softmax():
-    """Against keys laid end to end, with scores so large that two softmaxes would differ."""
-    config = TransformerConfig(depth=1, grid=(2, 5), sparse=False, **TINY)
-    (cache,) = Transformer(config).init_kv_caches(2, 3)
-    generator = torch.Generator().manual_seed(0)
-    k, v = 3 * torch.randn(2, 2, 2, 6 + 4, 8, generator=generator)
-    cache.prefill(k, v, 6)
-    q, own_k, own_v = 3 * torch.randn(3, 4, 3, 8, generator=generator)
-    mixed = cache.attend(q, own_k, own_v, 4)
-    every_k, every_v = (
-        torch.cat([old.flatten(0, 1)[:, None].expand(-1, 3, -1, -1), own[:, :, None]], dim=2)
-        for old, own in ((k, own_k), (v, own_v))
-    )
-    shares = torch.softmax((q[:, :, None] @ every_k.transpose(2, 3)) / 8**0.5, dim=-1)
-    torch.testing.assert_close(mixed, (shares @ every_v)[:, :, 0])
-
-
 def test_a_cache_does_not_grow():
     config = TransformerConfig(depth=4, grid=(4, 4), **TINY)
     for cache in Transformer(config).init_kv_caches(2, 3):

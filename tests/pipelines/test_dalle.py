@@ -4,16 +4,16 @@ import json
 import shutil
 from dataclasses import replace
 from io import BytesIO
+from unittest.mock import Mock
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 import dalle as package
 from dalle.clip import PretrainedScorer
 from dalle.hub.registry import LoadedModel, load_model, weights_hash
-from dalle.io.files import write_tensors
+from dalle.io.files import read_tensors, write_tensors
 from dalle.io.images import to_pil, to_tensor
 from dalle.nn.kv_cache import kv_cache_bytes
 from dalle.pipelines import best_of_n
@@ -25,9 +25,10 @@ from dalle.pipelines.best_of_n import (
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import Generation, merge_generations
 from dalle.sampling import SamplingConfig
-from dalle.text import TextTokenizerConfig, train_text_tokenizer
+from dalle.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 from dalle.types import ImageTokenizer, Scorer
 
+WEIGHTS = ["dvae.safetensors", "transformer.safetensors", "clip.safetensors"]
 CAPTIONS = ("a red cross above a blue circle", "a small red cross in the middle", "a blue circle")
 
 
@@ -44,6 +45,10 @@ def tokens_of(generation: Generation) -> dict[int, list[int]]:
     return dict(zip(generation.candidates, generation.image_tokens.tolist(), strict=True))
 
 
+def another_text_tokenizer() -> TextTokenizer:
+    return train_text_tokenizer(["other words"], TextTokenizerConfig(vocab_size=300))
+
+
 @pytest.fixture(scope="module")
 def model(chain) -> DALLE:
     """Shared by the tests that only read it."""
@@ -56,6 +61,11 @@ def parts(chain) -> dict[str, LoadedModel]:
 
 
 @pytest.fixture
+def image() -> Image.Image:
+    return to_pil(torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3)))[0]
+
+
+@pytest.fixture
 def random_logits(dalle) -> DALLE:
     """A model whose output layer is random, so that its logits depend on everything."""
     with torch.no_grad():
@@ -64,15 +74,25 @@ def random_logits(dalle) -> DALLE:
 
 
 @pytest.fixture
-def noise_shapes(monkeypatch) -> set[tuple[int, ...]]:
+def before_each_batch(monkeypatch):
+    """before_each_batch(hook): hook(noise) is called before a batch is sampled."""
+    plain = best_of_n.generate_tokens
+
+    def arrange(hook) -> None:
+        def watched(model, text, noise, *rest, **options):
+            hook(noise)
+            return plain(model, text, noise, *rest, **options)
+
+        monkeypatch.setattr(best_of_n, "generate_tokens", watched)
+
+    return arrange
+
+
+@pytest.fixture
+def noise_shapes(before_each_batch) -> set[tuple[int, ...]]:
     """(prompts, candidates, positions) of every batch that is sampled."""
-    shapes, plain = set(), best_of_n.generate_tokens
-
-    def watched(model, text, noise, *rest, **options):
-        shapes.add(tuple(noise.shape))
-        return plain(model, text, noise, *rest, **options)
-
-    monkeypatch.setattr(best_of_n, "generate_tokens", watched)
+    shapes = set()
+    before_each_batch(lambda noise: shapes.add(tuple(noise.shape)))
     return shapes
 
 
@@ -118,11 +138,8 @@ class TestMistakes:
         ("settings", "message"),
         [
             ({"n": 0}, "n must .* got 0"),
-            ({"n": -1}, "n must .* got -1"),
             ({"n": 4, "best_of": 3}, "best_of must .*best_of=3, n=4"),
             ({"temperature": -0.5}, "temperature must .*-0.5"),
-            ({"decode_batch_size": 0}, "decode_batch_size .* got 0"),
-            ({"guidance": float("inf")}, "guidance must be finite"),
         ],
     )
     def test_settings_are_checked_before_sampling(self, model, prompt, settings, message, monkeypatch):
@@ -150,11 +167,6 @@ class TestMistakes:
 
 
 class TestComplete:
-    @pytest.fixture
-    def image(self) -> Image.Image:
-        noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-        return to_pil(noise)[0]
-
     @pytest.fixture
     def complete(self, model, prompt, image):
         def run(image=image, n=1, **options) -> Generation:
@@ -221,15 +233,7 @@ class TestCandidateBatches:
             ((1, 5, 4), [([0], range(4), 4), ([0], range(4, 8), 1)]),
             ((3, 2, 4), [([0, 1], range(2), 2), ([2, 2], range(2), 2)]),
             ((2, 3, 4), [([0], range(4), 3), ([1], range(4), 3)]),
-            (
-                (3, 3, 4, 2),
-                [
-                    ([0, 1], range(2), 2),
-                    ([0, 1], range(2, 4), 1),
-                    ([2, 2], range(2), 2),
-                    ([2, 2], range(2, 4), 1),
-                ],
-            ),
+            ((2, 3, 4, 2), [([0, 1], range(2), 2), ([0, 1], range(2, 4), 1)]),
             ((1, 1, 4, 2), [([0, 0], range(2), 1)]),
             ((2, 1, 4, 1), [([0], range(4), 1), ([1], range(4), 1)]),
         ],
@@ -267,24 +271,19 @@ class TestCandidateBatches:
 
     def test_memory_does_not_grow_with_the_number_of_candidates(self, model, prompt, monkeypatch):
         """At most a decode batch is decoded at once, and at most n images are kept."""
-        sizes, kept, decode, add = [], [], model.dvae.decode, best_of_n.TopN.add
-
-        def counted_decode(tokens, grid):
-            sizes.append(len(tokens))
-            return decode(tokens, grid)
+        kept, add, decode = [], best_of_n.TopN.add, Mock(wraps=model.dvae.decode)
 
         def counted_add(self, *new):
             add(self, *new)
             kept.append(len(self.best))
 
-        monkeypatch.setattr(model.dvae, "decode", counted_decode)
+        monkeypatch.setattr(model.dvae, "decode", decode)
         monkeypatch.setattr(best_of_n.TopN, "add", counted_add)
         generate(model, prompt, n=3, best_of=40, batch_size=8, decode_batch_size=4)
-        assert sizes == [4] * 10
-        assert max(kept) == 3
         monkeypatch.setattr(best_of_n, "free_memory", lambda device: 1)
         generate(model, prompt, n=3, best_of=4, batch_size=2)
-        assert sizes[10:] == [1] * 4
+        assert [len(call.args[0]) for call in decode.call_args_list] == [4] * 10 + [1] * 4
+        assert max(kept) == 3
 
     def test_batch_sizes_follow_the_free_memory(self, model, monkeypatch):
         free = best_of_n.free_memory(torch.device("cpu"))
@@ -312,39 +311,23 @@ def test_the_best_of_all_shards_are_the_best_of_all(model, prompt, world):
 
 
 class TestInterruption:
-    @pytest.fixture
-    def interrupt(self, monkeypatch):
-        """Control-C comes while batch number `at` is sampled."""
-
-        def arrange(at: int) -> None:
-            plain, calls = best_of_n.generate_tokens, iter(range(100))
-
-            def some(*words, **options):
-                if next(calls) == at:
-                    raise KeyboardInterrupt
-                return plain(*words, **options)
-
-            monkeypatch.setattr(best_of_n, "generate_tokens", some)
-
-        return arrange
-
-    def test_what_is_ranked_is_kept_with_a_warning(self, model, prompt, interrupt):
+    def test_what_is_ranked_is_kept_with_a_warning(self, model, prompt, before_each_batch):
         whole = generate(model, prompt, n=2, best_of=8, batch_size=4)
         assert (whole.interrupted, whole.num_generated, whole.best_of) == (False, 8, 8)
-        interrupt(2)
+        before_each_batch(Mock(side_effect=[None, None, KeyboardInterrupt]))
         with pytest.warns(UserWarning, match="interrupted: 8 of 100"):
             part = generate(model, prompt, n=2, best_of=100, batch_size=4)
         assert (part.interrupted, part.num_generated, part.best_of) == (True, 8, 100)
         assert (part.candidates, images(part.images)) == (whole.candidates, images(whole.images))
 
     def test_prompts_without_an_image_are_left_out_and_with_no_image_it_is_raised(
-        self, model, prompt, interrupt
+        self, model, prompt, before_each_batch
     ):
-        interrupt(1)
+        before_each_batch(Mock(side_effect=[None, KeyboardInterrupt]))
         with pytest.warns(UserWarning, match="interrupted"):
             found = generate(model, [prompt, "a blue circle"], n=1, best_of=4, batch_size=4)
         assert [one.prompt for one in found] == [prompt]
-        interrupt(0)
+        before_each_batch(Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             generate(model, prompt)
 
@@ -361,8 +344,7 @@ class TestLogLikelihood:
         torch.testing.assert_close(found.text, nats[:, :words].sum(dim=1))
         torch.testing.assert_close(found.image, nats[:, layout.text_len :].sum(dim=1))
 
-    def test_an_image_has_that_of_its_tokens(self, model, prompt, tmp_path):
-        image = to_pil(torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3)))[0]
+    def test_an_image_has_that_of_its_tokens(self, model, prompt, image, tmp_path):
         image.save(tmp_path / "a.png")
         by_tokens = model.log_likelihood(prompt, model.dvae.encode(to_tensor([image])))
         by_image = model.log_likelihood(prompt, tmp_path / "a.png")
@@ -370,12 +352,14 @@ class TestLogLikelihood:
         assert by_image == pytest.approx([float(part) for part in by_tokens])
 
     def test_tokens_beyond_the_vocabulary_and_empty_captions_are_refused(self, model, prompt):
-        with pytest.raises(ValueError, match=r"must be in \[0, 16\), got 16"):
-            model.log_likelihood(prompt, torch.full((1, 16), 16))
-        with pytest.raises(ValueError, match="at most 16"):
-            model.log_likelihood(prompt, torch.zeros(1, 17, dtype=torch.int64))
-        with pytest.raises(ValueError, match="prompt is empty"):
-            model.log_likelihood("", torch.zeros(1, 16, dtype=torch.int64))
+        zeros = torch.zeros(1, 17, dtype=torch.int64)
+        for caption, tokens, message in (
+            (prompt, torch.full((1, 16), 16), r"must be in \[0, 16\), got 16"),
+            (prompt, zeros, "at most 16"),
+            ("", zeros[:, :16], "prompt is empty"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                model.log_likelihood(caption, tokens)
 
 
 @pytest.mark.parametrize(
@@ -409,9 +393,8 @@ class TestStream:
         assert images(steps[-1]) == images(generate(plain, prompt, n=2, seed=5).images)
 
     def test_settings_are_checked(self, model, prompt):
-        for options, message in (({"n": 0}, "n must"), ({"n": 5, "batch_size": 4}, "n must .* 4, got 5")):
-            with pytest.raises(ValueError, match=message):
-                next(model.stream(prompt, **options))
+        with pytest.raises(ValueError, match=r"n must .* 4, got 5"):
+            next(model.stream(prompt, n=5, batch_size=4))
 
 
 class TestSteps:
@@ -426,9 +409,8 @@ class TestSteps:
         assert [step.top[0].seen for step in steps if step.ranked] == [10] * 3  # the list is shared
         assert [step.tokens.shape[2] for step in steps[:17]] == [*range(1, 17), 16]
 
-    def test_a_callback_sees_each_row_of_a_completion_and_each_ranked_batch(self, model, prompt):
-        image, seen = Image.new("RGB", (40, 40), "red"), []
-        options = {"rows": 2, "n": 2, "best_of": 5, "batch_size": 4, "progress": False}
+    def test_a_callback_sees_each_row_of_a_completion_and_each_ranked_batch(self, model, prompt, image):
+        seen, options = [], {"rows": 2, "n": 2, "best_of": 5, "batch_size": 4, "progress": False}
         whole = model.complete(prompt, image, **options)
         again = model.complete(
             prompt, image, **options, callback=lambda step: seen.append((step.tokens.shape[2], step.ranked))
@@ -485,8 +467,7 @@ class TestSaving:
     def test_without_a_scorer_there_is_no_clip_in_the_directory(self, dalle, tmp_path):
         dalle.scorer = None
         dalle.save_pretrained(tmp_path)
-        files = {"README.md", "config.json", "text_tokenizer.json"}
-        files |= {"dvae.safetensors", "transformer.safetensors"}
+        files = {"README.md", "config.json", "text_tokenizer.json", *WEIGHTS[:2]}
         assert {path.name for path in tmp_path.iterdir()} == files
         assert DALLE.from_pretrained(tmp_path).scorer is None
 
@@ -507,26 +488,8 @@ class TestOpening:
         shutil.copytree(chain / "model", tmp_path / "model")
         return tmp_path / "model"
 
-    @pytest.fixture
-    def edit_config(self, folder):
-        def edit(change) -> None:
-            config = json.loads((folder / "config.json").read_text())
-            change(config)
-            (folder / "config.json").write_text(json.dumps(config))
-
-        return edit
-
     @pytest.mark.parametrize("change", ["missing", "truncated"])
-    @pytest.mark.parametrize(
-        "file",
-        [
-            "dvae.safetensors",
-            "transformer.safetensors",
-            "clip.safetensors",
-            "config.json",
-            "text_tokenizer.json",
-        ],
-    )
+    @pytest.mark.parametrize("file", [*WEIGHTS, "config.json", "text_tokenizer.json"])
     def test_a_damaged_file_is_named(self, folder, file, change):
         content = (folder / file).read_bytes()
         (folder / file).unlink()
@@ -535,41 +498,19 @@ class TestOpening:
         with pytest.raises(ValueError, match=f"{file}|no model directory"):
             DALLE.from_pretrained(folder)
 
-    @pytest.mark.parametrize("part", ["transformer", "clip"])
-    def test_other_weights_than_those_saved_are_refused(self, folder, part):
-        path = folder / f"{part}.safetensors"
-        save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    @pytest.mark.parametrize("file", WEIGHTS)
+    def test_other_weights_than_those_saved_are_refused(self, folder, file):
+        write_tensors(folder / file, {name: t + 1 for name, t in read_tensors(folder / file).items()})
         with pytest.raises(ValueError, match="weights have hash"):
             DALLE.from_pretrained(folder)
 
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (lambda config: config.pop("inputs"), r"config\.json lacks inputs"),
-            (lambda config: config.update(format=99), "format 99"),
-        ],
-    )
-    def test_a_damaged_or_newer_config_is_named(self, folder, edit_config, change, message):
-        edit_config(change)
-        with pytest.raises(ValueError, match=message):
-            DALLE.from_pretrained(folder)
-        for path in (folder.parent, folder / "none"):
+    def test_a_path_without_a_model_is_named(self, tmp_path):
+        for path in (tmp_path, tmp_path / "none"):
             with pytest.raises(ValueError, match="no model directory"):
                 DALLE.from_pretrained(path)
 
-    def test_another_dvae_or_text_tokenizer_in_the_directory_is_refused(self, chain, folder, edit_config):
-        other = load_model(folder, "dvae").model
-        with torch.no_grad():
-            other.encoder.blocks.input.b += 1
-        write_tensors(folder / "dvae.safetensors", other.state_dict())
-        with pytest.raises(ValueError, match="weights have hash"):
-            DALLE.from_pretrained(folder)
-        edit_config(lambda config: config["parts"]["dvae"].update(hash=weights_hash(other)))
-        with pytest.raises(ValueError, match="do not belong together"):
-            DALLE.from_pretrained(folder)
-        shutil.copytree(chain / "model", folder, dirs_exist_ok=True)
-        other = train_text_tokenizer(["other words"], TextTokenizerConfig(vocab_size=300))
-        other.save(folder / "text_tokenizer.json")
+    def test_another_text_tokenizer_in_the_directory_is_refused(self, folder):
+        another_text_tokenizer().save(folder / "text_tokenizer.json")
         with pytest.raises(ValueError, match="do not belong together"):
             DALLE.from_pretrained(folder)
 
@@ -586,7 +527,7 @@ class TestJoining:
         assert isinstance(model.scorer, Scorer)
 
     def test_another_dvae_is_refused(self, parts):
-        changed = replace(parts["dvae"], model=load_model(parts["dvae"].source, "dvae").model)
+        changed = load_model(parts["dvae"].source, "dvae")
         with torch.no_grad():
             changed.model.encoder.blocks.input.b += 1
         with pytest.raises(ValueError, match=r"tokens of dVAE .* do not belong together"):
@@ -594,25 +535,19 @@ class TestJoining:
 
     def test_another_text_tokenizer_is_refused(self, parts, model):
         assert DALLE.from_parts(parts["dvae"], parts["transformer"], None, model.text).scorer is None
-        other = train_text_tokenizer(["other words"], TextTokenizerConfig(vocab_size=300))
         with pytest.raises(ValueError, match="text tokenizer"):
-            DALLE.from_parts(parts["dvae"], parts["transformer"], None, other)
+            DALLE.from_parts(parts["dvae"], parts["transformer"], None, another_text_tokenizer())
         clip = replace(parts["clip"], inputs={"text_hash": "other"})
         with pytest.raises(ValueError, match="text tokenizer"):
             DALLE.from_parts(parts["dvae"], parts["transformer"], clip)
 
     def test_vocabularies_that_do_not_fit_are_refused(self, model):
-        class Other:
-            downsample_factor, vocab_size = 4, 17
-            encode = decode = None
-
+        other = Mock(vocab_size=17)
         with pytest.raises(ValueError, match="17 codes"):
-            DALLE(Other(), model.transformer, model.text)
-        words = [f"{a}{b}" for a in "abcdefghijklmnopqrst" for b in "uvwxyzabcdefghij"]
-        text = train_text_tokenizer([" ".join(words)] * 3, TextTokenizerConfig(vocab_size=1000))
-        assert text.vocab_size > 400
+            DALLE(other, model.transformer, model.text)
+        other.vocab_size = 401
         with pytest.raises(ValueError, match="do not belong together"):
-            DALLE(model.dvae, model.transformer, text)
+            DALLE(model.dvae, model.transformer, other)
 
 
 def test_the_public_names_are_there_and_listed_for_a_wrong_one():

@@ -5,23 +5,19 @@ import multiprocessing
 import socket
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
 
 from dalle.commands.sample import SampleArgs, sample
+from dalle.pipelines import sample_prompts
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import slug
 from dalle.sampling import SamplingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:the vocabulary lacks letters")  # of CAPTIONS[2]
 CAPTIONS = ["a red cross above a blue circle", "a blue circle", "../ a*b", "a small red cross"]
-STEMS = [
-    "000000-a-red-cross-above-a-blue-circle",
-    "000001-a-blue-circle",
-    "000002-a-b",
-    "000003-a-small-red-cross",
-]
 
 
 @pytest.fixture
@@ -43,21 +39,18 @@ def run(chain, tmp_path, monkeypatch) -> SampleArgs:
 
 def contents(folder: str | Path) -> dict[str, bytes]:
     """Every file below, hidden ones too."""
-    folder = Path(folder)
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def records(folder: str) -> list[dict]:
-    return [
-        json.loads(line) for line in Path(folder, "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    return [json.loads(line) for line in Path(folder, "samples.jsonl").read_text("utf-8").splitlines()]
 
 
 def test_each_caption_has_its_images_a_sheet_and_records(run, chain):
     sample(replace(run, log_likelihood=True))
-    names = {f"000/{stem}-{end}.png" for stem in STEMS for end in ("00", "01", "grid")}
+    stems = [f"000/{index:06d}-{slug(caption)}" for index, caption in enumerate(CAPTIONS)]
+    names = {f"{stem}-{end}.png" for stem in stems for end in ("00", "01", "grid")}
     assert contents("all").keys() == names | {"run.json", "samples.jsonl", "sheet.png"}
     found = records("all")
     assert [one["index"] for one in found] == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -139,10 +132,13 @@ def test_a_finished_run_is_left_and_another_run_never_overwrites_it(run, monkeyp
 
 def test_it_resumes_with_the_batch_size_it_began_with(run, monkeypatch):
     """A size found by memory is recorded: with another the images might not be the same."""
-    sample(replace(run, sampling=SamplingConfig()))
-    monkeypatch.setattr("dalle.pipelines.sample_prompts.auto_batch_size", lambda *_: 2)
-    sample(replace(run, sampling=SamplingConfig()))
-    assert json.loads(Path("all/run.json").read_text())["settings"]["batch_size"] == 16
+    generate = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(DALLE, "generate", generate)
+    for fitting in (16, 2):
+        monkeypatch.setattr(sample_prompts, "auto_batch_size", Mock(return_value=fitting))
+        with pytest.raises(SystemExit, match="stopped"):
+            sample(replace(run, sampling=SamplingConfig()))
+    assert [call.kwargs["batch_size"] for call in generate.call_args_list] == [16, 16]
 
 
 @pytest.mark.parametrize(
@@ -181,12 +177,12 @@ def test_two_processes_write_what_one_writes(run, prompt, monkeypatch, kind):
     else:
         run = replace(run, prompts_file=None, prompt=prompt, best_of=7, num_images=3)
     sample(run)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+        port = probe.getsockname()[1]
     fork, processes = multiprocessing.get_context("fork"), []
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port))):
+        monkeypatch.setenv(name, value)
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)

@@ -3,13 +3,14 @@
 import json
 import math
 import os
-import pickle
 import random
 import sys
 from collections import Counter
 from itertools import pairwise, product
+from unittest.mock import Mock
 
 import pytest
+import youtokentome
 
 from dalle.text import TextTokenizer, TextTokenizerConfig, load_text_tokenizer, train_text_tokenizer
 from dalle.text.tokenizer import FIRST_BYTE_ID, MAX_PIECE, UNKNOWN_ID, WORD_START, normalize
@@ -24,7 +25,6 @@ N_BYTES = 256
 
 def train_both(captions, config):
     """Our tokenizer and the youtokentome model that it was read from."""
-    youtokentome = pytest.importorskip("youtokentome")
     models, train = [], youtokentome.BPE.train
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(youtokentome.BPE, "train", lambda **options: models.append(train(**options)))
@@ -104,11 +104,11 @@ def test_merges_never_cross_a_piece(tokenizer):
 
 
 def test_captions_encode_as_youtokentome_encodes_them(trained):
-    tokenizer, youtokentome = trained
+    tokenizer, theirs = trained
     rng = random.Random(0)
     letters = tokenizer.characters.replace(WORD_START, "") + "      "
     captions = CAPTIONS + ["".join(rng.choices(letters, k=rng.randrange(80))) for _ in range(3000)]
-    expected = youtokentome.encode([" ".join(normalize(caption)) for caption in captions])
+    expected = theirs.encode([" ".join(normalize(caption)) for caption in captions])
     # youtokentome has no bytes; unknown is 0 in both
     shifted = [[i + N_BYTES if i != UNKNOWN_ID else i for i in ids] for ids in expected]
     assert [tokenizer.encode(caption) for caption in captions] == shifted
@@ -116,9 +116,9 @@ def test_captions_encode_as_youtokentome_encodes_them(trained):
 
 
 def test_without_byte_fallback_a_run_of_unknown_characters_is_one_unknown():
-    tokenizer, youtokentome = train_both(CAPTIONS, TextTokenizerConfig(vocab_size=150, byte_fallback=False))
+    tokenizer, theirs = train_both(CAPTIONS, TextTokenizerConfig(vocab_size=150, byte_fallback=False))
     for caption in ["a красная star", "dog zzjj dog", "日本", "aza"]:
-        assert tokenizer.encode(caption) == youtokentome.encode([" ".join(normalize(caption))])[0]
+        assert tokenizer.encode(caption) == theirs.encode([" ".join(normalize(caption))])[0]
     assert tokenizer.encode("zzjj")[1:] == [UNKNOWN_ID]
     assert tokenizer.decode(tokenizer.encode("a zzjj star")) == "a \ufffd star"
 
@@ -225,19 +225,21 @@ def to_youtokentome(tokenizer, path):
     lines = [(n, len(tokenizer.merges)), *((ord(c), 1 + i) for i, c in enumerate(tokenizer.characters))]
     lines += [(x - N_BYTES, y - N_BYTES, 1 + n + i) for i, (x, y) in enumerate(tokenizer.merges)]
     path.write_text("".join(" ".join(map(str, line)) + "\n" for line in [*lines, (UNKNOWN_ID, -1, -1, -1)]))
-    return pytest.importorskip("youtokentome").BPE(str(path))
+    return youtokentome.BPE(str(path))
 
 
-def test_youtokentome_drops_less_where_merges_exclude_one_another(tmp_path):
+@pytest.mark.parametrize(("dropout", "excess"), [(0.1, 0.05), (0.5, 0.02)])
+def test_dropout_is_youtokentomes_but_where_merges_exclude_one_another(dropout, excess, tmp_path):
     """The departure that apply_merges describes: an impossible merge gives others another chance."""
     more = []
     for tokenizer, word in ((ONE_TREE, "abcd"), (OVERLAPPING, "token")):
-        youtokentome = to_youtokentome(tokenizer, tmp_path / "model")
-        whole = youtokentome.encode([word])[0]
-        theirs = youtokentome.encode([word] * N_SAMPLES, dropout_prob=0.1).count(whole) / N_SAMPLES
-        more.append(theirs - exact_dropout_distribution(tokenizer, word, 0.1)[tuple(tokenizer.encode(word))])
-    assert abs(more[0]) < 0.03  # 5 standard deviations
-    assert more[1] > 0.05
+        theirs = to_youtokentome(tokenizer, tmp_path / "model")
+        (whole,) = theirs.encode([word])
+        share = theirs.encode([word] * N_SAMPLES, dropout_prob=dropout).count(whole) / N_SAMPLES
+        ours = exact_dropout_distribution(tokenizer, word, dropout)
+        more.append(share - ours[tuple(tokenizer.encode(word))])
+    assert abs(more[0]) < 0.04  # 5 standard deviations
+    assert more[1] > excess
 
 
 def test_dropout_depends_on_the_seed_alone(tokenizer):
@@ -262,9 +264,6 @@ def test_full_dropout_gives_letters_and_a_wrong_dropout_is_refused(tokenizer):
     for dropout in [-0.1, 1.1, float("nan")]:
         with pytest.raises(ValueError, match=r"in \[0, 1\]"):
             tokenizer.encode("red", dropout, seed=0)
-    for caption in [None, 3, b"red", ["red"]]:
-        with pytest.raises(TypeError, match="a caption must be a str"):
-            tokenizer.encode(caption)
 
 
 # Training.
@@ -321,32 +320,21 @@ def test_config_refuses(fields):
 # Files and checkpoints.
 
 
-def test_a_copy_is_the_same_tokenizer_and_a_change_changes_the_hash(tokenizer, tmp_path):
-    path = tmp_path / "text_tokenizer.json"
-    tokenizer.save(path)
-    for copy in (load_text_tokenizer(path), pickle.loads(pickle.dumps(tokenizer))):
-        assert copy.hash == tokenizer.hash
-        assert copy.config == tokenizer.config
-        assert copy.encode(CAPTIONS[7]) == tokenizer.encode(CAPTIONS[7])
-        assert copy.encode(CAPTIONS[7], 0.5, 1) == tokenizer.encode(CAPTIONS[7], 0.5, 1)
-    assert os.listdir(tmp_path) == ["text_tokenizer.json"]
+def test_a_change_changes_the_hash(tokenizer):
     data = tokenizer.to_dict()
+    assert TextTokenizer.from_dict(data).hash == tokenizer.hash
     assert TextTokenizer.from_dict(data | {"merges": data["merges"][:-1]}).hash != tokenizer.hash
-    assert len(tokenizer.hash) == 64
 
 
 def test_a_failed_save_leaves_the_old_file(tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "text_tokenizer.json"
+    tokenizer.save(path)
+    assert os.listdir(tmp_path) == [path.name]
     path.write_text("old")
-
-    def fail(source, target):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         tokenizer.save(path)
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["text_tokenizer.json"]
 
 
 @pytest.mark.parametrize(
@@ -370,11 +358,8 @@ def test_a_damaged_file_is_refused(tokenizer, tmp_path, changes, message):
         load_text_tokenizer(path)
 
 
-def test_only_training_needs_youtokentome(tokenizer, tmp_path, monkeypatch):
+def test_training_names_the_package_that_it_needs(monkeypatch):
     monkeypatch.setitem(sys.modules, "youtokentome", None)
-    tokenizer.save(tmp_path / "text_tokenizer.json")
-    copy = load_text_tokenizer(tmp_path / "text_tokenizer.json")
-    assert copy.decode(copy.encode("A red star", 0.1, seed=1)) == "a red star"
     with pytest.raises(ImportError, match="pip install --no-build-isolation youtokentome"):
         train_text_tokenizer(["a"])
 

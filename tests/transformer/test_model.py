@@ -7,50 +7,38 @@ import torch
 import torch.nn.functional as F
 
 from dalle.layout import TokenLayout
-from dalle.masks import KINDS
+from dalle.masks import KINDS, dense_mask
 from dalle.nn import ATTENTION_BACKENDS
 from dalle.nn.blocks import Attention
 from dalle.sampling import candidate_noise
 from dalle.train.grad_scaler import PerBlockGradScaler
 from dalle.train.precision import compile_layers
 from dalle.transformer import Transformer, TransformerConfig
-from dalle.transformer.config import SIZES
+from dalle.transformer.config import SIZES, TransformerLossConfig
 from dalle.transformer.generate import (
     TO_GENERATE,
     cast_linear_weights,
     decode_step_of,
     generate,
     generate_tokens,
+    inference_autocast,
 )
 from dalle.transformer.losses import LOGITS, cross_entropies, weighted_cross_entropy
-from dalle.transformer.sizes import parameter_counts
+from dalle.transformer.objective import TransformerObjective
+from dalle.transformer.sizes import parameter_counts, training_flops
 
 SMALL = {"heads": 2, "head_dim": 8, "text_len": 6, "text_vocab": 11, "image_vocab": 13, "conv_kernel": 3}
 GRIDS = [(4, 4), (2, 5), (5, 3)]
 TRAINABLE = [name for name in ATTENTION_BACKENDS if name != "flex"]  # flex has no gradients on a CPU
 
 
-class OneKind(TransformerConfig):
-    """Every layer of one kind."""
-
-    kind = "row"
-
-    @property
-    def kinds(self):
-        return [self.kind] * self.depth
-
-
-def lively(config, seed=0, std=0.4):
-    """A model whose every parameter matters: at initialization the output matrix is 0."""
-    torch.manual_seed(seed)
-    model = Transformer(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=std)
-    return model
-
-
 def small(depth=4, grid=(4, 4), **options):
-    return lively(TransformerConfig(depth=depth, grid=grid, **SMALL, **options))
+    """A model whose every parameter matters: at initialization the output matrix is 0."""
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(depth=depth, grid=grid, **SMALL, **options))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
 
 
 CAPTIONS = [[3, 1, 4], [], [1, 5, 9, 2, 6], [7]]
@@ -83,26 +71,21 @@ def ids(model):
     return ids_of(model)
 
 
+@pytest.fixture(params=KINDS)
+def kind(request, monkeypatch):
+    """The kind of every layer."""
+    monkeypatch.setattr(TransformerConfig, "kinds", property(lambda config: [request.param] * config.depth))
+    return request.param
+
+
 # Size.
 
 
-def parameters_by_formula(depth, d, text_len, grid, text_vocab, image_vocab):
+def parameters_by_formula(config):
     """12 d^2 weights and 13 d biases and norms a layer, embeddings, final norm, output matrix."""
-    vocab = text_vocab + text_len + image_vocab
-    return depth * (12 * d**2 + 13 * d) + (vocab + 2 + text_len + sum(grid)) * d + 2 * d + vocab * d
-
-
-@pytest.fixture
-def on_meta(monkeypatch):
-    """Builds a model of shapes only; initialization is slow on the meta device at first."""
-    for name in ("normal_", "kaiming_uniform_", "uniform_"):
-        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
-
-    def build(config):
-        with torch.device("meta"):
-            return Transformer(config)
-
-    return build
+    d, vocab = config.width, config.text_vocab + config.text_len + config.image_vocab
+    embedded = vocab + 2 + config.text_len + sum(config.grid)
+    return config.depth * (12 * d**2 + 13 * d) + embedded * d + 2 * d + vocab * d
 
 
 @pytest.mark.parametrize(
@@ -118,12 +101,15 @@ def on_meta(monkeypatch):
         ("12b", 3968, 12294),
     ],
 )
-def test_parameters_of_the_named_sizes_by_module_and_by_formula(name, width, millions, on_meta):
-    config, model, counts = SIZES[name], on_meta(SIZES[name]), parameter_counts(SIZES[name])
+def test_parameters_of_the_named_sizes_by_module_and_by_formula(name, width, millions, monkeypatch):
+    for function in ("normal_", "kaiming_uniform_", "uniform_"):  # slow on the meta device at first
+        monkeypatch.setattr(torch.nn.init, function, lambda tensor, *_, **__: tensor)
+    config, counts = SIZES[name], parameter_counts(SIZES[name])
+    with torch.device("meta"):
+        model = Transformer(config)
     found = sum(parameter.numel() for parameter in model.parameters())
     assert config.width == width
-    sizes = (config.text_len, config.grid, config.text_vocab, config.image_vocab)
-    assert sum(counts.values()) == found == parameters_by_formula(config.depth, width, *sizes)
+    assert sum(counts.values()) == found == parameters_by_formula(config)
     assert round(found / 1e6) == millions
     for part in ("layers", "final_norm", "to_logits"):
         assert counts[part] == sum(p.numel() for p in getattr(model, part).parameters())
@@ -138,10 +124,17 @@ def test_the_masks_are_no_part_of_a_checkpoint(model):
 
 
 @pytest.mark.parametrize(
-    ("backend", "made"), [("dense", {"dense"}), ("sdpa", {"dense"}), ("window", {"near"}), ("auto", {"near"})]
+    ("backend", "sparse", "made"),
+    [
+        ("dense", True, {"dense"}),
+        ("sdpa", True, {"dense"}),
+        ("window", True, {"near"}),
+        ("auto", True, {"near"}),
+        ("auto", False, set()),  # fused attention is causal without a mask
+    ],
 )
-def test_a_model_builds_only_the_masks_that_its_backend_reads(backend, made):
-    model = small(attention_backend=backend)
+def test_a_model_builds_only_the_masks_that_its_backend_reads(backend, sparse, made):
+    model = small(sparse=sparse, attention_backend=backend)
 
     def built():
         forms = ("dense", "near", "blocks")
@@ -150,13 +143,7 @@ def test_a_model_builds_only_the_masks_that_its_backend_reads(backend, made):
     assert built() == set()
     cross_entropies(model, ids_of(model))
     assert built() == made
-
-
-def test_causal_layers_of_fused_attention_need_no_mask():
-    model = small(sparse=False, attention_backend="auto")
-    model.hidden(ids_of(model))
-    assert model.patterns["causal"]._dense is None
-    assert model.backends() == {"causal": "sdpa"}
+    assert sparse or model.backends() == {"causal": "sdpa"}
 
 
 @pytest.mark.parametrize(
@@ -195,17 +182,6 @@ def test_one_of_every_n_layers_is_causal(every, kinds):
 
 
 # The start of training.
-
-
-def test_the_loss_starts_at_ln_of_the_vocabulary():
-    """Text chooses among 1000 ids and the pad of its position, the image among 500 codes."""
-    torch.manual_seed(0)
-    model = Transformer(
-        TransformerConfig(4, 2, 8, 6, (4, 4), text_vocab=1000, image_vocab=500, conv_kernel=3)
-    )
-    text, image = cross_entropies(model, ids_of(model))
-    assert text.item() == pytest.approx(math.log(1000), rel=0.01)
-    assert image.item() == pytest.approx(math.log(500), rel=0.01)
 
 
 def test_initial_weights():
@@ -254,28 +230,49 @@ def test_an_id_out_of_range_is_named(row, position, wrong, message, model, ids):
             call(ids)
 
 
+# A model depends on what its masks show, and on nothing else.
+
+
+def reach(model):
+    """bool (N, N): [q, k] is whether the logits at q have a gradient with respect to the input at k."""
+    ids = ids_of(model)[:1]
+    embedded = model.embed(model.layout.shift(ids)).detach().requires_grad_()
+    model.embed = lambda inputs: embedded
+    rows = [row[torch.isfinite(row)].square().sum() for row in model(ids)[0]]
+    gradients = [torch.autograd.grad(row, embedded, retain_graph=True)[0][0] for row in rows]
+    return torch.stack([gradient != 0 for gradient in gradients]).any(dim=-1)
+
+
+@pytest.mark.parametrize("backend", ["dense", "sdpa"])
+def test_one_layer_reaches_exactly_what_its_mask_shows(kind, backend):
+    model = small(1, attention_backend=backend)
+    assert torch.equal(reach(model), dense_mask(kind, model.layout, kernel=3))
+
+
+def test_layers_of_all_kinds_reach_nothing_later(model):
+    reached = reach(model)
+    assert not reached.triu(1).any()
+    assert reached[6:, :6].all()
+    assert reached[-1].all()
+
+
 # Embeddings (Figure 10).
 
 
 def test_each_position_reads_its_token_and_its_position_embedding():
+    """A pad is its own position."""
     model = small(grid=(2, 5))
     layout, ids = model.layout, ids_of(model)
-    embedded = model.embed(layout.shift(ids))
+    embedded = model.embed(layout.shift(ids))[0]
     tokens, ids = model.token_embedding.weight, ids[0]  # caption of 3 tokens, pads at 3, 4 and 5
-    assert torch.equal(embedded[0, 0], tokens[layout.start_of_text] + model.text_position.weight[0])
-    assert torch.equal(embedded[0, 2], tokens[ids[1]] + model.text_position.weight[2])
+    assert torch.equal(embedded[0], tokens[layout.start_of_text] + model.text_position.weight[0])
+    assert torch.equal(embedded[2], tokens[ids[1]] + model.text_position.weight[2])
+    assert torch.equal(embedded[4:6], tokens[11 + 3 : 11 + 5])
     for row in range(2):
         for column in range(5):
             read = ids[6 + 5 * row + column - 1] if row or column else layout.start_of_image
             position = model.row.weight[row] + model.column.weight[column]
-            assert torch.equal(embedded[0, 6 + 5 * row + column], tokens[read] + position)
-
-
-def test_a_pad_is_its_own_position(model):
-    embedded = model.embed(model.layout.shift(ids_of(model)))
-    pads = model.token_embedding.weight[11:17]
-    assert torch.equal(embedded[0, 4:6], pads[3:5])
-    assert torch.equal(embedded[1, 1:6], pads[:5])
+            assert torch.equal(embedded[6 + 5 * row + column], tokens[read] + position)
 
 
 # Logits.
@@ -296,23 +293,10 @@ def test_a_prefix_has_the_logits_of_the_whole(n, model, ids):
     torch.testing.assert_close(model(ids[:, :n]), model(ids)[:, :n], rtol=1e-4, atol=1e-5)
 
 
-def test_logits_do_not_depend_on_their_own_id_or_later_ones(model, ids):
-    changed = ids.clone()
-    changed[:, 12:] = ids_of(model, seed=1)[:, 12:]
-    before, after = model.train()(ids), model.eval()(changed)  # there is no dropout
-    assert torch.equal(before[:, :13], after[:, :13])
-    assert not torch.equal(before[:, 13], after[:, 13])
-
-
-def test_backends_agree_in_logits_and_gradients():
-    results = []
-    for backend in TRAINABLE:
-        model = small(attention_backend=backend)
-        text, image = cross_entropies(model, ids_of(model))
-        gradients = torch.autograd.grad(text + image, list(model.parameters()))
-        results.append((model(ids_of(model)), *gradients))
-    for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-5)
+def test_backends_agree_in_losses_and_gradients():
+    expected, *others = (losses_and_gradients(small(attention_backend=backend)) for backend in TRAINABLE)
+    for other in others:
+        torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_flex_agrees_in_logits():
@@ -336,27 +320,23 @@ def test_logits_and_final_states_are_fp32_under_autocast(model, ids):
 # With the KV cache and without.
 
 
-def states_by_steps(model, ids, begun, candidates=1, as_tensor=False):
-    """Final states (C n, positions, D) of image positions begun .. N: a prefill, then one token a step."""
-    layout, caches = model.layout, model.init_kv_caches(len(ids), candidates)
+def states_by_steps(model, ids, begun, as_tensor=False):
+    """Final states (n, positions, D) of image positions begun .. N: a prefill, then one token a step."""
+    layout, caches = model.layout, model.init_kv_caches(len(ids), 1)
     text, image = layout.unpack(ids)
-    state = model.prefill(layout.shift(layout.pack(text, image[:, :begun])), caches)[:, -1]
-    states = [state.repeat_interleave(candidates, dim=0)]
+    with inference_autocast(model):
+        states = [model.prefill(layout.shift(layout.pack(text, image[:, :begun])), caches)[:, -1]]
     for position in range(begun + 1, layout.num_image_tokens):
-        read = image[:, position - 1].repeat_interleave(candidates, dim=0)
-        states.append(model.decode_step(read, torch.tensor([position]) if as_tensor else position, caches))
+        place = torch.tensor([position]) if as_tensor else position
+        states.append(model.decode_step(image[:, position - 1], place, caches))
     return torch.stack(states, dim=1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["views", "fixed shapes"])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_steps_have_the_logits_of_the_whole_at_every_position_after_any_prefill(
-    monkeypatch, kind, grid, as_tensor
-):
-    monkeypatch.setattr(OneKind, "kind", kind)
-    model = lively(OneKind(depth=2, grid=grid, **SMALL))
+def test_steps_have_the_logits_of_the_whole_at_every_position_after_any_prefill(kind, grid, as_tensor):
+    model = small(2, grid)
     ids = ids_of(model)
     whole = model.image_logits(model.hidden(ids)[:, model.layout.text_len :])
     for begun in range(model.layout.num_image_tokens):
@@ -376,12 +356,8 @@ def test_the_cache_is_filled_by_any_backend(backend):
 @torch.no_grad()
 def test_candidates_share_their_captions_keys_and_have_image_keys_of_their_own():
     model = small(grid=(2, 5))
-    ids = ids_of(model)
-    states = states_by_steps(model, ids, 3, candidates=3)
-    whole = model.hidden(ids)[:, model.layout.text_len + 3 :]
-    torch.testing.assert_close(states, whole.repeat_interleave(3, dim=0), rtol=1e-4, atol=2e-5)
-    caches = model.init_kv_caches(len(ids), 3)
-    model.prefill(model.layout.shift(model.layout.pack(text_of(model), ids[:, :0])), caches)
+    caches = model.init_kv_caches(4, 3)
+    model.prefill(model.layout.shift(text_of(model)), caches)
     assert caches[0].text.shape == (2, 4 * 2, 6, 8)
     assert caches[0].image.shape == (2, 4 * 2 * 3, 6, 8)
 
@@ -392,14 +368,15 @@ def test_steps_in_bf16_are_those_of_autocast():
     ids = ids_of(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         whole = model.hidden(ids)[:, model.layout.text_len :]
-        half = cast_linear_weights(model, torch.bfloat16)
-        caches = half.init_kv_caches(1, 1)
-    assert caches[0].image.dtype == half.layers[0].mlp.f.expand.weight.dtype == torch.bfloat16
+    half = cast_linear_weights(model, torch.bfloat16)
+    assert (
+        half.init_kv_caches(1, 1)[0].image.dtype == half.layers[0].mlp.f.expand.weight.dtype == torch.bfloat16
+    )
     assert half.to_logits.weight is model.to_logits.weight
     assert model.layers[0].mlp.f.expand.weight.dtype == torch.float32
     assert half.patterns["row"] is model.patterns["row"]
     assert cast_linear_weights(half, torch.bfloat16) is half
-    torch.testing.assert_close(steps_after(half, ids, 4), whole[:, 5:], rtol=0.1, atol=0.1)
+    torch.testing.assert_close(states_by_steps(half, ids, 4), whole[:, 4:], rtol=0.1, atol=0.1)
 
 
 @pytest.mark.slow
@@ -420,20 +397,8 @@ def test_compiled_steps_sample_the_same_and_compile_once_for_all_batches():
     assert torch.equal(generate(other, text, noise, step=decode_step_of(other, compile=True)), tokens)
 
 
-def steps_after(model, ids, begun):
-    """The states of steps outside autocast after a prefill under it."""
-    text, image = model.layout.unpack(ids)
-    caches = model.init_kv_caches(len(ids), 1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        model.prefill(model.layout.shift(model.layout.pack(text, image[:, :begun])), caches)
-    positions = range(begun + 1, model.layout.num_image_tokens)
-    return torch.stack(
-        [model.decode_step(image[:, position - 1], position, caches) for position in positions], dim=1
-    )
-
-
 @torch.no_grad()
-def generate_slowly(model, text_tokens, noise, prefix=None, guidance=1.0):
+def generate_slowly(model, text_tokens, noise, prefix=None, guidance=None):
     """Image tokens (n, N) of candidates of one caption (1, T): every position reads the whole sequence."""
     layout = model.layout
     empty = layout.pad_text([[]])
@@ -442,11 +407,12 @@ def generate_slowly(model, text_tokens, noise, prefix=None, guidance=1.0):
         image = prefix if prefix is not None else torch.zeros(1, 0, dtype=torch.int64)
         for position in range(image.shape[1], layout.num_image_tokens):
             unknown = torch.cat([image, torch.zeros(1, 1, dtype=torch.int64)], dim=1)
-            conditional, unconditional = (
+            logits, unconditional = (
                 model(layout.pack(text, unknown))[0, -1, layout.image_offset :]
                 for text in (text_tokens, empty)
             )
-            logits = unconditional + guidance * (conditional - unconditional)
+            if guidance is not None:
+                logits = unconditional + guidance * (logits - unconditional)
             token = (torch.softmax(logits, dim=0).double().cumsum(dim=0) <= numbers[position]).sum()
             image = torch.cat([image, token.view(1, 1)], dim=1)
         rows.append(image[0])
@@ -454,17 +420,15 @@ def generate_slowly(model, text_tokens, noise, prefix=None, guidance=1.0):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_sampling_with_the_cache_equals_sampling_without(monkeypatch, kind, grid):
-    monkeypatch.setattr(OneKind, "kind", kind)
-    model = lively(OneKind(depth=2, grid=grid, **SMALL))
+def test_sampling_with_the_cache_equals_sampling_without(kind, grid):
+    model = small(2, grid)
     text, noise = text_of(model, 2), noise_for(model, 2, 3)
     fast = generate(model, text, noise)
     for caption in range(2):
         assert torch.equal(fast[caption], generate_slowly(model, text[[caption]], noise[caption]))
 
 
-@pytest.mark.parametrize("guidance", [None, 3.0])
+@pytest.mark.parametrize("guidance", [None, 0.0, 3.0])
 @pytest.mark.parametrize("kept", [0, 1, 4, 7, 15])
 def test_any_prefix_is_kept_and_continued(kept, guidance):
     model = small(depth=3)
@@ -473,7 +437,7 @@ def test_any_prefix_is_kept_and_continued(kept, guidance):
     fast = generate(model, text, noise, prefix=prefix, guidance=guidance)
     assert torch.equal(fast[:, :, :kept], prefix[:, None].expand(-1, 2, -1))
     for i in range(2):
-        assert torch.equal(fast[i], generate_slowly(model, text[[i]], noise[i], prefix[[i]], guidance or 1.0))
+        assert torch.equal(fast[i], generate_slowly(model, text[[i]], noise[i], prefix[[i]], guidance))
 
 
 @pytest.mark.parametrize("guidance", [None, 3.0])
@@ -505,24 +469,16 @@ def test_every_position_is_yielded_as_it_is_sampled():
     assert torch.equal(whole, parts[-1][:, :1].expand(-1, 2, -1))
 
 
-# Guidance.
-
-
-def test_guidance_of_one_or_on_an_empty_caption_changes_nothing(model):
-    for text, guidance in ((text_of(model), 1.0), (model.layout.pad_text([[]]), 3.0)):
+def test_guidance_changes_the_tokens_unless_it_is_one_or_the_caption_is_empty(model):
+    for text, guidance, same in (
+        (text_of(model), 1.0, True),
+        (model.layout.pad_text([[]]), 3.0, True),
+        (text_of(model), 3.0, False),
+        (text_of(model), 0.0, False),
+    ):
         noise = noise_for(model, len(text), 3)
-        assert torch.equal(generate(model, text, noise, guidance=guidance), generate(model, text, noise))
-
-
-@pytest.mark.parametrize("guidance", [0.0, 3.0])
-def test_guidance_moves_away_from_the_logits_of_the_empty_caption(guidance):
-    model = small(grid=(2, 5))
-    text, noise = text_of(model, 3), noise_for(model, 3, 2)
-    fast = generate(model, text, noise, guidance=guidance)
-    assert not torch.equal(fast, generate(model, text, noise))
-    for caption in range(3):
-        slow = generate_slowly(model, text[[caption]], noise[caption], guidance=guidance)
-        assert torch.equal(fast[caption], slow)
+        guided = generate(model, text, noise, guidance=guidance)
+        assert torch.equal(guided, generate(model, text, noise)) == same
 
 
 # Candidates.
@@ -568,23 +524,47 @@ def test_losses_equal_cross_entropy_on_the_joint_logits_in_value_and_gradient(mo
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_text_weighs_one_eighth_and_the_image_seven():
-    text, image = torch.tensor(8.0), torch.tensor(16.0)
-    assert weighted_cross_entropy(text, image) == 1 + 14
-    assert weighted_cross_entropy(text, image, text_weight=0.5) == 12
+@pytest.mark.parametrize(
+    ("config", "weight"), [(TransformerLossConfig(), 1 / 8), (TransformerLossConfig(0.5), 0.5)]
+)
+def test_text_weighs_one_eighth_unless_given(config, weight, model, ids):
+    text, image = cross_entropies(model, ids)
+    loss = TransformerObjective(config)(model, ids, 0)
+    torch.testing.assert_close(loss.total, weight * text + (1 - weight) * image)
+    assert loss.metrics == {"text_loss": text, "image_loss": image}
 
 
-def test_a_few_steps_learn_a_small_batch():
+@pytest.fixture
+def untrained():
     torch.manual_seed(0)
-    model = Transformer(TransformerConfig(depth=2, grid=(3, 3), **SMALL))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    ids = ids_of(model)
+    return Transformer(TransformerConfig(depth=2, grid=(3, 3), **SMALL))
+
+
+def test_the_loss_starts_at_ln_of_the_vocabulary(untrained):
+    """Text chooses among 11 ids and the pad of its position, the image among 13 codes."""
+    objective = TransformerObjective()
+    loss, known = objective(untrained, ids_of(untrained), 0), objective.random_baseline(untrained)
+    expected = {"text_loss": math.log(12), "image_loss": math.log(13)}
+    assert known == pytest.approx(expected | {"loss": math.log(12) / 8 + math.log(13) * 7 / 8})
+    for name, nats in expected.items():
+        assert loss.metrics[name].item() == pytest.approx(nats)
+    assert loss.total.item() == pytest.approx(known["loss"])
+
+
+def test_a_few_steps_learn_a_small_batch(untrained):
+    optimizer, ids = torch.optim.Adam(untrained.parameters(), lr=1e-2), ids_of(untrained)
     for _ in range(60):
-        loss = weighted_cross_entropy(*cross_entropies(model, ids))
+        loss = weighted_cross_entropy(*cross_entropies(untrained, ids))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5 * math.log(13)
+
+
+def test_the_operations_of_a_step_are_those_of_the_formula(model, ids):
+    work = TransformerObjective().step_cost(model, ids)
+    assert (work.samples, work.tokens) == (4, 4 * 22)
+    assert work.flops == 4 * sum(training_flops(model.config).values())
 
 
 # Memory: chunks of logits, activation checkpointing.
