@@ -106,7 +106,7 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
     write_json(out / "report.json", report)
     (out / "contact_sheet.png").unlink(missing_ok=True)
     if stats.tiles:
-        cells = [(_shorten(_printable(caption)), image) for caption, image in stats.tiles]
+        cells = [(_printable(caption)[:MAX_CAPTION], image) for caption, image in stats.tiles]
         captioned_grid(cells, min(COLUMNS, len(cells))).save(out / "contact_sheet.png")
     if args.exclude_list:
         names = [_printable(source.name(copy)) for copy, _ in duplicates]
@@ -174,10 +174,6 @@ def _printable(value: Any) -> Any:
     return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_CAPTION else text[: MAX_CAPTION - 3] + "..."
-
-
 def _print_report(report: dict[str, Any], args: CheckDataArgs, out: Path) -> None:
     def percent(numbers: dict[str, Any]) -> str:
         return f"{numbers['samples']:,} of {numbers['of']:,} ({numbers['fraction']:.2%})"
@@ -209,7 +205,7 @@ def _print_report(report: dict[str, Any], args: CheckDataArgs, out: Path) -> Non
         print(f"  {numbers['samples']:9,}  {name} ({numbers['fraction']:.2%})")
         for example in numbers["examples"][:3]:
             width, height = example["size"]
-            captions = _shorten(" / ".join(example["captions"]))
+            captions = " / ".join(example["captions"])[:MAX_CAPTION]
             print(f"             {example['name']}, {width} x {height}: {captions}")
     files = ("report.json", "bad_samples.jsonl", "contact_sheet.png")
     print(f"{out}: {', '.join(name for name in files if (out / name).is_file())}")

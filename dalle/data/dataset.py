@@ -50,9 +50,8 @@ def open_dataset(config: DataConfig, split: str = "train", siblings: bool = Fals
 
 def source_of(config: DataConfig, path: str, part: str = "all") -> DataSource:
     """The captioned images at a path, read as configured."""
-    columns = config.image_column, config.caption_column
-    places = {"image_root": config.image_root, "index_dir": config.index_dir}
-    return open_source(path, config.format, *columns, part=part, **places)
+    names = ("format", "image_column", "caption_column", "image_root", "index_dir")
+    return open_source(path, part=part, **{name: getattr(config, name) for name in names})
 
 
 class ImageTextDataset:

@@ -43,15 +43,13 @@ def test_each_order_of_a_small_set_is_as_likely(size):
     assert chi_squared < {3: 20.5, 4: 49.7}[size]  # 5 and 23 degrees of freedom, one in a thousand
 
 
-def test_neighbours_in_the_order_are_no_neighbours_in_the_set():
+def test_neighbors_in_the_order_and_epochs_are_independent():
     numbers = FeistelPermutation(10_000, "order", 0, 0)(np.arange(10_000)).astype(np.int64)
     steps = np.diff(numbers)
     assert (abs(steps) == 1).sum() < 15  # 2 expected
     assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.05
     assert abs(np.corrcoef(np.arange(10_000), numbers)[0, 1]) < 0.05
-
-
-def test_epochs_are_independent():
+    # epochs are independent
     same = [(np.array(order(100, 0, e)) == np.array(order(100, 0, e + 1))).sum() for e in range(200)]
     assert np.mean(same) == pytest.approx(1, abs=0.3)  # fixed points of a random permutation
 

@@ -73,9 +73,7 @@ def check_column_names(names: list[str], table: str) -> None:
     """ValueError if several columns have the same name."""
     repeated = [name for name, count in Counter(names).items() if name and count > 1]
     if repeated:
-        raise ValueError(
-            f"{table} has several columns named {', '.join(map(repr, repeated))}; rename all but one"
-        )
+        raise ValueError(f"{table} has several columns named {', '.join(map(repr, repeated))}; rename them")
 
 
 def choose_columns(

@@ -31,8 +31,7 @@ class FolderSource:
     def __init__(self, folder: Path, caption_column: str | None = None):
         if not folder.is_dir():
             raise ValueError(f"no folder {folder}; expected images with a .txt of the same name beside each")
-        self.folder, self.caption_column = folder, caption_column
-        self._root = folder.resolve()
+        self.caption_column, self._root = caption_column, folder.resolve()
         self.skipped: list[BadSample] = []
         self._names = np.array([os.fsencode(name) for name in find_images(folder, self.skipped)], np.bytes_)
         if not len(self._names):

@@ -38,8 +38,8 @@ def name_hashes(names: Iterable[str]) -> np.ndarray:
 class IndexWriter:
     """Appends to an index under construction."""
 
-    def __init__(self, file: BinaryIO, dtype: np.dtype):
-        self.file, self.dtype = file, dtype
+    def __init__(self, file: BinaryIO):
+        self.file = file
         self.skipped: list[BadSample] = []
         self.keep = True  # False if a file could not be read this time but might be the next
         self._samples = tempfile.TemporaryFile()  # noqa: SIM115
@@ -58,9 +58,8 @@ class IndexWriter:
 
     def add(self, records: np.ndarray) -> None:
         """Appends records."""
-        data = records.astype(self.dtype).tobytes()
-        self._samples.write(data)
-        self._hash.update(data)
+        self._samples.write(records.tobytes())
+        self._hash.update(records.tobytes())
 
     def close(self) -> None:
         """Writes records and metadata behind the strings."""
@@ -132,7 +131,7 @@ def open_or_build_index(
             continue
         path = Path(file.name)
         try:
-            writer = IndexWriter(file, dtype)
+            writer = IndexWriter(file)
             build(writer, files)
             writer.close()
             if writer.keep:

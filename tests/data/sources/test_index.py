@@ -29,21 +29,16 @@ PROCESSES = 4
 ROUNDS = 6
 
 
-def write_rows(place: Path, form: str, count: int) -> Path:
-    """`count` samples without images."""
-    path = place / f"{count}.{form}"
-    if form == "tar":
-        return write_tar(path, [(f"{i:06}.{kind}", b"x") for i in range(count) for kind in ("png", "txt")])
-    path.write_text("image,caption\n" + "".join(f"{i}.png,caption {i}\n" for i in range(count)))
-    return path
-
-
 @pytest.mark.parametrize("form", ["csv", "tar"])
 def test_a_sample_takes_a_few_bytes(tmp_path, form):
     """4 bytes for its index in the split: no name, no caption, no object."""
 
     def cost(count):
-        path = write_rows(tmp_path, form, count)
+        path = tmp_path / f"{count}.{form}"
+        if form == "tar":
+            write_tar(path, [(f"{i:06}.{kind}", b"x") for i in range(count) for kind in ("png", "txt")])
+        else:
+            path.write_text("image,caption\n" + "".join(f"{i}.png,caption {i}\n" for i in range(count)))
         config = DataConfig(str(path), resolution=16, index_dir=str(tmp_path / "index"))
         assert len(pickle.dumps(open_source(path, index_dir=tmp_path / "index"))) < 2000
         tracemalloc.start()  # mapped files do not count
