@@ -138,13 +138,7 @@ class ScaledBlock(SandwichBlock):
         return self.norm_out(self.f.step(x.to(self.dtype), cache, position, angles)) * self.scale[0]
 
 
-class DallePytorchLayer(Layer):
-    """Attention, then MLP."""
-
-    block_class = ScaledBlock
-
-
-class ReversibleLayer(DallePytorchLayer):
+class ReversibleLayer(Layer):
     """Attention of the second trunk is added to the first, the MLP of the first to the second."""
 
     def forward(self, trunks: Trunks, *rest) -> Trunks:
@@ -198,7 +192,7 @@ class DallePytorch(ExternalTransformer):
         return self.final_norm(x / x.amax(dim=-1, keepdim=True) if self.config.stable else x)
 
     def new_layer(self, config: DallePytorchConfig) -> Layer:
-        return (ReversibleLayer if config.reversible else DallePytorchLayer)(config)
+        return (ReversibleLayer if config.reversible else Layer)(config, ScaledBlock)
 
     def new_cache(self, *arguments) -> ShiftCache:
         return ShiftCache(*arguments, columns=self.config.shift_columns, width=self.config.width)

@@ -146,12 +146,10 @@ class SandwichBlock(ResidualBlock):
 class Layer(nn.Module):
     """Attention, then MLP; the trunk stays fp32."""
 
-    block_class: type[SandwichBlock] = SandwichBlock
-
-    def __init__(self, config: BlockConfig):
+    def __init__(self, config: BlockConfig, block_class: type[SandwichBlock] = SandwichBlock):
         super().__init__()
-        self.attention = self.block_class(config, Attention(config))
-        self.mlp = self.block_class(config, MLP(config))
+        self.attention = block_class(config, Attention(config))
+        self.mlp = block_class(config, MLP(config))
 
     def forward(self, x: Tensor, *rest) -> Tensor:
         """x (B, n, D) and the other arguments of `Attention.forward`."""

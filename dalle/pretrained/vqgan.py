@@ -25,8 +25,6 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint, quantizer: str = "ne
         raise ValueError("its codes were renumbered after training (quantize.used), which is not supported")
     levels = count_matches(shapes, "encoder.down.*.block.0.conv1.weight")
     blocks = count_matches(shapes, "encoder.down.0.block.*.conv1.weight")
-    if not levels or not blocks:
-        raise ValueError("the encoder lacks its levels: half a VQGAN, or none")
     vocab_size, codebook_dim = shapes["quantize.embedding.weight"]
     return VQGANConfig(
         widths=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),

@@ -158,10 +158,6 @@ def masks_of_the_published(version):
     return whole
 
 
-def change(**changed):
-    return lambda weights: weights.update(changed)
-
-
 def set_last(name):
     return lambda weights: weights[name].__setitem__((-1, TEXT), 1)
 
@@ -171,7 +167,7 @@ REFUSED: dict[str, tuple[Callable[[dict], Any], str]] = {
     "a missing tensor": (lambda w: w.pop(f"{LAYER}.mlp.dense_4h_to_h.bias"), r"lacks 1 .*layers\.1\.mlp"),
     "half a sandwich": (lambda w: w.pop(f"{LAYER}.before_second_addition_layernorm.bias"), "norm_out"),
     "columns that are not rows": (
-        change(**{"image_col_embeddings.weight": torch.zeros(5, WIDTH)}),
+        lambda w: w.update({"image_col_embeddings.weight": torch.zeros(5, WIDTH)}),
         "wrong shape.*column_position",
     ),
     "whole numbers": (
@@ -180,7 +176,7 @@ REFUSED: dict[str, tuple[Callable[[dict], Any], str]] = {
     ),
     "an infinite number": (lambda w: w["to_logits.1.bias"].fill_(torch.inf), "infinite"),
     "no mask": (lambda w: w.pop("transformer.conv_mask"), "lacks conv_mask"),
-    "a mask of another size": (change(**{"transformer.row_mask": torch.ones(3, 3)}), "row_mask is of shape"),
+    "a mask of another size": (lambda w: w.update({"transformer.row_mask": torch.ones(3, 3)}), "neither"),
     "a mask of neither version": (set_last("transformer.conv_mask"), "neither"),
     "a row mask of its own": (set_last("transformer.row_mask"), "neither"),
     "another depth": (lambda w: [w.pop(n) for n in list(w) if ".layers.3." in n], "heads are unknown"),
