@@ -113,7 +113,7 @@ class DiscreteVAE(nn.Module):
         return [torch.tensor(v, device=like.device, dtype=like.dtype)[:, None, None] for v in values]
 
 
-FAMILY = CheckpointFormat(
+DISCRETE_VAE = CheckpointFormat(
     name="discrete VAE of DALLE-pytorch",
     kind="image tokenizer",
     license=LICENSE,

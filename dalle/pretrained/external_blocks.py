@@ -1,5 +1,4 @@
-"""Transformer blocks of DALLE-pytorch, minDALL-E and ruDALL-E, on this library's residual blocks and KV
-cache.
+"""Transformer blocks of DALLE-pytorch, minDALL-E and ruDALL-E, with our residual blocks and KV cache.
 
 Options against ours: another GELU or GEGLU, other biases, rotary positions, a norm after each residual branch
 too (the sandwich of CogView), clamped attention outputs.
@@ -64,11 +63,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: BlockConfig):
         super().__init__()
-        self.heads, self.max_attention = config.heads, config.max_attention
+        self.heads, limit = config.heads, config.max_attention
         columns = 3 * config.inner // config.qkv_matrices
         matrices = (nn.Linear(config.width, columns, config.qkv_bias) for _ in range(config.qkv_matrices))
         self.qkv = Projections(matrices)
         self.out = nn.Linear(config.inner, config.width, config.out_bias)
+        self.clamp = nn.Hardtanh(-limit, limit) if limit else nn.Identity()
 
     def forward(
         self, x: Tensor, mask: Tensor, prefix_len: int, cache: KVCache | None, angles: Tensor | None
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache.prefill(k, v, prefix_len)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self._clamped(self.out(rearrange(mixed, "b h n d -> b n (h d)")))
+        return self.clamp(self.out(rearrange(mixed, "b h n d -> b n (h d)")))
 
     def step(self, x: Tensor, cache: KVCache, position: int | Tensor, angles: Tensor | None) -> Tensor:
         """x (B, D) of one image token of every candidate."""
@@ -87,10 +87,7 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "(c n) (three h d) -> three (c h) n d", **shape)
         q, k, v = (rotate(part, angles) for part in (q, k, v))
         mixed = cache.attend(q, k, v, position)
-        return self._clamped(self.out(rearrange(mixed, "(c h) n d -> (c n) (h d)", h=self.heads)))
-
-    def _clamped(self, x: Tensor) -> Tensor:
-        return x if self.max_attention is None else x.clamp(-self.max_attention, self.max_attention)
+        return self.clamp(self.out(rearrange(mixed, "(c h) n d -> (c n) (h d)", h=self.heads)))
 
 
 def rotate(x: Tensor, angles: Tensor | None) -> Tensor:

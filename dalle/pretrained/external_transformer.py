@@ -1,5 +1,4 @@
-"""Base of the transformers of DALLE-pytorch, minDALL-E and ruDALL-E: their token layout, passes and KV
-caches.
+"""Base of the transformers of DALLE-pytorch, minDALL-E and ruDALL-E: token layout, passes, KV caches.
 
 They predict the first image token from the last text id, where ours reads start-of-image. Their inputs are a
 start token, if there is one, T text ids and the image tokens but the last.
@@ -173,11 +172,17 @@ class ExternalTransformer(nn.Module, ABC):
 
     def text_logits(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
         """States (..., D) of text positions -> fp32 (..., text ids), every pad everywhere."""
-        return fp32_logits(hidden, self.to_logits, slice(self.layout.image_offset))
+        return self.fp32_logits(hidden, self.to_logits, slice(self.layout.image_offset))
 
     def image_logits(self, hidden: Tensor) -> Tensor:
         """States (..., D) of image positions -> fp32 (..., image_vocab)."""
-        return fp32_logits(hidden, self.to_logits, slice(self.layout.image_offset, None))
+        return self.fp32_logits(hidden, self.to_logits, slice(self.layout.image_offset, None))
+
+    def fp32_logits(self, hidden: Tensor, linear: nn.Linear, rows: slice = slice(None)) -> Tensor:
+        """States (..., D) by some rows of an output matrix -> fp32 logits, under any autocast."""
+        bias = None if linear.bias is None else linear.bias[rows].float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), linear.weight[rows].float(), bias)
 
     def init_kv_caches(
         self, captions: int, candidates: int, device: torch.device | str | None = None
@@ -196,10 +201,3 @@ class ExternalTransformer(nn.Module, ABC):
     def new_cache(self, *arguments) -> KVCache:
         """The empty cache of a layer, by `KVCache`'s arguments."""
         return KVCache(*arguments)
-
-
-def fp32_logits(hidden: Tensor, linear: nn.Linear, rows: slice = slice(None)) -> Tensor:
-    """States (..., D) by some rows of an output matrix -> fp32 logits, under any autocast."""
-    bias = None if linear.bias is None else linear.bias[rows].float()
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.float(), linear.weight[rows].float(), bias)

@@ -9,16 +9,9 @@ from torch import nn
 
 from dalle.io.files import read_json
 from dalle.pipelines.dalle import DALLE
-from dalle.pretrained import (
-    dalle_pytorch,
-    dalle_pytorch_vae,
-    mindalle,
-    openai_clip,
-    openai_dvae,
-    rudalle,
-    vqgan,
-)
+from dalle.pretrained import dalle_pytorch, mindalle, openai_clip, openai_dvae, rudalle, vqgan
 from dalle.pretrained.archive import extract, is_archive
+from dalle.pretrained.dalle_pytorch_vae import DISCRETE_VAE
 from dalle.pretrained.family import DetectedCheckpoint, count_matches, load_weights
 from dalle.pretrained.torch_file import SavedFile, read_torch_file, weights_of
 from dalle.text import BPETokenizer
@@ -35,7 +28,7 @@ FAMILIES = (
     vqgan.TAMING,
     vqgan.GUMBEL,
     vqgan.LLAMAGEN,
-    dalle_pytorch_vae.FAMILY,
+    DISCRETE_VAE,
 )
 """In the order in which they are tried."""
 DALLE_MINI = "dalle-mini (also Craiyon): its decoder attends to an encoder of the caption, which ours cannot"

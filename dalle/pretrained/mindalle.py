@@ -22,12 +22,7 @@ from torch import Tensor, nn
 from dalle.config import read_yaml
 from dalle.io.files import read_json
 from dalle.nn.blocks import FP32LayerNorm
-from dalle.pretrained.external_transformer import (
-    ExternalConfig,
-    ExternalLayout,
-    ExternalTransformer,
-    fp32_logits,
-)
+from dalle.pretrained.external_transformer import ExternalConfig, ExternalLayout, ExternalTransformer
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches, hparam
 from dalle.text.external.huggingface import HuggingFaceTokenizer, import_tokenizers
 
@@ -73,10 +68,10 @@ class MinDalle(ExternalTransformer):
         return self.image_embedding(tokens) + self.image_position(positions)
 
     def text_logits(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
-        return fp32_logits(hidden, self.to_text_logits)
+        return self.fp32_logits(hidden, self.to_text_logits)
 
     def image_logits(self, hidden: Tensor) -> Tensor:
-        return fp32_logits(hidden, self.to_logits)
+        return self.fp32_logits(hidden, self.to_logits)
 
 
 CONFIG, STAGE1, STAGE2 = "config.yaml", "stage1_last.ckpt", "stage2_last.ckpt"
