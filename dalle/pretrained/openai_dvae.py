@@ -46,11 +46,9 @@ FAMILY = CheckpointFormat(
 
 
 def read_folder(path: Path) -> dict[str, Tensor]:
-    """Tensors of a folder with encoder.pkl and decoder.pkl; ValueError for other modules."""
-    files = [path / f"{half}.pkl" for half in HALVES]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise ValueError(f"{path} has no {missing[0]}; both encoder.pkl and decoder.pkl are needed")
-    return {name: t for file in files for name, t in read_tensors(read_torch_file(file)).items()}
+    """Tensors of a folder with encoder.pkl and decoder.pkl; ValueError for other modules, or one alone."""
+    halves = (read_tensors(read_torch_file(path / f"{half}.pkl")) for half in HALVES)
+    return {name: tensor for half in halves for name, tensor in half.items()}
 
 
 def read_tensors(saved: SavedFile) -> Mapping[str, Tensor]:

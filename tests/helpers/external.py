@@ -1,10 +1,13 @@
 """Checks that every external transformer passes (dalle/pretrained/external_transformer.py)."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from dalle.pretrained.external_transformer import ExternalLayout, ExternalTransformer
+from dalle.pretrained.family import DetectedCheckpoint, compare_keys, meta_init
 from dalle.sampling import candidate_noise
 from dalle.transformer.generate import cast_linear_weights, generate, inference_autocast, quantize_int8
 
@@ -52,6 +55,21 @@ def check_sampling(model: ExternalTransformer, text: Tensor, image: Tensor, read
             with inference_autocast(rounded):
                 away = rounded.hidden(ids) - exact
             assert 0 < away.norm() < 0.1 * exact.norm()
+
+
+def check_published(
+    family, path: Path, weights: dict, config, parameters: int, masks: dict | None = None
+) -> None:
+    """A file with the names of `weights` and the shapes of a configuration has that configuration."""
+    with meta_init():
+        state = family.build(config).state_dict()
+    names = family.rename(weights)
+    assert len(names) == len(state)
+    tensors = {name: torch.empty(state[ours].shape, device="meta") for name, ours in names.items()}
+    comparison = compare_keys(DetectedCheckpoint(path, family, tensors | (masks or {})))
+    comparison.check("published")
+    assert comparison.config == config
+    assert sum(p.numel() for p in comparison.model.parameters()) == parameters
 
 
 def make_open_clip(embed_dim: int = 16, layers: int | tuple = 1, patch_size: int | None = 16, side: int = 32):

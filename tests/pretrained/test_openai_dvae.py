@@ -119,7 +119,7 @@ def test_refusals(tmp_path, halves, case):
 
 def test_one_half_is_refused(tmp_path, halves):
     folder = write({"encoder": halves["encoder"]}, tmp_path)
-    for path, message in ((folder, r"no decoder\.pkl"), (folder / "encoder.pkl", "only the encoder")):
+    for path, message in ((folder, r"no file .*decoder\.pkl"), (folder / "encoder.pkl", "only the encoder")):
         with pytest.raises(ValueError, match=message):
             load_image_tokenizer(path)
     for name in ("encoder.pkl", "decoder.pkl"):
