@@ -17,8 +17,7 @@ from dalle.benchmarks.config import TrainBenchmark
 from dalle.benchmarks.dalle_pytorch import DallePytorchStep
 from dalle.train.loggers import peak_flops, peak_memory
 from dalle.train.precision import compile_layers, resolve_device, resolve_precision
-from dalle.transformer.objective import TransformerObjective
-from dalle.transformer.sizes import training_flops
+from dalle.transformer.objective import TransformerObjective, training_flops
 
 
 def benchmark_train(args: TrainBenchmark) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def _traffic(kind: str, args: Any, step: StepEstimate, layout: ParallelLayout, g
 
 def _flops(kind: str, args: Any, step: StepEstimate, passes: int) -> dict[str, Any]:
     """FLOPs of a step by part: computed, and needed (masked pairs and recomputation are not)."""
-    from dalle.transformer.sizes import training_flops
+    from dalle.transformer.objective import training_flops
 
     computed = {part: passes * count for part, count in step.flops.items()}
     if kind != "transformer":

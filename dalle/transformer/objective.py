@@ -3,12 +3,13 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from dalle.transformer.config import TransformerLossConfig
+from dalle.masks import dense_mask
+from dalle.transformer.config import TransformerConfig, TransformerLossConfig
 from dalle.transformer.losses import cross_entropies, weighted_cross_entropy
 from dalle.transformer.model import Transformer
-from dalle.transformer.sizes import training_flops
 from dalle.types import FULL_BATCH, BatchShard, Loss, StepCost
 
 
@@ -32,7 +33,7 @@ class TransformerObjective:
         return Loss(total, {"text_loss": text.detach(), "image_loss": image.detach()})
 
     def step_cost(self, model: Transformer, batch: Tensor) -> StepCost:
-        """By formula (dalle/transformer/sizes.py)."""
+        """By formula."""
         return StepCost(len(batch), batch.numel(), len(batch) * sum(training_flops(model.config).values()))
 
     def random_baseline(self, model: Transformer) -> dict[str, float]:
@@ -41,3 +42,23 @@ class TransformerObjective:
         text, image = math.log(layout.text_vocab + 1), math.log(layout.image_vocab)
         total = self.config.text_weight * text + (1 - self.config.text_weight) * image
         return {"loss": total, "text_loss": text, "image_loss": image}
+
+
+def training_flops(config: TransformerConfig) -> dict[str, int]:
+    """Floating-point operations of forward and backward over one sequence, 2 a multiplication with addition.
+
+    Only what must be computed: attention counts the pairs that the masks show, logits each position's own
+    vocabulary, and nothing is counted twice for being computed again in the backward pass.
+
+    Returns:
+        matrices: 6 * 12 D^2 a token and layer; attention: 12 D a visible pair and layer; logits.
+    """
+    layout, width = config.layout, config.width
+    with torch.device("cpu"):
+        pairs = {kind: int(dense_mask(kind, layout, config.conv_kernel).sum()) for kind in set(config.kinds)}
+    vocabulary = layout.text_len * layout.image_offset + layout.num_image_tokens * layout.image_vocab
+    return {
+        "matrices": 72 * width**2 * layout.seq_len * config.depth,
+        "attention": 12 * width * sum(pairs[kind] for kind in config.kinds),
+        "logits": 6 * width * vocabulary,
+    }

@@ -1,8 +1,7 @@
-"""Parameters, FLOPs and KV cache memory of the transformer by formula (paper section 2.5, appendix D)."""
+"""Parameters and KV cache memory of the transformer by formula (paper section 2.5, appendix D)."""
 
 import torch
 
-from dalle.masks import dense_mask
 from dalle.nn.kv_cache import KVCacheLayout
 from dalle.transformer.config import TransformerConfig
 
@@ -21,26 +20,6 @@ def parameter_counts(config: TransformerConfig) -> dict[str, int]:
         "layers": config.depth * (12 * width**2 + 13 * width),  # 13 D: norms 4 D, biases 9 D
         "final_norm": 2 * width,
         "to_logits": layout.vocab * width,
-    }
-
-
-def training_flops(config: TransformerConfig) -> dict[str, int]:
-    """Floating-point operations of forward and backward over one sequence, 2 a multiplication with addition.
-
-    Only what must be computed: attention counts the pairs that the masks show, logits each position's own
-    vocabulary, and nothing is counted twice for being computed again in the backward pass.
-
-    Returns:
-        matrices: 6 * 12 D^2 a token and layer; attention: 12 D a visible pair and layer; logits.
-    """
-    layout, width = config.layout, config.width
-    with torch.device("cpu"):
-        pairs = {kind: int(dense_mask(kind, layout, config.conv_kernel).sum()) for kind in set(config.kinds)}
-    vocabulary = layout.text_len * layout.image_offset + layout.num_image_tokens * layout.image_vocab
-    return {
-        "matrices": 72 * width**2 * layout.seq_len * config.depth,
-        "attention": 12 * width * sum(pairs[kind] for kind in config.kinds),
-        "logits": 6 * width * vocabulary,
     }
 
 

@@ -22,7 +22,7 @@ from dalle.benchmarks.train import benchmark_train
 from dalle.train.loggers import peak_memory
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.losses import cross_entropies
-from dalle.transformer.sizes import training_flops
+from dalle.transformer.objective import training_flops
 
 CONFIG = TransformerConfig(2, 2, 8, 6, (4, 4), 11, 13, conv_kernel=3, attention_backend="dense")
 QUICK = {"model": CONFIG, "precision": "fp32", "device": "cpu"}

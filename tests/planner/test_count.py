@@ -16,8 +16,7 @@ from dalle.planner.count import estimate_step
 from dalle.planner.memory import ParallelLayout, StepEstimate, memory
 from dalle.train.config import TrainConfig
 from dalle.transformer import TransformerConfig
-from dalle.transformer.objective import TransformerObjective
-from dalle.transformer.sizes import training_flops
+from dalle.transformer.objective import TransformerObjective, training_flops
 
 TEXT = {"text_len": 16, "text_vocab": 300}
 TINY = TransformerConfig(
