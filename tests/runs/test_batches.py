@@ -15,7 +15,6 @@ from dalle.data.token_cache import TokenCacheSpec, TokenWriter
 from dalle.runs.batches import CLIPBatch, DVAEBatch, TokenBatches
 from dalle.runs.inputs import load_text_input
 from dalle.shapes.dataset import ShapesDataset
-from dalle.text import load_text_tokenizer
 from dalle.types import BadSample, ImageTextBatch
 from tests.helpers.formats import FORMS, IDS, csv_file
 
@@ -100,13 +99,12 @@ def test_broken_samples_are_replaced_by_the_same_ones_and_each_process_names_wha
 
 def test_each_process_judges_by_what_it_has_read_itself():
     """Of a hundred that it reads two are broken: a rank of four, which reads a quarter, ends all the same."""
-    pairs = SimpleNamespace(size=10**6)
-    pairs.load = lambda samples, *_, replace: ImageTextBatch(
-        np.zeros((len(samples), 3, 1, 1)),
-        [],
-        samples,
-        [BadSample(index, "m", "truncated") for _, index in samples[:2]],
-    )
+
+    def load(samples, *_, replace):
+        bad = [BadSample(index, "m", "truncated") for _, index in samples[:2]]
+        return ImageTextBatch(np.zeros((len(samples), 3, 1, 1)), [], samples, bad)
+
+    pairs = SimpleNamespace(size=10**6, load=load)
     task = BatchReader(pairs, 400, SEED, "none", lambda batch, step: step, rank=3, world=4)
     with ImageTextLoader(task, 100) as batches:
         for step in range(50):
@@ -167,40 +165,31 @@ def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
 
 
 @pytest.fixture
-def two_crops(tmp_path) -> TokenCache:
-    """Twelve images in two crops, tokens 0 .. 15; a caption names its image."""
+def two_crops(tmp_path, tiny_runs, chain) -> TokenBatches:
+    """Twelve images in two crops, tokens 0 .. 15, four held out; a caption names its image."""
     plan = TokenCacheSpec(dvae="d", data="p", grid=(4, 4), vocab=16, images=12, crops=2, shard=5)
     writer = TokenWriter(tmp_path / "tokens", plan)
     tokens = np.random.default_rng(0).integers(16, size=(12, 2, 16))
     for shard in writer.missing():
         numbers = plan.numbers(shard)
         writer.write(shard, tokens[numbers], [[f"number {n}"] for n in numbers])
-    return writer.finish()
+    train = replace(tiny_runs.transformer.train, batch_size=16)
+    run = replace(tiny_runs.transformer, eval_samples=4, bpe_dropout=0.0, train=train)
+    return TokenBatches(writer.finish(), load_text_input(chain / "text"), run.model.layout, run)
 
 
-def test_no_crop_of_a_held_out_image_is_trained_on(two_crops, chain, tiny_runs):
-    """The last four of twelve images are held out, and an epoch is both crops of the other eight."""
-    run = replace(
-        tiny_runs.transformer, eval_samples=4, train=replace(tiny_runs.transformer.train, batch_size=16)
-    )
-    batches = TokenBatches(
-        two_crops, load_text_tokenizer(chain / "text" / "text_tokenizer.json"), run.model.layout, run
-    )
-    _, image = run.model.layout.unpack(batches(0))
-    images = [p for p in range(8) for _ in range(2)]
-    expected = two_crops.image_tokens(images, [0, 1] * 8)
+def test_no_crop_of_a_held_out_image_is_trained_on(two_crops):
+    """An epoch is both crops of the first eight."""
+    cache, layout = two_crops.cache, two_crops.layout
+    _, image = layout.unpack(two_crops(0))
+    expected = cache.image_tokens([p for p in range(8) for _ in range(2)], [0, 1] * 8)
     assert sorted(image.tolist()) == sorted(expected.tolist())
-    assert torch.equal(run.model.layout.unpack(batches.val())[1], two_crops.image_tokens([8, 9, 10, 11]))
+    assert torch.equal(layout.unpack(two_crops.val())[1], cache.image_tokens([8, 9, 10, 11]))
 
 
-def test_caption_and_image_of_a_sample_belong_together(two_crops, chain, tiny_runs):
-    run = replace(tiny_runs.transformer, eval_samples=4, bpe_dropout=0.0)
-    text = load_text_tokenizer(chain / "text" / "text_tokenizer.json")
-    batches = TokenBatches(two_crops, text, run.model.layout, run)
-    captions = {
-        tuple(run.model.layout.pad_text([text.encode(f"number {n}")])[0].tolist()): n for n in range(8)
-    }
+def test_caption_and_image_of_a_sample_belong_together(two_crops):
+    cache, layout = two_crops.cache, two_crops.layout
+    names = layout.pad_text([two_crops.text.encode(f"number {n}") for n in range(8)]).tolist()
     for step in range(4):
-        text_tokens, image_tokens = (part.tolist() for part in run.model.layout.unpack(batches(step)))
-        for words, tokens in zip(text_tokens, image_tokens, strict=True):
-            assert tokens in two_crops.image_tokens([captions[tuple(words)]] * 2, [0, 1]).tolist()
+        for words, tokens in zip(*(part.tolist() for part in layout.unpack(two_crops(step))), strict=True):
+            assert tokens in cache.image_tokens([names.index(words)] * 2, [0, 1]).tolist()
