@@ -71,8 +71,7 @@ class AsyncCheckpointer:
 class RunGuard(AbstractContextManager):
     """Context of a training: locks the run's directory, handles signals, saves checkpoints.
 
-    Raises:
-        ValueError: the directory cannot be written to, or is in use by another process.
+    ValueError if the directory cannot be written to, or is in use by another process.
     """
 
     def __init__(self, run_dir: Path, meta: dict[str, Any], config: TrainConfig):
@@ -104,7 +103,7 @@ class RunGuard(AbstractContextManager):
                     f"{self.meta['steps']}, saved in {latest_checkpoint(self.run_dir)}; the same command "
                     f"resumes it (exit status {EXIT_PREEMPTED})"
                 )
-            raise Preempted
+            raise Preempted(EXIT_PREEMPTED)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
@@ -155,9 +154,6 @@ SAME_PRESS = 1.0
 
 class Preempted(SystemExit):
     """A run stopped by a signal before its last step; a script exits with status 75."""
-
-    def __init__(self):
-        super().__init__(EXIT_PREEMPTED)
 
 
 class PreemptionHandler:

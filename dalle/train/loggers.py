@@ -80,11 +80,7 @@ def peak_memory(device: torch.device | None = None) -> float:
 
 
 class Loggers:
-    """All loggers of a run; none in other processes than the first.
-
-    Raises:
-        ImportError: a package is missing; says how to install it.
-    """
+    """All loggers of a run, none in other processes than the first; ImportError for a missing package."""
 
     def __init__(self, run_dir: Path, step: int, config: LogConfig, meta: dict[str, Any], is_main: bool):
         self.loggers: list[FileLogger | TensorBoard | WandB] = []

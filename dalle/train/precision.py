@@ -45,11 +45,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 def resolve_device(name: str) -> torch.device:
     """A device that is there; "auto" becomes cuda, mps or cpu, the first there is."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, found in available.items() if found))
     try:

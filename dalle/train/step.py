@@ -7,11 +7,11 @@ paper skipped one step in twenty. Too many in a row end the run.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import get_total_norm
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
@@ -217,22 +217,15 @@ def find_nonfinite(model: nn.Module, forward: Callable[[], Any], dist: Distribut
 
     if bad := first_bad({f"parameter {name}": finite([p]) for name, p in parameters.items()}):
         return bad
-    outputs: dict[str, Tensor] = {}
+    names, outputs = {module: name or "the model" for name, module in model.named_modules()}, {}
 
-    def watch(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        outputs[name] = outputs.get(name, yes) & finite(tensors)
+    def watch(module: nn.Module, inputs: Any, output: Any) -> None:
+        if name := names.get(module):
+            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            outputs[f"output of {name}"] = outputs.get(f"output of {name}", yes) & finite(tensors)
 
-    hooks = [
-        module.register_forward_hook(partial(watch, f"output of {name or 'the model'}"))
-        for name, module in model.named_modules()
-    ]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with register_module_forward_hook(watch), torch.no_grad():
+        forward()
     gradients = {
         f"gradient of {n}": finite([] if p.grad is None else [p.grad]) for n, p in parameters.items()
     }
