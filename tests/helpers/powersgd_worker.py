@@ -1,5 +1,7 @@
 """Checks of PowerSGD that each of several processes runs: functions that assert."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from tests.helpers.processes import traceback_of
 
 SHAPES = {"wide": (12, 20), "tall": (24, 12), "qkv.weight": (36, 12), "table": (30, 12), "gain": (12,)}
 MATRICES = {"wide": 1, "tall": 1, "qkv.weight": 3}
-Q_MODES = ("fixed", "warm_start", "random")
+SETTINGS = ({"q_mode": "fixed"}, {"q_mode": "warm_start"}, {"q_mode": "random"}, {"message_dtype": "paper"})
 
 
 def parameters() -> dict[str, Tensor]:
@@ -56,20 +58,23 @@ def gradients(averager: PowerSGD) -> dict[str, Tensor]:
     return {name: p.grad for name, p in averager.parameters.items()}
 
 
-def check_exact_where_the_gradients_have_no_higher_rank() -> None:
-    powersgd = averager()
+def check_exact_where_the_gradients_have_no_higher_rank_and_before_the_start() -> None:
+    powersgd, late = averager(), averager(start_step=1)
     own = step(powersgd, 0, low=True)  # rank 1 each, 2 together
     for name, gradient in gradients(powersgd).items():
         torch.testing.assert_close(gradient, mean(own[name]), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(own[name], mean(own[name]), atol=0.1)
         assert name in MATRICES or torch.equal(gradient, mean(own[name]))  # a plain all-reduce
     assert powersgd.factored.keys() == MATRICES.keys()
+    for number in (0, 1):
+        own = step(late, number)
+        assert torch.equal(late.parameters["wide"].grad, mean(own["wide"])) == (number == 0)
 
 
 def check_what_was_taken_and_the_errors_are_the_sum_of_the_mean_gradients() -> None:
-    """In the paper's formats up to rounding."""
-    for settings in (*({"q_mode": q} for q in Q_MODES), {"message_dtype": "paper"}):
-        powersgd, paper = averager(**settings), "message_dtype" in settings
+    """In the paper's formats up to rounding. Q is kept, updated or sampled again, alike on all replicas."""
+    for settings in SETTINGS:
+        powersgd, paper, qs = averager(**settings), "message_dtype" in settings, []
         taken, true = ({name: torch.zeros(shape) for name, shape in SHAPES.items()} for _ in range(2))
         for number in range(5):
             own = step(powersgd, number)
@@ -83,12 +88,16 @@ def check_what_was_taken_and_the_errors_are_the_sum_of_the_mean_gradients() -> N
                 if name in MATRICES:
                     assert owed.norm() > 0.1 * true[name].norm()  # something was left out
                 assert same_everywhere(gradient)
+            qs.append(powersgd.factored["qkv.weight"].qs[2].clone())
+            assert same_everywhere(qs[-1])
+            assert not torch.equal(*powersgd.factored["qkv.weight"].qs[:2])
+        assert all(torch.equal(a, b) == (settings not in SETTINGS[1:3]) for a, b in pairwise(qs))
         for one in powersgd.factored.values():
             assert torch.equal(one.error, rounded(one.error, MEAN)) == paper
 
 
 def check_resuming_changes_no_bit() -> None:
-    for settings in (*({"q_mode": q} for q in Q_MODES), {"message_dtype": "paper"}):
+    for settings in SETTINGS:
         first, resumed = averager(**settings), averager(**settings)
         for number in range(3):
             step(first, number)
@@ -106,16 +115,8 @@ def check_resuming_changes_no_bit() -> None:
             assert torch.equal(one.error, resumed.factored[name].error)
 
 
-def check_errors_of_another_model_are_refused() -> None:
-    powersgd = averager()
-    saved = powersgd.state_dict()
-    for wrong in ({}, saved | {"error/other": torch.zeros(1)}, saved | {"error/wide": torch.zeros(3, 3)}):
-        with pytest.raises(ValueError, match="PowerSGD"):
-            powersgd.load_state_dict(wrong)
-
-
 def check_what_is_factored_no_more_is_owed_no_more() -> None:
-    """As when shards, and so what their factors save, are of another number."""
+    """As when shards, and so what their factors save, are of another number. Another model's are refused."""
     fewer = PowerSGD(parameters(), {"wide": 1}, PowerSGDConfig(3), seed=7)
     more = averager()
     for powersgd in (fewer, more):
@@ -127,6 +128,9 @@ def check_what_is_factored_no_more_is_owed_no_more() -> None:
     fresh.load_state_dict(few)
     assert torch.equal(fresh.factored["wide"].error, few["error/wide"])
     assert not fresh.factored["tall"].error.any()
+    for wrong in ({}, many | {"error/other": torch.zeros(1)}, many | {"error/wide": torch.zeros(3, 3)}):
+        with pytest.raises(ValueError, match="PowerSGD"):
+            more.load_state_dict(wrong)
 
 
 def check_a_gradient_that_is_not_finite_anywhere_is_inf_everywhere_and_touches_no_error() -> None:
@@ -169,26 +173,6 @@ def check_what_is_sent_is_counted() -> None:
         assert powersgd.traffic()["comm_ratio"] == powersgd.sent / (4 * everything)
 
 
-def check_before_its_start_all_is_sent_whole() -> None:
-    powersgd = averager(start_step=1)
-    own = step(powersgd, 0)
-    assert all(torch.equal(gradient, mean(own[name])) for name, gradient in gradients(powersgd).items())
-    own = step(powersgd, 1)
-    assert not torch.allclose(powersgd.parameters["wide"].grad, mean(own["wide"]), atol=0.1)
-
-
-def check_q_is_kept_updated_or_redrawn_and_equal_on_all_replicas() -> None:
-    for q in Q_MODES:
-        powersgd = averager(q_mode=q)
-        qs = []
-        for number in range(3):
-            step(powersgd, number)
-            qs.append(powersgd.factored["qkv.weight"].qs[2].clone())
-            assert same_everywhere(qs[-1])
-        assert torch.equal(qs[0], qs[1]) == torch.equal(qs[1], qs[2]) == (q == "fixed")
-    assert not torch.equal(*powersgd.factored["qkv.weight"].qs[:2])
-
-
 class Given(nn.Module):
     """A matrix whose gradient is what is given."""
 
@@ -207,7 +191,7 @@ def check_torchs_hook_does_the_same_when_its_q_is_put_back_or_left() -> None:
         ours = PowerSGD(
             {"weight": nn.Parameter(torch.zeros(8, 20))}, {"weight": 1}, PowerSGDConfig(3, q_mode=q), seed=7
         )
-        (start,) = (drawn.clone() for drawn in ours.factored["weight"].qs)
+        start = ours.factored["weight"].qs[0].clone()
         theirs = nn.parallel.DistributedDataParallel(Given())
         state = PowerSGDState(None, 3, start_powerSGD_iter=2, min_compression_rate=1)
         theirs.register_comm_hook(state, powerSGD_hook)
@@ -220,11 +204,9 @@ def check_torchs_hook_does_the_same_when_its_q_is_put_back_or_left() -> None:
             theirs(own).backward()
             if number >= 2:
                 ours.reduce(number)
-                near = {"rtol": 1e-3, "atol": 1e-4}
-                torch.testing.assert_close(ours.parameters["weight"].grad, theirs.module.weight.grad, **near)
-                torch.testing.assert_close(
-                    ours.factored["weight"].error.flatten(), state.error_dict[0], **near
-                )
+                found = [ours.parameters["weight"].grad, ours.factored["weight"].error.flatten()]
+                expected = [theirs.module.weight.grad, state.error_dict[0]]
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def shards_are_factored_each_by_itself() -> None:

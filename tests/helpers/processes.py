@@ -9,8 +9,12 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
@@ -46,7 +50,10 @@ def run_processes(world: int, function: Callable[..., Any], *args: Any, seconds:
     ]
     for process in processes:
         process.start()
-    results = [_receive(receiver, seconds) for receiver, _ in pipes]
+    results = [
+        pickle.loads(receiver.recv_bytes()) if receiver.poll(seconds) else (f"no result in {seconds} s", None)
+        for receiver, _ in pipes
+    ]
     for process in processes:
         process.kill()
         process.join()
@@ -55,15 +62,7 @@ def run_processes(world: int, function: Callable[..., Any], *args: Any, seconds:
     return [result for _, result in results]
 
 
-def _receive(receiver: Connection, seconds: float) -> tuple[str | None, Any]:
-    if not receiver.poll(seconds):
-        return f"no result in {seconds} s", None
-    return pickle.loads(receiver.recv_bytes())
-
-
 def _work(rank: int, world: int, port: int, sender: Connection, function: Callable, args: tuple) -> None:
-    import torch
-
     torch.set_num_threads(1)
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ.update({name: str(value) for name, value in variables.items()})
@@ -75,16 +74,12 @@ def _work(rank: int, world: int, port: int, sender: Connection, function: Callab
     sender.send_bytes(answer)  # pickled by value: the sender ends before the receiver reads
 
 
-def run_group(world: int, function: Callable[..., Any], *args: Any, seconds: float = 120) -> list[Any]:
+def run_group(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`run_processes` in a gloo group."""
-    return run_processes(world, _in_group, function, args, seconds=seconds)
+    return run_processes(world, _in_group, function, args)
 
 
 def _in_group(rank: int, function: Callable[..., Any], args: tuple) -> Any:
-    from datetime import timedelta
-
-    import torch.distributed as dist
-
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     return function(rank, *args)
 

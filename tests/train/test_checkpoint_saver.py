@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -77,8 +78,7 @@ def test_an_error_is_raised_after_the_checkpoint_is_written(slow_write, tmp_path
     assert checkpoint_names(tmp_path) == ["latest", "step-00000001"]
 
 
-def full_disk(*args, **kwargs):
-    raise OSError(28, os.strerror(28))
+full_disk = Mock(side_effect=OSError(28, os.strerror(28)))
 
 
 @pytest.mark.parametrize(("first", "words"), [(0, "there is no earlier one"), (2, "step-00000002 is intact")])
@@ -217,12 +217,9 @@ def train_on_a_small_disk(rank: int, run: Path, limit: int) -> str:
     """As a command does it; no file may grow beyond the limit."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        with cli_errors():
-            fit_line(run, steps=4, width=100)
-    except SystemExit as end:
-        return str(end.code)
-    return "nothing"
+    with pytest.raises(SystemExit) as end, cli_errors():
+        fit_line(run, steps=4, width=100)
+    return end.value.code
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path):

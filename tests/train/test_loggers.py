@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -86,17 +87,13 @@ def test_gpus_are_known_by_name_in_16_bit_only_and_a_cpu_if_told(name, flops, mo
 META = {"kind": "line", "config": {"train": {"batch_size": 4}}, "inputs": {}}
 
 
-class Objective:
+def objective(model: nn.Module, batch: Tensor, step: int) -> Loss:
     """A line's, with a cost and a baseline."""
+    return squared_error(model, batch, step)
 
-    def __call__(self, model: nn.Module, batch: Tensor, step: int) -> Loss:
-        return squared_error(model, batch, step)
 
-    def step_cost(self, model: nn.Module, batch: Tensor) -> StepCost:
-        return StepCost(len(batch), tokens=2 * len(batch), flops=6.0 * len(batch))
-
-    def random_baseline(self, model: nn.Module) -> dict[str, float]:
-        return {"loss": 7.5}
+objective.step_cost = lambda model, batch: StepCost(len(batch), 2 * len(batch), 6.0 * len(batch))
+objective.random_baseline = lambda model: {"loss": 7.5}
 
 
 def evaluate(model: nn.Module, step: int) -> dict[str, Any]:
@@ -108,7 +105,7 @@ def evaluate(model: nn.Module, step: int) -> dict[str, Any]:
 def train(out: Path, steps: int = 4, **log: Any) -> list[dict]:
     """A line, evaluated every second step."""
     changes = {"log": LogConfig(**log), "eval_every": 2, "save_every": 2}
-    fit_line(out, steps, Objective(), config=META["config"], evaluate=evaluate, **changes)
+    fit_line(out, steps, objective, config=META["config"], evaluate=evaluate, **changes)
     return read_log(out / "log.jsonl")
 
 
@@ -156,42 +153,24 @@ def test_tensorboard_after_a_crash_shows_each_step_once(tmp_path):
     assert points == [(1, 1.0), (2, 2.0), (3, 13.0), (4, 14.0), (5, 15.0)]
 
 
-class WandBRun:
-    """A stub of wandb that lists what it is asked for."""
-
-    Image = staticmethod(lambda image: ("image", image.size))
-
-    def __init__(self):
-        self.api = SimpleNamespace(api_key=None)
-        self.asked, self.logged, self.finished = [], [], 0
-
-    def init(self, **words):
-        self.asked.append(words)
-        return self
-
-    def log(self, numbers, step):
-        self.logged.append((step, numbers))
-
-    def finish(self):
-        self.finished += 1
-
-
 @pytest.fixture
 def wandb(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", WandBRun())
+    stub = MagicMock(Image=lambda image: ("image", image.size))
+    stub.api.api_key = None
+    monkeypatch.setitem(sys.modules, "wandb", stub)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    return sys.modules["wandb"]
+    return stub
 
 
 def test_wandb_is_offline_unless_logged_in_and_gets_all(wandb, tmp_path):
     train(tmp_path / "line", loggers=("wandb",), project="lines")
-    (words,) = wandb.asked
+    words, run = wandb.init.call_args.kwargs, wandb.init.return_value
     assert words["mode"] == "offline"
     assert (words["project"], words["name"], words["dir"]) == ("lines", "line", str(tmp_path / "line"))
     assert words["config"] == META["config"]
-    assert [step for step, numbers in wandb.logged if "loss" in numbers] == [1, 2, 3, 4]
-    assert (2, {"gray": ("image", (8, 4))}) in wandb.logged
-    assert wandb.finished == 1
+    assert [call.kwargs["step"] for call in run.log.mock_calls if "loss" in call.args[0]] == [1, 2, 3, 4]
+    run.log.assert_any_call({"gray": ("image", (8, 4))}, step=2)
+    run.finish.assert_called_once()
 
 
 def test_wandb_keeps_its_id_and_its_own_settings_when_logged_in(wandb, tmp_path, monkeypatch):
@@ -201,9 +180,9 @@ def test_wandb_keeps_its_id_and_its_own_settings_when_logged_in(wandb, tmp_path,
     wandb.api.api_key = None
     monkeypatch.setenv("WANDB_MODE", "disabled")
     train(tmp_path / "two", 1, loggers=("wandb",))
-    assert [words["mode"] for words in wandb.asked] == [None] * 3
-    ids = [words["id"] for words in wandb.asked]
-    assert ids[0] == ids[1] != ids[2]
+    words = [call.kwargs for call in wandb.init.call_args_list]
+    assert [each["mode"] for each in words] == [None] * 3
+    assert words[0]["id"] == words[1]["id"] != words[2]["id"]
 
 
 @pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
@@ -254,5 +233,6 @@ def test_a_log_ends_where_a_line_is_none(tmp_path, tail):
 def test_other_loggers_get_least_and_largest_of_a_list(wandb, tmp_path):
     logger = Loggers(tmp_path, 0, LogConfig(loggers=("wandb",)), META, True)
     logger.write(1, {"loss": 1.0, "scales": [13.0, 12.0, 20.0], "changes": ["a was 1, is 2"]})
-    assert wandb.logged == [(1, {"loss": 1.0, "scales/min": 12.0, "scales/max": 20.0})]
+    plain = {"loss": 1.0, "scales/min": 12.0, "scales/max": 20.0}
+    wandb.init.return_value.log.assert_called_once_with(plain, step=1)
     assert read_log(tmp_path / "log.jsonl")[0]["scales"] == [13.0, 12.0, 20.0]

@@ -1,6 +1,7 @@
 """Optimizers: AdamW's groups, Muon, clipped second moment, halvings of the learning rate (B.2), 8 bits."""
 
 import sys
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from dalle.commands.train_clip import CLIP_TRAINING
 from dalle.commands.train_dvae import PAPER_TRAINING
 from dalle.hub.registry import build_model
 from dalle.schedules import Schedule
-from dalle.train.checkpoint import latest_checkpoint, restore
+from dalle.train.checkpoint import restore
 from dalle.train.config import NO_PLATEAU, EMAConfig, OptimizerConfig, PlateauConfig
 from dalle.train.loggers import read_log
 from dalle.train.optimizer import ReduceLROnPlateau, build_optimizers, decay_groups, set_lr
@@ -21,7 +22,7 @@ from dalle.train.state import EMA, TrainState
 from dalle.train.step import train_step
 from dalle.types import Loss
 from tests.helpers.checkpoints import save_checkpoint
-from tests.helpers.line import CONFIG, fit_line
+from tests.helpers.line import CONFIG, fit_line, newest_files
 
 
 @pytest.fixture(params=["dvae", "transformer", "clip"])
@@ -73,19 +74,16 @@ def test_the_settings_reach_adamw_and_frozen_parameters_are_left_out():
     assert matrix["params"] + vector["params"] == list(model[1].parameters())
 
 
-class Stack(nn.Module):
+def stack() -> nn.Module:
     """An embedding, two layers of a matrix, a bias and a gain, and an output."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(5, 6)
-        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6)) for _ in range(2))
-        self.output = nn.Linear(6, 5)
+    layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6)) for _ in range(2))
+    parts = {"embedding": nn.Embedding(5, 6), "layers": layers, "output": nn.Linear(6, 5)}
+    return nn.Sequential(OrderedDict(parts))
 
 
 def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest():
     """The paper has no Muon."""
-    model, matrices = Stack(), {"layers.0.1.weight", "layers.1.1.weight"}
+    model, matrices = stack(), {"layers.0.1.weight", "layers.1.1.weight"}
     muon, adamw = build_optimizers(model, OptimizerConfig(muon_lr_scale=5.0))
     names = {p: name for name, p in model.named_parameters()}
     assert {names[p] for p in muon.param_groups[0]["params"]} == matrices
@@ -98,9 +96,8 @@ def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest():
 
 
 def test_an_update_of_muon_has_equal_singular_values():
-    """Up to the about 0.7 to 1.2 of five Newton-Schulz steps, whatever the gradient's are; its directions are
-    kept."""
-    model = Stack()
+    """About 0.7 to 1.2 after five Newton-Schulz steps, whatever the gradient's are; directions are kept."""
+    model = stack()
     weight = model.layers[0][1].weight
     before = weight.detach().clone()
     config = replace(CONFIG.optimizer, weight_decay=0.0, muon_lr_scale=2.0)
@@ -116,7 +113,7 @@ def test_an_update_of_muon_has_equal_singular_values():
 
 def test_the_learning_rate_of_muon_follows_that_of_adamw():
     config = OptimizerConfig(lr=Schedule(0.1, 0.0, 10, "linear"), warmup_steps=2, muon_lr_scale=5.0)
-    muon, adamw = optimizers = build_optimizers(Stack(), config)
+    muon, adamw = optimizers = build_optimizers(stack(), config)
     for step in (0, 1, 5):
         set_lr(optimizers, config, step)
         assert {group["lr"] for group in adamw.param_groups} == {config.lr_at(step)}
@@ -219,10 +216,9 @@ def test_stopping_and_going_on_halves_at_the_same_update(stop, tmp_path):
     """In the middle of a reading, after one, and after a halving."""
     whole = train_flat(tmp_path / "whole", 8, SHORT)
     train_flat(tmp_path / "split", stop, SHORT)
-    assert "Infinity" not in (latest_checkpoint(tmp_path / "split") / "meta.json").read_text()
+    assert b"Infinity" not in newest_files(tmp_path / "split")["meta.json"]
     assert train_flat(tmp_path / "split", 8, SHORT) == whole
-    files = [(latest_checkpoint(tmp_path / name) / "meta.json").read_text() for name in ("whole", "split")]
-    assert files[0] == files[1]
+    assert newest_files(tmp_path / "split") == newest_files(tmp_path / "whole")
 
 
 # Moments in 8 bits by torchao, not compiled.
@@ -238,25 +234,15 @@ def test_a_missing_torchao_is_named(monkeypatch):
         build_optimizers(nn.Linear(64, 64), IN_8BIT)
 
 
-class Net(nn.Module):
-    """A matrix of 4,096 values, one of fewer, an embedding and biases."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(64, 64)
-        self.large, self.small = nn.Linear(64, 64), nn.Linear(64, 1)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.small(torch.relu(self.large(self.embedding(ids))))
-
-
 def net_loss(model: nn.Module, batch: torch.Tensor, step: int) -> Loss:
     return Loss((model(batch)[:, 0] - batch / 64).square().mean())
 
 
 def fresh(optim: OptimizerConfig = IN_8BIT) -> TrainState:
+    """A matrix of 4,096 values, one of fewer, an embedding and biases."""
     torch.manual_seed(0)
-    model = Net()
+    layers = {"embedding": nn.Embedding(64, 64), "large": nn.Linear(64, 64), "relu": nn.ReLU()}
+    model = nn.Sequential(OrderedDict(layers | {"small": nn.Linear(64, 1)}))
     return TrainState(model, build_optimizers(model, optim), EMA(model, EMAConfig()))
 
 
@@ -297,16 +283,12 @@ class TestIn8Bit:
             assert [float(group["lr"]) for o in state.optimizers for group in o.param_groups] == [rate] * 2
 
     def test_resuming_is_exact(self, tmp_path):
-        whole = fresh()
+        whole, first, second = fresh(), fresh(), fresh()
         train_net(whole, 6)
-        first = fresh()
         train_net(first, 3)
-        folder = save_checkpoint(tmp_path, first, {"kind": "net"})
-        second = fresh()
-        restore(folder, second)
+        restore(save_checkpoint(tmp_path, first, {"kind": "net"}), second)
         train_net(second, 3)
-        one, other = whole.state_dict()[0], second.state_dict()[0]
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        torch.testing.assert_close(whole.state_dict()[0], second.state_dict()[0], rtol=0, atol=0)
 
     def test_moments_of_fp32_are_rounded_and_the_other_way_is_refused(self, tmp_path):
         fp32, low = fresh(IN_FP32), fresh()

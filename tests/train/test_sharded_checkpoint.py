@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -252,10 +253,7 @@ def cannot_write(rank: int, run: Path, shape: tuple[int, ...]) -> str:
     saver.wait()
     one_update(state, 2)
     if rank == 1:
-
-        def full(self, path, mode):
-            raise OSError(28, os.strerror(28))
-
+        full = Mock(side_effect=OSError(28, os.strerror(28)))
         torch.distributed.checkpoint.filesystem.FileSystem.create_stream = full
     saver.save(state, META)
     with pytest.raises(OSError) as error:  # noqa: PT011 - its text is returned
