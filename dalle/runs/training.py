@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,17 +24,15 @@ from dalle.train.precision import compile_layers
 from dalle.train.trainer import Trainer
 from dalle.types import CaptionedImages, Objective
 
-Args = TypeVar("Args", bound=TrainArgs)
 
-
-class TrainingRun(AbstractContextManager, Generic[Args]):
+class TrainingRun(AbstractContextManager):
     """One training of a command, as a context that leaves the process group at its end.
 
-    `kind` is "dvae", "transformer" or "clip". With `--overfit-batch N` every step trains on the first batch,
-    of N samples.
+    `kind` is "dvae", "transformer" or "clip", and `args` its `TrainArgs`. With `--overfit-batch N` every step
+    trains on the first batch, of N samples.
     """
 
-    def __init__(self, kind: str, args: Args):
+    def __init__(self, kind: str, args: Any):
         if args.overfit_batch is not None:
             args = replace(args, train=replace(args.train, batch_size=args.overfit_batch))
         self.kind, self.args, self.dir = kind, args, args.out or ROOT / kind

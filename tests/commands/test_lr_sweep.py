@@ -8,21 +8,18 @@ from dalle.commands.lr_sweep import last_loss, sweep
 
 
 def test_a_sweep_trains_at_each_learning_rate_and_plots_them(chain, tiny_runs, with_inputs, tmp_path, capsys):
-    run = with_inputs(tiny_runs.clip, chain, out=tmp_path / "sweep", steps=3)
-    base = run.train.optimizer.lr.initial
-    losses = sweep("clip", run, [0.5, 1.0])
-    assert list(losses) == [0.5 * base, base]
-    assert losses[base] == last_loss(tmp_path / "sweep" / f"lr-{base:g}")
-    assert (tmp_path / "sweep" / "lr_sweep.png").stat().st_size > 1000
-    assert capsys.readouterr().out.count("<- lowest") == 1
-
-
-def test_a_diverging_run_does_not_end_the_sweep(chain, tiny_runs, with_inputs, tmp_path, capsys):
+    """A diverging run does not end it."""
     run = with_inputs(tiny_runs.clip, chain, out=tmp_path / "sweep", steps=3)
     optimizer = replace(run.train.optimizer, warmup_steps=0)
-    losses = sweep("clip", replace(run, train=replace(run.train, optimizer=optimizer)), [1.0, 1e40])
-    assert losses[1e40 * run.train.optimizer.lr.initial] == float("inf")
-    assert "diverged" in capsys.readouterr().out
+    base = optimizer.lr.initial
+    losses = sweep("clip", replace(run, train=replace(run.train, optimizer=optimizer)), [0.5, 1e40, 1.0])
+    assert list(losses) == [0.5 * base, 1e40 * base, base]
+    assert losses[base] == last_loss(tmp_path / "sweep" / f"lr-{base:g}")
+    assert losses[1e40 * base] == float("inf")
+    assert (tmp_path / "sweep" / "lr_sweep.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert printed.count("<- lowest") == 1
+    assert "diverged" in printed
 
 
 def test_a_sweep_needs_factors(tiny_runs):

@@ -57,9 +57,11 @@ def test_scales_stay_between_their_bounds_and_the_resblocks_see_them():
     assert float(made[0].gradient_scale) > 2.0**7
 
 
-def test_scales_of_another_model_are_refused():
+def test_scales_of_another_model_and_models_without_resblocks_are_refused():
     with pytest.raises(ValueError, match="2 gradient scales for 3 resblocks"):
         PerBlockGradScaler(blocks(3)).load_state_dict(PerBlockGradScaler(blocks(2)).state_dict())
+    with pytest.raises(ValueError, match="Linear has no gradient scales for fp16"):
+        build_grad_scaler(nn.Linear(2, 2))
 
 
 def trunk(made: list[ResidualBlock], x: torch.Tensor) -> torch.Tensor:
@@ -80,13 +82,18 @@ def test_scaling_changes_no_gradient_in_fp32():
     torch.testing.assert_close([tensor.grad for tensor in tensors], list(expected))
 
 
-def test_inside_a_resblock_the_gradient_is_scaled():
+def test_inside_a_resblock_the_path_is_fp16_and_its_gradient_scaled_and_the_trunk_is_fp32():
     (block,) = made = blocks(1)
-    seen = []
-    block.f.register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0].clone()))
     PerBlockGradScaler(made)
-    block(torch.randn(2, 4, requires_grad=True)).sum().backward()
-    assert (seen[0] == 2.0**13).all()
+    gradients, dtypes = [], []
+    block.f.register_full_backward_hook(lambda module, inputs, outputs: gradients.append(outputs[0].clone()))
+    block.f.register_forward_hook(lambda module, inputs, out: dtypes.append((inputs[0].dtype, out.dtype)))
+    with torch.autocast("cpu", dtype=torch.float16):
+        out = block(torch.randn(2, 4, requires_grad=True))
+    out.sum().backward()
+    assert out.dtype == torch.float32
+    assert dtypes == [(torch.float32, torch.float16)]
+    assert (gradients[0] == 2.0**13).all()
 
 
 def test_a_factor_beyond_the_range_becomes_zero_not_infinite():
@@ -107,19 +114,6 @@ def test_a_bad_resblock_spoils_neither_the_trunk_nor_the_scales_of_others():
     assert finite.tolist() == [True, False, True]
     scales.update(finite)
     assert (scales.values > 2.0**13).tolist() == [True, False, True]
-
-
-def test_the_trunk_is_fp32_and_the_path_inside_fp16():
-    made = blocks(1)
-    PerBlockGradScaler(made)
-    dtypes = []
-    made[0].f.register_forward_hook(
-        lambda module, inputs, output: dtypes.append((inputs[0].dtype, output.dtype))
-    )
-    with torch.autocast("cpu", dtype=torch.float16):
-        out = made[0](torch.randn(2, 4))
-    assert out.dtype == torch.float32
-    assert dtypes == [(torch.float32, torch.float16)]
 
 
 OPTIM = OptimizerConfig(lr=Schedule(1e-3, 1e-3), warmup_steps=0)
@@ -158,8 +152,3 @@ def test_an_infinite_loss_ends_the_run_all_the_same(state):
         state.model.to_logits.weight.fill_(torch.inf)
     with pytest.raises(FloatingPointError, match="to_logits"):
         step(state)
-
-
-def test_a_model_without_resblocks_refuses_fp16():
-    with pytest.raises(ValueError, match="Linear has no gradient scales for fp16"):
-        build_grad_scaler(nn.Linear(2, 2))
