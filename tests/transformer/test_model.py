@@ -24,8 +24,8 @@ from dalle.transformer.generate import (
     inference_autocast,
 )
 from dalle.transformer.losses import LOGITS, cross_entropies, weighted_cross_entropy
-from dalle.transformer.objective import TransformerObjective
-from dalle.transformer.sizes import parameter_counts, training_flops
+from dalle.transformer.objective import TransformerObjective, training_flops
+from dalle.transformer.sizes import parameter_counts
 
 SMALL = {"heads": 2, "head_dim": 8, "text_len": 6, "text_vocab": 11, "image_vocab": 13, "conv_kernel": 3}
 GRIDS = [(4, 4), (2, 5), (5, 3)]
