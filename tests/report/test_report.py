@@ -66,30 +66,24 @@ def run(chain: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "run"
     shutil.copytree(chain, folder)
     evaluation = {
-        "model": "abc",
         "temperature": 0.5,
         "provenance": {"hashes": {"dvae": HOSTILE[:20]}},
         "rerank": {"captions": 2, "score": {"1": 0.1, "2": 0.2}, "accuracy": {"1": 0.5, "2": None}},
         "images": {"blur": {"0": {"fid": 9.0}, "2": {"fid": 4.0}}},
         "dvae": {"psnr": None},
-        "nonfinite": {"dvae.psnr": "inf"},
     }
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    samples = folder / "samples" / "one"
-    samples.mkdir(parents=True)
-    Image.new("RGB", (32, 32), "red").save(samples / "00.png")
+    (folder / "samples" / "one").mkdir(parents=True)
+    Image.new("RGB", (32, 32), "red").save(folder / "samples" / "one" / "00.png")
     record = {"prompt": HOSTILE, "best_of": 4, "temperature": 1.0, "seed": 0}
-    record["images"] = [{"file": "../one/00.png", "candidate": 2, "score": 0.25, "log_likelihood": {}}]
-    (samples / "sample.json").write_text(json.dumps(record))
+    record["images"] = [{"file": "../one/00.png", "score": 0.25}]
+    (folder / "samples" / "one" / "sample.json").write_text(json.dumps(record))
     return folder
 
 
 @pytest.fixture(scope="module")
-def report(run: Path) -> Path:
-    prompts = (
-        "a red cross above a blue circle on a white background",
-        "<script>red</script> & <b>circle</b>",
-    )
+def report(run: Path, prompt: str) -> Path:
+    prompts = (prompt, "<script>red</script> & <b>circle</b>")
     with pytest.warns(UserWarning, match="vocabulary lacks"):
         return write_report(ReportArgs(run, prompts=prompts, best_of=4, device="cpu"))
 
