@@ -67,6 +67,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     """Computes and prints each metric; writes --json after each, for a run that is interrupted."""
     from dalle.clip import CLIPScorer
     from dalle.evals.context import EvalContext
+    from dalle.evals.networks import INCEPTION_FILE
     from dalle.evals.suite import METRICS
     from dalle.hub.registry import weights_hash
     from dalle.io.files import make_directory, write_json
@@ -97,7 +98,10 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
         )
     report |= {name: getattr(args, name) for name in ("num_prompts", "seed", "temperature", "best_of")}
     context = EvalContext(args, model, clip)
-    context.check(args.metrics)
+    if context.clip is None and ("clip" in args.metrics or args.feature_extractor == "clip"):
+        raise ValueError("the model has no CLIP to measure with; give OpenAI's by --clip FILE")
+    if "images" in args.metrics and not context.extractor:
+        raise ValueError(INCEPTION_FILE)
     report["provenance"] = context.provenance()
     for name in args.metrics:
         report[name] = METRICS[name](context)

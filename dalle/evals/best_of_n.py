@@ -29,9 +29,7 @@ def best_of_n(
     scores = np.asarray(scores, dtype=np.float64)
     values = scores if values is None else np.asarray(values, dtype=np.float64)
     if scores.ndim != 2 or scores.shape != values.shape or not scores.size:
-        raise ValueError(
-            f"expected scores and values of one shape (C, M), got {scores.shape}, {values.shape}"
-        )
+        raise ValueError(f"expected two arrays of one shape (C, M), got {scores.shape}, {values.shape}")
     best_first = []
     for row_scores, row_values in zip(scores, values, strict=True):
         _, group, size = np.unique(-row_scores, return_inverse=True, return_counts=True)

@@ -1,6 +1,6 @@
 """Evaluation context: the model, validation pairs, CLIP, feature extractor and provenance."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 from dalle.config import to_dict
 from dalle.data import open_dataset, sample_captions
 from dalle.evals.config import EvalConfig
-from dalle.evals.networks import INCEPTION_FILE, LPIPS, CLIPFeatures, Extractor, Inception
+from dalle.evals.networks import LPIPS, CLIPFeatures, Extractor, Inception
 from dalle.hub.registry import weights_hash
 from dalle.pipelines.dalle import DALLE
 from dalle.types import Embedder, ImageTextBatch
@@ -58,13 +58,6 @@ class EvalContext:
             return CLIPFeatures(self.clip, weights_hash(self.clip.model))
         return Inception(Path(name), self.model.device) if name else None
 
-    def check(self, metrics: Sequence[str]) -> None:
-        """ValueError where a metric lacks its network."""
-        if self.clip is None and ("clip" in metrics or self.args.feature_extractor == "clip"):
-            raise ValueError("the model has no CLIP to measure with; give OpenAI's by --clip FILE")
-        if "images" in metrics and not self.extractor:
-            raise ValueError(INCEPTION_FILE)
-
     def batches(self, count: int | None = None) -> Iterator[tuple[Tensor, ImageTextBatch]]:
         """The first `count` usable validation pairs (by default --num-samples); ValueError for none.
 
@@ -98,8 +91,7 @@ class EvalContext:
                 found = True
                 yield pixels[kept], torch.tensor([named[i][0] for i in kept])
         if not found:
-            what = f"no validation caption of {self.data.path} is the name of a class"
-            raise ValueError(f"{what}, such as {self.classes[0]!r}; each caption must be a class")
+            raise ValueError(f"no caption of {self.data.path} is a class, such as {self.classes[0]!r}")
 
     def facts(self) -> dict[str, Any]:
         """What identifies the validation images."""

@@ -58,5 +58,4 @@ def gaussian_filter(pixels: Tensor, sigma: float, reach: int) -> Tensor:
 
 def _check(pixels: Tensor, others: Tensor) -> None:
     if pixels.ndim != 4 or pixels.shape != others.shape:
-        shapes = f"{tuple(pixels.shape)} and {tuple(others.shape)}"
-        raise ValueError(f"expected two equal shapes (B, C, H, W), got {shapes}")
+        raise ValueError(f"expected two equal shapes (B, C, H, W), got {[*pixels.shape]}, {[*others.shape]}")

@@ -41,8 +41,7 @@ class ReportContext:
     def __init__(self, args: ReportArgs):
         self.args, path = args, args.run
         if not path.exists():
-            make = "give a run's folder, or make one: python scripts/quickstart.py"
-            raise ValueError(f"nothing at {path}; {make}")
+            raise ValueError(f"nothing at {path}; give a run's folder, or make one: scripts/quickstart.py")
         self.root = path if path.is_dir() else path.parent
         folders = [path, *sorted(child for child in path.glob("*") if child.is_dir())]
         runs = [run for folder in folders if (run := _run(folder))]

@@ -223,8 +223,8 @@ def versions(context: ReportContext) -> Items:
             if values := [value for _, value in metric_points(run.lines, name)]:
                 rows.append((f"{kind}: {name}, median of the log", float(np.median(values))))
     system = f"{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}"
-    devices = f"{os.cpu_count()}, {torch.cuda.device_count()}"
-    yield Table([*rows, ("this page", system), ("processors, GPUs", devices)])
+    rows += [("this page", system), ("processors, GPUs", f"{os.cpu_count()}, {torch.cuda.device_count()}")]
+    yield Table(rows)
 
 
 EVALUATE = "python scripts/evaluate.py --model runs/quickstart/model --json runs/quickstart/evaluation.json"

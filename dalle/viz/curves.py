@@ -68,9 +68,8 @@ def plot_curves(
 def plot_losses(runs: Mapping[str, Path]) -> Image.Image:
     """A panel for each loss of each run, {kind: directory} of "dvae", "transformer", "clip"."""
     logs = {kind: {kind: read_lines(folder)} for kind, folder in runs.items()}
-    return figure_image(
-        metrics_figure([(f"{kind}: {name}", name, logs[kind]) for kind in runs for name in CURVES[kind]])
-    )
+    panels = [(f"{kind}: {name}", name, logs[kind]) for kind in runs for name in CURVES[kind]]
+    return figure_image(metrics_figure(panels))
 
 
 def metrics_figure(

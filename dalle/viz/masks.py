@@ -64,8 +64,7 @@ def plot_receptive_field(
 def query_at(layout: TokenLayout, row: int, column: int) -> int:
     """The position that predicts the image token at (row, column)."""
     if not (0 <= row < layout.rows and 0 <= column < layout.columns):
-        size = f"{layout.rows} x {layout.columns}"
-        raise ValueError(f"position must be in the {size} grid, got ({row}, {column})")
+        raise ValueError(f"({row}, {column}) is not in the grid of {layout.rows} x {layout.columns} tokens")
     return layout.text_len + row * layout.columns + column
 
 

@@ -175,10 +175,10 @@ def attend(dalle, *shape: int, **options) -> Image.Image:
 @pytest.mark.parametrize(
     ("plot", "message"),
     [
-        (lambda dalle: viz.plot_receptive_field("row", FIGURE_11, 4, 0), "4 x 4 grid"),
+        (lambda dalle: viz.plot_receptive_field("row", FIGURE_11, 4, 0), "grid of 4 x 4"),
         (lambda dalle: viz.plot_mask("rows"), "unknown attention kind"),
         (lambda dalle: viz.plot_mask("row", cell=0), "cell must be"),
-        (lambda dalle: attend(dalle, 1, 16, positions=[(0, 4)]), "4 x 4 grid"),
+        (lambda dalle: attend(dalle, 1, 16, positions=[(0, 4)]), "grid of 4 x 4"),
         (lambda dalle: attend(dalle, 1, 16, layers=[2]), "layers must be from 0 to 1"),
         (lambda dalle: attend(dalle, 2, 16), "at most 16"),
         (lambda dalle: attend(dalle, 1, 9), "9 tokens do not fill a grid"),
