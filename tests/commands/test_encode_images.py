@@ -15,6 +15,7 @@ from dalle.data.token_cache import shard_name
 from dalle.runs import encoding
 from dalle.runs.encoding import Encoder, resolve_part
 from dalle.types import BadSample, ImageTextBatch, ImageTokenizer
+from tests.data.test_token_cache import contents
 
 
 class Brightness(nn.Module):
@@ -62,10 +63,6 @@ def grays(monkeypatch) -> SimpleNamespace:
 
     found.run = run
     return found
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_any_image_tokenizer_encodes(grays, tmp_path):

@@ -150,18 +150,14 @@ def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
         try:
             names = [name.strip() for name in next(rows, [])]
         except csv.Error as error:
-            raise ValueError(
-                f"the first line of {file} must name the columns; it is unreadable: {error}"
-            ) from None
+            raise ValueError(f"the first line of {file} must name the columns; it has {error}") from None
         check_column_names(names, str(file))
         while True:
             try:
                 for row in filter(None, rows):
                     if len(row) == len(names):
-                        yield (
-                            rows.line_num,
-                            dict(zip(names, map(_unquote, row) if tabs else row, strict=True)),
-                        )
+                        fields = map(_unquote, row) if tabs else row
+                        yield rows.line_num, dict(zip(names, fields, strict=True))
                     else:
                         yield rows.line_num, f"{len(row)} fields, the header has {len(names)}"
                 return
