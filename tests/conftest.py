@@ -3,14 +3,16 @@
 import os
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -206,3 +208,16 @@ def change_meta() -> Callable[..., None]:
         write_checksums(checkpoint, file_hashes(checkpoint, files))
 
     return change
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The system's Chromium as a browser of playwright; skips the test where there is none."""
+    driver = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("the browser tests need a Chromium on the path")
+    with driver.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -23,7 +23,6 @@ from dalle.commands.sample import SampleArgs, sample
 from dalle.pipelines import best_of_n
 from dalle.pipelines.dalle import DALLE
 from dalle.sampling import SamplingConfig
-from tests.helpers.browser import open_chromium
 
 httpx = pytest.importorskip("httpx", reason="comes with gradio")
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:gradio")
@@ -224,12 +223,6 @@ class TestServer:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ImportError, match=r"zeroshot-text2image\[app\]"):
             app(AppArgs(chain / "model"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with open_chromium() as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from dalle.hub.registry import LoadedModel
 from dalle.io.files import read_json, write_json
 from dalle.report.page import Table, Text, curve_figure, image_figure, render
 from dalle.report.sections import SECTIONS, settings
-from tests.helpers.browser import open_chromium
 
 HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>\'"&\ud800'
 NAMES = [title.split()[0].lower() for title, *_ in SECTIONS]
@@ -267,22 +266,21 @@ def test_long_curves_are_thinned_and_need_a_finite_point():
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (360, "dark")])
-def test_in_a_browser(report, width, scheme):
+def test_in_a_browser(report, browser, width, scheme):
     """Opened offline: no request, no message, every image shown, nothing too wide, readable colors."""
-    with open_chromium() as browser:
-        viewport = {"width": width, "height": 800}
-        context = browser.new_context(viewport=viewport, color_scheme=scheme, offline=True)
-        tab, requests, messages = context.new_page(), [], []
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.on("console", lambda message: messages.append(message.text))
-        tab.on("pageerror", lambda error: messages.append(str(error)))
-        tab.goto(report.resolve().as_uri())
-        tab.wait_for_load_state("networkidle")
-        assert [url for url in requests if not url.startswith("data:")] == [report.resolve().as_uri()]
-        assert messages == []
-        assert tab.evaluate("document.images.length") >= 14
-        assert tab.evaluate("[...document.images].every(one => one.complete && one.naturalWidth)")
-        assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        colors = tab.evaluate("(s => [s.backgroundColor, s.color])(getComputedStyle(document.body))")
-        ground, ink = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in colors)
-        assert (ground - ink if scheme == "light" else ink - ground) > 400
+    viewport = {"width": width, "height": 800}
+    context = browser.new_context(viewport=viewport, color_scheme=scheme, offline=True)
+    tab, requests, messages = context.new_page(), [], []
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("console", lambda message: messages.append(message.text))
+    tab.on("pageerror", lambda error: messages.append(str(error)))
+    tab.goto(report.resolve().as_uri())
+    tab.wait_for_load_state("networkidle")
+    assert [url for url in requests if not url.startswith("data:")] == [report.resolve().as_uri()]
+    assert messages == []
+    assert tab.evaluate("document.images.length") >= 14
+    assert tab.evaluate("[...document.images].every(one => one.complete && one.naturalWidth)")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    colors = tab.evaluate("(s => [s.backgroundColor, s.color])(getComputedStyle(document.body))")
+    ground, ink = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in colors)
+    assert (ground - ink if scheme == "light" else ink - ground) > 400
