@@ -82,12 +82,6 @@ def test_moments_in_uneven_batches_are_numpys_even_far_from_zero():
     assert np.allclose(found.covariance, np.cov(features.double().numpy().T), rtol=1e-9, atol=1e-12)
 
 
-def test_inception_score_of_sure_unsure_and_constant_predictions():
-    assert fid.inception_score(torch.eye(8).repeat(10, 1) * 100, splits=1)[0] == pytest.approx(8)
-    assert fid.inception_score(torch.zeros(20, 5))[0] == pytest.approx(1)
-    assert fid.inception_score(torch.tensor([[9.0, 0, 0]]).repeat(20, 1))[0] == pytest.approx(1)
-
-
 def test_inception_score_is_the_formula_over_shuffled_parts():
     logits = noise(12, 4) * 5
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
@@ -95,6 +89,7 @@ def test_inception_score_is_the_formula_over_shuffled_parts():
     scores = [np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in parts]
     mean, deviation = fid.inception_score(logits, splits=3, seed=3)
     assert (mean, deviation) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
+    assert fid.inception_score(torch.eye(8).repeat(10, 1) * 100, splits=1)[0] == pytest.approx(8)
 
 
 class Corner:
@@ -135,8 +130,7 @@ def test_statistics_are_cached_by_all_that_they_depend_on(tmp_path):
         stats, name = fid.cached_reference_stats(extractor, batches, {"data": data}, tmp_path, (0,))
         return stats[0], name, extractor.calls
 
-    kept, name, calls = cached(1)
-    found, same, none = cached(1)
+    (kept, name, calls), (found, same, none) = cached(1), cached(1)
     assert (calls, none, found.count, same) == (3, 0, 12, name)
     assert torch.equal(kept.covariance, found.covariance)
     (file,) = tmp_path.iterdir()
@@ -144,9 +138,7 @@ def test_statistics_are_cached_by_all_that_they_depend_on(tmp_path):
     file.write_bytes(whole[:50])
     assert cached(1)[2] == 3  # a damaged file is computed again
     assert file.read_bytes() == whole
-    _, another, calls = cached(2)
-    assert another != name
-    assert calls == 3
+    assert cached(2)[1] != name
 
 
 @pytest.mark.parametrize(
