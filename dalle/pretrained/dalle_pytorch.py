@@ -10,11 +10,9 @@ Heads and kinds of layers are in the file's `hparams`. Versions before 1.6 diffe
     B batch, n inputs of this call, N image tokens, D width, W columns
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import cycle, islice
 from math import isqrt
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -219,7 +217,12 @@ RENAMES = {
 
 def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DallePytorchConfig:
     """Sizes from the file's hyper-parameters and the shapes; ValueError for what is not supported."""
-    hparams = _hparams(found.tree)
+    hparams = found.tree.get("hparams") if isinstance(found.tree, dict) else None
+    if not isinstance(hparams, dict):
+        raise ValueError("it has no hparams, which name heads and kinds of layers")
+    if not str(version := found.tree.get("version")).startswith(VERSION):
+        which = f"version {version!s:.20}" if version else "a version before 1.0 (it names none)"
+        raise ValueError(f"it is of {which}; only {VERSION}x is supported")
     text_len, depth, width = (hparam(hparams, name) for name in ("text_seq_len", "depth", "dim"))
     text_vocab = hparam(hparams, "num_text_tokens", 10000)
     layers = sum(name.endswith(".attention.scale") for name in shapes)
@@ -247,17 +250,6 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DallePytorchConfi
         stable=bool(hparams.get("stable", False)),
         shared=bool(hparams.get("share_input_output_emb", False)),
     )
-
-
-def _hparams(tree: Any) -> Mapping[str, Any]:
-    hparams = tree.get("hparams") if isinstance(tree, dict) else None
-    if not isinstance(hparams, dict):
-        raise ValueError("it has no hparams, which name heads and kinds of layers")
-    version = tree.get("version")
-    if not str(version).startswith(VERSION):
-        which = f"version {version!s:.20}" if version else "a version before 1.0 (it names none)"
-        raise ValueError(f"it is of {which}; only {VERSION}x is supported")
-    return hparams
 
 
 FAMILY = CheckpointFormat(

@@ -5,8 +5,7 @@ lost. A tensor that is neither in the model nor on the format's list of ignored 
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -92,7 +91,7 @@ def compare_keys(found: DetectedCheckpoint) -> KeyComparison:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
         config = family.infer_config(shapes, found)
-        with meta_init():
+        with torch.device("meta"), SkipRandomInit():
             model = family.build(config)
     except KeyError as error:
         raise ValueError(f"it lacks {error.args[0]}") from None
@@ -132,14 +131,7 @@ def load_weights(found: DetectedCheckpoint) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-@contextmanager
-def meta_init() -> Iterator[None]:
-    """Modules made here have shapes and no numbers."""
-    with torch.device("meta"), _SkipRandomInit():
-        yield
-
-
-class _SkipRandomInit(TorchFunctionMode):
+class SkipRandomInit(TorchFunctionMode):
     """Omits random initialization, for which torch imports 900 modules even on the meta device."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

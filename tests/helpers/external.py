@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dalle.pretrained.external_transformer import ExternalLayout, ExternalTransformer
-from dalle.pretrained.family import DetectedCheckpoint, compare_keys, meta_init
+from dalle.pretrained.family import DetectedCheckpoint, SkipRandomInit, compare_keys
 from dalle.sampling import candidate_noise
 from dalle.transformer.generate import cast_linear_weights, generate, inference_autocast, quantize_int8
 
@@ -61,7 +61,7 @@ def check_published(
     family, path: Path, weights: dict, config, parameters: int, masks: dict | None = None
 ) -> None:
     """A file with the names of `weights` and the shapes of a configuration has that configuration."""
-    with meta_init():
+    with torch.device("meta"), SkipRandomInit():
         state = family.build(config).state_dict()
     names = family.rename(weights)
     assert len(names) == len(state)

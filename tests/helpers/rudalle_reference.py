@@ -67,12 +67,8 @@ def make_weights(
     for end in ("weight", "bias"):
         state[f"{at}.attention.dense.{end}"] *= gain
     state.norm("transformer.final_layernorm", WIDTH)
-    return dict(state) | make_masks(version, "" if at_top else "transformer.")
-
-
-def make_masks(version: str, prefix: str = "transformer.") -> State:
-    """The buffers of a file."""
-    return {f"{prefix}{mask}": table(mask, version).clone() for mask in MASKS}
+    prefix = "" if at_top else "transformer."
+    return dict(state) | {f"{prefix}{mask}": table(mask, version).clone() for mask in MASKS}
 
 
 @cache

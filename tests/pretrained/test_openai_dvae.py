@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dalle.dvae import DVAE
 from dalle.hub.registry import weights_hash
-from dalle.pretrained.family import DetectedCheckpoint, compare_keys, meta_init
+from dalle.pretrained.family import DetectedCheckpoint, SkipRandomInit, compare_keys
 from dalle.pretrained.load import detect_checkpoint, load_image_tokenizer
 from dalle.pretrained.openai_dvae import FAMILY
 from dalle.runs.inputs import load_dvae_input
@@ -79,7 +79,7 @@ def test_the_published_size_is_recognized():
         for block in (1, 2):
             name = f"encoder.blocks.group_{group}.block_{block}.res_path.conv_4.w"
             shapes[name] = (width, width // 4, 1, 1)
-    with meta_init():
+    with torch.device("meta"), SkipRandomInit():
         model = DVAE(FAMILY.infer_config(shapes, None))
     tensors = model.state_dict()
     assert [sum(name.startswith(half) for name in tensors) for half in ("encoder", "decoder")] == [74, 76]
