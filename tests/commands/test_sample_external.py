@@ -26,16 +26,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def external(files: Path, tmp_path: Path) -> dict:
     """Fields of SampleArgs for the external transformer."""
-    return {
-        "prompt": "a b",
-        "model": files / "dalle.pt",
-        "text_tokenizer": files / "tokenizer.json",
-        "device": "cpu",
-        "best_of": 2,
-        "num_images": 1,
-        "sampling": SamplingConfig(batch_size=2),
-        "out": tmp_path / "out",
-    }
+    options = {"prompt": "a b", "model": files / "dalle.pt", "text_tokenizer": files / "tokenizer.json"}
+    options |= {"device": "cpu", "best_of": 2, "num_images": 1, "sampling": SamplingConfig(batch_size=2)}
+    return options | {"out": tmp_path / "out"}
 
 
 def test_an_external_transformer_is_sampled_and_ranked(files: Path, external: dict) -> None:
