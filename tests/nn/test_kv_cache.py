@@ -8,9 +8,9 @@ from dalle.masks import KINDS, dense_mask
 from dalle.nn.kv_cache import KVCacheLayout, kv_cache_bytes
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.sizes import cache_bytes
+from tests.helpers.small_transformer import SMALL
 
 GRIDS = [(1, 3), (4, 4), (2, 5), (5, 3), (3, 8)]
-TINY = {"heads": 2, "head_dim": 8, "text_len": 6, "text_vocab": 11, "image_vocab": 13, "conv_kernel": 3}
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -37,7 +37,7 @@ def test_at_paper_size_a_step_reads_33_or_32_or_192_keys():
 @pytest.mark.parametrize("full_attention_every", [None, 3])
 @pytest.mark.parametrize("grid", GRIDS[1:], ids=str)
 def test_memory_by_formula_is_memory_as_measured(grid, full_attention_every, dtype):
-    config = TransformerConfig(depth=4, grid=grid, full_attention_every=full_attention_every, **TINY)
+    config = TransformerConfig(depth=4, grid=grid, full_attention_every=full_attention_every, **SMALL)
     model = Transformer(config).to(dtype)
     caches = model.init_kv_caches(3, 5)
     keys = torch.zeros(3, 2, config.text_len + 1, 8, dtype=dtype)
@@ -54,7 +54,7 @@ def test_a_candidate_of_the_papers_model_takes_288_megabytes():
 
 
 def test_a_cache_does_not_grow():
-    config = TransformerConfig(depth=4, grid=(4, 4), **TINY)
+    config = TransformerConfig(depth=4, grid=(4, 4), **SMALL)
     for cache in Transformer(config).init_kv_caches(2, 3):
         before, states = cache.image.data_ptr(), torch.ones(4, 3, 8)
         for position in range(16):
