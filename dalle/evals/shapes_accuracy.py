@@ -58,14 +58,13 @@ def caption_accuracy(
     samples = generate_samples(model, texts, best_of, chunk, seed, temperature)
     repeated = [text for text in texts for _ in range(best_of)]
     correct = matches_caption(samples.pixels.flatten(0, 1), repeated).reshape(count, best_of)
-    rows = np.arange(count)
     scores = {
         "acc_real": matches_caption(pixels, texts).mean(),
         "acc_mismatched": matches_caption(pixels, mismatched).mean(),
         "acc_reconstruction": matches_caption(decoded, texts).mean(),
         "acc_first": correct[:, 0].mean(),
-        f"acc_best_of_{best_of}": correct[rows, samples.best].mean(),
-        f"acc_random_of_{best_of}": correct[rows, rng.integers(best_of, size=count)].mean(),
+        f"acc_best_of_{best_of}": correct[range(count), samples.best].mean(),
+        f"acc_random_of_{best_of}": correct[range(count), rng.integers(best_of, size=count)].mean(),
         f"acc_oracle_of_{best_of}": correct.any(axis=1).mean(),
         "acc_chance": matches_caption(samples.first(), np.roll(texts, 1).tolist()).mean(),
     }

@@ -57,8 +57,7 @@ def stored_samples(context: ReportContext) -> Items:
     for folder in context.samples[-3:]:
         if not (folder / "sample.json").is_file():
             yield Text(folder.name, heading=True)
-            alt = "the best image of each of the first captions"
-            yield image_figure(load_image(folder / "sheet.png"), alt)
+            yield image_figure(load_image(folder / "sheet.png"), "the best image of each caption")
             continue
         record = read_json(folder / "sample.json")
         yield Text(record["prompt"], heading=True)

