@@ -30,7 +30,6 @@ PEAK_FLOPS = {  # dense, 16 bit with fp32 sums, by the data sheets; the first ma
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-LOGGERS = ("tensorboard", "wandb")
 TIMEOUT_MINUTES = 15.0
 """Longest wait for the other processes in a step: longer than a data worker may take (10 minutes)."""
 
@@ -160,7 +159,7 @@ class LogConfig:
     """Peak FLOP/s of the device in the run's precision, for MFU; default: known for common GPUs."""
 
     def __post_init__(self):
-        if unknown := sorted(set(self.loggers) - set(LOGGERS)):
+        if unknown := sorted(set(self.loggers) - {"tensorboard", "wandb"}):
             raise ValueError(f"unknown logger {unknown[0]!r}; expected tensorboard or wandb")
         check_positive(self, "peak_flops")
 

@@ -187,7 +187,6 @@ class Distributed(AbstractContextManager):
 
     def gather_results(self, function: Callable[[], T]) -> list[T]:
         """What the function returns in each process; an error in one is raised in all, after all calls."""
-        outcome: tuple[Any, Exception | None]
         try:
             outcome = function(), None
         except Exception as error:

@@ -48,9 +48,8 @@ def rounded(x: Tensor, form: FloatFormat, saturate: bool = False) -> Tensor:
     """
     x = x if form.signed else x.clamp(min=0)
     _, exponent = torch.frexp(x)  # |x| = f 2^exponent, f in [1/2, 1)
-    unit = (exponent - 1).clamp(
-        1 - form.bias, 127
-    ) - form.significand  # log2 of the distance between neighbours
+    # log2 of the distance between neighbours
+    unit = (exponent - 1).clamp(1 - form.bias, 127) - form.significand
     near = (x * _two_to(-unit)).round() * _two_to(unit)
     near = torch.where(x.isfinite(), near, x)
     if saturate:
