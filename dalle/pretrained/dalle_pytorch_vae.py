@@ -31,8 +31,8 @@ class DiscreteVAEConfig:
     width: int
     vocab_size: int
     codebook_dim: int
-    means: tuple[float, ...] = HALF[0]  # subtracted from each channel of an image
-    deviations: tuple[float, ...] = HALF[1]  # divisor of each channel
+    means: tuple[float, ...]  # subtracted from each channel of an image
+    deviations: tuple[float, ...]  # divisor of each channel
 
 
 def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DiscreteVAEConfig:
@@ -42,12 +42,12 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DiscreteVAEConfig
     if not levels:
         raise ValueError("the encoder has no level")
     vocab_size, codebook_dim = shapes["codebook.weight"]
-    hparams = found.tree.get("hparams") if isinstance(found.tree, dict) else None
-    width = shapes["encoder.0.0.weight"][0]
-    return DiscreteVAEConfig(levels, blocks, width, vocab_size, codebook_dim, *_normalization(hparams))
+    sizes = levels, blocks, shapes["encoder.0.0.weight"][0], vocab_size, codebook_dim
+    return DiscreteVAEConfig(*sizes, *_normalization(found.tree))
 
 
-def _normalization(hparams: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalization(tree: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    hparams = tree.get("hparams") if isinstance(tree, dict) else None
     given = hparams.get("normalization", HALF) if isinstance(hparams, dict) else HALF
     if given is None:
         return (0.0,) * 3, (1.0,) * 3

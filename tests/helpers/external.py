@@ -57,19 +57,17 @@ def check_sampling(model: ExternalTransformer, text: Tensor, image: Tensor, read
             assert 0 < away.norm() < 0.1 * exact.norm()
 
 
-def check_published(
-    family, path: Path, weights: dict, config, parameters: int, masks: dict | None = None
-) -> None:
-    """A file with the names of `weights` and the shapes of a configuration has that configuration."""
+def check_published(family, path: Path, names, config, parameters: int | None = None, masks=None) -> None:
+    """A file with these names and the shapes of a configuration has that configuration."""
     with torch.device("meta"), SkipRandomInit():
         state = family.build(config).state_dict()
-    names = family.rename(weights)
+    names = family.rename(names)
     assert len(names) == len(state)
     tensors = {name: torch.empty(state[ours].shape, device="meta") for name, ours in names.items()}
     comparison = compare_keys(DetectedCheckpoint(path, family, tensors | (masks or {})))
     comparison.check("published")
     assert comparison.config == config
-    assert sum(p.numel() for p in comparison.model.parameters()) == parameters
+    assert parameters in (None, sum(p.numel() for p in comparison.model.parameters()))
 
 
 def make_open_clip(embed_dim: int = 16, layers: int | tuple = 1, patch_size: int | None = 16, side: int = 32):

@@ -10,6 +10,7 @@ from dalle.pretrained.openai_clip import build, infer_config, load_scorer
 from tests.helpers.external import OPENAI_CLIP, make_open_clip
 
 open_clip = pytest.importorskip("open_clip")
+PIXELS = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 CAPTION = "a red circle above a blue square"
 
 
@@ -24,15 +25,10 @@ def towers():
 
 
 @pytest.fixture(scope="module")
-def pixels():
-    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def expected(towers, pixels):
+def expected(towers):
     constants = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     mean, std = (torch.tensor(values)[:, None, None] for values in constants)
-    image = towers.encode_image((pixels - mean) / std, normalize=True)
+    image = towers.encode_image((PIXELS - mean) / std, normalize=True)
     ids = open_clip.SimpleTokenizer(context_length=16)([CAPTION])
     return (image @ towers.encode_text(ids, normalize=True).T)[:, 0].detach()
 
@@ -40,25 +36,25 @@ def expected(towers, pixels):
 @pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"
 )
-def test_a_torchscript_archive_as_openai_publishes(tmp_path, towers, pixels, expected):
+def test_a_torchscript_archive_as_openai_publishes(tmp_path, towers, expected):
     published = copy.deepcopy(towers)
     published.attn_mask = None  # no buffer of OpenAI's
     for name, number in OPENAI_CLIP.items():
         vars(published).pop(name, None)
         published.register_buffer(name, number)
-    traced = torch.jit.trace_module(published, {"encode_image": pixels[:1]})
+    traced = torch.jit.trace_module(published, {"encode_image": PIXELS[:1]})
     torch.jit.save(traced, tmp_path / "ViT.pt")
     assert detect_checkpoint(tmp_path / "ViT.pt").family.name == "OpenAI CLIP"
     scorer = load_scorer(tmp_path / "ViT.pt")
-    torch.testing.assert_close(scorer.score(pixels, CAPTION), expected)
+    torch.testing.assert_close(scorer.score(PIXELS, CAPTION), expected)
 
 
-def test_state_dicts_of_openai(tmp_path, towers, pixels, expected):
+def test_state_dicts_of_openai(tmp_path, towers, expected):
     published = towers.state_dict() | OPENAI_CLIP
     torch.save(published, tmp_path / "clip.pt")
     scorer = load_scorer(tmp_path / "clip.pt")
-    torch.testing.assert_close(scorer.score(pixels, CAPTION), expected)
-    image = pixels[:1].clone().requires_grad_()
+    torch.testing.assert_close(scorer.score(PIXELS, CAPTION), expected)
+    image = PIXELS[:1].clone().requires_grad_()
     scorer.score(image, "a " * 40).sum().backward()
     assert image.grad.abs().sum() > 0
     assert scorer.truncated == 1
@@ -70,19 +66,19 @@ def test_state_dicts_of_openai(tmp_path, towers, pixels, expected):
     torch.save(half, tmp_path / "clip.pt")
     scorer = load_scorer(tmp_path / "clip.pt")
     assert {p.dtype for p in scorer.model.parameters()} == {torch.float32}
-    torch.testing.assert_close(scorer.score(pixels, CAPTION), expected, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(scorer.score(PIXELS, CAPTION), expected, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_open_clip_needs_its_activation(tmp_path, towers, pixels, expected, prefix):
+def test_open_clip_needs_its_activation(tmp_path, towers, expected, prefix):
     state = {prefix + name: tensor for name, tensor in towers.state_dict().items()}
     torch.save({"epoch": 1, "name": "run", "state_dict": state, "optimizer": {}}, tmp_path / "epoch_1.pt")
     with pytest.raises(ValueError, match="does not hold its activation"):
         load_scorer(tmp_path / "epoch_1.pt")
     torch.testing.assert_close(
-        load_scorer(tmp_path / "epoch_1.pt", quick_gelu=True).score(pixels, CAPTION), expected
+        load_scorer(tmp_path / "epoch_1.pt", quick_gelu=True).score(PIXELS, CAPTION), expected
     )
-    other = load_scorer(tmp_path / "epoch_1.pt", quick_gelu=False).score(pixels, CAPTION)
+    other = load_scorer(tmp_path / "epoch_1.pt", quick_gelu=False).score(PIXELS, CAPTION)
     assert (other - expected).abs().max() > 1e-4
 
 

@@ -349,8 +349,6 @@ def test_sizes_beyond_the_file_are_refused(tmp_path, count, offset, shape, strid
 def test_a_legacy_file_that_claims_more_than_it_has_is_refused(tmp_path):
     torch.save({"a": torch.zeros(4)}, tmp_path / "file.pt", _use_new_zipfile_serialization=False)
     content = (tmp_path / "file.pt").read_bytes()
-    claim = b"cpuq\x06K\x04"
-    assert claim in content
-    (tmp_path / "file.pt").write_bytes(content.replace(claim, b"cpuq\x06J\xff\xff\xff\x7f"))
+    (tmp_path / "file.pt").write_bytes(content.replace(b"cpuq\x06K\x04", b"cpuq\x06J\xff\xff\xff\x7f"))
     with pytest.raises(ValueError, match=f"a storage of {4 * 2147483647} bytes"):
         read_torch_file(tmp_path / "file.pt")
