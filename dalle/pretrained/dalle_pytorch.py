@@ -170,10 +170,8 @@ class DallePytorch(ExternalTransformer):
         return x if self.config.rotary else x + self.text_position.weight[: text.shape[1]]
 
     def embed_image(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        if self.config.shared:
-            x = F.embedding(tokens + self.layout.image_offset, self.to_logits.weight)
-        else:
-            x = self.image_embedding(tokens)
+        weight, offset = self.to_logits.weight, self.layout.image_offset
+        x = F.embedding(tokens + offset, weight) if self.config.shared else self.image_embedding(tokens)
         if self.config.rotary:
             return x
         rows, columns = (part.flatten(0, 2) for part in self.image_position)
