@@ -9,10 +9,13 @@ from torch import nn
 
 from dalle.io.files import read_json
 from dalle.pipelines.dalle import DALLE
-from dalle.pretrained import dalle_pytorch, mindalle, openai_clip, openai_dvae, rudalle, vqgan
+from dalle.pretrained import openai_clip, openai_dvae, vqgan
 from dalle.pretrained.archive import extract, is_archive
-from dalle.pretrained.dalle_pytorch_vae import DISCRETE_VAE
+from dalle.pretrained.dalle_pytorch import model as dalle_pytorch
+from dalle.pretrained.dalle_pytorch.vae import DISCRETE_VAE
 from dalle.pretrained.family import DetectedCheckpoint, count_matches, load_weights
+from dalle.pretrained.mindalle import model as mindalle
+from dalle.pretrained.rudalle import model as rudalle
 from dalle.pretrained.torch_file import SavedFile, read_torch_file, weights_of
 from dalle.text import BPETokenizer
 from dalle.types import ImageTokenizer, Scorer

@@ -16,7 +16,7 @@ from dalle.pretrained.load import (
     load_image_tokenizer,
     load_transformer,
 )
-from dalle.pretrained.mindalle import (
+from dalle.pretrained.mindalle.model import (
     CONFIG,
     FAMILY,
     FILES,

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dalle.commands.sample import SampleArgs, sample
-from dalle.pretrained import rudalle
 from dalle.pretrained.load import load_external_pipeline, load_image_tokenizer, load_transformer
-from dalle.pretrained.rudalle import FAMILY, RudalleConfig, lowercase
+from dalle.pretrained.rudalle import model as rudalle
+from dalle.pretrained.rudalle.model import FAMILY, RudalleConfig, lowercase
 from dalle.text import TextTokenizerConfig, load_text_tokenizer, train_text_tokenizer
 from tests.helpers import rudalle_reference as reference
 from tests.helpers.external import check_logits, check_published, check_sampling

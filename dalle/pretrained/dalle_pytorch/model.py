@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dalle.nn.blocks import FP32LayerNorm
 from dalle.nn.kv_cache import KVCache
-from dalle.pretrained.dalle_pytorch_vae import LICENSE
+from dalle.pretrained.dalle_pytorch.vae import LICENSE
 from dalle.pretrained.external_blocks import MLP, Layer, SandwichBlock
 from dalle.pretrained.external_transformer import ExternalConfig, ExternalLayout, ExternalTransformer
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, hparam

@@ -1,0 +1,1 @@
+"""DALLE-pytorch (lucidrains)."""

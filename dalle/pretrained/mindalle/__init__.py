@@ -1,0 +1,1 @@
+"""minDALL-E (Kakao Brain)."""

@@ -1,0 +1,1 @@
+"""ruDALL-E (Sber)."""
