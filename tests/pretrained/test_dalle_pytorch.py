@@ -141,6 +141,14 @@ def test_the_vae_alone(tmp_path):
         load_image_tokenizer(tmp_path / "vae.pt")
 
 
+def test_inspection(tmp_path):
+    path, weights = write(tmp_path)
+    report = inspect_checkpoint(InspectCheckpointArgs(path))
+    assert (report["family"], report["kind"], report["fits"]) == ("DALLE-pytorch", "transformer", True)
+    assert report["sizes"]["kinds"][:2] == ["full", "axial_row"]
+    assert set(report["ignored"]) == {name for name in weights if name.startswith("vae.")}
+
+
 def before_scales(file):
     """As versions 0.x wrote it: no version, and no LayerScale around a path."""
     for name in ("version", "vae_class_name", "opt_state", "scheduler_state"):

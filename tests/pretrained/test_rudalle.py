@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dalle.commands.inspect_checkpoint import InspectCheckpointArgs, inspect_checkpoint
 from dalle.commands.sample import SampleArgs, sample
 from dalle.pretrained.load import load_external_pipeline, load_image_tokenizer, load_transformer
 from dalle.pretrained.rudalle import model as rudalle
@@ -150,6 +151,28 @@ def masks_of_the_published(version):
 
 def set_last(name):
     return lambda weights: weights[name].__setitem__((-1, TEXT), 1)
+
+
+@pytest.mark.parametrize(
+    ("depth", "columns", "last"), [(24, 6, "square"), (64, 16, "square"), (6, 2, "column"), (1, 0, "square")]
+)
+def test_kinds_of_layers(depth, columns, last):
+    kinds = RudalleConfig(depth=depth).kinds
+    assert (kinds.count("column"), kinds[-1]) == (columns, last)
+    assert kinds.count("square") == int(last == "square")
+
+
+def test_inspection(tmp_path):
+    weights = make_weights("v2")
+    report = inspect_checkpoint(InspectCheckpointArgs(save(tmp_path, weights)))
+    assert (report["family"], report["kind"], report["fits"]) == ("ruDALL-E", "transformer", True)
+    assert report["sizes"]["version"] == "v2"
+    assert "Apache-2.0" in report["license"]
+    assert len(report["ignored"]) == 3
+    path = save(tmp_path, weights | {"to_logits.0.bias": torch.ones(WIDTH, dtype=torch.bool)})
+    report = inspect_checkpoint(InspectCheckpointArgs(path))
+    assert not report["fits"]
+    assert report["wrong_dtype"] == ["final.1.bias: torch.bool, not torch.float32"]
 
 
 LAYER = "transformer.layers.1"

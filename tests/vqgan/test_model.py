@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from dalle.evals.reconstruction import run as evaluate_dvae
+from dalle.hub.registry import weights_hash
 from dalle.pretrained.family import SkipRandomInit
 from dalle.pretrained.load import detect_checkpoint, load_image_tokenizer
 from dalle.pretrained.vqgan import GUMBEL, TAMING
+from dalle.runs.inputs import load_dvae_input
 from dalle.types import ImageTokenizer
 from dalle.vqgan import VQGAN, VQGANConfig
 from tests.helpers.external import check_published
@@ -159,6 +161,13 @@ def test_the_published_gumbel_is_recognized():
     assert GUMBEL.matches(names)
     assert not TAMING.matches(names)
     check_published(GUMBEL, Path("published"), names, config)
+
+
+def test_the_encode_stage_takes_one(tmp_path):
+    torch.save({"state_dict": make_state()}, tmp_path / "last.ckpt")
+    tokenizer, weights = load_dvae_input(tmp_path / "last.ckpt", torch.device("cpu"))
+    assert weights == weights_hash(tokenizer)
+    assert tokenizer.encode(PIXELS).shape == (2, 24)
 
 
 TAMING_FILE, WAVELETS = make_state(), with_wavelets(make_state(gumbel=True), "model.")
