@@ -4,6 +4,7 @@ import os
 import runpy
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -28,6 +30,7 @@ from dalle.hub.registry import load_model
 from dalle.io.files import CHECKSUMS, file_hashes, read_json, write_checksums, write_json
 from dalle.pipelines import best_of_n
 from dalle.pipelines.dalle import DALLE
+from tests.helpers.hub_server import running
 
 PROJECT = Path(__file__).parents[1]
 PROMPT = "a red cross above a blue circle on a white background"
@@ -221,3 +224,30 @@ def browser() -> Iterator[Any]:
         browser = play.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A local Hub for huggingface_hub; nobody is logged in, the cache is empty."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    constants = huggingface_hub.constants
+    with running() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield server
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any use of the network fails."""
+
+    refuse = Mock(side_effect=AssertionError("the network was used"))
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)

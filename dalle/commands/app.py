@@ -33,6 +33,8 @@ class AppArgs:
     """Address to listen at; 0.0.0.0 admits the whole network, without a password."""
     port: int = 7860
     """Port to listen at; 0 takes a free one."""
+    share: bool = False
+    """Ask Gradio's server for a public address; anyone who knows it can sample."""
     max_caption: int = 1000
     """Characters of a caption at most."""
     max_images: int = 16
@@ -68,7 +70,7 @@ def app(args: AppArgs) -> None:
     with TemporaryDirectory(prefix="dalle-app-") as folder:
         page = launch(args, model, folder)
         try:
-            print(f"{page.local_url} samples from {args.model}; Ctrl-C ends it", flush=True)
+            print(f"{page.share_url or page.local_url} samples from {args.model}; Ctrl-C ends it", flush=True)
             page.block_thread()
         finally:
             page.close(verbose=False)
@@ -84,7 +86,7 @@ def launch(args: AppArgs, model: "DALLE", folder: str) -> Any:
         page.launch(
             server_name=args.host,
             server_port=args.port or None,
-            share=False,
+            share=args.share,
             prevent_thread_lock=True,
             quiet=True,
             footer_links=[],

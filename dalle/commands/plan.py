@@ -28,6 +28,14 @@ class PlanOptions:
     """GPUs in all."""
     gpu: Literal[*GPUS] = "h100"
     """Their model."""
+    max_memory_gib: float | None = None
+    """Memory of one GPU, for a model that is not listed."""
+    peak_flops: float | None = None
+    """FLOP/s of one GPU in the precision of the training, for a model that is not listed."""
+    intra_node_gbps: float | None = None
+    """GB/s that a GPU sends within its node, for a model that is not listed."""
+    inter_node_gbps: float | None = None
+    """GB/s that a GPU sends to other nodes, for a model that is not listed."""
     gpus_per_node: int | None = None
     """GPUs of a node; the manufacturer's by default."""
     mfu: float = 0.4
@@ -45,6 +53,18 @@ class PlanOptions:
             value = getattr(self, name)
             if isinstance(value, int | float) and not value > 0:
                 raise ValueError(f"{name.replace('_', '-')} must be positive, got {value}")
+
+    def hardware(self) -> GPU:
+        """The GPU with the numbers that the options override."""
+        changes = {
+            "memory": self.max_memory_gib,
+            "fp32": self.peak_flops,
+            "half": self.peak_flops,
+            "inside": self.intra_node_gbps and self.intra_node_gbps * 1e9,
+            "between": self.inter_node_gbps and self.inter_node_gbps * 1e9,
+            "per_node": self.gpus_per_node,
+        }
+        return replace(GPUS[self.gpu], **{name: value for name, value in changes.items() if value})
 
 
 @dataclass(frozen=True)
@@ -72,9 +92,7 @@ def plan_training(kind: str, args: Any) -> dict[str, Any]:
 
     if args.json:
         make_directory(args.json.parent)
-    gpu, train = GPUS[args.gpu], args.train
-    if args.gpus_per_node:
-        gpu = replace(gpu, per_node=args.gpus_per_node)
+    gpu, train = args.hardware(), args.train
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if gpu.bf16 else "fp32"

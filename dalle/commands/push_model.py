@@ -30,6 +30,8 @@ class PushModelArgs:
     """Make a new repository private."""
     revision: str | None = None
     """Branch; main unless given."""
+    message: str = "Upload of a model directory"
+    """Of the commit."""
     dry_run: bool = False
     """List the files with their sizes and print the card; nothing is uploaded, no login is needed."""
 
@@ -55,8 +57,8 @@ def push_model(args: PushModelArgs) -> str | None:
             directory = Path(folder)
             LoadedModel.from_pretrained(args.path).save_pretrained(directory)
         if not args.dry_run:
-            private = args.private or None
-            url = push_to_hub(directory, args.to, args.report, args.license, private, args.revision)
+            about = {"private": args.private or None, "revision": args.revision, "message": args.message}
+            url = push_to_hub(directory, args.to, args.report, args.license, **about)
             print(f"{args.path} is at {url}")
             return url
         card = read_card(directory, args.report, args.license).replace(PLACEHOLDER, args.to or PLACEHOLDER)

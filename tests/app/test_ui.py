@@ -1,13 +1,9 @@
 """Web page: its events and server, over HTTP and in a browser."""
 
 import base64
-import importlib.util
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
 import zipfile
 from dataclasses import replace
@@ -18,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from dalle.commands.app import AppArgs, app, launch
+from dalle.commands.app import AppArgs, launch
 from dalle.commands.sample import SampleArgs, sample
 from dalle.pipelines import best_of_n
 from dalle.pipelines.dalle import DALLE
@@ -215,15 +211,6 @@ class TestServer:
         with pytest.raises(ValueError, match="cannot listen"):
             launch(AppArgs(port=blocks.server_port, device="cpu"), model, str(server.folder))
 
-    def test_without_gradio_or_model_it_does_not_start(self, chain, monkeypatch, tmp_path):
-        with pytest.raises(ValueError, match="which model"):
-            app(AppArgs())
-        with pytest.raises(ValueError, match="no model directory"):
-            app(AppArgs(tmp_path))
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(ImportError, match=r"zeroshot-text2image\[app\]"):
-            app(AppArgs(chain / "model"))
-
 
 @pytest.fixture
 def page(server, browser):
@@ -313,15 +300,3 @@ class TestBrowser:
             page.wait_for_timeout(2000)
         start(page, prompt)
         page.get_by_text("The best 2 of 5 images").wait_for()
-
-
-@pytest.mark.slow
-def test_the_script_serves_and_leaves_nothing_behind(chain, tmp_path):
-    env = os.environ | {"PYTHONPATH": str(PROJECT), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, PROJECT / "scripts/app.py", chain / "model", "--port=0", "--device=cpu"]
-    with subprocess.Popen(words, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as served:
-        assert served.stdout.readline().startswith("http://127.0.0.1:")
-        assert list(tmp_path.glob("dalle-app-*"))
-        served.terminate()
-        assert served.wait(60) == 0
-    assert list(tmp_path.iterdir()) == []

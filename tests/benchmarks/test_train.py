@@ -11,9 +11,7 @@ from torch import nn
 from dalle.benchmarks.attention import benchmark_attention
 from dalle.benchmarks.config import (
     AttentionBenchmark,
-    DataBenchmark,
     MemoryBenchmark,
-    SampleBenchmark,
     TrainBenchmark,
 )
 from dalle.benchmarks.dalle_pytorch import ATTN_TYPES, DallePytorchStep
@@ -114,31 +112,3 @@ def test_attention_is_timed_by_kind_and_summed_over_the_mix():
     assert results["auto"]["total_seconds"] == pytest.approx(total)
     assert results["causal sdpa"]["total_seconds"] == pytest.approx(6 * layer["causal sdpa causal"])
     assert results["sdpa"]["speedup_vs_causal_sdpa"] > 0
-
-
-@pytest.mark.parametrize(
-    ("args_class", "words", "message"),
-    [
-        (TrainBenchmark, {"rounds": 0}, "rounds must be positive"),
-        (TrainBenchmark, {"backends": ()}, "backends must name at least one"),
-        (TrainBenchmark, {"peak_flops": -1.0}, "peak-flops must be positive"),
-        (MemoryBenchmark, {"batch_size": 0}, "batch-size must be positive"),
-        (SampleBenchmark, {"batch": (0,)}, "batch must be positive"),
-        (SampleBenchmark, {"tokens": 1}, "tokens must be 4 to 1024, got 1"),
-        (DataBenchmark, {"num_batches": 0}, "num-batches must be positive"),
-        (DataBenchmark, {"sources": ()}, "sources must name at least one"),
-    ],
-)
-def test_bad_settings_are_refused(args_class, words, message):
-    with pytest.raises(ValueError, match=message):
-        args_class(**words)
-
-
-def test_the_script_runs_a_benchmark_by_name(typed, script, tmp_path):
-    shape = "--model.depth 1 --model.heads 1 --model.head-dim 8 --model.grid 4 4 --model.conv-kernel 3"
-    options = f"--batch 1 --tokens 4 --precision fp32 --device cpu {shape}"
-    assert "time_to_first_token" in typed(f"python scripts/benchmark.py sample {options}", tmp_path)
-    assert script("benchmark", "train", "--backends", "flash9").code == 2
-    failed = script("benchmark", "underflow")
-    assert failed.code == 1
-    assert "train, sample, data, attention, memory" in failed.err

@@ -73,6 +73,13 @@ def test_a_batch_that_does_not_divide_is_refused():
         plan_training("transformer", TransformerPlan(num_gpus=3))
 
 
+def test_an_unlisted_gpu_by_its_numbers():
+    speeds = {"peak_flops": 1e14, "intra_node_gbps": 20, "inter_node_gbps": 1}
+    gpu = TransformerPlan(gpu="t4", max_memory_gib=48, gpus_per_node=4, **speeds).hardware()
+    assert (gpu.memory, gpu.half, gpu.fp32) == (48, 1e14, 1e14)
+    assert (gpu.inside, gpu.between, gpu.per_node) == (20e9, 1e9, 4)
+
+
 @pytest.mark.parametrize("family", ["dvae", "transformer", "clip"])
 def test_each_family_is_planned(family, tmp_path, capsys):
     run = load(PLANS[family], [CONFIGS / family / "shapes.yaml"])

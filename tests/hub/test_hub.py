@@ -2,21 +2,18 @@
 
 import re
 import shutil
-import socket
 from pathlib import Path
-from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 
-from dalle.commands.push_model import PushModelArgs, main, push_model
 from dalle.commands.sample import SampleArgs, sample
 from dalle.hub.model_card import metric_rows
 from dalle.hub.registry import LoadedModel, load_model
 from dalle.io.files import read_json, write_json
 from dalle.pipelines.dalle import DALLE
-from tests.helpers.hub_server import READ_ONLY, TOKEN, Hub, running
+from tests.helpers.hub_server import READ_ONLY, TOKEN, Hub
 
 NAME = "someone/shapes"
 KINDS = ("dvae", "transformer", "clip")
@@ -34,33 +31,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 def example(folder: Path) -> str:
     """The Python code of a model card."""
     return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[0]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """A local Hub for huggingface_hub; nobody is logged in, the cache is empty."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    constants = huggingface_hub.constants
-    with running() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield server
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any use of the network fails."""
-
-    refuse = Mock(side_effect=AssertionError("the network was used"))
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
 
 
 class TestCard:
@@ -322,61 +292,3 @@ class TestPush:
             dalle.push_to_hub(NAME, **options)
         assert "\n" not in str(caught.value)
         assert hub.repos.get(NAME, {"main": {}}) == {"main": {}}
-
-
-class TestPushModel:
-    def test_a_dry_run_uses_no_network(self, chain, offline, capsys):
-        assert push_model(PushModelArgs(chain / "model", to=NAME, license="mit", dry_run=True)) is None
-        output = capsys.readouterr().out
-        size = (chain / "model" / "clip.safetensors").stat().st_size
-        assert f"would go to {NAME}:" in output
-        assert f"{size:,} bytes  clip.safetensors" in output
-        card = ModelCard(output.split("README.md:\n\n")[1].split("Nothing was uploaded.")[0])
-        assert card.data.license == "mit"
-        assert f'from_pretrained("{NAME}")' in card.text
-
-    def test_an_edited_card_is_kept_unless_a_report_is_given(self, chain, hub, tmp_path, monkeypatch):
-        shutil.copytree(chain / "model", tmp_path / "model")
-        card = b"---\nlicense: mit\n---\nMy own words.\n"
-        (tmp_path / "model" / "README.md").write_bytes(card)
-        (tmp_path / "model" / "diary.txt").write_text("private")
-        before = contents(tmp_path / "model")
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        push_model(PushModelArgs(tmp_path / "model", to=NAME))
-        pushed = hub.repos[NAME]["main"]
-        assert pushed["README.md"] == card
-        assert "diary.txt" not in pushed
-        write_json(tmp_path / "report.json", {"loss": 1.25})
-        push_model(PushModelArgs(tmp_path / "model", to=NAME, report=tmp_path / "report.json"))
-        assert b"| loss | 1.25 |" in pushed["README.md"]
-        assert contents(tmp_path / "model") == before
-
-    @pytest.mark.parametrize(
-        ("run", "message"),
-        [
-            (PushModelArgs(), "expected a model directory or a run"),
-            (PushModelArgs(Path("nowhere"), to=NAME), "or a run, got nowhere"),
-            (PushModelArgs(Path(), dry_run=True), "run or model directory"),
-        ],
-    )
-    def test_mistakes(self, hub, run, message, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(ValueError, match=message):
-            push_model(run)
-        assert hub.asked == []
-
-    def test_an_incomplete_directory(self, chain, tmp_path):
-        shutil.copytree(chain / "model", tmp_path / "model")
-        (tmp_path / "model" / "text_tokenizer.json").unlink()
-        with pytest.raises(ValueError, match=r"text_tokenizer\.json; .* incomplete"):
-            push_model(PushModelArgs(tmp_path / "model", dry_run=True))
-
-    def test_the_script_pushes_a_run(self, chain, hub, monkeypatch, capsys):
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("sys.argv", ["push_model.py", str(chain / "transformer"), "--to", NAME])
-        main()
-        assert f"is at {hub.url}/{NAME}/commit/" in capsys.readouterr().out
-        assert LoadedModel.from_pretrained(NAME).hash == load_model(chain / "transformer", "transformer").hash
-        monkeypatch.delenv("HF_TOKEN")
-        with pytest.raises(SystemExit, match="needs a token"):
-            main()

@@ -1,15 +1,20 @@
-"""scripts/sample.py with external files: a transformer with its models, a CLIP to rank by."""
+"""The sample command: what it writes; external files: a transformer with its models, a CLIP to rank."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dalle.commands.sample import SampleArgs, sample
+from dalle.io.files import read_json
+from dalle.pipelines.dalle import DALLE
 from dalle.sampling import SamplingConfig
 from tests.helpers.dalle_pytorch_reference import TOKENIZER, make_file, make_weights
 from tests.helpers.external import OPENAI_CLIP, open_clip_weights
+from tests.helpers.refusals import assert_refused
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +86,60 @@ def test_options_that_do_not_fit_are_refused(
     value = files / value if value == Path("clip.pt") else value
     with pytest.raises(ValueError, match=message):
         sample(SampleArgs(**external | {name: value}))
+
+
+class TestSample:
+    @pytest.fixture
+    def sample(self, script, chain, prompt):
+        words = ["--model", chain / "model", "--prompt", prompt, "--device", "cpu"]
+        return lambda *more: script("sample", *words, "--best-of", "2", "--num-images", "1", *more)
+
+    def test_it_never_overwrites_another_sample(self, sample, tmp_path):
+        for _ in range(3):
+            assert sample().code == 0
+        names = sorted(path.name for path in (tmp_path / "runs" / "samples").iterdir())
+        assert [name.removeprefix(names[0]) for name in names] == ["", "-2", "-3"]
+        assert sample("--out", "mine").code == 0
+        before = (tmp_path / "mine" / "00.png").read_bytes()
+        assert_refused(sample("--out", "mine", "--seed", "5"), "mine is not empty; give another --out")
+        assert (tmp_path / "mine" / "00.png").read_bytes() == before
+
+    def test_it_joins_the_runs(self, script, chain, prompt, tmp_path):
+        for kind in ("dvae", "transformer", "clip"):
+            shutil.copytree(chain / kind, tmp_path / "runs" / kind)
+        words = ["--prompt", prompt, "--best-of", "4", "--num-images", "2", "--device", "cpu"]
+        done = script("sample", *words)
+        assert done.code == 0, done.err
+        (folder,) = (tmp_path / "runs" / "samples").iterdir()
+        files = {"00.png", "01.png", "grid.png", "sample.json"}
+        assert {path.name for path in folder.iterdir()} == files
+        assert Image.open(folder / "00.png").size == (32, 32)
+        record = read_json(folder / "sample.json")
+        assert (record["prompt"], record["best_of"], len(record["images"])) == (prompt, 4, 2)
+        assert record["images"][0]["score"] >= record["images"][1]["score"]
+
+    def test_a_failed_sample_leaves_no_directory(self, sample, prompt, tmp_path):
+        assert sample("--prompt", " and ".join([prompt] * 5)).code == 1
+        assert not (tmp_path / "runs").exists()
+
+    def test_the_json_reproduces_the_images(self, sample, chain, tmp_path):
+        sample("--out", "mine", "--seed", "3", "--temperature", "0.7", "--top-k", "5")
+        record = read_json(tmp_path / "mine" / "sample.json")
+        model = DALLE.from_pretrained(chain / "model")
+        assert record.pop("model") == model.hash
+        (image,) = record.pop("images")
+        again = model.to_precision(record.pop("precision")).generate(record.pop("prompt"), **record)
+        assert again.candidates == [image["candidate"]]
+        assert again.images[0].tobytes() == Image.open(tmp_path / "mine" / image["file"]).tobytes()
+
+    def test_it_completes_an_image(self, sample, tmp_path):
+        half = tmp_path / "half.png"
+        Image.new("RGB", (40, 40), "red").save(half)
+        assert sample("--init-image", half, "--out", "mine").code == 0
+        assert read_json(tmp_path / "mine" / "sample.json")["rows"] == 2
+        assert_refused(sample("--init-image", half, "--keep-rows", "0"), "rows must be 1 to 3, got 0")
+
+    def test_it_writes_the_joined_parts_as_a_model_directory(self, sample, chain, tmp_path):
+        assert sample("--save-pretrained", "joined").code == 0
+        assert DALLE.from_pretrained(tmp_path / "joined").hash == DALLE.from_pretrained(chain / "model").hash
+        assert "None is given" in (tmp_path / "joined" / "README.md").read_text()
