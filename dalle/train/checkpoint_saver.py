@@ -89,7 +89,7 @@ class RunGuard(AbstractContextManager):
         """Saves a checkpoint if one is due, or a signal asked any process to stop: then raises Preempted."""
         last = state.step == self.meta["steps"]
         own = FAILED if self.checkpointer.failed else STOP if self.stop.asked else CONTINUE
-        status = max(self.control.gather_objects(own))
+        status = self.control.max(own)
         if status == FAILED:
             self.checkpointer.wait()
         if status == STOP or last or state.step % self.save_every == 0:

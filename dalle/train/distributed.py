@@ -178,6 +178,14 @@ class Distributed(AbstractContextManager):
         """(B, ...) of each process -> (world_size * B, ...) in rank order; gradients flow back to each."""
         return _Gather.apply(rows) if self.world_size > 1 else rows
 
+    def max(self, value: int) -> int:
+        """The largest value of any process, by a message on the CPU."""
+        if self.world_size == 1:
+            return value
+        result = torch.tensor(value)
+        dist.all_reduce(result, dist.ReduceOp.MAX, self.control)
+        return int(result)
+
     def gather_objects(self, value: T) -> list[T]:
         """The value of every process, in rank order."""
         values: list[Any] = [value] * self.world_size
