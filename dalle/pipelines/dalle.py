@@ -160,10 +160,7 @@ class DALLE:
         truncate: bool = False,
         shard: tuple[int, int] = (0, 1),
     ) -> Iterator[GenerationProgress]:
-        """The loop behind `generate`, with its arguments: the state after each token and each ranked batch.
-
-        All arguments are checked before it returns; leaving the loop stops the sampling.
-        """
+        """The loop behind `generate`: the state after each token and ranked batch; checks all arguments."""
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
         if best_of < n:
@@ -182,10 +179,7 @@ class DALLE:
     def log_likelihood(
         self, caption: str, image: Image.Image | Path | str | Tensor, truncate: bool = False
     ) -> LogLikelihood:
-        """Log-likelihood in nats of a caption, and of an image after it: numbers.
-
-        For image tokens (N, h * w) in place of an image, tensors (N,).
-        """
+        """Log-likelihood in nats of a caption and of an image after it; (N,) each for tokens (N, h * w)."""
         tokens = image.to(self.device) if isinstance(image, Tensor) else self.encode(image)
         check_tokens(tokens, self.transformer.layout.image_vocab, "image tokens")
         text = self.text_tokens([caption], truncate).expand(len(tokens), -1)
@@ -274,11 +268,11 @@ class DALLE:
             if part and (missing := sorted(needed - part.inputs.keys())):
                 raise ValueError(f"{part.source} does not name the {' and '.join(missing)} of its training")
         own, made_by = text_tokenizer_from_dict(transformer.inputs["text"]), transformer.inputs["dvae"]
-        another = "was trained with a text tokenizer other than"
-        if text is not None and text.hash != transformer.inputs["text_hash"]:
-            raise ValueError(f"{transformer.source} {another} the one given")
-        if clip is not None and clip.inputs["text_hash"] != transformer.inputs["text_hash"]:
-            raise ValueError(f"{clip.source} {another} {transformer.source}")
+        other = "was trained with a text tokenizer other than"
+        if text and text.hash != transformer.inputs["text_hash"]:
+            raise ValueError(f"{transformer.source} {other} the one given")
+        if clip and clip.inputs["text_hash"] != transformer.inputs["text_hash"]:
+            raise ValueError(f"{clip.source} {other} {transformer.source}")
         if made_by != (found := weights_hash(dvae.model)):
             trained_on = f"{transformer.source} was trained on tokens of dVAE {made_by}"
             raise ValueError(f"{trained_on}, {dvae.source} is {found}: they do not belong together")
@@ -287,12 +281,11 @@ class DALLE:
     def to_precision(self, precision: Precision, int8: bool = False) -> Self:
         """The same model with smaller matrices in the transformer, for sampling; everything else is shared.
 
-        The hash stays that of the original weights.
+        The hash stays that of the original weights, and an int8 model stays as it is.
 
         Args:
             precision: of the linear layers; "auto" is bf16 where the device multiplies it in hardware.
-            int8: store them and the output matrix in 8 bits, see dalle/nn/int8.py. An int8 model stays as it
-                is.
+            int8: store them and the output matrix in 8 bits, see dalle/nn/int8.py.
         """
         resolved = resolve_precision(precision, self.device)
         transformer = cast_linear_weights(self.transformer, DTYPES[resolved])

@@ -5,8 +5,7 @@
     fsdp   each process holds a shard of every parameter, gradient and moment; layers are gathered as needed
     hsdp   shards among the processes of a machine, replicas between machines, as in the paper
 
-torchrun starts the processes. Each takes its shard of a step's batch; loss, gradient and update equal those
-of a single process up to rounding.
+Each process takes its shard of a batch; loss, gradient and update equal a single process's up to rounding.
 """
 
 import os
@@ -27,8 +26,7 @@ from dalle.train.config import TIMEOUT_MINUTES, Mode
 from dalle.train.precision import local_device, resolve_device
 
 T = TypeVar("T")
-MONITOR_TIMEOUT = timedelta(seconds=20)
-"""Time a process has to answer when another one has timed out."""
+MONITOR_TIMEOUT = timedelta(seconds=20)  # to answer when another process has timed out
 
 
 class Distributed(AbstractContextManager):
@@ -282,10 +280,7 @@ def shard_model(
 
 
 def shard_dim(shape: tuple[int, ...], shards: int) -> int:
-    """The dimension of a parameter to shard: the longer side of a matrix (E.2), where factors are smallest.
-
-    FSDP2 shards other dimensions than the first only evenly; a matrix that does not divide is sharded by it.
-    """
+    """The dimension to shard: the longer side of a matrix (E.2), unless FSDP2 cannot divide it evenly."""
     return int(len(shape) == 2 and shape[1] > shape[0] and shape[1] % shards == 0)
 
 
