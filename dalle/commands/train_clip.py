@@ -75,7 +75,7 @@ def train_clip(args: TrainCLIPArgs) -> Path:
         args, dist = run.args, run.dist
         text = load_text_input(args.text_tokenizer, args.model.text_vocab)
         train_set, val_set = (
-            open_dataset(args.data, split, args.hard_negative_captions) for split in ("train", "held_out")
+            open_dataset(args.data, split, args.hard_negative_captions) for split in ("train", "val")
         )
         inputs = {"text": text.to_dict(), "text_hash": text.hash, "data": train_set.hash}
         model = run.build_model(inputs)

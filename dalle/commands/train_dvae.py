@@ -94,7 +94,7 @@ def train_dvae(args: TrainDVAEArgs) -> Path:
 
     with TrainingRun("dvae", args) as run:
         args, dist = run.args, run.dist
-        train_set, val_set = open_dataset(args.data), open_dataset(args.data, "held_out")
+        train_set, val_set = open_dataset(args.data), open_dataset(args.data, "val")
         run.build_model({"data": train_set.hash}, memory_format=torch.channels_last)
         count = min(args.eval_samples, val_set.size or args.eval_samples)
         val_images = torch.from_numpy(first_samples(val_set, count).pixels).to(dist.device)

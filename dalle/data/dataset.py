@@ -23,7 +23,7 @@ TRIES = 1000
 
 
 def open_dataset(config: DataConfig, split: str = "train", siblings: bool = False) -> CaptionedImages:
-    """A split of a dataset: "train" or "held_out"; of the shapes also "new_pairs".
+    """A split of a dataset: "train" or "val"; of the shapes also "new_pairs".
 
     With `siblings` every second image of the shapes differs from the one before in one attribute. ValueError
     if there are no data, or too many bad samples found while opening.
@@ -32,20 +32,20 @@ def open_dataset(config: DataConfig, split: str = "train", siblings: bool = Fals
         raise ValueError("no data: give --data.path FOLDER, or --data.path shapes for the embedded set")
     if config.path == "shapes":
         return ShapesDataset(config.resolution, config.shapes_seed, split, siblings)
-    if split not in ("train", "held_out"):
-        raise ValueError(f"unknown split {split!r}; expected train or held_out")
-    path, part, held_out = config.path, "all", config.val_fraction
-    if config.val_path is not None and split == "held_out":
-        path, held_out = config.val_path, None
+    if split not in ("train", "val"):
+        raise ValueError(f"unknown split {split!r}; expected train or val")
+    path, part, val_fraction = config.path, "all", config.val_fraction
+    if config.val_path is not None and split == "val":
+        path, val_fraction = config.val_path, None
     elif has_val_split(config.path, config.format):
-        part, held_out = split, None
+        part, val_fraction = split, None
     elif config.val_path is not None:
-        held_out = None
+        val_fraction = None
     source = source_of(config, path, part)
     bad = len(source.skipped)
     check_bad_fraction(bad, len(source) + bad, config.max_bad_fraction, examples_text(source.skipped))
     filters = Filters(config.filters)
-    return ImageTextDataset(source, config.resolution, split, held_out, filters, config.jpeg_draft)
+    return ImageTextDataset(source, config.resolution, split, val_fraction, filters, config.jpeg_draft)
 
 
 def source_of(config: DataConfig, path: str, part: str = "all") -> DataSource:
@@ -57,7 +57,7 @@ def source_of(config: DataConfig, path: str, part: str = "all") -> DataSource:
 class ImageTextDataset:
     """The images of a source, or of a split of it, as `CaptionedImages`.
 
-    The fraction `held_out` is chosen by name; None takes the whole source. With `draft` large JPEGs are
+    The fraction `val_fraction` is chosen by name; None takes the whole source. With `draft` large JPEGs are
     decoded at a smaller size before a random crop.
     """
 
@@ -66,7 +66,7 @@ class ImageTextDataset:
         source: DataSource,
         resolution: int,
         split: str = "train",
-        held_out: float | None = None,
+        val_fraction: float | None = None,
         filters: Filters | None = None,
         draft: bool = False,
     ):
@@ -75,10 +75,10 @@ class ImageTextDataset:
         self._filters = filters or Filters(FilterConfig())
         self._indices: Sequence[int] | np.ndarray = range(len(source))
         part = "whole"
-        if held_out is not None:
-            chosen = (source.shares() < held_out * 2**32) == (split == "held_out")
+        if val_fraction is not None:
+            chosen = (source.shares() < val_fraction * 2**32) == (split == "val")
             self._indices = np.flatnonzero(chosen).astype(np.uint32 if len(source) < 2**32 else np.uint64)
-            part = f"{split} {held_out}"
+            part = f"{split} {val_fraction}"
             if not len(self._indices):
                 raise ValueError(
                     f"none of {len(source)} samples falls into split {split!r}; raise --data.val-fraction"

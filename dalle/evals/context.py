@@ -46,7 +46,7 @@ class EvalContext:
         self.args, self.model = args, model
         self.clip = clip or (model.scorer if isinstance(model.scorer, Embedder) else None)
         self.data = replace(args.data, resolution=layout.rows * model.dvae.downsample_factor)
-        self.dataset = open_dataset(self.data, "held_out")
+        self.dataset = open_dataset(self.data, "val")
         self.lpips = LPIPS(args.lpips_backbone, model.device) if args.lpips_backbone else None
         self.classes = read_classes(args.classes) if args.classes else None
 

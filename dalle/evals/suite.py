@@ -25,7 +25,7 @@ def shapes_metrics(context: EvalContext) -> dict[str, Any]:
     """Caption accuracy on both validation sets of the shapes."""
     args = context.args
     options = (args.num_prompts, args.best_of, args.seed, args.temperature, args.chunk)
-    splits = ("held_out", "new_pairs")
+    splits = ("val", "new_pairs")
     return {split: caption_accuracy(context.model, split, *options)[0] for split in splits}
 
 

@@ -87,7 +87,7 @@ class ReportContext:
         config = next((config for config in configs if config.get("path")), None)
         if config is None:
             raise ValueError("the folder does not say which images it was trained on; give --prompts")
-        return first_samples(open_dataset(from_dict(DataConfig, config), "held_out"), VAL_SAMPLES)
+        return first_samples(open_dataset(from_dict(DataConfig, config), "val"), VAL_SAMPLES)
 
     @property
     def temperature(self) -> float:

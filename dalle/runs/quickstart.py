@@ -60,7 +60,7 @@ def quickstart(run: QuickstartArgs) -> dict[str, Any]:
         model = DALLE.from_parts(*(load_model(out / kind, kind, device) for kind in KINDS))
         model.save_pretrained(out / "model")
         options = {"seed": run.seed, "temperature": run.temperature}
-        accuracy, samples = caption_accuracy(model, "held_out", run.captions, run.best_of, **options)
+        accuracy, samples = caption_accuracy(model, "val", run.captions, run.best_of, **options)
         new_pairs, _ = caption_accuracy(model, "new_pairs", run.captions, run.best_of, **options)
         _save_sheets(out, samples)
     seconds["total"] = sum(seconds.values())

@@ -4,7 +4,7 @@ One or two shapes on a colored background: "a red circle above a blue square on 
 depends on (seed, split, i) alone. Shapes cover whole cells of a 12 x 12 grid, at least 5 x 5, so that a small
 dVAE whose patches are these cells can reconstruct them (docs/log.md).
 
-Training never sees two kinds of scenes: `held_out`, a tenth of all scenes chosen by hash, and `new_pairs`,
+Training never sees two kinds of scenes: `val`, a tenth of all scenes chosen by hash, and `new_pairs`,
 scenes with a color-shape pair that no training scene contains.
 
     B batch, K = 2 boxes of an image, R resolution in pixels; lengths in image widths, x right, y down
@@ -48,7 +48,7 @@ PLACES = {  # of a single shape: steps from the middle (x, y)
 }
 # One color-shape pair in eight, each shape once.
 NEW_PAIRS = frozenset({("red", "circle"), ("blue", "square"), ("yellow", "triangle"), ("black", "cross")})
-SPLITS = ("train", "held_out", "new_pairs")
+SPLITS = ("train", "val", "new_pairs")
 
 GRID = 12  # cells per side
 CELLS = {"small": 5, "large": 8}  # width of a shape in cells
@@ -89,7 +89,7 @@ class Scene:
             return "new_pairs"
         fields = repr(self).replace("color=", "colour=")  # as 0.1.0 spelled it: the same split
         digest = hashlib.blake2b(fields.encode(), digest_size=2).digest()
-        return "held_out" if int.from_bytes(digest) % 10 == 0 else "train"
+        return "val" if int.from_bytes(digest) % 10 == 0 else "train"
 
 
 def sample_scene(rng: np.random.Generator, split: str) -> Scene:

@@ -125,7 +125,7 @@ def load_moment(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, 
     state, in_8bit = optimizer.state[parameter], hasattr(optimizer, "_new_buffer")
     if inner and not in_8bit:
         raise ValueError(
-            "the checkpoint has moments of 8 bits; set optimizer.state_dtype to 8bit to go on from it"
+            "the checkpoint has moments of 8 bits; set optimizer.state_dtype to 8bit to resume from it"
         )
     if moment not in state:
         if moment == "step":

@@ -167,7 +167,7 @@ class TestExternalCLIP:
         with pytest.raises(ValueError, match="--clip FILE --rerank-with clip"):
             evaluate(asked)
         found = evaluate(replace(asked, rerank_with="clip"))
-        assert found["shapes"]["held_out"]["acc_real"] == 1
+        assert found["shapes"]["val"]["acc_real"] == 1
 
     def test_an_unknown_activation_is_refused(self, run, external):
         with pytest.raises(ValueError, match="activation"):

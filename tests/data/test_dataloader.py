@@ -198,8 +198,8 @@ def test_too_many_bad_samples_end_a_run(tmp_path):
 
 def run_of(tiny_runs, tmp_path, path, out, workers, steps=8):
     """Eight steps of four: an epoch of twenty, and more."""
-    held_out = str(write_scenes_tar(tmp_path / "held-out.tar", {}))
-    data = replace(tiny_runs.dvae.data, path=str(path), workers=workers, val_path=held_out)
+    val = str(write_scenes_tar(tmp_path / "held-out.tar", {}))
+    data = replace(tiny_runs.dvae.data, path=str(path), workers=workers, val_path=val)
     return replace(tiny_runs.dvae, data=data, out=tmp_path / out, steps=steps, eval_samples=2)
 
 

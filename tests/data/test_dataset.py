@@ -53,23 +53,23 @@ def test_pixels_and_captions_are_of_the_same_sample(folder):
 
 
 def test_splits_partition_the_images_and_grow_with_the_fraction(folder):
-    train, held_out = names(folder), names(folder, "held_out")
-    assert not set(train) & set(held_out)
-    assert len(train) + len(held_out) == 40
-    assert 4 <= len(held_out) <= 20
-    assert set(names(folder, "held_out", 0.2)) < set(names(folder, "held_out", 0.5))
+    train, val = names(folder), names(folder, "val")
+    assert not set(train) & set(val)
+    assert len(train) + len(val) == 40
+    assert 4 <= len(val) <= 20
+    assert set(names(folder, "val", 0.2)) < set(names(folder, "val", 0.5))
 
 
 def test_an_image_keeps_its_split_whatever_is_beside_it(folder, tmp_path_factory):
-    held_out = names(folder, "held_out")
+    val = names(folder, "val")
     elsewhere = tmp_path_factory.mktemp("moved") / "set"
     shutil.copytree(folder, elsewhere)
     for i in range(20):
         add(elsewhere, f"birds/{i}.png")
     for name in names(folder)[::2]:
         (elsewhere / name).unlink()
-    left = [name for name in held_out if (elsewhere / name).exists()]
-    assert [name for name in names(elsewhere, "held_out") if not name.startswith("birds")] == left
+    left = [name for name in val if (elsewhere / name).exists()]
+    assert [name for name in names(elsewhere, "val") if not name.startswith("birds")] == left
 
 
 def test_the_hash_is_of_the_images(folder):
@@ -84,7 +84,7 @@ def test_the_hash_is_of_the_images(folder):
     [
         (DataConfig("nowhere"), "train", "nothing at nowhere"),
         (DataConfig("set"), "new_pairs", "unknown split 'new_pairs'"),
-        (DataConfig("set", val_fraction=1e-9), "held_out", "none of 1 samples .*--data.val-fraction"),
+        (DataConfig("set", val_fraction=1e-9), "val", "none of 1 samples .*--data.val-fraction"),
         (DataConfig(), "train", r"no data: give --data\.path"),
     ],
 )
@@ -108,7 +108,7 @@ def test_settings_out_of_range_are_refused(settings):
 
 def test_a_folder_or_the_shapes_are_opened(folder):
     config = DataConfig(str(folder), resolution=16, val_fraction=0.3)
-    assert open_dataset(config, "held_out").size == len(names(folder, "held_out"))
+    assert open_dataset(config, "val").size == len(names(folder, "val"))
     shapes = open_dataset(DataConfig("shapes", resolution=32))
     assert shapes.size is None
     assert shapes.load([(0, 5)]).pixels.shape == (1, 3, 32, 32)

@@ -20,8 +20,8 @@ def sampled_scenes(split: str, count: int = 1000, **options) -> list[shapes.Scen
 
 class TestScenes:
     def test_an_image_depends_on_seed_split_and_index_alone(self):
-        alone = shapes.ShapesDataset(32, seed=3, split="held_out").pixels([7])[0]
-        again = shapes.ShapesDataset(32, seed=3, split="held_out").pixels([2, 7, 100000])[1]
+        alone = shapes.ShapesDataset(32, seed=3, split="val").pixels([7])[0]
+        again = shapes.ShapesDataset(32, seed=3, split="val").pixels([2, 7, 100000])[1]
         np.testing.assert_array_equal(alone, again)
         others = ((seed, split) for seed in (3, 4) for split in shapes.SPLITS)
         scenes = [tuple(sampled_scenes(split, 5, seed=seed)) for seed, split in others]
@@ -45,7 +45,7 @@ class TestSplits:
 
     def test_a_tenth_is_held_out(self):
         counts = Counter(scene.split for scene in shapes.all_scenes())
-        assert counts["held_out"] / (counts["held_out"] + counts["train"]) == pytest.approx(0.1, abs=0.01)
+        assert counts["val"] / (counts["val"] + counts["train"]) == pytest.approx(0.1, abs=0.01)
 
     @pytest.mark.parametrize("split", shapes.SPLITS)
     def test_siblings_differ_in_one_attribute_and_stay_in_their_split(self, split):

@@ -64,7 +64,7 @@ class TestTrueImages:
     @pytest.mark.parametrize(
         ("split", "resolution", "degrade", "least"),
         [
-            ("held_out", 48, torch.clone, 0.99),
+            ("val", 48, torch.clone, 0.99),
             ("new_pairs", 48, torch.clone, 0.99),
             *(("train", resolution, torch.clone, 0.99) for resolution in (32, 50, 64, 96, 256)),
             ("train", 48, soften, 0.97),
@@ -88,7 +88,7 @@ class TestTrueImages:
         assert matches_caption(coarse, wrong(texts)).mean() <= 0.02
 
     def test_each_changed_attribute_is_named(self):
-        pixels, texts = samples("held_out", 48, 600)
+        pixels, texts = samples("val", 48, 600)
         pairs = zip(detect(pixels), map(shapes.parse_caption, wrong(texts)), strict=True)
         named = [attribute_errors(detection, scene) for detection, scene in pairs]
         assert np.mean([len(names) == 1 for names in named]) >= 0.98

@@ -23,22 +23,22 @@ def open_source(
 ) -> DataSource:
     """The captioned images at a path.
 
-    The arguments are those of `dalle.data.config.DataConfig`; `part` is "all", or the "train" or "held_out"
+    The arguments are those of `dalle.data.config.DataConfig`; `part` is "all", or the "train" or "val"
     part of a dataset that has them (`has_val_split`).
 
     Raises:
         ValueError: nothing there, nothing to read in it, or no such part; says what was expected.
     """
     location = detect_source(str(path), format)
-    if part == "held_out" and not has_val_split(str(path), format):
+    if part == "val" and not has_val_split(str(path), format):
         raise ValueError(f"{path} has no validation split of its own (val*.tar, a split validation)")
     if location.format == "folder":
         return FolderSource(Path(location.path), caption_column)
     if location.format == "hub":
         return HubSource(location.path, image_column, caption_column, part)
-    files = location.held_out if part == "held_out" else location.files
+    files = location.val if part == "val" else location.files
     if part == "train":
-        files = tuple(file for file in files if file not in location.held_out)
+        files = tuple(file for file in files if file not in location.val)
     folder = Path(index_dir) if index_dir else None
     if location.format == "tars":
         return TarSource(files, caption_column, folder)
@@ -49,5 +49,5 @@ def has_val_split(path: str, format: Format = "auto") -> bool:
     """Whether a dataset has a validation split of its own, as train-*.tar and val.tar."""
     location = detect_source(path, format)
     if location.format == "hub":
-        return load_split(location.path, "held_out") is not None
-    return bool(location.held_out)
+        return load_split(location.path, "val") is not None
+    return bool(location.val)

@@ -13,7 +13,7 @@ from dalle.data.sources.image_folder import find_images
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 BRACES = re.compile(r"\{([^{}]*)\}")
-HELD_OUT = re.compile(r"(val|valid|validation|dev|held[-_]?out)([-_.\d]|$)", re.IGNORECASE)
+VAL = re.compile(r"(val|valid|validation|dev|held[-_]?out)([-_.\d]|$)", re.IGNORECASE)
 TEST = re.compile(r"test([-_.\d]|$)", re.IGNORECASE)
 
 
@@ -25,7 +25,7 @@ class DataLocation:
     path: str
     files: tuple[Path, ...] = ()
     """Tables or tars by name, without a test split of the dataset's own."""
-    held_out: tuple[Path, ...] = ()
+    val: tuple[Path, ...] = ()
     """The validation split among them: files named val*, validation* or dev*."""
 
 
@@ -60,8 +60,8 @@ def detect_source(path: str, format: Format = "auto") -> DataLocation:
     if len(suffixes) > 1:
         raise ValueError(f"{path} holds several formats ({', '.join(sorted(suffixes))}); give one of them")
     used = [file for file in files if not TEST.match(file.name)] or files
-    held_out = [file for file in used if HELD_OUT.match(file.name)]
-    return DataLocation(format, path, tuple(used), tuple(held_out) if len(held_out) < len(used) else ())
+    val = [file for file in used if VAL.match(file.name)]
+    return DataLocation(format, path, tuple(used), tuple(val) if len(val) < len(used) else ())
 
 
 def expand_braces(pattern: str) -> Iterator[str]:

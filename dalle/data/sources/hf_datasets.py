@@ -13,7 +13,7 @@ from dalle.data.sources.image_folder import read_listed
 from dalle.data.sources.index import name_hashes
 from dalle.types import BadSample, RawSample
 
-HELD_OUT = ("validation", "valid", "val", "dev")
+VAL = ("validation", "valid", "val", "dev")
 """Usual names of the validation split."""
 
 
@@ -88,8 +88,8 @@ def load_split(path: str, part: str) -> Any:
         raise ValueError(f"{path} cannot be read as a Hugging Face dataset: {error}") from None
     if not isinstance(splits, dict):
         splits = {"train": splits}
-    if part == "held_out":
-        return next((splits[name] for name in HELD_OUT if name in splits), None)
+    if part == "val":
+        return next((splits[name] for name in VAL if name in splits), None)
     if "train" not in splits and len(splits) > 1:
         raise ValueError(f"{path} has the splits {', '.join(splits)}; expected train, maybe validation")
     return splits["train"] if "train" in splits else next(iter(splits.values()))

@@ -60,7 +60,7 @@ def test_files_named_for_validation_are_its_split(tmp_path, name):
     write_tar(tmp_path / "test-000.tar", pair("c", 3))
     config = DataConfig(str(tmp_path), resolution=16)
     assert has_val_split(str(tmp_path))
-    assert (open_dataset(config).size, open_dataset(config, "held_out").size) == (COUNT, 2)
+    assert (open_dataset(config).size, open_dataset(config, "val").size) == (COUNT, 2)
     assert len(open_source(tmp_path)) == COUNT + 2  # without the test split
 
 
@@ -73,8 +73,8 @@ def test_other_names_are_no_validation_split(tmp_path):
 def test_the_validation_split_may_be_elsewhere(tmp_path):
     tar, table = one_tar(tmp_path / "train"), csv_file(tmp_path / "other")
     config = DataConfig(str(tar), resolution=16, val_path=str(table))
-    train, held_out = open_dataset(config), open_dataset(config, "held_out")
-    assert (train.size, held_out.size, held_out.name(0)) == (COUNT, COUNT, "images/p000.png")
+    train, val = open_dataset(config), open_dataset(config, "val")
+    assert (train.size, val.size, val.name(0)) == (COUNT, COUNT, "images/p000.png")
 
 
 def test_splits_of_a_hub_dataset_are_its_parts(tmp_path):
@@ -84,12 +84,12 @@ def test_splits_of_a_hub_dataset_are_its_parts(tmp_path):
     splits = datasets.DatasetDict({"train": dataset, "validation": dataset.select([0])})
     splits.save_to_disk(str(tmp_path / "set"))
     config = DataConfig(str(tmp_path / "set"), resolution=16)
-    assert (open_dataset(config).size, open_dataset(config, "held_out").size) == (4, 1)
+    assert (open_dataset(config).size, open_dataset(config, "val").size) == (4, 1)
 
 
 @pytest.mark.parametrize("write", [folder, one_tar])
 def test_a_missing_split_is_refused(tmp_path, write):
     path = write(tmp_path)
     with pytest.raises(ValueError, match="no validation split"):
-        open_source(path, part="held_out")
+        open_source(path, part="val")
     assert len(open_source(path, part="train")) == COUNT

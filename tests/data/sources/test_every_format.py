@@ -31,7 +31,7 @@ def test_every_format_gives_the_same_samples(tmp_path, form, columns):
     assert len(set(names(source))) == COUNT
     assert source.shares().dtype == np.uint32
     config = DataConfig(str(path), resolution=16, val_fraction=0.4, caption_column=columns)
-    splits = [open_dataset(config, split) for split in ("train", "held_out")]
+    splits = [open_dataset(config, split) for split in ("train", "val")]
     parts = [{split.name(i) for i in range(split.size)} for split in splits]
     assert len(parts[0] | parts[1]) == splits[0].size + splits[1].size == COUNT
     assert splits[0].hash != splits[1].hash

@@ -42,7 +42,7 @@ def test_a_sample_takes_a_few_bytes(tmp_path, form):
         config = DataConfig(str(path), resolution=16, index_dir=str(tmp_path / "index"))
         assert len(pickle.dumps(open_source(path, index_dir=tmp_path / "index"))) < 2000
         tracemalloc.start()  # mapped files do not count
-        splits = [open_dataset(config, split) for split in ("train", "held_out")]
+        splits = [open_dataset(config, split) for split in ("train", "val")]
         gc.collect()
         used = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()

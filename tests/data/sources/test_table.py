@@ -107,7 +107,7 @@ def test_image_root(tmp_path):
 def test_rows_of_the_same_image_are_in_one_split(tmp_path):
     rows = [f"p{i % 10}.png,caption {i}" for i in range(50)]
     config = DataConfig(str(text_table(tmp_path, "image,caption\n" + "\n".join(rows))), val_fraction=0.5)
-    splits = [open_dataset(config, split) for split in ("train", "held_out")]
+    splits = [open_dataset(config, split) for split in ("train", "val")]
     parts = [{split.name(i) for i in range(split.size)} for split in splits]
     assert not parts[0] & parts[1]
     assert sum(split.size for split in splits) == 50
