@@ -50,6 +50,8 @@ def causes_text(counts: Counter[str]) -> str:
 
 def examples_text(samples: Sequence[BadSample]) -> str:
     """ "3: 2 truncated, 1 empty caption; for example a.png (truncated, no bytes), b.png (empty caption)"."""
+    if not samples:
+        return "0"
     causes = causes_text(Counter(bad.cause for bad in samples))
     named = (f"{bad.name} ({', '.join(filter(None, [bad.cause, bad.detail]))})" for bad in samples[:3])
     return f"{len(samples)}: {causes}; for example {', '.join(named)}"

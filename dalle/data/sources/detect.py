@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,4 +105,5 @@ def _folder_format(root: Path) -> Format:
         return "hub"
     if _list_files(root, "tars"):
         return "tars"
-    return "table" if _list_files(root, "table") and not any(find_images(root, [])) else "folder"
+    # keeps no list of the images without captions: a table may stand beside millions
+    return "table" if _list_files(root, "table") and not any(find_images(root, deque(maxlen=0))) else "folder"

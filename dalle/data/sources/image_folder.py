@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +82,7 @@ def read_listed(root: Path, path: str) -> bytes:
     return read_inside(root, path.replace("\\", "/") if windows else path, "missing twin")
 
 
-def find_images(root: Path, skipped: list[BadSample]) -> Iterator[str]:
+def find_images(root: Path, skipped: MutableSequence[BadSample]) -> Iterator[str]:
     """Images with captions below a root, sorted by folder; others and links that lead out go to `skipped`."""
     resolved = root.resolve()
     for folder, folders, names in os.walk(root):

@@ -35,6 +35,8 @@ from dalle.types import RawSample
 ROW = np.dtype([("share", "<u4"), ("at", "<u8"), ("size", "<u4")])
 HEAD_ROWS = 10_000
 """Rows searched for columns: lines of JSON may lack some of them."""
+LARGE_GROUP = 64 * 2**20
+"""Bytes of a Parquet row group above which reading single images is slow."""
 Row = tuple[str, str | tuple[int, int], list[str]]
 """Name, path of the image or (row group, row in it) of its bytes in Parquet, captions."""
 
@@ -113,7 +115,8 @@ def _text_rows(file: Path, image: str | None, caption: str | None, writer: Index
             if isinstance(values, str):
                 writer.skip(f"{file.name}:{line}", "broken row", values)
                 continue
-            column, captions = columns or choose_columns(list(values), image, caption, str(file))
+            columns = columns or choose_columns(list(values), image, caption, str(file))
+            column, captions = columns
             path = values.get(column)
             if isinstance(path, str) and path.strip():
                 path, texts = path.strip(), flatten_captions([values.get(name) for name in captions])
@@ -216,6 +219,12 @@ def _parquet_rows(file: Path, image: str | None, caption: str | None, writer: In
         except (OSError, ValueError) as error:
             writer.skip(f"{file.name}, row group {group}", "unreadable shard", str(error))
         start += table.metadata.row_group(group).num_rows
+    sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
+    if not paths and max(sizes, default=0) > LARGE_GROUP:
+        tqdm.write(
+            f"note: {file} has row groups of {max(sizes) / 2**20:.0f} MiB, each read whole for one image; "
+            "write it with row groups of about 100 rows, or as tars"
+        )
 
 
 def _embedded_image(file: Path, group: int, row: int, image: str | None, name: str) -> bytes:
