@@ -54,6 +54,8 @@ class CheckDataArgs:
     than --data.max-bad-fraction and more than a hundred samples."""
 
     def __post_init__(self):
+        if self.sheet < 0:
+            raise ValueError(f"sheet must be 0 (none) or more images, got {self.sheet}")
         TokenLayout(text_len=self.text_len)  # checks it
         if self.max_bad is not None and not 0 <= self.max_bad <= 1:
             raise ValueError(f"max_bad is a fraction, so in [0, 1], got {self.max_bad}")

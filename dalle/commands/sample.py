@@ -119,7 +119,6 @@ def sample(args: SampleArgs) -> Path:
     With --prompts-file see dalle/pipelines/sample_prompts.py. Under torchrun the processes share the
     candidates of one prompt, or the prompts of a file.
     """
-    from dalle.io.files import make_directory
     from dalle.pipelines.generation import slug
     from dalle.pretrained.load import holds_text_tokenizer, is_external_checkpoint
     from dalle.runs import ROOT
@@ -134,10 +133,8 @@ def sample(args: SampleArgs) -> Path:
             names = (slug(args.prompt) + (f"-{i}" if i > 1 else "") for i in range(1, 10**6))
             out = next(ROOT / "samples" / name for name in names if not (ROOT / "samples" / name).exists())
             out = group.gather_objects(out)[0]
-        elif not args.prompts_file and out.is_dir() and any(out.iterdir()):
-            raise ValueError(f"{out} is not empty; give another --out")
         else:
-            make_directory(out)  # a place that cannot be written fails before the work
+            group.on_main(lambda: prepare(out, new=not args.prompts_file))
         try:
             model = open_model(args, external, group)
             if args.save_pretrained and group.is_main:
@@ -150,6 +147,15 @@ def sample(args: SampleArgs) -> Path:
                 out.rmdir()
             raise
     return out
+
+
+def prepare(out: Path, new: bool) -> None:
+    """Creates the directory, so that a place that cannot be written fails before the work."""
+    from dalle.io.files import make_directory
+
+    if new and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; give another --out")
+    make_directory(out)
 
 
 def _sample_file(args: SampleArgs, model: DALLE, out: Path, group: Distributed) -> None:

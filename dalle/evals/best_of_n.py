@@ -30,6 +30,8 @@ def best_of_n(
     values = scores if values is None else np.asarray(values, dtype=np.float64)
     if scores.ndim != 2 or scores.shape != values.shape or not scores.size:
         raise ValueError(f"expected two arrays of one shape (C, M), got {scores.shape}, {values.shape}")
+    if not (np.isfinite(scores).all() and np.isfinite(values).all()):
+        raise ValueError("a score or value is not finite")
     best_first = []
     for row_scores, row_values in zip(scores, values, strict=True):
         _, group, size = np.unique(-row_scores, return_inverse=True, return_counts=True)

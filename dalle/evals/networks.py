@@ -74,6 +74,7 @@ class LPIPS:
     def __call__(self, pixels: Tensor, others: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], twice -> (B,), 0 for equal images."""
         check_images(pixels)
+        check_images(others)
         if min(pixels.shape[2:]) < 32:
             raise ValueError(f"LPIPS needs images of 32 x 32 pixels or more, got {tuple(pixels.shape[2:])}")
         return self.net(pixels, others, normalize=True).flatten()

@@ -90,7 +90,7 @@ class Loggers:
             self.loggers.append(TensorBoard(run_dir, step))
         if "wandb" in config.loggers:
             self.loggers.append(WandB(run_dir, config.project, meta))
-        self.loggers.append(FileLogger(run_dir, step))
+        self.loggers.insert(0, FileLogger(run_dir, step))  # a line is on the disk before others can fail
 
     def write(self, step: int, numbers: Numbers) -> None:
         """Logs a step's metrics."""

@@ -161,7 +161,10 @@ def split(batch: Any, count: int) -> list[Any]:
     tensors, structure = tree_flatten(batch)
     for tensor in tensors:
         if len(tensor) % count:
-            raise ValueError(f"{len(tensor)} samples do not divide among {count} passes; change batch_size")
+            raise ValueError(
+                f"{len(tensor)} samples do not divide among {count} passes; "
+                "change batch_size or grad_accum_steps"
+            )
     parts = zip(*(tensor.chunk(count) for tensor in tensors), strict=True)
     return [tree_unflatten(part, structure) for part in parts]
 
@@ -197,7 +200,7 @@ class NonfiniteGuard:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        vars(self).update(state)
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
 
 def find_nonfinite(model: nn.Module, forward: Callable[[], Any], dist: Distributed) -> str:
