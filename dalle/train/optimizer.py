@@ -5,6 +5,7 @@ start (docs/log.md).
 """
 
 import math
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from dalle.train.config import OptimizerConfig, PlateauConfig
 from dalle.train.distributed import distribute_like, is_dtensor, local
 from dalle.train.float_formats import store_moments
 
+CHUNK = 2**26
+"""Elements of temporary memory while the second moment is clipped."""
 INNER = ("codes", "scale")
 """Tensors inside torchao's 8-bit tensors."""
 
@@ -89,11 +92,17 @@ def clip_second_moment(optimizer: torch.optim.AdamW, limit: float) -> None:
     def lower(optimizer: torch.optim.AdamW, *_: Any) -> None:
         for group in optimizer.param_groups:
             b = group["betas"][1]
-            for p in group["params"]:
-                if p.grad is not None and "exp_avg_sq" in optimizer.state[p]:
-                    gradient, moment = local(p.grad), local(optimizer.state[p]["exp_avg_sq"])
-                    most = (gradient * gradient).mul_(-(1 - b) / b).add_(limit / b).clamp_min_(0.0)
-                    torch.minimum(moment, most, out=moment)
+            used = [p for p in group["params"] if p.grad is not None and "exp_avg_sq" in optimizer.state[p]]
+            while used:
+                sizes = accumulate(local(p).numel() for p in used)
+                count = max(1, sum(size <= CHUNK for size in sizes))
+                part, used = used[:count], used[count:]
+                gradients = [local(p.grad) for p in part]
+                most = torch._foreach_mul(gradients, gradients)
+                torch._foreach_mul_(most, -(1 - b) / b)
+                torch._foreach_add_(most, limit / b)
+                torch._foreach_clamp_min_(most, 0.0)
+                torch._foreach_minimum_([local(optimizer.state[p]["exp_avg_sq"]) for p in part], most)
 
     optimizer.register_step_pre_hook(lower)
 
