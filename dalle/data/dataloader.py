@@ -7,7 +7,6 @@ any number of workers and any resume give the same next batch, and no buffer has
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -198,12 +197,14 @@ def _init_worker(training: int, worker: int) -> None:
 
 
 def _end_with(training: int) -> None:
-    while True:
-        time.sleep(WATCH_INTERVAL)
+    parent = torch.multiprocessing.parent_process()  # its end is seen at once, also before it is waited for
+    while parent.is_alive():
+        parent.join(WATCH_INTERVAL)
         try:
             os.kill(training, 0)
         except OSError:  # none, or one of another user that has its number now
-            os._exit(1)
+            break
+    os._exit(1)
 
 
 def _try(make: Callable[[int], Any], step: int) -> Any:

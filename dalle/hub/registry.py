@@ -112,7 +112,10 @@ def checkpoint_meta(
 def load_model(
     path: Path | str, kind: str, device: str | torch.device = "cpu", averaged: bool = True
 ) -> LoadedModel:
-    """A model in eval mode from a run, a checkpoint or a model directory; ValueError if damaged."""
+    """A model in eval mode from a run, a checkpoint or a model directory; ValueError if damaged.
+
+    The configuration must have the sizes of the weights, so that a small file cannot ask for much memory.
+    """
     path = folder = Path(path)
     is_directory = (path / "config.json").is_file()
     if is_directory:
@@ -138,7 +141,17 @@ def load_model(
             ema = meta["ema"]
             tensors |= bias_corrected(read_whole(folder, "ema"), ema["decay"], ema["updates"])
     config_class, model_class = MODEL_REGISTRY[kind]
-    model = model_class(from_dict(config_class, meta["model_config"], str(folder)))
+    config = from_dict(config_class, meta["model_config"], str(folder))
+    names = ("depth", "blocks_per_group", "vision_layers", "text_layers")
+    if (layers := max(getattr(config, name, 0) for name in names)) > len(tensors):
+        raise ValueError(f"{folder} has {len(tensors)} tensors, too few for {layers} layers")
+    try:
+        with torch.device("meta"):  # sizes that are not the weights' allocate nothing
+            load_strict(model_class(config), tensors, folder)
+    except (RuntimeError, TypeError) as error:
+        problem = str(error).partition("\n")[0]
+        raise ValueError(f"{folder} has a model_config of impossible sizes: {problem}") from None
+    model = model_class(config)
     load_strict(model, tensors, folder)
     model = model.to(device).eval().requires_grad_(False)
     if is_directory and (found := weights_hash(model)) != meta["hash"]:

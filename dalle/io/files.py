@@ -59,7 +59,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Weights into a model; ValueError that names the first missing, unexpected or misshapen tensor."""
+    """Weights into a model; ValueError that names the first missing, unexpected or misshapen tensor.
+
+    A model on the meta device is compared only.
+    """
     expected = model.state_dict()
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(f"{source} lacks {len(missing)} tensors of the model, first {missing[0]!r}")
@@ -69,7 +72,8 @@ def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> N
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, the model's is {tuple(expected[name].shape)}"
             raise ValueError(f"{source}: {name!r} is {shapes}")
-    model.load_state_dict(tensors)
+    if not any(tensor.is_meta for tensor in expected.values()):
+        model.load_state_dict(tensors)
 
 
 def write_json(path: Path, data: Any) -> None:

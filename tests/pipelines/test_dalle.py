@@ -13,7 +13,7 @@ from PIL import Image
 import dalle as package
 from dalle.clip import PretrainedScorer
 from dalle.hub.registry import LoadedModel, load_model, weights_hash
-from dalle.io.files import read_tensors, write_tensors
+from dalle.io.files import read_json, read_tensors, write_json, write_tensors
 from dalle.io.images import to_pil, to_tensor
 from dalle.nn.kv_cache import kv_cache_bytes
 from dalle.pipelines import best_of_n
@@ -503,6 +503,22 @@ class TestOpening:
         write_tensors(folder / file, {name: t + 1 for name, t in read_tensors(folder / file).items()})
         with pytest.raises(ValueError, match="weights have hash"):
             DALLE.from_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        ("kind", "sizes", "words"),
+        [
+            ("dvae", {"widths": [10**7] * 4}, "lacks 2 tensors"),
+            ("dvae", {"vocab_size": 10**12}, r"is \(8, 16, 1, 1\), the model's is \(8, 1000000000000"),
+            ("clip", {"text_vocab": 2**63}, "impossible sizes"),
+            ("transformer", {"depth": 10**9}, "too few for 1000000000 layers"),
+        ],
+    )
+    def test_sizes_that_the_weights_have_not_allocate_nothing(self, folder, kind, sizes, words):
+        config = read_json(folder / "config.json")
+        config["parts"][kind]["model_config"] |= sizes
+        write_json(folder / "config.json", config)
+        with pytest.raises(ValueError, match=words):
+            load_model(folder, kind)
 
     def test_a_path_without_a_model_is_named(self, tmp_path):
         for path in (tmp_path, tmp_path / "none"):
