@@ -28,7 +28,9 @@ from typing import Any, TypeVar
 
 import tyro
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 T = TypeVar("T")
@@ -92,10 +94,10 @@ def from_dict(cls: type[T], data: dict[str, Any], source: str = "configuration")
     wrong: list[str] = []
     try:
         config = _read_fields(cls, data, None, "", wrong)
-    except (ConfigError, OverflowError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         wrong = [str(error)]
     if wrong:
-        raise ConfigError(f"{source}: {'; '.join(wrong)}")
+        raise ConfigError(f"{source}: {'; '.join(wrong):.800}")
     return config
 
 
@@ -103,13 +105,13 @@ def _read_fields(cls: type, data: Any, default: Any, path: str, wrong: list[str]
     """A dataclass; `default` has the values of fields left out, `wrong` collects errors by dotted path."""
     if not isinstance(data, dict):
         place = f"{path}: " if path else ""
-        raise ConfigError(f"{place}must be a mapping of names to values, got {data!r}")
+        raise ConfigError(f"{place}must be a mapping of names to values, got {data!r:.200}")
     hints, prefix, values, before = typing.get_type_hints(cls), f"{path}." if path else "", {}, len(wrong)
     for key in data:
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"no key '{prefix}{key}'{hint} (known here: {', '.join(hints)})")
+            raise ConfigError(f"no key '{prefix}{key!s:.200}'{hint} (known here: {', '.join(hints)})")
     for field in dataclasses.fields(cls):
         name = field.name
         value = field.default if default is None else getattr(default, name)
@@ -145,15 +147,19 @@ def _read_value(hint: Any, value: Any, default: Any, path: str, wrong: list[str]
     if (hint is float and type(value) is int) or (hint is Path and isinstance(value, str | Path)):
         return hint(value)
     names = f"one of {', '.join(options)}" if origin is typing.Literal else getattr(hint, "__name__", hint)
-    wrong.append(f"{path}: expected {hint if origin is tuple else names}, got {value!r}")
+    wrong.append(f"{path}: expected {hint if origin is tuple else names}, got {value!r:.200}")
     return None
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
-    """A YAML 1.2 file as plain data (1e-4 is a number, `no` a word); see `find_config`."""
-    path = find_config(path)
+    """A YAML 1.2 file, or else the shipped one of this name, as plain data: 1e-4 is a number, `no` a word."""
+    path, yaml = Path(path), YAML(typ="safe", pure=True)
+    yaml.Composer = _WithoutAliases
+    shipped = CONFIGS.joinpath(*path.parts[1:])
+    if path.parts[:1] == ("configs",) and ".." not in path.parts and not path.exists() and shipped.is_file():
+        path = shipped
     try:
-        data = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         names = [f"configs/{f.relative_to(CONFIGS).as_posix()}" for f in sorted(CONFIGS.glob("*/*.yaml"))]
         near = difflib.get_close_matches(path.as_posix(), names, n=1, cutoff=0.6)
@@ -162,17 +168,17 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error.strerror}); give a YAML file") from None
     except (YAMLError, ValueError, KeyError, RecursionError) as error:  # KeyError of !!bool foo
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+        raise ConfigError(f"{path} is not YAML: {error!s:.500}") from None
     return {} if data is None else data
 
 
-def find_config(path: Path | str) -> Path:
-    """The file, or the shipped one if it does not exist: configs/dvae/small.yaml works in any directory."""
-    path = Path(path)
-    if path.parts[:1] != ("configs",) or path.exists():
-        return path
-    shipped = CONFIGS.joinpath(*path.parts[1:])
-    return shipped if shipped.is_file() and ".." not in path.parts else path
+class _WithoutAliases(Composer):
+    """Refuses aliases, by which a short file can expand without bound."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.parser.check_event(AliasEvent):
+            raise ValueError("aliases, such as *name, are not supported; write the value again")
+        return super().compose_node(parent, index)
 
 
 def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
@@ -211,12 +217,8 @@ def parse(
 ) -> T:
     """A run from the command line: `--config FILE` (repeatable), then dotted words that win.
 
-    Args:
-        cls: the run's dataclass.
-        argv: arguments; default: the process's own.
-        preset: configuration used, and named, when there is no argument.
-        schema: see `load`.
-        description: shown by `--help` above the fields.
+    `argv` are by default the process's own, `preset` is the configuration used, and named, where there are
+    none. For `schema` see `load`; `description` is shown by `--help` above the fields.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     subcommand = sys.argv[1 : len(sys.argv) - len(words)] if sys.argv[1:][-len(words) :] == words else []
@@ -232,9 +234,11 @@ def parse(
         raise SystemExit("error: --config needs a file, such as configs/dvae/shapes.yaml") from None
     except ConfigError as error:
         raise SystemExit(f"error: {error}") from None
+    if values := [word for word in rest if re.match(r"-[^\W\d]\w|-[^=]* ", word)]:
+        hint = "a value that starts with - follows =, as in --prompt='-a red circle'"
+        raise SystemExit(f"error: {values[0]!r:.100} is no option; {hint}")
     text = f"{description or cls.__doc__}\n\n--config FILE (repeatable) reads YAML; dotted overrides win."
-    # tyro joins lines that start with a letter
-    text = re.sub(r"^(?=python |torchrun )", "  ", text, flags=re.MULTILINE)
+    text = re.sub(r"^(?=python |torchrun )", "  ", text, flags=re.MULTILINE)  # tyro joins lines of letters
     with _field_docs() if {"-h", "--help"} & {*rest} else nullcontext():
         prog = " ".join([sys.argv[0], *subcommand])
         return tyro.cli(cls, prog=prog, args=rest, default=default, description=text)
@@ -248,9 +252,14 @@ def overview(words: Sequence[str], description: str, more: str) -> None:
 
 
 @contextmanager
-def cli_errors() -> Iterator[None]:
-    """Prints a user's mistake or a full disk as one line with exit status 1; a bug keeps its traceback."""
+def cli_errors(parallel: bool = False) -> Iterator[None]:
+    """One line and exit status 1 for a user's mistake, a bad path, a full disk; a bug keeps its traceback.
+
+    `parallel` commands alone run under torchrun: in others each process would do all of the work.
+    """
     try:
+        if not parallel and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("this command runs in one process; start it without torchrun")
         yield
         sys.stdout.flush()
     except (ValueError, FloatingPointError, ImportError) as error:
@@ -259,9 +268,9 @@ def cli_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it again at exit
         raise SystemExit("stopped: the output was closed by its reader") from None
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in DISK_ERRORS and error.filename is None:
             raise
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {error!s:.500}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command resumes a training from its last checkpoint") from None
 
@@ -281,15 +290,10 @@ def _field_docs() -> ConstructorRegistry:
                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                     docs[field.target.id] = " ".join(text.value.value.split())
         hints = typing.get_type_hints(info.type, include_extras=True)
-        fields = tuple(
-            StructFieldSpec(
-                name=field.name,
-                type=hints[field.name],
-                default=getattr(info.default, field.name),
-                helptext=docs.get(field.name),
-            )
-            for field in dataclasses.fields(info.type)
-        )
-        return StructConstructorSpec(instantiate=info.type, fields=fields)
+        fields = []
+        for name in (field.name for field in dataclasses.fields(info.type)):
+            default, text = getattr(info.default, name), docs.get(name)
+            fields.append(StructFieldSpec(name=name, type=hints[name], default=default, helptext=text))
+        return StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
 
     return registry

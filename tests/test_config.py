@@ -138,12 +138,16 @@ class TestYAML:
             (b"steps: !!python/object:os.system 1", "not YAML"),
             (b"\xff\xfe\x00", "not YAML"),
             (b"stpes: 3", "no key 'stpes'"),
+            (b"out: [&a [x, x], *a]", "aliases"),
+            (b"out: [" + b"x," * 9999 + b"]", "expected Path"),
+            (b"out: 0x" + b"f" * 9999, "digits"),
         ],
     )
     def test_an_invalid_file_is_refused_by_name(self, tmp_path, text, message):
         (tmp_path / "a.yaml").write_bytes(text)
-        with pytest.raises(ConfigError, match=rf"a\.yaml.*{message}"):
+        with pytest.raises(ConfigError, match=rf"a\.yaml.*{message}") as error:
             load(TrainDVAEArgs, [tmp_path / "a.yaml"])
+        assert len(str(error.value)) < 1000
 
     def test_a_missing_file_or_a_directory_is_refused_by_name(self, tmp_path):
         with pytest.raises(ConfigError, match=r"no configuration file .*none\.yaml; .* configs/"):
@@ -208,6 +212,10 @@ class TestCommandLine:
             parse(TrainDVAEArgs, ["--config", str(file)])
         with pytest.raises(SystemExit, match="--config needs a file"):
             parse(TrainDVAEArgs, ["--steps", "3", "--config"])
+        for value in ("-a red circle", "-red", "--a red"):
+            with pytest.raises(SystemExit, match="follows ="):
+                parse(TrainDVAEArgs, ["--out", value])
+        assert parse(TrainDVAEArgs, ["--out=-a red circle"]).out == Path("-a red circle")
 
     def test_the_preset_is_for_no_arguments(self, file, capsys):
         assert parse(TrainDVAEArgs, [], preset=file).steps == 7
@@ -215,11 +223,18 @@ class TestCommandLine:
         assert parse(TrainDVAEArgs, ["--seed", "1"], preset=file).steps == TrainDVAEArgs().steps
         assert capsys.readouterr().out == ""
 
-    def test_a_users_mistake_is_one_line_and_a_bug_keeps_its_traceback(self):
+    def test_a_users_mistake_is_one_line_and_a_bug_keeps_its_traceback(self, monkeypatch):
         with pytest.raises(SystemExit, match=r"^error: too small$"), cli_errors():
             raise ValueError("too small")
         with pytest.raises(KeyError), cli_errors():
             raise KeyError("a bug")
+        with pytest.raises(SystemExit, match=r"error: .*too long"), cli_errors():
+            os.stat("a" * 300)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(SystemExit, match="without torchrun"), cli_errors():
+            pass
+        with cli_errors(parallel=True):
+            pass
 
     def test_an_output_that_nothing_reads_any_more_is_one_line(self):
         code = "from dalle.config import cli_errors\nwith cli_errors():\n    print('x' * 10**6, flush=True)"

@@ -47,5 +47,5 @@ def encode_images(args: EncodeImagesArgs) -> "TokenCache | None":
 
 def main() -> None:
     """Command line of encode_images."""
-    with cli_errors():
+    with cli_errors(parallel=True):
         encode_images(parse(EncodeImagesArgs, schema=TrainDVAEArgs, description=__doc__))

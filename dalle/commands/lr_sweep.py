@@ -74,7 +74,7 @@ def plot_sweep(out: Path, losses: dict[float, float]) -> None:
 
 def main() -> None:
     """Command line of lr_sweep."""
-    with cli_errors():
+    with cli_errors(parallel=True):
         overview(sys.argv[1:], __doc__, EACH_KIND)
         factors = list(takewhile(lambda word: word[:1].isdigit(), sys.argv[1:]))
         kind, words = take_kind(sys.argv[1 + len(factors) :])

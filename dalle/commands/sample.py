@@ -109,7 +109,7 @@ def check(args: SampleArgs, external: bool, holds_text: bool) -> None:
 
 def main() -> None:
     """Runs the command line."""
-    with cli_errors():
+    with cli_errors(parallel=True):
         sample(parse(SampleArgs, description=__doc__))
 
 

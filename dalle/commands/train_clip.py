@@ -109,5 +109,5 @@ def train_clip(args: TrainCLIPArgs) -> Path:
 
 def main() -> None:
     """Command line of train_clip."""
-    with cli_errors():
+    with cli_errors(parallel=True):
         train_clip(parse(TrainCLIPArgs, description=__doc__))

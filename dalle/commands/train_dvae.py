@@ -109,5 +109,5 @@ def train_dvae(args: TrainDVAEArgs) -> Path:
 
 def main() -> None:
     """Command line of train_dvae."""
-    with cli_errors():
+    with cli_errors(parallel=True):
         train_dvae(parse(TrainDVAEArgs, preset="configs/dvae/shapes.yaml", description=__doc__))

@@ -126,7 +126,7 @@ def check_cache(run: TrainTransformerArgs, cache: "TokenCache", dvae_hash: str) 
 
 def main() -> None:
     """Command line of train_transformer; without any argument, missing earlier stages run first."""
-    with cli_errors():
+    with cli_errors(parallel=True):
         args = parse(TrainTransformerArgs, preset="configs/transformer/shapes.yaml", description=__doc__)
         if len(sys.argv) == 1:
             from dalle.runs.quickstart import make_missing_stages
