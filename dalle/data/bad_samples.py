@@ -97,8 +97,8 @@ class BadSampleLog:
         exists = self.path is not None and self.path.is_file()
         earlier = []
         if exists and not fresh:
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError, TypeError):  # the last line may be truncated
+            for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                with suppress(ValueError, TypeError):  # a line may be damaged
                     earlier.append(BadSample(**json.loads(line)))
         if exists or self._opening:
             self._write([*self._opening, *filter(self._count, earlier)], "w")

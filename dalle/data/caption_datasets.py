@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from xml.etree import ElementTree
 
+from dalle.io.text import is_caption
+
 Format = Literal["coco", "karpathy", "cc", "cc12m", "redcaps", "narratives", "flickr", "openclipart"]
 Naming = Literal["number", "md5", "sha256"]
 
@@ -179,8 +181,7 @@ def _json_list(file: Path, key: str) -> Iterator[dict[str, Any]]:
 
 def _clean(*captions: Any) -> list[str]:
     """The captions that are text and not blank, on one line each."""
-    lines = [" ".join(caption.split()) for caption in captions if isinstance(caption, str)]
-    return [line for line in lines if line]
+    return [" ".join(text.split()) for text in captions if isinstance(text, str) and is_caption(text)]
 
 
 def _record(place: str, item: dict[str, Any], key: str, *captions: Any) -> CaptionRecord:

@@ -24,7 +24,7 @@ RESIZE = "shorter side by Pillow's Lanczos, then the middle square"
 def read_classes(path: Path) -> list[str]:
     """Class names, one per line; ValueError for no such file, fewer than two, or one twice."""
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path} ({error}); give a text file of a class name per line") from None
     if len(names) < 2 or len(set(map(_normalized, names))) < len(names):

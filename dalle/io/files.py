@@ -145,7 +145,7 @@ def verify_checksums(
     `wanted` chooses files; of `world` processes the one of this `rank` reads its share.
     """
     try:
-        lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+        lines = (folder / CHECKSUMS).read_text(encoding="utf-8").rstrip("\n").split("\n")
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError):
         return f"{folder / CHECKSUMS} is missing or not a list of hashes"

@@ -17,6 +17,7 @@ from dalle.hub.model_card import Report
 from dalle.hub.registry import LoadedModel, load_model, weights_hash, write_model_directory
 from dalle.io.files import read_config
 from dalle.io.images import load_image, resize_center_crop, to_tensor
+from dalle.io.text import VISIBLE
 from dalle.layout import check_tokens
 from dalle.pipelines.best_of_n import Callback, GenerationProgress, sample_best_of_n
 from dalle.pipelines.completion import prefix_tokens
@@ -195,7 +196,7 @@ class DALLE:
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"the prompt must be text, got {prompts!r}")
         ids = [self.text.encode(prompt) for prompt in prompts]
-        if not all(ids):
+        if not all(ids) or not all(map(VISIBLE.search, prompts)):
             raise ValueError("the prompt is empty; describe the image")
         return self.transformer.layout.pad_text(ids, truncate).to(self.device)
 

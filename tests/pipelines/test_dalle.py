@@ -147,7 +147,7 @@ class TestMistakes:
         with pytest.raises(ValueError, match=message):
             model.generate(prompt, **settings)
 
-    @pytest.mark.parametrize("text", ["", "   ", "\n", ["a circle", " "]])
+    @pytest.mark.parametrize("text", ["", "   ", "\n", "\u200b", ["a circle", " "]])
     def test_an_empty_prompt_is_refused(self, model, text):
         with pytest.raises(ValueError, match="prompt is empty"):
             generate(model, text)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dalle.data.bad_samples import BadSampleError
+from dalle.io.text import is_caption
 
 CAPTION_NAMES = ("captions", "caption", "text", "txt", "title", "description", "prompt", "sentence", "label")
 IMAGE_NAMES = (
@@ -17,7 +18,7 @@ IMAGE_NAMES = (
 
 def parse_text(data: bytes, name: str) -> list[str]:
     """One caption per line, without blank lines and byte order mark."""
-    return flatten_captions(_decode(data, name).splitlines())
+    return flatten_captions(_decode(data, name).replace("\r", "\n").split("\n"))
 
 
 def parse_json(data: bytes, name: str, columns: str | None = None) -> list[str]:
@@ -41,14 +42,14 @@ def _decode(data: bytes, name: str) -> str:
 
 
 def flatten_captions(value: Any) -> list[str]:
-    """The non-blank captions in text and nested lists of text; other values hold none.
+    """The captions in text and nested lists of text; blank text and other values hold none.
 
     Bytes that are not UTF-8 become lone surrogates, which `check_utf8` finds.
     """
     if isinstance(value, bytes):
         value = value.decode("utf-8", "surrogateescape")
     if isinstance(value, str):
-        return [value.strip()] if value.strip() else []
+        return [value.strip()] if is_caption(value) else []
     if isinstance(value, list | tuple):
         return [caption for inner in value for caption in flatten_captions(inner)]
     return []

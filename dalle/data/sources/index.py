@@ -19,7 +19,7 @@ import numpy as np
 
 from dalle.types import BadSample
 
-FORMAT = 2
+FORMAT = 3
 FOLDER = ".dalle-index"
 FOOTER = 8
 """Bytes of the length of the metadata, at the end of the file."""

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dalle.data.bad_samples import BadSampleError, examples_text
+from dalle.data.config import IMAGE_SUFFIXES
 from dalle.data.sources.captions import (
     IMAGE_NAMES,
     check_column_names,
@@ -142,30 +143,47 @@ def _find_columns(
 
 
 def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
-    """(line, values by column), or (line, error). In TSV quotes count around a whole field only."""
+    """(line, values by column), or (line, error); then the next line is read. TSV quotes whole fields."""
+    tabs, ahead = file.suffix.lower() == ".tsv", list[str]()
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        header = re.sub('"[^"]*"', "", lines.readline())
-        lines.seek(0)
-        tabs = file.suffix.lower() == ".tsv"
-        delimiter = "\t" if tabs else "," if "," in header or ";" not in header else ";"
+        header = lines.readline()
+        plain = re.sub('"[^"]*"', "", header)
+        mark = "\t" if tabs else "," if "," in plain or ";" not in plain else ";"
         quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-        rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, skipinitialspace=not tabs)
+        parse = partial(csv.reader, delimiter=mark, quoting=quoting, skipinitialspace=not tabs, strict=True)
+        rows = parse(chain([header], lines))
         try:
             names = [name.strip() for name in next(rows, [])]
         except csv.Error as error:
             raise ValueError(f"the first line of {file} must name the columns; it has {error}") from None
         check_column_names(names, str(file))
-        while True:
+        suffix = f"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})"
+        swallowed = re.compile(rf"[\r\n].*{suffix}{mark}|{mark}.*{suffix}[\r\n]", re.IGNORECASE)
+
+        def read_ahead() -> Iterator[str]:
+            yield from ahead
+            for line in lines:
+                ahead.append(line)
+                yield line
+
+        number, used = 1, rows.line_num
+        while used:
+            number += used
+            rows = parse(read_ahead())
             try:
-                for row in filter(None, rows):
-                    if len(row) == len(names):
-                        fields = map(_unquote, row) if tabs else row
-                        yield rows.line_num, dict(zip(names, fields, strict=True))
-                    else:
-                        yield rows.line_num, f"{len(row)} fields, the header has {len(names)}"
-                return
+                row, problem = next(rows, []), ""
             except csv.Error as error:
-                yield rows.line_num, str(error)
+                row, problem = [], f"a quote that does not close, or is not doubled: {error}"
+            if row and len(row) != len(names):
+                problem = f"{len(row)} fields, the header has {len(names)}"
+            elif rows.line_num > 1 and any(map(swallowed.search, row)):
+                problem = "a quote that does not close before the next row"
+            if problem:
+                yield number, problem
+            elif row:
+                yield number, dict(zip(names, map(_unquote, row) if tabs else row, strict=True))
+            used = 1 if problem else rows.line_num
+            del ahead[:used]
 
 
 def _unquote(field: str) -> str:
@@ -175,7 +193,7 @@ def _unquote(field: str) -> str:
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(line, values by key), or (line, error)."""
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -55,6 +55,11 @@ def test_lower_case_and_text_are_preferred(tmp_path):
         assert open_source(tmp_path).captions(0) == [text.strip('"')]
 
 
+def test_lines_of_captions_end_at_line_feeds_and_carriage_returns_only(tmp_path):
+    write_files(tmp_path, {"a.png": image(1), "a.txt": "a\u2028b\x85c\vd\re\r\nf\n\u200b\nNone\n"})
+    assert open_source(tmp_path).captions(0) == ["a\u2028b\x85c\vd", "e", "f"]
+
+
 def test_captions_in_json(tmp_path):
     write_files(tmp_path, {"a.png": image(1), "a.json": '{"alt": "one", "title": "two"}'})
     assert open_source(tmp_path, caption_column="alt, title").captions(0) == ["one", "two"]

@@ -221,6 +221,25 @@ def test_bad_rows_are_named(tmp_path, form, text, bad):
     assert skipped(source) == [(f"a.{form}:{line}", cause) for line, cause in bad.items()]
 
 
+@pytest.mark.parametrize("more", [0, 9000])  # csv takes at most 128 KiB for a field
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_quote_that_does_not_close_costs_its_line(tmp_path, end, more):
+    rows = 'image,caption|a.png,1|b.png,"2|c.png,"3"|d.png,"4|e.png,5"|f.png,"6" said|"g.png,7|h.png,8'
+    rows = [*rows.split("|"), *(f"{i}.png,one" for i in range(more)), 'z.png,"9']
+    (tmp_path / "a.csv").write_text(end.join(rows), newline="")
+    source = open_source(tmp_path / "a.csv")
+    assert names(source)[:4] == ["a.png", "c.png", "e.png", "h.png"]
+    assert skipped(source) == [(f"a.csv:{line}", "broken row") for line in (3, 5, 7, 8, 10 + more)]
+    assert len(source) == more + 4
+
+
+@pytest.mark.parametrize("form", TABLES)
+def test_missing_and_invisible_captions_are_none(tmp_path, form):
+    texts = ["nan", "None", " NULL ", "\u200b", "\ufeff \xad", "nan bread"]
+    path = table(tmp_path, [{"image": "a.png", "caption": text} for text in texts], form)
+    assert all_captions(open_source(path)) == [[]] * 5 + [["nan bread"]]
+
+
 def test_other_encodings_are_named(tmp_path):
     write_files(tmp_path, {"a.png": image(1)})
     (tmp_path / "a.csv").write_bytes(b"image,caption\na.png,sch\xf6n\n")
