@@ -80,17 +80,16 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 
 def _expand(pattern: str) -> Iterator[Path]:
-    """The files of a pattern; ValueError if one of its braces does not exist."""
+    """The files of a pattern, whose folders and brackets are literal if they exist; ValueError for none."""
     if not any(mark in pattern for mark in "*?[{"):
         raise ValueError(f"nothing at {pattern}; give a folder, a table or tars, or the word shapes")
-    for part in expand_braces(pattern):
-        found = sorted(glob.glob(part, recursive=True)) if any(mark in part for mark in "*?[") else [part]
-        if not found:
-            raise ValueError(f"no file matches {part}")
-        for name in found:
-            if not os.path.isfile(name):
-                raise ValueError(f"no file {name}, which {pattern} names")
-            yield Path(name)
+    folder = next(parent for parent in Path(pattern).parents if os.path.isdir(parent))
+    for part in expand_braces(str(Path(pattern).relative_to(folder))):
+        literal = glob.glob(part.replace("[", "[[]"), root_dir=folder, recursive=True)
+        for name in sorted(literal or glob.glob(part, root_dir=folder, recursive=True)) or [part]:
+            if not os.path.isfile(folder / name):
+                raise ValueError(f"no file matches {folder / name}")
+            yield folder / name
 
 
 def _list_files(root: Path, format: str) -> list[Path]:

@@ -18,10 +18,19 @@ def test_braces_keep_leading_zeros():
 @pytest.mark.parametrize(
     "pattern", ["set-{000..002}.tar", "set-*.tar", "set-00[0-2].tar", "*-{000,001,002}.tar"]
 )
-def test_patterns_name_tars(tmp_path, pattern):
-    tars(tmp_path)
-    source = open_source(f"{tmp_path}/{pattern}")
-    assert (len(source), source.hash) == (COUNT, open_source(tmp_path).hash)
+@pytest.mark.parametrize("folder", ["data", "data [v2]", "{1} ?"])
+def test_patterns_name_tars(tmp_path, folder, pattern):
+    (tmp_path / folder).mkdir()
+    tars(tmp_path / folder)
+    source = open_source(f"{tmp_path}/{folder}/{pattern}")
+    assert (len(source), source.hash) == (COUNT, open_source(tmp_path / folder).hash)
+
+
+def test_brackets_are_literal_if_that_exists(tmp_path):
+    for name in ("a [1].tar", "a [2].tar", "a 1.tar"):
+        write_tar(tmp_path / name, pair("a", 1))
+    found = [detect_source(f"{tmp_path}/a [{end}.tar").files for end in ("1]", "{1,2}]", "*", "12]")]
+    assert list(map(len, found)) == [1, 2, 2, 1]
 
 
 @pytest.mark.parametrize(
