@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dalle.config import cli_errors, parse
-from dalle.data.config import PAPER_FILTERS, DataConfig
+from dalle.data.config import PAPER_FILTERS, UNUSED, DataConfig
 from dalle.layout import TokenLayout
 from dalle.runs import ROOT
 
@@ -118,10 +118,8 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
     if args.max_bad is None:
         check_bad_fraction(bad["samples"], bad["of"], args.data.max_bad_fraction, str(bad_samples))
     elif bad["samples"] > args.max_bad * bad["of"]:
-        raise ValueError(
-            f"{bad['samples']} of {bad['of']} samples are bad, more than --max-bad {args.max_bad:g}: "
-            f"{bad_samples}"
-        )
+        problem = f"{bad['samples']} of {bad['of']} samples are bad, more than --max-bad {args.max_bad:g}"
+        raise ValueError(f"{problem}: {bad_samples}")
     return report
 
 
@@ -135,10 +133,10 @@ def _report(
 ) -> dict[str, Any]:
     from dalle.data.statistics import summarize
 
-    usable, seen = len(stats.indices), len(source) + len(source.skipped)
-    sides, words, tokens, dropped = (
-        stats.counts[name] for name in ("shorter_side", "words", "tokens", "dropped")
-    )
+    unused = bad_samples.counts[UNUSED]
+    usable, seen = len(stats.indices), len(source) + len(source.skipped) - unused
+    sides, words = stats.counts["shorter_side"], stats.counts["words"]
+    tokens, dropped = stats.counts["tokens"], stats.counts["dropped"]
     small = sum(count for side, count in sides.items() if side < args.data.resolution)
     report = {
         "path": args.data.path,
@@ -146,7 +144,7 @@ def _report(
         "samples": seen,
         "usable": usable,
         "captions": words.total(),
-        "bad": _fraction(bad_samples.counts.total(), seen)
+        "bad": _fraction(bad_samples.counts.total() - unused, seen)
         | {"causes": dict(bad_samples.counts.most_common()), "named": [asdict(bad) for bad in stats.skipped]},
         "shorter_side": summarize(sides),
         "smaller_than_resolution": _fraction(small, usable),
@@ -187,7 +185,7 @@ def _print_report(report: dict[str, Any], args: CheckDataArgs, out: Path) -> Non
 
     bad, duplicates, small = report["bad"], report["duplicates"], report["smaller_than_resolution"]
     print(f"{args.data.path}: {report['usable']} usable images with {report['captions']} captions")
-    print(f"bad samples: {percent(bad)}")
+    print(f"bad samples: {percent(bad)}; left out in all, unused files included:")
     for cause, count in bad["causes"].items():
         name = next((named["name"] for named in bad["named"] if named["cause"] == cause), "not named")
         print(f"  {count:9,}  {cause}, for example {name}")

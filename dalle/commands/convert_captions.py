@@ -126,7 +126,8 @@ def _insert_images(database: sqlite3.Connection, root: Path, result: ConversionR
 
 def _find_images(root: Path, result: ConversionResult) -> Iterator[tuple[str, str, str, str | None]]:
     """Path below the root, the same without suffix, stem, and the stem as a number without leading zeros."""
-    for folder, folders, files in os.walk(root):
+    walk = os.walk(root, onerror=lambda error: result.leave_out("unreadable folder", error.filename))
+    for folder, folders, files in walk:
         folders.sort()
         for file in sorted(files):
             stem, suffix = os.path.splitext(file)

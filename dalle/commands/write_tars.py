@@ -18,8 +18,8 @@ from dalle.config import cli_errors, parse
 from dalle.data.config import Format
 from dalle.types import DataSource
 
-SUFFIXES = {kind: kind.lower() for kind in ("PNG", "WEBP", "BMP", "GIF")}
-SUFFIXES |= {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
+SUFFIXES = {kind: kind.lower() for kind in ("PNG", "WEBP", "BMP", "GIF", "AVIF", "PPM", "QOI", "TGA", "DDS")}
+SUFFIXES |= {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
 """Suffix of a member by the type of its image."""
 
 
@@ -54,6 +54,7 @@ def run_write_tars(args: WriteTarsArgs) -> None:
         args.path, args.format, args.image_column, args.caption_column, image_root=args.image_root
     )
     tars, images, left_out = write_tars(source, args.out, args.shard_size)
+    left_out += [f"{bad.name}: {bad.cause} ({bad.detail})" for bad in source.skipped]
     print(f"{args.out}: {images} images in {tars} tars; {len(left_out)} left out")
     for text in left_out[:5]:
         print(f"  {text}")

@@ -19,7 +19,7 @@ class BadSampleError(ValueError):
     """A sample that cannot be used: its name, the cause and details.
 
     Causes: unreadable image, truncated, wrong type, decompression bomb, too small; empty caption, caption
-    not UTF-8; missing twin, leaves the folder; broken row, broken tar member, unreadable shard.
+    not UTF-8; missing twin, leaves the folder; broken row, broken tar member, unreadable shard or folder.
     """
 
     def __init__(self, name: str, cause: str, detail: str = ""):

@@ -1,6 +1,7 @@
 """Datasets of captioned images by index: the embedded shapes, or the images of a source."""
 
 import hashlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dalle.data.bad_samples import BadSampleError, check_bad_fraction, examples_text
-from dalle.data.config import DataConfig, FilterConfig
+from dalle.data.config import UNUSED, DataConfig, FilterConfig
 from dalle.data.filters import Filters
 from dalle.data.image_decode import decode, open_image
 from dalle.data.sampler import FeistelPermutation, epoch_stream
@@ -42,7 +43,9 @@ def open_dataset(config: DataConfig, split: str = "train", siblings: bool = Fals
     elif config.val_path is not None:
         val_fraction = None
     source = source_of(config, path, part)
-    bad = len(source.skipped)
+    if source.skipped and (split == "train" or val_fraction is None) and not int(os.environ.get("RANK", 0)):
+        tqdm.write(f"note: of {path}, left out {examples_text(source.skipped)}")
+    bad = sum(bad.cause != UNUSED for bad in source.skipped)
     check_bad_fraction(bad, len(source) + bad, config.max_bad_fraction, examples_text(source.skipped))
     filters = Filters(config.filters)
     return ImageTextDataset(source, config.resolution, split, val_fraction, filters, config.jpeg_draft)

@@ -69,9 +69,10 @@ def test_bad_samples_are_named_with_their_causes(bad_tar, tmp_path, monkeypatch)
     assert (len(bad["named"]), bad["samples"], sum(bad["causes"].values())) == (2, 5, 5)
     assert len(logged(tmp_path / "out")) == 5
     put(tmp_path / "empty", "a.png", scene(0), "\n")
+    (tmp_path / "empty" / "list.csv").write_text("no bad sample")
     report = check(tmp_path / "empty", sheet=0)  # replaces the first
-    assert (report["usable"], report["bad"]["samples"], report["words"]) == (0, 1, {})
-    assert len(logged(tmp_path / "out")) == 1
+    assert (report["usable"], report["bad"]["samples"], report["bad"]["of"], report["words"]) == (0, 1, 1, {})
+    assert len(logged(tmp_path / "out")) == 2
     assert not (tmp_path / "out" / "contact_sheet.png").exists()
 
 

@@ -4,8 +4,10 @@ import tarfile
 from dataclasses import dataclass
 
 import pytest
+from PIL import Image
 
-from dalle.commands.write_tars import write_tars
+from dalle.commands.write_tars import SUFFIXES, write_tars
+from dalle.data.config import IMAGE_SUFFIXES
 from dalle.data.sources import open_source
 from dalle.types import RawSample
 from tests.helpers.formats import image
@@ -62,6 +64,8 @@ def test_what_cannot_be_packed_is_told_and_keeps_its_number(tmp_path):
     records = [LOST, RawSample("text", b"no image", ["a"]), RawSample("mute", image(1), [" \n"])]
     records += [RawSample("good", image(1), ["b"]), RawSample("icon", image(1, form="PCX"), ["c"])]
     *_, left_out = write_tars(Listed(records), tmp_path)
+    known = {end for end, kind in Image.registered_extensions().items() if kind in SUFFIXES}
+    assert known <= {*IMAGE_SUFFIXES}
     assert list(members(tmp_path / "00000.tar")) == ["000000003.png", "000000003.txt"]
     said = ["sample 0: lost", "text: wrong type", "mute: no caption", "icon: an image of type PCX"]
     assert [text[: len(start)] for text, start in zip(left_out, said, strict=True)] == said

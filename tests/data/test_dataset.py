@@ -114,16 +114,17 @@ def test_a_folder_or_the_shapes_are_opened(folder):
     assert shapes.load([(0, 5)]).pixels.shape == (1, 3, 32, 32)
 
 
-def test_many_bad_samples_at_the_opening_are_refused(tmp_path):
+def test_many_bad_samples_at_the_opening_are_refused(tmp_path, capsys):
     write_files(tmp_path, {f"{i}.png": "" for i in range(150)})
-    with pytest.raises(ValueError, match=r"150 images .*none with a \.txt"):
+    with pytest.raises(ValueError, match=r"no image .*with a \.txt .*150 missing twin"):
         dataset_of(tmp_path)
-    write_files(tmp_path, {"1.txt": "the only caption"})
+    write_files(tmp_path, {"1.txt": "the only caption"} | {f"{i}.xyz": "" for i in range(200, 400)})
     config = DataConfig(str(tmp_path), val_fraction=1e-9)
-    with pytest.raises(ValueError, match=r"149 of 150 samples .*149 missing twin; for example 0\.png"):
+    with pytest.raises(ValueError, match=r"149 of 150 samples .*149 missing twin; for example"):
         open_dataset(config)
     dataset = open_dataset(replace(config, max_bad_fraction=1.0))
-    assert (dataset.size, len(dataset.skipped)) == (1, 149)
+    assert (dataset.size, len(dataset.skipped)) == (1, 349)
+    assert "left out 349: 200 unused file, 149 missing twin; for example" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -49,15 +49,13 @@ def detect_source(path: str, format: Format = "auto") -> DataLocation:
     suffixes = {file.suffix.lower() for file in files}
     if format == "auto":
         if not suffixes <= {".tar", *TABLES}:
-            raise ValueError(
-                f"{path} is {', '.join(sorted(suffixes)) or 'without suffix'}; expected a folder of images, "
-                f".tar files (not compressed) or a table ({', '.join(TABLES)})"
-            )
+            found = ", ".join(sorted(suffixes)) or "without suffix"
+            expected = f"a folder of images, .tar files (not compressed) or a table ({', '.join(TABLES)})"
+            raise ValueError(f"{path} is {found}; expected {expected}")
         format = "tars" if ".tar" in suffixes else "table"
     if not files:
-        raise ValueError(
-            f"no {format} at {path}; expected {'.tar files' if format == 'tars' else ', '.join(TABLES)}"
-        )
+        expected = ".tar files" if format == "tars" else ", ".join(TABLES)
+        raise ValueError(f"no {format} at {path}; expected {expected}")
     if len(suffixes) > 1:
         raise ValueError(f"{path} holds several formats ({', '.join(sorted(suffixes))}); give one of them")
     used = [file for file in files if not TEST.match(file.name)] or files

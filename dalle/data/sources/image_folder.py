@@ -2,25 +2,30 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, MutableSequence
+import re
+from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dalle.data.bad_samples import BadSampleError
-from dalle.data.config import IMAGE_SUFFIXES
+from dalle.data.bad_samples import BadSampleError, examples_text
+from dalle.data.config import IMAGE_SUFFIXES, UNUSED
 from dalle.data.sources.captions import parse_json, parse_text
 from dalle.data.sources.index import name_hashes
 from dalle.types import BadSample, RawSample
 
-CAPTION_SUFFIXES = (".txt", ".TXT", ".json", ".JSON")
+CAPTION_SUFFIXES = (".txt", ".TXT", ".Txt", ".json", ".JSON", ".Json")
 """Suffixes of caption files; the first that exists is read."""
+LEFT_OUT = {"image": "an image without .txt or .json beside it", "": "neither an image nor captions"}
+LEFT_OUT |= dict.fromkeys(("txt", "json"), "captions without an image of the same name")
+"""Why a file belongs to no sample, by its kind."""
+Samples = dict[str, dict[str, list[str]]]  # stem, a path up to its last dot -> image, txt or json -> files
 
 
 class FolderSource:
     """Images below a folder, sorted by name. Hidden files and folders are ignored.
 
-    `skipped` lists images without captions and symbolic links out of the folder, which are not followed.
+    `skipped` lists what belongs to no sample, and symbolic links out of the folder, which are not followed.
 
     If `caption_column` is given, a key of JSON, `.json` is preferred to `.txt`.
 
@@ -35,10 +40,8 @@ class FolderSource:
         self.skipped: list[BadSample] = []
         self._names = np.array([os.fsencode(name) for name in find_images(folder, self.skipped)], np.bytes_)
         if not len(self._names):
-            raise ValueError(
-                f"{folder} has {len(self.skipped)} images ({', '.join(IMAGE_SUFFIXES)}), "
-                "none with a .txt of the same name"
-            )
+            problem = f"{folder} has no image (.jpg, .png, ...) with a .txt or .json of the same name"
+            raise ValueError(f"{problem}; left out {examples_text(self.skipped)}")
         self.hash = hashlib.blake2b(self._names.tobytes(), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
@@ -83,25 +86,53 @@ def read_listed(root: Path, path: str) -> bytes:
 
 
 def find_images(root: Path, skipped: MutableSequence[BadSample]) -> Iterator[str]:
-    """Images with captions below a root, sorted by folder; others and links that lead out go to `skipped`."""
-    resolved = root.resolve()
-    for folder, folders, names in os.walk(root):
+    """Images with captions below a root, sorted by folder; what is left out goes to `skipped`."""
+
+    def skip(path: str, cause: str, detail: str) -> None:
+        bad.append(Path(path).relative_to(root).as_posix())
+        skipped.append(BadSample(None, bad[-1], cause, detail))
+
+    resolved, bad = root.resolve(), list[str]()
+    walk = os.walk(root, onerror=lambda error: skip(error.filename, "unreadable folder", error.strerror))
+    for folder, folders, names in walk:
         files, below = [], Path(folder).relative_to(root)
+        bad.clear()
         for name in sorted(name for name in folders + names if not name.startswith(".")):
             path = os.path.join(folder, name)
             if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(resolved):
-                detail = f"it is {os.readlink(path)}"
-                skipped.append(BadSample(None, (below / name).as_posix(), "leaves the folder", detail))
+                skip(path, "leaves the folder", f"it is {os.readlink(path)}")
             elif os.path.isfile(path):
-                files.append(name)
+                files.append((below / name).as_posix())
+            elif not os.path.isdir(path):
+                skip(path, "missing twin", "no file that can be read")
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        existing = set(files)
-        for file in files:
-            stem, suffix = os.path.splitext(file)
-            if suffix.lower() in IMAGE_SUFFIXES:
-                name = (below / file).as_posix()
-                if any(stem + caption in existing for caption in CAPTION_SUFFIXES):
-                    yield name
-                else:
-                    detail = "an image without .txt or .json beside it"
-                    skipped.append(BadSample(None, name, "missing twin", detail))
+        samples = pair_files(files, skipped, bad)
+        yield from sorted(image for sample in samples.values() for image in sample["image"])
+
+
+def pair_files(names: Iterable[str], skipped: MutableSequence[BadSample], bad: Sequence[str]) -> Samples:
+    """The samples among files, whatever dots are in their names; other files go to `skipped`.
+
+    STEM.seg.png belongs to the sample STEM; what lacks one of the `bad` files is counted with that file.
+    """
+    files = [(name, *split_name(name)) for name in names if not os.path.basename(name).startswith(".")]
+    images = {stem for _, stem, kind in files if kind == "image"}
+    captions = {stem for _, stem, kind in files if kind in ("txt", "json")}
+    samples: Samples = {}
+    for name, stem, kind in files:
+        if kind and stem in images and stem in captions:
+            samples.setdefault(stem, {}).setdefault(kind, []).append(name)
+    known = samples.keys() | {stem for stem, kind in map(split_name, bad) if kind}
+    for name, stem, kind in files:
+        while stem not in known and (word := re.search(r"\.[A-Za-z_]\w*$", stem)):
+            stem = stem[: word.start()]
+        if stem not in known:
+            skipped.append(BadSample(None, name, "missing twin" if kind else UNUSED, LEFT_OUT[kind]))
+    return samples
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The stem of a file, and what its suffix stands for: image, txt, json or ""."""
+    stem, suffix = os.path.splitext(name)
+    kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix[1:].lower()
+    return stem, kind if kind in LEFT_OUT else ""

@@ -17,8 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dalle.data.bad_samples import BadSampleError, examples_text
-from dalle.data.config import IMAGE_SUFFIXES
 from dalle.data.sources.captions import parse_json, parse_text
+from dalle.data.sources.image_folder import pair_files, split_name
 from dalle.data.sources.index import IndexWriter, name_hash, open_or_build_index
 from dalle.types import BadSample, RawSample
 
@@ -42,13 +42,11 @@ class TarSource:
         self, files: Sequence[Path], caption_column: str | None = None, index_dir: Path | None = None
     ):
         self.files, self.caption_column = list(files), caption_column
-        self._index = open_or_build_index(files, "tars", SAMPLE, build_index, index_dir)
+        self._index = open_or_build_index(files, "tars 2", SAMPLE, build_index, index_dir)
         self.hash, self.skipped = self._index.hash, self._index.skipped
         if not len(self):
-            raise ValueError(
-                f"{len(files)} tars from {files[0]} on hold no KEY.jpg (.png, .webp, ...) with KEY.txt or "
-                f"KEY.json beside it; bad samples {examples_text(self.skipped)}"
-            )
+            problem = f"{len(files)} tars from {files[0]} on hold no image KEY.jpg with KEY.txt or KEY.json"
+            raise ValueError(f"{problem}; left out {examples_text(self.skipped)}")
         self._files: dict[Path, FileIO] = {}
 
     def __len__(self) -> int:
@@ -91,6 +89,22 @@ class TarSource:
         return self.__dict__ | {"_files": {}}
 
 
+class LenientTarInfo(tarfile.TarInfo):
+    """A header; the search goes on at the block behind one that tarfile cannot read, whatever it raises."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        start = tar.offset
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
+            raise
+        except Exception as error:  # a number of 5,000 digits gives a ValueError
+            tar.offset = start
+            tar.fileobj.seek(start + tarfile.BLOCKSIZE)
+            raise tarfile.InvalidHeaderError(str(error)) from None
+
+
 class Member(NamedTuple):
     """A file in a tar; `damage` says why it cannot be used."""
 
@@ -106,9 +120,8 @@ def build_index(writer: IndexWriter, files: Sequence[Path]) -> None:
         scans = pool.map(scan_tar, files) if pool else map(scan_tar, files)
         scans = tqdm(scans, "index", len(files), leave=False, unit="file", disable=None)
         for number, (samples, names, skipped, readable) in enumerate(scans):
-            start, _ = writer.add_text(names)
             samples["tar"] = number
-            samples["name"]["at"] += start
+            samples["name"]["at"] += writer.add_text(names)[0]
             writer.add(samples)
             writer.skipped += skipped
             writer.keep &= readable
@@ -116,13 +129,12 @@ def build_index(writer: IndexWriter, files: Sequence[Path]) -> None:
 
 def scan_tar(file: Path) -> tuple[np.ndarray, bytes, list[BadSample], bool]:
     """(samples, their names end to end, bad samples, whether the file could be read)."""
-    problem, readable, members = "not a tar", True, []
+    problem, readable, members = "", True, []
     try:
         with file.open("rb") as opened:
             start = opened.read(6)
-            if not start:
-                problem = "empty"
-            elif start.startswith(COMPRESSED):
+            problem = "not a tar" if start else "empty"
+            if start.startswith(COMPRESSED):
                 problem = "compressed: unpack it, images are compressed already"
             members = list(_members(file, opened))
     except OSError as error:
@@ -139,12 +151,11 @@ def _members(file: Path, opened) -> Iterator[Member]:
         block = os.pread(opened.fileno(), tarfile.BLOCKSIZE, offset)
         if any(block):  # zeros are padding
             name = block[:100].split(b"\0")[0] if block[257:262] == b"ustar" else b""
-            yield Member(
-                name.decode("utf-8", "surrogateescape"), offset, 0, f"no sound header at byte {offset}"
-            )
+            yield Member(os.fsdecode(name), offset, 0, f"no sound header at byte {offset}")
 
     size, expected = os.fstat(opened.fileno()).st_size, 0
-    with suppress(tarfile.TarError), tarfile.open(file, "r:", ignore_zeros=True, encoding="utf-8") as tar:
+    options = {"ignore_zeros": True, "encoding": "utf-8", "tarinfo": LenientTarInfo}
+    with suppress(tarfile.TarError), tarfile.open(file, "r:", **options) as tar:
         while (member := tar.next()) is not None:
             if member.offset != expected:
                 yield from damage_at(expected)
@@ -160,42 +171,27 @@ def _members(file: Path, opened) -> Iterator[Member]:
 
 
 def _group(members: Sequence[Member], tar: str) -> tuple[np.ndarray, bytes, list[BadSample]]:
-    """Samples of one tar: members with the same key."""
-    keys: dict[str, dict[str, tuple[int, int]]] = {}
-    damaged: dict[str, BadSample] = {}
+    """Samples of one tar, and the members that belong to none."""
+    spans: dict[str, tuple[int, int]] = {}
+    skipped: list[BadSample] = []
     for member in members:
-        key, field = _key(member.name)
+        name = f"{tar}/{member.name or f'byte {member.offset}'}"
         damage, cause = member.damage, "broken tar member"
         if not damage and (member.name.startswith("/") or ".." in PurePosixPath(member.name).parts):
             damage, cause = "its name leads out of the folder", "leaves the folder"
-        if not damage and field in ("txt", "json") and field in keys.get(key, ()):
-            damage = f"a second .{field}"
-        if damage and (field or not member.name):
-            name = member.name or f"byte {member.offset}"
-            damaged.setdefault(key or name, BadSample(None, f"{tar}/{name}", cause, damage))
-        elif field:
-            keys.setdefault(key, {}).setdefault(field, (member.offset, member.size))
-    rows, names, skipped = [], bytearray(), list(damaged.values())
-    for key, parts in keys.items():
-        if key in damaged:
-            continue
-        name = f"{tar}/{key}"
-        if "image" not in parts or len(parts) == 1:
-            lacks = "captions without an image" if "image" not in parts else "an image without .txt or .json"
-            skipped.append(BadSample(None, name, "missing twin", lacks))
-            continue
-        data = name.encode("utf-8", "surrogatepass")
-        spans = [parts.get(field, (0, 0)) for field in ("image", "txt", "json")]
-        rows.append((0, name_hash(name), (len(names), len(data)), *spans))
-        names += data
+        elif not damage and name in spans:
+            damage = "a second member of this name"
+        elif not damage and member.size >= 2**32 and split_name(name)[1]:
+            damage = "larger than 4 GiB"
+        if damage:
+            skipped.append(BadSample(None, name, cause, damage))
+        else:
+            spans[name] = member.offset, member.size
+    rows, names = [], bytearray()
+    for stem, sample in pair_files(spans, skipped, [bad.name for bad in skipped]).items():
+        captions = [spans[sample[kind][0]] if kind in sample else (0, 0) for kind in ("txt", "json")]
+        for image in sample["image"]:  # images of one stem are in one split
+            name = (stem if image is sample["image"][0] else image).encode("utf-8", "surrogatepass")
+            rows.append((0, name_hash(stem), (len(names), len(name)), spans[image], *captions))
+            names += name
     return np.array(rows, SAMPLE), bytes(names), skipped
-
-
-def _key(name: str) -> tuple[str, str]:
-    """The key of a member (its path up to the first dot of the file name), and image, txt, json or ""."""
-    folder, _, file = name.rpartition("/")
-    stem, _, suffix = file.partition(".")
-    key, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
-    if stem and f".{suffix}" in IMAGE_SUFFIXES:
-        return key, "image"
-    return key, suffix if stem and suffix in ("txt", "json") else ""

@@ -1,5 +1,7 @@
 """Folders of images with captions beside them: dalle/data/sources/image_folder.py."""
 
+from unittest.mock import Mock
+
 import pytest
 
 from dalle.data import open_source
@@ -39,13 +41,20 @@ def test_a_cycle_of_links_is_no_file(tmp_path):
         open_source(tmp_path / "table.csv").read(0)
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    denied = PermissionError(13, "denied", str(tmp_path / "lost+found"))
+    monkeypatch.setattr("os.scandir", Mock(side_effect=denied))
+    with pytest.raises(ValueError, match=r"lost\+found \(unreadable folder, denied\)"):
+        open_source(tmp_path)
+
+
 def test_suffixes_may_be_in_capitals(tmp_path):
     write_files(
         tmp_path, {"A.JPG": image(1), "A.TXT": "one\ntwo", "list.csv": "image,caption\nA.JPG,other\n"}
     )
     write_files(tmp_path, {"B.JPG": image(1), "B.JSON": '{"caption": "three"}'})
     source = open_source(tmp_path)
-    assert (skipped(source), all_captions(source)) == ([], [["one", "two"], ["three"]])
+    assert (len(skipped(source)), all_captions(source)) == (1, [["one", "two"], ["three"]])
 
 
 def test_lower_case_and_text_are_preferred(tmp_path):

@@ -18,6 +18,7 @@ from tests.helpers.formats import (
     pair,
     skipped,
     tars,
+    write_files,
     write_tar,
 )
 
@@ -51,7 +52,7 @@ def test_rubbish_costs_what_it_replaces(tmp_path, rubbish):
     overwrite(file, first, rubbish * (last - first))
     source = open_source(file)
     assert all_captions(source) == [caption(i) for i in range(COUNT) if not 4 <= i <= 6]
-    assert ("all.tar/000006", "missing twin") in skipped(source)
+    assert ("all.tar/000006.txt", "missing twin") in skipped(source)
 
 
 @pytest.mark.parametrize("size", [b"99999999999\0", b"\xff" * 12], ids=["no number", "negative"])
@@ -117,11 +118,30 @@ def test_links_in_a_tar_are_not_followed(tmp_path, kind):
     assert skipped(source) == [("a.tar/b.png", "broken tar member")]
 
 
-def test_missing_twins_are_named(tmp_path):
-    members = [("b.png", image(2)), ("c.txt", b"alone"), ("d.cls", b"7"), ("e.seg.png", image(3))]
-    source = open_source(write_tar(tmp_path / "a.tar", [*pair("a", 1), *members]))
-    assert len(source) == 1
-    assert skipped(source) == [("a.tar/b", "missing twin"), ("a.tar/c", "missing twin")]
+@pytest.mark.parametrize("form", ["tar", "folder"])
+def test_samples_and_what_is_left_out_are_the_same_in_tars_and_folders(tmp_path, form):
+    members = [*pair("a", 1), *pair("photo 2.3 (final)", 2), *pair("photo 2.4", 3), ("a.cls", b"7")]
+    members += [("a.jfif", image(4, form="JPEG")), ("a.seg.png", image(5)), ("._a.png", b"hidden")]
+    lone = dict.fromkeys(["photo 2.5.png", "c.txt", "e.seg.png", "f.json"], "missing twin")
+    lone |= {"d.cls": "unused file", "f.heic": "unused file"}
+    members += [(name, b"content") for name in lone]
+    if form == "tar":
+        lone |= {"photo 2.4.png": "broken tar member"}  # the second of this name
+        source = open_source(write_tar(tmp_path / "a.tar", [*members, ("photo 2.4.png", image(8))]))
+        assert (names(source)[1], source.shares()[1]) == ("a.tar/a.jfif", source.shares()[0])  # in one split
+    else:
+        source = open_source(write_files(tmp_path, dict(members)))
+    found = {level(sample.image): sample.captions for sample in map(source.read, range(len(source)))}
+    assert found == {1: caption(1), 2: caption(2), 3: caption(3), 4: caption(1)}
+    assert {name.removeprefix("a.tar/"): cause for name, cause in skipped(source)} == lone
+
+
+def test_a_header_that_tarfile_cannot_read_costs_itself(tmp_path):
+    members = [*pair("a", 1), *pair("b", 2)]
+    members[0] += ({"pax_headers": {"GNU.sparse.size": "9" * 5000}},)
+    source = open_source(write_tar(tmp_path / "a.tar", members, format=tarfile.PAX_FORMAT))
+    assert names(source) == ["a.tar/a", "a.tar/b"]
+    assert [cause for _, cause in skipped(source)] == ["broken tar member"]
 
 
 @pytest.mark.parametrize(
