@@ -160,5 +160,8 @@ class PretrainedScorer(OpenClipScorer):
             raise ValueError(f"no file {weights}; give a file of weights for {name}, or allow the download")
         if name not in open_clip.list_models():
             raise ValueError(f"open_clip knows no model {name!r}; see open_clip.list_models()")
-        model = open_clip.create_model(name, pretrained=weights, device=device).eval()
+        try:
+            model = open_clip.create_model(name, pretrained=weights, device=device).eval()
+        except (RuntimeError, LookupError, AttributeError, StopIteration) as error:
+            raise ValueError(f"{weights} does not hold the weights of {name}: {error!s:.300}") from None
         super().__init__(model, open_clip.get_tokenizer(name))

@@ -109,7 +109,6 @@ def _inner_tokenizer(found: DetectedCheckpoint) -> DetectedCheckpoint:
     tensors = {n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)}
     if found.family is None or found.family.kind != "transformer" or not tensors:
         return found
-    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     hparams = found.tree.get("vae_params") if isinstance(found.tree, dict) else None
     return _detect(SavedFile(found.path, found.container, {"hparams": hparams, "state_dict": tensors}))
 

@@ -73,9 +73,8 @@ OPEN_CLIP = replace(
     OPENAI,
     name="open_clip CLIP",
     license="unknown; open_clip's own differ by training set",
-    key_patterns=("*visual.*", "*token_embedding.weight", "*text_projection"),
+    key_patterns=OPENAI.key_patterns[:3],
     build=partial(build, quick_gelu=False),
-    renames=lambda names: {r"^module\.": ""},
     ignored=(),
 )
 

@@ -84,7 +84,8 @@ def read_torch_file(path: Path | str) -> SavedFile:
     try:
         if head.startswith(b"PK\x03\x04"):
             return _read_zip(path)
-        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        header = int.from_bytes(head[:8], "little") < 2**32  # text begins with larger numbers
+        if (header and head[8:9] == b"{") or (path.suffix == ".safetensors" and len(head) < 9):
             return SavedFile(path, "safetensors", load_file(path))
         return _read_legacy(path)
     except Forbidden as error:
@@ -181,18 +182,22 @@ def _without_sources(data: mmap.mmap, tree: PickleScan) -> io.BytesIO | None:
 WEIGHT_KEYS = ("state_dict", "weights", "ema", "model", "module")
 """Keys of the weights in files of other programs, in the order in which they are tried."""
 MAX_MODULES, MAX_DEPTH = 20_000, 50
+WRAPPERS = re.compile(r"^((module|model|_\w+_module|_orig_mod)\.)+|\b(_\w+_module|_orig_mod)\.")
+"""What DDP and Lightning put before the names of tensors, FSDP and torch.compile also inside them."""
 
 
 def weights_of(tree: Any, depth: int = 3) -> dict[str, Tensor]:
-    """Tensors by name: of a state dict, of one under a key of WEIGHT_KEYS, or of a whole module."""
-    if isinstance(tree, StandIn):
-        return _module_tensors(tree)
-    if not isinstance(tree, dict):
+    """Tensors by name, without WRAPPERS, of a state dict, of one under a WEIGHT_KEYS, or of a module."""
+    if not isinstance(tree, dict | StandIn):
         return {}
+    if isinstance(tree, StandIn):
+        tree, depth = _module_tensors(tree), 0
     for key in WEIGHT_KEYS if depth else ():
         if isinstance(tree.get(key), dict | StandIn) and (inner := weights_of(tree[key], depth - 1)):
             return inner
-    return {k: t.detach() for k, t in tree.items() if isinstance(k, str) and isinstance(t, Tensor)}
+    tensors = {k: t.detach() for k, t in tree.items() if isinstance(k, str) and isinstance(t, Tensor)}
+    renamed = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    return renamed if len(renamed) == len(tensors) else tensors
 
 
 def _module_tensors(root: StandIn) -> dict[str, Tensor]:

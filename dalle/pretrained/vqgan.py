@@ -121,7 +121,6 @@ class WaveletVQGAN(VQGAN):
 
 
 WAVELET_RENAMES = {
-    r"^model\.": "",
     r"^quantize\.embed\.": "quantize.embedding.",
     r"^decoder\.(decoder|post_quant_conv)\.": r"\1.",
     r"^decoder\.idwt\.": "wavelets.",
@@ -131,13 +130,13 @@ WAVELETS = replace(
     name="VQGAN of ruDALL-E with wavelets",
     license="Apache-2.0, of github.com/ai-forever/ru-dalle",
     key_patterns=(
-        "*encoder.down.*.block.*.conv1.weight",
-        "*decoder.decoder.up.*.block.*.conv1.weight",
-        "*decoder.idwt.*",
-        "*quantize.embed.weight",
+        "encoder.down.*.block.*.conv1.weight",
+        "decoder.decoder.up.*.block.*.conv1.weight",
+        "decoder.idwt.*",
+        "quantize.embed.weight",
     ),
     build=WaveletVQGAN,
     renames=lambda names: WAVELET_RENAMES,
     # the decoder has its own post_quant_conv
-    ignored=("model.post_quant_conv.*", "post_quant_conv.*", "loss.*", "model.loss.*"),
+    ignored=("post_quant_conv.*", "loss.*"),
 )

@@ -155,7 +155,7 @@ REFUSED = {  # a file, its text (None: no file), the message
     "heads that do not divide": (CONFIG, "stage2: {hparams: {n_heads: 5}}", "5 heads"),
     "a switch that is none": (CONFIG, "stage2: {hparams: {n_heads: 4, mlp_bias: maybe}}", "mlp_bias 'maybe'"),
     "another kind of model": (CONFIG, "stage2: {type: igpt}", "type 'igpt'"),
-    "a value that swells": (CONFIG, SWELLING, r"type \[\[\["),
+    "a value that swells": (CONFIG, SWELLING, "aliases"),
     "no configuration": (CONFIG, None, r"no config\.yaml in"),
     "no YAML": (CONFIG, "a: [1\n", r"config\.yaml is not YAML"),
     "no mapping": (CONFIG, "- 1\n", "no mapping"),

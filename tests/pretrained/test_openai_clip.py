@@ -69,7 +69,7 @@ def test_state_dicts_of_openai(tmp_path, towers, expected):
     torch.testing.assert_close(scorer.score(PIXELS, CAPTION), expected, atol=0.02, rtol=0.02)
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod.", "_orig_mod.module.model."])
 def test_open_clip_needs_its_activation(tmp_path, towers, expected, prefix):
     state = {prefix + name: tensor for name, tensor in towers.state_dict().items()}
     torch.save({"epoch": 1, "name": "run", "state_dict": state, "optimizer": {}}, tmp_path / "epoch_1.pt")

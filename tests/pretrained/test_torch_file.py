@@ -267,6 +267,21 @@ def test_other_files(tmp_path, content, message):
         read_torch_file(tmp_path / "file")
 
 
+@pytest.mark.parametrize("size", [5, 8, 9, 40, -1])
+def test_a_truncated_safetensors_file_is_named_so(tmp_path, size):
+    save_file({"a": torch.zeros(3)}, tmp_path / "file.safetensors")
+    (tmp_path / "file.safetensors").write_bytes((tmp_path / "file.safetensors").read_bytes()[:size])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        read_torch_file(tmp_path / "file.safetensors")
+
+
+def test_wrappers_are_not_part_of_a_name():
+    names = ["module._orig_mod.a", "model.b._orig_mod.c", "_fsdp_wrapped_module.d._fsdp_wrapped_module.e"]
+    assert list(weights_of(dict.fromkeys(names, torch.zeros(1)))) == ["a", "b.c", "d.e"]
+    both = {"module.a": torch.zeros(1), "a": torch.ones(1)}
+    assert list(weights_of(both)) == ["module.a", "a"]
+
+
 @pytest.mark.parametrize("container", ["zip", "legacy", "safetensors"])
 def test_a_truncated_or_changed_file_is_read_or_refused(tmp_path, container):
     file, broken = tmp_path / "file", tmp_path / "broken"

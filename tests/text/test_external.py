@@ -97,6 +97,7 @@ SPLIT = {"type": "Split", "pattern": {"String": "a"}, "behavior": "Isolated", "i
         ({"model": BPE | {"vocab": {"a": "0"}}}, "numbered from 0"),
         ({"model": BPE | {"vocab": {"a": -3}, "merges": []}}, "numbered from 0"),
         ({"model": BPE | {"merges": None}}, "damaged"),
+        ({"model": BPE | {"merges": ["a b c"]}}, "merge 0 .* is not of two tokens"),
         ({"model": BPE | {"merges": [1]}}, "damaged"),
         ({"model": BPE | {"unk_token": "zz"}}, "damaged"),
         ({"model": BPE | {"end_of_word_suffix": 3}}, "no text"),

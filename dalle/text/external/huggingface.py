@@ -138,7 +138,11 @@ def _check(model: Any, added: list[dict[str, Any]]) -> None:
 def _merges(model: dict[str, Any]) -> Merges:
     vocab, merges = model["vocab"], {}
     for rank, pair in enumerate(model["merges"]):
-        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        pair = pair.split(" ") if isinstance(pair, str) else pair
+        if len(pair) != 2:
+            hint = "it has a space in a token: save the file again by tokenizers 0.20 or newer"
+            raise ValueError(f"merge {rank} of tokenizer.json, {pair!r:.100}, is not of two tokens; {hint}")
+        left, right = pair
         for part in (left, right, left + right):
             if part not in vocab:
                 raise ValueError(
