@@ -39,8 +39,8 @@ CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.par
 """Shipped configurations: configs/ of a checkout, or the copy inside an installed wheel."""
 RESUME_FREE = {"resume": "free"}
 """Metadata of a field that a resumed run may change."""
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""Errors of a full or failing disk."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
+"""Errors of a disk that is full, fails or refuses access."""
 
 
 class ConfigError(ValueError):

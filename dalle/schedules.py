@@ -19,6 +19,8 @@ class Schedule:
     """Half a cosine wave (A.2) or a straight line."""
 
     def __post_init__(self):
+        if not (math.isfinite(self.initial) and math.isfinite(self.final)):
+            raise ValueError(f"initial and final must be finite, got {self.initial} and {self.final}")
         if self.decay_steps < 1:
             raise ValueError(f"decay_steps must be positive, got {self.decay_steps}")
 

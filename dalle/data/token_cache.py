@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from dalle.io.files import FORMAT, check_meta, read_json, sync
+from dalle.io.files import FORMAT, check_meta, follow_umask, read_json, sync
 
 MAX_MAPPED = 4096  # a process may map some 65,000 files
 
@@ -150,9 +150,12 @@ def shard_name(shard: int) -> str:
 def _open_shard(path: Path, key: str) -> tuple[Any, dict[str, Any]]:
     """A mapped shard and its metadata; ValueError for a truncated or foreign file, or another key."""
     try:
+        path.open("rb").close()  # safetensors calls every file missing that it cannot open
         file = safe_open(path, "np")
         info = json.loads(file.metadata()["tokens"])
         found = info["key"]
+    except PermissionError:
+        raise
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no shard ({error}); remove it and encode again") from None
     if found != key:
@@ -249,5 +252,6 @@ class TokenWriter:
         """Writes a file of this part under a temporary name, then renames it."""
         partial = self.folder / f".partial-{self.part}-{name}"
         write(partial)
+        follow_umask(partial)
         sync(partial)
         os.replace(partial, self.folder / name)

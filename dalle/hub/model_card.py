@@ -36,6 +36,7 @@ def model_card(directory: Path, report: Report | None = None, license: str | Non
     for kind in parts:
         path = directory / f"{kind}.safetensors"
         try:
+            path.open("rb").close()  # says what is wrong, as safetensors does not
             with safe_open(path, "pt") as file:
                 shapes = [file.get_slice(name).get_shape() for name in list(file.keys())]
         except (OSError, SafetensorError) as error:

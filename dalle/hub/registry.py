@@ -132,9 +132,11 @@ def load_model(
         meta = config["parts"][kind] | {"inputs": inputs}
         tensors = read_tensors(path / f"{kind}.safetensors")
     else:
-        folder = latest_checkpoint(path) or path
+        parts = ("model", "ema") if averaged else ("model",)
+        whole = latest_checkpoint(path, parts)
+        folder = whole or path
         meta = check_meta(read_json(folder / "meta.json"), kind, folder)
-        if damaged := verify_checkpoint(folder, parts=("model", "ema") if averaged else ("model",)):
+        if not whole and (damaged := verify_checkpoint(folder, parts=parts)):
             raise ValueError(f"{damaged}; use an earlier checkpoint")
         tensors = read_whole(folder, "model")
         if averaged:
@@ -167,7 +169,7 @@ def _only_kind(path: Path) -> str:
         if len(kinds) != 1:
             raise ValueError(f"{path} holds {', '.join(kinds)}; give kind")
         return kinds[0]
-    folder = latest_checkpoint(path) or path
+    folder = latest_checkpoint(path, ()) or path
     meta = read_json(folder / "meta.json")
     kind = meta.get("kind") if isinstance(meta, dict) else None
     if not isinstance(kind, str):

@@ -45,12 +45,22 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], copy: bool = True) -> 
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code) if number else str(error), str(path)) from None
+    follow_umask(path)
     sync(path)
 
 
+def follow_umask(path: Path) -> None:
+    """Gives a file the permissions of a new one; safetensors and tempfile make files for the owner alone."""
+    probe = path.with_name(f".mode-{path.name}")
+    probe.touch()
+    path.chmod(probe.stat().st_mode)
+    probe.unlink()
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file; ValueError if it is missing or damaged."""
+    """Reads a safetensors file; ValueError if it is missing or damaged, OSError if it cannot be read."""
     try:
+        path.open("rb").close()  # safetensors calls every file missing that it cannot open
         return load_file(path)
     except FileNotFoundError:
         raise ValueError(f"no file {path}; the checkpoint is incomplete") from None
@@ -147,8 +157,9 @@ def verify_checksums(
     try:
         lines = (folder / CHECKSUMS).read_text(encoding="utf-8").rstrip("\n").split("\n")
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except (OSError, ValueError):
-        return f"{folder / CHECKSUMS} is missing or not a list of hashes"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a list of hashes"
+        return f"{folder / CHECKSUMS} cannot be read ({reason})"
     unknown = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")} - sums.keys()
     if unknown:
         return f"{folder / min(unknown)} is not in {CHECKSUMS}"

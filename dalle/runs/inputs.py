@@ -10,6 +10,7 @@ from dalle.io.files import read_json
 from dalle.pretrained.load import is_external_checkpoint, load_image_tokenizer
 from dalle.runs import ROOT
 from dalle.text import BPETokenizer, load_text_tokenizer
+from dalle.train.checkpoint import latest_checkpoint
 from dalle.types import ImageTokenizer
 
 MAKE_COMMANDS = {
@@ -19,15 +20,15 @@ MAKE_COMMANDS = {
     "transformer": "python scripts/train_transformer.py --config configs/transformer/shapes.yaml",
     "clip": "python scripts/train_clip.py --config configs/clip/shapes.yaml",
 }
-MARKS = {stage: "checkpoints/latest" for stage in MAKE_COMMANDS}
+MARKS = {stage: "checkpoints" for stage in MAKE_COMMANDS}
 MARKS |= {"text": "text_tokenizer.json", "tokens": "meta.json"}
-"""File that marks a result of a stage."""
+"""File or folder that marks a result of a stage."""
 
 
 def is_complete(stage: str) -> bool:
     """Whether the newest result of a stage under runs/ is there and, if it is trained, trained to its end."""
     found = _results(stage)
-    meta = read_json(_meta_file(stage, found[-1])) if found and stage != "text" else {}
+    meta = _meta(stage, found[-1], ("model", "ema")) if found and stage != "text" else {}
     return bool(found) and meta.get("step", 0) >= meta.get("steps", 0)
 
 
@@ -43,25 +44,20 @@ def _results(stage: str) -> list[Path]:
     mark = MARKS[stage]
     marks = [*ROOT.glob(f"*/{mark}"), *ROOT.glob(f"*/*/{mark}")]
     marks.sort(key=lambda path: (path.stat().st_mtime, path))
-    folders = [path.parents[mark.count("/")] for path in marks]
-    return [folder for folder in folders if folder.name[0] != "." and _is_result(stage, folder)]
-
-
-def _is_result(stage: str, folder: Path) -> bool:
+    folders = [path.parent for path in marks if path.parent.name[0] != "."]
     if stage == "text":  # a model directory has a text_tokenizer.json too
-        return not (folder / "config.json").exists()
+        return [folder for folder in folders if not (folder / "config.json").exists()]
+    return [folder for folder in folders if _meta(stage, folder).get("kind") == stage]
+
+
+def _meta(stage: str, folder: Path, parts: tuple[str, ...] = ()) -> dict[str, Any]:
+    """meta.json of a token cache, or of a run's latest checkpoint (see there); empty if it is damaged."""
     try:
-        meta = read_json(_meta_file(stage, folder))
-    except ValueError:  # damaged
-        return False
-    return isinstance(meta, dict) and meta.get("kind") == stage
-
-
-def _meta_file(stage: str, folder: Path) -> Path:
-    """meta.json of a token cache, or of the latest checkpoint of a run."""
-    if stage == "tokens":
-        return folder / "meta.json"
-    return folder / "checkpoints" / (folder / MARKS[stage]).read_text(encoding="utf-8").strip() / "meta.json"
+        checkpoint = None if stage == "tokens" else latest_checkpoint(folder, parts)
+        meta = read_json((checkpoint or folder) / "meta.json")
+    except (OSError, ValueError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
 
 
 def resolve_input(stage: str, given: Path | None) -> Path:

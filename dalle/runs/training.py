@@ -36,6 +36,9 @@ class TrainingRun(AbstractContextManager):
         if args.overfit_batch is not None:
             args = replace(args, train=replace(args.train, batch_size=args.overfit_batch))
         self.kind, self.args, self.dir = kind, args, args.out or ROOT / kind
+        for other in ("meta.json", "spec.json", "config.json"):
+            if (self.dir / other).exists():
+                raise ValueError(f"{self.dir} is no run, it has a {other}; give another --out")
         self.dist = start_processes(args)
 
     def __exit__(self, *error: object) -> None:
@@ -84,7 +87,7 @@ class TrainingRun(AbstractContextManager):
         if args.freeze:
             frozen = freeze(model, args.freeze)
             print(f"frozen: {len(frozen)} of {sum(1 for _ in model.parameters())} parameters")
-        if checkpoint := latest_checkpoint(self.dir):
+        if checkpoint := latest_checkpoint(self.dir, ()):
             init = read_json(checkpoint / "meta.json").get("init")
             if args.init_from and (init is None or init["name"] != args.init_from.resolve().name):
                 source = f"from {init['name']}" if init else "from fresh weights"

@@ -13,6 +13,7 @@ folder of shards in place of a file (dalle/train/sharded_checkpoint.py).
 """
 
 import os
+import re
 import shutil
 from copy import deepcopy
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ from dalle.io.files import (
 from dalle.train import sharded_checkpoint as sharded
 from dalle.train.distributed import Distributed, is_dtensor
 from dalle.train.state import TrainState
+
+NAME = re.compile(r"step-\d+")
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ def write_checkpoint(
     def clear() -> None:
         for leftover in root.glob(".partial-step-*"):
             shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
+        root.mkdir(exist_ok=True)
+        partial.mkdir()
 
     try:
         dist.on_main(clear)
@@ -128,32 +132,22 @@ def _remove_older(root: Path, snapshot: Snapshot, keep: int, keep_every: int | N
 
 def _checkpoints(root: Path) -> list[Path]:
     """All checkpoints, oldest first."""
-    return sorted(folder for folder in root.glob("step-*") if folder.name.removeprefix("step-").isdigit())
+    return sorted(folder for folder in root.iterdir() if NAME.fullmatch(folder.name)) if root.is_dir() else []
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    pointer = run_dir / "checkpoints" / "latest"
-    if not pointer.is_file():
-        return None
-    folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    if not (folder / "meta.json").is_file():
-        raise ValueError(
-            f"{pointer} names {folder.name}, which is not there; restore it or remove {pointer.parent}"
-        )
-    return folder
+def latest_checkpoint(
+    run_dir: Path, parts: tuple[str, ...] | None = ("model", "ema"), dist: Distributed | None = None
+) -> Path | None:
+    """The newest whole checkpoint of a run, or None if there are no checkpoints.
 
-
-def latest_valid_checkpoint(run_dir: Path, dist: Distributed) -> Path | None:
-    """The newest checkpoint of a run whose files match their hashes, or None if there are no checkpoints.
-
-    Warns of damaged files when it takes an earlier one; ValueError if all are damaged. All processes call it
+    It is whole if meta.json and the tensors of `parts` (None: of all) match their hashes. Warns of damaged
+    files when it takes an earlier one; ValueError if all are damaged. With `dist` all processes call it
     together; each reads its share.
     """
-    damages: list[str] = []
-    for folder in dist.on_main(lambda: _candidates(run_dir)):
+    dist, damages = dist or Distributed(), []
+    for folder in dist.on_main(lambda: _candidates(run_dir / "checkpoints")):
         errors = dist.gather_results(
-            lambda folder=folder: verify_checkpoint(folder, dist.rank, dist.world_size)
+            lambda folder=folder: verify_checkpoint(folder, dist.rank, dist.world_size, parts)
         )
         if not any(errors):
             if damages and dist.is_main:
@@ -167,14 +161,15 @@ def latest_valid_checkpoint(run_dir: Path, dist: Distributed) -> Path | None:
     return None
 
 
-def _candidates(run_dir: Path) -> list[Path]:
-    """The checkpoint that `latest` names, then older ones; without `latest`, all."""
-    root = run_dir / "checkpoints"
-    pointer = root / "latest"
-    if not pointer.is_file():
-        return _checkpoints(root)[::-1]
-    newest = pointer.read_text(encoding="utf-8").strip()
-    return [root / newest, *(folder for folder in _checkpoints(root)[::-1] if folder.name < newest)]
+def _candidates(root: Path) -> list[Path]:
+    """The checkpoint that `latest` names, older ones, then those a crash left ahead; each newest first."""
+    try:
+        newest = (root / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):  # lost or damaged
+        newest = ""
+    named = [root / newest] if NAME.fullmatch(newest) else []
+    order = {folder: (folder.name <= newest, folder.name) for folder in [*named, *_checkpoints(root)]}
+    return sorted(order, key=order.__getitem__, reverse=True)
 
 
 def verify_checkpoint(
@@ -182,7 +177,8 @@ def verify_checkpoint(
 ) -> str | None:
     """What is wrong with a checkpoint's files, or None; `parts` limits the check to some tensor files."""
     try:
-        read_json(folder / "meta.json")
+        if not isinstance(read_json(folder / "meta.json"), dict):
+            return f"{folder / 'meta.json'} is no JSON object"
     except ValueError as error:
         return str(error)
     files = ("meta.json", *(f"{part}{end}" for part in parts or () for end in (".safetensors", "/")))

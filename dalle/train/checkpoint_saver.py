@@ -59,7 +59,7 @@ class AsyncCheckpointer:
         try:
             written.result()
         except OSError as error:
-            last = latest_checkpoint(self.run_dir)
+            last = latest_checkpoint(self.run_dir, ())
             earlier = f"{last} is intact" if last else "there is no earlier one"
             raise OSError(
                 error.errno or errno.EIO,
@@ -100,7 +100,7 @@ class RunGuard(AbstractContextManager):
                 cause = self.stop.asked or "a signal to another process"
                 tqdm.write(
                     f"{self.meta['kind']}: stopped by {cause} after step {state.step} of "
-                    f"{self.meta['steps']}, saved in {latest_checkpoint(self.run_dir)}; the same command "
+                    f"{self.meta['steps']}, saved in {latest_checkpoint(self.run_dir, ())}; the same command "
                     f"resumes it (exit status {EXIT_PREEMPTED})"
                 )
             raise Preempted(EXIT_PREEMPTED)
@@ -109,7 +109,7 @@ class RunGuard(AbstractContextManager):
         try:
             self.checkpointer.wait()
         except OSError as failure:
-            if error is None:
+            if error is None and self.run_dir.is_dir():
                 raise
             tqdm.write(f"warning: {failure.strerror}")  # the error that ended the run is raised
         finally:
@@ -117,6 +117,11 @@ class RunGuard(AbstractContextManager):
             self.stop.close()
             if self.lock:
                 self.lock.close()
+        if (error is None or isinstance(error, OSError)) and not self.run_dir.is_dir():
+            raise ValueError(
+                f"{self.run_dir} was moved or removed during the training; move it back, and the same "
+                "command resumes it"
+            ) from None
 
 
 def lock_directory(run_dir: Path) -> TextIO:

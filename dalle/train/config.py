@@ -4,6 +4,7 @@
 A field marked `RESUME_FREE` may change when a run resumes: it leaves the weights as they are.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -93,6 +94,9 @@ class OptimizerConfig:
             raise ValueError(
                 f"lr and warmup_steps cannot be negative, got {self.lr} and warmup_steps {self.warmup_steps}"
             )
+        for name in ("beta1", "beta2", "eps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number, not negative, got {getattr(self, name)}")
         check_positive(self, "max_grad_norm", "max_variance", "muon_lr_scale")
         if self.max_variance is not None and not 0 < self.beta2 < 1:
             raise ValueError(f"beta2 must be in (0, 1) with max_variance, got {self.beta2}")

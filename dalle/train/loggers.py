@@ -55,16 +55,18 @@ class FileLogger:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The lines of a log up to the first that is damaged."""
+    """The lines of a log; damaged ones are left out and their number printed."""
     lines: list[dict[str, float]] = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    texts = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    for text in texts:
         try:
-            line = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
-            break
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            break
-        lines.append(line)
+            line = json.loads(text.strip("\0"))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    if texts != [""] and len(lines) < len(texts):
+        print(f"note: {path}: {len(texts) - len(lines)} damaged lines are left out")
     return lines
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dalle.io.files import check_meta, read_json
-from dalle.train.checkpoint import latest_valid_checkpoint, restore
+from dalle.train.checkpoint import latest_checkpoint, restore
 from dalle.train.checkpoint_saver import RunGuard
 from dalle.train.config import LogConfig, Resume, TrainConfig
 from dalle.train.distributed import Distributed
@@ -142,7 +142,7 @@ class Trainer:
 
     def _maybe_resume(self, control: Distributed) -> list[str]:
         """Loads the newest valid checkpoint, if any; returns changes of the configuration."""
-        folder = latest_valid_checkpoint(self.run_dir, control)
+        folder = latest_checkpoint(self.run_dir, None, control)
         if folder is None:
             return []
         if self.resume == "never":
@@ -160,10 +160,10 @@ class Trainer:
         restore(folder, self.state, control)
         if control.is_main:
             saved = datetime.fromtimestamp((folder / "meta.json").stat().st_mtime)
-            print(
-                f"{self.meta['kind']}: resuming from step {self.state.step} of {self.steps} "
-                f"({folder}, saved {saved:%Y-%m-%d %H:%M:%S})"
-            )
+            doing = f"resuming from step {self.state.step} of {self.steps}"
+            if self.state.step > self.steps:
+                doing = f"step {self.state.step} is done, more than --steps {self.steps}: nothing is trained"
+            print(f"{self.meta['kind']}: {doing} ({folder}, saved {saved:%Y-%m-%d %H:%M:%S})")
             if changes:
                 print(f"note: from here on with another configuration: {'; '.join(changes)}")
         return changes

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dalle.commands.report import ReportArgs, write_report
 from dalle.hub.registry import LoadedModel
-from dalle.io.files import read_json, write_json
+from dalle.io.files import read_json
 from dalle.report.sections import SECTIONS
 
 HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>\'"&\ud800'
@@ -213,7 +213,7 @@ class TestPartialFolders:
         assert "gradient scale (Figure 12)" in page.text
         assert "checkpoints" not in page.sections
 
-    def test_damaged_files_leave_the_other_sections(self, chain, tmp_path):
+    def test_damaged_files_leave_the_other_sections(self, chain, change_meta, tmp_path):
         run = tmp_path / "run"
         shutil.copytree(chain, run)
         next((run / "dvae").glob("reconstructions-*.png")).write_bytes(b"no image")
@@ -221,7 +221,7 @@ class TestPartialFolders:
         (run / "clip" / "checkpoints" / "latest").write_text("step-99999999")
         (run / "strange.json").write_text('["provenance"]')
         file = next((run / "transformer").glob("checkpoints/step-*/meta.json"))
-        write_json(file, read_json(file) | {"model_config": {"rings": 3}, "versions": None})
+        change_meta(file.parent, model_config={"rings": 3}, versions=None)
         page = report_of(run)
         assert "Images over time: cannot read" in page.text
         assert re.search("Samples, Reranking, Attention: .*not a safetensors file", page.text)

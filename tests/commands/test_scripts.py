@@ -53,8 +53,7 @@ class TestMissingStages:
         monkeypatch.chdir(tmp_path)
         for i, name in enumerate(["a", "quick/b", "c"]):
             shutil.copytree(chain / "dvae", tmp_path / "runs" / name)
-            pointer = tmp_path / "runs" / name / "checkpoints" / "latest"
-            os.utime(pointer, (1000 + i % 2, 1000 + i % 2))
+            os.utime(tmp_path / "runs" / name / "checkpoints", (1000 + i % 2, 1000 + i % 2))
         assert runs.latest_run("dvae") == Path("runs/quick/b")
 
     def test_unfinished_training_is_noted(self, chain, change_meta, tmp_path, capsys):
@@ -87,6 +86,9 @@ class TestMistakes:
     )
     def test_they_are_answered_in_one_line(self, script, name, words, message):
         assert_refused(script(name, *words), message)
+
+    def test_no_training_writes_into_a_token_cache(self, script, chain):
+        assert_refused(script("train_dvae", *TINY_DVAE, "--out", chain / "tokens"), "has a meta.json")
 
     @pytest.mark.parametrize(
         ("name", "words"),

@@ -1,8 +1,9 @@
 """meta.json and config.json: other formats and damaged files are named."""
 
 import pytest
+import torch
 
-from dalle.io.files import FORMAT, check_meta, read_config, write_json
+from dalle.io.files import FORMAT, check_meta, read_config, write_json, write_tensors
 
 META = {"kind": "dvae", "format": FORMAT, "model_config": {}, "inputs": {}}
 PART = {"model_config": {"width": 2}, "hash": "00ff"}
@@ -37,3 +38,9 @@ def test_a_damaged_config_is_refused(tmp_path, parts):
         write_json(tmp_path / "config.json", damaged)
         with pytest.raises(ValueError, match="damaged"):
             read_config(tmp_path)
+
+
+def test_weights_have_the_permissions_of_any_new_file(tmp_path):
+    write_tensors(tmp_path / "weights", {"a": torch.zeros(1)})
+    (tmp_path / "other").touch()
+    assert (tmp_path / "weights").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -26,6 +26,8 @@ from dalle.train.config import (
         (OptimizerConfig, {"warmup_steps": -5}, "cannot be negative"),
         (OptimizerConfig, {"lr": Schedule(-1.0, 0.1)}, "cannot be negative"),
         (OptimizerConfig, {"max_grad_norm": float("nan")}, "max_grad_norm must be positive"),
+        (OptimizerConfig, {"eps": float("nan")}, "eps must be a finite number"),
+        (Schedule, {"initial": 0.1, "final": float("nan")}, "must be finite"),
         (OptimizerConfig, {"max_variance": 0.0}, "max_variance"),
         (OptimizerConfig, {"max_variance": 5.0, "beta2": 0.0}, "beta2 must be in"),
         (OptimizerConfig, {"state_dtype": "8bit"}, "set optimizer.max_variance to null"),

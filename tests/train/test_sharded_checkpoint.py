@@ -23,7 +23,7 @@ from dalle.config import to_dict
 from dalle.hub.registry import load_model
 from dalle.io.files import verify_checksums, write_tensors
 from dalle.train import sharded_checkpoint as sharded
-from dalle.train.checkpoint import latest_valid_checkpoint, restore, verify_checkpoint
+from dalle.train.checkpoint import latest_checkpoint, restore, verify_checkpoint
 from dalle.train.checkpoint_saver import AsyncCheckpointer
 from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.distributed import Distributed
@@ -94,7 +94,7 @@ def resumed(rank: int, run: Path, shape: tuple[int, ...]) -> tuple[dict[str, Any
     """What a state of other weights holds after taking up the run."""
     state = state_of(9, shape)
     ranks = Distributed.current()
-    restore(latest_valid_checkpoint(run, ranks), state, ranks)
+    restore(latest_checkpoint(run, None, ranks), state, ranks)
     for optimizer in state.optimizers:
         for parameter, moments in optimizer.state.items():
             assert type(moments["exp_avg"]) is type(parameter.data)
@@ -224,7 +224,7 @@ def damaged_shard(rank: int, run: Path, shape: tuple[int, ...]) -> tuple[str, in
     if rank == 0:
         flip(folder / "optimizer" / SECOND_SHARD)
     dist.barrier()
-    found = latest_valid_checkpoint(run, ranks)
+    found = latest_checkpoint(run, None, ranks)
     restore(found, state, ranks)
     return found.name, state.step
 

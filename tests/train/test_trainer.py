@@ -23,6 +23,7 @@ from dalle.train.loggers import FileLogger, read_log
 from dalle.types import ImageTextBatch, Loss
 from tests.helpers.line import (
     CONFIG,
+    at_step,
     file_contents,
     fit_line,
     fresh_state,
@@ -179,11 +180,21 @@ def test_another_seed_kind_or_format_is_refused_and_steps_may_change(start, chan
         start("dvae", tmp_path)
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path):
+def test_a_finished_run_is_left_as_it_is(tmp_path, capsys):
     fit_line(tmp_path, steps=2)
     before = latest_checkpoint(tmp_path).stat().st_mtime_ns
     assert fit_line(tmp_path, steps=2).step == 2
+    assert fit_line(tmp_path, steps=1).step == 2
+    assert "step 2 is done, more than --steps 1" in capsys.readouterr().out
     assert latest_checkpoint(tmp_path).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("changes", [{"log_every": 1}, {"log_every": 9, "save_every": 2}])
+def test_a_run_directory_moved_during_the_training_is_named(tmp_path, changes):
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"run was moved or removed .*move it back"):
+        fit_line(run, steps=4, objective=at_step(2, lambda: run.rename(tmp_path / "moved")), **changes)
+    assert not run.exists()
 
 
 def test_never_takes_a_new_directory_only(tmp_path):

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from dalle.io.files import follow_umask
 from dalle.types import BadSample
 
 FORMAT = 3
@@ -135,6 +136,7 @@ def open_or_build_index(
             build(writer, files)
             writer.close()
             if writer.keep:
+                follow_umask(path)
                 os.replace(path, folder / name)  # another process writes the same
                 path = folder / name
             return Index(path, dtype)
