@@ -119,6 +119,7 @@ def sample(args: SampleArgs) -> Path:
     With --prompts-file see dalle/pipelines/sample_prompts.py. Under torchrun the processes share the
     candidates of one prompt, or the prompts of a file.
     """
+    from dalle.io.files import make_directory
     from dalle.pipelines.generation import slug
     from dalle.pretrained.load import holds_text_tokenizer, is_external_checkpoint
     from dalle.runs import ROOT
@@ -133,8 +134,10 @@ def sample(args: SampleArgs) -> Path:
             names = (slug(args.prompt) + (f"-{i}" if i > 1 else "") for i in range(1, 10**6))
             out = next(ROOT / "samples" / name for name in names if not (ROOT / "samples" / name).exists())
             out = group.gather_objects(out)[0]
-        else:
-            group.on_main(lambda: prepare(out, new=not args.prompts_file))
+        elif group.is_main:  # a place that cannot be written fails before the work
+            if not args.prompts_file and out.is_dir() and any(out.iterdir()):
+                raise ValueError(f"{out} is not empty; give another --out")
+            make_directory(out)
         try:
             model = open_model(args, external, group)
             if args.save_pretrained and group.is_main:
@@ -147,15 +150,6 @@ def sample(args: SampleArgs) -> Path:
                 out.rmdir()
             raise
     return out
-
-
-def prepare(out: Path, new: bool) -> None:
-    """Creates the directory, so that a place that cannot be written fails before the work."""
-    from dalle.io.files import make_directory
-
-    if new and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; give another --out")
-    make_directory(out)
 
 
 def _sample_file(args: SampleArgs, model: DALLE, out: Path, group: Distributed) -> None:
