@@ -73,7 +73,7 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
     from dalle.data.dataloader import worker_count
     from dalle.data.dataset import source_of
     from dalle.data.statistics import DatasetScanner, DatasetStats, find_duplicates
-    from dalle.io.files import make_directory, write_json, write_text
+    from dalle.io.files import make_directory, write_json
     from dalle.io.images import captioned_grid
     from dalle.runs.inputs import load_text_input
 
@@ -111,8 +111,8 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
         cells = [(_printable(caption)[:MAX_CAPTION], image) for caption, image in stats.tiles]
         captioned_grid(cells, min(COLUMNS, len(cells))).save(out / "contact_sheet.png")
     if args.exclude_list:
-        names = [_printable(source.name(copy)) for copy, _ in duplicates]
-        write_text(args.exclude_list, "".join(f"{name}\n" for name in names))
+        names = (f"{source.name(copy)}\n".encode("utf-8", "surrogatepass") for copy, _ in duplicates)
+        args.exclude_list.write_bytes(b"".join(names))
     _print_report(report, args, out)
     bad = report["bad"]
     if args.max_bad is None:

@@ -35,7 +35,9 @@ class Filters:
         self._names: frozenset[str] = frozenset()
         if config.exclude_list:
             try:
-                self._names = frozenset(config.exclude_list.read_text(encoding="utf-8-sig").split("\n"))
+                self._names = frozenset(
+                    config.exclude_list.read_text("utf-8-sig", "surrogatepass").split("\n")
+                )
             except (OSError, UnicodeDecodeError) as error:
                 problem = f"cannot read the exclude list {config.exclude_list} ({error})"
                 raise ValueError(f"{problem}; give a text file with one name per line") from None

@@ -50,7 +50,7 @@ def folder(tmp_path):
     put(place, "b.png", scene(2, (100, 40)), "a very long bridge over the river")
     put(place, "c.png", scene(3, (40, 60)), "photographed on 3 May 2009")
     put(place, "d.png", scene(4, (60, 40)), "cat\na black cat asleep on the sofa")
-    put(place, "e.jpg", scene(1, (200, 200)).resize((130, 130)), "the same house, smaller, saved again")
+    put(place, "e\udce9.jpg", scene(1, (200, 200)).resize((130, 130)), "the same house, smaller, saved again")
     put(place, "f.png", scene(5, (20, 24)), "ein kleines Haus auf dem Berg und ein Hund davor")
     put(place, "g.png", scene(6, (50, 50)), "cat\nphotographed on 3 May 2009")
     return place
@@ -159,11 +159,11 @@ def test_tokens_are_counted_and_those_cut(folder, tmp_path):
 def test_duplicates_are_listed_for_training(folder, tmp_path):
     exclude_list = tmp_path / "lists" / "duplicates.txt"
     duplicates = check(folder, exclude_list=exclude_list)["duplicates"]
-    assert (duplicates["samples"], duplicates["named"]) == (1, [{"copy": "e.jpg", "of": "a.png"}])
-    assert exclude_list.read_text() == "e.jpg\n"
+    assert (duplicates["samples"], duplicates["named"]) == (1, [{"copy": "e?.jpg", "of": "a.png"}])
+    assert exclude_list.read_text(errors="replace").endswith(".jpg\n")
     filters = FilterConfig(boilerplate=False, max_aspect_ratio=None, exclude_list=exclude_list)
     skipped = skipped_in_training(folder, filters)
-    assert [(bad.name, bad.cause) for bad in skipped] == [("e.jpg", "filter:exclude_list")]
+    assert [(bad.name, bad.cause) for bad in skipped] == [("e\udce9.jpg", "filter:exclude_list")]
 
 
 def test_the_first_examples_and_images_of_the_whole_dataset_are_shown(tmp_path, monkeypatch):
