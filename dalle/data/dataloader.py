@@ -102,6 +102,8 @@ class Loader(AbstractContextManager):
             item = next(self._stream)
         except RuntimeError as error:
             problem = str(error).partition("\n")[0]
+            if problem.startswith("Caught "):  # by torch, in a worker that lives: it has the traceback
+                raise
             if "timed out" in problem:
                 number = (step - self._first) % self.workers  # the workers take turns
                 pid = self._stream._workers[number].pid

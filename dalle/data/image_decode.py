@@ -1,20 +1,15 @@
 """Decoding of an image file to RGB, or the cause why it cannot be decoded."""
 
-import io
-
 from PIL import Image, UnidentifiedImageError
 
 from dalle.data.bad_samples import BadSampleError
-from dalle.io.images import load_image
+from dalle.io.images import identify_image, to_rgb
 
 MAGIC = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 """First bytes of a JPEG, PNG, GIF, WebP, BMP or TIFF."""
 MAX_PIXELS = 2**30 // 12
-"""A larger image (10,000 x 9,000), more than a quarter of a gigabyte, is taken for a decompression bomb.
-Pillow warns from here on, and refuses twice as many itself."""
+"""A larger image (10,000 x 9,000) is a decompression bomb; Pillow warns from here, refuses twice as many."""
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-ERRORS = (*BOMBS, OSError, SyntaxError, ValueError, EOFError, IndexError)
-"""What Pillow raises for a broken image."""
 
 
 def open_image(data: bytes, name: str) -> Image.Image:
@@ -22,12 +17,12 @@ def open_image(data: bytes, name: str) -> Image.Image:
     if not data:
         raise BadSampleError(name, "truncated", "no bytes")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = identify_image(data)
     except UnidentifiedImageError:
-        cause = "unreadable image" if data.startswith(MAGIC) else "wrong type"
+        cause = "unreadable image" if data.startswith(MAGIC) or data[4:12] == b"ftypavif" else "wrong type"
         raise BadSampleError(name, cause, f"begins {data[:8]!r}") from None
-    except ERRORS as error:
-        raise BadSampleError(name, _cause(error), str(error)) from None
+    except Exception as error:  # a decoder may raise anything
+        raise _bad_image(name, error) from None
     if image.width * image.height > MAX_PIXELS:
         detail = f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}"
         raise BadSampleError(name, "decompression bomb", detail)
@@ -43,14 +38,13 @@ def decode(image: Image.Image, name: str, side: int | None = None) -> Image.Imag
     try:
         if side:
             image.draft(None, (side, side))
-        image.load()
-        return load_image(image)
-    except ERRORS as error:
-        raise BadSampleError(name, _cause(error), str(error)) from None
+        return to_rgb(image)
+    except Exception as error:
+        raise _bad_image(name, error) from None
 
 
-def _cause(error: Exception) -> str:
-    text = str(error).lower()
-    if isinstance(error, BOMBS) or "decompressed data too large" in text:
-        return "decompression bomb"
-    return "truncated" if "truncated" in text or isinstance(error, EOFError) else "unreadable image"
+def _bad_image(name: str, error: Exception) -> BadSampleError:
+    text = str(error) or type(error).__name__
+    truncated = "truncated" in text.lower() or isinstance(error, EOFError)
+    cause = "truncated" if truncated else "unreadable image"
+    return BadSampleError(name, "decompression bomb" if isinstance(error, BOMBS) else cause, text)

@@ -101,7 +101,7 @@ class DatasetScanner:
         stats.counts["words"].update(map(count_words, sample.captions))
         if self.text:
             stats.counts["tokens"].update(len(self.text.encode(caption)) for caption in sample.captions)
-        if index in self.tiles:
+        if index in self.tiles and max(image.size) < TILE * min(image.size):  # no room for a sliver
             tile = ImageOps.pad(image, (TILE, TILE), color="lightgray")
             stats.tiles.append((sample.captions[0], tile))
 

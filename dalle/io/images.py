@@ -1,46 +1,88 @@
 """Image I/O: load, resize, convert to and from tensors, grids. Pixels are float (B, 3, H, W) in [0, 1]."""
 
 import contextlib
+import io
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI"]
+FORMATS += ["DDS", "DIB", "ICO", "PCX", "SGI", "TGA"]
+"""Raster formats, the only ones opened: for others Pillow may start a program, as Ghostscript for EPS."""
+ImageSource = Image.Image | np.ndarray | Path | str
 
-def load_image(source: Path | str | Image.Image) -> Image.Image:
-    """Loads an RGB image: EXIF rotation applied, alpha over white, 16 bit scaled to 8.
 
-    Raises:
-        ValueError: not an image, or a truncated one.
-    """
-    name = "this" if isinstance(source, Image.Image) else source
+def identify_image(data: bytes) -> Image.Image:
+    """The image in a file of one of FORMATS, not yet decoded; raises what Pillow raises."""
+    Image.init()
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # of 64 MiB: a long text is no bomb
+    image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+    if image.format == "PNG" and "transparency" in image.info:  # in the bits of the file, pixels have 8
+        key, bits = image.info["transparency"], data[24]
+        if image.mode == "L":
+            image.info["transparency"] = key * 255 // (2**bits - 1)
+        elif image.mode == "RGB":
+            image.info["transparency"] = tuple(value >> (bits - 8) for value in key)
+    return image
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """Loads an image (`to_rgb`) of a file, or uint8 (H, W, 3); ValueError names what cannot be read."""
+    name = source if isinstance(source, Path | str) else "this"
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        image.load()
+        if isinstance(source, np.ndarray):
+            if source.dtype != np.uint8 or source.shape[2:] != (3,):
+                raise ValueError(f"expected an array uint8 (H, W, 3), got {source.dtype} {source.shape}")
+            return Image.fromarray(source)
+        image = source if isinstance(source, Image.Image) else identify_image(Path(source).read_bytes())
+        return to_rgb(image)
     except FileNotFoundError:
         raise ValueError(f"no image at {name}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read {name} as an image: {error}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"cannot read {name} as an image: expected one of {', '.join(FORMATS)}") from None
+    except Exception as error:  # a decoder may raise anything
+        raise ValueError(f"cannot read {name} as an image: {error or type(error).__name__}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decodes to RGB: EXIF rotation applied, colors in sRGB, alpha over white, 16 bit scaled to 8."""
+    image.load()
     with contextlib.suppress(Exception):  # an EXIF block that cannot be read says nothing
         image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
     if image.mode == "F":
-        raise ValueError(f"cannot read {name} as an image: its values are floats; save it in 8 bits")
-    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+        raise ValueError("its values are floats; save it in 8 bits")
+    if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                f"cannot read {name} as an image: its values go from {values.min():.0f} to "
-                f"{values.max():.0f}; save it in 8 or 16 bits"
-            )
-        return Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+            limits = f"{values.min():.0f} to {values.max():.0f}"
+            raise ValueError(f"its values go from {limits}; save it in 8 or 16 bits")
+        alpha = 255 * (values != image.info.get("transparency"))
+        image = Image.fromarray(np.stack([values / 257, alpha], -1).round().astype(np.uint8))
+    mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
+    rgb = image.convert(mode)
+    with contextlib.suppress(Exception):  # neither does a damaged ICC profile, or one of another mode
+        rgb = _srgb_transform(profile, mode).apply(rgb) if profile else rgb
+    rgb = rgb.convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+        rgb.putalpha(image.convert("RGBA").getchannel("A"))
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    rgb.info.pop("icc_profile", None)
+    return rgb
+
+
+@lru_cache(maxsize=16)
+def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if "sRGB" in (source.profile.profile_description or ""):
+        raise ValueError("nothing to convert")
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
 
 
 def resize_center_crop(image: Image.Image, resolution: int) -> Image.Image:
@@ -74,8 +116,7 @@ def check_images(pixels: Tensor, multiple_of: int = 1) -> None:
         raise ValueError(f"pixels must hold an image, got none: {tuple(pixels.shape)}")
     if pixels.shape[2] % multiple_of or pixels.shape[3] % multiple_of:
         raise ValueError(
-            f"image sides must be multiples of {multiple_of}, got {tuple(pixels.shape[2:])}; crop or resize "
-            "first"
+            f"sides must be multiples of {multiple_of}, got {tuple(pixels.shape[2:])}; crop or resize first"
         )
     low, high = map(float, pixels.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):

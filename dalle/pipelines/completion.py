@@ -1,17 +1,16 @@
 """Image completion: the tokens of an image that are kept while the rest is generated (paper section 3.3)."""
 
-from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
+from dalle.io.images import ImageSource
 from dalle.transformer.generate import TO_GENERATE
 
 
 def prefix_tokens(
     model: Any,
-    image: Image.Image | Path | str | Tensor,
+    image: ImageSource | Tensor,
     rows: int | None = None,
     box: tuple[int, int] | None = None,
 ) -> Tensor:

@@ -16,7 +16,7 @@ from dalle.hub.hub import push_to_hub, resolve_source
 from dalle.hub.model_card import Report
 from dalle.hub.registry import LoadedModel, load_model, weights_hash, write_model_directory
 from dalle.io.files import read_config
-from dalle.io.images import load_image, resize_center_crop, to_tensor
+from dalle.io.images import ImageSource, load_image, resize_center_crop, to_tensor
 from dalle.io.text import VISIBLE
 from dalle.layout import check_tokens
 from dalle.pipelines.best_of_n import Callback, GenerationProgress, sample_best_of_n
@@ -122,7 +122,7 @@ class DALLE:
     def complete(
         self,
         prompt: str,
-        image: Image.Image | Path | str | Tensor,
+        image: ImageSource | Tensor,
         rows: int | None = None,
         box: tuple[int, int] | None = None,
         **options,
@@ -178,7 +178,7 @@ class DALLE:
         return sample_best_of_n(self, prompts, n, best_of, seed, sampling, text_tokens, prefix, shard)
 
     def log_likelihood(
-        self, caption: str, image: Image.Image | Path | str | Tensor, truncate: bool = False
+        self, caption: str, image: ImageSource | Tensor, truncate: bool = False
     ) -> LogLikelihood:
         """Log-likelihood in nats of a caption and of an image after it; (N,) each for tokens (N, h * w)."""
         tokens = image.to(self.device) if isinstance(image, Tensor) else self.encode(image)
@@ -200,7 +200,7 @@ class DALLE:
             raise ValueError("the prompt is empty; describe the image")
         return self.transformer.layout.pad_text(ids, truncate).to(self.device)
 
-    def encode(self, image: Image.Image | Path | str) -> Tensor:
+    def encode(self, image: ImageSource) -> Tensor:
         """The center square of an image, resized to the model's size, as image tokens int64 (1, h * w)."""
         rows, columns = self.transformer.layout.grid
         if rows != columns:

@@ -14,10 +14,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from dalle.io.files import make_directory, read_json, write_json, write_text
-from dalle.io.images import captioned_grid
+from dalle.io.images import captioned_grid, load_image
 from dalle.pipelines.best_of_n import auto_batch_size, num_prompts_per_batch
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import save_png, slug, write_images
@@ -149,7 +147,7 @@ def _join(out: Path, firsts: range) -> None:
         write_text(out / "samples.jsonl", "".join(parts))
         records = [json.loads(line) for line in "".join(parts).split("\n") if line]
         best = [record for record in records if record["file"].endswith("-00.png")][:PROMPTS_ON_SHEET]
-        cells = [(record["prompt"], Image.open(out / record["file"])) for record in best]
+        cells = [(record["prompt"], load_image(out / record["file"])) for record in best]
         sheet = captioned_grid(cells, columns=6, scale=max(1, 128 // cells[0][1].width))
         save_png(sheet, out / "sheet.png")
     shutil.rmtree(out / "parts", ignore_errors=True)

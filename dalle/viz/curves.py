@@ -26,7 +26,7 @@ def figure_image(figure: Figure, dpi: int = 110) -> Image.Image:
     """A matplotlib figure as an RGB image."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
-    return Image.open(buffer).convert("RGB")
+    return Image.open(buffer, formats=["PNG"]).convert("RGB")
 
 
 def plot_curves(

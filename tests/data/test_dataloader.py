@@ -40,7 +40,8 @@ class Memory:
         return [f"{index} {word}" for word in ("one", "two", "three")]
 
     def read(self, index):
-        data = b"" if index in self.bad else encoded(scene(index, (24, 20)))
+        bad = b"DDS \x7c" + bytes(75) + b"\x04\0\0\0what" + bytes(40)  # a NotImplementedError of Pillow
+        data = bad if index in self.bad else encoded(scene(index, (24, 20)))
         return RawSample(self.name(index), data, self.captions(index))
 
 
@@ -172,7 +173,7 @@ def test_each_bad_sample_is_named_once(tmp_path, workers):
     with ImageTextLoader(reader(10, bad=[2, 7]), 20, workers, log=log) as batches:  # six epochs
         for step in range(20):
             assert len(batches(step)[1]) == 3
-        assert batches.bad_samples.counts == Counter({"truncated": 2})
+        assert batches.bad_samples.counts == Counter({"unreadable image": 2})
     assert sorted(json.loads(line)["name"] for line in log.read_text().splitlines()) == ["m2", "m7"]
 
 
@@ -181,7 +182,7 @@ def test_too_many_bad_samples_end_a_run(tmp_path):
     log = tmp_path / "bad_samples.jsonl"
     with ImageTextLoader(broken, 4, log=log) as batches:
         with pytest.raises(
-            ValueError, match=r"of 1\d\d samples .*more than 1\.0%.*truncated; each is named in"
+            ValueError, match=r"of 1\d\d samples .*more than 1\.0%.*unreadable image; each is named in"
         ):
             list(map(batches, range(4)))
         assert len(log.read_text().splitlines()) > 100

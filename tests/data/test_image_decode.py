@@ -1,19 +1,23 @@
 """Decoding of images, broken and hostile ones included: dalle/data/image_decode.py."""
 
+import contextlib
+import re
 import struct
 import warnings
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dalle.data import DataConfig, open_dataset
+from dalle.data import DataConfig, image_decode, open_dataset
 from dalle.data.bad_samples import BadSampleError
 from dalle.data.image_decode import decode, open_image
 from dalle.data.sampler import epoch_stream
 from dalle.data.transforms import transform
+from dalle.io.images import FORMATS
 from dalle.sampling import generator
 from tests.helpers.scenes import encoded
 
@@ -29,6 +33,7 @@ def noise(form="PNG", size=(64, 64)) -> bytes:
         (b"", "truncated"),
         (b"<html>404</html>", "wrong type"),
         (b"%PDF-1.7", "wrong type"),
+        (noise("EPS"), "wrong type"),  # Pillow would start Ghostscript
         (b"\x89PNG\r\n\x1a\nrubbish", "unreadable image"),
         (noise("JPEG")[:600], "truncated"),
         (noise("PNG")[:600], "truncated"),
@@ -41,6 +46,29 @@ def test_causes_of_broken_images(data, cause):
     with pytest.raises(BadSampleError) as caught:
         decode(open_image(data, "a.png"), "a.png")
     assert (caught.value.name, caught.value.cause) == ("a.png", cause)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("count", [20, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", FORMATS)
+def test_whatever_a_decoder_raises_the_image_is_named(form, count, monkeypatch):
+    monkeypatch.setattr(image_decode, "MAX_PIXELS", 2**16)  # larger ones take long
+    rng, whole = np.random.default_rng(0), noise(form)
+    for number in range(count):
+        start, length = rng.integers(len(whole)), 2 ** rng.integers(10)
+        part = rng.bytes(length) if number % 2 else bytes(length)
+        damaged = whole[:start] + part + whole[start + length :]
+        with contextlib.suppress(BadSampleError):
+            assert decode(open_image(damaged, "a"), "a").mode == "RGB"
+    for share in (0, 0.05, 0.5, 0.9):
+        with pytest.raises(BadSampleError, match="a: "):
+            decode(open_image(whole[: int(share * len(whole))], "a"), "a")
+
+
+def test_images_are_opened_in_a_list_of_formats():
+    for place in ("dalle/**/*.py", "scripts/**/*.py", "notebooks/*.ipynb"):
+        for path in Path(__file__).parents[2].glob(place):
+            assert not re.search(r"Image\.open\((?!.*formats=)", path.read_text(encoding="utf-8")), path
 
 
 def png_with_header(width: int, height: int) -> bytes:

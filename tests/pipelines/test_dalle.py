@@ -6,6 +6,7 @@ from dataclasses import replace
 from io import BytesIO
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -191,6 +192,7 @@ class TestComplete:
     def test_a_file_of_any_size_will_do(self, complete, image, tmp_path):
         image.resize((50, 37)).save(tmp_path / "a.png")
         assert complete(tmp_path / "a.png", rows=2).images[0].size == (32, 32)
+        assert torch.equal(*(complete(one, rows=2).image_tokens for one in (image, np.asarray(image))))
         with pytest.raises(ValueError, match=r"no image at .*none\.png"):
             complete(tmp_path / "none.png", rows=1)
 

@@ -16,6 +16,7 @@ from dalle.types import BadSample, RawSample
 
 CAPTION_SUFFIXES = (".txt", ".TXT", ".Txt", ".json", ".JSON", ".Json")
 """Suffixes of caption files; the first that exists is read."""
+OUTSIDE = "which is not read; give a folder that holds links and files, or a copy without links (cp -rL)"
 LEFT_OUT = {"image": "an image without .txt or .json beside it", "": "neither an image nor captions"}
 LEFT_OUT |= dict.fromkeys(("txt", "json"), "captions without an image of the same name")
 """Why a file belongs to no sample, by its kind."""
@@ -76,7 +77,7 @@ def read_inside(root: Path, name: str, cause: str) -> bytes:
             return path.read_bytes()
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a cycle of links, before Python 3.13
         raise BadSampleError(name, cause, getattr(error, "strerror", None) or str(error)) from None
-    raise BadSampleError(name, "leaves the folder", f"it is {path}")
+    raise BadSampleError(name, "leaves the folder", f"it is {path}, {OUTSIDE}")
 
 
 def read_listed(root: Path, path: str) -> bytes:
@@ -100,7 +101,7 @@ def find_images(root: Path, skipped: MutableSequence[BadSample]) -> Iterator[str
         for name in sorted(name for name in folders + names if not name.startswith(".")):
             path = os.path.join(folder, name)
             if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(resolved):
-                skip(path, "leaves the folder", f"it is {os.readlink(path)}")
+                skip(path, "leaves the folder", f"it is {os.path.realpath(path)}, {OUTSIDE}")
             elif os.path.isfile(path):
                 files.append((below / name).as_posix())
             elif not os.path.isdir(path):

@@ -19,7 +19,7 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
     assert skipped(source) == [("b.png", "leaves the folder"), ("more", "leaves the folder")]
     (place / "a.txt").unlink()
     (place / "a.txt").symlink_to(outside / "p001.txt")  # after it was opened
-    with pytest.raises(BadSampleError, match="leaves the folder"):
+    with pytest.raises(BadSampleError, match=r"leaves the folder .*p001\.txt, which is not read; give"):
         source.read(0)
 
 
