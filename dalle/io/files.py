@@ -51,10 +51,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], copy: bool = True) -> 
 
 def follow_umask(path: Path) -> None:
     """Gives a file the permissions of a new one; safetensors and tempfile make files for the owner alone."""
-    probe = path.with_name(f".mode-{path.name}")
+    probe = path.with_name(f".partial-mode-{path.name}")
     probe.touch()
     path.chmod(probe.stat().st_mode)
-    probe.unlink()
+    probe.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
