@@ -35,9 +35,8 @@ class Filters:
         self._names: frozenset[str] = frozenset()
         if config.exclude_list:
             try:
-                self._names = frozenset(
-                    config.exclude_list.read_text("utf-8-sig", "surrogatepass").split("\n")
-                )
+                names = config.exclude_list.read_text("utf-8-sig", "surrogatepass")
+                self._names = frozenset(names.split("\n"))
             except (OSError, UnicodeDecodeError) as error:
                 problem = f"cannot read the exclude list {config.exclude_list} ({error})"
                 raise ValueError(f"{problem}; give a text file with one name per line") from None
