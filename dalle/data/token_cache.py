@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
-from dalle.io.files import FORMAT, check_meta, follow_umask, read_json, sync
+from dalle.io.files import FORMAT, check_meta, read_json, sync
 
 MAX_MAPPED = 4096  # a process may map some 65,000 files
+ARRAYS = ("tokens", "captions", "offsets")
+REPAIR = "remove meta.json and this file, and run encode_images again as before; it makes this shard alone"
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,9 @@ class TokenCache:
             file = folder / shard_name(shard)
             found = file.stat().st_size if file.is_file() else "no"
             if found != size:
-                raise ValueError(
-                    f"{file} has {found} bytes, expected {size}: the cache is damaged; "
-                    "remove meta.json and this file, and encode again"
-                )
+                raise ValueError(f"{file} has {found} bytes, expected {size}: the cache is damaged; {REPAIR}")
         self._shard = lru_cache(MAX_MAPPED)(self._open)
+        self._checked: dict[int, tuple[int, int]] = {}  # shard -> size and time of the file that was whole
 
     def __reduce__(self):
         return TokenCache, (self.folder,)
@@ -137,9 +137,16 @@ class TokenCache:
         return self._shard(shard), int(image - self._starts[shard])
 
     def _open(self, shard: int) -> dict[str, Any]:
-        """Slices of a mapped file by name."""
-        file, _ = _open_shard(self.folder / shard_name(shard), self.key)
-        return {name: file.get_slice(name) for name in ("tokens", "captions", "offsets")}
+        """Slices of a mapped file by name; its hash is compared once, and again if the file has changed."""
+        path = self.folder / shard_name(shard)
+        status = path.stat()
+        state = status.st_size, status.st_mtime_ns
+        file, info = _open_shard(path, self.key, verify=self._checked.get(shard) != state)
+        expected = self._starts[shard + 1] - self._starts[shard]
+        if info["images"] != expected:
+            raise ValueError(f"{path} has {info['images']} images, meta.json says {expected}; {REPAIR}")
+        self._checked[shard] = state
+        return {name: file.get_slice(name) for name in ARRAYS}
 
 
 def shard_name(shard: int) -> str:
@@ -147,19 +154,25 @@ def shard_name(shard: int) -> str:
     return f"shard-{shard:06d}.safetensors"
 
 
-def _open_shard(path: Path, key: str) -> tuple[Any, dict[str, Any]]:
-    """A mapped shard and its metadata; ValueError for a truncated or foreign file, or another key."""
+def _open_shard(path: Path, key: str, verify: bool = True) -> tuple[Any, dict[str, Any]]:
+    """A mapped shard and its metadata; ValueError for a damaged or foreign file, or another key."""
     try:
         path.open("rb").close()  # safetensors calls every file missing that it cannot open
         file = safe_open(path, "np")
         info = json.loads(file.metadata()["tokens"])
-        found = info["key"]
+        found, images, expected = (info[name] for name in ("key", "images", "hash"))
+        if verify:
+            digest = hashlib.sha256()
+            for name in ARRAYS:
+                digest.update(file.get_tensor(name).ravel())
+            if digest.hexdigest() != expected or images != file.get_slice("tokens").get_shape()[0]:
+                raise ValueError("its hash is another")
     except PermissionError:
         raise
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no shard ({error}); remove it and encode again") from None
+        raise ValueError(f"{path} is damaged or no shard ({error}); {REPAIR}") from None
     if found != key:
-        raise ValueError(f"{path} holds tokens of key {found}, expected {key}; remove it and encode again")
+        raise ValueError(f"{path} holds tokens of key {found}, expected {key}; {REPAIR}")
     return file, info
 
 
@@ -214,7 +227,7 @@ class TokenWriter:
         digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays.values()))
         info = {"key": self.spec.key, "images": len(captions), "hash": digest.hexdigest()}
         metadata = {"tokens": json.dumps(info)}
-        self._write(shard_name(shard), lambda path: save_file(arrays, path, metadata))
+        self._write(shard_name(shard), lambda path: path.write_bytes(save(arrays, metadata)))
 
     def finish(self) -> TokenCache | None:
         """Writes meta.json and returns the cache if the shards of all parts exist; else None."""
@@ -249,9 +262,15 @@ class TokenWriter:
         self._write(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _write(self, name: str, write: Callable[[Path], Any]) -> None:
-        """Writes a file of this part under a temporary name, then renames it."""
+        """Writes a file of this part under a temporary name, then renames it; ValueError on a full disk."""
         partial = self.folder / f".partial-{self.part}-{name}"
-        write(partial)
-        follow_umask(partial)
-        sync(partial)
-        os.replace(partial, self.folder / name)
+        try:
+            write(partial)
+            sync(partial)
+            os.replace(partial, self.folder / name)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            problem = f"cannot write {self.folder / name} ({error.strerror or error})"
+            raise ValueError(
+                f"{problem}; free disk space and run the same command again: complete shards are kept"
+            ) from None

@@ -1,11 +1,9 @@
 """Token cache, its reader and writer: dalle/data/token_cache.py."""
 
 import json
-import os
 import pickle
 import tracemalloc
 from dataclasses import replace
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -86,7 +84,8 @@ def test_parts_write_the_cache_of_one_process(tmp_path):
 def test_an_interrupted_writer_resumes_at_its_shard(tmp_path):
     (tmp_path / "tokens").mkdir()
     write(tmp_path / "tokens", shards=[0])
-    with patch.object(os, "replace", side_effect=OSError("disk full")), pytest.raises(OSError, match="full"):
+    (tmp_path / "tokens" / f".partial-0-{shard_name(1)}").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"000001.*No space left on device.* complete shards are kept"):
         write(tmp_path / "tokens")
     assert TokenWriter(tmp_path / "tokens", SPEC).missing() == [1, 2]
     write(tmp_path / "tokens")
@@ -155,6 +154,17 @@ def test_a_truncated_file_is_refused_and_can_be_repaired(tmp_path, name, fractio
         write(tmp_path / "tokens")
     (tmp_path / "tokens" / shard_name(1)).unlink()
     assert write(tmp_path / "tokens").hash == cache.hash
+
+
+def test_a_flipped_bit_is_refused(tmp_path):
+    write(tmp_path)
+    file = tmp_path / shard_name(1)
+    content = file.read_bytes()
+    for place in range(0, len(content), 5):
+        changed = content[place] ^ (1 << place % 8)
+        file.write_bytes(content[:place] + bytes([changed]) + content[place + 1 :])
+        with pytest.raises(ValueError, match=r"shard-000001.*encode_images again"):
+            TokenCache(tmp_path).image_tokens([5])
 
 
 @pytest.mark.parametrize(
