@@ -10,7 +10,10 @@ python scripts/sample.py --model pytorch_model_v3.bin --text-tokenizer bpe.model
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -120,9 +123,7 @@ def sample(args: SampleArgs) -> Path:
     candidates of one prompt, or the prompts of a file.
     """
     from dalle.io.files import make_directory
-    from dalle.pipelines.generation import slug
     from dalle.pretrained.load import holds_text_tokenizer, is_external_checkpoint
-    from dalle.runs import ROOT
     from dalle.train.distributed import Distributed
 
     own = args.model is None or (args.model / "config.json").is_file()
@@ -131,9 +132,7 @@ def sample(args: SampleArgs) -> Path:
     out = args.out
     with Distributed.join(args.device) as group:
         if out is None:
-            names = (slug(args.prompt) + (f"-{i}" if i > 1 else "") for i in range(1, 10**6))
-            out = next(ROOT / "samples" / name for name in names if not (ROOT / "samples" / name).exists())
-            out = group.gather_objects(out)[0]
+            out = group.on_main(lambda: new_directory(args.prompt))
         elif group.is_main:  # a place that cannot be written fails before the work
             if not args.prompts_file and out.is_dir() and any(out.iterdir()):
                 raise ValueError(f"{out} is not empty; give another --out")
@@ -147,9 +146,23 @@ def sample(args: SampleArgs) -> Path:
             generate(args, model, out, group)
         except BaseException:
             if group.is_main and out.is_dir() and not any(out.iterdir()):
-                out.rmdir()
+                out.rmdir() if args.out else os.removedirs(out)
             raise
     return out
+
+
+def new_directory(prompt: str) -> Path:
+    """Creates a directory under runs/samples; samples that start at the same time have one each."""
+    from dalle.io.files import make_directory
+    from dalle.pipelines.generation import slug
+    from dalle.runs import ROOT
+
+    first = make_directory(ROOT / "samples") / slug(prompt)
+    for number in count(1):
+        out = first.with_name(f"{first.name}-{number}") if number > 1 else first
+        with suppress(FileExistsError):
+            out.mkdir()
+            return out
 
 
 def _sample_file(args: SampleArgs, model: DALLE, out: Path, group: Distributed) -> None:
@@ -161,13 +174,13 @@ def _sample_file(args: SampleArgs, model: DALLE, out: Path, group: Distributed) 
         facts["clip"] = weights_hash(model.scorer.model)
     counts = (args.num_images, args.best_of, args.seed)
     try:
-        count = sample_prompts(
+        prompts = sample_prompts(
             model, args.prompts_file, out, *counts, args.sampling, args.truncate, facts, group
         )
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; the same command resumes in {out}") from None
     if group.is_main:
-        print(f"{out}: {args.num_images} of {args.best_of} images for each of {count} prompts")
+        print(f"{out}: {args.num_images} of {args.best_of} images for each of {prompts} prompts")
 
 
 def _sample_prompt(args: SampleArgs, model: DALLE, out: Path, group: Distributed) -> None:

@@ -10,6 +10,7 @@ OUT/sheet.png                      the best images of the first prompts
 import hashlib
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dalle.pipelines.best_of_n import auto_batch_size, num_prompts_per_batch
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import save_png, slug, write_images
 from dalle.sampling import SamplingConfig
+from dalle.train.checkpoint_saver import lock_directory
 from dalle.train.distributed import Distributed
 
 PROMPTS_PER_FOLDER = 1000
@@ -81,7 +83,7 @@ def sample_prompts(
         The number of prompts.
 
     Raises:
-        ValueError: a prompt that is too long (nothing is written then), or a directory of another run.
+        ValueError: a prompt that is too long (nothing is written then); a directory in use or of another run.
     """
     prompts = read_prompts(path)
     for number, prompt in enumerate(prompts, start=1):
@@ -91,7 +93,8 @@ def sample_prompts(
             raise ValueError(f"{path}, line {number}: {error}") from None
     prompts_hash = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
     earlier = read_json(out / "run.json") if (out / "run.json").exists() else None
-    if earlier is None and out.is_dir() and any(out.iterdir()):
+    files = (path for path in out.rglob("[!.]*") if path.is_file())  # a killed run may leave hidden ones
+    if earlier is None and any(files):
         raise ValueError(f"{out} is not empty and holds no run of prompts; give another --out")
     if sampling.batch_size is None:
         fitting = min(processes.gather_objects(auto_batch_size(model.transformer, sampling.guidance)))
@@ -99,25 +102,28 @@ def sample_prompts(
     group_size = num_prompts_per_batch(best_of, sampling.batch_size, sampling.prompts_per_batch)
     settings = {"n": n, "best_of": best_of, "seed": seed, "truncate": truncate, **asdict(sampling)}
     run = {"settings": settings, "model": model.hash, "prompts": prompts_hash, **facts}
-    processes.barrier()  # all have read before one writes
-    if earlier is None and processes.rank == 0:
-        make_directory(out / "parts")
-        write_json(out / "run.json", run)
-    elif earlier not in (None, run):
+    if earlier not in (None, run):
         differ = [key for key in run if earlier.get(key) != run[key]]
         raise ValueError(f"{out} holds a run with other {', '.join(differ)}; give another --out")
-    processes.barrier()
     firsts = range(0, len(prompts), group_size)
-    if not (out / "samples.jsonl").exists():
-        for first in firsts[processes.rank :: processes.world_size]:
-            part = out / "parts" / f"{first:06d}.jsonl"
-            if not part.exists():
-                _sample_group(model, first, prompts[first : first + group_size], group_size, run, part)
-    processes.barrier()
-    if processes.rank == 0:
-        _join(out, firsts)
-    processes.barrier()
+    processes.barrier()  # all have read before one writes
+    with ExitStack() as lock:
+        processes.on_main(lambda: _begin(out, run, lock))
+        if not (out / "samples.jsonl").exists():
+            for first in firsts[processes.rank :: processes.world_size]:
+                part = out / "parts" / f"{first:06d}.jsonl"
+                if not part.exists():
+                    _sample_group(model, first, prompts[first : first + group_size], group_size, run, part)
+        processes.barrier()
+        processes.on_main(lambda: _join(out, firsts))
     return len(prompts)
+
+
+def _begin(out: Path, run: dict[str, Any], lock: ExitStack) -> None:
+    """Locks the run until `lock` is closed, and writes its run.json."""
+    lock.enter_context(lock_directory(out / "parts"))
+    if not (out / "run.json").exists():
+        write_json(out / "run.json", run)
 
 
 def _sample_group(
@@ -142,10 +148,12 @@ def _sample_group(
 
 def _join(out: Path, firsts: range) -> None:
     """parts/*.jsonl -> samples.jsonl in order of the prompts, and sheet.png."""
-    if not (out / "samples.jsonl").exists():
+    samples = out / "samples.jsonl"
+    if not samples.exists():
         parts = [(out / "parts" / f"{first:06d}.jsonl").read_text(encoding="utf-8") for first in firsts]
-        write_text(out / "samples.jsonl", "".join(parts))
-        records = [json.loads(line) for line in "".join(parts).split("\n") if line]
+        write_text(samples, "".join(parts))
+    if not (out / "sheet.png").exists():
+        records = [json.loads(line) for line in samples.read_text(encoding="utf-8").split("\n") if line]
         best = [record for record in records if record["file"].endswith("-00.png")][:PROMPTS_ON_SHEET]
         cells = [(record["prompt"], load_image(out / record["file"])) for record in best]
         sheet = captioned_grid(cells, columns=6, scale=max(1, 128 // cells[0][1].width))

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from dalle.commands.sample import SampleArgs, sample
+from dalle.commands.sample import SampleArgs, new_directory, sample
 from dalle.io.files import read_json
 from dalle.pipelines.dalle import DALLE
 from dalle.sampling import SamplingConfig
@@ -86,6 +87,12 @@ def test_options_that_do_not_fit_are_refused(
     value = files / value if value == Path("clip.pt") else value
     with pytest.raises(ValueError, match=message):
         sample(SampleArgs(**external | {name: value}))
+
+
+def test_samples_at_once_have_a_directory_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        assert len({*pool.map(new_directory, "aaaaaaaa")}) == 8
 
 
 class TestSample:

@@ -15,6 +15,7 @@ from dalle.pipelines import sample_prompts
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import slug
 from dalle.sampling import SamplingConfig
+from dalle.train.checkpoint_saver import lock_directory
 
 pytestmark = pytest.mark.filterwarnings("ignore:the vocabulary lacks letters")  # of CAPTIONS[2]
 CAPTIONS = ["a red cross above a blue circle", "a blue circle", "../ a*b", "a small red cross"]
@@ -109,13 +110,14 @@ def test_an_interrupted_batch_is_not_taken_for_whole(run, monkeypatch):
     monkeypatch.setattr(DALLE, "generate", short)
     with pytest.raises(SystemExit, match="stopped"):
         sample(run)
-    assert contents("all").keys() == {"run.json"}
+    assert contents("all").keys() == {"run.json", "parts/.lock"}
 
 
 def test_a_finished_run_is_left_and_another_run_never_overwrites_it(run, monkeypatch):
     sample(run)
     before = contents("all")
     monkeypatch.setattr(DALLE, "generate", None)
+    Path("all/sheet.png").unlink()  # it was killed before the sheet
     sample(run)
     for change, name in (({"seed": 1}, "settings"), ({"precision": "bf16"}, "precision")):
         with pytest.raises(ValueError, match=f"other {name}; .* --out"):
@@ -128,6 +130,15 @@ def test_a_finished_run_is_left_and_another_run_never_overwrites_it(run, monkeyp
     Path("other/mine.txt").touch()
     with pytest.raises(ValueError, match="other is not empty"):
         sample(replace(run, out=Path("other")))
+
+
+def test_a_directory_is_one_runs_at_a_time(run, monkeypatch):
+    with monkeypatch.context() as other:
+        other.setattr(sample_prompts, "lock_directory", Mock(side_effect=ValueError("in use")))
+        with pytest.raises(ValueError, match="in use"):
+            sample(run)
+    lock_directory(Path("all/parts")).close()  # of a run that was killed before run.json
+    sample(run)
 
 
 def test_it_resumes_with_the_batch_size_it_began_with(run, monkeypatch):
