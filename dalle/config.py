@@ -77,8 +77,7 @@ def resume_fingerprint(config: Any) -> dict[str, Any]:
     """The configuration as a plain dict, without the fields that a resumed run may change (`RESUME_FREE`)."""
     classes = [cls for cls in type(config).__mro__ if dataclasses.is_dataclass(cls)]
     free = {f.name for cls in classes for f in dataclasses.fields(cls) if f.metadata.get("resume") == "free"}
-    kept = [field.name for field in dataclasses.fields(config) if field.name not in free]
-    values = {name: getattr(config, name) for name in kept}
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in free}
     return {
         name: resume_fingerprint(value) if dataclasses.is_dataclass(value) else to_dict(value)
         for name, value in values.items()
@@ -88,8 +87,7 @@ def resume_fingerprint(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[T], data: dict[str, Any], source: str = "configuration") -> T:
     """A dataclass from plain data; fields left out, at any depth, keep the defaults of `cls`.
 
-    Raises:
-        ConfigError: unknown key (with the nearest name), wrong type, or a value the class refuses.
+    ConfigError for an unknown key (with the nearest name), a wrong type, or a value the class refuses.
     """
     wrong: list[str] = []
     try:
@@ -257,6 +255,9 @@ def cli_errors(parallel: bool = False) -> Iterator[None]:
 
     `parallel` commands alone run under torchrun: in others each process would do all of the work.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # no character that the console lacks may end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         if not parallel and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("this command runs in one process; start it without torchrun")

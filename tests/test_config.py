@@ -236,6 +236,11 @@ class TestCommandLine:
         with cli_errors(parallel=True):
             pass
 
+    def test_output_that_the_console_cannot_encode_is_escaped(self):
+        code = "from dalle.config import cli_errors\nwith cli_errors():\n    print(chr(0x1F600), chr(0xDCFF))"
+        env = os.environ | {"PYTHONIOENCODING": "cp1252"}
+        assert b"U0001f600" in subprocess.check_output([sys.executable, "-c", code], env=env)
+
     def test_an_output_that_nothing_reads_any_more_is_one_line(self):
         code = "from dalle.config import cli_errors\nwith cli_errors():\n    print('x' * 10**6, flush=True)"
         reader, writer = os.pipe()

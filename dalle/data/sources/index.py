@@ -119,16 +119,16 @@ def open_or_build_index(
         text = f"\n{file.resolve()} {status.st_size} {status.st_mtime_ns}"
         digest.update(text.encode("utf-8", "surrogateescape"))
     name = f"{digest.hexdigest()}.index"
-    folders = [index_dir] if index_dir else [files[0].parent / FOLDER, Path.home() / ".cache" / "dalle"]
-    for folder in folders:
-        with suppress(OSError, ValueError, LookupError, TypeError):
-            return Index(folder / name, dtype)
-    for folder in folders:
+    problems = []
+    for place in [index_dir] if index_dir else [files[0].parent / FOLDER, None]:
         try:
+            folder = place or Path.home() / ".cache" / "dalle"
+            with suppress(OSError, ValueError, LookupError, TypeError):
+                return Index(folder / name, dtype)
             folder.mkdir(parents=True, exist_ok=True)
             file = tempfile.NamedTemporaryFile(prefix=".partial-", dir=folder, delete=False)  # noqa: SIM115
-        except OSError as error:
-            problem = error
+        except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+            problems.append(str(error))
             continue
         path = Path(file.name)
         try:
@@ -143,4 +143,4 @@ def open_or_build_index(
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-    raise ValueError(f"cannot write an index to {folders[-1]} ({problem}); give another --data.index-dir")
+    raise ValueError(f"cannot write an index to disk: {'; '.join(problems)}; give another --data.index-dir")

@@ -98,6 +98,8 @@ def test_an_index_is_beside_the_data_or_in_the_users_cache(tmp_path, monkeypatch
     assert len(os.listdir(tmp_path / "home" / ".cache" / "dalle")) == 1
     with pytest.raises(ValueError, match=r"cannot write an index to .*--data\.index-dir"):
         open_source(tmp_path / "all.tar", index_dir=tmp_path / "set" / FOLDER)
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home directory")))
+    open_source(tmp_path / "all.tar")
 
 
 @pytest.mark.parametrize("damaged", [False, True], ids=["new", "damaged"])
