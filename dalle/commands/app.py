@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from dalle.config import cli_errors, parse
+from dalle.config import check_positive, cli_errors, parse
 from dalle.train.config import Precision
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ class AppArgs:
     """Format of the transformer's matrices; auto is bf16 where the hardware supports it."""
     int8: bool = False
     """Store the transformer's matrices in 8 bits, see `sample.py --help`."""
+
+    def __post_init__(self):
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port must be 0 to {2**16 - 1}, got {self.port}")
+        check_positive(self, "max_caption", "max_images", "max_candidates", "max_upload")
 
 
 def app(args: AppArgs) -> None:

@@ -3,6 +3,7 @@
 python scripts/lr_sweep.py 0.25 0.5 1 2 4 --config configs/transformer/shapes.yaml --steps 100
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ def sweep(kind: str, run: TrainArgs, factors: Sequence[float]) -> dict[float, fl
 
     Returns learning rate -> mean loss over the last tenth of the log; infinite where a run diverged.
     """
-    if min(factors, default=0) <= 0:
+    if not factors or not all(0 < factor < math.inf for factor in factors):
         raise ValueError("give factors on the learning rate, each above 0: lr_sweep.py 0.5 1 2 --config FILE")
     out, optimizer, losses = run.out or Path("runs/sweep"), run.train.optimizer, {}
     for factor in factors:
@@ -76,7 +77,11 @@ def main() -> None:
     """Command line of lr_sweep."""
     with cli_errors(parallel=True):
         overview(sys.argv[1:], __doc__, EACH_KIND)
-        factors = list(takewhile(lambda word: word[:1].isdigit(), sys.argv[1:]))
+        factors = list(takewhile(lambda word: word[:1] != "-", sys.argv[1:]))
+        try:
+            numbers = [float(factor) for factor in factors]
+        except ValueError as error:
+            raise ValueError(f"factors on the learning rate must be numbers: {error}") from None
         kind, words = take_kind(sys.argv[1 + len(factors) :])
         args = parse(TRAININGS[kind][0], words, description=__doc__)
-        sweep(kind, args, [float(factor) for factor in factors])
+        sweep(kind, args, numbers)

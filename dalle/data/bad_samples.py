@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dalle.io.text import parse_json
 from dalle.types import BadSample
 
 MIN_BAD = 100
@@ -99,7 +100,7 @@ class BadSampleLog:
         if exists and not fresh:
             for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 with suppress(ValueError, TypeError):  # a line may be damaged
-                    earlier.append(BadSample(**json.loads(line)))
+                    earlier.append(BadSample(**parse_json(line, str(self.path))))
         if exists or self._opening:
             self._write([*self._opening, *filter(self._count, earlier)], "w")
 

@@ -15,13 +15,12 @@ Any of them may be compressed by gzip. A record names its image in the dataset's
 
 import gzip
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from xml.etree import ElementTree
 
-from dalle.io.text import is_caption
+from dalle.io.text import is_caption, parse_json
 
 Format = Literal["coco", "karpathy", "cc", "cc12m", "redcaps", "narratives", "flickr", "openclipart"]
 Naming = Literal["number", "md5", "sha256"]
@@ -77,18 +76,19 @@ def read_captions(
 
 def _coco(file: Path) -> Iterator[CaptionRecord]:
     """Two passes: names of images, then captions, in whichever order the file has them."""
-    names = {item.get("id"): item.get("file_name") for item in _json_list(file, "images")}
+    names = {str(item.get("id")): item.get("file_name") for item in _json_list(file, "images")}
     for item in _json_list(file, "annotations"):
         number = item.get("image_id")
-        if name := names.get(number):
+        if isinstance(name := names.get(str(number)), str) and name:
             yield CaptionRecord(name, _clean(item.get("caption")))
         else:
-            yield CaptionRecord(None, [f"{file.name}: a caption of image_id {number!r}, which is not listed"])
+            yield CaptionRecord(None, [f"{file.name}: a caption of the unlisted image_id {number!r:.80}"])
 
 
 def _karpathy(file: Path) -> Iterator[CaptionRecord]:
     for item in _json_list(file, "images"):
-        sentences = [sentence for sentence in item.get("sentences") or [] if isinstance(sentence, dict)]
+        found = item.get("sentences")
+        sentences = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
         yield _record(file.name, item, "filename", *(sentence.get("raw") for sentence in sentences))
 
 
@@ -103,7 +103,7 @@ def _redcaps(file: Path) -> Iterator[CaptionRecord]:
 def _narratives(file: Path) -> Iterator[CaptionRecord]:
     for place, line in _lines(file):
         try:
-            item = json.loads(line)
+            item = parse_json(line, place)
             yield _record(place, item, "image_id", item.get("caption"))
         except (ValueError, AttributeError):
             yield CaptionRecord(None, [f"{place}: not a JSON object"])

@@ -97,6 +97,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no file {path}; expected a run or model directory of this library") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise ValueError(f"{path} is not JSON: {error}") from None
 

@@ -1,6 +1,8 @@
-"""Text that says something: neither blank nor the mark of a missing value."""
+"""Text from files: captions that say something, and JSON of any origin."""
 
+import json
 import re
+from typing import Any
 
 VISIBLE = re.compile(
     r"[^\s\0-\x1f\x7f-\x9f\xad\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff]"
@@ -13,3 +15,11 @@ MISSING = ("nan", "none", "null", "n/a", "#n/a", "<na>")
 def is_caption(text: str) -> bool:
     """Whether text is neither blank nor MISSING."""
     return bool(VISIBLE.search(text)) and text.strip().lower() not in MISSING
+
+
+def parse_json(text: str | bytes, place: str) -> Any:
+    """JSON of any origin; ValueError that names the place, also where it is too deep."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON: {error}") from None

@@ -22,7 +22,7 @@ from dalle.layout import check_tokens
 from dalle.pipelines.best_of_n import Callback, GenerationProgress, sample_best_of_n
 from dalle.pipelines.completion import prefix_tokens
 from dalle.pipelines.generation import Generation, LogLikelihood
-from dalle.sampling import SamplingConfig
+from dalle.sampling import SamplingConfig, whole_numbers
 from dalle.text import BPETokenizer, text_tokenizer_from_dict
 from dalle.train.precision import DTYPES, Precision, resolve_precision
 from dalle.transformer import Transformer
@@ -162,10 +162,10 @@ class DALLE:
         shard: tuple[int, int] = (0, 1),
     ) -> Iterator[GenerationProgress]:
         """The loop behind `generate`: the state after each token and ranked batch; checks all arguments."""
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
-        if best_of < n:
-            raise ValueError(f"best_of must be at least n, got best_of={best_of}, n={n}")
+        if {type(n), type(best_of), type(seed)} != {int}:
+            n, best_of, seed = whole_numbers(n=n, best_of=best_of, seed=seed)
+        if not 1 <= n <= best_of:
+            raise ValueError(f"best_of must be at least n, and n 1 or more; got best_of={best_of}, n={n}")
         text_tokens = self.text_tokens(prompts, truncate)
         if pieces := [piece for prompt in prompts for piece in self.text.out_of_vocabulary(prompt)]:
             shown = ", ".join(map(repr, pieces[:5]))

@@ -17,6 +17,7 @@ from typing import Any
 
 from dalle.io.files import make_directory, read_json, write_json, write_text
 from dalle.io.images import captioned_grid, load_image
+from dalle.io.text import parse_json
 from dalle.pipelines.best_of_n import auto_batch_size, num_prompts_per_batch
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import save_png, slug, write_images
@@ -45,10 +46,7 @@ def read_prompts(path: Path) -> list[str]:
     for number, line in enumerate(lines, start=1):
         prompt, place = line, f"{path}, line {number}"
         if path.suffix in (".jsonl", ".ndjson"):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place} is not JSON: {error}") from None
+            record = parse_json(line, place)
             values = [record.get(key) for key in ("prompt", "caption")] if isinstance(record, dict) else []
             prompt = next((value for value in values if isinstance(value, str)), None)
             if prompt is None:

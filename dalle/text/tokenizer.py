@@ -63,6 +63,9 @@ class TextTokenizerConfig:
             raise ValueError(f"vocab_size must be a positive integer, got {self.vocab_size!r}")
         if type(self.byte_fallback) is not bool:
             raise ValueError(f"byte_fallback must be true or false, got {self.byte_fallback!r}")
+        if self.vocab_size < (least := 258 if self.byte_fallback else 2):
+            needs = f"at least {least} ids for unknown, bytes and the word-start mark"
+            raise ValueError(f"vocab_size {self.vocab_size} is too small: it needs {needs}")
         if not 0 < self.character_coverage <= 1:
             raise ValueError(f"character_coverage must be in (0, 1], got {self.character_coverage!r}")
 

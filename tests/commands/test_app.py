@@ -16,6 +16,8 @@ PROJECT = Path(__file__).parents[2]
 def test_without_gradio_or_model_it_does_not_start(chain, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="which model"):
         app(AppArgs())
+    with pytest.raises(ValueError, match="port must be"):
+        AppArgs(port=99999999)
     with pytest.raises(ValueError, match="no model directory"):
         app(AppArgs(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from dalle.commands.lr_sweep import last_loss, sweep
+from tests.helpers.refusals import assert_refused
 
 
 def test_a_sweep_trains_at_each_learning_rate_and_plots_them(chain, tiny_runs, with_inputs, tmp_path, capsys):
@@ -25,3 +26,7 @@ def test_a_sweep_trains_at_each_learning_rate_and_plots_them(chain, tiny_runs, w
 def test_a_sweep_needs_factors(tiny_runs):
     with pytest.raises(ValueError, match="give factors on the learning rate, each above 0"):
         sweep("clip", tiny_runs.clip, [])
+
+
+def test_a_factor_is_a_number(script):
+    assert_refused(script("lr_sweep", "1", "2x", "--kind", "clip"), "must be numbers: .*2x")

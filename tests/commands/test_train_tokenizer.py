@@ -15,5 +15,9 @@ def test_it_writes_the_tokenizer_and_the_coverage(script, tmp_path):
 
 
 def test_a_vocabulary_below_the_alphabet_is_refused(script):
-    words = ("--data.path", "shapes", "--captions", "9", "--text.vocab-size", "200")
-    assert_refused(script("train_tokenizer", *words), "too small")
+    """Before captions are read if it has no room for bytes."""
+    words = ("--data.path", "shapes", "--captions", "9", "--text.vocab-size")
+    assert_refused(script("train_tokenizer", *words, "259"), "too small")
+    done = script("train_tokenizer", "--text.vocab-size", "3")
+    assert done.code == 2
+    assert "too small" in done.err

@@ -112,6 +112,23 @@ class TestGenerate:
         assert generation.candidates == every.candidates[:3]
         assert images(generation.images) == images(every.images[:3])
 
+    def test_whole_numbers_of_any_type_are_the_same_number(self, model, prompt):
+        whole = generate(model, prompt, n=1, best_of=2, seed=3, top_k=4).image_tokens
+        for three in (3.0, np.int64(3), np.float32(3), torch.tensor(3)):
+            same = model.generate(prompt, 1.0, np.int32(2), three, top_k=4.0, progress=False)
+            assert torch.equal(same.image_tokens, whole)
+        for wrong in (
+            {"seed": None},
+            {"seed": torch.tensor(3.0)},
+            {"n": 1.5},
+            {"top_k": 1.5},
+            {"best_of": "2"},
+        ):
+            with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a whole number"):
+                model.generate(prompt, **{"n": 1, "best_of": 2} | wrong)
+        with pytest.raises(ValueError, match="temperature must be a number"):
+            model.generate(prompt, temperature="1")
+
     def test_seed_and_caption_determine_the_images(self, model, prompt):
         ways = ((prompt, 0), (prompt, 0), (prompt, 1), (CAPTIONS[1], 0))
         found = [generate(model, text, seed=seed).image_tokens.tolist() for text, seed in ways]
@@ -138,7 +155,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"n": 0}, "n must .* got 0"),
+            ({"n": 0}, "n 1 or more.* n=0"),
             ({"n": 4, "best_of": 3}, "best_of must .*best_of=3, n=4"),
             ({"temperature": -0.5}, "temperature must .*-0.5"),
         ],

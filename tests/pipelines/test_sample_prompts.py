@@ -160,6 +160,8 @@ def test_it_resumes_with_the_batch_size_it_began_with(run, monkeypatch):
         ("c.jsonl", b'{"prompt": "a blue circle"}\n{"text": "b"}\n', 'line 2 has no "prompt"'),
         ("c.jsonl", b"a blue circle\n", "line 1 is not JSON"),
         ("c.jsonl", b'["a"]\n', "line 1 has no"),
+        ("c.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("c.jsonl", b"1" * 10_000, "line 1 is not JSON"),
         ("c.txt", b"a blue circle\n" + b"a red cross and " * 30, r"line 2: .* \d+ tokens"),
         ("none.txt", None, r"cannot read none\.txt"),
         ("c.txt", b"\xff\xfe", "c.txt is not UTF-8"),
