@@ -8,12 +8,11 @@ from typing import Literal
 from dalle.config import RESUME_FREE
 
 Format = Literal["auto", "folder", "table", "tars", "hub"]
-IMAGE_SUFFIXES = (
+IMAGE_SUFFIXES = (  # what Pillow opens here, in every source; the content decides how a file is read
     *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jpe", ".jfif", ".pjpeg", ".pjp"),
     *(".jpg_large", ".mpo", ".apng", ".avif", ".avifs", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm"),
     *(".pnm", ".pfm", ".qoi", ".tga", ".icb", ".vda", ".vst", ".ico", ".dds", ".j2c", ".jpc", ".jpf"),
 )
-"""What Pillow opens here, in every source; the content decides how a file is read."""
 UNUSED = "unused file"
 """Cause of a file that is neither an image nor captions: counted and named, but no bad sample."""
 

@@ -49,10 +49,9 @@ def detect_source(path: str, format: Format = "auto") -> DataLocation:
     suffixes = {file.suffix.lower() for file in files}
     if format == "auto":
         if not suffixes <= {".tar", *TABLES}:
+            found = ", ".join(sorted(suffixes)) or "without suffix"
             expected = f"a folder of images, .tar files (not compressed) or a table ({', '.join(TABLES)})"
-            raise ValueError(
-                f"{path} is {', '.join(sorted(suffixes)) or 'without suffix'}; expected {expected}"
-            )
+            raise ValueError(f"{path} is {found}; expected {expected}")
         format = "tars" if ".tar" in suffixes else "table"
     if not files:
         expected = ".tar files" if format == "tars" else ", ".join(TABLES)
