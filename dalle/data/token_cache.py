@@ -271,6 +271,4 @@ class TokenWriter:
         except OSError as error:
             partial.unlink(missing_ok=True)
             problem = f"cannot write {self.folder / name} ({error.strerror or error})"
-            raise ValueError(
-                f"{problem}; free disk space and run the same command again: complete shards are kept"
-            ) from None
+            raise ValueError(f"{problem}; free disk space and run again: complete shards are kept") from None
