@@ -24,8 +24,6 @@ from dalle.types import BadSample, CaptionedImages, ImageTextBatch
 
 WORKER_TIMEOUT = 600
 """Seconds without a batch after which a worker is ended as hanging."""
-WATCH_INTERVAL = 2.0
-"""Seconds between a worker's checks that the training process still exists."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Loader(AbstractContextManager):
                     sampler=range(step, self.steps),
                     collate_fn=partial(_try, self.make),
                     num_workers=self.workers,
-                    worker_init_fn=partial(_init_worker, os.getpid()),
+                    worker_init_fn=_init_worker,
                     generator=torch.Generator(),  # leaves the global generator alone
                     **self._options,
                 )
@@ -186,26 +184,20 @@ def worker_count(workers: int, size: int | None) -> int:
     return min(8, max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
-def _init_worker(training: int, worker: int) -> None:
+def _init_worker(worker: int) -> None:
     """Ignores signals, which schedulers and terminals send to every process: the training saves first.
 
-    A worker ends with its loader, or when the process `training` is gone.
+    A worker ends with its loader, or with the training process.
     """
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if os.name == "posix":  # torch watches the parent, which under forkserver is not the training
-        threading.Thread(target=_end_with, args=(training,), daemon=True).start()
+        threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with(training: int) -> None:
-    parent = torch.multiprocessing.parent_process()  # its end is seen at once, also before it is waited for
-    while parent.is_alive():
-        parent.join(WATCH_INTERVAL)
-        try:
-            os.kill(training, 0)
-        except OSError:  # none, or one of another user that has its number now
-            break
+def _end_with_parent() -> None:
+    torch.multiprocessing.parent_process().join()  # the training, ended, also before it is waited for
     os._exit(1)
 
 
