@@ -14,6 +14,8 @@ from tempfile import TemporaryDirectory
 import gradio as gr
 from gradio.image_utils import encode_image_to_base64
 from PIL import Image
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
 
 from dalle.commands.app import AppArgs
 from dalle.commands.sample import SampleArgs
@@ -27,6 +29,8 @@ from dalle.pipelines.generation import Generation, slug, write_images
 from dalle.sampling import SamplingConfig
 
 INTERVAL = 0.15  # seconds between partial images
+PATIENCE = 5.0  # seconds after which a request is dropped whose visitor does not listen
+JOBS, UPLOADS = 4, 100  # of a visitor that wait or run; of all visitors, until they are deleted
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
 CSS = """
 .tiles, #best .grid-container {display: grid; gap: 8px;
@@ -88,9 +92,14 @@ class Page:
         return page.queue(max_size=32, api_open=False)
 
     def generate(
-        self, caption, seed, n, best_of, temperature, top_k, top_p, guidance, image, rows
+        self, caption, seed, n, best_of, temperature, top_k, top_p, guidance, image, rows, request: gr.Request
     ) -> Iterator[tuple]:
         """Status and partial images after each row; summary, best images and zip file after each batch."""
+        queue, start = request.request.app.get_blocks()._queue, time.monotonic()
+        while not queue.pending_messages_per_session[request.session_hash].empty():
+            if time.monotonic() > start + PATIENCE:
+                return
+            time.sleep(0.05)
         with user_errors():
             best_of = best_of if self.model.scorer else n
             if len(caption) > self.args.max_caption:
@@ -98,14 +107,12 @@ class Page:
             seed = secrets.randbelow(2**31) if seed in (None, -1) else seed
             batch_size = auto_batch_size(self.model.transformer, guidance)
             sampling = SamplingConfig(temperature, top_k or None, top_p, guidance, batch_size)
-            record = {"n": n, "seed": seed, **asdict(sampling)}
-            record["precision"] = self.model.precision
+            record = {"n": n, "seed": seed, **asdict(sampling), "precision": self.model.precision}
             prefix = None
             if image:
                 prefix = prefix_tokens(self.model, open_upload(image), rows)
                 record |= {"image": Path(image).name, "rows": rows}
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+            with warnings.catch_warnings(record=True, action="always") as caught:
                 steps = self.model.steps([caption], n, best_of, seed, sampling, prefix)
         for warning in caught:
             gr.Warning(html.escape(str(warning.message)))
@@ -152,6 +159,31 @@ class Page:
             return tiles([square])
 
 
+def guard(app, args: AppArgs):
+    """ASGI middleware: answers to the server's names, and takes posts of its page as far as there is room."""
+
+    async def guarded(scope, receive, send) -> None:
+        problem = None
+        if scope["type"] == "http":
+            headers, path, blocks = Headers(scope=scope), scope["path"], scope["app"].get_blocks()
+            host, post = headers.get("host", ""), scope["method"] == "POST"
+            names = [scope["server"][0], "localhost", args.host, *args.allowed_hosts]
+            jobs = [event.request.client.host for event in blocks._queue.event_ids_to_events.values()]
+            if host.rsplit(":", 1)[0].strip("[]") not in names and not host.endswith(".gradio.live"):
+                problem = "not a name of this server; --allowed-hosts adds one"
+            elif post and headers.get("origin", f"//{host}").split("//")[-1] != host:
+                problem = "another page may neither upload nor sample here"
+            elif post and not 0 <= int(headers.get("content-length", -1)) <= args.max_upload + 2**16:
+                problem = "the request is too large, or does not say how large it is"
+            elif path.endswith("/join") and jobs.count(scope["client"][0]) >= JOBS:
+                problem = f"{JOBS} requests of yours are waiting; stop one"
+            elif path.endswith("/upload") and len(blocks.upload_file_set) >= UPLOADS:
+                problem = "there is no room for more images; try again in an hour"
+        await (PlainTextResponse(problem, 403) if problem else app)(scope, receive, send)
+
+    return guarded
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Shows ValueErrors on the page as text; Gradio logs other exceptions and shows no details."""
@@ -169,8 +201,8 @@ def open_upload(path: str) -> Image.Image:
 
 def tiles(images: list[Image.Image]) -> str:
     """HTML of images that need no file on the server."""
-    tags = "".join(f'<img src="{encode_image_to_base64(image)}">' for image in images)
-    return f'<div class="tiles">{tags}</div>'
+    tags = [f'<img src="{encode_image_to_base64(image)}">' for image in images]
+    return f'<div class="tiles">{"".join(tags)}</div>'
 
 
 def _count(label: str, value: int, maximum: int, visible: bool = True) -> gr.Slider:

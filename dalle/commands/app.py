@@ -33,6 +33,8 @@ class AppArgs:
     """Address to listen at; 0.0.0.0 admits the whole network, without a password."""
     port: int = 7860
     """Port to listen at; 0 takes a free one."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Other names of this computer that browsers may use, such as a proxy's."""
     share: bool = False
     """Ask Gradio's server for a public address; anyone who knows it can sample."""
     max_caption: int = 1000
@@ -57,12 +59,7 @@ class AppArgs:
 
 
 def app(args: AppArgs) -> None:
-    """Serves until it is interrupted.
-
-    Raises:
-        ValueError: no model there, or a port that cannot be had.
-        ImportError: Gradio is not installed.
-    """
+    """Serves until it is interrupted; ValueError without a model or a port, ImportError without Gradio."""
     from dalle.pipelines.dalle import DALLE
     from dalle.train.precision import resolve_device
 
@@ -84,11 +81,14 @@ def app(args: AppArgs) -> None:
 def launch(args: AppArgs, model: "DALLE", folder: str) -> Any:
     """Starts the server in a thread and returns its `gradio.Blocks`; files are kept in the folder."""
     os.environ["GRADIO_TEMP_DIR"] = folder
-    from dalle.app.ui import CSS, THEME, Page
+    from starlette.middleware import Middleware
+
+    from dalle.app.ui import CSS, THEME, Page, guard
 
     page = Page(model.to_precision(args.precision, args.int8), args).build()
     try:
         page.launch(
+            app_kwargs={"middleware": [Middleware(guard, args)]},
             server_name=args.host,
             server_port=args.port or None,
             share=args.share,

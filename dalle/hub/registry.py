@@ -112,10 +112,7 @@ def checkpoint_meta(
 def load_model(
     path: Path | str, kind: str, device: str | torch.device = "cpu", averaged: bool = True
 ) -> LoadedModel:
-    """A model in eval mode from a run, a checkpoint or a model directory; ValueError if damaged.
-
-    The configuration must have the sizes of the weights, so that a small file cannot ask for much memory.
-    """
+    """A model in eval mode from a run, a checkpoint or a model directory; ValueError if damaged."""
     path = folder = Path(path)
     is_directory = (path / "config.json").is_file()
     if is_directory:
@@ -151,8 +148,7 @@ def load_model(
         with torch.device("meta"):  # sizes that are not the weights' allocate nothing
             load_strict(model_class(config), tensors, folder)
     except (RuntimeError, TypeError) as error:
-        problem = str(error).partition("\n")[0]
-        raise ValueError(f"{folder} has a model_config of impossible sizes: {problem}") from None
+        raise ValueError(f"{folder} has a model_config of impossible sizes: {error!s:.80}") from None
     model = model_class(config)
     load_strict(model, tensors, folder)
     model = model.to(device).eval().requires_grad_(False)

@@ -69,10 +69,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Weights into a model; ValueError that names the first missing, unexpected or misshapen tensor.
-
-    A model on the meta device is compared only.
-    """
+    """Weights into a model, only compared on the meta device; ValueError names the first wrong tensor."""
     expected = model.state_dict()
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(f"{source} lacks {len(missing)} tensors of the model, first {missing[0]!r}")

@@ -3,13 +3,11 @@
 import base64
 import json
 import shutil
-import socket
 import time
 import zipfile
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -17,7 +15,6 @@ from PIL import Image
 from dalle.commands.app import AppArgs, launch
 from dalle.commands.sample import SampleArgs, sample
 from dalle.pipelines import best_of_n
-from dalle.pipelines.dalle import DALLE
 from dalle.sampling import SamplingConfig
 
 httpx = pytest.importorskip("httpx", reason="comes with gradio")
@@ -26,38 +23,12 @@ PROJECT = Path(__file__).parents[2]
 LOCAL = {"trust_env": False, "timeout": 60}
 
 
-@pytest.fixture(scope="module")
-def model(chain) -> DALLE:
-    return DALLE.from_pretrained(chain / "model")
-
-
 @pytest.fixture
 def image(tmp_path) -> Path:
     image = Image.new("RGB", (60, 40), "green")
     image.paste("red", (0, 0, 60, 20))
     image.save(tmp_path / "cat.png")
     return tmp_path / "cat.png"
-
-
-@pytest.fixture(scope="module")
-def server(model, tmp_path_factory):
-    """The page of the tiny model: .url .blocks .folder, and .outside, other addresses that it connects to."""
-    folder, outside = tmp_path_factory.mktemp("served"), []
-    connect = socket.socket.connect
-
-    def watched(self, address):
-        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
-            outside.append(address)
-            raise OSError("no network in tests")
-        return connect(self, address)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", watched)
-        patch.setenv("GRADIO_TEMP_DIR", "set by launch")
-        args = AppArgs(port=0, device="cpu", precision="fp32", max_upload=200_000)
-        blocks = launch(args, model, str(folder))
-        yield SimpleNamespace(url=blocks.local_url, blocks=blocks, folder=folder, outside=outside)
-        blocks.close(verbose=False)
 
 
 def upload(server, content: bytes, status: int = 200):
