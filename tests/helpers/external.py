@@ -22,13 +22,7 @@ def check_logits(found: Tensor, text: Tensor, image: Tensor, layout: ExternalLay
 
 
 def check_sampling(model: ExternalTransformer, text: Tensor, image: Tensor, read: int) -> None:
-    """Sampling with KV caches agrees with whole passes, in fp32, bf16 and int8.
-
-    Args:
-        text: of two captions, by `pad_text`.
-        image: tokens of two images.
-        read: image tokens to prefill; two more are read one by one, by positions that are ints, then tensors.
-    """
+    """Sampling with KV caches agrees with whole passes; `read` image tokens are prefilled, two more read."""
     layout = model.layout
     ids, n = layout.pack(text, image), layout.num_image_tokens
     noise = torch.stack([candidate_noise(0, str(i), range(3), n) for i in range(2)])

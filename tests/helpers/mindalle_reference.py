@@ -1,7 +1,4 @@
-"""Reference of minDALL-E over the tensors of its file, and its folder at small width.
-
-It shares nothing with dalle/pretrained.
-"""
+"""Reference of minDALL-E over the tensors of its file, and its folder at small width; shares no code."""
 
 import json
 from itertools import product

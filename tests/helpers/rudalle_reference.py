@@ -1,7 +1,4 @@
-"""Reference of ruDALL-E over the tensors of its file, in both versions, and small files.
-
-It shares nothing with dalle/pretrained.
-"""
+"""Reference of ruDALL-E, both versions, over the tensors of its file, and small files; shares no code."""
 
 from functools import cache
 

@@ -1,7 +1,4 @@
-"""Reference of VQGAN over the tensors of a file by names of taming-transformers; such files.
-
-It shares nothing with dalle/vqgan.
-"""
+"""Reference of VQGAN over the tensors of taming-transformers' files, and such files; shares no code."""
 
 import re
 
