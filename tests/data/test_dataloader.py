@@ -102,7 +102,8 @@ def test_a_worker_that_dies_is_named():
         list(map(batches, range(3)))
 
 
-def test_a_worker_that_hangs_is_named_and_ended():
+def test_a_worker_that_hangs_is_named_and_ended(monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # torch waits so long
     before = set(torch.multiprocessing.active_children())
     with Loader(Failing("hangs"), 3, workers=2, prefetch=1, timeout=1) as batches:
         assert batches(0) == 0
