@@ -11,8 +11,9 @@ quickstart: setup  ## train a small DALL-E on this computer and sample from it, 
 	.venv/bin/python scripts/quickstart.py $(ARGS)
 
 notebooks: setup  ## execute all notebooks with the quick start's model and store their outputs
-	.venv/bin/jupyter nbconvert --to notebook --execute --inplace --ClearMetadataPreprocessor.enabled=True \
-		--ClearMetadataPreprocessor.clear_notebook_metadata=False notebooks/*.ipynb $(ARGS)
+	PYTHONPATH=notebooks .venv/bin/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb $(ARGS) \
+		--NotebookExporter.preprocessors=png_only.PNGOnly --ClearMetadataPreprocessor.enabled=True \
+		--ClearMetadataPreprocessor.clear_notebook_metadata=False
 
 test: setup  ## run ruff and the fast tests
 	.venv/bin/ruff check

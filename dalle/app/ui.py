@@ -169,7 +169,8 @@ def guard(app, args: AppArgs):
             host, post = headers.get("host", ""), scope["method"] == "POST"
             names = [scope["server"][0], "localhost", args.host, *args.allowed_hosts]
             jobs = [event.request.client.host for event in blocks._queue.event_ids_to_events.values()]
-            if host.rsplit(":", 1)[0].strip("[]") not in names and not host.endswith(".gradio.live"):
+            public = args.share and host.endswith(".gradio.live")
+            if not public and host.rsplit(":", 1)[0].strip("[]") not in names:
                 problem = "not a name of this server; --allowed-hosts adds one"
             elif post and headers.get("origin", f"//{host}").split("//")[-1] != host:
                 problem = "another page may neither upload nor sample here"

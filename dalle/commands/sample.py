@@ -146,7 +146,10 @@ def sample(args: SampleArgs) -> Path:
             generate(args, model, out, group)
         except BaseException:
             if group.is_main and out.is_dir() and not any(out.iterdir()):
-                out.rmdir() if args.out else os.removedirs(out)
+                if args.out:
+                    out.rmdir()
+                else:
+                    os.removedirs(out)  # runs/samples too, if there is no other sample
             raise
     return out
 
@@ -184,7 +187,7 @@ def _sample_file(args: SampleArgs, model: DALLE, out: Path, group: Distributed) 
 
 
 def _sample_prompt(args: SampleArgs, model: DALLE, out: Path, group: Distributed) -> None:
-    from dalle.io.files import make_directory, write_json
+    from dalle.io.files import write_json
     from dalle.pipelines.best_of_n import auto_batch_size
     from dalle.pipelines.completion import prefix_tokens
     from dalle.pipelines.generation import merge_generations, write_images
@@ -208,7 +211,6 @@ def _sample_prompt(args: SampleArgs, model: DALLE, out: Path, group: Distributed
     generation = generations[0]
     generated = generation.num_generated
     options |= {"best_of": generated, "precision": model.precision, "model": model.hash}
-    make_directory(out)
     options["images"] = write_images(generation, out, model, log_likelihood=args.log_likelihood)
     write_json(out / "sample.json", {"prompt": args.prompt, **options})
     note = f", interrupted at {generated} of {args.best_of}" if generated < generation.best_of else ""

@@ -70,8 +70,9 @@ def read_captions(
         return _conceptual(file, naming, caption_first=format == "cc")
     if format == "openclipart":
         return _openclipart(file, root or file.parent)
-    readers = {"coco": _coco, "karpathy": _karpathy, "redcaps": _redcaps, "narratives": _narratives}
-    return (readers | {"flickr": _flickr})[format](file)
+    readers = {"coco": _coco, "karpathy": _karpathy, "redcaps": _redcaps}
+    readers |= {"narratives": _narratives, "flickr": _flickr}
+    return readers[format](file)
 
 
 def _coco(file: Path) -> Iterator[CaptionRecord]:

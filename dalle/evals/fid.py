@@ -127,7 +127,7 @@ def cached_reference_stats(
 ) -> tuple[dict[float, FeatureGaussian], str]:
     """Statistics of real images by radius, from the folder or computed and saved there, and a hash of them.
 
-    `facts` are what they depend on beside the extractor: which images, how many, their size.
+    `facts` are what they depend on apart from the extractor: which images, how many, their size.
     """
     facts = facts | {"extractor": extractor.hash}
     keys = {radius: _hash(json.dumps(facts | {"radius": radius}, sort_keys=True)) for radius in radii}

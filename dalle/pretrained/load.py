@@ -37,7 +37,7 @@ FAMILIES = (
 DALLE_MINI = "dalle-mini (also Craiyon): its decoder attends to an encoder of the caption, which ours cannot"
 DEEPSPEED = (
     "its weights are in pieces that only DeepSpeed joins; run the zero_to_fp32.py in it, save the result as "
-    "`weights` beside the hparams of auxiliary.pt"
+    "`weights` next to the hparams of auxiliary.pt"
 )
 UNSUPPORTED = {
     "min-dalle, a copy of dalle-mini: its encoder and decoder are BART's": ("layers.*.glu.fc0.weight",),
@@ -81,7 +81,7 @@ def detect_checkpoint(path: Path | str) -> DetectedCheckpoint:
 def _detect(saved: SavedFile) -> DetectedCheckpoint:
     tensors, tree = weights_of(saved.tree), saved.tree
     if isinstance(tree, dict) and {"hparams", "vae_params"} <= tree.keys() and not tensors:
-        raise ValueError(f"{saved.path} is the part beside DeepSpeed's folder: {DEEPSPEED}")
+        raise ValueError(f"{saved.path} is the part next to DeepSpeed's folder: {DEEPSPEED}")
     for reason, patterns in UNSUPPORTED.items():
         if all(count_matches(tensors, pattern) for pattern in patterns):
             raise ValueError(f"{saved.path} is not supported. It is of {reason}")

@@ -2,7 +2,7 @@
 
 The towers are open_clip's; sizes come from shapes, which do not tell the activation: OpenAI's weights were
 trained with x sigmoid(1.702 x), most of open_clip's with the exact GELU, and the wrong one ranks worse
-without an error. OpenAI's files are recognized by three numbers beside the weights; for others it is an
+without an error. OpenAI's files are recognized by three numbers next to the weights; for others it is an
 argument. Other architectures (timm towers, SigLIP) are opened by name, with `PretrainedScorer`.
 """
 

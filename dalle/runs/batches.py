@@ -57,7 +57,7 @@ class CLIPBatch:
     seed: int
     """Of the captions."""
     broken: CaptionedImages | None = None
-    """The shapes, where beside each image stands one with a thing out of shape."""
+    """The shapes, for corrupted copies of the images."""
 
     def __call__(self, batch: ImageTextBatch, step: int = 0) -> tuple[Any, ...]:
         """(B, 3, R, R), B lists of ids, and (B, 3, R, R) of broken images where they are asked for."""

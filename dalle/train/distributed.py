@@ -80,7 +80,7 @@ class Distributed(AbstractContextManager):
             dims = dims if mode == "hsdp" else {"shard": world_size}
             group.mesh = init_device_mesh(own.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
         if not group.is_main:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed by `__exit__`
+            sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115 - `__exit__` closes it
         return group
 
     @classmethod

@@ -212,7 +212,7 @@ class TestPretrainedScorer:
         assert isinstance(scorer, Scorer)
 
     def test_captions_that_are_cut_are_counted(self, weights):
-        """The context of ten holds eight ids beside the start and end tokens."""
+        """The context of ten holds eight ids next to the start and end tokens."""
         scorer = PretrainedScorer("tiny-test", str(weights[0]))
         pixels = torch.rand(1, 3, 32, 32)
         for caption, cut in (("a " * 8, 0), ("a " * 9, 1), ("a", 1), ("a " * 30, 2)):

@@ -103,10 +103,10 @@ def sees(kind: str, q: int, k: int) -> bool:
     """Whether position q sees position k: the start, T words, image tokens."""
     if k > q or k <= TEXT or kind == "full":
         return k <= q
-    (row, column), (other, beside) = divmod(q - TEXT - 1, SIDE), divmod(k - TEXT - 1, SIDE)
+    (row, column), (other, near) = divmod(q - TEXT - 1, SIDE), divmod(k - TEXT - 1, SIDE)
     if kind == "conv_like":
-        return row - other in range(5) and column - beside in range(5)
-    return row == other if kind == "axial_row" else column == beside
+        return row - other in range(5) and column - near in range(5)
+    return row == other if kind == "axial_row" else column == near
 
 
 def shifted(x: Tensor) -> Tensor:

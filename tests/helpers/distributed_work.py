@@ -171,7 +171,7 @@ FACTORED = {
     ),
 }
 FACTORED["resumed"] = replace(FACTORED["factored"], stops=(6, 8))
-"""Replicas average by factors (PowerSGD), beside all else that a run remembers. A rank of 1000 would make
+"""Replicas average by factors (PowerSGD), and all else that a run remembers. A rank of 1000 would make
 factors larger than gradients, which are then sent whole."""
 
 

@@ -80,4 +80,4 @@ def open_clip_weights() -> dict[str, Tensor]:
 
 OPENAI_CLIP = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(16)}
 OPENAI_CLIP["vocab_size"] = torch.tensor(49408)
-"""What OpenAI's files have beside the weights."""
+"""What OpenAI's files hold besides the weights."""

@@ -79,7 +79,7 @@ def folder_json(place: Path) -> Path:
 
 
 def write_table(path: Path, text: str) -> Path:
-    """A table beside the folder images/ of the images it names."""
+    """A table next to the folder images/ of the images it names."""
     return write_files(path.parent, images("images/") | {path.name: text}) / path.name
 
 

@@ -24,15 +24,15 @@ def sees(mask: str, version: str, q: int, k: int) -> bool:
     """Whether position q sees position k, where the masks begin to count the image at position TEXT."""
     if k > q or k < TEXT:
         return k <= q
-    (row, column), (other, beside) = divmod(q - TEXT, SIDE), divmod(k - TEXT, SIDE)
+    (row, column), (other, near) = divmod(q - TEXT, SIDE), divmod(k - TEXT, SIDE)
     if mask == "row_mask":
         return q - k <= SIDE
     if mask == "col_mask":
-        return column == beside
+        return column == near
     if version == "v3":
-        return abs(row - other) <= 5 and abs(column - beside) <= 5
+        return abs(row - other) <= 5 and abs(column - near) <= 5
     around = range(-5, 6)
-    return row in [(other + r) % SIDE for r in around] and column in [(beside + c) % SIDE for c in around]
+    return row in [(other + r) % SIDE for r in around] and column in [(near + c) % SIDE for c in around]
 
 
 def make_weights(

@@ -34,7 +34,7 @@ FAILING = f"#!{shutil.which('sh')}\nexit 1\n"
 
 
 class Project:
-    """A copy of setup.sh beside a small pyproject.toml, and the folder of stubs that is its PATH."""
+    """A copy of setup.sh next to a small pyproject.toml, and the folder of stubs that is its PATH."""
 
     def __init__(self, base: Path) -> None:
         self.root, self.bin, self.log = base / "a project", base / "bin", base / "log"

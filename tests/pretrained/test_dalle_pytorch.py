@@ -172,7 +172,7 @@ REFUSED = {
     "a version of 2021": (lambda file: file.update(version="0.14.3"), r"version 0\.14\.3"),
     "no version": (lambda file: file.pop("version"), r"before 1\.0"),
     "no version and no scales": (before_scales, r"DALLE-pytorch, .*before 1\.0"),
-    "no weights": (lambda file: file.pop("weights"), "beside DeepSpeed's folder"),
+    "no weights": (lambda file: file.pop("weights"), "next to DeepSpeed's folder"),
     "no hyper-parameters": (lambda file: file.pop("hparams"), "no hparams"),
     "DeepSpeed's layers": (hparams(attn_types=("sparse",)), "kind 'sparse'"),
     "another depth": (hparams(depth=9), "has 9 layers"),

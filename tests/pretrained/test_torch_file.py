@@ -63,7 +63,7 @@ def test_torch_files(tmp_path, container):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_whole_modules_become_stand_ins(tmp_path, zipped, monkeypatch):
-    """A legacy file keeps the source of each class beside it, here once for two modules."""
+    """A legacy file keeps the source of each class next to it, here once for two modules."""
     module = types.ModuleType("lightning.encoder")
     (tmp_path / "encoder.py").write_text("from torch import nn\nclass Encoder(nn.Sequential):\n    pass\n")
     exec(compile((tmp_path / "encoder.py").read_text(), tmp_path / "encoder.py", "exec"), vars(module))
@@ -115,9 +115,9 @@ def packed(code, path):
 
 def test_objects_of_trainers_are_data(tmp_path):
     code = (
-        b"\x80\x02}(X\x09\x00\x00\x00callbacks}cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\nN"
-        b"sX\x04\x00\x00\x00confcomegaconf.dictconfig\nDictConfig\n)\x81}X\x01\x00\x00\x00aK\x01sb"
-        b"X\x02\x00\x00\x00hpclightning.fabric\nAttributeDict\n)\x81X\x01\x00\x00\x00bK\x02su."
+        b"\x80\x02}(X\x09\x00\x00\x00callbacks}cpytorch_lightning.callbacks.model_checkpoint\n"
+        b"ModelCheckpoint\nNsX\x04\x00\x00\x00confcomegaconf.dictconfig\nDictConfig\n)"
+        b"\x81}X\x01\x00\x00\x00aK\x01sbX\x02\x00\x00\x00hpclightning.fabric\nAttributeDict\n)\x81X\x01\x00\x00\x00bK\x02su."
     )
     tree = read_torch_file(packed(code, tmp_path / "file.pt")).tree
     assert tree["conf"].state == {"a": 1}

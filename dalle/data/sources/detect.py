@@ -102,5 +102,5 @@ def _folder_format(root: Path) -> Format:
         return "hub"
     if _list_files(root, "tars"):
         return "tars"
-    # keeps no list of the images without captions: a table may stand beside millions
+    # keeps no list of the images without captions: a table may stand next to millions
     return "table" if _list_files(root, "table") and not any(find_images(root, deque(maxlen=0))) else "folder"

@@ -17,7 +17,7 @@ from dalle.types import BadSample, RawSample
 CAPTION_SUFFIXES = (".txt", ".TXT", ".Txt", ".json", ".JSON", ".Json")
 """Suffixes of caption files; the first that exists is read."""
 OUTSIDE = "which is not read; give a folder that holds links and files, or a copy without links (cp -rL)"
-LEFT_OUT = {"image": "an image without .txt or .json beside it", "": "neither an image nor captions"}
+LEFT_OUT = {"image": "an image without .txt or .json next to it", "": "neither an image nor captions"}
 LEFT_OUT |= dict.fromkeys(("txt", "json"), "captions without an image of the same name")
 """Why a file belongs to no sample, by its kind."""
 Samples = dict[str, dict[str, list[str]]]  # stem, a path up to its last dot -> image, txt or json -> files
@@ -36,7 +36,7 @@ class FolderSource:
 
     def __init__(self, folder: Path, caption_column: str | None = None):
         if not folder.is_dir():
-            raise ValueError(f"no folder {folder}; expected images with a .txt of the same name beside each")
+            raise ValueError(f"no folder {folder}; expected images with a .txt of the same name next to each")
         self.caption_column, self._root = caption_column, folder.resolve()
         self.skipped: list[BadSample] = []
         self._names = np.array([os.fsencode(name) for name in find_images(folder, self.skipped)], np.bytes_)

@@ -111,7 +111,7 @@ def open_or_build_index(
     """The index of these files: the existing one, or a new one filled by `build`.
 
     `kind` is everything else that it depends on, `dtype` that of a record. Without `index_dir` it is in a
-    hidden folder beside the files, or else in ~/.cache/dalle.
+    hidden folder next to the files, or else in ~/.cache/dalle.
     """
     digest = hashlib.blake2b(f"{FORMAT} {kind}".encode(), digest_size=12)
     for file in files:

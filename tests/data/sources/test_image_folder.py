@@ -1,4 +1,4 @@
-"""Folders of images with captions beside them: dalle/data/sources/image_folder.py."""
+"""Folders of images with captions next to them: dalle/data/sources/image_folder.py."""
 
 from unittest.mock import Mock
 
