@@ -7,11 +7,9 @@ of time; parameters outside of the layers once a step in fp32.
 
 from dataclasses import dataclass
 
-from dalle.train.config import TrainConfig
+from dalle.train.config import VARIANCE_CHUNK, TrainConfig
 
 FP32, HALF = 4, 2
-VARIANCE_CHUNK = FP32 * 2**26
-"""Bytes of the second moment that are clipped at once, at most."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def memory(step: StepEstimate, how: ParallelLayout) -> dict[str, float]:
     peak = sum(parts.values())
     if not sharded and train.grad_accum_steps == 1:
         of_step = sum(parts[name] for name in ("gradients", "copies", "activations", "working"))
-        clipping = 0.0 if train.optimizer.max_variance is None else min(shard, VARIANCE_CHUNK)
+        clipping = 0.0 if train.optimizer.max_variance is None else min(shard, FP32 * VARIANCE_CHUNK)
         peak += max(parts["gradients"] + clipping, step.peak) - of_step
     return parts | {"peak": peak}
 

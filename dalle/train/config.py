@@ -33,6 +33,7 @@ PEAK_FLOPS = {  # dense, 16 bit with fp32 sums, by the data sheets; the first ma
 }
 TIMEOUT_MINUTES = 15.0
 """Longest wait for the other processes in a step: longer than a data worker may take (10 minutes)."""
+VARIANCE_CHUNK = 2**26  # elements of the second moment that are clipped at once, at most
 
 
 @dataclass(frozen=True)

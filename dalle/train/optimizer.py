@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle.train.config import OptimizerConfig, PlateauConfig
+from dalle.train.config import VARIANCE_CHUNK, OptimizerConfig, PlateauConfig
 from dalle.train.distributed import distribute_like, is_dtensor, local
 from dalle.train.float_formats import store_moments
 
-CHUNK = 2**26
-"""Elements of temporary memory while the second moment is clipped."""
 INNER = ("codes", "scale")
 """Tensors inside torchao's 8-bit tensors."""
 
@@ -95,7 +93,7 @@ def clip_second_moment(optimizer: torch.optim.AdamW, limit: float) -> None:
             used = [p for p in group["params"] if p.grad is not None and "exp_avg_sq" in optimizer.state[p]]
             while used:
                 sizes = accumulate(local(p).numel() for p in used)
-                count = max(1, sum(size <= CHUNK for size in sizes))
+                count = max(1, sum(size <= VARIANCE_CHUNK for size in sizes))
                 part, used = used[:count], used[count:]
                 gradients = [local(p.grad) for p in part]
                 most = torch._foreach_mul(gradients, gradients)
