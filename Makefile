@@ -15,9 +15,9 @@ notebooks: setup  ## execute all notebooks with the quick start's model and stor
 		--NotebookExporter.preprocessors=png_only.PNGOnly --ClearMetadataPreprocessor.enabled=True \
 		--ClearMetadataPreprocessor.clear_notebook_metadata=False
 
-test: setup  ## run ruff and the fast tests
+test: setup  ## run ruff and the fast tests, on at most four processes
 	.venv/bin/ruff check
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: setup  ## run the slow tests
 	.venv/bin/python -m pytest -m slow $(ARGS)
