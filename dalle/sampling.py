@@ -1,4 +1,4 @@
-"""Sampling: its settings, seeded random numbers, and tokens from logits (temperature, top-k, top-p).
+"""Sampling: its settings, seeded random numbers, and tokens from logits (temperature, top-k, top-p, min-p).
 
 The random numbers of candidate i of a prompt depend on (seed, prompt, i, position) alone, so it is the same
 image whatever the batch, the order or the number of candidates. Importing it imports neither numpy nor torch.
@@ -32,7 +32,9 @@ class SamplingConfig:
     top_k: int | None = None
     """Sample among the k most likely tokens only."""
     top_p: float | None = None
-    """Sample among the fewest most likely tokens whose probability reaches p."""
+    """Sample among the fewest most likely tokens whose probability reaches p, after temperature and top-k."""
+    min_p: float | None = None
+    """Sample among tokens at least p times as likely as the most likely one, of what top-k and top-p keep."""
     guidance: float | None = None
     """Scale of classifier-free guidance; needs a model trained with caption dropout."""
     batch_size: int | None = None
@@ -49,7 +51,7 @@ class SamplingConfig:
     """Compile the decoding step: half a minute or more at first, so it pays for many candidates."""
 
     def __post_init__(self):
-        for name in ("temperature", "top_p", "guidance"):
+        for name in ("temperature", "top_p", "min_p", "guidance"):
             value = getattr(self, name)
             if not isinstance(value, Real) and (value is not None or name == "temperature"):
                 raise ValueError(f"{name} must be a number, got {value!r:.100}")
@@ -59,6 +61,8 @@ class SamplingConfig:
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be finite, 1 for the plain model, got {self.guidance}")
         for name in ("top_k", "batch_size", "prompts_per_batch", "decode_batch_size"):
@@ -106,18 +110,22 @@ def sample_tokens(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
 ) -> Tensor:
     """Samples one id per row by inverting the cumulative distribution.
 
+    The options apply in the order of the arguments, each to what the one before it leaves.
+
     Args:
         logits: (B, V); -inf is never sampled.
-        uniform: (B,) in [0, 1).
-        temperature: above 0, or 0 for the most likely id; `SamplingConfig` checks all three.
+        uniform: (B,) in [0, 1); where its number format rounds to 1, the last id with mass is sampled.
+        temperature: above 0, or 0 for the most likely id; `SamplingConfig` checks all four.
         top_k: keep the k most likely ids.
         top_p: keep the fewest most likely ids whose probability reaches p.
+        min_p: keep the ids that are at least p times as likely as the most likely one.
 
     Returns:
-        int64 (B,).
+        int64 (B,); V where the logits are not numbers.
     """
     import torch
 
@@ -132,7 +140,30 @@ def sample_tokens(
         probability = torch.softmax(values, dim=-1)
         outside = probability.cumsum(dim=-1) - probability >= top_p  # at least one stays
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
-    precise = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
-    cumulative = torch.softmax(logits, dim=-1).to(precise).cumsum(dim=-1)
-    target = uniform.to(precise).to(logits.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    if min_p:
+        least = logits.amax(dim=-1, keepdim=True) + math.log(min_p)
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probability, uniform = torch.softmax(logits, dim=-1), uniform.to(logits.device)
+    return invert_cumulative(probability, uniform, whole=logits.device.type != "cpu")
+
+
+def invert_cumulative(probability: Tensor, uniform: Tensor, whole: bool) -> Tensor:
+    """The first id of each row at which the sum of the probabilities exceeds `uniform` of their total.
+
+    Args:
+        probability: fp32 (B, V), at least one above 0.
+        uniform: (B,) in [0, 1]; 1 is the last id that has a probability.
+        whole: add whole multiples of 2^-32, in any order, instead of float64. A GPU adds in parallel: its
+            rounded sums of fp32 would also grow at ids without a probability. MPS has no float64.
+    """
+    import torch
+
+    cumulative = ((probability * 2**32).long() if whole else probability.double()).cumsum(dim=-1)
+    total = cumulative[:, -1:].contiguous()
+    if whole:
+        target = (uniform.float() * 2**24).long()[:, None] * total >> 24
+    else:
+        target = uniform.double()[:, None] * total
+    last = torch.searchsorted(cumulative, total)
+    ids = torch.searchsorted(cumulative, target, right=True).minimum(last)[:, 0]
+    return ids.masked_fill(probability[:, 0].isnan(), probability.shape[1])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle.sampling import SamplingConfig, candidate_noise, generator, sample_tokens
+from dalle.sampling import SamplingConfig, candidate_noise, generator, invert_cumulative, sample_tokens
 
 
 def numbers(n, seed=0):
@@ -109,22 +109,72 @@ def test_16_bit_logits_are_sampled_in_full_precision():
     assert ids.tolist() == [8192 * i // 9 for i in range(9)]
 
 
+FORMATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+EDGES = [0.0, 5e-324, 1e-45, 2**-24, 0.5, 1 - 2**-8, 1 - 2**-11, 1 - 2**-24, 1 - 2**-25, 1 - 2**-53, 1.0]
+
+
+def edge_logits():
+    """Rows whose mass is at the beginning, at the end, in one id, in all, or too small for some."""
+    ids = torch.arange(40.0)
+    rows = torch.stack([ids % 7, -ids, ids, 0 * ids, (ids % 5) * 40, (ids == 11) * 200.0, -1e4 * ids])
+    front, back = rows.masked_fill(ids > 20, -torch.inf), rows.masked_fill(ids < 20, -torch.inf)
+    return torch.cat([rows, front, back[:5]])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("uniform", FORMATS, ids=str)
+def test_every_edge_of_the_uniforms_gives_an_id_with_mass(uniform, whole):
+    """A uniform rounded to 1 takes the last id with mass, whatever follows it."""
+    probability = torch.softmax(edge_logits(), dim=1)
+    largest = torch.tensor(1, dtype=uniform).nextafter(torch.tensor(0, dtype=uniform)).double().item()
+    for edge in (*EDGES, largest):
+        ids = invert_cumulative(probability, torch.full((len(probability),), edge, dtype=uniform), whole)
+        assert probability.gather(1, ids[:, None]).min() > 0
+        assert whole or edge < 1 or ids.tolist()[7:9] == [20, 20]  # of the rows that end with -inf
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.2}, {"temperature": 0.01}])
+@pytest.mark.parametrize("logits", FORMATS[1:], ids=str)
+def test_every_edge_and_truncation_gives_an_id_that_is_kept(logits, options):
+    rows = edge_logits().clamp(min=-6e4).to(logits)  # fp16 has nothing below
+    for edge, uniform in itertools.product(EDGES, FORMATS):
+        ids = sample_tokens(rows, torch.full((len(rows),), edge, dtype=uniform), **options)
+        rank = (rows > rows.gather(1, ids[:, None])).sum(dim=1)
+        assert 0 <= ids.min() <= ids.max() < 40
+        assert rank.max() < options.get("top_k", 40)
+
+
+def test_whole_numbers_have_the_distribution_of_float64():
+    probability = torch.softmax(3 * torch.randn(50, 8192, generator=torch.Generator().manual_seed(0)), dim=1)
+    uniform = numbers(50)
+    assert torch.equal(*(invert_cumulative(probability, uniform, whole) for whole in (False, True)))
+    logits = torch.full((1, 5), torch.nan)
+    assert [invert_cumulative(logits, numbers(1), whole).item() for whole in (False, True)] == [5, 5]
+
+
 # Truncation, against a written-out reference.
 
 
-def kept_ids(logits, top_k=None, top_p=None):
-    """Probabilities of the ids kept: first the k most likely, then the fewest of them that reach p."""
+def kept_ids(logits, top_k=None, top_p=None, min_p=0, temperature=1):
+    """Probabilities of the ids kept: of the k most likely the fewest that reach p, less the unlikely."""
+    logits = [x / temperature for x in logits]
     ids = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k]
     shares = np.exp([logits[i] for i in ids])
     shares /= shares.sum()
     if top_p is not None:
         count = next(n for n in range(1, len(ids) + 1) if shares[:n].sum() >= top_p)
         ids, shares = ids[:count], shares[:count] / shares[:count].sum()
+    count = sum(share >= min_p * shares[0] for share in shares)
+    ids, shares = ids[:count], shares[:count] / shares[:count].sum()
     return dict(zip(ids, shares, strict=True))
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_k": 3}, {"top_p": 0.7}, {"top_k": 4, "top_p": 0.8}, {"top_k": 1}, {"top_p": 0.01}]
+    "options",
+    [{"top_k": 3}, {"top_p": 0.7}, {"top_k": 4, "top_p": 0.8}, {"top_k": 1}, {"top_p": 0.01}]
+    + [{"min_p": p} for p in (1e-9, 0.3, 0.7, 1.0)]
+    + [{"min_p": 0.3, "temperature": 2.0}, {"min_p": 0.3, "top_k": 2}, {"min_p": 0.3, "top_p": 0.6}]
+    + [{"min_p": 0.25, "top_p": 0.9, "top_k": 5, "temperature": 0.5}],
 )
 def test_truncated_samples_follow_the_reference(options):
     logits = torch.tensor([0.3, 2.1, -0.4, 1.2, 0.9, -2.0, 1.8])
@@ -147,7 +197,8 @@ def test_top_k_keeps_k_even_where_logits_are_equal():
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_k": 8192}, {"top_k": 9000}, {"top_p": 1.0}, {"top_k": None, "top_p": None}]
+    "options",
+    [{"top_k": 8192}, {"top_k": 9000}, {"top_p": 1.0}, {"min_p": 0}, {"top_k": None, "top_p": None}],
 )
 def test_truncation_that_keeps_everything_changes_nothing(options):
     logits = torch.randn(64, 8192, generator=torch.Generator().manual_seed(0))
@@ -159,6 +210,7 @@ def test_truncation_that_keeps_everything_changes_nothing(options):
     ("options", "message"),
     [({"temperature": value}, f"temperature .* got {value}") for value in (-0.1, 1e-40, math.nan, math.inf)]
     + [({"top_p": value}, f"top_p .* got {value}") for value in (0.0, 1.1, math.nan)]
+    + [({"min_p": value}, f"min_p .* got {value}") for value in (-0.1, 1.1, math.nan)]
     + [({name: 0}, f"{name} .* got 0") for name in ("top_k", "batch_size", "decode_batch_size")]
     + [({"guidance": math.inf}, "guidance must be finite")],
 )

@@ -106,7 +106,7 @@ class Page:
                 raise ValueError(f"the caption must have at most {self.args.max_caption} letters")
             seed = secrets.randbelow(2**31) if seed in (None, -1) else seed
             batch_size = auto_batch_size(self.model.transformer, guidance)
-            sampling = SamplingConfig(temperature, top_k or None, top_p, guidance, batch_size)
+            sampling = SamplingConfig(temperature, top_k or None, top_p, None, guidance, batch_size)
             record = {"n": n, "seed": seed, **asdict(sampling), "precision": self.model.precision}
             prefix = None
             if image:

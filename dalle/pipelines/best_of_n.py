@@ -175,7 +175,8 @@ def sample_best_of_n(
         image_bytes = layout.num_image_tokens * model.dvae.downsample_factor**2 * DECODE_BYTES_PER_PIXEL
         free = free_memory(text_tokens.device)
         decode_rows = 64 if free is None else max(1, min(64, int(free / 2 / image_bytes)))
-    options = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "guidance")}
+    names = ("temperature", "top_k", "top_p", "min_p", "guidance")
+    options = {name: getattr(sampling, name) for name in names}
     batches = list(candidate_batches(len(prompts), best_of, rows, sampling.prompts_per_batch))
     batches = batches[shard[0] :: shard[1]]
     seen, total = 0, sum(len(set(batch.prompts)) * batch.wanted for batch in batches)

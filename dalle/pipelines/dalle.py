@@ -96,7 +96,7 @@ class DALLE:
             progress: show a progress bar.
             callback: called with the state after each row of tokens and after each ranked batch.
             shard: see `dalle.pipelines.best_of_n.sample_best_of_n`.
-            sampling: temperature, top_k, top_p, guidance and the other fields of
+            sampling: temperature, top_k, top_p, min_p, guidance and the other fields of
                 `dalle.sampling.SamplingConfig`.
 
         Raises:

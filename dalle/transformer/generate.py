@@ -33,6 +33,7 @@ def generate_tokens(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     guidance: float | None = None,
     step: DecodeStep | None = None,
 ) -> Iterator[Tensor]:
@@ -42,7 +43,7 @@ def generate_tokens(
         text_tokens: int64 (C, T) from `TokenLayout.pad_text`.
         noise: (C, n, N) in [0, 1), see `sampling.candidate_noise`.
         prefix: int64 (C, p), tokens to keep at the start; those that are TO_GENERATE are sampled.
-        temperature, top_k, top_p: see `sampling.sample_tokens`.
+        temperature, top_k, top_p, min_p: see `sampling.sample_tokens`.
         guidance: s in unconditional + s (conditional - unconditional) logits, the unconditional ones with an
             empty caption; None or 1 is the plain model.
         step: from `decode_step_of`; None is `Transformer.decode_step`.
@@ -63,7 +64,7 @@ def generate_tokens(
         else torch.arange(length, device=device).split(1)
     )
     step = step or type(model).decode_step
-    noise = noise.reshape(-1, length).to(torch.float32 if device.type == "mps" else torch.float64).to(device)
+    noise = noise.reshape(-1, length).to(torch.float64 if device.type == "cpu" else torch.float32).to(device)
     known = torch.full((captions, length), TO_GENERATE, device=device)
     if prefix is not None:
         known[:, : prefix.shape[1]] = prefix
@@ -88,7 +89,7 @@ def generate_tokens(
             if guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = unconditional + guidance * (conditional - unconditional)
-            token = sample_tokens(logits, noise[:, i], temperature, top_k, top_p)
+            token = sample_tokens(logits, noise[:, i], temperature, top_k, top_p, min_p)
         token = torch.where(tokens[:, i] == TO_GENERATE, token, tokens[:, i])
         tokens[:, i] = token
         yield tokens[:, : i + 1].view(captions, candidates, i + 1)
