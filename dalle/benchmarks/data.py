@@ -1,8 +1,8 @@
 """Data loading throughput: images and tokens per second, and the time a training step waits for data.
 
-A case is a source, number of workers and resolution, or the token cache. It is timed twice: batches alone,
-and with a training step after each, where the wait is the rest of a batch's time when the step is over. Every
-round times each case once; medians of the rounds and of the ratios within a round are reported.
+A case is the token cache or a source and a resolution, with a number of workers. It is timed twice: batches
+alone, and with a training step after each, where the wait is the rest of a batch's time when the step is
+over. Every round times each case once; medians of the rounds and of the ratios within a round are reported.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.data import BatchReader, ImageTextLoader, Loader, open_dataset
 from dalle.data.token_cache import TokenCacheSpec, TokenWriter
 from dalle.dvae.objective import DVAEObjective
-from dalle.runs.batches import DVAEBatch, TokenBatches
+from dalle.runs.batches import DVAEBatch, TokenBatches, TokenLoader
 from dalle.shapes.dataset import ShapesDataset
 from dalle.text import TextTokenizerConfig, train_text_tokenizer
 from dalle.train import TrainConfig
@@ -51,8 +51,8 @@ def benchmark_data(args: DataBenchmark) -> dict[str, Any]:
     """Times every case."""
     device = resolve_device(args.device)
     precision = resolve_precision(args.precision, device)
-    with _token_case(args, device, precision) as token_case:
-        cases = [*_image_cases(args, device, precision), token_case]
+    with _token_cases(args, device, precision) as token_cases:
+        cases = [*_image_cases(args, device, precision), *token_cases]
         rounds = [[measure(case, args.num_batches, device) for case in cases] for _ in range(args.rounds)]
     times = np.moveaxis(np.array(rounds), 0, -1)  # (cases, 3, rounds)
     results = {case.name: summarize(case, times[i], times[0, 0]) for i, case in enumerate(cases)}
@@ -75,8 +75,8 @@ def _image_cases(args: DataBenchmark, device: torch.device, precision: str) -> l
 
 
 @contextmanager
-def _token_case(args: DataBenchmark, device: torch.device, precision: str) -> Iterator[Case]:
-    """A cache of random tokens, read as in the training of the transformer."""
+def _token_cases(args: DataBenchmark, device: torch.device, precision: str) -> Iterator[list[Case]]:
+    """A cache of random tokens, read as in the training of the transformer, with every number of workers."""
     layout, captions = args.config.layout, ShapesDataset(16).captions(range(2000))
     config = TextTokenizerConfig(vocab_size=min(layout.text_vocab, 1000))
     text = train_text_tokenizer((texts[0] for texts in captions), config)
@@ -90,12 +90,16 @@ def _token_case(args: DataBenchmark, device: torch.device, precision: str) -> It
             numbers = spec.numbers(shard)
             tokens = rng.integers(spec.vocab, size=(len(numbers), 1, layout.num_image_tokens))
             writer.write(shard, tokens, [captions[number] for number in numbers])
-        train = TrainConfig(batch_size=args.batch_size)
-        training = TrainTransformerArgs(model=args.config, train=train, eval_samples=1)
-        batches = TokenBatches(writer.finish(), text, layout, training)
+        cache, train = writer.finish(), TrainConfig(batch_size=args.batch_size)
+        training = TrainTransformerArgs(steps=STEPS, model=args.config, train=train, eval_samples=1)
         step = Stepper("transformer", args.config, TransformerObjective(), device, precision)
-        count = args.batch_size * layout.seq_len
-        yield Case("token cache", "tokens", count, lambda: Loader(batches, STEPS), step)
+        cases = []
+        for workers in args.workers:
+            run = replace(training, data=replace(args.data, workers=workers))
+            loader = partial(TokenLoader, TokenBatches(cache, text, layout, run))
+            name, count = f"token cache, {workers} workers", args.batch_size * layout.seq_len
+            cases.append(Case(name, "tokens", count, loader, step))
+        yield cases
 
 
 def measure(case: Case, num_batches: int, device: torch.device) -> tuple[float, float, float]:

@@ -30,7 +30,7 @@ class TrainTransformerArgs(TrainArgs):
     dvae: Path | None = field(default=None, metadata=RESUME_FREE)
     """The dVAE of the tokens: checked against the cache, and used for a sample grid at each evaluation."""
     data: DataConfig = DataConfig()
-    """Captions; read by train_tokenizer only."""
+    """Workers and prefetch; the rest is read by train_tokenizer only."""
     text: TextTokenizerConfig = TextTokenizerConfig()
     """The vocabulary; read by train_tokenizer only."""
     model: TransformerConfig = TransformerConfig()
@@ -64,7 +64,7 @@ def train_transformer(args: TrainTransformerArgs) -> Path:
     from tqdm import tqdm
 
     from dalle.data.token_cache import TokenCache
-    from dalle.runs.batches import TokenBatches
+    from dalle.runs.batches import TokenBatches, TokenLoader
     from dalle.runs.inputs import load_dvae_input, load_text_input, resolve_input
     from dalle.runs.training import TrainingRun
     from dalle.transformer.objective import TransformerObjective
@@ -98,12 +98,11 @@ def train_transformer(args: TrainTransformerArgs) -> Path:
             scores = {name: float(torch.stack(each).cpu() @ weights) for name, each in values.items()}
             return scores | ({"samples": sample_grid(model)} if sample_grid else {})
 
-        run.train(objective, batches, evaluate)
-        if batches.truncated:
-            tqdm.write(
-                f"note: {batches.truncated} captions were longer than {model.layout.max_caption_len} tokens "
-                "and cut"
-            )
+        with TokenLoader(batches, pin=dist.device.type == "cuda") as loader:
+            run.train(objective, loader, evaluate)
+        if loader.truncated:
+            limit = model.layout.max_caption_len
+            tqdm.write(f"note: {loader.truncated} captions were longer than {limit} tokens and cut")
     return run.dir
 
 

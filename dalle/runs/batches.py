@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.data import TokenCache, sample_captions
+from dalle.data.dataloader import Loader, worker_count
 from dalle.data.sampler import batch_indices
 from dalle.layout import TokenLayout
 from dalle.sampling import generator
@@ -69,7 +70,7 @@ class CLIPBatch:
         return pixels, ids, torch.from_numpy(broken)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TokenBatches:
     """Joint ids of a step: a caption of each image, encoded with dropout, and its image tokens.
 
@@ -83,14 +84,17 @@ class TokenBatches:
     run: TrainTransformerArgs
     rank: int = 0
     world: int = 1
-    truncated: int = 0
-    """Captions that were cut."""
 
-    def __post_init__(self):
-        self.trained = self.cache.size - self.run.eval_samples
+    @property
+    def trained(self) -> int:
+        """Number of images that are trained on: all but the last."""
+        return self.cache.size - self.run.eval_samples
 
-    def __call__(self, step: int) -> Tensor:
-        """int64 (B / world, N). A sample is one crop of one image: all images in one crop, then the next."""
+    def __call__(self, step: int) -> tuple[Tensor, int]:
+        """Ids int64 (B / world, N), and how many captions were cut.
+
+        A sample is one crop of one image: all images in one crop, then the next.
+        """
         size = self.cache.crops * self.trained
         indices = batch_indices(step, self.run.train.batch_size, size, self.run.seed, self.rank, self.world)
         samples = [(epoch, *divmod(sample, self.trained)) for epoch, sample in indices]
@@ -99,7 +103,8 @@ class TokenBatches:
             self._caption(epoch, crop * self.cache.size + image, texts)
             for (epoch, crop, image), texts in zip(samples, self.cache.captions(images), strict=True)
         ]
-        return self._pack(captions, images, crops)
+        truncated = sum(len(ids) > self.layout.max_caption_len for ids in captions)
+        return self._pack(captions, images, crops), truncated
 
     def val(self) -> Tensor:
         """The last images, in their first crop, first caption each, without dropout."""
@@ -114,7 +119,6 @@ class TokenBatches:
     def _pack(
         self, captions: list[list[int]], images: Sequence[int], crops: Sequence[int] | None = None
     ) -> Tensor:
-        self.truncated += sum(len(ids) > self.layout.max_caption_len for ids in captions)
         text_tokens = self.layout.pad_text(captions, truncate=True)
         return self.layout.pack(text_tokens, self.cache.image_tokens(images, crops))
 
@@ -125,3 +129,18 @@ class TokenBatches:
             return []
         caption = captions[rng.integers(len(captions))]
         return self.text.encode(caption, self.run.bpe_dropout, (self.run.seed, epoch, row))
+
+
+class TokenLoader(Loader):
+    """The ids of a step, made ahead of time by workers; `truncated` counts captions that were cut."""
+
+    def __init__(self, batches: TokenBatches, pin: bool = False):
+        run = batches.run
+        workers = worker_count(run.data.workers, batches.cache.size)
+        super().__init__(batches, run.steps, workers, run.data.prefetch, pin=pin)
+        self.truncated = 0
+
+    def __call__(self, step: int) -> Tensor:
+        ids, truncated = super().__call__(step)
+        self.truncated += truncated
+        return ids

@@ -12,7 +12,7 @@ import torch
 from dalle.data import BatchReader, DataConfig, ImageTextLoader, TokenCache, open_dataset, sample_captions
 from dalle.data.dataloader import worker_count
 from dalle.data.token_cache import TokenCacheSpec, TokenWriter
-from dalle.runs.batches import CLIPBatch, DVAEBatch, TokenBatches
+from dalle.runs.batches import CLIPBatch, DVAEBatch, TokenBatches, TokenLoader
 from dalle.runs.inputs import load_text_input
 from dalle.shapes.dataset import ShapesDataset
 from dalle.types import BadSample, ImageTextBatch
@@ -147,8 +147,24 @@ def test_the_shares_of_a_token_cache_are_the_step_of_one_process(token_batches, 
     alone = token_batches(run)
     shares = [token_batches(run, rank=rank, world=world) for rank in range(world)]
     for step in (0, 3, 4, 11):  # twenty images in steps of four
-        assert torch.equal(torch.cat([share(step) for share in shares]), alone(step))
+        assert torch.equal(torch.cat([share(step)[0] for share in shares]), alone(step)[0])
     assert torch.equal(shares[-1].val(), alone.val())
+
+
+def test_workers_make_the_same_ids_and_count_captions_that_were_cut(token_batches, tiny_runs):
+    """Also from a later step on."""
+    model = replace(tiny_runs.transformer.model, text_len=8)
+    data = {workers: replace(tiny_runs.transformer.data, workers=workers) for workers in (0, 2)}
+    alone, many = (
+        token_batches(replace(tiny_runs.transformer, steps=9, model=model, data=each))
+        for each in data.values()
+    )
+    with TokenLoader(alone) as simple, TokenLoader(many) as parallel:
+        for step in (0, 1, 2, 6, 7):
+            ids = simple(step)
+            assert torch.equal(ids, alone(step)[0])
+            assert torch.equal(ids, parallel(step))
+    assert parallel.truncated == simple.truncated > 0
 
 
 def test_a_batch_that_does_not_divide_is_refused(token_batches, tiny_runs):
@@ -181,7 +197,7 @@ def two_crops(tmp_path, tiny_runs, chain) -> TokenBatches:
 def test_no_crop_of_a_held_out_image_is_trained_on(two_crops):
     """An epoch is both crops of the first eight."""
     cache, layout = two_crops.cache, two_crops.layout
-    _, image = layout.unpack(two_crops(0))
+    _, image = layout.unpack(two_crops(0)[0])
     expected = cache.image_tokens([p for p in range(8) for _ in range(2)], [0, 1] * 8)
     assert sorted(image.tolist()) == sorted(expected.tolist())
     assert torch.equal(layout.unpack(two_crops.val())[1], cache.image_tokens([8, 9, 10, 11]))
@@ -191,5 +207,5 @@ def test_caption_and_image_of_a_sample_belong_together(two_crops):
     cache, layout = two_crops.cache, two_crops.layout
     names = layout.pad_text([two_crops.text.encode(f"number {n}") for n in range(8)]).tolist()
     for step in range(4):
-        for words, tokens in zip(*(part.tolist() for part in layout.unpack(two_crops(step))), strict=True):
+        for words, tokens in zip(*(part.tolist() for part in layout.unpack(two_crops(step)[0])), strict=True):
             assert tokens in cache.image_tokens([names.index(words)] * 2, [0, 1]).tolist()
