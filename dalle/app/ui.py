@@ -14,9 +14,8 @@ from tempfile import TemporaryDirectory
 import gradio as gr
 from gradio.image_utils import encode_image_to_base64
 from PIL import Image
-from starlette.datastructures import Headers
-from starlette.responses import PlainTextResponse
 
+from dalle.app.guard import limit_jobs
 from dalle.commands.app import AppArgs
 from dalle.commands.sample import SampleArgs
 from dalle.data.image_decode import decode, open_image
@@ -30,7 +29,7 @@ from dalle.sampling import SamplingConfig
 
 INTERVAL = 0.15  # seconds between partial images
 PATIENCE = 5.0  # seconds after which a request is dropped whose visitor does not listen
-JOBS, UPLOADS = 4, 100  # of a visitor that wait or run; of all visitors, until they are deleted
+SLOWEST = 30.0  # seconds that one message may take to reach a visitor
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no web fonts
 CSS = """
 .tiles, #best .grid-container {display: grid; gap: 8px;
@@ -60,7 +59,9 @@ class Page:
                     with gr.Row():
                         n = _count("Images", defaults.num_images, self.args.max_images)
                         best_of = _count("Best of", defaults.best_of, self.args.max_candidates, ranked)
-                        seed = gr.Number(-1, label="Seed", info="-1: random", precision=0)
+                        seed = gr.Number(
+                            -1, label="Seed", info="-1: random", precision=0, minimum=-1, maximum=2**53
+                        )
                     with gr.Accordion("Sampling", open=False):
                         temperature = gr.Slider(0, 2, 1, step=0.05, label="Temperature")
                         with gr.Row():
@@ -89,14 +90,16 @@ class Page:
             stopped = ("Stopped.", gr.update(visible=False))
             stop.click(lambda: stopped, None, [status, live], cancels=[run], queue=False, **private)
             gr.on([image.change, keep.change], self.preview, [image, keep], kept, **private)
-        return page.queue(max_size=32, api_open=False)
+        page.queue(max_size=32, api_open=False)
+        limit_jobs(page._queue)
+        return page
 
     def generate(
         self, caption, seed, n, best_of, temperature, top_k, top_p, guidance, image, rows, request: gr.Request
     ) -> Iterator[tuple]:
         """Status and partial images after each row; summary, best images and zip file after each batch."""
-        queue, start = request.request.app.get_blocks()._queue, time.monotonic()
-        while not queue.pending_messages_per_session[request.session_hash].empty():
+        start = time.monotonic()
+        while is_unread(request):
             if time.monotonic() > start + PATIENCE:
                 return
             time.sleep(0.05)
@@ -118,14 +121,18 @@ class Page:
             gr.Warning(html.escape(str(warning.message)))
         hidden = gr.update(visible=False)
         yield "Reading the caption ...", hidden, "", hidden, hidden
-        start, shown = time.monotonic(), 0.0
+        start, shown, read = time.monotonic(), 0.0, time.monotonic()
         with TemporaryDirectory() as folder:
             for step in steps:
+                now = time.monotonic()
+                read = read if is_unread(request) else now
+                if now > read + SLOWEST:
+                    return
                 if step.ranked:
                     images, text, archive = self.results(step.top[0].generation(), record, folder)
                     text = f"{text}, seed {seed}, {time.monotonic() - start:.1f} s"
                     yield "", hidden, text, gr.update(value=images, visible=True), archive
-                elif step.whole_rows and time.monotonic() - shown > INTERVAL:
+                elif step.whole_rows and now - shown > INTERVAL and read == now:  # as fast as they are read
                     row, first = step.tokens.shape[2] // self.layout.columns, step.batch.candidates[0]
                     text = f"Candidates {first + 1} to {first + step.batch.wanted} of {best_of}"
                     text = f"{text}: row {row} of {self.layout.rows}"
@@ -159,30 +166,10 @@ class Page:
             return tiles([square])
 
 
-def guard(app, args: AppArgs):
-    """ASGI middleware: answers to the server's names, and takes posts of its page as far as there is room."""
-
-    async def guarded(scope, receive, send) -> None:
-        problem = None
-        if scope["type"] == "http":
-            headers, path, blocks = Headers(scope=scope), scope["path"], scope["app"].get_blocks()
-            host, post = headers.get("host", ""), scope["method"] == "POST"
-            names = [scope["server"][0], "localhost", args.host, *args.allowed_hosts]
-            jobs = [event.request.client.host for event in blocks._queue.event_ids_to_events.values()]
-            public = args.share and host.endswith(".gradio.live")
-            if not public and host.rsplit(":", 1)[0].strip("[]") not in names:
-                problem = "not a name of this server; --allowed-hosts adds one"
-            elif post and headers.get("origin", f"//{host}").split("//")[-1] != host:
-                problem = "another page may neither upload nor sample here"
-            elif post and not 0 <= int(headers.get("content-length", -1)) <= args.max_upload + 2**16:
-                problem = "the request is too large, or does not say how large it is"
-            elif path.endswith("/join") and jobs.count(scope["client"][0]) >= JOBS:
-                problem = f"{JOBS} requests of yours are waiting; stop one"
-            elif path.endswith("/upload") and len(blocks.upload_file_set) >= UPLOADS:
-                problem = "there is no room for more images; try again in an hour"
-        await (PlainTextResponse(problem, 403) if problem else app)(scope, receive, send)
-
-    return guarded
+def is_unread(request: gr.Request) -> bool:
+    """Whether the visitor has yet to receive a message."""
+    sessions = request.request.app.get_blocks()._queue.pending_messages_per_session
+    return request.session_hash in sessions and not sessions[request.session_hash].empty()
 
 
 @contextmanager

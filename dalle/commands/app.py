@@ -55,6 +55,12 @@ class AppArgs:
     def __post_init__(self):
         if not 0 <= self.port < 2**16:
             raise ValueError(f"port must be 0 to {2**16 - 1}, got {self.port}")
+        if not self.host.strip():
+            raise ValueError("host must be an address, such as 127.0.0.1, or 0.0.0.0 for all")
+        if wrong := [
+            one for one in self.allowed_hosts if not one.strip() or "/" in one or one.count(":") == 1
+        ]:
+            raise ValueError(f"allowed_hosts are names without scheme and port, got {wrong[0]!r:.100}")
         check_positive(self, "max_caption", "max_images", "max_candidates", "max_upload")
 
 
@@ -83,13 +89,15 @@ def launch(args: AppArgs, model: "DALLE", folder: str) -> Any:
     os.environ["GRADIO_TEMP_DIR"] = folder
     from starlette.middleware import Middleware
 
-    from dalle.app.ui import CSS, THEME, Page, guard
+    from dalle.app.guard import Guard
+    from dalle.app.ui import CSS, THEME, Page
 
     page = Page(model.to_precision(args.precision, args.int8), args).build()
+    host = args.host.strip("[]")
     try:
         page.launch(
-            app_kwargs={"middleware": [Middleware(guard, args)]},
-            server_name=args.host,
+            app_kwargs={"middleware": [Middleware(Guard, args)]},
+            server_name=f"[{host}]" if ":" in host else host,
             server_port=args.port or None,
             share=args.share,
             prevent_thread_lock=True,

@@ -123,6 +123,7 @@ class TestGenerate:
             ({"best_of": 513}, "greater than maximum value 512"),
             ({"best_of": 1}, "best_of must be at least n"),
             ({"temperature": -1}, "less than minimum value 0"),
+            ({"seed": 1e300}, "greater than maximum"),
             ({"top_k": -1}, "top_k"),
             ({"top_p": 1.5}, "top_p"),
             ({"rows": 4}, "greater than maximum value 3"),
