@@ -113,6 +113,14 @@ class MemoryBenchmark(BenchmarkArgs):
 
 
 @dataclass(frozen=True)
+class OpenBenchmark(BenchmarkArgs):
+    """Times opening a model directory of random weights: the first time, and `rounds` times again."""
+
+    rounds: int = 2
+    """Later openings."""
+
+
+@dataclass(frozen=True)
 class DataBenchmark(BenchmarkArgs):
     """Times image sources and a cache of random tokens, alone and with a training step."""
 

@@ -53,6 +53,11 @@ class CLIP(nn.Module):
         self.end = config.text_vocab + 1  # the highest id, so that open_clip reads its state
         self.truncated = 0
 
+    def make_text_mask(self, device: torch.device | str) -> None:
+        """Causal attention of the text tower, which no state dict holds: for a model of the meta device."""
+        length = self.config.text_len
+        self.net.attn_mask = torch.full((length, length), -torch.inf, device=device).triu(1)
+
     def pack_text(self, captions: Sequence[Sequence[int]]) -> Tensor:
         """Text ids of captions -> int64 (B, L): ids, end mark, pads; truncated captions are counted."""
         rows = torch.full((len(captions), self.config.text_len), self.pad)

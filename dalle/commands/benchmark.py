@@ -8,6 +8,7 @@ python scripts/benchmark.py sample --baseline dalle-pytorch --tokens 32
 python scripts/benchmark.py data --sources my/images my/tars --workers 0 2 --resolutions 64 256
 python scripts/benchmark.py attention --model.heads 4
 python scripts/benchmark.py memory --size 60m
+python scripts/benchmark.py open --size 120m
 """
 
 import sys
@@ -22,6 +23,7 @@ BENCHMARKS = {  # NAME is timed by dalle.benchmarks.NAME.benchmark_NAME
     "data": config.DataBenchmark,
     "attention": config.AttentionBenchmark,
     "memory": config.MemoryBenchmark,
+    "open": config.OpenBenchmark,
 }
 
 

@@ -6,15 +6,20 @@ EMA weights unless the raw ones are requested.
 A model directory has config.json, text_tokenizer.json, README.md and a safetensors file for each part.
 config.json names the hashes of the weights ("parts"), of the text tokenizer and of the dVAE that made the
 image tokens ("links").
+
+The weights of an opened model are the mapped file itself. Its hash is compared when a process opens it first,
+and again if its size or time has changed, as for token caches.
 """
 
 import hashlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dalle.clip import CLIP, CLIPConfig
 from dalle.config import from_dict, to_dict
@@ -32,6 +37,7 @@ from dalle.io.files import (
     write_json,
     write_tensors,
 )
+from dalle.nn.meta_device import SkipRandomInit
 from dalle.text import BPETokenizer, text_tokenizer_from_dict
 from dalle.text.bpe import json_hash
 from dalle.train.checkpoint import latest_checkpoint, verify_checkpoint
@@ -44,6 +50,10 @@ MODEL_REGISTRY: dict[str, tuple[type, type[nn.Module]]] = {
     "transformer": (TransformerConfig, Transformer),
     "clip": (CLIPConfig, CLIP),
 }
+_hashes: WeakKeyDictionary[nn.Module, tuple[list | None, str]] = WeakKeyDictionary()
+"""Hash of a model's weights, and the memory and versions of the tensors that had it."""
+_verified: dict[Path, tuple[int, int, str]] = {}
+"""Size, time and hash of the weights of a file that matched."""
 
 
 @dataclass
@@ -113,49 +123,90 @@ def load_model(
     path: Path | str, kind: str, device: str | torch.device = "cpu", averaged: bool = True
 ) -> LoadedModel:
     """A model in eval mode from a run, a checkpoint or a model directory; ValueError if damaged."""
-    path = folder = Path(path)
+    path = Path(path)
     is_directory = (path / "config.json").is_file()
     if is_directory:
-        config = read_config(path)
-        if kind not in config["parts"]:
-            raise ValueError(f"{path} holds no {kind}; it has {', '.join(config['parts'])}")
-        inputs = dict(config["inputs"])
-        if "text" in inputs:
-            file, expected = path / "text_tokenizer.json", inputs["text"]
-            inputs |= {"text": read_json(file), "text_hash": expected}
-            if (found := json_hash(inputs["text"])) != expected:
-                found = f"{file.name} has hash {found}, expected {expected}"
-                raise ValueError(f"{path}: the files do not belong together: {found}")
-        meta = config["parts"][kind] | {"inputs": inputs}
-        tensors = read_tensors(path / f"{kind}.safetensors")
+        folder, (meta, tensors) = path, _read_directory(path, kind)
     else:
-        parts = ("model", "ema") if averaged else ("model",)
-        whole = latest_checkpoint(path, parts)
-        folder = whole or path
-        meta = check_meta(read_json(folder / "meta.json"), kind, folder)
-        if not whole and (damaged := verify_checkpoint(folder, parts=parts)):
-            raise ValueError(f"{damaged}; use an earlier checkpoint")
-        tensors = read_whole(folder, "model")
-        if averaged:
-            ema = meta["ema"]
-            tensors |= bias_corrected(read_whole(folder, "ema"), ema["decay"], ema["updates"])
+        folder, meta, tensors = _read_checkpoint(path, kind, averaged)
     config_class, model_class = MODEL_REGISTRY[kind]
     config = from_dict(config_class, meta["model_config"], str(folder))
     names = ("depth", "blocks_per_group", "vision_layers", "text_layers")
     if (layers := max(getattr(config, name, 0) for name in names)) > len(tensors):
         raise ValueError(f"{folder} has {len(tensors)} tensors, too few for {layers} layers")
     try:
-        with torch.device("meta"):  # sizes that are not the weights' allocate nothing
-            load_strict(model_class(config), tensors, folder)
+        with torch.device("meta"), SkipRandomInit():  # sizes that are not the weights' allocate nothing
+            model = model_class(config)
+        load_strict(model, tensors, folder)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{folder} has a model_config of impossible sizes: {error!s:.80}") from None
-    model = model_class(config)
-    load_strict(model, tensors, folder)
-    model = model.to(device).eval().requires_grad_(False)
-    if is_directory and (found := weights_hash(model)) != meta["hash"]:
-        file, found = path / f"{kind}.safetensors", f"the weights have hash {found}, expected {meta['hash']}"
+    file = path / f"{kind}.safetensors" if is_directory else None
+    assign_weights(model, tensors, device, file, meta.get("hash"))
+    return LoadedModel(kind, model.eval().requires_grad_(False), meta, folder, meta.get("inputs", {}))
+
+
+def _read_directory(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What config.json says of a part, with its inputs, and its tensors."""
+    config = read_config(path)
+    if kind not in config["parts"]:
+        raise ValueError(f"{path} holds no {kind}; it has {', '.join(config['parts'])}")
+    inputs = dict(config["inputs"])
+    if "text" in inputs:
+        file, expected = path / "text_tokenizer.json", inputs["text"]
+        inputs |= {"text": read_json(file), "text_hash": expected}
+        if (found := json_hash(inputs["text"])) != expected:
+            found = f"{file.name} has hash {found}, expected {expected}"
+            raise ValueError(f"{path}: the files do not belong together: {found}")
+    return config["parts"][kind] | {"inputs": inputs}, read_tensors(path / f"{kind}.safetensors")
+
+
+def _read_checkpoint(path: Path, kind: str, averaged: bool) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """A checkpoint, or the newest whole one of a run, with its meta.json and tensors."""
+    parts = ("model", "ema") if averaged else ("model",)
+    whole = latest_checkpoint(path, parts)
+    folder = whole or path
+    meta = check_meta(read_json(folder / "meta.json"), kind, folder)
+    if not whole and (damaged := verify_checkpoint(folder, parts=parts)):
+        raise ValueError(f"{damaged}; use an earlier checkpoint")
+    tensors = read_whole(folder, "model")
+    if averaged:
+        ema = meta["ema"]
+        tensors |= bias_corrected(read_whole(folder, "ema"), ema["decay"], ema["updates"])
+    return folder, meta, tensors
+
+
+def assign_weights(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    device: str | torch.device,
+    file: Path | None = None,
+    expected: str | None = None,
+) -> None:
+    """Tensors into a model on the meta device, each hashed and moved before the next is read.
+
+    ValueError if those of a `file` have another hash than `expected`. A file that matched is not hashed again
+    in this process while its size and time stay the same.
+    """
+    digest, state = hashlib.sha256(), None
+    if file is not None:
+        status = file.stat()
+        state = status.st_size, status.st_mtime_ns, expected
+    is_new = file is not None and _verified.get(file.resolve()) != state
+    placed = {}
+    for name, like in sorted(model.state_dict().items()):
+        tensor = tensors[name].to(like.dtype)
+        if is_new:
+            _add_to_hash(digest, name, tensor)
+        placed[name] = tensor.to(device)
+    if is_new and (found := digest.hexdigest()[:16]) != expected:
+        found = f"the weights have hash {found}, expected {expected}"
         raise ValueError(f"{file}: {found}; the file is of another model, or changed")
-    return LoadedModel(kind, model, meta, folder, meta.get("inputs", {}))
+    model.load_state_dict(placed, assign=True)
+    if isinstance(model, CLIP):
+        model.make_text_mask(device)
+    if file is not None:
+        _verified[file.resolve()] = state
+        _hashes[model] = _versions(model), expected
 
 
 def _only_kind(path: Path) -> str:
@@ -199,7 +250,9 @@ def write_model_directory(
     report = read_report(report, described)
     make_directory(directory)
     for kind, model in parts.items():
-        write_tensors(directory / f"{kind}.safetensors", model.state_dict())
+        partial = directory / f".partial-{kind}.safetensors"
+        write_tensors(partial, model.state_dict())
+        os.replace(partial, directory / f"{kind}.safetensors")  # a model may map the file of this name
     inputs = {"dvae": described["dvae"]["hash"] if "dvae" in parts else dvae_hash}
     if text is not None:
         text.save(directory / "text_tokenizer.json")
@@ -211,9 +264,29 @@ def write_model_directory(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of the weights in order of name, 16 hex characters."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """SHA-256 over names, shapes and bytes of the weights in order of name, 16 hex characters.
+
+    It is remembered until the weights change.
+    """
+    versions = _versions(model)
+    known, found = _hashes.get(model, (None, ""))
+    if versions is None or versions != known:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(model.state_dict().items()):
+            _add_to_hash(digest, name, tensor)
+        found = digest.hexdigest()[:16]
+        _hashes[model] = versions, found
+    return found
+
+
+def _add_to_hash(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _versions(model: nn.Module) -> list[tuple[int, int]] | None:
+    """Memory and version of each tensor; None for tensors of inference mode, which have no versions."""
+    tensors: list[Tensor] = list(model.state_dict(keep_vars=True).values())
+    if any(tensor.is_inference() for tensor in tensors):
+        return None
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]

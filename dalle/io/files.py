@@ -58,7 +58,7 @@ def follow_umask(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file; ValueError if it is missing or damaged, OSError if it cannot be read."""
+    """Maps a safetensors file; ValueError if it is missing or damaged, OSError if it cannot be read."""
     try:
         path.open("rb").close()  # safetensors calls every file missing that it cannot open
         return load_file(path)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+
+from dalle.nn.meta_device import SkipRandomInit
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -129,15 +130,6 @@ def load_weights(found: DetectedCheckpoint) -> nn.Module:
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     assert not left, f"{left} are neither in the state dict nor made on the CPU"
     return model.eval().requires_grad_(False)
-
-
-class SkipRandomInit(TorchFunctionMode):
-    """Omits random initialization, for which torch imports 900 modules even on the meta device."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (torch.Tensor.normal_, torch.Tensor.uniform_):
-            return args[0]
-        return function(*args, **(kwargs or {}))
 
 
 def count_matches(names: Collection[str], pattern: str) -> int:

@@ -16,6 +16,7 @@ from dalle.benchmarks.config import (
 )
 from dalle.benchmarks.dalle_pytorch import ATTN_TYPES, DallePytorchStep
 from dalle.benchmarks.memory import VARIANTS, benchmark_memory, joint_cross_entropies, peak_of_step
+from dalle.benchmarks.open import time_openings
 from dalle.benchmarks.train import benchmark_train
 from dalle.train.loggers import peak_memory
 from dalle.transformer import Transformer, TransformerConfig
@@ -112,3 +113,9 @@ def test_attention_is_timed_by_kind_and_summed_over_the_mix():
     assert results["auto"]["total_seconds"] == pytest.approx(total)
     assert results["causal sdpa"]["total_seconds"] == pytest.approx(6 * layer["causal sdpa causal"])
     assert results["sdpa"]["speedup_vs_causal_sdpa"] > 0
+
+
+def test_openings_of_a_model_directory_are_timed(chain):
+    results = time_openings(str(chain / "model"), "cpu", 2)
+    assert list(results) == ["before", "first", "later 1", "later 2"]
+    assert all(line["seconds"] > 0 for name, line in results.items() if name != "before")

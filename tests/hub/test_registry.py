@@ -1,0 +1,86 @@
+"""Opening models: mapped weights, one hash of each file, none of unchanged weights."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dalle.hub import registry
+from dalle.hub.registry import load_model, weights_hash, write_model_directory
+
+KINDS = ("dvae", "transformer", "clip")
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations outside of the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not result.is_meta:
+            self.names.add(func.overloadpacket.__name__)
+        return result
+
+
+@pytest.fixture
+def folder(chain, tmp_path):
+    return shutil.copytree(chain / "model", tmp_path / "model")
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """Names of the tensors that were hashed."""
+    names, add = [], registry._add_to_hash
+    monkeypatch.setattr(registry, "_add_to_hash", lambda d, name, t: (names.append(name), add(d, name, t)))
+    return names
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opening_initializes_and_copies_nothing(folder, kind):
+    with Operations() as seen:
+        model = load_model(folder, kind).model
+    assert not {"normal_", "uniform_", "randn", "copy_", "clone", "_to_copy"} & seen.names
+    tensors = [*model.parameters(), *model.buffers()]
+    assert {t.device.type for t in tensors} == {"cpu"}
+    places = [tensor.data_ptr() for tensor in model.state_dict().values()]
+    assert max(places) - min(places) < (folder / f"{kind}.safetensors").stat().st_size
+
+
+def test_a_file_is_hashed_once_until_it_changes(folder, hashed):
+    one = load_model(folder, "transformer")
+    number = len(hashed)
+    assert number == len(one.model.state_dict())
+    assert one.hash == load_model(folder, "transformer").hash
+    assert len(hashed) == number
+    os.utime(folder / "transformer.safetensors", (1, 1))
+    load_model(folder, "transformer")
+    assert len(hashed) == 2 * number
+
+
+def test_the_hash_of_weights_is_remembered_until_they_change(folder, hashed):
+    model = load_model(folder, "dvae").model
+    first, number = weights_hash(model), len(hashed)
+    with torch.no_grad():
+        model.encoder.blocks.input.b += 1
+    assert weights_hash(model) == weights_hash(model) != first
+    assert len(hashed) == 2 * number
+    with torch.no_grad():
+        model.encoder.blocks.input.b -= 1
+    model.load_state_dict(load_model(folder, "dvae").model.state_dict())
+    assert weights_hash(model) == first
+
+
+def test_an_open_model_keeps_its_weights_when_another_is_saved_in_its_place(folder):
+    one = load_model(folder, "dvae").model
+    before = {name: tensor.clone() for name, tensor in one.state_dict().items()}
+    other = load_model(folder, "dvae").model
+    with torch.no_grad():
+        other.decoder.blocks.input.b += 1
+    write_model_directory(folder, {"dvae": other})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in one.state_dict().items())
+    assert load_model(folder, "dvae").hash == weights_hash(other)
