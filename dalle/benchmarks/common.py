@@ -38,7 +38,8 @@ class Stepper:
         seed: int = 0,
     ):
         torch.manual_seed(seed)
-        self.model = model = build_model(kind, config).to(device)
+        with device:
+            self.model = model = build_model(kind, config).to(device)
         self.objective, self.precision, self.optim = objective, precision, optim
         scales = build_grad_scaler(model) if precision == "fp16" else None
         self.state = TrainState(model, build_optimizers(model, optim), EMA(model, EMAConfig()), scales)

@@ -1,9 +1,11 @@
 """Arguments of the benchmarks (no torch here)."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from dalle.clip.config import CLIPConfig
 from dalle.data.config import DataConfig
 from dalle.dvae import DVAEConfig
 from dalle.train.config import Precision
@@ -17,10 +19,6 @@ Baseline = Literal["none", "dalle-pytorch"]
 class BenchmarkArgs:
     """What every benchmark takes."""
 
-    size: Literal[*SIZES] | None = None
-    """A named size; of --model only activation checkpointing is taken then."""
-    model: TransformerConfig = TransformerConfig(depth=8, heads=8)
-    """Shape of the transformer."""
     rounds: int = 1
     """Timed rounds; medians are reported."""
     precision: Precision = "auto"
@@ -38,6 +36,16 @@ class BenchmarkArgs:
             if type(value) in (int, float) and not value > 0:
                 raise ValueError(f"{option} must be positive, got {value}")
 
+
+@dataclass(frozen=True)
+class TransformerBenchmark(BenchmarkArgs):
+    """What every benchmark of a transformer takes."""
+
+    size: Literal[*SIZES] | None = None
+    """A named size; of --model only activation checkpointing is taken then."""
+    model: TransformerConfig = TransformerConfig(depth=8, heads=8)
+    """Shape of the transformer."""
+
     @property
     def config(self) -> TransformerConfig:
         """The shape that is measured."""
@@ -47,7 +55,7 @@ class BenchmarkArgs:
 
 
 @dataclass(frozen=True)
-class TrainBenchmark(BenchmarkArgs):
+class TrainBenchmark(TransformerBenchmark):
     """Times training steps of a transformer on random tokens."""
 
     backends: tuple[Literal[Backend, "causal"], ...] = ("dense", "sdpa", "window")
@@ -62,10 +70,12 @@ class TrainBenchmark(BenchmarkArgs):
     """Compile each layer."""
     peak_flops: float | None = None
     """The device's peak FLOP/s in that precision, for MFU; known GPUs need none."""
+    plan: bool = False
+    """Also count what plan.py expects as peak memory of a step, which takes up to a minute."""
 
 
 @dataclass(frozen=True)
-class SampleBenchmark(BenchmarkArgs):
+class SampleBenchmark(TransformerBenchmark):
     """Times sampling image tokens from a transformer with random weights."""
 
     batch: tuple[int, ...] = (1, 8, 64)
@@ -91,7 +101,7 @@ class SampleBenchmark(BenchmarkArgs):
 
 
 @dataclass(frozen=True)
-class AttentionBenchmark(BenchmarkArgs):
+class AttentionBenchmark(TransformerBenchmark):
     """Times attention over all layers of a model, by each backend and as causal attention."""
 
     model: TransformerConfig = TransformerConfig(heads=16)
@@ -105,7 +115,7 @@ class AttentionBenchmark(BenchmarkArgs):
 
 
 @dataclass(frozen=True)
-class MemoryBenchmark(BenchmarkArgs):
+class MemoryBenchmark(TransformerBenchmark):
     """Measures the peak memory of forward and backward, without an optimizer, in four variants."""
 
     batch_size: int = 8
@@ -113,7 +123,7 @@ class MemoryBenchmark(BenchmarkArgs):
 
 
 @dataclass(frozen=True)
-class OpenBenchmark(BenchmarkArgs):
+class OpenBenchmark(TransformerBenchmark):
     """Times opening a model directory of random weights: the first time, and `rounds` times again."""
 
     rounds: int = 2
@@ -121,7 +131,7 @@ class OpenBenchmark(BenchmarkArgs):
 
 
 @dataclass(frozen=True)
-class DataBenchmark(BenchmarkArgs):
+class DataBenchmark(TransformerBenchmark):
     """Times image sources and a cache of random tokens, alone and with a training step."""
 
     sources: tuple[str, ...] = ("shapes",)
@@ -140,3 +150,60 @@ class DataBenchmark(BenchmarkArgs):
     """Batches timed in a round, alone and then with a step each."""
     rounds: int = 3
     """Times that every case is measured."""
+
+
+@dataclass(frozen=True)
+class FamiliesBenchmark(BenchmarkArgs):
+    """Times training steps of the dVAE and of CLIP on random images."""
+
+    dvae: DVAEConfig = DVAEConfig()
+    """Shape of the dVAE."""
+    resolution: int = 256
+    """Pixels on a side of its images."""
+    clip: CLIPConfig = CLIPConfig()
+    """Shape of CLIP."""
+    dvae_batch: int = 8
+    """Images per step of the dVAE."""
+    clip_batch: int = 64
+    """Pairs per step of CLIP."""
+    rounds: int = 5
+    """Timed steps of each, after one warm-up step."""
+
+
+@dataclass(frozen=True)
+class RatesBenchmark(BenchmarkArgs):
+    """Measures the bytes per second of copies on the device, and the FLOP/s of its matrix products."""
+
+    megabytes: float = 2048
+    """Size of the copied tensor."""
+    side: int = 8192
+    """Rows and columns of the matrices."""
+    rounds: int = 10
+    """Timed rounds, after one warm-up round."""
+
+
+PartName = Literal[
+    "tests", "rates", "train-1.3b", "sample-12b", "candidates-12b", "attention", "sample-1.3b", "families"
+]
+
+
+@dataclass(frozen=True)
+class GPUBenchmark:
+    """Runs what the paper's sizes need on a GPU, most important first, within a time limit."""
+
+    minutes: float = 8
+    """Time for all parts; what is left over is reported as such."""
+    parts: tuple[PartName, ...] = get_args(PartName)
+    """What to run, in this order."""
+    small: bool = False
+    """Tiny models: tries the command where there is no GPU."""
+    device: str = "auto"
+    """cuda, mps or cpu; auto takes the first available."""
+    json: Path | None = None
+    """File for the report, written again after each part."""
+
+    def __post_init__(self):
+        if not 0 < self.minutes < math.inf:
+            raise ValueError(f"minutes must be a positive number, got {self.minutes}")
+        if not self.parts:
+            raise ValueError("parts must name at least one")

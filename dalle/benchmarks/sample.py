@@ -35,13 +35,20 @@ def benchmark_sample(args: SampleBenchmark) -> dict[str, Any]:
         model = quantize_int8(model) if args.int8 else model
     image_tokens = args.config.layout.num_image_tokens
     tokens = args.tokens or image_tokens
-    results = {f"batch {batch}": _time_batch(args, model, batch, tokens) for batch in args.batch}
+    results: dict[str, dict[str, Any]] = {}
+    for batch in args.batch:
+        try:
+            results[f"batch {batch}"] = _time_batch(args, model, batch, tokens)
+        except torch.OutOfMemoryError:
+            results[f"batch {batch}"] = {"batch": batch, "error": "out of memory"}
+            torch.cuda.empty_cache()
     if args.baseline != "none":
         theirs = DallePytorchSampler(args.config, device)
         seconds = median(seconds_of(lambda: theirs(tokens), device) for _ in range(args.rounds))
         per_image = seconds * image_tokens / tokens
         for line in results.values():
-            line[f"speedup_vs_{args.baseline}"] = per_image / line["seconds_per_image"]
+            if "error" not in line:
+                line[f"speedup_vs_{args.baseline}"] = per_image / line["seconds_per_image"]
         results[args.baseline] = {"batch": 1, "seconds_per_image": per_image, **theirs.facts}
     report = {
         "results": results,
@@ -86,8 +93,18 @@ def _time_batch(args: SampleBenchmark, model: Transformer, batch: int, count: in
         "seconds_per_step": step,
         "compile_seconds": compiling,
         "tokens_per_sec": batch / step,
+        "weight_bytes_per_sec": _weight_bytes(model) / step,
         "overhead_vs_matmul": step / products,
     }
+
+
+def _weight_bytes(model: Transformer) -> float:
+    """Bytes of the weights that a step reads at least: the layers' and the image tokens' output matrix."""
+    layers, output = (
+        sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
+        for part in (model.layers, model.to_logits)
+    )
+    return layers + output * model.config.image_vocab / model.layout.vocab
 
 
 def _matrix_products(model: Transformer, batch: int, dtype: torch.dtype, steps: int) -> None:

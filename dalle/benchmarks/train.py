@@ -15,6 +15,9 @@ import torch
 from dalle.benchmarks.common import Stepper, finish, random_ids, time_rounds
 from dalle.benchmarks.config import TrainBenchmark
 from dalle.benchmarks.dalle_pytorch import DallePytorchStep
+from dalle.planner.count import estimate_step
+from dalle.planner.memory import ParallelLayout, memory
+from dalle.train.config import EMAConfig, TrainConfig
 from dalle.train.loggers import peak_flops, peak_memory
 from dalle.train.precision import compile_layers, resolve_device, resolve_precision
 from dalle.transformer.objective import TransformerObjective, training_flops
@@ -54,6 +57,11 @@ def benchmark_train(args: TrainBenchmark) -> dict[str, Any]:
         "activation_checkpointing": args.config.activation_checkpointing,
         "peak_memory_gib": peak_memory(device),
     }
+    if args.plan:
+        train = TrainConfig(batch_size=args.batch_size, ema=EMAConfig())
+        step = estimate_step("transformer", args.config, args.batch_size, precision)
+        planned = memory(step, ParallelLayout(train, "none", half=precision != "fp32"))
+        report["planned_memory_gib"] = planned["peak"] / 2**30
     return finish(report, args.json, device)
 
 

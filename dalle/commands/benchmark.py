@@ -9,6 +9,9 @@ python scripts/benchmark.py data --sources my/images my/tars --workers 0 2 --res
 python scripts/benchmark.py attention --model.heads 4
 python scripts/benchmark.py memory --size 60m
 python scripts/benchmark.py open --size 120m
+python scripts/benchmark.py families --precision bf16
+python scripts/benchmark.py rates
+python scripts/benchmark.py gpu --minutes 8 --json gpu.json     all that the paper's sizes need, on a GPU
 """
 
 import sys
@@ -24,6 +27,9 @@ BENCHMARKS = {  # NAME is timed by dalle.benchmarks.NAME.benchmark_NAME
     "attention": config.AttentionBenchmark,
     "memory": config.MemoryBenchmark,
     "open": config.OpenBenchmark,
+    "families": config.FamiliesBenchmark,
+    "rates": config.RatesBenchmark,
+    "gpu": config.GPUBenchmark,
 }
 
 

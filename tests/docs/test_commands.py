@@ -39,10 +39,11 @@ COMMANDS = {
     ]
     for page, text in PAGES.items()
 }
+GPU = "python scripts/benchmark.py gpu "  # tests/benchmarks/test_gpu.py runs it
 SCRIPTS = {
     page: found
     for page, commands in COMMANDS.items()
-    if (found := [c for c in commands if c.startswith(("python scripts/", "torchrun "))])
+    if (found := [c for c in commands if c.startswith(("python scripts/", "torchrun ")) and GPU not in c])
     and page != "scaling"
 }
 PYTHON = {page: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for page, text in PAGES.items()}
@@ -68,7 +69,7 @@ SMALLER = {  # words added to a command so that it takes seconds
     "train_transformer": STEPS,
     "write_tars": "",
 }
-OTHERS = ("make ", ". .venv", "dalle ", "sed ", "img2dataset ", "python scripts/plan.py ")
+OTHERS = ("make ", ". .venv", "dalle ", "sed ", "img2dataset ", "python scripts/plan.py ", GPU)
 
 
 @pytest.fixture
