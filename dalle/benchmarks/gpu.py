@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-import dalle
 from dalle.benchmarks.common import hardware
 from dalle.benchmarks.config import GPUBenchmark
 from dalle.config import PACKAGE
@@ -71,7 +70,6 @@ def benchmark_gpu(args: GPUBenchmark) -> dict[str, Any]:
     device = resolve_device(args.device)
     end = time.monotonic() + 60 * args.minutes
     packages = {name: version(name) for name in ("torch", "open_clip_torch", "numpy")}
-    packages["dalle"] = dalle.__version__
     report: dict[str, Any] = {"hardware": hardware(device), "packages": packages, "small": args.small}
     report |= {"parts": {}, "figures": {}}
     print(f"{report['hardware']['name']}, torch {torch.__version__}: {args.minutes:g} minutes", flush=True)
