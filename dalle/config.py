@@ -9,20 +9,19 @@ A key that does not exist is an error that names the nearest one; so is a value 
 """
 
 import argparse
-import ast
 import dataclasses
 import difflib
 import errno
-import inspect
 import os
 import re
 import sys
-import textwrap
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import pairwise
+from functools import cache, partial
+from numbers import Integral, Real
+from operator import index
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,12 +30,16 @@ from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+from dalle.help import field_docs
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).parent
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 """Shipped configurations: configs/ of a checkout, or the copy inside an installed wheel."""
+NUMBERS = {int: (Integral, 2**63 - 1, "a whole number"), float: (Real, sys.float_info.max, "a finite number")}
+"""Python type of a number -> what is taken for it, its largest magnitude, its name in messages."""
+type_hints = cache(typing.get_type_hints)
 RESUME_FREE = {"resume": "free"}
 """Metadata of a field that a resumed run may change."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
@@ -45,6 +48,43 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, 
 
 class ConfigError(ValueError):
     """A configuration that cannot be: says which key, what was found, what was expected."""
+
+
+@typing.dataclass_transform(frozen_default=True)
+def configuration(cls: type | None = None, *, kw_only: bool = False) -> Any:
+    """A frozen dataclass whose values, however it is built, have the types of its fields; floats are finite.
+
+    A list for a tuple, a string for a Path and a whole number of another type are converted.
+    """
+    if cls is None:
+        return partial(configuration, kw_only=kw_only)
+    check = getattr(cls, "__post_init__", lambda self: None)
+
+    def __post_init__(self):
+        for name, hint in type_hints(type(self)).items():
+            given, default, wrong = getattr(self, name), getattr(type(self), name, None), []
+            value = _read_value(hint, given, default, name, wrong)
+            if wrong and type(whole := whole_number(given)) is int:
+                wrong.clear()
+                value = _read_value(hint, whole, default, name, wrong)
+            if wrong:
+                raise ValueError(wrong[0].replace(": expected", " must be", 1))
+            object.__setattr__(self, name, value)
+        check(self)
+
+    cls.__post_init__ = __post_init__
+    return dataclasses.dataclass(frozen=True, kw_only=kw_only)(cls)
+
+
+def whole_number(value: Any) -> Any:
+    """A whole number of any type (3.0, NumPy's, a tensor of one) as an int; anything else as it is."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        return value
+    try:
+        whole = hasattr(value, "is_integer") and value.is_integer()
+        return int(value) if whole else index(value)
+    except TypeError:
+        return value
 
 
 def to_dict(config: Any) -> Any:
@@ -62,26 +102,6 @@ def check_positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
-
-
-def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of nested dicts by dotted name; a list is one value."""
-    flat = {}
-    for key, value in data.items():
-        name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def resume_fingerprint(config: Any) -> dict[str, Any]:
-    """The configuration as a plain dict, without the fields that a resumed run may change (`RESUME_FREE`)."""
-    classes = [cls for cls in type(config).__mro__ if dataclasses.is_dataclass(cls)]
-    free = {f.name for cls in classes for f in dataclasses.fields(cls) if f.metadata.get("resume") == "free"}
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in free}
-    return {
-        name: resume_fingerprint(value) if dataclasses.is_dataclass(value) else to_dict(value)
-        for name, value in values.items()
-    }
 
 
 def from_dict(cls: type[T], data: dict[str, Any], source: str = "configuration") -> T:
@@ -131,7 +151,7 @@ def _read_fields(cls: type, data: Any, default: Any, path: str, wrong: list[str]
 def _read_value(hint: Any, value: Any, default: Any, path: str, wrong: list[str]) -> Any:
     """A value of exactly this type, not one that merely converts to it; an int is a float."""
     if dataclasses.is_dataclass(hint):
-        return _read_fields(hint, value, default, path, wrong)
+        return value if isinstance(value, hint) else _read_fields(hint, value, default, path, wrong)
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):  # X | None
         return None if value is None else _read_value(options[0], value, None, path, wrong)
@@ -140,11 +160,20 @@ def _read_value(hint: Any, value: Any, default: Any, path: str, wrong: list[str]
         if len(hints) == len(value):
             pairs = enumerate(zip(hints, value, strict=True))
             return tuple(_read_value(of, item, None, f"{path}.{i}", wrong) for i, (of, item) in pairs)
-    if type(value) is hint or (origin is typing.Literal and value in options):
+    names = getattr(hint, "__name__", hint)
+    if hint in NUMBERS:
+        kind, limit, names = NUMBERS[hint]
+        if isinstance(value, kind) and not isinstance(value, bool):
+            plain = value.item() if hasattr(value, "item") else value
+            if abs(plain) <= limit:
+                return hint(plain)
+            names += " below 2^63" if hint is int else ""
+    elif type(value) is hint or (origin is typing.Literal and isinstance(value, str) and value in options):
         return value
-    if (hint is float and type(value) is int) or (hint is Path and isinstance(value, str | Path)):
+    elif hint is Path and isinstance(value, str | Path):
         return hint(value)
-    names = f"one of {', '.join(options)}" if origin is typing.Literal else getattr(hint, "__name__", hint)
+    if origin is typing.Literal:
+        names = f"one of {', '.join(options)}"
     wrong.append(f"{path}: expected {hint if origin is tuple else names}, got {value!r:.200}")
     return None
 
@@ -227,7 +256,7 @@ def parse(
     parser.add_argument("--config", action="append", default=[])
     try:
         known, rest = parser.parse_known_args(words)
-        default = load(cls, known.config, schema)
+        default = load(cls, known.config, schema) if known.config else cls()
     except argparse.ArgumentError:
         raise SystemExit("error: --config needs a file, such as configs/dvae/shapes.yaml") from None
     except ConfigError as error:
@@ -237,16 +266,9 @@ def parse(
         raise SystemExit(f"error: {values[0]!r:.100} is no option; {hint}")
     text = f"{description or cls.__doc__}\n\n--config FILE (repeatable) reads YAML; dotted overrides win."
     text = re.sub(r"^(?=python |torchrun )", "  ", text, flags=re.MULTILINE)  # tyro joins lines of letters
-    with _field_docs() if {"-h", "--help"} & {*rest} else nullcontext():
+    with field_docs() if {"-h", "--help"} & {*rest} else nullcontext():
         prog = " ".join([sys.argv[0], *subcommand])
         return tyro.cli(cls, prog=prog, args=rest, default=default, description=text)
-
-
-def overview(words: Sequence[str], description: str, more: str) -> None:
-    """Prints this help and exits if the command line asks for help before it names what to do."""
-    if words and all(word in ("-h", "--help") for word in words):
-        print(f"{description.strip()}\n\n{more}")
-        raise SystemExit(0)
 
 
 @contextmanager
@@ -274,27 +296,3 @@ def cli_errors(parallel: bool = False) -> Iterator[None]:
         raise SystemExit(f"error: {error!s:.500}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command resumes a training from its last checkpoint") from None
-
-
-def _field_docs() -> ConstructorRegistry:
-    """Tyro rule for the text under each field as its help; tyro alone keeps the line breaks."""
-    registry = ConstructorRegistry()
-
-    @registry.struct_rule
-    def read(info: StructTypeInfo) -> StructConstructorSpec | None:
-        if not dataclasses.is_dataclass(info.type) or not isinstance(info.default, info.type):
-            return None
-        docs: dict[str, str] = {}
-        for owner in filter(dataclasses.is_dataclass, reversed(info.type.__mro__)):
-            body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
-            for field, text in pairwise(body):
-                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                    docs[field.target.id] = " ".join(text.value.value.split())
-        hints = typing.get_type_hints(info.type, include_extras=True)
-        fields = []
-        for name in (field.name for field in dataclasses.fields(info.type)):
-            default, text = getattr(info.default, name), docs.get(name)
-            fields.append(StructFieldSpec(name=name, type=hints[name], default=default, helptext=text))
-        return StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
-
-    return registry

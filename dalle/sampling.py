@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
-from numbers import Real
-from operator import index
 from typing import TYPE_CHECKING, Any
+
+from dalle.config import configuration, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +22,7 @@ MIN_TEMPERATURE = 1e-30
 """Logits divided by less could overflow float32."""
 
 
-@dataclass(frozen=True)
+@configuration
 class SamplingConfig:
     """How image tokens are sampled."""
 
@@ -51,11 +50,7 @@ class SamplingConfig:
     """Compile the decoding step: half a minute or more at first, so it pays for many candidates."""
 
     def __post_init__(self):
-        for name in ("temperature", "top_p", "min_p", "guidance"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) and (value is not None or name == "temperature"):
-                raise ValueError(f"{name} must be a number, got {value!r:.100}")
-        if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf):
+        if not (self.temperature == 0 or self.temperature >= MIN_TEMPERATURE):
             raise ValueError(
                 f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {self.temperature}"
             )
@@ -63,25 +58,19 @@ class SamplingConfig:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
-        if self.guidance is not None and not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be finite, 1 for the plain model, got {self.guidance}")
         for name in ("top_k", "batch_size", "prompts_per_batch", "decode_batch_size"):
             value = getattr(self, name)
-            if type(value) not in (int, type(None)):
-                object.__setattr__(self, name, *whole_numbers(**{name: value}))
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def whole_numbers(**values: Any) -> list[int]:
     """The values as ints; ValueError names the first that is no whole number."""
-    for name, value in values.items():
-        try:
-            whole = hasattr(value, "is_integer") and value.is_integer()
-            values[name] = int(value) if whole else int(index(value))
-        except TypeError:
-            raise ValueError(f"{name} must be a whole number, got {value!r:.100}") from None
-    return list(values.values())
+    numbers = list(map(whole_number, values.values()))
+    for name, number in zip(values, numbers, strict=True):
+        if type(number) is not int:
+            raise ValueError(f"{name} must be a whole number, got {number!r:.100}")
+    return numbers
 
 
 def generator(purpose: str, *key: int | str) -> np.random.Generator:

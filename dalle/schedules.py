@@ -1,11 +1,12 @@
 """Schedules of the learning rate and of the loss weights over steps (appendices A.2, B.2)."""
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
+from dalle.config import configuration
 
-@dataclass(frozen=True)
+
+@configuration
 class Schedule:
     """From `initial` to `final` over `decay_steps` steps, then constant."""
 
@@ -19,8 +20,6 @@ class Schedule:
     """Half a cosine wave (A.2) or a straight line."""
 
     def __post_init__(self):
-        if not (math.isfinite(self.initial) and math.isfinite(self.final)):
-            raise ValueError(f"initial and final must be finite, got {self.initial} and {self.final}")
         if self.decay_steps < 1:
             raise ValueError(f"decay_steps must be positive, got {self.decay_steps}")
 

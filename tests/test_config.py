@@ -2,17 +2,21 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+import types
 import typing
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
@@ -25,8 +29,10 @@ from dalle.commands.train_dvae import TrainDVAEArgs
 from dalle.commands.train_tokenizer import TrainTokenizerArgs
 from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.config import ConfigError, cli_errors, from_dict, load, merge, parse, read_yaml, to_dict
+from dalle.dvae import DVAEConfig
 from dalle.schedules import Schedule
 
+ROOT = Path(__file__).parents[1]
 RUNS = {
     "train_tokenizer": TrainTokenizerArgs,
     "train_dvae": TrainDVAEArgs,
@@ -61,15 +67,21 @@ class TestValues:
                 "no key 'train.optimizer.weight-decay'; did you mean 'weight_decay'?",
             ),
             ({"loss": {"tau": {"inital": 1.0}}}, "no key 'loss.tau.inital'; did you mean 'initial'?"),
-            ({"steps": "ten"}, "steps: expected int, got 'ten'"),
-            ({"steps": 10.0}, "steps: expected int, got 10.0"),
-            ({"steps": True}, "steps: expected int, got True"),
-            ({"steps": None}, "steps: expected int, got None"),
-            ({"steps": {"a": 1}}, "steps: expected int"),
+            ({"steps": "ten"}, "steps: expected a whole number, got 'ten'"),
+            ({"steps": 10.0}, "steps: expected a whole number, got 10.0"),
+            ({"steps": True}, "steps: expected a whole number, got True"),
+            ({"steps": None}, "steps: expected a whole number, got None"),
+            ({"steps": {"a": 1}}, "steps: expected a whole number"),
             ({"device": 3}, "device: expected str, got 3"),
-            ({"train": {"optimizer": {"beta1": "0.9"}}}, "train.optimizer.beta1: expected float, got '0.9'"),
-            ({"train": {"optimizer": {"beta1": True}}}, "train.optimizer.beta1: expected float, got True"),
-            ({"model": {"widths": [8, "16"]}}, "model.widths.1: expected int, got '16'"),
+            (
+                {"train": {"optimizer": {"beta1": "0.9"}}},
+                "train.optimizer.beta1: expected a finite number, got '0.9'",
+            ),
+            (
+                {"train": {"optimizer": {"beta1": True}}},
+                "train.optimizer.beta1: expected a finite number, got True",
+            ),
+            ({"model": {"widths": [8, "16"]}}, "model.widths.1: expected a whole number, got '16'"),
             ({"train": {"precision": "fp64"}}, "train.precision: expected one of "),
             ({"resume": "maybe"}, "resume: expected one of "),
             ({"train": 3}, "train: must be a mapping"),
@@ -279,6 +291,58 @@ def test_round_trip_through_json_and_yaml(run, tmp_path):
     assert paths
     changed = dataclasses.replace(run(), **{name: Path("some") / name for name in paths})
     assert from_dict(run, to_dict(changed)) == changed
+
+
+def wrong_values(hint: type) -> list:
+    """Values that a field of this type must refuse."""
+    options = typing.get_args(hint)
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return [value for value in wrong_values(options[0]) if value is not None]
+    if typing.get_origin(hint) is tuple:
+        return [
+            "ab",
+            3,
+            *([one] * (1 if ... in options else len(options)) for one in wrong_values(options[0])),
+        ]
+    known = {
+        int: [math.nan, math.inf, True, np.bool_(True), 3.5, "3", None, 10**30, [1]],
+        float: [math.nan, -math.inf, np.float32("inf"), True, "3", None, 10**400],
+        bool: [1, 0.0, "yes", None],
+        str: [3, True, None],
+    }
+    return known.get(hint, [3, 3.5, None])
+
+
+MODULES = [
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for file in sorted((ROOT / "dalle").rglob("*.py"))
+    if "\n@configuration" in file.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_field_of_a_configuration_refuses_other_kinds_and_numbers_that_are_not_finite(module):
+    for cls in vars(importlib.import_module(module)).values():
+        check = getattr(cls, "__post_init__", None)
+        if not inspect.isclass(cls) or inspect.isabstract(cls) or "configuration" not in str(check):
+            continue
+        needed = {f.name: None for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        for name, hint in typing.get_type_hints(cls).items():
+            for value in wrong_values(hint):
+                with pytest.raises(ValueError, match=" must be " if needed else f"{name}.* must be "):
+                    cls(**needed | {name: value})
+
+
+def test_a_configuration_takes_whole_numbers_lists_and_paths_of_any_type():
+    args = TrainDVAEArgs(steps=np.int64(3), seed=4.0, out="some/where")
+    assert (args.steps, args.seed, args.out) == (3, 4, Path("some/where"))
+    assert {type(args.steps), type(args.seed)} == {int}
+    assert DVAEConfig(widths=[np.int32(8), 16], downsample_factor=2).widths == (8, 16)
+    assert type(DVAEConfig(residual_scale=np.float32(0.5)).residual_scale) is float
+    with pytest.raises(SystemExit):
+        parse(TrainDVAEArgs, ["--model.residual-scale", "inf"])
+    with pytest.raises(ConfigError, match=r"model\.min_log_scale: expected a finite number, got nan"):
+        from_dict(TrainDVAEArgs, {"model": {"min_log_scale": math.nan}})
 
 
 def sentences(cls: type) -> dict[str, str]:

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"lazy", "config", "types", "__version__"},
+    {"lazy", "config", "help", "types", "__version__"},
     {"io", "layout", "masks", "sampling", "schedules"},
     {"nn", "shapes"},
     {"text", "dvae", "vqgan", "transformer", "clip", "data", "train"},

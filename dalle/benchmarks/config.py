@@ -1,11 +1,12 @@
 """Arguments of the benchmarks (no torch here)."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from dalle.clip.config import CLIPConfig
+from dalle.config import configuration
 from dalle.data.config import DataConfig
 from dalle.dvae import DVAEConfig
 from dalle.train.config import Precision
@@ -15,7 +16,7 @@ Backend = Literal["auto", "dense", "sdpa", "window", "flex"]
 Baseline = Literal["none", "dalle-pytorch"]
 
 
-@dataclass(frozen=True)
+@configuration
 class BenchmarkArgs:
     """What every benchmark takes."""
 
@@ -37,7 +38,7 @@ class BenchmarkArgs:
                 raise ValueError(f"{option} must be positive, got {value}")
 
 
-@dataclass(frozen=True)
+@configuration
 class TransformerBenchmark(BenchmarkArgs):
     """What every benchmark of a transformer takes."""
 
@@ -54,7 +55,7 @@ class TransformerBenchmark(BenchmarkArgs):
         return replace(SIZES[self.size], activation_checkpointing=self.model.activation_checkpointing)
 
 
-@dataclass(frozen=True)
+@configuration
 class TrainBenchmark(TransformerBenchmark):
     """Times training steps of a transformer on random tokens."""
 
@@ -74,7 +75,7 @@ class TrainBenchmark(TransformerBenchmark):
     """Also count what plan.py expects as peak memory of a step, which takes up to a minute."""
 
 
-@dataclass(frozen=True)
+@configuration
 class SampleBenchmark(TransformerBenchmark):
     """Times sampling image tokens from a transformer with random weights."""
 
@@ -100,7 +101,7 @@ class SampleBenchmark(TransformerBenchmark):
             raise ValueError(f"tokens must be 4 to {image_tokens}, got {self.tokens}")
 
 
-@dataclass(frozen=True)
+@configuration
 class AttentionBenchmark(TransformerBenchmark):
     """Times attention over all layers of a model, by each backend and as causal attention."""
 
@@ -114,7 +115,7 @@ class AttentionBenchmark(TransformerBenchmark):
     """Timed rounds, after three warm-up rounds."""
 
 
-@dataclass(frozen=True)
+@configuration
 class MemoryBenchmark(TransformerBenchmark):
     """Measures the peak memory of forward and backward, without an optimizer, in four variants."""
 
@@ -122,7 +123,7 @@ class MemoryBenchmark(TransformerBenchmark):
     """Sequences per step."""
 
 
-@dataclass(frozen=True)
+@configuration
 class OpenBenchmark(TransformerBenchmark):
     """Times opening a model directory of random weights: the first time, and `rounds` times again."""
 
@@ -130,7 +131,7 @@ class OpenBenchmark(TransformerBenchmark):
     """Later openings."""
 
 
-@dataclass(frozen=True)
+@configuration
 class DataBenchmark(TransformerBenchmark):
     """Times image sources and a cache of random tokens, alone and with a training step."""
 
@@ -152,7 +153,7 @@ class DataBenchmark(TransformerBenchmark):
     """Times that every case is measured."""
 
 
-@dataclass(frozen=True)
+@configuration
 class FamiliesBenchmark(BenchmarkArgs):
     """Times training steps of the dVAE and of CLIP on random images."""
 
@@ -170,7 +171,7 @@ class FamiliesBenchmark(BenchmarkArgs):
     """Timed steps of each, after one warm-up step."""
 
 
-@dataclass(frozen=True)
+@configuration
 class RatesBenchmark(BenchmarkArgs):
     """Measures the bytes per second of copies on the device, and the FLOP/s of its matrix products."""
 
@@ -187,7 +188,7 @@ PartName = Literal[
 ]
 
 
-@dataclass(frozen=True)
+@configuration
 class GPUBenchmark:
     """Runs what the paper's sizes need on a GPU, most important first, within a time limit."""
 

@@ -1,12 +1,11 @@
 """Configuration of CLIP (Radford et al. 2021, Table 20)."""
 
-from dataclasses import dataclass
 from typing import Literal
 
-from dalle.config import check_positive
+from dalle.config import check_positive, configuration
 
 
-@dataclass(frozen=True)
+@configuration
 class CLIPConfig:
     """Shape of a CLIP with a vision transformer; the defaults are ViT-B/16 of Radford et al. (Table 20).
 

@@ -9,21 +9,20 @@ It needs gradio: pip install 'zeroshot-text2image[app]'.
 import importlib.util
 import os
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from dalle.config import check_positive, cli_errors, parse
+from dalle.config import check_positive, cli_errors, configuration, parse
 from dalle.train.config import Precision
 
 if TYPE_CHECKING:
     from dalle.pipelines.dalle import DALLE
 
 
-@dataclass(frozen=True)
+@configuration
 class AppArgs:
     """Serves a web page that samples images for captions."""
 

@@ -18,7 +18,8 @@ import sys
 from importlib import import_module
 
 from dalle.benchmarks import config
-from dalle.config import cli_errors, overview, parse
+from dalle.config import cli_errors, parse
+from dalle.help import overview
 
 BENCHMARKS = {  # NAME is timed by dalle.benchmarks.NAME.benchmark_NAME
     "train": config.TrainBenchmark,

@@ -11,11 +11,11 @@ when too many samples are bad, else 0.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dalle.config import cli_errors, parse
+from dalle.config import cli_errors, configuration, parse
 from dalle.data.config import PAPER_FILTERS, UNUSED, DataConfig
 from dalle.layout import TokenLayout
 from dalle.runs import ROOT
@@ -33,7 +33,7 @@ MAX_CAPTION = 100
 """Characters of a caption on the contact sheet."""
 
 
-@dataclass(frozen=True)
+@configuration
 class CheckDataArgs:
     """Reads every sample once and reports on sizes, captions, bad samples, duplicates and filters."""
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dalle.config import cli_errors, parse
+from dalle.config import cli_errors, configuration, parse
 from dalle.data.caption_datasets import CaptionRecord, Format, Naming, published_files, read_captions
 from dalle.data.config import IMAGE_SUFFIXES
 
@@ -35,7 +35,7 @@ create table captions (image integer, caption text);
 """A database on disk, so that memory does not grow. Nothing in it outlives the run: a crash may break it."""
 
 
-@dataclass(frozen=True)
+@configuration
 class ConvertCaptionsArgs:
     """Joins the published captions of a dataset with the images that you have of it."""
 

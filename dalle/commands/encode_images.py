@@ -6,19 +6,18 @@ torchrun --nproc-per-node 8 scripts/encode_images.py ...            eight proces
 python scripts/encode_images.py ... --encode.part 0 --encode.parts 8     each of eight such commands
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dalle.commands.train_dvae import EncodeConfig, TrainDVAEArgs
-from dalle.config import cli_errors, parse
+from dalle.config import cli_errors, configuration, parse
 from dalle.data.config import DataConfig
 
 if TYPE_CHECKING:
     from dalle.data import TokenCache
 
 
-@dataclass(frozen=True)
+@configuration
 class EncodeImagesArgs:
     """Encodes images with a trained dVAE into a token cache for the transformer."""
 

@@ -16,18 +16,18 @@ python scripts/evaluate.py --metrics rerank --clip ViT-B-32.pt --rerank-with cli
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dalle.config import check_positive, cli_errors, flatten, parse
+from dalle.config import check_positive, cli_errors, configuration, parse
 from dalle.evals.config import EvalConfig
+from dalle.io.text import flatten
 from dalle.sampling import SamplingConfig
 
 Metric = Literal["shapes", "dvae", "transformer", "clip", "images", "rerank"]
 
 
-@dataclass(frozen=True)
+@configuration
 class EvaluateArgs(EvalConfig):
     """Measures a model on captions and images that training never saw."""
 

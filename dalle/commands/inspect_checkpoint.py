@@ -4,18 +4,17 @@ python scripts/inspect_checkpoint.py dalle.pt                       format, size
 python scripts/inspect_checkpoint.py runs/dvae --json report.json   also a run, checkpoint or model directory
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
 
-from dalle.config import cli_errors, parse
+from dalle.config import cli_errors, configuration, parse
 
 SHOWN = 5  # names of a list that are printed; the JSON has them all
 
 
-@dataclass(frozen=True)
+@configuration
 class InspectCheckpointArgs:
     """Says what a checkpoint file, run or model directory holds."""
 

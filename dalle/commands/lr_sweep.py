@@ -11,7 +11,8 @@ from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
 
-from dalle.config import cli_errors, overview, parse
+from dalle.config import cli_errors, parse
+from dalle.help import overview
 from dalle.runs.kinds import EACH_KIND, TRAININGS, take_kind
 from dalle.train.config import TrainArgs
 

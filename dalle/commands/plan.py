@@ -5,14 +5,15 @@ python scripts/plan.py --config configs/dvae/small.yaml --num-gpus 1 --gpu rtx-4
 """
 
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dalle.commands.train_clip import TrainCLIPArgs
 from dalle.commands.train_dvae import TrainDVAEArgs
 from dalle.commands.train_transformer import TrainTransformerArgs
-from dalle.config import cli_errors, overview, parse
+from dalle.config import cli_errors, configuration, parse
+from dalle.help import overview
 from dalle.planner.gpus import GPU, GPUS
 from dalle.planner.memory import FP32, HALF, ParallelLayout, StepEstimate, memory, traffic
 from dalle.planner.table import print_plan
@@ -20,7 +21,7 @@ from dalle.runs.kinds import EACH_KIND, take_kind
 from dalle.train.config import POWERSGD_RANKS, compression_rate
 
 
-@dataclass(frozen=True)
+@configuration
 class PlanOptions:
     """Estimates what a training run needs."""
 
@@ -67,17 +68,17 @@ class PlanOptions:
         return replace(GPUS[self.gpu], **{name: value for name, value in changes.items() if value})
 
 
-@dataclass(frozen=True)
+@configuration
 class DVAEPlan(PlanOptions, TrainDVAEArgs):
     """Estimates what training the dVAE of a configuration needs."""
 
 
-@dataclass(frozen=True)
+@configuration
 class TransformerPlan(PlanOptions, TrainTransformerArgs):
     """Estimates what training the transformer of a configuration needs."""
 
 
-@dataclass(frozen=True)
+@configuration
 class CLIPPlan(PlanOptions, TrainCLIPArgs):
     """Estimates what training the CLIP of a configuration needs."""
 

@@ -6,15 +6,14 @@ python scripts/plot.py runs/transformer --gradient-scales --out scales.png
 python scripts/plot.py runs/transformer --metrics grad_norm lr skipped tokens_per_sec mfu data_time_frac
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from tyro.conf import Positional
 
-from dalle.config import cli_errors, parse
+from dalle.config import cli_errors, configuration, parse
 
 
-@dataclass(frozen=True)
+@configuration
 class PlotArgs:
     """Plots curves of runs: a panel for each metric, a color for each run."""
 

@@ -5,16 +5,15 @@ python scripts/push_model.py runs/quickstart/model --to owner/name --report runs
 python scripts/push_model.py runs/quickstart/dvae --to owner/name-dvae       only the model of this run
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tyro.conf import Positional
 
-from dalle.config import cli_errors, parse
+from dalle.config import cli_errors, configuration, parse
 
 
-@dataclass(frozen=True)
+@configuration
 class PushModelArgs:
     """Uploads a model directory, or the model of a run."""
 

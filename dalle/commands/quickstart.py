@@ -3,15 +3,14 @@
 python scripts/quickstart.py                                        about twenty minutes on two cores
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from dalle.config import CONFIGS, check_positive, cli_errors, parse
+from dalle.config import CONFIGS, check_positive, cli_errors, configuration, parse
 from dalle.runs import ROOT
 from dalle.sampling import SamplingConfig
 
 
-@dataclass(frozen=True)
+@configuration
 class QuickstartArgs:
     """Train tokenizer, dVAE, transformer and CLIP on shapes, then sample images of held-out captions."""
 

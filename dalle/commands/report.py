@@ -6,16 +6,15 @@ python scripts/report.py runs/my-model --prompts "a red cross above a blue circl
 python scripts/report.py evaluation.json                            the numbers of scripts/evaluate.py
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from tyro.conf import Positional
 
-from dalle.config import check_positive, cli_errors, parse
+from dalle.config import check_positive, cli_errors, configuration, parse
 from dalle.sampling import SamplingConfig
 
 
-@dataclass(frozen=True)
+@configuration
 class ReportArgs:
     """Writes a page about a run folder: a training, the quick start, a model, samples, or an evaluation."""
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
-from dalle.config import cli_errors, parse
+from dalle.config import cli_errors, configuration, parse
 from dalle.sampling import SamplingConfig
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dalle.train.distributed import Distributed
 
 
-@dataclass(frozen=True)
+@configuration
 class SampleArgs:
     """What to sample, from which model, and where to write it."""
 

@@ -3,11 +3,11 @@
 python scripts/train_clip.py --config configs/clip/shapes.yaml
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from dalle.clip.config import CLIPConfig
-from dalle.config import RESUME_FREE, check_positive, cli_errors, parse
+from dalle.config import RESUME_FREE, check_positive, cli_errors, configuration, parse
 from dalle.data.config import DataConfig
 from dalle.schedules import Schedule
 from dalle.train.config import NO_PLATEAU, EMAConfig, OptimizerConfig, TrainArgs, TrainConfig
@@ -29,7 +29,7 @@ CLIP_TRAINING = TrainConfig(
 """Radford et al., Tables 18 and 20: batch 32,768, 32 epochs of 400M pairs, cosine learning rate."""
 
 
-@dataclass(frozen=True)
+@configuration
 class TrainCLIPArgs(TrainArgs):
     """Trains a CLIP to rank images by their caption."""
 

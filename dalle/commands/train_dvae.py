@@ -4,10 +4,10 @@ python scripts/train_dvae.py                                        the shapes p
 python scripts/train_dvae.py --config configs/dvae/small.yaml --data.path my/images
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
-from dalle.config import RESUME_FREE, check_positive, cli_errors, parse
+from dalle.config import RESUME_FREE, check_positive, cli_errors, configuration, parse
 from dalle.data.config import DataConfig
 from dalle.dvae.config import DVAEConfig, DVAELossConfig
 from dalle.schedules import Schedule
@@ -29,7 +29,7 @@ PAPER_TRAINING = TrainConfig(
 """A.2: batch 512, cosine learning rate, AdamW, averaging with 0.999 at each update."""
 
 
-@dataclass(frozen=True)
+@configuration
 class EncodeConfig:
     """How images become tokens once the dVAE is trained; read by encode_images."""
 
@@ -52,7 +52,7 @@ class EncodeConfig:
         check_positive(self, "images", "crops", "batch_size", "shard")
 
 
-@dataclass(frozen=True)
+@configuration
 class TrainDVAEArgs(TrainArgs):
     """Trains the dVAE on images (stage one, paper section 2.1)."""
 

@@ -5,14 +5,13 @@ python scripts/train_tokenizer.py --data.path my/images --text.vocab-size 4096
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dalle.commands.train_transformer import TrainTransformerArgs
-from dalle.config import cli_errors, parse
+from dalle.config import cli_errors, configuration, parse
 from dalle.data import DataConfig
 from dalle.runs import ROOT
 from dalle.text import TextTokenizer, TextTokenizerConfig
@@ -23,7 +22,7 @@ MEASURED = 10_000
 """Images whose captions the report measures, at most."""
 
 
-@dataclass(frozen=True)
+@configuration
 class TrainTokenizerArgs:
     """Trains the text tokenizer on captions and writes text_tokenizer.json."""
 

@@ -5,11 +5,11 @@ python scripts/train_transformer.py --config configs/transformer/small.yaml --to
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle.config import RESUME_FREE, check_positive, cli_errors, parse
+from dalle.config import RESUME_FREE, check_positive, cli_errors, configuration, parse
 from dalle.data.config import DataConfig
 from dalle.text.tokenizer import TextTokenizerConfig
 from dalle.train.config import TrainArgs, TrainConfig
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dalle.data.token_cache import TokenCache
 
 
-@dataclass(frozen=True)
+@configuration
 class TrainTransformerArgs(TrainArgs):
     """Trains the transformer on a token cache (stage two, paper section 2.2)."""
 

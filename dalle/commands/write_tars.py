@@ -10,11 +10,10 @@ bytes: keys count from 0 in their order, members have no time or owner.
 import io
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from dalle.config import cli_errors, parse
+from dalle.config import cli_errors, configuration, parse
 from dalle.data.config import Format
 from dalle.types import DataSource
 
@@ -23,7 +22,7 @@ SUFFIXES |= {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
 """Suffix of a member by the type of its image."""
 
 
-@dataclass(frozen=True)
+@configuration
 class WriteTarsArgs:
     """Packs captioned images in any format into tars that `--data.path` opens."""
 

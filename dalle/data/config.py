@@ -1,11 +1,11 @@
 """Configuration of data sets and their filters (Section 2.3)."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
-from dalle.config import RESUME_FREE
+from dalle.config import RESUME_FREE, configuration
 
 Format = Literal["auto", "folder", "table", "tars", "hub"]
 IMAGE_SUFFIXES = (  # what Pillow opens here, in every source; the content decides how a file is read
@@ -17,7 +17,7 @@ UNUSED = "unused file"
 """Cause of a file that is neither an image nor captions: counted and named, but no bad sample."""
 
 
-@dataclass(frozen=True)
+@configuration
 class FilterConfig:
     """Filters of Section 2.3: each drops samples and counts them; None, 0 or false switches it off."""
 
@@ -53,7 +53,7 @@ PAPER_FILTERS = FilterConfig(min_words=3, language="en")
 """All filters of Section 2.3; three words is our number where the paper has none."""
 
 
-@dataclass(frozen=True)
+@configuration
 class DataConfig:
     """Where images and captions come from, and how they are read."""
 

@@ -1,12 +1,10 @@
 """Configuration of the dVAE and of its loss (Sections 2.1, A.1, A.2)."""
 
-from dataclasses import dataclass
-
-from dalle.config import check_positive
+from dalle.config import check_positive, configuration
 from dalle.schedules import Schedule
 
 
-@dataclass(frozen=True)
+@configuration
 class DVAEConfig:
     """Shape of the dVAE; the defaults are the paper's."""
 
@@ -40,7 +38,7 @@ class DVAEConfig:
         check_positive(self, "blocks_per_group", "vocab_size", "codebook_dim")
 
 
-@dataclass(frozen=True)
+@configuration
 class DVAELossConfig:
     """Schedules of the relaxed evidence lower bound; the defaults are the paper's (A.2)."""
 

@@ -1,15 +1,15 @@
 """Settings of the metrics (no torch here)."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from dalle.config import configuration
 from dalle.data.config import DataConfig
 
 RADII = (0, 1, 2, 4, 8)  # Figure 9
 TEMPLATES = ("a photo of a {}.",)  # Radford et al.: better than the name alone
 
 
-@dataclass(frozen=True)
+@configuration
 class EvalConfig:
     """How a model is measured."""
 

@@ -7,8 +7,8 @@ from typing import Any
 import jinja2
 from safetensors import SafetensorError, safe_open
 
-from dalle.config import flatten
 from dalle.io.files import read_config, read_json, write_text
+from dalle.io.text import flatten
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.jinja")

@@ -7,7 +7,6 @@ too (the sandwich of CogView), clamped attention outputs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from dalle.config import configuration
 from dalle.nn.blocks import FP32LayerNorm, ResidualBlock
 from dalle.nn.kv_cache import KVCache
 
@@ -25,7 +25,7 @@ GELUS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration(kw_only=True)
 class BlockConfig:
     """Shape of a layer."""
 

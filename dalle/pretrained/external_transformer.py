@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle.config import configuration
 from dalle.layout import TokenLayout
 from dalle.masks import dense_mask
 from dalle.nn.kv_cache import KVCache, KVCacheLayout
@@ -81,7 +82,7 @@ def stream_mask(image_mask: Tensor, prefix_len: int) -> Tensor:
     return mask
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration(kw_only=True)
 class ExternalConfig(BlockConfig, ABC):
     """Shape of an external transformer; a subclass has `kinds`, the kind of mask of each layer.
 

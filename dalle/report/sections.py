@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from dalle import viz
-from dalle.config import flatten, from_dict, to_dict
+from dalle.config import from_dict, to_dict
 from dalle.dvae import DVAE
 from dalle.evals.best_of_n import best_of_n
 from dalle.io.files import CHECKSUMS, read_config, read_json
 from dalle.io.images import load_image
+from dalle.io.text import flatten
 from dalle.report.context import ReportContext
 from dalle.report.page import Figure, Item, Table, Text, curve_figure, image_figure
 from dalle.runs.inputs import MAKE_COMMANDS

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from dalle.commands.encode_images import EncodeImagesArgs
 from dalle.commands.train_dvae import EncodeConfig
-from dalle.config import resume_fingerprint
 from dalle.data import Loader, TokenCache, open_dataset
 from dalle.data.bad_samples import BadSampleLog
 from dalle.data.dataloader import worker_count
@@ -20,6 +19,7 @@ from dalle.io.files import make_directory
 from dalle.layout import check_tokens
 from dalle.runs import ROOT
 from dalle.runs.inputs import load_dvae_input
+from dalle.train.config import resume_fingerprint
 from dalle.train.precision import autocast, local_device, resolve_precision
 from dalle.types import CaptionedImages, ImageTextBatch, ImageTokenizer
 

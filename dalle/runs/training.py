@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dalle.config import resume_fingerprint
 from dalle.data import BatchReader, ImageTextLoader
 from dalle.hub.init_from import freeze, load_pretrained_weights
 from dalle.hub.registry import build_model, checkpoint_meta, load_model
 from dalle.io.files import make_directory, read_json
 from dalle.runs import ROOT
 from dalle.train.checkpoint import latest_checkpoint
-from dalle.train.config import TrainArgs
+from dalle.train.config import TrainArgs, resume_fingerprint
 from dalle.train.distributed import Distributed
 from dalle.train.precision import compile_layers
 from dalle.train.trainer import Trainer

@@ -20,12 +20,13 @@ Start and pad tokens belong to the layout of the sequence, not to this vocabular
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ftfy
 
+from dalle.config import configuration
 from dalle.text.bpe import UNKNOWN_TEXT, WORD_START, BPETokenizer
 from dalle.text.external import huggingface, youtokentome
 
@@ -47,7 +48,7 @@ SPACING = (
 )
 
 
-@dataclass(frozen=True)
+@configuration
 class TextTokenizerConfig:
     """Vocabulary of the text tokenizer; where the paper is silent the defaults are ours."""
 
@@ -59,10 +60,6 @@ class TextTokenizerConfig:
     """Share of the training text that the alphabet covers; rarer characters leave their ids to merges."""
 
     def __post_init__(self):
-        if type(self.vocab_size) is not int or self.vocab_size < 1:
-            raise ValueError(f"vocab_size must be a positive integer, got {self.vocab_size!r}")
-        if type(self.byte_fallback) is not bool:
-            raise ValueError(f"byte_fallback must be true or false, got {self.byte_fallback!r}")
         if self.vocab_size < (least := 258 if self.byte_fallback else 2):
             needs = f"at least {least} ids for unknown, bytes and the word-start mark"
             raise ValueError(f"vocab_size {self.vocab_size} is too small: it needs {needs}")

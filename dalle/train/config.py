@@ -4,12 +4,11 @@
 A field marked `RESUME_FREE` may change when a run resumes: it leaves the weights as they are.
 """
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from dalle.config import RESUME_FREE, check_positive
+from dalle.config import RESUME_FREE, check_positive, configuration, to_dict
 from dalle.schedules import Schedule
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -36,7 +35,7 @@ TIMEOUT_MINUTES = 15.0
 VARIANCE_CHUNK = 2**26  # elements of the second moment that are clipped at once, at most
 
 
-@dataclass(frozen=True)
+@configuration
 class PlateauConfig:
     """When the learning rate is halved; `max_reductions` is the paper's (B.2), the rest our choice."""
 
@@ -61,7 +60,7 @@ NO_PLATEAU = PlateauConfig(max_reductions=0)
 """The learning rate follows its schedule alone."""
 
 
-@dataclass(frozen=True)
+@configuration
 class OptimizerConfig:
     """AdamW, optionally with Muon; the defaults are the transformer's (B.2)."""
 
@@ -96,8 +95,8 @@ class OptimizerConfig:
                 f"lr and warmup_steps cannot be negative, got {self.lr} and warmup_steps {self.warmup_steps}"
             )
         for name in ("beta1", "beta2", "eps", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number, not negative, got {getattr(self, name)}")
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} cannot be negative, got {getattr(self, name)}")
         check_positive(self, "max_grad_norm", "max_variance", "muon_lr_scale")
         if self.max_variance is not None and not 0 < self.beta2 < 1:
             raise ValueError(f"beta2 must be in (0, 1) with max_variance, got {self.beta2}")
@@ -109,7 +108,7 @@ class OptimizerConfig:
         return self.lr(step) * (min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0)
 
 
-@dataclass(frozen=True)
+@configuration
 class EMAConfig:
     """Exponential moving average of the weights; the defaults are the transformer's (B.2)."""
 
@@ -126,7 +125,7 @@ class EMAConfig:
         check_positive(self, "update_every")
 
 
-@dataclass(frozen=True)
+@configuration
 class PowerSGDConfig:
     """How replicas average their gradients (2.5); without replicas it has no effect."""
 
@@ -152,7 +151,7 @@ def compression_rate(width: int, rank: int, shards: int = 8) -> float:
     return 1 - rank * (shards + 2) / (2 * width * shards)
 
 
-@dataclass(frozen=True)
+@configuration
 class LogConfig:
     """Loggers; no effect on the training."""
 
@@ -169,7 +168,7 @@ class LogConfig:
         check_positive(self, "peak_flops")
 
 
-@dataclass(frozen=True)
+@configuration
 class TrainConfig:
     """How a model is trained; the defaults are the transformer's (B.2)."""
 
@@ -208,7 +207,7 @@ class TrainConfig:
             raise ValueError(f"keep_every {self.keep_every} is no multiple of save_every {self.save_every}")
 
 
-@dataclass(frozen=True)
+@configuration
 class TrainArgs:
     """Arguments of every training command."""
 
@@ -245,3 +244,14 @@ class TrainArgs:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
         check_positive(self, "steps", "overfit_batch", "dist_timeout_minutes")
+
+
+def resume_fingerprint(config: Any) -> dict[str, Any]:
+    """The configuration as a plain dict, without the fields that a resumed run may change (`RESUME_FREE`)."""
+    classes = [cls for cls in type(config).__mro__ if is_dataclass(cls)]
+    free = {f.name for cls in classes for f in fields(cls) if f.metadata.get("resume") == "free"}
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in free}
+    return {
+        name: resume_fingerprint(value) if is_dataclass(value) else to_dict(value)
+        for name, value in values.items()
+    }

@@ -1,14 +1,12 @@
 """Configuration and named sizes of the transformer (paper section 2.2, appendices B.1 and D)."""
 
-from dataclasses import dataclass
-
-from dalle.config import check_positive
+from dalle.config import check_positive, configuration
 from dalle.layout import TokenLayout
 from dalle.masks import layer_kinds, visible
 from dalle.nn import ATTENTION_BACKENDS
 
 
-@dataclass(frozen=True)
+@configuration
 class TransformerConfig:
     """Shape of the transformer; the defaults are the paper's 12 billion."""
 
@@ -76,7 +74,7 @@ class TransformerConfig:
 TEXT_WEIGHT = 1 / 8  # 2.2
 
 
-@dataclass(frozen=True)
+@configuration
 class TransformerLossConfig:
     """Loss of the transformer."""
 

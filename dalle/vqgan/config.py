@@ -1,14 +1,12 @@
 """Shape of a VQGAN (Esser et al. 2021, "Taming transformers")."""
 
-from dataclasses import dataclass
-
-from dalle.config import check_positive
+from dalle.config import check_positive, configuration
 
 GROUPS = 32  # of every group norm (release)
 QUANTIZERS = ("nearest", "cosine", "logits")
 
 
-@dataclass(frozen=True)
+@configuration
 class VQGANConfig:
     """Shape of a VQGAN; the defaults are the published f16 with 16384 codes."""
 

@@ -3,7 +3,6 @@
 A sequence holds the words of a caption and the colors of 12 x 12 pixels, rounded to 64.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dalle.benchmarks.common import Stepper
+from dalle.config import configuration
 from dalle.layout import TokenLayout
 from dalle.shapes.dataset import GRID, ShapesDataset, render
 from dalle.train.config import OptimizerConfig
@@ -33,7 +33,7 @@ SMALL = TransformerConfig(
 )
 
 
-@dataclass(frozen=True)
+@configuration
 class TrainingStudy:
     """What the studies take that train a small transformer with several methods."""
 

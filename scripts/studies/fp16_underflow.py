@@ -8,7 +8,7 @@ python scripts/studies/fp16_underflow.py --plot underflow.png --plot-scales scal
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dalle.benchmarks.common import finish
-from dalle.config import cli_errors, parse
+from dalle.config import cli_errors, configuration, parse
 from dalle.nn.blocks import ResidualBlock, scale_gradient
 from dalle.schedules import Schedule
 from dalle.train.config import NO_PLATEAU, OptimizerConfig
@@ -60,7 +60,7 @@ METHODS: dict[str, Callable[[list[ResidualBlock]], PerBlockGradScaler] | None] =
 }
 
 
-@dataclass(frozen=True)
+@configuration
 class UnderflowStudy(TrainingStudy):
     """Trains a deep narrow transformer in fp32 and in fp16 with one scale and with a scale per resblock."""
 

@@ -5,7 +5,6 @@ Replicas are processes that exchange gradients over gloo. All methods start from
 python scripts/studies/powersgd_curves.py --steps 200 --plot curves.png --json curves.json
 """
 
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +17,7 @@ from color_tokens import CPU, ColorTokens, TrainingStudy, plot_losses
 from matplotlib.figure import Figure
 
 from dalle.benchmarks.common import finish
-from dalle.config import cli_errors, parse
+from dalle.config import cli_errors, configuration, parse
 from dalle.io.files import read_json, write_json
 from dalle.schedules import Schedule
 from dalle.train.config import OptimizerConfig
@@ -38,7 +37,7 @@ METHODS: dict[str, tuple[dict[str, str], str]] = {  # settings of PowerSGD, and 
 METRICS = ("loss", "image_loss", "text_loss", "comm_mb")
 
 
-@dataclass(frozen=True)
+@configuration
 class PowerSGDStudy(TrainingStudy):
     """Trains a small transformer once with each method."""
 

@@ -8,7 +8,7 @@ the KL divergence.
 python scripts/studies/reproducibility.py --model runs/quickstart/model --candidates 64
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from dalle.benchmarks.common import finish
-from dalle.config import cli_errors, parse
+from dalle.config import cli_errors, configuration, parse
 from dalle.pipelines.dalle import DALLE
 from dalle.train.precision import Precision, resolve_device, resolve_precision
 
 
-@dataclass(frozen=True)
+@configuration
 class Setting:
     """How images are sampled."""
 
@@ -35,7 +35,7 @@ class Setting:
         return f"batch {self.batch}, {self.precision}{matrices}, {self.device}"
 
 
-@dataclass(frozen=True)
+@configuration
 class ReproducibilityStudy:
     """Samples the same candidates in several settings and counts the images whose tokens are all equal."""
 

@@ -310,7 +310,7 @@ def test_character_coverage_leaves_rare_characters_to_bytes():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"vocab_size": 0}, {"vocab_size": 1e4}, {"byte_fallback": None}, {"character_coverage": 0}]
+    "fields", [{"vocab_size": 0}, {"vocab_size": 400.5}, {"byte_fallback": None}, {"character_coverage": 0}]
 )
 def test_config_refuses(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):

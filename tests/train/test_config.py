@@ -6,7 +6,6 @@ import pytest
 
 from dalle.commands.train_clip import TrainCLIPArgs
 from dalle.commands.train_transformer import TrainTransformerArgs
-from dalle.config import resume_fingerprint
 from dalle.schedules import Schedule
 from dalle.train.config import (
     EMAConfig,
@@ -16,6 +15,7 @@ from dalle.train.config import (
     PowerSGDConfig,
     TrainArgs,
     TrainConfig,
+    resume_fingerprint,
 )
 
 
@@ -25,9 +25,9 @@ from dalle.train.config import (
         (OptimizerConfig, {"muon_lr_scale": 0.0}, "muon_lr_scale must be positive"),
         (OptimizerConfig, {"warmup_steps": -5}, "cannot be negative"),
         (OptimizerConfig, {"lr": Schedule(-1.0, 0.1)}, "cannot be negative"),
-        (OptimizerConfig, {"max_grad_norm": float("nan")}, "max_grad_norm must be positive"),
+        (OptimizerConfig, {"max_grad_norm": float("nan")}, "max_grad_norm must be a finite number"),
         (OptimizerConfig, {"eps": float("nan")}, "eps must be a finite number"),
-        (Schedule, {"initial": 0.1, "final": float("nan")}, "must be finite"),
+        (Schedule, {"initial": 0.1, "final": float("nan")}, "final must be a finite number"),
         (OptimizerConfig, {"max_variance": 0.0}, "max_variance"),
         (OptimizerConfig, {"max_variance": 5.0, "beta2": 0.0}, "beta2 must be in"),
         (OptimizerConfig, {"state_dtype": "8bit"}, "set optimizer.max_variance to null"),

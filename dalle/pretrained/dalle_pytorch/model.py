@@ -10,7 +10,6 @@ Heads and kinds of layers are in the file's `hparams`. Versions before 1.6 diffe
     B batch, n inputs of this call, N image tokens, D width, W columns
 """
 
-from dataclasses import dataclass
 from itertools import cycle, islice
 from math import isqrt
 
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle.config import configuration
 from dalle.nn.blocks import FP32LayerNorm
 from dalle.nn.kv_cache import KVCache
 from dalle.pretrained.dalle_pytorch.vae import LICENSE
@@ -30,7 +30,7 @@ CONV_KERNEL = 5  # the package has no other
 Trunks = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration(kw_only=True)
 class DallePytorchConfig(ExternalConfig):
     """Shape of the transformer; heads * head_dim may differ from the width."""
 

@@ -7,13 +7,13 @@ normalized pixels are mapped back here.
 
 import math
 import re
-from dataclasses import dataclass
 from reprlib import repr as shown
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dalle.config import configuration
 from dalle.io.images import check_images
 from dalle.layout import check_tokens, token_grid
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
@@ -22,7 +22,7 @@ LICENSE = "MIT, of github.com/lucidrains/DALLE-pytorch; weights are of whoever t
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # the package's default
 
 
-@dataclass(frozen=True)
+@configuration
 class DiscreteVAEConfig:
     """Shape of the VAE: `levels` halve the image, `blocks` are residual blocks on each side."""
 

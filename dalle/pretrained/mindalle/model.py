@@ -11,7 +11,6 @@ token, and no state predicts the first text id. Every pad is [PAD].
 """
 
 import json
-from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from reprlib import repr as shown
@@ -19,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dalle.config import read_yaml
+from dalle.config import configuration, read_yaml
 from dalle.io.files import read_json
 from dalle.nn.blocks import FP32LayerNorm
 from dalle.pretrained.external_transformer import ExternalConfig, ExternalLayout, ExternalTransformer
@@ -27,7 +26,7 @@ from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes
 from dalle.text.external.huggingface import HuggingFaceTokenizer, import_tokenizers
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration(kw_only=True)
 class MinDalleConfig(ExternalConfig):
     """Shape of the transformer; the defaults are the published model's. `text_vocab` counts [PAD]."""
 

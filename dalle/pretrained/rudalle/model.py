@@ -14,11 +14,12 @@ of lowercase captions; the image tokenizer is vqgan.gumbelf8-sber.model.ckpt, or
 changes nothing in fp32 and is omitted.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from dalle.config import configuration
 from dalle.nn.blocks import FP32LayerNorm
 from dalle.pretrained.external_transformer import (
     ExternalConfig,
@@ -35,7 +36,7 @@ BEGIN, END = 2, 3  # ids of text
 REACH = 5  # of the square, to each side
 
 
-@dataclass(frozen=True, kw_only=True)
+@configuration(kw_only=True)
 class RudalleConfig(ExternalConfig):
     """Shape of the transformer, by default of the published XL. `text_len` counts begin and end."""
 
