@@ -56,7 +56,7 @@ def retrieval(
     wrong = {"image_to_text_acc": wrong_captions, "text_to_image_acc": wrong_images}
     among = {"image_to_text_acc": len(captions), "text_to_image_acc": len(images)}
     return {
-        name: {f"R@{k}": float((wrong[name] < k).double().mean()) for k in ks if k < among[name]}
+        name: {f"R@{k}": float((wrong[name] < k).cpu().double().mean()) for k in ks if k < among[name]}
         for name in wrong
     }
 
@@ -80,7 +80,9 @@ def zero_shot(clip: Embedder, pixels: Tensor, classes: Tensor) -> Tensor:
 def accuracy(ranked: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 and top-5 accuracy of ranked classes (B, C) for labels (B,), and that of chance."""
     hits = ranked == labels.to(ranked.device)[:, None]
-    top = {f"acc_top_{k}": float(hits[:, :k].any(1).double().mean()) for k in (1, 5) if k < ranked.shape[1]}
+    top = {
+        f"acc_top_{k}": float(hits[:, :k].any(1).cpu().double().mean()) for k in (1, 5) if k < ranked.shape[1]
+    }
     return top | {"acc_chance": 1 / ranked.shape[1]}
 
 

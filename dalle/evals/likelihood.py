@@ -44,7 +44,7 @@ def nats_per_token(model: Transformer, batches: Iterable[Tensor]) -> dict[str, f
         pairs += len(ids)
         counts = model.layout.loss_mask(ids).split([model.layout.text_len, model.layout.num_image_tokens], 1)
         tokens += torch.stack([one.sum().cpu() for one in counts])
-        nats -= torch.stack([one.double().sum().cpu() for one in log_likelihood(model, ids)])
+        nats -= torch.stack([one.cpu().double().sum() for one in log_likelihood(model, ids)])
     if not pairs:
         raise ValueError("no pairs to measure; expected one or more")
     (text, image), (text_tokens, image_tokens) = (nats / tokens).tolist(), tokens.tolist()
@@ -67,13 +67,13 @@ def bits_per_dim(
     means, dims = {"argmax": MeanMetric(), "sampled": MeanMetric()}, 0
     for pixels, text_tokens in batches:
         dims = pixels[0].numel()
-        log_q = dvae.codebook_logits(pixels).double().log_softmax(1).flatten(2).mT.cpu()  # (B, h * w, K)
+        log_q = dvae.codebook_logits(pixels).cpu().double().log_softmax(1).flatten(2).mT  # (B, h * w, K)
         sampled = torch.multinomial(log_q.exp().flatten(0, 1), 1, generator=rng).view(log_q.shape[:2])
         entropy = torch.special.entr(log_q.exp()).sum((1, 2))
         for name, ids, h in (("argmax", log_q.argmax(2), 0 * entropy), ("sampled", sampled, entropy)):
             tokens = ids.to(pixels.device)
             grid = tuple(side // dvae.downsample_factor for side in pixels.shape[2:])
-            mu, log_b = dvae.decoder(tokens.view(-1, *grid)).double().chunk(2, dim=1)
+            mu, log_b = dvae.decoder(tokens.view(-1, *grid)).chunk(2, dim=1)
             text, image_tokens = log_likelihood(transformer, transformer.layout.pack(text_tokens, tokens))
             image = log_mass(pixels, mu, log_b).sum((1, 2, 3))
             means[name].add({"image_nats": -image, "image_token_nats": -image_tokens})
@@ -87,12 +87,16 @@ def bits_per_dim(
 
 
 def log_mass(pixels: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:
-    """Log probability of 8-bit values under the logit-Laplace of mu and ln b, elementwise, in nats."""
-    level = (pixels.double() * LEVELS).round()
+    """Log probability of 8-bit values under the logit-Laplace of mu and ln b, elementwise, in nats.
+
+    In float64 on the CPU: other devices lack it.
+    """
+    pixels, mu, log_b = (values.cpu().double() for values in (pixels, mu, log_b))
+    level = (pixels * LEVELS).round()
     edges = [EPSILON + (1 - 2 * EPSILON) * (level + step) / LEVELS for step in (-0.5, 0.5)]
     low = torch.logit(edges[0]).masked_fill(level == 0, -torch.inf)
     high = torch.logit(edges[1]).masked_fill(level == LEVELS, torch.inf)
-    a, c = ((edge - mu.double()) * torch.exp(-log_b.double()) for edge in (low, high))  # a < c
+    a, c = ((edge - mu) * torch.exp(-log_b) for edge in (low, high))  # a < c
     # A Laplace is even: a bin right of the middle is mirrored to the left, where it is exp(c) / 2.
     a, c = torch.where(a > 0, -c, a), torch.where(a > 0, -a, c)
     one_side = c + torch.log(-torch.expm1(a - c)) - math.log(2)

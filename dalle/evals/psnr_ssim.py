@@ -1,4 +1,4 @@
-"""PSNR and SSIM, and the Gaussian filter of SSIM and of blurred FID.
+"""PSNR and SSIM, in float64 on the CPU, and the Gaussian filter of SSIM and of blurred FID.
 
 B images of C channels, H x W pixels
 """
@@ -15,7 +15,7 @@ BLUR_REACH = 4  # standard deviations; the weights beyond are less than 1e-4
 def psnr(pixels: Tensor, others: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of pixels (B, C, H, W) in [0, 1]: (B,); inf for equal images."""
     _check(pixels, others)
-    return -10 * (pixels.double() - others.double()).square().mean((1, 2, 3)).log10()
+    return -10 * (pixels.cpu().double() - others.cpu().double()).square().mean((1, 2, 3)).log10()
 
 
 def ssim(pixels: Tensor, others: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def ssim(pixels: Tensor, others: Tensor) -> Tensor:
     _check(pixels, others)
     if min(pixels.shape[2:]) < WINDOW:
         raise ValueError(f"SSIM needs {WINDOW} x {WINDOW} pixels or more, got {tuple(pixels.shape[2:])}")
-    x, y = pixels.double(), others.double()
+    x, y = pixels.cpu().double(), others.cpu().double()
     mean_x, mean_y, xx, yy, xy = (gaussian_filter(z, SIGMA, WINDOW // 2) for z in (x, y, x * x, y * y, x * y))
     var_x, var_y, cov = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + K1**2) / (mean_x**2 + mean_y**2 + K1**2)

@@ -15,7 +15,7 @@ class MeanMetric:
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Adds a batch: values (B,) by name."""
         for name, each in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(each.double().sum())
+            self.sums[name] = self.sums.get(name, 0.0) + float(each.cpu().double().sum())
             self.counts[name] = self.counts.get(name, 0) + each.numel()
 
     def values(self) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.dvae.losses import logit_laplace_log_prob
 from dalle.dvae.model import map_pixels
-from dalle.evals import clip, likelihood, reconstruction
+from dalle.evals import clip, fid, likelihood, reconstruction
 from dalle.evals.best_of_n import best_of_n, sizes
 from dalle.evals.clip import retrieval
 from dalle.evals.psnr_ssim import psnr, ssim
@@ -21,6 +21,7 @@ from dalle.evals.running_mean import MeanMetric
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.losses import log_likelihood
 from dalle.types import Embedder
+from tests.helpers.accelerator import NoFloat64
 
 CONFIG = {"depth": 1, "heads": 1, "head_dim": 8, "text_vocab": 9, "image_vocab": 6}
 
@@ -92,6 +93,31 @@ def test_nats_are_over_all_tokens_and_not_means_of_batches(transformer):
     assert report["text_loss"] == pytest.approx(float(-text / 10), rel=1e-5)
     assert report["image_loss"] == pytest.approx(float(-log_p[:, 5:].mean()), rel=1e-5)
     assert report["loss"] == pytest.approx(report["text_loss"] / 8 + 7 / 8 * report["image_loss"])
+
+
+def test_float64_is_of_the_cpu_alone(dvae, transformer, pixels):
+    """Apple's MPS has none; every metric of tensors is computed from those of such a device."""
+    text = transformer.layout.pad_text([[1], [2, 3], [4], [], [5, 6, 7, 8]])
+    ids = transformer.layout.pack(text, dvae.encode(pixels))
+    vectors = torch.nn.functional.normalize(torch.randn(5, 4), dim=1)
+    class_labels = torch.arange(5)
+
+    class Features:
+        hash, resize = "", ""
+
+        def __call__(self, images):
+            return images.flatten(1)[:, :8], images.flatten(1)[:, :10]
+
+    with NoFloat64(dvae, transformer, pixels, ids, text, vectors):
+        likelihood.nats_per_token(transformer, [ids])
+        likelihood.bits_per_dim(dvae, transformer, [(pixels, text)])
+        reconstruction.run(dvae, [pixels])
+        retrieval(vectors, vectors, range(5))
+        clip.accuracy((vectors @ vectors.T).argsort(1), class_labels)
+        stats = fid.extract_stats(Features(), [pixels])[0]
+        fid.inception_score(torch.cat(stats.logits), splits=2)
+        with pytest.raises(TypeError, match="float64 on a device without it"):
+            pixels.double()
 
 
 class TestBitsPerDim:
