@@ -71,7 +71,7 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
 
     from dalle.data.bad_samples import BadSampleLog, check_bad_fraction
     from dalle.data.dataloader import worker_count
-    from dalle.data.dataset import source_of
+    from dalle.data.dataset import note_left_out, source_of
     from dalle.data.statistics import DatasetScanner, DatasetStats, find_duplicates
     from dalle.io.files import make_directory, write_json
     from dalle.io.images import captioned_grid
@@ -84,6 +84,7 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
     if args.data.val_path:
         print(f"note: {args.data.val_path} is not read; check it in a run of its own")
     source = source_of(args.data, args.data.path)
+    note_left_out(args.data.path, source)
     out = make_directory(args.out or ROOT / "check")
     if args.exclude_list:
         make_directory(args.exclude_list.parent)
@@ -111,8 +112,9 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
         cells = [(_printable(caption)[:MAX_CAPTION], image) for caption, image in stats.tiles]
         captioned_grid(cells, min(COLUMNS, len(cells))).save(out / "contact_sheet.png")
     if args.exclude_list:
-        names = (f"{source.name(copy)}\n".encode("utf-8", "surrogatepass") for copy, _ in duplicates)
-        args.exclude_list.write_bytes(b"".join(names))
+        names = [f"{source.name(copy)}\n".encode("utf-8", "surrogateescape") for copy, _ in duplicates]
+        broken = any(name.count(b"\n") > 1 for name in names)  # then NUL separates them
+        args.exclude_list.write_bytes(b"".join(name[:-1] + b"\0" if broken else name for name in names))
     _print_report(report, args, out)
     bad = report["bad"]
     if args.max_bad is None:
@@ -188,7 +190,7 @@ def _print_report(report: dict[str, Any], args: CheckDataArgs, out: Path) -> Non
     print(f"bad samples: {percent(bad)}; left out in all, unused files included:")
     for cause, count in bad["causes"].items():
         name = next((named["name"] for named in bad["named"] if named["cause"] == cause), "not named")
-        print(f"  {count:9,}  {cause}, for example {name}")
+        print(f"  {count:9,}  {cause}, for example {name:.200}")
     print_summary("shorter side, pixels", report["shorter_side"])
     print(f"  smaller than --data.resolution, so that no crop fits: {percent(small)}")
     print_summary("width / height", report["aspect"])

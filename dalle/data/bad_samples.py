@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dalle.data.config import UNUSED
 from dalle.io.text import parse_json
 from dalle.types import BadSample
 
@@ -54,7 +55,9 @@ def examples_text(samples: Sequence[BadSample]) -> str:
     if not samples:
         return "0"
     causes = causes_text(Counter(bad.cause for bad in samples))
-    named = (f"{bad.name} ({', '.join(filter(None, [bad.cause, bad.detail]))})" for bad in samples[:3])
+    named = (
+        f"{bad.name:.200} ({bad.cause}{', ' * bool(bad.detail)}{bad.detail:.200})" for bad in samples[:3]
+    )
     return f"{len(samples)}: {causes}; for example {', '.join(named)}"
 
 
@@ -120,4 +123,6 @@ class BadSampleLog:
 
     def __str__(self) -> str:
         details = f"; each is named in {self.path}" if self.path else ""
-        return f"skipped {self.counts.total()} samples: {causes_text(self.counts)}{details}"
+        causes = self.counts - Counter({UNUSED: self.counts[UNUSED]})
+        unused = f"; {self.counts[UNUSED]} unused files" if self.counts[UNUSED] else ""
+        return f"skipped {causes.total()} samples{': ' * bool(causes)}{causes_text(causes)}{unused}{details}"

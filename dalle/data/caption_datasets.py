@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from xml.etree import ElementTree
 
-from dalle.io.text import is_caption, parse_json
+from dalle.io.text import is_caption, parse_json, read_lines
 
 Format = Literal["coco", "karpathy", "cc", "cc12m", "redcaps", "narratives", "flickr", "openclipart"]
 Naming = Literal["number", "md5", "sha256"]
@@ -156,7 +156,7 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
     """("FILE, line N", line); bytes that are not UTF-8 become lone surrogates, which are counted later."""
     unpack = gzip.open if file.suffix == ".gz" else open
     with unpack(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(read_lines(lines), 1):
             yield f"{file.name}, line {number}", line.rstrip("\r\n")
 
 

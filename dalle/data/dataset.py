@@ -43,8 +43,8 @@ def open_dataset(config: DataConfig, split: str = "train", siblings: bool = Fals
     elif config.val_path is not None:
         val_fraction = None
     source = source_of(config, path, part)
-    if source.skipped and (split == "train" or val_fraction is None) and not int(os.environ.get("RANK", 0)):
-        tqdm.write(f"note: of {path}, left out {examples_text(source.skipped)}")
+    if (split == "train" or val_fraction is None) and not int(os.environ.get("RANK", 0)):
+        note_left_out(path, source)
     bad = sum(bad.cause != UNUSED for bad in source.skipped)
     check_bad_fraction(bad, len(source) + bad, config.max_bad_fraction, examples_text(source.skipped))
     filters = Filters(config.filters)
@@ -55,6 +55,12 @@ def source_of(config: DataConfig, path: str, part: str = "all") -> DataSource:
     """The captioned images at a path, read as configured."""
     names = ("format", "image_column", "caption_column", "image_root", "index_dir")
     return open_source(path, part=part, **{name: getattr(config, name) for name in names})
+
+
+def note_left_out(path: str, source: DataSource) -> None:
+    """Prints what opening a source left out, by cause."""
+    if source.skipped:
+        tqdm.write(f"note: of {path}, left out {examples_text(source.skipped)}")
 
 
 class ImageTextDataset:

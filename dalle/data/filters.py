@@ -4,10 +4,12 @@ On by default are the two that the paper states exactly: boilerplate captions an
 need the whole dataset: scripts/check_data.py writes their names for `exclude_list`.
 """
 
+import codecs
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cache
+from pathlib import Path
 
 from dalle.data.config import FilterConfig
 
@@ -35,9 +37,8 @@ class Filters:
         self._names: frozenset[str] = frozenset()
         if config.exclude_list:
             try:
-                names = config.exclude_list.read_text("utf-8-sig", "surrogatepass")
-                self._names = frozenset(names.split("\n"))
-            except (OSError, UnicodeDecodeError) as error:
+                self._names = read_names(config.exclude_list)
+            except OSError as error:
                 problem = f"cannot read the exclude list {config.exclude_list} ({error})"
                 raise ValueError(f"{problem}; give a text file with one name per line") from None
 
@@ -67,6 +68,16 @@ class Filters:
         """The captions that no filter drops."""
         tests = self._caption_tests.values()
         return [caption for caption in captions if not any(drops(caption) for drops in tests)]
+
+
+def read_names(path: Path) -> frozenset[str]:
+    """The names in a list, one a line, or separated by NUL as of find -print0; not all need be UTF-8."""
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path} is UTF-16, expected UTF-8; save it again")
+    lines = data.split(b"\0" if b"\0" in data else b"\n")
+    lines += [line.removesuffix(b"\r") for line in lines]
+    return frozenset(line.decode("utf-8", "surrogateescape") for line in lines)
 
 
 def one_by_one(config: FilterConfig) -> dict[str, FilterConfig]:

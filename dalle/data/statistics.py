@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from dalle.data.bad_samples import BadSampleError
 from dalle.data.config import FilterConfig
@@ -133,11 +134,17 @@ def summarize(counts: Counter[float]) -> dict[str, Any]:
     return dict(zip(("min", "p5", "median", "p95", "max"), percentiles, strict=True), mean=mean)
 
 
-def _thumbnails(source: DataSource, indices: Sequence[int], chunk: int) -> list[np.ndarray]:
-    """The thumbnails of a chunk of `indices`."""
-    indices = indices[chunk * CHUNK : (chunk + 1) * CHUNK]
-    samples = map(source.read, indices)
-    return [thumbnail(decode(open_image(sample.image, sample.name), sample.name)) for sample in samples]
+def _thumbnails(source: DataSource, indices: Sequence[int], chunk: int) -> list[np.ndarray | None]:
+    """The thumbnails of a chunk of `indices`; None for an image that cannot be read a second time."""
+    thumbnails: list[np.ndarray | None] = []
+    for index in indices[chunk * CHUNK : (chunk + 1) * CHUNK]:
+        try:
+            sample = source.read(index)
+            thumbnails.append(thumbnail(decode(open_image(sample.image, sample.name), sample.name)))
+        except BadSampleError as error:
+            tqdm.write(f"note: it has changed since it was read first: {error}")
+            thumbnails.append(None)
+    return thumbnails
 
 
 def find_duplicates(source: DataSource, stats: DatasetStats, workers: int = 0) -> Iterator[tuple[int, int]]:
@@ -150,7 +157,9 @@ def find_duplicates(source: DataSource, stats: DatasetStats, workers: int = 0) -
     chunks = _map(partial(_thumbnails, source, indices), -(-len(indices) // CHUNK), workers)
     images = chain.from_iterable(chunks)
     for group in groups:
-        firsts = find_copies(list(islice(images, len(group))))
+        found = list(islice(images, len(group)))
+        group = [i for i, image in zip(group, found, strict=True) if image is not None]
+        firsts = find_copies([image for image in found if image is not None])
         for i, first in zip(group, firsts, strict=True):
             if first is not None:
                 yield stats.indices[i], stats.indices[group[first]]

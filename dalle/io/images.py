@@ -59,12 +59,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its values are floats; save it in 8 bits")
     if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            limits = f"{values.min():.0f} to {values.max():.0f}"
+            limits = f"{values.min()} to {values.max()}"
             raise ValueError(f"its values go from {limits}; save it in 8 or 16 bits")
-        alpha = 255 * (values != image.info.get("transparency"))
-        image = Image.fromarray(np.stack([values / 257, alpha], -1).round().astype(np.uint8))
+        gray = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        alpha = np.uint8(255) * (values != image.info.get("transparency"))
+        image = Image.fromarray(np.stack([gray, alpha], -1))
     mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
     rgb = image.convert(mode)
     with contextlib.suppress(Exception):  # neither does a damaged ICC profile, or one of another mode

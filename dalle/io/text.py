@@ -2,7 +2,8 @@
 
 import json
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 VISIBLE = re.compile(
     r"[^\s\0-\x1f\x7f-\x9f\xad\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff]"
@@ -12,9 +13,22 @@ MISSING = ("nan", "none", "null", "n/a", "#n/a", "<na>")
 """How tables write a missing value, in any case."""
 
 
+MAX_CAPTION, MAX_LINE = 2**17, 2**24
+"""Characters of a caption, and of a line of a table or list; the first is that of a field in Python's csv."""
+
+
 def is_caption(text: str) -> bool:
-    """Whether text is neither blank nor MISSING."""
-    return bool(VISIBLE.search(text)) and text.strip().lower() not in MISSING
+    """Whether text is neither blank nor MISSING nor longer than MAX_CAPTION."""
+    return len(text) <= MAX_CAPTION and bool(VISIBLE.search(text)) and text.strip().lower() not in MISSING
+
+
+def read_lines(file: TextIO) -> Iterator[str]:
+    """The lines of a text file; of one longer than MAX_LINE only as much."""
+    while line := file.readline(MAX_LINE):
+        rest = line
+        while len(rest) == MAX_LINE and rest[-1] not in "\r\n":
+            rest = file.readline(MAX_LINE)
+        yield line
 
 
 def parse_json(text: str | bytes, place: str) -> Any:

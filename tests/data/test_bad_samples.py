@@ -16,20 +16,26 @@ def bad(*indices, cause="truncated"):
 
 def test_a_resumed_run_continues_its_file(tmp_path):
     path = tmp_path / "bad_samples.jsonl"
-    opening = [BadSample(None, "x.png", "missing twin")]
+    opening = [BadSample(None, "x.png", "missing twin"), BadSample(None, "x.db", "unused file")]
     for _ in range(2):
         log = BadSampleLog(path, 1000, opening)
         log.add(bad(4), 5, 10)
     log.add(bad(5, cause="empty caption"), 6, 20)
-    assert log.counts == Counter({"missing twin": 1, "truncated": 1, "empty caption": 1})
-    assert "3 samples: 1 missing twin, 1 truncated, 1 empty caption; each is named" in str(log)
+    assert log.counts == Counter({"missing twin": 1, "truncated": 1, "empty caption": 1, "unused file": 1})
+    text = "3 samples: 1 missing twin, 1 truncated, 1 empty caption; 1 unused files; each is named"
+    assert text in str(log)
     with path.open("a") as file:
         file.write('{"index": 6, "na')  # an interrupted run
     again = BadSampleLog(path, 1000, opening)
     again.add([], 7, 30)
     assert again.counts == log.counts
     again.add(bad(7), 7, 30)
-    assert [json.loads(line)["name"] for line in path.read_text().splitlines()] == ["x.png", "m4", "m5", "m7"]
+    assert [json.loads(line)["name"] for line in path.read_text().splitlines()][1:] == [
+        "x.db",
+        "m4",
+        "m5",
+        "m7",
+    ]
 
 
 def test_a_new_run_starts_a_new_file(tmp_path):

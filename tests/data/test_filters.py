@@ -77,6 +77,17 @@ def test_names_of_the_exclude_list_are_dropped(tmp_path):
     names = ("hündin.png", "cats/2.png", None)
     reasons = [reason(["a"], name=name, exclude_list=tmp_path / "drop.txt") for name in names]
     assert reasons == ["exclude_list", None, None]
+    others = ["caf\udce9.png", "a\rb.png", "a\nb.png", "b.png"]
+    for data, found in (
+        (b"caf\xe9.png\r\na\rb.png\n", others[:2]),
+        (b"a\nb.png\0caf\xe9.png\0", others[::2]),
+    ):
+        (tmp_path / "drop.txt").write_bytes(data)
+        dropped = Filters(FilterConfig(exclude_list=tmp_path / "drop.txt"))
+        assert {name for name in others if dropped.reason(["a"], 30, 20, name)} == {*found[:2]}
+    (tmp_path / "drop.txt").write_text("a.png", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"drop\.txt is UTF-16"):
+        Filters(FilterConfig(exclude_list=tmp_path / "drop.txt"))
     with pytest.raises(ValueError, match=r"cannot read the exclude list .*nowhere.*a text file"):
         Filters(FilterConfig(exclude_list=tmp_path / "nowhere"))
 

@@ -3,6 +3,8 @@
 import contextlib
 import re
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from dataclasses import replace
@@ -17,8 +19,9 @@ from dalle.data.bad_samples import BadSampleError
 from dalle.data.image_decode import decode, open_image
 from dalle.data.sampler import epoch_stream
 from dalle.data.transforms import transform
-from dalle.io.images import FORMATS
+from dalle.io.images import FORMATS, load_image
 from dalle.sampling import generator
+from tests.helpers.formats import write_files
 from tests.helpers.scenes import encoded
 
 
@@ -46,6 +49,37 @@ def test_causes_of_broken_images(data, cause):
     with pytest.raises(BadSampleError) as caught:
         decode(open_image(data, "a.png"), "a.png")
     assert (caught.value.name, caught.value.cause) == ("a.png", cause)
+
+
+events: list[str] | None = None
+"""What started a program while it is a list."""
+
+
+def audit(event: str, arguments: tuple) -> None:
+    if events is not None and event.startswith(
+        ("subprocess", "os.system", "os.exec", "os.posix_spawn", "os.fork")
+    ):
+        events.append(event)
+
+
+def test_no_image_starts_a_program(tmp_path, monkeypatch):
+    Image.init()
+    sys.addaudithook(audit)
+    monkeypatch.setitem(globals(), "events", [])
+    for form in {*Image.SAVE} - {*FORMATS, "MPO"}:
+        with contextlib.suppress(Exception):  # some write no RGB
+            (tmp_path / f"{form}.png").write_bytes(noise(form))
+    write_files(tmp_path, {path.with_suffix(".txt").name: "words" for path in tmp_path.iterdir()})
+    assert (tmp_path / "EPS.txt").is_file()
+    dataset = open_dataset(DataConfig(str(tmp_path), resolution=16, val_path=str(tmp_path)))
+    batch = dataset.load([(0, i) for i in range(dataset.size)])
+    assert {bad.cause for bad in batch.skipped} == {"wrong type"}
+    for path in tmp_path.glob("*.png"):
+        with pytest.raises(ValueError, match="expected one of JPEG"):
+            load_image(path)
+    assert events == []
+    subprocess.run(["true"], check=True)
+    assert events
 
 
 @pytest.mark.filterwarnings("ignore")

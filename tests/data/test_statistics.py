@@ -23,6 +23,8 @@ def test_duplicates_across_chunks_point_to_the_first(tmp_path, monkeypatch, work
         stats.add(part)
     expected = [(i, seeds.index(seed)) for i, seed in enumerate(seeds) if seeds.index(seed) != i]
     assert sorted(find_duplicates(source, stats, workers)) == expected
+    (tmp_path / "set" / "06.png").unlink()
+    assert sorted(find_duplicates(source, stats, workers)) == [pair for pair in expected if pair[0] != 6]
 
 
 def test_a_summary_against_numpy():

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from dalle.data.config import Format
+from dalle.data.config import UNUSED, Format
 from dalle.data.sources.detect import detect_source
 from dalle.data.sources.hf_datasets import HubSource, load_split
 from dalle.data.sources.image_folder import FolderSource
 from dalle.data.sources.table import TableSource
 from dalle.data.sources.webdataset import TarSource
-from dalle.types import DataSource
+from dalle.types import BadSample, DataSource
 
 
 def open_source(
@@ -41,8 +41,14 @@ def open_source(
         files = tuple(file for file in files if file not in location.val)
     folder = Path(index_dir) if index_dir else None
     if location.format == "tars":
-        return TarSource(files, caption_column, folder)
-    return TableSource(files, image_column, caption_column, Path(image_root) if image_root else None, folder)
+        source = TarSource(files, caption_column, folder)
+    else:
+        root = Path(image_root) if image_root else None
+        source = TableSource(files, image_column, caption_column, root, folder)
+    source.skipped += [
+        BadSample(None, file.name, UNUSED, "not one of the files read") for file in location.unused
+    ]
+    return source
 
 
 def has_val_split(path: str, format: Format = "auto") -> bool:

@@ -55,6 +55,15 @@ def flatten_captions(value: Any) -> list[str]:
     return []
 
 
+def arrow_rows(batch: Any) -> list[dict[str, Any] | None]:
+    """The rows of an Arrow batch or table; None for one with text that is not UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        half = len(batch) // 2
+        return arrow_rows(batch.slice(0, half)) + arrow_rows(batch.slice(half)) if half else [None]
+
+
 def check_utf8(captions: list[str], name: str) -> list[str]:
     """The captions; BadSampleError if one of them was not UTF-8."""
     try:

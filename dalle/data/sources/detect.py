@@ -4,7 +4,7 @@ import glob
 import os
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,8 @@ class DataLocation:
     """Tables or tars by name, without a test split of the dataset's own."""
     val: tuple[Path, ...] = ()
     """The validation split among them: files named val*, validation* or dev*."""
+    unused: tuple[Path, ...] = ()
+    """What else is in a folder of tars, and the test split."""
 
 
 def detect_source(path: str, format: Format = "auto") -> DataLocation:
@@ -35,9 +37,16 @@ def detect_source(path: str, format: Format = "auto") -> DataLocation:
 
     ValueError says what is expected if there is nothing, or no known format.
     """
+    try:
+        return _detect(path, format)
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror})") from None
+
+
+def _detect(path: str, format: Format) -> DataLocation:
     if re.match(r"[a-z0-9]+:", path) and not Path(path).exists():
         raise ValueError(f"{path} is not on a disk; copy or mount it, and give the path")
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))  # leaves the name of an unknown user as it is
     if root.is_dir() and format == "auto":
         format = _folder_format(root)
     if format in ("folder", "hub"):
@@ -60,7 +69,10 @@ def detect_source(path: str, format: Format = "auto") -> DataLocation:
         raise ValueError(f"{path} holds several formats ({', '.join(sorted(suffixes))}); give one of them")
     used = [file for file in files if not TEST.match(file.name)] or files
     val = [file for file in used if VAL.match(file.name)]
-    return DataLocation(format, path, tuple(used), tuple(val) if len(val) < len(used) else ())
+    if format == "tars" and root.is_dir():
+        files = [root / name for name in os.listdir(root) if name[0] != "."]
+    unused = sorted(set(files) - set(used))
+    return DataLocation(format, path, tuple(used), tuple(val) if len(val) < len(used) else (), tuple(unused))
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
@@ -69,10 +81,10 @@ def expand_braces(pattern: str) -> Iterator[str]:
     if not found:
         yield pattern
         return
-    words = found[1].split(",")
+    words: Iterable[str] = found[1].split(",")
     if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
         width, first, last = len(numbers[1]), int(numbers[1]), int(numbers[2])
-        words = [str(number).zfill(width) for number in range(first, last + 1)]
+        words = (str(number).zfill(width) for number in range(first, last + 1))
     for word in words:
         yield from expand_braces(pattern[: found.start()] + word + pattern[found.end() :])
 
@@ -93,7 +105,7 @@ def _expand(pattern: str) -> Iterator[Path]:
 def _list_files(root: Path, format: str) -> list[Path]:
     suffixes = (".tar",) if format == "tars" else TABLES
     names = (name for name in os.listdir(root) if name.lower().endswith(suffixes) and name[0] != ".")
-    return sorted(path for name in names if (path := root / name).is_file())
+    return sorted(path for name in names if not (path := root / name).is_dir())  # a broken link is counted
 
 
 def _folder_format(root: Path) -> Format:

@@ -1,14 +1,13 @@
 """Hugging Face datasets, read by the `datasets` library (memory-mapped Arrow)."""
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dalle.data.bad_samples import BadSampleError
-from dalle.data.sources.captions import check_utf8, choose_columns, flatten_captions
+from dalle.data.sources.captions import arrow_rows, check_utf8, choose_columns, flatten_captions
 from dalle.data.sources.image_folder import read_listed
 from dalle.data.sources.index import name_hashes
 from dalle.types import BadSample, RawSample
@@ -29,11 +28,8 @@ class HubSource:
     ):
         dataset = load_split(path, part)
         self._image, self._captions = choose_columns(dataset.column_names, image_column, caption_column, path)
-        if type(dataset.features[self._image]).__name__ == "Image":
-            import datasets
-
-            dataset = dataset.cast_column(self._image, datasets.Image(decode=False))
-        self._rows = dataset.select_columns(list(dict.fromkeys([self._image, *self._captions])))
+        dataset = dataset.with_format("arrow")  # decodes no image
+        self._images = dataset.select_columns([self._image])
         self._texts = dataset.select_columns(self._captions)
         self._root, self.skipped = Path(path).resolve(), list[BadSample]()
         paths = [Path(file["filename"]) for file in dataset.cache_files]
@@ -42,7 +38,7 @@ class HubSource:
         self.hash = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._images)
 
     def name(self, index: int) -> str:
         return f"row {index}"
@@ -51,20 +47,15 @@ class HubSource:
         return name_hashes(map(self.name, range(len(self))))
 
     def read(self, index: int) -> RawSample:
-        row, name = self._rows[index], self.name(index)
-        image = row[self._image]
-        if isinstance(image, Mapping):
-            image = image.get("bytes") or image.get("path")
-        if isinstance(image, str):
-            image = read_listed(self._root, image)
-        if not isinstance(image, bytes):
-            raise BadSampleError(name, "missing twin", "a row without an image")
-        return RawSample(name, image, self._captions_of(row, name))
+        captions, name = self.captions(index), self.name(index)
+        [image] = self._images[index].column(self._image).to_pylist()
+        return RawSample(name, read_listed(self._root, image, name), captions)
 
     def captions(self, index: int) -> list[str]:
-        return self._captions_of(self._texts[index], self.name(index))
-
-    def _captions_of(self, row: Mapping[str, Any], name: str) -> list[str]:
+        name = self.name(index)
+        [row] = arrow_rows(self._texts[index])
+        if row is None:
+            raise BadSampleError(name, "caption not UTF-8")
         return check_utf8(flatten_captions([row[column] for column in self._captions]), name)
 
 

@@ -3,8 +3,10 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +16,11 @@ from dalle.data.sources.captions import parse_json, parse_text
 from dalle.data.sources.index import name_hashes
 from dalle.types import BadSample, RawSample
 
-CAPTION_SUFFIXES = (".txt", ".TXT", ".Txt", ".json", ".JSON", ".Json")
-"""Suffixes of caption files; the first that exists is read."""
+_SPELLINGS = *product(".", "tT", "xX", "tT"), *product(".", "jJ", "sS", "oO", "nN")
+CAPTION_SUFFIXES = ["".join(letters) for letters in _SPELLINGS]
+"""Suffixes of caption files, .txt before .json and lower case before upper; the first that exists is read."""
+MAX_BYTES = {"image": 2**30, "txt": 2**24, "json": 2**24}
+"""Of a file, by its kind: a larger one is not read."""
 OUTSIDE = "which is not read; give a folder that holds links and files, or a copy without links (cp -rL)"
 LEFT_OUT = {"image": "an image without .txt or .json next to it", "": "neither an image nor captions"}
 LEFT_OUT |= dict.fromkeys(("txt", "json"), "captions without an image of the same name")
@@ -38,6 +43,7 @@ class FolderSource:
         if not folder.is_dir():
             raise ValueError(f"no folder {folder}; expected images with a .txt of the same name next to each")
         self.caption_column, self._root = caption_column, folder.resolve()
+        self._suffixes = sorted(CAPTION_SUFFIXES, key=len, reverse=bool(caption_column))
         self.skipped: list[BadSample] = []
         self._names = np.array([os.fsencode(name) for name in find_images(folder, self.skipped)], np.bytes_)
         if not len(self._names):
@@ -60,8 +66,7 @@ class FolderSource:
 
     def captions(self, index: int) -> list[str]:
         stem = os.path.splitext(self.name(index))[0]
-        suffixes = CAPTION_SUFFIXES[::-1] if self.caption_column else CAPTION_SUFFIXES
-        existing = (stem + suffix for suffix in suffixes if (self._root / (stem + suffix)).is_file())
+        existing = (stem + suffix for suffix in self._suffixes if (self._root / (stem + suffix)).is_file())
         found = next(existing, f"{stem}.txt")
         data = read_inside(self._root, found, "missing twin")
         if found.lower().endswith(".json"):
@@ -72,18 +77,29 @@ class FolderSource:
 def read_inside(root: Path, name: str, cause: str) -> bytes:
     """A file below a resolved folder; BadSampleError if unreadable, or outside by a link or `..`."""
     try:
-        path = (root / name).resolve(strict=True)
+        path, limit = (root / name).resolve(strict=True), MAX_BYTES[split_name(name)[1] or "image"]
         if path.is_relative_to(root):
+            if not path.is_file() or path.stat().st_size > limit:
+                raise ValueError(f"expected a file of at most {limit} bytes")
             return path.read_bytes()
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a cycle of links, before Python 3.13
         raise BadSampleError(name, cause, getattr(error, "strerror", None) or str(error)) from None
     raise BadSampleError(name, "leaves the folder", f"it is {path}, {OUTSIDE}")
 
 
-def read_listed(root: Path, path: str) -> bytes:
-    """The image of a path in a table. Backslashes are separators, unless a file is so named."""
-    windows = "\\" in path and not os.path.lexists(os.path.join(root, path))
-    return read_inside(root, path.replace("\\", "/") if windows else path, "missing twin")
+def read_listed(root: Path, value: Any, name: str) -> bytes:
+    """The image of a row: its bytes, a path, or a mapping with "bytes" and "path" as of Hugging Face.
+
+    Backslashes are separators, unless a file is so named.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, str):
+        windows = "\\" in value and not os.path.lexists(os.path.join(root, value))
+        value = read_inside(root, value.replace("\\", "/") if windows else value, "missing twin")
+    if not isinstance(value, bytes):
+        raise BadSampleError(name, "missing twin", "a row without an image")
+    return value
 
 
 def find_images(root: Path, skipped: MutableSequence[BadSample]) -> Iterator[str]:
@@ -116,13 +132,17 @@ def pair_files(names: Iterable[str], skipped: MutableSequence[BadSample], bad: S
 
     STEM.seg.png belongs to the sample STEM; what lacks one of the `bad` files is counted with that file.
     """
-    files = [(name, *split_name(name)) for name in names if not os.path.basename(name).startswith(".")]
+    files = [(name, *split_name(name)) for name in names]
     images = {stem for _, stem, kind in files if kind == "image"}
     captions = {stem for _, stem, kind in files if kind in ("txt", "json")}
     samples: Samples = {}
     for name, stem, kind in files:
         if kind and stem in images and stem in captions:
             samples.setdefault(stem, {}).setdefault(kind, []).append(name)
+    for kind, sample in product(("txt", "json"), samples.values()):
+        sample.get(kind, []).sort(key=str.swapcase)  # a.txt before a.TXT
+        for name in sample.get(kind, [])[1:]:
+            skipped.append(BadSample(None, name, UNUSED, "another file has the captions of this sample"))
     known = samples.keys() | {stem for stem, kind in map(split_name, bad) if kind}
     for name, stem, kind in files:
         while stem not in known and (word := re.search(r"\.[A-Za-z_]\w*$", stem)):

@@ -20,7 +20,7 @@ import numpy as np
 from dalle.io.files import follow_umask
 from dalle.types import BadSample
 
-FORMAT = 3
+FORMAT = 4
 FOLDER = ".dalle-index"
 FOOTER = 8
 """Bytes of the length of the metadata, at the end of the file."""
@@ -34,6 +34,14 @@ def name_hash(name: str) -> int:
 def name_hashes(names: Iterable[str]) -> np.ndarray:
     """uint32 (N,), the hash of each name."""
     return np.fromiter(map(name_hash, names), np.uint32)
+
+
+def file_status(file: Path) -> tuple[int, int]:
+    """Size and time of a file, which change with its content; zeros if it is gone."""
+    with suppress(OSError):
+        status = file.stat()
+        return status.st_size, status.st_mtime_ns
+    return 0, 0
 
 
 class IndexWriter:
@@ -115,8 +123,7 @@ def open_or_build_index(
     """
     digest = hashlib.blake2b(f"{FORMAT} {kind}".encode(), digest_size=12)
     for file in files:
-        status = file.stat()
-        text = f"\n{file.resolve()} {status.st_size} {status.st_mtime_ns}"
+        text = f"\n{os.path.realpath(file)} {file_status(file)}"
         digest.update(text.encode("utf-8", "surrogateescape"))
     name = f"{digest.hexdigest()}.index"
     problems = []

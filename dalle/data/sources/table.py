@@ -9,7 +9,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import chain, islice
@@ -23,6 +23,7 @@ from dalle.data.bad_samples import BadSampleError, examples_text
 from dalle.data.config import IMAGE_SUFFIXES
 from dalle.data.sources.captions import (
     IMAGE_NAMES,
+    arrow_rows,
     check_column_names,
     check_utf8,
     choose_columns,
@@ -31,6 +32,7 @@ from dalle.data.sources.captions import (
 )
 from dalle.data.sources.image_folder import read_listed
 from dalle.data.sources.index import IndexWriter, name_hash, open_or_build_index
+from dalle.io.text import read_lines
 from dalle.types import RawSample
 
 ROW = np.dtype([("share", "<u4"), ("at", "<u8"), ("size", "<u4")])
@@ -93,11 +95,13 @@ class TableSource:
     def read(self, index: int) -> RawSample:
         file, name, image, captions = self._row(index)
         check_utf8(captions, name)
-        if isinstance(image, str):
-            data = read_listed(self._root, image)
-        else:
-            data = _embedded_image(self.files[file], *image, self.image_column, name)
-        return RawSample(name, data, captions)
+        if not isinstance(image, str):
+            path, (group, row) = self.files[file], image
+            try:
+                image = _image_column(os.getpid(), path, group, self.image_column)[row].as_py()
+            except Exception as error:  # a damaged file, or one that was replaced
+                raise BadSampleError(name, "unreadable shard", f"{path}: {error}") from None
+        return RawSample(name, read_listed(self._root, image, name), captions)
 
     def captions(self, index: int) -> list[str]:
         _, name, _, captions = self._row(index)
@@ -106,7 +110,7 @@ class TableSource:
 
 def _text_rows(file: Path, image: str | None, caption: str | None, writer: IndexWriter) -> Iterator[Row]:
     """The rows of CSV, TSV or JSONL; bad ones go to `writer.skipped`."""
-    read = _read_jsonl if file.suffix.lower() in (".jsonl", ".ndjson") else _read_csv
+    read = _read_jsonl if file.suffix.lower() in (".jsonl", ".ndjson") else partial(_read_csv, image=image)
     try:
         with file.open("rb") as opened:
             if opened.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
@@ -142,23 +146,26 @@ def _find_columns(
     return choose_columns(list(names), image, caption, table) if names else None
 
 
-def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
-    """(line, values by column), or (line, error); then the next line is read. TSV quotes whole fields."""
+def _read_csv(file: Path, image: str | None = None) -> Iterator[tuple[int, dict[str, str] | str]]:
+    """(line, values by column), or (line, error); then the next line is read.
+
+    A line of TSV with a quote that does not close, or is not doubled, is split at tabs alone.
+    """
     tabs, ahead = file.suffix.lower() == ".tsv", list[str]()
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        header = lines.readline()
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
+        lines = read_lines(opened)
+        number, header = next(((n, line) for n, line in enumerate(lines, 1) if line.strip()), (1, ""))
         plain = re.sub('"[^"]*"', "", header)
-        mark = "\t" if tabs else "," if "," in plain or ";" not in plain else ";"
-        quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-        parse = partial(csv.reader, delimiter=mark, quoting=quoting, skipinitialspace=not tabs, strict=True)
+        mark = "\t" if tabs else next((mark for mark in ",;\t" if mark in plain), ",")
+        parse = partial(csv.reader, delimiter=mark, skipinitialspace=not tabs, strict=True)
         rows = parse(chain([header], lines))
         try:
             names = [name.strip() for name in next(rows, [])]
         except csv.Error as error:
             raise ValueError(f"the first line of {file} must name the columns; it has {error}") from None
         check_column_names(names, str(file))
-        suffix = f"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})"
-        swallowed = re.compile(rf"[\r\n].*{suffix}{mark}|{mark}.*{suffix}[\r\n]", re.IGNORECASE)
+        image = image or find_name(names, IMAGE_NAMES)
+        column = names.index(image) if image in names else 0
 
         def read_ahead() -> Iterator[str]:
             yield from ahead
@@ -166,7 +173,7 @@ def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
                 ahead.append(line)
                 yield line
 
-        number, used = 1, rows.line_num
+        used = rows.line_num
         while used:
             number += used
             rows = parse(read_ahead())
@@ -174,16 +181,35 @@ def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
                 row, problem = next(rows, []), ""
             except csv.Error as error:
                 row, problem = [], f"a quote that does not close, or is not doubled: {error}"
-            if row and len(row) != len(names):
+            used = rows.line_num
+            if len(row) != len(names) and "".join(row).strip():
                 problem = f"{len(row)} fields, the header has {len(names)}"
-            elif rows.line_num > 1 and any(map(swallowed.search, row)):
+            elif used > 1 and row and _holds_image(row, column, mark):
                 problem = "a quote that does not close before the next row"
             if problem:
+                used = 1
+                row = [_unquote(field) for field in ahead[0].rstrip("\r\n").split(mark)] if tabs else []
+            if row and len(row) == len(names):
+                yield number, dict(zip(names, row, strict=True))
+            elif problem:
                 yield number, problem
-            elif row:
-                yield number, dict(zip(names, map(_unquote, row) if tabs else row, strict=True))
-            used = 1 if problem else rows.line_num
             del ahead[:used]
+
+
+def _holds_image(row: list[str], column: int, mark: str) -> bool:
+    """Whether a field of several lines holds the image of another row, as if its quote did not close."""
+    own = re.sub(r"\d+", "0", row[column])
+    for place, field in enumerate(row):
+        first, *more = re.split(r"[\r\n]+", field)
+        if more and (place == column or (mark == "\t" and mark in "".join(more))):
+            return True
+        for line, at in [(first, column - place), *((line, column) for line in more)] if more else []:
+            fields = line.split(mark)
+            path = fields[at].strip() if 0 <= at < len(fields) > 1 else " "
+            named = path.lower().endswith(IMAGE_SUFFIXES) and " " not in path
+            if named or re.sub(r"\d+", "0", path) == own:
+                return True
+    return False
 
 
 def _unquote(field: str) -> str:
@@ -194,7 +220,7 @@ def _unquote(field: str) -> str:
 def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(line, values by key), or (line, error)."""
     with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(read_lines(lines), 1):
             if not line.strip():
                 continue
             try:
@@ -224,9 +250,12 @@ def _parquet_rows(file: Path, image: str | None, caption: str | None, writer: In
     start = 0
     for group in range(table.num_row_groups):
         try:
-            rows = table.read_row_group(group, wanted, use_threads=False).to_batches(max_chunksize=4096)
-            for row, values in enumerate(chain.from_iterable(batch.to_pylist() for batch in rows)):
+            batches = table.iter_batches(256, row_groups=[group], columns=wanted, use_threads=False)
+            for row, values in enumerate(chain.from_iterable(map(arrow_rows, batches))):
                 name = f"{file.name}/{start + row}"
+                if values is None:
+                    writer.skip(name, "caption not UTF-8", "or its path")
+                    continue
                 texts = flatten_captions([values[caption] for caption in captions])
                 if not paths:
                     yield name, (group, row), texts
@@ -243,18 +272,6 @@ def _parquet_rows(file: Path, image: str | None, caption: str | None, writer: In
             f"note: {file} has row groups of {max(sizes) / 2**20:.0f} MiB, each read whole for one image; "
             "write it with row groups of about 100 rows, or as tars"
         )
-
-
-def _embedded_image(file: Path, group: int, row: int, image: str | None, name: str) -> bytes:
-    """The bytes of an image in a row of a row group; BadSampleError if there are none."""
-    try:
-        value = _image_column(os.getpid(), file, group, image)[row].as_py()
-    except (OSError, ValueError, IndexError) as error:
-        raise BadSampleError(name, "unreadable shard", f"{file}: {error}") from None
-    value = value.get("bytes") if isinstance(value, Mapping) else value
-    if not isinstance(value, bytes):
-        raise BadSampleError(name, "missing twin", "a row without the bytes of an image")
-    return value
 
 
 @lru_cache(maxsize=2)

@@ -7,7 +7,18 @@ from dalle.data.config import DataConfig
 from dalle.data.dataset import open_dataset
 from dalle.data.sources import detect_source, has_val_split
 from dalle.data.sources.detect import expand_braces
-from tests.helpers.formats import COUNT, csv_file, folder, image, one_tar, pair, tars, write_files, write_tar
+from tests.helpers.formats import (
+    COUNT,
+    csv_file,
+    folder,
+    image,
+    one_tar,
+    pair,
+    skipped,
+    tars,
+    write_files,
+    write_tar,
+)
 
 
 def test_braces_keep_leading_zeros():
@@ -42,6 +53,9 @@ def test_brackets_are_literal_if_that_exists(tmp_path):
         ("image.png", r"is \.png; expected a folder of images"),
         ("set.tar.gz", r"is \.gz; .*not compressed"),
         ("both", r"several formats \(\.csv, \.jsonl\)"),
+        ("set-{000..999999999}.tar", r"no file .*set-003\.tar"),
+        ("~nobody-of-this-name/set.tar", "nothing at"),
+        ("x" * 300, "cannot read x.*File name too long"),
         ("s3://bucket/set.tar", r"s3://bucket/set\.tar is not on a disk"),
     ],
 )
@@ -51,6 +65,16 @@ def test_other_paths_are_refused(tmp_path, monkeypatch, path, words):
     write_files(tmp_path, {"image.png": "something", "set.tar.gz": "something", "both/more.jsonl": "{}"})
     with pytest.raises(ValueError, match=words):
         detect_source(path)
+
+
+def test_what_is_beside_tars_is_counted(tmp_path):
+    write_files(
+        tars(tmp_path), {"a.png": image(1), "a.txt": "w", "set-003.tgz": "", "test.tar": "", ".h": ""}
+    )
+    (tmp_path / "set-004.tar").symlink_to("nowhere")
+    source = open_source(tmp_path)
+    unused = [(name, "unused file") for name in ("a.png", "a.txt", "set-003.tgz", "test.tar")]
+    assert (len(source), skipped(source)) == (COUNT, [("set-004.tar", "unreadable shard"), *unused])
 
 
 def test_a_table_among_captioned_images_is_ignored_unless_asked_for(tmp_path):

@@ -1,6 +1,9 @@
 """Every format of data: equal samples, bad samples, exact resume with any number of workers."""
 
+import csv
+import json
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,20 @@ import pytest
 from dalle.commands.check_data import CheckDataArgs, check_data
 from dalle.data import BatchReader, DataConfig, ImageTextLoader, open_dataset, open_source
 from tests.data.test_dataloader import Sums
-from tests.helpers.formats import COUNT, FORMS, IDS, caption, image, level, names, skipped, write_parquet
+from tests.data.test_image_decode import png_with_header
+from tests.helpers.formats import (
+    COUNT,
+    FORMS,
+    IDS,
+    caption,
+    image,
+    level,
+    names,
+    skipped,
+    write_files,
+    write_parquet,
+    write_tar,
+)
 
 GOOD = 8
 
@@ -72,6 +88,58 @@ def test_bad_embedded_images_are_named(form, tmp_path):
     report = check_data(CheckDataArgs(DataConfig(str(path), workers=0), tmp_path / "out"))
     assert {named["name"]: named["cause"] for named in report["bad"]["named"]} == expected
     assert (report["usable"], report["captions"]) == (GOOD, GOOD)
+
+
+DEFECTS = [
+    *((image(1), "one", None), (image(2, form="GIF"), "two", None), (image(3)[:50], "w", "truncated")),
+    *((b"", "w", "truncated"), (b"<html>", "w", "wrong type"), (image(4, form="EPS"), "w", "wrong type")),
+    *((png_with_header(17_000, 10_000), "w", "decompression bomb"), (b"\xff\xd8", "w", "unreadable image")),
+    *(
+        (image(5), " ", "empty caption"),
+        (image(6), "nan", "empty caption"),
+        (image(7), "\u200b", "empty caption"),
+    ),
+    *((image(8), "caf\udce9", "caption not UTF-8"), (image(9), 'a "b"', None), (image(10), 'a, "b', None)),
+]
+"""Image, caption, cause."""
+
+
+def defects(place: Path, form: str) -> Path:
+    """DEFECTS in one of the formats."""
+    paths, images, texts, _ = (
+        [f"{i:02}.jpg" for i in range(len(DEFECTS))],
+        *map(list, zip(*DEFECTS, strict=True)),
+    )
+    encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+    members = [*zip(paths, images, strict=True)]
+    sidecars = [(path[:2] + ".txt", text) for path, text in zip(paths, encoded, strict=True)]
+    if form == "tar":
+        return write_tar(place / "a.tar", members + sidecars)
+    if form == "parquet":
+        return write_parquet(place / "a.parquet", {"image": images, "caption": encoded})
+    if form == "hub":
+        datasets = pytest.importorskip("datasets")
+        rows = {"image": [{"bytes": data, "path": None} for data in images], "caption": encoded}
+        datasets.Dataset.from_dict(rows).save_to_disk(str(place / "set"))
+        return place / "set"
+    write_files(place, dict(members))
+    if form == "folder":
+        return write_files(place, dict(sidecars))
+    mark = {"csv": ",", "tsv": "\t"}.get(form)
+    rows = [["image", "caption"], *zip(paths, texts, strict=True)]
+    lines = [json.dumps(dict(zip(*rows[:1], row, strict=True))) for row in rows[1:]]
+    with (place / f"a.{form}").open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        csv.writer(file, delimiter=mark).writerows(rows) if mark else file.write("\n".join(lines))
+    return place / f"a.{form}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["folder", "csv", "tsv", "jsonl", "parquet", "tar", "hub"])
+def test_every_format_counts_the_same_defects(tmp_path, form):
+    path = defects(tmp_path, form)
+    report = check_data(CheckDataArgs(DataConfig(str(path), workers=0), tmp_path / "out", sheet=0))
+    causes = Counter(cause for _, _, cause in DEFECTS if cause)
+    assert (report["usable"], report["bad"]["causes"]) == (len(DEFECTS) - causes.total(), causes)
 
 
 @pytest.mark.parametrize(("form", "columns"), FORMS, ids=IDS)

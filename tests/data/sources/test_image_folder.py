@@ -1,11 +1,13 @@
 """Folders of images with captions next to them: dalle/data/sources/image_folder.py."""
 
+import os
 from unittest.mock import Mock
 
 import pytest
 
 from dalle.data import open_source
 from dalle.data.bad_samples import BadSampleError
+from dalle.data.sources.image_folder import MAX_BYTES
 from tests.helpers.formats import COUNT, all_captions, folder, image, names, skipped, write_files
 
 
@@ -46,6 +48,18 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("os.scandir", Mock(side_effect=denied))
     with pytest.raises(ValueError, match=r"lost\+found \(unreadable folder, denied\)"):
         open_source(tmp_path)
+
+
+def test_what_is_no_file_or_too_large_is_not_read(tmp_path, monkeypatch):
+    write_files(
+        tmp_path, {"a.png": image(1), "a.txt": "w" * 200, "list.csv": "image,caption\npipe.png,one\n"}
+    )
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(BadSampleError, match=r"pipe\.png: missing twin \(expected a file"):
+        open_source(tmp_path / "list.csv").read(0)
+    monkeypatch.setitem(MAX_BYTES, "txt", 100)
+    with pytest.raises(BadSampleError, match=r"a\.txt: missing twin \(expected a file of at most 100 bytes"):
+        open_source(tmp_path).read(0)
 
 
 def test_suffixes_may_be_in_capitals(tmp_path):

@@ -1,6 +1,7 @@
 """WebDataset tars, damaged and hostile ones included: dalle/data/sources/webdataset.py."""
 
 import os
+import pickle
 import tarfile
 
 import pytest
@@ -55,14 +56,16 @@ def test_rubbish_costs_what_it_replaces(tmp_path, rubbish):
     assert ("all.tar/000006.txt", "missing twin") in skipped(source)
 
 
-@pytest.mark.parametrize("size", [b"99999999999\0", b"\xff" * 12], ids=["no number", "negative"])
+@pytest.mark.parametrize("size", [b"99999999999\0", b"\xff" * 12, b"77777777777\0"])
 def test_a_header_with_a_bad_size_is_damaged(tmp_path, size):
     file = one_tar(tmp_path)
     at = offset_of(file, "000005.png")
     overwrite(file, at + 124, size)
     overwrite(file, at + 148, b" " * 8)
     overwrite(file, at + 148, b"%06o\0 " % sum(file.read_bytes()[at : at + 512]))  # the right checksum
-    assert 5 <= len(open_source(file)) <= COUNT - 1
+    source = open_source(file)
+    assert all_captions(source) == [caption(i) for i in range(COUNT) if i != 5]
+    assert skipped(source) == [("all.tar/000005.png", "broken tar member")]
 
 
 def test_a_truncated_tar_keeps_the_complete_samples(tmp_path):
@@ -72,6 +75,25 @@ def test_a_truncated_tar_keeps_the_complete_samples(tmp_path):
     assert len(source) == 7
     assert skipped(source) == [("all.tar/000007.png", "broken tar member")]
     assert "breaks off" in source.skipped[0].detail
+
+
+def test_a_tar_without_its_end_and_rubbish_behind_it_are_named(tmp_path):
+    content = one_tar(tmp_path).read_bytes()
+    for name, data in {"cut": content.rstrip(b"\0"), "more": content + b"more"}.items():
+        (tmp_path / f"{name}.tar").write_bytes(data)
+        source = open_source(tmp_path / f"{name}.tar")
+        assert (len(source), [cause for _, cause in skipped(source)]) == (COUNT, ["broken tar member"])
+
+
+@pytest.mark.parametrize("kind", [b"L", b"x", b"g", b"S"])
+@pytest.mark.parametrize("size", [b"\xff" * 10 + b"\0\0", b"\x80" + b"\x7f" * 11, b"00000000001\0"])
+def test_headers_before_a_member_are_bounded(tmp_path, kind, size):
+    header = bytearray(tarfile.TarInfo("h").tobuf(tarfile.GNU_FORMAT))
+    header[124:136], header[148:156], header[156:157] = size, b" " * 8, kind
+    header[148:156] = b"%06o\0 " % sum(header)
+    file = one_tar(tmp_path)
+    file.write_bytes(bytes(header + b"x".ljust(512, b"\0")) * 200 + file.read_bytes())
+    assert all_captions(open_source(file))[-COUNT + 1 :] == [caption(i) for i in range(1, COUNT)]
 
 
 @pytest.mark.parametrize("form", TAR_FORMATS)
@@ -124,6 +146,8 @@ def test_samples_and_what_is_left_out_are_the_same_in_tars_and_folders(tmp_path,
     members += [("a.jfif", image(4, form="JPEG")), ("a.seg.png", image(5)), ("._a.png", b"hidden")]
     lone = dict.fromkeys(["photo 2.5.png", "c.txt", "e.seg.png", "f.json"], "missing twin")
     lone |= {"d.cls": "unused file", "f.heic": "unused file"}
+    lone |= {"a.TXT": "unused file", "i.png": "missing twin"}
+    members += [(".h/g.png", b"hidden"), (".h/g.txt", b"hidden"), ("h.JPG", image(6)), ("h.tXt", b"six")]
     members += [(name, b"content") for name in lone]
     if form == "tar":
         lone |= {"photo 2.4.png": "broken tar member"}  # the second of this name
@@ -132,7 +156,7 @@ def test_samples_and_what_is_left_out_are_the_same_in_tars_and_folders(tmp_path,
     else:
         source = open_source(write_files(tmp_path, dict(members)))
     found = {level(sample.image): sample.captions for sample in map(source.read, range(len(source)))}
-    assert found == {1: caption(1), 2: caption(2), 3: caption(3), 4: caption(1)}
+    assert found == {1: caption(1), 2: caption(2), 3: caption(3), 4: caption(1), 6: ["six"]}
     assert {name.removeprefix("a.tar/"): cause for name, cause in skipped(source)} == lone
 
 
@@ -169,6 +193,10 @@ def test_a_tar_that_disappears_is_named_per_sample(tmp_path):
     assert source.read(0).captions == caption(0)
     with pytest.raises(BadSampleError, match=r"set-001\.tar/000004: unreadable shard"):
         source.read(4)
+    write_tar(tmp_path / "set-000.tar", pair("other", 5))
+    copy = pickle.loads(pickle.dumps(source))  # another process opens its own files
+    with pytest.raises(BadSampleError, match=r"set-000\.tar.*has changed"):
+        copy.read(0)
     source.read(9)
     os.truncate(tmp_path / "set-002.tar", 600)
     with pytest.raises(BadSampleError, match=r"set-002\.tar/000009: .*shorter"):
