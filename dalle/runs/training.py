@@ -17,7 +17,7 @@ from dalle.hub.registry import build_model, checkpoint_meta, load_model
 from dalle.io.files import make_directory, read_json
 from dalle.runs import ROOT
 from dalle.train.checkpoint import latest_checkpoint
-from dalle.train.config import TrainArgs, resume_fingerprint
+from dalle.train.config import TrainArgs, profile_steps, resume_fingerprint
 from dalle.train.distributed import Distributed
 from dalle.train.precision import compile_layers
 from dalle.train.trainer import Trainer
@@ -76,6 +76,7 @@ class TrainingRun(AbstractContextManager):
             resume=args.resume,
             dist=self.dist,
             log_config=args.log,
+            profile=profile_steps(args.profile),
         )
         trainer.train()
         return self.dir

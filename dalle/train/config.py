@@ -4,6 +4,7 @@
 A field marked `RESUME_FREE` may change when a run resumes: it leaves the weights as they are.
 """
 
+import re
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -239,11 +240,27 @@ class TrainArgs:
     """Compile each layer: minutes at the start, faster steps."""
     log: LogConfig = field(default=LogConfig(), metadata=RESUME_FREE)
     """Loggers besides log.jsonl."""
+    profile: str | None = field(default=None, metadata=RESUME_FREE)
+    """Steps to profile, FIRST:LAST, such as 10:13: writes <out>/profile-10-13.json, a Chrome trace, and
+    profile-10-13.txt, a table of the ten longest operations."""
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
         check_positive(self, "steps", "overfit_batch", "dist_timeout_minutes")
+        if self.profile is not None:
+            profile_steps(self.profile)
+
+
+def profile_steps(text: str | None) -> tuple[int, int]:
+    """The first and last step of FIRST:LAST; (0, 0) for None. ValueError for anything else."""
+    if text is None:
+        return 0, 0
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
+    first, last = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise ValueError(f"profile must be FIRST:LAST, two steps from 1 on, such as 10:13; got {text!r:.80}")
+    return first, last
 
 
 def resume_fingerprint(config: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from dalle.train.loggers import Loggers, Numbers, ThroughputMeter, peak_flops, t
 from dalle.train.optimizer import ReduceLROnPlateau, build_optimizers
 from dalle.train.powersgd import build_powersgd
 from dalle.train.precision import autocast, resolve_precision
+from dalle.train.profiler import StepProfiler
 from dalle.train.state import EMA, TrainState
 from dalle.train.step import NonfiniteGuard, to_device, train_step
 from dalle.types import Loss, Objective, StepCost
@@ -59,6 +60,8 @@ class Trainer:
     """The processes that train together; default: a single one."""
     log_config: LogConfig = LogConfig()
     """Loggers besides log.jsonl."""
+    profile: tuple[int, int] = (0, 0)
+    """First and last step of a profile (dalle/train/profiler.py); (0, 0) for none."""
     state: TrainState = field(init=False)
 
     def __post_init__(self):
@@ -81,13 +84,14 @@ class Trainer:
             self.state = init_train_state(self.model, config, self.seed, self.dist)
             changes, step = self._maybe_resume(guard.control), self.state.step
             loggers = Loggers(self.run_dir, step, self.log_config, self.meta, self.dist.is_main)
-            with closing(loggers):
+            steps = self.profile if self.dist.is_main else (0, 0)
+            with closing(loggers), StepProfiler(steps, self.run_dir) as profiler:
                 if changes:
                     loggers.write(step, {"changes": changes})
-                self._train_loop(guard, loggers)
+                self._train_loop(guard, loggers, profiler)
         return self.state
 
-    def _train_loop(self, guard: RunGuard, loggers: Loggers) -> None:
+    def _train_loop(self, guard: RunGuard, loggers: Loggers, profiler: StepProfiler) -> None:
         state, config, dist = self.state, self.config, self.dist
         peak = peak_flops(dist.device, self.precision, self.log_config.peak_flops)
         meter = ThroughputMeter(dist.device, dist.world_size, peak)
@@ -98,6 +102,7 @@ class Trainer:
         bar = tqdm(total=self.steps, initial=state.step, desc=self.meta["kind"], unit="step", disable=disable)
         self.model.train()
         while state.step < self.steps:
+            profiler.start_step(state.step + 1)
             with meter.timed("waiting"):
                 batch = to_device(self.batches(state.step), dist.device)
             cost = cost or count(self.model, batch)
@@ -105,6 +110,7 @@ class Trainer:
             loss, norm = train_step(
                 state, batch, self.objective, config.optimizer, self.precision, self.seed, dist, passes
             )
+            profiler.end_step(state.step)
             meter.steps += 1
             bar.update()
             last = state.step == self.steps
