@@ -148,7 +148,7 @@ class PowerSGD:
         matrices = [matrix for one in held.values() for matrix in one.matrices(one.error)]
         ps = [e @ q for e, q in zip(matrices, [q for one in held.values() for q in one.qs], strict=True)]
         good = self._average(ps, paper)
-        ps = [orthonormal(p.nan_to_num(0, 0, 0)) for p in ps]
+        ps = all_orthonormal([p.nan_to_num(0, 0, 0) for p in ps])
         ps = [rounded(p, MEAN) for p in ps] if paper else ps
         qs = [e.T @ p for e, p in zip(matrices, ps, strict=True)]
         good = good & self._average(qs, paper)
@@ -166,7 +166,7 @@ class PowerSGD:
             one.error.sub_(gradients[name])
             self._keep(one.error)
             if self.config.q_mode == "warm_start":
-                one.qs = [orthonormal(qs.pop(0)).contiguous() for _ in one.qs]
+                one.qs = [q.contiguous() for q in all_orthonormal([qs.pop(0) for _ in one.qs])]
 
     def _average(self, tensors: list[Tensor], paper: bool = False) -> Tensor:
         """Averages tensors over the replicas in place, in one message; returns whether it was finite."""
@@ -253,10 +253,22 @@ def _place(parameter: Tensor) -> tuple[int, int]:
     return mesh.get_local_rank(), mesh.size()
 
 
+def all_orthonormal(ps: list[Tensor]) -> list[Tensor]:
+    """`orthonormal` of each, those of one shape in a single call."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for i, p in enumerate(ps):
+        by_shape.setdefault(p.shape, []).append(i)
+    found = {}
+    for same in by_shape.values():
+        found |= dict(zip(same, orthonormal(torch.stack([ps[i] for i in same])), strict=True))
+    return [found[i] for i in range(len(ps))]
+
+
 def orthonormal(p: Tensor) -> Tensor:
-    """(m, r) -> orthonormal columns of the same span (E.2, step 5); eps is relative to the largest entry."""
+    """(..., m, r) -> orthonormal columns of the same span (E.2, step 5); eps is relative to the largest
+    entry."""
     shifted = p.clone()
-    shifted.diagonal().add_(EPS * p.abs().max())
+    shifted.diagonal(dim1=-2, dim2=-1).add_(EPS * p.abs().amax((-2, -1))[..., None])
     return torch.linalg.qr(shifted)[0]
 
 

@@ -6,7 +6,13 @@ import torch
 from dalle.hub.registry import build_model
 from dalle.train.config import POWERSGD_RANKS, PowerSGDConfig, compression_rate
 from dalle.train.distributed import shard_dim
-from dalle.train.powersgd import build_powersgd, factors_are_smaller, orthonormal, stacked_matrices
+from dalle.train.powersgd import (
+    all_orthonormal,
+    build_powersgd,
+    factors_are_smaller,
+    orthonormal,
+    stacked_matrices,
+)
 from dalle.transformer.config import SIZES
 from tests.helpers.powersgd_worker import CHECKS, run_checks
 from tests.helpers.processes import run_group
@@ -86,6 +92,17 @@ def test_columns_are_orthonormal_and_so_the_norm_of_a_gradient_is_that_of_its_q(
     for empty in (torch.zeros(30, 5), torch.ones(30, 5)):  # a span of fewer dimensions
         p = orthonormal(empty)
         torch.testing.assert_close(p.T @ p, torch.eye(5))
+
+
+def test_matrices_of_one_shape_are_factored_in_one_call(monkeypatch):
+    torch.manual_seed(0)
+    ps = [torch.randn(6 + i % 2, 3) for i in range(5)]
+    alone = [orthonormal(p) for p in ps]
+    calls, qr = [], torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda stack: (calls.append(len(stack)), qr(stack))[1])
+    for together, one in zip(all_orthonormal(ps), alone, strict=True):
+        assert torch.equal(together, one)
+    assert calls == [3, 2]
 
 
 def test_one_process_has_nothing_to_average():
