@@ -37,15 +37,15 @@ class SamplingConfig:
     guidance: float | None = None
     """Scale of classifier-free guidance; needs a model trained with caption dropout."""
     batch_size: int | None = None
-    """Candidates per decoding step; by default 16 on a CPU and 64 elsewhere, or fewer where memory is short.
-    The last bits of a logit, and so rarely a token, depend on it."""
+    """Candidates per decoding step; by default 16 on a CPU and 64 elsewhere, on CUDA up to 512 if as many are
+    wanted; fewer where memory is short. The last bits of a logit, and so rarely a token, depend on it."""
     prompts_per_batch: int | None = None
     """Prompts that share a decoding step; by default as many as fit with all their candidates. A fixed number
     gives the same bits for any number of prompts and candidates."""
     decode_batch_size: int | None = None
     """Images decoded and scored at once; by default as many as half of the free memory holds."""
-    cuda_graph: bool = False
-    """Record a decoding step as a CUDA graph and replay it."""
+    cuda_graph: bool | None = None
+    """Record a decoding step as a CUDA graph and replay it; by default wherever the model is on CUDA."""
     compile: bool = False
     """Compile the decoding step: half a minute or more at first, so it pays for many candidates."""
 

@@ -85,8 +85,8 @@ class SampleBenchmark(TransformerBenchmark):
     """Image tokens to sample, by default whole images; seconds per image are by proportion."""
     int8: bool = False
     """Store the matrices of the layers in 8 bits."""
-    graph: bool = False
-    """On CUDA, record a step as one graph and replay it."""
+    graph: bool | None = None
+    """Record a step as a CUDA graph and replay it; by default on CUDA."""
     compile: bool = False
     """Compile a step; the time of compiling is reported apart."""
     baseline: Baseline = "none"

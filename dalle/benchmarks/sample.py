@@ -4,6 +4,7 @@ Random weights take the same time as trained ones.
 """
 
 from collections import deque
+from dataclasses import replace
 from itertools import islice
 from statistics import median
 from typing import Any
@@ -28,6 +29,7 @@ def benchmark_sample(args: SampleBenchmark) -> dict[str, Any]:
         ValueError: CUDA graphs or the other package cannot run here.
     """
     device = resolve_device(args.device)
+    args = replace(args, graph=device.type == "cuda" if args.graph is None else args.graph)
     precision = resolve_precision(args.precision, device)
     torch.manual_seed(0)
     with torch.device(device):

@@ -192,7 +192,8 @@ def _sample_prompt(args: SampleArgs, model: DALLE, out: Path, group: Distributed
     from dalle.pipelines.completion import prefix_tokens
     from dalle.pipelines.generation import merge_generations, write_images
 
-    batch_size = args.sampling.batch_size or auto_batch_size(model.transformer, args.sampling.guidance)
+    share = args.best_of // group.world_size
+    batch_size = args.sampling.batch_size or auto_batch_size(model.transformer, args.sampling.guidance, share)
     if group.world_size > 1:
         batch_size = min(group.gather_objects(batch_size))
     options = {"n": args.num_images, "best_of": args.best_of, "seed": args.seed, "truncate": args.truncate}

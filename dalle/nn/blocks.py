@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle.nn.attention import SparseMask, attend_with
-from dalle.nn.kv_cache import KVCache
+from dalle.nn.kv_cache import CachePosition, KVCache
 
 
 class FP32LayerNorm(nn.LayerNorm):
@@ -48,11 +48,11 @@ class Attention(nn.Module):
         x = self.out(rearrange(mixed, "b h n d -> b n (h d)"))
         return pattern.to_row_major(x) if transposed else x
 
-    def step(self, x: Tensor, cache: KVCache, position: int | Tensor) -> Tensor:
+    def step(self, x: Tensor, cache: KVCache, at: CachePosition) -> Tensor:
         """x (B, D) of one image position of every sequence; what came before is in the cache."""
         shape = {"c": cache.captions, "h": self.heads, "three": 3}
-        q, k, v = rearrange(self.qkv(x), "(c n) (three h d) -> three (c h) n d", **shape)
-        mixed = cache.attend(q, k, v, position)
+        qkv = rearrange(self.qkv(x), "(c n) (three h d) -> three (c h) n d", **shape)
+        mixed = cache.attend(qkv, at)
         return self.out(rearrange(mixed, "(c h) n d -> (c n) (h d)", h=self.heads))
 
 
@@ -106,10 +106,10 @@ class TransformerBlock(nn.Module):
         x = x + self.attention(x, pattern, backend, cache)  # (B, n, D)
         return x + self.mlp(x)
 
-    def step(self, x: Tensor, cache: KVCache, position: int | Tensor) -> Tensor:
+    def step(self, x: Tensor, cache: KVCache, at: CachePosition) -> Tensor:
         """One image position of every sequence (B, D), computed in the number format of the matrices."""
         attention, mlp = self.attention.f, self.mlp.f
-        x = x + attention.step(self.attention.norm(x).to(attention.qkv.weight.dtype), cache, position)
+        x = x + attention.step(self.attention.norm(x).to(attention.qkv.weight.dtype), cache, at)
         return x + mlp(self.mlp.norm(x).to(mlp.expand.weight.dtype))
 
 

@@ -15,12 +15,28 @@ A step writes one key and reads one group of P keys; dalle/masks.py says which o
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dalle.layout import TokenLayout
 from dalle.masks import visible
+
+
+@dataclass(frozen=True)
+class CachePosition:
+    """What a step reads of a `KVCacheLayout` at an image position, the same for all layers of a kind."""
+
+    position: int | Tensor
+    index: int | Tensor
+    """Of its own key among all G P keys."""
+    keys: slice | None
+    """The keys of its group that an int reads; None for a tensor, which reads all."""
+    group: Tensor | None
+    """(1,), its group; None for an int, or with one group."""
+    bias: Tensor | None
+    """-inf for the keys read but not seen; None if an int sees all that it reads."""
 
 
 class KVCacheLayout:
@@ -67,6 +83,19 @@ class KVCacheLayout:
         sees = visible(kind, layout, kernel)(t[:, None] + text, held + text) & (held >= 0)  # (N, P)
         return cls(sees, offset, group, columns if kind == "column" else 1, device)
 
+    def at(self, position: int | Tensor) -> CachePosition:
+        """What a step reads at an image position.
+
+        An int reads only what is seen; a tensor (1,) on the device has the same shapes at every position, as
+        compiled code and CUDA graphs need.
+        """
+        if isinstance(position, int):
+            start, count = self.int_group[position] * self.window, self.num_read[position]
+            bias = self.bias[position, :count] if self.needs_bias[position] else None
+            return CachePosition(position, self.int_index[position], slice(start, start + count), None, bias)
+        group = self.group[position] if self.groups > 1 else None
+        return CachePosition(position, self.index[position], None, group, self.bias[position])
+
     def bytes(self, width: int, itemsize: int) -> int:
         """Memory for the keys and values of one candidate in one layer of `width`."""
         return 2 * self.groups * self.window * width * itemsize
@@ -100,40 +129,40 @@ class KVCache:
             rows = self.image.unflatten(1, (-1, self.candidates))  # (2, C H, n, G P, d)
             rows[:, :, :, self.layout.index[oldest:count]] = image[:, :, None, oldest:]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, position: int | Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, at: CachePosition) -> Tensor:
         """Stores the key and value of an image position and attends to all it sees, in one softmax.
 
         Args:
-            q, k, v: (C H, n, d) at that position.
-            position: an int reads only what is seen; a tensor (1,) on the device has the same shapes at every
-                position, as compiled code and CUDA graphs need.
+            qkv: query, key and value at that position, (3, C H, n, d).
+            at: the position in this cache's layout.
 
         Returns:
             (C H, n, d).
         """
-        q, k, v = q / math.sqrt(q.shape[-1]), k.flatten(0, 1), v.flatten(0, 1)
-        layout = self.layout
-        if isinstance(position, int):
-            index = layout.int_index[position]
-            self.image[0, :, index], self.image[1, :, index] = k, v
-            start, count = layout.int_group[position] * layout.window, layout.num_read[position]
-            image = self.image[:, :, start : start + count]
-            bias = layout.bias[position, :count] if layout.needs_bias[position] else None
+        q, new = qkv[0] / math.sqrt(qkv.shape[-1]), qkv[1:].flatten(1, 2)  # (2, C H n, d)
+        if at.keys is not None:
+            self.image[:, :, at.index] = new
+            image = self.image[:, :, at.keys]
         else:
-            image = self.image.index_copy_(2, layout.index[position], torch.stack([k, v])[:, :, None])
-            if layout.groups > 1:
-                groups = image.unflatten(2, (layout.groups, layout.window))
-                image = groups.index_select(2, layout.group[position])[:, :, 0]
-            bias = layout.bias[position]
+            image = self.image.index_copy_(2, at.index, new[:, :, None])
+            if at.group is not None:
+                groups = image.unflatten(2, (self.layout.groups, self.layout.window))
+                image = groups.index_select(2, at.group)[:, :, 0]
         keys, values = image  # (C H n, P, d) each
         to_text = q @ self.text[0].transpose(1, 2)  # (C H, n, T)
         to_image = (q.flatten(0, 1)[:, None] @ keys.transpose(1, 2)).view(*q.shape[:2], -1)  # (C H, n, P)
-        if bias is not None:
-            to_image = to_image + bias
+        if at.bias is not None:
+            to_image = to_image + at.bias
         weights = torch.cat([to_text, to_image], dim=2).float().softmax(dim=2).to(q.dtype)
         from_text, from_image = weights.split([to_text.shape[2], to_image.shape[2]], dim=2)
         mixed = from_image.flatten(0, 1)[:, None] @ values  # (C H n, 1, d)
         return torch.baddbmm(mixed.view(q.shape), from_text, self.text[1])
+
+
+def positions_in(caches: list[KVCache], position: int | Tensor) -> list[CachePosition]:
+    """An image position in each cache; the tables of a layout are read once for all its layers."""
+    at = {layout: layout.at(position) for layout in dict.fromkeys(cache.layout for cache in caches)}
+    return [at[cache.layout] for cache in caches]
 
 
 def kv_cache_bytes(caches: list[KVCache]) -> tuple[int, int]:

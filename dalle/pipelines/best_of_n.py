@@ -26,6 +26,7 @@ from dalle.transformer.generate import decode_step_of, generate_tokens
 from dalle.types import Scorer
 
 CACHE_SHARE = 0.8  # of the free memory
+MAX_ROWS = 512  # the paper's candidates
 DECODE_BYTES_PER_PIXEL = 8192  # while the paper's dVAE decodes: eight arrays of 256 channels in fp32
 
 
@@ -169,7 +170,7 @@ def sample_best_of_n(
     """
     transformer, layout = model.transformer, model.transformer.layout
     top = [TopN(n, prompt, model.scorer, seed, best_of) for prompt in prompts]
-    rows = sampling.batch_size or auto_batch_size(transformer, sampling.guidance)
+    rows = sampling.batch_size or auto_batch_size(transformer, sampling.guidance, best_of // shard[1])
     decode_rows = sampling.decode_batch_size
     if decode_rows is None:
         image_bytes = layout.num_image_tokens * model.dvae.downsample_factor**2 * DECODE_BYTES_PER_PIXEL
@@ -183,9 +184,7 @@ def sample_best_of_n(
     for batch in batches:
         length, candidates = layout.num_image_tokens, batch.candidates
         noise = [candidate_noise(seed, prompts[i], candidates, length) for i in batch.prompts]
-        step = None
-        if sampling.compile or sampling.cuda_graph:
-            step = decode_step_of(transformer, sampling.compile, sampling.cuda_graph)
+        step = decode_step_of(transformer, sampling.compile, sampling.cuda_graph)
         known = None if prefix is None else prefix.expand(len(batch.prompts), -1)
         text = text_tokens[batch.prompts]
         for tokens in generate_tokens(transformer, text, torch.stack(noise), known, step=step, **options):
@@ -198,11 +197,17 @@ def sample_best_of_n(
         yield GenerationProgress(model, batch, tokens, True, top, seen, total)
 
 
-def auto_batch_size(model: Transformer, guidance: float | None = None) -> int:
-    """Rows of a batch: 16 on a CPU and 64 elsewhere, halved until the KV caches fit the free memory."""
+def auto_batch_size(model: Transformer, guidance: float | None = None, best_of: int = 1) -> int:
+    """Rows of a batch: 16 on a CPU, 64 elsewhere, halved until the KV caches fit the free memory.
+
+    On CUDA, where more candidates are wanted of a prompt, the rows double to as many, or to MAX_ROWS: a step
+    reads all weights, however many rows share it.
+    """
     device = model.to_logits.weight.device
     each = sum(cache.image.nbytes for cache in model.init_kv_caches(1, 1, "meta"))
     rows = 16 if device.type == "cpu" else 64  # a CPU gains little by more
+    while device.type == "cuda" and rows < min(best_of, MAX_ROWS):
+        rows *= 2
     streams, free = 1 if guidance in (None, 1) else 2, free_memory(device)
     while free is not None and rows > 1 and rows * streams * each > CACHE_SHARE * free:
         rows //= 2

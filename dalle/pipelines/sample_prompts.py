@@ -95,7 +95,8 @@ def sample_prompts(
     if earlier is None and any(files):
         raise ValueError(f"{out} is not empty and holds no run of prompts; give another --out")
     if sampling.batch_size is None:
-        fitting = min(processes.gather_objects(auto_batch_size(model.transformer, sampling.guidance)))
+        fitting = auto_batch_size(model.transformer, sampling.guidance, best_of)
+        fitting = min(processes.gather_objects(fitting))
         sampling = replace(sampling, batch_size=earlier["settings"].get("batch_size") if earlier else fitting)
     group_size = num_prompts_per_batch(best_of, sampling.batch_size, sampling.prompts_per_batch)
     settings = {"n": n, "best_of": best_of, "seed": seed, "truncate": truncate, **asdict(sampling)}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dalle.config import configuration
 from dalle.nn.blocks import FP32LayerNorm, ResidualBlock
-from dalle.nn.kv_cache import KVCache
+from dalle.nn.kv_cache import CachePosition, KVCache
 
 GELUS: dict[str, Callable[[Tensor], Tensor]] = {
     "exact": F.gelu,
@@ -81,12 +81,11 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.clamp(self.out(rearrange(mixed, "b h n d -> b n (h d)")))
 
-    def step(self, x: Tensor, cache: KVCache, position: int | Tensor, angles: Tensor | None) -> Tensor:
+    def step(self, x: Tensor, cache: KVCache, at: CachePosition, angles: Tensor | None) -> Tensor:
         """x (B, D) of one image token of every candidate."""
         shape = {"c": cache.captions, "h": self.heads, "three": 3}
-        q, k, v = rearrange(self.qkv(x), "(c n) (three h d) -> three (c h) n d", **shape)
-        q, k, v = (rotate(part, angles) for part in (q, k, v))
-        mixed = cache.attend(q, k, v, position)
+        qkv = rearrange(self.qkv(x), "(c n) (three h d) -> three (c h) n d", **shape)
+        mixed = cache.attend(rotate(qkv, angles), at)
         return self.clamp(self.out(rearrange(mixed, "(c h) n d -> (c n) (h d)", h=self.heads)))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dalle.config import configuration
 from dalle.layout import TokenLayout
 from dalle.masks import dense_mask
-from dalle.nn.kv_cache import KVCache, KVCacheLayout
+from dalle.nn.kv_cache import KVCache, KVCacheLayout, positions_in
 from dalle.pretrained.external_blocks import BlockConfig, Layer
 from dalle.transformer import Transformer
 
@@ -167,8 +167,9 @@ class ExternalTransformer(nn.Module, ABC):
         at = torch.tensor([last], device=tokens.device) if isinstance(last, int) else last
         x = self.trunk(self.embed_image(tokens[:, None], at)[:, 0])
         angles = self.rotation(inputs + at)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer.step(x, cache, last + inputs - self.config.prefix_len, angles)
+        places = positions_in(caches, last + inputs - self.config.prefix_len)
+        for layer, cache, place in zip(self.layers, caches, places, strict=True):
+            x = layer.step(x, cache, place, angles)
         return self.final(x)
 
     def text_logits(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:

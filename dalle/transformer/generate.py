@@ -52,7 +52,7 @@ def generate_tokens(
         int64 (C, n, t) for each t up to N, a view that later positions extend; only once if the prefix is a
         whole image. Nothing waits for the device.
     """
-    layout, (captions, candidates, length), device = model.layout, noise.shape, text_tokens.device
+    (captions, candidates, length), device = noise.shape, text_tokens.device
     if torch.is_autocast_enabled(device.type):
         model = cast_linear_weights(model, torch.get_autocast_dtype(device.type))
     guided = guidance not in (None, 1)
@@ -65,24 +65,17 @@ def generate_tokens(
     )
     step = step or type(model).decode_step
     noise = noise.reshape(-1, length).to(torch.float64 if device.type == "cpu" else torch.float32).to(device)
-    known = torch.full((captions, length), TO_GENERATE, device=device)
+    known, first = torch.full((captions, length), TO_GENERATE, device=device), 0
     if prefix is not None:
         known[:, : prefix.shape[1]] = prefix
-    to_generate = (known == TO_GENERATE).any(dim=0).tolist()
-    first = to_generate.index(True) if any(to_generate) else length
+        to_generate = (known == TO_GENERATE).any(dim=0).tolist()
+        first = to_generate.index(True) if any(to_generate) else length
     tokens = known.repeat_interleave(candidates, dim=0)  # (B, N)
     if first == length:
         yield tokens.view(captions, candidates, length)
         return
 
-    text, start = text_tokens, known[:, :first]
-    if guided:  # the same images once more, with an empty caption
-        empty = layout.pad_text([[]]).to(text).expand(captions, -1)
-        text, start = torch.cat([text, empty]), start.repeat(2, 1)
-    caches = model.init_kv_caches(len(text), candidates)
-    with inference_autocast(model):
-        hidden = model.prefill(layout.shift(layout.pack(text, start)), caches)[:, -1]
-    hidden = hidden.repeat_interleave(candidates, dim=0)  # (B, D)
+    hidden, caches = _prefill(model, text_tokens, known[:, :first], candidates, guided)
     for i in range(first, length):
         with torch.autocast(device.type, enabled=False):
             logits = model.image_logits(hidden)
@@ -98,22 +91,44 @@ def generate_tokens(
                 hidden = step(model, token.repeat(2) if guided else token, positions[i + 1], caches)
 
 
+def _prefill(
+    model: Transformer, text: Tensor, start: Tensor, candidates: int, guided: bool
+) -> tuple[Tensor, list[KVCache]]:
+    """The state (B, D) that predicts the token after the captions and kept tokens, and the caches."""
+    layout = model.layout
+    if guided:  # the same images once more, with an empty caption
+        empty = layout.pad_text([[]]).to(text).expand(len(text), -1)
+        text, start = torch.cat([text, empty]), start.repeat(2, 1)
+    caches = model.init_kv_caches(len(text), candidates)
+    with inference_autocast(model):
+        hidden = model.prefill(layout.shift(layout.pack(text, start)), caches)[:, -1]
+    return hidden.repeat_interleave(candidates, dim=0), caches
+
+
 def generate(model: Transformer, text_tokens: Tensor, noise: Tensor, **options) -> Tensor:
     """All image tokens, int64 (C, n, N); arguments as `generate_tokens`."""
     return deque(generate_tokens(model, text_tokens, noise, **options), maxlen=1).pop()
 
 
-def decode_step_of(model: Transformer, compile: bool = False, cuda_graph: bool = False) -> DecodeStep:
-    """The decoding step for `generate_tokens`, compiled, as a CUDA graph, or both.
+def decode_step_of(
+    model: Transformer, compile: bool = False, cuda_graph: bool | None = None
+) -> DecodeStep | None:
+    """The decoding step for `generate_tokens`, compiled, as a CUDA graph, or both; None for the plain one.
 
-    Compiling takes half a minute or more, once for each class of model and shape.
+    Compiling takes half a minute or more, once for each class of model and shape. By default there is a graph
+    where the model is on CUDA.
 
     Raises:
         ValueError: a CUDA graph on another device.
     """
     device = model.to_logits.weight.device
     if cuda_graph and device.type != "cuda":
-        raise ValueError(f"cuda_graph needs a CUDA device, the model is on {device.type}")
+        raise ValueError(
+            f"cuda_graph needs a model on a CUDA device, this one is on {device.type}; leave it out"
+        )
+    cuda_graph = device.type == "cuda" if cuda_graph is None else cuda_graph
+    if not compile and not cuda_graph:
+        return None
     step = type(model).decode_step
     if compile:
         step = _compiled(step)
@@ -128,7 +143,8 @@ def _compiled(step: DecodeStep) -> DecodeStep:
 class CUDAGraphStep:
     """A decoding step recorded as a graph of CUDA kernels at its first call and replayed after that.
 
-    One serves a single call of `generate_tokens`: the graph holds the addresses of its caches.
+    One serves a single call of `generate_tokens`: the graph holds the addresses of its caches. CUDA takes the
+    kernels of the current device alone, so the model's is made the current one.
     """
 
     def __init__(self, step: DecodeStep):
@@ -136,19 +152,24 @@ class CUDAGraphStep:
 
     def __call__(self, model: Transformer, tokens: Tensor, position: Tensor, caches: list[KVCache]) -> Tensor:
         """The hidden state (B, D), overwritten by the next call."""
-        if self.graph is None:
-            self.tokens, self.position, self.graph = tokens.clone(), position.clone(), torch.cuda.CUDAGraph()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # warm-up: libraries choose their kernels
-                self.step(model, self.tokens, self.position, caches)
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(self.graph):
-                self.hidden = self.step(model, self.tokens, self.position, caches)
-        self.tokens.copy_(tokens)
-        self.position.copy_(position)
-        self.graph.replay()
+        with torch.cuda.device(tokens.device):
+            if self.graph is None:
+                self._record(model, tokens.clone(), position.clone(), caches)
+            self.tokens.copy_(tokens)
+            self.position.copy_(position)
+            self.graph.replay()
         return self.hidden
+
+    def _record(self, model: Transformer, *inputs) -> None:
+        self.tokens, self.position, _ = inputs
+        self.graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # warm-up: libraries choose their kernels
+            self.step(model, *inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        # other threads, of the web page, may use the device meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.hidden = self.step(model, *inputs)
 
 
 def cast_linear_weights(model: Transformer, dtype: torch.dtype) -> Transformer:

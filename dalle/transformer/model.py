@@ -16,7 +16,7 @@ from dalle.layout import check_tokens
 from dalle.nn.attention import SparseMask, build_mask, resolve_backend
 from dalle.nn.blocks import FP32LayerNorm, ResidualBlock, TransformerBlock
 from dalle.nn.int8 import int8_linear
-from dalle.nn.kv_cache import KVCache, KVCacheLayout
+from dalle.nn.kv_cache import KVCache, KVCacheLayout, positions_in
 from dalle.transformer.config import TransformerConfig
 
 
@@ -84,7 +84,7 @@ class Transformer(nn.Module):
         Args:
             tokens: int64 (B,), those of image position `position - 1`.
             position: the image position that reads them, at least 1; an int or a tensor (1,), see
-                `KVCache.attend`.
+                `KVCacheLayout.at`.
             caches: hold the positions before it, and take this one.
 
         Returns:
@@ -94,8 +94,8 @@ class Transformer(nn.Module):
         x = self.token_embedding(tokens + self.layout.image_offset) + (
             self.row.weight[row] + self.column.weight[column]
         )
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer.step(x, cache, position)
+        for layer, cache, at in zip(self.layers, caches, positions_in(caches, position), strict=True):
+            x = layer.step(x, cache, at)
         return self.final_norm(x)
 
     def backends(self, positions: int | None = None) -> dict[str, str]:

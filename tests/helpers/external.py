@@ -10,6 +10,7 @@ from dalle.pretrained.external_transformer import ExternalLayout, ExternalTransf
 from dalle.pretrained.family import DetectedCheckpoint, SkipRandomInit, compare_keys
 from dalle.sampling import candidate_noise
 from dalle.transformer.generate import cast_linear_weights, generate, inference_autocast, quantize_int8
+from tests.helpers.device_work import step_work
 
 
 def check_logits(found: Tensor, text: Tensor, image: Tensor, layout: ExternalLayout) -> None:
@@ -42,6 +43,7 @@ def check_sampling(model: ExternalTransformer, text: Tensor, image: Tensor, read
         states.append([model.decode_step(image[:, read + i], at, caches) for i, at in enumerate(positions)])
     for one, other in zip(*states, strict=True):
         torch.testing.assert_close(one, other)
+    assert step_work(model)["index"] <= 2 * len(model.image_masks) + 2  # tables, whatever the layers
     with torch.inference_mode():
         exact = model.hidden(ids)
         for rounded in (cast_linear_weights(model, torch.bfloat16), quantize_int8(model)):

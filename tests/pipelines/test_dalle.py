@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from io import BytesIO
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -314,6 +315,19 @@ class TestCandidateBatches:
 
         each = kv_cache_bytes(model.transformer.init_kv_caches(1, 1))[1]
         assert (rows(None), rows(6 * each), rows(6 * each, 1.5), rows(1)) == (16, 4, 2, 1)
+
+    @pytest.mark.parametrize(
+        ("device", "best_of", "free", "rows"),
+        [("cuda", wanted, None, rows) for wanted, rows in ((4, 64), (64, 64), (65, 128), (9999, 512))]
+        + [("cuda", 512, 5 * 300, 256), ("cuda", 512, 25, 4), ("mps", 512, None, 64), ("cpu", 512, None, 16)],
+    )
+    def test_on_cuda_more_candidates_share_a_step_where_memory_holds_them(
+        self, monkeypatch, device, best_of, free, rows
+    ):
+        monkeypatch.setattr(best_of_n, "free_memory", lambda device: free)
+        weight, cache = SimpleNamespace(device=torch.device(device)), SimpleNamespace(image=Mock(nbytes=4))
+        model = Mock(**{"to_logits.weight": weight, "init_kv_caches.return_value": [cache]})
+        assert auto_batch_size(model, None, best_of) == rows
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

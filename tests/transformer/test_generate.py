@@ -1,11 +1,16 @@
 """Decoding with the KV cache and sampling (dalle/transformer/generate.py), against whole sequences."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from dalle import layout
 from dalle.sampling import candidate_noise
 from dalle.transformer.generate import (
     TO_GENERATE,
+    CUDAGraphStep,
     cast_linear_weights,
     decode_step_of,
     generate,
@@ -13,6 +18,7 @@ from dalle.transformer.generate import (
     inference_autocast,
 )
 from dalle.transformer.losses import cross_entropies
+from tests.helpers.device_work import DeviceWork, step_work
 from tests.helpers.small_transformer import CAPTIONS, ids_of, small, text_of
 
 GRIDS = [(4, 4), (2, 5), (5, 3)]
@@ -209,3 +215,67 @@ def test_sampling_options_are_used_and_global_state_is_left_alone(model, ids):
     assert not torch.equal(generate(model, text, noise), greedy)
     assert torch.equal(torch.get_rng_state(), before)
     cross_entropies(model, ids)[1].backward()  # no tensor of the inference stays in the model
+
+
+# Off the CPU.
+
+
+def test_layout_tables_are_read_once_a_step_and_each_layer_adds_22_operations():
+    """A CUDA graph records a step: nothing in it waits for the device or is copied there."""
+    few, many = (step_work(small(depth), "meta") for depth in (3, 7))
+    assert sum((many - few).values()) == 4 * 22 + 1  # a column layer more selects its column
+    assert (many - few)["index"] == 0
+    assert few["index"] == 2 + 3 * 2 + 1  # row and column; key and mask of three kinds, and the column
+
+
+def test_sampling_uses_float64_on_the_cpu_alone(monkeypatch):
+    """On the meta device, which has no values to check."""
+    model = small(2, (1, 3))
+    text, noise = text_of(model, 2), noise_for(model, 2, 3)
+    monkeypatch.setattr(layout, "check_tokens", lambda *_: None)
+    with DeviceWork() as work:
+        tokens = generate(model.to("meta"), text.to("meta"), noise, guidance=2, top_k=3, top_p=0.9, min_p=0.1)
+    assert (tokens.device.type, tokens.shape) == ("meta", (2, 3, 3))
+    assert work.counts["searchsorted"] == 2 * 3
+
+
+def test_a_cuda_graph_is_recorded_and_replayed_on_the_models_device(monkeypatch):
+    """Streams and graphs belong to the current device, which may be another one."""
+    current, seen = [], []
+
+    @contextmanager
+    def entered(name, *arguments):
+        current.append(name)
+        yield
+        current.pop()
+
+    def made(name):
+        seen.append((name, list(current)))
+        return SimpleNamespace(wait_stream=lambda _: None, replay=lambda: made("replay"))
+
+    fakes = {
+        "device": entered,
+        "stream": lambda _: entered("warm-up"),
+        "graph": lambda _, **options: entered("recording"),
+        "CUDAGraph": lambda: made("graph"),
+        "Stream": lambda: made("stream"),
+        "current_stream": lambda: made("current"),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    step, here = CUDAGraphStep(lambda *_: made("step")), torch.device("cpu")
+    for _ in range(2):
+        step(None, torch.zeros(3), torch.zeros(1), [])
+    assert {tuple(inside)[:1] for _, inside in seen} == {(here,)}
+    assert [inside[1:] for name, inside in seen if name == "step"] == [["warm-up"], ["recording"]]
+    assert [name for name, _ in seen].count("replay") == 2
+
+
+def test_a_graph_is_the_default_on_cuda_and_refused_elsewhere(model):
+    assert decode_step_of(model) is decode_step_of(model, cuda_graph=False) is None
+    with pytest.raises(ValueError, match=r"cuda_graph needs .* CUDA .* cpu"):
+        decode_step_of(model, cuda_graph=True)
+    weight = SimpleNamespace(device=torch.device("cuda", 1))
+    elsewhere = type("Elsewhere", (), {"to_logits": SimpleNamespace(weight=weight), "decode_step": None})()
+    assert isinstance(decode_step_of(elsewhere), CUDAGraphStep)
+    assert decode_step_of(elsewhere, cuda_graph=False) is None

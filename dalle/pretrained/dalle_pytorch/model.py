@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dalle.config import configuration
 from dalle.nn.blocks import FP32LayerNorm
-from dalle.nn.kv_cache import KVCache
+from dalle.nn.kv_cache import CachePosition, KVCache
 from dalle.pretrained.dalle_pytorch.vae import LICENSE
 from dalle.pretrained.external_blocks import MLP, Layer, SandwichBlock
 from dalle.pretrained.external_transformer import ExternalConfig, ExternalLayout, ExternalTransformer
@@ -91,10 +91,10 @@ class ShiftCache(KVCache):
     def shifted(self, branch: int, x: Tensor, position: Tensor) -> Tensor:
         """Stores states (B, D) of a position (1,) and mixes them with those above and to the left."""
         states, columns = self.states[branch], self.states[branch].shape[1]
-        quarter = x.shape[1] // 4
-        above = states.index_select(1, position % columns)[:, 0, :quarter]
-        left = states.index_select(1, (position - 1) % columns)[:, 0, quarter:] * (position % columns != 0)
-        states.index_copy_(1, position % columns, x[:, None, : 2 * quarter].to(states.dtype))
+        quarter, slot = x.shape[1] // 4, position % columns
+        above = states.index_select(1, slot)[:, 0, :quarter]
+        left = states.index_select(1, (position - 1) % columns)[:, 0, quarter:] * (slot != 0)
+        states.index_copy_(1, slot, x[:, None, : 2 * quarter].to(states.dtype))
         return torch.cat([above, left, x[:, 2 * quarter :]], dim=1)
 
 
@@ -128,12 +128,12 @@ class ScaledBlock(SandwichBlock):
             x = shifted(x, prefix_len, self.columns)
         return self.norm_out(self.f(x, mask, prefix_len, cache, angles)) * self.scale
 
-    def step(self, x: Tensor, cache: ShiftCache, position: int | Tensor, angles: Tensor | None) -> Tensor:
+    def step(self, x: Tensor, cache: ShiftCache, at: CachePosition, angles: Tensor | None) -> Tensor:
         """x (B, D) of one image token of every candidate."""
         x = self.norm(x)
         if self.columns:
-            x = cache.shifted(self.branch, x, torch.as_tensor(position, device=x.device).view(1))
-        return self.norm_out(self.f.step(x.to(self.dtype), cache, position, angles)) * self.scale[0]
+            x = cache.shifted(self.branch, x, torch.as_tensor(at.position, device=x.device).view(1))
+        return self.norm_out(self.f.step(x.to(self.dtype), cache, at, angles)) * self.scale[0]
 
 
 class ReversibleLayer(Layer):
