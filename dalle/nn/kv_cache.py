@@ -159,10 +159,13 @@ class KVCache:
         return torch.baddbmm(mixed.view(q.shape), from_text, self.text[1])
 
 
-def positions_in(caches: list[KVCache], position: int | Tensor) -> list[CachePosition]:
-    """An image position in each cache; the tables of a layout are read once for all its layers."""
-    at = {layout: layout.at(position) for layout in dict.fromkeys(cache.layout for cache in caches)}
-    return [at[cache.layout] for cache in caches]
+def positions_in(caches: list[KVCache], position: int | Tensor) -> dict[KVCacheLayout, CachePosition]:
+    """An image position in the layout of each cache, whose tables are read once for all its layers."""
+    at = {}
+    for cache in caches:
+        if cache.layout not in at:
+            at[cache.layout] = cache.layout.at(position)
+    return at
 
 
 def kv_cache_bytes(caches: list[KVCache]) -> tuple[int, int]:

@@ -168,8 +168,8 @@ class ExternalTransformer(nn.Module, ABC):
         x = self.trunk(self.embed_image(tokens[:, None], at)[:, 0])
         angles = self.rotation(inputs + at)
         places = positions_in(caches, last + inputs - self.config.prefix_len)
-        for layer, cache, place in zip(self.layers, caches, places, strict=True):
-            x = layer.step(x, cache, place, angles)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer.step(x, cache, places[cache.layout], angles)
         return self.final(x)
 
     def text_logits(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:

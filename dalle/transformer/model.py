@@ -94,8 +94,9 @@ class Transformer(nn.Module):
         x = self.token_embedding(tokens + self.layout.image_offset) + (
             self.row.weight[row] + self.column.weight[column]
         )
-        for layer, cache, at in zip(self.layers, caches, positions_in(caches, position), strict=True):
-            x = layer.step(x, cache, at)
+        at = positions_in(caches, position)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer.step(x, cache, at[cache.layout])
         return self.final_norm(x)
 
     def backends(self, positions: int | None = None) -> dict[str, str]:
