@@ -23,6 +23,11 @@ class CLIPObjective:
         text = model.encode_text(packed).float()
         images, *negatives = model.encode_image(torch.cat([pixels, *negatives])).float().split(len(pixels))
         all_text, all_images = part.gather(text), part.gather(images)  # (processes * B, E)
+        if len(all_text) != part.count * len(text):
+            raise ValueError(
+                "CLIP compares every caption with every image of the batch, which passes of a part each cannot; "
+                "set grad_accum_steps to 1, and lower batch_size or start more processes to save memory"
+            )
         scale = model.logit_scale()
         own = part.index * len(pixels) + torch.arange(len(pixels), device=pixels.device)
         to_text, to_images = scale * images @ all_text.T, scale * text @ all_images.T

@@ -15,6 +15,10 @@ from dalle.clip import CLIP, CLIPConfig, CLIPScorer, PretrainedScorer
 from dalle.clip.model import prepare_pixels
 from dalle.clip.objective import CLIPObjective
 from dalle.pipelines.best_of_n import TopN
+from dalle.train.config import EMAConfig, OptimizerConfig
+from dalle.train.optimizer import build_optimizers
+from dalle.train.state import EMA, TrainState
+from dalle.train.step import train_step
 from dalle.types import Scorer
 from tests.helpers.hostile import Call
 
@@ -102,6 +106,14 @@ class TestObjective:
         alone = CLIPObjective()(model, (pixels[:1], text[:1]), 0)
         assert alone.total.item() == pytest.approx(0.0, abs=1e-6)
         assert alone.metrics["image_to_text_acc"] == 1.0
+
+    def test_passes_of_a_part_of_the_batch_are_refused(self, model):
+        """However a training is started, not by the command alone."""
+        pixels, text = torch.rand(4, 3, 32, 32), model.pack_text([[1], [2], [3], [4]])
+        config = OptimizerConfig()
+        state = TrainState(model, build_optimizers(model, config), EMA(model, EMAConfig()))
+        with pytest.raises(ValueError, match="set grad_accum_steps to 1"):
+            train_step(state, (pixels, text), CLIPObjective(), config, "fp32", 0, passes=2)
 
     def test_images_without_a_caption_are_hard_negatives(self, model, pixels):
         """The cross-entropy of each caption over all six images is added to the symmetric one."""
