@@ -32,6 +32,8 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "flickr": (".token", ".txt"),
     "openclipart": (".svg",),
 }
+MAX_DEPTH = 100
+"""Of published JSON."""
 DUBLIN_CORE = "{http://purl.org/dc/elements/1.1/}"
 STOP_TITLES = {"clip art", "clipart", "image", "media", "svg", "png", "public domain"}
 
@@ -170,14 +172,21 @@ def _json_list(file: Path, key: str) -> Iterator[dict[str, Any]]:
     empty = True
     try:
         with unpack(file, "rb") as opened:
-            for item in ijson.items(opened, f"{key}.item"):
+            events = ijson.parse(opened, use_float=True)  # without it a number of 5,000 digits ends Python
+            for item in ijson.items(map(_check_depth, events), f"{key}.item"):
                 empty = False
                 if isinstance(item, dict):
                     yield item
-    except ijson.JSONError as error:
+    except (ijson.JSONError, ValueError) as error:
         raise ValueError(f"{file} is not JSON, or truncated: {str(error).splitlines()[0]}") from None
     if empty:
         raise ValueError(f"{file} has no list {key!r}; is it in this format?")
+
+
+def _check_depth(event: tuple[str, str, Any]) -> tuple[str, str, Any]:
+    if event[0].count(".") > MAX_DEPTH:  # the time to read it grows with the square
+        raise ValueError(f"its JSON is nested more than {MAX_DEPTH} deep")
+    return event
 
 
 def _clean(*captions: Any) -> list[str]:

@@ -230,6 +230,8 @@ def test_the_table_is_the_same_again_and_a_failed_run_leaves_it_alone(tmp_path):
         ('{"info": {}}', "no list 'images'"),
         ('{"images": [oops]}', "not JSON"),
         ('{"images" 1}', "not JSON"),
+        ('{"images": ' + "[" * 10**6, "more than 100 deep"),
+        ('{"images": [{"id": ' + "9" * 5000 + "}]}", "not JSON"),
     ],
 )
 def test_other_json_is_refused(tmp_path, text, words):

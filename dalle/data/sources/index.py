@@ -142,11 +142,10 @@ def open_or_build_index(
             writer = IndexWriter(file)
             build(writer, files)
             writer.close()
-            if writer.keep:
-                follow_umask(path)
-                os.replace(path, folder / name)  # another process writes the same
-                path = folder / name
-            return Index(path, dtype)
+            follow_umask(path)
+            complete = folder / (name if writer.keep else f".partial-{name}")
+            os.replace(path, complete)  # another process writes the same
+            return Index(complete, dtype)
         except BaseException:
             path.unlink(missing_ok=True)
             raise

@@ -89,6 +89,13 @@ def test_an_interrupted_index_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "index") == []
 
 
+def test_an_unreadable_file_leaves_one_partial_index(tmp_path):
+    (tars(tmp_path) / "set-003.tar").symlink_to("nowhere")
+    for _ in range(3):
+        assert len(open_source(tmp_path, index_dir=tmp_path / "index")) == COUNT
+    assert len(os.listdir(tmp_path / "index")) == 1
+
+
 def test_an_index_is_beside_the_data_or_in_the_users_cache(tmp_path, monkeypatch):
     open_source(one_tar(tmp_path))
     assert len(os.listdir(tmp_path / FOLDER)) == 1
