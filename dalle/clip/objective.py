@@ -25,7 +25,7 @@ class CLIPObjective:
         all_text, all_images = part.gather(text), part.gather(images)  # (processes * B, E)
         if len(all_text) != part.count * len(text):
             raise ValueError(
-                "CLIP compares every caption with every image of the batch, which passes of a part each cannot; "
+                "CLIP compares every caption with every image of the batch, which passes over parts cannot; "
                 "set grad_accum_steps to 1, and lower batch_size or start more processes to save memory"
             )
         scale = model.logit_scale()
