@@ -165,8 +165,9 @@ def token_grid(tokens: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
 
 def check_tokens(tokens: Tensor, vocab_size: int, name: str = "tokens") -> None:
     """ValueError, naming position and value, unless tokens are int64 (B, N) in [0, vocab_size)."""
-    if tokens.ndim != 2 or str(tokens.dtype) != "torch.int64":
-        raise ValueError(f"{name} must be int64 (B, N), got {tokens.dtype} {tuple(tokens.shape)}")
+    if str(getattr(tokens, "dtype", "")) != "torch.int64" or tokens.ndim != 2:
+        found = f"{tokens.dtype} {tuple(tokens.shape)}" if hasattr(tokens, "dtype") else f"{tokens!r:.80}"
+        raise ValueError(f"{name} must be int64 (B, N), got {found}")
     bad = (tokens < 0) | (tokens >= vocab_size)
     if bad.any():
         row, position = bad.nonzero()[0].tolist()

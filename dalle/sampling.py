@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MIN_TEMPERATURE = 1e-30
 """Logits divided by less could overflow float32."""
+MAX_COUNT = 2**20
+"""Most candidates of a prompt, and rows of a batch; a typing error must not sample for years."""
 
 
 @configuration
@@ -60,8 +62,8 @@ class SamplingConfig:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
         for name in ("top_k", "batch_size", "prompts_per_batch", "decode_batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and not 1 <= value <= MAX_COUNT:
+                raise ValueError(f"{name} must be at least 1 and at most {MAX_COUNT}, got {value}")
 
 
 def whole_numbers(**values: Any) -> list[int]:

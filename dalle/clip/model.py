@@ -8,6 +8,7 @@ open_clip is imported when a model is built, not before: it takes seconds.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dalle.clip.config import CLIPConfig
 from dalle.io.images import check_images
+from dalle.io.torch_file import read_torch_file, weights_of
 from dalle.types import TextTokenizerLike
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # Radford et al., released code
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 ATTENTION = SDPBackend.MATH  # on a CPU; torch's fused attention is slower at these lengths
+NUMBERS = {"input_resolution", "context_length", "vocab_size"}  # beside the weights in OpenAI's files
 MAX_LOGIT_SCALE = 100.0  # Radford et al., section 2.5
 
 
@@ -155,18 +158,25 @@ class OpenClipScorer(_CosineScorer):
 class PretrainedScorer(OpenClipScorer):
     """An open_clip model by its architecture's name and a file of weights.
 
-    Nothing is downloaded unless `download` is set; then `weights` may be one of open_clip's tags.
+    Nothing is downloaded unless `download` is set; then `weights` may be one of open_clip's tags. open_clip
+    reads a copy of the file's tensors, so that none of its code runs.
     """
 
     def __init__(self, name: str, weights: str, device: str | torch.device = "cpu", download: bool = False):
         import open_clip
 
-        if not download and not Path(weights).is_file():
+        if not download and not Path(weights).exists():
             raise ValueError(f"no file {weights}; give a file of weights for {name}, or allow the download")
         if name not in open_clip.list_models():
             raise ValueError(f"open_clip knows no model {name!r}; see open_clip.list_models()")
-        try:
-            model = open_clip.create_model(name, pretrained=weights, device=device).eval()
-        except (RuntimeError, LookupError, AttributeError, StopIteration) as error:
-            raise ValueError(f"{weights} does not hold the weights of {name}: {error!s:.300}") from None
+        with TemporaryDirectory() as folder:
+            source = weights
+            if Path(weights).exists() and Path(weights).suffix not in (".npz", ".npy"):  # big_vision's
+                tensors = weights_of(read_torch_file(weights).tree)
+                source = str(Path(folder) / "weights.pt")
+                torch.save({key: tensors[key] for key in tensors.keys() - NUMBERS}, source)
+            try:
+                model = open_clip.create_model(name, pretrained=source, device=device).eval()
+            except (RuntimeError, LookupError, AttributeError, StopIteration) as error:
+                raise ValueError(f"{weights} does not hold the weights of {name}: {error!s:.300}") from None
         super().__init__(model, open_clip.get_tokenizer(name))

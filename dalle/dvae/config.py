@@ -28,6 +28,8 @@ class DVAEConfig:
     """Floor on the predicted ln b; None leaves it free (A.3)."""
 
     def __post_init__(self):
+        if len(self.widths) > 16:
+            raise ValueError(f"widths must be of 16 groups at most, got {len(self.widths)}")
         if self.downsample_factor not in [2**poolings for poolings in range(len(self.widths))]:
             raise ValueError(
                 f"downsample_factor must be a power of two up to {2 ** (len(self.widths) - 1)}, got "

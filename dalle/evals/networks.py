@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dalle.io.files import file_hashes
 from dalle.io.images import check_images
-from dalle.pretrained.torch_file import read_torch_file, weights_of
+from dalle.io.torch_file import read_torch_file, weights_of
 from dalle.types import Embedder
 
 INCEPTION_FILE = (
@@ -105,7 +105,7 @@ def _import(name: str) -> ModuleType:
 
 def read_weights(path: Path, missing: str) -> dict[str, Tensor]:
     """Tensors of a PyTorch file by name; ValueError, with `missing`, where there is none."""
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"no file {path}. {missing}")
     return {name: tensor.clone() for name, tensor in weights_of(read_torch_file(path).tree).items()}
 

@@ -17,6 +17,10 @@ from huggingface_hub import errors, utils
 from dalle.hub.model_card import CARD, PLACEHOLDER, Report, read_card
 from dalle.io.files import read_config
 
+FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".pkl", ".json", ".yaml", ".md", ".txt")
+FILE_SUFFIXES += (".tar", ".gz", ".zip", ".model")
+"""Of what is taken for a local file, though it has the form of an id."""
+
 
 def resolve_source(
     source: Path | str, kinds: Sequence[str], revision: str | None = None, token: str | bool | None = None
@@ -35,7 +39,8 @@ def resolve_source(
             raise ValueError(f"{source} is a local path, which has no revision {revision!r}; omit revision")
         return path
     repo_id = str(source).replace(os.sep, "/")
-    if not _is_id(repo_id) or Path(repo_id).parent.is_dir():  # a typo in a local path is not sent to the Hub
+    local = not _is_id(repo_id) or repo_id[0] in ".~" or path.parent.exists() or path.suffix in FILE_SUFFIXES
+    if local:  # a typo in a local path is not sent to the Hub
         make = "make a directory with save_pretrained, or python scripts/quickstart.py"
         raise ValueError(f"{source} is no model directory, nor an id of the Hub (owner/name); {make}")
     files = ["config.json", "text_tokenizer.json", *(f"{kind}.safetensors" for kind in kinds)]

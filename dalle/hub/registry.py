@@ -28,6 +28,7 @@ from dalle.hub.hub import push_to_hub, resolve_source
 from dalle.hub.model_card import Report, read_report, write_card
 from dalle.io.files import (
     FORMAT,
+    LAYERS,
     check_meta,
     load_strict,
     make_directory,
@@ -131,13 +132,12 @@ def load_model(
         folder, meta, tensors = _read_checkpoint(path, kind, averaged)
     config_class, model_class = MODEL_REGISTRY[kind]
     config = from_dict(config_class, meta["model_config"], str(folder))
-    names = ("depth", "blocks_per_group", "vision_layers", "text_layers")
-    if (layers := max(getattr(config, name, 0) for name in names)) > len(tensors):
+    if (layers := max(getattr(config, name, 0) for name in LAYERS)) > len(tensors):
         raise ValueError(f"{folder} has {len(tensors)} tensors, too few for {layers} layers")
     try:
         with torch.device("meta"), SkipRandomInit():  # sizes that are not the weights' allocate nothing
             model = model_class(config)
-        load_strict(model, tensors, folder)
+        tensors = load_strict(model, tensors, folder)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{folder} has a model_config of impossible sizes: {error!s:.80}") from None
     file = path / f"{kind}.safetensors" if is_directory else None

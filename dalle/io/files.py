@@ -57,6 +57,25 @@ def follow_umask(path: Path) -> None:
     probe.unlink(missing_ok=True)
 
 
+WRONG_KINDS = {
+    b"\x1f\x8b": "a gzip archive; unpack it",
+    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself",
+    b"<": "a page of HTML or XML, perhaps of a download that failed",
+}
+
+
+def check_kind(path: Path) -> bytes:
+    """The first 512 bytes of a file of weights; ValueError if it is empty or of another kind."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    kinds = [kind for start, kind in WRONG_KINDS.items() if head.lstrip().startswith(start)]
+    if head[257:262] == b"ustar":
+        kinds = ["a tar; unpack it (torch before 0.1.10 wrote tars too)"]
+    if kinds or not head:
+        raise ValueError(f"{path} is {kinds[0] if kinds else 'empty'}")
+    return head
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Maps a safetensors file; ValueError if it is missing or damaged, OSError if it cannot be read."""
     try:
@@ -65,12 +84,30 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ValueError(f"no file {path}; the checkpoint is incomplete") from None
     except SafetensorError as error:
+        check_kind(path)
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
 
 
-def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+LAYERS = ("depth", "blocks_per_group", "vision_layers", "text_layers", "blocks", "levels")
+"""Fields of configurations that count layers, of which none is without a tensor."""
+WRAPPERS = re.compile(
+    r"^((module|model|ema|ema_model|student|_\w+_module|_orig_mod)\.)+|\b(_\w+_module|_orig_mod)\."
+)
+"""What DDP, Lightning and averages put before the names of tensors, FSDP and torch.compile also inside."""
+
+
+def without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with names without WRAPPERS; as they are if two would have one name."""
+    counted = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}  # AveragedModel's
+    renamed = {WRAPPERS.sub("", name): tensor for name, tensor in counted.items()}
+    return renamed if len(renamed) == len(counted) else tensors
+
+
+def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     """Weights into a model, only compared on the meta device; ValueError names the first wrong tensor."""
     expected = model.state_dict()
+    if expected.keys() != tensors.keys():
+        tensors = without_wrappers(tensors)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(f"{source} lacks {len(missing)} tensors of the model, first {missing[0]!r}")
     if extra := sorted(tensors.keys() - expected.keys()):
@@ -81,6 +118,7 @@ def load_strict(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> N
             raise ValueError(f"{source}: {name!r} is {shapes}")
     if not any(tensor.is_meta for tensor in expected.values()):
         model.load_state_dict(tensors)
+    return tensors
 
 
 def write_json(path: Path, data: Any) -> None:

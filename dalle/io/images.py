@@ -40,6 +40,8 @@ def load_image(source: ImageSource) -> Image.Image:
             if source.dtype != np.uint8 or source.shape[2:] != (3,):
                 raise ValueError(f"expected an array uint8 (H, W, 3), got {source.dtype} {source.shape}")
             return Image.fromarray(source)
+        if not isinstance(source, Image.Image | Path | str):
+            raise ValueError(f"expected an image, an array or a path, got {type(source).__name__}")
         image = source if isinstance(source, Image.Image) else identify_image(Path(source).read_bytes())
         return to_rgb(image)
     except FileNotFoundError:
@@ -109,6 +111,8 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 
 def check_images(pixels: Tensor, multiple_of: int = 1) -> None:
     """ValueError unless pixels are float (B, 3, H, W), finite, in [0, 1], sides a multiple."""
+    if not isinstance(pixels, Tensor):
+        raise ValueError(f"pixels must be a tensor (B, 3, H, W), got {type(pixels).__name__}; see to_tensor")
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels must be (B, 3, H, W), got {tuple(pixels.shape)}")
     if not pixels.is_floating_point():

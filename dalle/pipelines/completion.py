@@ -5,6 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from dalle.io.images import ImageSource
+from dalle.layout import check_tokens
+from dalle.sampling import whole_numbers
 from dalle.transformer.generate import TO_GENERATE
 
 
@@ -22,12 +24,21 @@ def prefix_tokens(
     height, width = model.transformer.layout.grid
     if (rows is None) == (box is None):
         raise ValueError("give either rows, how many to keep, or box, (top, left) of the region to generate")
-    if rows is not None and not 0 < rows < height:
-        raise ValueError(f"rows must be 1 to {height - 1}, got {rows}")
-    top, left = box or (rows, 0)
+    if rows is not None:
+        (rows,) = whole_numbers(rows=rows)
+        if not 0 < rows < height:
+            raise ValueError(f"rows must be 1 to {height - 1}, got {rows}")
+    elif not hasattr(box, "__len__") or len(box) != 2:
+        raise ValueError(f"box must be (top, left) within {height} x {width}, got {box!r:.100}")
+    top, left = (rows, 0) if box is None else whole_numbers(top=box[0], left=box[1])
     if not (0 <= top < height and 0 <= left < width) or (top, left) == (0, 0):
         raise ValueError(f"box must be (top, left) within {height} x {width} and not (0, 0), got {box}")
     tokens = image.to(model.device) if isinstance(image, Tensor) else model.encode(image)
-    grid = tokens.view(1, height, width).clone()
-    grid[:, top:, left:] = TO_GENERATE
-    return grid.flatten(1)
+    check_tokens(tokens, model.transformer.layout.image_vocab, "image tokens")
+    if tokens.shape != (1, height * width):
+        raise ValueError(
+            f"image tokens must be those of one image, (1, {height * width}), got {tuple(tokens.shape)}"
+        )
+    kept = tokens.view(1, height, width).clone()
+    kept[:, top:, left:] = TO_GENERATE
+    return kept.flatten(1)

@@ -1,7 +1,7 @@
 """DALL-E: caption -> h w image tokens -> N images -> ranked images (paper sections 2 and 2.6)."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -22,7 +22,7 @@ from dalle.layout import check_tokens
 from dalle.pipelines.best_of_n import Callback, GenerationProgress, sample_best_of_n
 from dalle.pipelines.completion import prefix_tokens
 from dalle.pipelines.generation import Generation, LogLikelihood
-from dalle.sampling import SamplingConfig, whole_numbers
+from dalle.sampling import MAX_COUNT, SamplingConfig, whole_numbers
 from dalle.text import BPETokenizer, text_tokenizer_from_dict
 from dalle.train.precision import DTYPES, Precision, resolve_precision
 from dalle.transformer import Transformer
@@ -102,7 +102,8 @@ class DALLE:
         Raises:
             ValueError: an empty or too long prompt, best_of < n, settings out of range.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        several = isinstance(prompt, Iterable) and not isinstance(prompt, str)
+        prompts = list(prompt) if several else [prompt]
         config = SamplingConfig(**sampling)
         step = None
         try:
@@ -117,7 +118,7 @@ class DALLE:
                 raise
             warnings.warn(f"interrupted: {step.seen} of {step.total} candidates are ranked", stacklevel=2)
         generations = [top.generation() for top in step.top if top.seen] if step else []
-        return generations[0] if isinstance(prompt, str) else generations
+        return generations if several else generations[0]
 
     def complete(
         self,
@@ -164,8 +165,8 @@ class DALLE:
         """The loop behind `generate`: the state after each token and ranked batch; checks all arguments."""
         if {type(n), type(best_of), type(seed)} != {int}:
             n, best_of, seed = whole_numbers(n=n, best_of=best_of, seed=seed)
-        if not 1 <= n <= best_of:
-            raise ValueError(f"best_of must be at least n, and n 1 or more; got best_of={best_of}, n={n}")
+        if not 1 <= n <= best_of <= MAX_COUNT:
+            raise ValueError(f"best_of must be n to {MAX_COUNT}, n 1 or more; got best_of={best_of}, n={n}")
         text_tokens = self.text_tokens(prompts, truncate)
         if pieces := [piece for prompt in prompts for piece in self.text.out_of_vocabulary(prompt)]:
             shown = ", ".join(map(repr, pieces[:5]))

@@ -82,6 +82,9 @@ def stream_mask(image_mask: Tensor, prefix_len: int) -> Tensor:
     return mask
 
 
+MAX_LENGTH = 8192  # published are 1280 at most; masks take its square
+
+
 @configuration(kw_only=True)
 class ExternalConfig(BlockConfig, ABC):
     """Shape of an external transformer; a subclass has `kinds`, the kind of mask of each layer.
@@ -93,6 +96,11 @@ class ExternalConfig(BlockConfig, ABC):
     grid: tuple[int, int]
     text_vocab: int
     image_vocab: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (length := self.text_len + self.grid[0] * self.grid[1]) > MAX_LENGTH:
+            raise ValueError(f"a sequence of {length} positions, expected {MAX_LENGTH} at most")
 
     @property
     @abstractmethod

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dalle.io.files import LAYERS
 from dalle.nn.meta_device import SkipRandomInit
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -60,7 +61,7 @@ class DetectedCheckpoint:
     family: CheckpointFormat | None  # None if it is unknown
     tensors: Mapping[str, Tensor]
     tree: Any = None  # all of the file
-    container: str = ""  # see `dalle.pretrained.torch_file`
+    container: str = ""  # see `dalle.io.torch_file`
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def compare_keys(found: DetectedCheckpoint) -> KeyComparison:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
         config = family.infer_config(shapes, found)
+        if (layers := max(getattr(config, name, 0) for name in LAYERS)) > len(shapes):
+            raise ValueError(f"{len(shapes)} tensors are too few for {layers} layers")
         with torch.device("meta"), SkipRandomInit():
             model = family.build(config)
     except KeyError as error:

@@ -6,10 +6,10 @@ from typing import Any
 from dalle.config import from_dict, to_dict
 from dalle.hub.registry import MODEL_REGISTRY
 from dalle.io.files import check_meta, file_hashes, read_config, read_json
+from dalle.io.torch_file import read_torch_file
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, compare_keys
 from dalle.pretrained.load import check_supported_path, detect_checkpoint, extracted, is_external_checkpoint
 from dalle.pretrained.openai_dvae import HALVES
-from dalle.pretrained.torch_file import read_torch_file
 from dalle.train.checkpoint import latest_checkpoint
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dalle.io.files import read_json
+from dalle.io.torch_file import SavedFile, read_torch_file, weights_of
 from dalle.pipelines.dalle import DALLE
 from dalle.pretrained import openai_clip, openai_dvae, vqgan
 from dalle.pretrained.archive import extract, is_archive
@@ -16,7 +17,6 @@ from dalle.pretrained.dalle_pytorch.vae import DISCRETE_VAE
 from dalle.pretrained.family import DetectedCheckpoint, count_matches, load_weights
 from dalle.pretrained.mindalle import model as mindalle
 from dalle.pretrained.rudalle import model as rudalle
-from dalle.pretrained.torch_file import SavedFile, read_torch_file, weights_of
 from dalle.text import BPETokenizer
 from dalle.types import ImageTokenizer, Scorer
 

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from dalle.clip import OpenClipScorer
+from dalle.clip.model import NUMBERS
+from dalle.io.torch_file import read_torch_file, weights_of
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches, load_weights
-from dalle.pretrained.torch_file import read_torch_file, weights_of
 
 HEAD_WIDTH = 64  # Radford et al.: in every published model
-NUMBERS = ("input_resolution", "context_length", "vocab_size")
+MAX_TEXT = 4096  # published are 77; open_clip allocates its square
 CLIP_VOCAB = 49408  # ids of the byte-pair encoding that all of these read
 
 
@@ -34,6 +35,8 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint | None = None) -> dic
         width, patch = shapes["visual.layer1.0.conv1.weight"][0], None
         scale, positions = 32, shapes["visual.attnpool.positional_embedding"][0]
         layers = tuple(count_matches(shapes, f"visual.layer{i}.*.conv1.weight") for i in (1, 2, 3, 4))
+    if (length := shapes["positional_embedding"][0]) > MAX_TEXT:
+        raise ValueError(f"a context of {length} ids, expected {MAX_TEXT} at most")
     image_size = scale * round((positions - 1) ** 0.5)
     text = {
         "context_length": shapes["positional_embedding"][0],
@@ -67,7 +70,7 @@ OPENAI = CheckpointFormat(
     key_patterns=("visual.*", "token_embedding.weight", "text_projection", "input_resolution"),
     infer_config=infer_config,
     build=partial(build, quick_gelu=True),
-    ignored=NUMBERS,
+    ignored=tuple(NUMBERS),
 )
 OPEN_CLIP = replace(
     OPENAI,

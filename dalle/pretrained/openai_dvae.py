@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from dalle.dvae import DVAE, DVAEConfig
+from dalle.io.torch_file import SavedFile, attributes, read_torch_file, weights_of
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
-from dalle.pretrained.torch_file import SavedFile, attributes, read_torch_file, weights_of
 
 HALVES = ("encoder", "decoder")
 

@@ -1,7 +1,6 @@
 """CLIP (Radford et al. 2021): the model, its objective, and open_clip's models (dalle/clip)."""
 
 import json
-import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from dalle.clip import CLIP, CLIPConfig, CLIPScorer, PretrainedScorer
 from dalle.clip.model import prepare_pixels
 from dalle.clip.objective import CLIPObjective
+from dalle.io.pickle_scan import Forbidden
 from dalle.pipelines.best_of_n import TopN
 from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.optimizer import build_optimizers
@@ -223,6 +223,17 @@ class TestPretrainedScorer:
         assert pixels.grad.abs().sum() > 0
         assert isinstance(scorer, Scorer)
 
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.model.", "model.module._orig_mod."])
+    def test_prefixes_of_wrappers_and_an_outer_dict_are_stripped(self, weights, prefix, tmp_path):
+        _, model = weights
+        wrapped = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+        torch.save({"state_dict": wrapped}, tmp_path / "wrapped.pt")
+        found = PretrainedScorer("tiny-test", str(tmp_path / "wrapped.pt")).model.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+        torch.save({}, tmp_path / "empty.pt")
+        with pytest.raises(ValueError, match=r"empty\.pt does not hold the weights"):
+            PretrainedScorer("tiny-test", str(tmp_path / "empty.pt"))
+
     def test_captions_that_are_cut_are_counted(self, weights):
         """The context of ten holds eight ids next to the start and end tokens."""
         scorer = PretrainedScorer("tiny-test", str(weights[0]))
@@ -233,7 +244,7 @@ class TestPretrainedScorer:
 
     def test_a_file_of_weights_runs_no_code(self, architecture, tmp_path):
         torch.save({"state_dict": Call(Path.touch, tmp_path / "touched")}, tmp_path / "weights.pt")
-        with pytest.raises(pickle.UnpicklingError):
+        with pytest.raises(Forbidden):
             PretrainedScorer("tiny-test", str(tmp_path / "weights.pt"))
         assert not (tmp_path / "touched").exists()
 

@@ -137,3 +137,12 @@ def test_dalle_mini_is_refused_with_the_reason(tmp_path: Path, script) -> None:
         done = script("inspect_checkpoint", tmp_path / name)
         assert done.code == 1
         assert words in done.err
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_built(tmp_path: Path, chain: Path) -> None:
+    shutil.copytree(chain / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["parts"]["transformer"]["model_config"]["depth"] = 10**9
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="too few for 1000000000 layers"):
+        inspect_checkpoint(InspectCheckpointArgs(tmp_path / "model"))

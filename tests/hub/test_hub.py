@@ -153,10 +153,23 @@ class TestPaths:
             DALLE.from_pretrained(NAME, revision="v1")
 
     @pytest.mark.parametrize(
-        "wrong", ["model", "./a/model", "a/b/c", "/no/where", "~/model", "a..b/model", "", "runs/modell"]
+        "wrong",
+        [
+            "model",
+            "./a/model",
+            "a/b/c",
+            "/no/where",
+            "~/model",
+            "a..b/model",
+            "",
+            "runs/modell",
+            "a.md/x",
+            "a/b.safetensors",
+        ],
     )
     def test_neither_a_path_nor_an_id(self, wrong, offline, tmp_path, monkeypatch):
         (tmp_path / "runs").mkdir()  # a typo in a directory that exists is no id
+        (tmp_path / "a.md").touch()  # nor a name below a file
         monkeypatch.chdir(tmp_path)
         with pytest.raises(ValueError, match="is no model directory"):
             DALLE.from_pretrained(wrong)

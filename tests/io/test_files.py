@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from dalle.io.files import FORMAT, check_meta, read_config, write_json, write_tensors
+from dalle.io.files import (
+    FORMAT,
+    check_meta,
+    load_strict,
+    read_config,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from dalle.io.torch_file import read_torch_file
 
 META = {"kind": "dvae", "format": FORMAT, "model_config": {}, "inputs": {}}
 PART = {"model_config": {"width": 2}, "hash": "00ff"}
@@ -44,3 +53,33 @@ def test_weights_have_the_permissions_of_any_new_file(tmp_path):
     write_tensors(tmp_path / "weights", {"a": torch.zeros(1)})
     (tmp_path / "other").touch()
     assert (tmp_path / "weights").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+@pytest.mark.parametrize("read", [read_tensors, read_torch_file])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\n<!DOCTYPE html><html>", "a page of HTML"),
+        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
+        (b"\x1f\x8b\x08\0", "a gzip archive"),
+        (b"\0" * 257 + b"ustar\0", "a tar"),
+        (b"\x40\0\0\0\0\0\0\0{", "truncated"),
+        (None, "no file"),
+    ],
+)
+def test_another_kind_of_file_than_weights_is_named(tmp_path, read, content, message):
+    path = tmp_path / "w.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read(path)
+    with pytest.raises((ValueError, OSError), match="directory"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model.model._orig_mod.", "ema_model."])
+def test_weights_are_loaded_without_the_prefixes_of_wrappers(prefix):
+    model, source = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    load_strict(model, {f"{prefix}{name}": t for name, t in source.state_dict().items()}, "file")
+    assert torch.equal(model.weight, source.weight)

@@ -1,6 +1,7 @@
 """DALLE: prompt to ranked images, on a tiny model trained for two steps (dalle/pipelines/dalle.py)."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from io import BytesIO
@@ -98,6 +99,20 @@ def noise_shapes(before_each_batch) -> set[tuple[int, ...]]:
     return shapes
 
 
+BAD_IMAGES = [
+    (np.zeros((8, 8, 3)), "uint8"),
+    (np.full((8, 8, 3), np.nan, np.float32), "uint8"),
+    (np.zeros((8, 8), np.uint8), "uint8"),
+    (np.zeros((8, 8, 4), np.uint8), "uint8"),
+    (np.zeros((0, 8, 3), np.uint8), "image"),
+    (torch.zeros(1, 3, 32, 32), "image tokens must be int64"),
+    (torch.zeros(2, 16, dtype=torch.int64), "one image"),
+    (torch.full((1, 16), 10**6), "image tokens must be in"),
+    (3, "expected an image"),
+    (None, "expected an image"),
+]
+
+
 class TestGenerate:
     def test_n_images_of_the_models_size_best_first(self, model, prompt):
         generation = generate(model, prompt, n=3, best_of=5)
@@ -124,6 +139,7 @@ class TestGenerate:
             {"n": 1.5},
             {"top_k": 1.5},
             {"best_of": "2"},
+            {"n": True},
         ):
             with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a whole number"):
                 model.generate(prompt, **{"n": 1, "best_of": 2} | wrong)
@@ -223,6 +239,21 @@ class TestComplete:
     def test_exactly_one_region_within_the_grid_is_required(self, complete, keep, message):
         with pytest.raises(ValueError, match=message):
             complete(**keep)
+
+    @pytest.mark.parametrize(
+        ("keep", "message"),
+        [({"rows": value}, "rows must be") for value in (1.5, "2", True, math.nan, 10**30)]
+        + [({"box": value}, "box must|top must|left must") for value in (3, (1,), (1, 0.5), ("1", 0))]
+        + [({"rows": 2, "image": image}, message) for image, message in BAD_IMAGES]
+        + [({"rows": 2, "n": 2**30}, "best_of must be n to")],
+    )
+    def test_what_is_no_whole_number_or_no_image_is_named(self, complete, keep, message):
+        with pytest.raises(ValueError, match=message):
+            complete(**keep)
+
+    def test_whole_numbers_and_lists_are_rows_and_boxes(self, complete):
+        one, other = (complete(rows=2.0), complete(box=[np.int64(2), torch.tensor(0)]))
+        assert torch.equal(one.image_tokens, other.image_tokens)
 
     def test_a_candidates_own_rows_give_it_back(self, model, complete, prompt):
         """The random numbers of the rows below are those of `generate`."""

@@ -5,7 +5,7 @@
     TorchScript    torch.jit.save: the same, with code that is ignored
     torch legacy   torch.save before 1.6: five pickles, then the storages
 
-Pickles are scanned (dalle/pretrained/pickle_scan.py), then read by `torch.load(weights_only=True)`. Instances
+Pickles are scanned (dalle/io/pickle_scan.py), then read by `torch.load(weights_only=True)`. Instances
 of the classes in STAND_INS, such as OpenAI's whole modules, become a `StandIn` with their attributes. Tensors
 of a torch zip are mapped from the file.
 """
@@ -26,14 +26,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import safe_globals
 
-from dalle.pretrained.pickle_scan import Forbidden, PickleScan
+from dalle.io.files import check_kind, without_wrappers
+from dalle.io.pickle_scan import Forbidden, PickleScan
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
-WRONG_KINDS = {
-    b"\x1f\x8b": "a gzip archive; unpack it",
-    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself",
-    b"<": "a page of HTML or XML, perhaps of a download that failed",
-}
 
 
 class StandIn:
@@ -72,15 +68,12 @@ def read_torch_file(path: Path | str) -> SavedFile:
         ValueError: no file, empty, truncated, compressed, or no file of weights.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no file {path}")
-    with path.open("rb") as file:
-        head = file.read(512)
-    kinds = [kind for start, kind in WRONG_KINDS.items() if head.startswith(start)]
-    if head[257:262] == b"ustar":
-        kinds = ["a tar; unpack it (torch before 0.1.10 wrote tars too)"]
-    if kinds or not head:
-        raise ValueError(f"{path} is {kinds[0] if kinds else 'empty'}")
+    try:
+        head = check_kind(path)
+    except FileNotFoundError:
+        raise ValueError(f"no file {path}") from None
+    except OSError as error:  # a folder, or no right to read it
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     try:
         if head.startswith(b"PK\x03\x04"):
             return _read_zip(path)
@@ -182,8 +175,6 @@ def _without_sources(data: mmap.mmap, tree: PickleScan) -> io.BytesIO | None:
 WEIGHT_KEYS = ("state_dict", "weights", "ema", "model", "module")
 """Keys of the weights in files of other programs, in the order in which they are tried."""
 MAX_MODULES, MAX_DEPTH = 20_000, 50
-WRAPPERS = re.compile(r"^((module|model|_\w+_module|_orig_mod)\.)+|\b(_\w+_module|_orig_mod)\.")
-"""What DDP and Lightning put before the names of tensors, FSDP and torch.compile also inside them."""
 
 
 def weights_of(tree: Any, depth: int = 3) -> dict[str, Tensor]:
@@ -196,8 +187,7 @@ def weights_of(tree: Any, depth: int = 3) -> dict[str, Tensor]:
         if isinstance(tree.get(key), dict | StandIn) and (inner := weights_of(tree[key], depth - 1)):
             return inner
     tensors = {k: t.detach() for k, t in tree.items() if isinstance(k, str) and isinstance(t, Tensor)}
-    renamed = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-    return renamed if len(renamed) == len(tensors) else tensors
+    return without_wrappers(tensors)
 
 
 def _module_tensors(root: StandIn) -> dict[str, Tensor]:

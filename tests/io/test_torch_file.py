@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dalle.pretrained.pickle_scan import Forbidden
-from dalle.pretrained.torch_file import StandIn, read_torch_file, weights_of
+from dalle.io.pickle_scan import Forbidden
+from dalle.io.torch_file import StandIn, read_torch_file, weights_of
 from tests.helpers.hostile import Call
 
 
