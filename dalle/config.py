@@ -27,8 +27,6 @@ from typing import Any, TypeVar
 
 import tyro
 from ruamel.yaml import YAML
-from ruamel.yaml.composer import Composer
-from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent
 
 from dalle.help import field_docs
@@ -42,6 +40,8 @@ NUMBERS = {int: (Integral, 2**63 - 1, "a whole number"), float: (Real, sys.float
 type_hints = cache(typing.get_type_hints)
 RESUME_FREE = {"resume": "free"}
 """Metadata of a field that a resumed run may change."""
+MAX_YAML = 2**16
+"""Characters of a configuration file: YAML is read at some 40,000 a second."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 """Errors of a disk that is full, fails or refuses access."""
 
@@ -181,12 +181,17 @@ def _read_value(hint: Any, value: Any, default: Any, path: str, wrong: list[str]
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """A YAML 1.2 file, or else the shipped one of this name, as plain data: 1e-4 is a number, `no` a word."""
     path, yaml = Path(path), YAML(typ="safe", pure=True)
-    yaml.Composer = _WithoutAliases
     shipped = CONFIGS.joinpath(*path.parts[1:])
     if path.parts[:1] == ("configs",) and ".." not in path.parts and not path.exists() and shipped.is_file():
         path = shipped
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_YAML + 1)
+        if len(text) > MAX_YAML:
+            raise ValueError(f"it has more than {MAX_YAML} characters, too many for a configuration")
+        if any(isinstance(event, AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("aliases, such as *name, are not supported; write the value again")
+        data = yaml.load(text)
     except FileNotFoundError:
         names = [f"configs/{f.relative_to(CONFIGS).as_posix()}" for f in sorted(CONFIGS.glob("*/*.yaml"))]
         near = difflib.get_close_matches(path.as_posix(), names, n=1, cutoff=0.6)
@@ -194,18 +199,9 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         raise ConfigError(f"no configuration file {path}; {hint}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error.strerror}); give a YAML file") from None
-    except (YAMLError, ValueError, KeyError, RecursionError) as error:  # KeyError of !!bool foo
-        raise ConfigError(f"{path} is not YAML: {error!s:.500}") from None
+    except Exception as error:  # also KeyError of !!bool foo, IndexError of !!int ""
+        raise ConfigError(f"{path} is not YAML that can be read: {error!s:.500}") from None
     return {} if data is None else data
-
-
-class _WithoutAliases(Composer):
-    """Refuses aliases, by which a short file can expand without bound."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.parser.check_event(AliasEvent):
-            raise ValueError("aliases, such as *name, are not supported; write the value again")
-        return super().compose_node(parent, index)
 
 
 def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:

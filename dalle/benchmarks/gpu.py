@@ -124,7 +124,7 @@ def figures(parts: dict[str, Any]) -> dict[str, Any]:
     reports = {name: part["report"] for name, part in parts.items() if "report" in part}
     results: dict[str, Any] = {}
     if "tests" in parts:
-        lines = parts["tests"].get("output", "").strip().splitlines()
+        lines = parts["tests"].get("output", "").strip().split("\n")
         results["tests"] = lines[-1].strip("= ") if lines else parts["tests"]["status"]
     if rates := reports.get("rates"):
         for name, line in rates["results"].items():

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dalle.clip.config import CLIPConfig
 from dalle.io.images import check_images
+from dalle.io.text import check_text
 from dalle.io.torch_file import read_torch_file, weights_of
 from dalle.types import TextTokenizerLike
 
@@ -145,6 +146,8 @@ class OpenClipScorer(_CosineScorer):
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:
         """Captions -> unit vectors (N, E)."""
+        for caption in captions:
+            check_text(caption)
         self.truncated += sum(map(self._is_cut, captions))
         ids = self.tokenizer(list(captions)).to(self.model.logit_scale.device)
         return self.model.encode_text(ids, normalize=True)

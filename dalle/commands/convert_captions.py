@@ -12,6 +12,7 @@ import os
 import re
 import sqlite3
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -154,7 +155,7 @@ def _insert_captions(
                 for record in read_captions(file, args.format, args.naming, root):
                     bar.update()
                     _insert_record(database, record, result)
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 raise ValueError(f"cannot read {file}: {error}") from None
 
 

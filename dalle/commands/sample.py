@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 from dalle.config import cli_errors, configuration, parse
+from dalle.io.text import check_text
 from dalle.sampling import SamplingConfig
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ class SampleArgs:
 
 
 def check(args: SampleArgs, external: bool, holds_text: bool) -> None:
-    """ValueError for flags that do not go together."""
+    """ValueError for flags that do not go together, or a prompt that is no text."""
+    check_text(args.prompt)
     parts = [name for name in ("dvae", "transformer", "clip", "text_tokenizer") if getattr(args, name)]
     flags = " --".join(part.replace("_", "-") for part in parts)
     prompt, clip_file = args.prompt.strip(), args.clip and args.clip.is_file()
@@ -123,12 +125,15 @@ def sample(args: SampleArgs) -> Path:
     candidates of one prompt, or the prompts of a file.
     """
     from dalle.io.files import make_directory
+    from dalle.pipelines.sample_prompts import read_prompts
     from dalle.pretrained.load import holds_text_tokenizer, is_external_checkpoint
     from dalle.train.distributed import Distributed
 
     own = args.model is None or (args.model / "config.json").is_file()
     external = not own and is_external_checkpoint(args.model)
     check(args, external, external and holds_text_tokenizer(args.model))
+    if args.prompts_file:
+        read_prompts(args.prompts_file)  # a bad line is found before a model is loaded
     out = args.out
     with Distributed.join(args.device) as group:
         if out is None:

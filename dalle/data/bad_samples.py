@@ -103,7 +103,9 @@ class BadSampleLog:
         if exists and not fresh:
             for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 with suppress(ValueError, TypeError):  # a line may be damaged
-                    earlier.append(BadSample(**parse_json(line, str(self.path))))
+                    bad = BadSample(**parse_json(line, str(self.path)))
+                    if type(bad.index) is int and bad.index >= 0 and isinstance(bad.cause, str):
+                        earlier.append(bad)
         if exists or self._opening:
             self._write([*self._opening, *filter(self._count, earlier)], "w")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from xml.etree import ElementTree
 
-from dalle.io.text import is_caption, parse_json, read_lines
+from dalle.io.text import is_caption, json_items, parse_json, read_lines
 
 Format = Literal["coco", "karpathy", "cc", "cc12m", "redcaps", "narratives", "flickr", "openclipart"]
 Naming = Literal["number", "md5", "sha256"]
@@ -32,8 +32,6 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "flickr": (".token", ".txt"),
     "openclipart": (".svg",),
 }
-MAX_DEPTH = 100
-"""Of published JSON."""
 DUBLIN_CORE = "{http://purl.org/dc/elements/1.1/}"
 STOP_TITLES = {"clip art", "clipart", "image", "media", "svg", "png", "public domain"}
 
@@ -100,7 +98,8 @@ def _redcaps(file: Path) -> Iterator[CaptionRecord]:
     for item in _json_list(file, "annotations"):
         record = _record(file.name, item, "image_id", item.get("caption") or item.get("raw_caption"))
         folder = item.get("subreddit")
-        yield record._replace(name=f"{folder}/{record.name}") if record.name and folder else record
+        named = record.name and isinstance(folder, str) and folder
+        yield record._replace(name=f"{folder}/{record.name}") if named else record
 
 
 def _narratives(file: Path) -> Iterator[CaptionRecord]:
@@ -147,7 +146,7 @@ def _openclipart(file: Path, root: Path) -> Iterator[CaptionRecord]:
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         yield CaptionRecord(None, [f"{file.name}: not XML: {error}"])
         return
-    title = " ".join((tree.findtext(f".//{{*}}Work/{DUBLIN_CORE}title") or "").split())
+    title = "".join(_clean(tree.findtext(f".//{{*}}Work/{DUBLIN_CORE}title")))
     items = tree.iterfind(f".//{{*}}Work/{DUBLIN_CORE}subject//{{*}}li")
     words = dict.fromkeys(_clean(*(item.text for item in items)))
     new = [word for word in words if word.lower() not in STOP_TITLES and word.lower() not in title.lower()]
@@ -157,36 +156,22 @@ def _openclipart(file: Path, root: Path) -> Iterator[CaptionRecord]:
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
     """("FILE, line N", line); bytes that are not UTF-8 become lone surrogates, which are counted later."""
     unpack = gzip.open if file.suffix == ".gz" else open
-    with unpack(file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
+    with unpack(file, "rt", encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(read_lines(lines), 1):
-            yield f"{file.name}, line {number}", line.rstrip("\r\n")
+            yield f"{file.name}, line {number}", line.rstrip("\n")
 
 
 def _json_list(file: Path, key: str) -> Iterator[dict[str, Any]]:
     """The objects in the list `key` of a JSON file, one in memory at a time."""
-    try:
-        import ijson
-    except ImportError:
-        raise ImportError('captions in JSON need ijson: pip install "zeroshot-text2image[data]"') from None
     unpack = gzip.open if file.suffix == ".gz" else open
     empty = True
-    try:
-        with unpack(file, "rb") as opened:
-            events = ijson.parse(opened, use_float=True)  # without it a number of 5,000 digits ends Python
-            for item in ijson.items(map(_check_depth, events), f"{key}.item"):
-                empty = False
-                if isinstance(item, dict):
-                    yield item
-    except (ijson.JSONError, ValueError) as error:
-        raise ValueError(f"{file} is not JSON, or truncated: {str(error).splitlines()[0]}") from None
+    with unpack(file, "rt", encoding="utf-8-sig", errors="surrogateescape") as opened:
+        for item in json_items(opened, key, str(file)):
+            empty = False
+            if isinstance(item, dict):
+                yield item
     if empty:
         raise ValueError(f"{file} has no list {key!r}; is it in this format?")
-
-
-def _check_depth(event: tuple[str, str, Any]) -> tuple[str, str, Any]:
-    if event[0].count(".") > MAX_DEPTH:  # the time to read it grows with the square
-        raise ValueError(f"its JSON is nested more than {MAX_DEPTH} deep")
-    return event
 
 
 def _clean(*captions: Any) -> list[str]:
@@ -196,6 +181,6 @@ def _clean(*captions: Any) -> list[str]:
 
 def _record(place: str, item: dict[str, Any], key: str, *captions: Any) -> CaptionRecord:
     name = item.get(key)
-    if isinstance(name, str | int) and str(name):
+    if type(name) in (str, int) and name != "":
         return CaptionRecord(str(name), _clean(*captions))
     return CaptionRecord(None, [f"{place}: a record without {key}"])

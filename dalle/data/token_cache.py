@@ -26,6 +26,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from dalle.io.files import FORMAT, check_meta, read_json, sync
+from dalle.io.text import parse_json
 
 MAX_MAPPED = 4096  # a process may map some 65,000 files
 ARRAYS = ("tokens", "captions", "offsets")
@@ -89,9 +90,13 @@ class TokenCache:
         try:
             self.meta = meta = check_meta(read_json(folder / "meta.json"), "tokens", folder)
             counts, sizes = ([shard[name] for shard in meta["shards"]] for name in ("images", "bytes"))
+            numbers = (*counts, *sizes, *meta["grid"])
+            if not sum(counts) or not all(type(one) is int and 0 <= one < 2**63 for one in numbers):
+                raise ValueError("meta.json has sizes that cannot be")
             self._starts = np.cumsum([0, *counts], dtype=np.int64)
             self.key, self.hash, self.crops = meta["key"], meta["hash"], meta["crops"]
-            self.grid: tuple[int, int] = tuple(meta["grid"])
+            rows, columns = meta["grid"]
+            self.grid: tuple[int, int] = (rows, columns)
         except (LookupError, ValueError, TypeError) as error:
             raise ValueError(
                 f"{folder} is not a token cache ({error}); make one with scripts/encode_images.py"
@@ -126,7 +131,7 @@ class TokenCache:
         for image in images:
             shard, index = self._locate(image)
             start, end = shard["offsets"][index : index + 2].tolist()
-            lists.append(json.loads(shard["captions"][start:end].tobytes()))
+            lists.append(parse_json(shard["captions"][start:end].tobytes(), str(self.folder)))
         return lists
 
     def _locate(self, image: int) -> tuple[dict[str, Any], int]:
@@ -159,7 +164,7 @@ def _open_shard(path: Path, key: str, verify: bool = True) -> tuple[Any, dict[st
     try:
         path.open("rb").close()  # safetensors calls every file missing that it cannot open
         file = safe_open(path, "np")
-        info = json.loads(file.metadata()["tokens"])
+        info = parse_json(file.metadata()["tokens"], str(path))
         found, images, expected = (info[name] for name in ("key", "images", "hash"))
         if verify:
             digest = hashlib.sha256()

@@ -15,6 +15,7 @@ from dalle.data import open_dataset, sample_captions
 from dalle.evals.config import EvalConfig
 from dalle.evals.networks import LPIPS, CLIPFeatures, Extractor, Inception
 from dalle.hub.registry import weights_hash
+from dalle.io.text import VISIBLE, read_text
 from dalle.pipelines.dalle import DALLE
 from dalle.types import Embedder, ImageTextBatch
 
@@ -23,10 +24,8 @@ RESIZE = "shorter side by Pillow's Lanczos, then the middle square"
 
 def read_classes(path: Path) -> list[str]:
     """Class names, one per line; ValueError for no such file, fewer than two, or one twice."""
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path} ({error}); give a text file of a class name per line") from None
+    lines = read_text(path, "a text file of a class name per line").split("\n")
+    names = [line.strip() for line in lines if VISIBLE.search(line)]
     if len(names) < 2 or len(set(map(_normalized, names))) < len(names):
         raise ValueError(f"{path} must have two or more class names, one per line, none twice")
     return names

@@ -63,9 +63,7 @@ def read_report(report: Report | None, parts: dict[str, Any]) -> dict[str, Any]:
     if report is not None and not isinstance(report, dict):
         if not Path(report).is_file():
             raise ValueError(f"no report {report}; give the report.json of a run")
-        source, report = report, read_json(Path(report))
-        if not isinstance(report, dict):
-            raise ValueError(f"{source} is no report: expected names and values")
+        report = read_json(Path(report))
     report = report or {}
     named, hashes = report.get("model"), [part["hash"] for part in parts.values()]
     if isinstance(named, str) and not set(hashes) <= set(named.split("-")):

@@ -131,7 +131,7 @@ def load_model(
     else:
         folder, meta, tensors = _read_checkpoint(path, kind, averaged)
     config_class, model_class = MODEL_REGISTRY[kind]
-    config = from_dict(config_class, meta["model_config"], str(folder))
+    config = from_dict(config_class, meta.get("model_config"), str(folder))
     if (layers := max(getattr(config, name, 0) for name in LAYERS)) > len(tensors):
         raise ValueError(f"{folder} has {len(tensors)} tensors, too few for {layers} layers")
     try:
@@ -218,7 +218,7 @@ def _only_kind(path: Path) -> str:
         return kinds[0]
     folder = latest_checkpoint(path, ()) or path
     meta = read_json(folder / "meta.json")
-    kind = meta.get("kind") if isinstance(meta, dict) else None
+    kind = meta.get("kind")
     if not isinstance(kind, str):
         raise ValueError(f"{folder} has a model of kind {kind!r}, not one of {', '.join(MODEL_REGISTRY)}")
     return kind

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dalle.io.text import parse_json, read_text
+
 
 def make_directory(folder: Path) -> Path:
     """Creates a directory; ValueError if it cannot be created or written to."""
@@ -126,22 +128,23 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Reads JSON; ValueError if the file is missing or damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; ValueError if the file is missing, damaged, or holds anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_bytes(), str(path))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"no file {path}; expected a run or model directory of this library") from None
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is damaged: it holds {data!r:.80}, expected a JSON object")
+    return data
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file and syncs it, atomically."""
+    """Writes a text file and syncs it, atomically; lone surrogates become the escapes that JSON reads."""
     partial = path.with_name(f".partial-{path.name}")
-    with partial.open("w", encoding="utf-8") as file:
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -184,6 +187,15 @@ def write_checksums(folder: Path, sums: dict[str, str] | None = None) -> None:
     write_text(folder / CHECKSUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
 
 
+def read_checksums(folder: Path) -> dict[str, str]:
+    """sha256 by file name, of a folder's SHA256SUMS; ValueError if it cannot be read."""
+    path = folder / CHECKSUMS
+    lines = read_text(path, "a list of hashes").rstrip("\n").split("\n")
+    if wrong := [line for line in lines if not re.fullmatch(r"[0-9a-f]{64}  .+", line)]:
+        raise ValueError(f"{path} is no list of hashes: {wrong[0]!r:.80}")
+    return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+
+
 def verify_checksums(
     folder: Path, wanted: Callable[[str], bool] = lambda name: True, rank: int = 0, world: int = 1
 ) -> str | None:
@@ -192,11 +204,9 @@ def verify_checksums(
     `wanted` chooses files; of `world` processes the one of this `rank` reads its share.
     """
     try:
-        lines = (folder / CHECKSUMS).read_text(encoding="utf-8").rstrip("\n").split("\n")
-        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a list of hashes"
-        return f"{folder / CHECKSUMS} cannot be read ({reason})"
+        sums = read_checksums(folder)
+    except ValueError as error:
+        return str(error)
     unknown = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")} - sums.keys()
     if unknown:
         return f"{folder / min(unknown)} is not in {CHECKSUMS}"
@@ -227,9 +237,15 @@ def check_meta(meta: Any, kind: str, source: Path) -> dict[str, Any]:
         raise ValueError(
             f"{source} has format {number!r}, this version reads {FORMAT}; use the version that wrote it"
         )
-    names = ("model_config", "config", "inputs", "parts")
+    names = ("model_config", "config", "inputs", "parts", "ema", "init")
     if wrong := [name for name in names if not isinstance(meta.get(name, {}), dict)]:
         raise ValueError(f"{source}: {' and '.join(wrong)} must be JSON objects; it is damaged")
+    if kind not in ("dalle", "tokens"):
+        ema, sections = meta.get("ema", {}), {"config", "inputs"} <= meta.keys()
+        counts = [meta.get("step"), meta.get("steps", 0), ema.get("updates"), ema.get("update_every")]
+        whole = all(type(count) is int and 0 <= count < 2**63 for count in counts)
+        if not (sections and whole and type(decay := ema.get("decay")) in (int, float) and 0 <= decay <= 1):
+            raise ValueError(f"{source}: meta.json lacks config, inputs, step or ema; it is damaged")
     return meta
 
 
@@ -241,7 +257,8 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory} is no model directory (it has no config.json); make one with save_pretrained"
         )
     config = check_meta(read_json(path), "dalle", directory)
-    if "inputs" not in config or not config.get("parts"):
+    inputs = config.get("inputs", {"": None})
+    if not config.get("parts") or not all(isinstance(link, str) for link in inputs.values()):
         raise ValueError(f"{path} lacks inputs or parts; it is damaged")
     for kind, part in config["parts"].items():
         described = part if isinstance(part, dict) else {}

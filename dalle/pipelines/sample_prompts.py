@@ -17,7 +17,7 @@ from typing import Any
 
 from dalle.io.files import make_directory, read_json, write_json, write_text
 from dalle.io.images import captioned_grid, load_image
-from dalle.io.text import parse_json
+from dalle.io.text import NOT_UTF8, is_caption, parse_json, read_text
 from dalle.pipelines.best_of_n import auto_batch_size, num_prompts_per_batch
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import save_png, slug, write_images
@@ -31,19 +31,11 @@ PROMPTS_ON_SHEET = 24
 
 def read_prompts(path: Path) -> list[str]:
     """One prompt per line, or the field "prompt" or "caption" of JSON lines; ValueError names a bad line."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            lines = list(file)
-    except OSError as error:
-        raise ValueError(
-            f"cannot read {path} ({error.strerror}); expected a text file, one prompt per line"
-        ) from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8; save it as UTF-8") from None
-    if not lines:
+    text = read_text(path, "one prompt per line")
+    if not text:
         raise ValueError(f"{path} holds no prompts")
     prompts = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         prompt, place = line, f"{path}, line {number}"
         if path.suffix in (".jsonl", ".ndjson"):
             record = parse_json(line, place)
@@ -52,10 +44,25 @@ def read_prompts(path: Path) -> list[str]:
             if prompt is None:
                 raise ValueError(f'{place} has no "prompt" or "caption"')
             prompt = " ".join(prompt.split())
-        if not prompt.strip():
-            raise ValueError(f"{place} is empty; delete the line")
+        if not is_caption(prompt):
+            raise ValueError(f"{place} is empty, or a missing value such as nan; delete the line")
+        if NOT_UTF8.search(prompt):
+            raise ValueError(f"{place} holds bytes that are not UTF-8: {prompt!r:.80}")
         prompts.append(prompt.strip())
     return prompts
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of samples.jsonl or one of its parts; ValueError names a damaged line."""
+    records = []
+    for number, line in enumerate(read_text(path, "records of samples").removesuffix("\n").split("\n"), 1):
+        place = f"{path}, line {number}"
+        record = parse_json(line, place)
+        words = [record.get(name) for name in ("file", "prompt")] if isinstance(record, dict) else [None]
+        if not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{place} is damaged; remove the file, and the same command makes it again")
+        records.append(record)
+    return records
 
 
 def sample_prompts(
@@ -91,13 +98,15 @@ def sample_prompts(
             raise ValueError(f"{path}, line {number}: {error}") from None
     prompts_hash = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
     earlier = read_json(out / "run.json") if (out / "run.json").exists() else None
+    if not isinstance(settings := (earlier or {}).get("settings", {}), dict):
+        raise ValueError(f"{out / 'run.json'} is damaged: its settings are no object; give another --out")
     files = (path for path in out.rglob("[!.]*") if path.is_file())  # a killed run may leave hidden ones
     if earlier is None and any(files):
         raise ValueError(f"{out} is not empty and holds no run of prompts; give another --out")
     if sampling.batch_size is None:
         fitting = auto_batch_size(model.transformer, sampling.guidance, best_of)
         fitting = min(processes.gather_objects(fitting))
-        sampling = replace(sampling, batch_size=earlier["settings"].get("batch_size") if earlier else fitting)
+        sampling = replace(sampling, batch_size=settings.get("batch_size") if earlier else fitting)
     group_size = num_prompts_per_batch(best_of, sampling.batch_size, sampling.prompts_per_batch)
     settings = {"n": n, "best_of": best_of, "seed": seed, "truncate": truncate, **asdict(sampling)}
     run = {"settings": settings, "model": model.hash, "prompts": prompts_hash, **facts}
@@ -149,10 +158,11 @@ def _join(out: Path, firsts: range) -> None:
     """parts/*.jsonl -> samples.jsonl in order of the prompts, and sheet.png."""
     samples = out / "samples.jsonl"
     if not samples.exists():
-        parts = [(out / "parts" / f"{first:06d}.jsonl").read_text(encoding="utf-8") for first in firsts]
-        write_text(samples, "".join(parts))
+        parts = [read_records(out / "parts" / f"{first:06d}.jsonl") for first in firsts]
+        records = [json.dumps(record, ensure_ascii=False) + "\n" for part in parts for record in part]
+        write_text(samples, "".join(records))
     if not (out / "sheet.png").exists():
-        records = [json.loads(line) for line in samples.read_text(encoding="utf-8").split("\n") if line]
+        records = read_records(samples)
         best = [record for record in records if record["file"].endswith("-00.png")][:PROMPTS_ON_SHEET]
         cells = [(record["prompt"], load_image(out / record["file"])) for record in best]
         sheet = captioned_grid(cells, columns=6, scale=max(1, 128 // cells[0][1].width))

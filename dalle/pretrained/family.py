@@ -102,7 +102,7 @@ def compare_keys(found: DetectedCheckpoint) -> KeyComparison:
     except Exception as error:
         if isinstance(error, ValueError) and "to unpack" not in str(error):  # of a shape
             raise
-        raise ValueError(f"a tensor has impossible dimensions: {error}") from None
+        raise ValueError(f"a tensor has impossible dimensions: {error!s:.80}") from None
     state = model.state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     both = sorted(shapes.keys() & expected.keys())

@@ -18,8 +18,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
     if is_external_checkpoint(path):
         with extracted(path) as extracted_path:
             return _external(detect_checkpoint(extracted_path))
-    config = read_json(path / "config.json") if (path / "config.json").is_file() else None
-    if isinstance(config, dict) and "parts" in config:
+    if (path / "config.json").is_file() and "parts" in read_json(path / "config.json"):
         return _model_directory(path)
     if folder := latest_checkpoint(path) or (path if (path / "meta.json").is_file() else None):
         return _training_checkpoint(folder)
@@ -52,15 +51,13 @@ def _external(found: DetectedCheckpoint) -> dict[str, Any]:
 
 def _training_checkpoint(folder: Path) -> dict[str, Any]:
     meta = read_json(folder / "meta.json")
-    kind = _check_kind(folder, meta.get("kind") if isinstance(meta, dict) else None)
+    kind = _check_kind(folder, meta.get("kind"))
     check_meta(meta, kind, folder)
-    if missing := [name for name in ("model_config", "step", "steps") if name not in meta]:
-        raise ValueError(f"{folder / 'meta.json'} lacks {', '.join(missing)}; it is damaged")
     return {
         "family": f"{kind} of this library",
         "format": meta["format"],
-        "step": f"{meta['step']} of {meta['steps']}",
-        **_model(kind, meta["model_config"], folder / "model.safetensors", folder),
+        "step": f"{meta['step']} of {meta.get('steps', 'unknown')}",
+        **_model(kind, meta.get("model_config"), folder / "model.safetensors", folder),
         "inputs": {name: value for name, value in meta.get("inputs", {}).items() if name != "text"},
         "versions": meta.get("versions", {}),
     }

@@ -2,7 +2,6 @@
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -95,8 +94,7 @@ def check_supported_path(path: Path) -> None:
     """ValueError for files and folders of Flax, which only dalle-mini publishes, and for DeepSpeed's."""
     flax = path.suffix == ".msgpack" or (path / "flax_model.msgpack").is_file()
     if not flax and (path / "config.json").is_file():
-        settings: Any = read_json(path / "config.json")
-        flax = isinstance(settings, dict) and settings.get("model_type") == "dallebart"
+        flax = read_json(path / "config.json").get("model_type") == "dallebart"
     if flax:
         raise ValueError(f"{path} is not supported. It is of {DALLE_MINI}")
     if path.is_dir() and any(path.glob("global_step*")):

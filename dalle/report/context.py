@@ -122,7 +122,6 @@ def _run(folder: Path) -> TrainedRun | None:
 def _read_object(file: Path) -> dict[str, Any]:
     """A JSON object; empty for anything else."""
     try:
-        data = read_json(file) if file.is_file() else {}
+        return read_json(file) if file.is_file() else {}
     except ValueError:
-        data = {}
-    return data if isinstance(data, dict) else {}
+        return {}

@@ -14,7 +14,7 @@ from dalle import viz
 from dalle.config import from_dict, to_dict
 from dalle.dvae import DVAE
 from dalle.evals.best_of_n import best_of_n
-from dalle.io.files import CHECKSUMS, read_config, read_json
+from dalle.io.files import CHECKSUMS, read_checksums, read_config, read_json
 from dalle.io.images import load_image
 from dalle.io.text import flatten
 from dalle.report.context import ReportContext
@@ -200,9 +200,8 @@ def checkpoints(context: ReportContext) -> Items:
     """Hashes of the newest checkpoints of each run with its inputs, and of the model directory."""
     for kind, run in context.runs.items():
         for file in sorted(run.folder.glob(f"checkpoints/*/{CHECKSUMS}"), reverse=True)[:3]:
-            rows = [line.split("  ", 1)[::-1] for line in file.read_text(encoding="utf-8").splitlines()]
             yield Text(f"{kind}: {file.parent.name}", heading=True)
-            yield Table(rows, ("file", "sha256"))
+            yield Table(list(read_checksums(file.parent).items()), ("file", "sha256"))
         if inputs := run.meta.get("inputs"):
             yield Text(f"The {kind} was trained with:")
             yield Table(list(flatten(inputs).items()))
@@ -255,8 +254,8 @@ def make_sections(context: ReportContext) -> tuple[dict[str, list[Item]], list[s
             items = [item for item in function(context) if item]
         except ValueError as error:
             items, reason = [], str(error)
-        except (AttributeError, KeyError, TypeError) as error:  # JSON of another shape
-            items, reason = [], f"unexpected contents in {context.root}: {error!r}"
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # JSON of another shape
+            items, reason = [], f"unexpected contents in {context.root}: {error!r:.200}"
         if any(not isinstance(item, Text) or not item.heading for item in items):
             sections[title] = items
         else:

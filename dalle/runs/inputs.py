@@ -54,10 +54,9 @@ def _meta(stage: str, folder: Path, parts: tuple[str, ...] = ()) -> dict[str, An
     """meta.json of a token cache, or of a run's latest checkpoint (see there); empty if it is damaged."""
     try:
         checkpoint = None if stage == "tokens" else latest_checkpoint(folder, parts)
-        meta = read_json((checkpoint or folder) / "meta.json")
+        return read_json((checkpoint or folder) / "meta.json")
     except (OSError, ValueError):
         return {}
-    return meta if isinstance(meta, dict) else {}
 
 
 def resolve_input(stage: str, given: Path | None) -> Path:

@@ -64,7 +64,10 @@ def quickstart(run: QuickstartArgs) -> dict[str, Any]:
         new_pairs, _ = caption_accuracy(model, "new_pairs", run.captions, run.best_of, **options)
         _save_sheets(out, samples)
     seconds["total"] = sum(seconds.values())
-    last = [line for line in read_log(out / "dvae" / "log.jsonl") if "val/codebook_used" in line][-1]
+    evaluated = [line for line in read_log(out / "dvae" / "log.jsonl") if "val/codebook_used" in line]
+    if not evaluated:
+        raise ValueError(f"{out / 'dvae' / 'log.jsonl'} has lost the evaluations; give another --out")
+    last = evaluated[-1]
     parts = {"dvae": model.dvae, "transformer": model.transformer, "clip": model.scorer.model}
     report = {
         "caption_accuracy": accuracy,

@@ -14,7 +14,7 @@ from torch import nn
 from dalle.data import BatchReader, ImageTextLoader
 from dalle.hub.init_from import freeze, load_pretrained_weights
 from dalle.hub.registry import build_model, checkpoint_meta, load_model
-from dalle.io.files import make_directory, read_json
+from dalle.io.files import check_meta, make_directory, read_json
 from dalle.runs import ROOT
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.config import TrainArgs, profile_steps, resume_fingerprint
@@ -88,9 +88,9 @@ class TrainingRun(AbstractContextManager):
             frozen = freeze(model, args.freeze)
             print(f"frozen: {len(frozen)} of {sum(1 for _ in model.parameters())} parameters")
         if checkpoint := latest_checkpoint(self.dir, ()):
-            init = read_json(checkpoint / "meta.json").get("init")
-            if args.init_from and (init is None or init["name"] != args.init_from.resolve().name):
-                source = f"from {init['name']}" if init else "from fresh weights"
+            init = check_meta(read_json(checkpoint / "meta.json"), self.kind, self.dir).get("init")
+            if args.init_from and (init is None or init.get("name") != args.init_from.resolve().name):
+                source = f"from {init.get('name')}" if init else "from fresh weights"
                 raise ValueError(
                     f"the run in --out started {source}, not from {args.init_from}; give another --out"
                 )

@@ -16,6 +16,8 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
+from dalle.io.text import check_text
+
 CACHED_PIECES = 65536
 UNKNOWN_TEXT = "\ufffd"
 """Decoded form of the unknown token."""
@@ -99,8 +101,7 @@ class BPETokenizer(ABC):
         """
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a probability in [0, 1], not {dropout!r}")
-        if not isinstance(caption, str):
-            raise TypeError(f"a caption must be a str, not {type(caption).__name__}: {caption!r:.80}")
+        check_text(caption)
         pieces = self.pieces(caption)
         if dropout == 0:
             return list(chain.from_iterable(map(self._encode_piece, pieces)))

@@ -17,7 +17,6 @@ Ids:
 Start and pad tokens belong to the layout of the sequence, not to this vocabulary.
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from typing import Any
 import ftfy
 
 from dalle.config import configuration
+from dalle.io.text import check_text, parse_json
 from dalle.text.bpe import UNKNOWN_TEXT, WORD_START, BPETokenizer
 from dalle.text.external import huggingface, youtokentome
 
@@ -69,8 +69,7 @@ class TextTokenizerConfig:
 
 def normalize(caption: str) -> list[str]:
     """Pieces of a caption: Unicode repaired by ftfy, lowercased, split on everything outside a-z."""
-    if not isinstance(caption, str):
-        raise TypeError(f"a caption must be a str, not {type(caption).__name__}: {caption!r:.80}")
+    check_text(caption)
     return PIECES.findall(ftfy.fix_text(caption).lower())
 
 
@@ -174,7 +173,7 @@ def load_text_tokenizer(path: Path | str) -> BPETokenizer:
     try:
         if content[:1].isdigit():
             return youtokentome.YoutokentomeTokenizer(youtokentome.parse_model(content.decode()))
-        data = json.loads(content)
+        data = parse_json(content, "it")
         if isinstance(data, dict) and "model" in data and "format" not in data:
             return huggingface.HuggingFaceTokenizer(data)
         return text_tokenizer_from_dict(data)

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from dalle.io.files import write_text
+from dalle.io.text import parse_json
 from dalle.train.config import PEAK_FLOPS, LogConfig
 from dalle.types import StepCost
 
@@ -60,8 +61,8 @@ def read_log(path: Path) -> list[dict[str, float]]:
     texts = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     for text in texts:
         try:
-            line = json.loads(text.strip("\0"))
-        except (ValueError, RecursionError):
+            line = parse_json(text.strip("\0"), str(path))
+        except ValueError:
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)

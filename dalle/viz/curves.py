@@ -96,10 +96,16 @@ def metrics_figure(
 
 def plot_gradient_scales(run: Path) -> Image.Image:
     """Figure 12 for a run in fp16: log2 of each resblock's gradient scale; ValueError for other runs."""
-    lines = [line for line in read_lines(run) if isinstance(line.get("grad_scale_log2"), list)]
+    lines = [line for line in read_lines(run) if _has_scales(line)]
     if not lines:
         raise ValueError(f"{run} has no gradient scales; only runs with train.precision fp16 have them")
     return figure_image(scales_figure(lines), dpi=100)
+
+
+def _has_scales(line: dict[str, Any]) -> bool:
+    scales = line.get("grad_scale_log2")
+    numbers = [line["step"], *scales] if isinstance(scales, list) else [None]
+    return all(isinstance(one, int | float) and abs(one) < MAX_VALUE for one in numbers)
 
 
 def scales_figure(lines: Lines) -> Figure:

@@ -226,17 +226,53 @@ def test_the_table_is_the_same_again_and_a_failed_run_leaves_it_alone(tmp_path):
     ("text", "words"),
     [
         *((json.dumps(COCO)[:length], "truncated") for length in (1, 40, 400, -3)),
-        ("[]", "no list 'images'"),
+        ("[]", "line 1: .*expected {"),
         ('{"info": {}}', "no list 'images'"),
         ('{"images": [oops]}', "not JSON"),
         ('{"images" 1}', "not JSON"),
-        ('{"images": ' + "[" * 10**6, "more than 100 deep"),
+        ('{"images": ' + "[" * 10**6, "recursion|deep"),
         ('{"images": [{"id": ' + "9" * 5000 + "}]}", "not JSON"),
     ],
 )
 def test_other_json_is_refused(tmp_path, text, words):
     with pytest.raises(ValueError, match=words):
         convert(tmp_path, "coco", {"c.json": text}, ["1.jpg"])
+
+
+NUMBER = '{"image_id": 1, "caption": %s}'
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("9" * 5000, "line 2.*digits"),
+        ("[" * 99999, "line 2.*recursion"),
+        ('"a", "caption": "b"', "line 2.*twice"),
+    ],
+)
+def test_hostile_records_are_one_sentence(tmp_path, value, words):
+    files = {
+        "c.json": '{"images": [{"id": 1, "file_name": "1.jpg"}],\n"annotations": [' + NUMBER % value + "]}"
+    }
+    with pytest.raises(ValueError, match=words) as error:
+        convert(tmp_path, "coco", files, ["1.jpg"])
+    assert len(str(error.value)) < 400
+    done, rows = convert(
+        tmp_path, "narratives", {"c.jsonl": f"{NUMBER % value}\n{NUMBER % '0'}\n" + NUMBER % '"c"'}, []
+    )
+    assert (rows, done.left_out) == ({"images/1.jpg": ["c"]}, {"not readable": 1, "no caption": 1})
+
+
+@pytest.mark.parametrize("value", ['"nan"', '"\\u200b"', "NaN", "1e400", "null", "[]", '{"a": "b"}', "true"])
+def test_values_that_are_no_captions(tmp_path, value):
+    records = ",".join(NUMBER % caption for caption in (value, '"c"'))
+    coco = '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [' + records + "]}"
+    done, rows = convert(tmp_path, "coco", {"c.json": coco}, ["1.jpg"])
+    assert (rows, done.left_out) == ({"images/1.jpg": ["c"]}, {"no caption": 1})
+    sentences = '[3, null, {"raw": "c"}, {"raw": ' + value + "}]"
+    karpathy = '{"images": [{"filename": "1.jpg", "sentences": ' + sentences + "}]}"
+    _, rows = convert(tmp_path, "karpathy", {"c.json": karpathy}, [], out=tmp_path / "k.jsonl")
+    assert rows == {"images/1.jpg": ["c"]}
 
 
 def test_a_truncated_gzip_is_refused(tmp_path):

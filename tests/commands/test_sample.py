@@ -89,6 +89,15 @@ def test_options_that_do_not_fit_are_refused(
         sample(SampleArgs(**external | {name: value}))
 
 
+def test_a_prompt_of_other_bytes_is_refused_before_anything_is_loaded(chain: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="UTF-8"):
+        sample(SampleArgs(model=tmp_path, prompt="a red \udcff"))
+    model = DALLE.from_pretrained(chain / "model")
+    for refused in (model.generate, lambda prompt: model.scorer.embed_captions([prompt])):
+        with pytest.raises(ValueError, match="UTF-8"):
+            refused("a red \udcff")
+
+
 def test_samples_at_once_have_a_directory_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor(8) as pool:

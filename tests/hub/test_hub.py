@@ -82,7 +82,7 @@ class TestCard:
         assert (f"those of the dVAE `{part.inputs.get('dvae')}`" in text) == (kind == "transformer")
 
     @pytest.mark.parametrize(
-        ("content", "message"), [(None, "no report"), ("[1]", "no report"), ("{", "not JSON")]
+        ("content", "message"), [(None, "no report"), ("[1]", "damaged"), ("{", "not JSON")]
     )
     def test_a_report_file(self, dalle, tmp_path, content, message):
         report, model = tmp_path / "report.json", tmp_path / "model"

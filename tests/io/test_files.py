@@ -14,7 +14,8 @@ from dalle.io.files import (
 )
 from dalle.io.torch_file import read_torch_file
 
-META = {"kind": "dvae", "format": FORMAT, "model_config": {}, "inputs": {}}
+EMA = {"decay": 0.9, "updates": 1, "update_every": 1}
+META = {"kind": "dvae", "format": FORMAT, "config": {}, "inputs": {}, "ema": EMA, "step": 1}
 PART = {"model_config": {"width": 2}, "hash": "00ff"}
 CONFIG = {"kind": "dalle", "format": FORMAT, "inputs": {}, "parts": {"dvae": PART}}
 

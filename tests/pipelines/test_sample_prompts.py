@@ -165,6 +165,10 @@ def test_it_resumes_with_the_batch_size_it_began_with(run, monkeypatch):
         ("c.txt", b"a blue circle\n" + b"a red cross and " * 30, r"line 2: .* \d+ tokens"),
         ("none.txt", None, r"cannot read none\.txt"),
         ("c.txt", b"\xff\xfe", "c.txt is not UTF-8"),
+        ("c.txt", b"a blue circle\nNaN\n", "line 2 is empty, or a missing value"),
+        ("c.txt", "\u200b".encode(), "line 1 is empty"),
+        ("c.jsonl", b'{"prompt": "a \\ud800"}', "line 1 holds bytes"),
+        ("c.jsonl", b'{"prompt": "a", "prompt": "b"}', "line 1 is not JSON: .*twice"),
     ],
 )
 def test_a_damaged_file_is_refused_and_nothing_is_written(run, name, text, message):
@@ -173,6 +177,22 @@ def test_a_damaged_file_is_refused_and_nothing_is_written(run, name, text, messa
     with pytest.raises(ValueError, match=message):
         sample(replace(run, prompts_file=Path(name)))
     assert not Path("all").exists()
+
+
+@pytest.mark.parametrize("settings", ["[]", '{"settings": []}', "{", '{"settings": {"batch_size": "x"}}'])
+def test_a_damaged_run_is_refused(run, settings):
+    Path("all").mkdir()
+    Path("all/run.json").write_text(settings)
+    with pytest.raises(ValueError, match=r"run\.json|batch_size|another --out"):
+        sample(replace(run, sampling=SamplingConfig()))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"file": "a.png"}', '{"file": "a", "prompt": 3}', "\0"])
+def test_a_damaged_record_is_named_by_its_line(tmp_path, text):
+    good = '{"file": "000/0-00.png", "prompt": "a\u2028b"}\n'
+    (tmp_path / "samples.jsonl").write_text(f"{good}{text}\n{good}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 2"):
+        sample_prompts.read_records(tmp_path / "samples.jsonl")
 
 
 def test_json_lines_are_captions_too(run):

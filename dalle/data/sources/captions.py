@@ -1,12 +1,11 @@
 """Captions as stored on disk: lines of text, JSON, columns of a table."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dalle.data.bad_samples import BadSampleError
-from dalle.io.text import is_caption
+from dalle.io.text import NOT_UTF8, is_caption, parse_json
 
 CAPTION_NAMES = ("captions", "caption", "text", "txt", "title", "description", "prompt", "sentence", "label")
 IMAGE_NAMES = (
@@ -21,17 +20,17 @@ def parse_text(data: bytes, name: str) -> list[str]:
     return flatten_captions(_decode(data, name).replace("\r", "\n").split("\n"))
 
 
-def parse_json(data: bytes, name: str, columns: str | None = None) -> list[str]:
+def parse_json_captions(data: bytes, name: str, columns: str | None = None) -> list[str]:
     """A caption, a list of them, or a mapping with one of CAPTION_NAMES or the given keys."""
     text = _decode(data, name)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadSampleError(name, "broken row", f"no JSON: {error}") from None
+        value = parse_json(text, "it")
+    except ValueError as error:
+        raise BadSampleError(name, "broken row", str(error)) from None
     if isinstance(value, Mapping):
         keys = [word.strip() for word in columns.split(",")] if columns else [find_name(value, CAPTION_NAMES)]
         value = [value.get(key) for key in keys]
-    return flatten_captions(value)
+    return check_utf8(flatten_captions(value), name)
 
 
 def _decode(data: bytes, name: str) -> str:
@@ -66,10 +65,8 @@ def arrow_rows(batch: Any) -> list[dict[str, Any] | None]:
 
 def check_utf8(captions: list[str], name: str) -> list[str]:
     """The captions; BadSampleError if one of them was not UTF-8."""
-    try:
-        "".join(captions).encode()
-    except UnicodeEncodeError as error:
-        raise BadSampleError(name, "caption not UTF-8", str(error)) from None
+    if wrong := next(filter(NOT_UTF8.search, captions), None):
+        raise BadSampleError(name, "caption not UTF-8", f"{wrong!r:.80}")
     return captions
 
 
@@ -83,7 +80,9 @@ def check_column_names(names: list[str], table: str) -> None:
     """ValueError if several columns have the same name."""
     repeated = [name for name, count in Counter(names).items() if name and count > 1]
     if repeated:
-        raise ValueError(f"{table} has several columns named {', '.join(map(repr, repeated))}; rename them")
+        raise ValueError(
+            f"{table} has several columns named {', '.join(map(repr, repeated)):.400}; rename them"
+        )
 
 
 def choose_columns(
@@ -97,7 +96,7 @@ def choose_columns(
             if column not in names:
                 problem = f"no column {column!r}" if column else f"no column with a usual name for {kind}s"
                 raise ValueError(
-                    f"{table} has {problem}, only {', '.join(map(repr, names))}; "
+                    f"{table} has {problem}, only {', '.join(map(repr, names)):.400}; "
                     f"name it by --data.{kind}-column"
                 )
     return image, captions

@@ -12,7 +12,7 @@ import numpy as np
 
 from dalle.data.bad_samples import BadSampleError, examples_text
 from dalle.data.config import IMAGE_SUFFIXES, UNUSED
-from dalle.data.sources.captions import parse_json, parse_text
+from dalle.data.sources.captions import parse_json_captions, parse_text
 from dalle.data.sources.index import name_hashes
 from dalle.types import BadSample, RawSample
 
@@ -70,7 +70,7 @@ class FolderSource:
         found = next(existing, f"{stem}.txt")
         data = read_inside(self._root, found, "missing twin")
         if found.lower().endswith(".json"):
-            return parse_json(data, found, self.caption_column)
+            return parse_json_captions(data, found, self.caption_column)
         return parse_text(data, found)
 
 

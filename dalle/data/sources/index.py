@@ -4,7 +4,6 @@ An index is one file: strings, fixed-size records that point into them, JSON met
 metadata. Its name is a hash of the names, sizes and times of the indexed files. It is renamed when complete.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,12 +11,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from dalle.io.files import follow_umask
+from dalle.io.text import parse_json
 from dalle.types import BadSample
 
 FORMAT = 4
@@ -28,7 +29,7 @@ FOOTER = 8
 
 def name_hash(name: str) -> int:
     """A number below 2^32 that depends on the name alone; it decides the split of a sample."""
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).digest())
+    return int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).digest())
 
 
 def name_hashes(names: Iterable[str]) -> np.ndarray:
@@ -52,7 +53,7 @@ class IndexWriter:
         self.skipped: list[BadSample] = []
         self.keep = True  # False if a file could not be read this time but might be the next
         self._samples = tempfile.TemporaryFile()  # noqa: SIM115
-        self._hash = hashlib.blake2b(digest_size=8)
+        self._hash, self._records = blake2b(digest_size=8), blake2b(digest_size=8)
 
     def skip(self, name: str, cause: str, detail: str) -> None:
         """Adds a bad sample."""
@@ -68,7 +69,8 @@ class IndexWriter:
     def add(self, records: np.ndarray) -> None:
         """Appends records."""
         self._samples.write(records.tobytes())
-        self._hash.update(records.tobytes())
+        for digest in (self._hash, self._records):
+            digest.update(records.tobytes())
 
     def close(self) -> None:
         """Writes records and metadata behind the strings."""
@@ -78,6 +80,7 @@ class IndexWriter:
             shutil.copyfileobj(self._samples, self.file)
         skipped = [asdict(bad) for bad in self.skipped]
         meta = {"start": start, "end": self.file.tell(), "hash": self._hash.hexdigest(), "skipped": skipped}
+        meta["records"] = self._records.hexdigest()
         data = json.dumps(meta).encode()
         self.file.write(data + len(data).to_bytes(FOOTER))
         self.file.close()
@@ -90,23 +93,25 @@ class Index:
         OSError, ValueError, LookupError, TypeError: no index, or a damaged one.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype):
+    def __init__(self, path: Path, dtype: np.dtype, check: bool = True):
         self.path, self.dtype = path, dtype
         self._data = np.memmap(path, np.uint8, "r")
         end = len(self._data) - FOOTER
         meta_start = end - int.from_bytes(self._data[end:].tobytes())
-        meta = json.loads(self._data[meta_start:end].tobytes())
-        if meta["end"] != meta_start:
-            raise ValueError(f"{path} is damaged")
+        meta = parse_json(self._data[meta_start:end].tobytes(), str(path))
         self.hash, self.skipped = meta["hash"], [BadSample(**bad) for bad in meta["skipped"]]
-        self.samples = self._data[meta["start"] : meta["end"]].view(dtype)
+        records = self._data[meta["start"] : meta["end"]]
+        self.samples = records.view(dtype)
+        same = not check or blake2b(records, digest_size=8).hexdigest() == meta["records"]
+        if meta["end"] != meta_start or not same:
+            raise ValueError(f"{path} is damaged")
 
     def text(self, offset: int, length: int) -> bytes:
         """Bytes added by `IndexWriter.add_text`."""
         return self._data[int(offset) : int(offset) + int(length)].tobytes()
 
     def __reduce__(self):  # another process maps the file again
-        return Index, (self.path, self.dtype)
+        return Index, (self.path, self.dtype, False)
 
 
 def open_or_build_index(
@@ -121,7 +126,7 @@ def open_or_build_index(
     `kind` is everything else that it depends on, `dtype` that of a record. Without `index_dir` it is in a
     hidden folder next to the files, or else in ~/.cache/dalle.
     """
-    digest = hashlib.blake2b(f"{FORMAT} {kind}".encode(), digest_size=12)
+    digest = blake2b(f"{FORMAT} {kind}".encode("utf-8", "surrogateescape"), digest_size=12)
     for file in files:
         text = f"\n{os.path.realpath(file)} {file_status(file)}"
         digest.update(text.encode("utf-8", "surrogateescape"))

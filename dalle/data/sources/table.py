@@ -32,7 +32,7 @@ from dalle.data.sources.captions import (
 )
 from dalle.data.sources.image_folder import read_listed
 from dalle.data.sources.index import IndexWriter, name_hash, open_or_build_index
-from dalle.io.text import read_lines
+from dalle.io.text import parse_json, read_lines
 from dalle.types import RawSample
 
 ROW = np.dtype([("share", "<u4"), ("at", "<u8"), ("size", "<u4")])
@@ -84,7 +84,8 @@ class TableSource:
 
     def _row(self, index: int) -> tuple[int, str, str | list[int], list[str]]:
         record = self._index.samples[index]
-        return json.loads(self._index.text(record["at"], record["size"]))
+        place = f"row {index} of {self._index.path} (remove it, and it is made again)"
+        return parse_json(self._index.text(record["at"], record["size"]), place)
 
     def name(self, index: int) -> str:
         return self._row(index)[1]
@@ -224,9 +225,9 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             if not line.strip():
                 continue
             try:
-                values = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield number, f"no JSON: {error}"
+                values = parse_json(line, "it")
+            except ValueError as error:
+                yield number, str(error)
             else:
                 mapping = isinstance(values, dict)
                 yield number, values if mapping else 'expected a mapping, as {"image": ..., "caption": ...}'

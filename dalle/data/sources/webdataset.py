@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dalle.data.bad_samples import BadSampleError, examples_text
-from dalle.data.sources.captions import parse_json, parse_text
+from dalle.data.sources.captions import parse_json_captions, parse_text
 from dalle.data.sources.image_folder import MAX_BYTES, pair_files, split_name
 from dalle.data.sources.index import IndexWriter, file_status, name_hash, open_or_build_index
 from dalle.types import BadSample, RawSample
@@ -69,7 +69,7 @@ class TarSource:
     def captions(self, index: int) -> list[str]:
         sample = self._index.samples[index]
         if sample["json"]["at"] and (self.caption_column or not sample["text"]["at"]):
-            return parse_json(self._bytes(index, "json"), self.name(index), self.caption_column)
+            return parse_json_captions(self._bytes(index, "json"), self.name(index), self.caption_column)
         return parse_text(self._bytes(index, "text"), self.name(index))
 
     def _bytes(self, index: int, field: str) -> bytes:

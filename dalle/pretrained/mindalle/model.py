@@ -10,7 +10,6 @@ each of which sees all before it. There is no start: the state of the last text 
 token, and no state predicts the first text id. Every pad is [PAD].
 """
 
-import json
 from math import isqrt
 from pathlib import Path
 from reprlib import repr as shown
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from dalle.config import configuration, read_yaml
 from dalle.io.files import read_json
+from dalle.io.text import parse_json
 from dalle.nn.blocks import FP32LayerNorm
 from dalle.pretrained.external_transformer import ExternalConfig, ExternalLayout, ExternalTransformer
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches, hparam
@@ -147,7 +147,7 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     if not path.is_file():
         raise ValueError(f"no {VOCABULARY} in {path.parents[1]}; keep all its files together")
     vocabulary = read_json(path)
-    if not isinstance(vocabulary, dict) or any(type(token) is not int for token in vocabulary.values()):
+    if any(type(token) is not int for token in vocabulary.values()):
         raise ValueError(f"{path} is no vocabulary: expected tokens and their numbers")
     if missing := [token for token in (UNKNOWN, PAD) if token not in vocabulary]:
         raise ValueError(f"{path} lacks {missing[0]}, which minDALL-E's has")
@@ -163,7 +163,7 @@ def load_tokenizer(folder: Path) -> HuggingFaceTokenizer:
     except Exception as error:  # tokenizers raises no narrower class
         raise ValueError(f"{folder / MERGES} cannot be read: {error}") from None
     theirs.add_special_tokens([UNKNOWN, PAD])
-    return HuggingFaceTokenizer(json.loads(theirs.to_str()))
+    return HuggingFaceTokenizer(parse_json(theirs.to_str(), str(folder)))
 
 
 FAMILY = CheckpointFormat(

@@ -81,6 +81,16 @@ def test_a_damaged_index_is_built_again(tmp_path, length):
     assert all_captions(open_source(path, index_dir=tmp_path / "index")) == [caption(i) for i in range(COUNT)]
 
 
+def test_a_flipped_bit_in_a_record_builds_the_index_again(tmp_path):
+    path = one_tar(tmp_path)
+    samples = open_source(path, index_dir=tmp_path / "index")._index.samples
+    [index] = (tmp_path / "index").iterdir()
+    content = bytearray(index.read_bytes())
+    content[content.index(samples.tobytes()) + 9] ^= 1
+    index.write_bytes(content)
+    assert all_captions(open_source(path, index_dir=tmp_path / "index")) == [caption(i) for i in range(COUNT)]
+
+
 def test_an_interrupted_index_leaves_nothing(tmp_path, monkeypatch):
     path = one_tar(tmp_path)
     monkeypatch.setattr("dalle.data.sources.webdataset.scan_tar", Mock(side_effect=KeyboardInterrupt))
