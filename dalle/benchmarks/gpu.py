@@ -125,7 +125,7 @@ def figures(parts: dict[str, Any]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     if "tests" in parts:
         lines = parts["tests"].get("output", "").strip().split("\n")
-        results["tests"] = lines[-1].strip("= ") if lines else parts["tests"]["status"]
+        results["tests"] = lines[-1].strip("= ") or parts["tests"]["status"]
     if rates := reports.get("rates"):
         for name, line in rates["results"].items():
             results |= {f"{name.replace(' ', '_')}_{unit}": value for unit, value in line.items()}
