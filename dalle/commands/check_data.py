@@ -73,7 +73,7 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
     from dalle.data.dataloader import worker_count
     from dalle.data.dataset import note_left_out, source_of
     from dalle.data.statistics import DatasetScanner, DatasetStats, find_duplicates
-    from dalle.io.files import make_directory, write_json
+    from dalle.io.files import check_result, make_directory, prepare_file, write_json
     from dalle.io.images import captioned_grid
     from dalle.runs.inputs import load_text_input
 
@@ -83,11 +83,11 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
         raise ValueError("the shapes are generated, nothing to check; give --data.path with your own images")
     if args.data.val_path:
         print(f"note: {args.data.val_path} is not read; check it in a run of its own")
+    out = make_directory(check_result(args.out or ROOT / "check"))
+    if args.exclude_list:
+        prepare_file(args.exclude_list)
     source = source_of(args.data, args.data.path)
     note_left_out(args.data.path, source)
-    out = make_directory(args.out or ROOT / "check")
-    if args.exclude_list:
-        make_directory(args.exclude_list.parent)
     workers = worker_count(args.data.workers, len(source))
     text = load_text_input(args.text_tokenizer) if args.text_tokenizer else None
     tiles = {i * len(source) // args.sheet for i in range(args.sheet)}

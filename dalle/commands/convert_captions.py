@@ -87,7 +87,7 @@ def convert_captions(args: ConvertCaptionsArgs) -> ConversionResult:
     Raises:
         ValueError: captions in another format, or no record with an image.
     """
-    from dalle.io.files import make_directory, sync
+    from dalle.io.files import prepare_file, sync
 
     for name in ("format", "captions", "images"):
         if getattr(args, name) is None:
@@ -98,7 +98,8 @@ def convert_captions(args: ConvertCaptionsArgs) -> ConversionResult:
     if args.format in ("cc", "cc12m") and args.naming == "number" and len(files) > 1:
         raise ValueError(f"{args.captions} has {len(files)} files, each counts from 0; convert one at a time")
     result, images = ConversionResult(), args.images.resolve()
-    folder = make_directory(args.out.resolve().parent)
+    prepare_file(args.out)
+    folder = args.out.resolve().parent
     start = folder if images.is_relative_to(folder) else images  # where the paths in the table start
     with tempfile.TemporaryDirectory(dir=folder, prefix=".converting-") as partial:
         with closing(sqlite3.connect(Path(partial) / "pairs.sqlite")) as database:

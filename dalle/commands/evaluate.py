@@ -70,7 +70,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     from dalle.evals.networks import INCEPTION_FILE
     from dalle.evals.suite import METRICS
     from dalle.hub.registry import weights_hash
-    from dalle.io.files import make_directory, write_json
+    from dalle.io.files import prepare_file, write_json
     from dalle.pipelines.dalle import DALLE
     from dalle.pretrained.openai_clip import load_scorer
     from dalle.runs.inputs import load_stage
@@ -78,7 +78,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     from dalle.train.precision import resolve_device
 
     if args.json:
-        make_directory(args.json.parent)
+        prepare_file(args.json)
     device = resolve_device(args.device)
     model = DALLE.from_pretrained(args.model, device)
     report: dict[str, Any] = {"model": model.hash}

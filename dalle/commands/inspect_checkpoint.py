@@ -36,15 +36,15 @@ def inspect_checkpoint(args: InspectCheckpointArgs) -> dict[str, Any]:
     Raises:
         ValueError: nothing there, a file that is broken or would run code, an unsupported checkpoint.
     """
-    from dalle.io.files import write_json
+    from dalle.io.files import prepare_file, write_json
     from dalle.pretrained.inspect import describe_checkpoint
 
     if args.path is None:
         raise ValueError("give a path: python scripts/inspect_checkpoint.py FILE or DIRECTORY")
     if not args.path.exists():
         raise ValueError(f"nothing at {args.path}; give a checkpoint's file, or the folder of a run or model")
-    if args.json and args.json.is_dir():
-        raise ValueError(f"{args.json} is a directory; expected the name of a file")
+    if args.json:
+        prepare_file(args.json)
     report = {"path": str(args.path), **describe_checkpoint(args.path)}
     if args.json:
         write_json(args.json, report)

@@ -88,11 +88,11 @@ PLANS: dict[str, type] = {"dvae": DVAEPlan, "transformer": TransformerPlan, "cli
 
 def plan_training(kind: str, args: Any) -> dict[str, Any]:
     """Estimates the training, prints tables and writes --json; ValueError for an indivisible batch."""
-    from dalle.io.files import make_directory, write_json
+    from dalle.io.files import prepare_file, write_json
     from dalle.transformer.sizes import cache_bytes
 
     if args.json:
-        make_directory(args.json.parent)
+        prepare_file(args.json)
     gpu, train = args.hardware(), args.train
     precision = train.precision
     if precision == "auto":

@@ -52,18 +52,18 @@ def main() -> None:
 
 def plot(args: PlotArgs) -> None:
     """Reads the runs and writes the image; ValueError for a run without a log, a metric that no run has."""
-    from dalle.io.files import make_directory
+    from dalle.io.files import prepare_file
     from dalle.viz.curves import plot_curves, plot_gradient_scales
 
     if not args.runs:
         raise ValueError("no runs to plot; give one or more: python scripts/plot.py runs/transformer")
     if args.gradient_scales and len(args.runs) > 1:
         raise ValueError(f"--gradient-scales plots one run, got {len(args.runs)}")
+    prepare_file(args.out)
     if args.gradient_scales:
         image = plot_gradient_scales(args.runs[0])
     else:
         runs = dict(zip(args.labels, args.runs, strict=True)) if args.labels else args.runs
         image = plot_curves(runs, args.metrics, args.smooth, args.log_x, args.log_y, args.chance)
-    make_directory(args.out.parent)
     image.save(args.out)
     print(f"wrote {args.out}")

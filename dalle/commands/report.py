@@ -55,16 +55,14 @@ def write_report(args: ReportArgs) -> Path:
 
     The page lists the sections that the folder has nothing for.
     """
-    from dalle.io.files import make_directory, write_text
+    from dalle.io.files import prepare_file, write_text
     from dalle.report.context import ReportContext
     from dalle.report.page import render
     from dalle.report.sections import make_sections
 
     context = ReportContext(args)
     out = args.out or context.root / "report.html"
-    if out.is_dir():
-        raise ValueError(f"{out} is a directory; expected the name of a file")
-    make_directory(out.parent)
+    prepare_file(out)
     sections, missing = make_sections(context)
     title = "/".join(args.run.resolve().parts[-2:])
     other = "model" if context.model_directory else "evaluation" if context.evaluations else "samples"

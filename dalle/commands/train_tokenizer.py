@@ -48,11 +48,11 @@ class TrainTokenizerArgs:
 def train_tokenizer(args: TrainTokenizerArgs) -> TextTokenizer:
     """Writes <out>/text_tokenizer.json and its statistics, <out>/report.json."""
     from dalle.data import open_dataset
-    from dalle.io.files import make_directory, write_json
+    from dalle.io.files import check_result, make_directory, write_json
     from dalle.text import train_text_tokenizer
     from dalle.text.coverage import vocabulary_coverage
 
-    out = make_directory(args.out or ROOT / "text")
+    out = make_directory(check_result(args.out or ROOT / "text"))
     dataset = open_dataset(args.data)
     text = train_text_tokenizer(read_captions(dataset, args.captions, args.seed), args.text)
     max_len = args.model.layout.max_caption_len

@@ -67,11 +67,11 @@ def write_tars(source: DataSource, folder: Path, shard_size: int = 10_000) -> tu
     Raises:
         ValueError: the folder holds tars, or no sample can be packed.
     """
-    from dalle.io.files import make_directory
+    from dalle.io.files import check_result, make_directory
 
     if shard_size < 1:
         raise ValueError(f"shard_size must be positive, got {shard_size}")
-    if any(make_directory(folder).glob("*.tar")):
+    if any(make_directory(check_result(folder)).glob("*.tar")):
         raise ValueError(f"{folder} holds tars already; give an empty folder, or remove them")
     tars, images, left_out = 0, 0, list[str]()
     samples = _samples(source, left_out)

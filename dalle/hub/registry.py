@@ -30,6 +30,7 @@ from dalle.io.files import (
     FORMAT,
     LAYERS,
     check_meta,
+    check_result,
     load_strict,
     make_directory,
     read_config,
@@ -248,7 +249,7 @@ def write_model_directory(
         kind: {"model_config": to_dict(m.config), "hash": weights_hash(m)} for kind, m in parts.items()
     }
     report = read_report(report, described)
-    make_directory(directory)
+    make_directory(check_result(directory, "config.json"))
     for kind, model in parts.items():
         partial = directory / f".partial-{kind}.safetensors"
         write_tensors(partial, model.state_dict())

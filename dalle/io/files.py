@@ -30,6 +30,36 @@ def make_directory(folder: Path) -> Path:
     return folder
 
 
+RESULTS = {
+    "spec.json": "a token cache",
+    "config.json": "a model directory",
+    "checkpoints": "a run",
+    "meta.json": "a checkpoint",
+}
+"""What a folder is, by a file or folder in it."""
+
+
+def check_result(folder: Path, own: str = "") -> Path:
+    """The folder; ValueError if it is a result of another kind than the one whose mark is `own`."""
+    for mark, name in RESULTS.items():
+        if mark != own and (folder / mark).exists():
+            raise ValueError(f"{folder} is {name}, it has a {mark}; give another --out")
+    return folder
+
+
+def prepare_file(path: Path) -> None:
+    """Creates the directory of a file to be written; ValueError if the file cannot be, before the work."""
+    try:
+        if path.is_dir():
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".partial-{path.name}")
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {path} ({error.strerror}); give the name of another file") from None
+
+
 def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of tensors on the CPU."""
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}

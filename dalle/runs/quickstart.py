@@ -20,7 +20,7 @@ from dalle.config import CONFIGS, load
 from dalle.evals.shapes_accuracy import ShapesSamples, caption_accuracy
 from dalle.hub.model_card import write_card
 from dalle.hub.registry import load_model
-from dalle.io.files import make_directory, write_json
+from dalle.io.files import check_result, make_directory, write_json
 from dalle.io.images import captioned_grid, image_grid, to_pil
 from dalle.pipelines.dalle import DALLE
 from dalle.runs import ROOT
@@ -118,7 +118,7 @@ def _prepare(out: Path) -> Path:
         old = next(name for name in names if not name.exists())
         out.rename(old)
         print(f"{out} held a finished quick start: moved to {old}")
-    return make_directory(out)
+    return make_directory(check_result(out))
 
 
 @contextmanager

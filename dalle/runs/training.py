@@ -14,7 +14,7 @@ from torch import nn
 from dalle.data import BatchReader, ImageTextLoader
 from dalle.hub.init_from import freeze, load_pretrained_weights
 from dalle.hub.registry import build_model, checkpoint_meta, load_model
-from dalle.io.files import check_meta, make_directory, read_json
+from dalle.io.files import check_meta, check_result, make_directory, read_json
 from dalle.runs import ROOT
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.config import TrainArgs, profile_steps, resume_fingerprint
@@ -35,9 +35,7 @@ class TrainingRun(AbstractContextManager):
         if args.overfit_batch is not None:
             args = replace(args, train=replace(args.train, batch_size=args.overfit_batch))
         self.kind, self.args, self.dir = kind, args, args.out or ROOT / kind
-        for other in ("meta.json", "spec.json", "config.json"):
-            if (self.dir / other).exists():
-                raise ValueError(f"{self.dir} is no run, it has a {other}; give another --out")
+        check_result(self.dir, "checkpoints")
         self.dist = start_processes(args)
 
     def __exit__(self, *error: object) -> None:

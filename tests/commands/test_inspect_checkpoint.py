@@ -125,7 +125,7 @@ def test_no_path_and_a_directory_for_the_report(tmp_path: Path, state) -> None:
     with pytest.raises(ValueError, match="give a path"):
         inspect_checkpoint(InspectCheckpointArgs())
     torch.save(state, tmp_path / "dvae.pt")
-    with pytest.raises(ValueError, match="is a directory"):
+    with pytest.raises(ValueError, match="Is a directory"):
         inspect_checkpoint(InspectCheckpointArgs(tmp_path / "dvae.pt", json=tmp_path))
 
 

@@ -237,7 +237,7 @@ def test_mistakes(tmp_path, script):
             write_report(ReportArgs(tmp_path / path))
     (tmp_path / "log.jsonl").write_text('{"step": 1, "image_loss": 1.0}')
     (tmp_path / "report.html").mkdir()
-    assert re.match(r"error: .*report\.html is a directory", script("report", tmp_path).err)
+    assert re.match(r"error: .*report\.html \(Is a directory", script("report", tmp_path).err)
     for name in ("captions", "best_of", "num_codes", "temperature"):
         with pytest.raises(ValueError, match=f"{name} must be"):
             ReportArgs(**{name: -1})

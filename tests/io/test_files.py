@@ -3,16 +3,23 @@
 import pytest
 import torch
 
+from dalle.commands.check_data import CheckDataArgs, check_data
+from dalle.commands.train_tokenizer import TrainTokenizerArgs, train_tokenizer
+from dalle.commands.write_tars import write_tars
+from dalle.data.config import DataConfig
+from dalle.hub.registry import write_model_directory
 from dalle.io.files import (
     FORMAT,
     check_meta,
     load_strict,
+    prepare_file,
     read_config,
     read_tensors,
     write_json,
     write_tensors,
 )
 from dalle.io.torch_file import read_torch_file
+from dalle.runs.quickstart import QuickstartArgs, quickstart
 
 EMA = {"decay": 0.9, "updates": 1, "update_every": 1}
 META = {"kind": "dvae", "format": FORMAT, "config": {}, "inputs": {}, "ema": EMA, "step": 1}
@@ -84,3 +91,31 @@ def test_weights_are_loaded_without_the_prefixes_of_wrappers(prefix):
     model, source = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     load_strict(model, {f"{prefix}{name}": t for name, t in source.state_dict().items()}, "file")
     assert torch.equal(model.weight, source.weight)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda out: train_tokenizer(TrainTokenizerArgs(out)),
+        lambda out: check_data(CheckDataArgs(DataConfig(path=str(out)), out)),
+        lambda out: write_tars(None, out),
+        lambda out: write_model_directory(out, {}),
+        lambda out: quickstart(QuickstartArgs(out)),
+    ],
+)
+@pytest.mark.parametrize("mark", ["spec.json", "checkpoints"])
+def test_a_result_of_another_kind_is_never_written_over(tmp_path, write, mark):
+    (tmp_path / mark).write_text("a red circle")
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(ValueError, match=f"it has a {mark}"):
+        write(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "folder", "x" * 300, "file/a.json"])
+def test_a_file_that_cannot_be_written_is_reported_before_the_work(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write"):
+        prepare_file(tmp_path / name)
+    prepare_file(tmp_path / "new" / "a.json")
+    assert list((tmp_path / "new").iterdir()) == []
