@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from dalle import __version__
+from dalle.config import cli_errors
 
 GROUPS = {
     "everything at once": {
@@ -54,7 +55,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0] in ("-h", "--help"):
-        print(listing())
+        with cli_errors():
+            print(listing())
     elif words[0] == "--version":
         print(f"dalle {__version__}")
     elif (name := words[0].replace("_", "-")) in COMMANDS:

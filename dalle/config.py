@@ -280,7 +280,7 @@ def cli_errors(parallel: bool = False) -> Iterator[None]:
         if not parallel and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("this command runs in one process; start it without torchrun")
         yield
-        sys.stdout.flush()
+        print(end="", flush=True)  # also without a stdout
     except (ValueError, FloatingPointError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None
     except BrokenPipeError:  # the reader of the output, such as `| head`, has closed it

@@ -425,3 +425,9 @@ def test_the_usage_names_what_was_typed(typed, words, program, monkeypatch, caps
     with pytest.raises(SystemExit):
         parse(Args, words)
     assert capsys.readouterr().out.startswith(f"usage: {program} [-h] ")
+
+
+def test_a_command_ends_well_without_a_stdout(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    with cli_errors():
+        print("a red circle")
