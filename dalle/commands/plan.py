@@ -123,7 +123,6 @@ def plan_training(kind: str, args: Any) -> dict[str, Any]:
         "batch": {"step": train.batch_size, "pass": batch, "grad_accum_steps": train.grad_accum_steps},
         "flops": flops,
         "memory": {how.mode: {name: memory(one, how) for name, one in steps.items()} for how in layouts},
-        "initial_bytes": FP32 * step.parameters,
         "traffic": {how.mode: _traffic(kind, args, step, how, gpu) for how in layouts},
         "time": _time(args, sum(flops["needed"].values()), gpu.half if half else gpu.fp32),
     }

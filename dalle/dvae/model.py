@@ -93,7 +93,8 @@ class Encoder(nn.Module):
                 group["pool"] = nn.MaxPool2d(2)
             layers[f"group_{i + 1}"] = nn.Sequential(group)
         output = Conv2d(last, config.vocab_size, 1, full_precision=True)
-        output.w.data.mul_(config.logit_init_scale)
+        with torch.no_grad():
+            output.w.mul_(config.logit_init_scale)
         layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=output))
         self.blocks = nn.Sequential(layers)
 

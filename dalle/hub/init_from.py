@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.layout import TokenLayout
+from dalle.train.distributed import distribute_like, is_dtensor
 
 GROWING = {
     "transformer": ("text_len", "grid", "text_vocab", "image_vocab"),
@@ -31,7 +32,10 @@ SAME = {
 
 @torch.no_grad()
 def load_pretrained_weights(kind: str, model: nn.Module, source: nn.Module) -> list[str]:
-    """Copies a source's weights into a fresh model of the same kind; returns the fields that have grown."""
+    """Copies a source's weights into a fresh model of the same kind, whole or sharded, one at a time.
+
+    Returns the fields that have grown. All processes of a sharded model call it together.
+    """
     new, old = model.config, source.config
     grown = []
     for name in SAME[kind] + GROWING[kind]:
@@ -48,12 +52,13 @@ def load_pretrained_weights(kind: str, model: nn.Module, source: nn.Module) -> l
         grown.append(f"{name} {before} -> {after}")
     rows, parameters = _rows_of(kind, old, new), dict(model.named_parameters())
     for name, value in source.named_parameters():
-        value = value.to(parameters[name].device)
+        parameter = parameters[name]
+        value = value.to(parameter.device)
         if name in rows:
             dimension, indices = rows[name]
-            parameters[name].index_copy_(dimension, indices.to(value.device), value)
-        else:
-            parameters[name].copy_(value)
+            whole = parameter.full_tensor() if is_dtensor(parameter) else parameter
+            value = whole.index_copy(dimension, indices.to(value.device), value)
+        parameter.copy_(distribute_like(value, parameter))
     return grown
 
 

@@ -118,6 +118,7 @@ def estimate_step(kind: str, config: Any, batch: int, precision: str, side: int 
         parameters=parameters,
         largest_group=max(groups),
         ungrouped=parameters - sum(groups),
+        largest_tensor=max(parameter.numel() for parameter in model.parameters()),
         flops={"attention": attention, "matrices": sum(by_operator.values()) - attention},
         activations=activations,
         copies=copies,

@@ -22,6 +22,8 @@ class StepEstimate:
     """Parameters of the largest group that FSDP gathers at once: a layer."""
     ungrouped: int
     """Parameters outside of these groups."""
+    largest_tensor: int
+    """Elements of the largest parameter."""
     flops: dict[str, int]
     """FLOPs of attention and of all other products, including those recomputed."""
     activations: int
@@ -53,12 +55,14 @@ class ParallelLayout:
 def memory(step: StepEstimate, how: ParallelLayout) -> dict[str, float]:
     """Bytes by part, and at the peak, where not all parts need be there at once.
 
-    In a single pass without sharding gradients grow while activations shrink; in all other cases the peak is
-    the sum of the parts, which it cannot exceed.
+    In a single pass of one process, or with PowerSGD, gradients grow while activations shrink; ddp's buckets
+    hold all of them from the start. In all other cases the peak is the sum of the parts, which it cannot
+    exceed.
 
     Returns:
-        weights, gradients, moments, ema, error_buffers, gathered (whole layers and their gradients; ddp's
-        buckets), copies (autocast's 16-bit weights), activations, working (logits, one layer), peak.
+        weights, gradients, moments, ema, error_buffers, gathered (whole layers and their gradients), copies
+        (autocast's 16-bit weights), activations, working (logits, one layer), peak; start (when the model is
+        built: its weights, and under fsdp and hsdp the one parameter that is whole).
     """
     train, shard = how.train, FP32 * step.parameters / how.shards
     sharded = how.mode in ("fsdp", "hsdp")
@@ -75,17 +79,16 @@ def memory(step: StepEstimate, how: ParallelLayout) -> dict[str, float]:
         "working": step.working,
     }
     peak = sum(parts.values())
-    if not sharded and train.grad_accum_steps == 1:
+    if (how.mode == "none" or factored) and not sharded and train.grad_accum_steps == 1:
         of_step = sum(parts[name] for name in ("gradients", "copies", "activations", "working"))
         clipping = 0.0 if train.optimizer.max_variance is None else min(shard, FP32 * VARIANCE_CHUNK)
         peak += max(parts["gradients"] + clipping, step.peak) - of_step
-    return parts | {"peak": peak}
+    start = shard + (FP32 * step.largest_tensor if sharded else 0.0)
+    return parts | {"peak": peak, "start": start}
 
 
 def _gathered(step: StepEstimate, how: ParallelLayout) -> float:
-    if how.mode == "ddp":
-        return FP32 * step.parameters  # its buckets hold the gradients once more
-    if how.mode == "none" or how.shards == 1:
+    if how.mode in ("none", "ddp") or how.shards == 1:
         return 0.0
     weights = 2 * (HALF if how.half else FP32) * step.largest_group + FP32 * step.ungrouped
     gradients = (HALF + FP32 if how.half else FP32) * step.largest_group + FP32 * step.ungrouped

@@ -9,11 +9,12 @@ PARTS = {
     "moments": "moments of AdamW",
     "ema": "averaged weights",
     "error_buffers": "error buffers of PowerSGD",
-    "gathered": "gathered layers, buckets",
+    "gathered": "gathered layers",
     "copies": "16-bit copies of weights",
     "activations": "activations",
     "working": "logits, one layer at work",
     "peak": "peak",
+    "start": "when the model is built",
 }
 
 
@@ -66,8 +67,6 @@ def _print_memory(plan: dict[str, Any], available: float) -> None:
             print_row(name, *(f"{size:.2f}" for size in sizes))
     fits = [parts["peak"] / GIB <= available for parts in columns.values()]
     print_row(f"within {available:.4g} GiB", *("yes" if fit else "no" for fit in fits))
-    if (whole := plan["initial_bytes"] / GIB) > available:
-        print(f"note: each process first builds the whole model, {whole:.1f} GiB, more than such a GPU has")
 
 
 def _print_traffic(traffic: dict[str, Any]) -> None:

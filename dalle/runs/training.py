@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,11 +15,12 @@ from dalle.data import BatchReader, ImageTextLoader
 from dalle.hub.init_from import freeze, load_pretrained_weights
 from dalle.hub.registry import build_model, checkpoint_meta, load_model
 from dalle.io.files import check_meta, check_result, make_directory, read_json
+from dalle.nn.meta_device import SkipRandomInit
 from dalle.runs import ROOT
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.config import TrainArgs, profile_steps, resume_fingerprint
 from dalle.train.distributed import Distributed
-from dalle.train.precision import compile_layers
+from dalle.train.precision import compile_layers, resolve_precision
 from dalle.train.trainer import Trainer
 from dalle.types import CaptionedImages, Objective
 
@@ -46,10 +47,21 @@ class TrainingRun(AbstractContextManager):
 
         `inputs` is what it is trained with, for its checkpoints: hashes and the text tokenizer.
         """
-        torch.manual_seed(self.args.seed)
-        model = build_model(self.kind, self.args.model).to(self.dist.device, **placement)
+        args, dist = self.args, self.dist
+        resumes = latest_checkpoint(self.dir, ()) is not None  # and no first values are needed
+        torch.manual_seed(args.seed)
+        with SkipRandomInit() if resumes else nullcontext():
+            averaged = args.train.powersgd.rank is None
+            model = dist.build(lambda: build_model(self.kind, args.model), averaged)
+        if args.freeze:
+            frozen = freeze(model, args.freeze)
+            print(f"frozen: {len(frozen)} of {sum(1 for _ in model.parameters())} parameters")
+        if dist.sharded:
+            dist.wrap(model, resolve_precision(args.train.precision, dist.device), averaged)
+        else:
+            model.to(dist.device, **placement)
         self.model, self.inputs, self.init = model, inputs, self._init_weights(model, inputs)
-        if self.args.compile:
+        if args.compile:
             compile_layers(model)
         return model
 
@@ -82,9 +94,6 @@ class TrainingRun(AbstractContextManager):
     def _init_weights(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """Where the first weights come from, for meta.json; a resumed run does not read the source again."""
         args = self.args
-        if args.freeze:
-            frozen = freeze(model, args.freeze)
-            print(f"frozen: {len(frozen)} of {sum(1 for _ in model.parameters())} parameters")
         if checkpoint := latest_checkpoint(self.dir, ()):
             init = check_meta(read_json(checkpoint / "meta.json"), self.kind, self.dir).get("init")
             if args.init_from and (init is None or init.get("name") != args.init_from.resolve().name):

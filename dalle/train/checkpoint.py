@@ -197,7 +197,7 @@ def restore(folder: Path, state: TrainState, dist: Distributed | None = None) ->
         if place is None and file not in ("model", "ema", "optimizer"):
             continue  # new to the run
         if place and (place.is_dir() or any_sharded):
-            tensors[file] = state.empty_like(own, file, sharded.read_shapes(place))
+            tensors[file] = state.targets(own, file, sharded.read_shapes(place))
             sharded.read_into(place, tensors[file], dist)
         else:
             tensors[file] = read_tensors(folder / f"{file}.safetensors")

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from inspect import signature
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dalle.nn.meta_device import build_in_slices
 from dalle.train.config import TIMEOUT_MINUTES, Mode
+from dalle.train.fsdp import ForwardProxy, assign_slices, local_slice, shard_model
 from dalle.train.precision import local_device, resolve_device
 
 T = TypeVar("T")
@@ -49,7 +50,9 @@ class Distributed(AbstractContextManager):
         self.is_main = rank == 0  # writes and prints for all
         self.sharded = mode in ("fsdp", "hsdp")  # each process holds shards of the parameters
         self.averaged = True
+        self._model: nn.Module | None = None  # that is wrapped
         self._scalars: list[nn.Parameter] = []  # FSDP2 does not shard them
+        self._slices: dict[str, Tensor] = {}  # first values, until the model is wrapped
         self._stdout = sys.stdout
 
     @classmethod
@@ -113,24 +116,49 @@ class Distributed(AbstractContextManager):
             return dist.group.WORLD
         return self.mesh["replicate"].get_group() if self.mode == "hsdp" else None
 
+    def build(self, make: Callable[[], nn.Module], averaged: bool = True) -> nn.Module:
+        """The model of `make()` with the same first values, for `wrap` with the same `averaged`.
+
+        A shard keeps its slice of each parameter as it is initialized, and a device other than the CPU the
+        whole; no process has all of them in memory, and parameters are on the meta device until `wrap`.
+        """
+        if not self.sharded and self.device.type == "cpu":
+            return make()
+        if self.sharded:
+            model, self._slices = build_in_slices(
+                make, lambda whole: local_slice(whole, self.mesh["shard"], by_longer_side=not averaged)
+            )
+            return model
+        model, values = build_in_slices(make, lambda whole: whole.to(self.device, copy=True))
+        model.load_state_dict(values, strict=False, assign=True)
+        return model.to(self.device)
+
     def wrap(self, model: nn.Module, precision: str, averaged: bool = True) -> None:
         """Wraps the model in DDP or FSDP2, before optimizers are built; parameter names do not change.
+
+        Does nothing for a model that is wrapped.
 
         fsdp and hsdp gather layers in 16 bit under bf16 and fp16, as autocast would cast them, and norms,
         embeddings and outputs in fp32 (appendix D, guideline 2). Gradients are averaged in fp32: here if
         `averaged`, else by PowerSGD.
         """
-        self.averaged = averaged
+        if self._model is model:
+            return
+        self._model, self.averaged = model, averaged
         if self.mode == "ddp":
             self.wrapped = ForwardProxy(model)
             if averaged:
                 renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
                 option = "forward_sync_buffers" if renamed else "broadcast_buffers"  # before torch 2.15
-                self.wrapped = DistributedDataParallel(self.wrapped, **{option: False})
+                self.wrapped = DistributedDataParallel(
+                    self.wrapped, gradient_as_bucket_view=True, **{option: False}
+                )
         elif self.sharded:
             self._scalars = [p for p in model.parameters() if p.ndim == 0]
             mesh = self.mesh if averaged else self.mesh["shard"]
             self.wrapped = shard_model(model, mesh, precision, self._scalars, by_longer_side=not averaged)
+            assign_slices(model, self._slices)
+            self._slices = {}
 
     def forward(self, model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
         """function(model, *args) as the forward pass that DDP and FSDP hook, whatever methods it calls."""
@@ -242,46 +270,6 @@ def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
 
     mesh = like.device_mesh
     return distribute_tensor(tensor.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
-
-
-class ForwardProxy(nn.Module):
-    """A model whose only call is forward(f, ...) = f(model, ...), which DDP and FSDP hook."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
-        return function(self.model, *args)
-
-
-def shard_model(
-    model: nn.Module, mesh: Any, precision: str, ignored: list[nn.Parameter], by_longer_side: bool
-) -> nn.Module:
-    """Shards a model by FSDP2: each group of `model.fsdp_groups()` by itself, everything else together.
-
-    `by_longer_side` shards matrices where PowerSGD's factors are smallest.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import Shard
-
-    model.to(memory_format=torch.contiguous_format)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    placement = (lambda p: Shard(shard_dim(p.shape, mesh.size()))) if by_longer_side else None
-    groups = model.fsdp_groups()
-    for group in groups:
-        fully_shard(group, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
-    for before, after in pairwise(groups):
-        before[0].set_modules_to_forward_prefetch([after[0]])
-        after[0].set_modules_to_backward_prefetch([before[0]])
-    proxy = ForwardProxy(model)
-    return fully_shard(proxy, mesh=mesh, ignored_params=set(ignored), shard_placement_fn=placement)
-
-
-def shard_dim(shape: tuple[int, ...], shards: int) -> int:
-    """The dimension to shard: the longer side of a matrix (E.2), unless FSDP2 cannot divide it evenly."""
-    return int(len(shape) == 2 and shape[1] > shape[0] and shape[1] % shards == 0)
 
 
 class _Gather(torch.autograd.Function):

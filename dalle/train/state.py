@@ -97,7 +97,7 @@ class TrainState:
         ema = {"decay": config.decay, "update_every": config.update_every, "updates": self.ema.updates}
         return tensors, {"step": self.step, "ema": ema, "extras": numbers}
 
-    def empty_like(
+    def targets(
         self,
         tensors: dict[str, dict[str, Tensor]],
         file: str,
@@ -105,19 +105,21 @@ class TrainState:
     ) -> dict[str, Tensor]:
         """Tensors to read a checkpoint's file into, of the shapes and dtypes `stored` in it.
 
-        They are sharded as the state's own `tensors` are.
+        Weights and averages are the state's own `tensors`, the others new ones that are sharded as those are.
         """
         like = tensors.get(file, {})
         if file == "optimizer":  # a new optimizer has no moments: they are sharded as their parameters
             parameters = dict(self.model.named_parameters())
             like = {name: parameters[name.rsplit("/", 1)[0]] for name in stored}
-        empty = {}
+        found = {}
         for name, (shape, dtype) in stored.items():
-            if name in like and like[name].shape == shape:
-                empty[name] = torch.empty_like(like[name], dtype=dtype, requires_grad=False)
+            if name not in like or like[name].shape != shape:
+                found[name] = torch.empty(shape, dtype=dtype)
+            elif file in ("model", "ema") and like[name].dtype == dtype:
+                found[name] = like[name]
             else:
-                empty[name] = torch.empty(shape, dtype=dtype)
-        return empty
+                found[name] = torch.empty_like(like[name], dtype=dtype, requires_grad=False)
+        return found
 
     def load(self, tensors: dict[str, dict[str, Tensor]], numbers: dict[str, Any], source: Path) -> None:
         """Loads what `state_dict` returned; ValueError if it does not fit the model."""
@@ -151,6 +153,6 @@ class TrainState:
     def _load_moments(self, moments: dict[str, Tensor]) -> None:
         names = dict(self.model.named_parameters())
         owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
-        for key, tensor in moments.items():
+        for key in list(moments):
             name, moment = key.rsplit("/", 1)
-            load_moment(owners[names[name]], names[name], moment, tensor)
+            load_moment(owners[names[name]], names[name], moment, moments.pop(key))  # each is freed

@@ -13,17 +13,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from dalle.clip import CLIP, CLIPConfig
 from dalle.clip.objective import CLIPObjective
 from dalle.dvae import DVAE, DVAEConfig, DVAELossConfig
 from dalle.dvae.objective import DVAEObjective
+from dalle.hub.init_from import load_pretrained_weights
+from dalle.planner.count import LiveBytes
 from dalle.schedules import Schedule
 from dalle.train import TrainConfig, Trainer, distributed
+from dalle.train.checkpoint import latest_checkpoint, restore
 from dalle.train.config import EMAConfig, OptimizerConfig, PlateauConfig, PowerSGDConfig
 from dalle.train.distributed import Distributed, local
 from dalle.train.state import TrainState
 from dalle.train.step import split
+from dalle.train.trainer import init_train_state
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.objective import TransformerObjective
 from dalle.types import FULL_BATCH, BatchShard, Loss
@@ -100,6 +105,8 @@ class Case:
     train: dict[str, Any] = field(default_factory=dict)
     stops: tuple[int, ...] = (STEPS,)
     """Steps of each call of `fit`; the second goes on from the first's checkpoint."""
+    sliced: bool = True
+    """Built from each process's slices; else whole, and sharded then."""
 
 
 def transformer(**changes) -> Callable[[], nn.Module]:
@@ -143,7 +150,11 @@ BROKEN = {
         transformer(), Scaled(nan_in_last), token_batch, {"max_skipped_steps": 2, "eval_every": 9}, stops=(6,)
     ),
     "half_bad": Case(
-        half_bad, TransformerObjective(), token_batch, {"max_skipped_steps": 1, "eval_every": 9}
+        half_bad,
+        TransformerObjective(),
+        token_batch,
+        {"max_skipped_steps": 1, "eval_every": 9},
+        sliced=False,
     ),
 }
 
@@ -183,11 +194,12 @@ def train(case: Case, parallel: Distributed, out: Path) -> TrainState:
 
     for steps in case.stops:
         torch.manual_seed(0)
+        config = replace(TRAIN, **case.train)
         state = Trainer(
-            case.model(),
+            parallel.build(case.model, config.powersgd.rank is None) if case.sliced else case.model(),
             case.objective,
             lambda step: split(case.batch(step), parallel.world_size)[parallel.rank],
-            replace(TRAIN, **case.train),
+            config,
             steps=steps,
             seed=7,
             run_dir=out,
@@ -233,12 +245,70 @@ def check_collectives(parallel: Distributed) -> None:
         assert dict(zip(parallel.mesh.mesh_dim_names, parallel.mesh.shape, strict=True)) == shape
 
 
+class RealBytes(LiveBytes):
+    """Bytes of living storages, without those of the meta device; of DTensors only their shards."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _add(self, storage: torch.UntypedStorage, is_copy: bool) -> None:
+        if storage.device.type != "meta":
+            super()._add(storage, is_copy)
+
+
+LONG = Case(transformer(depth=8, heads=4, head_dim=16), TransformerObjective(), token_batch, stops=(1,))
+
+
+def check_start(parallel: Distributed, out: Path) -> None:
+    """A sharded model starts, and resumes, in the memory of its slices and a block, with the same values."""
+    torch.manual_seed(0)
+    whole = LONG.model()
+    size = sum(4 * p.numel() for p in whole.parameters())
+    block = sum(4 * p.numel() for p in whole.layers[0].parameters())
+    for averaged in (True, False):
+        torch.manual_seed(0)
+        with RealBytes() as live:
+            model = parallel.build(LONG.model, averaged)
+            parallel.wrap(model, "fp32", averaged)
+        assert live.peak_of_all <= size / 2 + block
+        for (name, found), expected in zip(model.named_parameters(), whole.parameters(), strict=True):
+            assert torch.equal(found.full_tensor(), expected), name
+    trained = train(LONG, parallel, out)
+    with RealBytes() as live:
+        model = parallel.build(LONG.model)
+        state = init_train_state(model, TRAIN, 0, parallel)
+        restore(latest_checkpoint(out), state, parallel)
+    assert live.peak_of_all <= 4 * size / 2 + block  # weights, averages, two moments
+    expected, _ = trained.state_dict()
+    for file, tensors in state.state_dict()[0].items():
+        for name, tensor in tensors.items():
+            assert torch.equal(local(tensor), local(expected[file][name])), (file, name)
+
+
+def check_init_from(parallel: Distributed) -> None:
+    """A sharded model takes the weights of a smaller one as a whole model does."""
+    source, grown = transformer(text_vocab=10)(), []
+    for build in (lambda make: make(), parallel.build):
+        torch.manual_seed(0)
+        grown.append(build(transformer()))
+    parallel.wrap(grown[1], "fp32")
+    for model in grown:
+        load_pretrained_weights("transformer", model, source)
+    for one, other in zip(*(model.parameters() for model in grown), strict=True):
+        assert torch.equal(one, other.full_tensor())
+
+
 def work(rank: int, mode: str, out: Path, shard: int | None) -> dict[str, Any]:
     """Everything that one of several processes does; what it found and printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), Distributed.start(mode, "cpu", shard) as parallel:
         found: dict[str, Any] = {"collectives": traceback_of(check_collectives, parallel), "weights": {}}
         print(f"printed by process {parallel.rank}")
+        if parallel.sharded:
+            found["start"] = traceback_of(check_start, parallel, out / "long")
+            found["init_from"] = traceback_of(check_init_from, parallel)
         for name, case in (SEVERAL | FACTORED).items():
             state = train(case, parallel, out / name)
             if name in FACTORED:

@@ -8,6 +8,7 @@ from dalle.planner.memory import ParallelLayout, StepEstimate, memory, traffic
 from dalle.train.config import EMAConfig, OptimizerConfig, PowerSGDConfig, TrainConfig
 
 SIZES = {"largest_group": 100, "ungrouped": 200, "activations": 5000, "copies": 1600, "working": 700}
+SIZES["largest_tensor"] = 50
 STEP = StepEstimate(1000, flops={}, peak=8000, **SIZES)
 
 
@@ -24,11 +25,12 @@ def test_memory():
     assert memory(replace(STEP, peak=0), clipping)["peak"] == 6 * 4000
     accumulating = memory(STEP, ParallelLayout(replace(PLAIN, grad_accum_steps=2), "none"))
     assert accumulating["peak"] == 5 * 4000 + 1600 + 5000 + 700
-    assert memory(STEP, ParallelLayout(PLAIN, "ddp", 2))["peak"] == alone["peak"] + 4000  # buckets
+    assert memory(STEP, ParallelLayout(PLAIN, "ddp", 2))["peak"] == accumulating["peak"]  # whole buckets
     assert memory(STEP, ParallelLayout(EIGHT_BIT, "none"))["moments"] == 2000
     assert memory(STEP, ParallelLayout(replace(PLAIN, ema=EMAConfig(device="cpu")), "none"))["ema"] == 0
     assert memory(STEP, ParallelLayout(FACTORED, "ddp", 2))["error_buffers"] == 4 * 800
     sharded = memory(STEP, ParallelLayout(PLAIN, "fsdp", 4, 4))
+    assert (alone["start"], sharded["start"]) == (4000, 1000 + 4 * 50)
     assert sharded["weights"] == sharded["gradients"] == sharded["ema"] == 1000
     assert sharded["gathered"] == (2 * 2 * 100 + 4 * 200) + (2 * 100 + 4 * 100 + 4 * 200)
 

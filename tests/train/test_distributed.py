@@ -115,6 +115,13 @@ def test_one_process_writes_and_prints(mode, single, several):
         assert {p.name for p in (out / name).iterdir()} == {p.name for p in (single / name).iterdir()}
 
 
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_sharded_models_start_in_the_memory_of_their_slices(mode, several):
+    """Also from a checkpoint or a smaller model; a single process's first values, bit for bit."""
+    for process in several(mode)[1]:
+        assert (process["start"], process["init_from"]) == ("", "")
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_collectives_and_shards(mode, several):
     assert [process["collectives"] for process in several(mode)[1]] == [""] * WORLD[mode]

@@ -5,7 +5,7 @@ import torch
 
 from dalle.hub.registry import build_model
 from dalle.train.config import POWERSGD_RANKS, PowerSGDConfig, compression_rate
-from dalle.train.distributed import shard_dim
+from dalle.train.fsdp import shard_dim
 from dalle.train.powersgd import (
     all_orthonormal,
     build_powersgd,
