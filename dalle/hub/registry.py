@@ -39,7 +39,7 @@ from dalle.io.files import (
     write_json,
     write_tensors,
 )
-from dalle.nn.meta_device import SkipRandomInit
+from dalle.meta_device import SkipRandomInit
 from dalle.text import BPETokenizer, text_tokenizer_from_dict
 from dalle.text.bpe import json_hash
 from dalle.train.checkpoint import latest_checkpoint, verify_checkpoint

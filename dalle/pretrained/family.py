@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.io.files import LAYERS
-from dalle.nn.meta_device import SkipRandomInit
+from dalle.meta_device import SkipRandomInit
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -15,7 +15,7 @@ from dalle.data import BatchReader, ImageTextLoader
 from dalle.hub.init_from import freeze, load_pretrained_weights
 from dalle.hub.registry import build_model, checkpoint_meta, load_model
 from dalle.io.files import check_meta, check_result, make_directory, read_json
-from dalle.nn.meta_device import SkipRandomInit
+from dalle.meta_device import SkipRandomInit
 from dalle.runs import ROOT
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.config import TrainArgs, profile_steps, resume_fingerprint

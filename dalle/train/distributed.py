@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dalle.nn.meta_device import build_in_slices
+from dalle.meta_device import build_in_slices
 from dalle.train.config import TIMEOUT_MINUTES, Mode
 from dalle.train.fsdp import ForwardProxy, assign_slices, local_slice, shard_model
 from dalle.train.precision import local_device, resolve_device

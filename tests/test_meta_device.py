@@ -6,7 +6,7 @@ from torch import nn
 
 from dalle.clip import CLIP
 from dalle.dvae import DVAE
-from dalle.nn.meta_device import build_in_slices
+from dalle.meta_device import build_in_slices
 from dalle.transformer import Transformer
 from tests.helpers.distributed_work import CLIP_CONFIG, DVAE_CONFIG, TRANSFORMER_CONFIG
 
