@@ -1,7 +1,8 @@
 """Weight-only int8 quantization for sampling: a step reads a quarter of the bytes of fp32.
 
 Row o of a matrix is scale[o] * codes[o], its largest magnitude being 127 scales. Only weights are rounded; on
-a CPU their inputs are also cast to bf16, which its kernel needs. Not in the paper, which samples in 16 bit.
+a CPU their inputs are also cast to bf16, which its kernel needs. Elsewhere a product converts the codes to 16
+bits and scales its output: less memory than bf16, not less time. Not in the paper, which samples in 16 bit.
 """
 
 import torch
@@ -48,4 +49,20 @@ def int8_linear(x: Tensor, linear: Int8Linear, rows: slice = slice(None)) -> Ten
     if x.device.type == "cpu" and x.shape[:-1].numel() <= MAX_GEMV_ROWS and x.shape[-1] % ALIGNMENT == 0:
         product = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16().contiguous(), codes, scale)
         return product.to(x.dtype).unflatten(0, x.shape[:-1])
-    return F.linear(x, codes.to(x.dtype) * scale.to(x.dtype)[:, None])
+    if x.device.type == "cpu":
+        return F.linear(x, codes.to(x.dtype) * scale.to(x.dtype)[:, None])
+    return scaled_product(x, codes, scale)
+
+
+def scaled_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """x (..., inputs) by the matrix scale * codes, with at most two bytes a weight of memory besides.
+
+    The sums of codes, which may exceed the largest number of fp16, are divided before they are rounded to it.
+    """
+    flat, none = x.flatten(0, -2), x.new_zeros(())
+    parts = codes.chunk(max(1, x.dtype.itemsize // 2))  # fp32: half the matrix at a time
+    products = [
+        torch.addmm(none, flat, part.to(x.dtype).T, beta=0, alpha=1 / (LARGEST + 1)) for part in parts
+    ]
+    product = torch.cat(products, dim=1) * (scale * (LARGEST + 1)).to(x.dtype)
+    return product.unflatten(0, x.shape[:-1])

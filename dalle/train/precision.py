@@ -1,5 +1,6 @@
 """Device, precision (fp32, or bf16 or fp16 under autocast) and compilation."""
 
+import copy
 import os
 
 import torch
@@ -25,12 +26,18 @@ def local_device(name: str) -> torch.device:
     return torch.device("cuda", int(number))
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> str:
-    """ "auto" becomes bf16 where the device multiplies it in hardware, else fp32."""
+def resolve_precision(precision: Precision, device: torch.device, inference: bool = False) -> str:
+    """ "auto" becomes bf16 where the device multiplies it in hardware, else fp32.
+
+    For inference, which needs no loss scale, it is fp16 on CUDA cards whose tensor cores know only that.
+    """
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        with torch.cuda.device(device):
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return "bf16"
+        return "fp16" if inference and torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and has_bf16:
         return "bf16" if has_bf16() else "fp32"
@@ -57,6 +64,12 @@ def resolve_device(name: str) -> torch.device:
     if not available[device.type]:
         raise ValueError(f"this computer has no {device.type} that torch can use; give --device auto")
     return device
+
+
+def copy_to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a model on a device, without gradients; it shares the tensors that are there already."""
+    moved = {id(p): nn.Parameter(p.detach().to(device), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, moved | {id(buffer): buffer.to(device) for buffer in model.buffers()})
 
 
 def compile_layers(model: nn.Module, **options) -> None:

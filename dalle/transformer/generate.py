@@ -30,12 +30,9 @@ def generate_tokens(
     text_tokens: Tensor,
     noise: Tensor,
     prefix: Tensor | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
     guidance: float | None = None,
     step: DecodeStep | None = None,
+    **options,
 ) -> Iterator[Tensor]:
     """Samples image tokens and yields them after each position.
 
@@ -43,26 +40,26 @@ def generate_tokens(
         text_tokens: int64 (C, T) from `TokenLayout.pad_text`.
         noise: (C, n, N) in [0, 1), see `sampling.candidate_noise`.
         prefix: int64 (C, p), tokens to keep at the start; those that are TO_GENERATE are sampled.
-        temperature, top_k, top_p, min_p: see `sampling.sample_tokens`.
         guidance: s in unconditional + s (conditional - unconditional) logits, the unconditional ones with an
             empty caption; None or 1 is the plain model.
         step: from `decode_step_of`; None is `Transformer.decode_step`.
+        options: temperature, top_k, top_p and min_p, see `sampling.sample_tokens`.
 
     Yields:
         int64 (C, n, t) for each t up to N, a view that later positions extend; only once if the prefix is a
-        whole image. Nothing waits for the device.
+        whole image. Nothing waits for the device, but at the end.
+
+    Raises:
+        ValueError: logits that are not numbers.
     """
     (captions, candidates, length), device = noise.shape, text_tokens.device
+    codes = model.layout.image_vocab
     if torch.is_autocast_enabled(device.type):
         model = cast_linear_weights(model, torch.get_autocast_dtype(device.type))
     guided = guidance not in (None, 1)
-    # An int reads fewer keys on a CPU; a tensor has the same shapes for every position, as a graph of kernels
-    # needs.
-    positions = (
-        range(length)
-        if step is None and device.type == "cpu"
-        else torch.arange(length, device=device).split(1)
-    )
+    positions = torch.arange(length, device=device).split(1)  # the same shapes at each, as a graph needs
+    if step is None and device.type == "cpu":
+        positions = range(length)  # an int reads fewer keys
     step = step or type(model).decode_step
     noise = noise.reshape(-1, length).to(torch.float64 if device.type == "cpu" else torch.float32).to(device)
     known, first = torch.full((captions, length), TO_GENERATE, device=device), 0
@@ -77,18 +74,19 @@ def generate_tokens(
 
     hidden, caches = _prefill(model, text_tokens, known[:, :first], candidates, guided)
     for i in range(first, length):
-        with torch.autocast(device.type, enabled=False):
-            logits = model.image_logits(hidden)
-            if guided:
-                conditional, unconditional = logits.chunk(2)
-                logits = unconditional + guidance * (conditional - unconditional)
-            token = sample_tokens(logits, noise[:, i], temperature, top_k, top_p, min_p)
+        token = _sample(model, hidden, noise[:, i], guidance if guided else None, options)
         token = torch.where(tokens[:, i] == TO_GENERATE, token, tokens[:, i])
         tokens[:, i] = token
         yield tokens[:, : i + 1].view(captions, candidates, i + 1)
         if i + 1 < length:
+            token = token.clamp(max=codes - 1).repeat(2 if guided else 1)
             with torch.autocast(device.type, enabled=False):
-                hidden = step(model, token.repeat(2) if guided else token, positions[i + 1], caches)
+                hidden = step(model, token, positions[i + 1], caches)
+    if (tokens == codes).any():
+        raise ValueError(
+            "the transformer's logits are not numbers; sample in fp32 or bf16, at lower guidance, or check "
+            "its weights"
+        )
 
 
 def _prefill(
@@ -103,6 +101,18 @@ def _prefill(
     with inference_autocast(model):
         hidden = model.prefill(layout.shift(layout.pack(text, start)), caches)[:, -1]
     return hidden.repeat_interleave(candidates, dim=0), caches
+
+
+def _sample(
+    model: Transformer, hidden: Tensor, uniform: Tensor, guidance: float | None, options: dict
+) -> Tensor:
+    """The token (C n,) that states (B, D) predict."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = model.image_logits(hidden)
+        if guidance is not None:
+            conditional, unconditional = logits.chunk(2)
+            logits = unconditional + guidance * (conditional - unconditional)
+        return sample_tokens(logits, uniform, **options)
 
 
 def generate(model: Transformer, text_tokens: Tensor, noise: Tensor, **options) -> Tensor:

@@ -24,6 +24,7 @@ class DeviceWork(TorchDispatchMode):
     def __init__(self, step: bool = False):
         super().__init__()
         self.step, self.counts = step, Counter()
+        self.largest = 0  # bytes of a result that is no view
 
     def __enter__(self):
         self.patches = [
@@ -43,7 +44,9 @@ class DeviceWork(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         tensors = [one for one in tree_leaves((args, kwargs, result)) if isinstance(one, torch.Tensor)]
         name = function.overloadpacket.__name__
-        self.counts[name] += name not in VIEWS
+        if name not in VIEWS:
+            self.counts[name] += 1
+            self.largest = max(self.largest, getattr(result, "nbytes", 0))
         assert all(one.dtype != torch.float64 for one in tensors if one.device.type != "cpu"), name
         if self.step:
             assert len({one.device for one in tensors}) <= 1, f"{name} copies to the device"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dalle.nn.int8 import ALIGNMENT, MAX_GEMV_ROWS, Int8Linear, int8_linear
+from dalle.nn.int8 import ALIGNMENT, MAX_GEMV_ROWS, Int8Linear, int8_linear, scaled_product
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.generate import (
     cast_linear_weights,
@@ -13,6 +13,7 @@ from dalle.transformer.generate import (
     inference_autocast,
     quantize_int8,
 )
+from tests.helpers.device_work import DeviceWork
 
 CONFIG = TransformerConfig(2, 2, 32, 6, (2, 5), 11, 13, conv_kernel=3, init_scale=1.0)
 
@@ -70,6 +71,19 @@ class TestInt8Linear:
         torch.testing.assert_close(layer(x), layer(x.contiguous()))
         torch.testing.assert_close(int8_linear(x, layer, slice(7, 19)), int8_linear(x, layer)[:, 7:19])
         assert Int8Linear(linear(dtype=torch.bfloat16)).weight.dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_off_the_cpu_the_output_is_scaled_and_no_copy_exceeds_two_bytes_a_weight(self, dtype):
+        layer, x = Int8Linear(linear(dtype=dtype, inputs=256)), torch.randn(2, 3, 256, dtype=dtype)
+        expected = x.double() @ matrix_of(layer).T
+        found = scaled_product(x, layer.codes, layer.scale)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
+        large = scaled_product(torch.full_like(x, 50), layer.codes.fill_(127), layer.scale)
+        assert torch.isfinite(large).all()  # 256 times 50 times 127 is beyond fp16
+        with DeviceWork() as work:
+            scaled_product(x, layer.codes, layer.scale)
+        assert 0 < work.largest <= 2 * layer.codes.numel()
 
 
 class TestModel:

@@ -1,6 +1,7 @@
 """Decoding with the KV cache and sampling (dalle/transformer/generate.py), against whole sequences."""
 
 from contextlib import contextmanager
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from dalle.transformer.generate import (
     generate,
     generate_tokens,
     inference_autocast,
+    quantize_int8,
 )
 from dalle.transformer.losses import cross_entropies
 from tests.helpers.device_work import DeviceWork, step_work
@@ -217,6 +219,15 @@ def test_sampling_options_are_used_and_global_state_is_left_alone(model, ids):
     cross_entropies(model, ids)[1].backward()  # no tensor of the inference stays in the model
 
 
+def test_logits_that_are_not_numbers_are_an_error(model):
+    """fp16, which is the default on older GPUs, may overflow."""
+    text, noise = text_of(model), noise_for(model, len(CAPTIONS), 2)
+    with torch.no_grad():
+        model.row.weight[2] = torch.nan
+    with pytest.raises(ValueError, match="not numbers"):
+        generate(model, text, noise)
+
+
 # Off the CPU.
 
 
@@ -228,15 +239,18 @@ def test_layout_tables_are_read_once_a_step_and_each_layer_adds_22_operations():
     assert few["index"] == 2 + 3 * 2 + 1  # row and column; key and mask of three kinds, and the column
 
 
-def test_sampling_uses_float64_on_the_cpu_alone(monkeypatch):
+@pytest.mark.parametrize("quantize", [lambda model: model, quantize_int8], ids=["fp32", "int8"])
+def test_sampling_uses_float64_on_the_cpu_alone(monkeypatch, quantize):
     """On the meta device, which has no values to check."""
-    model = small(2, (1, 3))
+    model = quantize(small(2, (1, 3)).requires_grad_(False))
     text, noise = text_of(model, 2), noise_for(model, 2, 3)
     monkeypatch.setattr(layout, "check_tokens", lambda *_: None)
     with DeviceWork() as work:
-        tokens = generate(model.to("meta"), text.to("meta"), noise, guidance=2, top_k=3, top_p=0.9, min_p=0.1)
+        options = {"guidance": 2, "top_k": 3, "top_p": 0.9, "min_p": 0.1}
+        (*_, tokens) = islice(generate_tokens(model.to("meta"), text.to("meta"), noise, **options), 3)
     assert (tokens.device.type, tokens.shape) == ("meta", (2, 3, 3))
     assert work.counts["searchsorted"] == 2 * 3
+    assert model.to_logits.weight.device.type == "meta"
 
 
 def test_a_cuda_graph_is_recorded_and_replayed_on_the_models_device(monkeypatch):
