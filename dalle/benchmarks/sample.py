@@ -30,7 +30,7 @@ def benchmark_sample(args: SampleBenchmark) -> dict[str, Any]:
     """
     device = resolve_device(args.device)
     args = replace(args, graph=device.type == "cuda" if args.graph is None else args.graph)
-    precision = resolve_precision(args.precision, device)
+    precision = resolve_precision(args.precision, device, inference=True)
     torch.manual_seed(0)
     with torch.device(device):
         model = cast_linear_weights(Transformer(args.config).requires_grad_(False).eval(), DTYPES[precision])

@@ -63,7 +63,8 @@ class SampleArgs:
     keep_rows: int | None = None
     """Rows of tokens to keep of --init-image; by default half of them."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the transformer's matrices; auto is bf16 where the device has it in hardware."""
+    """Number format of the transformer's matrices; auto is bf16 where the device has it in hardware, else
+    fp16 on CUDA with tensor cores, else fp32."""
     int8: bool = False
     """Store the transformer's matrices in 8 bits, a quarter of fp32: faster on a CPU, smaller on a GPU."""
     truncate: bool = False

@@ -6,8 +6,29 @@ from torch import Tensor
 
 from dalle.io.images import ImageSource
 from dalle.layout import check_tokens
+from dalle.pipelines.generation import Generation
 from dalle.sampling import whole_numbers
 from dalle.transformer.generate import TO_GENERATE
+
+
+def complete(
+    model: Any,
+    prompt: str,
+    image: ImageSource | Tensor,
+    rows: int | None = None,
+    box: tuple[int, int] | None = None,
+    **options,
+) -> Generation:
+    """As `generate`, keeping the top rows of tokens of an image, or all outside a box (section 3.3).
+
+    Args:
+        image: its center square is resized to the model's size; or image tokens (1, h * w), kept exactly.
+        rows: rows of tokens to keep, 1 to the grid's rows - 1.
+        box: instead, (top, left) in tokens of the region to generate, which extends to the lower right
+            corner. A token depends on the kept ones before it in raster order alone.
+        options: as `generate`.
+    """
+    return model.generate(prompt, prefix=prefix_tokens(model, image, rows, box), **options)
 
 
 def prefix_tokens(

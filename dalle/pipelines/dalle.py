@@ -1,5 +1,6 @@
 """DALL-E: caption -> h w image tokens -> N images -> ranked images (paper sections 2 and 2.6)."""
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -20,11 +21,11 @@ from dalle.io.images import ImageSource, load_image, resize_center_crop, to_tens
 from dalle.io.text import VISIBLE
 from dalle.layout import check_tokens
 from dalle.pipelines.best_of_n import Callback, GenerationProgress, sample_best_of_n
-from dalle.pipelines.completion import prefix_tokens
+from dalle.pipelines.completion import complete
 from dalle.pipelines.generation import Generation, LogLikelihood
 from dalle.sampling import MAX_COUNT, SamplingConfig, whole_numbers
 from dalle.text import BPETokenizer, text_tokenizer_from_dict
-from dalle.train.precision import DTYPES, Precision, resolve_precision
+from dalle.train.precision import DTYPES, Precision, copy_to_device, resolve_device, resolve_precision
 from dalle.transformer import Transformer
 from dalle.transformer.generate import cast_linear_weights, inference_autocast, quantize_int8
 from dalle.transformer.losses import log_likelihood
@@ -56,6 +57,7 @@ class DALLE:
         """Of the transformer's matrices, as sample records name it: "bf16", or "bf16, int8 matrices"."""
 
     push_to_hub = push_to_hub
+    complete = complete
 
     @property
     def device(self) -> torch.device:
@@ -119,25 +121,6 @@ class DALLE:
             warnings.warn(f"interrupted: {step.seen} of {step.total} candidates are ranked", stacklevel=2)
         generations = [top.generation() for top in step.top if top.seen] if step else []
         return generations if several else generations[0]
-
-    def complete(
-        self,
-        prompt: str,
-        image: ImageSource | Tensor,
-        rows: int | None = None,
-        box: tuple[int, int] | None = None,
-        **options,
-    ) -> Generation:
-        """As `generate`, keeping the top rows of tokens of an image, or all outside a box (section 3.3).
-
-        Args:
-            image: its center square is resized to the model's size; or image tokens (1, h * w), kept exactly.
-            rows: rows of tokens to keep, 1 to the grid's rows - 1.
-            box: instead, (top, left) in tokens of the region to generate, which extends to the lower right
-                corner. A token depends on the kept ones before it in raster order alone.
-            options: as `generate`.
-        """
-        return self.generate(prompt, prefix=prefix_tokens(self, image, rows, box), **options)
 
     def stream(
         self, prompt: str, n: int = 1, seed: int = 0, truncate: bool = False, **sampling
@@ -242,13 +225,14 @@ class DALLE:
 
         Args:
             source: a path, which never uses the network, or else a Hub id, "owner/name".
+            device: as `to`.
             precision, int8: as `to_precision`.
             revision, token: of the Hub, see `dalle.hub.hub.resolve_source`.
 
         Raises:
             ValueError: no such directory, a damaged file, or models that do not belong together.
         """
-        kinds = ("dvae", "transformer", "clip")
+        kinds, device = ("dvae", "transformer", "clip"), resolve_device(str(device))
         directory = Path(source)
         if revision is not None or not directory.is_dir():
             directory = resolve_source(source, kinds, revision, token)
@@ -280,16 +264,29 @@ class DALLE:
             raise ValueError(f"{trained_on}, {dvae.source} is {found}: they do not belong together")
         return cls(dvae.model, transformer.model, own, CLIPScorer(clip.model, own) if clip else None)
 
+    def to(self, device: str | torch.device) -> Self:
+        """Moves the models to a device; "auto" is the first there is of cuda, mps and cpu. Returns itself.
+
+        Other pipelines that share them stay where they are.
+        """
+        device = resolve_device(str(device))
+        self.dvae, self.transformer = (copy_to_device(m, device) for m in (self.dvae, self.transformer))
+        if isinstance(clip := getattr(self.scorer, "model", None), torch.nn.Module):
+            self.scorer = copy.copy(self.scorer)
+            self.scorer.model = copy_to_device(clip, device)
+        return self
+
     def to_precision(self, precision: Precision, int8: bool = False) -> Self:
         """The same model with smaller matrices in the transformer, for sampling; everything else is shared.
 
         The hash stays that of the original weights, and an int8 model stays as it is.
 
         Args:
-            precision: of the linear layers; "auto" is bf16 where the device multiplies it in hardware.
+            precision: of the linear layers; "auto" is bf16 where the device multiplies it in hardware, else
+                fp16 on CUDA with tensor cores, else fp32.
             int8: store them and the output matrix in 8 bits, see dalle/nn/int8.py.
         """
-        resolved = resolve_precision(precision, self.device)
+        resolved = resolve_precision(precision, self.device, inference=True)
         transformer = cast_linear_weights(self.transformer, DTYPES[resolved])
         transformer = quantize_int8(transformer) if int8 else transformer
         if transformer is self.transformer:

@@ -34,10 +34,10 @@ def resolve_precision(precision: Precision, device: torch.device, inference: boo
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        with torch.cuda.device(device):
-            if torch.cuda.is_bf16_supported(including_emulation=False):
-                return "bf16"
-        return "fp16" if inference and torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip or capability >= (8, 0):
+            return "bf16"
+        return "fp16" if inference and capability >= (7, 0) else "fp32"
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and has_bf16:
         return "bf16" if has_bf16() else "fp32"

@@ -20,6 +20,7 @@ from dalle.io.files import read_json, read_tensors, write_json, write_tensors
 from dalle.io.images import to_pil, to_tensor
 from dalle.nn.kv_cache import kv_cache_bytes
 from dalle.pipelines import best_of_n
+from dalle.pipelines import dalle as pipeline
 from dalle.pipelines.best_of_n import (
     CandidateBatch,
     auto_batch_size,
@@ -29,6 +30,7 @@ from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import Generation, merge_generations
 from dalle.sampling import SamplingConfig
 from dalle.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
+from dalle.train.precision import resolve_device, resolve_precision
 from dalle.types import ImageTokenizer, Scorer
 
 WEIGHTS = ["dvae.safetensors", "transformer.safetensors", "clip.safetensors"]
@@ -443,6 +445,41 @@ def test_rounded_weights_sample_and_keep_the_hash(chain, model, prompt, tmp_path
     with pytest.raises(ValueError, match="rounded"):
         rounded.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+class TestDevice:
+    def test_a_pipeline_moves_and_those_that_share_its_weights_stay(self, model, monkeypatch):
+        rounded, copied = model.to_precision("bf16", int8=True), model.to_precision("bf16")
+        monkeypatch.setattr(pipeline, "resolve_device", torch.device)
+        assert rounded.to("meta") is rounded
+        for one, device in ((rounded, "meta"), (copied, "cpu"), (model, "cpu")):
+            for part in (one.dvae, one.transformer, one.scorer.model):
+                assert {x.device.type for x in (*part.parameters(), *part.buffers())} == {device}
+        assert (rounded.hash, rounded.scorer.text) == (model.hash, model.text)
+        weights = copied.transformer.state_dict()
+        assert {x.dtype for x in weights.values()} == {torch.float32, torch.bfloat16}
+        copied.to(torch.device("cpu"))
+        assert all(
+            x.data_ptr() == weights[name].data_ptr() for name, x in copied.transformer.state_dict().items()
+        )
+
+    def test_device_and_precision_follow_the_machine(self, chain, model, prompt):
+        found, device = DALLE.from_pretrained(chain / "model", "auto", "auto"), resolve_device("auto")
+        assert found.device.type == device.type
+        assert found.precision == resolve_precision("auto", device, inference=True)
+        assert len(generate(found, prompt, n=1, best_of=2).images) == 1
+        with pytest.raises(ValueError, match="unknown device 'tpu'"):
+            found.to("tpu")
+
+    @pytest.mark.parametrize(
+        ("capability", "training", "sampling"),
+        [((9, 0), "bf16", "bf16"), ((7, 5), "fp32", "fp16"), ((6, 1), "fp32", "fp32")],
+    )
+    def test_precision_by_cuda_card(self, monkeypatch, capability, training, sampling):
+        second = torch.device("cuda", 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", {second: capability}.get)
+        found = [resolve_precision("auto", second, inference) for inference in (False, True)]
+        assert found == [training, sampling]
 
 
 class TestStream:
