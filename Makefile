@@ -1,5 +1,5 @@
 # `make` lists the targets. ARGS is passed to the command: make test ARGS="-k masks"
-.PHONY: help setup quickstart notebooks test test-slow lint docs clean
+.PHONY: help setup quickstart notebooks test test-slow torture lint docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 14
@@ -21,6 +21,9 @@ test: setup  ## run ruff and the fast tests, on at most four processes
 
 test-slow: setup  ## run the slow tests
 	.venv/bin/python -m pytest -m slow $(ARGS)
+
+torture: setup  ## damage every kind of input and interrupt every stage for five minutes
+	.venv/bin/python -m pytest tests/torture -m slow --minutes 5 $(ARGS)
 
 lint: setup  ## check ruff's rules and format
 	.venv/bin/ruff check

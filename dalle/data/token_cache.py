@@ -101,6 +101,11 @@ class TokenCache:
             raise ValueError(
                 f"{folder} is not a token cache ({error}); make one with scripts/encode_images.py"
             ) from None
+        if not sound:
+            raise ValueError(
+                f"{folder / 'meta.json'} is damaged: its numbers contradict each other; remove it, and run "
+                "encode_images again as before; it makes no shard again"
+            )
         for shard, size in enumerate(sizes):
             file = folder / shard_name(shard)
             found = file.stat().st_size if file.is_file() else "no"
@@ -150,6 +155,8 @@ class TokenCache:
         expected = self._starts[shard + 1] - self._starts[shard]
         if info["images"] != expected:
             raise ValueError(f"{path} has {info['images']} images, meta.json says {expected}; {REPAIR}")
+        if self.meta["shards"][shard].get("hash", info["hash"]) != info["hash"]:  # older caches have none
+            raise ValueError(f"{path} is not the shard that meta.json names; {REPAIR}")
         self._checked[shard] = state
         return {name: file.get_slice(name) for name in ARRAYS}
 
@@ -253,7 +260,7 @@ class TokenWriter:
                 **asdict(self.spec),
                 "left_out": self.spec.images - images,
                 "shards": [
-                    {"images": info["images"], "bytes": file.stat().st_size}
+                    {"images": info["images"], "bytes": file.stat().st_size, "hash": info["hash"]}
                     for file, info in zip(files, infos, strict=True)
                 ],
             }

@@ -117,7 +117,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"no file {path}; the checkpoint is incomplete") from None
     except SafetensorError as error:
         check_kind(path)
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from None
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error!s:.300}") from None
 
 
 LAYERS = ("depth", "blocks_per_group", "vision_layers", "text_layers", "blocks", "levels")

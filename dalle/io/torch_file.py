@@ -90,7 +90,7 @@ def read_torch_file(path: Path | str) -> SavedFile:
             reason = f"truncated or damaged: {reason}"
         if all(byte >= 32 or byte in b"\t\r\n" for byte in head[:64]):
             reason = "it is a text file, or a pickle that torch.save did not write"
-        raise ValueError(f"{path} cannot be read: {reason}") from None
+        raise ValueError(f"{path} cannot be read: {reason:.300}") from None
 
 
 def _load(source: Path | io.BytesIO, scan: PickleScan, mapped: bool = False) -> Any:

@@ -179,7 +179,7 @@ def load_text_tokenizer(path: Path | str) -> BPETokenizer:
         return text_tokenizer_from_dict(data)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = error if isinstance(error, ValueError) else f"it is damaged ({error!r})"
-        raise ValueError(f"{path} is not a text tokenizer: {reason}; {expected}") from error
+        raise ValueError(f"{path} is not a text tokenizer: {reason!s:.300}; {expected}") from error
 
 
 def text_tokenizer_from_dict(data: dict[str, Any]) -> BPETokenizer:

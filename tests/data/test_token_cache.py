@@ -167,6 +167,39 @@ def test_a_flipped_bit_is_refused(tmp_path):
             TokenCache(tmp_path).image_tokens([5])
 
 
+def test_shards_that_change_places_are_refused(tmp_path):
+    writer = TokenWriter(tmp_path, replace(SPEC, images=8))
+    for shard in (0, 1):
+        writer.write(shard, TOKENS[4 * shard :][:4], [["of one size"]] * 4)
+    writer.finish()
+    first, second = (tmp_path / shard_name(shard) for shard in (0, 1))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    with pytest.raises(ValueError, match=r"shard-000000.* is not the shard"):
+        TokenCache(tmp_path).image_tokens([0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grid": [2, 4]},
+        {"grid": "x"},
+        {"crops": 1},
+        {"images": 2**70},
+        {"left_out": 1},
+        {"shards": [{"images": 2**70, "bytes": 1}]},
+    ],
+)
+def test_numbers_of_meta_json_that_contradict_each_other_are_refused(tmp_path, change):
+    meta = write(tmp_path).meta | change
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=r"meta\.json is damaged|not a token cache"):
+        TokenCache(tmp_path)
+    (tmp_path / "meta.json").unlink()
+    assert write(tmp_path).captions(range(11)) == CAPTIONS
+
+
 @pytest.mark.parametrize(
     ("meta", "words"),
     [

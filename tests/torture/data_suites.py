@@ -8,7 +8,6 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from PIL import Image
 
 from dalle.commands.convert_captions import ConvertCaptionsArgs, convert_captions
 from dalle.data import TokenCache
@@ -24,14 +23,15 @@ from tests.torture.harness import LEFT_OUT, READ, Suite
 from tests.torture.mutations import damage, damage_bytes
 
 MODES = [("PNG", "L"), ("PNG", "P"), ("PNG", "RGBA"), ("PNG", "I;16"), ("JPEG", "CMYK"), ("TIFF", "RGBA")]
-MODES += [("GIF", "P"), ("WEBP", "RGBA"), ("BMP", "P"), ("TIFF", "1"), ("TGA", "RGBA"), *((f, "RGB") for f in FORMATS)]
+MODES += [("GIF", "P"), ("WEBP", "RGBA"), ("BMP", "P"), ("TIFF", "1"), ("TGA", "RGBA")]
+MODES += [(form, "RGB") for form in FORMATS]
 
 
 def make_images(whole: Path, chain: Path) -> None:
     """Folders of two images, the second always sound."""
     for form, mode in MODES:
         image = scene(0, (64, 48)).convert("I" if mode == "I;16" else mode)
-        options = {"exif": bytes(Image.Exif()) or b"Exif\0\0", "icc_profile": b"none"} if form == "JPEG" else {}
+        options = {"exif": b"Exif\0\0", "icc_profile": b"none"} if form == "JPEG" else {}
         with suppress(KeyError):  # this Pillow has no such format
             data = encoded(image, form, **options)
             files = {"a.png": data, "a.txt": "one", "b.png": encoded(scene(1)), "b.txt": "two"}
@@ -77,7 +77,6 @@ def read_source(damaged: Path, whole: Path) -> str:
             assert source.captions(index) == source.read(index).captions
             read += 1
         except BadSampleError as error:
-            assert error.name
             left_out.append(error.skip(index))
     here = count_samples(damaged, whole)
     found = len(source) + sum(bad.index is None for bad in left_out)
@@ -96,10 +95,6 @@ def count_samples(damaged: Path, whole: Path) -> int:
         return sum(bool(line.strip()) for line in table.read_text(errors="surrogateescape").split("\n"))
     if table.suffix == ".tsv":
         return len(table.read_bytes().strip(b"\n").split(b"\n")) - 1
-    if "tar" in damaged.name:
-        same = all((damaged / tar.name).is_file() and (damaged / tar.name).stat().st_size == tar.stat().st_size for tar in whole.glob("*.tar"))
-        zeros = sum(tar.read_bytes().count(bytes(512)) for tar in whole.glob("*.tar"))
-        return formats.COUNT // 12 if same and zeros else 0
     return 0
 
 
@@ -186,9 +181,10 @@ def make_cache(whole: Path, chain: Path) -> None:
 def read_cache(damaged: Path, whole: Path) -> str:
     """Tokens and captions of an accepted image are the true ones."""
     ours, theirs = TokenCache(damaged), TokenCache(whole)
-    found = [(cache.image_tokens(range(cache.size)), cache.captions(range(cache.size))) for cache in (ours, theirs)]
-    assert found[0][0].equal(found[1][0])
-    assert found[0][1] == found[1][1]
+    images = range(theirs.size)
+    assert ours.size == theirs.size
+    assert ours.image_tokens(images).equal(theirs.image_tokens(images))
+    assert ours.captions(images) == theirs.captions(images)
     return READ
 
 

@@ -15,10 +15,12 @@ from typing import Any
 VALUES = [None, True, -1, 0, 3, 10**7, 2**70, 1e308, float("nan"), "", "a", "../../x", "\0", "\ud800"]
 VALUES += ["9" * 5000, "x" * 100_000, [], {}, [[0]], {"a": {}}]
 WORDS = [b"-1", b"0", b"NaN", b"1e400", b"99999999999999999999", b"9" * 5000, b"null", b'"', b"\\u0000"]
-WORDS += [b"[" * 100_000, b'{"a":' * 100_000, b"../../etc/passwd", b"\xff\xfe", b"\r", b"\0", b"x" * 10**6, b""]
+WORDS += [b"[" * 100_000, b'{"a":' * 100_000, b"../../etc/passwd", b"\xff\xfe", b"\r", b"\0", b""]
+WORDS += [b"x" * 10**6]
 TEXT = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".yaml", ".token")
 ATTACKS = [b"cos\nsystem\n(S'touch /ran'\ntR0", b"(S'touch /ran'\nios\nsystem\n0"]
-ATTACKS += [b"cbuiltins\neval\n(S'open(\"/ran\", \"w\")'\ntR0", b"cbuiltins\nexec\n(S'import os; os.fork()'\ntR0"]
+ATTACKS += [b'cbuiltins\neval\n(S\'open("/ran", "w")\'\ntR0']
+ATTACKS += [b"cbuiltins\nexec\n(S'import os; os.fork()'\ntR0"]
 ATTACKS += [b"(cos\nsystem\nS'touch /ran'\no0", b"cbuiltins\n__import__\n(S'antigravity'\ntR0"]
 
 
@@ -51,7 +53,8 @@ def replace(data: bytes, rng: Random) -> bytes:
 def number(data: bytes, rng: Random) -> bytes:
     """An extreme number in place of 1, 2, 4 or 8 bytes."""
     start, size = rng.randrange(len(data) + 1), rng.choice((1, 2, 4, 8))
-    value = rng.choice((b"\xff" * size, b"\x7f" + b"\xff" * (size - 1), b"\x80" + bytes(size - 1), bytes(size)))
+    one = rng.choice((b"\xff", b"\x7f", b"\x80", b"\0"))
+    value = one + (b"\xff" if one in b"\xff\x7f" else b"\0") * (size - 1)
     return data[:start] + rng.choice((value, value[::-1])) + data[start + size :]
 
 
@@ -90,7 +93,7 @@ def json_value(data: bytes, rng: Random) -> bytes:
     try:
         tree = json.loads(lines[chosen]) if tree is None else tree
         container, key = rng.choice(list(_places(tree)))
-    except (ValueError, IndexError, AttributeError, RecursionError):
+    except (ValueError, IndexError, TypeError, RecursionError):
         return word(data, rng)
     match rng.randrange(5):
         case 0:
@@ -174,7 +177,8 @@ def damage(path: Path, rng: Random) -> str:
         data, how = damage_bytes(file.read_bytes(), file.name, rng)
         file.write_bytes(data)
         return how
-    how, other = rng.choice(("removed", "emptied", "a folder", "a link to nothing", "swapped")), rng.choice(files)
+    how = rng.choice(("removed", "emptied", "a folder", "a link to nothing", "swapped"))
+    other = rng.choice(files)
     data = file.read_bytes()
     file.unlink()
     if how == "emptied":

@@ -75,8 +75,9 @@ def load_split(path: str, part: str) -> Any:
         raise ImportError(f'{problem}: pip install "zeroshot-text2image[data]"') from None
     try:
         splits = datasets.load_from_disk(path) if is_saved(Path(path)) else datasets.load_dataset(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a Hugging Face dataset: {error}") from None
+    except Exception as error:  # of a damaged folder `datasets` raises nearly anything
+        reason = f"{type(error).__name__}: {error!s:.300}"
+        raise ValueError(f"{path} cannot be read as a Hugging Face dataset: {reason}") from None
     if not isinstance(splits, dict):
         splits = {"train": splits}
     if part == "val":

@@ -18,6 +18,7 @@ from tests.helpers.formats import (
     FORMS,
     IDS,
     caption,
+    hub,
     image,
     level,
     names,
@@ -157,3 +158,11 @@ def test_every_format_resumes_exactly_with_any_number_of_workers(tmp_path, form,
     for epoch in range(2):
         seen = [sample for _, samples, *_ in whole for sample in samples if sample[0] == epoch]
         assert sorted(index for _, index in seen) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
+def test_a_damaged_folder_of_datasets_is_refused_by_name(tmp_path, name):
+    path = hub(tmp_path)
+    (path / name).write_text('{"features": {"image": {"_type": 1}}}')
+    with pytest.raises(ValueError, match=r"set cannot be read as a Hugging Face dataset"):
+        open_source(path)

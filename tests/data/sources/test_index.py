@@ -73,12 +73,17 @@ def test_the_hash_is_of_the_content_not_of_path_or_time(tmp_path):
 
 
 @pytest.mark.parametrize("length", [0, 5, 600, -1])
-def test_a_damaged_index_is_built_again(tmp_path, length):
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_damaged_index_is_built_again(tmp_path, length, flipped):
     path = one_tar(tmp_path)
     open_source(path, index_dir=tmp_path / "index")
     [index] = (tmp_path / "index").iterdir()
-    index.write_bytes(index.read_bytes()[:length])
+    whole = index.read_bytes()
+    flip = bytearray(whole)
+    flip[length] ^= 4
+    index.write_bytes(flip if flipped else whole[:length])
     assert all_captions(open_source(path, index_dir=tmp_path / "index")) == [caption(i) for i in range(COUNT)]
+    assert index.read_bytes() == whole
 
 
 def test_a_flipped_bit_in_a_record_builds_the_index_again(tmp_path):
