@@ -83,17 +83,14 @@ def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 def json_value(data: bytes, rng: Random) -> bytes:
     """A value replaced, removed, renamed or swapped, in one line of JSON lines, or in the whole."""
-    lines = data.splitlines()
-    try:
-        tree = json.loads(data)
-        lines, chosen = [data], 0
-    except (ValueError, RecursionError):
-        chosen = rng.randrange(len(lines) or 1)
-        tree = None
-    try:
-        tree = json.loads(lines[chosen]) if tree is None else tree
-        container, key = rng.choice(list(_places(tree)))
-    except (ValueError, IndexError, TypeError, RecursionError):
+    for part in (data, rng.choice(data.splitlines() or [b""])):
+        try:
+            tree = json.loads(part)
+            container, key = rng.choice(list(_places(tree)))
+            break
+        except (ValueError, IndexError, TypeError, RecursionError):
+            continue
+    else:
         return word(data, rng)
     match rng.randrange(5):
         case 0:
@@ -105,8 +102,7 @@ def json_value(data: bytes, rng: Random) -> bytes:
             container[key] = json.loads(json.dumps(other[its]))
         case _:
             container[key] = rng.choice(VALUES)
-    lines[chosen] = json.dumps(tree).encode()
-    return b"\n".join(lines)
+    return data.replace(part, json.dumps(tree).encode(), 1)
 
 
 def safetensors_header(data: bytes, rng: Random) -> bytes:
@@ -116,8 +112,8 @@ def safetensors_header(data: bytes, rng: Random) -> bytes:
 
 
 def pickle_attack(data: bytes, rng: Random) -> bytes:
-    """A call of code that leaves the stack as it is, between two instructions of the first pickle."""
-    start = data.find(b"\x80")
+    """A call of code that leaves the stack as it is, between two instructions of a pickle."""
+    start = rng.choice([found.start() for found in re.finditer(b"\x80\x02", data)] or [0])
     try:
         at = start + rng.choice([position for _, _, position in pickletools.genops(data[start:])][1:])
     except (ValueError, IndexError):
@@ -129,7 +125,8 @@ def zip_member(data: bytes, rng: Random) -> bytes:
     """A member changed, renamed, twice or gone, with sound checksums."""
     with zipfile.ZipFile(io.BytesIO(data)) as old:
         members = [(name, old.read(name)) for name in old.namelist()]
-    chosen = rng.choice([i for i, (name, _) in enumerate(members) if name.endswith(rng.choice((".pkl", "")))])
+    ending = rng.choice((".pkl", ""))
+    chosen = rng.choice([i for i, (name, _) in enumerate(members) if name.endswith(ending)])
     name, content = members[chosen]
     change = rng.choice((*BYTES, pickle_attack, pickle_attack))
     renamed = (rng.choice(("../x", "data.pkl", "a/data.pkl", name.upper())), content)
