@@ -184,7 +184,7 @@ def _open_shard(path: Path, key: str, verify: bool = True) -> tuple[Any, dict[st
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no shard ({error}); {REPAIR}") from None
     if found != key:
-        raise ValueError(f"{path} holds tokens of key {found}, expected {key}; {REPAIR}")
+        raise ValueError(f"{path} holds tokens of key {found!s:.80}, expected {key!s:.80}; {REPAIR}")
     return file, info
 
 

@@ -261,11 +261,11 @@ def check_meta(meta: Any, kind: str, source: Path) -> dict[str, Any]:
     """
     found = meta.get("kind") if isinstance(meta, dict) else None
     if found != kind:
-        raise ValueError(f"{source} holds {found or 'something unknown'!r}, expected {kind!r}")
+        raise ValueError(f"{source} holds {found or 'something unknown'!r:.80}, expected {kind!r}")
     number = meta.get("format")
     if type(number) is not int or number != FORMAT:
         raise ValueError(
-            f"{source} has format {number!r}, this version reads {FORMAT}; use the version that wrote it"
+            f"{source} has format {number!r:.80}, this version reads {FORMAT}; use the version that wrote it"
         )
     names = ("model_config", "config", "inputs", "parts", "ema", "init")
     if wrong := [name for name in names if not isinstance(meta.get(name, {}), dict)]:
