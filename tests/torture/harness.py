@@ -136,7 +136,7 @@ def _attempt(
     try:
         outcome, detail = suite.read(copy, whole), ""
     except ValueError as error:
-        names = {path.name for path in [copy, *copy.rglob("*")]} if copy.exists() else {copy.name}
+        names = [str(copy), *(path.name for path in copy.rglob("*"))] if copy.is_dir() else [copy.name]
         named = any(name in str(error) for name in names) and len(str(error)) < LONGEST
         outcome, detail = REFUSED if named else FAILED, traceback.format_exc(limit=-2)
     except BaseException:

@@ -48,15 +48,25 @@ class HubSource:
 
     def read(self, index: int) -> RawSample:
         captions, name = self.captions(index), self.name(index)
-        [image] = self._images[index].column(self._image).to_pylist()
+        [image] = _sound(self._images[index], name).column(self._image).to_pylist()
         return RawSample(name, read_listed(self._root, image, name), captions)
 
     def captions(self, index: int) -> list[str]:
         name = self.name(index)
-        [row] = arrow_rows(self._texts[index])
+        [row] = arrow_rows(_sound(self._texts[index], name))
         if row is None:
             raise BadSampleError(name, "caption not UTF-8")
         return check_utf8(flatten_captions([row[column] for column in self._captions]), name)
+
+
+def _sound(row: Any, name: str) -> Any:
+    """The Arrow table of a row; BadSampleError if its offsets lead out of the file: reading would crash."""
+    try:
+        row.validate(full=True)
+    except ValueError as error:
+        if "UTF8" not in str(error):
+            raise BadSampleError(name, "unreadable shard", str(error)) from None
+    return row
 
 
 def is_saved(folder: Path) -> bool:

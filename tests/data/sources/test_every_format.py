@@ -5,12 +5,14 @@ import json
 import pickle
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from dalle.commands.check_data import CheckDataArgs, check_data
 from dalle.data import BatchReader, DataConfig, ImageTextLoader, open_dataset, open_source
+from dalle.data.bad_samples import BadSampleError
 from tests.data.test_dataloader import Sums
 from tests.data.test_image_decode import png_with_header
 from tests.helpers.formats import (
@@ -166,3 +168,10 @@ def test_a_damaged_folder_of_datasets_is_refused_by_name(tmp_path, name):
     (path / name).write_text('{"features": {"image": {"_type": 1}}}')
     with pytest.raises(ValueError, match=r"set cannot be read as a Hugging Face dataset"):
         open_source(path)
+
+
+def test_offsets_out_of_an_arrow_file_cost_their_row(tmp_path):
+    source = open_source(hub(tmp_path))
+    source._texts = [Mock(**{"validate.side_effect": ValueError("binary offsets (50) larger than array")})]
+    with pytest.raises(BadSampleError, match="row 0: unreadable shard"):
+        source.read(0)
