@@ -97,6 +97,8 @@ class TokenCache:
             self.key, self.hash, self.crops = meta["key"], meta["hash"], meta["crops"]
             rows, columns = meta["grid"]
             self.grid: tuple[int, int] = (rows, columns)
+            sound = _key({name: meta[name] for name in TokenCacheSpec.__dataclass_fields__}) == self.key
+            sound = sound and sum(counts) + meta["left_out"] == meta["images"]
         except (LookupError, ValueError, TypeError) as error:
             raise ValueError(
                 f"{folder} is not a token cache ({error}); make one with scripts/encode_images.py"

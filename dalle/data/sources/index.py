@@ -55,6 +55,8 @@ class IndexWriter:
         self.skipped: list[BadSample] = []
         self.keep = True  # False if a file could not be read this time but might be the next
         self._samples = tempfile.TemporaryFile()  # noqa: SIM115
+        self._crc = 0
+        self._hash = blake2b(digest_size=8)
 
     def skip(self, name: str, cause: str, detail: str) -> None:
         """Adds a bad sample."""
@@ -98,11 +100,13 @@ class Index:
         OSError, ValueError, LookupError, TypeError: no index, or a damaged one.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype, check: bool = True):
+    def __init__(self, path: Path, dtype: np.dtype, verify: bool = True):
         self.path, self.dtype = path, dtype
         self._data = np.memmap(path, np.uint8, "r")
-        end = len(self._data) - FOOTER
-        meta_start = end - int.from_bytes(self._data[end:].tobytes())
+        end = len(self._data) - FOOTER - 4
+        if verify and zlib.crc32(self._data[:-4]) != int.from_bytes(self._data[-4:].tobytes()):
+            raise ValueError(f"{path} is damaged")
+        meta_start = end - int.from_bytes(self._data[end:-4].tobytes())
         meta = parse_json(self._data[meta_start:end].tobytes(), str(path))
         self.hash, self.skipped = meta["hash"], [BadSample(**bad) for bad in meta["skipped"]]
         self.samples = self._data[meta["start"] : meta["end"]].view(dtype)
