@@ -113,7 +113,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         path.open("rb").close()  # safetensors calls every file missing that it cannot open
         return load_file(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ValueError(f"no file {path}; the checkpoint is incomplete") from None
     except SafetensorError as error:
         check_kind(path)
