@@ -84,7 +84,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, *rest) -> Tensor:
         """x (B, n, D) and the other arguments of f."""
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._scaled, x, *rest, use_reentrant=False)
+            # nothing in a block is random: no state of random numbers is read from the GPU and kept
+            return checkpoint(self._scaled, x, *rest, use_reentrant=False, preserve_rng_state=False)
         return self.f(self.norm(x), *rest) if self.gradient_scale is None else self._scaled(x, *rest)
 
     def _scaled(self, x: Tensor, *rest) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dalle.planner.count import LiveBytes
 from dalle.train.config import EMAConfig
 from dalle.train.state import EMA
 
@@ -72,6 +73,17 @@ def test_an_average_kept_on_the_cpu_is_the_same_average(model):
     assert all(s.device.type == "cpu" for s in there.sums.values())
     assert all(torch.equal(here.averaged()[name], there.averaged()[name]) for name in here.sums)
     assert all(s is not p for s, p in zip(there.sums.values(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("device", ["same", "cpu"])
+def test_averages_and_weights_are_swapped_one_by_one(device):
+    """Besides the model's weights, those that wait and one average are held, never all averages."""
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
+    ema, size = EMA(model, EMAConfig(0.9, 1, device)), 4 * 64 * 64
+    ema.update(model, 1)
+    with LiveBytes() as live, ema.applied(model):
+        pass
+    assert live.peak_of_all <= (8 + 8 + 1) * size
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to keep the average off")

@@ -354,7 +354,9 @@ def test_no_more_than_a_chunk_of_logits_is_made_at_once(monkeypatch, model):
     assert LOGITS // TokenLayout().image_vocab == 1024  # positions at once at paper size
 
 
-def test_activation_checkpointing_changes_no_gradient(model):
+def test_activation_checkpointing_changes_no_gradient(model, monkeypatch):
+    """And keeps no state of random numbers, which would be copied from the GPU."""
+    monkeypatch.setattr("torch.get_rng_state", pytest.fail)
     expected = losses_and_gradients(model)
     for block in model.resblocks():
         block.activation_checkpointing = True
