@@ -23,7 +23,7 @@ GROWING = {
 """Configuration fields that may be larger than the source's."""
 CLIP_TOWERS = ("vision_width", "vision_layers", "vision_pool", "text_width", "text_layers", "head_dim")
 SAME = {
-    "transformer": ("depth", "heads", "head_dim"),
+    "transformer": ("depth", "heads", "head_dim", "qk_norm"),
     "dvae": ("widths", "blocks_per_group", "downsample_factor", "codebook_dim", "residual_scale"),
     "clip": ("embed_width", "image_size", "patch_size", *CLIP_TOWERS),
 }

@@ -22,15 +22,22 @@ class FP32LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over what the layer's kind lets it see."""
+    """Multi-head self-attention over what the layer's kind lets it see.
 
-    def __init__(self, width: int, heads: int):
+    With `qk_norm` queries and keys are normalized in each head, with gains that all heads share (Dehghani et
+    al. 2023, section 2; `normalize_qk` of Flax); not in the paper.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False):
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} does not divide into {heads} heads")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.q_norm, self.k_norm = (FP32LayerNorm(width // heads, bias=False) for _ in range(2))
 
     def forward(self, x: Tensor, pattern: SparseMask, backend: str, cache: KVCache | None = None) -> Tensor:
         """x (B, n, D) of the first n positions, which a cache stores for `step`; a resolved backend."""
@@ -39,6 +46,8 @@ class Attention(nn.Module):
         )  # x is one array where q, k and v are three
         x = pattern.to_column_major(x) if transposed else x
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        if self.qk_norm:
+            q, k = self.normalize(q, k)
         if cache is not None:
             cache.prefill(
                 *((pattern.to_row_major(k), pattern.to_row_major(v)) if transposed else (k, v)),
@@ -52,8 +61,14 @@ class Attention(nn.Module):
         """x (B, D) of one image position of every sequence; what came before is in the cache."""
         shape = {"c": cache.captions, "h": self.heads, "three": 3}
         qkv = rearrange(self.qkv(x), "(c n) (three h d) -> three (c h) n d", **shape)
+        if self.qk_norm:
+            qkv = torch.stack([*self.normalize(qkv[0], qkv[1]), qkv[2]])
         mixed = cache.attend(qkv, at)
         return self.out(rearrange(mixed, "(c h) n d -> (c n) (h d)", h=self.heads))
+
+    def normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (..., d) with `qk_norm`, computed in fp32, in their own number format."""
+        return self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
 
 
 class MLP(nn.Module):
@@ -98,9 +113,9 @@ class ResidualBlock(nn.Module):
 class TransformerBlock(nn.Module):
     """Two resblocks: attention, then MLP, each x + f(norm(x)); the trunk stays fp32."""
 
-    def __init__(self, width: int, heads: int, activation_checkpointing: bool = False):
+    def __init__(self, width: int, heads: int, activation_checkpointing: bool = False, qk_norm: bool = False):
         super().__init__()
-        self.attention = ResidualBlock(width, Attention(width, heads), activation_checkpointing)
+        self.attention = ResidualBlock(width, Attention(width, heads, qk_norm), activation_checkpointing)
         self.mlp = ResidualBlock(width, MLP(width), activation_checkpointing)
 
     def forward(self, x: Tensor, pattern: SparseMask, backend: str, cache: KVCache | None = None) -> Tensor:

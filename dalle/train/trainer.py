@@ -218,10 +218,15 @@ def step_metrics(state: TrainState, loss: Loss, norm: Tensor) -> Numbers:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Differences of two configurations, one line each: "train.batch_size was 16, is 32"."""
+    """Differences of two configurations, one line each: "train.batch_size was 16, is 32".
+
+    A setting that the old one does not know, of an earlier version, was off.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for key in sorted(old.keys() | new.keys()):
+            if key not in old and not new[key]:
+                continue
             lines += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         return lines
     return [] if old == new else [f"{path} was {old!r}, is {new!r}"]

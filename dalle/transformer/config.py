@@ -30,6 +30,8 @@ class TransformerConfig:
     """Row, column and conv layers (2.2); false makes every layer causal."""
     full_attention_every: int | None = None
     """Makes every n-th layer causal, counted from 1; not in the paper."""
+    qk_norm: bool = False
+    """LayerNorm without bias of each head's queries and keys (Dehghani et al. 2023); not in the paper."""
     init_scale: float = 0.125
     """Weights start as N(0, init_scale / sqrt(inputs)) (Child et al.)."""
     attention_backend: str = "auto"

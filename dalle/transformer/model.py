@@ -32,7 +32,7 @@ class Transformer(nn.Module):
         self.row = nn.Embedding(layout.rows, config.width)
         self.column = nn.Embedding(layout.columns, config.width)
         self.layers = nn.ModuleList(
-            TransformerBlock(config.width, config.heads, config.activation_checkpointing)
+            TransformerBlock(config.width, config.heads, config.activation_checkpointing, config.qk_norm)
             for _ in range(config.depth)
         )
         self.final_norm = FP32LayerNorm(config.width)
@@ -149,8 +149,11 @@ class Transformer(nn.Module):
         return [block for layer in self.layers for block in (layer.attention, layer.mlp)]
 
     def fsdp_groups(self) -> list[list[nn.Module]]:
-        """Groups that sharded training gathers at once, in order; computed in 16 bit under autocast."""
-        return [[layer.attention.f, layer.mlp.f] for layer in self.layers]
+        """Groups that sharded training gathers at once, in order; computed in 16 bit under autocast.
+
+        Norms, also those of queries and keys, are in none, and stay in fp32.
+        """
+        return [[layer.attention.f.qkv, layer.attention.f.out, layer.mlp.f] for layer in self.layers]
 
     def init_kv_caches(
         self, captions: int, candidates: int, device: torch.device | str | None = None

@@ -11,13 +11,14 @@ def parameter_counts(config: TransformerConfig) -> dict[str, int]:
 
     Returns:
         embeddings: tokens, text positions, rows and columns; layers: 12 D^2 + 13 D each, the 12 D^2 being
-        the paper's "effective parameter count"; final_norm; to_logits.
+        the paper's "effective parameter count", and 2 head_dim with qk_norm; final_norm; to_logits.
     """
     layout, width = config.layout, config.width
     embedded = layout.embedding_size + layout.text_len + layout.rows + layout.columns
+    head_norms = 2 * config.head_dim if config.qk_norm else 0
     return {
         "embeddings": embedded * width,
-        "layers": config.depth * (12 * width**2 + 13 * width),  # 13 D: norms 4 D, biases 9 D
+        "layers": config.depth * (12 * width**2 + 13 * width + head_norms),  # 13 D: norms 4 D, biases 9 D
         "final_norm": 2 * width,
         "to_logits": layout.vocab * width,
     }

@@ -52,6 +52,8 @@ def attention_weights(model: Transformer, ids: Tensor) -> Iterator[LayerWeights]
         with inference_autocast(model):
             qkv = block.f.qkv(block.norm(x))
             q, k, _ = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=block.f.heads)
+            if block.f.qk_norm:
+                q, k = block.f.normalize(q, k)
             scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
             weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
             x = layer(x, pattern, "dense")

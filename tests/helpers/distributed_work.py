@@ -119,7 +119,7 @@ def dvae() -> nn.Module:
 
 PLAIN = {
     "transformer": Case(transformer(), TransformerObjective(), token_batch),
-    "bf16": Case(transformer(), TransformerObjective(), token_batch, {"precision": "bf16"}),
+    "bf16": Case(transformer(qk_norm=True), TransformerObjective(), token_batch, {"precision": "bf16"}),
     "fp16": Case(transformer(), Scaled(loud), token_batch, {"precision": "fp16"}),
     "dvae": Case(dvae, DVAEObjective(DVAELossConfig(beta=Schedule(1.0, 1.0))), pixel_batch),
     "clip": Case(lambda: CLIP(CLIP_CONFIG), CLIPObjective(), pair_batch),

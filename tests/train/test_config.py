@@ -17,6 +17,7 @@ from dalle.train.config import (
     TrainConfig,
     resume_fingerprint,
 )
+from dalle.train.trainer import differences
 
 
 @pytest.mark.parametrize(
@@ -64,3 +65,10 @@ def test_what_leaves_the_weights_alone_may_change_when_a_run_resumes(tiny_runs):
     assert resume_fingerprint(other) == resume_fingerprint(run)
     larger = replace(run, train=replace(run.train, batch_size=8))
     assert resume_fingerprint(larger) != resume_fingerprint(run)
+
+
+def test_settings_that_an_earlier_run_did_not_know_were_off():
+    old, off = {"model": {"depth": 2}}, {"qk_norm": False, "rate": 0.0, "every": None}
+    assert differences(old, {"model": {"depth": 2, **off}}) == []
+    assert differences(old, {"model": {"depth": 2, "qk_norm": True}}) == ["model.qk_norm was None, is True"]
+    assert differences({"every": 4}, {"every": None}) == ["every was 4, is None"]
