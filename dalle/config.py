@@ -37,6 +37,9 @@ CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.par
 """Shipped configurations: configs/ of a checkout, or the copy inside an installed wheel."""
 NUMBERS = {int: (Integral, 2**63 - 1, "a whole number"), float: (Real, sys.float_info.max, "a finite number")}
 """Python type of a number -> what is taken for it, its largest magnitude, its name in messages."""
+LAYERS = ("depth", "blocks_per_group", "vision_layers", "text_layers", "blocks", "levels")
+"""Fields that count layers, of which none is without a tensor."""
+MAX_LAYERS = 1024
 type_hints = cache(typing.get_type_hints)
 RESUME_FREE = {"resume": "free"}
 """Metadata of a field that a resumed run may change."""
@@ -69,6 +72,8 @@ def configuration(cls: type | None = None, *, kw_only: bool = False) -> Any:
                 value = _read_value(hint, whole, default, name, wrong)
             if wrong:
                 raise ValueError(wrong[0].replace(": expected", " must be", 1))
+            if name in LAYERS and value > MAX_LAYERS:
+                raise ValueError(f"{name} must be at most {MAX_LAYERS}, got {value}")
             object.__setattr__(self, name, value)
         check(self)
 
@@ -286,8 +291,9 @@ def cli_errors(parallel: bool = False) -> Iterator[None]:
     except BrokenPipeError:  # the reader of the output, such as `| head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it again at exit
         raise SystemExit("stopped: the output was closed by its reader") from None
-    except OSError as error:
-        if error.errno not in DISK_ERRORS and error.filename is None:
+    except (OSError, RuntimeError, MemoryError) as error:
+        on_disk = isinstance(error, OSError) and (error.errno in DISK_ERRORS or error.filename is not None)
+        if not on_disk and "allocate" not in str(error):  # of memory, by torch or NumPy
             raise
         raise SystemExit(f"error: {error!s:.500}") from None
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 from dalle.commands.encode_images import EncodeImagesArgs
@@ -87,6 +88,7 @@ class TestValues:
             ({"train": 3}, "train: must be a mapping"),
             ({"model": [1, 2]}, "model: must be a mapping"),
             ({"model": None}, "model: must be a mapping"),
+            ({"model": {"blocks_per_group": 10**9}}, "model: blocks_per_group must be at most 1024"),
             ({"loss": {"tau": {"initial": 1.0, "final": 0.1, "decay_steps": 0}}}, "loss.tau: decay_steps"),
         ],
     )
@@ -244,6 +246,8 @@ class TestCommandLine:
             raise KeyError("a bug")
         with pytest.raises(SystemExit, match=r"error: .*too long"), cli_errors():
             os.stat("a" * 300)
+        with pytest.raises(SystemExit, match="allocate"), cli_errors():
+            torch.empty(2**50)
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(SystemExit, match="without torchrun"), cli_errors():
             pass

@@ -1,6 +1,5 @@
 """ASGI middleware of the web page: names of the server, origins, and what one visitor may use of it."""
 
-import json
 import re
 import time
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 
 from dalle.commands.app import AppArgs
+from dalle.io.text import parse_json
 
 POSTS = ("cancel", "queue/join", "reset", "run/predict", "upload")  # of the page; Gradio has more
 JOBS = 4  # of a visitor, that wait or run
@@ -91,7 +91,7 @@ class Guard:
             await self.app(scope, receive, watched)
         finally:
             try:
-                upload.files = len(json.loads(b"".join(reply)))
+                upload.files = len(parse_json(b"".join(reply), "the reply"))
             except ValueError:
                 upload.files = 0
         return None

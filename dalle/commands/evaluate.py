@@ -80,7 +80,7 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     if args.json:
         prepare_file(args.json)
     device = resolve_device(args.device)
-    model = DALLE.from_pretrained(args.model, device)
+    model = DALLE.from_pretrained(str(args.model), device)
     report: dict[str, Any] = {"model": model.hash}
     clip = None
     if args.clip and args.clip.is_dir():

@@ -55,9 +55,10 @@ def examples_text(samples: Sequence[BadSample]) -> str:
     if not samples:
         return "0"
     causes = causes_text(Counter(bad.cause for bad in samples))
-    named = (
-        f"{bad.name:.200} ({bad.cause}{', ' * bool(bad.detail)}{bad.detail:.200})" for bad in samples[:3]
-    )
+    named = []
+    for bad in samples[:3]:
+        detail = f", {bad.detail:.200}" if bad.detail else ""
+        named.append(f"{bad.name:.200} ({bad.cause}{detail})")
     return f"{len(samples)}: {causes}; for example {', '.join(named)}"
 
 
@@ -127,4 +128,5 @@ class BadSampleLog:
         details = f"; each is named in {self.path}" if self.path else ""
         causes = self.counts - Counter({UNUSED: self.counts[UNUSED]})
         unused = f"; {self.counts[UNUSED]} unused files" if self.counts[UNUSED] else ""
-        return f"skipped {causes.total()} samples{': ' * bool(causes)}{causes_text(causes)}{unused}{details}"
+        counted = f": {causes_text(causes)}" if causes else ""
+        return f"skipped {causes.total()} samples{counted}{unused}{details}"

@@ -15,6 +15,8 @@ Any of them may be compressed by gzip. A record names its image in the dataset's
 
 import gzip
 import hashlib
+import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -140,10 +142,11 @@ def _flickr(file: Path) -> Iterator[CaptionRecord]:
 
 def _openclipart(file: Path, root: Path) -> Iterator[CaptionRecord]:
     """One caption: the title, then the keywords that are not in it."""
-    name = file.relative_to(root).with_suffix("").as_posix()
+    name = re.sub(r"(\.svg)?(\.gz)?$", "", file.relative_to(root).as_posix(), flags=re.IGNORECASE)
     try:
-        tree = ElementTree.parse(file)
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        with _open(file)(file, "rb") as opened:
+            tree = ElementTree.parse(opened)
+    except (ElementTree.ParseError, OSError, EOFError, ValueError, LookupError, zlib.error) as error:
         yield CaptionRecord(None, [f"{file.name}: not XML: {error}"])
         return
     title = "".join(_clean(tree.findtext(f".//{{*}}Work/{DUBLIN_CORE}title")))
@@ -153,10 +156,13 @@ def _openclipart(file: Path, root: Path) -> Iterator[CaptionRecord]:
     yield CaptionRecord(name, _clean(", ".join(filter(None, [title, *new]))))
 
 
+def _open(file: Path) -> Any:
+    return gzip.open if file.suffix.lower() == ".gz" else open
+
+
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
     """("FILE, line N", line); bytes that are not UTF-8 become lone surrogates, which are counted later."""
-    unpack = gzip.open if file.suffix == ".gz" else open
-    with unpack(file, "rt", encoding="utf-8-sig", errors="surrogateescape") as lines:
+    with _open(file)(file, "rt", encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(read_lines(lines), 1):
             yield f"{file.name}, line {number}", line.rstrip("\n")
 

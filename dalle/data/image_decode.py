@@ -45,6 +45,7 @@ def decode(image: Image.Image, name: str, side: int | None = None) -> Image.Imag
 
 def _bad_image(name: str, error: Exception) -> BadSampleError:
     text = str(error) or type(error).__name__
+    text = "its text is larger than 64 MiB; save it without" if "MAX_TEXT" in text else text
     truncated = "truncated" in text.lower() or isinstance(error, EOFError)
     cause = "truncated" if truncated else "unreadable image"
     return BadSampleError(name, "decompression bomb" if isinstance(error, BOMBS) else cause, text)

@@ -28,7 +28,7 @@ def resolve_source(
     """The directory of a source; of a Hub id, the snapshot in the cache, downloaded if need be.
 
     Args:
-        source: a path, which is used if it exists, or an id of the Hub.
+        source: a path, which is used if it exists, or an id of the Hub; a `Path` is no id.
         kinds: parts to download with config.json and the text tokenizer, where they exist.
         revision: branch, tag or commit of a repository, "main" unless given.
         token: to read a private repository; that of the login unless given.
@@ -39,8 +39,8 @@ def resolve_source(
             raise ValueError(f"{source} is a local path, which has no revision {revision!r}; omit revision")
         return path
     repo_id = str(source).replace(os.sep, "/")
-    local = not _is_id(repo_id) or repo_id[0] in ".~" or path.parent.exists() or path.suffix in FILE_SUFFIXES
-    if local:  # a typo in a local path is not sent to the Hub
+    local = isinstance(source, Path) or not _is_id(repo_id) or repo_id[0] in ".~"
+    if local or path.parent.exists() or path.suffix in FILE_SUFFIXES:  # a typo is not sent to the Hub
         make = "make a directory with save_pretrained, or python scripts/quickstart.py"
         raise ValueError(f"{source} is no model directory, nor an id of the Hub (owner/name); {make}")
     files = ["config.json", "text_tokenizer.json", *(f"{kind}.safetensors" for kind in kinds)]

@@ -22,13 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from dalle.clip import CLIP, CLIPConfig
-from dalle.config import from_dict, to_dict
+from dalle.config import LAYERS, from_dict, to_dict
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.hub.hub import push_to_hub, resolve_source
 from dalle.hub.model_card import Report, read_report, write_card
 from dalle.io.files import (
     FORMAT,
-    LAYERS,
     check_meta,
     check_result,
     load_strict,

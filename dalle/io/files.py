@@ -120,8 +120,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error!s:.300}") from None
 
 
-LAYERS = ("depth", "blocks_per_group", "vision_layers", "text_layers", "blocks", "levels")
-"""Fields of configurations that count layers, of which none is without a tensor."""
 WRAPPERS = re.compile(
     r"^((module|model|ema|ema_model|student|_\w+_module|_orig_mod)\.)+|\b(_\w+_module|_orig_mod)\."
 )

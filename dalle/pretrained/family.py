@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle.io.files import LAYERS
+from dalle.config import LAYERS
 from dalle.meta_device import SkipRandomInit
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -29,6 +29,8 @@ class VQGANConfig:
     def __post_init__(self):
         if self.quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
+        if not 1 <= len(self.widths) <= 16:
+            raise ValueError(f"widths must be of 1 to 16 levels, got {len(self.widths)}")
         if bad := [width for width in self.widths if width < GROUPS or width % GROUPS]:
             raise ValueError(
                 f"widths must be positive multiples of {GROUPS}, the groups of the norms, got {bad[0]}"

@@ -162,10 +162,14 @@ def test_open_clip_art_takes_title_and_new_keywords(tmp_path):
         "food/cup.svg": SVG.format(title="soft drink in a cup"),
         "tools/cup.svg": SVG.format(title="tool"),
     }
+    files |= {"gz/dish.SVG.gz": SVG.format(title="dish"), "cut.svg.GZ": "\x1f"}
     files |= {"plain.svg": '<svg xmlns="http://www.w3.org/2000/svg"/>', "broken.svg": "<svg><path>"}
-    done, rows = convert(tmp_path, "openclipart", files, ["food/cup.png", "plain.png", "broken.png"])
-    assert rows == {"images/food/cup.png": ["soft drink in a cup, food"]}
-    assert done.left_out == {"no such image": 1, "no caption": 1, "not readable": 1}
+    done, rows = convert(
+        tmp_path, "openclipart", files, ["food/cup.png", "gz/dish.png", "plain.png", "broken.png"]
+    )
+    assert rows["images/food/cup.png"] == ["soft drink in a cup, food"]
+    assert rows["images/gz/dish.png"] == ["dish, food, Soft Drink"]
+    assert done.left_out == {"no such image": 1, "no caption": 1, "not readable": 2}
 
 
 @pytest.mark.parametrize(

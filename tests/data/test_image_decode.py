@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from dalle.data import DataConfig, image_decode, open_dataset
 from dalle.data.bad_samples import BadSampleError
@@ -49,6 +49,14 @@ def test_causes_of_broken_images(data, cause):
     with pytest.raises(BadSampleError) as caught:
         decode(open_image(data, "a.png"), "a.png")
     assert (caught.value.name, caught.value.cause) == ("a.png", cause)
+
+
+def test_a_png_with_too_much_text_is_refused_for_it(monkeypatch):
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 2**10)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("key", " " * 2**11, zip=True)
+    with pytest.raises(BadSampleError, match="its text is larger"):
+        open_image(encoded(Image.new("RGB", (9, 9)), "PNG", pnginfo=text), "a.png")
 
 
 events: list[str] | None = None

@@ -165,6 +165,7 @@ class TestPaths:
             "runs/modell",
             "a.md/x",
             "a/b.safetensors",
+            Path("./owner/name"),
         ],
     )
     def test_neither_a_path_nor_an_id(self, wrong, offline, tmp_path, monkeypatch):

@@ -201,6 +201,6 @@ def test_inputs_are_checked():
         model.decode(torch.full((1, 4), CODES))
     with pytest.raises(ValueError, match="do not fill"):
         model.decode(torch.zeros(1, 6).long())
-    for field, value in (("quantizer", "best"), ("attention", (5,)), ("blocks", 0)):
+    for field, value in (("quantizer", "best"), ("attention", (5,)), ("blocks", 0), ("widths", (32,) * 99)):
         with pytest.raises(ValueError, match=f"{field} must"):
             VQGANConfig(**{field: value})

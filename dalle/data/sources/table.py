@@ -31,7 +31,7 @@ from dalle.data.sources.captions import (
     flatten_captions,
 )
 from dalle.data.sources.image_folder import read_listed
-from dalle.data.sources.index import IndexWriter, name_hash, open_or_build_index
+from dalle.data.sources.index import IndexWriter, file_status, name_hash, open_or_build_index
 from dalle.io.text import parse_json, read_lines
 from dalle.types import RawSample
 
@@ -62,6 +62,7 @@ class TableSource:
         self.files, self._root = list(files), (image_root or files[0].parent).resolve()
         self.image_column, self.caption_column = image_column, caption_column
         kind = f"table {image_column} {caption_column}"
+        self._status = list(map(file_status, files))
         self._index = open_or_build_index(files, kind, ROW, self._build, index_dir)
         self.hash, self.skipped = self._index.hash, self._index.skipped
         if not len(self):
@@ -99,6 +100,8 @@ class TableSource:
         if not isinstance(image, str):
             path, (group, row) = self.files[file], image
             try:
+                if file_status(path) != self._status[file]:
+                    raise ValueError("it has changed since its index was read; start again")
                 image = _image_column(os.getpid(), path, group, self.image_column)[row].as_py()
             except Exception as error:  # a damaged file, or one that was replaced
                 raise BadSampleError(name, "unreadable shard", f"{path}: {error}") from None

@@ -1,7 +1,7 @@
 """WebDataset tars: members KEY.jpg (.png, .webp, ...) and KEY.txt or KEY.json, read by an index of offsets.
 
 With the index, built once, any sample is one read at a known offset, so the order is free. Nothing is
-unpacked; links are not followed.
+unpacked; symbolic links are not followed.
 """
 
 import os
@@ -163,7 +163,7 @@ def scan_tar(file: Path) -> tuple[np.ndarray, bytes, list[BadSample], bool]:
 
 def _members(file: Path, opened: BinaryIO) -> Iterator[Member]:
     """The files in a tar. A damaged header costs one member: the search goes on at the next sound header."""
-    size, expected = os.fstat(opened.fileno()).st_size, 0
+    size, expected, places = os.fstat(opened.fileno()).st_size, 0, dict[str, tuple[int, int]]()
     options = {"ignore_zeros": True, "encoding": "utf-8", "tarinfo": LenientTarInfo}
     with suppress(tarfile.TarError), tarfile.open(file, "r:", **options) as tar:
         while (member := tar.next()) is not None:
@@ -177,7 +177,10 @@ def _members(file: Path, opened: BinaryIO) -> Iterator[Member]:
                 tar.offset, expected = member.offset_data, None  # the next header may be anywhere
                 continue
             if member.isreg() and not member.issparse():
+                places[member.name] = member.offset_data, member.size
                 yield Member(member.name, member.offset_data, member.size)
+            elif member.islnk() and member.linkname in places:  # tar writes a file of two names so
+                yield Member(member.name, *places[member.linkname])
             elif not member.isdir():
                 yield Member(member.name, member.offset, 0, "a link or a special file, not followed")
             expected = tar.offset

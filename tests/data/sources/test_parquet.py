@@ -41,6 +41,16 @@ def test_captions_as_bytes_in_a_hub_dataset(tmp_path):
         source.read(1)
 
 
+def test_a_replaced_file_of_parquet_is_not_read(tmp_path):
+    pytest.importorskip("pyarrow")
+    rows = {"image": [image(1), image(2)], "caption": ["one", "two"]}
+    source = open_source(write_parquet(tmp_path / "a.parquet", rows))
+    assert source.read(0).image == image(1)
+    write_parquet(tmp_path / "a.parquet", {name: [*values[::-1], values[0]] for name, values in rows.items()})
+    with pytest.raises(BadSampleError, match="it has changed"):
+        source.read(0)
+
+
 def test_paths_may_be_categorical(tmp_path):
     pa = pytest.importorskip("pyarrow")
     write_files(tmp_path, {"a.png": image(1)})

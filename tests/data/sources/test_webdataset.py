@@ -8,6 +8,7 @@ import pytest
 
 from dalle.data import open_source
 from dalle.data.bad_samples import BadSampleError
+from dalle.types import RawSample
 from tests.helpers.formats import (
     COUNT,
     all_captions,
@@ -138,6 +139,13 @@ def test_links_in_a_tar_are_not_followed(tmp_path, kind):
     source = open_source(write_tar(tmp_path / "a.tar", [*pair("a", 1), link, ("b.txt", b"a secret")]))
     assert names(source) == ["a.tar/a"]
     assert skipped(source) == [("a.tar/b.png", "broken tar member")]
+
+
+def test_a_hard_link_is_the_member_that_it_names(tmp_path):
+    link = ("b.png", b"", {"type": tarfile.LNKTYPE, "linkname": "a.png"})
+    source = open_source(write_tar(tmp_path / "a.tar", [*pair("a", 1), link, ("b.txt", b"the same image")]))
+    assert (names(source), source.skipped) == (["a.tar/a", "a.tar/b"], [])
+    assert source.read(1) == RawSample("a.tar/b", image(1), ["the same image"])
 
 
 @pytest.mark.parametrize("form", ["tar", "folder"])
