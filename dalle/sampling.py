@@ -151,10 +151,8 @@ def invert_cumulative(probability: Tensor, uniform: Tensor, whole: bool) -> Tens
 
     cumulative = ((probability * 2**32).long() if whole else probability.double()).cumsum(dim=-1)
     total = cumulative[:, -1:].contiguous()
-    if whole:
-        target = (uniform.float() * 2**24).long()[:, None] * total >> 24
-    else:
-        target = uniform.double()[:, None] * total
+    number = torch.float32 if whole else torch.float64
+    target = (uniform.to(number)[:, None] * total.to(number)).to(total.dtype)
     last = torch.searchsorted(cumulative, total)
     ids = torch.searchsorted(cumulative, target, right=True).minimum(last)[:, 0]
     return ids.masked_fill(probability[:, 0].isnan(), probability.shape[1])

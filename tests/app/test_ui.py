@@ -121,7 +121,7 @@ class TestGenerate:
             ({"n": 0}, "less than minimum value 1"),
             ({"n": 17}, "greater than maximum value 16"),
             ({"best_of": 513}, "greater than maximum value 512"),
-            ({"best_of": 1}, "best_of must be at least n"),
+            ({"best_of": 1}, "best_of must be n to"),
             ({"temperature": -1}, "less than minimum value 0"),
             ({"seed": 1e300}, "greater than maximum"),
             ({"top_k": -1}, "top_k"),
