@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dalle.clip.config import CLIPConfig
-from dalle.io.images import check_images
+from dalle.io.images import check_image_shape, check_images
 from dalle.io.text import check_text
 from dalle.io.torch_file import read_torch_file, weights_of
+from dalle.precision import cosines, tf32
 from dalle.types import TextTokenizerLike
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # Radford et al., released code
@@ -71,15 +72,22 @@ class CLIP(nn.Module):
             row[: len(kept)] = torch.tensor(kept)
         return rows
 
+    @tf32(False)
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [0, 1] -> unit vectors (B, E)."""
+        """Pixels (B, 3, H, W) in [0, 1] -> fp32 unit vectors (B, E)."""
+        check_images(pixels)
+        return self.image_vectors(pixels)
+
+    def image_vectors(self, pixels: Tensor) -> Tensor:
+        """`encode_image` without a look at the values, for which a GPU would have to be waited for."""
+        prepared = normalize_pixels(pixels, self.config.image_size)
         with sdpa_kernel(ATTENTION) if pixels.device.type == "cpu" else nullcontext():
-            return self.net.encode_image(prepare_pixels(pixels, self.config.image_size), normalize=True)
+            return F.normalize(self.net.encode_image(prepared).float(), dim=-1)
 
     def encode_text(self, text: Tensor) -> Tensor:
-        """Packed text (B, L) -> unit vectors (B, E)."""
+        """Packed text (B, L) -> fp32 unit vectors (B, E)."""
         with sdpa_kernel(ATTENTION) if text.device.type == "cpu" else nullcontext():
-            return self.net.encode_text(text, normalize=True)
+            return F.normalize(self.net.encode_text(text).float(), dim=-1)
 
     def fsdp_groups(self) -> list[list[nn.Module]]:
         """Groups that sharded training gathers at once, in order of use."""
@@ -94,10 +102,16 @@ class CLIP(nn.Module):
 def prepare_pixels(pixels: Tensor, size: int, mean=PIXEL_MEAN, std=PIXEL_STD) -> Tensor:
     """Bicubic resize to size x size where needed, then CLIP's normalization; differentiable."""
     check_images(pixels)
+    return normalize_pixels(pixels, size, mean, std)
+
+
+def normalize_pixels(pixels: Tensor, size: int, mean=PIXEL_MEAN, std=PIXEL_STD) -> Tensor:
+    """`prepare_pixels` for values that are known to be in [0, 1]."""
+    check_image_shape(pixels)
     if pixels.shape[2:] != (size, size):
         pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    shift, scale = (pixels.new_tensor(values)[:, None, None] for values in (mean, std))
-    return (pixels - shift) / scale
+    channels = zip(pixels.unbind(1), mean, std, strict=True)  # numbers, which no copy brings to the device
+    return torch.stack([(channel - shift) / scale for channel, shift, scale in channels], dim=1)
 
 
 class _CosineScorer:
@@ -105,7 +119,7 @@ class _CosineScorer:
 
     def score(self, pixels: Tensor, caption: str) -> Tensor:
         """Pixels (N, 3, H, W) in [0, 1] -> cosines (N,)."""
-        return (self.embed_images(pixels) @ self.embed_captions([caption]).T)[:, 0]
+        return cosines(self.embed_images(pixels), self.embed_captions([caption]))[:, 0]
 
 
 class CLIPScorer(_CosineScorer):
@@ -140,6 +154,7 @@ class OpenClipScorer(_CosineScorer):
         self.mean, self.std = preprocess.get("mean", PIXEL_MEAN), preprocess.get("std", PIXEL_STD)
         self.truncated = 0
 
+    @tf32(False)
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, H, W) in [0, 1] -> unit vectors (N, E)."""
         return self.model.encode_image(prepare_pixels(pixels, self.size, self.mean, self.std), normalize=True)

@@ -60,7 +60,7 @@ def uniform_by_place(like: Tensor, first: int) -> Tensor:
 
     One number is drawn from torch's own CPU generator; processes of the same seed and step so draw the same.
     """
-    seed = int(torch.randint(2**62, ()))
+    seed = int(torch.randint(2**62, (), device="cpu").numpy())
     numbers, rng = torch.empty(like.shape, device=like.device), torch.Generator(like.device)
     for place, row in enumerate(numbers, first):
         row.uniform_(generator=rng.manual_seed(seed + place))

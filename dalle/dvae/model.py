@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dalle.dvae.config import DVAEConfig
 from dalle.io.images import check_images
 from dalle.layout import check_tokens, token_grid
+from dalle.precision import full_precision, tf32
 
 EPSILON = 0.1  # A.3: pixels are mapped into (0.1, 0.9)
 
@@ -51,7 +52,7 @@ class Conv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.full_precision:
             return F.conv2d(x, self.w, self.b, padding=self.padding)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             return F.conv2d(x.float(), self.w.float(), self.b.float(), padding=self.padding)
 
 
@@ -74,7 +75,11 @@ class Block(nn.Module):
         self.res_path = nn.Sequential(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.id_path(x) + self.gain * self.res_path(x)
+        """The sum is fp32 under autocast too: in 16 bits it would lose a contribution of gain 1/64."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return self.id_path(x) + self.gain * self.res_path(x)
+        half = x.to(torch.get_autocast_dtype(x.device.type))  # all that the backward pass keeps of x
+        return self.id_path(x).float() + self.gain * self.res_path(half).float()
 
 
 class Encoder(nn.Module):
@@ -162,10 +167,12 @@ class DVAE(nn.Module):
         """Groups that sharded training gathers at once, in order; computed in 16 bit under autocast."""
         return [[block] for block in self.modules() if isinstance(block, Block)]
 
+    @tf32(False)
     def codebook_logits(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] -> logits over the codes (B, K, h, w), fp32."""
         return self.encoder(map_pixels(pixels))
 
+    @tf32(False)
     def reconstruct(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (B, K, h, w), one-hot or relaxed -> mu and ln b, each (B, 3, H, W) in fp32."""
         mu, log_b = self.decoder(codes).float().chunk(2, dim=1)
@@ -185,6 +192,7 @@ class DVAE(nn.Module):
         return self.codebook_logits(pixels).argmax(dim=1).flatten(1)
 
     @torch.no_grad()
+    @tf32(False)
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Images of tokens: phi^-1(sigmoid(mu)), the log scale is dropped (A.3).
 

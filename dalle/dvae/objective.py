@@ -9,7 +9,7 @@ from dalle.dvae.config import DVAELossConfig
 from dalle.dvae.losses import gumbel_softmax, kl_loss, reconstruction_loss
 from dalle.dvae.metrics import code_usage
 from dalle.dvae.model import DVAE
-from dalle.io.images import check_images
+from dalle.io.images import check_image_shape
 from dalle.types import FULL_BATCH, BatchShard, Loss, StepCost
 
 
@@ -20,8 +20,11 @@ class DVAEObjective:
         self.config = config
 
     def __call__(self, model: DVAE, batch: Tensor, step: int, part: BatchShard = FULL_BATCH) -> Loss:
-        """batch: pixels (B, 3, H, W) in [0, 1]. The use of the codes is that of all processes together."""
-        check_images(batch, model.downsample_factor)
+        """batch: pixels (B, 3, H, W) in [0, 1], checked where batches are made (dalle/runs/batches.py).
+
+        The use of the codes is that of all processes together.
+        """
+        check_image_shape(batch, model.downsample_factor)
         tau, beta = self.config.tau(step), self.config.beta(step)
         logits = model.codebook_logits(batch)
         mu, log_b = model.reconstruct(gumbel_softmax(logits, tau, part.index * len(batch)))

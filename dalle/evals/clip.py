@@ -13,6 +13,7 @@ from torch import Tensor
 from dalle.evals.config import TEMPLATES
 from dalle.evals.running_mean import MeanMetric
 from dalle.io.images import to_pil, to_tensor
+from dalle.precision import cosines
 from dalle.types import Embedder
 
 WEIGHT = 2.5  # of the CLIP score, Hessel et al.
@@ -27,8 +28,8 @@ def clip_scores(clip: Embedder, pixels: Tensor, captions: Sequence[str]) -> dict
     """
     if len(pixels) != len(captions):
         raise ValueError(f"{len(pixels)} images with {len(captions)} captions; expected one caption each")
-    cosines = (clip.embed_images(pixels) * clip.embed_captions(captions)).sum(1)
-    return {"cosine": cosines, "clip_score": WEIGHT * cosines.clamp(min=0)}
+    cosine = (clip.embed_images(pixels).float() * clip.embed_captions(captions).float()).sum(1)
+    return {"cosine": cosine, "clip_score": WEIGHT * cosine.clamp(min=0)}
 
 
 def retrieval(
@@ -48,11 +49,11 @@ def retrieval(
     if not torch.equal(owner.unique(), numbers):
         raise ValueError(f"each of the {len(images)} images must have a caption")
     own = owner == numbers[:, None]  # (P, C)
-    cosines = images @ captions.T
-    best_own = cosines.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-    wrong_captions = ((cosines >= best_own) & ~own).sum(1)  # at least as near as the best own caption
-    answers = cosines.gather(0, owner[None])  # (1, C)
-    wrong_images = ((cosines >= answers) & ~own).sum(0)
+    cosine = cosines(images, captions)
+    best_own = cosine.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+    wrong_captions = ((cosine >= best_own) & ~own).sum(1)  # at least as near as the best own caption
+    answers = cosine.gather(0, owner[None])  # (1, C)
+    wrong_images = ((cosine >= answers) & ~own).sum(0)
     wrong = {"image_to_text_acc": wrong_captions, "text_to_image_acc": wrong_images}
     among = {"image_to_text_acc": len(captions), "text_to_image_acc": len(images)}
     return {
@@ -68,13 +69,13 @@ def class_vectors(clip: Embedder, names: Sequence[str], templates: Sequence[str]
         raise ValueError(f"templates must be one or more, each with {{}} once, got {list(templates)}")
     prompts = [[template.replace("{}", name) for name in names] for template in templates]
     vectors = torch.stack([clip.embed_captions(one) for one in prompts])
-    return torch.nn.functional.normalize(vectors.mean(0), dim=1)
+    return torch.nn.functional.normalize(vectors.float().mean(0), dim=1)
 
 
 @torch.no_grad()
 def zero_shot(clip: Embedder, pixels: Tensor, classes: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) -> classes int64 (B, C), best first (Radford et al. 2021, 3.1.4)."""
-    return (clip.embed_images(pixels) @ classes.T).argsort(dim=1, descending=True, stable=True)
+    return cosines(clip.embed_images(pixels), classes).argsort(dim=1, descending=True, stable=True)
 
 
 def accuracy(ranked: Tensor, labels: Tensor) -> dict[str, float]:

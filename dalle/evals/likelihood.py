@@ -26,6 +26,7 @@ from torch import Tensor
 from dalle.dvae import DVAE
 from dalle.dvae.model import EPSILON
 from dalle.evals.running_mean import MeanMetric
+from dalle.precision import tf32
 from dalle.transformer import Transformer
 from dalle.transformer.losses import TEXT_WEIGHT, log_likelihood, weighted_cross_entropy
 
@@ -54,6 +55,7 @@ def nats_per_token(model: Transformer, batches: Iterable[Tensor]) -> dict[str, f
 
 
 @torch.no_grad()
+@tf32(False)
 def bits_per_dim(
     dvae: DVAE, transformer: Transformer, batches: Iterable[tuple[Tensor, Tensor]], seed: int = 0
 ) -> dict[str, dict[str, float]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dalle.io.files import file_hashes
 from dalle.io.images import check_images
 from dalle.io.torch_file import read_torch_file, weights_of
+from dalle.precision import tf32
 from dalle.types import Embedder
 
 INCEPTION_FILE = (
@@ -44,6 +45,7 @@ class Inception:
         self.net, self.device, self.hash = net.to(device), device, file_hash(path)
 
     @torch.no_grad()
+    @tf32(False)
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, H, W) in [0, 1], rounded to 8 bits -> features (B, 2048) and logits (B, 1008)."""
         check_images(pixels)
@@ -71,6 +73,7 @@ class LPIPS:
         self.hash = f"{file_hash(backbone)}-{file_hash(layers)}"
 
     @torch.no_grad()
+    @tf32(False)
     def __call__(self, pixels: Tensor, others: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], twice -> (B,), 0 for equal images."""
         check_images(pixels)

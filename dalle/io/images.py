@@ -110,7 +110,21 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 
 
 def check_images(pixels: Tensor, multiple_of: int = 1) -> None:
-    """ValueError unless pixels are float (B, 3, H, W), finite, in [0, 1], sides a multiple."""
+    """ValueError unless pixels are float (B, 3, H, W), finite, in [0, 1], sides a multiple.
+
+    The host reads the range, and so waits for a GPU; a training step checks the shape alone.
+    """
+    check_image_shape(pixels, multiple_of)
+    low, high = map(float, pixels.detach().aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("pixels hold NaN or infinite values")
+    if low < -1e-3 or high > 1 + 1e-3:
+        hint = "divide by 255" if high > 2 else "map [-1, 1] by (x + 1) / 2" if low < 0 else "clamp to [0, 1]"
+        raise ValueError(f"pixels must lie in [0, 1], got [{low:.3g}, {high:.3g}]; {hint}")
+
+
+def check_image_shape(pixels: Tensor, multiple_of: int = 1) -> None:
+    """ValueError unless pixels are float (B, 3, H, W), sides a multiple."""
     if not isinstance(pixels, Tensor):
         raise ValueError(f"pixels must be a tensor (B, 3, H, W), got {type(pixels).__name__}; see to_tensor")
     if pixels.ndim != 4 or pixels.shape[1] != 3:
@@ -123,12 +137,6 @@ def check_images(pixels: Tensor, multiple_of: int = 1) -> None:
         raise ValueError(
             f"sides must be multiples of {multiple_of}, got {tuple(pixels.shape[2:])}; crop or resize first"
         )
-    low, high = map(float, pixels.detach().aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError("pixels hold NaN or infinite values")
-    if low < -1e-3 or high > 1 + 1e-3:
-        hint = "divide by 255" if high > 2 else "map [-1, 1] by (x + 1) / 2" if low < 0 else "clamp to [0, 1]"
-        raise ValueError(f"pixels must lie in [0, 1], got [{low:.3g}, {high:.3g}]; {hint}")
 
 
 def image_grid(rows: Sequence[Sequence[Image.Image]], scale: int = 1, gap: int = 4) -> Image.Image:

@@ -28,7 +28,7 @@ from dalle.planner.memory import StepEstimate
 from dalle.train.grad_scaler import build_grad_scaler
 from dalle.train.precision import autocast
 from dalle.transformer import Transformer
-from dalle.transformer.losses import LOGITS, chunked_cross_entropy
+from dalle.transformer.losses import LOGITS, chunked_nats
 
 
 class LiveBytes(TorchDispatchMode):
@@ -146,8 +146,8 @@ def _transformer_loss(model: Transformer, batch: int) -> Tensor:
     text, image = hidden[:, : layout.text_len].flatten(0, 1), hidden[:, layout.text_len :].flatten(0, 1)
     positions, codes = (torch.zeros(len(states), dtype=torch.int64) for states in (text, image))
     text_chunk, image_chunk = (max(1, LOGITS // vocab) for vocab in (layout.image_offset, layout.image_vocab))
-    text_loss = chunked_cross_entropy(model.text_logits, (text, positions), positions, text_chunk)
-    return text_loss + chunked_cross_entropy(model.image_logits, (image,), codes, image_chunk)
+    text_nats = chunked_nats(model, text, positions, text_chunk, positions)
+    return text_nats + chunked_nats(model, image, codes, image_chunk)
 
 
 def _dvae_loss(model: DVAE, images: Tensor) -> Tensor:

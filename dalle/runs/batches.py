@@ -11,6 +11,7 @@ from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.data import TokenCache, sample_captions
 from dalle.data.dataloader import Loader, worker_count
 from dalle.data.sampler import batch_indices
+from dalle.io.images import check_images
 from dalle.layout import TokenLayout
 from dalle.sampling import generator
 from dalle.shapes.corruptions import corrupted_images
@@ -35,6 +36,7 @@ class DVAEBatch:
     def __call__(self, batch: ImageTextBatch, step: int) -> Tensor:
         """(B, 3, H, W). Squares are sampled for the images of all processes: their number changes none."""
         pixels = torch.from_numpy(batch.pixels)
+        check_images(pixels)
         if self.crop is None:
             return pixels
         if self.crop > min(pixels.shape[2:]):
@@ -64,6 +66,7 @@ class CLIPBatch:
         """(B, 3, R, R), B lists of ids, and (B, 3, R, R) of broken images where they are asked for."""
         ids = [self.text.encode(caption) for caption in sample_captions(batch, self.seed)]
         pixels = torch.from_numpy(batch.pixels)
+        check_images(pixels)
         if self.broken is None:
             return pixels, ids
         broken = corrupted_images(self.broken, [index for _, index in batch.samples])

@@ -78,6 +78,35 @@ def set_lr(
                 group["lr"] = rate
 
 
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """optimizer.step(), which changes nothing where `skip` (bool (), on the device) is True.
+
+    torch's fused AdamW reads it as torch.amp's `found_inf` on CPUs and CUDA. Others are undone afterwards: a
+    copy of their parameters and moments exists during the step.
+    """
+    optimizer.skip = skip  # for `clip_second_moment`
+    if optimizer.defaults.get("fused") and skip.device.type in ("cpu", "cuda"):
+        optimizer.found_inf = skip.float()
+        optimizer.step()
+        return
+    kept = {key: tensor.clone() for key, tensor in _changing(optimizer).items()}
+    optimizer.step()
+    for key, tensor in _changing(optimizer).items():
+        before = kept.get(key, torch.zeros_like(tensor))  # a first moment
+        tensor.copy_(torch.where(skip, before, tensor))
+
+
+def _changing(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Tensor]:
+    """Plain tensors that a step changes, as shards: parameters and moments."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    found = {}
+    for i, p in enumerate(parameters):
+        for name, value in {"": p, **optimizer.state.get(p, {})}.items():
+            for key, tensor in plain_tensors(name, value).items():
+                found[i, key] = local(tensor).detach()
+    return found
+
+
 def clip_second_moment(optimizer: torch.optim.AdamW, limit: float) -> None:
     """Keeps the second moment v at most `limit` in all further steps (B.2).
 
@@ -89,7 +118,7 @@ def clip_second_moment(optimizer: torch.optim.AdamW, limit: float) -> None:
     @torch.no_grad()
     def lower(optimizer: torch.optim.AdamW, *_: Any) -> None:
         for group in optimizer.param_groups:
-            b = group["betas"][1]
+            b, skip = group["betas"][1], getattr(optimizer, "skip", None)
             used = [p for p in group["params"] if p.grad is not None and "exp_avg_sq" in optimizer.state[p]]
             while used:
                 sizes = accumulate(local(p).numel() for p in used)
@@ -100,6 +129,8 @@ def clip_second_moment(optimizer: torch.optim.AdamW, limit: float) -> None:
                 torch._foreach_mul_(most, -(1 - b) / b)
                 torch._foreach_add_(most, limit / b)
                 torch._foreach_clamp_min_(most, 0.0)
+                for each in most if skip is not None else ():
+                    each.masked_fill_(skip, torch.inf)  # a skipped step lowers nothing
                 torch._foreach_minimum_([local(optimizer.state[p]["exp_avg_sq"]) for p in part], most)
 
     optimizer.register_step_pre_hook(lower)
@@ -154,6 +185,7 @@ class ReduceLROnPlateau:
 
     def __init__(self, config: PlateauConfig):
         self.config = config
+        self.waiting: list[float | Tensor] = []  # losses on the device, not yet part of the reading
         self.total, self.count = 0.0, 0  # of the current reading
         self.best, self.bad_readings, self.reductions = math.inf, 0, 0
 
@@ -161,11 +193,23 @@ class ReduceLROnPlateau:
     def factor(self) -> float:
         return 0.5**self.reductions
 
-    def step(self, loss: float) -> None:
-        """Adds the loss of an update, the same number in every process."""
+    def step(self, loss: float | Tensor) -> None:
+        """Adds the loss of an update, the same number in every process; NaN for a step that was not made.
+
+        A tensor stays on its device until a reading may be complete.
+        """
         if self.reductions == self.config.max_reductions:
             return
-        self.total, self.count = self.total + loss, self.count + 1
+        self.waiting.append(loss)
+        if self.count + len(self.waiting) >= self.config.window:
+            self._read()
+
+    def _read(self) -> None:
+        losses = [loss for loss in map(float, self.waiting) if not math.isnan(loss)]
+        self.waiting = []
+        for loss in losses:
+            self.total += loss
+        self.count += len(losses)
         if self.count < self.config.window:
             return
         mean, self.total, self.count = self.total / self.count, 0.0, 0
@@ -177,8 +221,10 @@ class ReduceLROnPlateau:
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes; no best reading yet is None (JSON has no infinity)."""
-        state = {key: value for key, value in vars(self).items() if key != "config"}
+        self._read()
+        state = {key: value for key, value in vars(self).items() if key not in ("config", "waiting")}
         return state | {"best": None if math.isinf(self.best) else self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.waiting = []
         vars(self).update(state | {"best": math.inf if state["best"] is None else state["best"]})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dalle.io.files import load_strict
 from dalle.train.config import EMAConfig
 from dalle.train.distributed import distribute_like, local
-from dalle.train.grad_scaler import PerBlockGradScaler
+from dalle.train.grad_scaler import GradScaler
 from dalle.train.optimizer import load_moment, plain_tensors
 
 
@@ -27,19 +27,33 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, config: EMAConfig):
-        self.config, self.updates = config, 0
+        self.config = config
         self.device = None if config.device == "same" else config.device
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.sums = {name: torch.zeros_like(p).to(device=self.device) for name, p in trained.items()}
+        like = next(iter(model.parameters()))
+        self.count = torch.zeros((), dtype=torch.int64, device=like.device)  # of updates, on the device
+
+    @property
+    def updates(self) -> int:
+        """Number of updates; a GPU is waited for."""
+        return int(self.count)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """After update `step` (counted from 1): adds the weights if it is their turn."""
-        if step % self.config.update_every == 0:
-            self.updates += 1
-            named = dict(model.named_parameters())
-            weights = [named[name].detach().to(device=self.device) for name in self.sums]
-            torch._foreach_lerp_(list(self.sums.values()), weights, 1 - self.config.decay)
+    def update(self, model: nn.Module, step: int, made: Tensor | None = None) -> None:
+        """After step `step` (counted from 1): adds the weights if it is their turn.
+
+        A step that was not `made` (bool (), on the device) adds nothing.
+        """
+        if step % self.config.update_every:
+            return
+        made = torch.ones_like(self.count, dtype=torch.bool) if made is None else made
+        self.count += made
+        named = dict(model.named_parameters())
+        for name, total in self.sums.items():
+            held, weights = local(total), local(named[name].detach())
+            weights = torch.where(made.to(held.device), weights.to(held.device), held)
+            held.lerp_(weights, 1 - self.config.decay)
 
     def averaged(self) -> dict[str, Tensor]:
         """The corrected averages; empty before the first update."""
@@ -88,7 +102,7 @@ class TrainState:
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
     ema: EMA
-    scales: PerBlockGradScaler | None = None
+    scales: GradScaler | None = None
     step: int = 0
     extras: dict[str, Any] = field(default_factory=dict)
     """Parts with state_dict and load_state_dict by name: nonfinite, plateau, powersgd. Their tensors that
@@ -141,7 +155,7 @@ class TrainState:
         load_strict(self.model, weights, source)
         ema = numbers["ema"]
         self.ema.config = replace(self.ema.config, decay=ema["decay"], update_every=ema["update_every"])
-        self.ema.updates = ema["updates"]
+        self.ema.count.fill_(ema["updates"])
         for name, tensor in tensors["ema"].items():
             self.ema.sums[name].copy_(distribute_like(tensor, self.ema.sums[name]))
         self._load_moments(tensors["optimizer"])

@@ -2,23 +2,22 @@
 
 A step whose loss or gradient is not finite is skipped and counted: it changes no weights, moments or
 averages, and the next step has the next batch. With gradient scales (fp16) this is part of the method: the
-paper skipped one step in twenty. Too many in a row end the run.
+paper skipped one step in twenty. Too many in a row end the run. All this happens on the device: the host
+waits for a GPU only in a step in which it is to look.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import get_total_norm
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from dalle.train.config import OptimizerConfig
 from dalle.train.distributed import Distributed, is_dtensor, local
-from dalle.train.grad_scaler import BACKOFF_INTERVAL
-from dalle.train.optimizer import set_lr
+from dalle.train.nonfinite import NonfiniteGuard, find_nonfinite
+from dalle.train.optimizer import set_lr, step_unless
 from dalle.train.precision import autocast
 from dalle.train.state import TrainState
 from dalle.types import BatchShard, Loss, Objective
@@ -33,12 +32,14 @@ def train_step(
     seed: int,
     dist: Distributed | None = None,
     passes: int = 1,
+    look: bool = True,
 ) -> tuple[Loss, Tensor]:
     """One update of the state; returns the loss and the gradient norm.
 
     Args:
         batch: this process's shard.
         passes: forward and backward passes of the shard (gradient accumulation); the result is the same.
+        look: raises what is to be raised, for which a GPU is waited for. Without it a later step does.
 
     Raises:
         FloatingPointError: too many skipped steps in a row; names the first bad tensor.
@@ -55,24 +56,22 @@ def train_step(
 
     loss, finite_blocks = accumulate_gradients(state, forward, passes, dist)
     norm = gradient_norm(model.parameters())
-    finite = bool(dist.all_true(norm.isfinite() & loss.total.detach().isfinite()))
-    guard = state.extras.setdefault("nonfinite", NonfiniteGuard(limit=1))
-    if finite:
-        guard.in_a_row = 0
-        optimize(state, norm, loss, config)
-    elif guard.record_skip(scaled=state.scales is not None and bool(loss.total.isfinite())):
+    finite = dist.all_true(norm.isfinite() & loss.total.detach().isfinite())
+    guard = state.extras.setdefault("nonfinite", NonfiniteGuard(1, device))
+    made = guard.admit(finite, loss.total, state.scales.patience if state.scales else 1)
+    if guard.at_end(look):
         where = find_nonfinite(model, lambda: [forward(i) for i in range(passes)], dist)
         raise FloatingPointError(
             f"step {state.step + 1}: loss {float(loss.total.detach())}, gradient norm {float(norm)}; "
-            f"first bad tensor: {where}. {guard.in_a_row} steps in a row are not finite "
+            f"first bad tensor: {where}. {int(guard.in_a_row)} steps in a row are not finite "
             "(train.max_skipped_steps). The last checkpoint is intact; lower the learning rate, "
             "or check the data"
         )
+    optimize(state, norm, loss, made, config)
     if state.scales:
         state.scales.update(finite_blocks)
     state.step += 1
-    if finite:
-        state.ema.update(model, state.step)
+    state.ema.update(model, state.step, made)
     loss.metrics["skipped_steps"] = guard.skipped
     return loss, norm
 
@@ -90,7 +89,8 @@ def accumulate_gradients(
     for i in range(passes):
         with dist.no_sync(i < passes - 1):
             losses.append(forward(i))
-            losses[i].total.backward()
+            total = losses[i].total
+            (state.scales.scale(total) if state.scales else total).backward()
     dist.finish_gradients(state.model, passes)
     loss = mean_loss(losses, dist)
     finite_blocks = dist.all_true(state.scales.unscale()) if state.scales else None
@@ -128,17 +128,21 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     return full[0] if len(full) == 1 else torch.linalg.vector_norm(full)
 
 
-def optimize(state: TrainState, norm: Tensor, loss: Loss, config: OptimizerConfig) -> None:
-    """Clips the gradients, whose norm is given, and steps the optimizers and the plateau rule."""
+def optimize(state: TrainState, norm: Tensor, loss: Loss, made: Tensor, config: OptimizerConfig) -> None:
+    """Clips the gradients, whose norm is given, and steps the optimizers and the plateau rule.
+
+    Where `made` (bool ()) is False nothing changes, on the device.
+    """
     if config.max_grad_norm is not None:
         scale = (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        scale = scale.masked_fill(~made, 1.0)
         torch._foreach_mul_([local(p.grad) for p in state.model.parameters() if p.grad is not None], scale)
     plateau = state.extras.get("plateau")
     set_lr(state.optimizers, config, state.step, plateau.factor if plateau else 1.0)
     for optimizer in state.optimizers:
-        optimizer.step()
+        step_unless(optimizer, ~made)
     if plateau:
-        plateau.step(float(loss.total.detach()))
+        plateau.step(loss.total.detach().masked_fill(~made, torch.nan))
 
 
 def mean_loss(losses: list[Loss], dist: Distributed) -> Loss:
@@ -147,11 +151,14 @@ def mean_loss(losses: list[Loss], dist: Distributed) -> Loss:
         return losses[0]
     names, device = list(losses[0].metrics), losses[0].total.device
     rows = [[loss.total.detach(), *(loss.metrics[name] for name in names)] for loss in losses]
-    table = torch.stack(
-        [torch.stack([torch.as_tensor(v, device=device).float() for v in row]) for row in rows]
-    )
+    table = torch.stack([torch.stack([_on_device(value, device) for value in row]) for row in rows])
     total, *values = (dist.all_reduce(table.mean(dim=0)) / dist.world_size).unbind()
     return Loss(total, dict(zip(names, values, strict=True)))
+
+
+def _on_device(value: Tensor | float, device: torch.device) -> Tensor:
+    """fp32 (); a number is filled in by a kernel, since a copy would wait for the device."""
+    return value.float() if isinstance(value, Tensor) else torch.full((), value, device=device)
 
 
 def split(batch: Any, count: int) -> list[Any]:
@@ -177,59 +184,3 @@ def step_seed(seed: int, step: int) -> int:
 def to_device(batch: Any, device: torch.device) -> Any:
     """The tensors of a batch (also in tuples, lists and dicts) on the device."""
     return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
-
-
-@dataclass
-class NonfiniteGuard:
-    """Counts skipped steps, in all and in a row; `limit` in a row end the run."""
-
-    limit: int
-    skipped: int = 0
-    in_a_row: int = 0
-
-    def record_skip(self, scaled: bool) -> bool:
-        """Counts a skipped step; whether these are too many in a row.
-
-        Gradient scales (`scaled`) are lowered once in 125 steps, so with them the limit is 125 times as high.
-        """
-        self.skipped += 1
-        self.in_a_row += 1
-        return self.in_a_row >= self.limit * (BACKOFF_INTERVAL if scaled else 1)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
-
-
-def find_nonfinite(model: nn.Module, forward: Callable[[], Any], dist: Distributed) -> str:
-    """The first tensor that is not finite in any process: a parameter, a module's output or a gradient.
-
-    `forward` repeats the failing forward pass.
-    """
-    parameters = dict(model.named_parameters())
-    yes = torch.ones((), dtype=torch.bool, device=local(next(iter(parameters.values()))).device)
-
-    def finite(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.stack([yes, *(torch.isfinite(local(tensor)).all() for tensor in tensors)]).all()
-
-    def first_bad(flags: dict[str, Tensor]) -> str | None:
-        together = dist.all_true(torch.stack([*flags.values()])).tolist() if flags else []
-        return next((name for name, good in zip(flags, together, strict=True) if not good), None)
-
-    if bad := first_bad({f"parameter {name}": finite([p]) for name, p in parameters.items()}):
-        return bad
-    names, outputs = {module: name or "the model" for name, module in model.named_modules()}, {}
-
-    def watch(module: nn.Module, inputs: Any, output: Any) -> None:
-        if name := names.get(module):
-            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-            outputs[f"output of {name}"] = outputs.get(f"output of {name}", yes) & finite(tensors)
-
-    with register_module_forward_hook(watch), torch.no_grad():
-        forward()
-    gradients = {
-        f"gradient of {n}": finite([] if p.grad is None else [p.grad]) for n, p in parameters.items()
-    }
-    return first_bad(outputs) or first_bad(gradients) or "the loss itself"

@@ -17,18 +17,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dalle.io.files import check_meta, read_json
+from dalle.precision import tf32
 from dalle.train.checkpoint import latest_checkpoint, restore
 from dalle.train.checkpoint_saver import RunGuard
 from dalle.train.config import LogConfig, Resume, TrainConfig
 from dalle.train.distributed import Distributed
 from dalle.train.grad_scaler import build_grad_scaler
 from dalle.train.loggers import Loggers, Numbers, ThroughputMeter, peak_flops, to_numbers
+from dalle.train.nonfinite import NonfiniteGuard
 from dalle.train.optimizer import ReduceLROnPlateau, build_optimizers
 from dalle.train.powersgd import build_powersgd
 from dalle.train.precision import autocast, resolve_precision
 from dalle.train.profiler import StepProfiler
 from dalle.train.state import EMA, TrainState
-from dalle.train.step import NonfiniteGuard, to_device, train_step
+from dalle.train.step import to_device, train_step
 from dalle.types import Loss, Objective, StepCost
 
 
@@ -80,7 +82,7 @@ class Trainer:
             Preempted: (a SystemExit of status 75) a signal stopped the run; it has saved.
         """
         config = self.config
-        with RunGuard(self.run_dir, self.meta, config) as guard:
+        with tf32(config.tf32), RunGuard(self.run_dir, self.meta, config) as guard:
             self.state = init_train_state(self.model, config, self.seed, self.dist)
             changes, step = self._maybe_resume(guard.control), self.state.step
             loggers = Loggers(self.run_dir, step, self.log_config, self.meta, self.dist.is_main)
@@ -106,15 +108,18 @@ class Trainer:
             with meter.timed("waiting"):
                 batch = to_device(self.batches(state.step), dist.device)
             cost = cost or count(self.model, batch)
-            passes = config.grad_accum_steps
+            step = state.step + 1
+            last = step == self.steps
+            logs = last or step == 1 or step % config.log_every == 0
+            look = logs or step % config.eval_every == 0 or step % config.save_every == 0
+            passes, precision = config.grad_accum_steps, self.precision
             loss, norm = train_step(
-                state, batch, self.objective, config.optimizer, self.precision, self.seed, dist, passes
+                state, batch, self.objective, config.optimizer, precision, self.seed, dist, passes, look
             )
             profiler.end_step(state.step)
             meter.steps += 1
             bar.update()
-            last = state.step == self.steps
-            if last or state.step == 1 or state.step % config.log_every == 0:
+            if logs:
                 numbers = step_metrics(state, loss, norm)
                 if state.step == 1:
                     numbers |= {f"baseline/{name}": x for name, x in baseline(self.model).items()}
@@ -185,7 +190,7 @@ def init_train_state(model: nn.Module, config: TrainConfig, seed: int, dist: Dis
         EMA(model, config.ema),
         build_grad_scaler(model) if precision == "fp16" else None,
     )
-    state.extras["nonfinite"] = NonfiniteGuard(config.max_skipped_steps)
+    state.extras["nonfinite"] = NonfiniteGuard(config.max_skipped_steps, dist.device)
     if config.optimizer.plateau.max_reductions:
         state.extras["plateau"] = ReduceLROnPlateau(config.optimizer.plateau)
     if dist.replicas and (powersgd := build_powersgd(model, config.powersgd, seed, dist.replicas)):

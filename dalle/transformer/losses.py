@@ -8,6 +8,7 @@ for a chunk of positions at a time: at paper size those of a batch would outweig
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,58 +19,130 @@ from dalle.transformer.config import TEXT_WEIGHT
 from dalle.transformer.model import Transformer
 
 LOGITS = 2**23  # at once, 32 MiB: 1,024 positions over the paper's 8,192 codes
+IGNORED = -100  # F.cross_entropy's ignore_index
+
+
+def logits_at_once(device: torch.device) -> int:
+    """Logits that exist at once in training: 2^23, on CUDA 1/512 of the card's memory up to 2^25."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return LOGITS
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return min(max(LOGITS, memory // 2048), 4 * LOGITS)
 
 
 def cross_entropies(
-    model: Transformer, ids: Tensor, logits: int = LOGITS, text_tokens: Tensor | None = None
+    model: Transformer,
+    ids: Tensor,
+    logits: int | None = None,
+    text_tokens: Tensor | None = None,
+    check: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Mean negative log likelihood in nats per text token and per image token.
 
+    On a GPU no shape depends on the captions, or the host would wait for their lengths: text positions that
+    do not count come last, with targets that cross-entropy ignores.
+
     Args:
         ids: joint ids (B, N).
-        logits: how many exist at once (at least one position's).
+        logits: how many exist at once (at least one position's); by default `logits_at_once`.
         text_tokens: what the text's sum is divided by; by default the number of text tokens in `ids`.
+        check: raises ValueError for an id that cannot stand where it stands, as `Transformer.hidden`.
     """
-    layout = model.layout
-    at_once = [max(1, logits // vocab) for vocab in (layout.image_offset, layout.image_vocab)]
-    hidden = model.hidden(ids)
+    layout, logits = model.layout, logits or logits_at_once(ids.device)
+    hidden = model.hidden(ids) if check else model.prefill(layout.shift(ids)[:, : ids.shape[1]])
     text, image = layout.unpack(ids)
     counts = layout.loss_mask(ids)[:, : layout.text_len]
-    positions = torch.arange(layout.text_len, device=ids.device).expand_as(counts)[counts]
-    states = hidden[:, : layout.text_len][counts], hidden[:, layout.text_len :].flatten(0, 1)
-    return (
-        chunked_cross_entropy(
-            model.text_logits, (states[0], positions), text[counts], at_once[0], text_tokens
-        ),
-        chunked_cross_entropy(model.image_logits, (states[1],), image.flatten(), at_once[1]),
-    )
+    text_tokens = counts.sum() if text_tokens is None else text_tokens
+    order = (~counts).int().flatten().argsort(stable=True)
+    if ids.device.type == "cpu":
+        order = order[: int(counts.sum().numpy())]
+    states = hidden[:, : layout.text_len].flatten(0, 1).index_select(0, order)
+    targets = text.masked_fill(~counts, IGNORED).flatten()[order]
+    positions = torch.arange(layout.text_len, device=ids.device).repeat(len(ids))[order]
+    at_once = [max(1, logits // vocab) for vocab in (layout.image_offset, layout.image_vocab)]
+    text_nats = chunked_nats(model, states, targets, at_once[0], positions)
+    image_states = hidden[:, layout.text_len :].flatten(0, 1)
+    image_nats = chunked_nats(model, image_states, image.flatten(), at_once[1])
+    return text_nats / text_tokens, image_nats / image.numel()
 
 
-def chunked_cross_entropy(
-    to_logits: Callable[..., Tensor],
-    inputs: tuple[Tensor, ...],
-    targets: Tensor,
-    chunk: int,
-    count: Tensor | None = None,
+def chunked_nats(
+    model: Transformer, states: Tensor, targets: Tensor, chunk: int, positions: Tensor | None = None
 ) -> Tensor:
-    """Mean cross-entropy of R positions, made `chunk` at a time and again in the backward pass.
+    """Sum of the cross-entropies of R positions, made `chunk` at a time.
+
+    In bf16 the operands of the product are bf16, sums and logits fp32, and each chunk's gradient is made with
+    it. Otherwise products are fp32 and made again in the backward pass, unless all R fit into one chunk.
 
     Args:
-        to_logits: inputs of some positions -> logits (positions, vocabulary).
-        inputs: what it takes, each (R, ...).
-        targets: int64 (R,).
-        chunk: positions at once; all R in one go are not computed twice.
-        count: what the sum is divided by; by default R.
+        states: (R, D).
+        targets: int64 (R,), ids of the modality, or IGNORED.
+        positions: int64 (R,) of text; None for image positions.
     """
-    count = len(targets) if count is None else count
+    device = states.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+        offset = model.layout.image_offset
+        weight = model.to_logits.weight[offset:] if positions is None else model.to_logits.weight[:offset]
+        return _NatsInBF16.apply(states, weight, targets, positions, model, chunk, torch.is_grad_enabled())
+    inputs = (states,) if positions is None else (states, positions)
+    to_logits = model.image_logits if positions is None else model.text_logits
 
     def nats(targets: Tensor, *inputs: Tensor) -> Tensor:
-        return F.cross_entropy(to_logits(*inputs), targets, reduction="sum")
+        return F.cross_entropy(to_logits(*inputs), targets, ignore_index=IGNORED, reduction="sum")
 
     if len(targets) <= chunk:
-        return nats(targets, *inputs) / count
+        return nats(targets, *inputs)
     parts = zip(targets.split(chunk), *(i.split(chunk) for i in inputs), strict=True)
-    return sum(checkpoint(nats, *part, use_reentrant=False) for part in parts) / count
+    return sum(checkpoint(nats, *part, use_reentrant=False) for part in parts)
+
+
+class _NatsInBF16(torch.autograd.Function):
+    """Cross-entropies whose gradient is made in the forward pass, so that logits are computed once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        positions: Tensor | None,
+        model: Transformer,
+        chunk: int,
+        train: bool,
+    ) -> Tensor:
+        half, matrix = states.bfloat16(), weight.bfloat16()
+        total = states.new_zeros((), dtype=torch.float32)
+        by_states = torch.empty_like(states) if train else None
+        by_weight = torch.zeros_like(weight) if train else None
+        for start in range(0, len(states), chunk):
+            part = slice(start, start + chunk)
+            logits = fp32_product(half[part], matrix.T)
+            if positions is not None:
+                model.hide_pads(logits, positions[part])
+            log_sum, counted = logits.logsumexp(1, keepdim=True), (targets[part] != IGNORED)[:, None]
+            target = targets[part, None].clamp(min=0)
+            total += ((log_sum - logits.gather(1, target)) * counted).sum()
+            if train:
+                gradient = logits.sub_(log_sum).exp_()  # softmax, less 1 at the target
+                gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
+                gradient = (gradient * counted).bfloat16()
+                by_states[part] = fp32_product(gradient, matrix)
+                by_weight += fp32_product(gradient.T, half[part])
+        ctx.save_for_backward(by_states, by_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        by_states, by_weight = ctx.saved_tensors
+        return gradient * by_states, gradient * by_weight, None, None, None, None, None
+
+
+def fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """bf16 (n, k) @ (k, m) with sums and result in fp32; by tensor cores on CUDA."""
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float()
 
 
 @torch.no_grad()

@@ -129,8 +129,11 @@ class Transformer(nn.Module):
 
     def text_logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """States (..., D) of text positions (...) -> fp32 (..., text_vocab + T), -inf for others' pads."""
-        logits = self._logits(hidden, slice(self.layout.image_offset))
-        others = torch.arange(self.layout.text_len, device=hidden.device) != positions[..., None]
+        return self.hide_pads(self._logits(hidden, slice(self.layout.image_offset)), positions)
+
+    def hide_pads(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """Text logits (..., text_vocab + T) of positions (...); -inf for others' pads, in place."""
+        others = torch.arange(self.layout.text_len, device=logits.device) != positions[..., None]
         logits[..., self.layout.text_vocab :].masked_fill_(others, -torch.inf)
         return logits
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dalle.clip import CLIP
 from dalle.io.images import captioned_grid, image_grid, to_pil
+from dalle.precision import cosines
 from dalle.sampling import candidate_noise
 from dalle.text import BPETokenizer
 from dalle.transformer import Transformer
@@ -38,7 +39,7 @@ def retrieval_grid(model: CLIP, pixels: Tensor, packed: Tensor, captions: list[s
 
     pixels (N, 3, R, R) and packed text (N, L) are of N captions; `captions` are those to show.
     """
-    found = (model.encode_text(packed).float() @ model.encode_image(pixels).float().T).argmax(dim=1)
+    found = cosines(model.encode_text(packed), model.encode_image(pixels)).argmax(dim=1)
     shown = range(min(8, len(captions)))
     own, best = to_pil(pixels[: len(shown)]), to_pil(pixels[found[: len(shown)]])
     scale = -(-SIDE // own[0].width)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dalle.io.images import check_images
 from dalle.layout import check_tokens, token_grid
+from dalle.precision import full_precision, tf32
 from dalle.vqgan.config import GROUPS, VQGANConfig
 
 EPS = 1e-6  # of every group norm (release)
@@ -133,6 +134,10 @@ class Codebook(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Vectors (B, D, h, w) -> codes int64 (B, h, w)."""
+        with full_precision(z.device):
+            return self._nearest(z.float())
+
+    def _nearest(self, z: Tensor) -> Tensor:
         if self.quantizer == "logits":
             return self.proj(z).argmax(dim=1)
         codes, z = self.vectors(), z.movedim(1, -1)  # (B, h, w, D)
@@ -158,12 +163,14 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent, 1)
 
     @torch.no_grad()
+    @tf32(False)
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1], sides multiples of `downsample_factor` -> codes int64 (B, h * w)."""
         check_images(pixels, self.downsample_factor)
         return self.quantize(self.quant_conv(self.encoder(2 * pixels - 1))).flatten(1)
 
     @torch.no_grad()
+    @tf32(False)
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Tokens int64 (B, h * w), square unless `grid` is (h, w) -> float32 (B, 3, H, W) in [0, 1]."""
         check_tokens(tokens, self.vocab_size, "image_tokens")

@@ -26,7 +26,7 @@ from dalle.nn.blocks import ResidualBlock, scale_gradient
 from dalle.schedules import Schedule
 from dalle.train.config import NO_PLATEAU, OptimizerConfig
 from dalle.train.grad_scaler import PerBlockGradScaler
-from dalle.train.step import NonfiniteGuard
+from dalle.train.nonfinite import NonfiniteGuard
 from dalle.transformer import TransformerConfig
 from dalle.viz.curves import scales_figure
 
@@ -116,7 +116,11 @@ def _train(method: str, args: UnderflowStudy) -> list[dict[str, Any]]:
     lines, record_every = [], max(1, args.steps // 60)
     for update in tqdm(range(1, args.steps + 1), desc=method, unit="update", disable=None):
         loss = step(data(range((update - 1) * args.batch_size, update * args.batch_size)))
-        line = {"step": update, "loss": float(loss.total.detach()), "skipped": loss.metrics["skipped_steps"]}
+        line = {
+            "step": update,
+            "loss": float(loss.total.detach()),
+            "skipped": int(loss.metrics["skipped_steps"]),
+        }
         if update % record_every == 0:
             line["zeros"] = zero_fractions(blocks)
             if scaler:

@@ -122,6 +122,7 @@ PLAIN = {
     "bf16": Case(transformer(qk_norm=True), TransformerObjective(), token_batch, {"precision": "bf16"}),
     "fp16": Case(transformer(), Scaled(loud), token_batch, {"precision": "fp16"}),
     "dvae": Case(dvae, DVAEObjective(DVAELossConfig(beta=Schedule(1.0, 1.0))), pixel_batch),
+    "dvae_fp16": Case(dvae, DVAEObjective(), pixel_batch, {"precision": "fp16"}),
     "clip": Case(lambda: CLIP(CLIP_CONFIG), CLIPObjective(), pair_batch),
 }
 SEVERAL = PLAIN | {
@@ -131,6 +132,7 @@ SEVERAL = PLAIN | {
         train={"grad_accum_steps": 2},
         stops=(2, STEPS),
     ),
+    "dvae_fp16": replace(PLAIN["dvae_fp16"], stops=(2, STEPS)),
     "fp16": replace(PLAIN["fp16"], model=transformer(activation_checkpointing=True)),
 }
 """What several processes do: the same trainings, stopped, recomputed and in several passes, which changes no

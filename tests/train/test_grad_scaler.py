@@ -1,6 +1,7 @@
 """fp16 with a gradient scale per resblock: its rules and the flow of Figure 4 (section 2.4, appendix D)."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +10,16 @@ from torch import nn
 from dalle.nn.blocks import ResidualBlock, scale_gradient
 from dalle.schedules import Schedule
 from dalle.train.config import EMAConfig, OptimizerConfig
-from dalle.train.grad_scaler import PerBlockGradScaler, build_grad_scaler
+from dalle.train.distributed import Distributed
+from dalle.train.grad_scaler import GlobalGradScaler, PerBlockGradScaler, build_grad_scaler
 from dalle.train.optimizer import build_optimizers
 from dalle.train.state import EMA, TrainState
 from dalle.train.step import train_step
+from dalle.train.trainer import init_train_state
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.objective import TransformerObjective
+from tests.helpers import distributed_work as cases
+from tests.helpers.line import log_lines, newest_files
 
 CONFIG = TransformerConfig(2, 2, 8, 4, (3, 3), 8, 8, conv_kernel=3, init_scale=1.0)
 
@@ -152,3 +157,46 @@ def test_an_infinite_loss_ends_the_run_all_the_same(state):
         state.model.to_logits.weight.fill_(torch.inf)
     with pytest.raises(FloatingPointError, match="to_logits"):
         step(state)
+
+
+@pytest.mark.parametrize(
+    ("steps", "scale"),
+    [([], 2**16), ([True] * 1999, 2**16), ([True] * 2000, 2**17), ([False] * 3, 2**13), ([False] * 20, 1)],
+)
+def test_the_scale_on_a_loss_follows_torchs_rule(steps, scale):
+    scaler = GlobalGradScaler(nn.Linear(2, 2))
+    expected = torch.amp.GradScaler("cpu")
+    expected.scale(torch.ones(()))  # makes its tensors
+    for finite in steps:
+        scaler.update(torch.tensor([finite]))
+        found_inf = torch.tensor(float(not finite))
+        torch._amp_update_scale_(expected._scale, expected._growth_tracker, found_inf, 2.0, 0.5, 2000)
+    assert scaler.values.tolist() == [scale]
+    assert scale == max(1.0, expected.get_scale())
+
+
+@pytest.mark.parametrize("family", ["dvae", pytest.param("clip", marks=pytest.mark.slow)])
+def test_a_dvae_and_a_clip_learn_in_fp16_and_resume_bit_for_bit(family, tmp_path):
+    case = replace(cases.PLAIN[family], train={"precision": "fp16", "save_every": 2}, stops=(4,))
+    state = cases.train(case, Distributed(), tmp_path / "whole")
+    cases.train(replace(case, stops=(2, 4)), Distributed(), tmp_path / "split")
+    assert newest_files(tmp_path / "whole") == newest_files(tmp_path / "split")
+    assert state.scales.state_dict()["finite_in_a_row"] > 0
+    lines = [log_lines(tmp_path / name) for name in ("whole", "split")]
+    assert lines[0] == lines[1]
+    assert lines[0][-1]["grad_scale_log2"] == [16 - lines[0][-1]["skipped_steps"]]
+
+
+def test_a_loss_that_overflows_halves_the_scale_and_its_gradient_is_that_of_fp32():
+    case = cases.PLAIN["dvae"]
+    config, norms = replace(cases.TRAIN, precision="fp16", optimizer=OPTIM), []
+    for precision, start in (("fp32", 1.0), ("fp16", 2.0**16), ("fp16", 2.0**24)):
+        torch.manual_seed(0)
+        state = init_train_state(case.model(), replace(config, precision=precision), 0, Distributed())
+        if state.scales:
+            state.scales.values.fill_(start)
+        loss, norm = train_step(state, case.batch(0), case.objective, OPTIM, precision, 0, look=False)
+        norms.append(float(norm))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2)
+    assert not math.isfinite(norms[2])
+    assert (state.scales.values.item(), loss.metrics["skipped_steps"]) == (2.0**23, 1)

@@ -8,7 +8,7 @@ from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.config import EMAConfig
 from dalle.train.grad_scaler import BACKOFF_INTERVAL
 from dalle.train.loggers import read_log
-from dalle.train.step import NonfiniteGuard
+from dalle.train.nonfinite import NonfiniteGuard
 from dalle.types import Loss
 from tests.helpers.line import fit_line, newest_files
 
@@ -91,8 +91,12 @@ def test_the_average_is_updated_only_at_steps_that_were_made(tmp_path):
     assert state.ema.updates == 2
 
 
-def test_scales_have_125_times_the_patience():
+def test_scales_have_125_times_the_patience_unless_the_loss_itself_is_bad():
     """A scale that is too large comes down once in 125 steps (D)."""
-    for scaled, most in ((True, 2 * BACKOFF_INTERVAL), (False, 2)):
-        guard = NonfiniteGuard(2)
-        assert [guard.record_skip(scaled) for _ in range(most)] == [False] * (most - 1) + [True]
+    for patience, loss, most in ((125, 1.0, 2 * BACKOFF_INTERVAL), (1, 1.0, 2), (125, torch.nan, 2)):
+        guard, ends = NonfiniteGuard(2), []
+        for _ in range(most):
+            assert not guard.admit(torch.tensor(False), torch.tensor(loss), patience)
+            ends.append(guard.at_end())
+        assert ends == [False] * (most - 1) + [True]
+        assert not guard.admit(torch.tensor(True), torch.tensor(1.0))  # nothing more, until the host looks

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dalle.config import configuration
 from dalle.io.images import check_images
 from dalle.layout import check_tokens, token_grid
+from dalle.precision import tf32
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
 
 LICENSE = "MIT, of github.com/lucidrains/DALLE-pytorch; weights are of whoever trained them"
@@ -94,6 +95,7 @@ class DiscreteVAE(nn.Module):
         self.decoder = nn.Sequential(*after, *up, nn.Conv2d(width, 3, 1))
 
     @torch.no_grad()
+    @tf32(False)
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1], sides multiples of `downsample_factor` -> likeliest codes (B, h * w)."""
         check_images(pixels, self.downsample_factor)
@@ -101,6 +103,7 @@ class DiscreteVAE(nn.Module):
         return self.encoder((pixels - means) / deviations).argmax(dim=1).flatten(1)
 
     @torch.no_grad()
+    @tf32(False)
     def decode(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """int64 (B, h * w), square unless `grid` is (h, w) -> float32 (B, 3, H, W) in [0, 1]."""
         check_tokens(tokens, self.vocab_size, "image_tokens")
