@@ -39,7 +39,8 @@ NUMBERS = {int: (Integral, 2**63 - 1, "a whole number"), float: (Real, sys.float
 """Python type of a number -> what is taken for it, its largest magnitude, its name in messages."""
 LAYERS = ("depth", "blocks_per_group", "vision_layers", "text_layers", "blocks", "levels")
 """Fields that count layers, of which none is without a tensor."""
-MAX_LAYERS = 1024
+BATCHES = ("batch", "batch_size", "decode_batch_size", "overfit_batch", "prompts_per_batch")
+LIMITS = dict.fromkeys((*LAYERS, "prefetch", "workers"), 2**10) | dict.fromkeys(BATCHES, 2**20)
 type_hints = cache(typing.get_type_hints)
 RESUME_FREE = {"resume": "free"}
 """Metadata of a field that a resumed run may change."""
@@ -72,8 +73,8 @@ def configuration(cls: type | None = None, *, kw_only: bool = False) -> Any:
                 value = _read_value(hint, whole, default, name, wrong)
             if wrong:
                 raise ValueError(wrong[0].replace(": expected", " must be", 1))
-            if name in LAYERS and value > MAX_LAYERS:
-                raise ValueError(f"{name} must be at most {MAX_LAYERS}, got {value}")
+            if type(value) is int and value > LIMITS.get(name, value):
+                raise ValueError(f"{name} must be at most {LIMITS[name]}, got {value}")
             object.__setattr__(self, name, value)
         check(self)
 
@@ -249,7 +250,7 @@ def parse(
     none. For `schema` see `load`; `description` is shown by `--help` above the fields.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    subcommand = sys.argv[1 : len(sys.argv) - len(words)] if sys.argv[1:][-len(words) :] == words else []
+    typed = sys.argv[: len(sys.argv) - len(words)] if sys.argv[1:][-len(words) :] == words else sys.argv[:1]
     if preset and not words:
         print(f"no arguments: using --config {preset} (see --help for all settings)")
         words = ["--config", str(preset)]
@@ -268,8 +269,7 @@ def parse(
     text = f"{description or cls.__doc__}\n\n--config FILE (repeatable) reads YAML; dotted overrides win."
     text = re.sub(r"^(?=python |torchrun )", "  ", text, flags=re.MULTILINE)  # tyro joins lines of letters
     with field_docs() if {"-h", "--help"} & {*rest} else nullcontext():
-        prog = " ".join([sys.argv[0], *subcommand])
-        return tyro.cli(cls, prog=prog, args=rest, default=default, description=text)
+        return tyro.cli(cls, prog=" ".join(typed), args=rest, default=default, description=text)
 
 
 @contextmanager

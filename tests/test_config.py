@@ -89,6 +89,7 @@ class TestValues:
             ({"model": [1, 2]}, "model: must be a mapping"),
             ({"model": None}, "model: must be a mapping"),
             ({"model": {"blocks_per_group": 10**9}}, "model: blocks_per_group must be at most 1024"),
+            ({"train": {"batch_size": 10**12}}, "train: batch_size must be at most"),
             ({"loss": {"tau": {"initial": 1.0, "final": 0.1, "decay_steps": 0}}}, "loss.tau: decay_steps"),
         ],
     )
