@@ -155,7 +155,7 @@ def _read_directory(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Te
         file, expected = path / "text_tokenizer.json", inputs["text"]
         inputs |= {"text": read_json(file), "text_hash": expected}
         if (found := json_hash(inputs["text"])) != expected:
-            found = f"{file.name} has hash {found}, expected {expected}"
+            found = f"{file.name} has hash {found}, expected {expected!s:.80}"
             raise ValueError(f"{path}: the files do not belong together: {found}")
     return config["parts"][kind] | {"inputs": inputs}, read_tensors(path / f"{kind}.safetensors")
 

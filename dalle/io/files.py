@@ -291,8 +291,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     for kind, part in config["parts"].items():
         described = part if isinstance(part, dict) else {}
         model_config, digest = described.get("model_config"), described.get("hash")
-        if not kind.isidentifier() or not isinstance(model_config, dict) or not isinstance(digest, str):
+        named = kind.isidentifier() and len(kind) < 80 and isinstance(digest, str) and len(digest) < 80
+        if not named or not isinstance(model_config, dict):
             raise ValueError(
-                f"{path}: part {kind!r} needs a valid name, a model_config and a hash; it is damaged"
+                f"{path}: part {kind!r:.80} needs a valid name, a model_config and a hash; it is damaged"
             )
     return config
