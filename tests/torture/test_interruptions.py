@@ -46,7 +46,7 @@ def stages(
     options["sampling"] = SamplingConfig(batch_size=4)
     return {
         "text": (train_tokenizer, replace(tiny_runs.text, captions=2000)),
-        "dvae": (train_dvae, replace(tiny_runs.dvae, steps=60, data=data)),
+        "dvae": (train_dvae, replace(tiny_runs.dvae, steps=30, data=data)),
         "tokens": (encode_images, replace(tiny_runs.encode, dvae=chain / "dvae", encode=encode)),
         "transformer": (train_transformer, with_inputs(tiny_runs.transformer, chain, steps=40)),
         "clip": (train_clip, with_inputs(tiny_runs.clip, chain, steps=40)),
