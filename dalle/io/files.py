@@ -113,8 +113,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         path.open("rb").close()  # safetensors calls every file missing that it cannot open
         return load_file(path)
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise ValueError(f"no file {path}; the checkpoint is incomplete") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a directory, expected a file of weights") from None
     except SafetensorError as error:
         check_kind(path)
         raise ValueError(f"{path} is truncated or not a safetensors file: {error!s:.300}") from None

@@ -27,8 +27,8 @@ PART = {"model_config": {"width": 2}, "hash": "00ff"}
 CONFIG = {"kind": "dalle", "format": FORMAT, "inputs": {}, "parts": {"dvae": PART}}
 
 
-BAD_PARTS = [None, [], {}, {"../dvae": PART}]
-BAD_PARTS += [{"dvae": part} for part in (3, {"hash": "00ff"}, PART | {"hash": None})]
+BAD_PARTS = [None, [], {}, {"../dvae": PART}, {"x" * 10_000: PART}]
+BAD_PARTS += [{"dvae": part} for part in (3, {"hash": "00ff"}, PART | {"hash": None}, PART | {"hash": "f" * 10_000})]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_bad_meta_is_refused(tmp_path, meta, message):
         check_meta(meta, "dvae", tmp_path)
 
 
-@pytest.mark.parametrize("parts", BAD_PARTS, ids=str)
+@pytest.mark.parametrize("parts", BAD_PARTS, ids=lambda parts: str(parts)[:40])
 def test_a_damaged_config_is_refused(tmp_path, parts):
     write_json(tmp_path / "config.json", CONFIG)
     assert read_config(tmp_path) == CONFIG
