@@ -73,7 +73,8 @@ def app(args: AppArgs) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise ImportError("the web page needs gradio: pip install 'zeroshot-text2image[app]'")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # removes the folder, as Ctrl-C does
-    model = DALLE.from_pretrained(str(args.model), resolve_device(args.device))
+    device = resolve_device(args.device)
+    model = DALLE.from_pretrained(str(args.model), device, args.precision, int8=args.int8)
     with TemporaryDirectory(prefix="dalle-app-") as folder:
         page = launch(args, model, folder)
         try:

@@ -240,7 +240,8 @@ def open_model(args: SampleArgs, external: bool, group: Distributed) -> DALLE:
         dvae = load_stage("dvae", args.dvae, device).model if args.dvae else None
         return load_external_pipeline(args.model, text, dvae, scorer, device)
     if args.model:
-        return DALLE.from_pretrained(str(args.model), device)
+        rounding = {} if args.save_pretrained else {"precision": args.precision, "int8": args.int8}
+        return DALLE.from_pretrained(str(args.model), device, **rounding)
     dvae, transformer = (load_stage(kind, getattr(args, kind), device) for kind in ("dvae", "transformer"))
     clip, optional = None, args.clip is None and args.best_of == args.num_images
     if scorer is None:

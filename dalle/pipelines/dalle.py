@@ -238,8 +238,10 @@ class DALLE:
             directory = resolve_source(source, kinds, revision, token)
         if "clip" not in read_config(directory)["parts"]:
             kinds = kinds[:2]
-        models = [load_model(directory, kind, device) for kind in kinds]
-        return cls.from_parts(*models).to_precision(precision, int8)
+        precision = resolve_precision(precision, device, inference=True)
+        at = {"transformer": "cpu"} if int8 or precision != "fp32" else {}  # rounded before it is moved
+        model = cls.from_parts(*(load_model(directory, kind, at.get(kind, device)) for kind in kinds))
+        return model.to_precision(precision, int8).to(device)
 
     @classmethod
     def from_parts(

@@ -62,7 +62,7 @@ class TrainingRun(AbstractContextManager):
             model.to(dist.device, **placement)
         self.model, self.inputs, self.init = model, inputs, self._init_weights(model, inputs)
         if args.compile:
-            compile_layers(model)
+            compile_layers(model, dist.sharded)
         return model
 
     def train(
@@ -120,8 +120,6 @@ def start_processes(args: TrainArgs) -> Distributed:
     mode, launched = args.parallel, "RANK" in os.environ and "WORLD_SIZE" in os.environ
     world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
     shard = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if args.shard is None else args.shard
-    if args.compile and mode in ("fsdp", "hsdp"):
-        raise ValueError(f"--compile with --parallel {mode} is untested; omit it, or use --parallel ddp")
     if args.shard is not None and mode != "hsdp":
         raise ValueError(f"--shard is for --parallel hsdp, not for {mode}; omit it")
     if mode == "none" and world_size > 1:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from itertools import chain
 
 import torch
 from torch import nn
@@ -67,14 +68,22 @@ def resolve_device(name: str) -> torch.device:
 
 
 def copy_to_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of a model on a device, without gradients; it shares the tensors that are there already."""
+    """A copy of a model on a device, which shares the tensors that are there already; itself if all are."""
+    if all(tensor.device == device for tensor in (*model.parameters(), *model.buffers())):
+        return model
     moved = {id(p): nn.Parameter(p.detach().to(device), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, moved | {id(buffer): buffer.to(device) for buffer in model.buffers()})
 
 
-def compile_layers(model: nn.Module, **options) -> None:
-    """Compiles each layer of the model's ModuleLists, or each child if there are none; weight names do not
-    change."""
+def compile_layers(model: nn.Module, sharded: bool = False, **options) -> None:
+    """Compiles each layer of the model's ModuleLists, or each child if there are none; names do not change.
+
+    Of a sharded model it compiles what FSDP2 gathers at once, within FSDP2's hooks, which stay as they are.
+    """
+    if sharded:
+        for part in chain.from_iterable(model.fsdp_groups()):
+            part.forward = torch.compile(part.forward, **options)
+        return
     layers = [layer for stack in model.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
     for part in layers or model.children():
         part.compile(**options)

@@ -26,6 +26,7 @@ from dalle.train import TrainConfig, Trainer, distributed
 from dalle.train.checkpoint import latest_checkpoint, restore
 from dalle.train.config import EMAConfig, OptimizerConfig, PlateauConfig, PowerSGDConfig
 from dalle.train.distributed import Distributed, local
+from dalle.train.precision import compile_layers
 from dalle.train.state import TrainState
 from dalle.train.step import split
 from dalle.train.trainer import init_train_state
@@ -107,6 +108,7 @@ class Case:
     """Steps of each call of `fit`; the second goes on from the first's checkpoint."""
     sliced: bool = True
     """Built from each process's slices; else whole, and sharded then."""
+    compiles: bool = False
 
 
 def transformer(**changes) -> Callable[[], nn.Module]:
@@ -197,8 +199,13 @@ def train(case: Case, parallel: Distributed, out: Path) -> TrainState:
     for steps in case.stops:
         torch.manual_seed(0)
         config = replace(TRAIN, **case.train)
+        averaged = config.powersgd.rank is None
+        model = parallel.build(case.model, averaged) if case.sliced else case.model()
+        if case.compiles:
+            parallel.wrap(model, config.precision, averaged)
+            compile_layers(model, parallel.sharded, backend="aot_eager", fullgraph=True)
         state = Trainer(
-            parallel.build(case.model, config.powersgd.rank is None) if case.sliced else case.model(),
+            model,
             case.objective,
             lambda step: split(case.batch(step), parallel.world_size)[parallel.rank],
             config,
@@ -319,6 +326,17 @@ def work(rank: int, mode: str, out: Path, shard: int | None) -> dict[str, Any]:
         for name, case in BROKEN.items():
             found[name] = traceback_of(train, case, parallel, out / name)
     return found | {"printed": printed.getvalue()}
+
+
+def compiled(rank: int, out: Path) -> None:
+    """A sharded training with compiled layers, stopped and resumed, gives the weights of one without."""
+    with Distributed.start("fsdp", "cpu") as parallel:
+        for name in ("transformer", "clip", "dvae"):
+            case, weights = SEVERAL[name], []
+            for compiles in (False, True):
+                state = train(replace(case, compiles=compiles), parallel, out / f"{name}-{compiles}")
+                weights.append([local(p) for p in state.model.parameters()])
+            torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
 
 
 def hang(rank: int) -> str:

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle.hub import registry
 from dalle.hub.registry import load_model, weights_hash, write_model_directory
+from dalle.pipelines.dalle import DALLE
 
 KINDS = ("dvae", "transformer", "clip")
 
@@ -49,6 +50,19 @@ def test_opening_initializes_and_copies_nothing(folder, kind):
     assert {t.device.type for t in tensors} == {"cpu"}
     places = [tensor.data_ptr() for tensor in model.state_dict().values()]
     assert max(places) - min(places) < (folder / f"{kind}.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_model_is_rounded_as_it_is_opened(folder, int8):
+    expected = DALLE.from_pretrained(folder).to_precision("bf16", int8)
+    with Operations() as seen:
+        found = DALLE.from_pretrained(folder, precision="bf16", int8=int8)
+    assert (found.hash, found.precision) == (expected.hash, expected.precision)
+    assert "clone" not in seen.names
+    for name, tensor in found.transformer.state_dict().items():
+        assert torch.equal(tensor, expected.transformer.state_dict()[name])
+    unrounded = load_model(folder, "transformer").model.token_embedding.weight
+    assert torch.equal(found.transformer.token_embedding.weight, unrounded)
 
 
 def test_a_file_is_hashed_once_until_it_changes(folder, hashed):

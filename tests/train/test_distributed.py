@@ -122,6 +122,11 @@ def test_sharded_models_start_in_the_memory_of_their_slices(mode, several):
         assert (process["start"], process["init_from"]) == ("", "")
 
 
+@pytest.mark.slow
+def test_compiled_layers_of_sharded_models_train_as_others(tmp_path):
+    run_processes(2, cases.compiled, tmp_path)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_collectives_and_shards(mode, several):
     assert [process["collectives"] for process in several(mode)[1]] == [""] * WORLD[mode]
@@ -269,7 +274,6 @@ def torchrun(monkeypatch):
     ("world", "local_world", "args", "words"),
     [
         (None, None, {"parallel": "ddp"}, "--parallel ddp needs torchrun"),
-        (2, 2, {"parallel": "fsdp", "compile": True}, "--compile with --parallel fsdp"),
         (2, 2, {}, "torchrun started 2 processes.*--parallel ddp, fsdp or hsdp"),
         (6, 4, {"parallel": "hsdp"}, "6 processes do not divide into groups of 4.*--shard"),
         (4, 4, {"parallel": "hsdp", "shard": 0}, "4 processes do not divide into groups of 0"),
