@@ -52,7 +52,8 @@ class EMA:
         named = dict(model.named_parameters())
         for name, total in self.sums.items():
             held, weights = local(total), local(named[name].detach())
-            weights = torch.where(made.to(held.device), weights.to(held.device), held)
+            weights = copy_on_cpu(weights) if self.device == "cpu" else weights
+            weights = torch.where(made.to(held.device), weights, held)
             held.lerp_(weights, 1 - self.config.decay)
 
     def averaged(self) -> dict[str, Tensor]:
@@ -66,23 +67,24 @@ class EMA:
         They are swapped one by one; the weights wait where the averages are stored.
         """
         own: dict[str, Tensor] = {}
+        updates = self.updates
         weights = {name: local(p.detach()) for name, p in model.named_parameters() if name in self.sums}
         try:
             with torch.no_grad():
-                for name, weight in weights.items() if self.updates else ():
+                for name, weight in weights.items() if updates else ():
                     own[name] = weight.clone() if self.device is None else copy_on_cpu(weight)
-                    weight.copy_(self._average(name, pin_memory=weight.is_cuda))
+                    weight.copy_(self._average(name, updates, pin_memory=weight.is_cuda))
             yield
         finally:
             with torch.no_grad():
                 for name, value in own.items():
                     weights[name].copy_(value)
 
-    def _average(self, name: str, pin_memory: bool) -> Tensor:
+    def _average(self, name: str, updates: int, pin_memory: bool) -> Tensor:
         """This process's shard of one average, in pinned memory if it is on the CPU."""
         total = local(self.sums[name])
         average = torch.empty_like(total, pin_memory=pin_memory and total.is_cpu)
-        return torch.div(total, 1 - self.config.decay**self.updates, out=average)
+        return torch.div(total, 1 - self.config.decay**updates, out=average)
 
 
 def copy_on_cpu(tensor: Tensor) -> Tensor:
