@@ -1,8 +1,9 @@
-"""Help of the command line: an overview, and the text under each field of a dataclass."""
+"""Words of the command line: an overview, the text under each field of a dataclass, long values cut."""
 
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 import typing
 from collections.abc import Sequence
@@ -40,3 +41,8 @@ def field_docs() -> ConstructorRegistry:
         return StructConstructorSpec(instantiate=info.type, fields=tuple(fields))
 
     return registry
+
+
+def shorten(message: str) -> str:
+    """A message whose quoted values have some hundred characters at most."""
+    return re.sub(r"(\S{300})\S+", r"\1...", message)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MIN_TEMPERATURE = 1e-30
 """Logits divided by less could overflow float32."""
+MAX_GUIDANCE = 1e6
+"""Logits scaled by more could overflow float32."""
 MAX_COUNT = 2**20
 """Most candidates of a prompt, and rows of a batch; a typing error must not sample for years."""
 
@@ -56,6 +58,8 @@ class SamplingConfig:
             raise ValueError(
                 f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {self.temperature}"
             )
+        if self.guidance is not None and not abs(self.guidance) <= MAX_GUIDANCE:
+            raise ValueError(f"guidance must be at most {MAX_GUIDANCE:g} in magnitude, got {self.guidance}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:

@@ -249,6 +249,8 @@ class TestCommandLine:
             os.stat("a" * 300)
         with pytest.raises(SystemExit, match="allocate"), cli_errors():
             torch.empty(2**50)
+        with pytest.raises(SystemExit, match=r"^error: no file a{300}\.\.\. expected"), cli_errors():
+            raise ValueError(f"no file {'a' * 5000}; expected one")
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(SystemExit, match="without torchrun"), cli_errors():
             pass

@@ -212,7 +212,7 @@ def test_truncation_that_keeps_everything_changes_nothing(options):
     + [({"top_p": value}, f"top_p .* got {value}") for value in (0.0, 1.1, math.nan)]
     + [({"min_p": value}, f"min_p .* got {value}") for value in (-0.1, 1.1, math.nan)]
     + [({name: 0}, f"{name} .* got 0") for name in ("top_k", "batch_size", "decode_batch_size")]
-    + [({"guidance": math.inf}, "guidance must be a finite number")],
+    + [({"guidance": math.inf}, "guidance must be a finite number"), ({"guidance": 1e300}, "guidance .* 1e")],
 )
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import sqlite3
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -88,6 +87,7 @@ def convert_captions(args: ConvertCaptionsArgs) -> ConversionResult:
         ValueError: captions in another format, or no record with an image.
     """
     from dalle.io.files import prepare_file, sync
+    from dalle.train.checkpoint_saver import partial_directory
 
     for name in ("format", "captions", "images"):
         if getattr(args, name) is None:
@@ -101,12 +101,12 @@ def convert_captions(args: ConvertCaptionsArgs) -> ConversionResult:
     prepare_file(args.out)
     folder = args.out.resolve().parent
     start = folder if images.is_relative_to(folder) else images  # where the paths in the table start
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".converting-") as partial:
-        with closing(sqlite3.connect(Path(partial) / "pairs.sqlite")) as database:
+    with partial_directory(folder / f".partial-{args.out.stem}") as partial:
+        with closing(sqlite3.connect(partial / "pairs.sqlite")) as database:
             database.executescript(SCHEMA)
             _insert_images(database, args.images, result)
             _insert_captions(database, args, files, result)
-            table = Path(partial) / "table.jsonl"
+            table = partial / "table.jsonl"
             _write_table(database, images.relative_to(start), table, result)
         if not result.images:
             raise ValueError(f"no record of {args.captions} finds an image in {args.images}\n{result}")

@@ -11,11 +11,12 @@ python scripts/sample.py --model pytorch_model_v3.bin --text-tokenizer bpe.model
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 from tyro.conf import arg
 
@@ -26,6 +27,9 @@ from dalle.sampling import SamplingConfig
 if TYPE_CHECKING:
     from dalle.pipelines.dalle import DALLE
     from dalle.train.distributed import Distributed
+
+OWN_FILES = re.compile(r"\.lock|\.writable|\.partial-.+|grid\.png|\d+\.png")
+"""Names in the directory of one sample before it has a sample.json."""
 
 
 @configuration
@@ -126,8 +130,10 @@ def sample(args: SampleArgs) -> Path:
     candidates of one prompt, or the prompts of a file.
     """
     from dalle.io.files import make_directory
+    from dalle.io.images import load_image
     from dalle.pipelines.sample_prompts import read_prompts
     from dalle.pretrained.load import holds_text_tokenizer, is_external_checkpoint
+    from dalle.train.checkpoint_saver import LOCK
     from dalle.train.distributed import Distributed
 
     own = args.model is None or (args.model / "config.json").is_file()
@@ -135,13 +141,14 @@ def sample(args: SampleArgs) -> Path:
     check(args, external, external and holds_text_tokenizer(args.model))
     if args.prompts_file:
         read_prompts(args.prompts_file)  # a bad line is found before a model is loaded
-    out = args.out
+    if args.init_image:
+        load_image(args.init_image)
+    out, lock = args.out, None
     with Distributed.join(args.device) as group:
         if out is None:
             out = group.on_main(lambda: new_directory(args.prompt))
         elif group.is_main:  # a place that cannot be written fails before the work
-            if not args.prompts_file and out.is_dir() and any(out.iterdir()):
-                raise ValueError(f"{out} is not empty; give another --out")
+            lock = None if args.prompts_file else claim(out)
             make_directory(out)
         try:
             model = open_model(args, external, group)
@@ -150,14 +157,36 @@ def sample(args: SampleArgs) -> Path:
             model = model.to_precision(args.precision, args.int8)
             generate = _sample_file if args.prompts_file else _sample_prompt
             generate(args, model, out, group)
+            if lock:  # the sample is complete
+                (out / LOCK).unlink()
         except BaseException:
+            if lock and [path.name for path in out.glob("*")] == [LOCK]:
+                (out / LOCK).unlink()
             if group.is_main and out.is_dir() and not any(out.iterdir()):
                 if args.out:
                     out.rmdir()
                 else:
                     os.removedirs(out)  # runs/samples too, if there is no other sample
             raise
+        finally:
+            if lock:
+                lock.close()
     return out
+
+
+def claim(out: Path) -> TextIO:
+    """Locks the directory of one sample: an empty one, or that of a killed command, which begins again."""
+    from dalle.train.checkpoint_saver import LOCK, lock_directory
+
+    names = [path.name for path in out.iterdir()] if out.is_dir() else []
+    foreign = [name for name in names if not OWN_FILES.fullmatch(name)]
+    if foreign or (names not in ([], [".writable"]) and LOCK not in names):
+        raise ValueError(f"{out} is not empty; give another --out")
+    lock = lock_directory(out)
+    for name in names:
+        if name != LOCK:
+            (out / name).unlink()
+    return lock
 
 
 def new_directory(prompt: str) -> Path:

@@ -8,6 +8,7 @@ bytes: keys count from 0 in their order, members have no time or owner.
 """
 
 import io
+import os
 import tarfile
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -60,32 +61,42 @@ def run_write_tars(args: WriteTarsArgs) -> None:
 
 
 def write_tars(source: DataSource, folder: Path, shard_size: int = 10_000) -> tuple[int, int, list[str]]:
-    """Writes 00000.tar, 00001.tar, ... into a folder; a tar gets its name when it is complete.
+    """Writes 00000.tar, 00001.tar, ... into a folder; until all are complete they lie in its .partial/.
 
     Returns the number of tars, that of images, and the samples that cannot be packed, with the reason.
 
     Raises:
         ValueError: the folder holds tars, or no sample can be packed.
     """
-    from dalle.io.files import check_result, make_directory
+    from dalle.io.files import check_result
+    from dalle.train.checkpoint_saver import partial_directory
 
     if shard_size < 1:
         raise ValueError(f"shard_size must be positive, got {shard_size}")
-    if any(make_directory(check_result(folder)).glob("*.tar")):
+    partial = check_result(folder) / ".partial"
+    if any(folder.glob("*.tar")) and not partial.is_dir():
         raise ValueError(f"{folder} holds tars already; give an empty folder, or remove them")
+    with partial_directory(partial):
+        result = _write_partial(source, partial, shard_size)
+        tars = {tar.name for tar in partial.glob("*.tar")}
+        if foreign := [tar for tar in folder.glob("*.tar") if tar.name not in tars]:
+            raise ValueError(f"{folder} holds other tars, such as {foreign[0].name}; give another --out")
+        for name in sorted(tars):
+            os.replace(partial / name, folder / name)
+    return result
+
+
+def _write_partial(source: DataSource, folder: Path, shard_size: int) -> tuple[int, int, list[str]]:
     tars, images, left_out = 0, 0, list[str]()
     samples = _samples(source, left_out)
     for first in samples:
-        path = folder / f"{tars:05d}.tar"
-        part = path.with_suffix(".tar.part")
-        with tarfile.TarFile(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with tarfile.TarFile(folder / f"{tars:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for members in chain([first], islice(samples, shard_size - 1)):
                 for name, data in members:
                     member = tarfile.TarInfo(name)
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
                 images += 1
-        part.replace(path)
         tars += 1
     if not images:
         raise ValueError(f"none of {len(source)} samples can be packed: {'; '.join(left_out[:1])}")

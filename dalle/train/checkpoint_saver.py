@@ -2,12 +2,14 @@
 
 import errno
 import os
+import shutil
 import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -124,6 +126,9 @@ class RunGuard(AbstractContextManager):
             ) from None
 
 
+LOCK = ".lock"
+
+
 def lock_directory(run_dir: Path) -> TextIO:
     """Makes a run's directory and holds its .lock until the file is closed or the process ends.
 
@@ -131,7 +136,7 @@ def lock_directory(run_dir: Path) -> TextIO:
     data workers do not inherit it. Windows has none: nothing is locked there.
     """
     make_directory(run_dir)
-    file = (run_dir / ".lock").open("a+", encoding="utf-8")
+    file = (run_dir / LOCK).open("a+", encoding="utf-8")
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,6 +154,19 @@ def lock_directory(run_dir: Path) -> TextIO:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+@contextmanager
+def partial_directory(folder: Path) -> Iterator[Path]:
+    """A folder of one process for unfinished files, without those of a killed one; removed at the end."""
+    with lock_directory(folder):
+        try:
+            for leftover in folder.iterdir():
+                if leftover.name != LOCK:
+                    leftover.unlink()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 EXIT_PREEMPTED = 75

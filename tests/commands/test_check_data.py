@@ -1,6 +1,7 @@
 """The report on a dataset: dalle/commands/check_data.py."""
 
 import json
+import os
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -180,12 +181,15 @@ def test_the_first_examples_and_images_of_the_whole_dataset_are_shown(tmp_path, 
     assert sheet.height < 2.5 * TILE  # captions are shortened
 
 
-def test_captions_with_lone_surrogates_are_written(tmp_path):
-    put(tmp_path / "set", "a.png", scene(0), "a house")
-    (tmp_path / "set" / "a.txt").unlink()
-    (tmp_path / "set" / "a.json").write_text('"\\ud800 photo"')
+def test_names_and_captions_that_are_not_utf8_are_written(tmp_path):
+    for name in (b"\xff.png", b"\xfe.png"):
+        put(tmp_path / "set", os.fsdecode(name), scene(name[0]), "a house")
+    (tmp_path / "set" / os.fsdecode(b"\xfe.txt")).unlink()
+    (tmp_path / "set" / os.fsdecode(b"\xfe.json")).write_text('"\\ud800 photo"')
     report = check(tmp_path / "set", FilterConfig(min_words=9))
-    assert report["filters"]["min_words"]["examples"][0]["captions"] == ["? photo"]
+    assert report["filters"]["min_words"]["examples"][0]["name"] == "?.png"
+    assert report["bad"]["causes"] == {"caption not UTF-8": 1}
+    assert report["bad"]["named"][0]["name"] == "?.json"
 
 
 def test_the_command_prints_the_report_and_sets_its_exit_status(script, bad_tar, tmp_path):

@@ -1,6 +1,7 @@
 """The sample command: what it writes; external files: a transformer with its models, a CLIP to rank."""
 
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -89,9 +90,11 @@ def test_options_that_do_not_fit_are_refused(
         sample(SampleArgs(**external | {name: value}))
 
 
-def test_a_prompt_of_other_bytes_is_refused_before_anything_is_loaded(chain: Path, tmp_path: Path) -> None:
+def test_a_prompt_or_image_that_cannot_be_read_is_refused_at_once(chain: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="UTF-8"):
         sample(SampleArgs(model=tmp_path, prompt="a red \udcff"))
+    with pytest.raises(ValueError, match="no image at nowhere"):
+        sample(SampleArgs(model=tmp_path, prompt="a red cross", init_image=Path("nowhere")))
     model = DALLE.from_pretrained(chain / "model")
     for refused in (model.generate, lambda prompt: model.scorer.embed_captions([prompt])):
         with pytest.raises(ValueError, match="UTF-8"):
@@ -119,6 +122,24 @@ class TestSample:
         before = (tmp_path / "mine" / "00.png").read_bytes()
         assert_refused(sample("--out", "mine", "--seed", "5"), "mine is not empty; give another --out")
         assert (tmp_path / "mine" / "00.png").read_bytes() == before
+
+    @pytest.mark.parametrize("n", [1, 2, 3])
+    def test_killed_while_it_writes_the_same_command_writes_it_again(self, sample, tmp_path, monkeypatch, n):
+        """At its n-th file of three."""
+        replace, written = os.replace, []
+
+        def killed(*names):
+            written.append(names)
+            if len(written) == n:
+                raise SystemExit("killed")
+            replace(*names)
+
+        with monkeypatch.context() as during:
+            during.setattr(os, "replace", killed)
+            assert sample("--out", "mine").err == "killed"
+        (tmp_path / "mine" / "07.png").touch()  # of a command for more images
+        assert sample("--out", "mine").code == 0
+        assert {path.name for path in (tmp_path / "mine").iterdir()} == {"00.png", "grid.png", "sample.json"}
 
     def test_it_joins_the_runs(self, script, chain, prompt, tmp_path):
         for kind in ("dvae", "transformer", "clip"):

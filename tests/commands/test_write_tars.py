@@ -1,7 +1,10 @@
 """WebDataset tars of any source: dalle/commands/write_tars.py."""
 
+import os
+import shutil
 import tarfile
 from dataclasses import dataclass
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -71,10 +74,30 @@ def test_what_cannot_be_packed_is_told_and_keeps_its_number(tmp_path):
     assert [text[: len(start)] for text, start in zip(left_out, said, strict=True)] == said
 
 
-def test_a_run_that_dies_leaves_no_tar_that_is_not_whole(tmp_path):
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_run_that_dies_leaves_no_half_set_and_the_same_command_writes_it(tmp_path, monkeypatch, n):
+    """At the n-th tar of three that gets its name; and before."""
+    out, replace, calls = tmp_path / "out", os.replace, []
     with pytest.raises(KeyboardInterrupt):
-        write_tars(Listed([*listed(3).records, KeyboardInterrupt()]), tmp_path, shard_size=2)
-    assert [file.name for file in tmp_path.glob("*.tar")] == ["00000.tar"]
+        write_tars(Listed([*listed(3).records, KeyboardInterrupt()]), out, shard_size=2)
+    assert not any(out.iterdir())
+
+    def killed(*names):
+        calls.append(names)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+        replace(*names)
+
+    with monkeypatch.context() as during:
+        during.setattr(os, "replace", killed)
+        during.setattr(shutil, "rmtree", Mock())  # a killed command removes nothing
+        with pytest.raises(KeyboardInterrupt):
+            write_tars(listed(5), out, shard_size=2)
+    write_tars(listed(5), out, shard_size=2)
+    assert sorted(path.name for path in out.iterdir()) == ["00000.tar", "00001.tar", "00002.tar"]
+    (out / ".partial").mkdir()
+    with pytest.raises(ValueError, match=r"holds other tars, such as 0000[12]\.tar"):
+        write_tars(listed(1), out, shard_size=2)
 
 
 def test_what_cannot_be_is_refused(tmp_path):
