@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"lazy", "config", "help", "types", "__version__"},
-    {"io", "layout", "masks", "meta_device", "precision", "sampling", "schedules"},
+    {"compile", "io", "layout", "masks", "meta_device", "precision", "sampling", "schedules"},
     {"nn", "shapes"},
     {"text", "dvae", "vqgan", "transformer", "clip", "data", "train"},
     {"hub", "pretrained", "evals", "pipelines", "planner", "viz"},

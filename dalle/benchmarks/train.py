@@ -15,11 +15,12 @@ import torch
 from dalle.benchmarks.common import Stepper, finish, random_ids, time_rounds
 from dalle.benchmarks.config import TrainBenchmark
 from dalle.benchmarks.dalle_pytorch import DallePytorchStep
+from dalle.compile import compile_layers
 from dalle.planner.count import estimate_step
 from dalle.planner.memory import ParallelLayout, memory
 from dalle.train.config import EMAConfig, TrainConfig
 from dalle.train.loggers import peak_flops, peak_memory
-from dalle.train.precision import compile_layers, resolve_device, resolve_precision
+from dalle.train.precision import resolve_device, resolve_precision
 from dalle.transformer.objective import TransformerObjective, training_flops
 
 

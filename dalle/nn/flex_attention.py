@@ -5,13 +5,14 @@ order touches as many blocks as a causal one, so it exchanges rows and columns o
 11c).
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
+
+from dalle.compile import compiled
 
 if TYPE_CHECKING:
     from dalle.nn.attention import SparseMask
@@ -36,12 +37,8 @@ def flex_attend(q: Tensor, k: Tensor, v: Tensor, pattern: "SparseMask") -> Tenso
         )  # it refuses such tensors even where no gradient is recorded
     # on CUDA a compiled kernel, by whoever compiles the layer or by us; on CPU the same rule over all pairs
     plain = q.device.type == "cpu" or torch.compiler.is_compiling()
-    return (flex_attention if plain else _compiled())(q, k, v, block_mask=pattern.blocks(q.device))
-
-
-@cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    attention = flex_attention if plain else compiled(flex_attention)
+    return attention(q, k, v, block_mask=pattern.blocks(q.device))
 
 
 def flex_refusal(device: torch.device, head_dim: int) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dalle.compile import compile_layers
 from dalle.data import BatchReader, ImageTextLoader
 from dalle.hub.init_from import freeze, load_pretrained_weights
 from dalle.hub.registry import build_model, checkpoint_meta, load_model
@@ -20,7 +21,7 @@ from dalle.runs import ROOT
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.config import TrainArgs, profile_steps, resume_fingerprint
 from dalle.train.distributed import Distributed
-from dalle.train.precision import compile_layers, resolve_precision
+from dalle.train.precision import resolve_precision
 from dalle.train.trainer import Trainer
 from dalle.types import CaptionedImages, Objective
 

@@ -1,8 +1,7 @@
-"""Device, precision (fp32, or bf16 or fp16 under autocast) and compilation."""
+"""Device and precision (fp32, or bf16 or fp16 under autocast)."""
 
 import copy
 import os
-from itertools import chain
 
 import torch
 from torch import nn
@@ -73,17 +72,3 @@ def copy_to_device(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     moved = {id(p): nn.Parameter(p.detach().to(device), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, moved | {id(buffer): buffer.to(device) for buffer in model.buffers()})
-
-
-def compile_layers(model: nn.Module, sharded: bool = False, **options) -> None:
-    """Compiles each layer of the model's ModuleLists, or each child if there are none; names do not change.
-
-    Of a sharded model it compiles what FSDP2 gathers at once, within FSDP2's hooks, which stay as they are.
-    """
-    if sharded:
-        for part in chain.from_iterable(model.fsdp_groups()):
-            part.forward = torch.compile(part.forward, **options)
-        return
-    layers = [layer for stack in model.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
-    for part in layers or model.children():
-        part.compile(**options)

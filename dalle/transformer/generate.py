@@ -7,11 +7,11 @@ width
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from dalle.compile import compiled
 from dalle.nn.int8 import Int8Linear
 from dalle.nn.kv_cache import KVCache
 from dalle.sampling import sample_tokens
@@ -141,13 +141,8 @@ def decode_step_of(
         return None
     step = type(model).decode_step
     if compile:
-        step = _compiled(step)
+        step = compiled(step)
     return CUDAGraphStep(step) if cuda_graph else step
-
-
-@cache
-def _compiled(step: DecodeStep) -> DecodeStep:
-    return torch.compile(step, dynamic=False)
 
 
 class CUDAGraphStep:

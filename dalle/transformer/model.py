@@ -75,7 +75,10 @@ class Transformer(nn.Module):
         for kind, backend in backends.items():
             build_mask(backend, self.patterns[kind], x.device)
         for i, (layer, kind) in enumerate(zip(self.layers, self.config.kinds, strict=True)):
-            x = layer(x, self.patterns[kind], backends[kind], caches[i] if caches else None)
+            if caches:  # a compiled layer would be compiled again for each number of captions
+                x = layer.forward(x, self.patterns[kind], backends[kind], caches[i])
+            else:
+                x = layer(x, self.patterns[kind], backends[kind])
         return self.final_norm(x)
 
     def decode_step(self, tokens: Tensor, position: int | Tensor, caches: list[KVCache]) -> Tensor:
@@ -156,7 +159,9 @@ class Transformer(nn.Module):
 
         Norms, also those of queries and keys, are in none, and stay in fp32.
         """
-        return [[layer.attention.f.qkv, layer.attention.f.out, layer.mlp.f] for layer in self.layers]
+        if self.config.qk_norm:
+            return [[layer.attention.f.qkv, layer.attention.f.out, layer.mlp.f] for layer in self.layers]
+        return [[layer.attention.f, layer.mlp.f] for layer in self.layers]
 
     def init_kv_caches(
         self, captions: int, candidates: int, device: torch.device | str | None = None

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from dalle.clip import CLIP, CLIPConfig
 from dalle.clip.objective import CLIPObjective
+from dalle.compile import compile_layers
 from dalle.dvae import DVAE, DVAEConfig, DVAELossConfig
 from dalle.dvae.objective import DVAEObjective
 from dalle.hub.init_from import load_pretrained_weights
@@ -26,7 +27,6 @@ from dalle.train import TrainConfig, Trainer, distributed
 from dalle.train.checkpoint import latest_checkpoint, restore
 from dalle.train.config import EMAConfig, OptimizerConfig, PlateauConfig, PowerSGDConfig
 from dalle.train.distributed import Distributed, local
-from dalle.train.precision import compile_layers
 from dalle.train.state import TrainState
 from dalle.train.step import split
 from dalle.train.trainer import init_train_state

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dalle.compile import VARIANTS, compile_layers
 from dalle.layout import TokenLayout
 from dalle.masks import dense_mask
 from dalle.nn import ATTENTION_BACKENDS
 from dalle.nn.blocks import Attention
 from dalle.train.grad_scaler import PerBlockGradScaler
-from dalle.train.precision import compile_layers
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.config import SIZES, TransformerLossConfig
 from dalle.transformer.losses import LOGITS, cross_entropies, weighted_cross_entropy
@@ -380,6 +380,7 @@ def test_layers_compile_without_a_break_and_keep_their_names(backend, activation
     compile_layers(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(losses_and_gradients(model), expected)
     assert list(model.state_dict()) == names
+    assert torch._dynamo.config.recompile_limit >= VARIANTS
 
 
 @pytest.mark.slow

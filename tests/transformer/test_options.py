@@ -4,10 +4,10 @@ import pytest
 import torch
 from einops import rearrange
 
+from dalle.compile import compile_layers
 from dalle.hub.init_from import load_pretrained_weights
 from dalle.nn.attention import attend
 from dalle.train.grad_scaler import PerBlockGradScaler
-from dalle.train.precision import compile_layers
 from dalle.transformer.generate import cast_linear_weights, generate, quantize_int8
 from dalle.transformer.losses import cross_entropies
 from dalle.transformer.sizes import parameter_counts
