@@ -82,8 +82,13 @@ class TransformerLossConfig:
 
     text_weight: float = TEXT_WEIGHT
     """Weight of the text tokens' cross-entropy; the image tokens' has the rest (2.2)."""
+    z_weight: float = 0.0
+    """Weight of the z-loss, the mean of log(Z)^2 of text and image tokens weighted as their cross-entropies;
+    1e-4 in PaLM (Chowdhery et al. 2022); not in the paper."""
 
     def __post_init__(self):
+        if self.z_weight < 0:
+            raise ValueError(f"z_weight cannot be negative, got {self.z_weight}")
         if not 0 <= self.text_weight <= 1:
             raise ValueError(f"text_weight must lie in [0, 1], got {self.text_weight}")
 

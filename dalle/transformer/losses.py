@@ -36,6 +36,7 @@ def cross_entropies(
     logits: int | None = None,
     text_tokens: Tensor | None = None,
     check: bool = True,
+    z_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Mean negative log likelihood in nats per text token and per image token.
 
@@ -47,6 +48,8 @@ def cross_entropies(
         logits: how many exist at once (at least one position's); by default `logits_at_once`.
         text_tokens: what the text's sum is divided by; by default the number of text tokens in `ids`.
         check: raises ValueError for an id that cannot stand where it stands, as `Transformer.hidden`.
+        z_weight: of the z-loss. If not 0 each result is (2,): the mean with z_weight log(Z)^2 added, and the
+            mean of log(Z)^2 alone, without gradient; Z sums over the modality's own vocabulary.
     """
     layout, logits = model.layout, logits or logits_at_once(ids.device)
     hidden = model.hidden(ids) if check else model.prefill(layout.shift(ids)[:, : ids.shape[1]])
@@ -60,14 +63,19 @@ def cross_entropies(
     targets = text.masked_fill(~counts, IGNORED).flatten()[order]
     positions = torch.arange(layout.text_len, device=ids.device).repeat(len(ids))[order]
     at_once = [max(1, logits // vocab) for vocab in (layout.image_offset, layout.image_vocab)]
-    text_nats = chunked_nats(model, states, targets, at_once[0], positions)
+    text_nats = chunked_nats(model, states, targets, at_once[0], positions, z_weight)
     image_states = hidden[:, layout.text_len :].flatten(0, 1)
-    image_nats = chunked_nats(model, image_states, image.flatten(), at_once[1])
+    image_nats = chunked_nats(model, image_states, image.flatten(), at_once[1], None, z_weight)
     return text_nats / text_tokens, image_nats / image.numel()
 
 
 def chunked_nats(
-    model: Transformer, states: Tensor, targets: Tensor, chunk: int, positions: Tensor | None = None
+    model: Transformer,
+    states: Tensor,
+    targets: Tensor,
+    chunk: int,
+    positions: Tensor | None = None,
+    z_weight: float = 0.0,
 ) -> Tensor:
     """Sum of the cross-entropies of R positions, made `chunk` at a time.
 
@@ -78,17 +86,25 @@ def chunked_nats(
         states: (R, D).
         targets: int64 (R,), ids of the modality, or IGNORED.
         positions: int64 (R,) of text; None for image positions.
+        z_weight: as `cross_entropies`; the sum is (2,) then.
     """
     device = states.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
         offset = model.layout.image_offset
         weight = model.to_logits.weight[offset:] if positions is None else model.to_logits.weight[:offset]
-        return _NatsInBF16.apply(states, weight, targets, positions, model, chunk, torch.is_grad_enabled())
+        train = torch.is_grad_enabled()
+        return _NatsInBF16.apply(states, weight, targets, positions, model, chunk, train, z_weight)
     inputs = (states,) if positions is None else (states, positions)
     to_logits = model.image_logits if positions is None else model.text_logits
 
     def nats(targets: Tensor, *inputs: Tensor) -> Tensor:
-        return F.cross_entropy(to_logits(*inputs), targets, ignore_index=IGNORED, reduction="sum")
+        logits = to_logits(*inputs)
+        if not z_weight:
+            return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        log_sum, counted = logits.logsumexp(1), targets != IGNORED  # one pass, as cross_entropy's own
+        target = logits.gather(1, targets[:, None].clamp(min=0))[:, 0]
+        z = (log_sum.square() * counted).sum()
+        return torch.stack([((log_sum - target) * counted).sum() + z_weight * z, z.detach()])
 
     if len(targets) <= chunk:
         return nats(targets, *inputs)
@@ -109,9 +125,10 @@ class _NatsInBF16(torch.autograd.Function):
         model: Transformer,
         chunk: int,
         train: bool,
+        z_weight: float,
     ) -> Tensor:
         half, matrix = states.bfloat16(), weight.bfloat16()
-        total = states.new_zeros((), dtype=torch.float32)
+        total = states.new_zeros(2 if z_weight else (), dtype=torch.float32)
         by_states = torch.empty_like(states) if train else None
         by_weight = torch.zeros_like(weight) if train else None
         for start in range(0, len(states), chunk):
@@ -121,9 +138,15 @@ class _NatsInBF16(torch.autograd.Function):
                 model.hide_pads(logits, positions[part])
             log_sum, counted = logits.logsumexp(1, keepdim=True), (targets[part] != IGNORED)[:, None]
             target = targets[part, None].clamp(min=0)
-            total += ((log_sum - logits.gather(1, target)) * counted).sum()
+            nats = ((log_sum - logits.gather(1, target)) * counted).sum()
+            if z_weight:
+                z = (log_sum.square() * counted).sum()
+                nats = torch.stack([nats + z_weight * z, z])
+            total += nats
             if train:
                 gradient = logits.sub_(log_sum).exp_()  # softmax, less 1 at the target
+                if z_weight:
+                    gradient *= 1 + 2 * z_weight * log_sum
                 gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
                 gradient = (gradient * counted).bfloat16()
                 by_states[part] = fp32_product(gradient, matrix)
@@ -134,7 +157,8 @@ class _NatsInBF16(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         by_states, by_weight = ctx.saved_tensors
-        return gradient * by_states, gradient * by_weight, None, None, None, None, None
+        gradient = gradient[0] if gradient.ndim else gradient
+        return gradient * by_states, gradient * by_weight, None, None, None, None, None, None
 
 
 def fp32_product(a: Tensor, b: Tensor) -> Tensor:

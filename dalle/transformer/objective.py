@@ -28,9 +28,14 @@ class TransformerObjective:
         share = (
             None if part.num_targets is None else part.num_targets / part.count
         )  # so that the parts' mean is the batch's
-        text, image = cross_entropies(model, batch, text_tokens=share, check=False)
+        weight = self.config.z_weight
+        text, image = cross_entropies(model, batch, text_tokens=share, check=False, z_weight=weight)
         total = weighted_cross_entropy(text, image, self.config.text_weight)
-        return Loss(total, {"text_loss": text.detach(), "image_loss": image.detach()})
+        if not weight:
+            return Loss(total, {"text_loss": text.detach(), "image_loss": image.detach()})
+        nats = {"text_loss": text[0] - weight * text[1], "image_loss": image[0] - weight * image[1]}
+        metrics = {name: value.detach() for name, value in nats.items()}
+        return Loss(total[0], metrics | {"z_loss": (weight * total[1]).detach()})
 
     def step_cost(self, model: Transformer, batch: Tensor) -> StepCost:
         """By formula."""
@@ -40,8 +45,13 @@ class TransformerObjective:
         """ln(vocabulary): nats a token of one who guesses evenly. A text position may also hold its pad."""
         layout = model.layout
         text, image = math.log(layout.text_vocab + 1), math.log(layout.image_vocab)
-        total = self.config.text_weight * text + (1 - self.config.text_weight) * image
-        return {"loss": total, "text_loss": text, "image_loss": image}
+        weight, z_weight = self.config.text_weight, self.config.z_weight
+        total = weight * text + (1 - weight) * image
+        baseline = {"loss": total, "text_loss": text, "image_loss": image}
+        if z_weight:  # all logits 0
+            baseline["z_loss"] = z_weight * (weight * text**2 + (1 - weight) * image**2)
+            baseline["loss"] += baseline["z_loss"]
+        return baseline
 
 
 def training_flops(config: TransformerConfig) -> dict[str, int]:

@@ -1,15 +1,18 @@
-"""Options that the paper does not have: QK-norm (dalle/nn/blocks.py)."""
+"""Options that the paper does not have: QK-norm (dalle/nn/blocks.py) and z-loss (transformer/losses.py)."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 from dalle.compile import compile_layers
 from dalle.hub.init_from import load_pretrained_weights
 from dalle.nn.attention import attend
 from dalle.train.grad_scaler import PerBlockGradScaler
+from dalle.transformer.config import TransformerLossConfig
 from dalle.transformer.generate import cast_linear_weights, generate, quantize_int8
-from dalle.transformer.losses import cross_entropies
+from dalle.transformer.losses import IGNORED, chunked_nats, cross_entropies, weighted_cross_entropy
+from dalle.transformer.objective import TransformerObjective
 from dalle.transformer.sizes import parameter_counts
 from dalle.viz.attention import attention_weights
 from tests.helpers.small_transformer import ids_of, small, text_of
@@ -120,3 +123,72 @@ def test_layers_with_norms_compile_without_a_break(normed):
     torch.compiler.reset()
     compile_layers(normed, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(gradients(normed), expected)
+
+
+# z-loss.
+
+
+def both_losses(model, ids, z_weight, chunk=None, plain=False):
+    """Weighted loss with z, and gradients; by the formula on whole logits or by the chunks of the library."""
+    layout = model.layout
+    if plain:
+        logits = model(ids)
+        counted = layout.loss_mask(ids)
+        log_sum = logits.logsumexp(-1)
+        each = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
+        each = each + z_weight * log_sum**2
+        parts = ((slice(layout.text_len), 1 / 8), (slice(layout.text_len, None), 7 / 8))
+        total = sum(w * each[:, part][counted[:, part]].mean() for part, w in parts)
+    else:
+        means = cross_entropies(model, ids, chunk, z_weight=z_weight)
+        total = weighted_cross_entropy(*means)[0]
+    return [total.detach(), *torch.autograd.grad(total, list(model.parameters()))]
+
+
+@pytest.mark.parametrize("chunk", [None, 40])
+def test_the_z_loss_and_its_gradient_are_those_of_the_formula(chunk):
+    model = small(1)
+    ids = ids_of(model)
+    expected = both_losses(model, ids, 0.3, plain=True)
+    torch.testing.assert_close(both_losses(model, ids, 0.3, chunk), expected, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, near = both_losses(model, ids, 0.3, chunk), both_losses(model, ids, 0.3, plain=True)
+    for one, other in zip(found, near, strict=True):
+        assert (one - other).norm() <= 0.02 * other.norm() + 1e-4
+    far = both_losses(model, ids, 0.2, plain=True)
+    assert not torch.allclose(far[1], expected[1], rtol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("enabled", [False, True])
+def test_positions_that_do_not_count_have_no_z_loss(enabled):
+    model, targets, positions = small(1), torch.tensor([1, IGNORED, 3, 2, IGNORED]), torch.arange(5)
+    states, kept = torch.randn(5, 16, generator=torch.Generator().manual_seed(1)), targets != IGNORED
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        found = chunked_nats(model, states, targets, 2, positions, 0.3)
+        expected = chunked_nats(model, states[kept], targets[kept], 9, positions[kept], 0.3)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_z_loss_is_logged_only_when_on_and_leaves_the_other_losses(dtype):
+    model = small(1)
+    ids = ids_of(model)
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        off = TransformerObjective()(model, ids, 0)
+        on = TransformerObjective(TransformerLossConfig(z_weight=1e-2))(model, ids, 0)
+    assert list(off.metrics) == ["text_loss", "image_loss"]
+    assert list(on.metrics) == ["text_loss", "image_loss", "z_loss"]
+    torch.testing.assert_close(on.total, off.total + on.metrics["z_loss"])
+    for name, value in off.metrics.items():
+        torch.testing.assert_close(on.metrics[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_guesses_evenly_has_the_z_loss_of_the_baseline():
+    model, objective = small(1), TransformerObjective(TransformerLossConfig(z_weight=1e-2))
+    torch.nn.init.zeros_(model.to_logits.weight)
+    loss, expected = objective(model, ids_of(model), 0), objective.random_baseline(model)
+    found = {"loss": loss.total.detach(), **loss.metrics}
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match=r"z_weight .* negative, got -1"):
+        TransformerLossConfig(z_weight=-1.0)
