@@ -29,7 +29,7 @@ import tyro
 from ruamel.yaml import YAML
 from ruamel.yaml.events import AliasEvent
 
-from dalle.help import field_docs, shorten
+from dalle.help import describe, field_docs
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).parent
@@ -287,7 +287,7 @@ def cli_errors(parallel: bool = False) -> Iterator[None]:
         yield
         print(end="", flush=True)  # also without a stdout
     except (ValueError, FloatingPointError, ImportError) as error:
-        raise SystemExit(f"error: {shorten(str(error))}") from None
+        raise SystemExit(f"error: {describe(error)}") from None
     except BrokenPipeError:  # the reader of the output, such as `| head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it again at exit
         raise SystemExit("stopped: the output was closed by its reader") from None
@@ -295,6 +295,6 @@ def cli_errors(parallel: bool = False) -> Iterator[None]:
         on_disk = isinstance(error, OSError) and (error.errno in DISK_ERRORS or error.filename is not None)
         if not on_disk and "allocate" not in str(error):  # of memory, by torch or NumPy
             raise
-        raise SystemExit(f"error: {shorten(str(error))}") from None
+        raise SystemExit(f"error: {describe(error)}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command resumes a training from its last checkpoint") from None

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import errno
 import inspect
 import re
 import textwrap
@@ -43,6 +44,10 @@ def field_docs() -> ConstructorRegistry:
     return registry
 
 
-def shorten(message: str) -> str:
-    """A message whose quoted values have some hundred characters at most."""
-    return re.sub(r"(\S{300})\S+", r"\1...", message)
+def describe(error: Exception) -> str:
+    """The message of an error, long values cut, and what to do if it is that of a full disk."""
+    message = re.sub(r"(\S{300})\S+", r"\1...", str(error))
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full and "disk space" not in message:
+        message += "; free disk space and run the same command again"
+    return message

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import errno
 import importlib
 import inspect
 import json
@@ -251,6 +252,8 @@ class TestCommandLine:
             torch.empty(2**50)
         with pytest.raises(SystemExit, match=r"^error: no file a{300}\.\.\. expected"), cli_errors():
             raise ValueError(f"no file {'a' * 5000}; expected one")
+        with pytest.raises(SystemExit, match="No space left on device; free disk space"), cli_errors():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         monkeypatch.setenv("WORLD_SIZE", "2")
         with pytest.raises(SystemExit, match="without torchrun"), cli_errors():
             pass

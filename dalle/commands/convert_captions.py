@@ -102,12 +102,15 @@ def convert_captions(args: ConvertCaptionsArgs) -> ConversionResult:
     folder = args.out.resolve().parent
     start = folder if images.is_relative_to(folder) else images  # where the paths in the table start
     with partial_directory(folder / f".partial-{args.out.stem}") as partial:
-        with closing(sqlite3.connect(partial / "pairs.sqlite")) as database:
-            database.executescript(SCHEMA)
-            _insert_images(database, args.images, result)
-            _insert_captions(database, args, files, result)
-            table = partial / "table.jsonl"
-            _write_table(database, images.relative_to(start), table, result)
+        table = partial / "table.jsonl"
+        try:
+            with closing(sqlite3.connect(partial / "pairs.sqlite")) as database:
+                database.executescript(SCHEMA)
+                _insert_images(database, args.images, result)
+                _insert_captions(database, args, files, result)
+                _write_table(database, images.relative_to(start), table, result)
+        except sqlite3.Error as error:
+            raise ValueError(f"cannot write {partial} ({error}); free disk space and run again") from None
         if not result.images:
             raise ValueError(f"no record of {args.captions} finds an image in {args.images}\n{result}")
         sync(table)

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from dalle.config import DISK_ERRORS
 from dalle.io.files import make_directory
 from dalle.train.checkpoint import Snapshot, latest_checkpoint, write_checkpoint
 from dalle.train.config import TrainConfig
@@ -63,9 +64,13 @@ class AsyncCheckpointer:
         except OSError as error:
             last = latest_checkpoint(self.run_dir, ())
             earlier = f"{last} is intact" if last else "there is no earlier one"
+            place, number = error.filename2 or error.filename, error.errno
+            cause = f"{error.strerror or error}"
+            if number not in DISK_ERRORS:  # something is in the way of a file
+                number, cause = errno.EIO, f"{cause}: {place}" if place else cause
             raise OSError(
-                error.errno or errno.EIO,
-                f"cannot write the checkpoint of step {step} ({error.strerror or error}); {earlier}. "
+                number,
+                f"cannot write the checkpoint of step {step} ({cause}); {earlier}. "
                 "Free disk space (train.keep_last + 1 checkpoints must fit) and run the same command again",
             ) from error
 

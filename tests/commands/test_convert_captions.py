@@ -12,6 +12,7 @@ from typing import get_args
 import pytest
 from PIL import Image
 
+from dalle.commands import convert_captions as command
 from dalle.commands.convert_captions import ConvertCaptionsArgs, convert_captions
 from dalle.config import parse
 from dalle.data.caption_datasets import Format
@@ -211,7 +212,7 @@ def test_paths_start_at_the_table_or_at_the_images(tmp_path, capsys):
         assert ("--data.image-root" in capsys.readouterr().out) == (out == "else/t.jsonl")
 
 
-def test_the_table_is_the_same_again_and_a_failed_run_leaves_it_alone(tmp_path):
+def test_the_table_is_the_same_again_and_a_failed_run_leaves_it_alone(tmp_path, monkeypatch):
     names = [f"{i}.jpg" for i in range(20)]
     lines = [f"{i}.jpg#{k}\tcaption {k} of {i}" for k in range(3) for i in (*range(10, 20), *range(10))]
     tables = []
@@ -224,6 +225,14 @@ def test_the_table_is_the_same_again_and_a_failed_run_leaves_it_alone(tmp_path):
         convert(tmp_path, "flickr", {"x.token": "20.jpg#0\ttwo"}, [])
     assert sorted(tmp_path.iterdir()) == before
     assert tables == [(tmp_path / "table.jsonl").read_bytes()] * 2
+    left_by_a_killed_one = tmp_path / ".partial-table" / "pairs.sqlite"
+    left_by_a_killed_one.parent.mkdir()
+    left_by_a_killed_one.write_text("half of it")
+    full = "pragma max_page_count=1;" + command.SCHEMA
+    monkeypatch.setattr(command, "SCHEMA", full)
+    with pytest.raises(ValueError, match=r"cannot write .*disk is full"):
+        convert(tmp_path, "flickr", {"x.token": "\n".join(lines)}, names)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(

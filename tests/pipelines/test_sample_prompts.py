@@ -118,6 +118,11 @@ def test_a_finished_run_is_left_and_another_run_never_overwrites_it(run, monkeyp
     before = contents("all")
     monkeypatch.setattr(DALLE, "generate", None)
     Path("all/sheet.png").unlink()  # it was killed before the sheet
+    image = Path("all", records("all")[0]["file"])
+    image.rename("kept.png")
+    with pytest.raises(ValueError, match=r"samples\.jsonl names images that are gone; remove it"):
+        sample(run)
+    Path("kept.png").rename(image)
     sample(run)
     for change, name in (({"seed": 1}, "settings"), ({"precision": "bf16"}, "precision")):
         with pytest.raises(ValueError, match=f"other {name}; .* --out"):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dalle.commands.train_dvae import train_dvae
+from dalle.config import cli_errors
 from dalle.hub.registry import load_model
 from dalle.io.files import CHECKSUMS, write_checksums
 from dalle.pipelines.dalle import DALLE
@@ -117,6 +118,19 @@ def test_a_pointer_that_is_lost_or_names_nothing_costs_no_checkpoint(tmp_path, c
     assert latest_checkpoint(tmp_path).name == "step-00000003"
     fit_line(tmp_path, steps=5)
     assert "resuming from step 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["latest", "step-00000002"])
+def test_what_is_in_the_way_of_a_checkpoint_is_named_in_one_sentence(name, tmp_path):
+    fit_line(tmp_path, steps=1)
+    path = tmp_path / "checkpoints" / name
+    if path.is_file():
+        path.unlink()
+        path.mkdir()
+    else:
+        path.touch()
+    with pytest.raises(SystemExit, match=rf"error: .*step 2 \(.*{name}\); .* is intact"), cli_errors():
+        fit_line(tmp_path, steps=2)
 
 
 @pytest.mark.parametrize("harm", [shutil.rmtree, lambda folder: (folder / "meta.json").write_text("[]")])
