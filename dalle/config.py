@@ -193,8 +193,8 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(MAX_YAML + 1)
-        if len(text) > MAX_YAML:
-            raise ValueError(f"it has more than {MAX_YAML} characters, too many for a configuration")
+        if len(text) > MAX_YAML or len(re.findall(r"[\[{]", text)) > 500:
+            raise ValueError(f"it has more than {MAX_YAML} characters or 500 brackets")
         if any(isinstance(event, AliasEvent) for event in yaml.parse(text)):
             raise ValueError("aliases, such as *name, are not supported; write the value again")
         data = yaml.load(text)

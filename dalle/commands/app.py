@@ -9,6 +9,7 @@ It needs gradio: pip install 'zeroshot-text2image[app]'.
 import importlib.util
 import os
 import signal
+import socket
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,13 @@ def app(args: AppArgs) -> None:
         raise ValueError("say which model: python scripts/app.py runs/quickstart/model")
     if importlib.util.find_spec("gradio") is None:
         raise ImportError("the web page needs gradio: pip install 'zeroshot-text2image[app]'")
+    host = args.host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, args.port), family=family).close()
+    except OSError as error:
+        problem = f"cannot listen at {args.host}:{args.port} ({error.strerror})"
+        raise ValueError(f"{problem}; give another --host or --port") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # removes the folder, as Ctrl-C does
     device = resolve_device(args.device)
     model = DALLE.from_pretrained(str(args.model), device, args.precision, int8=args.int8)

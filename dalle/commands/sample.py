@@ -136,7 +136,7 @@ def sample(args: SampleArgs) -> Path:
     from dalle.train.checkpoint_saver import LOCK
     from dalle.train.distributed import Distributed
 
-    own = args.model is None or (args.model / "config.json").is_file()
+    own = args.model is None or os.path.isfile(args.model / "config.json")
     external = not own and is_external_checkpoint(args.model)
     check(args, external, external and holds_text_tokenizer(args.model))
     if args.prompts_file:

@@ -34,13 +34,13 @@ def resolve_source(
         token: to read a private repository; that of the login unless given.
     """
     path = Path(source)
-    if path.exists():
+    if os.path.exists(path):  # False also for a name that is too long
         if revision is not None:
             raise ValueError(f"{source} is a local path, which has no revision {revision!r}; omit revision")
         return path
     repo_id = str(source).replace(os.sep, "/")
     local = isinstance(source, Path) or not _is_id(repo_id) or repo_id[0] in ".~"
-    if local or path.parent.exists() or path.suffix in FILE_SUFFIXES:  # a typo is not sent to the Hub
+    if local or os.path.exists(path.parent) or path.suffix in FILE_SUFFIXES:  # a typo is not sent to the Hub
         make = "make a directory with save_pretrained, or python scripts/quickstart.py"
         raise ValueError(f"{source} is no model directory, nor an id of the Hub (owner/name); {make}")
     files = ["config.json", "text_tokenizer.json", *(f"{kind}.safetensors" for kind in kinds)]

@@ -1,5 +1,6 @@
 """Loading checkpoints of other programs: detection of their format, and the models in them."""
 
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -57,7 +58,7 @@ UNSUPPORTED = {
 def is_external_checkpoint(path: Path) -> bool:
     """Whether a path is a file, OpenAI's folder of two files or minDALL-E's folder."""
     names = (mindalle.STAGE2, *(f"{half}.pkl" for half in openai_dvae.HALVES))
-    return path.is_file() or any((path / name).is_file() for name in names)
+    return os.path.isfile(path) or any(os.path.isfile(path / name) for name in names)
 
 
 def extracted(path: Path | str) -> AbstractContextManager[Path]:

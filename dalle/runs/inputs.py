@@ -1,5 +1,6 @@
 """Inputs of a command: results of earlier stages under runs/."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _meta(stage: str, folder: Path, parts: tuple[str, ...] = ()) -> dict[str, An
 def resolve_input(stage: str, given: Path | None) -> Path:
     """The path given, or the newest under runs/; says which it took."""
     path = given or latest_run(stage)
-    if not path.exists():
+    if not os.path.exists(path):  # False also for a name that is too long
         raise ValueError(f"no {stage} at {path}; make one:\n    {MAKE_COMMANDS[stage]}")
     print(f"taking {stage} from {path}")
     return path

@@ -19,7 +19,9 @@ def test_without_gradio_or_model_it_does_not_start(chain, monkeypatch, tmp_path)
     with pytest.raises(ValueError, match="port must be"):
         AppArgs(port=99999999)
     with pytest.raises(ValueError, match="no model directory"):
-        app(AppArgs(tmp_path))
+        app(AppArgs(tmp_path, port=0))
+    with pytest.raises(ValueError, match="cannot listen"):  # before the model is looked at
+        app(AppArgs(tmp_path, host="999.0.0.1"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"zeroshot-text2image\[app\]"):
         app(AppArgs(chain / "model"))
