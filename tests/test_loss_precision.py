@@ -107,7 +107,7 @@ def test_in_bf16_logits_are_made_once_and_chunks_change_neither_losses_nor_gradi
 def test_in_bf16_operands_are_rounded_and_nothing_else(monkeypatch):
     found = both(None)
 
-    def plain(model, states, targets, chunk, positions=None):
+    def plain(model, states, targets, chunk, positions=None, z_weight=0.0):
         offset, half = model.layout.image_offset, lambda x: x + (x.bfloat16().float() - x).detach()
         rows = slice(offset, None) if positions is None else slice(offset)
         with torch.autocast("cpu", enabled=False):
