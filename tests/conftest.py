@@ -31,6 +31,7 @@ from dalle.io.files import CHECKSUMS, file_hashes, read_json, write_checksums, w
 from dalle.pipelines import best_of_n
 from dalle.pipelines.dalle import DALLE
 from tests.helpers.hub_server import running
+from tests.helpers.pretended_cuda import REAL, PretendedCUDA
 
 PROJECT = Path(__file__).parents[1]
 PROMPT = "a red cross above a blue circle on a white background"
@@ -80,6 +81,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _one_thread() -> None:
     """Tiny tensors gain nothing by threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["pretended", REAL])
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A CUDA device: one that CPU tensors pass for, and a real one where there is one, without TF32."""
+    if request.param == "pretended":
+        monkeypatch.setattr("dalle.transformer.generate.CUDAGraphStep", lambda step: step)
+        with PretendedCUDA():
+            yield torch.device("cuda", 0)
+        return
+    for switches in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(switches, "allow_tf32", False)
+    yield torch.device("cuda", 0)
+    torch.cuda.synchronize()  # an error of a kernel belongs to this test
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ SMALL = (
     "--model.conv-kernel 3"
 )
 COMMANDS = {  # a part's benchmark and options at full size, and at a size for trying it
-    "tests": ("-m pytest tests -m cuda -q -p no:cacheprovider",) * 2,
+    "tests": ("-m pytest tests -m cuda --tb short -p no:cacheprovider -o faulthandler_timeout=60",) * 2,
     "rates": ("rates", "rates --megabytes 1 --side 64"),
     "train-1.3b": (
         "train --size 1.3b --backends auto --precision bf16 --compile --batch-size 8 --plan",
@@ -62,6 +62,9 @@ AIMS = {  # of the paper's sizes on an H200
     "sample_1.3b_copy_share": ">= 0.4",
     "best_of_512_seconds": "< 40",
 }
+SHARE = 0.5  # of the time left, the most that a part takes
+AT_LEAST = 60  # seconds, where that is less
+OUTPUT = 20_000  # characters of a failed part's output, at most
 TIMED_OUT, NO_TIME = "timed out", "no time left"
 
 
@@ -74,7 +77,8 @@ def benchmark_gpu(args: GPUBenchmark) -> dict[str, Any]:
     report |= {"parts": {}, "figures": {}}
     print(f"{report['hardware']['name']}, torch {torch.__version__}: {args.minutes:g} minutes", flush=True)
     for name in args.parts:
-        part = run_part(name, COMMANDS[name][args.small], device, end - time.monotonic())
+        left = end - time.monotonic()
+        part = run_part(name, COMMANDS[name][args.small], device, min(left, max(SHARE * left, AT_LEAST)))
         report["parts"][name] = part
         report["figures"] = figures(report["parts"])
         print(f"{name:16} {part['seconds']:5.0f} s  {part['status']}", flush=True)
@@ -116,7 +120,7 @@ def run_part(name: str, options: str, device: torch.device, seconds: float) -> d
         part["seconds"] = time.monotonic() - started
         if report.is_file():
             return part | {"report": read_json(report)}
-        return part | {"output": output.read_text(encoding="utf-8", errors="replace")[-2000:]}
+        return part | {"output": output.read_text(encoding="utf-8", errors="replace")[-OUTPUT:]}
 
 
 def figures(parts: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,15 @@ def test_a_part_that_fails_or_hangs_ends_alone(tmp_path, monkeypatch):
     assert parts["tests"]["seconds"] < 20
 
 
+def test_a_part_takes_half_of_the_time_that_is_left_or_a_minute(tmp_path, monkeypatch):
+    """So that one that hangs leaves time for the others."""
+    given, answer = [], {"status": "done", "seconds": 0.0}
+    monkeypatch.setattr(gpu, "run_part", lambda *arguments: given.append(arguments[3]) or answer)
+    for minutes in (8, 1.5, 0.5):
+        report_of(tmp_path, parts=("tests",), minutes=minutes)
+    assert given == pytest.approx([240, 60, 30], abs=5)
+
+
 def test_every_part_is_known_and_named_where_it_is_chosen():
     assert set(gpu.COMMANDS) == set(get_args(PartName))
     for words in ({"minutes": 0}, {"minutes": float("nan")}, {"parts": ()}):

@@ -1,6 +1,7 @@
 """CLIP (Radford et al. 2021): the model, its objective, and open_clip's models (dalle/clip)."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dalle.io.pickle_scan import Forbidden
 from dalle.pipelines.best_of_n import TopN
 from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.optimizer import build_optimizers
+from dalle.train.precision import autocast
 from dalle.train.state import EMA, TrainState
 from dalle.train.step import train_step
 from dalle.types import Scorer
@@ -126,6 +128,21 @@ class TestObjective:
         better = sum(cosines[i, i] > cosines[i, i + 3] for i in range(3)) / 3
         assert loss.metrics["hard_negative_acc"] == better
 
+    @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.2), ("fp16", 0.05)])
+    def test_on_cuda_loss_and_gradients_are_those_of_the_cpu(self, precision, tolerance, model, pixels, cuda):
+        text, found = model.pack_text([[1], [2, 3], [4]]), []
+        for device, kind in ((torch.device("cpu"), "fp32"), (cuda, precision)):
+            own = deepcopy(model).to(device)
+            batch = [x.to(device) for x in (pixels, text, pixels.flip(3))]
+            with autocast(kind, device):
+                total = CLIPObjective()(own, tuple(batch), 0).total
+            total.backward()
+            gradients = torch.cat([p.grad.cpu().flatten() for p in own.parameters() if p.grad is not None])
+            found.append((float(total.detach()), gradients))
+        (expected, of_cpu), (value, of_cuda) = found
+        assert value == pytest.approx(expected, rel=tolerance)
+        assert (of_cuda - of_cpu).norm() < tolerance * of_cpu.norm()
+
     def test_both_towers_and_the_scale_learn_to_match_three_pairs(self, model):
         colors = torch.eye(3)[:, :, None, None].expand(3, 3, 16, 16)
         batch = colors, model.pack_text([[1], [2, 3], [4]])
@@ -233,6 +250,13 @@ class TestPretrainedScorer:
         torch.save({}, tmp_path / "empty.pt")
         with pytest.raises(ValueError, match=r"empty\.pt does not hold the weights"):
             PretrainedScorer("tiny-test", str(tmp_path / "empty.pt"))
+
+    def test_on_cuda_it_scores_as_on_the_cpu(self, weights, cuda):
+        here, there = (PretrainedScorer("tiny-test", str(weights[0]), device) for device in ("cpu", cuda))
+        pixels = torch.rand(2, 3, 48, 48)
+        found = there.score(pixels.to(cuda), "a red circle")
+        assert found.device == cuda
+        torch.testing.assert_close(found.cpu(), here.score(pixels, "a red circle"), rtol=1e-4, atol=1e-4)
 
     def test_captions_that_are_cut_are_counted(self, weights):
         """The context of ten holds eight ids next to the start and end tokens."""

@@ -1,17 +1,19 @@
 """Loss and metrics of the dVAE against formulas (dalle/dvae/objective.py, dalle/dvae/metrics.py)."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle.dvae import DVAE, DVAEConfig, DVAELossConfig
+from dalle.dvae import DVAE, DVAEConfig, DVAELossConfig, losses
 from dalle.dvae.losses import gumbel_softmax, kl_to_uniform, logit_laplace_log_prob
 from dalle.dvae.metrics import code_usage, collapse_warning, dvae_scores
 from dalle.dvae.model import Conv2d, map_pixels
 from dalle.dvae.objective import DVAEObjective
 from dalle.schedules import Schedule
+from dalle.train.precision import autocast
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,30 @@ def test_the_dvae_minimizes_reconstruction_plus_beta_times_kl_per_pixel_value(mo
     assert loss.metrics["tau"] == pytest.approx(tau)
     assert loss.metrics["beta"] == pytest.approx(beta)
     torch.testing.assert_close(loss.metrics["kl"], kl_to_uniform(logits).mean().detach())
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.1), ("fp16", 0.02)])
+def test_on_cuda_loss_and_gradients_are_those_of_the_cpu(
+    precision, tolerance, model, pixels, cuda, monkeypatch
+):
+    """With the CPU's noise. The relaxation is in fp32 between convolutions in 16 bit."""
+    noise, found = losses.uniform_by_place, []
+    monkeypatch.setattr(
+        losses, "uniform_by_place", lambda like, first: noise(like.cpu(), first).to(like.device)
+    )
+    for device, kind in ((torch.device("cpu"), "fp32"), (cuda, precision)):
+        torch.manual_seed(3)
+        own, images = deepcopy(model).to(device), pixels.to(device)
+        with autocast(kind, device):
+            total = DVAEObjective()(own, images, 5).total
+            assert own.codebook_logits(images).dtype == torch.float32
+        total.backward()
+        assert {p.grad.device for p in own.parameters()} == {device}
+        gradients = torch.cat([p.grad.cpu().flatten() for p in own.parameters()])
+        found.append((float(total.detach()), gradients))
+    (expected, of_cpu), (value, of_cuda) = found
+    assert value == pytest.approx(expected, abs=tolerance)
+    assert (of_cuda - of_cpu).norm() < tolerance * of_cpu.norm()
 
 
 def test_training_lowers_the_loss(model):

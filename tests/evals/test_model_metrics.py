@@ -18,10 +18,10 @@ from dalle.evals.best_of_n import best_of_n, sizes
 from dalle.evals.clip import retrieval
 from dalle.evals.psnr_ssim import psnr, ssim
 from dalle.evals.running_mean import MeanMetric
+from dalle.train.precision import copy_to_device
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.losses import log_likelihood
 from dalle.types import Embedder
-from tests.helpers.accelerator import NoFloat64
 
 CONFIG = {"depth": 1, "heads": 1, "head_dim": 8, "text_vocab": 9, "image_vocab": 6}
 
@@ -95,29 +95,36 @@ def test_nats_are_over_all_tokens_and_not_means_of_batches(transformer):
     assert report["loss"] == pytest.approx(report["text_loss"] / 8 + 7 / 8 * report["image_loss"])
 
 
-def test_float64_is_of_the_cpu_alone(dvae, transformer, pixels):
-    """Apple's MPS has none; every metric of tensors is computed from those of such a device."""
+class Features:
+    """Pixels as features and as logits."""
+
+    hash, resize = "", ""
+
+    def __call__(self, images):
+        return images.flatten(1)[:, :8], images.flatten(1)[:, :10]
+
+
+def test_metrics_of_a_device_are_those_of_the_cpu(dvae, transformer, pixels, cuda):
+    """In float64 on the CPU alone: Apple's MPS has none."""
+    vectors = torch.nn.functional.normalize(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
     text = transformer.layout.pad_text([[1], [2, 3], [4], [], [5, 6, 7, 8]])
-    ids = transformer.layout.pack(text, dvae.encode(pixels))
-    vectors = torch.nn.functional.normalize(torch.randn(5, 4), dim=1)
-    class_labels = torch.arange(5)
-
-    class Features:
-        hash, resize = "", ""
-
-        def __call__(self, images):
-            return images.flatten(1)[:, :8], images.flatten(1)[:, :10]
-
-    with NoFloat64(dvae, transformer, pixels, ids, text, vectors):
-        likelihood.nats_per_token(transformer, [ids])
-        likelihood.bits_per_dim(dvae, transformer, [(pixels, text)])
-        reconstruction.run(dvae, [pixels])
-        retrieval(vectors, vectors, range(5))
-        clip.accuracy((vectors @ vectors.T).argsort(1), class_labels)
-        stats = fid.extract_stats(Features(), [pixels])[0]
-        fid.inception_score(torch.cat(stats.logits), splits=2)
-        with pytest.raises(TypeError, match="float64 on a device without it"):
-            pixels.double()
+    found = []
+    for device in (torch.device("cpu"), cuda):
+        coder, model = copy_to_device(dvae, device), copy_to_device(transformer, device)
+        images, captions, unit = pixels.to(device), text.to(device), vectors.to(device)
+        ids = model.layout.pack(captions, coder.encode(images))
+        stats = fid.extract_stats(Features(), [images])
+        values = {
+            **likelihood.nats_per_token(model, [ids]),
+            **likelihood.bits_per_dim(coder, model, [(images, captions)])["sampled"],
+            **reconstruction.run(coder, [images]),
+            **retrieval(unit, unit.flip(0), range(5))["image_to_text_acc"],
+            **clip.accuracy((unit @ unit.T).argsort(1), torch.arange(5)),
+            "features": float(stats[8].gaussian().covariance.sum()),
+            "inception_score": fid.inception_score(torch.cat(stats[0].logits), splits=2)[0],
+        }
+        found.append(values)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 class TestBitsPerDim:

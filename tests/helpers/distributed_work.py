@@ -28,7 +28,7 @@ from dalle.train.checkpoint import latest_checkpoint, restore
 from dalle.train.config import EMAConfig, OptimizerConfig, PlateauConfig, PowerSGDConfig
 from dalle.train.distributed import Distributed, local
 from dalle.train.state import TrainState
-from dalle.train.step import split
+from dalle.train.step import split, to_device
 from dalle.train.trainer import init_train_state
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.objective import TransformerObjective
@@ -194,13 +194,14 @@ def train(case: Case, parallel: Distributed, out: Path) -> TrainState:
     """One case, into a run directory."""
 
     def evaluate(model: nn.Module, step: int) -> dict[str, float]:
-        return {"loss": float(case.objective(model, case.batch(50), step).total)}
+        batch = to_device(case.batch(50), parallel.device)
+        return {"loss": float(case.objective(model, batch, step).total)}
 
     for steps in case.stops:
         torch.manual_seed(0)
         config = replace(TRAIN, **case.train)
         averaged = config.powersgd.rank is None
-        model = parallel.build(case.model, averaged) if case.sliced else case.model()
+        model = parallel.build(case.model, averaged) if case.sliced else case.model().to(parallel.device)
         if case.compiles:
             parallel.wrap(model, config.precision, averaged)
             compile_layers(model, parallel.sharded, backend="aot_eager", fullgraph=True)

@@ -85,6 +85,18 @@ class TestInt8Linear:
             scaled_product(x, layer.codes, layer.scale)
         assert 0 < work.largest <= 2 * layer.codes.numel()
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_on_cuda_it_multiplies_by_the_rounded_matrix(self, dtype, cuda):
+        plain, x = linear(dtype=dtype), torch.randn(2, 3, 24, dtype=dtype)
+        rounded = Int8Linear(plain.to(cuda))
+        found = rounded(x.to(cuda))
+        matrix = rounded.codes.cpu().double() * rounded.scale.cpu().double()[:, None]
+        assert (found.device, found.dtype) == (cuda, dtype)
+        expected = x.double() @ matrix.T + plain.bias.cpu().double()
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=0.02, atol=0.02)
+        part = int8_linear(x.to(cuda), rounded, slice(7, 19)).cpu().double()
+        torch.testing.assert_close(part, x.double() @ matrix[7:19].T, rtol=0.02, atol=0.02)
+
 
 class TestModel:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

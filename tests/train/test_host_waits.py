@@ -11,11 +11,12 @@ from dalle.clip import CLIP
 from dalle.dvae import DVAE, losses
 from dalle.train.config import EMAConfig, OptimizerConfig
 from dalle.train.distributed import Distributed
-from dalle.train.step import train_step
+from dalle.train.step import to_device, train_step
 from dalle.train.trainer import init_train_state
 from dalle.transformer import Transformer
 from tests.helpers import distributed_work as cases
 from tests.helpers.host_waits import HostWaits
+from tests.helpers.pretended_cuda import only_real
 
 FAMILIES = ("transformer", "dvae", "clip")
 MUON = replace(cases.TRAIN.optimizer, muon_lr_scale=5.0)
@@ -28,11 +29,11 @@ VARIANTS = {
 }
 
 
-def stepper(family: str, **changes):
+def stepper(family: str, device: torch.device | str = "cpu", **changes):
     """The state of a training, and a function that trains on a batch."""
     case, config = cases.PLAIN[family], replace(cases.TRAIN, **changes)
     torch.manual_seed(0)
-    state = init_train_state(case.model(), config, 0, Distributed())
+    state = init_train_state(case.model().to(device), config, 0, Distributed())
 
     def step(batch, look=False):
         passes = 1 if family == "clip" else config.grad_accum_steps
@@ -53,6 +54,23 @@ def test_a_step_that_does_not_log_reads_nothing_from_the_device(family, variant)
     with HostWaits() as waits:
         step(second)
     assert not waits.found
+
+
+@only_real
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_torch_finds_no_wait_for_cuda_either(family, variant, cuda):
+    if (family, variant) == ("dvae", "muon"):
+        pytest.skip("a dVAE has no stack of layers for Muon")
+    _, step, batch = stepper(family, cuda, **VARIANTS[variant])
+    batches = [to_device(batch(i), cuda) for i in range(3)]
+    step(batches[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(batches[1])
+        step(batches[2])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_counter_counts():

@@ -86,12 +86,12 @@ def test_averages_and_weights_are_swapped_one_by_one(device):
     assert live.peak_of_all <= (8 + 8 + 1) * size
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU to keep the average off")
-def test_an_average_kept_off_the_gpu_is_applied_to_weights_on_it(model):
-    model = model.cuda()
+def test_an_average_kept_off_the_gpu_is_applied_to_weights_on_it(model, cuda):
+    model = model.to(cuda)
     average = EMA(model, EMAConfig(0.9, 1, "cpu"))
     average.update(model, 1)
     assert all(s.device.type == "cpu" for s in average.sums.values())
     own = [p.detach().clone() for p in model.parameters()]
     with average.applied(model):
         torch.testing.assert_close(list(model.parameters()), own)
+    assert all(torch.equal(p, before) for p, before in zip(model.parameters(), own, strict=True))

@@ -12,6 +12,7 @@ from dalle.masks import dense_mask
 from dalle.nn import ATTENTION_BACKENDS
 from dalle.nn.blocks import Attention
 from dalle.train.grad_scaler import PerBlockGradScaler
+from dalle.train.precision import autocast
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.config import SIZES, TransformerLossConfig
 from dalle.transformer.losses import LOGITS, cross_entropies, weighted_cross_entropy
@@ -328,7 +329,8 @@ def test_the_operations_of_a_step_are_those_of_the_formula(model, ids):
 
 def losses_and_gradients(model: Transformer, logits: int = 10**6) -> list[torch.Tensor]:
     model.zero_grad()
-    text, image = cross_entropies(model, ids_of(model), logits)
+    ids = ids_of(model).to(model.to_logits.weight.device)
+    text, image = cross_entropies(model, ids, logits)
     weighted_cross_entropy(text, image).backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     return [text.detach(), image.detach(), *gradients]
@@ -364,6 +366,30 @@ def test_activation_checkpointing_changes_no_gradient(model, monkeypatch):
     model.layers[0].mlp.f.expand.register_forward_pre_hook(lambda *_: calls.append(1))
     torch.testing.assert_close(losses_and_gradients(model), expected, rtol=0, atol=0)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("precision", "chunk", "recomputed", "tolerance"),
+    [
+        ("fp32", 10**6, False, 1e-4),
+        ("fp32", 40, True, 1e-4),
+        ("bf16", 40, True, 0.1),
+        ("fp16", 40, False, 0.02),
+    ],
+)
+def test_losses_and_gradients_on_cuda_are_those_of_the_cpu(precision, chunk, recomputed, tolerance, cuda):
+    """By another backend; in fp16 with gradient scales. The tolerance is of all gradients together."""
+    expected = losses_and_gradients(small(3, attention_backend="dense"))
+    model = small(3, activation_checkpointing=recomputed).to(cuda)
+    scales = PerBlockGradScaler(model.resblocks()) if precision == "fp16" else None
+    with autocast(precision, cuda):
+        losses = losses_and_gradients(model, chunk)[:2]
+    assert scales is None or scales.unscale().all()
+    gradients = torch.cat([p.grad.cpu().flatten() for p in model.parameters()])
+    others = torch.cat([gradient.flatten() for gradient in expected[2:]])
+    assert {p.grad.device for p in model.parameters()} == {cuda}
+    torch.testing.assert_close([x.cpu() for x in losses], expected[:2], rtol=tolerance, atol=0)
+    assert (gradients - others).norm() < tolerance * others.norm()
 
 
 # Compilation.
