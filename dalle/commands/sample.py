@@ -185,7 +185,7 @@ def claim(out: Path) -> TextIO:
     lock = lock_directory(out)
     for name in names:
         if name != LOCK:
-            (out / name).unlink()
+            (out / name).unlink(missing_ok=True)  # the lock has removed .writable
     return lock
 
 

@@ -138,6 +138,7 @@ class TestSample:
             during.setattr(os, "replace", killed)
             assert sample("--out", "mine").err == "killed"
         (tmp_path / "mine" / "07.png").touch()  # of a command for more images
+        (tmp_path / "mine" / ".writable").touch()
         assert sample("--out", "mine").code == 0
         assert {path.name for path in (tmp_path / "mine").iterdir()} == {"00.png", "grid.png", "sample.json"}
 
