@@ -71,6 +71,7 @@ class _SlicedInit(TorchFunctionMode):
         if name == "requires_grad_" or not (changes and isinstance(target, Tensor) and target.is_meta):
             return function(*args, **kwargs)
         parameter, part = self.slices.get(id(target), (None, None))
+        numbers = not any(isinstance(value, Tensor) for value in (*args[1:], *kwargs.values()))
         if parameter is not None and (_is_init(function) or name in WHOLE):
             whole = torch.empty(target.shape, dtype=target.dtype)
             if _is_init(function):
@@ -78,7 +79,7 @@ class _SlicedInit(TorchFunctionMode):
             else:
                 function(whole, *args[1:], **kwargs)
             self.slices[id(target)] = parameter, self.keep(whole)
-        elif parameter is not None and name in ELEMENTWISE and not _tensors(args[1:], kwargs):
+        elif parameter is not None and name in ELEMENTWISE and numbers:
             function(part, *args[1:], **kwargs)
         else:
             raise NotImplementedError(f"{name} in the initialization of a parameter cannot be done on slices")
@@ -87,7 +88,3 @@ class _SlicedInit(TorchFunctionMode):
 
 def _is_init(function: Any) -> bool:
     return getattr(function, "__module__", None) == "torch.nn.init"
-
-
-def _tensors(args: tuple, kwargs: dict[str, Any]) -> bool:
-    return any(isinstance(value, Tensor) for value in (*args, *kwargs.values()))

@@ -1,7 +1,7 @@
 """fp32 that is fp32: autocast and TF32 switched off around what must be exact (A.2, B.2).
 
 On CUDA cards from Ampere on, fp32 products may be computed in TF32, with 10 of 23 bits after the point; torch
-allows it for convolutions unless told otherwise, and then a dVAE gives other tokens than on other machines.
+allows it for convolutions by default, and then a dVAE gives other tokens than on other machines.
 """
 
 from collections.abc import Iterator

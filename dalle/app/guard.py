@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -30,8 +31,8 @@ class Guard:
     """Answers to the server's names alone, and takes the posts of its own page as far as there is room.
 
     Another page can neither read nor sample, also not by DNS rebinding: a browser names its host and origin.
-    A program names what it likes, so visitors are told apart by address; behind a proxy on this computer, as
-    with --share, by the address that the proxy forwards.
+    A program names what it likes, so visitors are distinguished by address; behind a proxy on this computer,
+    as with --share, by the address that the proxy forwards.
     """
 
     def __init__(self, app, args: AppArgs):
@@ -79,7 +80,8 @@ class Guard:
         own = sum(one.files for one in self.uploads if one.visitor == visitor)
         if own >= UPLOADS or sum(one.files for one in self.uploads) >= ALL_UPLOADS:
             problem = PlainTextResponse("there is no room for more images; try again in an hour", 403)
-            return await problem(scope, receive, send)
+            await problem(scope, receive, send)
+            return
         upload, reply = Upload(visitor, now), []
         self.uploads.append(upload)
 
@@ -90,11 +92,9 @@ class Guard:
         try:
             await self.app(scope, receive, watched)
         finally:
-            try:
+            upload.files = 0
+            with suppress(ValueError):
                 upload.files = len(parse_json(b"".join(reply), "the reply"))
-            except ValueError:
-                upload.files = 0
-        return None
 
 
 def hostname(host: str) -> str | None:

@@ -144,7 +144,7 @@ def _openclipart(file: Path, root: Path) -> Iterator[CaptionRecord]:
     """One caption: the title, then the keywords that are not in it."""
     name = re.sub(r"(\.svg)?(\.gz)?$", "", file.relative_to(root).as_posix(), flags=re.IGNORECASE)
     try:
-        with _open(file)(file, "rb") as opened:
+        with _open(file, "rb") as opened:
             tree = ElementTree.parse(opened)
     except (ElementTree.ParseError, OSError, EOFError, ValueError, LookupError, zlib.error) as error:
         yield CaptionRecord(None, [f"{file.name}: not XML: {error}"])
@@ -156,22 +156,24 @@ def _openclipart(file: Path, root: Path) -> Iterator[CaptionRecord]:
     yield CaptionRecord(name, _clean(", ".join(filter(None, [title, *new]))))
 
 
-def _open(file: Path) -> Any:
-    return gzip.open if file.suffix.lower() == ".gz" else open
+def _open(file: Path, mode: str = "rt") -> Any:
+    """A file, unpacked; bytes of its text that are not UTF-8 become lone surrogates, counted later."""
+    unpack = gzip.open if file.suffix.lower() == ".gz" else open
+    text = {"encoding": "utf-8-sig", "errors": "surrogateescape"} if mode == "rt" else {}
+    return unpack(file, mode, **text)
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """("FILE, line N", line); bytes that are not UTF-8 become lone surrogates, which are counted later."""
-    with _open(file)(file, "rt", encoding="utf-8-sig", errors="surrogateescape") as lines:
+    """("FILE, line N", line)."""
+    with _open(file) as lines:
         for number, line in enumerate(read_lines(lines), 1):
             yield f"{file.name}, line {number}", line.rstrip("\n")
 
 
 def _json_list(file: Path, key: str) -> Iterator[dict[str, Any]]:
     """The objects in the list `key` of a JSON file, one in memory at a time."""
-    unpack = gzip.open if file.suffix == ".gz" else open
     empty = True
-    with unpack(file, "rt", encoding="utf-8-sig", errors="surrogateescape") as opened:
+    with _open(file) as opened:
         for item in json_items(opened, key, str(file)):
             empty = False
             if isinstance(item, dict):

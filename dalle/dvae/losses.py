@@ -58,7 +58,7 @@ def gumbel_softmax(logits: Tensor, tau: float, first: int = 0) -> Tensor:
 def uniform_by_place(like: Tensor, first: int) -> Tensor:
     """Numbers in [0, 1) of a tensor's shape and device; row i is that of index first + i in any batch.
 
-    One number is drawn from torch's own CPU generator; processes of the same seed and step so draw the same.
+    One number is sampled by torch's own CPU generator; processes of the same seed and step so have the same.
     """
     seed = int(torch.randint(2**62, (), device="cpu").numpy())
     numbers, rng = torch.empty(like.shape, device=like.device), torch.Generator(like.device)

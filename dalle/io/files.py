@@ -211,9 +211,8 @@ def file_hashes(folder: Path, files: Iterable[Path]) -> dict[str, str]:
 def write_checksums(folder: Path, sums: dict[str, str] | None = None) -> None:
     """Writes a folder's SHA256SUMS, of the given hashes or of all its files."""
     if sums is None:
-        sums = file_hashes(
-            folder, (path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
-        )
+        files = [path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS]
+        sums = file_hashes(folder, files)
     write_text(folder / CHECKSUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
 
 
@@ -271,10 +270,12 @@ def check_meta(meta: Any, kind: str, source: Path) -> dict[str, Any]:
     if wrong := [name for name in names if not isinstance(meta.get(name, {}), dict)]:
         raise ValueError(f"{source}: {' and '.join(wrong)} must be JSON objects; it is damaged")
     if kind not in ("dalle", "tokens"):
-        ema, sections = meta.get("ema", {}), {"config", "inputs"} <= meta.keys()
+        ema = meta.get("ema", {})
+        decay = ema.get("decay")
         counts = [meta.get("step"), meta.get("steps", 0), ema.get("updates"), ema.get("update_every")]
-        whole = all(type(count) is int and 0 <= count < 2**63 for count in counts)
-        if not (sections and whole and type(decay := ema.get("decay")) in (int, float) and 0 <= decay <= 1):
+        sound = all(type(count) is int and 0 <= count < 2**63 for count in counts)
+        sound = sound and type(decay) in (int, float) and 0 <= decay <= 1
+        if not sound or not {"config", "inputs"} <= meta.keys():
             raise ValueError(f"{source}: meta.json lacks config, inputs, step or ema; it is damaged")
     return meta
 

@@ -21,8 +21,6 @@ MAX_DEPTH = 100
 PART, MAX_ITEM = 2**20, 2**25
 """Characters of a JSON file that are read at once, and of an item at most."""
 SPACES = re.compile(r"[ \t\r\n]*")
-
-
 MAX_CAPTION, MAX_LINE = 2**17, 2**24
 """Characters of a caption, and of a line of a table or list; the first is that of a field in Python's csv."""
 
@@ -142,7 +140,7 @@ class _JSONFile:
             mark = self.mark(f",{last}")
 
     def value(self) -> Any:
-        """The next value; one that ends with the part may go on in the next."""
+        """The next value; one that ends with the part may continue in the next."""
         self.peek()
         while True:
             try:

@@ -1,6 +1,6 @@
 """CLIP for reranking: TorchScript archives and state dicts of OpenAI, checkpoints of open_clip.
 
-The towers are open_clip's; sizes come from shapes, which do not tell the activation: OpenAI's weights were
+The towers are open_clip's; sizes come from shapes, which do not show the activation: OpenAI's weights were
 trained with x sigmoid(1.702 x), most of open_clip's with the exact GELU, and the wrong one ranks worse
 without an error. OpenAI's files are recognized by three numbers next to the weights; for others it is an
 argument. Other architectures (timm towers, SigLIP) are opened by name, with `PretrainedScorer`.

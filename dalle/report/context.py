@@ -106,7 +106,7 @@ class ReportContext:
 
 
 def _run(folder: Path) -> TrainedRun | None:
-    """The run of a folder; its log tells the kind where there is no readable checkpoint."""
+    """The run of a folder; its log shows the kind where there is no readable checkpoint."""
     try:
         checkpoint = latest_checkpoint(folder)
     except ValueError:

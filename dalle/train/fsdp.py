@@ -22,7 +22,7 @@ class ForwardProxy(nn.Module):
 def shard_model(
     model: nn.Module, mesh: Any, precision: str, ignored: list[nn.Parameter], by_longer_side: bool
 ) -> nn.Module:
-    """Shards a model by FSDP2: each group of `model.fsdp_groups()` by itself, everything else together.
+    """Shards a model by FSDP2: each group of `model.fsdp_groups()` alone, everything else together.
 
     `by_longer_side` shards matrices where PowerSGD's factors are smallest.
     """

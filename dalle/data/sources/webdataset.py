@@ -98,7 +98,7 @@ class TarSource:
 
 
 class LenientTarInfo(tarfile.TarInfo):
-    """A header; the search goes on at the block behind one that tarfile cannot read, whatever it raises."""
+    """A header; behind one that tarfile cannot read, whatever it raises, the search continues."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
@@ -162,7 +162,7 @@ def scan_tar(file: Path) -> tuple[np.ndarray, bytes, list[BadSample], bool]:
 
 
 def _members(file: Path, opened: BinaryIO) -> Iterator[Member]:
-    """The files in a tar. A damaged header costs one member: the search goes on at the next sound header."""
+    """The files in a tar. A damaged header costs one member: the next sound header is searched for."""
     size, expected, places = os.fstat(opened.fileno()).st_size, 0, dict[str, tuple[int, int]]()
     options = {"ignore_zeros": True, "encoding": "utf-8", "tarinfo": LenientTarInfo}
     with suppress(tarfile.TarError), tarfile.open(file, "r:", **options) as tar:
