@@ -66,9 +66,7 @@ class TokenLayout:
         if len(grid) != 2 or min(grid) < 1:
             raise ValueError(f"grid must be (rows, columns), both positive, got {grid}")
         if self.text_len < 2:
-            raise ValueError(
-                f"text_len must be at least 2 (start-of-text and one token), got {self.text_len}"
-            )
+            raise ValueError(f"text_len must be at least 2 (start-of-text and a token), got {self.text_len}")
         if min(self.text_vocab, self.image_vocab) < 1:
             raise ValueError(f"vocabularies must be positive, got {self.text_vocab} and {self.image_vocab}")
         rows, columns = grid
@@ -103,8 +101,7 @@ class TokenLayout:
             if len(ids) > self.max_caption_len and not truncate:
                 which = f"caption {row}" if len(captions) > 1 else "the caption"
                 raise ValueError(
-                    f"{which} has {len(ids)} tokens, the layout has room for {self.max_caption_len}; "
-                    "shorten it or ask for truncation"
+                    f"{which} has {len(ids)} tokens, there is room for {self.max_caption_len}; cut it"
                 )
             kept = torch.tensor(list(ids[: self.max_caption_len]), dtype=torch.int64)
             check_tokens(kept[None], self.text_vocab, "text ids")
@@ -157,9 +154,7 @@ def token_grid(tokens: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
     side = math.isqrt(tokens.shape[1])
     rows, columns = grid or (side, side)
     if rows * columns != tokens.shape[1]:
-        raise ValueError(
-            f"{tokens.shape[1]} tokens do not fill a grid of {rows} x {columns}; give grid=(rows, columns)"
-        )
+        raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {rows} x {columns}; give grid")
     return rows, columns
 
 

@@ -18,9 +18,7 @@ def lazy_exports(package: str, homes: dict[str, str]) -> tuple[Callable, Callabl
 
     def get(name: str):
         if name not in homes:
-            raise AttributeError(
-                f"module {package!r} has no attribute {name!r}; public names: {', '.join(homes)}"
-            )
+            raise AttributeError(f"{package!r} has no attribute {name!r}; public names: {', '.join(homes)}")
         value = getattr(import_module(f"{package}.{homes[name]}"), name)
         setattr(sys.modules[package], name, value)
         return value

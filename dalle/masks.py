@@ -39,9 +39,7 @@ def visible(kind: str, layout: TokenLayout, kernel: int = 11) -> MaskFn:
     if kind not in KINDS:
         raise ValueError(f"unknown attention kind {kind!r}; expected one of {', '.join(KINDS)}")
     if kind == "conv" and (kernel < 1 or kernel % 2 == 0 or kernel > layout.columns):
-        raise ValueError(
-            f"kernel must be odd and at most the {layout.columns} columns of the grid, got {kernel}"
-        )
+        raise ValueError(f"kernel must be odd and at most the grid's {layout.columns} columns, got {kernel}")
     text, width = layout.text_len, layout.columns
 
     def mask_fn(q: Tensor, k: Tensor) -> Tensor:

@@ -76,9 +76,7 @@ def _build(config: TransformerConfig) -> torch.nn.Module:
         with _stand_ins():
             package = importlib.import_module("dalle_pytorch")
     except ImportError as error:
-        raise ValueError(
-            f"--baseline dalle-pytorch cannot import it ({error}); pip install dalle-pytorch==1.6.6"
-        ) from None
+        raise ValueError(f"cannot import dalle-pytorch ({error}); pip install dalle-pytorch==1.6.6") from None
     torch.manual_seed(0)
     vae = package.DiscreteVAE(
         image_size=2 * rows, num_layers=1, num_tokens=config.image_vocab, codebook_dim=8, hidden_dim=8

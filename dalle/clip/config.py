@@ -38,11 +38,7 @@ class CLIPConfig:
     def __post_init__(self):
         check_positive(self, "embed_width", "image_size", "patch_size", "text_len", "text_vocab", "head_dim")
         if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-            )
+            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
         for name in ("vision_width", "text_width"):
             if getattr(self, name) % self.head_dim:
-                raise ValueError(
-                    f"{name} {getattr(self, name)} is not a multiple of head_dim {self.head_dim}"
-                )
+                raise ValueError(f"{name} {getattr(self, name)} is no multiple of head_dim {self.head_dim}")

@@ -80,7 +80,7 @@ class CLIP(nn.Module):
 
     def image_vectors(self, pixels: Tensor) -> Tensor:
         """`encode_image` without a look at the values, for which a GPU would have to be waited for."""
-        prepared = normalize_pixels(pixels, self.config.image_size)
+        prepared = prepare_pixels(pixels, self.config.image_size)
         with sdpa_kernel(ATTENTION) if pixels.device.type == "cpu" else nullcontext():
             return F.normalize(self.net.encode_image(prepared).float(), dim=-1)
 
@@ -100,13 +100,10 @@ class CLIP(nn.Module):
 
 
 def prepare_pixels(pixels: Tensor, size: int, mean=PIXEL_MEAN, std=PIXEL_STD) -> Tensor:
-    """Bicubic resize to size x size where needed, then CLIP's normalization; differentiable."""
-    check_images(pixels)
-    return normalize_pixels(pixels, size, mean, std)
+    """Bicubic resize to size x size where needed, then CLIP's normalization; differentiable.
 
-
-def normalize_pixels(pixels: Tensor, size: int, mean=PIXEL_MEAN, std=PIXEL_STD) -> Tensor:
-    """`prepare_pixels` for values that are known to be in [0, 1]."""
+    Callers that do not know the values to be in [0, 1] check them before, by `check_images`.
+    """
     check_image_shape(pixels)
     if pixels.shape[2:] != (size, size):
         pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
@@ -157,6 +154,7 @@ class OpenClipScorer(_CosineScorer):
     @tf32(False)
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, H, W) in [0, 1] -> unit vectors (N, E)."""
+        check_images(pixels)
         return self.model.encode_image(prepare_pixels(pixels, self.size, self.mean, self.std), normalize=True)
 
     def embed_captions(self, captions: Sequence[str]) -> Tensor:

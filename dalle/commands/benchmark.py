@@ -40,8 +40,6 @@ def main() -> None:
         overview(sys.argv[1:], __doc__, "--help after a name explains its options.")
         name = sys.argv[1] if len(sys.argv) > 1 else ""
         if name not in BENCHMARKS:
-            raise ValueError(
-                f"missing or unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}"
-            )
+            raise ValueError(f"unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}")
         args = parse(BENCHMARKS[name], sys.argv[2:], description=__doc__)
         getattr(import_module(f"dalle.benchmarks.{name}"), f"benchmark_{name}")(args)

@@ -77,9 +77,7 @@ class TrainDVAEArgs(TrainArgs):
         super().__post_init__()
         check_positive(self, "eval_samples")
         if self.crop is not None and self.crop < self.model.downsample_factor:
-            raise ValueError(
-                f"crop must hold a token of {self.model.downsample_factor} pixels, got {self.crop}"
-            )
+            raise ValueError(f"crop must be {self.model.downsample_factor} pixels or more, got {self.crop}")
 
 
 def train_dvae(args: TrainDVAEArgs) -> Path:

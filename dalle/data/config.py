@@ -38,10 +38,7 @@ class FilterConfig:
 
     def __post_init__(self):
         if self.max_aspect_ratio is not None and not self.max_aspect_ratio >= 1:
-            raise ValueError(
-                "max_aspect_ratio is longer side / shorter side, so at least 1 (or None), "
-                f"got {self.max_aspect_ratio}"
-            )
+            raise ValueError(f"max_aspect_ratio must be at least 1, got {self.max_aspect_ratio}")
         for name in ("min_words", "min_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 (off) or more, got {getattr(self, name)}")

@@ -89,9 +89,7 @@ class ImageTextDataset:
             self._indices = np.flatnonzero(chosen).astype(np.uint32 if len(source) < 2**32 else np.uint64)
             part = f"{split} {val_fraction}"
             if not len(self._indices):
-                raise ValueError(
-                    f"none of {len(source)} samples falls into split {split!r}; raise --data.val-fraction"
-                )
+                raise ValueError(f"none of {len(source)} samples is in {split!r}; raise --data.val-fraction")
         self.size = len(self._indices)
         self.hash = hashlib.blake2b(f"{source.hash} {part}".encode(), digest_size=8).hexdigest()
 

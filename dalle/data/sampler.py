@@ -30,9 +30,7 @@ def batch_indices(
         ValueError: the batch does not divide into shares.
     """
     if batch_size % world:
-        raise ValueError(
-            f"a batch of {batch_size} does not divide among {world} processes; make it a multiple"
-        )
+        raise ValueError(f"a batch of {batch_size} does not divide among {world} processes; give a multiple")
     share = batch_size // world
     first = step * batch_size + rank * share
     if size is None:

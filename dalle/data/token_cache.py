@@ -100,9 +100,7 @@ class TokenCache:
             sound = _key({name: meta[name] for name in TokenCacheSpec.__dataclass_fields__}) == self.key
             sound = sound and sum(counts) + meta["left_out"] == meta["images"]
         except (LookupError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{folder} is not a token cache ({error}); make one with scripts/encode_images.py"
-            ) from None
+            raise ValueError(f"{folder} is not a token cache: {error}; make one with encode_images") from None
         if not sound:
             raise ValueError(
                 f"{folder / 'meta.json'} is damaged: its numbers contradict each other; remove it, and run "

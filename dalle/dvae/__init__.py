@@ -3,10 +3,5 @@
 from dalle.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "DVAE": "model",
-        "DVAEConfig": "config",
-        "DVAELossConfig": "config",
-    },
+    __name__, {"DVAE": "model", "DVAEConfig": "config", "DVAELossConfig": "config"}
 )

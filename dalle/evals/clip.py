@@ -80,10 +80,8 @@ def zero_shot(clip: Embedder, pixels: Tensor, classes: Tensor) -> Tensor:
 
 def accuracy(ranked: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 and top-5 accuracy of ranked classes (B, C) for labels (B,), and that of chance."""
-    hits = ranked == labels.to(ranked.device)[:, None]
-    top = {
-        f"acc_top_{k}": float(hits[:, :k].any(1).cpu().double().mean()) for k in (1, 5) if k < ranked.shape[1]
-    }
+    hits = (ranked == labels.to(ranked.device)[:, None]).cpu()
+    top = {f"acc_top_{k}": float(hits[:, :k].any(1).double().mean()) for k in (1, 5) if k < ranked.shape[1]}
     return top | {"acc_chance": 1 / ranked.shape[1]}
 
 

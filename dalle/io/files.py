@@ -24,9 +24,7 @@ def make_directory(folder: Path) -> Path:
         probe.touch()
         probe.unlink(missing_ok=True)  # another process may try at the same time
     except OSError as error:
-        raise ValueError(
-            f"cannot write to {folder} ({error.strerror}); give another --out, or another path"
-        ) from None
+        raise ValueError(f"cannot write to {folder} ({error.strerror}); give another path") from None
     return folder
 
 
@@ -284,9 +282,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory; ValueError if there is none, for another format or a damaged one."""
     path = directory / "config.json"
     if not path.is_file():
-        raise ValueError(
-            f"{directory} is no model directory (it has no config.json); make one with save_pretrained"
-        )
+        raise ValueError(f"{directory} is no model directory (no config.json); make one with save_pretrained")
     config = check_meta(read_json(path), "dalle", directory)
     inputs = config.get("inputs", {"": None})
     if not config.get("parts") or not all(isinstance(link, str) for link in inputs.values()):

@@ -91,9 +91,7 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
 def resize_center_crop(image: Image.Image, resolution: int) -> Image.Image:
     """Evaluation preprocessing of the release: shorter side to R by Lanczos, then the middle square."""
     if min(image.size) < 8:
-        raise ValueError(
-            f"image of {image.width} x {image.height} is too small; expected 8 pixels or more a side"
-        )
+        raise ValueError(f"image of {image.width} x {image.height} is too small; expected 8 pixels or more")
     return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
 
 
@@ -134,9 +132,7 @@ def check_image_shape(pixels: Tensor, multiple_of: int = 1) -> None:
     if not pixels.numel():
         raise ValueError(f"pixels must hold an image, got none: {tuple(pixels.shape)}")
     if pixels.shape[2] % multiple_of or pixels.shape[3] % multiple_of:
-        raise ValueError(
-            f"sides must be multiples of {multiple_of}, got {tuple(pixels.shape[2:])}; crop or resize first"
-        )
+        raise ValueError(f"sides must be multiples of {multiple_of}, got {tuple(pixels.shape[2:])}; resize")
 
 
 def image_grid(rows: Sequence[Sequence[Image.Image]], scale: int = 1, gap: int = 4) -> Image.Image:

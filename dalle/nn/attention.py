@@ -78,9 +78,8 @@ class SparseMask:
 
     def ungroup(self, x: Tensor) -> Tensor:
         """The way back: (B, H, G, M, d) -> (B, H, R * C, d)."""
-        return rearrange(
-            x, "b h c r d -> b h (r c) d" if self.kind == "column" else "b h r c d -> b h (r c) d"
-        )
+        order = "b h c r d -> b h (r c) d" if self.kind == "column" else "b h r c d -> b h (r c) d"
+        return rearrange(x, order)
 
     def near_keys(self, x: Tensor) -> Tensor:
         """Grouped keys (B, H, G, M, d) -> (B, H, G, L, d): of each group and of the rows above it."""
@@ -91,15 +90,11 @@ class SparseMask:
         return torch.cat([padded[:, :, i : i + rows] for i in range(above + 1)], dim=3)
 
     def _near_mask(self) -> Tensor:
-        layout = self.layout
-        positions = (
-            torch.arange(layout.num_image_tokens, dtype=torch.float32)[None, None, :, None] + 1
-        )  # 0: none above the top
-        queries = self.group(positions)  # (1, 1, G, M, 1)
+        layout, text_len = self.layout, self.layout.text_len
+        positions = torch.arange(1, layout.num_image_tokens + 1, dtype=torch.float32)  # 0: none above the top
+        queries = self.group(positions[None, None, :, None])  # (1, 1, G, M, 1)
         keys = self.near_keys(queries).transpose(-1, -2)  # (1, 1, G, 1, L)
-        sees = visible(self.kind, layout, self.kernel)(
-            queries.long() + layout.text_len, keys.long() + layout.text_len
-        )
+        sees = visible(self.kind, layout, self.kernel)(queries.long() + text_len, keys.long() + text_len)
         return (sees & (keys > 0))[0, 0]
 
     # All positions with rows and columns of the image exchanged (Figure 11c), for blocks of pairs.
@@ -198,9 +193,7 @@ def resolve_backend(
         ValueError: an unknown backend, or one that the device cannot run.
     """
     if backend not in ATTENTION_BACKENDS:
-        raise ValueError(
-            f"unknown attention backend {backend!r}; expected one of {', '.join(ATTENTION_BACKENDS)}"
-        )
+        raise ValueError(f"unknown backend {backend!r}; expected one of {', '.join(ATTENTION_BACKENDS)}")
     if backend == "auto":
         backend = "window" if pattern.kind != "causal" and device.type == "cpu" else "sdpa"
     if backend == "flex" and (refusal := flex_refusal(device, head_dim)):

@@ -41,9 +41,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, pattern: SparseMask, backend: str, cache: KVCache | None = None) -> Tensor:
         """x (B, n, D) of the first n positions, which a cache stores for `step`; a resolved backend."""
-        transposed = (
-            backend == "flex" and pattern.kind == "column"
-        )  # x is one array where q, k and v are three
+        # x is one array where q, k and v are three
+        transposed = backend == "flex" and pattern.kind == "column"
         x = pattern.to_column_major(x) if transposed else x
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         if self.qk_norm:

@@ -32,9 +32,7 @@ class Int8Linear(nn.Module):
         codes = (weight / scale.float()[:, None]).round().clamp(-LARGEST, LARGEST)
         self.register_buffer("codes", codes.to(torch.int8))
         self.register_buffer("scale", scale)
-        self.register_buffer(
-            "weight", linear.weight.new_empty(0)
-        )  # device and dtype of results, as nn.Linear's
+        self.register_buffer("weight", linear.weight.new_empty(0))  # device and dtype, as of nn.Linear
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -102,8 +102,7 @@ def num_prompts_per_batch(best_of: int, batch_size: int, prompts_per_batch: int 
     """Prompts that share a batch: as configured, or as many as fit with all their candidates."""
     if prompts_per_batch is not None and prompts_per_batch > batch_size:
         raise ValueError(
-            f"prompts_per_batch must be at most the batch size of {batch_size}, got {prompts_per_batch}; "
-            "raise batch_size"
+            f"prompts_per_batch must be at most {batch_size}, got {prompts_per_batch}; raise batch_size"
         )
     return prompts_per_batch or max(1, batch_size // best_of)
 

@@ -58,7 +58,7 @@ def prefix_tokens(
     check_tokens(tokens, model.transformer.layout.image_vocab, "image tokens")
     if tokens.shape != (1, height * width):
         raise ValueError(
-            f"image tokens must be those of one image, (1, {height * width}), got {tuple(tokens.shape)}"
+            f"image tokens must be (1, {height * width}) of one image, got {tuple(tokens.shape)}"
         )
     kept = tokens.view(1, height, width).clone()
     kept[:, top:, left:] = TO_GENERATE

@@ -128,9 +128,7 @@ class DALLE:
         """Yields n unranked images after each row of tokens, gray below it; arguments as `generate`."""
         for step in self.steps([prompt], n, n, seed, SamplingConfig(**sampling), truncate=truncate):
             if step.batch.wanted < n:
-                raise ValueError(
-                    f"n must be at most the batch size of {step.batch.wanted}, got {n}; raise batch_size"
-                )
+                raise ValueError(f"n must be at most {step.batch.wanted}, got {n}; raise batch_size")
             if step.whole_rows:
                 yield step.images
 

@@ -40,9 +40,7 @@ class DVAEBatch:
         if self.crop is None:
             return pixels
         if self.crop > min(pixels.shape[2:]):
-            raise ValueError(
-                f"crop {self.crop} is larger than the images, {tuple(pixels.shape[2:])}; lower it"
-            )
+            raise ValueError(f"crop {self.crop} exceeds the images, {tuple(pixels.shape[2:])}; lower it")
         rng, count = generator("squares", step_seed(self.seed, step)), len(pixels)
         own = slice(self.rank * count, (self.rank + 1) * count)
         free = [side - self.crop + 1 for side in pixels.shape[2:]]

@@ -120,9 +120,7 @@ class BPETokenizer(ABC):
         """The token as an int; ValueError if it is not in the vocabulary."""
         token = index(token)
         if not 0 <= token < self.vocab_size:
-            raise ValueError(
-                f"token {token} at position {position} is not in the vocabulary 0 .. {self.vocab_size - 1}"
-            )
+            raise ValueError(f"token {token} at position {position} is not in 0 .. {self.vocab_size - 1}")
         return token
 
     @cached_property

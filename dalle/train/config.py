@@ -52,8 +52,7 @@ class PlateauConfig:
     def __post_init__(self):
         if self.max_reductions < 0 or min(self.window, self.patience) < 1 or not self.threshold >= 0:
             raise ValueError(
-                "max_reductions and threshold cannot be negative, window and patience must be positive, "
-                f"got {self}"
+                f"max_reductions and threshold must be 0 or more, window and patience positive, got {self}"
             )
 
 
@@ -92,9 +91,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if min(self.lr.initial, self.lr.final) < 0 or self.warmup_steps < 0:
-            raise ValueError(
-                f"lr and warmup_steps cannot be negative, got {self.lr} and warmup_steps {self.warmup_steps}"
-            )
+            raise ValueError(f"lr and warmup_steps cannot be negative, got {self.lr} and {self.warmup_steps}")
         for name in ("beta1", "beta2", "eps", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} cannot be negative, got {getattr(self, name)}")

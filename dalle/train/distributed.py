@@ -150,9 +150,8 @@ class Distributed(AbstractContextManager):
             if averaged:
                 renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
                 option = "forward_sync_buffers" if renamed else "broadcast_buffers"  # before torch 2.15
-                self.wrapped = DistributedDataParallel(
-                    self.wrapped, gradient_as_bucket_view=True, **{option: False}
-                )
+                options = {"gradient_as_bucket_view": True, option: False}
+                self.wrapped = DistributedDataParallel(self.wrapped, **options)
         elif self.sharded:
             self._scalars = [p for p in model.parameters() if p.ndim == 0]
             mesh = self.mesh if averaged else self.mesh["shard"]

@@ -134,6 +134,4 @@ def build_grad_scaler(model: nn.Module) -> GradScaler:
         return PerBlockGradScaler(model.resblocks())
     if hasattr(model, "fsdp_groups"):
         return GlobalGradScaler(model)
-    raise ValueError(
-        f"{type(model).__name__} has no gradient scales for fp16; set train.precision to bf16 or fp32"
-    )
+    raise ValueError(f"{type(model).__name__} has no gradient scales for fp16; set precision to bf16 or fp32")

@@ -43,9 +43,7 @@ class FileLogger:
 
     def write(self, step: int, numbers: Numbers) -> None:
         """Appends one line; numbers that are not finite, which JSON cannot hold, are left out."""
-        finite = {
-            name: value for name, value in numbers.items() if isinstance(value, list) or math.isfinite(value)
-        }
+        finite = {name: x for name, x in numbers.items() if isinstance(x, list) or math.isfinite(x)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
 
@@ -129,9 +127,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ImportError(
-                '--log.loggers tensorboard needs it: pip install "zeroshot-text2image[tensorboard]"'
-            ) from None
+            raise ImportError('no tensorboard: pip install "zeroshot-text2image[tensorboard]"') from None
         self.events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, numbers: Numbers) -> None:
@@ -153,9 +149,7 @@ class WandB:
         try:
             import wandb
         except ImportError:
-            raise ImportError(
-                '--log.loggers wandb needs it: pip install "zeroshot-text2image[wandb]"'
-            ) from None
+            raise ImportError('no wandb: pip install "zeroshot-text2image[wandb]"') from None
         self.image, name = wandb.Image, run_dir / "wandb-id.txt"
         if not name.exists():
             name.write_text(uuid.uuid4().hex[:12], encoding="utf-8")

@@ -43,9 +43,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
     if config.muon_lr_scale is not None:
         matrices = [p for _, p in hidden_matrices(model) if p.requires_grad]
         if not matrices:
-            raise ValueError(
-                f"{type(model).__name__} has no stack of layers for Muon; leave optimizer.muon_lr_scale out"
-            )
+            raise ValueError(f"{type(model).__name__} has no stack of layers for Muon; omit muon_lr_scale")
         optimizers.append(torch.optim.Muon(matrices, weight_decay=config.weight_decay))
         chosen = {id(p) for p in matrices}
         decay = [p for p in decay if id(p) not in chosen]
@@ -162,9 +160,7 @@ def load_moment(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, 
     moment, _, inner = name.partition(".")
     state, in_8bit = optimizer.state[parameter], hasattr(optimizer, "_new_buffer")
     if inner and not in_8bit:
-        raise ValueError(
-            "the checkpoint has moments of 8 bits; set optimizer.state_dtype to 8bit to resume from it"
-        )
+        raise ValueError("the checkpoint has moments of 8 bits; set optimizer.state_dtype to 8bit")
     if moment not in state:
         if moment == "step":
             state[moment] = torch.empty_like(tensor, device="cpu" if in_8bit else parameter.device)

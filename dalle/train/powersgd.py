@@ -90,9 +90,7 @@ class PowerSGD:
             shard = local(parameters[name]).detach()
             shards = _place(parameters[name])[1]
             if shards > 1 and config.q_mode == "warm_start":
-                raise ValueError(
-                    "a checkpoint cannot carry the Q of each shard; set powersgd.q_mode to fixed or random"
-                )
+                raise ValueError("a checkpoint lacks the Q of each shard; set q_mode to fixed or random")
             rank = math.ceil(config.rank / shards)
             even = shard.numel() * shards == parameters[name].numel()
             if even and factors_are_smaller(shard.shape, matrices[name], rank):
@@ -228,9 +226,7 @@ class PowerSGD:
         wrong = sorted(tensors.keys() - own.keys() - {f"error/{name}" for name in self.parameters})
         wrong += [name for name in own if name in tensors and local(tensors[name]).shape != own[name].shape]
         if wrong or (own and not own.keys() & tensors.keys()):
-            raise ValueError(
-                f"the saved errors of PowerSGD are of another model or rank, first {[*wrong, *own][0]!r}"
-            )
+            raise ValueError(f"PowerSGD's errors are of another model or rank, first {[*wrong, *own][0]!r}")
         for name in own.keys() & tensors.keys():
             own[name].copy_(local(tensors[name]))
 
@@ -274,10 +270,8 @@ def orthonormal(p: Tensor) -> Tensor:
 
 def stacked_matrices(model: nn.Module) -> dict[str, int]:
     """Names of the layers' matrices -> how many are stacked: queries, keys and values share a parameter."""
-    return {
-        name: 3 if name.endswith(("qkv.weight", "in_proj_weight")) else 1
-        for name, _ in hidden_matrices(model)
-    }
+    names = [name for name, _ in hidden_matrices(model)]
+    return {name: 3 if name.endswith(("qkv.weight", "in_proj_weight")) else 1 for name in names}
 
 
 def factors_are_smaller(shape: tuple[int, ...], stacked: int, rank: int) -> bool:

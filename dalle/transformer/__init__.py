@@ -3,9 +3,5 @@
 from dalle.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "Transformer": "model",
-        "TransformerConfig": "config",
-    },
+    __name__, {"Transformer": "model", "TransformerConfig": "config"}
 )

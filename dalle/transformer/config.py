@@ -42,9 +42,7 @@ class TransformerConfig:
     def __post_init__(self):
         check_positive(self, "depth", "heads", "head_dim")
         if self.full_attention_every is not None and self.full_attention_every < 1:
-            raise ValueError(
-                f"full_attention_every must be positive, or null for none, got {self.full_attention_every}"
-            )
+            raise ValueError(f"full_attention_every must be positive, got {self.full_attention_every}")
         if self.attention_backend not in ATTENTION_BACKENDS:
             raise ValueError(
                 f"unknown attention_backend {self.attention_backend!r}; "

@@ -2,10 +2,4 @@
 
 from dalle.lazy import lazy_exports
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "VQGAN": "model",
-        "VQGANConfig": "config",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__, {"VQGAN": "model", "VQGANConfig": "config"})

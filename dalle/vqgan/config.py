@@ -32,9 +32,7 @@ class VQGANConfig:
         if not 1 <= len(self.widths) <= 16:
             raise ValueError(f"widths must be of 1 to 16 levels, got {len(self.widths)}")
         if bad := [width for width in self.widths if width < GROUPS or width % GROUPS]:
-            raise ValueError(
-                f"widths must be positive multiples of {GROUPS}, the groups of the norms, got {bad[0]}"
-            )
+            raise ValueError(f"widths must be positive multiples of {GROUPS}, got {bad[0]}")
         if any(level not in range(len(self.widths)) for level in self.attention):
             raise ValueError(f"attention must name levels below {len(self.widths)}, got {self.attention}")
         check_positive(self, "blocks", "latent", "codebook_dim", "vocab_size")

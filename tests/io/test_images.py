@@ -199,7 +199,7 @@ def test_shorter_side_is_resized_by_lanczos_and_the_middle_cut_out(size, resized
 
 
 def test_shorter_side_refuses_a_sliver():
-    with pytest.raises(ValueError, match="image of 7 x 100 is too small; expected 8 pixels or more a side"):
+    with pytest.raises(ValueError, match="image of 7 x 100 is too small; expected 8 pixels or more"):
         resize_center_crop(noise(7, 100), 16)
 
 

@@ -45,9 +45,7 @@ def open_source(
     else:
         root = Path(image_root) if image_root else None
         source = TableSource(files, image_column, caption_column, root, folder)
-    source.skipped += [
-        BadSample(None, file.name, UNUSED, "not one of the files read") for file in location.unused
-    ]
+    source.skipped += [BadSample(None, file.name, UNUSED, "not read") for file in location.unused]
     return source
 
 

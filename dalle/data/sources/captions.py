@@ -78,11 +78,9 @@ def find_name(names: Iterable[str], wanted: Iterable[str]) -> str | None:
 
 def check_column_names(names: list[str], table: str) -> None:
     """ValueError if several columns have the same name."""
-    repeated = [name for name, count in Counter(names).items() if name and count > 1]
-    if repeated:
-        raise ValueError(
-            f"{table} has several columns named {', '.join(map(repr, repeated)):.400}; rename them"
-        )
+    twice = [name for name, count in Counter(names).items() if name and count > 1]
+    if twice:
+        raise ValueError(f"{table} has several columns named {', '.join(map(repr, twice)):.400}; rename them")
 
 
 def choose_columns(

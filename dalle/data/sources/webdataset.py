@@ -171,9 +171,7 @@ def _members(file: Path, opened: BinaryIO) -> Iterator[Member]:
                 yield from _damage_between(opened, expected, member.offset)
             end = tar.offset if member.issparse() else member.offset_data + member.size
             if not member.offset_data <= end <= size:
-                yield Member(
-                    member.name, member.offset, 0, "its size is wrong, or the tar breaks off within it"
-                )
+                yield Member(member.name, member.offset, 0, "its size is wrong, or the tar breaks off in it")
                 tar.offset, expected = member.offset_data, None  # the next header may be anywhere
                 continue
             if member.isreg() and not member.issparse():

@@ -225,9 +225,7 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint) -> DallePytorchConfi
     text_vocab = hparam(hparams, "num_text_tokens", 10000)
     layers = sum(name.endswith(".attention.scale") for name in shapes)
     if (depth, width) != (layers, shapes["final_norm.weight"][0]):
-        raise ValueError(
-            f"hparams has {depth} layers of width {width}, the tensors {layers} or another width"
-        )
+        raise ValueError(f"hparams has {depth} layers of width {width}, the tensors {layers} or another")
     rotary = shapes.get("angles")
     side = isqrt(max(0, rotary[1] - text_len - 1)) if rotary else shapes["image_position.0"][1]
     kinds = hparams.get("attn_types") or ("full",)

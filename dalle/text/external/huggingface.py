@@ -113,9 +113,7 @@ def _normalizer_and_pre_tokenizer(tokenizers: ModuleType, data: dict[str, Any]) 
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(empty | parts))
     except Exception as error:  # tokenizers raises no narrower class
-        raise ValueError(
-            f"the tokenizers package cannot read its normalizer or pre_tokenizer: {error}"
-        ) from None
+        raise ValueError(f"tokenizers cannot read its normalizer or pre_tokenizer: {error}") from None
 
 
 def _check(model: Any, added: list[dict[str, Any]]) -> None:
@@ -145,8 +143,6 @@ def _merges(model: dict[str, Any]) -> Merges:
         left, right = pair
         for part in (left, right, left + right):
             if part not in vocab:
-                raise ValueError(
-                    f"merge {rank} of tokenizer.json, {pair!r}, needs {part!r}, which its vocabulary lacks"
-                )
+                raise ValueError(f"merge {rank}, {pair!r}, needs {part!r}, which its vocabulary lacks")
         merges[vocab[left], vocab[right]] = rank, vocab[left + right]
     return merges

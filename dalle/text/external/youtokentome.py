@@ -22,9 +22,7 @@ def parse_model(text: str) -> dict[str, Any]:
         ValueError: not a model file, or a truncated one.
     """
     try:
-        head, *lines = [
-            [int(number) for number in line.split()] for line in re.split(r"[\r\n]+", text.strip())
-        ]
+        head, *lines = [list(map(int, line.split())) for line in re.split(r"[\r\n]+", text.strip())]
         n_characters, n_merges = head
         characters = [[token, chr(codepoint)] for codepoint, token in lines[:n_characters]]
         merges = [[left, right, to] for left, right, to in lines[n_characters : n_characters + n_merges]]
