@@ -311,11 +311,8 @@ def wrong_values(hint: type) -> list:
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return [value for value in wrong_values(options[0]) if value is not None]
     if typing.get_origin(hint) is tuple:
-        return [
-            "ab",
-            3,
-            *([one] * (1 if ... in options else len(options)) for one in wrong_values(options[0])),
-        ]
+        length = 1 if ... in options else len(options)
+        return ["ab", 3, *([one] * length for one in wrong_values(options[0]))]
     known = {
         int: [math.nan, math.inf, True, np.bool_(True), 3.5, "3", None, 10**30, [1]],
         float: [math.nan, -math.inf, np.float32("inf"), True, "3", None, 10**400],

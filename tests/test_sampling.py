@@ -36,9 +36,7 @@ def philox(purpose):
 
 @pytest.mark.parametrize("candidates", [range(3), range(2, 3), range(1000, 1002)])
 @pytest.mark.parametrize(("seed", "caption"), [(0, "a red square"), (1, "2"), (12, ""), (2**40, "ä")])
-def test_a_candidate_has_its_numbers_whatever_the_others_and_however_many_positions(
-    seed, caption, candidates
-):
+def test_a_candidate_has_its_numbers_whatever_the_others_and_the_positions(seed, caption, candidates):
     """They may never change: a seed and a candidate's index identify an image."""
     expected = [philox(f"candidate\n{seed}\n{i}\n{caption}").random(30).tolist() for i in candidates]
     for positions in (30, 4):

@@ -83,9 +83,7 @@ def test_requests_of_other_pages_are_refused(origin, method):
 def test_an_allowed_name_before_a_proxy():
     origin = {"Origin": "https://demo.example"}
     assert problem(origin, allowed_hosts=("demo.example",)) is None
-    assert "another page" in problem(
-        origin | {"Origin": "https://x.example"}, allowed_hosts=("demo.example",)
-    )
+    assert "another page" in problem({"Origin": "https://x.example"}, allowed_hosts=("demo.example",))
     for name in ("", "https://demo.example", "demo.example:80"):
         with pytest.raises(ValueError, match="allowed_hosts"):
             AppArgs(allowed_hosts=(name,))

@@ -20,12 +20,11 @@ def test_a_part_that_fails_or_hangs_ends_alone(tmp_path, monkeypatch):
     """And what has no time left is named."""
     fails = ("-c print('nothing_here')or(1/0)",) * 2
     hangs = ("-c __import__('time').sleep(60)",) * 2
-    monkeypatch.setattr(gpu, "COMMANDS", {"tests": fails, "rates": ("rates --side -1",) * 2})
-    parts = report_of(tmp_path, parts=("tests", "rates"))["parts"]
-    assert [part["status"] for part in parts.values()] == ["failed", "failed"]
-    assert "nothing_here" in parts["tests"]["output"]
-    assert "ZeroDivisionError" in parts["tests"]["output"]
-    assert "side must be positive, got -1" in parts["rates"]["output"]
+    monkeypatch.setattr(gpu, "COMMANDS", {"tests": fails})
+    part = report_of(tmp_path, parts=("tests",))["parts"]["tests"]
+    assert part["status"] == "failed"
+    assert "nothing_here" in part["output"]
+    assert "ZeroDivisionError" in part["output"]
     monkeypatch.setattr(gpu, "COMMANDS", {"tests": hangs, "rates": hangs})
     parts = report_of(tmp_path, parts=("tests", "rates"), minutes=0.02)["parts"]
     assert [part["status"] for part in parts.values()] == [gpu.TIMED_OUT, gpu.NO_TIME]
@@ -50,19 +49,13 @@ def test_every_part_is_known_and_named_where_it_is_chosen():
 
 def test_figures_come_from_the_reports():
     line = {"batch": 1, "seconds_per_image": 8.0, "weight_bytes_per_sec": 3e12}
+    candidates = {str(batch): {"batch": batch, "seconds_per_image": 16 / batch} for batch in (64, 128)}
+    candidates["256"] = {"batch": 256, "error": "out of memory"}
     parts = {
         "tests": {"status": "done", "output": "....\n=== 7 passed, 3000 deselected in 9.00s ==="},
         "rates": {"report": {"results": {"copy": {"bytes_per_sec": 4e12}}}},
         "sample-12b": {"report": {"results": {"batch 1": line}}},
-        "candidates-12b": {
-            "report": {
-                "results": {
-                    "batch 64": {"batch": 64, "seconds_per_image": 0.25},
-                    "batch 128": {"batch": 128, "seconds_per_image": 0.125},
-                    "batch 256": {"batch": 256, "error": "out of memory"},
-                }
-            }
-        },
+        "candidates-12b": {"report": {"results": candidates}},
         "train-1.3b": {"status": gpu.TIMED_OUT, "output": ""},
     }
     figures = gpu.figures(parts)
@@ -88,16 +81,6 @@ def test_a_dry_run_of_all_parts(tmp_path):
     assert skipped["status"] == "done", skipped
     for name, part in report["parts"].items():
         assert part["status"] == "done", (name, part)
-    wanted = {
-        "train_1.3b_tokens_per_sec",
-        "sample_12b_copy_share",
-        "sample_1.3b_copy_share",
-        "best_of_512_seconds",
-    }
-    wanted |= {
-        "attention_speedup_vs_causal_sdpa",
-        "dvae_seconds",
-        "clip_seconds",
-        "train_1.3b_peak_over_plan",
-    }
-    assert wanted <= set(report["figures"])
+    wanted = {"train_1.3b_tokens_per_sec", "sample_12b_copy_share", "sample_1.3b_copy_share", "dvae_seconds"}
+    wanted |= {"best_of_512_seconds", "attention_speedup_vs_causal_sdpa", "clip_seconds"}
+    assert wanted | {"train_1.3b_peak_over_plan"} <= set(report["figures"])

@@ -36,14 +36,13 @@ def table(path: Path) -> dict[str, list[str]]:
 
 
 def convert(tmp_path: Path, format: str, files: dict[str, str], names: list[str], **changes):
-    """Writes published files and images, and converts them; what is told, and the rows."""
+    """Writes published files and images, and converts them; the counts, and the rows."""
     images(tmp_path / "images", *names)
     for name, text in files.items():
         (tmp_path / "captions" / name).parent.mkdir(parents=True, exist_ok=True)
         content = text.encode("utf-8", "surrogateescape")
-        (tmp_path / "captions" / name).write_bytes(
-            gzip.compress(content) if name.endswith(".gz") else content
-        )
+        content = gzip.compress(content) if name.endswith(".gz") else content
+        (tmp_path / "captions" / name).write_bytes(content)
     run = ConvertCaptionsArgs(format, tmp_path / "captions", tmp_path / "images", tmp_path / "table.jsonl")
     run = replace(run, **changes)
     return convert_captions(run), table(run.out)
@@ -159,15 +158,11 @@ SVG = """\
 
 
 def test_open_clip_art_takes_title_and_new_keywords(tmp_path):
-    files = {
-        "food/cup.svg": SVG.format(title="soft drink in a cup"),
-        "tools/cup.svg": SVG.format(title="tool"),
-    }
-    files |= {"gz/dish.SVG.gz": SVG.format(title="dish"), "cut.svg.GZ": "\x1f"}
+    titles = {"food/cup.svg": "soft drink in a cup", "tools/cup.svg": "tool", "gz/dish.SVG.gz": "dish"}
+    files = {name: SVG.format(title=title) for name, title in titles.items()}
     files |= {"plain.svg": '<svg xmlns="http://www.w3.org/2000/svg"/>', "broken.svg": "<svg><path>"}
-    done, rows = convert(
-        tmp_path, "openclipart", files, ["food/cup.png", "gz/dish.png", "plain.png", "broken.png"]
-    )
+    names = ["food/cup.png", "gz/dish.png", "plain.png", "broken.png"]
+    done, rows = convert(tmp_path, "openclipart", files | {"cut.svg.GZ": "\x1f"}, names)
     assert rows["images/food/cup.png"] == ["soft drink in a cup, food"]
     assert rows["images/gz/dish.png"] == ["dish, food, Soft Drink"]
     assert done.left_out == {"no such image": 1, "no caption": 1, "not readable": 2}
@@ -176,12 +171,7 @@ def test_open_clip_art_takes_title_and_new_keywords(tmp_path):
 @pytest.mark.parametrize(
     ("names", "text", "expected", "left_out"),
     [
-        (
-            ["1.jpg"],
-            "1.jpg#0\tTwo guys .\n1.jpg#1\tTwo friends .",
-            {"1": ["Two guys .", "Two friends ."]},
-            "",
-        ),
+        (["1.jpg"], "1.jpg#0\tTwo guys .\n1.jpg#1\tfriends", {"1": ["Two guys .", "friends"]}, ""),
         (["1.jpg"], "1.jpg#0\tTwo guys .\nno number\tthere", {"1": ["Two guys ."]}, "not readable"),
         (["a/7.jpg", "b/7.jpg", "8.jpg"], "7.jpg#0\ts\n8.jpg#0\te", {"8": ["e"]}, "several images"),
         (["7.jpg", "007.jpg"], "007.jpg#0\ta\n7.jpg#0\tb", {"007": ["a"], "7": ["b"]}, ""),
@@ -242,9 +232,6 @@ def test_the_table_is_the_same_again_and_a_failed_run_leaves_it_alone(tmp_path, 
         ("[]", "line 1: .*expected {"),
         ('{"info": {}}', "no list 'images'"),
         ('{"images": [oops]}', "not JSON"),
-        ('{"images" 1}', "not JSON"),
-        ('{"images": ' + "[" * 10**6, "recursion|deep"),
-        ('{"images": [{"id": ' + "9" * 5000 + "}]}", "not JSON"),
     ],
 )
 def test_other_json_is_refused(tmp_path, text, words):
@@ -255,24 +242,10 @@ def test_other_json_is_refused(tmp_path, text, words):
 NUMBER = '{"image_id": 1, "caption": %s}'
 
 
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        ("9" * 5000, "line 2.*digits"),
-        ("[" * 99999, "line 2.*recursion"),
-        ('"a", "caption": "b"', "line 2.*twice"),
-    ],
-)
-def test_hostile_records_are_one_sentence(tmp_path, value, words):
-    files = {
-        "c.json": '{"images": [{"id": 1, "file_name": "1.jpg"}],\n"annotations": [' + NUMBER % value + "]}"
-    }
-    with pytest.raises(ValueError, match=words) as error:
-        convert(tmp_path, "coco", files, ["1.jpg"])
-    assert len(str(error.value)) < 400
-    done, rows = convert(
-        tmp_path, "narratives", {"c.jsonl": f"{NUMBER % value}\n{NUMBER % '0'}\n" + NUMBER % '"c"'}, []
-    )
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 99999, '"a", "caption": "b"'])
+def test_hostile_lines_are_counted(tmp_path, value):
+    lines = [NUMBER % one for one in (value, "0", '"c"')]
+    done, rows = convert(tmp_path, "narratives", {"c.jsonl": "\n".join(lines)}, ["1.jpg"])
     assert (rows, done.left_out) == ({"images/1.jpg": ["c"]}, {"not readable": 1, "no caption": 1})
 
 
@@ -296,6 +269,7 @@ def test_a_truncated_gzip_is_refused(tmp_path):
 
 
 def test_missing_arguments_and_files_are_refused(tmp_path):
+    files = {"format": "cc", "files": {"a.tsv": "", "b.tsv": ""}, "names": ["0.jpg"]}
     for changes, words in (
         *(({name: None}, f"--{name} is missing") for name in ("format", "captions", "images")),
         ({"images": tmp_path / "none"}, "no folder .*fetched"),
@@ -305,10 +279,7 @@ def test_missing_arguments_and_files_are_refused(tmp_path):
         ({}, "2 files, each counts from 0"),
     ):
         with pytest.raises(ValueError, match=words):
-            convert(
-                tmp_path,
-                **{"format": "cc", "files": {"a.tsv": "", "b.tsv": ""}, "names": ["0.jpg"]} | changes,
-            )
+            convert(tmp_path, **files | changes)
 
 
 def test_the_command(tmp_path, script):

@@ -143,7 +143,7 @@ def test_a_missing_detector_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"max_aspect_ratio": 0.5}, "max_aspect_ratio is longer side / shorter side, so at least 1"),
+        ({"max_aspect_ratio": 0.5}, "max_aspect_ratio must be at least 1"),
         ({"max_aspect_ratio": float("nan")}, "max_aspect_ratio"),
         ({"min_words": -1}, "min_words must be 0"),
         ({"min_size": -1}, "min_size must be 0"),

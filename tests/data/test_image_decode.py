@@ -64,9 +64,8 @@ events: list[str] | None = None
 
 
 def audit(event: str, arguments: tuple) -> None:
-    if events is not None and event.startswith(
-        ("subprocess", "os.system", "os.exec", "os.posix_spawn", "os.fork")
-    ):
+    programs = ("subprocess", "os.system", "os.exec", "os.posix_spawn", "os.fork")
+    if events is not None and event.startswith(programs):
         events.append(event)
 
 

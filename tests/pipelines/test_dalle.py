@@ -21,11 +21,7 @@ from dalle.io.images import to_pil, to_tensor
 from dalle.nn.kv_cache import kv_cache_bytes
 from dalle.pipelines import best_of_n
 from dalle.pipelines import dalle as pipeline
-from dalle.pipelines.best_of_n import (
-    CandidateBatch,
-    auto_batch_size,
-    candidate_batches,
-)
+from dalle.pipelines.best_of_n import CandidateBatch, auto_batch_size, candidate_batches
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import Generation, merge_generations
 from dalle.sampling import SamplingConfig
@@ -135,16 +131,10 @@ class TestGenerate:
         for three in (3.0, np.int64(3), np.float32(3), torch.tensor(3)):
             same = model.generate(prompt, 1.0, np.int32(2), three, top_k=4.0, progress=False)
             assert torch.equal(same.image_tokens, whole)
-        for wrong in (
-            {"seed": None},
-            {"seed": torch.tensor(3.0)},
-            {"n": 1.5},
-            {"top_k": 1.5},
-            {"best_of": "2"},
-            {"n": True},
-        ):
-            with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a whole number"):
-                model.generate(prompt, **{"n": 1, "best_of": 2} | wrong)
+        wrong = [("seed", None), ("seed", torch.tensor(3.0)), ("n", 1.5), ("n", True), ("best_of", "2")]
+        for name, value in [*wrong, ("top_k", 1.5)]:
+            with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+                model.generate(prompt, **{"n": 1, "best_of": 2} | {name: value})
         with pytest.raises(ValueError, match="temperature must be a finite number"):
             model.generate(prompt, temperature="1")
 
@@ -459,9 +449,8 @@ class TestDevice:
         weights = copied.transformer.state_dict()
         assert {x.dtype for x in weights.values()} == {torch.float32, torch.bfloat16}
         copied.to(torch.device("cpu"))
-        assert all(
-            x.data_ptr() == weights[name].data_ptr() for name, x in copied.transformer.state_dict().items()
-        )
+        again = copied.transformer.state_dict()
+        assert all(again[name].data_ptr() == weight.data_ptr() for name, weight in weights.items())
 
     def test_device_and_precision_follow_the_machine(self, chain, model, prompt):
         found, device = DALLE.from_pretrained(chain / "model", "auto", "auto"), resolve_device("auto")
@@ -551,9 +540,7 @@ def test_a_notebook_shows_a_png_with_at_most_four_images_a_row(model, prompt):
 
 
 class TestSaving:
-    def test_a_model_opened_again_samples_the_same_and_its_hash_names_the_weights(
-        self, dalle, prompt, tmp_path
-    ):
+    def test_a_saved_model_samples_the_same_and_its_hash_names_the_weights(self, dalle, prompt, tmp_path):
         dalle.save_pretrained(tmp_path / "model")
         again = DALLE.from_pretrained(tmp_path / "model")
         assert again.hash == dalle.hash
@@ -687,9 +674,7 @@ print("open_clip" in sys.modules, "matplotlib" in sys.modules)
 """
 
 
-def test_importing_loads_no_torch_and_sampling_neither_youtokentome_nor_open_clip(
-    dalle, prompt, python, tmp_path
-):
+def test_importing_loads_no_torch_and_sampling_no_youtokentome_or_open_clip(dalle, prompt, python, tmp_path):
     dalle.scorer = None
     dalle.save_pretrained(tmp_path / "model")
     done = python(["-c", FRESH, tmp_path / "model", prompt], cwd=tmp_path)

@@ -83,9 +83,8 @@ def test_steps_in_bf16_are_those_of_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         whole = model.hidden(ids)[:, model.layout.text_len :]
     half = cast_linear_weights(model, torch.bfloat16)
-    assert (
-        half.init_kv_caches(1, 1)[0].image.dtype == half.layers[0].mlp.f.expand.weight.dtype == torch.bfloat16
-    )
+    for tensor in (half.init_kv_caches(1, 1)[0].image, half.layers[0].mlp.f.expand.weight):
+        assert tensor.dtype == torch.bfloat16
     assert half.to_logits.weight is model.to_logits.weight
     assert model.layers[0].mlp.f.expand.weight.dtype == torch.float32
     assert half.patterns["row"] is model.patterns["row"]

@@ -68,9 +68,8 @@ def test_other_paths_are_refused(tmp_path, monkeypatch, path, words):
 
 
 def test_what_is_beside_tars_is_counted(tmp_path):
-    write_files(
-        tars(tmp_path), {"a.png": image(1), "a.txt": "w", "set-003.tgz": "", "test.tar": "", ".h": ""}
-    )
+    others = {"a.png": image(1), "a.txt": "w", "set-003.tgz": "", "test.tar": "", ".h": ""}
+    write_files(tars(tmp_path), others)
     (tmp_path / "set-004.tar").symlink_to("nowhere")
     source = open_source(tmp_path)
     unused = [(name, "unused file") for name in ("a.png", "a.txt", "set-003.tgz", "test.tar")]

@@ -97,11 +97,7 @@ DEFECTS = [
     *((image(1), "one", None), (image(2, form="GIF"), "two", None), (image(3)[:50], "w", "truncated")),
     *((b"", "w", "truncated"), (b"<html>", "w", "wrong type"), (image(4, form="EPS"), "w", "wrong type")),
     *((png_with_header(17_000, 10_000), "w", "decompression bomb"), (b"\xff\xd8", "w", "unreadable image")),
-    *(
-        (image(5), " ", "empty caption"),
-        (image(6), "nan", "empty caption"),
-        (image(7), "\u200b", "empty caption"),
-    ),
+    *((image(5 + i), text, "empty caption") for i, text in enumerate((" ", "nan", "\u200b"))),
     *((image(8), "caf\udce9", "caption not UTF-8"), (image(9), 'a "b"', None), (image(10), 'a, "b', None)),
 ]
 """Image, caption, cause."""
@@ -109,10 +105,8 @@ DEFECTS = [
 
 def defects(place: Path, form: str) -> Path:
     """DEFECTS in one of the formats."""
-    paths, images, texts, _ = (
-        [f"{i:02}.jpg" for i in range(len(DEFECTS))],
-        *map(list, zip(*DEFECTS, strict=True)),
-    )
+    images, texts, _ = map(list, zip(*DEFECTS, strict=True))
+    paths = [f"{i:02}.jpg" for i in range(len(DEFECTS))]
     encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
     members = [*zip(paths, images, strict=True)]
     sidecars = [(path[:2] + ".txt", text) for path, text in zip(paths, encoded, strict=True)]

@@ -51,21 +51,17 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 
 def test_what_is_no_file_or_too_large_is_not_read(tmp_path, monkeypatch):
-    write_files(
-        tmp_path, {"a.png": image(1), "a.txt": "w" * 200, "list.csv": "image,caption\npipe.png,one\n"}
-    )
+    write_files(tmp_path, {"a.png": image(1), "a.txt": "w" * 200, "b.csv": "image,caption\npipe.png,one\n"})
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(BadSampleError, match=r"pipe\.png: missing twin \(expected a file"):
-        open_source(tmp_path / "list.csv").read(0)
+        open_source(tmp_path / "b.csv").read(0)
     monkeypatch.setitem(MAX_BYTES, "txt", 100)
     with pytest.raises(BadSampleError, match=r"a\.txt: missing twin \(expected a file of at most 100 bytes"):
         open_source(tmp_path).read(0)
 
 
 def test_suffixes_may_be_in_capitals(tmp_path):
-    write_files(
-        tmp_path, {"A.JPG": image(1), "A.TXT": "one\ntwo", "list.csv": "image,caption\nA.JPG,other\n"}
-    )
+    write_files(tmp_path, {"A.JPG": image(1), "A.TXT": "one\ntwo", "list.csv": "image,caption\nA.JPG,x\n"})
     write_files(tmp_path, {"B.JPG": image(1), "B.JSON": '{"caption": "three"}'})
     source = open_source(tmp_path)
     assert (len(skipped(source)), all_captions(source)) == (1, [["one", "two"], ["three"]])

@@ -72,7 +72,7 @@ def test_the_hash_is_of_the_content_not_of_path_or_time(tmp_path):
     assert open_source(tmp_path / "here").hash == open_source(tmp_path / "there").hash
 
 
-@pytest.mark.parametrize("length", [0, 5, 600, -1])
+@pytest.mark.parametrize("length", [0, 5, 600, -1])  # 600 is in the records
 @pytest.mark.parametrize("flipped", [False, True])
 def test_a_damaged_index_is_built_again(tmp_path, length, flipped):
     path = one_tar(tmp_path)
@@ -84,16 +84,6 @@ def test_a_damaged_index_is_built_again(tmp_path, length, flipped):
     index.write_bytes(flip if flipped else whole[:length])
     assert all_captions(open_source(path, index_dir=tmp_path / "index")) == [caption(i) for i in range(COUNT)]
     assert index.read_bytes() == whole
-
-
-def test_a_flipped_bit_in_a_record_builds_the_index_again(tmp_path):
-    path = one_tar(tmp_path)
-    samples = open_source(path, index_dir=tmp_path / "index")._index.samples
-    [index] = (tmp_path / "index").iterdir()
-    content = bytearray(index.read_bytes())
-    content[content.index(samples.tobytes()) + 9] ^= 1
-    index.write_bytes(content)
-    assert all_captions(open_source(path, index_dir=tmp_path / "index")) == [caption(i) for i in range(COUNT)]
 
 
 def test_an_interrupted_index_leaves_nothing(tmp_path, monkeypatch):
