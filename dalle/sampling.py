@@ -55,9 +55,7 @@ class SamplingConfig:
 
     def __post_init__(self):
         if not (self.temperature == 0 or self.temperature >= MIN_TEMPERATURE):
-            raise ValueError(
-                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {self.temperature}"
-            )
+            raise ValueError(f"temperature must be 0 or at least {MIN_TEMPERATURE}, got {self.temperature}")
         if self.guidance is not None and not abs(self.guidance) <= MAX_GUIDANCE:
             raise ValueError(f"guidance must be at most {MAX_GUIDANCE:g} in magnitude, got {self.guidance}")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -78,7 +78,9 @@ def benchmark_gpu(args: GPUBenchmark) -> dict[str, Any]:
     print(f"{report['hardware']['name']}, torch {torch.__version__}: {args.minutes:g} minutes", flush=True)
     for name in args.parts:
         left = end - time.monotonic()
-        part = run_part(name, COMMANDS[name][args.small], device, min(left, max(SHARE * left, AT_LEAST)))
+        full, small = COMMANDS[name]
+        limit = min(left, max(SHARE * left, AT_LEAST))
+        part = run_part(name, small if args.small else full, device, limit)
         report["parts"][name] = part
         report["figures"] = figures(report["parts"])
         print(f"{name:16} {part['seconds']:5.0f} s  {part['status']}", flush=True)
@@ -87,7 +89,8 @@ def benchmark_gpu(args: GPUBenchmark) -> dict[str, Any]:
             write_json(args.json, report)
     for name, value in report["figures"].items():
         aim = f"  (aim {AIMS[name]})" if name in AIMS and not args.small else ""
-        print(f"  {name:34} {value:.4g}{aim}" if isinstance(value, float) else f"  {name:34} {value}{aim}")
+        text = f"{value:.4g}" if isinstance(value, float) else value
+        print(f"  {name:34} {text}{aim}")
     return report
 
 
@@ -147,12 +150,11 @@ def figures(parts: dict[str, Any]) -> dict[str, Any]:
                 share = line["weight_bytes_per_sec"] / results["copy_bytes_per_sec"]
                 results[f"sample_{size}_copy_share"] = share
     candidates = reports.get("candidates-12b", {}).get("results", {}).values()
-    per_image = {
-        line["batch"]: line["seconds_per_image"] for line in candidates if "seconds_per_image" in line
-    }
-    results |= {f"candidates_12b_per_sec_batch_{batch}": 1 / each for batch, each in per_image.items()}
-    if per_image:
-        results["best_of_512_seconds"] = 512 * min(per_image.values())
+    fitting = [line for line in candidates if "seconds_per_image" in line]
+    for line in fitting:
+        results[f"candidates_12b_per_sec_batch_{line['batch']}"] = 1 / line["seconds_per_image"]
+    if fitting:
+        results["best_of_512_seconds"] = 512 * min(line["seconds_per_image"] for line in fitting)
     if attention := reports.get("attention"):
         speedups = attention["results"]["auto"].items()
         results |= {f"attention_{name}": value for name, value in speedups if name.startswith("speedup")}

@@ -72,6 +72,7 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
     from dalle.data.bad_samples import BadSampleLog, check_bad_fraction
     from dalle.data.dataloader import worker_count
     from dalle.data.dataset import note_left_out, source_of
+    from dalle.data.filters import write_names
     from dalle.data.statistics import DatasetScanner, DatasetStats, find_duplicates
     from dalle.io.files import check_result, make_directory, prepare_file, write_json
     from dalle.io.images import captioned_grid
@@ -112,9 +113,7 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
         cells = [(_printable(caption)[:MAX_CAPTION], image) for caption, image in stats.tiles]
         captioned_grid(cells, min(COLUMNS, len(cells))).save(out / "contact_sheet.png")
     if args.exclude_list:
-        names = [f"{source.name(copy)}\n".encode("utf-8", "surrogateescape") for copy, _ in duplicates]
-        broken = any(name.count(b"\n") > 1 for name in names)  # then NUL separates them
-        args.exclude_list.write_bytes(b"".join(name[:-1] + b"\0" if broken else name for name in names))
+        write_names(args.exclude_list, [source.name(copy) for copy, _ in duplicates])
     _print_report(report, args, out)
     bad = report["bad"]
     if args.max_bad is None:

@@ -101,9 +101,8 @@ def train_clip(args: TrainCLIPArgs) -> Path:
         with open_loader("transformer", train_set, collate, run, pack) as batches:
             run.train(CLIPObjective(), batches, evaluate)
         if model.truncated:
-            tqdm.write(
-                f"note: {model.truncated} captions were longer than {args.model.text_len - 1} tokens and cut"
-            )
+            limit = args.model.text_len - 1
+            tqdm.write(f"note: {model.truncated} captions were longer than {limit} tokens and cut")
     return run.dir
 
 

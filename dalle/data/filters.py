@@ -80,6 +80,12 @@ def read_names(path: Path) -> frozenset[str]:
     return frozenset(line.decode("utf-8", "surrogateescape") for line in lines)
 
 
+def write_names(path: Path, names: Sequence[str]) -> None:
+    """Writes a list for `read_names`; NUL separates the names if a line feed is in one of them."""
+    mark = b"\0" if any("\n" in name for name in names) else b"\n"
+    path.write_bytes(b"".join(name.encode("utf-8", "surrogateescape") + mark for name in names))
+
+
 def one_by_one(config: FilterConfig) -> dict[str, FilterConfig]:
     """Each active filter alone, by name, for a dry run."""
     values = {field.name: getattr(config, field.name) for field in fields(config)}

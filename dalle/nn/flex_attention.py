@@ -30,11 +30,8 @@ def flex_attend(q: Tensor, k: Tensor, v: Tensor, pattern: "SparseMask") -> Tenso
     if q.device.type == "cpu":
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise ValueError(f"backend flex has no gradients on cpu; {REMEDY}")
-        q, k, v = (
-            q.detach(),
-            k.detach(),
-            v.detach(),
-        )  # it refuses such tensors even where no gradient is recorded
+        # it refuses such tensors even where no gradient is recorded
+        q, k, v = q.detach(), k.detach(), v.detach()
     # on CUDA a compiled kernel, by whoever compiles the layer or by us; on CPU the same rule over all pairs
     plain = q.device.type == "cpu" or torch.compiler.is_compiling()
     attention = flex_attention if plain else compiled(flex_attention)

@@ -57,10 +57,8 @@ def scaled_product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
     The sums of codes, which may exceed the largest number of fp16, are divided before they are rounded to it.
     """
-    flat, none = x.flatten(0, -2), x.new_zeros(())
+    flat, none, limit = x.flatten(0, -2), x.new_zeros(()), LARGEST + 1
     parts = codes.chunk(max(1, x.dtype.itemsize // 2))  # fp32: half the matrix at a time
-    products = [
-        torch.addmm(none, flat, part.to(x.dtype).T, beta=0, alpha=1 / (LARGEST + 1)) for part in parts
-    ]
-    product = torch.cat(products, dim=1) * (scale * (LARGEST + 1)).to(x.dtype)
+    products = [torch.addmm(none, flat, part.to(x.dtype).T, beta=0, alpha=1 / limit) for part in parts]
+    product = torch.cat(products, dim=1) * (scale * limit).to(x.dtype)
     return product.unflatten(0, x.shape[:-1])

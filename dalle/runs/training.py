@@ -99,9 +99,7 @@ class TrainingRun(AbstractContextManager):
             init = check_meta(read_json(checkpoint / "meta.json"), self.kind, self.dir).get("init")
             if args.init_from and (init is None or init.get("name") != args.init_from.resolve().name):
                 source = f"from {init.get('name')}" if init else "from fresh weights"
-                raise ValueError(
-                    f"the run in --out started {source}, not from {args.init_from}; give another --out"
-                )
+                raise ValueError(f"the run started {source}, not from {args.init_from}; give another --out")
             return {"init": init} if init else {}
         if args.init_from is None:
             return {}
@@ -129,9 +127,7 @@ def start_processes(args: TrainArgs) -> Distributed:
             "add --parallel ddp, fsdp or hsdp, or start it without torchrun"
         )
     if mode != "none" and not launched:
-        raise ValueError(
-            f"--parallel {mode} needs torchrun: torchrun --nproc-per-node 2 SCRIPT ... --parallel {mode}"
-        )
+        raise ValueError(f"--parallel {mode} needs torchrun: torchrun --nproc-per-node 2 SCRIPT ...")
     if mode == "hsdp" and (shard < 1 or world_size % shard):
         raise ValueError(
             f"{world_size} processes do not divide into groups of {shard} that share parameters; "

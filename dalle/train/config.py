@@ -268,7 +268,4 @@ def resume_fingerprint(config: Any) -> dict[str, Any]:
     classes = [cls for cls in type(config).__mro__ if is_dataclass(cls)]
     free = {f.name for cls in classes for f in fields(cls) if f.metadata.get("resume") == "free"}
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in free}
-    return {
-        name: resume_fingerprint(value) if is_dataclass(value) else to_dict(value)
-        for name, value in values.items()
-    }
+    return {name: resume_fingerprint(x) if is_dataclass(x) else to_dict(x) for name, x in values.items()}

@@ -46,9 +46,8 @@ class NonfiniteGuard:
         return {"skipped": int(self.skipped), "in_a_row": int(self.in_a_row)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.skipped, self.in_a_row = (
-            torch.full_like(self.skipped, state[name]) for name in ("skipped", "in_a_row")
-        )
+        self.skipped = torch.full_like(self.skipped, state["skipped"])
+        self.in_a_row = torch.full_like(self.in_a_row, state["in_a_row"])
 
 
 def find_nonfinite(model: nn.Module, forward: Callable[[], Any], dist: Distributed) -> str:

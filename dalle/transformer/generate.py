@@ -84,8 +84,7 @@ def generate_tokens(
                 hidden = step(model, token, positions[i + 1], caches)
     if (tokens == codes).any():
         raise ValueError(
-            "the transformer's logits are not numbers; sample in fp32 or bf16, at lower guidance, or check "
-            "its weights"
+            "the logits are not numbers; sample in fp32 or bf16, at lower guidance, or check the weights"
         )
 
 
@@ -133,9 +132,7 @@ def decode_step_of(
     """
     device = model.to_logits.weight.device
     if cuda_graph and device.type != "cuda":
-        raise ValueError(
-            f"cuda_graph needs a model on a CUDA device, this one is on {device.type}; leave it out"
-        )
+        raise ValueError(f"cuda_graph needs a CUDA device, the model is on {device.type}; leave it out")
     cuda_graph = device.type == "cuda" if cuda_graph is None else cuda_graph
     if not compile and not cuda_graph:
         return None

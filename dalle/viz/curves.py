@@ -112,12 +112,12 @@ def scales_figure(lines: Lines) -> Figure:
     """The figure of `plot_gradient_scales` from log lines that all hold grad_scale_log2."""
     steps, scales = [line["step"] for line in lines], np.array([line["grad_scale_log2"] for line in lines])
     figure = Figure(figsize=(7, 3), layout="constrained")
-    for start, axis in enumerate(figure.subplots(1, 2, sharey=True)):
+    axes = figure.subplots(1, 2, sharey=True)
+    for start, kind in enumerate(("attention", "MLP")):
         curves = scales[:, start::2].T
         for curve, color in zip(curves, colormaps["viridis"](np.linspace(0, 0.95, len(curves))), strict=True):
-            axis.plot(steps, curve, linewidth=0.8, color=color)
-        kind = ("attention", "MLP")[start]
-        label_axis(axis, f"log2 scale, {kind} resblocks: first dark, last bright", "step")
+            axes[start].plot(steps, curve, linewidth=0.8, color=color)
+        label_axis(axes[start], f"log2 scale, {kind} resblocks: first dark, last bright", "step")
     return figure
 
 
