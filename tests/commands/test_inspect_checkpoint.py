@@ -142,7 +142,7 @@ def test_dalle_mini_is_refused_with_the_reason(tmp_path: Path, script) -> None:
 def test_more_layers_than_tensors_are_refused_before_they_are_built(tmp_path: Path, chain: Path) -> None:
     shutil.copytree(chain / "model", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config["parts"]["transformer"]["model_config"]["depth"] = 10**9
+    config["parts"]["transformer"]["model_config"]["depth"] = 1000
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="too few for 1000000000 layers"):
+    with pytest.raises(ValueError, match="too few for 1000 layers"):
         inspect_checkpoint(InspectCheckpointArgs(tmp_path / "model"))
