@@ -52,7 +52,7 @@ class PlateauConfig:
     def __post_init__(self):
         if self.max_reductions < 0 or min(self.window, self.patience) < 1 or not self.threshold >= 0:
             raise ValueError(
-                f"max_reductions and threshold must be 0 or more, window and patience positive, got {self}"
+                f"max_reductions and threshold cannot be negative, window and patience below 1, got {self}"
             )
 
 

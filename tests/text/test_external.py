@@ -92,7 +92,7 @@ SPLIT = {"type": "Split", "pattern": {"String": "a"}, "behavior": "Isolated", "i
         ({"model": {"type": "Unigram", "vocab": []}}, "Unigram"),
         ({"model": BPE | {"continuing_subword_prefix": "##"}}, "continuing_subword_prefix"),
         ({"model": BPE | {"dropout": 0.1}}, "dropout"),
-        ({"model": BPE | {"merges": ["a c"]}}, "merge 0 .* needs 'c'"),
+        ({"model": BPE | {"merges": ["a c"]}}, "merge 0, .* needs 'c'"),
         ({"model": BPE | {"vocab": [1]}}, "damaged"),
         ({"model": BPE | {"vocab": {"a": "0"}}}, "numbered from 0"),
         ({"model": BPE | {"vocab": {"a": -3}, "merges": []}}, "numbered from 0"),
