@@ -72,7 +72,14 @@ def generate_tokens(
         yield tokens.view(captions, candidates, length)
         return
 
-    hidden, caches = _prefill(model, text_tokens, known[:, :first], candidates, guided)
+    text, start = text_tokens, known[:, :first]
+    if guided:  # the same images once more, with an empty caption
+        empty = model.layout.pad_text([[]]).to(text).expand(captions, -1)
+        text, start = torch.cat([text, empty]), start.repeat(2, 1)
+    caches = model.init_kv_caches(len(text), candidates)
+    with inference_autocast(model):
+        hidden = model.prefill(model.layout.shift(model.layout.pack(text, start)), caches)[:, -1]
+    hidden = hidden.repeat_interleave(candidates, dim=0)  # (B, D)
     for i in range(first, length):
         token = _sample(model, hidden, noise[:, i], guidance if guided else None, options)
         token = torch.where(tokens[:, i] == TO_GENERATE, token, tokens[:, i])
@@ -86,20 +93,6 @@ def generate_tokens(
         raise ValueError(
             "the logits are not numbers; sample in fp32 or bf16, at lower guidance, or check the weights"
         )
-
-
-def _prefill(
-    model: Transformer, text: Tensor, start: Tensor, candidates: int, guided: bool
-) -> tuple[Tensor, list[KVCache]]:
-    """The state (B, D) that predicts the token after the captions and kept tokens, and the caches."""
-    layout = model.layout
-    if guided:  # the same images once more, with an empty caption
-        empty = layout.pad_text([[]]).to(text).expand(len(text), -1)
-        text, start = torch.cat([text, empty]), start.repeat(2, 1)
-    caches = model.init_kv_caches(len(text), candidates)
-    with inference_autocast(model):
-        hidden = model.prefill(layout.shift(layout.pack(text, start)), caches)[:, -1]
-    return hidden.repeat_interleave(candidates, dim=0), caches
 
 
 def _sample(
