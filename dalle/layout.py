@@ -101,7 +101,7 @@ class TokenLayout:
             if len(ids) > self.max_caption_len and not truncate:
                 which = f"caption {row}" if len(captions) > 1 else "the caption"
                 raise ValueError(
-                    f"{which} has {len(ids)} tokens, there is room for {self.max_caption_len}; cut it"
+                    f"{which} has {len(ids)} tokens, at most {self.max_caption_len} fit; shorten it"
                 )
             kept = torch.tensor(list(ids[: self.max_caption_len]), dtype=torch.int64)
             check_tokens(kept[None], self.text_vocab, "text ids")

@@ -57,10 +57,9 @@ class AppArgs:
             raise ValueError(f"port must be 0 to {2**16 - 1}, got {self.port}")
         if not self.host.strip():
             raise ValueError("host must be an address, such as 127.0.0.1, or 0.0.0.0 for all")
-        if wrong := [
-            one for one in self.allowed_hosts if not one.strip() or "/" in one or one.count(":") == 1
-        ]:
-            raise ValueError(f"allowed_hosts are names without scheme and port, got {wrong[0]!r:.100}")
+        for name in self.allowed_hosts:
+            if not name.strip() or "/" in name or name.count(":") == 1:
+                raise ValueError(f"allowed_hosts are names without scheme and port, got {name!r:.100}")
         check_positive(self, "max_caption", "max_images", "max_candidates", "max_upload")
 
 

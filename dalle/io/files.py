@@ -292,7 +292,5 @@ def read_config(directory: Path) -> dict[str, Any]:
         model_config, digest = described.get("model_config"), described.get("hash")
         named = kind.isidentifier() and len(kind) < 80 and isinstance(digest, str) and len(digest) < 80
         if not named or not isinstance(model_config, dict):
-            raise ValueError(
-                f"{path}: part {kind!r:.80} needs a valid name, a model_config and a hash; it is damaged"
-            )
+            raise ValueError(f"{path}: part {kind!r:.80} needs a name, model_config and hash; it is damaged")
     return config

@@ -57,9 +57,7 @@ def prefix_tokens(
     tokens = image.to(model.device) if isinstance(image, Tensor) else model.encode(image)
     check_tokens(tokens, model.transformer.layout.image_vocab, "image tokens")
     if tokens.shape != (1, height * width):
-        raise ValueError(
-            f"image tokens must be (1, {height * width}) of one image, got {tuple(tokens.shape)}"
-        )
+        raise ValueError(f"image tokens of one image are (1, {height * width}), got {tuple(tokens.shape)}")
     kept = tokens.view(1, height, width).clone()
     kept[:, top:, left:] = TO_GENERATE
     return kept.flatten(1)

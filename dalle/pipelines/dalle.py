@@ -239,7 +239,8 @@ class DALLE:
         precision = resolve_precision(precision, device, inference=True)
         at = {"transformer": "cpu"} if int8 or precision != "fp32" else {}  # rounded before it is moved
         model = cls.from_parts(*(load_model(directory, kind, at.get(kind, device)) for kind in kinds))
-        return model.to_precision(precision, int8).to(device)
+        model = model.to_precision(precision, int8)
+        return model.to(device) if at else model
 
     @classmethod
     def from_parts(

@@ -165,9 +165,7 @@ def _join(out: Path, firsts: range) -> None:
         records = read_records(samples)
         best = [record for record in records if record["file"].endswith("-00.png")][:PROMPTS_ON_SHEET]
         if not best or not all((out / record["file"]).is_file() for record in best):
-            raise ValueError(
-                f"{samples} names images that are gone; remove it, and the same command makes all again"
-            )
+            raise ValueError(f"{samples} names images that are gone; remove it and sample again")
         cells = [(record["prompt"], load_image(out / record["file"])) for record in best]
         sheet = captioned_grid(cells, columns=6, scale=max(1, 128 // cells[0][1].width))
         save_png(sheet, out / "sheet.png")

@@ -98,7 +98,5 @@ def load_text_input(given: Path | None, text_vocab: int | None = None) -> BPETok
     path = resolve_input("text", given)
     text = load_text_tokenizer(path / "text_tokenizer.json" if path.is_dir() else path)
     if text_vocab is not None and text.vocab_size > text_vocab:
-        raise ValueError(
-            f"the text tokenizer has {text.vocab_size} ids, model.text_vocab is {text_vocab}; raise it"
-        )
+        raise ValueError(f"the tokenizer has {text.vocab_size} ids, text_vocab is {text_vocab}; raise it")
     return text

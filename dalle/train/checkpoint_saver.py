@@ -152,9 +152,7 @@ def lock_directory(run_dir: Path) -> TextIO:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise ValueError(
-            f"{run_dir} is in use by {holder}; wait until it ends, or give another --out"
-        ) from None
+        raise ValueError(f"{run_dir} is in use by {holder}; wait for it, or give another --out") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

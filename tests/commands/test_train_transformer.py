@@ -27,7 +27,7 @@ def test_the_transformer_makes_the_stages_it_lacks(script, tiny_presets, chain, 
     [
         (("--model.grid", "5", "5"), r"\[4, 4\], model\.grid is \[5, 5\]"),
         (("--model.image-vocab", "8"), r"16 codes, model\.image_vocab is 8"),
-        (("--model.text-vocab", "300"), r"\d+ ids, model\.text_vocab is 300"),
+        (("--model.text-vocab", "300"), r"\d+ ids, text_vocab is 300"),
         (("--eval-samples", "24"), "24 images, eval_samples takes 24"),
     ],
 )

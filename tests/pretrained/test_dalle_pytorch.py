@@ -99,7 +99,7 @@ def test_generation(tmp_path):
         write_model_directory(tmp_path / "model", {"transformer": model.transformer}, text)
     layout = model.transformer.layout
     assert layout.pad_text([[1] * TEXT]).tolist() == [[1] * TEXT]
-    with pytest.raises(ValueError, match="room for 6"):
+    with pytest.raises(ValueError, match="at most 6 fit"):
         layout.pad_text([[1] * (TEXT + 1)])
 
 
