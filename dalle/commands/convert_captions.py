@@ -9,7 +9,6 @@ open.jsonl
 
 import json
 import os
-import re
 import sqlite3
 import zlib
 from collections import Counter
@@ -24,8 +23,8 @@ from tqdm import tqdm
 from dalle.config import cli_errors, configuration, parse
 from dalle.data.caption_datasets import CaptionRecord, Format, Naming, published_files, read_captions
 from dalle.data.config import IMAGE_SUFFIXES
+from dalle.io.text import NOT_UTF8
 
-NOT_UTF8 = re.compile("[\ud800-\udfff]")  # lone surrogates stand for other bytes
 SCHEMA = """
 pragma journal_mode=off;
 pragma synchronous=off;

@@ -9,11 +9,7 @@ import torch
 from torch import nn
 
 from dalle.benchmarks.attention import benchmark_attention
-from dalle.benchmarks.config import (
-    AttentionBenchmark,
-    MemoryBenchmark,
-    TrainBenchmark,
-)
+from dalle.benchmarks.config import AttentionBenchmark, MemoryBenchmark, TrainBenchmark
 from dalle.benchmarks.dalle_pytorch import ATTN_TYPES, DallePytorchStep
 from dalle.benchmarks.memory import VARIANTS, benchmark_memory, joint_cross_entropies, peak_of_step
 from dalle.benchmarks.open import time_openings

@@ -2,12 +2,7 @@
 
 import pytest
 
-from dalle.benchmarks.config import (
-    DataBenchmark,
-    MemoryBenchmark,
-    SampleBenchmark,
-    TrainBenchmark,
-)
+from dalle.benchmarks.config import DataBenchmark, MemoryBenchmark, SampleBenchmark, TrainBenchmark
 
 
 @pytest.mark.parametrize(

@@ -36,13 +36,7 @@ def test_hostile_json_is_one_sentence_that_names_the_file(tmp_path, content):
 
 
 def test_json_that_is_whole_is_read_as_it_is(tmp_path):
-    data = {
-        "a": [{"b": "é\u2028"}, 2, "x", None],
-        "c": {"a": [5]},
-        "empty": [],
-        "nothing": {},
-        "number": 12345,
-    }
+    data = {"a": [{"b": "é\u2028"}, 2, "x", None], "c": {"a": [5]}, "empty": [], "none": {}, "number": 12345}
     (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(data).encode())
     assert read_json(tmp_path / "x.json") == data == parse_json(json.dumps(data), "x")
     write_json(tmp_path / "y.json", {"name": "\udcff"})  # a file name of other bytes
