@@ -189,7 +189,7 @@ def _init_worker(worker: int) -> None:
 
     A worker ends with its loader, or with the training process.
     """
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if os.name == "posix":  # torch watches the parent, which under forkserver is not the training

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from dalle.io.files import make_directory
 from dalle.layout import check_tokens
 from dalle.runs import ROOT
 from dalle.runs.inputs import load_dvae_input
+from dalle.train.checkpoint_saver import lock_directory
 from dalle.train.config import resume_fingerprint
 from dalle.train.precision import autocast, local_device, resolve_precision
 from dalle.types import CaptionedImages, ImageTextBatch, ImageTokenizer
@@ -40,9 +42,11 @@ def encode(args: EncodeImagesArgs) -> TokenCache | None:
     log = out / (f"bad_samples-{part}.jsonl" if parts > 1 else "bad_samples.jsonl")
     opening = getattr(dataset, "skipped", ())
     bad_samples = BadSampleLog(log, dataset.size, opening, args.data.max_bad_fraction)
-    for shard, arrays in encoder.shards(writer, bad_samples):
-        writer.write(shard, *arrays)
-    cache = writer.finish()
+    with lock_directory(out, f".partial-{part}.lock") as lock:
+        for shard, arrays in encoder.shards(writer, bad_samples):
+            writer.write(shard, *arrays)
+        cache = writer.finish()
+        Path(lock.name).unlink()
     if bad_samples.counts:
         print(f"note: {bad_samples}")
     if cache is None:

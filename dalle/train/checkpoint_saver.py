@@ -134,14 +134,14 @@ class RunGuard(AbstractContextManager):
 LOCK = ".lock"
 
 
-def lock_directory(run_dir: Path) -> TextIO:
-    """Makes a run's directory and holds its .lock until the file is closed or the process ends.
+def lock_directory(run_dir: Path, name: str = LOCK) -> TextIO:
+    """Makes a run's directory and holds its lock until the file is closed or the process ends.
 
     The file names the process and its host. The kernel frees a record lock when its process dies, and forked
     data workers do not inherit it. Windows has none: nothing is locked there.
     """
     make_directory(run_dir)
-    file = (run_dir / LOCK).open("a+", encoding="utf-8")
+    file = (run_dir / name).open("a+", encoding="utf-8")
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -173,7 +173,8 @@ def partial_directory(folder: Path) -> Iterator[Path]:
 
 
 EXIT_PREEMPTED = 75
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+NAMES = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 SAME_PRESS = 1.0
 """Seconds in which a second SIGINT is an echo of the first: torchrun passes on what the terminal has sent."""
 
@@ -190,7 +191,9 @@ class PreemptionHandler:
         self._since = 0.0
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+            for number in SIGNALS:
+                if number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._hear)  # nohup ignores SIGHUP
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -114,6 +115,18 @@ def test_a_resumed_encoding_reads_the_missing_shards_only(grays, tmp_path):
     grays.dataset.read.clear()
     assert grays.run(tmp_path / "tokens").size == 10  # complete: nothing is read
     assert grays.dataset.read == []
+
+
+def test_a_part_is_encoded_by_one_process_at_a_time(grays, tmp_path, monkeypatch):
+    lock = Mock(side_effect=ValueError("in use"))
+    with monkeypatch.context() as other:
+        other.setattr(encoding, "lock_directory", lock)
+        with pytest.raises(ValueError, match="in use"):
+            grays.run(tmp_path / "tokens", part=1, parts=2)
+    lock.assert_called_once_with(tmp_path / "tokens", ".partial-1.lock")
+    assert grays.dataset.read == []
+    grays.run(tmp_path / "tokens", part=1, parts=2)
+    assert not list((tmp_path / "tokens").glob("*.lock"))
 
 
 def test_another_seed_is_another_cache_and_another_path_is_not(grays, tmp_path):

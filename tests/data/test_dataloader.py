@@ -112,7 +112,7 @@ def test_a_worker_that_hangs_is_named_and_ended(monkeypatch):
     assert not set(torch.multiprocessing.active_children()) - before
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_workers_ignore_signals_and_end_with_the_loader(name):
     before = set(torch.multiprocessing.active_children())
     with Loader(Failing("works"), 50, workers=1, prefetch=1) as batches:
