@@ -15,15 +15,24 @@ from torch import Tensor
 def tf32(products: bool) -> Iterator[None]:
     """Whether fp32 matrix products inside the block may be TF32; convolutions are not. CUDA only.
 
-    The switches are torch's and belong to the process; a backward pass follows those of its own time.
+    The switches are torch's and belong to the process; a backward pass follows those of its own time. torch
+    has them under two names, and the older cannot be read where a program has set the newer.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32, cudnn.allow_tf32 = products, False
+    switches = [(matmul, "allow_tf32", products), (cudnn, "allow_tf32", False)]
     try:
+        before = [getattr(owner, name) for owner, name, _ in switches]
+    except RuntimeError:
+        format = "tf32" if products else "ieee"
+        switches = [(matmul, "fp32_precision", format), (cudnn.conv, "fp32_precision", "ieee")]
+        before = [getattr(owner, name) for owner, name, _ in switches]
+    try:
+        for owner, name, value in switches:
+            setattr(owner, name, value)
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
 
 
 @contextmanager

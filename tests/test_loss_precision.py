@@ -65,6 +65,19 @@ def test_cosines_of_a_clip_are_exact_and_its_vectors_have_length_one_under_autoc
     assert torch.equal(found, images @ texts.T)
 
 
+def test_tf32_is_switched_where_a_program_has_used_the_newer_names():
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    matmul.fp32_precision = "tf32"
+    try:
+        with pytest.raises(RuntimeError, match="mix"):
+            _ = matmul.allow_tf32
+        with tf32(False):
+            assert (matmul.fp32_precision, conv.fp32_precision) == ("ieee", "ieee")
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = "ieee"
+
+
 def test_tf32_is_off_for_convolutions_and_follows_the_policy_for_products():
     def switches():
         return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32

@@ -34,19 +34,19 @@ COMMANDS = {  # a part's benchmark and options at full size, and at a size for t
         f"train --backends auto --rounds 1 --plan {SMALL}",
     ),
     "sample-12b": (
-        "sample --size 12b --precision bf16 --batch 1 --tokens 128 --graph",
+        "sample --size 12b --precision bf16 --batch 1 --tokens 128",
         f"sample --batch 1 --tokens 4 {SMALL}",
     ),
     "candidates-12b": (
-        "sample --size 12b --precision bf16 --batch 32 64 128 256 --tokens 64 --graph",
+        "sample --size 12b --precision bf16 --batch 32 64 128 256 --tokens 64",
         f"sample --batch 2 4 --tokens 4 {SMALL}",
     ),
     "attention": (
-        "attention --precision bf16 --backends auto --batch-size 4",
+        "attention --precision bf16 --backends auto flex --batch-size 4",
         f"attention --backends auto --rounds 1 {SMALL}",
     ),
     "sample-1.3b": (
-        "sample --size 1.3b --precision bf16 --batch 1 --tokens 128 --graph",
+        "sample --size 1.3b --precision bf16 --batch 1 --tokens 128",
         f"sample --batch 1 --tokens 4 {SMALL}",
     ),
     "families": (
@@ -156,8 +156,9 @@ def figures(parts: dict[str, Any]) -> dict[str, Any]:
     if fitting:
         results["best_of_512_seconds"] = 512 * min(line["seconds_per_image"] for line in fitting)
     if attention := reports.get("attention"):
-        speedups = attention["results"]["auto"].items()
-        results |= {f"attention_{name}": value for name, value in speedups if name.startswith("speedup")}
+        for backend, line in attention["results"].items():
+            speedups = {name: value for name, value in line.items() if name.startswith("speedup")}
+            results |= {f"attention_{backend}_{name}": value for name, value in speedups.items()}
     for kind, line in reports.get("families", {}).get("results", {}).items():
         results |= {f"{kind}_{name}": value for name, value in line.items()}
     return results

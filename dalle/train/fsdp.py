@@ -40,6 +40,8 @@ def shard_model(
         before[0].set_modules_to_forward_prefetch([after[0]])
         after[0].set_modules_to_backward_prefetch([before[0]])
     proxy = ForwardProxy(model)
+    for parameter in ignored:  # FSDP2 moves only what it shards
+        parameter.data = parameter.data.to(mesh.device_type)
     return fully_shard(proxy, mesh=mesh, ignored_params=set(ignored), shard_placement_fn=placement)
 
 

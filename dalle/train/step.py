@@ -182,5 +182,9 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The tensors of a batch (also in tuples, lists and dicts) on the device."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)
+    """The tensors of a batch (also in tuples, lists and dicts) on the device.
+
+    MPS reads the memory of a copy that is not waited for when it may be another's (pytorch issue 189690).
+    """
+    no_wait = device.type == "cuda"
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=no_wait), batch)

@@ -163,7 +163,7 @@ class CUDAGraphStep:
             self.step(model, *inputs)
         torch.cuda.current_stream().wait_stream(side)
         # other threads, of the web page, may use the device meanwhile
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
             self.hidden = self.step(model, *inputs)
 
 

@@ -8,6 +8,8 @@ import pytest
 from dalle.benchmarks import gpu
 from dalle.benchmarks.config import GPUBenchmark, PartName, RatesBenchmark
 from dalle.benchmarks.rates import benchmark_rates
+from dalle.commands.benchmark import BENCHMARKS
+from dalle.config import parse
 
 
 def report_of(tmp_path, **words):
@@ -42,6 +44,9 @@ def test_a_part_takes_half_of_the_time_that_is_left_or_a_minute(tmp_path, monkey
 
 def test_every_part_is_known_and_named_where_it_is_chosen():
     assert set(gpu.COMMANDS) == set(get_args(PartName))
+    for name, sizes in gpu.COMMANDS.items():
+        for words in map(str.split, sizes if name != "tests" else ()):
+            parse(BENCHMARKS[words[0]], words[1:])  # SystemExit for a wrong option
     for words in ({"minutes": 0}, {"minutes": float("nan")}, {"parts": ()}):
         with pytest.raises(ValueError, match=next(iter(words))):
             GPUBenchmark(**words)
@@ -82,5 +87,5 @@ def test_a_dry_run_of_all_parts(tmp_path):
     for name, part in report["parts"].items():
         assert part["status"] == "done", (name, part)
     wanted = {"train_1.3b_tokens_per_sec", "sample_12b_copy_share", "sample_1.3b_copy_share", "dvae_seconds"}
-    wanted |= {"best_of_512_seconds", "attention_speedup_vs_causal_sdpa", "clip_seconds"}
+    wanted |= {"best_of_512_seconds", "attention_auto_speedup_vs_causal_sdpa", "clip_seconds"}
     assert wanted | {"train_1.3b_peak_over_plan"} <= set(report["figures"])

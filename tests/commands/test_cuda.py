@@ -44,7 +44,7 @@ def test_every_stage(precision, cuda, chain, tiny_runs, with_inputs, prompt, tmp
 
 PARTS = {name: words[1] for name, words in COMMANDS.items() if name != "tests"}
 PARTS |= {"compiled": f"{PARTS['train-1.3b']} --compile --precision bf16"}
-PARTS |= {"graph": f"{PARTS['sample-1.3b']} --graph", "int8": f"{PARTS['sample-1.3b']} --int8"}
+PARTS |= {"graph": f"{PARTS['sample-1.3b']} --graph True", "int8": f"{PARTS['sample-1.3b']} --int8"}
 
 
 @only_real

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from dalle.runs.training import start_processes
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.config import TrainArgs
 from dalle.train.distributed import Distributed
+from dalle.train.fsdp import shard_model
 from dalle.train.loggers import read_log
 from dalle.train.sharded_checkpoint import read_whole
 from dalle.train.step import mean_loss, split
@@ -237,6 +239,15 @@ def test_the_use_of_the_codes_is_that_of_all_processes():
     part = BatchShard(0, 2, None, sum=lambda counts: 2 * counts)
     whole_batch, shared = objective(model, pixels, 0), objective(model, pixels, 0, part)
     assert shared.metrics["perplexity"] == pytest.approx(float(whole_batch.metrics["perplexity"]))
+
+
+def test_scalars_move_to_the_device_of_the_shards(monkeypatch):
+    """FSDP2 leaves those that it is to ignore where they were made; meta stands for a GPU."""
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, **_: module)
+    model, scalar = torch.nn.Linear(1, 1), Mock(data=torch.zeros(()))
+    model.fsdp_groups = list
+    shard_model(model, SimpleNamespace(device_type="meta"), "fp32", [scalar], by_longer_side=False)
+    assert scalar.data.is_meta
 
 
 def test_clips_loss_is_open_clips(single):

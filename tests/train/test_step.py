@@ -9,8 +9,17 @@ from dalle.train.config import EMAConfig
 from dalle.train.grad_scaler import BACKOFF_INTERVAL
 from dalle.train.loggers import read_log
 from dalle.train.nonfinite import NonfiniteGuard
+from dalle.train.step import to_device
 from dalle.types import Loss
 from tests.helpers.line import fit_line, newest_files
+
+
+@pytest.mark.parametrize(("device", "no_wait"), [("cuda", True), ("mps", False), ("cpu", False)])
+def test_only_copies_to_cuda_do_not_wait(device, no_wait, monkeypatch):
+    found = []
+    monkeypatch.setattr(Tensor, "to", lambda tensor, to, non_blocking: found.append((to.type, non_blocking)))
+    to_device((torch.zeros(2), [1]), torch.device(device))
+    assert found == [(device, no_wait)]
 
 
 def bad_at(*steps: int, by: str = "gradient"):

@@ -269,7 +269,7 @@ def test_a_cuda_graph_is_recorded_and_replayed_on_the_models_device(monkeypatch)
     fakes = {
         "device": entered,
         "stream": lambda _: entered("warm-up"),
-        "graph": lambda _, **options: entered("recording"),
+        "graph": lambda _, stream, **options: entered("recording"),  # torch's own stream has one device
         "CUDAGraph": lambda: made("graph"),
         "Stream": lambda: made("stream"),
         "current_stream": lambda: made("current"),
