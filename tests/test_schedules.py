@@ -12,9 +12,7 @@ from dalle.train.config import OptimizerConfig
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
-@pytest.mark.parametrize(
-    ("step", "value"), [(0, 2.0), (50, 5.0), (100, 8.0), (101, 8.0), (10**9, 8.0), (-1, 2.0)]
-)
+@pytest.mark.parametrize(("step", "value"), [(0, 2.0), (50, 5.0), (100, 8.0), (10**9, 8.0), (-1, 2.0)])
 def test_both_shapes_meet_at_the_start_half_way_and_from_the_end_on(shape, step, value):
     assert Schedule(2.0, 8.0, 100, shape)(step) == pytest.approx(value)
 

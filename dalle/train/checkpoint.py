@@ -155,9 +155,7 @@ def latest_checkpoint(
             return folder
         damages.append(next(filter(None, errors)))
     if damages:
-        raise ValueError(
-            f"no checkpoint of {run_dir} is whole: {'; '.join(damages)}. Restore one, or give another --out"
-        )
+        raise ValueError(f"no checkpoint of {run_dir} is whole: {'; '.join(damages)}; give another --out")
     return None
 
 

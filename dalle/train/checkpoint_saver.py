@@ -126,8 +126,7 @@ class RunGuard(AbstractContextManager):
                 self.lock.close()
         if (error is None or isinstance(error, OSError)) and not self.run_dir.is_dir():
             raise ValueError(
-                f"{self.run_dir} was moved or removed during the training; move it back, and the same "
-                "command resumes it"
+                f"{self.run_dir} was moved or removed during the training; move it back and run again"
             ) from None
 
 

@@ -221,9 +221,7 @@ def test_clip_shows_what_it_finds(chain):
     assert np.asarray(Image.open(sheet)).std() > 5
 
 
-@pytest.mark.parametrize(
-    "tail", [b'{"step": 3, "lo', b"null\n", b"3\n", b'"step"\n', b'{"loss": 1}\n', b"\xff\x00\n"]
-)
+@pytest.mark.parametrize("tail", [b'{"step": 3, "lo', b"null\n", b"3\n", b'{"loss": 1}\n', b"\xff\x00\n"])
 def test_a_damaged_line_of_a_log_costs_one_line(tmp_path, tail):
     file = tmp_path / "log.jsonl"
     file.write_bytes(b'{"step": 1, "loss": 2.0}\n' + tail.rstrip() + b'\n\0\0{"step": 2}\n')

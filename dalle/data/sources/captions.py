@@ -93,8 +93,6 @@ def choose_columns(
         for column in columns:
             if column not in names:
                 problem = f"no column {column!r}" if column else f"no column with a usual name for {kind}s"
-                raise ValueError(
-                    f"{table} has {problem}, only {', '.join(map(repr, names)):.400}; "
-                    f"name it by --data.{kind}-column"
-                )
+                there = ", ".join(map(repr, names))
+                raise ValueError(f"{table} has {problem}, only {there:.400}; give --data.{kind}-column")
     return image, captions
