@@ -1,17 +1,22 @@
 """Run lifecycle: asynchronous checkpoints, signals, the directory lock, full disks and kills."""
 
+import contextlib
 import multiprocessing
 import os
+import random
 import resource
 import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 
+from dalle.commands.train_dvae import train_dvae
 from dalle.config import cli_errors
 from dalle.train import checkpoint, checkpoint_saver, trainer
 from dalle.train.checkpoint import latest_checkpoint
@@ -21,11 +26,12 @@ from tests.helpers.line import (
     checkpoint_names,
     file_contents,
     fit_line,
+    log_lines,
     newest_files,
     power_cut,
     send,
 )
-from tests.helpers.processes import run_processes
+from tests.helpers.processes import FORKSERVER, run_processes
 
 FORK = multiprocessing.get_context("fork")
 
@@ -226,3 +232,56 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path):
         assert words in error
     assert file_contents(tmp_path / "checkpoints") == before
     assert fit_line(tmp_path, steps=4, width=100).step == 4
+
+
+def train_slowly(run) -> None:
+    """Slow writes, so that many a kill falls into a save; one thread, since two round sums differently."""
+    torch.set_num_threads(1)
+    write = checkpoint.write_tensors
+
+    def slow_write(*args, **kwargs):
+        time.sleep(0.01)
+        write(*args, **kwargs)
+
+    checkpoint.write_tensors = slow_write
+    train_dvae(run)
+    os._exit(0)
+
+
+def open_saves(run: Path) -> set[tuple[Path, int]]:
+    """What saves have begun to write and not completed, and since when."""
+    found = set()
+    for path in (run / "checkpoints").glob(".partial-step-*"):
+        with contextlib.suppress(FileNotFoundError):  # renamed by now
+            found.add((path, path.stat().st_ctime_ns))
+    return found
+
+
+def kill_somewhere(run, rng: random.Random) -> bool:
+    """Trains, waits for some saves and a moment, and kills it; whether a save was open."""
+    left, seen, count = open_saves(run.out), set(), rng.randint(1, 4)
+    process = FORKSERVER.Process(target=train_slowly, args=(run,))
+    process.start()
+    while process.is_alive() and len(seen) < count:
+        seen |= {path for path, _ in open_saves(run.out) - left}
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.06))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, f"ended by itself with {process.exitcode}"
+    return bool(open_saves(run.out) - left)
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_no_bit(tiny_runs, tmp_path):
+    """The dVAE's training with a data worker: SIGKILL at 20 instants, among them during saves."""
+    base = replace(tiny_runs.dvae, steps=160, data=replace(tiny_runs.dvae.data, workers=1))
+    whole, run = replace(base, out=tmp_path / "whole"), replace(base, out=tmp_path / "run")
+    train_dvae(whole)
+    rng = random.Random(0)
+    assert sum(kill_somewhere(run, rng) for _ in range(20)) >= 3
+    train_dvae(run)
+    assert newest_files(run.out) == newest_files(whole.out)
+    for evaluations in (False, True):
+        assert log_lines(run.out, evaluations) == log_lines(whole.out, evaluations)
+    assert not list((run.out / "checkpoints").glob(".partial*"))
