@@ -88,7 +88,7 @@ class TestMistakes:
         assert_refused(script(name, *words), message)
 
     def test_no_training_writes_into_a_token_cache(self, script, chain):
-        assert_refused(script("train_dvae", *TINY_DVAE, "--out", chain / "tokens"), "has a meta.json")
+        assert_refused(script("train_dvae", *TINY_DVAE, "--out", chain / "tokens"), "is a token cache")
 
     @pytest.mark.parametrize(
         ("name", "words"),
@@ -103,4 +103,4 @@ class TestMistakes:
     )
     def test_an_output_that_cannot_be_written_is_named_before_any_work(self, script, tmp_path, name, words):
         (tmp_path / "file").write_text("in the way")
-        assert_refused(script(name, *words), "cannot write to file")
+        assert_refused(script(name, *words), "cannot write (to )?file")

@@ -71,7 +71,8 @@ def _detect(path: str, format: Format) -> DataLocation:
     val = [file for file in used if VAL.match(file.name)]
     if format == "tars" and root.is_dir():
         files = [root / name for name in os.listdir(root) if name[0] != "."]
-    unused = sorted(set(files) - set(used))
+    by_img2dataset = {f"{file.stem}{end}" for file in used for end in (".parquet", "_stats.json")}
+    unused = sorted(file for file in set(files) - set(used) if file.name not in by_img2dataset)
     return DataLocation(format, path, tuple(used), tuple(val) if len(val) < len(used) else (), tuple(unused))
 
 
