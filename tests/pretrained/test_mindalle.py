@@ -83,7 +83,7 @@ def test_sampling_and_layout(folder):
     assert text.tolist() == [[5, 6, 7] + [layout.pad] * (TEXT - 3)]
     mask = layout.loss_mask(layout.pack(text, IMAGE[:1]))[0, :TEXT]
     assert mask.tolist() == [False, True, True, True] + [False] * 3
-    with pytest.raises(ValueError, match=f"room for {TEXT}"):
+    with pytest.raises(ValueError, match=f"at most {TEXT} fit"):
         layout.pad_text([[5] * (TEXT + 1)])
 
 

@@ -74,7 +74,7 @@ def test_captions_between_begin_and_end(tmp_path):
     layout = load_transformer(save(tmp_path, make_weights("v3"))).layout
     assert layout.pad_text([[7, 5]]).tolist() == [[2, 7, 5, 3, WORDS + 4, WORDS + 5]]
     assert layout.pad_text([[7] * (TEXT - 2)]).tolist() == [[2, *[7] * (TEXT - 2), 3]]
-    with pytest.raises(ValueError, match=f"room for {TEXT - 2}"):
+    with pytest.raises(ValueError, match=f"at most {TEXT - 2} fit"):
         layout.pad_text([[7] * (TEXT - 1)])
     assert layout.pad_text([[7] * 9], truncate=True).tolist() == [[2, *[7] * (TEXT - 1)]]  # without its end
     ids = layout.pack(layout.pad_text([[7, 5]]), IMAGE[:1])
