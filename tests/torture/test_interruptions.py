@@ -130,4 +130,4 @@ def test_no_interruption_changes_a_bit(stage, stages, tmp_path, seed, seconds, r
         assert run(function, interrupted) == 0
         assert contents(interrupted.out) == whole, f"{interrupted.out} is not {tmp_path / 'whole'}"
         counts["resumed bit for bit"] += 1
-    record_property(f"interruptions of {stage}", counts)
+    record_property(f"interruptions of {stage}", dict(counts))
