@@ -290,7 +290,7 @@ def check_start(parallel: Distributed, out: Path) -> None:
         model = parallel.build(LONG.model)
         state = init_train_state(model, TRAIN, 0, parallel)
         restore(latest_checkpoint(out), state, parallel)
-    assert live.peak_of_all <= 4 * size / 2 + block  # weights, averages, two moments
+    assert live.peak_of_all <= 4 * size / 2 + 1.5 * block  # weights, averages, two moments, a message
     expected, _ = trained.state_dict()
     for file, tensors in state.state_dict()[0].items():
         for name, tensor in tensors.items():
