@@ -95,7 +95,7 @@ def train_transformer(args: TrainTransformerArgs) -> Path:
             weights = torch.tensor([len(ids) for ids in val_batches]) / args.eval_samples
             values = {"loss": [loss.total for loss in losses]}
             values |= {name: [loss.metrics[name] for loss in losses] for name in losses[0].metrics}
-            scores = {name: float(torch.stack(each).cpu() @ weights) for name, each in values.items()}
+            scores = {name: float((torch.stack(each).cpu() * weights).sum()) for name, each in values.items()}
             return scores | ({"samples": sample_grid(model)} if sample_grid else {})
 
         with TokenLoader(batches, pin=dist.device.type == "cuda") as loader:

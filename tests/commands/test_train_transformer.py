@@ -1,11 +1,15 @@
 """The train-transformer command: stages it lacks, and inputs that do not fit."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from dalle.commands.train_transformer import train_transformer
 from dalle.train.checkpoint import latest_checkpoint
+from dalle.train.loggers import read_log
 from tests.helpers.refusals import assert_refused
 
 
@@ -38,3 +42,12 @@ def test_inputs_that_do_not_fit_the_transformer_are_refused_before_the_first_ste
     config = tiny_configs / "transformer" / "shapes.yaml"
     assert_refused(script("train_transformer", "--config", config, *inputs, *words), message)
     assert not (tmp_path / "runs").exists()
+
+
+def test_losses_of_an_evaluation_in_bf16_are_fp32(tiny_runs, chain, with_inputs, tmp_path):
+    """Their means too: under autocast a product of matrices would round them to 8 bits."""
+    train = replace(tiny_runs.transformer.train, precision="bf16")
+    train_transformer(with_inputs(tiny_runs.transformer, chain, out=tmp_path, steps=1, train=train))
+    (line,) = [line for line in read_log(tmp_path / "log.jsonl") if "val/loss" in line]
+    values = torch.tensor([line[f"val/{name}"] for name in ("loss", "text_loss", "image_loss")])
+    assert (values.bfloat16() != values).all()
