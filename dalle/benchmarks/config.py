@@ -1,12 +1,11 @@
 """Arguments of the benchmarks (no torch here)."""
 
-import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from dalle.clip.config import CLIPConfig
-from dalle.config import configuration
+from dalle.config import check_positive, configuration
 from dalle.data.config import DataConfig
 from dalle.dvae import DVAEConfig
 from dalle.train.config import Precision
@@ -204,7 +203,6 @@ class GPUBenchmark:
     """File for the report, written again after each part."""
 
     def __post_init__(self):
-        if not 0 < self.minutes < math.inf:
-            raise ValueError(f"minutes must be a positive number, got {self.minutes}")
+        check_positive(self, "minutes")
         if not self.parts:
             raise ValueError("parts must name at least one")

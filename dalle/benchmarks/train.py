@@ -18,7 +18,7 @@ from dalle.benchmarks.dalle_pytorch import DallePytorchStep
 from dalle.compile import compile_layers
 from dalle.planner.count import estimate_step
 from dalle.planner.memory import ParallelLayout, memory
-from dalle.train.config import EMAConfig, TrainConfig
+from dalle.train.config import TrainConfig
 from dalle.train.loggers import peak_flops, peak_memory
 from dalle.train.precision import resolve_device, resolve_precision
 from dalle.transformer.objective import TransformerObjective, training_flops
@@ -59,7 +59,7 @@ def benchmark_train(args: TrainBenchmark) -> dict[str, Any]:
         "peak_memory_gib": peak_memory(device),
     }
     if args.plan:
-        train = TrainConfig(batch_size=args.batch_size, ema=EMAConfig())
+        train = TrainConfig(batch_size=args.batch_size)
         step = estimate_step("transformer", args.config, args.batch_size, precision)
         planned = memory(step, ParallelLayout(train, "none", half=precision != "fp32"))
         report["planned_memory_gib"] = planned["peak"] / 2**30

@@ -25,7 +25,7 @@ from dalle.types import TextTokenizerLike
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # Radford et al., released code
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 ATTENTION = SDPBackend.MATH  # on a CPU; torch's fused attention is slower at these lengths
-NUMBERS = {"input_resolution", "context_length", "vocab_size"}  # beside the weights in OpenAI's files
+NUMBERS = {"input_resolution", "context_length", "vocab_size"}  # next to the weights in OpenAI's files
 MAX_LOGIT_SCALE = 100.0  # Radford et al., section 2.5
 
 

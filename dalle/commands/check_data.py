@@ -69,7 +69,7 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
     """
     from tqdm import tqdm
 
-    from dalle.data.bad_samples import BadSampleLog, check_bad_fraction
+    from dalle.data.bad_samples import BadSampleLog
     from dalle.data.dataloader import worker_count
     from dalle.data.dataset import note_left_out, source_of
     from dalle.data.filters import write_names
@@ -115,13 +115,19 @@ def check_data(args: CheckDataArgs) -> dict[str, Any]:
     if args.exclude_list:
         write_names(args.exclude_list, [source.name(copy) for copy, _ in duplicates])
     _print_report(report, args, out)
-    bad = report["bad"]
+    _check_limit(report["bad"], args, str(bad_samples))
+    return report
+
+
+def _check_limit(bad: dict[str, Any], args: CheckDataArgs, named: str) -> None:
+    """ValueError if more samples are bad than --max-bad allows, or without it a training."""
+    from dalle.data.bad_samples import check_bad_fraction
+
     if args.max_bad is None:
-        check_bad_fraction(bad["samples"], bad["of"], args.data.max_bad_fraction, str(bad_samples))
+        check_bad_fraction(bad["samples"], bad["of"], args.data.max_bad_fraction, named)
     elif bad["samples"] > args.max_bad * bad["of"]:
         problem = f"{bad['samples']} of {bad['of']} samples are bad, more than --max-bad {args.max_bad:g}"
-        raise ValueError(f"{problem}: {bad_samples}")
-    return report
+        raise ValueError(f"{problem}: {named}")
 
 
 def _report(

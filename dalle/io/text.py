@@ -174,4 +174,4 @@ def _check_depth(value: Any) -> Any:
         if not inner:
             return value
         level = list(chain.from_iterable(one.values() if isinstance(one, dict) else one for one in inner))
-    raise ValueError(f"lists and objects lie more than {MAX_DEPTH} deep inside each other")
+    raise ValueError(f"lists and objects are more than {MAX_DEPTH} deep inside each other")

@@ -41,8 +41,8 @@ def encode(args: EncodeImagesArgs) -> TokenCache | None:
     writer = TokenWriter(out, encoder.spec(weights), part, parts)
     log = out / (f"bad_samples-{part}.jsonl" if parts > 1 else "bad_samples.jsonl")
     opening = getattr(dataset, "skipped", ())
-    bad_samples = BadSampleLog(log, dataset.size, opening, args.data.max_bad_fraction)
     with lock_directory(out, f".partial-{part}.lock") as lock:
+        bad_samples = BadSampleLog(log, dataset.size, opening, args.data.max_bad_fraction)
         for shard, arrays in encoder.shards(writer, bad_samples):
             writer.write(shard, *arrays)
         cache = writer.finish()

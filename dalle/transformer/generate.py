@@ -65,20 +65,16 @@ def generate_tokens(
     known, first = torch.full((captions, length), TO_GENERATE, device=device), 0
     if prefix is not None:
         known[:, : prefix.shape[1]] = prefix
-        to_generate = (known == TO_GENERATE).any(dim=0).tolist()
-        first = to_generate.index(True) if any(to_generate) else length
+        first = _first_to_generate(known)
     tokens = known.repeat_interleave(candidates, dim=0)  # (B, N)
     if first == length:
         yield tokens.view(captions, candidates, length)
         return
 
-    text, start = text_tokens, known[:, :first]
-    if guided:  # the same images once more, with an empty caption
-        empty = model.layout.pad_text([[]]).to(text).expand(captions, -1)
-        text, start = torch.cat([text, empty]), start.repeat(2, 1)
-    caches = model.init_kv_caches(len(text), candidates)
+    inputs = _prefill_inputs(model, text_tokens, known[:, :first], guided)
+    caches = model.init_kv_caches(len(inputs), candidates)
     with inference_autocast(model):
-        hidden = model.prefill(model.layout.shift(model.layout.pack(text, start)), caches)[:, -1]
+        hidden = model.prefill(inputs, caches)[:, -1]
     hidden = hidden.repeat_interleave(candidates, dim=0)  # (B, D)
     for i in range(first, length):
         token = _sample(model, hidden, noise[:, i], guidance if guided else None, options)
@@ -93,6 +89,20 @@ def generate_tokens(
         raise ValueError(
             "the logits are not numbers; sample in fp32 or bf16, at lower guidance, or check the weights"
         )
+
+
+def _prefill_inputs(model: Transformer, text: Tensor, start: Tensor, guided: bool) -> Tensor:
+    """Input ids (C, n) of captions and kept tokens; under guidance also with empty captions, (2 C, n)."""
+    if guided:
+        empty = model.layout.pad_text([[]]).to(text).expand(len(text), -1)
+        text, start = torch.cat([text, empty]), start.repeat(2, 1)
+    return model.layout.shift(model.layout.pack(text, start))
+
+
+def _first_to_generate(known: Tensor) -> int:
+    """The first position of (C, N) at which a caption has no kept token; N if all have."""
+    to_generate = (known == TO_GENERATE).any(dim=0).tolist()
+    return to_generate.index(True) if any(to_generate) else len(to_generate)
 
 
 def _sample(

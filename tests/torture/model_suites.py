@@ -33,7 +33,7 @@ STEPS = 4
 
 
 def make_runs(whole: Path, chain: Path) -> None:
-    """A run of three checkpoints, and beside it the same after its last step."""
+    """A run of three checkpoints, and next to it the same after its last step."""
     fit_line(whole / "run", steps=STEPS - 1, keep_last=3)
     shutil.copytree(whole / "run", whole.parent / "finished")
     fit_line(whole.parent / "finished", steps=STEPS, keep_last=3)
