@@ -11,12 +11,10 @@ The weights of an opened model are the mapped file itself. Its hash is compared 
 and again if its size or time has changed, as for token caches.
 """
 
-import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +24,7 @@ from dalle.config import LAYERS, from_dict, to_dict
 from dalle.dvae import DVAE, DVAEConfig
 from dalle.hub.hub import push_to_hub, resolve_source
 from dalle.hub.model_card import Report, read_report, write_card
+from dalle.hub.weights_hash import WeightsHash, remember_hash, weights_hash
 from dalle.io.files import (
     FORMAT,
     check_meta,
@@ -51,8 +50,6 @@ MODEL_REGISTRY: dict[str, tuple[type, type[nn.Module]]] = {
     "transformer": (TransformerConfig, Transformer),
     "clip": (CLIPConfig, CLIP),
 }
-_hashes: WeakKeyDictionary[nn.Module, tuple[list | None, str]] = WeakKeyDictionary()
-"""Hash of a model's weights, and the memory and versions of the tensors that had it."""
 _verified: dict[Path, tuple[int, int, str]] = {}
 """Size, time and hash of the weights of a file that matched."""
 
@@ -182,31 +179,33 @@ def assign_weights(
     file: Path | None = None,
     expected: str | None = None,
 ) -> None:
-    """Tensors into a model on the meta device, each hashed and moved before the next is read.
+    """Tensors into a model on the meta device, moved one by one while threads hash them.
 
     ValueError if those of a `file` have another hash than `expected`. A file that matched is not hashed again
     in this process while its size and time stay the same.
     """
-    digest, state = hashlib.sha256(), None
+    state = None
     if file is not None:
         status = file.stat()
         state = status.st_size, status.st_mtime_ns, expected
     is_new = file is not None and _verified.get(file.resolve()) != state
     placed = {}
-    for name, like in sorted(model.state_dict().items()):
-        tensor = tensors[name].to(like.dtype)
-        if is_new:
-            _add_to_hash(digest, name, tensor)
-        placed[name] = tensor.to(device)
-    if is_new and (found := digest.hexdigest()[:16]) != expected:
+    with WeightsHash() as hashing:
+        for name, like in sorted(model.state_dict().items()):
+            tensor = tensors[name].to(like.dtype)
+            if is_new:
+                hashing.add(name, tensor)
+            placed[name] = tensor.to(device)
+        model.load_state_dict(placed, assign=True)
+        found = hashing.hexdigest() if is_new else expected
+    if found != expected:
         found = f"the weights have hash {found}, expected {expected}"
         raise ValueError(f"{file}: {found}; the file is of another model, or changed")
-    model.load_state_dict(placed, assign=True)
     if isinstance(model, CLIP):
         model.make_text_mask(device)
     if file is not None:
         _verified[file.resolve()] = state
-        _hashes[model] = _versions(model), expected
+        remember_hash(model, expected)
 
 
 def _only_kind(path: Path) -> str:
@@ -261,32 +260,3 @@ def write_model_directory(
     config = {"format": FORMAT, "kind": "dalle", "inputs": inputs, "parts": described}
     write_json(directory / "config.json", config)
     write_card(directory, report, license)
-
-
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of the weights in order of name, 16 hex characters.
-
-    It is remembered until the weights change.
-    """
-    versions = _versions(model)
-    known, found = _hashes.get(model, (None, ""))
-    if versions is None or versions != known:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(model.state_dict().items()):
-            _add_to_hash(digest, name, tensor)
-        found = digest.hexdigest()[:16]
-        _hashes[model] = versions, found
-    return found
-
-
-def _add_to_hash(digest: Any, name: str, tensor: Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def _versions(model: nn.Module) -> list[tuple[int, int]] | None:
-    """Memory and version of each tensor; None for tensors of inference mode, which have no versions."""
-    tensors: list[Tensor] = list(model.state_dict(keep_vars=True).values())
-    if any(tensor.is_inference() for tensor in tensors):
-        return None
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]

@@ -1,5 +1,6 @@
 """Opening models: mapped weights, one hash of each file, none of unchanged weights."""
 
+import hashlib
 import os
 import shutil
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dalle.hub import registry
 from dalle.hub.registry import load_model, weights_hash, write_model_directory
+from dalle.hub.weights_hash import PIECE, WeightsHash
 from dalle.pipelines.dalle import DALLE
 
 KINDS = ("dvae", "transformer", "clip")
@@ -36,8 +37,8 @@ def folder(chain, tmp_path):
 @pytest.fixture
 def hashed(monkeypatch):
     """Names of the tensors that were hashed."""
-    names, add = [], registry._add_to_hash
-    monkeypatch.setattr(registry, "_add_to_hash", lambda d, name, t: (names.append(name), add(d, name, t)))
+    names, add = [], WeightsHash.add
+    monkeypatch.setattr(WeightsHash, "add", lambda self, name, t: (names.append(name), add(self, name, t)))
     return names
 
 
@@ -87,6 +88,23 @@ def test_the_hash_of_weights_is_remembered_until_they_change(folder, hashed):
         model.encoder.blocks.input.b -= 1
     model.load_state_dict(load_model(folder, "dvae").model.state_dict())
     assert weights_hash(model) == first
+
+
+@pytest.mark.parametrize("cores", [1, 3])
+def test_the_hash_is_of_pieces_in_order_whatever_the_number_of_threads(cores, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    large = torch.arange(PIECE + 5).remainder(251).to(torch.uint8)
+    tensors = {"scalar": torch.tensor(2.5, dtype=torch.bfloat16), "large": large, "turned": torch.eye(3, 2).T}
+    expected = hashlib.sha256()
+    for name, tensor in tensors.items():
+        data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        expected.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        for start in range(0, len(data), 2**24):
+            expected.update(hashlib.sha256(data[start : start + 2**24]).digest())
+    with WeightsHash() as found:
+        for name, tensor in tensors.items():
+            found.add(name, tensor)
+        assert found.hexdigest() == expected.hexdigest()[:16]
 
 
 def test_an_open_model_keeps_its_weights_when_another_is_saved_in_its_place(folder):
