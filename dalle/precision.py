@@ -13,26 +13,32 @@ from torch import Tensor
 
 @contextmanager
 def tf32(products: bool) -> Iterator[None]:
-    """Whether fp32 matrix products inside the block may be TF32; convolutions are not. CUDA only.
+    """Whether fp32 matrix products inside the block may be TF32, on CUDA; others, and convolutions, are fp32.
 
     The switches are torch's and belong to the process; a backward pass follows those of its own time. torch
-    has them under two names, and the older cannot be read where a program has set the newer.
+    has them under older names, which cannot be read where a program has set others than they know, and under
+    newer ones. Both are set, and restored, so that torch finds them in agreement.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    switches = [(matmul, "allow_tf32", products), (cudnn, "allow_tf32", False)]
+    matmul, cudnn, mkldnn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+    newer = [(owner, owner.fp32_precision) for owner in (matmul, mkldnn.matmul, cudnn.conv)]
+    mkldnn.matmul.fp32_precision = "ieee"
     try:
-        before = [getattr(owner, name) for owner, name, _ in switches]
+        older = torch.get_float32_matmul_precision(), matmul.allow_tf32, cudnn.allow_tf32
     except RuntimeError:
-        format = "tf32" if products else "ieee"
-        switches = [(matmul, "fp32_precision", format), (cudnn.conv, "fp32_precision", "ieee")]
-        before = [getattr(owner, name) for owner, name, _ in switches]
+        older = None
     try:
-        for owner, name, value in switches:
-            setattr(owner, name, value)
+        if older:
+            torch.set_float32_matmul_precision("highest")
+            matmul.allow_tf32, cudnn.allow_tf32 = products, False
+        else:
+            matmul.fp32_precision, cudnn.conv.fp32_precision = "tf32" if products else "ieee", "ieee"
         yield
     finally:
-        for (owner, name, _), value in zip(switches, before, strict=True):
-            setattr(owner, name, value)
+        if older:
+            torch.set_float32_matmul_precision(older[0])
+            cudnn.allow_tf32 = older[2]
+        for owner, value in newer:
+            owner.fp32_precision = value
 
 
 @contextmanager

@@ -78,6 +78,23 @@ def test_tf32_is_switched_where_a_program_has_used_the_newer_names():
         matmul.fp32_precision = "ieee"
 
 
+@pytest.mark.parametrize("precision", ["medium", "high", "highest"])
+def test_tf32_leaves_the_precision_that_a_program_has_set(precision):
+    matmul = torch.backends.mkldnn.matmul
+    before = torch.get_float32_matmul_precision(), matmul.fp32_precision
+    torch.set_float32_matmul_precision(precision)
+    try:
+        expected = precision, matmul.fp32_precision
+        for products in (False, True):
+            with tf32(products):
+                assert torch.get_float32_matmul_precision() == ("high" if products else "highest")
+                assert matmul.fp32_precision == "ieee"
+            assert (torch.get_float32_matmul_precision(), matmul.fp32_precision) == expected
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        matmul.fp32_precision = before[1]
+
+
 def test_tf32_is_off_for_convolutions_and_follows_the_policy_for_products():
     def switches():
         return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
