@@ -181,7 +181,7 @@ class TrainConfig:
     precision: Precision = "auto"
     """fp32, bf16 or fp16 (autocast; fp16 with a gradient scale per resblock of the transformer, 2.4, and one
     scale on the loss of a dVAE or CLIP), or auto: bf16 where the device has it in hardware, else fp32."""
-    tf32: bool = field(default=True, metadata=RESUME_FREE)
+    tf32: bool = True
     """TF32 for fp32 matrix products on CUDA; convolutions, CLIP's cosines and all that makes tokens never use
     it."""
     powersgd: PowerSGDConfig = PowerSGDConfig()

@@ -63,8 +63,8 @@ def test_what_leaves_the_weights_alone_may_change_when_a_run_resumes(tiny_runs):
     other = replace(run, parallel="hsdp", shard=2, log=LogConfig(loggers=("wandb",)))
     other = replace(other, train=replace(run.train, **often))
     assert resume_fingerprint(other) == resume_fingerprint(run)
-    larger = replace(run, train=replace(run.train, batch_size=8))
-    assert resume_fingerprint(larger) != resume_fingerprint(run)
+    for change in ({"batch_size": 8}, {"precision": "bf16"}, {"tf32": False}):
+        assert resume_fingerprint(replace(run, train=replace(run.train, **change))) != resume_fingerprint(run)
 
 
 def test_settings_that_an_earlier_run_did_not_know_were_off():
