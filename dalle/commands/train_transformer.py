@@ -83,7 +83,7 @@ def train_transformer(args: TrainTransformerArgs) -> Path:
         # backends() refuses, before any work, what this device cannot run
         print("attention: " + ", ".join(f"{kind} by {backend}" for kind, backend in model.backends().items()))
         batches = TokenBatches(cache, text, model.layout, args, dist.rank, dist.world_size)
-        val_batches = batches.val().split(args.train.batch_size)
+        val_batches = batches.val_batches()
         captions = batches.val_captions(args.sample_grid_size)
         sample_grid = None
         if image_tokenizer and captions and not dist.sharded:  # sampling needs whole weights

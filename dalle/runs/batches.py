@@ -112,6 +112,11 @@ class TokenBatches:
         images = range(self.trained, self.cache.size)
         return self._pack([self.text.encode(texts[0]) for texts in self.cache.captions(images)], images)
 
+    def val_batches(self) -> list[Tensor]:
+        """`val` in batches of one forward pass of a training step, which fit and are compiled for already."""
+        train = self.run.train
+        return list(self.val().split(max(1, train.batch_size // (self.world * train.grad_accum_steps))))
+
     def val_captions(self, count: int) -> list[str]:
         """The first captions of the first held-out images."""
         images = range(self.trained, min(self.trained + count, self.cache.size))

@@ -203,6 +203,15 @@ def test_no_crop_of_a_held_out_image_is_trained_on(two_crops):
     assert torch.equal(layout.unpack(two_crops.val())[1], cache.image_tokens([8, 9, 10, 11]))
 
 
+@pytest.mark.parametrize(("world", "passes", "sizes"), [(1, 1, [4]), (1, 8, [2, 2]), (4, 4, [1] * 4)])
+def test_an_evaluation_takes_no_more_at_once_than_a_pass_of_a_training_step(two_crops, world, passes, sizes):
+    train = replace(two_crops.run.train, grad_accum_steps=passes)
+    batches = replace(two_crops, run=replace(two_crops.run, train=train), world=world)
+    found = batches.val_batches()
+    assert [len(ids) for ids in found] == sizes
+    assert torch.equal(torch.cat(found), two_crops.val())
+
+
 def test_caption_and_image_of_a_sample_belong_together(two_crops):
     cache, layout = two_crops.cache, two_crops.layout
     names = layout.pad_text([two_crops.text.encode(f"number {n}") for n in range(8)]).tolist()
