@@ -145,7 +145,22 @@ def adamw_8bit(parameters: list[Tensor], **settings: Any) -> torch.optim.Optimiz
             "8-bit moments of sharded parameters cannot be saved for another number of processes; "
             "set optimizer.state_dtype to fp32, or --parallel to none or ddp"
         )
-    return AdamW8bit(parameters, **settings)
+    optimizer = AdamW8bit(parameters, **settings)
+    optimizer.register_step_pre_hook(init_8bit_moments)
+    return optimizer
+
+
+def init_8bit_moments(optimizer: Any, *_: Any) -> None:
+    """Moments with the count of steps on the parameter's device: torchao's own, on the CPU, makes
+    `step_unless` wait for a GPU."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for p in parameters:
+        if not optimizer.state[p]:
+            moments = {
+                "exp_avg": optimizer._new_buffer(p, True),
+                "exp_avg_sq": optimizer._new_buffer(p, False),
+            }
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
 
 
 def plain_tensors(moment: str, value: Tensor) -> dict[str, Tensor]:
@@ -163,7 +178,7 @@ def load_moment(optimizer: torch.optim.Optimizer, parameter: Tensor, name: str, 
         raise ValueError("the checkpoint has moments of 8 bits; set optimizer.state_dtype to 8bit")
     if moment not in state:
         if moment == "step":
-            state[moment] = torch.empty_like(tensor, device="cpu" if in_8bit else parameter.device)
+            state[moment] = torch.empty_like(tensor, device=parameter.device)
         elif in_8bit:
             state[moment] = optimizer._new_buffer(parameter, signed=moment == "exp_avg")
         else:

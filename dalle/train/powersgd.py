@@ -112,18 +112,16 @@ class PowerSGD:
         """
         self.sent = 0
         gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
-        finite = self.all_true(torch.stack([g.isfinite().all() for g in gradients.values()]))
-        if not finite.all():
-            for gradient, good in zip(gradients.values(), finite.tolist(), strict=True):
-                if not good:
-                    gradient.fill_(torch.inf)
-            return
+        flags = self.all_true(torch.stack([g.isfinite().all() for g in gradients.values()]))
+        finite = dict(zip(gradients, flags.unbind(), strict=True))
+        for name, gradient in gradients.items():
+            gradient.masked_fill_(~finite[name], torch.inf)
         started = step >= self.config.start_step
         held = {name: one for name, one in self.factored.items() if name in gradients and started}
         if whole := [gradient for name, gradient in gradients.items() if name not in held]:
             self._average(whole)
         if held:
-            self._factor(held, gradients, step)
+            self._factor(held, gradients, step, flags.all())
 
     def all_true(self, flags: Tensor) -> Tensor:
         """bool: true where the flag is true on all processes of all replicas (E.2, step 10)."""
@@ -131,17 +129,19 @@ class PowerSGD:
         dist.all_reduce(flags, dist.ReduceOp.MIN)
         return flags.bool()
 
-    def _factor(self, held: dict[str, FactoredParameter], gradients: dict[str, Tensor], step: int) -> None:
-        """The algorithm above, for all matrices at once.
+    def _factor(
+        self, held: dict[str, FactoredParameter], gradients: dict[str, Tensor], step: int, finite: Tensor
+    ) -> None:
+        """The algorithm above, for all matrices at once; without effect unless the gradients are `finite`.
 
         If a buffer or message is not finite, the step is skipped and such buffers restart from 0 (E.2, step
-        12).
+        12). All this is decided on the device.
         """
         paper = self.config.message_dtype == "paper"
         for name, one in held.items():
             if self.config.q_mode == "random":
                 self._sample_q(name, step)
-            one.error.add_(gradients[name])
+            one.error.add_(gradients[name].masked_fill(~finite, 0.0))
             self._keep(one.error)
         matrices = [matrix for one in held.values() for matrix in one.matrices(one.error)]
         ps = [e @ q for e, q in zip(matrices, [q for one in held.values() for q in one.qs], strict=True)]
@@ -150,21 +150,19 @@ class PowerSGD:
         ps = [rounded(p, MEAN) for p in ps] if paper else ps
         qs = [e.T @ p for e, p in zip(matrices, ps, strict=True)]
         good = good & self._average(qs, paper)
-        finite = torch.stack([one.error.isfinite().all() for one in held.values()])
-        if not self.all_true(finite.all() & good):
-            for name, here in zip(held, finite.tolist(), strict=True):
-                gradients[name].fill_(torch.inf)
-                if not here:
-                    held[name].error.zero_()
-            return
+        here = torch.stack([one.error.isfinite().all() for one in held.values()])
+        good = self.all_true(here.all() & good)
+        made, failed = finite & good, finite & ~good
         taken = [matrix for name, one in held.items() for matrix in one.matrices(gradients[name])]
         for gradient, p, q in zip(taken, ps, qs, strict=True):
-            gradient.copy_(p @ q.T)
-        for name, one in held.items():
-            one.error.sub_(gradients[name])
+            gradient.copy_(torch.where(made, p @ q.T, gradient))
+        for (name, one), kept in zip(held.items(), here, strict=True):
+            one.error.sub_(gradients[name].masked_fill(~made, 0.0)).masked_fill_(~kept, 0.0)
+            gradients[name].masked_fill_(failed, torch.inf)
             self._keep(one.error)
             if self.config.q_mode == "warm_start":
-                one.qs = [q.contiguous() for q in all_orthonormal([qs.pop(0) for _ in one.qs])]
+                new = all_orthonormal([qs.pop(0).nan_to_num(0, 0, 0) for _ in one.qs])
+                one.qs = [torch.where(made, q, old).contiguous() for q, old in zip(new, one.qs, strict=True)]
 
     def _average(self, tensors: list[Tensor], paper: bool = False) -> Tensor:
         """Averages tensors over the replicas in place, in one message; returns whether it was finite."""

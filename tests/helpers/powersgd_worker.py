@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dalle.train.config import PowerSGDConfig
 from dalle.train.float_formats import MEAN, rounded
 from dalle.train.powersgd import PowerSGD, build_powersgd
+from tests.helpers.host_waits import HostWaits
 from tests.helpers.processes import traceback_of
 
 SHAPES = {"wide": (12, 20), "tall": (24, 12), "qkv.weight": (36, 12), "table": (30, 12), "gain": (12,)}
@@ -160,6 +161,31 @@ def check_a_buffer_that_overflowed_starts_again_and_the_others_keep_what_they_ow
     assert torch.equal(powersgd.factored["tall"].error, own["tall"])
     step(powersgd, 1)
     assert all(gradient.isfinite().all() for gradient in gradients(powersgd).values())
+
+
+def check_nothing_is_read_from_the_device() -> None:
+    for settings in SETTINGS:
+        powersgd = averager(**settings)
+        step(powersgd, 0)
+        give(powersgd, 1)
+        with HostWaits() as waits:
+            powersgd.reduce(1)
+        assert not waits.found
+
+
+def check_a_skipped_step_keeps_q() -> None:
+    powersgd = averager(q_mode="warm_start")
+    step(powersgd, 0)
+    before = [q.clone() for q in powersgd.factored["qkv.weight"].qs]
+    give(powersgd, 1)
+    powersgd.parameters["tall"].grad[0, 0] = torch.inf
+    powersgd.reduce(1)
+    assert all(map(torch.equal, powersgd.factored["qkv.weight"].qs, before))
+    powersgd.factored["tall"].error[0, 0] = torch.inf
+    step(powersgd, 2)
+    assert all(map(torch.equal, powersgd.factored["qkv.weight"].qs, before))
+    step(powersgd, 3)
+    assert not any(map(torch.equal, powersgd.factored["qkv.weight"].qs, before))
 
 
 def check_what_is_sent_is_counted() -> None:

@@ -17,7 +17,14 @@ from dalle.schedules import Schedule
 from dalle.train.checkpoint import restore
 from dalle.train.config import NO_PLATEAU, EMAConfig, OptimizerConfig, PlateauConfig
 from dalle.train.loggers import read_log
-from dalle.train.optimizer import ReduceLROnPlateau, build_optimizers, decay_groups, set_lr
+from dalle.train.optimizer import (
+    ReduceLROnPlateau,
+    _changing,
+    build_optimizers,
+    decay_groups,
+    init_8bit_moments,
+    set_lr,
+)
 from dalle.train.state import EMA, TrainState
 from dalle.train.step import train_step
 from dalle.types import Loss
@@ -268,6 +275,17 @@ class TestIn8Bit:
         assert kept["large.weight/exp_avg.codes"] == kept["large.weight/exp_avg_sq.codes"] == torch.uint8
         for name in ("embedding.weight", "large.bias", "small.weight", "small.bias"):
             assert kept[f"{name}/exp_avg"] == kept[f"{name}/exp_avg_sq"] == torch.float32
+
+    def test_nothing_that_a_step_changes_is_on_another_device_than_its_parameter(self):
+        """Else the host waits for the device to skip a step."""
+        model = nn.Linear(64, 64, device="meta")
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        for optimizer in build_optimizers(model, IN_8BIT)[:1]:
+            init_8bit_moments(optimizer)
+            changing = _changing(optimizer)
+            assert {name.partition(".")[0] for _, name in changing} == {"", "step", "exp_avg", "exp_avg_sq"}
+            assert all(tensor.is_meta for tensor in changing.values())
 
     def test_it_learns_as_fp32_does(self):
         low, full = (train_net(fresh(optim), 60, optim) for optim in (IN_8BIT, IN_FP32))
