@@ -16,7 +16,7 @@ LAYERS = [
     {"lazy", "config", "help", "types", "__version__"},
     {"compile", "io", "layout", "masks", "meta_device", "precision", "sampling", "schedules"},
     {"nn", "shapes"},
-    {"text", "dvae", "vqgan", "transformer", "clip", "data", "train"},
+    {"text", "dvae", "vqgan", "transformer", "clip", "unet", "data", "train"},
     {"hub", "pretrained", "evals", "pipelines", "planner", "viz"},
     {"runs", "commands", "benchmarks", "report", "app"},
     {"cli", "__main__"},
