@@ -27,7 +27,7 @@ class CheckpointFormat:
 
     name: str  # display name
     kind: str
-    """Of its model: "image tokenizer", "scorer" or "transformer"."""
+    """Of its model: "image tokenizer", "scorer", "transformer", "diffusion" or "classifier"."""
     license: str  # of the published weights, as far as known
     key_patterns: tuple[str, ...]  # patterns of tensor names; a file has this format if each matches a name
     infer_config: Callable[[Shapes, "DetectedCheckpoint"], Any]

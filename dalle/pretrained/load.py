@@ -2,6 +2,7 @@
 
 import os
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from dalle.io.files import read_json
 from dalle.io.torch_file import SavedFile, read_torch_file, weights_of
 from dalle.pipelines.dalle import DALLE
-from dalle.pretrained import openai_clip, openai_dvae, vqgan
+from dalle.pretrained import openai_clip, openai_dvae, unet, vqgan
 from dalle.pretrained.archive import extract, is_archive
 from dalle.pretrained.dalle_pytorch import model as dalle_pytorch
 from dalle.pretrained.dalle_pytorch.vae import DISCRETE_VAE
@@ -19,6 +20,7 @@ from dalle.pretrained.mindalle import model as mindalle
 from dalle.pretrained.rudalle import model as rudalle
 from dalle.text import BPETokenizer
 from dalle.types import ImageTokenizer, Scorer
+from dalle.unet import Classifier, UNet, UNetConfig
 
 FAMILIES = (
     dalle_pytorch.FAMILY,
@@ -32,6 +34,9 @@ FAMILIES = (
     vqgan.GUMBEL,
     vqgan.LLAMAGEN,
     DISCRETE_VAE,
+    unet.GLIDE,
+    unet.ADM,
+    unet.CLASSIFIER,
 )
 """In the order in which they are tried."""
 DALLE_MINI = "dalle-mini (also Craiyon): its decoder attends to an encoder of the caption, which ours cannot"
@@ -50,7 +55,9 @@ UNSUPPORTED = {
         "transformer.blocks.*.attn.key.weight",
     ),
     "minDALL-E transferred to ImageNet: it reads no captions": ("*sos*", "*tok_emb_img.weight"),
-    "GLIDE or another diffusion model: it generates no tokens": ("input_blocks.*", "middle_block.*"),
+    "a latent diffusion model: its U-Net reads the vectors of an autoencoder, which this library lacks": (
+        "*input_blocks.*.transformer_blocks.*",
+    ),
 }
 """Reason -> patterns of tensor names, each of which must match."""
 
@@ -126,6 +133,22 @@ def load_transformer(path: Path | str, device: str | torch.device = "cpu") -> nn
     """A transformer of another program without its tokenizers (see `load_external_pipeline`)."""
     with extracted(path) as folder:
         return _load(detect_checkpoint(folder), "transformer").to(device)
+
+
+def load_unet(path: Path | str, device: str | torch.device = "cpu", config: UNetConfig | None = None) -> UNet:
+    """A U-Net from a file of GLIDE or guided-diffusion, its configuration in `.config`.
+
+    `config` is needed for a U-Net that OpenAI did not publish, whose file does not show its attention heads.
+    """
+    found = detect_checkpoint(path)
+    if config is not None and found.family in (unet.GLIDE, unet.ADM):
+        found = replace(found, family=replace(found.family, infer_config=lambda *_: config))
+    return _load(found, "diffusion").to(device)
+
+
+def load_classifier(path: Path | str, device: str | torch.device = "cpu") -> Classifier:
+    """A classifier of noised images from a file of guided-diffusion."""
+    return _load(detect_checkpoint(path), "classifier").to(device)
 
 
 def _load(found: DetectedCheckpoint, kind: str) -> nn.Module:

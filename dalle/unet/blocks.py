@@ -135,11 +135,11 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0))
 
 
-class Block(nn.ModuleList):
+class Block(nn.Sequential):
     """Layers between two skip connections: a convolution, or a resblock with what follows it."""
 
     def __init__(self, layers: list[nn.Module], config: EncoderConfig):
-        super().__init__(layers)
+        super().__init__(*layers)
         self.activation_checkpointing, self.random = config.activation_checkpointing, config.dropout > 0
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None, mask: Tensor | None = None):

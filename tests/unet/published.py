@@ -17,7 +17,24 @@ ADM = {
     "ADM-64": (UNetConfig(**SIZE_64, **CLASSES, attention_order="new"), 295_904_454, 541),
     "ADM-256": (UNetConfig(**SIZE_256, **CLASSES, width=256), 553_838_086, 567),
 }
+SIZE_128 = {"image_size": 128, "channel_mult": (1, 1, 2, 3, 4), "blocks": 2}
+SIZE_512 = {"image_size": 512, "channel_mult": (0.5, 1, 1, 2, 2, 4, 4), "blocks": 2}
+UPSAMPLER_512 = UPSAMPLER | {"image_size": 512, "attention": (32, 16)}
+ALL_ADM = (
+    *(config for config, *_ in ADM.values()),
+    UNetConfig(**SIZE_128, **CLASSES, width=256, heads=4),
+    UNetConfig(**SIZE_256, width=256, text="none"),  # also LSUN's
+    UNetConfig(**SIZE_512, **CLASSES, width=256),
+    UNetConfig(**UPSAMPLER, **CLASSES, heads=4),
+    UNetConfig(**UPSAMPLER_512, **CLASSES),
+)
 CLASSIFIER = ClassifierConfig()
+CLASSIFIERS = (
+    CLASSIFIER,
+    ClassifierConfig(**SIZE_128),
+    ClassifierConfig(**SIZE_256),
+    ClassifierConfig(**SIZE_512),
+)
 CLASSIFIER_PARAMETERS = 65_438_568
 OTHERS = {
     # 2238 million in the U-Net, 1316 in the text transformer (Nichol et al. 2021, section 4.1)
