@@ -113,13 +113,17 @@ def test_the_classifier(tmp_path):
 
 
 PUBLISHED = [
+    (unet.GLIDE, UNet, published.GLIDE["base"][0]),
     (unet.GLIDE, UNet, published.GLIDE["upsample_inpaint"][0]),
     *((unet.ADM, UNet, config) for config in published.ALL_ADM),
     *((unet.CLASSIFIER, Classifier, config) for config in published.CLASSIFIERS),
 ]
+MARKED = [
+    pytest.param(*row, marks=pytest.mark.slow) if row[2].image_size > 128 else row for row in PUBLISHED
+]
 
 
-@pytest.mark.parametrize(("family", "model_class", "config"), PUBLISHED)
+@pytest.mark.parametrize(("family", "model_class", "config"), MARKED)
 def test_the_published_sizes_are_recognized(family, model_class, config):
     with torch.device("meta"), SkipRandomInit():
         tensors = model_class(config).state_dict()

@@ -89,21 +89,14 @@ def test_the_papers_text_transformer_and_the_classifier():
 # Against the reference.
 
 
-@pytest.mark.parametrize("low", [False, True])
-@pytest.mark.parametrize("inpainting", [False, True])
-def test_glide(low, inpainting):
+def test_glide():
     """Text, and the order of the input channels: noised image, known pixels, mask, smaller image."""
-    config = replace(SMALL, low_resolution=low, inpainting=inpainting)
-    state = reference.make_glide(config.in_channels)
-    model, inputs, given = loaded(config, state), [X], {}
-    if inpainting:
-        given = {"known": noise(2, 3, 8, 8, seed=2), "mask": (noise(2, 1, 8, 8, seed=3) > 0).float()}
-        inputs += [given["known"] * given["mask"], given["mask"]]
-    if low:
-        given["low_resolution"] = noise(2, 3, 4, 4, seed=4)
-        half = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
-        inputs.append(half(given["low_resolution"]))
-    expected = reference.glide(state, torch.cat(inputs, dim=1), TIMES, CAPTIONS)
+    config, state = replace(SMALL, low_resolution=True, inpainting=True), reference.make_glide(10)
+    model, known, mask = loaded(config, state), noise(2, 3, 8, 8, seed=2), noise(2, 1, 8, 8, seed=3) > 0
+    low, half = noise(2, 3, 4, 4, seed=4), nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+    given = {"known": known, "mask": mask.float(), "low_resolution": low}
+    inputs = torch.cat([X, known * mask, mask.float(), half(low)], dim=1)
+    expected = reference.glide(state, inputs, TIMES, CAPTIONS)
     with torch.no_grad():
         close(model(X, TIMES, text=texts(), **given), expected)
         states = model.encode_text(texts())
