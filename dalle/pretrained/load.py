@@ -11,7 +11,7 @@ from torch import nn
 from dalle.io.files import read_json
 from dalle.io.torch_file import SavedFile, read_torch_file, weights_of
 from dalle.pipelines.dalle import DALLE
-from dalle.pretrained import openai_clip, openai_dvae, unet, vqgan
+from dalle.pretrained import glide_clip, openai_clip, openai_dvae, unet, vqgan
 from dalle.pretrained.archive import extract, is_archive
 from dalle.pretrained.dalle_pytorch import model as dalle_pytorch
 from dalle.pretrained.dalle_pytorch.vae import DISCRETE_VAE
@@ -37,6 +37,8 @@ FAMILIES = (
     unet.GLIDE,
     unet.ADM,
     unet.CLASSIFIER,
+    glide_clip.IMAGE,
+    glide_clip.TEXT,
 )
 """In the order in which they are tried."""
 DALLE_MINI = "dalle-mini (also Craiyon): its decoder attends to an encoder of the caption, which ours cannot"
@@ -149,6 +151,19 @@ def load_unet(path: Path | str, device: str | torch.device = "cpu", config: UNet
 def load_classifier(path: Path | str, device: str | torch.device = "cpu") -> Classifier:
     """A classifier of noised images from a file of guided-diffusion."""
     return _load(detect_checkpoint(path), "classifier").to(device)
+
+
+def load_noised_clip(
+    image: Path | str, text: Path | str, device: str | torch.device = "cpu"
+) -> tuple[glide_clip.ImageTower, glide_clip.TextTower]:
+    """Both towers of GLIDE's noised CLIP, from clip_image_enc.pt and clip_text_enc.pt."""
+    towers = [
+        _load(detect_checkpoint(path), family.kind).to(device)
+        for path, family in ((image, glide_clip.IMAGE), (text, glide_clip.TEXT))
+    ]
+    if (widths := [tower.config.embed_width for tower in towers])[0] != widths[1]:
+        raise ValueError(f"{image} and {text} do not belong together: they are {widths} wide")
+    return towers[0], towers[1]
 
 
 def _load(found: DetectedCheckpoint, kind: str) -> nn.Module:

@@ -118,9 +118,7 @@ PUBLISHED = [
     *((unet.ADM, UNet, config) for config in published.ALL_ADM),
     *((unet.CLASSIFIER, Classifier, config) for config in published.CLASSIFIERS),
 ]
-MARKED = [
-    pytest.param(*row, marks=pytest.mark.slow) if row[2].image_size > 128 else row for row in PUBLISHED
-]
+MARKED = [pytest.param(*row, marks=pytest.mark.slow) if row[2].image_size > 128 else row for row in PUBLISHED]
 
 
 @pytest.mark.parametrize(("family", "model_class", "config"), MARKED)

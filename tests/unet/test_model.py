@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dalle.config import from_dict, to_dict
@@ -205,11 +206,13 @@ def test_activation_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
-def test_group_norms_are_fp32_under_autocast():
+def test_group_norms_are_fp32_under_autocast(monkeypatch):
+    seen, group_norm = [], F.group_norm
+    monkeypatch.setattr(F, "group_norm", lambda x, *rest: seen.append(x.dtype) or group_norm(x, *rest))
     norm, x = FP32GroupNorm(32), 300 + noise(1, 32, 64, 64).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         found = norm(x)
-    assert found.dtype == torch.bfloat16
+    assert (seen, found.dtype) == ([torch.float32], torch.bfloat16)
     exact = x.double()
     exact = (exact - exact.mean((2, 3), keepdim=True)) / exact.std((2, 3), keepdim=True, correction=0)
     torch.testing.assert_close(found.double(), exact, atol=0.01, rtol=0.01)

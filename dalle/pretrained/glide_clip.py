@@ -1,0 +1,177 @@
+"""GLIDE's noised CLIP: clip_image_enc.pt and clip_text_enc.pt of github.com/openai/glide-text2im.
+
+A ViT over noised 64 x 64 images that reads their time in place of a class token, and a causal text
+transformer (Nichol et al. 2021, sections 2.4 and 4.4). Names are the release's, without `blocks.` in front.
+
+    B batch, N positions, D width, h heads of width d, E width of the shared space
+"""
+
+from functools import partial
+from math import isqrt
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from dalle.config import check_positive, configuration
+from dalle.nn.blocks import FP32LayerNorm
+from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
+
+HEAD_WIDTH = 64  # release
+PIXEL_MEAN = (122.77093945, 116.74601272, 104.09373519)  # of 8-bit pixels (release)
+PIXEL_STD = (68.50053285, 66.63215831, 70.32316309)
+
+
+@configuration(kw_only=True)
+class TowerConfig:
+    """Shape of one tower."""
+
+    width: int
+    depth: int  # layers
+    positions: int  # of the image with the time in front, or of the text
+    embed_width: int
+    text_vocab: int | None = None  # of the text tower
+    times: int | None = None  # of the image tower: steps of the schedule
+    patch_size: int | None = None
+
+    def __post_init__(self):
+        check_positive(
+            self, "width", "depth", "positions", "embed_width", "text_vocab", "times", "patch_size"
+        )
+        if self.width % HEAD_WIDTH:
+            raise ValueError(f"width {self.width} is no multiple of the head width {HEAD_WIDTH}")
+
+
+class Attention(nn.Module):
+    """x + attention; keys have no bias."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.ln = FP32LayerNorm(width)
+        self.f_q, self.f_v, self.f_c = (nn.Linear(width, width) for _ in range(3))
+        self.f_k = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        normed = self.ln(x)
+        parts = (
+            rearrange(f(normed), "b n (h d) -> b h n d", d=HEAD_WIDTH) for f in (self.f_q, self.f_k, self.f_v)
+        )
+        mixed = F.scaled_dot_product_attention(*parts, is_causal=causal)
+        return x + self.f_c(rearrange(mixed, "b h n d -> b n (h d)"))
+
+
+class MLP(nn.Module):
+    """x + D -> 4 D -> D with the exact GELU."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.ln = FP32LayerNorm(width)
+        self.f_1, self.f_2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f_2(F.gelu(self.f_1(self.ln(x))))
+
+
+class Tower(nn.Module):
+    """Layers, and the projection of one state to a unit vector."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.config, width = config, config.width
+        self.input = nn.Module()
+        self.input.w_pos = nn.Parameter(torch.zeros(config.positions, width))
+        layers = (
+            nn.ModuleDict({"f_attn": Attention(width), "f_mlp": MLP(width)}) for _ in range(config.depth)
+        )
+        self.layers = nn.ModuleList(layers)
+        projection = nn.Linear(width, config.embed_width, bias=False)
+        self.output = nn.ModuleDict({"ln": FP32LayerNorm(width), "f": projection})
+
+    def project(self, x: Tensor, at: Tensor, causal: bool) -> Tensor:
+        """Inputs (B, N, D), positions (B,) -> fp32 (B, E), the states there as unit vectors."""
+        for layer in self.layers:
+            x = layer["f_mlp"](layer["f_attn"](x, causal))
+        state = x[torch.arange(len(x), device=x.device), at]
+        return F.normalize(self.output["f"](self.output["ln"](state)).float(), dim=-1)
+
+
+class ImageTower(Tower):
+    """Noised images and their times -> unit vectors."""
+
+    logit_scale = 100.0
+    """Factor on cosines; fixed in the release, and in no file."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__(config)
+        width, patch = config.width, config.patch_size
+        self.image_size = patch * isqrt(config.positions - 1)
+        self.input.w_t = nn.Parameter(torch.zeros(config.times, width))
+        self.input.patch_proj = nn.Parameter(torch.zeros(width, 3, patch, patch))
+        self.input.ln = FP32LayerNorm(width)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x float (B, 3, H, W), in [-1, 1] before noise, whole times t (B,) of 1000 -> (B, E).
+
+        Raises:
+            ValueError: images of another size.
+        """
+        if x.shape[1:] != (3, self.image_size, self.image_size):
+            size = f"(B, 3, {self.image_size}, {self.image_size})"
+            raise ValueError(f"x must be {size}, got {tuple(x.shape)}; resize")
+        mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+        pixels = ((x + 1) * 127.5 - mean) / std
+        patches = F.conv2d(pixels, self.input.patch_proj, stride=self.config.patch_size)
+        image = patches.flatten(2).transpose(1, 2)  # (B, N - 1, D)
+        inputs = torch.cat([self.input.w_t[t.long()][:, None], image], dim=1) + self.input.w_pos
+        return self.project(self.input.ln(inputs), torch.zeros_like(t, dtype=torch.int64), causal=False)
+
+
+class TextTower(Tower):
+    """Text ids -> unit vectors, of the state of each caption's last id."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__(config)
+        self.input.w_voc = nn.Parameter(torch.zeros(config.text_vocab, config.width))
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """ids int64 (B, N) with any pads, and how many of each caption are its own (B,) -> (B, E)."""
+        return self.project(F.embedding(ids, self.input.w_voc) + self.input.w_pos, lengths - 1, causal=True)
+
+
+def infer_config(shapes: Shapes, found: DetectedCheckpoint, image: bool) -> TowerConfig:
+    """Sizes from the shapes."""
+    positions, width = shapes["input.w_pos"]
+    sizes = {"text_vocab": None if image else shapes["input.w_voc"][0]}
+    if image:
+        sizes |= {"times": shapes["input.w_t"][0], "patch_size": shapes["input.patch_proj"][2]}
+    return TowerConfig(
+        width=width,
+        depth=count_matches(shapes, "layers.*.f_attn.ln.weight"),
+        positions=positions,
+        embed_width=shapes["output.f.weight"][0],
+        **sizes,
+    )
+
+
+RENAMES = {
+    r"^blocks\.block_": "layers.",
+    r"^blocks\.": "",
+    r"\.[wg]$": ".weight",
+    r"\.b$": ".bias",
+}
+
+
+def _format(part: str, table: str, build: type[Tower]) -> CheckpointFormat:
+    return CheckpointFormat(
+        name=f"{part} tower of GLIDE's noised CLIP",
+        kind=f"noised CLIP's {part} tower",
+        license="MIT, of github.com/openai/glide-text2im",
+        key_patterns=(f"blocks.input.{table}", "blocks.block_*.f_attn.f_q.w", "blocks.output.f.w"),
+        infer_config=partial(infer_config, image=build is ImageTower),
+        build=build,
+        renames=lambda names: RENAMES,
+    )
+
+
+IMAGE, TEXT = _format("image", "w_t", ImageTower), _format("text", "w_voc", TextTower)
