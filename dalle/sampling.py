@@ -1,7 +1,8 @@
 """Sampling: its settings, seeded random numbers, and tokens from logits (temperature, top-k, top-p, min-p).
 
-The random numbers of candidate i of a prompt depend on (seed, prompt, i, position) alone, so it is the same
-image whatever the batch, the order or the number of candidates. Importing it imports neither numpy nor torch.
+The random numbers of candidate i of a prompt depend on (seed, prompt, i, position) alone, in diffusion on
+(seed, prompt, i, step), so it is the same image whatever the batch, the order or the number of candidates.
+Importing it imports neither numpy nor torch.
 
     B batch, V vocabulary, n candidates, N positions
 """
@@ -95,6 +96,15 @@ def candidate_noise(seed: int, prompt: str, candidates: range, positions: int) -
 
     rows = [generator("candidate", seed, i, prompt).random(positions) for i in candidates]
     return torch.from_numpy(np.stack(rows))
+
+
+def candidate_normals(seed: int, prompt: str, candidates: range, step: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers of candidates of a prompt at a step of diffusion: float32 (n, *shape)."""
+    import numpy as np
+    import torch
+
+    streams = [generator("normals", seed, i, step, prompt) for i in candidates]
+    return torch.from_numpy(np.stack([stream.standard_normal(shape, np.float32) for stream in streams]))
 
 
 def sample_tokens(

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from dalle.sampling import SamplingConfig, candidate_noise, generator, invert_cumulative, sample_tokens
+from dalle.sampling import (
+    SamplingConfig,
+    candidate_noise,
+    candidate_normals,
+    generator,
+    invert_cumulative,
+    sample_tokens,
+)
 
 
 def numbers(n, seed=0):
@@ -55,6 +62,27 @@ def test_numbers_are_uniform_and_do_not_touch_global_state():
     assert many.max() < 1
     counts = torch.histc(many, bins=10, min=0, max=1)
     assert ((counts - 1000) ** 2 / 1000).sum() < 33.7  # chi-square, 9 degrees: once in 10,000
+
+
+@pytest.mark.parametrize("candidates", [range(3), range(2, 3), range(1000, 1002)])
+@pytest.mark.parametrize(("seed", "caption", "step"), [(0, "a red square", 0), (1, "2", 999), (2**40, "", 3)])
+def test_a_candidate_has_its_normal_numbers_at_each_step_whatever_the_others(seed, caption, step, candidates):
+    streams = [philox(f"normals\n{seed}\n{i}\n{step}\n{caption}") for i in candidates]
+    expected = np.stack([stream.standard_normal((3, 4, 5), np.float32) for stream in streams])
+    found = candidate_normals(seed, caption, candidates, step, (3, 4, 5))
+    assert found.dtype == torch.float32
+    assert np.array_equal(found.numpy(), expected)
+
+
+def test_normal_numbers_are_normal_and_differ_by_seed_caption_candidate_and_step():
+    settings = itertools.product([0, 1], ["", "a", "1"], [range(2), range(10, 12)], [0, 1, 11])
+    everything = torch.stack([candidate_normals(*setting, (1000,)) for setting in settings])
+    assert len(everything.unique()) > 0.99 * everything.numel()  # of float32, and so a few meet by chance
+    assert torch.corrcoef(everything.flatten(0, 1)).triu(diagonal=1).abs().max() < 0.17  # 5 deviations
+    fourth = everything.double().pow(4).mean().item()
+    assert everything.mean().abs() < 0.015
+    assert everything.var().item() == pytest.approx(1, abs=0.02)
+    assert fourth == pytest.approx(3, abs=0.2)
 
 
 # Sampling.
