@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"lazy", "config", "help", "types", "__version__"},
-    {"compile", "io", "layout", "masks", "meta_device", "precision", "sampling", "schedules"},
+    {"compile", "diffusion", "io", "layout", "masks", "meta_device", "precision", "sampling", "schedules"},
     {"nn", "shapes"},
     {"text", "dvae", "vqgan", "transformer", "clip", "unet", "data", "train"},
     {"hub", "pretrained", "evals", "pipelines", "planner", "viz"},
