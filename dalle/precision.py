@@ -17,8 +17,12 @@ def tf32(products: bool) -> Iterator[None]:
 
     The switches are torch's and belong to the process; a backward pass follows those of its own time. torch
     has them under older names, which cannot be read where a program has set others than they know, and under
-    newer ones. Both are set, and restored, so that torch finds them in agreement.
+    newer ones. Both are set, and restored, so that torch finds them in agreement. Compiled code, whose graph
+    a switch would break, follows the settings around it, in a training the `Trainer`'s.
     """
+    if torch.compiler.is_compiling():
+        yield
+        return
     matmul, cudnn, mkldnn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
     newer = [(owner, owner.fp32_precision) for owner in (matmul, mkldnn.matmul, cudnn.conv)]
     mkldnn.matmul.fp32_precision = "ieee"

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from dalle.compile import VARIANTS, compile_layers, compiled
+from dalle.dvae.model import Conv2d
+from dalle.precision import tf32
 from dalle.transformer.generate import generate
 from dalle.transformer.losses import cross_entropies
 from tests.helpers.small_transformer import ids_of, small, text_of
@@ -20,6 +22,15 @@ def test_a_function_is_compiled_once_with_room_for_all_its_shapes():
 
 
 @pytest.mark.slow
+def test_a_convolution_in_full_precision_is_compiled_as_one_graph():
+    torch.manual_seed(0)
+    conv, x = Conv2d(3, 4, 1, full_precision=True), torch.rand(2, 3, 4, 4)
+    compiled_conv = torch.compile(conv, backend="eager", fullgraph=True)
+    with tf32(True), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compiled_conv(x), conv(x))
+        assert compiled_conv(x).dtype == torch.float32
+
+
 def test_evaluations_of_all_sizes_and_samples_leave_every_layer_compiled():
     """Of each of three kinds a graph for training, the first size evaluated, all others, and 1."""
     torch.compiler.reset()
