@@ -21,7 +21,7 @@ def test_a_function_is_compiled_once_with_room_for_all_its_shapes():
         assert torch._dynamo.config.recompile_limit == 100
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # importing torch._dynamo takes longer
 def test_a_convolution_in_full_precision_is_compiled_as_one_graph():
     torch.manual_seed(0)
     conv, x = Conv2d(3, 4, 1, full_precision=True), torch.rand(2, 3, 4, 4)
@@ -31,6 +31,7 @@ def test_a_convolution_in_full_precision_is_compiled_as_one_graph():
         assert compiled_conv(x).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_evaluations_of_all_sizes_and_samples_leave_every_layer_compiled():
     """Of each of three kinds a graph for training, the first size evaluated, all others, and 1."""
     torch.compiler.reset()
