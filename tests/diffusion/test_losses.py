@@ -16,7 +16,7 @@ from dalle.diffusion.losses import (
     stratified_steps,
     vlb_bits,
 )
-from dalle.diffusion.schedule import Denoised, make_schedule
+from dalle.diffusion.schedule import Denoised, Schedule, make_schedule
 from tests.helpers.gaussian_world import GaussianWorld, normal_numbers, seeded_noises
 
 VALUES = 2 * torch.arange(256) / 255 - 1
@@ -94,6 +94,20 @@ def test_bits_of_the_exact_denoiser_are_the_entropy():
     excess = NormalDist(0, std), NormalDist(0, 1.3 * std)
     kl = math.log(excess[1].stdev / std) + std**2 / excess[1].variance / 2 - 0.5
     assert wrong.mean().item() == pytest.approx(expected + kl / math.log(2), abs=0.02)
+
+
+def test_a_schedule_that_stops_before_all_is_noise_pays_for_it():
+    """By the KL of the marginal of x_T from the standard normal numbers that sampling starts from."""
+    whole, mean, std = make_schedule("cosine", 30), 0.1, 0.2
+    schedule = Schedule(whole.alpha_bar[:20], whole.times[:20])
+    x0 = (127.5 * (mean + std * normal_numbers(16, 1, 64, 64) + 1)).round() / 127.5 - 1
+    a = schedule.alpha_bar[-1].item()
+    last = torch.distributions.Normal(a**0.5 * mean, (a * std**2 + 1 - a) ** 0.5)
+    kl = torch.distributions.kl_divergence(last, torch.distributions.Normal(0.0, 1.0)).item()
+    expected = 0.5 * math.log2(2 * math.pi * math.e * std**2) + math.log2(127.5) + kl / math.log(2)
+    bits = bits_per_dim(GaussianWorld(schedule, mean, std), x0, schedule, seeded_noises(*x0.shape))
+    assert kl > 0.01
+    assert bits.mean().item() == pytest.approx(expected, abs=0.01)
 
 
 def test_terms_of_rows_are_those_of_the_rows_alone():
