@@ -42,7 +42,7 @@ Denoise = Callable[[Tensor, Steps], Denoised]
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The noise of each step, and what the network is told as its time."""
+    """The noise of each step, and the time that the network is given."""
 
     alpha_bar: Tensor
     """float64 (T,), falling, between 1 and 0."""
@@ -96,7 +96,7 @@ class Schedule:
         return table.float().to(t.device)[t].to(x.device).reshape(-1, *[1] * (x.ndim - 1))
 
     def times_at(self, t: Steps, x: Tensor) -> Tensor:
-        """What the network is told as time: int64 (B,) on the device of x."""
+        """The times that the network is given: int64 (B,) on the device of x."""
         if isinstance(t, int):
             return torch.full([len(x)], self.times[t].item(), device=x.device)
         return self.times.to(t.device)[t].to(x.device)
@@ -128,7 +128,7 @@ class Schedule:
     ) -> Denoised:
         """What a network's output says of x_t.
 
-        A learned variance lies between the two fixed ones: log variance = f log beta + (1 - f) log of the
+        A learned variance is between those of "beta" and "small": log variance = f log beta + (1 - f) log of the
         posterior's, f = (v + 1) / 2 (Improved DDPM, Equation 15, with v in [-1, 1] as in its code).
 
         Args:
@@ -205,7 +205,7 @@ def make_schedule(name: str, num_steps: int = 1000, spacing: str | None = None) 
 
 
 def respace(schedule: Schedule, spacing: str) -> Schedule:
-    """The schedule of some of the steps; the network is told the same times (Improved DDPM, section 4).
+    """The schedule of some of the steps; the network is given the same times (Improved DDPM, section 4).
 
     Args:
         spacing: as for `spaced_steps`; or "dpm20", even steps of the log of the signal-to-noise ratio, for

@@ -200,7 +200,7 @@ def assign_weights(
         found = hashing.hexdigest() if is_new else expected
     if found != expected:
         found = f"the weights have hash {found}, expected {expected}"
-        raise ValueError(f"{file}: {found}; the file is of another model, or changed")
+        raise ValueError(f"{file}: {found}; it is of another model or version of dalle, or changed")
     if isinstance(model, CLIP):
         model.make_text_mask(device)
     if file is not None:

@@ -77,7 +77,7 @@ class UNetConfig(EncoderConfig):
     """Shape of the U-Net; the defaults are GLIDE's base model as released, 64 x 64 from text."""
 
     learned_variance: bool = True
-    """Six output channels: the prediction, then where the variance lies in its range; else three."""
+    """Six output channels: the prediction, then the place of the variance in its range; else three."""
     text: Literal["ids", "clip", "none"] = "ids"
     """Text input: ids for a transformer of its own (GLIDE), states of a CLIP's text tower (Karlo), none."""
     text_len: int = 128
