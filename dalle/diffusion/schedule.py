@@ -128,7 +128,7 @@ class Schedule:
     ) -> Denoised:
         """What a network's output says of x_t.
 
-        A learned variance is between those of "beta" and "small": log variance = f log beta + (1 - f) log of the
+        A learned variance is between "beta" and "small": log variance = f log beta + (1 - f) log of the
         posterior's, f = (v + 1) / 2 (Improved DDPM, Equation 15, with v in [-1, 1] as in its code).
 
         Args:
