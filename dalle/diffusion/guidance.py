@@ -6,7 +6,6 @@ classifier or of CLIP:
     score_gradient(clip_x0(keep_known(classifier_free(...), ...), ...), ...)
 """
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -65,8 +64,8 @@ def score_gradient(
 
     def guided(xt: Tensor, t: Steps) -> Denoised:
         found = denoise(xt, t)
-        with torch.enable_grad():
-            x = xt.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            x = xt.detach().clone().requires_grad_()
             (gradient,) = torch.autograd.grad(log_prob(x, schedule.times_at(t, xt)).sum(), x)
         if shift == "mean":
             per_gradient = found.log_variance.exp() / schedule.at(of_x0, t, xt)
@@ -94,27 +93,11 @@ def keep_known(denoise: Denoise, known: Tensor, mask: Tensor, schedule: Schedule
     return kept
 
 
-def clip_x0(
-    denoise: Denoise, schedule: Schedule, limit: float = 1.0, quantile: float | None = None
-) -> Denoise:
-    """x_0 clipped to [-limit, limit], and the noise that agrees with it.
-
-    Args:
-        quantile: dynamic thresholding (Imagen, section 2.3): a row whose quantile q of |x_0| is above the
-            limit is clipped to q and multiplied by limit / q.
-    """
-    if quantile is not None and not 0 < quantile <= 1:
-        raise ValueError(f"quantile must be in (0, 1], got {quantile}")
+def clip_x0(denoise: Denoise, schedule: Schedule, limit: float = 1.0) -> Denoise:
+    """x_0 clipped to [-limit, limit], and the noise that agrees with it."""
 
     def clipped(xt: Tensor, t: Steps) -> Denoised:
         found = denoise(xt, t)
-        if quantile is None:
-            x0 = found.x0.clamp(-limit, limit)
-        else:
-            sizes = found.x0.abs().flatten(1)
-            q = sizes.kthvalue(math.ceil(quantile * sizes.shape[1]), dim=1).values.clamp(min=limit)
-            q = q.reshape(-1, *[1] * (xt.ndim - 1))
-            x0 = found.x0.clamp(-q, q) * (limit / q)
-        return schedule.with_x0(found, x0, xt, t)
+        return schedule.with_x0(found, found.x0.clamp(-limit, limit), xt, t)
 
     return clipped

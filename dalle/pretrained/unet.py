@@ -44,14 +44,12 @@ def encoder_sizes(shapes: Shapes, levels: int, blocks: int, image_size: int | No
         "attention": tuple(image_size >> level for level in attends),
         "middle_attention": "middle_block.1.qkv.weight" in shapes,
         "scale_shift": shapes["input_blocks.1.0.emb_layers.1.weight"][0] == 2 * widths[0],
-        "resblock_resampling": f"input_blocks.{blocks + 1}.0.op.weight" not in shapes,
     }
 
 
 def infer_unet(shapes: Shapes, found: DetectedCheckpoint) -> UNetConfig:
     """Sizes of GLIDE's or guided-diffusion's U-Net from the shapes; ValueError for unknown heads."""
-    ups = (f"output_blocks.*.[12].{name}.weight" for name in ("in_layers.0", "conv"))
-    levels = 1 + sum(count_matches(shapes, pattern) for pattern in ups)
+    levels = 1 + count_matches(shapes, "output_blocks.*.[12].in_layers.0.weight")
     blocks = len({name.split(".")[1] for name in shapes if name.startswith("input_blocks.")}) // levels - 1
     sizes = encoder_sizes(shapes, levels, blocks)
     channels = shapes["input_blocks.0.0.weight"][1]

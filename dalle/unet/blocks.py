@@ -36,9 +36,9 @@ class Pointwise(nn.Conv1d):
         return F.linear(x, self.weight[:, :, 0], self.bias)
 
 
-def conv3(n_in: int, n_out: int, stride: int = 1) -> nn.Conv2d:
+def conv3(n_in: int, n_out: int) -> nn.Conv2d:
     """A 3 x 3 convolution."""
-    return nn.Conv2d(n_in, n_out, 3, stride, padding=1)
+    return nn.Conv2d(n_in, n_out, 3, padding=1)
 
 
 def zeros(layer: nn.Module) -> nn.Module:
@@ -111,28 +111,6 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         out = self.proj_out(rearrange(mixed, "b h n d -> b n (h d)"))
         return x + out.transpose(1, 2).reshape(x.shape)
-
-
-class Downsample(nn.Module):
-    """Half the sides, by a convolution with stride; in place of a residual block."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.op = conv3(width, width, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
-
-
-class Upsample(nn.Module):
-    """Twice the sides: each position four times, then a convolution."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = conv3(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0))
 
 
 class Block(nn.Sequential):

@@ -31,8 +31,6 @@ class EncoderConfig:
     """Order of the channels of queries, keys and values: (heads, 3, d), or (3, heads, d)."""
     scale_shift: bool = True
     """Adaptive group norm: the embedding scales and shifts; false only adds it."""
-    resblock_resampling: bool = True
-    """Residual blocks halve and double the sides; false takes convolutions, with stride or after doubling."""
     dropout: float = 0.1
     """Dropout inside the residual blocks."""
     activation_checkpointing: bool = False

@@ -13,17 +13,7 @@ from torch import Tensor, nn
 
 from dalle.layout import check_tokens
 from dalle.nn.blocks import FP32LayerNorm
-from dalle.unet.blocks import (
-    Attention,
-    Block,
-    Downsample,
-    FP32GroupNorm,
-    ResBlock,
-    Upsample,
-    conv3,
-    timestep_embedding,
-    zeros,
-)
+from dalle.unet.blocks import Attention, Block, FP32GroupNorm, ResBlock, conv3, timestep_embedding, zeros
 from dalle.unet.config import EncoderConfig, UNetConfig
 from dalle.unet.text import TextTransformer
 
@@ -48,8 +38,8 @@ class Encoder(nn.Module):
                 width = n_out
                 self.skip_widths.append(width)
             if level < len(widths) - 1:
-                half = ResBlock(width, width, config, nn.AvgPool2d(2)) if config.resblock_resampling else None
-                self.input_blocks.append(Block([half or Downsample(width)], config))
+                half = ResBlock(width, width, config, nn.AvgPool2d(2))
+                self.input_blocks.append(Block([half], config))
                 self.skip_widths.append(width)
         attention = [Attention(width, config, context_width)] if config.middle_attention else []
         first, last = (ResBlock(width, width, config) for _ in range(2))
@@ -70,7 +60,7 @@ class Encoder(nn.Module):
         """Groups that sharded training gathers at once, in order; norms are in none and stay fp32."""
         groups = []
         for module in self.modules():
-            if isinstance(module, ResBlock | Attention | Downsample | Upsample):
+            if isinstance(module, ResBlock | Attention):
                 kinds = nn.Conv1d | nn.Conv2d | nn.Linear
                 groups.append([layer for layer in module.modules() if isinstance(layer, kinds)])
             elif isinstance(module, TextTransformer):
@@ -91,9 +81,7 @@ class UNet(Encoder):
                 layers = self.layers(width + skips.pop(), widths[level], level)
                 width = widths[level]
                 if level > 0 and i == config.blocks:
-                    twice = nn.Upsample(scale_factor=2.0)
-                    blocks = config.resblock_resampling
-                    layers.append(ResBlock(width, width, config, twice) if blocks else Upsample(width))
+                    layers.append(ResBlock(width, width, config, nn.Upsample(scale_factor=2.0)))
                 self.output_blocks.append(Block(layers, config))
         self.out = nn.Sequential(FP32GroupNorm(width), nn.SiLU(), zeros(conv3(width, config.out_channels)))
         if config.classes:
@@ -201,6 +189,7 @@ class UNet(Encoder):
         with torch.autocast(emb.device.type, enabled=False):
             if self.config.image_embedding:
                 vector = self.cf_param.expand(len(emb), -1) if image_embedding is None else image_embedding
+                vector = vector.float()
                 emb = emb + self.clip_emb(vector)
                 tokens = self.clip_tok_proj(vector)  # Karlo: the four numbers of a channel are side by side
                 context.append(tokens.view(len(emb), -1, EMBEDDING_TOKENS).transpose(1, 2))
@@ -208,8 +197,8 @@ class UNet(Encoder):
                 emb = emb + self.transformer_proj(text[:, -1].float())
                 context.append(text)
             elif self.config.text == "clip":
-                emb = emb + self.text_feat_proj(text_embedding)
-                context.append(self.text_seq_proj(text))
+                emb = emb + self.text_feat_proj(text_embedding.float())
+                context.append(self.text_seq_proj(text.float()))
         if text_mask is not None and self.config.image_embedding:
             text_mask = F.pad(text_mask, (EMBEDDING_TOKENS, 0), value=True)
         return emb, torch.cat(context, dim=1) if context else None, text_mask

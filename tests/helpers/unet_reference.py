@@ -38,16 +38,13 @@ class UNetState(RandomState):
             self.conv(f"{name}.encoder_kv", context, 2 * COARSE, 1)
         self.conv(f"{name}.proj_out", COARSE, COARSE, 1)
 
-    def encoder(self, n_in: int, blocks: int, context: int | None, convs: bool, scale_shift: bool) -> None:
+    def encoder(self, n_in: int, blocks: int, context: int | None, scale_shift: bool = True) -> None:
         self.conv("time_embed.0", WIDTH, EMB)
         self.conv("time_embed.2", EMB, EMB)
         self.conv("input_blocks.0.0", n_in, WIDTH, 3, 3)
         for i in range(1, blocks + 1):
             self.resblock(f"input_blocks.{i}.0", WIDTH, WIDTH, scale_shift)
-        if convs:
-            self.conv(f"input_blocks.{blocks + 1}.0.op", WIDTH, WIDTH, 3, 3)
-        else:
-            self.resblock(f"input_blocks.{blocks + 1}.0", WIDTH, WIDTH, scale_shift)
+        self.resblock(f"input_blocks.{blocks + 1}.0", WIDTH, WIDTH, scale_shift)
         for i in range(blocks):
             name = f"input_blocks.{blocks + 2 + i}"
             self.resblock(f"{name}.0", COARSE if i else WIDTH, COARSE, scale_shift)
@@ -62,21 +59,17 @@ def make_unet(
     n_out: int = 6,
     context: int | None = None,
     classes: int | None = None,
-    convs: bool = False,
     scale_shift: bool = True,
 ) -> State:
-    """A U-Net with one block a level; `convs` resamples by convolutions."""
+    """A U-Net with one block a level."""
     state = UNetState()
-    state.encoder(n_in, 1, context, convs, scale_shift)
+    state.encoder(n_in, 1, context, scale_shift)
     outputs = [(2 * COARSE, COARSE), (COARSE + WIDTH, COARSE), (COARSE + WIDTH, WIDTH), (2 * WIDTH, WIDTH)]
     for i, (wide, narrow) in enumerate(outputs):
         state.resblock(f"output_blocks.{i}.0", wide, narrow, scale_shift)
         if narrow == COARSE:
             state.attention(f"output_blocks.{i}.1", context)
-    if convs:
-        state.conv("output_blocks.1.2.conv", COARSE, COARSE, 3, 3)
-    else:
-        state.resblock("output_blocks.1.2", COARSE, COARSE, scale_shift)
+    state.resblock("output_blocks.1.2", COARSE, COARSE, scale_shift)
     state.norm("out.0", WIDTH)
     state.conv("out.2", WIDTH, n_out, 3, 3)
     if classes:
@@ -118,7 +111,7 @@ def make_karlo() -> State:
 def make_classifier(classes: int = 5, side: int = 4) -> State:
     """A classifier with two blocks a level, which ends at side x side."""
     state = UNetState()
-    state.encoder(3, 2, None, convs=False, scale_shift=True)
+    state.encoder(3, 2, None)
     state.norm("out.0", COARSE)
     state.put("out.2.positional_embedding", COARSE, side**2 + 1)
     state.conv("out.2.qkv_proj", COARSE, 3 * COARSE, 1)
@@ -201,10 +194,6 @@ def _block(x: Tensor, emb: Tensor, state: State, name: str, reads: tuple) -> Ten
             x = _resblock(x, emb, state, layer, "down" if down else "up" if up else "")
         elif f"{layer}.qkv.weight" in state:
             x = _attention(x, state, layer, *reads)
-        elif f"{layer}.op.weight" in state:
-            x = F.conv2d(x, state[f"{layer}.op.weight"], state[f"{layer}.op.bias"], stride=2, padding=1)
-        elif f"{layer}.conv.weight" in state:
-            x = _conv(_resample(x, "up"), state, f"{layer}.conv")
         elif f"{layer}.weight" in state:
             x = _conv(x, state, layer)
     return x

@@ -66,13 +66,11 @@ def test_half_precision_in_the_trunk_as_glide_saves_it(tmp_path):
     close(model(X, TIMES, text=TEXT), reference.glide(rounded, X, TIMES, CAPTIONS))
 
 
-@pytest.mark.parametrize(
-    ("heads", "convs"), [({"attention_order": "new"}, False), ({"heads": 4}, False), ({}, True)]
-)
-def test_guided_diffusion(tmp_path, monkeypatch, heads, convs):
+@pytest.mark.parametrize("heads", [{"attention_order": "new"}, {"heads": 4}, {}])
+def test_guided_diffusion(tmp_path, monkeypatch, heads):
     """A U-Net of a known size has the heads that are known of it."""
     monkeypatch.setitem(unet.GUIDED_DIFFUSION, (64, 32, False), heads)
-    state = reference.make_unet(classes=5, convs=convs)
+    state = reference.make_unet(classes=5)
     model, labels = load_unet(save(tmp_path / "64x64_diffusion.pt", state)), torch.tensor([4, 0])
     options = {"new": "attention_order" in heads, "heads": heads.get("heads", 2)}
     extra = state["label_emb.weight"][labels].double()
