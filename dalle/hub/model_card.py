@@ -45,7 +45,7 @@ def model_card(directory: Path, report: Report | None = None, license: str | Non
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
-    environment.filters["value"] = format_value
+    environment.filters |= {"value": format_value, "flatten": flatten}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         kind="dalle" if {"dvae", "transformer"} <= parts.keys() else next(iter(parts)),
         source=PLACEHOLDER,

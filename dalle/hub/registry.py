@@ -1,4 +1,4 @@
-"""Building, loading and saving models by kind: "dvae", "transformer" or "clip".
+"""Building, loading and saving models by kind: "dvae", "transformer", "clip", "base" or "upsampler".
 
 A model is loaded from a run (its latest checkpoint), from a checkpoint, or from a model directory, with its
 EMA weights unless the raw ones are requested.
@@ -44,11 +44,14 @@ from dalle.train.checkpoint import latest_checkpoint, verify_checkpoint
 from dalle.train.sharded_checkpoint import read_whole
 from dalle.train.state import bias_corrected
 from dalle.transformer import Transformer, TransformerConfig
+from dalle.unet import UNet, UNetConfig
 
 MODEL_REGISTRY: dict[str, tuple[type, type[nn.Module]]] = {
     "dvae": (DVAEConfig, DVAE),
     "transformer": (TransformerConfig, Transformer),
     "clip": (CLIPConfig, CLIP),
+    "base": (UNetConfig, UNet),
+    "upsampler": (UNetConfig, UNet),
 }
 _verified: dict[Path, tuple[int, int, str]] = {}
 """Size, time and hash of the weights of a file that matched."""
@@ -235,7 +238,7 @@ def write_model_directory(
 
     Args:
         directory: created if there is none.
-        parts: any of "dvae", "transformer" and "clip".
+        parts: by kind, any of `MODEL_REGISTRY`.
         text: the tokenizer of the parts.
         dvae_hash: of the dVAE whose tokens a transformer generates, unless it is among the parts.
         report, license: see `write_card`.
@@ -243,6 +246,8 @@ def write_model_directory(
     for kind, model in parts.items():
         if not isinstance(model, expected := MODEL_REGISTRY[kind][1]):
             raise ValueError(f"only a {expected.__name__} of this library can be saved as {kind}")
+        if (of := getattr(model.config, "kind", kind)) != kind:
+            raise ValueError(f"this {expected.__name__} cannot be saved as {kind}; save it as {of}")
     described = {
         kind: {"model_config": to_dict(m.config), "hash": weights_hash(m)} for kind, m in parts.items()
     }

@@ -254,7 +254,7 @@ FORMAT = 1
 def check_meta(meta: Any, kind: str, source: Path) -> dict[str, Any]:
     """The content of meta.json or config.json; ValueError for another kind or format, or a damaged file.
 
-    `kind` is "dvae", "transformer", "clip", or "dalle" for a model directory.
+    `kind` is one of `MODEL_REGISTRY` (dalle/hub/registry.py), or "dalle" for a model directory.
     """
     found = meta.get("kind") if isinstance(meta, dict) else None
     if found != kind:

@@ -3,8 +3,8 @@
 base.pt, upsample.pt, base_inpaint.pt and upsample_inpaint.pt of github.com/openai/glide-text2im, and
 64x64_diffusion.pt, 64x64_classifier.pt and their siblings of github.com/openai/guided-diffusion: state dicts
 with the names of dalle.unet. Sizes come from shapes, which show neither the number of heads nor the order of
-queries, keys and values; a wrong one gives noise without an error. GLIDE's are always the same. The published
-U-Nets of guided-diffusion are known by their sizes, others need a configuration.
+queries, keys and values, nor the schedule; a wrong one gives noise without an error. GLIDE's are always the
+same. The published U-Nets of guided-diffusion are known by their sizes, others need a configuration.
 """
 
 from math import isqrt
@@ -12,13 +12,15 @@ from typing import Any
 
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
 from dalle.unet import Classifier, ClassifierConfig, UNet, UNetConfig
+from dalle.unet.config import DiffusionConfig
 
 TEXT_HEAD_WIDTH = 64  # GLIDE, as released and in the paper
 FIRST_ATTENTION = 32  # side of the finest feature map with attention, in every published model
 INPUTS = {3: (False, False), 6: (True, False), 7: (False, True), 10: (True, True)}
 """Input channels -> whether there is a smaller image, and whether there are known pixels."""
+COSINE, LINEAR = (DiffusionConfig(schedule, caption_dropout=0.0) for schedule in ("cosine", "linear"))
 GUIDED_DIFFUSION: dict[tuple[int, int, bool], dict[str, Any]] = {
-    (64, 192, False): {"attention_order": "new"},
+    (64, 192, False): {"attention_order": "new", "diffusion": COSINE},
     (128, 256, False): {"heads": 4},
     (256, 256, False): {},
     (512, 256, False): {},
@@ -64,13 +66,14 @@ def infer_unet(shapes: Shapes, found: DetectedCheckpoint) -> UNetConfig:
         layers = count_matches(shapes, "transformer.resblocks.*.ln_1.weight")
         heads = text_width // TEXT_HEAD_WIDTH
         sizes |= {"text_len": shapes["positional_embedding"][0], "text_vocab": text_vocab}
+        sizes["diffusion"] = LINEAR if sizes["low_resolution"] else DiffusionConfig()
         return UNetConfig(**sizes, text_width=text_width, text_layers=layers, text_heads=heads)
     key = (sizes["image_size"], sizes["width"], sizes["low_resolution"])
     if key not in GUIDED_DIFFUSION:
         known = "; ".join(f"{size} pixels, width {width}" for size, width, _ in GUIDED_DIFFUSION)
         found_size = f"{key[0]} pixels, width {key[1]}"
         raise ValueError(f"its heads are unknown: {found_size}, known are {known}; give its configuration")
-    return UNetConfig(**sizes, text="none", **GUIDED_DIFFUSION[key])
+    return UNetConfig(**sizes, text="none", **({"diffusion": LINEAR} | GUIDED_DIFFUSION[key]))
 
 
 def infer_classifier(shapes: Shapes, found: DetectedCheckpoint) -> ClassifierConfig:

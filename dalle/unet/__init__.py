@@ -4,5 +4,6 @@ from dalle.lazy import lazy_exports
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
-    {"Classifier": "classifier", "ClassifierConfig": "config", "UNet": "model", "UNetConfig": "config"},
+    dict.fromkeys(("ClassifierConfig", "DiffusionConfig", "UNetConfig"), "config")
+    | {"Classifier": "classifier", "UNet": "model"},
 )

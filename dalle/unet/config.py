@@ -71,6 +71,29 @@ class EncoderConfig:
 
 
 @configuration
+class DiffusionConfig:
+    """What a U-Net is trained to do; the defaults are those of GLIDE's base model as released."""
+
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """Noise schedule (`dalle.diffusion.make_schedule`)."""
+    steps: int = 1000
+    """Timesteps T."""
+    prediction: Literal["noise", "x0", "v"] = "noise"
+    """What the network predicts: the noise, x_0, or v = alpha noise - sigma x_0."""
+    caption_dropout: float = 0.2
+    """Share of the captions that training empties; classifier-free guidance needs it (GLIDE, section 2.3)."""
+
+    def __post_init__(self):
+        least = 21 if self.schedule == "linear" else 2
+        if not least <= self.steps <= 2**16:
+            raise ValueError(
+                f"steps of a {self.schedule} schedule must be {least} to {2**16}, got {self.steps}"
+            )
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
+
+
+@configuration
 class UNetConfig(EncoderConfig):
     """Shape of the U-Net; the defaults are GLIDE's base model as released, 64 x 64 from text."""
 
@@ -98,6 +121,8 @@ class UNetConfig(EncoderConfig):
     """Input of a smaller image, to upsample."""
     inpainting: bool = False
     """Input of known pixels and their mask."""
+    diffusion: DiffusionConfig = DiffusionConfig()
+    """Schedule, prediction, caption dropout."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -110,6 +135,16 @@ class UNetConfig(EncoderConfig):
     def in_channels(self) -> int:
         """Channels of the noised image, of known pixels and mask, and of the smaller image."""
         return 3 + 4 * self.inpainting + 3 * self.low_resolution
+
+    @property
+    def kind(self) -> Literal["base", "upsampler"]:
+        """Name of the model's part in a model directory."""
+        return "upsampler" if self.low_resolution else "base"
+
+    @property
+    def variance(self) -> Literal["learned", "small"]:
+        """Variance of a reverse step: the network's own, or that of the posterior."""
+        return "learned" if self.learned_variance else "small"
 
     @property
     def out_channels(self) -> int:

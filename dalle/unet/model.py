@@ -7,10 +7,13 @@ pixels to inpaint around. Images are in [-1, 1].
     T positions of the context (image embedding and text), D their width
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle.diffusion.schedule import Denoise, Schedule, denoiser, make_schedule
 from dalle.layout import check_tokens
 from dalle.nn.blocks import FP32LayerNorm
 from dalle.unet.blocks import Attention, Block, FP32GroupNorm, ResBlock, conv3, timestep_embedding, zeros
@@ -105,6 +108,15 @@ class UNet(Encoder):
             self.clip_emb = nn.Linear(config.embedding_width, emb_width)
             self.clip_tok_proj = nn.Linear(config.embedding_width, EMBEDDING_TOKENS * context_width)
             self.cf_param = nn.Parameter(torch.zeros(config.embedding_width))
+
+    def schedule(self, spacing: str | None = None) -> Schedule:
+        """The schedule of its training, respaced if asked; see `dalle.diffusion.respace`."""
+        return make_schedule(self.config.diffusion.schedule, self.config.diffusion.steps, spacing)
+
+    def denoiser(self, schedule: Schedule, **conditions: Tensor) -> Denoise:
+        """The model as samplers call it, under conditions as `forward` takes them."""
+        network, config = partial(self, **conditions), self.config
+        return denoiser(network, schedule, config.diffusion.prediction, config.variance)
 
     def forward(
         self,

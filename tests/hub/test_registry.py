@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dalle.hub.registry import load_model, weights_hash, write_model_directory
+from dalle.diffusion import make_schedule
+from dalle.hub.registry import LoadedModel, load_model, weights_hash, write_model_directory
 from dalle.hub.weights_hash import PIECE, WeightsHash
 from dalle.pipelines.dalle import DALLE
+from dalle.unet import DiffusionConfig, UNet, UNetConfig
 
 KINDS = ("dvae", "transformer", "clip")
 
@@ -116,3 +118,27 @@ def test_an_open_model_keeps_its_weights_when_another_is_saved_in_its_place(fold
     write_model_directory(folder, {"dvae": other})
     assert all(torch.equal(tensor, before[name]) for name, tensor in one.state_dict().items())
     assert load_model(folder, "dvae").hash == weights_hash(other)
+
+
+SMALL_UNET = {
+    "width": 32,
+    "channel_mult": (1, 2),
+    "blocks": 1,
+    "attention": (),
+    "image_size": 8,
+    "head_width": 32,
+}
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("base", {}), ("upsampler", {"low_resolution": True})])
+def test_a_diffusion_model_keeps_its_schedule_and_prediction(tmp_path, kind, sizes):
+    diffusion = DiffusionConfig("linear", 50, "v", 0.0)
+    model = UNet(UNetConfig(**SMALL_UNET, **sizes, text="none", diffusion=diffusion))
+    LoadedModel(kind, model).save_pretrained(tmp_path / kind)
+    found = LoadedModel.from_pretrained(tmp_path / kind)
+    assert (found.kind, found.hash, found.model.config) == (kind, weights_hash(model), model.config)
+    assert "diffusion.prediction v" in (tmp_path / kind / "README.md").read_text()
+    assert torch.equal(found.model.schedule("10").alpha_bar, make_schedule("linear", 50, "10").alpha_bar)
+    other = {"base": "upsampler", "upsampler": "base"}[kind]
+    with pytest.raises(ValueError, match=f"cannot be saved as {other}; save it as {kind}"):
+        write_model_directory(tmp_path / other, {other: model})

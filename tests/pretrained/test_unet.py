@@ -46,6 +46,7 @@ def test_glide(tmp_path, name):
     assert (found.low_resolution, found.inpainting) == (config.low_resolution, config.inpainting)
     assert (found.text_len, found.text_vocab, found.text_layers, found.text_heads) == (6, 11, 2, 2)
     assert (found.width, found.channel_mult, found.blocks, found.attention) == (32, (1, 4), 1, (32,))
+    assert found.diffusion == config.diffusion
     assert not model.training
     given, inputs = {"text": TEXT}, [X]
     if config.inpainting:

@@ -1,11 +1,13 @@
 """Configurations of published U-Nets, with their numbers of parameters and tensors."""
 
-from dalle.unet import ClassifierConfig, UNetConfig
+from dalle.unet import ClassifierConfig, DiffusionConfig, UNetConfig
+
+COSINE, LINEAR = (DiffusionConfig(schedule, 1000, "noise", 0.0) for schedule in ("cosine", "linear"))
 
 SIZE_64 = {"image_size": 64, "channel_mult": (1, 2, 3, 4)}
 SIZE_256 = {"image_size": 256, "channel_mult": (1, 1, 2, 2, 4, 4), "blocks": 2}
-CLASSES = {"text": "none", "classes": 1000}
-UPSAMPLER = SIZE_256 | {"low_resolution": True}
+CLASSES = {"text": "none", "classes": 1000, "diffusion": LINEAR}
+UPSAMPLER = SIZE_256 | {"low_resolution": True, "diffusion": LINEAR}
 
 GLIDE = {
     "base": (UNetConfig(), 385_030_726, 783),
@@ -14,7 +16,11 @@ GLIDE = {
     "upsample_inpaint": (UNetConfig(**UPSAMPLER, inpainting=True), 398_368_198, 797),
 }
 ADM = {
-    "ADM-64": (UNetConfig(**SIZE_64, **CLASSES, attention_order="new"), 295_904_454, 541),
+    "ADM-64": (
+        UNetConfig(**SIZE_64, **CLASSES | {"diffusion": COSINE}, attention_order="new"),
+        295_904_454,
+        541,
+    ),
     "ADM-256": (UNetConfig(**SIZE_256, **CLASSES, width=256), 553_838_086, 567),
 }
 SIZE_128 = {"image_size": 128, "channel_mult": (1, 1, 2, 3, 4), "blocks": 2}
@@ -23,10 +29,10 @@ UPSAMPLER_512 = UPSAMPLER | {"image_size": 512, "attention": (32, 16)}
 ALL_ADM = (
     *(config for config, *_ in ADM.values()),
     UNetConfig(**SIZE_128, **CLASSES, width=256, heads=4),
-    UNetConfig(**SIZE_256, width=256, text="none"),  # also LSUN's
+    UNetConfig(**SIZE_256, width=256, text="none", diffusion=LINEAR),  # also LSUN's
     UNetConfig(**SIZE_512, **CLASSES, width=256),
-    UNetConfig(**UPSAMPLER, **CLASSES, heads=4),
-    UNetConfig(**UPSAMPLER_512, **CLASSES),
+    UNetConfig(**UPSAMPLER | CLASSES, heads=4),
+    UNetConfig(**UPSAMPLER_512 | CLASSES),
 )
 CLASSIFIER = ClassifierConfig()
 CLASSIFIERS = (

@@ -299,6 +299,9 @@ def test_images_and_captions_that_do_not_fit():
         ({"text_heads": 7}, "7 heads"),
         ({"text": "t5"}, "one of ids, clip, none"),
         ({"classes": 0}, "classes must be positive"),
+        ({"diffusion": {"schedule": "linear", "steps": 20}}, "linear schedule must be 21 to 65536, got 20"),
+        ({"diffusion": {"steps": 1}}, "must be 2 to"),
+        ({"diffusion": {"caption_dropout": 1.0}}, r"caption_dropout must be in \[0, 1\)"),
     ],
 )
 def test_sizes_that_cannot_be(fields, message):
