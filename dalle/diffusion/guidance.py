@@ -59,8 +59,8 @@ def score_gradient(
         shift: "mean", by variance * gradient, for `ancestral`; "noise", by -sigma * gradient, for the others.
     """
     check_choice("shift", shift, Shift)
-    a, previous = schedule.alpha_bar, schedule.alpha_bar_previous
-    of_x0 = previous.sqrt() * schedule.beta / (1 - a)  # in the mean: DDPM, Equation 7
+    of_x0, _ = schedule.posterior_weights
+    noise_to_x0 = (1 - schedule.alpha_bar) / schedule.alpha
 
     def guided(xt: Tensor, t: Steps) -> Denoised:
         found = denoise(xt, t)
@@ -70,7 +70,7 @@ def score_gradient(
         if shift == "mean":
             per_gradient = found.log_variance.exp() / schedule.at(of_x0, t, xt)
         else:
-            per_gradient = schedule.at((1 - a) / a.sqrt(), t, xt)
+            per_gradient = schedule.at(noise_to_x0, t, xt)
         return schedule.with_x0(found, found.x0 + scale * per_gradient * gradient, xt, t)
 
     return guided
@@ -85,10 +85,14 @@ def keep_known(denoise: Denoise, known: Tensor, mask: Tensor, schedule: Schedule
     """
     if mask.shape[1:] != (1, *known.shape[2:]):
         raise ValueError(f"mask must be (B, 1, H, W) for known {tuple(known.shape)}, got {tuple(mask.shape)}")
+    mask = mask.bool()
 
     def kept(xt: Tensor, t: Steps) -> Denoised:
+        if xt.shape[1:] != known.shape[1:]:
+            shapes = f"{tuple(xt.shape[1:])}, got {tuple(known.shape[1:])}"
+            raise ValueError(f"known pixels must be of the samples' size {shapes}; resize them")
         found = denoise(xt, t)
-        return schedule.with_x0(found, torch.where(mask.bool(), known, found.x0), xt, t)
+        return schedule.with_x0(found, torch.where(mask, known, found.x0), xt, t)
 
     return kept
 

@@ -54,8 +54,8 @@ def vlb_bits(schedule: Schedule, found: Denoised, x0: Tensor, xt: Tensor, t: Ste
     nats = normal_kl(true_mean, true_log_variance, mean, found.log_variance)
     if isinstance(t, Tensor) or t == 0:
         nll = -discretized_gaussian_log_prob(x0, mean, found.log_variance / 2)
-        first = torch.as_tensor(t, device=xt.device).reshape(-1, *[1] * (xt.ndim - 1)) == 0
-        nats = torch.where(first, nll, nats)
+        first = torch.as_tensor(t).to(xt.device, non_blocking=True) == 0
+        nats = torch.where(first.reshape(-1, *[1] * (xt.ndim - 1)), nll, nats)
     return nats.flatten(1).mean(dim=1) / math.log(2)
 
 
@@ -80,7 +80,7 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
     """KL(N(mean1, variance1) || N(mean2, variance2)), elementwise in nats."""
     difference = log_variance1 - log_variance2
     squares = (mean1 - mean2).square() * (-log_variance2).exp()
-    return (difference.exp() - 1 - difference + squares) / 2
+    return (torch.expm1(difference) - difference + squares) / 2
 
 
 def discretized_gaussian_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def stratified_steps(uniform: Tensor, num_steps: int) -> Tensor:
     """Timesteps spread evenly over a batch: row i has one of the i-th of B equal parts; int64 (B,).
 
     Args:
-        uniform: float64 (B,) in [0, 1); over rows in random order each step is as likely as with plain ones.
+        uniform: float64 (B,) in [0, 1); over the rows together every step is equally likely.
     """
     share = (torch.arange(len(uniform)) + uniform) / len(uniform)
     return (share * num_steps).long().clamp(max=num_steps - 1)

@@ -101,8 +101,8 @@ def dpm_solver(denoise: Denoise, x: Tensor, schedule: Schedule) -> Iterator[Samp
     Args:
         x: x_T, standard normal.
     """
-    alpha, sigma = schedule.alpha_bar.sqrt().tolist(), (1 - schedule.alpha_bar).sqrt().tolist()
-    half_log_snr = [math.log(a / s) for a, s in zip(alpha, sigma, strict=True)]
+    alpha, sigma = schedule.alpha.tolist(), schedule.sigma.tolist()
+    half_log_snr = (schedule.alpha / schedule.sigma).log().tolist()
     before, h_before = None, 0.0
     for t in reversed(range(len(schedule))):
         found = denoise(x, t)

@@ -9,6 +9,7 @@ is float32 on the device of the samples. A step t is an int for all rows, or int
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,9 +53,8 @@ class Schedule:
     def __post_init__(self):
         a = self.alpha_bar
         if a.dtype != torch.float64 or a.device.type != "cpu" or a.ndim != 1 or len(a) < 2:
-            raise ValueError(
-                f"alpha_bar must be float64 (T,) on the CPU, T at least 2, got {a.dtype} {tuple(a.shape)}"
-            )
+            found = f"{a.dtype} {tuple(a.shape)}"
+            raise ValueError(f"alpha_bar must be float64 (T,) on the CPU, T at least 2, got {found}")
         if not (a[-1] > 0 and a[0] < 1 and (a.diff() < 0).all()):
             raise ValueError("alpha_bar must fall from below 1 to above 0; were noises given as signals?")
         if self.times.shape != a.shape:
@@ -62,6 +62,16 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.alpha_bar)
+
+    @cached_property
+    def alpha(self) -> Tensor:
+        """Weight of x_0 in x_t."""
+        return self.alpha_bar.sqrt()
+
+    @cached_property
+    def sigma(self) -> Tensor:
+        """Weight of the noise in x_t."""
+        return (1 - self.alpha_bar).sqrt()
 
     @cached_property
     def alpha_bar_previous(self) -> Tensor:
@@ -74,36 +84,42 @@ class Schedule:
         return 1 - self.alpha_bar / self.alpha_bar_previous
 
     @cached_property
+    def posterior_weights(self) -> tuple[Tensor, Tensor]:
+        """Weights of x_0 and x_t in the mean of q(x_{t-1} | x_t, x_0) (DDPM, Equation 7)."""
+        previous, variance = self.alpha_bar_previous, 1 - self.alpha_bar
+        of_x0 = previous.sqrt() * self.beta / variance
+        return of_x0, (1 - self.beta).sqrt() * (1 - previous) / variance
+
+    @cached_property
     def log_variances(self) -> dict[str, Tensor]:
         """Log variances of a reverse step: "small" (DDPM, Equation 7) and "large"; "beta" is log beta.
 
         The posterior has no variance at t = 0; there the first two are those of "small" at t = 1.
         """
         small = self.beta * (1 - self.alpha_bar_previous) / (1 - self.alpha_bar)
-        small = torch.cat([small[1:2], small[1:]]).log()
+        small[0] = small[1]
         beta = self.beta.log()
-        return {"small": small, "large": torch.cat([small[:1], beta[1:]]), "beta": beta}
+        return {"small": small.log(), "large": torch.cat([small[:1].log(), beta[1:]]), "beta": beta}
 
     def at(self, table: Tensor, t: Steps, x: Tensor) -> Tensor:
         """Values of a table (T,) at steps t: float32 on the device of x, broadcast over its rows."""
-        outside = isinstance(t, int) and not 0 <= t < len(self)
-        if isinstance(t, Tensor) and t.device.type == "cpu":  # elsewhere the check would wait
-            outside = bool(((t < 0) | (t >= len(self))).any())
-        if outside:
+        steps = torch.as_tensor(t)
+        if steps.device.type == "cpu" and not (steps.min() >= 0 and steps.max() < len(self)):
             raise ValueError(f"steps must be in [0, {len(self)}), the schedule's length, got {t}")
         if isinstance(t, int):
             return torch.full([1] * x.ndim, table[t].item(), dtype=torch.float32, device=x.device)
-        return table.float().to(t.device)[t].to(x.device).reshape(-1, *[1] * (x.ndim - 1))
+        values = table.float().to(t.device, non_blocking=True)[t]
+        return values.to(x.device, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
 
     def times_at(self, t: Steps, x: Tensor) -> Tensor:
         """The times that the network is given: int64 (B,) on the device of x."""
         if isinstance(t, int):
             return torch.full([len(x)], self.times[t].item(), device=x.device)
-        return self.times.to(t.device)[t].to(x.device)
+        return self.times.to(t.device, non_blocking=True)[t].to(x.device, non_blocking=True)
 
     def alpha_sigma(self, t: Steps, x: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at steps t, as `at` gives them."""
-        return self.at(self.alpha_bar.sqrt(), t, x), self.at((1 - self.alpha_bar).sqrt(), t, x)
+        return self.at(self.alpha, t, x), self.at(self.sigma, t, x)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Steps) -> Tensor:
         """x_t of q(x_t | x_0) (DDPM, Equation 4)."""
@@ -112,9 +128,7 @@ class Schedule:
 
     def posterior(self, x0: Tensor, xt: Tensor, t: Steps) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(x_{t-1} | x_t, x_0) (DDPM, Equations 6 and 7)."""
-        a, previous, beta = self.alpha_bar, self.alpha_bar_previous, self.beta
-        of_x0 = self.at(previous.sqrt() * beta / (1 - a), t, xt)
-        of_xt = self.at((1 - beta).sqrt() * (1 - previous) / (1 - a), t, xt)
+        of_x0, of_xt = (self.at(weights, t, xt) for weights in self.posterior_weights)
         return of_x0 * x0 + of_xt * xt, self.at(self.log_variances["small"], t, xt).expand_as(xt)
 
     def target(self, x0: Tensor, noise: Tensor, t: Steps, prediction: Prediction) -> Tensor:
@@ -136,11 +150,11 @@ class Schedule:
         """
         check_choice("prediction", prediction, Prediction)
         check_choice("variance", variance, Variance)
-        channels = xt.shape[1] * (2 if variance == "learned" else 1)
-        if output.shape != (len(xt), channels, *xt.shape[2:]):
+        expected = (len(xt), xt.shape[1] * (2 if variance == "learned" else 1), *xt.shape[2:])
+        if output.shape != expected:
             raise ValueError(
-                f"the network must give {(len(xt), channels, *xt.shape[2:])} for {variance} variance, "
-                f"got {tuple(output.shape)}; was it trained with another variance?"
+                f"the network must give {expected} for {variance} variance, got {tuple(output.shape)}; "
+                f"was it trained with another variance?"
             )
         output, log = output.float(), self.log_variances
         if variance == "learned":
@@ -175,12 +189,7 @@ def denoiser(
     variance: Variance = "learned",
 ) -> Denoise:
     """The denoiser of a network(x_t, times), times int64 (B,)."""
-
-    def denoise(xt: Tensor, t: Steps) -> Denoised:
-        output = network(xt, schedule.times_at(t, xt))
-        return schedule.denoised(output, xt, t, prediction, variance)
-
-    return denoise
+    return lambda xt, t: schedule.denoised(network(xt, schedule.times_at(t, xt)), xt, t, prediction, variance)
 
 
 def make_schedule(name: str, num_steps: int = 1000, spacing: str | None = None) -> Schedule:
@@ -208,61 +217,45 @@ def respace(schedule: Schedule, spacing: str) -> Schedule:
     """The schedule of some of the steps; the network is given the same times (Improved DDPM, section 4).
 
     Args:
-        spacing: as for `spaced_steps`; or "dpm20", even steps of the log of the signal-to-noise ratio, for
-            DPM-Solver on small images (Lu et al. 2022, appendix D.1), fewer where two fall together.
+        spacing: "100", as many evenly spaced steps, both ends included; "10,10,3,2,2", the same in equal
+            parts of the schedule, from no noise to most; "fast27", GLIDE's "10,10,3,2,2" with the last step
+            moved down by two; "ddim25", as many by a whole stride from 0; "dpm20", even steps of the log of
+            the signal-to-noise ratio, for DPM-Solver on small images (Lu et al. 2022, appendix D.1), fewer
+            where two fall together.
     """
-    if not spacing.startswith("dpm"):
-        kept = spaced_steps(len(schedule), spacing)
-    else:
-        (count,) = read_numbers(spacing, "dpm", len(schedule), most=1)
+    numbers = [int(number) for number in re.findall("[0-9]+", spacing)]
+    form = re.fullmatch(r"fast27|(?:ddim|dpm)?[0-9]+|[0-9]+(?:,[0-9]+)+", spacing)
+    if not form or not all(0 < number <= len(schedule) for number in numbers):
+        raise ValueError(
+            f"spacing must be like 100, 10,10,3,2,2, ddim25, dpm20 or fast27, with numbers from 1 to the "
+            f"schedule's {len(schedule)} steps, got {spacing!r:.100}"
+        )
+    if spacing == "fast27":
+        kept = [*even_steps(len(schedule), [10, 10, 3, 2, 2])[:-1], len(schedule) - 3]
+    elif spacing.startswith("ddim"):
+        strides = (range(0, len(schedule), stride) for stride in range(1, len(schedule) + 1))
+        kept = next((list(steps) for steps in strides if len(steps) == numbers[0]), None)
+        if kept is None:
+            raise ValueError(f"no whole stride gives {spacing} of {len(schedule)} steps; take another number")
+    elif spacing.startswith("dpm"):
         log_snr = torch.logit(schedule.alpha_bar)
-        even = torch.linspace(log_snr[-1].item(), log_snr[0].item(), count, dtype=torch.float64)
+        even = torch.linspace(log_snr[-1].item(), log_snr[0].item(), numbers[0], dtype=torch.float64)
         kept = (log_snr - even[:, None]).abs().argmin(dim=1).unique().tolist()
+    else:
+        kept = even_steps(len(schedule), numbers)
     return Schedule(schedule.alpha_bar[kept], schedule.times[kept])
 
 
-def read_numbers(spacing: str, prefix: str, num_steps: int, most: int) -> list[int]:
-    """The numbers of a spacing after its prefix; ValueError unless 1 to `most` of them, in [1, num_steps]."""
-    numbers = spacing.removeprefix(prefix).split(",")
-    if len(numbers) > most or not all(
-        n.isascii() and n.isdigit() and 0 < int(n) <= num_steps for n in numbers
-    ):
-        raise ValueError(
-            f"spacing must be like 100, 10,10,3,2,2, ddim25, dpm20 or fast27, with numbers from 1 to the "
-            f"schedule's {num_steps} steps, got {spacing!r:.100}"
-        )
-    return list(map(int, numbers))
-
-
-def spaced_steps(num_steps: int, spacing: str) -> list[int]:
-    """Steps that a spacing keeps, rising.
-
-    Args:
-        spacing: "100", as many evenly spaced steps, both ends included; "10,10,3,2,2", the same in equal
-            parts of the schedule, from no noise to most; "ddim25", as many by a whole stride from 0;
-            "fast27", GLIDE's "10,10,3,2,2" with the last step moved down by two.
-    """
-    if spacing == "fast27":
-        steps = spaced_steps(num_steps, "10,10,3,2,2")
-        return [*steps[:-1], num_steps - 3]
-    if spacing.startswith("ddim"):
-        (count,) = read_numbers(spacing, "ddim", num_steps, most=1)
-        strides = [i for i in range(1, num_steps + 1) if len(range(0, num_steps, i)) == count]
-        if not strides:
-            raise ValueError(
-                f"no whole stride gives {spacing!r:.100} of {num_steps} steps; take another number"
-            )
-        return list(range(0, num_steps, strides[0]))
-    numbers = read_numbers(spacing, "", num_steps, most=num_steps)
-    small, larger = divmod(num_steps, len(numbers))
+def even_steps(num_steps: int, counts: list[int]) -> list[int]:
+    """Evenly spaced steps, counts[i] of the i-th of equal parts; ValueError if a part has fewer."""
     start, steps = 0, []
-    for part, number in enumerate(numbers):
-        size = small + (part < larger)
-        if number > size:
-            raise ValueError(f"spacing {spacing!r:.100} takes {number} of {size} steps; take fewer")
-        stride, position = (size - 1) / max(number - 1, 1), 0.0
-        for _ in range(number):  # a sum, for the rounding of the published code
+    for part, count in enumerate(counts):
+        size = num_steps // len(counts) + (part < num_steps % len(counts))
+        if count > size:
+            raise ValueError(f"the spacing takes {count} of {size} steps; take fewer")
+        position = 0.0
+        for _ in range(count):  # a sum, for the rounding of the published code
             steps.append(start + round(position))
-            position += stride
+            position += (size - 1) / max(count - 1, 1)
         start += size
     return steps

@@ -214,3 +214,6 @@ def test_bad_arguments_are_refused():
     for mask in (torch.ones(1, 1, 4, 5), torch.ones(1, 3, 4, 4), torch.ones(4, 4)):
         with pytest.raises(ValueError, match="mask must be"):
             keep_known(world, torch.zeros(1, 3, 4, 4), mask, schedule)
+    kept = keep_known(world, torch.zeros(1, 3, 4, 4), torch.ones(1, 1, 4, 4), schedule)
+    with pytest.raises(ValueError, match=r"size \(3, 8, 8\), got \(3, 4, 4\); resize"):
+        kept(torch.zeros(2, 3, 8, 8), 3)

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
+from dalle.diffusion.guidance import clip_x0
 from dalle.diffusion.losses import bits_per_dim
 from dalle.diffusion.samplers import ancestral, ddim, ddim_invert, dpm_solver
-from dalle.diffusion.schedule import Denoised, Schedule, make_schedule
+from dalle.diffusion.schedule import Denoised, Schedule, denoiser, make_schedule
 from dalle.sampling import candidate_normals
 from tests.helpers.gaussian_world import GaussianWorld, normal_numbers, seeded_noises
 
@@ -162,6 +163,19 @@ def test_a_candidate_is_the_same_whatever_the_others(run):
         few = sample(run(world, keyed(0, "a dog", candidates), schedule))
         assert torch.equal(few, many[candidates.start : candidates.stop])
     assert not torch.equal(many, sample(run(world, keyed(0, "a cat", range(5)), schedule)))
+
+
+@pytest.mark.parametrize("sampler", [ancestral, ddim, dpm_solver, ddim_invert])
+def test_autocast_is_for_the_network_alone(sampler):
+    """The network's output is of half precision, the arithmetic around it fp32."""
+    schedule, x = make_schedule("cosine", 5), normal_numbers(2, 3, 4, 4)
+    denoise = clip_x0(denoiser(lambda xt, times: xt.tanh().bfloat16(), schedule, "v", "small"), schedule)
+    extra = (seeded_noises(*x.shape),) if sampler is ancestral else ()
+    expected = sample(sampler(denoise, x, schedule, *extra))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sample(sampler(denoise, x, schedule, *extra))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
 
 
 def test_on_cuda_samples_are_those_of_the_cpu_without_float64(cuda):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle.diffusion.schedule import Schedule, denoiser, make_schedule, respace, spaced_steps
+from dalle.diffusion.schedule import Schedule, denoiser, make_schedule, respace
 from tests.helpers.gaussian_world import normal_numbers
 
 FAST27 = [0, 22, 44, 66, 88, 111, 133, 155, 177, 199]
@@ -73,16 +73,21 @@ def test_the_fixed_variances_have_no_zero_at_the_first_step():
 # Respacing.
 
 
+def kept(num_steps, spacing):
+    return make_schedule("cosine", num_steps, spacing).times.tolist()
+
+
 def test_fast27_is_the_list_of_glide():
-    assert spaced_steps(1000, "fast27") == FAST27
-    assert spaced_steps(1000, "10,10,3,2,2") == [*FAST27[:-1], 999]
+    assert kept(1000, "fast27") == FAST27
+    assert kept(1000, "10,10,3,2,2") == [*FAST27[:-1], 999]
 
 
 @pytest.mark.parametrize(
     ("num_steps", "spacing", "expected"),
     [
         (10, "4", [0, 3, 6, 9]),
-        (10, "1", [0]),
+        (10, "1,2", [0, 5, 9]),
+        (13, "1,3,1", [0, 5, 7, 8, 9]),  # 1.5 is rounded within its part
         (10, "10", list(range(10))),
         (11, "2,3", [0, 5, 6, 8, 10]),  # parts of 6 and 5
         (1000, "ddim25", list(range(0, 1000, 40))),
@@ -91,16 +96,16 @@ def test_fast27_is_the_list_of_glide():
     ],
 )
 def test_spacings(num_steps, spacing, expected):
-    assert spaced_steps(num_steps, spacing) == expected
+    assert kept(num_steps, spacing) == expected
 
 
 @pytest.mark.parametrize("spacing", ["100", "ddim25", "fast27", "10,10,3,2,2"])
 def test_a_respaced_schedule_keeps_alpha_bar_and_the_times_of_the_network(spacing):
     schedule = make_schedule("cosine")
-    short, kept = respace(schedule, spacing), spaced_steps(1000, spacing)
+    short = respace(schedule, spacing)
+    kept = short.times
     assert torch.equal(short.alpha_bar, schedule.alpha_bar[kept])
-    assert short.times.tolist() == kept
-    betas = 1 - np.exp(np.diff(schedule.alpha_bar.log().numpy()[kept], prepend=0))
+    betas = 1 - np.exp(np.diff(schedule.alpha_bar[kept].log().numpy(), prepend=0))
     np.testing.assert_allclose(short.beta.numpy(), betas, rtol=1e-9)
     assert torch.equal(make_schedule("cosine", 1000, spacing).alpha_bar, short.alpha_bar)
 
@@ -215,7 +220,7 @@ def test_schedules_that_cannot_be_are_refused(arguments, message):
     [
         *((text, "spacing must be like") for text in ("", "fast", "0", "-3", "1001", "10,,3", "1e2", "²")),
         *((text, "spacing must be like") for text in ("ddim", "ddim10,10", "dpm", "dpm5,5", "dpm0")),
-        ("ddim600", "no whole stride gives 'ddim600' of 1000 steps"),
+        ("ddim600", "no whole stride gives ddim600 of 1000 steps"),
         ("10,600", "takes 600 of 500 steps"),
     ],
 )
