@@ -109,19 +109,21 @@ def stratified_steps(uniform: Tensor, num_steps: int) -> Tensor:
     return (share * num_steps).long().clamp(max=num_steps - 1)
 
 
-class LossHistory:
+class LossHistory(torch.nn.Module):
     """Importance sampling of timesteps for L_vlb (Improved DDPM, section 3.3, Equation 18).
 
     A step is sampled in proportion to the root mean square of its last 10 losses, mixed with a little of a
-    uniform distribution, and uniformly until every step has 10.
+    uniform distribution, and uniformly until every step has 10. It is a module, on the CPU, for its
+    `state_dict`: a resumed run needs it.
     """
 
     length = 10
     uniform_share = 0.001
 
     def __init__(self, num_steps: int):
-        self.losses = torch.zeros(num_steps, self.length, dtype=torch.float64)
-        self.counts = torch.zeros(num_steps, dtype=torch.int64)
+        super().__init__()
+        self.register_buffer("losses", torch.zeros(num_steps, self.length, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(num_steps, dtype=torch.int64))
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Adds losses (N,) at steps t (N,) of all processes, in order; non-finite ones are left out."""
@@ -142,16 +144,3 @@ class LossHistory:
         p = self.probabilities()
         t = torch.searchsorted(p.cumsum(dim=0), uniform, right=True).clamp(max=len(p) - 1)
         return t, (1 / (len(p) * p[t])).float()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs."""
-        return {"losses": self.losses.clone(), "counts": self.counts.clone()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state_dict`."""
-        if state["losses"].shape != self.losses.shape:
-            found = tuple(state["losses"].shape)
-            raise ValueError(
-                f"the loss history must be {tuple(self.losses.shape)}, got {found}; is it another T?"
-            )
-        self.losses, self.counts = state["losses"].clone(), state["counts"].clone()

@@ -36,41 +36,28 @@ class TowerConfig:
     patch_size: int | None = None
 
     def __post_init__(self):
-        check_positive(
-            self, "width", "depth", "positions", "embed_width", "text_vocab", "times", "patch_size"
-        )
+        check_positive(self, *vars(self))
         if self.width % HEAD_WIDTH:
             raise ValueError(f"width {self.width} is no multiple of the head width {HEAD_WIDTH}")
 
 
-class Attention(nn.Module):
-    """x + attention; keys have no bias."""
+class Layer(nn.Module):
+    """x + attention, x + MLP with the exact GELU, each after a norm; keys have no bias."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.ln = FP32LayerNorm(width)
-        self.f_q, self.f_v, self.f_c = (nn.Linear(width, width) for _ in range(3))
-        self.f_k = nn.Linear(width, width, bias=False)
+        linear = {f"f_{part}": nn.Linear(width, width, bias=part != "k") for part in "qkvc"}
+        self.f_attn = nn.ModuleDict({"ln": FP32LayerNorm(width), **linear})
+        linear = {"f_1": nn.Linear(width, 4 * width), "f_2": nn.Linear(4 * width, width)}
+        self.f_mlp = nn.ModuleDict({"ln": FP32LayerNorm(width), **linear})
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
-        normed = self.ln(x)
-        parts = (
-            rearrange(f(normed), "b n (h d) -> b h n d", d=HEAD_WIDTH) for f in (self.f_q, self.f_k, self.f_v)
-        )
+        attn, mlp = self.f_attn, self.f_mlp
+        normed = attn["ln"](x)
+        parts = (rearrange(attn[f"f_{part}"](normed), "b n (h d) -> b h n d", d=HEAD_WIDTH) for part in "qkv")
         mixed = F.scaled_dot_product_attention(*parts, is_causal=causal)
-        return x + self.f_c(rearrange(mixed, "b h n d -> b n (h d)"))
-
-
-class MLP(nn.Module):
-    """x + D -> 4 D -> D with the exact GELU."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.ln = FP32LayerNorm(width)
-        self.f_1, self.f_2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.f_2(F.gelu(self.f_1(self.ln(x))))
+        x = x + attn["f_c"](rearrange(mixed, "b h n d -> b n (h d)"))
+        return x + mlp["f_2"](F.gelu(mlp["f_1"](mlp["ln"](x))))
 
 
 class Tower(nn.Module):
@@ -81,17 +68,14 @@ class Tower(nn.Module):
         self.config, width = config, config.width
         self.input = nn.Module()
         self.input.w_pos = nn.Parameter(torch.zeros(config.positions, width))
-        layers = (
-            nn.ModuleDict({"f_attn": Attention(width), "f_mlp": MLP(width)}) for _ in range(config.depth)
-        )
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(config.depth))
         projection = nn.Linear(width, config.embed_width, bias=False)
         self.output = nn.ModuleDict({"ln": FP32LayerNorm(width), "f": projection})
 
     def project(self, x: Tensor, at: Tensor, causal: bool) -> Tensor:
         """Inputs (B, N, D), positions (B,) -> fp32 (B, E), the states there as unit vectors."""
         for layer in self.layers:
-            x = layer["f_mlp"](layer["f_attn"](x, causal))
+            x = layer(x, causal)
         state = x[torch.arange(len(x), device=x.device), at]
         return F.normalize(self.output["f"](self.output["ln"](state)).float(), dim=-1)
 
@@ -117,8 +101,7 @@ class ImageTower(Tower):
             ValueError: images of another size.
         """
         if x.shape[1:] != (3, self.image_size, self.image_size):
-            size = f"(B, 3, {self.image_size}, {self.image_size})"
-            raise ValueError(f"x must be {size}, got {tuple(x.shape)}; resize")
+            raise ValueError(f"x must be (B, 3) and {self.image_size} square, got {tuple(x.shape)}; resize")
         mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
         pixels = ((x + 1) * 127.5 - mean) / std
         patches = F.conv2d(pixels, self.input.patch_proj, stride=self.config.patch_size)
@@ -154,12 +137,7 @@ def infer_config(shapes: Shapes, found: DetectedCheckpoint, image: bool) -> Towe
     )
 
 
-RENAMES = {
-    r"^blocks\.block_": "layers.",
-    r"^blocks\.": "",
-    r"\.[wg]$": ".weight",
-    r"\.b$": ".bias",
-}
+RENAMES = {r"^blocks\.block_": "layers.", r"^blocks\.": "", r"\.[wg]$": ".weight", r"\.b$": ".bias"}
 
 
 def _format(part: str, table: str, build: type[Tower]) -> CheckpointFormat:

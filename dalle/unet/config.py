@@ -58,7 +58,7 @@ class EncoderConfig:
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each level."""
-        return tuple(int(mult * self.width) for mult in self.channel_mult)
+        return tuple(round(mult * self.width) for mult in self.channel_mult)
 
     @property
     def downsample_factor(self) -> int:

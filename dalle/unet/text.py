@@ -6,6 +6,7 @@ of a token's and a position's.
     B batch, T text positions, D width, H heads
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -31,24 +32,18 @@ class Attention(nn.Module):
         return self.c_proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)"))
 
 
-class MLP(nn.Module):
-    """D -> 4 D -> D with the exact GELU."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.c_fc, self.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x)))
-
-
 class TextBlock(nn.Module):
-    """x + attention, x + MLP, each after a norm; the trunk stays fp32."""
+    """x + attention, x + MLP with the exact GELU, each after a norm; the trunk stays fp32."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.ln_1, self.attn = FP32LayerNorm(width), Attention(width, heads)
-        self.ln_2, self.mlp = FP32LayerNorm(width), MLP(width)
+        layers = {
+            "c_fc": nn.Linear(width, 4 * width),
+            "gelu": nn.GELU(),
+            "c_proj": nn.Linear(4 * width, width),
+        }
+        self.ln_2, self.mlp = FP32LayerNorm(width), nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
