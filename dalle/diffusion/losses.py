@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.special import log_ndtr
 
 from dalle.diffusion.schedule import Denoise, Denoised, Prediction, Schedule, Steps
 
@@ -54,7 +53,7 @@ def vlb_bits(schedule: Schedule, found: Denoised, x0: Tensor, xt: Tensor, t: Ste
     nats = normal_kl(true_mean, true_log_variance, mean, found.log_variance)
     if isinstance(t, Tensor) or t == 0:
         nll = -discretized_gaussian_log_prob(x0, mean, found.log_variance / 2)
-        first = torch.as_tensor(t).to(xt.device, non_blocking=True) == 0
+        first = torch.as_tensor(t).to(xt.device, non_blocking=xt.is_cuda) == 0
         nats = torch.where(first.reshape(-1, *[1] * (xt.ndim - 1)), nll, nats)
     return nats.flatten(1).mean(dim=1) / math.log(2)
 
@@ -97,6 +96,14 @@ def discretized_gaussian_log_prob(x: Tensor, mean: Tensor, log_scale: Tensor) ->
     high = log_ndtr(torch.where(mirrored, -lower, upper))
     low = log_ndtr(torch.where(mirrored, -upper, lower)).masked_fill(end, -torch.inf)
     return high + (-torch.expm1(low - high)).log()
+
+
+def log_ndtr(z: Tensor) -> Tensor:
+    """Log of the standard normal cumulative distribution, by functions that MPS has too."""
+    far = z < -1
+    tail, right = torch.where(far, z, -1.0), torch.where(far, -1.0, z)  # in range, for the gradient
+    of_tail = (torch.special.erfcx(-tail / math.sqrt(2)) / 2).log() - tail.square() / 2
+    return torch.where(far, of_tail, torch.log1p(-torch.erfc(right / math.sqrt(2)) / 2))
 
 
 def stratified_steps(uniform: Tensor, num_steps: int) -> Tensor:

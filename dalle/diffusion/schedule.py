@@ -108,14 +108,14 @@ class Schedule:
             raise ValueError(f"steps must be in [0, {len(self)}), the schedule's length, got {t}")
         if isinstance(t, int):
             return torch.full([1] * x.ndim, table[t].item(), dtype=torch.float32, device=x.device)
-        values = table.float().to(t.device, non_blocking=True)[t]
-        return values.to(x.device, non_blocking=True).reshape(-1, *[1] * (x.ndim - 1))
+        values = table.float().to(t.device, non_blocking=t.is_cuda)[t]
+        return values.to(x.device, non_blocking=x.is_cuda).reshape(-1, *[1] * (x.ndim - 1))
 
     def times_at(self, t: Steps, x: Tensor) -> Tensor:
         """The times that the network is given: int64 (B,) on the device of x."""
         if isinstance(t, int):
             return torch.full([len(x)], self.times[t].item(), device=x.device)
-        return self.times.to(t.device, non_blocking=True)[t].to(x.device, non_blocking=True)
+        return self.times.to(t.device, non_blocking=t.is_cuda)[t].to(x.device, non_blocking=x.is_cuda)
 
     def alpha_sigma(self, t: Steps, x: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at steps t, as `at` gives them."""

@@ -11,6 +11,7 @@ from dalle.diffusion.losses import (
     bits_per_dim,
     discretized_gaussian_log_prob,
     hybrid,
+    log_ndtr,
     normal_kl,
     simple,
     stratified_steps,
@@ -64,6 +65,18 @@ def test_a_far_mean_and_a_tiny_scale_have_finite_gradients_that_point_to_the_val
     wrong = (x - mean).abs() > 0.01
     wrong &= ~((x == -1) & (mean < -1)) & ~((x == 1) & (mean > 1))  # the outer bins are open
     assert torch.equal(mean.grad.sign()[wrong], (x - mean).sign()[wrong])
+
+
+def test_the_log_of_the_normal_distribution_and_its_gradient_are_those_of_float64():
+    """Over the tail too: the gradient of torch's own is 4 % too small at -1000 in float32."""
+    z = torch.cat([torch.linspace(-12, 5, 800), torch.tensor([-1e3, -1e5, -1.0])]).requires_grad_()
+    exact = z.detach().double().requires_grad_()
+    found, expected = log_ndtr(z), torch.special.log_ndtr(exact)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-9)
+    for each in (found, expected):
+        each.sum().backward()
+    torch.testing.assert_close(z.grad.double(), exact.grad, rtol=1e-5, atol=1e-9)
+    assert torch.autograd.grad(log_ndtr(z[[0, 800]] * -1e6).sum(), z)[0].isfinite().all()
 
 
 # The variational bound.
