@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "DALLE": "pipelines.dalle",
         "DVAE": "dvae",
         "DVAEConfig": "dvae",
+        "GLIDE": "pipelines.glide",
         "Generation": "pipelines.generation",
         "LoadedModel": "hub.registry",
         "TextTokenizer": "text",

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from dalle.config import configuration, whole_number
+from dalle.config import check_positive, configuration, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,6 +67,38 @@ class SamplingConfig:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_COUNT:
                 raise ValueError(f"{name} must be at least 1 and at most {MAX_COUNT}, got {value}")
+
+
+@configuration
+class DiffusionSampling:
+    """How images are sampled by diffusion; the defaults are those of GLIDE's release."""
+
+    steps: int = 100
+    """Steps of the base model, from 2 to those of its training."""
+    guidance: float = 3.0
+    """Scale of classifier-free guidance; 1 is none. It needs a model trained with caption dropout."""
+    sampler: Literal["ancestral", "ddim", "dpm"] = "ancestral"
+    """Of the base model: ancestral (DDPM), DDIM, or DPM-Solver++(2M), which needs the fewest steps."""
+    clip_guidance: float | None = None
+    """Scale of guidance by a scorer that was trained on noised images; with it take guidance 1."""
+    upsample_steps: str = "fast27"
+    """Steps of the upsampler, by DDIM: a number, or another spacing of `dalle.diffusion.schedule.respace`."""
+    upsample_temperature: float = 0.997
+    """Factor on the noise that the upsampler starts from; 1 is sharper, and sometimes grainy."""
+    batch_size: int | None = None
+    """Candidates per step; by default as many as make 128 x 128 pixels on a CPU, 1024 x 1024 elsewhere, 64 at
+    most, fewer where memory is short. The last bits of an image depend on it."""
+    prompts_per_batch: int | None = None
+    """Prompts that share a step; by default as many as fit with all their candidates. A fixed number gives
+    the same bits for any number of prompts and candidates."""
+
+    def __post_init__(self):
+        for name in ("guidance", "clip_guidance"):
+            if abs(value := getattr(self, name) or 0) > MAX_GUIDANCE:
+                raise ValueError(f"{name} must be at most {MAX_GUIDANCE:g} in magnitude, got {value}")
+        if not 0 < self.upsample_temperature <= 10:
+            raise ValueError(f"upsample_temperature must be in (0, 10], got {self.upsample_temperature}")
+        check_positive(self, "batch_size", "prompts_per_batch")
 
 
 def whole_numbers(**values: Any) -> list[int]:

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,7 +21,6 @@ from dalle.commands.sample import SampleArgs
 from dalle.data.image_decode import decode, open_image
 from dalle.io.files import write_json
 from dalle.io.images import resize_center_crop
-from dalle.pipelines.best_of_n import auto_batch_size
 from dalle.pipelines.completion import prefix_tokens
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import Generation, slug, write_images
@@ -108,8 +107,8 @@ class Page:
             if len(caption) > self.args.max_caption:
                 raise ValueError(f"the caption must have at most {self.args.max_caption} letters")
             seed = secrets.randbelow(2**31) if seed in (None, -1) else seed
-            batch_size = auto_batch_size(self.model.transformer, guidance)
-            sampling = SamplingConfig(temperature, top_k or None, top_p, None, guidance, batch_size)
+            sampling = SamplingConfig(temperature, top_k or None, top_p, None, guidance)
+            sampling = replace(sampling, batch_size=self.model.auto_batch_size(sampling))
             record = {"n": n, "seed": seed, **asdict(sampling), "precision": self.model.precision}
             prefix = None
             if image:
@@ -132,7 +131,7 @@ class Page:
                     images, text, archive = self.results(step.top[0].generation(), record, folder)
                     text = f"{text}, seed {seed}, {time.monotonic() - start:.1f} s"
                     yield "", hidden, text, gr.update(value=images, visible=True), archive
-                elif step.whole_rows and now - shown > INTERVAL and read == now:  # as fast as they are read
+                elif step.has_images and now - shown > INTERVAL and read == now:  # as fast as they are read
                     row, first = step.tokens.shape[2] // self.layout.columns, step.batch.candidates[0]
                     text = f"Candidates {first + 1} to {first + step.batch.wanted} of {best_of}"
                     text = f"{text}: row {row} of {self.layout.rows}"

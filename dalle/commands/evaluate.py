@@ -24,6 +24,7 @@ from dalle.evals.config import EvalConfig
 from dalle.io.text import flatten
 from dalle.sampling import SamplingConfig
 
+TOKEN_METRICS = ("dvae", "transformer")
 Metric = Literal["shapes", "dvae", "transformer", "clip", "images", "rerank"]
 
 
@@ -71,7 +72,8 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     from dalle.evals.suite import METRICS
     from dalle.hub.registry import weights_hash
     from dalle.io.files import prepare_file, write_json
-    from dalle.pipelines.dalle import DALLE
+    from dalle.pipelines.glide import GLIDE
+    from dalle.pipelines.open import open_pipeline
     from dalle.pretrained.openai_clip import load_scorer
     from dalle.runs.inputs import load_stage
     from dalle.text import text_tokenizer_from_dict
@@ -80,7 +82,9 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     if args.json:
         prepare_file(args.json)
     device = resolve_device(args.device)
-    model = DALLE.from_pretrained(str(args.model), device)
+    model = open_pipeline(str(args.model), device)
+    if isinstance(model, GLIDE) and (other := [name for name in args.metrics if name in TOKEN_METRICS]):
+        raise ValueError(f"{args.model} is a GLIDE, without tokens: it has no metrics {' '.join(other)}")
     report: dict[str, Any] = {"model": model.hash}
     clip = None
     if args.clip and args.clip.is_dir():
@@ -91,10 +95,10 @@ def evaluate(args: EvaluateArgs) -> dict[str, Any]:
     if args.rerank_with == "clip":
         model.scorer = clip
         report["ranked_by"] = weights_hash(clip.model)
-    if model.scorer is None and {"shapes", "rerank"} & {*args.metrics}:
+    if model.scorer is None and args.best_of > 1 and {"shapes", "rerank"} & {*args.metrics}:
         raise ValueError(
-            f"{args.model} has no CLIP to rank with; train one and save the model with it, "
-            "or give a published one by --clip FILE --rerank-with clip"
+            f"{args.model} has no CLIP to rank with; train one and save the model with it, give a published "
+            "one by --clip FILE --rerank-with clip, or take --best-of 1"
         )
     report |= {name: getattr(args, name) for name in ("num_prompts", "seed", "temperature", "best_of")}
     context = EvalContext(args, model, clip)

@@ -2,6 +2,7 @@
 
 python scripts/sample.py --model runs/quickstart/model --prompt "a red circle above a blue square"
 python scripts/sample.py --prompt "..." --best-of 64            joins the newest models under runs/
+python scripts/sample.py --model glide --prompt "..."             GLIDE: a model directory, or its files
 python scripts/sample.py --model runs/quickstart/model --prompts-file prompts.txt --out runs/many
 python scripts/sample.py --model 1.3B --prompt "..."                  minDALL-E's folder, or its 1.3B.tar.gz
 python scripts/sample.py --model pytorch_model_v3.bin --text-tokenizer bpe.model \\
@@ -22,14 +23,16 @@ from tyro.conf import arg
 
 from dalle.config import cli_errors, configuration, parse
 from dalle.io.text import check_text
-from dalle.sampling import SamplingConfig
+from dalle.sampling import DiffusionSampling, SamplingConfig
 
 if TYPE_CHECKING:
-    from dalle.pipelines.dalle import DALLE
+    from dalle.pipelines.pipeline import Pipeline
     from dalle.train.distributed import Distributed
 
 OWN_FILES = re.compile(r"\.lock|\.writable|\.partial-.+|grid\.png|\d+\.png")
 """Names in the directory of one sample before it has a sample.json."""
+BEST_OF = 64
+"""Candidates by default, but for GLIDE."""
 
 
 @configuration
@@ -56,12 +59,24 @@ class SampleArgs:
     """Activation of an open_clip file's CLIP, which the file does not name: true for "-quickgelu" models."""
     num_images: Annotated[int, arg(aliases=["-n"])] = 8
     """Images to write, best first."""
-    best_of: int = 64
-    """Candidates to generate; 512 in the paper."""
+    best_of: int | None = None
+    """Candidates to generate, 512 in the paper; by default 64, and with GLIDE as many as images."""
     seed: int = 0
     """With the prompt and a candidate's index it fixes the image."""
     sampling: Annotated[SamplingConfig, arg(name="")] = SamplingConfig()
-    """How tokens are sampled."""
+    """How tokens are sampled. GLIDE takes the guidance, by default 3, and the sizes of batches."""
+    steps: int | None = None
+    """Steps of GLIDE's base model; by default 100."""
+    sampler: Literal["ancestral", "ddim", "dpm"] | None = None
+    """Of GLIDE's base model; by default ancestral. dpm needs the fewest steps."""
+    clip_guidance: float | None = None
+    """Scale of guidance by a CLIP trained on noised images, of GLIDE; with it take --guidance 1."""
+    upsample_steps: str | None = None
+    """Steps of GLIDE's upsampler: a number, or a spacing; by default fast27."""
+    inpaint: Path | None = None
+    """Image for GLIDE to inpaint."""
+    mask: Path | None = None
+    """Image of the size of --inpaint, white where it is generated."""
     init_image: Path | None = None
     """Image to complete: its top rows are kept."""
     keep_rows: int | None = None
@@ -91,13 +106,15 @@ def check(args: SampleArgs, external: bool, holds_text: bool) -> None:
     prompt, clip_file = args.prompt.strip(), args.clip and args.clip.is_file()
     for wrong, message in (
         (
-            args.num_images < 1 or args.best_of < args.num_images,
+            args.num_images < 1 or (args.best_of is not None and args.best_of < args.num_images),
             f"best-of must be at least num-images, 1 or more; got {args.best_of}, {args.num_images}",
         ),
         (not prompt and not args.prompts_file, 'no prompt; give --prompt "a red circle above a blue square"'),
         (prompt and args.prompts_file, "--prompts-file replaces --prompt; give one of them"),
         (args.keep_rows is not None and not args.init_image, "--keep-rows needs --init-image"),
+        ((args.inpaint is None) != (args.mask is None), "--inpaint and --mask need each other"),
         (args.prompts_file and args.init_image, "--init-image needs one --prompt; leave out --prompts-file"),
+        (args.prompts_file and args.inpaint, "--inpaint needs one --prompt; leave out --prompts-file"),
         (args.prompts_file and not args.out, "--prompts-file needs --out, from which it resumes"),
         (
             external and not args.text_tokenizer and not holds_text,
@@ -133,6 +150,7 @@ def sample(args: SampleArgs) -> Path:
     from dalle.io.images import load_image
     from dalle.pipelines.sample_prompts import read_prompts
     from dalle.pretrained.load import holds_text_tokenizer, is_external_checkpoint
+    from dalle.runs.open_model import open_model, sampling_settings
     from dalle.train.checkpoint_saver import LOCK
     from dalle.train.distributed import Distributed
 
@@ -151,12 +169,15 @@ def sample(args: SampleArgs) -> Path:
             lock = None if args.prompts_file else claim(out)
             make_directory(out)
         try:
-            model = open_model(args, external, group)
+            model = open_model(args, external, group.device)
+            sampling = sampling_settings(args, model)
+            if args.best_of is None:
+                args = replace(args, best_of=BEST_OF if sampling is args.sampling else args.num_images)
             if args.save_pretrained and group.is_main:
                 model.save_pretrained(args.save_pretrained)
             model = model.to_precision(args.precision, args.int8)
             generate = _sample_file if args.prompts_file else _sample_prompt
-            generate(args, model, out, group)
+            generate(args, model, sampling, out, group)
             if lock:  # the sample is complete
                 (out / LOCK).unlink()
         except BaseException:
@@ -203,7 +224,13 @@ def new_directory(prompt: str) -> Path:
             return out
 
 
-def _sample_file(args: SampleArgs, model: DALLE, out: Path, group: Distributed) -> None:
+def _sample_file(
+    args: SampleArgs,
+    model: Pipeline,
+    sampling: SamplingConfig | DiffusionSampling,
+    out: Path,
+    group: Distributed,
+) -> None:
     from dalle.hub.registry import weights_hash
     from dalle.pipelines.sample_prompts import sample_prompts
 
@@ -213,7 +240,7 @@ def _sample_file(args: SampleArgs, model: DALLE, out: Path, group: Distributed) 
     counts = (args.num_images, args.best_of, args.seed)
     try:
         prompts = sample_prompts(
-            model, args.prompts_file, out, *counts, args.sampling, args.truncate, facts, group
+            model, args.prompts_file, out, *counts, sampling, args.truncate, facts, group
         )
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; the same command resumes in {out}") from None
@@ -221,23 +248,31 @@ def _sample_file(args: SampleArgs, model: DALLE, out: Path, group: Distributed) 
         print(f"{out}: {args.num_images} of {args.best_of} images for each of {prompts} prompts")
 
 
-def _sample_prompt(args: SampleArgs, model: DALLE, out: Path, group: Distributed) -> None:
+def _sample_prompt(
+    args: SampleArgs,
+    model: Pipeline,
+    sampling: SamplingConfig | DiffusionSampling,
+    out: Path,
+    group: Distributed,
+) -> None:
     from dalle.io.files import write_json
-    from dalle.pipelines.best_of_n import auto_batch_size
     from dalle.pipelines.completion import prefix_tokens
     from dalle.pipelines.generation import merge_generations, write_images
+    from dalle.pipelines.inpainting import known_image
 
-    share = args.best_of // group.world_size
-    batch_size = args.sampling.batch_size or auto_batch_size(model.transformer, args.sampling.guidance, share)
+    batch_size = model.auto_batch_size(sampling, args.best_of // group.world_size)
     if group.world_size > 1:
         batch_size = min(group.gather_objects(batch_size))
     options = {"n": args.num_images, "best_of": args.best_of, "seed": args.seed, "truncate": args.truncate}
-    options |= asdict(replace(args.sampling, batch_size=batch_size))
+    options |= asdict(replace(sampling, batch_size=batch_size))
     shared = options | {"shard": (group.rank, group.world_size), "progress": group.is_main}
     if args.init_image:
         kept = model.transformer.layout.rows // 2 if args.keep_rows is None else args.keep_rows
         shared["prefix"] = prefix_tokens(model, args.init_image, kept)
         options |= {"image": str(args.init_image), "rows": kept}
+    if args.inpaint:
+        shared["known"] = known_image(model, args.inpaint, args.mask)
+        options |= {"image": str(args.inpaint), "mask": str(args.mask)}
     generations = model.generate([args.prompt], **shared)
     if group.world_size > 1:
         parts = [part for shard in group.gather_objects(generations) for part in shard]
@@ -251,40 +286,3 @@ def _sample_prompt(args: SampleArgs, model: DALLE, out: Path, group: Distributed
     write_json(out / "sample.json", {"prompt": args.prompt, **options})
     note = f", interrupted at {generated} of {args.best_of}" if generated < generation.best_of else ""
     print(f"{out}: {len(generation.images)} of {generated} images for {args.prompt!r}{note}")
-
-
-def open_model(args: SampleArgs, external: bool, group: Distributed) -> DALLE:
-    """The model directory, the external model, or the joined runs; ValueError if they do not fit."""
-    from dalle.pipelines.dalle import DALLE
-    from dalle.pretrained.load import load_external_pipeline
-    from dalle.pretrained.openai_clip import load_scorer
-    from dalle.runs.inputs import latest_run, load_stage, load_text_input
-
-    device = group.device
-    scorer = load_scorer(args.clip, device, args.quick_gelu) if args.clip and args.clip.is_file() else None
-    text = load_text_input(args.text_tokenizer) if args.text_tokenizer else None
-    if external:
-        if args.clip and scorer is None:
-            raise ValueError(f"{args.clip} is a run, whose CLIP reads another text; give a file of OpenAI's")
-        dvae = load_stage("dvae", args.dvae, device).model if args.dvae else None
-        return load_external_pipeline(args.model, text, dvae, scorer, device)
-    if args.model:
-        rounding = {} if args.save_pretrained else {"precision": args.precision, "int8": args.int8}
-        return DALLE.from_pretrained(str(args.model), device, **rounding)
-    dvae, transformer = (load_stage(kind, getattr(args, kind), device) for kind in ("dvae", "transformer"))
-    clip, optional = None, args.clip is None and args.best_of == args.num_images
-    if scorer is None:
-        try:
-            path = args.clip or latest_run("clip")
-        except ValueError:
-            if not optional:
-                raise
-            print("note: there is no CLIP, so the images are unranked")
-        else:
-            clip = load_stage("clip", path, device)
-    if optional and clip and clip.inputs["text_hash"] != transformer.inputs["text_hash"]:
-        print(f"note: the images are unranked: {clip.source} was trained with another text tokenizer")
-        clip = None
-    model = DALLE.from_parts(dvae, transformer, clip, text)
-    model.scorer = scorer or model.scorer
-    return model

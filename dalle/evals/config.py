@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dalle.config import configuration
 from dalle.data.config import DataConfig
+from dalle.sampling import DiffusionSampling
 
 RADII = (0, 1, 2, 4, 8)  # Figure 9
 TEMPLATES = ("a photo of a {}.",)  # Radford et al.: better than the name alone
@@ -23,6 +24,8 @@ class EvalConfig:
     """Candidates of each caption; 512 in the paper."""
     temperature: float = 1.0
     """Sampling temperature; 1 in the paper."""
+    diffusion: DiffusionSampling = DiffusionSampling()
+    """How a GLIDE samples."""
     chunk: int = 512
     """Images sampled at once for shapes."""
     batch: int = 32

@@ -1,7 +1,7 @@
 """Evaluation context: the model, validation pairs, CLIP, feature extractor and provenance."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from dalle.evals.config import EvalConfig
 from dalle.evals.networks import LPIPS, CLIPFeatures, Extractor, Inception
 from dalle.hub.registry import weights_hash
 from dalle.io.text import VISIBLE, read_text
-from dalle.pipelines.dalle import DALLE
+from dalle.pipelines.glide import GLIDE
+from dalle.pipelines.pipeline import Pipeline
 from dalle.types import Embedder, ImageTextBatch
 
 RESIZE = "shorter side by Pillow's Lanczos, then the middle square"
@@ -38,16 +39,20 @@ def _normalized(name: str) -> str:
 class EvalContext:
     """A model with the validation pairs and networks that measure it; `clip` in place of its own CLIP."""
 
-    def __init__(self, args: EvalConfig, model: DALLE, clip: Embedder | None = None):
-        layout = model.transformer.layout
-        if layout.rows != layout.columns:
-            raise ValueError(f"images are square, the model's grid is {layout.rows} x {layout.columns}")
+    def __init__(self, args: EvalConfig, model: Pipeline, clip: Embedder | None = None):
         self.args, self.model = args, model
         self.clip = clip or (model.scorer if isinstance(model.scorer, Embedder) else None)
-        self.data = replace(args.data, resolution=layout.rows * model.dvae.downsample_factor)
+        self.data = replace(args.data, resolution=model.image_size)
         self.dataset = open_dataset(self.data, "val")
         self.lpips = LPIPS(args.lpips_backbone, model.device) if args.lpips_backbone else None
         self.classes = read_classes(args.classes) if args.classes else None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Settings of the model's `generate`."""
+        if isinstance(self.model, GLIDE):
+            return asdict(self.args.diffusion)
+        return {"temperature": self.args.temperature}
 
     @cached_property
     def extractor(self) -> Extractor | None:
@@ -106,8 +111,7 @@ class EvalContext:
         """Hashes of weights and data, sizes and versions that the numbers depend on."""
         model, extractor = self.model, self.extractor
         hashes = {
-            "dvae": weights_hash(model.dvae),
-            "transformer": weights_hash(model.transformer),
+            **{name: weights_hash(part) for name, part in model.parts.items()},
             "text": model.text.hash,
             "clip": self.clip and weights_hash(self.clip.model),
             "feature_extractor": extractor and extractor.hash,

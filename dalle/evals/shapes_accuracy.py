@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.pipelines.dalle import DALLE
-from dalle.sampling import SamplingConfig
+from dalle.pipelines.pipeline import Pipeline
 from dalle.shapes.dataset import ShapesDataset, captions, change_one_attribute
 from dalle.shapes.judge import matches_caption
 
@@ -37,31 +37,33 @@ class ShapesSamples:
 
 
 def caption_accuracy(
-    model: DALLE, split: str, count: int, best_of: int, seed: int, temperature: float, chunk: int = 512
+    model: Pipeline, split: str, count: int, best_of: int, seed: int, chunk: int = 512, **sampling
 ) -> tuple[dict[str, float], ShapesSamples]:
     """Fraction of images that the judge accepts, and the samples.
 
     acc_real: true images; acc_mismatched: true images against a caption that differs in one attribute;
-    acc_reconstruction: true images through hard codes; acc_first: the first sample; acc_best_of_n: the one
-    ranked first; acc_random_of_n, acc_oracle_of_n: a random one, any of the n; acc_chance: first samples
-    against other images' captions.
+    acc_reconstruction: true images through hard codes, of a DALL-E; acc_first: the first sample;
+    acc_best_of_n: the one ranked first; acc_random_of_n, acc_oracle_of_n: a random one, any of the n;
+    acc_chance: first samples against other images' captions. `sampling` is of the model's `generate`.
     """
-    resolution = model.transformer.layout.rows * model.dvae.downsample_factor
-    dataset, rng = ShapesDataset(resolution, seed, split), np.random.default_rng(seed)
+    dataset, rng = ShapesDataset(model.image_size, seed, split), np.random.default_rng(seed)
     scenes = [dataset.scene(index) for index in range(count)]
     texts = [_one_wording(scene, rng) for scene in scenes]
     mismatched = [_one_wording(change_one_attribute(scene, rng), rng) for scene in scenes]
     pixels = torch.from_numpy(dataset.pixels(range(count)))
-    with torch.no_grad():
-        tokens = [model.dvae.encode(part.to(model.device)) for part in pixels.split(chunk)]
-        decoded = torch.cat([model.decode(part).cpu() for part in tokens])
-    samples = generate_samples(model, texts, best_of, chunk, seed, temperature)
+    samples = generate_samples(model, texts, best_of, chunk, seed, **sampling)
     repeated = [text for text in texts for _ in range(best_of)]
     correct = matches_caption(samples.pixels.flatten(0, 1), repeated).reshape(count, best_of)
     scores = {
         "acc_real": matches_caption(pixels, texts).mean(),
         "acc_mismatched": matches_caption(pixels, mismatched).mean(),
-        "acc_reconstruction": matches_caption(decoded, texts).mean(),
+    }
+    if isinstance(model, DALLE):
+        with torch.no_grad():
+            tokens = [model.dvae.encode(part.to(model.device)) for part in pixels.split(chunk)]
+            decoded = torch.cat([model.decode(part).cpu() for part in tokens])
+        scores["acc_reconstruction"] = matches_caption(decoded, texts).mean()
+    scores |= {
         "acc_first": correct[:, 0].mean(),
         f"acc_best_of_{best_of}": correct[range(count), samples.best].mean(),
         f"acc_random_of_{best_of}": correct[range(count), rng.integers(best_of, size=count)].mean(),
@@ -77,13 +79,13 @@ def _one_wording(scene, rng: np.random.Generator) -> str:
 
 
 def generate_samples(
-    model: DALLE, texts: Sequence[str], best_of: int, batch: int, seed: int, temperature: float = 1.0
+    model: Pipeline, texts: Sequence[str], best_of: int, batch: int, seed: int, **sampling
 ) -> ShapesSamples:
     """`best_of` candidates of every caption, several captions at once, ranked by the model's scorer."""
     model = model.to_precision("auto")
-    sampling = SamplingConfig(temperature, batch_size=min(batch, len(texts) * best_of))
+    sampling["batch_size"] = sampling.get("batch_size") or min(batch, len(texts) * best_of)
     with tqdm(total=len(texts) * best_of, desc="sampling", unit="image", disable=None) as bar:
-        for step in model.steps(texts, best_of, best_of, seed, sampling):
+        for step in model.steps(texts, best_of, best_of, seed, model.Sampling(**sampling)):
             bar.update(step.seen - bar.n)
     pixels = [torch.stack([c[3] for c in sorted(top.best, key=lambda c: c[1])]) for top in step.top]
     return ShapesSamples(list(texts), torch.stack(pixels), [top.best[0][1] for top in step.top])

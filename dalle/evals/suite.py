@@ -24,9 +24,9 @@ from dalle.shapes.judge import matches_caption
 def shapes_metrics(context: EvalContext) -> dict[str, Any]:
     """Caption accuracy on both validation sets of the shapes."""
     args = context.args
-    options = (args.num_prompts, args.best_of, args.seed, args.temperature, args.chunk)
+    counts, options = (args.num_prompts, args.best_of, args.seed), {"chunk": args.chunk} | context.sampling
     splits = ("val", "new_pairs")
-    return {split: caption_accuracy(context.model, split, *options)[0] for split in splits}
+    return {split: caption_accuracy(context.model, split, *counts, **options)[0] for split in splits}
 
 
 def dvae_metrics(context: EvalContext) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def generate(context: EvalContext, best_of: int, keep: int) -> Iterator[list[Gen
     args, model = context.args, context.model.to_precision("auto")
     prompts, group = context.prompts(), max(1, args.batch // keep)
     for start in range(0, len(prompts), group):
-        part, options = prompts[start : start + group], {"temperature": args.temperature, "truncate": True}
+        part, options = prompts[start : start + group], context.sampling | {"truncate": True}
         generations = model.generate(part, keep, best_of, args.seed, **options)
         if len(generations) < len(part) or any(one.interrupted for one in generations):
             raise KeyboardInterrupt

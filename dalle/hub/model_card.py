@@ -42,12 +42,14 @@ def model_card(directory: Path, report: Report | None = None, license: str | Non
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
         parameters[kind] = sum(map(math.prod, shapes))
+    kind = "dalle" if {"dvae", "transformer"} <= parts.keys() else next(iter(parts))
+    kind = "glide" if kind == "base" and "text" in inputs else kind
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
     environment.filters |= {"value": format_value, "flatten": flatten}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        kind="dalle" if {"dvae", "transformer"} <= parts.keys() else next(iter(parts)),
+        kind=kind,
         source=PLACEHOLDER,
         parts=parts,
         parameters=parameters,

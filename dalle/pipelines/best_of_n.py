@@ -124,8 +124,15 @@ class GenerationProgress:
     total: int
     """Candidates of all prompts."""
 
+    unit = "image"
+
     @property
-    def whole_rows(self) -> bool:
+    def done(self) -> tuple[int, int]:
+        """For a progress bar, in `unit`: how much is done, of how much."""
+        return self.seen, self.total
+
+    @property
+    def has_images(self) -> bool:
         """Whether a row of tokens has just been completed."""
         return not self.ranked and self.tokens.shape[2] % self.model.transformer.layout.columns == 0
 
@@ -169,7 +176,7 @@ def sample_best_of_n(
     """
     transformer, layout = model.transformer, model.transformer.layout
     top = [TopN(n, prompt, model.scorer, seed, best_of) for prompt in prompts]
-    rows = sampling.batch_size or auto_batch_size(transformer, sampling.guidance, best_of // shard[1])
+    rows = model.auto_batch_size(sampling, best_of // shard[1])
     decode_rows = sampling.decode_batch_size
     if decode_rows is None:
         image_bytes = layout.num_image_tokens * model.dvae.downsample_factor**2 * DECODE_BYTES_PER_PIXEL

@@ -18,10 +18,10 @@ from typing import Any
 from dalle.io.files import make_directory, read_json, write_json, write_text
 from dalle.io.images import captioned_grid, load_image
 from dalle.io.text import NOT_UTF8, is_caption, parse_json, read_text
-from dalle.pipelines.best_of_n import auto_batch_size, num_prompts_per_batch
-from dalle.pipelines.dalle import DALLE
+from dalle.pipelines.best_of_n import num_prompts_per_batch
 from dalle.pipelines.generation import save_png, slug, write_images
-from dalle.sampling import SamplingConfig
+from dalle.pipelines.pipeline import Pipeline
+from dalle.sampling import DiffusionSampling, SamplingConfig
 from dalle.train.checkpoint_saver import lock_directory
 from dalle.train.distributed import Distributed
 
@@ -66,13 +66,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def sample_prompts(
-    model: DALLE,
+    model: Pipeline,
     path: Path,
     out: Path,
     n: int,
     best_of: int,
     seed: int,
-    sampling: SamplingConfig,
+    sampling: SamplingConfig | DiffusionSampling,
     truncate: bool,
     facts: dict[str, Any],
     processes: Distributed,
@@ -104,8 +104,7 @@ def sample_prompts(
     if earlier is None and any(files):
         raise ValueError(f"{out} is not empty and holds no run of prompts; give another --out")
     if sampling.batch_size is None:
-        fitting = auto_batch_size(model.transformer, sampling.guidance, best_of)
-        fitting = min(processes.gather_objects(fitting))
+        fitting = min(processes.gather_objects(model.auto_batch_size(sampling, best_of)))
         sampling = replace(sampling, batch_size=settings.get("batch_size") if earlier else fitting)
     group_size = num_prompts_per_batch(best_of, sampling.batch_size, sampling.prompts_per_batch)
     settings = {"n": n, "best_of": best_of, "seed": seed, "truncate": truncate, **asdict(sampling)}
@@ -135,7 +134,7 @@ def _begin(out: Path, run: dict[str, Any], lock: ExitStack) -> None:
 
 
 def _sample_group(
-    model: DALLE, first: int, prompts: list[str], group_size: int, run: dict[str, Any], part: Path
+    model: Pipeline, first: int, prompts: list[str], group_size: int, run: dict[str, Any], part: Path
 ) -> None:
     """Writes the images and records of some prompts, padded to a group so that all batches have one shape."""
     count = len(prompts)

@@ -6,6 +6,7 @@ transformer (Nichol et al. 2021, sections 2.4 and 4.4). Names are the release's,
     B batch, N positions, D width, h heads of width d, E width of the shared space
 """
 
+from collections.abc import Callable
 from functools import partial
 from math import isqrt
 
@@ -15,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dalle.config import check_positive, configuration
+from dalle.io.images import check_images
 from dalle.nn.blocks import FP32LayerNorm
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, Shapes, count_matches
 
@@ -120,6 +122,40 @@ class TextTower(Tower):
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """ids int64 (B, N) with any pads, and how many of each caption are its own (B,) -> (B, E)."""
         return self.project(F.embedding(ids, self.input.w_voc) + self.input.w_pos, lengths - 1, causal=True)
+
+
+class NoisedCLIPScorer:
+    """A `Scorer` of clean images by both towers at time 0, with `log_prob` of noised ones for guidance."""
+
+    def __init__(self, image: ImageTower, text: TextTower):
+        from open_clip import SimpleTokenizer
+
+        self.model = nn.ModuleDict({"image": image, "text": text})
+        self.tokenizer = SimpleTokenizer(context_length=text.config.positions)
+        if (vocab := text.config.text_vocab) < self.tokenizer.vocab_size:
+            raise ValueError(f"it reads {vocab} text ids, CLIP's tokenizer has {self.tokenizer.vocab_size}")
+
+    @torch.no_grad()
+    def embed_caption(self, caption: str) -> Tensor:
+        """A caption, cut if it is too long, -> a unit vector (1, E)."""
+        ids = self.tokenizer(caption)
+        lengths = ids.argmax(dim=1) + 1  # the end of text has the highest id
+        device = self.model["text"].input.w_pos.device
+        return self.model["text"](ids.to(device), lengths.to(device))
+
+    def log_prob(self, caption: str) -> Callable[[Tensor, Tensor], Tensor]:
+        """Of noised images (B, 3, H, W) and times (B,): (B,), 100 times the cosine (GLIDE, section 2.4)."""
+        image, vector = self.model["image"], self.embed_caption(caption)[0]
+        return lambda x, times: image.logit_scale * (image(x, times) @ vector)
+
+    def score(self, pixels: Tensor, caption: str) -> Tensor:
+        """Pixels (N, 3, H, W) in [0, 1] -> cosines (N,)."""
+        check_images(pixels)
+        image, size = self.model["image"], (self.model["image"].image_size,) * 2
+        if pixels.shape[2:] != size:
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+        times = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
+        return image(2 * pixels - 1, times) @ self.embed_caption(caption)[0]
 
 
 def infer_config(shapes: Shapes, found: DetectedCheckpoint, image: bool) -> TowerConfig:

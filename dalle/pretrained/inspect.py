@@ -8,6 +8,7 @@ from dalle.hub.registry import MODEL_REGISTRY
 from dalle.io.files import check_meta, file_hashes, read_config, read_json
 from dalle.io.torch_file import read_torch_file
 from dalle.pretrained.family import CheckpointFormat, DetectedCheckpoint, compare_keys
+from dalle.pretrained.glide import BASE, CLIP, UPSAMPLER, existing, is_glide_folder
 from dalle.pretrained.load import check_supported_path, detect_checkpoint, extracted, is_external_checkpoint
 from dalle.pretrained.openai_dvae import HALVES
 from dalle.train.checkpoint import latest_checkpoint
@@ -18,6 +19,10 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
     if is_external_checkpoint(path):
         with extracted(path) as extracted_path:
             return _external(detect_checkpoint(extracted_path))
+    if is_glide_folder(path):
+        return {
+            file.stem: _external(detect_checkpoint(file)) for file in existing(path, *BASE, *UPSAMPLER, *CLIP)
+        }
     if (path / "config.json").is_file() and "parts" in read_json(path / "config.json"):
         return _model_directory(path)
     if folder := latest_checkpoint(path) or (path if (path / "meta.json").is_file() else None):

@@ -7,6 +7,7 @@ pixels to inpaint around. Images are in [-1, 1].
     T positions of the context (image embedding and text), D their width
 """
 
+import copy
 from functools import partial
 
 import torch
@@ -69,6 +70,20 @@ class Encoder(nn.Module):
             elif isinstance(module, TextTransformer):
                 groups += [[block.attn, block.mlp] for block in module.resblocks]
         return groups
+
+
+def cast_weights(model: Encoder, dtype: torch.dtype) -> Encoder:
+    """The same model with the weights of its blocks in another dtype; everything else is shared.
+
+    Norms, embeddings, the first and the last convolution stay as they are; it runs under autocast.
+    """
+    layers = [layer for group in model.fsdp_groups() for module in group for layer in module.modules()]
+    weights = {id(p): p for layer in layers for p in layer.parameters(recurse=False)}
+    if all(p.dtype == dtype for p in weights.values()):
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    cast = {key: nn.Parameter(p.detach().to(dtype), requires_grad=False) for key, p in weights.items()}
+    return copy.deepcopy(model, shared | cast)
 
 
 class UNet(Encoder):

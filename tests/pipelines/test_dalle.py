@@ -19,8 +19,7 @@ from dalle.hub.registry import LoadedModel, load_model, weights_hash
 from dalle.io.files import read_json, read_tensors, write_json, write_tensors
 from dalle.io.images import to_pil, to_tensor
 from dalle.nn.kv_cache import kv_cache_bytes
-from dalle.pipelines import best_of_n
-from dalle.pipelines import dalle as pipeline
+from dalle.pipelines import best_of_n, pipeline
 from dalle.pipelines.best_of_n import CandidateBatch, auto_batch_size, candidate_batches
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.generation import Generation, merge_generations
@@ -512,7 +511,7 @@ class TestSteps:
         every = tokens_of(generate(model, prompt, n=6, batch_size=4))
         shown = []
         for step in model.steps([prompt], 3, 6, 0, self.SAMPLING):
-            if step.whole_rows:
+            if step.has_images:
                 shown.append((step.batch.candidates, len(step.images)))
                 for candidate, tokens in zip(step.batch.candidates, step.tokens[0].tolist(), strict=True):
                     assert tokens == every.get(candidate, tokens)[: len(tokens)]
@@ -521,7 +520,7 @@ class TestSteps:
     def test_leaving_the_loop_stops_the_sampling(self, model, prompt, positions_sampled):
         steps = model.steps([prompt], 4, 8, 0, self.SAMPLING)
         for step in steps:
-            if step.whole_rows:
+            if step.has_images:
                 break
         steps.close()
         assert positions_sampled == [1, 2, 3, 4]

@@ -151,7 +151,7 @@ def test_it_resumes_with_the_batch_size_it_began_with(run, monkeypatch):
     generate = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(DALLE, "generate", generate)
     for fitting in (16, 2):
-        monkeypatch.setattr(sample_prompts, "auto_batch_size", Mock(return_value=fitting))
+        monkeypatch.setattr(DALLE, "auto_batch_size", Mock(return_value=fitting))
         with pytest.raises(SystemExit, match="stopped"):
             sample(replace(run, sampling=SamplingConfig()))
     assert [call.kwargs["batch_size"] for call in generate.call_args_list] == [16, 16]
