@@ -21,7 +21,7 @@ def text_tokenizer() -> TextTokenizer:
 def unet(size: int, seed: int = 0, caption_dropout: float = 0.2, **fields) -> UNet:
     """All weights random, also those that begin at zero, so that the images depend on every input."""
     fields = {"diffusion": DiffusionConfig("cosine", 60, "x0", caption_dropout)} | SIZES | fields
-    model = UNet(UNetConfig(image_size=size, attention=(size // 2,), **fields))
+    model = UNet(UNetConfig(image_size=size, **{"attention": (size // 2,)} | fields))
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
