@@ -27,6 +27,7 @@ GROUPS = {
         "encode-images": "encode images into tokens with it",
         "train-transformer": "train the transformer on them: stage two",
         "train-clip": "train a CLIP to rank images",
+        "train-diffusion": "train a diffusion model, as GLIDE",
     },
     "sampling and evaluation": {
         "sample": "generate images for a prompt and keep the best",

@@ -139,6 +139,22 @@ def candidate_normals(seed: int, prompt: str, candidates: range, step: int, shap
     return torch.from_numpy(np.stack([stream.standard_normal(shape, np.float32) for stream in streams]))
 
 
+def numbers_by_place(like: Tensor, first: int, normal: bool = False) -> Tensor:
+    """Numbers in [0, 1), or standard normal ones, of a tensor's shape and device, for training.
+
+    They follow from torch's seed and a row's place: row i is that of place first + i in any batch. One number
+    is sampled by torch's own CPU generator; processes of the same seed and step so have the same.
+    """
+    import torch
+
+    seed = int(torch.randint(2**62, (), device="cpu").numpy())
+    numbers, rng = torch.empty(like.shape, device=like.device), torch.Generator(like.device)
+    for place, row in enumerate(numbers, first):
+        fill = row.normal_ if normal else row.uniform_
+        fill(generator=rng.manual_seed(seed + place))
+    return numbers
+
+
 def sample_tokens(
     logits: Tensor,
     uniform: Tensor,

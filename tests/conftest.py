@@ -22,6 +22,7 @@ import torch
 
 from dalle.commands.encode_images import EncodeImagesArgs, encode_images
 from dalle.commands.train_clip import TrainCLIPArgs, train_clip
+from dalle.commands.train_diffusion import TrainDiffusionArgs
 from dalle.commands.train_dvae import TrainDVAEArgs, train_dvae
 from dalle.commands.train_tokenizer import TrainTokenizerArgs, train_tokenizer
 from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
@@ -69,6 +70,14 @@ model:
   {embed_width: 8, head_dim: 8, image_size: 32, patch_size: 16, vision_width: 16, vision_layers: 1,
    text_len: 20, text_vocab: 400, text_width: 16, text_layers: 1}
 """,
+    "diffusion": """\
+data: {path: shapes, resolution: 16}
+low_resolution: 8
+model:
+  {image_size: 16, width: 32, channel_mult: [1, 2], blocks: 1, attention: [8], head_width: 16, dropout: 0.1,
+   text_len: 20, text_vocab: 400, text_width: 16, text_layers: 1, text_heads: 2, diffusion: {steps: 50}}
+eval_steps: 2
+""",
 }
 
 
@@ -109,7 +118,7 @@ def tiny_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_runs(tiny_configs: Path) -> SimpleNamespace:
-    """The run of each stage at the tiny size: .text .dvae .encode .transformer .clip"""
+    """The run of each stage at the tiny size: .text .dvae .encode .transformer .clip .diffusion"""
     files = {family: tiny_configs / family / "shapes.yaml" for family in TINY}
     return SimpleNamespace(
         text=load(TrainTokenizerArgs, [files["transformer"]], schema=TrainTransformerArgs),
@@ -117,6 +126,7 @@ def tiny_runs(tiny_configs: Path) -> SimpleNamespace:
         encode=load(EncodeImagesArgs, [files["dvae"]], schema=TrainDVAEArgs),
         transformer=load(TrainTransformerArgs, [files["transformer"]]),
         clip=load(TrainCLIPArgs, [files["clip"]]),
+        diffusion=load(TrainDiffusionArgs, [files["diffusion"]]),
     )
 
 

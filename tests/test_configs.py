@@ -9,17 +9,20 @@ import torch
 
 from dalle.commands.encode_images import EncodeImagesArgs, encode_images
 from dalle.commands.train_clip import TrainCLIPArgs, train_clip
+from dalle.commands.train_diffusion import TrainDiffusionArgs, train_diffusion
 from dalle.commands.train_dvae import TrainDVAEArgs, train_dvae
 from dalle.commands.train_tokenizer import TrainTokenizerArgs, train_tokenizer
 from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
 from dalle.config import load, read_yaml
 from dalle.hub.registry import build_model, load_model
+from dalle.meta_device import SkipRandomInit
 from dalle.pipelines.dalle import DALLE
 from dalle.schedules import Schedule
 from dalle.train.loggers import read_log
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = {"dvae": TrainDVAEArgs, "transformer": TrainTransformerArgs, "clip": TrainCLIPArgs}
+ALL = RUNS | {"diffusion": TrainDiffusionArgs}
 FILES = sorted(CONFIGS.glob("*/*.yaml"))
 SIZES = ["shapes", "small", "clipart", "paper"]
 
@@ -33,7 +36,7 @@ def names(file: Path) -> str:
 
 
 def on_meta(family: str, config) -> torch.nn.Module:
-    with torch.device("meta"):
+    with torch.device("meta"), SkipRandomInit():
         return build_model(family, config)
 
 
@@ -43,8 +46,8 @@ def parameters(model: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize("file", FILES, ids=names)
 def test_it_builds_and_names_its_command(file):
-    run = load(RUNS[file.parent.name], [file])
-    assert parameters(on_meta(file.parent.name, run.model)) > 0
+    run = load(ALL[file.parent.name], [file])
+    assert parameters(on_meta(getattr(run.model, "kind", file.parent.name), run.model)) > 0
     comments = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     command = f"python scripts/train_{file.parent.name}.py --config configs/{names(file)}.yaml"
     assert any(command in line for line in comments)
@@ -115,6 +118,18 @@ def test_the_papers_clip_is_vit_b_16():
     assert (run.train.batch_size, optimizer.weight_decay, optimizer.warmup_steps) == (32_768, 0.2, 2_000)
 
 
+@pytest.mark.parametrize(
+    ("size", "expected", "steps", "batch"),
+    [("glide", 3_554_414_086, 2_500_000, 2048), ("glide-upsampler", 1_540_932_998, 1_600_000, 512)],
+)
+def test_the_models_of_glides_paper(size, expected, steps, batch):
+    """Section 4.1: 3.5 billion parameters, 1.5 billion."""
+    run = load(TrainDiffusionArgs, [CONFIGS / "diffusion" / f"{size}.yaml"])
+    assert parameters(on_meta(run.model.kind, run.model)) == expected
+    assert (run.steps, run.train.batch_size, run.low_resolution) == (steps, batch, 64)
+    assert (run.model.diffusion.caption_dropout, run.train.ema.decay) == (0.2, 0.9999)
+
+
 # Two steps.
 
 
@@ -144,3 +159,19 @@ def test_the_stages_run_in_order_and_join(tiny_configs, tmp_path, prompt, size):
     assert all(finite(tmp_path / family) for family in RUNS)
     model = DALLE.from_parts(*(load_model(tmp_path / family, family) for family in RUNS))
     assert len(model.generate(prompt, n=1, best_of=2).images) == 1
+
+
+DIFFUSION = ("shapes", "upsampler-shapes", "inpaint-shapes", "small", "glide", "glide-upsampler")
+
+
+@pytest.mark.parametrize(
+    "size", [pytest.param(size, marks=[pytest.mark.slow] * (i > 2)) for i, size in enumerate(DIFFUSION)]
+)
+def test_a_diffusion_model_takes_two_steps(tiny_configs, chain, tmp_path, size):
+    """At a tiny width and resolution, with the file's own kind, prediction and optimizer."""
+    files = [CONFIGS / "diffusion" / f"{size}.yaml", tiny_configs / "diffusion" / "shapes.yaml"]
+    run = load(TrainDiffusionArgs, files)
+    text = chain / "text" if run.model.text == "ids" else None
+    train_diffusion(replace(run, out=tmp_path, text_tokenizer=text))
+    assert finite(tmp_path)
+    assert load_model(tmp_path, run.model.kind).model.config == run.model

@@ -200,4 +200,6 @@ def main() -> None:
     with cli_errors():
         overview(sys.argv[1:], __doc__, EACH_KIND)
         kind, words = take_kind(sys.argv[1:])
+        if kind not in PLANS:
+            raise ValueError(f"plan knows {', '.join(PLANS)}, not {kind}; time a few steps instead")
         plan_training(kind, parse(PLANS[kind], words, description=__doc__))

@@ -110,9 +110,9 @@ def stratified_steps(uniform: Tensor, num_steps: int) -> Tensor:
     """Timesteps spread evenly over a batch: row i has one of the i-th of B equal parts; int64 (B,).
 
     Args:
-        uniform: float64 (B,) in [0, 1); over the rows together every step is equally likely.
+        uniform: (B,) in [0, 1); over the rows together every step is equally likely.
     """
-    share = (torch.arange(len(uniform)) + uniform) / len(uniform)
+    share = (torch.arange(len(uniform), device=uniform.device) + uniform) / len(uniform)
     return (share * num_steps).long().clamp(max=num_steps - 1)
 
 

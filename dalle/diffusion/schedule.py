@@ -103,19 +103,33 @@ class Schedule:
 
     def at(self, table: Tensor, t: Steps, x: Tensor) -> Tensor:
         """Values of a table (T,) at steps t: float32 on the device of x, broadcast over its rows."""
-        steps = torch.as_tensor(t)
-        if steps.device.type == "cpu" and not (steps.min() >= 0 and steps.max() < len(self)):
-            raise ValueError(f"steps must be in [0, {len(self)}), the schedule's length, got {t}")
+        error = f"steps must be in [0, {len(self)}), the schedule's length, got "
         if isinstance(t, int):
+            if not 0 <= t < len(self):
+                raise ValueError(f"{error}{t}")
             return torch.full([1] * x.ndim, table[t].item(), dtype=torch.float32, device=x.device)
-        values = table.float().to(t.device, non_blocking=t.is_cuda)[t]
-        return values.to(x.device, non_blocking=x.is_cuda).reshape(-1, *[1] * (x.ndim - 1))
+        try:  # reading the steps to check them would wait
+            values = self.placed(table, x.device).index_select(0, t.to(x.device))
+        except IndexError:
+            raise ValueError(f"{error}{t.tolist()!s:.100}") from None
+        return values.reshape(-1, *[1] * (x.ndim - 1))
+
+    def placed(self, table: Tensor, device: torch.device) -> Tensor:
+        """A table on a device, float32 for float64, copied there once: a copy in each step would wait."""
+        key = id(table), device
+        if key not in self._placed:  # the table is kept too, so that no other has its id
+            self._placed[key] = table, (table.float() if table.is_floating_point() else table).to(device)
+        return self._placed[key][1]
+
+    @cached_property
+    def _placed(self) -> dict[tuple[int, torch.device], tuple[Tensor, Tensor]]:
+        return {}
 
     def times_at(self, t: Steps, x: Tensor) -> Tensor:
         """The times that the network is given: int64 (B,) on the device of x."""
         if isinstance(t, int):
             return torch.full([len(x)], self.times[t].item(), device=x.device)
-        return self.times.to(t.device, non_blocking=t.is_cuda)[t].to(x.device, non_blocking=x.is_cuda)
+        return self.placed(self.times, x.device)[t.to(x.device)]
 
     def alpha_sigma(self, t: Steps, x: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at steps t, as `at` gives them."""

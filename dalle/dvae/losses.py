@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dalle.dvae.model import map_pixels
+from dalle.sampling import numbers_by_place
 
 
 def logit_laplace_log_prob(x: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:
@@ -50,21 +51,9 @@ def gumbel_softmax(logits: Tensor, tau: float, first: int = 0) -> Tensor:
     place in the batch, of which these logits may be a part that begins at place `first`.
     """
     logits = logits.float().movedim(1, -1)
-    uniform = uniform_by_place(logits, first).clamp_min(torch.finfo(torch.float32).tiny)
+    uniform = numbers_by_place(logits, first).clamp_min(torch.finfo(torch.float32).tiny)
     gumbel = -(-uniform.log()).log()
     return torch.softmax((logits + gumbel) / tau, dim=-1).movedim(-1, 1)
-
-
-def uniform_by_place(like: Tensor, first: int) -> Tensor:
-    """Numbers in [0, 1) of a tensor's shape and device; row i is that of index first + i in any batch.
-
-    One number is sampled by torch's own CPU generator; processes of the same seed and step so have the same.
-    """
-    seed = int(torch.randint(2**62, (), device="cpu").numpy())
-    numbers, rng = torch.empty(like.shape, device=like.device), torch.Generator(like.device)
-    for place, row in enumerate(numbers, first):
-        row.uniform_(generator=rng.manual_seed(seed + place))
-    return numbers
 
 
 def reconstruction_loss(pixels: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:

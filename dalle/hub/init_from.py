@@ -2,11 +2,13 @@
 
 The source has the same family and shape, vocabularies may be larger: the row of a text id, the pad of a
 position, an image code or a grid row is copied to its place in the larger model, new rows keep their fresh
-values.
+values. A model that is made to inpaint reads its new inputs, known pixels and mask, with weights of 0: it is
+the same function until it is trained (GLIDE, inpainting).
 """
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,13 +21,38 @@ GROWING = {
     "transformer": ("text_len", "grid", "text_vocab", "image_vocab"),
     "dvae": ("vocab_size",),
     "clip": ("text_len", "text_vocab"),
+    "base": ("text_vocab", "inpainting"),
+    "upsampler": ("text_vocab", "inpainting"),
 }
 """Configuration fields that may be larger than the source's."""
+UNET_BLOCKS = (
+    "blocks",
+    "attention",
+    "middle_attention",
+    "head_width",
+    "heads",
+    "attention_order",
+    "scale_shift",
+)
+UNET_TEXT = ("text", "text_len", "text_width", "text_layers", "text_heads")
+UNET = (
+    "width",
+    "channel_mult",
+    *UNET_BLOCKS,
+    *UNET_TEXT,
+    "classes",
+    "learned_variance",
+    "diffusion.prediction",
+)
+INPUT_CONV = "input_blocks.0.0.weight"
+"""Of a U-Net, by input channels."""
 CLIP_TOWERS = ("vision_width", "vision_layers", "vision_pool", "text_width", "text_layers", "head_dim")
 SAME = {
     "transformer": ("depth", "heads", "head_dim", "qk_norm"),
     "dvae": ("widths", "blocks_per_group", "downsample_factor", "codebook_dim", "residual_scale"),
     "clip": ("embed_width", "image_size", "patch_size", *CLIP_TOWERS),
+    "base": UNET,
+    "upsampler": UNET,
 }
 """Fields that must be equal to the source's."""
 
@@ -39,7 +66,7 @@ def load_pretrained_weights(kind: str, model: nn.Module, source: nn.Module) -> l
     new, old = model.config, source.config
     grown = []
     for name in SAME[kind] + GROWING[kind]:
-        before, after = getattr(old, name), getattr(new, name)
+        before, after = attrgetter(name)(old), attrgetter(name)(new)
         if before == after:
             continue
         found = f"the source has {name} {before}, model.{name} is {after}"
@@ -57,6 +84,8 @@ def load_pretrained_weights(kind: str, model: nn.Module, source: nn.Module) -> l
         if name in rows:
             dimension, indices = rows[name]
             whole = parameter.full_tensor() if is_dtensor(parameter) else parameter
+            if name == INPUT_CONV:
+                whole = torch.zeros_like(whole)
             value = whole.index_copy(dimension, indices.to(value.device), value)
         parameter.copy_(distribute_like(value, parameter))
     return grown
@@ -78,6 +107,14 @@ def _rows_of(kind: str, old: Any, new: Any) -> dict[str, tuple[int, Tensor]]:
     if kind == "dvae":
         codes, output = torch.arange(old.vocab_size), "encoder.blocks.output.conv"
         return {f"{output}.w": (0, codes), f"{output}.b": (0, codes), "decoder.blocks.input.w": (1, codes)}
+    if kind in ("base", "upsampler"):
+        channels = torch.arange(new.in_channels)  # noised, known pixels and their mask, smaller image
+        if new.inpainting and not old.inpainting:
+            channels = torch.cat([channels[:3], channels[7:]])
+        rows = {INPUT_CONV: (1, channels)}
+        if new.text == "ids":
+            rows["token_embedding.weight"] = (0, torch.arange(old.text_vocab))
+        return rows
     if kind == "clip":
         ids = torch.cat([torch.arange(old.text_vocab), torch.tensor([new.text_vocab, new.text_vocab + 1])])
         positions = torch.arange(old.text_len)

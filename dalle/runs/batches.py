@@ -1,4 +1,6 @@
-"""Batches of the training commands: image crops, caption-image pairs, joint text and image tokens."""
+"""Batches of the training commands: image crops, caption-image pairs, joint text and image tokens, images
+with the conditions of a diffusion model.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle.commands.train_diffusion import TrainDiffusionArgs
 from dalle.commands.train_transformer import TrainTransformerArgs
 from dalle.data import TokenCache, sample_captions
 from dalle.data.dataloader import Loader, worker_count
@@ -18,6 +21,8 @@ from dalle.shapes.corruptions import corrupted_images
 from dalle.text import BPETokenizer, TextTokenizer
 from dalle.train.step import step_seed
 from dalle.types import CaptionedImages, ImageTextBatch
+from dalle.unet.conditions import random_mask, smaller
+from dalle.unet.text import pack_text
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,43 @@ class CLIPBatch:
             return pixels, ids
         broken = corrupted_images(self.broken, [index for _, index in batch.samples])
         return pixels, ids, torch.from_numpy(broken)
+
+
+@dataclass(frozen=True)
+class DiffusionBatch:
+    """Pixels of a step and the conditions of a diffusion model.
+
+    All that is random depends on (seed, epoch, image) alone.
+    """
+
+    run: TrainDiffusionArgs
+    text: TextTokenizer | None
+    """Turns captions into ids, for a model of text."""
+    caption_dropout: float
+    """Share of the captions that are emptied."""
+
+    def __call__(self, batch: ImageTextBatch, step: int = 0) -> tuple[dict[str, Tensor], int]:
+        """A batch of `DiffusionObjective`, and how many captions were cut."""
+        run, model = self.run, self.run.model
+        made, truncated = {"pixels": torch.from_numpy(batch.pixels)}, 0
+        check_images(made["pixels"])
+        rngs = [generator("conditions", run.seed, epoch, index) for epoch, index in batch.samples]
+        if self.text is not None:
+            pairs = zip(rngs, sample_captions(batch, run.seed), strict=True)
+            kept = [[] if r.random() < self.caption_dropout else self.text.encode(c) for r, c in pairs]
+            truncated = sum(len(ids) > model.text_len for ids in kept)
+            made["text"] = pack_text(kept, model.text_len, model.text_vocab, truncate=True)
+        if model.classes is not None:
+            names = {name: label for label, name in enumerate(run.class_names)}
+            if unknown := [c for c in sample_captions(batch, run.seed) if c not in names]:
+                raise ValueError(f"caption {unknown[0]!r:.80} is none of class_names; add it to them")
+            made["labels"] = torch.tensor([names[caption] for caption in sample_captions(batch, run.seed)])
+        if model.low_resolution:
+            blurred = torch.tensor([rng.random() < run.blurred for rng in rngs])
+            made["low_resolution"] = smaller(2 * made["pixels"] - 1, run.low_resolution, blurred)
+        if model.inpainting:
+            made["mask"] = torch.stack([random_mask(rng, model.image_size) for rng in rngs])
+        return made, truncated
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ MAKE_COMMANDS = {
     "tokens": "python scripts/encode_images.py --config configs/dvae/shapes.yaml",
     "transformer": "python scripts/train_transformer.py --config configs/transformer/shapes.yaml",
     "clip": "python scripts/train_clip.py --config configs/clip/shapes.yaml",
+    "base": "python scripts/train_diffusion.py --config configs/diffusion/shapes.yaml",
+    "upsampler": "python scripts/train_diffusion.py --config configs/diffusion/upsampler-shapes.yaml",
 }
 MARKS = {stage: "checkpoints" for stage in MAKE_COMMANDS}
 MARKS |= {"text": "text_tokenizer.json", "tokens": "meta.json"}

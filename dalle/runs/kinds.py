@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle.commands.train_clip import TrainCLIPArgs, train_clip
+from dalle.commands.train_diffusion import TrainDiffusionArgs, train_diffusion
 from dalle.commands.train_dvae import TrainDVAEArgs, train_dvae
 from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
 from dalle.config import ConfigError, from_dict, read_yaml
@@ -16,6 +17,7 @@ TRAININGS: dict[str, tuple[type[TrainArgs], Callable[[Any], Path]]] = {
     "dvae": (TrainDVAEArgs, train_dvae),
     "transformer": (TrainTransformerArgs, train_transformer),
     "clip": (TrainCLIPArgs, train_clip),
+    "diffusion": (TrainDiffusionArgs, train_diffusion),
 }
 
 EACH_KIND = f"--help after --kind {{{','.join(TRAININGS)}}}, or after --config FILE, explains every word."

@@ -29,7 +29,7 @@ from dalle.types import CaptionedImages, Objective
 class TrainingRun(AbstractContextManager):
     """One training of a command, as a context that leaves the process group at its end.
 
-    `kind` is "dvae", "transformer" or "clip", and `args` its `TrainArgs`. With `--overfit-batch N` every step
+    `kind` is one of `MODEL_REGISTRY`, and `args` its `TrainArgs`. With `--overfit-batch N` every step
     trains on the first batch, of N samples.
     """
 

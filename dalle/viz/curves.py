@@ -16,6 +16,8 @@ CURVES = {
     "dvae": ["loss", "recon_loss", "perplexity"],
     "transformer": ["loss", "image_loss", "text_loss"],
     "clip": ["loss", "image_to_text_acc"],
+    "base": ["loss", "mse", "bits_per_dim"],
+    "upsampler": ["loss", "mse", "bits_per_dim"],
 }
 """Metrics plotted by default, by the kind of model that a run trains."""
 MAX_VALUE = 1e100  # of a plotted value; JSON may hold integers beyond any float

@@ -43,7 +43,7 @@ def test_kind_by_folder_by_fields_and_by_name(tmp_path):
     assert take_kind(words) == ("clip", words)
     assert take_kind(["--kind=dvae"]) == ("dvae", [])
     file = tmp_path / "mine.yaml"
-    file.write_text("model: {heads: 2}")
+    file.write_text("model: {depth: 2}")
     assert kind_of_file(file) == "transformer"
     file.write_text("steps: 3")
     with pytest.raises(ValueError, match="say --kind"):

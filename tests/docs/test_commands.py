@@ -64,6 +64,7 @@ SMALLER = {  # words added to a command so that it takes seconds
     "report": "--captions 1 --best-of 2 --num-codes 16 --device cpu",
     "sample": "--device cpu --best-of 2 --num-images 2 --truncate",
     "train_clip": STEPS,
+    "train_diffusion": STEPS,
     "train_dvae": STEPS,
     "train_tokenizer": "--captions 200",
     "train_transformer": STEPS,

@@ -111,7 +111,7 @@ def test_relaxed_samples_sum_to_one_and_are_finite(tau, scale):
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])  # torch.rand gives multiples of 2^-24, 0 included
 def test_noise_at_the_ends_of_its_range_is_finite(monkeypatch, uniform):
-    monkeypatch.setattr(losses, "uniform_by_place", lambda like, first: torch.full_like(like, uniform))
+    monkeypatch.setattr(losses, "numbers_by_place", lambda like, first: torch.full_like(like, uniform))
     relaxed = gumbel_softmax(torch.zeros(1, 4, 1, 1), 1 / 16)
     torch.testing.assert_close(relaxed, torch.full((1, 4, 1, 1), 0.25))
 

@@ -50,9 +50,9 @@ def test_on_cuda_loss_and_gradients_are_those_of_the_cpu(
     precision, tolerance, model, pixels, cuda, monkeypatch
 ):
     """With the CPU's noise. The relaxation is in fp32 between convolutions in 16 bit."""
-    noise, found = losses.uniform_by_place, []
+    noise, found = losses.numbers_by_place, []
     monkeypatch.setattr(
-        losses, "uniform_by_place", lambda like, first: noise(like.cpu(), first).to(like.device)
+        losses, "numbers_by_place", lambda like, first: noise(like.cpu(), first).to(like.device)
     )
     for device, kind in ((torch.device("cpu"), "fp32"), (cuda, precision)):
         torch.manual_seed(3)

@@ -33,6 +33,8 @@ from dalle.train.trainer import init_train_state
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.objective import TransformerObjective
 from dalle.types import FULL_BATCH, BatchShard, Loss
+from dalle.unet import DiffusionConfig, UNet, UNetConfig
+from dalle.unet.objective import DiffusionObjective
 from tests.helpers.processes import traceback_of
 
 BATCH, STEPS = 8, 3
@@ -49,6 +51,22 @@ TRAIN = TrainConfig(
 )
 DVAE_CONFIG = DVAEConfig(widths=(8, 8), blocks_per_group=1, downsample_factor=2, vocab_size=6, codebook_dim=5)
 TRANSFORMER_CONFIG = TransformerConfig(3, 2, 8, 5, (3, 3), 11, 8, conv_kernel=3, init_scale=1.0)
+UNET_CONFIG = UNetConfig(
+    image_size=8,
+    width=32,
+    channel_mult=(1, 2),
+    blocks=1,
+    attention=(4,),
+    head_width=16,
+    dropout=0.0,
+    text_len=5,
+    text_vocab=11,
+    text_width=16,
+    text_layers=1,
+    text_heads=2,
+    inpainting=True,
+    diffusion=DiffusionConfig(steps=50),
+)
 CLIP_CONFIG = CLIPConfig(8, 16, 8, 16, 2, "class", 6, 20, 16, 2, 8)
 
 
@@ -69,6 +87,22 @@ def pair_batch(step: int) -> tuple[Tensor, ...]:
     """Images, captions, and images that no caption describes."""
     rng = torch.Generator().manual_seed(step)
     return pixel_batch(step, 16), torch.randint(20, (BATCH, 6), generator=rng), pixel_batch(step + 100, 16)
+
+
+def diffusion_batch(step: int) -> dict[str, Tensor]:
+    """Images, captions of pads and ids, and masks."""
+    rng = torch.Generator().manual_seed(step)
+    mask = torch.randint(2, (BATCH, 1, 8, 8), generator=rng).float()
+    return {"pixels": pixel_batch(step), "text": torch.randint(14, (BATCH, 5), generator=rng), "mask": mask}
+
+
+def unet() -> nn.Module:
+    """With outputs, and attention to the captions, that are not 0 from the start."""
+    model = UNet(UNET_CONFIG)
+    for name, parameter in model.named_parameters():
+        if name == "out.2.weight" or name.endswith(("out_layers.3.weight", "proj_out.weight")):
+            nn.init.normal_(parameter, std=0.05)
+    return model.to(memory_format=torch.channels_last)
 
 
 def loud(step: int, part: BatchShard) -> float:
@@ -126,6 +160,7 @@ PLAIN = {
     "dvae": Case(dvae, DVAEObjective(DVAELossConfig(beta=Schedule(1.0, 1.0))), pixel_batch),
     "dvae_fp16": Case(dvae, DVAEObjective(), pixel_batch, {"precision": "fp16"}),
     "clip": Case(lambda: CLIP(CLIP_CONFIG), CLIPObjective(), pair_batch),
+    "diffusion": Case(unet, DiffusionObjective(UNET_CONFIG), diffusion_batch),
 }
 SEVERAL = PLAIN | {
     "transformer": replace(
@@ -135,6 +170,7 @@ SEVERAL = PLAIN | {
         stops=(2, STEPS),
     ),
     "dvae_fp16": replace(PLAIN["dvae_fp16"], stops=(2, STEPS)),
+    "diffusion": replace(PLAIN["diffusion"], train={"grad_accum_steps": 2}, stops=(2, STEPS)),
     "fp16": replace(PLAIN["fp16"], model=transformer(activation_checkpointing=True)),
 }
 """What several processes do: the same trainings, stopped, recomputed and in several passes, which changes no

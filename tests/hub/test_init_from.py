@@ -20,6 +20,8 @@ from dalle.schedules import Schedule
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.loggers import read_log
 from dalle.transformer import TransformerConfig
+from dalle.unet import DiffusionConfig, UNetConfig
+from dalle.unet.text import pack_text
 
 STAGES = {"dvae": train_dvae, "transformer": train_transformer, "clip": train_clip}
 TRANSFORMER = TransformerConfig(
@@ -28,12 +30,28 @@ TRANSFORMER = TransformerConfig(
 TOWERS = {"vision_width": 16, "vision_layers": 1, "text_width": 16, "text_layers": 1, "head_dim": 8}
 CLIP = CLIPConfig(embed_width=8, image_size=32, patch_size=16, text_len=6, text_vocab=11, **TOWERS)
 DVAE = DVAEConfig(widths=(4, 8), blocks_per_group=1, downsample_factor=2, vocab_size=6, codebook_dim=4)
+UNET = UNetConfig(
+    width=32,
+    channel_mult=(1, 2),
+    blocks=1,
+    attention=(32,),
+    dropout=0.0,
+    text_len=5,
+    text_vocab=11,
+    text_width=16,
+    text_layers=1,
+    text_heads=2,
+    head_width=16,
+)
 LARGER = {
     "transformer": replace(TRANSFORMER, text_len=8, grid=(4, 5), text_vocab=13, image_vocab=9),
     "clip": replace(CLIP, text_len=9, text_vocab=14),
     "dvae": replace(DVAE, vocab_size=8),
+    "base": replace(UNET, text_vocab=13, inpainting=True),
+    "upsampler": replace(UNET, low_resolution=True, text_vocab=13, inpainting=True),
 }
-SMALL = {"transformer": TRANSFORMER, "clip": CLIP, "dvae": DVAE}
+UPSAMPLER = replace(UNET, low_resolution=True)
+SMALL = {"transformer": TRANSFORMER, "clip": CLIP, "dvae": DVAE, "base": UNET, "upsampler": UPSAMPLER}
 
 
 def pair(kind: str, config=None):
@@ -53,7 +71,10 @@ def test_the_same_shape_is_copied_and_every_field_of_it_is_either_equal_or_growi
     assert weights_hash(model) == weights_hash(source)
     known = {*SAME[kind], *GROWING[kind]}
     free = "conv_kernel sparse full_attention_every init_scale attention_backend activation_checkpointing "
-    free += "residual_scale logit_init_scale codebook_init_std min_log_scale"  # no part of the shape
+    free += "residual_scale logit_init_scale codebook_init_std min_log_scale "  # no part of the shape
+    free += "dropout diffusion"
+    if kind in ("base", "upsampler"):  # fully convolutional; what makes the kind; unCLIP's, not trained
+        free += " image_size low_resolution image_embedding embedding_width"
     assert set(vars(SMALL[kind])) <= known | set(free.split())
 
 
@@ -84,11 +105,22 @@ def image_logits(model):
     return model(ids)[:, 5:, model.layout.image_offset :]
 
 
+def predicted(model):
+    given = {"text": pack_text([[3, 4], [10]], 5, model.config.text_vocab)}
+    if model.config.low_resolution:
+        given["low_resolution"] = PIXELS[:, :, ::2, ::2]
+    if model.config.inpainting:
+        given |= {"known": -PIXELS, "mask": torch.ones(2, 1, 32, 32)}
+    return model(PIXELS, torch.tensor([3, 711]), **given)
+
+
 SAME_OUTPUTS = {
     "transformer, larger vocabulary": (replace(TRANSFORMER, text_vocab=13), image_logits),
     "clip, text": (None, lambda model: model.encode_text(model.pack_text(CAPTIONS))),
     "clip, images": (None, lambda model: model.encode_image(PIXELS)),
     "dvae, decoder": (None, lambda model: model.decode(TOKENS)),
+    "base": (None, predicted),
+    "upsampler": (None, predicted),
     "dvae, encoder": (None, lambda model: model.codebook_logits(PIXELS)[:, :6]),
 }
 
@@ -110,6 +142,8 @@ def test_a_larger_model_computes_the_same(case):
         ("transformer", {"text_vocab": 10}, "text_vocab 11, .*may grow"),
         ("transformer", {"grid": (5, 2), "conv_kernel": 1}, "grid"),
         ("clip", {"text_layers": 2}, "text_layers 1"),
+        ("base", {"learned_variance": False}, "learned_variance True"),
+        ("base", {"diffusion": DiffusionConfig(prediction="v")}, r"diffusion\.prediction noise"),
         ("dvae", {"vocab_size": 5}, "vocab_size 6"),
         ("dvae", {"residual_scale": 0.3}, "residual_scale"),
     ],

@@ -21,9 +21,9 @@ FAMILIES = ("transformer", "dvae", "clip")
 @pytest.fixture
 def exact(cuda, monkeypatch):
     """The device, with algorithms that always add in the same order; noise of a dVAE is that of the CPU."""
-    plain = losses.uniform_by_place
+    plain = losses.numbers_by_place
     monkeypatch.setattr(
-        losses, "uniform_by_place", lambda like, first: plain(like.cpu(), first).to(like.device)
+        losses, "numbers_by_place", lambda like, first: plain(like.cpu(), first).to(like.device)
     )
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)

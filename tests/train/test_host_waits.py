@@ -14,11 +14,12 @@ from dalle.train.distributed import Distributed
 from dalle.train.step import to_device, train_step
 from dalle.train.trainer import init_train_state
 from dalle.transformer import Transformer
+from dalle.unet import UNet, objective
 from tests.helpers import distributed_work as cases
 from tests.helpers.host_waits import HostWaits
 from tests.helpers.pretended_cuda import only_real
 
-FAMILIES = ("transformer", "dvae", "clip")
+FAMILIES = ("transformer", "dvae", "clip", "diffusion")
 MUON = replace(cases.TRAIN.optimizer, muon_lr_scale=5.0)
 VARIANTS = {
     "fp32": {"ema": EMAConfig()},
@@ -86,13 +87,16 @@ MODELS = {
     "transformer": lambda: Transformer(cases.TRANSFORMER_CONFIG),
     "dvae": lambda: DVAE(cases.DVAE_CONFIG),
     "clip": lambda: CLIP(cases.CLIP_CONFIG),
+    "diffusion": lambda: UNet(cases.UNET_CONFIG),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_number_is_copied_to_a_gpu_in_the_forward_pass(family, monkeypatch):
     """By fake tensors that claim to be on one: a tensor made of Python numbers is such a copy."""
-    monkeypatch.setattr(losses, "uniform_by_place", lambda like, first: torch.rand_like(like))
+    for module in (losses, objective):
+        numbers = lambda like, first, normal=False: torch.rand_like(like)  # noqa: E731
+        monkeypatch.setattr(module, "numbers_by_place", numbers)
     case = cases.PLAIN[family]
     real = case.batch(0)
     with FakeTensorMode(allow_non_fake_inputs=True):

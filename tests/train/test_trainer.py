@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dalle.commands.encode_images import encode_images
 from dalle.commands.train_clip import train_clip
+from dalle.commands.train_diffusion import train_diffusion
 from dalle.commands.train_dvae import train_dvae
 from dalle.commands.train_transformer import train_transformer
 from dalle.data import TokenCache
@@ -33,6 +34,7 @@ from tests.helpers.line import (
 )
 
 TRAININGS = {"dvae": train_dvae, "transformer": train_transformer, "clip": train_clip}
+TRAININGS |= {"diffusion": train_diffusion}
 STEPS = 7
 
 
