@@ -176,8 +176,7 @@ def attend_with(
     mask = pattern.dense(q.device)[: q.shape[2], : q.shape[2]]
     if backend == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
+    return _scores(q, k, mask).softmax(-1).to(v.dtype) @ v
 
 
 def resolve_backend(
@@ -229,5 +228,6 @@ def _attend_window(q: Tensor, k: Tensor, v: Tensor, pattern: SparseMask) -> Tens
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
-    return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    """q k^T / sqrt(d) in fp32, -inf where the mask hides; the division by q's side, which is smaller."""
+    scores = (q / math.sqrt(q.shape[-1]) @ k.transpose(-1, -2)).float()
+    return scores if mask is None else scores.masked_fill_(~mask, -torch.inf)
