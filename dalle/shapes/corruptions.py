@@ -37,6 +37,13 @@ def corrupt_object(
 
     R is a multiple of the grid; boxes (K, 3) are from `sample_boxes`.
     """
+    while True:
+        corrupted = _corrupt(image, scene, boxes, rng)
+        if (corrupted != image).any():  # the rest of another shape may be the same
+            return corrupted
+
+
+def _corrupt(image: np.ndarray, scene: Scene, boxes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     resolution = image.shape[-1]
     which, turns = int(rng.integers(len(scene.things))), int(rng.integers(4))
     corruption = str(rng.choice(list(CORRUPTIONS), p=list(CORRUPTIONS.values())))
@@ -48,12 +55,14 @@ def corrupt_object(
     left, top = (round(float(center) * GRID - extent / 2) for center in boxes[which, :2])
     for _ in range(turns):
         left, top = top, GRID - left - extent
-    right, bottom = left + extent, top + extent
-    row = top + int(rng.integers(1, extent))  # not the first
+    right = left + extent
 
     cells = image.reshape(3, GRID, resolution // GRID, GRID, -1)  # a view: color, row, y, column, x
     background = np.array(COLORS[scene.background], np.float32).reshape(3, 1, 1, 1, 1) / 255
     columns = cells[:, :, :, left:right]
+    filled = top + np.flatnonzero((columns != background)[:, top : top + extent].any(axis=(0, 2, 3, 4)))
+    top, bottom = int(filled[0]), int(filled[-1]) + 1  # a bar fills some rows of its box
+    row = top + int(rng.integers(1, bottom - top))  # not the first
     if corruption == "mix":
         cells[:, row:] = source.reshape(cells.shape)[:, row:]
     elif corruption == "repeat" and bottom < GRID:
@@ -62,7 +71,7 @@ def corrupt_object(
         cells[:, row:bottom, :, left + 1 : right + 1] = cells[:, row:bottom, :, left:right].copy()
         cells[:, row:bottom, :, left : left + 1] = background
     else:  # drop, also where the others have no room
-        rows = min(1 + (rng.random() < TWO_ROWS), bottom - row)
-        columns[:, row : bottom - rows] = columns[:, row + rows : bottom].copy()
-        columns[:, bottom - rows : bottom] = background
+        count = min(1 + (rng.random() < TWO_ROWS), bottom - row)
+        columns[:, row : bottom - count] = columns[:, row + count : bottom].copy()
+        columns[:, bottom - count : bottom] = background
     return np.rot90(image, -turns, axes=(1, 2)).copy()

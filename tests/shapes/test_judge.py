@@ -69,7 +69,7 @@ class TestTrueImages:
             *(("train", resolution, torch.clone, 0.99) for resolution in (32, 50, 64, 96, 256)),
             ("train", 48, soften, 0.97),
             *(("train", 48, partial(coarsen, factor=factor), 0.97) for factor in (2, 3)),
-            ("train", 48, partial(coarsen, factor=4, mode="bilinear"), 0.93),  # what 12 x 12 numbers can show
+            ("train", 48, partial(coarsen, factor=4, mode="bilinear"), 0.75),  # what 12 x 12 numbers can show
         ],
     )
     def test_true_captions_pass_and_wrong_ones_fail(self, split, resolution, degrade, least):
@@ -77,14 +77,12 @@ class TestTrueImages:
         assert matches_caption(degrade(pixels), texts).mean() >= least
         assert matches_caption(degrade(pixels), wrong(texts)).mean() <= 0.02
 
-    @pytest.mark.parametrize(("factor", "most"), [(6, 0.35), (8, 0.25)])
+    @pytest.mark.parametrize(("factor", "most"), [(6, 0.45), (8, 0.15)])
     def test_images_without_detail_fail(self, factor, most):
-        """A small object is three or four blocks wide; crosses and squares may keep their shape."""
+        """A small object is three or four blocks wide; some bars, squares and corners keep their shape."""
         pixels, texts = samples("train", 48, 300)
         coarse = coarsen(pixels, factor)
-        round_ones = [i for i, text in enumerate(texts) if not {"cross", "square"} & set(text.split())]
-        assert len(round_ones) > 50
-        assert matches_caption(coarse[round_ones], [texts[i] for i in round_ones]).mean() <= most
+        assert matches_caption(coarse, texts).mean() <= most
         assert matches_caption(coarse, wrong(texts)).mean() <= 0.02
 
     def test_each_changed_attribute_is_named(self):
@@ -140,12 +138,21 @@ class TestWrongImages:
         [
             outline("triangle", 0.5, 0.5, 0.5)[::-1],
             outline("circle", 0.5, 0.5, 0.5) & box(0, 0, 0.5, 1),
-            box(0.2, 0.4, 0.8, 0.6),
-            np.abs(LINE - 0.5)[:, None] + np.abs(LINE - 0.5) < 0.25,
-            outline("square", 0.5, 0.5, 0.5) & ~box(0.45, 0, 1, 0.5),
+            box(0.2, 0.45, 0.8, 0.55),
+            outline("tee", 0.5, 0.5, 0.5)[::-1],
+            outline("arch", 0.5, 0.5, 0.5).T,
+            outline("corner", 0.5, 0.5, 0.5)[:, ::-1],
             outline("circle", 0.5, 0.5, 0.6) & ~outline("circle", 0.5, 0.5, 0.35),
         ],
-        ids=["triangle upside down", "half circle", "bar", "diamond", "corner", "ring"],
+        ids=[
+            "triangle upside down",
+            "left half",
+            "line",
+            "tee upside down",
+            "arch on its side",
+            "corner turned",
+            "ring",
+        ],
     )
     def test_other_shapes_match_none(self, mask):
         assert all(found.shape is None for found in detect(paint("black", ("cyan", mask)))[0].objects)
