@@ -6,7 +6,7 @@ The judge reads pixels and takes no part in the ranking.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dalle.pipelines.dalle import DALLE
 from dalle.pipelines.pipeline import Pipeline
-from dalle.shapes.dataset import ShapesDataset, captions, change_one_attribute
+from dalle.shapes.dataset import ShapesDataset, captions, change_one_attribute, parse_caption
 from dalle.shapes.judge import matches_caption
 
 
@@ -26,6 +26,8 @@ class ShapesSamples:
     captions: list[str]
     pixels: Tensor
     best: list[int]
+    correct: np.ndarray | None = None
+    """Which candidates show their caption: bool (C, n)."""
 
     def first(self) -> Tensor:
         """Candidate 0 of each caption (C, 3, R, R)."""
@@ -70,7 +72,21 @@ def caption_accuracy(
         f"acc_oracle_of_{best_of}": correct.any(axis=1).mean(),
         "acc_chance": matches_caption(samples.first(), np.roll(texts, 1).tolist()).mean(),
     }
-    return {name: float(value) for name, value in scores.items()}, samples
+    scores = {name: float(value) for name, value in scores.items()}
+    return scores, replace(samples, correct=correct)
+
+
+def pair_accuracy(samples: Sequence[ShapesSamples]) -> dict[str, dict[str, float]]:
+    """Fraction of right images by color and by shape, over all candidates of the captions with that pair."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for one in samples:
+        for caption, correct in zip(one.captions, one.correct, strict=True):
+            for thing in parse_caption(caption).things:
+                found.setdefault(thing.color, {}).setdefault(thing.shape, []).append(float(correct.mean()))
+    return {
+        color: {shape: float(np.mean(values)) for shape, values in shapes.items()}
+        for color, shapes in found.items()
+    }
 
 
 def _one_wording(scene, rng: np.random.Generator) -> str:

@@ -21,6 +21,7 @@ from dalle.report.context import ReportContext
 from dalle.report.page import Figure, Item, Table, Text, curve_figure, image_figure
 from dalle.runs.inputs import MAKE_COMMANDS
 from dalle.runs.kinds import TRAININGS
+from dalle.shapes.dataset import NEW_PAIRS, SHAPES
 from dalle.transformer import TransformerConfig
 from dalle.viz.curves import CURVES, metric_points
 
@@ -177,6 +178,20 @@ def evaluation(context: ReportContext) -> Items:
         yield Table(list(flatten(report).items()))
 
 
+def pairs(context: ReportContext) -> Items:
+    """Share of right images of each color-shape pair, for an evaluation of the shapes."""
+    for name, report in context.evaluations.items():
+        if table := report.get("pair_accuracy"):
+            shapes = [shape for shape in SHAPES if any(shape in row for row in table.values())]
+            rows = []
+            for color, shares in table.items():
+                cells = [f"{shares[shape]:.2f}" if shape in shares else "" for shape in shapes]
+                new = [(color, shape) in NEW_PAIRS for shape in shapes]
+                rows.append((color, *(f"[{c}]" if n else c for c, n in zip(cells, new, strict=True))))
+            yield Text(f"{name}: share of all candidates; in brackets the pairs that training never shows.")
+            yield Table(rows, ("", *shapes))
+
+
 def configuration(context: ReportContext) -> Items:
     """Settings of each run that differ from the defaults, which are the paper's; then all."""
     for kind, run in context.runs.items():
@@ -238,6 +253,7 @@ SECTIONS: list[tuple[str, Callable[[ReportContext], Items], str]] = [
     ("Codebook", codebook, ""),
     ("Masks", masks, MAKE_COMMANDS["transformer"]),
     ("Evaluation", evaluation, EVALUATE),
+    ("Pairs of color and shape", pairs, "python scripts/quickstart.py"),
     ("Configuration", configuration, MAKE_COMMANDS["transformer"]),
     ("Checkpoints", checkpoints, MAKE_COMMANDS["transformer"]),
     ("Versions and hardware", versions, ""),

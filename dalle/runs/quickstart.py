@@ -17,7 +17,7 @@ from dalle.commands.train_dvae import TrainDVAEArgs, train_dvae
 from dalle.commands.train_tokenizer import TrainTokenizerArgs, train_tokenizer
 from dalle.commands.train_transformer import TrainTransformerArgs, train_transformer
 from dalle.config import CONFIGS, load
-from dalle.evals.shapes_accuracy import ShapesSamples, caption_accuracy
+from dalle.evals.shapes_accuracy import ShapesSamples, caption_accuracy, pair_accuracy
 from dalle.hub.model_card import write_card
 from dalle.hub.registry import load_model
 from dalle.io.files import check_result, make_directory, write_json
@@ -61,8 +61,8 @@ def quickstart(run: QuickstartArgs) -> dict[str, Any]:
         model.save_pretrained(out / "model")
         options = {"seed": run.seed, "temperature": run.temperature}
         accuracy, samples = caption_accuracy(model, "val", run.captions, run.best_of, **options)
-        new_pairs, _ = caption_accuracy(model, "new_pairs", run.captions, run.best_of, **options)
-        _save_sheets(out, samples)
+        new_pairs, new_samples = caption_accuracy(model, "new_pairs", run.captions, run.best_of, **options)
+        _save_sheets(out, samples, new_samples)
     seconds["total"] = sum(seconds.values())
     evaluated = [line for line in read_log(out / "dvae" / "log.jsonl") if "val/codebook_used" in line]
     if not evaluated:
@@ -72,6 +72,7 @@ def quickstart(run: QuickstartArgs) -> dict[str, Any]:
     report = {
         "caption_accuracy": accuracy,
         "caption_accuracy_new_pairs": new_pairs,
+        "pair_accuracy": pair_accuracy([samples, new_samples]),
         "resumed": resumed,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "codebook": {"used": int(last["val/codebook_used"]), "perplexity": round(last["val/perplexity"], 1)},
@@ -131,15 +132,20 @@ def _stage(name: str, seconds: dict[str, float]):
     print(f"== {name} took {seconds[name]:.0f} s", flush=True)
 
 
-def _save_sheets(out: Path, samples: ShapesSamples) -> None:
-    """samples.png, first and best of n under each caption, and the last reconstructions."""
-    count = min(12, len(samples.captions))
-    first, best = to_pil(samples.first()[:count]), to_pil(samples.ranked()[:count])
-    cells = [
-        (f"{caption} (left: first, right: best of {samples.pixels.shape[1]})", image_grid([[a, b]], scale=2))
-        for caption, a, b in zip(samples.captions, first, best, strict=False)
-    ]
-    captioned_grid(cells, columns=4).save(out / "samples.png")
+def _save_sheets(out: Path, samples: ShapesSamples, new_samples: ShapesSamples) -> None:
+    """samples.png, first and best of n under each caption, and the last reconstructions.
+
+    The second half of samples.png are pairs of a color and a shape that training never showed together.
+    """
+    cells = []
+    for title, some in (("", samples), ("never seen together: ", new_samples)):
+        best_of, count = some.pixels.shape[1], min(8, len(some.captions))
+        for caption, *pair in zip(
+            some.captions[:count], to_pil(some.first()), to_pil(some.ranked()), strict=False
+        ):
+            text = f"{title}{caption} (left: first, right: best of {best_of})"
+            cells.append((text, image_grid([pair], scale=2)))
+    captioned_grid(cells, columns=min(4, count)).save(out / "samples.png")
     shutil.copyfile(max((out / "dvae").glob("reconstructions-*.png")), out / "reconstructions.png")
     plot_losses({kind: out / kind for kind in KINDS}).save(out / "losses.png")
 
@@ -152,7 +158,7 @@ def _print(out: Path, report: dict[str, Any]) -> None:
     print(f"  {'':16}{'held-out scenes':>16}{'new color-shape pairs':>25}")
     for name, share in report["caption_accuracy"].items():
         print(f"  {name:16}{share:16.3f}{report['caption_accuracy_new_pairs'][name]:25.3f}")
-    prompt = "a red cross above a blue circle on a white background"
+    prompt = "a red circle above a blue square on a white background"
     print(f"Look at {out / 'samples.png'} and, in a browser, {out / 'report.html'}. Generate your own:")
     words = f'--model {out / "model"} --prompt "{prompt}" --temperature {report["temperature"]}'
     print(f"  python scripts/sample.py {words}")

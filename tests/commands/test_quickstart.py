@@ -30,6 +30,8 @@ def test_it_writes_images_a_report_and_a_model(script, words, tmp_path, prompt):
     assert report["seconds"].keys() == stages
     assert report["codebook"].keys() == {"used", "perplexity"}
     assert report["caption_accuracy"]["acc_real"] == 1.0
+    assert sum(len(shares) for shares in report["pair_accuracy"].values()) >= 3  # captions of two kinds
+    assert "Pairs of color and shape" in (out / "report.html").read_text()
     assert (report["seed"], report["captions"], report["best_of"]) == (0, 2, 16)
     model = DALLE.from_pretrained(out / "model")
     assert model.hash == report["model"]

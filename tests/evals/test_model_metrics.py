@@ -18,6 +18,7 @@ from dalle.evals.best_of_n import best_of_n, sizes
 from dalle.evals.clip import retrieval
 from dalle.evals.psnr_ssim import psnr, ssim
 from dalle.evals.running_mean import MeanMetric
+from dalle.evals.shapes_accuracy import ShapesSamples, pair_accuracy
 from dalle.train.precision import copy_to_device
 from dalle.transformer import Transformer, TransformerConfig
 from dalle.transformer.losses import log_likelihood
@@ -295,3 +296,12 @@ def test_best_of_n_is_the_mean_over_every_subset():
 def test_what_cannot_be_measured_is_refused(refused, message):
     with pytest.raises(ValueError, match=message):
         refused()
+
+
+def test_the_accuracy_of_a_pair_is_the_mean_over_its_captions():
+    captions = [
+        "a red tee above a blue bar on a white background",
+        "a small red tee at the top on a black background",
+    ]
+    samples = ShapesSamples(captions, torch.empty(0), [], np.array([[True, False], [True, True]]))
+    assert pair_accuracy([samples]) == {"red": {"tee": 0.75}, "blue": {"bar": 0.5}}

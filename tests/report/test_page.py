@@ -1,11 +1,12 @@
 """The report's page: exact images and settings, escaped text, thinned curves."""
 
 import math
+from types import SimpleNamespace
 
 from PIL import Image
 
 from dalle.report.page import Table, Text, curve_figure, image_figure, render
-from dalle.report.sections import settings
+from dalle.report.sections import pairs, settings
 from tests.commands.test_report import HOSTILE, Page, decode
 
 
@@ -28,3 +29,11 @@ def test_long_curves_are_thinned_and_need_a_finite_point():
     lines = [{"step": i, "loss": i % 2} for i in range(10_000)]
     assert len(curve_figure("loss", "loss", lines).source) < 100_000
     assert curve_figure("a", "loss", [{"step": 1, "loss": math.nan, "baseline/loss": 2.0}]) is None
+
+
+def test_pairs_that_training_never_shows_are_in_brackets():
+    table = {"red": {"square": 1.0, "circle": 0.25}, "blue": {"circle": 0.5}}
+    context = SimpleNamespace(evaluations={"a.json": {"pair_accuracy": table}, "b.json": {}})
+    _, found = pairs(context)
+    assert found.head == ("", "circle", "square")
+    assert found.rows == [("red", "[0.25]", "1.00"), ("blue", "0.50", "[]")]
