@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import gradio as gr
 from gradio.image_utils import encode_image_to_base64
@@ -56,8 +57,8 @@ class Page:
                         generate = gr.Button("Generate", variant="primary")
                         stop = gr.Button("Stop")
                     with gr.Row():
-                        n = _count("Images", defaults.num_images, self.args.max_images)
-                        best_of = _count("Best of", defaults.best_of, self.args.max_candidates, ranked)
+                        n = count_field("Images", defaults.num_images, self.args.max_images)
+                        best_of = count_field("Best of", defaults.best_of, self.args.max_candidates, ranked)
                         seed = gr.Number(
                             -1, label="Seed", info="-1: random", precision=0, minimum=-1, maximum=2**53
                         )
@@ -68,8 +69,10 @@ class Page:
                             top_p = gr.Number(1, label="Top-p", info="1: all tokens", step=0.05)
                             guidance = gr.Number(1, label="Guidance", info="1: off", step=0.5)
                     with gr.Accordion("Complete an image", open=False, visible=grid[0] == grid[1] > 1):
-                        image = _upload()
-                        keep = _count("Rows of tokens to keep", max(grid[0] // 2, 1), max(grid[0] - 1, 1))
+                        image = upload_field("Image")
+                        keep = count_field(
+                            "Rows of tokens to keep", max(grid[0] // 2, 1), max(grid[0] - 1, 1)
+                        )
                         kept = gr.HTML(elem_id="kept")
                 with gr.Column(scale=3, min_width=320):
                     status = gr.Markdown("The images appear here, row by row.")
@@ -97,16 +100,10 @@ class Page:
         self, caption, seed, n, best_of, temperature, top_k, top_p, guidance, image, rows, request: gr.Request
     ) -> Iterator[tuple]:
         """Status and partial images after each row; summary, best images and zip file after each batch."""
-        start = time.monotonic()
-        while is_unread(request):
-            if time.monotonic() > start + PATIENCE:
-                return
-            time.sleep(0.05)
+        if not wait_for(request):
+            return
         with user_errors():
-            best_of = best_of if self.model.scorer else n
-            if len(caption) > self.args.max_caption:
-                raise ValueError(f"the caption must have at most {self.args.max_caption} letters")
-            seed = secrets.randbelow(2**31) if seed in (None, -1) else seed
+            best_of, seed = self.checked(caption, n, best_of, seed)
             sampling = SamplingConfig(temperature, top_k or None, top_p, None, guidance)
             sampling = replace(sampling, batch_size=self.model.auto_batch_size(sampling))
             record = {"n": n, "seed": seed, **asdict(sampling), "precision": self.model.precision}
@@ -118,6 +115,21 @@ class Page:
                 steps = self.model.steps([caption], n, best_of, seed, sampling, prefix)
         for warning in caught:
             gr.Warning(html.escape(str(warning.message)))
+        yield from self.show(steps, record, best_of, request)
+
+    def checked(self, caption: str, n: int, best_of: int, seed: int | None) -> tuple[int, int]:
+        """best_of, which is n without a scorer, and the seed, a random one for -1."""
+        if len(caption) > self.args.max_caption:
+            raise ValueError(f"the caption must have at most {self.args.max_caption} letters")
+        seed = secrets.randbelow(2**31) if seed in (None, -1) else seed
+        return best_of if self.model.scorer else n, seed
+
+    def step_text(self, step: Any) -> str:
+        """How far a batch is."""
+        return f"row {step.tokens.shape[2] // self.layout.columns} of {self.layout.rows}"
+
+    def show(self, steps: Iterator, record: dict, best_of: int, request: gr.Request) -> Iterator[tuple]:
+        """What `generate` yields, of a sampling loop."""
         hidden = gr.update(visible=False)
         yield "Reading the caption ...", hidden, "", hidden, hidden
         start, shown, read = time.monotonic(), 0.0, time.monotonic()
@@ -129,12 +141,12 @@ class Page:
                     return
                 if step.ranked:
                     images, text, archive = self.results(step.top[0].generation(), record, folder)
-                    text = f"{text}, seed {seed}, {time.monotonic() - start:.1f} s"
+                    text = f"{text}, seed {record['seed']}, {time.monotonic() - start:.1f} s"
                     yield "", hidden, text, gr.update(value=images, visible=True), archive
                 elif step.has_images and now - shown > INTERVAL and read == now:  # as fast as they are read
-                    row, first = step.tokens.shape[2] // self.layout.columns, step.batch.candidates[0]
+                    first = step.batch.candidates[0]
                     text = f"Candidates {first + 1} to {first + step.batch.wanted} of {best_of}"
-                    text = f"{text}: row {row} of {self.layout.rows}"
+                    text = f"{text}: {self.step_text(step)}"
                     yield text, gr.update(value=tiles(step.images), visible=True), *[gr.skip()] * 3
                     shown = time.monotonic()
 
@@ -165,6 +177,16 @@ class Page:
             return tiles([square])
 
 
+def wait_for(request: gr.Request) -> bool:
+    """Waits until the visitor has received all messages; False for one that does not listen."""
+    start = time.monotonic()
+    while is_unread(request):
+        if time.monotonic() > start + PATIENCE:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def is_unread(request: gr.Request) -> bool:
     """Whether the visitor has yet to receive a message."""
     sessions = request.request.app.get_blocks()._queue.pending_messages_per_session
@@ -192,14 +214,14 @@ def tiles(images: list[Image.Image]) -> str:
     return f'<div class="tiles">{"".join(tags)}</div>'
 
 
-def _count(label: str, value: int, maximum: int, visible: bool = True) -> gr.Slider:
+def count_field(label: str, value: int, maximum: int, visible: bool = True) -> gr.Slider:
     """A field for 1 to `maximum`; Gradio refuses other values, also those of a forged request."""
     return gr.Slider(1, maximum, min(value, maximum), step=1, precision=0, label=label, visible=visible)
 
 
-def _upload() -> gr.File:
-    """A file field that never downloads an address for a forged request."""
-    file = gr.File(label="Image", file_types=["image"], elem_id="image")
+def upload_field(label: str) -> gr.File:
+    """A file field for an image that never downloads an address for a forged request."""
+    file = gr.File(label=label, file_types=["image"], elem_id=label.lower())
     move_to_cache = file.async_move_resource_to_block_cache
 
     async def move_upload(path: str) -> str:

@@ -20,7 +20,7 @@ from dalle.config import check_positive, cli_errors, configuration, parse
 from dalle.train.config import Precision
 
 if TYPE_CHECKING:
-    from dalle.pipelines.dalle import DALLE
+    from dalle.pipelines.pipeline import Pipeline
 
 
 @configuration
@@ -28,7 +28,7 @@ class AppArgs:
     """Serves a web page that samples images for captions."""
 
     model: Positional[Path | None] = None
-    """Model directory, such as runs/quickstart/model."""
+    """Model directory, such as runs/quickstart/model, of a DALL-E or a GLIDE."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 admits the whole network, without a password."""
     port: int = 7860
@@ -65,7 +65,7 @@ class AppArgs:
 
 def app(args: AppArgs) -> None:
     """Serves until it is interrupted; ValueError without a model or a port, ImportError without Gradio."""
-    from dalle.pipelines.dalle import DALLE
+    from dalle.pipelines.open import open_pipeline
     from dalle.train.precision import resolve_device
 
     if args.model is None:
@@ -81,7 +81,7 @@ def app(args: AppArgs) -> None:
         raise ValueError(f"{problem}; give another --host or --port") from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # removes the folder, as Ctrl-C does
     device = resolve_device(args.device)
-    model = DALLE.from_pretrained(str(args.model), device, args.precision, int8=args.int8)
+    model = open_pipeline(str(args.model), device, args.precision, int8=args.int8)
     with TemporaryDirectory(prefix="dalle-app-") as folder:
         page = launch(args, model, folder)
         try:
@@ -91,15 +91,18 @@ def app(args: AppArgs) -> None:
             page.close(verbose=False)
 
 
-def launch(args: AppArgs, model: "DALLE", folder: str) -> Any:
+def launch(args: AppArgs, model: "Pipeline", folder: str) -> Any:
     """Starts the server in a thread and returns its `gradio.Blocks`; files are kept in the folder."""
     os.environ["GRADIO_TEMP_DIR"] = folder
     from starlette.middleware import Middleware
 
+    from dalle.app.glide import GLIDEPage
     from dalle.app.guard import Guard
     from dalle.app.ui import CSS, THEME, Page
+    from dalle.pipelines.glide import GLIDE
 
-    page = Page(model.to_precision(args.precision, args.int8), args).build()
+    kind = GLIDEPage if isinstance(model, GLIDE) else Page
+    page = kind(model.to_precision(args.precision, args.int8), args).build()
     host = args.host.strip("[]")
     try:
         page.launch(

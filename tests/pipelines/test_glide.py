@@ -158,6 +158,7 @@ class TestGenerate:
             scores = [sum(generate(base, **options, clip_guidance=s).scores) for s in (None, 1.0, 3.0)]
             assert scores[0] < scores[1] < scores[2]
 
+    @pytest.mark.slow
     def test_a_small_number_of_steps_starts_from_the_same_noise(self, base):
         found = [generate(base, 1, sampler="ddim", guidance=1.0, steps=s).images[0] for s in (30, 60)]
         other = generate(base, 1, sampler="ddim", guidance=1.0, steps=60, seed=1).images[0]
@@ -204,6 +205,7 @@ class TestInpaint:
         other = model.inpaint(PROMPT, image, inside, n=2, **FAST | options)
         assert images(other.images) == images(found.images)
 
+    @pytest.mark.slow
     def test_what_is_generated_follows_from_what_is_known(self, image, mask):
         inverted, inside = Image.fromarray(255 - np.asarray(image)), np.asarray(mask) > 127
         for inpainting in (False, True):

@@ -76,6 +76,7 @@ class TestVocabulary:
             load_gpt2_tokenizer(tmp_path / name)
 
 
+@pytest.mark.slow
 class TestScorer:
     def test_its_gradient_is_that_of_a_hundred_cosines(self, folder):
         image, text = load_noised_clip(folder / "clip_image_enc.pt", folder / "clip_text_enc.pt")
@@ -134,6 +135,7 @@ class TestCommands:
     FAST = ("--steps", "2", "--upsample-steps", "2", "--num-images", "1", "--device", "cpu")
     FAST += ("--precision", "fp32", "--prompt", "a red cross")
 
+    @pytest.mark.slow
     def test_one_command_samples_from_them(self, folder, script, tmp_path):
         done = script("sample", "--model", folder, *self.FAST, "--clip-guidance", "1", "--out", "out")
         assert done.code == 0, done.err
@@ -144,6 +146,7 @@ class TestCommands:
         assert (record["best_of"], len(record["images"])) == (1, 1)
         assert -1 <= record["images"][0]["score"] <= 1
 
+    @pytest.mark.slow
     def test_inpainting_by_the_inpainting_models(self, folder, script, tmp_path):
         pixels = np.random.default_rng(0).integers(256, size=(128, 128, 3), dtype=np.uint8)
         mask = np.zeros((128, 128), np.uint8)
