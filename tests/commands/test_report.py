@@ -69,6 +69,7 @@ def run(chain: Path, tmp_path_factory) -> Path:
         "rerank": {"captions": 2, "score": {"1": 0.1, "2": 0.2}, "accuracy": {"1": 0.5, "2": None}},
         "images": {"blur": {"0": {"fid": 9.0}, "2": {"fid": 4.0}}},
         "dvae": {"psnr": None},
+        "pair_accuracy": {"red": {"circle": 0.5}},
     }
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "samples" / "one").mkdir(parents=True)
@@ -194,7 +195,7 @@ class TestPartialFolders:
     def test_an_evaluation_and_the_sheet_of_a_prompts_file(self, run, tmp_path):
         shutil.copy(run / "evaluation.json", tmp_path / "numbers.json")
         for path in (tmp_path, tmp_path / "numbers.json"):
-            assert report_of(path).sections[:3] == ["reranking", "evaluation", "versions"]
+            assert report_of(path).sections == ["reranking", "evaluation", "pairs", "versions"]
         (tmp_path / "many").mkdir()
         (tmp_path / "many" / "samples.jsonl").write_text("{}\n")
         Image.new("RGB", (70, 50), "green").save(tmp_path / "many" / "sheet.png")
