@@ -18,7 +18,7 @@ from PIL import Image
 
 from dalle.app.guard import limit_jobs
 from dalle.commands.app import AppArgs
-from dalle.commands.sample import SampleArgs
+from dalle.commands.sample import BEST_OF, SampleArgs
 from dalle.data.image_decode import decode, open_image
 from dalle.io.files import write_json
 from dalle.io.images import resize_center_crop
@@ -58,7 +58,7 @@ class Page:
                         stop = gr.Button("Stop")
                     with gr.Row():
                         n = count_field("Images", defaults.num_images, self.args.max_images)
-                        best_of = count_field("Best of", defaults.best_of, self.args.max_candidates, ranked)
+                        best_of = count_field("Best of", BEST_OF, self.args.max_candidates, ranked)
                         seed = gr.Number(
                             -1, label="Seed", info="-1: random", precision=0, minimum=-1, maximum=2**53
                         )
