@@ -8,8 +8,12 @@ from dalle.dvae.metrics import dvae_scores
 from dalle.precision import cosines, full_precision, tf32
 from dalle.transformer import losses
 from dalle.transformer.losses import cross_entropies, fp32_product, log_likelihood
+from dalle.unet import UNet, UNetConfig
 from tests.helpers import distributed_work as cases
 
+UNET = UNetConfig(
+    image_size=8, width=32, channel_mult=(1,), blocks=1, attention=(), head_width=32, text="none"
+)
 SOFTMAX = {"_log_softmax", "logsumexp", "_softmax"}
 
 
@@ -106,12 +110,13 @@ def test_tf32_is_off_for_convolutions_and_follows_the_policy_for_products():
             with full_precision(torch.device("cpu")):
                 assert switches() == (False, False)
             assert switches() == (products, False)
-            model = cases.dvae()
-            for name in ("encoder", "decoder"):
-                part = getattr(model, name)
+            model, unet = cases.dvae(), UNet(UNET)
+            for owner, name in ((model, "encoder"), (model, "decoder"), (unet, "time_embed"), (unet, "out")):
+                part = getattr(owner, name)
                 part.register_forward_hook(lambda *_, name=name: seen.setdefault(name, []).append(switches()))
             model.decode(model.encode(cases.pixel_batch(0)))
-    assert seen == {name: [(False, False)] * 2 for name in ("encoder", "decoder")}
+            unet(torch.zeros(1, 3, 8, 8), torch.zeros(1))
+    assert seen == {name: [(False, False)] * 2 for name in ("encoder", "decoder", "time_embed", "out")}
     assert switches() == before
 
 

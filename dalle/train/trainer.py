@@ -134,8 +134,9 @@ class Trainer:
     def _evaluate(self, loggers: Loggers) -> None:
         """Evaluates the EMA weights in training's precision; random numbers and mode stay as they were."""
         state, dist = self.state, self.dist
+        gpus = [dist.device] if dist.device.type == "cuda" else []
         self.model.eval()
-        with torch.random.fork_rng(), state.ema.applied(self.model), torch.no_grad():
+        with torch.random.fork_rng(gpus), state.ema.applied(self.model), torch.no_grad():
             torch.manual_seed(self.seed)
             with autocast(self.precision, dist.device):
                 scores = dist.forward(self.model, self.evaluate, state.step)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from dalle.precision import full_precision
 from dalle.unet.blocks import FP32GroupNorm, Pointwise
 from dalle.unet.config import ClassifierConfig
 from dalle.unet.model import Encoder
@@ -58,5 +59,5 @@ class Classifier(Encoder):
         for block in self.input_blocks:
             x = block(x, emb)
         x = self.middle_block(x, emb)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             return self.out(x.float())

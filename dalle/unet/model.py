@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dalle.diffusion.schedule import Denoise, Schedule, denoiser, make_schedule
 from dalle.layout import check_tokens
 from dalle.nn.blocks import FP32LayerNorm
+from dalle.precision import full_precision
 from dalle.unet.blocks import Attention, Block, FP32GroupNorm, ResBlock, conv3, timestep_embedding, zeros
 from dalle.unet.config import EncoderConfig, UNetConfig
 from dalle.unet.text import TextTransformer
@@ -57,7 +58,7 @@ class Encoder(nn.Module):
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Times (B,) -> fp32 (B, E)."""
-        with torch.autocast(t.device.type, enabled=False):
+        with full_precision(t.device):
             return self.time_embed(timestep_embedding(t, self.config.width))
 
     def fsdp_groups(self) -> list[list[nn.Module]]:
@@ -187,7 +188,7 @@ class UNet(Encoder):
         h = self.middle_block(h, emb, context, seen)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb, context, seen)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             return self.out(h.float())
 
     def encode_text(self, ids: Tensor, check: bool = True) -> Tensor:
@@ -213,7 +214,7 @@ class UNet(Encoder):
         context = []
         if text is not None and self.config.text == "ids":
             text = text if text.is_floating_point() else self.encode_text(text)
-        with torch.autocast(emb.device.type, enabled=False):
+        with full_precision(emb.device):
             if self.config.image_embedding:
                 vector = self.cf_param.expand(len(emb), -1) if image_embedding is None else image_embedding
                 vector = vector.float()

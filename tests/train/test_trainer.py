@@ -32,6 +32,7 @@ from tests.helpers.line import (
     newest_files,
     squared_error,
 )
+from tests.helpers.pretended_cuda import CUDA, PretendedCUDA
 
 TRAININGS = {"dvae": train_dvae, "transformer": train_transformer, "clip": train_clip}
 TRAININGS |= {"diffusion": train_diffusion}
@@ -290,6 +291,16 @@ def test_evaluation_uses_the_same_random_numbers_each_time(tmp_path):
     fit_line(tmp_path, 2, evaluate=lambda model, step: {"noise": torch.rand(())}, eval_every=1)
     first, second = log_lines(tmp_path, evaluations=True)
     assert first["val/noise"] == second["val/noise"]
+
+
+def test_an_evaluation_restores_the_random_numbers_of_its_own_gpu_alone(tmp_path, monkeypatch):
+    """Of the eight that there are."""
+    kept = []
+    with PretendedCUDA(), monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "device_count", lambda: 8)
+        patched.setattr(torch.cuda, "get_rng_state", kept.append)
+        fit_line(tmp_path, 1, model=nn.Linear(1, 1).to("cuda"), evaluate=lambda model, step: {})
+    assert kept == [CUDA]
 
 
 @pytest.mark.parametrize(("step", "kept"), [(0, []), (2, [1, 2])])
