@@ -80,7 +80,8 @@ def test_the_counter_counts():
         bool(mask.any())
         mask[mask].sum()
         torch.bincount(mask.int())
-    assert waits.found == {"_local_scalar_dense": 1, "index": 1, "bincount": 1}
+        mask.tolist()
+    assert waits.found == {"_local_scalar_dense": 1, "index": 1, "bincount": 1, "tolist": 1}
 
 
 MODELS = {
