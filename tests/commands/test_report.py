@@ -195,7 +195,7 @@ class TestPartialFolders:
     def test_an_evaluation_and_the_sheet_of_a_prompts_file(self, run, tmp_path):
         shutil.copy(run / "evaluation.json", tmp_path / "numbers.json")
         for path in (tmp_path, tmp_path / "numbers.json"):
-            assert report_of(path).sections == ["reranking", "evaluation", "pairs", "versions"]
+            assert report_of(path).sections[:4] == ["reranking", "evaluation", "pairs", "versions"]
         (tmp_path / "many").mkdir()
         (tmp_path / "many" / "samples.jsonl").write_text("{}\n")
         Image.new("RGB", (70, 50), "green").save(tmp_path / "many" / "sheet.png")
