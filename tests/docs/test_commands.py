@@ -285,6 +285,9 @@ def test_quick_start_reaches_its_figures(tmp_path):
     assert accuracy["acc_reconstruction"] >= 0.97
     assert accuracy["acc_first"] >= 0.90
     assert accuracy["acc_best_of_16"] >= 0.96
+    new_pairs = report["caption_accuracy_new_pairs"]
+    assert new_pairs["acc_first"] >= 0.60
+    assert new_pairs["acc_best_of_16"] >= 0.85
     for name in ("scripts", "configs", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     for command in [c for c in SCRIPTS["README"] if "runs/quickstart/model" in c]:
