@@ -269,7 +269,7 @@ def test_resuming_with_frozen_parameters_is_exact(start, tmp_path):
     [
         ("transformer", "image_loss", 4, 250, 1e-2, math.log(16) - 0.1),
         ("clip", "loss", 4, 150, 1e-2, 1.2),
-        ("dvae", "recon_loss", 2, 60, 3e-3, 0.3),
+        ("dvae", "recon_loss", 2, 80, 3e-3, 0.3),
     ],
 )
 def test_one_batch_is_overfitted(kind, name, batch, steps, lr, drop, start, tmp_path):
