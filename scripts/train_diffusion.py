@@ -1,4 +1,4 @@
-"""Train a small CLIP to rank images (paper section 2.6)."""
+"""Train a diffusion model on images and captions: GLIDE's base model, upsampler or inpainting."""
 
 from dalle.commands.train_diffusion import main
 

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from dalle.app.guard import limit_jobs
-from dalle.app.ui import Page, count_field, open_upload, upload_field, user_errors, wait_for
+from dalle.app.ui import Page, count_field, open_upload, result_fields, upload_field, user_errors, wait_for
 from dalle.commands.app import AppArgs
 from dalle.commands.sample import SampleArgs
 from dalle.pipelines.glide import GLIDE
@@ -49,23 +49,18 @@ class GLIDEPage(Page):
                     with gr.Accordion("Inpaint an image", open=False):
                         gr.Markdown("The mask has the image's size and is white where it is generated.")
                         image, mask = upload_field("Image"), upload_field("Mask")
-                with gr.Column(scale=3, min_width=320):
-                    status = gr.Markdown("The images appear here, step by step.")
-                    live = gr.HTML(elem_id="live", visible=False)
-                    summary = gr.Markdown()
-                    best = gr.Gallery(show_label=False, format="png", elem_id="best", visible=False)
-                    download = gr.DownloadButton("Download images and sample.json", visible=False)
+                results = result_fields("The images appear here, step by step.")
             private = {"api_visibility": "private", "show_progress": "hidden"}
             run = gr.on(
                 [generate.click, caption.submit],
                 self.generate,
                 [caption, seed, n, best_of, steps, guidance, sampler, image, mask],
-                [status, live, summary, best, download],
+                results,
                 concurrency_limit=1,
                 **private,
             )
             stopped = ("Stopped.", gr.update(visible=False))
-            stop.click(lambda: stopped, None, [status, live], cancels=[run], queue=False, **private)
+            stop.click(lambda: stopped, None, results[:2], cancels=[run], queue=False, **private)
         page.queue(max_size=32, api_open=False)
         limit_jobs(page._queue)
         return page

@@ -74,23 +74,18 @@ class Page:
                             "Rows of tokens to keep", max(grid[0] // 2, 1), max(grid[0] - 1, 1)
                         )
                         kept = gr.HTML(elem_id="kept")
-                with gr.Column(scale=3, min_width=320):
-                    status = gr.Markdown("The images appear here, row by row.")
-                    live = gr.HTML(elem_id="live", visible=False)
-                    summary = gr.Markdown()
-                    best = gr.Gallery(show_label=False, format="png", elem_id="best", visible=False)
-                    download = gr.DownloadButton("Download images and sample.json", visible=False)
+                results = result_fields("The images appear here, row by row.")
             private = {"api_visibility": "private", "show_progress": "hidden"}
             run = gr.on(
                 [generate.click, caption.submit],
                 self.generate,
                 [caption, seed, n, best_of, temperature, top_k, top_p, guidance, image, keep],
-                [status, live, summary, best, download],
+                results,
                 concurrency_limit=1,
                 **private,
             )
             stopped = ("Stopped.", gr.update(visible=False))
-            stop.click(lambda: stopped, None, [status, live], cancels=[run], queue=False, **private)
+            stop.click(lambda: stopped, None, results[:2], cancels=[run], queue=False, **private)
             gr.on([image.change, keep.change], self.preview, [image, keep], kept, **private)
         page.queue(max_size=32, api_open=False)
         limit_jobs(page._queue)
@@ -212,6 +207,18 @@ def tiles(images: list[Image.Image]) -> str:
     """HTML of images that need no file on the server."""
     tags = [f'<img src="{encode_image_to_base64(image)}">' for image in images]
     return f'<div class="tiles">{"".join(tags)}</div>'
+
+
+def result_fields(text: str) -> list[Any]:
+    """The column of what `show` yields: status, previews, summary, best images, download."""
+    with gr.Column(scale=3, min_width=320):
+        return [
+            gr.Markdown(text),
+            gr.HTML(elem_id="live", visible=False),
+            gr.Markdown(),
+            gr.Gallery(show_label=False, format="png", elem_id="best", visible=False),
+            gr.DownloadButton("Download images and sample.json", visible=False),
+        ]
 
 
 def count_field(label: str, value: int, maximum: int, visible: bool = True) -> gr.Slider:

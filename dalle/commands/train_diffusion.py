@@ -47,7 +47,7 @@ class TrainDiffusionArgs(TrainArgs):
     low_resolution: int = 64
     """Pixels on a side of the smaller image of an upsampler."""
     blurred: float = 0.5
-    """Share of the smaller images that are blurred, since those of a base model are (unCLIP, section 2.1)."""
+    """Share of the smaller images that are blurred, as those of a base model are (Ho et al. 2021)."""
     model: UNetConfig = UNetConfig()
     """Shape of the U-Net and its diffusion."""
     train: TrainConfig = DIFFUSION_TRAINING

@@ -1,7 +1,7 @@
 """Guidance and constraints of diffusion, wrappers from denoiser to denoiser, for every sampler.
 
-The order of GLIDE, from inside out: classifier-free guidance, known pixels, clipping of x_0, gradient of a
-classifier or of CLIP:
+The order of GLIDE's release, from inside out (dalle/pipelines/diffusion.py has known pixels outermost):
+classifier-free guidance, known pixels, clipping of x_0, gradient of a classifier or of CLIP:
 
     score_gradient(clip_x0(keep_known(classifier_free(...), ...), ...), ...)
 """

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dalle.clip import CLIPScorer
@@ -102,16 +101,6 @@ class DALLE(Pipeline):
         steps = self.steps(prompts, n, best_of, seed, SamplingConfig(**sampling), prefix, truncate, shard)
         generations = self.run(steps, progress, callback)
         return generations if several else generations[0]
-
-    def stream(
-        self, prompt: str, n: int = 1, seed: int = 0, truncate: bool = False, **sampling
-    ) -> Iterator[list[Image.Image]]:
-        """Yields n unranked images after each row of tokens, gray below it; arguments as `generate`."""
-        for step in self.steps([prompt], n, n, seed, SamplingConfig(**sampling), truncate=truncate):
-            if step.batch.wanted < n:
-                raise ValueError(f"n must be at most {step.batch.wanted}, got {n}; raise batch_size")
-            if step.has_images:
-                yield step.images
 
     def steps(
         self,

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dalle.clip import CLIPScorer
@@ -123,19 +122,6 @@ class GLIDE(Pipeline):
         steps = self.steps(prompts, n, best_of, seed, config, known, low, truncate, shard)
         generations = self.run(steps, progress, callback)
         return generations if several else generations[0]
-
-    def stream(
-        self, prompt: str, n: int = 1, seed: int = 0, truncate: bool = False, **sampling
-    ) -> Iterator[list[Image.Image]]:
-        """Yields n unranked images after each step, as it takes them to be; the last are `generate`'s.
-
-        Those of the base model are smaller than the upsampled ones; arguments as `generate`.
-        """
-        for step in self.steps([prompt], n, n, seed, DiffusionSampling(**sampling), truncate=truncate):
-            if step.batch.wanted < n:
-                raise ValueError(f"n must be at most {step.batch.wanted}, got {n}; raise batch_size")
-            if step.has_images:
-                yield step.images
 
     def upsample(self, image: ImageSource, prompt: str, n: int = 1, **options) -> Generation:
         """The upsampler's images of the center square of an image, resized to the base model's size.

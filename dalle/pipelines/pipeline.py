@@ -2,11 +2,12 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -29,6 +30,10 @@ PIPELINES = {"dvae": "DALLE", "transformer": "DALLE", "base": "GLIDE", "upsample
 class Pipeline:
     """A text tokenizer, a scorer, and models that generate images, which a subclass joins."""
 
+    Sampling: ClassVar[type]
+    """Settings of `generate`."""
+    steps: Callable[..., Iterator[Any]]
+    """The loop behind `generate`, of a subclass."""
     PARTS: ClassVar[tuple[str, ...]]
     """Names of the models: attributes, and parts of a model directory."""
     OPTIONAL: ClassVar[tuple[str, ...]] = ("clip",)
@@ -78,6 +83,20 @@ class Pipeline:
                 f"the vocabulary lacks letters of {shown}: the model may not know them", stacklevel=4
             )
         return ids
+
+    def stream(
+        self, prompt: str, n: int = 1, seed: int = 0, truncate: bool = False, **sampling
+    ) -> Iterator[list[Image.Image]]:
+        """Yields n unranked images as they are made; the last are those of `generate`; arguments as there.
+
+        A DALL-E yields them after each row of tokens, a GLIDE after each step, as the step takes them to be:
+        those of the base model are smaller than the upsampled ones.
+        """
+        for step in self.steps([prompt], n, n, seed, self.Sampling(**sampling), truncate=truncate):
+            if step.batch.wanted < n:
+                raise ValueError(f"n must be at most {step.batch.wanted}, got {n}; raise batch_size")
+            if step.has_images:
+                yield step.images
 
     def run(self, steps: Iterator[Any], progress: bool, callback: Any) -> list[Generation]:
         """The generations of a sampling loop, after an interruption those that are ranked; see `generate`."""

@@ -103,7 +103,8 @@ class ImageTower(Tower):
             ValueError: images of another size.
         """
         if x.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"x must be (B, 3) and {self.image_size} square, got {tuple(x.shape)}; resize")
+            size = f"{self.image_size}, {self.image_size}"
+            raise ValueError(f"x must be (B, 3, {size}), got {tuple(x.shape)}; resize")
         mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD))
         pixels = ((x + 1) * 127.5 - mean) / std
         patches = F.conv2d(pixels, self.input.patch_proj, stride=self.config.patch_size)

@@ -25,7 +25,7 @@ from dalle.shapes.dataset import NEW_PAIRS, SHAPES
 from dalle.transformer import TransformerConfig
 from dalle.viz.curves import CURVES, metric_points
 
-IMAGES_OVER_TIME = {"dvae": "reconstructions", "transformer": "samples", "clip": "retrieval"}
+IMAGES_OVER_TIME = {"dvae": "reconstructions", "clip": "retrieval"}  # others: samples
 Items = Iterator[Item | None]
 
 
@@ -119,7 +119,7 @@ def curves(context: ReportContext) -> Items:
 def images_over_time(context: ReportContext) -> Items:
     """Four of the sheets <name>-STEP.png that evaluations during training wrote, first to last."""
     for kind, run in context.runs.items():
-        files = sorted(run.folder.glob(f"{IMAGES_OVER_TIME[kind]}-*.png"))
+        files = sorted(run.folder.glob(f"{IMAGES_OVER_TIME.get(kind, 'samples')}-*.png"))
         for i in sorted({round(i * (len(files) - 1) / 3) for i in range(4)} if files else ()):
             yield image_figure(load_image(files[i]), files[i].stem, f"{kind}: {files[i].stem}")
 
@@ -196,7 +196,8 @@ def configuration(context: ReportContext) -> Items:
     """Settings of each run that differ from the defaults, which are the paper's; then all."""
     for kind, run in context.runs.items():
         if "config" in run.meta:
-            values, defaults = settings(run.meta["config"]), settings(to_dict(TRAININGS[kind][0]()))
+            args = TRAININGS[kind if kind in TRAININGS else "diffusion"][0]
+            values, defaults = settings(run.meta["config"]), settings(to_dict(args()))
             rows = [(name, value, defaults.get(name, "")) for name, value in values.items()]
             marked = [i for i, (_, value, default) in enumerate(rows) if value != default]
             title = f"{kind}: {len(marked)} of {len(rows)} settings differ from the defaults"

@@ -20,8 +20,9 @@ from dalle.schedules import Schedule
 from dalle.train.checkpoint import latest_checkpoint
 from dalle.train.loggers import read_log
 from dalle.transformer import TransformerConfig
-from dalle.unet import DiffusionConfig, UNetConfig
+from dalle.unet import DiffusionConfig
 from dalle.unet.text import pack_text
+from tests.helpers.distributed_work import UNET_CONFIG
 
 STAGES = {"dvae": train_dvae, "transformer": train_transformer, "clip": train_clip}
 TRANSFORMER = TransformerConfig(
@@ -30,19 +31,7 @@ TRANSFORMER = TransformerConfig(
 TOWERS = {"vision_width": 16, "vision_layers": 1, "text_width": 16, "text_layers": 1, "head_dim": 8}
 CLIP = CLIPConfig(embed_width=8, image_size=32, patch_size=16, text_len=6, text_vocab=11, **TOWERS)
 DVAE = DVAEConfig(widths=(4, 8), blocks_per_group=1, downsample_factor=2, vocab_size=6, codebook_dim=4)
-UNET = UNetConfig(
-    width=32,
-    channel_mult=(1, 2),
-    blocks=1,
-    attention=(32,),
-    dropout=0.0,
-    text_len=5,
-    text_vocab=11,
-    text_width=16,
-    text_layers=1,
-    text_heads=2,
-    head_width=16,
-)
+UNET = replace(UNET_CONFIG, inpainting=False)
 LARGER = {
     "transformer": replace(TRANSFORMER, text_len=8, grid=(4, 5), text_vocab=13, image_vocab=9),
     "clip": replace(CLIP, text_len=9, text_vocab=14),

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 from PIL import Image
 
+from dalle.commands.train_diffusion import TrainDiffusionArgs
+from dalle.config import to_dict
 from dalle.report.page import Table, Text, curve_figure, image_figure, render
-from dalle.report.sections import pairs, settings
+from dalle.report.sections import configuration, images_over_time, pairs, settings
 from tests.commands.test_report import HOSTILE, Page, decode
 
 
@@ -37,3 +39,12 @@ def test_pairs_that_training_never_shows_are_in_brackets():
     _, found = pairs(context)
     assert found.head == ("", "circle", "square")
     assert found.rows == [("red", "[0.25]", "1.00"), ("blue", "0.50", "[]")]
+
+
+def test_a_run_of_a_diffusion_model_has_its_settings_and_samples(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "samples-00000002.png")
+    meta = {"config": to_dict(TrainDiffusionArgs(steps=7))}
+    context = SimpleNamespace(runs={"base": SimpleNamespace(folder=tmp_path, meta=meta)})
+    _, changed, _ = configuration(context)
+    assert changed.rows == [("steps", "7", "2500000")]
+    assert [figure.caption for figure in images_over_time(context)] == ["base: samples-00000002"]

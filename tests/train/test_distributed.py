@@ -356,3 +356,16 @@ def test_torchrun_trains_what_one_process_loads_and_goes_on_with(mode, chain, ti
     done = python([*script, "--steps", "3"], cwd=tmp_path, seconds=400)
     assert done.returncode == 0, done.stderr
     assert "resuming from step 2" in done.stdout
+
+
+def test_gradients_of_ddp_are_views_of_its_buckets():
+    """Of one bucket here: no copy of each gradient besides."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        dist, model = Distributed(mode="ddp"), torch.nn.Linear(3, 2)
+        dist.wrap(model, "fp32")
+        dist.forward(model, lambda model: model(torch.ones(1, 3)).sum()).backward()
+        weight, bias = (p.grad.untyped_storage().data_ptr() for p in model.parameters())
+        assert weight == bias
+    finally:
+        torch.distributed.destroy_process_group()
