@@ -158,7 +158,7 @@ def _print(out: Path, report: dict[str, Any]) -> None:
     print(f"  {'':16}{'held-out scenes':>16}{'new color-shape pairs':>25}")
     for name, share in report["caption_accuracy"].items():
         print(f"  {name:16}{share:16.3f}{report['caption_accuracy_new_pairs'][name]:25.3f}")
-    prompt = "a red circle above a blue square on a white background"
+    prompt = "a red cross above a blue circle on a white background"
     print(f"Look at {out / 'samples.png'} and, in a browser, {out / 'report.html'}. Generate your own:")
     words = f'--model {out / "model"} --prompt "{prompt}" --temperature {report["temperature"]}'
     print(f"  python scripts/sample.py {words}")
