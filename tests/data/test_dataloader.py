@@ -94,6 +94,20 @@ def test_a_value_error_of_a_worker_keeps_its_message(workers):
             batches(1)
 
 
+@pytest.mark.parametrize("pin", [False, True])
+def test_batches_of_workers_are_pinned_when_asked(pin, monkeypatch):
+    """By the arguments of torch's DataLoader: on a machine without CUDA it pins nothing."""
+    given = []
+
+    def data_loader(steps, pin_memory, **_):
+        given.append(pin_memory)
+        return iter(steps)
+
+    monkeypatch.setattr("dalle.data.dataloader.DataLoader", data_loader)
+    assert Loader(int, 3, workers=1, pin=pin)(0) == 0
+    assert given == [pin]
+
+
 def test_a_worker_that_dies_is_named():
     with (
         Loader(Failing("dies"), 3, workers=1, prefetch=1) as batches,
